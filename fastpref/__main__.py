@@ -1,0 +1,3 @@
+from fastpref.cli import main
+
+main()

@@ -1,0 +1,329 @@
+"""Token log-probabilities of a linear head by tiles of the vocabulary, in plain torch operations.
+
+With z = softcap(a·(h·W + b))/τ and y the target, one walk over the vocabulary keeps, for every row, the running
+maximum m and the sums below *without the target's column*; E = exp(z − m):
+
+    s_o = Σ_{v≠y} E_v                    O = Σ_{v≠y} E_v · softcap'_v · W_v
+    logp = (z_y − m) − log(s_o + e^{z_y − m})
+    g = ∂logp/∂h = (a/τ) · [ (s_o/s) · softcap'_y · W_y − O/s ],     s = s_o + e^{z_y − m}
+
+A loss reaches the model only through logp, so with a frozen head g is the whole gradient up to one scalar a row and
+the backward pass needs no second look at the vocabulary. The target is kept out of the sums because W_y − Σ p_v·W_v
+cancels where p_y is near one: there 1 − p_y must come from the sum of the others.
+
+Logits, exponentials and sums are float32 (float64 for float64 inputs) whatever the inputs are. All large operations
+work in place in one tile that is sized to the budget, and to the cache of a CPU.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Columns of a tile: wide enough for the matrix product, narrow enough that a tile of some hundred rows stays in cache.
+TILE_COLUMNS = 8192
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """z = softcap(scale · x)/temperature of a raw logit x; softcap(x) = c·tanh(x/c)."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+    temperature: float = 1.0
+
+    @property
+    def gain(self) -> float:
+        """What the matrix product is multiplied by: it yields z, or with a softcap the argument of tanh."""
+        return self.scale / (self.temperature if self.softcap is None else self.softcap)
+
+    @property
+    def slope(self) -> float:
+        """dz/dx apart from softcap', the same for every logit."""
+        return self.scale / self.temperature
+
+
+class Walk(NamedTuple):
+    """What one walk over the vocabulary leaves for each row, float32 (float64 for float64 inputs)."""
+
+    z_target: Tensor  # [N]
+    maximum: Tensor  # [N] m, over all columns
+    sum_others: Tensor  # [N] s_o
+    logp: Tensor  # [N]
+    entropy: Tensor | None  # [N]
+    mean_logit: Tensor | None  # [N]
+    log_sum_sq_probs: Tensor | None  # [N]
+    is_top1: Tensor | None  # [N] bool
+    grad: Tensor | None  # [N, H] g, in the dtype of `hidden`
+
+
+class TileShape(NamedTuple):
+    rows: int
+    columns: int
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def plan_tile(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    budget: int,  # bytes
+    *,
+    buffers: int,  # [rows, columns] scratch tensors alive at once
+    weight_copies: int,  # [columns, H] scratch tensors alive at once
+) -> TileShape:
+    """The largest tile within the budget: first the columns, of which copied weights may take half, then the rows."""
+    (n, width), vocabulary = hidden.shape, weight.shape[0]
+    size = compute_dtype(hidden).itemsize
+    columns = min(TILE_COLUMNS, vocabulary)
+    if weight_copies:
+        columns = min(columns, budget // 2 // (weight_copies * width * size))
+    columns = max(1, min(columns, budget // (buffers * size)))
+    spare = budget - weight_copies * columns * width * size
+    return TileShape(max(1, min(n, spare // (buffers * columns * size))), columns)
+
+
+def _spans(length: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+class _Scratch:
+    """The scratch tiles of one walk, allocated once and cut to the tile at hand."""
+
+    def __init__(self, hidden: Tensor, tile: TileShape, count: int):
+        self._buffers = [hidden.new_empty(tile, dtype=compute_dtype(hidden)) for _ in range(count)]
+
+    def __getitem__(self, place: tuple[int, int, int]) -> Tensor:
+        buffer, rows, columns = place
+        return self._buffers[buffer][:rows, :columns]
+
+
+def _logits(
+    out: Tensor,  # [n, c] scratch
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [c, H]
+    bias: Tensor | None,  # [c]
+    transform: LogitTransform,
+) -> Tensor:
+    """gain·(h·Wᵀ + b) into `out`: z itself, or with a softcap the tangent t with z = (c/τ)·t."""
+    gain = transform.gain
+    if bias is None:
+        torch.addmm(out, hidden, weight.t(), beta=0, alpha=gain, out=out)
+    else:
+        torch.addmm(bias.to(hidden.dtype), hidden, weight.t(), beta=gain, alpha=gain, out=out)
+    return out if transform.softcap is None else out.tanh_()
+
+
+def _softcap_slope(tangent: Tensor) -> Tensor:
+    """softcap' = 1 − t², in place."""
+    return tangent.square_().neg_().add_(1)
+
+
+def _target_slope(z_target: Tensor, transform: LogitTransform) -> Tensor | float:
+    if transform.softcap is None:
+        return 1.0
+    return 1 - (z_target * (transform.temperature / transform.softcap)).square()
+
+
+def _hide_targets(tile: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Take the targets that lie in this tile out of it: their rows and values. Exp of what is left there is 0."""
+    columns = targets - start
+    rows = ((columns >= 0) & (columns < tile.shape[1])).nonzero().squeeze(1)
+    columns = columns[rows]
+    values = tile[rows, columns]
+    tile[rows, columns] = torch.finfo(tile.dtype).min / 4  # finite, so that 0 · it stays 0
+    return rows, values
+
+
+def walk_vocabulary(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [N] int64
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    *,
+    outputs: tuple[str, ...],
+    budget: int,  # bytes
+    with_grad: bool,
+) -> Walk:
+    """One walk over the vocabulary for all rows: log-probabilities, the outputs asked for, and g if `with_grad`."""
+    spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
+    buffers = 1 + (transform.softcap is not None) + spread
+    copied = weight.dtype != compute_dtype(hidden)
+    tile = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=int(copied))
+    scratch = _Scratch(hidden, tile, buffers)
+    parts = [
+        _walk_rows(hidden[a:b], weight, targets[a:b], bias, transform, outputs, scratch, tile.columns, with_grad)
+        for a, b in _spans(hidden.shape[0], tile.rows)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return Walk(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+
+
+def _walk_rows(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [n]
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    outputs: tuple[str, ...],
+    scratch: _Scratch,
+    tile_columns: int,
+    with_grad: bool,
+) -> Walk:
+    n, dtype = hidden.shape[0], compute_dtype(hidden)
+    h = hidden.to(dtype)
+    maximum = h.new_full((n,), float("-inf"))
+    z_target = h.new_zeros(n)
+    sum_others = h.new_zeros(n)
+    sum_z = h.new_zeros(n)  # Σ z
+    sum_ez = h.new_zeros(n)  # Σ_{v≠y} E·(z − m)
+    sum_ee = h.new_zeros(n)  # Σ_{v≠y} E²
+    leads = torch.zeros(n, dtype=torch.bool, device=h.device)  # the target was the first maximum of all up to its tile
+    others = torch.zeros_like(h) if with_grad else None  # O
+    spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
+
+    for a, b in _spans(weight.shape[0], tile_columns):
+        w = weight[a:b].to(dtype)
+        z = _logits(scratch[0, n, b - a], h, w, None if bias is None else bias[a:b], transform)
+        tangent = None
+        if transform.softcap is not None:
+            tangent, z = z, torch.mul(z, transform.softcap / transform.temperature, out=scratch[1, n, b - a])
+        if "is_top1" in outputs:
+            tile_maximum, where = z.max(dim=1)
+            leads |= (tile_maximum > maximum) & (where == targets - a)
+        else:
+            tile_maximum = z.amax(dim=1)
+        if "mean_logit" in outputs:
+            sum_z += z.sum(dim=1)
+        new_maximum = torch.maximum(maximum, tile_maximum)
+        rows, values = _hide_targets(z, targets, a)
+        z_target[rows] = values
+
+        moved = maximum - new_maximum  # −inf at the first tile, where every sum is still zero
+        shrink = moved.exp()
+        z.sub_(new_maximum[:, None])
+        e = torch.exp(z, out=scratch[-1, n, b - a]) if spread else z.exp_()
+        if spread:
+            known = sum_others > 0
+            sum_ez = torch.where(known, shrink * (sum_ez + moved * sum_others), 0) + z.mul_(e).sum(dim=1)
+            sum_ee = sum_ee * shrink.square() + torch.linalg.vector_norm(e, dim=1).square()
+        sum_others = sum_others * shrink + e.sum(dim=1)
+        if others is not None:
+            if tangent is not None:
+                e = _softcap_slope(tangent).mul_(e)
+            if a:
+                others.mul_(shrink[:, None])
+            others.addmm_(e, w)
+        maximum = new_maximum
+
+    return _finish(
+        weight, targets, transform, outputs, z_target, maximum, sum_others, sum_z, sum_ez, sum_ee, leads, others, hidden
+    )
+
+
+def _finish(
+    weight: Tensor,
+    targets: Tensor,
+    transform: LogitTransform,
+    outputs: tuple[str, ...],
+    z_target: Tensor,
+    maximum: Tensor,
+    sum_others: Tensor,
+    sum_z: Tensor,
+    sum_ez: Tensor,
+    sum_ee: Tensor,
+    leads: Tensor,
+    others: Tensor | None,
+    hidden: Tensor,
+) -> Walk:
+    behind = z_target - maximum  # ≤ 0
+    e_target = behind.exp()
+    log_s = torch.log1p(sum_others + torch.expm1(behind))  # exact where the target is the maximum and s_o tiny
+    s = sum_others + e_target
+    grad = None
+    if others is not None:
+        w_target = weight[targets].to(others.dtype)
+        coefficient = sum_others / s * _target_slope(z_target, transform)
+        others.mul_((-1 / s)[:, None]).addcmul_(w_target, coefficient[:, None])
+        grad = others.mul_(transform.slope).to(hidden.dtype)
+    return Walk(
+        z_target=z_target,
+        maximum=maximum,
+        sum_others=sum_others,
+        logp=behind - log_s,
+        entropy=log_s - (sum_ez + e_target * behind) / s if "entropy" in outputs else None,
+        mean_logit=sum_z / weight.shape[0] if "mean_logit" in outputs else None,
+        log_sum_sq_probs=(sum_ee + e_target.square()).log() - 2 * log_s if "log_sum_sq_probs" in outputs else None,
+        is_top1=leads & (z_target >= maximum) if "is_top1" in outputs else None,
+        grad=grad,
+    )
+
+
+class HeadGrads(NamedTuple):
+    hidden: Tensor | None  # [N, H]
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+def recompute_gradients(
+    grad_logp: Tensor,  # [N]
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [N] int64
+    bias: Tensor | None,  # [V]
+    transform: LogitTransform,
+    walk: tuple[Tensor, Tensor, Tensor],  # z_target, maximum, sum_others: each [N]
+    *,
+    budget: int,  # bytes
+    wanted: tuple[bool, bool, bool],  # hidden, weight, bias
+) -> HeadGrads:
+    """Gradients of Σ grad_logp·logp for a trainable head: each tile's logits are made again.
+
+    ∂logp/∂z_v = −E_v/s for v ≠ y, and s_o/s for the target. The vocabulary is the outer loop, so that each slice of
+    the weight's gradient is accumulated in float32 and written once.
+    """
+    z_target, maximum, sum_others = walk
+    dtype = compute_dtype(hidden)
+    want_hidden, want_weight, want_bias = wanted
+    copies = int(weight.dtype != dtype) + int(want_weight)
+    tile = plan_tile(hidden, weight, budget, buffers=1 + (transform.softcap is not None), weight_copies=copies)
+    scratch = _Scratch(hidden, tile, 1 + (transform.softcap is not None))
+    h = hidden.to(dtype)
+    factor = grad_logp.to(dtype) * transform.slope / (sum_others + (z_target - maximum).exp())  # [N]
+    at_target = factor * sum_others * _target_slope(z_target, transform)  # [N]
+    d_hidden = torch.zeros_like(h) if want_hidden else None
+    d_weight = torch.empty_like(weight) if want_weight else None
+    d_bias = torch.empty_like(bias) if want_bias and bias is not None else None
+
+    for a, b in _spans(weight.shape[0], tile.columns):
+        w = weight[a:b].to(dtype)
+        dw = torch.zeros_like(w) if want_weight else None
+        db = w.new_zeros(b - a) if d_bias is not None else None
+        for r, q in _spans(h.shape[0], tile.rows):
+            z = _logits(scratch[0, q - r, b - a], h[r:q], w, None if bias is None else bias[a:b], transform)
+            tangent = None
+            if transform.softcap is not None:
+                tangent, z = z, torch.mul(z, transform.softcap / transform.temperature, out=scratch[1, q - r, b - a])
+            d = z.sub_(maximum[r:q, None]).exp_()
+            if tangent is not None:
+                d.mul_(_softcap_slope(tangent))
+            d.mul_(factor[r:q, None].neg())
+            columns = targets[r:q] - a
+            rows = ((columns >= 0) & (columns < b - a)).nonzero().squeeze(1)
+            d[rows, columns[rows]] = at_target[r:q][rows]
+            if d_hidden is not None:
+                d_hidden[r:q].addmm_(d, w)
+            if dw is not None:
+                dw.addmm_(d.t(), h[r:q])
+            if db is not None:
+                db += d.sum(dim=0)
+        if d_weight is not None and dw is not None:
+            d_weight[a:b] = dw
+        if d_bias is not None and db is not None:
+            d_bias[a:b] = db
+    return HeadGrads(None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias)
