@@ -129,7 +129,15 @@ class _TrainableHead(torch.autograd.Function):
         hidden, weight, targets, bias, *walk = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         made = recompute_gradients(
-            grads[0], hidden, weight, targets, bias, ctx.head.transform, tuple(walk), budget=ctx.head.budget, wanted=wanted
+            grads[0],
+            hidden,
+            weight,
+            targets,
+            bias,
+            ctx.head.transform,
+            tuple(walk),
+            budget=ctx.head.budget,
+            wanted=wanted,
         )
         return made.hidden, made.weight, made.bias, None, None
 
@@ -152,7 +160,9 @@ def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any) -> None:
             raise ValueError(f"linear_logprob: {name} is on {value.device}, hidden is on {hidden.device}")
         dimensions = 2 if name in ("hidden", "weight") else 1
         if value.dim() != dimensions:
-            raise ValueError(f"linear_logprob: {name} must have {dimensions} dimensions, got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"linear_logprob: {name} must have {dimensions} dimensions, got shape {tuple(value.shape)}"
+            )
     if targets.dtype != torch.int64:
         raise TypeError(f"linear_logprob: targets must be torch.int64, got {targets.dtype}")
     autocast = torch.is_autocast_enabled(hidden.device.type)
@@ -192,7 +202,9 @@ def _check_settings(
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"linear_logprob: {name} must be a number, got {value!r}")
         if not math.isfinite(value) or (value <= 0 and name != "logit_scale"):
-            raise ValueError(f"linear_logprob: {name} must be {'finite' if name == 'logit_scale' else 'above 0'}, got {value}")
+            raise ValueError(
+                f"linear_logprob: {name} must be {'finite' if name == 'logit_scale' else 'above 0'}, got {value}"
+            )
     if isinstance(outputs, str):
         raise TypeError(f"linear_logprob: outputs must be a tuple of names, got the string {outputs!r}")
     for name in outputs:
