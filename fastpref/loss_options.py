@@ -16,13 +16,15 @@ Variant = Literal[
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 SORTING_VARIANTS = ("aot", "aot_unpaired")
 
-_strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+# Strict by field: a dataclass that is strict as a whole would refuse the table of a config.
+_options = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+Number = Annotated[float, Strict()]
+Positive = Annotated[float, Strict(), Field(gt=0)]
+NonNegative = Annotated[float, Strict(), Field(ge=0)]
+Smoothing = Annotated[float, Strict(), Field(ge=0, lt=0.5)]
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_options)
 class DPO:
     """Direct preference optimisation and its relatives (names as in TRL); the loss is Σ weight · mean(variant)."""
 
@@ -30,19 +32,19 @@ class DPO:
     type: Literal["dpo"] = "dpo"
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
-    variants: Annotated[tuple[Variant, ...], Strict(False), Field(min_length=1)] = ("sigmoid",)
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("sigmoid",)
     """Which losses to add up."""
-    weights: Annotated[tuple[float, ...], Strict(False)] | None = None
+    weights: tuple[Number, ...] | None = None
     """One weight a variant; all 1 if left out."""
     label_smoothing: Smoothing = 0.0
     """How often labels are taken to be flipped; used by sigmoid, exo_pair, robust, aot and aot_unpaired."""
     f_divergence: Divergence = "reverse_kl"
     """What replaces the log-ratio in the losses of a difference."""
-    f_alpha: float = 0.5
+    f_alpha: Number = 0.5
     """The coefficient of f_divergence = "alpha"."""
-    length_alpha: Annotated[float, Field(ge=0, le=1)] = 1.0
+    length_alpha: Annotated[float, Strict(), Field(ge=0, le=1)] = 1.0
     """LD-DPO: the weight of tokens past the shorter response's length."""
-    weighting: bool = False
+    weighting: Annotated[bool, Strict()] = False
     """WPO: weigh pairs by how likely the policy itself is to write them."""
     discopop_tau: Positive = 0.05
     """The temperature of discopop's blend."""
@@ -66,7 +68,7 @@ class DPO:
         return bool(set(self.variants) & set(SORTING_VARIANTS))
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_options)
 class IPO:
     """Identity preference optimisation: `dpo` with `variants = ["ipo"]`, under its own name."""
 
@@ -80,7 +82,7 @@ class IPO:
         return DPO(beta=self.beta, variants=("ipo",))
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_options)
 class KTO:
     """Kahneman-Tversky optimisation of single responses labelled good or bad."""
 
@@ -97,7 +99,7 @@ class KTO:
     uses_reference: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_options)
 class ORPO:
     """Odds ratio preference optimisation: supervised learning plus an odds ratio, without a reference."""
 
@@ -110,7 +112,7 @@ class ORPO:
     uses_reference: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_options)
 class SimPO:
     """Simple preference optimisation: length-normalised rewards and a target margin, without a reference."""
 
@@ -118,15 +120,15 @@ class SimPO:
     type: Literal["simpo"] = "simpo"
     beta: Positive = 2.0
     """The scale of the average log-probability."""
-    gamma: float | None = None
+    gamma: Number | None = None
     """The target margin γ; 0.5 · beta if neither it nor gamma_beta_ratio is given."""
-    gamma_beta_ratio: float | None = None
+    gamma_beta_ratio: Number | None = None
     """The target margin as γ/beta, instead of gamma."""
     label_smoothing: Smoothing = 0.0
     """How often labels are taken to be flipped."""
     sft_weight: NonNegative = 0.0
     """The weight of the chosen response's mean negative log-likelihood."""
-    alpha: float = 0.0
+    alpha: Number = 0.0
     """AlphaPO: the shape of the reward; 0 is the log-probability."""
     uses_reference: ClassVar[bool] = False
 
@@ -141,7 +143,7 @@ class SimPO:
         return self.beta * (0.5 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
 
-@dataclass(frozen=True, config=_strict)
+@dataclass(frozen=True, config=_options)
 class CPO:
     """Contrastive preference optimisation: DPO with a uniform reference, plus supervised learning."""
 
@@ -155,7 +157,7 @@ class CPO:
     """How often labels are taken to be flipped; sigmoid only."""
     sft_weight: NonNegative = 1.0
     """The weight of the chosen response's mean negative log-likelihood."""
-    alpha: float = 0.0
+    alpha: Number = 0.0
     """AlphaPO: the shape of the reward; 0 is the log-probability."""
     uses_reference: ClassVar[bool] = False
 

@@ -1,0 +1,376 @@
+"""The TOML schema: strict, frozen, every mistake reported at once with its place.
+
+`load_config` is the way in. Nothing here imports torch.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from fastpref.config_errors import TomlLines, explain
+from fastpref.errors import UserError
+from fastpref.loss_options import CPO, DPO, IPO, KTO, ORPO, NonNegative, Positive, SimPO
+
+
+def _only(built: Any, what: str) -> AfterValidator:
+    """A key of the schema whose other values this version cannot honour; it says so instead of ignoring them."""
+
+    def check(value: Any) -> Any:
+        if value != built:
+            raise ValueError(f"{what} is not in this version yet; leave the key out")
+        return value
+
+    return AfterValidator(check)
+
+
+def _built_reference(mode: str) -> str:
+    if mode == "precompute":
+        raise ValueError("precompute is not in this version yet; use auto, adapter or copy")
+    return mode
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+Count = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], Strict(False)]
+
+
+class ModelConfig(_Section):
+    name: str
+    """A folder, or a model's name on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; "auto" is float32 on a CPU and bfloat16 (float16 on cards without it) on a GPU."""
+    quantization: Annotated[Literal["none", "nf4", "int8"], _only("none", "quantization")] = "none"
+    """4-bit or 8-bit base weights."""
+    attention: Annotated[Literal["auto"], _only("auto", "another attention")] = "auto"
+    """How attention is computed."""
+    liger: Annotated[bool, _only(False, "liger")] = False
+    """Body kernels of liger-kernel."""
+    trust_remote_code: bool = False
+    """Whether to run Python code that comes with a model from the hub."""
+
+
+class LoraConfig(_Section):
+    rank: Count = 16
+    """The adapters' inner dimension."""
+    alpha: Positive = 32.0
+    """Adapters are scaled by alpha/rank (rslora: alpha/√rank)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapters."""
+    target: Literal["all-linear"] | Names = "all-linear"
+    """Which modules get an adapter: every linear one but the head, or names."""
+    modules_to_save: Names = ()
+    """Modules trained in full beside the adapters."""
+    rslora: bool = False
+    """Rank-stabilised scaling, arXiv 2312.03732."""
+    dora: bool = False
+    """Weight-decomposed adapters, arXiv 2402.09353."""
+
+    @model_validator(mode="after")
+    def _no_adapter_on_head(self) -> "LoraConfig":
+        if "lm_head" in self.target:
+            raise ValueError(
+                'target: an adapter on lm_head is not in this version yet; modules_to_save = ["lm_head"] is'
+            )
+        return self
+
+
+class DataConfig(_Section):
+    path: str
+    """A .json, .jsonl, .parquet or .csv file, or a data set's name on the hub."""
+    split: str = "train"
+    """Which split of a hub data set."""
+    name: str | None = None
+    """The configuration of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    format: Annotated[Literal["auto"], _only("auto", "a named format")] = "auto"
+    """How rows are read; "auto" goes by their columns, and says what it found."""
+    weight: Annotated[float, _only(1.0, "weight")] = 1.0
+    """How often the rows are used."""
+    rows: Count | None = None
+    """Use only the first rows."""
+
+
+class EvalConfig(_Section):
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out this share of the prompts of [[data]], chosen by a hash of the prompt."""
+    data: Annotated[tuple[DataConfig, ...], Strict(False)] = ()
+    """Or hold out other data: [[eval.data]], with the keys of [[data]]."""
+    every: Count | None = None
+    """Evaluate every so many steps, beside the start and the end."""
+    samples: Annotated[int, Field(ge=0)] = 1
+    """How many held-out prompts to answer before and after the training."""
+    sample_tokens: Count = 48
+    """The longest such answer, in tokens."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EvalConfig":
+        if self.fraction is not None and self.data:
+            raise ValueError("fraction and [[eval.data]] both hold out data; give one of them")
+        return self
+
+    @property
+    def wanted(self) -> bool:
+        return self.fraction is not None or bool(self.data)
+
+
+class TokensConfig(_Section):
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens of a prompt with its response, at most."""
+    max_prompt_length: Count | None = None
+    """Tokens of a prompt, at most."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to longer rows: cut (the prompt from the left first), dropped, or an error."""
+    strict: bool = False
+    """Make rows that cannot be used (empty or equal responses) an error instead of dropping them."""
+    chat_template: str | None = None
+    """A Jinja template, or a file holding one, instead of the tokenizer's own."""
+
+
+class ReferenceConfig(_Section):
+    mode: Annotated[Literal["auto", "adapter", "copy", "precompute"], AfterValidator(_built_reference)] = "auto"
+    """Where the reference's log-probabilities come from: the model with its adapters off, or a frozen copy."""
+
+
+class TrainConfig(_Section):
+    learning_rate: Positive | None = None
+    """The highest learning rate; 1e-4 with [lora] and 1e-6 without if left out."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: NonNegative = 0.1
+    """Steps of linear warm-up, or below 1 the share of all steps."""
+    epochs: Positive = 1.0
+    """Passes over the data."""
+    steps: Count | None = None
+    """Optimizer steps; overrides epochs."""
+    batch: Count = 16
+    """Pairs (KTO: rows) an optimizer step, however many micro-batches they take."""
+    tokens_per_microbatch: Count | None = None
+    """Tokens computed at once; 2 · tokens.max_length if left out."""
+    layout: Literal["auto", "tree", "packed", "padded"] = "auto"
+    """tree: prompts computed once and rows packed; packed: prompts repeated; padded: one row a sequence."""
+    optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], _only("adamw", "an 8-bit optimizer")] = (
+        "adamw"
+    )
+    """The optimizer."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay, on matrices only."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+    checkpointing: Literal["auto"] | bool = "auto"
+    """Compute activations twice instead of holding them; "auto" does so on a GPU."""
+    seed: int = 42
+    """Of the data's order, the adapters and dropout."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do when a loss or gradient is not finite: stop before the step, or leave that step out."""
+
+
+class OutputConfig(_Section):
+    dir: str | None = None
+    """The run's folder; runs/<name of the config>-<loss> if left out, with a number added when that exists."""
+    save_every: Annotated[Count | None, _only(None, "saving while training")] = None
+    """Save a checkpoint every so many steps."""
+    keep: Annotated[Count | None, _only(None, "keeping checkpoints")] = None
+    """How many checkpoints to keep."""
+
+
+class LogConfig(_Section):
+    every: Count = 1
+    """Write metrics every so many steps."""
+    trackers: Annotated[Names, _only((), "a tracker")] = ()
+    """Where else metrics go."""
+
+
+def _loss_tag(value: Any) -> str:
+    kind = value.get("type", "dpo") if isinstance(value, dict) else getattr(value, "type", "dpo")
+    return kind if isinstance(kind, str) else "dpo"
+
+
+LossConfig = Annotated[
+    Annotated[DPO, Tag("dpo")]
+    | Annotated[IPO, Tag("ipo")]
+    | Annotated[KTO, Tag("kto")]
+    | Annotated[ORPO, Tag("orpo")]
+    | Annotated[SimPO, Tag("simpo")]
+    | Annotated[CPO, Tag("cpo")],
+    Discriminator(_loss_tag),
+]
+
+
+class Config(_Section):
+    """A whole training run."""
+
+    model: ModelConfig
+    lora: LoraConfig | None = None
+    """Train adapters; without this table the whole model is trained."""
+    loss: LossConfig = Field(default_factory=DPO)
+    data: Annotated[tuple[DataConfig, ...], Strict(False), Field(min_length=1)]
+    eval: EvalConfig = EvalConfig()
+    tokens: TokensConfig = TokensConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    train: TrainConfig = TrainConfig()
+    output: OutputConfig = OutputConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        if self.reference.mode == "adapter" and self.lora is None:
+            raise ValueError('reference.mode = "adapter" needs a [lora] table; full fine-tuning takes "copy"')
+        if isinstance(self.loss, KTO) and self.loss.kl == "batch" and self.train.batch == 1:
+            raise ValueError(
+                "train.batch = 1: KTO compares each row with the next one of its batch, so a batch needs two rows; "
+                'set train.batch to 2 or more, or loss.kl = "none"'
+            )
+        if self.eval.every is not None and not self.eval.wanted:
+            raise ValueError("eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]")
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        return self.train.learning_rate or (1e-6 if self.lora is None else 1e-4)
+
+    @property
+    def tokens_per_microbatch(self) -> int:
+        return self.train.tokens_per_microbatch or 2 * self.tokens.max_length
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file, apply `key=value` overrides, check everything.
+
+    Relative paths of models, data and templates that exist beside the file are taken from there, others from the
+    working directory. Raises UserError with one line for each mistake: `cfg.toml:LINE: key: what is wrong`.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder; a config is a .toml file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        what, _, place = str(error).partition(" (at line ")  # "(at line 3, column 5)", or "(at end of document)"
+        line = place.split(",")[0] if place else len(text.splitlines())
+        raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
+    lines = TomlLines(str(path), text)
+    for override in overrides:
+        _apply(raw, override, lines)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, Config, lines))) from None
+    return _from_folder(config, path.resolve().parent)
+
+
+def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
+    """Set one `a.b=value` in the raw tables. The value is TOML; a bare word is taken as a string."""
+    key, equals, value = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r}: not of the form key=value, such as 'train.steps=100'")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        word = value.strip()
+        if not word or not all(c.isalnum() or c in "-_./:~" for c in word):
+            raise UserError(f"override {override!r}: the value is not valid TOML: {error}") from None
+        parsed = word
+    table: Any = raw
+    for depth, part in enumerate(keys[:-1]):
+        if isinstance(table, list):
+            table = _entry(table, part, override)
+            continue
+        table = table.setdefault(part, [] if keys[depth + 1].isdigit() else {})
+        if not isinstance(table, dict | list):
+            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a table")
+    if isinstance(table, list):
+        raise UserError(f"override {override!r}: name one of the tables' keys, such as {key}.path")
+    table[keys[-1]] = parsed
+    lines.override(tuple(keys), override)
+
+
+def _entry(tables: list[Any], index: str, override: str) -> Any:
+    if not index.isdigit() or int(index) >= len(tables):
+        raise UserError(
+            f"override {override!r}: there is no entry {index}; the config has {len(tables)}, counted from 0"
+        )
+    return tables[int(index)]
+
+
+def _from_folder(config: Config, folder: Path) -> Config:
+    """Make paths that exist beside the config absolute."""
+
+    def find(name: str) -> str:
+        beside = folder / Path(name).expanduser()
+        try:
+            return str(beside.resolve()) if beside.exists() else name
+        except OSError:  # an inline chat template is no path
+            return name
+
+    def found(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
+        return tuple(d.model_copy(update={"path": find(d.path)}) for d in data)
+
+    template = config.tokens.chat_template
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": find(config.model.name)}),
+            "data": found(config.data),
+            "eval": config.eval.model_copy(update={"data": found(config.eval.data)}),
+            "tokens": config.tokens.model_copy(update={"chat_template": template and find(template)}),
+        }
+    )
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML that `load_config` reads back. Keys without a value are left out."""
+    import json
+
+    def value(v: Any) -> str:
+        if isinstance(v, list | tuple):
+            return f"[{', '.join(map(value, v))}]"
+        return json.dumps(v, ensure_ascii=False)  # strings, numbers and booleans are written alike in both
+
+    def table(header: str, content: dict[str, Any]) -> list[str]:
+        own = {k: v for k, v in content.items() if v is not None}
+        nested = {k: v for k, v in own.items() if isinstance(v, list | tuple) and v and isinstance(v[0], dict)}
+        out = [header, *(f"{k} = {value(v)}" for k, v in own.items() if k not in nested), ""]
+        for key, entries in nested.items():
+            for entry in entries:
+                out += table(f"[[{header.strip('[]')}.{key}]]", entry)
+        return out
+
+    lines: list[str] = []
+    for name, content in config.model_dump(mode="json").items():
+        if content is None:
+            continue
+        for entry in content if isinstance(content, list) else [content]:
+            lines += table(f"[[{name}]]" if isinstance(content, list) else f"[{name}]", entry)
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""From a validation error to lines a person can act on: `cfg.toml:LINE: key: what is wrong (did you mean 'x'?)`."""
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+Path = tuple[str | int, ...]
+
+
+class TomlLines:
+    """Where each key of a valid TOML text stands, and which keys were overridden."""
+
+    def __init__(self, file: str, text: str):
+        self.file = file
+        self._lines = dict(_scan(text.splitlines()))
+        self._overrides: dict[Path, str] = {}
+
+    def override(self, keys: tuple[str, ...], text: str) -> None:
+        path: Path = tuple(int(k) if k.isdigit() else k for k in keys)
+        self._overrides[path] = text
+
+    def place(self, path: Path) -> str:
+        """`file:line` of the key or of the nearest table around it, or the override that set it."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self._overrides:
+                return f"override {self._overrides[path[:end]]!r}"
+            if path[:end] in self._lines:
+                return f"{self.file}:{self._lines[path[:end]]}"
+            for keys, text in self._overrides.items():
+                if keys[:end] == path[:end]:
+                    return f"override {text!r}"
+        return self.file
+
+
+def _scan(lines: list[str]) -> Iterator[tuple[Path, int]]:
+    """Every table header and key with its line. Values over several lines are read until they parse."""
+    table: Path = ()
+    seen: dict[Path, int] = {}
+    at = 0
+    while at < len(lines):
+        start, text = at, lines[at].strip()
+        at += 1
+        if not text or text.startswith("#"):
+            continue
+        parsed = _parse(text)
+        while parsed is None and at < len(lines):
+            text += "\n" + lines[at]
+            at += 1
+            parsed = _parse(text)
+        if parsed is None:
+            return
+        if text.startswith("["):
+            table = _header(parsed, seen, array=text.startswith("[["))
+            yield table, start + 1
+        else:
+            yield from ((table + keys, start + 1) for keys in _paths(parsed))
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return None
+
+
+def _header(parsed: dict[str, Any], seen: dict[Path, int], *, array: bool) -> Path:
+    """The path of `[a.b]`, or of the next entry of `[[a.b]]`; `[a.b]` under `[[a]]` belongs to its last entry."""
+    path: Path = ()
+    inner: Any = parsed
+    while inner:
+        inner = inner[0] if isinstance(inner, list) else inner
+        if not inner:
+            break
+        key, inner = next(iter(inner.items()))
+        path += (key,)
+        if path in seen and (inner and inner != [{}]):
+            path += (seen[path],)
+    if array:
+        seen[path] = seen.get(path, -1) + 1
+        path += (seen[path],)
+    return path
+
+
+def _paths(table: dict[str, Any]) -> Iterator[Path]:
+    for key, value in table.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, *rest) for rest in _paths(value))
+
+
+def explain(error: ValidationError, schema: type[BaseModel], lines: TomlLines) -> list[str]:
+    """One line for each mistake, in the order of the file."""
+    found: dict[str, None] = {}  # a set that keeps its order
+    for problem in error.errors():
+        path = _without_tags(problem["loc"])
+        message = _message(problem, path, schema)
+        if message is None:
+            continue
+        key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+        found[f"{lines.place(path)}: {key}: {message}" if key else f"{lines.file}: {message}"] = None
+    return sorted(found, key=_line_number)
+
+
+def _line_number(message: str) -> int:
+    digits = message.split(":")[1] if message.count(":") > 1 else ""
+    return int(digits) if digits.isdigit() else 0
+
+
+_LOSS_TYPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+
+
+def _without_tags(loc: tuple[str | int, ...]) -> Path:
+    """Drop what pydantic adds to a location: the chosen member of a union."""
+    path = [p for i, p in enumerate(loc) if not (i == 1 and loc[0] == "loss" and p in _LOSS_TYPES)]
+    return tuple(p for p in path if isinstance(p, int) or not ("[" in p or "-" in p))
+
+
+def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
+    kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        owners = [t for t in _LOSS_TYPES if path[0] == "loss" and path[-1] in _loss_keys(schema, t)]
+        if owners:
+            return f"this loss has no such key; it belongs to {', '.join(owners)}"
+        return "unknown key" + _suggest(str(path[-1]), path[:-1], schema)
+    if kind in ("missing", "missing_argument"):
+        return "is missing" + (", add a table [[data]] with a path" if path == ("data",) else "")
+    if kind == "union_tag_invalid":
+        tag = context["tag"]
+        return f"type: must be one of {', '.join(_LOSS_TYPES)}, got {tag!r}" + _close(tag, list(_LOSS_TYPES))
+    if kind == "literal_error":
+        if path == ("loss", "type"):
+            context = {"expected": ", ".join(_LOSS_TYPES)}
+        choices = [c.strip("'") for c in context["expected"].replace(" or ", ", ").split(", ")]
+        return f"must be one of {', '.join(choices)}, got {given!r}" + _close(str(given), choices)
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "too_short":
+        return None if given else "needs at least one entry"  # entries that are wrong have their own line
+    if kind == "tuple_type":
+        return f"must be an array, got {given!r}"
+    if kind in ("model_type", "dataclass_type", "model_attributes_type"):
+        return f"must be a table, got {given!r}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{message.replace('input should', 'must')}, got {given!r}"
+
+
+def _suggest(key: str, parents: Path, schema: type[BaseModel]) -> str:
+    """A near key of the same table, or the same key of another one."""
+    tables = dict(_tables(schema))
+    here = ".".join(p for p in parents if isinstance(p, str))
+    near = _close(key, list(tables.get(here, ())))
+    if near:
+        return near
+    elsewhere = [
+        f"{name}.{k}" if name else k for name, keys in tables.items() for k in keys if k == key and name != here
+    ]
+    return (
+        f" (did you mean {elsewhere[0]!r}?)" if elsewhere else _close(key, [n for n in tables if n] if not here else [])
+    )
+
+
+def _close(word: str, choices: list[str]) -> str:
+    near = get_close_matches(word.lower(), choices, n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Every table of the schema and its keys; the losses share one table."""
+    annotations = {k: f.annotation for k, f in schema.model_fields.items()}
+    yield name, list(annotations)
+    for key, annotation in annotations.items():
+        inner = list(_classes(annotation))
+        keys = [f.name for c in inner if is_dataclass(c) for f in fields(c) if f.name != "_"]
+        path = f"{name}.{key}" if name else key
+        if keys:
+            yield path, list(dict.fromkeys(keys))
+        for c in inner:
+            if isinstance(c, type) and issubclass(c, BaseModel):
+                yield from _tables(c, path)
+
+
+def _loss_keys(schema: type[BaseModel], loss: str) -> set[str]:
+    options = _classes(schema.model_fields["loss"].annotation)
+    return {f.name for c in options if is_dataclass(c) and c.__name__.lower() == loss for f in fields(c)}
+
+
+def _classes(annotation: Any) -> Iterator[Any]:
+    """The classes inside a type such as `tuple[A, ...] | None`."""
+    inner = get_args(annotation)
+    if not inner:
+        yield annotation
+    for part in inner:
+        yield from _classes(part)
