@@ -179,7 +179,7 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
         if keys:
             yield path, list(dict.fromkeys(keys))
         for c in inner:
-            if isinstance(c, type) and issubclass(c, BaseModel):
+            if issubclass(c, BaseModel):
                 yield from _tables(c, path)
 
 
@@ -191,7 +191,7 @@ def _loss_keys(schema: type[BaseModel], loss: str) -> set[str]:
 def _classes(annotation: Any) -> Iterator[Any]:
     """The classes inside a type such as `tuple[A, ...] | None`."""
     inner = get_args(annotation)
-    if not inner:
+    if isinstance(annotation, type) and not inner:
         yield annotation
     for part in inner:
         yield from _classes(part)
