@@ -40,7 +40,8 @@ def train(
         _go_offline()
     from fastpref.train.loop import train as run
 
-    run(loaded, force=force, default_name=config.stem)
+    if run(loaded, force=force, default_name=config.stem).interrupted:
+        raise typer.Exit(130)
 
 
 @app.command()

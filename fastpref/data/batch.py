@@ -1,0 +1,218 @@
+"""From examples to the tensors of a micro-batch, in one of three layouts that compute the same.
+
+    tree     P C₁ C₂ | P C₁ C₂ …      one row; a prompt is computed once, its completions are branches after it
+    packed   P C₁ | P C₂ | P C₁ …     one row; every completion has its own copy of the prompt
+    padded   one row a sequence, filled to the longest; for models whose attention cannot be given a layout
+
+A sequence is one completion of one example. Of E examples with K completions each, sequence k·E + e is completion k
+of example e: the first E are the chosen ones, the next the rejected ones.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastpref.data.tokenize import Example
+
+Layout = Literal["tree", "packed", "padded"]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt and its branches inside a packed row."""
+
+    start: int
+    prompt: int  # tokens
+    completions: tuple[int, ...]  # tokens each
+
+    @property
+    def end(self) -> int:
+        return self.start + self.prompt + sum(self.completions)
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """The trees of one packed row: who may attend to whom. Travels to the attention as a keyword of the forward."""
+
+    trees: tuple[Tree, ...]
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """One micro-batch of E examples with K completions each, S = K·E sequences (E more where prompts are scored).
+
+    Scored token n is `targets[n]`, predicted at place `predictors[n]` of the flattened [B·T] hidden states. A prompt's
+    last place predicts the first token of each of its completions, so places repeat.
+    """
+
+    input_ids: Tensor  # [B, T] int64
+    position_ids: Tensor  # [B, T] int64, restarting at the prompt's length for each completion
+    attention_mask: Tensor | None  # [B, T] int64 for padded, else None
+    tree: TreeLayout | None  # for tree and packed
+    predictors: Tensor  # [N] int64
+    targets: Tensor  # [N] int64
+    segments: Tensor  # [N] int64, the sequence of each scored token
+    offsets: Tensor  # [N] int64, its place in its sequence's completion
+    lengths: Tensor  # [S] int64, scored tokens of each sequence
+    labels: Tensor | None  # [E] bool, for single responses
+    index: Tensor  # [E] int64, each example's place in its step
+    completions: int  # K
+
+    @property
+    def examples(self) -> int:
+        return len(self.index)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model computes, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> "PreferenceBatch":
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def collate(
+    examples: Sequence[Example],
+    layout: Layout,
+    *,
+    index: Sequence[int] | None = None,  # each example's place in its step; 0, 1, … if None
+    pad_token_id: int = 0,
+    score_prompts: bool = False,
+) -> PreferenceBatch:
+    """Lay examples out as one micro-batch. All must have the same number of completions.
+
+    With `score_prompts` E further segments, K·E + e, score the tokens of each prompt that have one before them.
+    """
+    count, completions = len(examples), len(examples[0].completions)
+    if any(len(example.completions) != completions for example in examples):
+        raise ValueError("collate: examples differ in their number of completions")
+    scored = _Scored(score_prompts, count, completions)
+    place = {"tree": _tree, "packed": _packed, "padded": _padded}[layout]
+    input_ids, position_ids, attention_mask, trees = place(examples, scored, pad_token_id)
+    segments = torch.tensor(scored.segments, dtype=torch.int64)
+    sequences = completions * count + (count if score_prompts else 0)
+    labels = [example.label for example in examples]
+    return PreferenceBatch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        tree=trees,
+        predictors=torch.tensor(scored.predictors, dtype=torch.int64),
+        targets=torch.tensor(scored.targets, dtype=torch.int64),
+        segments=segments,
+        offsets=torch.tensor(scored.offsets, dtype=torch.int64),
+        lengths=torch.bincount(segments, minlength=sequences),
+        labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
+        index=torch.tensor(range(count) if index is None else list(index), dtype=torch.int64),
+        completions=completions,
+    )
+
+
+class _Scored:
+    """The scored tokens, gathered while sequences are laid out."""
+
+    def __init__(self, prompts: bool, examples: int, completions: int):
+        self._prompts, self._examples, self._completions = prompts, examples, completions
+        self.predictors: list[int] = []
+        self.targets: list[int] = []
+        self.segments: list[int] = []
+        self.offsets: list[int] = []
+
+    def _add(self, tokens: Sequence[int], first: int, start: int, segment: int) -> None:
+        """`tokens` stand at `start` and on; `first` is the place that predicts the first of them."""
+        self.predictors += [first, *range(start, start + len(tokens) - 1)]
+        self.targets += tokens
+        self.segments += [segment] * len(tokens)
+        self.offsets += range(len(tokens))
+
+    def prompt(self, example: int, tokens: Sequence[int], start: int) -> None:
+        if self._prompts and len(tokens) > 1:
+            self._add(tokens[1:], start, start + 1, self._completions * self._examples + example)
+
+    def completion(self, example: int, which: int, tokens: Sequence[int], prompt_last: int, start: int) -> None:
+        self._add(tokens, prompt_last, start, which * self._examples + example)
+
+
+_Placed = tuple[Tensor, Tensor, Tensor | None, TreeLayout | None]
+
+
+def _tree(examples: Sequence[Example], scored: _Scored, _pad: int) -> _Placed:
+    return _pack([(e, example, range(len(example.completions))) for e, example in enumerate(examples)], scored)
+
+
+def _packed(examples: Sequence[Example], scored: _Scored, _pad: int) -> _Placed:
+    single = [(e, example, [k]) for e, example in enumerate(examples) for k in range(len(example.completions))]
+    return _pack(single, scored)
+
+
+def _pack(parts: Sequence[tuple[int, Example, Sequence[int]]], scored: _Scored) -> _Placed:
+    """Trees one after the other in a row of one: (example's number, example, which of its completions)."""
+    ids: list[int] = []
+    positions: list[int] = []
+    trees = []
+    for e, example, which in parts:
+        start, prompt = len(ids), example.prompt
+        ids += prompt
+        positions += range(len(prompt))
+        if which[0] == 0:  # a repeated prompt is scored once
+            scored.prompt(e, prompt, start)
+        for k in which:
+            completion = example.completions[k]
+            scored.completion(e, k, completion, start + len(prompt) - 1, len(ids))
+            ids += completion
+            positions += range(len(prompt), len(prompt) + len(completion))
+        trees.append(Tree(start, len(prompt), tuple(len(example.completions[k]) for k in which)))
+    return torch.tensor([ids]), torch.tensor([positions]), None, TreeLayout(tuple(trees))
+
+
+def _padded(examples: Sequence[Example], scored: _Scored, pad: int) -> _Placed:
+    completions = len(examples[0].completions)
+    rows = [(e, k, example) for k in range(completions) for e, example in enumerate(examples)]
+    width = max(len(example.prompt) + len(example.completions[k]) for _, k, example in rows)
+    input_ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for row, (e, k, example) in enumerate(rows):
+        sequence = example.prompt + example.completions[k]
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[row, : len(sequence)] = 1
+        start, prompt = row * width, len(example.prompt)
+        if k == 0:
+            scored.prompt(e, example.prompt, start)
+        scored.completion(e, k, example.completions[k], start + prompt - 1, start + prompt)
+    position_ids = torch.arange(width).expand(len(rows), width).contiguous()
+    return input_ids, position_ids, attention_mask, None
+
+
+def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int) -> list[list[int]]:
+    """Cut a step into micro-batches of at most `budget` computed tokens; an example beyond it goes alone.
+
+    First fit by falling length, so that few micro-batches are needed and padded rows are alike. Returns the examples'
+    places in the step; every example is in one micro-batch.
+    """
+    sizes = [_size(example, layout) for example in examples]
+    open_: list[list[int]] = []
+    for at in sorted(range(len(examples)), key=lambda i: -sizes[i]):
+        for batch in open_:
+            if _cost([*batch, at], sizes, examples, layout) <= budget:
+                batch.append(at)
+                break
+        else:
+            open_.append([at])
+    return [sorted(batch) for batch in open_]
+
+
+def _size(example: Example, layout: Layout) -> int:
+    branches = [len(ids) for ids in example.completions]
+    if layout == "padded":
+        return len(example.prompt) + max(branches)
+    return len(example.prompt) * (1 if layout == "tree" else len(branches)) + sum(branches)
+
+
+def _cost(batch: Sequence[int], sizes: Sequence[int], examples: Sequence[Example], layout: Layout) -> int:
+    if layout == "padded":
+        return max(sizes[i] for i in batch) * sum(len(examples[i].completions) for i in batch)
+    return sum(sizes[i] for i in batch)

@@ -1,0 +1,175 @@
+"""Attention over trees, registered with transformers under the name "fastpref".
+
+A packed row holds trees: a prompt and its completions one after the other. A token attends, causally, to its own
+tree's prompt and its own completion. The layout reaches `tree_attention` as the keyword `tree` of the model's
+forward, which transformers hands down to the attention of every layer; so nothing is global, and a model whose
+layers do not hand it down is found by `layers_reached`. Without the keyword it is transformers' own SDPA.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from fastpref.data.batch import Tree, TreeLayout
+
+NAME = "fastpref"
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,  # [B, heads, T, D]
+    key: Tensor,  # [B, kv_heads, T, D]
+    value: Tensor,  # [B, kv_heads, T, D]
+    attention_mask: Tensor | None,  # [B, 1, T, T], only without a tree
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    tree: TreeLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface. Returns [B, T, heads, D]."""
+    if tree is None:
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return _masked(query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
+    if isinstance(tree, _Probe):
+        tree.reached.append(module)
+    attend = _Attend(dropout, scaling, sliding_window, softcap, s_aux)
+    parts = [part for t in tree.trees for part in _tree_parts(attend, query, key, value, t)]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def tree_mask(
+    *args: Any, attention_mask: Tensor | None = None, q_length: int = 0, use_vmap: bool = False, **kwargs: Any
+) -> Tensor | None:
+    """No mask for a packed row, whose tree says all; for padded rows and for generation that of SDPA."""
+    if attention_mask is None and q_length != 1:
+        return None
+    kwargs["allow_is_causal_skip"] = False  # a softcap is computed with the mask alone
+    return sdpa_mask(*args, attention_mask=attention_mask, q_length=q_length, use_vmap=use_vmap, **kwargs)
+
+
+AttentionInterface.register(NAME, tree_attention)
+AttentionMaskInterface.register(NAME, tree_mask)
+
+
+def _tree_parts(attend: "_Attend", query: Tensor, key: Tensor, value: Tensor, tree: Tree) -> list[Tensor]:
+    """The outputs of one tree in the order of the row: the prompt with its first completion, then each further one."""
+    begin, prompt_end = tree.start, tree.start + tree.prompt
+    first_end = prompt_end + tree.completions[0]
+    stem = slice(begin, first_end)
+    parts = [attend(query[:, :, stem], key[:, :, stem], value[:, :, stem])]
+    start = first_end
+    for length in tree.completions[1:]:
+        own = slice(start, start + length)
+        keys = torch.cat([key[:, :, begin:prompt_end], key[:, :, own]], dim=2)
+        values = torch.cat([value[:, :, begin:prompt_end], value[:, :, own]], dim=2)
+        parts.append(attend(query[:, :, own], keys, values))
+        start += length
+    return parts
+
+
+class _Attend:
+    """Causal attention of the last queries of a contiguous sequence to all of it."""
+
+    def __init__(
+        self, dropout: float, scaling: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
+    ):
+        self.dropout, self.scaling, self.window, self.softcap, self.sinks = dropout, scaling, window, softcap, sinks
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [B, heads, Q, D], the last Q places; key and value [B, kv_heads, K, D]. Returns [B, heads, Q, D]."""
+        q, k = query.shape[2], key.shape[2]
+        windowed = self.window is not None and self.window < k
+        if self.softcap is None and self.sinks is None:
+            groups = query.shape[1] // key.shape[1]
+            key, value = _repeat(key, groups), _repeat(value, groups)
+            plain = q == k and not windowed
+            mask = None if plain else _causal(q, k, self.window, query.device)
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=plain, dropout_p=self.dropout, scale=self.scaling
+            )
+        mask = _causal(q, k, self.window, query.device)
+        out = _masked(query, key, value, mask, self.dropout, self.scaling, self.softcap, self.sinks)
+        return out.transpose(1, 2)
+
+
+def _causal(q: int, k: int, window: int | None, device: torch.device) -> Tensor:
+    """[Q, K] bool: place i of the last Q may see place j of all K. Positions inside one sequence are its places."""
+    i = torch.arange(k - q, k, device=device)[:, None]
+    j = torch.arange(k, device=device)[None, :]
+    mask = j <= i
+    return mask if window is None else mask & (i - j < window)
+
+
+def _masked(
+    query: Tensor,  # [B, heads, Q, D]
+    key: Tensor,  # [B, kv_heads, K, D]
+    value: Tensor,  # [B, kv_heads, K, D]
+    mask: Tensor | None,  # bool, broadcast to [B, heads, Q, K]
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,  # [heads]
+) -> Tensor:
+    """Attention with capped scores or sinks, which SDPA has not: scores in float32, [B, Q, heads, D]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = _repeat(key, groups), _repeat(value, groups)
+    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = _causal(query.shape[2], key.shape[2], None, query.device)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].to(query.dtype)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _repeat(kv: Tensor, groups: int) -> Tensor:
+    return kv if groups == 1 else kv.repeat_interleave(groups, dim=1)
+
+
+@dataclass(frozen=True)
+class _Probe(TreeLayout):
+    """A tree that notes every layer it reaches."""
+
+    reached: list[nn.Module] = field(default_factory=list)
+
+
+def layers_reached(backbone: nn.Module) -> int:
+    """In how many layers of a model a tree arrives at `tree_attention`: run four tokens through it and count."""
+    device = next(backbone.parameters()).device
+    probe = _Probe((Tree(0, 2, (1, 1)),))
+    with torch.no_grad():
+        ids = torch.zeros((1, 4), dtype=torch.int64, device=device)
+        positions = torch.tensor([[0, 1, 2, 2]], device=device)
+        backbone(input_ids=ids, position_ids=positions, use_cache=False, tree=probe)
+    return len(probe.reached)
+
+
+def why_not_tree(model: PreTrainedModel, backbone: nn.Module) -> str | None:
+    """The reason a model must be given padded rows, or None if its attention takes trees."""
+    kind = model.config.model_type
+    if model.config._attn_implementation != NAME:
+        return f"the attention of {kind} models is their own code"
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    try:
+        reached = layers_reached(backbone)
+    except Exception as error:  # model code that refuses an unknown keyword does so in its own way
+        return f"{kind} models refuse the layout: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if layers is not None and reached < layers:
+        return f"only {reached} of the {layers} layers of this {kind} model have attention that takes the layout"
+    return None

@@ -1,0 +1,127 @@
+"""Models and tokenizers from a folder or the hub, with adapters, ready for the layouts."""
+
+from dataclasses import dataclass
+
+import peft
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastpref.config import Config, LoraConfig, ModelConfig
+from fastpref.data.batch import Layout
+from fastpref.errors import UserError
+from fastpref.model import attention
+from fastpref.model.head import check_logits
+from fastpref.model.policy import Policy
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model under training."""
+
+    model: PreTrainedModel  # the causal language model itself
+    wrapped: PreTrainedModel | peft.PeftModel  # with its adapters, or the same again: what is saved
+    policy: Policy
+    layout: Layout
+    why_padded: str | None  # the reason for a layout that was not asked for
+
+
+def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
+    """Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            options.name, revision=options.revision or "main", trust_remote_code=options.trust_remote_code
+        )
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise UserError(f"model.name = {options.name!r}: no tokenizer there: {_cause(error)}") from None
+
+
+def load_model(config: Config, device: torch.device) -> Loaded:
+    """The model of a config on a device, with fresh adapters if it has a [lora] table.
+
+    Raises UserError for a model that is not there, is no causal language model, or has no safetensors.
+    """
+    model = _pretrained(config.model, weight_dtype(config, device)).to(device)  # pyright: ignore[reportArgumentType]
+    model.config.use_cache = False
+    policy = Policy.of(model)
+    model.eval()
+    check_logits(model, policy.backbone, policy.head)
+    layout, why = _layout(config, model, policy)
+    wrapped = model
+    if config.lora is not None:
+        wrapped = _with_adapters(model, config.lora)
+        policy = Policy.of(model)  # PEFT may have wrapped the head
+    if config.train.checkpointing is True or (config.train.checkpointing == "auto" and device.type != "cpu"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Loaded(model, wrapped, policy, layout, why)
+
+
+def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """`model.dtype`; "auto" is float32 on a CPU and for full fine-tuning, whose small steps bfloat16 would lose."""
+    if config.model.dtype != "auto":
+        return getattr(torch, config.model.dtype)
+    if device.type == "cpu" or config.lora is None:
+        return torch.float32
+    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
+
+
+def _pretrained(options: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    where = {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(options.name, **where)
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise UserError(f"model.name = {options.name!r}: no model there: {_cause(error)}") from None
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model.name = {options.name!r}: {config.model_type} is an encoder-decoder; a causal model is needed"
+        )
+    try:
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                options.name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation=attention.NAME,
+                **where,
+            )
+        except ValueError as error:
+            if "attention" not in str(error).lower() and attention.NAME not in str(error):
+                raise
+            return AutoModelForCausalLM.from_pretrained(options.name, dtype=dtype, use_safetensors=True, **where)
+    except Exception as error:  # missing weights, an unknown architecture, no memory: all end here
+        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {_cause(error)}") from None
+
+
+def _layout(config: Config, model: PreTrainedModel, policy: Policy) -> tuple[Layout, str | None]:
+    """The layout asked for, or padded with the reason why it cannot be had."""
+    wanted = config.train.layout
+    if wanted == "padded":
+        return "padded", None
+    why = attention.why_not_tree(model, policy.backbone)
+    if why is not None:
+        return "padded", why
+    return "tree" if wanted == "auto" else wanted, None
+
+
+def _with_adapters(model: PreTrainedModel, options: LoraConfig) -> peft.PeftModel:
+    settings = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=options.dropout,
+        target_modules=options.target if isinstance(options.target, str) else list(options.target),
+        modules_to_save=list(options.modules_to_save) or None,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        wrapped = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(f"lora.target: {_cause(error)} This model's linear modules are {', '.join(names)}.") from None
+    assert isinstance(wrapped, peft.PeftModel)
+    return wrapped
+
+
+def _cause(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -1,0 +1,59 @@
+"""The policy: one module from a batch to the log-probabilities of its scored tokens."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastpref.data.batch import PreferenceBatch
+from fastpref.model.head import Head
+from fastpref.ops import TokenLogprobs, linear_logprob
+
+
+class Policy(nn.Module):
+    """A model's body and head. Only the places that predict a scored token reach the head; logits never exist.
+
+    It is what Accelerate prepares, so the hooks of data and model parallelism cover body and head together.
+    """
+
+    def __init__(self, backbone: nn.Module, head: Head):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Policy":
+        """The policy that shares the modules of `model`."""
+        return cls(getattr(model, model.base_model_prefix), Head(model))
+
+    def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
+        """Log-probabilities, and the optional outputs of `linear_logprob`, of the N scored tokens."""
+        layout = {} if batch.tree is None else {"tree": batch.tree}
+        hidden = self.backbone(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+            **layout,
+        ).last_hidden_state  # [B, T, H]
+        weight, bias = self.head()
+        return linear_logprob(
+            hidden.flatten(0, 1).index_select(0, batch.predictors),
+            weight,
+            batch.targets,
+            bias,
+            softcap=self.head.settings.softcap,
+            logit_scale=self.head.settings.scale,
+            outputs=outputs,
+        )
+
+
+def per_sequence(
+    values: Tensor,  # [N] one a scored token
+    batch: PreferenceBatch,
+    weights: Tensor | None = None,  # [N]
+) -> Tensor:
+    """Sums over each sequence's scored tokens, [S]."""
+    values = values if weights is None else values * weights
+    return torch.zeros(len(batch.lengths), dtype=values.dtype, device=values.device).index_add(
+        0, batch.segments, values
+    )

@@ -1,0 +1,39 @@
+"""The frozen reference: the same model with its adapters off, or a copy of it."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import peft
+import torch
+from torch import Tensor
+
+from fastpref.config import Config
+from fastpref.data.batch import PreferenceBatch
+from fastpref.model.load import Loaded
+from fastpref.model.policy import Policy
+
+Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [N], without gradient
+
+
+def make_reference(config: Config, loaded: Loaded) -> tuple[Reference, str]:
+    """The reference of `reference.mode`, and which one it is, in words. Call it before any training step."""
+    adapters = loaded.wrapped if isinstance(loaded.wrapped, peft.PeftModel) else None
+    if adapters is not None and config.reference.mode != "copy":
+        return _reference(loaded.policy, adapters), "the same weights with the adapters off"
+    frozen = copy.deepcopy(loaded.model).requires_grad_(False).eval()
+    return _reference(Policy.of(frozen), None), "a frozen copy of the model"
+
+
+def _reference(policy: Policy, adapters: peft.PeftModel | None) -> Reference:
+    @torch.no_grad()
+    def logps(batch: PreferenceBatch) -> Tensor:
+        training = policy.training
+        policy.eval()  # a reference knows no dropout
+        try:
+            with adapters.disable_adapter() if adapters is not None else nullcontext():
+                return policy(batch).logp
+        finally:
+            policy.train(training)
+
+    return logps

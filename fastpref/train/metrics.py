@@ -1,0 +1,86 @@
+"""Metrics of a step or an evaluation: means weighted by what they are means over, whatever the micro-batches were."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from fastpref.data.batch import PreferenceBatch
+from fastpref.losses import LossOutput
+from fastpref.ops import TokenLogprobs
+
+# What `linear_logprob` is asked for beside the log-probabilities when a step is logged.
+TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
+
+
+class Metrics:
+    """Sums and counts by name, gathered without waiting for the device; `result` divides them.
+
+    Pairs: rewards, their margins and accuracies (a tie counts half) and log-probabilities are means over pairs. Single
+    responses (KTO): "chosen" are the desirable rows, "rejected" the others, each a mean over its own; margins are
+    the difference of the two, accuracies the share of (desirable, undesirable) couples in which the desirable one
+    has the higher reward.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._rewards: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._paired = True
+
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        total = total.detach().float()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] += count
+
+    def add_loss(self, output: LossOutput) -> None:
+        """The loss of one part of a step, and its rewards."""
+        self.add("loss", output.loss, 0)
+        self._rewards[0].append(output.chosen_rewards.detach())
+        self._rewards[1].append(output.rejected_rewards.detach())
+        for name, (total, count) in output.extra.items():
+            self.add(name, total, count)
+
+    def add_sequences(self, logps: Tensor, chosen: Tensor) -> None:
+        """logps [S] of whole responses; chosen [S] bool."""
+        for side, mask in (("chosen", chosen), ("rejected", ~chosen)):
+            self.add(f"logps/{side}", logps[mask].sum(), mask.sum())
+
+    def add_tokens(self, tokens: TokenLogprobs, batch: PreferenceBatch, chosen: Tensor, counted: Tensor) -> None:
+        """Per-token outputs. chosen and counted: [S] bool of the batch's sequences."""
+        if tokens.entropy is None or tokens.mean_logit is None or tokens.is_top1 is None:
+            return
+        of_chosen = (chosen & counted)[batch.segments]
+        of_rejected = (~chosen & counted)[batch.segments]
+        of_both = of_chosen | of_rejected
+        self.add("entropy", tokens.entropy[of_both].sum(), of_both.sum())
+        self.add("mean_token_accuracy", tokens.is_top1[of_chosen].sum(), of_chosen.sum())
+        self.add("logits/chosen", tokens.mean_logit[of_chosen].sum(), of_chosen.sum())
+        self.add("logits/rejected", tokens.mean_logit[of_rejected].sum(), of_rejected.sum())
+
+    def single_responses(self) -> None:
+        """Say that rewards are of single responses, not of pairs."""
+        self._paired = False
+
+    def result(self) -> dict[str, float]:
+        """Every metric that has something to be a mean over."""
+        counts = {name: float(count) for name, count in self._counts.items()}
+        means = {
+            name: float(total) / (counts[name] or 1.0)
+            for name, total in self._sums.items()
+            if counts[name] or name == "loss"
+        }
+        return means | self._reward_metrics()
+
+    def _reward_metrics(self) -> dict[str, float]:
+        chosen, rejected = (torch.cat(parts).float() if parts else torch.zeros(0) for parts in self._rewards)
+        found = {}
+        if len(chosen):
+            found["rewards/chosen"] = float(chosen.mean())
+        if len(rejected):
+            found["rewards/rejected"] = float(rejected.mean())
+        if len(chosen) and len(rejected):
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+            difference = chosen - rejected if self._paired else (chosen[:, None] - rejected[None, :]).flatten()
+            found["rewards/accuracies"] = float((torch.sign(difference) / 2 + 0.5).mean())
+        return found

@@ -1,0 +1,83 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display:
+    """Prints notes, evaluations and samples, and follows the steps. Text from data is never read as markup."""
+
+    def __init__(self, steps: int, console: Console | None = None):
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._live = self.console.is_terminal
+        self._steps = steps
+        self._started = time.monotonic()
+        self._last_line = 0.0
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[said]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=steps, said="")
+
+    def __enter__(self) -> "Display":
+        self._started = time.monotonic()
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def note(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step is done. Off a terminal a line a second is enough, and one for the last step."""
+        now = time.monotonic()
+        said = _short(metrics)
+        if self._live:
+            self._bar.update(self._task, completed=step, said=said)
+        elif now - self._last_line >= 1 or step == self._steps:
+            self._last_line = now
+            left = (now - self._started) / step * (self._steps - step)
+            self.console.print(f"step {step}/{self._steps}  {said}  {left:.0f} s left")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        accuracy = metrics.get("eval/rewards/accuracies")
+        said = "" if accuracy is None else f"  accuracy {accuracy:.1%}"
+        margin = metrics.get("eval/rewards/margins")
+        said += "" if margin is None else f"  margin {margin:+.3f}"
+        self.console.print(f"step {step}: held-out loss {metrics['eval/loss']:.4f}{said}")
+
+    def samples(self, before: list[tuple[str, str]], after: list[str]) -> None:
+        """(question, answer) before the training, and the answers after it."""
+        for (question, old), new in zip(before, after):
+            table = Table.grid(padding=(0, 2))
+            table.add_row("asked", escape(question))
+            table.add_row("before", escape(old))
+            table.add_row("after", escape(new))
+            self.console.print(Panel(table, title="a held-out prompt", title_align="left", expand=False))
+
+
+def _short(metrics: Mapping[str, float]) -> str:
+    wanted = (
+        ("loss", "loss {:.4f}"),
+        ("rewards/margins", "margin {:+.3f}"),
+        ("rewards/accuracies", "accuracy {:.0%}"),
+        ("pairs_per_second", "{:.1f} pairs/s"),
+        ("tokens_per_second", "{:.0f} tokens/s"),
+    )
+    return "  ".join(form.format(metrics[name]) for name, form in wanted if name in metrics)

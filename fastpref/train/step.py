@@ -1,0 +1,244 @@
+"""The loss of one optimizer step, cut into micro-batches that add up to it exactly.
+
+Terms that need the whole step before any gradient (KTO's KL, the sorting variants of DPO) are found in a pass without
+gradient when the step is more than one micro-batch, and on the way when it is one. The result is the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches
+from fastpref.data.tokenize import Example
+from fastpref.loss_options import DPO, KTO, ORPO, LossOptions
+from fastpref.losses import (
+    PairLogps,
+    RowLogps,
+    Totals,
+    WholeStep,
+    kto_kl,
+    kto_loss,
+    length_weights,
+    pair_loss,
+    wpo_weights,
+)
+from fastpref.model.policy import per_sequence
+from fastpref.model.reference import Reference
+from fastpref.ops import TokenLogprobs
+from fastpref.train.metrics import TOKEN_OUTPUTS, Metrics
+
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computed, beside its metrics."""
+
+    tokens: int  # through the model with gradient, padding included
+    microbatches: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, with the models and the layout it is computed in."""
+
+    policy: nn.Module  # a Policy, or what Accelerate made of it
+    reference: Reference | None
+    options: LossOptions
+    layout: Layout
+    budget: int  # tokens a micro-batch
+    pad_token_id: int
+    device: torch.device
+
+    def step(
+        self, examples: Sequence[Example], backward: Backward, *, token_metrics: bool = True
+    ) -> tuple[Metrics, Work]:
+        """The loss of a whole step; `backward` is called with each micro-batch's share of it."""
+        metrics = Metrics()
+        outputs = TOKEN_OUTPUTS if token_metrics else ()
+        return metrics, self._run(examples, backward, outputs, self._totals(examples), metrics)
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], batch: int) -> Metrics:
+        """The metrics of examples taken `batch` at a time, as one mean over all of them."""
+        metrics, totals = Metrics(), self._totals(examples)
+        for chunk in _chunks(examples, batch):
+            self._run(chunk, None, TOKEN_OUTPUTS, totals, metrics)
+        return metrics
+
+    def _run(
+        self,
+        examples: Sequence[Example],
+        backward: Backward | None,
+        outputs: tuple[str, ...],
+        totals: Totals,
+        metrics: Metrics,
+    ) -> Work:
+        run = self._run_rows if isinstance(self.options, KTO) else self._run_pairs
+        return run(examples, backward, outputs, totals, metrics)
+
+    # --- pairs -------------------------------------------------------------------------------------------------
+
+    def _run_pairs(
+        self,
+        examples: Sequence[Example],
+        backward: Backward | None,
+        outputs: tuple[str, ...],
+        totals: Totals,
+        metrics: Metrics,
+    ) -> Work:
+        tokens = 0
+        parts = self._microbatches(examples)
+        sorts = isinstance(self.options, DPO) and self.options.sorts_step
+        whole = self._whole_step(parts, len(examples)) if sorts and len(parts) > 1 else None
+        for part in parts:
+            batch = part.to(self.device)
+            result: TokenLogprobs = self.policy(batch, outputs + self._extra_outputs())
+            pairs = self._pairs(result, batch)
+            step = None if not sorts else WholeStep(whole or pairs.detach(), batch.index if whole else _own(batch))
+            loss = pair_loss(pairs, self.options, totals, step)
+            if backward is not None:
+                backward(loss.loss)
+            tokens += batch.tokens
+            metrics.add_loss(loss)
+            counted = torch.arange(len(batch.lengths), device=self.device) < 2 * batch.examples
+            chosen = torch.arange(len(batch.lengths), device=self.device) < batch.examples
+            metrics.add_sequences(torch.cat([pairs.chosen, pairs.rejected]).detach(), chosen[: 2 * batch.examples])
+            metrics.add_tokens(result, batch, chosen, counted)
+        return Work(tokens, len(parts))
+
+    def _pairs(self, result: TokenLogprobs, batch: PreferenceBatch) -> PairLogps:
+        """Sums of token log-probabilities by response, with what the options ask for beside them."""
+        count, options = batch.examples, self.options
+        weights = None
+        if isinstance(options, DPO) and options.length_alpha != 1:
+            shorter = torch.minimum(batch.lengths[:count], batch.lengths[count:])
+            weights = length_weights(batch.offsets, shorter[batch.segments % count], options.length_alpha)
+        sums = per_sequence(result.logp, batch, weights)
+        lengths = batch.lengths.to(sums.dtype)
+        pairs = PairLogps(sums[:count], sums[count : 2 * count], lengths[:count], lengths[count : 2 * count])
+        if self.reference is not None:
+            reference = per_sequence(self.reference(batch), batch, weights)
+            pairs = replace(pairs, ref_chosen=reference[:count], ref_rejected=reference[count:])
+        if weights is not None:  # the supervised term knows no weights
+            pairs = replace(pairs, nll=per_sequence(result.logp, batch)[:count], nll_lengths=lengths[:count])
+        if self._scores_prompts():
+            nll, nll_lengths = sums[:count] + sums[2 * count :], lengths[:count] + lengths[2 * count :]
+            pairs = replace(pairs, nll=nll, nll_lengths=nll_lengths)
+        if result.log_sum_sq_probs is not None:
+            aligned = per_sequence((result.logp - result.log_sum_sq_probs).detach(), batch) / lengths
+            pairs = replace(pairs, weights=wpo_weights(aligned[:count], aligned[count:]))
+        return pairs
+
+    @torch.no_grad()
+    def _whole_step(self, parts: Sequence[PreferenceBatch], count: int) -> PairLogps:
+        """All pairs of the step in their order, without gradient."""
+        found = []
+        for part in parts:
+            batch = part.to(self.device)
+            found.append((batch.index, self._pairs(self.policy(batch, self._extra_outputs()), batch)))
+        index = torch.cat([i for i, _ in found])
+
+        def joined(name: str) -> Tensor:
+            values = torch.cat([getattr(pairs, name) for _, pairs in found])
+            return torch.zeros_like(values).index_copy(0, index, values)
+
+        names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths", "ref_chosen", "ref_rejected")
+        return PairLogps(**{name: joined(name) for name in names})
+
+    def _totals(self, examples: Sequence[Example]) -> Totals:
+        scored = sum(len(e.completions[0]) + (len(e.prompt) - 1 if self._scores_prompts() else 0) for e in examples)
+        return Totals(len(examples), scored)
+
+    def _scores_prompts(self) -> bool:
+        return isinstance(self.options, ORPO) and self.options.nll_on == "all"
+
+    def _extra_outputs(self) -> tuple[str, ...]:
+        return ("log_sum_sq_probs",) if isinstance(self.options, DPO) and self.options.weighting else ()
+
+    # --- single responses --------------------------------------------------------------------------------------
+
+    def _run_rows(
+        self,
+        examples: Sequence[Example],
+        backward: Backward | None,
+        outputs: tuple[str, ...],
+        totals: Totals,
+        metrics: Metrics,
+    ) -> Work:
+        options, tokens = self.options, 0
+        assert isinstance(options, KTO)
+        metrics.single_responses()
+        mismatched = options.kl == "batch" and len(examples) > 1
+        parts = self._microbatches(_with_mismatched(examples)) if mismatched else []
+        branched = len(parts) == 1
+        kl: Tensor | float = 0.0
+        if not branched:
+            if mismatched:
+                kl = self._mismatched_kl(examples)
+            parts = self._microbatches(examples)
+        for part in parts:
+            batch = part.to(self.device)
+            assert batch.labels is not None
+            assert self.reference is not None
+            count = batch.examples
+            result: TokenLogprobs = self.policy(batch, outputs)
+            logps, reference = per_sequence(result.logp, batch), per_sequence(self.reference(batch), batch)
+            if branched:
+                kl = kto_kl(logps[count:], reference[count:])
+            loss = kto_loss(RowLogps(logps[:count], reference[:count], batch.labels), options, kl, totals)
+            if backward is not None:
+                backward(loss.loss)
+            tokens += batch.tokens
+            metrics.add_loss(loss)
+            metrics.add_sequences(logps[:count].detach(), batch.labels)
+            own = torch.arange(len(batch.lengths), device=self.device) < count
+            metrics.add_tokens(result, batch, batch.labels.repeat(batch.completions), own)
+        if options.kl == "batch":
+            metrics.add("kl", torch.as_tensor(kl) * len(examples), len(examples))
+        return Work(tokens, len(parts))
+
+    @torch.no_grad()
+    def _mismatched_kl(self, examples: Sequence[Example]) -> Tensor:
+        """KTO's KL over the whole step, in a pass of its own."""
+        assert self.reference is not None
+        logps, reference = [], []
+        for part in self._microbatches([replace(e, completions=e.completions[1:]) for e in _with_mismatched(examples)]):
+            batch = part.to(self.device)
+            logps.append(per_sequence(self.policy(batch).logp, batch))
+            reference.append(per_sequence(self.reference(batch), batch))
+        return kto_kl(torch.cat(logps), torch.cat(reference))
+
+    # --- both --------------------------------------------------------------------------------------------------
+
+    def _microbatches(self, examples: Sequence[Example]) -> list[PreferenceBatch]:
+        return [
+            collate(
+                [examples[i] for i in places],
+                self.layout,
+                index=places,
+                pad_token_id=self.pad_token_id,
+                score_prompts=self._scores_prompts(),
+            )
+            for places in plan_microbatches(examples, self.layout, self.budget)
+        ]
+
+
+def _chunks(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    """Cut by size. KTO compares neighbours, so a last example does not stay alone."""
+    starts = list(range(0, len(examples), size))
+    if len(starts) > 1 and len(examples) - starts[-1] == 1:
+        starts.pop()
+    return [examples[a:b] for a, b in zip(starts, [*starts[1:], len(examples)])]
+
+
+def _own(batch: PreferenceBatch) -> Tensor:
+    return torch.arange(batch.examples, device=batch.index.device)
+
+
+def _with_mismatched(examples: Sequence[Example]) -> list[Example]:
+    """Every prompt with its own completion and, as a second branch, the next row's."""
+    following = [*examples[1:], examples[0]]
+    return [replace(e, completions=(e.completions[0], f.completions[0])) for e, f in zip(examples, following)]
