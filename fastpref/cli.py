@@ -1,5 +1,6 @@
 """The command line: one function a command. Heavy imports wait inside them."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,8 @@ def train(
     loaded = load_config(config, overrides or ())
     if offline:
         _go_offline()
+    # bitsandbytes warns at import about a CPU kernel that only 4-bit inference would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from fastpref.train.loop import train as run
 
     if run(loaded, force=force, default_name=config.stem).interrupted:

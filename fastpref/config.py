@@ -226,28 +226,40 @@ class Config(_Section):
     """A whole training run."""
 
     model: ModelConfig
+    """The model to train."""
     lora: LoraConfig | None = None
     """Train adapters; without this table the whole model is trained."""
     loss: LossConfig = Field(default_factory=DPO)
+    """What is optimised; the other keys depend on its type."""
     data: Annotated[tuple[DataConfig, ...], Strict(False), Field(min_length=1)]
+    """The preferences to train on; several [[data]] are joined."""
     eval: EvalConfig = EvalConfig()
+    """What is held out, and when the model is evaluated on it."""
     tokens: TokensConfig = TokensConfig()
+    """From rows to tokens."""
     reference: ReferenceConfig = ReferenceConfig()
+    """The model that DPO, IPO and KTO compare with."""
     train: TrainConfig = TrainConfig()
+    """The optimisation."""
     output: OutputConfig = OutputConfig()
+    """What is written."""
     log: LogConfig = LogConfig()
+    """What is logged."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
+        mistakes = []
         if self.reference.mode == "adapter" and self.lora is None:
-            raise ValueError('reference.mode = "adapter" needs a [lora] table; full fine-tuning takes "copy"')
+            mistakes.append('reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"')
         if isinstance(self.loss, KTO) and self.loss.kl == "batch" and self.train.batch == 1:
-            raise ValueError(
-                "train.batch = 1: KTO compares each row with the next one of its batch, so a batch needs two rows; "
+            mistakes.append(
+                "train.batch: KTO compares each row with the next one of its batch, so a batch needs two rows; "
                 'set train.batch to 2 or more, or loss.kl = "none"'
             )
         if self.eval.every is not None and not self.eval.wanted:
-            raise ValueError("eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]")
+            mistakes.append("eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
 
     @property
@@ -267,7 +279,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -278,7 +290,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         what, _, place = str(error).partition(" (at line ")  # "(at line 3, column 5)", or "(at end of document)"
-        line = place.split(",")[0] if place else len(text.splitlines())
+        line = place.split(",")[0] if place else text.rstrip().count("\n") + 1
         raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
     lines = TomlLines(str(path), text)
     for override in overrides:
@@ -307,18 +319,19 @@ def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
     for depth, part in enumerate(keys[:-1]):
         if isinstance(table, list):
             table = _entry(table, part, override)
-            continue
-        table = table.setdefault(part, [] if keys[depth + 1].isdigit() else {})
+        else:
+            table = table.setdefault(part, [] if keys[depth + 1].isdecimal() else {})
         if not isinstance(table, dict | list):
             raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a table")
     if isinstance(table, list):
-        raise UserError(f"override {override!r}: name one of the tables' keys, such as {key}.path")
+        array = ".".join(keys[:-1])
+        raise UserError(f"override {override!r}: {array} is an array; set a key of an entry, {array}.0.KEY, or all of it")
     table[keys[-1]] = parsed
     lines.override(tuple(keys), override)
 
 
 def _entry(tables: list[Any], index: str, override: str) -> Any:
-    if not index.isdigit() or int(index) >= len(tables):
+    if not index.isdecimal() or int(index) >= len(tables):
         raise UserError(
             f"override {override!r}: there is no entry {index}; the config has {len(tables)}, counted from 0"
         )
@@ -329,10 +342,10 @@ def _from_folder(config: Config, folder: Path) -> Config:
     """Make paths that exist beside the config absolute."""
 
     def find(name: str) -> str:
-        beside = folder / Path(name).expanduser()
         try:
+            beside = folder / Path(name).expanduser()
             return str(beside.resolve()) if beside.exists() else name
-        except OSError:  # an inline chat template is no path
+        except (OSError, RuntimeError):  # an inline chat template is no path, and ~name may be nobody's
             return name
 
     def found(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
@@ -356,7 +369,8 @@ def to_toml(config: Config) -> str:
     def value(v: Any) -> str:
         if isinstance(v, list | tuple):
             return f"[{', '.join(map(value, v))}]"
-        return json.dumps(v, ensure_ascii=False)  # strings, numbers and booleans are written alike in both
+        # Strings, numbers and booleans are written alike in both, but for the one character that only TOML escapes.
+        return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
 
     def table(header: str, content: dict[str, Any]) -> list[str]:
         own = {k: v for k, v in content.items() if v is not None}

@@ -1,5 +1,6 @@
 """From a validation error to lines a person can act on: `cfg.toml:LINE: key: what is wrong (did you mean 'x'?)`."""
 
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -16,12 +17,19 @@ class TomlLines:
 
     def __init__(self, file: str, text: str):
         self.file = file
-        self._lines = dict(_scan(text.splitlines()))
+        self._lines: dict[Path, int] = {}
+        for path, line in _scan(text.split("\n")):  # TOML knows no other line ends
+            for end in range(1, len(path) + 1):  # [a.b] and a.b = 1 make a, too
+                self._lines.setdefault(path[:end], line)
         self._overrides: dict[Path, str] = {}
 
     def override(self, keys: tuple[str, ...], text: str) -> None:
-        path: Path = tuple(int(k) if k.isdigit() else k for k in keys)
+        path: Path = tuple(int(k) if k.isdecimal() else k for k in keys)
+        self._lines = {p: line for p, line in self._lines.items() if p[: len(path)] != path}
         self._overrides[path] = text
+
+    def __contains__(self, path: Path) -> bool:
+        return path in self._lines or path in self._overrides
 
     def place(self, path: Path) -> str:
         """`file:line` of the key or of the nearest table around it, or the override that set it."""
@@ -94,34 +102,61 @@ def _paths(table: dict[str, Any]) -> Iterator[Path]:
 
 def explain(error: ValidationError, schema: type[BaseModel], lines: TomlLines) -> list[str]:
     """One line for each mistake, in the order of the file."""
-    found: dict[str, None] = {}  # a set that keeps its order
+    found: dict[str, list[str]] = {}  # of each key
     for problem in error.errors():
-        path = _without_tags(problem["loc"])
+        path = _without_tags(problem["loc"], problem["type"])
         message = _message(problem, path, schema)
         if message is None:
             continue
-        key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
-        found[f"{lines.place(path)}: {key}: {message}" if key else f"{lines.file}: {message}"] = None
-    return sorted(found, key=_line_number)
+        for line in message.split("\n"):
+            at, what = _named_key(path, line, lines) if problem["type"] == "value_error" else (path, line)
+            key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
+            place = f"{lines.place(at)}: {key}" if key else lines.file
+            found.setdefault(place, []).append(what)
+    said = [f"{place}: {_either(messages)}" for place, messages in found.items()]
+    return sorted(said, key=lambda line: _line_number(line.removeprefix(lines.file)))
 
 
 def _line_number(message: str) -> int:
-    digits = message.split(":")[1] if message.count(":") > 1 else ""
-    return int(digits) if digits.isdigit() else 0
+    digits = message.split(":")[1] if message.startswith(":") else ""
+    return int(digits) if digits.isdecimal() else 0
 
 
 _LOSS_TYPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
 
 
-def _without_tags(loc: tuple[str | int, ...]) -> Path:
+def _named_key(path: Path, message: str, lines: TomlLines) -> tuple[Path, str]:
+    """A table's own check begins with the key it is about, as in `eval.every: …` or `weights has …`."""
+    words = re.match(r"([\w.]+)(: )?", message)
+    key: Path = (*path, *words[1].split(".")) if words else path
+    if key not in lines:
+        return path, message
+    return key, message[words.end() :] if words and words[2] else message
+
+
+def _either(messages: list[str]) -> str:
+    """What each member of a union wants, as one message; the first also says what was given."""
+    first, *others = dict.fromkeys(messages)
+    wanted = [message.rpartition(", got ")[0] for message in others]
+    return ", or ".join([*wanted, first])
+
+
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+def _without_tags(loc: tuple[str | int, ...], kind: str) -> Path:
     """Drop what pydantic adds to a location: the chosen member of a union."""
     path = [p for i, p in enumerate(loc) if not (i == 1 and loc[0] == "loss" and p in _LOSS_TYPES)]
-    return tuple(p for p in path if isinstance(p, int) or not ("[" in p or "-" in p))
+    if kind in _UNKNOWN:
+        return tuple(path)  # a user's words; unions have no keys
+    if kind == "union_tag_invalid":
+        return (*path, "type")
+    return tuple(p for p in path if isinstance(p, int) or not ("[" in p or "-" in p or p == "bool"))
 
 
 def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
     kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+    if kind in _UNKNOWN:
         owners = [t for t in _LOSS_TYPES if path[0] == "loss" and path[-1] in _loss_keys(schema, t)]
         if owners:
             return f"this loss has no such key; it belongs to {', '.join(owners)}"
@@ -130,8 +165,10 @@ def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
         return "is missing" + (", add a table [[data]] with a path" if path == ("data",) else "")
     if kind == "union_tag_invalid":
         tag = context["tag"]
-        return f"type: must be one of {', '.join(_LOSS_TYPES)}, got {tag!r}" + _close(tag, list(_LOSS_TYPES))
+        return f"must be one of {', '.join(_LOSS_TYPES)}, got {tag!r}" + _close(tag, list(_LOSS_TYPES))
     if kind == "literal_error":
+        if isinstance(given, list) and str(problem["loc"][-1]).startswith("literal["):
+            return None  # a union that takes lists too: the entries say what is wrong
         if path == ("loss", "type"):
             context = {"expected": ", ".join(_LOSS_TYPES)}
         choices = [c.strip("'") for c in context["expected"].replace(" or ", ", ").split(", ")]
@@ -185,10 +222,10 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
 
 def _loss_keys(schema: type[BaseModel], loss: str) -> set[str]:
     options = _classes(schema.model_fields["loss"].annotation)
-    return {f.name for c in options if is_dataclass(c) and c.__name__.lower() == loss for f in fields(c)}
+    return {f.name for c in options if c.__name__.lower() == loss and is_dataclass(c) for f in fields(c)}
 
 
-def _classes(annotation: Any) -> Iterator[Any]:
+def _classes(annotation: Any) -> Iterator[type]:
     """The classes inside a type such as `tuple[A, ...] | None`."""
     inner = get_args(annotation)
     if isinstance(annotation, type) and not inner:

@@ -30,6 +30,7 @@ class DPO:
 
     _: KW_ONLY
     type: Literal["dpo"] = "dpo"
+    """Which loss."""
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("sigmoid",)
@@ -74,6 +75,7 @@ class IPO:
 
     _: KW_ONLY
     type: Literal["ipo"] = "ipo"
+    """Which loss."""
     beta: Positive = 0.1
     """The paper's τ: the margin aimed at is 1/(2·beta) per token."""
     uses_reference: ClassVar[bool] = True
@@ -88,6 +90,7 @@ class KTO:
 
     _: KW_ONLY
     type: Literal["kto"] = "kto"
+    """Which loss."""
     beta: Positive = 0.1
     """How strongly the policy is held to the reference."""
     desirable_weight: NonNegative = 1.0
@@ -105,6 +108,7 @@ class ORPO:
 
     _: KW_ONLY
     type: Literal["orpo"] = "orpo"
+    """Which loss."""
     beta: NonNegative = 0.1
     """The weight of the odds ratio (λ in the paper)."""
     nll_on: Literal["response", "all"] = "response"
@@ -118,6 +122,7 @@ class SimPO:
 
     _: KW_ONLY
     type: Literal["simpo"] = "simpo"
+    """Which loss."""
     beta: Positive = 2.0
     """The scale of the average log-probability."""
     gamma: Number | None = None
@@ -149,6 +154,7 @@ class CPO:
 
     _: KW_ONLY
     type: Literal["cpo"] = "cpo"
+    """Which loss."""
     beta: Positive = 0.1
     """The scale of the log-probability."""
     variant: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"

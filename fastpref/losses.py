@@ -11,7 +11,7 @@ All tensors are float32 (or float64) [P], one entry a pair, unless said otherwis
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class PairLogps:
 
     def detach(self) -> "PairLogps":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairLogps(**{name: None if t is None else t.detach() for name, t in values.items()})
+        return replace(self, **{name: t.detach() for name, t in values.items() if t is not None})
 
     @property
     def supervised(self) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,11 @@ def dpo_loss(
     options = options or DPO()
     if pairs.ref_chosen is None or pairs.ref_rejected is None:
         raise ValueError("dpo_loss: pairs.ref_chosen and pairs.ref_rejected are needed")
+    if options.weighting and pairs.weights is None:
+        raise ValueError("dpo_loss: options.weighting needs pairs.weights, see wpo_weights")
     totals = totals or _own_totals(pairs)
+    if options.sorts_step and step is None and totals.examples != len(pairs.chosen):
+        raise ValueError(f"dpo_loss: {', '.join(options.variants)} sort the whole step; a part of it needs `step`")
     view = _PairView(pairs, options, step or WholeStep(pairs.detach(), torch.arange(len(pairs.chosen))))
     loss = pairs.chosen.new_zeros(())
     for name, weight in zip(options.variants, options.weights or (1.0,) * len(options.variants), strict=True):
@@ -169,18 +173,23 @@ class _PairView:
 def _divergence_score(ratio: Tensor, options: DPO) -> Tensor:
     """f′(e^ratio) of the divergence, up to a constant."""
     if options.f_divergence == "forward_kl":
-        return 1 - _bounded_exp(-ratio)
+        return -_bounded_expm1(-ratio)
     if options.f_divergence == "js":
         return math.log(2) + F.logsigmoid(ratio)
     if options.f_divergence == "alpha" and abs(options.f_alpha - 1) >= 1e-6:
         power = options.f_alpha - 1
-        return (_bounded_exp(power * ratio) - 1) / power
+        return _bounded_expm1(power * ratio) / power
     return ratio
 
 
-def _bounded_exp(x: Tensor) -> Tensor:
-    """exp, constant past e⁸⁰, where float32 and the losses built on it are still finite."""
-    return x.clamp(max=80.0).exp()
+def _bounded_expm1(x: Tensor) -> Tensor:
+    """eˣ − 1, constant past x = 80, where float32 is still finite."""
+    return torch.expm1(x.clamp(max=80.0))
+
+
+def _bounded_square(x: Tensor) -> Tensor:
+    """x², constant past |x| = 1e18, where float32 is still finite."""
+    return x.clamp(-1e18, 1e18).square()
 
 
 def _smoothed(x: Tensor, eps: float) -> Tensor:
@@ -200,7 +209,8 @@ def _robust(v: _PairView) -> Tensor:
 
 def _discopop(v: _PairView) -> Tensor:
     m = v.x / v.options.discopop_tau
-    return -F.logsigmoid(v.x) * torch.sigmoid(-m) + torch.exp(F.logsigmoid(m) - v.x)  # e^{−x}·m, never e^{−x} alone
+    exponential = (F.logsigmoid(m) - v.x).clamp(max=80.0).exp()  # e^{−x}·m, never e^{−x} alone; grows if τ > 1
+    return -F.logsigmoid(v.x) * torch.sigmoid(-m) + exponential
 
 
 def _aot(v: _PairView) -> Tensor:
@@ -240,7 +250,7 @@ _VARIANTS: dict[str, Callable[[_PairView], Tensor]] = {
     # max(0, 1 − βΔ); SLiC, arXiv 2305.10425
     "hinge": lambda v: torch.relu(1 - v.x),
     # (Δ per token − 1/(2β))²; arXiv 2310.12036
-    "ipo": lambda v: (v.mean_difference - 1 / (2 * v.beta)).square(),
+    "ipo": lambda v: _bounded_square(v.mean_difference - 1 / (2 * v.beta)),
     # KL of σ(βΔ) from (1−ε, ε); arXiv 2402.00856
     "exo_pair": _exo_pair,
     # −logσ(r_c) − ½logσ(−r_c) − ½logσ(−r_r); arXiv 2402.05369
@@ -324,7 +334,7 @@ def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None
     elif options.variant == "hinge":
         losses = torch.relu(1 - options.beta * difference)
     else:
-        losses = (difference - 1 / (2 * options.beta)).square()
+        losses = _bounded_square(difference - 1 / (2 * options.beta))
     loss, extra = _with_sft(losses.sum() / totals.examples, pairs, options.sft_weight, totals)
     return LossOutput(loss, options.beta * chosen.detach(), options.beta * rejected.detach(), extra)
 
@@ -345,7 +355,7 @@ def kto_loss(
     ratio = rows.logps - rows.ref_logps
     baseline = torch.as_tensor(kl).detach().to(ratio) if options.kl == "batch" else ratio.new_zeros(())
     sign = torch.where(rows.labels, 1.0, -1.0).to(ratio)
-    weight = torch.where(rows.labels, options.desirable_weight, options.undesirable_weight).to(ratio)
+    weight = torch.full_like(ratio, options.desirable_weight).where(rows.labels, options.undesirable_weight)
     losses = weight * torch.sigmoid(-sign * options.beta * (ratio - baseline))
     rewards = options.beta * ratio.detach()
     return LossOutput(losses.sum() / totals.examples, rewards[rows.labels], rewards[~rows.labels])
@@ -399,7 +409,7 @@ def _alpha_reward(logps: Tensor, alpha: float) -> Tensor:
     """(1 − p^{−α})/α of p = e^logps; α → 0 gives logps."""
     if not alpha:
         return logps
-    return -torch.expm1((-alpha * logps).clamp(max=80.0)) / alpha
+    return -_bounded_expm1(-alpha * logps) / alpha
 
 
 def _log1mexp(x: Tensor) -> Tensor:

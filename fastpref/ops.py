@@ -205,8 +205,8 @@ def _check_settings(
             raise ValueError(
                 f"linear_logprob: {name} must be {'finite' if name == 'logit_scale' else 'above 0'}, got {value}"
             )
-    if isinstance(outputs, str):
-        raise TypeError(f"linear_logprob: outputs must be a tuple of names, got the string {outputs!r}")
+    if not isinstance(outputs, tuple | list):
+        raise TypeError(f"linear_logprob: outputs must be a tuple of names, got {outputs!r}")
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"linear_logprob: outputs holds {name!r}, known are {', '.join(OUTPUTS)}")

@@ -3,7 +3,8 @@
 A packed row holds trees: a prompt and its completions one after the other. A token attends, causally, to its own
 tree's prompt and its own completion. The layout reaches `tree_attention` as the keyword `tree` of the model's
 forward, which transformers hands down to the attention of every layer; so nothing is global, and a model whose
-layers do not hand it down is found by `layers_reached`. Without the keyword it is transformers' own SDPA.
+layers do not hand it down is found by `layers_reached`. Without the keyword it is transformers' own SDPA, with its
+masks, and with the softcaps and sinks that SDPA has not.
 """
 
 from dataclasses import dataclass, field
@@ -48,18 +49,16 @@ def tree_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def tree_mask(
-    *args: Any, attention_mask: Tensor | None = None, q_length: int = 0, use_vmap: bool = False, **kwargs: Any
-) -> Tensor | None:
-    """No mask for a packed row, whose tree says all; for padded rows and for generation that of SDPA."""
-    if attention_mask is None and q_length != 1:
-        return None
-    kwargs["allow_is_causal_skip"] = False  # a softcap is computed with the mask alone
-    return sdpa_mask(*args, attention_mask=attention_mask, q_length=q_length, use_vmap=use_vmap, **kwargs)
-
-
 AttentionInterface.register(NAME, tree_attention)
-AttentionMaskInterface.register(NAME, tree_mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def tree_keywords(tree: TreeLayout, device: torch.device) -> dict[str, Any]:
+    """The keywords of a model's forward for a packed row of trees.
+
+    Models pass a mask of four dimensions through as it is, so an empty one keeps them from making their own [T, T].
+    """
+    return {"tree": tree, "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)}
 
 
 def _tree_parts(attend: "_Attend", query: Tensor, key: Tensor, value: Tensor, tree: Tree) -> list[Tensor]:
@@ -156,7 +155,7 @@ def layers_reached(backbone: nn.Module) -> int:
     with torch.no_grad():
         ids = torch.zeros((1, 4), dtype=torch.int64, device=device)
         positions = torch.tensor([[0, 1, 2, 2]], device=device)
-        backbone(input_ids=ids, position_ids=positions, use_cache=False, tree=probe)
+        backbone(input_ids=ids, position_ids=positions, use_cache=False, **tree_keywords(probe, device))
     return len(probe.reached)
 
 

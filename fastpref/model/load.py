@@ -51,7 +51,7 @@ def load_model(config: Config, device: torch.device) -> Loaded:
         wrapped = _with_adapters(model, config.lora)
         policy = Policy.of(model)  # PEFT may have wrapped the head
     if config.train.checkpointing is True or (config.train.checkpointing == "auto" and device.type != "cpu"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     return Loaded(model, wrapped, policy, layout, why)
 
 
@@ -101,6 +101,13 @@ def _layout(config: Config, model: PreTrainedModel, policy: Policy) -> tuple[Lay
     if why is not None:
         return "padded", why
     return "tree" if wanted == "auto" else wanted, None
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _with_adapters(model: PreTrainedModel, options: LoraConfig) -> peft.PeftModel:

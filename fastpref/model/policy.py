@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.data.batch import PreferenceBatch
+from fastpref.model.attention import tree_keywords
 from fastpref.model.head import Head
 from fastpref.ops import TokenLogprobs, linear_logprob
 
@@ -27,13 +28,11 @@ class Policy(nn.Module):
 
     def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
         """Log-probabilities, and the optional outputs of `linear_logprob`, of the N scored tokens."""
-        layout = {} if batch.tree is None else {"tree": batch.tree}
+        layout = {"attention_mask": batch.attention_mask}
+        if batch.tree is not None:
+            layout = tree_keywords(batch.tree, batch.input_ids.device)
         hidden = self.backbone(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=batch.attention_mask,
-            use_cache=False,
-            **layout,
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout
         ).last_hidden_state  # [B, T, H]
         weight, bias = self.head()
         return linear_logprob(

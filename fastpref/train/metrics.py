@@ -1,7 +1,5 @@
 """Metrics of a step or an evaluation: means weighted by what they are means over, whatever the micro-batches were."""
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
 
@@ -24,14 +22,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._counts: dict[str, Tensor | float] = {}
         self._rewards: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._paired = True
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         total = total.detach().float()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] += count
+        self._counts[name] = self._counts.get(name, 0.0) + count
 
     def add_loss(self, output: LossOutput) -> None:
         """The loss of one part of a step, and its rewards."""
