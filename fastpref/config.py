@@ -325,7 +325,9 @@ def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
             raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a table")
     if isinstance(table, list):
         array = ".".join(keys[:-1])
-        raise UserError(f"override {override!r}: {array} is an array; set a key of an entry, {array}.0.KEY, or all of it")
+        raise UserError(
+            f"override {override!r}: {array} is an array; set a key of an entry, {array}.0.KEY, or all of it"
+        )
     table[keys[-1]] = parsed
     lines.override(tuple(keys), override)
 

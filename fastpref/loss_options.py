@@ -59,7 +59,7 @@ class DPO:
         if self.label_smoothing and "ipo" in self.variants:
             raise ValueError("label_smoothing has no meaning for ipo; set it to 0")
         if "exo_pair" in self.variants and not self.label_smoothing:
-            raise ValueError("exo_pair needs label_smoothing above 0, such as 1e-3")
+            raise ValueError("variants: exo_pair needs label_smoothing above 0, such as 1e-3")
         if self.weighting and set(self.variants) & set(SORTING_VARIANTS):
             raise ValueError("weighting cannot go with aot or aot_unpaired, which compare different pairs")
 

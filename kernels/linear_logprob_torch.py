@@ -75,14 +75,18 @@ def plan_tile(
     buffers: int,  # [rows, columns] scratch tensors alive at once
     weight_copies: int,  # [columns, H] scratch tensors alive at once
 ) -> TileShape:
-    """The largest tile within the budget: first the columns, of which copied weights may take half, then the rows."""
+    """The largest tile within the budget: first the columns, of which copied weights may take half, then the rows.
+
+    Only a tile of one row and one column may be larger than the budget.
+    """
     (n, width), vocabulary = hidden.shape, weight.shape[0]
     size = compute_dtype(hidden).itemsize
-    columns = min(TILE_COLUMNS, vocabulary)
-    if weight_copies:
-        columns = min(columns, budget // 2 // (weight_copies * width * size))
-    columns = max(1, min(columns, budget // (buffers * size)))
-    spare = budget - weight_copies * columns * width * size
+    copied = weight_copies * width * size  # bytes a column
+    columns = min(TILE_COLUMNS, vocabulary, budget // (buffers * size + copied))
+    if copied:
+        columns = min(columns, budget // 2 // copied)
+    columns = max(1, columns)
+    spare = budget - columns * copied
     return TileShape(max(1, min(n, spare // (buffers * columns * size))), columns)
 
 
@@ -93,12 +97,24 @@ def _spans(length: int, step: int) -> list[tuple[int, int]]:
 class _Scratch:
     """The scratch tiles of one walk, allocated once and cut to the tile at hand."""
 
-    def __init__(self, hidden: Tensor, tile: TileShape, count: int):
-        self._buffers = [hidden.new_empty(tile, dtype=compute_dtype(hidden)) for _ in range(count)]
+    def __init__(self, hidden: Tensor, tile: TileShape, *, buffers: int, weight_copies: int):
+        dtype, copy = compute_dtype(hidden), (tile.columns, hidden.shape[1])
+        self._buffers = [hidden.new_empty(tile, dtype=dtype) for _ in range(buffers)]
+        self._copies = [hidden.new_empty(copy, dtype=dtype) for _ in range(weight_copies)]
 
     def __getitem__(self, place: tuple[int, int, int]) -> Tensor:
         buffer, rows, columns = place
         return self._buffers[buffer][:rows, :columns]
+
+    def weights(self, weight: Tensor) -> Tensor:
+        """A slice of the weight [c, H] in the dtype of the computation: itself, or the first copy."""
+        if weight.dtype == self._buffers[0].dtype:
+            return weight
+        return self._copies[0][: weight.shape[0]].copy_(weight)
+
+    def weight_grads(self, columns: int) -> Tensor:
+        """Zeros for a slice of the weight's gradient, [columns, H]: the last copy."""
+        return self._copies[-1][:columns].zero_()
 
 
 def _logits(
@@ -152,16 +168,16 @@ def walk_vocabulary(
     """One walk over the vocabulary for all rows: log-probabilities, the outputs asked for, and g if `with_grad`."""
     spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
     buffers = 1 + (transform.softcap is not None) + spread
-    copied = weight.dtype != compute_dtype(hidden)
-    tile = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=int(copied))
-    scratch = _Scratch(hidden, tile, buffers)
+    copies = int(weight.dtype != compute_dtype(hidden))
+    tile = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=copies)
+    scratch = _Scratch(hidden, tile, buffers=buffers, weight_copies=copies)
     parts = [
         _walk_rows(hidden[a:b], weight, targets[a:b], bias, transform, outputs, scratch, tile.columns, with_grad)
         for a, b in _spans(hidden.shape[0], tile.rows)
     ]
     if len(parts) == 1:
         return parts[0]
-    return Walk(*(None if column[0] is None else torch.cat(column) for column in zip(*parts)))
+    return Walk._make(None if column[0] is None else torch.cat(column) for column in zip(*parts))
 
 
 def _walk_rows(
@@ -188,7 +204,7 @@ def _walk_rows(
     spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
 
     for a, b in _spans(weight.shape[0], tile_columns):
-        w = weight[a:b].to(dtype)
+        w = scratch.weights(weight[a:b])
         z = _logits(scratch[0, n, b - a], h, w, None if bias is None else bias[a:b], transform)
         tangent = None
         if transform.softcap is not None:
@@ -291,8 +307,9 @@ def recompute_gradients(
     dtype = compute_dtype(hidden)
     want_hidden, want_weight, want_bias = wanted
     copies = int(weight.dtype != dtype) + int(want_weight)
-    tile = plan_tile(hidden, weight, budget, buffers=1 + (transform.softcap is not None), weight_copies=copies)
-    scratch = _Scratch(hidden, tile, 1 + (transform.softcap is not None))
+    buffers = 1 + (transform.softcap is not None)
+    tile = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=copies)
+    scratch = _Scratch(hidden, tile, buffers=buffers, weight_copies=copies)
     h = hidden.to(dtype)
     factor = grad_logp.to(dtype) * transform.slope / (sum_others + (z_target - maximum).exp())  # [N]
     at_target = factor * sum_others * _target_slope(z_target, transform)  # [N]
@@ -301,8 +318,8 @@ def recompute_gradients(
     d_bias = torch.empty_like(bias) if want_bias and bias is not None else None
 
     for a, b in _spans(weight.shape[0], tile.columns):
-        w = weight[a:b].to(dtype)
-        dw = torch.zeros_like(w) if want_weight else None
+        w = scratch.weights(weight[a:b])
+        dw = scratch.weight_grads(b - a) if want_weight else None
         db = w.new_zeros(b - a) if d_bias is not None else None
         for r, q in _spans(h.shape[0], tile.rows):
             z = _logits(scratch[0, q - r, b - a], h[r:q], w, None if bias is None else bias[a:b], transform)

@@ -66,10 +66,7 @@ def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
 
 def _paired_from(column: str) -> Callable[[Row], Paired]:
     def read(row: Row) -> Paired:
-        prompt = _content(row, column)
-        chosen, rejected = _response(row, "chosen", prompt), _response(row, "rejected", prompt)
-        if isinstance(prompt, str) and isinstance(chosen, list):
-            prompt = [{"role": "user", "content": prompt}]
+        prompt, chosen, rejected = _prompt_and_responses(row, column, "chosen", "rejected")
         return Paired(prompt, chosen, rejected)
 
     return read
@@ -90,10 +87,7 @@ def _paired_implicit(row: Row) -> Paired:
 
 def _unpaired_from(column: str) -> Callable[[Row], Unpaired]:
     def read(row: Row) -> Unpaired:
-        prompt = _content(row, column)
-        completion = _response(row, "completion", prompt)
-        if isinstance(prompt, str) and isinstance(completion, list):
-            prompt = [{"role": "user", "content": prompt}]
+        prompt, completion = _prompt_and_responses(row, column, "completion")
         return Unpaired(prompt, completion, read_label(row["label"]))
 
     return read
@@ -116,6 +110,14 @@ def read_label(value: Any) -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     raise ValueError(f"label must be true or false, 0 or 1, got {value!r}")
+
+
+def _prompt_and_responses(row: Row, column: str, *responses: str) -> list[Content]:
+    """All text, or all messages: a text prompt before any response of messages is a user's turn."""
+    prompt = _content(row, column)
+    if isinstance(prompt, str) and not all(isinstance(row[name], str | None) for name in responses):
+        prompt = [{"role": "user", "content": prompt}]
+    return [prompt, *(_response(row, name, prompt) for name in responses)]
 
 
 def _content(row: Row, column: str) -> Content:
@@ -159,10 +161,9 @@ def _turns(value: Any, column: str) -> list[Message]:
     for turn in value:
         if not isinstance(turn, Mapping) or not _is_turn(turn):
             raise ValueError(f"{column} holds {turn!r:.80}, a message has role and content (or from and value)")
-        # A table fills keys that only some messages have with None; a template must not see those.
-        message = {k: v for k, v in turn.items() if v is not None and k not in ("from", "value")}
-        role = message["role"] = turn.get("role") or turn.get("from")
-        message["role"] = _ROLES.get(role, role)
+        message = {k: v for k, v in _without_none(turn).items() if k not in ("from", "value")}
+        role = turn.get("role") or turn.get("from")
+        message["role"] = _role(turn)
         if message["role"] not in _KNOWN_ROLES:
             known = ", ".join((*_KNOWN_ROLES, *_ROLES))
             raise ValueError(f"{column} has a turn of role {role!r}; known roles are {known}")
@@ -172,6 +173,18 @@ def _turns(value: Any, column: str) -> list[Message]:
             message["content"] = turn["value"]
         turns.append(message)
     return turns
+
+
+def _without_none(value: Any) -> Any:
+    """A table fills keys that only some messages or tool calls have with None; a template must not see those."""
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
+
+
+def _role(turn: Mapping[str, Any]) -> str:
+    role = str(turn.get("role") or turn.get("from"))
+    return _ROLES.get(role, role)
 
 
 def _is_turn(value: Any) -> bool:
@@ -184,12 +197,4 @@ def _is_turns(value: Any) -> bool:
 
 def _is_conversation(value: Any) -> bool:
     """A list of messages that carries its own prompt: more than an answer."""
-    return (
-        _is_turns(value)
-        and len(value) > 1
-        and (value[0].get("role") or value[0].get("from"))
-        not in (
-            "assistant",
-            "gpt",
-        )
-    )
+    return _is_turns(value) and len(value) > 1 and _role(value[0]) != "assistant"

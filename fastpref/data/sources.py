@@ -14,6 +14,9 @@ from fastpref.data.formats import Format, Paired, Unpaired, detect, unpair
 from fastpref.errors import UserError
 
 _LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_TEXT = ("prompt", "chosen", "rejected", "completion")
+# Of the readers of `datasets`. In the text columns of a CSV file "None" and "42" are words like any other.
+_OPTIONS: dict[str, Any] = {"csv": {"converters": dict.fromkeys(_TEXT, str), "keep_default_na": False}}
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ def prepare(config: Config) -> Prepared:
     Raises UserError, naming the file, the columns or the row.
     """
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read, our message says
     notes: list[str] = []
     unpaired = config.loss.type == "kto"
     train = [row for data in config.data for row in _read(data, unpaired, notes)]
@@ -113,7 +117,10 @@ def _detect(table: datasets.Dataset, data: DataConfig) -> Format:
 
 
 def _load(data: DataConfig) -> datasets.Dataset:
-    path = Path(data.path).expanduser()
+    try:
+        path = Path(data.path).expanduser()
+    except RuntimeError:  # ~name, and nobody of that name
+        raise UserError(f"{data.path}: there is no such file") from None
     if path.is_dir():
         raise UserError(f"{data.path}: this is a folder; name a .json, .jsonl, .parquet or .csv file in it")
     if not path.is_file():
@@ -126,8 +133,10 @@ def _load(data: DataConfig) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise UserError(f"{data.path}: the file is empty")
     try:
-        loaded = datasets.load_dataset(loader, data_files=str(path), split="train")
+        loaded = datasets.load_dataset(loader, data_files=str(path), split="train", **_OPTIONS.get(loader, {}))
     except Exception as error:  # datasets raises whatever its reader raises
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{data.path}: there are no rows") from None
         raise UserError(f"{data.path}: cannot be read as {loader}: {_cause(error)}") from None
     assert isinstance(loaded, datasets.Dataset)
     return loaded

@@ -86,8 +86,8 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
     if "{" not in template:
         try:
             template = Path(template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"tokens.chat_template: {template}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"tokens.chat_template: {template}: cannot be read: {error}") from None
     tokenizer.chat_template = template
 
 
@@ -98,14 +98,17 @@ class EndTokens:
     text: int  # after plain text: EOS
     chat: int  # after a chat template's assistant turn
 
+    def __contains__(self, token: int) -> bool:
+        return token in (self.text, self.chat)
+
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "EndTokens":
-        eos = tokenizer.eos_token_id
+        eos = _only_id(tokenizer.eos_token_id)
         turn = _turn_end(tokenizer)
-        if eos is None and turn is None:
+        text, chat = eos if eos is not None else turn, turn if turn is not None else eos
+        if text is None or chat is None:
             raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
-        eos = turn if eos is None else eos
-        return cls(eos, eos if turn is None else turn)
+        return cls(text, chat)
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -133,11 +136,11 @@ def _example(
     completions = [_ended(ids[shared:], end, ends, tokenizer) for ids in full_ids]
     counts.merged += shared < len(prompt_ids)
 
-    if any(ids in ([], [end]) for ids in completions):
+    if any(not ids or (len(ids) == 1 and ids[0] in ends) for ids in completions):
         return _refuse(row, "a response is empty", "empty", options.strict, counts)
     if not prompt:
         return _refuse(row, "the prompt has no tokens", "promptless", options.strict, counts)
-    fitted = _fit(row, prompt, completions, tokenizer.bos_token_id, options, counts)
+    fitted = _fit(row, prompt, completions, _only_id(tokenizer.bos_token_id), options, counts)
     if fitted is None:
         return None
     prompt, completions = fitted
@@ -183,15 +186,21 @@ def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, generation
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Ids:
+    encoded: Any = tokenizer(text, add_special_tokens=special)
+    return list(encoded["input_ids"])
+
+
+def _only_id(token_id: Any) -> int | None:
+    """`eos_token_id` and its like, whose type also allows what they never are."""
+    return token_id if isinstance(token_id, int) else None
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase, sequences: list[Ids], *, force: bool) -> tuple[Ids, list[Ids]]:
     """One BOS at most: a second one goes; `force` adds one where the tokenizer would (a template brings its own)."""
-    bos = tokenizer.bos_token_id
+    bos = _only_id(tokenizer.bos_token_id)
     if bos is not None:
-        adds = force and bos in list(tokenizer("")["input_ids"])[:1]  # pyright: ignore[reportArgumentType]
+        adds = force and bos in _encode(tokenizer, "", special=True)[:1]
         for at, ids in enumerate(sequences):
             leading = next((i for i, token in enumerate(ids) if token != bos), len(ids))
             sequences[at] = [bos] * (leading > 0 or adds) + ids[leading:]
@@ -205,17 +214,18 @@ def _common_prefix(sequences: list[Ids]) -> int:
 
 
 def _ended(ids: Ids, end: int, ends: EndTokens, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """The response with its end token once: white space after it goes, further ones go, a missing one is added."""
-    stop = len(ids)
-    while (
-        stop and ids[stop - 1] not in (end, ends.text, ends.chat) and not tokenizer.decode(ids[stop - 1 : stop]).strip()
-    ):
-        stop -= 1
-    if not stop or ids[stop - 1] not in (end, ends.text, ends.chat):
+    """The response with its end token once: further ones and white space after it go, a missing one is added."""
+    words = len(ids)
+    while words and (ids[words - 1] in ends or _is_blank(tokenizer, ids[words - 1])):
+        words -= 1
+    stop = next((at for at in range(words, len(ids)) if ids[at] in ends), None)
+    if stop is None:
         return [*ids, end] if ids else []
-    while stop > 1 and ids[stop - 2] == ids[stop - 1]:
-        stop -= 1
-    return ids[:stop]
+    return [*ids[:stop], end if end in ids[stop:] else ids[stop]]
+
+
+def _is_blank(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    return not str(tokenizer.decode([token])).strip()
 
 
 def _fit(

@@ -1,0 +1,385 @@
+"""The torch kernel against its definition: accuracy, tiling and memory. What the interface accepts is in test_ops.py.
+
+Truth is the naive definition in float64 on the very values under test, the yardstick the naive definition in their own
+dtype. An error is the largest absolute one of a tensor, and ours may exceed the yardstick's by rounding only:
+
+* A logit is a float32 sum, off by some eps32·max|z|. That is the error of logp and its companions, and relative to
+  each probability the error of the gradients.
+* A gradient kept in a dtype is rounded to it twice at most, once as g and once scaled by the loss: eps of that dtype,
+  relative to the largest entry.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpref import linear_logprob
+from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
+from fastpref.kernels.linear_logprob_torch import TILE_COLUMNS, plan_tile
+from fastpref.memory import PeakStorage
+
+OUTPUTS = ("entropy", "mean_logit", "log_sum_sq_probs")  # and is_top1, which has no rounding to bound
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MODES = ("frozen", "trainable", "no_grad")
+EPS32 = torch.finfo(torch.float32).eps
+FEW = 8  # roundings that may fall less luckily for us than for the yardstick
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads cost tiles this small more than they bring, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Problem:
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [N]
+    bias: Tensor | None = None  # [V]
+    options: dict[str, float] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+
+
+@dataclass(frozen=True)
+class Answer:
+    values: dict[str, Tensor]  # logp and the companions, [N]
+    grads: dict[str, Tensor]  # of hidden, and of weight and bias where they are trained
+
+
+@dataclass(frozen=True)
+class Case:
+    with_bias: bool = False
+    options: dict[str, float] = field(default_factory=dict)
+
+
+CASES = {
+    "plain": Case(),
+    "bias": Case(with_bias=True),
+    "softcap": Case(options={"softcap": 2.5}),
+    "logit_scale": Case(options={"logit_scale": 0.0625}),
+    "negative_scale": Case(options={"logit_scale": -1.5}),
+    "temperature": Case(options={"temperature": 0.7}),
+    "all": Case(with_bias=True, options={"softcap": 3.0, "logit_scale": 1.7, "temperature": 0.6}),
+}
+
+# N, H, V, workspace in MiB. The small budgets make many tiles of rows and of columns, with uneven ones at the ends.
+SHAPES = {
+    "one_tile": (253, 123, 507, 128),
+    "many_tiles": (253, 123, 507, 0.02),
+    "one_row_a_tile": (17, 123, 507, 0.002),
+    "one_column_a_tile": (3, 5, 11, 1e-6),
+    "past_the_widest_tile": (5, 7, TILE_COLUMNS + 3, 128),
+    "past_it_by_rows": (5, 7, TILE_COLUMNS + 3, 0.04),
+    "one_class": (1, 1, 1, 128),
+    "two_classes": (1, 1, 2, 128),
+}
+
+
+def ordinary(n: int, width: int, vocabulary: int, case: Case) -> Problem:
+    """Logits of order one to three; the first targets lie at the ends of the vocabulary and of the widest tile."""
+    generator = torch.Generator().manual_seed(n + width + vocabulary)
+    targets = torch.randint(vocabulary, (n,), generator=generator)
+    borders = [v for v in (0, vocabulary - 1, TILE_COLUMNS - 1, TILE_COLUMNS) if v < vocabulary][:n]
+    targets[: len(borders)] = torch.tensor(borders)
+    return Problem(
+        hidden=torch.randn(n, width, generator=generator),
+        weight=torch.randn(vocabulary, width, generator=generator) * (3 / math.sqrt(width)),
+        targets=targets,
+        bias=torch.randn(vocabulary, generator=generator) if case.with_bias else None,
+        options=case.options,
+    )
+
+
+def peaked(target_logit: float) -> Problem:
+    """Every row points along its target's weights: z_y is `target_logit`, the others are of order a tenth of it."""
+    problem = ordinary(61, 123, 507, Case())
+    rows = problem.weight[problem.targets]
+    return replace(problem, hidden=rows * (target_logit / rows.square().sum(dim=1, keepdim=True)))
+
+
+def huge() -> Problem:
+    """Logits of ±1e4 and everything between."""
+    problem = ordinary(61, 123, 507, Case())
+    largest = (problem.hidden @ problem.weight.T).abs().max()
+    return replace(problem, weight=problem.weight * (1e4 / largest))
+
+
+def flat() -> Problem:
+    problem = ordinary(61, 123, 507, Case())
+    return replace(problem, weight=torch.zeros_like(problem.weight))
+
+
+def loss_weights(problem: Problem) -> Tensor:
+    """Uneven coefficients of the rows' logp, of both signs, as a preference loss has them."""
+    return torch.linspace(-1, 1.5, len(problem.targets))
+
+
+def answer(function: Any, problem: Problem, mode: str, **keywords: Any) -> Answer:
+    """Run `function` on leaves of its own and differentiate the weighted sum of logp."""
+    leaves = {"hidden": problem.hidden, "weight": problem.weight}
+    if problem.bias is not None:
+        leaves["bias"] = problem.bias
+    needed = {"frozen": ("hidden",), "trainable": tuple(leaves), "no_grad": ()}[mode]
+    leaves = {name: leaf.clone().requires_grad_(name in needed) for name, leaf in leaves.items()}
+    result = function(targets=problem.targets, **leaves, **problem.options, **keywords)
+    if needed:
+        (result.logp * loss_weights(problem).to(result.logp.dtype)).sum().backward()
+    values = {name: value.detach() for name, value in result._asdict().items() if value is not None}
+    return Answer(values, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+
+
+def ours(problem: Problem, mode: str, workspace_mb: float = 128) -> Answer:
+    outputs = (*OUTPUTS, "is_top1")
+    return answer(linear_logprob, problem, mode, outputs=outputs, workspace_mb=workspace_mb, backend="torch")
+
+
+def largest_logit(problem: Problem) -> float:
+    exact = problem.to(torch.float64)
+    raw = torch.nn.functional.linear(exact.hidden, exact.weight, exact.bias)
+    scale = problem.options.get("logit_scale", 1.0) / problem.options.get("temperature", 1.0)
+    return float((raw * scale).abs().max())
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).abs().max())
+
+
+def assert_same(found: Tensor, other: Tensor) -> None:
+    """Equal but for rounding, where both are ours."""
+    rounding = 0.0 if other.dtype == torch.bool else torch.finfo(other.dtype).eps
+    torch.testing.assert_close(found, other, rtol=2 * FEW * rounding, atol=FEW * FEW * EPS32)
+
+
+def check_accuracy(problem: Problem, mode: str, workspace_mb: float = 128) -> None:
+    found = ours(problem, mode, workspace_mb)
+    truth = answer(linear_logprob_naive, problem.to(torch.float64), mode)
+    yardstick = answer(linear_logprob_naive, problem, mode)
+    rounding = EPS32 * (FEW + largest_logit(problem))
+
+    for name in ("logp", *OUTPUTS):
+        bound = error(yardstick.values[name], truth.values[name]) + FEW * rounding
+        assert error(found.values[name], truth.values[name]) <= bound, name
+    assert torch.equal(found.values["is_top1"], truth.values["is_top1"])
+    assert found.grads.keys() == truth.grads.keys()
+    for name, grad in found.grads.items():
+        exact = truth.grads[name]
+        margin = (torch.finfo(grad.dtype).eps + rounding) * float(exact.abs().max())
+        assert error(grad, exact) <= error(yardstick.grads[name], exact) + margin, name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
+    """Values and gradients are no further from the truth than the naive definition's, but for rounding."""
+    n, width, vocabulary, workspace_mb = SHAPES[shape]
+    check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
+def test_accuracy_at_the_extremes(problem: Problem, dtype: torch.dtype, mode: str) -> None:
+    """The same holds for near-certain targets, for logits of ±1e4 and for equal logits."""
+    check_accuracy(problem.to(dtype), mode, workspace_mb=0.1)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "trainable"])
+@pytest.mark.parametrize("workspace_mb", [0.05, 128])
+@pytest.mark.parametrize("target_logit", [18, 40, 60])
+def test_certain_targets_keep_relative_accuracy(target_logit: float, workspace_mb: float, mode: str) -> None:
+    """Where p_y > 0.9999, logp and each row's gradient are right *relative to themselves*, however small.
+
+    W_y − Σ p·W and log p_y both cancel there: computed like that in float32, nothing is left of them.
+    """
+    problem = peaked(target_logit)
+    exact, targets = problem.to(torch.float64), problem.targets[:, None]
+    # Even in float64 the definition knows 1 − p_y to 2⁻⁵³ only; the truth here is made of the other columns.
+    z = exact.hidden @ exact.weight.T
+    odds = (z - z.gather(1, targets)).exp().scatter(1, targets, 0)  # p_v/p_y, without the target's
+    total = odds.sum(dim=1, keepdim=True)  # (1 − p_y)/p_y
+    assert total.max() < 1e-4
+    logp = -torch.log1p(total).squeeze(1)
+    grad = (total * exact.weight[exact.targets] - odds @ exact.weight) / (1 + total) * loss_weights(problem)[:, None]
+
+    found = ours(problem, mode, workspace_mb)
+    tolerance = FEW * EPS32 * (FEW + target_logit)
+    assert ((found.values["logp"] - logp).abs() <= tolerance * logp.abs()).all()
+    assert ((found.grads["hidden"] - grad).norm(dim=1) <= tolerance * grad.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_modes_agree(case: str, dtype: torch.dtype) -> None:
+    """Which tensors need a gradient has no influence on the values, nor on the gradient of the hidden states."""
+    problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
+    frozen, trainable, no_grad = (ours(problem, mode, workspace_mb=0.1) for mode in MODES)
+    for name, value in no_grad.values.items():
+        assert_same(frozen.values[name], value)
+        assert_same(trainable.values[name], value)
+    assert_same(frozen.grads["hidden"], trainable.grads["hidden"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_half_inputs_are_computed_in_float32(case: str, dtype: torch.dtype) -> None:
+    """The values for half-precision inputs are those of the same numbers given in float32."""
+    problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
+    found, wide = ours(problem, "no_grad"), ours(problem.to(torch.float32), "no_grad")
+    for name, value in wide.values.items():
+        assert_same(found.values[name], value)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "trainable"])
+@pytest.mark.parametrize("workspace_mb", [0.001, 0.05, 128])
+def test_every_column_as_target(workspace_mb: float, mode: str) -> None:
+    """A target may lie anywhere in a tile, its borders included."""
+    vocabulary = 101
+    problem = replace(ordinary(vocabulary, 5, vocabulary, CASES["all"]), targets=torch.arange(vocabulary))
+    check_accuracy(problem, mode, workspace_mb)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_workspace_has_no_influence(case: str, dtype: torch.dtype, mode: str) -> None:
+    """Whatever the budget, values agree to float32 rounding and gradients to rounding in their dtype."""
+    problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
+    reference = ours(problem, mode, workspace_mb=128)
+    for workspace_mb in (1, 0.2, 0.05):
+        found = ours(problem, mode, workspace_mb)
+        for name, value in (reference.values | reference.grads).items():
+            assert_same((found.values | found.grads)[name], value)
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 20) | st.integers(1, 5000),
+    width=st.integers(0, 4) | st.integers(0, 5000),
+    vocabulary=st.integers(1, 300_000),
+    budget=st.integers(0, 2**12) | st.integers(0, 2**28),
+    buffers=st.integers(1, 3),
+    weight_copies=st.integers(0, 2),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+)
+def test_tile_plan(
+    n: int, width: int, vocabulary: int, budget: int, buffers: int, weight_copies: int, dtype: torch.dtype
+) -> None:
+    """A tile lies within the problem and the budget (unless it is a single logit), and no further row would fit."""
+    hidden = torch.empty(n, width, dtype=dtype, device="meta")
+    weight = torch.empty(vocabulary, width, dtype=dtype, device="meta")
+    rows, columns = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=weight_copies)
+    size = 8 if dtype == torch.float64 else 4
+
+    def needed(rows: int) -> int:
+        return (buffers * rows + weight_copies * width) * columns * size
+
+    assert 1 <= rows <= n
+    assert 1 <= columns <= min(vocabulary, TILE_COLUMNS)
+    assert needed(rows) <= budget or (rows, columns) == (1, 1)
+    assert rows == n or needed(rows + 1) > budget
+
+
+@pytest.mark.parametrize("workspace_mb", [0.0001, 0.001, 128])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_top1_of_equal_logits_is_the_first(workspace_mb: float, softcap: float | None) -> None:
+    """Among equal maxima only the first counts as the top one, as for argmax, within a tile and across tiles."""
+    vocabulary, maxima = 101, (17, 18, 60, 100)
+    weight = torch.zeros(vocabulary, 1)
+    weight[list(maxima)] = 1.0
+    hidden = torch.ones(vocabulary, 1)  # small integers: every logit is exact
+    found = linear_logprob(
+        hidden, weight, torch.arange(vocabulary), softcap=softcap, outputs=("is_top1",), workspace_mb=workspace_mb
+    ).is_top1
+    assert found is not None
+    assert found.nonzero().flatten().tolist() == [maxima[0]] == [int(weight.argmax())]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_hidden_columns(dtype: torch.dtype, mode: str) -> None:
+    """With H = 0 every logit is its bias, and gradients are empty or the bias's own."""
+    problem = replace(ordinary(7, 1, 11, Case(with_bias=True)), hidden=torch.zeros(7, 0), weight=torch.zeros(11, 0)).to(
+        dtype
+    )
+    found, truth = ours(problem, mode), answer(linear_logprob_naive, problem.to(torch.float64), mode)
+    torch.testing.assert_close(found.values["logp"], truth.values["logp"].float())
+    for name, grad in truth.grads.items():
+        torch.testing.assert_close(found.grads[name], grad.to(dtype))
+
+
+class PoisonedMemory(TorchDispatchMode):
+    """Fresh memory holds NaN, as it well may outside a test."""
+
+    EMPTY = (
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.new_empty.default,
+        torch.ops.aten.new_empty_strided.default,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.poisoned = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in self.EMPTY and result.is_floating_point():
+            self.poisoned += 1
+            result.fill_(math.nan)
+        return result
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("workspace_mb", [0.1, 128])
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_scratch_is_not_assumed_to_be_zero(case: str, workspace_mb: float, dtype: torch.dtype, mode: str) -> None:
+    """What lay in the scratch memory before has no influence."""
+    problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
+    reference = ours(problem, mode, workspace_mb)
+    with PoisonedMemory() as memory:
+        found = ours(problem, mode, workspace_mb)
+    assert memory.poisoned
+    for name, value in (reference.values | reference.grads).items():
+        assert torch.equal((found.values | found.grads)[name], value), name
+
+
+def extra_memory(vocabulary: int, dtype: torch.dtype, mode: str, workspace_mb: float) -> int:
+    """Bytes needed at the peak of a forward and backward pass beside the inputs and the weight's own gradient."""
+    problem = ordinary(64, 64, vocabulary, Case()).to(dtype)
+    hidden = problem.hidden.requires_grad_(mode != "no_grad")
+    weight = problem.weight.requires_grad_(mode == "trainable")
+    with PeakStorage() as memory:
+        logp = linear_logprob(hidden, weight, problem.targets, workspace_mb=workspace_mb).logp
+        if mode != "no_grad":
+            logp.sum().backward()
+    return memory.peak - (weight.nbytes if mode == "trainable" else 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("workspace_mb", "vocabularies"), [(4, (2**15, 2**18)), (0.25, (2**12, 2**15))])
+def test_memory_does_not_grow_with_the_vocabulary(
+    workspace_mb: float, vocabularies: tuple[int, int], dtype: torch.dtype, mode: str
+) -> None:
+    """Beside the workspace there are at most five float32 tensors of the size of `hidden`, whatever V is."""
+    small, large = (extra_memory(vocabulary, dtype, mode, workspace_mb) for vocabulary in vocabularies)
+    assert abs(large - small) <= 0.02 * small
+    assert large <= workspace_mb * 2**20 + 5 * 64 * 64 * 4

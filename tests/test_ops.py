@@ -1,0 +1,278 @@
+"""The interface of `linear_logprob`: dtypes, gradients, autocast and refusals. Accuracy is tested with each kernel."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpref import linear_logprob
+from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
+from fastpref.ops import OUTPUTS
+
+N, H, V = 7, 5, 11
+FLOATS = ("entropy", "mean_logit", "log_sum_sq_probs")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPTIONS = {
+    "plain": {},
+    "softcap": {"softcap": 1.5},
+    "all": {"softcap": 2.0, "logit_scale": 1.3, "temperature": 0.8},
+}
+MANY_TILES = 0.0003  # MiB
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Threads cost tiles this small more than they bring, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def inputs(dtype: torch.dtype = torch.float32, n: int = N, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """hidden, weight, bias and targets by the names of their arguments; those in `needed` require a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "hidden": torch.randn(n, H, generator=generator),
+        "weight": torch.randn(V, H, generator=generator),
+        "bias": torch.randn(V, generator=generator),
+    }
+    leaves = {name: value.to(dtype).requires_grad_(name in needed) for name, value in tensors.items()}
+    return leaves | {"targets": torch.randint(V, (n,), generator=generator)}
+
+
+SUBSETS = [
+    (),
+    ("hidden",),
+    ("weight",),
+    ("bias",),
+    ("hidden", "bias"),
+    ("weight", "bias"),
+    ("hidden", "weight", "bias"),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("needed", SUBSETS[1:], ids="+".join)
+@pytest.mark.parametrize("workspace_mb", [MANY_TILES, 128])
+def test_gradcheck(workspace_mb: float, needed: tuple[str, ...], options: str) -> None:
+    """In float64 the gradients are the derivatives, whichever of hidden, weight and bias need one."""
+    tensors = inputs(torch.float64, n=3)
+    leaves = tuple(tensors[name].requires_grad_() for name in needed)
+
+    def logp(*leaves: Tensor) -> Tensor:
+        result = linear_logprob(**tensors | dict(zip(needed, leaves)), **OPTIONS[options], workspace_mb=workspace_mb)
+        return result.logp
+
+    assert torch.autograd.gradcheck(logp, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_dtypes(n: int, needed: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Results are float32, of float64 inputs float64, and gradients arrive in the dtype and shape of their tensor."""
+    tensors = inputs(dtype, n, needed)
+    result = linear_logprob(**tensors, outputs=OUTPUTS)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert result.logp.requires_grad == bool(needed)
+    for name, value in result._asdict().items():
+        assert value.dtype == (torch.bool if name == "is_top1" else wide), name
+        assert value.shape == (n,), name
+        assert name == "logp" or not value.requires_grad, name
+    if needed:
+        result.logp.sum().backward()
+    for name in ("hidden", "weight", "bias"):
+        grad = tensors[name].grad
+        assert (grad is not None) == (name in needed), name
+        if grad is not None:
+            assert grad.dtype == dtype
+            assert grad.shape == tensors[name].shape
+            assert n or not grad.any()
+
+
+@pytest.mark.parametrize("n", [0, N])
+@pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("outputs", [(), *((name,) for name in OUTPUTS), OUTPUTS], ids="+".join)
+def test_only_the_outputs_asked_for(outputs: tuple[str, ...], needed: tuple[str, ...], n: int) -> None:
+    """An output that was not asked for is None, and asking for it changes no other."""
+    result = linear_logprob(**inputs(n=n, needed=needed), outputs=outputs)
+    whole = linear_logprob(**inputs(n=n, needed=needed), outputs=OUTPUTS)
+    torch.testing.assert_close(result.logp, whole.logp)
+    for name in OUTPUTS:
+        found, other = getattr(result, name), getattr(whole, name)
+        assert (found is not None) == (name in outputs)
+        if found is not None:
+            torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("needed", SUBSETS[1:], ids="+".join)
+def test_no_grad(needed: tuple[str, ...]) -> None:
+    """Under `torch.no_grad` the result has no graph and the same values."""
+    with_graph = linear_logprob(**inputs(needed=needed)).logp
+    with torch.no_grad():
+        without = linear_logprob(**inputs(needed=needed)).logp
+    assert not without.requires_grad
+    torch.testing.assert_close(without, with_graph.detach())
+
+
+@pytest.mark.parametrize("needed", SUBSETS[1:], ids="+".join)
+def test_backward_twice_through_a_kept_graph(needed: tuple[str, ...]) -> None:
+    """A kept graph gives the same gradients again: nothing that was saved is used up."""
+    tensors = inputs(needed=needed)
+    leaves = [tensors[name] for name in needed]
+    loss = linear_logprob(**tensors).logp.sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def strided(value: Tensor) -> Tensor:
+    """The same values in every other place of a larger tensor."""
+    larger = value.new_zeros([2 * size for size in value.shape])
+    place = larger[tuple(slice(None, None, 2) for _ in value.shape)]
+    return place.copy_(value)
+
+
+LAYOUTS = {
+    "strided": strided,
+    "transposed": lambda value: value.mT.contiguous().mT if value.dim() == 2 else value,
+    "expanded": lambda value: value[:1].expand(value.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "targets"])
+@pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("workspace_mb", [MANY_TILES, 128])
+def test_any_memory_layout(workspace_mb: float, needed: tuple[str, ...], name: str, layout: str) -> None:
+    """A tensor that is not contiguous gives what its contiguous copy gives, gradients included."""
+    tensors = inputs()
+    tensors[name] = LAYOUTS[layout](tensors[name])
+
+    def run(tensors: dict[str, Any]) -> tuple[Tensor, ...]:
+        leaves = {key: value.detach().requires_grad_(key in needed) for key, value in tensors.items()}
+        logp = linear_logprob(**leaves, workspace_mb=workspace_mb).logp
+        return (logp, *torch.autograd.grad(logp.sum(), [leaves[key] for key in needed])) if needed else (logp,)
+
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    for found, other in zip(run(tensors), run(contiguous)):
+        torch.testing.assert_close(found, other)
+
+
+def test_inputs_are_not_written_to() -> None:
+    """No input changes, the tiles being worked on in place notwithstanding."""
+    tensors = inputs(needed=("hidden", "weight", "bias"))
+    before = {name: value.detach().clone() for name, value in tensors.items()}
+    linear_logprob(**tensors, **OPTIONS["all"], outputs=OUTPUTS).logp.sum().backward()
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+
+
+AUTOCAST = {
+    "half hidden": (torch.bfloat16, torch.float32, torch.float32),
+    "half weight": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "half bias": (torch.float32, torch.float32, torch.bfloat16),
+    "two halves": (torch.float16, torch.bfloat16, torch.float32),
+    "all float32": (torch.float32, torch.float32, torch.float32),
+}
+
+
+@pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("dtypes", AUTOCAST)
+def test_autocast(dtypes: str, needed: tuple[str, ...]) -> None:
+    """Under autocast dtypes may differ, and forward and backward are float32 computations all the same."""
+    tensors, names = inputs(), ("hidden", "weight", "bias")
+    for name, dtype in zip(names, AUTOCAST[dtypes]):
+        tensors[name] = tensors[name].to(dtype).requires_grad_(name in needed)
+    exact = {name: tensors[name].detach().double().requires_grad_(name in needed) for name in names}
+    truth = linear_logprob_naive(**exact, targets=tensors["targets"], **OPTIONS["all"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = linear_logprob(**tensors, **OPTIONS["all"], outputs=OUTPUTS)
+        if needed:
+            result.logp.sum().backward()
+            truth.logp.sum().backward()
+    for name in ("logp", *FLOATS):
+        torch.testing.assert_close(getattr(result, name), getattr(truth, name).float())
+    for name in needed:
+        grad, wanted = tensors[name].grad, exact[name].grad
+        assert grad is not None
+        assert wanted is not None
+        torch.testing.assert_close(grad, wanted.to(grad.dtype))
+
+
+def test_a_gradient_is_not_differentiable_again() -> None:
+    """A second derivative is refused, not silently zero."""
+    tensors = inputs(needed=("hidden",))
+    loss = linear_logprob(**tensors).logp.square().sum()
+    (grad,) = torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+# One wrong argument, the error, and what its message must hold: the argument's name and both values.
+WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
+    ({"hidden": [[1.0]]}, TypeError, ["hidden", "torch.Tensor", "list"]),
+    ({"weight": None}, TypeError, ["weight", "torch.Tensor", "NoneType"]),
+    ({"targets": [1]}, TypeError, ["targets", "torch.Tensor", "list"]),
+    ({"bias": 0.0}, TypeError, ["bias", "torch.Tensor", "float"]),
+    ({"weight": ones(V, H, device="meta")}, ValueError, ["weight", "meta", "cpu"]),
+    ({"targets": ones(N, dtype=torch.int64, device="meta")}, ValueError, ["targets", "meta", "cpu"]),
+    ({"bias": ones(V, device="meta")}, ValueError, ["bias", "meta", "cpu"]),
+    ({"hidden": ones(H)}, ValueError, ["hidden", "2 dimensions", "(5,)"]),
+    ({"hidden": ones(1, N, H)}, ValueError, ["hidden", "2 dimensions", "(1, 7, 5)"]),
+    ({"weight": ones(V)}, ValueError, ["weight", "2 dimensions", "(11,)"]),
+    ({"targets": ones(N, 1, dtype=torch.int64)}, ValueError, ["targets", "1 dimensions", "(7, 1)"]),
+    ({"bias": ones(1, V)}, ValueError, ["bias", "1 dimensions", "(1, 11)"]),
+    ({"targets": ones(N, dtype=torch.int32)}, TypeError, ["targets", "int64", "int32"]),
+    ({"targets": ones(N)}, TypeError, ["targets", "int64", "float32"]),
+    ({"hidden": ones(N, H, dtype=torch.int64)}, TypeError, ["hidden", "float16", "int64"]),
+    ({"hidden": ones(N, H, dtype=torch.complex64)}, TypeError, ["hidden", "float16", "complex64"]),
+    ({"weight": ones(V, H, dtype=torch.int8)}, TypeError, ["weight", "float16", "int8"]),
+    ({"bias": ones(V, dtype=torch.bool)}, TypeError, ["bias", "float16", "bool"]),
+    ({"hidden": ones(N, H, dtype=torch.bfloat16)}, TypeError, ["weight", "float32", "hidden", "bfloat16"]),
+    ({"weight": ones(V, H, dtype=torch.float16)}, TypeError, ["weight", "float16", "hidden", "float32"]),
+    ({"bias": ones(V, dtype=torch.float64)}, TypeError, ["bias", "float64", "hidden", "float32"]),
+    ({"weight": ones(V, H + 1)}, ValueError, ["weight", "6", "hidden", "5"]),
+    ({"weight": ones(0, H)}, ValueError, ["weight", "at least one row", "(0, 5)"]),
+    ({"targets": ones(N + 1, dtype=torch.int64)}, ValueError, ["targets", "8", "hidden", "7"]),
+    ({"bias": ones(V - 1)}, ValueError, ["bias", "10", "weight", "11"]),
+    ({"targets": torch.tensor([0, 1, -1, 2, 3, 4, 5])}, ValueError, ["targets", "-1", "0 to 10"]),
+    ({"targets": torch.tensor([0, 1, 2, 3, 4, 5, V])}, ValueError, ["targets", "11", "0 to 10"]),
+    ({"targets": torch.full((N,), -100)}, ValueError, ["targets", "-100", "0 to 10"]),
+    ({"softcap": "30"}, TypeError, ["softcap", "number", "'30'"]),
+    ({"softcap": 0}, ValueError, ["softcap", "above 0", "0"]),
+    ({"softcap": -30.0}, ValueError, ["softcap", "above 0", "-30.0"]),
+    ({"softcap": math.inf}, ValueError, ["softcap", "above 0", "inf"]),
+    ({"logit_scale": None}, TypeError, ["logit_scale", "number", "None"]),
+    ({"logit_scale": math.nan}, ValueError, ["logit_scale", "finite", "nan"]),
+    ({"logit_scale": -math.inf}, ValueError, ["logit_scale", "finite", "-inf"]),
+    ({"temperature": True}, TypeError, ["temperature", "number", "True"]),
+    ({"temperature": ones(1)}, TypeError, ["temperature", "number", "tensor([1.])"]),
+    ({"temperature": 0.0}, ValueError, ["temperature", "above 0", "0.0"]),
+    ({"temperature": math.nan}, ValueError, ["temperature", "above 0", "nan"]),
+    ({"workspace_mb": "128"}, TypeError, ["workspace_mb", "number", "'128'"]),
+    ({"workspace_mb": -1}, ValueError, ["workspace_mb", "above 0", "-1"]),
+    ({"workspace_mb": math.inf}, ValueError, ["workspace_mb", "above 0", "inf"]),
+    ({"outputs": "entropy"}, TypeError, ["outputs", "tuple", "'entropy'"]),
+    ({"outputs": None}, TypeError, ["outputs", "tuple", "None"]),
+    ({"outputs": ("entropy", "variance")}, ValueError, ["outputs", "'variance'", *OUTPUTS]),
+    ({"outputs": (3,)}, ValueError, ["outputs", "3", *OUTPUTS]),
+    ({"backend": "numpy"}, ValueError, ["backend", "'numpy'", "auto", "torch"]),
+    ({"backend": None}, ValueError, ["backend", "None", "auto", "torch"]),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG)
+def test_wrong_arguments_are_refused(wrong: dict[str, Any], error: type[Exception], message: list[str]) -> None:
+    """A wrong argument is named together with what was expected and what was found."""
+    with pytest.raises(error) as caught:
+        linear_logprob(**inputs() | wrong)
+    text = str(caught.value)
+    assert text.startswith("linear_logprob: ")
+    assert [part for part in message if part not in text] == []

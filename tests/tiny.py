@@ -1,0 +1,96 @@
+"""Very small random models of several kinds, and random examples, for tests of everything above the kernels."""
+
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from fastpref.config import Config, load_config
+from fastpref.data.formats import Paired, Unpaired
+from fastpref.data.sources import SourceRow
+from fastpref.data.tokenize import Example
+
+VOCABULARY = 97
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 8}
+
+
+def model_config(kind: str) -> PretrainedConfig:
+    configs = {
+        "llama": lambda: LlamaConfig(**_SIZES),
+        "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+        "qwen2": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+        "qwen3": lambda: Qwen3Config(**_SIZES),
+        "gemma2": lambda: Gemma2Config(
+            **_SIZES, **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, initializer_range=0.3
+        ),
+        "gemma3": lambda: Gemma3TextConfig(**_SIZES, **_GEMMA, layer_types=["sliding_attention", "full_attention"]),
+        "cohere": lambda: CohereConfig(**_SIZES, logit_scale=0.25),
+        "gpt-oss": lambda: GptOssConfig(
+            **_SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=4, initializer_range=0.3
+        ),
+        "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+        "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2),
+    }
+    return configs[kind]()
+
+
+def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Write a random float32 model of a kind to a folder, and return the folder."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(model_config(kind), dtype=torch.float32)
+    with torch.no_grad():  # away from the shrunken initial weights, whose logits are all alike
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def config_for(model: Path, *overrides: str) -> Config:
+    """A config that names the model; its data is never read."""
+    path = model / "run.toml"
+    path.write_text('[model]\nname = "."\n[[data]]\npath = "none.jsonl"\n')
+    return load_config(path, overrides)
+
+
+def examples(count: int, *, seed: int = 0, single: bool = False) -> list[Example]:
+    """Random examples whose lengths align with nothing: pairs, or single labelled responses."""
+    rng = Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(low, high))]
+
+    made = []
+    for at in range(count):
+        if single:
+            content, label = Unpaired("p", "c", at % 3 != 0), at % 3 != 0
+        else:
+            content, label = Paired("p", "c", "r"), None
+        completions = tuple(ids(1, 13) for _ in range(1 if single else 2))
+        made.append(Example(ids(1, 17), completions, label, SourceRow(content, f"row {at}")))
+    return made

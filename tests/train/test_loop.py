@@ -1,0 +1,206 @@
+"""Whole runs of the quickstart's model: what they write, what they print, and how they stop."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastpref
+from fastpref.errors import UserError
+from fastpref.train.loop import _data_order
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+QUICKSTART = EXAMPLES / "quickstart.toml"
+METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+ALWAYS = {
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy",
+}  # fmt: skip
+TRAINING = {"step", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second"}
+EXTRA = {"orpo": {"nll_loss", "log_odds_ratio", "log_odds_chosen"}, "kto": {"kl"}, "cpo": {"nll_loss"}}
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
+    """A short run of any method writes all its metrics, finite, evaluations first and last, and a loadable adapter."""
+    result = fastpref.train(QUICKSTART, [f"loss.type={method}", "train.steps=3", "eval.every=2", "train.batch=4"])
+    assert result.output_dir == Path("runs") / f"quickstart-{method}"
+    logged = rows(result.output_dir)
+    names = ALWAYS | EXTRA.get(method, set())
+    assert [(row["step"], "eval/loss" in row) for row in logged] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (3, True),
+    ]  # fmt: skip
+    for row in logged:
+        if "eval/loss" in row:
+            assert set(row) == {"step"} | {f"eval/{name}" for name in names}
+        else:
+            # four rows of KTO may all be of one kind
+            assert set(row) == names | TRAINING or method == "kto"
+        assert all(math.isfinite(value) for value in row.values())
+    assert result.eval_metrics == {k: v for k, v in logged[-1].items() if k != "step"}
+    assert result.metrics["loss"] == logged[-2]["loss"]
+    again = fastpref.load_config(result.output_dir / "config.toml")
+    assert again.loss.type == method
+    base = AutoModelForCausalLM.from_pretrained(EXAMPLES / "quickstart" / "model")
+    assert PeftModel.from_pretrained(base, result.output_dir / "final").peft_config
+    assert AutoTokenizer.from_pretrained(result.output_dir / "final").chat_template
+
+
+def test_the_quickstart_is_learnt(elsewhere: Path):
+    """Held-out accuracy goes from chance to nearly all, and the reward margins rise."""
+    result = fastpref.train(QUICKSTART)
+    evaluations = [row for row in rows(result.output_dir) if "eval/loss" in row]
+    assert evaluations[0]["eval/rewards/accuracies"] == 0.5
+    assert evaluations[-1]["eval/rewards/accuracies"] > 0.9
+    assert evaluations[-1]["eval/rewards/margins"] > evaluations[0]["eval/rewards/margins"] + 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_margins_rise_on_a_repeated_batch(elsewhere: Path, method: str):
+    """The same few rows again and again: every method pushes their rewards apart."""
+    result = fastpref.train(
+        QUICKSTART, [f"loss.type={method}", "train.steps=12", "train.batch=8", "data.0.rows=8", "eval.data=[]"]
+    )
+    logged = rows(result.output_dir)
+    assert logged[-1]["rewards/margins"] > logged[0]["rewards/margins"]
+
+
+def test_full_fine_tuning_is_loadable_by_transformers(elsewhere: Path):
+    """Without [lora] the whole model is trained and saved; transformers loads it without fastpref's attention."""
+    config = elsewhere / "full.toml"
+    config.write_text(
+        f'[model]\nname = "{EXAMPLES}/quickstart/model"\n[[data]]\npath = "{EXAMPLES}/quickstart/train.jsonl"\n'
+        '[train]\nsteps = 2\nbatch = 4\nlearning_rate = 1e-3\n[output]\ndir = "out"\n'
+    )
+    result = fastpref.train(config)
+    saved = json.loads((result.output_dir / "final" / "config.json").read_text())
+    assert "fastpref" not in json.dumps(saved)
+    trained = AutoModelForCausalLM.from_pretrained(result.output_dir / "final")
+    original = AutoModelForCausalLM.from_pretrained(EXAMPLES / "quickstart" / "model")
+    assert not torch.equal(trained.lm_head.weight, original.lm_head.weight)
+    assert not list((result.output_dir / "final").glob("*.bin"))
+
+
+def test_runs_repeat_themselves(elsewhere: Path):
+    """The same config and seed give the same metrics, whatever ran before."""
+    torch.manual_seed(99)
+    first = fastpref.train(QUICKSTART, ["train.steps=3"])
+    torch.manual_seed(7)
+    second = fastpref.train(QUICKSTART, ["train.steps=3"])
+    assert second.output_dir == Path("runs/quickstart-dpo-2")
+    assert first.eval_metrics == second.eval_metrics
+
+
+def test_an_occupied_folder_is_kept(elsewhere: Path):
+    """output.dir is refused when it is not empty; --force replaces a run, and nothing that is none."""
+    fastpref.train(QUICKSTART, ["train.steps=1", "output.dir=here"])
+    before = (Path("here") / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="--force"):
+        fastpref.train(QUICKSTART, ["train.steps=2", "output.dir=here"])
+    assert (Path("here") / "metrics.jsonl").read_text() == before
+    fastpref.train(QUICKSTART, ["train.steps=2", "output.dir=here"], force=True)
+    assert rows(Path("here"))[-1]["step"] == 2
+    other = Path("other")
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no run"):
+        fastpref.train(QUICKSTART, ["output.dir=other"], force=True)
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.0.path=missing.jsonl", "missing.jsonl"),
+        ("model.name=./no-model", "no-model"),
+        ('loss={type="kto"}', None),
+        ("tokens.chat_template=./none.jinja", "none.jinja"),
+        ("tokens.max_length=2", None),
+    ],
+)
+def test_mistakes_write_nothing(elsewhere: Path, override: str, said: str | None):
+    """What cannot work is said before anything is written; what can work is not refused."""
+    arguments = [override, "train.steps=1", "train.batch=2"]
+    if said is None:
+        fastpref.train(QUICKSTART, arguments)
+        return
+    with pytest.raises(UserError, match=said):
+        fastpref.train(QUICKSTART, arguments)
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_step_that_is_not_finite_does_not_reach_the_weights(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+):
+    """A NaN loss stops the run and names the step and its rows, or leaves that step out."""
+    from fastpref.train import step
+
+    original, calls = step.pair_loss, []
+
+    def sometimes_nan(*args, **kwargs):
+        made = original(*args, **kwargs)
+        calls.append(made)
+        if len(calls) != 2:
+            return made
+        return type(made)(made.loss * math.nan, made.chosen_rewards, made.rejected_rewards)
+
+    monkeypatch.setattr(step, "pair_loss", sometimes_nan)
+    arguments = ["train.steps=3", "train.batch=2", "eval.data=[]", f"train.nonfinite={mode}"]
+    if mode == "stop":
+        with pytest.raises(UserError, match=r"step 2: loss nan.*train\.jsonl, row \d+"):
+            fastpref.train(QUICKSTART, arguments)
+        assert not Path("runs/quickstart-dpo/final").exists()
+    else:
+        result = fastpref.train(QUICKSTART, arguments)
+        assert math.isfinite(result.metrics["loss"])
+
+
+def test_ctrl_c_finishes_the_step_and_saves(elsewhere: Path):
+    """SIGINT in the middle: the adapter so far is saved and loadable, status 130, no traceback."""
+    run = subprocess.Popen(
+        [sys.executable, "-m", "fastpref", "train", str(QUICKSTART), "train.steps=100000", "output.dir=out"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = elsewhere / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    printed, _ = run.communicate(timeout=120)
+    assert run.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert "stopped after step" in printed
+    assert (elsewhere / "out" / "stopped" / "adapter_model.safetensors").exists()
+    assert not (elsewhere / "out" / "final").exists()
+
+
+def test_every_pass_sees_every_example_once():
+    """The order is a shuffled pass after the other, cut into steps of one size; another seed is another order."""
+    order = _data_order(7, 3, seed=1)
+    seen = [i for _ in range(7) for i in next(order)]
+    assert [sorted(seen[a : a + 7]) for a in (0, 7, 14)] == [list(range(7))] * 3
+    assert seen[:7] != seen[7:14]
+    assert next(_data_order(50, 10, seed=1)) != next(_data_order(50, 10, seed=2))
