@@ -289,8 +289,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        what, _, place = str(error).partition(" (at line ")  # "(at line 3, column 5)", or "(at end of document)"
-        line = place.split(",")[0] if place else text.rstrip().count("\n") + 1
+        what, _, place = str(error).partition(" (at ")  # "(at line 3, column 5)", or "(at end of document)"
+        line = place[5:].partition(",")[0] if place.startswith("line ") else text.rstrip().count("\n") + 1
         raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
     lines = TomlLines(str(path), text)
     for override in overrides:

@@ -178,6 +178,8 @@ def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
     if kind == "too_short":
         return None if given else "needs at least one entry"  # entries that are wrong have their own line
     if kind == "tuple_type":
+        if isinstance(given, dict):
+            return f"must be an array of tables; write [[{'.'.join(map(str, path))}]]"
         return f"must be an array, got {given!r}"
     if kind in ("model_type", "dataclass_type", "model_attributes_type"):
         return f"must be a table, got {given!r}"
@@ -186,18 +188,13 @@ def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
 
 
 def _suggest(key: str, parents: Path, schema: type[BaseModel]) -> str:
-    """A near key of the same table, or the same key of another one."""
+    """The same key of another table, or a near one of this; at the top also a table of a like name."""
     tables = dict(_tables(schema))
     here = ".".join(p for p in parents if isinstance(p, str))
-    near = _close(key, list(tables.get(here, ())))
-    if near:
-        return near
-    elsewhere = [
-        f"{name}.{k}" if name else k for name, keys in tables.items() for k in keys if k == key and name != here
-    ]
-    return (
-        f" (did you mean {elsewhere[0]!r}?)" if elsewhere else _close(key, [n for n in tables if n] if not here else [])
-    )
+    for name, keys in tables.items():
+        if key in keys:
+            return f" (did you mean {f'{name}.{key}' if name else key!r}?)"
+    return _close(key, list(tables.get(here, ()))) or ("" if here else _close(key, [name for name in tables if name]))
 
 
 def _close(word: str, choices: list[str]) -> str:

@@ -43,8 +43,8 @@ def linear_logprob(
 ) -> TokenLogprobs:
     """Log-probabilities of `targets` under `softmax(softcap(logit_scale·(hidden·weightᵀ + bias))/temperature)`.
 
-    The [N, V] logits never exist: the vocabulary is walked in tiles, and beside the result and one tensor of the
-    size of `hidden` no more than `workspace_mb` MiB are held, whatever V is. With a frozen head the gradient of
+    The [N, V] logits never exist: the vocabulary is walked in tiles, and beside a few tensors of the size of `hidden`
+    no more than `workspace_mb` MiB are held, whatever V is. With a frozen head the gradient of
     every row is found in the same walk (two products of N×H×V in all); a trainable head's tiles are made again in
     the backward pass (four); without gradients there is one.
 
@@ -98,6 +98,7 @@ class _FrozenHead(torch.autograd.Function):
             hidden, weight, targets, bias, head.transform, outputs=head.outputs, budget=head.budget, with_grad=True
         )
         ctx.save_for_backward(walk.grad)
+        ctx.dtype = hidden.dtype
         extras = (walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1)
         ctx.mark_non_differentiable(*(t for t in extras if t is not None))
         return walk.logp, *extras
@@ -106,7 +107,7 @@ class _FrozenHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor):
         (grad,) = ctx.saved_tensors
-        return (grad * grads[0][:, None]).to(grad.dtype), None, None, None, None
+        return (grad * grads[0][:, None]).to(ctx.dtype), None, None, None, None
 
 
 class _TrainableHead(torch.autograd.Function):
@@ -145,7 +146,7 @@ class _TrainableHead(torch.autograd.Function):
 def _empty(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: tuple[str, ...]) -> TokenLogprobs:
     """N = 0: empty results that still hang in the graph, so that a backward pass finds gradients of zero."""
     dtype = compute_dtype(hidden)
-    zero = hidden.sum() + weight.sum() * 0 + (0 if bias is None else bias.sum() * 0)
+    zero = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
     nothing = hidden.new_zeros(0, dtype=dtype)
     extras = {name: nothing.bool() if name == "is_top1" else nothing for name in outputs}
     return TokenLogprobs((nothing + zero.to(dtype)), **extras)

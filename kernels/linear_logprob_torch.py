@@ -55,7 +55,7 @@ class Walk(NamedTuple):
     mean_logit: Tensor | None  # [N]
     log_sum_sq_probs: Tensor | None  # [N]
     is_top1: Tensor | None  # [N] bool
-    grad: Tensor | None  # [N, H] g, in the dtype of `hidden`
+    grad: Tensor | None  # [N, H] g, in the dtype of `hidden`; float32 for float16
 
 
 class TileShape(NamedTuple):
@@ -171,113 +171,104 @@ def walk_vocabulary(
     copies = int(weight.dtype != compute_dtype(hidden))
     tile = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=copies)
     scratch = _Scratch(hidden, tile, buffers=buffers, weight_copies=copies)
-    parts = [
-        _walk_rows(hidden[a:b], weight, targets[a:b], bias, transform, outputs, scratch, tile.columns, with_grad)
-        for a, b in _spans(hidden.shape[0], tile.rows)
-    ]
+    parts = []
+    for r, q in _spans(hidden.shape[0], tile.rows):
+        rows = _Rows(hidden[r:q], targets[r:q], transform, outputs, with_grad)
+        for a, b in _spans(weight.shape[0], tile.columns):
+            w = scratch.weights(weight[a:b])
+            z = _logits(scratch[0, q - r, b - a], rows.hidden, w, None if bias is None else bias[a:b], transform)
+            tangent = None
+            if transform.softcap is not None:
+                tangent, z = z, torch.mul(z, transform.softcap / transform.temperature, out=scratch[1, q - r, b - a])
+            rows.fold(z, tangent, scratch[-1, q - r, b - a] if spread else z, w, a)
+        parts.append(rows.result(weight, hidden.dtype))
     if len(parts) == 1:
         return parts[0]
     return Walk._make(None if column[0] is None else torch.cat(column) for column in zip(*parts))
 
 
-def _walk_rows(
-    hidden: Tensor,  # [n, H]
-    weight: Tensor,  # [V, H]
-    targets: Tensor,  # [n]
-    bias: Tensor | None,  # [V]
-    transform: LogitTransform,
-    outputs: tuple[str, ...],
-    scratch: _Scratch,
-    tile_columns: int,
-    with_grad: bool,
-) -> Walk:
-    n, dtype = hidden.shape[0], compute_dtype(hidden)
-    h = hidden.to(dtype)
-    maximum = h.new_full((n,), float("-inf"))
-    z_target = h.new_zeros(n)
-    sum_others = h.new_zeros(n)
-    sum_z = h.new_zeros(n)  # Σ z
-    sum_ez = h.new_zeros(n)  # Σ_{v≠y} E·(z − m)
-    sum_ee = h.new_zeros(n)  # Σ_{v≠y} E²
-    leads = torch.zeros(n, dtype=torch.bool, device=h.device)  # the target was the first maximum of all up to its tile
-    others = torch.zeros_like(h) if with_grad else None  # O
-    spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
+class _Rows:
+    """The running sums of n rows on their way over the vocabulary, float32 (or float64)."""
 
-    for a, b in _spans(weight.shape[0], tile_columns):
-        w = scratch.weights(weight[a:b])
-        z = _logits(scratch[0, n, b - a], h, w, None if bias is None else bias[a:b], transform)
-        tangent = None
-        if transform.softcap is not None:
-            tangent, z = z, torch.mul(z, transform.softcap / transform.temperature, out=scratch[1, n, b - a])
-        if "is_top1" in outputs:
+    def __init__(
+        self, hidden: Tensor, targets: Tensor, transform: LogitTransform, outputs: tuple[str, ...], with_grad: bool
+    ):
+        h = self.hidden = hidden.to(compute_dtype(hidden))  # [n, H]
+        n = len(h)
+        self.targets, self.transform, self.outputs = targets, transform, outputs
+        self.maximum = h.new_full((n,), float("-inf"))  # m, over all columns
+        self.z_target = h.new_zeros(n)
+        self.sum_others = h.new_zeros(n)  # s_o
+        self.sum_z = h.new_zeros(n)  # Σ z
+        self.sum_ez = h.new_zeros(n)  # Σ_{v≠y} E·(z − m)
+        self.sum_ee = h.new_zeros(n)  # Σ_{v≠y} E²
+        self.leads = torch.zeros(n, dtype=torch.bool, device=h.device)  # the target was the first maximum so far
+        self.others = torch.zeros_like(h) if with_grad else None  # O
+
+    def fold(
+        self,
+        z: Tensor,  # [n, c], overwritten
+        tangent: Tensor | None,  # [n, c], overwritten
+        e: Tensor,  # [n, c] where the exponentials go; z itself if it is not needed beside them
+        w: Tensor,  # [c, H]
+        start: int,  # the tile's first column
+    ) -> None:
+        """Add one tile of the vocabulary to the sums."""
+        if "is_top1" in self.outputs:
             tile_maximum, where = z.max(dim=1)
-            leads |= (tile_maximum > maximum) & (where == targets - a)
+            self.leads |= (tile_maximum > self.maximum) & (where == self.targets - start)
         else:
             tile_maximum = z.amax(dim=1)
-        if "mean_logit" in outputs:
-            sum_z += z.sum(dim=1)
-        new_maximum = torch.maximum(maximum, tile_maximum)
-        rows, values = _hide_targets(z, targets, a)
-        z_target[rows] = values
+        if "mean_logit" in self.outputs:
+            self.sum_z += z.sum(dim=1)
+        maximum = torch.maximum(self.maximum, tile_maximum)
+        rows, values = _hide_targets(z, self.targets, start)
+        self.z_target[rows] = values
 
-        moved = maximum - new_maximum  # −inf at the first tile, where every sum is still zero
+        moved = self.maximum - maximum  # −inf at the first tile, where every sum is still zero
         shrink = moved.exp()
-        z.sub_(new_maximum[:, None])
-        e = torch.exp(z, out=scratch[-1, n, b - a]) if spread else z.exp_()
+        spread = e is not z
+        torch.exp(z.sub_(maximum[:, None]), out=e)
         if spread:
-            known = sum_others > 0
-            sum_ez = torch.where(known, shrink * (sum_ez + moved * sum_others), 0) + z.mul_(e).sum(dim=1)
-            sum_ee = sum_ee * shrink.square() + torch.linalg.vector_norm(e, dim=1).square()
-        sum_others = sum_others * shrink + e.sum(dim=1)
-        if others is not None:
-            if tangent is not None:
-                e = _softcap_slope(tangent).mul_(e)
-            if a:
-                others.mul_(shrink[:, None])
-            others.addmm_(e, w)
-        maximum = new_maximum
+            before = torch.where(self.sum_others > 0, shrink * (self.sum_ez + moved * self.sum_others), 0)
+            self.sum_ez = before + z.mul_(e).sum(dim=1)
+            self.sum_ee = self.sum_ee * shrink.square() + torch.linalg.vector_norm(e, dim=1).square()
+        self.sum_others = self.sum_others * shrink + e.sum(dim=1)
+        if self.others is not None:
+            weighted = e if tangent is None else _softcap_slope(tangent).mul_(e)
+            if start:
+                self.others.mul_(shrink[:, None])
+            self.others.addmm_(weighted, w)
+        self.maximum = maximum
 
-    return _finish(
-        weight, targets, transform, outputs, z_target, maximum, sum_others, sum_z, sum_ez, sum_ee, leads, others, hidden
-    )
+    def result(self, weight: Tensor, dtype: torch.dtype) -> Walk:
+        """What the sums say once every tile is folded in; `dtype` is that of the hidden states."""
+        behind = self.z_target - self.maximum  # ≤ 0
+        e_target = behind.exp()
+        # Exact where the target is the maximum and s_o tiny.
+        log_s = torch.log1p(self.sum_others + torch.expm1(behind))
+        s = self.sum_others + e_target
+        entropy = log_s - (self.sum_ez + e_target * behind) / s
+        log_sum_sq_probs = (self.sum_ee + e_target.square()).log() - 2 * log_s
+        return Walk(
+            z_target=self.z_target,
+            maximum=self.maximum,
+            sum_others=self.sum_others,
+            logp=behind - log_s,
+            entropy=entropy if "entropy" in self.outputs else None,
+            mean_logit=self.sum_z / weight.shape[0] if "mean_logit" in self.outputs else None,
+            log_sum_sq_probs=log_sum_sq_probs if "log_sum_sq_probs" in self.outputs else None,
+            is_top1=self.leads & (self.z_target >= self.maximum) if "is_top1" in self.outputs else None,
+            grad=None if self.others is None else self._gradient(self.others, s, weight, dtype),
+        )
 
-
-def _finish(
-    weight: Tensor,
-    targets: Tensor,
-    transform: LogitTransform,
-    outputs: tuple[str, ...],
-    z_target: Tensor,
-    maximum: Tensor,
-    sum_others: Tensor,
-    sum_z: Tensor,
-    sum_ez: Tensor,
-    sum_ee: Tensor,
-    leads: Tensor,
-    others: Tensor | None,
-    hidden: Tensor,
-) -> Walk:
-    behind = z_target - maximum  # ≤ 0
-    e_target = behind.exp()
-    log_s = torch.log1p(sum_others + torch.expm1(behind))  # exact where the target is the maximum and s_o tiny
-    s = sum_others + e_target
-    grad = None
-    if others is not None:
-        w_target = weight[targets].to(others.dtype)
-        coefficient = sum_others / s * _target_slope(z_target, transform)
+    def _gradient(self, others: Tensor, s: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """g, made in the place of O."""
+        w_target = weight[self.targets].to(others.dtype)
+        coefficient = self.sum_others / s * _target_slope(self.z_target, self.transform)
         others.mul_((-1 / s)[:, None]).addcmul_(w_target, coefficient[:, None])
-        grad = others.mul_(transform.slope).to(hidden.dtype)
-    return Walk(
-        z_target=z_target,
-        maximum=maximum,
-        sum_others=sum_others,
-        logp=behind - log_s,
-        entropy=log_s - (sum_ez + e_target * behind) / s if "entropy" in outputs else None,
-        mean_logit=sum_z / weight.shape[0] if "mean_logit" in outputs else None,
-        log_sum_sq_probs=(sum_ee + e_target.square()).log() - 2 * log_s if "log_sum_sq_probs" in outputs else None,
-        is_top1=leads & (z_target >= maximum) if "is_top1" in outputs else None,
-        grad=grad,
-    )
+        # float16 stays float32: a confident token's g would vanish before the loss scale reaches it.
+        return others.mul_(self.transform.slope).to(others.dtype if dtype == torch.float16 else dtype)
 
 
 class HeadGrads(NamedTuple):
