@@ -36,7 +36,6 @@ _HOME = {
     "TokenLogprobs": "fastpref.ops",
     "linear_logprob": "fastpref.ops",
     "RunResult": "fastpref.train.loop",
-    "train": "fastpref.train.loop",
 }
 
 
@@ -62,8 +61,8 @@ _find_kernels()
 
 
 def __getattr__(name: str):
-    if name == "losses":
-        return importlib.import_module("fastpref.losses")
+    if name in ("losses", "train"):
+        return importlib.import_module(f"fastpref.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'fastpref' has no attribute {name!r}")
