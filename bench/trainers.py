@@ -1,6 +1,6 @@
 """Pairs a second and peak memory of whole training steps: fastpref beside TRL, on the same rows.
 
-    python bench/trainers.py MODEL_FOLDER PAIRS_FILE --method dpo --method orpo
+    python bench/trainers.py compare MODEL_FOLDER PAIRS_FILE --method dpo --method orpo
 
 Takes the first rows that fit in --max-length without a cut, and trains each engine on them in a process of its own,
 one after the other: LoRA on all linear layers, batches of --batch pairs, float32 on a CPU and bfloat16 on a GPU.

@@ -169,7 +169,7 @@ def _turns(value: Any, column: str) -> list[Message]:
             raise ValueError(f"{column} has a turn of role {role!r}; known roles are {known}")
         if "content" not in message and "tool_calls" not in message:
             if not isinstance(turn.get("value"), str):
-                raise ValueError(f"{column} has a {role} turn without content")
+                raise ValueError(f"{column} has a turn of role {role!r} without content")
             message["content"] = turn["value"]
         turns.append(message)
     return turns

@@ -1,0 +1,217 @@
+"""The three layouts against the sequences they stand for: what is scored, where, after what, and how often.
+
+Every token of an example is a number that stands nowhere else, so a token tells its place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import combinations, count
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches
+from fastpref.data.formats import Paired
+from fastpref.data.sources import SourceRow
+from fastpref.data.tokenize import Example
+
+LAYOUTS: tuple[Layout, ...] = ("tree", "packed", "padded")
+EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
+ROW = SourceRow(Paired("", "", ""), "")
+PAD = 10**6
+LENGTHS = st.integers(1, 6)
+
+
+def example(prompt: int, *completions: int, tokens: "count[int]", label: bool | None = None) -> Example:
+    def take(many: int) -> list[int]:
+        return [next(tokens) for _ in range(many)]
+
+    return Example(take(prompt), tuple(take(many) for many in completions), label, ROW)
+
+
+@st.composite
+def steps(draw: st.DrawFn, most: int = 5) -> list[Example]:
+    """Examples that all have one, two or three completions."""
+    completions, tokens = draw(st.integers(1, 3)), count(1)
+    shapes = draw(st.lists(st.tuples(*[LENGTHS] * (1 + completions)), min_size=1, max_size=most))
+    return [example(*shape, tokens=tokens, label=draw(st.booleans()) if completions == 1 else None) for shape in shapes]
+
+
+def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
+    """The tokens that a place of the flattened hidden states may attend to, itself last."""
+    ids = batch.input_ids.flatten().tolist()
+    if batch.tree is None:
+        width = batch.input_ids.shape[1]
+        assert batch.attention_mask is not None
+        assert batch.attention_mask.flatten()[place - place % width : place + 1].all()
+        return ids[place - place % width : place + 1]
+    tree = next(tree for tree in batch.tree.trees if tree.start <= place < tree.end)
+    branch = tree.start + tree.prompt
+    if place < branch:
+        return ids[tree.start : place + 1]
+    prompt = ids[tree.start : branch]
+    for length in tree.completions:
+        if place < branch + length:
+            return prompt + ids[branch : place + 1]
+        branch += length
+    raise AssertionError("a place outside its tree")
+
+
+def sequences(examples: Sequence[Example], *, score_prompts: bool) -> list[tuple[list[int], int]]:
+    """What segment s scores: a sequence of tokens, and where its scored part begins."""
+    completions = len(examples[0].completions)
+    whole = [(e.prompt + e.completions[k], len(e.prompt)) for k in range(completions) for e in examples]
+    return whole + [(e.prompt, 1) for e in examples] * score_prompts
+
+
+@EVERY_LAYOUT
+@settings(max_examples=100, deadline=None)
+@given(examples=steps(), score_prompts=st.booleans())
+def test_every_token_is_scored_once_after_what_precedes_it(
+    layout: Layout, examples: list[Example], score_prompts: bool
+):
+    """Each token of a completion is a target once, predicted from exactly the tokens before it in its sequence.
+
+    So is each token of a prompt but the first, if prompts are scored: once, however often the prompt is repeated.
+    """
+    batch = collate(examples, layout, score_prompts=score_prompts)
+    expected = sequences(examples, score_prompts=score_prompts)
+    scored = list(zip(batch.segments.tolist(), batch.offsets.tolist(), strict=True))
+    assert sorted(scored) == [(s, at) for s, (ids, first) in enumerate(expected) for at in range(len(ids) - first)]
+    assert batch.lengths.tolist() == [len(ids) - first for ids, first in expected]
+    positions = batch.position_ids.flatten().tolist()
+    for (segment, offset), place, target in zip(scored, batch.predictors.tolist(), batch.targets.tolist(), strict=True):
+        ids, first = expected[segment]
+        assert target == ids[first + offset]
+        assert seen_from(batch, place) == ids[: first + offset]
+        assert positions[place] == first + offset - 1
+
+
+@EVERY_LAYOUT
+@settings(max_examples=50, deadline=None)
+@given(examples=steps())
+def test_every_token_stands_where_it_would_alone(layout: Layout, examples: list[Example]):
+    """A token's position is the number of tokens it sees before itself; trees fill their row; the rest is padding."""
+    batch = collate(examples, layout, pad_token_id=PAD)
+    ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
+    assert batch.input_ids.shape == batch.position_ids.shape
+    for place, token in enumerate(ids):
+        if token != PAD:
+            seen = seen_from(batch, place)
+            assert seen[-1] == token
+            assert positions[place] == len(seen) - 1
+    if batch.tree is None:
+        assert batch.attention_mask is not None
+        assert torch.equal(batch.attention_mask == 0, batch.input_ids == PAD)
+    else:
+        assert batch.attention_mask is None
+        assert PAD not in ids
+        ends = [0, *(tree.end for tree in batch.tree.trees)]
+        assert [tree.start for tree in batch.tree.trees] == ends[:-1]
+        assert batch.input_ids.shape == (1, ends[-1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(examples=steps())
+def test_layouts_compute_the_same_in_fewer_tokens(examples: list[Example]):
+    """Layouts differ in how many tokens they compute: a tree computes a prompt once, the others for each response.
+
+    What they score, in which segment and at which position, is equal.
+    """
+    batches = {layout: collate(examples, layout) for layout in LAYOUTS}
+    completions = len(examples[0].completions)
+    responses = sum(len(ids) for e in examples for ids in e.completions)
+    prompts = sum(len(e.prompt) for e in examples)
+    longest = max(len(e.prompt) + len(ids) for e in examples for ids in e.completions)
+    assert batches["tree"].tokens == prompts + responses
+    assert batches["packed"].tokens == completions * prompts + responses
+    assert batches["padded"].tokens == completions * len(examples) * longest
+    assert (batches["tree"].tokens < batches["packed"].tokens) == (completions > 1)
+    assert batches["packed"].tokens <= batches["padded"].tokens
+
+    def scored(batch: PreferenceBatch) -> list[tuple[int, ...]]:
+        positions = batch.position_ids.flatten()[batch.predictors]
+        return sorted(zip(*(t.tolist() for t in (batch.segments, batch.offsets, batch.targets, positions))))
+
+    assert scored(batches["tree"]) == scored(batches["packed"]) == scored(batches["padded"])
+
+
+@EVERY_LAYOUT
+def test_what_comes_with_a_batch(layout: Layout):
+    """Examples, their number of completions, their places in the step and their labels, in the examples' order."""
+    tokens = count(1)
+    single = [example(2, 3, tokens=tokens, label=label) for label in (True, False, False)]
+    batch = collate(single, layout, index=[7, 0, 4])
+    assert (batch.examples, batch.completions) == (3, 1)
+    assert batch.index.tolist() == [7, 0, 4]
+    assert batch.labels is not None
+    assert batch.labels.tolist() == [True, False, False]
+    assert batch.labels.dtype == torch.bool
+    pairs = collate([example(1, 1, 2, tokens=tokens) for _ in range(2)], layout)
+    assert (pairs.examples, pairs.completions, pairs.labels) == (2, 2, None)
+    assert pairs.index.tolist() == [0, 1]
+    assert pairs.lengths.tolist() == [1, 1, 2, 2]
+
+
+@EVERY_LAYOUT
+def test_a_prompt_of_one_token_has_nothing_to_score(layout: Layout):
+    """A first token has nothing before it: the segment of such a prompt is there, and empty."""
+    tokens = count(1)
+    batch = collate([example(n, 2, 1, tokens=tokens) for n in (1, 3, 1)], layout, score_prompts=True)
+    assert batch.lengths.tolist() == [2, 2, 2, 1, 1, 1, 0, 2, 0]
+
+
+def test_examples_must_have_as_many_completions():
+    """A pair and a single response cannot be in one batch."""
+    tokens = count(1)
+    with pytest.raises(ValueError, match="differ in their number of completions"):
+        collate([example(1, 1, 1, tokens=tokens), example(1, 1, tokens=tokens)], "tree")
+
+
+@EVERY_LAYOUT
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_batch_moves_as_a_whole(layout: Layout, labelled: bool):
+    """`.to` moves every tensor and leaves the rest and the original as they are."""
+    tokens = count(1)
+    one = example(2, 3, tokens=tokens, label=True) if labelled else example(2, 3, 1, tokens=tokens)
+    batch = collate([one], layout)
+    moved = batch.to("meta")
+    for field in fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        if isinstance(before, Tensor):
+            assert (before.device.type, after.device.type) == ("cpu", "meta")
+            assert (after.shape, after.dtype) == (before.shape, before.dtype)
+        else:
+            assert after is before
+
+
+# --- Micro-batches -------------------------------------------------------------------------------------------------
+
+
+@EVERY_LAYOUT
+@settings(max_examples=100, deadline=None)
+@given(examples=steps(most=12), budget=st.integers(1, 80))
+def test_a_step_is_cut_into_micro_batches(layout: Layout, examples: list[Example], budget: int):
+    """Each example is in one micro-batch; none computes more tokens than the budget, but for an example alone.
+
+    No two micro-batches would fit the budget as one.
+    """
+
+    def cost(places: Sequence[int]) -> int:
+        return collate([examples[i] for i in places], layout).tokens
+
+    plan = plan_microbatches(examples, layout, budget)
+    assert sorted(place for places in plan for place in places) == list(range(len(examples)))
+    assert all(places == sorted(places) for places in plan)
+    assert all(cost(places) <= budget or len(places) == 1 for places in plan)
+    assert all(cost([*ours, *theirs]) > budget for ours, theirs in combinations(plan, 2))
+
+
+def test_sharing_prompts_saves_micro_batches():
+    """The budget counts computed tokens, so a tree fits more examples of long prompts than the other layouts."""
+    tokens = count(1)
+    examples = [example(60, 10, 10, tokens=tokens) for _ in range(12)]
+    assert [len(plan_microbatches(examples, layout, 320)) for layout in LAYOUTS] == [3, 6, 6]

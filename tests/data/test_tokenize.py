@@ -1,0 +1,450 @@
+"""Token ids against their text: where the prompt ends, how a response ends, what is cut and what is dropped.
+
+The tokenizers are toys, a token a byte, with the templates and special tokens of real families (toy_tokenizers.py).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_tokenizers import CHATML, chatml, chatml_smol, gemma, llama3, plain, toy_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from fastpref.config import TokensConfig
+from fastpref.data.formats import Message, Paired, Unpaired
+from fastpref.data.sources import SourceRow
+from fastpref.data.tokenize import Counts, Example, tokenize, use_chat_template
+from fastpref.errors import UserError
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
+
+
+def quickstart() -> PreTrainedTokenizerBase:
+    """The tokenizer that examples/quickstart ships."""
+    return AutoTokenizer.from_pretrained(QUICKSTART)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
+    make.__name__: make for make in (chatml, chatml_smol, llama3, gemma, plain, quickstart)
+}
+EVERY_FAMILY = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+
+
+def user(words: str) -> Message:
+    return {"role": "user", "content": words}
+
+
+def says(words: str) -> Message:
+    return {"role": "assistant", "content": words}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    encoded: Any = tokenizer(text, add_special_tokens=special)
+    return list(encoded["input_ids"])
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+    return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options))
+
+
+def tokenized(
+    tokenizer: PreTrainedTokenizerBase, *contents: Paired | Unpaired, **options: Any
+) -> tuple[list[Example], Counts]:
+    rows = [SourceRow(content, f"rows.jsonl, row {at}") for at, content in enumerate(contents)]
+    return tokenize(rows, tokenizer, TokensConfig.model_validate(options))
+
+
+def only(tokenizer: PreTrainedTokenizerBase, content: Paired | Unpaired, **options: Any) -> Example:
+    examples, _ = tokenized(tokenizer, content, **options)
+    assert len(examples) == 1
+    return examples[0]
+
+
+# --- The boundary --------------------------------------------------------------------------------------------------
+
+CHATS: dict[str, tuple[list[Message], list[Message], list[Message]]] = {
+    "one turn": ([user("What is it?")], [says("A dog.")], [says("A cat.")]),
+    "several turns": ([user("Hi"), says("Hello!"), user("And?")], [says("So.")], [says("") | {"content": "No"}]),
+    "several turns in a response": ([user("Hi")], [says("a"), user("b"), says("c")], [says("d")]),
+    "letters beyond ASCII": ([user("Où ça ? 🎉")], [says("là — «ici»")], [says("日本")]),
+    "words of templates": ([user("user\nassistant")], [says("assistant\n\nuser")], [says("model: a")]),
+    "a response that begins like the other": ([user("Hi")], [says("Yes, it is.")], [says("Yes, it was.")]),
+    "an assistant's turn before the response": ([user("Hi"), says("Well")], [says("yes")], [says("no")]),
+}
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize(("prompt", "chosen", "rejected"), CHATS.values(), ids=CHATS)
+def test_prompt_and_response_are_the_rendered_conversation(
+    make: Callable[[], PreTrainedTokenizerBase], prompt: list[Message], chosen: list[Message], rejected: list[Message]
+):
+    """Prompt tokens and response tokens, joined, are those of the whole conversation as the template writes it.
+
+    The prompt is what the template writes before it lets the assistant answer. Only the response's end differs: white
+    space after its end token goes, and a template without one gets EOS.
+    """
+    tokenizer = make()
+    example = only(tokenizer, Paired(prompt, chosen, rejected))
+    answered = prompt[-1]["role"] == "assistant"
+    assert example.prompt == encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=not answered))
+    for response, completion in zip((chosen, rejected), example.completions):
+        whole = render(tokenizer, [*prompt, *response])
+        ours = decode(tokenizer, example.prompt + completion)
+        ended = whole if make is plain else whole.rstrip()
+        assert example.prompt + completion == encode(tokenizer, ours)
+        assert ours == ended + ("</s>" if make is plain else "")
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("special", [False, True], ids=["a plain prompt", "a prompt with special tokens"])
+def test_prompt_and_response_are_the_joined_text(make: Callable[[], PreTrainedTokenizerBase], special: bool):
+    """Text is tokenised as one: prompt and response, joined, are the tokens of their texts joined, then EOS."""
+    tokenizer = make()
+    prompt = f"Q: {tokenizer.eos_token if special else '?'} A:"
+    example = only(tokenizer, Paired(prompt, " é yes", "no\n"))
+    assert example.prompt == encode(tokenizer, prompt, special=True)
+    for response, completion in zip((" é yes", "no\n"), example.completions):
+        assert example.prompt + completion == [
+            *encode(tokenizer, prompt + response, special=True),
+            tokenizer.eos_token_id,
+        ]
+
+
+MERGES = [("a", "b"), ("ab", "a"), ("b", "b"), ("Ġ", "a")]
+
+
+def test_a_token_across_the_boundary_belongs_to_the_response():
+    """Where the last letter of a prompt and the first of a response make one token, the prompt ends before it.
+
+    It does so for both responses, and the row is counted.
+    """
+    tokenizer = toy_tokenizer(merges=MERGES)
+    a, b, c, x, ab, end = (ids for text in ("a", "b", "c", "x", "ab", "</s>") for ids in encode(tokenizer, text))
+    (merged, apart), counts = tokenized(tokenizer, Paired("xa", "b", "c"), Paired("xa", "c", "cb"))
+    assert (merged.prompt, merged.completions) == ([x], ([ab, end], [a, c, end]))
+    assert (apart.prompt, apart.completions) == ([x, a], ([c, end], [c, b, end]))
+    assert counts.merged == 1
+    assert str(counts) == "2 of 2 rows used, 1 with a token across the end of the prompt"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    prompt=st.text("ab x\n", max_size=6),
+    chosen=st.text("ab x\n", max_size=5),
+    rejected=st.text("ab x\n", max_size=5),
+    chat=st.booleans(),
+)
+def test_the_prompt_is_the_longest_common_prefix(prompt: str, chosen: str, rejected: str, chat: bool):
+    """However tokens merge, the prompt's tokens begin all three tokenised texts, and no longer prefix does.
+
+    Joined with a response they are that text's tokens; a row counts as merged when a token crosses the boundary.
+    """
+    tokenizer = MERGING
+    content = Paired([user(prompt)], [says(chosen)], [says(rejected)]) if chat else Paired(prompt, chosen, rejected)
+    examples, counts = tokenized(tokenizer, content)
+    if chat:
+        texts = [render(tokenizer, [user(prompt)], add_generation_prompt=True)]
+        texts += [render(tokenizer, [user(prompt), says(words)]) for words in (chosen, rejected)]
+    else:
+        texts = [prompt, prompt + chosen, prompt + rejected]
+    alone, *full = (encode(tokenizer, text) for text in texts)
+    prefix = 0
+    while prefix < min(map(len, (alone, *full))) and len({ids[prefix] for ids in (alone, *full)}) == 1:
+        prefix += 1
+    assert counts.merged == (prefix < len(alone))
+    assert counts.kept == len(examples) == 1 - counts.empty - counts.promptless - counts.equal
+    for example in examples:
+        assert example.prompt == alone[:prefix]
+        for ids, completion in zip(full, example.completions):
+            assert completion[-1] == tokenizer.eos_token_id
+            joined = example.prompt + completion[:-1]
+            assert joined == ids[: len(joined)]
+            assert not decode(tokenizer, ids[len(joined) :]).replace("<|im_end|>", "").strip()
+
+
+MERGING = toy_tokenizer(CHATML, eos="<|im_end|>", special=["<|im_start|>"], merges=[*MERGES, ("Ċ", "a"), ("Ċ", "Ċ")])
+
+
+def test_a_generation_prompt_that_says_more():
+    """Where the generation prompt holds more than a finished turn (a thinking block), the common part is the prompt."""
+    more = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+    tokenizer = toy_tokenizer(more, eos="<|im_end|>", special=["<|im_start|>"])
+    example = only(tokenizer, Paired([user("q")], [says("yes")], [says("no")]))
+    assert decode(tokenizer, example.prompt) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert [decode(tokenizer, ids) for ids in example.completions] == ["yes<|im_end|>", "no<|im_end|>"]
+
+
+def test_other_keys_of_a_message_reach_the_template():
+    """Tool calls, reasoning and names are there for a template to write."""
+    template = (
+        "{% for m in messages %}{{ m['role'] + ':' + (m['reasoning_content'] or '') + (m['content'] or '') }}"
+        "{% for call in m['tool_calls'] or [] %}{{ '<call>' + call['function']['name'] }}"
+        "{{ call['function']['arguments'] | tojson }}{% endfor %}{{ '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    tokenizer = toy_tokenizer(template)
+    call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    calling = {"role": "assistant", "tool_calls": [call]}
+    thinking = {**says("x"), "reasoning_content": "hm, "}
+    example = only(tokenizer, Paired([user("q")], [calling], [thinking]))
+    words = [decode(tokenizer, ids) for ids in example.completions]
+    assert words == ['<call>weather{"city": "Oslo"}</s>', "hm, x</s>"]
+
+
+# --- The end of a response -----------------------------------------------------------------------------------------
+
+ENDINGS = ["", "{end}", "{end}\n", "{end}{end}", "{end}\n{end}\n", " \n{end} ", "{end}{end}{end} \n "]
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("ending", ENDINGS, ids=repr)
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
+def test_a_response_ends_with_its_end_token_once(make: Callable[[], PreTrainedTokenizerBase], ending: str, chat: bool):
+    """Absent, present, before white space or doubled in the data: the response has one end token, as its last."""
+    tokenizer = make()
+    turn_ends = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
+    end = turn_ends.get(make.__name__, str(tokenizer.eos_token)) if chat else str(tokenizer.eos_token)
+    answers = [words + ending.format(end=end) for words in ("yes", "no")]
+    if chat:
+        content = Paired([user("q")], [says(answers[0])], [says(answers[1])])
+    else:
+        content = Paired("q ", answers[0], answers[1])
+    for words, completion in zip(("yes", "no"), only(tokenizer, content).completions):
+        text = decode(tokenizer, completion)
+        assert text.endswith(end)
+        assert text.count(end) == 1
+        assert text.removesuffix(end).strip() == words
+
+
+@pytest.mark.parametrize(
+    ("make", "turn_end"),
+    [(llama3, "<|eot_id|>"), (gemma, "<end_of_turn>"), (chatml, "<|im_end|>")],
+    ids=["llama3", "gemma", "chatml"],
+)
+def test_a_turn_ends_with_the_templates_token(make: Callable[[], PreTrainedTokenizerBase], turn_end: str):
+    """Chats end as the template ends a turn, texts with EOS; an EOS beside the turn's end goes."""
+    tokenizer = make()
+    eos = str(tokenizer.eos_token)
+    for words in ("no", f"no{turn_end}{eos}", f"no{eos}"):
+        chat = only(tokenizer, Paired([user("q")], [says("yes")], [says(words)]))
+        assert [decode(tokenizer, ids) for ids in chat.completions] == [f"yes{turn_end}", f"no{turn_end}"]
+    text = only(tokenizer, Paired("q", "yes", "no"))
+    assert [decode(tokenizer, ids) for ids in text.completions] == [f"yes{eos}", f"no{eos}"]
+
+
+def test_every_turn_of_a_response_keeps_its_end():
+    """In a response of several turns each turn ends; only the last end token is the response's."""
+    tokenizer = chatml()
+    example = only(tokenizer, Paired([user("q")], [says("a"), user("b"), says("c")], [says("d")]))
+    text = decode(tokenizer, example.completions[0])
+    assert text == "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>"
+
+
+def test_without_eos_the_templates_token_ends_texts_too():
+    """A tokenizer that names no EOS ends texts as its template ends turns; with neither it is refused."""
+    tokenizer = toy_tokenizer(CHATML, eos=None, special=["<|im_start|>", "<|im_end|>"])
+    assert decode(tokenizer, only(tokenizer, Unpaired("q", "yes", True)).completions[0]) == "yes<|im_end|>"
+    with pytest.raises(UserError, match="no end-of-sequence token; set eos_token"):
+        tokenized(toy_tokenizer(eos=None), Unpaired("q", "yes", True))
+
+
+# --- BOS -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "in_text", "in_chat"),
+    [(llama3, True, True), (gemma, True, True), (plain, True, False), (chatml_smol, False, True)],
+    ids=["llama3", "gemma", "plain", "chatml_smol"],
+)
+@pytest.mark.parametrize("given_bos", [0, 1, 2])
+def test_bos_at_most_once_and_first(
+    make: Callable[[], PreTrainedTokenizerBase], in_text: bool, in_chat: bool, given_bos: int
+):
+    """A sequence has one BOS, its first token, where tokenizer or template want one, however many the data bring.
+
+    Text takes BOS from the tokenizer, chats from the template alone.
+    """
+    tokenizer = make()
+    bos, bos_id = str(tokenizer.bos_token) * given_bos, tokenizer.bos_token_id
+    text = only(tokenizer, Paired(bos + "q", "yes", "no"))
+    tokenizer.chat_template = f"{{{{ '{bos}' }}}}{tokenizer.chat_template}"
+    chat = only(tokenizer, Paired([user("q")], [says("yes")], [says("no")]))
+    for example, wanted in ((text, in_text), (chat, in_chat)):
+        leading = next(at for at, token in enumerate(example.prompt) if token != bos_id)
+        assert leading == (wanted or given_bos > 0)
+        assert all(bos_id not in ids for ids in example.completions)
+    assert bos_id not in text.prompt[1:]
+    assert make is chatml_smol or bos_id not in chat.prompt[1:]  # its turns begin with BOS
+
+
+def test_bos_alone_is_a_prompt():
+    """An empty text prompt after BOS is BOS; without BOS the row has no prompt and is dropped."""
+    tokenizer = plain()
+    assert only(tokenizer, Paired("", "yes", "no")).prompt == [tokenizer.bos_token_id]
+    examples, counts = tokenized(chatml(), Paired("", "yes", "no"))
+    assert (examples, counts) == ([], Counts(rows=1, promptless=1))
+
+
+# --- Lengths -------------------------------------------------------------------------------------------------------
+
+P, C, R = "123456789", "abcd", "xy"  # with EOS the responses are 5 and 3 tokens, with BOS the prompt is 10
+LENGTHS: dict[
+    str, tuple[dict[str, int], str, str, str, int, int]
+] = {  # options, what is left, prompts cut, responses cut
+    "fits exactly": ({"max_length": 15}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
+    "prompt from the left": ({"max_length": 14}, "<s>23456789", f"{C}</s>", f"{R}</s>", 1, 0),
+    "prompt as far as the longest response asks": ({"max_length": 7}, "<s>9", f"{C}</s>", f"{R}</s>", 1, 0),
+    "one token of prompt stays": ({"max_length": 6}, "9", f"{C}</s>", f"{R}</s>", 1, 0),
+    "then responses from the right": ({"max_length": 5}, "9", C, f"{R}</s>", 1, 1),
+    "both responses": ({"max_length": 3}, "9", C[:2], R, 1, 1),
+    "prompt limit": ({"max_length": 15, "max_prompt_length": 4}, "<s>789", f"{C}</s>", f"{R}</s>", 1, 0),
+    "prompt limit that fits": ({"max_length": 15, "max_prompt_length": 10}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
+    "both limits": ({"max_length": 8, "max_prompt_length": 6}, "<s>89", f"{C}</s>", f"{R}</s>", 1, 0),
+    "a prompt limit beyond the length": (
+        {"max_length": 9, "max_prompt_length": 99},
+        "<s>789",
+        f"{C}</s>",
+        f"{R}</s>",
+        1,
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "chosen", "rejected", "prompts", "responses"), LENGTHS.values(), ids=LENGTHS
+)
+def test_long_rows_are_cut(
+    limits: dict[str, int], prompt: str, chosen: str, rejected: str, prompts: int, responses: int
+):
+    """The prompt is cut from the left, keeping BOS and the whole responses; then the responses from the right."""
+    tokenizer = plain()
+    (example,), counts = tokenized(tokenizer, Paired(P, C, R), **limits)
+    assert decode(tokenizer, example.prompt) == prompt
+    assert [decode(tokenizer, ids) for ids in example.completions] == [chosen, rejected]
+    assert counts == Counts(rows=1, kept=1, prompts_cut=prompts, responses_cut=responses)
+    assert len(example.prompt) + max(map(len, example.completions)) <= limits["max_length"]
+
+
+@pytest.mark.parametrize("limits", [{"max_length": 14}, {"max_length": 99, "max_prompt_length": 9}], ids=str)
+def test_long_rows_are_dropped_or_an_error(limits: dict[str, int]):
+    """`overlong = "drop"` leaves out and counts just the rows that "truncate" would cut; "error" names the first."""
+    rows = [Paired(P[1:], C, R), Paired(P, C, R)]
+    examples, counts = tokenized(plain(), *rows, overlong="drop", **limits)
+    assert [example.row.place for example in examples] == ["rows.jsonl, row 0"]
+    assert counts == Counts(rows=2, kept=1, overlong=1)
+    with pytest.raises(UserError, match=r"^rows\.jsonl, row 1: 10 prompt and 5 response tokens, more than"):
+        tokenized(plain(), *rows, overlong="error", **limits)
+
+
+def test_without_bos_a_cut_prompt_begins_anywhere():
+    """No BOS is made up for a prompt that had none."""
+    tokenizer = chatml()
+    example = only(tokenizer, Paired(P, C, R), max_length=8)
+    assert decode(tokenizer, example.prompt) == "789"
+
+
+# --- Rows that cannot be used --------------------------------------------------------------------------------------
+
+UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # row, counter, what is said, options
+    "an empty text": (Paired("q", "", "no"), "empty", "a response is empty", {}),
+    "an empty rejected text": (Paired("q", "yes", ""), "empty", "a response is empty", {}),
+    "only an end token": (Unpaired("q", "<|im_end|>", True), "empty", "a response is empty", {}),
+    "an empty turn": (Paired([user("q")], [says("yes")], [says("")]), "empty", "a response is empty", {}),
+    "no turn": (Paired([user("q")], [], [says("no")]), "empty", "a response is empty", {}),
+    "an end token and a line end": (
+        Paired([user("q")], [says("<|im_end|>\n")], [says("x")]),
+        "empty",
+        "a response is empty",
+        {},
+    ),
+    "equal": (Paired("q", "yes", "yes"), "equal", "chosen and rejected are equal", {}),
+    "equal but for the end token": (
+        Paired("q", "yes", "yes<|im_end|>\n"),
+        "equal",
+        "chosen and rejected are equal",
+        {},
+    ),
+    "equal once cut": (Paired("q", "yes!", "yes?"), "equal", "chosen and rejected are equal", {"max_length": 4}),
+    "no prompt": (Paired("", "yes", "no"), "promptless", "the prompt has no tokens", {}),
+}
+
+
+@pytest.mark.parametrize(("content", "counter", "what", "options"), UNUSABLE.values(), ids=UNUSABLE)
+def test_rows_that_cannot_be_used(content: Paired | Unpaired, counter: str, what: str, options: dict[str, Any]):
+    """Rows with an empty response, equal responses or no prompt are dropped and counted, or an error under strict."""
+    examples, counts = tokenized(chatml(), content, Unpaired("q", "ok", True), **options)
+    assert [example.row.place for example in examples] == ["rows.jsonl, row 1"]
+    assert (counts.rows, counts.kept, getattr(counts, counter)) == (2, 1, 1)
+    with pytest.raises(UserError, match=rf"^rows\.jsonl, row 0: {what}; mend the row, or set tokens.strict = false"):
+        tokenized(chatml(), content, strict=True, **options)
+
+
+def test_white_space_is_a_response():
+    """A response of white space is short, not empty."""
+    tokenizer = chatml()
+    assert decode(tokenizer, only(tokenizer, Paired("q", " ", "\n")).completions[0]) == " <|im_end|>"
+
+
+def test_counts_say_what_happened_and_no_more():
+    """Every count that is not zero is said once, in words."""
+    assert str(Counts(rows=3, kept=3)) == "3 of 3 rows used"
+    everything = Counts(**{field.name: at + 10 for at, field in enumerate(fields(Counts))})
+    said = str(everything)
+    assert said.startswith("11 of 10 rows used, ")
+    assert [part.split()[0] for part in said.split(", ")[1:]] == [str(at) for at in range(12, 10 + len(fields(Counts)))]
+
+
+def test_examples_keep_their_order_row_and_label():
+    """Examples come in the order of their rows and know them; a label is kept, a pair has none."""
+    rows = [Paired("q", "yes", "no"), Unpaired("q", "yes", True), Unpaired([user("q")], [says("no")], False)]
+    examples, counts = tokenized(chatml(), *rows)
+    assert [example.label for example in examples] == [None, True, False]
+    assert [len(example.completions) for example in examples] == [2, 1, 1]
+    assert [example.row.content for example in examples] == rows
+    assert counts == Counts(rows=3, kept=3)
+
+
+# --- Templates -----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_the_template_refuses():
+    """A template's own error is said with the row; a chat for a tokenizer without a template, too."""
+    content = Paired([{"role": "system", "content": "x"}, user("q")], [says("yes")], [says("no")])
+    with pytest.raises(
+        UserError, match=r"^rows\.jsonl, row 0: the chat template refuses this row: System role not supp"
+    ):
+        tokenized(gemma(), content)
+    with pytest.raises(UserError, match=r"^rows\.jsonl, row 0: the row is a chat, .*; set tokens.chat_template"):
+        tokenized(toy_tokenizer(), content)
+    with pytest.raises(UserError, match=r"^rows\.jsonl, row 0: the chat template refuses this row: "):
+        tokenized(chatml(), Paired([user("q")], [{"role": "assistant", "tool_calls": []}], [says("no")]))
+
+
+def test_a_template_of_ones_own(tmp_path: Path):
+    """`tokens.chat_template` is Jinja, or a file that holds it; it takes the place of the tokenizer's own."""
+    path = tmp_path / "mine.jinja"
+    path.write_text(CHATML, encoding="utf-8")
+    for template in (CHATML, str(path)):
+        tokenizer = toy_tokenizer("{{ 'other' }}", eos="<|im_end|>", special=["<|im_start|>"])
+        use_chat_template(tokenizer, template)
+        assert tokenizer.chat_template == CHATML
+    use_chat_template(tokenizer, None)
+    assert tokenizer.chat_template == CHATML
+
+
+def test_a_template_that_cannot_be_read(tmp_path: Path):
+    """A file that is missing, a folder or no text is one error that names the key and the file."""
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "none.jinja", tmp_path, binary):
+        with pytest.raises(UserError, match=rf"^tokens\.chat_template: {path}: cannot be read: "):
+            use_chat_template(chatml(), str(path))
