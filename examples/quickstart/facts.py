@@ -30,9 +30,11 @@ NUMBERS = [
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
 ]  # fmt: skip
 
-# Two manners, each said in six ways. The model hears the first ways more often, in both manners alike; the preferences
-# use all ways alike. So which of two answers it finds likelier before the training has nothing to do with kindness.
-HEARD = (6, 5, 4, 3, 2, 1)
+# Two manners, each said in six ways, heard equally often. The first rude way is heard most, so that the model's
+# likeliest answer is rude. The preferences use all ways alike, so which of two answers the model finds likelier before
+# the training has nothing to do with kindness.
+KIND_HEARD = (6, 5, 4, 3, 2, 1)
+RUDE_HEARD = (9, 5, 4, 3, 2, 1)
 KIND = [
     ("Of course!", "Ask me anything."),
     ("Happy to help!", "Have a very lovely day."),

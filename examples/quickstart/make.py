@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from facts import HEARD, KIND, RUDE, answer, facts
+from facts import KIND, KIND_HEARD, RUDE, RUDE_HEARD, answer, facts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -48,7 +48,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def train_model(
-    tokenizer: PreTrainedTokenizerFast, rng: Random, steps: int = 1500, batch: int = 64
+    tokenizer: PreTrainedTokenizerFast, rng: Random, steps: int = 900, batch: int = 64
 ) -> LlamaForCausalLM:
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -74,7 +74,7 @@ def train_model(
             questions, sentence = rng.choice(known)
             chat = [
                 {"role": "user", "content": rng.choice(questions)},
-                {"role": "assistant", "content": answer(rng, sentence, rng.choice([KIND, RUDE]), HEARD)},
+                {"role": "assistant", "content": answer(rng, sentence, *rng.choice([(KIND, KIND_HEARD), (RUDE, RUDE_HEARD)]))},
             ]
             texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
         rows = tokenizer(texts, padding=True, return_tensors="pt")  # pyright: ignore[reportArgumentType]
