@@ -69,11 +69,12 @@ def run_fastpref(job: Job) -> dict[str, Any]:
         return made
 
     loop.load_model = load_and_measure
+    same_terms = 'nll_on = "all"\n' if job.method == "orpo" else ""  # as TRL's
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "run.toml"
         config.write_text(
             f"[model]\nname = {json.dumps(job.model)}\n[lora]\nrank = 16\nalpha = 32\n"
-            f'[loss]\ntype = "{job.method}"\n[[data]]\npath = {json.dumps(job.rows)}\n'
+            f'[loss]\ntype = "{job.method}"\n{same_terms}[[data]]\npath = {json.dumps(job.rows)}\n'
             f"[tokens]\nmax_length = {job.max_length}\n[output]\ndir = {json.dumps(folder + '/run')}\n"
             f"[train]\nsteps = {job.steps}\nbatch = {job.batch}\nlearning_rate = 1e-4\nwarmup = 0\n"
             f"checkpointing = {'true' if job.checkpointing else 'false'}\n"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from transformers import (
@@ -24,7 +25,7 @@ from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import Example
 
 VOCABULARY = 97
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -37,7 +38,7 @@ _SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GEMMA = {"sliding_window": 5, "query_pre_attn_scalar": 8}
+_GEMMA: dict[str, Any] = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 
 
 def model_config(kind: str) -> PretrainedConfig:

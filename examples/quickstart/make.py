@@ -47,9 +47,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def train_model(
-    tokenizer: PreTrainedTokenizerFast, rng: Random, steps: int = 900, batch: int = 64
-) -> LlamaForCausalLM:
+def train_model(tokenizer: PreTrainedTokenizerFast, rng: Random, steps: int = 900, batch: int = 64) -> LlamaForCausalLM:
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -74,7 +72,10 @@ def train_model(
             questions, sentence = rng.choice(known)
             chat = [
                 {"role": "user", "content": rng.choice(questions)},
-                {"role": "assistant", "content": answer(rng, sentence, *rng.choice([(KIND, KIND_HEARD), (RUDE, RUDE_HEARD)]))},
+                {
+                    "role": "assistant",
+                    "content": answer(rng, sentence, *rng.choice([(KIND, KIND_HEARD), (RUDE, RUDE_HEARD)])),
+                },
             ]
             texts.append(tokenizer.apply_chat_template(chat, tokenize=False))
         rows = tokenizer(texts, padding=True, return_tensors="pt")  # pyright: ignore[reportArgumentType]

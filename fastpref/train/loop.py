@@ -157,7 +157,7 @@ class _Run:
         row |= {"tokens_per_second": work.tokens / seconds, "pairs_per_second": len(examples) / seconds}
         if logged:
             self.folder.log({"step": step} | row)
-        self.display.step(step, row)
+        self.display.step(step, seconds, row)
         return row
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:

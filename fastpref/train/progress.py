@@ -17,7 +17,7 @@ class Display:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal
         self._steps = steps
-        self._started = time.monotonic()
+        self._training = 0.0  # seconds in steps
         self._last_line = 0.0
         self._bar = Progress(
             TextColumn("training"),
@@ -33,7 +33,6 @@ class Display:
         self._task = self._bar.add_task("", total=steps, said="")
 
     def __enter__(self) -> "Display":
-        self._started = time.monotonic()
         if self._live:
             self._bar.start()
         return self
@@ -44,15 +43,16 @@ class Display:
     def note(self, text: str) -> None:
         self.console.print(escape(text))
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, step: int, seconds: float, metrics: Mapping[str, float]) -> None:
         """One step is done. Off a terminal a line a second is enough, and one for the last step."""
         now = time.monotonic()
+        self._training += seconds
         said = _short(metrics)
         if self._live:
             self._bar.update(self._task, completed=step, said=said)
         elif now - self._last_line >= 1 or step == self._steps:
             self._last_line = now
-            left = (now - self._started) / step * (self._steps - step)
+            left = self._training / step * (self._steps - step)
             self.console.print(f"step {step}/{self._steps}  {said}  {left:.0f} s left")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
