@@ -1,4 +1,4 @@
-"""Before anything imports `datasets`: its cache goes to a folder of this run alone, and nothing asks the hub."""
+"""Set up before anything imports `datasets` or computes: a cache of this run's own, no hub, one thread."""
 
 import os
 import tempfile
@@ -8,3 +8,5 @@ os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_HOME.name, "datasets")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Models and tiles this small gain nothing from threads, which on a busy machine wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"

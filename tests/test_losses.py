@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal, localcontext
 from typing import Any, get_args
@@ -74,15 +74,6 @@ LOSSES: dict[str, LossOptions] = {
     "cpo ipo, alpha": CPO(variant="ipo", alpha=0.5),
 }
 EVERY_LOSS = pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors of a dozen numbers gain nothing from threads, which on a busy machine wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sorts(options: LossOptions) -> bool:

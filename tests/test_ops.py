@@ -22,15 +22,6 @@ OPTIONS = {
 MANY_TILES = 0.0003  # MiB
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads cost tiles this small more than they bring, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def inputs(dtype: torch.dtype = torch.float32, n: int = N, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """hidden, weight, bias and targets by the names of their arguments; those in `needed` require a gradient."""
     generator = torch.Generator().manual_seed(0)

@@ -32,15 +32,6 @@ EPS32 = torch.finfo(torch.float32).eps
 FEW = 8  # roundings that may fall less luckily for us than for the yardstick
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads cost tiles this small more than they bring, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class Problem:
     hidden: Tensor  # [N, H]
