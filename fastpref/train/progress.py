@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 
 class Display:
@@ -19,14 +19,12 @@ class Display:
         self._steps = steps
         self._training = 0.0  # seconds in steps
         self._last_line = 0.0
+        # Narrow enough for 80 columns: a wider line would lose the bar and the time left.
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left  {task.fields[said]}", table_column=Column(no_wrap=True)),
             console=self.console,
             transient=True,
         )
@@ -75,9 +73,8 @@ class Display:
 def _short(metrics: Mapping[str, float]) -> str:
     wanted = (
         ("loss", "loss {:.4f}"),
-        ("rewards/margins", "margin {:+.3f}"),
         ("rewards/accuracies", "accuracy {:.0%}"),
-        ("pairs_per_second", "{:.1f} pairs/s"),
-        ("tokens_per_second", "{:.0f} tokens/s"),
+        ("pairs_per_second", "{:.3g} pairs/s"),
+        ("tokens_per_second", "{:.0f} tok/s"),
     )
     return "  ".join(form.format(metrics[name]) for name, form in wanted if name in metrics)
