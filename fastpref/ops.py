@@ -1,17 +1,20 @@
 """The public kernel interface: token log-probabilities of a linear head that never hold the logits."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref.kernels.linear_logprob_torch import LogitTransform, compute_dtype, recompute_gradients, walk_vocabulary
+from fastpref.kernels import linear_logprob_torch
+from fastpref.kernels.linear_logprob_torch import LogitTransform, Walk, compute_dtype
 
 OUTPUTS = ("entropy", "mean_logit", "log_sum_sq_probs", "is_top1")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -60,7 +63,7 @@ def linear_logprob(
         outputs: which of "entropy", "mean_logit", "log_sum_sq_probs", "is_top1" to compute beside `logp`. They are
             not differentiable.
         workspace_mb: budget in MiB for scratch tiles.
-        backend: "torch", or "auto" for the best there is on the tensors' device.
+        backend: "triton" (CUDA and ROCm), "torch" (anywhere), or "auto" for the best there is on the tensors' device.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -68,14 +71,13 @@ def linear_logprob(
     """
     _check_tensors(hidden, weight, targets, bias)
     outputs = _check_settings(softcap, logit_scale, temperature, outputs, workspace_mb, backend)
-    head = _Head(LogitTransform(softcap, logit_scale, temperature), outputs, int(workspace_mb * 2**20))
+    kernels = _kernels(backend, hidden)
+    head = _Head(LogitTransform(softcap, logit_scale, temperature), outputs, int(workspace_mb * 2**20), kernels)
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.shape[0] == 0:
             return _empty(hidden, weight, bias, outputs)
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-            walk = walk_vocabulary(
-                hidden, weight, targets, bias, head.transform, outputs=outputs, budget=head.budget, with_grad=False
-            )
+            walk = head.walk(hidden, weight, targets, bias, with_grad=False)
             return TokenLogprobs(walk.logp, walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1)
         trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
         function = _TrainableHead if trainable else _FrozenHead
@@ -87,6 +89,29 @@ class _Head:
     transform: LogitTransform
     outputs: tuple[str, ...]
     budget: int  # bytes
+    kernels: ModuleType  # the backend
+
+    def walk(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *, with_grad: bool) -> Walk:
+        return self.kernels.walk_vocabulary(
+            hidden, weight, targets, bias, self.transform,
+            outputs=self.outputs, budget=self.budget, with_grad=with_grad,
+        )  # fmt: skip
+
+
+def _kernels(backend: str, hidden: Tensor) -> ModuleType:
+    """The module that walks the vocabulary for these tensors."""
+    if backend == "torch" or (backend == "auto" and hidden.device.type != "cuda"):
+        return linear_logprob_torch
+    reason = "Triton is not installed"
+    if importlib.util.find_spec("triton") is not None:
+        from fastpref.kernels import linear_logprob_launch, tiles
+
+        if tiles.choose_tiles(hidden) is not None:
+            return linear_logprob_launch
+        reason = "the kernels have no tile for it"
+    if backend == "triton":
+        raise ValueError(f"linear_logprob: backend is 'triton', hidden is {hidden.dtype} on {hidden.device}: {reason}")
+    return linear_logprob_torch
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -94,9 +119,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head):
-        walk = walk_vocabulary(
-            hidden, weight, targets, bias, head.transform, outputs=head.outputs, budget=head.budget, with_grad=True
-        )
+        walk = head.walk(hidden, weight, targets, bias, with_grad=True)
         ctx.save_for_backward(walk.grad)
         ctx.dtype = hidden.dtype
         extras = (walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1)
@@ -115,9 +138,7 @@ class _TrainableHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head):
-        walk = walk_vocabulary(
-            hidden, weight, targets, bias, head.transform, outputs=head.outputs, budget=head.budget, with_grad=False
-        )
+        walk = head.walk(hidden, weight, targets, bias, with_grad=False)
         ctx.save_for_backward(hidden, weight, targets, bias, walk.z_target, walk.maximum, walk.sum_others)
         ctx.head = head
         extras = (walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1)
@@ -129,7 +150,7 @@ class _TrainableHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):
         hidden, weight, targets, bias, *walk = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        made = recompute_gradients(
+        made = ctx.head.kernels.recompute_gradients(
             grads[0],
             hidden,
             weight,

@@ -43,6 +43,12 @@ class LogitTransform:
         """dz/dx apart from softcap', the same for every logit."""
         return self.scale / self.temperature
 
+    def softcap_slope(self, z: Tensor) -> Tensor | float:
+        """softcap' where the capped and divided logit is z."""
+        if self.softcap is None:
+            return 1.0
+        return 1 - (z * (self.temperature / self.softcap)).square()
+
 
 class Walk(NamedTuple):
     """What one walk over the vocabulary leaves for each row, float32 (float64 for float64 inputs)."""
@@ -136,12 +142,6 @@ def _logits(
 def _softcap_slope(tangent: Tensor) -> Tensor:
     """softcap' = 1 − t², in place."""
     return tangent.square_().neg_().add_(1)
-
-
-def _target_slope(z_target: Tensor, transform: LogitTransform) -> Tensor | float:
-    if transform.softcap is None:
-        return 1.0
-    return 1 - (z_target * (transform.temperature / transform.softcap)).square()
 
 
 def _hide_targets(tile: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -265,7 +265,7 @@ class _Rows:
     def _gradient(self, others: Tensor, s: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """g, made in the place of O."""
         w_target = weight[self.targets].to(others.dtype)
-        coefficient = self.sum_others / s * _target_slope(self.z_target, self.transform)
+        coefficient = self.sum_others / s * self.transform.softcap_slope(self.z_target)
         others.mul_((-1 / s)[:, None]).addcmul_(w_target, coefficient[:, None])
         # float16 stays float32: a confident token's g would vanish before the loss scale reaches it.
         return others.mul_(self.transform.slope).to(others.dtype if dtype == torch.float16 else dtype)
@@ -303,7 +303,7 @@ def recompute_gradients(
     scratch = _Scratch(hidden, tile, buffers=buffers, weight_copies=copies)
     h = hidden.to(dtype)
     factor = grad_logp.to(dtype) * transform.slope / (sum_others + (z_target - maximum).exp())  # [N]
-    at_target = factor * sum_others * _target_slope(z_target, transform)  # [N]
+    at_target = factor * sum_others * transform.softcap_slope(z_target)  # [N]
     d_hidden = torch.zeros_like(h) if want_hidden else None
     d_weight = torch.empty_like(weight) if want_weight else None
     d_bias = torch.empty_like(bias) if want_bias and bias is not None else None

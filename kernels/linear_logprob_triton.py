@@ -1,0 +1,312 @@
+"""Triton kernels of the vocabulary walk: no logit ever reaches memory.
+
+One main loop, `_walk_kernel`: the product of a row block with columns of the weight, in float32 registers, and an
+epilogue.
+
+    FORWARD    folds the columns of one split into softmax statistics, [splits, N]
+    EXP        stores E = e^{z − base}·softcap' of one tile for the library's product E·W, and the tile's statistics
+    GRADIENT   stores ∂loss/∂(h·W + b) of one tile, for a trainable head's two products
+
+`_combine_kernel` adds partial statistics in a fixed order: no atomics, so results repeat bit for bit.
+
+In EXP every row and column block first chooses its base: the row's running offset, unless the block's maximum has run
+more than `lazy` above it. bfloat16 has float32's range, so an offset need only be near the maximum; float16 has not,
+so there `lazy` is 0. `_rescale_kernel` then brings the tile's blocks, and the accumulator O, to one offset a row; where
+no base moved it returns at once.
+
+    z = softcap(a·(h·W + b))/τ        s_o = Σ_{v≠y} e^{z_v − offset}        O = Σ_{v≠y} e^{z_v − offset}·softcap'_v·W_v
+    logp = (z_y − offset) − log(s_o + e^{z_y − offset})        g = (a/τ)·[(s_o/s)·softcap'_y·W_y − O/s]
+
+`linear_logprob_launch.py` launches them. The naive reference is `linear_logprob_naive.py`; the same walk in plain torch
+is `linear_logprob_torch.py`.
+"""
+
+import triton
+import triton.language as tl
+
+FORWARD: tl.constexpr = tl.constexpr(0)
+EXP: tl.constexpr = tl.constexpr(1)
+GRADIENT: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def _tanh(x):
+    # 2σ(2x) − 1 loses at most one rounding of 1 near zero, far below the softcap it is multiplied with.
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit(do_not_specialize=["n", "vocabulary", "first", "last", "columns_per_split"])
+def _walk_kernel(
+    p_hidden,  # [N, H]
+    p_weight,  # [V, H]
+    p_bias,  # [V]
+    p_targets,  # [N] int64
+    p_offset,  # [N] EXP: running offset, −inf at first; GRADIENT: final offset
+    p_factor,  # [N] GRADIENT: of the columns that are not the target
+    p_at_target,  # [N] GRADIENT: of the target's column
+    p_tile,  # [N, last − first] EXP, GRADIENT: what is stored
+    p_base,  # [S, N] what a split's sums are relative to: its maximum, or in EXP its base
+    p_sum,  # [S, N] Σ_{v≠y} e^{z − base}
+    p_target,  # [S, N] z_y, or −inf where the target is not in the split
+    p_ez,  # [S, N] Σ_{v≠y} e^{z − base}·(z − base)
+    p_ee,  # [S, N] Σ_{v≠y} e^{2(z − base)}
+    p_z,  # [S, N] Σ z
+    p_maximum,  # [S, N] the largest z of all columns
+    p_ahead,  # [S, N] the largest z before the target's column
+    n,
+    first,  # columns [first, last) of the vocabulary
+    last,
+    width,  # H
+    stride_hidden,
+    stride_weight,
+    stride_tile,
+    columns_per_split,  # a multiple of BLOCK_V; in EXP and GRADIENT BLOCK_V itself
+    gain,  # a/τ, or with a softcap a/c
+    cap,  # c/τ
+    lazy,  # EXP: how far a maximum may run above the offset
+    MODE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SPREAD: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One row block over one split of the columns. Row blocks are the fast axis of the grid: programs that run
+    together read the same slice of the weight, out of L2."""
+    # Addresses are one 64-bit base a block and 32-bit offsets inside it: half the registers of 64-bit offsets.
+    i_n, i_v, i_inner = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_H)
+    first_row = tl.program_id(0) * BLOCK_N
+    i_split = tl.program_id(1)
+    i_rows = first_row + i_n
+    in_rows = i_rows < n
+    target = tl.load(p_targets + i_rows, mask=in_rows, other=-1)
+    p_hidden += first_row.to(tl.int64) * stride_hidden
+    i_h = i_n[:, None] * stride_hidden + i_inner[None, :]
+    i_w = i_v[None, :] * stride_weight + i_inner[:, None]
+    base = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    z_target = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    ahead = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    ez = tl.zeros((BLOCK_N,), tl.float32)
+    ee = tl.zeros((BLOCK_N,), tl.float32)
+    z_sum = tl.zeros((BLOCK_N,), tl.float32)
+    if MODE != FORWARD:
+        base = tl.load(p_offset + i_rows, mask=in_rows, other=0.0)
+
+    begin = first + i_split * columns_per_split
+    end = tl.minimum(begin + columns_per_split, last)
+    blocks = 1  # known to the compiler, which then carries no sums from block to block
+    if MODE == FORWARD:
+        blocks = tl.cdiv(end - begin, BLOCK_V)
+    for i_block in range(0, blocks):
+        start = begin + i_block * BLOCK_V
+        # --- the product, in float32 registers
+        i_columns = start + i_v
+        in_columns = i_columns < end
+        p_w = p_weight + start.to(tl.int64) * stride_weight
+        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        for k in range(0, width, BLOCK_H):
+            inner = i_inner < width - k
+            b_h = tl.load(p_hidden + k + i_h, mask=in_rows[:, None] & inner[None, :], other=0.0)
+            b_w = tl.load(p_w + k + i_w, mask=in_columns[None, :] & inner[:, None], other=0.0).to(b_h.dtype)
+            if UPCAST:  # Triton's interpreter multiplies bfloat16 as raw bits
+                b_h, b_w = b_h.to(tl.float32), b_w.to(tl.float32)
+            z = tl.dot(b_h, b_w, z, input_precision=PRECISION)
+        if HAS_BIAS:
+            z += tl.load(p_bias + i_columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
+        z *= gain
+        slope = 1.0
+        if HAS_SOFTCAP:
+            tangent = _tanh(z)
+            z = tangent * cap
+            slope = 1.0 - tangent * tangent  # softcap'
+
+        # --- the epilogue
+        is_target = i_columns[None, :] == target[:, None]
+        z = tl.where(in_columns[None, :], z, float("-inf"))
+        if MODE == GRADIENT:
+            factor = tl.load(p_factor + i_rows, mask=in_rows, other=0.0)
+            at_target = tl.load(p_at_target + i_rows, mask=in_rows, other=0.0)
+            stored = tl.where(is_target, at_target[:, None], factor[:, None] * tl.exp(z - base[:, None])) * slope
+        else:
+            tile_largest = tl.max(z, 1)
+            z_target = tl.maximum(z_target, tl.max(tl.where(is_target, z, float("-inf")), 1))
+            if HAS_MEAN:
+                z_sum += tl.sum(tl.where(in_columns[None, :], z, 0.0), 1)
+            if HAS_TOP1:
+                before = i_columns[None, :] < target[:, None]
+                ahead = tl.maximum(ahead, tl.max(tl.where(before, z, float("-inf")), 1))
+            largest = tl.maximum(largest, tile_largest)
+            if MODE == FORWARD:
+                new = tl.maximum(base, tile_largest)
+            else:
+                new = tl.where(tile_largest - base > lazy, tile_largest, base)
+            moved = base - new  # −inf at the first tile, where the sums are still zero
+            shrink = tl.exp(moved)
+            d = z - new[:, None]
+            e = tl.where(is_target, 0.0, tl.exp(d))
+            if HAS_SPREAD:
+                carried = tl.where(total > 0, shrink * (ez + moved * total), 0.0)
+                ez = carried + tl.sum(tl.where(e > 0, e * d, 0.0), 1)
+                ee = ee * shrink * shrink + tl.sum(e * e, 1)
+            total = total * shrink + tl.sum(e, 1)
+            base = new
+            stored = e * slope
+        if MODE != FORWARD:
+            p_out = p_tile + first_row.to(tl.int64) * stride_tile + (start - first)
+            p_out += i_n[:, None] * stride_tile + i_v[None, :]
+            tl.store(p_out, stored.to(p_tile.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+    if MODE != GRADIENT:
+        place = i_split.to(tl.int64) * n + i_rows
+        tl.store(p_base + place, base, mask=in_rows)
+        tl.store(p_sum + place, total, mask=in_rows)
+        tl.store(p_target + place, z_target, mask=in_rows)
+        if HAS_SPREAD:
+            tl.store(p_ez + place, ez, mask=in_rows)
+            tl.store(p_ee + place, ee, mask=in_rows)
+        if HAS_MEAN:
+            tl.store(p_z + place, z_sum, mask=in_rows)
+        if HAS_TOP1:
+            tl.store(p_maximum + place, largest, mask=in_rows)
+            tl.store(p_ahead + place, ahead, mask=in_rows)
+
+
+@triton.jit(do_not_specialize=["n", "splits"])
+def _combine_kernel(
+    p_base,  # [S, N]
+    p_sum,  # [S, N]
+    p_target,  # [S, N]
+    p_ez,  # [S, N]
+    p_ee,  # [S, N]
+    p_z,  # [S, N]
+    p_maximum,  # [S, N]
+    p_ahead,  # [S, N]
+    p_running,  # [8, N] base, sum, target, ez, ee, z, maximum, ahead so far
+    p_shrunk,  # [N] e^{old base − new base}: what O is multiplied with
+    n,
+    splits,
+    HAS_SPREAD: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the statistics of S splits to the running ones, split by split."""
+    i_rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = i_rows < n
+    old = tl.load(p_running + i_rows, mask=mask, other=0.0)
+    new = old
+    for s in range(splits):
+        new = tl.maximum(new, tl.load(p_base + s * n + i_rows, mask=mask, other=0.0))
+    moved = old - new
+    shrink = tl.exp(moved)
+    total = tl.load(p_running + n + i_rows, mask=mask, other=0.0)
+    z_target = tl.load(p_running + 2 * n + i_rows, mask=mask, other=0.0)
+    if HAS_SPREAD:
+        ez = tl.load(p_running + 3 * n + i_rows, mask=mask, other=0.0)
+        ee = tl.load(p_running + 4 * n + i_rows, mask=mask, other=0.0)
+        ez = tl.where(total > 0, shrink * (ez + moved * total), 0.0)
+        ee *= shrink * shrink
+    if HAS_MEAN:
+        z_sum = tl.load(p_running + 5 * n + i_rows, mask=mask, other=0.0)
+    if HAS_TOP1:
+        largest = tl.load(p_running + 6 * n + i_rows, mask=mask, other=0.0)
+        ahead = tl.load(p_running + 7 * n + i_rows, mask=mask, other=0.0)
+    total *= shrink
+    for s in range(splits):
+        place = s * n + i_rows
+        moved = tl.load(p_base + place, mask=mask, other=0.0) - new
+        shrink = tl.exp(moved)
+        own = tl.load(p_sum + place, mask=mask, other=0.0)
+        total += own * shrink
+        z_target = tl.maximum(z_target, tl.load(p_target + place, mask=mask, other=0.0))
+        if HAS_SPREAD:
+            own_ez = tl.load(p_ez + place, mask=mask, other=0.0)
+            ez += tl.where(own > 0, shrink * (own_ez + moved * own), 0.0)
+            ee += shrink * shrink * tl.load(p_ee + place, mask=mask, other=0.0)
+        if HAS_MEAN:
+            z_sum += tl.load(p_z + place, mask=mask, other=0.0)
+        if HAS_TOP1:
+            largest = tl.maximum(largest, tl.load(p_maximum + place, mask=mask, other=0.0))
+            ahead = tl.maximum(ahead, tl.load(p_ahead + place, mask=mask, other=0.0))
+    tl.store(p_running + i_rows, new, mask=mask)
+    tl.store(p_running + n + i_rows, total, mask=mask)
+    tl.store(p_running + 2 * n + i_rows, z_target, mask=mask)
+    tl.store(p_shrunk + i_rows, tl.exp(old - new), mask=mask)
+    if HAS_SPREAD:
+        tl.store(p_running + 3 * n + i_rows, ez, mask=mask)
+        tl.store(p_running + 4 * n + i_rows, ee, mask=mask)
+    if HAS_MEAN:
+        tl.store(p_running + 5 * n + i_rows, z_sum, mask=mask)
+    if HAS_TOP1:
+        tl.store(p_running + 6 * n + i_rows, largest, mask=mask)
+        tl.store(p_running + 7 * n + i_rows, ahead, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "columns"])
+def _rescale_kernel(
+    p_matrix,  # [N, columns], in place
+    p_base,  # [S, N] what each block of BLOCK_V columns is relative to; for O, [1, N]: its factor
+    p_offset,  # [N] what it shall be relative to
+    n,
+    columns,
+    stride,
+    IS_FACTOR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Multiply a block of rows and columns with e^{base − offset}, or with a factor; where all are 1, do nothing."""
+    i_rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_split = tl.program_id(1)
+    mask = i_rows < n
+    if IS_FACTOR:
+        factor = tl.load(p_base + i_rows, mask=mask, other=1.0)
+    else:
+        base = tl.load(p_base + i_split.to(tl.int64) * n + i_rows, mask=mask, other=0.0)
+        factor = tl.exp(base - tl.load(p_offset + i_rows, mask=mask, other=0.0))
+    smallest = tl.min(factor, axis=0)
+    if smallest < 1.0:  # pyright: ignore[reportOperatorIssue]
+        i_columns = i_split * BLOCK_V + tl.arange(0, BLOCK_V)
+        p = p_matrix + i_rows.to(tl.int64)[:, None] * stride + i_columns[None, :]
+        inside = mask[:, None] & (i_columns < columns)[None, :]
+        block = tl.load(p, mask=inside, other=0.0).to(tl.float32)
+        # 0·factor, not the block, where factor is 0: O holds nothing yet at the first tile
+        block = tl.where(factor[:, None] > 0, block * factor[:, None], 0.0)
+        tl.store(p, block.to(p_matrix.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "width"])
+def _gradient_kernel(
+    p_others,  # [N, H] float32, O
+    p_weight,  # [V, H]
+    p_targets,  # [N]
+    p_coefficient,  # [N] slope·(s_o/s)·softcap'_y
+    p_inverse,  # [N] slope/s
+    p_out,  # [N, H]
+    n,
+    width,
+    stride_others,
+    stride_weight,
+    stride_out,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """g = coefficient·W_y − inverse·O, in float32, stored once."""
+    i_rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_inner = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = i_rows < n
+    inside = mask[:, None] & (i_inner < width)[None, :]
+    target = tl.load(p_targets + i_rows, mask=mask, other=0)
+    coefficient = tl.load(p_coefficient + i_rows, mask=mask, other=0.0)
+    inverse = tl.load(p_inverse + i_rows, mask=mask, other=0.0)
+    rows = i_rows.to(tl.int64)[:, None]
+    others = tl.load(p_others + rows * stride_others + i_inner[None, :], mask=inside, other=0.0)
+    w = tl.load(p_weight + target[:, None] * stride_weight + i_inner[None, :], mask=inside, other=0.0).to(tl.float32)
+    g = coefficient[:, None] * w - inverse[:, None] * others
+    tl.store(p_out + rows * stride_out + i_inner[None, :], g.to(p_out.dtype.element_ty), mask=inside)

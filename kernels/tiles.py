@@ -1,0 +1,68 @@
+"""Which tile of the main loop runs on which card: one table, no autotuning.
+
+Every entry was tried by compiling (`tests/kernels/test_compile.py`): none spills a register, all fit the card's shared
+memory. Lengths are never compiled in, so a card uses one kernel for all batches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of rows × columns × hidden, how many warps and pipeline stages work on it, and the product's precision."""
+
+    n: int
+    v: int
+    h: int
+    warps: int
+    stages: int
+    precision: str = "ieee"  # of float32 operands: "ieee", or "tf32x3" on tensor cores; never plain tf32
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A card's tiles for one size of element."""
+
+    lean: Tile  # stores a tile, without bias, softcap or optional outputs: the usual training step
+    full: Tile  # anything else needs more registers, and so a smaller tile
+
+
+_WIDE, _HALF = Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3)
+_SINGLE = Tile(64, 64, 32, 8, 3, "tf32x3")
+_NVIDIA = {2: Tiles(_WIDE, _HALF), 4: Tiles(_SINGLE, _SINGLE)}
+_BLACKWELL = {2: Tiles(_WIDE, _HALF), 4: Tiles(_SINGLE, Tile(64, 32, 32, 8, 3, "tf32x3"))}
+_CDNA = {2: Tiles(Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 2)), 4: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2)}
+_RDNA = {2: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2), 4: Tiles(*[Tile(32, 64, 32, 8, 2)] * 2)}
+# By architecture, CUDA by compute capability and ROCm by name; then by bytes of an element.
+TILES: dict[int | str, dict[int, Tiles]] = {
+    80: _NVIDIA, 86: _NVIDIA, 89: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, 120: _NVIDIA,
+    "gfx942": _CDNA, "gfx1100": _RDNA,
+}  # fmt: skip
+_INTERPRETER = Tiles(*[Tile(32, 32, 32, 4, 1)] * 2)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(knobs.runtime.interpret)
+
+
+def choose_tiles(hidden: Tensor) -> Tiles | None:
+    """The tiles for the tensor's device and dtype, or None where the kernels do not run."""
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    if hidden.device.type != "cuda":
+        return _INTERPRETER if interpreted() else None
+    table = TILES.get(_architecture(hidden.device))
+    return None if table is None else table.get(hidden.element_size())
+
+
+def _architecture(device: torch.device) -> int | str:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    capability = properties.major * 10 + properties.minor
+    return capability if capability in TILES else capability // 10 * 10  # 10.3 runs what 10.0 runs

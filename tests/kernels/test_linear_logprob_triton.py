@@ -1,0 +1,150 @@
+"""The Triton kernels against their definition, in Triton's interpreter, or on a card where there is one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import CASES, DTYPES, MODES, assert_same, check_accuracy, flat, huge, loss_weights, ordinary, ours, peaked
+from torch import Tensor
+
+from fastpref import linear_logprob
+from fastpref.kernels import linear_logprob_launch as launch
+from fastpref.kernels.linear_logprob_torch import LogitTransform
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# N, H, V, workspace in MiB, around the interpreter's 32×32×32 tile.
+SHAPES = {
+    "many_tiles": (35, 45, 211, 0.004),
+    "one_tile": (3, 7, 29, 128),
+    "one_row": (1, 33, 100, 128),
+    "one_class": (1, 1, 1, 128),
+    "past_a_stored_tile": (5, 17, 2100, 0.004),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "shape"), [("plain", "many_tiles"), *(("all", shape) for shape in SHAPES)])
+def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
+    """Values and gradients are no further from the truth than the naive definition's, but for rounding."""
+    n, width, vocabulary, workspace_mb = SHAPES[shape]
+    check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb, "triton")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
+def test_accuracy_at_the_extremes(problem, dtype: torch.dtype, mode: str) -> None:
+    """The same holds for near-certain targets, for logits of ±1e4 and for equal logits."""
+    check_accuracy(problem.to(dtype), mode, 0.1, "triton")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backends_agree(case: str) -> None:
+    """Triton and torch give the same values and gradients, but for rounding."""
+    problem = ordinary(61, 40, 150, CASES[case])
+    for mode in MODES:
+        expected, found = ours(problem, mode), ours(problem, mode, backend="triton")
+        for name, value in (expected.values | expected.grads).items():
+            assert_same((found.values | found.grads)[name], value)
+
+
+def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.LAZY, budget: int = 1):
+    """One walk with a gradient, in the narrowest stored tiles the budget allows."""
+    return launch.walk_vocabulary(
+        hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), None, LogitTransform(), outputs=("entropy", "log_sum_sq_probs"), budget=budget,
+        with_grad=True, lazy=lazy,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lazy", [0.0, 5.0, launch.LAZY])
+def test_a_moving_offset_changes_nothing(lazy: float) -> None:
+    """Maxima that climb by 60 nats from tile to tile move the offset again and again; however lazily, results agree."""
+    torch.manual_seed(0)
+    n, width, vocabulary = 9, 16, 4200
+    hidden = torch.rand(n, width) + 0.1
+    weight = torch.rand(vocabulary, width) * 0.1 + torch.linspace(0, 20, vocabulary)[:, None]
+    targets = torch.linspace(0, vocabulary - 1, n).long()
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+    found = walk(hidden, weight, targets, lazy)
+    torch.testing.assert_close(found.logp.double().cpu(), exact.gather(1, targets[:, None])[:, 0], rtol=2e-6, atol=3e-5)
+    probs = exact.exp()
+    grad = weight.double()[targets] - probs @ weight.double()
+    torch.testing.assert_close(found.grad.cpu(), grad.float(), rtol=1e-4, atol=2e-4)
+    assert found.entropy is not None
+    torch.testing.assert_close(found.entropy.double().cpu(), -(probs * exact).sum(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_results_repeat_bit_for_bit(mode: str) -> None:
+    """No atomics: the same input gives the same bits."""
+    problem = ordinary(40, 33, 300, CASES["all"]).to(torch.bfloat16)
+    first, second = (ours(problem, mode, 0.01, "triton") for _ in range(2))
+    for name, value in (first.values | first.grads).items():
+        assert torch.equal(value, (second.values | second.grads)[name]), name
+
+
+def test_outputs_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is assumed of fresh memory: filled with NaN it gives the same bits."""
+    problem = ordinary(35, 33, 70, CASES["all"]).to(torch.bfloat16)
+    expected = {mode: ours(problem, mode, 0.01, "triton") for mode in MODES}
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    for mode in MODES:
+        found = ours(problem, mode, 0.01, "triton")
+        for name, value in (expected[mode].values | expected[mode].grads).items():
+            assert torch.equal((found.values | found.grads)[name], value), name
+
+
+def test_a_view_and_a_wider_weight_are_read_right() -> None:
+    """Row strides are honoured, float32 weights beside half-precision hidden states (autocast) too."""
+    wide = ordinary(20, 64, 90, CASES["plain"])
+    targets = wide.targets.to(DEVICE)
+    narrow = replace(wide, hidden=wide.hidden[:, :40], weight=wide.weight[:, :40])
+    plain = replace(narrow, hidden=narrow.hidden.contiguous(), weight=narrow.weight.contiguous())
+    found = linear_logprob(wide.hidden.to(DEVICE)[:, :40], wide.weight.to(DEVICE)[:, :40], targets, backend="triton")
+    assert_same(found.logp.cpu(), ours(plain, "no_grad").values["logp"])
+    hidden = wide.hidden.bfloat16().to(DEVICE).requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        mixed = linear_logprob(hidden, wide.weight.bfloat16().float().to(DEVICE), targets, backend="triton")
+    (mixed.logp * loss_weights(wide).to(DEVICE)).sum().backward()
+    expected = ours(wide.to(torch.bfloat16), "frozen")
+    torch.testing.assert_close(mixed.logp.detach().cpu(), expected.values["logp"], rtol=1e-5, atol=1e-4)
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad.cpu(), expected.grads["hidden"], rtol=0.05, atol=0.05)
+
+
+def test_no_rows() -> None:
+    """N = 0 gives nothing, and gradients of zero."""
+    hidden, weight = torch.zeros(0, 8, device=DEVICE, requires_grad=True), torch.randn(20, 8, device=DEVICE)
+    targets = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    linear_logprob(hidden, weight, targets, backend="triton").logp.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trainable"])
+def test_a_real_head_on_a_card(trained: bool) -> None:
+    """Llama-3's head: right against float64, within the workspace and a few tensors of hidden's size, repeatable."""
+    n, width, vocabulary, workspace = 1003, 4096, 128256, 128 * 2**20
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(n, width, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_()
+    weight = (
+        torch.randn(vocabulary, width, device="cuda", generator=generator).div_(64).bfloat16().requires_grad_(trained)
+    )
+    targets = torch.randint(vocabulary, (n,), device="cuda", generator=generator)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logp = linear_logprob(hidden, weight, targets, backend="triton").logp
+    logp.sum().backward()
+    kept = weight.numel() * 2 if trained else 0
+    assert torch.cuda.max_memory_allocated() - before <= workspace + kept + 8 * hidden.numel() * 4
+    with torch.no_grad():
+        exact = (hidden[:50].double() @ weight.double().T).log_softmax(-1)
+        truth = exact.gather(1, targets[:50, None])[:, 0]
+        grad = weight.double()[targets[:50]] - exact.exp() @ weight.double()
+    torch.testing.assert_close(logp[:50].double(), truth, rtol=1e-5, atol=1e-4)
+    assert hidden.grad is not None
+    assert (hidden.grad[:50].double() - grad).norm() <= 1e-2 * grad.norm()
+    assert torch.equal(logp, linear_logprob(hidden, weight, targets, backend="triton").logp)
