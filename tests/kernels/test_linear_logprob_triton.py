@@ -51,17 +51,18 @@ def test_backends_agree(case: str) -> None:
 
 def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.LAZY, budget: int = 1):
     """One walk with a gradient, in the narrowest stored tiles the budget allows."""
+    tensors = [tensor.to(DEVICE) for tensor in (hidden, weight, targets)]
+    outputs = ("entropy", "log_sum_sq_probs")
     return launch.walk_vocabulary(
-        hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), None, LogitTransform(), outputs=("entropy", "log_sum_sq_probs"), budget=budget,
-        with_grad=True, lazy=lazy,
-    )  # fmt: skip
+        *tensors, None, LogitTransform(), outputs=outputs, budget=budget, with_grad=True, lazy=lazy
+    )
 
 
-@pytest.mark.parametrize("lazy", [0.0, 5.0, launch.LAZY])
+@pytest.mark.parametrize("lazy", [0.0, launch.LAZY])
 def test_a_moving_offset_changes_nothing(lazy: float) -> None:
     """Maxima that climb by 60 nats from tile to tile move the offset again and again; however lazily, results agree."""
     torch.manual_seed(0)
-    n, width, vocabulary = 9, 16, 4200
+    n, width, vocabulary = 9, 16, 2300
     hidden = torch.rand(n, width) + 0.1
     weight = torch.rand(vocabulary, width) * 0.1 + torch.linspace(0, 20, vocabulary)[:, None]
     targets = torch.linspace(0, vocabulary - 1, n).long()
