@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from textwrap import shorten
 
 from rich.console import Console
 from rich.markup import escape
@@ -64,7 +65,7 @@ class Display:
         """(question, answer) before the training, and the answers after it."""
         for (question, old), new in zip(before, after):
             table = Table.grid(padding=(0, 2))
-            table.add_row("asked", escape(question))
+            table.add_row("asked", escape(shorten(question, 400, placeholder=" …")))
             table.add_row("before", escape(old))
             table.add_row("after", escape(new))
             self.console.print(Panel(table, title="a held-out prompt", title_align="left", expand=False))
