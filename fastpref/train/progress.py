@@ -37,7 +37,8 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._live:
+            self._bar.stop()
 
     def note(self, text: str) -> None:
         self.console.print(escape(text))
