@@ -1,4 +1,4 @@
-"""Compile every kernel for every card, without one, and say what the compiler made of it.
+"""Compile the main loop for every card, without one, and say what the compiler made of it.
 
     python -m fastpref.kernels.compile_report docs/kernels.md
 
@@ -37,14 +37,12 @@ class Variant:
     architecture: int | str
     dtype: str
     mode: str
-    softcap: bool
-    extras: bool  # bias and every optional output
+    full: bool  # bias, softcap and every optional output, or none of them
 
     @property
     def tile(self) -> Tile:
         tiles = TILES[self.architecture][_TYPES[self.dtype]]
-        lean = self.mode != "forward" and not (self.softcap or self.extras)
-        return tiles.lean if lean else tiles.full
+        return tiles.full if self.full or self.mode == "forward" else tiles.lean
 
 
 @dataclass(frozen=True)
@@ -57,25 +55,25 @@ class Compiled:
     copies: int  # asynchronous copies from global to shared memory
 
 
-def variants(architectures: tuple[int | str, ...] = tuple(TILES)) -> Iterator[Variant]:
+def variants() -> Iterator[Variant]:
     """The plainest and the fullest kernel of every mode the launcher may choose. float16 differs from bfloat16 by the
     name of its instructions alone, so it is compiled once a card."""
-    for architecture in architectures:
+    for architecture in TILES:
         for dtype in _TYPES:
             for mode in MODES if dtype != "fp16" else ("exp",):
                 for full in (False, True) if dtype != "fp16" else (True,):
-                    yield Variant(architecture, dtype, mode, softcap=full, extras=full)
+                    yield Variant(architecture, dtype, mode, full)
 
 
 def compile_variant(variant: Variant) -> Compiled:
     tile = variant.tile
     constants: dict[str, Any] = {
         "MODE": MODES[variant.mode],
-        "HAS_BIAS": variant.extras,
-        "HAS_SOFTCAP": variant.softcap,
-        "HAS_SPREAD": variant.extras and variant.mode != "gradient",
-        "HAS_MEAN": variant.extras and variant.mode != "gradient",
-        "HAS_TOP1": variant.extras and variant.mode != "gradient",
+        "HAS_BIAS": variant.full,
+        "HAS_SOFTCAP": variant.full,
+        "HAS_SPREAD": variant.full and variant.mode != "gradient",
+        "HAS_MEAN": variant.full and variant.mode != "gradient",
+        "HAS_TOP1": variant.full and variant.mode != "gradient",
         "BLOCK_N": tile.n,
         "BLOCK_V": tile.v,
         "BLOCK_H": tile.h,
@@ -172,15 +170,15 @@ def table(found: list[Compiled]) -> str:
         "Written by `python -m fastpref.kernels.compile_report docs/kernels.md` with Triton "
         f"{triton.__version__}; no card was used. The main loop `_walk_kernel` in all its modes.",
         "",
-        "| card | dtype | mode | softcap | outputs | tile N×V×H, warps, stages | registers | spilled bytes | "
+        "| card | dtype | mode | bias, softcap, outputs | tile N×V×H, warps, stages | registers | spilled bytes | "
         "shared KiB (limit) | tensor-core instructions | asynchronous copies |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for c in found:
         v, t = c.variant, c.variant.tile
         card = v.architecture if isinstance(v.architecture, str) else f"sm_{v.architecture}"
         lines.append(
-            f"| {card} | {v.dtype} | {v.mode} | {'yes' if v.softcap else ''} | {'all' if v.extras else ''} | "
+            f"| {card} | {v.dtype} | {v.mode} | {'all' if v.full else ''} | "
             f"{t.n}×{t.v}×{t.h}, {t.warps}, {t.stages} | {c.registers} | {c.spills} | {c.shared / 1024:.0f} "
             f"({SHARED_LIMIT[v.architecture]}) | {c.products} | {c.copies} |"
         )

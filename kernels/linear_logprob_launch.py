@@ -58,9 +58,7 @@ def _tiles(hidden: Tensor) -> Tiles:
 
 def plan_tile(n: int, vocabulary: int, size: int, budget: int, tile: Tile) -> tuple[int, int]:
     """Rows and columns of the stored tile: all rows while they leave it 2,048 columns wide, then fewer rows."""
-    columns = max(tile.v, min(8192, budget // (max(n, 1) * size)) // tile.v * tile.v)
-    if columns < 2048:
-        columns = 2048 // tile.v * tile.v
+    columns = max(2048, min(8192, budget // (n * size))) // tile.v * tile.v
     columns = min(columns, triton.cdiv(vocabulary, tile.v) * tile.v)
     return max(1, min(n, budget // (columns * size))), columns
 
@@ -258,13 +256,11 @@ def launch_walk(
     tile: Tile,
     lazy: float,
 ) -> None:
-    capped = transform.softcap is not None
     _walk_kernel[(triton.cdiv(hidden.shape[0], tile.n), splits)](
         hidden, weight, hidden if bias is None else bias, targets, offset, factor, at_target, out, *parts.unbind(0),
         hidden.shape[0], first, last, hidden.shape[1], hidden.stride(0), weight.stride(0),
-        out.stride(0) if out.dim() == 2 else 0, per_split, transform.gain,
-        transform.softcap / transform.temperature if transform.softcap is not None else 1.0, lazy,
-        MODE=mode, HAS_BIAS=bias is not None, HAS_SOFTCAP=capped, **flags,
+        out.stride(0) if out.dim() == 2 else 0, per_split, transform.gain, transform.cap, lazy,
+        MODE=mode, HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.softcap is not None, **flags,
         BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_H=tile.h,
         PRECISION=tile.precision, UPCAST=interpreted(),
         num_warps=tile.warps, num_stages=tile.stages,

@@ -43,18 +43,23 @@ class LogitTransform:
         """dz/dx apart from softcap', the same for every logit."""
         return self.scale / self.temperature
 
+    @property
+    def cap(self) -> float:
+        """z of a tangent of 1: c/τ, or 1 without a softcap."""
+        return 1.0 if self.softcap is None else self.softcap / self.temperature
+
     def softcap_slope(self, z: Tensor) -> Tensor | float:
         """softcap' where the capped and divided logit is z."""
         if self.softcap is None:
             return 1.0
-        return 1 - (z * (self.temperature / self.softcap)).square()
+        return 1 - (z / self.cap).square()
 
 
 class Walk(NamedTuple):
     """What one walk over the vocabulary leaves for each row, float32 (float64 for float64 inputs)."""
 
     z_target: Tensor  # [N]
-    maximum: Tensor  # [N] m, over all columns
+    maximum: Tensor  # [N] m, which the sums are relative to; in Triton an offset near it
     sum_others: Tensor  # [N] s_o
     logp: Tensor  # [N]
     entropy: Tensor | None  # [N]
@@ -179,7 +184,7 @@ def walk_vocabulary(
             z = _logits(scratch[0, q - r, b - a], rows.hidden, w, None if bias is None else bias[a:b], transform)
             tangent = None
             if transform.softcap is not None:
-                tangent, z = z, torch.mul(z, transform.softcap / transform.temperature, out=scratch[1, q - r, b - a])
+                tangent, z = z, torch.mul(z, transform.cap, out=scratch[1, q - r, b - a])
             rows.fold(z, tangent, scratch[-1, q - r, b - a] if spread else z, w, a)
         parts.append(rows.result(weight, hidden.dtype))
     if len(parts) == 1:
@@ -316,7 +321,7 @@ def recompute_gradients(
             z = _logits(scratch[0, q - r, b - a], h[r:q], w, None if bias is None else bias[a:b], transform)
             tangent = None
             if transform.softcap is not None:
-                tangent, z = z, torch.mul(z, transform.softcap / transform.temperature, out=scratch[1, q - r, b - a])
+                tangent, z = z, torch.mul(z, transform.cap, out=scratch[1, q - r, b - a])
             d = z.sub_(maximum[r:q, None]).exp_()
             if tangent is not None:
                 d.mul_(_softcap_slope(tangent))

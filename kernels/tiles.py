@@ -1,7 +1,7 @@
 """Which tile of the main loop runs on which card: one table, no autotuning.
 
-Every entry was tried by compiling (`tests/kernels/test_compile.py`): none spills a register, all fit the card's shared
-memory. Lengths are never compiled in, so a card uses one kernel for all batches.
+Every entry was tried by compiling (`tests/kernels/test_compile.py`): all fit the card's shared memory, and on NVIDIA's
+none spills a register. Lengths are never compiled in, so a card uses one kernel for all batches.
 """
 
 from dataclasses import dataclass

@@ -28,10 +28,6 @@ class Tree:
     prompt: int  # tokens
     completions: tuple[int, ...]  # tokens each
 
-    @property
-    def end(self) -> int:
-        return self.start + self.prompt + sum(self.completions)
-
 
 @dataclass(frozen=True)
 class TreeLayout:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
+from fastpref.ops import TokenLogprobs, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,15 @@ class Head(nn.Module):
         self.module = module
         self.settings = LogitSettings.of(model)
 
-    def forward(self) -> tuple[Tensor, Tensor | None]:
+    def forward(self, rows: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
+        """Log-probabilities of targets [N] after hidden states `rows` [N, H], with `linear_logprob`'s outputs."""
+        weight, bias = self.weight_and_bias()
+        settings = self.settings
+        return linear_logprob(
+            rows, weight, targets, bias, softcap=settings.softcap, logit_scale=settings.scale, outputs=outputs
+        )
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """weight [V, H] and bias [V] or None, of the adapter that is active now."""
         module = self.module
         if isinstance(module, ModulesToSaveWrapper):
@@ -58,15 +67,15 @@ class Head(nn.Module):
 def check_logits(model: PreTrainedModel, backbone: nn.Module, head: Head) -> None:
     """Refuse a model whose logits are not what `head` says: four tokens through both ways."""
     device = next(backbone.parameters()).device
-    ids = torch.arange(4, device=device)[None] % head()[0].shape[0]
+    vocabulary = head.weight_and_bias()[0].shape[0]
+    ids = torch.arange(4, device=device)[None] % vocabulary
     theirs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    weight, bias = head()
-    ours = nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-    ours = ours * head.settings.scale
-    if head.settings.softcap is not None:
-        ours = head.settings.softcap * torch.tanh(ours / head.settings.softcap)
-    error = (ours.log_softmax(-1) - theirs).abs().max().item()
+    # The likeliest token of each place, and some from all over the vocabulary.
+    spread = torch.linspace(0, vocabulary - 1, 31, device=device).long().expand(4, -1)
+    targets = torch.cat([theirs[0].argmax(-1, keepdim=True), spread], dim=1)  # [4, 32]
+    ours = head(hidden[0].repeat_interleave(32, dim=0), targets.flatten()).logp.float().view(4, 32)
+    error = (ours - theirs[0].gather(1, targets)).abs().max().item()
     margin = 1e-3 if hidden.dtype == torch.float32 else 0.25
     if not error <= margin:
         raise UserError(

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from fastpref.data.batch import PreferenceBatch
 from fastpref.model.attention import tree_keywords
 from fastpref.model.head import Head
-from fastpref.ops import TokenLogprobs, linear_logprob
+from fastpref.ops import TokenLogprobs
 
 
 class Policy(nn.Module):
@@ -34,16 +34,7 @@ class Policy(nn.Module):
         hidden = self.backbone(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout
         ).last_hidden_state  # [B, T, H]
-        weight, bias = self.head()
-        return linear_logprob(
-            hidden.flatten(0, 1).index_select(0, batch.predictors),
-            weight,
-            batch.targets,
-            bias,
-            softcap=self.head.settings.softcap,
-            logit_scale=self.head.settings.scale,
-            outputs=outputs,
-        )
+        return self.head(hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, outputs)
 
 
 def per_sequence(

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import peft
 import torch
@@ -16,22 +17,25 @@ from fastpref.model.policy import Policy
 Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [N], without gradient
 
 
-def make_reference(config: Config, loaded: Loaded) -> tuple[Reference, str]:
-    """The reference of `reference.mode`, and which one it is, in words. Call it before any training step."""
+def make_reference(config: Config, loaded: Loaded, autocast: Callable[..., Any] = nullcontext) -> tuple[Reference, str]:
+    """The reference of `reference.mode`, and which one it is, in words. Call it before any training step.
+
+    `autocast` makes the mixed precision of the policy: a reference in another would differ from it before training.
+    """
     adapters = loaded.wrapped if isinstance(loaded.wrapped, peft.PeftModel) else None
     if adapters is not None and config.reference.mode != "copy":
-        return _reference(loaded.policy, adapters), "the same weights with the adapters off"
+        return _reference(loaded.policy, adapters, autocast), "the same weights with the adapters off"
     frozen = copy.deepcopy(loaded.model).requires_grad_(False).eval()
-    return _reference(Policy.of(frozen), None), "a frozen copy of the model"
+    return _reference(Policy.of(frozen), None, autocast), "a frozen copy of the model"
 
 
-def _reference(policy: Policy, adapters: peft.PeftModel | None) -> Reference:
+def _reference(policy: Policy, adapters: peft.PeftModel | None, autocast: Callable[..., Any]) -> Reference:
     @torch.no_grad()
     def logps(batch: PreferenceBatch) -> Tensor:
         training = policy.training
         policy.eval()  # a reference knows no dropout
         try:
-            with adapters.disable_adapter() if adapters is not None else nullcontext():
+            with autocast(), adapters.disable_adapter() if adapters is not None else nullcontext():
                 return policy(batch).logp
         finally:
             policy.train(training)

@@ -44,7 +44,7 @@ class RunFolder:
         return cls(path)
 
     def create(self, config: Config) -> None:
-        """Empty the folder and begin the run in it."""
+        """Begin the run in the folder; what an earlier run saved there goes."""
         try:
             for old in ("final", "stopped"):
                 shutil.rmtree(self.path / old, ignore_errors=True)

@@ -92,7 +92,7 @@ class _Run:
 
         reference = None
         if config.loss.uses_reference:
-            reference, what = make_reference(config, loaded)
+            reference, what = make_reference(config, loaded, accelerator.autocast)
             self.notes.append(f"reference: {what}")
         optimizer = _optimizer(loaded, config)
         warmup = train.warmup if train.warmup >= 1 else train.warmup * self.steps

@@ -14,6 +14,7 @@ from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatc
 from fastpref.data.tokenize import Example
 from fastpref.loss_options import DPO, KTO, ORPO, LossOptions
 from fastpref.losses import (
+    LossOutput,
     PairLogps,
     RowLogps,
     Totals,
@@ -41,6 +42,22 @@ class Work:
 
 
 @dataclass(frozen=True)
+class _Pass:
+    """What the parts of a step, or of an evaluation, share."""
+
+    totals: Totals  # of all its examples
+    metrics: Metrics
+    outputs: tuple[str, ...]  # asked of `linear_logprob`
+    backward: Backward | None = None
+
+    def add(self, loss: LossOutput) -> None:
+        """One part's loss: its gradient first, then its metrics."""
+        if self.backward is not None:
+            self.backward(loss.loss)
+        self.metrics.add_loss(loss)
+
+
+@dataclass(frozen=True)
 class Objective:
     """A loss, with the models and the layout it is computed in."""
 
@@ -56,57 +73,39 @@ class Objective:
         self, examples: Sequence[Example], backward: Backward, *, token_metrics: bool = True
     ) -> tuple[Metrics, Work]:
         """The loss of a whole step; `backward` is called with each micro-batch's share of it."""
-        metrics = Metrics()
-        outputs = TOKEN_OUTPUTS if token_metrics else ()
-        return metrics, self._run(examples, backward, outputs, self._totals(examples), metrics)
+        run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS if token_metrics else (), backward)
+        return run.metrics, self._run(examples, run)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], batch: int) -> Metrics:
         """The metrics of examples taken `batch` at a time, as one mean over all of them."""
-        metrics, totals = Metrics(), self._totals(examples)
+        run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS)
         for chunk in _chunks(examples, batch):
-            self._run(chunk, None, TOKEN_OUTPUTS, totals, metrics)
-        return metrics
+            self._run(chunk, run)
+        return run.metrics
 
-    def _run(
-        self,
-        examples: Sequence[Example],
-        backward: Backward | None,
-        outputs: tuple[str, ...],
-        totals: Totals,
-        metrics: Metrics,
-    ) -> Work:
-        run = self._run_rows if isinstance(self.options, KTO) else self._run_pairs
-        return run(examples, backward, outputs, totals, metrics)
+    def _run(self, examples: Sequence[Example], run: _Pass) -> Work:
+        return self._run_rows(examples, run) if isinstance(self.options, KTO) else self._run_pairs(examples, run)
 
     # --- pairs -------------------------------------------------------------------------------------------------
 
-    def _run_pairs(
-        self,
-        examples: Sequence[Example],
-        backward: Backward | None,
-        outputs: tuple[str, ...],
-        totals: Totals,
-        metrics: Metrics,
-    ) -> Work:
+    def _run_pairs(self, examples: Sequence[Example], run: _Pass) -> Work:
         tokens = 0
         parts = self._microbatches(examples)
         sorts = isinstance(self.options, DPO) and self.options.sorts_step
         whole = self._whole_step(parts, len(examples)) if sorts and len(parts) > 1 else None
         for part in parts:
             batch = part.to(self.device)
-            result: TokenLogprobs = self.policy(batch, outputs + self._extra_outputs())
+            result: TokenLogprobs = self.policy(batch, run.outputs + self._extra_outputs())
             pairs = self._pairs(result, batch)
             step = None if not sorts else WholeStep(whole or pairs.detach(), batch.index if whole else _own(batch))
-            loss = pair_loss(pairs, self.options, totals, step)
-            if backward is not None:
-                backward(loss.loss)
+            loss = pair_loss(pairs, self.options, run.totals, step)
+            run.add(loss)
             tokens += batch.tokens
-            metrics.add_loss(loss)
             counted = torch.arange(len(batch.lengths), device=self.device) < 2 * batch.examples
             chosen = torch.arange(len(batch.lengths), device=self.device) < batch.examples
-            metrics.add_sequences(torch.cat([pairs.chosen, pairs.rejected]).detach(), chosen[: 2 * batch.examples])
-            metrics.add_tokens(result, batch, chosen, counted)
+            run.metrics.add_sequences(torch.cat([pairs.chosen, pairs.rejected]).detach(), chosen[: 2 * batch.examples])
+            run.metrics.add_tokens(result, batch, chosen, counted)
         return Work(tokens, len(parts))
 
     def _pairs(self, result: TokenLogprobs, batch: PreferenceBatch) -> PairLogps:
@@ -160,17 +159,10 @@ class Objective:
 
     # --- single responses --------------------------------------------------------------------------------------
 
-    def _run_rows(
-        self,
-        examples: Sequence[Example],
-        backward: Backward | None,
-        outputs: tuple[str, ...],
-        totals: Totals,
-        metrics: Metrics,
-    ) -> Work:
+    def _run_rows(self, examples: Sequence[Example], run: _Pass) -> Work:
         options, tokens = self.options, 0
         assert isinstance(options, KTO)
-        metrics.single_responses()
+        run.metrics.single_responses()
         mismatched = options.kl == "batch" and len(examples) > 1
         parts = self._microbatches(_with_mismatched(examples)) if mismatched else []
         branched = len(parts) == 1
@@ -184,20 +176,18 @@ class Objective:
             assert batch.labels is not None
             assert self.reference is not None
             count = batch.examples
-            result: TokenLogprobs = self.policy(batch, outputs)
+            result: TokenLogprobs = self.policy(batch, run.outputs)
             logps, reference = per_sequence(result.logp, batch), per_sequence(self.reference(batch), batch)
             if branched:
                 kl = kto_kl(logps[count:], reference[count:])
-            loss = kto_loss(RowLogps(logps[:count], reference[:count], batch.labels), options, kl, totals)
-            if backward is not None:
-                backward(loss.loss)
+            loss = kto_loss(RowLogps(logps[:count], reference[:count], batch.labels), options, kl, run.totals)
+            run.add(loss)
             tokens += batch.tokens
-            metrics.add_loss(loss)
-            metrics.add_sequences(logps[:count].detach(), batch.labels)
+            run.metrics.add_sequences(logps[:count].detach(), batch.labels)
             own = torch.arange(len(batch.lengths), device=self.device) < count
-            metrics.add_tokens(result, batch, batch.labels.repeat(batch.completions), own)
+            run.metrics.add_tokens(result, batch, batch.labels.repeat(batch.completions), own)
         if options.kl == "batch":
-            metrics.add("kl", torch.as_tensor(kl) * len(examples), len(examples))
+            run.metrics.add("kl", torch.as_tensor(kl) * len(examples), len(examples))
         return Work(tokens, len(parts))
 
     @torch.no_grad()

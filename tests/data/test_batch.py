@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches
+from fastpref.data.batch import Layout, PreferenceBatch, Tree, collate, plan_microbatches
 from fastpref.data.formats import Paired
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import Example
@@ -23,6 +23,10 @@ EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 ROW = SourceRow(Paired("", "", ""), "")
 PAD = 10**6
 LENGTHS = st.integers(1, 6)
+
+
+def end_of(tree: Tree) -> int:
+    return tree.start + tree.prompt + sum(tree.completions)
 
 
 def example(prompt: int, *completions: int, tokens: "count[int]", label: bool | None = None) -> Example:
@@ -48,7 +52,7 @@ def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
         assert batch.attention_mask is not None
         assert batch.attention_mask.flatten()[place - place % width : place + 1].all()
         return ids[place - place % width : place + 1]
-    tree = next(tree for tree in batch.tree.trees if tree.start <= place < tree.end)
+    tree = next(tree for tree in batch.tree.trees if tree.start <= place < end_of(tree))
     branch = tree.start + tree.prompt
     if place < branch:
         return ids[tree.start : place + 1]
@@ -109,7 +113,7 @@ def test_every_token_stands_where_it_would_alone(layout: Layout, examples: list[
     else:
         assert batch.attention_mask is None
         assert PAD not in ids
-        ends = [0, *(tree.end for tree in batch.tree.trees)]
+        ends = [0, *(end_of(tree) for tree in batch.tree.trees)]
         assert [tree.start for tree in batch.tree.trees] == ends[:-1]
         assert batch.input_ids.shape == (1, ends[-1])
 
