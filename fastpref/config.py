@@ -82,7 +82,7 @@ class LoraConfig(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapters."""
     target: Literal["all-linear"] | Names = "all-linear"
-    """Which modules get an adapter: every linear one but the head, or names."""
+    """Which modules get an adapter: every linear one but the head, or names (lm_head may be among them)."""
     modules_to_save: Names = ()
     """Modules trained in full beside the adapters."""
     rslora: bool = False
@@ -91,11 +91,9 @@ class LoraConfig(_Section):
     """Weight-decomposed adapters, arXiv 2402.09353."""
 
     @model_validator(mode="after")
-    def _no_adapter_on_head(self) -> "LoraConfig":
-        if "lm_head" in self.target:
-            raise ValueError(
-                'target: an adapter on lm_head is not in this version yet; modules_to_save = ["lm_head"] is'
-            )
+    def _plain_on_head(self) -> "LoraConfig":
+        if self.dora and "lm_head" in self.target:
+            raise ValueError("dora: not on the head; leave lm_head out of target, or set dora = false")
         return self
 
 

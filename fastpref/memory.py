@@ -1,13 +1,15 @@
 """Measuring how much memory a piece of code needs beside what was there before, on any device."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastpref.kernels.operators import IMPLEMENTATIONS
 
 
 class PeakStorage(TorchDispatchMode):
@@ -30,8 +32,12 @@ class PeakStorage(TorchDispatchMode):
         self._alive: dict[int, int] = {}  # bytes by the storage's address, which is free for others only after _forget
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        inside = IMPLEMENTATIONS.get(str(func.name()))
+        if inside is not None:  # what our own operators allocate counts too
+            with self:
+                return inside(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         # `torch.tensor` builds its result out of sight and only then passes it through lift_fresh.
         fresh = func is torch.ops.aten.lift_fresh.default

@@ -1,18 +1,27 @@
 """The public kernel interface: token log-probabilities of a linear head that never hold the logits."""
 
-import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpref.kernels import linear_logprob_torch
-from fastpref.kernels.linear_logprob_torch import LogitTransform, Walk, compute_dtype
+from fastpref.kernels import linear_logprob_op as op
+from fastpref.kernels.head_weight import DenseWeight, FourBitWeight, HeadWeight, OffloadedWeight, WidenedWeight
 
+__all__ = [
+    "BACKENDS",
+    "OUTPUTS",
+    "DenseWeight",
+    "FourBitWeight",
+    "HeadWeight",
+    "LoraWeight",
+    "OffloadedWeight",
+    "TokenLogprobs",
+    "linear_logprob",
+]
 OUTPUTS = ("entropy", "mean_logit", "log_sum_sq_probs", "is_top1")
 BACKENDS = ("auto", "torch", "triton")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,12 +40,37 @@ class TokenLogprobs(NamedTuple):
     is_top1: Tensor | None = None  # bool: the target is the argmax (the first of equal maxima)
 
 
+@dataclass(frozen=True, eq=False)
+class LoraWeight:
+    """A head's weight with LoRA (arXiv 2106.09685): hidden·Wᵀ + scaling·(dropout(hidden)·Aᵀ)·Bᵀ.
+
+    A and B get gradients, W does not. They may be float32 beside a weight of half precision, as PEFT keeps them.
+    """
+
+    base: Tensor | HeadWeight  # [V, H]
+    lora_A: Tensor  # [r, H]
+    lora_B: Tensor  # [V, r]
+    scaling: float = 1.0
+    dropout: Callable[[Tensor], Tensor] | None = None
+
+    def widen(self, hidden: Tensor) -> tuple[Tensor, HeadWeight]:
+        """The same product, wider by r: hidden states [M, H + r] and weight [V, H + r]."""
+        inner = hidden if self.dropout is None else self.dropout(hidden)
+        inner = torch.nn.functional.linear(inner.to(self.lora_A.dtype), self.lora_A) * self.scaling
+        return torch.cat([hidden, inner.to(hidden.dtype)], dim=1), WidenedWeight(as_weight(self.base), self.lora_B)
+
+
+def as_weight(weight: Tensor | HeadWeight) -> HeadWeight:
+    return DenseWeight(weight) if isinstance(weight, Tensor) else weight
+
+
 def linear_logprob(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
+    hidden: Tensor,  # [M, H]
+    weight: Tensor | HeadWeight | LoraWeight,  # [V, H]
     targets: Tensor,  # [N] int64 in [0, V)
     bias: Tensor | None = None,  # [V]
     *,
+    positions: Tensor | None = None,  # [N] int64 in [0, M)
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
@@ -51,12 +85,17 @@ def linear_logprob(
     every row is found in the same walk (two products of N×H×V in all); a trainable head's tiles are made again in
     the backward pass (four); without gradients there is one.
 
+    `torch.compile(fullgraph=True)` and FakeTensor trace it: it is a `torch.library` operator.
+
     Args:
-        hidden: [N, H] float32, bfloat16, float16 or float64. Logits, sums and results are float32, for float64
+        hidden: [M, H] float32, bfloat16, float16 or float64. Logits, sums and results are float32, for float64
             inputs float64.
-        weight: [V, H], of hidden's dtype (any of them under autocast; the computation is float32 all the same).
+        weight: [V, H], of hidden's dtype (any of them under autocast; the computation is float32 all the same): a
+            tensor, or a `LoraWeight`, a `FourBitWeight` of bitsandbytes, an `OffloadedWeight` in host memory.
         targets: [N] int64.
         bias: [V] or None.
+        positions: the row of `hidden` that predicts each target, repeats allowed; None: row n predicts target n.
+            The gradient comes back at those rows, without atomics.
         softcap: c of c·tanh(x/c), as in Gemma 2; None for none.
         logit_scale: multiplies the raw logits, as in Cohere.
         temperature: divides the capped logits.
@@ -67,148 +106,87 @@ def linear_logprob(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, target or setting. Both name the argument and what was found.
+        ValueError: a wrong shape, device, target or setting. Both name the argument and what was found. On a GPU
+            targets and positions out of range are a device-side assertion, as torch's own indexing has it.
     """
-    _check_tensors(hidden, weight, targets, bias)
+    if isinstance(weight, LoraWeight):
+        _check_lora(hidden, weight)
+        hidden, head = weight.widen(hidden)
+    else:
+        if isinstance(weight, Tensor):
+            _check_type("weight", weight, 2, hidden)
+        head = as_weight(weight)
+    _check_tensors(hidden, head, targets, bias, positions)
     outputs = _check_settings(softcap, logit_scale, temperature, outputs, workspace_mb, backend)
-    kernels = _kernels(backend, hidden)
-    head = _Head(LogitTransform(softcap, logit_scale, temperature), outputs, int(workspace_mb * 2**20), kernels)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.shape[0] == 0:
-            return _empty(hidden, weight, bias, outputs)
-        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-            walk = head.walk(hidden, weight, targets, bias, with_grad=False)
-            return TokenLogprobs(walk.logp, walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1)
-        trainable = weight.requires_grad or (bias is not None and bias.requires_grad)
-        function = _TrainableHead if trainable else _FrozenHead
-        return TokenLogprobs(*function.apply(hidden, weight, bias, targets, head))
-
-
-@dataclass(frozen=True)
-class _Head:
-    transform: LogitTransform
-    outputs: tuple[str, ...]
-    budget: int  # bytes
-    kernels: ModuleType  # the backend
-
-    def walk(self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *, with_grad: bool) -> Walk:
-        return self.kernels.walk_vocabulary(
-            hidden, weight, targets, bias, self.transform,
-            outputs=self.outputs, budget=self.budget, with_grad=with_grad,
-        )  # fmt: skip
-
-
-def _kernels(backend: str, hidden: Tensor) -> ModuleType:
-    """The module that walks the vocabulary for these tensors."""
-    if backend == "torch" or (backend == "auto" and hidden.device.type != "cuda"):
-        return linear_logprob_torch
-    reason = "Triton is not installed"
-    if importlib.util.find_spec("triton") is not None:
-        from fastpref.kernels import linear_logprob_launch, tiles
-
-        if tiles.choose_tiles(hidden) is not None:
-            return linear_logprob_launch
-        reason = "the kernels have no tile for it"
-    if backend == "triton":
-        raise ValueError(f"linear_logprob: backend is 'triton', hidden is {hidden.dtype} on {hidden.device}: {reason}")
-    return linear_logprob_torch
-
-
-class _FrozenHead(torch.autograd.Function):
-    """Only the hidden states need a gradient: it is made in the forward walk and kept, [N, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head):
-        walk = head.walk(hidden, weight, targets, bias, with_grad=True)
-        ctx.save_for_backward(walk.grad)
-        ctx.dtype = hidden.dtype
-        extras = (walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1)
-        ctx.mark_non_differentiable(*(t for t in extras if t is not None))
-        return walk.logp, *extras
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
-        (grad,) = ctx.saved_tensors
-        return (grad * grads[0][:, None]).to(ctx.dtype), None, None, None, None
-
-
-class _TrainableHead(torch.autograd.Function):
-    """The weight or the bias needs a gradient too: the backward pass walks the vocabulary again."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head):
-        walk = head.walk(hidden, weight, targets, bias, with_grad=False)
-        ctx.save_for_backward(hidden, weight, targets, bias, walk.z_target, walk.maximum, walk.sum_others)
-        ctx.head = head
-        extras = (walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1)
-        ctx.mark_non_differentiable(*(t for t in extras if t is not None))
-        return walk.logp, *extras
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
-        hidden, weight, targets, bias, *walk = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
-        made = ctx.head.kernels.recompute_gradients(
-            grads[0],
-            hidden,
-            weight,
-            targets,
-            bias,
-            ctx.head.transform,
-            tuple(walk),
-            budget=ctx.head.budget,
-            wanted=wanted,
+    trained = head.trained
+    recompute = (trained is not None and trained.requires_grad) or (bias is not None and bias.requires_grad)
+    with_grad = torch.is_grad_enabled() and hidden.requires_grad and not recompute
+    found = op.Walked._make(
+        op.linear_logprob(
+            hidden, head.tensors, targets, bias, positions, head.kind,
+            None if softcap is None else float(softcap), float(logit_scale), float(temperature),
+            ",".join(outputs), int(workspace_mb * 2**20), backend, with_grad,
         )
-        return made.hidden, made.weight, made.bias, None, None
+    )  # fmt: skip
+    return TokenLogprobs(found.logp, **{name: getattr(found, name) for name in outputs})
 
 
-def _empty(hidden: Tensor, weight: Tensor, bias: Tensor | None, outputs: tuple[str, ...]) -> TokenLogprobs:
-    """N = 0: empty results that still hang in the graph, so that a backward pass finds gradients of zero."""
-    dtype = compute_dtype(hidden)
-    zero = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
-    nothing = hidden.new_zeros(0, dtype=dtype)
-    extras = {name: nothing.bool() if name == "is_top1" else nothing for name in outputs}
-    return TokenLogprobs((nothing + zero.to(dtype)), **extras)
+def _check_lora(hidden: Any, weight: LoraWeight) -> None:
+    base = weight.base
+    _check_type("lora_A", weight.lora_A, 2, hidden)
+    _check_type("lora_B", weight.lora_B, 2, hidden)
+    if isinstance(base, Tensor):
+        _check_type("weight", base, 2, hidden)
+    (vocabulary, width), rank = as_weight(base).shape, weight.lora_A.shape[0]
+    if weight.lora_A.shape[1] != width or tuple(weight.lora_B.shape) != (vocabulary, rank):
+        raise ValueError(
+            f"linear_logprob: lora_A {tuple(weight.lora_A.shape)} and lora_B {tuple(weight.lora_B.shape)} do not fit "
+            f"a weight {(vocabulary, width)}; they are [r, H] and [V, r]"
+        )
+    if isinstance(hidden, Tensor) and hidden.shape[-1] != width:
+        raise ValueError(f"linear_logprob: weight has rows of {width}, hidden has shape {tuple(hidden.shape)}")
 
 
-def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any) -> None:
-    given = {"hidden": hidden, "weight": weight, "targets": targets} | ({} if bias is None else {"bias": bias})
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"linear_logprob: {name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.device != hidden.device:
-            raise ValueError(f"linear_logprob: {name} is on {value.device}, hidden is on {hidden.device}")
-        dimensions = 2 if name in ("hidden", "weight") else 1
-        if value.dim() != dimensions:
-            raise ValueError(
-                f"linear_logprob: {name} must have {dimensions} dimensions, got shape {tuple(value.shape)}"
-            )
-    if targets.dtype != torch.int64:
-        raise TypeError(f"linear_logprob: targets must be torch.int64, got {targets.dtype}")
+def _check_type(name: str, value: Any, dimensions: int, hidden: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"linear_logprob: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if isinstance(hidden, Tensor) and value.device != hidden.device:
+        raise ValueError(f"linear_logprob: {name} is on {value.device}, hidden is on {hidden.device}")
+    if value.dim() != dimensions:
+        raise ValueError(f"linear_logprob: {name} must have {dimensions} dimensions, got shape {tuple(value.shape)}")
+
+
+def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any, positions: Any) -> None:
+    _check_type("hidden", hidden, 2, hidden)
+    if not isinstance(weight, HeadWeight):
+        raise TypeError(f"linear_logprob: weight must be a torch.Tensor, got {type(weight).__name__}")
+    if weight.device != hidden.device:
+        raise ValueError(f"linear_logprob: weight is on {weight.device}, hidden is on {hidden.device}")
+    index = {"targets": targets} | ({} if positions is None else {"positions": positions})
+    for name, value in index.items():
+        _check_type(name, value, 1, hidden)
+        if value.dtype != torch.int64:
+            raise TypeError(f"linear_logprob: {name} must be torch.int64, got {value.dtype}")
+    if bias is not None:
+        _check_type("bias", bias, 1, hidden)
     autocast = torch.is_autocast_enabled(hidden.device.type)
-    for name, value in given.items():
-        if name == "targets":
-            continue
-        if value.dtype not in _DTYPES:
-            raise TypeError(f"linear_logprob: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
-        if value.dtype != hidden.dtype and not autocast:
-            raise TypeError(f"linear_logprob: {name} is {value.dtype}, hidden is {hidden.dtype}; they must agree")
-    (n, width), vocabulary = hidden.shape, weight.shape[0]
+    dtypes = {"hidden": hidden.dtype, "weight": weight.dtype} | ({} if bias is None else {"bias": bias.dtype})
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise TypeError(f"linear_logprob: {name} must be float32, bfloat16, float16 or float64, got {dtype}")
+        if dtype != hidden.dtype and not autocast:
+            raise TypeError(f"linear_logprob: {name} is {dtype}, hidden is {hidden.dtype}; they must agree")
+    (rows, width), vocabulary = hidden.shape, weight.shape[0]
     if weight.shape[1] != width:
         raise ValueError(f"linear_logprob: weight has rows of {weight.shape[1]}, hidden has rows of {width}")
     if vocabulary == 0:
-        raise ValueError(f"linear_logprob: weight must have at least one row, got shape {tuple(weight.shape)}")
-    if targets.shape[0] != n:
-        raise ValueError(f"linear_logprob: targets has {targets.shape[0]} entries, hidden has {n} rows")
+        raise ValueError(f"linear_logprob: weight must have at least one row, got shape {weight.shape}")
+    if positions is None and targets.shape[0] != rows:
+        raise ValueError(f"linear_logprob: targets has {targets.shape[0]} entries, hidden has {rows} rows")
+    if positions is not None and positions.shape[0] != targets.shape[0]:
+        raise ValueError(f"linear_logprob: positions has {positions.shape[0]} entries, targets has {targets.shape[0]}")
     if bias is not None and bias.shape[0] != vocabulary:
         raise ValueError(f"linear_logprob: bias has {bias.shape[0]} entries, weight has {vocabulary} rows")
-    if n:
-        low, high = (int(x) for x in torch.aminmax(targets))
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise ValueError(f"linear_logprob: targets holds {wrong}, weight has rows 0 to {vocabulary - 1}")
 
 
 def _check_settings(

@@ -1,10 +1,14 @@
 """Launches the Triton kernels of the vocabulary walk; the same functions as `linear_logprob_torch.py`."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
-from fastpref.kernels.linear_logprob_torch import HeadGrads, LogitTransform, Walk
+from fastpref.kernels.head_weight import DenseWeight, HeadWeight
+from fastpref.kernels.linear_logprob_torch import HeadGrads, LogitTransform, TileShape, Walk
 from fastpref.kernels.linear_logprob_triton import (
     EXP,
     FORWARD,
@@ -12,6 +16,7 @@ from fastpref.kernels.linear_logprob_triton import (
     _combine_kernel,
     _gradient_kernel,
     _rescale_kernel,
+    _scale_kernel,
     _walk_kernel,
 )
 from fastpref.kernels.tiles import Tile, Tiles, choose_tiles, interpreted
@@ -19,11 +24,16 @@ from fastpref.kernels.tiles import Tile, Tiles, choose_tiles, interpreted
 # How far, in nats, a maximum may run above a row's offset before the offset moves: e^20 leaves sums of squares over any
 # vocabulary far inside float32. float16 holds 65,504 at most, so there the offset moves with every maximum.
 LAZY = 20.0
+# Rows and columns of the blocks that the kernels beside the main loop work on.
+COMBINE_BLOCK = 128
+RESCALE_ROWS = 32
+GRADIENT_BLOCK = (16, 128)
+SCALE_BLOCK = 1024
 
 
 def walk_vocabulary(
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
+    weight: HeadWeight,  # [V, H]
     targets: Tensor,  # [N] int64
     bias: Tensor | None,  # [V]
     transform: LogitTransform,
@@ -37,13 +47,14 @@ def walk_vocabulary(
     tiles = _tiles(hidden)
     lean = with_grad and bias is None and transform.softcap is None and not outputs
     tile = tiles.lean if lean else tiles.full
-    rows, columns = hidden.shape[0], weight.shape[0]
-    if with_grad:
-        rows, columns = plan_tile(rows, columns, hidden.element_size(), budget, tile)
+    shape = plan_tile(hidden, weight, budget, tile, stored=with_grad)
+    logits = _Logits(bias, transform, outputs, tile, _product_tile(hidden, shape, tile))
+    hidden = _rows_contiguous(hidden)
     parts = []
-    for a in range(0, hidden.shape[0], rows):
-        walk = _Walk(hidden[a : a + rows], weight, targets[a : a + rows], bias, transform, outputs, tile, lazy)
-        parts.append(walk.with_gradient(columns) if with_grad else walk.forward())
+    for a in range(0, hidden.shape[0], shape.rows):
+        walk = _Walk(hidden[a : a + shape.rows], targets[a : a + shape.rows], logits, lazy)
+        walk.run(weight, shape.columns, with_grad=with_grad)
+        parts.append(walk.result(weight, outputs))
     if len(parts) == 1:
         return parts[0]
     return Walk._make(None if part[0] is None else torch.cat(part) for part in zip(*parts))
@@ -56,93 +67,145 @@ def _tiles(hidden: Tensor) -> Tiles:
     return tiles
 
 
-def plan_tile(n: int, vocabulary: int, size: int, budget: int, tile: Tile) -> tuple[int, int]:
-    """Rows and columns of the stored tile: all rows while they leave it 2,048 columns wide, then fewer rows."""
-    columns = max(2048, min(8192, budget // (n * size))) // tile.v * tile.v
-    columns = min(columns, triton.cdiv(vocabulary, tile.v) * tile.v)
-    return max(1, min(n, budget // (columns * size))), columns
+def plan_tile(hidden: Tensor, weight: HeadWeight, budget: int, tile: Tile, *, stored: bool) -> TileShape:
+    """Rows and columns taken at once. What lies in memory for a logit is its exponential, if that is stored, and
+    the product, if the library makes it; for a column, the copies of its weights. Where nothing does, all at once.
+
+    All rows stay together while they leave a tile 2,048 columns wide; then there are fewer rows.
+    """
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    logit = hidden.element_size() * stored + 4 * (not tile.fused)  # bytes
+    column = weight.copies * weight.shape[1] * weight.dtype.itemsize
+    if not logit and not column:
+        return TileShape(n, vocabulary)
+    columns = max(2048, min(8192, budget // (n * logit + column)))
+    if column:
+        columns = min(columns, max(tile.v, budget // 2 // column))
+    columns = min(columns // tile.v, triton.cdiv(vocabulary, tile.v)) * tile.v
+    rows = max(1, (budget - columns * column) // (columns * logit)) if logit else n
+    return TileShape(min(n, rows), columns)
+
+
+def _rows_contiguous(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _product_tile(hidden: Tensor, shape: TileShape, tile: Tile) -> Tensor | None:
+    return None if tile.fused else torch.empty(shape, dtype=torch.float32, device=hidden.device)
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """How logits are made, and which sums are taken of them."""
+
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+    outputs: tuple[str, ...]
+    tile: Tile
+    product: Tensor | None  # [rows, columns] float32 scratch where the library multiplies
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {
+            "HAS_SPREAD": "entropy" in self.outputs or "log_sum_sq_probs" in self.outputs,
+            "HAS_MEAN": "mean_logit" in self.outputs,
+            "HAS_TOP1": "is_top1" in self.outputs,
+        }
+
+    def launch(
+        self,
+        mode: int,
+        hidden: Tensor,  # [n, H]
+        weight: Tensor,  # [c, H] a slice of the head
+        targets: Tensor,  # [n]
+        first: int,  # the slice's place in the vocabulary
+        per_split: int,  # columns
+        splits: int,
+        rows: tuple[Tensor, Tensor, Tensor],  # [n] each: offset, factor, at_target; not every mode reads them
+        out: Tensor,  # [n, c] what is stored
+        parts: Tensor,  # [8, splits, n] statistics
+        lazy: float = 0.0,
+    ) -> None:
+        tile, n, columns = self.tile, hidden.shape[0], weight.shape[0]
+        weight = _rows_contiguous(weight)
+        bias = hidden if self.bias is None else self.bias[first : first + columns]
+        product = hidden
+        if self.product is not None:
+            product = multiply(hidden, weight, self.product[:n, :columns])
+        _walk_kernel[(triton.cdiv(n, tile.n), splits)](
+            hidden, weight, product, bias, targets, *rows, out, *parts.unbind(0),
+            n, first, columns, hidden.shape[1], hidden.stride(0), weight.stride(0), product.stride(0),
+            out.stride(0), per_split, self.transform.gain, self.transform.cap, lazy,
+            MODE=mode, FUSED=tile.fused, HAS_BIAS=self.bias is not None,
+            HAS_SOFTCAP=self.transform.softcap is not None, **self.flags,
+            BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_H=tile.h,
+            PRECISION=tile.precision, UPCAST=interpreted(),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
 
 class _Walk:
     """The walk of some rows: running statistics, and the launches that add to them."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        transform: LogitTransform,
-        outputs: tuple[str, ...],
-        tile: Tile,
-        lazy: float,
-    ):
-        self.hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        self.targets, self.bias, self.transform, self.outputs, self.tile = targets, bias, transform, outputs, tile
+    def __init__(self, hidden: Tensor, targets: Tensor, logits: _Logits, lazy: float):
+        self.hidden, self.targets, self.logits = hidden, targets, logits
         self.lazy = 0.0 if hidden.dtype == torch.float16 else lazy
-        n = hidden.shape[0]
+        n, device = hidden.shape[0], hidden.device
         running = [float("-inf"), 0.0, float("-inf"), 0.0, 0.0, 0.0, float("-inf"), float("-inf")]
-        start = torch.tensor(running, dtype=torch.float32, device=hidden.device)
-        self.running = start[:, None].repeat(1, n)  # [8, N]
-        self.shrunk = torch.empty(n, dtype=torch.float32, device=hidden.device)
-        self.flags = {
-            "HAS_SPREAD": "entropy" in outputs or "log_sum_sq_probs" in outputs,
-            "HAS_MEAN": "mean_logit" in outputs,
-            "HAS_TOP1": "is_top1" in outputs,
-        }
+        self.running = torch.tensor(running, dtype=torch.float32, device=device)[:, None].repeat(1, n)  # [8, N]
+        self.shrunk = torch.empty(n, dtype=torch.float32, device=device)  # [N] what O is multiplied with
+        self.others: Tensor | None = None  # [N, H] O
 
-    def forward(self) -> Walk:
-        """Statistics alone: the vocabulary in as many splits as keep the device busy."""
-        n, vocabulary = self.hidden.shape[0], self.weight.shape[0]
-        row_blocks, column_blocks = triton.cdiv(n, self.tile.n), triton.cdiv(vocabulary, self.tile.v)
-        splits = max(1, min(column_blocks, triton.cdiv(4 * processors(self.hidden.device), row_blocks), 64))
-        per_split = triton.cdiv(column_blocks, splits) * self.tile.v
-        splits = triton.cdiv(vocabulary, per_split)
-        self._launch(FORWARD.value, 0, vocabulary, per_split, splits, tile=None)
-        return self._result(None)
-
-    def with_gradient(self, columns: int) -> Walk:
-        """Statistics and g: the exponentials of `columns` columns at a time, and the product with the weight."""
-        n, width = self.hidden.shape
-        vocabulary = self.weight.shape[0]
-        stored = torch.empty((n, min(columns, vocabulary)), dtype=self.hidden.dtype, device=self.hidden.device)
-        others = torch.zeros((n, width), dtype=torch.float32, device=self.hidden.device)  # O
+    def run(self, weight: HeadWeight, columns: int, *, with_grad: bool) -> None:
+        """Walk the vocabulary, `columns` at a time; with a gradient, store their exponentials and add E·W to O."""
+        n, vocabulary = self.hidden.shape[0], weight.shape[0]
+        stored = None
+        if with_grad:
+            stored = self.hidden.new_empty((n, min(columns, vocabulary)))
+            self.others = torch.zeros_like(self.hidden, dtype=torch.float32)
         for first in range(0, vocabulary, columns):
-            last = min(first + columns, vocabulary)
-            blocks = triton.cdiv(last - first, self.tile.v)
-            base = self._launch(EXP.value, first, last, self.tile.v, blocks, tile=stored)
-            tile = stored[:, : last - first]
+            slice_ = weight.rows(first, min(first + columns, vocabulary))
+            if stored is None or self.others is None:
+                self._fold(FORWARD.value, slice_, first, self._columns_a_split(slice_.shape[0]), self.shrunk[:, None])
+                continue
+            tile = stored[:, : slice_.shape[0]]
+            base = self._fold(EXP.value, slice_, first, self.logits.tile.v, tile)
             self._rescale(tile, base, is_factor=False)
             if first:
-                self._rescale(others, self.shrunk, is_factor=True)
-            add_product(others, tile, self.weight[first:last])
-        return self._result(others)
+                self._rescale(self.others, self.shrunk, is_factor=True)
+            add_product(self.others, tile, slice_)
 
-    def _launch(self, mode: int, first: int, last: int, per_split: int, splits: int, tile: Tensor | None) -> Tensor:
-        """Walk columns [first, last) in splits and combine their statistics. Returns the splits' bases, [S, N]."""
-        n = self.hidden.shape[0]
+    def _columns_a_split(self, columns: int) -> int:
+        """As many splits as keep the device busy."""
+        tile = self.logits.tile
+        row_blocks, column_blocks = triton.cdiv(self.hidden.shape[0], tile.n), triton.cdiv(columns, tile.v)
+        splits = max(1, min(column_blocks, triton.cdiv(4 * processors(self.hidden.device), row_blocks), 64))
+        return triton.cdiv(column_blocks, splits) * tile.v
+
+    def _fold(self, mode: int, slice_: Tensor, first: int, per_split: int, out: Tensor) -> Tensor:
+        """Walk a slice in splits and add their statistics to the running ones. The splits' bases, [S, N]."""
+        n, splits = self.hidden.shape[0], triton.cdiv(slice_.shape[0], per_split)
         parts = torch.empty((8, splits, n), dtype=torch.float32, device=self.hidden.device)
-        out = self.shrunk if tile is None else tile  # anything: FORWARD stores no tile
-        launch_walk(
-            mode, self.hidden, self.weight, self.bias, self.targets, self.running[0], self.shrunk, self.shrunk, out,
-            parts, first, last, per_split, splits, self.transform, self.flags, self.tile, self.lazy,
-        )  # fmt: skip
-        block = 128
-        _combine_kernel[(triton.cdiv(n, block),)](
-            *parts.unbind(0), self.running, self.shrunk, n, splits, **self.flags, BLOCK_N=block, num_warps=4
+        rows = (self.running[0], self.shrunk, self.shrunk)
+        self.logits.launch(
+            mode, self.hidden, slice_, self.targets, first, per_split, splits, rows, out, parts, self.lazy
         )
+        _combine_kernel[(triton.cdiv(n, COMBINE_BLOCK),)](
+            *parts.unbind(0), self.running, self.shrunk, n, splits, **self.logits.flags,
+            BLOCK_N=COMBINE_BLOCK, num_warps=4,
+        )  # fmt: skip
         return parts[0]
 
     def _rescale(self, matrix: Tensor, base: Tensor, *, is_factor: bool) -> None:
         n, columns = matrix.shape
-        block_n, block_v = 32, self.tile.v
-        _rescale_kernel[(triton.cdiv(n, block_n), triton.cdiv(columns, block_v))](
+        block_v = self.logits.tile.v
+        _rescale_kernel[(triton.cdiv(n, RESCALE_ROWS), triton.cdiv(columns, block_v))](
             matrix, base, self.running[0], n, columns, matrix.stride(0),
-            IS_FACTOR=is_factor, BLOCK_N=block_n, BLOCK_V=block_v, num_warps=4,
+            IS_FACTOR=is_factor, BLOCK_N=RESCALE_ROWS, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip
 
-    def _result(self, others: Tensor | None) -> Walk:
+    def result(self, weight: HeadWeight, outputs: tuple[str, ...]) -> Walk:
+        """What the running statistics say of every row."""
         offset, sum_others, z_target, sum_ez, sum_ee, sum_z, largest, ahead = self.running.unbind(0)
         behind = z_target - offset
         x = sum_others.log() - behind  # log of the odds against the target
@@ -150,10 +213,10 @@ class _Walk:
         log_s = behind - logp
         e_target, s = behind.exp(), log_s.exp()
         grad = None
-        if others is not None:
-            slope = self.transform.slope
-            coefficient = slope * torch.sigmoid(x) * self.transform.softcap_slope(z_target)
-            grad = self._gradient(others, coefficient, slope * (-log_s).exp())
+        if self.others is not None:
+            transform = self.logits.transform
+            coefficient = transform.slope * torch.sigmoid(x) * transform.softcap_slope(z_target)
+            grad = self._gradient(self.others, weight, coefficient, transform.slope * (-log_s).exp())
         entropy = log_s - (sum_ez + e_target * behind) / s
         log_sum_sq_probs = (sum_ee + e_target.square()).log() - 2 * log_s
         return Walk(
@@ -161,72 +224,102 @@ class _Walk:
             maximum=offset,
             sum_others=sum_others,
             logp=logp,
-            entropy=entropy if "entropy" in self.outputs else None,
-            mean_logit=sum_z / self.weight.shape[0] if "mean_logit" in self.outputs else None,
-            log_sum_sq_probs=log_sum_sq_probs if "log_sum_sq_probs" in self.outputs else None,
-            is_top1=(z_target >= largest) & (z_target > ahead) if "is_top1" in self.outputs else None,
+            entropy=entropy if "entropy" in outputs else None,
+            mean_logit=sum_z / weight.shape[0] if "mean_logit" in outputs else None,
+            log_sum_sq_probs=log_sum_sq_probs if "log_sum_sq_probs" in outputs else None,
+            is_top1=(z_target >= largest) & (z_target > ahead) if "is_top1" in outputs else None,
             grad=grad,
         )
 
-    def _gradient(self, others: Tensor, coefficient: Tensor, inverse: Tensor) -> Tensor:
+    def _gradient(self, others: Tensor, weight: HeadWeight, coefficient: Tensor, inverse: Tensor) -> Tensor:
         n, width = others.shape
         dtype = torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
         out = torch.empty((n, width), dtype=dtype, device=others.device)
-        block_n, block_h = 16, 128
+        if isinstance(weight, DenseWeight):
+            rows, index = _rows_contiguous(weight.weight), self.targets
+        else:
+            rows, index = weight.gather(self.targets), torch.arange(n, device=others.device)
+        block_n, block_h = GRADIENT_BLOCK
         _gradient_kernel[(triton.cdiv(n, block_n), triton.cdiv(width, block_h))](
-            others, self.weight, self.targets, coefficient, inverse, out, n, width,
-            others.stride(0), self.weight.stride(0), out.stride(0), BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4,
+            others, rows, index, coefficient, inverse, out, n, width,
+            others.stride(0), rows.stride(0), out.stride(0), BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4,
         )  # fmt: skip
         return out
+
+
+def scale_rows(
+    grad: Tensor,  # [N, H]
+    coefficient: Tensor,  # [N]
+    positions: Tensor | None,  # [N] int64 in [0, M)
+    rows: int,  # M
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `linear_logprob_torch.scale_rows`, without atomics: each of the M rows is summed by one program."""
+    width = grad.shape[1]
+    if positions is None:
+        order, begin = (torch.arange(length, device=grad.device) for length in (rows, rows + 1))
+    else:
+        ascending, order = positions.sort(stable=True)
+        begin = torch.searchsorted(ascending, torch.arange(rows + 1, device=grad.device))
+    out = torch.empty((rows, width), dtype=dtype, device=grad.device)
+    if out.numel():
+        _scale_kernel[(rows, triton.cdiv(width, SCALE_BLOCK))](
+            grad, coefficient.contiguous(), order, begin, out, width, grad.stride(0), out.stride(0),
+            BLOCK_H=SCALE_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return out
 
 
 def recompute_gradients(
     grad_logp: Tensor,  # [N]
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
+    weight: HeadWeight,  # [V, H]
     targets: Tensor,  # [N] int64
     bias: Tensor | None,  # [V]
     transform: LogitTransform,
-    walk: tuple[Tensor, Tensor, Tensor],  # z_target, offset, sum_others: each [N]
+    statistics: Tensor,  # [3, N] z_target, offset, sum_others
     *,
     budget: int,  # bytes
     wanted: tuple[bool, bool, bool],  # hidden, weight, bias
 ) -> HeadGrads:
     """As `linear_logprob_torch.recompute_gradients`: the tile of ∂loss/∂logits from the kernel, its products from the
     library, the vocabulary outermost."""
-    lean = bias is None and transform.softcap is None
-    tile = _tiles(hidden).lean if lean else _tiles(hidden).full
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    z_target, offset, sum_others = walk
+    tiles = _tiles(hidden)
+    tile = tiles.lean if bias is None and transform.softcap is None else tiles.full
+    hidden = _rows_contiguous(hidden)
+    z_target, offset, sum_others = statistics
     behind = z_target - offset
     x = sum_others.log() - behind
     log_s = behind + torch.nn.functional.softplus(x)
     share = grad_logp.float() * transform.slope
     factor, at_target = -share * (-log_s).exp(), share * torch.sigmoid(x)
-    (n, width), vocabulary = hidden.shape, weight.shape[0]
-    rows, columns = plan_tile(n, vocabulary, hidden.element_size(), budget, tile)
-    stored = torch.empty((rows, min(columns, vocabulary)), dtype=hidden.dtype, device=hidden.device)
+    n, vocabulary = hidden.shape[0], weight.shape[0]
+    shape = plan_tile(hidden, weight, budget, tile, stored=True)
+    logits = _Logits(bias, transform, (), tile, _product_tile(hidden, shape, tile))
+    stored = hidden.new_empty((shape.rows, min(shape.columns, vocabulary)))
     want_hidden, want_weight, want_bias = wanted
-    d_hidden = torch.zeros((n, width), dtype=torch.float32, device=hidden.device) if want_hidden else None
-    d_weight = torch.empty_like(weight) if want_weight else None
+    trained = weight.trained if want_weight else None
+    kept = hidden if trained is None else hidden[:, -trained.shape[1] :]  # what the trained columns multiply
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
+    d_weight = None if trained is None else torch.empty_like(trained)
     d_bias = torch.empty_like(bias) if want_bias and bias is not None else None
-    flags = {"HAS_SPREAD": False, "HAS_MEAN": False, "HAS_TOP1": False}
-    for first in range(0, vocabulary, columns):
-        last = min(first + columns, vocabulary)
-        dw = torch.zeros((last - first, width), dtype=torch.float32, device=hidden.device) if want_weight else None
-        db = torch.zeros(last - first, dtype=torch.float32, device=hidden.device) if d_bias is not None else None
-        for a in range(0, n, rows):
-            b = min(a + rows, n)
+    for first in range(0, vocabulary, shape.columns):
+        slice_ = weight.rows(first, min(first + shape.columns, vocabulary))
+        last = first + slice_.shape[0]
+        sums: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
+        dw = torch.zeros((last - first, kept.shape[1]), **sums) if trained is not None else None
+        db = torch.zeros(last - first, **sums) if d_bias is not None else None
+        for a in range(0, n, shape.rows):
+            b = min(a + shape.rows, n)
             out = stored[: b - a, : last - first]
-            launch_walk(
-                GRADIENT.value, hidden[a:b], weight, bias, targets[a:b], offset[a:b], factor[a:b], at_target[a:b], out,
-                offset[None, None].expand(8, 1, n), first, last, tile.v, triton.cdiv(last - first, tile.v), transform,
-                flags, tile, 0.0,
+            logits.launch(
+                GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, tile.v, triton.cdiv(last - first, tile.v),
+                (offset[a:b], factor[a:b], at_target[a:b]), out, offset.expand(8, 1, n),
             )  # fmt: skip
             if d_hidden is not None:
-                add_product(d_hidden[a:b], out, weight[first:last])
+                add_product(d_hidden[a:b], out, slice_)
             if dw is not None:
-                add_product(dw, out.t(), hidden[a:b])
+                add_product(dw, out.t(), kept[a:b])
             if db is not None:
                 db += out.sum(0, dtype=torch.float32)
         if d_weight is not None and dw is not None:
@@ -236,35 +329,18 @@ def recompute_gradients(
     return HeadGrads(None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias)
 
 
-def launch_walk(
-    mode: int,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    offset: Tensor,
-    factor: Tensor,
-    at_target: Tensor,
-    out: Tensor,
-    parts: Tensor,  # [8, S, N]
-    first: int,
-    last: int,
-    per_split: int,
-    splits: int,
-    transform: LogitTransform,
-    flags: dict[str, bool],
-    tile: Tile,
-    lazy: float,
-) -> None:
-    _walk_kernel[(triton.cdiv(hidden.shape[0], tile.n), splits)](
-        hidden, weight, hidden if bias is None else bias, targets, offset, factor, at_target, out, *parts.unbind(0),
-        hidden.shape[0], first, last, hidden.shape[1], hidden.stride(0), weight.stride(0),
-        out.stride(0) if out.dim() == 2 else 0, per_split, transform.gain, transform.cap, lazy,
-        MODE=mode, HAS_BIAS=bias is not None, HAS_SOFTCAP=transform.softcap is not None, **flags,
-        BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_H=tile.h,
-        PRECISION=tile.precision, UPCAST=interpreted(),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+def multiply(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [c, H]
+    out: Tensor,  # [n, c] float32
+) -> Tensor:
+    """hidden·weightᵀ, accumulated and kept in float32, by the library's matrix product."""
+    weight = weight.to(hidden.dtype).t()
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, weight, out=out)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight, out_dtype=torch.float32, out=out)
+    return torch.mm(hidden.float(), weight.float(), out=out)  # the interpreter's tensors, see `add_product`
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

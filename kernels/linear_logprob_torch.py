@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.kernels.head_weight import HeadWeight
+
 # Columns of a tile: wide enough for the matrix product, narrow enough that a tile of some hundred rows stays in cache.
 TILE_COLUMNS = 8192
 
@@ -80,7 +82,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 def plan_tile(
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
+    vocabulary: int,
     budget: int,  # bytes
     *,
     buffers: int,  # [rows, columns] scratch tensors alive at once
@@ -90,7 +92,7 @@ def plan_tile(
 
     Only a tile of one row and one column may be larger than the budget.
     """
-    (n, width), vocabulary = hidden.shape, weight.shape[0]
+    n, width = hidden.shape
     size = compute_dtype(hidden).itemsize
     copied = weight_copies * width * size  # bytes a column
     columns = min(TILE_COLUMNS, vocabulary, budget // (buffers * size + copied))
@@ -108,24 +110,23 @@ def _spans(length: int, step: int) -> list[tuple[int, int]]:
 class _Scratch:
     """The scratch tiles of one walk, allocated once and cut to the tile at hand."""
 
-    def __init__(self, hidden: Tensor, tile: TileShape, *, buffers: int, weight_copies: int):
-        dtype, copy = compute_dtype(hidden), (tile.columns, hidden.shape[1])
+    def __init__(self, hidden: Tensor, tile: TileShape, *, buffers: int, cast_weight: bool, trained: int = 0):
+        dtype = compute_dtype(hidden)
         self._buffers = [hidden.new_empty(tile, dtype=dtype) for _ in range(buffers)]
-        self._copies = [hidden.new_empty(copy, dtype=dtype) for _ in range(weight_copies)]
+        self._cast = hidden.new_empty((tile.columns, hidden.shape[1]), dtype=dtype) if cast_weight else None
+        self._grads = hidden.new_empty((tile.columns, trained), dtype=dtype)
 
     def __getitem__(self, place: tuple[int, int, int]) -> Tensor:
         buffer, rows, columns = place
         return self._buffers[buffer][:rows, :columns]
 
     def weights(self, weight: Tensor) -> Tensor:
-        """A slice of the weight [c, H] in the dtype of the computation: itself, or the first copy."""
-        if weight.dtype == self._buffers[0].dtype:
-            return weight
-        return self._copies[0][: weight.shape[0]].copy_(weight)
+        """A slice of the weight [c, H] in the dtype of the computation: itself, or a copy."""
+        return weight if self._cast is None else self._cast[: weight.shape[0]].copy_(weight)
 
     def weight_grads(self, columns: int) -> Tensor:
-        """Zeros for a slice of the weight's gradient, [columns, H]: the last copy."""
-        return self._copies[-1][:columns].zero_()
+        """Zeros for a slice of the weight's gradient, [columns, T]."""
+        return self._grads[:columns].zero_()
 
 
 def _logits(
@@ -161,7 +162,7 @@ def _hide_targets(tile: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Te
 
 def walk_vocabulary(
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
+    weight: HeadWeight,  # [V, H]
     targets: Tensor,  # [N] int64
     bias: Tensor | None,  # [V]
     transform: LogitTransform,
@@ -173,14 +174,14 @@ def walk_vocabulary(
     """One walk over the vocabulary for all rows: log-probabilities, the outputs asked for, and g if `with_grad`."""
     spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
     buffers = 1 + (transform.softcap is not None) + spread
-    copies = int(weight.dtype != compute_dtype(hidden))
-    tile = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=copies)
-    scratch = _Scratch(hidden, tile, buffers=buffers, weight_copies=copies)
+    cast = weight.dtype != compute_dtype(hidden)
+    tile = plan_tile(hidden, weight.shape[0], budget, buffers=buffers, weight_copies=weight.copies + cast)
+    scratch = _Scratch(hidden, tile, buffers=buffers, cast_weight=cast)
     parts = []
     for r, q in _spans(hidden.shape[0], tile.rows):
         rows = _Rows(hidden[r:q], targets[r:q], transform, outputs, with_grad)
         for a, b in _spans(weight.shape[0], tile.columns):
-            w = scratch.weights(weight[a:b])
+            w = scratch.weights(weight.rows(a, b))
             z = _logits(scratch[0, q - r, b - a], rows.hidden, w, None if bias is None else bias[a:b], transform)
             tangent = None
             if transform.softcap is not None:
@@ -246,7 +247,7 @@ class _Rows:
             self.others.addmm_(weighted, w)
         self.maximum = maximum
 
-    def result(self, weight: Tensor, dtype: torch.dtype) -> Walk:
+    def result(self, weight: HeadWeight, dtype: torch.dtype) -> Walk:
         """What the sums say once every tile is folded in; `dtype` is that of the hidden states."""
         behind = self.z_target - self.maximum  # ≤ 0
         e_target = behind.exp()
@@ -267,29 +268,43 @@ class _Rows:
             grad=None if self.others is None else self._gradient(self.others, s, weight, dtype),
         )
 
-    def _gradient(self, others: Tensor, s: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def _gradient(self, others: Tensor, s: Tensor, weight: HeadWeight, dtype: torch.dtype) -> Tensor:
         """g, made in the place of O."""
-        w_target = weight[self.targets].to(others.dtype)
+        w_target = weight.gather(self.targets).to(others.dtype)
         coefficient = self.sum_others / s * self.transform.softcap_slope(self.z_target)
         others.mul_((-1 / s)[:, None]).addcmul_(w_target, coefficient[:, None])
         # float16 stays float32: a confident token's g would vanish before the loss scale reaches it.
         return others.mul_(self.transform.slope).to(others.dtype if dtype == torch.float16 else dtype)
 
 
+def scale_rows(
+    grad: Tensor,  # [N, H] g
+    coefficient: Tensor,  # [N] ∂loss/∂logp
+    positions: Tensor | None,  # [N] int64 in [0, M), repeats allowed; None: row n belongs at place n
+    rows: int,  # M
+    dtype: torch.dtype,
+) -> Tensor:
+    """coefficient·g at every row's position, [M, H] of `dtype`; sums where positions repeat, zeros elsewhere."""
+    scaled = grad * coefficient[:, None]
+    if positions is not None:
+        scaled = scaled.new_zeros(rows, grad.shape[1]).index_add_(0, positions, scaled)
+    return scaled.to(dtype)
+
+
 class HeadGrads(NamedTuple):
     hidden: Tensor | None  # [N, H]
-    weight: Tensor | None  # [V, H]
+    weight: Tensor | None  # [V, T] of the columns that can be trained
     bias: Tensor | None  # [V]
 
 
 def recompute_gradients(
     grad_logp: Tensor,  # [N]
     hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
+    weight: HeadWeight,  # [V, H]
     targets: Tensor,  # [N] int64
     bias: Tensor | None,  # [V]
     transform: LogitTransform,
-    walk: tuple[Tensor, Tensor, Tensor],  # z_target, maximum, sum_others: each [N]
+    statistics: Tensor,  # [3, N] z_target, maximum, sum_others
     *,
     budget: int,  # bytes
     wanted: tuple[bool, bool, bool],  # hidden, weight, bias
@@ -299,23 +314,25 @@ def recompute_gradients(
     ∂logp/∂z_v = −E_v/s for v ≠ y, and s_o/s for the target. The vocabulary is the outer loop, so that each slice of
     the weight's gradient is accumulated in float32 and written once.
     """
-    z_target, maximum, sum_others = walk
+    z_target, maximum, sum_others = statistics
     dtype = compute_dtype(hidden)
     want_hidden, want_weight, want_bias = wanted
-    copies = int(weight.dtype != dtype) + int(want_weight)
+    trained = weight.trained if want_weight else None
+    cast, columns_trained = weight.dtype != dtype, 0 if trained is None else trained.shape[1]
+    copies = weight.copies + cast + (trained is not None)
     buffers = 1 + (transform.softcap is not None)
-    tile = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=copies)
-    scratch = _Scratch(hidden, tile, buffers=buffers, weight_copies=copies)
+    tile = plan_tile(hidden, weight.shape[0], budget, buffers=buffers, weight_copies=copies)
+    scratch = _Scratch(hidden, tile, buffers=buffers, cast_weight=cast, trained=columns_trained)
     h = hidden.to(dtype)
     factor = grad_logp.to(dtype) * transform.slope / (sum_others + (z_target - maximum).exp())  # [N]
     at_target = factor * sum_others * transform.softcap_slope(z_target)  # [N]
     d_hidden = torch.zeros_like(h) if want_hidden else None
-    d_weight = torch.empty_like(weight) if want_weight else None
+    d_weight = None if trained is None else torch.empty_like(trained)
     d_bias = torch.empty_like(bias) if want_bias and bias is not None else None
 
     for a, b in _spans(weight.shape[0], tile.columns):
-        w = scratch.weights(weight[a:b])
-        dw = scratch.weight_grads(b - a) if want_weight else None
+        w = scratch.weights(weight.rows(a, b))
+        dw = scratch.weight_grads(b - a) if trained is not None else None
         db = w.new_zeros(b - a) if d_bias is not None else None
         for r, q in _spans(h.shape[0], tile.rows):
             z = _logits(scratch[0, q - r, b - a], h[r:q], w, None if bias is None else bias[a:b], transform)
@@ -332,7 +349,7 @@ def recompute_gradients(
             if d_hidden is not None:
                 d_hidden[r:q].addmm_(d, w)
             if dw is not None:
-                dw.addmm_(d.t(), h[r:q])
+                dw.addmm_(d.t(), h[r:q, -columns_trained:])
             if db is not None:
                 db += d.sum(dim=0)
         if d_weight is not None and dw is not None:

@@ -1,18 +1,21 @@
 """Triton kernels of the vocabulary walk: no logit ever reaches memory.
 
-One main loop, `_walk_kernel`: the product of a row block with columns of the weight, in float32 registers, and an
-epilogue.
+One main loop, `_walk_kernel`: the product of a row block with columns of the weight, in float32 registers (FUSED), or
+a tile of that product which the library has made (on cards that fused tiles do not fit), and an epilogue.
 
     FORWARD    folds the columns of one split into softmax statistics, [splits, N]
     EXP        stores E = e^{z − base}·softcap' of one tile for the library's product E·W, and the tile's statistics
     GRADIENT   stores ∂loss/∂(h·W + b) of one tile, for a trainable head's two products
+
+A launch walks one slice of the weight, `columns` rows of the vocabulary from `first` on: all of it, or one of many.
 
 `_combine_kernel` adds partial statistics in a fixed order: no atomics, so results repeat bit for bit.
 
 In EXP every row and column block first chooses its base: the row's running offset, unless the block's maximum has run
 more than `lazy` above it. bfloat16 has float32's range, so an offset need only be near the maximum; float16 has not,
 so there `lazy` is 0. `_rescale_kernel` then brings the tile's blocks, and the accumulator O, to one offset a row; where
-no base moved it returns at once.
+no base moved it returns at once. `_gradient_kernel` makes g of O; `_scale_kernel` scales it in the backward pass and
+puts it back at its positions.
 
     z = softcap(a·(h·W + b))/τ        s_o = Σ_{v≠y} e^{z_v − offset}        O = Σ_{v≠y} e^{z_v − offset}·softcap'_v·W_v
     logp = (z_y − offset) − log(s_o + e^{z_y − offset})        g = (a/τ)·[(s_o/s)·softcap'_y·W_y − O/s]
@@ -35,16 +38,17 @@ def _tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
-@triton.jit(do_not_specialize=["n", "vocabulary", "first", "last", "columns_per_split"])
+@triton.jit(do_not_specialize=["n", "first", "columns", "columns_per_split"])
 def _walk_kernel(
-    p_hidden,  # [N, H]
-    p_weight,  # [V, H]
-    p_bias,  # [V]
+    p_hidden,  # [N, H] FUSED
+    p_weight,  # [columns, H] FUSED
+    p_product,  # [N, columns] float32, if not FUSED
+    p_bias,  # [columns]
     p_targets,  # [N] int64
     p_offset,  # [N] EXP: running offset, −inf at first; GRADIENT: final offset
     p_factor,  # [N] GRADIENT: of the columns that are not the target
     p_at_target,  # [N] GRADIENT: of the target's column
-    p_tile,  # [N, last − first] EXP, GRADIENT: what is stored
+    p_tile,  # [N, columns] EXP, GRADIENT: what is stored
     p_base,  # [S, N] what a split's sums are relative to: its maximum, or in EXP its base
     p_sum,  # [S, N] Σ_{v≠y} e^{z − base}
     p_target,  # [S, N] z_y, or −inf where the target is not in the split
@@ -54,17 +58,19 @@ def _walk_kernel(
     p_maximum,  # [S, N] the largest z of all columns
     p_ahead,  # [S, N] the largest z before the target's column
     n,
-    first,  # columns [first, last) of the vocabulary
-    last,
+    first,  # the place in the vocabulary of the first column
+    columns,
     width,  # H
     stride_hidden,
     stride_weight,
+    stride_product,
     stride_tile,
     columns_per_split,  # a multiple of BLOCK_V; in EXP and GRADIENT BLOCK_V itself
     gain,  # a/τ, or with a softcap a/c
     cap,  # c/τ
     lazy,  # EXP: how far a maximum may run above the offset
     MODE: tl.constexpr,
+    FUSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SPREAD: tl.constexpr,
@@ -84,8 +90,10 @@ def _walk_kernel(
     i_split = tl.program_id(1)
     i_rows = first_row + i_n
     in_rows = i_rows < n
-    target = tl.load(p_targets + i_rows, mask=in_rows, other=-1)
+    # Counted from these columns. It may lie before them, or behind, where z is −inf.
+    target = tl.load(p_targets + i_rows, mask=in_rows, other=-1) - first
     p_hidden += first_row.to(tl.int64) * stride_hidden
+    p_product += first_row.to(tl.int64) * stride_product
     i_h = i_n[:, None] * stride_hidden + i_inner[None, :]
     i_w = i_v[None, :] * stride_weight + i_inner[:, None]
     base = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -99,8 +107,8 @@ def _walk_kernel(
     if MODE != FORWARD:
         base = tl.load(p_offset + i_rows, mask=in_rows, other=0.0)
 
-    begin = first + i_split * columns_per_split
-    end = tl.minimum(begin + columns_per_split, last)
+    begin = i_split * columns_per_split
+    end = tl.minimum(begin + columns_per_split, columns)
     blocks = 1  # known to the compiler, which then carries no sums from block to block
     if MODE == FORWARD:
         blocks = tl.cdiv(end - begin, BLOCK_V)
@@ -109,15 +117,19 @@ def _walk_kernel(
         # --- the product, in float32 registers
         i_columns = start + i_v
         in_columns = i_columns < end
-        p_w = p_weight + start.to(tl.int64) * stride_weight
-        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-        for k in range(0, width, BLOCK_H):
-            inner = i_inner < width - k
-            b_h = tl.load(p_hidden + k + i_h, mask=in_rows[:, None] & inner[None, :], other=0.0)
-            b_w = tl.load(p_w + k + i_w, mask=in_columns[None, :] & inner[:, None], other=0.0).to(b_h.dtype)
-            if UPCAST:  # Triton's interpreter multiplies bfloat16 as raw bits
-                b_h, b_w = b_h.to(tl.float32), b_w.to(tl.float32)
-            z = tl.dot(b_h, b_w, z, input_precision=PRECISION)
+        if FUSED:
+            p_w = p_weight + start.to(tl.int64) * stride_weight
+            z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+            for k in range(0, width, BLOCK_H):
+                inner = i_inner < width - k
+                b_h = tl.load(p_hidden + k + i_h, mask=in_rows[:, None] & inner[None, :], other=0.0)
+                b_w = tl.load(p_w + k + i_w, mask=in_columns[None, :] & inner[:, None], other=0.0).to(b_h.dtype)
+                if UPCAST:  # Triton's interpreter multiplies bfloat16 as raw bits
+                    b_h, b_w = b_h.to(tl.float32), b_w.to(tl.float32)
+                z = tl.dot(b_h, b_w, z, input_precision=PRECISION)
+        else:
+            i_product = i_n[:, None] * stride_product + i_columns[None, :]
+            z = tl.load(p_product + i_product, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
         if HAS_BIAS:
             z += tl.load(p_bias + i_columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         z *= gain
@@ -159,7 +171,7 @@ def _walk_kernel(
             base = new
             stored = e * slope
         if MODE != FORWARD:
-            p_out = p_tile + first_row.to(tl.int64) * stride_tile + (start - first)
+            p_out = p_tile + first_row.to(tl.int64) * stride_tile + start
             p_out += i_n[:, None] * stride_tile + i_v[None, :]
             tl.store(p_out, stored.to(p_tile.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
 
@@ -284,8 +296,8 @@ def _rescale_kernel(
 @triton.jit(do_not_specialize=["n", "width"])
 def _gradient_kernel(
     p_others,  # [N, H] float32, O
-    p_weight,  # [V, H]
-    p_targets,  # [N]
+    p_weight,  # [V, H], or rows of it
+    p_index,  # [N] int64 the row of each W_y there
     p_coefficient,  # [N] slope·(s_o/s)·softcap'_y
     p_inverse,  # [N] slope/s
     p_out,  # [N, H]
@@ -302,11 +314,35 @@ def _gradient_kernel(
     i_inner = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = i_rows < n
     inside = mask[:, None] & (i_inner < width)[None, :]
-    target = tl.load(p_targets + i_rows, mask=mask, other=0)
+    index = tl.load(p_index + i_rows, mask=mask, other=0)
     coefficient = tl.load(p_coefficient + i_rows, mask=mask, other=0.0)
     inverse = tl.load(p_inverse + i_rows, mask=mask, other=0.0)
     rows = i_rows.to(tl.int64)[:, None]
     others = tl.load(p_others + rows * stride_others + i_inner[None, :], mask=inside, other=0.0)
-    w = tl.load(p_weight + target[:, None] * stride_weight + i_inner[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(p_weight + index[:, None] * stride_weight + i_inner[None, :], mask=inside, other=0.0).to(tl.float32)
     g = coefficient[:, None] * w - inverse[:, None] * others
     tl.store(p_out + rows * stride_out + i_inner[None, :], g.to(p_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _scale_kernel(
+    p_grad,  # [N, H] g
+    p_coefficient,  # [N] ∂loss/∂logp
+    p_order,  # [N] int64 rows of g in the order of their positions
+    p_begin,  # [M + 1] int64 where in that order each position's rows begin
+    p_out,  # [M, H]
+    width,
+    stride_grad,
+    stride_out,
+    BLOCK_H: tl.constexpr,
+):
+    """out_m = Σ coefficient_n·g_n over the rows n whose position is m, in float32 and in their order; 0 without any."""
+    i_out = tl.program_id(0).to(tl.int64)
+    i_inner = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = i_inner < width
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for i in range(tl.load(p_begin + i_out), tl.load(p_begin + i_out + 1)):
+        i_row = tl.load(p_order + i)
+        grad = tl.load(p_grad + i_row * stride_grad + i_inner, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(p_coefficient + i_row) * grad
+    tl.store(p_out + i_out * stride_out + i_inner, total.to(p_out.dtype.element_ty), mask=mask)

@@ -21,6 +21,7 @@ class Tile:
     warps: int
     stages: int
     precision: str = "ieee"  # of float32 operands: "ieee", or "tf32x3" on tensor cores; never plain tf32
+    fused: bool = True  # whether the kernel multiplies; else the library does, into a tile of float32
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ _NVIDIA = {2: Tiles(_WIDE, _HALF), 4: Tiles(_SINGLE, _SINGLE)}
 _BLACKWELL = {2: Tiles(_WIDE, _HALF), 4: Tiles(_SINGLE, Tile(64, 32, 32, 8, 3, "tf32x3"))}
 _CDNA = {2: Tiles(Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 2)), 4: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2)}
 _RDNA = {2: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2), 4: Tiles(*[Tile(32, 64, 32, 8, 2)] * 2)}
+# Where fused tiles do not fit: Turing, for which Triton 3.9 has no tensor cores, and cards that are not in the table.
+_UNFUSED = {size: Tiles(*[Tile(16, 256, 16, 8, 1, fused=False)] * 2) for size in (2, 4)}
 # By architecture, CUDA by compute capability and ROCm by name; then by bytes of an element.
 TILES: dict[int | str, dict[int, Tiles]] = {
-    80: _NVIDIA, 86: _NVIDIA, 89: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, 120: _NVIDIA,
+    75: _UNFUSED, 80: _NVIDIA, 86: _NVIDIA, 89: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, 120: _NVIDIA,
     "gfx942": _CDNA, "gfx1100": _RDNA,
 }  # fmt: skip
 _INTERPRETER = Tiles(*[Tile(32, 32, 32, 4, 1)] * 2)
@@ -56,8 +59,10 @@ def choose_tiles(hidden: Tensor) -> Tiles | None:
         return None
     if hidden.device.type != "cuda":
         return _INTERPRETER if interpreted() else None
-    table = TILES.get(_architecture(hidden.device))
-    return None if table is None else table.get(hidden.element_size())
+    architecture = _architecture(hidden.device)
+    if hidden.dtype == torch.bfloat16 and isinstance(architecture, int) and architecture < 80:
+        return None  # no such product before Ampere
+    return TILES.get(architecture, _UNFUSED).get(hidden.element_size())
 
 
 def _architecture(device: torch.device) -> int | str:

@@ -207,9 +207,9 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
         '[loss]\ntype = "simpo"\ngamma = 1.0\ngamma_beta_ratio = 0.5\n',
         ["7: loss.gamma: gamma and gamma_beta_ratio say the same thing; give one of them"],
     ),
-    "an adapter on the head": (
-        '[lora]\ntarget = ["lm_head"]\n',
-        ['6: lora.target: an adapter on lm_head is not in this version yet; modules_to_save = ["lm_head"] is'],
+    "DoRA on the head": (
+        '[lora]\ntarget = ["lm_head"]\ndora = true\n',
+        ["7: lora.dora: not on the head; leave lm_head out of target, or set dora = false"],
     ),
     "held out twice": (
         '[eval]\nfraction = 0.1\n[[eval.data]]\npath = "e"\n',

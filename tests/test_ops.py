@@ -198,7 +198,7 @@ def test_a_gradient_is_not_differentiable_again() -> None:
     tensors = inputs(needed=("hidden",))
     loss = linear_logprob(**tensors).logp.square().sum()
     (grad,) = torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 
 

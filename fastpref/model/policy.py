@@ -34,7 +34,7 @@ class Policy(nn.Module):
         hidden = self.backbone(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout
         ).last_hidden_state  # [B, T, H]
-        return self.head(hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, outputs)
+        return self.head(hidden.flatten(0, 1), batch.predictors, batch.targets, outputs)
 
 
 def per_sequence(

@@ -4,7 +4,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config, to_toml
@@ -64,7 +66,9 @@ class RunFolder:
         place, unfinished = self.path / name, self.path / f".{name}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
         loaded.model.config.use_cache = True
-        loaded.wrapped.save_pretrained(str(unfinished))
+        # With an adapter on the head PEFT would also write the head and the embeddings, which have not changed.
+        options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
+        loaded.wrapped.save_pretrained(str(unfinished), **options)
         tokenizer.save_pretrained(str(unfinished))
         shutil.rmtree(place, ignore_errors=True)
         unfinished.rename(place)

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastpref import linear_logprob
 from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
 from fastpref.kernels.linear_logprob_torch import TILE_COLUMNS, plan_tile
+from fastpref.kernels.operators import IMPLEMENTATIONS
 from fastpref.memory import PeakStorage
 
 
@@ -136,8 +137,7 @@ def test_tile_plan(
 ) -> None:
     """A tile lies within the problem and the budget (unless it is a single logit), and no further row would fit."""
     hidden = torch.empty(n, width, dtype=dtype, device="meta")
-    weight = torch.empty(vocabulary, width, dtype=dtype, device="meta")
-    rows, columns = plan_tile(hidden, weight, budget, buffers=buffers, weight_copies=weight_copies)
+    rows, columns = plan_tile(hidden, vocabulary, budget, buffers=buffers, weight_copies=weight_copies)
     size = 8 if dtype == torch.float64 else 4
 
     def needed(rows: int) -> int:
@@ -193,6 +193,10 @@ class PoisonedMemory(TorchDispatchMode):
         self.poisoned = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inside = IMPLEMENTATIONS.get(func.name())
+        if inside is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if func in self.EMPTY and result.is_floating_point():
             self.poisoned += 1

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastpref import linear_logprob
 from fastpref.kernels import linear_logprob_launch as launch
+from fastpref.kernels import tiles
+from fastpref.kernels.head_weight import DenseWeight
 from fastpref.kernels.linear_logprob_torch import LogitTransform
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +41,32 @@ def test_accuracy_at_the_extremes(problem, dtype: torch.dtype, mode: str) -> Non
     check_accuracy(problem.to(dtype), mode, 0.1, "triton")
 
 
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of a card whose products are the library's, such as Turing."""
+    tile = tiles.Tile(16, 32, 16, 4, 1, fused=False)
+    monkeypatch.setattr(launch, "choose_tiles", lambda hidden: tiles.Tiles(tile, tile))
+
+
+@pytest.mark.usefixtures("unfused")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "shape"), [("plain", "many_tiles"), ("all", "many_tiles"), ("all", "one_class")])
+def test_accuracy_over_products_of_the_library(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
+    """The path of cards without a fused tile is as accurate."""
+    n, width, vocabulary, workspace_mb = SHAPES[shape]
+    check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb, "triton")
+
+
+@pytest.mark.usefixtures("unfused")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
+def test_extremes_over_products_of_the_library(problem, dtype: torch.dtype, mode: str) -> None:
+    """Also for near-certain targets, for logits of ±1e4 and for equal logits."""
+    check_accuracy(problem.to(dtype), mode, 0.1, "triton")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_backends_agree(case: str) -> None:
     """Triton and torch give the same values and gradients, but for rounding."""
@@ -51,11 +79,11 @@ def test_backends_agree(case: str) -> None:
 
 def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.LAZY, budget: int = 1):
     """One walk with a gradient, in the narrowest stored tiles the budget allows."""
-    tensors = [tensor.to(DEVICE) for tensor in (hidden, weight, targets)]
-    outputs = ("entropy", "log_sum_sq_probs")
+    hidden, weight, targets = (tensor.to(DEVICE) for tensor in (hidden, weight, targets))
     return launch.walk_vocabulary(
-        *tensors, None, LogitTransform(), outputs=outputs, budget=budget, with_grad=True, lazy=lazy
-    )
+        hidden, DenseWeight(weight), targets, None, LogitTransform(),
+        outputs=("entropy", "log_sum_sq_probs"), budget=budget, with_grad=True, lazy=lazy,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("lazy", [0.0, launch.LAZY])

@@ -1,0 +1,196 @@
+"""Where the weight of a linear head comes from: objects that hand it out by rows [a, b) of the vocabulary.
+
+    DenseWeight        a tensor on the device
+    FourBitWeight      bitsandbytes nf4 or fp4; a slice is dequantised when it is asked for
+    OffloadedWeight    a tensor in host memory; on a GPU the next slice is copied while this one is used
+    WidenedWeight      any of them with further columns beside it, which alone are trained: LoRA
+
+LoRA on a head, z = h·Wᵀ + s·(h·Aᵀ)·Bᵀ, is one wider product: [h, s·h·Aᵀ]·[W, B]ᵀ. So the gradient of A (and of a
+dropout before it) is autograd's, through the wider hidden states; that of B is the gradient of the further columns;
+and W + s·B·A is never merged, nor rounded.
+
+`torch.library` operators take tensors and strings: a weight comes apart into `tensors` and a `kind`, from which
+`assemble` makes it again.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HeadWeight(ABC):
+    """A head's weight [V, H]."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,  # of what is handed out
+        *,
+        kind: str,
+        tensors: Sequence[Tensor],
+        copies: int = 0,  # tensors of a slice's size that handing it out makes
+    ):
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.kind, self.tensors, self.copies = kind, list(tensors), copies
+
+    @abstractmethod
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows [first, last) of the vocabulary, [last − first, H]; asked for in ascending order."""
+
+    @abstractmethod
+    def gather(self, index: Tensor) -> Tensor:
+        """The rows of an index [N], [N, H]."""
+
+    @property
+    def trained(self) -> Tensor | None:
+        """What can be trained, [V, T]: the last T of the H columns."""
+        return None
+
+
+class DenseWeight(HeadWeight):
+    """A tensor on the device."""
+
+    def __init__(self, weight: Tensor):  # [V, H]
+        vocabulary, width = weight.shape
+        super().__init__((vocabulary, width), weight.dtype, weight.device, kind="dense", tensors=[weight])
+        self.weight = weight
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.weight[first:last]
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.weight[index]
+
+    @property
+    def trained(self) -> Tensor:
+        return self.weight
+
+
+class FourBitWeight(HeadWeight):
+    """A weight that bitsandbytes holds in 4 bits. H must be a multiple of its block size, so that rows are whole."""
+
+    def __init__(self, packed: Tensor, absmax: Tensor, quant_type: str, shape: tuple[int, int], dtype: torch.dtype):
+        self.packed = packed.view(torch.uint8).view(shape[0], -1)  # [V, H/2]
+        self.absmax = absmax.view(shape[0], -1)  # [V, H/block] float32
+        self.quant_type, self.block = quant_type, shape[1] // self.absmax.shape[1]
+        name = str(dtype).removeprefix("torch.")
+        super().__init__(
+            shape, dtype, packed.device,
+            kind=f"4bit {quant_type} {shape[0]} {shape[1]} {name}", tensors=[packed, absmax], copies=1,
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, weight: Any, dtype: torch.dtype | None = None) -> "FourBitWeight":
+        """From a `bitsandbytes.nn.Params4bit`; slices come as `dtype`, by default the one it was quantised from.
+
+        Raises ValueError for a weight that is not cut into whole blocks, or not laid out for training.
+        """
+        import bitsandbytes.functional as bnb
+
+        state = weight.quant_state
+        if state is None:
+            raise ValueError("the 4-bit weight is not quantised yet; move its model to the device first")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError("the 4-bit weight was repacked for inference on a CPU; load it again for training")
+        shape = tuple(state.shape)
+        if shape[1] % state.blocksize:
+            raise ValueError(f"rows of {shape[1]} are not whole blocks of {state.blocksize}")
+        absmax = state.absmax
+        if state.nested:
+            absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+        return cls(weight.data, absmax.float(), state.quant_type, shape, dtype or state.dtype)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self._dequantize(self.packed[first:last], self.absmax[first:last])
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self._dequantize(self.packed[index], self.absmax[index])
+
+    def _dequantize(self, packed: Tensor, absmax: Tensor) -> Tensor:
+        import bitsandbytes.functional as bnb
+
+        shape = torch.Size((packed.shape[0], self.shape[1]))
+        state = bnb.QuantState(
+            absmax=absmax.reshape(-1), shape=shape, blocksize=self.block, quant_type=self.quant_type, dtype=self.dtype
+        )
+        return bnb.dequantize_4bit(packed.reshape(-1, 1), state).view(shape)
+
+
+class OffloadedWeight(HeadWeight):
+    """A weight in host memory; slices are copied to `device`, the next one while this one is used if pinned."""
+
+    def __init__(self, weight: Tensor, device: torch.device | str):  # [V, H]
+        device, (vocabulary, width) = torch.device(device), weight.shape
+        super().__init__((vocabulary, width), weight.dtype, device, kind=f"host {device}", tensors=[weight], copies=2)
+        self.weight = weight
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers: list[Tensor] = []  # two: one in use, one on its way
+        self._coming: tuple[int, int, Tensor] | None = None
+
+    def rows(self, first: int, last: int) -> Tensor:
+        if self._stream is None:
+            return self.weight[first:last].to(self.device)
+        if not self._buffers or self._buffers[0].shape[0] < last - first:
+            self._buffers = [torch.empty_like(self.weight[first:last], device=self.device) for _ in range(2)]
+            for buffer in self._buffers:
+                buffer.record_stream(self._stream)
+            self._coming = None
+        if self._coming is None or self._coming[:2] != (first, last):
+            self._fetch(first, last)
+        assert self._coming is not None
+        at_hand = self._coming[2]
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        if last < self.shape[0]:
+            self._fetch(last, min(2 * last - first, self.shape[0]))
+        return at_hand
+
+    def _fetch(self, first: int, last: int) -> None:
+        assert self._stream is not None
+        # Work queued so far is the last to read this buffer: the slice at hand lies in the other one.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._buffers.reverse()
+        with torch.cuda.stream(self._stream):
+            slice_ = self._buffers[0][: last - first].copy_(self.weight[first:last], non_blocking=True)
+        self._coming = (first, last, slice_)
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.weight[index.to(self.weight.device)].to(self.device)
+
+
+class WidenedWeight(HeadWeight):
+    """A weight with further columns beside it, [W, B]; only they are trained."""
+
+    def __init__(self, base: HeadWeight, columns: Tensor):  # [V, T]
+        vocabulary, width = base.shape
+        super().__init__(
+            (vocabulary, width + columns.shape[1]), base.dtype, base.device,
+            kind=f"widened {base.kind}", tensors=[*base.tensors, columns], copies=base.copies + 1,
+        )  # fmt: skip
+        self.base, self.columns = base, columns
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return torch.cat([self.base.rows(first, last), self.columns[first:last].to(self.dtype)], dim=1)
+
+    def gather(self, index: Tensor) -> Tensor:
+        return torch.cat([self.base.gather(index), self.columns[index].to(self.dtype)], dim=1)
+
+    @property
+    def trained(self) -> Tensor:
+        return self.columns
+
+
+def assemble(kind: str, tensors: Sequence[Tensor]) -> HeadWeight:
+    """The weight whose `kind` and `tensors` these are."""
+    name, _, rest = kind.partition(" ")
+    if name == "widened":
+        return WidenedWeight(assemble(rest, tensors[:-1]), tensors[-1])
+    if name == "host":
+        return OffloadedWeight(tensors[0], rest)
+    if name == "4bit":
+        quant_type, vocabulary, width, dtype = rest.split()
+        return FourBitWeight(tensors[0], tensors[1], quant_type, (int(vocabulary), int(width)), getattr(torch, dtype))
+    return DenseWeight(tensors[0])

@@ -1,0 +1,213 @@
+"""`linear_logprob` as `torch.library` operators: what the dispatcher, autograd, FakeTensor and `torch.compile` see.
+
+    fastpref::linear_logprob            one walk over the vocabulary; with `with_grad` it leaves g = ∂logp/∂h
+    fastpref::linear_logprob_scale      the backward pass of a frozen head: g scaled and put back at its positions
+    fastpref::linear_logprob_recompute  the backward pass of a trained head: every tile's logits are made again
+
+Operators take tensors, numbers and strings only. So a head travels as its tensors and its kind (`head_weight.py`), and
+what is not asked for comes back as a tensor without elements.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.kernels import linear_logprob_torch
+from fastpref.kernels.head_weight import HeadWeight, assemble
+from fastpref.kernels.linear_logprob_torch import LogitTransform, compute_dtype
+from fastpref.kernels.operators import operator
+
+
+class Walked(NamedTuple):
+    """What `fastpref::linear_logprob` returns: [N] if nothing else is said, without elements if not asked for."""
+
+    logp: Tensor
+    entropy: Tensor
+    mean_logit: Tensor
+    log_sum_sq_probs: Tensor
+    is_top1: Tensor
+    statistics: Tensor  # [3, N] z_target, maximum and sum_others, without `with_grad`: for a recomputation
+    grad: Tensor  # [N, H] with `with_grad`
+
+
+def kernels_for(backend: str, hidden: Tensor) -> ModuleType:
+    """The module that walks the vocabulary for these tensors. Raises ValueError for "triton" where it cannot."""
+    if backend == "torch" or (backend == "auto" and hidden.device.type != "cuda"):
+        return linear_logprob_torch
+    reason = "Triton is not installed"
+    if importlib.util.find_spec("triton") is not None:
+        from fastpref.kernels import linear_logprob_launch, tiles
+
+        if tiles.choose_tiles(hidden) is not None:
+            return linear_logprob_launch
+        reason = "the kernels have no tile for it"
+    if backend == "triton":
+        raise ValueError(f"linear_logprob: backend is 'triton', hidden is {hidden.dtype} on {hidden.device}: {reason}")
+    return linear_logprob_torch
+
+
+@operator("fastpref::linear_logprob")
+def linear_logprob(
+    hidden: Tensor,  # [M, H]
+    head: Sequence[Tensor],
+    targets: Tensor,  # [N] int64
+    bias: Tensor | None,  # [V]
+    positions: Tensor | None,  # [N] int64: the row of `hidden` that predicts each target
+    kind: str,  # of the head
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    outputs: str,  # names joined by commas
+    budget: int,  # bytes
+    backend: str,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weight = assemble(kind, head)
+    kernels = kernels_for(backend, hidden)
+    _check_range("targets", targets, weight.shape[0], "weight")
+    rows = hidden
+    if positions is not None:
+        _check_range("positions", positions, hidden.shape[0], "hidden")
+        rows = hidden.index_select(0, positions)
+    if not len(targets):
+        return _shapes(hidden, targets, outputs, with_grad)
+    with torch.autocast(hidden.device.type, enabled=False):
+        walk = kernels.walk_vocabulary(
+            rows, weight, targets, bias, LogitTransform(softcap, logit_scale, temperature),
+            outputs=tuple(filter(None, outputs.split(","))), budget=budget, with_grad=with_grad,
+        )  # fmt: skip
+    statistics = None if with_grad else torch.stack([walk.z_target, walk.maximum, walk.sum_others])
+    found = (walk.logp, walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1, statistics, walk.grad)
+    return Walked._make(hidden.new_empty(0) if value is None else value for value in found)
+
+
+def _check_range(name: str, index: Tensor, length: int, of: str) -> None:
+    """Every entry lies in [0, length). On a device an assertion there, which does not make the host wait."""
+    inside = ((index >= 0) & (index < length)).all()
+    if index.device.type != "cpu":
+        torch._assert_async(inside, f"linear_logprob: {name} must lie within the rows of {of}")
+    elif not inside:
+        low, high = (int(x) for x in torch.aminmax(index))
+        raise ValueError(f"linear_logprob: {name} holds {low if low < 0 else high}, {of} has rows 0 to {length - 1}")
+
+
+def _shapes(hidden: Tensor, targets: Tensor, outputs: str, with_grad: bool) -> Walked:
+    """Results of the right shapes and dtypes, their values left open."""
+    n, dtype = targets.shape[0], compute_dtype(hidden)
+    names = ("logp", *outputs.split(","))
+    found = {name: hidden.new_empty(n if name in names else 0, dtype=dtype) for name in Walked._fields[:5]}
+    found["is_top1"] = found["is_top1"].bool()
+    grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return Walked(
+        **found,
+        statistics=hidden.new_empty(0 if with_grad else (3, n), dtype=dtype),
+        grad=hidden.new_empty((n, hidden.shape[1]) if with_grad else 0, dtype=grad_dtype),
+    )
+
+
+@linear_logprob.register_fake
+def _(hidden, head, targets, bias, positions, kind, softcap, scale, temperature, outputs, budget, backend, with_grad):
+    return _shapes(hidden, targets, outputs, with_grad)
+
+
+@operator("fastpref::linear_logprob_scale")
+def scale(
+    grad: Tensor,  # [N, H]
+    coefficient: Tensor,  # [N]
+    positions: Tensor | None,  # [N]
+    rows: int,  # M
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return kernels_for(backend, grad).scale_rows(grad, coefficient, positions, rows, dtype)
+
+
+@scale.register_fake
+def _(grad, coefficient, positions, rows, dtype, backend):
+    return grad.new_empty((rows, grad.shape[1]), dtype=dtype)
+
+
+@operator("fastpref::linear_logprob_recompute")
+def recompute(
+    grad_logp: Tensor,  # [N]
+    hidden: Tensor,  # [M, H]
+    head: Sequence[Tensor],
+    targets: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    statistics: Tensor,  # [3, N]
+    kind: str,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    budget: int,
+    backend: str,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, kernels = assemble(kind, head), kernels_for(backend, hidden)
+    if not len(targets):
+        shapes = _grad_shapes(hidden, weight, bias, want_hidden, want_weight, want_bias)
+        return tuple(tensor.zero_() for tensor in shapes)  # pyright: ignore[reportReturnType]
+    rows = hidden if positions is None else hidden.index_select(0, positions)
+    with torch.autocast(hidden.device.type, enabled=False):
+        made = kernels.recompute_gradients(
+            grad_logp, rows, weight, targets, bias, LogitTransform(softcap, logit_scale, temperature), statistics,
+            budget=budget, wanted=(want_hidden, want_weight, want_bias),
+        )  # fmt: skip
+    d_hidden = made.hidden
+    if d_hidden is not None and positions is not None:
+        d_hidden = kernels.scale_rows(d_hidden, torch.ones_like(grad_logp), positions, hidden.shape[0], hidden.dtype)
+    return tuple(hidden.new_empty(0) if t is None else t for t in (d_hidden, made.weight, made.bias))  # pyright: ignore[reportReturnType]
+
+
+def _grad_shapes(
+    hidden: Tensor, weight: HeadWeight, bias: Tensor | None, want_hidden: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = ((hidden, want_hidden), (weight.trained, want_weight), (bias, want_bias))
+    return tuple(torch.empty_like(t) if want and t is not None else hidden.new_empty(0) for t, want in wanted)  # pyright: ignore[reportReturnType]
+
+
+@recompute.register_fake
+def _(
+    grad_logp, hidden, head, targets, bias, positions, statistics, kind, softcap, logit_scale, temperature, budget,
+    backend, want_hidden, want_weight, want_bias,
+):  # fmt: skip
+    return _grad_shapes(hidden, assemble(kind, head), bias, want_hidden, want_weight, want_bias)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, head, targets, bias, positions, *settings = inputs
+    ctx.settings = settings
+    found = Walked._make(output)
+    ctx.mark_non_differentiable(*(t for t in found if t is not found.logp))
+    ctx.rows, ctx.dtype, ctx.heads = hidden.shape[0], hidden.dtype, len(head)
+    if settings[-1]:  # with_grad
+        ctx.save_for_backward(found.grad, positions)
+    else:
+        ctx.save_for_backward(hidden, targets, bias, positions, found.statistics, *head)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    kind, softcap, logit_scale, temperature, _, budget, backend, with_grad = ctx.settings
+    no_settings = (None,) * len(ctx.settings)
+    if with_grad:
+        grad, positions = ctx.saved_tensors
+        d_hidden = scale(grad, grads[0], positions, ctx.rows, ctx.dtype, backend)
+        return d_hidden, [None] * ctx.heads, None, None, None, *no_settings
+    hidden, targets, bias, positions, statistics, *head = ctx.saved_tensors
+    want_hidden, want_head, _, want_bias, *_ = ctx.needs_input_grad
+    d_hidden, d_weight, d_bias = recompute(
+        grads[0], hidden, head, targets, bias, positions, statistics, kind, softcap, logit_scale, temperature, budget,
+        backend, want_hidden, want_head[-1], want_bias,
+    )  # fmt: skip
+    d_head = [None] * (ctx.heads - 1) + [d_weight if want_head[-1] else None]
+    return d_hidden if want_hidden else None, d_head, None, d_bias if want_bias else None, None, *no_settings
+
+
+linear_logprob.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,19 @@
+"""Registering `torch.library` operators so that a dispatch mode can still see inside them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# The eager implementation of every operator by its name: a mode that is to see inside runs it in the operator's stead.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function of tensors, numbers and strings the operator `name`, which mutates nothing."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        IMPLEMENTATIONS[name] = function
+        return torch.library.custom_op(name, function, mutates_args=())
+
+    return register

@@ -1,0 +1,208 @@
+"""Heads that hand out their weight by rows: what they hand out, and that the walk over any of them is the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from problems import assert_same
+from torch import Tensor
+
+from fastpref import linear_logprob
+from fastpref.kernels.head_weight import (
+    DenseWeight,
+    FourBitWeight,
+    HeadWeight,
+    OffloadedWeight,
+    WidenedWeight,
+    assemble,
+)
+from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
+from fastpref.ops import LoraWeight
+
+N, H, V, R = 13, 64, 211, 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("torch", "triton")
+
+
+def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+Params4bit: Any = bitsandbytes.nn.Params4bit
+
+
+def four_bit(quant_type: str, nested: bool) -> FourBitWeight:
+    weight = tensor(V, H, seed=1) / 4
+    quantized = Params4bit(weight, requires_grad=False, quant_type=quant_type, compress_statistics=nested, blocksize=64)
+    return FourBitWeight.of(quantized.to(DEVICE))
+
+
+def offloaded() -> OffloadedWeight:
+    return OffloadedWeight(tensor(V, H, seed=1).cpu() / 4, DEVICE)
+
+
+HEADS: dict[str, Callable[[], HeadWeight]] = {
+    "dense": lambda: DenseWeight(tensor(V, H, seed=1) / 4),
+    "nf4": lambda: four_bit("nf4", nested=False),
+    "nf4 with nested scales": lambda: four_bit("nf4", nested=True),
+    "fp4": lambda: four_bit("fp4", nested=False),
+    "host": offloaded,
+    "widened": lambda: WidenedWeight(DenseWeight(tensor(V, H, seed=1) / 4), tensor(V, R, seed=2)),
+    "widened nf4": lambda: WidenedWeight(four_bit("nf4", nested=True), tensor(V, R, seed=2)),
+    "widened host": lambda: WidenedWeight(
+        OffloadedWeight(tensor(V, H, seed=1).cpu() / 4, DEVICE), tensor(V, R, seed=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_slices_and_rows_are_those_of_the_whole(head: str) -> None:
+    """However the vocabulary is cut, the slices join to the whole weight, and gathered rows are its rows."""
+    weight = HEADS[head]()
+    whole = weight.rows(0, V)
+    assert tuple(whole.shape) == weight.shape
+    assert whole.dtype == weight.dtype
+    assert whole.device.type == torch.device(DEVICE).type
+    for step in (1, 7, 64, V):
+        parts = [weight.rows(a, min(a + step, V)).clone() for a in range(0, V, step)]
+        assert torch.equal(torch.cat(parts), whole)
+    index = torch.tensor([0, V - 1, 5, 5, 100], device=DEVICE)
+    assert torch.equal(weight.gather(index), whole[index])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_is_its_tensors_and_its_kind(head: str) -> None:
+    """`assemble` makes the same head again."""
+    weight = HEADS[head]()
+    again = assemble(weight.kind, weight.tensors)
+    assert (again.shape, again.dtype, again.kind, again.copies) == (
+        weight.shape, weight.dtype, weight.kind, weight.copies,
+    )  # fmt: skip
+    assert torch.equal(again.rows(0, V), weight.rows(0, V))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_bits_are_those_of_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype) -> None:
+    """Slices hold what bitsandbytes itself makes of the whole weight, in the dtype asked for."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = tensor(V, H, seed=1, dtype=dtype)
+    params = Params4bit(weight, requires_grad=False, quant_type=quant_type, compress_statistics=nested).to(DEVICE)
+    assert torch.equal(FourBitWeight.of(params).rows(0, V), dequantize_4bit(params.data, params.quant_state))
+    assert FourBitWeight.of(params, torch.float16).rows(0, 2).dtype == torch.float16
+
+
+def test_four_bits_in_broken_rows_are_refused() -> None:
+    """A row that ends inside a block cannot be handed out alone."""
+    params = Params4bit(tensor(20, 40, seed=1), requires_grad=False, quant_type="nf4").to(DEVICE)
+    with pytest.raises(ValueError, match="rows of 40 are not whole blocks of 64"):
+        FourBitWeight.of(params)
+    unquantized = Params4bit(tensor(20, 64, seed=1), requires_grad=False)
+    with pytest.raises(ValueError, match="not quantised yet"):
+        FourBitWeight.of(unquantized)
+
+
+@pytest.mark.parametrize("workspace_mb", [0.02, 128])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", ["nf4 with nested scales", "host"])
+def test_a_walk_over_any_head_is_the_same(head: str, backend: str, workspace_mb: float) -> None:
+    """Values and gradients are those of the whole weight as a tensor, with and without a gradient."""
+    weight = HEADS[head]()
+    dense = weight.rows(0, V)
+    targets = torch.arange(N, device=DEVICE) * 16
+    found = {}
+    for name, given in (("rows", weight), ("tensor", dense)):
+        hidden = tensor(N, H, seed=3).requires_grad_()
+        keywords: Any = {"outputs": ("entropy", "is_top1"), "workspace_mb": workspace_mb, "backend": backend}
+        result = linear_logprob(hidden, given, targets, **keywords)
+        (result.logp * torch.linspace(-1, 1, N, device=DEVICE)).sum().backward()
+        with torch.no_grad():
+            plain = linear_logprob(hidden, given, targets, **keywords)
+        assert hidden.grad is not None
+        found[name] = (*[value.detach() for value in (*result, *plain) if value is not None], hidden.grad)
+    for ours, theirs in zip(found["rows"], found["tensor"], strict=True):
+        assert_same(ours, theirs)
+
+
+OPTIONS = {
+    "plain": {},
+    "all": {"softcap": 2.5, "logit_scale": 1.3, "temperature": 0.8},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("workspace_mb", [0.01, 128])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("base", ["tensor", "nf4"])
+def test_lora_on_the_head(base: str, dropout: bool, backend: str, workspace_mb: float, options: str) -> None:
+    """Log-probabilities and the gradients of hidden, A and B are autograd's on full logits in float64."""
+    weight: Any = tensor(V, H, seed=1) / 4 if base == "tensor" else four_bit("nf4", nested=True)
+    dense = weight if isinstance(weight, Tensor) else weight.rows(0, V)
+    targets, scaling = torch.arange(N, device=DEVICE) * 16, 0.7
+    kept = (tensor(N, H, seed=6) > 0).float() * 2 if dropout else torch.ones(N, H, device=DEVICE)
+    start = {"hidden": tensor(N, H, seed=3), "lora_A": tensor(R, H, seed=4), "lora_B": tensor(V, R, seed=5) / 8}
+    coefficients = torch.linspace(-1, 1, N, device=DEVICE)
+
+    exact = {name: leaf.double().requires_grad_() for name, leaf in start.items()}
+    inner = (exact["hidden"] * kept.double()) @ exact["lora_A"].T * scaling
+    truth = linear_logprob_naive(
+        torch.cat([exact["hidden"], inner], 1), torch.cat([dense.double(), exact["lora_B"]], 1), targets,
+        **OPTIONS[options],
+    )  # fmt: skip
+    (truth.logp * coefficients).sum().backward()
+
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in start.items()}
+    head = LoraWeight(weight, leaves["lora_A"], leaves["lora_B"], scaling, lambda h: h * kept)
+    keywords: Any = OPTIONS[options] | {"workspace_mb": workspace_mb, "backend": backend}
+    found = linear_logprob(leaves["hidden"], head, targets, outputs=("entropy",), **keywords)
+    (found.logp * coefficients).sum().backward()
+    torch.testing.assert_close(found.logp.double(), truth.logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entropy, truth.entropy.float(), rtol=1e-4, atol=1e-4)
+    for name, leaf in leaves.items():
+        expected = exact[name].grad
+        assert leaf.grad is not None
+        assert expected is not None
+        assert (leaf.grad - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_adapters_on_a_half_precision_head(backend: str) -> None:
+    """PEFT keeps adapters in float32 beside a bfloat16 head: their gradients are float32, and near the truth."""
+    start = {"lora_A": tensor(R, H, seed=4), "lora_B": tensor(V, R, seed=5) / 8}
+    weight, hidden = (tensor(V, H, seed=1) / 4).bfloat16(), tensor(N, H, seed=3, dtype=torch.bfloat16)
+    targets = torch.arange(N, device=DEVICE) * 16
+    exact = {name: leaf.double().requires_grad_() for name, leaf in start.items()}
+    merged = weight.double() + exact["lora_B"] @ exact["lora_A"]
+    linear_logprob_naive(hidden.double(), merged, targets).logp.sum().backward()
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in start.items()}
+    linear_logprob(
+        hidden, LoraWeight(weight, leaves["lora_A"], leaves["lora_B"]), targets, backend=backend
+    ).logp.sum().backward()
+    for name, leaf in leaves.items():
+        expected = exact[name].grad
+        assert leaf.grad is not None
+        assert expected is not None
+        assert leaf.grad.dtype == torch.float32
+        assert (leaf.grad - expected).norm() <= 0.02 * expected.norm(), name
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lora_A": torch.zeros(R, H + 1)}, ValueError, r"lora_A \(3, 65\) and lora_B \(211, 3\) do not fit a weight"),
+    ({"lora_B": torch.zeros(V, R + 1)}, ValueError, r"lora_B \(211, 4\) do not fit"),
+    ({"lora_A": None}, TypeError, "lora_A must be a torch.Tensor, got NoneType"),
+    ({"base": torch.zeros(V)}, ValueError, r"weight must have 2 dimensions, got shape \(211,\)"),
+    ({"base": torch.zeros(V, 2)}, ValueError, "do not fit a weight"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "said"), WRONG)
+def test_a_wrong_adapter_is_refused(wrong: dict[str, Any], kind: type[Exception], said: str) -> None:
+    """The message names the tensors and their shapes."""
+    right: dict[str, Any] = {"base": torch.zeros(V, H), "lora_A": torch.zeros(R, H), "lora_B": torch.zeros(V, R)}
+    with pytest.raises(kind, match=said):
+        linear_logprob(torch.zeros(N, H), LoraWeight(**right | wrong), torch.zeros(N, dtype=torch.int64))

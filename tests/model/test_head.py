@@ -1,0 +1,108 @@
+"""The head as the policy uses it: the same log-probabilities and gradients as the model's own logits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import VOCABULARY, config_for, examples, save_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import fastpref
+from fastpref.data.batch import collate
+from fastpref.errors import UserError
+from fastpref.kernels.head_weight import FourBitWeight
+from fastpref.model.head import Head
+from fastpref.model.load import Loaded, load_model
+
+CPU = torch.device("cpu")
+ON_HEAD = 'lora={rank=2, target=["q_proj", "lm_head"]}'
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.toml"
+
+
+def adapted(kind: str, folder: Path, override: str = ON_HEAD) -> Loaded:
+    """A model with adapters that are no longer zero."""
+    loaded = load_model(config_for(save_model(kind, folder), override), CPU)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in loaded.policy.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    return loaded
+
+
+def both_ways(loaded: Loaded) -> list[tuple[Tensor, list[Tensor]]]:
+    """Log-probabilities of a padded batch, and the gradients of everything trained: our head's, and full logits'."""
+    batch = collate(examples(4), "padded")
+    trained = [p for p in loaded.policy.parameters() if p.requires_grad]
+    found = []
+    for ours in (True, False):
+        if ours:
+            logp = loaded.policy(batch).logp
+        else:
+            logits = loaded.wrapped(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            logps = logits.flatten(0, 1)[batch.predictors].double().log_softmax(-1)
+            logp = logps.gather(1, batch.targets[:, None])[:, 0]
+        grads = torch.autograd.grad((logp * torch.linspace(-1, 1, len(logp))).sum(), trained)
+        found.append((logp.detach().float(), list(grads)))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma2", "cohere"])
+def test_an_adapter_on_the_head(kind: str, tmp_path: Path):
+    """LoRA on lm_head, tied or not, with softcap or scale: values and every gradient are those of full logits."""
+    loaded = adapted(kind, tmp_path)
+    ours, theirs = both_ways(loaded)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-4)
+    for ours_grad, theirs_grad in zip(ours[1], theirs[1], strict=True):
+        torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-3, atol=1e-4)
+    on_head = [name for name, p in loaded.policy.named_parameters() if p.requires_grad and "head" in name]
+    assert len(on_head) == 2
+
+
+def test_the_reference_has_no_adapter_on_its_head(tmp_path: Path):
+    """With adapters off the head is the plain weight again."""
+    loaded = adapted("llama", tmp_path)
+    assert isinstance(loaded.wrapped, PeftModel)
+    with loaded.wrapped.disable_adapter():
+        assert isinstance(loaded.policy.head.weight_and_bias()[0], Tensor)
+    assert not isinstance(loaded.policy.head.weight_and_bias()[0], Tensor)
+
+
+def test_a_head_of_four_bits(tmp_path: Path):
+    """A 4-bit head gives the log-probabilities of its own dequantised weight."""
+    model = AutoModelForCausalLM.from_pretrained(save_model("llama", tmp_path))
+    plain = torch.nn.Linear(64, VOCABULARY, bias=False)
+    quantized = Linear4bit(64, VOCABULARY, bias=False, quant_type="nf4", quant_storage=torch.uint8)
+    quantized.load_state_dict(plain.state_dict())
+    model.lm_head = quantized.to("cpu")
+    head = Head(model)
+    weight: Any = head.weight_and_bias(torch.float32)[0]
+    assert isinstance(weight, FourBitWeight)
+    assert head.vocabulary == VOCABULARY
+    hidden, targets = torch.randn(5, 64), torch.arange(5)
+    expected = (hidden @ weight.rows(0, VOCABULARY).T).log_softmax(-1)[range(5), range(5)]
+    torch.testing.assert_close(head(hidden, torch.arange(5), targets).logp, expected)
+
+
+def test_variants_of_lora_on_the_head_are_refused(tmp_path: Path):
+    """DoRA changes the head in a way the kernels do not compute: said, not computed wrongly."""
+    model = AutoModelForCausalLM.from_pretrained(save_model("llama", tmp_path))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
+    with pytest.raises(UserError, match="variant of LoRA"):
+        Head(model).weight_and_bias()
+
+
+def test_training_with_an_adapter_on_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run learns; its adapter, which holds no whole head, is loaded by PEFT."""
+    monkeypatch.chdir(tmp_path)
+    result = fastpref.train(QUICKSTART, ['lora.target=["q_proj", "v_proj", "lm_head"]', "train.steps=12"])
+    assert result.eval_metrics["eval/rewards/margins"] > 0.01
+    saved = result.output_dir / "final"
+    assert (saved / "adapter_model.safetensors").stat().st_size < 1_000_000
+    base = AutoModelForCausalLM.from_pretrained(QUICKSTART.parent / "quickstart" / "model")
+    loaded = PeftModel.from_pretrained(base, str(saved))
+    assert any("lm_head" in name and p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name)
