@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from fastpref import losses
     from fastpref.config import Config, load_config
     from fastpref.errors import UserError
-    from fastpref.ops import TokenLogprobs, linear_logprob
+    from fastpref.kernels.head_weight import FourBitWeight, OffloadedWeight
+    from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
     from fastpref.train.loop import RunResult, train
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "FourBitWeight",
+    "LoraWeight",
+    "OffloadedWeight",
     "RunResult",
     "TokenLogprobs",
     "UserError",
@@ -33,6 +37,9 @@ _HOME = {
     "Config": "fastpref.config",
     "load_config": "fastpref.config",
     "UserError": "fastpref.errors",
+    "FourBitWeight": "fastpref.ops",
+    "LoraWeight": "fastpref.ops",
+    "OffloadedWeight": "fastpref.ops",
     "TokenLogprobs": "fastpref.ops",
     "linear_logprob": "fastpref.ops",
     "RunResult": "fastpref.train.loop",

@@ -41,7 +41,8 @@ def test_positions_are_a_gather(backend: str, dtype: torch.dtype, mode: str) -> 
         if name == "positions":
             result = linear_logprob(hidden, **given, positions=positions, backend=backend)
         else:
-            result = linear_logprob(hidden=hidden.float()[positions].to(dtype), backend=backend, **given)
+            keywords: Any = {"hidden": hidden.float()[positions].to(dtype), "backend": backend}
+            result = linear_logprob(**given, **keywords)
         if mode != "no_grad":
             (result.logp * torch.linspace(-1, 2, len(positions), device=DEVICE)).sum().backward()
         grads = [leaf.grad for leaf in (hidden, given["weight"], given["bias"]) if leaf.grad is not None]
