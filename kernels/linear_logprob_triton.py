@@ -79,15 +79,24 @@ def _walk_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One row block over one split of the columns. Row blocks are the fast axis of the grid: programs that run
-    together read the same slice of the weight, out of L2."""
+    """One row block over one split of the columns.
+
+    Programs are numbered group by group of row blocks, and split by split in a group: what runs together shares the
+    group's hidden states and a few slices of the weight, out of L2.
+    """
+    row_blocks = tl.cdiv(n, BLOCK_N)
+    splits = tl.num_programs(0) // row_blocks
+    first_block = tl.program_id(0) // (GROUP * splits) * GROUP
+    group = tl.minimum(row_blocks - first_block, GROUP)
+    in_group = tl.program_id(0) - first_block * splits
+    i_split = in_group // group
+    first_row = (first_block + in_group % group) * BLOCK_N
     # Addresses are one 64-bit base a block and 32-bit offsets inside it: half the registers of 64-bit offsets.
     i_n, i_v, i_inner = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_H)
-    first_row = tl.program_id(0) * BLOCK_N
-    i_split = tl.program_id(1)
     i_rows = first_row + i_n
     in_rows = i_rows < n
     # Counted from these columns. It may lie before them, or behind, where z is −inf.

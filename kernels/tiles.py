@@ -42,7 +42,7 @@ _RDNA = {2: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2), 4: Tiles(*[Tile(32, 64, 32, 8,
 _UNFUSED = {size: Tiles(*[Tile(16, 256, 16, 8, 1, fused=False)] * 2) for size in (2, 4)}
 # By architecture, CUDA by compute capability and ROCm by name; then by bytes of an element.
 TILES: dict[int | str, dict[int, Tiles]] = {
-    75: _UNFUSED, 80: _NVIDIA, 86: _NVIDIA, 89: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, 120: _NVIDIA,
+    75: _UNFUSED, 80: _NVIDIA, 86: _NVIDIA, 89: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, 120: _BLACKWELL,
     "gfx942": _CDNA, "gfx1100": _RDNA,
 }  # fmt: skip
 _INTERPRETER = Tiles(*[Tile(32, 32, 32, 4, 1)] * 2)

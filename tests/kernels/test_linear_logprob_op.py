@@ -35,7 +35,8 @@ def test_positions_are_a_gather(backend: str, dtype: torch.dtype, mode: str) -> 
     """Values and gradients are those of hidden states gathered beforehand; rows at no position get zeros."""
     found = {}
     for name in ("positions", "gathered"):
-        given, positions = leaves(mode, dtype), POSITIONS.to(DEVICE)
+        given: dict[str, Any] = leaves(mode, dtype)
+        positions = POSITIONS.to(DEVICE)
         hidden = given.pop("hidden")
         given["targets"] = given["targets"][: len(POSITIONS)]
         if name == "positions":
@@ -60,9 +61,10 @@ def test_positions_are_a_gather(backend: str, dtype: torch.dtype, mode: str) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_positions(backend: str) -> None:
     """No target at all: nothing, and zeros for every row."""
-    given = leaves("trainable")
+    given: dict[str, Any] = leaves("trainable")
     nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    linear_logprob(**given | {"targets": nothing}, positions=nothing, backend=backend).logp.sum().backward()
+    given |= {"targets": nothing, "positions": nothing}
+    linear_logprob(**given, backend=backend).logp.sum().backward()
     for name in ("hidden", "weight", "bias"):
         assert torch.equal(given[name].grad, torch.zeros_like(given[name])), name
 
