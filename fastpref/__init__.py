@@ -15,17 +15,20 @@ if TYPE_CHECKING:
     from fastpref.config import Config, load_config
     from fastpref.errors import UserError
     from fastpref.ops import TokenLogprobs, linear_logprob
+    from fastpref.token_loss import PreferenceLoss, preference_loss
     from fastpref.train.loop import RunResult, train
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "PreferenceLoss",
     "RunResult",
     "TokenLogprobs",
     "UserError",
     "linear_logprob",
     "load_config",
     "losses",
+    "preference_loss",
     "train",
 ]
 
@@ -35,6 +38,8 @@ _HOME = {
     "UserError": "fastpref.errors",
     "TokenLogprobs": "fastpref.ops",
     "linear_logprob": "fastpref.ops",
+    "PreferenceLoss": "fastpref.token_loss",
+    "preference_loss": "fastpref.token_loss",
     "RunResult": "fastpref.train.loop",
 }
 
