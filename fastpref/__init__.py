@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastpref.errors import UserError
     from fastpref.kernels.head_weight import FourBitWeight, OffloadedWeight
     from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
+    from fastpref.token_loss import PreferenceLoss, preference_loss
     from fastpref.train.loop import RunResult, train
 
 __version__ = "0.1.0"
@@ -24,12 +25,14 @@ __all__ = [
     "FourBitWeight",
     "LoraWeight",
     "OffloadedWeight",
+    "PreferenceLoss",
     "RunResult",
     "TokenLogprobs",
     "UserError",
     "linear_logprob",
     "load_config",
     "losses",
+    "preference_loss",
     "train",
 ]
 
@@ -42,6 +45,8 @@ _HOME = {
     "OffloadedWeight": "fastpref.ops",
     "TokenLogprobs": "fastpref.ops",
     "linear_logprob": "fastpref.ops",
+    "PreferenceLoss": "fastpref.token_loss",
+    "preference_loss": "fastpref.token_loss",
     "RunResult": "fastpref.train.loop",
 }
 

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from fastpref.kernels import linear_logprob_launch as launch
 from fastpref.kernels import linear_logprob_triton as walk
+from fastpref.kernels import preference_loss_launch as loss
 from fastpref.kernels import roofline
 from fastpref.kernels.tiles import TILES, Tile
 
@@ -70,6 +71,7 @@ def variants() -> Iterator[Variant]:
         yield from _walk_variants(architecture)
     for architecture in TILES:
         yield from _helper_variants(architecture)
+        yield from _loss_variants(architecture)
 
 
 def _walk_variants(architecture: int | str) -> Iterator[Variant]:
@@ -123,6 +125,14 @@ def _helper_variants(architecture: int | str) -> Iterator[Variant]:
         yield Variant(architecture, "gradient", "", dtype, walk._gradient_kernel, constants, types)
         types = {"p_grad": f"*{dtype}", "p_out": f"*{dtype}", "p_order": "*i64", "p_begin": "*i64"}
         yield Variant(architecture, "scale", "", dtype, walk._scale_kernel, {"BLOCK_H": launch.SCALE_BLOCK}, types)
+
+
+def _loss_variants(architecture: int | str) -> Iterator[Variant]:
+    """The preference losses."""
+    for what, constants in loss.compile_cases():
+        kernel = loss.kernel_of(constants)
+        types = {name: loss.argument_type(name, constants) for name in kernel.arg_names}
+        yield Variant(architecture, "preference loss", what, "fp32", kernel, constants, types)
 
 
 def compile_variant(variant: Variant) -> Compiled:

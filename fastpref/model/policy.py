@@ -1,7 +1,6 @@
 """The policy: one module from a batch to the log-probabilities of its scored tokens."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastpref.data.batch import PreferenceBatch
@@ -35,15 +34,3 @@ class Policy(nn.Module):
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout
         ).last_hidden_state  # [B, T, H]
         return self.head(hidden.flatten(0, 1), batch.predictors, batch.targets, outputs)
-
-
-def per_sequence(
-    values: Tensor,  # [N] one a scored token
-    batch: PreferenceBatch,
-    weights: Tensor | None = None,  # [N]
-) -> Tensor:
-    """Sums over each sequence's scored tokens, [S]."""
-    values = values if weights is None else values * weights
-    return torch.zeros(len(batch.lengths), dtype=values.dtype, device=values.device).index_add(
-        0, batch.segments, values
-    )

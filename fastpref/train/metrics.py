@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from fastpref.data.batch import PreferenceBatch
-from fastpref.losses import LossOutput
 from fastpref.ops import TokenLogprobs
+from fastpref.token_loss import PreferenceLoss
 
 # What `linear_logprob` is asked for beside the log-probabilities when a step is logged.
 TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
@@ -31,7 +31,7 @@ class Metrics:
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def add_loss(self, output: LossOutput) -> None:
+    def add_loss(self, output: PreferenceLoss) -> None:
         """The loss of one part of a step, and its rewards."""
         self.add("loss", output.loss, 0)
         self._rewards[0].append(output.chosen_rewards.detach())

@@ -12,22 +12,11 @@ from torch import Tensor, nn
 
 from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches
 from fastpref.data.tokenize import Example
-from fastpref.loss_options import DPO, KTO, ORPO, LossOptions
-from fastpref.losses import (
-    LossOutput,
-    PairLogps,
-    RowLogps,
-    Totals,
-    WholeStep,
-    kto_kl,
-    kto_loss,
-    length_weights,
-    pair_loss,
-    wpo_weights,
-)
-from fastpref.model.policy import per_sequence
+from fastpref.loss_options import DPO, KTO, LossOptions
+from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
 from fastpref.model.reference import Reference
 from fastpref.ops import TokenLogprobs
+from fastpref.token_loss import PreferenceLoss, pair_logps, preference_loss, scores_prompts, sequence_sums
 from fastpref.train.metrics import TOKEN_OUTPUTS, Metrics
 
 Backward = Callable[[Tensor], None]
@@ -50,7 +39,7 @@ class _Pass:
     outputs: tuple[str, ...]  # asked of `linear_logprob`
     backward: Backward | None = None
 
-    def add(self, loss: LossOutput) -> None:
+    def add(self, loss: PreferenceLoss) -> None:
         """One part's loss: its gradient first, then its metrics."""
         if self.backward is not None:
             self.backward(loss.loss)
@@ -97,39 +86,32 @@ class Objective:
         for part in parts:
             batch = part.to(self.device)
             result: TokenLogprobs = self.policy(batch, run.outputs + self._extra_outputs())
-            pairs = self._pairs(result, batch)
-            step = None if not sorts else WholeStep(whole or pairs.detach(), batch.index if whole else _own(batch))
-            loss = pair_loss(pairs, self.options, run.totals, step)
+            reference = None if self.reference is None else self.reference(batch)
+            step = None
+            if sorts:
+                step = WholeStep(whole, batch.index) if whole else _alone(self._pairs(result, reference, batch))
+            loss = preference_loss(
+                result.logp,
+                batch.segments,
+                batch.lengths,
+                self.options,
+                reference=reference,
+                log_sum_sq_probs=result.log_sum_sq_probs,
+                totals=run.totals,
+                step=step,
+            )
             run.add(loss)
             tokens += batch.tokens
             counted = torch.arange(len(batch.lengths), device=self.device) < 2 * batch.examples
             chosen = torch.arange(len(batch.lengths), device=self.device) < batch.examples
-            run.metrics.add_sequences(torch.cat([pairs.chosen, pairs.rejected]).detach(), chosen[: 2 * batch.examples])
+            run.metrics.add_sequences(loss.sums, chosen[: 2 * batch.examples])
             run.metrics.add_tokens(result, batch, chosen, counted)
         return Work(tokens, len(parts))
 
-    def _pairs(self, result: TokenLogprobs, batch: PreferenceBatch) -> PairLogps:
-        """Sums of token log-probabilities by response, with what the options ask for beside them."""
-        count, options = batch.examples, self.options
-        weights = None
-        if isinstance(options, DPO) and options.length_alpha != 1:
-            shorter = torch.minimum(batch.lengths[:count], batch.lengths[count:])
-            weights = length_weights(batch.offsets, shorter[batch.segments % count], options.length_alpha)
-        sums = per_sequence(result.logp, batch, weights)
-        lengths = batch.lengths.to(sums.dtype)
-        pairs = PairLogps(sums[:count], sums[count : 2 * count], lengths[:count], lengths[count : 2 * count])
-        if self.reference is not None:
-            reference = per_sequence(self.reference(batch), batch, weights)
-            pairs = replace(pairs, ref_chosen=reference[:count], ref_rejected=reference[count:])
-        if weights is not None:  # the supervised term knows no weights
-            pairs = replace(pairs, nll=per_sequence(result.logp, batch)[:count], nll_lengths=lengths[:count])
-        if self._scores_prompts():
-            nll, nll_lengths = sums[:count] + sums[2 * count :], lengths[:count] + lengths[2 * count :]
-            pairs = replace(pairs, nll=nll, nll_lengths=nll_lengths)
-        if result.log_sum_sq_probs is not None:
-            aligned = per_sequence((result.logp - result.log_sum_sq_probs).detach(), batch) / lengths
-            pairs = replace(pairs, weights=wpo_weights(aligned[:count], aligned[count:]))
-        return pairs
+    def _pairs(self, result: TokenLogprobs, reference: Tensor | None, batch: PreferenceBatch) -> PairLogps:
+        """The batch's pairs without gradient, for losses that compare them with others."""
+        pairs = pair_logps(result.logp, batch.segments, batch.lengths, self.options, reference=reference)
+        return pairs.detach()
 
     @torch.no_grad()
     def _whole_step(self, parts: Sequence[PreferenceBatch], count: int) -> PairLogps:
@@ -137,7 +119,8 @@ class Objective:
         found = []
         for part in parts:
             batch = part.to(self.device)
-            found.append((batch.index, self._pairs(self.policy(batch, self._extra_outputs()), batch)))
+            reference = None if self.reference is None else self.reference(batch)
+            found.append((batch.index, self._pairs(self.policy(batch), reference, batch)))
         index = torch.cat([i for i, _ in found])
 
         def joined(name: str) -> Tensor:
@@ -148,11 +131,9 @@ class Objective:
         return PairLogps(**{name: joined(name) for name in names})
 
     def _totals(self, examples: Sequence[Example]) -> Totals:
-        scored = sum(len(e.completions[0]) + (len(e.prompt) - 1 if self._scores_prompts() else 0) for e in examples)
+        prompts = scores_prompts(self.options)
+        scored = sum(len(e.completions[0]) + (len(e.prompt) - 1 if prompts else 0) for e in examples)
         return Totals(len(examples), scored)
-
-    def _scores_prompts(self) -> bool:
-        return isinstance(self.options, ORPO) and self.options.nll_on == "all"
 
     def _extra_outputs(self) -> tuple[str, ...]:
         return ("log_sum_sq_probs",) if isinstance(self.options, DPO) and self.options.weighting else ()
@@ -177,13 +158,22 @@ class Objective:
             assert self.reference is not None
             count = batch.examples
             result: TokenLogprobs = self.policy(batch, run.outputs)
-            logps, reference = per_sequence(result.logp, batch), per_sequence(self.reference(batch), batch)
+            reference = self.reference(batch)
             if branched:
-                kl = kto_kl(logps[count:], reference[count:])
-            loss = kto_loss(RowLogps(logps[:count], reference[:count], batch.labels), options, kl, run.totals)
+                kl = kto_kl(_sums(result.logp.detach(), batch)[count:], _sums(reference, batch)[count:])
+            loss = preference_loss(
+                result.logp,
+                batch.segments,
+                batch.lengths,
+                options,
+                reference=reference,
+                labels=batch.labels,
+                kl=kl,
+                totals=run.totals,
+            )
             run.add(loss)
             tokens += batch.tokens
-            run.metrics.add_sequences(logps[:count].detach(), batch.labels)
+            run.metrics.add_sequences(loss.sums, batch.labels)
             own = torch.arange(len(batch.lengths), device=self.device) < count
             run.metrics.add_tokens(result, batch, batch.labels.repeat(batch.completions), own)
         if options.kl == "batch":
@@ -197,8 +187,8 @@ class Objective:
         logps, reference = [], []
         for part in self._microbatches([replace(e, completions=e.completions[1:]) for e in _with_mismatched(examples)]):
             batch = part.to(self.device)
-            logps.append(per_sequence(self.policy(batch).logp, batch))
-            reference.append(per_sequence(self.reference(batch), batch))
+            logps.append(_sums(self.policy(batch).logp, batch))
+            reference.append(_sums(self.reference(batch), batch))
         return kto_kl(torch.cat(logps), torch.cat(reference))
 
     # --- both --------------------------------------------------------------------------------------------------
@@ -210,7 +200,7 @@ class Objective:
                 self.layout,
                 index=places,
                 pad_token_id=self.pad_token_id,
-                score_prompts=self._scores_prompts(),
+                score_prompts=scores_prompts(self.options),
             )
             for places in plan_microbatches(examples, self.layout, self.budget)
         ]
@@ -224,8 +214,13 @@ def _chunks(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
     return [examples[a:b] for a, b in zip(starts, [*starts[1:], len(examples)])]
 
 
-def _own(batch: PreferenceBatch) -> Tensor:
-    return torch.arange(batch.examples, device=batch.index.device)
+def _alone(pairs: PairLogps) -> WholeStep:
+    """A step of these pairs and no others."""
+    return WholeStep(pairs, torch.arange(len(pairs.chosen), device=pairs.chosen.device))
+
+
+def _sums(logp: Tensor, batch: PreferenceBatch) -> Tensor:
+    return sequence_sums(logp, batch.segments, len(batch.lengths))
 
 
 def _with_mismatched(examples: Sequence[Example]) -> list[Example]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,16 +157,16 @@ def test_a_step_that_is_not_finite_does_not_reach_the_weights(
     """A NaN loss stops the run and names the step and its rows, or leaves that step out."""
     from fastpref.train import step
 
-    original, calls = step.pair_loss, []
+    original, calls = step.preference_loss, []
 
     def sometimes_nan(*args, **kwargs):
         made = original(*args, **kwargs)
         calls.append(made)
         if len(calls) != 2:
             return made
-        return type(made)(made.loss * math.nan, made.chosen_rewards, made.rejected_rewards)
+        return replace(made, loss=made.loss * math.nan)
 
-    monkeypatch.setattr(step, "pair_loss", sometimes_nan)
+    monkeypatch.setattr(step, "preference_loss", sometimes_nan)
     arguments = ["train.steps=3", "train.batch=2", "eval.data=[]", f"train.nonfinite={mode}"]
     if mode == "stop":
         with pytest.raises(UserError, match=r"step 2: loss nan.*train\.jsonl, row \d+"):

@@ -1,0 +1,149 @@
+"""Launches the Triton kernels of the preference losses, and lists what of them is compiled."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import JITFunction
+
+from fastpref.kernels.preference_loss_spec import FLAGS, VARIANTS, LossSpec
+from fastpref.kernels.preference_loss_triton import _pair_kernel, _row_kernel
+
+# Tokens a program reads at a time. Lengths are not compiled in, so one block size serves all of them.
+BLOCK = 512
+WARPS = 4
+
+
+class FusedLoss(NamedTuple):
+    """What one launch makes; all of it float32."""
+
+    loss: Tensor  # scalar
+    coefficients: Tensor  # [N] ∂loss/∂logp
+    sequences: Tensor  # [3, 2P], or [3, R]: sums of logp, sums of the reference, rewards
+    pairs: Tensor  # [3, P] Σ supervised logp, log odds, logσ(log odds); [3, 0] for single responses
+
+
+def pair_loss(
+    logp: Tensor,  # [N] float32
+    starts: Tensor,  # [S] int64, each sequence's first token
+    lengths: Tensor,  # [S] int64
+    reference: Tensor | None,  # [N] float32
+    log_sum_sq_probs: Tensor | None,  # [N] float32
+    flags: tuple[int, ...],  # of `LossSpec.flags`
+    numbers: tuple[float, ...],  # of `LossSpec.numbers`
+    *,
+    examples: float | None,  # what the mean over pairs is divided by; P if None
+    nll_tokens: float | None,  # what the supervised term is divided by; the tokens it scores if None
+) -> FusedLoss:
+    """The loss of P pairs: S = P chosen, P rejected and, where the spec says so, P prompts."""
+    constants = _constants(flags)
+    n, count = len(logp), len(lengths) // (3 if constants["HAS_PROMPTS"] else 2)
+    scored = lengths[:count].sum() + lengths[2 * count :].sum() if nll_tokens is None else nll_tokens
+    coefficients, sequences, pairs = logp.new_empty(n), logp.new_empty(3, 2 * count), logp.new_empty(4, count)
+    _pair_kernel[(count,)](
+        logp,
+        logp if reference is None else reference,
+        logp if log_sum_sq_probs is None else log_sum_sq_probs,
+        starts,
+        lengths,
+        _on_device(numbers, logp.device),
+        _scalar(scored, logp),
+        coefficients,
+        sequences,
+        pairs,
+        n,
+        count,
+        float(count if examples is None else examples),
+        **constants,
+        num_warps=WARPS,
+    )
+    return FusedLoss(pairs[0].sum(), coefficients, sequences, pairs[1:].clone())
+
+
+def row_loss(
+    logp: Tensor,  # [N] float32
+    starts: Tensor,  # [S] int64
+    lengths: Tensor,  # [S] int64
+    reference: Tensor,  # [N] float32
+    labels: Tensor,  # [R] bool
+    kl: Tensor,  # scalar
+    numbers: tuple[float, ...],
+    *,
+    examples: float | None,  # what the mean over rows is divided by; R if None
+) -> FusedLoss:
+    """KTO of the first R of S sequences; the tokens of the others have no part in it."""
+    n, rows = len(logp), len(labels)
+    coefficients, sequences, share = logp.new_empty(n), logp.new_empty(3, rows), logp.new_empty(rows)
+    _row_kernel[(len(lengths),)](
+        logp,
+        reference,
+        starts,
+        lengths,
+        labels.to(torch.int8),
+        _scalar(kl, logp),
+        _on_device(numbers, logp.device),
+        coefficients,
+        sequences,
+        share,
+        n,
+        rows,
+        float(rows if examples is None else examples),
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return FusedLoss(share.sum(), coefficients, sequences, logp.new_empty(3, 0))
+
+
+def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(like).reshape(1)
+    return like.new_full((1,), value)
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """A run has one loss, so its numbers travel once."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def _constants(flags: tuple[int, ...]) -> dict[str, Any]:
+    """What is compiled into `_pair_kernel`."""
+    named = dict(zip(FLAGS, flags, strict=True))
+    booleans = {name: bool(value) for name, value in named.items() if name not in ("VARIANTS", "SCORE")}
+    return named | booleans | {"BLOCK": BLOCK}
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+
+def compile_cases() -> list[tuple[str, dict[str, Any]]]:
+    """The leanest and the fullest kernels that a run may use: name, and compiled-in values (see `kernel_of`)."""
+    pairwise = tuple(name for name in VARIANTS if name != "odds_ratio")
+    ones = (1.0,) * len(pairwise)
+    full = LossSpec(
+        pairwise, ones, label_smoothing=0.1, score="js", reference=True, length_alpha=0.5, pair_weights=True
+    )
+    specs = {
+        "dpo": LossSpec(("sigmoid",), (1.0,), reference=True),
+        "dpo, all": full,
+        "orpo, prompts": LossSpec(("odds_ratio",), (0.1,), averaged=True, supervised=1.0, prompts=True),
+        "simpo, alpha": LossSpec(("sigmoid",), (1.0,), averaged=True, score="power", power=-0.5, supervised=1.0),
+        "cpo": LossSpec(("sigmoid",), (1.0,), supervised=1.0),
+        "cpo ipo, alpha": LossSpec(("ipo",), (1.0,), averaged=True, score="power", power=-0.5, supervised=1.0),
+    }
+    return [*((name, _constants(spec.flags())) for name, spec in specs.items()), ("kto", {"BLOCK": BLOCK})]
+
+
+def kernel_of(constants: dict[str, Any]) -> JITFunction:
+    """The kernel that a case of `compile_cases` is compiled into."""
+    return _pair_kernel if "VARIANTS" in constants else _row_kernel
+
+
+def argument_type(name: str, constants: dict[str, Any]) -> str:
+    """The type of a kernel's argument, as `triton.compiler.ASTSource` takes it."""
+    if name in constants:
+        return "constexpr"
+    if name.startswith("p_"):
+        return {"p_starts": "*i64", "p_lengths": "*i64", "p_labels": "*i8"}.get(name, "*fp32")
+    return "fp32" if name == "examples" else "i32"
