@@ -14,9 +14,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Strict,
     Tag,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -99,21 +101,37 @@ class LoraConfig(_Section):
         return self
 
 
+def _known_format(value: Any) -> Any:
+    from fastpref.data.formats import check_format
+
+    check_format(value)
+    return value
+
+
+Format = Annotated[
+    str | dict[str, Any],
+    PlainValidator(_known_format),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+]
+
+
 class DataConfig(_Section):
     path: str
-    """A .json, .jsonl, .parquet or .csv file, or a data set's name on the hub."""
+    """A .json, .jsonl, .parquet, .csv or .arrow file, a folder of `save_to_disk`, or a data set's name on the hub."""
     split: str = "train"
-    """Which split of a hub data set."""
+    """Which split of a hub data set, or of a folder with several."""
     name: str | None = None
     """The configuration of a hub data set."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    format: Annotated[Literal["auto"], _only("auto", "a named format")] = "auto"
-    """How rows are read; "auto" goes by their columns, and says what it found."""
-    weight: Annotated[float, _only(1.0, "weight")] = 1.0
-    """How often the rows are used."""
+    format: Format = "auto"
+    """How rows are read: a name, a table of type and options, or "module:function"; "auto" goes by the columns."""
+    weight: Positive = 1.0
+    """How often the rows are used: 2.5 is twice, and half of them once more; 0.3 is three tenths of them."""
     rows: Count | None = None
     """Use only the first rows."""
+    on_error: Literal["error", "drop"] = "error"
+    """What happens to rows that are broken or of another form: an error, or left out and counted."""
 
 
 class EvalConfig(_Section):
@@ -148,8 +166,10 @@ class TokensConfig(_Section):
     """What happens to longer rows: cut (the prompt from the left first), dropped, or an error."""
     strict: bool = False
     """Make rows that cannot be used (empty or equal responses) an error instead of dropping them."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """What happens to rows that repeat another one exactly, in the same source or another."""
     chat_template: str | None = None
-    """A Jinja template, or a file holding one, instead of the tokenizer's own."""
+    """A Jinja template, a file holding one, or a known name (chatml, llama3, ...), instead of the tokenizer's own."""
 
 
 class ReferenceConfig(_Section):
@@ -342,6 +362,7 @@ def _entry(tables: list[Any], index: str, override: str) -> Any:
 
 def _from_folder(config: Config, folder: Path) -> Config:
     """Make paths that exist beside the config absolute."""
+    from fastpref.data.function import beside, is_function
 
     def find(name: str) -> str:
         try:
@@ -350,8 +371,14 @@ def _from_folder(config: Config, folder: Path) -> Config:
         except (OSError, RuntimeError):  # an inline chat template is no path, and ~name may be nobody's
             return name
 
+    def format_of(given: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(given, str):
+            return beside(given, folder) if is_function(given) else given
+        template = given.get("chat_template")
+        return {**given, "chat_template": find(template)} if template else given
+
     def found(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
-        return tuple(d.model_copy(update={"path": find(d.path)}) for d in data)
+        return tuple(d.model_copy(update={"path": find(d.path), "format": format_of(d.format)}) for d in data)
 
     template = config.tokens.chat_template
     return config.model_copy(
@@ -371,6 +398,8 @@ def to_toml(config: Config) -> str:
     def value(v: Any) -> str:
         if isinstance(v, list | tuple):
             return f"[{', '.join(map(value, v))}]"
+        if isinstance(v, dict):
+            return f"{{ {', '.join(f'{value(k)} = {value(inner)}' for k, inner in v.items())} }}"
         # Strings, numbers and booleans are written alike in both, but for the one character that only TOML escapes.
         return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
 
