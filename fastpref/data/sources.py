@@ -1,6 +1,6 @@
 """The rows that a config names: read, put into the form its method needs, weighted, and split.
 
-Rows are converted when they are asked for. What is held of them is where they stand: 29 bytes a row.
+Rows are converted when they are asked for; what is held of them is where they stand.
 """
 
 import hashlib

@@ -572,7 +572,8 @@ def test_chats_need_a_tokenizer():
 
 RESPONSES = [
     "a", "u", "user", "assistant", "model", "\n", " yes", "  yes", "\nyes", "\n\nyes", "yes\n", "yes ", "\tyes", "?",
-    "What?", "<think>", "<|user|>", "<|im_start|>", "user\nWhat?", "</s>", "é", "🎉", "日本", "{{ x }}", "{prompt}", "▁",
+    "What?", "<think>", "<|user|>", "<|im_start|>", "user\nWhat?", "</s>", "é", "🎉", "日本", "{{ x }}", "{prompt}",
+    "▁",
 ]  # fmt: skip
 
 
