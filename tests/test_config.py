@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from fastpref.config import Config, load_config, to_toml
+from fastpref.config import Config, load_config
+from fastpref.config_toml import to_toml
 from fastpref.data.formats import NAMES, options_of
 from fastpref.errors import UserError
 from fastpref.loss_options import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO, Variant

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import mmap
-import sys
 from array import array
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -136,7 +135,7 @@ class Csv(_TextRecords):
 
     def __init__(self, name: str, path: Path, numbers: Collection[str]):
         super().__init__(name, path, numbered=True)
-        csv.field_size_limit(sys.maxsize)  # its default of 128 KiB is less than a long chat
+        csv.field_size_limit(2**31 - 1)  # its default of 128 KiB is less than a long chat
         self._numbers = numbers
         end = self._bytes.tell()
 
@@ -187,7 +186,7 @@ def read_json(name: str, path: Path) -> Records:
         except RowError:
             try:
                 keys = json.loads(path.read_text(encoding="utf-8-sig"))
-            except ValueError:
+            except (RecursionError, ValueError):
                 return records
             raise UserError(
                 f"{name}: this is one {type(keys).__name__}, and a file of rows is a list of objects, [{{...}}, ...]"
@@ -207,7 +206,13 @@ def _elements(text: str) -> Iterator[tuple[int, int]]:
         at += 1
     else:
         while True:
-            start, (_, at) = at, decoder.raw_decode(text, at)
+            start = at
+            try:
+                _, at = decoder.raw_decode(text, start)
+            except json.JSONDecodeError:
+                raise
+            except (RecursionError, ValueError) as error:  # a thousand brackets, a number of 5,000 digits
+                raise json.JSONDecodeError(str(error), text, start) from None
             yield start, at
             at = skip(at)
             if text[at : at + 1] == "]":

@@ -21,6 +21,7 @@ from fastpref.data.opening import open_records
 from fastpref.data.records import Records
 from fastpref.errors import UserError
 
+_REMEDY = '; mend the row, or leave such rows out with on_error = "drop"'
 _LOOKED_AT = 100  # rows, for one that speaks for a format
 
 
@@ -159,10 +160,16 @@ def _gather(sources: Sequence[DataConfig], config: Config, notes: list[str], fra
     seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
     for number, source in enumerate(opened):
         kept = _survey(source, fraction, seen, notes)
+        before = len(train) + len(heldout)
         for i in repeats(len(kept.at), source.data.weight):
             rows = heldout if fraction and kept.share[i] < fraction else train
             for part in range(kept.parts[i]):
                 rows.add(number, kept.at[i], part)
+        if source.data.weight != 1:
+            used = len(train) + len(heldout) - before
+            if not used:
+                raise UserError(f"{source.data.path}: weight {source.data.weight:g} leaves no row; choose a larger one")
+            notes.append(f"{source.name}: weight {source.data.weight:g} makes {used} rows of {sum(kept.parts)}")
     return train, heldout
 
 
@@ -184,7 +191,7 @@ def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
             row = records[at]
         except RowError as error:
             if data.on_error == "error":
-                raise UserError(_at(records, at, error)) from None
+                raise UserError(_at(records, at, error) + _REMEDY) from None
             broken = broken or error
             continue
         columns |= dict.fromkeys(map(str, row))
@@ -223,7 +230,8 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, notes: lis
             contents = source.contents(at)
         except RowError as error:
             if source.data.on_error == "error":
-                raise UserError(_row_error(source, at, error)) from None
+                remedy = "" if error.kind == MISSING_COLUMN else _REMEDY
+                raise UserError(_row_error(source, at, error) + remedy) from None
             many, first = dropped.get(error.kind, (0, ""))
             dropped[error.kind] = many + 1, first or _row_error(source, at, error)
             continue
@@ -246,9 +254,6 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, notes: lis
         notes.append(f"{source.name}: {duplicates} exact duplicates left out")
     if 2 in kept.parts:
         notes.append(f"{source.name}: KTO takes single responses, so each pair counts as one good and one bad response")
-    if source.data.weight != 1:
-        used = sum(1 for _ in repeats(len(kept.at), source.data.weight))
-        notes.append(f"{source.name}: weight {source.data.weight:g} makes {used} of {len(kept.at)} rows")
     return kept
 
 

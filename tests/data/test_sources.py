@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
-from fastpref.config import Config
+from fastpref.config import Config, load_config
 from fastpref.data.formats import Paired, Unpaired
 from fastpref.data.sources import Prepared, SourceRow, prepare, repeats, share
 from fastpref.errors import UserError
@@ -159,6 +159,44 @@ def test_several_files_follow_each_other(tmp_path: Path):
     assert [note.partition(":")[0] for note in read.notes] == ["a.jsonl", "b.json", "c.parquet"]
 
 
+def test_formats_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each [[data]] is read by its own format, and functions and templates are found beside the config."""
+    (tmp_path / "run" / "elsewhere").mkdir(parents=True)
+    folder = tmp_path / "run"
+    monkeypatch.chdir(folder / "elsewhere")
+    (folder / "mine.py").write_text("def read(row): return {'prompt': row['q'], 'chosen': 'yes', 'rejected': 'no'}")
+    (folder / "mine.jinja").write_text("{{ messages }}")
+    write(folder / "a.jsonl", [{"q": "1"}])
+    write(folder / "b.csv", [{"question": "2", "chosen": "yes", "rejected": "no"}])
+    write(folder / "c.json", [{"talk": "3", "chosen": "yes", "rejected": "no"}])
+    (folder / "cfg.toml").write_text(
+        """
+        [model]
+        name = "m"
+        [[data]]
+        path = "a.jsonl"
+        format = "mine:read"
+        [[data]]
+        path = "b.csv"
+        format = { field_prompt = "question" }
+        [[data]]
+        path = "c.json"
+        [data.format]
+        type = "chat_template.default"
+        field_messages = "talk"
+        chat_template = "mine.jinja"
+        """
+    )
+    read = prepare(load_config(folder / "cfg.toml"))
+    assert [row.content.prompt for row in read.train] == ["1", "2", [{"role": "user", "content": "3"}]]
+    assert read.train[2].content.writing.chat_template == "{{ messages }}"
+    assert [note.partition(": ")[2] for note in read.notes] == [
+        "1 rows of the function read",
+        "1 rows of table",
+        "1 rows of chat_template.default",
+    ]
+
+
 def test_the_question_of_a_row():
     """A row's question is its text prompt, or the words of the prompt's last turn."""
     assert SourceRow(Paired("q", "yes", "no"), "").question == "q"
@@ -224,7 +262,8 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, what it h
     "a broken line": (
         "a.jsonl",
         PAIR_LINE + "\n{oops\n",
-        ":3: not valid JSON at column 2: Expecting property name enclosed in double quotes",
+        ":3: not valid JSON at column 2: Expecting property name enclosed in double quotes; mend the row, or leave "
+        'such rows out with on_error = "drop"',
     ),
     "a broken first line": (
         "a.jsonl",
@@ -234,6 +273,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, what it h
     "a broken line of a .json file": ("a.json", PAIR_LINE + "{oops\n", ":2: not valid JSON at column 2: "),
     "a line that is no object": ("a.jsonl", PAIR_LINE + "[1, 2]\n", ":2: a row is an object {...}, got [1, 2]"),
     "an element that is no object": ("a.json", f"[{PAIR_LINE},3]", ":2, row 1: a row is an object {...}, got 3"),
+    "too deep an element": ("a.json", '[{"prompt": "q"},\n' + "[" * 10**5, ":2: not valid JSON at column 1: "),
     "too deep": ("a.jsonl", PAIR_LINE + "[" * 10**5, ":2: not readable as JSON: "),
     "a number of 5,000 digits": ("a.jsonl", PAIR_LINE + "1" * 5000, ":2: not readable as JSON: "),
     "not UTF-8": (
@@ -547,6 +587,15 @@ def test_a_name_that_is_no_file(tmp_path: Path, name: Callable[[Path], str], sai
         prepared(name(tmp_path))
 
 
+def test_both_kinds_of_arrow_file(tmp_path: Path):
+    """A .arrow file is a stream or has an index at its end; both are read."""
+    table = Dataset.from_list([TEXT, TEXT]).data.table
+    for kind, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / f"{kind}.arrow"), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table)
+        assert len(prepared(tmp_path / f"{kind}.arrow").train) == 2
+
+
 def test_a_folder_of_several_splits(tmp_path: Path):
     """`split` picks one of a saved DatasetDict; another name is an error that lists those there are."""
     made = DatasetDict({name: Dataset.from_list([{**TEXT, "prompt": name}]) for name in ("train", "test")})
@@ -585,7 +634,14 @@ def test_a_smaller_weight_uses_a_part_of_a_larger_ones_rows():
 def test_a_weight_is_noted(tmp_path: Path):
     """The run says how many rows a weight makes of how many."""
     path = write(tmp_path / "rows.jsonl", [TEXT] * 10)
-    assert prepare_one(path, weight=2.5).notes[-1] == "rows.jsonl: weight 2.5 makes 25 of 10 rows"
+    assert prepare_one(path, weight=2.5).notes[-1] == "rows.jsonl: weight 2.5 makes 25 rows of 10"
+
+
+def test_a_weight_that_leaves_nothing_is_an_error(tmp_path: Path):
+    """Nobody means to train on no row of a source."""
+    path = write(tmp_path / "rows.jsonl", [TEXT] * 3)
+    with pytest.raises(UserError, match=re.escape(f"{path}: weight 0.1 leaves no row; choose a larger one")):
+        prepare_one(path, weight=0.1)
 
 
 def test_exact_duplicates_are_dropped_on_request(tmp_path: Path):
