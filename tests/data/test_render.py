@@ -191,6 +191,16 @@ def test_pairs_given_to_kto_in_any_format(name: str):
         render(row, name, unpaired=True)
 
 
+@pytest.mark.parametrize("name", ["passthrough", "table", "chatml.prompt_pairs"])
+def test_a_completion_is_a_single_response_whatever_is_beside_it(name: str):
+    """A row with a completion is no pair for KTO, though it has a column `chosen`."""
+    row = {"prompt": Q, "completion": YES, "label": False, "chosen": "x", "rejected": "y"}
+    made = render(row, name, unpaired=True)
+    assert str(made["completion"]).startswith(YES)
+    assert made["label"] is False
+    assert str(render(row, name)["chosen"]).startswith("x")
+
+
 ANSWERS = [{"answer": f"of rank {rank}", "rank": rank} for rank in (3, 1, 7, 2)]
 TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prompt and responses
     "passthrough": (
@@ -302,6 +312,12 @@ CHATS: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {  # n
         "chat_template.default",
         {},
         {"system": S, "messages": Q, "chosen": YES, "rejected": NO},
+        [im("system", S, "user", Q), "yes", "no"],
+    ),
+    "system column beside a system turn": (
+        "chat_template.default",
+        {},
+        {"system": "Other.", "messages": [system(S), user(Q)], "chosen": YES, "rejected": NO},
         [im("system", S, "user", Q), "yes", "no"],
     ),
     "every turn of a response": (
@@ -683,6 +699,8 @@ def test_the_end_of_a_fixed_template_is_the_end():
     tokenizer = llama3()
     tokenizer.chat_template = None  # a base model: only the format knows how a turn ends
     row = {"prompt": Q, "chosen": YES, "rejected": f"{NO}<|eot_id|>"}
+    assert scored(row, "llama3.prompt_pairs", tokenizer)[1:] == ["yes<|eot_id|>", "no<|eot_id|>"]
+    row["rejected"] = f"{NO}<|end_of_text|>\n"
     assert scored(row, "llama3.prompt_pairs", tokenizer)[1:] == ["yes<|eot_id|>", "no<|eot_id|>"]
 
 
