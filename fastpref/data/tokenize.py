@@ -210,6 +210,8 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase, sequences: list[Ids], *, force
 def _common_prefix(sequences: list[Ids]) -> int:
     shortest = min(map(len, sequences))
     first = sequences[0]
+    if all(ids[:shortest] == first[:shortest] for ids in sequences):  # the usual case, compared at once
+        return shortest
     return next((i for i in range(shortest) if any(ids[i] != first[i] for ids in sequences)), shortest)
 
 
