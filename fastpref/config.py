@@ -14,9 +14,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Strict,
     Tag,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -97,21 +99,37 @@ class LoraConfig(_Section):
         return self
 
 
+def _known_format(value: Any) -> Any:
+    from fastpref.data.formats import check_format
+
+    check_format(value)
+    return value
+
+
+Format = Annotated[
+    str | dict[str, Any],
+    PlainValidator(_known_format),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+]
+
+
 class DataConfig(_Section):
     path: str
-    """A .json, .jsonl, .parquet or .csv file, or a data set's name on the hub."""
+    """A .json, .jsonl, .parquet, .csv or .arrow file, a folder of `save_to_disk`, or a data set's name on the hub."""
     split: str = "train"
-    """Which split of a hub data set."""
+    """Which split of a hub data set, or of a folder with several."""
     name: str | None = None
     """The configuration of a hub data set."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
-    format: Annotated[Literal["auto"], _only("auto", "a named format")] = "auto"
-    """How rows are read; "auto" goes by their columns, and says what it found."""
-    weight: Annotated[float, _only(1.0, "weight")] = 1.0
-    """How often the rows are used."""
+    format: Format = "auto"
+    """How rows are read: a name, a table of type and options, or "module:function"; "auto" goes by the columns."""
+    weight: Positive = 1.0
+    """How often the rows are used: 2.5 is twice, and half of them once more; 0.3 is three tenths of them."""
     rows: Count | None = None
     """Use only the first rows."""
+    on_error: Literal["error", "drop"] = "error"
+    """What happens to rows that are broken or of another form: an error, or left out and counted."""
 
 
 class EvalConfig(_Section):
@@ -146,8 +164,10 @@ class TokensConfig(_Section):
     """What happens to longer rows: cut (the prompt from the left first), dropped, or an error."""
     strict: bool = False
     """Make rows that cannot be used (empty or equal responses) an error instead of dropping them."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """What happens to rows that repeat another one exactly, in the same source or another."""
     chat_template: str | None = None
-    """A Jinja template, or a file holding one, instead of the tokenizer's own."""
+    """A Jinja template, a file holding one, or a known name (chatml, llama3, ...), instead of the tokenizer's own."""
 
 
 class ReferenceConfig(_Section):
@@ -340,6 +360,7 @@ def _entry(tables: list[Any], index: str, override: str) -> Any:
 
 def _from_folder(config: Config, folder: Path) -> Config:
     """Make paths that exist beside the config absolute."""
+    from fastpref.data.function import beside, is_function
 
     def find(name: str) -> str:
         try:
@@ -348,8 +369,14 @@ def _from_folder(config: Config, folder: Path) -> Config:
         except (OSError, RuntimeError):  # an inline chat template is no path, and ~name may be nobody's
             return name
 
+    def format_of(given: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(given, str):
+            return beside(given, folder) if is_function(given) else given
+        template = given.get("chat_template")
+        return {**given, "chat_template": find(template)} if template else given
+
     def found(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
-        return tuple(d.model_copy(update={"path": find(d.path)}) for d in data)
+        return tuple(d.model_copy(update={"path": find(d.path), "format": format_of(d.format)}) for d in data)
 
     template = config.tokens.chat_template
     return config.model_copy(
@@ -360,31 +387,3 @@ def _from_folder(config: Config, folder: Path) -> Config:
             "tokens": config.tokens.model_copy(update={"chat_template": template and find(template)}),
         }
     )
-
-
-def to_toml(config: Config) -> str:
-    """The resolved config as TOML that `load_config` reads back. Keys without a value are left out."""
-    import json
-
-    def value(v: Any) -> str:
-        if isinstance(v, list | tuple):
-            return f"[{', '.join(map(value, v))}]"
-        # Strings, numbers and booleans are written alike in both, but for the one character that only TOML escapes.
-        return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-    def table(header: str, content: dict[str, Any]) -> list[str]:
-        own = {k: v for k, v in content.items() if v is not None}
-        nested = {k: v for k, v in own.items() if isinstance(v, list | tuple) and v and isinstance(v[0], dict)}
-        out = [header, *(f"{k} = {value(v)}" for k, v in own.items() if k not in nested), ""]
-        for key, entries in nested.items():
-            for entry in entries:
-                out += table(f"[[{header.strip('[]')}.{key}]]", entry)
-        return out
-
-    lines: list[str] = []
-    for name, content in config.model_dump(mode="json").items():
-        if content is None:
-            continue
-        for entry in content if isinstance(content, list) else [content]:
-            lines += table(f"[[{name}]]" if isinstance(content, list) else f"[{name}]", entry)
-    return "\n".join(lines)

@@ -45,6 +45,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 BAD = GOOD + "[train]\nbatch = 0\nsed = 1\n"
+LINES = {
+    "pairs.jsonl": '{"prompt": "q", "chosen": "yes", "rejected": "no"}\n',
+    "lines.jsonl": '{"prompt": "q", "completion": "yes"}\n{oops\n',
+    "broken.jsonl": "{oops\n3\n",
+}
 MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no such config": (["check", "none.toml"], ["none.toml: there is no such file"]),
     "a folder": (["check", "."], [".: this is a folder; a config is a .toml file"]),
@@ -73,10 +78,37 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["override 'train.steps=0': train.steps: must be greater than or equal to 1, got 0"],
     ),
     "train: no such data": (["train", "good.toml"], ["pairs.json: there is no such file"]),
-    "train: broken data": (["train", "good.toml", "data.0.path=broken.json"], ["broken.json: cannot be read as json"]),
+    "train: broken data": (
+        ["train", "good.toml", "data.0.path=broken.json"],
+        ["broken.json:1: not valid JSON at column 13: Expecting value; mend it, or write one row a line (.jsonl)"],
+    ),
+    "train: a broken line": (
+        ["train", "good.toml", "data.0.path=lines.jsonl"],
+        ["lines.jsonl:2: not valid JSON at column 2: Expecting property name enclosed in double quotes"],
+    ),
+    "train: nothing but broken lines": (
+        ["train", "good.toml", "data.0.path=broken.jsonl", "data.0.on_error=drop"],
+        ["broken.jsonl: no row can be read; the first: "],
+    ),
+    "train: not the columns of the format": (
+        ["train", "good.toml", "data.0.path=pairs.jsonl", "data.0.format=chatml.intel"],
+        ["pairs.jsonl:1: there is no column question; the columns are prompt, chosen, rejected; these columns fit "],
+    ),
+    "train: no label": (
+        ["train", "good.toml", "data.0.path=lines.jsonl", "data.0.rows=1", "loss.type=kto"],
+        ["lines.jsonl: the columns prompt, completion are of no format that auto knows"],
+    ),
+    "train: no such function": (
+        ["train", "good.toml", "data.0.path=pairs.jsonl", "data.0.format=no_such_module:read"],
+        ["format 'no_such_module:read': no_such_module cannot be imported: ModuleNotFoundError"],
+    ),
+    "check: no such format": (
+        ["check", "good.toml", "data.0.format=chatml.intl"],
+        ["override 'data.0.format=chatml.intl': data[0].format: there is no format 'chatml.intl' (did you mean 'chat"],
+    ),
     "train: data of another kind": (
         ["train", "good.toml", "data.0.path=rows.json"],
-        ["rows.json: the columns a are of no known format"],
+        ["rows.json: the columns a are of no format that auto knows"],
     ),
     "train: no such model": (
         ["train", "good.toml", "model.name=./none"],
@@ -88,7 +120,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
 def test_a_users_mistake_is_one_message_and_status_2(run: Any, arguments: list[str], said: list[str]):
     """Only the message is printed, on stderr, without a traceback; and no file is written."""
-    texts = {"good": GOOD, "bad": BAD, "broken.json": '[{"prompt": ', "rows.json": '[{"a": 1}]'}
+    texts = {"good": GOOD, "bad": BAD, "broken.json": '[{"prompt": ', "rows.json": '[{"a": 1}]'} | LINES
     ran = run(*arguments, **texts)
     assert ran.status == 2
     assert ran.out == ""

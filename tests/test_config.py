@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from fastpref.config import Config, load_config, to_toml
+from fastpref.config import Config, load_config
+from fastpref.config_toml import to_toml
+from fastpref.data.formats import NAMES, options_of
 from fastpref.errors import UserError
 from fastpref.loss_options import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO, Variant
 
@@ -222,6 +224,66 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
             'set train.batch to 2 or more, or loss.kl = "none"'
         ],
     ),
+    "no such format": (
+        '[[data]]\npath = "e"\nformat = "chatml.intl"\n',
+        [
+            "7: data[1].format: there is no format 'chatml.intl' (did you mean 'chatml.intel' or 'chatml.icr' or "
+            f"'chatml.argilla'?); known are {', '.join(NAMES)}, a table of your columns "
+            '({ field_prompt = "question", ... }), and "module:function"'
+        ],
+    ),
+    "a format that is no name": (
+        '[[data]]\npath = "e"\nformat = 3\n',
+        ["7: data[1].format: must be a name or a table, got 3"],
+    ),
+    "an option that a format does not have": (
+        '[[data]]\npath = "e"\n[data.format]\nfield_promt = "q"\n',
+        [
+            "8: data[1].format.field_promt: the format table has no such option (did you mean 'field_prompt'?); it has "
+            + ", ".join(options_of("table"))
+        ],
+    ),
+    "an option of a format without options": (
+        '[[data]]\npath = "e"\nformat = { type = "chatml.icr", roles = {} }\n',
+        ["7: data[1].format.roles: the format chatml.icr has no options"],
+    ),
+    "an option of a function": (
+        '[[data]]\npath = "e"\nformat = { type = "mine:read", x = 1 }\n',
+        ["7: data[1].format.x: a function of your own takes no options"],
+    ),
+    "a type that is no name": (
+        '[[data]]\npath = "e"\nformat = { type = 3 }\n',
+        ["7: data[1].format.type: must be a format's name, got 3"],
+    ),
+    "an option of another type": (
+        '[[data]]\npath = "e"\nformat = { type = "chat_template.default", roles = { assistant = "bot" } }\n',
+        [
+            "7: data[1].format.roles: must be a table of lists, a role for the template = the roles in the data, got "
+            "{'assistant': 'bot'}"
+        ],
+    ),
+    "a text format with unknown braces": (
+        '[[data]]\npath = "e"\nformat = { prompt_format = "{promt}" }\n',
+        [
+            "7: data[1].format.prompt_format: {promt} is not known here, {prompt} and {system} can be; write {{ for a "
+            "brace"
+        ],
+    ),
+    "a text format without its text": (
+        '[[data]]\npath = "e"\nformat = { chosen_format = "x" }\n',
+        ["7: data[1].format.chosen_format: {chosen} must be in it"],
+    ),
+    "a text format with one brace": (
+        '[[data]]\npath = "e"\nformat = { completion_format = "{completion" }\n',
+        [
+            "7: data[1].format.completion_format: expected '}' before end of string; a brace that is meant as one is "
+            "written twice"
+        ],
+    ),
+    "a weight of nothing": (
+        '[[data]]\npath = "e"\nweight = 0\n',
+        ["7: data[1].weight: must be greater than 0, got 0"],
+    ),
     "sections that disagree": (
         '[reference]\nmode = "adapter"\n[eval]\nevery = 3\n',
         [
@@ -230,12 +292,10 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
         ],
     ),
     "what is not in this version": (
-        '[model.x]\n[[data]]\npath = "e"\nformat = "chatml.intel"\nweight = 2.0\n[reference]\nmode = "precompute"\n'
+        '[model.x]\n[[data]]\npath = "e"\n\n\n[reference]\nmode = "precompute"\n'
         '[train]\noptimizer = "adamw_8bit"\n[output]\nsave_every = 3\nkeep = 2\n[log]\ntrackers = ["wandb"]\n',
         [
             "5: model.x: unknown key",
-            "8: data[1].format: must be one of auto, got 'chatml.intel'",
-            "9: data[1].weight: weight is not in this version yet; leave the key out",
             "11: reference.mode: precompute is not in this version yet; use auto, adapter or copy",
             "13: train.optimizer: an 8-bit optimizer is not in this version yet; leave the key out",
             "15: output.save_every: saving while training is not in this version yet; leave the key out",
@@ -438,6 +498,12 @@ def test_paths_are_taken_from_the_configs_folder(tmp_path: Path, monkeypatch: py
     assert config.tokens.chat_template == str(home / "t.jinja")
     assert config.output.dir == "runs/x"
     jinja = "{% for m in messages %}" + "{{ m['content'] }}" * 500 + "{% endfor %}"
+    for name, found in (("t.jinja", str(home / "t.jinja")), ("chatml", "chatml"), (jinja, jinja)):
+        text = f"{BASE}[data.format]\ntype = 'chat_template.default'\nchat_template = '''{name}'''\n"
+        assert load(home, text).data[0].format == {"type": "chat_template.default", "chat_template": found}
+    (home / "mine.py").write_text("")
+    for name, found in (("mine:read", f"{home / 'mine.py'}:read"), ("json:loads", "json:loads")):
+        assert load(home, f'{BASE}format = "{name}"\n').data[0].format == found
     assert load(home, f"{BASE}[tokens]\nchat_template = '''{jinja}'''\n").tokens.chat_template == jinja
 
 
@@ -480,8 +546,24 @@ def test_every_loss_loads(tmp_path: Path, options: type[LossOptions]):
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 NUMBER = st.floats(1e-300, 1e300)
+FORMAT = st.sampled_from(["chatml.intel", "mine:read"]) | st.fixed_dictionaries(
+    {"type": st.just("chat_template.default")},
+    optional={
+        "roles": st.dictionaries(TEXT, st.lists(TEXT, max_size=2), max_size=2),
+        "chat_template": TEXT,
+        "tools": st.lists(st.dictionaries(TEXT, TEXT | st.booleans(), max_size=2), max_size=2),
+    },
+)
 DATA = st.fixed_dictionaries(
-    {"path": TEXT}, optional={"split": TEXT, "name": TEXT, "revision": TEXT, "rows": st.integers(1, 10**18)}
+    {"path": TEXT},
+    optional={
+        "split": TEXT,
+        "name": TEXT,
+        "revision": TEXT,
+        "rows": st.integers(1, 10**18),
+        "weight": NUMBER,
+        "format": FORMAT,
+    },
 )
 LOSS = st.one_of(
     st.fixed_dictionaries(
@@ -555,6 +637,7 @@ SURFACE = {
     "data.format": "auto",
     "data.weight": 1.0,
     "data.rows": None,
+    "data.on_error": "error",
     "eval.fraction": None,
     "eval.data.path": REQUIRED,
     "eval.data.split": "train",
@@ -563,6 +646,7 @@ SURFACE = {
     "eval.data.format": "auto",
     "eval.data.weight": 1.0,
     "eval.data.rows": None,
+    "eval.data.on_error": "error",
     "eval.every": None,
     "eval.samples": 1,
     "eval.sample_tokens": 48,
@@ -570,6 +654,7 @@ SURFACE = {
     "tokens.max_prompt_length": None,
     "tokens.overlong": "truncate",
     "tokens.strict": False,
+    "tokens.duplicates": "keep",
     "tokens.chat_template": None,
     "reference.mode": "auto",
     "train.learning_rate": None,

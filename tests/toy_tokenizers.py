@@ -1,9 +1,11 @@
 """Tiny tokenizers with the habits of real ones: a token a byte, the merges asked for, and a chat template."""
 
+import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -21,6 +23,33 @@ GEMMA = (
     "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
     "{{ m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+QWEN3 = (  # tools, tool calls, tool results, reasoning
+    "{% if tools %}{{ '<|im_start|>system\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}"
+    "{{ '# Tools' }}{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% elif messages[0].role == 'system' %}"
+    "{{ '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'tool' %}"
+    "{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}{% set call = call.function or call %}"
+    '{{ \'<tool_call>\n{"name": "\' + call.name + \'", "arguments": \' }}{{ call.arguments | tojson }}'
+    "{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA31 = (  # tools stand in the first question, a tool call is JSON, a result is of the role ipython
+    "{{ bos_token }}{% set ns = namespace(tools=tools) %}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_header_id|>\n\n' }}"
+    "{% if m.role == 'user' and ns.tools %}{% for tool in ns.tools %}{{ (tool | tojson) + '\n\n' }}{% endfor %}"
+    "{% set ns.tools = none %}{% endif %}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content | trim }}{% endif %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 PLAIN = (  # no token ends a turn
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -75,3 +104,70 @@ def gemma() -> PreTrainedTokenizerFast:
 def plain() -> PreTrainedTokenizerFast:
     """A template without any special token; EOS has to end the response."""
     return toy_tokenizer(PLAIN, eos="</s>", bos="<s>", adds_bos=True)
+
+
+# --- Trained -------------------------------------------------------------------------------------------------------
+
+_CORPUS = [
+    "What is the capital of Norway? The capital of Norway is Oslo.\n\nIt lies at the end of a fjord.",
+    "user\nassistant\nsystem\n\nuser: a\nassistant: the answer is yes, and the question was no.\n",
+    '{"name": "weather", "arguments": {"city": "Oslo"}}\n\n  indented   text, with   spaces\n\n\n',
+    "the words of the answer, the words of the question; goodbye and hello, hello and goodbye!",
+] * 4
+_LLAMA3_WORDS = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@cache
+def _trained(kind: str) -> str:
+    """A small BPE as the families have it: bytes of words, bytes of Llama 3's words, or Gemma's letters and spaces."""
+    inner: Any = Tokenizer(models.BPE())
+    if kind == "gemma":
+        inner.normalizer = normalizers.Replace(" ", "▁")
+        inner.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+        model = json.loads(inner.to_str())["model"]
+        tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+        vocabulary = {token: at for at, token in enumerate(tokens)}
+        inner = Tokenizer(models.BPE(vocabulary, [tuple(pair) for pair in model["merges"]], byte_fallback=True))
+        inner.normalizer = normalizers.Replace(" ", "▁")
+        inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        return inner.to_str()
+    words = pre_tokenizers.Split(_LLAMA3_WORDS, "isolated") if kind == "llama3" else None
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_]) if words else bytes_
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        _CORPUS, trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=alphabet)
+    )
+    return inner.to_str()
+
+
+def _finished(
+    kind: str, template: str, eos: str, bos: str | None = None, special: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
+    inner: Any = Tokenizer.from_str(_trained(kind))
+    inner.add_special_tokens(list(dict.fromkeys(token for token in (bos, eos, *special) if token)))
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, inner.token_to_id(bos))])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=bos, eos_token=eos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained_chatml() -> PreTrainedTokenizerFast:
+    """As Qwen 3: no BOS; its template writes tools, tool calls and reasoning."""
+    return _finished("chatml", QWEN3, "<|im_end|>", special=["<|im_start|>"])
+
+
+def trained_llama3() -> PreTrainedTokenizerFast:
+    """As Llama 3.1: two line ends are one token, which a third joins; BOS from template and tokenizer."""
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    return _finished("llama3", LLAMA31, "<|end_of_text|>", "<|begin_of_text|>", headers)
+
+
+def trained_gemma() -> PreTrainedTokenizerFast:
+    """As Gemma: no words, so that tokens reach across them; unknown letters are bytes."""
+    return _finished("gemma", GEMMA, "<eos>", "<bos>", ["<start_of_turn>", "<end_of_turn>"])

@@ -1,0 +1,16 @@
+"""From a user's rows to the tensors of a step. `render` shows what a format makes of a row."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastpref.data.rendering import render
+
+__all__ = ["render"]
+
+
+def __getattr__(name: str):
+    if name == "render":
+        from fastpref.data.rendering import render
+
+        return render
+    raise AttributeError(f"module 'fastpref.data' has no attribute {name!r}")

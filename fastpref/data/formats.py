@@ -1,200 +1,198 @@
-"""From a row of a file to a prompt and its completions.
+"""Formats by name: from what a config says under `format` to a function that reads rows.
 
-A format is a function from a row to a `Paired` or an `Unpaired`. Prompts and completions are either text or lists of
-chat messages; `tokenize.py` renders the latter with the tokenizer's chat template.
+A format is a function from a row to a `Paired` or an `Unpaired` (content.py). Its prompt and responses are either text
+or lists of chat messages, which `chat.py` writes with a chat template.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
-Message = dict[str, Any]
-Content = str | list[Message]  # text, or chat messages
-Row = Mapping[str, Any]
+from pydantic import TypeAdapter, ValidationError
+
+from fastpref.data import chat_formats, templates
+from fastpref.data.chat_formats import detect
+from fastpref.data.content import Content, Format, Message, Paired, Row, RowError, Unpaired, read_label, unpair
+from fastpref.data.function import is_function, load_function
+
+__all__ = [
+    "NAMES", "Content", "Format", "Message", "Paired", "Row", "RowError", "Unpaired", "check_format", "detect",
+    "explained",
+    "find_format", "fitting", "options_of", "read_label", "unpair",
+]  # fmt: skip
+
+Read = Callable[[Row], Paired | Unpaired]
 
 
 @dataclass(frozen=True)
-class Paired:
-    prompt: Content
-    chosen: Content
-    rejected: Content
+class _Named:
+    """A format under its name: how it reads pairs, and how single responses where it can."""
+
+    paired: Callable[[Any], Read]
+    unpaired: Callable[[Any], Read] | None = None
+    options: type | None = None
+    completion: str = "completion"  # the option, or else the column, whose column marks a single response
+    columns: tuple[tuple[str, ...], ...] = ()  # for pairs: one of each group
+    unpaired_columns: tuple[tuple[str, ...], ...] | None = None
 
 
-@dataclass(frozen=True)
-class Unpaired:
-    prompt: Content
-    completion: Content
-    label: bool
+def _text_formats() -> dict[str, _Named]:
+    """chatml.* and llama3.*: the same columns in either template."""
+    made = {}
+    for family, template in templates.TEMPLATES.items():
+        for name, read in templates.PAIRED.items():
+            single = templates.UNPAIRED.get(name)
+            made[f"{family}.{name}"] = _Named(
+                paired=lambda _, read=read, template=template: lambda row: read(template, row),
+                unpaired=single and (lambda _, read=single, template=template: lambda row: read(template, row)),
+                columns=templates.COLUMNS[name],
+                unpaired_columns=templates.UNPAIRED_COLUMNS.get(name),
+            )
+    return made
 
 
-@dataclass(frozen=True)
-class Format:
-    name: str
-    """What was recognised, in words."""
-    read: Callable[[Row], Paired | Unpaired]
-    """Raises ValueError for a row that is not of the format."""
+def _chat_formats() -> dict[str, _Named]:
+    return {
+        f"chat_template.{name}": _Named(
+            paired=read,
+            unpaired=chat_formats.UNPAIRED.get(name),
+            options=chat_formats.ChatOptions,
+            columns=tuple((column,) for column in chat_formats.COLUMNS[name]),
+            unpaired_columns=(("messages", "prompt"), ("label",)) if name in chat_formats.UNPAIRED else None,
+        )
+        for name, read in chat_formats.PAIRED.items()
+    }
 
 
-def detect(row: Row) -> Format | None:
-    """The format that a first row's columns and types speak for, or None."""
-    chosen, rejected, prompt = row.get("chosen"), row.get("rejected"), row.get("prompt")
-    if chosen is not None and rejected is not None:
-        if _is_turns(row.get("conversations")):
-            return Format("ShareGPT conversations with chosen and rejected", _paired_from("conversations"))
-        if _is_turns(row.get("messages")):
-            return Format("messages with chosen and rejected", _paired_from("messages"))
-        if _is_turns(prompt):
-            return Format("a prompt of messages with chosen and rejected", _paired_from("prompt"))
-        if _is_conversation(chosen) and _is_conversation(rejected):
-            return Format("chosen and rejected conversations that share their prompt", _paired_implicit)
-        if isinstance(prompt, str):
-            return Format("text prompt, chosen and rejected", _paired_from("prompt"))
-        return None
-    if "label" in row:
-        if "completion" in row and prompt is not None:
-            return Format("prompt, completion and label", _unpaired_from("prompt"))
-        for column in ("messages", "conversations"):
-            if _is_turns(row.get(column)):
-                return Format(f"{column} and label", _unpaired_last_turn(column))
-    return None
-
-
-def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
-    """A pair as a desirable and an undesirable response."""
-    return Unpaired(pair.prompt, pair.chosen, True), Unpaired(pair.prompt, pair.rejected, False)
-
-
-def _paired_from(column: str) -> Callable[[Row], Paired]:
-    def read(row: Row) -> Paired:
-        prompt, chosen, rejected = _prompt_and_responses(row, column, "chosen", "rejected")
-        return Paired(prompt, chosen, rejected)
-
-    return read
-
-
-def _paired_implicit(row: Row) -> Paired:
-    """The prompt is what both conversations begin with; each keeps at least its last turn as the response."""
-    chosen, rejected = _turns(row["chosen"], "chosen"), _turns(row["rejected"], "rejected")
-    shared = 0
-    for ours, theirs in zip(chosen[:-1], rejected[:-1]):
-        if ours != theirs:
-            break
-        shared += 1
-    if not shared:
-        raise ValueError("chosen and rejected do not begin with the same turn, so there is no prompt")
-    return Paired(chosen[:shared], chosen[shared:], rejected[shared:])
-
-
-def _unpaired_from(column: str) -> Callable[[Row], Unpaired]:
-    def read(row: Row) -> Unpaired:
-        prompt, completion = _prompt_and_responses(row, column, "completion")
-        return Unpaired(prompt, completion, read_label(row["label"]))
-
-    return read
-
-
-def _unpaired_last_turn(column: str) -> Callable[[Row], Unpaired]:
-    def read(row: Row) -> Unpaired:
-        turns = _turns(row[column], column)
-        if len(turns) < 2 or turns[-1]["role"] != "assistant":
-            raise ValueError(f"{column} must end with an assistant turn that answers something before it")
-        return Unpaired(turns[:-1], turns[-1:], read_label(row["label"]))
-
-    return read
-
-
-def read_label(value: Any) -> bool:
-    """true/false as a boolean, 0/1, or the words in any case."""
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return bool(value)
-    raise ValueError(f"label must be true or false, 0 or 1, got {value!r}")
-
-
-def _prompt_and_responses(row: Row, column: str, *responses: str) -> list[Content]:
-    """All text, or all messages: a text prompt before any response of messages is a user's turn."""
-    prompt = _content(row, column)
-    if isinstance(prompt, str) and not all(isinstance(row[name], str | None) for name in responses):
-        prompt = [{"role": "user", "content": prompt}]
-    return [prompt, *(_response(row, name, prompt) for name in responses)]
-
-
-def _content(row: Row, column: str) -> Content:
-    value = row[column]
-    if isinstance(value, str):
-        return value
-    turns = _turns(value, column)
-    if not turns:
-        raise ValueError(f"{column} is empty")
-    return turns
-
-
-def _response(row: Row, column: str, prompt: Content) -> Content:
-    """A response after its prompt: text, a message or messages; text after messages is an assistant's turn."""
-    value = row[column]
-    if isinstance(value, str):
-        return value if isinstance(prompt, str) else [{"role": "assistant", "content": value}]
-    if value is None:
-        raise ValueError(f"{column} is missing")
-    return _turns([value] if isinstance(value, Mapping) else value, column)
-
-
-# ShareGPT's names for roles.
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
+_PAIR = (("prompt",), ("chosen",), ("rejected",))
+_SINGLE = (("prompt",), ("completion",), ("label",))
+_FORMATS: dict[str, _Named] = {
+    **_text_formats(),
+    **_chat_formats(),
+    "zephyr.nectar": _Named(lambda _: templates.nectar, columns=(("prompt",), ("answers",))),
+    "passthrough": _Named(
+        lambda _: templates.passthrough,
+        lambda _: templates.passthrough_unpaired,
+        columns=_PAIR,
+        unpaired_columns=_SINGLE,
+    ),
+    "table": _Named(
+        lambda table: table.paired,
+        lambda table: table.unpaired,
+        options=templates.Table,
+        columns=_PAIR,
+        unpaired_columns=_SINGLE,
+    ),
 }
-_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+NAMES = ("auto", *_FORMATS)
 
 
-def _turns(value: Any, column: str) -> list[Message]:
-    """Chat messages from `role`/`content` or ShareGPT's `from`/`value`. Other keys pass through to the template."""
-    if not isinstance(value, list):
-        raise ValueError(f"{column} must be text or a list of messages, got {type(value).__name__}")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, Mapping) or not _is_turn(turn):
-            raise ValueError(f"{column} holds {turn!r:.80}, a message has role and content (or from and value)")
-        message = {k: v for k, v in _without_none(turn).items() if k not in ("from", "value")}
-        role = turn.get("role") or turn.get("from")
-        message["role"] = _role(turn)
-        if message["role"] not in _KNOWN_ROLES:
-            known = ", ".join((*_KNOWN_ROLES, *_ROLES))
-            raise ValueError(f"{column} has a turn of role {role!r}; known roles are {known}")
-        if "content" not in message and "tool_calls" not in message:
-            if not isinstance(turn.get("value"), str):
-                raise ValueError(f"{column} has a turn of role {role!r} without content")
-            message["content"] = turn["value"]
-        turns.append(message)
-    return turns
+def options_of(name: str) -> tuple[str, ...]:
+    """The names of a format's options."""
+    options = _FORMATS[name].options if name in _FORMATS else None
+    return tuple(options.__dataclass_fields__) if options else ()
 
 
-def _without_none(value: Any) -> Any:
-    """A table fills keys that only some messages or tool calls have with None; a template must not see those."""
-    if isinstance(value, Mapping):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+def check_format(given: Any) -> None:
+    """Raise ValueError for a name or an option that no format has, beginning with the option's name."""
+    name, options = _split(given)
+    if not is_function(name):
+        _options(name, options)
+    elif options:
+        raise ValueError(f"{next(iter(options))}: a function of your own takes no options")
 
 
-def _role(turn: Mapping[str, Any]) -> str:
-    role = str(turn.get("role") or turn.get("from"))
-    return _ROLES.get(role, role)
+def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | None:
+    """The format of a config's `format`, a name or a table of `type` and options; None for "auto", which needs a row.
+
+    With `unpaired`, rows with a single response are read where the format has such; pairs are read as pairs all the
+    same. Raises ValueError as `check_format`, UserError for a function or chat template that cannot be loaded.
+    """
+    name, options = _split(given)
+    if is_function(name):
+        check_format(given)
+        return load_function(name)
+    made = _options(name, options)
+    if name == "auto":
+        return None
+    if isinstance(made, chat_formats.ChatOptions):
+        made = made.loaded()
+    named = _FORMATS[name]
+    paired = named.paired(made)
+    if not unpaired or named.unpaired is None:
+        return Format(name, paired)
+    single = named.unpaired(made)
+    chosen = getattr(made, "field_chosen", "chosen")
+    completion = getattr(made, "field_completion", "completion")
+    pairs = [group for group in named.columns if group[0] == "chosen"]
+    alternatives = pairs[0][1:] if pairs else ()
+
+    def read(row: Row) -> Paired | Unpaired:
+        is_pair = any(row.get(name) is not None for name in (chosen, *alternatives))
+        return paired(row) if is_pair and row.get(completion) is None else single(row)
+
+    return Format(name, read)
 
 
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value.get("role") or value.get("from"))
+def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
+    """The named formats that would read rows of these columns."""
+
+    def fits(groups: tuple[tuple[str, ...], ...] | None) -> bool:
+        return bool(groups) and all(columns & set(group) for group in groups)
+
+    return [
+        name for name, named in _FORMATS.items() if fits(named.columns) or (unpaired and fits(named.unpaired_columns))
+    ]
 
 
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_turn(turn) for turn in value)
+def explained(said: str, columns: set[str], *, unpaired: bool) -> str:
+    """A message about columns, with what would read them."""
+    names = fitting(columns, unpaired=unpaired)
+    named = f"these columns fit format = {', '.join(map(repr, names))}; " if names else ""
+    return f'{said}; {named}your own columns are named by format = {{ field_prompt = "...", ... }}'
 
 
-def _is_conversation(value: Any) -> bool:
-    """A list of messages that carries its own prompt: more than an answer."""
-    return _is_turns(value) and len(value) > 1 and _role(value[0]) != "assistant"
+def _split(given: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(given, str):
+        return given, {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"must be a name or a table, got {given!r}")
+    options = dict(given)
+    name = options.pop("type", "table")
+    if not isinstance(name, str):
+        raise ValueError(f"type: must be a format's name, got {name!r}")
+    return name, options
+
+
+def _options(name: str, options: Mapping[str, Any]) -> Any:
+    """A format's options, checked."""
+    if name not in NAMES:
+        near = get_close_matches(name.lower(), NAMES, n=3, cutoff=0.6)
+        hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+        raise ValueError(
+            f"there is no format {name!r}{hint}; known are {', '.join(NAMES)}, a table of your columns "
+            '({ field_prompt = "question", ... }), and "module:function"'
+        )
+    schema = _FORMATS[name].options if name != "auto" else None
+    if schema is None:
+        if options:
+            raise ValueError(f"{next(iter(options))}: the format {name} has no options")
+        return None
+    try:
+        return TypeAdapter(schema).validate_python(dict(options))
+    except ValidationError as error:
+        problem = error.errors()[0]
+    option = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "unexpected_keyword_argument":
+        near = get_close_matches(option, options_of(name), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{option}: the format {name} has no such option{hint}; it has {', '.join(options_of(name))}")
+    if problem["type"] == "value_error":
+        raise ValueError(problem["msg"].removeprefix("Value error, "))
+    wanted = {
+        "roles": "a table of lists, a role for the template = the roles in the data",
+        "message_property_mappings": "a table of names, a message's property = its key in the data",
+        "tools": "a list of tools' JSON schemas, or the column that holds them",
+    }.get(option, "text")
+    raise ValueError(f"{option}: must be {wanted}, got {options[option]!r}")

@@ -1,30 +1,49 @@
-"""Where rows come from: files and hub data sets, read, put into one form, and split."""
+"""The rows that a config names: read, put into the form its method needs, weighted, and split.
+
+Rows are converted when they are asked for; what is held of them is where they stand.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import datasets
 
 from fastpref.config import Config, DataConfig
-from fastpref.data.formats import Format, Paired, Unpaired, detect, unpair
+from fastpref.data.content import MISSING_COLUMN, Format, Paired, RowError, Unpaired, unpair
+from fastpref.data.formats import detect, explained, find_format
+from fastpref.data.opening import open_records
+from fastpref.data.records import Records
 from fastpref.errors import UserError
 
-_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_TEXT = ("prompt", "chosen", "rejected", "completion")
-# Of the readers of `datasets`. In the text columns of a CSV file "None" and "42" are words like any other.
-_OPTIONS: dict[str, Any] = {"csv": {"converters": dict.fromkeys(_TEXT, str), "keep_default_na": False}}
+_REMEDY = '; mend the row, or leave such rows out with on_error = "drop"'
+_LOOKED_AT = 100  # rows, for one that speaks for a format
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands, in words once they are asked for: `file:line`, or `file, row N` counted from 0."""
+
+    records: Records
+    at: int
+
+    def __str__(self) -> str:
+        return self.records.place(self.at)
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row in the form its method needs, and its place for messages: `file, row 12` (counted from 0)."""
+    """A row in the form its method needs, and its place for messages."""
 
     content: Paired | Unpaired
-    place: str
+    place: str | Place
+    droppable: bool = False
+    """Whether a later mistake in it leaves it out (on_error = "drop") instead of being an error."""
 
     @property
     def question(self) -> str:
@@ -34,131 +53,222 @@ class SourceRow:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Records and the format that reads them."""
+
+    data: DataConfig
+    records: Records
+    form: Format
+    unpaired: bool  # whether the method takes single responses
+
+    @property
+    def name(self) -> str:
+        return Path(self.data.path).name
+
+    def contents(self, at: int) -> tuple[Paired | Unpaired, ...]:
+        """What a row becomes: itself, or a pair's two halves for KTO. Raises RowError for a row of another form."""
+        raw = self.records[at]
+        content = self.form.read(raw)
+        if isinstance(content, Paired) and self.unpaired:
+            return unpair(content)
+        if isinstance(content, Unpaired) and not self.unpaired:
+            raise UserError(
+                f"{self.records.place(at)}: this loss compares a chosen with a rejected response, and there is only "
+                f'one here (the columns are {", ".join(map(str, raw))}); use loss.type = "kto", or data with chosen '
+                "and rejected"
+            )
+        return (content,)
+
+
+class Rows(Sequence[SourceRow]):
+    """Rows of one or several sources, converted as they are read."""
+
+    def __init__(self, sources: Sequence[Source] = ()):
+        self.sources = tuple(sources)
+        self._source, self._at, self._part = array("i"), array("q"), array("b")
+
+    def add(self, source: int, at: int, part: int) -> None:
+        self._source.append(source)
+        self._at.append(at)
+        self._part.append(part)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    @overload
+    def __getitem__(self, index: int) -> SourceRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SourceRow]: ...
+    def __getitem__(self, index: int | slice) -> SourceRow | list[SourceRow]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        source, at = self.sources[self._source[index]], self._at[index]
+        content = source.contents(at)[self._part[index]]
+        return SourceRow(content, Place(source.records, at), source.data.on_error == "drop")
+
+
+@dataclass(frozen=True)
 class Prepared:
-    train: list[SourceRow]
-    heldout: list[SourceRow]
+    train: Rows
+    heldout: Rows
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
 
 
 def prepare(config: Config) -> Prepared:
-    """Read the training and the held-out rows of a config, paired or unpaired as its loss needs them.
+    """Open the training and the held-out rows of a config, paired or unpaired as its loss needs them.
 
-    Raises UserError, naming the file, the columns or the row.
+    Every row is read once, so that mistakes are found here. Raises UserError, naming the file, the columns or the row.
     """
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read, our message says
     notes: list[str] = []
-    unpaired = config.loss.type == "kto"
-    train = [row for data in config.data for row in _read(data, unpaired, notes)]
-    heldout = [row for data in config.eval.data for row in _read(data, unpaired, notes)]
-    if config.eval.fraction is not None:
-        train, heldout = split_by_prompt(train, config.eval.fraction)
-        if not heldout or not train:
-            raise UserError(
-                f"eval.fraction = {config.eval.fraction} leaves {len(train)} rows to train on and {len(heldout)} to "
-                "evaluate on; choose another fraction, or more data"
-            )
+    fraction = config.eval.fraction
+    train, heldout = _gather(config.data, config, notes, fraction or 0.0)
+    if fraction is None:
+        heldout, _ = _gather(config.eval.data, config, notes, 0.0)
+    elif not heldout or not train:
+        raise UserError(
+            f"eval.fraction = {fraction} leaves {len(train)} rows to train on and {len(heldout)} to "
+            "evaluate on; choose another fraction, or more data"
+        )
     return Prepared(train, heldout, notes)
 
 
-def split_by_prompt(rows: Iterable[SourceRow], fraction: float) -> tuple[list[SourceRow], list[SourceRow]]:
-    """Hold out about `fraction` of the prompts, chosen by a hash: a prompt is never on both sides."""
-    train, heldout = [], []
-    for row in rows:
-        digest = hashlib.sha256(json.dumps(row.content.prompt, sort_keys=True, default=str).encode()).digest()
-        share = int.from_bytes(digest[:8], "big") / 2**64
-        (heldout if share < fraction else train).append(row)
+def share(prompt: Any) -> float:
+    """A number in [0, 1) by a hash of a prompt: those below `eval.fraction` are held out, whatever is beside them."""
+    digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def repeats(count: int, weight: float) -> Iterable[int]:
+    """Which of `count` rows to use for a weight: all ⌊weight⌋ times, then a share by a hash of their number.
+
+    The share of a smaller weight is part of that of a larger one; rows keep their order.
+    """
+    whole = math.floor(weight)
+    for _ in range(whole):
+        yield from range(count)
+    extra = round((weight - whole) * count)
+    if extra:
+        yield from sorted(sorted(range(count), key=lambda at: hashlib.sha256(str(at).encode()).digest())[:extra])
+
+
+def _gather(sources: Sequence[DataConfig], config: Config, notes: list[str], fraction: float) -> tuple[Rows, Rows]:
+    """The rows of several sources, one after the other, and those that `fraction` holds out."""
+    opened = [_source(data, config.loss.type == "kto") for data in sources]
+    train, heldout = Rows(opened), Rows(opened)
+    seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
+    for number, source in enumerate(opened):
+        kept = _survey(source, fraction, seen, notes)
+        before = len(train) + len(heldout)
+        for i in repeats(len(kept.at), source.data.weight):
+            rows = heldout if fraction and kept.share[i] < fraction else train
+            for part in range(kept.parts[i]):
+                rows.add(number, kept.at[i], part)
+        if source.data.weight != 1:
+            used = len(train) + len(heldout) - before
+            if not used:
+                raise UserError(f"{source.data.path}: weight {source.data.weight:g} leaves no row; choose a larger one")
+            notes.append(f"{source.name}: weight {source.data.weight:g} makes {used} rows of {sum(kept.parts)}")
     return train, heldout
 
 
-def _read(data: DataConfig, unpaired: bool, notes: list[str]) -> list[SourceRow]:
-    table = _load(data)
-    if data.rows is not None:
-        table = table.select(range(min(data.rows, len(table))))
-    if not len(table):
-        raise UserError(f"{data.path}: there are no rows")
-    form = _detect(table, data)
-    notes.append(f"{_short(data)}: {len(table)} rows of {form.name}")
-    rows = [
-        row for at, raw in enumerate(table) for row in _convert(raw, f"{data.path}, row {at}", form, unpaired, table)
-    ]
-    if len(rows) > len(table):
-        notes.append(
-            f"{_short(data)}: KTO takes single responses, so each pair counts as one good and one bad response"
+def _source(data: DataConfig, unpaired: bool) -> Source:
+    records = open_records(data)
+    try:
+        form = find_format(data.format, unpaired=unpaired) or _detected(records, data, unpaired)
+    except ValueError as error:
+        raise UserError(f"{data.path}: format: {error}") from None
+    return Source(data, records, form, unpaired)
+
+
+def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
+    """What the first row that speaks for a format says. Raises UserError if none does."""
+    broken: RowError | None = None
+    columns: dict[str, None] = {}
+    for at in range(min(_LOOKED_AT, data.rows or len(records), len(records))):
+        try:
+            row = records[at]
+        except RowError as error:
+            if data.on_error == "error":
+                raise UserError(_at(records, at, error) + _REMEDY) from None
+            broken = broken or error
+            continue
+        columns |= dict.fromkeys(map(str, row))
+        if form := detect(row):
+            return form
+    if not columns:
+        raise UserError(f"{data.path}: no row can be read; the first: {_at(records, 0, broken)}")
+    raise UserError(
+        explained(
+            f"{data.path}: the columns {', '.join(columns)} are of no format that auto knows, which are prompt, chosen "
+            "and rejected; chosen and rejected conversations; conversations, chosen and rejected; prompt, completion "
+            "and label; messages and label",
+            set(columns),
+            unpaired=unpaired,
         )
-    return rows
+    )
 
 
-def _convert(raw: Any, place: str, form: Format, unpaired: bool, table: datasets.Dataset) -> list[SourceRow]:
-    try:
-        content = form.read(raw)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}: {error}") from None
-    if isinstance(content, Paired) and unpaired:
-        return [SourceRow(half, place) for half in unpair(content)]
-    if isinstance(content, Unpaired) and not unpaired:
-        raise UserError(
-            f"{place}: this loss compares a chosen with a rejected response, and there is only one here (the columns "
-            f'are {", ".join(table.column_names)}); use loss.type = "kto", or data with chosen and rejected'
-        )
-    return [SourceRow(content, place)]
+@dataclass
+class _Kept:
+    """The usable rows of a source: their numbers, how many rows each makes, and the share of their prompts."""
+
+    at: array = field(default_factory=lambda: array("q"))
+    parts: array = field(default_factory=lambda: array("b"))
+    share: array = field(default_factory=lambda: array("d"))
 
 
-def _detect(table: datasets.Dataset, data: DataConfig) -> Format:
-    first = table[0]
-    form = detect(first)
-    if form is None:
-        raise UserError(
-            f"{data.path}: the columns {', '.join(table.column_names)} are of no known format; known are prompt, "
-            "chosen and rejected; chosen and rejected conversations; conversations, chosen and rejected; prompt, "
-            "completion and label; messages and label"
-        )
-    return form
+def _survey(source: Source, fraction: float, seen: set[bytes] | None, notes: list[str]) -> _Kept:
+    """Read every row of a source once: what can be used, and notes of what was found and left out."""
+    count = min(source.data.rows or len(source.records), len(source.records))
+    notes.append(f"{source.name}: {count} rows of {source.form.name}")
+    kept, duplicates = _Kept(), 0
+    dropped: dict[str, tuple[int, str]] = {}  # kind of mistake → how many, and the first of them
+    for at in range(count):
+        try:
+            contents = source.contents(at)
+        except RowError as error:
+            if source.data.on_error == "error":
+                remedy = "" if error.kind == MISSING_COLUMN else _REMEDY
+                raise UserError(_row_error(source, at, error) + remedy) from None
+            many, first = dropped.get(error.kind, (0, ""))
+            dropped[error.kind] = many + 1, first or _row_error(source, at, error)
+            continue
+        if seen is not None:
+            digest = _digest(contents)
+            if digest in seen:
+                duplicates += 1
+                continue
+            seen.add(digest)
+        kept.at.append(at)
+        kept.parts.append(len(contents))
+        kept.share.append(share(contents[0].prompt) if fraction else 0.0)
+    if dropped:
+        total = sum(many for many, _ in dropped.values())
+        said = "; ".join(f"{many} {kind} (the first: {first})" for kind, (many, first) in dropped.items())
+        if total == count:
+            raise UserError(f"{source.data.path}: none of the {count} rows can be used: {said}")
+        notes.append(f"{source.name}: {total} of {count} rows left out: {said}")
+    if duplicates:
+        notes.append(f"{source.name}: {duplicates} exact duplicates left out")
+    if 2 in kept.parts:
+        notes.append(f"{source.name}: KTO takes single responses, so each pair counts as one good and one bad response")
+    return kept
 
 
-def _load(data: DataConfig) -> datasets.Dataset:
-    try:
-        path = Path(data.path).expanduser()
-    except RuntimeError:  # ~name, and nobody of that name
-        raise UserError(f"{data.path}: there is no such file") from None
-    if path.is_dir():
-        raise UserError(f"{data.path}: this is a folder; name a .json, .jsonl, .parquet or .csv file in it")
-    if not path.is_file():
-        if path.suffix in _LOADERS or data.path.startswith(("/", ".", "~")):
-            raise UserError(f"{data.path}: there is no such file")
-        return _load_from_hub(data)
-    loader = _LOADERS.get(path.suffix)
-    if loader is None:
-        raise UserError(f"{data.path}: files of kind {path.suffix!r} are not read; known are {', '.join(_LOADERS)}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{data.path}: the file is empty")
-    try:
-        loaded = datasets.load_dataset(loader, data_files=str(path), split="train", **_OPTIONS.get(loader, {}))
-    except Exception as error:  # datasets raises whatever its reader raises
-        if "corresponds to no data" in str(error):
-            raise UserError(f"{data.path}: there are no rows") from None
-        raise UserError(f"{data.path}: cannot be read as {loader}: {_cause(error)}") from None
-    assert isinstance(loaded, datasets.Dataset)
-    return loaded
+def _row_error(source: Source, at: int, error: RowError) -> str:
+    said = _at(source.records, at, error)
+    if error.kind != MISSING_COLUMN:
+        return said
+    return explained(said, set(source.records[at]), unpaired=source.unpaired)
 
 
-def _load_from_hub(data: DataConfig) -> datasets.Dataset:
-    try:
-        loaded = datasets.load_dataset(data.path, data.name, split=data.split, revision=data.revision)
-    except Exception as error:  # the hub, the network, the split, the configuration: each has its own kind
-        raise UserError(
-            f"{data.path}: neither a file here nor a data set that the hub gives us: {_cause(error)}"
-        ) from None
-    assert isinstance(loaded, datasets.Dataset)
-    return loaded
+def _at(records: Records, at: int, error: RowError | None) -> str:
+    return f"{records.place(at)}: {error}"
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost reason, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _short(data: DataConfig) -> str:
-    return Path(data.path).name
+def _digest(contents: Iterable[Paired | Unpaired]) -> bytes:
+    """Of everything that a row says: prompt, responses, label, tools."""
+    said = [[c.prompt, c.responses, getattr(c, "label", None), c.writing.tools] for c in contents]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()[:16]

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
-from fastpref.data.formats import Content, Paired, Unpaired
+from fastpref.data.chat import apply, write
+from fastpref.data.chat_templates import load_chat_template
+from fastpref.data.content import Paired, RowError, Unpaired, Writing
 from fastpref.data.sources import SourceRow
 from fastpref.errors import UserError
 
@@ -38,7 +39,9 @@ class Counts:
     empty: int = 0
     equal: int = 0
     promptless: int = 0
+    refused: int = 0
     merged: int = 0
+    foreign: int = 0
 
     def __str__(self) -> str:
         said = [f"{self.kept} of {self.rows} rows used"]
@@ -49,7 +52,9 @@ class Counts:
             "empty": "dropped with an empty response",
             "equal": "dropped with equal responses",
             "promptless": "dropped without a prompt",
+            "refused": "dropped as the chat template refuses them",
             "merged": "with a token across the end of the prompt",
+            "foreign": "that end with EOS because their format's end of a turn is no token of this tokenizer",
         }
         said += [
             f"{getattr(self, f.name)} {words[f.name]}"
@@ -68,7 +73,7 @@ def tokenize(
     that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly
     once. Raises UserError naming a row that the template refuses, or that `options` makes an error of.
     """
-    ends = EndTokens.of(tokenizer)
+    ends = _EndTokens(tokenizer)
     counts = Counts(rows=len(rows))
     examples = []
     for row in rows:
@@ -80,64 +85,90 @@ def tokenize(
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Set a template given in the config: Jinja, or a file that holds it."""
-    if template is None:
-        return
-    if "{" not in template:
-        try:
-            template = Path(template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"tokens.chat_template: {template}: cannot be read: {error}") from None
-    tokenizer.chat_template = template
+    """Set the template of a config's tokens.chat_template: a known name, Jinja, or a file that holds it."""
+    loaded = load_chat_template(template, "tokens.chat_template")
+    if loaded is not None:
+        tokenizer.chat_template = loaded
 
 
 @dataclass(frozen=True)
-class EndTokens:
-    """The tokens that end a response."""
+class End:
+    """The token that ends a response, and those that count as an end where the response has one already."""
 
-    text: int  # after plain text: EOS
-    chat: int  # after a chat template's assistant turn
+    token: int
+    known: frozenset[int]
+    foreign: bool = False  # the text's own end is no token of this tokenizer
 
-    def __contains__(self, token: int) -> bool:
-        return token in (self.text, self.chat)
 
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "EndTokens":
-        eos = _only_id(tokenizer.eos_token_id)
-        turn = _turn_end(tokenizer)
-        text, chat = eos if eos is not None else turn, turn if turn is not None else eos
-        if text is None or chat is None:
+class _EndTokens:
+    """The end of each way of writing, found once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        self._found: dict[tuple[bool, str | None], End] = {}
+
+    def of(self, content: Paired | Unpaired) -> End:
+        """EOS for text, unless it writes its own end; for chats what the template puts after an assistant's words."""
+        chat = not isinstance(content.prompt, str)
+        key = chat, content.writing.chat_template if chat else content.writing.end
+        if key not in self._found:
+            self._found[key] = self._find(*key)
+        return self._found[key]
+
+    def _find(self, chat: bool, writing: str | None) -> End:
+        eos = _only_id(self._tokenizer.eos_token_id)
+        turn = self._turn_end(writing if chat else None)
+        own = self._one_token(writing) if writing and not chat else None
+        token = next((id for id in ((turn, eos) if chat else (own, eos, turn)) if id is not None), None)
+        if token is None:
             raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
-        return cls(text, chat)
+        known = frozenset(id for id in (own, eos, turn) if id is not None)
+        return End(token, known, foreign=not chat and writing is not None and own is None)
 
+    def _turn_end(self, template: str | None) -> int | None:
+        """The special token that the chat template puts after an assistant's words."""
+        if not (template or self._tokenizer.chat_template):
+            return None
+        marker = "fastpref"
+        chat = [{"role": "user", "content": "-"}, {"role": "assistant", "content": marker}]
+        try:
+            rendered = apply(self._tokenizer, chat, Writing(chat_template=template))
+        except (TemplateError, TypeError, ValueError):
+            return None
+        tail = _encode(self._tokenizer, rendered.rpartition(marker)[2].lstrip())
+        return tail[0] if tail and tail[0] in self._special else None
 
-def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts after an assistant's words."""
-    if not tokenizer.chat_template:
-        return None
-    marker = "fastpref"
-    chat = [{"role": "user", "content": "-"}, {"role": "assistant", "content": marker}]
-    try:
-        rendered = tokenizer.apply_chat_template(chat, tokenize=False)
-    except (TemplateError, TypeError, ValueError):
-        return None
-    tail = _encode(tokenizer, str(rendered).rpartition(marker)[2].lstrip())
-    special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-    return tail[0] if tail and tail[0] in special else None
+    def _one_token(self, end: str) -> int | None:
+        ids = _encode(self._tokenizer, end)
+        return ids[0] if len(ids) == 1 and ids[0] in self._special else None
 
 
 def _example(
-    row: SourceRow, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, options: TokensConfig, counts: Counts
+    row: SourceRow, tokenizer: PreTrainedTokenizerBase, ends: _EndTokens, options: TokensConfig, counts: Counts
 ) -> Example | None:
     content = row.content
-    prompt_ids, full_ids, end = _render(content, _responses(content), tokenizer, ends, row.place)
+    end = ends.of(content)
+    try:
+        prompt_text, full_texts = write(content, tokenizer)
+    except RowError as error:
+        if not row.droppable:
+            raise UserError(f"{row.place}: {error}") from None
+        counts.refused += 1
+        return None
+    except UserError as error:
+        raise UserError(f"{row.place}: {error}") from None
+    encoded = [_encode(tokenizer, text) for text in (prompt_text, *full_texts)]
+    prompt_ids, full_ids = _with_bos(tokenizer, encoded, force=isinstance(content.prompt, str))
     shared = _common_prefix([prompt_ids, *full_ids])
     prompt = prompt_ids[:shared]
-    completions = [_ended(ids[shared:], end, ends, tokenizer) for ids in full_ids]
+    completions = [_ended(ids[shared:], end, tokenizer) for ids in full_ids]
     counts.merged += shared < len(prompt_ids)
+    counts.foreign += end.foreign
 
-    if any(not ids or (len(ids) == 1 and ids[0] in ends) for ids in completions):
-        return _refuse(row, "a response is empty", "empty", options.strict, counts)
+    for name, ids in zip(content.responses, completions):
+        if not ids or (len(ids) == 1 and ids[0] in end.known):
+            return _refuse(row, f"{name} is empty", "empty", options.strict, counts)
     if not prompt:
         return _refuse(row, "the prompt has no tokens", "promptless", options.strict, counts)
     fitted = _fit(row, prompt, completions, _only_id(tokenizer.bos_token_id), options, counts)
@@ -153,37 +184,6 @@ def _refuse(row: SourceRow, what: str, counter: str, strict: bool, counts: Count
     if strict:
         raise UserError(f"{row.place}: {what}; mend the row, or set tokens.strict = false to drop such rows")
     setattr(counts, counter, getattr(counts, counter) + 1)
-
-
-def _responses(content: Paired | Unpaired) -> list[Content]:
-    return [content.chosen, content.rejected] if isinstance(content, Paired) else [content.completion]
-
-
-def _render(
-    content: Paired | Unpaired,
-    responses: list[Content],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: EndTokens,
-    place: str,
-) -> tuple[Ids, list[Ids], int]:
-    """Token ids of the prompt and of the prompt with each response, and the token that ends a response."""
-    prompt = content.prompt
-    if isinstance(prompt, str):
-        texts = [prompt, *(prompt + str(response) for response in responses)]
-        return *_with_bos(tokenizer, [_encode(tokenizer, text) for text in texts], force=True), ends.text
-    if not tokenizer.chat_template:
-        raise UserError(f"{place}: the row is a chat, and the tokenizer has no chat template; set tokens.chat_template")
-    answered = prompt[-1]["role"] == "assistant"  # the response goes on after an assistant's turn
-    try:
-        texts = [_chat(tokenizer, prompt, generation_prompt=not answered)]
-        texts += [_chat(tokenizer, [*prompt, *response]) for response in responses if isinstance(response, list)]
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{place}: the chat template refuses this row: {error}") from None
-    return *_with_bos(tokenizer, [_encode(tokenizer, text) for text in texts], force=False), ends.chat
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[Any], *, generation_prompt: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Ids:
@@ -210,18 +210,20 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase, sequences: list[Ids], *, force
 def _common_prefix(sequences: list[Ids]) -> int:
     shortest = min(map(len, sequences))
     first = sequences[0]
+    if all(ids[:shortest] == first[:shortest] for ids in sequences):  # the usual case, compared at once
+        return shortest
     return next((i for i in range(shortest) if any(ids[i] != first[i] for ids in sequences)), shortest)
 
 
-def _ended(ids: Ids, end: int, ends: EndTokens, tokenizer: PreTrainedTokenizerBase) -> Ids:
+def _ended(ids: Ids, end: End, tokenizer: PreTrainedTokenizerBase) -> Ids:
     """The response with its end token once: further ones and white space after it go, a missing one is added."""
     words = len(ids)
-    while words and (ids[words - 1] in ends or _is_blank(tokenizer, ids[words - 1])):
+    while words and (ids[words - 1] in end.known or _is_blank(tokenizer, ids[words - 1])):
         words -= 1
-    stop = next((at for at in range(words, len(ids)) if ids[at] in ends), None)
+    stop = next((at for at in range(words, len(ids)) if ids[at] in end.known), None)
     if stop is None:
-        return [*ids, end] if ids else []
-    return [*ids[:stop], end if end in ids[stop:] else ids[stop]]
+        return [*ids, end.token] if ids else []
+    return [*ids[:stop], end.token if end.token in ids[stop:] else ids[stop]]
 
 
 def _is_blank(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.config import Config, to_toml
+from fastpref.config import Config
+from fastpref.config_toml import to_toml
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
 

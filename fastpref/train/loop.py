@@ -161,7 +161,7 @@ class _Run:
         return row
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
-        rows = "; ".join(dict.fromkeys(example.row.place for example in examples))
+        rows = "; ".join(dict.fromkeys(str(example.row.place) for example in examples))
         what = f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; its rows are {rows}"
         if self.config.train.nonfinite == "stop":
             raise UserError(

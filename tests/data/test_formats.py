@@ -255,12 +255,12 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good fi
     "a missing prompt": (
         {"prompt": "q", "chosen": "yes", "rejected": "no"},
         {"prompt": None, "chosen": "yes", "rejected": "no"},
-        "prompt must be text or a list of messages, got NoneType",
+        "prompt is missing (null)",
     ),
     "a response that is a number": (
         {"prompt": "q", "chosen": "yes", "rejected": "no"},
         {"prompt": "q", "chosen": "yes", "rejected": 3},
-        "rejected must be text or a list of messages, got int",
+        "rejected must be text or a list of messages, got 3",
     ),
     "nothing shared": (
         {"chosen": [USER, YES], "rejected": [USER, NO]},
@@ -275,7 +275,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good fi
     "labelled messages that end with the user": (
         {"messages": [USER, YES], "label": True},
         {"messages": [USER, YES, USER], "label": True},
-        "messages must end with an assistant turn that answers something before it",
+        "messages ends with a turn of role 'user'; a response ends with the assistant's",
     ),
     "labelled messages of one turn": (
         {"messages": [USER, YES], "label": True},

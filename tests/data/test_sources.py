@@ -5,16 +5,17 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
-from fastpref.config import Config
+from fastpref.config import Config, load_config
 from fastpref.data.formats import Paired, Unpaired
-from fastpref.data.sources import Prepared, SourceRow, prepare, split_by_prompt
+from fastpref.data.sources import Prepared, SourceRow, prepare, repeats, share
 from fastpref.errors import UserError
 
 USER = {"role": "user", "content": 'q\n"1", é'}
@@ -34,6 +35,12 @@ def write(path: Path, rows: Rows) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".arrow":
+        table = Dataset.from_list(rows).data.table
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    elif path.suffix == ".folder":
+        Dataset.from_list(rows).save_to_disk(path)
     else:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -47,7 +54,13 @@ def prepared(*paths: Path | str, loss: str = "dpo", **tables: Any) -> Prepared:
     return prepare(Config.model_validate({"model": {"name": "m"}, "data": data, "loss": {"type": loss}, **tables}))
 
 
-def contents(rows: list[SourceRow]) -> list[Paired | Unpaired]:
+def place(path: Path, at: int) -> str:
+    """Of the row `at` in a file that `write` wrote: every row on one line, of a .json file all on the first."""
+    line = {".jsonl": f":{at + 1}", ".json": f":1, row {at}", ".csv": f":{at + 2}, row {at}"}
+    return f"{path}{line.get(path.suffix, f', row {at}')}"
+
+
+def contents(rows: Iterable[SourceRow]) -> list[Paired | Unpaired]:
     return [row.content for row in rows]
 
 
@@ -85,7 +98,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], str, Paired | Unpaired]] = {  # loss
         Unpaired([USER], [NO], False),
     ),
 }
-FILES = [(kind, suffix) for kind in KINDS for suffix in (".json", ".jsonl", ".parquet", ".csv")]
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".folder")
+FILES = [(kind, suffix) for kind in KINDS for suffix in SUFFIXES]
 FILES = [(kind, suffix) for kind, suffix in FILES if suffix != ".csv" or "text" in kind]  # a CSV has no lists
 
 
@@ -96,12 +110,11 @@ def test_every_kind_of_row_is_read_from_every_kind_of_file(tmp_path: Path, kind:
     path = write(tmp_path / f"rows{suffix}", [row, row])
     read = prepared(path, loss=loss)
     assert contents(read.train) == [content, content]
-    assert [row.place for row in read.train] == [f"{path}, row 0", f"{path}, row 1"]
-    assert read.heldout == []
+    assert len(read.heldout) == 0
     assert read.notes == [f"rows{suffix}: 2 rows of {name}"]
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow", ".folder"])
 def test_keys_that_only_some_messages_have(tmp_path: Path, suffix: str):
     """Tool calls and reasoning arrive as they were written, and nowhere else, though a table has them everywhere."""
     call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -146,6 +159,44 @@ def test_several_files_follow_each_other(tmp_path: Path):
     assert [note.partition(":")[0] for note in read.notes] == ["a.jsonl", "b.json", "c.parquet"]
 
 
+def test_formats_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each [[data]] is read by its own format, and functions and templates are found beside the config."""
+    (tmp_path / "run" / "elsewhere").mkdir(parents=True)
+    folder = tmp_path / "run"
+    monkeypatch.chdir(folder / "elsewhere")
+    (folder / "mine.py").write_text("def read(row): return {'prompt': row['q'], 'chosen': 'yes', 'rejected': 'no'}")
+    (folder / "mine.jinja").write_text("{{ messages }}")
+    write(folder / "a.jsonl", [{"q": "1"}])
+    write(folder / "b.csv", [{"question": "2", "chosen": "yes", "rejected": "no"}])
+    write(folder / "c.json", [{"talk": "3", "chosen": "yes", "rejected": "no"}])
+    (folder / "cfg.toml").write_text(
+        """
+        [model]
+        name = "m"
+        [[data]]
+        path = "a.jsonl"
+        format = "mine:read"
+        [[data]]
+        path = "b.csv"
+        format = { field_prompt = "question" }
+        [[data]]
+        path = "c.json"
+        [data.format]
+        type = "chat_template.default"
+        field_messages = "talk"
+        chat_template = "mine.jinja"
+        """
+    )
+    read = prepare(load_config(folder / "cfg.toml"))
+    assert [row.content.prompt for row in read.train] == ["1", "2", [{"role": "user", "content": "3"}]]
+    assert read.train[2].content.writing.chat_template == "{{ messages }}"
+    assert [note.partition(": ")[2] for note in read.notes] == [
+        "1 rows of the function read",
+        "1 rows of table",
+        "1 rows of chat_template.default",
+    ]
+
+
 def test_the_question_of_a_row():
     """A row's question is its text prompt, or the words of the prompt's last turn."""
     assert SourceRow(Paired("q", "yes", "no"), "").question == "q"
@@ -162,7 +213,7 @@ def test_pairs_given_to_kto_are_unpaired_and_said_to_be(tmp_path: Path):
     read = prepared(path, loss="kto")
     halves = [Unpaired(TEXT["prompt"], "yes", True), Unpaired(TEXT["prompt"], "no", False)]
     assert contents(read.train) == halves * 2
-    assert [row.place for row in read.train] == [f"{path}, row {at}" for at in (0, 0, 1, 1)]
+    assert [str(row.place) for row in read.train] == [f"{path}:{line}" for line in (1, 1, 2, 2)]
     assert read.notes[1:] == [
         "pairs.jsonl: KTO takes single responses, so each pair counts as one good and one bad response"
     ]
@@ -172,57 +223,131 @@ def test_pairs_given_to_kto_are_unpaired_and_said_to_be(tmp_path: Path):
 def test_single_responses_are_refused_where_pairs_are_needed(tmp_path: Path, loss: str):
     """Every other method refuses labelled data, naming the columns there are and the method that takes them."""
     path = write(tmp_path / "rows.jsonl", [LABELLED])
-    said = re.escape(f"{path}, row 0: ") + ".*the columns are prompt, completion, label.*" + re.escape('type = "kto"')
+    said = re.escape(f"{path}:1: ") + ".*the columns are prompt, completion, label.*" + re.escape('type = "kto"')
     with pytest.raises(UserError, match=said):
         prepared(path, loss=loss)
 
 
 # --- Mistakes ------------------------------------------------------------------------------------------------------
 
-KNOWN = (
-    "known are prompt, chosen and rejected; chosen and rejected conversations; conversations, chosen and rejected; "
-    "prompt, completion and label; messages and label"
+AUTO = (
+    "of no format that auto knows, which are prompt, chosen and rejected; chosen and rejected conversations; "
+    "conversations, chosen and rejected; prompt, completion and label; messages and label"
 )
+OWN = 'your own columns are named by format = { field_prompt = "...", ... }'
 PAIR_LINE = json.dumps(TEXT) + "\n"
 BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, what it holds, what is said after the name
     "no file": ("none.jsonl", None, ": there is no such file"),
     "an empty file": ("a.json", "", ": the file is empty"),
     "white space": ("a.jsonl", " \n\n", ": there are no rows"),
-    "an empty array": ("a.json", "[]", ": there are no rows"),
+    "an empty array": ("a.json", " [ ]\n", ": there are no rows"),
     "only a header": ("a.csv", "prompt,chosen,rejected\n", ": there are no rows"),
-    "broken JSON": ("a.json", '[{"prompt": "q",', ": cannot be read as json: "),
-    "a broken line": ("a.jsonl", PAIR_LINE + "{oops\n", ": cannot be read as json: "),
-    "not text": ("a.json", b"\xff\xfe\x00", ": cannot be read as json: "),
+    "an array cut short": (
+        "a.json",
+        '[{"prompt": "q"},\n {"prompt": "q",',
+        ":2: not valid JSON at column 17: Expecting property name enclosed in double quotes; mend it, or write one row "
+        'a line (.jsonl), of which on_error = "drop" leaves out the broken ones',
+    ),
+    "an array without commas": (
+        "a.json",
+        '[{"é": 1}\n{"prompt": 2}]',
+        ":2: not valid JSON at column 1: Expecting ',' or ']'; mend it",
+    ),
+    "something after the array": ("a.json", "[1]\n[2]", ":2: not valid JSON at column 1: Something follows the array"),
+    "one object over lines": (
+        "a.json",
+        json.dumps({"data": [TEXT]}, indent=1),
+        ": this is one dict, and a file of rows is a list of objects, [{...}, ...]",
+    ),
+    "a broken line": (
+        "a.jsonl",
+        PAIR_LINE + "\n{oops\n",
+        ":3: not valid JSON at column 2: Expecting property name enclosed in double quotes; mend the row, or leave "
+        'such rows out with on_error = "drop"',
+    ),
+    "a broken first line": (
+        "a.jsonl",
+        '{"prompt": }\n' + PAIR_LINE,
+        ":1: not valid JSON at column 12: Expecting value",
+    ),
+    "a broken line of a .json file": ("a.json", PAIR_LINE + "{oops\n", ":2: not valid JSON at column 2: "),
+    "a line that is no object": ("a.jsonl", PAIR_LINE + "[1, 2]\n", ":2: a row is an object {...}, got [1, 2]"),
+    "an element that is no object": ("a.json", f"[{PAIR_LINE},3]", ":2, row 1: a row is an object {...}, got 3"),
+    "too deep an element": ("a.json", '[{"prompt": "q"},\n' + "[" * 10**5, ":2: not valid JSON at column 1: "),
+    "too deep": ("a.jsonl", PAIR_LINE + "[" * 10**5, ":2: not readable as JSON: "),
+    "a number of 5,000 digits": ("a.jsonl", PAIR_LINE + "1" * 5000, ":2: not readable as JSON: "),
+    "not UTF-8": (
+        "a.jsonl",
+        PAIR_LINE.encode() + b'{"prompt": "caf\xe9"}\n',
+        ":2: byte 16 of the row, 0xe9, is not UTF-8; save the file as UTF-8",
+    ),
+    "not UTF-8 in an array": (
+        "a.json",
+        '[{"prompt": "é"},\n'.encode() + b'{"prompt": "caf\xe9"}]',
+        ":2, row 1: byte 16 of the row, 0xe9, is not UTF-8; save the file as UTF-8",
+    ),
+    "not UTF-8 in a table": (
+        "a.csv",
+        "prompt,chosen,rejected\né,b,c\n".encode() + b"caf\xe9,b,c\n",
+        ":3, row 1: byte 4 of the row, 0xe9, is not UTF-8; save the file as UTF-8",
+    ),
+    "half a character": (
+        "a.jsonl",
+        PAIR_LINE + '{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}',
+        ":2: '\\ud83d' is half a character, which no text holds",
+    ),
     "no parquet": ("a.parquet", PAIR_LINE, ": cannot be read as parquet: "),
+    "no arrow": ("a.arrow", PAIR_LINE, ": cannot be read as arrow: "),
     "unknown suffix": (
         "a.txt",
         PAIR_LINE,
-        ": files of kind '.txt' are not read; known are .json, .jsonl, .parquet, .csv",
+        ": files of kind '.txt' are not read; known are .json, .jsonl, .parquet, .csv, .arrow",
     ),
-    "no suffix": ("a", PAIR_LINE, ": files of kind '' are not read; known are .json, .jsonl, .parquet, .csv"),
-    "rows under a key": ("a.json", json.dumps({"data": [TEXT]}), f": the columns data are of no known format; {KNOWN}"),
+    "no suffix": ("a", PAIR_LINE, ": files of kind '' are not read; known are .json, .jsonl, .parquet, .csv, .arrow"),
+    "rows under a key": ("a.json", json.dumps({"data": [TEXT]}), f": the columns data are {AUTO}; {OWN}"),
     "a column missing": (
         "a.csv",
         "prompt,chosen,text\nq,yes,no\n",
-        f": the columns prompt, chosen, text are of no known format; {KNOWN}",
+        f": the columns prompt, chosen, text are {AUTO}; {OWN}",
     ),
-    "no label": (
+    "columns of a named format": (
+        "a.csv",
+        "question,chosen,rejected\nq,yes,no\n",
+        f": the columns question, chosen, rejected are {AUTO}; these columns fit format = 'chatml.default', "
+        "'chatml.argilla', 'chatml.argilla_chat', 'chatml.intel', 'llama3.default', ",
+    ),
+    "a field too many": (
+        "a.csv",
+        'prompt,chosen,rejected\nq,yes,no\n"q\n1",yes, it is,no\n',
+        ":3, row 1: there are 4 fields, and the header names 3; text that holds a comma or a line end stands in",
+    ),
+    "a column twice": ("a.csv", "prompt,prompt\n1,2\n", ":1: the header names the column 'prompt' twice"),
+    "a missing response": (
         "a.jsonl",
-        '{"prompt": "q", "completion": "yes"}\n',
-        f": the columns prompt, completion are of no known format; {KNOWN}",
+        PAIR_LINE + '{"prompt": "q", "chosen": "yes"}\n',
+        ":2: there is no column rejected; the columns are prompt, chosen; your own columns are named by",
     ),
-    "a missing response": ("a.jsonl", PAIR_LINE + '{"prompt": "q", "chosen": "yes"}\n', ", row 1: rejected is missing"),
+    "null": (
+        "a.jsonl",
+        PAIR_LINE + '{"prompt": "q", "chosen": null, "rejected": "no"}\n',
+        ":2: chosen is missing (null)",
+    ),
+    "a wrong type": (
+        "a.json",
+        json.dumps([TEXT, {"prompt": "q", "chosen": 3.5, "rejected": "no"}], indent=0),
+        ":7, row 1: chosen must be text or a list of messages, got 3.5",
+    ),
     "unknown role": (
         "a.jsonl",
         json.dumps({"prompt": [{"role": "usr", "content": "q"}], "chosen": "yes", "rejected": "no"}),
-        ", row 0: prompt has a turn of role 'usr'; known roles are ",
+        ":1: prompt has a turn of role 'usr'; known roles are ",
     ),
 }
 
 
 @pytest.mark.parametrize(("name", "held", "said"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, held: str | bytes | None, said: str):
-    """One error, on one line, names the file, or the row counted from 0."""
+    """One error, on one line, names the file, its line where there are lines, or the row counted from 0."""
     path = tmp_path / name
     if held is not None:
         path.write_bytes(held.encode() if isinstance(held, str) else held)
@@ -232,31 +357,220 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, held: str | bytes
     assert "\n" not in str(caught.value)
 
 
+BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, a row, what is said after the place
+    "a text column of messages": (
+        "chatml.intel",
+        {"question": "q", "chosen": [YES], "rejected": "no"},
+        "chosen must be text, got [{'role': 'assistant', 'content': 'yes'}]; the formats chat_template.* and auto read",
+    ),
+    "a column of another format": (
+        "chatml.intel",
+        TEXT,
+        "there is no column question; the columns are prompt, chosen, rejected; these columns fit format = "
+        "'chatml.default', ",
+    ),
+    "no question at all": (
+        "llama3.default",
+        {"chosen": "yes", "rejected": "no"},
+        "there is no column prompt, input, question or instruction; the columns are chosen, rejected",
+    ),
+    "an empty row": ("passthrough", {}, "there is no column prompt; the row is empty"),
+    "tool calls without a template": (
+        "chatml.argilla_chat",
+        {"chosen": [USER, {**YES, "tool_calls": [{"function": {"name": "f"}}]}], "rejected": [USER, NO]},
+        "chosen has a turn of role 'assistant' that is more than text; a chat_template format writes it",
+    ),
+    "a conversation without a prompt": (
+        "chat_template.argilla_chat",
+        {"chosen": [YES], "rejected": [NO]},
+        "chosen must end with an assistant turn that answers something before it",
+    ),
+    "a response of the user's": (
+        "chat_template.default",
+        {"messages": "q", "chosen": USER, "rejected": "no"},
+        "chosen ends with a turn of role 'user'; a response ends with the assistant's",
+    ),
+    "content that is a number": (
+        "chat_template.default",
+        {"messages": [{"role": "user", "content": 3}], "chosen": "yes", "rejected": "no"},
+        "messages has a turn of role 'user' whose content is 3, not text",
+    ),
+    "an unknown role of ones own": (
+        {"type": "chat_template.default", "roles": {"assistant": ["bot"]}},
+        {"messages": [{"role": "robot", "content": "q"}], "chosen": "yes", "rejected": "no"},
+        "messages has a turn of role 'robot'; known roles are system, developer, user, assistant, tool, human, gpt, "
+        "chatgpt, bing, bard, observation, function_call, bot; name others by the option roles",
+    ),
+    "tools that are no JSON": (
+        "chat_template.default",
+        {"messages": "q", "chosen": "yes", "rejected": "no", "tools": "[{"},
+        "tools is not valid JSON: Expecting property name",
+    ),
+    "tools that are none": (
+        "chat_template.default",
+        {"messages": "q", "chosen": "yes", "rejected": "no", "tools": ["search"]},
+        "tools must be a list of tools' JSON schemas, got ['search']",
+    ),
+    "a system prompt that is a list": (
+        "chat_template.default",
+        {"messages": "q", "chosen": "yes", "rejected": "no", "system": ["s"]},
+        "system must be text, got ['s']",
+    ),
+    "one answer": (
+        "zephyr.nectar",
+        {"prompt": "q", "answers": [{"answer": "a", "rank": 1}]},
+        "answers must be a list of two or more, got [{'answer': 'a', 'rank': 1}]",
+    ),
+    "an answer without a rank": (
+        "zephyr.nectar",
+        {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]},
+        "answers holds {'answer': 'b'}, an answer has answer (text) and rank (a number)",
+    ),
+    "answers of one rank": (
+        "zephyr.nectar",
+        {"prompt": "q", "answers": [{"answer": "a", "rank": 2}, {"answer": "b", "rank": 2}]},
+        "all answers have rank 2, so none is better",
+    ),
+    "a column that the table does not name": (
+        {"field_prompt": "ask"},
+        TEXT,
+        "there is no column ask; the columns are prompt, chosen, rejected",
+    ),
+}
+
+
+@pytest.mark.parametrize(("format", "row", "said"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_is_not_of_a_named_format(tmp_path: Path, format: Any, row: dict[str, Any], said: str):
+    """The line, the column and what it holds are named, and what would read it where that is known."""
+    path = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError) as caught:
+        prepare_one(path, format=format)
+    assert str(caught.value).startswith(f"{path}:1: {said}")
+
+
+def prepare_one(path: Path | str, loss: str = "dpo", tokens: dict[str, Any] | None = None, **data: Any) -> Prepared:
+    raw = {"model": {"name": "m"}, "data": [{"path": str(path), **data}], "loss": {"type": loss}}
+    return prepare(Config.model_validate(raw | ({"tokens": tokens} if tokens else {})))
+
+
+def test_a_label_of_another_column_is_named(tmp_path: Path):
+    """A table's label column is read like any label, and a bad one is said under its own name."""
+    path = tmp_path / "rows.csv"
+    path.write_text("q,a,good\nQ,A,1\nQ,B,0\nQ,C,maybe\n")
+    table = {"field_prompt": "q", "field_completion": "a", "field_label": "good"}
+    said = re.escape(f"{path}:4, row 2: good must be true or false, 0 or 1, got 'maybe'")
+    with pytest.raises(UserError, match=said):
+        prepare_one(path, loss="kto", format=table)
+    assert contents(prepare_one(path, loss="kto", format=table, rows=2).train) == [
+        Unpaired("Q", "A", True),
+        Unpaired("Q", "B", False),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
+def test_byte_order_marks_and_windows_line_ends(tmp_path: Path, suffix: str):
+    """Files as Windows writes them are read like any other, and lines are counted alike."""
+    plain = write(tmp_path / f"plain{suffix}", [{"prompt": f"é {i}", "chosen": "y", "rejected": "n"} for i in range(3)])
+    text = plain.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    windows = tmp_path / f"windows{suffix}"
+    windows.write_bytes(b"\xef\xbb\xbf" + text)
+    assert contents(prepared(windows).train) == contents(prepared(plain).train)
+    assert [str(row.place) for row in prepared(windows).train] == [place(windows, at) for at in range(3)]
+
+
+def test_lines_are_those_of_an_editor(tmp_path: Path):
+    """Empty lines, pretty-printed objects and cells over several lines count as the lines that they take."""
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("\n" + PAIR_LINE + "\n \n" + PAIR_LINE)
+    assert [str(row.place) for row in prepared(lines).train] == [f"{lines}:2", f"{lines}:5"]
+    pretty = tmp_path / "a.json"
+    pretty.write_text(json.dumps([TEXT, TEXT], indent=2))
+    assert [str(row.place) for row in prepared(pretty).train] == [f"{pretty}:2, row 0", f"{pretty}:7, row 1"]
+    table = write(tmp_path / "a.csv", [TEXT, TEXT])  # whose prompt has two lines
+    assert [str(row.place) for row in prepared(table).train] == [f"{table}:2, row 0", f"{table}:4, row 1"]
+
+
+def broken(at: int) -> str:
+    """Every tenth line is broken, each in its own way."""
+    ways = ["{oops", "[1]", '{"prompt": "q", "chosen": null, "rejected": "no"}', '{"prompt": "q"}']
+    return ways[at // 10 % 4] if at % 10 == 3 else json.dumps({**TEXT, "prompt": f"p{at}"})
+
+
+def test_broken_rows_are_left_out_and_counted(tmp_path: Path):
+    """on_error = "drop": a file with one broken row in ten loses those alone, and the run says how many of what."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(broken(at) for at in range(100)))
+    read = prepare_one(path, on_error="drop")
+    assert [row.content.prompt for row in read.train] == [f"p{at}" for at in range(100) if at % 10 != 3]
+    note = read.notes[1]
+    assert note.startswith("rows.jsonl: 10 of 100 rows left out: 3 not valid JSON (the first: ")
+    for said in (
+        f"{path}:4: not valid JSON at column 2",
+        f"3 no object (the first: {path}:14: a row is",
+        f"2 with a null (the first: {path}:24: chosen is missing",
+        f"2 without a column (the first: {path}:34: there is no column chosen",
+    ):
+        assert said in note
+    with pytest.raises(UserError, match=re.escape(f"{path}:4: not valid JSON")):
+        prepare_one(path)
+
+
+@pytest.mark.parametrize("first", ["{oops", '{"prompt": "q"}', "3"])
+def test_a_broken_first_row_is_left_out_too(tmp_path: Path, first: str):
+    """`auto` goes by the first row that can be read."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{first}\n{PAIR_LINE}")
+    assert contents(prepare_one(path, on_error="drop").train) == [Paired(TEXT["prompt"], "yes", "no")]
+    with pytest.raises(UserError, match=re.escape(f"{path}:1: ")):
+        prepare_one(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["{oops", "3"], "no row can be read; the first: "),
+        (['{"prompt": "q"}'], "the columns prompt are of no format"),
+        (["3", '{"prompt": null, "chosen": "x", "rejected": ""}'], "the columns prompt, chosen, rejected are of no"),
+    ],
+    ids=["no JSON", "no format", "no row"],
+)
+def test_a_file_of_broken_rows_is_an_error(tmp_path: Path, lines: list[str], said: str):
+    """Where nothing is left there is nothing to train on, whatever on_error says."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=re.escape(f"{path}: {said}")):
+        prepare_one(path, on_error="drop")
+    path.write_text('{"prompt": 1}\n{"prompt": null}')
+    said = f"{path}: none of the 2 rows can be used: 1 with a value of another type (the first: {path}:1: prompt must"
+    with pytest.raises(UserError, match=re.escape(said)):
+        prepare_one(path, on_error="drop", format="passthrough")
+
+
 def test_nothing_is_printed_beside_the_error(tmp_path: Path):
     """What `datasets` logs of a file that it cannot read, and its progress bars, stay out of the way."""
-    write(tmp_path / "good.jsonl", [TEXT])
-    (tmp_path / "broken.jsonl").write_text(PAIR_LINE + "{oops\n")
+    write(tmp_path / "good.parquet", [TEXT])
+    (tmp_path / "broken.parquet").write_text(PAIR_LINE + "{oops\n")
     program = (
         "from fastpref.config import Config; from fastpref.data.sources import prepare; import fastpref\n"
-        "data = [{'path': 'good.jsonl'}, {'path': 'broken.jsonl'}]\n"
+        "data = [{'path': 'good.parquet'}, {'path': 'broken.parquet'}]\n"
         "try: prepare(Config.model_validate({'model': {'name': 'm'}, 'data': data}))\n"
         "except fastpref.UserError as error: print(error)"
     )
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.stdout.startswith("broken.jsonl: cannot be read as json: ")
+    assert ran.stdout.startswith("broken.parquet: cannot be read as parquet: ")
     assert ran.stderr == ""
 
 
-@pytest.mark.parametrize("label", ["yes", "", None, 2, 0.5, -1], ids=repr)
+@pytest.mark.parametrize("label", ["yes", "", 2, 0.5, -1], ids=repr)
 def test_a_bad_label_is_named_with_its_row(tmp_path: Path, label: Any):
     """A label that is neither true nor false is an error, not a guess, wherever in the file it stands."""
     path = write(tmp_path / "rows.jsonl", [LABELLED, {**LABELLED, "label": False}, {**LABELLED, "label": label}])
-    with pytest.raises(UserError, match=re.escape(f"{path}, row 2: label must be true or false, 0 or 1, got ")):
+    with pytest.raises(UserError, match=re.escape(f"{path}:3: label must be true or false, 0 or 1, got ")):
         prepared(path, loss="kto")
 
 
 UNKNOWN: dict[str, tuple[Callable[[Path], str], str]] = {
-    "a folder": (str, ": this is a folder; name a .json, .jsonl, .parquet or .csv file in it"),
+    "a folder": (str, ": this is a folder, and none that save_to_disk wrote; name a file in it, of kind .json, "),
     "nobody's home": (lambda folder: "~fastpref-nobody/a", ": there is no such file"),
     "relative": (lambda folder: "./none", ": there is no such file"),
     "a name of the hub, offline": (
@@ -273,41 +587,124 @@ def test_a_name_that_is_no_file(tmp_path: Path, name: Callable[[Path], str], sai
         prepared(name(tmp_path))
 
 
+def test_both_kinds_of_arrow_file(tmp_path: Path):
+    """A .arrow file is a stream or has an index at its end; both are read."""
+    table = Dataset.from_list([TEXT, TEXT]).data.table
+    for kind, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / f"{kind}.arrow"), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table)
+        assert len(prepared(tmp_path / f"{kind}.arrow").train) == 2
+
+
+def test_a_folder_of_several_splits(tmp_path: Path):
+    """`split` picks one of a saved DatasetDict; another name is an error that lists those there are."""
+    made = DatasetDict({name: Dataset.from_list([{**TEXT, "prompt": name}]) for name in ("train", "test")})
+    made.save_to_disk(tmp_path / "saved")
+    for split in ("train", "test"):
+        assert [r.content.prompt for r in prepare_one(tmp_path / "saved", split=split).train] == [split]
+    with pytest.raises(UserError, match=re.escape("saved: there is no split 'dev'; there are train, test")):
+        prepare_one(tmp_path / "saved", split="dev")
+
+
+# --- How often -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.3, 0.5, 1, 1.25, 2, 2.5, 3.001])
+def test_a_weight_is_how_often_rows_are_used(tmp_path: Path, weight: float):
+    """Every row ⌊weight⌋ times, and the remaining share of them, always the same, once more."""
+    path = write(tmp_path / "rows.jsonl", [{**TEXT, "prompt": f"p{i}"} for i in range(40)])
+    prompts = [str(row.content.prompt) for row in prepare_one(path, weight=weight).train]
+    assert prompts == [str(row.content.prompt) for row in prepare_one(path, weight=weight).train]
+    assert len(prompts) == round(40 * weight)
+    times = {prompts.count(f"p{i}") for i in range(40)}
+    assert times <= {int(weight), int(weight) + 1}
+
+
+def test_a_smaller_weight_uses_a_part_of_a_larger_ones_rows():
+    """Shares are nested, so that runs with more data see all that those with less saw; rows keep their order."""
+    few, more = list(repeats(1000, 0.2)), list(repeats(1000, 0.5))
+    assert set(few) < set(more)
+    assert more == sorted(more)
+    assert max(more) > 900
+    assert min(more) < 100
+    assert list(repeats(3, 2)) == [0, 1, 2, 0, 1, 2]
+    assert list(repeats(3, 0.01)) == []
+
+
+def test_a_weight_is_noted(tmp_path: Path):
+    """The run says how many rows a weight makes of how many."""
+    path = write(tmp_path / "rows.jsonl", [TEXT] * 10)
+    assert prepare_one(path, weight=2.5).notes[-1] == "rows.jsonl: weight 2.5 makes 25 rows of 10"
+
+
+def test_a_weight_that_leaves_nothing_is_an_error(tmp_path: Path):
+    """Nobody means to train on no row of a source."""
+    path = write(tmp_path / "rows.jsonl", [TEXT] * 3)
+    with pytest.raises(UserError, match=re.escape(f"{path}: weight 0.1 leaves no row; choose a larger one")):
+        prepare_one(path, weight=0.1)
+
+
+def test_exact_duplicates_are_dropped_on_request(tmp_path: Path):
+    """tokens.duplicates = "drop" keeps the first of equal rows, in all sources together, before any weight."""
+    other = {**TEXT, "rejected": "never"}
+    first = write(tmp_path / "a.jsonl", [TEXT, other, TEXT, {**TEXT, "id": 7}])
+    second = write(tmp_path / "b.parquet", [other, {**TEXT, "chosen": "sure"}])
+    raw = {"model": {"name": "m"}, "data": [{"path": str(first), "weight": 2.0}, {"path": str(second)}]}
+    kept = prepare(Config.model_validate(raw | {"tokens": {"duplicates": "drop"}}))
+    a, b, c = Paired(TEXT["prompt"], "yes", "no"), Paired(TEXT["prompt"], "yes", "never"), TEXT["prompt"]
+    assert contents(kept.train) == [a, b, a, b, Paired(c, "sure", "no")]
+    assert "a.jsonl: 2 exact duplicates left out" in kept.notes
+    assert "b.parquet: 1 exact duplicates left out" in kept.notes
+    assert len(prepare(Config.model_validate(raw)).train) == 2 * 4 + 2
+
+
+def test_rows_are_read_when_asked_for(tmp_path: Path):
+    """Rows are a sequence: by number, from the end, as a slice, again and again; none is held."""
+    path = write(tmp_path / "rows.parquet", [{**TEXT, "prompt": f"p{i}"} for i in range(600)])
+    rows = prepared(path).train
+    assert len(rows) == 600
+    assert [rows[i].content.prompt for i in (5, 599, 0, -1)] == ["p5", "p599", "p0", "p599"]
+    assert [row.content.prompt for row in rows[10:12]] == ["p10", "p11"]
+    assert contents(rows) == contents(rows)
+    with pytest.raises(IndexError):
+        rows[600]
+    assert str(rows[599].place) == f"{path}, row 599"
+
+
 # --- Splits --------------------------------------------------------------------------------------------------------
 
-
-def rows_of(prompts: int, each: int) -> list[SourceRow]:
-    """`each` rows of every prompt, of every third prompt as messages."""
-    return [
-        SourceRow(Paired(f"p{i}" if i % 3 else [{"role": "user", "content": f"p{i}"}], f"{k}", "no"), "")
-        for k in range(each)
-        for i in range(prompts)
-    ]
+PROMPTS = [f"p{i}" if i % 3 else [{"role": "user", "content": f"p{i}"}] for i in range(3000)]
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 0.9])
-def test_a_prompt_is_on_one_side_only(fraction: float):
-    """All rows of a prompt go together; the share held out is near the fraction; order is kept, nothing is lost."""
-    rows = rows_of(3000, 2)
-    train, heldout = split_by_prompt(rows, fraction)
-    held = {json.dumps(row.content.prompt) for row in heldout}
-    assert heldout == [row for row in rows if json.dumps(row.content.prompt) in held]
-    assert train == [row for row in rows if json.dumps(row.content.prompt) not in held]
-    assert abs(len(held) / 3000 - fraction) < 4 * (fraction * (1 - fraction) / 3000) ** 0.5
+def test_shares_are_even(fraction: float):
+    """Of many prompts, about the fraction has a share below it."""
+    held = sum(share(prompt) < fraction for prompt in PROMPTS)
+    assert abs(held / 3000 - fraction) < 4 * (fraction * (1 - fraction) / 3000) ** 0.5
 
 
-def test_a_split_depends_on_the_prompts_alone():
-    """The same prompts are held out in any order, beside any others, with any responses, and more for more."""
-    rows = rows_of(500, 1)
-    heldout = contents(split_by_prompt(rows, 0.2)[1])
-    assert contents(split_by_prompt(rows[::-1], 0.2)[1]) == heldout[::-1]
-    assert contents(split_by_prompt(rows[:250], 0.2)[1]) == [
-        content for content in heldout if content in contents(rows[:250])
+def test_a_split_depends_on_the_prompts_alone(tmp_path: Path):
+    """The same prompts are held out in any order, beside any others, with any responses; rows keep their order."""
+    rows = [
+        {"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in PROMPTS[:200] if isinstance(prompt, str)
     ]
-    others = [SourceRow(Unpaired(row.content.prompt, "x", True), "elsewhere") for row in rows]
-    assert [r.content.prompt for r in split_by_prompt(others, 0.2)[1]] == [content.prompt for content in heldout]
-    more = contents(split_by_prompt(rows, 0.4)[1])
-    assert all(content in more for content in heldout)
+    held = [row["prompt"] for row in rows if share(row["prompt"]) < 0.2]
+    others = [{**row, "chosen": "x"} for row in rows]
+    for at, given in enumerate((rows, rows[::-1], rows[:50], others, rows + others)):
+        read = prepared(write(tmp_path / f"{at}.jsonl", given), eval={"fraction": 0.2})
+        prompts = [row["prompt"] for row in given]
+        assert [row.content.prompt for row in read.heldout] == [prompt for prompt in prompts if prompt in held]
+        assert [row.content.prompt for row in read.train] == [prompt for prompt in prompts if prompt not in held]
+
+
+def test_a_weight_does_not_cross_the_split(tmp_path: Path):
+    """A row that is used twice is twice on the same side."""
+    path = write(tmp_path / "rows.jsonl", [{**TEXT, "prompt": f"p{i}"} for i in range(50)])
+    raw = {"model": {"name": "m"}, "data": [{"path": str(path), "weight": 2.0}], "eval": {"fraction": 0.3}}
+    read = prepare(Config.model_validate(raw))
+    sides = [[str(row.content.prompt) for row in side] for side in (read.train, read.heldout)]
+    assert not set(sides[0]) & set(sides[1])
+    assert all(side.count(prompt) == 2 for side in sides for prompt in side)
 
 
 def test_a_fraction_of_a_file_is_held_out(tmp_path: Path):

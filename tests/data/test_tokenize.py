@@ -355,15 +355,15 @@ def test_without_bos_a_cut_prompt_begins_anywhere():
 # --- Rows that cannot be used --------------------------------------------------------------------------------------
 
 UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # row, counter, what is said, options
-    "an empty text": (Paired("q", "", "no"), "empty", "a response is empty", {}),
-    "an empty rejected text": (Paired("q", "yes", ""), "empty", "a response is empty", {}),
-    "only an end token": (Unpaired("q", "<|im_end|>", True), "empty", "a response is empty", {}),
-    "an empty turn": (Paired([user("q")], [says("yes")], [says("")]), "empty", "a response is empty", {}),
-    "no turn": (Paired([user("q")], [], [says("no")]), "empty", "a response is empty", {}),
+    "an empty text": (Paired("q", "", "no"), "empty", "chosen is empty", {}),
+    "an empty rejected text": (Paired("q", "yes", ""), "empty", "rejected is empty", {}),
+    "only an end token": (Unpaired("q", "<|im_end|>", True), "empty", "completion is empty", {}),
+    "an empty turn": (Paired([user("q")], [says("yes")], [says("")]), "empty", "rejected is empty", {}),
+    "no turn": (Paired([user("q")], [], [says("no")]), "empty", "chosen is empty", {}),
     "an end token and a line end": (
         Paired([user("q")], [says("<|im_end|>\n")], [says("x")]),
         "empty",
-        "a response is empty",
+        "chosen is empty",
         {},
     ),
     "equal": (Paired("q", "yes", "yes"), "equal", "chosen and rejected are equal", {}),

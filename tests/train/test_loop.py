@@ -169,7 +169,7 @@ def test_a_step_that_is_not_finite_does_not_reach_the_weights(
     monkeypatch.setattr(step, "preference_loss", sometimes_nan)
     arguments = ["train.steps=3", "train.batch=2", "eval.data=[]", f"train.nonfinite={mode}"]
     if mode == "stop":
-        with pytest.raises(UserError, match=r"step 2: loss nan.*train\.jsonl, row \d+"):
+        with pytest.raises(UserError, match=r"step 2: loss nan.*train\.jsonl:\d+"):
             fastpref.train(QUICKSTART, arguments)
         assert not Path("runs/quickstart-dpo/final").exists()
     else:

@@ -1,0 +1,96 @@
+"""From the path of a [[data]] to its records: a file, a folder written by `save_to_disk`, or a data set of the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from fastpref.config import DataConfig
+from fastpref.data.records import ArrowRecords, Csv, JsonLines, Records, read_json
+from fastpref.errors import UserError
+
+_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
+
+
+def open_records(data: DataConfig) -> Records:
+    """The rows of a source. Raises UserError, naming the file, if there are none or they cannot be read."""
+    records = _open(data)
+    if not len(records):
+        raise UserError(f"{data.path}: there are no rows")
+    return records
+
+
+def _open(data: DataConfig) -> Records:
+    try:
+        path = Path(data.path).expanduser()
+    except RuntimeError:  # ~name, and nobody of that name
+        raise UserError(f"{data.path}: there is no such file") from None
+    if path.is_dir():
+        return ArrowRecords(data.path, _from_disk(data, path))
+    if not path.is_file():
+        if path.suffix in _SUFFIXES or data.path.startswith(("/", ".", "~")):
+            raise UserError(f"{data.path}: there is no such file")
+        return ArrowRecords(data.path, _from_hub(data))
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"{data.path}: files of kind {path.suffix!r} are not read; known are {', '.join(_SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{data.path}: the file is empty")
+    try:
+        if path.suffix == ".jsonl":
+            return JsonLines(data.path, path)
+        if path.suffix == ".json":
+            return read_json(data.path, path)
+        if path.suffix == ".csv":
+            label = data.format.get("field_label", "label") if isinstance(data.format, dict) else "label"
+            return Csv(data.path, path, numbers=[label])
+    except OSError as error:
+        raise UserError(f"{data.path}: cannot be read: {error.strerror}") from None
+    return ArrowRecords(data.path, _from_table(data, path))
+
+
+def _from_table(data: DataConfig, path: Path) -> datasets.Dataset:
+    kind = path.suffix.removeprefix(".")
+    try:
+        loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
+    except Exception as error:  # datasets raises whatever its reader raises
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{data.path}: there are no rows") from None
+        raise UserError(f"{data.path}: cannot be read as {kind}: {_cause(error)}") from None
+    assert isinstance(loaded, datasets.Dataset)
+    return loaded
+
+
+def _from_disk(data: DataConfig, path: Path) -> datasets.Dataset:
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:
+        if not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():
+            raise UserError(
+                f"{data.path}: this is a folder, and none that save_to_disk wrote; name a file in it, of kind "
+                f"{', '.join(_SUFFIXES)}"
+            ) from None
+        raise UserError(f"{data.path}: cannot be read: {_cause(error)}") from None
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    splits: Any = dict(loaded)
+    if data.split not in splits:
+        raise UserError(f"{data.path}: there is no split {data.split!r}; there are {', '.join(splits)}")
+    return splits[data.split]
+
+
+def _from_hub(data: DataConfig) -> datasets.Dataset:
+    try:
+        loaded = datasets.load_dataset(data.path, data.name, split=data.split, revision=data.revision)
+    except Exception as error:  # the hub, the network, the split, the configuration: each has its own kind
+        raise UserError(
+            f"{data.path}: neither a file here nor a data set that the hub gives us: {_cause(error)}"
+        ) from None
+    assert isinstance(loaded, datasets.Dataset)
+    return loaded
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
