@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.kernels.operators import operator
 from fastpref.kernels.preference_loss_spec import LossSpec
 from fastpref.loss_options import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 
@@ -102,7 +103,7 @@ def _dpo_spec(loss: DPO) -> LossSpec:
     )
 
 
-@torch.library.custom_op("fastpref::preference_loss", mutates_args=())
+@operator("fastpref::preference_loss")
 def fused_loss(
     logp: Tensor,  # [N] float32
     starts: Tensor,  # [S] int64 each sequence's first token
