@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpref.kernels.operators import operator
 from fastpref.kernels.preference_loss_spec import LossSpec
@@ -32,13 +33,16 @@ def _no_triton(logp: Tensor, loss: LossOptions) -> str:
         return f"{' and '.join(loss.variants)} sort the whole step, which only the torch backend does"
     if logp.dtype != torch.float32:
         return f"logp is {logp.dtype}; the kernels take torch.float32"
+    return _no_kernels(logp.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _no_kernels(device: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     from fastpref.kernels.tiles import interpreted
 
-    if logp.device.type != "cuda" and not interpreted():
-        return f"logp is on {logp.device}; the kernels run on CUDA and ROCm"
-    return ""
+    return "" if device == "cuda" or interpreted() else f"logp is on {device}; the kernels run on CUDA and ROCm"
 
 
 def kernel_spec(loss: LossOptions) -> LossSpec:
@@ -154,6 +158,7 @@ def _keep_coefficients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
     ctx.mark_non_differentiable(*output[1:])
 
 
+@once_differentiable
 def _backward(ctx: Any, grad: Tensor, *_: Tensor):
     (coefficients,) = ctx.saved_tensors
     return grad * coefficients, *[None] * 10

@@ -1,0 +1,366 @@
+"""The preference-loss kernels against `losses.py`, in Triton's interpreter, or on a card where there is one.
+
+Truth is `losses.py` in float64, differentiated by autograd, on the very float32 tokens under test; the yardstick is
+the same in float32. An error may exceed the yardstick's by some float32 roundings: of the result, and of what goes into
+it, token sums above all. What the latter do to the result is found by moving each group of inputs by one rounding.
+"""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from token_batches import LOSSES, Batch, Order, flat, of_values, ordinary, run
+from torch import Tensor
+
+from fastpref.kernels import elementary_triton as elementary
+from fastpref.kernels import preference_loss_launch as launch
+from fastpref.kernels.preference_loss_spec import FLAGS, NUMBERS, VARIANTS, LossSpec
+from fastpref.loss_options import CPO, DPO, KTO, LossOptions
+from fastpref.losses import Totals
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+SHORT = ((1, 1), (7, 12), (31, 5), (4, 4))
+# One loss for everything that is compiled in: variants, score, means, weights of tokens and of pairs, prompts, rows.
+STRUCTURES = (
+    "dpo sigmoid", "dpo most variants", "dpo other order", "dpo length", "dpo wpo", "dpo all at once",
+    "dpo ipo alpha 2", "ipo", "orpo", "orpo, prompts", "simpo, all options", "cpo hinge", "cpo ipo, alpha", "kto",
+)  # fmt: skip
+EVERY_STRUCTURE = pytest.mark.parametrize("loss", [LOSSES[name] for name in STRUCTURES], ids=STRUCTURES)
+EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+TINY = torch.finfo(torch.float32).tiny
+FEW = 8  # roundings that may fall less luckily for us than for the yardstick
+
+
+def ours(batch: Batch, loss: LossOptions, **keywords) -> dict[str, Tensor]:
+    return flat(run(batch, loss, "triton", device=DEVICE, **keywords))
+
+
+def exact(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
+    return flat(run(batch, loss, dtype=torch.float64))
+
+
+def moved(batch: Batch, loss: LossOptions) -> list[Batch]:
+    """The batch with the tokens of one side, of the policy, the reference or Σp², moved by one float32 rounding."""
+    found, names = [], ["logp"]
+    if loss.uses_reference:
+        names.append("reference")
+    if isinstance(loss, DPO) and loss.weighting:
+        names.append("log_sum_sq_probs")
+    for name in names:
+        values = getattr(batch, name).double()
+        for first in range(0, len(batch.lengths), batch.pairs):
+            tokens = batch.of(range(first, first + batch.pairs))
+            found.append(replace(batch, **{name: torch.where(tokens, values * (1 + EPS32), values)}))
+    return found
+
+
+def terms(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
+    """What is added up to the loss and to the gradient, in size: of a pair's loss and of its derivative by β·difference
+    the size of 1, every token's part, and every variant of a sum."""
+    tokens = (exact(batch, loss)["grad"] * batch.logp).abs().sum()
+    found = {"loss": 1 + tokens, "grad": torch.full_like(batch.logp, loss.beta / batch.pairs)}
+    if isinstance(loss, DPO) and len(loss.variants) > 1:
+        weights = loss.weights or (1.0,) * len(loss.variants)
+        for variant, weight in zip(loss.variants, weights, strict=True):
+            part = exact(batch, replace(loss, variants=(variant,), weights=(weight,)))
+            found = {name: found[name] + part[name].abs() for name in found}
+    return found
+
+
+def bounds(batch: Batch, loss: LossOptions) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name: the truth, and how far from it a result may be."""
+    truth, yardstick = exact(batch, loss), flat(run(batch, loss))
+    others, added = [exact(other, loss) for other in moved(batch, loss)], terms(batch, loss)
+    found = {}
+    for name, value in truth.items():
+        value = value.double()
+        inputs = torch.stack([(other[name].double() - value).abs() for other in others]).sum(0)
+        allowed = FEW * (EPS32 * (value.abs() + added.get(name, 0.0)) + inputs) + TINY
+        # autograd takes the derivative of expm1 for its value plus 1, and so loses what is smaller than a rounding of 1
+        allowed = allowed + EPS64 * value.abs().sum()
+        error = (yardstick[name].double() - value).abs()
+        found[name] = (value, error + allowed)
+    return found
+
+
+def check(found: dict[str, Tensor], allowed: dict[str, tuple[Tensor, Tensor]]) -> None:
+    assert found.keys() == allowed.keys()
+    for name, (truth, bound) in allowed.items():
+        value = found[name].double()
+        assert value.shape == truth.shape, name
+        assert value.isfinite().all(), name
+        excess = (value - truth).abs() - bound
+        assert (excess <= 0).all(), f"{name}: {float(excess.max()):.3g} over its bound"
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+@EVERY_LOSS
+def test_accuracy(loss: LossOptions) -> None:
+    """Every loss, field and token gradient: no further from the truth than losses.py in float32, but for rounding."""
+    batch = ordinary(loss)
+    check(ours(batch, loss), bounds(batch, loss))
+
+
+@pytest.mark.parametrize("order", ["padded", "shuffled"])
+@pytest.mark.parametrize("name", ["dpo all at once", "dpo length", "orpo, prompts", "simpo, all options", "kto"])
+def test_sequences_lie_in_any_order(name: str, order: Order) -> None:
+    """Sequence after sequence, or in any order, the same holds."""
+    loss = LOSSES[name]
+    batch = ordinary(loss, order=order)
+    assert not torch.equal(batch.segments, ordinary(loss).segments)
+    check(ours(batch, loss), bounds(batch, loss))
+
+
+@EVERY_LOSS
+def test_the_rule_is_sharp(loss: LossOptions) -> None:
+    """What is allowed is small beside what is found, and a β that is off by 1e-3 exceeds it."""
+    batch = ordinary(loss, SHORT)
+    allowed = bounds(batch, loss)
+    for name in ("loss", "grad"):
+        truth, bound = allowed[name]
+        assert truth.abs().max() > 0
+        assert bound.max() <= 5e-4 * truth.abs().max(), name
+    assert loss.beta >= 0
+    other = replace(loss, beta=loss.beta * 1.001 + 1e-3 * (loss.beta == 0))
+    if not (isinstance(loss, DPO) and loss.variants == ("sft",)):  # which knows no β, apart from its rewards
+        with pytest.raises(AssertionError, match=r"^(loss|grad): .* over its bound"):
+            check(ours(batch, other), allowed)
+
+
+@EVERY_STRUCTURE
+@pytest.mark.parametrize("lengths", [((1, 1),), ((512, 513),), ((257, 1),)], ids=str)
+def test_one_pair(loss: LossOptions, lengths: tuple[tuple[int, int], ...]) -> None:
+    """A single pair, of one token, of a whole block and one more, and of equal lengths."""
+    batch = ordinary(loss, lengths, seed=3)
+    check(ours(batch, loss), bounds(batch, loss))
+
+
+@EVERY_LOSS
+def test_equal_responses(loss: LossOptions) -> None:
+    """Pairs of two equal responses, and where there is a reference, of a policy that is still the reference."""
+    value = 0.0 if loss.uses_reference else -0.625
+    batch = of_values(loss, [(value, value)] * 3, [(1, 1), (4, 4), (31, 31)])
+    check(ours(batch, loss), bounds(batch, loss))
+
+
+RATIOS = (1e4, -1e4, 79.0, -79.0, 1e-6, -1e-6)
+AVERAGES = (0.0, -1e-7, -1e-20, -0.6931, -0.6932, -30.0, -1e4)
+
+
+@EVERY_LOSS
+def test_accuracy_at_the_extremes(loss: LossOptions) -> None:
+    """Log-ratios of ±1e4, of ±79, where exponentials are about to stop growing, and of ±1e-6; mean log-probabilities
+    from certain to impossible. All of them by token, and some pairs alone, so that no loss hides behind another."""
+    values = RATIOS if loss.uses_reference else AVERAGES
+    pairs = list(itertools.product(values, values))
+    batch = of_values(loss, pairs, [(1, 1), (3, 3), (1, 1)] * (len(pairs) // 3) + [(3, 3)] * (len(pairs) % 3))
+    check(ours(batch, loss), bounds(batch, loss))
+    for pair in zip(values, [values[-1], *values]):
+        alone = of_values(loss, [pair], [(31, 1)])
+        check(ours(alone, loss), bounds(alone, loss))
+
+
+@pytest.mark.parametrize("side", [0.999, 1.001])
+@pytest.mark.parametrize("loss", [DPO(variants=("hinge",)), CPO(variant="hinge", sft_weight=0.0)], ids=["dpo", "cpo"])
+def test_beside_the_kink_of_the_hinge(loss: LossOptions, side: float) -> None:
+    """Where β·difference is just below 1 the gradient is whole, just above it there is none."""
+    values = (side / 0.1, 0.0) if loss.uses_reference else (-1.0, -1.0 - side / 0.1)
+    batch = of_values(loss, [values], [(1, 1)])
+    found = ours(batch, loss)
+    check(found, bounds(batch, loss))
+    torch.testing.assert_close(found["grad"].abs(), torch.full((2,), 0.1 if side < 1 else 0.0))
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.7, 1e4])
+def test_kto_leaves_mismatched_rows_alone(kl: float) -> None:
+    """With mismatched rows or without, KTO is the same; their tokens' coefficients are 0."""
+    loss = KTO()
+    both = ordinary(loss, order="tree")
+    rows = both.of(range(both.pairs))
+    alone = replace(
+        both,
+        logp=both.logp[rows],
+        reference=both.reference[rows],
+        segments=both.segments[rows],
+        lengths=both.lengths[: both.pairs],
+    )
+    found, expected = ours(both, loss, kl=kl), ours(alone, loss, kl=kl)
+    assert torch.equal(found["grad"][rows], expected.pop("grad"))
+    assert torch.equal(found.pop("grad")[~rows], torch.zeros(int((~rows).sum())))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    torch.testing.assert_close(found["loss"], flat(run(both, loss, kl=kl))["loss"])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+@EVERY_LOSS
+def test_nan_reaches_the_loss(loss: LossOptions) -> None:
+    """A NaN among the tokens is not clamped away: the loss is NaN, and the trainer sees it."""
+    batch = ordinary(loss, [(3, 2), (4, 5)])
+    logp = batch.logp.clone()
+    logp[batch.of([0])] = float("nan")
+    broken = replace(batch, logp=logp)
+    assert flat(run(broken, loss))["loss"].isnan()
+    assert ours(broken, loss)["loss"].isnan()
+
+
+# --- how it is computed -----------------------------------------------------------------------------------------------
+
+
+@EVERY_STRUCTURE
+def test_parts_add_up_to_the_step(loss: LossOptions) -> None:
+    """However a step is cut, its parts' losses and gradients are those of the whole."""
+    whole = ordinary(loss, order="shuffled")
+    expected = ours(whole, loss)
+    scored = int(whole.lengths[: whole.pairs].sum() + whole.lengths[2 * whole.pairs :].sum())
+    loss_so_far, grad = torch.zeros(()), torch.full_like(whole.logp, float("nan"))
+    for pairs in ([4], [1, 0], [2, 5, 3]):
+        part, tokens = cut(whole, pairs)
+        found = ours(part, loss, totals=Totals(whole.pairs, scored))
+        loss_so_far += found["loss"]
+        grad[tokens] = found["grad"]
+    torch.testing.assert_close(loss_so_far, expected["loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected["grad"], rtol=1e-6, atol=0)
+
+
+def cut(batch: Batch, pairs: list[int]) -> tuple[Batch, Tensor]:
+    """Some pairs of a batch, and which of its tokens are theirs."""
+    sequences = [first + pair for first in range(0, len(batch.lengths), batch.pairs) for pair in pairs]
+    tokens = batch.of(sequences)
+    number = torch.full_like(batch.lengths, -1)
+    number[sequences] = torch.arange(len(sequences))
+    return Batch(
+        batch.logp[tokens],
+        number[batch.segments[tokens]],
+        batch.lengths[sequences],
+        batch.reference[tokens],
+        batch.log_sum_sq_probs[tokens],
+        batch.labels[pairs],
+    ), tokens
+
+
+@EVERY_STRUCTURE
+def test_results_repeat_and_are_written_whole(loss: LossOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits again, also where fresh memory is full of NaN."""
+    batch = ordinary(loss)
+    first, second = ours(batch, loss), ours(batch, loss)
+    made, empty = [], Tensor.new_empty
+
+    def full_of_nan(self: Tensor, *shape, **keywords) -> Tensor:
+        made.append(shape)
+        return empty(self, *shape, **keywords).fill_(float("nan") if self.is_floating_point() else -1)
+
+    monkeypatch.setattr(Tensor, "new_empty", full_of_nan)
+    third = ours(batch, loss)
+    assert len(made) >= 3
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert torch.equal(value, third[name]), name
+
+
+def test_what_is_not_float32_or_not_contiguous() -> None:
+    """Strided tokens, and a reference of another dtype, give what contiguous float32 ones give."""
+    loss = DPO(weighting=True)
+    batch = ordinary(loss)
+    strided = replace(batch, **{
+        name: torch.stack([getattr(batch, name), torch.zeros(len(batch.segments))], 1)[:, 0]
+        for name in ("logp", "reference", "log_sum_sq_probs")
+    })  # fmt: skip
+    assert not strided.logp.is_contiguous()
+    expected = ours(batch, loss)
+    for other in (strided, replace(batch, reference=batch.reference.double())):
+        found = ours(other, loss)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# --- elementary functions ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _map_kernel(p_x, p_y, n, FUNCTION: tl.constexpr):
+    i = tl.program_id(0) * 256 + tl.arange(0, 256)
+    x = tl.load(p_x + i, mask=i < n, other=0.0)
+    if FUNCTION == 0:
+        y = elementary.exp(x)
+    elif FUNCTION == 1:
+        y = elementary.expm1(x)
+    elif FUNCTION == 2:
+        y = elementary.log1p(x)
+    else:
+        a, b, c, d = elementary.logistic(x)
+        y = a if FUNCTION == 3 else (b if FUNCTION == 4 else (c if FUNCTION == 5 else d))
+    tl.store(p_y + i, y, mask=i < n)
+
+
+def _map(function: Any, x: Tensor, y: Tensor) -> None:
+    _map_kernel[(triton.cdiv(len(x), 256),)](x, y, len(x), FUNCTION=function)
+
+
+def spread(low: float, high: float) -> Tensor:
+    """Values all over [low, high], and towards 0 from both sides."""
+    near = torch.logspace(-30, 2, 500)
+    values = torch.cat([torch.linspace(low, high, 3001), near, -near, torch.zeros(1)])
+    return values[(values >= low) & (values <= high)]
+
+
+FUNCTIONS = {
+    "exp": (0, torch.exp, spread(-87, 88)),
+    "expm1": (1, torch.expm1, spread(-100, 88)),
+    "log1p": (2, torch.log1p, spread(-0.5, 1)),
+    "−logσ(x)": (3, lambda x: -torch.nn.functional.logsigmoid(x), spread(-1e4, 80)),
+    "−logσ(−x)": (4, lambda x: -torch.nn.functional.logsigmoid(-x), spread(-80, 1e4)),
+    "σ(x)": (5, torch.sigmoid, spread(-80, 1e4)),
+    "σ(−x)": (6, lambda x: torch.sigmoid(-x), spread(-1e4, 80)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions(name: str) -> None:
+    """exp, expm1, log1p and the logistic functions are right to four float32 roundings, over their whole range."""
+    number, truth, x = FUNCTIONS[name]
+    y = torch.full_like(x, float("nan"), device=DEVICE)
+    _map(number, x.to(DEVICE), y)
+    expected = truth(x.double())
+    assert len(x) > 3000
+    assert ((y.cpu().double() - expected).abs() <= 4 * EPS32 * expected.abs()).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_elementary_functions_let_nan_through(name: str) -> None:
+    y = torch.zeros(1, device=DEVICE)
+    _map(FUNCTIONS[name][0], torch.tensor([float("nan")], device=DEVICE), y)
+    assert y.isnan().all()
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+
+def test_a_spec_says_what_the_kernels_read() -> None:
+    """Flags and numbers stand in the order that the kernels and the compile report take them in."""
+    spec = LossSpec(("hinge", "odds_ratio"), (0.5, 2.0), beta=0.25, label_smoothing=0.125, supervised=3.0, prompts=True)
+    flags, numbers = dict(zip(FLAGS, spec.flags(), strict=True)), spec.numbers()
+    assert flags["VARIANTS"] == (1 << VARIANTS.index("hinge")) + (1 << VARIANTS.index("odds_ratio"))
+    assert (flags["HAS_PROMPTS"], flags["HAS_REFERENCE"]) == (1, 0)
+    named = dict(zip((*NUMBERS, *VARIANTS), numbers, strict=True))
+    assert (named["beta"], named["half_inverse_beta"], named["unflipped"]) == (0.25, 2.0, 0.75)
+    assert (named["supervised"], named["hinge"], named["odds_ratio"], named["sigmoid"]) == (3.0, 0.5, 2.0, 0.0)
+
+
+def test_lengths_are_not_compiled_in() -> None:
+    """One kernel serves every batch of a run: what changes from batch to batch is never a compile-time value."""
+    names = [name for name, _ in launch.compile_cases()]
+    assert len(set(names)) == len(names) >= 5
+    for _, constants in launch.compile_cases():
+        kernel = launch.kernel_of(constants)
+        assert constants.keys() == {name for name in kernel.arg_names if name.isupper()}
+        types = {name: launch.argument_type(name, constants) for name in kernel.arg_names}
+        assert {name for name, kind in types.items() if kind == "i32"} <= {"n", "pairs", "rows"}
+        assert {kind for name, kind in types.items() if name.startswith("p_")} <= {"*fp32", "*i64", "*i8"}
