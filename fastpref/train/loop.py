@@ -268,6 +268,8 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # PEFT, of an adapter on a head that is tied to the embeddings: the two stay apart here, adapters are never merged.
+    warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*", category=UserWarning)
 
 
 class _Interrupt:
