@@ -66,8 +66,8 @@ class ModelConfig(_Section):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; "auto" is float32 on a CPU and bfloat16 (float16 on cards without it) on a GPU."""
-    quantization: Annotated[Literal["none", "nf4", "int8"], _only("none", "quantization")] = "none"
-    """4-bit or 8-bit base weights."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Base weights in 4 bits (nf4, its scales quantised too) or 8, with [lora] beside them."""
     attention: Annotated[Literal["auto"], _only("auto", "another attention")] = "auto"
     """How attention is computed."""
     liger: Annotated[bool, _only(False, "liger")] = False
@@ -192,10 +192,8 @@ class TrainConfig(_Section):
     """Tokens computed at once; 2 · tokens.max_length if left out."""
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"
     """tree: prompts computed once and rows packed; packed: prompts repeated; padded: one row a sequence."""
-    optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], _only("adamw", "an 8-bit optimizer")] = (
-        "adamw"
-    )
-    """The optimizer."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW; with moments in 8 bits; or with moments that a full GPU moves to host memory."""
     weight_decay: NonNegative = 0.0
     """AdamW's weight decay, on matrices only."""
     max_grad_norm: Positive = 1.0
@@ -269,6 +267,11 @@ class Config(_Section):
         mistakes = []
         if self.reference.mode == "adapter" and self.lora is None:
             mistakes.append('reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"')
+        if self.model.quantization != "none" and self.lora is None:
+            mistakes.append(
+                f'model.quantization: "{self.model.quantization}" weights cannot be trained themselves; add a [lora] '
+                "table"
+            )
         if isinstance(self.loss, KTO) and self.loss.kl == "batch" and self.train.batch == 1:
             mistakes.append(
                 "train.batch: KTO compares each row with the next one of its batch, so a batch needs two rows; "

@@ -293,11 +293,11 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
     ),
     "what is not in this version": (
         '[model.x]\n[[data]]\npath = "e"\n\n\n[reference]\nmode = "precompute"\n'
-        '[train]\noptimizer = "adamw_8bit"\n[output]\nsave_every = 3\nkeep = 2\n[log]\ntrackers = ["wandb"]\n',
+        '[train]\noptimizer = "lion"\n[output]\nsave_every = 3\nkeep = 2\n[log]\ntrackers = ["wandb"]\n',
         [
             "5: model.x: unknown key",
             "11: reference.mode: precompute is not in this version yet; use auto, adapter or copy",
-            "13: train.optimizer: an 8-bit optimizer is not in this version yet; leave the key out",
+            "13: train.optimizer: must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, got 'lion'",
             "15: output.save_every: saving while training is not in this version yet; leave the key out",
             "16: output.keep: keeping checkpoints is not in this version yet; leave the key out",
             "18: log.trackers: a tracker is not in this version yet; leave the key out",
@@ -338,9 +338,9 @@ WHOLE: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "model keys not in this version": (
-        '[model]\nname = "m"\nquantization = "nf4"\nliger = true\nattention = "sdpa"\n[[data]]\npath = "d"\n',
+        '[model]\nname = "m"\nquantization = "int4"\nliger = true\nattention = "sdpa"\n[[data]]\npath = "d"\n',
         [
-            ":3: model.quantization: quantization is not in this version yet; leave the key out",
+            ":3: model.quantization: must be one of none, nf4, int8, got 'int4' (did you mean 'int8'?)",
             ":4: model.liger: liger is not in this version yet; leave the key out",
             ":5: model.attention: must be one of auto, got 'sdpa'",
         ],

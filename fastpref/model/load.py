@@ -1,6 +1,7 @@
 """Models and tokenizers from a folder or the hub, with adapters, ready for the layouts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import peft
 import torch
@@ -12,6 +13,7 @@ from fastpref.errors import UserError
 from fastpref.model import attention
 from fastpref.model.head import check_logits
 from fastpref.model.policy import Policy
+from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ def load_model(config: Config, device: torch.device) -> Loaded:
 
     Raises UserError for a model that is not there, is no causal language model, or has no safetensors.
     """
-    model = _pretrained(config.model, weight_dtype(config, device)).to(device)  # pyright: ignore[reportArgumentType]
+    model = _pretrained(config.model, weight_dtype(config, device), device)
+    if getattr(model, "is_quantized", False) and config.lora is None:
+        raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
+    keep_weights_as_loaded(model)
     model.config.use_cache = False
     policy = Policy.of(model)
     model.eval()
@@ -64,7 +69,7 @@ def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
 
 
-def _pretrained(options: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(options: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     where = {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(options.name, **where)
@@ -75,19 +80,18 @@ def _pretrained(options: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
             f"model.name = {options.name!r}: {config.model_type} is an encoder-decoder; a causal model is needed"
         )
     try:
+        load: dict[str, Any] = where | {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+        quantization = quantization_config(options.quantization, dtype)
+        if quantization is not None:
+            load["quantization_config"] = quantization
         try:
             return AutoModelForCausalLM.from_pretrained(
-                options.name,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                attn_implementation=attention.NAME,
-                **where,
+                options.name, config=config, attn_implementation=attention.NAME, **load
             )
         except ValueError as error:
             if "attention" not in str(error).lower() and attention.NAME not in str(error):
                 raise
-            return AutoModelForCausalLM.from_pretrained(options.name, dtype=dtype, use_safetensors=True, **where)
+            return AutoModelForCausalLM.from_pretrained(options.name, **load)
     except Exception as error:  # missing weights, an unknown architecture, no memory: all end here
         raise UserError(f"model.name = {options.name!r}: cannot be loaded: {_cause(error)}") from None
 

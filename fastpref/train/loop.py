@@ -25,6 +25,7 @@ from fastpref.loss_options import KTO
 from fastpref.model.load import Loaded, load_model, load_tokenizer
 from fastpref.model.reference import make_reference
 from fastpref.train.checkpoint import RunFolder
+from fastpref.train.optimizer import make_optimizer
 from fastpref.train.progress import Display
 from fastpref.train.step import Objective
 
@@ -94,7 +95,7 @@ class _Run:
         if config.loss.uses_reference:
             reference, what = make_reference(config, loaded, accelerator.autocast)
             self.notes.append(f"reference: {what}")
-        optimizer = _optimizer(loaded, config)
+        optimizer = make_optimizer(loaded.policy, config)
         warmup = train.warmup if train.warmup >= 1 else train.warmup * self.steps
         name = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=round(warmup), num_training_steps=self.steps)
@@ -234,16 +235,6 @@ def _tokenized(
             raise UserError(f"no {name} row can be used: {counts}")
         results.append(examples)
     return results[0], results[1], notes
-
-
-def _optimizer(loaded: Loaded, config: Config) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only."""
-    parameters = [p for p in loaded.policy.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.train.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate)
 
 
 def _data_order(count: int, batch: int, seed: int) -> Iterator[list[int]]:

@@ -1,0 +1,36 @@
+"""Base weights in 4 or 8 bits by bitsandbytes, with adapters trained beside them (QLoRA, arXiv 2305.14314).
+
+Only the body's linear layers are quantised. Embeddings, head and norms stay in the model's dtype: a norm computes in
+float32 whatever its weight is, and `prepare_model_for_kbit_training`'s float32 copies of embeddings and head, which
+nothing here reads, would take 4 GB for Llama-3-8B.
+"""
+
+from typing import Literal
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+Quantization = Literal["none", "nf4", "int8"]
+
+
+def quantization_config(kind: Quantization, compute: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers is told. Products of 4-bit weights are computed in `compute`; scales are quantised too."""
+    if kind == "none":
+        return None
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def keep_weights_as_loaded(model: PreTrainedModel) -> None:
+    """On some CPUs bitsandbytes repacks a 4-bit weight at the first pass without gradient, and quantises its scales
+    anew when it is saved or moved: not while training, where evaluations lie between steps."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,40 @@
+"""AdamW in its kinds."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+
+
+def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimizer of `train.optimizer` over what the policy trains; weight decay on matrices only.
+
+    The 8-bit kinds hold moments of tensors from 4,096 entries on in 8 bits (arXiv 2110.02861); the paged kinds let them
+    move to host memory when a GPU is full.
+    """
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.train.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return _kind(config.train.optimizer, parameters)([g for g in groups if g["params"]], lr=config.learning_rate)
+
+
+def _kind(name: str, parameters: Iterable[nn.Parameter]) -> Callable[..., torch.optim.Optimizer]:
+    if name == "adamw":
+        on_gpu = all(p.is_cuda for p in parameters)
+        return lambda groups, **options: torch.optim.AdamW(groups, fused=on_gpu, **options)
+    import bitsandbytes.optim as kinds
+
+    classes: dict[str, Any] = {
+        "adamw_8bit": kinds.AdamW8bit,
+        "paged_adamw": kinds.PagedAdamW,
+        "paged_adamw_8bit": kinds.PagedAdamW8bit,
+    }
+    if name.startswith("paged") and not torch.cuda.is_available():
+        raise UserError(f'train.optimizer = "{name}": only a GPU has memory to page out of; take adamw or adamw_8bit')
+    return classes[name]
