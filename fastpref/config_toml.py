@@ -1,6 +1,7 @@
 """The way back: a config as TOML."""
 
 import json
+import re
 from typing import Any
 
 from fastpref.config import Config
@@ -32,6 +33,10 @@ def toml_value(v: Any) -> str:
     if isinstance(v, list | tuple):
         return f"[{', '.join(map(toml_value, v))}]"
     if isinstance(v, dict):
-        return f"{{ {', '.join(f'{toml_value(k)} = {toml_value(inner)}' for k, inner in v.items())} }}"
+        return f"{{ {', '.join(f'{_toml_key(k)} = {toml_value(inner)}' for k, inner in v.items())} }}"
     # Strings, numbers and booleans are written alike in both, but for the one character that only TOML escapes.
     return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)

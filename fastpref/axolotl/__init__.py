@@ -128,7 +128,7 @@ def _put(raw: dict[str, Any], setting: Setting) -> None:
 def _short(reason: str, setting: Setting) -> str:
     """What the schema says, without the key's name and the list of all that is known."""
     named = reason.removeprefix(name_of(setting.key)).lstrip(": ")
-    return re.sub(r"; (known are|leave the key out).*", "", named)
+    return re.sub(r"; leave the key out$", "", re.sub(r"known are .*", "docs/data.md has all, and your own", named))
 
 
 # --- As text ---------------------------------------------------------------------------------------------------------
@@ -141,7 +141,9 @@ def _tables(translation: Translation) -> list[Table]:
         if setting.key == ("lora",):
             headers.setdefault(("lora",), [])
             continue
-        beside = reason or setting.words or ", ".join(field.rpartition("].")[2] for field in setting.fields)
+        fields = [field.rpartition("].")[2] for field in setting.fields]
+        whence = ", ".join(fields) if fields != [setting.key[-1]] else ""
+        beside = reason or setting.words or whence
         line = Line(str(setting.key[-1]), setting.value, beside=beside, active=not reason)
         headers.setdefault(setting.key[:-1], []).append(line)
     order = {name: at for at, name in enumerate(sections())}

@@ -166,7 +166,7 @@ def _lost(entry: Mapping[str, Any], place: str) -> Iterator[Left]:
     is_chat = isinstance(chat, str) and chat.startswith(_CHAT)
     for name, value in entry.items():
         if name in LEFT_OUT:
-            ordinary = name == "ds_type" and str(entry["path"]).endswith(_SUFFIXES)
+            ordinary = name == "ds_type" and (str(entry["path"]).endswith(_SUFFIXES) or entry["path"] in _BUILDERS)
             if value not in (False, "", [], {}) and not ordinary:
                 yield Left(f"{place}.{name}", LEFT_OUT[name])
         elif name in _OF_CHATS and not is_chat:
