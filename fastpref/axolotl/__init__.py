@@ -127,7 +127,7 @@ def _put(raw: dict[str, Any], setting: Setting) -> None:
 
 def _short(reason: str, setting: Setting) -> str:
     """What the schema says, without the key's name and the list of all that is known."""
-    named = reason.removeprefix(name_of(setting.key)).lstrip(": ")
+    named = reason.removeprefix(name_of(setting.key)).removeprefix(f"{setting.key[0]}: ").lstrip(": ")
     return re.sub(r"; leave the key out$", "", re.sub(r"known are .*", "docs/data.md has all, and your own", named))
 
 

@@ -148,7 +148,7 @@ RULES = (
         ("gradient_accumulation_steps", "micro_batch_size", "batch_size"),
         ("train.batch", "train.tokens_per_microbatch"),
         run.batch,
-        "accumulation × micro-run.batch, on one GPU; micro-batch × 2 responses × `sequence_len` tokens at once",
+        "accumulation × micro-batch, on one GPU; micro-batch × 2 responses × `sequence_len` tokens at once",
     ),
     Rule(("optimizer",), ("train.optimizer",), run.optimizer, "AdamW's names: adamw, adamw_8bit or paged_adamw_8bit"),
     _same("weight_decay", "train.weight_decay", as_number),
