@@ -448,6 +448,24 @@ def test_a_mistake_is_one_message(tmp_path: Path, added: str):
     assert "\n" not in str(caught.value)
 
 
+ODD = [3, 0.5, "x", True, [1], ["a", {"b": 1}], {"a": [1]}, "\x01\n"]
+
+
+@pytest.mark.parametrize("field", sorted({field for rule in RULES for field in rule.fields}))
+def test_values_of_another_kind(tmp_path: Path, field: str):
+    """Whatever a field holds: a message, or a config that loads."""
+    table, _, inner = field.rpartition(".")
+    for value in ODD:
+        raw = {"base_model": "m", "rl": "dpo", "adapter": "lora", "datasets": [{"path": "d"}], "rpo_alpha": 1.0}
+        raw |= {table: {inner: value}} if table else {field: value}
+        (tmp_path / "cfg.yml").write_text(yaml.safe_dump(raw))
+        try:
+            made = translate(tmp_path / "cfg.yml", tmp_path)
+        except UserError:
+            continue
+        Config.model_validate(tables(made))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

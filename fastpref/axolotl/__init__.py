@@ -83,7 +83,8 @@ def _placed(word: Setting | Left, home: Path, folder: Path) -> Setting | Left:
     """A setting whose paths, written for the folder Axolotl is started in, mean the same in a config in `folder`."""
     if isinstance(word, Left):
         return word
-    if word.key[-1] == "path" or word.key in (("model", "name"), ("tokens", "chat_template")):
+    is_path = word.key[-1] == "path" or word.key in (("model", "name"), ("tokens", "chat_template"))
+    if is_path and isinstance(word.value, str):
         return replace(word, value=kept(word.value, folder, (home,)))
     if word.key[-1] == "format" and isinstance(word.value, dict) and isinstance(word.value.get("chat_template"), str):
         template = kept(word.value["chat_template"], folder, (home,))

@@ -1,13 +1,11 @@
 """The table of translations: which fields of Axolotl become which keys, and how."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fastpref.axolotl import method, rows, run
-from fastpref.axolotl.source import METHODS, Axolotl, Left, Setting, as_flag, as_number, as_text, as_whole
-
-Made = Iterator[Setting | Left]
+from fastpref.axolotl.source import METHODS, Axolotl, Made, Setting, as_flag, as_number, as_text, as_whole, dotted
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ def _same(field: str, key: str, convert: Callable[[Any], Any], methods: tuple[st
 
     def make(config: Axolotl) -> Made:
         if field in config:
-            yield Setting(tuple(key.split(".")), _READ[convert](config, field), (field,))
+            yield Setting(dotted(key), _READ[convert](config, field), (field,))
 
     return Rule((field,), (key,), make, methods=methods)
 
@@ -72,7 +70,7 @@ RULES = (
         method.lora,
         "the table where there is an `adapter`; `lora_target_linear` is all-linear, and goes before modules",
     ),
-    Rule(("rl",), ("loss.type",), method.always, "the same; dpo, ipo, kto, method.orpo, simpo"),
+    Rule(("rl",), ("loss.type",), method.always, "the same; dpo, ipo, kto, orpo, simpo"),
     Rule(
         ("trl.beta", "rl_beta", "dpo_beta", "orpo_alpha"),
         ("loss.beta",),

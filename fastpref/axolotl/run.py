@@ -1,15 +1,9 @@
 """From Axolotl's fields to ours: what is held out, tokens, the optimisation, output and logging."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from fastpref.axolotl import rows
-from fastpref.axolotl.source import Axolotl, Left, Setting
-
-Made = Iterator[Setting | Left]
-
-
-def _key(name: str) -> tuple[str, ...]:
-    return tuple(name.split("."))
+from fastpref.axolotl.source import Axolotl, Left, Made, Setting, dotted
 
 
 def held_out(config: Axolotl) -> Made:
@@ -20,14 +14,14 @@ def held_out(config: Axolotl) -> Made:
     elif share >= 1:
         yield Left("val_set_size", "a number of rows cannot be held out; set eval.fraction to a share below 1")
     elif share:
-        yield Setting(_key("eval.fraction"), share, ("val_set_size",), "by a hash of the prompt")
+        yield Setting(dotted("eval.fraction"), share, ("val_set_size",), "by a hash of the prompt")
 
 
 def length(config: Axolotl) -> Made:
     given = config.given("sequence_len")
-    yield Setting(_key("tokens.max_length"), sequence(config), given, "" if given else "Axolotl's default")
+    yield Setting(dotted("tokens.max_length"), sequence(config), given, "" if given else "Axolotl's default")
     if "max_prompt_len" in config:
-        yield Setting(_key("tokens.max_prompt_length"), config.whole("max_prompt_len"), ("max_prompt_len",))
+        yield Setting(dotted("tokens.max_prompt_length"), config.whole("max_prompt_len"), ("max_prompt_len",))
 
 
 def sequence(config: Axolotl) -> int:
@@ -38,19 +32,19 @@ def overlong(config: Axolotl) -> Made:
     given = config.given("excess_length_strategy")
     strategy = config.text("excess_length_strategy", "drop")
     words = "" if given else "Axolotl's default"
-    yield Setting(_key("tokens.overlong"), {"raise": "error"}.get(strategy, strategy), given, words)
+    yield Setting(dotted("tokens.overlong"), {"raise": "error"}.get(strategy, strategy), given, words)
 
 
 def template(config: Axolotl) -> Made:
     template, lost = rows.chat_template(config.values)
     yield from lost
     if template is not None:
-        yield Setting(_key("tokens.chat_template"), template, config.given("chat_template", "chat_template_jinja"))
+        yield Setting(dotted("tokens.chat_template"), template, config.given("chat_template", "chat_template_jinja"))
 
 
 def duplicates(config: Axolotl) -> Made:
     if config.on("dataset_exact_deduplication"):
-        yield Setting(_key("tokens.duplicates"), "drop", ("dataset_exact_deduplication",))
+        yield Setting(dotted("tokens.duplicates"), "drop", ("dataset_exact_deduplication",))
 
 
 def batch(config: Axolotl) -> Made:
@@ -62,16 +56,15 @@ def batch(config: Axolotl) -> Made:
     else:
         total, words = micro * steps, f"gradient_accumulation_steps {steps} × micro_batch_size {micro}"
         fields = ("gradient_accumulation_steps", "micro_batch_size")
-    yield Setting(_key("train.batch"), total, fields, words)
-    tokens = f"micro_batch_size {micro} × 2 responses × sequence_len {sequence(config)}"
-    yield Setting(
-        _key("train.tokens_per_microbatch"), 2 * micro * sequence(config), ("micro_batch_size", "sequence_len"), tokens
-    )
+    yield Setting(dotted("train.batch"), total, fields, words)
+    how = f"micro_batch_size {micro} × 2 responses × sequence_len {sequence(config)}"
+    tokens = 2 * micro * sequence(config)
+    yield Setting(dotted("train.tokens_per_microbatch"), tokens, ("micro_batch_size", "sequence_len"), how)
 
 
 def steps(config: Axolotl) -> Made:
     if config.whole("max_steps", 0) > 0:
-        yield Setting(_key("train.steps"), config.whole("max_steps"), ("max_steps",))
+        yield Setting(dotted("train.steps"), config.whole("max_steps"), ("max_steps",))
 
 
 _WARM_CONSTANT = "constant_with_warmup"
@@ -80,14 +73,14 @@ _WARM_CONSTANT = "constant_with_warmup"
 def schedule(config: Axolotl) -> Made:
     scheduler = config.text("lr_scheduler", "cosine")
     if "lr_scheduler" in config:
-        yield Setting(_key("train.schedule"), scheduler.replace(_WARM_CONSTANT, "constant"), ("lr_scheduler",))
+        yield Setting(dotted("train.schedule"), scheduler.replace(_WARM_CONSTANT, "constant"), ("lr_scheduler",))
     if scheduler == "constant":  # of transformers, which never warms up
-        yield Setting(_key("train.warmup"), 0, ("lr_scheduler",), "lr_scheduler: constant has none")
+        yield Setting(dotted("train.warmup"), 0, ("lr_scheduler",), "lr_scheduler: constant has none")
         for field in config.given("warmup_steps", "warmup_ratio"):
             if config.get(field):
                 yield Left(field, "lr_scheduler: constant has no warm-up")
     elif "warmup_steps" in config:
-        yield Setting(_key("train.warmup"), config.whole("warmup_steps"), ("warmup_steps",))
+        yield Setting(dotted("train.warmup"), config.whole("warmup_steps"), ("warmup_steps",))
         if "warmup_ratio" in config:
             yield Left("warmup_ratio", "warmup_steps goes before it")
     elif config.number("warmup_ratio", 0) >= 1:
@@ -95,7 +88,7 @@ def schedule(config: Axolotl) -> Made:
     else:
         given = config.given("warmup_ratio")
         share = config.number("warmup_ratio", 0.03)
-        yield Setting(_key("train.warmup"), share, given, "" if given else "Axolotl's default")
+        yield Setting(dotted("train.warmup"), share, given, "" if given else "Axolotl's default")
 
 
 OPTIMIZERS = {
@@ -109,13 +102,13 @@ OPTIMIZERS = {
 def optimizer(config: Axolotl) -> Made:
     if "optimizer" in config:
         name = config.text("optimizer")
-        yield Setting(_key("train.optimizer"), OPTIMIZERS.get(name, name), ("optimizer",))
+        yield Setting(dotted("train.optimizer"), OPTIMIZERS.get(name, name), ("optimizer",))
 
 
 def checkpointing(config: Axolotl) -> Made:
     value = config.get("gradient_checkpointing")
     if value is not None:
-        yield Setting(_key("train.checkpointing"), bool(value), ("gradient_checkpointing",))
+        yield Setting(dotted("train.checkpointing"), bool(value), ("gradient_checkpointing",))
     if isinstance(value, str):
         yield Left("gradient_checkpointing", f"{value}: activations are computed again, not moved elsewhere")
 
@@ -127,9 +120,9 @@ def every(field: str, key: str, per_epoch: str) -> Callable[[Axolotl], Made]:
         steps = config.number(field, 0)
         total = config.whole("max_steps", 0)
         if steps >= 1:
-            yield Setting(_key(key), config.whole(field), (field,))
+            yield Setting(dotted(key), config.whole(field), (field,))
         elif steps and total > 0:
-            yield Setting(_key(key), max(1, round(steps * total)), (field, "max_steps"))
+            yield Setting(dotted(key), max(1, round(steps * total)), (field, "max_steps"))
         elif steps:
             yield Left(field, f"a share of all steps, whose number is not known here; set {key}")
         if config.number(per_epoch, 0):
@@ -143,8 +136,8 @@ def samples(config: Axolotl) -> Made:
     tokens = config.given("generation_max_new_tokens")
     if config.on("generate_samples"):
         count, length = config.whole("num_generation_samples", 3), config.whole("generation_max_new_tokens", 50)
-        yield Setting(_key("eval.samples"), count, ("generate_samples", *samples))
-        yield Setting(_key("eval.sample_tokens"), length, ("generate_samples", *tokens))
+        yield Setting(dotted("eval.samples"), count, ("generate_samples", *samples))
+        yield Setting(dotted("eval.sample_tokens"), length, ("generate_samples", *tokens))
         return
     for field in (*samples, *tokens):
         yield Left(field, "generate_samples is not on")
@@ -167,7 +160,7 @@ def trackers(config: Axolotl) -> Made:
             names.append(name)
             fields += wanted
     if names:
-        yield Setting(_key("log.trackers"), names, tuple(fields))
+        yield Setting(dotted("log.trackers"), names, tuple(fields))
     for switches in TRACKERS.values():
         for field in switches[1:]:
             if config.get(field):

@@ -1,7 +1,7 @@
 """An Axolotl config as it was written, and the words a translation is made of."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,14 @@ class Left:
 
     field: str
     reason: str
+
+
+Made = Iterator[Setting | Left]
+
+
+def dotted(name: str) -> tuple[str, ...]:
+    """The key of a dotted name."""
+    return tuple(name.split("."))
 
 
 @dataclass(frozen=True)
