@@ -58,6 +58,56 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def init(
+    loss: Annotated[
+        str | None, typer.Option(help="dpo (if left out), ipo, kto, orpo, simpo or cpo; the file says which to choose.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A folder, or a model's name on the hub.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file of preferences, or a data set's name on the hub.")] = None,
+    from_axolotl: Annotated[
+        Path | None, typer.Option(metavar="CFG.YML", help="Translate an Axolotl config of a preference method.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(help="The file to write, - to print it; <loss>.toml here, or the name of the Axolotl config."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Write a commented config, for a loss or from an Axolotl config."""
+    from fastpref.init import check_loss, kept, template, write
+
+    chosen = check_loss(loss or "dpo")
+    default = f"{from_axolotl.stem if from_axolotl else chosen}.toml"
+    path = None if output == "-" else Path(output or default)
+    folder = path.parent if path else Path()
+    left_out: list[str] = []
+    if from_axolotl is None:
+        if model is None or data is None:
+            raise UserError("init needs --model and --data (and takes --loss), or --from-axolotl with a .yml file")
+        text = template(chosen, kept(model, folder), kept(data, folder))
+    else:
+        if loss or model or data:
+            raise UserError("--from-axolotl takes the loss, the model and the data from its file; leave the others out")
+        from fastpref.axolotl import translate
+
+        translation = translate(from_axolotl, folder)
+        text, left_out = translation.text, translation.left_out
+    if path is None:
+        typer.echo(text, nl=False)
+    else:
+        write(text, path, force=force)
+        typer.echo(f"{path} is written. Next:")
+        known = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+        for name in ("check", "preview", "train"):
+            if name in known:
+                typer.echo(f"  fastpref {name} {path}")
+    if left_out:
+        typer.echo("Not taken over:", err=path is None)
+        for line in left_out:
+            typer.echo(f"  {line}", err=path is None)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a config: every key with its type, default and meaning."""
     import json

@@ -1,6 +1,7 @@
 """The way back: a config as TOML."""
 
 import json
+import re
 from typing import Any
 
 from fastpref.config import Config
@@ -9,18 +10,10 @@ from fastpref.config import Config
 def to_toml(config: Config) -> str:
     """The resolved config as TOML that `load_config` reads back. Keys without a value are left out."""
 
-    def value(v: Any) -> str:
-        if isinstance(v, list | tuple):
-            return f"[{', '.join(map(value, v))}]"
-        if isinstance(v, dict):
-            return f"{{ {', '.join(f'{value(k)} = {value(inner)}' for k, inner in v.items())} }}"
-        # Strings, numbers and booleans are written alike in both, but for the one character that only TOML escapes.
-        return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
-
     def table(header: str, content: dict[str, Any]) -> list[str]:
         own = {k: v for k, v in content.items() if v is not None}
         nested = {k: v for k, v in own.items() if isinstance(v, list | tuple) and v and isinstance(v[0], dict)}
-        out = [header, *(f"{k} = {value(v)}" for k, v in own.items() if k not in nested), ""]
+        out = [header, *(f"{k} = {toml_value(v)}" for k, v in own.items() if k not in nested), ""]
         for key, entries in nested.items():
             for entry in entries:
                 out += table(f"[[{header.strip('[]')}.{key}]]", entry)
@@ -33,3 +26,17 @@ def to_toml(config: Config) -> str:
         for entry in content if isinstance(content, list) else [content]:
             lines += table(f"[[{name}]]" if isinstance(content, list) else f"[{name}]", entry)
     return "\n".join(lines)
+
+
+def toml_value(v: Any) -> str:
+    """A string, number, boolean, list or table as TOML, on one line."""
+    if isinstance(v, list | tuple):
+        return f"[{', '.join(map(toml_value, v))}]"
+    if isinstance(v, dict):
+        return f"{{ {', '.join(f'{_toml_key(k)} = {toml_value(inner)}' for k, inner in v.items())} }}"
+    # Strings, numbers and booleans are written alike in both, but for the one character that only TOML escapes.
+    return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)

@@ -156,7 +156,7 @@ def test_help_names_the_commands(run: Any):
     for flag in ("--help", "-h"):
         ran = run(flag)
         assert ran.status == 0
-        assert all(command in ran.out for command in ("train", "check", "schema"))
+        assert all(command in ran.out for command in ("init", "train", "check", "schema"))
 
 
 def described(schema: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -195,6 +195,8 @@ print("imported", *(name for name in {HEAVY} if name in sys.modules))
         (["check", "good.toml"], 0),
         (["train", "bad.toml"], 2),
         (["schema"], 0),
+        (["init", "--model", "m", "--data", "d", "--output", "-"], 0),
+        (["init", "--from-axolotl", "cfg.yml", "--output", "-"], 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -202,6 +204,7 @@ def test_quick_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str
     """Help, checks and refusals do not wait for torch or what stands on it."""
     (tmp_path / "good.toml").write_text(GOOD)
     (tmp_path / "bad.toml").write_text(BAD)
+    (tmp_path / "cfg.yml").write_text("{base_model: m, rl: dpo, datasets: [{path: d}]}")
     ran = subprocess.run([sys.executable, "-c", PROBE, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert ran.stdout.splitlines()[-2:] == [f"status {status}", "imported"], ran.stderr
 

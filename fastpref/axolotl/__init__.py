@@ -1,0 +1,157 @@
+"""`fastpref init --from-axolotl`: an Axolotl config of a preference method as one of ours.
+
+source.py reads it, rules.py and rows.py translate field by field, left_out.py says why others have no counterpart.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastpref.axolotl.left_out import EVEN_IF_OFF, REASONS
+from fastpref.axolotl.rules import RULES
+from fastpref.axolotl.source import Axolotl, Left, Setting, read
+from fastpref.config_text import Line, Table, mistake, render, sections
+from fastpref.config_toml import toml_value
+from fastpref.init import kept
+
+__all__ = ["Left", "Setting", "Translation", "translate"]
+
+
+_OFF = (False, 0, "", [], {})
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What the schema takes, what it refuses with its reason, and the fields that are left out with theirs."""
+
+    source: Path
+    settings: tuple[Setting, ...]
+    refused: tuple[tuple[Setting, str], ...]
+    left: tuple[Left, ...]
+
+    @property
+    def left_out(self) -> list[str]:
+        """A line for each field that is not taken over: its name and why."""
+        refused = [
+            f"{', '.join(setting.fields)}: would be {name_of(setting.key)} = {toml_value(setting.value)}: {reason}"
+            for setting, reason in self.refused
+        ]
+        return [*refused, *(f"{left.field}: {left.reason}" for left in self.left)]
+
+    @property
+    def text(self) -> str:
+        """The config, with what was left out as comments."""
+        intro = [f"Translated from {self.source.name} by fastpref init. Beside a key is the field it comes from."]
+        ending = ["Not taken over:", *(f" {line}" for line in self.left_out)] if self.left_out else []
+        return render(intro, _tables(self), ending)
+
+
+def translate(path: Path, folder: Path) -> Translation:
+    """The config for a file in `folder`. Raises UserError for what is no Axolotl config of a preference method."""
+    config = read(path)
+    made = [_placed(word, path.parent, folder) for word in _made(config)]
+    settings, refused = _accepted([word for word in made if isinstance(word, Setting)])
+    return Translation(path, settings, refused, tuple(dict.fromkeys(word for word in made if isinstance(word, Left))))
+
+
+def name_of(key: Sequence[str | int]) -> str:
+    """A key in words: data[0].path."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
+
+
+def _made(config: Axolotl) -> Iterator[Setting | Left]:
+    known = set(REASONS)
+    for rule in RULES:
+        known |= set(rule.fields)
+        if config.method in rule.methods:
+            yield from rule.make(config)
+        else:
+            for field in config.given(*rule.fields):
+                if config.get(field) not in _OFF:
+                    yield Left(field, f"means nothing to rl: {config.method}")
+    for field, value in config.values.items():
+        if field not in known:
+            yield Left(field, "unknown field")
+        elif field in REASONS and (value not in _OFF or field in EVEN_IF_OFF):
+            yield Left(field, REASONS[field])
+
+
+def _placed(word: Setting | Left, home: Path, folder: Path) -> Setting | Left:
+    """A setting whose paths, written for the folder Axolotl is started in, mean the same in a config in `folder`."""
+    if isinstance(word, Left):
+        return word
+    is_path = word.key[-1] == "path" or word.key in (("model", "name"), ("tokens", "chat_template"))
+    if is_path and isinstance(word.value, str):
+        return replace(word, value=kept(word.value, folder, (home,)))
+    if word.key[-1] == "format" and isinstance(word.value, dict) and isinstance(word.value.get("chat_template"), str):
+        template = kept(word.value["chat_template"], folder, (home,))
+        return replace(word, value={**word.value, "chat_template": template})
+    return word
+
+
+def _accepted(settings: list[Setting]) -> tuple[tuple[Setting, ...], tuple[tuple[Setting, str], ...]]:
+    """The settings that the schema takes, one after the other, and the others with what it says.
+
+    So a key that this version refuses is left out, and taken over by one that knows it.
+    """
+    raw: dict[str, Any] = {}
+    for setting in settings:
+        if setting.key == ("model", "name") or (setting.key[0] == "data" and setting.key[-1] == "path"):
+            _put(raw, setting)
+    taken, refused = [], []
+    for setting in settings:
+        tried = deepcopy(raw)
+        _put(tried, setting)
+        reason = mistake(tried)
+        if reason is None:
+            raw = tried
+            taken.append(setting)
+        else:
+            refused.append((setting, _short(reason, setting)))
+    return tuple(taken), tuple(refused)
+
+
+def _put(raw: dict[str, Any], setting: Setting) -> None:
+    table: Any = raw
+    for part, following in zip(setting.key, setting.key[1:]):
+        if isinstance(part, int):
+            table += [{} for _ in range(part + 1 - len(table))]
+            table = table[part]
+        else:
+            table = table.setdefault(part, [] if isinstance(following, int) else {})
+    last = setting.key[-1]
+    table[last] = table.get(last, {}) if setting.value == {} else setting.value
+
+
+def _short(reason: str, setting: Setting) -> str:
+    """What the schema says, without the key's name and the list of all that is known."""
+    named = reason.removeprefix(name_of(setting.key)).removeprefix(f"{setting.key[0]}: ").lstrip(": ")
+    return re.sub(r"; leave the key out$", "", re.sub(r"known are .*", "docs/data.md has all, and your own", named))
+
+
+# --- As text ---------------------------------------------------------------------------------------------------------
+
+
+def _tables(translation: Translation) -> list[Table]:
+    headers: dict[tuple[str | int, ...], list[Line]] = {}
+    told = [(setting, "") for setting in translation.settings] + list(translation.refused)
+    for setting, reason in told:
+        if setting.key == ("lora",):
+            headers.setdefault(("lora",), [])
+            continue
+        fields = [field.rpartition("].")[2] for field in setting.fields]
+        whence = ", ".join(fields) if fields != [setting.key[-1]] else ""
+        beside = reason or setting.words or whence
+        line = Line(str(setting.key[-1]), setting.value, beside=beside, active=not reason)
+        headers.setdefault(setting.key[:-1], []).append(line)
+    order = {name: at for at, name in enumerate(sections())}
+    ranked = sorted(headers, key=lambda path: (order[str(path[0])], [str(part) for part in path if part != path[-1]]))
+    return [Table(_header(path), tuple(headers[path])) for path in ranked]
+
+
+def _header(path: tuple[str | int, ...]) -> str:
+    name = ".".join(part for part in path if isinstance(part, str))
+    return f"[[{name}]]" if isinstance(path[-1], int) else f"[{name}]"
