@@ -523,3 +523,15 @@ def test_the_tables_name_keys_that_exist():
     assert {key for rule in RULES for key in rule.keys} <= known
     options = {how.split("`")[1].split(".")[1] for how in rows.KEYS.values() if how.startswith("`format.")}
     assert options <= set(options_of("chat_template.default"))
+
+
+def test_a_setting_may_need_a_later_one(tmp_path: Path) -> None:
+    """QLoRA: 4-bit weights are accepted though they stand before the [lora] table that they need."""
+    source = tmp_path / "q.yml"
+    source.write_text(
+        "base_model: m\nrl: dpo\nadapter: qlora\nload_in_4bit: true\nlora_r: 8\n"
+        "datasets:\n  - {path: d.jsonl, type: chatml.ultra}\n"
+    )
+    found = translate(source, tmp_path)
+    assert ("model", "quantization") in [setting.key for setting in found.settings]
+    assert not found.refused

@@ -101,17 +101,22 @@ def _accepted(settings: list[Setting]) -> tuple[tuple[Setting, ...], tuple[tuple
     for setting in settings:
         if setting.key == ("model", "name") or (setting.key[0] == "data" and setting.key[-1] == "path"):
             _put(raw, setting)
-    taken, refused = [], []
-    for setting in settings:
-        tried = deepcopy(raw)
-        _put(tried, setting)
-        reason = mistake(tried)
-        if reason is None:
-            raw = tried
-            taken.append(setting)
-        else:
-            refused.append((setting, _short(reason, setting)))
-    return tuple(taken), tuple(refused)
+    waiting, refused = settings, {}
+    while True:  # a setting may need one that comes after it
+        refused = {}
+        for setting in waiting:
+            tried = deepcopy(raw)
+            _put(tried, setting)
+            reason = mistake(tried)
+            if reason is None:
+                raw = tried
+            else:
+                refused[setting.key] = _short(reason, setting)
+        if len(refused) == len(waiting):
+            break
+        waiting = [setting for setting in waiting if setting.key in refused]
+    taken = tuple(setting for setting in settings if setting.key not in refused)
+    return taken, tuple((setting, refused[setting.key]) for setting in waiting)
 
 
 def _put(raw: dict[str, Any], setting: Setting) -> None:
