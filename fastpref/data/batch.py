@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastpref.data.tokenize import Example
+from fastpref.data.example import Example
 
 Layout = Literal["tree", "packed", "padded"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches
-from fastpref.data.tokenize import Example
+from fastpref.data.example import Example
 from fastpref.loss_options import DPO, KTO, LossOptions
 from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
 from fastpref.model.reference import Reference
