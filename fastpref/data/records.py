@@ -41,6 +41,11 @@ class ArrowRecords:
     def __len__(self) -> int:
         return len(self._table)
 
+    @property
+    def fingerprint(self) -> str:
+        """What `datasets` calls this version of the data."""
+        return self._table._fingerprint
+
     def __getitem__(self, at: int) -> dict[str, Any]:
         block, within = divmod(at, BLOCK)
         if self._block[0] != block:

@@ -117,7 +117,7 @@ class _Encoder:
         setattr(self._counts, counter, getattr(self._counts, counter) + 1)
 
     def _with_bos(self, ids: Ids, *, force: bool) -> Ids:
-        """One BOS at most: a second one goes; `force` adds one where the tokenizer would (a template brings its own)."""
+        """One BOS at most: a second one goes; `force` adds one where the tokenizer would, as a template does."""
         bos = self._bos
         if bos is None or (bos not in ids[:1] and not (force and self._adds_bos)):
             return ids
