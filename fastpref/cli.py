@@ -22,6 +22,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as TOML: train.steps=10"),
 ]
+Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: only local files and its cache.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenize anew, and keep the tokens for no other run.")]
 
 
 @app.command()
@@ -29,9 +31,8 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that output.dir already holds.")] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never ask the hub: only local files and its cache.")
-    ] = False,
+    offline: Offline = False,
+    no_cache: NoCache = False,
 ) -> None:
     """Train a model on preferences."""
     from fastpref.config import load_config
@@ -39,11 +40,10 @@ def train(
     loaded = load_config(config, overrides or ())
     if offline:
         _go_offline()
-    # bitsandbytes warns at import about a CPU kernel that only 4-bit inference would use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _quiet_bitsandbytes()
     from fastpref.train.loop import train as run
 
-    if run(loaded, force=force, default_name=config.stem).interrupted:
+    if run(loaded, force=force, default_name=config.stem, cache=not no_cache).interrupted:
         raise typer.Exit(130)
 
 
@@ -97,14 +97,33 @@ def init(
     else:
         write(text, path, force=force)
         typer.echo(f"{path} is written. Next:")
-        known = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
         for name in ("check", "preview", "train"):
-            if name in known:
-                typer.echo(f"  fastpref {name} {path}")
+            typer.echo(f"  fastpref {name} {path}")
     if left_out:
         typer.echo("Not taken over:", err=path is None)
         for line in left_out:
             typer.echo(f"  {line}", err=path is None)
+
+
+@app.command()
+def preview(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 4,
+    full: Annotated[bool, typer.Option("--full", help="Show long texts whole.")] = False,
+    offline: Offline = False,
+    no_cache: NoCache = False,
+) -> None:
+    """Show what a run would train on: rows as their batch holds them, and the data in numbers."""
+    from fastpref.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    if offline:
+        _go_offline()
+    _quiet_bitsandbytes()
+    from fastpref.preview import preview as run
+
+    run(loaded, rows=rows, full=full, cache=not no_cache)
 
 
 @app.command()
@@ -121,6 +140,11 @@ def _go_offline() -> None:
     import os
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _quiet_bitsandbytes() -> None:
+    """It warns at import about a CPU kernel that only 4-bit inference would use."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:

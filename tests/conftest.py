@@ -9,6 +9,7 @@ import pytest
 _HOME = tempfile.TemporaryDirectory(prefix="fastpref-tests-", ignore_cleanup_errors=True)
 os.environ["HF_HOME"] = _HOME.name
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_HOME.name, "datasets")
+os.environ["FASTPREF_CACHE"] = os.path.join(_HOME.name, "fastpref")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Triton's kernels run in its interpreter, unless there is a card that runs them itself.

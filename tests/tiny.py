@@ -20,9 +20,7 @@ from transformers import (
 )
 
 from fastpref.config import Config, load_config
-from fastpref.data.formats import Paired, Unpaired
-from fastpref.data.sources import SourceRow
-from fastpref.data.tokenize import Example
+from fastpref.data.example import Example, Origin
 
 VOCABULARY = 97
 _SIZES: dict[str, Any] = {
@@ -88,10 +86,7 @@ def examples(count: int, *, seed: int = 0, single: bool = False) -> list[Example
 
     made = []
     for at in range(count):
-        if single:
-            content, label = Unpaired("p", "c", at % 3 != 0), at % 3 != 0
-        else:
-            content, label = Paired("p", "c", "r"), None
+        label = at % 3 != 0 if single else None
         completions = tuple(ids(1, 13) for _ in range(1 if single else 2))
-        made.append(Example(ids(1, 17), completions, label, SourceRow(content, f"row {at}")))
+        made.append(Example(ids(1, 17), completions, label, Origin(f"row {at}")))
     return made

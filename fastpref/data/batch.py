@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastpref.data.tokenize import Example
+from fastpref.data.example import Example
 
 Layout = Literal["tree", "packed", "padded"]
 
@@ -199,6 +199,17 @@ def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int) 
         else:
             open_.append([at])
     return [sorted(batch) for batch in open_]
+
+
+def with_mismatched(examples: Sequence[Example]) -> list[Example]:
+    """Every prompt with its own completion and, as a second branch, the next example's: what KTO's KL compares."""
+    following = [*examples[1:], examples[0]]
+    return [replace(e, completions=(e.completions[0], f.completions[0])) for e, f in zip(examples, following)]
+
+
+def computed_tokens(examples: Sequence[Example], layout: Layout) -> int:
+    """Tokens that a micro-batch of these examples computes, padding included."""
+    return _cost(range(len(examples)), [_size(example, layout) for example in examples], examples, layout)
 
 
 def _size(example: Example, layout: Layout) -> int:

@@ -1,5 +1,6 @@
 """From messages to the text that a chat template makes of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -8,8 +9,53 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
 from fastpref.errors import UserError
 
+Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
 
-def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
+
+def write_all(
+    contents: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase
+) -> list[Written | RowError | UserError]:
+    """`write` for many rows, each with its text or the error that it raises. Chats go to the template together."""
+    together: dict[str | None, list[int]] = {}
+    for at, content in enumerate(contents):
+        template = content.writing.chat_template
+        if not isinstance(content.prompt, str) and not content.writing.tools and (template or tokenizer.chat_template):
+            together.setdefault(template, []).append(at)
+    made: dict[int, Written | RowError | UserError] = {}
+    for places in together.values():
+        try:
+            made |= zip(places, _write_chats([contents[at] for at in places], tokenizer))
+        except _REFUSALS:  # each alone then, so that the refused ones are known
+            continue
+    return [made[at] if at in made else _write_or_error(content, tokenizer) for at, content in enumerate(contents)]
+
+
+def _write_or_error(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Written | RowError | UserError:
+    try:
+        return write(content, tokenizer)
+    except (RowError, UserError) as error:
+        return error
+
+
+def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
+    """Chats of one template and without tools, in two calls of it."""
+    writing = chats[0].writing
+    asked: list[list[Message]] = []  # prompts that the assistant is to answer
+    others: list[list[Message]] = []
+    for chat in chats:
+        prompt: Any = chat.prompt
+        (others if _answered(prompt) else asked).append(prompt)
+        others += [[*prompt, *response] for response in _turns(chat)]
+    to_answer = iter(_apply_all(tokenizer, asked, writing, generation_prompt=True))
+    written = iter(_apply_all(tokenizer, others, writing, generation_prompt=False))
+    return [
+        (next(written if _answered(chat.prompt) else to_answer), [next(written) for _ in _turns(chat)])
+        for chat in chats
+    ]
+
+
+def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Written:
     """The text of the prompt, and of the prompt with each response.
 
     Text is joined, without a BOS before the response. Messages are written by the chat template, the prompt with its
@@ -22,15 +68,10 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> tup
         return prompt, [prompt + _without(bos, str(response)) for response in content.responses.values()]
     if not (content.writing.chat_template or tokenizer.chat_template):
         raise UserError("the row is a chat, and the tokenizer has no chat template; set tokens.chat_template")
-    answered = prompt[-1]["role"] == "assistant"
     try:
-        alone = apply(tokenizer, prompt, content.writing, generation_prompt=not answered)
-        full = [
-            apply(tokenizer, [*prompt, *response], content.writing)
-            for response in content.responses.values()
-            if isinstance(response, list)
-        ]
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
+        full = [apply(tokenizer, [*prompt, *response], content.writing) for response in _turns(content)]
+    except _REFUSALS as error:
         raise RowError(f"the chat template refuses this row: {error}", "refused by the chat template") from None
     return alone, full
 
@@ -38,15 +79,36 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> tup
 def apply(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], writing: Writing, *, generation_prompt: bool = False
 ) -> str:
+    return _apply_all(tokenizer, [messages], writing, generation_prompt=generation_prompt)[0]
+
+
+def _apply_all(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    writing: Writing,
+    *,
+    generation_prompt: bool,
+) -> list[str]:
+    if not conversations:
+        return []
     tools: Any = list(writing.tools) if writing.tools else None
-    written = tokenizer.apply_chat_template(
-        messages,
+    written: Any = tokenizer.apply_chat_template(
+        conversations,
         tools=tools,
         chat_template=writing.chat_template,
         tokenize=False,
         add_generation_prompt=generation_prompt,
     )
-    return str(written)
+    return written
+
+
+def _answered(prompt: Any) -> bool:
+    """Whether the response goes on after an assistant's turn."""
+    return prompt[-1]["role"] == "assistant"
+
+
+def _turns(chat: Paired | Unpaired) -> list[list[Message]]:
+    return [response for response in chat.responses.values() if isinstance(response, list)]
 
 
 def _without(bos: str, response: str) -> str:

@@ -42,6 +42,18 @@ def load_function(name: str) -> Format:
     return Format(f"the function {function_name}", _checked(function_name, function))
 
 
+def source_file(name: str) -> Path | None:
+    """The file that a function is read from, if it is one."""
+    module, _, _ = name.rpartition(":")
+    if module.endswith(".py"):
+        return Path(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+
+
 def _from_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"fastpref_user_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():

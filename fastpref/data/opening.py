@@ -1,5 +1,8 @@
 """From the path of a [[data]] to its records: a file, a folder written by `save_to_disk`, or a data set of the hub."""
 
+import hashlib
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,33 @@ def open_records(data: DataConfig) -> Records:
     return records
 
 
+def content_hash(data: DataConfig) -> str:
+    """A hash of what a source holds: its file's bytes, its folder's, or what the hub calls this version of it.
+
+    Raises UserError where `open_records` does, OSError if the file cannot be read.
+    """
+    path = Path(os.path.expanduser(data.path))
+    if path.is_file():
+        return _digest([path])
+    records = _open(data)
+    if path.is_dir():
+        return _digest(sorted(file for file in path.rglob("*") if file.is_file()), beneath=path)
+    assert isinstance(records, ArrowRecords)
+    return records.fingerprint
+
+
+def _digest(files: Iterable[Path], beneath: Path | None = None) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(str(beneath and path.relative_to(beneath)).encode())
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
 def _open(data: DataConfig) -> Records:
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read, our message says
     try:
         path = Path(data.path).expanduser()
     except RuntimeError:  # ~name, and nobody of that name

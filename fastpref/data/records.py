@@ -41,6 +41,11 @@ class ArrowRecords:
     def __len__(self) -> int:
         return len(self._table)
 
+    @property
+    def fingerprint(self) -> str:
+        """What `datasets` calls this version of the data."""
+        return self._table._fingerprint
+
     def __getitem__(self, at: int) -> dict[str, Any]:
         block, within = divmod(at, BLOCK)
         if self._block[0] != block:
@@ -60,6 +65,7 @@ class _TextRecords:
         with path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._starts, self._stops = array("q"), array("q")
+        self._counted = 0, 1  # a byte, and the line it is on: rows are mostly asked for in order
         if self._bytes[:3] == _BOM:
             self._bytes.seek(3)
 
@@ -67,7 +73,10 @@ class _TextRecords:
         return len(self._starts)
 
     def place(self, at: int) -> str:
-        line = 1 + self._bytes[: self._starts[at]].count(b"\n")
+        start = self._starts[at]
+        byte, line = self._counted if self._counted[0] <= start else (0, 1)
+        line += self._bytes[byte:start].count(b"\n")
+        self._counted = start, line
         return f"{self._name}:{line}" + (f", row {at}" if self._numbered else "")
 
     def _add(self, start: int, stop: int) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-import datasets
-
 from fastpref.config import Config, DataConfig
 from fastpref.data.content import MISSING_COLUMN, Format, Paired, RowError, Unpaired, unpair
 from fastpref.data.formats import detect, explained, find_format
@@ -112,6 +110,8 @@ class Prepared:
     train: Rows
     heldout: Rows
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
+    duplicates: int = 0  # rows left out because they repeat another
+    left_out: int = 0  # rows left out because they are broken
 
 
 def prepare(config: Config) -> Prepared:
@@ -119,19 +119,17 @@ def prepare(config: Config) -> Prepared:
 
     Every row is read once, so that mistakes are found here. Raises UserError, naming the file, the columns or the row.
     """
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read, our message says
-    notes: list[str] = []
+    found = _Found()
     fraction = config.eval.fraction
-    train, heldout = _gather(config.data, config, notes, fraction or 0.0)
+    train, heldout = _gather(config.data, config, found, fraction or 0.0)
     if fraction is None:
-        heldout, _ = _gather(config.eval.data, config, notes, 0.0)
+        heldout, _ = _gather(config.eval.data, config, found, 0.0)
     elif not heldout or not train:
         raise UserError(
             f"eval.fraction = {fraction} leaves {len(train)} rows to train on and {len(heldout)} to "
             "evaluate on; choose another fraction, or more data"
         )
-    return Prepared(train, heldout, notes)
+    return Prepared(train, heldout, found.notes, found.duplicates, found.left_out)
 
 
 def share(prompt: Any) -> float:
@@ -153,13 +151,22 @@ def repeats(count: int, weight: float) -> Iterable[int]:
         yield from sorted(sorted(range(count), key=lambda at: hashlib.sha256(str(at).encode()).digest())[:extra])
 
 
-def _gather(sources: Sequence[DataConfig], config: Config, notes: list[str], fraction: float) -> tuple[Rows, Rows]:
+@dataclass
+class _Found:
+    """What reading the rows has shown."""
+
+    notes: list[str] = field(default_factory=list)
+    duplicates: int = 0
+    left_out: int = 0
+
+
+def _gather(sources: Sequence[DataConfig], config: Config, found: _Found, fraction: float) -> tuple[Rows, Rows]:
     """The rows of several sources, one after the other, and those that `fraction` holds out."""
     opened = [_source(data, config.loss.type == "kto") for data in sources]
     train, heldout = Rows(opened), Rows(opened)
     seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
     for number, source in enumerate(opened):
-        kept = _survey(source, fraction, seen, notes)
+        kept = _survey(source, fraction, seen, found)
         before = len(train) + len(heldout)
         for i in repeats(len(kept.at), source.data.weight):
             rows = heldout if fraction and kept.share[i] < fraction else train
@@ -169,7 +176,7 @@ def _gather(sources: Sequence[DataConfig], config: Config, notes: list[str], fra
             used = len(train) + len(heldout) - before
             if not used:
                 raise UserError(f"{source.data.path}: weight {source.data.weight:g} leaves no row; choose a larger one")
-            notes.append(f"{source.name}: weight {source.data.weight:g} makes {used} rows of {sum(kept.parts)}")
+            found.notes.append(f"{source.name}: weight {source.data.weight:g} makes {used} rows of {sum(kept.parts)}")
     return train, heldout
 
 
@@ -219,9 +226,10 @@ class _Kept:
     share: array = field(default_factory=lambda: array("d"))
 
 
-def _survey(source: Source, fraction: float, seen: set[bytes] | None, notes: list[str]) -> _Kept:
+def _survey(source: Source, fraction: float, seen: set[bytes] | None, found: _Found) -> _Kept:
     """Read every row of a source once: what can be used, and notes of what was found and left out."""
     count = min(source.data.rows or len(source.records), len(source.records))
+    notes = found.notes
     notes.append(f"{source.name}: {count} rows of {source.form.name}")
     kept, duplicates = _Kept(), 0
     dropped: dict[str, tuple[int, str]] = {}  # kind of mistake → how many, and the first of them
@@ -249,7 +257,9 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, notes: lis
         said = "; ".join(f"{many} {kind} (the first: {first})" for kind, (many, first) in dropped.items())
         if total == count:
             raise UserError(f"{source.data.path}: none of the {count} rows can be used: {said}")
+        found.left_out += total
         notes.append(f"{source.name}: {total} of {count} rows left out: {said}")
+    found.duplicates += duplicates
     if duplicates:
         notes.append(f"{source.name}: {duplicates} exact duplicates left out")
     if 2 in kept.parts:

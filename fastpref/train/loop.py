@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from fastpref.config import Config, load_config
-from fastpref.data.sources import Prepared, prepare
-from fastpref.data.tokenize import Example, tokenize, use_chat_template
+from fastpref.data.cache import load_examples
+from fastpref.data.example import Example
+from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
 from fastpref.model.load import Loaded, load_model, load_tokenizer
@@ -41,12 +42,18 @@ class RunResult:
 
 
 def train(
-    config: Config | str | Path, overrides: Sequence[str] = (), *, force: bool = False, default_name: str = "run"
+    config: Config | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+    default_name: str = "run",
+    cache: bool = True,
 ) -> RunResult:
     """Train as a config says; `overrides` are `key=value` strings, for a path to a config.
 
     `force` replaces the run that output.dir already holds; `default_name` names the folder when output.dir is not
-    given. Raises UserError for what a user can mend; nothing is written before everything has been checked.
+    given; without `cache` tokens are neither taken from the cache nor kept in it. Raises UserError for what a user can
+    mend; but for the cache nothing is written before everything has been checked.
     """
     if not isinstance(config, Config):
         default_name = Path(config).stem
@@ -62,11 +69,10 @@ def train(
 
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
-    prepared = prepare(config)
-    examples, heldout, notes = _tokenized(config, prepared, tokenizer)
+    data = load_examples(config, tokenizer, cache=cache)
     loaded = load_model(config, accelerator.device)
-    run = _Run(config, folder, accelerator, tokenizer, loaded, examples, heldout)
-    for note in [*prepared.notes, *notes, *run.notes]:
+    run = _Run(config, folder, accelerator, tokenizer, loaded, data.train, data.heldout)
+    for note in [*data.notes, *run.notes]:
         run.display.note(note)
     return run.go()
 
@@ -81,8 +87,8 @@ class _Run:
         accelerator: Accelerator,
         tokenizer: PreTrainedTokenizerBase,
         loaded: Loaded,
-        examples: list[Example],
-        heldout: list[Example],
+        examples: Sequence[Example],
+        heldout: Sequence[Example],
     ):
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.tokenizer, self.loaded, self.examples, self.heldout = tokenizer, loaded, examples, heldout
@@ -187,8 +193,8 @@ class _Run:
         """The model's likeliest answers to some held-out prompts: (question, answer)."""
         options, found = self.config.eval, []
         self.policy.eval()
-        seen = dict.fromkeys(tuple(example.prompt) for example in self.heldout)
-        for prompt in list(seen)[: options.samples]:
+        for example in _first_prompts(self.heldout, options.samples):
+            prompt = example.prompt
             ids = torch.tensor([prompt], device=self.accelerator.device)
             generate: Any = self.loaded.model.generate
             out = generate(
@@ -200,8 +206,7 @@ class _Run:
                 pad_token_id=self.objective.pad_token_id,
             )
             answer = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
-            question = next(e.row.question for e in self.heldout if tuple(e.prompt) == prompt)
-            found.append((question, str(answer).strip()))
+            found.append((example.row.question, str(answer).strip()))
         return found
 
     def _stopped(self, step: int, last: dict[str, float], evaluated: dict[str, float]) -> RunResult:
@@ -222,19 +227,14 @@ class _Run:
         )
 
 
-def _tokenized(
-    config: Config, prepared: Prepared, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], list[Example], list[str]]:
-    """Training and held-out examples, and what became of the rows. Raises UserError if nothing is left."""
-    notes, results = [], []
-    for name, rows in (("training", prepared.train), ("held-out", prepared.heldout)):
-        examples, counts = tokenize(rows, tokenizer, config.tokens)
-        if rows:
-            notes.append(f"{name}: {counts}")
-        if rows and not examples:
-            raise UserError(f"no {name} row can be used: {counts}")
-        results.append(examples)
-    return results[0], results[1], notes
+def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
+    """The first examples of `count` different prompts."""
+    found: dict[tuple[int, ...], Example] = {}
+    for example in examples:
+        if len(found) == count:
+            break
+        found.setdefault(tuple(example.prompt), example)
+    return list(found.values())
 
 
 def _data_order(count: int, batch: int, seed: int) -> Iterator[list[int]]:

@@ -4,14 +4,14 @@ Terms that need the whole step before any gradient (KTO's KL, the sorting varian
 gradient when the step is more than one micro-batch, and on the way when it is one. The result is the same.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches
-from fastpref.data.tokenize import Example
+from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches, with_mismatched
+from fastpref.data.example import Example
 from fastpref.loss_options import DPO, KTO, LossOptions
 from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
 from fastpref.model.reference import Reference
@@ -145,7 +145,7 @@ class Objective:
         assert isinstance(options, KTO)
         run.metrics.single_responses()
         mismatched = options.kl == "batch" and len(examples) > 1
-        parts = self._microbatches(_with_mismatched(examples)) if mismatched else []
+        parts = self._microbatches(with_mismatched(examples)) if mismatched else []
         branched = len(parts) == 1
         kl: Tensor | float = 0.0
         if not branched:
@@ -185,7 +185,7 @@ class Objective:
         """KTO's KL over the whole step, in a pass of its own."""
         assert self.reference is not None
         logps, reference = [], []
-        for part in self._microbatches([replace(e, completions=e.completions[1:]) for e in _with_mismatched(examples)]):
+        for part in self._microbatches([replace(e, completions=e.completions[1:]) for e in with_mismatched(examples)]):
             batch = part.to(self.device)
             logps.append(_sums(self.policy(batch).logp, batch))
             reference.append(_sums(self.reference(batch), batch))
@@ -206,12 +206,13 @@ class Objective:
         ]
 
 
-def _chunks(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     """Cut by size. KTO compares neighbours, so a last example does not stay alone."""
     starts = list(range(0, len(examples), size))
     if len(starts) > 1 and len(examples) - starts[-1] == 1:
         starts.pop()
-    return [examples[a:b] for a, b in zip(starts, [*starts[1:], len(examples)])]
+    for a, b in zip(starts, [*starts[1:], len(examples)]):
+        yield examples[a:b]
 
 
 def _alone(pairs: PairLogps) -> WholeStep:
@@ -221,9 +222,3 @@ def _alone(pairs: PairLogps) -> WholeStep:
 
 def _sums(logp: Tensor, batch: PreferenceBatch) -> Tensor:
     return sequence_sums(logp, batch.segments, len(batch.lengths))
-
-
-def _with_mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Every prompt with its own completion and, as a second branch, the next row's."""
-    following = [*examples[1:], examples[0]]
-    return [replace(e, completions=(e.completions[0], f.completions[0])) for e, f in zip(examples, following)]

@@ -14,13 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastpref.data.batch import Layout, PreferenceBatch, Tree, collate, plan_microbatches
-from fastpref.data.formats import Paired
-from fastpref.data.sources import SourceRow
-from fastpref.data.tokenize import Example
+from fastpref.data.example import Example, Origin
 
 LAYOUTS: tuple[Layout, ...] = ("tree", "packed", "padded")
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-ROW = SourceRow(Paired("", "", ""), "")
+ROW = Origin("")
 PAD = 10**6
 LENGTHS = st.integers(1, 6)
 

@@ -15,9 +15,10 @@ from toy_tokenizers import CHATML, chatml, chatml_smol, gemma, llama3, plain, to
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
+from fastpref.data.example import Counts, Example
 from fastpref.data.formats import Message, Paired, Unpaired
 from fastpref.data.sources import SourceRow
-from fastpref.data.tokenize import Counts, Example, tokenize, use_chat_template
+from fastpref.data.tokenize import tokenize, use_chat_template
 from fastpref.errors import UserError
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
@@ -409,7 +410,9 @@ def test_examples_keep_their_order_row_and_label():
     examples, counts = tokenized(chatml(), *rows)
     assert [example.label for example in examples] == [None, True, False]
     assert [len(example.completions) for example in examples] == [2, 1, 1]
-    assert [example.row.content for example in examples] == rows
+    assert [(example.row.place, example.row.question) for example in examples] == [
+        (f"rows.jsonl, row {at}", "q") for at in range(3)
+    ]
     assert counts == Counts(rows=3, kept=3)
 
 

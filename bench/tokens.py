@@ -1,0 +1,228 @@
+"""Rows a second from a file of chat pairs to token ids: plain `datasets.map` with the tokenizer, and fastpref.
+
+    python bench/tokens.py                          # 100,000 synthetic chats, a small tokenizer trained on them
+    python bench/tokens.py --model FOLDER --data pairs.jsonl
+
+Both start at the file and end with Arrow. The plain one loads the file with `datasets`, renders prompt,
+prompt + chosen and prompt + rejected with the chat template and gives each batch of 1,000 rows to the fast tokenizer in
+one call; it finds no mistakes, no prompt's end and no end tokens. `map alone` leaves out its loading. Every run is a
+process of its own, in turn. Memory is how far its peak grew over the start of the work; pages of mapped files count as
+resident, though the system takes them back when it needs them.
+"""
+
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+# --- What is tokenized ---------------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Chats of made-up words: prompts of about 90 words in one or three turns, answers of about 60."""
+    rng = random.Random(0)
+    letters = "etaoinshrdlcumwfgypbvk"
+    words = ["".join(rng.choices(letters, range(22, 0, -1), k=rng.randint(2, 9))) for _ in range(5000)]
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(low, high))).capitalize() + "."
+
+    with path.open("w") as file:
+        for at in range(count):
+            prompt = [{"role": "user", "content": text(20, 100)}]
+            if at % 2:
+                prompt += [{"role": "assistant", "content": text(10, 50)}, {"role": "user", "content": text(5, 50)}]
+            answers = {name: [{"role": "assistant", "content": text(20, 100)}] for name in ("chosen", "rejected")}
+            file.write(json.dumps({"prompt": prompt} | answers) + "\n")
+
+
+def write_tokenizer(folder: Path, data: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner: Any = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    with data.open() as file:
+        lines = [next(file, "") for _ in range(2000)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=8000, show_progress=False, initial_alphabet=alphabet)
+    )
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+
+
+# --- The two -------------------------------------------------------------------------------------------------------
+
+
+def run_map(model: str, data: str, folder: str) -> dict[str, float]:
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def render(messages: list[Any], generation_prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+    def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = []
+        for prompt, chosen, rejected in zip(batch["prompt"], batch["chosen"], batch["rejected"]):
+            texts += [render(prompt, True), render(prompt + chosen), render(prompt + rejected)]
+        ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return {"prompt_ids": ids[::3], "chosen_ids": ids[1::3], "rejected_ids": ids[2::3]}
+
+    def work() -> int:
+        table: Any = datasets.load_dataset("json", data_files=data, split="train", cache_dir=folder)
+        times["loaded"] = time.perf_counter()
+        return len(table.map(tokenize, batched=True, batch_size=1000, remove_columns=table.column_names))
+
+    times: dict[str, float] = {}
+    measured = _measure(work)
+    return measured | {"alone": measured["seconds"] - (times["loaded"] - measured["began"])}
+
+
+def run_fastpref(model: str, data: str, folder: str, *, cached: bool = True) -> dict[str, float]:
+    os.environ["FASTPREF_CACHE"] = folder
+    from fastpref.config import load_config
+    from fastpref.data.cache import load_examples
+    from fastpref.model.load import load_tokenizer
+
+    path = Path(folder) / "run.toml"
+    path.write_text(f"[model]\nname = {json.dumps(model)}\n[[data]]\npath = {json.dumps(data)}\n")
+    config = load_config(path)
+    tokenizer = load_tokenizer(config.model)
+    measured = _measure(lambda: len(load_examples(config, tokenizer, cache=cached).train))
+    return measured | {"alone": measured["seconds"]}
+
+
+def run_uncached(model: str, data: str, folder: str) -> dict[str, float]:
+    return run_fastpref(model, data, folder, cached=False)
+
+
+ENGINES = {"map": run_map, "fastpref": run_fastpref, "fastpref --no-cache": run_uncached}
+
+
+def _measure(work: Callable[[], int]) -> dict[str, float]:
+    """Rows, seconds, and MiB that memory grew by at its peak: resident, and without the pages of mapped files."""
+    before, anonymous, began = _resident_peak(), _anonymous(), time.perf_counter()
+    highest, done = anonymous, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.05):
+            highest = max(highest, _anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    rows = work()
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "began": began,
+        "resident": _resident_peak() - before,
+        "anonymous": highest - anonymous,
+    }
+
+
+def _resident_peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _anonymous() -> float:
+    """Resident memory that is no file's, where the system tells."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0.0
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1024
+
+
+# --- The comparison ------------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option(help="A model's folder; a small tokenizer is trained if left out.")] = "",
+    data: Annotated[str, typer.Option(help="A .jsonl file of prompt, chosen and rejected messages.")] = "",
+    rows: Annotated[int, typer.Option(help="How many to make, without --data.")] = 100_000,
+    repeats: int = 3,
+    engine: Annotated[str, typer.Option(hidden=True)] = "",
+    folder: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Print rows a second and the ratio to plain `datasets.map`."""
+    if engine:
+        print(json.dumps(ENGINES[engine](model, data, folder)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        if not data:
+            data = str(Path(temporary) / "pairs.jsonl")
+            write_rows(Path(data), rows)
+        if not model:
+            model = str(Path(temporary) / "model")
+            write_tokenizer(Path(model), Path(data))
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+        for _ in range(repeats):
+            for name in ENGINES:
+                found[name].append(_one(name, model, data, temporary))
+        size = Path(data).stat().st_size / 2**20
+    console = Console()
+    console.print(f"{found['map'][0]['rows']:.0f} rows, {size:.0f} MiB; {os.cpu_count()} cores")
+    table = Table("", "rows/s", "ratio", "to map alone", "memory +MiB", "of it no file's")
+    plain, alone = _median(found["map"], "seconds"), _median(found["map"], "alone")
+    for name, runs in found.items():
+        seconds = _median(runs, "seconds")
+        table.add_row(
+            name,
+            f"{runs[0]['rows'] / seconds:,.0f}",
+            f"{plain / seconds:.2f}",
+            f"{alone / seconds:.2f}",
+            f"{_median(runs, 'resident'):.0f}",
+            f"{_median(runs, 'anonymous'):.0f}",
+        )
+    console.print(table)
+
+
+def _one(engine: str, model: str, data: str, temporary: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(dir=temporary) as folder:
+        arguments = ["--engine", engine, "--model", model, "--data", data, "--folder", folder]
+        environment = os.environ | {"HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{engine} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _median(runs: list[dict[str, float]], name: str) -> float:
+    return statistics.median(run[name] for run in runs)
+
+
+if __name__ == "__main__":
+    app()

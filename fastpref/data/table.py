@@ -1,0 +1,141 @@
+"""Examples in Arrow: held as columns, in memory or in a mapped file, and made one by one as they are asked for."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastpref.data.example import Example, Origin
+
+_IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    {
+        "prompt": _IDS,
+        "completions": pa.list_(_IDS),
+        "label": pa.bool_(),
+        "place": pa.string(),
+        "question": pa.string(),
+        "prompt_cut": pa.int32(),
+        "completions_cut": _IDS,
+        "merged": pa.int32(),
+    }
+)
+
+
+class Examples(Sequence[Example]):
+    """Examples of a table with SCHEMA. Only those asked for become Python objects; a slice is a list of them."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        at = index % len(self)
+
+        def value(name: str) -> Any:
+            return self.table.column(name)[at]
+
+        return Example(
+            prompt=_ids(value("prompt").values),
+            completions=tuple(_ids(ids.values) for ids in value("completions")),
+            label=value("label").as_py(),
+            row=Origin(
+                place=value("place").as_py(),
+                question=value("question").as_py(),
+                prompt_cut=value("prompt_cut").as_py(),
+                completions_cut=tuple(_ids(value("completions_cut").values)),
+                merged=value("merged").as_py(),
+            ),
+        )
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """[E] tokens of each prompt; no token is read."""
+        return pc.list_value_length(self.table.column("prompt")).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def completion_lengths(self) -> np.ndarray:
+        """[E, K] tokens of each completion; no token is read."""
+        lengths = pc.list_value_length(pc.list_flatten(self.table.column("completions")))  # pyright: ignore[reportAttributeAccessIssue]
+        return lengths.to_numpy().reshape(len(self), -1)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """[E] bool, of single responses."""
+        column = self.table.column("label")
+        return None if column.null_count else column.to_numpy()
+
+
+def in_memory(batches: Iterable[Sequence[Example]]) -> Examples:
+    return Examples(pa.Table.from_batches([_record(batch) for batch in batches], SCHEMA))
+
+
+def write(batches: Iterable[Sequence[Example]], path: Path) -> int:
+    """Write an Arrow file, down to the disk, and return its rows. Raises OSError."""
+    rows = 0
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, SCHEMA) as writer:
+            for batch in batches:
+                rows += len(batch)
+                writer.write_batch(_record(batch))
+        file.flush()
+        os.fsync(file.fileno())
+    return rows
+
+
+def read(path: Path) -> Examples:
+    """The examples of a file, which stays where it is. Raises OSError or pyarrow.ArrowInvalid if it is none of ours."""
+    with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    if table.schema != SCHEMA:
+        raise pa.ArrowInvalid(f"{path}: its columns are others")
+    return Examples(table)
+
+
+def _record(examples: Sequence[Example]) -> pa.RecordBatch:
+    rows = [example.row for example in examples]
+    completions = [ids for example in examples for ids in example.completions]
+    columns = {
+        "prompt": _lists([example.prompt for example in examples]),
+        "completions": pa.ListArray.from_arrays(
+            _offsets([len(example.completions) for example in examples]), _lists(completions)
+        ),
+        "label": [example.label for example in examples],
+        **{
+            name: [getattr(row, name) for row in rows]
+            for name in ("place", "question", "prompt_cut", "completions_cut", "merged")
+        },
+    }
+    return pa.record_batch(
+        [pa.array(columns[field.name], field.type) if isinstance(columns[field.name], list) else columns[field.name]
+         for field in SCHEMA],
+        schema=SCHEMA,
+    )  # fmt: skip
+
+
+def _lists(lists: Sequence[Sequence[int]]) -> pa.ListArray:
+    """Lists of token ids without a Python object for each beyond those there are."""
+    values = np.concatenate([np.asarray(ids, np.int32) for ids in lists]) if lists else np.zeros(0, np.int32)
+    return pa.ListArray.from_arrays(_offsets([len(ids) for ids in lists]), pa.array(values))
+
+
+def _offsets(lengths: Sequence[int]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)]), pa.int32())
+
+
+def _ids(values: pa.Array) -> list[int]:
+    return values.to_numpy().tolist()

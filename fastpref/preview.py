@@ -1,0 +1,258 @@
+"""What a run would train on: the first rows as the tensors of their batch hold them, and all of them in numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from fastpref.config import Config
+from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches, with_mismatched
+from fastpref.data.cache import Tokenized, load_examples
+from fastpref.data.example import Counts, Example
+from fastpref.data.tokenize import use_chat_template
+from fastpref.model.load import load_tokenizer
+from fastpref.preview_numbers import LAYOUTS, PERCENTILES, good_share, lengths, mismatched, prompt_share, step_tokens
+from fastpref.preview_text import Writer
+from fastpref.token_loss import scores_prompts
+
+
+def preview(
+    config: Config, *, rows: int = 4, full: bool = False, cache: bool = True, console: Console | None = None
+) -> None:
+    """Print the first rows and the numbers of a config's data. Loads the tokenizer and not the model.
+
+    Long texts are shortened unless `full`. Raises UserError as a run would.
+    """
+    console = console or Console(highlight=False)
+    tokenizer = load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.tokens.chat_template)
+    data = load_examples(config, tokenizer, cache=cache)
+    for note in data.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    colour = console.color_system is not None and not console.no_color
+    writer = Writer(tokenizer, colour=colour, full=full)
+    console.print()
+    console.print(writer.legend())
+    pad = tokenizer.pad_token_id
+    layout = layout_of(config)
+    examples = data.train[:rows]
+    for number, batch in enumerate(
+        batches := microbatches(config, examples, layout, pad if isinstance(pad, int) else 0)
+    ):
+        for at, held in zip(batch.index.tolist(), read(batch)):
+            console.print(_row(at, examples[at], held, writer))
+        console.print(_microbatch(number, len(batches), batch, examples, config))
+    console.print(_numbers(data, config, layout))
+
+
+# --- The batch -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a batch holds of one example: read from its tensors, not from the example."""
+
+    prompt: list[int]
+    completions: list[list[int]]  # the tokens that are scored, in their order
+    prompt_scored: bool
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout that a config asks for. Only a run knows whether the model can take it."""
+    return "tree" if config.train.layout == "auto" else config.train.layout
+
+
+def microbatches(
+    config: Config, examples: Sequence[Example], layout: Layout, pad_token_id: int = 0
+) -> list[PreferenceBatch]:
+    """These examples as one step: the micro-batches that it would be cut into."""
+    laid = with_mismatched(examples) if mismatched(config, examples) else list(examples)
+    prompts = scores_prompts(config.loss)
+    return [
+        collate([laid[i] for i in places], layout, index=places, pad_token_id=pad_token_id, score_prompts=prompts)
+        for places in plan_microbatches(laid, layout, config.tokens_per_microbatch)
+    ]
+
+
+def read(batch: PreferenceBatch) -> list[Held]:
+    """The sequences of a batch, example by example, whatever its layout."""
+    ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
+    scored: list[list[int]] = [[] for _ in batch.lengths]
+    first: dict[int, int] = {}  # the place that predicts a sequence's first token, which is its prompt's last
+    columns = (batch.segments, batch.offsets, batch.predictors, batch.targets)
+    for segment, offset, predictor, target in sorted(zip(*(column.tolist() for column in columns))):
+        scored[segment].append(target)
+        if offset == 0:
+            first[segment] = predictor
+    found = []
+    for e in range(batch.examples):
+        last = first[e]
+        prompt = ids[last - positions[last] : last + 1]
+        completions = [scored[k * batch.examples + e] for k in range(batch.completions)]
+        prompt_scored = len(scored) > batch.completions * batch.examples
+        found.append(Held(prompt, completions, prompt_scored))
+    return found
+
+
+# --- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def _names(example: Example) -> list[str]:
+    """Of the completions; KTO's second one is the next row's."""
+    if example.label is None:
+        return ["chosen", "rejected"]
+    return ["good" if example.label else "bad", "mismatched"]
+
+
+def _row(at: int, example: Example, held: Held, writer: Writer) -> Group:
+    row = example.row
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=11)
+    grid.add_column(overflow="fold")
+    said = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut)
+    grid.add_row(_labelled("prompt", len(held.prompt)), said)
+    for name, ids, cut in zip(_names(example), held.completions, row.completions_cut):
+        said = writer.completion(held.prompt, ids, across=row.merged > 0, cut=cut)
+        grid.add_row(_labelled(name, len(ids)), said)
+    parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
+    if row.merged:
+        tokens = "token of the prompt is" if row.merged == 1 else f"{row.merged} tokens of the prompt are"
+        parts.append(Text(f"The last {tokens} part of a response's first token, and scored with it.", style="yellow"))
+    return Group(*parts)
+
+
+def _labelled(name: str, tokens: int) -> Text:
+    return Text.assemble((name, "bold"), "\n", (f"{tokens:,} token{'s' * (tokens != 1)}", "dim"))
+
+
+def _short_place(place: str) -> str:
+    """A place by its file's name: the folder is known from the config."""
+    return Path(place).name if "/" in place else place
+
+
+# --- The micro-batch -----------------------------------------------------------------------------------------------
+
+
+def _microbatch(number: int, count: int, batch: PreferenceBatch, examples: Sequence[Example], config: Config) -> Group:
+    indices = batch.index.tolist()
+    members = [examples[i] for i in indices]
+    rows, width = batch.input_ids.shape
+    layout: Layout = "padded" if batch.tree is None else layout_of(config)
+    title = f"micro-batch {number + 1} of {count}: {layout}, {rows} row{'s' * (rows > 1)} of {width:,} tokens"
+    lines = _padded_lines(batch, members) if batch.tree is None else _tree_lines(batch, members)
+    costs = {other: microbatch.tokens for other in LAYOUTS for microbatch in [_same(config, members, other)]}
+    computed = " · ".join(f"{name} {tokens:,}" for name, tokens in costs.items())
+    saved = [f"{1 - costs['tree'] / costs[other]:.0%} of {other}" for other in ("packed", "padded")]
+    computed = Text(f"tokens: {computed}; trees save {saved[0]}, {saved[1]}")
+    return Group(Text(), Rule(Text(title), align="left", style="dim"), *lines, computed)
+
+
+def _same(config: Config, members: Sequence[Example], layout: Layout) -> PreferenceBatch:
+    """The members of one micro-batch in another layout."""
+    laid = with_mismatched(members) if mismatched(config, members) else members
+    return collate(laid, layout)
+
+
+def _tree_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
+    """The trees of a packed row, with the completions branching off."""
+    assert batch.tree is not None
+    lines = []
+    each = len(batch.tree.trees) // batch.examples  # 1 in a tree layout, K where prompts are repeated
+    for number, tree in enumerate(batch.tree.trees):
+        e, k = divmod(number, each)
+        names = _names(members[e])[k : k + len(tree.completions)]
+        trunk = f"at {tree.start:>6,}  row {batch.index[e]}: prompt {tree.prompt:,} "
+        for branch, (name, tokens) in enumerate(zip(names, tree.completions)):
+            last = branch == len(tree.completions) - 1
+            sign = "─" if len(names) == 1 else "┬" if branch == 0 else "└" if last else "├"
+            lines.append(Text((trunk if branch == 0 else " " * len(trunk)) + f"{sign}─ {name} {tokens:,}"))
+    return lines
+
+
+def _padded_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
+    assert batch.attention_mask is not None
+    lines = []
+    for number, filled in enumerate(batch.attention_mask.sum(1).tolist()):
+        k, e = divmod(number, batch.examples)
+        scored = int(batch.lengths[number])
+        padding = batch.input_ids.shape[1] - filled
+        sequence = f"prompt {filled - scored:,} ── {_names(members[e])[k]} {scored:,} ── padding {padding:,}"
+        lines.append(Text(f"row {batch.index[e]}: {sequence}"))
+    return lines
+
+
+# --- The numbers ---------------------------------------------------------------------------------------------------
+
+_DROPPED = {
+    "overlong": "too long",
+    "empty": "with an empty response",
+    "equal": "with equal responses",
+    "promptless": "without a prompt",
+    "refused": "refused by the chat template",
+}
+
+
+def _numbers(data: Tokenized, config: Config, layout: Layout) -> Group:
+    return Group(
+        Text(),
+        Rule(Text("the data"), align="left", style="dim"),
+        _rows_table(data),
+        Padding(_lengths_table(data), (1, 0)),
+        _steps_table(data, config, layout),
+    )
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(first, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _rows_table(data: Tokenized) -> Table:
+    parts = {"training": (data.train, data.counts["train"]), "held-out": (data.heldout, data.counts["heldout"])}
+    parts = {name: part for name, part in parts.items() if part[1].rows}
+    counts: list[Counts] = [count for _, count in parts.values()]
+    table = _table("rows", *parts)
+
+    def add(name: str, *values: str) -> None:
+        table.add_row(name, *values)
+
+    add("used", *(f"{count.kept:,}" for count in counts))
+    add("dropped", *(f"{count.rows - count.kept:,}" for count in counts))
+    for field, words in _DROPPED.items():
+        if any(getattr(count, field) for count in counts):
+            add(f"  {words}", *(f"{getattr(count, field):,}" for count in counts))
+    add("prompts cut", *(f"{count.prompts_cut:,}" for count in counts))
+    add("responses cut", *(f"{count.responses_cut:,}" for count in counts))
+    add("with a token across the prompt's end", *(f"{count.merged:,}" for count in counts))
+    add("share of prompt tokens", *(f"{prompt_share(examples):.0%}" for examples, _ in parts.values()))
+    goods = [good_share(examples) for examples, _ in parts.values()]
+    if None not in goods:
+        add("good responses", *(f"{good:.0%}" for good in goods))
+    nothing = [""] * (len(parts) - 1)
+    add("duplicates left out before", f"{data.duplicates:,}", *nothing)
+    add("broken rows left out before", f"{data.left_out:,}", *nothing)
+    return table
+
+
+def _lengths_table(data: Tokenized) -> Table:
+    table = _table("training tokens", *("max" if percent == 100 else f"p{percent}" for percent in PERCENTILES))
+    for part in lengths(data.train):
+        table.add_row(part.name, *(f"{tokens:,}" for tokens in part.percentiles))
+    return table
+
+
+def _steps_table(data: Tokenized, config: Config, layout: Layout) -> Table:
+    found = step_tokens(data.train, config)
+    what = "pairs" if data.train.labels is None else "responses"
+    table = _table(f"a step of {found.rows} {what}", "tokens", "", "")
+    for name, tokens in found.tokens.items():
+        ours = "this config's layout" if name == layout else ""
+        table.add_row(name, f"{tokens:,.0f}", f"{tokens / found.tokens['tree']:.2f} ×", Text(ours, justify="left"))
+    return table

@@ -1,0 +1,152 @@
+"""Token ids as text for a person: every character visible, and in colour or marks what each token is for."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+_HEAD, _TAIL = 120, 40  # tokens of a long part that are shown
+
+
+class Use(Enum):
+    """What a token is for: its style where there is colour, and the marks around it where there is none."""
+
+    PROMPT = ("prompt", "", "", "")
+    SCORED = ("scored", "green", "[[", "]]")
+    ACROSS = ("begins in the prompt", "black on yellow", "<<", ">>")
+    END = ("end token", "bold reverse green", "{{", "}}")
+    CUT = ("cut", "bold red", "", "")
+    MORE = ("not shown", "dim", "", "")
+
+    @property
+    def words(self) -> str:
+        return self.value[0]
+
+    @property
+    def style(self) -> str:
+        return self.value[1]
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        return self.value[2], self.value[3]
+
+
+_SPECIAL = "magenta"  # of special tokens in a prompt
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of a few tokens that decode together."""
+
+    text: str
+    use: Use
+    special: bool = False
+
+
+class Writer:
+    """Writes parts of sequences. `colour` or marks; `full` writes long parts whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, colour: bool, full: bool = False):
+        self._tokenizer, self._colour, self._full = tokenizer, colour, full
+        self._special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+
+    def prompt(self, ids: Sequence[int], *, scored: bool, cut: int) -> Text:
+        """A prompt's tokens; `scored` says whether all but its first are, `cut` how many are gone on the left."""
+        uses = [Use.SCORED if scored and at else Use.PROMPT for at in range(len(ids))]
+        pieces = self._pieces([], ids, uses)
+        return self._text([Piece(f"({cut} tokens cut) …", Use.CUT)] * (cut > 0) + pieces)
+
+    def completion(self, prompt: Sequence[int], ids: Sequence[int], *, across: bool, cut: int) -> Text:
+        """A completion's scored tokens, after a prompt; `across` says whether the first begins in the prompt."""
+        uses = [Use.SCORED] * len(ids)
+        if not cut:
+            uses[-1] = Use.END
+        if across:
+            uses[0] = Use.ACROSS
+        pieces = self._pieces(prompt, ids, uses)
+        return self._text(pieces + [Piece(f"… ({cut} tokens cut)", Use.CUT)] * (cut > 0))
+
+    def legend(self) -> Text:
+        uses = [use for use in Use if use.style and use not in (Use.CUT, Use.MORE)]
+        parts = [self._text([Piece(use.words, use)]) for use in uses]
+        return Text("   ").join([*parts, Text("↵ line end"), Text("· space before it")])
+
+    def _pieces(self, before: Sequence[int], ids: Sequence[int], uses: Sequence[Use]) -> list[Piece]:
+        """`ids` as text after `before`. Tokens that are parts of one character, and of one use, go together."""
+        spans = decoded(self._tokenizer, [*before, *ids], len(before), uses)
+        pieces = [
+            Piece(text, uses[start], special=stop - start == 1 and ids[start] in self._special)
+            for start, stop, text in spans
+        ]
+        if self._full or len(pieces) <= _HEAD + _TAIL + 10:
+            return pieces
+        hidden = spans[-_TAIL][0] - spans[_HEAD][0]
+        return [*pieces[:_HEAD], Piece(f" … {hidden} more tokens … ", Use.MORE), *pieces[-_TAIL:]]
+
+    def _text(self, pieces: Sequence[Piece]) -> Text:
+        text = Text()
+        for at, piece in enumerate(pieces):
+            follows = pieces[at + 1].text[:1] if at + 1 < len(pieces) else ""
+            shown = visible(piece.text, follows) if piece.use not in (Use.CUT, Use.MORE) else piece.text
+            opens, closes = piece.use.marks
+            if self._colour:
+                plain = piece.use is Use.PROMPT
+                text.append(shown, style=_SPECIAL if plain and piece.special else piece.use.style)
+                continue
+            begins = at == 0 or pieces[at - 1].use is not piece.use
+            ends = at + 1 == len(pieces) or pieces[at + 1].use is not piece.use
+            if ends and closes and shown.endswith("\n"):
+                shown = shown[:-1]  # the mark stands on the line of what it closes
+            text.append(opens * begins + shown + closes * ends)
+        text.rstrip()
+        return text
+
+
+def decoded(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], first: int, uses: Sequence[Use]
+) -> list[tuple[int, int, str]]:
+    """The text of the tokens from `first` on, as (start, stop, text) with places counted from there.
+
+    Each is decoded after those before it, because some decoders take a space from what begins a text. A character of
+    several tokens makes them one span, unless they differ in use.
+    """
+
+    def decode(start: int, stop: int) -> str:
+        return str(tokenizer.decode(list(ids[start:stop]), clean_up_tokenization_spaces=False))
+
+    spans = []
+    context, start = max(0, first - 4), first
+    for stop in range(first + 1, len(ids) + 1):
+        before, now = decode(context, start), decode(context, stop)
+        unfinished = now.endswith("\ufffd") and stop < len(ids) and stop - start < 8
+        if unfinished and uses[stop - first] is uses[start - first]:
+            continue
+        spans.append((start - first, stop - first, now[len(before) :]))
+        context, start = start, stop
+    return spans
+
+
+def visible(text: str, follows: str = "") -> str:
+    """Text in which nothing hides: line ends as ↵, tabs as →, spaces before them as ·, what has no glyph by number.
+
+    `follows` is the character after it.
+    """
+    shown = []
+    for at, letter in enumerate(text):
+        if letter == "\n":
+            shown.append("↵\n")
+        elif letter == " ":
+            after = text[at + 1 :].lstrip(" ")[:1] or follows
+            shown.append("·" if after in ("", "\n", "\r", "\t") else " ")
+        elif letter == "\t":
+            shown.append("→")
+        elif ord(letter) < 32:
+            shown.append(chr(0x2400 + ord(letter)))
+        elif unicodedata.category(letter)[0] in "CZ":
+            shown.append(f"\\u{ord(letter):04x}" if ord(letter) < 0x10000 else f"\\U{ord(letter):08x}")
+        else:
+            shown.append(letter)
+    return "".join(shown)
