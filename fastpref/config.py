@@ -38,12 +38,6 @@ def _only(built: Any, what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _built_reference(mode: str) -> str:
-    if mode == "precompute":
-        raise ValueError("precompute is not in this version yet; use auto, adapter or copy")
-    return mode
-
-
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -171,8 +165,9 @@ class TokensConfig(_Section):
 
 
 class ReferenceConfig(_Section):
-    mode: Annotated[Literal["auto", "adapter", "copy", "precompute"], AfterValidator(_built_reference)] = "auto"
-    """Where the reference's log-probabilities come from: the model with its adapters off, or a frozen copy."""
+    mode: Literal["auto", "adapter", "copy", "precompute"] = "auto"
+    """Where the reference's log-probabilities come from: the model with its adapters off, a frozen copy, or a pass
+    before training whose numbers are kept on disk; "auto" is adapter with [lora] and precompute without."""
 
 
 class TrainConfig(_Section):

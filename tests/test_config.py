@@ -292,11 +292,11 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
         ],
     ),
     "what is not in this version": (
-        '[model.x]\n[[data]]\npath = "e"\n\n\n[reference]\nmode = "precompute"\n'
+        '[model.x]\n[[data]]\npath = "e"\n\n\n[reference]\nmode = "frozen"\n'
         '[train]\noptimizer = "lion"\n[output]\nsave_every = 3\nkeep = 2\n[log]\ntrackers = ["wandb"]\n',
         [
             "5: model.x: unknown key",
-            "11: reference.mode: precompute is not in this version yet; use auto, adapter or copy",
+            "11: reference.mode: must be one of auto, adapter, copy, precompute, got 'frozen'",
             "13: train.optimizer: must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, got 'lion'",
             "15: output.save_every: saving while training is not in this version yet; leave the key out",
             "16: output.keep: keeping checkpoints is not in this version yet; leave the key out",

@@ -8,6 +8,8 @@ A sequence is one completion of one example. Of E examples with K completions ea
 of example e: the first E are the chosen ones, the next the rejected ones.
 """
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -56,6 +58,7 @@ class PreferenceBatch:
     labels: Tensor | None  # [E] bool, for single responses
     index: Tensor  # [E] int64, each example's place in its step
     completions: int  # K
+    keys: tuple[bytes, ...]  # of every completion after its prompt, in the order in which their tokens are scored
 
     @property
     def examples(self) -> int:
@@ -105,7 +108,14 @@ def collate(
         labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
         index=torch.tensor(range(count) if index is None else list(index), dtype=torch.int64),
         completions=completions,
+        keys=tuple(scored.keys),
     )
+
+
+def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
+    """Tells a completion after its prompt from any other: a digest of their tokens, 16 bytes."""
+    numbers = array("q", [len(prompt), *prompt, *completion])
+    return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
 
 
 class _Scored:
@@ -117,6 +127,7 @@ class _Scored:
         self.targets: list[int] = []
         self.segments: list[int] = []
         self.offsets: list[int] = []
+        self.keys: list[bytes] = []
 
     def _add(self, tokens: Sequence[int], first: int, start: int, segment: int) -> None:
         """`tokens` stand at `start` and on; `first` is the place that predicts the first of them."""
@@ -129,8 +140,11 @@ class _Scored:
         if self._prompts and len(tokens) > 1:
             self._add(tokens[1:], start, start + 1, self._completions * self._examples + example)
 
-    def completion(self, example: int, which: int, tokens: Sequence[int], prompt_last: int, start: int) -> None:
+    def completion(
+        self, example: int, which: int, prompt: Sequence[int], tokens: Sequence[int], prompt_last: int, start: int
+    ) -> None:
         self._add(tokens, prompt_last, start, which * self._examples + example)
+        self.keys.append(completion_key(prompt, tokens))
 
 
 _Placed = tuple[Tensor, Tensor, Tensor | None, TreeLayout | None]
@@ -158,7 +172,7 @@ def _pack(parts: Sequence[tuple[int, Example, Sequence[int]]], scored: _Scored) 
             scored.prompt(e, prompt, start)
         for k in which:
             completion = example.completions[k]
-            scored.completion(e, k, completion, start + len(prompt) - 1, len(ids))
+            scored.completion(e, k, prompt, completion, start + len(prompt) - 1, len(ids))
             ids += completion
             positions += range(len(prompt), len(prompt) + len(completion))
         trees.append(Tree(start, len(prompt), tuple(len(example.completions[k]) for k in which)))
@@ -178,7 +192,7 @@ def _padded(examples: Sequence[Example], scored: _Scored, pad: int) -> _Placed:
         start, prompt = row * width, len(example.prompt)
         if k == 0:
             scored.prompt(e, example.prompt, start)
-        scored.completion(e, k, example.completions[k], start + prompt - 1, start + prompt)
+        scored.completion(e, k, example.prompt, example.completions[k], start + prompt - 1, start + prompt)
     position_ids = torch.arange(width).expand(len(rows), width).contiguous()
     return input_ids, position_ids, attention_mask, None
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,11 +25,12 @@ from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
 from fastpref.model.load import Loaded, load_model, load_tokenizer
-from fastpref.model.reference import make_reference
+from fastpref.model.precompute import Precomputed, reference_folder
+from fastpref.model.reference import Reference, make_reference, precomputes
 from fastpref.train.checkpoint import RunFolder
 from fastpref.train.optimizer import make_optimizer
 from fastpref.train.progress import Display
-from fastpref.train.step import Objective
+from fastpref.train.step import Objective, chunks
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,7 @@ class _Run:
         self.display = Display(self.steps)
         self.notes: list[str] = []
 
-        reference = None
-        if config.loss.uses_reference:
-            reference, what = make_reference(config, loaded, accelerator.autocast)
-            self.notes.append(f"reference: {what}")
+        reference = self._reference() if config.loss.uses_reference else None
         optimizer = make_optimizer(loaded.policy, config)
         warmup = train.warmup if train.warmup >= 1 else train.warmup * self.steps
         name = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
@@ -117,7 +116,29 @@ class _Run:
             pad_token_id=pad if isinstance(pad, int) else 0,
             device=accelerator.device,
         )
+        if isinstance(reference, Precomputed):
+            self._precompute(reference)
         self.notes.append(self._plan())
+
+    def _reference(self) -> Reference:
+        reference, what = make_reference(self.config, self.loaded, self.accelerator.autocast)
+        self.notes.append(f"reference: {what}")
+        if not precomputes(self.config):
+            return reference
+        return Precomputed(reference, reference_folder(self.config, self.loaded.model))
+
+    def _precompute(self, reference: Precomputed) -> None:
+        """The reference's numbers for every completion of the run, while the model is still what it was."""
+        batch, objective = self.config.train.batch, self.objective
+        planned = islice(_data_order(len(self.examples), batch, self.config.train.seed), self.steps)
+        steps = ([self.examples[i] for i in places] for places in planned)
+        asked = chain.from_iterable(map(objective.referenced, chain(steps, chunks(self.heldout, batch))))
+        computed = reference.complete(
+            asked, layout=objective.layout, budget=objective.budget, device=objective.device,
+            pad_token_id=objective.pad_token_id, progress=self.display.precomputing,
+        )  # fmt: skip
+        found = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
+        self.notes += [*reference.notes, f"reference log-probabilities: {found}{computed:,} completions computed"]
 
     def go(self) -> RunResult:
         config, last, evaluated = self.config, {}, {}

@@ -43,6 +43,14 @@ class Display:
     def note(self, text: str) -> None:
         self.console.print(escape(text))
 
+    def precomputing(self, completions: int) -> None:
+        """So many completions have their reference log-probabilities. A line every five seconds is enough."""
+        now = time.monotonic()
+        self._last_line = self._last_line or now
+        if now - self._last_line >= 5:
+            self._last_line = now
+            self.console.print(f"reference log-probabilities: {completions:,} completions computed")
+
     def step(self, step: int, seconds: float, metrics: Mapping[str, float]) -> None:
         """One step is done. Off a terminal a line a second is enough, and one for the last step."""
         now = time.monotonic()

@@ -69,9 +69,16 @@ class Objective:
     def evaluate(self, examples: Sequence[Example], batch: int) -> Metrics:
         """The metrics of examples taken `batch` at a time, as one mean over all of them."""
         run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS)
-        for chunk in _chunks(examples, batch):
+        for chunk in chunks(examples, batch):
             self._run(chunk, run)
         return run.metrics
+
+    def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples of a step with every completion whose reference it asks for."""
+        return with_mismatched(examples) if self._compares_neighbours(examples) else examples
+
+    def _compares_neighbours(self, examples: Sequence[Example]) -> bool:
+        return isinstance(self.options, KTO) and self.options.kl == "batch" and len(examples) > 1
 
     def _run(self, examples: Sequence[Example], run: _Pass) -> Work:
         return self._run_rows(examples, run) if isinstance(self.options, KTO) else self._run_pairs(examples, run)
@@ -144,7 +151,7 @@ class Objective:
         options, tokens = self.options, 0
         assert isinstance(options, KTO)
         run.metrics.single_responses()
-        mismatched = options.kl == "batch" and len(examples) > 1
+        mismatched = self._compares_neighbours(examples)
         parts = self._microbatches(with_mismatched(examples)) if mismatched else []
         branched = len(parts) == 1
         kl: Tensor | float = 0.0
@@ -206,7 +213,7 @@ class Objective:
         ]
 
 
-def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
     """Cut by size. KTO compares neighbours, so a last example does not stay alone."""
     starts = list(range(0, len(examples), size))
     if len(starts) > 1 and len(examples) - starts[-1] == 1:
