@@ -111,7 +111,7 @@ def read(batch: PreferenceBatch) -> list[Held]:
 
 
 def _names(example: Example) -> list[str]:
-    """Of the completions; KTO's second one is the next row's."""
+    """Of the completions."""
     if example.label is None:
         return ["chosen", "rejected"]
     return ["good" if example.label else "bad", "mismatched"]
@@ -124,7 +124,8 @@ def _row(at: int, example: Example, held: Held, writer: Writer) -> Group:
     grid.add_column(overflow="fold")
     said = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut)
     grid.add_row(_labelled("prompt", len(held.prompt)), said)
-    for name, ids, cut in zip(_names(example), held.completions, row.completions_cut):
+    own = held.completions if example.label is None else held.completions[:1]  # KTO's second one is the next row's
+    for name, ids, cut in zip(_names(example), own, row.completions_cut):
         said = writer.completion(held.prompt, ids, across=row.merged > 0, cut=cut)
         grid.add_row(_labelled(name, len(ids)), said)
     parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
