@@ -41,12 +41,19 @@ def preview(
     pad = tokenizer.pad_token_id
     layout = layout_of(config)
     examples = data.train[:rows]
-    for number, batch in enumerate(
-        batches := microbatches(config, examples, layout, pad if isinstance(pad, int) else 0)
-    ):
-        for at, held in zip(batch.index.tolist(), read(batch)):
-            console.print(_row(at, examples[at], held, writer))
-        console.print(_microbatch(number, len(batches), batch, examples, config))
+    laid, parts = one_step(config, examples, layout)
+    for number, places in enumerate(parts):
+        members = [laid[i] for i in places]
+        batch = collate(
+            members,
+            layout,
+            index=places,
+            pad_token_id=pad if isinstance(pad, int) else 0,
+            score_prompts=scores_prompts(config.loss),
+        )
+        for example, at, held in zip(members, places, read(batch)):
+            console.print(_row(at, example, held, writer))
+        console.print(_microbatch(f"micro-batch {number + 1} of {len(parts)}", batch, members, layout))
     console.print(_numbers(data, config, layout))
 
 
@@ -67,16 +74,17 @@ def layout_of(config: Config) -> Layout:
     return "tree" if config.train.layout == "auto" else config.train.layout
 
 
-def microbatches(
-    config: Config, examples: Sequence[Example], layout: Layout, pad_token_id: int = 0
-) -> list[PreferenceBatch]:
-    """These examples as one step: the micro-batches that it would be cut into."""
-    laid = with_mismatched(examples) if mismatched(config, examples) else list(examples)
-    prompts = scores_prompts(config.loss)
-    return [
-        collate([laid[i] for i in places], layout, index=places, pad_token_id=pad_token_id, score_prompts=prompts)
-        for places in plan_microbatches(laid, layout, config.tokens_per_microbatch)
-    ]
+def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tuple[list[Example], list[list[int]]]:
+    """These examples as a step has them, and the places of each micro-batch's.
+
+    KTO's have a second branch where the step is one micro-batch; where it is more, that has a pass of its own.
+    """
+    budget = config.tokens_per_microbatch
+    if mismatched(config, examples):
+        both = with_mismatched(examples)
+        if len(parts := plan_microbatches(both, layout, budget)) == 1:
+            return both, parts
+    return list(examples), plan_microbatches(examples, layout, budget)
 
 
 def read(batch: PreferenceBatch) -> list[Held]:
@@ -103,7 +111,7 @@ def read(batch: PreferenceBatch) -> list[Held]:
 
 
 def _names(example: Example) -> list[str]:
-    """Of the completions; KTO's second one is the next row's."""
+    """Of the completions."""
     if example.label is None:
         return ["chosen", "rejected"]
     return ["good" if example.label else "bad", "mismatched"]
@@ -116,7 +124,8 @@ def _row(at: int, example: Example, held: Held, writer: Writer) -> Group:
     grid.add_column(overflow="fold")
     said = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut)
     grid.add_row(_labelled("prompt", len(held.prompt)), said)
-    for name, ids, cut in zip(_names(example), held.completions, row.completions_cut):
+    own = held.completions if example.label is None else held.completions[:1]  # KTO's second one is the next row's
+    for name, ids, cut in zip(_names(example), own, row.completions_cut):
         said = writer.completion(held.prompt, ids, across=row.merged > 0, cut=cut)
         grid.add_row(_labelled(name, len(ids)), said)
     parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
@@ -138,24 +147,15 @@ def _short_place(place: str) -> str:
 # --- The micro-batch -----------------------------------------------------------------------------------------------
 
 
-def _microbatch(number: int, count: int, batch: PreferenceBatch, examples: Sequence[Example], config: Config) -> Group:
-    indices = batch.index.tolist()
-    members = [examples[i] for i in indices]
+def _microbatch(which: str, batch: PreferenceBatch, members: Sequence[Example], layout: Layout) -> Group:
     rows, width = batch.input_ids.shape
-    layout: Layout = "padded" if batch.tree is None else layout_of(config)
-    title = f"micro-batch {number + 1} of {count}: {layout}, {rows} row{'s' * (rows > 1)} of {width:,} tokens"
+    title = f"{which}: {layout}, {rows} row{'s' * (rows > 1)} of {width:,} tokens"
     lines = _padded_lines(batch, members) if batch.tree is None else _tree_lines(batch, members)
-    costs = {other: microbatch.tokens for other in LAYOUTS for microbatch in [_same(config, members, other)]}
-    computed = " · ".join(f"{name} {tokens:,}" for name, tokens in costs.items())
+    costs = {other: collate(members, other).tokens for other in LAYOUTS}
+    counted = " · ".join(f"{name} {tokens:,}" for name, tokens in costs.items())
     saved = [f"{1 - costs['tree'] / costs[other]:.0%} of {other}" for other in ("packed", "padded")]
-    computed = Text(f"tokens: {computed}; trees save {saved[0]}, {saved[1]}")
-    return Group(Text(), Rule(Text(title), align="left", style="dim"), *lines, computed)
-
-
-def _same(config: Config, members: Sequence[Example], layout: Layout) -> PreferenceBatch:
-    """The members of one micro-batch in another layout."""
-    laid = with_mismatched(members) if mismatched(config, members) else members
-    return collate(laid, layout)
+    said = Text(f"tokens: {counted}; trees save {saved[0]}, {saved[1]}")
+    return Group(Text(), Rule(Text(title), align="left", style="dim"), *lines, said)
 
 
 def _tree_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:

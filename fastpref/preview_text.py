@@ -72,7 +72,7 @@ class Writer:
     def legend(self) -> Text:
         uses = [use for use in Use if use.style and use not in (Use.CUT, Use.MORE)]
         parts = [self._text([Piece(use.words, use)]) for use in uses]
-        return Text("   ").join([*parts, Text("↵ line end"), Text("· space before it")])
+        return Text("  ").join([*parts, Text("↵ line end"), Text("· space")])
 
     def _pieces(self, before: Sequence[int], ids: Sequence[int], uses: Sequence[Use]) -> list[Piece]:
         """`ids` as text after `before`. Tokens that are parts of one character, and of one use, go together."""
@@ -87,22 +87,28 @@ class Writer:
         return [*pieces[:_HEAD], Piece(f" … {hidden} more tokens … ", Use.MORE), *pieces[-_TAIL:]]
 
     def _text(self, pieces: Sequence[Piece]) -> Text:
-        text = Text()
+        runs: list[tuple[str, str]] = []  # text and its style
         for at, piece in enumerate(pieces):
             follows = pieces[at + 1].text[:1] if at + 1 < len(pieces) else ""
             shown = visible(piece.text, follows) if piece.use not in (Use.CUT, Use.MORE) else piece.text
-            opens, closes = piece.use.marks
-            if self._colour:
-                plain = piece.use is Use.PROMPT
-                text.append(shown, style=_SPECIAL if plain and piece.special else piece.use.style)
-                continue
-            begins = at == 0 or pieces[at - 1].use is not piece.use
-            ends = at + 1 == len(pieces) or pieces[at + 1].use is not piece.use
-            if ends and closes and shown.endswith("\n"):
-                shown = shown[:-1]  # the mark stands on the line of what it closes
-            text.append(opens * begins + shown + closes * ends)
+            style = _SPECIAL if piece.special and piece.use is Use.PROMPT else piece.use.style
+            if not self._colour:
+                style, shown = "", self._marked(shown, piece.use, pieces[:at][-1:], pieces[at + 1 : at + 2])
+            if runs and runs[-1][1] == style:
+                shown = runs.pop()[0] + shown
+            runs.append((shown, style))
+        text = Text.assemble(*runs)
         text.rstrip()
         return text
+
+    def _marked(self, shown: str, use: Use, before: Sequence[Piece], after: Sequence[Piece]) -> str:
+        """Text with the marks of its use where a run of that use begins or ends."""
+        opens, closes = use.marks
+        begins = not before or before[0].use is not use
+        ends = not after or after[0].use is not use
+        if ends and closes and shown.endswith("\n"):
+            shown = shown[:-1]  # the mark stands on the line of what it closes
+        return opens * begins + shown + closes * ends
 
 
 def decoded(

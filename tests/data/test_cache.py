@@ -1,0 +1,433 @@
+"""Cached examples are those that would be tokenised; what changes them misses, what does not hits; harm is repaired."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from toy_tokenizers import CHATML, PLAIN, chatml, toy_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.config import Config, load_config
+from fastpref.data import cache, fingerprint
+from fastpref.data.cache import Tokenized, load_examples
+from fastpref.data.example import Example
+from fastpref.data.sources import prepare
+from fastpref.data.tokenize import BATCH, tokenize, use_chat_template
+from fastpref.errors import UserError
+
+USER = {"role": "user", "content": "Où ça?"}
+ROWS = [
+    {"prompt": [USER], "chosen": "là 🎉", "rejected": "no"},
+    {"prompt": "q" * 60, "chosen": "yes", "rejected": "a rather long answer, which is cut"},
+    {"prompt": "q", "chosen": "same", "rejected": "same"},
+    {"prompt": "r", "chosen": "yes", "rejected": "no"},
+    {"prompt": "r", "chosen": "yes", "rejected": "no"},
+]
+CONFIG = """
+[model]
+name = "m"
+[[data]]
+path = "pairs.jsonl"
+[[eval.data]]
+path = "heldout.jsonl"
+[tokens]
+max_length = 64
+duplicates = "drop"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config with its data, and an empty cache."""
+    monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cfg.toml").write_text(CONFIG)
+    write(tmp_path / "pairs.jsonl", ROWS)
+    write(tmp_path / "heldout.jsonl", ROWS[:1])
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    return load_config(folder / "cfg.toml", overrides)
+
+
+def load(folder: Path, *overrides: str, tokenizer: PreTrainedTokenizerBase | None = None, **how: Any) -> Tokenized:
+    loaded = config(folder, *overrides)
+    tokenizer = tokenizer or chatml()
+    use_chat_template(tokenizer, loaded.tokens.chat_template)
+    return load_examples(loaded, tokenizer, **how)
+
+
+def is_hit(found: Tokenized) -> bool:
+    return any("from the cache" in note for note in found.notes)
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "cache" / "tokens").iterdir() if path.is_dir())
+
+
+def everything(found: Tokenized) -> Any:
+    notes = [note for note in found.notes if "cache" not in note]
+    return list(found.train), list(found.heldout), found.counts, found.duplicates, found.left_out, notes
+
+
+# --- The same examples ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_cached_run_is_an_uncached_one(folder: Path, loss: str):
+    """Made, made without the cache, and read from it: the same examples, counts and notes, which are `tokenize`'s."""
+    override = f"loss.type={loss}"
+    rows, counts = tokenize(prepare(config(folder, override)).train, chatml(), config(folder).tokens)
+    assert any(row.row.prompt_cut for row in rows)
+    assert counts.kept == len(rows) > 0
+    found = [load(folder, override, cache=False), load(folder, override), load(folder, override)]
+    assert [is_hit(one) for one in found] == [False, False, True]
+    assert list(found[0].train) == rows
+    assert found[0].counts["train"] == counts
+    assert (found[0].duplicates, found[0].left_out) == (1, 0)
+    for other in found[1:]:
+        assert everything(other) == everything(found[0])
+
+
+def test_examples_are_a_sequence(folder: Path):
+    """Length, places from either end, slices, and lengths without decoding agree with the list of all."""
+    found = load(folder).train
+    rows = list(found)
+    assert all(isinstance(row, Example) and type(row.prompt[0]) is int for row in rows)
+    assert len(found) == len(rows) == 3
+    assert [found[i] for i in range(-3, 3)] == rows * 2
+    assert found[1:] == rows[1:]
+    assert found[::-1] == rows[::-1]
+    for outside in (3, -4):
+        with pytest.raises(IndexError):
+            found[outside]
+    assert found.prompt_lengths.tolist() == [len(row.prompt) for row in rows]
+    assert found.completion_lengths.tolist() == [[len(ids) for ids in row.completions] for row in rows]
+    assert found.labels is None
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_rows_of_several_batches_stay_in_order(folder: Path, cached: bool):
+    """Rows are written some at a time; every one is there once, with its line, its label and its lengths."""
+    count = 2 * BATCH + 1
+    write(
+        folder / "pairs.jsonl",
+        [{"prompt": f"{at}", "completion": "x" * (1 + at % 7), "label": at % 3 == 0} for at in range(count)],
+    )
+    found = load(folder, "loss.type=kto", cache=cached).train
+    assert [Path(row.row.place).name for row in found] == [f"pairs.jsonl:{at + 1}" for at in range(count)]
+    assert [row.row.question for row in found] == [str(at) for at in range(count)]
+    assert found.labels is not None
+    assert found.labels.tolist() == [row.label for row in found] == [at % 3 == 0 for at in range(count)]
+    assert found.completion_lengths.tolist() == [[2 + at % 7] for at in range(count)]
+
+
+def test_nothing_held_out_is_an_empty_sequence(folder: Path):
+    """Without held-out rows there are none, before and after the cache."""
+    for _ in range(2):
+        found = load(folder, "eval.data=[]")
+        assert (len(found.heldout), list(found.heldout)) == (0, [])
+
+
+def test_a_run_of_no_use_is_an_error_and_leaves_no_entry(folder: Path):
+    """Where no row can be used, a run says so every time, and the cache keeps nothing."""
+    write(folder / "pairs.jsonl", ROWS[2:3])
+    for _ in range(2):
+        with pytest.raises(UserError, match="no training row can be used: 0 of 1 rows used, 1 dropped with equal"):
+            load(folder)
+    assert entries(folder) == []
+
+
+# --- What is another run -------------------------------------------------------------------------------------------
+
+
+def edit(name: str, text: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return change
+
+
+MISSES: dict[str, list[str] | Callable[[Path], None]] = {
+    "a row": edit("pairs.jsonl", json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[3]) + "\n"),
+    "a held-out row": edit("heldout.jsonl", json.dumps(ROWS[3]) + "\n"),
+    "the code of a function": edit("mine.py", "def read(row):\n    return dict(row)\n"),
+    "a file of a template": edit("own.jinja", CHATML + " "),
+    "another file": ["data.0.path=heldout.jsonl"],
+    "format": ["data.0.format=mine:read"],
+    "options of a format": ['data.0.format={type="chat_template.default", field_messages="prompt"}'],
+    "weight": ["data.0.weight=2"],
+    "rows": ["data.0.rows=2"],
+    "on_error": ["data.0.on_error=drop"],
+    "split": ["data.0.split=test"],
+    "revision": ["data.0.revision=abc"],
+    "no held-out rows": ["eval.data=[]"],
+    "a fraction": ["eval={fraction=0.5}"],
+    "max_length": ["tokens.max_length=63"],
+    "max_prompt_length": ["tokens.max_prompt_length=9"],
+    "overlong": ["tokens.overlong=drop"],
+    "duplicates": ["tokens.duplicates=keep"],
+    "single responses": ["loss.type=kto"],
+    "a chat template": ["tokens.chat_template=zephyr"],
+}
+HITS: dict[str, list[str]] = {
+    "nothing": [],
+    "learning rate": ["train.learning_rate=1"],
+    "another paired loss": ["loss.type=orpo"],
+    "beta": ["loss.beta=0.7"],
+    "seed, batch, layout": ["train.seed=1", "train.batch=3", "train.layout=packed", "train.tokens_per_microbatch=9"],
+    "output": ["output.dir=elsewhere"],
+    "adapters": ["lora={rank=2}"],
+    "evaluations": ["eval.every=3", "eval.samples=2"],
+    "the name of a model with the same tokenizer": ["model.name=n", "model.dtype=float32"],
+}
+USES = {"the code of a function": "data.0.format=mine:read", "a file of a template": "tokens.chat_template=own.jinja"}
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_what_changes_the_tokens_misses(folder: Path, name: str):
+    """Each input of the fingerprint, changed alone, is tokenised anew; put back, it is found again."""
+    edit("mine.py", "def read(row):\n    return row\n")(folder)
+    edit("own.jinja", CHATML)(folder)
+    base = [USES[name]] if name in USES else []
+    assert not is_hit(load(folder, *base))
+    assert is_hit(load(folder, *base))
+    change = MISSES[name]
+    if callable(change):
+        change(folder)
+        assert not is_hit(load(folder, *base))
+    else:
+        assert not is_hit(load(folder, *change))
+        assert is_hit(load(folder, *base))
+    assert len(entries(folder)) == 2
+
+
+@pytest.mark.parametrize("name", HITS)
+def test_what_does_not_change_the_tokens_hits(folder: Path, name: str):
+    """Everything else about a run leaves its tokens as they are."""
+    load(folder)
+    assert is_hit(load(folder, *HITS[name]))
+    assert len(entries(folder)) == 1
+
+
+def test_a_tokenizer_is_its_content(folder: Path):
+    """The same vocabulary, merges, special tokens and template are one tokenizer; any other of them is another."""
+
+    def made(template: str = CHATML, **how: Any) -> PreTrainedTokenizerBase:
+        return toy_tokenizer(template, **{"eos": "<|im_end|>", "special": ["<|im_start|>"]} | how)
+
+    load(folder, tokenizer=made())
+    assert is_hit(load(folder, tokenizer=made()))
+    others = [
+        made(PLAIN),
+        made(merges=[("e", "s")]),
+        made(bos="<s>"),
+        made(bos="<s>", adds_bos=True),
+        made(special=["<|im_start|>", "<more>"]),
+    ]
+    assert not any(is_hit(load(folder, tokenizer=other)) for other in others)
+    same_vocabulary = made()
+    same_vocabulary.eos_token = "<|im_start|>"
+    assert not is_hit(load(folder, tokenizer=same_vocabulary))
+
+
+def test_a_later_version_or_library_misses(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """What an older fastpref, or an older library that writes or encodes text, has made is not taken."""
+    load(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprint, "VERSION", fingerprint.VERSION + 1)
+        assert not is_hit(load(folder))
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprint, "version", lambda name: f"{name} 0")
+        assert not is_hit(load(folder))
+    assert is_hit(load(folder))
+
+
+def test_a_template_that_writes_the_date_is_of_its_day(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """`strftime_now` in a template makes other tokens tomorrow."""
+
+    class Tomorrow(fingerprint.date):
+        @classmethod
+        def today(cls):
+            return cls(2100, 1, 1)
+
+    dated = "tokens.chat_template={{ strftime_now('%d') }}" + CHATML
+    dated = f"tokens.chat_template={json.dumps(dated.partition('=')[2])}"
+    for override, misses in ((dated, True), ("tokens.overlong=drop", False)):
+        load(folder, override)
+        assert is_hit(load(folder, override))
+        with monkeypatch.context() as patched:
+            patched.setattr(fingerprint, "date", Tomorrow)
+            assert is_hit(load(folder, override)) != misses
+
+
+def test_folders_and_tables_are_known_by_their_content(folder: Path):
+    """A folder of save_to_disk and a parquet file: the same rows hit, another row misses."""
+    for path, save in (("saved", "save_to_disk"), ("rows.parquet", "to_parquet")):
+        override = f"data.0.path={path}"
+        getattr(Dataset.from_list(ROWS[1:]), save)(folder / path)
+        assert not is_hit(load(folder, override))
+        assert is_hit(load(folder, override))
+        getattr(Dataset.from_list(ROWS[1:4]), save)(folder / path)
+        assert not is_hit(load(folder, override))
+
+
+# --- Harm ----------------------------------------------------------------------------------------------------------
+
+
+def _load_in_a_process(folder: Path, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    found = load(folder)
+    results.put((is_hit(found), [row.prompt for row in found.train]))
+
+
+def test_two_processes_make_one_cache(folder: Path):
+    """Of processes that start at once, one makes the tokens and the others take them."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_load_in_a_process, args=(folder, barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+    assert sorted(hit for hit, _ in found) == [False, True, True]
+    assert [prompts for _, prompts in found] == [[row.prompt for row in load(folder).train]] * 3
+    assert [path.suffix for path in entries(folder)] == [""]
+
+
+def _stop_while_writing(folder: Path, ready: Any) -> None:
+    original = cache.tokenize_batches
+
+    def slow(*arguments: Any):
+        yield from original(*arguments)
+        ready.set()
+        time.sleep(60)
+
+    cache.tokenize_batches = slow
+    load(folder)
+
+
+def test_a_killed_writer_leaves_nothing_that_counts(folder: Path):
+    """Killed in the middle, with its lock and half a file: the next run waits for nobody and makes the whole."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_stop_while_writing, args=(folder, ready))
+    process.start()
+    assert ready.wait(60)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(timeout=60)
+    assert [path.suffix for path in entries(folder)] == [".tmp"]
+    whole = load(folder)
+    assert not is_hit(whole)
+    assert everything(load(folder)) == everything(load(folder, cache=False))
+    assert [path.suffix for path in entries(folder)] == [""]
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _other_columns(path: Path) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"prompt": [[1]]})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    manifest = path.with_name("manifest.json")
+    said = json.loads(manifest.read_text())
+    said["files"]["train"] = path.stat().st_size
+    manifest.write_text(json.dumps(said))
+
+
+def _other_count(path: Path) -> None:
+    said = json.loads(path.read_text())
+    said["counts"]["train"]["kept"] += 1
+    path.write_text(json.dumps(said))
+
+
+HARM: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "a truncated file": ("train.arrow", _truncate),
+    "an empty file": ("heldout.arrow", lambda path: path.write_bytes(b"")),
+    "a file with other bytes": ("train.arrow", lambda path: path.write_bytes(b"x" * path.stat().st_size)),
+    "a file with other columns": ("train.arrow", _other_columns),
+    "no file": ("train.arrow", Path.unlink),
+    "no manifest": ("manifest.json", Path.unlink),
+    "a truncated manifest": ("manifest.json", _truncate),
+    "a manifest of something else": ("manifest.json", lambda path: path.write_text("[]")),
+    "a manifest of another count": ("manifest.json", _other_count),
+}
+
+
+@pytest.mark.parametrize(("file", "harm"), HARM.values(), ids=HARM)
+def test_a_harmed_entry_is_made_again(folder: Path, file: str, harm: Callable[[Path], Any]):
+    """Whatever is wrong with an entry, it is not taken; it is made again, with a note, and is good from then on."""
+    good = everything(load(folder))
+    (entry,) = entries(folder)
+    harm(entry / file)
+    found = load(folder)
+    assert not is_hit(found)
+    assert any(note.startswith("the cache held these tokens, but ") and "made again" in note for note in found.notes)
+    assert everything(found) == good
+    again = load(folder)
+    assert is_hit(again)
+    assert everything(again) == good
+
+
+def test_an_unwritable_folder_is_a_note(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where nothing can be written the run goes on, with the same examples, and says why nothing is kept."""
+    good = load(folder, cache=False)
+    (folder / "file").write_text("")
+    monkeypatch.setenv("FASTPREF_CACHE", str(folder / "file" / "cache"))
+    found = load(folder)
+    assert everything(found)[:3] == everything(good)[:3]
+    assert found.notes[-1].startswith(f"the cache in {folder}/file/cache cannot be used, so nothing is kept for later")
+    assert (folder / "file").read_text() == ""
+
+
+def test_a_full_disk_is_a_note_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """When writing fails in the middle the run goes on, and what was begun is removed."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.os, "fsync", full)
+    found = load(folder)
+    assert "No space left on device" in found.notes[-1]
+    assert len(found.train) == 3
+    assert entries(folder) == []
+
+
+def test_no_cache_writes_nothing(folder: Path):
+    """Without the cache its folder is not even made, and one that is there is not read."""
+    before = set(folder.rglob("*"))
+    load(folder, cache=False)
+    assert set(folder.rglob("*")) == before
+    load(folder)
+    assert not is_hit(load(folder, cache=False))
+
+
+def test_the_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch):
+    """FASTPREF_CACHE names the folder; it is ~/.cache/fastpref without it, or where it is empty."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    for value, wanted in (
+        ("/data/cache", "/data/cache"),
+        ("~/c", "/home/someone/c"),
+        ("", "/home/someone/.cache/fastpref"),
+    ):
+        monkeypatch.setenv("FASTPREF_CACHE", value)
+        assert cache.cache_folder() == Path(wanted)
+    monkeypatch.delenv("FASTPREF_CACHE")
+    assert cache.cache_folder() == Path("/home/someone/.cache/fastpref")
