@@ -22,12 +22,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as TOML: train.steps=10"),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the config's last run from its newest whole checkpoint, or from the checkpoint or the run's "
+        "folder that is named after it.",
+    ),
+]
 
 
 @app.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
+    resume: Resume = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that output.dir already holds.")] = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Never ask the hub: only local files and its cache.")
@@ -36,14 +45,19 @@ def train(
     """Train a model on preferences."""
     from fastpref.config import load_config
 
-    loaded = load_config(config, overrides or ())
+    # A command line has no options with a value that may be left out: it arrives among the overrides.
+    named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
+    loaded = load_config(config, [word for word in overrides or () if word not in named])
+    if len(named) > 1:
+        raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
     if offline:
         _go_offline()
     # bitsandbytes warns at import about a CPU kernel that only 4-bit inference would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from fastpref.train.loop import train as run
 
-    if run(loaded, force=force, default_name=config.stem).interrupted:
+    checkpoint = named[0] if named else resume
+    if run(loaded, force=force, resume=checkpoint, default_name=config.stem).interrupted:
         raise typer.Exit(130)
 
 
