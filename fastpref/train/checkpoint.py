@@ -41,7 +41,9 @@ class Checkpoints:
         return state.data_fingerprint(self.examples)
 
     def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
-        """Write the checkpoint of the last whole step, and remove old ones. Raises WriteError."""
+        """Write the checkpoint of the last whole step, unless it is there, and remove old ones. Raises WriteError."""
+        if not best and self.latest is not None and self.latest.name == f"step-{progress.step}":
+            return self.latest
         self.latest = self.folder.checkpoint(progress.step, lambda folder: self._fill(folder, progress, rng))
         if best and progress.best is not None:
             self.folder.mark_best(progress.best)
@@ -76,10 +78,8 @@ class Checkpoints:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        name = f"step-{progress.step}"
         try:
-            place = self.latest if self.latest and self.latest.name == name else self.save(progress, rng)
-            command = self.folder.resume_command(place, *overrides)
+            command = self.folder.resume_command(self.save(progress, rng), *overrides)
             return f"Everything up to step {progress.step} is saved; go on with\n  {command}"
         except WriteError:
             pass

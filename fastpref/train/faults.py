@@ -58,12 +58,11 @@ def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example],
     alone = [] if math.isfinite(loss) else _not_finite_alone(examples, objective)
     if alone:
         return f"{what}; of its {len(examples)} rows these give such a loss by themselves: {_places(alone)}"
-    gradients = [
-        name
-        for name, p in objective.policy.named_parameters()
-        if p.grad is not None and not torch.isfinite(p.grad).all()
-    ]
-    where = f"; the gradients that are not finite are of {_some(gradients)}" if gradients else ""
+    trained = [(name, p.grad) for name, p in objective.policy.named_parameters() if p.grad is not None]
+    gradients = [name for name, gradient in trained if not torch.isfinite(gradient).all()]
+    where = ""
+    if 0 < len(gradients) < len(trained):  # clipping by a norm that is NaN makes all of them NaN
+        where = f"; the gradients that are not finite are of {_some(gradients)}"
     return f"{what}{where}; its rows are {_places(examples)}"
 
 

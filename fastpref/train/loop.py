@@ -233,7 +233,10 @@ class _Run:
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
         """Leave the step out, or raise NotFinite."""
         what = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
-        if self.config.train.nonfinite == "stop":
+        overflow = self.accelerator.scaler is not None and math.isfinite(row["loss"])
+        if overflow:  # float16 finds its scale by trying: the scaler leaves the step out and lowers it
+            self.optimizer.step()
+        elif self.config.train.nonfinite == "stop":
             raise NotFinite(
                 f"{what}. The model is as it was after step {step - 1}. Lower train.learning_rate, look at those "
                 'rows, or set train.nonfinite = "skip"'

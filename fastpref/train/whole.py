@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -89,8 +90,8 @@ def disk_refusal(error: BaseException) -> str | None:
     """Why the disk refused, if that is what an exception says; libraries in Rust raise kinds of their own."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    words = " ".join(str(error).split())
-    return words[:200] if isinstance(error, Exception) and "os error" in words.lower() else None
+    number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
+    return os.strerror(int(number[1])) if number else None
 
 
 def _manifest(files: dict[str, Any]) -> str:
