@@ -10,6 +10,7 @@ from fastpref.config import Config, LoraConfig, ModelConfig
 from fastpref.data.batch import Layout
 from fastpref.errors import UserError
 from fastpref.model import attention
+from fastpref.model.files import explained
 from fastpref.model.head import check_logits
 from fastpref.model.policy import Policy
 
@@ -32,7 +33,9 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
             options.name, revision=options.revision or "main", trust_remote_code=options.trust_remote_code
         )
     except Exception as error:  # transformers and the hub raise many kinds
-        raise UserError(f"model.name = {options.name!r}: no tokenizer there: {_cause(error)}") from None
+        raise UserError(
+            f"model.name = {options.name!r}: no tokenizer there: {explained(options, error, tokenizer=True)}"
+        ) from None
 
 
 def load_model(config: Config, device: torch.device) -> Loaded:
@@ -69,7 +72,7 @@ def _pretrained(options: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(options.name, **where)
     except Exception as error:  # transformers and the hub raise many kinds
-        raise UserError(f"model.name = {options.name!r}: no model there: {_cause(error)}") from None
+        raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
     if config.is_encoder_decoder:
         raise UserError(
             f"model.name = {options.name!r}: {config.model_type} is an encoder-decoder; a causal model is needed"
@@ -89,7 +92,7 @@ def _pretrained(options: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
                 raise
             return AutoModelForCausalLM.from_pretrained(options.name, dtype=dtype, use_safetensors=True, **where)
     except Exception as error:  # missing weights, an unknown architecture, no memory: all end here
-        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {_cause(error)}") from None
+        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {explained(options, error)}") from None
 
 
 def _layout(config: Config, model: PreTrainedModel, policy: Policy) -> tuple[Layout, str | None]:
