@@ -3,11 +3,10 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 
 from fastpref.config import Config
 from fastpref.errors import UserError
@@ -17,9 +16,11 @@ PROJECT = "fastpref"
 
 def require_trackers(names: Sequence[str]) -> None:
     """Raises UserError for those whose package is not installed."""
-    missing = [name for name in names if find_spec(name) is None]
+    # Accelerate leaves out what it does not find without a word.
+    there = [str(name) for name in tracking.get_available_trackers()]
+    missing = [name for name in names if name not in there]
     if missing:
-        raise UserError(f"log.trackers: {', '.join(missing)} is not installed; pip install {' '.join(missing)}")
+        raise UserError(f"log.trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}")
 
 
 class Trackers:
