@@ -115,7 +115,10 @@ class RunFolder:
     def checkpoint(self, step: int, fill: Callable[[Path], None]) -> Path:
         """Save a checkpoint. Raises WriteError, and then nothing has changed."""
         place = self.path / "checkpoints" / f"step-{step}"
-        _flush(self.metrics)
+        try:
+            _flush(self.metrics)
+        except OSError as error:
+            raise WriteError(f"{self.metrics}: cannot be written: {error.strerror}") from None
         write_folder(place, fill, manifest=True)
         return place
 

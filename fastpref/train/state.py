@@ -21,6 +21,7 @@ from fastpref.errors import UserError
 from fastpref.model.load import Loaded
 
 STATE = "training_state"  # .json, .safetensors
+FORMAT = 1
 
 
 @dataclass
@@ -50,15 +51,18 @@ class Progress:
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Write nested dicts, lists and tuples of tensors and plain values."""
     tensors: dict[str, Tensor] = {}
-    skeleton = _pack(state, tensors, {})
+    skeleton = _pack({"format": FORMAT} | state, tensors, {})
     save_file(tensors, folder / f"{STATE}.safetensors")
     (folder / f"{STATE}.json").write_text(json.dumps(skeleton), encoding="utf-8")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` wrote, with its tensors on the CPU."""
+    """What `write_state` wrote, with its tensors on the CPU. Raises UserError for what another version wrote."""
     skeleton = json.loads((folder / f"{STATE}.json").read_text(encoding="utf-8"))
-    return _unpack(skeleton, load_file(folder / f"{STATE}.safetensors"))
+    state = _unpack(skeleton, load_file(folder / f"{STATE}.safetensors"))
+    if state.pop("format", None) != FORMAT:
+        raise UserError(f"{folder}: this checkpoint is of another version of fastpref; its weights can still be loaded")
+    return state
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], known: dict[int, str]) -> Any:

@@ -35,7 +35,6 @@ class Trackers:
         if not config.log.trackers:
             return
         place = (folder / "trackers").resolve()
-        place.mkdir(parents=True, exist_ok=True)
         # These two know no argument for it; what a person has set is theirs.
         os.environ.setdefault("TRACKIO_DIR", str(place / "trackio"))
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
@@ -46,6 +45,7 @@ class Trackers:
             "trackio": {"name": folder.name},
         }
         self._on = True
+        self._try(lambda: place.mkdir(parents=True, exist_ok=True))
         self._try(
             lambda: self._accelerator.init_trackers(
                 PROJECT, config=_settings(config), init_kwargs={name: options[name] for name in config.log.trackers}

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -127,6 +128,32 @@ def test_a_run_goes_on_behind_a_damaged_checkpoint(run: RunFolder, trained: Path
             file.unlink()
     with pytest.raises(UserError, match=r"(?s)no checkpoint is whole:.*step-3 is not whole.*step-2 is not whole"):
         fastpref.train("cfg.toml", SETTINGS, resume=True)
+
+
+class Canary:
+    def __reduce__(self):
+        return Path("executed").write_text, ("by a pickle",)
+
+
+def test_pickles_are_never_read(run: RunFolder):
+    """Files of the names that torch and peft would unpickle, put into a checkpoint, are not looked at."""
+    place = run.path / "checkpoints" / "step-3"
+    for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.pt", "training_args.bin", "rng_state.pth"):
+        (place / name).write_bytes(pickle.dumps(Canary()))
+    fastpref.train("cfg.toml", [*SETTINGS, "train.steps=4"], resume=True)
+    assert (run.path / "checkpoints" / "step-4").is_dir()
+    assert not Path("executed").exists()
+    for name in ("training_state.safetensors", "adapter_model.safetensors"):
+        (place / name).unlink()
+    place.rename(place.with_name("step-9"))
+    assert newest(run)[0] == "step-4"
+    assert not Path("executed").exists()
+
+
+def test_a_state_of_another_version(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(state, "FORMAT", 2)
+    with pytest.raises(UserError, match="step-3: this checkpoint is of another version of fastpref"):
+        newest(run)
 
 
 def save_again(run: RunFolder, step: int) -> None:
