@@ -24,12 +24,21 @@ Overrides = Annotated[
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: only local files and its cache.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenize anew, and keep the tokens for no other run.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the config's last run from its newest whole checkpoint, or from the checkpoint or the run's "
+        "folder that is named after it.",
+    ),
+]
 
 
 @app.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
+    resume: Resume = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that output.dir already holds.")] = False,
     offline: Offline = False,
     no_cache: NoCache = False,
@@ -37,13 +46,18 @@ def train(
     """Train a model on preferences."""
     from fastpref.config import load_config
 
-    loaded = load_config(config, overrides or ())
+    # A command line has no options with a value that may be left out: it arrives among the overrides.
+    named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
+    loaded = load_config(config, [word for word in overrides or () if word not in named])
+    if len(named) > 1:
+        raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
     if offline:
         _go_offline()
     _quiet_bitsandbytes()
     from fastpref.train.loop import train as run
 
-    if run(loaded, force=force, default_name=config.stem, cache=not no_cache).interrupted:
+    checkpoint = named[0] if named else resume
+    if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:
         raise typer.Exit(130)
 
 

@@ -198,23 +198,23 @@ class TrainConfig(_Section):
     seed: int = 42
     """Of the data's order, the adapters and dropout."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do when a loss or gradient is not finite: stop before the step, or leave that step out."""
+    """What to do when a loss or gradient is not finite: stop before the step, or leave it out (ten in a row stop)."""
 
 
 class OutputConfig(_Section):
     dir: str | None = None
     """The run's folder; runs/<name of the config>-<loss> if left out, with a number added when that exists."""
-    save_every: Annotated[Count | None, _only(None, "saving while training")] = None
-    """Save a checkpoint every so many steps."""
-    keep: Annotated[Count | None, _only(None, "keeping checkpoints")] = None
-    """How many checkpoints to keep."""
+    save_every: Count | None = None
+    """Save a checkpoint every so many steps, and at the best evaluation; left out, only when the run is stopped."""
+    keep: Count = 2
+    """How many checkpoints to keep, the newest ones; that of the best evaluation is kept beside them."""
 
 
 class LogConfig(_Section):
     every: Count = 1
     """Write metrics every so many steps."""
-    trackers: Annotated[Names, _only((), "a tracker")] = ()
-    """Where else metrics go."""
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Strict(False)] = ()
+    """Where else metrics go; each needs its package."""
 
 
 def _loss_tag(value: Any) -> str:

@@ -110,6 +110,22 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["train", "good.toml", "data.0.path=rows.json"],
         ["rows.json: the columns a are of no format that auto knows"],
     ),
+    "train: no such checkpoint": (
+        ["train", "good.toml", "--resume", "none/step-3", "train.steps=3"],
+        ["--resume none/step-3: there is no such folder"],
+    ),
+    "train: no run to resume": (
+        ["train", "good.toml", "--resume", "train.steps=3"],
+        ["--resume: there is no run in runs/good-dpo; name a checkpoint"],
+    ),
+    "train: two checkpoints": (
+        ["train", "good.toml", "a", "--resume", "b"],
+        ["--resume: one checkpoint, not 2: a, b"],
+    ),
+    "train: a word without --resume": (
+        ["train", "good.toml", "a/step-3"],
+        ["override 'a/step-3': not of the form key=value, such as 'train.steps=100'"],
+    ),
     "train: no such model": (
         ["train", "good.toml", "model.name=./none"],
         ["model.name = './none': no tokenizer there"],

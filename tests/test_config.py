@@ -293,14 +293,14 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
     ),
     "what is not in this version": (
         '[model.x]\n[[data]]\npath = "e"\n\n\n[reference]\nmode = "frozen"\n'
-        '[train]\noptimizer = "lion"\n[output]\nsave_every = 3\nkeep = 2\n[log]\ntrackers = ["wandb"]\n',
+        '[train]\noptimizer = "lion"\n[output]\nsave_every = 0\n[log]\ntrackers = ["wandbb"]\n',
         [
             "5: model.x: unknown key",
             "11: reference.mode: must be one of auto, adapter, copy, precompute, got 'frozen'",
             "13: train.optimizer: must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, got 'lion'",
-            "15: output.save_every: saving while training is not in this version yet; leave the key out",
-            "16: output.keep: keeping checkpoints is not in this version yet; leave the key out",
-            "18: log.trackers: a tracker is not in this version yet; leave the key out",
+            "15: output.save_every: must be greater than or equal to 1, got 0",
+            "17: log.trackers[0]: must be one of tensorboard, wandb, mlflow, trackio, got 'wandbb' (did you mean "
+            "'wandb'?)",
         ],
     ),
 }
@@ -673,7 +673,7 @@ SURFACE = {
     "train.nonfinite": "stop",
     "output.dir": None,
     "output.save_every": None,
-    "output.keep": None,
+    "output.keep": 2,
     "log.every": 1,
     "log.trackers": (),
 }

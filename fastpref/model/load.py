@@ -11,6 +11,7 @@ from fastpref.config import Config, LoraConfig, ModelConfig
 from fastpref.data.batch import Layout
 from fastpref.errors import UserError
 from fastpref.model import attention
+from fastpref.model.files import explained
 from fastpref.model.head import check_logits
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
@@ -30,11 +31,18 @@ class Loaded:
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     """Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             options.name, revision=options.revision or "main", trust_remote_code=options.trust_remote_code
         )
     except Exception as error:  # transformers and the hub raise many kinds
-        raise UserError(f"model.name = {options.name!r}: no tokenizer there: {_cause(error)}") from None
+        raise UserError(
+            f"model.name = {options.name!r}: no tokenizer there: {explained(options, error, tokenizer=True)}"
+        ) from None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # a call of the tokenizer sets these: what is saved shall not depend on the tokens' cache
+        backend.no_padding()
+        backend.no_truncation()
+    return tokenizer
 
 
 def load_model(config: Config, device: torch.device) -> Loaded:
@@ -74,7 +82,7 @@ def _pretrained(options: ModelConfig, dtype: torch.dtype, device: torch.device) 
     try:
         config = AutoConfig.from_pretrained(options.name, **where)
     except Exception as error:  # transformers and the hub raise many kinds
-        raise UserError(f"model.name = {options.name!r}: no model there: {_cause(error)}") from None
+        raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
     if config.is_encoder_decoder:
         raise UserError(
             f"model.name = {options.name!r}: {config.model_type} is an encoder-decoder; a causal model is needed"
@@ -93,7 +101,7 @@ def _pretrained(options: ModelConfig, dtype: torch.dtype, device: torch.device) 
                 raise
             return AutoModelForCausalLM.from_pretrained(options.name, **load)
     except Exception as error:  # missing weights, an unknown architecture, no memory: all end here
-        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {_cause(error)}") from None
+        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {explained(options, error)}") from None
 
 
 def _layout(config: Config, model: PreTrainedModel, policy: Policy) -> tuple[Layout, str | None]:

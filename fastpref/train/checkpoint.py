@@ -1,84 +1,115 @@
-"""The run's folder: what is written where, and never half."""
+"""Checkpoints of a run: everything it goes on from, bit for bit."""
 
-import json
-import shutil
-from collections.abc import Mapping
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config
 from fastpref.config_toml import to_toml
+from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
+from fastpref.train import state
+from fastpref.train.folder import RunFolder
+from fastpref.train.resume import Resumed, fingerprints
+from fastpref.train.state import Progress
+from fastpref.train.whole import WriteError
 
 
-class RunFolder:
-    """config.toml (resolved), metrics.jsonl (a JSON object a row), final/ (an adapter or a model)."""
+@dataclass
+class Checkpoints:
+    """Saves and restores what training changes. `latest` is the last one known to be whole."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._metrics = path / "metrics.jsonl"
+    config: Config
+    folder: RunFolder
+    loaded: Loaded
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example]
+    optimizer: Any  # with state_dict and load_state_dict, as Accelerate made it
+    scheduler: Any
+    scaler: Any | None  # of float16
+    model_fingerprint: str  # of the weights as they were loaded
+    latest: Path | None = None
 
-    @classmethod
-    def choose(cls, config: Config, name: str, *, force: bool) -> "RunFolder":
-        """The folder of output.dir, which must be free or replaced by `force`; or the next free one of its default.
+    @cached_property
+    def data_fingerprint(self) -> str:
+        return state.data_fingerprint(self.examples)
 
-        Nothing is written yet. Raises UserError.
-        """
-        if config.output.dir is None:
-            base = Path("runs") / f"{name}-{config.loss.type}"
-            path = next(p for p in _numbered(base) if not p.exists())
-            return cls(path)
-        path = Path(config.output.dir).expanduser()
-        if path.exists() and not path.is_dir():
-            raise UserError(f"output.dir = {str(path)!r}: a file of that name is in the way")
-        if path.is_dir() and any(path.iterdir()):
-            is_run = (path / "metrics.jsonl").exists() and (path / "config.toml").exists()
-            if not force:
-                raise UserError(
-                    f"output.dir = {str(path)!r}: the folder is not empty; choose another"
-                    + (", or replace the run in it with --force" if is_run else "")
-                )
-            if not is_run:
-                raise UserError(f"output.dir = {str(path)!r}: this is no run's folder, so --force will not empty it")
-        return cls(path)
+    def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
+        """Write the checkpoint of the last whole step, unless it is there, and remove old ones. Raises WriteError."""
+        if not best and self.latest is not None and self.latest.name == f"step-{progress.step}":
+            return self.latest
+        self.latest = self.folder.checkpoint(progress.step, lambda folder: self._fill(folder, progress, rng))
+        if best and progress.best is not None:
+            self.folder.mark_best(progress.best)
+        self.folder.prune(self.config.output.keep)
+        return self.latest
 
-    def create(self, config: Config) -> None:
-        """Begin the run in the folder; what an earlier run saved there goes."""
+    def save_weights(self, name: str) -> Path:
+        """Write the adapter or the model with its tokenizer to a folder of its own. Raises WriteError."""
+        return self.folder.save(name, self._fill_weights)
+
+    def restore(self, resumed: Resumed, steps: int) -> Progress:
+        """Make everything as it was when a checkpoint was written. Raises UserError if it does not fit the run."""
+        resumed.check_contents(self.model_fingerprint, self.data_fingerprint)
+        saved, progress = resumed.state, Progress(**resumed.state["progress"])
+        if progress.step > steps:
+            raise UserError(
+                f"{resumed.checkpoint}: {progress.step} steps are done, and the config asks for {steps}; raise "
+                "train.steps, or take an earlier checkpoint"
+            )
+        state.load_weights(resumed.checkpoint, self.loaded)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if saved["scaler"] is not None and self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
+        state.set_rng_state(saved["rng"])
+        self.latest = resumed.checkpoint
+        return progress
+
+    def rescue(self, progress: Progress, rng: dict[str, Any], *overrides: str) -> str:
+        """After a fault: save what the last whole step left, as far as the disk allows, and say how to go on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         try:
-            for old in ("final", "stopped"):
-                shutil.rmtree(self.path / old, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.toml").write_text(to_toml(config), encoding="utf-8")
-            self._metrics.write_text("", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"output.dir = {str(self.path)!r}: cannot be written: {error.strerror}") from None
+            command = self.folder.resume_command(self.save(progress, rng), *overrides)
+            return f"Everything up to step {progress.step} is saved; go on with\n  {command}"
+        except WriteError:
+            pass
+        before = ""
+        if self.latest is not None:
+            before = (
+                f"; go on from the checkpoint before it with\n  {self.folder.resume_command(self.latest, *overrides)}"
+            )
+        try:
+            place = self.save_weights("stopped")
+            return f"No checkpoint could be saved, but the weights after step {progress.step} are in {place}{before}"
+        except WriteError:
+            return f"What was trained up to step {progress.step} could not be saved{before}"
 
-    def log(self, row: Mapping[str, float | int]) -> None:
-        """Append one row to metrics.jsonl."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def _fill_weights(self, folder: Path) -> None:
+        state.save_weights(folder, self.loaded)
+        self.tokenizer.save_pretrained(str(folder))
 
-    def save(self, name: str, loaded: Loaded, tokenizer: PreTrainedTokenizerBase) -> Path:
-        """Write the adapter or model and its tokenizer to a folder that appears only when it is complete."""
-        place, unfinished = self.path / name, self.path / f".{name}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        loaded.model.config.use_cache = True
-        # With an adapter on the head PEFT would also write the head and the embeddings, which have not changed.
-        options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
-        loaded.wrapped.save_pretrained(str(unfinished), **options)
-        tokenizer.save_pretrained(str(unfinished))
-        shutil.rmtree(place, ignore_errors=True)
-        unfinished.rename(place)
-        return place
-
-
-def _numbered(base: Path):
-    yield base
-    number = 2
-    while True:
-        yield base.with_name(f"{base.name}-{number}")
-        number += 1
+    def _fill(self, folder: Path, progress: Progress, rng: dict[str, Any]) -> None:
+        self._fill_weights(folder)
+        (folder / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+        passes, place = divmod(progress.step * self.config.train.batch, len(self.examples))
+        content = {
+            "progress": asdict(progress),
+            "order": {"passes": passes, "place": place, "count": len(self.examples)},
+            "fingerprints": fingerprints(self.model_fingerprint, self.data_fingerprint),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "rng": rng,
+        }
+        state.write_state(folder, content)

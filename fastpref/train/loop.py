@@ -1,20 +1,17 @@
-"""The training run, from a config to a trained model: evaluate, sample, step, log; then save."""
+"""The training run, from a config to a trained model: evaluate, sample, save, stop, step, log."""
 
 import math
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from transformers import PreTrainedTokenizerBase, get_scheduler
 from transformers.utils import logging as transformers_logging
 
@@ -27,10 +24,18 @@ from fastpref.loss_options import KTO
 from fastpref.model.load import Loaded, load_model, load_tokenizer
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
-from fastpref.train.checkpoint import RunFolder
+from fastpref.train import faults, state
+from fastpref.train.checkpoint import Checkpoints
+from fastpref.train.faults import Interrupt, NotFinite
+from fastpref.train.folder import RunFolder
 from fastpref.train.optimizer import make_optimizer
+from fastpref.train.order import data_order
 from fastpref.train.progress import Display
+from fastpref.train.resume import Resumed, find_checkpoint
+from fastpref.train.state import Progress
 from fastpref.train.step import Objective, chunks
+from fastpref.train.trackers import Trackers, require_trackers
+from fastpref.train.whole import WriteError
 
 
 @dataclass(frozen=True)
@@ -48,21 +53,29 @@ def train(
     overrides: Sequence[str] = (),
     *,
     force: bool = False,
+    resume: bool | str | Path = False,
     default_name: str = "run",
     cache: bool = True,
 ) -> RunResult:
     """Train as a config says; `overrides` are `key=value` strings, for a path to a config.
 
     `force` replaces the run that output.dir already holds; `default_name` names the folder when output.dir is not
-    given; without `cache` tokens are neither taken from the cache nor kept in it. Raises UserError for what a user can
-    mend; but for the cache nothing is written before everything has been checked.
+    given. `resume` goes on with a run, bit for bit on a CPU: from a checkpoint's folder, or with True from the newest
+    whole one of the config's last run. Without `cache` tokens are neither taken from the cache nor kept in it. Raises
+    UserError for what a user can mend; but for the cache nothing is written before everything has been checked.
     """
     if not isinstance(config, Config):
         default_name = Path(config).stem
         config = load_config(config, overrides)
-    folder = RunFolder.choose(config, default_name, force=force)
+    require_trackers(config.log.trackers)
+    resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
+    folder = resumed.folder if resumed else RunFolder.choose(config, default_name, force=force)
     _quiet_libraries()
-    accelerator = Accelerator(mixed_precision=_mixed_precision(config))
+    accelerator = Accelerator(
+        mixed_precision=_mixed_precision(config),
+        log_with=list(config.log.trackers) or None,
+        project_config=ProjectConfiguration(str(folder.path), logging_dir=str(folder.path / "trackers")),
+    )
     if accelerator.num_processes > 1:
         raise UserError(
             f"{accelerator.num_processes} processes: this version trains on one device; start it without a launcher"
@@ -72,9 +85,15 @@ def train(
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
     data = load_examples(config, tokenizer, cache=cache)
-    loaded = load_model(config, accelerator.device)
-    run = _Run(config, folder, accelerator, tokenizer, loaded, data.train, data.heldout)
-    for note in [*data.notes, *run.notes]:
+    try:
+        loaded = load_model(config, accelerator.device)
+        run = _Run(config, folder, accelerator, tokenizer, loaded, data.train, data.heldout, resumed)
+    except (RuntimeError, MemoryError) as error:
+        if not faults.is_out_of_memory(error):
+            raise
+        smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
+        raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
+    for note in [*(resumed.notes if resumed else ()), *data.notes, *run.notes]:
         run.display.note(note)
     return run.go()
 
@@ -91,13 +110,14 @@ class _Run:
         loaded: Loaded,
         examples: Sequence[Example],
         heldout: Sequence[Example],
+        resumed: Resumed | None = None,
     ):
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.tokenizer, self.loaded, self.examples, self.heldout = tokenizer, loaded, examples, heldout
         train = config.train
         self.steps = train.steps or math.ceil(train.epochs * len(examples) / train.batch)
-        self.display = Display(self.steps)
         self.notes: list[str] = []
+        fingerprint = state.model_fingerprint(loaded)
 
         reference = self._reference() if config.loss.uses_reference else None
         optimizer = make_optimizer(loaded.policy, config)
@@ -119,6 +139,23 @@ class _Run:
         if isinstance(reference, Precomputed):
             self._precompute(reference)
         self.notes.append(self._plan())
+        self.checkpoints = Checkpoints(
+            config,
+            folder,
+            loaded,
+            tokenizer,
+            examples,
+            self.optimizer,
+            self.scheduler.scheduler,
+            accelerator.scaler,
+            fingerprint,
+        )
+        self.progress = self.checkpoints.restore(resumed, self.steps) if resumed else Progress()
+        self.resumed = resumed is not None
+        self.rng = state.rng_state()  # as the last whole step left it: what a checkpoint holds
+        self.batch: list[Example] = []  # the step's, for messages
+        self.display = Display(self.steps, self.progress.step)
+        self.trackers = Trackers(accelerator, self.display.note)
 
     def _reference(self) -> Reference:
         reference, what = make_reference(self.config, self.loaded, self.accelerator.autocast)
@@ -130,42 +167,69 @@ class _Run:
     def _precompute(self, reference: Precomputed) -> None:
         """The reference's numbers for every completion of the run, while the model is still what it was."""
         batch, objective = self.config.train.batch, self.objective
-        planned = islice(_data_order(len(self.examples), batch, self.config.train.seed), self.steps)
+        planned = islice(data_order(len(self.examples), batch, self.config.train.seed), self.steps)
         steps = ([self.examples[i] for i in places] for places in planned)
         asked = chain.from_iterable(map(objective.referenced, chain(steps, chunks(self.heldout, batch))))
         computed = reference.complete(
             asked, layout=objective.layout, budget=objective.budget, device=objective.device,
-            pad_token_id=objective.pad_token_id, progress=self.display.precomputing,
+            pad_token_id=objective.pad_token_id, progress=Display(self.steps).precomputing,
         )  # fmt: skip
         found = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
         self.notes += [*reference.notes, f"reference log-probabilities: {found}{computed:,} completions computed"]
 
     def go(self) -> RunResult:
-        config, last, evaluated = self.config, {}, {}
-        self.folder.create(config)
-        order = _data_order(len(self.examples), config.train.batch, config.train.seed)
-        step = 0
-        with _Interrupt() as interrupt, self.display:
-            evaluated = self._evaluate(step)
-            before = self._answers()
-            while step < self.steps and not interrupt.asked:
-                batch = [self.examples[i] for i in next(order)]
-                step += 1
-                last = self._step(step, batch)
-                due = config.eval.every is not None and step % config.eval.every == 0
-                if due and step < self.steps:
-                    evaluated = self._evaluate(step)
-            if interrupt.asked:
-                return self._stopped(step, last, evaluated)
-            evaluated = self._evaluate(step)
-            after = self._answers()
-        self.display.samples(before, [answer for _, answer in after])
-        place = self.folder.save("final", self.loaded, self.tokenizer)
-        self.display.note(f"saved: {place}")
-        return RunResult(self.folder.path, last, evaluated)
+        self._open()
+        with Interrupt() as interrupt, self.display:
+            try:
+                self._train(interrupt)
+                if interrupt.asked:
+                    return self._stopped()
+                return self._finish()
+            except Exception as error:
+                fault = self._explained(error)
+                if fault is None:
+                    raise
+            finally:
+                self.trackers.end()
+            # Out of the handler, what the failed step held can be freed.
+            said, overrides = fault
+            raise UserError(f"{said}\n{self.checkpoints.rescue(self.progress, self.rng, *overrides)}")
 
-    def _step(self, step: int, examples: list[Example]) -> dict[str, float]:
-        """One optimizer step. Returns its metrics, those of the tokens only when it is logged."""
+    def _open(self) -> None:
+        if self.resumed:
+            self.folder.resume(self.config, self.progress)
+            self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
+        else:
+            self.folder.create(self.config)
+        self.trackers.start(self.config, self.folder.path, self.progress.step)
+
+    def _train(self, interrupt: Interrupt) -> None:
+        progress, train, every = self.progress, self.config.train, self.config.output.save_every
+        order = data_order(len(self.examples), train.batch, train.seed, start=progress.step)
+        while True:
+            self.rng = state.rng_state()
+            improved = False
+            if self._evaluation_is_due() and not interrupt.asked:
+                self._evaluate()
+                improved = progress.improved() and progress.step > 0
+            if progress.before is None:
+                progress.before = self._answers()
+            if every is not None and progress.step > 0 and (improved or progress.step % every == 0):
+                self.checkpoints.save(progress, self.rng, best=improved)
+            if progress.step >= self.steps or interrupt.asked:
+                return
+            self.batch = [self.examples[i] for i in next(order)]
+            self._step(progress.step + 1, self.batch)
+
+    def _finish(self) -> RunResult:
+        answers = [answer for _, answer in self._answers()]
+        self.display.samples([(question, old) for question, old in self.progress.before or []], answers)
+        place = self.checkpoints.save_weights("final")
+        self.display.note(f"saved: {place}")
+        return RunResult(self.folder.path, self.progress.last, self.progress.evaluated)
+
+    def _step(self, step: int, examples: list[Example]) -> None:
+        """One optimizer step. Its metrics are those of the tokens too only when it is logged."""
         began = time.perf_counter()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
         self.policy.train()
@@ -175,43 +239,60 @@ class _Run:
         row: dict[str, float] = metrics.result()
         row["grad_norm"] = float(norm) if norm is not None else 0.0
         row["learning_rate"] = self.scheduler.get_last_lr()[0]
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            self._not_finite(step, examples, row)
-        else:
+        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             self.optimizer.step()
+            self.progress.skipped_in_row = 0
+        else:
+            self._not_finite(step, examples, row)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         row |= {"tokens_per_second": work.tokens / seconds, "pairs_per_second": len(examples) / seconds}
+        self.progress.step, self.progress.last = step, row
         if logged:
-            self.folder.log({"step": step} | row)
+            self._log({"step": step} | row)
         self.display.step(step, seconds, row)
-        return row
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
-        rows = "; ".join(dict.fromkeys(str(example.row.place) for example in examples))
-        what = f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}; its rows are {rows}"
-        if self.config.train.nonfinite == "stop":
-            raise UserError(
-                f"{what}. The model is as it was after step {step - 1}, and was not saved. Lower "
-                'train.learning_rate, look at those rows, or set train.nonfinite = "skip"'
+        """Leave the step out, or raise NotFinite."""
+        what = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
+        overflow = self.accelerator.scaler is not None and math.isfinite(row["loss"])
+        if overflow:  # float16 finds its scale by trying: the scaler leaves the step out and lowers it
+            self.optimizer.step()
+        elif self.config.train.nonfinite == "stop":
+            raise NotFinite(
+                f"{what}. The model is as it was after step {step - 1}. Lower train.learning_rate, look at those "
+                'rows, or set train.nonfinite = "skip"'
             )
-        self.display.note(f"{what}. The step is left out.")
+        self.progress.skipped += 1
+        self.progress.skipped_in_row += 1
+        if self.progress.skipped_in_row >= faults.SKIPS_IN_ROW:
+            raise NotFinite(f"{what}. It is the {faults.SKIPS_IN_ROW}th such step in a row, so skipping does not help")
+        self.display.note(f"{what}. The step is left out, the {self.progress.skipped}. of this run.")
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _log(self, row: dict[str, float]) -> None:
+        self.folder.log(row)
+        self.trackers.log(row)
+
+    # --- evaluate and sample -----------------------------------------------------------------------------------
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.progress.step, self.config.eval.every
+        due = step in (0, self.steps) or (every is not None and step % every == 0)
+        return due and bool(self.heldout) and self.progress.evaluated_at != step
+
+    def _evaluate(self) -> None:
         """The metrics of all held-out examples, each under eval/."""
-        if not self.heldout:
-            return {}
         self.policy.eval()
         metrics = self.objective.evaluate(self.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
-        self.folder.log({"step": step} | row)
-        self.display.evaluation(step, row)
-        return row
+        self._log({"step": self.progress.step} | row)
+        self.progress.evaluated, self.progress.evaluated_at = row, self.progress.step
+        self.display.evaluation(self.progress.step, row)
 
     @torch.no_grad()
-    def _answers(self) -> list[tuple[str, str]]:
-        """The model's likeliest answers to some held-out prompts: (question, answer)."""
+    def _answers(self) -> list[list[str]]:
+        """The model's likeliest answers to some held-out prompts: [question, answer]."""
         options, found = self.config.eval, []
         self.policy.eval()
         for example in _first_prompts(self.heldout, options.samples):
@@ -227,13 +308,27 @@ class _Run:
                 pad_token_id=self.objective.pad_token_id,
             )
             answer = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
-            found.append((example.row.question, str(answer).strip()))
+            found.append([example.row.question, str(answer).strip()])
         return found
 
-    def _stopped(self, step: int, last: dict[str, float], evaluated: dict[str, float]) -> RunResult:
-        place = self.folder.save("stopped", self.loaded, self.tokenizer)
-        self.display.note(f"stopped after step {step} of {self.steps}; what was trained until then is in {place}")
-        return RunResult(self.folder.path, last, evaluated, interrupted=True)
+    # --- stop --------------------------------------------------------------------------------------------------
+
+    def _stopped(self) -> RunResult:
+        place = self.checkpoints.save(self.progress, self.rng)
+        said = f"stopped after step {self.progress.step} of {self.steps}; go on with"
+        self.display.note(f"{said}\n  {self.folder.resume_command(place)}")
+        return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, interrupted=True)
+
+    def _explained(self, error: Exception) -> tuple[str, list[str]] | None:
+        """What to say of an exception that a person can do something about, and with which overrides to go on."""
+        if isinstance(error, NotFinite | WriteError):
+            return str(error), []
+        if not faults.is_out_of_memory(error):
+            return None
+        held = faults.held(self.config, self.loaded, self.optimizer, self.objective, self.batch or self.heldout)
+        override = faults.advice(self.config, held)
+        said = f"out of memory after step {self.progress.step}: {held}. What would most likely fit: {override}"
+        return said, [override] if override.startswith("train.") else []
 
     def _plan(self) -> str:
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
@@ -258,17 +353,6 @@ def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
     return list(found.values())
 
 
-def _data_order(count: int, batch: int, seed: int) -> Iterator[list[int]]:
-    """Places of the examples of each step: shuffled passes over the data, one after the other, without end."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < batch:
-            waiting += torch.randperm(count, generator=generator).tolist()
-        yield waiting[:batch]
-        waiting = waiting[batch:]
-
-
 def _mixed_precision(config: Config) -> str:
     """Half precision products on a GPU; float32 on a CPU, whose float32 is the faster one."""
     if not torch.cuda.is_available() or config.model.dtype == "float32":
@@ -282,26 +366,3 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     # PEFT, of an adapter on a head that is tied to the embeddings: the two stay apart here, adapters are never merged.
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*", category=UserWarning)
-
-
-class _Interrupt:
-    """Ctrl-C or SIGTERM: the step at hand is finished first. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True

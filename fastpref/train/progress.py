@@ -14,10 +14,10 @@ from rich.table import Column, Table
 class Display:
     """Prints notes, evaluations and samples, and follows the steps. Text from data is never read as markup."""
 
-    def __init__(self, steps: int, console: Console | None = None):
+    def __init__(self, steps: int, done: int = 0, console: Console | None = None):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal
-        self._steps = steps
+        self._steps, self._before = steps, done  # those of a run that is resumed
         self._training = 0.0  # seconds in steps
         self._last_line = 0.0
         # Narrow enough for 80 columns: a wider line would lose the bar and the time left.
@@ -29,7 +29,7 @@ class Display:
             console=self.console,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=steps, said="")
+        self._task = self._bar.add_task("", total=steps, completed=done, said="")
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -60,7 +60,7 @@ class Display:
             self._bar.update(self._task, completed=step, said=said)
         elif now - self._last_line >= 1 or step == self._steps:
             self._last_line = now
-            left = self._training / step * (self._steps - step)
+            left = self._training / (step - self._before) * (self._steps - step)
             self.console.print(f"step {step}/{self._steps}  {said}  {left:.0f} s left")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:

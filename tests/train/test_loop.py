@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastpref
 from fastpref.errors import UserError
-from fastpref.train.loop import _data_order
+from fastpref.train.order import data_order
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICKSTART = EXAMPLES / "quickstart.toml"
@@ -178,7 +178,7 @@ def test_a_step_that_is_not_finite_does_not_reach_the_weights(
 
 
 def test_ctrl_c_finishes_the_step_and_saves(elsewhere: Path):
-    """SIGINT in the middle: the adapter so far is saved and loadable, status 130, no traceback."""
+    """SIGINT in the middle: a checkpoint with the adapter is saved, status 130, no traceback."""
     run = subprocess.Popen(
         [sys.executable, "-m", "fastpref", "train", str(QUICKSTART), "train.steps=100000", "output.dir=out"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -194,14 +194,14 @@ def test_ctrl_c_finishes_the_step_and_saves(elsewhere: Path):
     assert run.returncode == 130, printed
     assert "Traceback" not in printed
     assert "stopped after step" in printed
-    assert (elsewhere / "out" / "stopped" / "adapter_model.safetensors").exists()
+    assert list((elsewhere / "out" / "checkpoints").glob("step-*/adapter_model.safetensors"))
     assert not (elsewhere / "out" / "final").exists()
 
 
 def test_every_pass_sees_every_example_once():
     """The order is a shuffled pass after the other, cut into steps of one size; another seed is another order."""
-    order = _data_order(7, 3, seed=1)
+    order = data_order(7, 3, seed=1)
     seen = [i for _ in range(7) for i in next(order)]
     assert [sorted(seen[a : a + 7]) for a in (0, 7, 14)] == [list(range(7))] * 3
     assert seen[:7] != seen[7:14]
-    assert next(_data_order(50, 10, seed=1)) != next(_data_order(50, 10, seed=2))
+    assert next(data_order(50, 10, seed=1)) != next(data_order(50, 10, seed=2))

@@ -1,0 +1,178 @@
+"""What can go wrong in a run, told so that a person can act: interrupts, numbers that are not finite, no memory."""
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fastpref.config import Config
+from fastpref.data.batch import plan_microbatches
+from fastpref.data.example import Example
+from fastpref.errors import UserError
+from fastpref.model.load import Loaded
+from fastpref.train.step import Objective
+
+SKIPS_IN_ROW = 10  # that many steps left out one after the other are no accident
+_WORKSPACE = 128 << 20  # what `linear_logprob` takes if it is not told otherwise
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM: the step at hand is finished first. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class NotFinite(UserError):
+    """A loss or gradient is not finite. Nothing has been updated with it."""
+
+
+def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example], objective: Objective) -> str:
+    """Which step it is and which rows make it so. To be asked before the gradients are cleared."""
+    what = f"step {step}: loss {loss}, gradient norm {norm}"
+    weights = [name for name, p in objective.policy.named_parameters() if not torch.isfinite(p).all()]
+    if weights:
+        return f"{what}; the weights themselves are not finite: {_some(weights)}; its rows are {_places(examples)}"
+    alone = [] if math.isfinite(loss) else _not_finite_alone(examples, objective)
+    if alone:
+        return f"{what}; of its {len(examples)} rows these give such a loss by themselves: {_places(alone)}"
+    trained = [(name, p.grad) for name, p in objective.policy.named_parameters() if p.grad is not None]
+    gradients = [name for name, gradient in trained if not torch.isfinite(gradient).all()]
+    where = ""
+    if 0 < len(gradients) < len(trained):  # clipping by a norm that is NaN makes all of them NaN
+        where = f"; the gradients that are not finite are of {_some(gradients)}"
+    return f"{what}{where}; its rows are {_places(examples)}"
+
+
+def _not_finite_alone(examples: Sequence[Example], objective: Objective) -> list[Example]:
+    """A forward pass a row, without dropout: cheap beside a run that stops."""
+    objective.policy.eval()
+    try:
+        return [e for e in examples if not math.isfinite(objective.evaluate([e], 1).result()["loss"])]
+    finally:
+        objective.policy.train()
+
+
+def _places(examples: Sequence[Example]) -> str:
+    return "; ".join(dict.fromkeys(str(example.row.place) for example in examples))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch raises its own error on a GPU, and on a CPU a RuntimeError that only its words tell from others."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        said in words for said in ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    )
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of what a run holds all the time, and what it computes at once."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    workspace: int
+    tokens: int  # of the largest micro-batch
+    longest: int  # tokens of the longest example, which cannot be cut further
+    device: int | None  # all that there is
+    checkpointing: bool  # whether activations are computed twice
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    def __str__(self) -> str:
+        parts = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "the reference's copy": self.reference,
+            "the head's workspace": self.workspace,
+        }
+        said = ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
+        of = "" if self.device is None else f", of {_size(self.device)} in all"
+        return f"{said}{of}; beside them the activations of a micro-batch of {self.tokens:,} tokens"
+
+
+def held(
+    config: Config,
+    loaded: Loaded,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    examples: Sequence[Example],
+) -> Held:
+    """What is in memory while a step of `examples` is computed."""
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in loaded.model.parameters() if p.requires_grad)
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    counted = sum(v.numel() * v.element_size() for v in tensors)
+    copied = objective.reference is not None and (config.lora is None or config.reference.mode == "copy")
+    sizes = [len(e.prompt) + sum(map(len, e.completions)) for e in examples]
+    parts = plan_microbatches(examples, objective.layout, objective.budget)
+    device = objective.device
+    return Held(
+        weights=weights,
+        gradients=trained,
+        optimizer=counted or 2 * trained,  # AdamW makes its two moments in the first step
+        reference=weights if copied else 0,
+        workspace=_WORKSPACE,
+        tokens=max((sum(sizes[i] for i in part) for part in parts), default=0),
+        longest=max(sizes, default=0),
+        device=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _host_memory(),
+        checkpointing=config.train.checkpointing is True
+        or (config.train.checkpointing == "auto" and device.type != "cpu"),
+    )
+
+
+def advice(config: Config, held: Held) -> str:
+    """The override that would most likely make it fit."""
+    if config.lora is None and held.device is not None and held.fixed > 0.7 * held.device:
+        return "lora={}"
+    if held.tokens > held.longest:
+        return f"train.tokens_per_microbatch={max(held.longest, min(config.tokens_per_microbatch, held.tokens) // 2)}"
+    if not held.checkpointing:
+        return "train.checkpointing=true"
+    if config.lora is None:
+        return "lora={}"
+    return f"tokens.max_length={max(2, min(config.tokens.max_length, held.longest) // 2)}"
+
+
+def _host_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

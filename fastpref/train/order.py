@@ -1,0 +1,22 @@
+"""The order of the data: a pure function of their number, the batch and the seed."""
+
+from collections.abc import Iterator
+
+import torch
+
+
+def data_order(count: int, batch: int, seed: int, start: int = 0) -> Iterator[list[int]]:
+    """Places of the examples of each step: shuffled passes over the data, one after the other, without end.
+
+    With `start` the first so many steps are passed over; what comes is what came after them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    passes, place = divmod(start * batch, count)
+    for _ in range(passes):
+        torch.randperm(count, generator=generator)
+    waiting: list[int] = torch.randperm(count, generator=generator).tolist()[place:]
+    while True:
+        while len(waiting) < batch:
+            waiting += torch.randperm(count, generator=generator).tolist()
+        yield waiting[:batch]
+        waiting = waiting[batch:]

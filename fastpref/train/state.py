@@ -1,0 +1,169 @@
+"""What a run goes on from, bit for bit: as safetensors and JSON, which run no code when they are read."""
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastpref.data.example import Example
+from fastpref.errors import UserError
+from fastpref.model.load import Loaded
+
+STATE = "training_state"  # .json, .safetensors
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Everything in it is JSON."""
+
+    step: int = 0  # optimizer steps taken
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
+    evaluated: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    evaluated_at: int | None = None
+    best: dict[str, float] | None = None  # step, accuracy and loss of the best evaluation
+    before: list[list[str]] | None = None  # questions, and the answers before the training
+    skipped: int = 0  # steps left out because something in them was not finite
+    skipped_in_row: int = 0
+
+    def improved(self) -> bool:
+        """Whether the last evaluation is the best so far: more accurate, or as accurate with a lower loss."""
+        if "eval/rewards/accuracies" not in self.evaluated:
+            return False
+        accuracy, loss = self.evaluated["eval/rewards/accuracies"], self.evaluated["eval/loss"]
+        if self.best is not None and (accuracy, -loss) <= (self.best["accuracy"], -self.best["loss"]):
+            return False
+        self.best = {"step": self.step, "accuracy": accuracy, "loss": loss}
+        return True
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write nested dicts, lists and tuples of tensors and plain values."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _pack({"format": FORMAT} | state, tensors, {})
+    save_file(tensors, folder / f"{STATE}.safetensors")
+    (folder / f"{STATE}.json").write_text(json.dumps(skeleton), encoding="utf-8")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote, with its tensors on the CPU. Raises UserError for what another version wrote."""
+    skeleton = json.loads((folder / f"{STATE}.json").read_text(encoding="utf-8"))
+    state = _unpack(skeleton, load_file(folder / f"{STATE}.safetensors"))
+    if state.pop("format", None) != FORMAT:
+        raise UserError(f"{folder}: this checkpoint is of another version of fastpref; its weights can still be loaded")
+    return state
+
+
+def _pack(value: Any, tensors: dict[str, Tensor], known: dict[int, str]) -> Any:
+    """JSON that stands for a value. What JSON has not, tuples and keys that are no strings, is a one-key object."""
+    if isinstance(value, Tensor):
+        if id(value) not in known:  # 8-bit optimizers share their tables among parameters
+            known[id(value)] = f"t{len(tensors)}"
+            plain = value.detach().cpu().contiguous()
+            whole = plain.untyped_storage().nbytes() == plain.nbytes
+            tensors[known[id(value)]] = plain if whole else plain.clone()
+        return {"tensor": known[id(value)]}
+    if isinstance(value, dict):
+        return {"map": [[_pack(k, tensors, known), _pack(v, tensors, known)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_pack(v, tensors, known) for v in value]}
+    if isinstance(value, list):
+        return [_pack(v, tensors, known) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "tuple":
+        return tuple(_unpack(v, tensors) for v in inner)
+    return {_unpack(k, tensors): _unpack(v, tensors) for k, v in inner}
+
+
+def rng_state() -> dict[str, Any]:
+    """Of every generator that a step may draw from."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.array(keys)), *(int(v) if i < 2 else float(v) for i, v in enumerate(rest))),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda, device)
+
+
+def save_weights(folder: Path, loaded: Loaded) -> None:
+    """The adapter or the model, as peft and transformers load them."""
+    # With an adapter on the head PEFT would also write the head and the embeddings, which have not changed.
+    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
+    loaded.model.config.use_cache = True
+    try:
+        loaded.wrapped.save_pretrained(str(folder), **options)
+    finally:
+        loaded.model.config.use_cache = False
+
+
+@torch.no_grad()
+def load_weights(folder: Path, loaded: Loaded) -> None:
+    """Put what `save_weights` wrote into the model that is being trained."""
+    wrapped = loaded.wrapped
+    if isinstance(wrapped, PeftModel):
+        saved = load_file(folder / "adapter_model.safetensors")
+        result = peft.set_peft_model_state_dict(wrapped, saved)
+        trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+        wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if name in trained)]
+    else:
+        dtype = next(wrapped.parameters()).dtype
+        other = type(wrapped).from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+        result = wrapped.load_state_dict(other.state_dict(), strict=False)
+        wrong = [*result.unexpected_keys, *result.missing_keys]
+    if wrong:
+        raise UserError(f"{folder}: the saved weights are of another model: {', '.join(wrong[:3])}")
+
+
+def model_fingerprint(loaded: Loaded) -> str:
+    """Of the weights a run begins with: the frozen ones beside adapters, or all. A sample of each tensor is enough."""
+    digest, adapters = hashlib.sha256(), isinstance(loaded.wrapped, PeftModel)
+    for name, parameter in loaded.model.named_parameters():
+        if not (adapters and parameter.requires_grad):
+            values = parameter.detach().flatten()
+            sample = values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes()
+            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample)
+    return digest.hexdigest()
+
+
+def data_fingerprint(examples: Iterable[Example]) -> str:
+    """Of the tokens that are trained on, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for ids in (example.prompt, *example.completions):
+            digest.update(array("i", [len(ids), *ids]).tobytes())
+        digest.update(str(example.label).encode())
+    return digest.hexdigest()

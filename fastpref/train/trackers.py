@@ -1,0 +1,81 @@
+"""Metrics to TensorBoard and the like, beside metrics.jsonl, through Accelerate."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, tracking
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+
+PROJECT = "fastpref"
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for those whose package is not installed."""
+    # Accelerate leaves out what it does not find without a word.
+    there = [str(name) for name in tracking.get_available_trackers()]
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise UserError(f"log.trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}")
+
+
+class Trackers:
+    """The trackers of a run, if it has any. One that fails is told of once; the run goes on without them."""
+
+    def __init__(self, accelerator: Accelerator, note: Callable[[str], None]):
+        self._accelerator, self._note = accelerator, note
+        self._on = False
+
+    def start(self, config: Config, folder: Path, step: int) -> None:
+        """Begin, or go on after a step. What they write on this machine goes to trackers/ in the run's folder."""
+        if not config.log.trackers:
+            return
+        place = (folder / "trackers").resolve()
+        # These two know no argument for it; what a person has set is theirs.
+        os.environ.setdefault("TRACKIO_DIR", str(place / "trackio"))
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
+        options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": step + 1} if step else {},
+            "wandb": {"name": folder.name, "dir": str(place)},
+            "mlflow": {"run_name": folder.name, "logging_dir": (place / "mlflow").as_uri()},
+            "trackio": {"name": folder.name},
+        }
+        self._on = True
+        self._try(lambda: place.mkdir(parents=True, exist_ok=True))
+        self._try(
+            lambda: self._accelerator.init_trackers(
+                PROJECT, config=_settings(config), init_kwargs={name: options[name] for name in config.log.trackers}
+            )
+        )
+
+    def log(self, row: Mapping[str, float | int]) -> None:
+        values = {name: value for name, value in row.items() if name != "step" and math.isfinite(value)}
+        self._try(lambda: self._accelerator.log(values, step=int(row["step"])))
+
+    def end(self) -> None:
+        self._try(self._accelerator.end_training)
+        self._on = False
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        if not self._on:
+            return
+        try:
+            call()
+        except Exception as error:  # a tracker's server, disk or login: kinds of its own
+            self._on = False
+            self._note(f"log.trackers: no metrics go there any more: {' '.join(str(error).split())[:300]}")
+
+
+def _settings(config: Config) -> dict[str, str | int | float | bool]:
+    """The config as plain values, which all trackers take."""
+    found: dict[str, str | int | float | bool] = {}
+    for table, content in config.model_dump(mode="json").items():
+        for key, value in content.items() if isinstance(content, dict) else [("", content)]:
+            if value is not None:
+                plain = value if isinstance(value, str | int | float | bool) else str(value)
+                found[f"{table}.{key}".rstrip(".")] = plain
+    return found
