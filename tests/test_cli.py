@@ -126,6 +126,20 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["train", "good.toml", "a/step-3"],
         ["override 'a/step-3': not of the form key=value, such as 'train.steps=100'"],
     ),
+    "preview: no such config": (["preview", "none.toml"], ["none.toml: there is no such file"]),
+    "preview: a mistake in the config": (
+        ["preview", "bad.toml", "--rows", "3", "train.batch=1"],
+        ["bad.toml:9: train.sed: unknown key (did you mean 'seed'?)"],
+    ),
+    "preview: no such data": (["preview", "good.toml"], ["pairs.json: there is no such file"]),
+    "preview: a broken line": (
+        ["preview", "good.toml", "--no-cache", "data.0.path=lines.jsonl"],
+        ["lines.jsonl:2: not valid JSON at column 2: Expecting property name enclosed in double quotes"],
+    ),
+    "preview: no such model": (
+        ["preview", "good.toml", "model.name=./none"],
+        ["model.name = './none': no tokenizer there"],
+    ),
     "train: no such model": (
         ["train", "good.toml", "model.name=./none"],
         ["model.name = './none': no tokenizer there"],
@@ -149,7 +163,17 @@ def test_a_users_mistake_is_one_message_and_status_2(run: Any, arguments: list[s
 
 
 @pytest.mark.parametrize(
-    "arguments", [["check"], ["train"], ["tarin"], ["check", "--fast"], ["schema", "x"]], ids=" ".join
+    "arguments",
+    [
+        ["check"],
+        ["train"],
+        ["preview"],
+        ["preview", "good.toml", "--rows", "0"],
+        ["tarin"],
+        ["check", "--fast"],
+        ["schema", "x"],
+    ],
+    ids=" ".join,
 )
 def test_a_command_that_is_not_understood(run: Any, arguments: list[str]):
     """Wrong commands and options end with status 2 and the usage."""
@@ -167,12 +191,27 @@ def test_check_says_what_would_be_trained(run: Any):
     assert ran == Ran(0, "whole.toml: no mistakes. KTO on m, training the whole model.\n", "")
 
 
+def test_preview_needs_no_model(run: Any):
+    """A config whose model folder holds a tokenizer is previewed, on stdout, with status 0."""
+    ran = run(
+        "preview",
+        "good.toml",
+        "data.0.path=pairs.jsonl",
+        "--no-cache",
+        good=GOOD,
+        **{"pairs.jsonl": LINES["pairs.jsonl"]},
+    )
+    assert (ran.status, ran.err) == (0, "")
+    assert "row 0: pairs.jsonl:1" in ran.out
+    assert "a step of 1 pairs" in ran.out
+
+
 def test_help_names_the_commands(run: Any):
     """Help is on stdout with status 0, under both of its names."""
     for flag in ("--help", "-h"):
         ran = run(flag)
         assert ran.status == 0
-        assert all(command in ran.out for command in ("init", "train", "check", "schema"))
+        assert all(command in ran.out for command in ("init", "train", "check", "preview", "schema"))
 
 
 def described(schema: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -210,6 +249,7 @@ print("imported", *(name for name in {HEAVY} if name in sys.modules))
         (["train", "--help"], 0),
         (["check", "good.toml"], 0),
         (["train", "bad.toml"], 2),
+        (["preview", "bad.toml"], 2),
         (["schema"], 0),
         (["init", "--model", "m", "--data", "d", "--output", "-"], 0),
         (["init", "--from-axolotl", "cfg.yml", "--output", "-"], 0),

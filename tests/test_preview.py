@@ -179,7 +179,7 @@ def test_long_texts_are_shortened_unless_asked_for(folder: Path):
     config = config_of(folder, [{"prompt": "q", "chosen": "x" * 1000, "rejected": "y"}])
     short = re.sub(r"\s+", "", part(shown(config), "row 0:"))
     assert short.count("x") == 120 + 39  # the last token shown is the end
-    assert "… 841 " in shown(config)
+    assert "]]…841" in short
     whole = re.sub(r"\s+", "", part(shown(config, full=True), "row 0:"))
     assert whole.count("x") == 1000
 
@@ -382,6 +382,14 @@ def test_notes_come_first_and_again_from_the_cache(folder: Path):
     assert "from the cache" not in first
     assert f"from the cache, {folder}/cache/tokens/" in second
     assert first.splitlines()[2:] == second.splitlines()[3:]
+
+
+def test_the_page_shows_what_is_printed(folder: Path):
+    """docs/data.md has the preview of the quickstart's first row, word for word."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    printed = shown(load_config(root / "examples" / "quickstart.toml"), rows=1)
+    assert f"--rows 1`:\n\n```\n{printed}\n```\n" in page
 
 
 def test_a_layout_left_out_is_a_tree(folder: Path):

@@ -71,7 +71,7 @@ class Examples(Sequence[Example]):
     def completion_lengths(self) -> np.ndarray:
         """[E, K] tokens of each completion; no token is read."""
         lengths = pc.list_value_length(pc.list_flatten(self.table.column("completions")))  # pyright: ignore[reportAttributeAccessIssue]
-        return lengths.to_numpy().reshape(len(self), -1)
+        return lengths.to_numpy().reshape(len(self), -1 if len(self) else 0)
 
     @property
     def labels(self) -> np.ndarray | None:

@@ -138,6 +138,7 @@ def test_nothing_held_out_is_an_empty_sequence(folder: Path):
     for _ in range(2):
         found = load(folder, "eval.data=[]")
         assert (len(found.heldout), list(found.heldout)) == (0, [])
+        assert len(found.heldout.prompt_lengths) == len(found.heldout.completion_lengths) == 0
 
 
 def test_a_run_of_no_use_is_an_error_and_leaves_no_entry(folder: Path):

@@ -34,12 +34,19 @@ def test_what_is_trained(llama: Path):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["lora={rank=2}"], ['lora={rank=2, modules_to_save=["lm_head"]}'], ["lora={}", "reference.mode=copy"], ["reference.mode=copy"]],
+    [
+        ["lora={rank=2}"],
+        ['lora={rank=2, modules_to_save=["lm_head"]}'],
+        ["lora={}", "reference.mode=copy"],
+        ["reference.mode=copy"],
+    ],
     ids=["adapter", "adapter and trained head", "copy beside an adapter", "copy"],
 )
 def test_the_reference_is_the_model_before_training(llama: Path, overrides: list[str]):
     """However much the policy moves, the reference gives the log-probabilities of the model as it was."""
-    loaded = load_model(config_for(llama, *overrides, "lora.dropout=0.3" if "lora" in overrides[0] else "train.seed=1"), CPU)
+    loaded = load_model(
+        config_for(llama, *overrides, "lora.dropout=0.3" if "lora" in overrides[0] else "train.seed=1"), CPU
+    )
     reference, _ = make_reference(config_for(llama, *overrides), loaded)
     batch = collate(examples(3), "tree")
     with torch.no_grad():

@@ -112,6 +112,19 @@ def test_runs_repeat_themselves(elsewhere: Path):
     assert first.eval_metrics == second.eval_metrics
 
 
+def test_a_run_from_the_cache_is_the_run_without_it(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Tokens that are made, kept, or found again give the same metrics; `cache=False` leaves the folder alone."""
+    monkeypatch.setenv("FASTPREF_CACHE", str(elsewhere / "cache"))
+    found = []
+    for cache in (False, True, True):
+        found.append(fastpref.train(QUICKSTART, ["train.steps=2"], cache=cache).eval_metrics)
+        assert (elsewhere / "cache").exists() == cache
+    assert found[0] == found[1] == found[2]
+    assert capsys.readouterr().out.count("from the cache") == 1
+
+
 def test_an_occupied_folder_is_kept(elsewhere: Path):
     """output.dir is refused when it is not empty; --force replaces a run, and nothing that is none."""
     fastpref.train(QUICKSTART, ["train.steps=1", "output.dir=here"])
