@@ -38,6 +38,7 @@ CASES = {
     "kto-lora": ["loss.type=kto", LORA],
     "kto-full": ["loss.type=kto"],
     "orpo-lora-constant": ["loss.type=orpo", LORA, "train.schedule=constant", "eval.data=[]", "eval={}"],
+    "dpo-dora-and-a-module": ['lora={rank=2, dora=true, modules_to_save=["norm"]}'],
     "dpo-lora-head-twice": ['lora={rank=2, dropout=0.1, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
 }
 
