@@ -16,6 +16,7 @@ from fastpref.data.batch import plan_microbatches
 from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
+from fastpref.model.reference import precomputes
 from fastpref.train.step import Objective
 
 SKIPS_IN_ROW = 10  # that many steps left out one after the other are no accident
@@ -136,7 +137,8 @@ def held(
     trained = sum(p.numel() * p.element_size() for p in loaded.model.parameters() if p.requires_grad)
     tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     counted = sum(v.numel() * v.element_size() for v in tensors)
-    copied = objective.reference is not None and (config.lora is None or config.reference.mode == "copy")
+    asks = objective.reference is not None and not precomputes(config)
+    copied = asks and (config.lora is None or config.reference.mode == "copy")
     sizes = [len(e.prompt) + sum(map(len, e.completions)) for e in examples]
     parts = plan_microbatches(examples, objective.layout, objective.budget)
     device = objective.device

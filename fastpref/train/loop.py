@@ -116,6 +116,7 @@ class _Run:
         self.tokenizer, self.loaded, self.examples, self.heldout = tokenizer, loaded, examples, heldout
         train = config.train
         self.steps = train.steps or math.ceil(train.epochs * len(examples) / train.batch)
+        self.display = Display(self.steps, resumed.state["progress"]["step"] if resumed else 0)
         self.notes: list[str] = []
         fingerprint = state.model_fingerprint(loaded)
 
@@ -154,7 +155,6 @@ class _Run:
         self.resumed = resumed is not None
         self.rng = state.rng_state()  # as the last whole step left it: what a checkpoint holds
         self.batch: list[Example] = []  # the step's, for messages
-        self.display = Display(self.steps, self.progress.step)
         self.trackers = Trackers(accelerator, self.display.note)
 
     def _reference(self) -> Reference:
@@ -172,7 +172,7 @@ class _Run:
         asked = chain.from_iterable(map(objective.referenced, chain(steps, chunks(self.heldout, batch))))
         computed = reference.complete(
             asked, layout=objective.layout, budget=objective.budget, device=objective.device,
-            pad_token_id=objective.pad_token_id, progress=Display(self.steps).precomputing,
+            pad_token_id=objective.pad_token_id, progress=self.display.precomputing,
         )  # fmt: skip
         found = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
         self.notes += [*reference.notes, f"reference log-probabilities: {found}{computed:,} completions computed"]

@@ -39,6 +39,8 @@ CASES = {
     "kto-full": ["loss.type=kto"],
     "orpo-lora-constant": ["loss.type=orpo", LORA, "train.schedule=constant", "eval.data=[]", "eval={}"],
     "dpo-dora-and-a-module": ['lora={rank=2, dora=true, modules_to_save=["norm"]}'],
+    "kto-nf4-8-bit": ["loss.type=kto", LORA, "model.quantization=nf4", "train.optimizer=adamw_8bit"],
+    "dpo-lora-precomputed": [LORA, "reference.mode=precompute"],
     "dpo-lora-head-twice": ['lora={rank=2, dropout=0.1, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
 }
 
