@@ -14,9 +14,11 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MambaConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from fastpref.config import Config, load_config
@@ -52,6 +54,12 @@ def model_config(kind: str) -> PretrainedConfig:
         "cohere": lambda: CohereConfig(**_SIZES, logit_scale=0.25),
         "gpt-oss": lambda: GptOssConfig(
             **_SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=4, initializer_range=0.3
+        ),
+        "mixtral": lambda: MixtralConfig(
+            **_SIZES, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5
+        ),
+        "qwen3-moe": lambda: Qwen3MoeConfig(
+            **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.5
         ),
         "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128),
         "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2),

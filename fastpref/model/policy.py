@@ -1,12 +1,26 @@
 """The policy: one module from a batch to the log-probabilities of its scored tokens."""
 
-from torch import nn
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.data.batch import PreferenceBatch
 from fastpref.model.attention import tree_keywords
 from fastpref.model.head import Head
+from fastpref.model.router import RouterLoss
 from fastpref.ops import TokenLogprobs
+
+
+class PolicyOutput(NamedTuple):
+    tokens: TokenLogprobs  # of the N scored tokens
+    router_loss: Tensor | None = None  # scalar, of a mixture of experts in training
+
+    @property
+    def logp(self) -> Tensor:
+        """[N]"""
+        return self.tokens.logp
 
 
 class Policy(nn.Module):
@@ -15,22 +29,28 @@ class Policy(nn.Module):
     It is what Accelerate prepares, so the hooks of data and model parallelism cover body and head together.
     """
 
-    def __init__(self, backbone: nn.Module, head: Head):
+    def __init__(self, backbone: nn.Module, head: Head, router: RouterLoss | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.router = router
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Policy":
         """The policy that shares the modules of `model`."""
-        return cls(getattr(model, model.base_model_prefix), Head(model))
+        return cls(getattr(model, model.base_model_prefix), Head(model), RouterLoss.of(model))
 
-    def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
+    def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> PolicyOutput:
         """Log-probabilities, and the optional outputs of `linear_logprob`, of the N scored tokens."""
-        layout = {"attention_mask": batch.attention_mask}
+        layout: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if batch.tree is not None:
             layout = tree_keywords(batch.tree, batch.input_ids.device)
-        hidden = self.backbone(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout
-        ).last_hidden_state  # [B, T, H]
-        return self.head(hidden.flatten(0, 1), batch.predictors, batch.targets, outputs)
+        routed = self.router is not None and self.training and torch.is_grad_enabled()
+        if routed:
+            layout["output_router_logits"] = True
+        found = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout)
+        hidden = found.last_hidden_state.flatten(0, 1)  # [B·T, H]
+        tokens = self.head(hidden, batch.predictors, batch.targets, outputs)
+        if self.router is None or not routed:
+            return PolicyOutput(tokens)
+        return PolicyOutput(tokens, self.router(found.router_logits, batch.attention_mask))

@@ -127,7 +127,7 @@ class _Run:
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=round(warmup), num_training_steps=self.steps)
         policy, self.optimizer, self.scheduler = accelerator.prepare(loaded.policy, optimizer, scheduler)
         self.policy: torch.nn.Module = policy
-        pad = tokenizer.pad_token_id
+        pad, router = tokenizer.pad_token_id, loaded.policy.router
         self.objective = Objective(
             policy=policy,
             reference=reference,
@@ -136,6 +136,7 @@ class _Run:
             budget=config.tokens_per_microbatch,
             pad_token_id=pad if isinstance(pad, int) else 0,
             device=accelerator.device,
+            router_coefficient=router.coefficient if router is not None else 0.0,
         )
         if isinstance(reference, Precomputed):
             self._precompute(reference)

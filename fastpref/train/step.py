@@ -14,6 +14,7 @@ from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatc
 from fastpref.data.example import Example
 from fastpref.loss_options import DPO, KTO, LossOptions
 from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
+from fastpref.model.policy import PolicyOutput
 from fastpref.model.reference import Reference
 from fastpref.ops import TokenLogprobs
 from fastpref.token_loss import PreferenceLoss, pair_logps, preference_loss, scores_prompts, sequence_sums
@@ -57,6 +58,7 @@ class Objective:
     budget: int  # tokens a micro-batch
     pad_token_id: int
     device: torch.device
+    router_coefficient: float = 0.0  # of a mixture of experts' router loss
 
     def step(
         self, examples: Sequence[Example], backward: Backward, *, token_metrics: bool = True
@@ -92,7 +94,8 @@ class Objective:
         whole = self._whole_step(parts, len(examples)) if sorts and len(parts) > 1 else None
         for part in parts:
             batch = part.to(self.device)
-            result: TokenLogprobs = self.policy(batch, run.outputs + self._extra_outputs())
+            output: PolicyOutput = self.policy(batch, run.outputs + self._extra_outputs())
+            result = output.tokens
             reference = None if self.reference is None else self.reference(batch)
             step = None
             if sorts:
@@ -107,7 +110,7 @@ class Objective:
                 totals=run.totals,
                 step=step,
             )
-            run.add(loss)
+            run.add(self._with_router(loss, output, batch, parts, run))
             tokens += batch.tokens
             counted = torch.arange(len(batch.lengths), device=self.device) < 2 * batch.examples
             chosen = torch.arange(len(batch.lengths), device=self.device) < batch.examples
@@ -127,7 +130,7 @@ class Objective:
         for part in parts:
             batch = part.to(self.device)
             reference = None if self.reference is None else self.reference(batch)
-            found.append((batch.index, self._pairs(self.policy(batch), reference, batch)))
+            found.append((batch.index, self._pairs(self.policy(batch).tokens, reference, batch)))
         index = torch.cat([i for i, _ in found])
 
         def joined(name: str) -> Tensor:
@@ -164,7 +167,8 @@ class Objective:
             assert batch.labels is not None
             assert self.reference is not None
             count = batch.examples
-            result: TokenLogprobs = self.policy(batch, run.outputs)
+            output: PolicyOutput = self.policy(batch, run.outputs)
+            result = output.tokens
             reference = self.reference(batch)
             if branched:
                 kl = kto_kl(_sums(result.logp.detach(), batch)[count:], _sums(reference, batch)[count:])
@@ -178,7 +182,7 @@ class Objective:
                 kl=kl,
                 totals=run.totals,
             )
-            run.add(loss)
+            run.add(self._with_router(loss, output, batch, parts, run))
             tokens += batch.tokens
             run.metrics.add_sequences(loss.sums, batch.labels)
             own = torch.arange(len(batch.lengths), device=self.device) < count
@@ -199,6 +203,24 @@ class Objective:
         return kto_kl(torch.cat(logps), torch.cat(reference))
 
     # --- both --------------------------------------------------------------------------------------------------
+
+    def _with_router(
+        self,
+        loss: PreferenceLoss,
+        output: PolicyOutput,
+        batch: PreferenceBatch,
+        parts: Sequence[PreferenceBatch],
+        run: _Pass,
+    ) -> PreferenceLoss:
+        """With the router loss of a mixture of experts, weighted by the micro-batch's share of the step's tokens.
+
+        It is a product of means, so unlike everything else it depends on how the step is cut.
+        """
+        if output.router_loss is None or self.router_coefficient == 0:
+            return loss
+        run.metrics.add("aux_loss", output.router_loss * batch.tokens, batch.tokens)
+        share = self.router_coefficient * batch.tokens / sum(part.tokens for part in parts)
+        return replace(loss, loss=loss.loss + share * output.router_loss)
 
     def _microbatches(self, examples: Sequence[Example]) -> list[PreferenceBatch]:
         return [
