@@ -13,6 +13,11 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"
 
 def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = False) -> str:
     """What a library's error means: the file at fault where it can be found, else the error's own words."""
+    if not options.trust_remote_code and "trust_remote_code" in str(error):
+        return (
+            "it comes with Python code of its own, which is not run; set model.trust_remote_code = true if you have "
+            "read the code and trust it"
+        )
     folder = Path(options.name).expanduser()
     fault = _in_folder(folder, tokenizer) if folder.is_dir() else _on_hub(options, tokenizer)
     return fault or " ".join(str(error).split())[:400] or type(error).__name__
