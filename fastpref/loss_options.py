@@ -173,3 +173,8 @@ class CPO:
 
 
 LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO
+
+
+def compares_neighbours(loss: LossOptions, rows: int) -> bool:
+    """Whether a step of so many rows also takes each prompt with the next row's response: for KTO's KL."""
+    return isinstance(loss, KTO) and loss.kl == "batch" and rows > 1

@@ -15,8 +15,9 @@ from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatc
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Counts, Example
 from fastpref.data.tokenize import use_chat_template
+from fastpref.loss_options import compares_neighbours
 from fastpref.model.load import load_tokenizer
-from fastpref.preview_numbers import LAYOUTS, PERCENTILES, good_share, lengths, mismatched, prompt_share, step_tokens
+from fastpref.preview_numbers import LAYOUTS, PERCENTILES, good_share, lengths, prompt_share, step_tokens
 from fastpref.preview_text import Writer
 from fastpref.token_loss import scores_prompts
 
@@ -80,7 +81,7 @@ def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tup
     KTO's have a second branch where the step is one micro-batch; where it is more, that has a pass of its own.
     """
     budget = config.tokens_per_microbatch
-    if mismatched(config, examples):
+    if compares_neighbours(config.loss, len(examples)):
         both = with_mismatched(examples)
         if len(parts := plan_microbatches(both, layout, budget)) == 1:
             return both, parts

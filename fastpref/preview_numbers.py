@@ -10,7 +10,7 @@ from fastpref.config import Config
 from fastpref.data.batch import Layout, computed_tokens, plan_microbatches, with_mismatched
 from fastpref.data.example import Example
 from fastpref.data.table import Examples
-from fastpref.loss_options import KTO
+from fastpref.loss_options import compares_neighbours
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PERCENTILES = (5, 50, 95, 100)
@@ -68,14 +68,9 @@ def step_tokens(examples: Sequence[Example], config: Config) -> StepTokens:
     return StepTokens(rows, steps, {layout: total / steps for layout, total in totals.items()})
 
 
-def mismatched(config: Config, examples: Sequence[Example]) -> bool:
-    """Whether each prompt is also followed by the next row's response, for KTO's KL."""
-    return isinstance(config.loss, KTO) and config.loss.kl == "batch" and len(examples) > 1
-
-
 def _one_step(examples: Sequence[Example], config: Config, layout: Layout) -> int:
     budget = config.tokens_per_microbatch
-    if mismatched(config, examples):
+    if compares_neighbours(config.loss, len(examples)):
         both = with_mismatched(examples)
         if len(plan_microbatches(both, layout, budget)) == 1:
             return computed_tokens(both, layout)

@@ -32,7 +32,6 @@ SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gf
 TENSOR_CORE = {75: "HMMA", 80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA|UTCMMA", 120: "HMMA"}
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MODES = {"forward": walk.FORWARD.value, "exp": walk.EXP.value, "gradient": walk.GRADIENT.value}
-# What a run that logs asks for; the plainest and the fullest kernel bound it.
 _FLAGS = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_SPREAD", "HAS_MEAN", "HAS_TOP1")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches, with_mismatched
 from fastpref.data.example import Example
-from fastpref.loss_options import DPO, KTO, LossOptions
+from fastpref.loss_options import DPO, KTO, LossOptions, compares_neighbours
 from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
 from fastpref.model.policy import PolicyOutput
 from fastpref.model.reference import Reference
@@ -77,10 +77,7 @@ class Objective:
 
     def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples of a step with every completion whose reference it asks for."""
-        return with_mismatched(examples) if self._compares_neighbours(examples) else examples
-
-    def _compares_neighbours(self, examples: Sequence[Example]) -> bool:
-        return isinstance(self.options, KTO) and self.options.kl == "batch" and len(examples) > 1
+        return with_mismatched(examples) if compares_neighbours(self.options, len(examples)) else examples
 
     def _run(self, examples: Sequence[Example], run: _Pass) -> Work:
         return self._run_rows(examples, run) if isinstance(self.options, KTO) else self._run_pairs(examples, run)
@@ -154,7 +151,7 @@ class Objective:
         options, tokens = self.options, 0
         assert isinstance(options, KTO)
         run.metrics.single_responses()
-        mismatched = self._compares_neighbours(examples)
+        mismatched = compares_neighbours(self.options, len(examples))
         parts = self._microbatches(with_mismatched(examples)) if mismatched else []
         branched = len(parts) == 1
         kl: Tensor | float = 0.0

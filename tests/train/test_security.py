@@ -34,7 +34,7 @@ def test_code_beside_a_model_is_not_run(elsewhere: Path):
         "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"},
     }
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="Python code of its own, which is not run; set model.trust_remote_code"):
+    with pytest.raises(UserError, match=r"Python code of its own, which is not run; set model\.trust_remote_code"):
         fastpref.train(QUICKSTART, [*FEW, f'model.name="{model}"'])
     assert not canary.exists()
 
