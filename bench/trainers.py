@@ -63,8 +63,8 @@ def run_fastpref(job: Job) -> dict[str, Any]:
     loaded: dict[str, int] = {}
     load_model = loop.load_model
 
-    def load_and_measure(*args: Any) -> Any:
-        made = load_model(*args)
+    def load_and_measure(*args: Any, **options: Any) -> Any:
+        made = load_model(*args, **options)
         loaded["bytes"] = held_bytes()
         return made
 

@@ -1,6 +1,7 @@
 """The command line: one function a command. Heavy imports wait inside them."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -151,8 +152,6 @@ def schema() -> None:
 
 
 def _go_offline() -> None:
-    import os
-
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -166,5 +165,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"fastpref: {error}", err=True)
+        rank = os.environ.get("RANK", "0")
+        who = "fastpref" if rank == "0" else f"fastpref (process {rank})"
+        typer.echo(f"{who}: {error}", err=True)
         sys.exit(2)

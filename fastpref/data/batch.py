@@ -197,11 +197,12 @@ def _padded(examples: Sequence[Example], scored: _Scored, pad: int) -> _Placed:
     return input_ids, position_ids, attention_mask, None
 
 
-def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int) -> list[list[int]]:
+def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int, processes: int = 1) -> list[list[int]]:
     """Cut a step into micro-batches of at most `budget` computed tokens; an example beyond it goes alone.
 
     First fit by falling length, so that few micro-batches are needed and padded rows are alike. Returns the examples'
-    places in the step; every example is in one micro-batch.
+    places in the step; every example is in one micro-batch. For several processes the largest are halved until each
+    process can have as many as the others, if there are enough examples, and the largest come first.
     """
     sizes = [_size(example, layout) for example in examples]
     open_: list[list[int]] = []
@@ -212,6 +213,16 @@ def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int) 
                 break
         else:
             open_.append([at])
+
+    def cost(batch: Sequence[int]) -> int:
+        return _cost(batch, sizes, examples, layout)
+
+    while len(open_) % processes and (divisible := [batch for batch in open_ if len(batch) > 1]):
+        largest = max(divisible, key=cost)
+        open_.remove(largest)
+        open_ += [largest[::2], largest[1::2]]
+    if processes > 1:
+        open_.sort(key=cost, reverse=True)
     return [sorted(batch) for batch in open_]
 
 

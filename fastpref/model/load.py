@@ -45,12 +45,15 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: Config, device: torch.device) -> Loaded:
+def load_model(config: Config, device: torch.device, *, sharded: bool = False) -> Loaded:
     """The model of a config on a device, with fresh adapters if it has a [lora] table.
+
+    A model that will be `sharded` stays in host memory until then, in the dtype of the device.
 
     Raises UserError for a model that is not there, is no causal language model, or has no safetensors.
     """
-    model = _pretrained(config.model, weight_dtype(config, device), device)
+    place = torch.device("cpu") if sharded else device
+    model = _pretrained(config.model, weight_dtype(config, device), place)
     if getattr(model, "is_quantized", False) and config.lora is None:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     keep_weights_as_loaded(model)

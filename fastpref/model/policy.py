@@ -33,12 +33,17 @@ class Policy(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self._no_split_modules = getattr(backbone, "_no_split_modules", None)  # what FSDP2 shards by itself
         self.router = router
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Policy":
         """The policy that shares the modules of `model`."""
         return cls(getattr(model, model.base_model_prefix), Head(model), RouterLoss.of(model))
+
+    def generate(self, model: PreTrainedModel, **options: Any) -> Tensor:
+        """`model.generate`, of the model with these modules: FSDP2 gathers weights for methods of its root alone."""
+        return model.generate(**options)  # pyright: ignore[reportCallIssue]
 
     def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> PolicyOutput:
         """Log-probabilities, and the optional outputs of `linear_logprob`, of the N scored tokens."""

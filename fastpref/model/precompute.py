@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key
 from fastpref.data.cache import cache_folder
 from fastpref.data.example import Example
 from fastpref.model.reference import Reference
+from fastpref.processes import ALONE, Processes
 
 VERSION = 1  # of the numbers: what computes them, and how they are stored
 _SAVE_EVERY = 64  # micro-batches
@@ -64,20 +66,28 @@ class Precomputed:
         device: torch.device,
         pad_token_id: int,
         progress: Callable[[int], None] = lambda computed: None,
+        processes: Processes = ALONE,
     ) -> int:
-        """Compute what is not known yet of the examples' completions. How many completions that were."""
+        """Compute what is not known yet of the examples' completions. How many completions that were.
+
+        Several processes must be given the same examples; each computes some, and all know everything in the end.
+        """
         computed, waiting = 0, {}
-        for part in _microbatches(self._missing(examples), layout, budget):
-            batch = collate(part, layout, pad_token_id=pad_token_id)
+        parts = _microbatches(self._missing(examples), layout, budget)
+        rounds = iter(lambda: list(islice(parts, processes.count)), [])
+        for number, part in enumerate(rounds, start=1):
+            # A process for which none is left computes one again: with FSDP no forward can do without it.
+            own = part[processes.rank % len(part)]
+            batch = collate(own, layout, pad_token_id=pad_token_id)
             lengths = torch.unique_consecutive(batch.segments, return_counts=True)[1].tolist()
             logps = self._reference(batch.to(device)).float().cpu()
             waiting |= zip(batch.keys, logps.split(lengths), strict=True)
-            computed += len(batch.keys)
+            computed += sum(len(example.completions) for examples in part for example in examples)
             progress(computed)
-            if len(waiting) >= _SAVE_EVERY * max(1, len(batch.keys)):
-                self._keep(waiting)
+            if number % _SAVE_EVERY == 0:
+                self._keep(waiting, processes)
                 waiting = {}
-        self._keep(waiting)
+        self._keep(waiting, processes)
         return computed
 
     def _missing(self, examples: Iterable[Example]) -> Iterator[Example]:
@@ -93,11 +103,12 @@ class Precomputed:
             if new:
                 yield replace(example, completions=tuple(new))
 
-    def _keep(self, found: dict[bytes, Tensor]) -> None:
-        if not found:
-            return
-        self._known |= {key: logps.clone() for key, logps in found.items()}
-        if self.folder is None:
+    def _keep(self, own: dict[bytes, Tensor], processes: Processes) -> None:
+        found: dict[bytes, Tensor] = {}
+        for part in processes.gather({key: logps.clone() for key, logps in own.items()}):
+            found |= part
+        self._known |= found
+        if not found or self.folder is None or not processes.first:
             return
         stored = {
             "keys": torch.tensor([list(key) for key in found], dtype=torch.uint8),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config
@@ -15,6 +16,7 @@ from fastpref.config_toml import to_toml
 from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
+from fastpref.processes import ALONE, Processes
 from fastpref.train import state
 from fastpref.train.folder import RunFolder
 from fastpref.train.resume import Resumed, fingerprints
@@ -35,6 +37,7 @@ class Checkpoints:
     scheduler: Any
     scaler: Any | None  # of float16
     model_fingerprint: str  # of the weights as they were loaded
+    processes: Processes = ALONE
     latest: Path | None = None
 
     @cached_property
@@ -42,18 +45,30 @@ class Checkpoints:
         return state.data_fingerprint(self.examples)
 
     def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
-        """Write the checkpoint of the last whole step, unless it is there, and remove old ones. Raises WriteError."""
+        """Write the checkpoint of the last whole step, unless it is there, and remove old ones. Raises WriteError.
+
+        All processes call it together, as everything here; the first one writes.
+        """
         if not best and self.latest is not None and self.latest.name == f"step-{progress.step}":
             return self.latest
-        self.latest = self.folder.checkpoint(progress.step, lambda folder: self._fill(folder, progress, rng))
-        if best and progress.best is not None:
-            self.folder.mark_best(progress.best)
-        self.folder.prune(self.config.output.keep)
+        weights, content = state.whole_weights(self.loaded), self._content(progress, rng)
+
+        def write() -> Path:
+            place = self.folder.checkpoint(progress.step, lambda folder: self._fill(folder, weights, content))
+            if best and progress.best is not None:
+                self.folder.mark_best(progress.best)
+            self.folder.prune(self.config.output.keep)
+            return place
+
+        self.latest = self.processes.on_first(write)
         return self.latest
 
     def save_weights(self, name: str) -> Path:
         """Write the adapter or the model with its tokenizer to a folder of its own. Raises WriteError."""
-        return self.folder.save(name, self._fill_weights)
+        weights = state.whole_weights(self.loaded)
+        return self.processes.on_first(
+            lambda: self.folder.save(name, lambda folder: self._fill_weights(folder, weights))
+        )
 
     def restore(self, resumed: Resumed, steps: int) -> Progress:
         """Make everything as it was when a checkpoint was written. Raises UserError if it does not fit the run."""
@@ -65,11 +80,12 @@ class Checkpoints:
                 "train.steps, or take an earlier checkpoint"
             )
         state.load_weights(resumed.checkpoint, self.loaded)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.load_state_dict(state.optimizer_state(saved["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(saved["scheduler"])
         if saved["scaler"] is not None and self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])
-        state.set_rng_state(saved["rng"])
+        if self.processes.rank < len(saved["rng"]):
+            state.set_rng_state(saved["rng"][self.processes.rank])
         self.latest = resumed.checkpoint
         return progress
 
@@ -84,32 +100,36 @@ class Checkpoints:
             return f"Everything up to step {progress.step} is saved; go on with\n  {command}"
         except WriteError:
             pass
-        before = ""
-        if self.latest is not None:
-            before = (
-                f"; go on from the checkpoint before it with\n  {self.folder.resume_command(self.latest, *overrides)}"
-            )
+        before = self.before(*overrides)
         try:
             place = self.save_weights("stopped")
-            return f"No checkpoint could be saved, but the weights after step {progress.step} are in {place}{before}"
+            return f"No checkpoint could be saved, but the weights after step {progress.step} are in {place}. {before}"
         except WriteError:
-            return f"What was trained up to step {progress.step} could not be saved{before}"
+            return f"What was trained up to step {progress.step} could not be saved. {before}"
 
-    def _fill_weights(self, folder: Path) -> None:
-        state.save_weights(folder, self.loaded)
+    def before(self, *overrides: str) -> str:
+        """How to go on from the last checkpoint."""
+        if self.latest is None:
+            return "There is no checkpoint before it."
+        return f"Go on from the checkpoint before it with\n  {self.folder.resume_command(self.latest, *overrides)}"
+
+    def _fill_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        state.save_weights(folder, self.loaded, weights)
         self.tokenizer.save_pretrained(str(folder))
 
-    def _fill(self, folder: Path, progress: Progress, rng: dict[str, Any]) -> None:
-        self._fill_weights(folder)
+    def _fill(self, folder: Path, weights: dict[str, Tensor] | None, content: dict[str, Any]) -> None:
+        self._fill_weights(folder, weights)
         (folder / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+        state.write_state(folder, content)
+
+    def _content(self, progress: Progress, rng: dict[str, Any]) -> dict[str, Any]:
         passes, place = divmod(progress.step * self.config.train.batch, len(self.examples))
-        content = {
+        return {
             "progress": asdict(progress),
             "order": {"passes": passes, "place": place, "count": len(self.examples)},
             "fingerprints": fingerprints(self.model_fingerprint, self.data_fingerprint),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": state.whole(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "rng": rng,
+            "rng": self.processes.gather(rng),
         }
-        state.write_state(folder, content)

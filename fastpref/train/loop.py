@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
+from rich.console import Console
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase, get_scheduler
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +25,7 @@ from fastpref.loss_options import KTO
 from fastpref.model.load import Loaded, load_model, load_tokenizer
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
+from fastpref.processes import Processes, start_processes
 from fastpref.train import faults, state
 from fastpref.train.checkpoint import Checkpoints
 from fastpref.train.faults import Interrupt, NotFinite
@@ -69,25 +71,20 @@ def train(
         config = load_config(config, overrides)
     require_trackers(config.log.trackers)
     resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
-    folder = resumed.folder if resumed else RunFolder.choose(config, default_name, force=force)
     _quiet_libraries()
-    accelerator = Accelerator(
-        mixed_precision=_mixed_precision(config),
-        log_with=list(config.log.trackers) or None,
-        project_config=ProjectConfiguration(str(folder.path), logging_dir=str(folder.path / "trackers")),
-    )
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"{accelerator.num_processes} processes: this version trains on one device; start it without a launcher"
-        )
+    accelerator, processes = start_processes(config, _mixed_precision(config))
+    folder = resumed.folder if resumed else processes.on_first(
+        lambda: RunFolder.choose(config, default_name, force=force)
+    )  # fmt: skip
     set_seed(config.train.seed)
 
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
-    data = load_examples(config, tokenizer, cache=cache)
+    with accelerator.main_process_first():  # the others find its tokens in the cache
+        data = load_examples(config, tokenizer, cache=cache)
     try:
-        loaded = load_model(config, accelerator.device)
-        run = _Run(config, folder, accelerator, tokenizer, loaded, data.train, data.heldout, resumed)
+        loaded = load_model(config, accelerator.device, sharded=processes.sharded)
+        run = _Run(config, folder, accelerator, processes, tokenizer, loaded, data.train, data.heldout, resumed)
     except (RuntimeError, MemoryError) as error:
         if not faults.is_out_of_memory(error):
             raise
@@ -106,17 +103,19 @@ class _Run:
         config: Config,
         folder: RunFolder,
         accelerator: Accelerator,
+        processes: Processes,
         tokenizer: PreTrainedTokenizerBase,
         loaded: Loaded,
         examples: Sequence[Example],
         heldout: Sequence[Example],
         resumed: Resumed | None = None,
     ):
-        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.config, self.folder, self.accelerator, self.processes = config, folder, accelerator, processes
         self.tokenizer, self.loaded, self.examples, self.heldout = tokenizer, loaded, examples, heldout
         train = config.train
         self.steps = train.steps or math.ceil(train.epochs * len(examples) / train.batch)
-        self.display = Display(self.steps, resumed.state["progress"]["step"] if resumed else 0)
+        console = None if processes.first else Console(quiet=True)
+        self.display = Display(self.steps, resumed.state["progress"]["step"] if resumed else 0, console)
         self.notes: list[str] = []
         fingerprint = state.model_fingerprint(loaded)
 
@@ -127,6 +126,10 @@ class _Run:
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=round(warmup), num_training_steps=self.steps)
         policy, self.optimizer, self.scheduler = accelerator.prepare(loaded.policy, optimizer, scheduler)
         self.policy: torch.nn.Module = policy
+        if processes.sharded:
+            register_fsdp_forward_method(policy, "generate")
+        if not processes.first:  # the same adapters, but dropout of its own
+            set_seed(train.seed + processes.rank)
         pad, router = tokenizer.pad_token_id, loaded.policy.router
         self.objective = Objective(
             policy=policy,
@@ -137,6 +140,7 @@ class _Run:
             pad_token_id=pad if isinstance(pad, int) else 0,
             device=accelerator.device,
             router_coefficient=router.coefficient if router is not None else 0.0,
+            processes=processes,
         )
         if isinstance(reference, Precomputed):
             self._precompute(reference)
@@ -151,6 +155,7 @@ class _Run:
             self.scheduler.scheduler,
             accelerator.scaler,
             fingerprint,
+            processes,
         )
         self.progress = self.checkpoints.restore(resumed, self.steps) if resumed else Progress()
         self.resumed = resumed is not None
@@ -173,7 +178,7 @@ class _Run:
         asked = chain.from_iterable(map(objective.referenced, chain(steps, chunks(self.heldout, batch))))
         computed = reference.complete(
             asked, layout=objective.layout, budget=objective.budget, device=objective.device,
-            pad_token_id=objective.pad_token_id, progress=self.display.precomputing,
+            pad_token_id=objective.pad_token_id, progress=self.display.precomputing, processes=self.processes,
         )  # fmt: skip
         found = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
         self.notes += [*reference.notes, f"reference log-probabilities: {found}{computed:,} completions computed"]
@@ -182,43 +187,44 @@ class _Run:
         self._open()
         with Interrupt() as interrupt, self.display:
             try:
-                self._train(interrupt)
-                if interrupt.asked:
-                    return self._stopped()
-                return self._finish()
+                return self._finish() if self._train(interrupt) else self._stopped()
             except Exception as error:
                 fault = self._explained(error)
                 if fault is None:
                     raise
+                together = self.processes.count == 1 or isinstance(error, NotFinite | WriteError)
             finally:
                 self.trackers.end()
             # Out of the handler, what the failed step held can be freed.
             said, overrides = fault
+            if not together:
+                raise UserError(f"{said}\n{self.checkpoints.before(*overrides)}")
             raise UserError(f"{said}\n{self.checkpoints.rescue(self.progress, self.rng, *overrides)}")
 
     def _open(self) -> None:
         if self.resumed:
-            self.folder.resume(self.config, self.progress)
+            self.processes.on_first(lambda: self.folder.resume(self.config, self.progress))
             self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
         else:
-            self.folder.create(self.config)
+            self.processes.on_first(lambda: self.folder.create(self.config))
         self.trackers.start(self.config, self.folder.path, self.progress.step)
 
-    def _train(self, interrupt: Interrupt) -> None:
+    def _train(self, interrupt: Interrupt) -> bool:
+        """Whether it came to its end."""
         progress, train, every = self.progress, self.config.train, self.config.output.save_every
         order = data_order(len(self.examples), train.batch, train.seed, start=progress.step)
         while True:
             self.rng = state.rng_state()
-            improved = False
-            if self._evaluation_is_due() and not interrupt.asked:
+            improved, stops = False, self.processes.any(interrupt.asked)
+            if self._evaluation_is_due() and not stops:
                 self._evaluate()
                 improved = progress.improved() and progress.step > 0
             if progress.before is None:
                 progress.before = self._answers()
             if every is not None and progress.step > 0 and (improved or progress.step % every == 0):
                 self.checkpoints.save(progress, self.rng, best=improved)
-            if progress.step >= self.steps or interrupt.asked:
-                return
+            if progress.step >= self.steps or stops:
+                return not stops
             self.batch = [self.examples[i] for i in next(order)]
             self._step(progress.step + 1, self.batch)
 
@@ -272,7 +278,7 @@ class _Run:
         self.display.note(f"{what}. The step is left out, the {self.progress.skipped}. of this run.")
 
     def _log(self, row: dict[str, float]) -> None:
-        self.folder.log(row)
+        self.processes.on_first(lambda: self.folder.log(row))
         self.trackers.log(row)
 
     # --- evaluate and sample -----------------------------------------------------------------------------------
@@ -299,8 +305,8 @@ class _Run:
         for example in _first_prompts(self.heldout, options.samples):
             prompt = example.prompt
             ids = torch.tensor([prompt], device=self.accelerator.device)
-            generate: Any = self.loaded.model.generate
-            out = generate(
+            out = self.loaded.policy.generate(
+                self.loaded.model,
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=options.sample_tokens,
@@ -335,12 +341,16 @@ class _Run:
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
         everything = sum(p.numel() for p in self.loaded.model.parameters())
         what = "pairs" if not isinstance(self.config.loss, KTO) else "responses"
+        devices = str(self.accelerator.device)
+        if self.processes.count > 1:
+            how = "sharded by FSDP" if self.processes.sharded else "by DDP"
+            devices = f"{self.processes.count} × {self.accelerator.device.type}, {how}"
         layout = self.loaded.layout
         if self.loaded.why_padded:
             layout = f"padded, because {self.loaded.why_padded}"
         return (
             f"{self.config.loss.type.upper()}: {self.steps} steps of {self.config.train.batch} {what}; training "
-            f"{trained:,} of {everything:,} parameters on {self.accelerator.device}; layout {layout}"
+            f"{trained:,} of {everything:,} parameters on {devices}; layout {layout}"
         )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastpref.data.batch import PreferenceBatch
 from fastpref.ops import TokenLogprobs
+from fastpref.processes import Processes
 from fastpref.token_loss import PreferenceLoss
 
 # What `linear_logprob` is asked for beside the log-probabilities when a step is logged.
@@ -55,6 +56,24 @@ class Metrics:
         self.add("mean_token_accuracy", tokens.is_top1[of_chosen].sum(), of_chosen.sum())
         self.add("logits/chosen", tokens.mean_logit[of_chosen].sum(), of_chosen.sum())
         self.add("logits/rejected", tokens.mean_logit[of_rejected].sum(), of_rejected.sum())
+
+    def joined(self, processes: Processes) -> "Metrics":
+        """With what the other processes have gathered."""
+        if processes.count == 1:
+            return self
+        whole = Metrics()
+        own = (
+            {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()},
+            [[part.cpu() for part in parts] for parts in self._rewards],
+            self._paired,
+        )
+        for sums, rewards, paired in processes.gather(own):
+            for name, (total, count) in sums.items():
+                whole.add(name, torch.tensor(total), count)
+            for side, parts in zip(whole._rewards, rewards):
+                side.extend(parts)
+            whole._paired = paired
+        return whole
 
     def single_responses(self) -> None:
         """Say that rewards are of single responses, not of pairs."""

@@ -15,13 +15,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
 
 STATE = "training_state"  # .json, .safetensors
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -98,6 +99,34 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {_unpack(k, tensors): _unpack(v, tensors) for k, v in inner}
 
 
+def whole(value: Any) -> Any:
+    """Nested values with every tensor that FSDP2 has sharded joined, on the CPU. All processes call it together."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().detach().cpu()
+    if isinstance(value, dict):
+        return {key: whole(inner) for key, inner in value.items()}
+    return value
+
+
+def like(value: Tensor, own: Tensor) -> Tensor:
+    """A whole tensor in shards where `own` is."""
+    if not isinstance(own, DTensor):
+        return value
+    value = value.to(own.device, own.dtype)
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def optimizer_state(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A whole optimizer's state, its moments in shards where their parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def moment(own: Tensor, value: Any) -> Any:
+        return like(value, own) if isinstance(value, Tensor) and value.shape == own.shape else value
+
+    moments = {at: {name: moment(parameters[at], v) for name, v in of.items()} for at, of in saved["state"].items()}
+    return saved | {"state": moments}
+
+
 def rng_state() -> dict[str, Any]:
     """Of every generator that a step may draw from."""
     kind, keys, *rest = np.random.get_state()
@@ -119,10 +148,26 @@ def set_rng_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(cuda, device)
 
 
-def save_weights(folder: Path, loaded: Loaded) -> None:
-    """The adapter or the model, as peft and transformers load them."""
+def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
+    """What `save_weights` needs if the model is sharded: a call of all processes together."""
+    if not any(isinstance(p, DTensor) for p in loaded.model.parameters()):
+        return None
+    adapters = isinstance(loaded.wrapped, PeftModel)
+    own = {
+        name: tensor
+        for name, tensor in loaded.wrapped.state_dict(keep_vars=True).items()
+        if tensor.requires_grad or not adapters
+    }
+    joined = {id(tensor): whole(tensor) for tensor in own.values()}  # a tied tensor once, as transformers expects
+    return {name: joined[id(tensor)] for name, tensor in own.items()}
+
+
+def save_weights(folder: Path, loaded: Loaded, weights: dict[str, Tensor] | None = None) -> None:
+    """The adapter or the model, as peft and transformers load them; `weights` of `whole_weights`."""
     # With an adapter on the head PEFT would also write the head and the embeddings, which have not changed.
     options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
+    if weights is not None:
+        options["state_dict"] = weights
     loaded.model.config.use_cache = True
     try:
         loaded.wrapped.save_pretrained(str(folder), **options)
@@ -136,16 +181,19 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
     wrapped = loaded.wrapped
     if isinstance(wrapped, PeftModel):
         saved = load_file(folder / "adapter_model.safetensors")
-        result = peft.set_peft_model_state_dict(wrapped, saved)
-        trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
-        wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if name in trained)]
+        own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     else:
         dtype = next(wrapped.parameters()).dtype
-        other = type(wrapped).from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
-        result = wrapped.load_state_dict(other.state_dict(), strict=False)
-        wrong = [*result.unexpected_keys, *result.missing_keys]
+        saved = type(wrapped).from_pretrained(str(folder), dtype=dtype, use_safetensors=True).state_dict()
+        own = wrapped.state_dict()
+    wrong = sorted(
+        name for name in own.keys() | saved.keys()
+        if name not in own or name not in saved or own[name].shape != saved[name].shape
+    )  # fmt: skip
     if wrong:
         raise UserError(f"{folder}: the saved weights are of another model: {', '.join(wrong[:3])}")
+    for name, tensor in own.items():  # they share the storage of the model's own
+        tensor.copy_(like(saved[name], tensor))
 
 
 def model_fingerprint(loaded: Loaded) -> str:

@@ -6,17 +6,26 @@ gradient when the step is more than one micro-batch, and on the way when it is o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor, nn
 
-from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches, with_mismatched
+from fastpref.data.batch import (
+    Layout,
+    PreferenceBatch,
+    collate,
+    computed_tokens,
+    plan_microbatches,
+    with_mismatched,
+)
 from fastpref.data.example import Example
 from fastpref.loss_options import DPO, KTO, LossOptions, compares_neighbours
 from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
 from fastpref.model.policy import PolicyOutput
 from fastpref.model.reference import Reference
 from fastpref.ops import TokenLogprobs
+from fastpref.processes import ALONE, Processes
 from fastpref.token_loss import PreferenceLoss, pair_logps, preference_loss, scores_prompts, sequence_sums
 from fastpref.train.metrics import TOKEN_OUTPUTS, Metrics
 
@@ -27,8 +36,18 @@ Backward = Callable[[Tensor], None]
 class Work:
     """What a step computed, beside its metrics."""
 
-    tokens: int  # through the model with gradient, padding included
+    tokens: int  # through the model with gradient, padding included, of all processes
     microbatches: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of this process's micro-batches."""
+
+    batch: PreferenceBatch
+    share: float  # of the tokens of the whole step
+    counts: bool  # or only computed, because every process must compute as many as the others
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -38,13 +57,17 @@ class _Pass:
     totals: Totals  # of all its examples
     metrics: Metrics
     outputs: tuple[str, ...]  # asked of `linear_logprob`
+    processes: Processes
     backward: Backward | None = None
 
-    def add(self, loss: PreferenceLoss) -> None:
+    def add(self, loss: PreferenceLoss, part: _Part) -> None:
         """One part's loss: its gradient first, then its metrics."""
         if self.backward is not None:
-            self.backward(loss.loss)
-        self.metrics.add_loss(loss)
+            # Joined gradients are means over the processes, and the loss is a sum.
+            weight = self.processes.count if part.counts else 0
+            self.backward(loss.loss if weight == 1 else weight * loss.loss)
+        if part.counts:
+            self.metrics.add_loss(loss)
 
 
 @dataclass(frozen=True)
@@ -59,21 +82,27 @@ class Objective:
     pad_token_id: int
     device: torch.device
     router_coefficient: float = 0.0  # of a mixture of experts' router loss
+    processes: Processes = ALONE
 
     def step(
         self, examples: Sequence[Example], backward: Backward, *, token_metrics: bool = True
     ) -> tuple[Metrics, Work]:
-        """The loss of a whole step; `backward` is called with each micro-batch's share of it."""
-        run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS if token_metrics else (), backward)
-        return run.metrics, self._run(examples, run)
+        """The loss of a whole step; `backward` is called with each micro-batch's share of it.
+
+        Every process must be given the same examples. The metrics are those of all of them.
+        """
+        outputs = TOKEN_OUTPUTS if token_metrics else ()
+        run = _Pass(self._totals(examples), Metrics(), outputs, self.processes, backward)
+        work = self._run(examples, run)
+        return run.metrics.joined(self.processes), work
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], batch: int) -> Metrics:
         """The metrics of examples taken `batch` at a time, as one mean over all of them."""
-        run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS)
+        run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS, self.processes)
         for chunk in chunks(examples, batch):
             self._run(chunk, run)
-        return run.metrics
+        return run.metrics.joined(self.processes)
 
     def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples of a step with every completion whose reference it asks for."""
@@ -85,35 +114,37 @@ class Objective:
     # --- pairs -------------------------------------------------------------------------------------------------
 
     def _run_pairs(self, examples: Sequence[Example], run: _Pass) -> Work:
-        tokens = 0
-        parts = self._microbatches(examples)
+        parts, work = self._parts(examples)
         sorts = isinstance(self.options, DPO) and self.options.sorts_step
         whole = self._whole_step(parts, len(examples)) if sorts and len(parts) > 1 else None
         for part in parts:
-            batch = part.to(self.device)
-            output: PolicyOutput = self.policy(batch, run.outputs + self._extra_outputs())
-            result = output.tokens
-            reference = None if self.reference is None else self.reference(batch)
-            step = None
-            if sorts:
-                step = WholeStep(whole, batch.index) if whole else _alone(self._pairs(result, reference, batch))
-            loss = preference_loss(
-                result.logp,
-                batch.segments,
-                batch.lengths,
-                self.options,
-                reference=reference,
-                log_sum_sq_probs=result.log_sum_sq_probs,
-                totals=run.totals,
-                step=step,
-            )
-            run.add(self._with_router(loss, output, batch, parts, run))
-            tokens += batch.tokens
+            with self.processes.accumulating(self.policy, part.last):
+                batch = part.batch.to(self.device)
+                output: PolicyOutput = self.policy(batch, run.outputs + self._extra_outputs())
+                result = output.tokens
+                reference = None if self.reference is None else self.reference(batch)
+                step = None
+                if sorts:
+                    found = whole or self._joined([(part, self._pairs(result, reference, batch))], len(examples))
+                    step = WholeStep(found, batch.index)
+                loss = preference_loss(
+                    result.logp,
+                    batch.segments,
+                    batch.lengths,
+                    self.options,
+                    reference=reference,
+                    log_sum_sq_probs=result.log_sum_sq_probs,
+                    totals=run.totals,
+                    step=step,
+                )
+                run.add(self._with_router(loss, output, part, run), part)
+            if not part.counts:
+                continue
             counted = torch.arange(len(batch.lengths), device=self.device) < 2 * batch.examples
             chosen = torch.arange(len(batch.lengths), device=self.device) < batch.examples
             run.metrics.add_sequences(loss.sums, chosen[: 2 * batch.examples])
             run.metrics.add_tokens(result, batch, chosen, counted)
-        return Work(tokens, len(parts))
+        return work
 
     def _pairs(self, result: TokenLogprobs, reference: Tensor | None, batch: PreferenceBatch) -> PairLogps:
         """The batch's pairs without gradient, for losses that compare them with others."""
@@ -121,21 +152,21 @@ class Objective:
         return pairs.detach()
 
     @torch.no_grad()
-    def _whole_step(self, parts: Sequence[PreferenceBatch], count: int) -> PairLogps:
-        """All pairs of the step in their order, without gradient."""
+    def _whole_step(self, parts: Sequence[_Part], count: int) -> PairLogps:
+        """All pairs of the step in their order, without gradient, in a pass of its own."""
         found = []
         for part in parts:
-            batch = part.to(self.device)
+            batch = part.batch.to(self.device)
             reference = None if self.reference is None else self.reference(batch)
-            found.append((batch.index, self._pairs(self.policy(batch).tokens, reference, batch)))
-        index = torch.cat([i for i, _ in found])
+            found.append((part, self._pairs(self.policy(batch).tokens, reference, batch)))
+        return self._joined(found, count)
 
-        def joined(name: str) -> Tensor:
-            values = torch.cat([getattr(pairs, name) for _, pairs in found])
-            return torch.zeros_like(values).index_copy(0, index, values)
-
+    def _joined(self, found: Sequence[tuple[_Part, PairLogps]], count: int) -> PairLogps:
+        """The pairs of all parts of the step, in their order."""
         names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths", "ref_chosen", "ref_rejected")
-        return PairLogps(**{name: joined(name) for name in names})
+        return PairLogps(
+            **{name: self._in_order([(part, getattr(pairs, name)) for part, pairs in found], count) for name in names}
+        )
 
     def _totals(self, examples: Sequence[Example]) -> Totals:
         prompts = scores_prompts(self.options)
@@ -148,56 +179,60 @@ class Objective:
     # --- single responses --------------------------------------------------------------------------------------
 
     def _run_rows(self, examples: Sequence[Example], run: _Pass) -> Work:
-        options, tokens = self.options, 0
+        options = self.options
         assert isinstance(options, KTO)
         run.metrics.single_responses()
         mismatched = compares_neighbours(self.options, len(examples))
-        parts = self._microbatches(with_mismatched(examples)) if mismatched else []
+        parts, work = self._parts(with_mismatched(examples)) if mismatched else ([], Work(0, 0))
         branched = len(parts) == 1
         kl: Tensor | float = 0.0
         if not branched:
             if mismatched:
                 kl = self._mismatched_kl(examples)
-            parts = self._microbatches(examples)
+            parts, work = self._parts(examples)
         for part in parts:
-            batch = part.to(self.device)
-            assert batch.labels is not None
-            assert self.reference is not None
-            count = batch.examples
-            output: PolicyOutput = self.policy(batch, run.outputs)
-            result = output.tokens
-            reference = self.reference(batch)
-            if branched:
-                kl = kto_kl(_sums(result.logp.detach(), batch)[count:], _sums(reference, batch)[count:])
-            loss = preference_loss(
-                result.logp,
-                batch.segments,
-                batch.lengths,
-                options,
-                reference=reference,
-                labels=batch.labels,
-                kl=kl,
-                totals=run.totals,
-            )
-            run.add(self._with_router(loss, output, batch, parts, run))
-            tokens += batch.tokens
+            with self.processes.accumulating(self.policy, part.last):
+                batch = part.batch.to(self.device)
+                assert batch.labels is not None
+                assert self.reference is not None
+                count = batch.examples
+                output: PolicyOutput = self.policy(batch, run.outputs)
+                result = output.tokens
+                reference = self.reference(batch)
+                if branched:
+                    sums = (_sums(logp, batch)[count:] for logp in (result.logp.detach(), reference))
+                    kl = kto_kl(*(self._in_order([(part, values)], len(examples)) for values in sums))
+                loss = preference_loss(
+                    result.logp,
+                    batch.segments,
+                    batch.lengths,
+                    options,
+                    reference=reference,
+                    labels=batch.labels,
+                    kl=kl,
+                    totals=run.totals,
+                )
+                run.add(self._with_router(loss, output, part, run), part)
+            if not part.counts:
+                continue
             run.metrics.add_sequences(loss.sums, batch.labels)
             own = torch.arange(len(batch.lengths), device=self.device) < count
             run.metrics.add_tokens(result, batch, batch.labels.repeat(batch.completions), own)
-        if options.kl == "batch":
+        if options.kl == "batch" and self.processes.first:
             run.metrics.add("kl", torch.as_tensor(kl) * len(examples), len(examples))
-        return Work(tokens, len(parts))
+        return work
 
     @torch.no_grad()
     def _mismatched_kl(self, examples: Sequence[Example]) -> Tensor:
         """KTO's KL over the whole step, in a pass of its own."""
         assert self.reference is not None
         logps, reference = [], []
-        for part in self._microbatches([replace(e, completions=e.completions[1:]) for e in with_mismatched(examples)]):
-            batch = part.to(self.device)
-            logps.append(_sums(self.policy(batch).logp, batch))
-            reference.append(_sums(self.reference(batch), batch))
-        return kto_kl(torch.cat(logps), torch.cat(reference))
+        parts, _ = self._parts([replace(e, completions=e.completions[1:]) for e in with_mismatched(examples)])
+        for part in parts:
+            batch = part.batch.to(self.device)
+            logps.append((part, _sums(self.policy(batch).logp, batch)))
+            reference.append((part, _sums(self.reference(batch), batch)))
+        return kto_kl(self._in_order(logps, len(examples)), self._in_order(reference, len(examples)))
 
     # --- both --------------------------------------------------------------------------------------------------
 
@@ -205,8 +240,7 @@ class Objective:
         self,
         loss: PreferenceLoss,
         output: PolicyOutput,
-        batch: PreferenceBatch,
-        parts: Sequence[PreferenceBatch],
+        part: _Part,
         run: _Pass,
     ) -> PreferenceLoss:
         """With the router loss of a mixture of experts, weighted by the micro-batch's share of the step's tokens.
@@ -215,21 +249,39 @@ class Objective:
         """
         if output.router_loss is None or self.router_coefficient == 0:
             return loss
-        run.metrics.add("aux_loss", output.router_loss * batch.tokens, batch.tokens)
-        share = self.router_coefficient * batch.tokens / sum(part.tokens for part in parts)
-        return replace(loss, loss=loss.loss + share * output.router_loss)
+        if part.counts:
+            run.metrics.add("aux_loss", output.router_loss * part.batch.tokens, part.batch.tokens)
+        return replace(loss, loss=loss.loss + self.router_coefficient * part.share * output.router_loss)
 
-    def _microbatches(self, examples: Sequence[Example]) -> list[PreferenceBatch]:
-        return [
-            collate(
-                [examples[i] for i in places],
+    def _parts(self, examples: Sequence[Example]) -> tuple[list[_Part], Work]:
+        """This process's micro-batches, and the work of all processes. Each has as many as the others."""
+        rank, count = self.processes.rank, self.processes.count
+        plan = plan_microbatches(examples, self.layout, self.budget, count)
+        groups = [[examples[i] for i in places] for places in plan]
+        tokens = [computed_tokens(group, self.layout) for group in groups]
+        rounds = ceil(len(plan) / count)
+        parts = []
+        for turn in range(rounds):
+            at = turn * count + rank
+            counts = at < len(plan)
+            at = at if counts else len(plan) - 1  # the smallest
+            batch = collate(
+                groups[at],
                 self.layout,
-                index=places,
+                index=plan[at],
                 pad_token_id=self.pad_token_id,
                 score_prompts=scores_prompts(self.options),
             )
-            for places in plan_microbatches(examples, self.layout, self.budget)
-        ]
+            parts.append(_Part(batch, tokens[at] / sum(tokens), counts, last=turn == rounds - 1))
+        return parts, Work(sum(tokens), len(plan))
+
+    def _in_order(self, found: Sequence[tuple[_Part, Tensor]], count: int) -> Tensor:
+        """A value of each example of the step, from the parts of all processes: [count]."""
+        whole = torch.zeros(count, dtype=found[0][1].dtype, device=self.device)
+        for part, values in found:
+            if part.counts:
+                whole.index_copy_(0, part.batch.index.to(self.device), values)
+        return self.processes.sum(whole)
 
 
 def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
@@ -239,11 +291,6 @@ def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]
         starts.pop()
     for a, b in zip(starts, [*starts[1:], len(examples)]):
         yield examples[a:b]
-
-
-def _alone(pairs: PairLogps) -> WholeStep:
-    """A step of these pairs and no others."""
-    return WholeStep(pairs, torch.arange(len(pairs.chosen), device=pairs.chosen.device))
 
 
 def _sums(logp: Tensor, batch: PreferenceBatch) -> Tensor:

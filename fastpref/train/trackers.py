@@ -45,6 +45,8 @@ class Trackers:
             "trackio": {"name": folder.name},
         }
         self._on = True
+        self._accelerator.project_configuration.logging_dir = str(place)
+        self._accelerator.log_with = tracking.filter_trackers(list(config.log.trackers), str(place))
         self._try(lambda: place.mkdir(parents=True, exist_ok=True))
         self._try(
             lambda: self._accelerator.init_trackers(

@@ -212,6 +212,20 @@ def test_a_step_is_cut_into_micro_batches(layout: Layout, examples: list[Example
     assert all(cost([*ours, *theirs]) > budget for ours, theirs in combinations(plan, 2))
 
 
+@EVERY_LAYOUT
+@settings(max_examples=100, deadline=None)
+@given(examples=steps(most=12), budget=st.integers(1, 80), processes=st.integers(2, 5))
+def test_a_step_is_cut_for_several_processes(layout: Layout, examples: list[Example], budget: int, processes: int):
+    """As many micro-batches for each process, if there are as many examples; none lost, large ones first."""
+    alone = plan_microbatches(examples, layout, budget)
+    plan = plan_microbatches(examples, layout, budget, processes)
+    assert sorted(place for places in plan for place in places) == list(range(len(examples)))
+    assert len(plan) % processes == 0 or len(plan) == len(examples)
+    assert all(any(set(places) <= set(whole) for whole in alone) for places in plan)
+    costs = [collate([examples[i] for i in places], layout).tokens for places in plan]
+    assert costs == sorted(costs, reverse=True)
+
+
 def test_sharing_prompts_saves_micro_batches():
     """The budget counts computed tokens, so a tree fits more examples of long prompts than the other layouts."""
     tokens = count(1)

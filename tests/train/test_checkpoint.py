@@ -151,7 +151,7 @@ def test_pickles_are_never_read(run: RunFolder):
 
 
 def test_a_state_of_another_version(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(state, "FORMAT", 2)
+    monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
     with pytest.raises(UserError, match="step-3: this checkpoint is of another version of fastpref"):
         newest(run)
 

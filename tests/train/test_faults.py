@@ -168,7 +168,7 @@ def test_no_memory_is_one_message_with_what_would_fit(config: Path, monkeypatch:
 
 
 def test_no_memory_to_load_the_model(config: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(loop, "load_model", refuse)

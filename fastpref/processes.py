@@ -1,0 +1,132 @@
+"""Several processes that share every step: `accelerate launch -m fastpref train cfg.toml`.
+
+All of them plan the same step and cut it into the same micro-batches; each computes some, as many as the others, and
+what a loss or a metric needs of the whole step is summed over them. So a step is the same however many there are, but
+for rounding. Gradients are joined by DDP or, in shards, by FSDP2 (arXiv 2304.11277; `torch.distributed.fsdp`).
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list, gather_object, reduce
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which process of how many this is."""
+
+    rank: int = 0
+    count: int = 1
+    sharded: bool = False  # by FSDP2: every forward is one of all processes together
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, own: Tensor) -> Tensor:
+        """The sum over all processes, on each of them."""
+        total = own if self.count == 1 else reduce(own, "sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def gather(self, own: T) -> list[T]:
+        """What every process has, in their order, on each of them."""
+        if self.count == 1:
+            return [own]
+        # As arrays: in an object collective torch reads a tensor's storage as one that was saved to a file.
+        arrays = tree_map(lambda leaf: leaf.cpu().numpy() if isinstance(leaf, Tensor) else leaf, own)
+        return tree_map(
+            lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, gather_object([arrays])
+        )
+
+    def any(self, own: bool) -> bool:
+        return any(self.gather(own))
+
+    def on_first(self, call: Callable[[], T]) -> T:
+        """The first process calls; each gets its result, or its UserError."""
+        if self.count == 1:
+            return call()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = call()
+            except UserError as error:
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def accumulating(self, policy: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Around the forward and backward of a micro-batch: DDP joins gradients after the step's last one.
+
+        FSDP2 joins them after each, so that none has to hold the gradients of more than its shard.
+        """
+        return nullcontext() if last or not isinstance(policy, DistributedDataParallel) else policy.no_sync()
+
+
+ALONE = Processes()
+
+
+def start_processes(config: Config, mixed_precision: str) -> tuple[Accelerator, Processes]:
+    """Join the processes that a launcher started. Raises UserError for what they cannot share, or not in this way."""
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # one group a layer
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision,
+        # A step is one of the schedule, however many processes take it.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    return accelerator, _processes(accelerator, config)
+
+
+def _processes(accelerator: Accelerator, config: Config) -> Processes:
+    if accelerator.num_processes > 1 and _wants_fsdp2_on_cpus(accelerator):
+        # Accelerate knows FSDP on accelerators only; torch's needs none.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+    kind = accelerator.distributed_type
+    sharded = kind == DistributedType.FSDP
+    if accelerator.num_processes == 1 and not sharded:
+        return ALONE
+    if sharded and not accelerator.is_fsdp2:
+        raise UserError("FSDP of version 1 is not supported; launch with --fsdp_version 2, or without FSDP")
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise UserError(f"{kind.value} is not supported; launch with DDP, or FSDP with --fsdp_version 2")
+    if sharded:
+        check_sharded(config)
+        # Every process loads the model in host memory; the plugin's way needs the model's own loading.
+        assert accelerator.state.fsdp_plugin is not None
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+    return Processes(accelerator.process_index, accelerator.num_processes, sharded)
+
+
+def _wants_fsdp2_on_cpus(accelerator: Accelerator) -> bool:
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and accelerator.distributed_type == DistributedType.MULTI_CPU
+
+
+def check_sharded(config: Config) -> None:
+    """Raises UserError for what FSDP2 cannot shard."""
+    refused = {
+        f'model.quantization = "{config.model.quantization}"': config.model.quantization != "none",
+        f'train.optimizer = "{config.train.optimizer}"': config.train.optimizer != "adamw",
+        'reference.mode = "copy"': config.reference.mode == "copy" and config.loss.uses_reference,
+        "lora.dora = true": config.lora is not None and config.lora.dora,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise UserError(f"{what} cannot be sharded by FSDP; change it, or launch without --use_fsdp")
