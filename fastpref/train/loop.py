@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import AutocastKwargs, ProjectConfiguration, set_seed
 from transformers import PreTrainedTokenizerBase, get_scheduler
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +25,7 @@ from fastpref.model.load import Loaded, load_model, load_tokenizer
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
 from fastpref.train import faults, state
+from fastpref.train.activations import checkpoint_activations
 from fastpref.train.checkpoint import Checkpoints
 from fastpref.train.faults import Interrupt, NotFinite
 from fastpref.train.folder import RunFolder
@@ -75,6 +76,8 @@ def train(
         mixed_precision=_mixed_precision(config),
         log_with=list(config.log.trackers) or None,
         project_config=ProjectConfiguration(str(folder.path), logging_dir=str(folder.path / "trackers")),
+        # A cache would keep half-precision copies of all float32 weights through the whole forward pass.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     if accelerator.num_processes > 1:
         raise UserError(
@@ -87,13 +90,14 @@ def train(
     data = load_examples(config, tokenizer, cache=cache)
     try:
         loaded = load_model(config, accelerator.device)
+        notes = checkpoint_activations(config, loaded, accelerator.device)
         run = _Run(config, folder, accelerator, tokenizer, loaded, data.train, data.heldout, resumed)
     except (RuntimeError, MemoryError) as error:
         if not faults.is_out_of_memory(error):
             raise
         smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
         raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
-    for note in [*(resumed.notes if resumed else ()), *data.notes, *run.notes]:
+    for note in [*(resumed.notes if resumed else ()), *data.notes, *notes, *run.notes]:
         run.display.note(note)
     return run.go()
 
