@@ -194,7 +194,9 @@ class TrainConfig(_Section):
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     checkpointing: Literal["auto"] | bool = "auto"
-    """Compute activations twice instead of holding them; "auto" does so on a GPU."""
+    """Compute activations twice instead of holding them; "auto": on a GPU, in as many layers as its memory asks."""
+    offload_activations: bool = False
+    """Keep the inputs of layers that are computed twice in host memory instead of the GPU's."""
     seed: int = 42
     """Of the data's order, the adapters and dropout."""
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -271,6 +273,11 @@ class Config(_Section):
             mistakes.append(
                 "train.batch: KTO compares each row with the next one of its batch, so a batch needs two rows; "
                 'set train.batch to 2 or more, or loss.kl = "none"'
+            )
+        if self.train.offload_activations and self.train.checkpointing is False:
+            mistakes.append(
+                "train.offload_activations: only layers that are computed twice have inputs to move; set "
+                'train.checkpointing to true or "auto"'
             )
         if self.eval.every is not None and not self.eval.wanted:
             mistakes.append("eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]")

@@ -351,14 +351,18 @@ def kto_loss(
     Without KL it is APO-zero for single responses (arXiv 2408.06266).
     """
     options = options or KTO()
-    totals = totals or Totals(len(rows.logps))
+    rewards = options.beta * (rows.logps - rows.ref_logps).detach()
+    value = kto_value(rows, options, kl, totals or Totals(len(rows.logps)))
+    return LossOutput(value, rewards[rows.labels], rewards[~rows.labels])
+
+
+def kto_value(rows: RowLogps, options: KTO, kl: Tensor | float, totals: Totals) -> Tensor:
+    """The loss of `kto_loss` alone, without waiting for the device to count the labels."""
     ratio = rows.logps - rows.ref_logps
     baseline = torch.as_tensor(kl).detach().to(ratio) if options.kl == "batch" else ratio.new_zeros(())
     sign = torch.where(rows.labels, 1.0, -1.0).to(ratio)
     weight = torch.full_like(ratio, options.desirable_weight).where(rows.labels, options.undesirable_weight)
-    losses = weight * torch.sigmoid(-sign * options.beta * (ratio - baseline))
-    rewards = options.beta * ratio.detach()
-    return LossOutput(losses.sum() / totals.examples, rewards[rows.labels], rewards[~rows.labels])
+    return (weight * torch.sigmoid(-sign * options.beta * (ratio - baseline))).sum() / totals.examples
 
 
 def kto_kl(

@@ -1,7 +1,9 @@
 """Measuring how much memory a piece of code needs beside what was there before, on any device."""
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,21 +24,53 @@ class PeakStorage(TorchDispatchMode):
     A storage counts once however many views it has, from the operation that returns it until it is freed, also when
     that happens after the context; storages that existed before do not count. Unlike a reading of the process or of
     an allocator this is exact and repeatable, but it sees only tensors: not what a library allocates for itself
-    inside one operation.
+    inside one operation. Of a FakeTensor it counts what the real one would take.
+
+    Bytes are also kept by a label: that of the `labelled` block in which a storage was made, or INSIDE for what our own
+    operators make.
     """
+
+    INSIDE = "operators"
 
     def __init__(self) -> None:
         super().__init__()
         self.current = 0  # bytes alive now
         self.peak = 0  # the most that were ever alive at once
-        self._alive: dict[int, int] = {}  # bytes by the storage's address, which is free for others only after _forget
+        self.largest = 0  # of any storage that was made
+        self.parts: Counter[str] = Counter()  # `current` by label
+        self.at_peak: Counter[str] = Counter()  # `peak` by label
+        self._label = "tensors"
+        # (bytes, label) by the storage's address, which is free for others only after _forget
+        self._alive: dict[int, tuple[int, str]] = {}
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        """What is made in this block counts under a label."""
+        before, self._label = self._label, label
+        try:
+            yield
+        finally:
+            self._label = before
+
+    def relabel(self, tensor: Tensor, label: str) -> None:
+        """Count a tensor's storage under another label from now on, if it is counted at all."""
+        address = tensor.untyped_storage()._cdata
+        if address in self._alive:
+            size, before = self._alive[address]
+            self._alive[address] = size, label
+            self.parts[before] -= size
+            self.parts[label] += size
+
+    def start_again(self) -> None:
+        """Forget what was the most so far; what is alive stays counted."""
+        self.peak, self.at_peak, self.largest = self.current, self.parts.copy(), 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         inside = IMPLEMENTATIONS.get(str(func.name()))
         if inside is not None:  # what our own operators allocate counts too
-            with self:
+            with self, self.labelled(self.INSIDE):
                 return inside(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         # `torch.tensor` builds its result out of sight and only then passes it through lift_fresh.
@@ -53,12 +87,19 @@ class PeakStorage(TorchDispatchMode):
         if address not in self._alive:
             # Torch keeps a storage's Python object for as long as the storage itself, whoever else holds it.
             weakref.finalize(storage, self._forget, address).atexit = False
-        self.current += size - self._alive.get(address, 0)
-        self._alive[address] = size
-        self.peak = max(self.peak, self.current)
+        before, label = self._alive.get(address, (0, self._label))
+        if size > before:
+            self.largest = max(self.largest, size)
+        self._alive[address] = size, label
+        self.current += size - before
+        self.parts[label] += size - before
+        if self.current > self.peak:
+            self.peak, self.at_peak = self.current, self.parts.copy()
 
     def _forget(self, address: int) -> None:
-        self.current -= self._alive.pop(address)
+        size, label = self._alive.pop(address)
+        self.current -= size
+        self.parts[label] -= size
 
 
 def _storages(tree: Any) -> Iterator[UntypedStorage]:

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list, gather_object, reduce
+from accelerate.utils import (
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+    reduce,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
@@ -89,6 +96,8 @@ def start_processes(config: Config, mixed_precision: str) -> tuple[Accelerator, 
         mixed_precision=mixed_precision,
         # A step is one of the schedule, however many processes take it.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
+        # A cache would keep half-precision copies of all float32 weights through the whole forward pass.
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     return accelerator, _processes(accelerator, config)
 

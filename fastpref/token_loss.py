@@ -19,7 +19,7 @@ from fastpref.losses import (
     RowLogps,
     Totals,
     WholeStep,
-    kto_loss,
+    kto_value,
     length_weights,
     pair_loss,
     wpo_weights,
@@ -201,9 +201,9 @@ def _rows_in_torch(
     count = len(labels)
     sums = sequence_sums(logp, segments, len(lengths))[:count]
     reference_sums = sequence_sums(reference.detach().to(logp.dtype), segments, len(lengths))[:count]
-    output = kto_loss(RowLogps(sums, reference_sums, labels), loss, kl, totals)
+    value = kto_value(RowLogps(sums, reference_sums, labels), loss, kl, totals or Totals(count))
     rewards = loss.beta * (sums.detach() - reference_sums)
-    return PreferenceLoss(output.loss, sums.detach(), reference_sums, rewards, labels)
+    return PreferenceLoss(value, sums.detach(), reference_sums, rewards, labels)
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------

@@ -150,14 +150,21 @@ def _softcap_slope(tangent: Tensor) -> Tensor:
     return tangent.square_().neg_().add_(1)
 
 
-def _hide_targets(tile: Tensor, targets: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Take the targets that lie in this tile out of it: their rows and values. Exp of what is left there is 0."""
-    columns = targets - start
-    rows = ((columns >= 0) & (columns < tile.shape[1])).nonzero().squeeze(1)
-    columns = columns[rows]
-    values = tile[rows, columns]
-    tile[rows, columns] = torch.finfo(tile.dtype).min / 4  # finite, so that 0 · it stays 0
-    return rows, values
+def _put_targets(
+    tile: Tensor,  # [n, c]
+    targets: Tensor,  # [n] int64
+    start: int,  # the tile's first column
+    value: Tensor | float,  # [n]
+) -> tuple[Tensor, Tensor]:
+    """Put a value at every target that lies in this tile: which do, [n] bool, and what was there, [n].
+
+    No shape depends on which do, so that a device is not waited for and FakeTensor can run it.
+    """
+    place = targets - start
+    inside, columns = (place >= 0) & (place < tile.shape[1]), place.clamp(0, tile.shape[1] - 1)[:, None]
+    before = tile.gather(1, columns)[:, 0]
+    tile.scatter_(1, columns, torch.where(inside, value, before)[:, None])
+    return inside, before
 
 
 def walk_vocabulary(
@@ -228,8 +235,9 @@ class _Rows:
         if "mean_logit" in self.outputs:
             self.sum_z += z.sum(dim=1)
         maximum = torch.maximum(self.maximum, tile_maximum)
-        rows, values = _hide_targets(z, self.targets, start)
-        self.z_target[rows] = values
+        # Exp of what is put there is 0; it is finite, so that 0 · it stays 0.
+        inside, values = _put_targets(z, self.targets, start, torch.finfo(z.dtype).min / 4)
+        self.z_target = torch.where(inside, values, self.z_target)
 
         moved = self.maximum - maximum  # −inf at the first tile, where every sum is still zero
         shrink = moved.exp()
@@ -343,9 +351,7 @@ def recompute_gradients(
             if tangent is not None:
                 d.mul_(_softcap_slope(tangent))
             d.mul_(factor[r:q, None].neg())
-            columns = targets[r:q] - a
-            rows = ((columns >= 0) & (columns < b - a)).nonzero().squeeze(1)
-            d[rows, columns[rows]] = at_target[r:q][rows]
+            _put_targets(d, targets[r:q], a, at_target[r:q])
             if d_hidden is not None:
                 d_hidden[r:q].addmm_(d, w)
             if dw is not None:

@@ -669,6 +669,7 @@ SURFACE = {
     "train.weight_decay": 0.0,
     "train.max_grad_norm": 1.0,
     "train.checkpointing": "auto",
+    "train.offload_activations": False,
     "train.seed": 42,
     "train.nonfinite": "stop",
     "output.dir": None,

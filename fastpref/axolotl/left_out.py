@@ -66,7 +66,7 @@ _BY_REASON: dict[str, str] = {
         qgalore_cos_threshold qgalore_gamma_proj qgalore_queue_size""",
     "matrix products are torch's, at its defaults": "tf32 fp8 fp8_enable_fsdp_float8_all_gather",
     "layers are kept or computed again (train.checkpointing), not moved": """
-        gradient_checkpointing_kwargs activation_offloading layer_offloading embeddings_skip_upcast""",
+        gradient_checkpointing_kwargs layer_offloading embeddings_skip_upcast""",
     "only the responses are trained on": "train_on_inputs",
     "prompts and responses have the limits of tokens.max_length, in evaluation too": """
         eval_sequence_len min_sample_len use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks

@@ -151,7 +151,12 @@ RULES = (
     Rule(("optimizer",), ("train.optimizer",), run.optimizer, "AdamW's names: adamw, adamw_8bit or paged_adamw_8bit"),
     _same("weight_decay", "train.weight_decay", as_number),
     _same("max_grad_norm", "train.max_grad_norm", as_number),
-    Rule(("gradient_checkpointing",), ("train.checkpointing",), run.checkpointing, "on or off; offload is on"),
+    Rule(
+        ("gradient_checkpointing", "activation_offloading"),
+        ("train.checkpointing", "train.offload_activations"),
+        run.checkpointing,
+        "on or off; offload moves the inputs of layers to host memory",
+    ),
     _same("seed", "train.seed", as_whole),
     _same("output_dir", "output.dir", as_text),
     _every("save_steps", "output.save_every", "saves_per_epoch"),

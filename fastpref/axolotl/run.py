@@ -106,11 +106,18 @@ def optimizer(config: Axolotl) -> Made:
 
 
 def checkpointing(config: Axolotl) -> Made:
-    value = config.get("gradient_checkpointing")
-    if value is not None:
-        yield Setting(dotted("train.checkpointing"), bool(value), ("gradient_checkpointing",))
-    if isinstance(value, str):
-        yield Left("gradient_checkpointing", f"{value}: activations are computed again, not moved elsewhere")
+    fields = ("gradient_checkpointing", "activation_offloading")
+    given = {field: config.get(field) for field in fields if config.get(field) is not None}
+    if any(given.values()):
+        yield Setting(dotted("train.checkpointing"), True, tuple(given))
+    elif "gradient_checkpointing" in given:
+        yield Setting(dotted("train.checkpointing"), False, ("gradient_checkpointing",))
+    moving = [field for field, value in given.items() if isinstance(value, str) or (value and field == fields[1])]
+    if moving:
+        yield Setting(dotted("train.offload_activations"), True, tuple(moving))
+    for field in moving:
+        if "disk" in str(given[field]):
+            yield Left(field, f"{given[field]}: activations go to host memory, not to a disk")
 
 
 def every(field: str, key: str, per_epoch: str) -> Callable[[Axolotl], Made]:

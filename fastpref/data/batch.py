@@ -92,8 +92,6 @@ def collate(
     scored = _Scored(score_prompts, count, completions)
     place = {"tree": _tree, "packed": _packed, "padded": _padded}[layout]
     input_ids, position_ids, attention_mask, trees = place(examples, scored, pad_token_id)
-    segments = torch.tensor(scored.segments, dtype=torch.int64)
-    sequences = completions * count + (count if score_prompts else 0)
     labels = [example.label for example in examples]
     return PreferenceBatch(
         input_ids=input_ids,
@@ -102,9 +100,9 @@ def collate(
         tree=trees,
         predictors=torch.tensor(scored.predictors, dtype=torch.int64),
         targets=torch.tensor(scored.targets, dtype=torch.int64),
-        segments=segments,
+        segments=torch.tensor(scored.segments, dtype=torch.int64),
         offsets=torch.tensor(scored.offsets, dtype=torch.int64),
-        lengths=torch.bincount(segments, minlength=sequences),
+        lengths=torch.tensor(scored.lengths, dtype=torch.int64),
         labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
         index=torch.tensor(range(count) if index is None else list(index), dtype=torch.int64),
         completions=completions,
@@ -126,6 +124,7 @@ class _Scored:
         self.predictors: list[int] = []
         self.targets: list[int] = []
         self.segments: list[int] = []
+        self.lengths = [0] * ((completions + prompts) * examples)  # of each sequence
         self.offsets: list[int] = []
         self.keys: list[bytes] = []
 
@@ -134,6 +133,7 @@ class _Scored:
         self.predictors += [first, *range(start, start + len(tokens) - 1)]
         self.targets += tokens
         self.segments += [segment] * len(tokens)
+        self.lengths[segment] += len(tokens)
         self.offsets += range(len(tokens))
 
     def prompt(self, example: int, tokens: Sequence[int], start: int) -> None:

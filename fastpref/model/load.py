@@ -1,13 +1,22 @@
 """Models and tokenizers from a folder or the hub, with adapters, ready for the layouts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import peft
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from fastpref.config import Config, LoraConfig, ModelConfig
+from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout
 from fastpref.errors import UserError
 from fastpref.model import attention
@@ -61,14 +70,9 @@ def load_model(config: Config, device: torch.device, *, sharded: bool = False) -
     policy = Policy.of(model)
     model.eval()
     check_logits(model, policy.backbone, policy.head)
-    layout, why = _layout(config, model, policy)
-    wrapped = model
-    if config.lora is not None:
-        wrapped = _with_adapters(model, config.lora)
-        policy = Policy.of(model)  # PEFT may have wrapped the head
-    if config.train.checkpointing is True or (config.train.checkpointing == "auto" and device.type != "cpu"):
-        _checkpoint_activations(model)
-    return Loaded(model, wrapped, policy, layout, why)
+    layout, why = choose_layout(config, model, policy)
+    wrapped = with_adapters(config, model)
+    return Loaded(model, wrapped, Policy.of(model), layout, why)  # PEFT may have wrapped the head
 
 
 def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -77,37 +81,52 @@ def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
         return getattr(torch, config.model.dtype)
     if device.type == "cpu" or config.lora is None:
         return torch.float32
-    return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
+    # A card that is only thought of has bfloat16.
+    old = device.type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
+    return torch.float16 if old else torch.bfloat16
 
 
-def _pretrained(options: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    where = {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
+def model_config(options: ModelConfig) -> PretrainedConfig:
+    """The config.json of a causal language model. Raises UserError where there is none."""
     try:
-        config = AutoConfig.from_pretrained(options.name, **where)
+        config = AutoConfig.from_pretrained(options.name, **_where(options))
     except Exception as error:  # transformers and the hub raise many kinds
         raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
     if config.is_encoder_decoder:
         raise UserError(
             f"model.name = {options.name!r}: {config.model_type} is an encoder-decoder; a causal model is needed"
         )
+    return config
+
+
+def _where(options: ModelConfig) -> dict[str, Any]:
+    return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
+
+
+def _pretrained(options: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    config = model_config(options)
     try:
-        load: dict[str, Any] = where | {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+        load: dict[str, Any] = _where(options) | {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
         quantization = quantization_config(options.quantization, dtype)
         if quantization is not None:
             load["quantization_config"] = quantization
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                options.name, config=config, attn_implementation=attention.NAME, **load
-            )
-        except ValueError as error:
-            if "attention" not in str(error).lower() and attention.NAME not in str(error):
-                raise
-            return AutoModelForCausalLM.from_pretrained(options.name, **load)
+        make = partial(AutoModelForCausalLM.from_pretrained, options.name, **load)
+        return with_our_attention(lambda **attention: make(config=config, **attention), make)
     except Exception as error:  # missing weights, an unknown architecture, no memory: all end here
         raise UserError(f"model.name = {options.name!r}: cannot be loaded: {explained(options, error)}") from None
 
 
-def _layout(config: Config, model: PreTrainedModel, policy: Policy) -> tuple[Layout, str | None]:
+def with_our_attention(make: Callable[..., PreTrainedModel], plain: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A model whose attention takes trees, or a plain one where its code has no such choice."""
+    try:
+        return make(attn_implementation=attention.NAME)
+    except ValueError as error:
+        if "attention" not in str(error).lower() and attention.NAME not in str(error):
+            raise
+        return plain()
+
+
+def choose_layout(config: Config, model: PreTrainedModel, policy: Policy) -> tuple[Layout, str | None]:
     """The layout asked for, or padded with the reason why it cannot be had."""
     wanted = config.train.layout
     if wanted == "padded":
@@ -118,14 +137,11 @@ def _layout(config: Config, model: PreTrainedModel, policy: Policy) -> tuple[Lay
     return "tree" if wanted == "auto" else wanted, None
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    if hasattr(model, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _with_adapters(model: PreTrainedModel, options: LoraConfig) -> peft.PeftModel:
+def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | peft.PeftModel:
+    """Fresh adapters in the model's modules, if the config has a [lora] table. Raises UserError for unknown modules."""
+    options = config.lora
+    if options is None:
+        return model
     settings = peft.LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]

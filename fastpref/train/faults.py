@@ -15,6 +15,7 @@ from fastpref.config import Config
 from fastpref.data.batch import plan_microbatches
 from fastpref.data.example import Example
 from fastpref.errors import UserError
+from fastpref.model.checkpointing import all_checkpointed
 from fastpref.model.load import Loaded
 from fastpref.model.reference import precomputes
 from fastpref.train.step import Objective
@@ -106,7 +107,7 @@ class Held:
     tokens: int  # of the largest micro-batch
     longest: int  # tokens of the longest example, which cannot be cut further
     device: int | None  # all that there is
-    checkpointing: bool  # whether activations are computed twice
+    checkpointing: bool  # whether the activations of all layers are computed twice
 
     @property
     def fixed(self) -> int:
@@ -151,8 +152,7 @@ def held(
         tokens=max((sum(sizes[i] for i in part) for part in parts), default=0),
         longest=max(sizes, default=0),
         device=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _host_memory(),
-        checkpointing=config.train.checkpointing is True
-        or (config.train.checkpointing == "auto" and device.type != "cpu"),
+        checkpointing=all_checkpointed(loaded.model),
     )
 
 

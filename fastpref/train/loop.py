@@ -27,6 +27,7 @@ from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
 from fastpref.processes import Processes, start_processes
 from fastpref.train import faults, state
+from fastpref.train.activations import checkpoint_activations
 from fastpref.train.checkpoint import Checkpoints
 from fastpref.train.faults import Interrupt, NotFinite
 from fastpref.train.folder import RunFolder
@@ -84,13 +85,14 @@ def train(
         data = load_examples(config, tokenizer, cache=cache)
     try:
         loaded = load_model(config, accelerator.device, sharded=processes.sharded)
+        notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run = _Run(config, folder, accelerator, processes, tokenizer, loaded, data.train, data.heldout, resumed)
     except (RuntimeError, MemoryError) as error:
         if not faults.is_out_of_memory(error):
             raise
         smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
         raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
-    for note in [*(resumed.notes if resumed else ()), *data.notes, *run.notes]:
+    for note in [*(resumed.notes if resumed else ()), *data.notes, *notes, *run.notes]:
         run.display.note(note)
     return run.go()
 

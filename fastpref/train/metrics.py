@@ -1,5 +1,7 @@
 """Metrics of a step or an evaluation: means weighted by what they are means over, whatever the micro-batches were."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,8 @@ class Metrics:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor | float] = {}
-        self._rewards: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._losses: list[PreferenceLoss] = []  # without gradients
+        self._elsewhere: list[tuple[Tensor, Tensor]] = []  # chosen and rejected rewards that other processes found
         self._paired = True
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
@@ -35,15 +38,14 @@ class Metrics:
     def add_loss(self, output: PreferenceLoss) -> None:
         """The loss of one part of a step, and its rewards."""
         self.add("loss", output.loss, 0)
-        self._rewards[0].append(output.chosen_rewards.detach())
-        self._rewards[1].append(output.rejected_rewards.detach())
+        self._losses.append(replace(output, loss=output.loss.detach(), rewards=output.rewards.detach(), extra={}))
         for name, (total, count) in output.extra.items():
             self.add(name, total, count)
 
     def add_sequences(self, logps: Tensor, chosen: Tensor) -> None:
         """logps [S] of whole responses; chosen [S] bool."""
         for side, mask in (("chosen", chosen), ("rejected", ~chosen)):
-            self.add(f"logps/{side}", logps[mask].sum(), mask.sum())
+            self._add_where(f"logps/{side}", logps, mask)
 
     def add_tokens(self, tokens: TokenLogprobs, batch: PreferenceBatch, chosen: Tensor, counted: Tensor) -> None:
         """Per-token outputs. chosen and counted: [S] bool of the batch's sequences."""
@@ -52,27 +54,26 @@ class Metrics:
         of_chosen = (chosen & counted)[batch.segments]
         of_rejected = (~chosen & counted)[batch.segments]
         of_both = of_chosen | of_rejected
-        self.add("entropy", tokens.entropy[of_both].sum(), of_both.sum())
-        self.add("mean_token_accuracy", tokens.is_top1[of_chosen].sum(), of_chosen.sum())
-        self.add("logits/chosen", tokens.mean_logit[of_chosen].sum(), of_chosen.sum())
-        self.add("logits/rejected", tokens.mean_logit[of_rejected].sum(), of_rejected.sum())
+        self._add_where("entropy", tokens.entropy, of_both)
+        self._add_where("mean_token_accuracy", tokens.is_top1, of_chosen)
+        self._add_where("logits/chosen", tokens.mean_logit, of_chosen)
+        self._add_where("logits/rejected", tokens.mean_logit, of_rejected)
+
+    def _add_where(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Indexing by a mask would wait for the device to count it."""
+        self.add(name, torch.where(mask, values, 0).sum(), mask.sum())
 
     def joined(self, processes: Processes) -> "Metrics":
         """With what the other processes have gathered."""
         if processes.count == 1:
             return self
         whole = Metrics()
-        own = (
-            {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()},
-            [[part.cpu() for part in parts] for parts in self._rewards],
-            self._paired,
-        )
-        for sums, rewards, paired in processes.gather(own):
-            for name, (total, count) in sums.items():
+        whole._paired = self._paired
+        sums = {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()}
+        for found, rewards in processes.gather((sums, self._rewards())):
+            for name, (total, count) in found.items():
                 whole.add(name, torch.tensor(total), count)
-            for side, parts in zip(whole._rewards, rewards):
-                side.extend(parts)
-            whole._paired = paired
+            whole._elsewhere.append(rewards)
         return whole
 
     def single_responses(self) -> None:
@@ -89,8 +90,14 @@ class Metrics:
         }
         return means | self._reward_metrics()
 
+    def _rewards(self) -> tuple[Tensor, Tensor]:
+        """Of the chosen and of the rejected."""
+        found = [(loss.chosen_rewards, loss.rejected_rewards) for loss in self._losses] + self._elsewhere
+        chosen, rejected = zip(*found) if found else ([torch.zeros(0)], [torch.zeros(0)])
+        return torch.cat(chosen).float(), torch.cat(rejected).float()
+
     def _reward_metrics(self) -> dict[str, float]:
-        chosen, rejected = (torch.cat(parts).float() if parts else torch.zeros(0) for parts in self._rewards)
+        chosen, rejected = self._rewards()
         found = {}
         if len(chosen):
             found["rewards/chosen"] = float(chosen.mean())

@@ -25,9 +25,9 @@ def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def _kind(name: str, parameters: Iterable[nn.Parameter]) -> Callable[..., torch.optim.Optimizer]:
-    if name == "adamw":
-        on_gpu = all(p.is_cuda for p in parameters)
-        return lambda groups, **options: torch.optim.AdamW(groups, fused=on_gpu, **options)
+    if name == "adamw":  # fused: no temporaries as large as a parameter
+        fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters)
+        return lambda groups, **options: torch.optim.AdamW(groups, fused=fused, **options)
     import bitsandbytes.optim as kinds
 
     classes: dict[str, Any] = {

@@ -16,7 +16,14 @@ from fastpref.train.whole import damage
 _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",
          "train.steps", "train.epochs")  # fmt: skip
 # How a step is computed: its result is the same but for rounding and the draws of dropout.
-_ROUNDING = ("train.tokens_per_microbatch", "train.layout", "train.checkpointing", "model.attention", "model.liger")
+_ROUNDING = (
+    "train.tokens_per_microbatch",
+    "train.layout",
+    "train.checkpointing",
+    "train.offload_activations",
+    "model.attention",
+    "model.liger",
+)
 # Places, which may move: what is there is compared by its contents once it is loaded.
 _PLACES = ("model.name", "data.*.path", "tokens.chat_template")
 

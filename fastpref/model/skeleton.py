@@ -1,0 +1,103 @@
+"""A model of a config.json alone, in fake tensors: shapes and dtypes as they would be loaded, without memory."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from fastpref.config import Config
+from fastpref.model.load import with_adapters, with_our_attention
+from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
+
+_BLOCK = 64  # weights a scale, and scales a scale of scales: bitsandbytes' own
+_SCALES = 256
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights."""
+
+    model: PreTrainedModel
+    wrapped: PreTrainedModel | PeftModel
+
+
+def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
+    """The model that `load_model` would load, quantised and with adapters, on the meta device."""
+    options = config.model
+    make = partial(
+        AutoModelForCausalLM.from_config, architecture, dtype=dtype, trust_remote_code=options.trust_remote_code
+    )
+    with torch.device("meta"):
+        model = with_our_attention(make, make)
+        quantization = quantization_config(options.quantization, dtype)
+        if quantization is not None:  # the library decides which layers
+            quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+            quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
+            quantizer.postprocess_model(model)
+        keep_weights_as_loaded(model)
+        model.config.use_cache = False
+        return Skeleton(model.eval(), with_adapters(config, model))
+
+
+def materialise(model: PreTrainedModel) -> None:
+    """Fake CPU tensors, of the FakeTensorMode that is on, in place of the meta device's. Shared ones stay shared."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = parameter, _parameter(module, name, parameter)  # kept, so that ids stay unique
+            module._parameters[name] = made[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _parameter(module: nn.Module, name: str, parameter: Tensor) -> nn.Parameter:
+    if name == "weight" and isinstance(module, Linear4bit):
+        return _four_bits(module, parameter)
+    if name == "weight" and isinstance(module, Linear8bitLt):
+        return _eight_bits(module)
+    return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
+
+
+def _four_bits(module: Linear4bit, made: Any) -> nn.Parameter:
+    """A weight as Params4bit holds it, two a byte, with its scales in 8 bits and theirs in float32."""
+    count = module.in_features * module.out_features
+    scales = -(-count // _BLOCK)
+    weight: Any = nn.Parameter(torch.empty((-(-count // 2), 1), dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = QuantState(
+        absmax=torch.empty(scales, dtype=torch.uint8),
+        shape=torch.Size((module.out_features, module.in_features)),
+        code=torch.empty(16),
+        blocksize=_BLOCK,
+        quant_type=made.quant_type,
+        dtype=module.compute_dtype,
+        offset=torch.empty(()),
+        state2=QuantState(
+            absmax=torch.empty(-(-scales // _SCALES)),
+            code=torch.empty(256),
+            blocksize=_SCALES,
+            dtype=torch.float32,
+        ),
+    )
+    weight.compress_statistics, weight.quant_type = made.compress_statistics, made.quant_type
+    weight.quant_storage, weight.blocksize, weight.bnb_quantized = torch.uint8, _BLOCK, True
+    return weight
+
+
+def _eight_bits(module: Linear8bitLt) -> nn.Parameter:
+    """A weight as Int8Params holds it: a byte each, and a scale a row."""
+    shape = (module.out_features, module.in_features)
+    weight: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+    module.state.threshold = 0.0  # which columns are outliers depends on numbers; they are few
+    weight.CB, weight.SCB, weight.has_fp16_weights = weight.data, torch.empty(module.out_features), False
+    return weight

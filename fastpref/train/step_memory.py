@@ -1,0 +1,173 @@
+"""What an optimizer step takes, counted on fake tensors: the real code, without numbers, memory or a device."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig
+
+from fastpref.config import Config
+from fastpref.data.example import Example, Origin
+from fastpref.loss_options import KTO
+from fastpref.memory import PeakStorage
+from fastpref.model.checkpointing import checkpoint_layers
+from fastpref.model.load import Loaded, choose_layout, model_config, weight_dtype
+from fastpref.model.policy import Policy
+from fastpref.model.reference import Reference, make_reference, precomputes
+from fastpref.model.skeleton import Skeleton, materialise, skeleton
+from fastpref.train.optimizer import make_optimizer
+from fastpref.train.step import Objective
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes alive at the peak of an optimizer step, by what they are for."""
+
+    weights: int  # of the model; its adapters apart
+    adapters: int  # what is trained beside it
+    gradients: int  # of the whole step
+    optimizer: int  # the moments, and what the update takes for itself
+    reference: int  # a frozen copy
+    activations: int  # what the forward pass keeps and the backward pass makes
+    head: int  # what the head's operators make: scratch tiles, and the gradient that they keep
+    largest: int  # the largest tensor that the step makes; part of the others
+
+    @property
+    def total(self) -> int:
+        parts = (self.weights, self.adapters, self.gradients, self.optimizer, self.reference, self.activations)
+        return sum(parts) + self.head
+
+
+def count_step(
+    config: Config,
+    device: torch.device,
+    *,
+    layers: int | None = None,
+    examples: Sequence[Example] | None = None,
+    architecture: PretrainedConfig | None = None,
+) -> StepMemory:
+    """What a step of a config takes on a kind of device, which need not be there.
+
+    Args:
+        layers: how many decoder layers are checkpointed; None: all, unless `train.checkpointing` is off.
+        examples: of the step; by default the longest micro-batch, which finds the gradients of others there if
+            a step has more than one.
+        architecture: what is in the model's config.json, if that is not to be read.
+
+    Raises UserError for a model that is not there, and whatever its code raises that cannot be run on fake tensors.
+
+    All tensors are fake ones of a CPU, with the dtypes and the mixed precision of `device`. What bitsandbytes and a
+    device's libraries take inside one operation is not seen; the head's tiles are those of the torch backend.
+    """
+    dtype = weight_dtype(config, device)
+    half = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    mixed = device.type == "cuda" and config.model.dtype != "float32"
+    autocast = partial(torch.autocast, "cpu", dtype=half, cache_enabled=False) if mixed else nullcontext
+    bones = skeleton(config, architecture or model_config(config.model), dtype)
+    saving = _elsewhere if config.train.offload_activations else None
+    checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
+    count, fake = PeakStorage(), FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, count:
+        loaded = _materialised(config, bones, count)
+        with count.labelled("reference"):
+            reference = _reference(config, loaded, autocast)
+    optimizer = make_optimizer(loaded.policy, config)  # bitsandbytes makes tables of real numbers
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with fake, count:
+        _make_moments(optimizer, parameters, count)
+        microbatch = longest_microbatch(config)
+        if examples is not None or len(microbatch) >= config.train.batch:
+            optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(partial(_relabel_gradient, count))
+        objective = _objective(config, loaded, reference, autocast)
+        objective.policy.train()
+        count.start_again()
+        with count.labelled("activations"):
+            objective.step(microbatch if examples is None else examples, lambda loss: loss.backward())
+            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+        with count.labelled("optimizer"):
+            optimizer.step()
+    parts = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
+    return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
+
+
+def longest_microbatch(config: Config) -> list[Example]:
+    """As many examples of `tokens.max_length` as fill a micro-batch, all their tokens but the first scored."""
+    longest, single = config.tokens.max_length, isinstance(config.loss, KTO)
+    completion = [0] * (longest - 1)
+    completions = (completion,) * (1 if single else 2)
+    size = 1 + sum(map(len, completions))
+    count = min(config.train.batch, max(1, config.tokens_per_microbatch // size))
+    return [Example([0], completions, bool(i % 2) if single else None, Origin("")) for i in range(count)]
+
+
+def _materialised(config: Config, bones: Skeleton, count: PeakStorage) -> Loaded:
+    model = bones.model
+    with count.labelled("weights"):
+        materialise(model)
+    if config.lora is not None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                count.relabel(parameter, "adapters")
+    policy = Policy.of(model)
+    layout, why = choose_layout(config, model, policy)
+    return Loaded(model, bones.wrapped, policy, layout, why)
+
+
+def _reference(config: Config, loaded: Loaded, autocast: Callable[..., Any]) -> Reference | None:
+    if not config.loss.uses_reference:
+        return None
+    if precomputes(config):
+        return lambda batch: torch.zeros(len(batch.targets))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # of copying a model
+        return make_reference(config, loaded, autocast)[0]
+
+
+def _objective(config: Config, loaded: Loaded, reference: Reference | None, autocast: Callable[..., Any]) -> Objective:
+    policy = loaded.policy
+    policy.forward = autocast()(policy.forward) if autocast is not nullcontext else policy.forward
+    return Objective(
+        policy=policy,
+        reference=reference,
+        options=config.loss,
+        layout=loaded.layout,
+        budget=config.tokens_per_microbatch,
+        pad_token_id=0,
+        device=CPU,
+        router_coefficient=policy.router.coefficient if policy.router is not None else 0.0,
+    )
+
+
+def _make_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], count: PeakStorage) -> None:
+    """Gradients, and what an update by them leaves behind."""
+    with count.labelled("gradients"):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    with count.labelled("optimizer"):
+        optimizer.step()
+
+
+def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    count.relabel(parameter.grad, "gradients")
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """What is saved for the backward pass leaves the device, and is made again there when it is asked for."""
+
+    def come_back(what: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(what[0], dtype=what[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), come_back):
+        yield
