@@ -62,8 +62,8 @@ class ModelConfig(_Section):
     """Of the weights; "auto" is float32 on a CPU and bfloat16 (float16 on cards without it) on a GPU."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Base weights in 4 bits (nf4, its scales quantised too) or 8, with [lora] beside them."""
-    attention: Annotated[Literal["auto"], _only("auto", "another attention")] = "auto"
-    """How attention is computed."""
+    attention: Literal["auto", "flex", "sdpa"] = "auto"
+    """FlexAttention or SDPA for tree and packed rows; "auto" is flex on a GPU where it can be compiled, else sdpa."""
     liger: Annotated[bool, _only(False, "liger")] = False
     """Body kernels of liger-kernel."""
     trust_remote_code: bool = False
@@ -268,6 +268,10 @@ class Config(_Section):
             mistakes.append(
                 f'model.quantization: "{self.model.quantization}" weights cannot be trained themselves; add a [lora] '
                 "table"
+            )
+        if self.model.attention == "flex" and self.train.layout == "padded":
+            mistakes.append(
+                'model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or drop the key'
             )
         if isinstance(self.loss, KTO) and self.loss.kl == "batch" and self.train.batch == 1:
             mistakes.append(

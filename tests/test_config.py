@@ -337,12 +337,16 @@ WHOLE: dict[str, tuple[str, list[str]]] = {
             ":4: nmae: unknown key",
         ],
     ),
+    "FlexAttention for padded rows": (
+        '[model]\nname = "m"\nattention = "flex"\n[[data]]\npath = "d"\n[train]\nlayout = "padded"\n',
+        [':3: model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or drop the key'],
+    ),
     "model keys not in this version": (
-        '[model]\nname = "m"\nquantization = "int4"\nliger = true\nattention = "sdpa"\n[[data]]\npath = "d"\n',
+        '[model]\nname = "m"\nquantization = "int4"\nliger = true\nattention = "flash"\n[[data]]\npath = "d"\n',
         [
             ":3: model.quantization: must be one of none, nf4, int8, got 'int4' (did you mean 'int8'?)",
             ":4: model.liger: liger is not in this version yet; leave the key out",
-            ":5: model.attention: must be one of auto, got 'sdpa'",
+            ":5: model.attention: must be one of auto, flex, sdpa, got 'flash'",
         ],
     ),
     "TOML: no value": (BASE + "[train]\nbatch =\n", [":6: not valid TOML: Invalid value"]),

@@ -14,6 +14,7 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MambaConfig,
+    MistralConfig,
     MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
@@ -38,6 +39,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_WIDE: dict[str, Any] = _SIZES | {"head_dim": 32}  # FlexAttention's kernels want heads of 16 and more
 _GEMMA: dict[str, Any] = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 
 
@@ -45,8 +47,10 @@ def model_config(kind: str) -> PretrainedConfig:
     configs = {
         "llama": lambda: LlamaConfig(**_SIZES),
         "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+        "llama-wide": lambda: LlamaConfig(**_WIDE),
         "qwen2": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
         "qwen3": lambda: Qwen3Config(**_SIZES),
+        "mistral": lambda: MistralConfig(**_SIZES, sliding_window=6),
         "gemma2": lambda: Gemma2Config(
             **_SIZES, **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, initializer_range=0.3
         ),

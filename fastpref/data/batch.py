@@ -11,8 +11,8 @@ of example e: the first E are the chosen ones, the next the rejected ones.
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class TreeLayout:
     """The trees of one packed row: who may attend to whom. Travels to the attention as a keyword of the forward."""
 
     trees: tuple[Tree, ...]
+    made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    """What the attention makes of it, for all layers and passes of its micro-batch."""
 
 
 @dataclass(frozen=True)

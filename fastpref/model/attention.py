@@ -4,7 +4,7 @@ A packed row holds trees: a prompt and its completions one after the other. A to
 tree's prompt and its own completion. The layout reaches `tree_attention` as the keyword `tree` of the model's
 forward, which transformers hands down to the attention of every layer; so nothing is global, and a model whose
 layers do not hand it down is found by `layers_reached`. Without the keyword it is transformers' own SDPA, with its
-masks, and with the softcaps and sinks that SDPA has not.
+masks, and with the softcaps and sinks that SDPA has not. `flex_attention.py` is the same for GPUs.
 """
 
 from dataclasses import dataclass, field
@@ -43,7 +43,8 @@ def tree_attention(
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return _masked(query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
     if isinstance(tree, _Probe):
-        tree.reached.append(module)
+        shape = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+        tree.calls.append(LayerCall(*shape, dropout, scaling, sliding_window, softcap, s_aux is not None))
     attend = _Attend(dropout, scaling, sliding_window, softcap, s_aux)
     parts = [part for t in tree.trees for part in _tree_parts(attend, query, key, value, t)]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
@@ -142,33 +143,56 @@ def _repeat(kv: Tensor, groups: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class LayerCall:
+    """What one layer asks of its attention."""
+
+    heads: int
+    kv_heads: int
+    width: int  # of a head's queries and keys
+    value_width: int
+    dropout: float
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+
+@dataclass(frozen=True)
 class _Probe(TreeLayout):
-    """A tree that notes every layer it reaches."""
+    """A tree that notes what every layer it reaches asks for."""
 
-    reached: list[nn.Module] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
 
 
-def layers_reached(backbone: nn.Module) -> int:
-    """In how many layers of a model a tree arrives at `tree_attention`: run four tokens through it and count."""
+def layers_reached(backbone: nn.Module) -> list[LayerCall]:
+    """What each layer asks for in which a tree arrives at `tree_attention`: four tokens are run through in training."""
     device = next(backbone.parameters()).device
     probe = _Probe((Tree(0, 2, (1, 1)),))
-    with torch.no_grad():
-        ids = torch.zeros((1, 4), dtype=torch.int64, device=device)
-        positions = torch.tensor([[0, 1, 2, 2]], device=device)
-        backbone(input_ids=ids, position_ids=positions, use_cache=False, **tree_keywords(probe, device))
-    return len(probe.reached)
+    training = backbone.training
+    backbone.train()  # for the dropout
+    try:
+        with torch.no_grad():
+            ids = torch.zeros((1, 4), dtype=torch.int64, device=device)
+            positions = torch.tensor([[0, 1, 2, 2]], device=device)
+            backbone(input_ids=ids, position_ids=positions, use_cache=False, **tree_keywords(probe, device))
+    finally:
+        backbone.train(training)
+    return probe.calls
 
 
-def why_not_tree(model: PreTrainedModel, backbone: nn.Module) -> str | None:
-    """The reason a model must be given padded rows, or None if its attention takes trees."""
+def probe_layers(model: PreTrainedModel, backbone: nn.Module) -> tuple[list[LayerCall], str | None]:
+    """What a model's layers ask of their attention, and the reason it must be given padded rows, or None."""
     kind = model.config.model_type
     if model.config._attn_implementation != NAME:
-        return f"the attention of {kind} models is their own code"
+        return [], f"the attention of {kind} models is their own code"
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     try:
-        reached = layers_reached(backbone)
+        calls = layers_reached(backbone)
     except Exception as error:  # model code that refuses an unknown keyword does so in its own way
-        return f"{kind} models refuse the layout: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if layers is not None and reached < layers:
-        return f"only {reached} of the {layers} layers of this {kind} model have attention that takes the layout"
-    return None
+        return [], f"{kind} models refuse the layout: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if layers is not None and len(calls) < layers:
+        return (
+            calls,
+            f"only {len(calls)} of the {layers} layers of this {kind} model have attention that takes the layout",
+        )
+    return calls, None

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -19,7 +19,7 @@ from transformers import (
 from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout
 from fastpref.errors import UserError
-from fastpref.model import attention
+from fastpref.model import attention, flex_attention
 from fastpref.model.files import explained
 from fastpref.model.head import check_logits
 from fastpref.model.policy import Policy
@@ -35,6 +35,7 @@ class Loaded:
     policy: Policy
     layout: Layout
     why_padded: str | None  # the reason for a layout that was not asked for
+    notes: tuple[str, ...] = ()  # what else was decided for this model and device
 
 
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
@@ -70,9 +71,10 @@ def load_model(config: Config, device: torch.device, *, sharded: bool = False) -
     policy = Policy.of(model)
     model.eval()
     check_logits(model, policy.backbone, policy.head)
-    layout, why = choose_layout(config, model, policy)
+    layout, why, calls = choose_layout(config, model, policy)
+    notes = _attention(config, model, layout, why, calls, device)
     wrapped = with_adapters(config, model)
-    return Loaded(model, wrapped, Policy.of(model), layout, why)  # PEFT may have wrapped the head
+    return Loaded(model, wrapped, Policy.of(model), layout, why, tuple(notes))  # PEFT may have wrapped the head
 
 
 def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -84,6 +86,13 @@ def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
     # A card that is only thought of has bfloat16.
     old = device.type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
     return torch.float16 if old else torch.bfloat16
+
+
+def mixed_precision(config: Config) -> Literal["no", "bf16", "fp16"]:
+    """Half precision products on a GPU; float32 on a CPU, whose float32 is the faster one."""
+    if not torch.cuda.is_available() or config.model.dtype == "float32":
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(False) and config.model.dtype != "float16" else "fp16"
 
 
 def model_config(options: ModelConfig) -> PretrainedConfig:
@@ -126,15 +135,39 @@ def with_our_attention(make: Callable[..., PreTrainedModel], plain: Callable[...
         return plain()
 
 
-def choose_layout(config: Config, model: PreTrainedModel, policy: Policy) -> tuple[Layout, str | None]:
-    """The layout asked for, or padded with the reason why it cannot be had."""
+def choose_layout(
+    config: Config, model: PreTrainedModel, policy: Policy
+) -> tuple[Layout, str | None, list[attention.LayerCall]]:
+    """The layout asked for, or padded with the reason why it cannot be had; and what the layers ask for."""
     wanted = config.train.layout
     if wanted == "padded":
-        return "padded", None
-    why = attention.why_not_tree(model, policy.backbone)
+        return "padded", None, []
+    calls, why = attention.probe_layers(model, policy.backbone)
     if why is not None:
-        return "padded", why
-    return "tree" if wanted == "auto" else wanted, None
+        return "padded", why, calls
+    return "tree" if wanted == "auto" else wanted, None, calls
+
+
+def _attention(
+    config: Config,
+    model: PreTrainedModel,
+    layout: Layout,
+    why_padded: str | None,
+    calls: list[attention.LayerCall],
+    device: torch.device,
+) -> list[str]:
+    """Give the model FlexAttention where that is wanted and works; what was decided, in words."""
+    wanted = config.model.attention
+    flex, why = flex_attention.wants_flex(wanted, device.type, layout, why_padded, calls)
+    if flex:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(config)) or model.dtype
+        why = flex_attention.fault(calls, dtype, device)
+        if why is None:
+            model.set_attn_implementation(flex_attention.NAME)
+            return ["attention: FlexAttention"]
+        if wanted == "flex":
+            raise UserError(f'model.attention = "flex": cannot be had on this device: {why}; leave the key out')
+    return [f"attention: SDPA, a call a completion: {why}"] if why is not None else []
 
 
 def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | peft.PeftModel:

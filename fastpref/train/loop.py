@@ -22,7 +22,7 @@ from fastpref.data.example import Example
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
-from fastpref.model.load import Loaded, load_model, load_tokenizer
+from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
 from fastpref.processes import Processes, start_processes
@@ -73,7 +73,7 @@ def train(
     require_trackers(config.log.trackers)
     resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
     _quiet_libraries()
-    accelerator, processes = start_processes(config, _mixed_precision(config))
+    accelerator, processes = start_processes(config, mixed_precision(config))
     folder = resumed.folder if resumed else processes.on_first(
         lambda: RunFolder.choose(config, default_name, force=force)
     )  # fmt: skip
@@ -146,7 +146,7 @@ class _Run:
         )
         if isinstance(reference, Precomputed):
             self._precompute(reference)
-        self.notes.append(self._plan())
+        self.notes += [self._plan(), *loaded.notes]
         self.checkpoints = Checkpoints(
             config,
             folder,
@@ -364,13 +364,6 @@ def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
             break
         found.setdefault(tuple(example.prompt), example)
     return list(found.values())
-
-
-def _mixed_precision(config: Config) -> str:
-    """Half precision products on a GPU; float32 on a CPU, whose float32 is the faster one."""
-    if not torch.cuda.is_available() or config.model.dtype == "float32":
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(False) and config.model.dtype != "float16" else "fp16"
 
 
 def _quiet_libraries() -> None:

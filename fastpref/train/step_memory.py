@@ -119,7 +119,7 @@ def _materialised(config: Config, bones: Skeleton, count: PeakStorage) -> Loaded
             if parameter.requires_grad:
                 count.relabel(parameter, "adapters")
     policy = Policy.of(model)
-    layout, why = choose_layout(config, model, policy)
+    layout, why, _ = choose_layout(config, model, policy)
     return Loaded(model, bones.wrapped, policy, layout, why)
 
 

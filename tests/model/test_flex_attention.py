@@ -1,0 +1,376 @@
+"""FlexAttention over trees: its mask, its block mask, its results on a CPU (forward only), and both ways on a card.
+
+The truth is `tree_attention`, which computes each completion as a sequence of its own.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from tiny import config_for, examples, save_model
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import AuxOutput, BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex
+
+from fastpref.data.batch import PreferenceBatch, Tree, TreeLayout, collate
+from fastpref.errors import UserError
+from fastpref.model import attention, flex_attention
+from fastpref.model.attention import LayerCall, layers_reached
+from fastpref.model.flex_attention import block_mask, visible, wants_flex
+from fastpref.model.load import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+CPU = torch.device("cpu")
+flex_tree_attention: Any = flex_attention.flex_tree_attention
+tree_attention: Any = attention.tree_attention
+WINDOWS = (None, 1, 7, 128, 150)
+
+
+def layout(*trees: tuple[int, tuple[int, ...]]) -> TreeLayout:
+    """Trees of (prompt, completions) one after the other."""
+    placed, start = [], 0
+    for prompt, completions in trees:
+        placed.append(Tree(start, prompt, completions))
+        start += prompt + sum(completions)
+    return TreeLayout(tuple(placed))
+
+
+def length_of(tree: TreeLayout) -> int:
+    last = tree.trees[-1]
+    return last.start + last.prompt + sum(last.completions)
+
+
+def random_layout(seed: int) -> TreeLayout:
+    """Trees from very short to several blocks long; the packed layout is trees of one completion."""
+    rng = Random(seed)
+    size = rng.choice((9, 60, 300))
+    packed = seed % 3 == 0
+    return layout(
+        *(
+            (rng.randint(1, size), tuple(rng.randint(1, size) for _ in range(1 if packed else rng.randint(1, 4))))
+            for _ in range(rng.randint(1, 5))
+        )
+    )
+
+
+EDGES = [
+    layout((128, (128, 128))),
+    layout((64, (64, 128)), (1, (1,))),
+    layout((1, (1,))),
+    layout((200, (312,))),
+    layout((384, (1, 1, 126))),
+]
+LAYOUTS = EDGES + [random_layout(seed) for seed in range(12)]
+
+
+def dense(tree: TreeLayout, window: int | None) -> Tensor:
+    """[T, T] bool, by the definition: the same tree, the prompt or the same branch, before in its own sequence."""
+    number, branch, position = [], [], []
+    for n, t in enumerate(tree.trees):
+        for b, size in enumerate((t.prompt, *t.completions)):
+            number += [n] * size
+            branch += [b] * size
+            position += range(t.prompt if b else 0, (t.prompt if b else 0) + size)
+    n, b, p = (torch.tensor(x) for x in (number, branch, position))
+    same = (n[:, None] == n) & ((b == 0) | (b[:, None] == b))
+    distance = p[:, None] - p
+    return same & (distance >= 0) & (distance < (window or length_of(tree)))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_mask_is_that_of_the_trees(window: int | None):
+    """Two runs of places a token say what the definition by tree, branch and position says."""
+    for tree in LAYOUTS:
+        length = length_of(tree)
+        found = create_mask(visible(tree, window).mask_mod(), None, None, length, length, "cpu")
+        assert torch.equal(found[0, 0], dense(tree, window))
+
+
+def blocks(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """Which blocks are computed with the mask function, and which without, [Q blocks, KV blocks] bool each."""
+    count = mask.kv_num_blocks.shape[-1]
+    pairs = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+    found = []
+    for numbers, indices in pairs:
+        assert numbers is not None
+        assert indices is not None
+        chosen = torch.zeros(count, count, dtype=torch.bool)
+        for row in range(count):
+            chosen[row, indices[0, 0, row, : int(numbers[0, 0, row])].long()] = True
+        found.append(chosen)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_block_mask_is_the_one_torch_makes(window: int | None):
+    """No block that holds something is left out, none that holds nothing is visited, full ones are known as full."""
+    for tree in LAYOUTS:
+        length = length_of(tree)
+        expected = create_block_mask(visible(tree, window).mask_mod(), None, None, length, length, "cpu")
+        ours = block_mask(tree, window, CPU)
+        assert ours.seq_lengths == expected.seq_lengths
+        for found, wanted in zip(blocks(ours), blocks(expected), strict=True):
+            assert torch.equal(found, wanted)
+        assert ours.q_num_blocks is not None  # what the backward goes by
+        assert expected.q_num_blocks is not None
+        assert torch.equal(ours.q_num_blocks, expected.q_num_blocks)
+
+
+CALL = LayerCall(4, 4, 16, 16, 0.0, None, None, None, False)
+CALLS = {
+    "plain": CALL,
+    "grouped heads": replace(CALL, kv_heads=2),
+    "three query heads a group": replace(CALL, heads=6, kv_heads=2),
+    "scaled": replace(CALL, scaling=0.1),
+    "window": replace(CALL, window=9),
+    "window of a block": replace(CALL, window=128),
+    "softcap": replace(CALL, softcap=3.0),
+    "sinks": replace(CALL, sinks=True),
+    "narrow values": replace(CALL, value_width=8),
+    "everything": LayerCall(6, 2, 16, 16, 0.0, 0.2, 20, 2.0, True),
+}
+
+
+def inputs(call: LayerCall, length: int, seed: int = 0) -> tuple[list[Tensor], dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(heads: int, width: int) -> Tensor:
+        return torch.randn(1, length, heads, width, generator=generator).transpose(1, 2)
+
+    made = [random(call.heads, call.width), random(call.kv_heads, call.width), random(call.kv_heads, call.value_width)]
+    options: dict[str, Any] = {"sliding_window": call.window, "softcap": call.softcap, "scaling": call.scaling}
+    return made, options | {"s_aux": torch.linspace(-2, 2, call.heads) if call.sinks else None}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_forward_equals_sdpa(call: LayerCall):
+    """Every option of a layer's attention gives what SDPA gives a completion at a time, on any row."""
+    for seed, tree in enumerate(EDGES + [random_layout(100 + seed) for seed in range(3)]):
+        made, options = inputs(call, length_of(tree), seed)
+        with torch.no_grad():
+            found, _ = flex_tree_attention(nn.Identity(), *made, None, tree=tree, **options)
+            expected, _ = tree_attention(nn.Identity(), *made, None, tree=tree, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_is_honoured(monkeypatch: pytest.MonkeyPatch):
+    """RoPE makes float32 queries beside bfloat16 values: under autocast all three are handed over in its dtype."""
+    handed: list[Tensor] = []
+    monkeypatch.setattr(flex_attention, "_flex", lambda kind: lambda *given, **_: handed.extend(given) or given[2])
+    tree = layout((30, (20, 9)))
+    made, _ = inputs(CALL, length_of(tree))
+    with torch.autocast("cpu", torch.bfloat16):
+        flex_tree_attention(nn.Identity(), made[0], made[1], made[2].bfloat16(), None, tree=tree)
+    assert [given.dtype for given in handed] == [torch.bfloat16] * 3
+
+
+def test_dropout_and_rows_without_a_tree_are_sdpas():
+    """What FlexAttention has not, dropout and masks of padding, is computed as without it, draw for draw."""
+    tree = layout((30, (20, 9)))
+    made, _ = inputs(CALL, length_of(tree))
+    for options in ({"tree": tree, "dropout": 0.5}, {"softcap": 3.0}, {}):
+        torch.manual_seed(0)
+        found, _ = flex_tree_attention(nn.Identity(), *made, None, **options)
+        torch.manual_seed(0)
+        assert torch.equal(found, tree_attention(nn.Identity(), *made, None, **options)[0])
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+KINDS = {"llama": 1, "qwen2": 2, "mistral": 1, "gemma2": 2, "gemma3": 2, "gpt-oss": 2, "cohere": 1}
+
+
+@pytest.mark.parametrize(("kind", "windows"), KINDS.items())
+@pytest.mark.parametrize("how", ["tree", "packed"])
+def test_models_give_the_same_with_one_block_mask_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, windows: int, how: Any
+):
+    """Windows, softcaps and sinks of real models: flex ≡ SDPA. Layers and further passes find the masks made before."""
+    loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
+    batch = collate(examples(20), how)
+    made = []
+    monkeypatch.setattr(flex_attention, "_block_mask", count(flex_attention._block_mask, made))
+    with torch.no_grad():
+        expected = loaded.policy(batch).logp
+        loaded.model.set_attn_implementation(flex_attention.NAME)
+        found = loaded.policy(batch).logp
+        assert len(made) == windows
+        again = loaded.policy(batch.to("cpu")).logp
+    assert len(made) == windows
+    assert torch.equal(found, again)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def count(function: Any, calls: list[Any]) -> Any:
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return function(*args)
+
+    return counted
+
+
+def dense_flex(
+    query: Tensor, key: Tensor, value: Tensor, *, score_mod: Any, block_mask: Any, scale: Any, enable_gqa: bool,
+    return_aux: Any,
+) -> Any:  # fmt: skip
+    """What `torch.nn.attention.flex_attention` is defined to compute, with the backward it lacks on a CPU."""
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa == (groups > 1)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    none = torch.zeros(())
+    scores = scores if score_mod is None else score_mod(scores, none, none, none, none)
+    length = query.shape[2]
+    scores = scores.masked_fill(~create_mask(block_mask.mask_mod, 1, 1, length, length, "cpu"), -torch.inf)
+    out = scores.softmax(-1) @ value
+    return out if return_aux is None else (out, AuxOutput(lse=scores.logsumexp(-1)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("adapters", [[], ["lora={rank=4}"]], ids=["whole", "lora"])
+def test_gradients_through_checkpoints_and_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, adapters: list[str]
+):
+    """Recomputed layers find the same block masks, sinks get their gradient: flex ≡ SDPA under checkpointing."""
+    monkeypatch.setattr(flex_attention, "_flex", lambda device: dense_flex)
+    made = []
+    monkeypatch.setattr(flex_attention, "_block_mask", count(flex_attention._block_mask, made))
+    folder, found = save_model(kind, tmp_path), []
+    for name in (flex_attention.NAME, None):
+        torch.manual_seed(0)
+        loaded = load_model(config_for(folder, "train.checkpointing=true", *adapters), CPU)
+        if name is not None:
+            loaded.model.set_attn_implementation(name)
+        loaded.policy.train()
+        loaded.policy(collate(examples(12), "tree")).logp.sum().backward()
+        found.append({n: p.grad for n, p in loaded.policy.named_parameters() if p.grad is not None})
+    assert len(made) == KINDS[kind]
+    assert found[0].keys() == found[1].keys()
+    assert adapters or kind != "gpt-oss" or any("sinks" in name for name in found[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_one_kernel_for_all_lengths_and_windows(monkeypatch: pytest.MonkeyPatch):
+    """What is handed to the compiler is compiled once, whatever the row's length, its trees and the window."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(torch_flex, backend=counter, dynamic=True)
+    monkeypatch.setattr(flex_attention, "_flex", lambda device: compiled)
+    call = replace(CALL, softcap=3.0, kv_heads=2)
+    for size in (140, 300, 201, 77, 512, 1000):
+        for window in (None, 50, 128):
+            tree = layout((size, (size // 2, size // 3)), (9, (128, 7)))
+            made, options = inputs(replace(call, window=window), length_of(tree))
+            with torch.no_grad():
+                found, _ = flex_tree_attention(nn.Identity(), *made, None, tree=tree, **options)
+                expected, _ = tree_attention(nn.Identity(), *made, None, tree=tree, **options)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+# --- which attention is taken ----------------------------------------------------------------------------------------
+
+DROPS = replace(CALL, dropout=0.1)
+CHOICES = [  # wanted, device, layout, calls → tried, and whether a reason is told
+    ("auto", "cuda", "tree", [CALL], True, False),
+    ("flex", "cuda", "packed", [CALL], True, False),
+    ("sdpa", "cuda", "tree", [CALL], False, False),
+    ("auto", "cpu", "tree", [CALL], False, False),
+    ("auto", "mps", "tree", [CALL], False, False),
+    ("auto", "cuda", "padded", [], False, False),
+    ("auto", "cuda", "tree", [CALL, DROPS], False, True),
+]
+
+
+@pytest.mark.parametrize(("wanted", "device", "how", "calls", "tried", "told"), CHOICES)
+def test_auto_takes_flex_on_gpus(
+    wanted: Any, device: str, how: Any, calls: list[LayerCall], tried: bool, told: bool
+) -> None:
+    found, why = wants_flex(wanted, device, how, None, calls)
+    assert (found, why is not None) == (tried, told)
+
+
+@pytest.mark.parametrize(
+    ("device", "how", "calls", "said"),
+    [
+        ("cpu", "tree", [CALL], "this is a cpu device"),
+        ("cuda", "padded", [], r"tree and packed rows only \(state-space\)"),
+        ("cuda", "tree", [DROPS], "no dropout"),
+    ],
+)
+def test_flex_that_cannot_be_had_is_refused(device: str, how: Any, calls: list[LayerCall], said: str):
+    with pytest.raises(UserError, match=f'model.attention = "flex": .*{said}'):
+        wants_flex("flex", device, how, "state-space", calls)
+
+
+def test_flex_is_refused_on_a_cpu_before_training(tmp_path: Path):
+    with pytest.raises(UserError, match="GPUs only"):
+        load_model(config_for(save_model("llama", tmp_path), "model.attention=flex"), CPU)
+
+
+def test_the_layers_tell_what_they_ask_for(tmp_path: Path):
+    """Dropout counts as in training, and the model is left in the mode it was in."""
+    loaded = load_model(config_for(save_model("gpt2", tmp_path)), CPU)
+    assert [call.dropout for call in layers_reached(loaded.policy.backbone)] == [0.1, 0.1]
+    assert not loaded.policy.backbone.training
+    loaded = load_model(config_for(save_model("gpt-oss", tmp_path)), CPU)
+    calls = layers_reached(loaded.policy.backbone)
+    assert [(call.window, call.sinks, call.kv_heads) for call in calls] == [(4, True, 2), (None, True, 2)]
+
+
+# --- on a card -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", [replace(c, width=64, value_width=64) for c in CALLS.values()], ids=CALLS)
+def test_both_ways_equal_sdpa_on_a_card(call: LayerCall, dtype: torch.dtype):
+    """Outputs and gradients of the compiled kernels, for all that a layer may ask for."""
+    assert flex_attention.fault([call], dtype, torch.device("cuda")) is None
+
+
+@pytest.mark.gpu
+def test_lengths_do_not_compile_again():
+    """Two kernels, with gradient and without, serve rows of every length and window."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    call = replace(CALL, width=64, value_width=64)
+    compiled = []
+    for size in (140, 300, 201, 77, 512, 1000):
+        for window in (None, 50):
+            tree = layout((size, (size // 2, size // 3)), (9, (128, 7)))
+            made, options = inputs(call, length_of(tree))
+            query, key, value = (x.to("cuda", torch.bfloat16).requires_grad_() for x in made)
+            options["sliding_window"] = window
+            with torch.no_grad():
+                flex_tree_attention(nn.Identity(), query, key, value, None, tree=tree, **options)
+            out, _ = flex_tree_attention(nn.Identity(), query, key, value, None, tree=tree, **options)
+            out.sum().backward()
+            compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[-1] == compiled[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+@pytest.mark.parametrize("adapters", [[], ["lora={rank=4}"]])
+def test_a_model_trains_the_same_on_a_card(tmp_path: Path, checkpointing: str, adapters: list[str]):
+    """Checkpointed or not, with adapters or whole: gradients of flex ≡ those of SDPA."""
+    folder = save_model("llama-wide", tmp_path)
+    told = [f"train.checkpointing={checkpointing}", "model.dtype=float32", *adapters]
+    found = []
+    for name in ("flex", "sdpa"):
+        torch.manual_seed(0)
+        loaded = load_model(config_for(folder, *told, f"model.attention={name}"), torch.device("cuda"))
+        batch: PreferenceBatch = collate(examples(30), "tree").to("cuda")
+        loaded.policy.train()
+        loaded.policy(batch).logp.sum().backward()
+        found.append({n: p.grad for n, p in loaded.policy.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-3)
