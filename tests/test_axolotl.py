@@ -237,7 +237,7 @@ PENDING = {
     "{adapter: qlora, load_in_4bit: true}": ("model", "quantization", "nf4"),
     "{adapter: lora, load_in_8bit: true}": ("model", "quantization", "int8"),
     "{adapter: lora, peft: {backend: bnb, weight_dtype: nf4}}": ("model", "quantization", "nf4"),
-    "liger_rope: true": ("model", "liger", True),
+    "liger_rope: true": ("model", "liger", "auto"),
     "optimizer: adamw_bnb_8bit": ("train", "optimizer", "adamw_8bit"),
     "optimizer: paged_adamw_8bit": ("train", "optimizer", "paged_adamw_8bit"),
     "precompute_ref_log_probs: true": ("reference", "mode", "precompute"),

@@ -40,7 +40,7 @@ LIGER = (
 def liger(config: Axolotl) -> Made:
     fields = tuple(field for field in LIGER if config.on(field))
     if fields:
-        yield Setting(dotted("model.liger"), True, fields)
+        yield Setting(dotted("model.liger"), "auto", fields)
 
 
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save", "peft_use_dora", "peft_use_rslora")
