@@ -163,10 +163,12 @@ def make_trainer(run: Run, root: Path) -> Any:
     targets = "all-linear" if not run.lora_head else ["q_proj", "down_proj", "lm_head"]
     adapters = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     options: dict[str, Any] = {"peft_config": adapters} if run.lora else {}
+    model = make_model(run.kind, root)
+    torch.manual_seed(0)  # for the adapters
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = trainer_class(
-            model=make_model(run.kind, root),
+            model=model,
             args=make_settings(**settings),
             train_dataset=dataset(run),
             eval_dataset=dataset(run, seed=1) if run.evaluate else None,
@@ -180,7 +182,6 @@ def make_trainer(run: Run, root: Path) -> Any:
 
 def train(run: Run, root: Path) -> Trained:
     """Train as TRL is now, patched or not."""
-    torch.manual_seed(0)
     trainer = make_trainer(run, root)
     with torch.no_grad():  # away from the reference, where rounding decides whose reward is higher
         for name, parameter in trainer.model.named_parameters():

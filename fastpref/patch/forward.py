@@ -21,8 +21,10 @@ from fastpref.patch.report import Tally
 from fastpref.patch.states import States, later_states, packed_states, padded_states, router_loss
 from fastpref.patch.trees import IGNORED, Packed, later_completions, later_padding, pack, read_rows
 
-_KNOWN = {"input_ids", "attention_mask", "labels", "use_cache", "return_dict", "fused_lm_head", "output_router_logits"}
-METRICS = ("entropy", "mean_logit", "is_top1")
+_KNOWN = {  # keywords of a call that mean nothing for the body, or are handled here
+    "input_ids", "attention_mask", "labels", "use_cache", "return_dict", "fused_lm_head", "output_router_logits",
+    "output_hidden_states", "logits_to_keep",
+}  # fmt: skip
 
 
 @dataclass
@@ -33,9 +35,9 @@ class Scope:
     plans: list[tuple[Any, Plan]]  # of the models it calls
     tally: Tally
     fused_output: Callable[..., Any] | None = None  # TRL's FusedCausalLMOutput, if it has one
-    labels: Callable[[Tensor], Tensor | None] | None = None  # of a batch whose call carries none
+    labels: Callable[[Tensor, Tensor], Tensor | None] | None = None  # of a batch and its mask whose call has none
     outputs: tuple[str, ...] = ()  # what the next pass of the policy is asked for beside log-probabilities
-    row_means: bool = False  # the mean of the logits over whole rows is logged
+    row_means: bool = False  # of the next pass of the policy the logits' mean over whole rows is logged
     keep_next: bool = False  # other completions of the next pass's prompts come after it
     kept: tuple[Packed, States, Any] | None = None
     later_ids: Tensor | None = None  # the batch that holds those
@@ -73,29 +75,33 @@ class _Forward:
         if len(args) == 1:
             call["input_ids"] = args[0]
         input_ids, fused = call.get("input_ids"), bool(call.get("fused_lm_head"))
-        labels = self._labels(call, fused)
-        if len(args) > 1 or input_ids is None or labels is None or (fused and self.scope.fused_output is None):
+        if len(args) > 1 or input_ids is None:
+            return self.original(*args, **kwargs)
+        mask = call.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        labels = self._labels(call, input_ids, mask, fused)
+        if labels is None or (fused and self.scope.fused_output is None):
             return self.original(*args, **kwargs)
         scope = self.scope
         if scope.stash is not None and scope.stash[0] is input_ids:
             found, scope.stash = scope.stash[1], None
             return found
-        mask = call.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
         extra = {name: value for name, value in call.items() if name not in _KNOWN and value is not None}
         routed = bool(call.get("output_router_logits")) or getattr(self.model.config, "output_router_logits", False)
         if routed:
             extra["output_router_logits"] = True
         with scope.trainer.accelerator.autocast():
             states = self._states(input_ids, mask, labels, extra)
-            answer = self._fused if fused else self._logits
-            return answer(states, input_ids, mask, labels, routed)
+            aux_loss = router_loss(self.model, states, mask) if routed else None
+            if fused:
+                return self._fused(states, input_ids, labels, aux_loss)
+            return self._logits(states, input_ids, labels, aux_loss, int(call.get("logits_to_keep") or 0))
 
-    def _labels(self, call: dict[str, Any], fused: bool) -> Tensor | None:
+    def _labels(self, call: dict[str, Any], input_ids: Tensor, mask: Tensor, fused: bool) -> Tensor | None:
         if fused:
             return None if call.get("shift_labels") is not None else call.get("labels")
         find = self.scope.labels
-        return None if find is None or call.get("input_ids") is None else find(call["input_ids"])
+        return None if find is None else find(input_ids, mask)
 
     # --- the body -----------------------------------------------------------------------------------------------
 
@@ -120,7 +126,7 @@ class _Forward:
         if packed is None:
             scope.tally.computed(input_ids.numel(), input_ids.numel())
             return padded_states(plan.backbone, plan.head, input_ids, attention_mask=mask, **extra)
-        keep = scope.keep_next or scope.row_means
+        keep = not later and (scope.keep_next or scope.row_means)
         states, kept = packed_states(plan.backbone, plan.head, packed, keep=keep, **extra)
         scope.tally.computed(input_ids.numel(), packed.tokens)
         if kept is not None:
@@ -129,7 +135,7 @@ class _Forward:
 
     # --- the head -----------------------------------------------------------------------------------------------
 
-    def _fused(self, states: States, input_ids: Tensor, mask: Tensor, labels: Tensor, routed: bool) -> Any:
+    def _fused(self, states: States, input_ids: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Any:
         """What TRL's fused head returns: [B, T − 1], zero where there is no label."""
         scope, outputs = self.scope, ()
         if scope.later_ids is not input_ids:
@@ -147,9 +153,7 @@ class _Forward:
         log_probs = spread(tokens.logp)
         assert log_probs is not None
         loss = -log_probs.sum() / kept.sum().clamp(min=1)
-        aux_loss = None
-        if routed:
-            aux_loss = router_loss(self.model, states, mask)
+        if aux_loss is not None:
             loss = loss + getattr(self.model.config, "router_aux_loss_coef", 0.0) * aux_loss
         assert scope.fused_output is not None
         return scope.fused_output(
@@ -163,11 +167,14 @@ class _Forward:
             aux_loss=aux_loss,
         )
 
-    def _logits(self, states: States, input_ids: Tensor, mask: Tensor, labels: Tensor, routed: bool) -> Any:
-        scope = self.scope
-        means = self._row_means(states, input_ids) if scope.row_means else None
-        aux_loss = router_loss(self.model, states, mask) if routed else None
-        outputs, scope.outputs = scope.outputs, ()
+    def _logits(
+        self, states: States, input_ids: Tensor, labels: Tensor, aux_loss: Tensor | None, logits_to_keep: int
+    ) -> Any:
+        scope, outputs, row_states = self.scope, (), None
+        if scope.later_ids is not input_ids:
+            outputs, scope.outputs = scope.outputs, ()
+            if scope.row_means:
+                scope.row_means, row_states = False, self._row_states(states, input_ids)
         autocast, head = scope.trainer.accelerator.autocast, scope.tally.head
 
         @contextmanager
@@ -175,22 +182,26 @@ class _Forward:
             with autocast(), head(places, scored):
                 yield
 
-        scores = Scores(states, input_ids, labels != IGNORED, means, outputs, around)
+        scores = Scores(states, input_ids, labels != IGNORED, outputs, around, row_states)
         at = torch.arange(input_ids.numel(), device=states.hidden.device).view(input_ids.shape)
-        logits: Any = Logits(scores, at)
         scope.tally.logits(at.numel(), states.head.vocabulary)
+        logits: Any = Logits(scores, at[:, -logits_to_keep:])
         return MoeCausalLMOutputWithPast(logits=logits, aux_loss=aux_loss)  # pyright: ignore[reportArgumentType]
 
-    def _row_means(self, states: States, input_ids: Tensor) -> Tensor:
-        """[B, T], padding included: its tokens are computed after the others, without gradient."""
-        scope = self.scope
-        if scope.kept is not None:
-            packed, _, kept = scope.kept
-            scope.kept = None
+    def _row_states(self, states: States, input_ids: Tensor) -> Callable[[], States]:
+        """States with padding, whose tokens are computed after the others if they are asked for."""
+        scope, plan, before = self.scope, self.plan, self.scope.kept
+        scope.kept = None
+
+        def with_padding() -> States:
+            if before is None:  # padded rows
+                return states
+            packed, _, kept = before
             later = later_padding(packed, input_ids)
-            if later is not None:
-                plan = self.plan
-                assert plan.backbone is not None
-                scope.tally.computed(0, later.input_ids.numel())
-                return later_states(plan.backbone, states, kept, later, eager=plan.was == "eager").mean_logits()
-        return states.mean_logits()
+            if later is None:
+                return states
+            assert plan.backbone is not None
+            scope.tally.computed(0, later.input_ids.numel())
+            return later_states(plan.backbone, states, kept, later, eager=plan.was == "eager")
+
+        return with_padding

@@ -3,7 +3,7 @@
 TRL's trainers that call a model for its logits cut them, and then take log-probabilities of the labels, a mean, an
 entropy, an argmax. A `Logits` knows which places of the padded batch it stands for; cutting it cuts those places, and
 what is asked of them in the end comes from one walk over the vocabulary. Whatever else is asked of it gets the real
-logits of its places, so that nothing TRL does with them can be wrong.
+logits of its places.
 """
 
 import math
@@ -17,8 +17,6 @@ from torch import Tensor
 
 from fastpref.patch.states import States
 
-_OUTPUTS = ("entropy", "mean_logit", "is_top1")
-
 
 class Scores:
     """What the head says about a padded batch, computed once for every place that is asked for."""
@@ -28,16 +26,17 @@ class Scores:
         states: States,
         input_ids: Tensor,  # [B, T]
         wanted: Tensor,  # [B, T] bool: tokens whose log-probability the loss reads
-        mean_logits: Tensor | None,  # [B, T], if the mean over whole rows is logged
         outputs: tuple[str, ...],
         around: Callable[[int, int], AbstractContextManager[None]],
+        row_states: Callable[[], States] | None,
     ):
-        """`around` is entered with the places of the batch and the tokens that are scored while the head is used."""
-        self.states, self.outputs, self._around = states, outputs, around
+        """`outputs` are asked for beside the log-probabilities. `around` is entered with the places of the batch and
+        the number that is scored while the head is used. `row_states` finds states of padding too."""
+        self.states, self.outputs, self._around, self._row_states = states, outputs, around, row_states
+        self._row_means: Tensor | None = None
         # Everything is kept at the place that predicts it: the place before a token's own.
         self.next_ids = torch.roll(input_ids, -1, 1).to(states.hidden.device)  # [B, T]
         self.wanted = _before(wanted.to(states.hidden.device))
-        self.mean_logits = mean_logits
         self.have = torch.zeros_like(self.wanted)
         self.table = states.hidden.new_zeros(self.have.shape, dtype=torch.float32)
         self.extra: dict[str, Tensor] = {}
@@ -56,6 +55,24 @@ class Scores:
                 self.extra[name] = self.extra.get(name, empty).masked_scatter(missing, found)
             self.have = self.have | missing
         return self.table
+
+    def mean_logits(self) -> Tensor:
+        """[B, T] where there are tokens: the mean over the vocabulary."""
+        with self._around(0, 0):
+            return self.states.mean_logits()
+
+    @property
+    def knows_padding(self) -> bool:
+        return self._row_states is not None or self._row_means is not None
+
+    def row_means(self) -> Tensor:
+        """[B, T] with padding, without gradient."""
+        if self._row_means is None:
+            with torch.no_grad(), self._around(0, 0):
+                states = self.states if self._row_states is None else self._row_states()
+                self._row_means = states.mean_logits()
+            self._row_states = None
+        return self._row_means
 
 
 def _before(mask: Tensor) -> Tensor:
@@ -120,6 +137,11 @@ class Logits:
             keys = keys[:-1]
         return self._at(self.at[tuple(keys)].clone() if keys else self.at)
 
+    def index_select(self, dim: int, index: Tensor) -> Any:
+        if dim in (-1, self.dim() - 1):
+            return self.materialize().index_select(dim, index)
+        return self._at(self.at.index_select(dim, index.to(self.at.device)))
+
     def chunk(self, chunks: int, dim: int = 0) -> Any:
         if dim in (-1, self.dim() - 1):
             return self.materialize().chunk(chunks, dim)
@@ -150,7 +172,7 @@ class Logits:
     # --- asking -------------------------------------------------------------------------------------------------
 
     def materialize(self) -> Tensor:
-        """The real logits [*places, V], by the model's own head."""
+        """The real logits [*places, V], by the model's own head; at padding those of some token."""
         states = self.scores.states
         hidden = states.hidden[states.place.flatten()[self.at]]
         settings = states.head.settings
@@ -160,15 +182,19 @@ class Logits:
         return logits if self.with_grad else logits.detach()
 
     def mean(self, dim: Any = None, **options: Any) -> Tensor:
-        """Over everything, or over the vocabulary, without gradient."""
-        table = self.scores.mean_logits
-        if table is None and "mean_logit" in self.scores.outputs and dim in (-1, self.dim() - 1):
-            self.scores.logp(self.scores.wanted)
-            table = self.scores.extra["mean_logit"]
-        if self.requires_grad or options or table is None or dim not in (None, -1, self.dim() - 1):
+        """Over everything, or over the vocabulary."""
+        exact = self.scores.states.head.settings.softcap is None or not self.requires_grad
+        if options or dim not in (None, -1, self.dim() - 1) or not exact:
             return self.materialize().mean(dim, **options)
+        # Over everything padding may be among it; over the vocabulary it is left out afterwards.
+        whole_rows = dim is None and not self.requires_grad and self.scores.knows_padding
+        table = self.scores.row_means() if whole_rows else self.scores.mean_logits()
         found = table.flatten()[self.at]
         return found.mean() if dim is None else found
+
+    def nansum(self) -> Tensor:
+        """Over everything, without gradient: TRL logs it."""
+        return self.scores.row_means().flatten()[self.at].nansum() * self.shape[-1]
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
         """The next token's id where it is the likeliest one and wanted, −1 elsewhere: for comparing with labels."""
@@ -209,6 +235,8 @@ class Logits:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """torch's functions: the mean cross-entropy is known, any other gets the real logits."""
         kwargs = dict(kwargs or {})
+        if func is torch.flatten and len(args) == 1 and kwargs == {"end_dim": args[0].dim() - 2}:
+            return args[0].view(-1, args[0].shape[-1])
         if func is F.cross_entropy and isinstance(args[0], Logits) and args[0].at.dim() == 1:
             plain = {"weight": None, "size_average": None, "reduce": None, "reduction": "mean", "label_smoothing": 0.0}
             others = {name: kwargs[name] for name in plain if name in kwargs}
@@ -222,6 +250,20 @@ class Logits:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
         return getattr(self.materialize(), name)
+
+
+def _arithmetic(name: str) -> None:
+    def operate(self: Logits, *others: Any) -> Any:
+        others = tuple(o.materialize() if isinstance(o, Logits) else o for o in others)
+        return getattr(self.materialize(), name)(*others)
+
+    setattr(Logits, name, operate)
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    _arithmetic(f"__{_name}__")
+    _arithmetic(f"__r{_name}__")
+_arithmetic("__neg__")
 
 
 def understanding(function: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:

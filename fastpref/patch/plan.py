@@ -99,7 +99,7 @@ def _give_trees(model: PreTrainedModel, backbone: nn.Module) -> tuple[str | None
     except ValueError as error:
         calls, why = [], f"{model.config.model_type} models keep their attention: {error}"
     if why is not None:
-        if model.config._attn_implementation != was:
+        if was is not None and model.config._attn_implementation != was:
             model.set_attn_implementation(was)
         return why, None
     device = next(model.parameters()).device

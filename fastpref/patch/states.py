@@ -28,10 +28,9 @@ class States:
         """Log-probabilities of `targets` [N], the tokens that follow the places of `where` [B, T] bool."""
         return self.head(self.hidden, self.place[where], targets, outputs)
 
-    @torch.no_grad()
     def mean_logits(self) -> Tensor:
         """The mean of the logits over the vocabulary at every place of the batch: [B, T] float32."""
-        return _mean_logits(self.hidden.detach(), self.head)[self.place]
+        return _mean_logits(self.hidden, self.head)[self.place]
 
 
 def padded_states(backbone: nn.Module, head: Head, input_ids: Tensor, **options: Any) -> States:
@@ -85,7 +84,10 @@ def router_loss(
 
 
 def _mean_logits(hidden: Tensor, head: Head) -> Tensor:
-    """[M]: without a softcap the mean of the logits is a product with the mean of the head's rows."""
+    """[M]: without a softcap the mean of the logits is a product with the mean of the head's rows.
+
+    With one there is no gradient.
+    """
     settings = head.settings
     weight, bias = head.weight_and_bias(hidden.dtype)
     base = weight.base if isinstance(weight, LoraWeight) else weight

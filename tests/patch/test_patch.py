@@ -80,7 +80,6 @@ def test_with_restores_after_an_error() -> None:
     """A patch is a context manager, whatever happens inside."""
     before = attributes()
     with pytest.raises(ZeroDivisionError), fastpref.patch(trl):
-        assert differing(before, attributes())
         raise ZeroDivisionError
     assert differing(before, attributes()) == set()
 
