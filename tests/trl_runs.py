@@ -131,7 +131,7 @@ class Trained:
     trainer: Any
 
 
-def make_trainer(run: Run, root: Path) -> Any:
+def make_trainer(run: Run, root: Path, adapters: peft.PeftConfig | None = None) -> Any:
     trainer_class = find_trainer(trl, f"{run.trainer}Trainer")
     module = inspect.getmodule(trainer_class)
     make_settings = getattr(module, f"{run.trainer}Config")
@@ -161,7 +161,7 @@ def make_trainer(run: Run, root: Path) -> Any:
     }
     settings = {name: value for name, value in settings.items() if name in known}
     targets = "all-linear" if not run.lora_head else ["q_proj", "down_proj", "lm_head"]
-    adapters = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+    adapters = adapters or peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
     options: dict[str, Any] = {"peft_config": adapters} if run.lora else {}
     model = make_model(run.kind, root)
     torch.manual_seed(0)  # for the adapters

@@ -4,17 +4,21 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import trl
-from trl_runs import Run, make_trainer, numbers, train, unpatched
+from transformers import LlavaConfig, LlavaForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from trl_runs import Run, make_model, make_trainer, numbers, train, unpatched
 
 import fastpref
 from fastpref.errors import UserError
+from fastpref.patch.plan import make_plan
 from fastpref.patch.trainers import HOMES, find_trainer
 
 TRAINERS = [trainer for name in HOMES if (trainer := find_trainer(trl, name)) is not None]
@@ -120,16 +124,19 @@ def test_an_unpatched_model_is_itself_again(root: Path) -> None:
 
 def test_an_unknown_trl_is_refused_by_name() -> None:
     """Its version, what is not recognised and the versions known are named, and nothing is exchanged."""
-    strange = ModuleType("trl")
+    strange, home = ModuleType("trl"), ModuleType("trl.trainer.dpo_trainer")
     strange.__version__ = "7.3"  # pyright: ignore[reportAttributeAccessIssue]
-    strange.__path__ = []
+    vars(home)["DPOTrainer"] = type("DPOTrainer", (), {"__module__": home.__name__, "compute_loss": lambda self: 0})
     before = attributes()
-    held = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "trl" or name.startswith("trl.")}
+    held = {name: module for name, module in sys.modules.items() if name == "trl" or name.startswith("trl.")}
+    for name in held:
+        del sys.modules[name]
+    sys.modules |= {"trl": strange, "trl.trainer": ModuleType("trl.trainer"), home.__name__: home}
     try:
         with pytest.raises(UserError, match=r"trl 7\.3 is not known here: its DPOTrainer .* known are TRL 0\.24 to"):
             fastpref.patch(strange)
     finally:
-        sys.modules.update(held)
+        sys.modules |= held
     assert differing(before, attributes()) == set()
     with pytest.raises(UserError, match="takes the module trl"):
         fastpref.patch(fastpref)
@@ -146,6 +153,45 @@ def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplo
     (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
     assert "MambaForCausalLM" in said
     assert "rows stay padded" in said
+
+
+def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows with virtual tokens take TRL's path, said once by name, with TRL's numbers."""
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    losses = []
+    for patched in (False, True):
+        with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl) if patched else nullcontext():
+            trainer = make_trainer(SHORT, root, prompts)
+            batch = next(iter(trainer.get_train_dataloader()))
+            losses += [trainer.compute_loss(trainer.model, batch).item() for _ in range(2)]
+    assert losses == [losses[0]] * 4
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
+    assert "DPOTrainer with LlamaForCausalLM: PROMPT_TUNING is prompt learning" in said.replace("PeftType.", "")
+    assert "TRL's own path is taken" in said
+
+
+def test_models_that_are_left_to_trl(root: Path) -> None:
+    """Encoder-decoders, models of images and text, and modules that are no transformers model are refused by name."""
+    trainer = SimpleNamespace(args=SimpleNamespace())
+    small: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    t5 = T5ForConditionalGeneration(T5Config(**small))
+    assert "t5 is an encoder-decoder" in str(make_plan(trainer, t5, sharing=True).refused)
+    text: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "model_type": "llama"}
+    vision: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
+    llava = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+    assert "llava models take images" in str(make_plan(trainer, llava, sharing=True).refused)
+    assert "Linear is no transformers model" in str(make_plan(trainer, torch.nn.Linear(2, 2), sharing=True).refused)
+    llama = make_model("llama", root)
+    compiled = SimpleNamespace(args=SimpleNamespace(torch_compile=True))
+    assert "torch.compile" in str(make_plan(compiled, llama, sharing=True).refused)
+    assert make_plan(trainer, llama, sharing=True).refused is None
 
 
 def test_a_script_runs_patched(tmp_path: Path) -> None:
