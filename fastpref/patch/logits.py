@@ -34,19 +34,22 @@ class Scores:
         the number that is scored while the head is used. `row_states` finds states of padding too."""
         self.states, self.outputs, self._around, self._row_states = states, outputs, around, row_states
         self._row_means: Tensor | None = None
+        self._with_grad = torch.is_grad_enabled()
         # Everything is kept at the place that predicts it: the place before a token's own.
         self.next_ids = torch.roll(input_ids, -1, 1).to(states.hidden.device)  # [B, T]
         self.wanted = _before(wanted.to(states.hidden.device))
         self.have = torch.zeros_like(self.wanted)
         self.table = states.hidden.new_zeros(self.have.shape, dtype=torch.float32)
         self.extra: dict[str, Tensor] = {}
+        if not self._with_grad:  # a reference's adapters are off at this moment only
+            self.logp(self.wanted)
 
     def logp(self, where: Tensor) -> Tensor:
         """[B, T] log-probability of the next token, where `where` or the wanted places are; 0 elsewhere."""
         missing = (where | self.wanted) & ~self.have
         if bool(missing.any()):
             targets = self.next_ids[missing]
-            with self._around(self.have.numel(), len(targets)):
+            with torch.set_grad_enabled(self._with_grad), self._around(self.have.numel(), len(targets)):
                 tokens = self.states.score(missing, targets, self.outputs)
             self.table = self.table.masked_scatter(missing, tokens.logp.to(self.table.dtype))
             for name in self.outputs:
@@ -58,7 +61,7 @@ class Scores:
 
     def mean_logits(self) -> Tensor:
         """[B, T] where there are tokens: the mean over the vocabulary."""
-        with self._around(0, 0):
+        with torch.set_grad_enabled(self._with_grad), self._around(0, 0):
             return self.states.mean_logits()
 
     @property

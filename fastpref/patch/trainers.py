@@ -68,7 +68,13 @@ def find_changes(trl: ModuleType, patch: "Patch") -> list[Change]:
     """What has to be exchanged in this TRL. Raises UserError for one that is not known."""
     found: list[Change] = []
     for name in HOMES:
-        trainer = find_trainer(trl, name)
+        try:
+            trainer = find_trainer(trl, name)
+        except ImportError as error:
+            if name in _EVERYWHERE:
+                raise UserError(f"trl {_version(trl)}: its {name} cannot be imported: {error}") from error
+            patch.say(name, f"it cannot be imported: {error}")
+            continue
         if trainer is None and name not in _EVERYWHERE:
             continue
         changes = [] if trainer is None else _changes(patch, trainer)
@@ -82,13 +88,15 @@ def find_changes(trl: ModuleType, patch: "Patch") -> list[Change]:
 
 
 def find_trainer(trl: ModuleType, name: str) -> Any:
-    """The class of this name where this TRL has it, or None."""
+    """The class of this name where this TRL has it, or None. Raises ImportError where its module fails."""
     for home in HOMES[name]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # TRL's about experimental modules, meant for who imports them
                 module = importlib.import_module(f"{trl.__name__}.{home}")
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{trl.__name__}.{home}".startswith(error.name):
+                raise
             continue
         trainer = vars(module).get(name)
         if trainer is not None and trainer.__module__ == module.__name__ and _calls_a_model(trainer):

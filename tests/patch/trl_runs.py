@@ -1,7 +1,9 @@
 """Short runs of TRL's trainers on a very small model with sharp predictions, and everything that they log."""
 
 import inspect
+import json
 import math
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +13,7 @@ from random import Random
 from typing import Any
 
 import peft
+import pytest
 import torch
 import trl
 from datasets import Dataset
@@ -91,17 +94,21 @@ def rows(count: int = 14, seed: int = 0) -> list[dict[str, Any]]:
     return [{"prompt": p, "chosen": text(1, 15), "rejected": text(1, 15)} for p in prompts]
 
 
-def dataset(run: Run, seed: int = 0) -> Dataset:
+def dataset(run: Run, root: Path, seed: int = 0) -> Dataset:
     pairs = rows(seed=seed)
     if run.trainer == "TPO":
-        return Dataset.from_list([row | {"reference": row["chosen"][::-1] + "x"} for row in pairs])
-    if run.trainer != "KTO":
+        pairs = [row | {"reference": row["chosen"][::-1] + "x"} for row in pairs]
+    if run.trainer == "KTO":
+        pairs = [
+            {"prompt": row["prompt"], "completion": row["chosen" if at % 3 else "rejected"], "label": at % 3 != 0}
+            for at, row in enumerate(pairs)
+        ]
+    if not run.precomputed:
         return Dataset.from_list(pairs)
-    single = [
-        {"prompt": row["prompt"], "completion": row["chosen" if at % 3 else "rejected"], "label": at % 3 != 0}
-        for at, row in enumerate(pairs)
-    ]
-    return Dataset.from_list(single)
+    folder = Path(tempfile.mkdtemp(dir=root))  # TRL keeps what it has computed beside a file
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return Dataset.from_json(str(file), cache_dir=str(folder))  # pyright: ignore[reportReturnType]
 
 
 class LeftPadded:
@@ -117,11 +124,24 @@ class LeftPadded:
             if prefix == "prompt_":
                 continue
             missing = (batch[name] == 0).sum(1)
-            for part in ("input_ids", "attention_mask", "completion_mask", "labels"):
-                if prefix + part in batch:
-                    moved = [torch.roll(row, int(n)) for row, n in zip(batch[prefix + part], missing)]
-                    batch[prefix + part] = torch.stack(moved)
+            parts = [prefix + part for part in ("input_ids", "attention_mask", "labels")]
+            for part in [*parts, prefix.removesuffix("completion_") + "completion_mask"]:
+                if part in batch:
+                    batch[part] = torch.stack([torch.roll(row, int(n)) for row, n in zip(batch[part], missing)])
         return batch
+
+
+def fit(run: Run) -> Run:
+    """The run with the losses that this TRL has; skips the test where it has none of them."""
+    trainer = find_trainer(trl, f"{run.trainer}Trainer")
+    if trainer is None:
+        pytest.skip(f"TRL {trl.__version__} has no {run.trainer}Trainer")
+    source = Path(inspect.getfile(trainer)).read_text()
+    losses = [run.loss] if isinstance(run.loss, str) else run.loss or []
+    known = [loss for loss in losses if f'"{loss}"' in source]
+    if losses and not known:
+        pytest.skip(f"TRL {trl.__version__}'s {run.trainer}Trainer has no loss {losses[0]}")
+    return replace(run, loss=known if isinstance(run.loss, list) else run.loss)
 
 
 @dataclass(frozen=True)
@@ -170,8 +190,8 @@ def make_trainer(run: Run, root: Path, adapters: peft.PeftConfig | None = None) 
         trainer = trainer_class(
             model=model,
             args=make_settings(**settings),
-            train_dataset=dataset(run),
-            eval_dataset=dataset(run, seed=1) if run.evaluate else None,
+            train_dataset=dataset(run, root),
+            eval_dataset=dataset(run, root, seed=1) if run.evaluate else None,
             processing_class=tokenizer(),
             **options,
         )
