@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -25,17 +24,6 @@ from pydantic import (
 from fastpref.config_errors import TomlLines, explain
 from fastpref.errors import UserError
 from fastpref.loss_options import CPO, DPO, IPO, KTO, ORPO, NonNegative, Positive, SimPO
-
-
-def _only(built: Any, what: str) -> AfterValidator:
-    """A key of the schema whose other values this version cannot honour; it says so instead of ignoring them."""
-
-    def check(value: Any) -> Any:
-        if value != built:
-            raise ValueError(f"{what} is not in this version yet; leave the key out")
-        return value
-
-    return AfterValidator(check)
 
 
 class _Section(BaseModel):
@@ -64,8 +52,8 @@ class ModelConfig(_Section):
     """Base weights in 4 bits (nf4, its scales quantised too) or 8, with [lora] beside them."""
     attention: Literal["auto", "flex", "sdpa"] = "auto"
     """FlexAttention or SDPA for tree and packed rows; "auto" is flex on a GPU where it can be compiled, else sdpa."""
-    liger: Annotated[bool, _only(False, "liger")] = False
-    """Body kernels of liger-kernel."""
+    liger: Literal["auto"] | bool = "auto"
+    """Norms, RoPE and gated MLPs by liger-kernel; "auto" is on a GPU, for the models that it knows."""
     trust_remote_code: bool = False
     """Whether to run Python code that comes with a model from the hub."""
 
@@ -168,6 +156,10 @@ class ReferenceConfig(_Section):
     mode: Literal["auto", "adapter", "copy", "precompute"] = "auto"
     """Where the reference's log-probabilities come from: the model with its adapters off, a frozen copy, or a pass
     before training whose numbers are kept on disk; "auto" is adapter with [lora] and precompute without."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of a frozen copy's weights; "auto" is the model's own."""
+    quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
+    """A frozen copy's body in 4 bits or 8, or in neither; "auto" is as the model's."""
 
 
 class TrainConfig(_Section):
@@ -264,6 +256,11 @@ class Config(_Section):
         mistakes = []
         if self.reference.mode == "adapter" and self.lora is None:
             mistakes.append('reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"')
+        for key in ("dtype", "quantization"):
+            if getattr(self.reference, key) != "auto" and self.reference.mode != "copy":
+                mistakes.append(
+                    f'reference.{key}: only a frozen copy has one; set reference.mode = "copy", or leave the key out'
+                )
         if self.model.quantization != "none" and self.lora is None:
             mistakes.append(
                 f'model.quantization: "{self.model.quantization}" weights cannot be trained themselves; add a [lora] '

@@ -327,20 +327,23 @@ def recompute_gradients(
     want_hidden, want_weight, want_bias = wanted
     trained = weight.trained if want_weight else None
     cast, columns_trained = weight.dtype != dtype, 0 if trained is None else trained.shape[1]
-    copies = weight.copies + cast + (trained is not None)
+    in_place = trained is not None and trained.dtype == dtype  # summed where it belongs
+    copies = weight.copies + cast + (trained is not None and not in_place)
     buffers = 1 + (transform.softcap is not None)
     tile = plan_tile(hidden, weight.shape[0], budget, buffers=buffers, weight_copies=copies)
-    scratch = _Scratch(hidden, tile, buffers=buffers, cast_weight=cast, trained=columns_trained)
+    scratch = _Scratch(hidden, tile, buffers=buffers, cast_weight=cast, trained=0 if in_place else columns_trained)
     h = hidden.to(dtype)
     factor = grad_logp.to(dtype) * transform.slope / (sum_others + (z_target - maximum).exp())  # [N]
     at_target = factor * sum_others * transform.softcap_slope(z_target)  # [N]
     d_hidden = torch.zeros_like(h) if want_hidden else None
-    d_weight = None if trained is None else torch.empty_like(trained)
+    d_weight = None if trained is None else torch.zeros_like(trained) if in_place else torch.empty_like(trained)
     d_bias = torch.empty_like(bias) if want_bias and bias is not None else None
 
     for a, b in _spans(weight.shape[0], tile.columns):
         w = scratch.weights(weight.rows(a, b))
-        dw = scratch.weight_grads(b - a) if trained is not None else None
+        dw = None
+        if d_weight is not None:
+            dw = d_weight[a:b] if in_place else scratch.weight_grads(b - a)
         db = w.new_zeros(b - a) if d_bias is not None else None
         for r, q in _spans(h.shape[0], tile.rows):
             z = _logits(scratch[0, q - r, b - a], h[r:q], w, None if bias is None else bias[a:b], transform)
@@ -358,7 +361,7 @@ def recompute_gradients(
                 dw.addmm_(d.t(), h[r:q, -columns_trained:])
             if db is not None:
                 db += d.sum(dim=0)
-        if d_weight is not None and dw is not None:
+        if d_weight is not None and dw is not None and not in_place:
             d_weight[a:b] = dw
         if d_bias is not None and db is not None:
             d_bias[a:b] = db

@@ -291,6 +291,13 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
             "8: eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]",
         ],
     ),
+    "a copy's keys without a copy": (
+        '[reference]\ndtype = "bfloat16"\nquantization = "nf4"\n',
+        [
+            '6: reference.dtype: only a frozen copy has one; set reference.mode = "copy", or leave the key out',
+            '7: reference.quantization: only a frozen copy has one; set reference.mode = "copy", or leave the key out',
+        ],
+    ),
     "what is not in this version": (
         '[model.x]\n[[data]]\npath = "e"\n\n\n[reference]\nmode = "frozen"\n'
         '[train]\noptimizer = "lion"\n[output]\nsave_every = 0\n[log]\ntrackers = ["wandbb"]\n',
@@ -342,10 +349,10 @@ WHOLE: dict[str, tuple[str, list[str]]] = {
         [':3: model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or drop the key'],
     ),
     "model keys not in this version": (
-        '[model]\nname = "m"\nquantization = "int4"\nliger = true\nattention = "flash"\n[[data]]\npath = "d"\n',
+        '[model]\nname = "m"\nquantization = "int4"\nliger = "yes"\nattention = "flash"\n[[data]]\npath = "d"\n',
         [
             ":3: model.quantization: must be one of none, nf4, int8, got 'int4' (did you mean 'int8'?)",
-            ":4: model.liger: liger is not in this version yet; leave the key out",
+            ":4: model.liger: must be a valid boolean, or must be one of auto, got 'yes'",
             ":5: model.attention: must be one of auto, flex, sdpa, got 'flash'",
         ],
     ),
@@ -625,7 +632,7 @@ SURFACE = {
     "model.dtype": "auto",
     "model.quantization": "none",
     "model.attention": "auto",
-    "model.liger": False,
+    "model.liger": "auto",
     "model.trust_remote_code": False,
     "lora.rank": 16,
     "lora.alpha": 32.0,
@@ -661,6 +668,8 @@ SURFACE = {
     "tokens.duplicates": "keep",
     "tokens.chat_template": None,
     "reference.mode": "auto",
+    "reference.dtype": "auto",
+    "reference.quantization": "auto",
     "train.learning_rate": None,
     "train.schedule": "cosine",
     "train.warmup": 0.1,

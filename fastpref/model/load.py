@@ -1,6 +1,7 @@
 """Models and tokenizers from a folder or the hub, with adapters, ready for the layouts."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from transformers import (
 from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout
 from fastpref.errors import UserError
-from fastpref.model import attention, flex_attention
+from fastpref.model import attention, flex_attention, liger
 from fastpref.model.files import explained
 from fastpref.model.head import check_logits
 from fastpref.model.policy import Policy
@@ -36,6 +37,7 @@ class Loaded:
     layout: Layout
     why_padded: str | None  # the reason for a layout that was not asked for
     notes: tuple[str, ...] = ()  # what else was decided for this model and device
+    liger: bool = False  # whether its body has liger-kernel's kernels
 
 
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
@@ -63,18 +65,23 @@ def load_model(config: Config, device: torch.device, *, sharded: bool = False) -
     Raises UserError for a model that is not there, is no causal language model, or has no safetensors.
     """
     place = torch.device("cpu") if sharded else device
-    model = _pretrained(config.model, weight_dtype(config, device), place)
+    architecture = model_config(config.model)
+    kernels = liger.wants_kernels(config.model.liger, device.type, architecture)
+    model = pretrained(config.model, architecture, weight_dtype(config, device), place)
     if getattr(model, "is_quantized", False) and config.lora is None:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
-    keep_weights_as_loaded(model)
-    model.config.use_cache = False
     policy = Policy.of(model)
-    model.eval()
     check_logits(model, policy.backbone, policy.head)
     layout, why, calls = choose_layout(config, model, policy)
     notes = _attention(config, model, layout, why, calls, device)
+    if kernels:
+        trial = None if sharded else partial(_precision, config, device)  # what is not there yet cannot be tried
+        must = config.model.liger is True
+        kernels, said = liger.give_kernels(model, policy.backbone, must=must, trial=trial)
+        notes += said
     wrapped = with_adapters(config, model)
-    return Loaded(model, wrapped, Policy.of(model), layout, why, tuple(notes))  # PEFT may have wrapped the head
+    policy = Policy.of(model)  # PEFT may have wrapped the head
+    return Loaded(model, wrapped, policy, layout, why, tuple(notes), kernels)
 
 
 def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -95,6 +102,11 @@ def mixed_precision(config: Config) -> Literal["no", "bf16", "fp16"]:
     return "bf16" if torch.cuda.is_bf16_supported(False) and config.model.dtype != "float16" else "fp16"
 
 
+def _precision(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(config))
+    return nullcontext() if half is None else torch.autocast(device.type, half, cache_enabled=False)
+
+
 def model_config(options: ModelConfig) -> PretrainedConfig:
     """The config.json of a causal language model. Raises UserError where there is none."""
     try:
@@ -112,17 +124,22 @@ def _where(options: ModelConfig) -> dict[str, Any]:
     return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
 
 
-def _pretrained(options: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    config = model_config(options)
+def pretrained(
+    options: ModelConfig, architecture: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model of `[model]` as it will be trained or compared with, for forward passes of whole sequences."""
     try:
         load: dict[str, Any] = _where(options) | {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
         quantization = quantization_config(options.quantization, dtype)
         if quantization is not None:
             load["quantization_config"] = quantization
         make = partial(AutoModelForCausalLM.from_pretrained, options.name, **load)
-        return with_our_attention(lambda **attention: make(config=config, **attention), make)
+        model = with_our_attention(lambda **attention: make(config=architecture, **attention), make)
     except Exception as error:  # missing weights, an unknown architecture, no memory: all end here
         raise UserError(f"model.name = {options.name!r}: cannot be loaded: {explained(options, error)}") from None
+    keep_weights_as_loaded(model)
+    model.config.use_cache = False
+    return model.eval()
 
 
 def with_our_attention(make: Callable[..., PreTrainedModel], plain: Callable[..., PreTrainedModel]) -> PreTrainedModel:

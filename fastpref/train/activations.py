@@ -19,6 +19,7 @@ def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device,
     UserError where activations lie in host memory anyway.
     """
     offload = config.train.offload_activations
+    config = as_loaded(config, loaded)
     if offload and device.type == "cpu":
         raise UserError("train.offload_activations: on a CPU activations are in host memory already; leave the key out")
     layers = max(1, len(decoder_layers(loaded.model)))
@@ -26,6 +27,11 @@ def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device,
     checkpoint_layers(loaded.model, count, saving=in_host_memory(device) if offload else None)
     moved = ", their inputs in host memory" if offload and count else ""
     return [f"activations of {count} of {layers} layers are computed twice{moved}{why}"] if why or moved else []
+
+
+def as_loaded(config: Config, loaded: Loaded) -> Config:
+    """What to count by: whether a model has liger's kernels is found out when it is loaded."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"liger": loaded.liger and "auto"})})
 
 
 def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str]:

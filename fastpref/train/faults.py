@@ -17,7 +17,7 @@ from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.model.checkpointing import all_checkpointed
 from fastpref.model.load import Loaded
-from fastpref.model.reference import precomputes
+from fastpref.model.reference import ModelReference
 from fastpref.train.step import Objective
 
 SKIPS_IN_ROW = 10  # that many steps left out one after the other are no accident
@@ -108,6 +108,9 @@ class Held:
     longest: int  # tokens of the longest example, which cannot be cut further
     device: int | None  # all that there is
     checkpointing: bool  # whether the activations of all layers are computed twice
+    microbatch: tuple[Example, ...] = ()  # the largest one
+    on_cpu: bool = False
+    sharded: bool = False  # by FSDP
 
     @property
     def fixed(self) -> int:
@@ -121,8 +124,8 @@ class Held:
             "the reference's copy": self.reference,
             "the head's workspace": self.workspace,
         }
-        said = ", ".join(f"{name} {_size(count)}" for name, count in parts.items() if count)
-        of = "" if self.device is None else f", of {_size(self.device)} in all"
+        said = ", ".join(f"{name} {in_words(count)}" for name, count in parts.items() if count)
+        of = "" if self.device is None else f", of {in_words(self.device)} in all"
         return f"{said}{of}; beside them the activations of a micro-batch of {self.tokens:,} tokens"
 
 
@@ -138,35 +141,27 @@ def held(
     trained = sum(p.numel() * p.element_size() for p in loaded.model.parameters() if p.requires_grad)
     tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     counted = sum(v.numel() * v.element_size() for v in tensors)
-    asks = objective.reference is not None and not precomputes(config)
-    copied = asks and (config.lora is None or config.reference.mode == "copy")
-    sizes = [len(e.prompt) + sum(map(len, e.completions)) for e in examples]
     parts = plan_microbatches(examples, objective.layout, objective.budget)
+    largest = max(([examples[i] for i in part] for part in parts), key=_tokens, default=[])
     device = objective.device
     return Held(
         weights=weights,
         gradients=trained,
         optimizer=counted or 2 * trained,  # AdamW makes its two moments in the first step
-        reference=weights if copied else 0,
+        reference=objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0,
         workspace=_WORKSPACE,
-        tokens=max((sum(sizes[i] for i in part) for part in parts), default=0),
-        longest=max(sizes, default=0),
+        tokens=_tokens(largest),
+        longest=max((_tokens([example]) for example in examples), default=0),
         device=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _host_memory(),
         checkpointing=all_checkpointed(loaded.model),
+        microbatch=tuple(largest),
+        on_cpu=device.type == "cpu",
+        sharded=objective.processes.sharded,
     )
 
 
-def advice(config: Config, held: Held) -> str:
-    """The override that would most likely make it fit."""
-    if config.lora is None and held.device is not None and held.fixed > 0.7 * held.device:
-        return "lora={}"
-    if held.tokens > held.longest:
-        return f"train.tokens_per_microbatch={max(held.longest, min(config.tokens_per_microbatch, held.tokens) // 2)}"
-    if not held.checkpointing:
-        return "train.checkpointing=true"
-    if config.lora is None:
-        return "lora={}"
-    return f"tokens.max_length={max(2, min(config.tokens.max_length, held.longest) // 2)}"
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.prompt) + sum(map(len, example.completions)) for example in examples)
 
 
 def _host_memory() -> int | None:
@@ -176,5 +171,6 @@ def _host_memory() -> int | None:
         return None
 
 
-def _size(count: int) -> str:
+def in_words(count: int) -> str:
+    """A number of bytes."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

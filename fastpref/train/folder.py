@@ -26,6 +26,7 @@ class RunFolder:
     """config.toml (resolved), metrics.jsonl (a JSON object a row), checkpoints/, final/ (an adapter or a model)."""
 
     path: Path
+    new: bool = False  # it was not there when it was chosen
 
     @classmethod
     def choose(cls, config: Config, name: str, *, force: bool) -> "RunFolder":
@@ -34,7 +35,7 @@ class RunFolder:
         Nothing is written yet. Raises UserError.
         """
         if config.output.dir is None:
-            return cls(next(p for p in default_folders(config, name) if not p.exists()))
+            return cls(next(p for p in default_folders(config, name) if not p.exists()), new=True)
         path = Path(config.output.dir).expanduser()
         if path.exists() and not path.is_dir():
             raise UserError(f"output.dir = {str(path)!r}: a file of that name is in the way")
@@ -47,14 +48,16 @@ class RunFolder:
                 )
             if not is_run:
                 raise UserError(f"output.dir = {str(path)!r}: this is no run's folder, so --force will not empty it")
-        return cls(path)
+        return cls(path, new=not path.exists())
 
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     def create(self, config: Config) -> None:
-        """Begin a run in the folder; what an earlier run saved there goes."""
+        """Begin a run in the folder; what an earlier run saved there goes. Raises UserError."""
+        if self.new and self.metrics.exists():
+            raise UserError(f"{self.path}: another run has begun in this folder meanwhile; start this one again")
         try:
             for old in _OURS:
                 shutil.rmtree(self.path / old, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The training run, from a config to a trained model: evaluate, sample, save, stop, step, log."""
 
+import logging
 import math
 import time
 import warnings
@@ -28,13 +29,15 @@ from fastpref.model.reference import Reference, make_reference, precomputes
 from fastpref.processes import Processes, start_processes
 from fastpref.train import faults, state
 from fastpref.train.activations import checkpoint_activations
+from fastpref.train.advice import advice, step_counter
 from fastpref.train.checkpoint import Checkpoints
 from fastpref.train.faults import Interrupt, NotFinite
 from fastpref.train.folder import RunFolder
+from fastpref.train.lock import RunLock
 from fastpref.train.optimizer import make_optimizer
 from fastpref.train.order import data_order
 from fastpref.train.progress import Display
-from fastpref.train.resume import Resumed, find_checkpoint
+from fastpref.train.resume import Resumed, find_checkpoint, may_change
 from fastpref.train.state import Progress
 from fastpref.train.step import Objective, chunks
 from fastpref.train.trackers import Trackers, require_trackers
@@ -77,8 +80,27 @@ def train(
     folder = resumed.folder if resumed else processes.on_first(
         lambda: RunFolder.choose(config, default_name, force=force)
     )  # fmt: skip
-    set_seed(config.train.seed)
+    lock = RunLock(folder.path)
+    try:
+        if folder.path.exists():
+            processes.on_first(lock.acquire)
+        run = _prepare(config, folder, accelerator, processes, resumed, cache=cache)
+        return run.go(lock)
+    finally:
+        lock.release()
 
+
+def _prepare(
+    config: Config,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    processes: Processes,
+    resumed: Resumed | None,
+    *,
+    cache: bool,
+) -> "_Run":
+    """Load everything, and say what was decided."""
+    set_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
     with accelerator.main_process_first():  # the others find its tokens in the cache
@@ -94,7 +116,7 @@ def train(
         raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
     for note in [*(resumed.notes if resumed else ()), *data.notes, *notes, *run.notes]:
         run.display.note(note)
-    return run.go()
+    return run
 
 
 class _Run:
@@ -185,7 +207,8 @@ class _Run:
         found = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
         self.notes += [*reference.notes, f"reference log-probabilities: {found}{computed:,} completions computed"]
 
-    def go(self) -> RunResult:
+    def go(self, lock: RunLock) -> RunResult:
+        self.processes.on_first(lock.acquire)
         self._open()
         with Interrupt() as interrupt, self.display:
             try:
@@ -335,9 +358,10 @@ class _Run:
         if not faults.is_out_of_memory(error):
             return None
         held = faults.held(self.config, self.loaded, self.optimizer, self.objective, self.batch or self.heldout)
-        override = faults.advice(self.config, held)
-        said = f"out of memory after step {self.progress.step}: {held}. What would most likely fit: {override}"
-        return said, [override] if override.startswith("train.") else []
+        count = step_counter(self.loaded, held.microbatch, self.accelerator.device, sharded=self.processes.sharded)
+        advised = advice(self.config, held, count)
+        said = f"out of memory after step {self.progress.step}: {held}. {advised}"
+        return said, [override for override in advised.overrides if may_change(override.partition("=")[0])]
 
     def _plan(self) -> str:
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
@@ -367,6 +391,7 @@ def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
 
 
 def _quiet_libraries() -> None:
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it says which kernels for other devices are not there
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

@@ -77,6 +77,11 @@ def find_checkpoint(config: Config, name: str, wanted: bool | str | Path, *, for
     return Resumed(checkpoint, read_state(checkpoint), changed, notes)
 
 
+def may_change(key: str) -> bool:
+    """Whether a run can be resumed with another value of a key."""
+    return _matches(key, _FREE + _ROUNDING)
+
+
 def fingerprints(model: str, data: str) -> dict[str, str]:
     return {"the model's weights": model, "the training rows or their tokens": data}
 

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fastpref.config import Config
 from fastpref.data.example import Example, Origin
 from fastpref.loss_options import KTO
 from fastpref.memory import PeakStorage
 from fastpref.model.checkpointing import checkpoint_layers
+from fastpref.model.liger import kernels_not_run, take_kernels, wants_kernels
 from fastpref.model.load import Loaded, choose_layout, model_config, weight_dtype
 from fastpref.model.policy import Policy
-from fastpref.model.reference import Reference, make_reference, precomputes
+from fastpref.model.reference import Reference, copy_config, make_reference, precomputes
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
 from fastpref.train.optimizer import make_optimizer
 from fastpref.train.step import Objective
@@ -71,17 +72,24 @@ def count_step(
     half = torch.float16 if dtype == torch.float16 else torch.bfloat16
     mixed = device.type == "cuda" and config.model.dtype != "float32"
     autocast = partial(torch.autocast, "cpu", dtype=half, cache_enabled=False) if mixed else nullcontext
-    bones = skeleton(config, architecture or model_config(config.model), dtype)
+    architecture = architecture or model_config(config.model)
+    kernels = wants_kernels(config.model.liger, device.type, architecture)
+    bones = skeleton(config, architecture, dtype)
+    beside = _copy(config, bones, architecture)
+    for model in (bones.model, beside) if kernels else ():
+        if model is not None:
+            take_kernels(model)
     saving = _elsewhere if config.train.offload_activations else None
     checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
     count, fake = PeakStorage(), FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, count:
+    sizes_alone = kernels_not_run if kernels else nullcontext
+    with fake, count, sizes_alone():
         loaded = _materialised(config, bones, count)
         with count.labelled("reference"):
-            reference = _reference(config, loaded, autocast)
+            reference = _reference(config, loaded, beside, autocast)
     optimizer = make_optimizer(loaded.policy, config)  # bitsandbytes makes tables of real numbers
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with fake, count:
+    with fake, count, sizes_alone():
         _make_moments(optimizer, parameters, count)
         microbatch = longest_microbatch(config)
         if examples is not None or len(microbatch) >= config.train.batch:
@@ -123,14 +131,30 @@ def _materialised(config: Config, bones: Skeleton, count: PeakStorage) -> Loaded
     return Loaded(model, bones.wrapped, policy, layout, why)
 
 
-def _reference(config: Config, loaded: Loaded, autocast: Callable[..., Any]) -> Reference | None:
+def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig) -> PreTrainedModel | None:
+    """The frozen copy, if it is one that would be loaded by itself."""
+    if not config.loss.uses_reference or config.reference.mode != "copy":
+        return None
+    other = copy_config(config, bones.model)
+    return None if other is None else skeleton(other, architecture, getattr(torch, other.model.dtype)).model
+
+
+def _reference(
+    config: Config, loaded: Loaded, beside: PreTrainedModel | None, autocast: Callable[..., Any]
+) -> Reference | None:
     if not config.loss.uses_reference:
         return None
     if precomputes(config):
         return lambda batch: torch.zeros(len(batch.targets))
+
+    def load(*_: Any) -> PreTrainedModel:
+        assert beside is not None
+        materialise(beside)
+        return beside
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # of copying a model
-        return make_reference(config, loaded, autocast)[0]
+        return make_reference(config, loaded, autocast, load)[0]
 
 
 def _objective(config: Config, loaded: Loaded, reference: Reference | None, autocast: Callable[..., Any]) -> Objective:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError
-from fastpref.model.load import _pretrained, load_tokenizer
+from fastpref.model.load import load_tokenizer, model_config, pretrained
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
 SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
@@ -26,7 +26,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(name: str) -> None:
     load_tokenizer(ModelConfig(name=name))
-    _pretrained(ModelConfig(name=name), torch.float32, torch.device("cpu"))
+    pretrained(ModelConfig(name=name), model_config(ModelConfig(name=name)), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", SHARD, INDEX])
@@ -49,4 +49,4 @@ def test_a_model_that_is_not_in_the_cache_offline(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"tokenizer\.json is not in the cache \(.*\), and the hub is not asked"):
         load("someone/no-such-model")
     with pytest.raises(UserError, match=r"config\.json is not in the cache"):
-        _pretrained(ModelConfig(name="someone/no-such-model"), torch.float32, torch.device("cpu"))
+        model_config(ModelConfig(name="someone/no-such-model"))

@@ -1,7 +1,8 @@
 """Memory of a step counted on fake tensors, against the same step on real ones and against what shapes say."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from fastpref.data.example import Example
 from fastpref.loss_options import KTO
 from fastpref.memory import PeakStorage
 from fastpref.model.checkpointing import checkpoint_layers
-from fastpref.model.load import load_model
+from fastpref.model.liger import kernels_not_run, take_kernels
+from fastpref.model.load import Loaded, load_model
 from fastpref.model.reference import make_reference
+from fastpref.train import step_memory
 from fastpref.train.optimizer import make_optimizer
 from fastpref.train.step import Objective
 from fastpref.train.step_memory import StepMemory, count_step
@@ -48,9 +51,11 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def real_step(config: Config, layers: int, rows: Sequence[Example]) -> tuple[int, int]:
+def real_step(
+    config: Config, layers: int, rows: Sequence[Example], load: Callable[..., Loaded] = load_model
+) -> tuple[int, int]:
     """Bytes at the peak of a step on real tensors, and those held before it."""
-    loaded = load_model(config, CPU)
+    loaded = load(config, CPU)
     checkpoint_layers(loaded.model, layers)
     reference = make_reference(config, loaded)[0] if config.loss.uses_reference else None
     optimizer = make_optimizer(loaded.policy, config)
@@ -95,6 +100,46 @@ def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: s
         real, held = real_step(config, layers, rows)
         counted = count_step(config, CPU, layers=layers, examples=rows)
         assert counted.total - held == pytest.approx(real - held, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_kernels_take_what_they_take_on_real_tensors(
+    folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A step with liger's kernels agrees as one without does, if they are launched as little; it is smaller."""
+    config, rows = config_for(folders[kind], LORA, "train.tokens_per_microbatch=400"), examples(9)
+    plain = count_step(config, CPU, layers=0, examples=rows)
+    monkeypatch.setattr(step_memory, "wants_kernels", lambda *_: True)
+    counted = count_step(config, CPU, layers=0, examples=rows)
+    assert counted.activations < 0.95 * plain.activations
+
+    def load(*given: Any) -> Loaded:
+        loaded = load_model(*given)
+        take_kernels(loaded.model)
+        return loaded
+
+    with kernels_not_run():
+        real, held = real_step(config, 0, rows, load)
+    assert counted.total - held == pytest.approx(real - held, rel=0.02)
+
+
+def test_a_copy_in_other_bits_is_counted(deep: Path):
+    """A frozen copy's weights, in its dtype and bits, and without the adapters of the policy."""
+
+    def reference(*overrides: str) -> int:
+        config = config_for(deep, "tokens.max_length=8", "reference.mode=copy", *overrides)
+        return count_step(config, CUDA).reference
+
+    whole = reference()
+    body, embeddings = 8 * 256 * (2 * 32 + 2 * 16 + 3 * 1024), 2 * 97 * 256
+    assert whole == pytest.approx(4 * (body + embeddings), rel=0.1)
+    assert reference("reference.dtype=bfloat16") == pytest.approx(whole / 2, rel=0.01)
+    assert reference("reference.dtype=float16", LORA) == reference("reference.dtype=float16")
+    nf4 = reference("reference.dtype=bfloat16", "reference.quantization=nf4")
+    assert nf4 == pytest.approx(whole / 2 * 0.27, rel=0.15)
+    assert reference("model.quantization=nf4", LORA, "reference.quantization=none") == pytest.approx(
+        whole / 2, rel=0.01
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,176 @@
+"""The comparison a user runs on their own machine: `python -m bench`, and `python -m bench compare A B`."""
+
+import datetime
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=False)
+console = Console(stderr=True)
+PARTS = ("head", "scaling", "steps")
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    profile: Annotated[str, typer.Option(help="tiny, quick, full or gpu.")] = "quick",
+    output: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("bench-results"),
+    only: Annotated[list[str] | None, typer.Option(help="head, scaling or steps; may be repeated.")] = None,
+    base: Annotated[str | None, typer.Option(help="A revision of this repository, measured in turn with it.")] = None,
+    gate: Annotated[float | None, typer.Option(help="Fail if fastpref's head takes more × the bare products.")] = None,
+) -> None:
+    """Measure a profile, and write JSON, a table and plots to a folder.
+
+    Examples:
+
+        python -m bench
+        python -m bench --profile full --only head --base HEAD~1
+    """
+    if context.invoked_subcommand is not None:
+        return
+    parts = tuple(only or PARTS)
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        _refuse(f"--only {unknown[0]}: known are {', '.join(PARTS)}")
+    result = _measure(profile, parts, base)
+    _write(result, output)
+    if gate is not None:
+        _check(result, gate)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A results folder, or its results.json.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    threshold: Annotated[float, typer.Option(help="The growth of time or memory that is a regression.")] = 0.15,
+) -> None:
+    """Set fastpref's numbers of two results side by side; exit status 1 if one has regressed.
+
+    Times are compared as multiples of the bare products of their own run, so that the machine cancels.
+
+    Example:
+
+        python -m bench compare bench-results-main bench-results --threshold 0.1
+    """
+    from bench.results import changes
+
+    found = changes(_read(before), _read(after))
+    if not found:
+        _refuse(f"{before} and {after} have no case in common")
+    table = Table("what", "unit", "before", "after", "×", "")
+    regressed = [change for change in found if change.regressed(threshold)]
+    for change in found:
+        verdict = "regressed" if change in regressed else "within the spread" if change.within_spread else ""
+        numbers = f"{change.before:.2f}", f"{change.after:.2f}", f"{change.factor:.2f}"
+        table.add_row(change.what, change.unit, *numbers, verdict)
+    Console().print(table)
+    inside = sum(change.within_spread for change in found)
+    print(f"{inside} of {len(found)} numbers differ by no more than the spread of their runs")
+    if regressed:
+        print(f"{len(regressed)} have grown by more than {threshold:.0%}")
+        raise typer.Exit(1)
+
+
+def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, Any]:
+    from dataclasses import replace
+
+    import torch
+
+    from bench import machine
+    from bench.measure import Case, measure
+    from bench.profiles import PROFILES
+    from bench.results import head_record, scaling_record
+    from bench.revision import Revision, UnknownRevision
+    from bench.scaling import sweeps
+
+    if name not in PROFILES:
+        _refuse(f"--profile {name}: known are {', '.join(PROFILES)}")
+    profile = PROFILES[name]
+    if profile.device == "cuda" and not torch.cuda.is_available():
+        _refuse(f"--profile {name}: there is no GPU here; take quick or full")
+    began = time.perf_counter()
+    result: dict[str, Any] = {
+        "profile": name,
+        "command": "python -m bench" + " ".join(["", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(profile.device),
+        "rule": profile.rule,
+        "head": [],
+        "scaling": [],
+        "steps": [],
+    }
+    with ExitStack() as stack:
+        try:
+            other = stack.enter_context(Revision(base)) if base else None
+        except UnknownRevision as error:
+            _refuse(f"--base {base}: {error}")
+        if "head" in parts:
+            for cases in profile.heads:
+                for model in cases.models:
+                    for objective in cases.objectives:
+                        for passes in cases.passes:
+                            case = Case(profile.shape(model), objective, passes, profile.dtype, profile.device)
+                            console.print(f"head: {model}, {objective.name}, {passes}")
+                            others = {f"fastpref {other.name}": other.take(case)} if other else {}
+                            result["head"].append(head_record(case, measure(case, profile.repeats, others=others)))
+    if "scaling" in parts:
+        console.print(f"growth of the head of {profile.scaled}")
+        shape = replace(profile.shape(profile.scaled), length=profile.tokens[1] // 2, prompt=profile.tokens[2] // 2)
+        found = sweeps(shape, profile.factors, profile.dtype, profile.device, profile.repeats)
+        result["scaling"] = [scaling_record(sweep) for sweep in found]
+    if "steps" in parts:
+        from bench.trainers import compare_shape
+
+        for shape in profile.steps:
+            for method in profile.methods:
+                console.print(f"steps: {method}, {shape.what}")
+                result["steps"].append(compare_shape(shape, method))
+    result["seconds"] = time.perf_counter() - began
+    return result
+
+
+def _write(result: dict[str, Any], folder: Path) -> None:
+    from bench.plots import draw
+    from bench.results import markdown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "results.md").write_text(markdown(result))
+    draw(result, folder)
+    console.print(f"{folder}: results.json, results.md and plots, after {result['seconds'] / 60:.1f} minutes")
+
+
+def _check(result: dict[str, Any], limit: float) -> None:
+    """The gate of CI: ratios of one run, and every method right."""
+    from bench.results import OURS, key, median, ratios
+
+    for record in result["head"]:
+        wrong = [f"{row['method']}: {row['note']}" for row in record["rows"] if row["note"].startswith("wrong")]
+        found = median(ratios(record, OURS)) if ratios(record, OURS) else float("inf")
+        if found > limit or wrong:
+            print(f"{key(record)}: fastpref took {found:.2f} × the bare products, at most {limit} are allowed; {wrong}")
+            raise typer.Exit(1)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        return _refuse(f"{file}: not a result of python -m bench: {error}")
+
+
+def _refuse(said: str) -> Any:
+    console.print(f"bench: {said}", style="red", markup=False)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,49 @@
+"""What a result belongs to: the machine, the versions, the commit."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "accelerate", "bitsandbytes",
+)  # fmt: skip
+
+
+def describe(device: str) -> dict[str, Any]:
+    import torch
+
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := version(name)) is not None},
+        "commit": commit(),
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The repository's commit, with "+" behind it where files differ from it."""
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return None if head.returncode else head.stdout.strip() + ("+" if changed.stdout.strip() else "")

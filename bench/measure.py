@@ -1,0 +1,229 @@
+"""Errors against float64, time in turn, and peak memory of the ways to compute a head."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bench.methods import METHODS, Method, Unsupported, bare_products, by_tokens, capped
+from bench.objectives import Objective
+from bench.problems import Problem, Shape, make_problem
+
+BARE = "bare products"
+CHECKED_TOKENS = 64  # of each sequence: a position's results depend on no other position
+FLOAT64_ROWS = 128  # positions at once
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: Shape
+    objective: Objective
+    passes: str  # "forward", "frozen" or "trained": what is differentiated
+    dtype: torch.dtype
+    device: str
+
+    def problem(self) -> Problem:
+        return make_problem(self.shape, self.dtype, self.device, trained=self.passes == "trained")
+
+
+@dataclass
+class Row:
+    """One method on one case."""
+
+    method: str
+    ms: list[float] = field(default_factory=list)
+    bytes: int | None = None  # beyond the problem
+    value_error: float | None = None  # relative to float64
+    grad_error: float | None = None
+    note: str = ""  # why there is no time, or none to compare
+
+    def quantile(self, share: float) -> float:
+        ordered = sorted(self.ms)
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    value: Tensor  # scalar
+    grads: list[Tensor]  # of the hidden states, and of the weight where it is trained
+
+
+def run(method: Method, problem: Problem, objective: Objective, *, backward: bool) -> Result:
+    """One step of a method."""
+    if not backward:
+        with torch.no_grad():
+            return Result(method.loss(problem, objective), [])
+    wanted = [tensor for tensor in (problem.hidden, problem.weight) if tensor.requires_grad]
+    value = method.loss(problem, objective)
+    return Result(value.detach(), list(torch.autograd.grad(value, wanted)))
+
+
+def float64_logps(problem: Problem, hidden: Tensor) -> Tensor:
+    """[2P, T] log-probabilities of the scored positions, some rows at a time."""
+
+    def part(rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        logits = capped(rows @ weight.t(), problem.softcap)
+        return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+    rows, targets = hidden[problem.scored], problem.labels[problem.scored]
+    parts = [
+        checkpoint(part, some, wanted, problem.weight, use_reentrant=False)
+        for some, wanted in zip(rows.split(FLOAT64_ROWS), targets.split(FLOAT64_ROWS), strict=True)
+    ]
+    found = torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return found.new_zeros(problem.labels.shape).masked_scatter(problem.scored, found)
+
+
+def errors(rows: Sequence[Row], methods: Sequence[Method], case: Case) -> None:
+    """Note each method's errors against float64, and take those for wrong that err more than torch itself does.
+
+    The bound is twice the error of all logits in the same dtype, and beside it a rounding of that dtype or 64 of
+    float32, in which the sums of hundreds of tokens are.
+    """
+    shape = case.shape
+    few = replace(shape, length=shape.prompt + min(CHECKED_TOKENS, shape.length - shape.prompt))
+    problem = replace(case, shape=few).problem()
+    truth_of = Method("float64", by_tokens(float64_logps))
+    truth = run(truth_of, problem.as_float64(), case.objective, backward=case.passes != "forward")
+    for row, method in zip(rows, methods, strict=True):
+        if not method.installed:
+            row.note = "not installed"
+            continue
+        try:
+            found = run(method, problem, case.objective, backward=case.passes != "forward")
+        except Unsupported as reason:
+            row.note = str(reason)
+            continue
+        row.value_error = float((found.value.double() - truth.value).abs() / truth.value.abs())
+        pairs = zip(found.grads, truth.grads, strict=True)
+        row.grad_error = max((float((a.double() - b).norm() / b.norm()) for a, b in pairs), default=None)
+    torch_itself = next(row for row in rows if row.method == "all logits")
+    if torch_itself.value_error is None:
+        return
+    rounding = max(torch.finfo(case.dtype).eps, 64 * torch.finfo(torch.float32).eps)
+    for row in rows:
+        for what, found, theirs in (
+            ("loss", row.value_error, torch_itself.value_error),
+            ("gradient", row.grad_error, torch_itself.grad_error),
+        ):
+            if found is not None and theirs is not None and not found <= 2 * theirs + rounding:
+                row.note = f"wrong: {what} off by {found:.1e}"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(step: Callable[[], object], device: str) -> int:
+    """The most that torch's allocator held during a step beyond what it held before."""
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    found = profiler.profiler.kineto_results
+    assert found is not None
+    memory: Any = [event for event in found.events() if event.name() == "[memory]"]
+    moves = sorted((event.start_ns(), event.nbytes()) for event in memory)
+    held = peak = 0
+    for _, size in moves:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def timed(step: Callable[[], object], device: str) -> float:
+    """Milliseconds of one step."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1000
+
+
+class Subject(Protocol):
+    """Something that takes steps and can be measured: a method here, or one in another process."""
+
+    def peak_bytes(self) -> int: ...
+
+    def ms(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Local:
+    step: Callable[[], object]
+    device: str
+
+    def peak_bytes(self) -> int:
+        self.step()  # compiles, and warms up
+        return peak_bytes(self.step, self.device)
+
+    def ms(self) -> float:
+        return timed(self.step, self.device)
+
+
+def subject(method: Method, case: Case, problem: Problem) -> Local:
+    backward = case.passes != "forward"
+    return Local(lambda: run(method, problem, case.objective, backward=backward), case.device)
+
+
+def measure(
+    case: Case,
+    repeats: int,
+    methods: Sequence[Method] = METHODS,
+    others: Mapping[str, Subject] = MappingProxyType({}),
+    *,
+    check: bool = True,
+) -> list[Row]:
+    """All methods on one case, in turn, so that whatever else the machine does meets all of them.
+
+    The first row is the yardstick. A method that is not installed, cannot do it, is wrong or out of memory says so.
+    """
+    rows = [Row(method.name, note="" if method.installed else "not installed") for method in methods]
+    if check:
+        errors(rows, methods, case)
+    problem = case.problem()
+    bare = bare_products(problem, case.objective, backward=case.passes != "forward")
+    subjects: dict[str, Subject] = {BARE: Local(bare, case.device)}
+    subjects |= {method.name: subject(method, case, problem) for method in methods if method.installed}
+    subjects |= others
+    rows = [Row(BARE), *rows, *map(Row, others)]
+    ready = [row for row in rows if not row.note or row.value_error is not None]
+    for row in ready.copy():
+        try:
+            row.bytes = subjects[row.method].peak_bytes()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "memory" not in str(error).lower():
+                raise
+            row.note = "out of memory"
+            ready.remove(row)
+        except Unsupported as reason:
+            row.note = str(reason)
+            ready.remove(row)
+    for _ in range(repeats):
+        for row in ready:
+            row.ms.append(subjects[row.method].ms())
+    return rows

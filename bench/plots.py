@@ -1,0 +1,139 @@
+"""Plots of a result, each as PNG and SVG."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter
+
+from bench.measure import BARE
+from bench.results import median, ratios, spread, title
+from bench.trainers import ENGINES
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+
+
+def draw(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Write every plot the result has numbers for. Returns the PNG files."""
+    frozen = [record for record in result["head"] if (record["objective"], record["passes"]) == ("tokens", "frozen")]
+    losses = [record for record in result["head"] if record["objective"] != "tokens"]
+    plots = []
+    if frozen:
+        name = title("tokens", "frozen")
+        plots += [
+            _save(_bars(frozen, "model", "time", name), folder / "head-time"),
+            _save(_bars(frozen, "model", "memory", name), folder / "head-memory"),
+        ]
+    if losses:
+        name = f"Losses with their head, forward and backward, frozen head ({losses[0]['model']})"
+        plots += [
+            _save(_bars(losses, "objective", "time", name), folder / "losses-time"),
+            _save(_bars(losses, "objective", "memory", name), folder / "losses-memory"),
+        ]
+    if result["scaling"]:
+        plots.append(_save(_growth(result["scaling"]), folder / "growth"))
+    if result["steps"]:
+        plots.append(_save(_steps(result["steps"]), folder / "steps"))
+    return plots
+
+
+def _save(figure: Any, path: Path) -> Path:
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return path.with_suffix(".png")
+
+
+def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> Any:
+    """One group of bars a record, one bar a method; only what is right."""
+    methods = list(dict.fromkeys(row["method"] for record in records for row in record["rows"] if row["ms"]))
+    methods = [method for method in methods if method != BARE]
+    figure, axes = plt.subplots(figsize=(1.9 * len(records) + 2.5, 4.5))
+    width = 0.82 / len(methods)
+    for place, method in enumerate(methods):
+        xs, ys, errors = [], [], []
+        for at, record in enumerate(records):
+            row = next(row for row in record["rows"] if row["method"] == method)
+            if not row["ms"] or row["note"]:
+                continue
+            found = ratios(record, method)
+            xs.append(at + (place - (len(methods) - 1) / 2) * width)
+            ys.append(median(found) if what == "time" else row["bytes"] / 2**20)
+            errors.append(spread(found) if what == "time" else 0)
+        colour = COLOURS[place % len(COLOURS)]
+        axes.bar(xs, ys, width * 0.92, label=method, color=colour, zorder=2,
+                 yerr=errors if what == "time" else None, error_kw={"linewidth": 0.8})  # fmt: skip
+    if what == "time":
+        axes.axhline(1, color="black", linewidth=1, linestyle="--", label="bare matrix products", zorder=3)
+        axes.set_ylabel("time, × bare matrix products")
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_ylabel("memory beside the inputs, MiB (log scale)")
+    names = [record[by].upper() if by == "objective" else f"{record[by]}\n{record['vocab']:,} × {record['hidden']:,}"
+             for record in records]  # fmt: skip
+    axes.set_xticks(range(len(records)), names, fontsize=9)
+    _finish(axes, heading)
+    return figure
+
+
+def _growth(sweeps: list[dict[str, Any]]) -> Any:
+    figure, grid = plt.subplots(2, len(sweeps), figsize=(3.4 * len(sweeps), 6), squeeze=False)
+    for column, sweep in enumerate(sweeps):
+        sizes = [point["size"] for point in sweep["points"]]
+        for line, (what, unit, scale) in enumerate((("ms", "ms", 1.0), ("bytes", "MiB", 2**20))):
+            axes = grid[line][column]
+            values = [point[what] / scale for point in sweep["points"]]
+            axes.loglog(sizes, values, "o-", color=COLOURS[line], label=f"size^{sweep['growth'][what]:.2f}")
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8, rotation=30)
+            axes.minorticks_off()
+            ticks = sorted({min(values), max(values)}) if max(values) / min(values) > 1.3 else [values[0]]
+            axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            if max(values) / min(values) < 2:
+                axes.set_ylim(min(values) / 2, max(values) * 2)
+            axes.set_xlabel(f"{sweep['name']}, {sweep['unit']}")
+            if column == 0:
+                axes.set_ylabel(f"{'time' if what == 'ms' else 'memory beside the inputs'}, {unit}")
+            axes.grid(alpha=0.3)
+            axes.legend(loc="upper left", frameon=False)
+    figure.suptitle("fastpref's head, forward and backward, frozen: growth of time and memory (log scales)")
+    figure.tight_layout()
+    return figure
+
+
+def _steps(steps: list[dict[str, Any]]) -> Any:
+    engines = list(dict.fromkeys(found["engine"] for step in steps for found in step["engines"] if "note" not in found))
+    figure, grid = plt.subplots(1, 2, figsize=(max(10, 1.6 * len(steps) + 6), 4.8))
+    for axes, what, label in (
+        (grid[0], "pairs_per_second", "pairs/s, × TRL"),
+        (grid[1], "peak", "memory over the model, × TRL"),
+    ):
+        width = 0.82 / len(engines)
+        for place, engine in enumerate(engines):
+            xs, ys = [], []
+            for at, step in enumerate(steps):
+                found = {e["engine"]: e for e in step["engines"] if "note" not in e}
+                if engine in found:
+                    xs.append(at + (place - (len(engines) - 1) / 2) * width)
+                    ys.append(found[engine][what] / found["trl"][what])
+            colour = {"fastpref": 0, "trl": 1, "trl-patched": 2, "trl-liger": 3}[engine]
+            bars = axes.bar(xs, ys, width * 0.92, label=ENGINES[engine], color=COLOURS[colour], zorder=2)
+            axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        axes.set_xticks(range(len(steps)), [f"{step['method'].upper()}\n{step['what']}" for step in steps], fontsize=8)
+        axes.set_ylabel(label)
+        axes.margins(y=0.1)
+        _finish(axes, "Speed of whole steps" if what == "pairs_per_second" else "Peak memory of whole steps")
+    figure.tight_layout()
+    return figure
+
+
+def _finish(axes: Any, heading: str) -> None:
+    """Title, grid, and a legend under the plot, where it covers nothing."""
+    axes.set_title(heading, fontsize=11)
+    axes.grid(axis="y", alpha=0.3, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)

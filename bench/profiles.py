@@ -1,0 +1,127 @@
+"""What a profile of `python -m bench` measures."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench.objectives import DPO, KTO, ORPO, SIMPO, TOKENS, Objective
+from bench.problems import SHAPES, Shape
+from bench.step_data import StepShape
+
+LOSSES = (DPO, KTO, ORPO, SIMPO)
+ALL = tuple(shape.model for shape in SHAPES)
+
+
+@dataclass(frozen=True)
+class HeadCases:
+    models: tuple[str, ...]
+    objectives: tuple[Objective, ...]
+    passes: tuple[str, ...] = ("frozen",)
+
+
+@dataclass(frozen=True)
+class Profile:
+    name: str
+    divisor: int  # of the heads' vocabularies; their width stays, for it decides what the softmax costs beside it
+    repeats: int
+    heads: tuple[HeadCases, ...]
+    tokens: tuple[int, int, int]  # pairs, length, prompt of a head's problem
+    scaled: str  # the model whose head is scaled
+    factors: tuple[int, ...]
+    steps: tuple[StepShape, ...]
+    methods: tuple[str, ...]
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def shape(self, model: str) -> Shape:
+        known = next(shape for shape in SHAPES if shape.model == model)
+        pairs, length, prompt = self.tokens
+        return replace(known, vocab=known.vocab // self.divisor, pairs=pairs, length=length, prompt=prompt)
+
+    @property
+    def rule(self) -> str:
+        """How the shapes come from those of the models, in words."""
+        pairs, length, prompt = self.tokens
+        size = "as they are" if self.divisor == 1 else f"with their vocabulary divided by {self.divisor}"
+        what = f"a pair of {length:,} tokens a side" if pairs == 1 else f"{pairs} pairs of {length:,} tokens a side"
+        return (
+            f"Heads of real models {size}, {str(self.dtype).removeprefix('torch.')}; {what}, {prompt:,} of them prompt "
+            "and not scored. Bare products are the matrix products that nothing can do without, over the scored "
+            "tokens and nothing else; × bare is the median of the ratios of each turn, ± how far they lie from it. DPO "
+            "and KTO compute the reference's head too. Extra MiB is the most that torch's allocator held beside the "
+            f"inputs. {self.repeats} turns."
+        )
+
+
+TINY = Profile(
+    name="tiny",
+    divisor=16,
+    repeats=3,
+    heads=(HeadCases(("SmolLM2-135M",), (TOKENS, ORPO)),),
+    tokens=(1, 128, 64),
+    scaled="SmolLM2-135M",
+    factors=(1, 2),
+    steps=(StepShape(hidden=64, layers=2, vocab=2048, length=96, prompt_share=0.5, batch=2, rows=4),),
+    methods=("orpo",),
+)
+_STEP = StepShape(hidden=256, layers=4, vocab=16384, length=256, prompt_share=0.5, batch=2, rows=8)
+QUICK = Profile(
+    name="quick",
+    divisor=16,
+    repeats=5,
+    heads=(
+        HeadCases(ALL, (TOKENS,)),
+        HeadCases(("Llama-3.2-1B",), (TOKENS,), ("forward", "trained")),
+        HeadCases(("Llama-3.2-1B",), LOSSES),
+    ),
+    tokens=(1, 256, 128),
+    scaled="Llama-3.2-1B",
+    factors=(1, 2, 4),
+    steps=(_STEP,),
+    methods=("dpo", "orpo"),
+)
+FULL = Profile(
+    name="full",
+    divisor=4,
+    repeats=7,
+    heads=(HeadCases(ALL, (TOKENS, *LOSSES), ("forward", "frozen", "trained")),),
+    tokens=(1, 512, 256),
+    scaled="Llama-3.2-1B",
+    factors=(1, 2, 4, 8),
+    steps=(
+        _STEP,
+        _STEP.but(prompt_share=0.2),
+        _STEP.but(prompt_share=0.8),
+        _STEP.but(length=128),
+        _STEP.but(length=512),
+        _STEP.but(vocab=4096),
+        _STEP.but(vocab=65536),
+        _STEP.but(batch=1),
+        _STEP.but(batch=4),
+    ),
+    methods=("dpo", "ipo", "kto", "orpo", "simpo"),
+)
+_GPU_STEP = StepShape(hidden=1024, layers=16, vocab=128256, length=1024, prompt_share=0.5, batch=8, rows=64)
+GPU = Profile(
+    name="gpu",
+    divisor=1,
+    repeats=20,
+    heads=FULL.heads,
+    tokens=(4, 1024, 512),
+    scaled="Llama-3-8B",
+    factors=(1, 2, 4, 8),
+    steps=(
+        _GPU_STEP,
+        _GPU_STEP.but(prompt_share=0.2),
+        _GPU_STEP.but(prompt_share=0.8),
+        _GPU_STEP.but(length=512),
+        _GPU_STEP.but(length=2048),
+        _GPU_STEP.but(vocab=32064),
+        _GPU_STEP.but(batch=4),
+        _GPU_STEP.but(batch=16),
+    ),
+    methods=FULL.methods,
+    dtype=torch.bfloat16,
+    device="cuda",
+)
+PROFILES = {profile.name: profile for profile in (TINY, QUICK, FULL, GPU)}

@@ -1,0 +1,225 @@
+"""Results as they are kept (JSON), read (Markdown), and set side by side."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bench.measure import BARE, Case, Row
+from bench.scaling import Sweep
+
+OURS = "fastpref"
+
+
+def head_record(case: Case, rows: list[Row]) -> dict[str, Any]:
+    """A case of the head benchmarks and what each method took, as JSON holds it."""
+    shape = case.shape
+    return {
+        "model": shape.model, "hidden": shape.hidden, "vocab": shape.vocab, "softcap": shape.softcap,
+        "positions": shape.positions, "scored": shape.scored, "objective": case.objective.name,
+        "passes": case.passes, "dtype": str(case.dtype).removeprefix("torch."),
+        "rows": [_row(row) for row in rows],
+    }  # fmt: skip
+
+
+def _row(row: Row) -> dict[str, Any]:
+    times = {"p20": row.quantile(0.2), "p50": row.quantile(0.5), "p80": row.quantile(0.8)} if row.ms else {}
+    return {
+        "method": row.method, "ms": row.ms, **times, "bytes": row.bytes, "value_error": row.value_error,
+        "grad_error": row.grad_error, "note": row.note,
+    }  # fmt: skip
+
+
+def scaling_record(sweep: Sweep) -> dict[str, Any]:
+    return {
+        "name": sweep.name, "unit": sweep.unit,
+        "points": [{"size": p.size, "ms": p.ms, "bytes": p.bytes} for p in sweep.points],
+        "growth": {"ms": sweep.growth("ms"), "bytes": sweep.growth("bytes")},
+    }  # fmt: skip
+
+
+def key(record: dict[str, Any]) -> str:
+    return f"{record['model']} {record['objective']} {record['passes']} {record['dtype']}"
+
+
+def ratios(record: dict[str, Any], method: str) -> list[float]:
+    """A method's time over the bare products', in each turn: what slows a machine for a while slows both."""
+    rows = {row["method"]: row["ms"] for row in record["rows"]}
+    return [ours / bare for ours, bare in zip(rows.get(method, []), rows[BARE], strict=False)]
+
+
+def median(values: list[float]) -> float:
+    ordered, middle = sorted(values), len(values) // 2
+    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def spread(values: list[float]) -> float:
+    """How far from their median the values lie, at most."""
+    return max(abs(value - median(values)) for value in values)
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    lines = [
+        f"# Benchmarks: `{result['command']}`",
+        "",
+        f"{result['date']}, {machine['device'] if machine['device'] != 'cpu' else machine['processor']}, "
+        f"{machine['threads']} threads, Python {machine['python']}, {versions}; commit {machine['commit']}. "
+        f"{result['seconds'] / 60:.1f} minutes.",
+        "",
+        result["rule"],
+    ]
+    kinds = list(dict.fromkeys((record["objective"], record["passes"]) for record in result["head"]))
+    for objective, passes in kinds:
+        records = [r for r in result["head"] if (r["objective"], r["passes"]) == (objective, passes)]
+        lines += ["", f"## {title(objective, passes)}", "", *_head_table(records)]
+    if result["scaling"]:
+        lines += ["", "## Growth of fastpref's head", "", *_scaling_table(result["scaling"])]
+    if result["steps"]:
+        lines += ["", "## Whole training steps", "", *_steps_table(result["steps"])]
+    return "\n".join(lines) + "\n"
+
+
+def title(objective: str, passes: str) -> str:
+    what = "Token log-probabilities" if objective == "tokens" else f"{objective.upper()} loss"
+    how = {
+        "forward": "forward only",
+        "frozen": "forward and backward, frozen head",
+        "trained": "forward and backward, trained head",
+    }
+    return f"{what}, {how[passes]}"
+
+
+def _head_table(records: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| head (V × H) | method | ms p50 (p20 to p80) | × bare | extra MiB | loss error | gradient error |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        name = f"{record['model']} ({record['vocab']:,} × {record['hidden']:,})"
+        for row in record["rows"]:
+            if not row["ms"]:
+                lines.append(f"| {name} | {row['method']} | {row['note']} | | | | |")
+                continue
+            wrong = bool(row["note"])
+            found = ratios(record, row["method"])
+            ratio = row["note"] if wrong else f"{median(found):.2f} ± {spread(found):.2f}"
+            lines.append(
+                f"| {name} | {row['method']} | {row['p50']:.1f} ({row['p20']:.1f} to {row['p80']:.1f}) | {ratio} | "
+                f"{row['bytes'] / 2**20:.1f} | {_error(row['value_error'])} | {_error(row['grad_error'])} |"
+            )
+    summary = ["", "| head | fastest other | fastpref is | leanest other | fastpref takes |", "|---|---|---:|---|---:|"]
+    for record in records:
+        best = against(record)
+        if best is not None:
+            summary.append(
+                f"| {record['model']} | {best.fastest} | {best.speedup:.2f} × as fast | {best.leanest} | "
+                f"{best.memory:.2f} × its memory |"
+            )
+    return lines + summary
+
+
+@dataclass(frozen=True)
+class Against:
+    """fastpref beside the best of the others that are right."""
+
+    fastest: str
+    speedup: float
+    leanest: str
+    memory: float
+
+
+def against(record: dict[str, Any]) -> Against | None:
+    others = [row for row in record["rows"] if row["method"] not in (OURS, BARE) and row["ms"] and not row["note"]]
+    ours = next((row for row in record["rows"] if row["method"] == OURS and row["ms"] and not row["note"]), None)
+    if not others or ours is None:
+        return None
+    fastest = min(others, key=lambda row: row["p50"])
+    leanest = min(others, key=lambda row: row["bytes"])
+    memory = ours["bytes"] / leanest["bytes"]
+    return Against(fastest["method"], fastest["p50"] / ours["p50"], leanest["method"], memory)
+
+
+def _error(found: float | None) -> str:
+    return "" if found is None else f"{found:.0e}"
+
+
+def _scaling_table(sweeps: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Time and memory grow as size to the power given here: 1 is linear, 0 is not at all.",
+        "",
+        "| what grows | sizes | time | memory |",
+        "|---|---|---:|---:|",
+    ]
+    for sweep in sweeps:
+        sizes = ", ".join(f"{point['size']:,}" for point in sweep["points"])
+        growth = sweep["growth"]
+        lines.append(f"| {sweep['name']} | {sizes} {sweep['unit']} | {growth['ms']:.2f} | {growth['bytes']:.2f} |")
+    return lines
+
+
+def _steps_table(steps: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| model, rows | method | engine | pairs/s | × TRL | tokens/s | memory over the model | × TRL | first loss |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for step in steps:
+        base = next(found for found in step["engines"] if found["engine"] == "trl")
+        for found in step["engines"]:
+            if "note" in found:
+                lines.append(f"| {step['what']} | {step['method']} | {found['engine']} | {found['note']} | | | | | |")
+                continue
+            energy = f", {found['joules_a_pair']:.1f} J a pair" if found.get("joules_a_pair") else ""
+            lines.append(
+                f"| {step['what']} | {step['method']} | {found['engine']} | {found['pairs_per_second']:.3f}{energy} | "
+                f"{found['pairs_per_second'] / base['pairs_per_second']:.2f} | {found['tokens_per_second']:.0f} | "
+                f"{found['peak'] / 1e9:.2f} GB | {found['peak'] / base['peak']:.2f} | {found['loss']:.4f} |"
+            )
+    return lines
+
+
+# --- two results ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number of two results."""
+
+    what: str
+    unit: str
+    before: float
+    after: float
+    spread: float  # what both runs state
+
+    @property
+    def factor(self) -> float:
+        return self.after / self.before if self.before else float("inf")
+
+    @property
+    def within_spread(self) -> bool:
+        return abs(self.after - self.before) <= self.spread
+
+    def regressed(self, threshold: float) -> bool:
+        """Whether it grew by more than a share, and by more than the runs' own spread."""
+        return self.factor > 1 + threshold and not self.within_spread
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -> list[Change]:
+    """Times over the bare products', and memory, of every case that both results hold."""
+    found = []
+    theirs = {key(record): record for record in before["head"]}
+    for record in after["head"]:
+        old = theirs.get(key(record))
+        if old is None or (old["hidden"], old["vocab"], old["scored"]) != (
+            record["hidden"], record["vocab"], record["scored"],
+        ):  # fmt: skip
+            continue
+        a, b = ratios(old, method), ratios(record, method)
+        if a and b:
+            found.append(Change(key(record), "× bare", median(a), median(b), spread(a) + spread(b)))
+        was, now = (next((r["bytes"] for r in x["rows"] if r["method"] == method), None) for x in (old, record))
+        if was and now:
+            found.append(Change(key(record), "MiB", was / 2**20, now / 2**20, 0.01))
+    return found

@@ -1,0 +1,78 @@
+"""Another revision of this repository, measured in turn with this one by the same benchmark, in another process."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench.measure import Case
+
+ROOT = Path(__file__).parent.parent
+
+
+class UnknownRevision(Exception):
+    """What git says of it."""
+
+
+class Revision:
+    """The `fastpref` and `kernels` of a revision, for as long as the context lasts."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> "Revision":
+        tree = subprocess.run(["git", "archive", self.name, "fastpref", "kernels"], cwd=ROOT, capture_output=True)
+        if tree.returncode:
+            raise UnknownRevision(tree.stderr.decode().strip())
+        self._folder = tempfile.TemporaryDirectory()
+        tarfile.open(fileobj=BytesIO(tree.stdout)).extractall(self._folder.name, filter="data")
+        path = os.pathsep.join([self._folder.name, str(ROOT), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+        used = self._ask({"ask": "where"})
+        assert Path(used).is_relative_to(self._folder.name), used
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def take(self, case: Case) -> "Revision":
+        """Make a case ready; `peak_bytes` and `ms` are of it."""
+        self._ask(
+            {
+                "ask": "take",
+                "shape": asdict(case.shape),
+                "objective": case.objective.name,
+                "passes": case.passes,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "device": case.device,
+            }
+        )
+        return self
+
+    def peak_bytes(self) -> int:
+        return self._ask({"ask": "peak_bytes"})
+
+    def ms(self) -> float:
+        return self._ask({"ask": "ms"})
+
+    def _ask(self, what: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(what), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.name} cannot run this benchmark; its process says why above")
+        return json.loads(answer)

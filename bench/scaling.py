@@ -1,0 +1,61 @@
+"""How the cost and memory of the head grow: with tokens, vocabulary, rows and the share of the prompt.
+
+Each sweep changes one number and keeps the others. Growth is the exponent b of cost = a·size^b, fitted by least squares
+over logarithms: 1 is linear, 0 is not at all. With the prompt's share, what falls is the number of scored tokens, so
+that is its size.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from bench.measure import Case, measure
+from bench.methods import METHODS
+from bench.objectives import TOKENS
+from bench.problems import Shape
+
+FASTPREF = [method for method in METHODS if method.name == "fastpref"]
+
+
+@dataclass(frozen=True)
+class Point:
+    size: int
+    ms: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    unit: str
+    points: tuple[Point, ...]
+
+    def growth(self, what: str) -> float:
+        """The fitted exponent of "ms" or "bytes"."""
+        xs = [math.log(point.size) for point in self.points]
+        ys = [math.log(getattr(point, what)) for point in self.points]
+        x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
+        return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / sum((x - x0) ** 2 for x in xs)
+
+
+def variations(shape: Shape, factors: Sequence[int]) -> Iterator[tuple[str, str, list[tuple[int, Shape]]]]:
+    """The sweeps about a shape: name, unit, and shapes with their sizes."""
+    lengths = [replace(shape, length=shape.length * f, prompt=shape.prompt * f) for f in factors]
+    yield "sequence length", "tokens", [(s.length, s) for s in lengths]
+    vocabularies = [replace(shape, vocab=shape.vocab * f) for f in factors]
+    yield "vocabulary", "words", [(s.vocab, s) for s in vocabularies]
+    rows = [replace(shape, pairs=shape.pairs * f) for f in factors]
+    yield "rows", "pairs", [(s.pairs, s) for s in rows]
+    shares = [replace(shape, prompt=shape.length - shape.length // f) for f in reversed(factors)]
+    yield "prompt share", "scored tokens", [(s.scored, s) for s in shares]
+
+
+def sweeps(shape: Shape, factors: Sequence[int], dtype: torch.dtype, device: str, repeats: int) -> Iterator[Sweep]:
+    for name, unit, shapes in variations(shape, factors):
+        points = []
+        for size, varied in shapes:
+            row = measure(Case(varied, TOKENS, "frozen", dtype, device), repeats, FASTPREF, check=False)[1]
+            points.append(Point(size, row.median, row.bytes or 0))
+        yield Sweep(name, unit, tuple(points))

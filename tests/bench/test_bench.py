@@ -1,0 +1,183 @@
+"""The benchmarks: every way is right, results say what was measured, and a regression is found."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench.__main__ import app
+from bench.measure import BARE, Case, Row, errors, measure, peak_bytes
+from bench.methods import METHODS, Method, by_tokens, full_logits
+from bench.objectives import DPO, OBJECTIVES, TOKENS, Objective
+from bench.problems import IGNORED, Problem, Shape, make_problem
+from bench.results import against, changes, head_record, markdown, median, ratios, spread
+from bench.scaling import Point, Sweep, variations
+from bench.step_data import StepShape, make_rows
+
+SHAPE = Shape("small", hidden=24, vocab=301, pairs=2, length=17, prompt=6)
+EAGER = [method for method in METHODS if method.name not in ("Liger", "cut-cross-entropy")]  # the others compile
+
+
+def case(objective: Objective = TOKENS, passes: str = "frozen", softcap: float | None = None) -> Case:
+    shape = Shape("small", 24, 301, softcap, pairs=2, length=17, prompt=6)
+    return Case(shape, objective, passes, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("passes", ["forward", "frozen", "trained"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective: objective.name)
+def test_every_way_computes_the_same_loss_and_gradients(
+    objective: Objective, passes: str, softcap: float | None
+) -> None:
+    rows = [Row(method.name) for method in EAGER]
+    errors(rows, EAGER, case(objective, passes, softcap))
+    assert {row.method: row.note for row in rows if row.note and row.note != "no softcap"} == {}
+    assert rows[0].method == "fastpref"
+    assert rows[0].value_error is not None
+
+
+def test_a_wrong_way_is_called_wrong_and_is_no_rival() -> None:
+    def biased(problem: Problem, hidden: torch.Tensor) -> torch.Tensor:
+        return full_logits(problem, hidden) * 1.01
+
+    ways = [*(way for way in EAGER if way.name in ("fastpref", "all logits")), Method("biased", by_tokens(biased))]
+    record = head_record(case(), measure(case(), 2, ways))
+    note = next(row["note"] for row in record["rows"] if row["method"] == "biased")
+    assert note.startswith("wrong: ")
+    found = against(record)
+    assert found is not None
+    assert "biased" not in (found.fastest, found.leanest)
+    assert "wrong: " in markdown(result(record))
+
+
+def test_out_of_memory_and_missing_packages_have_a_row() -> None:
+    def hungry(problem: Problem, objective: Objective) -> torch.Tensor:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    ways = [Method("hungry", hungry), Method("absent", hungry, package="no_such_package")]
+    rows = measure(case(), 1, ways, check=False)
+    assert [(row.method, row.note, bool(row.ms)) for row in rows] == [
+        (BARE, "", True), ("hungry", "out of memory", False), ("absent", "not installed", False),
+    ]  # fmt: skip
+
+
+def test_memory_is_the_most_held_at_once() -> None:
+    def step() -> None:
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        torch.cat([second, second])
+
+    assert peak_bytes(step, "cpu") in range(12_000, 12_600)  # 4,000 and 8,000, aligned
+
+
+def test_only_responses_are_scored_and_weighed() -> None:
+    problem = make_problem(SHAPE, torch.float32, "cpu")
+    assert problem.scored.sum() == SHAPE.scored == 4 * 11
+    assert (problem.labels[:, :6] == IGNORED).all()
+    assert (problem.token_weights[:, :6] == 0).all()
+    assert problem.token_weights.min() < 0 < problem.token_weights.max()
+
+
+@pytest.mark.parametrize(("power", "sizes"), [(1.0, (1, 2, 4)), (2.0, (3, 9, 27)), (0.0, (5, 10))])
+def test_growth_is_the_exponent(power: float, sizes: tuple[int, ...]) -> None:
+    sweep = Sweep("s", "tokens", tuple(Point(n, 7.0 * n**power, round(1000 * n**power)) for n in sizes))
+    assert sweep.growth("ms") == pytest.approx(power, abs=1e-9)
+    assert sweep.growth("bytes") == pytest.approx(power, abs=1e-3)
+
+
+def test_a_sweep_changes_one_number() -> None:
+    for name, _, shapes in variations(SHAPE, (1, 2)):
+        (small, first), (large, second) = shapes
+        assert large == 2 * small or name == "prompt share"
+        fields = ("hidden", "vocab", "pairs", "length", "prompt")
+        different = [field for field in fields if getattr(first, field) != getattr(second, field)]
+        expected = {"sequence length": ["length", "prompt"], "vocabulary": ["vocab"], "rows": ["pairs"]}
+        assert different == expected.get(name, ["prompt"])
+
+
+def test_rows_have_the_prompt_share_asked_for() -> None:
+    shape = StepShape(hidden=8, layers=1, vocab=100, length=200, prompt_share=0.75, batch=2, rows=40)
+    words = [[len(row[side][0]["content"].split()) for row in make_rows(shape)] for side in ("prompt", "chosen")]
+    assert sum(words[0]) / 40 == pytest.approx(150, rel=0.1)
+    assert sum(words[1]) / 40 == pytest.approx(50, rel=0.1)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def record(ours: list[float], bare: list[float], size: int = 2**20) -> dict[str, Any]:
+    rows = [Row(BARE, bare, 0), Row("fastpref", ours, size, 1e-8, 1e-8), Row("all logits", [9.0] * len(bare), 4 * size)]
+    return head_record(case(DPO), rows)
+
+
+def result(*records: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "head": list(records), "scaling": [], "steps": [], "command": "python -m bench", "date": "2026-01-01",
+        "seconds": 60, "rule": "A rule.",
+        "machine": {"processor": "A", "device": "cpu", "threads": 2, "python": "3", "versions": {}, "commit": "c"},
+    }  # fmt: skip
+
+
+def test_time_is_a_ratio_of_the_same_turn() -> None:
+    slow_second = record(ours=[2.0, 20.0, 2.2], bare=[1.0, 10.0, 1.0])
+    assert ratios(slow_second, "fastpref") == [2.0, 2.0, 2.2]
+    assert (median([2.0, 2.0, 2.2]), spread([2.0, 2.0, 2.2])) == (2.0, pytest.approx(0.2))
+
+
+@pytest.mark.parametrize(
+    ("ours", "size", "regressed"),
+    [
+        ([2.0, 2.1, 1.9], 2**20, []),
+        ([2.6, 2.6, 2.6], 2**20, ["× bare"]),
+        ([2.6, 1.2, 4.0], 2**20, []),  # its own spread is larger than the change
+        ([2.0, 2.0, 2.0], 2**21, ["MiB"]),
+    ],
+)
+def test_a_regression_is_growth_beyond_threshold_and_spread(ours: list[float], size: int, regressed: list[str]) -> None:
+    before, after = result(record([2.0, 2.0, 2.1], [1.0] * 3)), result(record(ours, [1.0] * 3, size))
+    assert [change.unit for change in changes(before, after) if change.regressed(0.15)] == regressed
+
+
+def test_other_sizes_are_not_compared() -> None:
+    other = copy.deepcopy(record([2.0], [1.0]))
+    other["vocab"] += 1
+    assert changes(result(record([2.0], [1.0])), result(other)) == []
+
+
+def test_the_table_says_how_fast_and_how_lean() -> None:
+    text = markdown(result(record(ours=[3.0, 3.0], bare=[2.0, 2.0])))
+    assert "| all logits | 3.00 × as fast | all logits | 0.25 × its memory |" in text
+    assert "1.50 ± 0.00" in text
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_compare_fails_on_a_regression(tmp_path: Path) -> None:
+    for name, ours in (("a", 2.0), ("b", 3.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(result(record([ours] * 3, [1.0] * 3))))
+    found = CliRunner().invoke(app, ["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert found.exit_code == 1
+    assert "regressed" in found.stdout
+    assert CliRunner().invoke(app, ["compare", str(tmp_path / "b"), str(tmp_path / "a")]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--profile", "huge"], "--profile huge: known are tiny, quick, full, gpu"),
+        (["--only", "steps", "--only", "tea"], "--only tea: known are head, scaling, steps"),
+        (["--profile", "tiny", "--base", "no-such-revision"], "--base no-such-revision: "),
+        (["compare", "nowhere", "nowhere"], "not a result of python -m bench"),
+    ],
+)
+def test_mistakes_are_said_in_one_message(arguments: list[str], said: str) -> None:
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 2
+    assert said in " ".join(found.stderr.split())

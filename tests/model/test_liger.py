@@ -1,0 +1,295 @@
+"""Kernels of liger-kernel in a model's body: which modules get one, that nothing else changes, and their numbers.
+
+Without a card the kernels run in Triton's interpreter, which has not the functions of CUDA's library that they call.
+"""
+
+import copy
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from tiny import config_for, examples, model_config, save_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama import modeling_llama
+from triton.runtime.jit import KernelInterface
+
+from fastpref.data.batch import collate
+from fastpref.errors import UserError
+from fastpref.model import liger, load
+from fastpref.model.checkpointing import checkpoint_layers
+from fastpref.model.load import Loaded, load_model
+from fastpref.model.policy import Policy
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = CPU if INTERPRETED else CUDA
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+# Norms and MLPs of each of two layers, the last norm, and the attentions that rotate.
+TAKEN = {
+    "llama": {"RMSNorm": 5, "SwiGLU": 2, "RoPE": 2},
+    "mistral": {"RMSNorm": 5, "SwiGLU": 2, "RoPE": 2},
+    "qwen2": {"RMSNorm": 5, "SwiGLU": 2, "RoPE": 2},
+    "qwen3": {"RMSNorm": 9, "SwiGLU": 2, "RoPE": 2},
+    "gemma2": {"RMSNorm": 9, "GeGLU": 2, "RoPE": 2},
+    "gemma3": {"RMSNorm": 13, "GeGLU": 2, "RoPE": 2},
+    "gpt-oss": {"RMSNorm": 5, "RoPE": 2},
+    "mixtral": {"RMSNorm": 5, "RoPE": 2},
+    "qwen3-moe": {"RMSNorm": 9, "RoPE": 2},
+}
+
+
+def plain(kind: str, **changes: Any) -> PreTrainedModel:
+    config = model_config(kind)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def counts(model: PreTrainedModel) -> dict[str, int]:
+    """How many modules have which kernel; RoPE is a forward of transformers' own with another global."""
+    found: dict[str, int] = {}
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if forward is None:
+            continue
+        rope = forward.__func__.__globals__.get("apply_rotary_pos_emb")
+        rotates = rope is not None and rope.__module__.startswith("liger_kernel")
+        kind = "RoPE" if rotates else liger._kind(module)
+        assert kind is not None
+        found[kind] = found.get(kind, 0) + 1
+    return found
+
+
+def transformers_now() -> dict[str, dict[str, Any]]:
+    modules = {name: m for name, m in sys.modules.items() if name.startswith("transformers.models.")}
+    return {name: dict(vars(m)) for name, m in modules.items() if isinstance(m, ModuleType)}
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_which_modules_change(kind: str):
+    """The kernels that liger has for a model type, in this instance; experts and the model's own forward stay."""
+    model, other = plain(kind), plain(kind)
+    assert liger.take_kernels(model) == sorted(TAKEN[kind])
+    assert counts(model) == TAKEN[kind]
+    assert counts(other) == {}
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_nothing_global_changes(kind: str):
+    """Every name of every module of transformers is what it was, and models that are made later are plain."""
+    model = plain(kind)
+    before = transformers_now()
+    liger.take_kernels(model)
+    after = transformers_now()
+    for name, values in before.items():
+        changed = [key for key, value in values.items() if after[name].get(key) is not value]
+        assert changed == [], name
+    assert counts(plain(kind)) == {}
+
+
+def test_another_activation_is_left_alone():
+    """Liger takes an MLP for SwiGLU by the model's type; a config may say otherwise."""
+    assert counts(plain("llama")) == {}
+    model = plain("llama", hidden_act="gelu")
+    assert liger.take_kernels(model) == ["RMSNorm", "RoPE"]
+    assert counts(model) == {"RMSNorm": 5, "RoPE": 2}
+
+
+WANTED = [
+    ("auto", "cuda", "llama", True),
+    ("auto", "cpu", "llama", False),
+    ("auto", "mps", "llama", False),
+    ("auto", "cuda", "cohere", False),
+    (True, "cuda", "gemma2", True),
+    (True, "cuda", "gpt2", r"model.liger = true: liger-kernel knows no gpt2 models; leave the key out"),
+    (True, "cpu", "llama", r"model.liger = true: they run on GPUs only; leave the key out"),
+    (False, "cuda", "llama", False),
+]
+
+
+@pytest.mark.parametrize(("wanted", "device", "kind", "outcome"), WANTED, ids=str)
+def test_when_they_are_taken(wanted: Any, device: str, kind: str, outcome: bool | str):
+    if isinstance(outcome, bool):
+        assert liger.wants_kernels(wanted, device, model_config(kind)) is outcome
+    else:
+        with pytest.raises(UserError) as raised:
+            liger.wants_kernels(wanted, device, model_config(kind))
+        assert str(raised.value) == outcome
+
+
+def test_a_run_on_a_cpu_refuses_before_it_loads(tmp_path: Path):
+    """The weights of this model are not there: the key is what is wrong first."""
+    model_config("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.liger = true: they run on GPUs only"):
+        load_model(config_for(tmp_path, "model.liger=true"), CPU)
+
+
+# --- the trial -------------------------------------------------------------------------------------------------------
+
+
+def wrong(model: PreTrainedModel) -> list[str]:
+    """Kernels that leave out the norms' weights."""
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            vars(module)["forward"] = lambda x: x * 2
+    return ["RMSNorm"]
+
+
+def failing(model: PreTrainedModel) -> list[str]:
+    wrong(model)
+    raise RuntimeError("out of resource: shared memory")
+
+
+@pytest.mark.parametrize(
+    ("take", "why"),
+    [
+        (wrong, "its hidden states differ from those of the model's own code by "),
+        (failing, "RuntimeError: out of resource: shared memory"),
+        (lambda model: [], "no module of it is of the kind that liger-kernel knows"),
+    ],
+)
+def test_what_does_not_do_the_same_is_undone(take: Any, why: str, monkeypatch: pytest.MonkeyPatch):
+    """The model is as it was and the run says why; or, if the kernels were asked for, it is an error."""
+    model = plain("llama")
+    before = [dict(vars(module)) for module in model.modules()]
+    monkeypatch.setattr(liger, "take_kernels", take)
+    taken, (note,) = liger.give_kernels(model, model.model, must=False, trial=nullcontext)
+    assert not taken
+    assert note.startswith(f"liger-kernel: not taken: {why}")
+    assert [dict(vars(module)) for module in model.modules()] == before
+    with pytest.raises(UserError, match=r"model\.liger = true: cannot be had for this model here: "):
+        liger.give_kernels(model, model.model, must=True, trial=nullcontext)
+    assert counts(model) == {}
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _rsqrt(x):
+    return 1 / tl.sqrt(x)
+
+
+class _Scalar(float):
+    """A number as compiled kernels have it."""
+
+    def to(self, dtype: object) -> "_Scalar":
+        return self
+
+
+def _with_scalars(run: Any) -> Any:
+    def launch(*args: Any, **options: Any) -> None:
+        run(*(_Scalar(arg) if isinstance(arg, float) else arg for arg in args), **options)
+
+    return launch
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What liger's kernels need to run here, and a device that `load_model` takes for one that they run on."""
+    if INTERPRETED:
+        from liger_kernel.ops import geglu, rms_norm, rope, swiglu
+
+        for module in (geglu, rms_norm, rope, swiglu):
+            for kernel in vars(module).values():
+                if isinstance(kernel, KernelInterface):
+                    monkeypatch.setattr(kernel, "run", _with_scalars(kernel.run))
+        monkeypatch.setattr(rms_norm, "rsqrt", _rsqrt)
+        monkeypatch.setattr(geglu, "tanh", _tanh)
+        wants = liger.wants_kernels
+        monkeypatch.setattr(
+            liger, "wants_kernels", lambda wanted, kind, architecture: wants(wanted, "cuda", architecture)
+        )
+
+
+def gradients(loaded: Loaded, layers: int = 0) -> dict[str, Tensor]:
+    """Log-probabilities and every gradient of one micro-batch of trees."""
+    checkpoint_layers(loaded.model, layers)
+    torch.manual_seed(1)
+    for name, parameter in loaded.policy.named_parameters():
+        if "lora_B" in name:  # zeros, behind which no gradient of A is seen
+            torch.nn.init.normal_(parameter, std=0.1)
+    loaded.policy.train()
+    torch.manual_seed(2)
+    logp = loaded.policy(collate(ROWS, loaded.layout).to(loaded.model.device)).logp
+    (logp * torch.arange(len(logp), device=logp.device).cos()).sum().backward()
+    found = {name: p.grad for name, p in loaded.policy.named_parameters() if p.grad is not None}
+    return {"logp": logp.detach(), **found}
+
+
+CASES = [
+    ("llama", 0, []),
+    ("llama", 2, ["lora={rank=2, dropout=0.3}"]),
+    ("llama", 0, ["lora={rank=2, modules_to_save=['norm']}", "train.layout=padded"]),
+    ("qwen3", 0, ["lora={rank=2}"]),
+    ("gemma2", 1, []),
+]
+ROWS = examples(2, seed=11)[1:]  # a short one: the interpreter takes its time
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param(CPU, marks=pytest.mark.skipif(not INTERPRETED, reason="runs on the card")),
+               pytest.param(CUDA, marks=pytest.mark.gpu)], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(("kind", "layers", "overrides"), CASES, ids=str)
+def test_outputs_and_gradients_are_the_models_own(
+    kernels: None, tmp_path: Path, device: torch.device, kind: str, layers: int, overrides: list[str]
+):
+    """In float32, to its rounding: with adapters or without, whatever the layout, with layers computed twice or not."""
+    folder = save_model(kind, tmp_path)
+    options = [*overrides, "model.dtype=float32"]
+    torch.manual_seed(0)
+    expected = gradients(load_model(config_for(folder, *options, "model.liger=false"), device), layers)
+    torch.manual_seed(0)
+    loaded = load_model(config_for(folder, *options), device)
+    assert loaded.liger
+    assert f"liger-kernel: {', '.join(sorted(TAKEN[kind]))}" in loaded.notes
+    found = gradients(loaded, layers)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * (1 + value.abs().max().item()))
+
+
+def test_a_frozen_copy_has_weights_of_its_own(kernels: None, tmp_path: Path):
+    """What is bound to a module is bound to the copy's module in a copy."""
+    loaded = load_model(config_for(save_model("llama", tmp_path), "model.dtype=float32"), DEVICE)
+    batch = collate(ROWS, "tree").to(DEVICE)
+    frozen = Policy.of(copy.deepcopy(loaded.model))
+    with torch.no_grad():
+        before = frozen(batch).logp
+        for parameter in loaded.model.parameters():
+            parameter.zero_()
+        assert torch.equal(frozen(batch).logp, before)
+
+
+def test_the_trial_sees_the_kernels(kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An offset that is wrong by liger's mistake, as Gemma's once was, keeps a model from having them."""
+    apply = liger._known()["llama"]
+
+    def mistaken(*, model: PreTrainedModel, **options: Any) -> None:
+        apply(model=model, **options)
+        model.model.norm.offset = 1.0
+
+    monkeypatch.setitem(liger._known(), "llama", mistaken)
+    loaded = load_model(config_for(save_model("llama", tmp_path)), DEVICE)
+    assert not loaded.liger
+    assert any("not taken: its hidden states differ" in note for note in loaded.notes)
+    assert counts(loaded.model) == {}
+    assert modeling_llama.LlamaRMSNorm.__module__ == "transformers.models.llama.modeling_llama"
+    assert load.liger is liger
