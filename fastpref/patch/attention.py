@@ -106,7 +106,9 @@ def _branches(
             parts.append(masked_attention(query[:, :, own], all_keys, all_values, mask, *rules).transpose(1, 2))
         else:
             groups = query.shape[1] // key.shape[1]
-            mask = _prefix_mask(branch.length, keys.shape[2], attend.window, query.device)
+            mask = None
+            if attend.window is not None:
+                mask = _prefix_mask(branch.length, keys.shape[2], attend.window, query.device)
             parts.append(
                 F.scaled_dot_product_attention(
                     query[:, :, own],

@@ -98,6 +98,8 @@ def _give_trees(model: PreTrainedModel, backbone: nn.Module) -> tuple[str | None
         calls, why = tree_attention.probe_layers(model, backbone, attention.NAME)
     except ValueError as error:
         calls, why = [], f"{model.config.model_type} models keep their attention: {error}"
+    if why is None and was == "sdpa" and any(call.softcap is not None for call in calls):
+        why = "it was loaded with SDPA, which leaves out the softcap of its attention"
     if why is not None:
         if was is not None and model.config._attn_implementation != was:
             model.set_attn_implementation(was)

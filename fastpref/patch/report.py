@@ -58,7 +58,10 @@ def report(patch: "Patch") -> str:
     """What was patched, what was counted and timed, and an estimate of what TRL would have held."""
     tally = patch.tally
     lines = [f"fastpref.patch of trl {getattr(patch.trl, '__version__', '')}"]
-    lines.append(f"  patched      {', '.join(patch.patched)}")
+    owners: dict[str, list[str]] = {}
+    for owner, _, name in (full.rpartition(".") for full in patch.patched):
+        owners.setdefault(owner, []).append(name)
+    lines += [f"  patched      {owner}: {', '.join(names)}" for owner, names in owners.items()]
     lines += [f"  left as is   {note}" for note in patch.notes]
     if not tally.passes:
         return "\n".join([*lines, "  no patched trainer has computed anything"])

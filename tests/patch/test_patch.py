@@ -1,6 +1,7 @@
 """Patching and unpatching: what is exchanged, when, and that all of it is given back."""
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -206,8 +207,24 @@ def test_a_script_runs_patched(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["__main__", "['--lr',", "'1',", "'-v']", "5", "trl.trainer.dpo_trainer"]
-    assert "DPOTrainer._compute_loss" in done.stderr
+    assert "DPOTrainer: _compute_loss" in done.stderr
     assert "no patched trainer has computed anything" in done.stderr
     missing = subprocess.run([*command[:3], "none.py"], capture_output=True, text=True, check=False)
     assert missing.returncode == 2
     assert "none.py: no such file" in missing.stderr
+
+
+@pytest.mark.slow
+def test_the_example_saves_tokens(tmp_path: Path) -> None:
+    """The example script runs patched, learns what it learns unpatched, and computes fewer tokens."""
+    script = str(Path(__file__).parents[2] / "examples" / "trl_dpo.py")
+    losses = []
+    for command in ([script], ["-m", "fastpref.patch", "--report", script]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        losses.append([float(loss) for loss in re.findall(r"'loss': '?([0-9.e-]+)", done.stdout)])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # Adam follows rounding where there is no gradient
+    saved = re.search(r"([0-9]+)% saved by sharing prompts", done.stderr)
+    assert saved is not None
+    assert int(saved[1]) >= 20
