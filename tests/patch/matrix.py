@@ -52,11 +52,13 @@ def run(version: str, arguments: list[str]) -> bool:
 
 
 def main() -> None:
-    named, _, arguments = " ".join(sys.argv[1:]).partition("--")
-    unknown = set(named.split()) - VERSIONS.keys()
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    named, arguments = given[:end], given[end + 1 :]
+    unknown = set(named) - VERSIONS.keys()
     if unknown:
         raise SystemExit(f"not among {', '.join(VERSIONS)}: {', '.join(sorted(unknown))}")
-    failed = [version for version in named.split() or VERSIONS if not run(version, arguments.split())]
+    failed = [version for version in named or VERSIONS if not run(version, arguments)]
     if failed:
         raise SystemExit(f"failed with TRL {', '.join(failed)}")
 
