@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastpref.errors import UserError
     from fastpref.kernels.head_weight import FourBitWeight, OffloadedWeight
     from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
+    from fastpref.patch import Patch, patch, unpatch
     from fastpref.token_loss import PreferenceLoss, preference_loss
     from fastpref.train.loop import RunResult, train
 
@@ -25,6 +26,7 @@ __all__ = [
     "FourBitWeight",
     "LoraWeight",
     "OffloadedWeight",
+    "Patch",
     "PreferenceLoss",
     "RunResult",
     "TokenLogprobs",
@@ -32,8 +34,10 @@ __all__ = [
     "linear_logprob",
     "load_config",
     "losses",
+    "patch",
     "preference_loss",
     "train",
+    "unpatch",
 ]
 
 _HOME = {
@@ -45,6 +49,8 @@ _HOME = {
     "OffloadedWeight": "fastpref.ops",
     "TokenLogprobs": "fastpref.ops",
     "linear_logprob": "fastpref.ops",
+    "Patch": "fastpref.patch",
+    "unpatch": "fastpref.patch",
     "PreferenceLoss": "fastpref.token_loss",
     "preference_loss": "fastpref.token_loss",
     "RunResult": "fastpref.train.loop",
@@ -73,7 +79,7 @@ _find_kernels()
 
 
 def __getattr__(name: str):
-    if name in ("losses", "train"):
+    if name in ("losses", "patch", "train"):
         return importlib.import_module(f"fastpref.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)

@@ -41,11 +41,11 @@ def tree_attention(
     if tree is None:
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        return _masked(query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
+        return masked_attention(query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
     if isinstance(tree, _Probe):
         shape = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         tree.calls.append(LayerCall(*shape, dropout, scaling, sliding_window, softcap, s_aux is not None))
-    attend = _Attend(dropout, scaling, sliding_window, softcap, s_aux)
+    attend = CausalAttention(dropout, scaling, sliding_window, softcap, s_aux)
     parts = [part for t in tree.trees for part in _tree_parts(attend, query, key, value, t)]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
@@ -62,7 +62,7 @@ def tree_keywords(tree: TreeLayout, device: torch.device) -> dict[str, Any]:
     return {"tree": tree, "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)}
 
 
-def _tree_parts(attend: "_Attend", query: Tensor, key: Tensor, value: Tensor, tree: Tree) -> list[Tensor]:
+def _tree_parts(attend: "CausalAttention", query: Tensor, key: Tensor, value: Tensor, tree: Tree) -> list[Tensor]:
     """The outputs of one tree in the order of the row: the prompt with its first completion, then each further one."""
     begin, prompt_end = tree.start, tree.start + tree.prompt
     first_end = prompt_end + tree.completions[0]
@@ -78,7 +78,7 @@ def _tree_parts(attend: "_Attend", query: Tensor, key: Tensor, value: Tensor, tr
     return parts
 
 
-class _Attend:
+class CausalAttention:
     """Causal attention of the last queries of a contiguous sequence to all of it."""
 
     def __init__(
@@ -92,14 +92,14 @@ class _Attend:
         windowed = self.window is not None and self.window < k
         if self.softcap is None and self.sinks is None:
             groups = query.shape[1] // key.shape[1]
-            key, value = _repeat(key, groups), _repeat(value, groups)
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
             plain = q == k and not windowed
             mask = None if plain else _causal(q, k, self.window, query.device)
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=plain, dropout_p=self.dropout, scale=self.scaling
             )
         mask = _causal(q, k, self.window, query.device)
-        out = _masked(query, key, value, mask, self.dropout, self.scaling, self.softcap, self.sinks)
+        out = masked_attention(query, key, value, mask, self.dropout, self.scaling, self.softcap, self.sinks)
         return out.transpose(1, 2)
 
 
@@ -111,7 +111,7 @@ def _causal(q: int, k: int, window: int | None, device: torch.device) -> Tensor:
     return mask if window is None else mask & (i - j < window)
 
 
-def _masked(
+def masked_attention(
     query: Tensor,  # [B, heads, Q, D]
     key: Tensor,  # [B, kv_heads, K, D]
     value: Tensor,  # [B, kv_heads, K, D]
@@ -123,7 +123,7 @@ def _masked(
 ) -> Tensor:
     """Attention with capped scores or sinks, which SDPA has not: scores in float32, [B, Q, heads, D]."""
     groups = query.shape[1] // key.shape[1]
-    key, value = _repeat(key, groups), _repeat(value, groups)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -138,7 +138,7 @@ def _masked(
     return (weights @ value).transpose(1, 2).contiguous()
 
 
-def _repeat(kv: Tensor, groups: int) -> Tensor:
+def repeat_kv(kv: Tensor, groups: int) -> Tensor:
     return kv if groups == 1 else kv.repeat_interleave(groups, dim=1)
 
 
@@ -180,10 +180,13 @@ def layers_reached(backbone: nn.Module) -> list[LayerCall]:
     return probe.calls
 
 
-def probe_layers(model: PreTrainedModel, backbone: nn.Module) -> tuple[list[LayerCall], str | None]:
-    """What a model's layers ask of their attention, and the reason it must be given padded rows, or None."""
+def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) -> tuple[list[LayerCall], str | None]:
+    """What a model's layers ask of their attention, and the reason it must be given padded rows, or None.
+
+    `name` is the registered attention that the model must have.
+    """
     kind = model.config.model_type
-    if model.config._attn_implementation != NAME:
+    if model.config._attn_implementation != name:
         return [], f"the attention of {kind} models is their own code"
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     try:

@@ -1,0 +1,171 @@
+"""`fastpref.patch(trl)`: TRL's preference trainers without logits and without computing a prompt twice.
+
+The package is callable: `fastpref.patch(trl)` patches, and `python -m fastpref.patch script.py` runs a script patched.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpref.patch.forward import Scope
+    from fastpref.patch.plan import Plan
+
+__all__ = ["Patch", "patch", "unpatch"]
+
+logger = logging.getLogger("fastpref.patch")
+_patches: dict[ModuleType, "Patch"] = {}
+
+
+def patch(trl: ModuleType, *, prefix_sharing: bool = True) -> "Patch":
+    """Patch TRL's DPO, KTO, ORPO and CPO trainers. Losses, metrics and gradients stay TRL's.
+
+    Patching twice is patching once, with the options of the last call. What cannot be computed faster takes TRL's
+    path, which is said once in the log, with the reason.
+
+    Args:
+        trl: the imported module `trl`.
+        prefix_sharing: rows with the same prompt become branches of one sequence, without padding. False: rows stay
+            as TRL lays them out, and only the head is exchanged.
+
+    Returns:
+        The patch: a context manager that unpatches at its end.
+
+    Raises:
+        UserError: not a TRL that is known here.
+    """
+    from fastpref.errors import UserError
+
+    if not isinstance(trl, ModuleType) or trl.__name__ != "trl":
+        raise UserError(f"fastpref.patch takes the module trl, got {trl!r}; import trl, then fastpref.patch(trl)")
+    if trl not in _patches:
+        _patches[trl] = Patch(trl, prefix_sharing)
+    elif _patches[trl].prefix_sharing != prefix_sharing:
+        _patches[trl]._share(prefix_sharing)
+    return _patches[trl]
+
+
+def unpatch(trl: ModuleType) -> None:
+    """Give every attribute of TRL back what it was. Without a patch nothing happens."""
+    found = _patches.pop(trl, None)
+    if found is not None:
+        found._undo()
+
+
+class Patch:
+    """TRL patched. A context manager: at its end TRL is as it was."""
+
+    def __init__(self, trl: ModuleType, prefix_sharing: bool):
+        from weakref import WeakKeyDictionary
+
+        from fastpref.patch.report import Tally
+        from fastpref.patch.trainers import find_changes
+
+        self.trl, self.prefix_sharing = trl, prefix_sharing
+        self.tally = Tally()
+        self._said: dict[tuple[str, str], None] = {}
+        self._plans: WeakKeyDictionary[Any, Plan] = WeakKeyDictionary()
+        self._scopes: list[Scope] = []
+        self._changes = find_changes(trl, self)
+        for made in self._changes:
+            made.make()
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        unpatch(self.trl)
+
+    def __repr__(self) -> str:
+        return f"<fastpref.Patch of trl {getattr(self.trl, '__version__', '')}: {', '.join(self.patched)}>"
+
+    @property
+    def patched(self) -> list[str]:
+        """The names of the attributes that are exchanged, like "DPOTrainer._compute_loss"."""
+        return [f"{made.owner.__name__.removeprefix('trl.')}.{made.name}" for made in self._changes]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was said: what is left to TRL, and why."""
+        return [f"{what}: {why}" for what, why in self._said]
+
+    def report(self) -> str:
+        """What was patched and what it saved so far, in words."""
+        from fastpref.patch.report import report
+
+        return report(self)
+
+    # --- for the patched methods ----------------------------------------------------------------------------------
+
+    def say(self, what: str, why: str) -> None:
+        """Say something once."""
+        if (what, why) not in self._said:
+            self._said[what, why] = None
+            logger.warning("fastpref.patch: %s: %s", what, why)
+
+    def plan(self, trainer: Any, wrapped: Any) -> "Plan":
+        """How a model is computed, found out when it is first met."""
+        from fastpref.patch.plan import NOT_WANTED, bare, make_plan
+
+        model = bare(wrapped)
+        if model not in self._plans:
+            plan = self._plans[model] = make_plan(trainer, wrapped, sharing=self.prefix_sharing)
+            name = f"{type(trainer).__name__} with {type(model).__name__}"
+            if plan.refused is not None:
+                self.say(name, f"{plan.refused}; TRL's own path is taken")
+            elif plan.padded not in (None, NOT_WANTED):
+                self.say(name, f"{plan.padded}; rows stay padded, and only the head is exchanged")
+        return self._plans[model]
+
+    def current(self, trainer: Any) -> "Scope | None":
+        """The patched call of this trainer that is running."""
+        return next((scope for scope in reversed(self._scopes) if scope.trainer is trainer), None)
+
+    @contextmanager
+    def standing_in(self, trainer: Any, model: Any, reference: Any, **options: Any) -> "Iterator[Scope | None]":
+        """A patched call: inside the block the forwards of its models are exchanged. None if all are left to TRL."""
+        from fastpref.patch.forward import Scope
+        from fastpref.patch.plan import bare
+
+        if self.current(trainer) is not None:  # a patched method that another one calls
+            yield None
+            return
+        models = {id(bare(m)): m for m in (model, reference) if m is not None}
+        plans = [(bare(m), self.plan(trainer, m)) for m in models.values()]
+        if all(plan.refused is not None for _, plan in plans):
+            yield None
+            return
+        scope = Scope(trainer, plans, self.tally, **options)
+        self._scopes.append(scope)
+        try:
+            with scope.standing_in():
+                yield scope
+        finally:
+            self._scopes.remove(scope)
+
+    def _share(self, prefix_sharing: bool) -> None:
+        self.prefix_sharing = prefix_sharing
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        for model, plan in self._plans.items():
+            plan.restore(model)
+        self._plans.clear()
+
+    def _undo(self) -> None:
+        for made in reversed(self._changes):
+            made.undo()
+        self._forget_plans()
+
+
+class _Callable(ModuleType):
+    """This package, which `fastpref.patch(trl)` calls."""
+
+    def __call__(self, trl: ModuleType, *, prefix_sharing: bool = True) -> Patch:
+        return patch(trl, prefix_sharing=prefix_sharing)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,308 @@
+"""`Logits`: what stands for a model's logits in TRL's own code, and is only computed where that code asks.
+
+TRL's trainers that call a model for its logits cut them, and then take log-probabilities of the labels, a mean, an
+entropy, an argmax. A `Logits` knows which places of the padded batch it stands for; cutting it cuts those places, and
+what is asked of them in the end comes from one walk over the vocabulary. Whatever else is asked of it gets the real
+logits of its places.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpref.patch.states import States
+
+
+class Scores:
+    """What the head says about a padded batch, computed once for every place that is asked for."""
+
+    def __init__(
+        self,
+        states: States,
+        input_ids: Tensor,  # [B, T]
+        wanted: Tensor,  # [B, T] bool: tokens whose log-probability the loss reads
+        outputs: tuple[str, ...],
+        around: Callable[[int, int], AbstractContextManager[None]],
+        row_states: Callable[[], States] | None,
+    ):
+        """`outputs` are asked for beside the log-probabilities. `around` is entered with the places of the batch and
+        the number that is scored while the head is used. `row_states` finds states of padding too."""
+        self.states, self.outputs, self._around, self._row_states = states, outputs, around, row_states
+        self._row_means: Tensor | None = None
+        self._with_grad = torch.is_grad_enabled()
+        # Everything is kept at the place that predicts it: the place before a token's own.
+        self.next_ids = torch.roll(input_ids, -1, 1).to(states.hidden.device)  # [B, T]
+        self.wanted = _before(wanted.to(states.hidden.device))
+        self.have = torch.zeros_like(self.wanted)
+        self.table = states.hidden.new_zeros(self.have.shape, dtype=torch.float32)
+        self.extra: dict[str, Tensor] = {}
+        if not self._with_grad:  # a reference's adapters are off at this moment only
+            self.logp(self.wanted)
+
+    def logp(self, where: Tensor) -> Tensor:
+        """[B, T] log-probability of the next token, where `where` or the wanted places are; 0 elsewhere."""
+        missing = (where | self.wanted) & ~self.have
+        if bool(missing.any()):
+            targets = self.next_ids[missing]
+            with torch.set_grad_enabled(self._with_grad), self._around(self.have.numel(), len(targets)):
+                tokens = self.states.score(missing, targets, self.outputs)
+            self.table = self.table.masked_scatter(missing, tokens.logp.to(self.table.dtype))
+            for name in self.outputs:
+                found = getattr(tokens, name)
+                empty = torch.zeros(self.have.shape, dtype=found.dtype, device=found.device)
+                self.extra[name] = self.extra.get(name, empty).masked_scatter(missing, found)
+            self.have = self.have | missing
+        return self.table
+
+    def mean_logits(self) -> Tensor:
+        """[B, T] where there are tokens: the mean over the vocabulary."""
+        with torch.set_grad_enabled(self._with_grad), self._around(0, 0):
+            return self.states.mean_logits()
+
+    @property
+    def knows_padding(self) -> bool:
+        return self._row_states is not None or self._row_means is not None
+
+    def row_means(self) -> Tensor:
+        """[B, T] with padding, without gradient."""
+        if self._row_means is None:
+            with torch.no_grad(), self._around(0, 0):
+                states = self.states if self._row_states is None else self._row_states()
+                self._row_means = states.mean_logits()
+            self._row_states = None
+        return self._row_means
+
+
+def _before(mask: Tensor) -> Tensor:
+    """[B, T]: a token's mark at the place before it; the first token has none."""
+    mask = mask.clone()
+    mask[:, 0] = False
+    return torch.roll(mask, -1, 1)
+
+
+class Logits:
+    """Stands for logits [*places, V]."""
+
+    def __init__(self, scores: Scores, at: Tensor, *, with_grad: bool = True):
+        self.scores, self.at, self.with_grad = scores, at, with_grad  # at: [*places] into the flattened [B, T]
+
+    # --- what a tensor says of itself ---------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.at.shape, self.scores.states.head.vocabulary))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.at.dim() + 1
+
+    ndim = property(dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scores.states.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.scores.states.hidden.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.with_grad and self.scores.states.hidden.requires_grad
+
+    # --- cutting ------------------------------------------------------------------------------------------------
+
+    def _at(self, at: Tensor) -> "Logits":
+        return Logits(self.scores, at, with_grad=self.with_grad)
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __getitem__(self, key: Any) -> Any:
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if any(k is None for k in keys):
+            return self.materialize()[key]
+        used = sum(k.dim() if isinstance(k, Tensor) and k.dtype == torch.bool else 1 for k in keys if k is not Ellipsis)
+        if Ellipsis in [k for k in keys if not isinstance(k, Tensor)]:
+            gap = next(i for i, k in enumerate(keys) if k is Ellipsis)
+            keys[gap : gap + 1] = [slice(None)] * (self.dim() - used)
+            used = self.dim()
+        if used == self.dim():
+            if not (isinstance(keys[-1], slice) and keys[-1] == slice(None)):
+                return self.materialize()[key]
+            keys = keys[:-1]
+        return self._at(self.at[tuple(keys)].clone() if keys else self.at)
+
+    def index_select(self, dim: int, index: Tensor) -> Any:
+        if dim in (-1, self.dim() - 1):
+            return self.materialize().index_select(dim, index)
+        return self._at(self.at.index_select(dim, index.to(self.at.device)))
+
+    def chunk(self, chunks: int, dim: int = 0) -> Any:
+        if dim in (-1, self.dim() - 1):
+            return self.materialize().chunk(chunks, dim)
+        return tuple(self._at(part) for part in self.at.chunk(chunks, dim))
+
+    def view(self, *shape: Any) -> Any:
+        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if shape[-1] not in (-1, self.shape[-1]) or (shape[-1] == -1 and -1 in shape[:-1]):
+            return self.materialize().reshape(shape)
+        if shape[-1] == -1 and math.prod(shape[:-1]) != self.at.numel():
+            return self.materialize().reshape(shape)
+        return self._at(self.at.reshape(shape[:-1]))
+
+    reshape = view
+
+    def contiguous(self) -> "Logits":
+        return self
+
+    def detach(self) -> "Logits":
+        return Logits(self.scores, self.at, with_grad=False)
+
+    def to(self, *_: Any, **__: Any) -> "Logits":
+        return self  # float32 inside, and on the device of the hidden states
+
+    def float(self) -> "Logits":
+        return self
+
+    # --- asking -------------------------------------------------------------------------------------------------
+
+    def materialize(self) -> Tensor:
+        """The real logits [*places, V], by the model's own head; at padding those of some token."""
+        states = self.scores.states
+        hidden = states.hidden[states.place.flatten()[self.at]]
+        settings = states.head.settings
+        logits = states.head.module(hidden).float() * settings.scale
+        if settings.softcap is not None:
+            logits = settings.softcap * torch.tanh(logits / settings.softcap)
+        return logits if self.with_grad else logits.detach()
+
+    def mean(self, dim: Any = None, **options: Any) -> Tensor:
+        """Over everything, or over the vocabulary."""
+        exact = self.scores.states.head.settings.softcap is None or not self.requires_grad
+        if options or dim not in (None, -1, self.dim() - 1) or not exact:
+            return self.materialize().mean(dim, **options)
+        # Over everything padding may be among it; over the vocabulary it is left out afterwards.
+        whole_rows = dim is None and not self.requires_grad and self.scores.knows_padding
+        table = self.scores.row_means() if whole_rows else self.scores.mean_logits()
+        found = table.flatten()[self.at]
+        return found.mean() if dim is None else found
+
+    def nansum(self) -> Tensor:
+        """Over everything, without gradient: TRL logs it."""
+        return self.scores.row_means().flatten()[self.at].nansum() * self.shape[-1]
+
+    def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        """The next token's id where it is the likeliest one and wanted, −1 elsewhere: for comparing with labels."""
+        if dim not in (-1, self.dim() - 1) or keepdim or "is_top1" not in self.scores.outputs:
+            return self.materialize().argmax(dim, keepdim)
+        self.scores.logp(self.scores.wanted)
+        top = self.scores.extra["is_top1"].flatten()[self.at]
+        return torch.where(top, self.scores.next_ids.flatten()[self.at], -1)
+
+    def entropy(self) -> Tensor:
+        """[*places], 0 where nothing is wanted."""
+        if "entropy" not in self.scores.outputs:
+            log_probs = self.materialize().log_softmax(-1)
+            return -(log_probs.exp() * log_probs).sum(-1)
+        self.scores.logp(self.scores.wanted)
+        return self.scores.extra["entropy"].flatten()[self.at]
+
+    def logp(self, labels: Tensor) -> Tensor:
+        """[*places] log-probabilities of labels, which TRL fills with zeros where it masks them: 0 there."""
+        wanted = self.scores.wanted.flatten()[self.at]
+        labels = labels.to(self.device)
+        if not torch.equal(labels[wanted], self.scores.next_ids.flatten()[self.at][wanted]):
+            return self.materialize().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+        return torch.where(wanted, self.scores.logp(self.scores.wanted).flatten()[self.at], 0.0)
+
+    def cross_entropy(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
+        """The mean over labels that are not ignored."""
+        labels = labels.to(self.device)
+        kept = labels != ignore_index
+        at = self.at[kept]
+        if not torch.equal(labels[kept], self.scores.next_ids.flatten()[at]):
+            return F.cross_entropy(self.materialize(), labels, ignore_index=ignore_index)
+        where = torch.zeros_like(self.scores.have)
+        where.view(-1)[at] = True
+        return -self.scores.logp(where).flatten()[at].mean()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """torch's functions: the mean cross-entropy is known, any other gets the real logits."""
+        kwargs = dict(kwargs or {})
+        if func is torch.flatten and len(args) == 1 and kwargs == {"end_dim": args[0].dim() - 2}:
+            return args[0].view(-1, args[0].shape[-1])
+        if func is F.cross_entropy and isinstance(args[0], Logits) and args[0].at.dim() == 1:
+            plain = {"weight": None, "size_average": None, "reduce": None, "reduction": "mean", "label_smoothing": 0.0}
+            others = {name: kwargs[name] for name in plain if name in kwargs}
+            if len(args) == 2 and all(others[name] == plain[name] for name in others):
+                return args[0].cross_entropy(args[1], kwargs.get("ignore_index", -100))
+        args = [a.materialize() if isinstance(a, Logits) else a for a in args]
+        kwargs = {name: a.materialize() if isinstance(a, Logits) else a for name, a in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        return getattr(self.materialize(), name)
+
+
+def _arithmetic(name: str) -> None:
+    def operate(self: Logits, *others: Any) -> Any:
+        others = tuple(o.materialize() if isinstance(o, Logits) else o for o in others)
+        return getattr(self.materialize(), name)(*others)
+
+    setattr(Logits, name, operate)
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    _arithmetic(f"__{_name}__")
+    _arithmetic(f"__r{_name}__")
+_arithmetic("__neg__")
+
+
+def understanding(function: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
+    """TRL's function of logits, answered by `answer` for a `Logits` without a temperature or other options."""
+
+    def asked(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(logits, Logits):
+            return function(logits, *args, **kwargs)
+        found = answer(logits, *args, **kwargs)
+        return function(logits.materialize(), *args, **kwargs) if found is None else found
+
+    asked.__wrapped__ = function  # pyright: ignore[reportFunctionMemberAccess]
+    asked.__doc__ = function.__doc__
+    asked.__name__ = function.__name__
+    return asked
+
+
+def log_softmax_of(logits: Logits, index: Tensor, **options: Any) -> Tensor | None:
+    """TRL's `selective_log_softmax(logits, index)`."""
+    plain = index.shape == logits.at.shape and options.get("temperature", 1.0) == 1.0
+    return logits.logp(index) if plain else None
+
+
+def log_softmax_and_entropy_of(logits: Logits, index: Tensor, **options: Any) -> tuple[Tensor, Tensor] | None:
+    """TRL's `selective_log_softmax_and_entropy(logits, index)`."""
+    logp = log_softmax_of(logits, index, **options)
+    return None if logp is None else (logp, logits.entropy())
+
+
+def entropy_of(logits: Logits, **options: Any) -> Tensor:
+    """TRL's `entropy_from_logits(logits)`."""
+    return logits.entropy()
+
+
+UNDERSTOOD: dict[str, Callable[..., Any]] = {
+    "selective_log_softmax": log_softmax_of,
+    "selective_log_softmax_and_entropy": log_softmax_and_entropy_of,
+    "entropy_from_logits": entropy_of,
+}

@@ -1,0 +1,111 @@
+"""What can be done for a model: trees, its head alone, or nothing, and why."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from fastpref.errors import UserError
+from fastpref.model import attention as tree_attention
+from fastpref.model import flex_attention
+from fastpref.model.head import Head, check_logits
+from fastpref.patch import attention
+
+NOT_WANTED = "prefix_sharing=False"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model's forward passes are computed. It holds the model's parts and not the model."""
+
+    backbone: nn.Module | None = None
+    head: Head | None = None
+    refused: str | None = None  # why TRL's own path is taken
+    padded: str | None = None  # why rows stay as they are
+    rotary: bool = False  # positions only matter relative to each other
+    was: Any = field(default=None, repr=False)  # the attention that the model had
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Give the model its own attention back."""
+        if self.was is not None:
+            model.set_attn_implementation(self.was)
+
+
+def bare(model: Any) -> Any:
+    """The causal language model inside what accelerate, DDP and PEFT have put around it."""
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
+    """The plan for a trainer's model. Its attention is exchanged if trees are wanted and can be had."""
+    model = bare(wrapped)
+    why = _refusal(trainer, wrapped, model)
+    if why is not None:
+        return Plan(refused=why)
+    backbone = getattr(model, model.base_model_prefix)
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.random.fork_rng(devices=set(devices)):  # a trial run draws for its dropout
+            head = Head(model)
+            head.weight_and_bias()
+            model.eval()
+            check_logits(model, backbone, head)
+            why, was = _give_trees(model, backbone) if sharing else (NOT_WANTED, None)
+    except UserError as error:
+        return Plan(refused=str(error))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    config = model.config.get_text_config()
+    rotary = any(getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+    return Plan(backbone, head, padded=why, rotary=rotary, was=was)
+
+
+def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
+    """Why a model is left to TRL, if that can be said without trying."""
+    if not isinstance(model, PreTrainedModel):
+        return f"{type(model).__name__} is no transformers model that is known here"
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        return f"{config.model_type} is an encoder-decoder"
+    if config.get_text_config() is not config or getattr(trainer, "_is_vision_dataset", False):
+        return f"{config.model_type} models take images or sound beside text"
+    inner = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    if isinstance(inner, PeftModel) and getattr(inner.active_peft_config, "is_prompt_learning", False):
+        return f"{inner.active_peft_config.peft_type} is prompt learning: its rows hold tokens of their own"
+    if getattr(trainer, "is_deepspeed_enabled", False) or getattr(trainer, "is_fsdp_enabled", False):
+        return "FSDP and DeepSpeed hold parts of a model on other devices"
+    if getattr(trainer.args, "torch_compile", False):
+        return "the model is compiled by torch.compile"
+    if getattr(model, "base_model_prefix", "") == "" or not hasattr(model, model.base_model_prefix):
+        return f"{config.model_type} models have no body apart from their head"
+    return None
+
+
+def _give_trees(model: PreTrainedModel, backbone: nn.Module) -> tuple[str | None, Any]:
+    """Exchange a model's attention: why it cannot be, or None, and the one it had."""
+    was = copy.deepcopy(model.config._attn_implementation)
+    try:
+        model.set_attn_implementation(attention.NAME)
+        calls, why = tree_attention.probe_layers(model, backbone, attention.NAME)
+    except ValueError as error:
+        calls, why = [], f"{model.config.model_type} models keep their attention: {error}"
+    if why is None and was == "sdpa" and any(call.softcap is not None for call in calls):
+        why = "it was loaded with SDPA, which leaves out the softcap of its attention"
+    if why is not None:
+        if was is not None and model.config._attn_implementation != was:
+            model.set_attn_implementation(was)
+        return why, None
+    device = next(model.parameters()).device
+    flex, _ = flex_attention.wants_flex("auto", device.type, "tree", None, calls)
+    if flex and flex_attention.fault(calls, model.dtype, device) is None:
+        model.set_attn_implementation(attention.FLEX_NAME)
+    return None, was

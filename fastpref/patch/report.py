@@ -1,0 +1,82 @@
+"""What a patched run saved: counted, timed, and where it can only be estimated, called so."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastpref.patch import Patch
+
+
+@dataclass
+class Tally:
+    """Counts over all passes through patched methods."""
+
+    passes: int = 0
+    padded_tokens: int = 0  # that TRL's rows hold, padding included
+    computed_tokens: int = 0
+    places: int = 0  # of TRL's rows, which a head that does not choose computes
+    scored: int = 0
+    head_seconds: float = 0.0
+    logits_bytes: int = 0  # of the largest batch of a trainer that asks its model for logits, in float32
+    timed: bool = False  # wait for the device, so that the head's time can be told
+
+    def computed(self, padded: int, tokens: int) -> None:
+        """A pass of `tokens` in place of `padded`."""
+        self.passes += bool(padded)
+        self.padded_tokens += padded
+        self.computed_tokens += tokens
+
+    def logits(self, places: int, vocabulary: int) -> None:
+        """A pass for which TRL's code has logits of this many places."""
+        self.logits_bytes = max(self.logits_bytes, 4 * places * vocabulary)
+
+    @contextmanager
+    def head(self, places: int, scored: int) -> Iterator[None]:
+        """The head scores `scored` tokens of a batch of `places`, inside the block."""
+        self.places += places
+        self.scored += scored
+        self._wait()
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._wait()
+            self.head_seconds += time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.timed:
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+
+def report(patch: "Patch") -> str:
+    """What was patched, what was counted and timed, and an estimate of what TRL would have held."""
+    tally = patch.tally
+    lines = [f"fastpref.patch of trl {getattr(patch.trl, '__version__', '')}"]
+    owners: dict[str, list[str]] = {}
+    for owner, _, name in (full.rpartition(".") for full in patch.patched):
+        owners.setdefault(owner, []).append(name)
+    lines += [f"  patched      {owner}: {', '.join(names)}" for owner, names in owners.items()]
+    lines += [f"  left as is   {note}" for note in patch.notes]
+    if not tally.passes:
+        return "\n".join([*lines, "  no patched trainer has computed anything"])
+    saved = tally.padded_tokens - tally.computed_tokens
+    lines.append(
+        f"  tokens       {tally.computed_tokens:,} computed in {tally.passes} passes where TRL's rows hold "
+        f"{tally.padded_tokens:,}: {saved / tally.padded_tokens:.0%} saved by sharing prompts and by no padding"
+    )
+    lines.append(
+        f"  head         {tally.scored:,} of {tally.places:,} places scored in {tally.head_seconds:.2f} s "
+        "(measured; the backward pass of a head that is trained is not in it)"
+    )
+    if tally.logits_bytes:
+        lines.append(
+            f"  logits       none; the largest batch's would take {tally.logits_bytes / 2**30:.2f} GiB in float32 "
+            "(counted; not what TRL's peak would be)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""The hidden states of a padded batch, wherever they were computed, and what the head makes of them."""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastpref.model.attention import tree_keywords
+from fastpref.model.head import Head
+from fastpref.ops import LoraWeight, TokenLogprobs
+from fastpref.patch.attention import Kept, LaterLayout, keeping
+from fastpref.patch.trees import Later, Packed
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states [M, H] and the row of them that belongs to each place of a padded batch."""
+
+    hidden: Tensor  # [M, H]
+    place: Tensor  # [B, T] int64
+    head: Head
+    router_logits: tuple[Tensor, ...] | None = None  # of each layer, [M, experts]
+
+    def score(self, where: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
+        """Log-probabilities of `targets` [N], the tokens that follow the places of `where` [B, T] bool."""
+        return self.head(self.hidden, self.place[where], targets, outputs)
+
+    def mean_logits(self) -> Tensor:
+        """The mean of the logits over the vocabulary at every place of the batch: [B, T] float32."""
+        return _mean_logits(self.hidden, self.head)[self.place]
+
+
+def padded_states(backbone: nn.Module, head: Head, input_ids: Tensor, **options: Any) -> States:
+    """The padded rows as they are."""
+    found = backbone(input_ids=input_ids, use_cache=False, **options)
+    hidden = found.last_hidden_state
+    place = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
+    return States(hidden.flatten(0, 1), place, head, getattr(found, "router_logits", None))
+
+
+def packed_states(
+    backbone: nn.Module, head: Head, packed: Packed, *, keep: bool = False, **options: Any
+) -> tuple[States, Kept | None]:
+    """The rows as trees; if `keep`, with the keys and values of every layer."""
+    options |= tree_keywords(packed.layout, packed.input_ids.device)
+    call = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
+    kept: Kept | None = None
+    if keep:
+        with keeping(packed.layout) as kept:
+            found = backbone(**call, **options)
+    else:
+        found = backbone(**call, **options)
+    hidden = found.last_hidden_state[0]
+    place = packed.place.to(hidden.device)
+    return States(hidden, place, head, getattr(found, "router_logits", None)), kept
+
+
+@torch.no_grad()
+def later_states(backbone: nn.Module, states: States, kept: Kept, later: Later, *, eager: bool) -> States:
+    """The states of the packed row and of tokens computed after it, all without gradient."""
+    layout = LaterLayout((), branches=later.branches, kept=kept, eager=eager)
+    options = tree_keywords(layout, later.input_ids.device)
+    found = backbone(input_ids=later.input_ids, position_ids=later.position_ids, use_cache=False, **options)
+    hidden = torch.cat([states.hidden.detach(), found.last_hidden_state[0]])
+    return replace(states, hidden=hidden, place=later.place.to(hidden.device))
+
+
+def router_loss(
+    model: PreTrainedModel,
+    states: States,
+    attention_mask: Tensor,  # [B, T]
+) -> Tensor:
+    """The model's load-balancing loss over the padded batch, where a shared prompt counts in each of its rows."""
+    config: Any = model.config.get_text_config()
+    function = sys.modules[type(model).__module__].load_balancing_loss_func
+    experts = getattr(config, "num_local_experts", None) or config.num_experts
+    assert states.router_logits is not None
+    real = states.place[attention_mask.bool()]
+    logits = tuple(layer.flatten(0, -2)[real] for layer in states.router_logits)
+    return function(logits, experts, config.num_experts_per_tok, None)
+
+
+def _mean_logits(hidden: Tensor, head: Head) -> Tensor:
+    """[M]: without a softcap the mean of the logits is a product with the mean of the head's rows.
+
+    With one there is no gradient.
+    """
+    settings = head.settings
+    weight, bias = head.weight_and_bias(hidden.dtype)
+    base = weight.base if isinstance(weight, LoraWeight) else weight
+    if settings.softcap is not None or not isinstance(base, Tensor):
+        everywhere = torch.arange(len(hidden), device=hidden.device)
+        found = head(hidden, everywhere, torch.zeros_like(everywhere), ("mean_logit",)).mean_logit
+        assert found is not None
+        return found.float()
+    mean = base.mean(0, dtype=torch.float32)
+    if isinstance(weight, LoraWeight):
+        hidden, _ = weight.widen(hidden)
+        mean = torch.cat([mean, weight.lora_B.mean(0, dtype=torch.float32)])
+    with torch.autocast(hidden.device.type, enabled=False):
+        found = hidden.float() @ mean
+    if bias is not None:
+        found = found + bias.float().mean()
+    return found * settings.scale

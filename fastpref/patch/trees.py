@@ -1,0 +1,163 @@
+"""From a padded batch, as TRL's collators make it, to trees in one packed row, and back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpref.data.batch import Tree, TreeLayout
+from fastpref.patch.attention import Branch
+
+IGNORED = -100  # the label of a token that is not scored
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one padded row. Its prompt is what stands before the first token with a label."""
+
+    first: int  # column of the first token
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+def read_rows(
+    input_ids: Tensor,  # [B, T]
+    attention_mask: Tensor,  # [B, T]
+    labels: Tensor,  # [B, T], IGNORED where not scored
+) -> list[Row] | None:
+    """The rows of a batch, or None if a row is empty or has padding between its tokens."""
+    width = input_ids.shape[1]
+    columns = torch.arange(width, device=input_ids.device)
+    real = attention_mask.bool()
+    first = torch.where(real, columns, width).amin(1)
+    end = torch.where(real, columns + 1, 0).amax(1)
+    scored = torch.where(real & (labels != IGNORED), columns, width).amin(1).minimum(end)
+    bounds = torch.stack([first, scored, end, real.sum(1)], dim=1).tolist()
+    if any(count == 0 or end - start != count for start, _, end, count in bounds):
+        return None
+    return [
+        Row(start, tuple(ids[start:middle]), tuple(ids[middle:end]))
+        for ids, (start, middle, end, _) in zip(input_ids.tolist(), bounds, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The rows of a batch as trees in one row: rows with the same prompt are branches of one tree."""
+
+    input_ids: Tensor  # [1, N]
+    position_ids: Tensor  # [1, N]
+    layout: TreeLayout
+    place: Tensor  # [B, T] where each token lies in the packed row; 0 for padding
+    rows: tuple[Row, ...]
+    spans: tuple[tuple[slice, slice], ...]  # of each row's prompt and completion
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+
+def pack(rows: Sequence[Row], width: int, device: torch.device) -> Packed:
+    """Lay the rows of a batch of `width` columns out as trees, in the order of their prompts."""
+    groups: dict[object, list[int]] = {}
+    for at, row in enumerate(rows):
+        groups.setdefault(row.prompt or at, []).append(at)  # without a prompt there is nothing to share
+    ids: list[int] = []
+    positions: list[int] = []
+    trees: list[Tree] = []
+    spans: dict[int, tuple[slice, slice]] = {}
+    for members in groups.values():
+        start, prompt = len(ids), rows[members[0]].prompt
+        ids += prompt
+        positions += range(len(prompt))
+        stem = slice(start, len(ids))
+        for at in members:
+            completion = rows[at].completion
+            spans[at] = (stem, slice(len(ids), len(ids) + len(completion)))
+            ids += completion
+            positions += range(len(prompt), len(prompt) + len(completion))
+        branches = tuple(len(rows[at].completion) for at in members if rows[at].completion)
+        trees.append(Tree(start, len(prompt), branches or (0,)))
+    ordered = tuple(spans[at] for at in range(len(rows)))
+    return Packed(
+        torch.tensor([ids], device=device),
+        torch.tensor([positions], device=device),
+        TreeLayout(tuple(trees)),
+        _places(rows, ordered, width, device),
+        tuple(rows),
+        ordered,
+    )
+
+
+def _places(rows: Sequence[Row], spans: Sequence[tuple[slice, slice]], width: int, device: torch.device) -> Tensor:
+    """[B, T]: each token's place in the packed row."""
+    place = torch.zeros((len(rows), width), dtype=torch.int64)
+    for at, (row, (stem, own)) in enumerate(zip(rows, spans, strict=True)):
+        middle = row.first + len(row.prompt)
+        place[at, row.first : middle] = torch.arange(stem.start, stem.stop)
+        place[at, middle : middle + len(row.completion)] = torch.arange(own.start, own.stop)
+    return place.to(device)
+
+
+@dataclass(frozen=True)
+class Later:
+    """Tokens that are computed after a packed row, from the keys and values that it kept."""
+
+    input_ids: Tensor  # [1, N]
+    position_ids: Tensor  # [1, N]
+    branches: tuple[Branch, ...]
+    place: Tensor  # [B, T] in the packed row followed by these tokens
+
+
+def later_padding(packed: Packed, input_ids: Tensor) -> Later | None:
+    """The padding on the right of every row: each token sees its row's tokens and not itself. None without any.
+
+    Raises ValueError for padding on the left, which sees nothing.
+    """
+    width = input_ids.shape[1]
+    place = packed.place.clone()
+    branches: list[Branch] = []
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    total = 0
+    for at, (row, (stem, own)) in enumerate(zip(packed.rows, packed.spans, strict=True)):
+        if row.first:
+            raise ValueError("padding on the left sees nothing")
+        missing = width - len(row)
+        if missing == 0:
+            continue
+        branches.append(Branch((stem, own), missing, sees_itself=False))
+        ids.append(input_ids[at, len(row) :])
+        positions.append(torch.arange(len(row), width, device=input_ids.device))
+        place[at, len(row) :] = torch.arange(total, total + missing, device=place.device) + packed.tokens
+        total += missing
+    if not branches:
+        return None
+    return Later(torch.cat(ids)[None], torch.cat(positions)[None], tuple(branches), place)
+
+
+def later_completions(packed: Packed, rows: Sequence[Row], width: int, device: torch.device) -> Later | None:
+    """Other completions of the packed row's prompts. None if a row's prompt is not among them."""
+    stems = {row.prompt: stem for row, (stem, _) in zip(packed.rows, packed.spans, strict=True)}
+    if any(not row.prompt or not row.completion or row.prompt not in stems for row in rows):
+        return None
+    ids: list[int] = []
+    positions: list[int] = []
+    branches: list[Branch] = []
+    spans: list[tuple[slice, slice]] = []
+    for row in rows:
+        stem, start = stems[row.prompt], packed.tokens + len(ids)
+        branches.append(Branch((stem,), len(row.completion), sees_itself=True))
+        spans.append((stem, slice(start, start + len(row.completion))))
+        ids += row.completion
+        positions += range(len(row.prompt), len(row))
+    return Later(
+        torch.tensor([ids], device=device),
+        torch.tensor([positions], device=device),
+        tuple(branches),
+        _places(rows, spans, width, device),
+    )

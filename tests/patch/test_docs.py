@@ -1,0 +1,40 @@
+"""docs/trl.md: the row of this TRL says what is patched in it, and there is a row for every tested version."""
+
+from pathlib import Path
+
+import transformers
+import trl
+from matrix import VERSIONS
+
+import fastpref
+from fastpref.patch.trainers import HOMES, KNOWN
+
+PAGE = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
+ROWS = {
+    cells[0]: cells[1:]
+    for line in PAGE.splitlines()
+    if line.startswith("| ") and len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 6
+}
+
+
+def asks(trainer: str, patched: list[str]) -> str:
+    """What a trainer's code asks its model for."""
+    mine = [name for name in patched if name.startswith(f"{trainer}Trainer.")]
+    return "–" if not mine else "log-probabilities" if f"{trainer}Trainer.__init__" in mine else "logits"
+
+
+def test_the_row_of_this_trl_is_true() -> None:
+    """Its cells are what the patch finds in the installed TRL."""
+    with fastpref.patch(trl) as patch:
+        found = [asks(trainer, patch.patched) for trainer in ("DPO", "KTO", "ORPO", "CPO", "TPO")]
+    _, dpo, kto, orpo_cpo, tpo = ROWS[trl.__version__]
+    assert found == [dpo, kto, orpo_cpo, orpo_cpo, tpo]
+    assert ROWS[trl.__version__][0] == transformers.__version__
+
+
+def test_every_tested_version_has_a_row() -> None:
+    """The table is the matrix, in its order; and names are named."""
+    assert list(ROWS)[1:] == list(VERSIONS)
+    first, last = (version.rpartition(".")[0] for version in (next(iter(VERSIONS)), list(VERSIONS)[-1]))
+    assert f"{first} to {last}" == KNOWN
+    assert all(name.removesuffix("Trainer") in PAGE for name in HOMES)

@@ -1,0 +1,230 @@
+"""Patching and unpatching: what is exchanged, when, and that all of it is given back."""
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+import trl
+from transformers import LlavaConfig, LlavaForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from trl_runs import Run, make_model, make_trainer, numbers, train, unpatched
+
+import fastpref
+from fastpref.errors import UserError
+from fastpref.patch.plan import make_plan
+from fastpref.patch.trainers import HOMES, find_trainer
+
+TRAINERS = [trainer for name in HOMES if (trainer := find_trainer(trl, name)) is not None]
+SHORT = Run("DPO", ["sigmoid"])
+
+
+@pytest.fixture(autouse=True)
+def unpatch() -> Iterator[None]:
+    yield
+    fastpref.unpatch(trl)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("patch")
+
+
+def attributes() -> dict[str, Any]:
+    """Every attribute of TRL's loaded modules and of their classes, as it lies in its `__dict__`."""
+    found: dict[str, Any] = {}
+    for name, module in list(sys.modules.items()):
+        if not isinstance(module, ModuleType) or not (name == "trl" or name.startswith("trl.")):
+            continue
+        for key, value in list(vars(module).items()):
+            found[f"{name}.{key}"] = value
+            if isinstance(value, type) and value.__module__ == name:
+                found |= {f"{name}.{key}.{inner}": held for inner, held in vars(value).items()}
+    return found
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
+    return {name for name in a.keys() | b.keys() if a.get(name) is not b.get(name)}
+
+
+def test_unpatch_restores_every_attribute() -> None:
+    """Only the patched trainers' attributes differ while patched, and none after."""
+    before = attributes()
+    patch = fastpref.patch(trl)
+    exchanged = differing(before, attributes())
+    assert exchanged
+    homes = {trainer.__module__ for trainer in TRAINERS}
+    assert {name for name in exchanged if not name.startswith(tuple(homes))} == set()
+    assert len(exchanged) == len(patch.patched)
+    fastpref.unpatch(trl)
+    assert differing(before, attributes()) == set()
+
+
+def test_patching_twice_is_patching_once() -> None:
+    """The second call returns the same patch, with its own options; one unpatch undoes both."""
+    before = attributes()
+    first = fastpref.patch(trl)
+    patched = attributes()
+    second = fastpref.patch(trl, prefix_sharing=False)
+    assert second is first
+    assert not first.prefix_sharing
+    assert differing(patched, attributes()) == set()
+    fastpref.unpatch(trl)
+    assert differing(before, attributes()) == set()
+    fastpref.unpatch(trl)  # nothing left to do
+
+
+def test_with_restores_after_an_error() -> None:
+    """A patch is a context manager, whatever happens inside."""
+    before = attributes()
+    with pytest.raises(ZeroDivisionError), fastpref.patch(trl):
+        raise ZeroDivisionError
+    assert differing(before, attributes()) == set()
+
+
+def test_a_class_imported_before_is_patched() -> None:
+    """The classes themselves are changed, so it does not matter who imported them when."""
+    held = {trainer: dict(vars(trainer)) for trainer in TRAINERS}
+    fastpref.patch(trl)
+    assert all(differing(held[trainer], dict(vars(trainer))) for trainer in TRAINERS)
+    from trl import DPOTrainer
+
+    assert find_trainer(trl, "DPOTrainer") is DPOTrainer
+
+
+@pytest.mark.parametrize("name", ["SFTTrainer", "GRPOTrainer", "RewardTrainer"])
+def test_other_trainers_are_untouched(name: str) -> None:
+    """Their classes, and all names of their modules, are the same objects as before."""
+    module = sys.modules[getattr(trl, name).__module__]
+    before = dict(vars(module)), dict(vars(getattr(trl, name)))
+    fastpref.patch(trl)
+    assert (dict(vars(module)), dict(vars(getattr(trl, name)))) == before
+
+
+def test_an_unpatched_model_is_itself_again(root: Path) -> None:
+    """Model and trainer go on after unpatching: same attention and forward as before, and TRL's numbers."""
+    trainer = make_trainer(SHORT, root)
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = trainer.model.get_base_model()
+    before, forward = model.config._attn_implementation, vars(model).get("forward")
+    theirs = trainer.compute_loss(trainer.model, batch)
+    with fastpref.patch(trl):
+        ours = trainer.compute_loss(trainer.model, batch)
+        assert vars(model).get("forward") is forward
+    assert model.config._attn_implementation == before
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), theirs, rtol=0, atol=0)
+
+
+def test_an_unknown_trl_is_refused_by_name() -> None:
+    """Its version, what is not recognised and the versions known are named, and nothing is exchanged."""
+    strange, home = ModuleType("trl"), ModuleType("trl.trainer.dpo_trainer")
+    strange.__version__ = "7.3"  # pyright: ignore[reportAttributeAccessIssue]
+    vars(home)["DPOTrainer"] = type("DPOTrainer", (), {"__module__": home.__name__, "compute_loss": lambda self: 0})
+    before = attributes()
+    held = {name: module for name, module in sys.modules.items() if name == "trl" or name.startswith("trl.")}
+    for name in held:
+        del sys.modules[name]
+    sys.modules |= {"trl": strange, "trl.trainer": ModuleType("trl.trainer"), home.__name__: home}
+    try:
+        with pytest.raises(UserError, match=r"trl 7\.3 is not known here: its DPOTrainer .* known are TRL 0\.24 to"):
+            fastpref.patch(strange)
+    finally:
+        sys.modules |= held
+    assert differing(before, attributes()) == set()
+    with pytest.raises(UserError, match="takes the module trl"):
+        fastpref.patch(fastpref)
+
+
+@pytest.mark.parametrize("kind", ["mamba"])
+def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model without such attention keeps its rows, which is said once with its name, and is trained the same."""
+    run = Run("DPO", ["sigmoid"], kind=kind, lora=False, precomputed=True)
+    theirs = unpatched(run, root)
+    with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl):
+        ours = train(run, root)
+    assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-4, abs=1e-6)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
+    assert "MambaForCausalLM" in said
+    assert "rows stay padded" in said
+
+
+def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows with virtual tokens take TRL's path, said once by name, with TRL's numbers."""
+    prompts = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    losses = []
+    for patched in (False, True):
+        with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl) if patched else nullcontext():
+            trainer = make_trainer(SHORT, root, prompts)
+            batch = next(iter(trainer.get_train_dataloader()))
+            losses += [trainer.compute_loss(trainer.model, batch).item() for _ in range(2)]
+    assert losses == [losses[0]] * 4
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
+    assert "DPOTrainer with LlamaForCausalLM: PROMPT_TUNING is prompt learning" in said.replace("PeftType.", "")
+    assert "TRL's own path is taken" in said
+
+
+def test_models_that_are_left_to_trl(root: Path) -> None:
+    """Encoder-decoders, models of images and text, and modules that are no transformers model are refused by name."""
+    trainer = SimpleNamespace(args=SimpleNamespace())
+    small: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    t5 = T5ForConditionalGeneration(T5Config(**small))
+    assert "t5 is an encoder-decoder" in str(make_plan(trainer, t5, sharing=True).refused)
+    text: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "model_type": "llama"}
+    vision: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
+    llava = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+    assert "llava models take images" in str(make_plan(trainer, llava, sharing=True).refused)
+    assert "Linear is no transformers model" in str(make_plan(trainer, torch.nn.Linear(2, 2), sharing=True).refused)
+    llama = make_model("llama", root)
+    compiled = SimpleNamespace(args=SimpleNamespace(torch_compile=True))
+    assert "torch.compile" in str(make_plan(compiled, llama, sharing=True).refused)
+    assert make_plan(trainer, llama, sharing=True).refused is None
+
+
+def test_a_script_runs_patched(tmp_path: Path) -> None:
+    """`python -m fastpref.patch` gives a script its arguments and name, patches before it runs, and reports."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import sys, beside\nfrom trl import DPOTrainer\n"
+        "print(__name__, sys.argv[1:], beside.x, DPOTrainer._compute_loss.__module__)\n"
+    )
+    (tmp_path / "beside.py").write_text("x = 5\n")
+    command = [sys.executable, "-m", "fastpref.patch", "--report", str(script), "--lr", "1", "-v"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["__main__", "['--lr',", "'1',", "'-v']", "5", "trl.trainer.dpo_trainer"]
+    assert "DPOTrainer: _compute_loss" in done.stderr
+    assert "no patched trainer has computed anything" in done.stderr
+    missing = subprocess.run([*command[:3], "none.py"], capture_output=True, text=True, check=False)
+    assert missing.returncode == 2
+    assert "none.py: no such file" in missing.stderr
+
+
+@pytest.mark.slow
+def test_the_example_saves_tokens(tmp_path: Path) -> None:
+    """The example script runs patched, learns what it learns unpatched, and computes fewer tokens."""
+    script = str(Path(__file__).parents[2] / "examples" / "trl_dpo.py")
+    losses = []
+    for command in ([script], ["-m", "fastpref.patch", "--report", script]):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        losses.append([float(loss) for loss in re.findall(r"'loss': '?([0-9.e-]+)", done.stdout)])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # Adam follows rounding where there is no gradient
+    saved = re.search(r"([0-9]+)% saved by sharing prompts", done.stderr)
+    assert saved is not None
+    assert int(saved[1]) >= 20
