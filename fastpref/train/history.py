@@ -83,8 +83,7 @@ class History:
     """Every logged row so far, eight bytes a number."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
-        self._steps: dict[str, array[int]] = {}
-        self._values: dict[str, array[float]] = {}
+        self._series: dict[str, tuple[array[int], array[float]]] = {}  # steps and values
         self.rows = 0  # of training
         self.not_finite: list[int] = []  # steps
         self.step = 0
@@ -101,16 +100,18 @@ class History:
                 self.not_finite.append(step)
         for name, value in row.items():
             if name != "step" and _finite(value):
-                self._steps.setdefault(name, array("q")).append(step)
-                self._values.setdefault(name, array("d")).append(value)
+                steps, values = self._series.get(name) or self._series.setdefault(name, (array("q"), array("d")))
+                steps.append(step)
+                values.append(value)
 
     def names(self) -> list[str]:
-        return list(self._steps)
+        return list(self._series)
 
     def __getitem__(self, name: str) -> Series:
-        if name not in self._steps:
+        if name not in self._series:
             return EMPTY
-        return Series(np.array(self._steps[name]), np.array(self._values[name]))
+        steps, values = self._series[name]
+        return Series(np.array(steps), np.array(values))
 
     def change(self, name: str, start: float | None = None) -> Change | None:
         """Of the training rows. `start` is known where it follows from the method. None for too few rows."""
@@ -131,7 +132,7 @@ class History:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (float, int) and math.isfinite(value)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

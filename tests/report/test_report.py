@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crafted import METHODS, rows
+from crafted import METHODS, facts, rows, write_run
 
 from fastpref.errors import UserError
 from fastpref.report import read_run, render, write_report
@@ -19,46 +19,7 @@ from fastpref.train.health import diagnose
 from fastpref.train.health.bands import Band
 from fastpref.train.history import FACTS, METRICS, REPORT, Series
 
-EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&lt;img src=x onerror=alert(2)&gt;"
-
-
-def facts(steps: int = 100, **more: Any) -> dict[str, Any]:
-    random = np.random.default_rng(0)
-    return {
-        "steps": steps,
-        "plan": "DPO: 100 steps of 16 pairs",
-        "seconds": 3723.0,
-        "memory": 3_200_000_000,
-        "ended": "finished",
-        "rows": {
-            "train": {"rows": 1000, "kept": 990, "equal": 10},
-            "heldout": {"rows": 80, "kept": 80},
-            "duplicates": 3,
-        },
-        "environment": {"torch": "2.13.0", "device": EVIL},
-        "samples": [{"asked": EVIL, "before": EVIL, "after": EVIL}],
-        "heldout": {
-            "step": steps,
-            "paired": True,
-            "chosen": random.normal(0.4, 1, 80).tolist(),
-            "rejected": random.normal(-0.4, 1, 80).tolist(),
-        },
-    } | more  # fmt: skip
-
-
-def write_run(
-    folder: Path, method: str = "dpo", steps: int = 100, about: dict[str, Any] | None = None, **of: Any
-) -> Path:
-    """A run's folder as a run leaves it, but for the model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(
-        f'[model]\nname = "m"\n[lora]\n[loss]\ntype = "{method}"\n[[data]]\npath = "d"\n', encoding="utf-8"
-    )
-    logged = (json.dumps(row) + "\n" for row in rows(method, steps=steps, **of))
-    (folder / METRICS).write_text("".join(logged), encoding="utf-8")
-    (folder / FACTS).write_text(json.dumps(facts(steps) if about is None else about), encoding="utf-8")
-    return folder
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,15 +1,21 @@
-"""Rows of metrics.jsonl as runs of every method write them, healthy or with one thing wrong."""
+"""Runs of every method as they lie in their folders, healthy or with one thing wrong."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
+
+import numpy as np
 
 from fastpref.loss_options import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.train.health import Known
 from fastpref.train.health.bands import first_loss
+from fastpref.train.history import FACTS, METRICS
 
 METHODS: dict[str, LossOptions] = {o.type: o for o in (DPO(), IPO(), KTO(), ORPO(), SimPO(), CPO())}
 STEPS, BATCH = 100, 16
+EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 Row = dict[str, Any]
 Shape = Callable[[float], float]  # of the share of the run that is done
 
@@ -85,3 +91,41 @@ def rows(
         if step in evaluations:
             unlogged = ("grad_norm", "learning_rate")
             yield {"step": step} | {f"eval/{n}": shape(t) for n, shape in held.items() if n not in unlogged}
+
+
+def facts(steps: int = 100, **more: Any) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    return {
+        "steps": steps,
+        "plan": "DPO: 100 steps of 16 pairs",
+        "seconds": 3723.0,
+        "memory": 3_200_000_000,
+        "ended": "finished",
+        "rows": {
+            "train": {"rows": 1000, "kept": 990, "equal": 10},
+            "heldout": {"rows": 80, "kept": 80},
+            "duplicates": 3,
+        },
+        "environment": {"torch": "2.13.0", "device": EVIL},
+        "samples": [{"asked": EVIL, "before": EVIL, "after": EVIL}],
+        "heldout": {
+            "step": steps,
+            "paired": True,
+            "chosen": random.normal(0.4, 1, 80).tolist(),
+            "rejected": random.normal(-0.4, 1, 80).tolist(),
+        },
+    } | more  # fmt: skip
+
+
+def write_run(
+    folder: Path, method: str = "dpo", steps: int = 100, about: dict[str, Any] | None = None, **of: Any
+) -> Path:
+    """A run's folder as a run leaves it, but for the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(
+        f'[model]\nname = "m"\n[lora]\n[loss]\ntype = "{method}"\n[[data]]\npath = "d"\n', encoding="utf-8"
+    )
+    logged = (json.dumps(row) + "\n" for row in rows(method, steps=steps, **of))
+    (folder / METRICS).write_text("".join(logged), encoding="utf-8")
+    (folder / FACTS).write_text(json.dumps(facts(steps) if about is None else about), encoding="utf-8")
+    return folder
