@@ -308,8 +308,8 @@ class _Run:
         self.display.health(verdicts)
         try:
             self.display.note(f"report: {self.record.end(ended)}")
-        except WriteError as error:
-            self.display.note(f"no report: {error}")
+        except Exception as error:  # nor does it hide why a run has ended
+            self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
     # --- evaluate and sample -----------------------------------------------------------------------------------

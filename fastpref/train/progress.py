@@ -30,20 +30,21 @@ class Display:
 
     def __init__(self, steps: int, done: int = 0, console: Console | None = None):
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._live = self.console.is_terminal
+        self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._steps, self._before = steps, done  # those of a run that is resumed
         self._training = 0.0  # seconds in steps
         self._last_line = 0.0
         self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in _CURVES}
-        # Narrow enough for 60 columns: a wider line would lose the bar and the time left.
+        self._speed = ""
+        # Narrow enough for 40 columns.
         self._bar = Progress(
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("left  {task.fields[said]}", table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
             console=self.console,
         )
-        self._task = self._bar.add_task("", total=steps, completed=done, said="")
+        self._task = self._bar.add_task("", total=steps, completed=done)
         self._view = Live(
             get_renderable=self._seen, console=self.console, transient=True, refresh_per_second=4,
             vertical_overflow="crop",
@@ -68,14 +69,14 @@ class Display:
             if values:
                 line = sparkline(values, width, (0.0, 1.0) if share else None) if drawn and width > 4 else ""
                 table.add_row(said, form.format(values[-1]), Text(line, style="cyan"))
-        return Group(self._bar, table)
+        return Group(self._bar, table, Text(self._speed, no_wrap=True))
 
     def note(self, text: str) -> None:
         self.console.print(escape(text))
 
     def verdict(self, verdict: Verdict) -> None:
         """One that has just appeared: a line, and the run goes on."""
-        self.console.print(_line(verdict))
+        self._sentence(_line(verdict))
 
     def health(self, verdicts: Sequence[Verdict]) -> None:
         """All that is known of the run's health, when it has ended."""
@@ -84,7 +85,11 @@ class Display:
             return
         self.console.print(f"health: {counted(verdicts)}")
         for verdict in verdicts:
-            self.console.print(Text("  ") + _line(verdict))
+            self._sentence(Text("  ") + _line(verdict))
+
+    def _sentence(self, text: Text) -> None:
+        """Between words where a terminal ends, in one line elsewhere."""
+        self.console.print(text, soft_wrap=not self._live)
 
     def precomputing(self, completions: int) -> None:
         """So many completions have their reference log-probabilities. A line every five seconds is enough."""
@@ -102,7 +107,8 @@ class Display:
             for name, values in self._curves.items():
                 if name in metrics and np.isfinite(metrics[name]):
                     values.append(metrics[name])
-            self._bar.update(self._task, completed=step, said=_speed(metrics, memory))
+            self._speed = _speed(metrics, memory)
+            self._bar.update(self._task, completed=step)
         elif now - self._last_line >= 1 or step == self._steps:
             self._last_line = now
             left = self._training / (step - self._before) * (self._steps - step)
@@ -148,7 +154,9 @@ def _line(verdict: Verdict) -> Text:
 
 def _speed(metrics: Mapping[str, float], memory: int | None) -> str:
     said = [f"{metrics['pairs_per_second']:.3g} pairs/s"] if "pairs_per_second" in metrics else []
-    return "  ".join(said + ([] if memory is None else [f"{memory / 1e9:.2f} GB"]))
+    if memory is not None:
+        said.append(f"{memory / 1e9:.2f} GB")
+    return "  ".join(said)
 
 
 def _short(metrics: Mapping[str, float]) -> str:
