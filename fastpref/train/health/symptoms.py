@@ -125,7 +125,7 @@ def _accuracy_at_chance(h: History, known: Known) -> Finding | None:
     training, heldout = change_of(h, known, "rewards/accuracies", heldout=False), h[HELDOUT + "rewards/accuracies"]
     if training is None or not settled(h, known, 0.5) or training.rises():
         return None
-    if training.end > 0.5 + max(0.02, training.error) or (len(heldout) and heldout.values[-1] > 0.55):
+    if training.end > 0.53 or (len(heldout) and heldout.values[-1] > 0.55):
         return None
     return Finding(
         "warning",
@@ -369,7 +369,9 @@ def _overfit(h: History) -> Finding | None:
         f"the held-out loss rises from {lowest:.4g} at step {step} to {end:.4g} while the training loss falls to "
         f"{after.last.mean:.4g}: the rows are learnt by heart.",
         f"The model after step {step} is the better one: set eval.every and output.save_every, which keep the best "
-        "checkpoint, or train fewer steps.",
+        "checkpoint, or train fewer steps."
+        if step
+        else "The untrained model does better: take a lower learning rate, and see that both are labelled alike.",
         (step, heldout.span[1]),
         {"lowest held-out loss": lowest, "held-out loss": end, "training loss": after.last.mean},
     )
