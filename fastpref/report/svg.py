@@ -91,8 +91,10 @@ def line_chart(
 
 
 def histogram(label: str, values: np.ndarray, bins: int = 24) -> Markup:
-    """How often values [n] are in each of some equal parts of their range, a line at zero."""
-    edges = np.linspace(*_room(min(float(values.min()), 0.0), max(float(values.max()), 0.0)), bins + 1)
+    """How often values [n] are in each of some equal parts of their range, one of which begins at zero."""
+    low, high = _room(min(float(values.min()), 0.0), max(float(values.max()), 0.0))
+    part = (high - low) / bins
+    edges = part * np.arange(math.floor(low / part), math.ceil(high / part) + 1)
     counts, _ = np.histogram(values, edges)
     x = Axis(float(edges[0]), float(edges[-1]), _LEFT, WIDTH - _RIGHT)
     y = Axis(0, max(1.0, counts.max() * 1.05), HEIGHT - _BOTTOM, _TOP)
@@ -113,7 +115,7 @@ def number(value: float) -> str:
     """Short, for ticks and tables."""
     if value == 0:
         return "0"
-    if 1e-3 <= abs(value) < 1e5:
+    if 1e-3 <= abs(value) < 1e7:
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     digits, _, power = f"{value:.2e}".partition("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
