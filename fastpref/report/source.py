@@ -47,7 +47,7 @@ def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> 
     state = _trl_state(path)
     if state is None:
         raise UserError(f"{path}: this is no run's folder: there is neither {METRICS} with config.toml nor {TRL_STATE}")
-    return _of_trl(state, loss, beta)
+    return _of_trl(state, path if path.is_dir() else path.parent, loss, beta)
 
 
 def _own(path: Path) -> Run:
@@ -77,7 +77,7 @@ def _trl_state(path: Path) -> Path | None:
     return max(checkpoints, key=lambda p: int(p.parent.name[11:]), default=None)
 
 
-def _of_trl(state: Path, loss: str | None, beta: float | None) -> Run:
+def _of_trl(state: Path, folder: Path, loss: str | None, beta: float | None) -> Run:
     try:
         content = json.loads(state.read_text(encoding="utf-8"))
         log = [entry for entry in content["log_history"] if isinstance(entry.get("step"), int)]
@@ -93,7 +93,7 @@ def _of_trl(state: Path, loss: str | None, beta: float | None) -> Run:
         steps=content.get("max_steps") or None,
         learning_rate=float(rates.values.max()) if len(rates) else None,
     )
-    return Run(state.resolve().parent.name, state.parent, history, known, notes=(note,))
+    return Run(folder.resolve().name, folder, history, known, notes=(note,))
 
 
 def trl_row(entry: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -112,8 +112,12 @@ def _method(history: History, loss: str | None, beta: float | None) -> tuple[Los
         raise UserError(f"--beta {beta}: must be above 0")
     name = loss or _guess(history)
     options = _METHODS[name](**({} if beta is None else {"beta": beta}))
-    what = f"{name.upper()}, β {options.beta:g}"
-    return options, what if loss else f"taken for {what}, which TRL's log does not name: --loss and --beta do"
+    if loss is not None:
+        return options, f"{name.upper()} with β {options.beta:g}"
+    return (
+        options,
+        f"TRL's log does not name its loss: taken for {name.upper()} with β {options.beta:g}; see --loss, --beta",
+    )
 
 
 def _guess(history: History) -> str:

@@ -123,12 +123,16 @@ class History:
             start, error = series.first.mean, math.hypot(series.first.error, error)
         return Change(start, last.mean, error, (int(series.steps[0]), last.span[1]))
 
-    def heldout_change(self, name: str) -> Change | None:
-        """From the first evaluation to the last, of the same rows, so without chance."""
+    def heldout_change(self, name: str, start: float | None = None) -> Change | None:
+        """From the first evaluation to the last, of the same rows, so without chance.
+
+        A known `start` stands for an evaluation before the training where there was none.
+        """
         series = self[HELDOUT + name]
         if len(series) < 2:
             return None
-        return Change(float(series.values[0]), float(series.values[-1]), 0.0, (int(series.steps[0]), series.span[1]))
+        first = float(series.values[0]) if start is None or series.steps[0] == 0 else start
+        return Change(first, float(series.values[-1]), 0.0, series.span)
 
 
 def _finite(value: Any) -> bool:

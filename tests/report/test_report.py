@@ -212,6 +212,7 @@ def test_a_run_of_trls_is_diagnosed(tmp_path: Path):
     for path in (tmp_path / "out", newest, newest / "trainer_state.json"):
         run = read_run(path)
         assert [v.rule for v in diagnose(run.history, run.known)] == ["learning_rate_high"]
+        assert run.folder == (path.parent if path.is_file() else path)
     assert read_run(newest, "ipo", 0.5).known.loss == type(METHODS["ipo"])(beta=0.5)
 
 

@@ -15,7 +15,7 @@ from fastpref.loss_options import DPO, IPO, KTO, ORPO, LossOptions
 from fastpref.losses import PairLogps, RowLogps, dpo_loss, kto_loss
 from fastpref.train.health import RULES, Known, Verdict, Watch, diagnose, known_of
 from fastpref.train.health.bands import bands, first_loss
-from fastpref.train.history import History
+from fastpref.train.history import Change, History
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -163,6 +163,21 @@ def test_a_verdict_is_told_once_while_the_run_goes_on():
     again = Watch(known(cut=500), logged[:40])
     assert [v for row in logged[40:] for v in again.add(row)] == []
     assert {v.rule for v in again.verdicts()} == {"first_loss", "truncation"}
+
+
+def test_evaluations_that_begin_late_do_not_hide_the_beginning():
+    """TRL evaluates nothing before the first step: there the method's known beginning stands for it."""
+    up_to_half = {
+        "rewards/chosen": lambda t: min(t, 0.5),
+        "rewards/rejected": lambda t: -min(t, 0.5),
+        "rewards/margins": lambda t: min(2 * t, 1.0),
+        "loss": lambda t: 0.693 - 0.4 * min(t, 0.5),
+    }
+    logged = list(rows(both=up_to_half, evaluations=(50, 100)))
+    assert found(logged, known()) == []
+    history = History(logged)
+    assert history.heldout_change("rewards/margins", 0.0) == Change(0.0, 1.0, 0.0, (50, 100))
+    assert history.heldout_change("rewards/margins") == Change(1.0, 1.0, 0.0, (50, 100))
 
 
 def test_watching_a_long_run_is_cheap():

@@ -9,13 +9,14 @@ from fastpref.train.health.rule import (
     change_of,
     enough,
     heldout_error,
+    known_start,
     nats_moved,
     now,
     percent,
     rule,
     settled,
     smaller,
-)  # fmt: skip
+)
 from fastpref.train.history import HELDOUT, History
 
 
@@ -67,7 +68,9 @@ def _learning_rate_high(h: History, known: Known) -> Finding | None:
 )  # fmt: skip
 def _swapped(h: History, known: Known) -> Finding | None:
     """What the training teaches is the contrary of what the held-out rows ask for."""
-    heldout, training = h.heldout_change("rewards/accuracies"), change_of(h, known, "rewards/accuracies", heldout=False)
+    name = "rewards/accuracies"
+    heldout = h.heldout_change(name, known_start(known, name))
+    training = change_of(h, known, name, heldout=False)
     if heldout is None or training is None:
         return None
     contrary = heldout.end < 0.5 - 3 * heldout_error(known) and heldout.by < -0.1

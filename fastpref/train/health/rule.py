@@ -98,8 +98,9 @@ def settled(h: History, known: Known, share: float = 0.3) -> bool:
 
 def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Change | None:
     """From beginning to end: of the held-out rows where they were evaluated twice, else of the training."""
-    found = h.heldout_change(name) if heldout else None
-    return found or h.change(name, known_start(known, name))
+    start = known_start(known, name)
+    found = h.heldout_change(name, start) if heldout else None
+    return found or h.change(name, start)
 
 
 def known_start(known: Known, name: str) -> float | None:

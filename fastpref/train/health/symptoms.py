@@ -13,6 +13,7 @@ from fastpref.train.health.rule import (
     count,
     enough,
     heldout_error,
+    known_start,
     nats,
     nats_moved,
     now,
@@ -20,7 +21,7 @@ from fastpref.train.health.rule import (
     rule,
     settled,
     smaller,
-)  # fmt: skip
+)
 from fastpref.train.history import HELDOUT, History, Series
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def _nll_rises(h: History, known: Known) -> Finding | None:
 @rule("margins_flat")
 def _margins_flat(h: History, known: Known) -> Finding | None:
     name = "log_odds_chosen" if isinstance(known.loss, ORPO) else "rewards/margins"
-    training, heldout = change_of(h, known, name, heldout=False), h.heldout_change(name)
+    training, heldout = change_of(h, known, name, heldout=False), h.heldout_change(name, known_start(known, name))
     if training is None or not settled(h, known, 0.5) or training.by > training.error:
         return None
     if heldout is not None and heldout.by > 0:
