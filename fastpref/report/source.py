@@ -112,12 +112,8 @@ def _method(history: History, loss: str | None, beta: float | None) -> tuple[Los
         raise UserError(f"--beta {beta}: must be above 0")
     name = loss or _guess(history)
     options = _METHODS[name](**({} if beta is None else {"beta": beta}))
-    if loss is not None:
-        return options, f"{name.upper()} with β {options.beta:g}"
-    return (
-        options,
-        f"TRL's log does not name its loss: taken for {name.upper()} with β {options.beta:g}; see --loss, --beta",
-    )
+    taken = f"{name.upper()} with β {options.beta:g}"
+    return options, taken if loss else f"TRL's log does not name its loss: taken for {taken}; see --loss and --beta"
 
 
 def _guess(history: History) -> str:
