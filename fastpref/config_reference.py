@@ -27,9 +27,9 @@ def reference() -> str:
         for target in _tables(spec):
             table = schema["$defs"][target]
             kind = table["properties"].get("type", {}).get("const")
-            parts.append(
-                (f"### type = {kind!r}\n\n".replace("'", '"') if kind else "") + _table(table, schema["$defs"])
-            )
+            if kind:
+                parts.append(f'### type = "{kind}"')
+            parts.append(_table(table, schema["$defs"]))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -61,14 +61,7 @@ def _type(spec: dict[str, Any], definitions: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(_type(inner, definitions) for inner in choices))
     if spec.get("type") == "array":
         return f"list of {_type(spec.get('items', {}), definitions)}"
-    named = {
-        "integer": "whole number",
-        "number": "number",
-        "string": "text",
-        "boolean": "true, false",
-        "object": "table",
-    }
-    return named.get(spec.get("type", ""), "any") + _bounds(spec)
+    return _NAMED.get(spec.get("type", ""), "any") + _bounds(spec)
 
 
 def _bounds(spec: dict[str, Any]) -> str:

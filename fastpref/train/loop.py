@@ -303,10 +303,11 @@ class _Run:
         """How healthy the run was, on the terminal and as a page. The run stands without it."""
         if self.record is None:
             return ()
-        self.record.sampled(self.progress.before or [], answers)
-        verdicts = self.record.verdicts()
-        self.display.health(verdicts)
+        verdicts: tuple[Verdict, ...] = ()
         try:
+            verdicts = self.record.verdicts()
+            self.display.health(verdicts)
+            self.record.sampled(self.progress.before or [], answers)
             self.display.note(f"report: {self.record.end(ended)}")
         except Exception as error:  # nor does it hide why a run has ended
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")

@@ -23,7 +23,7 @@ class Record:
     """The first process has one. Nothing in it is part of the training: a resumed run without it is the same run."""
 
     def __init__(self, folder: RunFolder, config: Config, steps: int, data: Tokenized, plan: str, device: torch.device):
-        self._folder, self._config, self._device = folder, config, device
+        self._folder, self._device = folder, device
         self._began = time.monotonic()
         self._before = 0.0  # seconds of a run that is resumed
         self._facts: dict[str, Any] = {
@@ -40,8 +40,10 @@ class Record:
         if resumed:
             old = read_facts(self._folder.path)
             self._before = float(old.get("seconds") or 0.0)
-            self._facts = {name: old[name] for name in ("heldout", "samples") if name in old} | self._facts
             self._watch = Watch(self._watch.known, read_rows(self._folder.metrics))
+            heldout = old.get("heldout")
+            if heldout and heldout["step"] <= self._watch.history.step:  # the checkpoint may be an earlier one
+                self._facts["heldout"] = heldout
         self._write(ended="going on")
 
     def add(self, row: Mapping[str, float]) -> list[Verdict]:

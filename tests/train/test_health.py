@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from crafted import METHODS, Row, known, rows
+from crafted import METHODS, Row, known, rows, shapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastpref.config import load_config
 from fastpref.loss_options import DPO, IPO, KTO, ORPO, LossOptions
@@ -194,6 +196,27 @@ def test_watching_a_long_run_is_cheap():
     for row in rows(steps=20_000, evaluations=()):
         watch.add(row)
     assert 50 < looked < 300
+
+
+NAMES = sorted({name for method in METHODS for name in shapes(method)})
+NAMES += [f"eval/{name}" for name in NAMES]
+VALUES = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 0.5, 1e-9, -1e30, 1e30]), st.floats(-100, 100))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@settings(max_examples=150, deadline=None)
+@given(
+    method=st.sampled_from(list(METHODS)),
+    steps=st.integers(1, 60),
+    columns=st.dictionaries(st.sampled_from(NAMES), st.lists(VALUES, min_size=1)),
+    of=st.fixed_dictionaries({"steps": st.sampled_from([None, 1, 60]), "heldout": st.sampled_from([None, 0, 1, 50])}),
+)
+def test_no_rule_falls_over(method: str, steps: int, columns: dict[str, list[Any]], of: dict[str, Any]):
+    """Whatever metrics there are, of whatever size, or missing: health never ends a run."""
+    watch = Watch(known(method, **of))
+    for step in range(1, steps + 1):
+        watch.add({"step": step} | {name: values[step % len(values)] for name, values in columns.items()})
+    assert all(str(verdict) for verdict in watch.verdicts())
 
 
 PAIRS = [

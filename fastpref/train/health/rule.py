@@ -132,8 +132,9 @@ def nats_moved(h: History, known: Known) -> float | None:
         change = change_of(h, known, name)
         if change is not None:
             moved.append(abs(nats(known, change.by)))
-        if known.loss.uses_reference and h.rows:
-            moved.append(nats(known, float(np.sqrt(np.square(h[name].last.values).mean()))))
+        rewards = h[name].last.values
+        if known.loss.uses_reference and len(rewards):
+            moved.append(nats(known, float(np.sqrt(np.square(rewards).mean()))))
     return max(moved, default=None)
 
 
