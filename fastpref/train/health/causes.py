@@ -99,6 +99,8 @@ def _labels_shuffled(h: History, known: Known) -> Finding | None:
         return None
     if moved < 0.02 * enough(known) or abs(float(heldout.values[0]) - 0.5) > 0.15:
         return None
+    if known.heldout is not None and known.heldout < 20:  # a coin may fall so
+        return None
     end, width = float(heldout.values[-1]), max(0.05, 1.5 * heldout_error(known))
     by_chance = bool(np.all(np.abs(heldout.values[1:] - 0.5) < width))
     by_heart = training.end > max(end, 0.5) + 0.1

@@ -284,7 +284,7 @@ def _gradient_band(h: History, known: Known) -> Finding | None:
         return None
     if middle > high:
         message = f"gradients are large: their norm is {middle:.3g}, above {high:g}"
-        message += f"; each step is cut to {known.max_grad_norm:g} of it."
+        message += f"; every gradient is scaled down to {known.max_grad_norm:g}."
         advice = "The length of a step is then the learning rate's alone; lower it if the loss is restless."
     else:
         message = f"gradients are nearly gone: their norm is {middle:.2g}, below {low:g}."
