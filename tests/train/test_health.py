@@ -285,3 +285,5 @@ def test_the_page_has_every_rule():
     """docs/health.md has a row for each rule and none for a rule that is not there."""
     page = (DOCS / "health.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == list(RULES)
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"(\d+) rules", readme)) == {str(len(RULES))}
