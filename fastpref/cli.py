@@ -142,6 +142,35 @@ def preview(
 
 
 @app.command()
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run's folder, or one of TRL's with its trainer_state.json.")
+    ],
+    open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+    loss: Annotated[
+        str | None, typer.Option(help="Of a run of TRL's, which does not say: dpo, ipo, kto, orpo, simpo or cpo.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Of a run of TRL's: the β it was trained with.")] = None,
+) -> None:
+    """Say how healthy a run is, and write its report.html: fastpref report runs/my-dpo --open"""
+    from fastpref.report import read_run, write_report
+    from fastpref.train.health import diagnose
+    from fastpref.train.progress import Display
+
+    found = read_run(run, loss, beta)
+    display = Display(found.history.step)
+    for note in found.notes:
+        display.note(note)
+    display.health(diagnose(found.history, found.known))
+    place = write_report(found)
+    display.note(f"report: {place}")
+    if open_page:
+        import webbrowser
+
+        webbrowser.open(place.resolve().as_uri())
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a config: every key with its type, default and meaning."""
     import json

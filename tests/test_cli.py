@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from crafted import write_run
 
 from fastpref.cli import main
 
@@ -140,6 +141,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["preview", "good.toml", "model.name=./none"],
         ["model.name = './none': no tokenizer there"],
     ),
+    "report: no such run": (["report", "none"], ["none: there is no such folder"]),
+    "report: not a run": (
+        ["report", "."],
+        [".: this is no run's folder: there is neither metrics.jsonl with config.toml"],
+    ),
     "train: no such model": (
         ["train", "good.toml", "model.name=./none"],
         ["model.name = './none': no tokenizer there"],
@@ -211,7 +217,7 @@ def test_help_names_the_commands(run: Any):
     for flag in ("--help", "-h"):
         ran = run(flag)
         assert ran.status == 0
-        assert all(command in ran.out for command in ("init", "train", "check", "preview", "schema"))
+        assert all(command in ran.out for command in ("init", "train", "check", "preview", "report", "schema"))
 
 
 def described(schema: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -251,6 +257,8 @@ print("imported", *(name for name in {HEAVY} if name in sys.modules))
         (["train", "bad.toml"], 2),
         (["preview", "bad.toml"], 2),
         (["schema"], 0),
+        (["report", "none"], 2),
+        (["report", "run"], 0),
         (["init", "--model", "m", "--data", "d", "--output", "-"], 0),
         (["init", "--from-axolotl", "cfg.yml", "--output", "-"], 0),
     ],
@@ -260,6 +268,7 @@ def test_quick_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str
     """Help, checks and refusals do not wait for torch or what stands on it."""
     (tmp_path / "good.toml").write_text(GOOD)
     (tmp_path / "bad.toml").write_text(BAD)
+    write_run(tmp_path / "run")
     (tmp_path / "cfg.yml").write_text("{base_model: m, rl: dpo, datasets: [{path: d}]}")
     ran = subprocess.run([sys.executable, "-c", PROBE, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert ran.stdout.splitlines()[-2:] == [f"status {status}", "imported"], ran.stderr

@@ -54,7 +54,7 @@ RULES = (
         method.quantization,
         "nf4 (also for `adapter: qlora`), int8",
     ),
-    Rule(method.LIGER, ("model.liger",), method.liger, "auto if any of them is true: what of these there is for the model"),
+    Rule(method.LIGER, ("model.liger",), method.liger, "auto if any is true: what there is for the model"),
     Rule(
         ("adapter", *method.LORA, *method.TARGETS),
         (

@@ -14,6 +14,7 @@ from typing import Any
 from fastpref.config import Config
 from fastpref.config_toml import to_toml
 from fastpref.errors import UserError
+from fastpref.train.history import FACTS, METRICS, REPORT, read_rows
 from fastpref.train.state import Progress
 from fastpref.train.whole import WriteError, write_file, write_folder
 
@@ -23,7 +24,8 @@ _OURS = ("final", "stopped", "checkpoints", "trackers")  # folders that a new ru
 
 @dataclass(frozen=True)
 class RunFolder:
-    """config.toml (resolved), metrics.jsonl (a JSON object a row), checkpoints/, final/ (an adapter or a model)."""
+    """config.toml (resolved), metrics.jsonl (a JSON object a row), run.json (the report's facts), report.html,
+    checkpoints/, final/ (an adapter or a model)."""
 
     path: Path
     new: bool = False  # it was not there when it was chosen
@@ -40,7 +42,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"output.dir = {str(path)!r}: a file of that name is in the way")
         if path.is_dir() and any(path.iterdir()):
-            is_run = (path / "metrics.jsonl").exists() and (path / "config.toml").exists()
+            is_run = (path / METRICS).exists() and (path / "config.toml").exists()
             if not force:
                 raise UserError(
                     f"output.dir = {str(path)!r}: the folder is not empty; choose another"
@@ -52,7 +54,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     def create(self, config: Config) -> None:
         """Begin a run in the folder; what an earlier run saved there goes. Raises UserError."""
@@ -61,6 +63,8 @@ class RunFolder:
         try:
             for old in _OURS:
                 shutil.rmtree(self.path / old, ignore_errors=True)
+            for old in (FACTS, REPORT):
+                (self.path / old).unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(self.path / "config.toml", to_toml(config))
             self.metrics.write_text("", encoding="utf-8")
@@ -70,7 +74,8 @@ class RunFolder:
 
     def resume(self, config: Config, progress: Progress) -> None:
         """Go on with a run at a checkpoint: what was logged and saved after it goes."""
-        kept = [json.dumps(row) for row in self._rows() if _before(row, progress)]
+        rows = read_rows(self.metrics) if self.metrics.exists() else ()
+        kept = [json.dumps(row) for row in rows if _before(row, progress)]
         write_file(self.metrics, "".join(f"{line}\n" for line in kept))
         write_file(self.path / "config.toml", to_toml(config))
         for leftover in (self.path / "checkpoints").glob(".*"):
@@ -82,17 +87,6 @@ class RunFolder:
         (self.path / "checkpoints" / BEST).unlink(missing_ok=True)
         if progress.best and (self.path / "checkpoints" / f"step-{progress.best['step']}").exists():
             self.mark_best(progress.best)
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        if not self.metrics.exists():
-            return
-        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the last line of a run that was killed while it wrote it
-            if isinstance(row, dict):
-                yield row
 
     def log(self, row: Mapping[str, float | int]) -> None:
         """Append one row to metrics.jsonl; a number that is not finite, which JSON has not, is null."""
@@ -109,6 +103,10 @@ class RunFolder:
                     raise
         except OSError as error:
             raise WriteError(f"{self.metrics}: cannot be written: {error.strerror}") from None
+
+    def record(self, facts: Mapping[str, Any]) -> None:
+        """Replace run.json. Raises WriteError."""
+        write_file(self.path / FACTS, json.dumps(facts, indent=1) + "\n")
 
     def save(self, name: str, fill: Callable[[Path], None]) -> Path:
         """A folder that others load: final/, stopped/. It appears only when it is whole."""
@@ -172,8 +170,8 @@ def step_of(checkpoint: Path) -> int:
 
 def _before(row: dict[str, Any], progress: Progress) -> bool:
     """Whether a row was logged before a checkpoint: one that an interrupt made comes before its step's evaluation."""
-    step = row.get("step")
-    if not isinstance(step, int) or step > progress.step:
+    step = row["step"]
+    if step > progress.step:
         return False
     return step < progress.step or "eval/loss" not in row or progress.evaluated_at == step
 

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from fastpref.config import Config, load_config
-from fastpref.data.cache import load_examples
+from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Example
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
@@ -31,12 +31,15 @@ from fastpref.train import faults, state
 from fastpref.train.activations import checkpoint_activations
 from fastpref.train.advice import advice, step_counter
 from fastpref.train.checkpoint import Checkpoints
+from fastpref.train.environment import peak_memory
 from fastpref.train.faults import Interrupt, NotFinite
 from fastpref.train.folder import RunFolder
+from fastpref.train.health import Verdict
 from fastpref.train.lock import RunLock
 from fastpref.train.optimizer import make_optimizer
 from fastpref.train.order import data_order
 from fastpref.train.progress import Display
+from fastpref.train.record import Record
 from fastpref.train.resume import Resumed, find_checkpoint, may_change
 from fastpref.train.state import Progress
 from fastpref.train.step import Objective, chunks
@@ -51,6 +54,7 @@ class RunResult:
     output_dir: Path
     metrics: dict[str, float] = field(default_factory=dict)  # of the last step logged
     eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, prefixed eval/
+    verdicts: tuple[Verdict, ...] = ()  # on its health, alarms first; empty in processes other than the first
     interrupted: bool = False  # by Ctrl-C or SIGTERM, before its last step
 
 
@@ -108,7 +112,7 @@ def _prepare(
     try:
         loaded = load_model(config, accelerator.device, sharded=processes.sharded)
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
-        run = _Run(config, folder, accelerator, processes, tokenizer, loaded, data.train, data.heldout, resumed)
+        run = _Run(config, folder, accelerator, processes, tokenizer, loaded, data, resumed)
     except (RuntimeError, MemoryError) as error:
         if not faults.is_out_of_memory(error):
             raise
@@ -130,10 +134,10 @@ class _Run:
         processes: Processes,
         tokenizer: PreTrainedTokenizerBase,
         loaded: Loaded,
-        examples: Sequence[Example],
-        heldout: Sequence[Example],
+        data: Tokenized,
         resumed: Resumed | None = None,
     ):
+        examples, heldout = data.train, data.heldout
         self.config, self.folder, self.accelerator, self.processes = config, folder, accelerator, processes
         self.tokenizer, self.loaded, self.examples, self.heldout = tokenizer, loaded, examples, heldout
         train = config.train
@@ -168,7 +172,9 @@ class _Run:
         )
         if isinstance(reference, Precomputed):
             self._precompute(reference)
-        self.notes += [self._plan(), *loaded.notes]
+        plan = self._plan()
+        self.notes += [plan, *loaded.notes]
+        self.record = Record(folder, config, self.steps, data, plan, accelerator.device) if processes.first else None
         self.checkpoints = Checkpoints(
             config,
             folder,
@@ -222,6 +228,7 @@ class _Run:
                 self.trackers.end()
             # Out of the handler, what the failed step held can be freed.
             said, overrides = fault
+            self._report("ended by a fault")
             if not together:
                 raise UserError(f"{said}\n{self.checkpoints.before(*overrides)}")
             raise UserError(f"{said}\n{self.checkpoints.rescue(self.progress, self.rng, *overrides)}")
@@ -232,6 +239,7 @@ class _Run:
             self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
         else:
             self.processes.on_first(lambda: self.folder.create(self.config))
+        self._write_down(lambda record: record.begin(resumed=self.resumed))
         self.trackers.start(self.config, self.folder.path, self.progress.step)
 
     def _train(self, interrupt: Interrupt) -> bool:
@@ -258,7 +266,8 @@ class _Run:
         self.display.samples([(question, old) for question, old in self.progress.before or []], answers)
         place = self.checkpoints.save_weights("final")
         self.display.note(f"saved: {place}")
-        return RunResult(self.folder.path, self.progress.last, self.progress.evaluated)
+        verdicts = self._report("finished", answers)
+        return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, verdicts)
 
     def _step(self, step: int, examples: list[Example]) -> None:
         """One optimizer step. Its metrics are those of the tokens too only when it is logged."""
@@ -283,7 +292,7 @@ class _Run:
         self.progress.step, self.progress.last = step, row
         if logged:
             self._log({"step": step} | row)
-        self.display.step(step, seconds, row)
+        self.display.step(step, seconds, row, peak_memory(self.accelerator.device))
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
         """Leave the step out, or raise NotFinite."""
@@ -305,6 +314,27 @@ class _Run:
     def _log(self, row: dict[str, float]) -> None:
         self.processes.on_first(lambda: self.folder.log(row))
         self.trackers.log(row)
+        for verdict in self.record.add(row) if self.record is not None else ():
+            self.display.verdict(verdict)
+
+    def _write_down(self, what: Callable[[Record], None]) -> None:
+        """In run.json. What the first process cannot write ends all of them alike."""
+        record = self.record
+        self.processes.on_first(lambda: None if record is None else what(record))
+
+    def _report(self, ended: str, answers: Sequence[str] = ()) -> tuple[Verdict, ...]:
+        """How healthy the run was, on the terminal and as a page. The run stands without it."""
+        if self.record is None:
+            return ()
+        verdicts: tuple[Verdict, ...] = ()
+        try:
+            verdicts = self.record.verdicts()
+            self.display.health(verdicts)
+            self.record.sampled(self.progress.before or [], answers)
+            self.display.note(f"report: {self.record.end(ended)}")
+        except Exception as error:  # nor does it hide why a run has ended
+            self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
+        return verdicts
 
     # --- evaluate and sample -----------------------------------------------------------------------------------
 
@@ -318,6 +348,7 @@ class _Run:
         self.policy.eval()
         metrics = self.objective.evaluate(self.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
+        self._write_down(lambda record: record.evaluated(self.progress.step, metrics))
         self._log({"step": self.progress.step} | row)
         self.progress.evaluated, self.progress.evaluated_at = row, self.progress.step
         self.display.evaluation(self.progress.step, row)
@@ -347,9 +378,10 @@ class _Run:
 
     def _stopped(self) -> RunResult:
         place = self.checkpoints.save(self.progress, self.rng)
+        verdicts = self._report("stopped")
         said = f"stopped after step {self.progress.step} of {self.steps}; go on with"
         self.display.note(f"{said}\n  {self.folder.resume_command(place)}")
-        return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, interrupted=True)
+        return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, verdicts, interrupted=True)
 
     def _explained(self, error: Exception) -> tuple[str, list[str]] | None:
         """What to say of an exception that a person can do something about, and with which overrides to go on."""

@@ -1,6 +1,7 @@
 """Metrics of a step or an evaluation: means weighted by what they are means over, whatever the micro-batches were."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,6 +13,16 @@ from fastpref.token_loss import PreferenceLoss
 
 # What `linear_logprob` is asked for beside the log-probabilities when a step is logged.
 TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Rewards and lengths of single responses. Chosen and rejected ones of the same place are a pair, but for KTO."""
+
+    chosen: Tensor  # [P] rewards
+    rejected: Tensor  # [P]
+    chosen_lengths: Tensor  # [P] tokens
+    rejected_lengths: Tensor  # [P]
 
 
 class Metrics:
@@ -26,19 +37,20 @@ class Metrics:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor | float] = {}
-        self._losses: list[PreferenceLoss] = []  # without gradients
-        self._elsewhere: list[tuple[Tensor, Tensor]] = []  # chosen and rejected rewards that other processes found
-        self._paired = True
+        self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []  # rewards, lengths and labels of single responses
+        self._elsewhere: list[Responses] = []  # that other processes found
+        self.paired = True  # whether chosen and rejected responses of the same place belong together
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         total = total.detach().float()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def add_loss(self, output: PreferenceLoss) -> None:
-        """The loss of one part of a step, and its rewards."""
+    def add_loss(self, output: PreferenceLoss, lengths: Tensor) -> None:
+        """The loss of one part of a step, and its rewards. lengths: [S] tokens, those of the rewards first."""
         self.add("loss", output.loss, 0)
-        self._losses.append(replace(output, loss=output.loss.detach(), rewards=output.rewards.detach(), extra={}))
+        rewards = output.rewards.detach()
+        self._parts.append((rewards, lengths[: len(rewards)].to(rewards.device), output.labels))
         for name, (total, count) in output.extra.items():
             self.add(name, total, count)
 
@@ -46,6 +58,11 @@ class Metrics:
         """logps [S] of whole responses; chosen [S] bool."""
         for side, mask in (("chosen", chosen), ("rejected", ~chosen)):
             self._add_where(f"logps/{side}", logps, mask)
+
+    def add_ranking(self, logps: Tensor, lengths: Tensor) -> None:
+        """logps and lengths [2P]: how often the chosen response is the likelier one, per token."""
+        chosen, rejected = (logps.detach() / lengths).chunk(2)
+        self.add("logps/accuracies", _shares(chosen - rejected).sum(), len(chosen))
 
     def add_tokens(self, tokens: TokenLogprobs, batch: PreferenceBatch, chosen: Tensor, counted: Tensor) -> None:
         """Per-token outputs. chosen and counted: [S] bool of the batch's sequences."""
@@ -68,17 +85,19 @@ class Metrics:
         if processes.count == 1:
             return self
         whole = Metrics()
-        whole._paired = self._paired
+        whole.paired = self.paired
         sums = {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()}
-        for found, rewards in processes.gather((sums, self._rewards())):
+        own = self.responses()
+        lists = (own.chosen, own.rejected, own.chosen_lengths, own.rejected_lengths)
+        for found, responses in processes.gather((sums, lists)):
             for name, (total, count) in found.items():
                 whole.add(name, torch.tensor(total), count)
-            whole._elsewhere.append(rewards)
+            whole._elsewhere.append(Responses(*responses))
         return whole
 
     def single_responses(self) -> None:
         """Say that rewards are of single responses, not of pairs."""
-        self._paired = False
+        self.paired = False
 
     def result(self) -> dict[str, float]:
         """Every metric that has something to be a mean over."""
@@ -90,14 +109,18 @@ class Metrics:
         }
         return means | self._reward_metrics()
 
-    def _rewards(self) -> tuple[Tensor, Tensor]:
-        """Of the chosen and of the rejected."""
-        found = [(loss.chosen_rewards, loss.rejected_rewards) for loss in self._losses] + self._elsewhere
-        chosen, rejected = zip(*found) if found else ([torch.zeros(0)], [torch.zeros(0)])
-        return torch.cat(chosen).float(), torch.cat(rejected).float()
+    def responses(self) -> Responses:
+        """Of all parts, and of all processes once they are joined."""
+        own = [
+            Responses(*(side for values in (rewards, lengths) for side in _sides(values, labels)))
+            for rewards, lengths, labels in self._parts
+        ]
+        found = own + self._elsewhere or [Responses(*(torch.zeros(0) for _ in fields(Responses)))]
+        return Responses(*(torch.cat([getattr(of, f.name) for of in found]).float() for f in fields(Responses)))
 
     def _reward_metrics(self) -> dict[str, float]:
-        chosen, rejected = self._rewards()
+        of = self.responses()
+        chosen, rejected = of.chosen, of.rejected
         found = {}
         if len(chosen):
             found["rewards/chosen"] = float(chosen.mean())
@@ -105,6 +128,30 @@ class Metrics:
             found["rewards/rejected"] = float(rejected.mean())
         if len(chosen) and len(rejected):
             found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-            difference = chosen - rejected if self._paired else (chosen[:, None] - rejected[None, :]).flatten()
-            found["rewards/accuracies"] = float((torch.sign(difference) / 2 + 0.5).mean())
+            difference = chosen - rejected if self.paired else (chosen[:, None] - rejected[None, :]).flatten()
+            found["rewards/accuracies"] = float(_shares(difference).mean())
+        if len(chosen) + len(rejected) > 1:
+            rewards = torch.cat([chosen, rejected])
+            found["rewards/length_correlation"] = _correlation(
+                rewards, torch.cat([of.chosen_lengths, of.rejected_lengths])
+            )
         return found
+
+
+def _sides(values: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
+    """Of the chosen and of the rejected responses; a mask waits for the device."""
+    return values.chunk(2) if labels is None else (values[labels], values[~labels])
+
+
+def _shares(difference: Tensor) -> Tensor:
+    """1 where it is positive, ½ where it is zero."""
+    return torch.sign(difference) / 2 + 0.5
+
+
+def _correlation(rewards: Tensor, lengths: Tensor) -> float:
+    """Pearson's. 0 where one of them is constant, as the rewards of an untrained policy are but for rounding."""
+    both = torch.stack([rewards, lengths]).cpu().double()
+    spread = both.std(dim=1)
+    if float(spread[0]) < 1e-4 or float(spread[1]) == 0:
+        return 0.0
+    return float(torch.corrcoef(both)[0, 1])

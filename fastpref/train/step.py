@@ -67,7 +67,7 @@ class _Pass:
             weight = self.processes.count if part.counts else 0
             self.backward(loss.loss if weight == 1 else weight * loss.loss)
         if part.counts:
-            self.metrics.add_loss(loss)
+            self.metrics.add_loss(loss, part.batch.lengths)
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,7 @@ class Objective:
             counted = torch.arange(len(batch.lengths), device=self.device) < 2 * batch.examples
             chosen = torch.arange(len(batch.lengths), device=self.device) < batch.examples
             run.metrics.add_sequences(loss.sums, chosen[: 2 * batch.examples])
+            run.metrics.add_ranking(loss.sums, batch.lengths[: 2 * batch.examples])
             run.metrics.add_tokens(result, batch, chosen, counted)
         return work
 

@@ -18,11 +18,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 QUICKSTART = EXAMPLES / "quickstart.toml"
 METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
 ALWAYS = {
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-    "logps/rejected", "logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy",
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "rewards/length_correlation", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
+    "entropy", "mean_token_accuracy",
 }  # fmt: skip
 TRAINING = {"step", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second"}
-EXTRA = {"orpo": {"nll_loss", "log_odds_ratio", "log_odds_chosen"}, "kto": {"kl"}, "cpo": {"nll_loss"}}
+PAIRS = {"logps/accuracies"}
+EXTRA = {
+    "orpo": PAIRS | {"nll_loss", "log_odds_ratio", "log_odds_chosen"}, "kto": {"kl"}, "cpo": PAIRS | {"nll_loss"},
+}  # fmt: skip
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -42,7 +46,7 @@ def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
     result = fastpref.train(QUICKSTART, [f"loss.type={method}", "train.steps=3", "eval.every=2", "train.batch=4"])
     assert result.output_dir == Path("runs") / f"quickstart-{method}"
     logged = rows(result.output_dir)
-    names = ALWAYS | EXTRA.get(method, set())
+    names = ALWAYS | EXTRA.get(method, PAIRS)
     assert [(row["step"], "eval/loss" in row) for row in logged] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (3, True),
     ]  # fmt: skip

@@ -61,6 +61,10 @@ def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
 def test_two_are_one(both: Path, alone: Path, name: str):
     """Every metric of every step, and the trained weights, to float32 rounding, however the step is shared."""
     close(rows(both / name), rows(alone / name))
+    assert (both / name / "report.html").exists()
+    ours, theirs = (json.loads((folder / name / "run.json").read_text())["heldout"] for folder in (both, alone))
+    for side in ("chosen", "rejected"):  # of all held-out rows, in an order of their own
+        assert sorted(ours[side]) == pytest.approx(sorted(theirs[side]), rel=1e-4, abs=1e-5)
     (ours,), (theirs,) = ((folder / name / "final").glob("*model.safetensors") for folder in (both, alone))
     trained, expected = load_file(ours), load_file(theirs)
     assert trained.keys() == expected.keys()

@@ -1,0 +1,18 @@
+"""report.html: one page, without scripts and without anything from elsewhere, that says how a run went."""
+
+from pathlib import Path
+
+from fastpref.report.page import render
+from fastpref.report.source import Run, read_run
+from fastpref.train.history import REPORT
+from fastpref.train.whole import write_file
+
+__all__ = ["Run", "read_run", "render", "write_report"]
+
+
+def write_report(run: Run | Path) -> Path:
+    """Write the report of a run beside what it is made of. Raises UserError, WriteError."""
+    run = read_run(run) if isinstance(run, Path) else run
+    place = run.folder / REPORT
+    write_file(place, render(run))
+    return place

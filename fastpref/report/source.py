@@ -1,0 +1,130 @@
+"""What a report is made of: a run's folder, or TRL's trainer_state.json. Nothing here imports torch."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastpref.config import load_config
+from fastpref.errors import UserError
+from fastpref.loss_options import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.train.health import Known, known_of
+from fastpref.train.history import HELDOUT, METRICS, History, read_facts, read_rows
+
+TRL_STATE = "trainer_state.json"
+_METHODS = {"dpo": DPO, "ipo": IPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "cpo": CPO}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as a report sees it."""
+
+    name: str
+    folder: Path
+    history: History
+    known: Known
+    config: str | None = None  # TOML
+    model: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> Run:
+    """A run's folder, or a folder of TRL's or its trainer_state.json. Raises UserError.
+
+    `loss` and `beta` are for TRL's runs, which do not say which loss they were trained with.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: there is no such folder")
+    if (path / METRICS).is_file() and (path / "config.toml").is_file():
+        if loss is not None or beta is not None:
+            raise UserError(f"{path}: its config.toml names its loss; leave --loss and --beta out")
+        return _own(path)
+    state = _trl_state(path)
+    if state is None:
+        raise UserError(f"{path}: this is no run's folder: there is neither {METRICS} with config.toml nor {TRL_STATE}")
+    return _of_trl(state, path if path.is_dir() else path.parent, loss, beta)
+
+
+def _own(path: Path) -> Run:
+    config = load_config(path / "config.toml")
+    facts = read_facts(path)
+    return Run(
+        name=path.resolve().name,
+        folder=path,
+        history=History(read_rows(path / METRICS)),
+        known=known_of(config, facts),
+        config=(path / "config.toml").read_text(encoding="utf-8"),
+        model=config.model.name,
+        facts=facts,
+    )
+
+
+# --- TRL ------------------------------------------------------------------------------------------------------------
+
+
+def _trl_state(path: Path) -> Path | None:
+    """The file itself, or that of a folder, or of its newest checkpoint."""
+    if path.is_file():
+        return path if path.suffix == ".json" else None
+    if (path / TRL_STATE).is_file():
+        return path / TRL_STATE
+    checkpoints = [p for p in path.glob(f"checkpoint-*/{TRL_STATE}") if p.parent.name[11:].isdecimal()]
+    return max(checkpoints, key=lambda p: int(p.parent.name[11:]), default=None)
+
+
+def _of_trl(state: Path, folder: Path, loss: str | None, beta: float | None) -> Run:
+    try:
+        content = json.loads(state.read_text(encoding="utf-8"))
+        log = [entry for entry in content["log_history"] if isinstance(entry.get("step"), int)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{state}: not a trainer_state.json: {type(error).__name__}: {error}") from None
+    history = History(filter(None, map(trl_row, log)))
+    if not history.rows:
+        raise UserError(f"{state}: its log_history has no row with a loss; logging_steps sets how often one is written")
+    options, note = _method(history, loss, beta)
+    rates = history["learning_rate"]
+    known = Known(
+        loss=options,
+        steps=content.get("max_steps") or None,
+        learning_rate=float(rates.values.max()) if len(rates) else None,
+    )
+    return Run(folder.resolve().name, folder, history, known, notes=(note,))
+
+
+def trl_row(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A row of TRL's log under our names, which are TRL's but for `eval_…`; None for its summary at the end."""
+    if "loss" not in entry and "eval_loss" not in entry:
+        return None
+    row = {re.sub(r"^eval_", HELDOUT, name): value for name, value in entry.items()}
+    return {name: value for name, value in row.items() if not re.search(r"runtime|_per_second$", name)}
+
+
+def _method(history: History, loss: str | None, beta: float | None) -> tuple[LossOptions, str]:
+    """The loss that is named, or that the logged names and numbers are of."""
+    if loss is not None and loss not in _METHODS:
+        raise UserError(f"--loss {loss}: not one of {', '.join(_METHODS)}")
+    if beta is not None and beta <= 0:
+        raise UserError(f"--beta {beta}: must be above 0")
+    name = loss or _guess(history)
+    options = _METHODS[name](**({} if beta is None else {"beta": beta}))
+    taken = f"{name.upper()} with β {options.beta:g}"
+    return options, taken if loss else f"TRL's log does not name its loss: taken for {taken}; see --loss and --beta"
+
+
+def _guess(history: History) -> str:
+    names = history.names()
+    if "log_odds_ratio" in names:
+        return "orpo"
+    if "kl" in names:
+        return "kto"
+    rewards, logps = history["rewards/chosen"].values, history["logps/chosen"].values
+    if len(rewards) == len(logps) > 1 and np.all(logps):
+        ratios = rewards / logps  # β itself where there is no reference
+        if ratios.min() > 0 and np.ptp(ratios) < 0.02 * ratios.mean():
+            return "simpo" if ratios.mean() >= 1 else "cpo"
+    return "ipo" if history["loss"].values[0] > 3 else "dpo"

@@ -1,0 +1,216 @@
+"""Line charts and histograms as inline SVG: no script, no network, colours from the page's style sheet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from fastpref.train.health.bands import Band
+from fastpref.train.history import Series
+
+WIDTH, HEIGHT = 360, 210  # as wide as a phone, so that text keeps its size there
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 26
+POINTS = 240  # of a line, at most
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series and how it is drawn; `style` is a class of the style sheet."""
+
+    name: str
+    series: Series
+    style: str  # "training", "rejected", "heldout", "heldout-rejected"
+
+    @property
+    def marked(self) -> bool:
+        return self.style.startswith("heldout")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From values to pixels."""
+
+    low: float
+    high: float
+    begin: float
+    end: float
+    logarithmic: bool = False
+
+    def __call__(self, value: float) -> float:
+        return float(self.of(np.array([value]))[0])
+
+    def of(self, values: np.ndarray) -> np.ndarray:
+        """[n] → [n], kept inside the plot."""
+        low, high = self.low, self.high
+        if self.logarithmic:
+            values, low, high = np.log10(np.maximum(values, low)), math.log10(low), math.log10(high)
+        share = (np.clip(values, low, high) - low) / (high - low)
+        return self.begin + share * (self.end - self.begin)
+
+    def ticks(self) -> list[float]:
+        if self.logarithmic:
+            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+            every = max(1, math.ceil((last - first + 1) / 5))
+            return [10.0**power for power in range(first, last + 1, every)]
+        raw = (self.high - self.low) / 4
+        size = 10 ** math.floor(math.log10(raw))
+        step = next(size * nice for nice in (1, 2, 2.5, 5, 10) if size * nice >= raw * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def line_chart(
+    label: str, lines: Sequence[Line], band: Band | None = None, *, steps: int, positive: bool = False
+) -> Markup:
+    """The lines over the steps 0…`steps`, the healthy band shaded. `positive` values may get a logarithmic axis.
+
+    `label` says in words what is seen, for those who do not see it.
+    """
+    lines = [line for line in lines if len(line.series)]
+    thinned = [(line, *_thin(line.series)) for line in lines]
+    x = Axis(0, max(steps, 1), _LEFT, WIDTH - _RIGHT)
+    y = _vertical(lines, band, positive=positive)
+    parts = [_shading(band, y), _grid(x, y)]
+    for line, middle, lows, highs in thinned:
+        if line.marked:
+            parts.append(_path(x, y, middle, f"line {line.style}"))
+            if len(middle) <= 60:
+                parts += [
+                    f'<circle class="dot {line.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
+                    for a, b in zip(x.of(middle.steps), y.of(middle.values))
+                ]
+            continue
+        if len(middle) < len(line.series):
+            parts.append(_area(x, y, middle.steps, lows, highs, line.style))
+        elif len(middle) > 5:
+            parts.append(_path(x, y, middle, f"line faint {line.style}"))
+        parts.append(_path(x, y, _smooth(middle) if len(middle) > 5 else middle, f"line {line.style}"))
+    return _svg(label, parts)
+
+
+def histogram(label: str, values: np.ndarray, bins: int = 24) -> Markup:
+    """How often values [n] are in each of some equal parts of their range, one of which begins at zero."""
+    low, high = _room(min(float(values.min()), 0.0), max(float(values.max()), 0.0))
+    part = (high - low) / bins
+    edges = part * np.arange(math.floor(low / part), math.ceil(high / part) + 1)
+    counts, _ = np.histogram(values, edges)
+    x = Axis(float(edges[0]), float(edges[-1]), _LEFT, WIDTH - _RIGHT)
+    y = Axis(0, max(1.0, counts.max() * 1.05), HEIGHT - _BOTTOM, _TOP)
+    parts = [_grid(x, y)]
+    for count, a, b in zip(counts, edges, edges[1:]):
+        if count:
+            style = "bar rejected" if b <= 0 else "bar training"
+            top = y(float(count))
+            parts.append(
+                f'<rect class="{style}" x="{x(a) + 0.5:.1f}" y="{top:.1f}" width="{x(b) - x(a) - 1:.1f}" '
+                f'height="{y(0) - top:.1f}"/>'
+            )
+    parts.append(f'<line class="zero" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
+    return _svg(label, parts)
+
+
+def number(value: float) -> str:
+    """Short, for ticks and tables."""
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e7:
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+def _svg(label: str, parts: Sequence[str]) -> Markup:
+    return Markup('<svg role="img" viewBox="0 0 {} {}" aria-label="{}"><title>{}</title>{}</svg>').format(
+        WIDTH, HEIGHT, label, label, Markup("".join(parts))
+    )
+
+
+def _thin(series: Series) -> tuple[Series, np.ndarray, np.ndarray]:
+    """Means of at most POINTS runs of rows, and the least and greatest value of each."""
+    if len(series) <= POINTS:
+        return series, series.values, series.values
+    edges = np.linspace(0, len(series), POINTS + 1).astype(int)[:-1]
+    counts = np.diff([*edges, len(series)])
+    means = np.add.reduceat(series.values, edges) / counts
+    steps = np.add.reduceat(series.steps, edges) / counts
+    least, greatest = np.minimum.reduceat(series.values, edges), np.maximum.reduceat(series.values, edges)
+    return Series(steps, means), least, greatest
+
+
+def _smooth(series: Series) -> Series:
+    """A mean over a twentieth of the points, fewer at the ends."""
+    half = max(1, len(series) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(series.values)])
+    at = np.arange(len(series))
+    reach = np.minimum(half, np.minimum(at, len(series) - 1 - at))
+    return Series(series.steps, (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1))
+
+
+def _vertical(lines: Sequence[Line], band: Band | None, *, positive: bool) -> Axis:
+    values = np.concatenate([line.series.values for line in lines]) if lines else np.array([0.0, 1.0])
+    low, high = float(values.min()), float(values.max())
+    if positive and low > 0 and high > 30 * low:
+        return Axis(
+            10 ** (math.log10(low) - 0.1), 10 ** (math.log10(high) + 0.1), HEIGHT - _BOTTOM, _TOP, logarithmic=True
+        )
+    span = max(high - low, 1e-3 * max(abs(high), abs(low)), 1e-9)
+    for edge in () if band is None else (band.low, band.high):
+        if edge is not None and low - span <= edge <= high + span:  # near enough to be seen with the values
+            low, high = min(low, edge), max(high, edge)
+    return Axis(*_room(low, high), HEIGHT - _BOTTOM, _TOP)
+
+
+def _room(low: float, high: float) -> tuple[float, float]:
+    margin = 0.05 * max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)
+    return low - margin, high + margin
+
+
+def _shading(band: Band | None, y: Axis) -> str:
+    if band is None or (band.low is None and band.high is None):
+        return ""
+    low, high = band.low, band.high
+    if y.logarithmic and low is not None and low <= 0:
+        low = None
+    bottom = y.begin if low is None else y(low)
+    top = y.end if high is None else y(high)
+    if bottom - top < 0.5:
+        return ""
+    return (
+        f'<rect class="band" x="{_LEFT}" y="{top:.1f}" width="{WIDTH - _LEFT - _RIGHT}" height="{bottom - top:.1f}"/>'
+    )
+
+
+def _grid(x: Axis, y: Axis) -> str:
+    parts = []
+    for tick in y.ticks():
+        at = y(tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(
+            f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{at + 4:.1f}">{number(_clean(tick))}</text>'
+        )
+    for tick in x.ticks():
+        at = x(tick)
+        anchor = "end" if at > WIDTH - 24 else "middle"
+        parts.append(
+            f'<text class="tick" text-anchor="{anchor}" x="{at:.1f}" y="{HEIGHT - 8}">{number(_clean(tick))}</text>'
+        )
+    return "".join(parts)
+
+
+def _clean(tick: float) -> float:
+    """Without the rounding of a sum of steps."""
+    return float(f"{tick:.6g}")
+
+
+def _path(x: Axis, y: Axis, series: Series, style: str) -> str:
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x.of(series.steps), y.of(series.values)))
+    return f'<polyline class="{escape(style)}" points="{points}"/>'
+
+
+def _area(x: Axis, y: Axis, steps: np.ndarray, lows: np.ndarray, highs: np.ndarray, style: str) -> str:
+    across = x.of(steps)
+    there = [f"{a:.1f},{b:.1f}" for a, b in zip(across, y.of(highs))]
+    back = [f"{a:.1f},{b:.1f}" for a, b in zip(across[::-1], y.of(lows)[::-1])]
+    return f'<polygon class="area {escape(style)}" points="{" ".join(there + back)}"/>'

@@ -1,0 +1,160 @@
+"""The logged rows of a run as series, and how they have changed. Nothing here imports torch."""
+
+import json
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS, FACTS, REPORT = "metrics.jsonl", "run.json", "report.html"  # in a run's folder
+HELDOUT = "eval/"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A metric over the logged steps. What was not finite is left out."""
+
+    steps: np.ndarray  # [n] int64, rising
+    values: np.ndarray  # [n] float64
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, part: slice) -> "Series":
+        return Series(self.steps[part], self.values[part])
+
+    def beyond(self, step: float) -> "Series":
+        """After a step."""
+        return self[int(np.searchsorted(self.steps, step, side="right")) :]
+
+    @property
+    def first(self) -> "Series":
+        """The first tenth, at least three rows."""
+        return self[: max(3, len(self) // 10)]
+
+    @property
+    def last(self) -> "Series":
+        """The last fifth, at least five rows."""
+        return self[-max(5, len(self) // 5) :]
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean, as of independent rows."""
+        return float(self.values.std(ddof=1) / math.sqrt(len(self))) if len(self) > 1 else 0.0
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return int(self.steps[0]), int(self.steps[-1])
+
+
+EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
+
+
+@dataclass(frozen=True)
+class Change:
+    """From the beginning of a series to its end."""
+
+    start: float
+    end: float
+    error: float  # the standard error of their difference
+    steps: tuple[int, int]
+
+    @property
+    def by(self) -> float:
+        return self.end - self.start
+
+    def rises(self, more_than: float = 0.0) -> bool:
+        """Beyond what chance would do in one of some hundred runs."""
+        return self.by > max(more_than, 3 * self.error)
+
+    def falls(self, more_than: float = 0.0) -> bool:
+        return -self.by > max(more_than, 3 * self.error)
+
+
+class History:
+    """Every logged row so far, eight bytes a number."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        self._series: dict[str, tuple[array[int], array[float]]] = {}  # steps and values
+        self.rows = 0  # of training
+        self.not_finite: list[int] = []  # steps
+        self.step = 0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl."""
+        step = int(row["step"])
+        self.step = max(self.step, step)
+        self.rows += "loss" in row
+        for name in ("loss", "grad_norm"):
+            if name in row and not _finite(row[name]) and step not in self.not_finite[-1:]:
+                self.not_finite.append(step)
+        for name, value in row.items():
+            if name != "step" and _finite(value):
+                steps, values = self._series.get(name) or self._series.setdefault(name, (array("q"), array("d")))
+                steps.append(step)
+                values.append(value)
+
+    def names(self) -> list[str]:
+        return list(self._series)
+
+    def __getitem__(self, name: str) -> Series:
+        if name not in self._series:
+            return EMPTY
+        steps, values = self._series[name]
+        return Series(np.array(steps), np.array(values))
+
+    def change(self, name: str, start: float | None = None) -> Change | None:
+        """Of the training rows. `start` is known where it follows from the method. None for too few rows."""
+        series = self[name]
+        if len(series) < 8:
+            return None
+        last, error = series.last, series.last.error
+        if start is None:
+            start, error = series.first.mean, math.hypot(series.first.error, error)
+        return Change(start, last.mean, error, (int(series.steps[0]), last.span[1]))
+
+    def heldout_change(self, name: str, start: float | None = None) -> Change | None:
+        """From the first evaluation to the last, of the same rows, so without chance.
+
+        A known `start` stands for an evaluation before the training where there was none.
+        """
+        series = self[HELDOUT + name]
+        if len(series) < 2:
+            return None
+        first = float(series.values[0]) if start is None or series.steps[0] == 0 else start
+        return Change(first, float(series.values[-1]), 0.0, series.span)
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (float, int) and math.isfinite(value)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics.jsonl; the last line of a run that was killed while it wrote it is left out."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """A run's run.json: what its report needs beside config and metrics. Empty if there is none."""
+    try:
+        found = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

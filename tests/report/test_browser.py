@@ -1,0 +1,171 @@
+"""The report in a real browser: Chromium, headless, on a phone and on a desk, in light and dark."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from crafted import EVIL, facts, write_run
+
+from fastpref.report import write_report
+from fastpref.train.history import FACTS
+
+pytestmark = pytest.mark.browser
+WIDTHS = {"phone": 390, "desk": 1280}
+SCHEMES = ("light", "dark")
+
+# Every text that is seen, with its contrast by WCAG 2.2 against the nearest background behind it.
+CONTRASTS = r"""
+const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
+const parse = s => { const n = s.match(/[\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+const luminance = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
+const over = (a, b) => [0, 1, 2].map(i => a[3] * a[i] + (1 - a[3]) * b[i]);
+const behind = e => {
+  for (; e; e = e.parentElement) {
+    const c = parse(getComputedStyle(e).backgroundColor);
+    if (c[3] === 1) return c;
+    if (c[3] > 0) return over(c, behind(e.parentElement));
+  }
+  return [255, 255, 255];
+};
+const found = [];
+for (const e of document.querySelectorAll("body *")) {
+  const own = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(" ").trim();
+  if (!own || e.tagName === "title" || !e.getClientRects().length) continue;
+  const style = getComputedStyle(e), back = behind(e);
+  const colour = over(parse(e.namespaceURI.endsWith("svg") ? style.fill : style.color), back);
+  const [light, dark] = [luminance(colour), luminance(back)].sort((a, b) => b - a);
+  found.push([(light + 0.05) / (dark + 0.05), own.slice(0, 40), parseFloat(style.fontSize)]);
+}
+return found;
+"""
+# Lines and bars against what is behind the chart.
+MARKS = r"""
+return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, figure .dot")].map(e => {
+  const box = e.getBoundingClientRect(), svg = e.closest("svg").getBoundingClientRect();
+  return [box.width > 0 || box.height > 0, box.left >= svg.left - 1 && box.right <= svg.right + 1,
+          box.top >= svg.top - 1 && box.bottom <= svg.bottom + 1];
+});
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium by its driver. Without them these tests fail: what is not looked at is not known."""
+    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.fail("tests marked browser need Chromium and its driver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield chromium
+    chromium.quit()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a report with a verdict of each kind, and with markup in all that comes from data."""
+    about = facts()
+    about["rows"] = {"train": {"rows": 1000, "kept": 1000, "responses_cut": 300}, "heldout": {"rows": 80, "kept": 80}}
+    about["samples"] += [{"asked": "word " * 80, "before": "unbroken" * 200, "after": None}]
+    wild = {"loss": lambda t: 0.69 + 30 * (t > 0.05), "kl": lambda t: t}
+    run = write_run(tmp_path_factory.mktemp("runs") / EVIL.replace("/", "|"), both=wild)
+    (run / FACTS).write_text(json.dumps(about), encoding="utf-8")
+    return write_report(run).resolve().as_uri()
+
+
+def show(browser: Any, page: str, scheme: str = "light", width: int = 1280) -> None:
+    """Open the page on a screen of a width, for someone who prefers a colour scheme."""
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    browser.get(page)
+
+
+def test_the_console_is_silent(browser: Any, page: str):
+    """No error, no warning, nothing refused: so nothing was asked of a network."""
+    browser.get_log("browser")
+    show(browser, page)
+    assert browser.get_log("browser") == []
+    asked = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in asked if not name.startswith("data:")] == []
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_every_plot_is_seen(browser: Any, page: str, width: int):
+    """Each chart has a size, lines inside its frame, a title, and text that can be read."""
+    show(browser, page, width=width)
+    charts = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg')].map(s => [s.getBoundingClientRect().width,"
+        " s.getBoundingClientRect().height, s.querySelectorAll('.line, .bar').length, s.getAttribute('aria-label'),"
+        " s.closest('figure').querySelector('figcaption').textContent])"
+    )
+    titles = [title for *_, title in charts]
+    assert {"Loss", "Accuracy", "Reward margin", "Rewards", "Log-probabilities", "Gradient norm", "Learning rate",
+            "Margins of the held-out pairs"} <= set(titles)  # fmt: skip
+    assert all(w > 250 and h > 100 and lines and label for w, h, lines, label, _ in charts)
+    assert all(all(mark) for mark in browser.execute_script(MARKS))
+    scale = "return [...document.querySelectorAll('.tick')].map(t => t.getBoundingClientRect().height)"
+    assert min(browser.execute_script(scale)) >= 10
+
+
+@pytest.mark.parametrize("width", [320, *WIDTHS.values()])
+def test_nothing_scrolls_sideways(browser: Any, page: str, width: int):
+    """At the width of a phone the page is as wide as the screen, whatever answers hold; wide tables scroll alone."""
+    show(browser, page, width=width)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return innerWidth") == width
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_text_can_be_read(browser: Any, page: str, scheme: str):
+    """Contrast is at least 4.5 for every text, and text at least 12 pixels, in both colour schemes."""
+    show(browser, page, scheme, 390)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+    found = browser.execute_script(CONTRASTS)
+    assert len(found) > 100
+    assert [text for contrast, text, size in found if contrast < 4.5 or size < 12] == []
+
+
+def test_markup_in_data_stays_text(browser: Any, page: str):
+    """A script in an answer, a question, a name or a device neither runs nor becomes an element."""
+    show(browser, page)
+    assert browser.execute_script("return document.scripts.length + document.images.length") == 0
+    texts = "return [...document.querySelectorAll('#answers ~ article .text')].map(e => e.textContent)"
+    answers = browser.execute_script(texts)
+    assert answers[:3] == [EVIL] * 3
+    assert browser.execute_script("return document.querySelector('h1').textContent") == EVIL.replace("/", "|")
+
+
+def test_a_screen_reader_finds_its_way(browser: Any, page: str):
+    """One h1, no level left out, every section named, every row headed, every chart described."""
+    show(browser, page)
+    headings = "return [...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))"
+    levels = browser.execute_script(headings)
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    unnamed = (
+        "return [...document.querySelectorAll('section')].filter(s => !document.getElementById("
+        "s.getAttribute('aria-labelledby'))).length"
+        " + [...document.querySelectorAll('svg')].filter(s => s.getAttribute('role') !== 'img' || "
+        "!s.getAttribute('aria-label') || !s.querySelector('title')).length"
+        " + [...document.querySelectorAll('th')].filter(t => !t.scope).length"
+        " + [...document.querySelectorAll('tbody tr')].filter(r => !r.querySelector('th[scope=row]')).length"
+    )
+    assert browser.execute_script(unnamed) == 0
+    assert browser.execute_script("return document.documentElement.lang") == "en"

@@ -1,0 +1,261 @@
+"""The report: one small page that needs nothing else, of any run, with everything in it escaped."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from crafted import METHODS, facts, rows, write_run
+
+from fastpref.errors import UserError
+from fastpref.report import read_run, render, write_report
+from fastpref.report.heldout import held_out
+from fastpref.report.page import CHARTS, figures
+from fastpref.report.source import trl_row
+from fastpref.report.svg import POINTS, Axis, Line, line_chart, number
+from fastpref.train.health import diagnose
+from fastpref.train.health.bands import Band
+from fastpref.train.history import FACTS, METRICS, REPORT, Series
+
+ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&lt;img src=x onerror=alert(2)&gt;"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_page(tmp_path: Path, method: str):
+    """A chart of everything that was logged, with a title and words for those who do not see it."""
+    run = write_run(tmp_path / method, method)
+    place = write_report(run)
+    assert place == run / REPORT
+    page = place.read_text(encoding="utf-8")
+    charts = [figure.title for figure in figures(read_run(run))]
+    assert {"Loss", "Accuracy", "Reward margin", "Rewards", "Log-probabilities", "Gradient norm"} <= set(charts)
+    assert ("KTO's KL" in charts, "Log odds" in charts) == (method == "kto", method == "orpo")
+    # The histogram of held-out margins is one more.
+    assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
+    assert "22 rules looked at this run" in page
+
+
+def test_a_page_needs_nothing_else(tmp_path: Path):
+    """No script, no link, no font, no image from elsewhere; and the page forbids them to itself."""
+    page = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert not re.findall(r"<(?:script|iframe|object|embed|img)\b", page)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:,")""", page)
+    assert not re.findall(r"@import|url\(|https?://", page)
+
+
+def test_what_comes_from_data_is_escaped(tmp_path: Path):
+    """Questions, answers, the names of the run and of its device are text."""
+    page = write_report(write_run(tmp_path / "a<b>&c")).read_text(encoding="utf-8")
+    assert page.count(ESCAPED) == 4
+    assert "<script" not in page
+    assert "<h1>a&lt;b&gt;&amp;c</h1>" in page
+
+
+def test_verdicts_are_at_the_top(tmp_path: Path):
+    """The page says what the rules say, before anything else."""
+    wild = {"loss": lambda t: 0.69 + 30 * (t > 0.05)}
+    page = write_report(write_run(tmp_path / "run", both=wild)).read_text(encoding="utf-8")
+    assert "Alarm: learning rate high" in page
+    assert page.index("Alarm: learning rate high") < page.index('id="heldout"') < page.index('id="curves"')
+
+
+def test_a_run_of_100_000_steps_stays_small(tmp_path: Path):
+    """Under 1 MB, with every chart, and a spike of one step is still to be seen."""
+    run = write_run(tmp_path / "run", about=facts(100_000))
+    some = [{k: v for k, v in row.items() if k != "step"} for row in rows(evaluations=(50,))]
+    logged = ({"step": 1000 * block + at} | row for block in range(100) for at, row in enumerate(some * 10, 1))
+    with (run / METRICS).open("w", encoding="utf-8") as file:
+        for row in logged:
+            if row["step"] == 70_000:
+                row["grad_norm"] = 400.0
+            file.write(json.dumps(row) + "\n")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert len(page.encode()) < 300_000
+    assert "100,000 steps" in page
+    (norms,) = (figure for figure in figures(read_run(run)) if figure.title == "Gradient norm")
+    (area,) = re.findall(r'polygon class="area[^>]*points="([^"]*)"', norms.svg)
+    assert min(float(y) for y in re.findall(r",([\d.]+)", area)) < 25
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{}, {"samples": "x", "rows": None, "heldout": {"chosen": [1.0], "rejected": []}}, {"heldout": {"step": "a"}}],
+    ids=["nothing", "of another kind", "damaged"],
+)
+def test_a_run_without_facts_has_a_page(tmp_path: Path, about: dict[str, Any]):
+    """What run.json lacks is left out: a run that was killed early, or of an older version."""
+    page = write_report(write_run(tmp_path / "run", about=about)).read_text(encoding="utf-8")
+    assert 'id="curves"' in page
+    assert 'id="heldout"' not in page
+    (tmp_path / "run" / FACTS).write_text("{half")
+    assert write_report(tmp_path / "run").exists()
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    (run / METRICS).write_text("")
+    assert 'id="health"' in write_report(run).read_text(encoding="utf-8")
+
+
+def test_numbers_for_ticks_and_tables():
+    assert [number(v) for v in (0, 0.25, -1.5, 12345.6, 0.00075, 2e-6, 1.5e9, 99.999)] == [
+        "0", "0.25", "-1.5", "12,346", "7.5e-4", "2e-6", "1.5e9", "100",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 40), (-0.61, 0.02), (0.3, 0.69), (1e-6, 2e-6), (-3, 1e5)])
+def test_ticks_are_few_and_round(low: float, high: float):
+    ticks = Axis(low, high, 0, 100).ticks()
+    assert 3 <= len(ticks) <= 6
+    assert all(low <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [float(v) for v in range(1000)], [1e-9, 1e9]], ids=len)
+def test_a_chart_of_any_series_stays_in_its_frame(values: list[float]):
+    """One value, equal ones, many, and such of any size: all points are inside the picture and finite."""
+    series = Series(np.arange(1, len(values) + 1), np.array(values))
+    for positive in (False, True):
+        svg = line_chart(
+            "words", [Line("x", series, "training")], Band(0.01, 10.0), steps=len(values), positive=positive
+        )
+        points = re.findall(r'points="([^"]*)"', svg)
+        pairs = [tuple(map(float, p.split(","))) for group in points for p in group.split()]
+        assert len(pairs) <= 4 * POINTS
+        assert all(0 <= x <= 360 and 0 <= y <= 210 for x, y in pairs)
+        assert "nan" not in svg
+
+
+# --- held out -------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_hold_the_mean_and_narrow_with_more_pairs():
+    few, many = (
+        held_out(
+            {"heldout": {"step": 1, "paired": True, "chosen": ([0.5, -0.3, 0.9, 0.1] * n), "rejected": [0.0] * 4 * n}}
+        )
+        for n in (5, 100)
+    )
+    assert few
+    assert many
+    for scores in (few, many):
+        assert scores.accuracy.mean == 0.75
+        assert scores.margin.mean == pytest.approx(0.3)
+        assert scores.accuracy.low < 0.75 < scores.accuracy.high
+        assert scores.margin.low < 0.3 < scores.margin.high
+    assert many.accuracy.high - many.accuracy.low < 0.4 * (few.accuracy.high - few.accuracy.low)
+    # 400 pairs: the normal interval is as good
+    error = np.sqrt(0.75 * 0.25 / 400)
+    assert many.accuracy.low == pytest.approx(0.75 - 1.96 * error, abs=0.01)
+
+
+def test_an_accuracy_of_all_or_nothing_is_not_certain():
+    """Resampling equal values gives no width; the rule of three does."""
+    all_right = held_out({"heldout": {"step": 1, "paired": True, "chosen": [1.0] * 80, "rejected": [0.0] * 80}})
+    assert all_right
+    assert all_right.accuracy.low == pytest.approx(0.955, abs=1e-3)
+    assert all_right.accuracy.high == 1.0
+
+
+def test_single_responses_are_compared_with_all_others():
+    """KTO: accuracy over all couples, as in its metric; a tie counts half."""
+    scores = held_out({"heldout": {"step": 3, "paired": False, "chosen": [0.5, -1.0, 2.0], "rejected": [0.5, -2.0]}})
+    assert scores
+    assert scores.accuracy.mean == pytest.approx((0.5 + 1 + 0 + 1 + 1 + 1) / 6)
+    assert scores.margin.mean == pytest.approx(0.5 + 0.75)
+    assert scores.count == 5
+
+
+# --- TRL ------------------------------------------------------------------------------------------------------------
+
+
+def trl_log(method: str, **of: Any) -> list[dict[str, Any]]:
+    """The same rows as TRL's trainers log them."""
+    logged = []
+    for row in rows(method, **of):
+        entry = {name.replace("eval/", "eval_"): value for name, value in row.items()}
+        entry.pop("rewards/length_correlation", None)
+        entry |= {"eval_runtime": 1.0, "eval_samples_per_second": 2.0} if "eval_loss" in entry else {"epoch": 0.1}
+        if method in ("simpo", "cpo") and "loss" in entry:  # there a reward is β · the logged logp
+            beta = METHODS[method].beta
+            entry |= {f"logps/{side}": entry[f"rewards/{side}"] / beta for side in ("chosen", "rejected")}
+        logged.append(entry)
+    return [*logged, {"step": 100, "train_runtime": 12.0, "train_loss": 0.5}]
+
+
+def write_trl(folder: Path, method: str, **of: Any) -> Path:
+    folder.mkdir(parents=True)
+    state = {"global_step": 100, "max_steps": 100, "train_batch_size": 2, "log_history": trl_log(method, **of)}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_trls_is_read(tmp_path: Path, method: str):
+    """Its method is told by what it logs; a healthy run is left alone; a page is written beside its log."""
+    run = read_run(write_trl(tmp_path / "out", method))
+    assert run.known.loss.type == method
+    assert diagnose(run.history, run.known) == []
+    assert len(run.history["loss"]) == 100
+    assert len(run.history["eval/loss"]) == 3
+    assert method.upper() in render(run)
+    assert write_report(run) == tmp_path / "out" / REPORT
+
+
+def test_a_run_of_trls_is_diagnosed(tmp_path: Path):
+    """From the folder, the file, or a folder that has only checkpoints, of which the newest is taken."""
+    wild = {"loss": lambda t: 0.69 + 30 * (t > 0.05)}
+    write_trl(tmp_path / "out" / "checkpoint-9", "dpo")
+    newest = write_trl(tmp_path / "out" / "checkpoint-100", "dpo", both=wild)
+    for path in (tmp_path / "out", newest, newest / "trainer_state.json"):
+        run = read_run(path)
+        assert [v.rule for v in diagnose(run.history, run.known)] == ["learning_rate_high"]
+        assert run.folder == (path.parent if path.is_file() else path)
+    assert read_run(newest, "ipo", 0.5).known.loss == type(METHODS["ipo"])(beta=0.5)
+
+
+def test_trls_names():
+    assert trl_row({"eval_rewards/chosen": 1.0, "eval_loss": 2.0, "step": 3, "eval_runtime": 9.0}) == {
+        "eval/rewards/chosen": 1.0,
+        "eval/loss": 2.0,
+        "step": 3,
+    }
+    assert trl_row({"train_loss": 2.0, "step": 3}) is None
+
+
+TRL_STATE = {"trainer_state.json": '{"log_history": [{"step": 1, "loss": 1.0}]}'}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "said"),
+    [
+        ("none", None, (), "there is no such folder"),
+        ("empty", {}, (), "this is no run's folder"),
+        ("state", {"trainer_state.json": "[]"}, (), "not a trainer_state.json"),
+        ("state", {"trainer_state.json": '{"log_history": []}'}, (), "no row with a loss"),
+        ("own", {"config.toml": "[model]", METRICS: ""}, ("dpo",), "leave --loss and --beta out"),
+        ("own", {"config.toml": "[model]", METRICS: ""}, (), "config.toml"),
+        ("trl", TRL_STATE, ("sft",), "--loss sft: not one of"),
+        ("trl", TRL_STATE, ("dpo", -1.0), "must be above 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_said(
+    tmp_path: Path, name: str, content: dict[str, str] | None, options: Any, said: str
+):
+    """One message, and nothing is written."""
+    folder = tmp_path / name
+    if content is not None:
+        folder.mkdir()
+        for file, text in content.items():
+            (folder / file).write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_run(folder, *options)
+    assert sorted(p.name for p in folder.glob("*")) == sorted(content or {})
+
+
+def test_every_chart_is_of_a_known_metric():
+    """Charts name metrics of docs/metrics.md."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [name for chart in CHARTS for name in chart.names if f"`{name}`" not in page] == []
