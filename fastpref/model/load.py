@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import peft
@@ -55,16 +56,24 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: Config, device: torch.device, *, sharded: bool = False) -> Loaded:
+def load_model(
+    config: Config,
+    device: torch.device,
+    *,
+    sharded: bool = False,
+    trained: bool = False,
+    adapter: str | Path | None = None,
+) -> Loaded:
     """The model of a config on a device, with fresh adapters if it has a [lora] table.
 
-    A model that will be `sharded` stays in host memory until then, in the dtype of the device.
+    A model that will be `sharded` stays in host memory until then, in the dtype of the device. One that is `trained`
+    has the adapter that lies in a folder, or none.
 
     Raises UserError for a model that is not there, is no causal language model, or has no safetensors.
     """
     place = torch.device("cpu") if sharded else device
     model = _pretrained(config.model, weight_dtype(config, device), place)
-    if getattr(model, "is_quantized", False) and config.lora is None:
+    if getattr(model, "is_quantized", False) and config.lora is None and not trained:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     keep_weights_as_loaded(model)
     model.config.use_cache = False
@@ -73,7 +82,7 @@ def load_model(config: Config, device: torch.device, *, sharded: bool = False) -
     check_logits(model, policy.backbone, policy.head)
     layout, why, calls = choose_layout(config, model, policy)
     notes = _attention(config, model, layout, why, calls, device)
-    wrapped = with_adapters(config, model)
+    wrapped = _trained(model, adapter) if trained else with_adapters(config, model)
     return Loaded(model, wrapped, Policy.of(model), layout, why, tuple(notes))  # PEFT may have wrapped the head
 
 
@@ -192,6 +201,15 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
         raise UserError(f"lora.target: {_cause(error)} This model's linear modules are {', '.join(names)}.") from None
     assert isinstance(wrapped, peft.PeftModel)
     return wrapped
+
+
+def _trained(model: PreTrainedModel, adapter: str | Path | None) -> PreTrainedModel | peft.PeftModel:
+    if adapter is None:
+        return model
+    try:
+        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+    except Exception as error:  # missing or damaged files, another model's shapes: PEFT raises many kinds
+        raise UserError(f"{adapter}: this adapter cannot be put on {model.name_or_path}: {_cause(error)}") from None
 
 
 def _cause(error: BaseException) -> str:
