@@ -67,7 +67,7 @@ class RunFolder:
 
     def resume(self, config: Config, progress: Progress) -> None:
         """Go on with a run at a checkpoint: what was logged and saved after it goes."""
-        kept = [json.dumps(row) for row in self._rows() if _before(row, progress)]
+        kept = [json.dumps(row) for row in self.rows() if _before(row, progress)]
         write_file(self.metrics, "".join(f"{line}\n" for line in kept))
         write_file(self.path / "config.toml", to_toml(config))
         for leftover in (self.path / "checkpoints").glob(".*"):
@@ -80,7 +80,8 @@ class RunFolder:
         if progress.best and (self.path / "checkpoints" / f"step-{progress.best['step']}").exists():
             self.mark_best(progress.best)
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Those of metrics.jsonl."""
         if not self.metrics.exists():
             return
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
