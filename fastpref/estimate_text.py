@@ -84,13 +84,14 @@ def _cards(estimator: Estimator, least: Taken, card: float | None, console: Cons
 
 def _head(estimator: Estimator) -> str:
     config, largest = estimator.config, estimator.microbatch(estimator.config)
-    what = "rows" if isinstance(config.loss, KTO) else "pairs"
+    what = "row" if isinstance(config.loss, KTO) else "pair"
+    plural = "s" if len(largest.examples) > 1 else ""
     where = "a GPU" if estimator.device.type == "cuda" else "a CPU"
     training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
     bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
     return (
         f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n"
-        f"the largest micro-batch: {len(largest.examples)} {what}, {largest.tokens:,} tokens at once "
+        f"the largest micro-batch: {len(largest.examples)} {what}{plural}, {largest.tokens:,} tokens at once "
         f"(from {largest.source})"
     )
 
