@@ -40,7 +40,7 @@ def evaluate(
     """Metrics over held-out examples, with the names of metrics.jsonl, and beside them
 
         logps/accuracies  how often the chosen response is the likelier one (for KTO there are no pairs)
-        kl                KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
+        reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
     began with, unless another is named; without one, rewards and KL are left out. Raises UserError.
@@ -78,7 +78,7 @@ def show(found: dict[str, Any], name: str, console: Console) -> None:
         ("rewards/accuracies", "accuracy", "{:.1%}"),
         ("logps/accuracies", "the chosen is likelier", "{:.1%}"),
         ("rewards/margins", "reward margin", "{:+.3f}"),
-        ("kl", "KL to the reference, nats a token", "{:.4f}"),
+        ("reference/kl", "KL to the reference, nats a token", "{:.4f}"),
         ("loss", "loss", "{:.4f}"),
         ("logps/chosen", "log-probability of the chosen", "{:.1f}"),
         ("logps/rejected", "log-probability of the rejected", "{:.1f}"),
@@ -168,7 +168,7 @@ def _beside(
                 kl += _kl(policy, compared, off, batch)
                 tokens += len(batch.predictors)
     found = {"logps/accuracies": right / len(examples)} if paired else {}
-    return found | ({"kl": kl / tokens} if compared is not None else {})
+    return found | ({"reference/kl": kl / tokens} if compared is not None else {})
 
 
 def _kl(

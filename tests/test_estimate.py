@@ -10,6 +10,7 @@ import torch
 from runs import EXAMPLES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
+import fastpref
 import fastpref.estimate as estimates
 from fastpref.cli import main
 from fastpref.config import Config, load_config
@@ -24,6 +25,7 @@ from fastpref.model.load import load_model, load_tokenizer
 from fastpref.model.reference import make_reference, precomputes
 from fastpref.train.optimizer import make_optimizer
 from fastpref.train.order import data_order
+from fastpref.train.peak import StepPeak
 from fastpref.train.step import Objective
 from fastpref.train.step_memory import StepMemory
 
@@ -226,6 +228,45 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert told["changes"] is None
     assert told["trl"]["total"] > told["step"]["total"]
     assert told["cards"][0] == {"card": 8, "fits": True, "checkpointed": 0}
+
+
+def test_trl_makes_logits_and_copies_them(tmp_path: Path):
+    """ORPO as TRL has it holds the logits of all padded places in float32 and, at some moment, their gradient and the
+    supervised term's log-softmax; DPO's tiles are less than one copy."""
+    Qwen2Config(
+        vocab_size=50_000, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    path = write(tmp_path, tmp_path)
+    path.write_text(path.read_text().replace("train.jsonl", "none.jsonl"))
+    logits = 2 * 128 * 50_000 * 4
+    orpo, dpo = (estimator(path, CUDA, LORA, f"loss.type={loss}", "tokens.max_length=128") for loss in ("orpo", "dpo"))
+    assert orpo.take_as_trl().memory.activations > 2.5 * logits
+    assert dpo.take_as_trl().memory.activations < logits
+    assert orpo.take().memory.activations + orpo.take().memory.head < logits
+
+
+def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
+    """Estimated beside measured, from what the allocator said of the steps; on a CPU nothing is measured."""
+    config = load_config(write(tmp_path, models["quickstart"]), [LORA])
+    loaded = load_model(config, CPU)
+    examples = load_examples(config, load_tokenizer(config.model)).train
+    peak = StepPeak(CPU)
+    peak.start()
+    peak.end()
+    assert peak.bytes == 0
+    counted = estimator(tmp_path / "cfg.toml", CUDA, LORA).take(layers=0).memory.total
+    peak.bytes = round(1.02 * counted)
+    said = peak.beside_estimate(config, examples, loaded)
+    assert said.startswith("memory of a step: estimated ")
+    assert said.endswith("(+2.0%)")
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    fastpref.train(EXAMPLES / "quickstart.toml", ["train.steps=2"])
+    assert "memory of a step: estimated" in capsys.readouterr().out
 
 
 def test_nine_tenths_of_a_card_are_usable():

@@ -50,7 +50,7 @@ def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
             tokens += len(completion)
             sums.append(float(logp.gather(1, torch.tensor(completion)[:, None]).sum()))
         right += sums[0] > sums[1]
-    assert found["kl"] == pytest.approx(total / tokens, rel=1e-3)
+    assert found["reference/kl"] == pytest.approx(total / tokens, rel=1e-3)
     assert found["logps/accuracies"] == pytest.approx(right / len(heldout))
     assert found["examples"] == len(heldout)
 
@@ -59,12 +59,12 @@ def test_a_model_alone(finished_run: Path):
     """Without a model that it began with there are neither rewards nor KL; beside itself its KL is none."""
     found = evaluate(find_trained(str(MODEL)), data=QUICKSTART_DATA)
     assert {"logps/accuracies", "logps/chosen", "entropy"} <= found.keys()
-    assert not {"kl", "loss", "rewards/accuracies"} & found.keys()
+    assert not {"reference/kl", "loss", "rewards/accuracies"} & found.keys()
     same = evaluate(find_trained(str(MODEL)), data=QUICKSTART_DATA, reference=find_trained(str(MODEL)))
-    assert same["kl"] == pytest.approx(0, abs=1e-6)
+    assert same["reference/kl"] == pytest.approx(0, abs=1e-6)
     assert same["rewards/margins"] == pytest.approx(0, abs=1e-6)
     adapter = evaluate(find_trained(str(finished_run / "final")), data=QUICKSTART_DATA)
-    assert adapter["kl"] > 0
+    assert adapter["reference/kl"] > 0
     assert adapter["logps/chosen"] != pytest.approx(found["logps/chosen"], abs=1e-4)
 
 
@@ -73,7 +73,17 @@ def test_a_whole_model_is_compared_with_the_one_it_began_with(whole_run: Path):
     own = [row for row in rows(whole_run) if "eval/loss" in row][-1]
     found = evaluate(find_trained(str(whole_run)))
     assert found["rewards/margins"] == pytest.approx(own["eval/rewards/margins"], rel=1e-3, abs=1e-5)
-    assert found["kl"] > 0
+    assert found["reference/kl"] > 0
+
+
+def test_single_responses(finished_run: Path):
+    """By KTO's own metrics; there are no pairs to compare, and its kl is another one."""
+    paired = evaluate(find_trained(str(finished_run)))
+    found = evaluate(find_trained(str(finished_run), ['loss={type="kto"}']))
+    assert {"kl", "loss", "rewards/margins"} <= found.keys()
+    assert "logps/accuracies" not in found
+    assert found["examples"] == 2 * paired["examples"]
+    assert found["reference/kl"] == pytest.approx(paired["reference/kl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("of", ["run", "checkpoint", "config"])
@@ -110,7 +120,7 @@ def test_the_command(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "95 % interval" in ran.out
     told: dict[str, Any] = json.loads(command(monkeypatch, capsys, "eval", str(finished_run), "--json").out)
     assert told["examples"] == 5
-    assert {"kl", "rewards/accuracies", "logps/accuracies"} <= told.keys()
+    assert {"reference/kl", "rewards/accuracies", "logps/accuracies"} <= told.keys()
 
 
 def test_wilsons_interval():
