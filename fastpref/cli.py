@@ -25,6 +25,14 @@ Overrides = Annotated[
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: only local files and its cache.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenize anew, and keep the tokens for no other run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")]
+TrainedModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run's folder, or one of a checkpoint, an adapter or a model; a name on the hub; a config.",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -35,7 +43,7 @@ Resume = Annotated[
 ]
 
 
-@app.command()
+@app.command(epilog="Example: fastpref train my.toml train.steps=20")
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -62,7 +70,7 @@ def train(
         raise typer.Exit(130)
 
 
-@app.command()
+@app.command(epilog="Example: fastpref check my.toml")
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a config without training: every mistake with its line."""
     from fastpref.config import load_config
@@ -72,7 +80,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
 
 
-@app.command()
+@app.command(epilog="Example: fastpref init --loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl")
 def init(
     loss: Annotated[
         str | None, typer.Option(help="dpo (if left out), ipo, kto, orpo, simpo or cpo; the file says which to choose.")
@@ -120,7 +128,7 @@ def init(
             typer.echo(f"  {line}", err=path is None)
 
 
-@app.command()
+@app.command(epilog="Example: fastpref preview my.toml --rows 2")
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -141,7 +149,7 @@ def preview(
     run(loaded, rows=rows, full=full, cache=not no_cache)
 
 
-@app.command()
+@app.command(epilog="Example: fastpref report runs/my-dpo --open")
 def report(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run's folder, or one of TRL's with its trainer_state.json.")
@@ -152,7 +160,7 @@ def report(
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Of a run of TRL's: the β it was trained with.")] = None,
 ) -> None:
-    """Say how healthy a run is, and write its report.html: fastpref report runs/my-dpo --open"""
+    """Say how healthy a run is, and write its report.html."""
     from fastpref.report import read_run, write_report
     from fastpref.train.health import diagnose
     from fastpref.train.progress import Display
@@ -170,7 +178,7 @@ def report(
         webbrowser.open(place.resolve().as_uri())
 
 
-@app.command()
+@app.command(epilog="Example: fastpref schema")
 def schema() -> None:
     """Print the JSON schema of a config: every key with its type, default and meaning."""
     import json
@@ -178,6 +186,161 @@ def schema() -> None:
     from fastpref.config import Config
 
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command(epilog="Example: fastpref estimate my.toml --card 12 tokens.max_length=1024")
+def estimate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    card: Annotated[
+        float | None, typer.Option("--card", min=1, help="GB of the card it is for; the one that is here, or 24.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Beside it the same step as TRL would make it.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Of a run on a CPU instead of a GPU.")] = False,
+    as_json: AsJson = False,
+    offline: Offline = False,
+    no_cache: NoCache = False,
+) -> None:
+    """Say what a step takes of a GPU's memory, which cards it fits, and what would make it fit. Needs no GPU and no
+    weights, only the model's config.json."""
+    from fastpref.config import load_config
+
+    given = list(overrides or ())
+    load_config(config, given)
+    _prepare(offline)
+    import torch
+    from rich.console import Console
+
+    from fastpref import estimate_text
+    from fastpref.estimate import Estimator
+
+    screen = Console(highlight=False)
+    device = torch.device("cpu" if cpu else "cuda")
+    estimator = Estimator(lambda more: load_config(config, [*given, *more]), device, cache=not no_cache)
+    told = estimate_text.estimate(estimator, card=card, compare=compare, console=None if as_json else screen)
+    if as_json:
+        typer.echo(estimate_text.as_json(told))
+
+
+@app.command(
+    "eval", epilog="Example: fastpref eval runs/my-dpo, or: fastpref eval my-adapter --data pairs.jsonl --json"
+)
+def evaluate(
+    model: TrainedModel,
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Preferences to judge it by, instead of what its run held out.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The model to compare with, instead of the one it began with.")
+    ] = None,
+    as_json: AsJson = False,
+    offline: Offline = False,
+    no_cache: NoCache = False,
+) -> None:
+    """Judge a model by held-out preferences: accuracy, margins, KL to the reference."""
+    _prepare(offline)
+    from rich.console import Console
+
+    from fastpref import evaluate as evaluation
+    from fastpref.model.trained import find_trained
+
+    trained = find_trained(model, overrides or ())
+    compared = None if reference is None else find_trained(reference)
+    found = evaluation.evaluate(trained, data=data, reference=compared, cache=not no_cache)
+    if as_json:
+        typer.echo(evaluation.as_json(found))
+    else:
+        evaluation.show(found, trained.weights, Console(highlight=False))
+
+
+@app.command(epilog="Example: fastpref chat runs/my-dpo --compare")
+def chat(
+    model: TrainedModel,
+    overrides: Overrides = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Let the model that it was trained from answer too.")
+    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, help="0 for the likeliest words; else the model's own.")
+    ] = None,
+    offline: Offline = False,
+) -> None:
+    """Talk to a model, line by line, from a terminal or a pipe."""
+    _prepare(offline)
+    from fastpref.chat import chat as run
+    from fastpref.model.trained import find_trained
+
+    trained = find_trained(model, overrides or ())
+    run(trained, compare=compare, system=system, max_tokens=max_tokens, temperature=temperature)
+
+
+@app.command(epilog="Example: fastpref merge runs/my-dpo --output my-model")
+def merge(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or an adapter's.")],
+    output: Annotated[Path, typer.Option("--output", help="The folder to write; it must not be there.")],
+    dequantized: Annotated[
+        bool | None,
+        typer.Option(
+            "--dequantized/--original",
+            help="Onto the 4-bit weights that an nf4 run was trained beside (the default then), or the model's own.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as the model's files if left out.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Load both afterwards, in turn, and compare logits.")] = True,
+    offline: Offline = False,
+) -> None:
+    """Add an adapter to the weights it was trained beside, and write a model that needs no peft."""
+    _prepare(offline)
+    import torch
+
+    from fastpref.merge import merge as run
+    from fastpref.model.trained import find_trained
+
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: take float32, bfloat16 or float16")
+    kind = None if dtype is None else getattr(torch, dtype)
+    merged = run(find_trained(model), output, dequantized=dequantized, dtype=kind, verify=verify)
+    head = ", the head untied from the embeddings" if merged.untied else ""
+    typer.echo(f"{merged.folder}: {merged.tensors} tensors changed{head}; merged onto {merged.onto}.")
+    if merged.lost is not None:
+        typer.echo(f"Compared on a probe: of what the adapter changes in the logits, {merged.lost:.2%} is lost.")
+
+
+@app.command(epilog="Example: fastpref push runs/my-dpo --to me/my-model")
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or one of a model or an adapter.")],
+    to: Annotated[
+        str | None, typer.Option("--to", help='"user/name" on the hub; output.push_to of the run if left out.')
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see a repository that is made.")] = False,
+) -> None:
+    """Upload what a run has trained to the hub, into a private repository unless told otherwise."""
+    _prepare(False)
+    from fastpref.model.trained import find_trained
+    from fastpref.push import push as upload
+
+    trained = find_trained(run)
+    repository = to or trained.config.output.push_to
+    if repository is None:
+        raise UserError("name a repository, --to user/name, or set output.push_to")
+    if not Path(trained.weights).is_dir():
+        raise UserError(f"{run}: only a folder can be uploaded")
+    typer.echo(f"{trained.weights} is at {upload(Path(trained.weights), repository, public=public)}")
+
+
+def _prepare(offline: bool) -> None:
+    """Before anything heavy is imported."""
+    if offline:
+        _go_offline()
+    _quiet_bitsandbytes()
+    from fastpref.quiet import quiet_libraries
+
+    quiet_libraries()
 
 
 def _go_offline() -> None:

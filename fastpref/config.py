@@ -202,6 +202,8 @@ class OutputConfig(_Section):
     """Save a checkpoint every so many steps, and at the best evaluation; left out, only when the run is stopped."""
     keep: Count = 2
     """How many checkpoints to keep, the newest ones; that of the best evaluation is kept beside them."""
+    push_to: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """A repository of the hub, "user/name", to upload final/ to at the end; it is made private if it is not there."""
 
 
 class LogConfig(_Section):
@@ -316,14 +318,22 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         what, _, place = str(error).partition(" (at ")  # "(at line 3, column 5)", or "(at end of document)"
         line = place[5:].partition(",")[0] if place.startswith("line ") else text.rstrip().count("\n") + 1
         raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
-    lines = TomlLines(str(path), text)
+    return _checked(raw, overrides, TomlLines(str(path), text), path.resolve().parent)
+
+
+def make_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """A config from its tables, with overrides; relative paths are of the working directory. Raises UserError."""
+    return _checked(raw, overrides, TomlLines("the command line", ""), Path.cwd())
+
+
+def _checked(raw: dict[str, Any], overrides: Iterable[str], lines: TomlLines, folder: Path) -> Config:
     for override in overrides:
         _apply(raw, override, lines)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, Config, lines))) from None
-    return _from_folder(config, path.resolve().parent)
+    return _from_folder(config, folder)
 
 
 def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:

@@ -67,6 +67,7 @@ _EXAMPLES: dict[str, Any] = {  # of keys whose default is to be left out
     "output.dir": "runs/mine",
     "output.save_every": 100,
     "output.keep": 2,
+    "output.push_to": "user/name",
 }
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastpref.kernels.operators import IMPLEMENTATIONS
 
@@ -75,9 +74,9 @@ class PeakStorage(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         # `torch.tensor` builds its result out of sight and only then passes it through lift_fresh.
         fresh = func is torch.ops.aten.lift_fresh.default
-        given = set() if fresh else {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(result):
-            if storage._cdata in self._alive or storage._cdata not in given:
+            known = storage._cdata in self._alive
+            if known or fresh or all(storage._cdata != given._cdata for given in _storages((args, kwargs))):
                 self._count(storage)
         return result
 
@@ -104,6 +103,12 @@ class PeakStorage(TorchDispatchMode):
 
 def _storages(tree: Any) -> Iterator[UntypedStorage]:
     """The storages of all tensors in nested containers; a sparse tensor has none of its own."""
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-            yield leaf.untyped_storage()
+    if isinstance(tree, Tensor):
+        if tree.layout == torch.strided:
+            yield tree.untyped_storage()
+    elif isinstance(tree, list | tuple):  # all that operators take and give; a pytree of any kind takes much longer
+        for inner in tree:
+            yield from _storages(inner)
+    elif isinstance(tree, dict):
+        for inner in tree.values():
+            yield from _storages(inner)

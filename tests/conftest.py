@@ -3,6 +3,7 @@ and Triton in its interpreter where there is no card."""
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +27,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with adapters, with its last checkpoint. To be read only."""
+    return _run(tmp_path_factory.mktemp("run"), "lora={rank=4}")
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the whole model."""
+    return _run(tmp_path_factory.mktemp("whole"))
+
+
+def _run(folder: Path, *overrides: str) -> Path:
+    from runs import write_config
+
+    import fastpref
+
+    given = [f'output.dir="{(folder / "out").as_posix()}"', "train.steps=4", "output.save_every=4", *overrides]
+    return fastpref.train(write_config(folder), given).output_dir

@@ -243,6 +243,7 @@ PENDING = {
     "precompute_ref_log_probs: true": ("reference", "mode", "precompute"),
     "save_steps: 100": ("output", "save_every", 100),
     "save_total_limit: 2": ("output", "keep", 2),
+    "hub_model_id: me/mine": ("output", "push_to", "me/mine"),
     "wandb_project: x": ("log", "trackers", ["wandb"]),
     "{use_mlflow: true, use_tensorboard: true}": ("log", "trackers", ["mlflow", "tensorboard"]),
     "lr_scheduler: polynomial": ("train", "schedule", "polynomial"),

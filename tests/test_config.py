@@ -688,6 +688,7 @@ SURFACE = {
     "output.dir": None,
     "output.save_every": None,
     "output.keep": 2,
+    "output.push_to": None,
     "log.every": 1,
     "log.trackers": (),
 }

@@ -85,7 +85,7 @@ _BY_REASON: dict[str, str] = {
     "runs are not resumed yet": "resume_from_checkpoint auto_resume_from_checkpoints",
     "the model is saved at the end, as safetensors": """
         save_strategy save_first_step save_only_model save_safetensors dynamic_checkpoint""",
-    "nothing is uploaded; the hub's own command does that": "hub_model_id hub_strategy hub_revision",
+    "what is uploaded is the result, once, at the end": "hub_strategy hub_revision",
     "private data and models need `hf auth login`": "hf_use_auth_token",
     "a tracker is told by its own environment variables": """
         wandb_name wandb_run_id wandb_mode wandb_entity wandb_watch wandb_log_model mlflow_run_name

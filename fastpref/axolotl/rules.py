@@ -161,6 +161,7 @@ RULES = (
     _same("output_dir", "output.dir", as_text),
     _every("save_steps", "output.save_every", "saves_per_epoch"),
     _same("save_total_limit", "output.keep", as_whole),
+    _same("hub_model_id", "output.push_to", as_text),
     _same("logging_steps", "log.every", as_whole),
     Rule(
         tuple(field for switches in run.TRACKERS.values() for field in switches),

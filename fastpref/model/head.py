@@ -57,6 +57,12 @@ class Head(nn.Module):
             positions=positions, softcap=settings.softcap, logit_scale=settings.scale, outputs=outputs,
         )  # fmt: skip
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits of some rows, float32 [N, V], of hidden [N, H]: where a whole distribution is asked for."""
+        logits = self.module(hidden).float() * self.settings.scale
+        cap = self.settings.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def weight_and_bias(
         self, dtype: torch.dtype | None = None
     ) -> tuple[Tensor | HeadWeight | LoraWeight, Tensor | None]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import peft
@@ -57,10 +58,18 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: Config, device: torch.device, *, sharded: bool = False) -> Loaded:
+def load_model(
+    config: Config,
+    device: torch.device,
+    *,
+    sharded: bool = False,
+    trained: bool = False,
+    adapter: str | Path | None = None,
+) -> Loaded:
     """The model of a config on a device, with fresh adapters if it has a [lora] table.
 
-    A model that will be `sharded` stays in host memory until then, in the dtype of the device.
+    A model that will be `sharded` stays in host memory until then, in the dtype of the device. One that is `trained`
+    has the adapter that lies in a folder, or none.
 
     Raises UserError for a model that is not there, is no causal language model, or has no safetensors.
     """
@@ -68,7 +77,7 @@ def load_model(config: Config, device: torch.device, *, sharded: bool = False) -
     architecture = model_config(config.model)
     kernels = liger.wants_kernels(config.model.liger, device.type, architecture)
     model = pretrained(config.model, architecture, weight_dtype(config, device), place)
-    if getattr(model, "is_quantized", False) and config.lora is None:
+    if getattr(model, "is_quantized", False) and config.lora is None and not trained:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     policy = Policy.of(model)
     check_logits(model, policy.backbone, policy.head)
@@ -79,7 +88,7 @@ def load_model(config: Config, device: torch.device, *, sharded: bool = False) -
         must = config.model.liger is True
         kernels, said = liger.give_kernels(model, policy.backbone, must=must, trial=trial)
         notes += said
-    wrapped = with_adapters(config, model)
+    wrapped = _trained(model, adapter) if trained else with_adapters(config, model)
     policy = Policy.of(model)  # PEFT may have wrapped the head
     return Loaded(model, wrapped, policy, layout, why, tuple(notes), kernels)
 
@@ -209,6 +218,15 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
         raise UserError(f"lora.target: {_cause(error)} This model's linear modules are {', '.join(names)}.") from None
     assert isinstance(wrapped, peft.PeftModel)
     return wrapped
+
+
+def _trained(model: PreTrainedModel, adapter: str | Path | None) -> PreTrainedModel | peft.PeftModel:
+    if adapter is None:
+        return model
+    try:
+        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+    except Exception as error:  # missing or damaged files, another model's shapes: PEFT raises many kinds
+        raise UserError(f"{adapter}: this adapter cannot be put on {model.name_or_path}: {_cause(error)}") from None
 
 
 def _cause(error: BaseException) -> str:

@@ -47,15 +47,22 @@ class Policy(nn.Module):
 
     def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> PolicyOutput:
         """Log-probabilities, and the optional outputs of `linear_logprob`, of the N scored tokens."""
-        layout: dict[str, Any] = {"attention_mask": batch.attention_mask}
-        if batch.tree is not None:
-            layout = tree_keywords(batch.tree, batch.input_ids.device)
         routed = self.router is not None and self.training and torch.is_grad_enabled()
-        if routed:
-            layout["output_router_logits"] = True
-        found = self.backbone(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout)
+        found = self._body(batch, **({"output_router_logits": True} if routed else {}))
         hidden = found.last_hidden_state.flatten(0, 1)  # [B·T, H]
         tokens = self.head(hidden, batch.predictors, batch.targets, outputs)
         if self.router is None or not routed:
             return PolicyOutput(tokens)
         return PolicyOutput(tokens, self.router(found.router_logits, batch.attention_mask))
+
+    def hidden_states(self, batch: PreferenceBatch) -> Tensor:
+        """[B·T, H], what the head is given."""
+        return self._body(batch).last_hidden_state.flatten(0, 1)
+
+    def _body(self, batch: PreferenceBatch, **options: Any) -> Any:
+        layout: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.tree is not None:
+            layout = tree_keywords(batch.tree, batch.input_ids.device)
+        return self.backbone(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout, **options
+        )

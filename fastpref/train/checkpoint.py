@@ -18,6 +18,7 @@ from fastpref.errors import UserError
 from fastpref.model.load import Loaded
 from fastpref.processes import ALONE, Processes
 from fastpref.train import state
+from fastpref.train.card import model_card
 from fastpref.train.folder import RunFolder
 from fastpref.train.resume import Resumed, fingerprints
 from fastpref.train.state import Progress
@@ -63,12 +64,18 @@ class Checkpoints:
         self.latest = self.processes.on_first(write)
         return self.latest
 
-    def save_weights(self, name: str) -> Path:
-        """Write the adapter or the model with its tokenizer to a folder of its own. Raises WriteError."""
+    def save_weights(self, name: str, step: int | None = None) -> Path:
+        """Write the adapter or the model with its tokenizer to a folder of its own, with a model card if the `step`
+        it is of is given. Raises WriteError."""
         weights = state.whole_weights(self.loaded)
-        return self.processes.on_first(
-            lambda: self.folder.save(name, lambda folder: self._fill_weights(folder, weights))
-        )
+
+        def fill(folder: Path) -> None:
+            self._fill_weights(folder, weights)
+            if step is not None:
+                card = model_card(self.config, self.folder.rows(), self.data_fingerprint, step)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+
+        return self.processes.on_first(lambda: self.folder.save(name, fill))
 
     def restore(self, resumed: Resumed, steps: int) -> Progress:
         """Make everything as it was when a checkpoint was written. Raises UserError if it does not fit the run."""

@@ -74,8 +74,7 @@ class RunFolder:
 
     def resume(self, config: Config, progress: Progress) -> None:
         """Go on with a run at a checkpoint: what was logged and saved after it goes."""
-        rows = read_rows(self.metrics) if self.metrics.exists() else ()
-        kept = [json.dumps(row) for row in rows if _before(row, progress)]
+        kept = [json.dumps(row) for row in self.rows() if _before(row, progress)]
         write_file(self.metrics, "".join(f"{line}\n" for line in kept))
         write_file(self.path / "config.toml", to_toml(config))
         for leftover in (self.path / "checkpoints").glob(".*"):
@@ -87,6 +86,10 @@ class RunFolder:
         (self.path / "checkpoints" / BEST).unlink(missing_ok=True)
         if progress.best and (self.path / "checkpoints" / f"step-{progress.best['step']}").exists():
             self.mark_best(progress.best)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Those of metrics.jsonl."""
+        return read_rows(self.metrics) if self.metrics.exists() else iter(())
 
     def log(self, row: Mapping[str, float | int]) -> None:
         """Append one row to metrics.jsonl; a number that is not finite, which JSON has not, is null."""

@@ -1,9 +1,7 @@
 """The training run, from a config to a trained model: evaluate, sample, save, stop, step, log."""
 
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -15,11 +13,11 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase, get_scheduler
-from transformers.utils import logging as transformers_logging
 
 from fastpref.config import Config, load_config
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Example
+from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
@@ -27,6 +25,8 @@ from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precis
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
 from fastpref.processes import Processes, start_processes
+from fastpref.push import check_login, push
+from fastpref.quiet import quiet_libraries
 from fastpref.train import faults, state
 from fastpref.train.activations import checkpoint_activations
 from fastpref.train.advice import advice, step_counter
@@ -38,6 +38,7 @@ from fastpref.train.health import Verdict
 from fastpref.train.lock import RunLock
 from fastpref.train.optimizer import make_optimizer
 from fastpref.train.order import data_order
+from fastpref.train.peak import StepPeak
 from fastpref.train.progress import Display
 from fastpref.train.record import Record
 from fastpref.train.resume import Resumed, find_checkpoint, may_change
@@ -78,8 +79,10 @@ def train(
         default_name = Path(config).stem
         config = load_config(config, overrides)
     require_trackers(config.log.trackers)
+    if config.output.push_to is not None:
+        check_login(config.output.push_to)
     resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
-    _quiet_libraries()
+    quiet_libraries()
     accelerator, processes = start_processes(config, mixed_precision(config))
     folder = resumed.folder if resumed else processes.on_first(
         lambda: RunFolder.choose(config, default_name, force=force)
@@ -192,6 +195,7 @@ class _Run:
         self.rng = state.rng_state()  # as the last whole step left it: what a checkpoint holds
         self.batch: list[Example] = []  # the step's, for messages
         self.trackers = Trackers(accelerator, self.display.note)
+        self.peak = StepPeak(accelerator.device)
 
     def _reference(self) -> Reference:
         reference, what = make_reference(self.config, self.loaded, self.accelerator.autocast)
@@ -264,14 +268,26 @@ class _Run:
     def _finish(self) -> RunResult:
         answers = [answer for _, answer in self._answers()]
         self.display.samples([(question, old) for question, old in self.progress.before or []], answers)
-        place = self.checkpoints.save_weights("final")
+        place = self.checkpoints.save_weights("final", self.progress.step)
         self.display.note(f"saved: {place}")
+        if self.peak.bytes and isinstance(self.examples, Examples):
+            self.display.note(self.peak.beside_estimate(self.config, self.examples, self.loaded))
         verdicts = self._report("finished", answers)
+        if self.config.output.push_to is not None:
+            self.display.note(f"uploaded: {self.processes.on_first(lambda: self._push(place))}")
         return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, verdicts)
+
+    def _push(self, place: Path) -> str:
+        assert self.config.output.push_to is not None
+        try:
+            return push(place, self.config.output.push_to)
+        except UserError as error:
+            raise UserError(f"{error}\nIt is saved; upload it with\n  fastpref push {self.folder.path}") from None
 
     def _step(self, step: int, examples: list[Example]) -> None:
         """One optimizer step. Its metrics are those of the tokens too only when it is logged."""
         began = time.perf_counter()
+        self.peak.start()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
         self.policy.train()
         metrics, work = self.objective.step(examples, self.accelerator.backward, token_metrics=logged)
@@ -285,6 +301,7 @@ class _Run:
             self.progress.skipped_in_row = 0
         else:
             self._not_finite(step, examples, row)
+        self.peak.end()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
@@ -420,12 +437,3 @@ def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
             break
         found.setdefault(tuple(example.prompt), example)
     return list(found.values())
-
-
-def _quiet_libraries() -> None:
-    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it says which kernels for other devices are not there
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # PEFT, of an adapter on a head that is tied to the embeddings: the two stay apart here, adapters are never merged.
-    warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*", category=UserWarning)

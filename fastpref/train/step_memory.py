@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastpref.config import Config
-from fastpref.data.example import Example, Origin
-from fastpref.loss_options import KTO
+from fastpref.data.batch import Layout
+from fastpref.data.example import Example
+from fastpref.data.longest import longest_possible
 from fastpref.memory import PeakStorage
-from fastpref.model.checkpointing import checkpoint_layers
+from fastpref.model.checkpointing import checkpoint_layers, decoder_layers
 from fastpref.model.liger import kernels_not_run, take_kernels, wants_kernels
 from fastpref.model.load import Loaded, choose_layout, model_config, weight_dtype
 from fastpref.model.policy import Policy
@@ -40,6 +41,9 @@ class StepMemory:
     activations: int  # what the forward pass keeps and the backward pass makes
     head: int  # what the head's operators make: scratch tiles, and the gradient that they keep
     largest: int  # the largest tensor that the step makes; part of the others
+    layers: int  # decoder layers of the model; not bytes
+    checkpointed: int  # of them
+    layout: Layout  # that its attention takes
 
     @property
     def total(self) -> int:
@@ -53,15 +57,21 @@ def count_step(
     *,
     layers: int | None = None,
     examples: Sequence[Example] | None = None,
+    further: bool | None = None,
     architecture: PretrainedConfig | None = None,
+    layout: Layout | None = None,
+    make_policy: Callable[[PreTrainedModel], Policy] = Policy.of,
 ) -> StepMemory:
     """What a step of a config takes on a kind of device, which need not be there.
 
     Args:
         layers: how many decoder layers are checkpointed; None: all, unless `train.checkpointing` is off.
-        examples: of the step; by default the longest micro-batch, which finds the gradients of others there if
-            a step has more than one.
+        examples: of the step; by default those of the longest micro-batch.
+        further: whether the step has other micro-batches, whose gradients are there when these come; by default
+            if the longest micro-batch is not a whole step.
         architecture: what is in the model's config.json, if that is not to be read.
+        layout: if it is known what the model's attention takes: trying it is a forward pass.
+        make_policy: another head than ours (`trl_memory.py`).
 
     Raises UserError for a model that is not there, and whatever its code raises that cannot be run on fake tensors.
 
@@ -80,19 +90,24 @@ def count_step(
         if model is not None:
             take_kernels(model)
     saving = _elsewhere if config.train.offload_activations else None
-    checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
+    checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
     count, fake = PeakStorage(), FakeTensorMode(allow_non_fake_inputs=True)
     sizes_alone = kernels_not_run if kernels else nullcontext
-    with fake, count, sizes_alone():
-        loaded = _materialised(config, bones, count)
-        with count.labelled("reference"):
-            reference = _reference(config, loaded, beside, autocast)
-    optimizer = make_optimizer(loaded.policy, config)  # bitsandbytes makes tables of real numbers
+    with fake, count:
+        policy = _materialised(config, bones, count, make_policy)
+    with fake, sizes_alone():
+        layout, why = (layout, None) if layout is not None else choose_layout(config, bones.model, policy)[:2]
+    loaded = Loaded(bones.model, bones.wrapped, policy, layout, why)
+    with fake, count, count.labelled("reference"):
+        reference = _reference(config, loaded, beside, autocast)
+    optimizer = make_optimizer(loaded.policy, _unpaged(config))  # bitsandbytes makes tables of real numbers
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with fake, count, sizes_alone():
         _make_moments(optimizer, parameters, count)
-        microbatch = longest_microbatch(config)
-        if examples is not None or len(microbatch) >= config.train.batch:
+        if examples is None:
+            longest = longest_possible(config)
+            examples, further = longest.examples, longest.further if further is None else further
+        if not further:
             optimizer.zero_grad(set_to_none=True)
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(partial(_relabel_gradient, count))
@@ -100,25 +115,26 @@ def count_step(
         objective.policy.train()
         count.start_again()
         with count.labelled("activations"):
-            objective.step(microbatch if examples is None else examples, lambda loss: loss.backward())
+            objective.step(examples, lambda loss: loss.backward())
             torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
         with count.labelled("optimizer"):
             optimizer.step()
-    parts = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
+    parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
+    parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": layout}
     return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
 
 
-def longest_microbatch(config: Config) -> list[Example]:
-    """As many examples of `tokens.max_length` as fill a micro-batch, all their tokens but the first scored."""
-    longest, single = config.tokens.max_length, isinstance(config.loss, KTO)
-    completion = [0] * (longest - 1)
-    completions = (completion,) * (1 if single else 2)
-    size = 1 + sum(map(len, completions))
-    count = min(config.train.batch, max(1, config.tokens_per_microbatch // size))
-    return [Example([0], completions, bool(i % 2) if single else None, Origin("")) for i in range(count)]
+def _unpaged(config: Config) -> Config:
+    """Moments that may move to host memory are counted as if they stayed: paging needs a GPU to page from."""
+    plain: Any = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}.get(config.train.optimizer)
+    return config if plain is None else config.model_copy(
+        update={"train": config.train.model_copy(update={"optimizer": plain})}
+    )  # fmt: skip
 
 
-def _materialised(config: Config, bones: Skeleton, count: PeakStorage) -> Loaded:
+def _materialised(
+    config: Config, bones: Skeleton, count: PeakStorage, make_policy: Callable[[PreTrainedModel], Policy]
+) -> Policy:
     model = bones.model
     with count.labelled("weights"):
         materialise(model)
@@ -126,9 +142,7 @@ def _materialised(config: Config, bones: Skeleton, count: PeakStorage) -> Loaded
         for parameter in model.parameters():
             if parameter.requires_grad:
                 count.relabel(parameter, "adapters")
-    policy = Policy.of(model)
-    layout, why, _ = choose_layout(config, model, policy)
-    return Loaded(model, bones.wrapped, policy, layout, why)
+    return make_policy(model)
 
 
 def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig) -> PreTrainedModel | None:

@@ -1,0 +1,77 @@
+"""The micro-batch that takes the most memory, from the lengths of the data or from `tokens.max_length` alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from fastpref.config import Config
+from fastpref.data.batch import Layout, computed_tokens, plan_microbatches, with_mismatched
+from fastpref.data.example import Example, Origin
+from fastpref.data.table import Examples
+from fastpref.loss_options import KTO, compares_neighbours
+
+STEPS = 1000  # of a run that are looked through
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Examples whose lengths alone mean something."""
+
+    examples: list[Example]
+    further: bool  # whether its step has others
+    tokens: int  # computed at once
+    source: str  # where the lengths are from, in words
+
+
+def longest_of(config: Config, examples: Examples, order: Iterator[list[int]], layout: Layout) -> Microbatch:
+    """The one with the most tokens of the first steps of a run, whose examples come in `order`."""
+    prompts, completions = _cut(config, examples.prompt_lengths, examples.completion_lengths)
+    labels = examples.labels
+    largest: Microbatch | None = None
+    steps = min(STEPS, config.train.steps or -(-len(examples) * config.train.epochs // config.train.batch))
+    for places in islice(order, int(steps)):
+        step = [
+            _of_lengths(int(prompts[i]), [int(n) for n in completions[i]], None if labels is None else bool(labels[i]))
+            for i in places
+        ]
+        for tokens, part in _microbatches(config, step, layout):
+            if largest is None or tokens > largest.tokens:
+                largest = Microbatch(part, len(part) < len(step), tokens, f"the data, {len(examples):,} rows")
+    assert largest is not None
+    return largest
+
+
+def longest_possible(config: Config) -> Microbatch:
+    """As many examples of `tokens.max_length` as fill a micro-batch, all their tokens but the first scored."""
+    longest, single = config.tokens.max_length, isinstance(config.loss, KTO)
+    lengths = [longest - 1] * (1 if single else 2)
+    size = 1 + sum(lengths)
+    count = min(config.train.batch, max(1, config.tokens_per_microbatch // size))
+    examples = [_of_lengths(1, lengths, bool(i % 2) if single else None) for i in range(count)]
+    return Microbatch(examples, count < config.train.batch, count * size, f"tokens.max_length = {longest:,}")
+
+
+def _microbatches(config: Config, step: Sequence[Example], layout: Layout) -> Iterator[tuple[int, list[Example]]]:
+    """Each one's tokens and examples."""
+    budget = config.tokens_per_microbatch
+    if compares_neighbours(config.loss, len(step)):  # KTO's other branches come along where everything fits
+        both = with_mismatched(step)
+        if len(plan_microbatches(both, layout, budget)) == 1:
+            yield computed_tokens(both, layout), list(step)
+            return
+    for places in plan_microbatches(step, layout, budget):
+        part = [step[i] for i in places]
+        yield computed_tokens(part, layout), part
+
+
+def _cut(config: Config, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths as tokenising with a smaller `tokens.max_length` would leave them: prompts lose tokens first."""
+    limit = config.tokens.max_length
+    prompts = np.minimum(prompts, np.maximum(1, limit - completions.max(axis=1, initial=1)))
+    return prompts, np.minimum(completions, (limit - prompts)[:, None])
+
+
+def _of_lengths(prompt: int, completions: Sequence[int], label: bool | None) -> Example:
+    return Example([0] * prompt, tuple([0] * length for length in completions), label, Origin(""))

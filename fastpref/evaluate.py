@@ -1,0 +1,188 @@
+"""`fastpref eval`: how a model does on held-out preferences, and how far it is from the model it began with."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from math import sqrt
+from typing import Any
+
+import peft
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.config import DataConfig
+from fastpref.data.batch import PreferenceBatch, collate, plan_microbatches
+from fastpref.data.cache import load_examples
+from fastpref.data.example import Example
+from fastpref.errors import UserError
+from fastpref.loss_options import KTO, SimPO
+from fastpref.model.load import Loaded
+from fastpref.model.policy import Policy
+from fastpref.model.reference import Reference
+from fastpref.model.trained import Trained, load_trained, trained_tokenizer
+from fastpref.token_loss import sequence_sums
+from fastpref.train.step import Objective
+
+_LOGITS = 1 << 24  # float32 of a distribution at once
+
+
+def evaluate(
+    trained: Trained,
+    *,
+    data: str | None = None,
+    reference: Trained | None = None,
+    device: torch.device | None = None,
+    cache: bool = True,
+) -> dict[str, Any]:
+    """Metrics over held-out examples, with the names of metrics.jsonl, and beside them
+
+        logps/accuracies  how often the chosen response is the likelier one (for KTO there are no pairs)
+        reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
+
+    The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
+    began with, unless another is named; without one, rewards and KL are left out. Raises UserError.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    examples = _examples(trained, data, cache)
+    loaded = load_trained(trained, device)
+    compared, off = _reference(trained, loaded, reference, device)
+    pad = trained_tokenizer(trained).pad_token_id
+    config = trained.config
+    objective = Objective(
+        policy=loaded.policy.eval(),
+        reference=None if compared is None else _logps(compared, off),
+        options=config.loss,
+        layout=loaded.layout,
+        budget=config.tokens_per_microbatch,
+        pad_token_id=pad if isinstance(pad, int) else 0,
+        device=device,
+    )
+    if compared is None and config.loss.uses_reference:  # a loss without a reference tells the rest
+        objective = replace(objective, options=SimPO())
+    found: dict[str, Any] = {}
+    if compared is not None or not isinstance(config.loss, KTO):
+        found |= objective.evaluate(examples, config.train.batch).result()
+        if compared is None and config.loss.uses_reference:
+            found = {name: v for name, v in found.items() if not name.startswith(("rewards/", "loss"))}
+    found |= _beside(objective, loaded.policy, compared, off, examples)
+    return {"examples": len(examples)} | found
+
+
+def show(found: dict[str, Any], name: str, console: Console) -> None:
+    """The metrics a person asks for first."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    for key, words, form in (
+        ("rewards/accuracies", "accuracy", "{:.1%}"),
+        ("logps/accuracies", "the chosen is likelier", "{:.1%}"),
+        ("rewards/margins", "reward margin", "{:+.3f}"),
+        ("reference/kl", "KL to the reference, nats a token", "{:.4f}"),
+        ("loss", "loss", "{:.4f}"),
+        ("logps/chosen", "log-probability of the chosen", "{:.1f}"),
+        ("logps/rejected", "log-probability of the rejected", "{:.1f}"),
+        ("entropy", "entropy, nats a token", "{:.3f}"),
+    ):
+        if key in found:
+            extra = ""
+            if key.endswith("accuracies"):
+                low, high = interval(found[key], found["examples"])
+                extra = f"95 % interval {low:.1%} to {high:.1%}"
+            table.add_row(words, form.format(found[key]), extra)
+    console.print(f"{name}: {found['examples']:,} held-out examples", markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def as_json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=2)
+
+
+def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share of `count` trials (Wilson 1927)."""
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _examples(trained: Trained, data: str | None, cache: bool) -> Sequence[Example]:
+    config = trained.config
+    if data is not None:
+        config = config.model_copy(
+            update={"data": (DataConfig(path=data),), "eval": config.eval.model_copy(
+                update={"fraction": None, "data": ()}
+            )}
+        )  # fmt: skip
+    elif not trained.of_run:
+        raise UserError(
+            f"{trained.weights}: no run is known of it, so name the preferences to judge it by: --data FILE"
+        )
+    elif not config.eval.wanted:
+        raise UserError("the run held nothing out (eval.fraction, [[eval.data]]); name a file: --data FILE")
+    tokenized = load_examples(config, trained_tokenizer(trained), cache=cache)
+    return tokenized.train if data is not None else tokenized.heldout
+
+
+def _reference(
+    trained: Trained, loaded: Loaded, named: Trained | None, device: torch.device
+) -> tuple[Policy | None, Callable[[], AbstractContextManager[Any]]]:
+    """The reference's policy, and what to compute it in."""
+    if named is not None:
+        return load_trained(named, device).policy.eval(), nullcontext
+    if isinstance(loaded.wrapped, peft.PeftModel):
+        return loaded.policy, loaded.wrapped.disable_adapter
+    if trained.began_with is not None:
+        return load_trained(trained, device, base=True).policy.eval(), nullcontext
+    return None, nullcontext
+
+
+def _logps(policy: Policy, off: Callable[[], AbstractContextManager[Any]]) -> Reference:
+    def logps(batch: PreferenceBatch) -> torch.Tensor:
+        with torch.no_grad(), off():
+            return policy(batch).logp
+
+    return logps
+
+
+@torch.no_grad()
+def _beside(
+    objective: Objective,
+    policy: Policy,
+    compared: Policy | None,
+    off: Callable[[], AbstractContextManager[Any]],
+    examples: Sequence[Example],
+) -> dict[str, float]:
+    """What a loss has no part in: whole distributions, and which response is the likelier."""
+    right, kl, tokens = 0.0, 0.0, 0
+    paired = examples[0].label is None
+    for start in range(0, len(examples), 256):
+        some = examples[start : start + 256]
+        for places in plan_microbatches(some, objective.layout, objective.budget):
+            batch = collate([some[i] for i in places], objective.layout, pad_token_id=objective.pad_token_id)
+            batch = batch.to(objective.device)
+            if paired:
+                sums = sequence_sums(policy(batch).logp, batch.segments, len(batch.lengths))
+                difference = sums[: batch.examples] - sums[batch.examples :]
+                right += float((torch.sign(difference) / 2 + 0.5).sum())
+            if compared is not None:
+                kl += _kl(policy, compared, off, batch)
+                tokens += len(batch.predictors)
+    found = {"logps/accuracies": right / len(examples)} if paired else {}
+    return found | ({"reference/kl": kl / tokens} if compared is not None else {})
+
+
+def _kl(
+    policy: Policy, compared: Policy, off: Callable[[], AbstractContextManager[Any]], batch: PreferenceBatch
+) -> float:
+    """KL(policy ‖ compared) of the next token, summed over the places that predict a scored token."""
+    own = policy.hidden_states(batch)[batch.predictors]
+    with off():
+        other = compared.hidden_states(batch)[batch.predictors]
+    rows, total = max(1, _LOGITS // policy.head.vocabulary), 0.0
+    log_softmax = partial(torch.log_softmax, dim=-1)
+    for mine, theirs in zip(own.split(rows), other.split(rows)):
+        logp = log_softmax(policy.head.logits(mine))
+        with off():
+            reference = log_softmax(compared.head.logits(theirs))
+        total += float((logp.exp() * (logp - reference)).sum())
+    return total

@@ -1,0 +1,121 @@
+"""What `eval`, `chat`, `merge` and `push` are pointed at: a run, a checkpoint, an adapter, a model, or a config."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from fastpref.config import Config, ModelConfig, load_config, make_config
+from fastpref.data.tokenize import use_chat_template
+from fastpref.errors import UserError
+from fastpref.model.load import Loaded, load_model, load_tokenizer
+
+_NO_DATA = [{"path": "no data"}]  # of a config made for a model alone
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights, and the config that they were trained by as far as it is known."""
+
+    weights: str  # a folder, or a name on the hub
+    is_adapter: bool
+    config: Config  # whose model is the one that the training began with
+    of_run: bool  # whether the config is that of a run, or says no more than the model's name
+
+    @property
+    def began_with(self) -> str | None:
+        """The model that was trained, if it is another one and is known."""
+        return self.config.model.name if self.is_adapter or self.config.model.name != self.weights else None
+
+
+def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
+    """What a name stands for: a run's folder (its final/, or else its newest checkpoint), a checkpoint, a folder or a
+    name on the hub of an adapter or a model, or a config, for the model that it would train.
+
+    Raises UserError.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".toml":
+        config = load_config(path, overrides)
+        return Trained(config.model.name, False, config, True)
+    if not path.is_dir():
+        return _on_hub(name, overrides)
+    folder = _weights(path)
+    toml = next((p for p in (path / "config.toml", folder / "config.toml", folder.parent / "config.toml")
+                 if p.is_file()), None)  # fmt: skip
+    adapter = (folder / "adapter_config.json").is_file()
+    if toml is not None:
+        return Trained(str(folder), adapter, load_config(toml, overrides), True)
+    base = _base(folder) if adapter else str(folder)
+    return Trained(str(folder), adapter, _config(base, overrides), False)
+
+
+def load_trained(trained: Trained, device: torch.device, *, base: bool = False) -> Loaded:
+    """The trained model, or the `base` that it began with. Raises UserError."""
+    config = trained.config
+    if trained.is_adapter and not base:
+        return load_model(_as_it_is(config, device), device, trained=True, adapter=trained.weights)
+    if not base:
+        model = config.model.model_copy(update={"name": trained.weights})
+        if model.name != config.model.name:
+            model = model.model_copy(update={"revision": None})
+        config = config.model_copy(update={"model": model})
+    return load_model(_as_it_is(config, device), device, trained=True)
+
+
+def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
+    """Its own, or that of the model it began with."""
+    config = trained.config
+    own = Path(trained.weights)
+    saved = own.is_dir() and any(own.glob("tokenizer*"))
+    tokenizer = load_tokenizer(config.model.model_copy(update={"name": str(own)}) if saved else config.model)
+    use_chat_template(tokenizer, config.tokens.chat_template)
+    return tokenizer
+
+
+def _as_it_is(config: Config, device: torch.device) -> Config:
+    """Nothing is trained, so half precision does on a GPU whatever the training took."""
+    if config.model.dtype != "auto" or device.type == "cpu":
+        return config
+    half = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "float16"
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": half})})
+
+
+def _weights(path: Path) -> Path:
+    """The folder of a run's or a checkpoint's weights."""
+    if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
+        return path
+    if (path / "final").is_dir():
+        return path / "final"
+    checkpoints = [p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
+    if not checkpoints:
+        raise UserError(f"{path}: neither a run (no final/, no checkpoints), nor an adapter, nor a model")
+    return max(checkpoints, key=lambda p: int(p.name[5:]))
+
+
+def _base(folder: str | Path) -> str:
+    try:
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    except Exception as error:  # damaged JSON, an unknown kind of adapter
+        raise UserError(f"{folder}: its adapter_config.json cannot be read: {error}") from None
+    if not base:
+        raise UserError(f"{folder}: its adapter_config.json does not name the model it belongs to")
+    return base
+
+
+def _on_hub(name: str, overrides: Sequence[str]) -> Trained:
+    try:
+        adapter = find_adapter_config_file(name) is not None
+    except Exception:  # no such repository, no network: loading the model will say so
+        adapter = False
+    return Trained(name, adapter, _config(_base(name) if adapter else name, overrides), False)
+
+
+def _config(model: str, overrides: Sequence[str]) -> Config:
+    tables: dict[str, Any] = {"model": ModelConfig(name=model).model_dump(), "data": _NO_DATA}
+    return make_config(tables, overrides)

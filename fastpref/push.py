@@ -1,0 +1,34 @@
+"""Uploading what a run has trained to the hub: only when asked."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+from fastpref.errors import UserError
+
+
+def push(folder: Path, repository: str, *, public: bool = False) -> str:
+    """Upload a folder to "user/name" and return its address. A repository that is not there is made, private unless
+    `public`. Raises UserError."""
+    check_login(repository)
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Trained by preferences with fastpref")
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"{repository}: {folder} could not be uploaded: {' '.join(str(error).split())[:400]}") from None
+    return str(address)
+
+
+def check_login(repository: str) -> None:
+    """Raises UserError if the hub would not take anything: before hours of training, not after."""
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{repository}: nothing can be uploaded while the hub is not asked (HF_HUB_OFFLINE, --offline)")
+    try:
+        HfApi().whoami()
+    except LocalTokenNotFoundError:
+        raise UserError(f"{repository}: nobody is logged in to the hub here; run `hf auth login`") from None
+    except (HfHubHTTPError, OSError) as error:
+        said = " ".join(str(error).split())[:400]
+        raise UserError(f"{repository}: the hub refuses, or cannot be reached: {said}") from None

@@ -1,0 +1,43 @@
+"""The memory that a run's steps took, beside what it was estimated to be."""
+
+import torch
+
+from fastpref.config import Config
+from fastpref.data.longest import longest_of
+from fastpref.data.table import Examples
+from fastpref.model.checkpointing import decoder_layers
+from fastpref.model.load import Loaded
+from fastpref.train.order import data_order
+from fastpref.train.step_memory import count_step
+
+GIB = 1 << 30
+
+
+class StepPeak:
+    """The most that was allocated on a GPU at once during any step. Elsewhere nobody keeps account: it stays 0."""
+
+    def __init__(self, device: torch.device):
+        self._device = device if device.type == "cuda" else None
+        self.bytes = 0
+
+    def start(self) -> None:
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def end(self) -> None:
+        if self._device is not None:
+            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self._device))
+
+    def beside_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
+        """What was measured, and what `count_step` says of the run's largest micro-batch."""
+        order = data_order(len(examples), config.train.batch, config.train.seed)
+        largest = longest_of(config, examples, order, loaded.layout)
+        layers = sum(layer.gradient_checkpointing for layer in decoder_layers(loaded.model))
+        measured = f"measured {self.bytes / GIB:.2f} GiB"
+        try:
+            counted = count_step(
+                config, torch.device("cuda"), layers=layers, examples=largest.examples, further=largest.further
+            ).total
+        except Exception as error:  # a model's code may ask for the values of tensors, which fake ones have not
+            return f"memory of a step: {measured}; not estimated ({type(error).__name__})"
+        return f"memory of a step: estimated {counted / GIB:.2f} GiB, {measured} ({self.bytes / counted - 1:+.1%})"

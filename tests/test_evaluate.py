@@ -1,0 +1,130 @@
+"""`fastpref eval`: the numbers of a run's own evaluation, and KL by definition."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from after import QUICKSTART_DATA, command
+from peft import PeftModel
+from runs import EXAMPLES, rows
+from transformers import AutoModelForCausalLM
+
+from fastpref.data.cache import load_examples
+from fastpref.errors import UserError
+from fastpref.evaluate import evaluate, interval
+from fastpref.model.trained import find_trained, load_trained, trained_tokenizer
+
+CPU = torch.device("cpu")
+MODEL = EXAMPLES / "quickstart" / "model"
+
+
+def test_a_run_is_evaluated_as_it_evaluated_itself(finished_run: Path):
+    """Every metric of the last evaluation in metrics.jsonl."""
+    own = [row for row in rows(finished_run) if "eval/loss" in row][-1]
+    found = evaluate(find_trained(str(finished_run)))
+    for name, value in own.items():
+        if name.startswith("eval/"):
+            assert found[name.removeprefix("eval/")] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
+    """Σ p (log p − log q) of the next token, from the logits of transformers and peft, one response after the other."""
+    found = evaluate(find_trained(str(finished_run)))
+    trained = find_trained(str(finished_run))
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, finished_run / "final").eval()
+    total, right, tokens = 0.0, 0.0, 0
+    heldout = load_examples(trained.config, trained_tokenizer(trained)).heldout
+    for example in heldout:
+        sums = []
+        for completion in example.completions:
+            ids = torch.tensor([[*example.prompt, *completion]])
+            places = slice(len(example.prompt) - 1, ids.shape[1] - 1)
+            with torch.no_grad():
+                logp = model(input_ids=ids).logits[0, places].float().log_softmax(-1)
+                with model.disable_adapter():
+                    reference = model(input_ids=ids).logits[0, places].float().log_softmax(-1)
+            total += float((logp.exp() * (logp - reference)).sum())
+            tokens += len(completion)
+            sums.append(float(logp.gather(1, torch.tensor(completion)[:, None]).sum()))
+        right += sums[0] > sums[1]
+    assert found["reference/kl"] == pytest.approx(total / tokens, rel=1e-3)
+    assert found["logps/accuracies"] == pytest.approx(right / len(heldout))
+    assert found["examples"] == len(heldout)
+
+
+def test_a_model_alone(finished_run: Path):
+    """Without a model that it began with there are neither rewards nor KL; beside itself its KL is none."""
+    found = evaluate(find_trained(str(MODEL)), data=QUICKSTART_DATA)
+    assert {"logps/accuracies", "logps/chosen", "entropy"} <= found.keys()
+    assert not {"reference/kl", "loss", "rewards/accuracies"} & found.keys()
+    same = evaluate(find_trained(str(MODEL)), data=QUICKSTART_DATA, reference=find_trained(str(MODEL)))
+    assert same["reference/kl"] == pytest.approx(0, abs=1e-6)
+    assert same["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    adapter = evaluate(find_trained(str(finished_run / "final")), data=QUICKSTART_DATA)
+    assert adapter["reference/kl"] > 0
+    assert adapter["logps/chosen"] != pytest.approx(found["logps/chosen"], abs=1e-4)
+
+
+def test_a_whole_model_is_compared_with_the_one_it_began_with(whole_run: Path):
+    """Of a run without adapters the base is loaded beside it: the same numbers as the run's own evaluation."""
+    own = [row for row in rows(whole_run) if "eval/loss" in row][-1]
+    found = evaluate(find_trained(str(whole_run)))
+    assert found["rewards/margins"] == pytest.approx(own["eval/rewards/margins"], rel=1e-3, abs=1e-5)
+    assert found["reference/kl"] > 0
+
+
+def test_single_responses(finished_run: Path):
+    """By KTO's own metrics; there are no pairs to compare, and its kl is another one."""
+    paired = evaluate(find_trained(str(finished_run)))
+    found = evaluate(find_trained(str(finished_run), ['loss={type="kto"}']))
+    assert {"kl", "loss", "rewards/margins"} <= found.keys()
+    assert "logps/accuracies" not in found
+    assert found["examples"] == 2 * paired["examples"]
+    assert found["reference/kl"] == pytest.approx(paired["reference/kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("of", ["run", "checkpoint", "config"])
+def test_what_a_name_stands_for(finished_run: Path, of: str):
+    """A run is its final/; a checkpoint has its run's config; a config is the model before training."""
+    named = {"run": finished_run, "checkpoint": finished_run / "checkpoints" / "step-4",
+             "config": finished_run / "config.toml"}  # fmt: skip
+    trained = find_trained(str(named[of]))
+    assert trained.is_adapter == (of != "config")
+    assert trained.of_run
+    before: Any = load_trained(trained, CPU, base=True)
+    after: Any = load_trained(trained, CPU)
+    assert isinstance(after.wrapped, PeftModel) == (of != "config")
+    assert not isinstance(before.wrapped, PeftModel)
+    embeddings = [loaded.model.get_input_embeddings().weight for loaded in (before, after)]
+    assert torch.equal(*embeddings)
+
+
+def test_what_is_refused(finished_run: Path, tmp_path: Path):
+    """Nothing to judge by; nothing there."""
+    with pytest.raises(UserError, match="--data FILE"):
+        evaluate(find_trained(str(MODEL)))
+    with pytest.raises(UserError, match="neither a run"):
+        find_trained(str(tmp_path))
+    with pytest.raises(UserError, match=r"no tokenizer there|no model there"):
+        evaluate(find_trained("no/such"), data=QUICKSTART_DATA)
+
+
+def test_the_command(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A table for a person; everything as JSON."""
+    ran = command(monkeypatch, capsys, "eval", str(finished_run))
+    assert ran.status == 0
+    assert "KL to the reference" in ran.out
+    assert "95 % interval" in ran.out
+    told: dict[str, Any] = json.loads(command(monkeypatch, capsys, "eval", str(finished_run), "--json").out)
+    assert told["examples"] == 5
+    assert {"reference/kl", "rewards/accuracies", "logps/accuracies"} <= told.keys()
+
+
+def test_wilsons_interval():
+    """By hand for 9 of 10; a share of one has an interval too."""
+    assert interval(0.9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-3)
+    low, high = interval(1.0, 10)
+    assert (round(low, 3), high) == (0.722, pytest.approx(1.0))

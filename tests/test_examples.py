@@ -1,0 +1,110 @@
+"""Every config in examples/ is right, and the one for a card fits that card: by counting, from the numbers of its
+model's config.json, which stand here."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+
+import fastpref.estimate as estimates
+from fastpref.config import Config, load_config
+from fastpref.estimate import Estimator, usable
+from fastpref.loss_options import KTO
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+Make = Callable[[int | None], PretrainedConfig]  # with so many layers, or all
+
+
+def qwen(hidden: int, inner: int, layers: int, heads: int, groups: int, tied: bool, vocabulary: int) -> Make:
+    return lambda given: Qwen2Config(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=given or layers, num_attention_heads=heads,
+        num_key_value_heads=groups, tie_word_embeddings=tied, vocab_size=vocabulary, max_position_embeddings=32768,
+    )  # fmt: skip
+
+
+def llama(hidden: int, inner: int, layers: int, heads: int, size: int, tied: bool) -> Make:
+    return lambda given: LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=given or layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=size, tie_word_embeddings=tied, vocab_size=128256,
+        max_position_embeddings=131072,
+    )  # fmt: skip
+
+
+MODELS = {
+    "Qwen/Qwen2.5-0.5B": qwen(896, 4864, 24, 14, 2, True, 151936),
+    "Qwen/Qwen2.5-3B-Instruct": qwen(2048, 11008, 36, 16, 2, True, 151936),
+    "Qwen/Qwen2.5-7B-Instruct": qwen(3584, 18944, 28, 28, 4, False, 152064),
+    "meta-llama/Llama-3.2-1B": llama(2048, 8192, 16, 32, 64, True),
+    "meta-llama/Llama-3.1-8B": llama(4096, 14336, 32, 32, 128, False),
+    "meta-llama/Llama-3.1-8B-Instruct": llama(4096, 14336, 32, 32, 128, False),
+}
+CARDS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "qwen2-dpo": 12, "llama3-kto-qlora": 8}
+
+
+def test_every_example_is_here():
+    """No config lies in the folder that these tests do not know."""
+    assert {path.stem for path in EXAMPLES.glob("*.toml")} == {*CARDS, "quickstart"}
+
+
+def total(name: str, layers: int | None) -> int:
+    """Bytes of a step of the longest micro-batch, all layers checkpointed; of a model with fewer layers, if asked."""
+    path = EXAMPLES / f"{name}.toml"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimates, "model_config", lambda options: MODELS[options.name](layers))
+        return Estimator(lambda more: load_config(path, more), torch.device("cuda")).take().total
+
+
+def extrapolated(name: str) -> int:
+    """Layers are alike, and each adds the same: two counts of a few of them tell the whole model's."""
+    architecture: Any = MODELS[load_config(EXAMPLES / f"{name}.toml").model.name](None)
+    few, more = total(name, 2), total(name, 4)
+    return few + (more - few) // 2 * (architecture.num_hidden_layers - 2)
+
+
+def test_a_few_layers_tell_of_all():
+    """Which saves counting every layer of every example."""
+    assert extrapolated("llama3-kto-qlora") == pytest.approx(total("llama3-kto-qlora", None), rel=0.01)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_an_example_fits_its_card(name: str):
+    """A step of the longest micro-batch fits, if not always without computing layers twice."""
+    assert extrapolated(name) <= usable(CARDS[name])
+
+
+def settings(config: Config) -> dict[str, object]:
+    train, lora = config.train, config.lora
+    found: dict[str, object] = {
+        "model": config.model.name, "bits": config.model.quantization, "loss": config.loss.type,
+        "rate": train.learning_rate, "batch": train.batch, "epochs": train.epochs, "tokens": config.tokens.max_length,
+        "lora": None if lora is None else (lora.rank, lora.alpha),
+    }  # fmt: skip
+    if isinstance(config.loss, KTO):
+        found |= {"beta": config.loss.beta, "weight": config.loss.desirable_weight}
+    return found
+
+
+def test_the_examples_of_the_reference():
+    """Axolotl's DPO example is 2 × 4 rows a step for 4 epochs at 2e-4; its KTO example QLoRA with β 0.5, desirable
+    weight 0.2, rank 32, α 64, 2 rows a step at 2e-4."""
+    assert settings(load_config(EXAMPLES / "qwen2-dpo.toml")) == {
+        "model": "Qwen/Qwen2.5-0.5B", "bits": "none", "loss": "dpo", "rate": 2e-4, "batch": 8, "epochs": 4.0,
+        "tokens": 2048, "lora": None,
+    }  # fmt: skip
+    assert settings(load_config(EXAMPLES / "llama3-kto-qlora.toml")) == {
+        "model": "meta-llama/Llama-3.2-1B", "bits": "nf4", "loss": "kto", "rate": 2e-4, "batch": 2, "epochs": 1.0,
+        "tokens": 2048, "lora": (32, 64.0), "beta": 0.5, "weight": 0.2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in CARDS if name.endswith("gb")])
+def test_an_example_tells_how_to_try_it(name: str):
+    """The commands in its head name the file and the card."""
+    text = (EXAMPLES / f"{name}.toml").read_text(encoding="utf-8")
+    assert f"fastpref estimate examples/{name}.toml --card {CARDS[name]}\n" in text
+    assert f"fastpref train examples/{name}.toml\n" in text
+    assert tomllib.loads(text)["data"]

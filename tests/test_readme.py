@@ -1,0 +1,93 @@
+"""Every command of README.md and docs/estimate.md runs as it stands there, on a model and data as small as can be."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, constants
+from runs import CONFIG, EXAMPLES
+
+from fastpref.cli import app, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/estimate.md")]
+STANDING_FOR = {"NAME": "model", "PATH": "pairs.jsonl"}  # as the README writes them
+ELSEWHERE = {  # what other tests run, or this environment was made by
+    "pip install . && fastpref train examples/quickstart.toml": "tests/train/test_loop.py",
+    'pip install -e ".[dev]" && pytest': ".ci/run",
+    "python bench/head.py": "bench",
+}
+
+
+def commands(page: str) -> list[str]:
+    """The lines of its plain code blocks that are commands, without their comments."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    blocks = [text for language, text in fenced if not language]
+    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.match(r"(fastpref|pip|accelerate|python) ", line)]
+
+
+COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
+OURS = [line for line in COMMANDS if line.startswith("fastpref ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader would be: my.toml, its finished run, a model, data; and a hub that takes everything."""
+    monkeypatch.chdir(tmp_path)
+    model = (EXAMPLES / "quickstart" / "model").as_posix()
+    Path("my.toml").write_text(CONFIG.replace('[output]\ndir = "out"\n', "[output]\n") + "[lora]\nrank = 4\n")
+    Path("cfg.yml").write_text(f"{{base_model: {model}, rl: dpo, learning_rate: 1e-4, datasets: [{{path: d}}]}}")
+    Path("pairs.jsonl").write_text('{"prompt": "q", "chosen": "yes", "rejected": "no"}\n')
+    shutil.copytree(finished_run, "runs/my-dpo")
+    checkpoints = Path("runs/my-dpo/checkpoints")
+    shutil.copytree(checkpoints / "step-4", checkpoints / "step-100")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name, answer in {"whoami": {}, "create_repo": "https://hub/me/my-model", "upload_folder": None}.items():
+        monkeypatch.setattr(HfApi, name, lambda *_, answer=answer, **__: answer)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", OURS)
+def test_a_command_runs(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """With status 0. A run is resumed for as many steps as its config says."""
+    words = [STANDING_FOR.get(word, word) for word in shlex.split(line)]
+    if words[1] == "train" and "--resume" in words:
+        stopped_run()
+    elif words[1] == "train":
+        words = [word if not word.startswith("train.steps=") else "train.steps=2" for word in words]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "stdin", (folder / "cfg.yml").open(encoding="utf-8"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None), capsys.readouterr().err
+
+
+def stopped_run() -> None:
+    """The run as its own config says, stopped after four of its steps."""
+    config = Path("runs/my-dpo/config.toml").read_text(encoding="utf-8")
+    Path("my.toml").write_text(re.sub(r"(?m)^dir = .*\n", "", config).replace("steps = 4", "steps = 5"))
+    shutil.rmtree("runs/my-dpo/final")
+
+
+def test_every_command_is_run_somewhere():
+    """Those of several devices are in tests/train/test_processes.py."""
+    others = [line for line in COMMANDS if line not in OURS and not line.startswith("accelerate launch ")]
+    assert set(others) <= set(ELSEWHERE)
+
+
+def test_every_command_has_help_with_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The example is of that command."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        assert command.epilog is not None
+        assert f"fastpref {name} " in f"{command.epilog} "
+        assert command.callback.__doc__
+        monkeypatch.setattr(sys, "argv", ["fastpref", name, "--help"])
+        with pytest.raises(SystemExit):
+            main()
+        assert "Example: fastpref" in capsys.readouterr().out
