@@ -202,6 +202,7 @@ class _Forward:
                 return states
             assert plan.backbone is not None
             scope.tally.computed(0, later.input_ids.numel())
-            return later_states(plan.backbone, states, kept, later, eager=plan.was == "eager")
+            with scope.trainer.accelerator.autocast():
+                return later_states(plan.backbone, states, kept, later, eager=plan.was == "eager")
 
         return with_padding

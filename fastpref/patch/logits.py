@@ -71,9 +71,10 @@ class Scores:
     def row_means(self) -> Tensor:
         """[B, T] with padding, without gradient."""
         if self._row_means is None:
-            with torch.no_grad(), self._around(0, 0):
+            with torch.no_grad():
                 states = self.states if self._row_states is None else self._row_states()
-                self._row_means = states.mean_logits()
+                with self._around(0, 0):
+                    self._row_means = states.mean_logits()
             self._row_states = None
         return self._row_means
 
