@@ -210,6 +210,7 @@ def estimate(
     _prepare(offline)
     import torch
     from rich.console import Console
+    from rich.markup import escape
 
     from fastpref import estimate_text
     from fastpref.estimate import Estimator
@@ -217,7 +218,9 @@ def estimate(
     screen = Console(highlight=False)
     device = torch.device("cpu" if cpu else "cuda")
     estimator = Estimator(lambda more: load_config(config, [*given, *more]), device, cache=not no_cache)
-    told = estimate_text.estimate(estimator, card=card, compare=compare, console=None if as_json else screen)
+    with Console(stderr=True).status("") as waiting:  # of a terminal only
+        estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))
+        told = estimate_text.estimate(estimator, card=card, compare=compare, console=None if as_json else screen)
     if as_json:
         typer.echo(estimate_text.as_json(told))
 

@@ -87,18 +87,18 @@ class Estimator:
     def take(self, *overrides: str, layers: int | None = None) -> Taken:
         """What a step takes with further overrides; `layers` of `count_step`."""
         if (overrides, layers) not in self._known:
-            self.counted(" ".join(overrides))
-            self._known[overrides, layers] = self._count(self.load(overrides), layers)
+            self.counted(" ".join(overrides) or "the step")
+            config = self.load(overrides)
+            self._known[overrides, layers] = self._count(config, layers, self.microbatch(config))
         return self._known[overrides, layers]
 
     def take_as_trl(self) -> Taken:
-        """The same step, all layers checkpointed unless the config says otherwise, as TRL would compute it."""
-        self.counted("TRL")
+        """The same examples at once, layers checkpointed as in `take`, as TRL would compute them."""
+        self.counted("the step as TRL makes it")
         config = as_trl(self.config)
-        return self._count(config, None, make_policy=trl_policy(config))
+        return self._count(config, None, self.microbatch(self.config), make_policy=trl_policy(config))
 
-    def _count(self, config: Config, layers: int | None, **options: Any) -> Taken:
-        largest = self.microbatch(config)
+    def _count(self, config: Config, layers: int | None, largest: Microbatch, **options: Any) -> Taken:
         if self.device.type == "cpu" and config.train.checkpointing == "auto":
             layers = 0
         memory = count_step(

@@ -5,6 +5,7 @@ the logits of every place of the padded rows, which Accelerate copies to float32
 makes them again, and for the supervised term a cross-entropy over the chosen rows.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,11 @@ _TOKENS, _COLUMNS = 4096, 32768  # of a tile
 
 
 def as_trl(config: Config) -> Config:
-    """The config of the step that TRL would make: padded rows, and a copy of a model that is trained itself."""
-    update: dict[str, Any] = {"train": config.train.model_copy(update={"layout": "padded"})}
+    """The config of the step that TRL would make: padded rows, as many at once as they are given, and a copy of a model
+    that is trained itself."""
+    update: dict[str, Any] = {
+        "train": config.train.model_copy(update={"layout": "padded", "tokens_per_microbatch": sys.maxsize})
+    }
     if config.lora is None and config.loss.uses_reference:
         update["reference"] = config.reference.model_copy(update={"mode": "copy"})
     return config.model_copy(update=update)
