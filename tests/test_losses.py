@@ -758,7 +758,7 @@ def test_supervised_terms_default_to_the_chosen_response() -> None:
         (CPO(beta=0.3), lambda p: 0.3 * p.chosen),
         (CPO(beta=0.3, variant="ipo"), lambda p: 0.3 * p.chosen / p.chosen_lengths),
     ],
-    ids=repr,
+    ids=lambda value: "" if callable(value) else repr(value),
 )
 def test_rewards(options: LossOptions, reward: Callable[[PairLogps], Tensor]) -> None:
     """Rewards are β·ratio, for ORPO and SimPO β·mean log-probability, for CPO β·log-probability."""
