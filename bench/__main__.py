@@ -79,8 +79,6 @@ def compare(
 
 
 def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, Any]:
-    from dataclasses import replace
-
     import torch
 
     from bench import machine
@@ -122,8 +120,7 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, A
                             result["head"].append(head_record(case, measure(case, profile.repeats, others=others)))
     if "scaling" in parts:
         console.print(f"growth of the head of {profile.scaled}")
-        shape = replace(profile.shape(profile.scaled), length=profile.tokens[1] // 2, prompt=profile.tokens[2] // 2)
-        found = sweeps(shape, profile.factors, profile.dtype, profile.device, profile.repeats)
+        found = sweeps(profile.shape(profile.scaled), profile.factors, profile.dtype, profile.device, profile.repeats)
         result["scaling"] = [scaling_record(sweep) for sweep in found]
     if "steps" in parts:
         from bench.trainers import compare_shape

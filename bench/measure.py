@@ -20,6 +20,15 @@ CHECKED_TOKENS = 64  # of each sequence: a position's results depend on no other
 FLOAT64_ROWS = 128  # positions at once
 
 
+def quantile(values: Sequence[float], share: float) -> float:
+    """Between the two nearest values, by the share of the way."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
 @dataclass(frozen=True)
 class Case:
     shape: Shape
@@ -44,11 +53,7 @@ class Row:
     note: str = ""  # why there is no time, or none to compare
 
     def quantile(self, share: float) -> float:
-        ordered = sorted(self.ms)
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+        return quantile(self.ms, share)
 
     @property
     def median(self) -> float:

@@ -46,10 +46,10 @@ class Profile:
         what = f"a pair of {length:,} tokens a side" if pairs == 1 else f"{pairs} pairs of {length:,} tokens a side"
         return (
             f"Heads of real models {size}, {str(self.dtype).removeprefix('torch.')}; {what}, {prompt:,} of them prompt "
-            "and not scored. Bare products are the matrix products that nothing can do without, over the scored "
-            "tokens and nothing else; × bare is the median of the ratios of each turn, ± how far they lie from it. DPO "
-            "and KTO compute the reference's head too. Extra MiB is the most that torch's allocator held beside the "
-            f"inputs. {self.repeats} turns."
+            "and not scored. Bare products are the matrix products that nothing can do without, over the scored tokens "
+            "and nothing else; × bare is the median of the ratios of each turn, ± the distance of p20 or p80, the "
+            "larger. DPO and KTO compute the reference's head too. Extra MiB is the most that torch's allocator held "
+            f"beside the inputs. {self.repeats} turns."
         )
 
 
@@ -67,15 +67,15 @@ TINY = Profile(
 _STEP = StepShape(hidden=256, layers=4, vocab=16384, length=256, prompt_share=0.5, batch=2, rows=8)
 QUICK = Profile(
     name="quick",
-    divisor=16,
-    repeats=5,
+    divisor=32,
+    repeats=3,
     heads=(
         HeadCases(ALL, (TOKENS,)),
         HeadCases(("Llama-3.2-1B",), (TOKENS,), ("forward", "trained")),
         HeadCases(("Llama-3.2-1B",), LOSSES),
     ),
     tokens=(1, 256, 128),
-    scaled="Llama-3.2-1B",
+    scaled="Qwen2.5-0.5B",
     factors=(1, 2, 4),
     steps=(_STEP,),
     methods=("dpo", "orpo"),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bench.measure import BARE, Case, Row
+from bench.measure import BARE, Case, Row, quantile
 from bench.scaling import Sweep
 
 OURS = "fastpref"
@@ -52,8 +52,8 @@ def median(values: list[float]) -> float:
 
 
 def spread(values: list[float]) -> float:
-    """How far from their median the values lie, at most."""
-    return max(abs(value - median(values)) for value in values)
+    """How far from their median three fifths of the values lie: p20 and p80, whichever is farther."""
+    return max(median(values) - quantile(values, 0.2), quantile(values, 0.8) - median(values))
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def _steps_table(steps: list[dict[str, Any]]) -> list[str]:
             lines.append(
                 f"| {step['what']} | {step['method']} | {found['engine']} | {found['pairs_per_second']:.3f}{energy} | "
                 f"{found['pairs_per_second'] / base['pairs_per_second']:.2f} | {found['tokens_per_second']:.0f} | "
-                f"{found['peak'] / 1e9:.2f} GB | {found['peak'] / base['peak']:.2f} | {found['loss']:.4f} |"
+                f"{found['peak'] / 1e6:,.0f} MB | {found['peak'] / base['peak']:.2f} | {found['loss']:.4f} |"
             )
     return lines
 

@@ -6,8 +6,9 @@ Takes the first rows that fit in --max-length without a cut, and trains each eng
 one after the other: LoRA on all linear layers, batches of --batch pairs, float32 on a CPU and bfloat16 on a GPU. KTO
 gets both responses of every pair as rows of their own, two for a pair in each batch.
 Speed is that of one pass over the rows, so that every engine has the same work, whatever its order; on a GPU a pass
-before it warms up. Memory is the peak over what was held once the model was loaded: resident memory on a CPU,
-allocated memory on a GPU.
+before it warms up. Memory is the peak over what was held once the model was loaded: resident memory on a CPU, allocated
+memory on a GPU. The small random models of `python -m bench` take less than libraries do: there, on a CPU, it is the
+peak of all tensor storages that are made once the model is loaded, in a further run that counts and is not timed.
 """
 
 import json
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +44,7 @@ class Job:
     batch: int  # pairs a step
     max_length: int
     checkpointing: bool
+    counted: bool = False  # count storages instead of taking times
 
     @property
     def rows_a_step(self) -> int:
@@ -88,14 +91,18 @@ def used(before: float | None) -> float | None:
 
 def run_fastpref(job: Job) -> dict[str, Any]:
     import fastpref
+    from fastpref.memory import PeakStorage
     from fastpref.train import loop
 
     loaded: dict[str, Any] = {}
+    memory = PeakStorage() if job.counted else None
     load_model = loop.load_model
 
     def load_and_measure(*args: Any, **options: Any) -> Any:
         made = load_model(*args, **options)
         loaded["bytes"], loaded["joules"] = held_bytes(), joules()
+        if memory is not None:
+            memory.__enter__()
         return made
 
     loop.load_model = load_and_measure
@@ -111,13 +118,15 @@ def run_fastpref(job: Job) -> dict[str, Any]:
             f"checkpointing = {'true' if job.checkpointing else 'false'}\n"
         )
         fastpref.train(config)
+        if memory is not None:
+            memory.__exit__(None, None, None)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     seconds = [job.rows_a_step / row["pairs_per_second"] for row in rows if "pairs_per_second" in row]
     losses = [row["loss"] for row in rows]
     return {
         "seconds": seconds,
         "loss": losses,
-        "peak": peak_bytes() - loaded["bytes"],
+        "peak": peak_bytes() - loaded["bytes"] if memory is None else memory.peak,
         "joules": used(loaded["joules"]),
     }
 
@@ -136,6 +145,9 @@ def run_trl(job: Job) -> dict[str, Any]:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+    from fastpref.memory import PeakStorage
+
+    make_settings, make_trainer, options = _trl_classes(job.method)
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(job.model)
@@ -151,7 +163,6 @@ def run_trl(job: Job) -> dict[str, Any]:
             times[-1] += time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
-        make_settings, make_trainer, options = _trl_classes(job.method)
         if job.engine == "trl-liger":
             options |= {"use_liger_kernel": True}
         settings = make_settings(
@@ -178,9 +189,11 @@ def run_trl(job: Job) -> dict[str, Any]:
             callbacks=[Clock()],
         )
         energy = joules()
-        trainer.train()
+        with PeakStorage() if job.counted else nullcontext() as memory:
+            trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"seconds": times, "loss": losses, "peak": peak_bytes() - before, "joules": used(energy)}
+    peak = peak_bytes() - before if memory is None else memory.peak
+    return {"seconds": times, "loss": losses, "peak": peak, "joules": used(energy)}
 
 
 def _trl_classes(method: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -276,7 +289,7 @@ def engines_for(method: str) -> list[str]:
 
 def compare(
     model: Path, pairs: list[dict[str, Any]], method: str, batch: int, max_length: int, *, checkpointing: bool = False,
-    tokens_a_pair: float = 0.0,
+    tokens_a_pair: float = 0.0, counted: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What each engine took, in turn; TRL is the first. One that fails has a note instead of numbers."""
     import torch
@@ -299,6 +312,8 @@ def compare(
         for engine in engines_for(method):
             try:
                 found = run_apart(replace(job, engine=engine))
+                if counted:
+                    found["peak"] = run_apart(replace(job, engine=engine, counted=True))["peak"]
             except EngineFailed as error:
                 if engine in ("trl", "fastpref"):
                     raise
@@ -320,12 +335,17 @@ def compare(
 
 def compare_shape(shape: StepShape, method: str) -> dict[str, Any]:
     """The engines on a random model and random rows of given sizes."""
+    import torch
+
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         write_model(shape, model)
         pairs = make_rows(shape)
         tokens = count_tokens(str(model), pairs)
-        found = compare(model, pairs, method, shape.batch, 2 * shape.length, tokens_a_pair=tokens / len(pairs))
+        found = compare(
+            model, pairs, method, shape.batch, 2 * shape.length,
+            tokens_a_pair=tokens / len(pairs), counted=not torch.cuda.is_available(),
+        )  # fmt: skip
     return {"what": shape.what, "method": method, "engines": found}
 
 
