@@ -23,7 +23,6 @@ from fastpref.model.load import Loaded
 from fastpref.model.policy import Policy
 from fastpref.model.reference import Reference
 from fastpref.model.trained import Trained, load_trained, trained_tokenizer
-from fastpref.token_loss import sequence_sums
 from fastpref.train.step import Objective
 
 _LOGITS = 1 << 24  # float32 of a distribution at once
@@ -39,7 +38,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics over held-out examples, with the names of metrics.jsonl, and beside them
 
-        logps/accuracies  how often the chosen response is the likelier one (for KTO there are no pairs)
+        logps/accuracies  how often the chosen response is the likelier one, per token (for KTO there are no pairs)
         reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
@@ -67,7 +66,8 @@ def evaluate(
         found |= objective.evaluate(examples, config.train.batch).result()
         if compared is None and config.loss.uses_reference:
             found = {name: v for name, v in found.items() if not name.startswith(("rewards/", "loss"))}
-    found |= _beside(objective, loaded.policy, compared, off, examples)
+    if compared is not None:
+        found["reference/kl"] = _mean_kl(objective, loaded.policy, compared, off, examples)
     return {"examples": len(examples)} | found
 
 
@@ -145,30 +145,23 @@ def _logps(policy: Policy, off: Callable[[], AbstractContextManager[Any]]) -> Re
 
 
 @torch.no_grad()
-def _beside(
+def _mean_kl(
     objective: Objective,
     policy: Policy,
-    compared: Policy | None,
+    compared: Policy,
     off: Callable[[], AbstractContextManager[Any]],
     examples: Sequence[Example],
-) -> dict[str, float]:
-    """What a loss has no part in: whole distributions, and which response is the likelier."""
-    right, kl, tokens = 0.0, 0.0, 0
-    paired = examples[0].label is None
+) -> float:
+    """KL(policy ‖ compared) a token of the responses, of whole distributions."""
+    kl, tokens = 0.0, 0
     for start in range(0, len(examples), 256):
         some = examples[start : start + 256]
         for places in plan_microbatches(some, objective.layout, objective.budget):
             batch = collate([some[i] for i in places], objective.layout, pad_token_id=objective.pad_token_id)
             batch = batch.to(objective.device)
-            if paired:
-                sums = sequence_sums(policy(batch).logp, batch.segments, len(batch.lengths))
-                difference = sums[: batch.examples] - sums[batch.examples :]
-                right += float((torch.sign(difference) / 2 + 0.5).sum())
-            if compared is not None:
-                kl += _kl(policy, compared, off, batch)
-                tokens += len(batch.predictors)
-    found = {"logps/accuracies": right / len(examples)} if paired else {}
-    return found | ({"reference/kl": kl / tokens} if compared is not None else {})
+            kl += _kl(policy, compared, off, batch)
+            tokens += len(batch.predictors)
+    return kl / tokens
 
 
 def _kl(

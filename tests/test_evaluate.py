@@ -38,7 +38,7 @@ def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
     total, right, tokens = 0.0, 0.0, 0
     heldout = load_examples(trained.config, trained_tokenizer(trained)).heldout
     for example in heldout:
-        sums = []
+        averages = []
         for completion in example.completions:
             ids = torch.tensor([[*example.prompt, *completion]])
             places = slice(len(example.prompt) - 1, ids.shape[1] - 1)
@@ -48,8 +48,8 @@ def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
                     reference = model(input_ids=ids).logits[0, places].float().log_softmax(-1)
             total += float((logp.exp() * (logp - reference)).sum())
             tokens += len(completion)
-            sums.append(float(logp.gather(1, torch.tensor(completion)[:, None]).sum()))
-        right += sums[0] > sums[1]
+            averages.append(float(logp.gather(1, torch.tensor(completion)[:, None]).mean()))
+        right += averages[0] > averages[1]
     assert found["reference/kl"] == pytest.approx(total / tokens, rel=1e-3)
     assert found["logps/accuracies"] == pytest.approx(right / len(heldout))
     assert found["examples"] == len(heldout)
