@@ -157,14 +157,21 @@ def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplo
 
 
 def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Rows with virtual tokens take TRL's path, said once by name, with TRL's numbers."""
+    """Rows with virtual tokens take TRL's path, said once by name, with TRL's numbers, or its error (0.29)."""
     prompts = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    losses = []
+    losses: list[float | str] = []
+
+    def outcome(trainer: Any, batch: Any) -> float | str:
+        try:
+            return trainer.compute_loss(trainer.model, batch).item()
+        except RuntimeError as error:
+            return str(error)
+
     for patched in (False, True):
         with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl) if patched else nullcontext():
             trainer = make_trainer(SHORT, root, prompts)
             batch = next(iter(trainer.get_train_dataloader()))
-            losses += [trainer.compute_loss(trainer.model, batch).item() for _ in range(2)]
+            losses += [outcome(trainer, batch) for _ in range(2)]
     assert losses == [losses[0]] * 4
     (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
     assert "DPOTrainer with LlamaForCausalLM: PROMPT_TUNING is prompt learning" in said.replace("PeftType.", "")
