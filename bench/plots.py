@@ -123,7 +123,7 @@ def _steps(steps: list[dict[str, Any]]) -> Any:
             colour = {"fastpref": 0, "trl": 1, "trl-patched": 2, "trl-liger": 3}[engine]
             bars = axes.bar(xs, ys, width * 0.92, label=ENGINES[engine], color=COLOURS[colour], zorder=2)
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-        axes.set_xticks(range(len(steps)), [f"{step['method'].upper()}\n{step['what']}" for step in steps], fontsize=8)
+        axes.set_xticks(range(len(steps)), [_lines(step) for step in steps], fontsize=8)
         axes.set_ylabel(label)
         axes.margins(y=0.1)
         _finish(axes, "Speed of whole steps" if what == "pairs_per_second" else "Peak memory of whole steps")
@@ -131,9 +131,14 @@ def _steps(steps: list[dict[str, Any]]) -> Any:
     return figure
 
 
+def _lines(step: dict[str, Any]) -> str:
+    first, second, *rest = step["what"].split(", ")
+    return f"{step['method'].upper()}\n{first}\n{second}\n{', '.join(rest)}"
+
+
 def _finish(axes: Any, heading: str) -> None:
     """Title, grid, and a legend under the plot, where it covers nothing."""
     axes.set_title(heading, fontsize=11)
     axes.grid(axis="y", alpha=0.3, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False, fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=4, frameon=False, fontsize=9)
