@@ -106,7 +106,7 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, A
     }
     with ExitStack() as stack:
         try:
-            other = stack.enter_context(Revision(base)) if base else None
+            beside = [stack.enter_context(Revision(name)) for name in (None, base)] if base else []
         except UnknownRevision as error:
             _refuse(f"--base {base}: {error}")
         if "head" in parts:
@@ -116,7 +116,7 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, A
                         for passes in cases.passes:
                             case = Case(profile.shape(model), objective, passes, profile.dtype, profile.device)
                             console.print(f"head: {model}, {objective.name}, {passes}")
-                            others = {f"fastpref {other.name}": other.take(case)} if other else {}
+                            others = {f"fastpref, {other.name}": other.take(case) for other in beside}
                             result["head"].append(head_record(case, measure(case, profile.repeats, others=others)))
     if "scaling" in parts:
         console.print(f"growth of the head of {profile.scaled}")

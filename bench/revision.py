@@ -22,24 +22,30 @@ class UnknownRevision(Exception):
 
 
 class Revision:
-    """The `fastpref` and `kernels` of a revision, for as long as the context lasts."""
+    """The `fastpref` and `kernels` of a revision, or of the files as they are, for as long as the context lasts.
 
-    def __init__(self, name: str):
-        self.name = name
+    Two revisions are compared in two such processes: in the one that asks, threads wait busily for its next step.
+    """
+
+    def __init__(self, name: str | None):
+        self.name = name or "here"
+        self._committed = name is not None
 
     def __enter__(self) -> "Revision":
-        tree = subprocess.run(["git", "archive", self.name, "fastpref", "kernels"], cwd=ROOT, capture_output=True)
-        if tree.returncode:
-            raise UnknownRevision(tree.stderr.decode().strip())
         self._folder = tempfile.TemporaryDirectory()
-        tarfile.open(fileobj=BytesIO(tree.stdout)).extractall(self._folder.name, filter="data")
-        path = os.pathsep.join([self._folder.name, str(ROOT), os.environ.get("PYTHONPATH", "")])
+        place = Path(self._folder.name) if self._committed else ROOT
+        if self._committed:
+            tree = subprocess.run(["git", "archive", self.name, "fastpref", "kernels"], cwd=ROOT, capture_output=True)
+            if tree.returncode:
+                raise UnknownRevision(tree.stderr.decode().strip())
+            tarfile.open(fileobj=BytesIO(tree.stdout)).extractall(place, filter="data")
+        path = os.pathsep.join([str(place), str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"],
+            [sys.executable, "-P", "-m", "bench.worker"],  # -P: the folder it is started in comes not first
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
         used = self._ask({"ask": "where"})
-        assert Path(used).is_relative_to(self._folder.name), used
+        assert Path(used).is_relative_to(place), used
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -15,6 +15,7 @@ from bench.methods import METHODS, Method, by_tokens, full_logits
 from bench.objectives import DPO, OBJECTIVES, TOKENS, Objective
 from bench.problems import IGNORED, Problem, Shape, make_problem
 from bench.results import against, changes, head_record, markdown, median, ratios, spread
+from bench.revision import Revision
 from bench.scaling import Point, Sweep, variations
 from bench.step_data import StepShape, make_rows
 
@@ -153,6 +154,14 @@ def test_the_table_says_how_fast_and_how_lean() -> None:
     text = markdown(result(record(ours=[3.0, 3.0], bare=[2.0, 2.0])))
     assert "| all logits | 3.00 × as fast | all logits | 0.25 × its memory |" in text
     assert "1.50 ± 0.00" in text
+
+
+def test_another_revision_runs_its_own_code() -> None:
+    with Revision("HEAD") as other:  # which says where its code lies when it starts
+        rows = measure(case(DPO), 1, [], {"other": other.take(case(DPO))}, check=False)
+    assert [row.method for row in rows] == [BARE, "other"]
+    assert rows[1].ms[0] > 0
+    assert rows[1].bytes
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
