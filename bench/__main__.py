@@ -146,7 +146,9 @@ def _write(result: dict[str, Any], folder: Path) -> None:
 
 def _check(result: dict[str, Any], limit: float) -> None:
     """The gate of CI: ratios of one run, and every method right."""
-    from bench.results import OURS, key, median, ratios
+    from statistics import median
+
+    from bench.results import OURS, key, ratios
 
     for record in result["head"]:
         wrong = [f"{row['method']}: {row['note']}" for row in record["rows"] if row["note"].startswith("wrong")]

@@ -14,6 +14,8 @@ PACKAGES = (
 def describe(device: str) -> dict[str, Any]:
     import torch
 
+    from fastpref.train.environment import processor
+
     return {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -22,13 +24,6 @@ def describe(device: str) -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := version(name)) is not None},
         "commit": commit(),
     }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def version(package: str) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -18,15 +19,6 @@ from bench.problems import Problem, Shape, make_problem
 BARE = "bare products"
 CHECKED_TOKENS = 64  # of each sequence: a position's results depend on no other position
 FLOAT64_ROWS = 128  # positions at once
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """Between the two nearest values, by the share of the way."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Row:
     note: str = ""  # why there is no time, or none to compare
 
     def quantile(self, share: float) -> float:
-        return quantile(self.ms, share)
+        return float(np.quantile(self.ms, share))
 
     @property
     def median(self) -> float:

@@ -1,6 +1,7 @@
 """Plots of a result, each as PNG and SVG."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -10,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 from bench.measure import BARE
-from bench.results import median, ratios, spread, title
+from bench.results import ratios, spread, title
 from bench.trainers import ENGINES
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.

@@ -1,9 +1,12 @@
 """Results as they are kept (JSON), read (Markdown), and set side by side."""
 
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-from bench.measure import BARE, Case, Row, quantile
+import numpy as np
+
+from bench.measure import BARE, Case, Row
 from bench.scaling import Sweep
 
 OURS = "fastpref"
@@ -46,14 +49,10 @@ def ratios(record: dict[str, Any], method: str) -> list[float]:
     return [ours / bare for ours, bare in zip(rows.get(method, []), rows[BARE], strict=False)]
 
 
-def median(values: list[float]) -> float:
-    ordered, middle = sorted(values), len(values) // 2
-    return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
 def spread(values: list[float]) -> float:
     """How far from their median three fifths of the values lie: p20 and p80, whichever is farther."""
-    return max(median(values) - quantile(values, 0.2), quantile(values, 0.8) - median(values))
+    low, high = np.quantile(values, [0.2, 0.8])
+    return float(max(median(values) - low, high - median(values)))
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ that is its size.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import linear_regression
 
 import torch
 
@@ -36,8 +37,7 @@ class Sweep:
         """The fitted exponent of "ms" or "bytes"."""
         xs = [math.log(point.size) for point in self.points]
         ys = [math.log(getattr(point, what)) for point in self.points]
-        x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
-        return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / sum((x - x0) ** 2 for x in xs)
+        return linear_regression(xs, ys).slope
 
 
 def variations(shape: Shape, factors: Sequence[int]) -> Iterator[tuple[str, str, list[tuple[int, Shape]]]]:

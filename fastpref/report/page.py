@@ -1,9 +1,10 @@
 """From a run to its page: what the template is given."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -216,15 +217,10 @@ def _speed(run: Run) -> list[tuple[str, str]]:
     for name, said in (("pairs_per_second", "pairs a second"), ("tokens_per_second", "tokens a second")):
         series = run.history[name]
         if len(series):
-            found.append((f"{said}, median", number(_median(series.values))))
+            found.append((f"{said}, median", number(float(np.median(series.values)))))
     if memory:
         found.append(("memory at the highest", f"{memory / 1e9:.2f} GB"))
     return found
-
-
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return float(ordered[len(ordered) // 2])
 
 
 def duration(seconds: float) -> str:

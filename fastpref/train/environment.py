@@ -29,10 +29,10 @@ def device_name(device: torch.device) -> str:
         return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
     if device.type != "cpu":
         return device.type
-    return f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -7,6 +7,7 @@ from fastpref.data.longest import longest_of
 from fastpref.data.table import Examples
 from fastpref.model.checkpointing import decoder_layers
 from fastpref.model.load import Loaded
+from fastpref.train.activations import as_loaded
 from fastpref.train.order import data_order
 from fastpref.train.step_memory import count_step
 
@@ -14,14 +15,17 @@ GIB = 1 << 30
 
 
 class StepPeak:
-    """The most that was allocated on a GPU at once during any step. Elsewhere nobody keeps account: it stays 0."""
+    """The most that was allocated on a GPU at once since the first step. Elsewhere nobody keeps account: it stays 0.
+
+    Loading a model may take more. It is forgotten once only: `peak_memory` reads the same account.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device if device.type == "cuda" else None
         self.bytes = 0
 
     def start(self) -> None:
-        if self._device is not None:
+        if self._device is not None and not self.bytes:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def end(self) -> None:
@@ -36,7 +40,11 @@ class StepPeak:
         measured = f"measured {self.bytes / GIB:.2f} GiB"
         try:
             counted = count_step(
-                config, torch.device("cuda"), layers=layers, examples=largest.examples, further=largest.further
+                as_loaded(config, loaded),
+                torch.device("cuda"),
+                layers=layers,
+                examples=largest.examples,
+                further=largest.further,
             ).total
         except Exception as error:  # a model's code may ask for the values of tensors, which fake ones have not
             return f"memory of a step: {measured}; not estimated ({type(error).__name__})"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tiny import config_for, examples, model_config, save_model
-from transformers import LlamaConfig
 
+from bench.step_memory import LLAMA_3_8B
 from fastpref.config import Config
 from fastpref.data.example import Example
 from fastpref.loss_options import KTO
@@ -23,16 +23,6 @@ from fastpref.train.step import Objective
 from fastpref.train.step_memory import StepMemory, count_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-LLAMA_3_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=8192,
-    tie_word_embeddings=False,
-)
 LORA = "lora={rank=3}"
 
 
