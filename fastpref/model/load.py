@@ -24,6 +24,7 @@ from fastpref.errors import UserError
 from fastpref.model import attention, flex_attention, liger
 from fastpref.model.files import explained
 from fastpref.model.head import check_logits
+from fastpref.model.lora import fuse_lora
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 
@@ -217,6 +218,7 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
         names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise UserError(f"lora.target: {_cause(error)} This model's linear modules are {', '.join(names)}.") from None
     assert isinstance(wrapped, peft.PeftModel)
+    fuse_lora(wrapped)
     return wrapped
 
 

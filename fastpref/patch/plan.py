@@ -14,6 +14,7 @@ from fastpref.errors import UserError
 from fastpref.model import attention as tree_attention
 from fastpref.model import flex_attention
 from fastpref.model.head import Head, check_logits
+from fastpref.model.lora import fuse_lora, unfuse_lora
 from fastpref.patch import attention
 
 NOT_WANTED = "prefix_sharing=False"
@@ -31,7 +32,8 @@ class Plan:
     was: Any = field(default=None, repr=False)  # the attention that the model had
 
     def restore(self, model: PreTrainedModel) -> None:
-        """Give the model its own attention back."""
+        """Give the model its own attention and LoRA layers back."""
+        unfuse_lora(model)
         if self.was is not None:
             model.set_attn_implementation(self.was)
 
@@ -64,6 +66,7 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
     finally:
         for module, mode in modes.items():
             module.training = mode
+    fuse_lora(model)
     config = model.config.get_text_config()
     rotary = any(getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling"))
     return Plan(backbone, head, padded=why, rotary=rotary, was=was)
