@@ -72,6 +72,8 @@ class PeakStorage(TorchDispatchMode):
             with self, self.labelled(self.INSIDE):
                 return inside(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
+        if func.is_view and any(given._cdata in self._alive for given in _storages((args, kwargs))):
+            return result  # a view of a fake tensor that was copied has a storage of its own
         # `torch.tensor` builds its result out of sight and only then passes it through lift_fresh.
         fresh = func is torch.ops.aten.lift_fresh.default
         for storage in _storages(result):

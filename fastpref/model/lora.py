@@ -12,7 +12,7 @@ merged or disabled ones, layers that are neither plain nor in 4 bits.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,27 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _GATED_MLP = ("down_proj", "act_fn", "gate_proj", "up_proj")  # the names of down(act(gate(x)) * up(x)), in code's order
+_LIGERS = {"LigerSwiGLUMLP.forward": "LigerSiLUMulFunction", "LigerGEGLUMLP.forward": "LigerGELUMulFunction"}
 
 
 def fuse_lora(model: nn.Module) -> None:
     """Give a model's LoRA layers, and the gated MLPs that end in one, the forward of this module."""
     for module in model.modules():
-        if "forward" in vars(module):
-            continue  # somebody else's
-        if _is_lora_linear(module):
+        product = _gated_product(module)
+        if product is not None:
+            module.forward = _GatedMLP(module, product, vars(module).get("forward"))
+        elif _is_lora_linear(module) and "forward" not in vars(module):
             module.forward = MethodType(_forward, module)
-        elif _is_gated_mlp(module):
-            module.forward = MethodType(_gated_forward, module)
 
 
 def unfuse_lora(model: nn.Module) -> None:
-    """Give them their own forward back."""
+    """Give them the forward back that they had."""
     for module in model.modules():
         forward = vars(module).get("forward")
-        if isinstance(forward, MethodType) and forward.__func__ in (_forward, _gated_forward):
+        before = forward.before if isinstance(forward, _GatedMLP) else None
+        if before is not None:
+            module.forward = before
+        elif isinstance(forward, _GatedMLP) or getattr(forward, "__func__", None) is _forward:
             del module.forward
 
 
@@ -52,36 +55,115 @@ def _base_fits(base: Any) -> bool:
     return type(base) is nn.Linear or isinstance(base, Linear4bit)
 
 
-def _is_gated_mlp(module: nn.Module) -> bool:
-    """Whether its code is down_proj(act_fn(gate_proj(x)) * up_proj(x)), as most models' is, and ends in LoRA."""
-    code = getattr(type(module).forward, "__code__", None)
-    if code is None or code.co_names != _GATED_MLP or not all(hasattr(module, name) for name in _GATED_MLP):
-        return False
-    activation: Any = module.act_fn
-    trained = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
-    pure = not trained and not getattr(activation, "inplace", False)
-    return pure and _is_lora_linear(module.get_submodule("down_proj"))
-
-
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     adapter = None if args or kwargs else _adapter(self, x)
     if adapter is None:
         return type(self).forward(self, x, *args, **kwargs)
     flat = x.to(adapter.dtype).reshape(-1, x.shape[-1])
-    out: Any = _Adapted.apply(flat, *adapter.tensors, adapter)
+    out: Any = _Adapted.apply(flat, *adapter.tensors(), adapter)
     return out.view(*x.shape[:-1], -1)
 
 
-def _gated_forward(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    adapter = _adapter(self.down_proj, gate)
-    if adapter is None or gate.dtype != adapter.dtype or up.dtype != adapter.dtype:
-        return self.down_proj(self.act_fn(gate) * up)
-    width = gate.shape[-1]
-    out: Any = _GatedAdapted.apply(
-        gate.reshape(-1, width), up.reshape(-1, width), *adapter.tensors, adapter, self.act_fn
-    )
-    return out.view(*x.shape[:-1], -1)
+# --- gated MLPs ------------------------------------------------------------------------------------------------------
+
+
+class Product(Protocol):
+    """act(gate) · up"""
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
+
+    def again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """The product, and from the gradient by it those by gate and up. Both are called once, and may write to what
+        they are given."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """By an activation of torch, in as few new tensors as can be."""
+
+    act: Callable[[Tensor], Tensor]
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        activated = self.act(gate)
+        if torch.is_grad_enabled() or activated is gate:
+            return activated * up
+        return activated.mul_(up)
+
+    def again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = self.act(leaf)
+        product = activated.detach() * up
+
+        def back(grad: Tensor) -> tuple[Tensor, Tensor]:
+            (by_gate,) = torch.autograd.grad(activated, leaf, torch.mul(grad, up, out=product))
+            return by_gate, grad.mul_(activated.detach())
+
+        return product, back
+
+
+@dataclass(frozen=True)
+class _Liger:
+    """By a kernel of liger-kernel's, which overwrites gate and up with their gradients."""
+
+    function: type[torch.autograd.Function]
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.function.apply(gate, up)  # pyright: ignore[reportReturnType]
+
+    def again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        leaves = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        with torch.enable_grad():
+            product: Any = self.function.apply(*leaves)
+        return product.detach(), lambda grad: torch.autograd.grad(product, leaves, grad)
+
+
+def _gated_product(module: nn.Module) -> Product | None:
+    """The product of an MLP whose code is down_proj(act_fn(gate_proj(x)) * up_proj(x)), if that ends in LoRA."""
+    if not all(hasattr(module, name) for name in _GATED_MLP[::2]) or not _is_lora_linear(
+        module.get_submodule("down_proj")
+    ):
+        return None
+    if "forward" in vars(module):
+        return _ligers(vars(module)["forward"])
+    code = getattr(type(module).forward, "__code__", None)
+    activation = getattr(module, "act_fn", None)
+    if code is None or code.co_names != _GATED_MLP or activation is None or getattr(activation, "inplace", False):
+        return None
+    trained = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    return None if trained else _Plain(activation)
+
+
+def _ligers(forward: Any) -> Product | None:
+    """The product of a forward that liger-kernel has given a module."""
+    function = getattr(forward, "__func__", forward)
+    name = _LIGERS.get(getattr(function, "__qualname__", ""))
+    if name is None or not function.__module__.startswith("liger_kernel."):
+        return None
+    from liger_kernel import ops
+
+    return _Liger(getattr(ops, name))
+
+
+@dataclass(eq=False)
+class _GatedMLP:
+    """The forward of an MLP."""
+
+    mlp: Any
+    product: Product
+    before: Any  # a forward of the module's own, or None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mlp = self.mlp
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        adapter = _adapter(mlp.down_proj, gate)
+        if adapter is None or gate.dtype != adapter.dtype or up.dtype != adapter.dtype:
+            return mlp.down_proj(self.product(gate, up))
+        width = gate.shape[-1]
+        inner = gate.reshape(-1, width), up.reshape(-1, width)
+        out: Any = _GatedAdapted.apply(*inner, *adapter.tensors(), adapter, self.product)
+        return out.view(*x.shape[:-1], -1)
 
 
 # --- one adapter -----------------------------------------------------------------------------------------------------
@@ -89,17 +171,25 @@ def _gated_forward(self: Any, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """A frozen layer and its one adapter, in the dtype in which both are computed."""
+    """A frozen layer and its one adapter. Kept for the backward pass: no tensors of its own."""
 
-    base: Any  # nn.Linear or Linear4bit
-    a: Tensor  # [r, in]
-    b: Tensor  # [out, r]
-    scaling: float
-    dtype: torch.dtype
+    layer: Any
+    name: str
+    dtype: torch.dtype  # in which both are computed
 
     @property
+    def base(self) -> Any:
+        """nn.Linear or Linear4bit"""
+        return self.layer.base_layer
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.name]
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.base.weight, self.a, self.b
+        """The layer's weight, A [r, in] and B [out, r]."""
+        a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
+        return self.base.weight, a.to(self.dtype), b.to(self.dtype)
 
     def low_rank(
         self,
@@ -131,10 +221,11 @@ def _adapter(layer: Any, x: Tensor) -> _Adapter | None:
         return None
     base, kind = layer.base_layer, x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    if not _computes_in(base, dtype) or (a.dtype != dtype and not torch.is_autocast_enabled(kind)):
+    if not _computes_in(base, dtype):
         return None
-    return _Adapter(base, a.to(dtype), b.to(dtype), layer.scaling[name], dtype)
+    if layer.lora_A[name].weight.dtype != dtype and not torch.is_autocast_enabled(kind):
+        return None  # PEFT computes in the adapter's
+    return _Adapter(layer, name, dtype)
 
 
 def _plain(module: nn.Module) -> bool:
@@ -194,12 +285,12 @@ class _GatedAdapted(torch.autograd.Function):
         a: Tensor,  # [r, in]
         b: Tensor,  # [out, r]
         adapter: _Adapter,
-        act: Callable[[Tensor], Tensor],
+        product: Product,
     ) -> Tensor:
-        x = _times(act(gate), up, gate)
+        x = product(gate, up)
         low = adapter.low_rank(x, a)
         ctx.save_for_backward(gate, up, low, weight, a, b)
-        ctx.adapter, ctx.act = adapter, act
+        ctx.adapter, ctx.product = adapter, product
         return adapter.base(x).addmm_(low, b.t())
 
     @staticmethod
@@ -210,21 +301,10 @@ class _GatedAdapted(torch.autograd.Function):
         needs = ctx.needs_input_grad
         d_low, d_x = _back(grad, weight, a, b, ctx.adapter, through=needs[0] or needs[1])
         d_b = grad.t() @ low if needs[4] else None
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.act(leaf)
-        x = activated.detach() * up
+        x, back = ctx.product.again(gate, up)
         d_a = d_low.t() @ x if needs[3] else None
-        d_gate = d_up = None
-        if d_x is not None:
-            (d_gate,) = torch.autograd.grad(activated, leaf, torch.mul(d_x, up, out=x))
-            d_up = d_x.mul_(activated.detach())
+        d_gate, d_up = (None, None) if d_x is None else back(d_x)
         return d_gate, d_up, None, d_a, d_b, None, None
-
-
-def _times(activated: Tensor, up: Tensor, gate: Tensor) -> Tensor:
-    """Their product, in place unless an activation has returned what it was given."""
-    return activated * up if activated.data_ptr() == gate.data_ptr() else activated.mul_(up)
 
 
 def _back(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from fastpref.config import Config
+from fastpref.model.liger import take_kernels
 from fastpref.model.load import with_adapters, with_our_attention
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 
@@ -28,8 +29,11 @@ class Skeleton:
     wrapped: PreTrainedModel | PeftModel
 
 
-def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
-    """The model that `load_model` would load, quantised and with adapters, on the meta device."""
+def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype, *, kernels: bool = False) -> Skeleton:
+    """The model that `load_model` would load, quantised and with adapters, with liger's kernels if it has them there.
+
+    On the meta device.
+    """
     options = config.model
     make = partial(
         AutoModelForCausalLM.from_config, architecture, dtype=dtype, trust_remote_code=options.trust_remote_code
@@ -43,6 +47,8 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype)
             quantizer.postprocess_model(model)
         keep_weights_as_loaded(model)
         model.config.use_cache = False
+        if kernels:
+            take_kernels(model)
         return Skeleton(model.eval(), with_adapters(config, model))
 
 

@@ -18,7 +18,7 @@ from fastpref.data.example import Example
 from fastpref.data.longest import longest_possible
 from fastpref.memory import PeakStorage
 from fastpref.model.checkpointing import checkpoint_layers, decoder_layers
-from fastpref.model.liger import kernels_not_run, take_kernels, wants_kernels
+from fastpref.model.liger import kernels_not_run, wants_kernels
 from fastpref.model.load import Loaded, choose_layout, model_config, weight_dtype
 from fastpref.model.policy import Policy
 from fastpref.model.reference import Reference, copy_config, make_reference, precomputes
@@ -84,11 +84,8 @@ def count_step(
     autocast = partial(torch.autocast, "cpu", dtype=half, cache_enabled=False) if mixed else nullcontext
     architecture = architecture or model_config(config.model)
     kernels = wants_kernels(config.model.liger, device.type, architecture)
-    bones = skeleton(config, architecture, dtype)
-    beside = _copy(config, bones, architecture)
-    for model in (bones.model, beside) if kernels else ():
-        if model is not None:
-            take_kernels(model)
+    bones = skeleton(config, architecture, dtype, kernels=kernels)
+    beside = _copy(config, bones, architecture, kernels=kernels)
     saving = _elsewhere if config.train.offload_activations else None
     checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
     count, fake = PeakStorage(), FakeTensorMode(allow_non_fake_inputs=True)
@@ -145,12 +142,14 @@ def _materialised(
     return make_policy(model)
 
 
-def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig) -> PreTrainedModel | None:
+def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, kernels: bool) -> PreTrainedModel | None:
     """The frozen copy, if it is one that would be loaded by itself."""
     if not config.loss.uses_reference or config.reference.mode != "copy":
         return None
     other = copy_config(config, bones.model)
-    return None if other is None else skeleton(other, architecture, getattr(torch, other.model.dtype)).model
+    if other is None:
+        return None
+    return skeleton(other, architecture, getattr(torch, other.model.dtype), kernels=kernels).model
 
 
 def _reference(

@@ -239,6 +239,7 @@ CASES = [
     ("llama", 0, ["lora={rank=2, modules_to_save=['norm']}", "train.layout=padded"]),
     ("qwen3", 0, ["lora={rank=2}"]),
     ("gemma2", 1, []),
+    ("gemma2", 2, ["lora={rank=2}"]),
 ]
 ROWS = examples(2, seed=11)[1:]  # a short one: the interpreter takes its time
 

