@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fastpref.config import Config
 from fastpref.loss_options import SimPO
 from fastpref.model.head import Head
+from fastpref.model.lora import unfuse_lora
 from fastpref.model.policy import Policy
 from fastpref.model.router import RouterLoss
 from fastpref.ops import TokenLogprobs
@@ -37,10 +38,11 @@ def as_trl(config: Config) -> Config:
 
 
 def trl_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:
-    """For `count_step`: a policy with TRL's head."""
+    """For `count_step`: a policy with TRL's head and PEFT's own LoRA layers."""
     supervised = not isinstance(config.loss, SimPO)
 
     def make(model: PreTrainedModel) -> Policy:
+        unfuse_lora(model)
         head: Any = _Chunked(model) if config.loss.uses_reference else _FullLogits(model, supervised)
         return Policy(getattr(model, model.base_model_prefix), head, RouterLoss.of(model))
 
