@@ -59,10 +59,10 @@ def total(name: str, layers: int | None) -> int:
 
 
 def extrapolated(name: str) -> int:
-    """Layers are alike, and each adds the same: two counts of a few of them tell the whole model's."""
+    """Layers are alike, and from the third on each adds the same: two counts of a few tell the whole model's."""
     architecture: Any = MODELS[load_config(EXAMPLES / f"{name}.toml").model.name](None)
-    few, more = total(name, 2), total(name, 4)
-    return few + (more - few) // 2 * (architecture.num_hidden_layers - 2)
+    few, more = total(name, 3), total(name, 4)
+    return few + (more - few) * (architecture.num_hidden_layers - 3)
 
 
 def test_a_few_layers_tell_of_all():
