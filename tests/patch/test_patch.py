@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 import trl
 from transformers import LlavaConfig, LlavaForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from trl_runs import Run, make_model, make_trainer, numbers, train, unpatched
@@ -207,14 +208,15 @@ def test_a_script_runs_patched(tmp_path: Path) -> None:
     script = tmp_path / "mine.py"
     script.write_text(
         "import sys, beside\nfrom trl import DPOTrainer\n"
-        "print(__name__, sys.argv[1:], beside.x, DPOTrainer._compute_loss.__module__)\n"
+        "loss = getattr(DPOTrainer, '_compute_loss', None) or DPOTrainer.concatenated_forward\n"
+        "print(__name__, sys.argv[1:], beside.x, loss.__module__)\n"
     )
     (tmp_path / "beside.py").write_text("x = 5\n")
     command = [sys.executable, "-m", "fastpref.patch", "--report", str(script), "--lr", "1", "-v"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["__main__", "['--lr',", "'1',", "'-v']", "5", "trl.trainer.dpo_trainer"]
-    assert "DPOTrainer: _compute_loss" in done.stderr
+    assert re.search("DPOTrainer: (_compute_loss|concatenated_forward)", done.stderr)
     assert "no patched trainer has computed anything" in done.stderr
     missing = subprocess.run([*command[:3], "none.py"], capture_output=True, text=True, check=False)
     assert missing.returncode == 2
@@ -222,6 +224,7 @@ def test_a_script_runs_patched(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 5 wrote the example's tokenizer")
 def test_the_example_saves_tokens(tmp_path: Path) -> None:
     """The example script runs patched, learns what it learns unpatched, and computes fewer tokens."""
     script = str(Path(__file__).parents[2] / "examples" / "trl_dpo.py")

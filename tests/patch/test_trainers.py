@@ -112,7 +112,10 @@ def test_what_is_left_is_rounding(root: Path) -> None:
 
 
 def test_evaluation_with_compute_metrics_gets_the_logits(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """`compute_metrics` sees TRL's logits and labels, the loss is TRL's, and it is said once."""
+    """`compute_metrics` sees TRL's logits and labels, the loss is TRL's, and it is said once.
+
+    Before 0.29 it sees means that are logged too, for which the patch steps aside nowhere.
+    """
 
     def evaluate() -> tuple[dict[str, float], list[Any]]:
         seen: list[Any] = []
@@ -128,7 +131,7 @@ def test_evaluation_with_compute_metrics_gets_the_logits(root: Path, caplog: pyt
     kept = [name for name in theirs if "time" not in name and "per_second" not in name]
     assert {name: ours[name] for name in kept} == pytest.approx({name: theirs[name] for name in kept}, rel=1e-4)
     said = [record.getMessage() for record in caplog.records if "compute_metrics" in record.getMessage()]
-    assert len(said) == 1
+    assert len(said) == int("_compute_loss" in vars(trl.DPOTrainer))
 
 
 @pytest.mark.parametrize("trainer", ["DPO", "KTO"])
