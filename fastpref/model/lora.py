@@ -121,8 +121,11 @@ class _Liger:
 
 def _gated_product(module: nn.Module) -> Product | None:
     """The product of an MLP whose code is down_proj(act_fn(gate_proj(x)) * up_proj(x)), if that ends in LoRA."""
-    if not all(hasattr(module, name) for name in _GATED_MLP[::2]) or not _is_lora_linear(
-        module.get_submodule("down_proj")
+    last, others = getattr(module, "down_proj", None), _GATED_MLP[2:]
+    if (
+        not isinstance(last, nn.Module)
+        or not _is_lora_linear(last)
+        or not all(hasattr(module, name) for name in others)
     ):
         return None
     if "forward" in vars(module):
@@ -157,7 +160,7 @@ class _GatedMLP:
     def __call__(self, x: Tensor) -> Tensor:
         mlp = self.mlp
         gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        adapter = _adapter(mlp.down_proj, gate)
+        adapter = None if _hooked(mlp.down_proj) else _adapter(mlp.down_proj, gate)
         if adapter is None or gate.dtype != adapter.dtype or up.dtype != adapter.dtype:
             return mlp.down_proj(self.product(gate, up))
         width = gate.shape[-1]
@@ -230,7 +233,11 @@ def _adapter(layer: Any, x: Tensor) -> _Adapter | None:
 
 def _plain(module: nn.Module) -> bool:
     """Nothing but its weight is needed of it: no hook, of accelerate's offloading for one, has to run."""
-    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
+    return "forward" not in vars(module) and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _computes_in(base: Any, dtype: torch.dtype) -> bool:

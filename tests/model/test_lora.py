@@ -227,6 +227,18 @@ def test_a_gated_mlp_keeps_its_gate_and_up_alone(base: Callable[[Any], Any]) -> 
     assert kept(model, width) == 2 * 2
 
 
+def test_a_hook_sees_what_enters_the_last_layer() -> None:
+    """The product is made for it, and only that MLP ends unfused."""
+    model = adapted("llama")
+    fuse_lora(model)
+    seen: list[Tensor] = []
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    assert calls(model) == (13, 1)
+    (product,) = seen
+    assert product.shape == (2, 11, model.get_base_model().config.intermediate_size)
+
+
 def test_recomputed_in_the_backward_pass() -> None:
     """Checkpointed layers give the same gradients."""
     model = adapted("llama")
