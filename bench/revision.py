@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -35,10 +35,11 @@ class Revision:
         self._folder = tempfile.TemporaryDirectory()
         place = Path(self._folder.name) if self._committed else ROOT
         if self._committed:
-            tree = subprocess.run(["git", "archive", self.name, "fastpref", "kernels"], cwd=ROOT, capture_output=True)
+            archive = ["git", "archive", "--format=zip", self.name, "fastpref", "kernels"]
+            tree = subprocess.run(archive, cwd=ROOT, capture_output=True)
             if tree.returncode:
                 raise UnknownRevision(tree.stderr.decode().strip())
-            tarfile.open(fileobj=BytesIO(tree.stdout)).extractall(place, filter="data")
+            zipfile.ZipFile(BytesIO(tree.stdout)).extractall(place)
         path = os.pathsep.join([str(place), str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "bench.worker"],  # -P: the folder it is started in comes not first
