@@ -56,7 +56,7 @@ class Profile:
 TINY = Profile(
     name="tiny",
     divisor=16,
-    repeats=3,
+    repeats=5,
     heads=(HeadCases(("SmolLM2-135M",), (TOKENS, ORPO)),),
     tokens=(1, 128, 64),
     scaled="SmolLM2-135M",
