@@ -145,7 +145,7 @@ def _write(result: dict[str, Any], folder: Path) -> None:
 
 
 def _check(result: dict[str, Any], limit: float) -> None:
-    """The gate of CI: every method is right, and the best turn's ratio is allowed: other work only adds to it."""
+    """The gate of CI: every method is right, and the best turn's ratio is allowed: a busy turn is no regression."""
     from bench.results import OURS, key, ratios
 
     for record in result["head"]:
