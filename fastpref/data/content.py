@@ -17,6 +17,8 @@ class Writing:
     """Jinja in place of the tokenizer's, for messages."""
     tools: tuple[Any, ...] | None = None
     """What the chat template is told of the tools there are: their JSON schemas."""
+    template_kwargs: Mapping[str, Any] | None = None
+    """Keywords for the chat template that this row sets: enable_thinking, reasoning_effort."""
     end: str | None = None
     """What ends a response of text, where its format writes that itself."""
 
