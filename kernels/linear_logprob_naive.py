@@ -31,7 +31,14 @@ def linear_logprob_naive(
     logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logits = logits / temperature
+    return naive_logprobs(logits / temperature, targets)
+
+
+def naive_logprobs(
+    logits: Tensor,  # [N, V]
+    targets: Tensor,  # [N] int64
+) -> NaiveLogprobs:
+    """The same of logits that are there already."""
     logps = logits.log_softmax(-1)
     probs = logps.exp()
     return NaiveLogprobs(

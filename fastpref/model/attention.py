@@ -3,10 +3,14 @@
 A packed row holds trees: a prompt and its completions one after the other. A token attends, causally, to its own
 tree's prompt and its own completion. The layout reaches `tree_attention` as the keyword `tree` of the model's
 forward, which transformers hands down to the attention of every layer; so nothing is global, and a model whose
-layers do not hand it down is found by `layers_reached`. Without the keyword it is transformers' own SDPA, with its
-masks, and with the softcaps and sinks that SDPA has not. `flex_attention.py` is the same for GPUs.
+layers do not hand it down is found by `probe_layers`. What a layer asks of its attention beyond what is known here
+is refused, never left out. Without the keyword it is transformers' own SDPA, with its masks, and with the softcaps and
+sinks that SDPA has not. `flex_attention.py` is the same for GPUs.
+
+Whether trees give a model the hidden states that its own attention gives is tried in `trial.py`.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +24,13 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from fastpref.data.batch import Tree, TreeLayout
 
 NAME = "fastpref"
+
+# Keywords that reach every layer's attention and do not change what it computes for a whole row without a cache.
+_WITHOUT_EFFECT = {"position_ids", "cache_position", "past_key_values", "position_embeddings", "layer_idx"}
+
+
+class UnknownArgument(TypeError):
+    """A layer asks its attention for something that is not computed here."""
 
 
 def tree_attention(
@@ -37,10 +48,14 @@ def tree_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' interface. Returns [B, T, heads, D]."""
+    """The attention function of transformers' interface. Returns [B, T, heads, D].
+
+    Raises UnknownArgument for a keyword that would change the result and is not known here.
+    """
+    if tree is None and softcap is None and s_aux is None and not _is_empty(attention_mask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    check_arguments(tree, attention_mask, kwargs)
     if tree is None:
-        if softcap is None and s_aux is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return masked_attention(query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
     if isinstance(tree, _Probe):
         shape = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
@@ -48,6 +63,27 @@ def tree_attention(
     attend = CausalAttention(dropout, scaling, sliding_window, softcap, s_aux)
     parts = [part for t in tree.trees for part in _tree_parts(attend, query, key, value, t)]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _is_empty(attention_mask: Tensor | None) -> bool:
+    """Whether this is the mask of `tree_keywords`."""
+    return attention_mask is not None and attention_mask.numel() == 0
+
+
+def check_arguments(tree: TreeLayout | None, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
+    """Raise UnknownArgument for what a layer asks of its attention that trees do not compute."""
+    if tree is None and _is_empty(attention_mask):
+        raise UnknownArgument("its layers do not hand the layout down to their attention")
+    if tree is not None and attention_mask is not None and not _is_empty(attention_mask):
+        raise UnknownArgument("it makes an attention mask of its own")
+    for name, value in options.items():
+        if name == "is_causal":
+            if value is False:
+                raise UnknownArgument("its layers ask for attention that is not causal")
+        elif (
+            value is not None and value is not False and name not in _WITHOUT_EFFECT and not name.startswith("output_")
+        ):
+            raise UnknownArgument(f"its layers ask their attention for {name}, which trees do not compute")
 
 
 AttentionInterface.register(NAME, tree_attention)
@@ -183,14 +219,16 @@ def layers_reached(backbone: nn.Module) -> list[LayerCall]:
 def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) -> tuple[list[LayerCall], str | None]:
     """What a model's layers ask of their attention, and the reason it must be given padded rows, or None.
 
-    `name` is the registered attention that the model must have.
+    `name` is the registered attention that the model must have. That the result is right is not seen here.
     """
     kind = model.config.model_type
-    if model.config._attn_implementation != name:
+    if not has_attention(model, name):
         return [], f"the attention of {kind} models is their own code"
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     try:
         calls = layers_reached(backbone)
+    except UnknownArgument as error:
+        return [], f"this {kind} model has attention that trees do not compute: {error}"
     except Exception as error:  # model code that refuses an unknown keyword does so in its own way
         return [], f"{kind} models refuse the layout: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if layers is not None and len(calls) < layers:
@@ -199,3 +237,40 @@ def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) 
             f"only {len(calls)} of the {layers} layers of this {kind} model have attention that takes the layout",
         )
     return calls, None
+
+
+# --- which attention a model has --------------------------------------------------------------------------------------
+
+
+def has_attention(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model's text layers look up their attention under this name."""
+    return model.config.get_text_config()._attn_implementation == name
+
+
+def give_attention(model: PreTrainedModel, name: str) -> bool:
+    """Give a model's layers the registered attention of this name. False where its code does not take it."""
+    if not getattr(model, "_can_set_attn_implementation", lambda: True)():
+        return False
+    before = attention_of(model)
+    with suppress(ValueError, ImportError):
+        model.set_attn_implementation(name)
+    if has_attention(model, name):
+        return True
+    restore_attention(before)
+    return False
+
+
+AttentionState = list[tuple[Any, Any]]
+
+
+def attention_of(model: PreTrainedModel) -> AttentionState:
+    """Which attention the model and each part of it has, for `restore_attention`."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    configs |= {id(config): config for config in (model.config, model.config.get_text_config())}
+    return [(config, config._attn_implementation_internal) for config in configs.values()]
+
+
+def restore_attention(state: AttentionState) -> None:
+    """Give the configs the attention back that they had."""
+    for config, name in state:
+        config._attn_implementation_internal = name

@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastpref.data.batch import Layout, Tree, TreeLayout
 from fastpref.errors import UserError
-from fastpref.model.attention import LayerCall, tree_attention
+from fastpref.model.attention import LayerCall, check_arguments, tree_attention
 
 NAME = "fastpref_flex"
 BLOCK = 128  # places: the size of a block of the mask, in both directions
@@ -49,6 +49,7 @@ def flex_tree_attention(
     if tree is None or dropout:
         options: dict[str, Any] = {"tree": tree, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return tree_attention(module, query, key, value, attention_mask, dropout, scaling, **options, **kwargs)
+    check_arguments(tree, attention_mask, kwargs)
     out = _attend(query, key, value, block_mask(tree, sliding_window, query.device), scaling, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 

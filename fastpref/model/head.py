@@ -7,10 +7,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fastpref.errors import UserError
 from fastpref.kernels.head_weight import FourBitWeight, HeadWeight
+from fastpref.kernels.linear_logprob_naive import NaiveLogprobs, naive_logprobs
+from fastpref.model.body import around_body
 from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
 
 
@@ -117,14 +121,84 @@ def _with_lora(module: Any, weight: Tensor | HeadWeight) -> Tensor | HeadWeight 
     )
 
 
+class OwnLogits(nn.Module):
+    """The logits that a model's own code makes of its hidden states, for a model that changes them in a way which
+    `LogitSettings` does not know.
+
+    Some rows of logits exist at a time, [n, V] in float32; they are made again in the backward pass.
+    """
+
+    _ELEMENTS = 1 << 26  # logits at once
+
+    def __init__(self, model: PreTrainedModel, body: nn.Module):
+        super().__init__()
+        self.model = model
+        self._body = [body]  # in a list, as it is a part of the model already
+
+    def forward(
+        self,
+        hidden: Tensor,  # [M, H]
+        positions: Tensor,  # [N] the row of `hidden` that predicts each target
+        targets: Tensor,  # [N]
+        outputs: tuple[str, ...] = (),
+    ) -> TokenLogprobs:
+        """Log-probabilities of the targets, with `linear_logprob`'s outputs."""
+        rows = max(1, self._ELEMENTS // self.vocabulary)
+        parts = [
+            checkpoint(self._part, some, their, use_reentrant=False)
+            for some, their in zip(hidden[positions].split(rows), targets.split(rows), strict=True)
+        ]
+        whole: Any = NaiveLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        wanted = {name: getattr(whole, name).detach() for name in outputs}
+        return TokenLogprobs(whole.logp, **wanted)
+
+    def _part(self, hidden: Tensor, targets: Tensor) -> NaiveLogprobs:
+        return naive_logprobs(self.logits(hidden), targets)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """All logits of some rows, float32 [N, V], of hidden [N, H]."""
+        return around_body(self.model, self._body[0], _Returned(last_hidden_state=hidden[None])).logits[0].float()
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+
+class _Returned(BaseModelOutputWithPast):
+    """What a body returns, with None for whatever else a model's forward hands on from it."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits, str | None]:
+    """The head that gives the model's own logits, and a note where it is not the fused one.
+
+    Raises UserError for a model whose logits neither way gives.
+    """
+    try:
+        head: Head | OwnLogits = Head(model)
+        check_logits(model, body, head)
+        return head, None
+    except UserError as error:
+        why = str(error)
+    try:
+        head = OwnLogits(model, body)
+        check_logits(model, body, head)
+    except Exception as error:  # the model's forward may want of its body what only the body knows
+        raise UserError(f"{why}; nor can its own code be asked for them: {_one_line(error)}") from None
+    return head, f"logits: by the model's own code, some rows at a time, because {why}"
+
+
 @torch.no_grad()
-def check_logits(model: PreTrainedModel, backbone: nn.Module, head: Head) -> None:
-    """Refuse a model whose logits are not what `head` says: four tokens through both ways."""
-    device = next(backbone.parameters()).device
+def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits) -> None:
+    """Refuse a model whose logits are not what `head` says: four tokens through both ways. Raises UserError."""
+    device = next(body.parameters()).device
     vocabulary = head.vocabulary
     ids = torch.arange(4, device=device)[None] % vocabulary
     theirs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     # The likeliest token of each place, and some from all over the vocabulary.
     spread = torch.linspace(0, vocabulary - 1, 31, device=device).long().expand(4, -1)
     targets = torch.cat([theirs[0].argmax(-1, keepdim=True), spread], dim=1)  # [4, 32]
@@ -135,5 +209,9 @@ def check_logits(model: PreTrainedModel, backbone: nn.Module, head: Head) -> Non
     if not error <= margin:
         raise UserError(
             f"{model.config.model_type} models change their logits in a way this version does not know "
-            f"(log-probabilities differ by {error:.3g}); please report the model"
+            f"(log-probabilities differ by {error:.3g})"
         )
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,6 +1,5 @@
 """Models and tokenizers from a folder or the hub, with adapters, ready for the layouts."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +20,15 @@ from transformers import (
 from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout
 from fastpref.errors import UserError
-from fastpref.model import attention, flex_attention, liger
+from fastpref.model import flex_attention, liger
+from fastpref.model.body import body_of
 from fastpref.model.files import explained
-from fastpref.model.head import check_logits
+from fastpref.model.head import OwnLogits, find_head
 from fastpref.model.lora import fuse_lora
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
+from fastpref.model.rope import fix_rope
+from fastpref.model.trial import Choice, choose_layout
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,21 @@ def load_model(
     model = pretrained(config.model, architecture, weight_dtype(config, device), place)
     if getattr(model, "is_quantized", False) and config.lora is None and not trained:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
-    policy = Policy.of(model)
-    check_logits(model, policy.backbone, policy.head)
-    layout, why, calls = choose_layout(config, model, policy)
-    notes = _attention(config, model, layout, why, calls, device)
+    notes = list(fix_rope(model, config.tokens.max_length))
+    head, note = find_head(model, body_of(model))
+    policy = Policy(body_of(model), head)
+    if sharded and isinstance(head, OwnLogits):
+        raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
+    choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
+    notes += [*choice.notes, *([note] if note else []), *_flex(config, model, choice, device)]
     if kernels:
         trial = None if sharded else partial(_precision, config, device)  # what is not there yet cannot be tried
         must = config.model.liger is True
         kernels, said = liger.give_kernels(model, policy.backbone, must=must, trial=trial)
         notes += said
     wrapped = _trained(model, adapter) if trained else with_adapters(config, model)
-    policy = Policy.of(model)  # PEFT may have wrapped the head
-    return Loaded(model, wrapped, policy, layout, why, tuple(notes), kernels)
+    policy = policy.like(model)  # PEFT may have wrapped the head
+    return Loaded(model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels)
 
 
 def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -143,8 +148,7 @@ def pretrained(
         quantization = quantization_config(options.quantization, dtype)
         if quantization is not None:
             load["quantization_config"] = quantization
-        make = partial(AutoModelForCausalLM.from_pretrained, options.name, **load)
-        model = with_our_attention(lambda **attention: make(config=architecture, **attention), make)
+        model = AutoModelForCausalLM.from_pretrained(options.name, config=architecture, **load)
     except Exception as error:  # missing weights, an unknown architecture, no memory: all end here
         raise UserError(f"model.name = {options.name!r}: cannot be loaded: {explained(options, error)}") from None
     keep_weights_as_loaded(model)
@@ -152,43 +156,13 @@ def pretrained(
     return model.eval()
 
 
-def with_our_attention(make: Callable[..., PreTrainedModel], plain: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """A model whose attention takes trees, or a plain one where its code has no such choice."""
-    try:
-        return make(attn_implementation=attention.NAME)
-    except ValueError as error:
-        if "attention" not in str(error).lower() and attention.NAME not in str(error):
-            raise
-        return plain()
-
-
-def choose_layout(
-    config: Config, model: PreTrainedModel, policy: Policy
-) -> tuple[Layout, str | None, list[attention.LayerCall]]:
-    """The layout asked for, or padded with the reason why it cannot be had; and what the layers ask for."""
-    wanted = config.train.layout
-    if wanted == "padded":
-        return "padded", None, []
-    calls, why = attention.probe_layers(model, policy.backbone)
-    if why is not None:
-        return "padded", why, calls
-    return "tree" if wanted == "auto" else wanted, None, calls
-
-
-def _attention(
-    config: Config,
-    model: PreTrainedModel,
-    layout: Layout,
-    why_padded: str | None,
-    calls: list[attention.LayerCall],
-    device: torch.device,
-) -> list[str]:
+def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.device) -> list[str]:
     """Give the model FlexAttention where that is wanted and works; what was decided, in words."""
     wanted = config.model.attention
-    flex, why = flex_attention.wants_flex(wanted, device.type, layout, why_padded, calls)
+    flex, why = flex_attention.wants_flex(wanted, device.type, choice.layout, choice.why_padded, choice.calls)
     if flex:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(config)) or model.dtype
-        why = flex_attention.fault(calls, dtype, device)
+        why = flex_attention.fault(choice.calls, dtype, device)
         if why is None:
             model.set_attn_implementation(flex_attention.NAME)
             return ["attention: FlexAttention"]

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from fastpref.data.batch import PreferenceBatch
 from fastpref.model.attention import tree_keywords
-from fastpref.model.head import Head
+from fastpref.model.body import body_of
+from fastpref.model.head import Head, OwnLogits
 from fastpref.model.router import RouterLoss
 from fastpref.ops import TokenLogprobs
 
@@ -24,12 +25,13 @@ class PolicyOutput(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A model's body and head. Only the places that predict a scored token reach the head; logits never exist.
+    """A model's body and head. Only the places that predict a scored token reach the head; logits never exist, but
+    where a model's own code makes them (`OwnLogits`).
 
     It is what Accelerate prepares, so the hooks of data and model parallelism cover body and head together.
     """
 
-    def __init__(self, backbone: nn.Module, head: Head, router: RouterLoss | None = None):
+    def __init__(self, backbone: nn.Module, head: Head | OwnLogits, router: RouterLoss | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -37,9 +39,14 @@ class Policy(nn.Module):
         self.router = router
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Policy":
-        """The policy that shares the modules of `model`."""
-        return cls(getattr(model, model.base_model_prefix), Head(model), RouterLoss.of(model))
+    def of(cls, model: PreTrainedModel, *, own_logits: bool = False) -> "Policy":
+        """The policy that shares the modules of `model`. With `own_logits` the model's code makes its logits."""
+        body = body_of(model)
+        return cls(body, OwnLogits(model, body) if own_logits else Head(model), RouterLoss.of(model, body))
+
+    def like(self, model: PreTrainedModel) -> "Policy":
+        """The policy of another model of the same kind, or of the same one once PEFT has wrapped its head."""
+        return Policy.of(model, own_logits=isinstance(self.head, OwnLogits))
 
     def generate(self, model: PreTrainedModel, **options: Any) -> Tensor:
         """`model.generate`, of the model with these modules: FSDP2 gathers weights for methods of its root alone."""
@@ -48,21 +55,20 @@ class Policy(nn.Module):
     def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> PolicyOutput:
         """Log-probabilities, and the optional outputs of `linear_logprob`, of the N scored tokens."""
         routed = self.router is not None and self.training and torch.is_grad_enabled()
-        found = self._body(batch, **({"output_router_logits": True} if routed else {}))
-        hidden = found.last_hidden_state.flatten(0, 1)  # [B·T, H]
+        output = self._body(batch, **({"output_router_logits": True} if routed else {}))
+        hidden = output.last_hidden_state.flatten(0, 1)  # [B·T, H]
         tokens = self.head(hidden, batch.predictors, batch.targets, outputs)
         if self.router is None or not routed:
             return PolicyOutput(tokens)
-        return PolicyOutput(tokens, self.router(found.router_logits, batch.attention_mask))
+        return PolicyOutput(tokens, self.router(output, batch.attention_mask))
 
     def hidden_states(self, batch: PreferenceBatch) -> Tensor:
         """[B·T, H], what the head is given."""
         return self._body(batch).last_hidden_state.flatten(0, 1)
 
     def _body(self, batch: PreferenceBatch, **options: Any) -> Any:
+        # The positions of padded rows are what every model counts by itself, and some models take none.
         layout: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if batch.tree is not None:
-            layout = tree_keywords(batch.tree, batch.input_ids.device)
-        return self.backbone(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **layout, **options
-        )
+            layout = tree_keywords(batch.tree, batch.input_ids.device) | {"position_ids": batch.position_ids}
+        return self.backbone(input_ids=batch.input_ids, use_cache=False, **layout, **options)

@@ -17,6 +17,7 @@ from fastpref.errors import UserError
 from fastpref.model.liger import take_kernels
 from fastpref.model.load import Loaded, model_config, pretrained
 from fastpref.model.policy import Policy
+from fastpref.model.rope import fix_rope
 
 Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [N], without gradient
 
@@ -70,7 +71,7 @@ def make_reference(
     frozen.requires_grad_(False).eval()
     bits = "" if other is None or other.model.quantization == "none" else f"{other.model.quantization} and "
     how = "" if other is None else f", in {bits}{other.model.dtype}"
-    return ModelReference(Policy.of(frozen), None, autocast, frozen), f"a frozen copy of the model{how}"
+    return ModelReference(loaded.policy.like(frozen), None, autocast, frozen), f"a frozen copy of the model{how}"
 
 
 def precomputes(config: Config) -> bool:
@@ -101,6 +102,7 @@ def load_copy(config: Config, loaded: Loaded) -> PreTrainedModel:
     """The model of `copy_config`, beside the one that is trained, with the same attention and kernels."""
     dtype = getattr(torch, config.model.dtype)
     model = pretrained(config.model, model_config(config.model), dtype, loaded.model.device)
+    fix_rope(model, config.tokens.max_length)
     attention = loaded.model.config._attn_implementation
     if attention is not None and attention != model.config._attn_implementation:
         model.set_attn_implementation(attention)

@@ -14,7 +14,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from fastpref.config import Config
 from fastpref.model.liger import take_kernels
-from fastpref.model.load import with_adapters, with_our_attention
+from fastpref.model.load import with_adapters
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 
 _BLOCK = 64  # weights a scale, and scales a scale of scales: bitsandbytes' own
@@ -39,7 +39,7 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
         AutoModelForCausalLM.from_config, architecture, dtype=dtype, trust_remote_code=options.trust_remote_code
     )
     with torch.device("meta"):
-        model = with_our_attention(make, make)
+        model = make()
         quantization = quantization_config(options.quantization, dtype)
         if quantization is not None:  # the library decides which layers
             quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=False)

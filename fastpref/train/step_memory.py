@@ -17,12 +17,14 @@ from fastpref.data.batch import Layout
 from fastpref.data.example import Example
 from fastpref.data.longest import longest_possible
 from fastpref.memory import PeakStorage
+from fastpref.model.attention import NAME, give_attention
 from fastpref.model.checkpointing import checkpoint_layers, decoder_layers
 from fastpref.model.liger import kernels_not_run, wants_kernels
-from fastpref.model.load import Loaded, choose_layout, model_config, weight_dtype
+from fastpref.model.load import Loaded, model_config, weight_dtype
 from fastpref.model.policy import Policy
 from fastpref.model.reference import Reference, copy_config, make_reference, precomputes
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
+from fastpref.model.trial import Choice, layout_by_count
 from fastpref.train.optimizer import make_optimizer
 from fastpref.train.step import Objective
 
@@ -93,8 +95,10 @@ def count_step(
     with fake, count:
         policy = _materialised(config, bones, count, make_policy)
     with fake, sizes_alone():
-        layout, why = (layout, None) if layout is not None else choose_layout(config, bones.model, policy)[:2]
-    loaded = Loaded(bones.model, bones.wrapped, policy, layout, why)
+        choice = layout_by_count(bones.model, policy, config.train.layout) if layout is None else Choice(layout)
+        if layout is not None and layout != "padded":
+            give_attention(bones.model, NAME)
+    loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)
     with fake, count, count.labelled("reference"):
         reference = _reference(config, loaded, beside, autocast)
     optimizer = make_optimizer(loaded.policy, _unpaged(config))  # bitsandbytes makes tables of real numbers
@@ -117,7 +121,7 @@ def count_step(
         with count.labelled("optimizer"):
             optimizer.step()
     parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
-    parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": layout}
+    parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": choice.layout}
     return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fastpref.config import Config
 from fastpref.loss_options import SimPO
+from fastpref.model.body import body_of
 from fastpref.model.head import Head
 from fastpref.model.lora import unfuse_lora
 from fastpref.model.policy import Policy
@@ -44,7 +45,8 @@ def trl_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:
     def make(model: PreTrainedModel) -> Policy:
         unfuse_lora(model)
         head: Any = _Chunked(model) if config.loss.uses_reference else _FullLogits(model, supervised)
-        return Policy(getattr(model, model.base_model_prefix), head, RouterLoss.of(model))
+        body = body_of(model)
+        return Policy(body, head, RouterLoss.of(model, body))
 
     return make
 

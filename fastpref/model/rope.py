@@ -1,0 +1,60 @@
+"""RoPE whose frequencies depend on the length of what is computed, made a constant.
+
+transformers chooses the frequencies of the types "dynamic" and "longrope" by the longest position of a call. A packed
+row, or a batch, would then give each sequence the frequencies of the longest one in it, and a run's numbers would
+depend on its micro-batches. Here they are those of `tokens.max_length` for every row, as a server that is started for
+that length has them; rows within the length that the model was first trained on keep the model's own if no row may be
+longer.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+def fix_rope(model: nn.Module, max_length: int) -> list[str]:
+    """Fix the frequencies of a model's rotary embeddings to those of `max_length` tokens.
+
+    Returns a note where they are not those of short rows.
+    """
+    notes: dict[str, None] = {}
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str) and kinds in _BY_LENGTH:
+            notes |= dict.fromkeys(_fix(module, kinds, None, max_length))
+            module.rope_type = "default"  # pyright: ignore[reportArgumentType]
+        elif isinstance(kinds, dict):
+            for layers in [layers for layers, kind in kinds.items() if kind in _BY_LENGTH]:
+                notes |= dict.fromkeys(_fix(module, kinds[layers], layers, max_length))
+                module.rope_type = {**module.rope_type, layers: "default"}  # pyright: ignore
+    return list(notes)
+
+
+def depends_on_length(model: nn.Module) -> bool:
+    """Whether a model's frequencies follow the longest position of a call."""
+    kinds = (getattr(module, "rope_type", None) for module in model.modules())
+    return any(
+        kind in _BY_LENGTH for kind_s in kinds for kind in (kind_s.values() if isinstance(kind_s, dict) else [kind_s])
+    )
+
+
+def _fix(module: Any, kind: str, layers: str | None, max_length: int) -> list[str]:
+    prefix = "" if layers is None else f"{layers}_"
+    parameters = module.config.rope_parameters if layers is None else module.config.rope_parameters[layers]
+    short = parameters.get("original_max_position_embeddings") if kind == "longrope" else None
+    short = short or module.original_max_seq_len
+    if max_length <= short:
+        return []  # the frequencies that the module was made with
+    by_layers = {} if layers is None else {"layer_type": layers}
+    buffer = getattr(module, f"{prefix}inv_freq")
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](module.config, buffer.device, seq_len=max_length, **by_layers)
+    module.register_buffer(f"{prefix}inv_freq", frequencies, persistent=False)
+    if hasattr(module, f"{prefix}original_inv_freq"):
+        setattr(module, f"{prefix}original_inv_freq", frequencies)
+    return [
+        f"RoPE: the frequencies of this model depend on a row's length past {short:,} tokens ({kind}); every row has "
+        f"those of tokens.max_length = {max_length:,}"
+    ]

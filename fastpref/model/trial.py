@@ -1,0 +1,302 @@
+"""The numerical trial of a model: in which layout its tokens get the hidden states that they get alone.
+
+That a layout arrives at every layer's attention says nothing of the result: a module that looks at its neighbours
+beside attention (a state-space branch, a convolution), a mask that goes by places of the row, or a check of the
+attention's name make it wrong without a word. So a prompt with two responses, and a second tree after it, go through
+the model in the layout, and each response after its prompt goes through the model's own attention alone in a row.
+
+Windows and chunks of thousands of tokens are made short for a second pass, in the model's config and in its modules,
+where both ways read them: then few tokens pass them.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastpref.data.batch import Layout, PreferenceBatch, collate
+from fastpref.data.example import Example, Origin
+from fastpref.errors import UserError
+from fastpref.model.attention import (
+    NAME,
+    AttentionState,
+    LayerCall,
+    UnknownArgument,
+    attention_of,
+    give_attention,
+    probe_layers,
+    restore_attention,
+)
+from fastpref.model.policy import Policy
+
+_SHAPES = ((23, (17, 21)), (19, (22, 13)))  # tokens of each prompt and of its responses
+_SHORT = 8  # tokens of a window or chunk that is made short
+_LIMITS = re.compile(r"(window|window_size|attention_chunk_size|local_attention|floor_scale|index_topk)$")
+_TOWERS = re.compile(r"vision|visual|audio|image")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layout that a model is given."""
+
+    layout: Layout
+    why_padded: str | None = None  # the reason for a layout that was not asked for
+    calls: tuple[LayerCall, ...] = ()  # what the layers ask of an attention that takes trees
+    notes: tuple[str, ...] = ()
+
+
+def choose_layout(
+    model: PreTrainedModel,
+    policy: Policy,
+    wanted: Layout | Literal["auto"],
+    *,
+    name: str = NAME,
+    max_length: int | None = None,
+) -> Choice:
+    """Find the layout by trial, and give the model the attention that it needs: ours for trees, else its own.
+
+    Args:
+        model: with its own attention, before adapters are put around its layers.
+        policy: that of the model.
+        wanted: "auto" stands for trees.
+        name: the registered attention that takes trees.
+        max_length: tokens of the longest row; a window that no row passes is not asked of padded rows.
+
+    Raises UserError for a model whose padded rows are not what its rows are alone.
+    """
+    trial = _Trial(model, policy)
+    if wanted == "padded":
+        return trial.padded(None, max_length)
+    layout: Layout = "tree" if wanted == "auto" else wanted
+    own = attention_of(model)
+    if not give_attention(model, name):
+        return trial.padded(f"the attention of {model.config.model_type} models is their own code", max_length)
+    calls, why = probe_layers(model, policy.backbone, name)
+    why = why or trial.fault(layout, own)
+    if why is None:
+        return Choice(layout, None, tuple(calls))
+    restore_attention(own)
+    return trial.padded(why, max_length)
+
+
+def layout_by_count(model: PreTrainedModel, policy: Policy, wanted: Layout | Literal["auto"]) -> Choice:
+    """The layout as far as it can be told without numbers, for models whose tensors have none."""
+    if wanted == "padded":
+        return Choice("padded")
+    own = attention_of(model)
+    if not give_attention(model, NAME):
+        return Choice("padded", f"the attention of {model.config.model_type} models is their own code")
+    calls, why = probe_layers(model, policy.backbone)
+    if why is not None:
+        restore_attention(own)
+        return Choice("padded", why)
+    return Choice("tree" if wanted == "auto" else wanted, None, tuple(calls))
+
+
+class _Trial:
+    """A model and what its own attention makes of the trial's rows."""
+
+    def __init__(self, model: PreTrainedModel, policy: Policy):
+        self._model, self._policy = model, policy
+        self._examples = _examples(model)
+        self._kind = model.config.model_type
+        self._exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+
+    def fault(self, layout: Layout, own: AttentionState) -> str | None:
+        """What is wrong with a layout under the attention that the model has now, or None."""
+        ours = attention_of(self._model)
+        for short in (False, True):
+            with short_limits(self._model) if short else nullcontext([]) as limits:
+                if short and not limits:
+                    continue
+                restore_attention(own)
+                try:
+                    truth = self._truth()
+                    noise = _EXACT if self._exact else _difference(self._states("padded"), truth)
+                except Exception as fault:
+                    if not short:
+                        return f"its own attention fails: {_one_line(fault)}"
+                    continue  # code that cannot do with a short window is judged by the first pass alone
+                finally:
+                    restore_attention(ours)
+                try:
+                    error = _difference(self._states(layout), truth)
+                except Exception as fault:
+                    return f"{self._kind} models refuse the layout: {_one_line(fault)}"
+                margin = 1e-3 if self._exact else 0.05
+                if not (error.largest <= margin + 3 * noise.largest and error.mean <= margin / 4 + 3 * noise.mean):
+                    where = f", past its {' and '.join(limits)}" if short else ""
+                    return (
+                        f"the hidden states of this {self._kind} model would differ by {error.largest:.2g} of their "
+                        f"size from those of each row alone{where}"
+                    )
+        return None
+
+    def padded(self, why: str | None, max_length: int | None) -> Choice:
+        """Padded rows with the model's own attention. Raises UserError if they are not its rows alone."""
+        own = attention_of(self._model)
+        try:
+            truth = self._truth()
+        except Exception as fault:
+            raise UserError(f"{self._kind} models cannot be run here: {_one_line(fault)}") from None
+        if self._looks_ahead(truth):
+            raise UserError(
+                f"{self._kind} models are not causal as they are loaded here: the hidden states of a prompt change "
+                "with what comes after it, so a response has no log-probability"
+            )
+        restore_attention(own)
+        notes: tuple[str, ...] = ()
+        if (why_not := self._padding_fault(truth)) is not None:
+            if not give_attention(self._model, "eager") or self._padding_fault(truth) is not None:
+                took_none = f"they take no trees either, because {why}" if why else "train.layout asks for them"
+                raise UserError(f"{why_not}; {took_none}. They are not trained here")
+            notes = (f"attention: eager, because {why_not}",)
+        with short_limits(self._model, below=max_length) as limits:
+            if limits and (why_not := self._short_padding_fault()) is not None:
+                raise UserError(
+                    f"{why_not}, past its {' and '.join(limits)}; set tokens.max_length to no more than that"
+                )
+        return Choice("padded", why, (), notes)
+
+    def _short_padding_fault(self) -> str | None:
+        state = attention_of(self._model)
+        try:
+            truth = self._truth()
+        except Exception:  # code that cannot do with a short window
+            return None
+        finally:
+            restore_attention(state)
+        return self._padding_fault(truth)
+
+    def _padding_fault(self, truth: "_States") -> str | None:
+        """What is wrong with padded rows under the attention that the model has now, or None."""
+        try:
+            error = _difference(self._states("padded"), truth)
+        except Exception as fault:
+            return f"{self._kind} models cannot compute padded rows: {_one_line(fault)}"
+        # In half precision the experts of single tokens may be others in rows of another length.
+        if error.largest <= 1e-3 if self._exact else error.mean <= 0.1:
+            return None
+        return (
+            f"{self._kind} models give padded rows other hidden states than each row alone (they differ by "
+            f"{error.largest:.2g} of their size)"
+        )
+
+    def _looks_ahead(self, truth: "_States") -> bool:
+        """Whether a prompt's states depend on the response that comes after it."""
+        first = {key: states for key, states in truth.items() if key[1] == -1}
+        error = _difference({(e, -1): truth[e, -2] for e, _ in first}, first)
+        return not (error.largest <= 1e-3 if self._exact else error.mean <= 0.1)
+
+    # --- hidden states -------------------------------------------------------------------------------------------
+
+    def _truth(self) -> "_States":
+        """Of each response after its prompt alone in a row, by eager attention where the model has it."""
+        give_attention(self._model, "eager")
+        states: _States = {}
+        for e, example in enumerate(self._examples):
+            for k, completion in enumerate(example.completions):
+                alone = Example(example.prompt, (completion,), None, example.row)
+                found = self._run(collate([alone], "padded", score_prompts=True))
+                states[e, k] = found[0, 0]
+                states[e, -1 - k] = found[0, -1]  # the prompt, before this response
+        return states
+
+    def _states(self, layout: Layout) -> "_States":
+        return self._run(collate(self._examples, layout, score_prompts=True))
+
+    @torch.no_grad()
+    def _run(self, batch: PreferenceBatch) -> "_States":
+        """The hidden states that predict each response's tokens (e, k), and those of each prompt (e, −1)."""
+        batch = batch.to(self._policy_device)
+        hidden = self._policy.hidden_states(batch)[batch.predictors].float()
+        states: _States = {}
+        for segment in range(len(batch.lengths)):
+            k, e = divmod(segment, batch.examples)
+            states[e, k if k < batch.completions else -1] = hidden[batch.segments == segment]
+        return states
+
+    @property
+    def _policy_device(self) -> torch.device:
+        return next(self._policy.backbone.parameters()).device
+
+
+_States = dict[tuple[int, int], Tensor]  # [tokens, H] of (example, response), or of (example, −1) its prompt
+
+
+def _examples(model: PreTrainedModel) -> list[Example]:
+    """Two prompts with two responses each, of tokens that have no meaning of their own to the model."""
+    config = model.config.get_text_config()
+    special = _token_ids(model.config) | _token_ids(config)
+    ordinary = [token for token in range(min(int(config.vocab_size), 50_000)) if token not in special]
+    drawn = (ordinary[(7919 * at + 13 * at * at) % len(ordinary)] for at in range(3, 10_000))
+
+    def ids(count: int) -> list[int]:
+        return [next(drawn) for _ in range(count)]
+
+    return [Example(ids(p), tuple(ids(c) for c in cs), None, Origin("a trial")) for p, cs in _SHAPES]
+
+
+def _token_ids(config: Any) -> set[int]:
+    """Ids that a config gives a meaning: padding, ends, places of images."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if re.search(r"token_ids?$|token_index$", name):
+            found |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
+    return found
+
+
+class _Error(NamedTuple):
+    """How far a token's hidden states are off, relative to their size."""
+
+    largest: float
+    mean: float
+
+
+_EXACT = _Error(0.0, 0.0)
+
+
+def _difference(states: _States, truth: _States) -> _Error:
+    errors = torch.cat([(s - truth[key]).norm(dim=-1) / truth[key].norm(dim=-1).clamp(min=1e-12)
+                        for key, s in states.items()])  # fmt: skip
+    errors = errors.nan_to_num(nan=torch.inf)
+    return _Error(float(errors.max()), float(errors.mean()))
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, UnknownArgument):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[list[str]]:
+    """Inside, windows and chunks that the trial's rows would not pass are a few tokens long, in configs and modules.
+
+    With `below`, only those of fewer tokens than that. Yields their names with the lengths that they have.
+    """
+    longest = max(prompt + max(responses) for prompt, responses in _SHAPES)
+    owners: dict[int, Any] = {id(config): config for config in (model.config, model.config.get_text_config())}
+    owners |= {id(m): m for name, m in model.named_modules() if not _TOWERS.search(name)}
+    before: list[tuple[dict[str, Any], str, int]] = []
+    for owner in owners.values():
+        for name, value in vars(owner).items():
+            if not _LIMITS.search(name) or isinstance(value, bool) or not isinstance(value, int):
+                continue
+            if value >= longest and (below is None or value < below):
+                before.append((vars(owner), name, value))
+    try:
+        for values, name, _ in before:
+            values[name] = _SHORT
+        yield list(dict.fromkeys(f"{name} of {value:,}" for _, name, value in before))
+    finally:
+        for values, name, value in before:
+            values[name] = value
