@@ -16,6 +16,7 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MixtralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -47,6 +48,17 @@ def model_config(kind: str) -> PretrainedConfig:
     configs = {
         "llama": lambda: LlamaConfig(**_SIZES),
         "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+        "llama-dynamic": lambda: LlamaConfig(
+            **_SIZES | {"max_position_embeddings": 30},
+            rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        ),
+        "phi3-longrope": lambda: Phi3Config(
+            **_SIZES, original_max_position_embeddings=30,
+            rope_parameters={
+                "rope_type": "longrope", "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
+            },
+        ),  # fmt: skip
         "llama-wide": lambda: LlamaConfig(**_WIDE),
         "qwen2": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
         "qwen3": lambda: Qwen3Config(**_SIZES),

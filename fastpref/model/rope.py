@@ -7,6 +7,8 @@ that length has them; rows within the length that the model was first trained on
 longer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -39,6 +41,23 @@ def depends_on_length(model: nn.Module) -> bool:
     return any(
         kind in _BY_LENGTH for kind_s in kinds for kind in (kind_s.values() if isinstance(kind_s, dict) else [kind_s])
     )
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """After the block a model's rotary embeddings are what they were: those that follow the length remember it."""
+    modules = [module for module in model.modules() if hasattr(module, "rope_type")]
+    before = [
+        (module, {name: b.clone() for name, b in module._buffers.items() if b is not None}, dict(vars(module)))
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for module, buffers, values in before:
+            vars(module).clear()
+            vars(module).update(values)
+            module._buffers.update(buffers)
 
 
 def _fix(module: Any, kind: str, layers: str | None, max_length: int) -> list[str]:

@@ -62,26 +62,35 @@ def choose_layout(
 
     Args:
         model: with its own attention, before adapters are put around its layers.
-        policy: that of the model.
+        policy: of the model.
         wanted: "auto" stands for trees.
         name: the registered attention that takes trees.
         max_length: tokens of the longest row; a window that no row passes is not asked of padded rows.
 
     Raises UserError for a model whose padded rows are not what its rows are alone.
     """
-    trial = _Trial(model, policy)
     if wanted == "padded":
-        return trial.padded(None, max_length)
+        return _Trial(model, policy).padded(None, max_length)
     layout: Layout = "tree" if wanted == "auto" else wanted
+    calls, why = give_layout(model, policy, layout, name=name)
+    return Choice(layout, None, calls) if why is None else _Trial(model, policy).padded(why, max_length)
+
+
+def give_layout(
+    model: PreTrainedModel, policy: Policy, layout: Layout = "tree", *, name: str = NAME
+) -> tuple[tuple[LayerCall, ...], str | None]:
+    """Give a model the registered attention `name` if trees, or packed rows, are right under it.
+
+    Returns what its layers ask of that attention, and the reason why the model keeps its own, or None.
+    """
     own = attention_of(model)
     if not give_attention(model, name):
-        return trial.padded(f"the attention of {model.config.model_type} models is their own code", max_length)
+        return (), f"the attention of {model.config.model_type} models is their own code"
     calls, why = probe_layers(model, policy.backbone, name)
-    why = why or trial.fault(layout, own)
-    if why is None:
-        return Choice(layout, None, tuple(calls))
-    restore_attention(own)
-    return trial.padded(why, max_length)
+    why = why or _Trial(model, policy).fault(layout, own)
+    if why is not None:
+        restore_attention(own)
+    return tuple(calls), why
 
 
 def layout_by_count(model: PreTrainedModel, policy: Policy, wanted: Layout | Literal["auto"]) -> Choice:

@@ -114,12 +114,12 @@ class _Forward:
         if plan.padded is None and not extra.keys() - {"output_router_logits"}:
             rows = read_rows(input_ids, mask, labels)
             if rows is not None and (plan.rotary or not any(row.first for row in rows)):
-                if later and scope.kept is not None:
+                if later and scope.kept is not None and not plan.by_length:  # other keys if the next rows are longer
                     before, states, kept = scope.kept
                     tokens = later_completions(before, rows, input_ids.shape[1], input_ids.device)
                     if tokens is not None:
                         scope.tally.computed(input_ids.numel(), tokens.input_ids.numel())
-                        return later_states(plan.backbone, states, kept, tokens, eager=plan.was == "eager")
+                        return later_states(plan.backbone, states, kept, tokens, eager=plan.was_eager)
                 packed = pack(rows, input_ids.shape[1], input_ids.device)
                 if scope.row_means and any(row.first for row in rows):
                     packed = None  # padding on the left is in the logged mean, and sees nothing
@@ -203,6 +203,6 @@ class _Forward:
             assert plan.backbone is not None
             scope.tally.computed(0, later.input_ids.numel())
             with scope.trainer.accelerator.autocast():
-                return later_states(plan.backbone, states, kept, later, eager=plan.was == "eager")
+                return later_states(plan.backbone, states, kept, later, eager=plan.was_eager)
 
         return with_padding

@@ -1,6 +1,5 @@
 """What can be done for a model: trees, its head alone, or nothing, and why."""
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
-from fastpref.model import attention as tree_attention
-from fastpref.model import flex_attention
+from fastpref.model import flex_attention, rope
+from fastpref.model.attention import AttentionState, attention_of, restore_attention
+from fastpref.model.body import body_of
 from fastpref.model.head import Head, check_logits
 from fastpref.model.lora import fuse_lora, unfuse_lora
+from fastpref.model.policy import Policy
+from fastpref.model.trial import give_layout
 from fastpref.patch import attention
 
 NOT_WANTED = "prefix_sharing=False"
@@ -29,13 +31,19 @@ class Plan:
     refused: str | None = None  # why TRL's own path is taken
     padded: str | None = None  # why rows stay as they are
     rotary: bool = False  # positions only matter relative to each other
-    was: Any = field(default=None, repr=False)  # the attention that the model had
+    by_length: bool = False  # and their angles depend on the longest position of a call
+    was: AttentionState | None = field(default=None, repr=False)  # the attention that the model had
+
+    @property
+    def was_eager(self) -> bool:
+        """Whether that was transformers' eager one."""
+        return self.was is not None and any(name == "eager" for _, name in self.was)
 
     def restore(self, model: PreTrainedModel) -> None:
         """Give the model its own attention and LoRA layers back."""
         unfuse_lora(model)
         if self.was is not None:
-            model.set_attn_implementation(self.was)
+            restore_attention(self.was)
 
 
 def bare(model: Any) -> Any:
@@ -51,16 +59,18 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
     why = _refusal(trainer, wrapped, model)
     if why is not None:
         return Plan(refused=why)
-    backbone = getattr(model, model.base_model_prefix)
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"]
     modes = {module: module.training for module in model.modules()}
     try:
-        with torch.random.fork_rng(devices=set(devices)):  # a trial run draws for its dropout
-            head = Head(model)
+        # A trial run draws for its dropout.
+        with torch.random.fork_rng(devices=set(devices)), rope.unchanged(model):
+            by_length = rope.depends_on_length(model)
+            rope.fix_rope(model, 0)  # the rows of a trial differ in length, those of a call have the angles of one
+            backbone, head = body_of(model), Head(model)
             head.weight_and_bias()
             model.eval()
             check_logits(model, backbone, head)
-            why, was = _give_trees(model, backbone) if sharing else (NOT_WANTED, None)
+            why, was = _give_trees(model, Policy(backbone, head)) if sharing else (NOT_WANTED, None)
     except UserError as error:
         return Plan(refused=str(error))
     finally:
@@ -69,7 +79,7 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
     fuse_lora(model)
     config = model.config.get_text_config()
     rotary = any(getattr(config, name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling"))
-    return Plan(backbone, head, padded=why, rotary=rotary, was=was)
+    return Plan(backbone, head, padded=why, rotary=rotary, by_length=by_length, was=was)
 
 
 def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
@@ -88,24 +98,17 @@ def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
         return "FSDP and DeepSpeed hold parts of a model on other devices"
     if getattr(trainer.args, "torch_compile", False):
         return "the model is compiled by torch.compile"
-    if getattr(model, "base_model_prefix", "") == "" or not hasattr(model, model.base_model_prefix):
-        return f"{config.model_type} models have no body apart from their head"
     return None
 
 
-def _give_trees(model: PreTrainedModel, backbone: nn.Module) -> tuple[str | None, Any]:
+def _give_trees(model: PreTrainedModel, policy: Policy) -> tuple[str | None, AttentionState | None]:
     """Exchange a model's attention: why it cannot be, or None, and the one it had."""
-    was = copy.deepcopy(model.config._attn_implementation)
-    try:
-        model.set_attn_implementation(attention.NAME)
-        calls, why = tree_attention.probe_layers(model, backbone, attention.NAME)
-    except ValueError as error:
-        calls, why = [], f"{model.config.model_type} models keep their attention: {error}"
-    if why is None and was == "sdpa" and any(call.softcap is not None for call in calls):
+    was, own = attention_of(model), model.config._attn_implementation
+    calls, why = give_layout(model, policy, name=attention.NAME)
+    if why is None and own == "sdpa" and any(call.softcap is not None for call in calls):
         why = "it was loaded with SDPA, which leaves out the softcap of its attention"
+        restore_attention(was)
     if why is not None:
-        if was is not None and model.config._attn_implementation != was:
-            model.set_attn_implementation(was)
         return why, None
     device = next(model.parameters()).device
     flex, _ = flex_attention.wants_flex("auto", device.type, "tree", None, calls)

@@ -269,7 +269,7 @@ def _prompts_first(scope: Scope, model: Any, batch: Any) -> None:
     """
     fused = scope.fused_output is not None
     plan = next((plan for known, plan in scope.plans if known is bare(model)), None)
-    if not fused or plan is None or plan.refused or plan.padded or batch.keys() - _KTO_BATCH:
+    if not fused or plan is None or plan.refused or plan.padded or plan.by_length or batch.keys() - _KTO_BATCH:
         return
     if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
         return
