@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     CohereConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -53,12 +56,15 @@ def model_config(kind: str) -> PretrainedConfig:
             rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
         ),
         "phi3-longrope": lambda: Phi3Config(
-            **_SIZES, original_max_position_embeddings=30,
+            **_SIZES,
+            original_max_position_embeddings=30,
             rope_parameters={
-                "rope_type": "longrope", "rope_theta": 10000.0,
-                "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [2.0, 3.0, 4.0, 5.0],
             },
-        ),  # fmt: skip
+        ),
         "llama-wide": lambda: LlamaConfig(**_WIDE),
         "qwen2": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
         "qwen3": lambda: Qwen3Config(**_SIZES),
@@ -77,6 +83,17 @@ def model_config(kind: str) -> PretrainedConfig:
         "qwen3-moe": lambda: Qwen3MoeConfig(
             **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.5
         ),
+        "falcon-h1": lambda: FalconH1Config(
+            **_SIZES,
+            mamba_d_ssm=64,
+            mamba_n_heads=8,
+            mamba_d_head=8,
+            mamba_n_groups=2,
+            mamba_d_state=8,
+            mamba_chunk_size=8,
+        ),
+        "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+        "hyperclovax": lambda: HyperCLOVAXConfig(**_SIZES, logits_scaling=0.25),
         "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128),
         "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2),
     }

@@ -1,0 +1,256 @@
+"""The numerical trial: a model gets trees only where its hidden states are then those of each row alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import config_for, examples, model_config, save_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from fastpref.data.batch import collate
+from fastpref.errors import UserError
+from fastpref.model import attention, flex_attention, trial
+from fastpref.model.load import Loaded, load_model
+from fastpref.model.policy import Policy
+
+CPU = torch.device("cpu")
+
+
+def logps_of_each_row(model: Any, rows: list[Any]) -> list[Tensor]:
+    """By plain transformers: the log-probabilities of each completion after its prompt, alone in a row."""
+    found = []
+    for k in range(2):
+        for row in rows:
+            ids = torch.tensor([row.prompt + row.completions[k]])
+            logps = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, :-1]
+            found.append(logps.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :, 0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "reason"),
+    [
+        ("llama", "tree", None),
+        ("gemma3", "tree", None),
+        ("hyperclovax", "tree", None),
+        ("falcon-h1", "padded", "would differ by"),
+        ("bloom", "padded", "their own code"),
+        ("mamba", "padded", "mamba"),
+    ],
+)
+def test_every_model_trains_on_its_own_numbers(kind: str, layout: str, reason: str | None, tmp_path: Path):
+    """In the layout that is chosen, log-probabilities and gradients are those of plain transformers, row by row."""
+    loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
+    assert loaded.layout == layout
+    assert (loaded.why_padded is None) if reason is None else (reason in str(loaded.why_padded))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32)
+    rows = examples(5)
+    expected = logps_of_each_row(plain, rows)
+    batch = collate(rows, loaded.layout)
+    logp = loaded.policy(batch).logp
+    parts = [logp[batch.segments == sequence] for sequence in range(10)]
+    for part, truth in zip(parts, expected, strict=True):
+        torch.testing.assert_close(part, truth, rtol=1e-5, atol=2e-5)
+    weighted: Callable[[list[Tensor]], Tensor] = lambda sums: sum(  # noqa: E731
+        (torch.linspace(-1, 1, len(part)) * part).sum() for part in sums
+    )  # fmt: skip
+    weighted(parts).backward()
+    weighted(expected).backward()
+    truth = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    scale = max(float(grad.abs().max()) for grad in truth.values())
+    ours = {name: p.grad for name, p in loaded.model.named_parameters()}
+    for name, grad in truth.items():
+        torch.testing.assert_close(ours[name], grad, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba"])
+def test_padded_rows_have_the_models_own_attention(kind: str, tmp_path: Path):
+    """A model that takes no trees keeps its attention and masks: our name is nowhere in its configs."""
+    loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
+    names = {name for _, name in attention.attention_of(loaded.model)}
+    assert names <= {"eager", "sdpa"}
+
+
+def test_padded_rows_that_are_asked_for_have_the_models_own_attention_too(tmp_path: Path):
+    loaded = load_model(config_for(save_model("llama", tmp_path), "train.layout=padded"), CPU)
+    assert loaded.layout == "padded"
+    assert not attention.has_attention(loaded.model, attention.NAME)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss", "qwen3-moe", "cohere"])
+def test_rounding_is_no_fault(kind: str, dtype: str, tmp_path: Path):
+    """In half precision a model that is right in trees takes them."""
+    loaded = load_model(config_for(save_model(kind, tmp_path), f"model.dtype={dtype}"), CPU)
+    assert (loaded.layout, loaded.why_padded) == ("tree", None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_leak_is_a_fault_in_half_precision_too(dtype: str, tmp_path: Path):
+    loaded = load_model(config_for(save_model("falcon-h1", tmp_path), f"model.dtype={dtype}"), CPU)
+    assert loaded.layout == "padded"
+
+
+class MixesNeighbours(nn.Module):
+    """A layer's MLP that also looks at the token before it, as convolutions and token shifts do."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x) + 0.3 * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def planted(kind: str, tmp_path: Path, plant: Callable[[Any], None]) -> tuple[Any, Policy]:
+    model = AutoModelForCausalLM.from_pretrained(save_model(kind, tmp_path), dtype=torch.float32).eval()
+    plant(model)
+    return model, Policy.of(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["tree", "packed"])
+def test_a_module_that_looks_at_its_neighbours_is_seen(layout: Any, dtype: torch.dtype, tmp_path: Path):
+    """Every layer's attention takes the layout, and the result is wrong: padded rows, with the reason."""
+
+    def plant(model: Any) -> None:
+        model.to(dtype)
+        model.model.layers[0].mlp = MixesNeighbours(model.model.layers[0].mlp)
+
+    model, policy = planted("llama", tmp_path, plant)
+    assert trial.layout_by_count(model, policy, layout).layout == layout
+    assert attention.give_attention(model, "sdpa")
+    choice = trial.choose_layout(model, policy, layout)
+    assert choice.layout == "padded"
+    assert "hidden states" in str(choice.why_padded)
+    assert attention.has_attention(model, "sdpa")
+
+
+def test_windows_longer_than_the_trial_are_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An attention that forgets windows of 4,096 tokens is found by rows of forty."""
+    config = model_config("mistral")
+    config.sliding_window = 4096
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert trial.choose_layout(model, Policy.of(model), "auto").layout == "tree"
+    assert model.config.sliding_window == 4096
+
+    real = attention.CausalAttention
+
+    def forgetful(dropout: Any, scaling: Any, window: Any, softcap: Any, sinks: Any) -> Any:
+        return real(dropout, scaling, None, softcap, sinks)
+
+    monkeypatch.setattr(attention, "CausalAttention", forgetful)
+    assert attention.give_attention(model, "sdpa")
+    choice = trial.choose_layout(model, Policy.of(model), "auto")
+    assert choice.layout == "padded"
+    assert "past its sliding_window of 4,096" in str(choice.why_padded)
+
+
+def test_a_model_that_sees_the_future_is_refused(tmp_path: Path):
+    """Rows whose prompt changes with the response after it have no log-probabilities: an error, not numbers."""
+
+    class LooksAhead(nn.Module):
+        def __init__(self, mlp: nn.Module):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(x) + 0.3 * torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+    def plant(model: Any) -> None:
+        model.model.layers[0].mlp = LooksAhead(model.model.layers[0].mlp)
+
+    model, policy = planted("llama", tmp_path, plant)
+    for layout in ("padded", "auto"):
+        with pytest.raises(UserError, match="not causal"):
+            trial.choose_layout(model, policy, layout)  # pyright: ignore[reportArgumentType]
+
+
+def test_padded_rows_that_are_wrong_are_refused(tmp_path: Path):
+    """Where neither trees nor padded rows are the rows alone, the model is refused by name."""
+
+    class LooksAtTheRow(nn.Module):
+        """Divides by the row's length, as statistics over a row do."""
+
+        def __init__(self, mlp: nn.Module):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(x) * (x.shape[0] + 1)
+
+    def plant(model: Any) -> None:
+        model.model.layers[0].mlp = LooksAtTheRow(model.model.layers[0].mlp)
+        model.model.layers[1].mlp = MixesNeighbours(model.model.layers[1].mlp)
+
+    model, policy = planted("llama", tmp_path, plant)
+    with pytest.raises(UserError, match=r"llama models give padded rows other hidden states.*not trained here"):
+        trial.choose_layout(model, policy, "auto")
+
+
+@pytest.mark.parametrize("attend", [attention.tree_attention, flex_attention.flex_tree_attention])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"block_indices": torch.zeros(1)}, "block_indices"),
+        ({"is_causal": False}, "not causal"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "mask of its own"),
+    ],
+)
+def test_no_argument_is_swallowed(attend: Any, options: dict[str, Any], message: str):
+    """What a layer asks of its attention and trees do not compute is an error; None and flags that are off are not."""
+    tree = collate(examples(1), "tree").tree
+    assert tree is not None
+    length = sum(tree.trees[0].completions) + tree.trees[0].prompt
+    states = [torch.randn(1, 2, length, 16) for _ in range(3)]
+    given = {"attention_mask": None, "tree": tree, "position_bias": None, "use_cache": False, "is_causal": True}
+    attend(nn.Identity(), *states, **given)
+    with pytest.raises(attention.UnknownArgument, match=message):
+        attend(nn.Identity(), *states, **{**given, **options})
+
+
+def test_layers_that_hand_nothing_down_are_told_apart(tmp_path: Path):
+    """The reason is the true one: no message about the sizes of tensors."""
+    empty = torch.empty((1, 1, 0, 0), dtype=torch.bool)
+    with pytest.raises(attention.UnknownArgument, match="do not hand the layout down"):
+        attention.tree_attention(nn.Identity(), *[torch.randn(1, 2, 4, 8)] * 3, attention_mask=empty)
+
+
+def test_the_trial_leaves_no_trace(tmp_path: Path):
+    """Mode, gradients, weights and config of a model are after its trial what they were."""
+    model, policy = planted("gemma2", tmp_path, lambda model: None)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    config = model.config.to_dict()
+    trial.choose_layout(model, policy, "auto")
+    assert model.config.to_dict() == config
+    assert not model.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_a_models_own_code_makes_the_logits_that_are_not_known(tmp_path: Path):
+    """HyperCLOVAX multiplies its logits by what others divide by: its own code is asked, and it is said."""
+    loaded: Loaded = load_model(
+        config_for(save_model("hyperclovax", tmp_path), 'lora={rank=2, target=["lm_head"]}'), CPU
+    )
+    assert any(note.startswith("logits: by the model's own code") for note in loaded.notes)
+    rows = examples(3)
+    names = ("entropy", "mean_logit", "log_sum_sq_probs", "is_top1")
+    batch = collate(rows, "tree")
+    tokens = loaded.policy(batch, names).tokens
+    hidden = loaded.policy.hidden_states(batch)[batch.predictors]
+    logits = loaded.policy.head.logits(hidden)
+    assert tokens.entropy is not None
+    torch.testing.assert_close(tokens.entropy, torch.distributions.Categorical(logits=logits).entropy())
+    tokens.logp.sum().backward()
+    trained = [p for p in loaded.policy.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None for p in trained)
