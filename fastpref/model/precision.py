@@ -1,0 +1,60 @@
+"""A model in float32 for as long as it is compared with itself."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[bool]:
+    """Inside, a model of half precision computes in float32, if memory suffices. Yields whether it does.
+
+    Weights of half precision are float32 numbers, so they are afterwards what they were, bit for bit. Weights in 4 bits
+    stay so and are read as float32; those in 8 bits compute in 8 bits whatever else is float32.
+    """
+    tensors = _half(model)
+    extra = sum(tensor.numel() * 2 for tensor, _ in tensors)
+    if any(isinstance(module, Linear8bitLt) for module in model.modules()) or extra > _free(model):
+        yield False
+        return
+    four_bits: list[tuple[Any, torch.dtype]] = [
+        (m, m.compute_dtype) for m in model.modules() if isinstance(m, Linear4bit)
+    ]
+    states: list[tuple[Any, torch.dtype]] = [
+        (m.weight.quant_state, m.weight.quant_state.dtype)
+        for m, _ in four_bits
+        if getattr(m.weight, "quant_state", None) is not None
+    ]
+    try:
+        for tensor, _ in tensors:
+            tensor.data = tensor.data.float()
+        for module, _ in four_bits:
+            module.compute_dtype = torch.float32
+        for state, _ in states:
+            state.dtype = torch.float32
+        yield True
+    finally:
+        for tensor, dtype in tensors:
+            tensor.data = tensor.data.to(dtype)
+        for module, dtype in four_bits:
+            module.compute_dtype = dtype
+        for state, dtype in states:
+            state.dtype = dtype
+
+
+def _half(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
+    """A model's tensors of half precision, each once, with their dtypes."""
+    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return [(t, t.dtype) for t in tensors.values() if t.dtype in (torch.float16, torch.bfloat16)]
+
+
+def _free(model: nn.Module) -> int:
+    """Bytes that are free where a model lies, less a tenth."""
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(0.9 * free)
