@@ -3,6 +3,7 @@
 `load_config` is the way in. Nothing here imports torch.
 """
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import (
     Tag,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -66,7 +68,10 @@ class LoraConfig(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapters."""
     target: Literal["all-linear"] | Names = "all-linear"
-    """Which modules get an adapter: every linear one but the head, or names (lm_head may be among them)."""
+    """Which modules get an adapter: the language model's linear layers without the head and routers, or names
+    (lm_head may be among them) and patterns, regular expressions that match the whole name of a module."""
+    exclude: Names = ()
+    """Names and patterns of modules that get none, nor anything in them."""
     modules_to_save: Names = ()
     """Modules trained in full beside the adapters."""
     rslora: bool = False
@@ -74,11 +79,31 @@ class LoraConfig(_Section):
     dora: bool = False
     """Weight-decomposed adapters, arXiv 2402.09353."""
 
+    @field_validator("target", "exclude", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) and is_pattern(value) and value != "all-linear" else value
+
+    @field_validator("target", "exclude")
+    @classmethod
+    def _patterns_compile(cls, value: Any) -> Any:
+        for entry in () if isinstance(value, str) else value:
+            try:
+                re.compile(entry if is_pattern(entry) else "")
+            except re.error as error:
+                raise ValueError(f"{entry!r} is no regular expression: {error}") from None
+        return value
+
     @model_validator(mode="after")
     def _plain_on_head(self) -> "LoraConfig":
         if self.dora and "lm_head" in self.target:
             raise ValueError("dora: not on the head; leave lm_head out of target, or set dora = false")
         return self
+
+
+def is_pattern(entry: str) -> bool:
+    """Whether an entry of `lora.target` or `lora.exclude` is a regular expression, not a module's name."""
+    return re.fullmatch(r"[\w.-]+", entry) is None
 
 
 def _known_format(value: Any) -> Any:

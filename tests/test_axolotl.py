@@ -81,6 +81,10 @@ TABLE: dict[str, dict[str, Any]] = {
     },
     "{adapter: lora, lora_target_linear: true}": {"lora.target": "all-linear"},
     "{adapter: lora, lora_target_modules: [q_proj, lm_head]}": {"lora.target": ["q_proj", "lm_head"]},
+    "{adapter: lora, lora_target_modules: q_proj}": {"lora.target": ["q_proj"]},
+    r"{adapter: lora, lora_target_modules: 'model.layers.[\d]+.(mlp|self_attn).(up|q)_proj'}": {
+        "lora.target": r"model.layers.[\d]+.(mlp|self_attn).(up|q)_proj"
+    },
     "{adapter: lora, lora_modules_to_save: [embed_tokens]}": {"lora.modules_to_save": ["embed_tokens"]},
     "{adapter: lora, peft_use_dora: true, peft_use_rslora: true}": {"lora.dora": True, "lora.rslora": True},
     "rl: ipo": {"loss.type": "ipo"},

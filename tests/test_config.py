@@ -157,6 +157,13 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
             "(did you mean 'all-linear'?)"
         ],
     ),
+    "a pattern that is none": (
+        '[lora]\ntarget = "(q|v_proj"\nexclude = ["vision", "[a"]\n',
+        [
+            "6: lora.target: '(q|v_proj' is no regular expression: missing ), unterminated subpattern at position 0",
+            "7: lora.exclude: '[a' is no regular expression: unterminated character set at position 0",
+        ],
+    ),
     "an entry of an array": ('[lora]\ntarget = ["q", 3]\n', ["6: lora.target[1]: must be a valid string, got 3"]),
     "an unknown loss": (
         '[loss]\ntype = "kot"\n',
@@ -411,6 +418,8 @@ OVERRIDES: dict[str, Any] = {  # override: what the dotted key then holds
     "model.name='two words = one'": "two words = one",
     'model.name="\\u00e9"': "é",
     'lora.target=["k", "v"]': ("k", "v"),
+    "lora.target='.*layers.1.*(q|k)_proj'": (".*layers.1.*(q|k)_proj",),
+    "lora.exclude='.*vision.*'": (".*vision.*",),
     "lora.target=all-linear": "all-linear",
     "loss.type=kto": "kto",
     "output.dir=~/runs/a": "~/runs/a",
@@ -590,7 +599,7 @@ CONFIG = st.fixed_dictionaries(
     {"model": st.fixed_dictionaries({"name": TEXT}), "data": st.lists(DATA, min_size=1, max_size=3)},
     optional={
         "lora": st.fixed_dictionaries(
-            {}, optional={"target": st.lists(TEXT, max_size=3), "rslora": st.booleans(), "alpha": NUMBER}
+            {}, optional={"target": st.lists(TEXT.map(re.escape), max_size=3), "rslora": st.booleans(), "alpha": NUMBER}
         ),
         "loss": LOSS,
         "eval": st.fixed_dictionaries({"data": st.lists(DATA, min_size=1, max_size=2), "every": st.integers(1, 9)})
@@ -638,6 +647,7 @@ SURFACE = {
     "lora.alpha": 32.0,
     "lora.dropout": 0.0,
     "lora.target": "all-linear",
+    "lora.exclude": (),
     "lora.modules_to_save": (),
     "lora.rslora": False,
     "lora.dora": False,

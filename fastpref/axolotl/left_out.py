@@ -53,7 +53,7 @@ _BY_REASON: dict[str, str] = {
         peft_autocast_adapter_dtype lora_on_cpu relora relora_prune_ratio relora_prune_method relora_cpu_offload
         relora_steps relora_warmup_steps relora_anneal_steps jagged_restart_steps jagged_restart_warmup_steps
         jagged_restart_anneal_steps lisa_n_layers lisa_step_interval lisa_layers_attribute""",
-    "adapters are saved apart; merge them with PEFT's merge_and_unload": "merge_lora merge_method",
+    "adapters are saved apart; merge them with `fastpref merge`": "merge_lora merge_method",
     "the whole model or adapters are trained, and nothing between": """
         unfrozen_parameters freeze_mm_modules reinit_weights""",
     "one learning rate for all, falling to zero": """

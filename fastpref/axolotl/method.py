@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastpref.axolotl.source import Axolotl, Left, Made, Setting, dotted, shown
+from fastpref.config import is_pattern
 
 
 def quantization(config: Axolotl) -> Made:
@@ -76,8 +77,9 @@ def targets(config: Axolotl) -> Made:
             yield Left(
                 "lora_target_modules", 'lora.target = "all-linear" already takes every linear module but the head'
             )
-    elif modules:
-        yield Setting(("lora", "target"), modules, ("lora_target_modules",))
+    elif modules:  # a text is a regular expression, as for PEFT, or one name
+        one = isinstance(modules, str) and modules != "all-linear" and not is_pattern(modules)
+        yield Setting(("lora", "target"), [modules] if one else modules, ("lora_target_modules",))
 
 
 def beta(config: Axolotl) -> Made:

@@ -68,7 +68,8 @@ RULES = (
             "lora.target",
         ),
         method.lora,
-        "the table where there is an `adapter`; `lora_target_linear` is all-linear, and goes before modules",
+        "the table where there is an `adapter`; `lora_target_linear` is all-linear, and goes before modules, which may "
+        "be names or a regular expression",
     ),
     Rule(("rl",), ("loss.type",), method.always, "the same; dpo, ipo, kto, orpo, simpo"),
     Rule(

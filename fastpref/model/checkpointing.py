@@ -21,9 +21,11 @@ Saving = Callable[[], AbstractContextManager[Any]]  # decides where what a check
 def checkpoint_layers(model: PreTrainedModel, count: int | None = None, *, saving: Saving | None = None) -> int:
     """Checkpoint the first `count` decoder layers of a model that has none checkpointed, or all. How many those are.
 
-    A model whose layers are not of transformers' kind is all or nothing, and counts as one layer. Raises ValueError
-    for one that cannot be checkpointed.
+    A model whose layers are not of transformers' kind is all or nothing, and counts as one layer. One that cannot be
+    checkpointed stays as it is: 0.
     """
+    if not can_be_checkpointed(model):
+        return 0
     layers = decoder_layers(model)
     count = max(1, len(layers)) if count is None else count
     if not count:
@@ -56,6 +58,11 @@ def in_host_memory(device: torch.device) -> Saving:
 
 def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def can_be_checkpointed(model: PreTrainedModel) -> bool:
+    """Whether transformers' code of this model knows gradient checkpointing."""
+    return bool(getattr(model, "supports_gradient_checkpointing", False))
 
 
 def all_checkpointed(model: PreTrainedModel) -> bool:

@@ -1,14 +1,31 @@
-"""Why a model cannot be loaded, by the file that is missing or damaged."""
+"""Why a model cannot be loaded, by the file that is missing or damaged, or by what a folder holds instead."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import safe_open
+from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpref.config import ModelConfig
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_OTHER_FRAMEWORKS = {"*.gguf": "GGUF (llama.cpp)", "*.onnx": "ONNX", "*.msgpack": "Flax", "*.h5": "TensorFlow"}
+_KINDS = {  # of models that are no causal language models, by transformers' tables of classes
+    "IMAGE_TEXT_TO_TEXT": "a vision-language model",
+    "SEQ_TO_SEQ_CAUSAL_LM": "an encoder-decoder",
+    "SPEECH_SEQ_2_SEQ": "a speech model",
+    "MULTIMODAL_LM": "a multimodal model",
+    "MASKED_LM": "an encoder (a masked language model)",
+    "TEXT_ENCODING": "an encoder",
+    "IMAGE_CLASSIFICATION": "an image model",
+    "CTC": "a speech model",
+}
 
 
 def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = False) -> str:
@@ -23,6 +40,33 @@ def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = F
     return fault or " ".join(str(error).split())[:400] or type(error).__name__
 
 
+def adapter_instead(options: ModelConfig) -> str | None:
+    """What to do about a folder that holds an adapter, which transformers would put on its base without a word."""
+    folder = Path(options.name).expanduser()
+    file = folder / "adapter_config.json"
+    return _adapter(options.name, file, folder) if file.is_file() else None
+
+
+def no_causal_model(config: PretrainedConfig) -> str | None:
+    """What a model is if it is no causal language model that transformers or its own code knows."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        return f"{kind} is an encoder-decoder; a causal language model is needed"
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return None
+    names = {table: getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {}) for table in _KINDS}
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        looks_both_ways = not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+        if kind in names["MASKED_LM"] and looks_both_ways:
+            return f"{kind} is {_KINDS['MASKED_LM']}, where tokens see later ones; a causal language model is needed"
+        return None
+    what = next((words for table, words in _KINDS.items() if kind in names[table]), "no causal language model")
+    advice = "a causal language model is needed"
+    if what == _KINDS["IMAGE_TEXT_TO_TEXT"]:
+        advice = "it is not trained here; name a text model, or the language model of it saved by itself"
+    return f"{kind} is {what}: {advice}"
+
+
 def _in_folder(folder: Path, tokenizer: bool) -> str | None:
     for path in sorted(folder.glob("*.json")):
         try:
@@ -31,10 +75,15 @@ def _in_folder(folder: Path, tokenizer: bool) -> str | None:
             return f"{path.name} is damaged: {error}"
     if tokenizer:
         if not any((folder / name).exists() for name in _TOKENIZERS):
-            return f"tokenizer.json is missing in {folder}"
+            return next(_instead(folder), f"tokenizer.json is missing in {folder}")
         return None
     if not (folder / "config.json").exists():
-        return f"config.json is missing in {folder}"
+        return next(_instead(folder), f"config.json is missing in {folder}")
+    content = json.loads((folder / "config.json").read_bytes())
+    if not isinstance(content, dict) or "model_type" not in content:
+        return next(
+            _instead(folder), f"config.json in {folder} has no model_type, so it is none of transformers' models"
+        )
     index = folder / "model.safetensors.index.json"
     wanted = sorted(set(json.loads(index.read_bytes()).get("weight_map", {}).values())) if index.exists() else []
     for name in wanted:
@@ -46,11 +95,87 @@ def _in_folder(folder: Path, tokenizer: bool) -> str | None:
                 pass
         except Exception as error:  # safetensors has its own kind
             return f"{path.name} is damaged or was not downloaded to its end: {error}"
-    return None
+    return None if wanted or (folder / "model.safetensors").exists() else next(_instead(folder), _no_weights(folder))
+
+
+def _instead(folder: Path) -> Iterator[str]:
+    """What a folder without a causal language model holds, and what to do."""
+    name = str(folder)
+    if (folder / "adapter_config.json").is_file():
+        yield _adapter(name, folder / "adapter_config.json", folder)
+    if (folder / "final").is_dir() or (folder / "checkpoints").is_dir():
+        final = folder / "final"
+        if (final / "adapter_config.json").is_file():
+            yield f"it is the folder of a run, whose result is an adapter; {_merge_first(name)}"
+        if final.is_dir():
+            yield f"it is the folder of a run; its result is {final}"
+        yield "it is the folder of a run that has no final/ yet: name a model, or go on with `fastpref train --resume`"
+    if (folder / "model_index.json").is_file():
+        yield "it is a diffusion pipeline (model_index.json); a causal language model is needed"
+    if any((folder / file).is_file() for file in ("modules.json", "config_sentence_transformers.json")):
+        yield "it is a sentence-transformers model, which makes embeddings; a causal language model is needed"
+    if (folder / "params.json").is_file():
+        yield (
+            "it is a model in its maker's own format (params.json); take the version for transformers, with "
+            "config.json and model.safetensors"
+        )
+    if not (folder / "config.json").is_file():
+        yield from _other_weights(folder)
+
+
+def _no_weights(folder: Path) -> str:
+    if any(folder.glob("*.safetensors")):
+        present = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
+        return f"model.safetensors is missing in {folder}, and no model.safetensors.index.json names {present}"
+    return next(_other_weights(folder), f"model.safetensors is missing in {folder}: it has no weights")
+
+
+def _other_weights(folder: Path) -> Iterator[str]:
+    if any(folder.glob("*.safetensors")):
+        return
+    for pattern, kind in _OTHER_FRAMEWORKS.items():
+        for path in sorted(folder.glob(pattern))[:1]:
+            yield f"its weights are {kind} files ({path.name}); take the original model, with model.safetensors"
+    for pattern in _PICKLES:
+        for path in sorted(folder.glob(pattern))[:1]:
+            yield (
+                f"its weights are pickled ({path.name}), and a pickle can run code when it is read; only safetensors "
+                "are read: if you trust it, load it with transformers' AutoModelForCausalLM.from_pretrained, call "
+                "save_pretrained, and name that folder"
+            )
+
+
+def _adapter(name: str, file: Path, folder: Path | None = None) -> str:
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+    except ValueError as error:
+        return f"{file.name} is damaged: {error}"
+    rank = f", rank {content['r']}" if isinstance(content.get("r"), int) else ""
+    what = f"an adapter ({content.get('peft_type', 'PEFT')}{rank}) of {content.get('base_model_name_or_path')}"
+    if folder is not None and any(folder.glob("model*.safetensors")):
+        return (
+            f"it holds {what} beside a model, and which of them is meant cannot be told: move adapter_config.json and "
+            "adapter_model.safetensors to a folder of their own"
+        )
+    return f"it is {what}, not a model; {_merge_first(name)}"
+
+
+def _merge_first(name: str) -> str:
+    merged = f"{name.rstrip('/').rpartition('/')[2] or 'model'}-merged"
+    return (
+        f"merge it first and name the result:\n  fastpref merge {name} --output {merged}\n"
+        "(`fastpref eval` and `fastpref chat` take the adapter as it is)"
+    )
 
 
 def _on_hub(options: ModelConfig, tokenizer: bool) -> str | None:
-    """A first file that is not in the cache, where the hub may not be asked."""
+    """That it is an adapter; or a first file that is not in the cache, where the hub may not be asked."""
+    try:
+        adapter = None if tokenizer else find_adapter_config_file(options.name, revision=options.revision)
+    except Exception:  # no such repository, no network: the first error says so
+        adapter = None
+    if adapter is not None:
+        return _adapter(options.name, Path(adapter))
     if not constants.HF_HUB_OFFLINE or "/" not in options.name:
         return None
     for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ("config.json", "model.safetensors"):

@@ -21,14 +21,17 @@ from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout
 from fastpref.errors import UserError
 from fastpref.model import flex_attention, liger
+from fastpref.model.adapters import adapter_notes, load_adapter
+from fastpref.model.adapters import with_adapters as with_adapters
 from fastpref.model.body import body_of
-from fastpref.model.files import explained
+from fastpref.model.failure import is_out_of_memory, told_of_model
+from fastpref.model.files import adapter_instead, explained, no_causal_model
 from fastpref.model.head import OwnLogits, find_head
-from fastpref.model.lora import fuse_lora
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
 from fastpref.model.trial import Choice, choose_layout
+from fastpref.model.weights import from_files, loading_note
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@told_of_model("its code fails while it is loaded and tried")
 def load_model(
     config: Config,
     device: torch.device,
@@ -82,7 +86,8 @@ def load_model(
     model = pretrained(config.model, architecture, weight_dtype(config, device), place)
     if getattr(model, "is_quantized", False) and config.lora is None and not trained:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
-    notes = list(fix_rope(model, config.tokens.max_length))
+    notes = [note for note in (loading_note(model),) if note is not None]
+    notes += fix_rope(model, config.tokens.max_length)
     head, note = find_head(model, body_of(model))
     policy = Policy(body_of(model), head)
     if sharded and isinstance(head, OwnLogits):
@@ -94,7 +99,9 @@ def load_model(
         must = config.model.liger is True
         kernels, said = liger.give_kernels(model, policy.backbone, must=must, trial=trial)
         notes += said
+    notes += [] if trained else adapter_notes(config, model)
     wrapped = _trained(model, adapter) if trained else with_adapters(config, model)
+    notes += [note for note in (loading_note(wrapped),) if note is not None and wrapped is not model]
     policy = policy.like(model)  # PEFT may have wrapped the head
     return Loaded(model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels)
 
@@ -124,14 +131,16 @@ def _precision(config: Config, device: torch.device) -> AbstractContextManager[A
 
 def model_config(options: ModelConfig) -> PretrainedConfig:
     """The config.json of a causal language model. Raises UserError where there is none."""
+    instead = adapter_instead(options)
+    if instead is not None:
+        raise UserError(f"model.name = {options.name!r}: {instead}")
     try:
         config = AutoConfig.from_pretrained(options.name, **_where(options))
     except Exception as error:  # transformers and the hub raise many kinds
         raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"model.name = {options.name!r}: {config.model_type} is an encoder-decoder; a causal model is needed"
-        )
+    other = no_causal_model(config)
+    if other is not None:
+        raise UserError(f"model.name = {options.name!r}: {other}")
     return config
 
 
@@ -148,9 +157,17 @@ def pretrained(
         quantization = quantization_config(options.quantization, dtype)
         if quantization is not None:
             load["quantization_config"] = quantization
-        model = AutoModelForCausalLM.from_pretrained(options.name, config=architecture, **load)
-    except Exception as error:  # missing weights, an unknown architecture, no memory: all end here
-        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {explained(options, error)}") from None
+        load["config"] = architecture
+        model = from_files(partial(AutoModelForCausalLM.from_pretrained, options.name, **load))
+    except UserError as error:  # the weights are not the model's
+        raise UserError(f"model.name = {options.name!r}: {error}") from None
+    except Exception as error:  # missing weights, an unknown architecture: all end here
+        if is_out_of_memory(error):
+            raise
+        message = explained(options, error)
+        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {message}") from None
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(f"model.name = {options.name!r}: it is an adapter, not a model; merge it first")
     keep_weights_as_loaded(model)
     model.config.use_cache = False
     return model.eval()
@@ -171,39 +188,5 @@ def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.
     return [f"attention: SDPA, a call a completion: {why}"] if why is not None else []
 
 
-def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | peft.PeftModel:
-    """Fresh adapters in the model's modules, if the config has a [lora] table. Raises UserError for unknown modules."""
-    options = config.lora
-    if options is None:
-        return model
-    settings = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=options.dropout,
-        target_modules=options.target if isinstance(options.target, str) else list(options.target),
-        modules_to_save=list(options.modules_to_save) or None,
-        use_rslora=options.rslora,
-        use_dora=options.dora,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        wrapped = peft.get_peft_model(model, settings)
-    except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError(f"lora.target: {_cause(error)} This model's linear modules are {', '.join(names)}.") from None
-    assert isinstance(wrapped, peft.PeftModel)
-    fuse_lora(wrapped)
-    return wrapped
-
-
 def _trained(model: PreTrainedModel, adapter: str | Path | None) -> PreTrainedModel | peft.PeftModel:
-    if adapter is None:
-        return model
-    try:
-        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
-    except Exception as error:  # missing or damaged files, another model's shapes: PEFT raises many kinds
-        raise UserError(f"{adapter}: this adapter cannot be put on {model.name_or_path}: {_cause(error)}") from None
-
-
-def _cause(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return model if adapter is None else load_adapter(model, adapter)

@@ -4,7 +4,13 @@ import torch
 
 from fastpref.config import Config
 from fastpref.errors import UserError
-from fastpref.model.checkpointing import checkpoint_layers, decoder_layers, in_host_memory, layers_needed
+from fastpref.model.checkpointing import (
+    can_be_checkpointed,
+    checkpoint_layers,
+    decoder_layers,
+    in_host_memory,
+    layers_needed,
+)
 from fastpref.model.load import Loaded
 from fastpref.train.step_memory import count_step
 
@@ -16,12 +22,19 @@ def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device,
     """Checkpoint the model's layers as `train.checkpointing` and `train.offload_activations` say. What to tell of it.
 
     What a model that will be `sharded` takes of a device is not counted: then "auto" is all of its layers. Raises
-    UserError where activations lie in host memory anyway.
+    UserError where activations lie in host memory anyway, and for a model that cannot be checkpointed if it shall be.
     """
     offload = config.train.offload_activations
     config = as_loaded(config, loaded)
     if offload and device.type == "cpu":
         raise UserError("train.offload_activations: on a CPU activations are in host memory already; leave the key out")
+    if not can_be_checkpointed(loaded.model):
+        kind = f"{loaded.model.config.model_type} models have no gradient checkpointing"
+        if config.train.checkpointing is True:
+            raise UserError(f"train.checkpointing: {kind} in transformers; leave the key out, or set it to false")
+        if offload:
+            raise UserError(f"train.offload_activations: {kind} in transformers; leave the key out")
+        return [f"activations of all layers are kept: {kind}"] if device.type != "cpu" else []
     layers = max(1, len(decoder_layers(loaded.model)))
     count, why = (layers, "") if sharded and config.train.checkpointing == "auto" else _choose(config, layers, device)
     checkpoint_layers(loaded.model, count, saving=in_host_memory(device) if offload else None)

@@ -15,7 +15,8 @@ from fastpref.config import Config
 from fastpref.data.batch import plan_microbatches
 from fastpref.data.example import Example
 from fastpref.errors import UserError
-from fastpref.model.checkpointing import all_checkpointed
+from fastpref.model.checkpointing import all_checkpointed, can_be_checkpointed
+from fastpref.model.failure import is_out_of_memory as is_out_of_memory
 from fastpref.model.load import Loaded
 from fastpref.model.reference import ModelReference
 from fastpref.train.step import Objective
@@ -85,16 +86,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Torch raises its own error on a GPU, and on a CPU a RuntimeError that only its words tell from others."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        said in words for said in ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
-    )
-
-
 @dataclass(frozen=True)
 class Held:
     """Bytes of what a run holds all the time, and what it computes at once."""
@@ -107,7 +98,7 @@ class Held:
     tokens: int  # of the largest micro-batch
     longest: int  # tokens of the longest example, which cannot be cut further
     device: int | None  # all that there is
-    checkpointing: bool  # whether the activations of all layers are computed twice
+    checkpointing: bool  # whether the activations of all layers that can be are computed twice
     microbatch: tuple[Example, ...] = ()  # the largest one
     on_cpu: bool = False
     sharded: bool = False  # by FSDP
@@ -153,7 +144,7 @@ def held(
         tokens=_tokens(largest),
         longest=max((_tokens([example]) for example in examples), default=0),
         device=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _host_memory(),
-        checkpointing=all_checkpointed(loaded.model),
+        checkpointing=all_checkpointed(loaded.model) or not can_be_checkpointed(loaded.model),
         microbatch=tuple(largest),
         on_cpu=device.type == "cpu",
         sharded=objective.processes.sharded,

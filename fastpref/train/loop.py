@@ -21,6 +21,7 @@ from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
+from fastpref.model.failure import in_others_code
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
@@ -116,9 +117,16 @@ def _prepare(
         loaded = load_model(config, accelerator.device, sharded=processes.sharded)
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run = _Run(config, folder, accelerator, processes, tokenizer, loaded, data, resumed)
-    except (RuntimeError, MemoryError) as error:
+    except UserError:
+        raise
+    except Exception as error:
         if not faults.is_out_of_memory(error):
-            raise
+            failure = in_others_code(error)
+            if failure is None:
+                raise
+            raise UserError(
+                f"model.name = {config.model.name!r}: its code fails before the first step: {failure}"
+            ) from error
         smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
         raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
     for note in [*(resumed.notes if resumed else ()), *data.notes, *notes, *run.notes]:
@@ -405,7 +413,11 @@ class _Run:
         if isinstance(error, NotFinite | WriteError):
             return str(error), []
         if not faults.is_out_of_memory(error):
-            return None
+            failure = in_others_code(error) if self.progress.step == 0 else None
+            if failure is None:
+                return None
+            kind = self.loaded.model.config.model_type
+            raise UserError(f"the code of {kind} models fails in the first step: {failure}") from error
         held = faults.held(self.config, self.loaded, self.optimizer, self.objective, self.batch or self.heldout)
         count = step_counter(self.loaded, held.microbatch, self.accelerator.device, sharded=self.processes.sharded)
         advised = advice(self.config, held, count)

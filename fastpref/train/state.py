@@ -6,6 +6,7 @@ import random
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
+from fastpref.model.weights import from_files
 
 STATE = "training_state"  # .json, .safetensors
 FORMAT = 2
@@ -184,7 +186,11 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
         own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     else:
         dtype = next(wrapped.parameters()).dtype
-        saved = type(wrapped).from_pretrained(str(folder), dtype=dtype, use_safetensors=True).state_dict()
+        load = partial(type(wrapped).from_pretrained, str(folder), dtype=dtype, use_safetensors=True)
+        try:
+            saved = from_files(load).state_dict()
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
         own = wrapped.state_dict()
     wrong = sorted(
         name for name in own.keys() | saved.keys()

@@ -1,11 +1,14 @@
 """A model that cannot be loaded: the message names the file."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError
@@ -50,3 +53,106 @@ def test_a_model_that_is_not_in_the_cache_offline(monkeypatch: pytest.MonkeyPatc
         load("someone/no-such-model")
     with pytest.raises(UserError, match=r"config\.json is not in the cache"):
         model_config(ModelConfig(name="someone/no-such-model"))
+
+
+def write(folder: Path, **files: str) -> None:
+    """Files by their names, with `__` for the dot."""
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def an_adapter(folder: Path) -> None:
+    """Beside its base, which is the quickstart's model."""
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(QUICKSTART), peft.LoraConfig(r=3, target_modules=["q_proj"])
+    )
+    model.save_pretrained(str(folder))
+
+
+def a_run(folder: Path) -> None:
+    (folder / "final").mkdir()
+    an_adapter(folder / "final")
+    write(folder, config__toml="")
+
+
+def without_weights(folder: Path) -> None:
+    shutil.copy(QUICKSTART / "config.json", folder)
+
+
+def a_shard(folder: Path) -> None:
+    shutil.copy(QUICKSTART / "model.safetensors", folder / "model-00001-of-2.safetensors")
+
+
+def of_kind(kind: str) -> Callable[[Path], None]:
+    return lambda folder: CONFIG_MAPPING[kind]().save_pretrained(folder)
+
+
+def both(*parts: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda folder: [part(folder) for part in parts] and None
+
+
+NO_MODELS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "adapter": (an_adapter, ("an adapter (LORA, rank 3) of ", "quickstart", "fastpref merge ", "--output ")),
+    "adapter and config.json": (both(an_adapter, without_weights), ("an adapter (LORA", "fastpref merge ")),
+    "adapter and model": (
+        both(an_adapter, without_weights, lambda f: write(f, model__safetensors="")),
+        ("beside a model", "move adapter_config.json"),
+    ),
+    "run": (a_run, ("the folder of a run, whose result is an adapter", "fastpref merge ")),
+    "diffusion": (lambda f: write(f, model_index__json="{}"), ("a diffusion pipeline",)),
+    "sentence-transformers": (lambda f: write(f, modules__json="[]"), ("sentence-transformers", "embeddings")),
+    "GGUF": (lambda f: write(f, model__Q4_K_M__gguf=""), ("GGUF (llama.cpp) files (model.Q4_K_M.gguf)",)),
+    "GGUF and config.json": (both(without_weights, lambda f: write(f, model__gguf="")), ("GGUF (llama.cpp) files",)),
+    "pickles": (
+        both(without_weights, lambda f: write(f, pytorch_model__bin="")),
+        ("pickled (pytorch_model.bin)", "save_pretrained"),
+    ),
+    "no weights": (without_weights, ("model.safetensors is missing", "no weights")),
+    "a shard without its index": (
+        both(without_weights, a_shard),
+        ("model.safetensors is missing", "model-00001-of-2.safetensors"),
+    ),
+    "a maker's own format": (
+        lambda f: write(f, params__json="{}", consolidated__00__pth=""),
+        ("its maker's own format",),
+    ),
+    "no model type": (lambda f: write(f, config__json="{}"), ("no model_type",)),
+    "nothing": (lambda f: None, ("config.json is missing",)),
+    "vision-language, Mistral 3": (of_kind("mistral3"), ("mistral3 is a vision-language model", "not trained here")),
+    "vision-language, Qwen2.5-VL": (of_kind("qwen2_5_vl"), ("qwen2_5_vl is a vision-language model",)),
+    "encoder": (of_kind("bert"), ("bert is an encoder",)),
+    "encoder without a causal class": (of_kind("modernbert"), ("modernbert is an encoder",)),
+    "encoder-decoder": (of_kind("t5"), ("t5 is an encoder-decoder",)),
+    "speech": (of_kind("wav2vec2"), ("wav2vec2 is a speech model",)),
+    "image": (of_kind("vit"), ("vit is an image model",)),
+}
+
+
+@pytest.mark.parametrize("kind", NO_MODELS)
+def test_what_is_no_causal_model_is_told(tmp_path: Path, kind: str):
+    """One message of some lines says what a folder holds, and what to do."""
+    make, said = NO_MODELS[kind]
+    make(tmp_path)
+    options = ModelConfig(name=str(tmp_path))
+    with pytest.raises(UserError) as error:
+        pretrained(options, model_config(options), torch.float32, torch.device("cpu"))
+    message = str(error.value)
+    assert message.startswith(f"model.name = {str(tmp_path)!r}: ")
+    for words in said:
+        assert words in message, message
+    assert len(message) < 900
+
+
+def test_decoders_of_encoder_families_are_causal(tmp_path: Path):
+    config = CONFIG_MAPPING["bert"](is_decoder=True)
+    config.save_pretrained(tmp_path)
+    assert model_config(ModelConfig(name=str(tmp_path))).model_type == "bert"
+
+
+def test_code_of_its_own_is_asked_for(tmp_path: Path):
+    """A model whose own code names a causal class is none that this list refuses."""
+    of_kind("mistral3")(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_my.MyForCausalLM"}}
+    path.write_text(json.dumps(content))
+    assert model_config(ModelConfig(name=str(tmp_path))).model_type == "mistral3"

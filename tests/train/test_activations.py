@@ -6,6 +6,7 @@ import pytest
 import torch
 from runs import LORA, write_config
 from tiny import config_for, save_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import fastpref
 from fastpref.errors import UserError
@@ -78,3 +79,26 @@ def test_moving_needs_a_device_to_move_from(tmp_path: Path, monkeypatch: pytest.
 def test_a_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]):
     monkeypatch.chdir(tmp_path)
     assert fastpref.train(write_config(tmp_path), [LORA, *overrides]).eval_metrics["eval/loss"] < 0.7
+
+
+@pytest.fixture(scope="module")
+def without_checkpointing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a family that transformers cannot checkpoint."""
+    folder = tmp_path_factory.mktemp("openai")
+    config = CONFIG_MAPPING["openai-gpt"](vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("override", ["train.checkpointing=true", "train.offload_activations=true"])
+def test_a_model_that_cannot_be_checkpointed_is_not_asked_to(without_checkpointing: Path, override: str):
+    with pytest.raises(UserError, match=r"^train.*openai-gpt models have no gradient checkpointing"):
+        chosen(without_checkpointing, CUDA, override)
+
+
+def test_auto_leaves_it_off_where_there_is_none(without_checkpointing: Path):
+    assert chosen(without_checkpointing, CPU) == (0, [])
+    assert chosen(without_checkpointing, CUDA) == (
+        0, ["activations of all layers are kept: openai-gpt models have no gradient checkpointing"]
+    )  # fmt: skip
+    count_step(config_for(without_checkpointing, LORA, "tokens.max_length=128"), CPU)

@@ -1,0 +1,83 @@
+"""What goes wrong inside the code of models and libraries, as one message: at which step, and what it said."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_OURS = ("fastpref", "kernels")
+_BELOW = frozenset({"torch", *sys.stdlib_module_names})  # what everyone's code calls
+
+
+def told_of_model(
+    what: str,
+) -> Callable[[Callable[Concatenate[Config, P], T]], Callable[Concatenate[Config, P], T]]:
+    """Turn whatever a function of a config raises into a UserError that names the model, says `what` and where.
+
+    Out of memory passes unchanged: the caller knows what would take less.
+    """
+
+    def around(function: Callable[Concatenate[Config, P], T]) -> Callable[Concatenate[Config, P], T]:
+        @wraps(function)
+        def wrapped(config: Config, *args: P.args, **options: P.kwargs) -> T:
+            try:
+                return function(config, *args, **options)
+            except UserError:
+                raise
+            except Exception as error:  # model code raises whatever it likes
+                if is_out_of_memory(error):
+                    raise
+                message = f"{what}: {words(error)} ({_places(error)[-1]})"
+                raise UserError(f"model.name = {config.model.name!r}: {message}") from error
+
+        return wrapped
+
+    return around
+
+
+def in_others_code(error: BaseException) -> str | None:
+    """What an exception says and where it was raised, if it was in the code of a model or a library; None in ours."""
+    frame, owner = error.__traceback__, "fastpref"
+    while frame is not None:
+        package = str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        owner = owner if package in _BELOW else package
+        frame = frame.tb_next
+    return None if owner in _OURS else f"{words(error)} ({_places(error)[-1]})"
+
+
+def words(error: BaseException) -> str:
+    """An exception's own words on one line, with its type where they do not make a sentence."""
+    message = " ".join(str(error).split())[:400]
+    if not message:
+        return type(error).__name__
+    plain = isinstance(error, ValueError | RuntimeError | OSError)
+    return message if plain else f"{type(error).__name__}: {message}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch raises its own error on a GPU, and on a CPU a RuntimeError that only its words tell from others."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        part in message for part in ("can't allocate memory", "not enough memory", "out of memory", "alloc_failed")
+    )
+
+
+def _places(error: BaseException) -> list[str]:
+    """Files and lines, the innermost last, without those below the code in question."""
+    places, frame = ["an unknown place"], error.__traceback__
+    while frame is not None:
+        values: dict[str, Any] = frame.tb_frame.f_globals
+        if str(values.get("__name__", "")).partition(".")[0] not in _BELOW:
+            places.append(f"{Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno}")
+        frame = frame.tb_next
+    return places

@@ -1,0 +1,265 @@
+"""Weights as they lie in files: every tensor of the model, and nothing else. What does not fit is an error.
+
+transformers makes up what is in no file, drops what the model has no place for, and says so in a log. Here the same
+loading report decides: names that all have one prefix too much are read without it, everything else is refused.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fastpref.errors import UserError
+
+# Modules that wrap others while training, and whose names training scripts forget to take off.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+# What quantised layers keep beside a weight, or instead of it: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors.
+_QUANTISATION = re.compile(
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.[\w.]+|SCB|weight_format"
+    r"|g_idx|qweight|qzeros|scales|weight_scale(_inv|_2)?|weight_packed|weight_shape|weight_zero_point|input_scale)$"
+)
+# Constants that older versions of transformers saved, and that models compute now: masks, angles, positions.
+_CONSTANTS = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias|masked_bias)$|inv_freq$|position_ids$")
+# Heads that trainers and model makers put beside the one that predicts the next token.
+_OTHER_HEADS = re.compile(r"^v_head\.|(^|\.)mtp(_layers|_block)?\.")
+
+_NOTE = "_fastpref_loading_note"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What of files does not fit a model. True if there is anything."""
+
+    missing: tuple[str, ...] = ()  # tensors that the model has and no file holds
+    unexpected: tuple[str, ...] = ()  # tensors that files hold and the model has not
+    misshapen: tuple[tuple[str, Shape, Shape], ...] = ()  # name, shape in the file, shape in the model
+    unreadable: tuple[tuple[str, str], ...] = ()  # tensors that could not be made from those of the files, and why
+    unread: tuple[str, ...] = ()  # further heads in the files, which predict no next token: these do no harm
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen or self.unreadable)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.missing:
+            parts.append(f"{_count(self.missing)} missing in the files: {_some(self.missing)}")
+        if self.unexpected:
+            parts.append(
+                f"{_count(self.unexpected)} in the files without a place in the model: {_some(self.unexpected)}"
+            )
+        if self.misshapen:
+            shapes = [
+                f"{name} (in the file {list(file)}, in the model {list(own)})" for name, file, own in self.misshapen
+            ]
+            parts.append(f"{_count(shapes)} of another shape: {_some(shapes)}")
+        if self.unreadable:
+            whys = [f"{name} ({why})" for name, why in self.unreadable]
+            parts.append(f"{_count(whys)} not to be made from those of the files: {_some(whys)}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """How the names of a file's tensors become the model's."""
+
+    old: str  # what is taken off a name's beginning, or wherever it stands if it is a wrapper's
+    new: str  # what is put there
+
+    @property
+    def anywhere(self) -> bool:
+        return self.old in _WRAPPERS
+
+    def __call__(self, name: str) -> str:
+        if self.anywhere:
+            return name.replace(self.old, "")
+        return self.new + name[len(self.old) :] if name.startswith(self.old) else name
+
+    def __str__(self) -> str:
+        if not self.new:
+            return f"the names of its tensors have `{self.old}` too much and are read without it"
+        return f"the names of its tensors begin with `{self.old}` and are read with `{self.new}` instead"
+
+    @property
+    def key_mapping(self) -> dict[str, str]:
+        """As `from_pretrained` takes it."""
+        if self.anywhere:  # each pattern is applied to a name once, and a wrapper may stand in several places of it
+            return {re.escape(self.old) + "(?:)" * times: "" for times in range(4)}
+        return {f"^{re.escape(self.old)}": self.new}
+
+
+def from_files(load: Callable[..., Any], **options: Any) -> PreTrainedModel:
+    """The model that `load`, a `from_pretrained`, makes with these options, if its files hold every tensor of it.
+
+    Where one renaming makes everything fit, the model is loaded with it; `loading_note` says so then. Raises
+    UserError that names the first tensors that do not fit.
+    """
+    model, misfit = _loaded(load, **options)
+    if model is not None and not misfit:
+        if misfit.unread:
+            take_note(
+                model, f"model.name: {_some(misfit.unread)} in its files are not read: no part of the language model"
+            )
+        return model
+    kind, config = ("model", None) if model is None else (type(model).__name__, model.config)
+    del model
+    renaming = find_renaming(misfit.missing, misfit.unexpected)
+    if renaming is not None:
+        again, left = _loaded(load, key_mapping=renaming.key_mapping, **options)
+        if again is not None and not left:
+            take_note(again, f"model.name: {renaming}")
+            return again
+        del again
+    raise UserError(f"its files do not hold this {kind}: {misfit}. {_probable_cause(misfit, config)}")
+
+
+def loading_note(model: Any) -> str | None:
+    """What was done about tensors that did not fit as they were, in words."""
+    return vars(model).get(_NOTE)
+
+
+def take_note(model: Any, note: str) -> None:
+    """Keep a `loading_note` with a model."""
+    setattr(model, _NOTE, note)
+
+
+def find_renaming(missing: Iterable[str], unexpected: Iterable[str]) -> Renaming | None:
+    """The one change of names that could turn the unexpected tensors into missing ones.
+
+    Found by names alone: a caller that cannot load once more asks whether it turns all into all.
+    """
+    wanted, others = set(missing), sorted(unexpected)
+    if not wanted or not others:
+        return None
+    some = [*others[:8], *others[-8:]]  # what all names begin with, a few show
+    pairs = [_prefixes(name, max(sorted(wanted), key=lambda own: _shared(name, own))) for name in some]
+    renamings = [Renaming(*pair) for pair in sorted({pair for pair in pairs if pair is not None}) if pair[0]]
+    renamings += [Renaming(wrapper, "") for wrapper in _WRAPPERS]
+    renamings = [r for r in renamings if all(r(name) != name for name in others)]
+    best = max(renamings, key=lambda r: sum(r(name) in wanted for name in others), default=None)
+    return best if best is not None and any(best(name) in wanted for name in others) else None
+
+
+def _prefixes(name: str, own: str) -> tuple[str, str] | None:
+    """What two names begin with before the parts that they share to their end, if one has only more than the other."""
+    shared = _shared(name, own)
+    old, new = (n.split(".")[:-shared] if shared else [] for n in (name, own))
+    longer, shorter = (old, new) if len(old) > len(new) else (new, old)
+    more = list(longer)
+    for part in shorter:
+        if part not in more:
+            return None  # another word is another module
+        more.remove(part)
+    if not shared or any(part.isdecimal() for part in more):  # another number is another layer
+        return None
+    return "".join(f"{part}." for part in old), "".join(f"{part}." for part in new)
+
+
+def _shared(name: str, own: str) -> int:
+    """How many of their last parts two names share."""
+    pairs = zip(reversed(name.split(".")), reversed(own.split(".")))
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(name.count("."), own.count(".")) + 1)
+
+
+# --- one loading -----------------------------------------------------------------------------------------------------
+
+
+def _loaded(load: Callable[..., Any], **options: Any) -> tuple[PreTrainedModel | None, Misfit]:
+    """A model and what did not fit; no model where transformers gave up on its tensors."""
+    try:
+        # Another shape is told by the report too, instead of an error that points to a log.
+        model, info = load(output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    except RuntimeError as error:
+        report = _report_of(error)
+        if report is None:
+            raise
+        unreadable = {name: _last_line(text) for name, text in getattr(report, "conversion_errors", {}).items()}
+        return None, Misfit(unreadable=tuple(sorted(unreadable.items())))
+    quantised = getattr(model, "is_quantized", False)
+    unexpected = [
+        name for name in sorted(info["unexpected_keys"])
+        if not _CONSTANTS.search(name) and not (quantised and _QUANTISATION.search(name))
+    ]  # fmt: skip
+    heads = tuple(name for name in unexpected if _OTHER_HEADS.search(name))
+    misshapen = sorted((name, tuple(file), tuple(own)) for name, file, own in info["mismatched_keys"])
+    missing = tuple(sorted(info["missing_keys"]))
+    return model, Misfit(missing, tuple(n for n in unexpected if n not in heads), tuple(misshapen), unread=heads)
+
+
+def _report_of(error: BaseException) -> Any:
+    """transformers' report of a loading that it gave up: it logs it and raises an error without it."""
+    frame = error.__traceback__
+    while frame is not None:
+        report = frame.tb_frame.f_locals.get("loading_info")
+        if getattr(report, "conversion_errors", None):
+            return report
+        frame = frame.tb_next
+    return None
+
+
+def _last_line(text: str) -> str:
+    """What a traceback says in its end."""
+    named = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): (.+)$", text, re.MULTILINE)
+    return (named or text.strip().splitlines() or ["no reason is given"])[-1].strip()[:200]
+
+
+# --- what probably happened ------------------------------------------------------------------------------------------
+
+
+def _probable_cause(misfit: Misfit, config: Any) -> str:
+    """What probably happened, and what to do about it."""
+    text = config.get_text_config() if config is not None else None
+    if any(".lora_" in name or ".base_layer." in name for name in misfit.unexpected):
+        return (
+            "An adapter is saved in them unmerged, as the state of a PEFT model: save the model after "
+            "merge_and_unload, or the adapter by itself and merge that"
+        )
+    if any(_QUANTISATION.search(name) for name in misfit.unexpected):
+        return "They hold quantised weights, and config.json has no quantization_config that says so"
+    if misfit.unreadable:
+        return "Parts of them are probably missing or of another size: download or save the model again"
+    vocabulary = getattr(text, "vocab_size", None)
+    if misfit.misshapen and all(_by_rows(file, own, vocabulary) for _, file, own in misfit.misshapen):
+        rows = misfit.misshapen[0][1][0]
+        return (
+            f"The vocabulary was probably resized to {rows:,} and config.json not saved with it: its vocab_size is "
+            f"{vocabulary:,}"
+        )
+    if misfit.misshapen:
+        return "config.json is probably that of a model of another size, or parts of the files are missing"
+    layers = getattr(text, "num_hidden_layers", None)
+    beyond = [n for n in map(_layer, misfit.unexpected) if layers is not None and n is not None and n >= layers]
+    if beyond and not misfit.missing and len(beyond) == len(misfit.unexpected):
+        return f"config.json counts {layers} layers and the files go on to layer {max(beyond)} (counted from 0)"
+    if misfit.missing and all("head" in name or "embed_out" in name for name in misfit.missing):
+        return (
+            "The model was probably saved without its language-model head (by AutoModel, as a classifier or as a "
+            "reward model), or it shares the head with the embeddings and config.json lacks tie_word_embeddings = true"
+        )
+    if misfit.missing and not misfit.unexpected:
+        return "Files are probably missing or incomplete: download or save the model again"
+    if misfit.missing:
+        return "config.json is probably that of another model, or the names were changed when the model was saved"
+    return "config.json probably describes another model: these tensors would be lost"
+
+
+def _by_rows(file: Shape, own: Shape, vocabulary: int | None) -> bool:
+    return vocabulary is not None and own[:1] == (vocabulary,) and file[1:] == own[1:]
+
+
+def _layer(name: str) -> int | None:
+    number = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
+    return int(number[1]) if number else None
+
+
+def _count(names: Iterable[Any]) -> str:
+    number = len(list(names))
+    return "1 tensor is" if number == 1 else f"{number} tensors are"
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
