@@ -7,6 +7,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
+from fastpref.data.template_keywords import key_of, keywords_of, on_day
 from fastpref.errors import UserError
 
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
@@ -17,11 +18,11 @@ def write_all(
     contents: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase
 ) -> list[Written | RowError | UserError]:
     """`write` for many rows, each with its text or the error that it raises. Chats go to the template together."""
-    together: dict[str | None, list[int]] = {}
+    together: dict[tuple[str | None, str], list[int]] = {}
     for at, content in enumerate(contents):
         template = content.writing.chat_template
         if not isinstance(content.prompt, str) and not content.writing.tools and (template or tokenizer.chat_template):
-            together.setdefault(template, []).append(at)
+            together.setdefault(key_of(content.writing), []).append(at)
     made: dict[int, Written | RowError | UserError] = {}
     for places in together.values():
         try:
@@ -39,7 +40,7 @@ def _write_or_error(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBa
 
 
 def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
-    """Chats of one template and without tools, in two calls of it."""
+    """Chats of one template and its keywords, without tools, in two calls of it."""
     writing = chats[0].writing
     asked: list[list[Message]] = []  # prompts that the assistant is to answer
     others: list[list[Message]] = []
@@ -92,13 +93,16 @@ def _apply_all(
     if not conversations:
         return []
     tools: Any = list(writing.tools) if writing.tools else None
-    written: Any = tokenizer.apply_chat_template(
-        conversations,
-        tools=tools,
-        chat_template=writing.chat_template,
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-    )
+    template = tokenizer.get_chat_template(writing.chat_template, tools)
+    with on_day(template, writing.day):
+        written: Any = tokenizer.apply_chat_template(
+            conversations,
+            tools=tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **keywords_of(writing),
+        )
     return written
 
 

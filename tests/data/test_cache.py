@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -255,22 +256,27 @@ def test_a_later_version_or_library_misses(folder: Path, monkeypatch: pytest.Mon
     assert is_hit(load(folder))
 
 
-def test_a_template_that_writes_the_date_is_of_its_day(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """`strftime_now` in a template makes other tokens tomorrow."""
-
-    class Tomorrow(fingerprint.date):
-        @classmethod
-        def today(cls):
-            return cls(2100, 1, 1)
-
-    dated = "tokens.chat_template={{ strftime_now('%d') }}" + CHATML
-    dated = f"tokens.chat_template={json.dumps(dated.partition('=')[2])}"
+def test_a_template_that_writes_the_date_is_of_the_runs_day(folder: Path):
+    """`strftime_now` in a template writes the day of the run, which names the tokens too; other templates have none."""
+    day, later = date(2026, 11, 26), date(2027, 1, 1)
+    dated = f"tokens.chat_template={json.dumps('{{ strftime_now(' + repr('%d %b %Y') + ') }}' + CHATML)}"
     for override, misses in ((dated, True), ("tokens.overlong=drop", False)):
-        load(folder, override)
-        assert is_hit(load(folder, override))
-        with monkeypatch.context() as patched:
-            patched.setattr(fingerprint, "date", Tomorrow)
-            assert is_hit(load(folder, override)) != misses
+        first = load(folder, override, day=day)
+        assert is_hit(load(folder, override, day=later)) != misses
+        again = load(folder, override, day=day)
+        assert is_hit(again)
+        assert everything(again) == everything(first) == everything(load(folder, override, day=day, cache=False))
+        written = chatml().decode(first.heldout[0].prompt)
+        assert written.startswith("26 Nov 2026") == misses
+
+
+def test_the_ends_of_training_responses_are_kept(folder: Path):
+    """With and without the cache, and from it: the tokens that end them, but for those that were cut."""
+    by_text = toy_tokenizer(CHATML, eos="</s>", special=["<|im_start|>", "<|im_end|>"])
+    ends = {by_text.convert_tokens_to_ids(token) for token in ("<|im_end|>", "</s>")}  # of the chat and of the texts
+    for how in ({"cache": False}, {}, {}):
+        assert set(load(folder, tokenizer=by_text, **how).ends) == ends
+    assert load(folder, "tokens.max_length=2", tokenizer=by_text).ends == ()
 
 
 def test_folders_and_tables_are_known_by_their_content(folder: Path):
