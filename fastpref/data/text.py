@@ -166,4 +166,4 @@ def _read(path: Path) -> TextRecord:
             {str(token): int(number) for token, number in content["ends"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read, {type(error).__name__}: {error}") from None
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None

@@ -459,7 +459,10 @@ def _end_notes(text: TextRecord, new: Sequence[int]) -> list[str]:
     tokens = [token for token, number in text.ends.items() if number in new]
     if not tokens:
         return []
-    return [f"answers end with {', '.join(tokens)}, which the model's own generation_config does not have: added there"]
+    return [
+        f"answers end with {', '.join(tokens)}, at which the model would not stop so far; what is saved does, by its "
+        "generation_config.json"
+    ]
 
 
 def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
