@@ -166,6 +166,7 @@ def test_an_answer_ends_where_training_ended_it(name: str, trained: str, tmp_pat
     for place in (*places[1:], run / "final"):
         generation: Any = GenerationConfig.from_pretrained(place)
         assert generation.eos_token_id == [end, own]
+        assert not generation._from_model_config  # so nothing is taken from config.json instead
         record = read_text(place)
         assert record is not None
         assert record.ends == {case.end: end}

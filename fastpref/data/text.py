@@ -2,9 +2,10 @@
 each checkpoint, of what it saves, and of what is merged of that; and a generation_config.json with every end."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.utils import cached_file
 
 from fastpref.config import Config
 from fastpref.data.chat_templates import load_chat_template
-from fastpref.data.template_keywords import variables
+from fastpref.data.template_keywords import RESERVED, variables
 from fastpref.errors import UserError
 
 TEXT = "text.json"
@@ -88,18 +89,20 @@ def check_template_keywords(config: Config, tokenizer: PreTrainedTokenizerBase) 
             known |= variables(template)
         except TemplateError as error:
             raise UserError(f"the chat template is not valid Jinja: {error}") from None
-    unknown = [name for name in keywords if name not in known]
-    if unknown:
+    unknown = next((name for name in keywords if name not in known), None)
+    if unknown is not None:
+        alike = get_close_matches(unknown, known - RESERVED, n=1)
+        hint = f"did you mean {alike[0]}?" if alike else "its keywords are the names that the template's text reads"
         raise UserError(
-            f"tokens.chat_template_kwargs.{unknown[0]}: the chat template does not read {unknown[0]}, so it would do "
-            "nothing; look for its keywords in the template (fastpref preview shows what is written)"
+            f"tokens.chat_template_kwargs.{unknown}: the chat template does not read {unknown}, so it would do "
+            f"nothing; {hint}"
         )
 
 
 # --- Where an answer ends --------------------------------------------------------------------------------------------
 
 
-def stop_at(model: PreTrainedModel, ends: Iterable[int]) -> list[int]:
+def stop_at(model: PreTrainedModel, ends: Collection[int]) -> list[int]:
     """Let `generate` of a model, and the generation_config.json that is saved with it, end at these tokens beside its
     own. Returns those that are new to it."""
     generation: Any = model.generation_config
@@ -107,14 +110,14 @@ def stop_at(model: PreTrainedModel, ends: Iterable[int]) -> list[int]:
     new = [token for token in ends if token not in own]
     if new:
         generation.eos_token_id = _all_ends(own, ends)
+        generation._from_model_config = False  # whose ends are others
     return new
 
 
 def save_generation_config(folder: Path, generation: GenerationConfig | None) -> None:
-    """Write it as it is, unless it is there: `save_pretrained` refuses what many models' own have."""
-    path = folder / _GENERATION
-    if generation is not None and not path.exists():
-        generation.to_json_file(str(path))
+    """Write it, unless it is there already, as it is with a whole model."""
+    if generation is not None and not (folder / _GENERATION).exists():
+        _write_generation(folder, generation)
 
 
 def add_text(folder: Path, text: TextRecord | None, architecture: PretrainedConfig) -> None:
@@ -128,12 +131,18 @@ def add_text(folder: Path, text: TextRecord | None, architecture: PretrainedConf
         else GenerationConfig.from_model_config(architecture)
     )  # fmt: skip
     generation.eos_token_id = _all_ends(_ids(generation.eos_token_id), text.ends.values())
-    generation.to_json_file(str(path))
+    _write_generation(folder, generation)
 
 
-def _all_ends(own: list[int], trained: Iterable[int]) -> int | list[int] | None:
+def _write_generation(folder: Path, generation: GenerationConfig) -> None:
+    """As it is: its own `save_pretrained` refuses combinations that models on the hub have."""
+    content = json.loads(generation.to_json_string())
+    content.pop("_from_model_config", None)  # which may have other ends
+    (folder / _GENERATION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _all_ends(own: list[int], trained: Collection[int]) -> int | list[int] | None:
     """The model's, if it has all; else what was trained first, for those who read the first one only."""
-    trained = list(trained)
     if not set(trained) <= set(own):
         own = [*trained, *(token for token in own if token not in trained)]
     return own if len(own) > 1 else next(iter(own), None)
