@@ -45,6 +45,8 @@ ASKED = [{"role": "user", "content": "Why?"}]
 CHAT = {"prompt": ASKED, "chosen": "so", "rejected": "no"}
 INTEL = {"question": "Why?", "chosen": "so", "rejected": "no"}
 PLAIN = {"prompt": "Why?\n", "chosen": "so", "rejected": "no"}
+ASKS = {"messages": ASKED, "chosen": "so", "rejected": "no"}
+OWN = f'{{ type = "chat_template.default", chat_template = {json.dumps(CHATML)} }}'
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
@@ -59,12 +61,14 @@ class Case:
     own: str | None = None
     template: str | None = None  # the tokenizer's
     named: str | None = None  # tokens.chat_template
-    form: str = "auto"
+    form: str = '"auto"'  # as TOML
     special: Sequence[str] = CHATML_TOKENS
 
     @property
     def jinja(self) -> str | None:
         """The template that wrote the rows."""
+        if self.form == OWN:
+            return CHATML
         return KNOWN.get(self.named or "", self.named or self.template)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -76,8 +80,10 @@ CASES = {
     "base and chatml by name": Case("<|im_end|>", CHAT, named="chatml"),
     "base and jinja": Case("<|im_end|>", CHAT, named=CHATML),
     "the tokenizer's own chatml": Case("<|im_end|>", CHAT, template=CHATML),
+    "chatml of the source, no other": Case("<|im_end|>", ASKS, form=OWN),
+    "chatml of the source, before another": Case("<|im_end|>", ASKS, form=OWN, template=LLAMA3),
     "llama3": Case("<|eot_id|>", CHAT, eos="<|end_of_text|>", template=LLAMA3, special=LLAMA3_TOKENS),
-    "chatml.intel": Case("<|im_end|>", INTEL, form="chatml.intel"),
+    "chatml.intel": Case("<|im_end|>", INTEL, form='"chatml.intel"'),
     "plain text": Case("</s>", PLAIN, eos="</s>", own="z"),
 }
 TRAINED = {"lora": ["lora={rank=2}"], "full": []}
@@ -111,7 +117,7 @@ def run_of(case: Case, folder: Path, *overrides: str) -> Path:
     model = chain_model(case.tokenizer(), case.end, case.own or case.eos, folder / "model")
     rows = [case.row | {"chosen": word} for word in ("so", "yes", "well")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = f'path = "{(folder / "rows.jsonl").as_posix()}"\nformat = "{case.form}"\n'
+    source = f'path = "{(folder / "rows.jsonl").as_posix()}"\nformat = {case.form}\n'
     (folder / "cfg.toml").write_text(
         f'[model]\nname = "{model.as_posix()}"\n[[data]]\n{source}[[eval.data]]\n{source}[eval]\nsample_tokens = 8\n'
         "[train]\nlearning_rate = 1e-12\nsteps = 2\nbatch = 2\n"

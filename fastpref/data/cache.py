@@ -44,6 +44,7 @@ class Tokenized:
     duplicates: int
     left_out: int
     ends: tuple[int, ...] = ()  # the tokens with which training responses end, cut ones aside
+    chat_template: str | None = None  # the one that wrote all training chats in place of the tokenizer's
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
 
 
@@ -89,14 +90,17 @@ def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
     prepared = prepare(config)
     counts = {name: Counts() for name in _PARTS}
     ends: dict[str, set[int]] = {name: set() for name in _PARTS}
+    templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
     found = {}
     for name in _PARTS:
-        batches = tokenize_batches(getattr(prepared, name), tokenizer, config.tokens, counts[name], day)
+        batches = tokenize_batches(
+            getattr(prepared, name), tokenizer, config.tokens, counts[name], day, templates[name]
+        )
         found[name] = table.in_memory(_observed(batches, ends[name]))
     _check(counts)
-    duplicates, left_out, notes = _findings(prepared, counts)
-    kept = tuple(sorted(ends["train"]))
-    return Tokenized(found["train"], found["heldout"], counts, duplicates, left_out, kept, notes)
+    duplicates, left_out, notes = _findings(prepared, counts, templates["train"])
+    kept, template = tuple(sorted(ends["train"])), _only(templates["train"])
+    return Tokenized(found["train"], found["heldout"], counts, duplicates, left_out, kept, template, notes)
 
 
 def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry: Path) -> Tokenized:
@@ -110,17 +114,21 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry:
         prepared = prepare(config)
         counts = {name: Counts() for name in _PARTS}
         ends: dict[str, set[int]] = {name: set() for name in _PARTS}
+        templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
         for name in _PARTS:
-            batches = tokenize_batches(getattr(prepared, name), tokenizer, config.tokens, counts[name], day)
+            batches = tokenize_batches(
+                getattr(prepared, name), tokenizer, config.tokens, counts[name], day, templates[name]
+            )
             table.write(_observed(batches, ends[name]), temporary / f"{name}.arrow")
         _check(counts)
-        duplicates, left_out, notes = _findings(prepared, counts)
+        duplicates, left_out, notes = _findings(prepared, counts, templates["train"])
         manifest = {
             "files": {name: (temporary / f"{name}.arrow").stat().st_size for name in _PARTS},
             "counts": {name: asdict(counts[name]) for name in _PARTS},
             "duplicates": duplicates,
             "left_out": left_out,
             "ends": sorted(ends["train"]),
+            "chat_template": _only(templates["train"]),
             "notes": notes,
         }
         _write_down(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -132,7 +140,7 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry:
     made, harmed = _open(entry)
     if made is None:
         raise OSError(f"what was written is not there: {harmed}")
-    return Tokenized(made.train, made.heldout, counts, duplicates, left_out, made.ends, notes)
+    return Tokenized(made.train, made.heldout, counts, duplicates, left_out, made.ends, made.chat_template, notes)
 
 
 def _open(entry: Path) -> tuple[Tokenized | None, str]:
@@ -152,8 +160,8 @@ def _open(entry: Path) -> tuple[Tokenized | None, str]:
             if len(examples) != counts[name].kept:
                 return None, f"{name}.arrow has {len(examples)} rows instead of {counts[name].kept}"
         notes = [*manifest["notes"], f"rows and tokens: from the cache, {entry}"]
-        numbers = {name: manifest[name] for name in ("duplicates", "left_out")}
-        found = Tokenized(**parts, counts=counts, ends=tuple(map(int, manifest["ends"])), notes=notes, **numbers)
+        same = {name: manifest[name] for name in ("duplicates", "left_out", "chat_template")}
+        found = Tokenized(**parts, counts=counts, ends=tuple(map(int, manifest["ends"])), notes=notes, **same)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         return None, f"{entry} is harmed ({type(error).__name__}: {error})"
     return found, ""
@@ -168,8 +176,17 @@ def _observed(batches: Iterable[list[Example]], ends: set[int]) -> Iterator[list
         yield batch
 
 
-def _findings(prepared: Prepared, counts: dict[str, Counts]) -> tuple[int, int, list[str]]:
+def _only(templates: set[str | None]) -> str | None:
+    """The template of all chats, if they have one that is not the tokenizer's."""
+    return next(iter(templates)) if len(templates) == 1 else None
+
+
+def _findings(prepared: Prepared, counts: dict[str, Counts], templates: set[str | None]) -> tuple[int, int, list[str]]:
     said = [f"{_PARTS[name]}: {count}" for name, count in counts.items() if count.rows]
+    if len(templates) > 1:
+        said.append(
+            f"{len(templates)} chat templates write the training rows; the tokenizer's own is saved with the result"
+        )
     return prepared.duplicates, prepared.left_out, [*prepared.notes, *said]
 
 

@@ -27,7 +27,7 @@ class TextRecord:
     """How the rows of a run became text, and how its responses ended."""
 
     chat_template: str | dict[str, str] | None
-    """The tokenizer's, or tokens.chat_template in its place: Jinja, or several by their names."""
+    """The tokenizer's, tokens.chat_template, or that of all sources: Jinja, or several by their names."""
     chat_template_kwargs: Mapping[str, Any]
     """Keywords for it: tokens.chat_template_kwargs."""
     day: date
@@ -54,7 +54,7 @@ class TextRecord:
 
 
 def text_of(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, ends: Iterable[int]) -> TextRecord:
-    """That of a run. The tokenizer has the config's chat template; `ends` are those of its training examples."""
+    """That of a run. The tokenizer has the chat template of the rows; `ends` are those of its training examples."""
     tokens: Any = tokenizer.convert_ids_to_tokens(sorted(ends))
     template: Any = tokenizer.chat_template
     return TextRecord(template, config.tokens.chat_template_kwargs or {}, day, dict(zip(tokens, sorted(ends))))

@@ -36,17 +36,22 @@ def tokenize_batches(
     options: TokensConfig,
     counts: Counts,
     day: date | None = None,
+    templates: set[str | None] | None = None,
 ) -> Iterator[list[Example]]:
     """Token ids of every row that can be used, some rows at a time; `counts` grows by what was cut or dropped.
 
     A prompt's tokens are the longest common prefix of the prompt's and of every prompt-with-response's, so a token
     that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly
-    once. Templates that write the date write that of `day` (None: today). Raises UserError naming a row that the
-    template refuses, or that `options` makes an error of.
+    once. Templates that write the date write that of `day` (None: today). `templates` gets those that wrote a row,
+    None for the tokenizer's. Raises UserError naming a row that the template refuses, or that `options` makes an error
+    of.
     """
     encoder = _Encoder(tokenizer, options, counts, day)
     for start in range(0, len(rows), BATCH):
-        yield encoder.examples(rows[start : start + BATCH])
+        some = rows[start : start + BATCH]
+        if templates is not None:
+            templates |= {row.content.writing.chat_template for row in some if not isinstance(row.content.prompt, str)}
+        yield encoder.examples(some)
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:

@@ -117,6 +117,8 @@ def _prepare(
     day = processes.on_first(date.today) if began is None else began.day
     with accelerator.main_process_first():  # the others find its tokens in the cache
         data = load_examples(config, tokenizer, cache=cache, day=day)
+    if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
+        tokenizer.chat_template = data.chat_template
     text = text_of(config, tokenizer, day, data.ends)
     if resumed:
         resumed.check_text(text)

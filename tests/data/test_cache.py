@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.config import Config, load_config
 from fastpref.data import cache, fingerprint
 from fastpref.data.cache import Tokenized, load_examples
+from fastpref.data.chat_templates import KNOWN
 from fastpref.data.example import Example
 from fastpref.data.sources import prepare
 from fastpref.data.tokenize import BATCH, tokenize, use_chat_template
@@ -274,9 +275,26 @@ def test_the_ends_of_training_responses_are_kept(folder: Path):
     """With and without the cache, and from it: the tokens that end them, but for those that were cut."""
     by_text = toy_tokenizer(CHATML, eos="</s>", special=["<|im_start|>", "<|im_end|>"])
     ends = {by_text.convert_tokens_to_ids(token) for token in ("<|im_end|>", "</s>")}  # of the chat and of the texts
-    for how in ({"cache": False}, {}, {}):
-        assert set(load(folder, tokenizer=by_text, **how).ends) == ends
+    for cached in (False, True, True):
+        assert set(load(folder, tokenizer=by_text, cache=cached).ends) == ends
     assert load(folder, "tokens.max_length=2", tokenizer=by_text).ends == ()
+
+
+@pytest.mark.parametrize(("second", "wanted"), [("chatml", "chatml"), ("gemma", None), (None, None)])
+def test_the_template_of_all_chats_is_kept(folder: Path, second: str | None, wanted: str | None):
+    """With and without the cache, and from it: that of the sources, if it wrote every chat; else none, and a note."""
+    write(folder / "pairs.jsonl", [{"messages": [USER], "chosen": "là", "rejected": "no"}])
+    write(folder / "more.jsonl", [{"messages": [USER], "chosen": "ici", "rejected": "no"}])
+    form = {"pairs": "chatml", "more": second}
+    sources = [
+        f'{{ path = "{name}.jsonl", format = {{ type = "chat_template.default", chat_template = "{template}" }} }}'
+        if template else f'{{ path = "{name}.jsonl" }}'
+        for name, template in form.items()
+    ]  # fmt: skip
+    for cached in (False, True, True):
+        found = load(folder, f"data=[{', '.join(sources)}]", cache=cached)
+        assert found.chat_template == (KNOWN[wanted] if wanted else None)
+        assert any("2 chat templates write" in note for note in found.notes) == (wanted is None)
 
 
 def test_folders_and_tables_are_known_by_their_content(folder: Path):
