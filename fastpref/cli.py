@@ -74,10 +74,13 @@ def train(
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a config without training: every mistake with its line."""
     from fastpref.config import load_config
+    from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
     training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
     typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
+    for note in foresee(loaded):
+        typer.echo(f"note: {note}")
 
 
 @app.command(epilog="Example: fastpref init --loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl")

@@ -15,6 +15,7 @@ from fastpref.data.longest import Microbatch, longest_of, longest_possible
 from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
+from fastpref.model.limits import beyond_positions, compare, limits_of_config
 from fastpref.model.load import load_tokenizer, model_config
 from fastpref.train.activations import MARGIN
 from fastpref.train.order import data_order
@@ -110,17 +111,25 @@ class Estimator:
 
     def _lengths(self) -> Examples | None:
         """The run's data, if they lie on this machine."""
+        limits = limits_of_config(self.architecture.get_text_config().to_dict())
         if not all(Path(data.path).expanduser().exists() for data in self.config.data):
             self.notes.append("the data are not on this machine: every row counts as tokens.max_length long")
+            if (too_long := beyond_positions(limits, self.config)) is not None:
+                self.notes.append(too_long)
             return None
         try:
             tokenizer = load_tokenizer(self.config.model)
             use_chat_template(tokenizer, self.config.tokens.chat_template)
-            return load_examples(self.config, tokenizer, cache=self.cache).train
+            data = load_examples(self.config, tokenizer, cache=self.cache)
         except UserError as error:
             said = str(error).splitlines()[0]
             self.notes.append(f"the data cannot be read, so every row counts as tokens.max_length long: {said}")
             return None
+        try:
+            self.notes += compare(limits, data.parts, tokenizer, self.config)
+        except UserError as error:  # a step can be counted, but not computed
+            self.notes.append(f"a run of this config ends before its first step: {error}")
+        return data.train
 
 
 def usable(card: float) -> int:

@@ -42,6 +42,7 @@ def estimate(
         "model": estimator.config.model.name,
         "loss": estimator.config.loss.type,
         "device": estimator.device.type,
+        "notes": estimator.notes,
         "microbatch": _microbatch(estimator),
         "step": _bytes(least),
     }

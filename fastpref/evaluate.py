@@ -17,8 +17,10 @@ from fastpref.config import DataConfig
 from fastpref.data.batch import PreferenceBatch, collate, plan_microbatches
 from fastpref.data.cache import load_examples
 from fastpref.data.example import Example
+from fastpref.data.table import Examples
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO, SimPO
+from fastpref.model.limits import compare, limits_of_model, pad_token
 from fastpref.model.load import Loaded
 from fastpref.model.policy import Policy
 from fastpref.model.reference import Reference
@@ -50,15 +52,16 @@ def evaluate(
     loaded = load_trained(trained, device)
     other, off = _reference(trained, loaded, reference, device)
     compared = None if other is None else other.policy.eval()
-    pad = trained_tokenizer(trained).pad_token_id
-    config = trained.config
+    tokenizer, config = trained_tokenizer(trained), trained.config
+    for model in (loaded, other or loaded):
+        compare(limits_of_model(model.model), {"held-out": examples}, tokenizer, config)
     objective = Objective(
         policy=loaded.policy.eval(),
         reference=_logps(compared, off) if compared is not None and config.loss.uses_reference else None,
         options=config.loss,
         layout=loaded.layout if other is None or other.layout == loaded.layout else "padded",  # which all models take
         budget=config.tokens_per_microbatch,
-        pad_token_id=pad if isinstance(pad, int) else 0,
+        pad_token_id=pad_token(tokenizer, limits_of_model(loaded.model))[0],
         device=device,
     )
     if compared is None and config.loss.uses_reference:  # a loss without a reference tells the rest
@@ -107,7 +110,7 @@ def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _examples(trained: Trained, data: str | None, cache: bool) -> Sequence[Example]:
+def _examples(trained: Trained, data: str | None, cache: bool) -> Examples:
     config = trained.config
     if data is not None:
         config = config.model_copy(

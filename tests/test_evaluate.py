@@ -88,7 +88,7 @@ def test_a_reference_with_other_tokens_is_refused(finished_run: Path, tmp_path: 
     """Its log-probabilities would be those of other words."""
     save_model("llama", tmp_path)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="97 tokens and .* 949; only models with the same tokens"):
+    with pytest.raises(UserError, match=r"97 tokens and .* 949; only models with the same tokens"):
         evaluate(find_trained(str(finished_run)), reference=find_trained(str(tmp_path)))
 
 

@@ -24,6 +24,7 @@ from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
 from fastpref.model.failure import in_others_code
+from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
@@ -122,8 +123,10 @@ def _prepare(
     text = text_of(config, tokenizer, day, data.ends)
     if resumed:
         resumed.check_text(text)
+    beyond = compare(limits_of(config.model), data.parts, tokenizer, config)  # before its weights are read
     try:
         loaded = load_model(config, accelerator.device, sharded=processes.sharded)
+        compare(limits_of_model(loaded.model), data.parts, tokenizer, config)
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run = _Run(config, folder, accelerator, processes, tokenizer, text, loaded, data, resumed)
     except UserError:
@@ -138,7 +141,7 @@ def _prepare(
             ) from error
         smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
         raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
-    for note in [*(resumed.notes if resumed else ()), *data.notes, *notes, *run.notes]:
+    for note in [*(resumed.notes if resumed else ()), *data.notes, *beyond, *notes, *run.notes]:
         run.display.note(note)
     return run
 
@@ -180,14 +183,16 @@ class _Run:
             register_fsdp_forward_method(policy, "generate")
         if not processes.first:  # the same adapters, but dropout of its own
             set_seed(train.seed + processes.rank)
-        pad, router = tokenizer.pad_token_id, loaded.policy.router
+        self.limits = limits_of_model(loaded.model)
+        pad, unpadded = pad_token(tokenizer, self.limits)
+        router = loaded.policy.router
         self.objective = Objective(
             policy=policy,
             reference=reference,
             options=config.loss,
             layout=loaded.layout,
             budget=config.tokens_per_microbatch,
-            pad_token_id=pad if isinstance(pad, int) else 0,
+            pad_token_id=pad,
             device=accelerator.device,
             router_coefficient=router.coefficient if router is not None else 0.0,
             processes=processes,
@@ -195,7 +200,7 @@ class _Run:
         if isinstance(reference, Precomputed):
             self._precompute(reference)
         plan = self._plan()
-        self.notes += [plan, *loaded.notes]
+        self.notes += [*([unpadded] if unpadded else []), plan, *loaded.notes]
         self.record = Record(folder, config, self.steps, data, plan, accelerator.device) if processes.first else None
         self.checkpoints = Checkpoints(
             config,
@@ -403,7 +408,7 @@ class _Run:
                 self.loaded.model,
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=options.sample_tokens,
+                max_new_tokens=self.limits.room(len(prompt), options.sample_tokens),
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=self.objective.pad_token_id,
