@@ -15,8 +15,8 @@ from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatc
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Counts, Example
 from fastpref.data.tokenize import use_chat_template
-from fastpref.loss_options import compares_neighbours
 from fastpref.errors import UserError
+from fastpref.loss_options import compares_neighbours
 from fastpref.model.limits import Limits, compare, limits_of, pad_token
 from fastpref.model.load import load_tokenizer
 from fastpref.preview_numbers import LAYOUTS, PERCENTILES, good_share, lengths, prompt_share, step_tokens
