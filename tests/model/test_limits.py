@@ -157,11 +157,13 @@ def project(folder: Path, model: PretrainedConfig, *, more_tokens: int = 0, **li
 
 
 def llama(**options: Any) -> PretrainedConfig:
-    return CONFIG_MAPPING["llama"](**LLAMA | COMMON | {"vocab_size": 949} | options)
+    settings: dict[str, Any] = LLAMA | COMMON | {"vocab_size": 949} | options
+    return CONFIG_MAPPING["llama"](**settings)
 
 
 def gpt2(positions: int) -> PretrainedConfig:
-    return CONFIG_MAPPING["gpt2"](**GPT | COMMON | {"vocab_size": 949, "n_positions": positions})
+    settings: dict[str, Any] = GPT | COMMON | {"vocab_size": 949, "n_positions": positions}
+    return CONFIG_MAPPING["gpt2"](**settings)
 
 
 @pytest.fixture
