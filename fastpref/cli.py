@@ -57,9 +57,16 @@ def train(
 
     # A command line has no options with a value that may be left out: it arrives among the overrides.
     named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
-    loaded = load_config(config, [word for word in overrides or () if word not in named])
-    if len(named) > 1:
-        raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
+    try:
+        loaded = load_config(config, [word for word in overrides or () if word not in named])
+        if len(named) > 1:
+            raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
+    except UserError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        from fastpref.processes import end_together  # the processes of other hosts wait for this one
+
+        end_together(error)
     if offline:
         _go_offline()
     _quiet_bitsandbytes()

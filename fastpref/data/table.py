@@ -1,5 +1,6 @@
 """Examples in Arrow: held as columns, in memory or in a mapped file, and made one by one as they are asked for."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,6 +73,14 @@ class Examples(Sequence[Example]):
         """[E, K] tokens of each completion; no token is read."""
         lengths = pc.list_value_length(pc.list_flatten(self.table.column("completions")))  # pyright: ignore[reportAttributeAccessIssue]
         return lengths.to_numpy().reshape(len(self), -1 if len(self) else 0)
+
+    def digest(self) -> str:
+        """Of all tokens, lengths and labels in their order, however the table lies."""
+        digest, labels = hashlib.sha256(), self.table.column("label").to_pylist()
+        for values in (self._prompt_ids.to_numpy(), self._completion_ids.to_numpy(), self.prompt_lengths,
+                       self.completion_lengths, np.asarray(labels, dtype=str)):  # fmt: skip
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def highest_ids(self) -> tuple[int, int]:

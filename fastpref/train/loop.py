@@ -28,7 +28,7 @@ from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
-from fastpref.processes import Processes, start_processes
+from fastpref.processes import Processes, code, end_together, start_processes
 from fastpref.push import check_login, push
 from fastpref.quiet import quiet_libraries
 from fastpref.train import faults, state
@@ -45,7 +45,7 @@ from fastpref.train.order import data_order
 from fastpref.train.peak import StepPeak
 from fastpref.train.progress import Display
 from fastpref.train.record import Record
-from fastpref.train.resume import Resumed, find_checkpoint, may_change
+from fastpref.train.resume import Resumed, find_checkpoint, may_change, shared
 from fastpref.train.state import Progress
 from fastpref.train.step import Objective, chunks
 from fastpref.train.trackers import Trackers, require_trackers
@@ -79,22 +79,25 @@ def train(
     whole one of the config's last run. Without `cache` tokens are neither taken from the cache nor kept in it. Raises
     UserError for what a user can mend; but for the cache nothing is written before everything has been checked.
     """
-    if not isinstance(config, Config):
-        default_name = Path(config).stem
-        config = load_config(config, overrides)
-    require_trackers(config.log.trackers)
-    if config.output.push_to is not None:
-        check_login(config.output.push_to)
-    resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
+    try:
+        if not isinstance(config, Config):
+            default_name = Path(config).stem
+            config = load_config(config, overrides)
+        require_trackers(config.log.trackers)
+        if config.output.push_to is not None:
+            check_login(config.output.push_to)
+        resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
+    except UserError as error:
+        end_together(error)
     quiet_libraries()
     accelerator, processes = start_processes(config, mixed_precision(config))
+    processes.agree(lambda: shared(config, resumed) | code())
     folder = resumed.folder if resumed else processes.on_first(
         lambda: RunFolder.choose(config, default_name, force=force)
     )  # fmt: skip
     lock = RunLock(folder.path)
     try:
-        if folder.path.exists():
-            processes.on_first(lock.acquire)
+        processes.on_first(lambda: lock.acquire() if folder.path.exists() else None)
         run = _prepare(config, folder, accelerator, processes, resumed, cache=cache)
         return run.go(lock)
     finally:
@@ -112,21 +115,31 @@ def _prepare(
 ) -> "_Run":
     """Load everything, and say what was decided."""
     set_seed(config.train.seed)
-    tokenizer = load_tokenizer(config.model)
-    use_chat_template(tokenizer, config.tokens.chat_template)
     began = resumed.text if resumed else None
     day = processes.on_first(date.today) if began is None else began.day
-    with accelerator.main_process_first():  # the others find its tokens in the cache
+
+    def read() -> tuple[PreTrainedTokenizerBase, Tokenized, TextRecord, list[str]]:
+        tokenizer = load_tokenizer(config.model)
+        use_chat_template(tokenizer, config.tokens.chat_template)
         data = load_examples(config, tokenizer, cache=cache, day=day)
-    if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
-        tokenizer.chat_template = data.chat_template
-    text = text_of(config, tokenizer, day, data.ends)
-    if resumed:
-        resumed.check_text(text)
-    beyond = compare(limits_of(config.model), data.parts, tokenizer, config)  # before its weights are read
-    try:
+        if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
+            tokenizer.chat_template = data.chat_template
+        text = text_of(config, tokenizer, day, data.ends)
+        if resumed:
+            resumed.check_text(text)
+        beyond = compare(limits_of(config.model), data.parts, tokenizer, config)  # before its weights are read
+        return tokenizer, data, text, beyond
+
+    def load() -> Loaded:
         loaded = load_model(config, accelerator.device, sharded=processes.sharded)
         compare(limits_of_model(loaded.model), data.parts, tokenizer, config)
+        return loaded
+
+    tokenizer, data, text, beyond = processes.first_then_others(read)  # the others find its tokens in the cache
+    processes.agree(lambda: {f"tokens of the {name} rows": examples.digest() for name, examples in data.parts.items()})
+    try:
+        loaded = processes.together(load)
+        processes.agree(lambda: {"the model's weights": state.model_fingerprint(loaded)[:16], "layout": loaded.layout})
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run = _Run(config, folder, accelerator, processes, tokenizer, text, loaded, data, resumed)
     except UserError:
