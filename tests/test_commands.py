@@ -1,9 +1,10 @@
 """Every command of the README on a run of every loss, with adapters and without, through the real command line.
 
-SimPO, ORPO and CPO runs could not be judged by `fastpref eval`, and no test saw it: `tests/test_evaluate.py` and `tests/test_readme.py` run the commands on the one run of `finished_run`, which is DPO's, and the tests of each loss
-stop where the training ends. Each command was tested, and each loss, and never the one on the other. So these tests are
-the product of both: a run is a row of RUNS, a command is a row of COMMANDS, and a row that is added to either meets all
-rows of the other. `test_no_command_is_left_out` holds COMMANDS to the README and to the command line itself.
+SimPO, ORPO and CPO runs could not be judged by `fastpref eval`, and no test saw it: `tests/test_evaluate.py` and
+`tests/test_readme.py` run the commands on the one run of `finished_run`, which is DPO's, and the tests of each loss
+stop where the training ends. Each command was tested, and each loss, and never the one on the other. So these tests
+are the product of both: a run is a row of RUNS, a command is a row of COMMANDS, and a row that is added to either meets
+all rows of the other. `test_no_command_is_left_out` holds COMMANDS to the README and to the command line itself.
 """
 
 import io
