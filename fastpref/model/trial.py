@@ -32,11 +32,13 @@ from fastpref.model.attention import (
     probe_layers,
     restore_attention,
 )
+from fastpref.model.limits import limits_of_model
 from fastpref.model.policy import Policy
 from fastpref.model.precision import in_float32
 from fastpref.model.rope import BY_LENGTH
 
 _SHAPES = ((23, (17, 21)), (19, (22, 13)))  # tokens of each prompt and of its responses
+_LONGEST = max(prompt + max(responses) for prompt, responses in _SHAPES)
 _SHORT = 8  # tokens of a window or chunk that is made short
 _LIMITS = re.compile(
     r"(window(_size|_len|_length)?|(attention|attn)_chunk_(size|length)|local_attention|floor(_scale)?|index_topk|rel_extent"
@@ -291,7 +293,13 @@ def _examples(model: PreTrainedModel) -> list[Example]:
     def ids(count: int) -> list[int]:
         return [next(drawn) for _ in range(count)]
 
-    return [Example(ids(p), tuple(ids(c) for c in cs), None, Origin("a trial")) for p, cs in _SHAPES]
+    positions = limits_of_model(model).positions
+    scale = 1 if positions is None else min(1, positions / _LONGEST)
+
+    def scaled(tokens: int) -> int:
+        return max(2, int(scale * tokens))
+
+    return [Example(ids(scaled(p)), tuple(ids(scaled(c)) for c in cs), None, Origin("a trial")) for p, cs in _SHAPES]
 
 
 def _token_ids(config: Any) -> set[int]:
@@ -339,7 +347,6 @@ def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[l
 
     With `below`, only those of fewer tokens than that. Yields their names with the lengths that they have.
     """
-    longest = max(prompt + max(responses) for prompt, responses in _SHAPES)
     owners: dict[int, Any] = {id(config): config for config in (model.config, model.config.get_text_config())}
     tables = [rope for config in owners.values() for rope in _rope_tables(config)]
     owners |= {id(m): m for name, m in model.named_modules() if not _TOWERS.search(name)}
@@ -348,7 +355,7 @@ def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[l
         for name, value in values.items():
             if not _LIMITS.search(name) or isinstance(value, bool) or not isinstance(value, int):
                 continue
-            if value >= longest and (below is None or value < below):
+            if value >= _LONGEST and (below is None or value < below):
                 before.append((values, name, value))
     try:
         for values, name, _ in before:
