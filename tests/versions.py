@@ -52,9 +52,8 @@ def read(text: str) -> dict[str, str]:
 def write(packages: Iterable[tuple[str, str]]) -> str:
     """The file for what is installed: without the build of a version, or what belongs to one build of torch."""
     versions = {canonicalize_name(name): version.partition("+")[0] for name, version in packages}
-    kept = {n: v for n, v in versions.items() if n == "nvidia-ml-py" or not n.startswith(OF_TORCH)}
-    for name in ("pip", "fastpref"):
-        kept.pop(name, None)
+    for_torch = {name for name in versions if name.startswith(OF_TORCH)} - {"nvidia-ml-py"}
+    kept = {name: versions[name] for name in versions.keys() - for_torch - {"pip", "fastpref"}}
     return HEADER + "".join(f"{name}=={version}\n" for name, version in sorted(kept.items()))
 
 

@@ -224,7 +224,7 @@ def test_a_class_that_has_another_name_now_is_missed(monkeypatch: pytest.MonkeyP
     def older(**options: Any) -> None:
         apply(**options | {"swiglu": False})
         if options.get("swiglu", True):
-            vars(modeling_llama)["LlamaFeedForward"] = LigerSwiGLUMLP
+            modeling_llama.__dict__["LlamaFeedForward"] = LigerSwiGLUMLP
 
     monkeypatch.setitem(liger._known(), "llama", older)
     assert liger.take_kernels(plain("llama")) == (
