@@ -61,7 +61,22 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
         model.config.use_cache = False
         if kernels:
             take_kernels(model)
+        _let_dora_dequantise(model)
         return Skeleton(model.eval(), with_adapters(config, model), plain - packed, experts)
+
+
+def _let_dora_dequantise(model: nn.Module) -> None:
+    """DoRA dequantises weights, at first and in every pass; PEFT asks a module that has W_q (HQQ's) to do it itself."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            dequantised: Any = module
+            dequantised.W_q, dequantised.dequantize = module.weight.data, partial(_dequantised, module)
+
+
+def _dequantised(module: Linear4bit | Linear8bitLt) -> nn.Parameter:
+    dtype = module.compute_dtype if isinstance(module, Linear4bit) else torch.float32
+    weight = torch.empty((module.out_features, module.in_features), dtype=dtype, device=module.weight.device)
+    return nn.Parameter(weight, requires_grad=False)
 
 
 def materialise(model: PreTrainedModel) -> None:

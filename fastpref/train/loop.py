@@ -23,6 +23,7 @@ from fastpref.data.text import TEXT, TextRecord, stop_at, text_of
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
+from fastpref.merge import merge_fault
 from fastpref.model.failure import in_others_code
 from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
@@ -154,6 +155,8 @@ def _prepare(
             ) from error
         smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
         raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
+    if fault := merge_fault(config, loaded.model):
+        run.notes.append(f"warning: fastpref merge will not take what this run makes: {fault}")
     for note in [*(resumed.notes if resumed else ()), *data.notes, *beyond, *notes, *run.notes]:
         run.display.note(note)
     return run

@@ -1,0 +1,85 @@
+"""`fastpref merge`: an adapter added to the weights it was trained with, a tensor at a time.
+
+checkpoint.py reads the model's files, names.py knows which of their tensors make which of the model's, adapter.py adds
+what was trained by PEFT's own arithmetic, plan.py puts them together, folder.py writes, verify.py compares.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastpref.errors import UserError
+from fastpref.merge.adapter import adapted, with_adapter
+from fastpref.merge.checkpoint import Checkpoint, model_folder
+from fastpref.merge.folder import Writer
+from fastpref.merge.plan import bare_model, make_plan, merge_fault, nf4_weights
+from fastpref.merge.verify import lost_share
+from fastpref.model.trained import Trained
+from fastpref.train.whole import write_folder
+
+__all__ = ["Merged", "merge", "merge_fault"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written."""
+
+    folder: Path
+    tensors: int  # of the model that the adapter changed
+    untied: bool  # whether the head got a weight of its own
+    onto: str  # which weights the adapter was added to, in words
+    lost: float | None = None  # share of the adapter's change of a probe's logits; None if it was not looked at
+
+
+def merge(
+    trained: Trained,
+    output: Path,
+    *,
+    dequantized: bool | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+) -> Merged:
+    """Write the model that an adapter makes of its base to a folder, as transformers loads it.
+
+    `dequantized`: add the adapter to the 4-bit weights it was trained with, dequantised, instead of those of the
+    model's files; by default if the run's config says nf4. `dtype` of what is written; that of the model's files if
+    None. `verify` loads both, one after the other, and compares the logits of a probe. Raises UserError for what
+    cannot be merged; the folder is there only if all has succeeded.
+    """
+    options = trained.config.model
+    if not trained.is_adapter:
+        raise UserError(
+            f"{trained.weights}: not an adapter: there is nothing to merge. It is the whole trained model already, "
+            "which transformers loads as it is"
+        )
+    if output.exists():
+        raise UserError(f"--output {output}: is there already")
+    checkpoint = Checkpoint(model_folder(options))
+    nf4_run = options.quantization == "nf4" and not checkpoint.dequantised
+    if dequantized and not nf4_run:
+        raise UserError('--dequantized: the run\'s config does not say model.quantization = "nf4"')
+    nf4 = nf4_run if dequantized is None else dequantized
+    model = bare_model(options)
+    with_adapter(model, trained)
+    plan = make_plan(options, checkpoint, adapted(model), nf4_weights(trained.config) if nf4 else frozenset())
+    writer, lost = Writer(plan, dtype), None
+
+    def fill(folder: Path) -> None:
+        nonlocal lost
+        writer.fill(folder, trained)
+        if verify:
+            lost = lost_share(folder, trained, nf4=nf4, plain=checkpoint.dequantised, whole=writer.whole)
+
+    write_folder(output, fill)
+    return Merged(output, len(writer.changed), plan.untied, _onto(trained, checkpoint, nf4), lost)
+
+
+def _onto(trained: Trained, checkpoint: Checkpoint, nf4: bool) -> str:
+    options = trained.config.model
+    if nf4:
+        return "the nf4 weights that it was trained with, dequantised"
+    if checkpoint.dequantised:
+        return f"the weights of {options.name}, dequantised"
+    form = f", not their {options.quantization} form that it was trained with" if options.quantization != "none" else ""
+    return f"the weights of {options.name}{form}"

@@ -1,0 +1,101 @@
+"""An adapter's own weights on a model whose weights are otherwise one number each, and PEFT's sum of the two."""
+
+import warnings
+from typing import Any
+
+import peft
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastpref.errors import UserError
+from fastpref.model.trained import Trained
+
+
+def with_adapter(model: PreTrainedModel, trained: Trained) -> None:
+    """Put an adapter on a model of the meta device, in place. Raises UserError where it does not fit."""
+    _shrink(model)
+    try:
+        settings = peft.PeftConfig.from_pretrained(trained.weights)
+        with warnings.catch_warnings(action="ignore"):  # of what was decided when the adapter was trained
+            wrapped = peft.get_peft_model(model, settings, low_cpu_mem_usage=True)
+        tensors = peft.utils.load_peft_weights(trained.weights, device="cpu")
+        lost = peft.set_peft_model_state_dict(wrapped, tensors, low_cpu_mem_usage=True)
+    except Exception as error:  # missing files, other shapes: PEFT raises many kinds
+        message = " ".join(str(error).split())[:400]
+        raise UserError(
+            f"{trained.weights}: this adapter does not fit {trained.config.model.name}: {message}"
+        ) from None
+    if not isinstance(settings, peft.LoraConfig):
+        raise UserError(f"{trained.weights}: a {settings.peft_type} adapter; LoRA, rsLoRA and DoRA can be merged")
+    if lost.unexpected_keys:
+        raise UserError(f"{trained.weights}: {', '.join(lost.unexpected_keys[:3])} has no place in the model")
+    absent = [name for name, tensor in wrapped.named_parameters() if tensor.is_meta]
+    if absent:
+        raise UserError(f"{trained.weights}: {', '.join(absent[:3])} is missing in its files")
+    if settings.bias != "none" or settings.lora_bias:
+        raise UserError(f"{trained.weights}: this adapter has trained biases too, which cannot be merged here")
+    if getattr(settings, "ensure_weight_tying", False):
+        raise UserError(f"{trained.weights}: ensure_weight_tying cannot be merged here")
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """The model's tensors that adapters change, by their names in the model without adapters, each with the PEFT module
+    that changes it. Raises UserError for a kind of adapter that cannot be merged."""
+    parts: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        owner = plain_name(name)
+        if isinstance(module, ModulesToSaveWrapper):
+            copy = module.modules_to_save[module.active_adapters[0]]
+            parts |= {f"{owner}.{key}": module for key in copy.state_dict(keep_vars=True)}
+        elif isinstance(module, ParamWrapper):
+            parts[f"{owner}.{module.parameter_name}"] = module
+        elif isinstance(module, LoraLayer):
+            parts[f"{owner}.weight"] = module
+        elif isinstance(module, BaseTunerLayer):
+            raise UserError(f"{name} has a {type(module).__name__}, which cannot be merged here")
+    return parts
+
+
+def plain_name(name: str) -> str:
+    """A module's name in the model without adapters."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+
+
+def merged(part: Any, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of the model, float32, with what `part`, one of `adapted`, makes of it, by PEFT's own arithmetic."""
+    if isinstance(part, ModulesToSaveWrapper):
+        copy = part.modules_to_save[part.active_adapters[0]].state_dict()
+        key = max((key for key in copy if name.endswith(f".{key}")), key=len)
+        return copy[key].detach().to(tensor.dtype)
+    layer = part.get_base_layer()
+    kind = name.rpartition(".")[2]
+    before = getattr(layer, kind)
+    setattr(layer, kind, nn.Parameter(tensor.clone(), requires_grad=False))
+    try:
+        part.merge()
+        return getattr(layer, kind).data
+    finally:
+        setattr(layer, kind, before)  # the next tensor is alone again
+        part.merged_adapters.clear()
+
+
+def through_four_bits(weight: Tensor) -> Tensor:
+    """What an nf4 weight with quantised scales is worth, as bitsandbytes makes and reads it."""
+    packed, state = quantize_4bit(weight.float().contiguous(), quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(packed, state).to(weight.dtype)
+
+
+def _shrink(model: nn.Module) -> None:
+    """Weights of the meta device as one number seen everywhere: PEFT puts adapters where their layer's weight is."""
+    shrunk: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                small = torch.zeros((), dtype=weight.dtype).expand(weight.shape)
+                module._parameters[name] = shrunk.setdefault(id(weight), nn.Parameter(small, requires_grad=False))

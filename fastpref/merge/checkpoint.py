@@ -1,0 +1,158 @@
+"""The safetensors of a model's folder: names, shapes and dtypes from their headers, and one tensor at a time."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.utils import unpack_tensor_to_dict
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+
+from fastpref.config import ModelConfig
+from fastpref.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+COPIED = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "USE_POLICY*",
+    "NOTICE*",
+)
+_DOWNLOADED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", *COPIED)
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FOUR_BITS = ".quant_state.bitsandbytes__"
+_STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file."""
+
+    file: Path
+    shape: tuple[int, ...]  # of its values, also where they lie quantised
+    dtype: torch.dtype | None  # of its values; None for integers, 8-bit floats and the like, which are only copied
+    statistics: tuple[str, ...] = ()  # the tensors that bitsandbytes keeps with a quantised weight
+
+
+class Checkpoint:
+    """A folder's config.json and its safetensors. Raises UserError for what is missing or cannot be read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.files = _files(folder)
+        self._places: dict[str, Path] = {}
+        headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file in self.files:
+            try:
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118
+                        part = opened.get_slice(name)
+                        headers[name] = tuple(part.get_shape()), part.get_dtype()
+                        self._places[name] = file
+            except Exception as error:  # safetensors has its own kind
+                raise UserError(f"{file}: cannot be read: {error}") from None
+        self.tensors = self._tensors(headers)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor; where it lies quantised by bitsandbytes, what it is worth, in `plain_dtype`."""
+        tensor, statistics = self._raw(name), self.tensors[name].statistics
+        if not statistics:
+            return tensor
+        if statistics[0].endswith("SCB"):
+            return int8_vectorwise_dequant(tensor, self._raw(statistics[0])).to(self.plain_dtype)
+        state = QuantState.from_dict({s: self._raw(s) for s in statistics}, device=torch.device("cpu"))
+        return dequantize_4bit(tensor, state).to(self.plain_dtype)
+
+    @property
+    def method(self) -> str | None:
+        """How its weights are quantised, by the name that config.json gives it."""
+        settings = self.config.get("quantization_config") or self._text.get("quantization_config")
+        if not settings:
+            return None
+        return str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
+
+    @property
+    def dequantised(self) -> bool:
+        """Whether its weights lie quantised in a way that is read as plain weights."""
+        return self.method == "bitsandbytes"
+
+    @cached_property
+    def plain_dtype(self) -> torch.dtype:
+        """What quantised weights are written in: the dtype that config.json names, else float16."""
+        name = next((c[key] for c in (self.config, self._text) for key in ("dtype", "torch_dtype") if c.get(key)), "")
+        dtype = getattr(torch, str(name).removeprefix("torch."), None)
+        return dtype if dtype in _DTYPES.values() else torch.float16
+
+    @property
+    def _text(self) -> dict[str, Any]:
+        text = self.config.get("text_config")
+        return text if isinstance(text, dict) else {}
+
+    def _raw(self, name: str) -> Tensor:
+        with safe_open(self._places[name], "pt") as opened:
+            return opened.get_tensor(name)
+
+    def _tensors(self, headers: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, Entry]:
+        quantised = self._quantised(headers) if self.dequantised else {}
+        parts = {part for _, statistics in quantised.values() for part in statistics}
+        tensors: dict[str, Entry] = {}
+        for name, (shape, dtype) in headers.items():
+            if name in quantised:
+                tensors[name] = Entry(self._places[name], quantised[name][0], self.plain_dtype, quantised[name][1])
+            elif name not in parts:
+                tensors[name] = Entry(self._places[name], shape, _DTYPES.get(dtype))
+        return tensors
+
+    def _quantised(
+        self, headers: dict[str, tuple[tuple[int, ...], str]]
+    ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """The weights that bitsandbytes has quantised: their shapes, and the tensors that belong to each."""
+        found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        for name in headers:
+            weight, mark, _ = name.partition(_FOUR_BITS)
+            if mark:
+                shape = unpack_tensor_to_dict(self._raw(name))["shape"]
+                others = (f"{weight}.{kind}" for kind in _STATISTICS)
+                found[weight] = tuple(shape), (name, *(other for other in others if other in headers))
+            elif name.endswith(".SCB"):
+                owner = name.removesuffix(".SCB")
+                others = (f"{owner}.weight_format",) if f"{owner}.weight_format" in headers else ()
+                found[f"{owner}.weight"] = headers[f"{owner}.weight"][0], (name, *others)
+        return found
+
+
+def model_folder(options: ModelConfig, *, local: bool = False) -> Path:
+    """The folder of a model's files, downloaded unless they need only be the `local` ones. Raises UserError."""
+    folder = Path(options.name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(
+            snapshot_download(
+                options.name, revision=options.revision, allow_patterns=list(_DOWNLOADED), local_files_only=local
+            )
+        )
+    except Exception as error:  # the hub raises many kinds
+        message = " ".join(str(error).split())[:400]
+        raise UserError(f"model.name = {options.name!r}: its files cannot be had: {message}") from None
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: {missing[0]} is missing; only safetensors are read")
+    return tuple(folder / name for name in names)

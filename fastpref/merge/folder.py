@@ -1,0 +1,214 @@
+"""The merged model's folder. Tensors are read, merged and written file by file under the names they have there."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastpref.errors import UserError
+from fastpref.merge.adapter import merged, through_four_bits
+from fastpref.merge.checkpoint import COPIED, INDEX
+from fastpref.merge.names import Group
+from fastpref.merge.plan import Plan
+from fastpref.model.trained import Trained, trained_tokenizer
+
+SHARD = 5 * 10**9  # bytes of a file where the files' own division would make larger ones than it did
+
+
+class Writer:
+    """Writes a merged model.
+
+    Of the weights, memory holds what is written to the file at hand, and the tensors that transformers converts
+    together, in float32: mostly one, or the experts of a layer.
+    """
+
+    def __init__(self, plan: Plan, dtype: torch.dtype | None = None):
+        self._plan, self._checkpoint, self._dtype = plan, plan.checkpoint, dtype
+        self.changed: set[str] = set()  # the model's tensors that are not what they were
+        self.whole = True  # whether all of them are written in float32
+        self._visited: set[str] = set()
+        if dtype is not None and self._checkpoint.method is not None and not self._checkpoint.dequantised:
+            raise UserError(
+                f"--dtype: the model's weights lie quantised by {self._checkpoint.method}, and are written as they lie"
+            )
+
+    def fill(self, folder: Path, trained: Trained) -> None:
+        """Write every file of the model. Raises UserError if the adapter has changed nothing."""
+        self._write_weights(folder)
+        missing = sorted(set(self._plan.parts) - self._visited)
+        if missing:
+            raise UserError(f"{trained.weights}: {', '.join(missing[:3])} found no place in the model's files")
+        if not self.changed:
+            kind = "" if self.whole else " in half precision; try --dtype float32"
+            raise UserError(f"{trained.weights}: this adapter changes no weight of the model{kind}")
+        self._write_config(folder)
+        self._copy_files(folder)
+        trained_tokenizer(trained).save_pretrained(str(folder))
+
+    # --- weights -------------------------------------------------------------------------------------------------
+
+    def _write_weights(self, folder: Path) -> None:
+        places: dict[str, str] = {}
+        total = 0
+        for file, names in self._division():
+            tensors = dict(self._tensors(names))
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            del tensors
+        if set(places.values()) != {"model.safetensors"}:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+    def _division(self) -> list[tuple[str, list[str]]]:
+        """The files to write with the names of their tensors: the model's own, or shards where those would grow."""
+        files = {file: [n for n, e in self._checkpoint.tensors.items() if e.file == file and not self._is_left_out(n)]
+                 for file in self._checkpoint.files}  # fmt: skip
+        files = {file: names for file, names in files.items() if names}
+        if self._plan.untied and self._head not in self._checkpoint.tensors:
+            files[next(reversed(files))].append(self._head)
+        sizes = {name: self._size(name) for names in files.values() for name in names}
+        if all(sum(sizes[n] for n in names) <= max(SHARD, file.stat().st_size) for file, names in files.items()):
+            return [(file.name, names) for file, names in files.items()]
+        shards: list[list[str]] = [[]]
+        for name in (name for names in files.values() for name in names):
+            if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > SHARD:
+                shards.append([])
+            shards[-1].append(name)
+        return [(f"model-{i:05}-of-{len(shards):05}.safetensors", names) for i, names in enumerate(shards, start=1)]
+
+    def _size(self, name: str) -> int:
+        """Bytes that a tensor takes as it is written."""
+        entry = self._checkpoint.tensors.get(name) or self._checkpoint.tensors[self._embedding]
+        dtype = self._written_dtype(entry.dtype)
+        return torch.Size(entry.shape).numel() * (dtype.itemsize if dtype is not None else 1)
+
+    def _tensors(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of one file, as they are written."""
+        ready: dict[str, Tensor] = {}
+        wanted = set(names)
+        for name in names:
+            group = self._plan.names.by_source.get(name)
+            if name not in self._checkpoint.tensors:
+                yield name, self._new_head()
+            elif group is None or not self._is_touched(group):
+                tensor = self._checkpoint.read(name)
+                yield name, self._written(tensor, self._checkpoint.tensors[name].dtype)
+            else:
+                if name not in ready:
+                    ready |= {n: tensor for n, tensor in self._merged(group).items() if n in wanted}
+                yield name, ready.pop(name)
+
+    def _merged(self, group: Group) -> dict[str, Tensor]:
+        """A group's tensors of the files, with what was trained of them."""
+        names, entries = self._plan.names, {name: self._checkpoint.tensors[name] for name in group.sources}
+        files = {name: self._checkpoint.read(name) for name in group.sources}
+        if len({tensor.dtype for tensor in files.values()}) > 1:
+            files = {name: tensor.float() for name, tensor in files.items()}
+        values = names.to_model(group, files)
+        if group.converter is not None:
+            back = names.to_files(group, values)
+            if not all(torch.equal(back[name], files[name]) for name in files):
+                raise UserError(f"{', '.join(group.targets)}: transformers does not write it back as it was read")
+            del back
+        del files
+        dtype = self._written_dtype(next(iter(entries.values())).dtype)
+        for target in list(values):
+            values[target] = self._trained(target, values[target].float(), dtype)
+        written = names.to_files(group, values)
+        return {name: self._written(tensor, entries[name].dtype) for name, tensor in written.items()}
+
+    def _trained(self, target: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """A tensor of the model, given in float32, with what was trained of it, as it is written."""
+        plan = self._plan
+        if target in plan.conv1d and self._is_quantised(target):
+            value = value.T
+        if target in plan.through_nf4:
+            value = through_four_bits(value.T).T if target in plan.conv1d else through_four_bits(value)
+        part, before = plan.parts.get(target), value.to(dtype)
+        if part is None:
+            return before
+        after = merged(part, target, value).to(dtype)
+        self._visited.add(target)
+        self.whole &= dtype == torch.float32
+        if not torch.equal(after, before):
+            self.changed.add(target)
+        return after
+
+    def _new_head(self) -> Tensor:
+        """The weight of a head that its model's files do not hold, because it shared that of the embeddings."""
+        entry = self._checkpoint.tensors[self._embedding]
+        value = self._checkpoint.read(self._embedding).float()
+        return self._written(self._trained(self._plan.head, value, self._written_dtype(entry.dtype)), entry.dtype)
+
+    # --- what is where -------------------------------------------------------------------------------------------
+
+    @property
+    def _head(self) -> str:
+        return self._plan.names.in_files(self._plan.head)
+
+    @property
+    def _embedding(self) -> str:
+        return self._plan.names.in_files(self._plan.embedding)
+
+    def _is_left_out(self, name: str) -> bool:
+        """Whether it is a tied head, of which some files hold a copy."""
+        group = self._plan.names.by_source.get(name)
+        return group is not None and group.targets == (self._plan.head,) and self._plan.tied and not self._plan.untied
+
+    def _is_touched(self, group: Group) -> bool:
+        return any(
+            target in self._plan.parts
+            or target in self._plan.through_nf4
+            or (target in self._plan.conv1d and self._is_quantised(target))
+            for target in group.targets
+        )
+
+    def _is_quantised(self, target: str) -> bool:
+        sources = self._plan.names.by_target[target].sources if target in self._plan.names.by_target else {}
+        return any(self._checkpoint.tensors[name].statistics for name in sources)
+
+    def _written_dtype(self, stored: torch.dtype | None) -> torch.dtype | None:
+        return stored if stored is None else self._dtype or stored
+
+    def _written(self, tensor: Tensor, stored: torch.dtype | None) -> Tensor:
+        dtype = self._written_dtype(stored)
+        tensor = tensor.detach().to(dtype).contiguous() if dtype is not None else tensor.contiguous()
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        return tensor if whole else tensor.clone()  # a part of a tensor keeps all of it
+
+    # --- the other files -----------------------------------------------------------------------------------------
+
+    def _write_config(self, folder: Path) -> None:
+        config: dict[str, Any] = json.loads(json.dumps(self._checkpoint.config))
+        for part in (config, config.get("text_config")):
+            if not isinstance(part, dict):
+                continue
+            if self._plan.untied:
+                part["tie_word_embeddings"] = False
+            if self._checkpoint.dequantised:
+                part.pop("quantization_config", None)
+            if self._dtype is not None:
+                part.pop("torch_dtype", None)
+                part["dtype"] = str(self._dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def _copy_files(self, folder: Path) -> None:
+        """What others need beside weights, config and tokenizer: the model's own code among it."""
+        patterns = (*COPIED, "*.py") if _has_code(self._checkpoint.folder) else COPIED
+        for pattern in patterns:
+            for path in self._checkpoint.folder.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+
+
+def _has_code(folder: Path) -> bool:
+    return any(_mapping(folder / name).get("auto_map") for name in ("config.json", "tokenizer_config.json"))
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

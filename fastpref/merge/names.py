@@ -1,0 +1,151 @@
+"""Which tensors of a model's files make which tensors of the model, by transformers' own weight conversion.
+
+Files may name tensors otherwise than the model in memory (a prefix more or less, older names), or hold its tensors in
+parts (experts one by one, which memory fuses). transformers converts while it loads, and back while it saves.
+"""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from fastpref.errors import UserError
+from fastpref.merge.checkpoint import Entry
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of the files that make tensors of the model together; mostly one that makes one."""
+
+    sources: Mapping[str, str]  # names in the files, in transformers' order, with the pattern that each has matched
+    targets: tuple[str, ...]  # names in the model
+    converter: WeightConverter | None = None  # None where a tensor is only renamed
+
+
+class Names:
+    """The groups of a model without weights on the meta device, and of the tensors in its files."""
+
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Entry]):
+        self._model, self._entries = model, tensors
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        groups = self._groups(tensors)
+        model._weight_conversions = [c for c in conversions if c.was_used()]  # as loading does: what saving reverts
+        self.by_target = {target: group for group in groups for target in group.targets}
+        self.by_source = {source: group for group in groups for source in group.sources}
+
+    def to_model(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors, by their names there, of a group's in the files."""
+        if group.converter is None:
+            (source,), (target,) = group.sources, group.targets
+            return {target: tensors[source]}
+        converter = deepcopy(group.converter)
+        for source, pattern in group.sources.items():
+            converter.add_tensor(group.targets[0], source, pattern, tensors[source])  # pyright: ignore[reportArgumentType]
+        values = converter.convert(group.targets[0], model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
+
+    def to_files(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse. Raises UserError if transformers does not give what the files hold."""
+        if group.converter is None:
+            (source,), (target,) = group.sources, group.targets
+            return {source: tensors[target]}
+        reverted: dict[str, Tensor] = {}
+        for name, tensor in revert_weight_conversion(self._model, dict(tensors)).items():
+            reverted[next((n for n in self._spellings(name) if n in group.sources), name)] = tensor
+        expected = {name: self._entries[name].shape for name in group.sources}
+        if {name: tuple(tensor.shape) for name, tensor in reverted.items()} != expected:
+            raise UserError(
+                f"transformers {_version()} reads {', '.join(list(expected)[:2])} of its files as "
+                f"{', '.join(group.targets)}, and does not write them back as they were"
+            )
+        return reverted
+
+    def fault(self, target: str) -> str | None:
+        """Why a tensor of the model cannot be read from the files and written back, or None."""
+        group = self.by_target.get(target)
+        if group is None:
+            return f"none of its files holds {target}"
+        if group.converter is None:
+            (source,) = group.sources
+            entry, shape = self._entries[source], self._shapes[target]
+            # bitsandbytes quantises the weight of a Conv1D transposed.
+            if entry.shape != shape and not (entry.statistics and entry.shape == shape[::-1]):
+                return f"{source} in its files is {list(entry.shape)}, and {list(shape)} in the model"
+            return None
+        try:
+            values = self.to_model(group, self._meta(group))
+            self.to_files(group, values)
+        except UserError as error:
+            return str(error)
+        except Exception as error:  # an operation of a conversion raises what it likes
+            return f"transformers {_version()} cannot convert {target}: {' '.join(str(error).split())[:300]}"
+        wrong = [name for name, value in values.items() if tuple(value.shape) != self._shapes.get(name)]
+        return f"its files' tensors do not make {wrong[0]} of the model" if wrong else None
+
+    def in_files(self, target: str) -> str:
+        """The name that a tensor of the model has in the files, or would have."""
+        group = self.by_target.get(target)
+        if group is not None and len(group.sources) == 1:
+            return next(iter(group.sources))
+        names = list(revert_weight_conversion(self._model, {target: torch.empty(0, device="meta")}))
+        spellings = [n for name in names for n in self._spellings(name) if self._target(n)[0] == target]
+        return spellings[0] if spellings else target
+
+    def _groups(self, tensors: Iterable[str]) -> list[Group]:
+        """As `convert_and_load_state_dict_in_model` of transformers collects them."""
+        converters = {pattern: c for c in self._converters for pattern in c.source_patterns}
+        renamed: list[Group] = []
+        converted: dict[str, Group] = {}
+        for source in sorted(tensors, key=dot_natural_key):
+            target, pattern = self._target(source)
+            if target not in self._shapes:
+                continue  # a tensor that the model does not have, which loading leaves out
+            if pattern is None:
+                renamed.append(Group({source: source}, (target,)))
+                continue
+            group = converted.setdefault(target, Group({}, (target,), converters[pattern]))
+            converted[target] = replace(group, sources={**group.sources, source: pattern})
+        return renamed + [replace(group, targets=self._all_targets(group)) for group in converted.values()]
+
+    def _target(self, source: str) -> tuple[str, str | None]:
+        """The model's name for a tensor of the files, and the pattern of the converter that takes it."""
+        prefix = self._model.base_model_prefix
+        target, pattern = rename_source_key(source, self._renamings, self._converters, prefix, self._shapes)
+        if target not in self._shapes and source in self._shapes:
+            target, pattern = rename_source_key(source, [], [], prefix, self._shapes)
+        return target, pattern
+
+    def _all_targets(self, group: Group) -> tuple[str, ...]:
+        """A conversion's names in the model, of which transformers' map gives the first."""
+        try:
+            return tuple(self.to_model(group, self._meta(group)))
+        except Exception:  # said by `fault`, if it matters
+            return group.targets
+
+    def _meta(self, group: Group) -> dict[str, Tensor]:
+        return {name: torch.empty(self._entries[name].shape, device="meta") for name in group.sources}
+
+    def _spellings(self, name: str) -> tuple[str, str, str]:
+        """With the base model's prefix and without, which loading adds and takes away as it needs."""
+        prefix = f"{self._model.base_model_prefix}."
+        return name, name.removeprefix(prefix), f"{prefix}{name}"
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__

@@ -1,0 +1,107 @@
+"""What a merge will do to which tensors, from headers and configs alone; what it cannot do is an error here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastpref.config import Config, ModelConfig
+from fastpref.errors import UserError
+from fastpref.merge.adapter import adapted
+from fastpref.merge.checkpoint import Checkpoint, model_folder
+from fastpref.merge.names import Names
+from fastpref.model.load import model_config
+from fastpref.model.skeleton import skeleton
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files of a model, and what is done to its tensors."""
+
+    checkpoint: Checkpoint
+    names: Names
+    parts: dict[str, Any]  # by the names of the model's tensors, the PEFT modules that change them
+    through_nf4: frozenset[str]  # the model's tensors that are quantised and dequantised first
+    conv1d: frozenset[str]  # the model's tensors that bitsandbytes quantises transposed
+    head: str  # the names of the head's and the embeddings' weights in the model
+    embedding: str
+    tied: bool  # whether they are one weight in the model as it was
+    untied: bool  # whether training has parted them
+
+
+def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any], nf4: frozenset[str]) -> Plan:
+    """The plan for a model and the tensors that adapters change. Raises UserError for what cannot be merged."""
+    model = bare_model(options)
+    names = Names(model, checkpoint.tensors)
+    head, embedding = (_weight(model, m) for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    conv1d = frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
+    changed_ends = head in parts or embedding in parts
+    plan = Plan(checkpoint, names, parts, nf4, conv1d, head, embedding, tied, tied and changed_ends)
+    if checkpoint.method is not None and not checkpoint.dequantised:
+        plain = [part for part in parts if _lies_plain(checkpoint, names, part)]
+        if len(plain) < len(parts):
+            raise UserError(
+                f"{options.name}: its weights lie quantised by {checkpoint.method}; merge dequantises those of "
+                "bitsandbytes only. Use the adapter without merging, or merge it onto the unquantised model"
+            )
+    for target in sorted({*parts, *nf4}):
+        if target == head and tied and target not in names.by_target:
+            continue  # it gets the embeddings' weight
+        if fault := names.fault(target):
+            raise UserError(f"{options.name}: {fault}; it cannot be merged")
+    return plan
+
+
+def merge_fault(config: Config, model: PreTrainedModel) -> str | None:
+    """Why `fastpref merge` will not take what training a model with adapters makes, or None.
+
+    Reads headers and configs, no weights. `model`: the causal language model with its adapters in place.
+    """
+    if config.lora is None:
+        return None
+    try:
+        parts = adapted(model)
+        nf4 = _four_bit_weights(model) if config.model.quantization == "nf4" else frozenset()
+        make_plan(config.model, Checkpoint(model_folder(config.model, local=True)), parts, nf4)
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # a library's; the run is not to end by it
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
+
+
+def bare_model(options: ModelConfig) -> PreTrainedModel:
+    """The model of a config.json on the meta device. Raises UserError where there is none."""
+    architecture = model_config(options)
+    for part in (architecture, architecture.get_text_config()):
+        if hasattr(part, "quantization_config"):  # the modules of the plain model, whatever its files hold
+            del part.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            architecture, dtype=torch.float32, trust_remote_code=options.trust_remote_code
+        )
+
+
+def nf4_weights(config: Config) -> frozenset[str]:
+    """The model's tensors that a run with `model.quantization = "nf4"` has in 4 bits."""
+    plain = config.model_copy(update={"lora": None})
+    return _four_bit_weights(skeleton(plain, model_config(config.model), torch.float32).model)
+
+
+def _four_bit_weights(model: nn.Module) -> frozenset[str]:
+    names = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    return frozenset(f"{name.removesuffix('.base_layer')}.weight" for name in names)
+
+
+def _lies_plain(checkpoint: Checkpoint, names: Names, target: str) -> bool:
+    group = names.by_target.get(target)
+    return group is not None and all(checkpoint.tensors[source].dtype is not None for source in group.sources)
+
+
+def _weight(model: nn.Module, wanted: nn.Module) -> str:
+    return next(f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if module is wanted)

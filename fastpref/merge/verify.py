@@ -1,0 +1,103 @@
+"""Whether a merged model answers as the adapter does on its base: logits of a probe, each loaded by transformers."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fastpref.config import Config
+from fastpref.errors import UserError
+from fastpref.model.load import model_config, weight_dtype
+from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
+from fastpref.model.trained import Trained
+
+_ALLOWED = 0.3  # half precision rounds what is merged; a layer left out loses its share, one merged wrongly far more
+_ALLOWED_WHOLE = 0.01  # where both are float32, and computed in it
+_TOKENS = 64
+
+
+def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole: bool) -> float:
+    """The share of what the adapter changes in the logits of a probe that is lost in a merged model.
+
+    The base is loaded in nf4 if `nf4`, and dequantised if it lies quantised and is `plain` in the merged model. `whole`:
+    what is merged is written in float32. Raises UserError if too much is lost, or if the merged model cannot be loaded
+    or lacks tensors.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with_adapter, without = _base_logits(trained, device, nf4=nf4, plain=plain)
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{trained.weights}: the merged model cannot be compared, and is not kept: the adapter on its model fails: "
+            f"{_words(error)}. --no-verify merges without comparing"
+        ) from None
+    try:
+        logits = _merged_logits(folder, trained.config, device)
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        message = f"{trained.weights}: the merged model cannot be loaded, so it is not kept: {_words(error)}"
+        raise UserError(message) from None
+    lost = float((logits - with_adapter).norm() / (with_adapter - without).norm().clamp(min=1e-30))
+    exact = whole and weight_dtype(trained.config, device) == torch.float32
+    if not lost <= (_ALLOWED_WHOLE if exact else _ALLOWED):
+        why = "" if whole else " If its files are in half precision, rounding may be why: try --dtype float32"
+        raise UserError(
+            f"{trained.weights}: {lost:.0%} of what the adapter changes in the logits of a probe is lost in the merged "
+            f"model, so it is not kept.{why}"
+        )
+    return lost
+
+
+def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bool) -> tuple[Tensor, Tensor]:
+    """The logits of the base with the adapter, and without."""
+    options = trained.config.model
+    dtype = weight_dtype(trained.config, device)
+    load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "revision": options.revision or "main"}
+    if nf4:
+        load["quantization_config"] = quantization_config("nf4", dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        options.name, trust_remote_code=options.trust_remote_code, use_safetensors=True, **load
+    )
+    if plain:
+        model = model.dequantize(dtype=dtype)
+    keep_weights_as_loaded(model)
+    without = _probe(model)
+    with warnings.catch_warnings(action="ignore"):
+        wrapped = peft.PeftModel.from_pretrained(model, trained.weights)
+    return _probe(wrapped), without
+
+
+def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor:
+    options = config.model.model_copy(update={"name": str(folder), "revision": None})
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=model_config(options),
+        dtype=weight_dtype(config, device),
+        device_map={"": device},
+        trust_remote_code=options.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{', '.join(missing[:3])} is missing in the merged model, so it is not kept")
+    return _probe(model)
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Tensor:
+    """Float32 logits [T, V] of tokens from all over the vocabulary."""
+    size = model.get_input_embeddings().weight.shape[0]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
+    ids = torch.linspace(0, size - 1, min(_TOKENS, longest), device=model.device).long()[None]
+    return model.eval()(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
