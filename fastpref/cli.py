@@ -294,6 +294,7 @@ def chat(
 def merge(
     model: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or an adapter's.")],
     output: Annotated[Path, typer.Option("--output", help="The folder to write; it must not be there.")],
+    overrides: Overrides = None,
     dequantized: Annotated[
         bool | None,
         typer.Option(
@@ -317,7 +318,7 @@ def merge(
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: take float32, bfloat16 or float16")
     kind = None if dtype is None else getattr(torch, dtype)
-    merged = run(find_trained(model), output, dequantized=dequantized, dtype=kind, verify=verify)
+    merged = run(find_trained(model, overrides or ()), output, dequantized=dequantized, dtype=kind, verify=verify)
     head = ", the head untied from the embeddings" if merged.untied else ""
     typer.echo(f"{merged.folder}: {merged.tensors} tensors changed{head}; merged onto {merged.onto}.")
     if merged.lost is not None:

@@ -12,10 +12,9 @@ from runs import EXAMPLES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from fastpref import merge as merging
 from fastpref.errors import UserError
 from fastpref.memory import PeakStorage
-from fastpref.merge import merge
+from fastpref.merge import folder, merge, verify
 from fastpref.model.trained import find_trained
 
 TOKENIZER = EXAMPLES / "quickstart" / "model"
@@ -115,10 +114,8 @@ def test_a_model_is_never_held_twice(tmp_path: Path):
     begun = base(tmp_path / "base", shards=True)
     files = [path.stat().st_size for path in begun.glob("*.safetensors")]
     trained = adapter(begun, tmp_path / "adapter", target_modules="all-linear")
-    merger = merging._Merger(find_trained(str(trained)), False, None)
-    (tmp_path / "merged").mkdir()
     with PeakStorage() as memory:
-        merger.fill(tmp_path / "merged")
+        merge(find_trained(str(trained)), tmp_path / "merged", verify=False)
     assert memory.peak < 2.5 * max(files) < sum(files)
 
 
@@ -173,9 +170,32 @@ def test_what_is_refused(finished_run: Path, whole_run: Path, tmp_path: Path, mo
             merge(find_trained(str(trained)), tmp_path / "merged")
     with pytest.raises(UserError, match="--dequantized"):
         merge(find_trained(str(finished_run)), tmp_path / "merged", dequantized=True)
-    monkeypatch.setattr(merging._Merger, "_merged", lambda self, name, tensor: tensor)  # a merge that forgets
-    with pytest.raises(UserError, match=r"100% of what.*is lost.*--dtype float32"):
+    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor * 1.01)  # another sum than the adapter's
+    with pytest.raises(UserError, match=r"% of what.*is lost"):
         merge(find_trained(str(finished_run)), tmp_path / "merged")
+    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor)  # a merge that forgets
+    with pytest.raises(UserError, match="changes no weight"):
+        merge(find_trained(str(finished_run)), tmp_path / "merged", verify=False)
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+
+
+def test_a_failure_leaves_nothing(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Wherever it comes from, the folder is not there: neither half written, nor written and not compared."""
+    for module, name in ((folder, "trained_tokenizer"), (verify, "_base_logits"), (verify, "_merged_logits")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_, **__: 1 / 0)
+            with pytest.raises((UserError, ZeroDivisionError)):
+                merge(find_trained(str(finished_run)), tmp_path / "merged")
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_without_effect(tmp_path: Path):
+    """Is an error, also where nothing is compared: the folder would be the model that there is already."""
+    begun = base(tmp_path / "base")
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")  # B is zero at first
+    get_peft_model(AutoModelForCausalLM.from_pretrained(begun), settings).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match="changes no weight"):
+        merge(find_trained(str(tmp_path / "adapter")), tmp_path / "merged", verify=False)
     assert not (tmp_path / "merged").exists()
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -43,7 +45,11 @@ class Names:
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
         groups = self._groups(tensors)
-        model._weight_conversions = [c for c in conversions if c.was_used()]  # as loading does: what saving reverts
+        own = conversions[: len(get_model_conversion_mapping(model, add_legacy=False))]
+        prefixes = [c for c in own if isinstance(c, PrefixChange) and not c.was_used()]
+        older = any(c.was_used() for c in own)
+        self._naming = [c for c in own if c not in prefixes] if older else []  # of tensors that the files do not hold
+        self._used = [c for c in conversions if c.was_used()]  # what saving reverts, as loading leaves it
         self.by_target = {target: group for group in groups for target in group.targets}
         self.by_source = {source: group for group in groups for source in group.sources}
 
@@ -64,7 +70,7 @@ class Names:
             (source,), (target,) = group.sources, group.targets
             return {source: tensors[target]}
         reverted: dict[str, Tensor] = {}
-        for name, tensor in revert_weight_conversion(self._model, dict(tensors)).items():
+        for name, tensor in self._reverted(tensors, self._used).items():
             reverted[next((n for n in self._spellings(name) if n in group.sources), name)] = tensor
         expected = {name: self._entries[name].shape for name in group.sources}
         if {name: tuple(tensor.shape) for name, tensor in reverted.items()} != expected:
@@ -101,7 +107,7 @@ class Names:
         group = self.by_target.get(target)
         if group is not None and len(group.sources) == 1:
             return next(iter(group.sources))
-        names = list(revert_weight_conversion(self._model, {target: torch.empty(0, device="meta")}))
+        names = list(self._reverted({target: torch.empty(0, device="meta")}, self._naming))
         spellings = [n for name in names for n in self._spellings(name) if self._target(n)[0] == target]
         return spellings[0] if spellings else target
 
@@ -128,6 +134,10 @@ class Names:
         if target not in self._shapes and source in self._shapes:
             target, pattern = rename_source_key(source, [], [], prefix, self._shapes)
         return target, pattern
+
+    def _reverted(self, tensors: Mapping[str, Tensor], conversions: list[WeightTransform]) -> dict[str, Tensor]:
+        self._model._weight_conversions = conversions
+        return revert_weight_conversion(self._model, dict(tensors))
 
     def _all_targets(self, group: Group) -> tuple[str, ...]:
         """A conversion's names in the model, of which transformers' map gives the first."""

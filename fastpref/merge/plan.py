@@ -37,8 +37,11 @@ def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any
     """The plan for a model and the tensors that adapters change. Raises UserError for what cannot be merged."""
     model = bare_model(options)
     names = Names(model, checkpoint.tensors)
-    head, embedding = (_weight(model, m) for m in (model.get_output_embeddings(), model.get_input_embeddings()))
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    ends: list[Any] = [model.get_output_embeddings(), model.get_input_embeddings()]
+    if None in ends:
+        raise UserError(f"{options.name}: its code does not tell which layers are its head and its embeddings")
+    head, embedding = (_weight(model, end) for end in ends)
+    tied = ends[0].weight is ends[1].weight
     conv1d = frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
     changed_ends = head in parts or embedding in parts
     plan = Plan(checkpoint, names, parts, nf4, conv1d, head, embedding, tied, tied and changed_ends)

@@ -23,9 +23,9 @@ _TOKENS = 64
 def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole: bool) -> float:
     """The share of what the adapter changes in the logits of a probe that is lost in a merged model.
 
-    The base is loaded in nf4 if `nf4`, and dequantised if it lies quantised and is `plain` in the merged model. `whole`:
-    what is merged is written in float32. Raises UserError if too much is lost, or if the merged model cannot be loaded
-    or lacks tensors.
+    The base is loaded in nf4 if `nf4`, and dequantised if it lies quantised and is `plain` in the merged model; `whole`
+    tells that what is merged is written in float32. Raises UserError if too much is lost, or if the merged model cannot
+    be loaded or lacks tensors.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
