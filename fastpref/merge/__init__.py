@@ -55,12 +55,12 @@ def merge(
         )
     if output.exists():
         raise UserError(f"--output {output}: is there already")
+    model = bare_model(options)
     checkpoint = Checkpoint(model_folder(options))
     nf4_run = options.quantization == "nf4" and not checkpoint.dequantised
     if dequantized and not nf4_run:
         raise UserError('--dequantized: the run\'s config does not say model.quantization = "nf4"')
     nf4 = nf4_run if dequantized is None else dequantized
-    model = bare_model(options)
     with_adapter(model, trained)
     plan = make_plan(options, checkpoint, adapted(model), nf4_weights(trained.config) if nf4 else frozenset())
     writer, lost = Writer(plan, dtype), None

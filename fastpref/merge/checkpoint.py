@@ -47,7 +47,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.config = _json(folder / "config.json")
         self.files = _files(folder)
         self._places: dict[str, Path] = {}
         headers: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -88,9 +88,9 @@ class Checkpoint:
     @cached_property
     def plain_dtype(self) -> torch.dtype:
         """What quantised weights are written in: the dtype that config.json names, else float16."""
-        name = next((c[key] for c in (self.config, self._text) for key in ("dtype", "torch_dtype") if c.get(key)), "")
-        dtype = getattr(torch, str(name).removeprefix("torch."), None)
-        return dtype if dtype in _DTYPES.values() else torch.float16
+        dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
+        names = (str(c.get(key)) for c in (self.config, self._text) for key in ("dtype", "torch_dtype"))
+        return next((dtypes[name] for name in names if name in dtypes), torch.float16)
 
     @property
     def _text(self) -> dict[str, Any]:
@@ -148,11 +148,15 @@ def model_folder(options: ModelConfig, *, local: bool = False) -> Path:
 
 def _files(folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = sorted(set(_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: {missing[0]} is missing; only safetensors are read")
     return tuple(folder / name for name in names)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None

@@ -7,6 +7,7 @@ parts (experts one by one, which memory fuses). transformers converts while it l
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Names:
     """The groups of a model without weights on the meta device, and of the tensors in its files."""
 
     def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Entry]):
-        self._model, self._entries = model, tensors
+        self._model: Any = model
+        self._entries = tensors
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
         conversions = get_model_conversion_mapping(model)
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]

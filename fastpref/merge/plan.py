@@ -82,8 +82,7 @@ def bare_model(options: ModelConfig) -> PreTrainedModel:
     """The model of a config.json on the meta device. Raises UserError where there is none."""
     architecture = model_config(options)
     for part in (architecture, architecture.get_text_config()):
-        if hasattr(part, "quantization_config"):  # the modules of the plain model, whatever its files hold
-            del part.quantization_config
+        vars(part).pop("quantization_config", None)  # the plain model's modules, whatever its files hold
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             architecture, dtype=torch.float32, trust_remote_code=options.trust_remote_code

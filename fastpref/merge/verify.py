@@ -76,7 +76,7 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
 
 def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor:
     options = config.model.model_copy(update={"name": str(folder), "revision": None})
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=model_config(options),
         dtype=weight_dtype(config, device),
@@ -85,6 +85,7 @@ def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor
         use_safetensors=True,
         output_loading_info=True,
     )
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{', '.join(missing[:3])} is missing in the merged model, so it is not kept")
     return _probe(model)
