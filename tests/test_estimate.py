@@ -100,6 +100,7 @@ RUNS = [
     ("qwen2", [LORA, "train.tokens_per_microbatch=300"]),
     ("qwen2", ["loss.type=ipo", "train.tokens_per_microbatch=150"]),
     ("qwen2", [LORA, "loss.type=cpo", "train.layout=packed", "train.checkpointing=true"]),
+    ("qwen2", ["lora={rank=4, dora=true}", "model.quantization=nf4"]),
 ]
 
 
