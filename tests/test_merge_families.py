@@ -337,3 +337,19 @@ def test_a_tensor_that_the_files_do_not_hold(models: Callable[[str], Path], tmp_
     assert f"none of its files holds {name}" in fault
     with pytest.raises(UserError, match=f"none of its files holds {name}"):
         merge(trained, tmp_path / "merged", verify=False)
+
+
+def test_files_with_a_wrappers_prefix(models: Callable[[str], Path], tmp_path: Path):
+    """Are merged as loading reads them, and written so that transformers alone loads them."""
+    model = tmp_path / "model"
+    shutil.copytree(models("llama"), model)
+    tensors = load_file(model / "model.safetensors")
+    renamed = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, model / "model.safetensors", metadata={"format": "pt"})
+    wrapped = _with_adapter(_load(models("llama"), KINDS["llama"]), {})
+    wrapped.peft_config["default"].base_model_name_or_path = str(model)
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    merged = merge(_find(str(tmp_path / "adapter"), KINDS["llama"]), tmp_path / "merged")
+    assert merged.lost is not None
+    assert merged.lost < 1e-5
+    assert _names(merged.folder) == set(tensors)

@@ -14,30 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
+from fastpref.model.adapters import load_adapter
 from fastpref.model.trained import Trained
 
 
 def with_adapter(model: PreTrainedModel, trained: Trained) -> None:
     """Put an adapter on a model of the meta device, in place. Raises UserError where it does not fit."""
     _shrink(model)
-    try:
-        settings = peft.PeftConfig.from_pretrained(trained.weights)
-        with warnings.catch_warnings(action="ignore"):  # of what was decided when the adapter was trained
-            wrapped = peft.get_peft_model(model, settings, low_cpu_mem_usage=True)
-        tensors = peft.utils.load_peft_weights(trained.weights, device="cpu")
-        lost = peft.set_peft_model_state_dict(wrapped, tensors, low_cpu_mem_usage=True)
-    except Exception as error:  # missing files, other shapes: PEFT raises many kinds
-        message = " ".join(str(error).split())[:400]
-        raise UserError(
-            f"{trained.weights}: this adapter does not fit {trained.config.model.name}: {message}"
-        ) from None
+    with warnings.catch_warnings(action="ignore"):  # of what was decided when the adapter was trained
+        wrapped = load_adapter(model, trained.weights)
+    settings = wrapped.peft_config["default"]
     if not isinstance(settings, peft.LoraConfig):
         raise UserError(f"{trained.weights}: a {settings.peft_type} adapter; LoRA, rsLoRA and DoRA can be merged")
-    if lost.unexpected_keys:
-        raise UserError(f"{trained.weights}: {', '.join(lost.unexpected_keys[:3])} has no place in the model")
-    absent = [name for name, tensor in wrapped.named_parameters() if tensor.is_meta]
-    if absent:
-        raise UserError(f"{trained.weights}: {', '.join(absent[:3])} is missing in its files")
     if settings.bias != "none" or settings.lora_bias:
         raise UserError(f"{trained.weights}: this adapter has trained biases too, which cannot be merged here")
     if getattr(settings, "ensure_weight_tying", False):

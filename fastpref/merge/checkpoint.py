@@ -1,8 +1,8 @@
 """The safetensors of a model's folder: names, shapes and dtypes from their headers, and one tensor at a time."""
 
 import json
+from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError
+from fastpref.model.weights import Renaming
 
 INDEX = "model.safetensors.index.json"
 COPIED = (
@@ -61,16 +62,24 @@ class Checkpoint:
             except Exception as error:  # safetensors has its own kind
                 raise UserError(f"{file}: cannot be read: {error}") from None
         self.tensors = self._tensors(headers)
+        self._stored = {name: name for name in self.tensors}  # the names in the files
 
     def read(self, name: str) -> Tensor:
         """A tensor; where it lies quantised by bitsandbytes, what it is worth, in `plain_dtype`."""
-        tensor, statistics = self._raw(name), self.tensors[name].statistics
+        tensor, statistics = self._raw(self._stored[name]), self.tensors[name].statistics
         if not statistics:
             return tensor
         if statistics[0].endswith("SCB"):
             return int8_vectorwise_dequant(tensor, self._raw(statistics[0])).to(self.plain_dtype)
         state = QuantState.from_dict({s: self._raw(s) for s in statistics}, device=torch.device("cpu"))
         return dequantize_4bit(tensor, state).to(self.plain_dtype)
+
+    def renamed(self, renaming: Renaming) -> "Checkpoint":
+        """The same tensors under other names, as `fastpref.model.weights` reads files with a wrapper's prefix."""
+        other = copy(self)
+        other.tensors = {renaming(name): entry for name, entry in self.tensors.items()}
+        other._stored = {renaming(name): stored for name, stored in self._stored.items()}
+        return other
 
     @property
     def method(self) -> str | None:
@@ -85,7 +94,7 @@ class Checkpoint:
         """Whether its weights lie quantised in a way that is read as plain weights."""
         return self.method == "bitsandbytes"
 
-    @cached_property
+    @property
     def plain_dtype(self) -> torch.dtype:
         """What quantised weights are written in: the dtype that config.json names, else float16."""
         dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}

@@ -54,6 +54,8 @@ class Names:
         self._used = [c for c in conversions if c.was_used()]  # what saving reverts, as loading leaves it
         self.by_target = {target: group for group in groups for target in group.targets}
         self.by_source = {source: group for group in groups for source in group.sources}
+        self.missing = [name for name in self._shapes if name not in self.by_target]
+        self.unexpected = [name for name in tensors if name not in self.by_source]
 
     def to_model(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors, by their names there, of a group's in the files."""

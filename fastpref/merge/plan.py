@@ -16,6 +16,7 @@ from fastpref.merge.checkpoint import Checkpoint, model_folder
 from fastpref.merge.names import Names
 from fastpref.model.load import model_config
 from fastpref.model.skeleton import skeleton
+from fastpref.model.weights import find_renaming
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any
     """The plan for a model and the tensors that adapters change. Raises UserError for what cannot be merged."""
     model = bare_model(options)
     names = Names(model, checkpoint.tensors)
+    if (renaming := find_renaming(names.missing, names.unexpected)) is not None:  # as loading does
+        checkpoint = checkpoint.renamed(renaming)
+        names = Names(model, checkpoint.tensors)
     ends: list[Any] = [model.get_output_embeddings(), model.get_input_embeddings()]
     if None in ends:
         raise UserError(f"{options.name}: its code does not tell which layers are its head and its embeddings")

@@ -1,19 +1,21 @@
 """Whether a merged model answers as the adapter does on its base: logits of a probe, each loaded by transformers."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.model.adapters import load_adapter
 from fastpref.model.load import model_config, weight_dtype
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.trained import Trained
+from fastpref.model.weights import from_files
 
 _ALLOWED = 0.3  # half precision rounds what is merged; a layer left out loses its share, one merged wrongly far more
 _ALLOWED_WHOLE = 0.01  # where both are float32, and computed in it
@@ -62,15 +64,14 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
     load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "revision": options.revision or "main"}
     if nf4:
         load["quantization_config"] = quantization_config("nf4", dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        options.name, trust_remote_code=options.trust_remote_code, use_safetensors=True, **load
-    )
+    make = partial(AutoModelForCausalLM.from_pretrained, options.name, trust_remote_code=options.trust_remote_code)
+    model: Any = from_files(make, use_safetensors=True, **load)
     if plain:
         model = model.dequantize(dtype=dtype)
     keep_weights_as_loaded(model)
     without = _probe(model)
     with warnings.catch_warnings(action="ignore"):
-        wrapped = peft.PeftModel.from_pretrained(model, trained.weights)
+        wrapped = load_adapter(model, trained.weights)
     return _probe(wrapped), without
 
 
