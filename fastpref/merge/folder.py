@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastpref.data.text import add_text
 from fastpref.errors import UserError
 from fastpref.merge.adapter import merged, through_four_bits
 from fastpref.merge.checkpoint import COPIED, INDEX
 from fastpref.merge.names import Group
 from fastpref.merge.plan import Plan
+from fastpref.model.load import model_config
 from fastpref.model.trained import Trained, trained_tokenizer
 
 SHARD = 5 * 10**9  # bytes of a file where the files' own division would make larger ones than it did
@@ -49,6 +51,7 @@ class Writer:
         self._write_config(folder)
         self._copy_files(folder)
         trained_tokenizer(trained).save_pretrained(str(folder))
+        add_text(folder, trained.text, model_config(trained.config.model))
 
     # --- weights -------------------------------------------------------------------------------------------------
 
