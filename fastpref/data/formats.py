@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fastpref.data import chat_formats, templates
-from fastpref.data.chat_formats import detect
-from fastpref.data.content import Content, Format, Message, Paired, Row, RowError, Unpaired, read_label, unpair
+from fastpref.data.auto import detect
+from fastpref.data.content import Content, Message, Paired, Row, RowError, Unpaired, read_label, unpair
 from fastpref.data.function import is_function, load_function
+from fastpref.data.reading import TEXT_COLUMNS, Format
 
 __all__ = [
     "NAMES", "Content", "Format", "Message", "Paired", "Row", "RowError", "Unpaired", "check_format", "detect",

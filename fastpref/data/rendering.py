@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastpref.data.content import MISSING_COLUMN, Format, Paired, Row, RowError, Unpaired
+from fastpref.data.content import MISSING_COLUMN, Paired, Row, RowError, Unpaired
 from fastpref.data.formats import detect, explained, find_format
+from fastpref.data.reading import Format
 from fastpref.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, overload
 
 from fastpref.config import Config, DataConfig
-from fastpref.data.content import MISSING_COLUMN, Format, Paired, RowError, Unpaired, unpair
+from fastpref.data.content import MISSING_COLUMN, Paired, RowError, Unpaired, unpair
 from fastpref.data.formats import detect, explained, find_format
 from fastpref.data.opening import open_records
+from fastpref.data.reading import Format
 from fastpref.data.records import Records
 from fastpref.errors import UserError
 

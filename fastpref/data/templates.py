@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import ConfigDict
 
+from fastpref.data.auto import as_answers
 from fastpref.data.content import (
     MISSING_COLUMN,
     Message,
@@ -21,6 +22,7 @@ from fastpref.data.content import (
     text,
 )
 from fastpref.data.messages import STANDARD, words
+from fastpref.data.overlap import untangle, without_question
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ class Template:
         return "".join(written) + self.generation_prompt
 
     def paired(self, turns: list[Message], chosen: str, rejected: str, name: str = "prompt") -> Paired:
-        return Paired(self.prompt(turns, name), chosen + self.end, rejected + self.end, Writing(end=self.end))
+        asked, answers, remarks = _freed(turns, {"chosen": chosen, "rejected": rejected})
+        writing = Writing(end=self.end)
+        prompt = self.prompt(asked, name)
+        return Paired(prompt, answers["chosen"] + self.end, answers["rejected"] + self.end, writing, remarks)
 
     def unpaired(self, turns: list[Message], completion: str, good: bool, name: str = "prompt") -> Unpaired:
-        return Unpaired(self.prompt(turns, name), completion + self.end, good, Writing(end=self.end))
+        asked, answers, remarks = _freed(turns, {"completion": completion})
+        prompt = self.prompt(asked, name)
+        return Unpaired(prompt, answers["completion"] + self.end, good, Writing(end=self.end), remarks)
 
 
 TEMPLATES = {
@@ -167,8 +174,9 @@ def nectar(row: Row) -> Paired:
     if best["rank"] == worst["rank"]:
         raise RowError(f"all answers have rank {best['rank']}, so none is better", "with answers of one rank")
     system = f"<|system|>\n{row['system']}</s>\n" if row.get("system") else ""
-    prompt = f"{system}<|user|>\n{text(row, 'prompt')}</s>\n<|assistant|>\n"
-    return Paired(prompt, best["answer"], worst["answer"])
+    told, remarks = as_answers(text(row, "prompt"), {"best": best["answer"], "worst": worst["answer"]})
+    prompt = f"{system}<|user|>\n{row['prompt']}</s>\n<|assistant|>\n"
+    return Paired(prompt, told["best"], told["worst"], remarks=remarks)
 
 
 # --- A user's own columns ------------------------------------------------------------------------------------------
@@ -196,17 +204,25 @@ class Table:
             _check_format(f"{name}_format", getattr(self, f"{name}_format"), name)
 
     def paired(self, row: Row) -> Paired:
+        texts = {
+            name: text(row, field) for name, field in (("chosen", self.field_chosen), ("rejected", self.field_rejected))
+        }
+        told, remarks = without_question(text(row, self.field_prompt), texts)
         return Paired(
             self._prompt(row),
-            self.chosen_format.format(chosen=text(row, self.field_chosen)),
-            self.rejected_format.format(rejected=text(row, self.field_rejected)),
+            self.chosen_format.format(chosen=told["chosen"]),
+            self.rejected_format.format(rejected=told["rejected"]),
+            remarks=remarks,
         )
 
     def unpaired(self, row: Row) -> Unpaired:
+        completion = {"completion": text(row, self.field_completion)}
+        told, remarks = without_question(text(row, self.field_prompt), completion)
         return Unpaired(
             self._prompt(row),
-            self.completion_format.format(completion=text(row, self.field_completion)),
+            self.completion_format.format(completion=told["completion"]),
             label(row, self.field_label),
+            remarks=remarks,
         )
 
     def _prompt(self, row: Row) -> str:
@@ -228,6 +244,17 @@ def _check_format(option: str, given: str, name: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------------
+
+
+def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message], dict[str, str], tuple[str, ...]]:
+    """Turns and their answers without what these repeat, as for every chat; and what to remark."""
+    told, remarks = as_answers(turns, answers)
+    if any(not answer.strip() for answer in told.values()):  # an empty one, which repeats nothing
+        return turns, told, remarks
+    said = [[{"role": "assistant", "content": answer}] for answer in told.values()]
+    content = untangle(Paired(turns, *said) if len(said) == 2 else Unpaired(turns, said[0], True))
+    assert not isinstance(content.prompt, str)
+    return content.prompt, told, (*remarks, *content.remarks)
 
 
 def _asked(row: Row, question: str) -> list[Message]:

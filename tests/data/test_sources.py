@@ -399,7 +399,8 @@ BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, a row, what 
         {"type": "chat_template.default", "roles": {"assistant": ["bot"]}},
         {"messages": [{"role": "robot", "content": "q"}], "chosen": "yes", "rejected": "no"},
         "messages has a turn of role 'robot'; known roles are system, developer, user, assistant, tool, human, gpt, "
-        "chatgpt, bing, bard, observation, function_call, bot; name others by the option roles",
+        "chatgpt, bing, bard, observation, function_call, tool_call, "
+        "tool_response, function, bot; name others by the option roles",
     ),
     "tools that are no JSON": (
         "chat_template.default",
