@@ -7,6 +7,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
+from fastpref.data.template_traits import for_template, template_of
 from fastpref.errors import UserError
 
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
@@ -66,7 +67,7 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Wri
     if isinstance(prompt, str):
         bos = str(tokenizer.bos_token or "")
         return prompt, [prompt + _without(bos, str(response)) for response in content.responses.values()]
-    if not (content.writing.chat_template or tokenizer.chat_template):
+    if template_of(tokenizer, content.writing) is None:
         raise UserError("the row is a chat, and the tokenizer has no chat template; set tokens.chat_template")
     try:
         alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
@@ -91,11 +92,12 @@ def _apply_all(
 ) -> list[str]:
     if not conversations:
         return []
+    conversations = [for_template(messages, tokenizer, writing) for messages in conversations]
     tools: Any = list(writing.tools) if writing.tools else None
     written: Any = tokenizer.apply_chat_template(
         conversations,
         tools=tools,
-        chat_template=writing.chat_template,
+        chat_template=writing.chat_template or (None if tokenizer.chat_template else writing.without_template),
         tokenize=False,
         add_generation_prompt=generation_prompt,
     )
