@@ -20,7 +20,7 @@ KNOWN = (
 """What `auto` reads, in words."""
 
 
-def detect(row: Row) -> Format | None:
+def detect(row: Row) -> "AutoFormat | None":
     """The format that a row's columns and types speak for, or None."""
     try:
         layout = _recognised(without_json(row))
@@ -106,8 +106,7 @@ def _paired(
 
     def read(row: Row) -> Paired:
         values = {response: column(row, response) for response in responses}
-        own = _prompt_column(row, values) if name != "instruction" else None
-        prompt, (chosen, rejected), remarks = _read(row, own or name, values, chat, spoken)
+        prompt, (chosen, rejected), remarks = _read(row, _prompt_column(row, values, name), values, chat, spoken)
         return Paired(prompt, chosen, rejected, _written(row, prompt, spoken), remarks)
 
     return read
@@ -161,8 +160,7 @@ def _labelled(row: Row, tag: str, chat: bool) -> _Layout | None:
 def _single(name: str | None, answer: str, tag: str, *, chat: bool, spoken: bool = False) -> Callable[[Row], Unpaired]:
     def read(row: Row) -> Unpaired:
         values = {answer: column(row, answer)}
-        own = _prompt_column(row, values) if name != "instruction" else None
-        prompt, (completion,), remarks = _read(row, own or name, values, chat, spoken)
+        prompt, (completion,), remarks = _read(row, _prompt_column(row, values, name), values, chat, spoken)
         return Unpaired(prompt, completion, label(row, tag), _written(row, prompt, spoken), remarks)
 
     return read
@@ -179,12 +177,21 @@ def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:
 # --- Prompt and responses ------------------------------------------------------------------------------------------
 
 
-def _prompt_column(row: Row, values: Mapping[str, Any]) -> str | None:
-    """The column that holds this row's prompt. Messages that are more than a prompt are no better than its text."""
+def _prompt_column(row: Row, values: Mapping[str, Any], first: str | None) -> str | None:
+    """The column that holds this row's prompt, None for its responses; `first` if this row does not tell.
+
+    Messages that are more than a prompt are no better than its text.
+    """
     for name in _CHATS:
         if is_turns(row.get(name)) and not (name != "prompt" and _is_answered(row, name) and _has_other(row, values)):
             return name
-    return "prompt" if isinstance(row.get("prompt"), str) else None
+    if isinstance(row.get("prompt"), str):
+        return "prompt"
+    if all(map(_is_conversation, values.values())):
+        return None
+    if first == "prompt" and row.get("prompt") is None and isinstance(row.get("instruction"), str):
+        return "instruction"
+    return first
 
 
 def _is_answered(row: Row, name: str) -> bool:
@@ -219,13 +226,20 @@ def _read(
         return prompt, list(values.values()), ()
     remarks: tuple[str, ...] = ()
     if spoken:
-        values = {name: read_transcript(value) if is_transcript(value) else value for name, value in values.items()}
+        values = {name: _spoken(value) for name, value in values.items()}
     if all(isinstance(value, str) for value in values.values()):
         values, remarks = as_answers(prompt, values)
     answers: list[Content] = [STANDARD.response(value, response) for response, value in values.items()]
     if isinstance(prompt, str) and all(map(_is_conversation, values.values())) and not _says(answers, prompt):
         prompt, remarks = [], (OTHER_PROMPT,)
     return with_system(row, as_turns(prompt)), answers, remarks
+
+
+def _spoken(value: Any) -> Any:
+    """A transcript's turns, or the answer after one without the space before it."""
+    if is_transcript(value):
+        return read_transcript(value)
+    return value.strip() if isinstance(value, str) else value
 
 
 def _says(answers: list[Content], words: str) -> bool:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config
 from fastpref.data import table
+from fastpref.data.balance import unbalanced
 from fastpref.data.example import Counts
 from fastpref.data.fingerprint import fingerprint
 from fastpref.data.sources import Prepared, prepare
@@ -49,6 +50,15 @@ def load_examples(config: Config, tokenizer: PreTrainedTokenizerBase, *, cache: 
     The tokenizer has the config's chat template already. Raises UserError for rows that are mistakes, or if none is
     left. A cache that cannot be written is a note, not an error.
     """
+    examples = _load_examples(config, tokenizer, cache=cache)
+    labels = examples.train.labels
+    if labels is not None:
+        wrong = unbalanced(int(labels.sum()), int((~labels).sum()), config.loss)
+        examples.notes.extend([". ".join(wrong)] if wrong else [])
+    return examples
+
+
+def _load_examples(config: Config, tokenizer: PreTrainedTokenizerBase, *, cache: bool) -> Tokenized:
     if not cache:
         return _in_memory(config, tokenizer)
     try:

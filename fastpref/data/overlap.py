@@ -1,8 +1,8 @@
 """Where prompt and responses overlap: what a response repeats of its prompt is part of the prompt alone.
 
-Every format's rows go through `untangle`. Data sets write a conversation in many ways: the prompt in a column of its
-own and once more at the beginning of the responses, or a prompt that holds the chosen response already. After `untangle`
-a prompt ends where the assistant is to answer, and a response begins with the answer.
+The rows of every format go through `untangle`. Data sets write a conversation in many ways: the prompt in a column of
+its own and once more at the beginning of the responses, or a prompt that holds the chosen response already. After
+`untangle` a prompt ends where the assistant is to answer, and a response begins with the answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -130,7 +130,7 @@ def _part_conversations(
         rest = asked[start:]
         alike = any(_begins(chat, rest) for chat in chats) or asked[-1]["role"] == "assistant"
         if alike and all(_shared([rest, chat]) for chat in chats):
-            joined = [asked[:start] + chat for chat in chats]
+            joined = [_joined(asked, start, chat) for chat in chats]
             explicit = len(chats) == 1 and len(asked) < len(joined[0]) and asked[-1]["role"] != "assistant"
             return (asked, [joined[0][len(asked) :]]) if explicit else _part(joined, names)
     if all(_holds(chat, asked) for chat in chats):
@@ -141,6 +141,12 @@ def _part_conversations(
         remarks.append(OTHER_PROMPT)
         return _part(chats, names)
     return asked, chats
+
+
+def _joined(asked: _Turns, start: int, chat: _Turns) -> _Turns:
+    """A conversation after the turns that stand before it in the prompt, with the prompt's words for what both have."""
+    again = _shared([asked[start:], chat])
+    return asked[: start + again] + chat[again:]
 
 
 def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:

@@ -36,7 +36,7 @@ def render(
     except RowError as error:
         said = str(error)
         if error.kind == MISSING_COLUMN:
-            said = explained(said, set(row), unpaired=unpaired)
+            said = explained(said, row, unpaired=unpaired, auto=format != "auto")
         raise UserError(said) from None
     made: dict[str, Any] = {"prompt": prompt} | dict(zip(content.responses, responses))
     return made | {"label": content.label} if isinstance(content, Unpaired) else made
@@ -50,7 +50,7 @@ def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool) -> Form
         raise UserError(str(error)) from None
     if form is None:
         said = f"the columns {', '.join(map(str, row))} are of no format that auto knows"
-        raise UserError(explained(said, set(row), unpaired=unpaired))
+        raise UserError(explained(said, row, unpaired=unpaired))
     return form
 
 

@@ -226,7 +226,8 @@ class Table:
         )
 
     def _prompt(self, row: Row) -> str:
-        system = "" if row.get(self.field_system) is None else text(row, self.field_system)
+        wanted = "{system}" in self.prompt_format and row.get(self.field_system) is not None
+        system = text(row, self.field_system) if wanted else ""
         return self.prompt_format.format(prompt=text(row, self.field_prompt), system=system)
 
 
@@ -251,8 +252,8 @@ def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message]
     told, remarks = as_answers(turns, answers)
     if any(not answer.strip() for answer in told.values()):  # an empty one, which repeats nothing
         return turns, told, remarks
-    said = [[{"role": "assistant", "content": answer}] for answer in told.values()]
-    content = untangle(Paired(turns, *said) if len(said) == 2 else Unpaired(turns, said[0], True))
+    first, *second = ([{"role": "assistant", "content": answer}] for answer in told.values())
+    content = untangle(Paired(turns, first, second[0]) if second else Unpaired(turns, first, True))
     assert not isinstance(content.prompt, str)
     return content.prompt, told, (*remarks, *content.remarks)
 

@@ -1,4 +1,4 @@
-"""Tool calls, tools and keywords of the template as data sets spell them, in one form: OpenAI's, arguments a mapping."""
+"""Tool calls, tools and keywords of the template as data sets spell them, in one form: OpenAI's, as mappings."""
 
 import json
 from collections.abc import Mapping
