@@ -57,29 +57,30 @@ def traits_of(template: str) -> Traits:
     """The traits of a chat template. What it refuses to write at all it does not take."""
     iterates, needs_parts = set[str](), set[str]()
     for role in _ROLES:
-        if _writes(template, _chat(role, _PARTS), (_WORDS, _MORE), ("'text'", '"text"')):
+        if _writes_any(template, _chats(role, _PARTS), (_WORDS, _MORE), ("'text'", '"text"')):
             iterates.add(role)
-            if not _writes(template, _chat(role, _WORDS), (_WORDS,), ()):
+            if not _writes_any(template, _chats(role, _WORDS), (_WORDS,), ()):
                 needs_parts.add(role)
     return Traits(frozenset(iterates), frozenset(needs_parts), _wants_text(template))
 
 
-def _chat(role: str, content: Any) -> list[Message]:
-    turn = {"role": role, "content": content}
-    if role in ("system", "developer"):
-        return [turn, _ASKED]
-    if role == "tool":
-        return [_ASKED, _calling({}), {**turn, "name": "f", "tool_call_id": "abcdefghi"}]
-    return [_ASKED, turn] if role == "assistant" else [turn]
+def _chats(role: str, content: Any) -> list[list[Message]]:
+    """Chats with a turn of a role and a content, beside turns of text or of parts."""
+    return [_chat({"role": role, "content": content}, words) for words in ("-", [{"type": "text", "text": "-"}])]
+
+
+def _chat(turn: Message, words: Any) -> list[Message]:
+    asked = {"role": "user", "content": words}
+    if turn["role"] in ("system", "developer"):
+        return [turn, asked]
+    if turn["role"] == "tool":
+        return [asked, _calling({}) | {"content": words}, {**turn, "name": "f", "tool_call_id": "abcdefghi"}]
+    return [asked, turn] if turn["role"] == "assistant" else [turn]
 
 
 def _calling(arguments: Any) -> Message:
-    function = {"name": "f", "arguments": arguments}
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}],
-    }
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _wants_text(template: str) -> bool:
@@ -87,7 +88,12 @@ def _wants_text(template: str) -> bool:
     python = f"{{'{_WORDS}'"
     if _writes(template, [_ASKED, _calling(arguments)], (_WORDS, _MORE), (python,)):
         return False
-    return _writes(template, [_ASKED, _calling(json.dumps(arguments))], (json.dumps(arguments),), ())
+    text = json.dumps(arguments)
+    return _writes(template, [_ASKED, _calling(text)], (text,), ())
+
+
+def _writes_any(template: str, chats: list[list[Message]], wanted: Sequence[str], unwanted: Sequence[str]) -> bool:
+    return any(_writes(template, chat, wanted, unwanted) for chat in chats)
 
 
 def _writes(template: str, chat: list[Message], wanted: Sequence[str], unwanted: Sequence[str]) -> bool:
