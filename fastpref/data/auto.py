@@ -82,7 +82,7 @@ def _pairs(row: Row, chosen: str, rejected: str, chat: bool) -> _Layout | None:
     said = " and ".join(responses)
     own = [row[name] for name in responses]
     for name, words in _CHATS.items():
-        if is_turns(row.get(name)):
+        if is_turns(row.get(name)) and not (_is_answered(row, name) and all(map(_is_conversation, own))):
             return _Layout(f"{words} {said}", _paired(name, responses, chat=True))
     prompt = row.get("prompt")
     if all(map(_is_conversation, own)):

@@ -24,7 +24,7 @@ from fastpref.data import table
 from fastpref.data.balance import unbalanced
 from fastpref.data.example import Counts
 from fastpref.data.fingerprint import fingerprint
-from fastpref.data.sources import Prepared, prepare
+from fastpref.data.sources import Prepared, notes_on_text, prepare
 from fastpref.data.table import Examples
 from fastpref.data.tokenize import tokenize_batches
 from fastpref.errors import UserError
@@ -87,7 +87,7 @@ def cache_folder() -> Path:
 
 
 def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-    prepared = prepare(config)
+    prepared = _prepare(config, tokenizer)
     counts = {name: Counts() for name in _PARTS}
     found = {}
     for name in _PARTS:
@@ -95,6 +95,12 @@ def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
         found[name] = table.in_memory(tokenize_batches(rows, tokenizer, config.tokens, counts[name]))
     _check(counts)
     return Tokenized(found["train"], found["heldout"], counts, *_findings(prepared, counts))
+
+
+def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    prepared = prepare(config)
+    prepared.notes.extend(notes_on_text(prepared, tokenizer))
+    return prepared
 
 
 def _write(config: Config, tokenizer: PreTrainedTokenizerBase, entry: Path) -> Tokenized:
@@ -105,7 +111,7 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, entry: Path) -> T
             shutil.rmtree(leftover)
     temporary.mkdir()
     try:
-        prepared = prepare(config)
+        prepared = _prepare(config, tokenizer)
         counts = {name: Counts() for name in _PARTS}
         for name in _PARTS:
             batches = tokenize_batches(getattr(prepared, name), tokenizer, config.tokens, counts[name])

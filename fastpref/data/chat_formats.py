@@ -10,6 +10,7 @@ from fastpref.data.auto import as_answers, as_turns
 from fastpref.data.chat_templates import load_chat_template
 from fastpref.data.content import Message, Paired, Row, Unpaired, Writing, column, label
 from fastpref.data.messages import Reader, as_content, with_system
+from fastpref.data.overlap import other_turns
 from fastpref.data.reading import writing
 
 
@@ -66,7 +67,8 @@ def last_turns(options: ChatOptions) -> Read:
     def read(row: Row) -> Paired:
         prompt, chosen = reader.conversation(row, options.field_chosen)
         rejected = reader.response(column(row, options.field_rejected), options.field_rejected)
-        return Paired(with_system(row, prompt), chosen, rejected[-1:], options.writing(row))
+        remarks = other_turns(prompt, rejected)
+        return Paired(with_system(row, prompt), chosen, rejected[-1:], options.writing(row), remarks)
 
     return read
 

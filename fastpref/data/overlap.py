@@ -16,11 +16,14 @@ MISREAD = "whose prompt and responses do not part"
 _SYSTEM = ("system", "developer")
 _NO_PROMPT = "without a shared prompt"
 _SURE = 12  # bytes of a prompt with which a response does not begin by accident
+_SENTENCE_ENDS = (".", "?", "!", ":", "。", "？", "！", "：")
 
 REPEATED = "the responses began with the whole prompt, which was dropped from them"
 PERHAPS_REPEATED = "the responses begin with the prompt, which was left in them: it is too short to tell from chance"
 ANSWERED = "the prompt ended with one of the responses, which was dropped from it"
 OTHER_PROMPT = "the text of the prompt is not in the conversations beside it, which were taken as they are"
+OTHER_QUESTION = "the first question of chosen is not that of the column prompt, which was taken"
+OTHER_TURNS = "before their last turns chosen and rejected differ, and only those of chosen were taken"
 OTHER_SYSTEM = "the system turn differs from that of the conversations, which was taken"
 
 
@@ -50,9 +53,14 @@ def without_question(question: str, answers: Mapping[str, str]) -> tuple[dict[st
     rest = {name: _after(question, answer) for name, answer in answers.items()}
     if not all(rest.values()):
         return dict(answers), ()
-    if len(question.strip().encode()) < _SURE:
+    if not _is_sure(question.strip()):
         return dict(answers), (PERHAPS_REPEATED,)
     return {name: str(text) for name, text in rest.items()}, (REPEATED,)
+
+
+def _is_sure(question: str) -> bool:
+    sentence = question.endswith(_SENTENCE_ENDS) and len(question.split()) > 1
+    return sentence or len(question.encode()) >= _SURE
 
 
 def _after(question: str, answer: str) -> str | None:
@@ -77,6 +85,12 @@ def same(ours: Message, theirs: Message) -> bool:
         return False
     ignored = ("role", "content")
     return {k: v for k, v in ours.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
+
+
+def other_turns(prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, ...]:
+    """What to remark of a response whose last turn alone is taken, if it stands after other turns than the prompt's."""
+    before, asked = (_split_system(list(turns))[1] for turns in (response[:-1], prompt))
+    return (OTHER_TURNS,) if before and not _equal(before, asked) else ()
 
 
 # --- Chats ---------------------------------------------------------------------------------------------------------

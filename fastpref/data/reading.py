@@ -28,12 +28,12 @@ class Format:
     parse: Callable[[Row], Paired | Unpaired]
     """From a row's columns to its content, as the row has it. Raises RowError for a row that is not of the format."""
     whole_row: bool = False
-    """Whether the format answers for every column of a row: a user's own function."""
+    """Whether the format answers for all of this itself: a user's function, whose result is read by another format."""
 
     def read(self, row: Row) -> Paired | Unpaired:
         """What a row becomes. Raises RowError for a row that is not of the format, or that is misread by it."""
         if self.whole_row:
-            return untangle(self.parse(row))
+            return self.parse(row)
         refuse_media(row)
         plain = without_json(row)
         seen = _Seen(plain)

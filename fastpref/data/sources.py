@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from fastpref.config import Config, DataConfig
 from fastpref.data.auto import KNOWN, AutoFormat
@@ -21,6 +21,9 @@ from fastpref.data.parts import text_of
 from fastpref.data.reading import Format
 from fastpref.data.records import Records
 from fastpref.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _REMEDY = '; mend the row, or leave such rows out with on_error = "drop"'
 _LOOKED_AT = 100  # rows, for one that speaks for a format
@@ -133,6 +136,35 @@ def prepare(config: Config) -> Prepared:
             "evaluate on; choose another fraction, or more data"
         )
     return Prepared(train, heldout, found.notes, found.duplicates, found.left_out)
+
+
+def notes_on_text(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Of sources that `auto` reads as plain text though the model has a chat template: how they become chats."""
+    if not tokenizer.chat_template:
+        return []
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {str(tokenizer.eos_token)}
+    notes = []
+    for source in prepared.train.sources:
+        form = source.form
+        if not isinstance(form, AutoFormat) or form.chat:
+            continue
+        if any(token in _first_prompt(source) for token in special):  # it writes turns itself
+            continue
+        field = "field_prompt" if "completion" in form.name else "field_messages"
+        notes.append(
+            f"{source.name}: these rows are plain text, and the model has a chat template, which does not write them; "
+            f'to train chats, set format = {{ type = "chat_template.default", {field} = "prompt" }}'
+        )
+    return notes
+
+
+def _first_prompt(source: Source) -> str:
+    for at in range(min(_LOOKED_AT, len(source.records))):
+        try:
+            return str(source.contents(at)[0].prompt)
+        except RowError:
+            continue
+    return ""
 
 
 def share(prompt: Any) -> float:

@@ -3,7 +3,7 @@ table of columns, Zephyr's Nectar, and text as it is."""
 
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict
 
@@ -22,7 +22,7 @@ from fastpref.data.content import (
     text,
 )
 from fastpref.data.messages import STANDARD, words
-from fastpref.data.overlap import untangle, without_question
+from fastpref.data.overlap import OTHER_QUESTION, other_turns, untangle, without_question
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,10 @@ def default(template: Template, row: Row) -> Paired:
 def argilla_chat(template: Template, row: Row) -> Paired:
     """Every turn of `chosen` before its last is the prompt."""
     prompt, chosen = STANDARD.conversation(row, "chosen")
-    return template.paired(prompt, words(chosen[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    content = template.paired(prompt, words(chosen[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    return replace(
+        content, remarks=(*content.remarks, *other_turns(prompt, STANDARD.response(row["rejected"], "rejected")))
+    )
 
 
 def pairs_after(prompt: str) -> ReadPaired:
@@ -91,12 +94,15 @@ def ultra(template: Template, row: Row) -> Paired:
     turns = STANDARD.response(column(row, "chosen"), "chosen")
     if not turns:
         raise RowError("chosen is empty", "with an empty response")
-    earlier = turns[:-1]
+    prompt, earlier = _asked(row, text(row, "prompt")), turns[:-1]
     if earlier and earlier[0]["role"] == "system":
-        row = {"system": words(earlier[0], "chosen")} | {k: v for k, v in row.items() if k != "system" or v}
+        prompt = prompt if prompt[0]["role"] == "system" else [earlier[0], *prompt]
         earlier = earlier[1:]
-    prompt = _asked(row, text(row, "prompt")) + earlier[1:]
-    return template.paired(prompt, words(turns[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    other = earlier and words(earlier[0], "chosen").strip() != prompt[-1]["content"].strip()
+    asked = prompt + earlier[1:]
+    content = template.paired(asked, words(turns[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    remarks = other_turns(turns[:-1], STANDARD.response(row["rejected"], "rejected"))
+    return replace(content, remarks=(*content.remarks, *remarks, *((OTHER_QUESTION,) if other else ())))
 
 
 PAIRED: dict[str, ReadPaired] = {

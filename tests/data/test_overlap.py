@@ -1,17 +1,18 @@
 """One conversation has many spellings, and one reading: the prompt is what is asked, a response is what answers it."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_tokenizers import chatml, gemma, trained_chatml, trained_llama3
+from toy_tokenizers import chatml, gemma, toy_tokenizer, trained_chatml, trained_llama3
 
 from fastpref.config import Config
 from fastpref.data import render
 from fastpref.data.auto import detect
-from fastpref.data.overlap import ANSWERED, OTHER_PROMPT, OTHER_SYSTEM, PERHAPS_REPEATED, REPEATED
-from fastpref.data.sources import Prepared, prepare
+from fastpref.data.overlap import ANSWERED, OTHER_PROMPT, OTHER_SYSTEM, OTHER_TURNS, PERHAPS_REPEATED, REPEATED
+from fastpref.data.sources import Prepared, notes_on_text, prepare
 from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
 
@@ -330,6 +331,23 @@ def test_what_is_dropped_is_counted_in_a_note(tmp_path: Path):
     assert made.notes[1:] == [f"rows.jsonl: 3 of 6 rows: {REPEATED} (the first: {tmp_path}/rows.jsonl:2)"]
 
 
+def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(tmp_path: Path):
+    """Which makes chats of the rows; nothing is said to a base model, or of text that has the model's own tokens."""
+    text = {"prompt": Q, "chosen": YES, "rejected": NO}
+    single = {"prompt": Q, "completion": YES, "label": True}
+    for row, loss, field in ((text, "dpo", "field_messages"), (single, "kto", "field_prompt")):
+        (note,) = notes_on_text(prepared(tmp_path, [row], loss), chatml())
+        line = f'{{ type = "chat_template.default", {field} = "prompt" }}'
+        assert note.endswith(f"set format = {line}")
+        pasted = prepared(tmp_path, [row], loss, format=tomllib.loads(f"format = {line}")["format"])
+        assert pasted.train[0].content.prompt == [user()]
+        assert notes_on_text(pasted, chatml()) == []
+        assert notes_on_text(prepared(tmp_path, [row], loss), toy_tokenizer()) == []
+    turns = {**text, "prompt": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n"}
+    assert notes_on_text(prepared(tmp_path, [turns]), chatml()) == []
+    assert notes_on_text(prepared(tmp_path, [{**text, "system": "Be brief."}]), chatml()) == []
+
+
 # --- Misread rows --------------------------------------------------------------------------------------------------
 
 REMARKED: dict[str, tuple[Row, str]] = {
@@ -341,6 +359,10 @@ REMARKED: dict[str, tuple[Row, str]] = {
         {"prompt": [SYSTEM, user()], "chosen": [{**SYSTEM, "content": "Be long."}, user(), says(YES)],
          "rejected": [{**SYSTEM, "content": "Be long."}, user(), says(NO)]}, OTHER_SYSTEM,
     ),
+    "other turns before the last of rejected": (
+        {"chosen": [user(), says("a"), user(), says(YES)], "rejected": [user(), says("b"), user(), says(NO)]},
+        OTHER_TURNS,
+    ),
     "columns that are not read": (
         {"prompt": Q, "chosen": YES, "rejected": NO, "context": "Peru has rivers.", "history": []},
         "the column context is filled, and text prompt, chosen and rejected does not read it",
@@ -350,7 +372,8 @@ REMARKED: dict[str, tuple[Row, str]] = {
 
 @pytest.mark.parametrize(("row", "remark"), REMARKED.values(), ids=REMARKED)
 def test_what_a_reading_leaves_out_is_said(tmp_path: Path, row: Row, remark: str):
-    made = prepared(tmp_path, [row])
+    named = {"format": "chat_template.argilla"} if remark == OTHER_TURNS else {}
+    made = prepared(tmp_path, [row], **named)
     assert made.notes[1:] == [f"rows.jsonl: 1 of 1 rows: {remark} (the first: {tmp_path}/rows.jsonl:1)"]
 
 
