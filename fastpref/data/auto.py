@@ -11,6 +11,7 @@ from fastpref.data.parts import text_of
 from fastpref.data.reading import Format, without_json, writing
 from fastpref.data.transcripts import TEMPLATE, is_transcript, read_transcript
 
+_NOT_ASKING = ("system", "developer", "assistant", "tool")
 LABELS = ("label", "kto_tag")
 KNOWN = (
     "prompt, chosen and rejected; chosen and rejected conversations; messages or conversations, chosen and rejected; "
@@ -238,7 +239,7 @@ def _read(
 def _spoken(value: Any) -> Any:
     """A transcript's turns, or the answer after one without the space before it."""
     if is_transcript(value):
-        return read_transcript(value)
+        return read_transcript(value, answered=True)
     return value.strip() if isinstance(value, str) else value
 
 
@@ -301,9 +302,9 @@ def _written(row: Row, prompt: Content, spoken: bool) -> Writing:
 
 
 def _is_conversation(value: Any) -> bool:
-    """A list of messages that carries its own prompt: a user's turn, and more."""
+    """A list of messages that carries its own prompt: a turn of the user's, and more."""
     if not is_turns(value) or len(value) < 2:
         return False
     roles = [turn.get("role") or turn.get("from") for turn in value]
     known = STANDARD.known_roles
-    return any(not isinstance(role, str) or known.get(role, "user") not in ("assistant", "tool") for role in roles[:-1])
+    return any(not isinstance(role, str) or known.get(role, "user") not in _NOT_ASKING for role in roles[:-1])

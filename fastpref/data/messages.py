@@ -92,7 +92,10 @@ class Reader:
             if target not in ("role", "content") and source in cleaned:
                 message[target] = cleaned[source]
         content = cleaned.get(content_key, cleaned.get("value"))
-        calls = read_calls(message.pop("tool_calls", None), name) + read_calls(message.pop("function_call", None), name)
+        calls: list[Any] = []
+        for key in ("tool_calls", "function_call"):
+            if key in message:
+                calls += read_calls(message.pop(key), name)
         if given in _CALLING_ROLES and role == "assistant" and content is not None:
             calls += read_calls(
                 joined(read_parts(content, name, given)) if isinstance(content, list) else content, name

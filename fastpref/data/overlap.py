@@ -16,6 +16,7 @@ MISREAD = "whose prompt and responses do not part"
 _SYSTEM = ("system", "developer")
 _NO_PROMPT = "without a shared prompt"
 _SURE = 12  # bytes of a prompt with which a response does not begin by accident
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SENTENCE_ENDS = (".", "?", "!", ":", "。", "？", "！", "：")
 
 REPEATED = "the responses began with the whole prompt, which was dropped from them"
@@ -80,11 +81,20 @@ def _after(question: str, answer: str) -> str | None:
 
 
 def same(ours: Message, theirs: Message) -> bool:
-    """Whether two turns say the same, whatever the white space around their words and the form of their content."""
-    if ours["role"] != theirs["role"] or text_of(ours).strip() != text_of(theirs).strip():
+    """Whether two turns say the same, whatever the space around it, the form of their content, and marks such as ids.
+
+    A developer's turn is as a system's.
+    """
+    roles = {ours["role"], theirs["role"]}
+    if len(roles) > 1 and not roles <= {*_SYSTEM}:
         return False
-    ignored = ("role", "content")
-    return {k: v for k, v in ours.items() if k not in ignored} == {k: v for k, v in theirs.items() if k not in ignored}
+    if text_of(ours).strip() != text_of(theirs).strip():
+        return False
+    return all(ours.get(name) == theirs.get(name) for name in _THOUGHTS) and _calls(ours) == _calls(theirs)
+
+
+def _calls(message: Message) -> list[Any]:
+    return [call.get("function") for call in message.get("tool_calls") or []]
 
 
 def other_turns(prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, ...]:
@@ -118,7 +128,8 @@ def _untangle_chat(
         asked, answers = _part_conversations(asked, list(chats), names, remarks, of_text=of_text)
     else:
         asked, answers = _part_answers(asked, list(chats), whole, names, remarks)
-    if asked[-1]["role"] == "assistant":
+    results = bool(asked[-1].get("tool_calls")) and all(answer and answer[0]["role"] == "tool" for answer in answers)
+    if asked[-1]["role"] == "assistant" and not results:
         raise RowError(
             "the prompt ends with the assistant's turn, and a response would be a second one after it; end the prompt "
             "with the turn that is to be answered",
@@ -195,6 +206,10 @@ def _part_answers(
     if asked[-1]["role"] == "assistant" and held is not None:
         asked = asked[: len(asked) - len(held)]
         remarks.append(ANSWERED)
+    if asked[-1].get("tool_calls"):  # the results that all responses begin with
+        results = next((at for at, turns in enumerate(zip(*answers)) if turns[0]["role"] != "tool"), 0)
+        results = min(results, _shared(answers))
+        asked, answers = asked + answers[0][:results], [answer[results:] for answer in answers]
     return asked, answers
 
 

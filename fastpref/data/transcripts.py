@@ -19,12 +19,14 @@ def is_transcript(value: Any) -> bool:
     return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
 
 
-def read_transcript(text: str) -> list[Message]:
-    """The turns of a transcript. An empty last turn of the assistant's, a place for an answer, is left out."""
+def read_transcript(text: str, *, answered: bool = False) -> list[Message]:
+    """The turns of a transcript. An empty last turn of the assistant's, a place for an answer, is left out of a prompt;
+    one that is `answered` has it, and its answer is empty."""
     marks = list(_SPEAKER.finditer(text))
     stops = [mark.start() for mark in marks[1:]] + [len(text)]
     roles = {"Human": "user", "Assistant": "assistant"}
     turns: list[Message] = [
         {"role": roles[mark.group(1)], "content": text[mark.end() : stop].strip()} for mark, stop in zip(marks, stops)
     ]
-    return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
+    open_place = not answered and turns[-1:] == [{"role": "assistant", "content": ""}]
+    return turns[:-1] if open_place else turns

@@ -243,6 +243,30 @@ def test_a_file_of_all_spellings_is_read_alike_whichever_comes_first(tmp_path: P
         assert all(row == found[0] for row in found)
 
 
+def test_marks_of_turns_do_not_tell_them_apart():
+    """Ids, names and times that a data set keeps of each turn are not what it says; a call and reasoning are."""
+    marked = {"prompt": [user() | {"id": 1}], "chosen": [user() | {"id": 2}, says(YES)],
+              "rejected": [user() | {"id": 3}, says(NO)]}  # fmt: skip
+    assert render(marked, tokenizer=chatml())["chosen"] == YES + "<|im_end|>"
+    thought = {**says("a"), "reasoning_content": "hm"}
+    rows = [{"chosen": [user(), thought, user(), says(YES)], "rejected": [user(), other, user(), says(NO)]}
+            for other in (thought, says("a"))]  # fmt: skip
+    prompts = [(detect(row) or pytest.fail()).read(row).prompt for row in rows]
+    assert prompts == [[user(), thought, user()], [user()]]
+
+
+def test_results_that_responses_begin_with_belong_to_the_prompt():
+    """What a tool gave back is no answer; where it differs, the responses keep it."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    result, other = {"role": "tool", "content": "4"}, {"role": "tool", "content": "5"}
+    row = {"prompt": [user(), call], "chosen": [result, says(YES)], "rejected": [result, says(NO)]}
+    content = (detect(row) or pytest.fail()).read(row)
+    assert content.prompt == [user(), call, result]
+    assert content.responses == {"chosen": [says(YES)], "rejected": [says(NO)]}
+    row["rejected"] = [other, says(NO)]
+    assert (detect(row) or pytest.fail()).read(row).responses["rejected"] == [other, says(NO)]
+
+
 NAMED: dict[str, tuple[Any, bool]] = {  # the row of a named format, and whether all turns of the prompt are in it
     "chat_template.default": (lambda p: {"messages": p, "chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
     "chat_template.argilla": (lambda p: {"chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
