@@ -6,7 +6,7 @@ from typing import Any
 
 from fastpref.data.content import Content, Message, Paired, Row, RowError, Unpaired, Writing, column, label, shown, text
 from fastpref.data.messages import STANDARD, is_turns, with_system
-from fastpref.data.overlap import OTHER_PROMPT, without_question
+from fastpref.data.overlap import OTHER_MESSAGES, OTHER_PROMPT, same, without_question
 from fastpref.data.parts import text_of
 from fastpref.data.reading import Format, without_json, writing
 from fastpref.data.transcripts import TEMPLATE, is_transcript, read_transcript
@@ -22,11 +22,8 @@ KNOWN = (
 
 
 def detect(row: Row) -> "AutoFormat | None":
-    """The format that a row's columns and types speak for, or None."""
-    try:
-        layout = _recognised(without_json(row))
-    except RowError:  # which reading the row says again
-        return None
+    """The format that a row's columns and types speak for, or None. Raises RowError for messages as broken JSON."""
+    layout = _recognised(without_json(row))
     if layout is None:
         return None
     extra = [name for name in ("system", "tools") if row.get(name) not in (None, "")]
@@ -94,6 +91,7 @@ def _pairs(row: Row, chosen: str, rejected: str, chat: bool) -> _Layout | None:
         name = "a transcript of Human and Assistant, chosen and rejected"
         return _Layout(name, _paired("prompt", responses, chat=True, spoken=True))
     if isinstance(prompt, str):
+        chat = chat or not all(isinstance(value, str) for value in own)
         return _Layout("text prompt, chosen and rejected", _paired("prompt", responses, chat=chat), chat)
     if isinstance(row.get("instruction"), str) and prompt is None:
         return _Layout(f"instruction, input, {said}", _paired("instruction", responses, chat=True))
@@ -107,7 +105,7 @@ def _paired(
 
     def read(row: Row) -> Paired:
         values = {response: column(row, response) for response in responses}
-        prompt, (chosen, rejected), remarks = _read(row, _prompt_column(row, values, name), values, chat, spoken)
+        prompt, (chosen, rejected), remarks = _read(row, name, values, chat, spoken)
         return Paired(prompt, chosen, rejected, _written(row, prompt, spoken), remarks)
 
     return read
@@ -142,8 +140,9 @@ def _labelled(row: Row, tag: str, chat: bool) -> _Layout | None:
             name = f"a transcript of Human and Assistant, completion and {tag}"
             return _Layout(name, _single("prompt", "completion", tag, chat=True, spoken=True))
         if asked is not None:
+            chat = chat or not isinstance(asked, str) or isinstance(completion, list | Mapping)
             name = f"prompt, completion and {tag}"
-            return _Layout(name, _single("prompt", "completion", tag, chat=chat), chat or not isinstance(asked, str))
+            return _Layout(name, _single("prompt", "completion", tag, chat=chat), chat)
         if _is_conversation(completion):
             return _Layout(f"completion conversations and {tag}", _single(None, "completion", tag, chat=True))
         if is_transcript(completion):
@@ -161,7 +160,7 @@ def _labelled(row: Row, tag: str, chat: bool) -> _Layout | None:
 def _single(name: str | None, answer: str, tag: str, *, chat: bool, spoken: bool = False) -> Callable[[Row], Unpaired]:
     def read(row: Row) -> Unpaired:
         values = {answer: column(row, answer)}
-        prompt, (completion,), remarks = _read(row, _prompt_column(row, values, name), values, chat, spoken)
+        prompt, (completion,), remarks = _read(row, name, values, chat, spoken)
         return Unpaired(prompt, completion, label(row, tag), _written(row, prompt, spoken), remarks)
 
     return read
@@ -178,21 +177,25 @@ def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:
 # --- Prompt and responses ------------------------------------------------------------------------------------------
 
 
-def _prompt_column(row: Row, values: Mapping[str, Any], first: str | None) -> str | None:
+def _prompt_column(row: Row, values: Mapping[str, Any], first: str | None) -> tuple[str | None, tuple[str, ...]]:
     """The column that holds this row's prompt, None for its responses; `first` if this row does not tell.
 
-    Messages that are more than a prompt are no better than its text.
+    Messages that end with an answer are a prompt only if the row's responses are of them, or nothing else is.
     """
+    remarks: tuple[str, ...] = ()
+    other = (isinstance(row.get("prompt"), str | list) and row["prompt"]) or all(map(_is_conversation, values.values()))
     for name in _CHATS:
-        if is_turns(row.get(name)) and not (name != "prompt" and _is_answered(row, name) and _has_other(row, values)):
-            return name
+        if is_turns(row.get(name)):
+            if name == "prompt" or not other or not _is_answered(row, name) or _agrees(row, name, values):
+                return name, remarks
+            remarks = (OTHER_MESSAGES,)
     if isinstance(row.get("prompt"), str):
-        return "prompt"
+        return "prompt", remarks
     if all(map(_is_conversation, values.values())):
-        return None
+        return None, remarks
     if first == "prompt" and row.get("prompt") is None and isinstance(row.get("instruction"), str):
-        return "instruction"
-    return first
+        return "instruction", remarks
+    return first, remarks
 
 
 def _is_answered(row: Row, name: str) -> bool:
@@ -201,38 +204,44 @@ def _is_answered(row: Row, name: str) -> bool:
     return isinstance(role, str) and STANDARD.known_roles.get(role) == "assistant"
 
 
-def _has_other(row: Row, values: Mapping[str, Any]) -> bool:
-    """Whether a row has its prompt in the column `prompt`, or in its responses."""
-    beside = row.get("prompt")
-    return (isinstance(beside, str | list) and bool(beside)) or all(map(_is_conversation, values.values()))
+def _agrees(row: Row, name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a conversation begins as those of the responses do, or ends with one of the answers."""
+    turns = [turn for turn in STANDARD.turns(row[name], name) if turn["role"] not in ("system", "developer")]
+    for response, value in values.items():
+        own = [turn for turn in STANDARD.response(value, response) if turn["role"] not in ("system", "developer")]
+        at = 0 if _is_conversation(value) else -1
+        if turns and own and same(turns[at], own[at]):
+            return True
+    return False
 
 
 def _read(
-    row: Row, name: str | None, values: Mapping[str, Any], chat: bool, spoken: bool
+    row: Row, first: str | None, values: Mapping[str, Any], chat: bool, spoken: bool
 ) -> tuple[Content, list[Content], tuple[str, ...]]:
-    """All text, or all messages: with any response of messages, a text prompt is a user's turn."""
+    """A row of text, or with `chat` of messages: a text prompt then is a user's turn."""
     for response, value in values.items():
         if not isinstance(value, str | list | Mapping):
             raise RowError(
                 f"{response} must be text or a list of messages, got {shown(value)}", "with a value of another type"
             )
+    name, remarks = _prompt_column(row, values, first)
     prompt = _prompt(row, name, spoken)
-    if isinstance(prompt, str) and all(isinstance(value, str) for value in values.values()) and not chat:
-        if row.get("system") or row.get("tools"):
+    if not chat:
+        if row.get("system") or row.get("tools") or not all(isinstance(v, str) for v in (prompt, *values.values())):
             raise RowError(
-                "there is a system prompt or tools here and none in the first rows, which were taken for plain text; "
-                'name the format, such as "chatml.default"',
-                "with a system prompt or tools, unlike the first",
+                "there are messages, a system prompt or tools here and none in the first rows, which were taken for "
+                'plain text; name the format, such as "chatml.default"',
+                "with messages, a system prompt or tools, unlike the first",
             )
-        return prompt, list(values.values()), ()
-    remarks: tuple[str, ...] = ()
+        return prompt, list(values.values()), remarks
     if spoken:
         values = {name: _spoken(value) for name, value in values.items()}
     if all(isinstance(value, str) for value in values.values()):
-        values, remarks = as_answers(prompt, values)
+        values, more = as_answers(prompt, values)
+        remarks += more
     answers: list[Content] = [STANDARD.response(value, response) for response, value in values.items()]
     if isinstance(prompt, str) and all(map(_is_conversation, values.values())) and not _says(answers, prompt):
-        prompt, remarks = [], (OTHER_PROMPT,)
+        prompt, remarks = [], (*remarks, OTHER_PROMPT)
     return with_system(row, as_turns(prompt)), answers, remarks
 
 

@@ -168,9 +168,16 @@ def _fits(groups: tuple[tuple[str, ...], ...] | None, columns: set[str]) -> bool
     return bool(groups) and all(columns & set(group) for group in groups)
 
 
+def _is_known(row: Row) -> bool:
+    try:
+        return detect(row) is not None
+    except RowError:
+        return False
+
+
 def explained(said: str, row: Row | Iterable[str], *, unpaired: bool, auto: bool = False) -> str:
     """A message about columns, with what would read them: with `auto`, which is then another format's, that first."""
-    names = ['"auto"'] if auto and isinstance(row, Mapping) and detect(row) else []
+    names = ['"auto"'] if auto and isinstance(row, Mapping) and _is_known(row) else []
     names = [*names, *fitting(set(row), unpaired=unpaired)][:3]
     named = f"these columns fit format = {' or '.join(names)}; " if names else ""
     return (

@@ -25,6 +25,7 @@ ANSWERED = "the prompt ended with one of the responses, which was dropped from i
 OTHER_PROMPT = "the text of the prompt is not in the conversations beside it, which were taken as they are"
 OTHER_QUESTION = "the first question of chosen is not that of the column prompt, which was taken"
 OTHER_TURNS = "before their last turns chosen and rejected differ, and only those of chosen were taken"
+OTHER_MESSAGES = "the messages are not what the responses answer, and were not read: the prompt is beside them"
 OTHER_SYSTEM = "the system turn differs from that of the conversations, which was taken"
 
 

@@ -46,7 +46,7 @@ def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool) -> Form
     """The format that is named, or that the row's columns speak for. Raises UserError if there is none."""
     try:
         form = find_format(format, unpaired=unpaired) or detect(row)
-    except ValueError as error:
+    except ValueError as error:  # RowError is one
         raise UserError(str(error)) from None
     if form is None:
         said = f"the columns {', '.join(map(str, row))} are of no format that auto knows"

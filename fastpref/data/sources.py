@@ -235,13 +235,13 @@ def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
     for at in range(min(_LOOKED_AT, data.rows or len(records), len(records))):
         try:
             row = records[at]
+            own = detect(row)
         except RowError as error:
             if form is None and data.on_error == "error":
                 raise UserError(_at(records, at, error) + _REMEDY) from None
             broken = broken or error
             continue
         columns |= dict.fromkeys(map(str, row))
-        own = detect(row)
         if own and (form is None or own.chat):
             form = own
         if form and form.chat:

@@ -11,7 +11,16 @@ from toy_tokenizers import chatml, gemma, toy_tokenizer, trained_chatml, trained
 from fastpref.config import Config
 from fastpref.data import render
 from fastpref.data.auto import detect
-from fastpref.data.overlap import ANSWERED, OTHER_PROMPT, OTHER_SYSTEM, OTHER_TURNS, PERHAPS_REPEATED, REPEATED
+from fastpref.data.content import Paired, Unpaired
+from fastpref.data.overlap import (
+    ANSWERED,
+    OTHER_MESSAGES,
+    OTHER_PROMPT,
+    OTHER_SYSTEM,
+    OTHER_TURNS,
+    PERHAPS_REPEATED,
+    REPEATED,
+)
 from fastpref.data.sources import Prepared, notes_on_text, prepare
 from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
@@ -181,6 +190,12 @@ SINGLES: dict[str, Any] = {  # what is asked → a row with a bad response, but 
 TOKENIZERS = (trained_chatml, trained_llama3, chatml)
 
 
+def read(row: Row) -> Paired | Unpaired:
+    form = detect(row)
+    assert form is not None
+    return form.read(row)
+
+
 def prepared(folder: Path, rows: list[Row], loss: str = "dpo", **data: Any) -> Prepared:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -251,7 +266,7 @@ def test_marks_of_turns_do_not_tell_them_apart():
     thought = {**says("a"), "reasoning_content": "hm"}
     rows = [{"chosen": [user(), thought, user(), says(YES)], "rejected": [user(), other, user(), says(NO)]}
             for other in (thought, says("a"))]  # fmt: skip
-    prompts = [(detect(row) or pytest.fail()).read(row).prompt for row in rows]
+    prompts = [read(row).prompt for row in rows]
     assert prompts == [[user(), thought, user()], [user()]]
 
 
@@ -260,11 +275,30 @@ def test_results_that_responses_begin_with_belong_to_the_prompt():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     result, other = {"role": "tool", "content": "4"}, {"role": "tool", "content": "5"}
     row = {"prompt": [user(), call], "chosen": [result, says(YES)], "rejected": [result, says(NO)]}
-    content = (detect(row) or pytest.fail()).read(row)
+    content = read(row)
     assert content.prompt == [user(), call, result]
     assert content.responses == {"chosen": [says(YES)], "rejected": [says(NO)]}
     row["rejected"] = [other, says(NO)]
-    assert (detect(row) or pytest.fail()).read(row).responses["rejected"] == [other, says(NO)]
+    assert read(row).responses["rejected"] == [other, says(NO)]
+
+
+def test_messages_beside_a_prompt_are_read_if_the_responses_are_of_them():
+    """They may say more than the prompt's text; if they are about something else they are left out, and noted."""
+    row = {"prompt": Q, "messages": [SYSTEM, *EARLIER, user(), says(YES)], "chosen": YES, "rejected": NO}
+    assert read(row).prompt == [SYSTEM, *EARLIER, user()]
+    row["messages"] = [user("Name a lake."), says("Lake Chad.")]
+    assert (read(row).prompt, read(row).remarks) == ([user()], (OTHER_MESSAGES,))
+    row |= {"chosen": [user(), says(YES)], "rejected": [user(), says(NO)]}
+    assert (read(row).prompt, read(row).remarks) == ([user()], (OTHER_MESSAGES,))
+
+
+def test_text_and_chats_in_one_file_are_all_chats(tmp_path: Path):
+    """A row of messages within the first hundred makes chats of all rows; one after them is a mistake."""
+    text, chat = {"prompt": Q, "chosen": YES, "rejected": NO}, {"prompt": [user()], "chosen": YES, "rejected": NO}
+    for rows in ([text, chat], [chat, text]):
+        assert [row.content.prompt for row in prepared(tmp_path, rows).train] == [[user()]] * 2
+    with pytest.raises(UserError, match=r"rows\.jsonl:101: there are messages, a system prompt or tools here"):
+        prepared(tmp_path, [text] * 100 + [chat])
 
 
 NAMED: dict[str, tuple[Any, bool]] = {  # the row of a named format, and whether all turns of the prompt are in it
@@ -330,9 +364,7 @@ def test_a_text_prompt_is_dropped_if_every_response_begins_with_it(
     row: tuple[str, str, str], responses: tuple[str, str], remarks: tuple[str, ...]
 ):
     """All of it, in both, and something after it; a word or two may be there by accident and are left, and noted."""
-    form = detect(dict(zip(("prompt", "chosen", "rejected"), row)))
-    assert form is not None
-    content = form.read(dict(zip(("prompt", "chosen", "rejected"), row)))
+    content = read(dict(zip(("prompt", "chosen", "rejected"), row)))
     assert (content.prompt, tuple(content.responses.values())) == (row[0], responses)
     assert content.remarks == remarks
     assert render(dict(zip(("prompt", "chosen", "rejected"), row)), "passthrough") == {
