@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_tokenizers import chatml
@@ -18,7 +19,10 @@ def test_the_weights_that_are_named_balance(good: int, bad: int):
     """With them the weighted counts are within the paper's range, and nothing more is said."""
     for loss in (KTO(), KTO(desirable_weight=0.2), KTO(undesirable_weight=3.0)):
         key, _, value = balancing(good, bad, loss).removeprefix("loss.").partition("=")
-        weights = {"desirable_weight": loss.desirable_weight, "undesirable_weight": loss.undesirable_weight}
+        weights: dict[str, Any] = {
+            "desirable_weight": loss.desirable_weight,
+            "undesirable_weight": loss.undesirable_weight,
+        }
         after = KTO(**weights | {key: float(value)})
         assert LOW - 1e-9 <= weighted_ratio(good, bad, after) <= HIGH
         assert unbalanced(good, bad, after) is None

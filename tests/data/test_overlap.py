@@ -238,7 +238,7 @@ def test_every_spelling_of_a_single_response_has_the_same_tokens(
     if spelling.startswith("LLaMA-Factory"):
         turns = [*turns[:-1], user("Name a river\nin Peru.")]
     made = prepared(tmp_path, [row | tag], "kto")
-    assert [row.content.label for row in made.train] == [False]
+    assert [getattr(row.content, "label", None) for row in made.train] == [False]
     tokenizer = chatml()
     ((found, (completion,)),) = tokens(made, tokenizer)
     assert tokenizer.decode(found) == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -160,7 +160,11 @@ WRITTEN: dict[str, tuple[str, str, str]] = {  # template → what it makes of th
     "iterates": (LINES, "Name a \nlake.\n", "Name a lake."),
     "only iterates": (ONLY_PARTS, "Name a \nlake.\n", "Name a lake.\n"),
     "leaves lists out": (SILENT, "Name a lake.", "Name a lake."),
-    "writes lists as Python does": (SILENT.replace("if m['content'] is string", "if true"), *["Name a lake."] * 2),
+    "writes lists as Python does": (
+        SILENT.replace("if m['content'] is string", "if true"),
+        "Name a lake.",
+        "Name a lake.",
+    ),
 }
 
 
