@@ -2,7 +2,7 @@
 takes them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,8 @@ class Traits:
     """Roles whose content it writes in no other way."""
     arguments_as_text: bool
     """Whether it wants a call's arguments as JSON text: it fails, or writes Python, if they are a mapping."""
+    no_words: Mapping[str, Any]
+    """What a turn that only calls has of content: empty text, None or nothing, as the template then writes the call."""
 
 
 def for_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, writing: Writing) -> list[Message]:
@@ -61,7 +63,7 @@ def traits_of(template: str) -> Traits:
             iterates.add(role)
             if not _writes_any(template, _chats(role, _WORDS), (_WORDS,), ()):
                 needs_parts.add(role)
-    return Traits(frozenset(iterates), frozenset(needs_parts), _wants_text(template))
+    return Traits(frozenset(iterates), frozenset(needs_parts), *_calls(template))
 
 
 def _chats(role: str, content: Any) -> list[list[Message]]:
@@ -74,22 +76,29 @@ def _chat(turn: Message, words: Any) -> list[Message]:
     if turn["role"] in ("system", "developer"):
         return [turn, asked]
     if turn["role"] == "tool":
-        return [asked, _calling({}) | {"content": words}, {**turn, "name": "f", "tool_call_id": "abcdefghi"}]
+        return [asked, _calling({}, {"content": words}), {**turn, "name": "f", "tool_call_id": "abcdefghi"}]
     return [asked, turn] if turn["role"] == "assistant" else [turn]
 
 
-def _calling(arguments: Any) -> Message:
+_NO_WORDS: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
+
+
+def _calling(arguments: Any, no_words: Mapping[str, Any]) -> Message:
     call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
+    return {"role": "assistant", **no_words, "tool_calls": [call]}
 
 
-def _wants_text(template: str) -> bool:
+def _calls(template: str) -> tuple[bool, Mapping[str, Any]]:
+    """Whether calls have their arguments as text, and what of content, for the template to write them."""
     arguments = {_WORDS: _MORE}
-    python = f"{{'{_WORDS}'"
-    if _writes(template, [_ASKED, _calling(arguments)], (_WORDS, _MORE), (python,)):
-        return False
     text = json.dumps(arguments)
-    return _writes(template, [_ASKED, _calling(text)], (text,), ())
+    forms = ((False, arguments, (_WORDS, _MORE)), (True, text, (text,)))
+    for as_text, given, wanted in forms:
+        for no_words in _NO_WORDS:
+            chat = [_ASKED, _calling(given, no_words)]
+            if _writes(template, chat, wanted, (f"{{'{_WORDS}'", "None")):
+                return as_text, no_words
+    return False, _NO_WORDS[0]
 
 
 def _writes_any(template: str, chats: list[list[Message]], wanted: Sequence[str], unwanted: Sequence[str]) -> bool:
@@ -112,8 +121,12 @@ def _as_taken(message: Message, traits: Traits) -> Message:
         changed["content"] = joined(content)
     elif isinstance(content, str) and role in traits.needs_parts:
         changed["content"] = [{"type": "text", "text": content}]
-    if traits.arguments_as_text and message.get("tool_calls"):
-        changed["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
+    if message.get("tool_calls"):
+        if traits.arguments_as_text:
+            changed["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
+        if not content:
+            message = {name: value for name, value in message.items() if name != "content"}
+            changed |= traits.no_words
     return {**message, **changed} if changed else message
 
 

@@ -23,7 +23,8 @@ def test_the_weights_that_are_named_balance(good: int, bad: int):
             "desirable_weight": loss.desirable_weight,
             "undesirable_weight": loss.undesirable_weight,
         }
-        after = KTO(**weights | {key: float(value)})
+        weights[key] = float(value)
+        after = KTO(**weights)
         assert LOW - 1e-9 <= weighted_ratio(good, bad, after) <= HIGH
         assert unbalanced(good, bad, after) is None
         if weighted_ratio(good, bad, loss) < LOW / 2 or weighted_ratio(good, bad, loss) > HIGH * 2:
