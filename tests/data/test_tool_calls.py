@@ -146,6 +146,17 @@ def test_arguments_are_text_where_the_template_wants_text(template: str, as_text
         assert "\\" not in written
 
 
+@pytest.mark.parametrize("condition", ["m['content'] is defined", "m['content'] is not defined"])
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}], ids=str)
+def test_a_turn_that_only_calls_is_written_whatever_its_content_is(condition: str, content: dict[str, Any]):
+    """Nothing, null and empty text are the same; the template gets the one with which it writes the call."""
+    template = EITHER.replace("{% for call in", "{% if " + condition + " %}{% for call in", 1)
+    template = template.replace("{% endfor %}{{ '\n' }}", "{% endfor %}{% endif %}{{ '\n' }}", 1)
+    turn = {"role": "assistant", **content, "tool_calls": [CALL]}
+    row = {"prompt": [ASKED], "chosen": [turn], "rejected": "No."}
+    assert json.dumps(ARGUMENTS, ensure_ascii=False) in render(row, tokenizer=toy_tokenizer(template))["chosen"]
+
+
 PARTS = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "lake."}]
 LINES = (  # writes parts on a line each
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
