@@ -5,6 +5,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
 from fastpref.data.template_traits import for_template, template_of
@@ -94,6 +95,17 @@ def _apply_all(
         return []
     conversations = [for_template(messages, tokenizer, writing) for messages in conversations]
     tools: Any = list(writing.tools) if writing.tools else None
+    if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
+        # apply_chat_template drops what is null, which these templates ask for.
+        special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        nulls: Any = render_jinja_template(
+            conversations,
+            tools=tools,
+            chat_template=template_of(tokenizer, writing),
+            add_generation_prompt=generation_prompt,
+            **special,
+        )
+        return nulls[0]
     written: Any = tokenizer.apply_chat_template(
         conversations,
         tools=tools,

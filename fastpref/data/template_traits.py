@@ -31,7 +31,7 @@ class Traits:
     arguments_as_text: bool
     """Whether it wants a call's arguments as JSON text: it fails, or writes Python, if they are a mapping."""
     no_words: Mapping[str, Any]
-    """What a turn that only calls has of content: empty text or nothing, as the template then writes the call."""
+    """What a turn that only calls has of content: empty text, None or nothing, as the template then writes the call."""
 
 
 def for_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, writing: Writing) -> list[Message]:
@@ -80,7 +80,7 @@ def _chat(turn: Message, words: Any) -> list[Message]:
     return [asked, turn] if turn["role"] == "assistant" else [turn]
 
 
-_NO_WORDS: tuple[dict[str, Any], ...] = ({"content": ""}, {})  # None is taken out by apply_chat_template
+_NO_WORDS: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
 
 
 def _calling(arguments: Any, no_words: Mapping[str, Any]) -> Message:

@@ -146,7 +146,7 @@ def test_arguments_are_text_where_the_template_wants_text(template: str, as_text
         assert "\\" not in written
 
 
-@pytest.mark.parametrize("condition", ["m['content'] is defined", "m['content'] is not defined"])
+@pytest.mark.parametrize("condition", ["m['content'] is string", "m['content'] is none", "m['content'] is not defined"])
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}], ids=str)
 def test_a_turn_that_only_calls_is_written_whatever_its_content_is(condition: str, content: dict[str, Any]):
     """Nothing, null and empty text are the same; the template gets the one with which it writes the call."""
@@ -247,7 +247,8 @@ def test_the_templates_of_families(tmp_path: Path):
     folder = Path(trl.__file__).parent / "chat_templates"
     wanted = {  # roles whose parts it writes, those for which it takes nothing else, arguments as text
         "qwen3": ("", "", False), "qwen2_5": ("", "", False), "llama3": ("", "", False), "llama3_1": ("", "", False),
-        "gptoss": ("", "", False), "deepseekv3": ("", "", True), "gemma3": ("assistant user", "", False),
+        "gptoss": ("", "", False), "deepseek_r1_distill": ("", "", True),
+        "deepseekv3": ("", "", True), "gemma3": ("assistant user", "", False),
         "idefics3": ("assistant developer system tool user", "assistant developer system tool user", False),
     }  # fmt: skip
     files = {name: folder / f"{name}.jinja" for name in wanted}
