@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 Message = dict[str, Any]
@@ -21,6 +22,8 @@ class Writing:
     """Keywords for the chat template that this row sets: enable_thinking, reasoning_effort."""
     without_template: str | None = None
     """Jinja for messages where the tokenizer has no chat template."""
+    day: date | None = None
+    """The day that a chat template which writes the date is to write; None is today."""
     end: str | None = None
     """What ends a response of text, where its format writes that itself."""
 

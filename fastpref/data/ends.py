@@ -1,6 +1,6 @@
 """How a response ends: with which token, and with that once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.data.chat import apply
 from fastpref.data.content import Paired, Unpaired, Writing
 from fastpref.data.example import Ids
+from fastpref.data.template_keywords import key_of
 from fastpref.errors import UserError
 
 
@@ -27,15 +28,15 @@ class EndTokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         self._special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-        self._found: dict[tuple[bool, str | None], End] = {}
+        self._found: dict[tuple[bool, Any], End] = {}
         self._blank: dict[int, bool] = {}
 
     def of(self, content: Paired | Unpaired) -> End:
         """EOS for text, unless it writes its own end; for chats what the template puts after an assistant's words."""
         chat = not isinstance(content.prompt, str)
-        key = chat, content.writing.chat_template if chat else content.writing.end
+        key = chat, key_of(content.writing) if chat else content.writing.end
         if key not in self._found:
-            self._found[key] = self._find(*key)
+            self._found[key] = self._find(chat, content.writing)
         return self._found[key]
 
     def ended(self, ids: Ids, end: End) -> Ids:
@@ -53,24 +54,24 @@ class EndTokens:
             self._blank[token] = not str(self._tokenizer.decode([token])).strip()
         return self._blank[token]
 
-    def _find(self, chat: bool, writing: str | None) -> End:
+    def _find(self, chat: bool, writing: Writing) -> End:
         eos = only_id(self._tokenizer.eos_token_id)
-        turn = self._turn_end(writing if chat else None)
-        own = self._one_token(writing) if writing and not chat else None
+        turn = self._turn_end(writing if chat else Writing())
+        own = self._one_token(writing.end) if writing.end and not chat else None
         token = next((id for id in ((turn, eos) if chat else (own, eos, turn)) if id is not None), None)
         if token is None:
             raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         known = frozenset(id for id in (own, eos, turn) if id is not None)
-        return End(token, known, foreign=not chat and writing is not None and own is None)
+        return End(token, known, foreign=not chat and writing.end is not None and own is None)
 
-    def _turn_end(self, template: str | None) -> int | None:
+    def _turn_end(self, writing: Writing) -> int | None:
         """The special token that the chat template puts after an assistant's words."""
-        if not (template or self._tokenizer.chat_template):
+        if not (writing.chat_template or self._tokenizer.chat_template):
             return None
         marker = "fastpref"
         chat = [{"role": "user", "content": "-"}, {"role": "assistant", "content": marker}]
         try:
-            rendered = apply(self._tokenizer, chat, Writing(chat_template=template))
+            rendered = apply(self._tokenizer, chat, replace(writing, tools=None))
         except (TemplateError, TypeError, ValueError):
             return None
         tail = encode(self._tokenizer, rendered.rpartition(marker)[2].lstrip())

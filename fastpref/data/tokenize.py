@@ -1,6 +1,8 @@
 """From prompts and completions to token ids, with the boundary between them where the tokens say it is."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +14,7 @@ from fastpref.data.content import RowError, Unpaired
 from fastpref.data.ends import EndTokens, encode, only_id
 from fastpref.data.example import Counts, Example, Ids, Origin
 from fastpref.data.sources import SourceRow
+from fastpref.data.template_keywords import of_run
 from fastpref.errors import UserError
 
 BATCH = 1000  # rows written and encoded at once
@@ -19,26 +22,36 @@ _QUESTION = 500  # characters of it that are kept
 
 
 def tokenize(
-    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, options: TokensConfig
+    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, options: TokensConfig, day: date | None = None
 ) -> tuple[list[Example], Counts]:
     """Token ids of every row that can be used, and counts of what was cut or dropped: `tokenize_batches` in one."""
     counts = Counts()
-    batches = tokenize_batches(rows, tokenizer, options, counts)
+    batches = tokenize_batches(rows, tokenizer, options, counts, day)
     return [example for batch in batches for example in batch], counts
 
 
 def tokenize_batches(
-    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, options: TokensConfig, counts: Counts
+    rows: Sequence[SourceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokensConfig,
+    counts: Counts,
+    day: date | None = None,
+    templates: set[str | None] | None = None,
 ) -> Iterator[list[Example]]:
     """Token ids of every row that can be used, some rows at a time; `counts` grows by what was cut or dropped.
 
     A prompt's tokens are the longest common prefix of the prompt's and of every prompt-with-response's, so a token
     that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly
-    once. Raises UserError naming a row that the template refuses, or that `options` makes an error of.
+    once. Templates that write the date write that of `day` (None: today). `templates` gets those that wrote a row,
+    None for the tokenizer's. Raises UserError naming a row that the template refuses, or that `options` makes an error
+    of.
     """
-    encoder = _Encoder(tokenizer, options, counts)
+    encoder = _Encoder(tokenizer, options, counts, day)
     for start in range(0, len(rows), BATCH):
-        yield encoder.examples(rows[start : start + BATCH])
+        some = rows[start : start + BATCH]
+        if templates is not None:
+            templates |= {row.content.writing.chat_template for row in some if not isinstance(row.content.prompt, str)}
+        yield encoder.examples(some)
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
@@ -51,14 +64,16 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 class _Encoder:
     """What the rows of a data set share."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TokensConfig, counts: Counts):
-        self._tokenizer, self._options, self._counts = tokenizer, options, counts
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TokensConfig, counts: Counts, day: date | None):
+        self._tokenizer, self._options, self._counts, self._day = tokenizer, options, counts, day
         self._ends = EndTokens(tokenizer)
         self._bos = only_id(tokenizer.bos_token_id)
         self._adds_bos = self._bos is not None and self._bos in encode(tokenizer, "", special=True)[:1]
 
     def examples(self, rows: Sequence[SourceRow]) -> list[Example]:
         """The usable ones of these rows. One call of the tokenizer for all their texts."""
+        keywords = self._options.chat_template_kwargs or {}
+        rows = [replace(row, content=of_run(row.content, keywords, self._day)) for row in rows]
         self._counts.rows += len(rows)
         written, texts = [], []
         for row, text in zip(rows, write_all([row.content for row in rows], self._tokenizer)):
