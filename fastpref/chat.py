@@ -14,6 +14,7 @@ from fastpref.data.chat import apply
 from fastpref.data.content import Writing
 from fastpref.data.text import check_template_keywords
 from fastpref.errors import UserError
+from fastpref.model.limits import limits_of_model
 from fastpref.model.trained import Trained, load_trained, trained_tokenizer
 
 Message = dict[str, str]
@@ -117,13 +118,20 @@ def _answer(
 ) -> str:
     """The answer to the last message, shown while it is made. Ctrl-C ends it where it is."""
     text = apply(tokenizer, speaker.messages, writing, generation_prompt=True)
-    ids: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    ids: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(speaker.model.device)
+    limits, length = limits_of_model(speaker.model), ids["input_ids"].shape[1]
+    room = limits.room(length, options["max_new_tokens"])
+    if room == 0:
+        raise UserError(
+            f"the conversation has {length:,} tokens, and {limits.model} has {limits.positions:,} positions: it cannot "
+            "go on; begin a new one"
+        )
     streamer = _Streamer(tokenizer, out)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with speaker.within():
         try:
             speaker.model.generate(  # pyright: ignore[reportCallIssue]
-                **ids.to(speaker.model.device), streamer=streamer, use_cache=True, pad_token_id=pad, **options
+                **ids, streamer=streamer, use_cache=True, pad_token_id=pad, **options | {"max_new_tokens": room}
             )
         except KeyboardInterrupt:
             streamer.end()

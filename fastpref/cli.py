@@ -57,9 +57,16 @@ def train(
 
     # A command line has no options with a value that may be left out: it arrives among the overrides.
     named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
-    loaded = load_config(config, [word for word in overrides or () if word not in named])
-    if len(named) > 1:
-        raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
+    try:
+        loaded = load_config(config, [word for word in overrides or () if word not in named])
+        if len(named) > 1:
+            raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
+    except UserError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        from fastpref.processes import end_together  # the processes of other hosts wait for this one
+
+        end_together(error)
     if offline:
         _go_offline()
     _quiet_bitsandbytes()
@@ -74,10 +81,13 @@ def train(
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a config without training: every mistake with its line."""
     from fastpref.config import load_config
+    from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
     training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
     typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
+    for note in foresee(loaded):
+        typer.echo(f"note: {note}")
 
 
 @app.command(epilog="Example: fastpref init --loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl")

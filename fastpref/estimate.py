@@ -15,7 +15,9 @@ from fastpref.data.longest import Microbatch, longest_of, longest_possible
 from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
+from fastpref.model.limits import beyond_positions, compare, limits_of_config
 from fastpref.model.load import load_tokenizer, model_config
+from fastpref.model.packed import lies_quantised
 from fastpref.train.activations import MARGIN
 from fastpref.train.order import data_order
 from fastpref.train.step_memory import StepMemory, count_step
@@ -67,8 +69,10 @@ class Estimator:
     def __post_init__(self) -> None:
         self.config = self.load(())
         self.architecture = model_config(self.config.model)
+        self.quantised = lies_quantised(self.architecture)  # how its checkpoint lies, in words
         self._examples = self._lengths()
         self._known: dict[Any, Taken] = {}
+        self._told_of_experts = False
         self._layouts: dict[str, Layout] = {}  # what the model takes of what a config asks for
 
     @property
@@ -106,21 +110,35 @@ class Estimator:
             architecture=self.architecture, layout=self._layouts.get(config.train.layout), **options,
         )  # fmt: skip
         self._layouts[config.train.layout] = memory.layout
+        if memory.bare_experts and not self._told_of_experts:
+            self._told_of_experts = True
+            self.notes.append(
+                f"{memory.bare_experts / GIB:.2f} GiB of the weights are experts in 16 bits or more: bitsandbytes "
+                "quantises linear layers, and this model holds its experts as bare tensors"
+            )
         return Taken(memory, 0 if self.device.type == "cpu" else CONTEXT)
 
     def _lengths(self) -> Examples | None:
         """The run's data, if they lie on this machine."""
+        limits = limits_of_config(self.architecture.get_text_config().to_dict())
         if not all(Path(data.path).expanduser().exists() for data in self.config.data):
             self.notes.append("the data are not on this machine: every row counts as tokens.max_length long")
+            if (too_long := beyond_positions(limits, self.config)) is not None:
+                self.notes.append(too_long)
             return None
         try:
             tokenizer = load_tokenizer(self.config.model)
             use_chat_template(tokenizer, self.config.tokens.chat_template)
-            return load_examples(self.config, tokenizer, cache=self.cache).train
+            data = load_examples(self.config, tokenizer, cache=self.cache)
         except UserError as error:
             said = str(error).splitlines()[0]
             self.notes.append(f"the data cannot be read, so every row counts as tokens.max_length long: {said}")
             return None
+        try:
+            self.notes += compare(limits, data.parts, tokenizer, self.config)
+        except UserError as error:  # a step can be counted, but not computed
+            self.notes.append(f"a run of this config ends before its first step: {error}")
+        return data.train
 
 
 def usable(card: float) -> int:
@@ -142,7 +160,8 @@ def changes(estimator: Estimator, card: float) -> Change | None:
     made: list[str] = []
     saved: dict[str, int] = {}
     taken = estimator.take()
-    for change in _by_cost(estimator.config, estimator.microbatch(estimator.config)):
+    quantised = estimator.quantised is not None
+    for change in _by_cost(estimator.config, estimator.microbatch(estimator.config), quantised=quantised):
         if _at_most(change, taken.memory) < 0.01 * taken.total:
             continue
         tried = [*(c for c in made if _key(c) != _key(change)), change]
@@ -186,8 +205,10 @@ def _at_most(override: str, memory: StepMemory) -> int:
     }.get(_key(override), memory.activations + memory.head)
 
 
-def _by_cost(config: Config, largest: Microbatch) -> Iterator[str]:
-    """Overrides that take less memory: first those that change no result, then the others."""
+def _by_cost(config: Config, largest: Microbatch, *, quantised: bool) -> Iterator[str]:
+    """Overrides that take less memory: first those that change no result, then the others.
+
+    A checkpoint that lies `quantised` cannot be quantised otherwise."""
     train = config.train
     if config.reference.mode == "copy":
         yield 'reference.mode="auto"'
@@ -206,7 +227,7 @@ def _by_cost(config: Config, largest: Microbatch) -> Iterator[str]:
         yield "train.offload_activations=true"
     if config.lora is None:
         yield "lora={}"
-    if config.model.quantization != "nf4":
+    if config.model.quantization != "nf4" and not quantised:
         yield 'model.quantization="nf4"'
     length = config.tokens.max_length
     while length > _SMALLEST:

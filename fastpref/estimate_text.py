@@ -42,6 +42,8 @@ def estimate(
         "model": estimator.config.model.name,
         "loss": estimator.config.loss.type,
         "device": estimator.device.type,
+        "quantised": estimator.quantised,
+        "notes": estimator.notes,
         "microbatch": _microbatch(estimator),
         "step": _bytes(least),
     }
@@ -89,6 +91,8 @@ def _head(estimator: Estimator) -> str:
     where = "a GPU" if estimator.device.type == "cuda" else "a CPU"
     training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
     bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
+    if estimator.quantised is not None:
+        bits = f", whose checkpoint lies quantised ({estimator.quantised})"
     return (
         f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n"
         f"the largest micro-batch: {len(largest.examples)} {what}{plural}, {largest.tokens:,} tokens at once "

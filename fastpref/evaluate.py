@@ -17,8 +17,10 @@ from fastpref.config import DataConfig
 from fastpref.data.batch import PreferenceBatch, collate, plan_microbatches
 from fastpref.data.cache import load_examples
 from fastpref.data.example import Example
+from fastpref.data.table import Examples
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO, SimPO
+from fastpref.model.limits import compare, limits_of_model, pad_token
 from fastpref.model.load import Loaded
 from fastpref.model.policy import Policy
 from fastpref.model.reference import Reference
@@ -42,21 +44,24 @@ def evaluate(
         reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
-    began with, unless another is named; without one, rewards and KL are left out. Raises UserError.
+    began with, unless another is named; without one, rewards that need it and KL are left out. A loss without a
+    reference has its own rewards and margins, and the reference is compared by KL alone. Raises UserError.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = _examples(trained, data, cache)
     loaded = load_trained(trained, device)
-    compared, off = _reference(trained, loaded, reference, device)
-    pad = trained_tokenizer(trained).pad_token_id
-    config = trained.config
+    other, off = _reference(trained, loaded, reference, device)
+    compared = None if other is None else other.policy.eval()
+    tokenizer, config = trained_tokenizer(trained), trained.config
+    for model in (loaded, other or loaded):
+        compare(limits_of_model(model.model), {"held-out": examples}, tokenizer, config)
     objective = Objective(
         policy=loaded.policy.eval(),
-        reference=None if compared is None else _logps(compared, off),
+        reference=_logps(compared, off) if compared is not None and config.loss.uses_reference else None,
         options=config.loss,
-        layout=loaded.layout,
+        layout=loaded.layout if other is None or other.layout == loaded.layout else "padded",  # which all models take
         budget=config.tokens_per_microbatch,
-        pad_token_id=pad if isinstance(pad, int) else 0,
+        pad_token_id=pad_token(tokenizer, limits_of_model(loaded.model))[0],
         device=device,
     )
     if compared is None and config.loss.uses_reference:  # a loss without a reference tells the rest
@@ -105,7 +110,7 @@ def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _examples(trained: Trained, data: str | None, cache: bool) -> Sequence[Example]:
+def _examples(trained: Trained, data: str | None, cache: bool) -> Examples:
     config = trained.config
     if data is not None:
         config = config.model_copy(
@@ -126,14 +131,20 @@ def _examples(trained: Trained, data: str | None, cache: bool) -> Sequence[Examp
 
 def _reference(
     trained: Trained, loaded: Loaded, named: Trained | None, device: torch.device
-) -> tuple[Policy | None, Callable[[], AbstractContextManager[Any]]]:
-    """The reference's policy, and what to compute it in."""
+) -> tuple[Loaded | None, Callable[[], AbstractContextManager[Any]]]:
+    """The reference, and what to compute it in. Raises UserError for one whose tokens are others."""
     if named is not None:
-        return load_trained(named, device).policy.eval(), nullcontext
+        other = load_trained(named, device)
+        if other.policy.head.vocabulary != loaded.policy.head.vocabulary:
+            raise UserError(
+                f"--reference {named.weights}: it has {other.policy.head.vocabulary:,} tokens and {trained.weights} "
+                f"{loaded.policy.head.vocabulary:,}; only models with the same tokens can be compared"
+            )
+        return other, nullcontext
     if isinstance(loaded.wrapped, peft.PeftModel):
-        return loaded.policy, loaded.wrapped.disable_adapter
+        return loaded, loaded.wrapped.disable_adapter
     if trained.began_with is not None:
-        return load_trained(trained, device, base=True).policy.eval(), nullcontext
+        return load_trained(trained, device, base=True), nullcontext
     return None, nullcontext
 
 

@@ -15,7 +15,9 @@ from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatc
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Counts, Example
 from fastpref.data.tokenize import use_chat_template
+from fastpref.errors import UserError
 from fastpref.loss_options import compares_neighbours
+from fastpref.model.limits import Limits, compare, limits_of, pad_token
 from fastpref.model.load import load_tokenizer
 from fastpref.preview_numbers import LAYOUTS, PERCENTILES, good_share, lengths, prompt_share, step_tokens
 from fastpref.preview_text import Writer
@@ -33,13 +35,15 @@ def preview(
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
     data = load_examples(config, tokenizer, cache=cache)
-    for note in data.notes:
+    limits, unknown = _limits(config)
+    beyond = compare(limits, data.parts, tokenizer, config)
+    pad, unpadded = pad_token(tokenizer, limits)
+    for note in [*data.notes, *beyond, *filter(None, (unknown, unpadded))]:
         console.print(note, markup=False, soft_wrap=True)
     colour = console.color_system is not None and not console.no_color
     writer = Writer(tokenizer, colour=colour, full=full)
     console.print()
     console.print(writer.legend())
-    pad = tokenizer.pad_token_id
     layout = layout_of(config)
     examples = data.train[:rows]
     laid, parts = one_step(config, examples, layout)
@@ -49,13 +53,21 @@ def preview(
             members,
             layout,
             index=places,
-            pad_token_id=pad if isinstance(pad, int) else 0,
+            pad_token_id=pad,
             score_prompts=scores_prompts(config.loss),
         )
         for example, at, held in zip(members, places, read(batch)):
             console.print(_row(at, example, held, writer))
         console.print(_microbatch(f"micro-batch {number + 1} of {len(parts)}", batch, members, layout))
     console.print(_numbers(data, config, layout))
+
+
+def _limits(config: Config) -> tuple[Limits, str | None]:
+    """What the model has, or why it is not known: a preview needs no more than a tokenizer."""
+    try:
+        return limits_of(config.model), None
+    except UserError as error:
+        return Limits("the model"), f"rows are not compared with what the model can take: {error}"
 
 
 # --- The batch -----------------------------------------------------------------------------------------------------

@@ -5,11 +5,15 @@ what a loss or a metric needs of the whole step is summed over them. So a step i
 for rounding. Gradients are joined by DDP or, in shards, by FSDP2 (arXiv 2304.11277; `torch.distributed.fsdp`).
 """
 
+import hashlib
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from importlib.metadata import version
+from pathlib import Path
+from socket import gethostname
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +34,7 @@ from fastpref.config import Config
 from fastpref.errors import UserError
 
 T = TypeVar("T")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "liger-kernel")
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,57 @@ class Processes:
                 outcome[1] = error
         broadcast_object_list(outcome)
         if outcome[1] is not None:
+            _part()
             raise outcome[1]
         return outcome[0]
+
+    def together(self, call: Callable[[], T]) -> T:
+        """Every process calls. What one of them cannot do ends all, with its message; none is left waiting."""
+        if self.count == 1:
+            return call()
+        result: Any = None
+        fault: Exception | None = None
+        try:
+            result = call()
+        except Exception as error:  # whatever it is, the others must know
+            fault = error
+        said = None if fault is None else str(fault) if isinstance(fault, UserError) else repr(fault)
+        everyone = self.gather((gethostname(), said))
+        if any(message is not None for _, message in everyone):
+            _part()
+        if fault is not None:
+            raise fault
+        for rank, (host, message) in enumerate(everyone):
+            if message is not None:
+                raise UserError(f"ended because of process {rank} on {host}: {message}")
+        return result
+
+    def first_then_others(self, call: Callable[[], T]) -> T:
+        """As `together`, but the others call after the first, and find on a disk they share what it has left there."""
+        first = self.together(lambda: call() if self.first else None)
+        others = self.together(lambda: None if self.first else call())
+        result: Any = first if self.first else others
+        return result
+
+    def agree(self, what: Callable[[], Mapping[str, Any]]) -> None:
+        """Raises UserError in all processes for values, by what they are, that are not the same in all of them."""
+        if self.count == 1:
+            return
+        everyone: list[tuple[str, Mapping[str, Any]]] = self.gather((gethostname(), self.together(what)))
+        names = dict.fromkeys(name for _, own in everyone for name in own)
+        differing = {name: [own.get(name) for _, own in everyone] for name in names}
+        differing = {name: values for name, values in differing.items() if any(v != values[0] for v in values)}
+        if differing:
+            _part()
+            hosts = [f"process {rank} on {host}" for rank, (host, _) in enumerate(everyone)]
+            lines = [
+                f"  {name}: " + ", ".join(f"{value!r} ({host})" for value, host in zip(values, hosts))
+                for name, values in differing.items()
+            ]
+            raise UserError(
+                "\n".join(["what all processes must share differs between them:", *lines])
+                + "\nGive every host the same config, files and versions"
+            )
 
     def accumulating(self, policy: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Around the forward and backward of a micro-batch: DDP joins gradients after the step's last one.
@@ -87,6 +141,32 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def end_together(error: UserError) -> NoReturn:
+    """Raise what one process met before it joined the others, in all of them: they wait for it in `together`."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        here = Accelerator()
+
+        def end() -> NoReturn:
+            raise error
+
+        Processes(here.process_index, here.num_processes).together(end)
+    raise error
+
+
+def _part() -> None:
+    """Wait until all know why they end: who leaves before breaks the connection that the others still read from."""
+    with suppress(RuntimeError):  # of one that has left meanwhile, which it does when all have come here
+        torch.distributed.barrier()
+
+
+def code() -> dict[str, str]:
+    """What computes a step: versions of the libraries, and a digest of this package's files."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return {f"version of {name}": version(name) for name in _LIBRARIES} | {"code of fastpref": digest.hexdigest()[:16]}
 
 
 def start_processes(config: Config, mixed_precision: str) -> tuple[Accelerator, Processes]:

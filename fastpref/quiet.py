@@ -14,3 +14,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     # PEFT, of an adapter on a head that is tied to the embeddings: the two stay apart here, and `merge` unties them.
     warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*", category=UserWarning)
+    # PEFT, of patterns that it makes itself for fused experts; no key here sets any.
+    warnings.filterwarnings("ignore", message=".*_pattern keys did not match any.*", category=RuntimeWarning)

@@ -25,6 +25,9 @@ from fastpref.kernels.head_weight import HeadWeight
 
 # Columns of a tile: wide enough for the matrix product, narrow enough that a tile of some hundred rows stays in cache.
 TILE_COLUMNS = 8192
+# A matrix product with fewer rows or columns than this may be one long sum a value, in the library's order.
+FEW_ROWS = 16
+RUN = 256  # columns of a tile that such a product sums on end
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,20 @@ def _softcap_slope(tangent: Tensor) -> Tensor:
     return tangent.square_().neg_().add_(1)
 
 
+def _add_product(out: Tensor, e: Tensor, w: Tensor) -> None:
+    """out [n, H] += e [n, c] · w [c, H].
+
+    For large matrices a BLAS cuts the sums over c into blocks. For a few rows it need not: MKL adds up all 8,192
+    columns of a tile one after another, which is off by 10 to 50 roundings instead of one. So the sums are cut here.
+    """
+    if e.shape[1] <= RUN or min(out.shape) >= FEW_ROWS:
+        out.addmm_(e, w)
+        return
+    part = torch.empty_like(out)
+    for a, b in _spans(e.shape[1], RUN):
+        out += torch.mm(e[:, a:b], w[a:b], out=part)
+
+
 def _put_targets(
     tile: Tensor,  # [n, c]
     targets: Tensor,  # [n] int64
@@ -252,7 +269,7 @@ class _Rows:
             weighted = e if tangent is None else _softcap_slope(tangent).mul_(e)
             if start:
                 self.others.mul_(shrink[:, None])
-            self.others.addmm_(weighted, w)
+            _add_product(self.others, weighted, w)
         self.maximum = maximum
 
     def result(self, weight: HeadWeight, dtype: torch.dtype) -> Walk:
@@ -356,7 +373,7 @@ def recompute_gradients(
             d.mul_(factor[r:q, None].neg())
             _put_targets(d, targets[r:q], a, at_target[r:q])
             if d_hidden is not None:
-                d_hidden[r:q].addmm_(d, w)
+                _add_product(d_hidden[r:q], d, w)
             if dw is not None:
                 dw.addmm_(d.t(), h[r:q, -columns_trained:])
             if db is not None:

@@ -9,7 +9,8 @@ import torch
 from after import QUICKSTART_DATA, command
 from peft import PeftModel
 from runs import EXAMPLES, rows
-from transformers import AutoModelForCausalLM
+from tiny import save_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from fastpref.data.cache import load_examples
 from fastpref.errors import UserError
@@ -66,6 +67,29 @@ def test_a_model_alone(finished_run: Path):
     adapter = evaluate(find_trained(str(finished_run / "final")), data=QUICKSTART_DATA)
     assert adapter["reference/kl"] > 0
     assert adapter["logps/chosen"] != pytest.approx(found["logps/chosen"], abs=1e-4)
+
+
+def test_a_reference_of_another_family(finished_run: Path, tmp_path: Path):
+    """It may take another layout than the model: then both are computed on padded rows, each as it is alone."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=949, hidden_size=32, num_hidden_layers=2))
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    own = evaluate(find_trained(str(finished_run)))
+    found = evaluate(find_trained(str(finished_run)), reference=find_trained(str(tmp_path)))
+    theirs = evaluate(find_trained(str(tmp_path)), data=QUICKSTART_DATA)
+    rows_alone = evaluate(find_trained(str(finished_run)), data=QUICKSTART_DATA, reference=find_trained(str(tmp_path)))
+    assert found["logps/chosen"] == pytest.approx(own["logps/chosen"], rel=1e-5)
+    expected = 0.1 * (rows_alone["logps/chosen"] - theirs["logps/chosen"])
+    assert rows_alone["rewards/chosen"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_reference_with_other_tokens_is_refused(finished_run: Path, tmp_path: Path):
+    """Its log-probabilities would be those of other words."""
+    save_model("llama", tmp_path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"97 tokens and .* 949; only models with the same tokens"):
+        evaluate(find_trained(str(finished_run)), reference=find_trained(str(tmp_path)))
 
 
 def test_a_whole_model_is_compared_with_the_one_it_began_with(whole_run: Path):

@@ -17,7 +17,7 @@ PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "do
 STANDING_FOR = {"NAME": "model", "PATH": "pairs.jsonl"}  # as the README writes them
 ELSEWHERE = {  # what other tests run, or this environment was made by
     "pip install . && fastpref train examples/quickstart.toml": "tests/train/test_loop.py",
-    'pip install -e ".[dev]" && pytest -n logical': ".ci/run",
+    'pip install -c constraints.txt -e ".[dev]" && pytest -n logical': ".ci/run",
     "python -m bench": "tests/bench",
 }
 

@@ -48,6 +48,11 @@ class Tokenized:
     chat_template: str | None = None  # the one that wrote all training chats in place of the tokenizer's
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
 
+    @property
+    def parts(self) -> dict[str, Examples]:
+        """As messages call them."""
+        return {words: getattr(self, name) for name, words in _PARTS.items()}
+
 
 def load_examples(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, cache: bool = True, day: date | None = None

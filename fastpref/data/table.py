@@ -1,5 +1,6 @@
 """Examples in Arrow: held as columns, in memory or in a mapped file, and made one by one as they are asked for."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -73,6 +74,34 @@ class Examples(Sequence[Example]):
         lengths = pc.list_value_length(pc.list_flatten(self.table.column("completions")))  # pyright: ignore[reportAttributeAccessIssue]
         return lengths.to_numpy().reshape(len(self), -1 if len(self) else 0)
 
+    def digest(self) -> str:
+        """Of all tokens, lengths and labels in their order, however the table lies."""
+        digest, labels = hashlib.sha256(), self.table.column("label").to_pylist()
+        for values in (self._prompt_ids.to_numpy(), self._completion_ids.to_numpy(), self.prompt_lengths,
+                       self.completion_lengths, np.asarray(labels, dtype=str)):  # fmt: skip
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def highest_ids(self) -> tuple[int, int]:
+        """The highest token of all prompts, and of all completions; −1 where there is none."""
+        return _highest(self._prompt_ids), _highest(self._completion_ids)
+
+    def with_ids_from(self, first: int, of_prompts: bool) -> tuple[np.ndarray, np.ndarray]:
+        """[M] rows, and [M] token ids, of all tokens from `first` on in the prompts or in the completions."""
+        ids = (self._prompt_ids if of_prompts else self._completion_ids).to_numpy()
+        lengths = self.prompt_lengths if of_prompts else self.completion_lengths.sum(axis=1)
+        places = np.flatnonzero(ids >= first)
+        return np.searchsorted(np.cumsum(lengths), places, side="right"), ids[places]
+
+    @property
+    def _prompt_ids(self) -> pa.ChunkedArray:
+        return pc.list_flatten(self.table.column("prompt"))  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def _completion_ids(self) -> pa.ChunkedArray:
+        return pc.list_flatten(pc.list_flatten(self.table.column("completions")))  # pyright: ignore[reportAttributeAccessIssue]
+
     @property
     def labels(self) -> np.ndarray | None:
         """[E] bool, of single responses."""
@@ -135,6 +164,11 @@ def _lists(lists: Sequence[Sequence[int]]) -> pa.ListArray:
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)]), pa.int32())
+
+
+def _highest(ids: pa.ChunkedArray) -> int:
+    highest = pc.max(ids).as_py()  # pyright: ignore[reportAttributeAccessIssue]
+    return -1 if highest is None else highest
 
 
 def _ids(values: pa.Array) -> list[int]:

@@ -26,7 +26,7 @@ from fastpref.data.batch import Tree, TreeLayout
 NAME = "fastpref"
 
 # Keywords that reach every layer's attention and do not change what it computes for a whole row without a cache.
-_WITHOUT_EFFECT = {"position_ids", "cache_position", "past_key_values", "position_embeddings", "layer_idx"}
+_WITHOUT_EFFECT = {"position_ids", "cache_position", "past_key_values", "position_embeddings", "layer_idx", "use_cache"}
 
 
 class UnknownArgument(TypeError):
@@ -200,8 +200,11 @@ class _Probe(TreeLayout):
     calls: list[LayerCall] = field(default_factory=list)
 
 
-def layers_reached(backbone: nn.Module) -> list[LayerCall]:
-    """What each layer asks for in which a tree arrives at `tree_attention`: four tokens are run through in training."""
+def layers_reached(backbone: nn.Module, **options: Any) -> list[LayerCall]:
+    """What each layer asks for in which a tree arrives at `tree_attention`: four tokens are run through in training.
+
+    The options are keywords of the body's forward, in place of those that trees give it.
+    """
     device = next(backbone.parameters()).device
     probe = _Probe((Tree(0, 2, (1, 1)),))
     training = backbone.training
@@ -210,7 +213,8 @@ def layers_reached(backbone: nn.Module) -> list[LayerCall]:
         with torch.no_grad():
             ids = torch.zeros((1, 4), dtype=torch.int64, device=device)
             positions = torch.tensor([[0, 1, 2, 2]], device=device)
-            backbone(input_ids=ids, position_ids=positions, use_cache=False, **tree_keywords(probe, device))
+            layout = tree_keywords(probe, device) | options
+            backbone(input_ids=ids, position_ids=positions, use_cache=False, **layout)
     finally:
         backbone.train(training)
     return probe.calls
@@ -230,6 +234,8 @@ def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) 
     except UnknownArgument as error:
         return [], f"this {kind} model has attention that trees do not compute: {error}"
     except Exception as error:  # model code that refuses an unknown keyword does so in its own way
+        if _wants_mask(backbone):
+            return [], f"{kind} models compute with the attention mask in code of their own, and trees have none"
         return [], f"{kind} models refuse the layout: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if layers is not None and len(calls) < layers:
         return (
@@ -237,6 +243,17 @@ def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) 
             f"only {len(calls)} of the {layers} layers of this {kind} model have attention that takes the layout",
         )
     return calls, None
+
+
+def _wants_mask(backbone: nn.Module) -> bool:
+    """Whether a body that fails with the empty mask of trees comes further if it is given none."""
+    try:
+        layers_reached(backbone, attention_mask=None)
+    except UnknownArgument:  # it has made a mask
+        return True
+    except Exception:
+        return False
+    return True
 
 
 # --- which attention a model has --------------------------------------------------------------------------------------

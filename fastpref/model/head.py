@@ -175,14 +175,21 @@ class _Returned(BaseModelOutputWithPast):
 def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits, str | None]:
     """The head that gives the model's own logits, and a note where it is not the fused one.
 
-    Raises UserError for a model whose logits neither way gives.
+    Raises UserError for a model that cannot be run, or whose logits neither way gives.
     """
+    kind = model.config.model_type
+    try:
+        _own_logits(model, _four_tokens(model))
+    except Exception as error:
+        raise UserError(f"{kind} models cannot be run as they are loaded here: {_one_line(error)}") from None
     try:
         head: Head | OwnLogits = Head(model)
         check_logits(model, body, head)
         return head, None
     except UserError as error:
         why = str(error)
+    except Exception as error:  # a head that is given something else than the body's hidden states
+        why = f"{kind} models make their logits in a way this version does not know ({_one_line(error)})"
     try:
         head = OwnLogits(model, body)
         check_logits(model, body, head)
@@ -194,10 +201,10 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits) -> None:
     """Refuse a model whose logits are not what `head` says: four tokens through both ways. Raises UserError."""
-    device = next(body.parameters()).device
     vocabulary = head.vocabulary
-    ids = torch.arange(4, device=device)[None] % vocabulary
-    theirs = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    ids = _four_tokens(model)
+    device = ids.device
+    theirs = _own_logits(model, ids).log_softmax(-1)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     # The likeliest token of each place, and some from all over the vocabulary.
     spread = torch.linspace(0, vocabulary - 1, 31, device=device).long().expand(4, -1)
@@ -211,6 +218,18 @@ def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits
             f"{model.config.model_type} models change their logits in a way this version does not know "
             f"(log-probabilities differ by {error:.3g})"
         )
+
+
+def _four_tokens(model: PreTrainedModel) -> Tensor:
+    """[1, 4] int64"""
+    weight = next(model.parameters())
+    return torch.arange(4, device=weight.device)[None] % model.config.get_text_config().vocab_size
+
+
+@torch.no_grad()
+def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What the model's own forward makes of tokens [1, T]: [1, T, V] in float32."""
+    return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def _one_line(error: BaseException) -> str:

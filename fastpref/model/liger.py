@@ -3,17 +3,23 @@
 Which module gets which kernel, with which offset and which casts, is liger's own knowledge, by model type. Its
 functions also set classes and functions of transformers' modules, for models that are made later. That is undone
 here, so that nothing but the modules of the one model changes: their `forward`, bound to the instance. RoPE, which
-attention takes from its module's globals, comes by a copy of attention's `forward` that has other globals.
+attention takes from its module's globals, comes by a copy of attention's `forward` that has other globals, whatever
+decorators lie around it.
+
+What liger sets in transformers' modules is also what is expected of it for the model's type. A kind of kernel that no
+module of the model has got in the end is named when the model is loaded, with the reason.
 
 Not taken: the losses, because the head is fused here in its own way; and the kernel for a mixture's experts, because
 transformers groups their products itself and liger's does not follow autocast.
 """
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
-from typing import Any, Literal
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fastpref.errors import UserError
 
-_ROPE = "apply_rotary_pos_emb"  # its name in transformers' modules
+_ROPE = "rotary"  # is in the name of every function of transformers that liger replaces
 _KINDS = {"RMSNorm": "RMSNorm", "LayerNorm": "LayerNorm", "GEGLU": "GeGLU", "SwiGLU": "SwiGLU", "ReLUSquared": "ReLU²"}
 _TRIED = 16  # tokens
 
@@ -51,43 +57,62 @@ def give_kernels(
     Raises UserError instead of going without them if it `must` have them.
     """
     before = _state(model)
+    missing: dict[str, str] = {}
     try:
         expected = None if trial is None else _outcome(model, backbone, trial)
-        taken = take_kernels(model)
+        taken, missing = take_kernels(model)
         why = None if taken else "no module of it is of the kind that liger-kernel knows"
         if expected is not None and trial is not None and taken:
             why = _difference(_outcome(model, backbone, trial), expected)
     except Exception as error:  # of liger, of Triton's compiler, of the model's code
         taken, why = [], f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if why is None:
-        return True, [f"liger-kernel: {', '.join(taken)}"]
+        kind = model.config.model_type
+        without = [f"liger-kernel: its {name} for {kind} models is not taken: {r}" for name, r in missing.items()]
+        return True, [f"liger-kernel: {', '.join(taken)}", *without]
     _restore(model, before)
     if must:
         raise UserError(f"model.liger = true: cannot be had for this model here: {why}; leave the key out")
     return False, [f"liger-kernel: not taken: {why}"]
 
 
-def take_kernels(model: PreTrainedModel) -> list[str]:
-    """Replace the forward of this model's modules, and nothing else; the kinds of those that were.
+class Kernels(NamedTuple):
+    """What a model has got of liger's kernels, and what it has not although liger has it for the model's type."""
+
+    taken: list[str]  # kinds
+    missing: dict[str, str]  # kind → why
+
+
+def take_kernels(model: PreTrainedModel) -> Kernels:
+    """Replace the forward of this model's modules, and nothing else; the kinds of those that were, and were not.
 
     To be called before adapters are put around its layers. Raises what liger raises for a model it does not know.
     """
     apply = _known()[model.config.model_type]
-    home = sys.modules[type(model).__module__]
-    own = vars(home).get(_ROPE)
-    with _transformers_as_it_is():
+    _import_its_modules(apply)
+    with _transformers_as_it_is() as changes:
         apply(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-        theirs = vars(home).get(_ROPE)
-    kinds: set[str] = set()
+    taken: set[str] = set()
+    other_activation = False
     for module in model.modules():
         kernel = _kind(module)
-        if kernel is not None and (kernel not in _KINDS.values() or not _same_activation(module, kernel)):
+        if kernel is None:
+            continue
+        same_activation = _same_activation(module, kernel)
+        if kernel in _KINDS.values() and same_activation:
+            taken.add(kernel)
+        else:
             _own_forward(module)
-        elif kernel is not None:
-            kinds.add(kernel)
-    if theirs is not own and _give_rope(model, home, theirs):
-        kinds.add("RoPE")
-    return sorted(kinds)
+            other_activation |= not same_activation
+    ropes = [change for change in changes if _ROPE in change.name]
+    if ropes and _give_rope(model, ropes):
+        taken.add("RoPE")
+    functions = " or ".join(sorted({change.name for change in ropes}))
+    reasons = {"RoPE": f"its layers call no {functions} that can be replaced"}
+    if other_activation:
+        reasons |= dict.fromkeys(("SwiGLU", "GeGLU"), "the config names another activation")
+    missing = sorted(_expected(model, changes) - taken)
+    return Kernels(sorted(taken), {kind: reasons.get(kind, "liger-kernel gave it to no module") for kind in missing})
 
 
 @contextmanager
@@ -113,21 +138,63 @@ def _known() -> dict[str, Callable[..., None]]:
     return MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
+class _Change(NamedTuple):
+    """What liger has set in a module of transformers."""
+
+    home: ModuleType
+    name: str
+    before: Any  # None: there was no such name
+    after: Any
+
+
+def _import_its_modules(apply: Callable[..., None]) -> None:
+    """Import what it changes, so that it can be put back: asked for no kernel it does only that."""
+    options = inspect.signature(apply).parameters.values()
+    apply(model=None, **{option.name: False for option in options if isinstance(option.default, bool)})
+
+
 @contextmanager
-def _transformers_as_it_is() -> Iterator[None]:
-    """Whatever is set in a module of transformers inside is what it was afterwards."""
+def _transformers_as_it_is() -> Iterator[list[_Change]]:
+    """Whatever is set in a module of transformers inside is what it was afterwards, when the list names it."""
     modules = [
         module
         for name, module in list(sys.modules.items())
         if name.startswith("transformers.models.") and isinstance(module, ModuleType)
     ]
     before = [(module, dict(vars(module))) for module in modules]
+    changes: list[_Change] = []
     try:
-        yield
+        yield changes
     finally:
         for module, values in before:
-            now = vars(module)
-            now.update({name: value for name, value in values.items() if now.get(name) is not value})
+            for name, value in list(vars(module).items()):
+                old = values.get(name)
+                if value is old:
+                    continue
+                ligers = (getattr(value, "__module__", None) or "").startswith("liger_kernel")
+                if ligers:
+                    changes.append(_Change(module, name, old, value))
+                if name in values:
+                    setattr(module, name, old)
+                elif ligers:
+                    delattr(module, name)
+
+
+def _expected(model: PreTrainedModel, changes: list[_Change]) -> set[str]:
+    """The kinds of kernels that liger has for this model's type, but for those of modules that a type may go without.
+
+    A class of transformers that liger replaces and that the model has no module of, such as the MLP of a mixture whose
+    layers are all sparse, is not expected; if there is no such class any more, liger knows another transformers.
+    """
+    names = {type(module).__name__ for module in model.modules()}
+    homes = {type(module).__module__ for module in model.modules()}
+    expected = set()
+    for change in changes:
+        if _ROPE in change.name:
+            expected.add("RoPE")
+        elif change.before is None or change.name in names or change.home.__name__ not in homes:
+            expected |= {kind for word, kind in _KINDS.items() if word in change.after.__name__}
+    return expected
 
 
 # --- one module ------------------------------------------------------------------------------------------------------
@@ -158,24 +225,96 @@ def _own_forward(module: nn.Module) -> None:
         vars(module).pop(name, None)
 
 
-def _give_rope(model: PreTrainedModel, home: ModuleType, rope: Any) -> bool:
-    """A forward that finds `rope` where its module's globals have their own. False if no layer asks for that."""
+def _give_rope(model: PreTrainedModel, changes: list[_Change]) -> bool:
+    """Methods that find liger's functions where they call transformers'. False if no module calls one."""
     found = False
-    forwards: dict[type[nn.Module], FunctionType] = {}
+    homes = {id(change.home): change.home for change in changes}.values()
+    methods: dict[type[nn.Module], dict[str, FunctionType]] = {}
     for module in model.modules():
-        kind, plain = type(module), type(module).forward
-        if not isinstance(plain, FunctionType) or plain.__globals__ is not vars(home):
-            continue
-        if _ROPE not in plain.__code__.co_names:
-            continue
-        if kind not in forwards:
-            names = {**plain.__globals__, _ROPE: rope}
-            copied = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
-            copied.__kwdefaults__, copied.__annotations__ = plain.__kwdefaults__, plain.__annotations__
-            forwards[kind] = copied
-        vars(module)["forward"] = MethodType(forwards[kind], module)
-        found = True
+        kind = type(module)
+        if kind not in methods:
+            methods[kind] = {}
+            for home in homes:
+                new = {change.name: change.after for change in changes if change.home is home}
+                for name, method in _own_methods(kind).items():
+                    copied = _with_globals(methods[kind].get(name, method), home, new)
+                    if copied is not None:
+                        methods[kind][name] = copied
+        for name, method in methods[kind].items():
+            vars(module)[name] = MethodType(method, module)
+            found = True
+        for change in changes:  # it may hold the function itself
+            for name, value in list(vars(module).items()):
+                if value is not None and value is change.before:
+                    vars(module)[name] = change.after
+                    found = True
     return found
+
+
+def _own_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
+    """The methods of a class that are not torch's."""
+    methods: dict[str, FunctionType] = {}
+    for base in reversed(kind.__mro__):
+        if not base.__module__.startswith(("torch.", "builtins")):
+            own = {name: value for name, value in vars(base).items() if not name.startswith("__")}
+            methods |= {name: value for name, value in own.items() if isinstance(value, FunctionType)}
+    return methods
+
+
+def _with_globals(function: FunctionType, home: ModuleType, new: dict[str, Any]) -> FunctionType | None:
+    """A copy that finds `new` among the globals of the module `home`. None if the function asks for none of them.
+
+    Decorators are functions that hold the decorated one in a cell: they are copied around its copy. So are the
+    module's own functions that it calls.
+    """
+    copies: dict[int, FunctionType | None] = {}
+
+    def copied(function: FunctionType) -> FunctionType | None:
+        if id(function) not in copies:
+            copies[id(function)] = None  # where functions call each other
+            copies[id(function)] = rebuilt(function)
+        return copies[id(function)]
+
+    def rebuilt(function: FunctionType) -> FunctionType | None:
+        names: dict[str, Any] = {}
+        if function.__globals__ is vars(home):
+            for name in _global_names(function.__code__) & vars(home).keys():
+                value = vars(home)[name]
+                own = isinstance(value, FunctionType) and value.__module__ == home.__name__
+                other = new[name] if name in new else copied(value) if own else None
+                if other is not None:
+                    names[name] = other
+        cells = [_rebuilt_cell(cell, copied) for cell in function.__closure__ or ()]
+        if not names and not any(cells):
+            return None
+        closure = tuple(cell or own for cell, own in zip(cells, function.__closure__ or (), strict=True))
+        scope = {**function.__globals__, **names} if names else function.__globals__
+        copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure or None)
+        functools.update_wrapper(copy, function)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        inner = vars(function).get("__wrapped__")
+        del copy.__wrapped__
+        if inner is not None:
+            copy.__wrapped__ = (copied(inner) if isinstance(inner, FunctionType) else None) or inner
+        return copy
+
+    return copied(function)
+
+
+def _rebuilt_cell(cell: CellType, copied: Callable[[FunctionType], FunctionType | None]) -> CellType | None:
+    """A cell with the copy of the function that this one holds. None if it holds none that has a copy."""
+    try:
+        held = cell.cell_contents
+    except ValueError:  # empty
+        return None
+    copy = copied(held) if isinstance(held, FunctionType) else None
+    return None if copy is None else CellType(copy)
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """Names that code asks for, that of its inner functions included; attributes are among them."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_global_names, inner))
 
 
 # --- the trial -------------------------------------------------------------------------------------------------------

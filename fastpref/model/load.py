@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from fastpref.config import Config, ModelConfig
-from fastpref.data.batch import Layout
+from fastpref.data.batch import Layout, collate
+from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.model import flex_attention, liger
 from fastpref.model.adapters import adapter_notes, load_adapter
 from fastpref.model.adapters import with_adapters as with_adapters
 from fastpref.model.body import body_of
-from fastpref.model.failure import is_out_of_memory, told_of_model
+from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import adapter_instead, explained, no_causal_model
 from fastpref.model.head import OwnLogits, find_head
 from fastpref.model.policy import Policy
@@ -103,6 +104,8 @@ def load_model(
     wrapped = _trained(model, adapter) if trained else with_adapters(config, model)
     notes += [note for note in (loading_note(wrapped),) if note is not None and wrapped is not model]
     policy = policy.like(model)  # PEFT may have wrapped the head
+    if wrapped is not model and not trained and not sharded:
+        _try_adapters(config, policy, choice.layout, model.config.model_type, device)
     return Loaded(model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels)
 
 
@@ -186,6 +189,33 @@ def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.
         if wanted == "flex":
             raise UserError(f'model.attention = "flex": cannot be had on this device: {why}; leave the key out')
     return [f"attention: SDPA, a call a completion: {why}"] if why is not None else []
+
+
+def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: str, device: torch.device) -> None:
+    """A step of a few tokens in training mode. Raises UserError if model and adapters cannot do it together.
+
+    An adapter around a module that returns more than a tensor, or whose weight the model's code reads by itself, fails
+    only there.
+    """
+    example = Example([3, 4, 5], ([4, 3], [5]), None, Origin("a trial"))
+    batch = collate([example], layout).to(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            with _precision(config, device):
+                logp = policy.train()(batch).logp
+            logp.sum().backward()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            quantised = "" if config.model.quantization == "none" else f" in {config.model.quantization}"
+            raise UserError(
+                f"lora.target: this {model_type} model{quantised} cannot be trained with adapters on all that "
+                f"it names: {words(error)}. Name fewer modules"
+                + (", or leave model.quantization out" if quantised else "")
+            ) from None
+        finally:
+            policy.zero_grad(set_to_none=True)
+            policy.eval()
 
 
 def _trained(model: PreTrainedModel, adapter: str | Path | None) -> PreTrainedModel | peft.PeftModel:

@@ -72,6 +72,9 @@ class Precomputed:
 
         Several processes must be given the same examples; each computes some, and all know everything in the end.
         """
+        if processes.count > 1:  # on disks of their own they may know different ones, and would plan different rounds
+            common = set.intersection(*map(set, processes.gather(list(self._known))))
+            self._known = {key: logps for key, logps in self._known.items() if key in common}
         computed, waiting = 0, {}
         parts = _microbatches(self._missing(examples), layout, budget)
         rounds = iter(lambda: list(islice(parts, processes.count)), [])

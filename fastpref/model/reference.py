@@ -67,11 +67,20 @@ def make_reference(
     if precomputes(config):
         return ModelReference(loaded.policy, None, autocast), "computed before training"
     other = copy_config(config, loaded.model)
-    frozen = copy.deepcopy(loaded.model) if other is None else (load or load_copy)(other, loaded)
+    frozen = frozen_copy(loaded.model) if other is None else (load or load_copy)(other, loaded)
     frozen.requires_grad_(False).eval()
     bits = "" if other is None or other.model.quantization == "none" else f"{other.model.quantization} and "
     how = "" if other is None else f", in {bits}{other.model.dtype}"
     return ModelReference(loaded.policy.like(frozen), None, autocast, frozen), f"a frozen copy of the model{how}"
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model in evaluation mode, without gradients. States that modules keep of a call are cut off it."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(module)[name] = value.detach()
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def precomputes(config: Config) -> bool:

@@ -8,38 +8,74 @@ longer.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from inspect import signature
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-_BY_LENGTH = ("dynamic", "longrope")
+from fastpref.errors import UserError
+
+BY_LENGTH = ("dynamic", "longrope")
 
 
 def fix_rope(model: nn.Module, max_length: int) -> list[str]:
     """Fix the frequencies of a model's rotary embeddings to those of `max_length` tokens.
 
-    Returns a note where they are not those of short rows.
+    Returns a note where they are not those of short rows. Raises UserError where they still follow the length.
     """
     notes: dict[str, None] = {}
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str) and kinds in _BY_LENGTH:
+        if isinstance(kinds, str) and kinds in BY_LENGTH:
             notes |= dict.fromkeys(_fix(module, kinds, None, max_length))
             module.rope_type = "default"  # pyright: ignore[reportArgumentType]
         elif isinstance(kinds, dict):
-            for layers in [layers for layers, kind in kinds.items() if kind in _BY_LENGTH]:
+            for layers in [layers for layers, kind in kinds.items() if kind in BY_LENGTH]:
                 notes |= dict.fromkeys(_fix(module, kinds[layers], layers, max_length))
                 module.rope_type = {**module.rope_type, layers: "default"}  # pyright: ignore
+    for module in model.modules():
+        if _follows_longest(module, max_length):
+            parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+            short = parameters.get("original_max_position_embeddings")
+            most = "the length that the model was first trained on" if short is None else f"{short:,}"
+            raise UserError(
+                f"the RoPE of this model ({type(module).__name__}) gives a row other embeddings when a longer one is "
+                f"in its micro-batch; set tokens.max_length, which is {max_length:,}, to no more than {most}"
+            )
     return list(notes)
+
+
+@torch.no_grad()
+def _follows_longest(module: Any, max_length: int) -> bool:
+    """Whether the embeddings of the first positions change with a later one in the same call."""
+    if "position_ids" not in signature(module.forward).parameters:
+        return False
+    frequencies = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
+    if not frequencies or max_length <= 8:
+        return False
+    few = torch.arange(8, device=frequencies[0].device)[None]
+    longer = torch.cat([few, few.new_tensor([[max_length - 1]])], dim=1)
+    kinds = getattr(module, "rope_type", None)
+    for options in [{"layer_type": layers} for layers in kinds] if isinstance(kinds, dict) else [{}]:
+        with unchanged(module), suppress(Exception):  # a module that is not called like this
+            alone, beside = (
+                module(frequencies[0].new_zeros((1, ids.shape[1], 1)), position_ids=ids, **options)
+                for ids in (few, longer)
+            )
+            pairs = zip(alone, beside, strict=True)
+            if any(not torch.equal(a, b[..., :8, :]) for a, b in pairs if isinstance(a, Tensor) and a.dim() > 1):
+                return True
+    return False
 
 
 def depends_on_length(model: nn.Module) -> bool:
     """Whether a model's frequencies follow the longest position of a call."""
     kinds = (getattr(module, "rope_type", None) for module in model.modules())
     return any(
-        kind in _BY_LENGTH for kind_s in kinds for kind in (kind_s.values() if isinstance(kind_s, dict) else [kind_s])
+        kind in BY_LENGTH for kind_s in kinds for kind in (kind_s.values() if isinstance(kind_s, dict) else [kind_s])
     )
 
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from fastpref.config import Config
+from fastpref.errors import UserError
 from fastpref.model.liger import take_kernels
 from fastpref.model.load import with_adapters
+from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packed_bytes, packing_of
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 
 _BLOCK = 64  # weights a scale, and scales a scale of scales: bitsandbytes' own
@@ -27,6 +29,8 @@ class Skeleton:
 
     model: PreTrainedModel
     wrapped: PreTrainedModel | PeftModel
+    packed: int = 0  # bytes that its weights have more than those of a checkpoint that lies quantised
+    bare_experts: int = 0  # bytes that bitsandbytes leaves as they are where it quantises the rest
 
 
 def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype, *, kernels: bool = False) -> Skeleton:
@@ -40,16 +44,24 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
     )
     with torch.device("meta"):
         model = make()
-        quantization = quantization_config(options.quantization, dtype)
-        if quantization is not None:  # the library decides which layers
-            quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+        plain, packed, experts = 0, 0, 0
+        own = own_quantization(architecture)  # goes before the config's, as transformers has it
+        if own is not None and config.lora is None:
+            raise UserError(f"model.name = {options.name!r}: its weights are quantised; add a [lora] table")
+        if own is not None and not of_bitsandbytes(own):
+            if (packing := packing_of(own)) is not None:
+                plain, packed = packed_bytes(model, packing)
+        elif (quantization := own or quantization_config(options.quantization, dtype)) is not None:
+            # The library decides which layers.
+            quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=own is not None)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
             quantizer.postprocess_model(model)
+            experts = bare_experts(model)
         keep_weights_as_loaded(model)
         model.config.use_cache = False
         if kernels:
             take_kernels(model)
-        return Skeleton(model.eval(), with_adapters(config, model))
+        return Skeleton(model.eval(), with_adapters(config, model), plain - packed, experts)
 
 
 def materialise(model: PreTrainedModel) -> None:
@@ -76,24 +88,24 @@ def _parameter(module: nn.Module, name: str, parameter: Tensor) -> nn.Parameter:
 
 
 def _four_bits(module: Linear4bit, made: Any) -> nn.Parameter:
-    """A weight as Params4bit holds it, two a byte, with its scales in 8 bits and theirs in float32."""
+    """A weight as Params4bit holds it, two a byte, with its scales in float32, or in 8 bits and theirs in float32."""
     count = module.in_features * module.out_features
     scales = -(-count // _BLOCK)
     weight: Any = nn.Parameter(torch.empty((-(-count // 2), 1), dtype=torch.uint8), requires_grad=False)
+    nested: dict[str, Any] = {}
+    if made.compress_statistics:
+        nested["offset"] = torch.empty(())
+        nested["state2"] = QuantState(
+            absmax=torch.empty(-(-scales // _SCALES)), code=torch.empty(256), blocksize=_SCALES, dtype=torch.float32
+        )
     weight.quant_state = QuantState(
-        absmax=torch.empty(scales, dtype=torch.uint8),
+        absmax=torch.empty(scales, dtype=torch.uint8 if nested else torch.float32),
         shape=torch.Size((module.out_features, module.in_features)),
         code=torch.empty(16),
         blocksize=_BLOCK,
         quant_type=made.quant_type,
         dtype=module.compute_dtype,
-        offset=torch.empty(()),
-        state2=QuantState(
-            absmax=torch.empty(-(-scales // _SCALES)),
-            code=torch.empty(256),
-            blocksize=_SCALES,
-            dtype=torch.float32,
-        ),
+        **nested,
     )
     weight.compress_statistics, weight.quant_type = made.compress_statistics, made.quant_type
     weight.quant_storage, weight.blocksize, weight.bnb_quantized = torch.uint8, _BLOCK, True

@@ -32,12 +32,18 @@ from fastpref.model.attention import (
     probe_layers,
     restore_attention,
 )
+from fastpref.model.limits import limits_of_model
 from fastpref.model.policy import Policy
 from fastpref.model.precision import in_float32
+from fastpref.model.rope import BY_LENGTH
 
 _SHAPES = ((23, (17, 21)), (19, (22, 13)))  # tokens of each prompt and of its responses
+_LONGEST = max(prompt + max(responses) for prompt, responses in _SHAPES)
 _SHORT = 8  # tokens of a window or chunk that is made short
-_LIMITS = re.compile(r"(window|window_size|attention_chunk_size|local_attention|floor_scale|index_topk)$")
+_LIMITS = re.compile(
+    r"(window(_size|_len|_length)?|(attention|attn)_chunk_(size|length)|local_attention|floor(_scale)?|index_topk|rel_extent"
+    r"|max_distance|original_max_position_embeddings)$"
+)
 _TOWERS = re.compile(r"vision|visual|audio|image")
 
 
@@ -147,6 +153,8 @@ class _Trial:
                         f"the hidden states of this {self._kind} model would differ by {error.largest:.2g} of their "
                         f"size from those of each row alone{where}"
                     )
+                if not short and (why := self._training_fault(layout, truth, own)) is not None:
+                    return why
         return None
 
     def padded(self, why: str | None, max_length: int | None) -> Choice:
@@ -168,6 +176,8 @@ class _Trial:
                 took_none = f"they take no trees either, because {why}" if why else "train.layout asks for them"
                 raise UserError(f"{why_not}; {took_none}. They are not trained here")
             notes = (f"attention: eager, because {why_not}",)
+        if (why_not := self._training_fault("padded", truth, attention_of(self._model))) is not None:
+            raise UserError(f"{why_not}. They are not trained here")
         with short_limits(self._model, below=max_length) as limits:
             if limits and (why_not := self._short_padding_fault()) is not None:
                 raise UserError(
@@ -197,6 +207,33 @@ class _Trial:
             f"{self._kind} models give padded rows other hidden states than each row alone (they differ by "
             f"{error.largest:.2g} of their size)"
         )
+
+    def _training_fault(self, layout: Layout, truth: "_States", own: AttentionState) -> str | None:
+        """What is wrong with a layout in training mode alone, or None: experts that are full drop tokens only there.
+
+        Where training is random (dropout), nothing is seen.
+        """
+        body, ours = self._policy.backbone, attention_of(self._model)
+        training = body.training
+        devices = [self._policy_device] if self._policy_device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            body.train()
+            try:
+                states = self._states(layout)
+                if self._is_rounding(_difference(states, truth)):
+                    return None
+                if not self._is_rounding(_difference(states, self._states(layout))):
+                    return None
+                restore_attention(own)
+                alone = self._truth()
+            except Exception as fault:
+                return f"{self._kind} models fail in training mode: {_one_line(fault)}"
+            finally:
+                body.train(training)
+                restore_attention(ours)
+        if self._is_rounding(_difference(states, alone)):
+            return None
+        return f"{self._kind} models give a row other hidden states in training mode than alone"
 
     def _looks_ahead(self, truth: "_States") -> bool:
         """Whether a prompt's states depend on the response that comes after it."""
@@ -256,7 +293,13 @@ def _examples(model: PreTrainedModel) -> list[Example]:
     def ids(count: int) -> list[int]:
         return [next(drawn) for _ in range(count)]
 
-    return [Example(ids(p), tuple(ids(c) for c in cs), None, Origin("a trial")) for p, cs in _SHAPES]
+    positions = limits_of_model(model).positions
+    scale = 1 if positions is None else min(1, positions / _LONGEST)
+
+    def scaled(tokens: int) -> int:
+        return max(2, int(scale * tokens))
+
+    return [Example(ids(scaled(p)), tuple(ids(scaled(c)) for c in cs), None, Origin("a trial")) for p, cs in _SHAPES]
 
 
 def _token_ids(config: Any) -> set[int]:
@@ -304,16 +347,16 @@ def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[l
 
     With `below`, only those of fewer tokens than that. Yields their names with the lengths that they have.
     """
-    longest = max(prompt + max(responses) for prompt, responses in _SHAPES)
     owners: dict[int, Any] = {id(config): config for config in (model.config, model.config.get_text_config())}
+    tables = [rope for config in owners.values() for rope in _rope_tables(config)]
     owners |= {id(m): m for name, m in model.named_modules() if not _TOWERS.search(name)}
     before: list[tuple[dict[str, Any], str, int]] = []
-    for owner in owners.values():
-        for name, value in vars(owner).items():
+    for values in [*map(vars, owners.values()), *tables]:
+        for name, value in values.items():
             if not _LIMITS.search(name) or isinstance(value, bool) or not isinstance(value, int):
                 continue
-            if value >= longest and (below is None or value < below):
-                before.append((vars(owner), name, value))
+            if value >= _LONGEST and (below is None or value < below):
+                before.append((values, name, value))
     try:
         for values, name, _ in before:
             values[name] = _SHORT
@@ -321,3 +364,13 @@ def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[l
     finally:
         for values, name, value in before:
             values[name] = value
+
+
+def _rope_tables(config: Any) -> list[dict[str, Any]]:
+    """A config's tables about RoPE, one a kind of layers: scales of queries go by their lengths too.
+
+    But those whose frequencies follow the length of a call, which are fixed in `rope.py`.
+    """
+    table = getattr(config, "rope_parameters", None) or {}
+    tables = [table, *(inner for inner in table.values() if isinstance(inner, dict))]
+    return [some for some in {id(t): t for t in tables}.values() if some.get("rope_type") not in BY_LENGTH]

@@ -24,10 +24,11 @@ from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
 from fastpref.model.failure import in_others_code
+from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
 from fastpref.model.precompute import Precomputed, reference_folder
 from fastpref.model.reference import Reference, make_reference, precomputes
-from fastpref.processes import Processes, start_processes
+from fastpref.processes import Processes, code, end_together, start_processes
 from fastpref.push import check_login, push
 from fastpref.quiet import quiet_libraries
 from fastpref.train import faults, state
@@ -44,7 +45,7 @@ from fastpref.train.order import data_order
 from fastpref.train.peak import StepPeak
 from fastpref.train.progress import Display
 from fastpref.train.record import Record
-from fastpref.train.resume import Resumed, find_checkpoint, may_change
+from fastpref.train.resume import Resumed, find_checkpoint, may_change, shared
 from fastpref.train.state import Progress
 from fastpref.train.step import Objective, chunks
 from fastpref.train.trackers import Trackers, require_trackers
@@ -78,22 +79,25 @@ def train(
     whole one of the config's last run. Without `cache` tokens are neither taken from the cache nor kept in it. Raises
     UserError for what a user can mend; but for the cache nothing is written before everything has been checked.
     """
-    if not isinstance(config, Config):
-        default_name = Path(config).stem
-        config = load_config(config, overrides)
-    require_trackers(config.log.trackers)
-    if config.output.push_to is not None:
-        check_login(config.output.push_to)
-    resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
+    try:
+        if not isinstance(config, Config):
+            default_name = Path(config).stem
+            config = load_config(config, overrides)
+        require_trackers(config.log.trackers)
+        if config.output.push_to is not None:
+            check_login(config.output.push_to)
+        resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
+    except UserError as error:
+        end_together(error)
     quiet_libraries()
     accelerator, processes = start_processes(config, mixed_precision(config))
+    processes.agree(lambda: shared(config, resumed) | code())
     folder = resumed.folder if resumed else processes.on_first(
         lambda: RunFolder.choose(config, default_name, force=force)
     )  # fmt: skip
     lock = RunLock(folder.path)
     try:
-        if folder.path.exists():
-            processes.on_first(lock.acquire)
+        processes.on_first(lambda: lock.acquire() if folder.path.exists() else None)
         run = _prepare(config, folder, accelerator, processes, resumed, cache=cache)
         return run.go(lock)
     finally:
@@ -111,19 +115,31 @@ def _prepare(
 ) -> "_Run":
     """Load everything, and say what was decided."""
     set_seed(config.train.seed)
-    tokenizer = load_tokenizer(config.model)
-    use_chat_template(tokenizer, config.tokens.chat_template)
     began = resumed.text if resumed else None
     day = processes.on_first(date.today) if began is None else began.day
-    with accelerator.main_process_first():  # the others find its tokens in the cache
+
+    def read() -> tuple[PreTrainedTokenizerBase, Tokenized, TextRecord, list[str]]:
+        tokenizer = load_tokenizer(config.model)
+        use_chat_template(tokenizer, config.tokens.chat_template)
         data = load_examples(config, tokenizer, cache=cache, day=day)
-    if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
-        tokenizer.chat_template = data.chat_template
-    text = text_of(config, tokenizer, day, data.ends)
-    if resumed:
-        resumed.check_text(text)
-    try:
+        if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
+            tokenizer.chat_template = data.chat_template
+        text = text_of(config, tokenizer, day, data.ends)
+        if resumed:
+            resumed.check_text(text)
+        beyond = compare(limits_of(config.model), data.parts, tokenizer, config)  # before its weights are read
+        return tokenizer, data, text, beyond
+
+    def load() -> Loaded:
         loaded = load_model(config, accelerator.device, sharded=processes.sharded)
+        compare(limits_of_model(loaded.model), data.parts, tokenizer, config)
+        return loaded
+
+    tokenizer, data, text, beyond = processes.first_then_others(read)  # the others find its tokens in the cache
+    processes.agree(lambda: {f"tokens of the {name} rows": examples.digest() for name, examples in data.parts.items()})
+    try:
+        loaded = processes.together(load)
+        processes.agree(lambda: {"the model's weights": state.model_fingerprint(loaded)[:16], "layout": loaded.layout})
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run = _Run(config, folder, accelerator, processes, tokenizer, text, loaded, data, resumed)
     except UserError:
@@ -138,7 +154,7 @@ def _prepare(
             ) from error
         smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
         raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
-    for note in [*(resumed.notes if resumed else ()), *data.notes, *notes, *run.notes]:
+    for note in [*(resumed.notes if resumed else ()), *data.notes, *beyond, *notes, *run.notes]:
         run.display.note(note)
     return run
 
@@ -180,14 +196,16 @@ class _Run:
             register_fsdp_forward_method(policy, "generate")
         if not processes.first:  # the same adapters, but dropout of its own
             set_seed(train.seed + processes.rank)
-        pad, router = tokenizer.pad_token_id, loaded.policy.router
+        self.limits = limits_of_model(loaded.model)
+        pad, unpadded = pad_token(tokenizer, self.limits)
+        router = loaded.policy.router
         self.objective = Objective(
             policy=policy,
             reference=reference,
             options=config.loss,
             layout=loaded.layout,
             budget=config.tokens_per_microbatch,
-            pad_token_id=pad if isinstance(pad, int) else 0,
+            pad_token_id=pad,
             device=accelerator.device,
             router_coefficient=router.coefficient if router is not None else 0.0,
             processes=processes,
@@ -195,7 +213,7 @@ class _Run:
         if isinstance(reference, Precomputed):
             self._precompute(reference)
         plan = self._plan()
-        self.notes += [plan, *loaded.notes]
+        self.notes += [*([unpadded] if unpadded else []), plan, *loaded.notes]
         self.record = Record(folder, config, self.steps, data, plan, accelerator.device) if processes.first else None
         self.checkpoints = Checkpoints(
             config,
@@ -403,7 +421,7 @@ class _Run:
                 self.loaded.model,
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=options.sample_tokens,
+                max_new_tokens=self.limits.room(len(prompt), options.sample_tokens),
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=self.objective.pad_token_id,

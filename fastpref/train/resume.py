@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether the config still is the one it was trained with."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -11,7 +12,7 @@ from fastpref.data.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
 from fastpref.train.folder import RunFolder, default_folders, step_of
 from fastpref.train.state import read_state
-from fastpref.train.whole import damage
+from fastpref.train.whole import MANIFEST, damage
 
 # What does not reach the weights, or only how far they are trained.
 _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",
@@ -27,6 +28,7 @@ _ROUNDING = (
 )
 # Places, which may move: what is there is compared by its contents once it is loaded.
 _PLACES = ("model.name", "data.*.path", "tokens.chat_template")
+_OF_THE_FIRST = ("output.dir", "output.push_to", "eval.data.*.path")  # what the first process alone takes, and a place
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,16 @@ def may_change(key: str) -> bool:
 
 def fingerprints(model: str, data: str) -> dict[str, str]:
     return {"the model's weights": model, "the training rows or their tokens": data}
+
+
+def shared(config: Config, resumed: Resumed | None) -> dict[str, Any]:
+    """What every process of a run must have alike: each key of its config but places, and the checkpoint it goes on
+    from, by its contents."""
+    settings = {key: value for key, value in _flat(_resolved(config)) if not _matches(key, (*_PLACES, *_OF_THE_FIRST))}
+    if resumed is None:
+        return settings | {"checkpoint": "none"}
+    manifest = hashlib.sha256((resumed.checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
+    return settings | {"checkpoint": f"{resumed.checkpoint.name}, {manifest}"}
 
 
 def _run_folder(config: Config, name: str) -> RunFolder:

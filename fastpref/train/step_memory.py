@@ -46,6 +46,7 @@ class StepMemory:
     layers: int  # decoder layers of the model; not bytes
     checkpointed: int  # of them
     layout: Layout  # that its attention takes
+    bare_experts: int = 0  # bytes of the weights, of experts that bitsandbytes does not quantise
 
     @property
     def total(self) -> int:
@@ -121,6 +122,8 @@ def count_step(
         with count.labelled("optimizer"):
             optimizer.step()
     parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
+    parts["weights"] = parts.get("weights", 0) - bones.packed
+    parts |= {"bare_experts": bones.bare_experts}
     parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": choice.layout}
     return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
 

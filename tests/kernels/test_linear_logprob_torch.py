@@ -20,12 +20,14 @@ from problems import (
     answer,
     assert_same,
     check_accuracy,
+    error,
     flat,
     huge,
     loss_weights,
     ordinary,
     ours,
     peaked,
+    rounding,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +46,25 @@ def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
     """Values and gradients are no further from the truth than the naive definition's, but for rounding."""
     n, width, vocabulary, workspace_mb = SHAPES[shape]
     check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "trainable"])
+@pytest.mark.parametrize("rows_a_tile", [1, 3, 16])
+@pytest.mark.parametrize("width", [3, 200])
+def test_gradients_do_not_depend_on_luck(width: int, rows_a_tile: int, mode: str) -> None:
+    """However many rows a tile has, gradients are right to rounding: no yardstick's error is added to the bound.
+
+    A library may compute a product of few rows as sums over the whole tile, one term after another, and a product of
+    many rows in blocks; which one differs between processors.
+    """
+    for seed in range(3):
+        problem = ordinary(2 * rows_a_tile, width, TILE_COLUMNS, CASES["bias"], seed=seed)
+        budget = TILE_COLUMNS * rows_a_tile * 4 * 2 / 2**20  # two buffers
+        found = ours(problem, mode, budget)
+        truth = answer(linear_logprob_naive, problem.to(torch.float64), mode)
+        for name, grad in found.grads.items():
+            exact = truth.grads[name]
+            assert error(grad, exact) <= rounding(problem) * float(exact.abs().max()), (name, seed)
 
 
 @pytest.mark.parametrize("mode", MODES)

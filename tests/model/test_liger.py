@@ -7,6 +7,7 @@ import copy
 import os
 import sys
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
 from tiny import config_for, examples, model_config, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -56,15 +58,14 @@ def plain(kind: str, **changes: Any) -> PreTrainedModel:
 
 
 def counts(model: PreTrainedModel) -> dict[str, int]:
-    """How many modules have which kernel; RoPE is a forward of transformers' own with another global."""
+    """How many modules have which kernel; RoPE is a copy of transformers' own forward."""
     found: dict[str, int] = {}
     for module in model.modules():
         forward = vars(module).get("forward")
         if forward is None:
             continue
-        rope = forward.__func__.__globals__.get("apply_rotary_pos_emb")
-        rotates = rope is not None and rope.__module__.startswith("liger_kernel")
-        kind = "RoPE" if rotates else liger._kind(module)
+        copied = forward.__func__.__qualname__ == type(module).forward.__qualname__
+        kind = "RoPE" if copied else liger._kind(module)
         assert kind is not None
         found[kind] = found.get(kind, 0) + 1
     return found
@@ -79,7 +80,7 @@ def transformers_now() -> dict[str, dict[str, Any]]:
 def test_which_modules_change(kind: str):
     """The kernels that liger has for a model type, in this instance; experts and the model's own forward stay."""
     model, other = plain(kind), plain(kind)
-    assert liger.take_kernels(model) == sorted(TAKEN[kind])
+    assert liger.take_kernels(model) == (sorted(TAKEN[kind]), {})
     assert counts(model) == TAKEN[kind]
     assert counts(other) == {}
     assert "forward" not in vars(model)
@@ -102,8 +103,135 @@ def test_another_activation_is_left_alone():
     """Liger takes an MLP for SwiGLU by the model's type; a config may say otherwise."""
     assert counts(plain("llama")) == {}
     model = plain("llama", hidden_act="gelu")
-    assert liger.take_kernels(model) == ["RMSNorm", "RoPE"]
+    assert liger.take_kernels(model) == (["RMSNorm", "RoPE"], {"SwiGLU": "the config names another activation"})
     assert counts(model) == {"RMSNorm": 5, "RoPE": 2}
+
+
+# --- RoPE ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_every_attention_calls_it(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Whatever lies between: liger's is called once a layer, on what the model's own gets."""
+    model = plain(kind)
+    own = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    ids = torch.arange(7)[None]
+    expected = model(ids).logits
+    calls = []
+
+    def recording(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return own(*args, **options)
+
+    recording.__module__ = "liger_kernel.test"
+    only_rope(model, recording, monkeypatch)
+    assert liger.take_kernels(model) == (["RoPE"], {})
+    assert torch.equal(model(ids).logits, expected)
+    assert len(calls) == model.config.num_hidden_layers
+    plain(kind)(ids)
+    assert len(calls) == model.config.num_hidden_layers
+
+
+def only_rope(model: PreTrainedModel, rope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let liger have nothing but this function for models of this type."""
+    home = sys.modules[type(model).__module__]
+
+    def apply(*, rope: bool = True, model: Any = None, **options: Any) -> None:
+        if rope:
+            vars(home)["apply_rotary_pos_emb"] = function
+
+    function = rope
+    monkeypatch.setitem(liger._known(), model.config.model_type, apply)
+
+
+WAYS = """
+import functools
+
+def rotate(x): return "own " + x
+
+def plain(self, x): return rotate(x)
+
+def logged(function):
+    @functools.wraps(function)
+    def wrapper(*args, **options): return "logged " + function(*args, **options)
+    return wrapper
+
+def bare(function): return lambda *args: function(*args)
+
+decorated = logged(plain)
+decorated_twice = logged(bare(logged(plain)))
+
+def helped(self, x): return helper(x)
+def helper(x): return logged(deeper)(x)
+def deeper(x): return "".join(rotate(y) for y in [x])
+
+def keywords(self, x="q", *, rotations=1):
+    for _ in range(rotations): x = rotate(x)
+    return x
+"""
+OUTCOMES = {
+    "plain": "own q", "decorated": "logged own q", "decorated_twice": "logged logged own q", "helped": "logged own q",
+    "keywords": "own q",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", OUTCOMES)
+def test_ways_from_a_layer_to_the_function(way: str):
+    """A copy does what the method does, with another function at the end; the method and its module stay."""
+    home = ModuleType("home")
+    exec(WAYS, vars(home))
+    method = vars(home)[way]
+    copied = liger._with_globals(method, home, {"rotate": lambda x: "liger " + x})
+    assert copied is not None
+    assert copied(None, "q") == OUTCOMES[way].replace("own", "liger")
+    assert method(None, "q") == OUTCOMES[way]
+    assert copied.__name__ == method.__name__
+    assert liger._with_globals(method, home, {"another": print}) is None
+
+
+def hidden(self: Any, *args: Any, **options: Any) -> Any:
+    return LLAMA_FORWARD(self, *args, **options)
+
+
+LLAMA_FORWARD = modeling_llama.LlamaAttention.forward
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "why"),
+    [
+        ("LlamaAttention.forward", hidden, "RoPE", "its layers call no apply_rotary_pos_emb that can be replaced"),
+        ("LlamaMLP.forward", lambda self, x: x, None, ""),
+    ],
+)
+def test_what_is_expected_and_not_taken_is_told(
+    name: str, value: Any, kind: str | None, why: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A kernel that liger has for the type and that no layer got: in the notes of the model, with the reason."""
+    monkeypatch.setattr(f"transformers.models.llama.modeling_llama.{name}", value)
+    model = plain("llama")
+    taken, notes = liger.give_kernels(model, model.model, must=True, trial=None)
+    assert taken
+    everything = ["RMSNorm", "RoPE", "SwiGLU"]
+    assert notes[0] == f"liger-kernel: {', '.join(k for k in everything if k != kind)}"
+    assert notes[1:] == ([] if kind is None else [f"liger-kernel: its {kind} for llama models is not taken: {why}"])
+
+
+def test_a_class_that_has_another_name_now_is_missed(monkeypatch: pytest.MonkeyPatch):
+    """Liger sets a name that its own transformers had: nothing of this model's, so its kernel is missed."""
+    apply = liger._known()["llama"]
+
+    @wraps(apply)
+    def older(**options: Any) -> None:
+        apply(**options | {"swiglu": False})
+        if options.get("swiglu", True):
+            modeling_llama.__dict__["LlamaFeedForward"] = LigerSwiGLUMLP
+
+    monkeypatch.setitem(liger._known(), "llama", older)
+    assert liger.take_kernels(plain("llama")) == (
+        ["RMSNorm", "RoPE"],
+        {"SwiGLU": "liger-kernel gave it to no module"},
+    )
+    assert not hasattr(modeling_llama, "LlamaFeedForward")
 
 
 WANTED = [
@@ -138,15 +266,15 @@ def test_a_run_on_a_cpu_refuses_before_it_loads(tmp_path: Path):
 # --- the trial -------------------------------------------------------------------------------------------------------
 
 
-def wrong(model: PreTrainedModel) -> list[str]:
+def wrong(model: PreTrainedModel) -> liger.Kernels:
     """Kernels that leave out the norms' weights."""
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             vars(module)["forward"] = lambda x: x * 2
-    return ["RMSNorm"]
+    return liger.Kernels(["RMSNorm"], {})
 
 
-def failing(model: PreTrainedModel) -> list[str]:
+def failing(model: PreTrainedModel) -> liger.Kernels:
     wrong(model)
     raise RuntimeError("out of resource: shared memory")
 
@@ -156,7 +284,7 @@ def failing(model: PreTrainedModel) -> list[str]:
     [
         (wrong, "its hidden states differ from those of the model's own code by "),
         (failing, "RuntimeError: out of resource: shared memory"),
-        (lambda model: [], "no module of it is of the kind that liger-kernel knows"),
+        (lambda model: liger.Kernels([], {}), "no module of it is of the kind that liger-kernel knows"),
     ],
 )
 def test_what_does_not_do_the_same_is_undone(take: Any, why: str, monkeypatch: pytest.MonkeyPatch):
@@ -283,9 +411,11 @@ def test_the_trial_sees_the_kernels(kernels: None, tmp_path: Path, monkeypatch: 
     """An offset that is wrong by liger's mistake, as Gemma's once was, keeps a model from having them."""
     apply = liger._known()["llama"]
 
-    def mistaken(*, model: PreTrainedModel, **options: Any) -> None:
+    @wraps(apply)
+    def mistaken(*, model: PreTrainedModel | None, **options: Any) -> None:
         apply(model=model, **options)
-        model.model.norm.offset = 1.0
+        if model is not None:
+            model.model.norm.offset = 1.0
 
     monkeypatch.setitem(liger._known(), "llama", mistaken)
     loaded = load_model(config_for(save_model("llama", tmp_path)), DEVICE)

@@ -1,5 +1,6 @@
 """The numerical trial: a model gets trees only where its hidden states are then those of each row alone."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import torch
 from tiny import config_for, examples, model_config, save_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
@@ -251,3 +253,60 @@ def test_a_models_own_code_makes_the_logits_that_are_not_known(tmp_path: Path):
     trained = [p for p in loaded.policy.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None for p in trained)
+
+
+def test_what_happens_in_training_mode_alone_is_seen(tmp_path: Path):
+    """Experts of a fixed capacity drop tokens in training, and which ones depends on what else is in the batch."""
+
+    def plant(model: Any) -> None:
+        mlp = model.model.layers[0].mlp
+        whole = mlp.forward
+        capacity = 50
+
+        def forward(hidden: Tensor) -> Tensor:
+            out = whole(hidden)
+            kept = torch.arange(hidden.shape[0] * hidden.shape[1]).view(hidden.shape[:2]) < capacity
+            return out * kept[..., None] if mlp.training else out
+
+        mlp.forward = forward
+
+    model, policy = planted("llama", tmp_path, plant)
+    with pytest.raises(UserError, match="in training mode"):
+        trial.choose_layout(model, policy, "auto")
+    assert not model.training
+
+
+def test_dropout_is_no_fault(tmp_path: Path):
+    """A model whose training is random is judged by what it computes without."""
+    model, policy = planted("gpt2", tmp_path, lambda model: None)
+    assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    assert trial.choose_layout(model, policy, "auto").layout == "tree"
+
+
+# Fields that are named like lengths and change nothing by the distance of tokens.
+_NO_DISTANCES = {
+    "chunk_size_feed_forward", "chunk_size_lm_head", "local_num_chunks_after", "local_num_chunks_before",
+    "lsh_num_chunks_after", "lsh_num_chunks_before", "max_inference_chunksize", "max_window_layers",
+    "chunk_size", "mamba_chunk_size",  # state spaces are the same in chunks of any length
+    "num_local_experts", "moe_topk", "loop_layer_index_start", "loop_layer_index_end", "sliding_window_pattern",
+    "_sliding_window_pattern", "prefix_dense_sliding_window_pattern", "time_step_floor",
+    "index_head_dim", "index_n_heads", "unk_index", "mask_index", "image_token_index",
+    "index_block_size", "index_topk_blocks", "index_local_blocks",  # MiniMax-M3 asks for block_indices at any length
+}  # fmt: skip
+
+
+def test_every_window_that_transformers_names_is_made_short():
+    """No integer of any causal model's config is named like a window and left long: its rows would not be tried."""
+    like = re.compile(r"window|chunk|local|extent|floor|topk$|index_|distance|original_max")
+    missed = {}
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[kind]().get_text_config()
+        except Exception:  # of several models, or one that cannot be made without arguments
+            continue
+        tables = [vars(config), *trial._rope_tables(config)]
+        for name, value in (item for table in tables for item in table.items()):
+            known = trial._LIMITS.search(name) or name in _NO_DISTANCES
+            if like.search(name) and isinstance(value, int) and not isinstance(value, bool) and not known:
+                missed.setdefault(name, []).append(kind)
+    assert missed == {}

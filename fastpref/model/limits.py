@@ -1,0 +1,322 @@
+"""What a row can break: the tokens and the positions that a model has, compared with the data before anything is
+computed.
+
+An id without a row in the embeddings, or a place behind the last learned position, is an index error in the middle of a
+step on a CPU and a failed assertion of the device on a GPU, neither of which names the row. Nothing here imports torch,
+since `fastpref check` reads a config.json alone.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastpref.config import Config, ModelConfig
+from fastpref.errors import UserError
+from fastpref.loss_options import compares_neighbours
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fastpref.data.table import Examples
+
+# Families that look positions up in a table of fixed size: where config.json has its size, and how many of its first
+# places no token takes. RoBERTa's kin count from behind the padding token.
+_TABLES: dict[str, tuple[str, bool]] = {
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt", "gptj", "codegen", "ctrl"), ("n_positions", False)),
+    **dict.fromkeys(
+        ("gpt_neo", "opt", "biogpt", "bart", "mbart", "plbart", "mvp", "blenderbot", "blenderbot-small", "pegasus",
+         "marian", "trocr", "bigbird_pegasus", "bert", "bert-generation", "big_bird", "electra", "ernie",
+         "megatron-bert", "rembert", "roc_bert", "roformer"),
+        ("max_position_embeddings", False),
+    ),
+    **dict.fromkeys(
+        ("roberta", "camembert", "xlm-roberta", "xlm-roberta-xl", "data2vec-text", "roberta-prelayernorm", "xmod"),
+        ("max_position_embeddings", True),
+    ),
+    "mpt": ("max_seq_len", False),
+}  # fmt: skip
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed")  # of modules
+_NOT_TEXT = ("vision", "visual", "image", "audio", "encoder")  # in the path of a module
+# Scalings of RoPE that stretch what a model was made for by a factor. "dynamic" adapts itself to any length.
+_STRETCHED = ("linear", "yarn", "longrope", "su", "llama3")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model has; None where it is not known, or where there is no limit."""
+
+    model: str  # its type, for messages
+    embeddings: int | None = None  # rows: ids from 0 to one less can be read
+    outputs: int | None = None  # rows of the head: ids that can be predicted
+    positions: int | None = None  # tokens of a sequence that can be computed
+    made_for: int | None = None  # tokens of a sequence that its RoPE was made for, scaling counted
+
+    def room(self, tokens: int, wanted: int) -> int:
+        """How many of the `wanted` tokens can follow so many."""
+        return wanted if self.positions is None else max(0, min(wanted, self.positions - tokens))
+
+
+def limits_of_config(config: Mapping[str, Any]) -> Limits:
+    """By what is in a config.json, or in `PretrainedConfig.to_dict()`."""
+    text = config.get("text_config")
+    config = text if isinstance(text, Mapping) else config
+    kind = str(config.get("model_type", "this model"))
+    vocabulary = _count(config.get("vocab_size"))
+    if kind in _TABLES:
+        key, skips = _TABLES[kind]
+        positions = _count(config.get(key))
+        if positions is not None and skips:
+            positions -= (_count(config.get("pad_token_id")) or 0) + 1
+        return Limits(kind, vocabulary, vocabulary, positions)
+    return Limits(kind, vocabulary, vocabulary, made_for=_made_for(config))
+
+
+def limits_of(options: ModelConfig) -> Limits:
+    """By the config.json of a model that is not loaded. Raises UserError where there is none."""
+    from fastpref.model.load import model_config
+
+    return limits_of_config(model_config(options).get_text_config().to_dict())
+
+
+def limits_of_model(model: "PreTrainedModel") -> Limits:
+    """By the tensors of a loaded model, which know more than its config."""
+    limits = limits_of_config(model.config.get_text_config().to_dict())
+    embeddings: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    tables = [count for name, module in model.named_modules() if (count := _table(name, module)) is not None]
+    return Limits(
+        limits.model,
+        limits.embeddings if embeddings is None else len(embeddings.weight),
+        limits.outputs if head is None else getattr(head, "out_features", None) or len(head.weight),
+        min(tables) if tables else limits.positions,
+        None if tables else limits.made_for,
+    )
+
+
+def compare(
+    limits: Limits, parts: Mapping[str, "Examples"], tokenizer: "PreTrainedTokenizerBase", config: Config
+) -> list[str]:
+    """What a user should know, where rows are longer than RoPE was made for.
+
+    Args:
+        parts: examples by what they are called in messages: "training", "held-out".
+
+    Raises UserError, with the place of a row, for tokens and lengths that the model cannot compute.
+    """
+    for name, examples in parts.items():
+        _compare_tokens(limits, name, examples, tokenizer)
+        _compare_lengths(limits, name, examples, config)
+    return [note for name, examples in parts.items() if (note := _beyond(limits, name, examples)) is not None]
+
+
+def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int, str | None]:
+    """The id that padding is filled with, and what to say where it is not the tokenizer's.
+
+    Padding is masked, so any id that the model has will do: a pad token that was added to the tokenizer alone, as to
+    Llama 2's, breaks nothing.
+    """
+    pad = tokenizer.pad_token_id
+    if not isinstance(pad, int):
+        return 0, None
+    if limits.embeddings is None or pad < limits.embeddings:
+        return pad, None
+    return 0, (
+        f"the tokenizer's pad token, {pad:,} ({tokenizer.pad_token!r}), has no embedding: {limits.model} has "
+        f"{limits.embeddings:,}. Padding is masked, so token 0 is taken instead; to generate in batches it needs one"
+    )
+
+
+def foresee(config: Config) -> list[str]:
+    """What the files of a model on this machine say of a config before any row is read."""
+    raw = _json(config.model, "config.json")
+    if raw is None:
+        return []
+    limits = limits_of_config(raw)
+    highest = _highest_id(config.model)
+    notes = [too_long] if (too_long := beyond_positions(limits, config)) else []
+    if limits.embeddings is not None and highest is not None and highest >= limits.embeddings:
+        notes.append(
+            f"the tokenizer of {config.model.name} has ids up to {highest:,}, and vocab_size of its config.json is "
+            f"{limits.embeddings:,}: rows that have tokens from {limits.embeddings:,} on are refused. {_RESIZE}"
+        )
+    return notes
+
+
+def beyond_positions(limits: Limits, config: Config) -> str | None:
+    """What to say of `tokens.max_length` where no row is known."""
+    longest = config.tokens.max_length
+    if limits.positions is not None and longest > limits.positions:
+        return (
+            f"tokens.max_length = {longest:,} is more than the {limits.positions:,} positions of {limits.model}: "
+            f"longer rows are refused. Set tokens.max_length={limits.positions}"
+        )
+    if limits.made_for is not None and longest > limits.made_for:
+        return (
+            f"tokens.max_length = {longest:,} is more than the {limits.made_for:,} tokens that {limits.model} was made "
+            f"for (max_position_embeddings): longer rows are computed, but not as the model has learnt"
+        )
+    return None
+
+
+_RESIZE = (
+    "Take the tokenizer without the tokens that were added to it, or give the model rows for them "
+    "(resize_token_embeddings of transformers) and save both in one folder"
+)
+
+
+# --- Limits --------------------------------------------------------------------------------------------------------
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _made_for(config: Mapping[str, Any]) -> int | None:
+    """Of RoPE; None if its scaling takes any length."""
+    longest = _count(config.get("max_position_embeddings"))
+    if longest is None:
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scalings = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]  # one a kind of layer
+    for scaling in scalings:
+        kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
+        if kind == "dynamic":
+            return None
+        if kind in _STRETCHED and isinstance(factor, int | float):
+            began = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+            longest = max(longest, int(factor * (_count(began) or longest)))
+    return longest
+
+
+def _table(name: str, module: Any) -> int | None:
+    """Positions of a module that is a table of them."""
+    from torch import nn
+
+    path = name.removesuffix(".base_layer").split(".")
+    if path[-1] not in _POSITIONS or not isinstance(module, nn.Embedding):
+        return None
+    if any(word in part for part in path for word in _NOT_TEXT):
+        return None
+    kept = 0 if module.padding_idx is None else module.padding_idx + 1
+    return module.weight.shape[0] - int(getattr(module, "offset", 0)) - kept
+
+
+# --- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def _compare_tokens(limits: Limits, name: str, examples: "Examples", tokenizer: "PreTrainedTokenizerBase") -> None:
+    if limits.embeddings is None:
+        return
+    read, predicted = limits.embeddings, min(limits.embeddings, limits.outputs or limits.embeddings)
+    highest = examples.highest_ids
+    for what, top, rows in (("prompt", highest[0], read), ("response", highest[1], predicted)):
+        if top < rows:
+            continue
+        places, ids = examples.with_ids_from(rows, what == "prompt")
+        token = int(ids[0])
+        text = tokenizer.convert_ids_to_tokens(token)
+        part = "the embeddings" if rows == limits.embeddings else "the head"
+        raise UserError(
+            f"{examples[int(places[0])].row.place}: token {token:,} ({text!r}) of its {what} is not in {part} of "
+            f"{limits.model}, which have {rows:,} rows; {_some(len(np.unique(places)), len(examples), name)} such "
+            f"tokens, and the tokenizer has {len(tokenizer):,}. {_RESIZE}"
+        )
+
+
+def _compare_lengths(limits: Limits, name: str, examples: "Examples", config: Config) -> None:
+    if limits.positions is None or not len(examples):
+        return
+    positions, lengths = limits.positions, _lengths(examples)
+    if lengths.max() > positions:
+        at = int(np.argmax(lengths > positions))
+        raise UserError(
+            f"{examples[at].row.place}: {lengths[at]:,} tokens with its response, and {limits.model} has {positions:,} "
+            f"positions; {_some(int((lengths > positions).sum()), len(examples), name)} more. Set "
+            f"tokens.max_length={positions}"
+        )
+    prompts, completions = examples.prompt_lengths, examples.completion_lengths
+    if not compares_neighbours(config.loss, len(examples)) or prompts.max() + completions.max() <= positions:
+        return
+    for places in _steps(name, len(examples), config):
+        both = prompts[places] + np.roll(completions[places, 0], -1)
+        if both.max() > positions:
+            at = int(np.argmax(both))
+            raise UserError(
+                f"{examples[int(places[at])].row.place}: its prompt with the response of another row, which KTO "
+                f"compares it with, has {both[at]:,} tokens, and {limits.model} has {positions:,} positions. Set "
+                f'tokens.max_length={positions // 2}, or loss.kl="none"'
+            )
+
+
+def _beyond(limits: Limits, name: str, examples: "Examples") -> str | None:
+    if limits.made_for is None or not len(examples):
+        return None
+    lengths = _lengths(examples)
+    longer = int((lengths > limits.made_for).sum())
+    if not longer:
+        return None
+    place = examples[int(np.argmax(lengths > limits.made_for))].row.place
+    return (
+        f"{_some(longer, len(examples), name)} more tokens than the {limits.made_for:,} that {limits.model} was made "
+        f"for (max_position_embeddings), up to {lengths.max():,}; the first is {place}. They are computed, but not as "
+        f"the model has learnt. Set tokens.max_length={limits.made_for}, or scale RoPE in its config.json"
+    )
+
+
+def _steps(name: str, count: int, config: Config) -> Iterator[np.ndarray]:
+    """Rows that a step, or a chunk of an evaluation, holds in its order."""
+    from itertools import islice
+    from math import ceil
+
+    from fastpref.train.order import data_order
+    from fastpref.train.step import chunks
+
+    train = config.train
+    if name == "training":
+        steps = train.steps or ceil(train.epochs * count / train.batch)
+        yield from map(np.asarray, islice(data_order(count, train.batch, train.seed), steps))
+    else:
+        yield from map(np.asarray, chunks(range(count), train.batch))  # pyright: ignore[reportArgumentType]
+
+
+def _lengths(examples: "Examples") -> np.ndarray:
+    """[E] tokens of each row's longest sequence, which are the positions that it takes."""
+    return examples.prompt_lengths + examples.completion_lengths.max(axis=1, initial=0)
+
+
+def _some(count: int, of: int, name: str) -> str:
+    return f"{count:,} of {of:,} {name} rows {'has' if count == 1 else 'have'}"
+
+
+# --- Files ---------------------------------------------------------------------------------------------------------
+
+
+def _json(options: ModelConfig, name: str) -> Any:
+    """A file of a model's folder or of the hub's cache, or None. Nothing is asked of the hub."""
+    folder = Path(options.name).expanduser()
+    path: Any = folder / name
+    try:
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            path = try_to_load_from_cache(options.name, name, revision=options.revision)
+        return json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str | Path) else None
+    except (OSError, ValueError):  # not there, or damaged, which loading it will say
+        return None
+
+
+def _highest_id(options: ModelConfig) -> int | None:
+    """Of a tokenizer's files."""
+    file = _json(options, "tokenizer.json")
+    if not isinstance(file, dict):
+        return None
+    vocabulary = file.get("model", {}).get("vocab") or ()
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    ids += [token["id"] for token in file.get("added_tokens") or ()]
+    settings = _json(options, "tokenizer_config.json")
+    added = settings.get("added_tokens_decoder") if isinstance(settings, dict) else None
+    return max([*ids, *map(int, added or ())], default=None)

@@ -1,0 +1,163 @@
+"""Checkpoints that lie quantised: what `quantization_config` in a config.json says, and the bytes that it takes.
+
+bitsandbytes' weights are made by its own modules (`skeleton.py`). Those of other methods need packages and cards that
+need not be here, so their bytes follow from bits, groups and scales as each format defines them:
+GPTQ arXiv 2210.17323, AWQ 2306.00978, FP8 by blocks 2412.19437, MXFP4 of the OCP's microscaling formats.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+_BITSANDBYTES = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
+_GROUP = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "gptq": 128, "awq": 128, "auto-round": 128, "hqq": 64}
+_SCALE_BYTES = {"mxfp4": 1, "mxfp8": 1, "nvfp4": 1, "fp8": 4, "fbgemm_fp8": 4}  # others: two
+_BITS = {"mxfp4": 4.0, "nvfp4": 4.0, "fp_quant": 4.0, "mxfp8": 8.0, "fp8": 8.0, "fbgemm_fp8": 8.0, "eetq": 8.0,
+         "bitnet": 2.0, "aqlm": 2.0, "vptq": 2.0, "spqr": 4.0, "higgs": 4.0}  # fmt: skip
+_NAMED_BITS = {"int8": 8.0, "float8": 8.0, "int4": 4.0, "int2": 2.0, "nf4": 4.0}  # quanto's "weights"
+_EXPERTS = re.compile(r"\.experts\.")  # bare tensors of a mixture's experts
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the weights of linear layers lie."""
+
+    method: str
+    bits: float  # a weight
+    group: int | None = None  # weights of a row that share a scale; None: all of them
+    block: tuple[int, int] | None = None  # or of a block of rows and columns
+    scale_bytes: int = 2
+    zeros: bool = False  # a zero point beside each scale, in the bits of a weight
+    order: bool = False  # a 32-bit group number for each column (GPTQ)
+    left: tuple[str, ...] = ()  # modules that keep their dtype
+
+    def bytes_of(self, rows: int, columns: int) -> int:
+        """Of a weight [rows, columns], which is [out, in]."""
+        if self.block is not None:
+            scales = ceil(rows / self.block[0]) * ceil(columns / self.block[1])
+        else:
+            scales = rows * ceil(columns / (self.group or columns))
+        beside = self.scale_bytes + (self.bits / 8 if self.zeros else 0)
+        return ceil(rows * columns * self.bits / 8 + scales * beside) + (4 * columns if self.order else 0)
+
+
+def own_quantization(architecture: PretrainedConfig) -> dict[str, Any] | None:
+    """`quantization_config` of a checkpoint that lies quantised, as config.json has it."""
+    own = getattr(architecture, "quantization_config", None)
+    if own is None:
+        own = getattr(architecture.get_text_config(), "quantization_config", None)
+    if own is None:
+        return None
+    return dict(own) if isinstance(own, Mapping) else own.to_dict()
+
+
+def of_bitsandbytes(own: Mapping[str, Any]) -> bool:
+    return _method(own) in _BITSANDBYTES
+
+
+def lies_quantised(architecture: PretrainedConfig) -> str | None:
+    """In words: "bitsandbytes, nf4", "gptq, 4 bits"; None for a checkpoint in a dtype."""
+    own = own_quantization(architecture)
+    if own is None:
+        return None
+    if of_bitsandbytes(own):
+        four = own.get("load_in_4bit") or own.get("_load_in_4bit")
+        return f"bitsandbytes, {own.get('bnb_4bit_quant_type', 'fp4') if four else 'int8'}"
+    packing = packing_of(own)
+    if packing is None:
+        return f"{_method(own)}, which is not known here and counts as if it were not"
+    return f"{packing.method}, {packing.bits:g} bits"
+
+
+def packing_of(own: Mapping[str, Any]) -> Packing | None:
+    """What a `quantization_config` of another method than bitsandbytes says; None if its bits are not known."""
+    method = _method(own)
+    left = _left_out(own)
+    if method == "compressed-tensors":
+        return _compressed(own, left)
+    named = own.get("weights") if isinstance(own.get("weights"), str) else None  # quanto
+    bits = next(
+        (own[k] for k in ("bits", "w_bit", "nbits", "weight_bits") if isinstance(own.get(k), int | float)), None
+    )
+    bits = bits or _BITS.get(method) or _NAMED_BITS.get(named or "")
+    if method == "hqq":
+        settings = (own.get("quant_config") or {}).get("weight_quant_params") or {}
+        bits = settings.get("nbits", bits)
+    if bits is None:
+        return None
+    size = next((own[k] for k in ("group_size", "q_group_size") if isinstance(own.get(k), int)), _GROUP.get(method))
+    block = own.get("weight_block_size")
+    return Packing(
+        method,
+        float(bits),
+        group=size if size and size > 0 else None,
+        block=(int(block[0]), int(block[1])) if block else None,
+        scale_bytes=_SCALE_BYTES.get(method, 2),
+        zeros=method in ("gptq", "awq", "auto-round", "hqq") and own.get("zero_point", True) is not False,
+        order=method == "gptq",
+        left=left,
+    )
+
+
+def packed_bytes(model: PreTrainedModel, packing: Packing) -> tuple[int, int]:
+    """Bytes of the weights of a model in a dtype that lie packed, and of what they are packed into."""
+    plain, packed = 0, 0
+    for weight in _weights(model, packing):
+        rows, columns = weight.shape[-2:]
+        plain += weight.nbytes
+        packed += weight[..., 0, 0].numel() * packing.bytes_of(rows, columns)
+    return plain, packed
+
+
+def bare_experts(model: PreTrainedModel) -> int:
+    """Bytes of experts that are bare tensors, which bitsandbytes leaves as they are."""
+    return sum(p.nbytes for name, p in model.named_parameters() if p.dim() == 3 and _EXPERTS.search(f".{name}"))
+
+
+def _method(own: Mapping[str, Any]) -> str:
+    method = own.get("quant_method", "bitsandbytes")  # bitsandbytes' first configs did not name it
+    return str(getattr(method, "value", method))
+
+
+def _weights(model: PreTrainedModel, packing: Packing) -> Iterator[Tensor]:
+    """Of linear layers but the head, and of experts that are bare tensors."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head or not should_convert_module(name, list(packing.left) or None):
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            yield module.weight
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and _EXPERTS.search(f".{name}.{own}"):
+                yield parameter
+
+
+def _left_out(own: Mapping[str, Any]) -> tuple[str, ...]:
+    """Patterns of modules that are not quantised."""
+    keys = ("modules_to_not_convert", "ignore", "ignored_layers", "skip_modules", "llm_int8_skip_modules")
+    named = [name for key in keys for name in (own.get(key) or ()) if isinstance(name, str)]
+    return tuple(name.removeprefix("re:") for name in named)
+
+
+def _compressed(own: Mapping[str, Any], left: tuple[str, ...]) -> Packing | None:
+    """Of the first group of layers: checkpoints with several kinds have the same bits in most."""
+    groups = own.get("config_groups") or {}
+    weights = next((g.get("weights") for g in groups.values() if isinstance(g, Mapping) and g.get("weights")), None)
+    if weights is None or not isinstance(weights.get("num_bits"), int | float):
+        return None
+    strategy, size, block = weights.get("strategy"), weights.get("group_size"), weights.get("block_structure")
+    return Packing(
+        "compressed-tensors",
+        float(weights["num_bits"]),
+        group=size if strategy in ("group", "tensor_group") and size and size > 0 else None,
+        block=(int(block[0]), int(block[1])) if block else (1 << 62, 1 << 62) if strategy == "tensor" else None,
+        zeros=weights.get("symmetric") is False,
+        left=left,
+    )

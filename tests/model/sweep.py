@@ -1,0 +1,367 @@
+"""Every family of causal language models against an independent computation, and the table of them in docs/models.md.
+
+The truth is each sequence alone in a row, under transformers' eager attention: whole logits, autograd.
+
+    python tests/model/sweep.py --write docs/models.md
+"""
+
+import argparse
+import gc
+import re
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from families import CANNOT_BE_TINY, FAMILIES, tiny_config  # noqa: E402
+from tiny import config_for  # noqa: E402
+
+from fastpref.data.batch import Layout, collate  # noqa: E402
+from fastpref.data.example import Example, Origin  # noqa: E402
+from fastpref.errors import UserError  # noqa: E402
+from fastpref.loss_options import ORPO  # noqa: E402
+from fastpref.model.head import OwnLogits  # noqa: E402
+from fastpref.model.load import Loaded, load_model  # noqa: E402
+from fastpref.model.reference import frozen_copy  # noqa: E402
+from fastpref.train.step import Objective  # noqa: E402
+
+CPU = torch.device("cpu")
+EXACT = 2e-5  # of log-probabilities in nats, and of gradients relative to the largest
+
+
+@dataclass
+class Family:
+    """What a sweep has seen of one family."""
+
+    name: str
+    layout: str = ""  # "tree", "padded" or "refused"
+    why: str = ""  # of padded rows, or of the refusal
+    notes: tuple[str, ...] = ()
+    own_logits: bool = False
+    router_loss: bool = False
+    experts: bool = False
+    nf4: str = ""
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each layout: log-probability, gradient
+    faults: list[str] = field(default_factory=list)  # whatever is not as it should be
+
+    @property
+    def worst(self) -> float:
+        return max((e for pair in self.errors.values() for e in pair), default=0.0)
+
+
+def save_tiny(name: str, folder: Path) -> Path:
+    """Write a random float32 model of a family to a folder, and return the folder."""
+    torch.manual_seed(0)
+    config = tiny_config(name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # away from the shrunken initial weights, whose logits are all alike
+        for part, parameter in model.named_parameters():
+            if not re.search(r"A_log|dt_bias|time_decay", part) and parameter.is_floating_point():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    if model.config.model_type != config.model_type:  # the model keeps the config of its text alone
+        config.save_pretrained(folder)
+    return folder
+
+
+def rows(count: int = 5) -> list[Example]:
+    """Pairs whose lengths align with nothing, of tokens that no config gives a meaning."""
+    rng = Random(3)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(20, 150) for _ in range(rng.randint(low, high))]
+
+    return [Example(ids(1, 17), (ids(1, 13), ids(1, 13)), None, Origin(f"row {at}")) for at in range(count)]
+
+
+_NOT_EAGER = {"falcon+alibi": "sdpa"}  # transformers' eager attention adds Falcon's ALiBi twice
+
+
+def true_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a folder under transformers' own eager attention."""
+    options: dict[str, Any] = {"attn_implementation": _NOT_EAGER.get(name, "eager"), "dtype": dtype}
+    return AutoModelForCausalLM.from_pretrained(folder, config=tiny_config(name, truth=True), **options).eval()
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Log-probabilities of each sequence, and the gradients of a weighted sum of all of them."""
+
+    logps: list[Tensor]
+    gradients: dict[str, Tensor]
+    largest: float  # of the gradients
+
+
+def truth(model: PreTrainedModel, examples: list[Example]) -> Truth:
+    logps: list[Tensor] = []
+    total: Any = 0
+    for k in range(2):
+        for example in examples:
+            ids = torch.tensor([example.prompt + example.completions[k]])
+            logp = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            logp = logp[0, :-1].gather(1, ids[0, 1:, None])[len(example.prompt) - 1 :, 0]
+            logps.append(logp.detach())
+            total = total + (logp * _weights(logp)).sum()
+    total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Truth(logps, gradients, max(float(g.abs().max()) for g in gradients.values()))
+
+
+def _weights(logp: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, len(logp), dtype=logp.dtype)
+
+
+def errors(loaded: Loaded, layout: Layout, examples: list[Example], true: Truth) -> tuple[float, float]:
+    """Of the log-probabilities in nats, and of the gradients relative to the largest."""
+    batch = collate(examples, layout)
+    loaded.model.zero_grad()
+    logp = loaded.policy(batch).logp
+    parts = [logp[batch.segments == s] for s in range(len(true.logps))]
+    sum((p * _weights(p)).sum() for p in parts).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    wrong = max(float((p.detach() - t).abs().max()) for p, t in zip(parts, true.logps, strict=True))
+    mine = {name: p.grad for name, p in loaded.model.named_parameters() if p.grad is not None}
+    none = torch.zeros(())
+    off = max(float((mine.get(n, none) - g).abs().max()) / true.largest for n, g in true.gradients.items())
+    return wrong, off
+
+
+def look(name: str, folder: Path, *, nf4: bool = False) -> Family:
+    """All that is checked of one family. Whatever is wrong is in `faults`."""
+    family = Family(name)
+    save_tiny(name, folder)
+    try:
+        loaded = load_model(config_for(folder), CPU)
+    except UserError as error:
+        family.layout, family.why = "refused", str(error).replace(str(folder), "…")
+        return family
+    except Exception as error:
+        family.faults.append(f"load: {_short(error)}")
+        return family
+    family.layout, family.why, family.notes = loaded.layout, loaded.why_padded or "", loaded.notes
+    family.own_logits = isinstance(loaded.policy.head, OwnLogits)
+    family.router_loss = loaded.policy.router is not None
+    family.experts = any("experts" in part for part, _ in loaded.model.named_modules())
+    examples = rows()
+    plain = true_model(name, folder)
+    true = truth(plain, examples)
+    layouts: list[Layout] = ["tree", "packed"] if loaded.layout == "tree" else ["padded"]
+    rounding = cache(partial(_rounding, name, folder, examples, true))
+    for layout in layouts:
+        _errors(family, loaded, layout, examples, true, rounding)
+    if loaded.layout == "tree":
+        try:
+            padded = load_model(config_for(folder, "train.layout=padded"), CPU)
+            _errors(family, padded, "padded", examples, true, rounding)
+        except Exception as error:
+            family.faults.append(f"train.layout=padded: {_short(error)}")
+    for what in (_copies, _generates, _trains, _routes):
+        try:
+            if (fault := what(loaded, plain, examples)) is not None:
+                family.faults.append(fault)
+        except Exception as error:
+            family.faults.append(f"{what.__name__.strip('_')}: {_short(error)}")
+    if nf4:
+        family.nf4 = _four_bits(folder)
+    return family
+
+
+def _rounding(name: str, folder: Path, examples: list[Example], true: Truth) -> float:
+    """What transformers' own float32 is off from its float64, where that is more than EXACT: some models amplify."""
+    exact = truth(true_model(name, folder, torch.float64), examples)
+    wrong = max(float((a - b).abs().max()) for a, b in zip(exact.logps, true.logps, strict=True))
+    off = max(float((exact.gradients[n] - g).abs().max()) / exact.largest for n, g in true.gradients.items())
+    return 2 * max(wrong, off) if max(wrong, off) < 1e-3 else 0.0
+
+
+def _errors(
+    family: Family,
+    loaded: Loaded,
+    layout: Layout,
+    examples: list[Example],
+    true: Truth,
+    rounding: Callable[[], float],
+) -> None:
+    try:
+        family.errors[layout] = errors(loaded, layout, examples, true)
+    except Exception as error:
+        family.faults.append(f"{layout}: {_short(error)}")
+        return
+    logp, gradient = family.errors[layout]
+    if not max(logp, gradient) <= EXACT and not max(logp, gradient) <= rounding():
+        family.faults.append(f"{layout}: log-probabilities off by {logp:.1e}, gradients by {gradient:.1e}")
+
+
+def _copies(loaded: Loaded, _plain: PreTrainedModel, examples: list[Example]) -> str | None:
+    """A frozen copy gives the same bits."""
+    frozen = frozen_copy(loaded.model)
+    batch = collate(examples, loaded.layout)
+    with torch.no_grad():
+        same = torch.equal(loaded.policy.like(frozen)(batch).logp, loaded.policy(batch).logp)
+    return None if same else "a copy gives other numbers"
+
+
+def _generates(loaded: Loaded, plain: PreTrainedModel, examples: list[Example]) -> str | None:
+    """Greedy answers with a cache are those of the model under its eager attention."""
+    ids = torch.tensor([examples[0].prompt + examples[0].completions[0]])
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False,
+                               "use_cache": True, "pad_token_id": 0}  # fmt: skip
+    try:
+        theirs = plain.generate(ids, **options)  # pyright: ignore[reportCallIssue]
+    except Exception:
+        return None  # a model that transformers cannot generate with
+    ours = loaded.model.generate(ids, **options)  # pyright: ignore[reportCallIssue]
+    return None if torch.equal(ours, theirs) else "generates other tokens than under eager attention"
+
+
+def _trains(loaded: Loaded, _plain: PreTrainedModel, examples: list[Example]) -> str | None:
+    """A step in training mode, of several micro-batches, gives finite gradients."""
+    policy = loaded.policy.train()
+    coefficient = policy.router.coefficient if policy.router is not None else 0.0
+    objective = Objective(policy, None, ORPO(), loaded.layout, 70, 0, CPU, coefficient)
+    loaded.model.zero_grad()
+    objective.step(examples, lambda loss: loss.backward())
+    policy.eval()
+    gradients = [p.grad for p in loaded.model.parameters() if p.grad is not None]
+    if not gradients or not all(bool(g.isfinite().all()) for g in gradients):
+        return "no finite gradients of a step in training mode"
+    return None
+
+
+def _routes(loaded: Loaded, plain: PreTrainedModel, examples: list[Example]) -> str | None:
+    """The router loss of padded rows is the model's own."""
+    if loaded.policy.router is None:
+        return None
+    batch = collate(examples, "padded")
+    loaded.policy.train()
+    ours = loaded.policy(batch).router_loss
+    loaded.policy.eval()
+    model: Any = plain.train()
+    try:
+        theirs = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_router_logits=True, use_cache=False
+        ).aux_loss
+    except Exception:
+        return None  # transformers' own code for it does not work
+    theirs = 0.0 if theirs is None else float(torch.as_tensor(theirs).detach())
+    found = 0.0 if ours is None else float(ours.detach())
+    return None if abs(found - theirs) <= 1e-4 * max(1.0, abs(theirs)) else f"router loss {found:.6f}, not {theirs:.6f}"
+
+
+def _four_bits(folder: Path) -> str:
+    """Whether the model can be loaded with its linear layers in 4 bits, and in which layout."""
+    try:
+        loaded = load_model(config_for(folder, 'model.quantization="nf4"', "lora={}"), CPU)
+        loaded.policy.train()(collate(rows(2), loaded.layout)).logp.sum().backward()
+    except UserError as error:
+        return f"refused: {str(error).replace(str(folder), '…')}"
+    except Exception as error:
+        return f"crash: {_short(error)}"
+    return loaded.layout
+
+
+def _short(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{place}"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+_BEGIN, _END = "<!-- the sweep begins here -->", "<!-- the sweep ends here -->"
+
+
+def page_rows(text: str) -> dict[str, str]:
+    """The layout of each family, as the page has it."""
+    table = text[text.index(_BEGIN) : text.index(_END)]
+    return dict(re.findall(r"^\| `([^`]+)` \| (\w+) ", table, re.MULTILINE))
+
+
+def page_version(text: str) -> str:
+    """The version of transformers that the page is about."""
+    (version,) = re.findall(r"transformers ([\w.]+)", text[text.index(_BEGIN) : text.index(_END)])[:1]
+    return version
+
+
+def written(text: str, rows: dict[str, str]) -> str:
+    """The page with these rows of the table in place of those that it has of the same families."""
+    begin, end = text.index(_BEGIN), text.index(_END)
+    rows = dict(re.findall(r"^(?=\| `([^`]+)`)(.*)$", text[begin:end], re.MULTILINE)) | rows
+    rows = {name: rows[name] for name in FAMILIES if name in rows}
+    layouts = Counter(row.split(" | ")[1] for row in rows.values())
+    lines = [
+        _BEGIN,
+        f"Of transformers {transformers.__version__} (with torch {torch.__version__.partition('+')[0]}), {len(rows)} "
+        f"families and variants: {layouts['tree']} take trees, {layouts['padded']} are trained on padded rows, "
+        f"{layouts['refused']} are refused. `family+variant` is a family with another config.",
+        "",
+        "| model type | layout | logits | router loss | experts | nf4 | reason, remarks |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows.values(),
+        "",
+        "Not tried, because they cannot be made tiny:",
+        "",
+        *(f"- `{name}`: {why}." for name, why in sorted(CANNOT_BE_TINY.items())),
+        "",
+        "",
+    ]
+    return text[:begin] + "\n".join(lines) + text[end:]
+
+
+def _row(family: Family) -> str:
+    if family.layout == "refused":
+        cells = ["–"] * 4
+    else:
+        nf4 = "yes" if family.nf4 == family.layout else family.nf4
+        cells = ["own code" if family.own_logits else "fused", "yes" if family.router_loss else "–",
+                 "yes" if family.experts else "–", _plain(nf4)]  # fmt: skip
+    remarks = [family.why, *(note for note in family.notes if not note.startswith("logits:")), *family.faults]
+    return f"| `{family.name}` | {family.layout} | {' | '.join(cells)} | {_plain('; '.join(filter(None, remarks)))} |"
+
+
+def _plain(text: str) -> str:
+    """Without what differs between machines, and without what a table cannot hold."""
+    text = re.sub(r"differ by [\d.e+-]+ of their size", "differ", text)
+    text = re.sub(r"\(log-probabilities differ[^)]*\)", "", text)
+    text = re.sub(r"model\.name = '…': ", "", text)
+    return " ".join(text.replace("|", "\\|").replace("<", "‹").replace(">", "›").split())[:260]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="families; all of them if none is named")
+    parser.add_argument("--write", type=Path, help="the page whose table is given the rows of these families")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    families = []
+    for name in options.names or FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                family = look(name, Path(folder), nf4=True)
+            except Exception as error:
+                family = Family(name, faults=[f"cannot be tried: {_short(error)}"])
+        families.append(family)
+        gc.collect()
+        print(_row(family), {k: f"{a:.0e}/{b:.0e}" for k, (a, b) in family.errors.items()}, flush=True)
+        if options.write is not None:
+            options.write.write_text(written(options.write.read_text(), {name: _row(family)}))
+    if any(family.faults for family in families):
+        sys.exit("not all is as it should be: " + ", ".join(family.name for family in families if family.faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A checkpoint that lies quantised is counted as what it is: as it is loaded where the library is here, by the format's
+own sizes otherwise."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen3MoeConfig
+
+from fastpref.config import load_config
+from fastpref.errors import UserError
+from fastpref.model.packed import lies_quantised, packing_of
+from fastpref.train.step_memory import CPU, StepMemory, count_step
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "dtype": "float32",
+}  # fmt: skip
+LINEAR = 2 * (4 * 256 * 256 + 3 * 256 * 512)  # weights of linear layers
+OTHERS = 4 * (2 * 128 * 256 + 5 * 256)  # bytes of embeddings, head and norms
+
+
+def counted(
+    folder: Path, quantization: dict[str, Any] | None, *overrides: str, config: Any = None, device: Any = CPU
+) -> StepMemory:
+    """A step on a model of which there is a config.json alone."""
+    config = config or LlamaConfig(**SIZES)
+    raw = config.to_dict() | ({"quantization_config": quantization} if quantization else {})
+    raw["architectures"] = ["LlamaForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "cfg.toml").write_text('[model]\nname = "."\n[[data]]\npath = "none.jsonl"\n[tokens]\nmax_length = 16\n')
+    given = overrides or ("lora={rank=2}",)
+    return count_step(load_config(folder / "cfg.toml", given), device)
+
+
+def bnb(**options: Any) -> dict[str, Any]:
+    return BitsAndBytesConfig(**options).to_dict()
+
+
+FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("own", "key"),
+    [
+        (bnb(**FOUR, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"), "nf4"),
+        (bnb(load_in_8bit=True), "int8"),
+    ],
+    ids=["nf4", "int8"],
+)
+def test_bitsandbytes_counts_as_the_key_does(tmp_path: Path, own: dict[str, Any], key: str):
+    """Every number of the step, as of the same model quantised when it is loaded."""
+    assert counted(tmp_path, own) == counted(tmp_path, None, "lora={rank=2}", f"model.quantization={key}")
+    assert counted(tmp_path, own) == counted(tmp_path, own, "lora={rank=2}", "model.quantization=nf4")  # it goes before
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_scales_count_as_they_lie(tmp_path: Path, nested: bool):
+    """As many bytes as the weights of a model that bitsandbytes has quantised, with and without quantised scales."""
+    own = bnb(**FOUR, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype="float32")
+    folder = tmp_path / "plain"
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(folder)
+    options: Any = BitsAndBytesConfig(**FOUR, bnb_4bit_use_double_quant=nested)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=options, dtype=torch.float32)
+    real = 0
+    for parameter in model.parameters():
+        real += parameter.nbytes
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            real += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    assert counted(tmp_path, own).weights == pytest.approx(real, rel=0.03)  # tables of codes are a few numbers a layer
+    assert (counted(tmp_path, own).weights - OTHERS) / LINEAR == pytest.approx(0.516 if nested else 0.5625, rel=0.06)
+
+
+def test_modules_that_are_left_out_keep_their_dtype(tmp_path: Path):
+    own = bnb(**FOUR, llm_int8_skip_modules=["lm_head", "down_proj"])
+    kept = counted(tmp_path, own).weights - counted(tmp_path, bnb(**FOUR)).weights
+    assert kept == pytest.approx(2 * 256 * 512 * (4 - 0.5625), rel=0.02)
+
+
+PACKED: dict[str, tuple[dict[str, Any], float]] = {  # bytes a weight
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 0.5 + 2.5 / 128 + 4 / 293),
+    "gptq, a row a scale": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 1 + 3 / 320 + 4 / 293),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, 0.5 + 2.5 / 64),
+    "fp8 by blocks": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 1 + 4 / 128**2),
+    "fp8 by rows": ({"quant_method": "fbgemm_fp8"}, 1 + 4 / 307),
+    "mxfp4": ({"quant_method": "mxfp4"}, 0.5 + 1 / 32),
+    "compressed-tensors, fp8": (
+        {"quant_method": "compressed-tensors", "ignore": ["lm_head"],
+         "config_groups": {"group_0": {"targets": ["Linear"],
+                                       "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}}},
+        1 + 2 / 307,
+    ),
+    "compressed-tensors, w4a16": (
+        {"quant_method": "compressed-tensors",
+         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
+             "num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}}}},
+        0.5 + 2 / 128,
+    ),
+    "quanto": ({"quant_method": "quanto", "weights": "int4"}, 0.5 + 2 / 307),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("own", "each"), PACKED.values(), ids=PACKED)
+def test_other_methods_count_by_their_bits(tmp_path: Path, own: dict[str, Any], each: float):
+    """Bits, scales, zeros of the linear layers; embeddings, head and norms as they are; the rest of the step too."""
+    found, plain = counted(tmp_path, own), counted(tmp_path, None)
+    assert (found.weights - OTHERS) / LINEAR == pytest.approx(each, rel=5e-3)
+    assert (found.adapters, found.gradients, found.activations) == (plain.adapters, plain.gradients, plain.activations)
+
+
+def test_in_words():
+    def told(own: dict[str, Any] | None) -> str | None:
+        config = LlamaConfig(**SIZES)
+        if own is not None:
+            config.quantization_config = own  # pyright: ignore[reportAttributeAccessIssue]
+        return lies_quantised(config)
+
+    assert told(None) is None
+    assert told(bnb(**FOUR)) == "bitsandbytes, nf4"
+    assert told(bnb(load_in_8bit=True)) == "bitsandbytes, int8"
+    assert told(PACKED["awq"][0]) == "awq, 4 bits"
+    assert "not known here" in str(told({"quant_method": "new"}))
+    assert packing_of({"quant_method": "new"}) is None
+
+
+def test_whole_fine_tuning_of_quantised_weights_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"its weights are quantised; add a \[lora\] table"):
+        counted(tmp_path, bnb(**FOUR), "loss.type=orpo")
+
+
+def test_experts_stay_as_they_are(tmp_path: Path):
+    """bitsandbytes quantises linear layers; how much it leaves is told."""
+    sizes: dict[str, Any] = SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = Qwen3MoeConfig(**sizes)
+    given = ['lora={rank=2,target=["q_proj"]}', "model.quantization=nf4"]
+    found = counted(tmp_path, None, *given, config=config, device=torch.device("cuda"))
+    assert found.bare_experts == 2 * 2 * 4 * 3 * 256 * 64
+    assert found.weights > found.bare_experts

@@ -1,0 +1,79 @@
+"""constraints.txt: that it holds a version of everything, within the ranges, and that a GPU's torch may follow it."""
+
+import importlib.metadata
+import re
+import tomllib
+
+import pytest
+import versions
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+TESTED = versions.read(versions.CONSTRAINTS.read_text(encoding="utf-8"))
+OTHERS = versions.differing(versions.installed(), TESTED)
+PROJECT = tomllib.loads((versions.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DIRECT = [
+    Requirement(line)
+    for lines in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for line in lines
+]
+
+
+@pytest.mark.parametrize("requirement", [r for r in DIRECT if r.name != "fastpref"], ids=str)
+def test_the_tested_version_is_in_the_range(requirement: Requirement):
+    """What pyproject.toml asks for has a tested version, one that it allows."""
+    assert TESTED[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+@pytest.mark.skipif(bool(OTHERS), reason="this environment has other versions than the tested ones")
+def test_what_they_need_has_a_version_too():
+    """What the requirements ask for themselves is pinned, but for what a build of torch brings along."""
+    missing, seen = set(), set()
+    names = [canonicalize_name(r.name) for r in DIRECT if r.name != "fastpref"]
+    while names:
+        name = names.pop()
+        if name in seen or (name.startswith(versions.OF_TORCH) and name != "nvidia-ml-py"):
+            continue
+        seen.add(name)
+        if name not in TESTED:
+            missing.add(name)
+        try:
+            needed = [Requirement(line) for line in importlib.metadata.requires(name) or ()]
+        except importlib.metadata.PackageNotFoundError:  # of another platform
+            continue
+        names += [canonicalize_name(r.name) for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert missing == set()
+
+
+def test_no_build_is_pinned():
+    """A version is public: the same line admits a build for CPUs and one for GPUs."""
+    assert [name for name, version in TESTED.items() if Version(version).local] == []
+    assert [name for name in TESTED if name.startswith(versions.OF_TORCH)] == ["nvidia-ml-py"]
+
+
+def test_what_is_written_is_read():
+    installed = [
+        ("PyYAML", "6.0"),
+        ("torch", "2.13.0+cpu"),
+        ("nvidia-cudnn-cu13", "9.20"),
+        ("fastpref", "0.1.0"),
+        ("pip", "25"),
+    ]
+    text = versions.write(installed)
+    assert versions.read(text) == {"pyyaml": "6.0", "torch": "2.13.0"}
+    assert versions.differing(installed, {"pyyaml": "6.0", "torch": "2.13.0"}) == []
+    assert versions.differing(installed, {"pyyaml": "5.0"}) == [
+        "pyyaml 6.0 (tested: 5.0)",
+        "torch 2.13.0 (tested: none)",
+    ]
+
+
+def test_the_core_is_there():
+    assert [path for path in versions.CORE if not (versions.ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", ".ci/run"])
+def test_developers_and_ci_install_what_was_tested(page: str):
+    text = (versions.ROOT / page).read_text(encoding="utf-8")
+    assert re.search(r'pip install (--quiet )?-c constraints\.txt -e "\.\[dev\]"', text)

@@ -1,0 +1,118 @@
+"""The versions that the tests pass with, `constraints.txt`, and the newest that the registries serve.
+
+    python tests/versions.py renew                 # write constraints.txt: the newest of all but torch
+    python tests/versions.py renew torch==2.14.0   # with another torch
+    python tests/versions.py core                  # in an environment of its own: run the core of the tests, if any
+                                                   # version there is not the one in constraints.txt
+
+`renew` takes what a fresh environment gets for `fastpref[dev]`. Run `.ci/run` before you commit what it wrote.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterable
+from importlib.metadata import distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+CONSTRAINTS = ROOT / "constraints.txt"
+CORE = (  # what meets the libraries below: models, data, TRL, and the README's commands
+    "tests/model",
+    "tests/data",
+    "tests/patch/test_patch.py",
+    "tests/patch/test_trl_docs.py",
+    "tests/train/test_equivalence.py",
+    "tests/train/test_resume.py",
+    "tests/test_cli.py",
+    "tests/test_merge.py",
+    "tests/test_examples.py",
+    "tests/test_readme.py",
+)
+OF_TORCH = ("nvidia-", "cuda-")  # packages that a CUDA build of torch brings along in exactly one version
+HEADER = """\
+# The versions that the tests pass with: pip install -c constraints.txt -e ".[dev]"
+# Written by `python tests/versions.py renew`. Users need none of it: pyproject.toml has the ranges.
+# The version of torch is that of all its builds, for CPUs and for GPUs; Triton's is what its CUDA build asks for.
+"""
+
+
+def read(text: str) -> dict[str, str]:
+    """Name → version."""
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return dict(line.split("==") for line in lines if line)
+
+
+def write(packages: Iterable[tuple[str, str]]) -> str:
+    """The file for what is installed: without the build of a version, or what belongs to one build of torch."""
+    versions = {canonicalize_name(name): version.partition("+")[0] for name, version in packages}
+    for_torch = {name for name in versions if name.startswith(OF_TORCH)} - {"nvidia-ml-py"}
+    kept = {name: versions[name] for name in versions.keys() - for_torch - {"pip", "fastpref"}}
+    return HEADER + "".join(f"{name}=={version}\n" for name, version in sorted(kept.items()))
+
+
+def differing(packages: Iterable[tuple[str, str]], tested: dict[str, str]) -> list[str]:
+    """What is installed in another version than the tested one, or is not among what was tested."""
+    ours = read(write(packages))
+    return [f"{n} {v} (tested: {tested.get(n, 'none')})" for n, v in ours.items() if tested.get(n) != v]
+
+
+def installed() -> list[tuple[str, str]]:
+    """Names and versions of this environment."""
+    return [(item.metadata["Name"], item.version) for item in distributions()]
+
+
+def renew(torch: str) -> None:
+    """Write constraints.txt from a fresh environment."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        venv.create(folder, with_pip=True)
+        pip = [str(Path(folder) / "bin" / "python"), "-m", "pip"]
+        subprocess.run([*pip, "install", "--quiet", torch], check=True)
+        subprocess.run([*pip, "install", "--quiet", "-e", f"{ROOT}[dev]", *_triton(pip, torch)], check=True)
+        listed = subprocess.run([*pip, "list", "--format=json"], check=True, capture_output=True, text=True).stdout
+    CONSTRAINTS.write_text(write((item["name"], item["version"]) for item in json.loads(listed)), encoding="utf-8")
+
+
+def _triton(pip: list[str], torch: str) -> list[str]:
+    """What the build of torch on PyPI asks of Triton; its metadata is read, the package is not fetched."""
+    environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
+    environment["PIP_CONFIG_FILE"] = os.devnull
+    ask = ["install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-"]
+    command = [*pip, *ask, "--index-url", "https://pypi.org/simple", torch]
+    report = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    asked = json.loads(report)["install"][0]["metadata"]["requires_dist"]
+    wanted = [Requirement(line) for line in asked]
+    return [f"triton{requirement.specifier}" for requirement in wanted if requirement.name == "triton"]
+
+
+def core() -> int:
+    """Run the core of the tests if this environment has other versions than the tested ones. pytest's exit status."""
+    other = differing(installed(), read(CONSTRAINTS.read_text(encoding="utf-8")))
+    if not other:
+        print("the registries serve nothing but the tested versions")
+        return 0
+    print("not the tested versions:", *other, sep="\n  ", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "logical", "-m", "not slow and not browser", *CORE]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["renew"]:
+            renew(f"torch=={read(CONSTRAINTS.read_text(encoding='utf-8'))['torch']}")
+        case ["renew", torch]:
+            renew(torch)
+        case ["core"]:
+            raise SystemExit(core())
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
