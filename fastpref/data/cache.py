@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config
 from fastpref.data import table
+from fastpref.data.balance import unbalanced
 from fastpref.data.example import Counts, Example
 from fastpref.data.fingerprint import fingerprint
-from fastpref.data.sources import Prepared, prepare
+from fastpref.data.sources import Prepared, notes_on_text, prepare
 from fastpref.data.table import Examples
 from fastpref.data.text import check_template_keywords
 from fastpref.data.tokenize import tokenize_batches
@@ -64,6 +65,15 @@ def load_examples(
     """
     check_template_keywords(config, tokenizer)
     day = day or date.today()
+    examples = _load_examples(config, tokenizer, day, cache=cache)
+    labels = examples.train.labels
+    if labels is not None:
+        wrong = unbalanced(int(labels.sum()), int((~labels).sum()), config.loss)
+        examples.notes.extend([". ".join(wrong)] if wrong else [])
+    return examples
+
+
+def _load_examples(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, *, cache: bool) -> Tokenized:
     if not cache:
         return _in_memory(config, tokenizer, day)
     try:
@@ -92,7 +102,7 @@ def cache_folder() -> Path:
 
 
 def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> Tokenized:
-    prepared = prepare(config)
+    prepared = _prepare(config, tokenizer)
     counts = {name: Counts() for name in _PARTS}
     ends: dict[str, set[int]] = {name: set() for name in _PARTS}
     templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
@@ -108,6 +118,12 @@ def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
     return Tokenized(found["train"], found["heldout"], counts, duplicates, left_out, kept, template, notes)
 
 
+def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    prepared = prepare(config)
+    prepared.notes.extend(notes_on_text(prepared, tokenizer))
+    return prepared
+
+
 def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry: Path) -> Tokenized:
     """Tokenise into a folder beside `entry`, and rename it to that. The lock is held."""
     temporary = entry.with_suffix(".tmp")
@@ -116,7 +132,7 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry:
             shutil.rmtree(leftover)
     temporary.mkdir()
     try:
-        prepared = prepare(config)
+        prepared = _prepare(config, tokenizer)
         counts = {name: Counts() for name in _PARTS}
         ends: dict[str, set[int]] = {name: set() for name in _PARTS}
         templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}

@@ -5,9 +5,11 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
 from fastpref.data.template_keywords import key_of, keywords_of, on_day
+from fastpref.data.template_traits import for_template, template_of
 from fastpref.errors import UserError
 
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
@@ -67,7 +69,7 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Wri
     if isinstance(prompt, str):
         bos = str(tokenizer.bos_token or "")
         return prompt, [prompt + _without(bos, str(response)) for response in content.responses.values()]
-    if not (content.writing.chat_template or tokenizer.chat_template):
+    if template_of(tokenizer, content.writing) is None:
         raise UserError("the row is a chat, and the tokenizer has no chat template; set tokens.chat_template")
     try:
         alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
@@ -92,9 +94,22 @@ def _apply_all(
 ) -> list[str]:
     if not conversations:
         return []
+    conversations = [for_template(messages, tokenizer, writing) for messages in conversations]
     tools: Any = list(writing.tools) if writing.tools else None
-    template = tokenizer.get_chat_template(writing.chat_template, tools)
+    template = template_of(tokenizer, writing)
+    assert template is not None
     with on_day(template, writing.day):
+        if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
+            # apply_chat_template drops what is null, which these templates ask for.
+            given: dict[str, Any] = {**tokenizer.special_tokens_map, **keywords_of(writing)}
+            nulls: Any = render_jinja_template(
+                conversations,
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                **given,
+            )
+            return nulls[0]
         written: Any = tokenizer.apply_chat_template(
             conversations,
             tools=tools,

@@ -1,7 +1,7 @@
 """What every row becomes, whatever it looked like: a prompt with its responses, and how they are to be written."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
@@ -20,6 +20,8 @@ class Writing:
     """What the chat template is told of the tools there are: their JSON schemas."""
     template_kwargs: Mapping[str, Any] | None = None
     """Keywords for the chat template that this row sets: enable_thinking, reasoning_effort."""
+    without_template: str | None = None
+    """Jinja for messages where the tokenizer has no chat template."""
     day: date | None = None
     """The day that a chat template which writes the date is to write; None is today."""
     end: str | None = None
@@ -35,6 +37,8 @@ class Paired:
     chosen: Content
     rejected: Content
     writing: Writing = PLAIN
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What a user should know of how the row was read; rows are counted by it."""
 
     @property
     def responses(self) -> dict[str, Content]:
@@ -47,18 +51,11 @@ class Unpaired:
     completion: Content
     label: bool
     writing: Writing = PLAIN
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def responses(self) -> dict[str, Content]:
         return {"completion": self.completion}
-
-
-@dataclass(frozen=True)
-class Format:
-    name: str
-    """What is read, in words."""
-    read: Callable[[Row], Paired | Unpaired]
-    """Raises RowError for a row that is not of the format."""
 
 
 class RowError(ValueError):
@@ -75,8 +72,8 @@ MISSING_COLUMN = "without a column"
 def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
     """A pair as a desirable and an undesirable response."""
     return (
-        Unpaired(pair.prompt, pair.chosen, True, pair.writing),
-        Unpaired(pair.prompt, pair.rejected, False, pair.writing),
+        Unpaired(pair.prompt, pair.chosen, True, pair.writing, pair.remarks),
+        Unpaired(pair.prompt, pair.rejected, False, pair.writing, pair.remarks),
     )
 
 

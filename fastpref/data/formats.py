@@ -4,7 +4,7 @@ A format is a function from a row to a `Paired` or an `Unpaired` (content.py). I
 or lists of chat messages, which `chat.py` writes with a chat template.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from fastpref.data import chat_formats, templates
-from fastpref.data.chat_formats import detect
-from fastpref.data.content import Content, Format, Message, Paired, Row, RowError, Unpaired, read_label, unpair
+from fastpref.data.auto import detect
+from fastpref.data.content import Content, Message, Paired, Row, RowError, Unpaired, read_label, unpair
 from fastpref.data.function import is_function, load_function
+from fastpref.data.reading import TEXT_COLUMNS, Format
 
 __all__ = [
     "NAMES", "Content", "Format", "Message", "Paired", "Row", "RowError", "Unpaired", "check_format", "detect",
@@ -135,22 +136,54 @@ def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | N
     return Format(name, read)
 
 
+_ASKED = ("prompt", "question", "instruction", "input", "query")  # columns that may hold a prompt, best first
+
+
 def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
-    """The named formats that would read rows of these columns."""
+    """The formats that would read rows of these columns, best first, as a config has them: three at most.
 
-    def fits(groups: tuple[tuple[str, ...], ...] | None) -> bool:
-        return bool(groups) and all(columns & set(group) for group in groups)
-
-    return [
-        name for name, named in _FORMATS.items() if fits(named.columns) or (unpaired and fits(named.unpaired_columns))
+    None of them leaves a column of text out of which a prompt is made.
+    """
+    texts = columns & {"prompt", *TEXT_COLUMNS}
+    asked = next((name for name in _ASKED if name in columns), None)
+    found: list[str] = []
+    if asked is None or texts - {asked, "system"}:
+        return found
+    pairs = {"chosen", "rejected"} <= columns
+    if pairs or (unpaired and {"completion", "label"} <= columns):
+        field = "field_messages" if pairs else "field_prompt"
+        found.append(f'{{ type = "chat_template.default", {field} = "{asked}" }}')
+        if "system" not in texts:
+            found.append(f'{{ field_prompt = "{asked}" }}')
+    found += [
+        f'"{name}"'
+        for name, named in _FORMATS.items()
+        if name.startswith("chatml.")
+        and (_fits(named.columns, columns) or (unpaired and _fits(named.unpaired_columns, columns)))
     ]
+    return found[:3]
 
 
-def explained(said: str, columns: set[str], *, unpaired: bool) -> str:
-    """A message about columns, with what would read them."""
-    names = fitting(columns, unpaired=unpaired)
-    named = f"these columns fit format = {', '.join(map(repr, names))}; " if names else ""
-    return f'{said}; {named}your own columns are named by format = {{ field_prompt = "...", ... }}'
+def _fits(groups: tuple[tuple[str, ...], ...] | None, columns: set[str]) -> bool:
+    return bool(groups) and all(columns & set(group) for group in groups)
+
+
+def _is_known(row: Row) -> bool:
+    try:
+        return detect(row) is not None
+    except RowError:
+        return False
+
+
+def explained(said: str, row: Row | Iterable[str], *, unpaired: bool, auto: bool = False) -> str:
+    """A message about columns, with what would read them: with `auto`, which is then another format's, that first."""
+    names = ['"auto"'] if auto and isinstance(row, Mapping) and _is_known(row) else []
+    names = [*names, *fitting(set(row), unpaired=unpaired)][:3]
+    named = f"these columns fit format = {' or '.join(names)}; " if names else ""
+    return (
+        f'{said}; {named}your own columns are named by format = {{ field_prompt = "...", ... }}, or joined by a Python '
+        'function, "module:function"'
+    )
 
 
 def _split(given: Any) -> tuple[str, dict[str, Any]]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastpref.data.chat_formats import detect
-from fastpref.data.content import Format, Paired, Row, RowError, Unpaired, shown
+from fastpref.data.auto import detect
+from fastpref.data.content import Paired, Row, RowError, Unpaired, shown
+from fastpref.data.reading import Format
 from fastpref.errors import UserError
 
 _RESULT = "prompt, chosen and rejected, or prompt, completion and label"
@@ -39,7 +40,7 @@ def load_function(name: str) -> Format:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"format {name!r}: {module_name} has no function {function_name}")
-    return Format(f"the function {function_name}", _checked(function_name, function))
+    return Format(f"the function {function_name}", _checked(function_name, function), whole_row=True)
 
 
 def source_file(name: str) -> Path | None:

@@ -1,12 +1,13 @@
 """Chat messages as data sets write them, in one form: `role`, `content`, and whatever else a template reads."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from fastpref.data.content import Content, Message, Row, RowError, column, shown
+from fastpref.data.parts import joined, read_parts
+from fastpref.data.tool_calls import read_calls
 
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -17,7 +18,11 @@ SHAREGPT_ROLES = {
     "bard": "assistant",
     "observation": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",  # ms-swift's, as the next
+    "tool_response": "tool",
+    "function": "tool",  # OpenAI's, before there were tools
 }
+_CALLING_ROLES = ("function_call", "tool_call")  # whose content is a call as JSON
 _WRONG_TYPE = "with a value of another type"
 
 
@@ -52,14 +57,18 @@ class Reader:
             )
         return turns
 
-    def conversation(self, row: Row, name: str) -> tuple[list[Message], list[Message]]:
-        """A conversation's turns before its last, and the last, which is the assistant's."""
+    def conversation(self, row: Row, name: str, *, all_of_it: bool = False) -> tuple[list[Message], list[Message]]:
+        """A conversation's turns before its last, and the last, which is the assistant's; with `all_of_it` all turns
+        of the assistant's that end it."""
         turns = self.response(column(row, name), name)
-        if len(turns) < 2:
+        at = len(turns) - 1
+        while all_of_it and at > 0 and turns[at - 1]["role"] == "assistant":
+            at -= 1
+        if at < 1:
             raise RowError(
                 f"{name} must end with an assistant turn that answers something before it", "without a prompt"
             )
-        return turns[:-1], turns[-1:]
+        return turns[:at], turns[at:]
 
     def _turn(self, turn: Any, name: str) -> Message:
         role_key, content_key = self.properties.get("role", "role"), self.properties.get("content", "content")
@@ -83,14 +92,25 @@ class Reader:
             if target not in ("role", "content") and source in cleaned:
                 message[target] = cleaned[source]
         content = cleaned.get(content_key, cleaned.get("value"))
+        calls: list[Any] = []
+        for key in ("tool_calls", "function_call"):
+            if key in message:
+                calls += read_calls(message.pop(key), name)
+        if given in _CALLING_ROLES and role == "assistant" and content is not None:
+            calls += read_calls(
+                joined(read_parts(content, name, given)) if isinstance(content, list) else content, name
+            )
+            content = None
+        if calls:
+            message["tool_calls"] = calls
         if content is not None:
             if not isinstance(content, str | list):
                 raise RowError(
                     f"{name} has a turn of role {given!r} whose {content_key} is {shown(content)}, not text",
                     _WRONG_TYPE,
                 )
-            message["content"] = content
-        elif "tool_calls" not in message:
+            message["content"] = read_parts(content, name, given) if isinstance(content, list) else content
+        elif not calls:
             raise RowError(f"{name} has a turn of role {given!r} without content", "with a message without content")
         return message
 
@@ -101,37 +121,26 @@ STANDARD = Reader()
 def with_system(row: Row, turns: list[Message]) -> list[Message]:
     """A `system` column as the first turn, unless the column is empty or the turns have one."""
     words = row.get("system")
-    if not words or (turns and turns[0]["role"] in ("system", "developer")):
+    if not words:
         return turns
     if not isinstance(words, str):
         raise RowError(f"system must be text, got {shown(words)}", _WRONG_TYPE)
-    return [{"role": "system", "content": words}, *turns]
-
-
-def read_tools(row: Row, given: Any = None, name: str = "tools") -> tuple[Any, ...] | None:
-    """A row's own tools (a list, or JSON of one), else those given for all rows."""
-    value = row.get(name)
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError(f"{name} is not valid JSON: {error}", "with tools that are none") from None
-    if not value:
-        return tuple(given) if given else None
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise RowError(f"{name} must be a list of tools' JSON schemas, got {shown(value)}", "with tools that are none")
-    return tuple(without_none(value))
+    if turns and turns[0]["role"] in ("system", "developer"):
+        if joined(turns[0].get("content")).strip() == words.strip():
+            column(row, "system")  # the turn is it
+        return turns
+    return [{"role": "system", "content": row["system"]}, *turns]
 
 
 def words(message: Message, name: str) -> str:
     """A message's text, for formats that write it without a chat template."""
     content = message.get("content")
-    if message.get("tool_calls") or not isinstance(content, str):
+    if message.get("tool_calls") or not isinstance(content, str | list):
         raise RowError(
             f"{name} has a turn of role {message['role']!r} that is more than text; a chat_template format writes it",
             "with a turn that is more than text",
         )
-    return content
+    return joined(content)
 
 
 def without_none(value: Any) -> Any:
@@ -143,14 +152,6 @@ def without_none(value: Any) -> Any:
 
 def is_turns(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_turn(turn) for turn in value)
-
-
-def is_conversation(value: Any) -> bool:
-    """A list of messages that carries its own prompt: more than an answer."""
-    if not is_turns(value) or len(value) < 2:
-        return False
-    role = value[0].get("role") or value[0].get("from")
-    return SHAREGPT_ROLES.get(role, role) != "assistant" if isinstance(role, str) else True
 
 
 def as_content(value: Any, name: str, reader: Reader = STANDARD) -> Content:

@@ -71,7 +71,7 @@ def _open(data: DataConfig) -> Records:
             return read_json(data.path, path)
         if path.suffix == ".csv":
             label = data.format.get("field_label", "label") if isinstance(data.format, dict) else "label"
-            return Csv(data.path, path, numbers=[label])
+            return Csv(data.path, path, numbers=[label, "kto_tag"])
     except OSError as error:
         raise UserError(f"{data.path}: cannot be read: {error.strerror}") from None
     return ArrowRecords(data.path, _from_table(data, path))

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastpref.data.content import MISSING_COLUMN, Format, Paired, Row, RowError, Unpaired
+from fastpref.data.content import MISSING_COLUMN, Paired, Row, RowError, Unpaired
 from fastpref.data.formats import detect, explained, find_format
+from fastpref.data.reading import Format
 from fastpref.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def render(
     except RowError as error:
         said = str(error)
         if error.kind == MISSING_COLUMN:
-            said = explained(said, set(row), unpaired=unpaired)
+            said = explained(said, row, unpaired=unpaired, auto=format != "auto")
         raise UserError(said) from None
     made: dict[str, Any] = {"prompt": prompt} | dict(zip(content.responses, responses))
     return made | {"label": content.label} if isinstance(content, Unpaired) else made
@@ -45,11 +46,11 @@ def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool) -> Form
     """The format that is named, or that the row's columns speak for. Raises UserError if there is none."""
     try:
         form = find_format(format, unpaired=unpaired) or detect(row)
-    except ValueError as error:
+    except ValueError as error:  # RowError is one
         raise UserError(str(error)) from None
     if form is None:
         said = f"the columns {', '.join(map(str, row))} are of no format that auto knows"
-        raise UserError(explained(said, set(row), unpaired=unpaired))
+        raise UserError(explained(said, row, unpaired=unpaired))
     return form
 
 

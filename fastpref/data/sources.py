@@ -10,14 +10,20 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from fastpref.config import Config, DataConfig
-from fastpref.data.content import MISSING_COLUMN, Format, Paired, RowError, Unpaired, unpair
+from fastpref.data.auto import KNOWN, AutoFormat
+from fastpref.data.content import MISSING_COLUMN, Paired, RowError, Unpaired, unpair
 from fastpref.data.formats import detect, explained, find_format
 from fastpref.data.opening import open_records
+from fastpref.data.parts import text_of
+from fastpref.data.reading import Format
 from fastpref.data.records import Records
 from fastpref.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _REMEDY = '; mend the row, or leave such rows out with on_error = "drop"'
 _LOOKED_AT = 100  # rows, for one that speaks for a format
@@ -47,7 +53,7 @@ class SourceRow:
     def question(self) -> str:
         """The prompt as a person would ask it: its text, or its last turn."""
         prompt = self.content.prompt
-        return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+        return prompt if isinstance(prompt, str) else text_of(prompt[-1])
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,35 @@ def prepare(config: Config) -> Prepared:
     return Prepared(train, heldout, found.notes, found.duplicates, found.left_out)
 
 
+def notes_on_text(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Of sources that `auto` reads as plain text though the model has a chat template: how they become chats."""
+    if not tokenizer.chat_template:
+        return []
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {str(tokenizer.eos_token)}
+    notes = []
+    for source in prepared.train.sources:
+        form = source.form
+        if not isinstance(form, AutoFormat) or form.chat:
+            continue
+        if any(token in _first_prompt(source) for token in special):  # it writes turns itself
+            continue
+        field = "field_prompt" if "completion" in form.name else "field_messages"
+        notes.append(
+            f"{source.name}: these rows are plain text, and the model has a chat template, which does not write them; "
+            f'to train chats, set format = {{ type = "chat_template.default", {field} = "prompt" }}'
+        )
+    return notes
+
+
+def _first_prompt(source: Source) -> str:
+    for at in range(min(_LOOKED_AT, len(source.records))):
+        try:
+            return str(source.contents(at)[0].prompt)
+        except RowError:
+            continue
+    return ""
+
+
 def share(prompt: Any) -> float:
     """A number in [0, 1) by a hash of a prompt: those below `eval.fraction` are held out, whatever is beside them."""
     digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
@@ -190,28 +225,35 @@ def _source(data: DataConfig, unpaired: bool) -> Source:
 
 
 def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
-    """What the first row that speaks for a format says. Raises UserError if none does."""
+    """What the first row that speaks for a format says, unless it is of text and a later one says that all are chats.
+
+    Raises UserError if none speaks for a format.
+    """
     broken: RowError | None = None
     columns: dict[str, None] = {}
+    form: AutoFormat | None = None
     for at in range(min(_LOOKED_AT, data.rows or len(records), len(records))):
         try:
             row = records[at]
+            own = detect(row)
         except RowError as error:
-            if data.on_error == "error":
+            if form is None and data.on_error == "error":
                 raise UserError(_at(records, at, error) + _REMEDY) from None
             broken = broken or error
             continue
         columns |= dict.fromkeys(map(str, row))
-        if form := detect(row):
+        if own and (form is None or own.chat):
+            form = own
+        if form and form.chat:
             return form
+    if form:
+        return form
     if not columns:
         raise UserError(f"{data.path}: no row can be read; the first: {_at(records, 0, broken)}")
     raise UserError(
         explained(
-            f"{data.path}: the columns {', '.join(columns)} are of no format that auto knows, which are prompt, chosen "
-            "and rejected; chosen and rejected conversations; conversations, chosen and rejected; prompt, completion "
-            "and label; messages and label",
-            set(columns),
+            f"{data.path}: the columns {', '.join(columns)} are of no format that auto knows, which are {KNOWN}",
+            columns,
             unpaired=unpaired,
         )
     )
@@ -233,6 +275,7 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, found: _Fo
     notes.append(f"{source.name}: {count} rows of {source.form.name}")
     kept, duplicates = _Kept(), 0
     dropped: dict[str, tuple[int, str]] = {}  # kind of mistake → how many, and the first of them
+    remarks: dict[str, tuple[int, str]] = {}  # likewise, of the rows that are used
     for at in range(count):
         try:
             contents = source.contents(at)
@@ -249,6 +292,9 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, found: _Fo
                 duplicates += 1
                 continue
             seen.add(digest)
+        for remark in contents[0].remarks:
+            many, first = remarks.get(remark, (0, ""))
+            remarks[remark] = many + 1, first or source.records.place(at)
         kept.at.append(at)
         kept.parts.append(len(contents))
         kept.share.append(share(contents[0].prompt) if fraction else 0.0)
@@ -259,6 +305,9 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, found: _Fo
             raise UserError(f"{source.data.path}: none of the {count} rows can be used: {said}")
         found.left_out += total
         notes.append(f"{source.name}: {total} of {count} rows left out: {said}")
+    notes += [
+        f"{source.name}: {many} of {count} rows: {what} (the first: {first})" for what, (many, first) in remarks.items()
+    ]
     found.duplicates += duplicates
     if duplicates:
         notes.append(f"{source.name}: {duplicates} exact duplicates left out")
@@ -271,7 +320,8 @@ def _row_error(source: Source, at: int, error: RowError) -> str:
     said = _at(source.records, at, error)
     if error.kind != MISSING_COLUMN:
         return said
-    return explained(said, set(source.records[at]), unpaired=source.unpaired)
+    auto = not isinstance(source.form, AutoFormat)
+    return explained(said, source.records[at], unpaired=source.unpaired, auto=auto)
 
 
 def _at(records: Records, at: int, error: RowError | None) -> str:
@@ -280,5 +330,7 @@ def _at(records: Records, at: int, error: RowError | None) -> str:
 
 def _digest(contents: Iterable[Paired | Unpaired]) -> bytes:
     """Of everything that a row says: prompt, responses, label, tools."""
-    said = [[c.prompt, c.responses, getattr(c, "label", None), c.writing.tools] for c in contents]
+    said = [
+        [c.prompt, c.responses, getattr(c, "label", None), c.writing.tools, c.writing.template_kwargs] for c in contents
+    ]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()[:16]

@@ -3,10 +3,11 @@ table of columns, Zephyr's Nectar, and text as it is."""
 
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ConfigDict
 
+from fastpref.data.auto import as_answers
 from fastpref.data.content import (
     MISSING_COLUMN,
     Message,
@@ -21,6 +22,7 @@ from fastpref.data.content import (
     text,
 )
 from fastpref.data.messages import STANDARD, words
+from fastpref.data.overlap import OTHER_QUESTION, other_turns, untangle, without_question
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ class Template:
         return "".join(written) + self.generation_prompt
 
     def paired(self, turns: list[Message], chosen: str, rejected: str, name: str = "prompt") -> Paired:
-        return Paired(self.prompt(turns, name), chosen + self.end, rejected + self.end, Writing(end=self.end))
+        asked, answers, remarks = _freed(turns, {"chosen": chosen, "rejected": rejected})
+        writing = Writing(end=self.end)
+        prompt = self.prompt(asked, name)
+        return Paired(prompt, answers["chosen"] + self.end, answers["rejected"] + self.end, writing, remarks)
 
     def unpaired(self, turns: list[Message], completion: str, good: bool, name: str = "prompt") -> Unpaired:
-        return Unpaired(self.prompt(turns, name), completion + self.end, good, Writing(end=self.end))
+        asked, answers, remarks = _freed(turns, {"completion": completion})
+        prompt = self.prompt(asked, name)
+        return Unpaired(prompt, answers["completion"] + self.end, good, Writing(end=self.end), remarks)
 
 
 TEMPLATES = {
@@ -69,7 +76,10 @@ def default(template: Template, row: Row) -> Paired:
 def argilla_chat(template: Template, row: Row) -> Paired:
     """Every turn of `chosen` before its last is the prompt."""
     prompt, chosen = STANDARD.conversation(row, "chosen")
-    return template.paired(prompt, words(chosen[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    content = template.paired(prompt, words(chosen[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    return replace(
+        content, remarks=(*content.remarks, *other_turns(prompt, STANDARD.response(row["rejected"], "rejected")))
+    )
 
 
 def pairs_after(prompt: str) -> ReadPaired:
@@ -84,12 +94,15 @@ def ultra(template: Template, row: Row) -> Paired:
     turns = STANDARD.response(column(row, "chosen"), "chosen")
     if not turns:
         raise RowError("chosen is empty", "with an empty response")
-    earlier = turns[:-1]
+    prompt, earlier = _asked(row, text(row, "prompt")), turns[:-1]
     if earlier and earlier[0]["role"] == "system":
-        row = {"system": words(earlier[0], "chosen")} | {k: v for k, v in row.items() if k != "system" or v}
+        prompt = prompt if prompt[0]["role"] == "system" else [earlier[0], *prompt]
         earlier = earlier[1:]
-    prompt = _asked(row, text(row, "prompt")) + earlier[1:]
-    return template.paired(prompt, words(turns[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    other = earlier and words(earlier[0], "chosen").strip() != prompt[-1]["content"].strip()
+    asked = prompt + earlier[1:]
+    content = template.paired(asked, words(turns[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    remarks = other_turns(turns[:-1], STANDARD.response(row["rejected"], "rejected"))
+    return replace(content, remarks=(*content.remarks, *remarks, *((OTHER_QUESTION,) if other else ())))
 
 
 PAIRED: dict[str, ReadPaired] = {
@@ -167,8 +180,9 @@ def nectar(row: Row) -> Paired:
     if best["rank"] == worst["rank"]:
         raise RowError(f"all answers have rank {best['rank']}, so none is better", "with answers of one rank")
     system = f"<|system|>\n{row['system']}</s>\n" if row.get("system") else ""
-    prompt = f"{system}<|user|>\n{text(row, 'prompt')}</s>\n<|assistant|>\n"
-    return Paired(prompt, best["answer"], worst["answer"])
+    told, remarks = as_answers(text(row, "prompt"), {"best": best["answer"], "worst": worst["answer"]})
+    prompt = f"{system}<|user|>\n{row['prompt']}</s>\n<|assistant|>\n"
+    return Paired(prompt, told["best"], told["worst"], remarks=remarks)
 
 
 # --- A user's own columns ------------------------------------------------------------------------------------------
@@ -196,21 +210,30 @@ class Table:
             _check_format(f"{name}_format", getattr(self, f"{name}_format"), name)
 
     def paired(self, row: Row) -> Paired:
+        texts = {
+            name: text(row, field) for name, field in (("chosen", self.field_chosen), ("rejected", self.field_rejected))
+        }
+        told, remarks = without_question(text(row, self.field_prompt), texts)
         return Paired(
             self._prompt(row),
-            self.chosen_format.format(chosen=text(row, self.field_chosen)),
-            self.rejected_format.format(rejected=text(row, self.field_rejected)),
+            self.chosen_format.format(chosen=told["chosen"]),
+            self.rejected_format.format(rejected=told["rejected"]),
+            remarks=remarks,
         )
 
     def unpaired(self, row: Row) -> Unpaired:
+        completion = {"completion": text(row, self.field_completion)}
+        told, remarks = without_question(text(row, self.field_prompt), completion)
         return Unpaired(
             self._prompt(row),
-            self.completion_format.format(completion=text(row, self.field_completion)),
+            self.completion_format.format(completion=told["completion"]),
             label(row, self.field_label),
+            remarks=remarks,
         )
 
     def _prompt(self, row: Row) -> str:
-        system = "" if row.get(self.field_system) is None else text(row, self.field_system)
+        wanted = "{system}" in self.prompt_format and row.get(self.field_system) is not None
+        system = text(row, self.field_system) if wanted else ""
         return self.prompt_format.format(prompt=text(row, self.field_prompt), system=system)
 
 
@@ -228,6 +251,17 @@ def _check_format(option: str, given: str, name: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------------
+
+
+def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message], dict[str, str], tuple[str, ...]]:
+    """Turns and their answers without what these repeat, as for every chat; and what to remark."""
+    told, remarks = as_answers(turns, answers)
+    if any(not answer.strip() for answer in told.values()):  # an empty one, which repeats nothing
+        return turns, told, remarks
+    first, *second = ([{"role": "assistant", "content": answer}] for answer in told.values())
+    content = untangle(Paired(turns, first, second[0]) if second else Unpaired(turns, first, True))
+    assert not isinstance(content.prompt, str)
+    return content.prompt, told, (*remarks, *content.remarks)
 
 
 def _asked(row: Row, question: str) -> list[Message]:

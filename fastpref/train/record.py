@@ -30,7 +30,8 @@ class Record:
             "plan": plan,
             "steps": steps,
             "rows": {"train": asdict(data.counts["train"]), "heldout": asdict(data.counts["heldout"])}
-            | {"duplicates": data.duplicates, "left_out": data.left_out},
+            | {"duplicates": data.duplicates, "left_out": data.left_out}
+            | _labels(data),
             "environment": environment(device),
         }
         self._watch = Watch(known_of(config, self._facts))
@@ -79,6 +80,12 @@ class Record:
     def _write(self, *, ended: str) -> None:
         seconds = self._before + time.monotonic() - self._began
         self._folder.record(self._facts | {"seconds": seconds, "memory": peak_memory(self._device), "ended": ended})
+
+
+def _labels(data: Tokenized) -> dict[str, int]:
+    """How many training rows are good and bad, where they are single responses."""
+    labels = data.train.labels
+    return {} if labels is None else {"good": int(labels.sum()), "bad": int((~labels).sum())}
 
 
 def _short(values: Tensor) -> list[float]:

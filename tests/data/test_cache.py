@@ -274,7 +274,10 @@ def test_a_template_that_writes_the_date_is_of_the_runs_day(folder: Path):
 def test_the_ends_of_training_responses_are_kept(folder: Path):
     """With and without the cache, and from it: the tokens that end them, but for those that were cut."""
     by_text = toy_tokenizer(CHATML, eos="</s>", special=["<|im_start|>", "<|im_end|>"])
-    ends = {by_text.get_vocab()[token] for token in ("<|im_end|>", "</s>")}  # of the chat and of the texts
+    texts = f"{CONFIG}[[data]]\npath = 'texts.jsonl'\n"
+    write(folder / "texts.jsonl", [{"prompt": "t", "chosen": "yes", "rejected": "no"}])
+    (folder / "cfg.toml").write_text(texts)
+    ends = {by_text.get_vocab()[token] for token in ("<|im_end|>", "</s>")}  # of the chats and of the texts
     for cached in (False, True, True):
         assert set(load(folder, tokenizer=by_text, cache=cached).ends) == ends
     assert load(folder, "tokens.max_length=2", tokenizer=by_text).ends == ()

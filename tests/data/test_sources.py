@@ -14,6 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from fastpref.config import Config, load_config
+from fastpref.data.auto import KNOWN
 from fastpref.data.formats import Paired, Unpaired
 from fastpref.data.sources import Prepared, SourceRow, prepare, repeats, share
 from fastpref.errors import UserError
@@ -230,11 +231,11 @@ def test_single_responses_are_refused_where_pairs_are_needed(tmp_path: Path, los
 
 # --- Mistakes ------------------------------------------------------------------------------------------------------
 
-AUTO = (
-    "of no format that auto knows, which are prompt, chosen and rejected; chosen and rejected conversations; "
-    "conversations, chosen and rejected; prompt, completion and label; messages and label"
+AUTO = f"of no format that auto knows, which are {KNOWN}"
+OWN = (
+    'your own columns are named by format = { field_prompt = "...", ... }, or joined by a Python function, '
+    '"module:function"'
 )
-OWN = 'your own columns are named by format = { field_prompt = "...", ... }'
 PAIR_LINE = json.dumps(TEXT) + "\n"
 BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, what it holds, what is said after the name
     "no file": ("none.jsonl", None, ": there is no such file"),
@@ -313,8 +314,9 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, what it h
     "columns of a named format": (
         "a.csv",
         "question,chosen,rejected\nq,yes,no\n",
-        f": the columns question, chosen, rejected are {AUTO}; these columns fit format = 'chatml.default', "
-        "'chatml.argilla', 'chatml.argilla_chat', 'chatml.intel', 'llama3.default', ",
+        f": the columns question, chosen, rejected are {AUTO}; these columns fit format = "
+        '{ type = "chat_template.default", field_messages = "question" } or { field_prompt = "question" } or '
+        '"chatml.default"; ',
     ),
     "a field too many": (
         "a.csv",
@@ -367,7 +369,7 @@ BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, a row, what 
         "chatml.intel",
         TEXT,
         "there is no column question; the columns are prompt, chosen, rejected; these columns fit format = "
-        "'chatml.default', ",
+        '"auto" or { type = "chat_template.default", field_messages = "prompt" } or { field_prompt = "prompt" }; ',
     ),
     "no question at all": (
         "llama3.default",
@@ -399,7 +401,8 @@ BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, a row, what 
         {"type": "chat_template.default", "roles": {"assistant": ["bot"]}},
         {"messages": [{"role": "robot", "content": "q"}], "chosen": "yes", "rejected": "no"},
         "messages has a turn of role 'robot'; known roles are system, developer, user, assistant, tool, human, gpt, "
-        "chatgpt, bing, bard, observation, function_call, bot; name others by the option roles",
+        "chatgpt, bing, bard, observation, function_call, tool_call, "
+        "tool_response, function, bot; name others by the option roles",
     ),
     "tools that are no JSON": (
         "chat_template.default",

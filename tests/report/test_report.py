@@ -34,7 +34,7 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     assert ("KTO's KL" in charts, "Log odds" in charts) == (method == "kto", method == "orpo")
     # The histogram of held-out margins is one more.
     assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
-    assert "22 rules looked at this run" in page
+    assert "23 rules looked at this run" in page
 
 
 def test_a_page_needs_nothing_else(tmp_path: Path):

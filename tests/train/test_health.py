@@ -108,6 +108,7 @@ FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
     "gradient_spikes": ("dpo", jumps(rows(), (40, 70), "grad_norm", 50.0), {}),
     "not_finite": ("dpo", jumps(rows(), (12,), "loss", None), {}),
     "truncation": ("dpo", rows(), {"cut": 90}),
+    "labels_unbalanced": ("kto", rows("kto"), {"labels": (6, 240)}),
     "heldout_gap": (
         "dpo",
         rows(training={"rewards/accuracies": lambda t: 0.5 + 0.5 * min(1, 2 * t)},
@@ -274,10 +275,11 @@ def test_what_is_known_comes_from_the_config_and_the_counts(tmp_path: Path):
     (tmp_path / "c.toml").write_text('[model]\nname = "m"\n[lora]\n[loss]\ntype = "kto"\n[[data]]\npath = "d"\n')
     facts = {
         "steps": 7,
-        "rows": {"train": {"kept": 50, "prompts_cut": 3, "responses_cut": 9}, "heldout": {"kept": 5}},
+        "rows": {"train": {"kept": 50, "prompts_cut": 3, "responses_cut": 9}, "heldout": {"kept": 5}}
+        | {"good": 20, "bad": 30},
     }
     of = known_of(load_config(tmp_path / "c.toml"), facts)
-    assert of == Known(KTO(), steps=7, batch=16, learning_rate=1e-4, rows=50, cut=9, heldout=5)
+    assert of == Known(KTO(), steps=7, batch=16, learning_rate=1e-4, rows=50, cut=9, heldout=5, labels=(20, 30))
     assert known_of(load_config(tmp_path / "c.toml"), {}).rows == 0
 
 

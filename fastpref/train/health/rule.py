@@ -27,6 +27,7 @@ class Known:
     rows: int = 0  # of training
     cut: int = 0  # of those, how many lost tokens
     heldout: int | None = None  # examples
+    labels: tuple[int, int] | None = None  # of KTO's training rows: good and bad
 
 
 def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
@@ -43,6 +44,7 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         # A row may lose both; the larger of the two counts is the least that lost something.
         cut=max(train.get("prompts_cut", 0), train.get("responses_cut", 0)),
         heldout=heldout.get("kept"),
+        labels=(rows["good"], rows["bad"]) if "good" in rows and "bad" in rows else None,
     )
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from fastpref.data.balance import unbalanced
 from fastpref.loss_options import KTO, ORPO
 from fastpref.train.health.bands import EXPLODING, GRADIENTS, first_loss, loss_band, supervised
 from fastpref.train.health.rule import (
@@ -345,6 +346,18 @@ def _truncation(h: History, known: Known) -> Finding | None:
         (0, h.step),
         {"rows cut": known.cut, "rows": known.rows},
     )
+
+
+@rule("labels_unbalanced")
+def _labels_unbalanced(h: History, known: Known) -> Finding | None:
+    """KTO's good and bad rows do not pull alike."""
+    good, bad = known.labels or (0, 0)
+    wrong = unbalanced(good, bad, known.loss)
+    if wrong is None:
+        return None
+    message, advice = wrong
+    severity = "warning" if good and bad else "alarm"
+    return Finding(severity, f"{message}.", advice, (0, h.step), {"good": good, "bad": bad})
 
 
 @rule("heldout_gap")
