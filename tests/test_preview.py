@@ -106,12 +106,12 @@ good         [[Yes.]]{{<|im_end|>}}
     ),
     "what is cut": (
         [{"prompt": "0123456789", "chosen": "abcdef", "rejected": "x"}],
-        ["tokens.max_length=5"],
+        ["tokens.max_length=6"],
         """\
-prompt       (9 tokens cut) …9
-1 token
-chosen       [[abcd]]… (3 tokens cut)
-4 tokens
+prompt       (7 tokens cut) …789
+3 tokens
+chosen       [[abc]]… (4 tokens cut)
+3 tokens
 rejected     [[x]]{{<|im_end|>}}
 2 tokens""",
     ),

@@ -1,16 +1,20 @@
 """From messages to the text that a chat template makes of them."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
 from fastpref.errors import UserError
 
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
-_REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+# What a template raises for messages that it does not take.
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+_ASKS_FOR_NULL = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none", re.IGNORECASE)
 
 
 def write_all(
@@ -26,7 +30,7 @@ def write_all(
     for places in together.values():
         try:
             made |= zip(places, _write_chats([contents[at] for at in places], tokenizer))
-        except _REFUSALS:  # each alone then, so that the refused ones are known
+        except REFUSALS:  # each alone then, so that the refused ones are known
             continue
     return [made[at] if at in made else _write_or_error(content, tokenizer) for at, content in enumerate(contents)]
 
@@ -71,7 +75,7 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Wri
     try:
         alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
         full = [apply(tokenizer, [*prompt, *response], content.writing) for response in _turns(content)]
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise RowError(f"the chat template refuses this row: {error}", "refused by the chat template") from None
     return alone, full
 
@@ -91,7 +95,19 @@ def _apply_all(
 ) -> list[str]:
     if not conversations:
         return []
+    template = writing.chat_template or str(tokenizer.chat_template)
+    conversations = [[_as_known(message, template) for message in messages] for messages in conversations]
     tools: Any = list(writing.tools) if writing.tools else None
+    if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
+        # apply_chat_template drops what is null, which these templates ask for.
+        nulls, _ = render_jinja_template(
+            conversations,
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(writing.chat_template, tools),
+            add_generation_prompt=generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+        return nulls
     written: Any = tokenizer.apply_chat_template(
         conversations,
         tools=tools,
@@ -100,6 +116,29 @@ def _apply_all(
         add_generation_prompt=generation_prompt,
     )
     return written
+
+
+def _as_known(message: Message, template: str) -> Message:
+    """A developer's turn is the system's for a template that knows no developer; a call without words has no words.
+
+    Most templates add the content up as text, and would fail at null or write "None"; those that ask for null get it.
+    """
+    if message["role"] == "developer" and "developer" not in template:
+        return {**message, "role": "system"}
+    if message.get("tool_calls") and message.get("content") is None:
+        return {**message, "content": None if _ASKS_FOR_NULL.search(template) else ""}
+    return message
+
+
+def common(a: str, b: str) -> int:
+    """How many letters two texts begin with alike."""
+    if b.startswith(a):
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def _answered(prompt: Any) -> bool:

@@ -15,7 +15,7 @@ from fastpref.data.chat_templates import load_chat_template
 from fastpref.data.function import is_function, source_file
 from fastpref.data.opening import content_hash
 
-VERSION = 1
+VERSION = 2
 """Of what tokenising makes of a row; to be raised when that, or what is stored of it, changes."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")  # which write and encode the text
 
