@@ -14,6 +14,7 @@ from fastpref.errors import UserError
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
 # What a template raises for messages that it does not take.
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+_DEVELOPER = re.compile(r"['\"]developer['\"]")
 _ASKS_FOR_NULL = re.compile(r"content['\"]?\]?\s+is\s+(not\s+)?none", re.IGNORECASE)
 
 
@@ -123,7 +124,7 @@ def _as_known(message: Message, template: str) -> Message:
 
     Most templates add the content up as text, and would fail at null or write "None"; those that ask for null get it.
     """
-    if message["role"] == "developer" and "developer" not in template:
+    if message["role"] == "developer" and not _DEVELOPER.search(template):
         return {**message, "role": "system"}
     if message.get("tool_calls") and message.get("content") is None:
         return {**message, "content": None if _ASKS_FOR_NULL.search(template) else ""}

@@ -134,9 +134,10 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _forms(words: str) -> Iterator[str]:
-    """Words as they are, as JSON has them, and as JSON in JSON."""
+    """Words as they are, as Python has them in single quotes, as JSON has them, and as JSON in JSON."""
     words = words.strip()
     yield plain(words)
+    yield plain(words.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r"))
     for ascii_only in (False, True):
         once = json.dumps(words, ensure_ascii=ascii_only)[1:-1]
         yield plain(once)

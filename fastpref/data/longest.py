@@ -68,8 +68,8 @@ def _microbatches(config: Config, step: Sequence[Example], layout: Layout) -> It
 
 
 def _cut(config: Config, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths as tokenising with a smaller `tokens.max_length` may leave them: prompts lose tokens first, down to half
-    of it, then completions."""
+    """Lengths as tokenising with a smaller `tokens.max_length` leaves those of text: prompts lose tokens first, down to
+    half of it, then completions. Chats, whose turns go whole, are left no more tokens than that in all."""
     limit = config.tokens.max_length
     prompts = np.minimum(prompts, np.maximum(kept_prompt(limit), limit - completions.max(axis=1, initial=1)))
     return prompts, np.minimum(completions, (limit - prompts)[:, None])

@@ -133,6 +133,22 @@ def test_all_is_scored_where_that_is_asked_for(family: str):
     assert tokenized(tokenizer, single) == tokenized(tokenizer, single, score="all")
 
 
+@pytest.mark.parametrize("family", ["chatml", "llama3", "plain"])
+def test_all_is_what_trl_scores(family: str):
+    """With `score = "all"` prompt and responses are TRL's texts, but for white space at the end and a missing end."""
+    data_utils = pytest.importorskip("trl.data_utils")
+    tokenizer = FAMILIES[family][0]()
+    row = {"prompt": [user("q")], "chosen": [says("one"), user("Well?"), says("two")], "rejected": [says("x")]}
+    texts = data_utils.apply_chat_template(
+        {name: [dict(turn) for turn in turns] for name, turns in row.items()}, tokenizer
+    )
+    (example,), _ = tokenized(tokenizer, Paired(**row), score="all")
+    assert tokenizer.decode(example.prompt) == texts["prompt"]
+    for name, ids in zip(("chosen", "rejected"), example.completions):
+        assert str(tokenizer.decode(ids)).removesuffix("</s>").strip() == texts[name].strip()
+    assert example.scored(0) == len(example.completions[0])
+
+
 @pytest.mark.parametrize("family", ["thinking", "glm"])
 def test_turns_that_are_written_otherwise_once_others_follow(family: str):
     """Reasoning that the template drops from an earlier turn moves no boundary, and is counted as left out."""
