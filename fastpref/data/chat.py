@@ -77,7 +77,8 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Wri
         alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
         full = [apply(tokenizer, [*prompt, *response], content.writing) for response in _turns(content)]
     except REFUSALS as error:
-        raise RowError(f"the chat template refuses this row: {error}", "refused by the chat template") from None
+        hint = "; put the words of its system turn into the first question" if "system" in str(error).lower() else ""
+        raise RowError(f"the chat template refuses this row: {error}{hint}", "refused by the chat template") from None
     return alone, full
 
 
@@ -101,14 +102,15 @@ def _apply_all(
     tools: Any = list(writing.tools) if writing.tools else None
     if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
         # apply_chat_template drops what is null, which these templates ask for.
-        nulls, _ = render_jinja_template(
+        special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        nulls: Any = render_jinja_template(
             conversations,
             tools=tools,
             chat_template=tokenizer.get_chat_template(writing.chat_template, tools),
             add_generation_prompt=generation_prompt,
-            **tokenizer.special_tokens_map,
+            **special,
         )
-        return nulls
+        return nulls[0]
     written: Any = tokenizer.apply_chat_template(
         conversations,
         tools=tools,

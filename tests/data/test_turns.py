@@ -142,7 +142,7 @@ def test_all_is_what_trl_scores(family: str):
     texts = data_utils.apply_chat_template(
         {name: [dict(turn) for turn in turns] for name, turns in row.items()}, tokenizer
     )
-    (example,), _ = tokenized(tokenizer, Paired(**row), score="all")
+    (example,), _ = tokenized(tokenizer, Paired(row["prompt"], row["chosen"], row["rejected"]), score="all")
     assert tokenizer.decode(example.prompt) == texts["prompt"]
     for name, ids in zip(("chosen", "rejected"), example.completions):
         assert str(tokenizer.decode(ids)).removesuffix("</s>").strip() == texts[name].strip()
