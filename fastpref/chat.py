@@ -10,6 +10,9 @@ import peft
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from fastpref.data.chat import apply
+from fastpref.data.content import Writing
+from fastpref.data.text import check_template_keywords
 from fastpref.errors import UserError
 from fastpref.model.trained import Trained, load_trained, trained_tokenizer
 
@@ -41,10 +44,14 @@ def chat(
     source: TextIO = sys.stdin if given is None else given
     screen: TextIO = sys.stdout if out is None else out
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speakers = _speakers(trained, compare, device)
     tokenizer = trained_tokenizer(trained)
     if not tokenizer.chat_template:
         raise UserError(f"{trained.weights}: its tokenizer has no chat template; add tokens.chat_template=chatml")
+    check_template_keywords(trained.config, tokenizer)
+    writing = Writing(
+        template_kwargs=trained.config.tokens.chat_template_kwargs, day=trained.text.day if trained.text else None
+    )
+    speakers = _speakers(trained, compare, device)
     for speaker in speakers:
         speaker.messages = _beginning(system)
     options = _sampling(temperature) | {"max_new_tokens": max_tokens}
@@ -59,7 +66,7 @@ def chat(
             if len(speakers) > 1:
                 print(f"{speaker.name}: ", end="", file=screen, flush=True)
             speaker.messages.append({"role": "user", "content": said})
-            answer = _answer(speaker, tokenizer, options, screen)
+            answer = _answer(speaker, tokenizer, writing, options, screen)
             speaker.messages.append({"role": "assistant", "content": answer})
 
 
@@ -105,11 +112,12 @@ def _lines(given: TextIO, out: TextIO) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _answer(speaker: Speaker, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], out: TextIO) -> str:
+def _answer(
+    speaker: Speaker, tokenizer: PreTrainedTokenizerBase, writing: Writing, options: dict[str, Any], out: TextIO
+) -> str:
     """The answer to the last message, shown while it is made. Ctrl-C ends it where it is."""
-    ids: Any = tokenizer.apply_chat_template(
-        speaker.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    text = apply(tokenizer, speaker.messages, writing, generation_prompt=True)
+    ids: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     streamer = _Streamer(tokenizer, out)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with speaker.within():

@@ -178,6 +178,16 @@ class TokensConfig(_Section):
     """What happens to rows that repeat another one exactly, in the same source or another."""
     chat_template: str | None = None
     """A Jinja template, a file holding one, or a known name (chatml, llama3, ...), instead of the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Keywords for the chat template, such as { enable_thinking = false }; a row's own come before them."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _known_keywords(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        from fastpref.data.template_keywords import check_keywords
+
+        check_keywords(given or {})
+        return given or None
 
 
 class ReferenceConfig(_Section):

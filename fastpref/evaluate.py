@@ -119,7 +119,8 @@ def _examples(trained: Trained, data: str | None, cache: bool) -> Sequence[Examp
         )
     elif not config.eval.wanted:
         raise UserError("the run held nothing out (eval.fraction, [[eval.data]]); name a file: --data FILE")
-    tokenized = load_examples(config, trained_tokenizer(trained), cache=cache)
+    day = trained.text.day if trained.text is not None else None
+    tokenized = load_examples(config, trained_tokenizer(trained), cache=cache, day=day)
     return tokenized.train if data is not None else tokenized.heldout
 
 

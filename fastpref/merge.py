@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastpref.config import ModelConfig
+from fastpref.data.text import add_text
 from fastpref.errors import UserError
 from fastpref.model.load import load_model, model_config
 from fastpref.model.skeleton import skeleton
@@ -131,6 +132,7 @@ class _Merger:
             for path in self._base.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
         trained_tokenizer(self._trained).save_pretrained(str(folder))
+        add_text(folder, self._trained.text, model_config(self._options))
 
     def _tensors(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, "pt") as stored:

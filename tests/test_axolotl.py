@@ -197,6 +197,11 @@ TABLE: dict[str, dict[str, Any]] = {
     "chat_template: chatml": {"tokens.chat_template": "chatml"},
     "chat_template: tokenizer_default": {},
     "chat_template_jinja: '{{ x }}'": {"tokens.chat_template": "{{ x }}"},
+    "chat_template_kwargs: {enable_thinking: false, reasoning_effort: low, builtin_tools: null}": {
+        "tokens.chat_template_kwargs.enable_thinking": False,
+        "tokens.chat_template_kwargs.reasoning_effort": "low",
+    },
+    "chat_template_kwargs: {}": {},
     "learning_rate: 1e-4": {"train.learning_rate": 1e-4},  # YAML reads it as text
     "lr_scheduler: linear": {"train.schedule": "linear"},
     "{lr_scheduler: constant_with_warmup, warmup_steps: 5}": {"train.schedule": "constant", "train.warmup": 5},

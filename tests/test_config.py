@@ -678,6 +678,7 @@ SURFACE = {
     "tokens.strict": False,
     "tokens.duplicates": "keep",
     "tokens.chat_template": None,
+    "tokens.chat_template_kwargs": None,
     "reference.mode": "auto",
     "reference.dtype": "auto",
     "reference.quantization": "auto",

@@ -42,7 +42,7 @@ _BY_REASON: dict[str, str] = {
         tokens added_tokens_overrides resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings
         fix_untrained_tokens""",
     "the end of a turn is found by writing one with the chat template": "eot_tokens",
-    "there is no such key; a chat template can hold it": "default_system_message chat_template_kwargs",
+    "there is no such key; a chat template can hold it": "default_system_message",
     "quantised weights are nf4 or int8 of bitsandbytes": """
         gptq bnb_config_kwargs model_quantization_config model_quantization_config_kwargs quantize_moe_experts qat
         quantization peft.group_size""",

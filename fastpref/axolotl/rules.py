@@ -134,6 +134,12 @@ RULES = (
         run.template,
         "a known name, Jinja or a file; `tokenizer_default` is the default",
     ),
+    Rule(
+        ("chat_template_kwargs",),
+        ("tokens.chat_template_kwargs",),
+        run.keywords,
+        "the same, without what is null; a keyword that the template does not read is an error of the run",
+    ),
     _same("learning_rate", "train.learning_rate", as_number),
     Rule(
         ("lr_scheduler", "warmup_steps", "warmup_ratio"),

@@ -42,6 +42,12 @@ def template(config: Axolotl) -> Made:
         yield Setting(dotted("tokens.chat_template"), template, config.given("chat_template", "chat_template_jinja"))
 
 
+def keywords(config: Axolotl) -> Made:
+    table = {name: value for name, value in config.table("chat_template_kwargs").items() if value is not None}
+    if table:
+        yield Setting(dotted("tokens.chat_template_kwargs"), table, ("chat_template_kwargs",))
+
+
 def duplicates(config: Axolotl) -> Made:
     if config.on("dataset_exact_deduplication"):
         yield Setting(dotted("tokens.duplicates"), "drop", ("dataset_exact_deduplication",))

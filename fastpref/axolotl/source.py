@@ -82,6 +82,9 @@ class Axolotl:
     def text(self, field: str, default: Any = None) -> Any:
         return self._read(field, as_text, default)
 
+    def table(self, field: str) -> dict[str, Any]:
+        return self._read(field, as_table, {})
+
     def _read(self, field: str, convert: Callable[[Any], Any], default: Any) -> Any:
         if field not in self.values:
             return default
@@ -113,6 +116,12 @@ def as_whole(value: Any) -> int:
 def as_text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"must be text, got {shown(value)}")
+    return value
+
+
+def as_table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a table of keywords, got {shown(value)}")
     return value
 
 

@@ -11,7 +11,9 @@ tells a file that was harmed afterwards.
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config
 from fastpref.data import table
-from fastpref.data.example import Counts
+from fastpref.data.example import Counts, Example
 from fastpref.data.fingerprint import fingerprint
 from fastpref.data.sources import Prepared, prepare
 from fastpref.data.table import Examples
+from fastpref.data.text import check_template_keywords
 from fastpref.data.tokenize import tokenize_batches
 from fastpref.errors import UserError
 
@@ -40,19 +43,26 @@ class Tokenized:
     counts: dict[str, Counts]  # of "train" and "heldout"
     duplicates: int
     left_out: int
+    ends: tuple[int, ...] = ()  # the tokens with which training responses end, cut ones aside
+    chat_template: str | None = None  # the one that wrote all training chats in place of the tokenizer's
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
 
 
-def load_examples(config: Config, tokenizer: PreTrainedTokenizerBase, *, cache: bool = True) -> Tokenized:
+def load_examples(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, cache: bool = True, day: date | None = None
+) -> Tokenized:
     """The examples of a config, from the cache if they are there, else tokenised and, with `cache`, put there.
 
-    The tokenizer has the config's chat template already. Raises UserError for rows that are mistakes, or if none is
-    left. A cache that cannot be written is a note, not an error.
+    The tokenizer has the config's chat template already; one that writes the date writes that of `day`, today's if
+    None. Raises UserError for rows that are mistakes, if none is left, or for keywords that no template reads. A cache
+    that cannot be written is a note, not an error.
     """
+    check_template_keywords(config, tokenizer)
+    day = day or date.today()
     if not cache:
-        return _in_memory(config, tokenizer)
+        return _in_memory(config, tokenizer, day)
     try:
-        entry = cache_folder() / "tokens" / fingerprint(config, tokenizer)
+        entry = cache_folder() / "tokens" / fingerprint(config, tokenizer, day)
         found, _ = _open(entry)
         if found:
             return found
@@ -61,12 +71,12 @@ def load_examples(config: Config, tokenizer: PreTrainedTokenizerBase, *, cache: 
             found, harmed = _open(entry)  # another process may have been first
             if found:
                 return found
-            made = _write(config, tokenizer, entry)
+            made = _write(config, tokenizer, day, entry)
             if harmed:
                 made.notes.append(f"the cache held these tokens, but {harmed}; they were made again")
             return made
     except (OSError, NotImplementedError, pa.ArrowException) as error:  # no lock, no space, no rights, no home
-        made = _in_memory(config, tokenizer)
+        made = _in_memory(config, tokenizer, day)
         made.notes.append(f"the cache in {_shown_folder()} cannot be used, so nothing is kept for later runs: {error}")
         return made
 
@@ -76,18 +86,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTPREF_CACHE") or "~/.cache/fastpref").expanduser()
 
 
-def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
+def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> Tokenized:
     prepared = prepare(config)
     counts = {name: Counts() for name in _PARTS}
+    ends: dict[str, set[int]] = {name: set() for name in _PARTS}
+    templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
     found = {}
     for name in _PARTS:
-        rows = getattr(prepared, name)
-        found[name] = table.in_memory(tokenize_batches(rows, tokenizer, config.tokens, counts[name]))
+        batches = tokenize_batches(
+            getattr(prepared, name), tokenizer, config.tokens, counts[name], day, templates[name]
+        )
+        found[name] = table.in_memory(_observed(batches, ends[name]))
     _check(counts)
-    return Tokenized(found["train"], found["heldout"], counts, *_findings(prepared, counts))
+    duplicates, left_out, notes = _findings(prepared, counts, templates["train"])
+    kept, template = tuple(sorted(ends["train"])), _only(templates["train"])
+    return Tokenized(found["train"], found["heldout"], counts, duplicates, left_out, kept, template, notes)
 
 
-def _write(config: Config, tokenizer: PreTrainedTokenizerBase, entry: Path) -> Tokenized:
+def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry: Path) -> Tokenized:
     """Tokenise into a folder beside `entry`, and rename it to that. The lock is held."""
     temporary = entry.with_suffix(".tmp")
     for leftover in (temporary, entry):  # of a writer that was killed; harmed
@@ -97,16 +113,22 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, entry: Path) -> T
     try:
         prepared = prepare(config)
         counts = {name: Counts() for name in _PARTS}
+        ends: dict[str, set[int]] = {name: set() for name in _PARTS}
+        templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
         for name in _PARTS:
-            batches = tokenize_batches(getattr(prepared, name), tokenizer, config.tokens, counts[name])
-            table.write(batches, temporary / f"{name}.arrow")
+            batches = tokenize_batches(
+                getattr(prepared, name), tokenizer, config.tokens, counts[name], day, templates[name]
+            )
+            table.write(_observed(batches, ends[name]), temporary / f"{name}.arrow")
         _check(counts)
-        duplicates, left_out, notes = _findings(prepared, counts)
+        duplicates, left_out, notes = _findings(prepared, counts, templates["train"])
         manifest = {
             "files": {name: (temporary / f"{name}.arrow").stat().st_size for name in _PARTS},
             "counts": {name: asdict(counts[name]) for name in _PARTS},
             "duplicates": duplicates,
             "left_out": left_out,
+            "ends": sorted(ends["train"]),
+            "chat_template": _only(templates["train"]),
             "notes": notes,
         }
         _write_down(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -118,7 +140,7 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, entry: Path) -> T
     made, harmed = _open(entry)
     if made is None:
         raise OSError(f"what was written is not there: {harmed}")
-    return Tokenized(made.train, made.heldout, counts, duplicates, left_out, notes)
+    return Tokenized(made.train, made.heldout, counts, duplicates, left_out, made.ends, made.chat_template, notes)
 
 
 def _open(entry: Path) -> tuple[Tokenized | None, str]:
@@ -138,14 +160,33 @@ def _open(entry: Path) -> tuple[Tokenized | None, str]:
             if len(examples) != counts[name].kept:
                 return None, f"{name}.arrow has {len(examples)} rows instead of {counts[name].kept}"
         notes = [*manifest["notes"], f"rows and tokens: from the cache, {entry}"]
-        found = Tokenized(**parts, counts=counts, notes=notes, **{k: manifest[k] for k in ("duplicates", "left_out")})
+        same = {name: manifest[name] for name in ("duplicates", "left_out", "chat_template")}
+        found = Tokenized(**parts, counts=counts, ends=tuple(map(int, manifest["ends"])), notes=notes, **same)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         return None, f"{entry} is harmed ({type(error).__name__}: {error})"
     return found, ""
 
 
-def _findings(prepared: Prepared, counts: dict[str, Counts]) -> tuple[int, int, list[str]]:
+def _observed(batches: Iterable[list[Example]], ends: set[int]) -> Iterator[list[Example]]:
+    """The same batches; `ends` gets the last token of every completion that was not cut, which is its end."""
+    for batch in batches:
+        for example in batch:
+            cut = example.row.completions_cut or (0,) * len(example.completions)
+            ends.update(ids[-1] for ids, lost in zip(example.completions, cut) if not lost)
+        yield batch
+
+
+def _only(templates: set[str | None]) -> str | None:
+    """The template of all chats, if they have one that is not the tokenizer's."""
+    return next(iter(templates)) if len(templates) == 1 else None
+
+
+def _findings(prepared: Prepared, counts: dict[str, Counts], templates: set[str | None]) -> tuple[int, int, list[str]]:
     said = [f"{_PARTS[name]}: {count}" for name, count in counts.items() if count.rows]
+    if len(templates) > 1:
+        said.append(
+            f"{len(templates)} chat templates write the training rows; the tokenizer's own is saved with the result"
+        )
     return prepared.duplicates, prepared.left_out, [*prepared.notes, *said]
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
+from fastpref.data.template_keywords import key_of, keywords_of, on_day
 from fastpref.errors import UserError
 
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
@@ -22,11 +23,11 @@ def write_all(
     contents: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase
 ) -> list[Written | RowError | UserError]:
     """`write` for many rows, each with its text or the error that it raises. Chats go to the template together."""
-    together: dict[str | None, list[int]] = {}
+    together: dict[tuple[str | None, str], list[int]] = {}
     for at, content in enumerate(contents):
         template = content.writing.chat_template
         if not isinstance(content.prompt, str) and not content.writing.tools and (template or tokenizer.chat_template):
-            together.setdefault(template, []).append(at)
+            together.setdefault(key_of(content.writing), []).append(at)
     made: dict[int, Written | RowError | UserError] = {}
     for places in together.values():
         try:
@@ -44,7 +45,7 @@ def _write_or_error(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBa
 
 
 def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
-    """Chats of one template and without tools, in two calls of it."""
+    """Chats of one template and its keywords, without tools, in two calls of it."""
     writing = chats[0].writing
     asked: list[list[Message]] = []  # prompts that the assistant is to answer
     others: list[list[Message]] = []
@@ -100,24 +101,27 @@ def _apply_all(
     template = writing.chat_template or str(tokenizer.chat_template)
     conversations = [[_as_known(message, template) for message in messages] for messages in conversations]
     tools: Any = list(writing.tools) if writing.tools else None
-    if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
-        # apply_chat_template drops what is null, which these templates ask for.
-        special: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        nulls: Any = render_jinja_template(
+    jinja = tokenizer.get_chat_template(writing.chat_template, tools)
+    with on_day(jinja, writing.day):
+        if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
+            # apply_chat_template drops what is null, which these templates ask for.
+            keywords: dict[str, Any] = {**tokenizer.special_tokens_map, **keywords_of(writing)}
+            nulls: Any = render_jinja_template(
+                conversations,
+                tools=tools,
+                chat_template=jinja,
+                add_generation_prompt=generation_prompt,
+                **keywords,
+            )
+            return nulls[0]
+        written: Any = tokenizer.apply_chat_template(
             conversations,
             tools=tools,
-            chat_template=tokenizer.get_chat_template(writing.chat_template, tools),
+            chat_template=jinja,
+            tokenize=False,
             add_generation_prompt=generation_prompt,
-            **special,
+            **keywords_of(writing),
         )
-        return nulls[0]
-    written: Any = tokenizer.apply_chat_template(
-        conversations,
-        tools=tools,
-        chat_template=writing.chat_template,
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-    )
     return written
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 Message = dict[str, Any]
@@ -19,6 +20,8 @@ class Writing:
     """What the chat template is told of the tools there are: their JSON schemas."""
     template_kwargs: Mapping[str, Any] | None = None
     """Keywords for the chat template that this row sets: enable_thinking, reasoning_effort."""
+    day: date | None = None
+    """The day that a chat template which writes the date is to write; None is today."""
     end: str | None = None
     """What ends a response of text, where its format writes that itself."""
 

@@ -6,8 +6,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data.chat import REFUSALS, apply
-from fastpref.data.content import Content, Message, Paired, Unpaired, Writing
+from fastpref.data.content import PLAIN, Content, Message, Paired, Unpaired, Writing
 from fastpref.data.example import Ids
+from fastpref.data.template_keywords import key_of
 from fastpref.errors import UserError
 
 _MARK = "fastpref"
@@ -34,16 +35,16 @@ class EndTokens:
         # Tokens that may end a turn where a template writes them last: not </tool_call> and its like.
         self._controls = {id for id, token in added.items() if token.special and "tool" not in token.content}
         self._controls |= set(tokenizer.all_special_ids)
-        self._found: dict[tuple[bool, str | None], End] = {}
-        self._others: dict[str | None, frozenset[int]] = {}
+        self._found: dict[tuple[bool, Any], End] = {}
+        self._others: dict[Any, frozenset[int]] = {}
         self._blank: dict[int, bool] = {}
 
     def of(self, content: Paired | Unpaired) -> End:
         """EOS for text, unless it writes its own end; for chats what the template puts after an assistant's words."""
         chat = not isinstance(content.prompt, str)
-        key = chat, content.writing.chat_template if chat else content.writing.end
+        key = chat, key_of(content.writing) if chat else content.writing.end
         if key not in self._found:
-            self._found[key] = self._find(*key)
+            self._found[key] = self._find(chat, content.writing)
         return self._found[key]
 
     def of_response(self, end: End, response: Content, ids: Ids) -> End:
@@ -85,44 +86,45 @@ class EndTokens:
             self._blank[token] = not str(self._tokenizer.decode([token])).strip()
         return self._blank[token]
 
-    def _find(self, chat: bool, writing: str | None) -> End:
+    def _find(self, chat: bool, writing: Writing) -> End:
         eos = only_id(self._tokenizer.eos_token_id)
-        turn, spelled = self._turn_end(writing if chat else None)
-        own = self._one_token(writing) if writing and not chat else None
+        turn, spelled = self._turn_end(writing if chat else PLAIN)
+        own = self._one_token(writing.end) if writing.end and not chat else None
         token = next((id for id in ((turn, eos) if chat else (own, eos, turn)) if id is not None), None)
         if token is None:
             raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         known = frozenset(id for id in (own, eos, turn) if id is not None)
-        foreign = spelled if chat else writing is not None and own is None
-        return End(token, known | self._other_ends(writing if chat else None), foreign)
+        foreign = spelled if chat else writing.end is not None and own is None
+        return End(token, known | self._other_ends(writing if chat else PLAIN), foreign)
 
-    def _turn_end(self, template: str | None) -> tuple[int | None, bool]:
+    def _turn_end(self, writing: Writing) -> tuple[int | None, bool]:
         """The special token that the chat template puts after an assistant's words, and whether it writes what is
         no token there instead."""
-        tail = self._after_mark([_QUESTION, {"role": "assistant", "content": _MARK}], template)
+        tail = self._after_mark([_QUESTION, {"role": "assistant", "content": _MARK}], writing)
         if tail and tail[0] in self._special:
             return tail[0], False
         return None, bool(tail) and not self._special.intersection(tail)
 
-    def _other_ends(self, template: str | None) -> frozenset[int]:
+    def _other_ends(self, writing: Writing) -> frozenset[int]:
         """Tokens with which the template ends turns of other kinds: earlier ones, calls of tools, Llama's messages."""
-        if template not in self._others:
+        key = key_of(writing)
+        if key not in self._others:
             words = {"role": "assistant", "content": _MARK}
             call = {"type": "function", "function": {"name": "f", "arguments": {"a": _MARK}}}
             calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-            earlier = self._after_mark([_QUESTION, words, _QUESTION], template)[:1]
-            called = self._after_mark([_QUESTION, calling], template)[-1:]
-            writes = template or str(self._tokenizer.chat_template)
+            earlier = self._after_mark([_QUESTION, words, _QUESTION], writing)[:1]
+            called = self._after_mark([_QUESTION, calling], writing)[-1:]
+            writes = writing.chat_template or str(self._tokenizer.chat_template)
             ids: Any = self._tokenizer.convert_tokens_to_ids([name for name in _MESSAGE_ENDS if name in writes])
-            self._others[template] = frozenset({*earlier, *called, *ids} & self._controls)
-        return self._others[template]
+            self._others[key] = frozenset({*earlier, *called, *ids} & self._controls)
+        return self._others[key]
 
-    def _after_mark(self, chat: list[Message], template: str | None) -> Ids:
+    def _after_mark(self, chat: list[Message], writing: Writing) -> Ids:
         """The tokens that the template writes after the last mark, without white space around them."""
-        if not (template or self._tokenizer.chat_template):
+        if not (writing.chat_template or self._tokenizer.chat_template):
             return []
         try:
-            text = apply(self._tokenizer, chat, Writing(chat_template=template))
+            text = apply(self._tokenizer, chat, replace(writing, tools=None))
         except REFUSALS:
             return []
         return encode(self._tokenizer, text.rpartition(_MARK)[2].strip()) if _MARK in text else []

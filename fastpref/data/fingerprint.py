@@ -14,21 +14,22 @@ from fastpref.config import Config, DataConfig
 from fastpref.data.chat_templates import load_chat_template
 from fastpref.data.function import is_function, source_file
 from fastpref.data.opening import content_hash
+from fastpref.data.template_keywords import writes_the_date
 
 VERSION = 2
 """Of what tokenising makes of a row; to be raised when that, or what is stored of it, changes."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")  # which write and encode the text
 
 
-def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hexadecimal digits. The tokenizer has the chat template of the config already.
+def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
+    """32 hexadecimal digits. The tokenizer has the chat template of the config already; `day` is the run's.
 
     Raises UserError for a source that is not there, OSError for one that cannot be read.
     """
-    return _hash(inputs(config, tokenizer))[:32]
+    return _hash(inputs(config, tokenizer, day))[:32]
 
 
-def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dict[str, Any]:
     """What the fingerprint is made of, as JSON."""
     found = {
         "version": VERSION,
@@ -41,8 +42,8 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
         "tokenizer": _tokenizer(tokenizer),
         "chat template": tokenizer.chat_template,
     }
-    if "strftime_now" in json.dumps(found):  # a template that writes the date
-        found["date"] = date.today().isoformat()
+    if writes_the_date(json.dumps(found)):
+        found["date"] = day.isoformat()
     return found
 
 

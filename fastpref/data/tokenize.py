@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from fastpref.data.left_out import (
 )
 from fastpref.data.lengths import cut, kept_prompt, kept_response
 from fastpref.data.sources import SourceRow
+from fastpref.data.template_keywords import of_run
 from fastpref.data.turns import TextSpans, contexts, exchanges, without_oldest
 from fastpref.errors import UserError
 
@@ -33,26 +35,36 @@ _EQUAL = "chosen and rejected are equal"
 
 
 def tokenize(
-    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, options: TokensConfig
+    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, options: TokensConfig, day: date | None = None
 ) -> tuple[list[Example], Counts]:
     """Token ids of every row that can be used, and counts of what was cut or dropped: `tokenize_batches` in one."""
     counts = Counts()
-    batches = tokenize_batches(rows, tokenizer, options, counts)
+    batches = tokenize_batches(rows, tokenizer, options, counts, day)
     return [example for batch in batches for example in batch], counts
 
 
 def tokenize_batches(
-    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, options: TokensConfig, counts: Counts
+    rows: Sequence[SourceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokensConfig,
+    counts: Counts,
+    day: date | None = None,
+    templates: set[str | None] | None = None,
 ) -> Iterator[list[Example]]:
     """Token ids of every row that can be used, some rows at a time; `counts` grows by what was cut or dropped.
 
     A prompt's tokens are the longest common prefix of the prompt's and of every prompt-with-response's, so a token
     that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly
-    once. Raises UserError naming a row that the template refuses, or that `options` makes an error of.
+    once. Templates that write the date write that of `day` (None: today). `templates` gets those that wrote a row,
+    None for the tokenizer's. Raises UserError naming a row that the template refuses, or that `options` makes an error
+    of.
     """
-    encoder = _Encoder(tokenizer, options, counts)
+    encoder = _Encoder(tokenizer, options, counts, day)
     for start in range(0, len(rows), BATCH):
-        yield encoder.examples(rows[start : start + BATCH])
+        some = rows[start : start + BATCH]
+        if templates is not None:
+            templates |= {row.content.writing.chat_template for row in some if not isinstance(row.content.prompt, str)}
+        yield encoder.examples(some)
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
@@ -80,8 +92,8 @@ class _Draft:
 class _Encoder:
     """What the rows of a data set share."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TokensConfig, counts: Counts):
-        self._tokenizer, self._options, self._counts = tokenizer, options, counts
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TokensConfig, counts: Counts, day: date | None):
+        self._tokenizer, self._options, self._counts, self._day = tokenizer, options, counts, day
         self._ends = EndTokens(tokenizer)
         self._bos = only_id(tokenizer.bos_token_id)
         self._adds_bos = self._bos is not None and self._bos in encode(tokenizer, "", special=True)[:1]
@@ -89,6 +101,8 @@ class _Encoder:
 
     def examples(self, rows: Sequence[SourceRow]) -> list[Example]:
         """The usable ones of these rows. One call of the tokenizer for all their texts."""
+        keywords = self._options.chat_template_kwargs or {}
+        rows = [replace(row, content=of_run(row.content, keywords, self._day)) for row in rows]
         self._counts.rows += len(rows)
         rows = [row for row in rows if self._says_something(row)]
         drafts = []

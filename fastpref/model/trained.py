@@ -1,7 +1,7 @@
 """What `eval`, `chat`, `merge` and `push` are pointed at: a run, a checkpoint, an adapter, a model, or a config."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpref.config import Config, ModelConfig, load_config, make_config
+from fastpref.data.text import TextRecord, read_text, read_text_on_hub, stop_at
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded, load_model, load_tokenizer
@@ -26,6 +27,7 @@ class Trained:
     is_adapter: bool
     config: Config  # whose model is the one that the training began with
     of_run: bool  # whether the config is that of a run, or says no more than the model's name
+    text: TextRecord | None = None  # how the text was written that it was trained on; None of what is not known
 
     @property
     def began_with(self) -> str | None:
@@ -37,7 +39,8 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
     """What a name stands for: a run's folder (its final/, or else its newest checkpoint), a checkpoint, a folder or a
     name on the hub of an adapter or a model, or a config, for the model that it would train.
 
-    Raises UserError.
+    Its config has the chat template and the keywords of its text.json, where no override names others. Raises
+    UserError.
     """
     path = Path(name).expanduser()
     if path.suffix == ".toml":
@@ -50,22 +53,28 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
                  if p.is_file()), None)  # fmt: skip
     adapter = (folder / "adapter_config.json").is_file()
     if toml is not None:
-        return Trained(str(folder), adapter, load_config(toml, overrides), True)
-    base = _base(folder) if adapter else str(folder)
-    return Trained(str(folder), adapter, _config(base, overrides), False)
+        of_run = True
+        config = load_config(toml, overrides)
+    else:
+        of_run = False
+        config = _config(_base(folder) if adapter else str(folder), overrides)
+    return _as_recorded(
+        Trained(str(folder), adapter, config, of_run), read_text(folder, path, folder.parent), overrides
+    )
 
 
 def load_trained(trained: Trained, device: torch.device, *, base: bool = False) -> Loaded:
-    """The trained model, or the `base` that it began with. Raises UserError."""
-    config = trained.config
-    if trained.is_adapter and not base:
-        return load_model(_as_it_is(config, device), device, trained=True, adapter=trained.weights)
-    if not base:
+    """The trained model, or the `base` that it began with. Both end their answers as was trained. Raises UserError."""
+    config, adapter = trained.config, trained.weights if trained.is_adapter and not base else None
+    if not base and adapter is None:
         model = config.model.model_copy(update={"name": trained.weights})
         if model.name != config.model.name:
             model = model.model_copy(update={"revision": None})
         config = config.model_copy(update={"model": model})
-    return load_model(_as_it_is(config, device), device, trained=True)
+    loaded = load_model(_as_it_is(config, device), device, trained=True, adapter=adapter)
+    if trained.text is not None:
+        stop_at(loaded.model, trained.text.ends.values())
+    return loaded
 
 
 def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
@@ -76,6 +85,21 @@ def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(config.model.model_copy(update={"name": str(own)}) if saved else config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
     return tokenizer
+
+
+def _as_recorded(trained: Trained, text: TextRecord | None, overrides: Sequence[str]) -> Trained:
+    """With the text that it was trained on: a file that the config names may have changed since."""
+    if text is None:
+        return trained
+    named = {override.partition("=")[0].strip() for override in overrides}
+    tokens, update = trained.config.tokens, {}
+    if not named & {"tokens", "tokens.chat_template"}:
+        template = text.chat_template
+        update["chat_template"] = template if isinstance(template, str) else tokens.chat_template
+    if not any(key == "tokens" or key.startswith("tokens.chat_template_kwargs") for key in named):
+        update["chat_template_kwargs"] = dict(text.chat_template_kwargs) or None
+    config = trained.config.model_copy(update={"tokens": tokens.model_copy(update=update)})
+    return replace(trained, config=config, text=text)
 
 
 def _as_it_is(config: Config, device: torch.device) -> Config:
@@ -113,7 +137,8 @@ def _on_hub(name: str, overrides: Sequence[str]) -> Trained:
         adapter = find_adapter_config_file(name) is not None
     except Exception:  # no such repository, no network: loading the model will say so
         adapter = False
-    return Trained(name, adapter, _config(_base(name) if adapter else name, overrides), False)
+    trained = Trained(name, adapter, _config(_base(name) if adapter else name, overrides), False)
+    return _as_recorded(trained, read_text_on_hub(name), overrides)
 
 
 def _config(model: str, overrides: Sequence[str]) -> Config:

@@ -8,7 +8,9 @@ from huggingface_hub import ModelCardData
 
 from fastpref import __version__
 from fastpref.config import Config, DataConfig
-from fastpref.config_toml import to_toml
+from fastpref.config_toml import to_toml, toml_value
+from fastpref.data.template_keywords import writes_the_date
+from fastpref.data.text import TextRecord
 
 _SHOWN = (
     ("eval/loss", "loss", "{:.4f}"),
@@ -19,7 +21,13 @@ _SHOWN = (
 )
 
 
-def model_card(config: Config, rows: Iterable[Mapping[str, Any]], data_fingerprint: str, steps: int) -> str:
+def model_card(
+    config: Config,
+    rows: Iterable[Mapping[str, Any]],
+    data_fingerprint: str,
+    steps: int,
+    text: TextRecord | None = None,
+) -> str:
     """The text. `rows` are those of metrics.jsonl. Folders of this machine are named by their last part only."""
     shown = _without_folders(config)
     base, adapter = shown.model.name, config.lora is not None
@@ -39,6 +47,7 @@ def model_card(config: Config, rows: Iterable[Mapping[str, Any]], data_fingerpri
         f"{_held_out(list(rows))}## Data\n\n"
         f"{', '.join(f'`{d.path}`' for d in shown.data)}; the training examples' tokens have the SHA-256\n"
         f"`{data_fingerprint}`.\n\n"
+        f"{_written(text, adapter)}"
         f"## Config\n\n```toml\n{to_toml(shown).strip()}\n```\n"
     )
 
@@ -53,6 +62,29 @@ def _held_out(rows: list[Mapping[str, Any]]) -> str:
         if first.get(name) is not None and last.get(name) is not None:
             lines.append(f"| {words} | {form.format(first[name])} | {form.format(last[name])} |")
     return "\n".join(lines) + "\n\n"
+
+
+def _written(text: TextRecord | None, adapter: bool) -> str:
+    """How prompts are to be written, and what ends an answer."""
+    if text is None or not (text.ends or text.chat_template):
+        return ""
+    said = []
+    if text.chat_template:
+        keywords = toml_value(dict(text.chat_template_kwargs))
+        said.append(
+            "The tokenizer has the chat template of the training"
+            + (f", which was given the keywords `{keywords}`" if text.chat_template_kwargs else "")
+            + (f" and wrote the date {text.day}" if writes_the_date(str(text.chat_template)) else "")
+            + "."
+        )
+    if text.ends:
+        said.append(f"Answers end with {', '.join(f'`{token}`' for token in text.ends)}.")
+        if adapter:
+            said.append(
+                "PEFT generates with the base model's settings: give it this folder's, "
+                "`generation_config=GenerationConfig.from_pretrained(...)`, which have every end."
+            )
+    return "## Text\n\n" + "\n".join(said) + "\n\n"
 
 
 def _without_folders(config: Config) -> Config:

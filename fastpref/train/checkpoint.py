@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.config import Config
 from fastpref.config_toml import to_toml
 from fastpref.data.example import Example
+from fastpref.data.text import TextRecord, save_generation_config
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
 from fastpref.processes import ALONE, Processes
@@ -33,6 +34,7 @@ class Checkpoints:
     folder: RunFolder
     loaded: Loaded
     tokenizer: PreTrainedTokenizerBase
+    text: TextRecord
     examples: Sequence[Example]
     optimizer: Any  # with state_dict and load_state_dict, as Accelerate made it
     scheduler: Any
@@ -72,7 +74,7 @@ class Checkpoints:
         def fill(folder: Path) -> None:
             self._fill_weights(folder, weights)
             if step is not None:
-                card = model_card(self.config, self.folder.rows(), self.data_fingerprint, step)
+                card = model_card(self.config, self.folder.rows(), self.data_fingerprint, step, self.text)
                 (folder / "README.md").write_text(card, encoding="utf-8")
 
         return self.processes.on_first(lambda: self.folder.save(name, fill))
@@ -123,6 +125,8 @@ class Checkpoints:
     def _fill_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         state.save_weights(folder, self.loaded, weights)
         self.tokenizer.save_pretrained(str(folder))
+        save_generation_config(folder, self.loaded.model.generation_config)
+        self.text.save(folder)
 
     def _fill(self, folder: Path, weights: dict[str, Tensor] | None, content: dict[str, Any]) -> None:
         self._fill_weights(folder, weights)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastpref.config import Config, load_config
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Example
 from fastpref.data.table import Examples
+from fastpref.data.text import TEXT, TextRecord, stop_at, text_of
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.loss_options import KTO
@@ -46,7 +48,7 @@ from fastpref.train.resume import Resumed, find_checkpoint, may_change
 from fastpref.train.state import Progress
 from fastpref.train.step import Objective
 from fastpref.train.trackers import Trackers, require_trackers
-from fastpref.train.whole import WriteError
+from fastpref.train.whole import WriteError, write_file
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,19 @@ def _prepare(
     set_seed(config.train.seed)
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
+    began = resumed.text if resumed else None
+    day = processes.on_first(date.today) if began is None else began.day
     with accelerator.main_process_first():  # the others find its tokens in the cache
-        data = load_examples(config, tokenizer, cache=cache)
+        data = load_examples(config, tokenizer, cache=cache, day=day)
+    if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
+        tokenizer.chat_template = data.chat_template
+    text = text_of(config, tokenizer, day, data.ends)
+    if resumed:
+        resumed.check_text(text)
     try:
         loaded = load_model(config, accelerator.device, sharded=processes.sharded)
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
-        run = _Run(config, folder, accelerator, processes, tokenizer, loaded, data, resumed)
+        run = _Run(config, folder, accelerator, processes, tokenizer, text, loaded, data, resumed)
     except UserError:
         raise
     except Exception as error:
@@ -144,18 +153,20 @@ class _Run:
         accelerator: Accelerator,
         processes: Processes,
         tokenizer: PreTrainedTokenizerBase,
+        text: TextRecord,
         loaded: Loaded,
         data: Tokenized,
         resumed: Resumed | None = None,
     ):
         examples, heldout = data.train, data.heldout
         self.config, self.folder, self.accelerator, self.processes = config, folder, accelerator, processes
-        self.tokenizer, self.loaded, self.examples, self.heldout = tokenizer, loaded, examples, heldout
+        self.tokenizer, self.text, self.loaded = tokenizer, text, loaded
+        self.examples, self.heldout = examples, heldout
         train = config.train
         self.steps = train.steps or math.ceil(train.epochs * len(examples) / train.batch)
         console = None if processes.first else Console(quiet=True)
         self.display = Display(self.steps, resumed.state["progress"]["step"] if resumed else 0, console)
-        self.notes: list[str] = []
+        self.notes: list[str] = _end_notes(text, stop_at(loaded.model, text.ends.values()))
         fingerprint = state.model_fingerprint(loaded)
 
         reference = self._reference() if config.loss.uses_reference else None
@@ -191,6 +202,7 @@ class _Run:
             folder,
             loaded,
             tokenizer,
+            text,
             examples,
             self.optimizer,
             self.scheduler.scheduler,
@@ -253,6 +265,7 @@ class _Run:
             self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
         else:
             self.processes.on_first(lambda: self.folder.create(self.config))
+        self.processes.on_first(lambda: write_file(self.folder.path / TEXT, self.text.to_json()))
         self._write_down(lambda record: record.begin(resumed=self.resumed))
         self.trackers.start(self.config, self.folder.path, self.progress.step)
 
@@ -441,6 +454,19 @@ class _Run:
             f"{self.config.loss.type.upper()}: {self.steps} steps of {self.config.train.batch} {what}; training "
             f"{trained:,} of {everything:,} parameters on {devices}; layout {layout}"
         )
+
+
+def _end_notes(text: TextRecord, new: Sequence[int]) -> list[str]:
+    """What to say of the tokens that end responses: those that are `new` to the model, or that there are none."""
+    if not text.ends:
+        return ["every training response was cut, so no token that ends an answer is trained; raise tokens.max_length"]
+    tokens = [token for token, number in text.ends.items() if number in new]
+    if not tokens:
+        return []
+    return [
+        f"answers end with {', '.join(tokens)}, at which the model would not stop so far; what is saved does, by its "
+        "generation_config.json"
+    ]
 
 
 def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.config import Config, load_config
+from fastpref.data.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
 from fastpref.train.folder import RunFolder, default_folders, step_of
 from fastpref.train.state import read_state
@@ -36,10 +37,21 @@ class Resumed:
     state: Mapping[str, Any]
     changed: Mapping[str, tuple[Any, Any]]  # of the config: key → then, now
     notes: list[str] = field(default_factory=list)
+    text: TextRecord | None = None  # older runs have none
 
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.checkpoint.parent.parent)
+
+    def check_text(self, now: TextRecord) -> None:
+        """Raises UserError unless rows become text as the run's did: its day is kept, the rest must be the same."""
+        changes = self.text.changes(now) if self.text is not None else []
+        if changes:
+            keys = {key: both for key, both in self.changed.items() if key.startswith(("tokens.", "model."))}
+            raise UserError(
+                f"{self.checkpoint}: {' and '.join(changes)} are not those it was trained with{_listed(keys)}"
+                f"\nResume with what it was trained with ({self.checkpoint / TEXT}), or start a new run"
+            )
 
     def check_contents(self, model: str, data: str) -> None:
         """Raises UserError unless model and data, by their fingerprints, are those that the checkpoint began with."""
@@ -74,7 +86,8 @@ def find_checkpoint(config: Config, name: str, wanted: bool | str | Path, *, for
         notes.append(f"resumed with another {', '.join(rounding)}: equal to an uninterrupted run but for rounding")
     if any(key in changed for key in ("train.steps", "train.epochs")):
         notes.append("resumed with another length: the learning rate goes on by the schedule of the new one")
-    return Resumed(checkpoint, read_state(checkpoint), changed, notes)
+    text = read_text(checkpoint, checkpoint.parent.parent)
+    return Resumed(checkpoint, read_state(checkpoint), changed, notes, text)
 
 
 def may_change(key: str) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.config import Config, load_config
 from fastpref.data import cache, fingerprint
 from fastpref.data.cache import Tokenized, load_examples
+from fastpref.data.chat_templates import KNOWN
 from fastpref.data.example import Example
 from fastpref.data.sources import prepare
 from fastpref.data.tokenize import BATCH, tokenize, use_chat_template
@@ -277,22 +279,44 @@ def test_a_later_version_or_library_misses(folder: Path, monkeypatch: pytest.Mon
     assert is_hit(load(folder))
 
 
-def test_a_template_that_writes_the_date_is_of_its_day(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """`strftime_now` in a template makes other tokens tomorrow."""
-
-    class Tomorrow(fingerprint.date):
-        @classmethod
-        def today(cls):
-            return cls(2100, 1, 1)
-
-    dated = "tokens.chat_template={{ strftime_now('%d') }}" + CHATML
-    dated = f"tokens.chat_template={json.dumps(dated.partition('=')[2])}"
+def test_a_template_that_writes_the_date_is_of_the_runs_day(folder: Path):
+    """`strftime_now` in a template writes the day of the run, which names the tokens too; other templates have none."""
+    day, later = date(2026, 11, 26), date(2027, 1, 1)
+    dated = f"tokens.chat_template={json.dumps('{{ strftime_now(' + repr('%d %b %Y') + ') }}' + CHATML)}"
     for override, misses in ((dated, True), ("tokens.overlong=drop", False)):
-        load(folder, override)
-        assert is_hit(load(folder, override))
-        with monkeypatch.context() as patched:
-            patched.setattr(fingerprint, "date", Tomorrow)
-            assert is_hit(load(folder, override)) != misses
+        first = load(folder, override, day=day)
+        assert is_hit(load(folder, override, day=later)) != misses
+        again = load(folder, override, day=day)
+        assert is_hit(again)
+        assert everything(again) == everything(first) == everything(load(folder, override, day=day, cache=False))
+        written = chatml().decode(first.heldout[0].prompt)
+        assert str(written).startswith("26 Nov 2026") == misses
+
+
+def test_the_ends_of_training_responses_are_kept(folder: Path):
+    """With and without the cache, and from it: the tokens that end them, but for those that were cut."""
+    by_text = toy_tokenizer(CHATML, eos="</s>", special=["<|im_start|>", "<|im_end|>"])
+    ends = {by_text.get_vocab()[token] for token in ("<|im_end|>", "</s>")}  # of the chat and of the texts
+    for cached in (False, True, True):
+        assert set(load(folder, tokenizer=by_text, cache=cached).ends) == ends
+    assert load(folder, "tokens.max_length=2", tokenizer=by_text).ends == ()
+
+
+@pytest.mark.parametrize(("second", "wanted"), [("chatml", "chatml"), ("gemma", None), (None, None)])
+def test_the_template_of_all_chats_is_kept(folder: Path, second: str | None, wanted: str | None):
+    """With and without the cache, and from it: that of the sources, if it wrote every chat; else none, and a note."""
+    write(folder / "pairs.jsonl", [{"messages": [USER], "chosen": "là", "rejected": "no"}])
+    write(folder / "more.jsonl", [{"messages": [USER], "chosen": "ici", "rejected": "no"}])
+    form = {"pairs": "chatml", "more": second}
+    sources = [
+        f'{{ path = "{name}.jsonl", format = {{ type = "chat_template.default", chat_template = "{template}" }} }}'
+        if template else f'{{ path = "{name}.jsonl" }}'
+        for name, template in form.items()
+    ]  # fmt: skip
+    for cached in (False, True, True):
+        found = load(folder, f"data=[{', '.join(sources)}]", cache=cached)
+        assert found.chat_template == (KNOWN[wanted] if wanted else None)
+        assert any("2 chat templates write" in note for note in found.notes) == (wanted is None)
 
 
 def test_folders_and_tables_are_known_by_their_content(folder: Path):
