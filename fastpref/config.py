@@ -168,7 +168,10 @@ class TokensConfig(_Section):
     max_prompt_length: Count | None = None
     """Tokens of a prompt, at most."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to longer rows: cut (the prompt from the left first), dropped, or an error."""
+    """What happens to longer rows: cut (a chat loses its oldest turns whole, a text its beginning, down to half of
+    max_length; then the responses their ends; dropped if the question does not fit), dropped, or an error."""
+    score: Literal["assistant", "all"] = "assistant"
+    """What is scored of a response of several turns: the assistant's words and their ends, or all of it (as TRL)."""
     strict: bool = False
     """Make rows that cannot be used (empty or equal responses) an error instead of dropping them."""
     duplicates: Literal["keep", "drop"] = "keep"

@@ -78,7 +78,8 @@ class Held:
     """What a batch holds of one example: read from its tensors, not from the example."""
 
     prompt: list[int]
-    completions: list[list[int]]  # the tokens that are scored, in their order
+    completions: list[list[int]]
+    scored: list[list[bool]]  # of each token of the completions
     prompt_scored: bool
 
 
@@ -103,21 +104,43 @@ def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tup
 def read(batch: PreferenceBatch) -> list[Held]:
     """The sequences of a batch, example by example, whatever its layout."""
     ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
-    scored: list[list[int]] = [[] for _ in batch.lengths]
-    first: dict[int, int] = {}  # the place that predicts a sequence's first token, which is its prompt's last
-    columns = (batch.segments, batch.offsets, batch.predictors, batch.targets)
-    for segment, offset, predictor, target in sorted(zip(*(column.tolist() for column in columns))):
-        scored[segment].append(target)
-        if offset == 0:
-            first[segment] = predictor
-    found = []
+    predictors, segments, offsets = (t.tolist() for t in (batch.predictors, batch.segments, batch.offsets))
+    scored = {(segment, offset): predictor for segment, offset, predictor in zip(segments, offsets, predictors)}
+    spans = _spans(batch)
+    read_back = []
     for e in range(batch.examples):
-        last = first[e]
-        prompt = ids[last - positions[last] : last + 1]
-        completions = [scored[k * batch.examples + e] for k in range(batch.completions)]
-        prompt_scored = len(scored) > batch.completions * batch.examples
-        found.append(Held(prompt, completions, prompt_scored))
-    return found
+        completions, uses, prompt = [], [], []
+        for k in range(batch.completions):
+            start, stop = spans[k * batch.examples + e]
+            completions.append(ids[start:stop])
+            uses.append([(k * batch.examples + e, at) in scored for at in range(stop - start)])
+            if k == 0:  # its first token stands where its prompt ends, whatever lies between them
+                last = scored.get((e, 0), start - 1)
+                prompt = ids[last - positions[last] : last + 1]
+        prompt_scored = len(batch.lengths) > batch.completions * batch.examples
+        read_back.append(Held(prompt, completions, uses, prompt_scored))
+    return read_back
+
+
+def _spans(batch: PreferenceBatch) -> dict[int, tuple[int, int]]:
+    """Where each sequence's completion stands in the flattened tokens."""
+    spans: dict[int, tuple[int, int]] = {}
+    if batch.tree is not None:
+        each = len(batch.tree.trees) // batch.examples  # 1 in a tree layout, K where prompts are repeated
+        for number, tree in enumerate(batch.tree.trees):
+            e, k = divmod(number, each)
+            start = tree.start + tree.prompt
+            for branch, tokens in enumerate(tree.completions):
+                spans[(k + branch) * batch.examples + e] = start, start + tokens
+                start += tokens
+        return spans
+    assert batch.attention_mask is not None
+    width = batch.input_ids.shape[1]
+    first = dict(zip(batch.segments.tolist(), zip(batch.predictors.tolist(), batch.offsets.tolist())))
+    for row, filled in enumerate(batch.attention_mask.sum(1).tolist()):
+        predictor, offset = first[row]  # of one of its scored tokens, which says where its completion begins
+        spans[row] = predictor + 1 - offset, row * width + filled
+    return spans
 
 
 # --- Rows ----------------------------------------------------------------------------------------------------------
@@ -135,12 +158,12 @@ def _row(at: int, example: Example, held: Held, writer: Writer) -> Group:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(width=11)
     grid.add_column(overflow="fold")
-    said = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut)
+    said = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut, turns=row.turns_cut)
     grid.add_row(_labelled("prompt", len(held.prompt)), said)
-    own = held.completions if example.label is None else held.completions[:1]  # KTO's second one is the next row's
-    for name, ids, cut in zip(_names(example), own, row.completions_cut):
-        said = writer.completion(held.prompt, ids, across=row.merged > 0, cut=cut)
-        grid.add_row(_labelled(name, len(ids)), said)
+    own = held.completions if example.label is None else held.completions[:1]  # KTO's second one is another row's
+    for name, ids, scored, cut in zip(_names(example), own, held.scored, row.completions_cut):
+        said = writer.completion(held.prompt, ids, scored, across=row.merged > 0, cut=cut)
+        grid.add_row(_labelled(name, len(ids), sum(scored)), said)
     parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
     if row.merged:
         tokens = "token of the prompt is" if row.merged == 1 else f"{row.merged} tokens of the prompt are"
@@ -148,8 +171,9 @@ def _row(at: int, example: Example, held: Held, writer: Writer) -> Group:
     return Group(*parts)
 
 
-def _labelled(name: str, tokens: int) -> Text:
-    return Text.assemble((name, "bold"), "\n", (f"{tokens:,} token{'s' * (tokens != 1)}", "dim"))
+def _labelled(name: str, tokens: int, scored: int | None = None) -> Text:
+    partly = "" if scored in (None, tokens) else f"\n{scored:,} scored"
+    return Text.assemble((name, "bold"), "\n", (f"{tokens:,} token{'s' * (tokens != 1)}{partly}", "dim"))
 
 
 def _short_place(place: str) -> str:
@@ -192,9 +216,9 @@ def _padded_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Te
     lines = []
     for number, filled in enumerate(batch.attention_mask.sum(1).tolist()):
         k, e = divmod(number, batch.examples)
-        scored = int(batch.lengths[number])
+        tokens = len(members[e].completions[k])
         padding = batch.input_ids.shape[1] - filled
-        sequence = f"prompt {filled - scored:,} ── {_names(members[e])[k]} {scored:,} ── padding {padding:,}"
+        sequence = f"prompt {filled - tokens:,} ── {_names(members[e])[k]} {tokens:,} ── padding {padding:,}"
         lines.append(Text(f"row {batch.index[e]}: {sequence}"))
     return lines
 
@@ -205,6 +229,7 @@ _DROPPED = {
     "overlong": "too long",
     "empty": "with an empty response",
     "equal": "with equal responses",
+    "unwritten": "left out by the chat template",
     "promptless": "without a prompt",
     "refused": "refused by the chat template",
 }
@@ -241,9 +266,13 @@ def _rows_table(data: Tokenized) -> Table:
     for field, words in _DROPPED.items():
         if any(getattr(count, field) for count in counts):
             add(f"  {words}", *(f"{getattr(count, field):,}" for count in counts))
+    if any(count.turns_cut for count in counts):
+        add("prompts without their oldest turns", *(f"{count.turns_cut:,}" for count in counts))
     add("prompts cut", *(f"{count.prompts_cut:,}" for count in counts))
     add("responses cut", *(f"{count.responses_cut:,}" for count in counts))
     add("with a token across the prompt's end", *(f"{count.merged:,}" for count in counts))
+    if any(count.left_out for count in counts):
+        add("with words that the chat template leaves out", *(f"{count.left_out:,}" for count in counts))
     add("share of prompt tokens", *(f"{prompt_share(examples):.0%}" for examples, _ in parts.values()))
     goods = [good_share(examples) for examples, _ in parts.values()]
     if None not in goods:

@@ -16,6 +16,7 @@ class Use(Enum):
 
     PROMPT = ("prompt", "", "", "")
     SCORED = ("scored", "green", "[[", "]]")
+    CONTEXT = ("not scored", "", "", "")
     ACROSS = ("begins in the prompt", "black on yellow", "<<", ">>")
     END = ("end token", "bold reverse green", "{{", "}}")
     CUT = ("cut", "bold red", "", "")
@@ -53,15 +54,19 @@ class Writer:
         self._tokenizer, self._colour, self._full = tokenizer, colour, full
         self._special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
 
-    def prompt(self, ids: Sequence[int], *, scored: bool, cut: int) -> Text:
-        """A prompt's tokens; `scored` says whether all but its first are, `cut` how many are gone on the left."""
+    def prompt(self, ids: Sequence[int], *, scored: bool, cut: int, turns: int = 0) -> Text:
+        """A prompt's tokens; `scored` says whether all but its first are, `cut` how many tokens are gone, `turns` in
+        how many whole messages; without those they are gone on the left."""
         uses = [Use.SCORED if scored and at else Use.PROMPT for at in range(len(ids))]
         pieces = self._pieces([], ids, uses)
-        return self._text([Piece(f"({cut} tokens cut) …", Use.CUT)] * (cut > 0) + pieces)
+        gone = f"({turns} oldest turns, {cut} tokens, left out)\n" if turns else f"({cut} tokens cut) …"
+        return self._text([Piece(gone, Use.CUT)] * (cut > 0 or turns > 0) + pieces)
 
-    def completion(self, prompt: Sequence[int], ids: Sequence[int], *, across: bool, cut: int) -> Text:
-        """A completion's scored tokens, after a prompt; `across` says whether the first begins in the prompt."""
-        uses = [Use.SCORED] * len(ids)
+    def completion(
+        self, prompt: Sequence[int], ids: Sequence[int], scored: Sequence[bool], *, across: bool, cut: int
+    ) -> Text:
+        """A completion's tokens, each `scored` or not, after a prompt; `across`: the first begins in the prompt."""
+        uses = [Use.SCORED if is_scored else Use.CONTEXT for is_scored in scored]
         if not cut:
             uses[-1] = Use.END
         if across:

@@ -674,6 +674,7 @@ SURFACE = {
     "tokens.max_length": 2048,
     "tokens.max_prompt_length": None,
     "tokens.overlong": "truncate",
+    "tokens.score": "assistant",
     "tokens.strict": False,
     "tokens.duplicates": "keep",
     "tokens.chat_template": None,

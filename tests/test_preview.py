@@ -106,14 +106,36 @@ good         [[Yes.]]{{<|im_end|>}}
     ),
     "what is cut": (
         [{"prompt": "0123456789", "chosen": "abcdef", "rejected": "x"}],
-        ["tokens.max_length=5"],
+        ["tokens.max_length=6"],
         """\
-prompt       (9 tokens cut) …9
-1 token
-chosen       [[abcd]]… (3 tokens cut)
-4 tokens
+prompt       (7 tokens cut) …789
+3 tokens
+chosen       [[abc]]… (4 tokens cut)
+3 tokens
 rejected     [[x]]{{<|im_end|>}}
 2 tokens""",
+    ),
+    "turns of others in a response, and turns that were cut": (
+        [
+            {
+                "prompt": [USER, {"role": "assistant", "content": "x" * 90}, USER],
+                "chosen": [{"role": "assistant", "content": "a"}, USER, {"role": "assistant", "content": "b"}],
+                "rejected": "No",
+            }
+        ],
+        ["tokens.max_length=100"],
+        """\
+prompt       (2 oldest turns, 113 tokens, left out)
+21 tokens    <|im_start|>user↵
+             Hi<|im_end|>↵
+             <|im_start|>assistant↵
+chosen       [[a<|im_end|>]]↵
+26 tokens    <|im_start|>user↵
+4 scored     Hi<|im_end|>↵
+             <|im_start|>assistant↵
+             [[b]]{{<|im_end|>}}
+rejected     [[No]]{{<|im_end|>}}
+3 tokens""",
     ),
     "what does not show itself, and what looks like markup": (
         [{"prompt": "[bold]a\tb [/] \n\\[", "chosen": "[red]\u200b \n", "rejected": "é🎉\r\x00"}],
@@ -283,11 +305,12 @@ def test_a_batch_is_read_back(layout: Any):
     """Prompt and completions that go into a batch are those that are read from its tensors."""
     examples = [
         Example([1, 2, 3], ([4, 5], [6]), None, Origin("")),
-        Example([7], ([8], [9, 10, 11]), None, Origin("")),
+        Example([7], ([8], [9, 10, 11]), None, Origin(""), ((), ((0, 1),))),
     ]
     for scored in (False, True):
         held = read(collate(examples, layout, score_prompts=scored))
         assert [(one.prompt, tuple(one.completions)) for one in held] == [(e.prompt, e.completions) for e in examples]
+        assert [one.scored for one in held] == [[[True, True], [True]], [[True], [False, True, True]]]
         assert [one.prompt_scored for one in held] == [scored] * 2
 
 

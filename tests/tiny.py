@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from fastpref.config import Config, load_config
-from fastpref.data.example import Example, Origin
+from fastpref.data.example import Example, Origin, Spans
 
 VOCABULARY = 97
 _SIZES: dict[str, Any] = {
@@ -118,16 +118,24 @@ def config_for(model: Path, *overrides: str) -> Config:
     return load_config(path, overrides)
 
 
-def examples(count: int, *, seed: int = 0, single: bool = False) -> list[Example]:
-    """Random examples whose lengths align with nothing: pairs, or single labelled responses."""
+def examples(count: int, *, seed: int = 0, single: bool = False, turns: bool = False) -> list[Example]:
+    """Random examples whose lengths align with nothing: pairs, or single labelled responses.
+
+    With `turns` most completions hold one to three spans that are not scored, before their last token.
+    """
     rng = Random(seed)
 
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(low, high))]
 
+    def spans(length: int) -> Spans:
+        edges = sorted(rng.sample(range(length), min(length // 2, rng.randint(0, 3)) * 2))
+        return tuple(zip(edges[::2], edges[1::2]))
+
     made = []
     for at in range(count):
         label = at % 3 != 0 if single else None
         completions = tuple(ids(1, 13) for _ in range(1 if single else 2))
-        made.append(Example(ids(1, 17), completions, label, Origin(f"row {at}")))
+        contexts = tuple(spans(len(completion)) for completion in completions) if turns else ()
+        made.append(Example(ids(1, 17), completions, label, Origin(f"row {at}"), contexts if any(contexts) else ()))
     return made

@@ -10,14 +10,14 @@ of example e: the first E are the chosen ones, the next the rejected ones.
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastpref.data.example import Example
+from fastpref.data.example import Example, Spans
 
 Layout = Literal["tree", "packed", "padded"]
 
@@ -45,7 +45,8 @@ class PreferenceBatch:
     """One micro-batch of E examples with K completions each, S = K·E sequences (E more where prompts are scored).
 
     Scored token n is `targets[n]`, predicted at place `predictors[n]` of the flattened [B·T] hidden states. A prompt's
-    last place predicts the first token of each of its completions, so places repeat.
+    last place predicts the first token of each of its completions, so places repeat. Tokens of a completion that are
+    other people's turns are computed and not scored.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -112,9 +113,11 @@ def collate(
     )
 
 
-def completion_key(prompt: Sequence[int], completion: Sequence[int]) -> bytes:
-    """Tells a completion after its prompt from any other: a digest of their tokens, 16 bytes."""
+def completion_key(prompt: Sequence[int], completion: Sequence[int], context: Spans = ()) -> bytes:
+    """Tells a completion after its prompt from any other: a digest of their tokens and unscored spans, 16 bytes."""
     numbers = array("q", [len(prompt), *prompt, *completion])
+    if context:  # no token is negative
+        numbers.extend([-1, *(place for span in context for place in span)])
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
 
 
@@ -130,23 +133,26 @@ class _Scored:
         self.offsets: list[int] = []
         self.keys: list[bytes] = []
 
-    def _add(self, tokens: Sequence[int], first: int, start: int, segment: int) -> None:
+    def _add(self, tokens: Sequence[int], first: int, start: int, segment: int, context: Spans = ()) -> None:
         """`tokens` stand at `start` and on; `first` is the place that predicts the first of them."""
-        self.predictors += [first, *range(start, start + len(tokens) - 1)]
-        self.targets += tokens
-        self.segments += [segment] * len(tokens)
-        self.lengths[segment] += len(tokens)
-        self.offsets += range(len(tokens))
+        begin = 0
+        for stop, resume in (*context, (len(tokens), len(tokens))):  # a scored run, then what is not scored
+            if begin < stop:
+                self.predictors += [start + begin - 1 if begin else first, *range(start + begin, start + stop - 1)]
+                self.targets += tokens[begin:stop]
+                self.segments += [segment] * (stop - begin)
+                self.lengths[segment] += stop - begin
+                self.offsets += range(begin, stop)
+            begin = resume
 
     def prompt(self, example: int, tokens: Sequence[int], start: int) -> None:
         if self._prompts and len(tokens) > 1:
             self._add(tokens[1:], start, start + 1, self._completions * self._examples + example)
 
-    def completion(
-        self, example: int, which: int, prompt: Sequence[int], tokens: Sequence[int], prompt_last: int, start: int
-    ) -> None:
-        self._add(tokens, prompt_last, start, which * self._examples + example)
-        self.keys.append(completion_key(prompt, tokens))
+    def completion(self, number: int, which: int, example: Example, prompt_last: int, start: int) -> None:
+        tokens, context = example.completions[which], example.context(which)
+        self._add(tokens, prompt_last, start, which * self._examples + number, context)
+        self.keys.append(completion_key(example.prompt, tokens, context))
 
 
 _Placed = tuple[Tensor, Tensor, Tensor | None, TreeLayout | None]
@@ -174,7 +180,7 @@ def _pack(parts: Sequence[tuple[int, Example, Sequence[int]]], scored: _Scored) 
             scored.prompt(e, prompt, start)
         for k in which:
             completion = example.completions[k]
-            scored.completion(e, k, prompt, completion, start + len(prompt) - 1, len(ids))
+            scored.completion(e, k, example, start + len(prompt) - 1, len(ids))
             ids += completion
             positions += range(len(prompt), len(prompt) + len(completion))
         trees.append(Tree(start, len(prompt), tuple(len(example.completions[k]) for k in which)))
@@ -194,7 +200,7 @@ def _padded(examples: Sequence[Example], scored: _Scored, pad: int) -> _Placed:
         start, prompt = row * width, len(example.prompt)
         if k == 0:
             scored.prompt(e, example.prompt, start)
-        scored.completion(e, k, example.prompt, example.completions[k], start + prompt - 1, start + prompt)
+        scored.completion(e, k, example, start + prompt - 1, start + prompt)
     position_ids = torch.arange(width).expand(len(rows), width).contiguous()
     return input_ids, position_ids, attention_mask, None
 
@@ -229,9 +235,40 @@ def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int, 
 
 
 def with_mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Every prompt with its own completion and, as a second branch, the next example's: what KTO's KL compares."""
-    following = [*examples[1:], examples[0]]
-    return [replace(e, completions=(e.completions[0], f.completions[0])) for e, f in zip(examples, following)]
+    """Every prompt with its own completion and, as a second branch, a mismatched one: what KTO's KL compares.
+
+    That is the completion of the next example, round about, that has another prompt; of the next one where no prompt
+    is another.
+    """
+    mates = []
+    for at, example in enumerate(examples):
+        following = [*range(at + 1, len(examples)), *range(at)] or [at]
+        mates.append(next((i for i in following if examples[i].prompt != example.prompt), following[0]))
+    return [e.with_completions([(e, 0), (examples[mate], 0)]) for e, mate in zip(examples, mates)]
+
+
+def mismatched(examples: Sequence[Example]) -> Iterator[Example]:
+    """Every prompt with the completion of an example of another prompt, where there is one, in the examples' order.
+
+    Which one depends on what the examples are and not on their order: prompts stand in a ring by the digest of their
+    tokens, and each takes the completions of the next, in the order of their digests.
+    """
+    prompts: dict[bytes, list[tuple[bytes, int]]] = {}
+    places = []
+    for at, example in enumerate(examples):
+        prompt = completion_key(example.prompt, ())
+        own = completion_key(example.prompt, example.completions[0], example.context(0))
+        prompts.setdefault(prompt, []).append((own + bytes([bool(example.label)]), at))
+        places.append(prompt)
+    ring = sorted(prompts)
+    mates = [0] * len(places)
+    for number, prompt in enumerate(ring):
+        own, following = sorted(prompts[prompt]), sorted(prompts[ring[(number + 1) % len(ring)]])
+        for turn, (_, at) in enumerate(own):
+            mates[at] = following[(turn + (len(ring) == 1)) % len(following)][1]
+    for at, mate in enumerate(mates):
+        example = examples[at]
+        yield example.with_completions([(examples[mate], 0)])
 
 
 def computed_tokens(examples: Sequence[Example], layout: Layout) -> int:

@@ -111,7 +111,7 @@ def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
         batches = tokenize_batches(
             getattr(prepared, name), tokenizer, config.tokens, counts[name], day, templates[name]
         )
-        found[name] = table.in_memory(_observed(batches, ends[name]))
+        found[name] = table.in_memory(_observed(batches, ends[name], tokenizer))
     _check(counts)
     duplicates, left_out, notes = _findings(prepared, counts, templates["train"])
     kept, template = tuple(sorted(ends["train"])), _only(templates["train"])
@@ -140,7 +140,7 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry:
             batches = tokenize_batches(
                 getattr(prepared, name), tokenizer, config.tokens, counts[name], day, templates[name]
             )
-            table.write(_observed(batches, ends[name]), temporary / f"{name}.arrow")
+            table.write(_observed(batches, ends[name], tokenizer), temporary / f"{name}.arrow")
         _check(counts)
         duplicates, left_out, notes = _findings(prepared, counts, templates["train"])
         manifest = {
@@ -188,12 +188,18 @@ def _open(entry: Path) -> tuple[Tokenized | None, str]:
     return found, ""
 
 
-def _observed(batches: Iterable[list[Example]], ends: set[int]) -> Iterator[list[Example]]:
-    """The same batches; `ends` gets the last token of every completion that was not cut, which is its end."""
+def _observed(
+    batches: Iterable[list[Example]], ends: set[int], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[Example]]:
+    """The same batches; `ends` gets the tokens that end the assistant's turns in them: the last token of every
+    completion that was not cut, and the special token before every other speaker's turn inside one."""
+    special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     for batch in batches:
         for example in batch:
             cut = example.row.completions_cut or (0,) * len(example.completions)
             ends.update(ids[-1] for ids, lost in zip(example.completions, cut) if not lost)
+            for ids, spans in zip(example.completions, example.contexts):
+                ends.update({ids[begin - 1] for begin, _ in spans if begin > 0} & special)
         yield batch
 
 

@@ -1,5 +1,6 @@
 """From messages to the text that a chat template makes of them."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from fastpref.data.template_traits import for_template, template_of
 from fastpref.errors import UserError
 
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
-_REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+# What a template raises for messages that it does not take.
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+_DEVELOPER = re.compile(r"['\"]developer['\"]")
 
 
 def write_all(
@@ -29,7 +32,7 @@ def write_all(
     for places in together.values():
         try:
             made |= zip(places, _write_chats([contents[at] for at in places], tokenizer))
-        except _REFUSALS:  # each alone then, so that the refused ones are known
+        except REFUSALS:  # each alone then, so that the refused ones are known
             continue
     return [made[at] if at in made else _write_or_error(content, tokenizer) for at, content in enumerate(contents)]
 
@@ -74,8 +77,9 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Wri
     try:
         alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
         full = [apply(tokenizer, [*prompt, *response], content.writing) for response in _turns(content)]
-    except _REFUSALS as error:
-        raise RowError(f"the chat template refuses this row: {error}", "refused by the chat template") from None
+    except REFUSALS as error:
+        hint = "; put the words of its system turn into the first question" if "system" in str(error).lower() else ""
+        raise RowError(f"the chat template refuses this row: {error}{hint}", "refused by the chat template") from None
     return alone, full
 
 
@@ -94,10 +98,13 @@ def _apply_all(
 ) -> list[str]:
     if not conversations:
         return []
-    conversations = [for_template(messages, tokenizer, writing) for messages in conversations]
-    tools: Any = list(writing.tools) if writing.tools else None
     template = template_of(tokenizer, writing)
     assert template is not None
+    conversations = [
+        for_template([_as_known(message, template) for message in messages], tokenizer, writing)
+        for messages in conversations
+    ]
+    tools: Any = list(writing.tools) if writing.tools else None
     with on_day(template, writing.day):
         if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
             # apply_chat_template drops what is null, which these templates ask for.
@@ -119,6 +126,23 @@ def _apply_all(
             **keywords_of(writing),
         )
     return written
+
+
+def _as_known(message: Message, template: str) -> Message:
+    """A developer's turn is the system's for a template that knows no developer."""
+    unknown = message["role"] == "developer" and not _DEVELOPER.search(template)
+    return {**message, "role": "system"} if unknown else message
+
+
+def common(a: str, b: str) -> int:
+    """How many letters two texts begin with alike."""
+    if b.startswith(a):
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def _answered(prompt: Any) -> bool:

@@ -3,14 +3,18 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data.chat import apply
-from fastpref.data.content import Paired, Unpaired, Writing
+from fastpref.data.chat import REFUSALS, apply
+from fastpref.data.content import PLAIN, Content, Message, Paired, Unpaired, Writing
 from fastpref.data.example import Ids
 from fastpref.data.template_keywords import key_of
+from fastpref.data.template_traits import template_of
 from fastpref.errors import UserError
+
+_MARK = "fastpref"
+_QUESTION = {"role": "user", "content": "-"}
+_MESSAGE_ENDS = ("<|eom_id|>",)  # that templates write where a keyword asks for them
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,13 @@ class EndTokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        self._special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+        self._special = set(added) | set(tokenizer.all_special_ids)
+        # Tokens that may end a turn where a template writes them last: not </tool_call> and its like.
+        self._controls = {id for id, token in added.items() if token.special and "tool" not in token.content}
+        self._controls |= set(tokenizer.all_special_ids)
         self._found: dict[tuple[bool, Any], End] = {}
+        self._others: dict[Any, frozenset[int]] = {}
         self._blank: dict[int, bool] = {}
 
     def of(self, content: Paired | Unpaired) -> End:
@@ -39,6 +48,29 @@ class EndTokens:
             self._found[key] = self._find(chat, content.writing)
         return self._found[key]
 
+    def of_response(self, end: End, response: Content, ids: Ids) -> End:
+        """The end of this response of a chat: whatever token the template ends its last message with.
+
+        Calls of tools may end otherwise than words do. `ids` are those of the response as the template writes it.
+        """
+        ends = set[int]()
+        last = None
+        for token in reversed(ids):
+            if token in self._controls:
+                last = token
+                ends.add(token)
+            elif not self._is_blank(token):
+                break
+        if last is None or end.token in ends or isinstance(response, str):
+            return end
+        words = response[-1].get("content")
+        of_data = isinstance(words, str) and words.rstrip().endswith(str(self._tokenizer.decode([last])).strip())
+        return end if of_data else replace(end, token=last, known=end.known | ends)
+
+    def texts(self, end: End) -> list[str]:
+        """The tokens that count as an end, as text."""
+        return [str(self._tokenizer.decode([token])) for token in sorted(end.known)]
+
     def ended(self, ids: Ids, end: End) -> Ids:
         """The response with its end token once: further ones and white space after it go, a missing one is added."""
         words = len(ids)
@@ -46,7 +78,8 @@ class EndTokens:
             words -= 1
         stop = next((at for at in range(words, len(ids)) if ids[at] in end.known), None)
         if stop is None:
-            return [*ids, end.token] if ids else []
+            kept = ids[:words] if end.foreign else ids  # what a template writes after an end, though that is no token
+            return [*kept, end.token] if ids else []
         return [*ids[:stop], end.token if end.token in ids[stop:] else ids[stop]]
 
     def _is_blank(self, token: int) -> bool:
@@ -56,26 +89,46 @@ class EndTokens:
 
     def _find(self, chat: bool, writing: Writing) -> End:
         eos = only_id(self._tokenizer.eos_token_id)
-        turn = self._turn_end(writing if chat else Writing())
+        turn, spelled = self._turn_end(writing if chat else PLAIN)
         own = self._one_token(writing.end) if writing.end and not chat else None
         token = next((id for id in ((turn, eos) if chat else (own, eos, turn)) if id is not None), None)
         if token is None:
             raise UserError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         known = frozenset(id for id in (own, eos, turn) if id is not None)
-        return End(token, known, foreign=not chat and writing.end is not None and own is None)
+        foreign = spelled if chat else writing.end is not None and own is None
+        return End(token, known | self._other_ends(writing if chat else PLAIN), foreign)
 
-    def _turn_end(self, writing: Writing) -> int | None:
-        """The special token that the chat template puts after an assistant's words."""
-        if not (writing.chat_template or self._tokenizer.chat_template):
-            return None
-        marker = "fastpref"
-        chat = [{"role": "user", "content": "-"}, {"role": "assistant", "content": marker}]
+    def _turn_end(self, writing: Writing) -> tuple[int | None, bool]:
+        """The special token that the chat template puts after an assistant's words, and whether it writes what is
+        no token there instead."""
+        tail = self._after_mark([_QUESTION, {"role": "assistant", "content": _MARK}], writing)
+        if tail and tail[0] in self._special:
+            return tail[0], False
+        return None, bool(tail) and not self._special.intersection(tail)
+
+    def _other_ends(self, writing: Writing) -> frozenset[int]:
+        """Tokens with which the template ends turns of other kinds: earlier ones, calls of tools, Llama's messages."""
+        key = key_of(writing)
+        if key not in self._others:
+            words = {"role": "assistant", "content": _MARK}
+            call = {"type": "function", "function": {"name": "f", "arguments": {"a": _MARK}}}
+            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+            earlier = self._after_mark([_QUESTION, words, _QUESTION], writing)[:1]
+            called = self._after_mark([_QUESTION, calling], writing)[-1:]
+            writes = template_of(self._tokenizer, writing) or ""
+            ids: Any = self._tokenizer.convert_tokens_to_ids([name for name in _MESSAGE_ENDS if name in writes])
+            self._others[key] = frozenset({*earlier, *called, *ids} & self._controls)
+        return self._others[key]
+
+    def _after_mark(self, chat: list[Message], writing: Writing) -> Ids:
+        """The tokens that the template writes after the last mark, without white space around them."""
+        if template_of(self._tokenizer, writing) is None:
+            return []
         try:
-            rendered = apply(self._tokenizer, chat, replace(writing, tools=None))
-        except (TemplateError, TypeError, ValueError):
-            return None
-        tail = encode(self._tokenizer, rendered.rpartition(marker)[2].lstrip())
-        return tail[0] if tail and tail[0] in self._special else None
+            text = apply(self._tokenizer, chat, replace(writing, tools=None))
+        except REFUSALS:
+            return []
+        return encode(self._tokenizer, text.rpartition(_MARK)[2].strip()) if _MARK in text else []
 
     def _one_token(self, end: str) -> int | None:
         ids = encode(self._tokenizer, end)

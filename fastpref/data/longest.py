@@ -9,6 +9,7 @@ import numpy as np
 from fastpref.config import Config
 from fastpref.data.batch import Layout, computed_tokens, plan_microbatches, with_mismatched
 from fastpref.data.example import Example, Origin
+from fastpref.data.lengths import kept_prompt
 from fastpref.data.table import Examples
 from fastpref.loss_options import KTO, compares_neighbours
 
@@ -28,12 +29,12 @@ class Microbatch:
 def longest_of(config: Config, examples: Examples, order: Iterator[list[int]], layout: Layout) -> Microbatch:
     """The one with the most tokens of the first steps of a run, whose examples come in `order`."""
     prompts, completions = _cut(config, examples.prompt_lengths, examples.completion_lengths)
-    labels = examples.labels
+    labels, contexts = examples.labels, examples.context_lengths
     largest: Microbatch | None = None
     steps = min(STEPS, config.train.steps or -(-len(examples) * config.train.epochs // config.train.batch))
     for places in islice(order, int(steps)):
         step = [
-            _of_lengths(int(prompts[i]), [int(n) for n in completions[i]], None if labels is None else bool(labels[i]))
+            _of_lengths(int(prompts[i]), completions[i], None if labels is None else bool(labels[i]), contexts[i])
             for i in places
         ]
         for tokens, part in _microbatches(config, step, layout):
@@ -67,11 +68,19 @@ def _microbatches(config: Config, step: Sequence[Example], layout: Layout) -> It
 
 
 def _cut(config: Config, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths as tokenising with a smaller `tokens.max_length` would leave them: prompts lose tokens first."""
+    """Lengths as tokenising with a smaller `tokens.max_length` leaves those of text: prompts lose tokens first, down to
+    half of it, then completions. Chats, whose turns go whole, are left no more tokens than that in all."""
     limit = config.tokens.max_length
-    prompts = np.minimum(prompts, np.maximum(1, limit - completions.max(axis=1, initial=1)))
+    prompts = np.minimum(prompts, np.maximum(kept_prompt(limit), limit - completions.max(axis=1, initial=1)))
     return prompts, np.minimum(completions, (limit - prompts)[:, None])
 
 
-def _of_lengths(prompt: int, completions: Sequence[int], label: bool | None) -> Example:
-    return Example([0] * prompt, tuple([0] * length for length in completions), label, Origin(""))
+def _of_lengths(
+    prompt: int, completions: Sequence[int], label: bool | None, contexts: Sequence[int] | None = None
+) -> Example:
+    """`contexts`: how many tokens of each completion are not scored."""
+    made = tuple([0] * int(length) for length in completions)
+    if contexts is None or not any(contexts):
+        return Example([0] * prompt, made, label, Origin(""))
+    spans = tuple(((0, min(int(many), len(ids) - 1)),) for many, ids in zip(contexts, made))
+    return Example([0] * prompt, made, label, Origin(""), spans)

@@ -10,17 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastpref.data.example import Example, Origin
+from fastpref.data.example import Example, Origin, Spans
 
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     {
         "prompt": _IDS,
         "completions": pa.list_(_IDS),
+        "contexts": pa.list_(_IDS),  # of each completion start, stop, start, stop, …; none where all is scored
         "label": pa.bool_(),
         "place": pa.string(),
         "question": pa.string(),
         "prompt_cut": pa.int32(),
+        "turns_cut": pa.int32(),
         "completions_cut": _IDS,
         "merged": pa.int32(),
     }
@@ -58,9 +60,11 @@ class Examples(Sequence[Example]):
                 place=value("place").as_py(),
                 question=value("question").as_py(),
                 prompt_cut=value("prompt_cut").as_py(),
+                turns_cut=value("turns_cut").as_py(),
                 completions_cut=tuple(_ids(value("completions_cut").values)),
                 merged=value("merged").as_py(),
             ),
+            contexts=tuple(_pairs(places) for places in value("contexts").as_py()),
         )
 
     @property
@@ -103,6 +107,16 @@ class Examples(Sequence[Example]):
         return pc.list_flatten(pc.list_flatten(self.table.column("completions")))  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
+    def context_lengths(self) -> np.ndarray:
+        """[E, K] tokens of each completion that are not scored; only the spans are read."""
+        lengths = np.zeros_like(self.completion_lengths)
+        column = self.table.column("contexts")
+        given = pc.greater(pc.list_value_length(column), 0).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        for row in np.flatnonzero(given):
+            lengths[row] = [sum(stop - start for start, stop in _pairs(of)) for of in column[int(row)].as_py()]
+        return lengths
+
+    @property
     def labels(self) -> np.ndarray | None:
         """[E] bool, of single responses."""
         column = self.table.column("label")
@@ -143,10 +157,13 @@ def _record(examples: Sequence[Example]) -> pa.RecordBatch:
         "completions": pa.ListArray.from_arrays(
             _offsets([len(example.completions) for example in examples]), _lists(completions)
         ),
+        "contexts": [
+            [[place for span in spans for place in span] for spans in example.contexts] for example in examples
+        ],
         "label": [example.label for example in examples],
         **{
             name: [getattr(row, name) for row in rows]
-            for name in ("place", "question", "prompt_cut", "completions_cut", "merged")
+            for name in ("place", "question", "prompt_cut", "turns_cut", "completions_cut", "merged")
         },
     }
     return pa.record_batch(
@@ -173,3 +190,7 @@ def _highest(ids: pa.ChunkedArray) -> int:
 
 def _ids(values: pa.Array) -> list[int]:
     return values.to_numpy().tolist()
+
+
+def _pairs(places: Sequence[int]) -> Spans:
+    return tuple(zip(places[::2], places[1::2]))

@@ -51,7 +51,8 @@ def keywords_of(writing: Writing) -> dict[str, Any]:
 
 def key_of(writing: Writing) -> tuple[str | None, str]:
     """Equal for writings whose chats are written alike, their tools aside."""
-    return writing.chat_template, json.dumps([_set(writing), writing.day], sort_keys=True, default=str)
+    rest = [_set(writing), writing.day, writing.without_template]
+    return writing.chat_template, json.dumps(rest, sort_keys=True, default=str)
 
 
 def variables(template: str) -> frozenset[str]:

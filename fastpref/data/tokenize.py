@@ -1,24 +1,37 @@
 """From prompts and completions to token ids, with the boundary between them where the tokens say it is."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
-from fastpref.data.chat import write_all
+from fastpref.data.chat import REFUSALS, Written, apply, write, write_all
 from fastpref.data.chat_templates import load_chat_template
-from fastpref.data.content import RowError, Unpaired
+from fastpref.data.content import Message, RowError, Unpaired, Writing
 from fastpref.data.ends import EndTokens, encode, only_id
-from fastpref.data.example import Counts, Example, Ids, Origin
+from fastpref.data.example import Counts, Example, Ids, Origin, Spans
+from fastpref.data.left_out import (
+    Piece,
+    left_out,
+    plain,
+    prompt_pieces,
+    response_pieces,
+    says_something,
+    tool_names,
+)
+from fastpref.data.lengths import cut, kept_prompt, kept_response
 from fastpref.data.sources import SourceRow
-from fastpref.data.template_keywords import of_run
+from fastpref.data.template_keywords import key_of, of_run
+from fastpref.data.turns import TextSpans, contexts, exchanges, without_oldest
 from fastpref.errors import UserError
 
 BATCH = 1000  # rows written and encoded at once
 _QUESTION = 500  # characters of it that are kept
+_EQUAL = "chosen and rejected are equal"
 
 
 def tokenize(
@@ -50,7 +63,7 @@ def tokenize_batches(
     for start in range(0, len(rows), BATCH):
         some = rows[start : start + BATCH]
         if templates is not None:
-            templates |= {row.content.writing.chat_template for row in some if not isinstance(row.content.prompt, str)}
+            templates |= {encoder.own_template(row) for row in some if not isinstance(row.content.prompt, str)}
         yield encoder.examples(some)
 
 
@@ -61,6 +74,20 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
         tokenizer.chat_template = loaded
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """A row as texts that are to be encoded."""
+
+    row: SourceRow
+    texts: list[str]
+    """The prompt, the prompt with each response, and each of those up to where a context begins or ends."""
+    spans: list[TextSpans]  # of each response
+    missing: dict[str, list[Piece]]  # what the template leaves out of "prompt" and of each response
+    unwritten: str | None = None  # a response of which nothing is in its text
+    turns_cut: int = 0
+    whole: int | None = None  # tokens of the prompt before its oldest turns went
+
+
 class _Encoder:
     """What the rows of a data set share."""
 
@@ -69,67 +96,189 @@ class _Encoder:
         self._ends = EndTokens(tokenizer)
         self._bos = only_id(tokenizer.bos_token_id)
         self._adds_bos = self._bos is not None and self._bos in encode(tokenizer, "", special=True)[:1]
+        self._writes_tools: set[Any] = set()  # ways of writing that are known to
 
     def examples(self, rows: Sequence[SourceRow]) -> list[Example]:
         """The usable ones of these rows. One call of the tokenizer for all their texts."""
         keywords = self._options.chat_template_kwargs or {}
         rows = [replace(row, content=of_run(row.content, keywords, self._day)) for row in rows]
         self._counts.rows += len(rows)
-        written, texts = [], []
+        rows = [row for row in rows if self._says_something(row)]
+        drafts = []
         for row, text in zip(rows, write_all([row.content for row in rows], self._tokenizer)):
-            if isinstance(text, RowError) and row.droppable:
+            try:
+                if isinstance(text, RowError | UserError):
+                    raise text
+                drafts.append(self._checked(self._draft(row, text)))
+            except RowError as error:
+                if not row.droppable:
+                    raise UserError(f"{row.place}: {error}") from None
                 self._counts.refused += 1
-            elif isinstance(text, RowError | UserError):
-                raise UserError(f"{row.place}: {text}")
-            else:
-                written.append((row, 1 + len(text[1])))
-                texts += [text[0], *text[1]]
+            except UserError as error:
+                raise UserError(f"{row.place}: {error}") from None
+        made = [self._example(*parts) for parts in zip(drafts, self._encoded(drafts))]
+        examples = [example for example in made if example is not None]
+        self._counts.kept += len(examples)
+        return examples
+
+    def own_template(self, row: SourceRow) -> str | None:
+        """The chat template that writes a row, if it is not the tokenizer's."""
+        writing = row.content.writing
+        return writing.chat_template or (None if self._tokenizer.chat_template else writing.without_template)
+
+    # --- texts ---------------------------------------------------------------------------------------------------
+
+    def _says_something(self, row: SourceRow) -> bool:
+        """Whether every response does, judged by its messages and not by what a template puts around them."""
+        ends = self._ends.texts(self._ends.of(row.content))
+        for name, response in row.content.responses.items():
+            turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+            if not any(says_something(turn, ends) for turn in turns if turn["role"] == "assistant"):
+                self._refuse(row, f"{name} is empty", "empty")
+                return False
+        return True
+
+    def _draft(self, row: SourceRow, text: Written) -> _Draft:
+        content, (alone, full) = row.content, text
+        spans: list[TextSpans] = [[] for _ in full]
+        if not isinstance(content.prompt, str) and self._options.score == "assistant":
+            responses = [response for response in content.responses.values() if isinstance(response, list)]
+            spans = [
+                contexts(self._tokenizer, content.writing, content.prompt, response, whole)
+                for response, whole in zip(responses, full)
+            ]
+        until = [whole[:place] for whole, of in zip(full, spans) for span in of for place in span]
+        return _Draft(row, [alone, *full, *until], spans, {})
+
+    def _checked(self, draft: _Draft) -> _Draft:
+        """With what the template leaves out, which is counted. Raises RowError where that is all of the tools."""
+        content, (alone, *full) = draft.row.content, draft.texts
+        prompt, writing = content.prompt, content.writing
+        if isinstance(prompt, str):
+            return draft
+        missing = {"prompt": left_out(prompt_pieces(prompt, writing.tools), alone)}
+        unwritten = None
+        for (name, response), text in zip(content.responses.items(), full):
+            assert not isinstance(response, str)
+            pieces = response_pieces(response, name)
+            missing[name] = left_out(pieces, text, alone)
+            if missing[name] and len(missing[name]) == len(
+                {plain(piece.words) for piece in pieces if plain(piece.words)}
+            ):
+                unwritten = unwritten or name
+        if writing.tools and (names := tool_names(writing.tools)):
+            self._check_tools(prompt, writing, names, alone, len(missing["prompt"]))
+        pieces = [piece for parts in missing.values() for piece in parts]
+        if pieces:
+            self._counts.left_out += 1
+            self._counts.left_out_first = self._counts.left_out_first or f"{draft.row.place}: {pieces[0]}"
+        return replace(draft, missing=missing, unwritten=unwritten)
+
+    def _check_tools(self, prompt: list[Message], writing: Writing, names: list[str], text: str, missing: int) -> None:
+        """Raise RowError where the template writes the same with and without the tools."""
+        key = key_of(writing)
+        if key in self._writes_tools and not missing:
+            return
+        asks = prompt[-1]["role"] != "assistant"
+        bare = apply(self._tokenizer, prompt, replace(writing, tools=None), generation_prompt=asks)
+        if bare == text:
+            raise RowError(
+                f"the chat template leaves out the tools ({', '.join(names[:3])}{', …' * (len(names) > 3)}); take a "
+                "model or tokens.chat_template that writes them, or rows without tools",
+                "refused by the chat template",
+            )
+        self._writes_tools.add(key)
+
+    # --- tokens --------------------------------------------------------------------------------------------------
+
+    def _encoded(self, drafts: Sequence[_Draft]) -> list[list[Ids]]:
+        texts = [text for draft in drafts for text in draft.texts]
         if not texts:
             return []
         encoded: Any = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
         ids = iter(encoded["input_ids"])
-        made = [self._example(row, [next(ids) for _ in range(many)]) for row, many in written]
-        examples = [example for example in made if example is not None]
-        self._counts.kept += len(examples)
-        return examples
+        return [[next(ids) for _ in draft.texts] for draft in drafts]
 
-    def _example(self, row: SourceRow, encoded: list[Ids]) -> Example | None:
-        content, counts = row.content, self._counts
+    def _example(self, draft: _Draft, encoded: list[Ids]) -> Example | None:
+        row, content, counts = draft.row, draft.row.content, self._counts
+        text = isinstance(content.prompt, str)
         end = self._ends.of(content)
-        prompt_ids, *full_ids = [self._with_bos(ids, force=isinstance(content.prompt, str)) for ids in encoded]
+        prompt_ids, *full_ids = [self._with_bos(ids, force=text) for ids in encoded]
+        full_ids, until = full_ids[: len(draft.spans)], full_ids[len(draft.spans) :]
         shared = _common_prefix([prompt_ids, *full_ids])
         whole = prompt_ids[:shared]
-        responses = [self._ends.ended(ids[shared:], end) for ids in full_ids]
-        merged = len(prompt_ids) - shared
-        counts.merged += merged > 0
-        counts.foreign += end.foreign
+        responses = [ids[shared:] for ids in full_ids]
+        ends = [self._ends.of_response(end, *parts) for parts in zip(content.responses.values(), responses)]
+        responses = [self._ends.ended(ids, own) for ids, own in zip(responses, ends)]
+        alone, *full = draft.texts[: 1 + len(draft.spans)]
+        merged = len(prompt_ids) - shared if all(written.startswith(alone) for written in full) else 0
 
-        for name, ids in zip(content.responses, responses):
-            if not ids or (len(ids) == 1 and ids[0] in end.known):
-                return self._refuse(row, f"{name} is empty", "empty")
+        for name, ids, own in zip(content.responses, responses, ends):
+            if not ids or (len(ids) == 1 and ids[0] in own.known):
+                if not draft.missing.get(name):
+                    return self._refuse(row, f"{name} is empty", "empty")
+                return self._refuse_unwritten(draft, name)
+        if draft.unwritten:
+            return self._refuse_unwritten(draft, draft.unwritten)
         if not whole:
             return self._refuse(row, "the prompt has no tokens", "promptless")
-        fitted = self._fit(row, whole, responses)
-        if fitted is None:
+        if len(responses) == 2 and responses[0] == responses[1]:
+            lost = [name for name in content.responses if draft.missing.get(name)]
+            return self._refuse_unwritten(draft, lost[0]) if lost else self._refuse(row, _EQUAL, "equal")
+
+        room = self._room(draft, whole, max(map(len, responses)))
+        if isinstance(room, _Draft):
+            return self._example(room, *self._encoded([room]))
+        if room is None:
             return None
-        prompt, completions = fitted
+        prompt = self._end_of(whole, room)
+        placed = [
+            self._contexts(spans, ids, until, shared, len(of))
+            for spans, ids, of in zip(draft.spans, full_ids, responses)
+        ]
+        fitted = [cut(*parts, self._options.max_length - len(prompt)) for parts in zip(responses, placed)]
+        completions, spans = [ids for ids, _ in fitted], tuple(context for _, context in fitted)
+        lost = tuple(len(ids) - len(left) for ids, left in zip(responses, completions))
         if len(completions) == 2 and completions[0] == completions[1]:
-            return self._refuse(row, "chosen and rejected are equal", "equal")
+            return self._refuse(row, "chosen and rejected are equal once cut to tokens.max_length", "overlong")
         origin = Origin(
             place=str(row.place),
             question=row.question[:_QUESTION],
-            prompt_cut=len(whole) - len(prompt),
-            completions_cut=tuple(len(ids) - len(left) for ids, left in zip(responses, completions)),
+            prompt_cut=(draft.whole or len(whole)) - len(prompt),
+            turns_cut=draft.turns_cut,
+            completions_cut=lost,
             merged=merged,
         )
-        return Example(prompt, tuple(completions), content.label if isinstance(content, Unpaired) else None, origin)
+        label = content.label if isinstance(content, Unpaired) else None
+        example = Example(prompt, tuple(completions), label, origin, spans if any(spans) else ())
+        if not all(map(example.scored, range(len(completions)))):
+            return self._refuse(row, "nothing scored is left of a response cut to tokens.max_length", "overlong")
+        counts.merged += merged > 0
+        counts.foreign += end.foreign
+        counts.turns_cut += draft.turns_cut > 0
+        counts.prompts_cut += len(prompt) < len(whole)
+        counts.responses_cut += any(lost)
+        return example
+
+    def _contexts(self, spans: TextSpans, full: Ids, until: list[Ids], shared: int, many: int) -> Spans:
+        """The spans of a response's text in its tokens. A token across the end of one is scored with what follows.
+
+        `until` are the tokens of the text up to each place, of which this takes its own from the front.
+        """
+        places = [_common_prefix([until.pop(0), full]) - shared for span in spans for _ in span]
+        inside = [min(max(0, place), many - 1) for place in places]
+        return tuple((a, b) for a, b in zip(inside[::2], inside[1::2]) if a < b)
 
     def _refuse(self, row: SourceRow, what: str, counter: str) -> None:
         if self._options.strict:
             raise UserError(f"{row.place}: {what}; mend the row, or set tokens.strict = false to drop such rows")
         setattr(self._counts, counter, getattr(self._counts, counter) + 1)
+
+    def _refuse_unwritten(self, draft: _Draft, name: str) -> None:
+        pieces = draft.missing[name]
+        self._refuse(draft.row, f"the chat template leaves out what {name} says: {pieces[0]}", "unwritten")
 
     def _with_bos(self, ids: Ids, *, force: bool) -> Ids:
         """One BOS at most: a second one goes; `force` adds one where the tokenizer would, as a template does."""
@@ -139,31 +288,62 @@ class _Encoder:
         leading = next((i for i, token in enumerate(ids) if token != bos), len(ids))
         return [bos, *ids[leading:]]
 
-    def _fit(self, row: SourceRow, prompt: Ids, completions: list[Ids]) -> tuple[Ids, list[Ids]] | None:
-        """Bring an over-long row within the limits: the prompt from the left first, then the responses."""
-        options, counts = self._options, self._counts
-        longest = max(map(len, completions))
-        prompt_limit = min(options.max_prompt_length or options.max_length, options.max_length)
-        if len(prompt) <= prompt_limit and len(prompt) + longest <= options.max_length:
-            return prompt, completions
+    # --- lengths -------------------------------------------------------------------------------------------------
+
+    def _room(self, draft: _Draft, prompt: Ids, longest: int) -> "int | _Draft | None":
+        """How many tokens of the prompt stay; or the row without its oldest turns; or nothing, where it is dropped."""
+        options, row = self._options, draft.row
+        most = min(options.max_prompt_length or options.max_length, options.max_length)
+        if len(prompt) <= most and len(prompt) + longest <= options.max_length:
+            return len(prompt)
         if options.overlong == "error":
             raise UserError(
                 f"{row.place}: {len(prompt)} prompt and {longest} response tokens, more than tokens.max_length = "
                 f"{options.max_length} or max_prompt_length allows"
             )
         if options.overlong == "drop":
-            counts.overlong += 1
+            self._counts.overlong += 1
             return None
-        keep = max(1, min(prompt_limit, options.max_length - longest))
-        if keep < len(prompt):
-            counts.prompts_cut += 1
-            begins = prompt[:1] if prompt[0] == self._bos and keep > 1 else []
-            prompt = begins + prompt[len(prompt) - keep + len(begins) :]
-        room = options.max_length - len(prompt)
-        if longest > room:
-            counts.responses_cut += 1
-            completions = [ids[:room] for ids in completions]
-        return prompt, completions
+        limit = min(most, max(kept_prompt(options.max_length), options.max_length - longest))
+        if len(prompt) <= limit or isinstance(row.content.prompt, str):
+            return min(limit, len(prompt))
+        if draft.turns_cut == 0 and (shorter := self._without_oldest(draft, row.content.prompt, limit, len(prompt))):
+            return shorter
+        if len(prompt) <= min(most, options.max_length - kept_response(options.max_length, longest)):
+            return len(prompt)
+        return self._refuse(row, "its question is longer than tokens.max_length leaves room for", "overlong")
+
+    def _without_oldest(self, draft: _Draft, prompt: list[Message], limit: int, whole: int) -> _Draft | None:
+        """The row without as many of its oldest exchanges as it takes to fit, or all; None if there is but one."""
+        content, many = draft.row.content, len(exchanges(prompt)) - 1
+        if many < 1:
+            return None
+
+        def fits(dropped: int) -> bool:
+            left = without_oldest(prompt, dropped)
+            asks = left[-1]["role"] != "assistant"
+            return (
+                len(encode(self._tokenizer, apply(self._tokenizer, left, content.writing, generation_prompt=asks)))
+                <= limit
+            )
+
+        try:
+            dropped = 1 + bisect_left(range(1, many), True, key=fits)
+            left = without_oldest(prompt, dropped)
+            row = replace(draft.row, content=replace(content, prompt=left))
+            shorter = self._draft(row, write(row.content, self._tokenizer))
+        except REFUSALS:  # a conversation that begins elsewhere is none to the template
+            return None
+        return replace(
+            shorter, missing=draft.missing, unwritten=draft.unwritten, turns_cut=len(prompt) - len(left), whole=whole
+        )
+
+    def _end_of(self, prompt: Ids, keep: int) -> Ids:
+        """The last tokens of a prompt, after its BOS if it has one and there is room."""
+        if keep >= len(prompt):
+            return prompt
+        begins = prompt[:1] if prompt[0] == self._bos and keep > 1 else []
+        return begins + prompt[len(prompt) - keep + len(begins) :]
 
 
 def _common_prefix(sequences: list[Ids]) -> int:

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -98,13 +97,13 @@ class Precomputed:
         asked: set[bytes] = set()
         for example in examples:
             new = []
-            for completion in example.completions:
-                key = completion_key(example.prompt, completion)
+            for which, completion in enumerate(example.completions):
+                key = completion_key(example.prompt, completion, example.context(which))
                 if key not in self._known and key not in asked:
                     asked.add(key)
-                    new.append(completion)
+                    new.append((example, which))
             if new:
-                yield replace(example, completions=tuple(new))
+                yield example.with_completions(new)
 
     def _keep(self, own: dict[bytes, Tensor], processes: Processes) -> None:
         found: dict[bytes, Tensor] = {}

@@ -192,14 +192,16 @@ def _data(rows: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     if not rows:
         return []
     words = {
-        "rows": "read", "kept": "used", "prompts_cut": "prompt cut from the left",
+        "rows": "read", "kept": "used", "turns_cut": "prompt without its oldest turns",
+        "prompts_cut": "prompt cut from the left",
         "responses_cut": "response cut from the right", "overlong": "dropped: too long",
         "empty": "dropped: an empty response", "equal": "dropped: equal responses",
+        "unwritten": "dropped: left out by the chat template", "left_out": "words left out by the chat template",
         "promptless": "dropped: no prompt", "refused": "dropped: refused by the chat template",
         "merged": "a token across the end of the prompt", "foreign": "end with EOS instead of their format's end",
     }  # fmt: skip
     lines = []
-    for name in (f.name for f in fields(Counts)):
+    for name in (f.name for f in fields(Counts) if f.name != "left_out_first"):
         counts = [int((rows.get(part) or {}).get(name, 0)) for part in ("train", "heldout")]
         if any(counts) or name in ("rows", "kept"):
             lines.append((words.get(name, name), [f"{count:,}" for count in counts]))

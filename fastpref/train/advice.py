@@ -77,7 +77,7 @@ def _cut(example: Example, length: int) -> Example:
     """With no more than `length` tokens of the prompt and any of its completions."""
     completions = tuple(completion[: length - 1] for completion in example.completions)
     rest = length - max(map(len, completions))
-    return replace(example, prompt=example.prompt[-rest:], completions=completions)
+    return replace(example, prompt=example.prompt[-rest:], completions=completions, contexts=())
 
 
 def _changes(config: Config, held: Held) -> Iterator[tuple[str, Any]]:

@@ -48,7 +48,7 @@ from fastpref.train.progress import Display
 from fastpref.train.record import Record
 from fastpref.train.resume import Resumed, find_checkpoint, may_change, shared
 from fastpref.train.state import Progress
-from fastpref.train.step import Objective, chunks
+from fastpref.train.step import Objective
 from fastpref.train.trackers import Trackers, require_trackers
 from fastpref.train.whole import WriteError, write_file
 
@@ -250,7 +250,9 @@ class _Run:
         batch, objective = self.config.train.batch, self.objective
         planned = islice(data_order(len(self.examples), batch, self.config.train.seed), self.steps)
         steps = ([self.examples[i] for i in places] for places in planned)
-        asked = chain.from_iterable(map(objective.referenced, chain(steps, chunks(self.heldout, batch))))
+        asked = chain(
+            chain.from_iterable(map(objective.referenced, steps)), objective.referenced_in_evaluation(self.heldout)
+        )
         computed = reference.complete(
             asked, layout=objective.layout, budget=objective.budget, device=objective.device,
             pad_token_id=objective.pad_token_id, progress=self.display.precomputing, processes=self.processes,

@@ -219,5 +219,5 @@ def data_fingerprint(examples: Iterable[Example]) -> str:
     for example in examples:
         for ids in (example.prompt, *example.completions):
             digest.update(array("i", [len(ids), *ids]).tobytes())
-        digest.update(str(example.label).encode())
+        digest.update(f"{example.label}{example.contexts or ''}".encode())
     return digest.hexdigest()

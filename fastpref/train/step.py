@@ -6,6 +6,7 @@ gradient when the step is more than one micro-batch, and on the way when it is o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import ceil
 
 import torch
@@ -16,6 +17,7 @@ from fastpref.data.batch import (
     PreferenceBatch,
     collate,
     computed_tokens,
+    mismatched,
     plan_microbatches,
     with_mismatched,
 )
@@ -59,6 +61,7 @@ class _Pass:
     outputs: tuple[str, ...]  # asked of `linear_logprob`
     processes: Processes
     backward: Backward | None = None
+    kl: Tensor | None = None  # of all examples of an evaluation; a step finds its own
 
     def add(self, loss: PreferenceLoss, part: _Part) -> None:
         """One part's loss: its gradient first, then its metrics."""
@@ -98,8 +101,12 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], batch: int) -> Metrics:
-        """The metrics of examples taken `batch` at a time, as one mean over all of them."""
-        run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS, self.processes)
+        """The metrics of examples taken `batch` at a time, as one mean over all of them, whatever their order.
+
+        KTO's KL is one of all examples, each prompt with a completion of another prompt: `batch.mismatched`.
+        """
+        kl = self._evaluated_kl(examples, batch) if compares_neighbours(self.options, len(examples)) else None
+        run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS, self.processes, kl=kl)
         for chunk in chunks(examples, batch):
             self._run(chunk, run)
         return run.metrics.joined(self.processes)
@@ -107,6 +114,12 @@ class Objective:
     def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples of a step with every completion whose reference it asks for."""
         return with_mismatched(examples) if compares_neighbours(self.options, len(examples)) else examples
+
+    def referenced_in_evaluation(self, examples: Sequence[Example]) -> Iterator[Example]:
+        """The examples of an evaluation with every completion whose reference it asks for."""
+        yield from examples
+        if compares_neighbours(self.options, len(examples)):
+            yield from mismatched(examples)
 
     def _run(self, examples: Sequence[Example], run: _Pass) -> Work:
         return self._run_rows(examples, run) if isinstance(self.options, KTO) else self._run_pairs(examples, run)
@@ -171,7 +184,7 @@ class Objective:
 
     def _totals(self, examples: Sequence[Example]) -> Totals:
         prompts = scores_prompts(self.options)
-        scored = sum(len(e.completions[0]) + (len(e.prompt) - 1 if prompts else 0) for e in examples)
+        scored = sum(e.scored(0) + (len(e.prompt) - 1 if prompts else 0) for e in examples)
         return Totals(len(examples), scored)
 
     def _extra_outputs(self) -> tuple[str, ...]:
@@ -183,13 +196,13 @@ class Objective:
         options = self.options
         assert isinstance(options, KTO)
         run.metrics.single_responses()
-        mismatched = compares_neighbours(self.options, len(examples))
-        parts, work = self._parts(with_mismatched(examples)) if mismatched else ([], Work(0, 0))
+        compares = run.kl is None and compares_neighbours(self.options, len(examples))
+        parts, work = self._parts(both := with_mismatched(examples)) if compares else ([], Work(0, 0))
         branched = len(parts) == 1
-        kl: Tensor | float = 0.0
+        kl: Tensor | float = 0.0 if run.kl is None else run.kl
         if not branched:
-            if mismatched:
-                kl = self._mismatched_kl(examples)
+            if compares:
+                kl = kto_kl(*self._response_sums([e.with_completions([(e, 1)]) for e in both]))
             parts, work = self._parts(examples)
         for part in parts:
             with self.processes.accumulating(self.policy, part.last):
@@ -224,16 +237,23 @@ class Objective:
         return work
 
     @torch.no_grad()
-    def _mismatched_kl(self, examples: Sequence[Example]) -> Tensor:
-        """KTO's KL over the whole step, in a pass of its own."""
+    def _evaluated_kl(self, examples: Sequence[Example], batch: int) -> Tensor:
+        """KTO's KL over all examples of an evaluation, their mismatched completions taken `batch` at a time."""
+        mates = mismatched(examples)
+        found = [self._response_sums(chunk) for chunk in iter(lambda: list(islice(mates, batch)), [])]
+        return kto_kl(*(torch.cat(sums) for sums in zip(*found)))
+
+    @torch.no_grad()
+    def _response_sums(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """[E] log-probabilities of single responses under the policy and under the reference, in a pass of its own."""
         assert self.reference is not None
         logps, reference = [], []
-        parts, _ = self._parts([replace(e, completions=e.completions[1:]) for e in with_mismatched(examples)])
+        parts, _ = self._parts(examples)
         for part in parts:
             batch = part.batch.to(self.device)
             logps.append((part, _sums(self.policy(batch).logp, batch)))
             reference.append((part, _sums(self.reference(batch), batch)))
-        return kto_kl(self._in_order(logps, len(examples)), self._in_order(reference, len(examples)))
+        return self._in_order(logps, len(examples)), self._in_order(reference, len(examples))
 
     # --- both --------------------------------------------------------------------------------------------------
 
@@ -286,12 +306,9 @@ class Objective:
 
 
 def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """Cut by size. KTO compares neighbours, so a last example does not stay alone."""
-    starts = list(range(0, len(examples), size))
-    if len(starts) > 1 and len(examples) - starts[-1] == 1:
-        starts.pop()
-    for a, b in zip(starts, [*starts[1:], len(examples)]):
-        yield examples[a:b]
+    """Cut by size."""
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
 
 
 def _sums(logp: Tensor, batch: PreferenceBatch) -> Tensor:

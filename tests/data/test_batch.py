@@ -5,7 +5,7 @@ Every token of an example is a number that stands nowhere else, so a token tells
 
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import combinations, count
+from itertools import combinations, count, pairwise
 
 import pytest
 import torch
@@ -13,8 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastpref.data.batch import Layout, PreferenceBatch, Tree, collate, plan_microbatches
-from fastpref.data.example import Example, Origin
+from fastpref.data.batch import (
+    Layout,
+    PreferenceBatch,
+    Tree,
+    collate,
+    completion_key,
+    mismatched,
+    plan_microbatches,
+    with_mismatched,
+)
+from fastpref.data.example import Example, Origin, Spans
 
 LAYOUTS: tuple[Layout, ...] = ("tree", "packed", "padded")
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
@@ -27,11 +36,23 @@ def end_of(tree: Tree) -> int:
     return tree.start + tree.prompt + sum(tree.completions)
 
 
-def example(prompt: int, *completions: int, tokens: "count[int]", label: bool | None = None) -> Example:
+def example(
+    prompt: int,
+    *completions: int,
+    tokens: "count[int]",
+    label: bool | None = None,
+    contexts: tuple[Spans, ...] = (),
+) -> Example:
     def take(many: int) -> list[int]:
         return [next(tokens) for _ in range(many)]
 
-    return Example(take(prompt), tuple(take(many) for many in completions), label, ROW)
+    return Example(take(prompt), tuple(take(many) for many in completions), label, ROW, contexts)
+
+
+def spans(mask: Sequence[bool]) -> Spans:
+    """Where a mask is False, but for its last place."""
+    edges = [at for at, (a, b) in enumerate(pairwise([True, *mask[:-1], True])) if a != b]
+    return tuple(zip(edges[::2], edges[1::2]))
 
 
 @st.composite
@@ -39,7 +60,17 @@ def steps(draw: st.DrawFn, most: int = 5) -> list[Example]:
     """Examples that all have one, two or three completions."""
     completions, tokens = draw(st.integers(1, 3)), count(1)
     shapes = draw(st.lists(st.tuples(*[LENGTHS] * (1 + completions)), min_size=1, max_size=most))
-    return [example(*shape, tokens=tokens, label=draw(st.booleans()) if completions == 1 else None) for shape in shapes]
+    masks = [tuple(spans(draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in shape[1:]) for shape in shapes]
+    partly = draw(st.booleans())
+    return [
+        example(
+            *shape,
+            tokens=tokens,
+            label=draw(st.booleans()) if completions == 1 else None,
+            contexts=contexts if partly and any(contexts) else (),
+        )
+        for shape, contexts in zip(shapes, masks)
+    ]
 
 
 def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
@@ -62,11 +93,19 @@ def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
     raise AssertionError("a place outside its tree")
 
 
-def sequences(examples: Sequence[Example], *, score_prompts: bool) -> list[tuple[list[int], int]]:
-    """What segment s scores: a sequence of tokens, and where its scored part begins."""
+def sequences(examples: Sequence[Example], *, score_prompts: bool) -> list[tuple[list[int], int, list[int]]]:
+    """What segment s scores: a sequence of tokens, where its completion begins, and which places in it are scored."""
     completions = len(examples[0].completions)
-    whole = [(e.prompt + e.completions[k], len(e.prompt)) for k in range(completions) for e in examples]
-    return whole + [(e.prompt, 1) for e in examples] * score_prompts
+    whole = [
+        (
+            e.prompt + e.completions[k],
+            len(e.prompt),
+            [at for at in range(len(e.completions[k])) if not any(a <= at < b for a, b in e.context(k))],
+        )
+        for k in range(completions)
+        for e in examples
+    ]
+    return whole + [(e.prompt, 1, list(range(len(e.prompt) - 1))) for e in examples] * score_prompts
 
 
 @EVERY_LAYOUT
@@ -75,18 +114,23 @@ def sequences(examples: Sequence[Example], *, score_prompts: bool) -> list[tuple
 def test_every_token_is_scored_once_after_what_precedes_it(
     layout: Layout, examples: list[Example], score_prompts: bool
 ):
-    """Each token of a completion is a target once, predicted from exactly the tokens before it in its sequence.
+    """Each scored token of a completion is a target once, predicted from exactly the tokens before it in its sequence.
 
-    So is each token of a prompt but the first, if prompts are scored: once, however often the prompt is repeated.
+    Those of its context are none. So is each token of a prompt but the first, if prompts are scored: once, however
+    often the prompt is repeated.
     """
     batch = collate(examples, layout, score_prompts=score_prompts)
     expected = sequences(examples, score_prompts=score_prompts)
     scored = list(zip(batch.segments.tolist(), batch.offsets.tolist(), strict=True))
-    assert sorted(scored) == [(s, at) for s, (ids, first) in enumerate(expected) for at in range(len(ids) - first)]
-    assert batch.lengths.tolist() == [len(ids) - first for ids, first in expected]
+    assert sorted(scored) == [(s, at) for s, (_, _, places) in enumerate(expected) for at in places]
+    assert batch.lengths.tolist() == [len(places) for _, _, places in expected]
+    assert batch.lengths.tolist() == [
+        *(e.scored(k) for k in range(len(examples[0].completions)) for e in examples),
+        *(len(e.prompt) - 1 for e in examples if score_prompts),
+    ]
     positions = batch.position_ids.flatten().tolist()
     for (segment, offset), place, target in zip(scored, batch.predictors.tolist(), batch.targets.tolist(), strict=True):
-        ids, first = expected[segment]
+        ids, first, _ = expected[segment]
         assert target == ids[first + offset]
         assert seen_from(batch, place) == ids[: first + offset]
         assert positions[place] == first + offset - 1
@@ -231,3 +275,43 @@ def test_sharing_prompts_saves_micro_batches():
     tokens = count(1)
     examples = [example(60, 10, 10, tokens=tokens) for _ in range(12)]
     assert [len(plan_microbatches(examples, layout, 320)) for layout in LAYOUTS] == [3, 6, 6]
+
+
+# --- Mismatched completions ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompts=st.lists(st.integers(0, 3), min_size=2, max_size=9), data=st.data())
+def test_mismatched_completions_are_another_prompts(prompts: list[int], data: st.DataObject):
+    """Where there is another prompt, each prompt gets its completion; in an evaluation whatever the order is."""
+    tokens = count(100)
+    rows = [
+        Example([1, prompt], ([next(tokens), next(tokens)],), True, ROW, (((0, 1),),) if prompt == 2 else ())
+        for prompt in prompts
+    ]
+    own = {row.completions[0][0]: row for row in rows}
+    for made in (with_mismatched(rows), list(mismatched(rows))):
+        assert [e.prompt for e in made] == [row.prompt for row in rows]
+        for row, e in zip(rows, made):
+            source = own[e.completions[-1][0]]
+            assert (source.prompt != row.prompt) == (len(set(prompts)) > 1)
+            assert source is not row
+            assert e.context(len(e.completions) - 1) == source.context(0)
+    assert all(e.completions[0] == row.completions[0] for row, e in zip(rows, with_mismatched(rows)))
+    order = data.draw(st.permutations(range(len(rows))))
+    again = list(mismatched([rows[at] for at in order]))
+    assert [again[order.index(at)] for at in range(len(rows))] == list(mismatched(rows))
+
+
+def test_mismatched_neighbours_are_the_next_where_prompts_differ():
+    """As the paper and TRL pair them."""
+    tokens = count(1)
+    rows = [example(2, 2, tokens=tokens, label=True) for _ in range(4)]
+    found = [e.completions for e in with_mismatched(rows)]
+    assert found == [(a.completions[0], b.completions[0]) for a, b in zip(rows, [*rows[1:], rows[0]])]
+
+
+def test_the_key_knows_what_is_scored():
+    """The reference's numbers of a completion are of its scored tokens."""
+    assert len({completion_key([1], [2, 3, 4], of) for of in ((), ((0, 1),), ((1, 2),), ((0, 2),))}) == 4
+    assert completion_key([1], [2, 3]) == completion_key([1], [2, 3], ())

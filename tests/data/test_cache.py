@@ -135,6 +135,27 @@ def test_rows_of_several_batches_stay_in_order(folder: Path, cached: bool):
     assert found.completion_lengths.tolist() == [[2 + at % 7] for at in range(count)]
 
 
+def test_what_is_not_scored_is_kept(folder: Path):
+    """Spans of context, turns that were cut and their lengths come back from the cache as they were made."""
+    turns = [{"role": "user", "content": "q"}]
+    several = [{"role": "assistant", "content": "a"}, *turns, {"role": "assistant", "content": "b"}]
+    write(
+        folder / "pairs.jsonl",
+        [
+            {"prompt": turns, "chosen": several, "rejected": "no"},
+            {"prompt": "q", "chosen": "yes", "rejected": "no"},
+            {"prompt": [*turns, {"role": "assistant", "content": "x" * 80}, *turns], "chosen": "c", "rejected": "d"},
+        ],
+    )
+    made, again = load(folder, "tokens.max_length=90").train, load(folder, "tokens.max_length=90").train
+    assert list(made) == list(again)
+    assert [bool(row.contexts) for row in again] == [True, False, False]
+    assert [row.row.turns_cut for row in again] == [0, 0, 2]
+    assert again.context_lengths.tolist() == [
+        [len(ids) - row.scored(which) for which, ids in enumerate(row.completions)] for row in again
+    ]
+
+
 def test_nothing_held_out_is_an_empty_sequence(folder: Path):
     """Without held-out rows there are none, before and after the cache."""
     for _ in range(2):
@@ -178,7 +199,8 @@ MISSES: dict[str, list[str] | Callable[[Path], None]] = {
     "no held-out rows": ["eval.data=[]"],
     "a fraction": ["eval={fraction=0.5}"],
     "max_length": ["tokens.max_length=63"],
-    "max_prompt_length": ["tokens.max_prompt_length=9"],
+    "max_prompt_length": ["tokens.max_prompt_length=60"],
+    "score": ["tokens.score=all"],
     "overlong": ["tokens.overlong=drop"],
     "duplicates": ["tokens.duplicates=keep"],
     "single responses": ["loss.type=kto"],

@@ -34,9 +34,12 @@ EVERY_FAMILY = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 def scored(
     row: dict[str, Any], format: Any, tokenizer: PreTrainedTokenizerBase, *, unpaired: bool = False, **options: Any
 ) -> list[str]:
-    """The prompt and each response as the model meets them: prompt tokens that are not scored, then those that are."""
+    """The prompt and each response as the model meets them: prompt tokens that are not scored, then those that are.
+
+    All turns of a response are, so that none is missing here; test_turns.py asks whose words are.
+    """
     content = choose(row, {"type": format, **options} if options else format, unpaired=unpaired).read(row)
-    examples, _ = tokenize([SourceRow(content, "row")], tokenizer, TokensConfig())
+    examples, _ = tokenize([SourceRow(content, "row")], tokenizer, TokensConfig(score="all"))
     assert len(examples) == 1
     batch = collate(examples, "padded")
     assert batch.attention_mask is not None
@@ -587,7 +590,7 @@ def test_chats_need_a_tokenizer():
 # --- Responses that mislead ----------------------------------------------------------------------------------------
 
 RESPONSES = [
-    "a", "u", "user", "assistant", "model", "\n", " yes", "  yes", "\nyes", "\n\nyes", "yes\n", "yes ", "\tyes", "?",
+    "a", "u", "user", "assistant", "model", " yes", "  yes", "\nyes", "\n\nyes", "yes\n", "yes ", "\tyes", "?",
     "What?", "<think>", "<|user|>", "<|im_start|>", "user\nWhat?", "</s>", "é", "🎉", "日本", "{{ x }}", "{prompt}",
     "▁",
 ]  # fmt: skip

@@ -160,7 +160,7 @@ def test_the_prompt_is_the_longest_common_prefix(prompt: str, chosen: str, rejec
     prefix = 0
     while prefix < min(map(len, (alone, *full))) and len({ids[prefix] for ids in (alone, *full)}) == 1:
         prefix += 1
-    assert counts.merged == (prefix < len(alone))
+    assert counts.merged == (counts.kept and prefix < len(alone))
     assert counts.kept == len(examples) == 1 - counts.empty - counts.promptless - counts.equal
     for example in examples:
         assert example.prompt == alone[:prefix]
@@ -249,6 +249,55 @@ def test_every_turn_of_a_response_keeps_its_end():
     assert text == "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>"
 
 
+CALLS = (  # as gpt-oss and Llama 3.1: a call ends otherwise than words do
+    "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments | tojson }}{{ '<|call|>' }}"
+    "{% else %}{{ m.content + ('<|return|>' if loop.last and m.role == 'assistant' else '<|end|>') }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"
+)
+BRACKETS = (  # as GLM: a call stands in brackets that end nothing, and no token ends a turn
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' }}{{ call.function.arguments | tojson }}{{ '</tool_call>' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def calls() -> PreTrainedTokenizerBase:
+    special = ["<|start|>", "<|message|>", "<|end|>", "<|call|>", "<|eom_id|>"]
+    return toy_tokenizer(CALLS + "{# <|eom_id|> #}", eos="<|return|>", special=special)
+
+
+def test_a_message_ends_with_what_its_template_ends_it_with():
+    """More than one token can end a turn; none gets a second one, and a bracket is no end."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]}
+    tokenizer = calls()
+    example = only(tokenizer, Paired([user("q")], [call], [says("no")]))
+    assert [decode(tokenizer, ids) for ids in example.completions] == ['{"a": "b"}<|call|>', "no<|return|>"]
+    special = ["<|user|>", "<|assistant|>", "<tool_call>", "</tool_call>"]
+    tokenizer = toy_tokenizer(BRACKETS, eos="</s>", special=special)
+    examples, _ = tokenized(tokenizer, Unpaired([user("q")], [call], True))
+    assert decode(tokenizer, examples[0].completions[0]) == '<tool_call>{"a": "b"}</tool_call></s>'
+
+
+@pytest.mark.parametrize("end", ["<|return|>", "<|call|>", "<|end|>", "<|eom_id|>"])
+def test_text_with_an_end_of_the_models_gets_no_second_one(end: str):
+    """Whichever of the tokens that end a turn for this template a text ends with, it is the end."""
+    tokenizer = calls()
+    example = only(tokenizer, Paired("q", f"yes{end}\n", "no"))
+    assert [decode(tokenizer, ids) for ids in example.completions] == [f"yes{end}", "no<|return|>"]
+
+
+def test_a_chat_templates_end_that_is_no_token():
+    """Spelled out in ordinary tokens, it is followed by EOS, so that the model learns to stop; the run says so."""
+    tokenizer = toy_tokenizer(CHATML, eos="</s>")
+    (example,), counts = tokenized(tokenizer, Paired([user("q")], [says("yes")], [says("no")]))
+    assert decode(tokenizer, example.completions[0]) == "yes<|im_end|></s>"
+    assert str(counts).endswith(
+        "1 that end with EOS because their format's end of a turn is no token of this tokenizer"
+    )
+    assert tokenized(plain(), Paired([user("q")], [says("yes")], [says("no")]))[1].foreign == 0
+
+
 def test_without_eos_the_templates_token_ends_texts_too():
     """A tokenizer that names no EOS ends texts as its template ends turns; with neither it is refused."""
     tokenizer = toy_tokenizer(CHATML, eos=None, special=["<|im_start|>", "<|im_end|>"])
@@ -302,16 +351,17 @@ LENGTHS: dict[
 ] = {  # options, what is left, prompts cut, responses cut
     "fits exactly": ({"max_length": 15}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
     "prompt from the left": ({"max_length": 14}, "<s>23456789", f"{C}</s>", f"{R}</s>", 1, 0),
-    "prompt as far as the longest response asks": ({"max_length": 7}, "<s>9", f"{C}</s>", f"{R}</s>", 1, 0),
-    "one token of prompt stays": ({"max_length": 6}, "9", f"{C}</s>", f"{R}</s>", 1, 0),
-    "then responses from the right": ({"max_length": 5}, "9", C, f"{R}</s>", 1, 1),
-    "both responses": ({"max_length": 3}, "9", C[:2], R, 1, 1),
+    "prompt as far as the longest response asks": ({"max_length": 11}, "<s>56789", f"{C}</s>", f"{R}</s>", 1, 0),
+    "half of it is the prompt's": ({"max_length": 10}, "<s>6789", f"{C}</s>", f"{R}</s>", 1, 0),
+    "then responses from the right": ({"max_length": 8}, "<s>789", C, f"{R}</s>", 1, 1),
+    "both responses": ({"max_length": 4}, "<s>9", C[:2], R, 1, 1),
+    "one token of the prompt": ({"max_length": 3}, "9", C[:2], R, 1, 1),
     "prompt limit": ({"max_length": 15, "max_prompt_length": 4}, "<s>789", f"{C}</s>", f"{R}</s>", 1, 0),
     "prompt limit that fits": ({"max_length": 15, "max_prompt_length": 10}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
-    "both limits": ({"max_length": 8, "max_prompt_length": 6}, "<s>89", f"{C}</s>", f"{R}</s>", 1, 0),
+    "both limits": ({"max_length": 8, "max_prompt_length": 3}, "<s>89", f"{C}</s>", f"{R}</s>", 1, 0),
     "a prompt limit beyond the length": (
-        {"max_length": 9, "max_prompt_length": 99},
-        "<s>789",
+        {"max_length": 12, "max_prompt_length": 99},
+        "<s>456789",
         f"{C}</s>",
         f"{R}</s>",
         1,
@@ -326,7 +376,7 @@ LENGTHS: dict[
 def test_long_rows_are_cut(
     limits: dict[str, int], prompt: str, chosen: str, rejected: str, prompts: int, responses: int
 ):
-    """The prompt is cut from the left, keeping BOS and the whole responses; then the responses from the right."""
+    """A prompt of text is cut from the left, keeping BOS, down to half of the limit; then responses from the right."""
     tokenizer = plain()
     (example,), counts = tokenized(tokenizer, Paired(P, C, R), **limits)
     assert decode(tokenizer, example.prompt) == prompt
@@ -350,7 +400,7 @@ def test_without_bos_a_cut_prompt_begins_anywhere():
     """No BOS is made up for a prompt that had none."""
     tokenizer = chatml()
     example = only(tokenizer, Paired(P, C, R), max_length=8)
-    assert decode(tokenizer, example.prompt) == "789"
+    assert decode(tokenizer, example.prompt) == "6789"
 
 
 # --- Rows that cannot be used --------------------------------------------------------------------------------------
@@ -374,7 +424,20 @@ UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # r
         "chosen and rejected are equal",
         {},
     ),
-    "equal once cut": (Paired("q", "yes!", "yes?"), "equal", "chosen and rejected are equal", {"max_length": 4}),
+    "white space": (Paired("q", " \n", "no"), "empty", "chosen is empty", {}),
+    "a turn of white space": (Paired([user("q")], [says("yes")], [says(" \n ")]), "empty", "rejected is empty", {}),
+    "a block of no reasoning": (
+        Paired([user("q")], [says("yes")], [says("<think>\n\n</think>\n\n")]),
+        "empty",
+        "rejected is empty",
+        {},
+    ),
+    "equal once cut": (
+        Paired("q", "yes!", "yes?"),
+        "overlong",
+        "chosen and rejected are equal once cut to tokens.max_length",
+        {"max_length": 4},
+    ),
     "no prompt": (Paired("", "yes", "no"), "promptless", "the prompt has no tokens", {}),
 }
 
@@ -389,19 +452,29 @@ def test_rows_that_cannot_be_used(content: Paired | Unpaired, counter: str, what
         tokenized(chatml(), content, strict=True, **options)
 
 
-def test_white_space_is_a_response():
-    """A response of white space is short, not empty."""
-    tokenizer = chatml()
-    assert decode(tokenizer, only(tokenizer, Paired("q", " ", "\n")).completions[0]) == " <|im_end|>"
+THINKS = CHATML.replace(  # as Qwen 3: a block for reasoning, also where there is none
+    "+ m['content'] +", "+ ('<think></think>' if m['role'] == 'assistant' else '') + m['content'] +"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKS, "{{ 'x' }}" + CHATML], ids=["plain", "thinks", "other"])
+@pytest.mark.parametrize("empty", ["", "  ", "\n", "<|im_end|>\n", "\u00a0"], ids=repr)
+def test_empty_is_what_the_message_says(template: str, empty: str):
+    """Whatever a template puts around a response, it is empty if its message has no words, no call, no reasoning."""
+    tokenizer = toy_tokenizer(template, eos="<|im_end|>", special=["<|im_start|>"])
+    _, counts = tokenized(tokenizer, Paired([user("q")], [says("yes")], [says(empty)]))
+    assert counts == Counts(rows=1, empty=1)
 
 
 def test_counts_say_what_happened_and_no_more():
     """Every count that is not zero is said once, in words."""
     assert str(Counts(rows=3, kept=3)) == "3 of 3 rows used"
-    everything = Counts(**{field.name: at + 10 for at, field in enumerate(fields(Counts))})
+    names = [field.name for field in fields(Counts) if field.name != "left_out_first"]
+    everything = Counts(**{name: at + 10 for at, name in enumerate(names)}, left_out_first="r:1: x")
     said = str(everything)
     assert said.startswith("11 of 10 rows used, ")
-    assert [part.split()[0] for part in said.split(", ")[1:]] == [str(at) for at in range(12, 10 + len(fields(Counts)))]
+    assert said.endswith(" with words that the chat template leaves out (the first: r:1: x)")
+    assert [part.split()[0] for part in said.split(", ")[1:]] == [str(at) for at in range(12, 10 + len(names))]
 
 
 def test_examples_keep_their_order_row_and_label():
@@ -428,8 +501,6 @@ def test_a_row_that_the_template_refuses():
         tokenized(gemma(), content)
     with pytest.raises(UserError, match=r"^rows\.jsonl, row 0: the row is a chat, .*; set tokens.chat_template"):
         tokenized(toy_tokenizer(), content)
-    with pytest.raises(UserError, match=r"^rows\.jsonl, row 0: the chat template refuses this row: "):
-        tokenized(chatml(), Paired([user("q")], [{"role": "assistant", "tool_calls": []}], [says("no")]))
 
 
 def test_a_template_of_ones_own(tmp_path: Path):

@@ -82,7 +82,7 @@ def test_labels_shuffled(elsewhere: Path):
 
 def test_verdicts_are_printed_while_it_runs(elsewhere: Path, capsys: pytest.CaptureFixture[str]):
     """Rows that are cut are told of before the first step, once, and again at the end."""
-    fastpref.train(QUICKSTART, [*SHORT, "train.steps=2", "tokens.max_length=24"])
+    fastpref.train(QUICKSTART, [*SHORT, "train.steps=2", "tokens.max_length=36"])
     printed = capsys.readouterr().out
     warning = "% of the training rows were cut"
     assert printed.count(warning) == 2
@@ -92,12 +92,12 @@ def test_verdicts_are_printed_while_it_runs(elsewhere: Path, capsys: pytest.Capt
 def test_a_resumed_run_is_seen_whole(elsewhere: Path, capsys: pytest.CaptureFixture[str]):
     """After a resume, health and report are of all rows, times add up, and a verdict is not told again."""
     config = write_config(elsewhere)
-    first = fastpref.train(config, [LORA, "tokens.max_length=24"])
+    first = fastpref.train(config, [LORA, "tokens.max_length=36"])
     assert "truncation" in [v.rule for v in first.verdicts]
     before = json.loads(Path("out/run.json").read_text())
     shutil.rmtree("out/checkpoints/step-10")
     capsys.readouterr()
-    again = fastpref.train(config, [LORA, "tokens.max_length=24"], resume=True)
+    again = fastpref.train(config, [LORA, "tokens.max_length=36"], resume=True)
     printed = capsys.readouterr().out
     assert printed.count("of the training rows were cut") == 1
     assert [v.rule for v in again.verdicts] == [v.rule for v in first.verdicts]

@@ -41,8 +41,8 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         learning_rate=config.learning_rate,
         max_grad_norm=config.train.max_grad_norm,
         rows=train.get("kept", 0),
-        # A row may lose both; the larger of the two counts is the least that lost something.
-        cut=max(train.get("prompts_cut", 0), train.get("responses_cut", 0)),
+        # A row may lose of its prompt and its responses; the larger count is the least that lost something.
+        cut=max(train.get("turns_cut", 0) + train.get("prompts_cut", 0), train.get("responses_cut", 0)),
         heldout=heldout.get("kept"),
         labels=(rows["good"], rows["bad"]) if "good" in rows and "bad" in rows else None,
     )

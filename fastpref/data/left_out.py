@@ -1,0 +1,148 @@
+"""What a chat template leaves out: the words of a row's messages that are not in the text it writes."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastpref.data.chat import common
+from fastpref.data.content import Message
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Under which keys of a message data sets hold what was thought before the answer."""
+_SWITCHES = re.compile(r"/(?:no_?)?think\b|/system_override\b")  # words to a template that it may take away
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Words of one message that stand together in any text of it."""
+
+    what: str
+    words: str
+
+    def __str__(self) -> str:
+        words = " ".join(self.words.split())
+        return f"{self.what}, {words if len(words) <= 60 else words[:57].rstrip() + '...'}"
+
+
+def left_out(pieces: Sequence[Piece], text: str, before: str = "") -> list[Piece]:
+    """Those pieces whose words are not in `text` after what it shares with `before`, each as often as it is said.
+
+    White space, escapes of JSON and the switches of thinking are not compared: templates trim, encode and take away.
+    """
+    shared = common(before, text)
+    said = Counter(piece.words.strip() for piece in pieces)
+    if all(not words or text.count(words, shared) >= many for words, many in said.items()):
+        return []  # the usual case, told without taking texts apart
+    rest = plain(text[shared:])
+    missing, whole, start = [], "", ""
+    same: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        same.setdefault(plain(piece.words), []).append(piece)
+    for words, alike in same.items():
+        forms = list(_forms(alike[0].words))
+        times = max(map(rest.count, forms)) if words else len(alike)
+        if times < len(alike) and shared:  # its first letters may also be the last of what stands before
+            whole, start = whole or plain(text), start or plain(text[:shared])
+            times = max(times, *(whole.count(form) - start.count(form) for form in forms))
+        if times < len(alike):
+            missing.append(alike[times])
+    return missing
+
+
+def plain(text: str) -> str:
+    """Text without white space, and without the switches that templates read."""
+    return "".join(_SWITCHES.sub("", text).split())
+
+
+def prompt_pieces(prompt: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
+    """What the text of a prompt must say. Reasoning of turns before the last is for templates to leave out."""
+    pieces = [Piece("the tool", name) for name in tool_names(tools)]
+    for message in prompt:
+        pieces += _pieces(message, f"a turn of role {message['role']}", reasoning=False)
+    return pieces
+
+
+def response_pieces(response: Sequence[Message], name: str) -> list[Piece]:
+    """What the text of a response must say."""
+    pieces = []
+    for message in response:
+        role = "" if message["role"] == "assistant" else f"a turn of role {message['role']} in "
+        pieces += _pieces(message, f"{role}{name}", reasoning=True)
+    return pieces
+
+
+def says_something(message: Message, ends: Sequence[str] = ()) -> bool:
+    """Whether an assistant's message has words beside the tokens `ends`, a call, or reasoning."""
+    words = "".join(piece.words for piece in _pieces(message, "", reasoning=True))
+    for end in ends:
+        words = words.replace(end, "")
+    return bool(words.strip()) or bool(message.get("tool_calls"))
+
+
+def tool_names(tools: Sequence[Any] | None) -> list[str]:
+    given = [tool.get("function", tool) if isinstance(tool, Mapping) else {} for tool in tools or ()]
+    return [tool["name"] for tool in given if isinstance(tool, Mapping) and isinstance(tool.get("name"), str)]
+
+
+def _pieces(message: Message, where: str, *, reasoning: bool) -> Iterator[Piece]:
+    assistant = message["role"] == "assistant"
+    for content in _texts(message.get("content")):
+        thought, tag, answer = content.rpartition("</think>") if assistant else ("", "", content)
+        if tag and reasoning:
+            yield Piece(f"the reasoning of {where}", thought.rpartition("<think>")[2])
+        yield Piece(where, answer)
+    if not assistant:
+        return
+    for key in REASONING if reasoning else ():
+        if isinstance(words := message.get(key), str):
+            yield Piece(f"the reasoning of {where}", words)
+    for call in message.get("tool_calls") or ():
+        called = call.get("function", call) if isinstance(call, Mapping) else {}
+        if isinstance(called, Mapping) and isinstance(called.get("name"), str):
+            yield Piece(f"a tool call of {where}", called["name"])
+            for words in _leaves(called.get("arguments")):
+                yield Piece(f"an argument of a tool call of {where}", words)
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list):
+        for part in content:
+            words = part.get("text") if isinstance(part, Mapping) else part
+            if isinstance(words, str):
+                yield words
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The texts in a call's arguments, given as a mapping or as JSON."""
+    if isinstance(value, str):
+        try:
+            inner = json.loads(value)
+        except ValueError:
+            inner = None
+        if isinstance(inner, Mapping):
+            yield from _leaves(inner)
+        else:
+            yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _forms(words: str) -> Iterator[str]:
+    """Words as they are, as Python has them in single quotes, as JSON has them, and as JSON in JSON."""
+    words = words.strip()
+    yield plain(words)
+    yield plain(words.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r"))
+    for ascii_only in (False, True):
+        once = json.dumps(words, ensure_ascii=ascii_only)[1:-1]
+        yield plain(once)
+        yield plain(json.dumps(once, ensure_ascii=ascii_only)[1:-1])

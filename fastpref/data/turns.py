@@ -1,0 +1,129 @@
+"""Turns in what a chat template writes: where other people's stand in a response, and a prompt without its oldest."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.data.chat import REFUSALS, apply, common
+from fastpref.data.content import Message, RowError, Writing
+
+_MARK = "\ue000fastpref\ue001"  # private characters: no data set has them at its turns' ends
+TextSpans = list[tuple[int, int]]
+
+
+def contexts(
+    tokenizer: PreTrainedTokenizerBase, writing: Writing, prompt: list[Message], response: list[Message], full: str
+) -> TextSpans:
+    """The spans of `full`, the template's text of prompt and response, that are not the assistant's in the response.
+
+    Such a span begins after the token that ends the assistant's turn before, and stops where the assistant's next words
+    begin: it holds the turns of user, tool and system with what the template writes around them. A template may write
+    a turn otherwise once others follow it, so each place is looked for where the text of a part of the conversation
+    and `full` agree, and else by a mark in place of a message. Raises RowError where no place can be found.
+    """
+    if len(response) < 2:
+        return []
+    spans: TextSpans = []
+    conversation = [*prompt, *response]
+    try:
+        for begin, stop in _runs(response):
+            first, last = len(prompt) + begin, len(prompt) + stop
+            lowest = spans[-1][1] if spans else 0
+            start = _end_of_turn(tokenizer, writing, conversation, first, full, lowest) if begin else 0
+            spans.append((start, max(start, _begin_of_turn(tokenizer, writing, conversation, last, full, start))))
+    except RowError:
+        raise
+    except REFUSALS as error:
+        raise _untold(str(error)) from None
+    return [span for span in spans if span[0] < span[1]]
+
+
+def exchanges(prompt: Sequence[Message]) -> list[int]:
+    """Where the exchanges of a prompt begin that may be left out with all before them, and the question last: each
+    but the first begins with a user's turn. System turns at the front are in none."""
+    front = next((at for at, turn in enumerate(prompt) if turn["role"] not in ("system", "developer")), len(prompt))
+    return [front, *(at for at, turn in enumerate(prompt) if at > front and turn["role"] == "user")]
+
+
+def without_oldest(prompt: list[Message], many: int) -> list[Message]:
+    """A prompt without its `many` oldest exchanges; system turns at its front stay."""
+    begins = exchanges(prompt)
+    return [*prompt[: begins[0]], *prompt[begins[many] :]]
+
+
+def _runs(response: Sequence[Message]) -> list[tuple[int, int]]:
+    """From which to which message others speak, each time before an assistant's turn; empty between two of those."""
+    runs, begin = [], 0
+    for at, message in enumerate(response):
+        if message["role"] == "assistant":
+            if at:
+                runs.append((begin, at))
+            begin = at + 1
+    return runs
+
+
+def _end_of_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    writing: Writing,
+    conversation: list[Message],
+    stop: int,
+    full: str,
+    lowest: int,
+) -> int:
+    """Where the assistant's turn before message `stop` ends in `full`, after its end token."""
+    alone = apply(tokenizer, conversation[:stop], writing).rstrip()
+    if full.startswith(alone):
+        return len(alone)
+    special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    following, ends = _place_of(tokenizer, writing, conversation, stop, full), False
+    while end := next((token for token in special if alone.endswith(token)), ""):  # a last turn may have two
+        if (at := full.rfind(end, lowest, following)) >= 0:
+            return at + len(end)
+        alone, ends = alone.removesuffix(end).rstrip(), True
+    content = conversation[stop - 1].get("content")
+    answer = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
+    for words in (alone[-40:], answer[-40:]):
+        if words and (at := full.rfind(words, lowest, following)) >= 0:
+            at += len(words)
+            rest = full[at:following]
+            end = next((token for token in special if ends and rest.lstrip().startswith(token)), "")
+            return at + rest.index(end) + len(end)
+    raise _untold(f"the turn that ends with {alone[-40:]!r} is written otherwise once others follow it")
+
+
+def _begin_of_turn(
+    tokenizer: PreTrainedTokenizerBase, writing: Writing, conversation: list[Message], at: int, full: str, start: int
+) -> int:
+    """Where the words of message `at`, the assistant's, begin in `full`: after what asks the assistant to speak."""
+    asked = apply(tokenizer, conversation[:at], writing, generation_prompt=True)
+    before = apply(tokenizer, conversation[:at], writing).rstrip()
+    agreed = common(asked, full)
+    if agreed >= len(before):
+        return agreed
+    if conversation[at - 1]["role"] == "assistant":
+        return start  # two of its turns in a row: nobody speaks between them
+    marked = {**conversation[at - 1], "content": _MARK}
+    _, mark, tail = apply(tokenizer, [*conversation[: at - 1], marked], writing, generation_prompt=True).rpartition(
+        _MARK
+    )
+    whole = apply(tokenizer, [*conversation[: at - 1], marked, *conversation[at:]], writing)
+    if not mark or _MARK not in whole:
+        raise _untold(f"it leaves out a turn of role {marked['role']!r}")
+    end = len(full) - common(whole[::-1], full[::-1])
+    return end + common(full[end:], tail)
+
+
+def _place_of(
+    tokenizer: PreTrainedTokenizerBase, writing: Writing, conversation: list[Message], at: int, full: str
+) -> int:
+    """Where the content of message `at` begins in `full`; for the assistant's, where its turn does or later."""
+    marked = {**conversation[at], "content": _MARK}
+    return common(apply(tokenizer, [*conversation[:at], marked, *conversation[at + 1 :]], writing), full)
+
+
+def _untold(why: str) -> RowError:
+    return RowError(
+        "the turns inside a response cannot be told apart in what the chat template writes "
+        f'({why}); tokens.score = "all" scores them all',
+        "refused by the chat template",
+    )
