@@ -52,7 +52,7 @@ def model_config(kind: str) -> PretrainedConfig:
         "llama": lambda: LlamaConfig(**_SIZES),
         "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
         "llama-dynamic": lambda: LlamaConfig(
-            **_SIZES | {"max_position_embeddings": 30},
+            **{**_SIZES, "max_position_embeddings": 30},
             rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
         ),
         "phi3-longrope": lambda: Phi3Config(

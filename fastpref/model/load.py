@@ -88,12 +88,15 @@ def load_model(
     if getattr(model, "is_quantized", False) and config.lora is None and not trained:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     notes = [note for note in (loading_note(model),) if note is not None]
-    notes += fix_rope(model, config.tokens.max_length)
-    head, note = find_head(model, body_of(model))
-    policy = Policy(body_of(model), head)
+    try:
+        notes += fix_rope(model, config.tokens.max_length)
+        head, note = find_head(model, body_of(model))
+        policy = Policy(body_of(model), head)
+        choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
+    except UserError as error:
+        raise UserError(f"model.name = {config.model.name!r}: {error}") from None
     if sharded and isinstance(head, OwnLogits):
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
-    choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
     notes += [*choice.notes, *([note] if note else []), *_flex(config, model, choice, device)]
     if kernels:
         trial = None if sharded else partial(_precision, config, device)  # what is not there yet cannot be tried

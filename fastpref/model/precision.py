@@ -22,9 +22,7 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
     if any(isinstance(module, Linear8bitLt) for module in model.modules()) or extra > _free(model):
         yield False
         return
-    four_bits: list[tuple[Any, torch.dtype]] = [
-        (m, m.compute_dtype) for m in model.modules() if isinstance(m, Linear4bit)
-    ]
+    four_bits: list[tuple[Any, Any]] = [(m, m.compute_dtype) for m in model.modules() if isinstance(m, Linear4bit)]
     states: list[tuple[Any, torch.dtype]] = [
         (m.weight.quant_state, m.weight.quant_state.dtype)
         for m, _ in four_bits

@@ -27,7 +27,7 @@ from fastpref.errors import UserError
 USER = {"role": "user", "content": "Où ça?"}
 ROWS = [
     {"prompt": [USER], "chosen": "là 🎉", "rejected": "no"},
-    {"prompt": "q" * 60, "chosen": "yes", "rejected": "a rather long answer, which is cut"},
+    {"prompt": "q" * 27, "chosen": "yes", "rejected": "a rather long answer, which is cut"},
     {"prompt": "q", "chosen": "same", "rejected": "same"},
     {"prompt": "r", "chosen": "yes", "rejected": "no"},
     {"prompt": "r", "chosen": "yes", "rejected": "no"},
@@ -90,6 +90,9 @@ def everything(found: Tokenized) -> Any:
 def test_a_cached_run_is_an_uncached_one(folder: Path, loss: str):
     """Made, made without the cache, and read from it: the same examples, counts and notes, which are `tokenize`'s."""
     override = f"loss.type={loss}"
+    earlier = [{"role": "user", "content": "q" * 30}, {"role": "assistant", "content": "ok"}]
+    long = {"prompt": [*earlier, USER], "chosen": "yes", "rejected": "a rather long answer, which is cut"}
+    write(folder / "pairs.jsonl", [*ROWS, long])
     rows, counts = tokenize(prepare(config(folder, override)).train, chatml(), config(folder).tokens)
     assert any(row.row.prompt_cut for row in rows)
     assert counts.kept == len(rows) > 0
@@ -302,6 +305,8 @@ def test_the_ends_of_training_responses_are_kept(folder: Path):
     ends = {by_text.get_vocab()[token] for token in ("<|im_end|>", "</s>")}  # of the chats and of the texts
     for cached in (False, True, True):
         assert set(load(folder, tokenizer=by_text, cache=cached).ends) == ends
+    for name in ("pairs", "heldout"):
+        write(folder / f"{name}.jsonl", [{"prompt": "t", "chosen": "yes", "rejected": "no"}])
     assert load(folder, "tokens.max_length=2", tokenizer=by_text).ends == ()
 
 

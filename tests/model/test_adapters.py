@@ -66,9 +66,15 @@ def architecture(kind: str) -> PretrainedConfig:
     if kind == "gemma3":
         layers = ["sliding_attention", "full_attention"]
         text = SIZES | {"sliding_window": 5, "layer_types": layers, "model_type": "gemma3_text"}
-        images = {"image_token_index": 96, "boi_token_index": 95, "eoi_token_index": 94, "mm_tokens_per_image": 4}
+        images: dict[str, Any] = {
+            "image_token_index": 96,
+            "boi_token_index": 95,
+            "eoi_token_index": 94,
+            "mm_tokens_per_image": 4,
+        }
         return Gemma3Config(text_config=text, vision_config=VISION, **images)
-    return CONFIG_MAPPING[kind](**(SIZES | KINDS[kind]))
+    sizes: dict[str, Any] = SIZES | KINDS[kind]
+    return CONFIG_MAPPING[kind](**sizes)
 
 
 def model(kind: str, device: str = "cpu") -> PreTrainedModel:
@@ -276,7 +282,7 @@ def test_an_adapter_that_does_not_fit_is_refused(trained: tuple[Path, Path], fau
 
 
 def test_an_adapter_of_another_width(trained: tuple[Path, Path]):
-    wider = AutoModelForCausalLM.from_config(LlamaConfig(**(SIZES | {"hidden_size": 64})))
+    wider = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "hidden_size": 64}))
     with pytest.raises(UserError, match=r"of another shape: .*in the file \[\d+, \d+\].*another size"):
         load_adapter(wider, trained[1])
 

@@ -41,10 +41,10 @@ def test_what_is_said_better_elsewhere_passes(tmp_path: Path, error: Exception):
 
 def test_whose_code_it_was():
     """The innermost code that is not torch's or Python's own."""
-    model = LlamaForCausalLM.__new__(LlamaForCausalLM)
+    model: Any = LlamaForCausalLM.__new__(LlamaForCausalLM)
     torch.nn.Module.__init__(model)
     with pytest.raises(AttributeError) as theirs:
-        LlamaForCausalLM.forward(model, input_ids=torch.zeros(1, 1))
+        LlamaForCausalLM.forward(model, input_ids=torch.zeros(1, 1, dtype=torch.int64))  # pyright: ignore[reportArgumentType]
     message = in_others_code(theirs.value)
     assert message is not None
     assert "has no attribute 'model'" in message or "AttributeError" in message

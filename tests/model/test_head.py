@@ -67,9 +67,11 @@ def test_the_reference_has_no_adapter_on_its_head(tmp_path: Path):
     """With adapters off the head is the plain weight again."""
     loaded = adapted("llama", tmp_path)
     assert isinstance(loaded.wrapped, PeftModel)
+    head = loaded.policy.head
+    assert isinstance(head, Head)
     with loaded.wrapped.disable_adapter():
-        assert isinstance(loaded.policy.head.weight_and_bias()[0], Tensor)
-    assert not isinstance(loaded.policy.head.weight_and_bias()[0], Tensor)
+        assert isinstance(head.weight_and_bias()[0], Tensor)
+    assert not isinstance(head.weight_and_bias()[0], Tensor)
 
 
 def test_a_head_of_four_bits(tmp_path: Path):

@@ -8,6 +8,7 @@ from tiny import config_for, examples, save_model
 
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
+from fastpref.model.head import Head
 from fastpref.model.load import load_model, load_tokenizer
 from fastpref.model.reference import make_reference
 
@@ -27,9 +28,10 @@ def test_what_is_trained(llama: Path):
     trained = [name for name, p in adapters.named_parameters() if p.requires_grad]
     assert all("lora_" in name or "modules_to_save" in name for name in trained)
     assert any("modules_to_save" in name for name in trained)
-    head = adapters.head.weight_and_bias()[0]
-    assert isinstance(head, torch.Tensor)
-    assert head.requires_grad
+    assert isinstance(adapters.head, Head)
+    weight = adapters.head.weight_and_bias()[0]
+    assert isinstance(weight, torch.Tensor)
+    assert weight.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import LORA, write_config
 from tiny import config_for, save_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
 
 import fastpref
 from fastpref.errors import UserError
@@ -85,7 +85,7 @@ def test_a_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrid
 def without_checkpointing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of a family that transformers cannot checkpoint."""
     folder = tmp_path_factory.mktemp("openai")
-    config = CONFIG_MAPPING["openai-gpt"](vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    config = OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
