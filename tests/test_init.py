@@ -66,7 +66,7 @@ def test_every_key_has_the_schemas_own_words(loss: str):
     lines = template(loss, "m", "d").splitlines()
     for section in sections():
         for key, field in keys_of(section, loss).items():
-            words = field.description or ""
+            words = " ".join((field.description or "").split())
             for at, line in enumerate(lines):
                 if re.match(rf"#?{key} = ", line):
                     above = at

@@ -1,5 +1,6 @@
 """A model of a config.json alone, in fake tensors: shapes and dtypes as they would be loaded, without memory."""
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from fastpref.config import Config
-from fastpref.errors import UserError
 from fastpref.model.liger import take_kernels
 from fastpref.model.load import with_adapters
 from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packed_bytes, packing_of
@@ -39,6 +39,7 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
     On the meta device.
     """
     options = config.model
+    architecture = copy.deepcopy(architecture)  # quantising notes in it what it did
     make = partial(
         AutoModelForCausalLM.from_config, architecture, dtype=dtype, trust_remote_code=options.trust_remote_code
     )
@@ -46,8 +47,6 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
         model = make()
         plain, packed, experts = 0, 0, 0
         own = own_quantization(architecture)  # goes before the config's, as transformers has it
-        if own is not None and config.lora is None:
-            raise UserError(f"model.name = {options.name!r}: its weights are quantised; add a [lora] table")
         if own is not None and not of_bitsandbytes(own):
             if (packing := packing_of(own)) is not None:
                 plain, packed = packed_bytes(model, packing)

@@ -16,11 +16,13 @@ from fastpref.config import Config
 from fastpref.data.batch import Layout
 from fastpref.data.example import Example
 from fastpref.data.longest import longest_possible
+from fastpref.errors import UserError
 from fastpref.memory import PeakStorage
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.checkpointing import checkpoint_layers, decoder_layers
 from fastpref.model.liger import kernels_not_run, wants_kernels
 from fastpref.model.load import Loaded, model_config, weight_dtype
+from fastpref.model.packed import own_quantization
 from fastpref.model.policy import Policy
 from fastpref.model.reference import Reference, copy_config, make_reference, precomputes
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
@@ -86,6 +88,8 @@ def count_step(
     mixed = device.type == "cuda" and config.model.dtype != "float32"
     autocast = partial(torch.autocast, "cpu", dtype=half, cache_enabled=False) if mixed else nullcontext
     architecture = architecture or model_config(config.model)
+    if own_quantization(architecture) is not None and config.lora is None:
+        raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     kernels = wants_kernels(config.model.liger, device.type, architecture)
     bones = skeleton(config, architecture, dtype, kernels=kernels)
     beside = _copy(config, bones, architecture, kernels=kernels)
@@ -170,6 +174,8 @@ def _reference(
     def load(*_: Any) -> PreTrainedModel:
         assert beside is not None
         materialise(beside)
+        if loaded.layout != "padded":
+            give_attention(beside, NAME)
         return beside
 
     with warnings.catch_warnings():
