@@ -29,13 +29,13 @@ def _exp_parts(x):
 
 @triton.jit
 def exp(x):
-    scale, rest = _exp_parts(x)
+    scale, rest = _exp_parts(x)  # pyright: ignore[reportGeneralTypeIssues]
     return scale * (1.0 + rest)
 
 
 @triton.jit
 def expm1(x):
-    scale, rest = _exp_parts(x)
+    scale, rest = _exp_parts(x)  # pyright: ignore[reportGeneralTypeIssues]
     return scale * rest + (scale - 1.0)
 
 

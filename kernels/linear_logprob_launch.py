@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from fastpref.kernels.head_weight import DenseWeight, HeadWeight
@@ -19,7 +18,7 @@ from fastpref.kernels.linear_logprob_triton import (
     _scale_kernel,
     _walk_kernel,
 )
-from fastpref.kernels.tiles import Tile, Tiles, choose_tiles, interpreted
+from fastpref.kernels.tiles import Tile, Tiles, cdiv, choose_tiles, interpreted
 
 # How far, in nats, a maximum may run above a row's offset before the offset moves: e^20 leaves sums of squares over any
 # vocabulary far inside float32. float16 holds 65,504 at most, so there the offset moves with every maximum.
@@ -83,7 +82,7 @@ def plan_tile(hidden: Tensor, weight: HeadWeight, budget: int, tile: Tile, *, st
     columns = max(2048, min(8192, budget // (n * logit + column)))
     if column:
         columns = min(columns, max(tile.v, budget // 2 // column))
-    columns = min(columns // tile.v, triton.cdiv(vocabulary, tile.v)) * tile.v
+    columns = min(columns // tile.v, cdiv(vocabulary, tile.v)) * tile.v
     rows = max(1, (budget - columns * column) // (columns * logit)) if logit else n
     return TileShape(min(n, rows), columns)
 
@@ -134,7 +133,7 @@ class _Logits:
         product = hidden
         if self.product is not None:
             product = multiply(hidden, weight, self.product[:n, :columns])
-        _walk_kernel[(triton.cdiv(n, tile.n) * splits,)](
+        _walk_kernel[(cdiv(n, tile.n) * splits,)](
             hidden, weight, product, bias, targets, *rows, out, *parts.unbind(0),
             n, first, columns, hidden.shape[1], hidden.stride(0), weight.stride(0), product.stride(0),
             out.stride(0), per_split, self.transform.gain, self.transform.cap, lazy,
@@ -180,19 +179,19 @@ class _Walk:
     def _columns_a_split(self, columns: int) -> int:
         """As many splits as keep the device busy."""
         tile = self.logits.tile
-        row_blocks, column_blocks = triton.cdiv(self.hidden.shape[0], tile.n), triton.cdiv(columns, tile.v)
-        splits = max(1, min(column_blocks, triton.cdiv(4 * processors(self.hidden.device), row_blocks), 64))
-        return triton.cdiv(column_blocks, splits) * tile.v
+        row_blocks, column_blocks = cdiv(self.hidden.shape[0], tile.n), cdiv(columns, tile.v)
+        splits = max(1, min(column_blocks, cdiv(4 * processors(self.hidden.device), row_blocks), 64))
+        return cdiv(column_blocks, splits) * tile.v
 
     def _fold(self, mode: int, slice_: Tensor, first: int, per_split: int, out: Tensor) -> Tensor:
         """Walk a slice in splits and add their statistics to the running ones. The splits' bases, [S, N]."""
-        n, splits = self.hidden.shape[0], triton.cdiv(slice_.shape[0], per_split)
+        n, splits = self.hidden.shape[0], cdiv(slice_.shape[0], per_split)
         parts = torch.empty((8, splits, n), dtype=torch.float32, device=self.hidden.device)
         rows = (self.running[0], self.shrunk, self.shrunk)
         self.logits.launch(
             mode, self.hidden, slice_, self.targets, first, per_split, splits, rows, out, parts, self.lazy
         )
-        _combine_kernel[(triton.cdiv(n, COMBINE_BLOCK),)](
+        _combine_kernel[(cdiv(n, COMBINE_BLOCK),)](
             *parts.unbind(0), self.running, self.shrunk, n, splits, **self.logits.flags,
             BLOCK_N=COMBINE_BLOCK, num_warps=4,
         )  # fmt: skip
@@ -201,7 +200,7 @@ class _Walk:
     def _rescale(self, matrix: Tensor, base: Tensor, *, is_factor: bool) -> None:
         n, columns = matrix.shape
         block_v = self.logits.tile.v
-        _rescale_kernel[(triton.cdiv(n, RESCALE_ROWS), triton.cdiv(columns, block_v))](
+        _rescale_kernel[(cdiv(n, RESCALE_ROWS), cdiv(columns, block_v))](
             matrix, base, self.running[0], n, columns, matrix.stride(0),
             IS_FACTOR=is_factor, BLOCK_N=RESCALE_ROWS, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip
@@ -242,7 +241,7 @@ class _Walk:
         else:
             rows, index = weight.gather(self.targets), torch.arange(n, device=others.device)
         block_n, block_h = GRADIENT_BLOCK
-        _gradient_kernel[(triton.cdiv(n, block_n), triton.cdiv(width, block_h))](
+        _gradient_kernel[(cdiv(n, block_n), cdiv(width, block_h))](
             others, rows, index, coefficient, inverse, out, n, width,
             others.stride(0), rows.stride(0), out.stride(0), BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4,
         )  # fmt: skip
@@ -265,7 +264,7 @@ def scale_rows(
         begin = torch.searchsorted(ascending, torch.arange(rows + 1, device=grad.device))
     out = torch.empty((rows, width), dtype=dtype, device=grad.device)
     if out.numel():
-        _scale_kernel[(rows, triton.cdiv(width, SCALE_BLOCK))](
+        _scale_kernel[(rows, cdiv(width, SCALE_BLOCK))](
             grad, coefficient.contiguous(), order, begin, out, width, grad.stride(0), out.stride(0),
             BLOCK_H=SCALE_BLOCK, num_warps=4,
         )  # fmt: skip
@@ -315,7 +314,7 @@ def recompute_gradients(
             b = min(a + shape.rows, n)
             out = stored[: b - a, : last - first]
             logits.launch(
-                GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, tile.v, triton.cdiv(last - first, tile.v),
+                GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, tile.v, cdiv(last - first, tile.v),
                 (offset[a:b], factor[a:b], at_target[a:b]), out, offset.expand(8, 1, n),
             )  # fmt: skip
             if d_hidden is not None:

@@ -298,7 +298,7 @@ def _pair_kernel(
     start_r, length_r = tl.load(p_starts + pairs + i_pair), tl.load(p_lengths + pairs + i_pair)
     n_c, n_r = length_c.to(tl.float32), length_r.to(tl.float32)
     shorter, alpha = tl.minimum(length_c, length_r), tl.load(p_numbers + LENGTH_ALPHA)
-    supervised, sum_c, ref_c, aligned_c = _segment_sums(
+    supervised, sum_c, ref_c, aligned_c = _segment_sums(  # pyright: ignore[reportGeneralTypeIssues]
         p_logp, p_reference, p_log_sum_sq, start_c, length_c, n, shorter, alpha,
         HAS_REFERENCE, HAS_LENGTH_WEIGHTS, HAS_PAIR_WEIGHTS, BLOCK,
     )  # fmt: skip
@@ -368,7 +368,7 @@ def _row_kernel(
     i_row = tl.program_id(0)
     start, length = tl.load(p_starts + i_row), tl.load(p_lengths + i_row)
     if i_row < rows:
-        total, _, reference, _ = _segment_sums(
+        total, _, reference, _ = _segment_sums(  # pyright: ignore[reportGeneralTypeIssues]
             p_logp, p_reference, p_logp, start, length, n, length, 1.0, YES, NO, NO, BLOCK
         )
         ratio = total - reference  # pyright: ignore[reportOperatorIssue]

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from triton import cdiv
 
 from fastpref.kernels.head_weight import DenseWeight
 from fastpref.kernels.linear_logprob_launch import GROUP, plan_tile
-from fastpref.kernels.tiles import TILES
+from fastpref.kernels.tiles import TILES, cdiv
 
 BUDGET = 128 * 2**20  # the default workspace, bytes
 ROWS = 8192

@@ -11,6 +11,11 @@ from torch import Tensor
 from triton import knobs
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a/b⌉, an int whatever the types are by which Triton's version of the day declares its own."""
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class Tile:
     """A tile of rows × columns × hidden, how many warps and pipeline stages work on it, and the product's precision."""
