@@ -86,7 +86,7 @@ class Reader:
                 "with an unknown role",
             )
         sources = {role_key, content_key, "from", "value", *self.properties.values()}
-        cleaned = without_none(turn)
+        cleaned = {key: value for key, value in turn.items() if value is not None}
         message = {k: v for k, v in cleaned.items() if k not in sources} | {"role": role}
         for target, source in self.properties.items():
             if target not in ("role", "content") and source in cleaned:
@@ -141,13 +141,6 @@ def words(message: Message, name: str) -> str:
             "with a turn that is more than text",
         )
     return joined(content)
-
-
-def without_none(value: Any) -> Any:
-    """A table fills keys that only some messages or tool calls have with None; a template must not see those."""
-    if isinstance(value, Mapping):
-        return {k: without_none(v) for k, v in value.items() if v is not None}
-    return [without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def is_turns(value: Any) -> bool:

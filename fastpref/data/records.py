@@ -50,7 +50,9 @@ class ArrowRecords:
         block, within = divmod(at, BLOCK)
         if self._block[0] != block:
             columns: Any = self._table[block * BLOCK : (block + 1) * BLOCK]
-            self._block = block, [dict(zip(columns, values)) for values in zip(*columns.values())]
+            # A null is all that a table can say of a key that another row's message, call or schema has.
+            rows = zip(*([_without_nulls(value) for value in values] for values in columns.values()))
+            self._block = block, [dict(zip(columns, values)) for values in rows]
         return self._block[1][within]
 
     def place(self, at: int) -> str:
@@ -201,6 +203,13 @@ def read_json(name: str, path: Path) -> Records:
                 f"{name}: this is one {type(keys).__name__}, and a file of rows is a list of objects, [{{...}}, ...]"
             ) from None
     return records
+
+
+def _without_nulls(value: Any) -> Any:
+    """A cell without the keys that are null in it; a cell that is null itself stays."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _elements(text: str) -> Iterator[tuple[int, int]]:

@@ -8,13 +8,16 @@ from fastpref.data.content import RowError, shown
 
 _BAD_CALL = "with a tool call that is none"
 _BAD_TOOLS = "with tools that are none"
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""Under which keys data sets have what is called with: OpenAI's, Llama's, LangChain's, Anthropic's."""
 
 
 def read_calls(value: Any, name: str) -> list[dict[str, Any]]:
     """The calls of a message: one or a list, each an object or JSON text of one; empty for none.
 
-    Known are {"function": {"name", "arguments"}} with any keys beside it, and the bare {"name", "arguments"}. Raises
-    RowError, naming the column `name`, for anything else, and for arguments that are no JSON object.
+    Known are {"function": {"name", "arguments"}} with any keys beside it, and the bare {"name", "arguments"}; the
+    arguments may be called parameters, args or input. Raises RowError, naming the column `name`, for anything else,
+    and for arguments that are no JSON object.
     """
     value = _decoded(value, f"{name}: a tool call", _BAD_CALL)
     calls = value if isinstance(value, list) else [] if value is None else [value]
@@ -52,13 +55,22 @@ def _call(call: Any, name: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if isinstance(function, str) and _is_json(function):
         function = _decoded(function, f"{name}: a tool call", _BAD_CALL)
-    bare = isinstance(call, Mapping) and "function" not in call and isinstance(call.get("name"), str)
+    bare = isinstance(call, Mapping) and function is None and isinstance(call.get("name"), str)
     inner = call if bare else function
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise RowError(
             f"{name} has a tool call {shown(call)}; a call has a name and arguments, alone or under function", _BAD_CALL
         )
-    given = inner.get("arguments", inner.get("parameters") if bare else None)
+    call = {key: value for key, value in call.items() if value is not None}  # with which a table fills its rows
+    places = [key for key in _ARGUMENTS if inner.get(key) is not None]
+    if len(places) > 1:
+        raise RowError(f"{name} calls {inner['name']} with both {' and '.join(places)}: {shown(inner)}", _BAD_CALL)
+    if not places and (key := next((key for key, item in inner.items() if item and isinstance(item, Mapping)), None)):
+        raise RowError(
+            f"{name} calls {inner['name']} with {key}, which is not read: what it is called with is under arguments",
+            _BAD_CALL,
+        )
+    given = inner[places[0]] if places else None
     arguments = _decoded(given, f"{name}: what {inner['name']} is called with", _BAD_CALL)
     if arguments is None:
         arguments = {}
@@ -66,7 +78,9 @@ def _call(call: Any, name: str) -> dict[str, Any]:
         raise RowError(
             f"{name} calls {inner['name']} with arguments {shown(given)}, which are no JSON object", _BAD_CALL
         )
-    others = {key: value for key, value in inner.items() if key not in ("name", "arguments", "parameters")}
+    others = {
+        key: value for key, value in inner.items() if key not in ("name", "function", *_ARGUMENTS) and value is not None
+    }
     if bare:
         return {**others, "type": "function", "function": {"name": inner["name"], "arguments": dict(arguments)}}
     return {**call, "function": {**others, "name": inner["name"], "arguments": dict(arguments)}}

@@ -129,6 +129,27 @@ def test_keys_that_only_some_messages_have(tmp_path: Path, suffix: str):
     assert contents(prepared(path, loss="kto").train) == [Unpaired([USER], [answer], True) for answer in answers]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".folder"])
+def test_nulls_that_a_table_fills_its_rows_with_are_none_of_a_tools(tmp_path: Path, suffix: str):
+    """A schema has the keys that it was written with, though the next tool's has others."""
+    tools = tuple(
+        {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}}}
+        for name in ("city", "path")
+    )
+    row = {"messages": [USER, {"role": "assistant", "content": "x"}], "tools": list(tools), "label": True}
+    path = write(tmp_path / f"tools{suffix}", [row])
+    assert contents(prepared(path, loss="kto").train)[0].writing.tools == tools
+
+
+def test_a_null_that_a_call_is_made_with_stays(tmp_path: Path):
+    """JSON says null where it means null."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"limit": None}}]}
+    path = write(tmp_path / "calls.jsonl", [{"messages": [USER, call], "label": True}])
+    called = {"type": "function", "function": {"name": "f", "arguments": {"limit": None}}}
+    turn = {"role": "assistant", "tool_calls": [called]}
+    assert contents(prepared(path, loss="kto").train) == [Unpaired([USER], [turn], True)]
+
+
 def test_words_of_a_csv_file_stay_words(tmp_path: Path):
     """Text columns of a CSV file are taken literally: numbers, "None" and "NA" are answers like any other."""
     rows = [{"prompt": "007", "chosen": "None", "rejected": "1.50"}, {"prompt": "NA", "chosen": "", "rejected": " x "}]

@@ -34,6 +34,11 @@ SPELLINGS: dict[str, dict[str, Any]] = {  # an assistant's turn that calls a too
     "JSON encoded twice": calling(function(json.dumps(SPELLED))),
     "a bare call": calling({"name": "weather", "arguments": ARGUMENTS}),
     "a bare call, arguments as text": calling({"name": "weather", "arguments": SPELLED}),
+    "Llama's": calling({"name": "weather", "parameters": ARGUMENTS}),
+    "parameters under function": calling({"function": {"name": "weather", "parameters": ARGUMENTS}}),
+    "LangChain's": calling({"name": "weather", "args": ARGUMENTS, "id": "call_1", "type": "tool_call"}),
+    "Anthropic's": calling({"name": "weather", "input": SPELLED}),
+    "of a table, with nulls": calling({"name": "weather", "arguments": ARGUMENTS, "function": None, "id": None}),
     "a call as text": calling(json.dumps({"name": "weather", "arguments": ARGUMENTS})),
     "calls as text": {"role": "assistant", "content": "", "tool_calls": json.dumps([function(SPELLED)])},
     "a function as text": calling({"function": json.dumps({"name": "weather", "arguments": ARGUMENTS})}),
@@ -80,6 +85,14 @@ def test_results_of_tools(turn: dict[str, Any]):
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no JSON": (calling(function("{city: Malmö}")), "chosen: what weather is called with is not valid JSON"),
     "a list": (calling(function("[1]")), "chosen calls weather with arguments '[1]', which are no JSON object"),
+    "twice called with": (
+        calling({"name": "weather", "arguments": ARGUMENTS, "args": {"days": 3}}),
+        "chosen calls weather with both arguments and args",
+    ),
+    "called with under another name": (
+        calling({"function": {"name": "weather", "kwargs": ARGUMENTS}}),
+        "chosen calls weather with kwargs, which is not",
+    ),
     "no name": (calling({"function": {"arguments": {}}}), "chosen has a tool call {'function': {'arguments': {}}}"),
     "words": ({"from": "function_call", "value": "I call the weather."}, "chosen: a tool call is not valid JSON"),
     "no call": ({"from": "function_call", "value": "7"}, "chosen has a tool call 7; a call has a name and arguments"),
