@@ -53,19 +53,19 @@ class EndTokens:
 
         Calls of tools may end otherwise than words do. `ids` are those of the response as the template writes it.
         """
-        ends = set[int]()
-        last = None
+        ends = list[int]()  # from the last on
         for token in reversed(ids):
             if token in self._controls:
-                last = token
-                ends.add(token)
+                ends.append(token)
             elif not self._is_blank(token):
                 break
-        if last is None or end.token in ends or isinstance(response, str):
+        if not ends or end.token in ends or isinstance(response, str):
             return end
+        known = [token for token in ends if token in end.known]
+        last = (known or ends)[-1]
         words = response[-1].get("content")
         of_data = isinstance(words, str) and words.rstrip().endswith(str(self._tokenizer.decode([last])).strip())
-        return end if of_data else replace(end, token=last, known=end.known | ends)
+        return end if of_data else replace(end, token=last, known=end.known | set(known or ends))
 
     def texts(self, end: End) -> list[str]:
         """The tokens that count as an end, as text."""
@@ -100,11 +100,25 @@ class EndTokens:
 
     def _turn_end(self, writing: Writing) -> tuple[int | None, bool]:
         """The special token that the chat template puts after an assistant's words, and whether it writes what is
-        no token there instead."""
-        tail = self._after_mark([_QUESTION, {"role": "assistant", "content": _MARK}], writing)
+        no token there instead.
+
+        Of several (Cohere's end of a response and of a turn) the last that also stands there once others follow: what
+        ends the text as a whole (Phi's) does not.
+        """
+        words = {"role": "assistant", "content": _MARK}
+        tail = self._after_mark([_QUESTION, words], writing)
         if tail and tail[0] in self._special:
-            return tail[0], False
+            return self._last_shared(tail, self._after_mark([_QUESTION, words, _QUESTION], writing)), False
         return None, bool(tail) and not self._special.intersection(tail)
+
+    def _last_shared(self, tail: Ids, other: Ids) -> int:
+        """The last special token that two tails begin with, or the first of this one."""
+        last = tail[0]
+        for ours, theirs in zip(tail, other):
+            if ours != theirs or ours not in self._special:
+                break
+            last = ours
+        return last
 
     def _other_ends(self, writing: Writing) -> frozenset[int]:
         """Tokens with which the template ends turns of other kinds: earlier ones, calls of tools, Llama's messages."""
@@ -113,7 +127,9 @@ class EndTokens:
             words = {"role": "assistant", "content": _MARK}
             call = {"type": "function", "function": {"name": "f", "arguments": {"a": _MARK}}}
             calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-            earlier = self._after_mark([_QUESTION, words, _QUESTION], writing)[:1]
+            tail = self._after_mark([_QUESTION, words], writing)
+            earlier = self._after_mark([_QUESTION, words, _QUESTION], writing)
+            earlier = [self._last_shared(earlier, tail)] if earlier else []
             called = self._after_mark([_QUESTION, calling], writing)[-1:]
             writes = template_of(self._tokenizer, writing) or ""
             ids: Any = self._tokenizer.convert_tokens_to_ids([name for name in _MESSAGE_ENDS if name in writes])

@@ -279,6 +279,44 @@ def test_a_message_ends_with_what_its_template_ends_it_with():
     assert decode(tokenizer, examples[0].completions[0]) == '<tool_call>{"a": "b"}</tool_call></s>'
 
 
+TWO_ENDS = (  # as Command R 7B: a response has an end, and then the turn
+    "{% for m in messages %}{{ '<|turn|>' + m.role + '<|response|>' + m.content + '<|end_response|><|end_turn|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant<|response|>' }}{% endif %}"
+)
+AWAITING = (  # as Gemma 4: a call's bracket is a special token, and the beginning of the result is its end
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ 'result' + m.content + '<result|>' }}"
+    "{% else %}{{ '<|turn>' + m.role }}"
+    "{% for call in m.tool_calls or [] %}"
+    "{{ '<|call>' }}{{ call.function.arguments | tojson }}{{ '<call|>' }}{% endfor %}"
+    "{{ '<|result>' if m.tool_calls else m.content + '<turn|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>assistant' }}{% endif %}"
+)
+
+
+def test_an_end_of_several_tokens_is_kept_whole():
+    """The end is the last that stands there in a conversation that goes on; what comes before it is trained too."""
+    special = ["<|turn|>", "<|response|>", "<|end_response|>", "<|end_turn|>"]
+    tokenizer = toy_tokenizer(TWO_ENDS, eos="<|end_turn|>", special=special)
+    example = only(tokenizer, Paired([user("q")], [says("a"), user("b"), says("yes")], [says("no<|end_turn|>")]))
+    end = "<|end_response|><|end_turn|>"
+    assert decode(tokenizer, example.completions[0]).split("yes")[1] == end
+    assert decode(tokenizer, example.completions[0]).startswith(f"a{end}")
+    assert decode(tokenizer, only(tokenizer, Unpaired([user("q")], [says("no")], True)).completions[0]) == f"no{end}"
+
+
+def test_the_bracket_of_a_call_is_no_end():
+    """Several calls are one answer: stopping at the first one's bracket would leave out the others."""
+    special = ["<|turn>", "<turn|>", "<|call>", "<call|>", "<|result>", "<result|>"]
+    tokenizer = toy_tokenizer(AWAITING, eos="<eos>", special=special)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    call = {"function": {"name": "f", "arguments": {"a": "b"}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call, call]}
+    example = only(tokenizer, Paired([user("q")], [calling], [says("no")]))
+    assert [decode(tokenizer, ids) for ids in example.completions] == [
+        '<|call>{"a": "b"}<call|><|call>{"a": "b"}<call|><|result>', "no<turn|>",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("end", ["<|return|>", "<|call|>", "<|end|>", "<|eom_id|>"])
 def test_text_with_an_end_of_the_models_gets_no_second_one(end: str):
     """Whichever of the tokens that end a turn for this template a text ends with, it is the end."""
