@@ -20,6 +20,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SENTENCE_ENDS = (".", "?", "!", ":", "。", "？", "！", "：")
 
 REPEATED = "the responses began with the whole prompt, which was dropped from them"
+ONE_REPEATED = "one of the responses alone begins with the whole prompt, which was left in it"
 PERHAPS_REPEATED = "the responses begin with the prompt, which was left in them: it is too short to tell from chance"
 ANSWERED = "the prompt ended with one of the responses, which was dropped from it"
 OTHER_PROMPT = "the text of the prompt is not in the conversations beside it, which were taken as they are"
@@ -54,7 +55,7 @@ def without_question(question: str, answers: Mapping[str, str]) -> tuple[dict[st
     """
     rest = {name: _after(question, answer) for name, answer in answers.items()}
     if not all(rest.values()):
-        return dict(answers), ()
+        return dict(answers), (ONE_REPEATED,) if any(rest.values()) and _is_sure(question.strip()) else ()
     if not _is_sure(question.strip()):
         return dict(answers), (PERHAPS_REPEATED,)
     return {name: str(text) for name, text in rest.items()}, (REPEATED,)
@@ -68,28 +69,34 @@ def _is_sure(question: str) -> bool:
 def _after(question: str, answer: str) -> str | None:
     """What follows the question in an answer that begins with it and does not go on in the midst of a word."""
     core = question.strip()
-    if not core:
+    if not core or answer.lstrip()[:1] != core[0]:
         return None
     if answer.startswith(question):
         rest = answer[len(question) :]
     elif answer.lstrip().startswith(core):
         rest = answer.lstrip()[len(core) :]
         rest = rest.lstrip() if question[-1].isspace() else rest
-    else:
-        return None
+    else:  # the same words with other white space
+        words = core.split()
+        *said, last = answer.split(None, len(words))
+        if said != words:
+            return None
+        before = answer[: len(answer) - len(last)]
+        rest = last if question[-1].isspace() else before[len(before.rstrip()) :] + last
     ends = not question[-1].isalnum() or (rest and rest[0].isspace())
     return rest if rest.strip() and ends else None
 
 
 def same(ours: Message, theirs: Message) -> bool:
-    """Whether two turns say the same, whatever the space around it, the form of their content, and marks such as ids.
+    """Whether two turns say the same, whatever their white space, the form of their content, and marks such as ids.
 
     A developer's turn is as a system's.
     """
     roles = {ours["role"], theirs["role"]}
     if len(roles) > 1 and not roles <= {*_SYSTEM}:
         return False
-    if text_of(ours).strip() != text_of(theirs).strip():
+    our_words, their_words = text_of(ours).strip(), text_of(theirs).strip()
+    if our_words != their_words and our_words.split() != their_words.split():
         return False
     return all(ours.get(name) == theirs.get(name) for name in _THOUGHTS) and _calls(ours) == _calls(theirs)
 
@@ -117,6 +124,10 @@ def _untangle_chat(
     systems, chats = zip(*(_split_system(response) for response in responses))
     greeted = not asked and len(chats) > 1 and any(turn["role"] == "user" for turn in chats[0][: _shared(chats)])
     whole = [greeted or _is_whole(chat, asked) for chat in chats]
+    if not asked and not any(whole):
+        system = _one_system(system, systems, whole, names, remarks)
+        if system:  # which says all that is asked
+            return system, list(chats), tuple(remarks)
     if not asked and not all(whole):
         raise RowError(
             f"{' and '.join(names)} do not begin with the same turn, so there is no prompt"

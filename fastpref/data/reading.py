@@ -14,7 +14,9 @@ from fastpref.data.overlap import untangle
 from fastpref.data.parts import refuse_media
 from fastpref.data.tool_calls import read_keywords, read_tools
 
-TEXT_COLUMNS = ("system", "instruction", "input", "history", "context", "question", "query")
+TEXT_COLUMNS = (
+    "system", "system_prompt", "instruction", "input", "history", "context", "question", "query", "functions",
+)  # fmt: skip
 """Columns whose words a prompt is made of in one data set or another."""
 _KEYWORDS = "chat_template_kwargs"
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*(['\"])(role|content|from|value)\1\s*:|\s*\{\s*(['\"])(role|from)\3\s*:")

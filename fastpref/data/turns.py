@@ -100,13 +100,16 @@ def _begin_of_turn(
     agreed = common(asked, full)
     if agreed >= len(before):
         return agreed
-    if conversation[at - 1]["role"] == "assistant":
-        return start  # two of its turns in a row: nobody speaks between them
+    own = conversation[at - 1]["role"] == "assistant"  # two of its turns in a row: only what asks for the second
+    if own and conversation[at - 1].get("tool_calls"):
+        return start
     marked = {**conversation[at - 1], "content": _MARK}
     _, mark, tail = apply(tokenizer, [*conversation[: at - 1], marked], writing, generation_prompt=True).rpartition(
         _MARK
     )
     whole = apply(tokenizer, [*conversation[: at - 1], marked, *conversation[at:]], writing)
+    if own and (not mark or _MARK not in whole):
+        return start
     if not mark or _MARK not in whole:
         raise _untold(f"it leaves out a turn of role {marked['role']!r}")
     end = len(full) - common(whole[::-1], full[::-1])

@@ -14,6 +14,7 @@ from fastpref.data.auto import detect
 from fastpref.data.content import Paired, Unpaired
 from fastpref.data.overlap import (
     ANSWERED,
+    ONE_REPEATED,
     OTHER_MESSAGES,
     OTHER_PROMPT,
     OTHER_SYSTEM,
@@ -112,6 +113,11 @@ PAIRS: dict[str, Any] = {  # what is asked → a row
     },
     "only the last question is repeated": lambda p: {
         "prompt": p, "chosen": [p[-1], says(YES)], "rejected": [p[-1], says(NO)],
+    },
+    "repeated with other white space": lambda p: {
+        "prompt": p,
+        "chosen": [*p[:-1], user(" Name a  river\nin Peru."), says(YES)],
+        "rejected": [*p[:-1], user("Name a river\tin Peru.\n"), says(NO)],
     },
     "history, then conversations": lambda p: {
         "prompt": p[:-1], "chosen": [p[-1], says(YES)], "rejected": [p[-1], says(NO)],
@@ -348,10 +354,16 @@ TEXTS: dict[str, tuple[tuple[str, str, str], tuple[str, str], tuple[str, ...]]] 
     "repeated before a line end": (("Q: a lake?\nA:", "Q: a lake?\nA: Chad", "Q: a lake?\nA: No"), (" Chad", " No"),
                                    (REPEATED,)),
     "repeated without the space at its end": ((Q + " ", f"{Q}\n{YES}", f"{Q} {NO}"), (YES, NO), (REPEATED,)),
-    "by one only": ((Q, f"{Q} {YES}", NO), (f"{Q} {YES}", NO), ()),
-    "and nothing after it": ((Q, Q, f"{Q} {NO}"), (Q, f"{Q} {NO}"), ()),
+    "repeated with other white space": (("Name  a river\nin Peru.", f"{Q}\n{YES}", f" {Q} {NO}"),
+                                        (f"\n{YES}", f" {NO}"), (REPEATED,)),
+    "repeated with other white space, and a space at its end": (
+        (f"\t{Q}\n\n", f"{Q} {YES}", f"Name a\nriver in Peru. {NO}"), (YES, NO), (REPEATED,),
+    ),
+    "by one only": ((Q, f"{Q} {YES}", NO), (f"{Q} {YES}", NO), (ONE_REPEATED,)),
+    "a word by one only": (("Hello", "Hello there!", "No."), ("Hello there!", "No."), ()),
+    "and nothing after it": ((Q, Q, f"{Q} {NO}"), (Q, f"{Q} {NO}"), (ONE_REPEATED,)),
     "in the midst of a word": (("The capital of", "The capital offence", "The capital of x"),
-                               ("The capital offence", "The capital of x"), ()),
+                               ("The capital offence", "The capital of x"), (ONE_REPEATED,)),
     "a word that may be chance": (("Hello", "Hello there!", "Hello you."), ("Hello there!", "Hello you."),
                                   (PERHAPS_REPEATED,)),
     "a greeting that goes on": (("Hello", "Hello! I am fine.", "Hello."), ("Hello! I am fine.", "Hello."), ()),
@@ -381,8 +393,8 @@ def test_a_single_completion_that_begins_with_its_prompt():
 
 def test_what_is_dropped_is_counted_in_a_note(tmp_path: Path):
     """With the first of the rows, and not for rows that are as they should be."""
-    rows = [{"prompt": f"{i}. {Q}", "chosen": f"{i}. {Q} yes" if i % 2 else "yes", "rejected": f"{i}. {Q} no"}
-            for i in range(6)]  # fmt: skip
+    again = [f"{i}. {Q} " if i % 2 else "" for i in range(6)]
+    rows = [{"prompt": f"{i}. {Q}", "chosen": f"{again[i]}yes", "rejected": f"{again[i]}no"} for i in range(6)]
     made = prepared(tmp_path, rows)
     assert made.notes[1:] == [f"rows.jsonl: 3 of 6 rows: {REPEATED} (the first: {tmp_path}/rows.jsonl:2)"]
 
@@ -406,6 +418,17 @@ def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(tmp_path: P
 
 # --- Misread rows --------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("row", [
+    {"prompt": [SYSTEM], "chosen": YES, "rejected": [says(NO)]},
+    {"messages": [SYSTEM, says(YES)], "rejected_response": NO},
+    {"messages": [SYSTEM], "chosen": [SYSTEM, says(YES)], "rejected": [says(NO)]},
+], ids=str)  # fmt: skip
+def test_a_system_turn_alone_is_a_prompt(row: Row):
+    """The instructions may be all that is asked."""
+    assert read(row) == Paired([SYSTEM], [says(YES)], [says(NO)])
+
+
 REMARKED: dict[str, tuple[Row, str]] = {
     "a prompt that holds an answer": ({"messages": [user(), says(YES)], "chosen": YES, "rejected": NO}, ANSWERED),
     "a text that is not in the conversations": (
@@ -418,6 +441,10 @@ REMARKED: dict[str, tuple[Row, str]] = {
     "other turns before the last of rejected": (
         {"chosen": [user(), says("a"), user(), says(YES)], "rejected": [user(), says("b"), user(), says(NO)]},
         OTHER_TURNS,
+    ),
+    "tools in a column of another name": (
+        {"prompt": [user()], "chosen": YES, "rejected": NO, "functions": [{"name": "f"}]},
+        "the column functions is filled, and a prompt of messages with chosen and rejected does not read it",
     ),
     "columns that are not read": (
         {"prompt": Q, "chosen": YES, "rejected": NO, "context": "Peru has rivers.", "history": []},

@@ -159,6 +159,17 @@ def test_turns_that_are_written_otherwise_once_others_follow(family: str):
     assert counts.left_out_first == "rows.jsonl, row 0: the reasoning of chosen, hm"
 
 
+@pytest.mark.parametrize("family", ["chatml", "thinking", "llama3", "phi3"])
+def test_between_two_turns_of_the_assistants_its_header_is_context(family: str):
+    """However the template writes the first of them once there is a second."""
+    make, end, last = FAMILIES[family]
+    tokenizer = make()
+    (example,), _ = tokenized(tokenizer, Paired([user("q")], [says("one"), says("two")], [says("x")]))
+    first, second = scored(tokenizer, example)
+    assert (first.rpartition("\n")[2], second.rpartition("\n")[2]) == (f"one{end}", f"two{last}")
+    assert "assistant" not in first + second
+
+
 def test_results_of_tools_are_not_scored():
     """A call and its end are the assistant's; what the tool returns, written as JSON, is not."""
     call: Message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]}
