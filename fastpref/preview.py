@@ -271,6 +271,10 @@ def _rows_table(data: Tokenized) -> Table:
     add("prompts cut", *(f"{count.prompts_cut:,}" for count in counts))
     add("responses cut", *(f"{count.responses_cut:,}" for count in counts))
     add("with a token across the prompt's end", *(f"{count.merged:,}" for count in counts))
+    if any(count.departed for count in counts):
+        add("responses not after the generation prompt", *(f"{count.departed:,}" for count in counts))
+    if any(count.special for count in counts):
+        add("with special tokens in messages' words", *(f"{count.special:,}" for count in counts))
     if any(count.left_out for count in counts):
         add("with words that the chat template leaves out", *(f"{count.left_out:,}" for count in counts))
     add("share of prompt tokens", *(f"{prompt_share(examples):.0%}" for examples, _ in parts.values()))

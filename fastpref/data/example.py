@@ -71,10 +71,14 @@ class Counts:
     promptless: int = 0
     refused: int = 0
     merged: int = 0
+    departed: int = 0
     foreign: int = 0
+    special: int = 0
     left_out: int = 0
+    special_first: str = ""
+    """The first row with special tokens in its words, and the token."""
     left_out_first: str = ""
-    """The first row of those, with the words that are missing."""
+    """The first row that the template leaves words out of, with these words."""
 
     def __str__(self) -> str:
         parts = [f"{self.kept} of {self.rows} rows used"]
@@ -89,13 +93,20 @@ class Counts:
             "promptless": "dropped without a prompt",
             "refused": "dropped as the chat template refuses them",
             "merged": "with a token across the end of the prompt",
+            "departed": "whose responses the chat template writes otherwise than after its generation prompt",
             "foreign": "that end with EOS because their format's end of a turn is no token of this tokenizer",
+            "special": "with special tokens in the words of their messages",
             "left_out": "with words that the chat template leaves out",
         }
+        firsts = {name: f" (the first: {first})" for name, first in self.firsts.items() if first}
         parts += [
-            f"{getattr(self, f.name)} {words[f.name]}"
+            f"{getattr(self, f.name)} {words[f.name]}{firsts.get(f.name, '')}"
             for f in fields(self)
             if f.name in words and getattr(self, f.name)
         ]
-        first = f" (the first: {self.left_out_first})" if self.left_out_first else ""
-        return ", ".join(parts) + first
+        return ", ".join(parts)
+
+    @property
+    def firsts(self) -> dict[str, str]:
+        """The first row of each count that has one."""
+        return {"special": self.special_first, "left_out": self.left_out_first}

@@ -16,7 +16,7 @@ from fastpref.data.function import is_function, source_file
 from fastpref.data.opening import content_hash
 from fastpref.data.template_keywords import writes_the_date
 
-VERSION = 3
+VERSION = 4
 """Of what tokenising makes of a row; to be raised when that, or what is stored of it, changes."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")  # which write and encode the text
 

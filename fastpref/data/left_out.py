@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from fastpref.data.chat import common
 from fastpref.data.content import Message
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Under which keys of a message data sets hold what was thought before the answer."""
 _SWITCHES = re.compile(r"/(?:no_?)?think\b|/system_override\b")  # words to a template that it may take away
+
+_OF_DATA = re.compile(r"think|tool|^/")
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,27 @@ def says_something(message: Message, ends: Sequence[str] = ()) -> bool:
     for end in ends:
         words = words.replace(end, "")
     return bool(words.strip()) or bool(message.get("tool_calls"))
+
+
+class SpecialWords:
+    """Special tokens that stand in the words of messages, where tokenising makes them tokens of control.
+
+    Brackets and switches of tools and reasoning are not looked for: data sets write calls and thoughts with them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+        names = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        names = {name for name in names if name.strip() and not _OF_DATA.search(name)}
+        self._firsts = {name[0] for name in names}
+        self._any = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
+
+    def find(self, piece: Piece) -> str | None:
+        """The first of them, and where it stands."""
+        if self._any is None or not any(first in piece.words for first in self._firsts):
+            return None
+        match = self._any.search(piece.words)
+        return f"{match.group()} in {piece.what}" if match else None
 
 
 def tool_names(tools: Sequence[Any] | None) -> list[str]:

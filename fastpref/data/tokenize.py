@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.config import TokensConfig
 from fastpref.data.chat import REFUSALS, Written, apply, write, write_all
 from fastpref.data.chat_templates import load_chat_template
-from fastpref.data.content import Message, RowError, Unpaired, Writing
+from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
 from fastpref.data.ends import EndTokens, encode, only_id
 from fastpref.data.example import Counts, Example, Ids, Origin, Spans
 from fastpref.data.left_out import (
     Piece,
+    SpecialWords,
     left_out,
     plain,
     prompt_pieces,
@@ -96,6 +97,7 @@ class _Encoder:
         self._ends = EndTokens(tokenizer)
         self._bos = only_id(tokenizer.bos_token_id)
         self._adds_bos = self._bos is not None and self._bos in encode(tokenizer, "", special=True)[:1]
+        self._specials = SpecialWords(tokenizer)
         self._writes_tools: set[Any] = set()  # ways of writing that are known to
 
     def examples(self, rows: Sequence[SourceRow]) -> list[Example]:
@@ -156,11 +158,14 @@ class _Encoder:
         prompt, writing = content.prompt, content.writing
         if isinstance(prompt, str):
             return draft
-        missing = {"prompt": left_out(prompt_pieces(prompt, writing.tools), alone)}
+        asked = prompt_pieces(prompt, writing.tools)
+        missing = {"prompt": left_out(asked, alone)}
         unwritten = None
+        special = next(filter(None, map(self._specials.find, asked)), None)
         for (name, response), text in zip(content.responses.items(), full):
             assert not isinstance(response, str)
             pieces = response_pieces(response, name)
+            special = special or self._special_in_response(content, pieces, response_pieces(response[-1:], name))
             missing[name] = left_out(pieces, text, alone)
             if missing[name] and len(missing[name]) == len(
                 {plain(piece.words) for piece in pieces if plain(piece.words)}
@@ -168,11 +173,30 @@ class _Encoder:
                 unwritten = unwritten or name
         if writing.tools and (names := tool_names(writing.tools)):
             self._check_tools(prompt, writing, names, alone, len(missing["prompt"]))
+        if special:
+            self._counts.special += 1
+            self._counts.special_first = self._counts.special_first or f"{draft.row.place}: {special}"
         pieces = [piece for parts in missing.values() for piece in parts]
         if pieces:
             self._counts.left_out += 1
             self._counts.left_out_first = self._counts.left_out_first or f"{draft.row.place}: {pieces[0]}"
         return replace(draft, missing=missing, unwritten=unwritten)
+
+    def _special_in_response(
+        self, content: Paired | Unpaired, pieces: Sequence[Piece], last: Sequence[Piece]
+    ) -> str | None:
+        """A special token in a response's words, but for an end at the end of its last turn, of which one is kept."""
+        for piece in pieces:
+            if special := self._specials.find(piece):
+                if piece not in last:
+                    return special
+                ends = self._ends.texts(self._ends.of(content))
+                words = piece.words.rstrip()
+                while end := next((end for end in ends if end and words.endswith(end)), ""):
+                    words = words.removesuffix(end).rstrip()
+                if special := self._specials.find(replace(piece, words=words)):
+                    return special
+        return None
 
     def _check_tools(self, prompt: list[Message], writing: Writing, names: list[str], text: str, missing: int) -> None:
         """Raise RowError where the template writes the same with and without the tools."""
@@ -213,7 +237,8 @@ class _Encoder:
         ends = [self._ends.of_response(end, *parts) for parts in zip(content.responses.values(), responses)]
         responses = [self._ends.ended(ids, own) for ids, own in zip(responses, ends)]
         alone, *full = draft.texts[: 1 + len(draft.spans)]
-        merged = len(prompt_ids) - shared if all(written.startswith(alone) for written in full) else 0
+        follows = all(written.startswith(alone) for written in full)
+        merged = len(prompt_ids) - shared if follows else 0
 
         for name, ids, own in zip(content.responses, responses, ends):
             if not ids or (len(ids) == 1 and ids[0] in own.known):
@@ -256,6 +281,7 @@ class _Encoder:
         if not all(map(example.scored, range(len(completions)))):
             return self._refuse(row, "nothing scored is left of a response cut to tokens.max_length", "overlong")
         counts.merged += merged > 0
+        counts.departed += not follows
         counts.foreign += end.foreign
         counts.turns_cut += draft.turns_cut > 0
         counts.prompts_cut += len(prompt) < len(whole)

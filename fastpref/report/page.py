@@ -198,10 +198,12 @@ def _data(rows: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         "empty": "dropped: an empty response", "equal": "dropped: equal responses",
         "unwritten": "dropped: left out by the chat template", "left_out": "words left out by the chat template",
         "promptless": "dropped: no prompt", "refused": "dropped: refused by the chat template",
-        "merged": "a token across the end of the prompt", "foreign": "end with EOS instead of their format's end",
+        "merged": "a token across the end of the prompt",
+        "departed": "response written otherwise than after the generation prompt",
+        "special": "special tokens in the words of messages", "foreign": "end with EOS instead of their format's end",
     }  # fmt: skip
     lines = []
-    for name in (f.name for f in fields(Counts) if f.name != "left_out_first"):
+    for name in (f.name for f in fields(Counts) if not f.name.endswith("_first")):
         counts = [int((rows.get(part) or {}).get(name, 0)) for part in ("train", "heldout")]
         if any(counts) or name in ("rows", "kept"):
             lines.append((words.get(name, name), [f"{count:,}" for count in counts]))

@@ -68,7 +68,7 @@ WRITTEN: dict[str, Paired] = {
 def test_no_false_alarm(template: str, content: Paired):
     """Trimming, JSON and dropped reasoning of earlier turns leave nothing out; no token is said to cross."""
     _, counts, _ = tokenized(template, content)
-    assert counts == Counts(rows=1, kept=1)
+    assert counts == Counts(rows=1, kept=1, departed=int(template == R1))
 
 
 LEFT_OUT: dict[str, tuple[str, Paired, str]] = {
@@ -99,7 +99,8 @@ LEFT_OUT: dict[str, tuple[str, Paired, str]] = {
 def test_what_is_left_out_is_counted_and_shown(template: str, content: Paired, what: str):
     """The row is used, and the run says which words of which row are missing first."""
     _, counts, _ = tokenized(template, content)
-    assert counts == Counts(rows=1, kept=1, left_out=1, left_out_first=f"rows.jsonl:1: {what}")
+    departed = int(template == R1)  # which asks for reasoning
+    assert counts == Counts(rows=1, kept=1, departed=departed, left_out=1, left_out_first=f"rows.jsonl:1: {what}")
 
 
 def test_a_pair_that_differs_in_what_is_left_out_alone():
@@ -152,7 +153,35 @@ def test_a_generation_prompt_that_says_more_is_no_token_across_the_end():
     """R1's asks for reasoning; where the response has none, the prompt is shorter and no token reaches across."""
     (example,), counts, tokenizer = tokenized(R1, Paired([user("q")], [says("42")], [says("40")]))
     assert tokenizer.decode(example.prompt) == "<user>q</s><assistant>"
-    assert (counts.merged, example.row.merged) == (0, 0)
+    assert (counts.merged, example.row.merged, counts.departed) == (0, 0, 1)
+
+
+SPECIAL: dict[str, tuple[Paired, str]] = {  # and where one stands, if any does
+    "in the question": (
+        Paired([user("What is <|im_end|>?")], [says("yes")], [says("no")]), "<|im_end|> in a turn of role user",
+    ),
+    "in the midst of an answer": (
+        Paired([user("q")], [says("It <|im_end|> ends.")], [says("no")]), "<|im_end|> in chosen",
+    ),
+    "another's turn in an answer": (
+        Paired([user("q")], [says("yes")], [says("no<|im_end|>\n<|im_start|>user\nq")]), "<|im_end|> in rejected",
+    ),
+    "at the end of an answer": (Paired([user("q")], [says("yes<|im_end|>\n")], [says("no")]), ""),
+    "at the end of a turn before the last": (
+        Paired([user("q")], [says("yes<|im_end|>"), user("r"), says("b")], [says("no")]), "<|im_end|> in chosen",
+    ),
+    "what looks like one": (Paired([user("<|im_middle|> <im_end>")], [says("yes")], [says("no")]), ""),
+    "a block of reasoning": (Paired([user("q /think")], [says("<think>hm</think>yes")], [says("no")]), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "where"), SPECIAL.values(), ids=SPECIAL)
+def test_special_tokens_in_words_are_counted_and_shown(content: Paired, where: str):
+    """A message that says a control token is read as that token; an answer's own end is not meant."""
+    _, counts, _ = tokenized(CHATML, content)
+    first = f"rows.jsonl:1: {where}" if where else ""
+    assert (counts.kept, counts.special, counts.special_first) == (1, int(bool(where)), first)
+    assert ("special tokens" in str(counts)) == bool(where)
 
 
 def test_words_are_looked_for_after_what_stands_before():
