@@ -131,11 +131,12 @@ class _Encoder:
     # --- texts ---------------------------------------------------------------------------------------------------
 
     def _says_something(self, row: SourceRow) -> bool:
-        """Whether every response does, judged by its messages and not by what a template puts around them."""
+        """Whether every turn of every response does, judged by its messages and not by what a template puts around."""
         ends = self._ends.texts(self._ends.of(row.content))
         for name, response in row.content.responses.items():
             turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
-            if not any(says_something(turn, ends) for turn in turns if turn["role"] == "assistant"):
+            own = [turn for turn in turns if turn["role"] == "assistant"]
+            if not own or not all(says_something(turn, ends) for turn in own):
                 self._refuse(row, f"{name} is empty", "empty")
                 return False
         return True

@@ -8,19 +8,29 @@ from fastpref.data.chat import REFUSALS, apply, common
 from fastpref.data.content import Message, RowError, Writing
 
 _MARK = "\ue000fastpref\ue001"  # private characters: no data set has them at its turns' ends
+_WEIGHTS = ("weight", "train", "loss")
+"""Keys of a message by which data sets say that it is not trained: OpenAI's, Axolotl's, ms-swift's."""
 TextSpans = list[tuple[int, int]]
 
 
 def contexts(
     tokenizer: PreTrainedTokenizerBase, writing: Writing, prompt: list[Message], response: list[Message], full: str
 ) -> TextSpans:
-    """The spans of `full`, the template's text of prompt and response, that are not the assistant's in the response.
+    """The spans of `full`, the template's text of prompt and response, that are not the assistant's in the response,
+    or that a weight of 0 (also as train or loss: false) leaves out.
 
     Such a span begins after the token that ends the assistant's turn before, and stops where the assistant's next words
     begin: it holds the turns of user, tool and system with what the template writes around them. A template may write
     a turn otherwise once others follow it, so each place is looked for where the text of a part of the conversation
-    and `full` agree, and else by a mark in place of a message. Raises RowError where no place can be found.
+    and `full` agree, and else by a mark in place of a message. Raises RowError where no place can be found, and where
+    the last turn is left out.
     """
+    if not _is_scored(response[-1]):
+        raise RowError(
+            f"the last turn of a response has {', '.join(key for key in _WEIGHTS if _is_off(response[-1].get(key)))} 0 "
+            "or false, so nothing follows that could be compared; leave that turn out, or the row",
+            "whose last turn is not to be trained",
+        )
     if len(response) < 2:
         return []
     spans: TextSpans = []
@@ -52,14 +62,22 @@ def without_oldest(prompt: list[Message], many: int) -> list[Message]:
 
 
 def _runs(response: Sequence[Message]) -> list[tuple[int, int]]:
-    """From which to which message others speak, each time before an assistant's turn; empty between two of those."""
+    """From which to which message nothing is scored, each time before a turn that is; empty between two of those."""
     runs, begin = [], 0
     for at, message in enumerate(response):
-        if message["role"] == "assistant":
+        if _is_scored(message):
             if at:
                 runs.append((begin, at))
             begin = at + 1
     return runs
+
+
+def _is_scored(message: Message) -> bool:
+    return message["role"] == "assistant" and not any(_is_off(message.get(key)) for key in _WEIGHTS)
+
+
+def _is_off(weight: object) -> bool:
+    return weight is False or (isinstance(weight, int | float) and weight == 0)
 
 
 def _end_of_turn(

@@ -464,6 +464,18 @@ UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # r
     ),
     "white space": (Paired("q", " \n", "no"), "empty", "chosen is empty", {}),
     "a turn of white space": (Paired([user("q")], [says("yes")], [says(" \n ")]), "empty", "rejected is empty", {}),
+    "an empty last turn": (
+        Paired([user("q")], [says("yes"), user("r"), says(" ")], [says("no")]),
+        "empty",
+        "chosen is empty",
+        {},
+    ),
+    "an empty turn between": (
+        Paired([user("q")], [says("yes")], [says(""), user("r"), says("no")]),
+        "empty",
+        "rejected is empty",
+        {},
+    ),
     "a block of no reasoning": (
         Paired([user("q")], [says("yes")], [says("<think>\n\n</think>\n\n")]),
         "empty",

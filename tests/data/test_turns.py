@@ -170,6 +170,23 @@ def test_between_two_turns_of_the_assistants_its_header_is_context(family: str):
     assert "assistant" not in first + second
 
 
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}], ids=str)
+@pytest.mark.parametrize("family", ["chatml", "thinking", "llama3", "phi3", "harmony", "glm"])
+def test_turns_that_data_leave_out_are_context(family: str, off: dict[str, Any]):
+    """A weight of 0 is respected wherever the turn stands but at the end, where nothing would be left."""
+    make, end, last = FAMILIES[family]
+    tokenizer, silent = make(), says("zero") | off
+    response = [says("one") | {"weight": 1}, user("r"), silent, user("s"), says("two") | {"train": True}]
+    (example,), _ = tokenized(tokenizer, Paired([user("q")], response, [silent, user("r"), says("x")]))
+    first, second = scored(tokenizer, example)
+    assert first.endswith(f"one{end}")
+    assert second.endswith(f"two{last}")
+    assert "zero" in tokenizer.decode(example.completions[0])
+    assert "zero" not in "".join((first, second, *scored(tokenizer, example, 1)))
+    with pytest.raises(UserError, match=r"^rows.jsonl, row 0: the last turn of a response has \w+ 0 or false"):
+        tokenized(tokenizer, Paired([user("q")], [silent], [says("x")]))
+
+
 def test_results_of_tools_are_not_scored():
     """A call and its end are the assistant's; what the tool returns, written as JSON, is not."""
     call: Message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]}
