@@ -114,6 +114,8 @@ def _begin_of_turn(
 ) -> int:
     """Where the words of message `at`, the assistant's, begin in `full`: after what asks the assistant to speak."""
     asked = apply(tokenizer, conversation[:at], writing, generation_prompt=True)
+    if full.startswith(asked):  # the usual case
+        return len(asked)
     before = apply(tokenizer, conversation[:at], writing).rstrip()
     agreed = common(asked, full)
     if agreed >= len(before):
