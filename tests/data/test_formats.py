@@ -206,9 +206,9 @@ def test_other_keys_of_a_message_pass_through():
     )
 
 
-def test_none_inside_a_tool_call_goes_too():
-    """A table gives every call the arguments of all calls, as None; the template must see only its own."""
-    filled = {**CALL, "id": None, "function": {"name": "weather", "arguments": {"city": "Oslo", "path": None}}}
+def test_none_beside_a_tool_calls_name_goes_too():
+    """Where a key of a call is not set; what a table fills its arguments with went when the table was read."""
+    filled = {**CALL, "id": None, "function": {"name": "weather", "arguments": {"city": "Oslo"}, "strict": None}}
     row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [filled]}], "label": True}
     form = detect(row)
     assert form is not None

@@ -520,7 +520,8 @@ def test_counts_say_what_happened_and_no_more():
     """Every count that is not zero is said once, in words."""
     assert str(Counts(rows=3, kept=3)) == "3 of 3 rows used"
     names = [field.name for field in fields(Counts) if not field.name.endswith("_first")]
-    everything = Counts(**{name: at + 10 for at, name in enumerate(names)}, left_out_first="r:1: x")
+    numbers: dict[str, Any] = {name: at + 10 for at, name in enumerate(names)}
+    everything = Counts(**numbers, left_out_first="r:1: x")
     said = str(everything)
     assert said.startswith("11 of 10 rows used, ")
     assert said.endswith(" with words that the chat template leaves out (the first: r:1: x)")
