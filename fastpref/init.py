@@ -62,6 +62,7 @@ _EXAMPLES: dict[str, Any] = {  # of keys whose default is to be left out
     "eval.every": 50,
     "tokens.max_prompt_length": 1024,
     "tokens.chat_template": "chatml",
+    "tokens.chat_template_kwargs": {"enable_thinking": False},
     "train.steps": 100,
     "train.tokens_per_microbatch": 4096,
     "output.dir": "runs/mine",

@@ -1,14 +1,14 @@
-"""Ten configs by ten shapes that preferences have in the wild, from `init` to `merge` to a reload by transformers alone.
+"""Ten configs by ten shapes that preferences have in the wild, from `init` to `merge` to a reload by transformers.
 
-The law: what `fastpref eval` says of the held-out rows is what transformers computes of them. It is computed here without
-anything of fastpref: the conversation that a row was made of (not the row), written by the chat template of the merged
-folder's tokenizer, and its assistant's tokens scored by the merged folder's model. So each step between the file and the
+The law: what `fastpref eval` says of rows is what transformers computes of them. It is computed here without anything
+of fastpref: the conversation that a row was made of (not the row) is written by the chat template of the merged
+folder's tokenizer, its assistant's tokens are scored by that folder's model. So each step between the file and the
 reloaded model is in each case, and a mistake in any of them makes two numbers differ.
 """
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ def _short(land: str, right: str, wrong: str) -> Talk:
 def _long(land: str, right: str, wrong: str) -> Talk:
     talk = _short(land, right, wrong)
     before = [_turn("system", "Be brief."), _turn("user", "Hello"), _turn("assistant", f"Ask of {land}!")]
-    return Talk([*before, _turn("user", f"Answer at once.\nWhat is the capital of {land}?")], talk.chosen, talk.rejected)
+    return Talk(
+        [*before, _turn("user", f"Answer at once.\nWhat is the capital of {land}?")], talk.chosen, talk.rejected
+    )
 
 
 def _turns(land: str, right: str, wrong: str) -> Talk:
@@ -300,7 +302,6 @@ class Setting:
 
 GPT2: Row = {"vocab_size": 448, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": None,
              "eos_token_id": None}  # fmt: skip
-WHOLE = "lora="
 CONFIGS = {
     "dpo, LoRA": Setting("dpo", "llama", SIZES),
     "dpo, whole, copy, packed": Setting(
@@ -416,10 +417,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths are relative to a folder of the user's."""
     monkeypatch.chdir(tmp_path)
-    yield
 
 
 @pytest.mark.parametrize(("config", "shape"), CASES)
@@ -494,7 +494,9 @@ def refused(overrides: list[str]) -> None:
 
 
 def last_evaluation(run: Path) -> Row:
-    return {k: v for k, v in [row for row in metrics_of(run) if "eval/loss" in row][-1].items() if k.startswith("eval/")}
+    return {
+        k: v for k, v in [row for row in metrics_of(run) if "eval/loss" in row][-1].items() if k.startswith("eval/")
+    }
 
 
 def without_lora(text: str) -> str:

@@ -132,8 +132,8 @@ def prepare(config: Config) -> Prepared:
         heldout, _ = _gather(config.eval.data, config, found, 0.0)
     elif not heldout or not train:
         raise UserError(
-            f"eval.fraction = {fraction} leaves {len(train)} rows to train on and {len(heldout)} to "
-            "evaluate on; choose another fraction, or more data"
+            f"eval.fraction holds prompts out, and all {len(train)} rows have the same one; name other rows to "
+            "evaluate on, [[eval.data]], or leave eval.fraction out"
         )
     return Prepared(train, heldout, found.notes, found.duplicates, found.left_out)
 
@@ -186,6 +186,13 @@ def repeats(count: int, weight: float) -> Iterable[int]:
         yield from sorted(sorted(range(count), key=lambda at: hashlib.sha256(str(at).encode()).digest())[:extra])
 
 
+def _bound(shares: Sequence[float], fraction: float) -> float:
+    """Prompts whose share is below it are held out: `fraction`, moved until each side has one, if there are two."""
+    if not shares:
+        return fraction
+    return min(max(fraction, math.nextafter(min(shares), 1.0)), max(shares))
+
+
 @dataclass
 class _Found:
     """What reading the rows has shown."""
@@ -200,18 +207,27 @@ def _gather(sources: Sequence[DataConfig], config: Config, found: _Found, fracti
     opened = [_source(data, config.loss.type == "kto") for data in sources]
     train, heldout = Rows(opened), Rows(opened)
     seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
-    for number, source in enumerate(opened):
+    surveys: list[tuple[_Kept, array[int]]] = []  # with the rows that their weight uses
+    for source in opened:
         kept = _survey(source, fraction, seen, found)
-        before = len(train) + len(heldout)
-        for i in repeats(len(kept.at), source.data.weight):
-            rows = heldout if fraction and kept.share[i] < fraction else train
-            for part in range(kept.parts[i]):
-                rows.add(number, kept.at[i], part)
+        used = array("q", repeats(len(kept.at), source.data.weight))
+        surveys.append((kept, used))
         if source.data.weight != 1:
-            used = len(train) + len(heldout) - before
             if not used:
                 raise UserError(f"{source.data.path}: weight {source.data.weight:g} leaves no row; choose a larger one")
-            found.notes.append(f"{source.name}: weight {source.data.weight:g} makes {used} rows of {sum(kept.parts)}")
+            many = sum(kept.parts[i] for i in used)
+            found.notes.append(f"{source.name}: weight {source.data.weight:g} makes {many} rows of {sum(kept.parts)}")
+    bound = _bound([kept.share[i] for kept, used in surveys for i in used], fraction) if fraction else 0.0
+    for number, (kept, used) in enumerate(surveys):
+        for i in used:
+            rows = heldout if kept.share[i] < bound else train
+            for part in range(kept.parts[i]):
+                rows.add(number, kept.at[i], part)
+    if bound != fraction and train and heldout:
+        found.notes.append(
+            f"eval.fraction = {fraction} goes by hashes of the prompts, and these are few: each side "
+            f"gets one at least, {len(train)} rows to train on, {len(heldout)} to evaluate on"
+        )
     return train, heldout
 
 

@@ -742,11 +742,24 @@ def test_a_fraction_of_a_file_is_held_out(tmp_path: Path):
     assert 25 < len(prompts[1]) < 75
 
 
-@pytest.mark.parametrize(
-    ("fraction", "left"), [(1e-9, "10 rows to train on and 0"), (1 - 1e-9, "0 rows to train on and 10")]
-)
-def test_a_fraction_that_leaves_nothing_is_an_error(tmp_path: Path, fraction: float, left: str):
-    """With no prompt on one side there is nothing to do there, and the message says how many rows each would have."""
-    path = write(tmp_path / "pairs.jsonl", [{**TEXT, "prompt": f"p{i}"} for i in range(10)])
-    with pytest.raises(UserError, match=f"leaves {left}"):
-        prepared(path, eval={"fraction": fraction})
+@pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_each_side_has_a_prompt(tmp_path: Path, fraction: float, count: int):
+    """However small file and fraction; those of the least shares go first, and a note says where it was moved."""
+    rows = [{**TEXT, "prompt": f"p{i // 2}"} for i in range(2 * count)]
+    read = prepared(write(tmp_path / "pairs.jsonl", rows), eval={"fraction": fraction})
+    prompts = [{str(row.content.prompt) for row in side} for side in (read.train, read.heldout)]
+    assert all(prompts)
+    assert not prompts[0] & prompts[1]
+    assert max(map(share, prompts[1])) < min(map(share, prompts[0]))
+    exact = {prompt for prompt in prompts[0] | prompts[1] if share(prompt) < fraction}
+    moved = len(exact) in (0, count)
+    assert (len(prompts[1]) == (1 if not exact else count - 1)) if moved else prompts[1] == exact
+    assert any("each side gets one at least" in note for note in read.notes) == moved
+
+
+def test_one_prompt_cannot_be_split(tmp_path: Path):
+    """The message says so, and what to do."""
+    path = write(tmp_path / "pairs.jsonl", [{**TEXT, "chosen": f"yes {i}"} for i in range(10)])
+    with pytest.raises(UserError, match=r"all 10 rows have the same one; .*\[\[eval\.data\]\]"):
+        prepared(path, eval={"fraction": 0.5})
