@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -119,9 +120,9 @@ def _examples(trained: Trained, data: str | None, cache: bool) -> Examples:
             )}
         )  # fmt: skip
     elif not trained.of_run:
-        raise UserError(
-            f"{trained.weights}: no run is known of it, so name the preferences to judge it by: --data FILE"
-        )
+        there = Path(trained.weights).exists()
+        known = "no run is known of it" if there else "no such folder is here, and no run is known of a name on the hub"
+        raise UserError(f"{trained.weights}: {known}, so name the preferences to judge it by: --data FILE")
     elif not config.eval.wanted:
         raise UserError("the run held nothing out (eval.fraction, [[eval.data]]); name a file: --data FILE")
     day = trained.text.day if trained.text is not None else None

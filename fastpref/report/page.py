@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastpref.data.example import Counts
+from fastpref.loss_options import KTO
 from fastpref.report.heldout import HeldOut, Interval, held_out
 from fastpref.report.source import Run
 from fastpref.report.svg import Line, histogram, line_chart, number
@@ -218,7 +219,8 @@ def _speed(run: Run) -> list[tuple[str, str]]:
     seconds, memory = run.facts.get("seconds"), run.facts.get("memory")
     if seconds:
         found.append(("time in all", duration(float(seconds))))
-    for name, said in (("pairs_per_second", "pairs a second"), ("tokens_per_second", "tokens a second")):
+    examples = "responses" if isinstance(run.known.loss, KTO) else "pairs"
+    for name, said in (("pairs_per_second", f"{examples} a second"), ("tokens_per_second", "tokens a second")):
         series = run.history[name]
         if len(series):
             found.append((f"{said}, median", number(float(np.median(series.values)))))

@@ -184,7 +184,9 @@ class _Run:
         train = config.train
         self.steps = train.steps or math.ceil(train.epochs * len(examples) / train.batch)
         console = None if processes.first else Console(quiet=True)
-        self.display = Display(self.steps, resumed.state["progress"]["step"] if resumed else 0, console)
+        self.what = "responses" if isinstance(config.loss, KTO) else "pairs"
+        done = resumed.state["progress"]["step"] if resumed else 0
+        self.display = Display(self.steps, done, console, examples=self.what)
         self.notes: list[str] = _end_notes(text, stop_at(loaded.model, text.ends.values()))
         fingerprint = state.model_fingerprint(loaded)
 
@@ -463,7 +465,6 @@ class _Run:
     def _plan(self) -> str:
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
         everything = sum(p.numel() for p in self.loaded.model.parameters())
-        what = "pairs" if not isinstance(self.config.loss, KTO) else "responses"
         devices = str(self.accelerator.device)
         if self.processes.count > 1:
             how = "sharded by FSDP" if self.processes.sharded else "by DDP"
@@ -472,7 +473,7 @@ class _Run:
         if self.loaded.why_padded:
             layout = f"padded, because {self.loaded.why_padded}"
         return (
-            f"{self.config.loss.type.upper()}: {self.steps} steps of {self.config.train.batch} {what}; training "
+            f"{self.config.loss.type.upper()}: {self.steps} steps of {self.config.train.batch} {self.what}; training "
             f"{trained:,} of {everything:,} parameters on {devices}; layout {layout}"
         )
 

@@ -28,10 +28,11 @@ _STYLES = {"alarm": "bold red", "warning": "yellow"}
 class Display:
     """Prints notes, evaluations, verdicts and samples, and follows the steps. Text from data is never markup."""
 
-    def __init__(self, steps: int, done: int = 0, console: Console | None = None):
+    def __init__(self, steps: int, done: int = 0, console: Console | None = None, *, examples: str = "pairs"):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._steps, self._before = steps, done  # those of a run that is resumed
+        self._examples = examples  # what a step has a batch of, in a word
         self._training = 0.0  # seconds in steps
         self._last_line = 0.0
         self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in _CURVES}
@@ -107,12 +108,12 @@ class Display:
             for name, values in self._curves.items():
                 if name in metrics and np.isfinite(metrics[name]):
                     values.append(metrics[name])
-            self._speed = _speed(metrics, memory)
+            self._speed = _speed(metrics, memory, self._examples)
             self._bar.update(self._task, completed=step)
         elif now - self._last_line >= 1 or step == self._steps:
             self._last_line = now
             left = self._training / (step - self._before) * (self._steps - step)
-            self.console.print(f"step {step}/{self._steps}  {_short(metrics)}  {left:.0f} s left")
+            self.console.print(f"step {step}/{self._steps}  {_short(metrics, self._examples)}  {left:.0f} s left")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         accuracy = metrics.get("eval/rewards/accuracies")
@@ -152,18 +153,18 @@ def _line(verdict: Verdict) -> Text:
     return Text.assemble((f"{verdict.severity}: ", _STYLES[verdict.severity]), f"{verdict.message} {verdict.advice}")
 
 
-def _speed(metrics: Mapping[str, float], memory: int | None) -> str:
-    said = [f"{metrics['pairs_per_second']:.3g} pairs/s"] if "pairs_per_second" in metrics else []
+def _speed(metrics: Mapping[str, float], memory: int | None, examples: str) -> str:
+    said = [f"{metrics['pairs_per_second']:.3g} {examples}/s"] if "pairs_per_second" in metrics else []
     if memory is not None:
         said.append(f"{memory / 1e9:.2f} GB")
     return "  ".join(said)
 
 
-def _short(metrics: Mapping[str, float]) -> str:
+def _short(metrics: Mapping[str, float], examples: str) -> str:
     wanted = (
         ("loss", "loss {:.4f}"),
         ("rewards/accuracies", "accuracy {:.0%}"),
-        ("pairs_per_second", "{:.3g} pairs/s"),
+        ("pairs_per_second", f"{{:.3g}} {examples}/s"),
         ("tokens_per_second", "{:.0f} tok/s"),
     )
     return "  ".join(form.format(metrics[name]) for name, form in wanted if name in metrics)

@@ -37,6 +37,16 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     assert "23 rules looked at this run" in page
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_speed_counts_what_a_step_has(tmp_path: Path, method: str):
+    """KTO's steps are of single responses."""
+    run = write_run(tmp_path / method, method)
+    with (run / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 101, "pairs_per_second": 3.0}) + "\n")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert ("responses a second" in page, "pairs a second" in page) == (method == "kto", method != "kto")
+
+
 def test_a_page_needs_nothing_else(tmp_path: Path):
     """No script, no link, no font, no image from elsewhere; and the page forbids them to itself."""
     page = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")

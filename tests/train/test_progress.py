@@ -15,9 +15,10 @@ ALARM = Verdict("swapped", "alarm", "chosen and rejected are swapped.", {"x": 1.
 
 def display(width: int = 80, steps: int = 20, terminal: bool = True, encoding: str = "utf-8", **of: Any) -> Display:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", write_through=True)
+    examples = of.pop("examples", "pairs")
     options: dict[str, Any] = {"color_system": None, "force_terminal": terminal, "width": width} | of
     console = Console(file=file, highlight=False, soft_wrap=True, **options)
-    return Display(steps, console=console)
+    return Display(steps, console=console, examples=examples)
 
 
 def said(shown: Display) -> str:
@@ -118,6 +119,14 @@ def test_elsewhere_there_are_plain_lines():
         "  alarm: chosen and rejected are swapped. Look at them.",
         "  warning: both [log-probabilities] fall. Lower the rate.",
     ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_speed_counts_what_a_step_has(terminal: bool):
+    """KTO's steps are of single responses."""
+    shown = display(terminal=terminal, examples="responses")
+    shown.step(20, 0.5, metrics(20), None)
+    assert "12.3 responses/s" in (seen(shown) if terminal else said(shown))
 
 
 def test_a_healthy_run_is_said_to_be_one():
