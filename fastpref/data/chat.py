@@ -78,9 +78,19 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Wri
         alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
         full = [apply(tokenizer, [*prompt, *response], content.writing) for response in _turns(content)]
     except REFUSALS as error:
-        hint = "; put the words of its system turn into the first question" if "system" in str(error).lower() else ""
-        raise RowError(f"the chat template refuses this row: {error}{hint}", "refused by the chat template") from None
+        message = f"the chat template refuses this row: {error}{_hint(str(error).lower(), prompt, _turns(content))}"
+        raise RowError(message, "refused by the chat template") from None
     return alone, full
+
+
+def _hint(refusal: str, prompt: list[Message], responses: Sequence[list[Message]]) -> str:
+    """What a template's own words leave out: what to do, or which roles it does not take."""
+    if "system" in refusal:
+        return "; put the words of its system turn into the first question"
+    if "role" not in refusal:
+        return ""
+    roles = list(dict.fromkeys(", ".join(turn["role"] for turn in [*prompt, *response]) for response in responses))
+    return f"; the roles of this row's turns are {' or '.join(roles)}"
 
 
 def apply(

@@ -553,6 +553,12 @@ def test_a_chat_template_of_the_format(tmp_path: Path):
     )
 
 
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("options", "row", "said"),
     [
@@ -566,8 +572,13 @@ def test_a_chat_template_of_the_format(tmp_path: Path):
             {"messages": TOOL_TURNS},
             ".* refuses this row: this template cannot write tool calls",
         ),
+        (
+            {"chat_template": ALTERNATING},
+            {"messages": [user("Weather?"), user("Well?")]},
+            r".* refuses this row: roles must alternate; the roles of this row's turns are user, user, assistant$",
+        ),
     ],
-    ids=["no file", "no name", "no Jinja", "no tools", "no system", "no tool calls"],
+    ids=["no file", "no name", "no Jinja", "no tools", "no system", "no tool calls", "no two questions"],
 )
 def test_a_chat_template_that_will_not_do(options: dict[str, Any], row: dict[str, Any], said: str):
     """A template is never written without what the row says: it is refused."""
