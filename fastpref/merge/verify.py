@@ -49,7 +49,7 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
     lost = float((logits - with_adapter).norm() / (with_adapter - without).norm().clamp(min=1e-30))
     exact = whole and weight_dtype(trained.config, device) == torch.float32
     if not lost <= (_ALLOWED_WHOLE if exact else _ALLOWED):
-        why = "" if whole else " If its files are in half precision, rounding may be why: try --dtype float32"
+        why = "" if whole else " Half precision may have rounded so small a change off: try --dtype float32"
         raise UserError(
             f"{trained.weights}: {lost:.0%} of what the adapter changes in the logits of a probe is lost in the merged "
             f"model, so it is not kept.{why}"
