@@ -36,6 +36,8 @@ def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = F
             "read the code and trust it"
         )
     folder = Path(options.name).expanduser()
+    if options.name.startswith(("/", ".", "~")) and not folder.exists():  # which no name on the hub does
+        return "there is no such folder"
     fault = _in_folder(folder, tokenizer) if folder.is_dir() else _on_hub(options, tokenizer)
     return fault or " ".join(str(error).split())[:400] or type(error).__name__
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import config_for, examples, save_model
 
+from fastpref.config import ModelConfig
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
 from fastpref.model.head import Head
@@ -86,3 +87,10 @@ def test_pickled_weights_are_not_loaded(llama: Path, tmp_path: Path):
 def test_a_missing_tokenizer_is_said(llama: Path):
     with pytest.raises(UserError, match="no tokenizer there"):
         load_tokenizer(config_for(llama).model)
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./none", "~/none-of-this-name"])
+def test_a_folder_that_is_not_there(name: str):
+    """Is said to be missing, in our own words, where the name can be no other than a folder's."""
+    with pytest.raises(UserError, match=r"there is no such folder$"):
+        load_tokenizer(ModelConfig(name=name))
