@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    DbrxConfig,
+    DogeConfig,
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -82,6 +84,25 @@ def model_config(kind: str) -> PretrainedConfig:
         ),
         "qwen3-moe": lambda: Qwen3MoeConfig(
             **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.5
+        ),
+        "dbrx": lambda: DbrxConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=128,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+            router_aux_loss_coef=0.5,
+            tie_word_embeddings=False,
+        ),
+        "doge-moe": lambda: DogeConfig(
+            **_SIZES,
+            is_moe=True,
+            num_experts=16,
+            num_experts_per_tok=2,
+            router_aux_loss_coef=0.5,
+            output_router_logits=True,
         ),
         "falcon-h1": lambda: FalconH1Config(
             **_SIZES,

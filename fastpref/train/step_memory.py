@@ -56,6 +56,17 @@ class StepMemory:
         return sum(parts) + self.head
 
 
+class _Fake(FakeTensorMode):
+    """Torch has a shape for grouped products, those of experts, in bfloat16 alone; devices compute them in others."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            a, b, offsets = args[0], args[1], args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+            groups = [len(offsets)] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() == 3 else []
+            return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def count_step(
     config: Config,
     device: torch.device,
@@ -95,7 +106,7 @@ def count_step(
     beside = _copy(config, bones, architecture, kernels=kernels)
     saving = _elsewhere if config.train.offload_activations else None
     checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
-    count, fake = PeakStorage(), FakeTensorMode(allow_non_fake_inputs=True)
+    count, fake = PeakStorage(), _Fake(allow_non_fake_inputs=True)
     sizes_alone = kernels_not_run if kernels else nullcontext
     with fake, count:
         policy = _materialised(config, bones, count, make_policy)
