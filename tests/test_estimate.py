@@ -108,7 +108,6 @@ RUNS = [
     ("qwen2", [LORA, "loss.type=cpo", "train.layout=packed", "train.checkpointing=true"]),
     ("qwen2", ["lora={rank=4, dora=true}", "model.quantization=nf4"]),
     ("mixtral", [LORA]),
-    ("mixtral", ["loss.type=simpo"]),
 ]
 
 

@@ -20,6 +20,7 @@ from fastpref.errors import UserError
 from fastpref.memory import PeakStorage
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.checkpointing import checkpoint_layers, decoder_layers
+from fastpref.model.failure import told_of_model
 from fastpref.model.liger import kernels_not_run, wants_kernels
 from fastpref.model.load import Loaded, model_config, weight_dtype
 from fastpref.model.packed import own_quantization
@@ -67,6 +68,7 @@ class _Fake(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+@told_of_model("a step of it cannot be counted without its weights")
 def count_step(
     config: Config,
     device: torch.device,
@@ -89,7 +91,7 @@ def count_step(
         layout: if it is known what the model's attention takes: trying it is a forward pass.
         make_policy: another head than ours (`trl_memory.py`).
 
-    Raises UserError for a model that is not there, and whatever its code raises that cannot be run on fake tensors.
+    Raises UserError for a model that is not there, or whose code cannot be run on fake tensors.
 
     All tensors are fake ones of a CPU, with the dtypes and the mixed precision of `device`. What bitsandbytes and a
     device's libraries take inside one operation is not seen; the head's tiles are those of the torch backend.
