@@ -24,7 +24,9 @@ from transformers import PretrainedConfig
 class MyConfig(PretrainedConfig):
     model_type = "my_own"
 
-    def __init__(self, vocab_size=949, hidden_size=32, heads=4, num_hidden_layers=2, max_position_embeddings=512, **kwargs):
+    def __init__(
+        self, vocab_size=949, hidden_size=32, heads=4, num_hidden_layers=2, max_position_embeddings=512, **kwargs
+    ):
         self.vocab_size, self.hidden_size, self.heads = vocab_size, hidden_size, heads
         self.num_hidden_layers, self.max_position_embeddings = num_hidden_layers, max_position_embeddings
         super().__init__(**kwargs)
