@@ -279,7 +279,7 @@ def _four_bits(folder: Path) -> str:
 def _merges(folder: Path) -> str:
     """Whether an adapter on all linear layers can be merged, and what the merged model has lost of its effect."""
     chatml().save_pretrained(folder)
-    ids = torch.tensor([rows(1)[0].prompt + [30, 40, 50]])
+    ids = torch.tensor([[*rows(1)[0].prompt, 30, 40, 50]])
     try:
         loaded = load_model(config_for(folder, "lora={}"), CPU)
         with torch.no_grad():
