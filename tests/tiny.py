@@ -45,6 +45,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_ROUTED: dict[str, Any] = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
 _WIDE: dict[str, Any] = _SIZES | {"head_dim": 32}  # FlexAttention's kernels want heads of 16 and more
 _GEMMA: dict[str, Any] = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 
@@ -93,17 +94,10 @@ def model_config(kind: str) -> PretrainedConfig:
             max_seq_len=128,
             attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
-            router_aux_loss_coef=0.5,
             tie_word_embeddings=False,
+            **_ROUTED,
         ),
-        "doge-moe": lambda: DogeConfig(
-            **_SIZES,
-            is_moe=True,
-            num_experts=16,
-            num_experts_per_tok=2,
-            router_aux_loss_coef=0.5,
-            output_router_logits=True,
-        ),
+        "doge-moe": lambda: DogeConfig(**_SIZES, **_ROUTED, is_moe=True, num_experts=16, num_experts_per_tok=2),
         "falcon-h1": lambda: FalconH1Config(
             **_SIZES,
             mamba_d_ssm=64,

@@ -62,7 +62,8 @@ class _Fake(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            a, b, offsets = args[0], args[1], args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+            a, b = args[:2]
+            offsets: Any = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
             groups = [len(offsets)] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() == 3 else []
             return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
         return super().__torch_dispatch__(func, types, args, kwargs)

@@ -291,9 +291,10 @@ def _merges(folder: Path) -> str:
         loaded.wrapped.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         trained = find_trained(str(folder / "adapter"), ["lora={}"])
         merged = merge(trained, folder / "merged", verify=False)
-        again, report = AutoModelForCausalLM.from_pretrained(
+        loaded_again: Any = AutoModelForCausalLM.from_pretrained(
             merged.folder, dtype=torch.float32, output_loading_info=True
         )
+        again, report = loaded_again
         with torch.no_grad():
             found = again.eval()(input_ids=ids, use_cache=False).logits.float()
     except UserError as error:
