@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpref.config import Config, LoraConfig, is_pattern
 from fastpref.errors import UserError
+from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.lora import fuse_lora
 from fastpref.model.weights import Misfit, Renaming, find_renaming, take_note
@@ -85,6 +86,8 @@ class _Parts:
             decoder = model.get_decoder()
         except (AttributeError, NotImplementedError):  # not every model's code has one
             decoder = model
+        if decoder is model.get_output_embeddings():  # a head by that name
+            decoder = body_of(model)
         wholes = [decoder, model.get_output_embeddings(), model.get_input_embeddings()]
         ids = {id(module) for whole in wholes if whole is not None for module in whole.modules()}
         return cls(model, modules, frozenset(name for name, module in modules.items() if id(module) in ids))

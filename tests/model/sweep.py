@@ -178,7 +178,7 @@ def look(name: str, folder: Path, *, wide: bool = False) -> Family:
         except Exception as error:
             family.faults.append(f"{what.__name__.strip('_')}: {_short(error)}")
     if wide:
-        family.nf4, family.merge = _four_bits(folder), _merges(folder)
+        family.nf4, family.merge = _four_bits(folder), _merges(name, folder)
     return family
 
 
@@ -276,7 +276,7 @@ def _four_bits(folder: Path) -> str:
     return loaded.layout
 
 
-def _merges(folder: Path) -> str:
+def _merges(name: str, folder: Path) -> str:
     """Whether an adapter on all linear layers can be merged, and what the merged model has lost of its effect."""
     chatml().save_pretrained(folder)
     ids = torch.tensor([[*rows(1)[0].prompt, 30, 40, 50]])
@@ -292,7 +292,7 @@ def _merges(folder: Path) -> str:
         trained = find_trained(str(folder / "adapter"), ["lora={}"])
         merged = merge(trained, folder / "merged", verify=False)
         loaded_again: Any = AutoModelForCausalLM.from_pretrained(
-            merged.folder, dtype=torch.float32, output_loading_info=True
+            merged.folder, config=tiny_config(name, truth=True), dtype=torch.float32, output_loading_info=True
         )
         again, report = loaded_again
         with torch.no_grad():

@@ -60,6 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 8},
     "mamba": {"state_size": 4},
     "gemma3": {},
+    "modernbert-decoder": {"local_attention": 6},
 }  # fmt: skip
 LAGUNA: dict[str, Any] = EXPERTS | {"shared_expert_intermediate_size": 16, "mlp_layer_types": ["sparse", "dense"]}
 
@@ -113,6 +114,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {  # by "all-linear", of the language mod
     "falcon_h1": ("mamba.out_proj (",),
     "mamba2": ("mixer.out_proj (",),
     "mamba": ("mixer.dt_proj, backbone.layers.*.mixer.out_proj",),
+    "modernbert-decoder": (),
     "gemma3": ("vision_tower.encoder.layers.*.mlp.fc1", "(outside of the language model"),
 }
 
