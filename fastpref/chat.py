@@ -39,9 +39,11 @@ def chat(
     temperature: float | None = None,
     given: TextIO | None = None,
     out: TextIO | None = None,
+    tell: Callable[[str], None] = lambda note: None,
 ) -> None:
     """Answer what is read, a line at a time, until it ends. `compare` lets the model that the training began with
-    answer first. A temperature of 0 takes the likeliest token; None is the model's own way. Raises UserError."""
+    answer first. A temperature of 0 takes the likeliest token; None is the model's own way. What was decided while the
+    model was loaded goes to `tell`, a note at a time. Raises UserError."""
     source: TextIO = sys.stdin if given is None else given
     screen: TextIO = sys.stdout if out is None else out
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +54,7 @@ def chat(
     writing = Writing(
         template_kwargs=trained.config.tokens.chat_template_kwargs, day=trained.text.day if trained.text else None
     )
-    speakers = _speakers(trained, compare, device)
+    speakers = _speakers(trained, compare, device, tell)
     for speaker in speakers:
         speaker.messages = _beginning(system)
     options = _sampling(temperature) | {"max_new_tokens": max_tokens}
@@ -71,8 +73,10 @@ def chat(
             speaker.messages.append({"role": "assistant", "content": answer})
 
 
-def _speakers(trained: Trained, compare: bool, device: torch.device) -> list[Speaker]:
+def _speakers(trained: Trained, compare: bool, device: torch.device, tell: Callable[[str], None]) -> list[Speaker]:
     loaded = load_trained(trained, device)
+    for note in loaded.notes:
+        tell(note)
     model = loaded.model
     speakers = [Speaker("trained", model)]
     if not compare:

@@ -256,11 +256,16 @@ def evaluate(
     from rich.console import Console
 
     from fastpref import evaluate as evaluation
+    from fastpref.model.failure import told_of_memory
     from fastpref.model.trained import find_trained
 
     trained = find_trained(model, overrides or ())
     compared = None if reference is None else find_trained(reference)
-    found = evaluation.evaluate(trained, data=data, reference=compared, cache=not no_cache)
+    budget = trained.config.tokens_per_microbatch
+    with told_of_memory(
+        f"while {trained.weights} was judged", f"set train.tokens_per_microbatch, which is {budget:,}, to less"
+    ):
+        found = evaluation.evaluate(trained, data=data, reference=compared, cache=not no_cache, tell=_note)
     if as_json:
         typer.echo(evaluation.as_json(found))
     else:
@@ -284,10 +289,15 @@ def chat(
     """Talk to a model, line by line, from a terminal or a pipe."""
     _prepare(offline)
     from fastpref.chat import chat as run
+    from fastpref.model.failure import told_of_memory
     from fastpref.model.trained import find_trained
 
     trained = find_trained(model, overrides or ())
-    run(trained, compare=compare, system=system, max_tokens=max_tokens, temperature=temperature)
+    with told_of_memory(
+        f"while {trained.weights} was talked to",
+        'set model.quantization="nf4", or let answers be shorter: --max-tokens',
+    ):
+        run(trained, compare=compare, system=system, max_tokens=max_tokens, temperature=temperature, tell=_note)
 
 
 @app.command(epilog="Example: fastpref merge runs/my-dpo --output my-model")
@@ -313,12 +323,14 @@ def merge(
     import torch
 
     from fastpref.merge import merge as run
+    from fastpref.model.failure import told_of_memory
     from fastpref.model.trained import find_trained
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: take float32, bfloat16 or float16")
     kind = None if dtype is None else getattr(torch, dtype)
-    merged = run(find_trained(model, overrides or ()), output, dequantized=dequantized, dtype=kind, verify=verify)
+    with told_of_memory(f"while {model} was merged", "--no-verify loads no model to compare with"):
+        merged = run(find_trained(model, overrides or ()), output, dequantized=dequantized, dtype=kind, verify=verify)
     head = ", the head untied from the embeddings" if merged.untied else ""
     typer.echo(f"{merged.folder}: {merged.tensors} tensors changed{head}; merged onto {merged.onto}.")
     if merged.lost is not None:
@@ -345,6 +357,11 @@ def push(
     if not Path(trained.weights).is_dir():
         raise UserError(f"{run}: only a folder can be uploaded")
     typer.echo(f"{trained.weights} is at {upload(Path(trained.weights), repository, public=public)}")
+
+
+def _note(note: str) -> None:
+    """What is not the result goes to stderr."""
+    typer.echo(note, err=True)
 
 
 def _prepare(offline: bool) -> None:

@@ -38,6 +38,7 @@ def evaluate(
     reference: Trained | None = None,
     device: torch.device | None = None,
     cache: bool = True,
+    tell: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Metrics over held-out examples, with the names of metrics.jsonl, and beside them
 
@@ -46,12 +47,18 @@ def evaluate(
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
     began with, unless another is named; without one, rewards that need it and KL are left out. A loss without a
-    reference has its own rewards and margins, and the reference is compared by KL alone. Raises UserError.
+    reference has its own rewards and margins, and the reference is compared by KL alone. What was decided while models
+    were loaded goes to `tell`, a note at a time. Raises UserError.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = _examples(trained, data, cache)
     loaded = load_trained(trained, device)
     other, off = _reference(trained, loaded, reference, device)
+    for note in loaded.notes:
+        tell(note)
+    for note in other.notes if other is not None and other is not loaded else ():
+        if note not in loaded.notes:
+            tell(f"the reference: {note}")
     compared = None if other is None else other.policy.eval()
     tokenizer, config = trained_tokenizer(trained), trained.config
     for model in (loaded, other or loaded):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from runs import EXAMPLES
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2Config
 
 import fastpref
 import fastpref.estimate as estimates
@@ -35,7 +35,7 @@ LORA = "lora={rank=4}"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The quickstart's model, and a Qwen2 with its tokenizer."""
+    """The quickstart's model, and a Qwen2 and a mixture of experts with its tokenizer."""
     own = EXAMPLES / "quickstart" / "model"
     other = tmp_path_factory.mktemp("qwen2")
     vocabulary = AutoConfig.from_pretrained(own).vocab_size
@@ -43,9 +43,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         vocab_size=vocabulary, hidden_size=48, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(other)
-    AutoTokenizer.from_pretrained(own).save_pretrained(other)
-    return {"quickstart": own, "qwen2": other}
+    experts = tmp_path_factory.mktemp("mixtral")
+    mixture = MixtralConfig(
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    for made, folder in ((config, other), (mixture, experts)):
+        AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(own).save_pretrained(folder)
+    return {"quickstart": own, "qwen2": other, "mixtral": experts}
 
 
 def write(folder: Path, model: Path, *, rows: int = 24) -> Path:
@@ -101,6 +107,7 @@ RUNS = [
     ("qwen2", ["loss.type=ipo", "train.tokens_per_microbatch=150"]),
     ("qwen2", [LORA, "loss.type=cpo", "train.layout=packed", "train.checkpointing=true"]),
     ("qwen2", ["lora={rank=4, dora=true}", "model.quantization=nf4"]),
+    ("mixtral", [LORA]),
 ]
 
 

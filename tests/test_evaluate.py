@@ -1,6 +1,7 @@
 """`fastpref eval`: the numbers of a run's own evaluation, and KL by definition."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from after import QUICKSTART_DATA, command
 from peft import PeftModel
 from runs import EXAMPLES, rows
+from safetensors.torch import load_file, save_file
 from tiny import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
@@ -145,6 +147,45 @@ def test_the_command(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys
     told: dict[str, Any] = json.loads(command(monkeypatch, capsys, "eval", str(finished_run), "--json").out)
     assert told["examples"] == 5
     assert {"reference/kl", "rewards/accuracies", "logps/accuracies"} <= told.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "advice"),
+    [
+        ("eval", "fastpref.evaluate.evaluate", "train.tokens_per_microbatch"),
+        ("chat", "fastpref.chat.chat", "--max-tokens"),
+        ("merge", "fastpref.merge.merge", "--no-verify"),
+    ],
+)
+def test_running_out_of_memory_is_one_message(
+    name: str, module: str, advice: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """It names what would take less, and is no traceback."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(module, full)
+    output = ("--output", str(tmp_path / "merged")) if name == "merge" else ()
+    ran = command(monkeypatch, capsys, name, finished_run, *output)
+    assert ran.status == 2
+    assert ran.err.startswith("fastpref: out of memory while ")
+    assert advice in ran.err
+
+
+def test_what_was_decided_at_load_is_told(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Tensors read under other names, for one: on stderr, and stdout is the JSON alone."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished_run / "final", adapter)
+    path = adapter / "adapter_model.safetensors"
+    weights = {name.replace("model.layers", "model._orig_mod.layers"): w for name, w in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    ran = command(monkeypatch, capsys, "eval", adapter, "--data", QUICKSTART_DATA, "--json")
+    assert json.loads(ran.out)["reference/kl"] > 0
+    assert "_orig_mod.` and are read with" in ran.err
 
 
 def test_wilsons_interval():

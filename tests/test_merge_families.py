@@ -81,6 +81,11 @@ def _as_on_the_hub(folder: Path) -> None:
     save_file(tensors | masks, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _say_tied(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _own_code(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
@@ -97,6 +102,7 @@ GPT2: dict[str, Any] = {"vocab_size": 949, "n_embd": 64, "n_layer": 2, "n_head":
 KINDS = {
     "llama": Kind("llama", SIZES),
     "tied": Kind("llama", SIZES | {"tie_word_embeddings": True}),
+    "tied, with another head in its files": Kind("llama", SIZES, _say_tied),
     "in shards": Kind("llama", SIZES, shard="100KB"),
     "bfloat16": Kind("llama", SIZES, dtype=torch.bfloat16),
     "gpt2": Kind("gpt2", GPT2),

@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    DbrxConfig,
+    DogeConfig,
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -43,6 +45,7 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_ROUTED: dict[str, Any] = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
 _WIDE: dict[str, Any] = _SIZES | {"head_dim": 32}  # FlexAttention's kernels want heads of 16 and more
 _GEMMA: dict[str, Any] = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 
@@ -83,6 +86,18 @@ def model_config(kind: str) -> PretrainedConfig:
         "qwen3-moe": lambda: Qwen3MoeConfig(
             **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.5
         ),
+        "dbrx": lambda: DbrxConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=128,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+            tie_word_embeddings=False,
+            **_ROUTED,
+        ),
+        "doge-moe": lambda: DogeConfig(**_SIZES, **_ROUTED, is_moe=True, num_experts=16, num_experts_per_tok=2),
         "falcon-h1": lambda: FalconH1Config(
             **_SIZES,
             mamba_d_ssm=64,

@@ -31,7 +31,7 @@ class Plan:
     head: str  # the names of the head's and the embeddings' weights in the model
     embedding: str
     tied: bool  # whether they are one weight in the model as it was
-    untied: bool  # whether training has parted them
+    untied: bool  # whether training has parted them, or the files that were read had them apart already
 
 
 def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any], nf4: frozenset[str]) -> Plan:
@@ -46,9 +46,11 @@ def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any
         raise UserError(f"{options.name}: its code does not tell which layers are its head and its embeddings")
     head, embedding = (_weight(model, end) for end in ends)
     tied = ends[0].weight is ends[1].weight
+    parted = tied and _are_apart(checkpoint, names, head, embedding)
+    tied &= not parted
     conv1d = frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
     changed_ends = head in parts or embedding in parts
-    plan = Plan(checkpoint, names, parts, nf4, conv1d, head, embedding, tied, tied and changed_ends)
+    plan = Plan(checkpoint, names, parts, nf4, conv1d, head, embedding, tied, parted or (tied and changed_ends))
     if checkpoint.method is not None and not checkpoint.dequantised:
         plain = [part for part in parts if _lies_plain(checkpoint, names, part)]
         if len(plain) < len(parts):
@@ -102,6 +104,16 @@ def nf4_weights(config: Config) -> frozenset[str]:
 def _four_bit_weights(model: nn.Module) -> frozenset[str]:
     names = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
     return frozenset(f"{name.removesuffix('.base_layer')}.weight" for name in names)
+
+
+def _are_apart(checkpoint: Checkpoint, names: Names, head: str, embedding: str) -> bool:
+    """Whether the files hold a head other than the embeddings, whatever config.json says: transformers reads both."""
+    if head not in names.by_target or embedding not in names.by_target:
+        return False
+    (own, *more), (shared, *others) = (names.by_target[name].sources for name in (head, embedding))
+    if more or others or own == shared:
+        return False
+    return not torch.equal(checkpoint.read(own), checkpoint.read(shared))
 
 
 def _lies_plain(checkpoint: Checkpoint, names: Names, target: str) -> bool:

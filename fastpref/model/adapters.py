@@ -15,6 +15,7 @@ from typing import Any
 
 import peft
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft.tuners.lora import LoraModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpref.config import Config, LoraConfig, is_pattern
 from fastpref.errors import UserError
+from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.lora import fuse_lora
 from fastpref.model.weights import Misfit, Renaming, find_renaming, take_note
@@ -34,6 +36,8 @@ _OUTSIDE = "outside of the language model, which alone is trained here"
 _WEIGHT_READ = re.compile(
     r"self\.(\w+)\.(?:weight|bias)\b(?!\s*\[|\.(?:dtype|device|shape|data|split|chunk|ndim|size|is_\w+)\b)"
 )
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that take what they begin with off the weights
 _ROUTERS = "routers, which choose between experts"
 
 
@@ -82,6 +86,8 @@ class _Parts:
             decoder = model.get_decoder()
         except (AttributeError, NotImplementedError):  # not every model's code has one
             decoder = model
+        if decoder is model.get_output_embeddings():  # a head by that name
+            decoder = body_of(model)
         wholes = [decoder, model.get_output_embeddings(), model.get_input_embeddings()]
         ids = {id(module) for whole in wholes if whole is not None for module in whole.modules()}
         return cls(model, modules, frozenset(name for name, module in modules.items() if id(module) in ids))
@@ -119,11 +125,16 @@ class _Plan:
 
     @property
     def notes(self) -> list[str]:
-        parts = [f"{_short(names)} ({why})" for why, names in self.left_out.items()]
+        parts = [f"{short_names(names)} ({why})" for why, names in self.left_out.items()]
         return [f"lora: no adapters on {'; '.join(parts)}"] if parts else []
 
 
 def _plan(options: LoraConfig, model: PreTrainedModel) -> _Plan:
+    if options.dora and any(isinstance(m, Linear8bitLt) and m.weight.device.type == "cpu" for m in model.modules()):
+        raise UserError(
+            "lora.dora: PEFT loses the scales of weights in int8 when it computes DoRA on a CPU; leave lora.dora out, "
+            'or set model.quantization to "nf4"'
+        )
     parts, settings = _Parts.of(model), _settings(options)
     settings.modules_to_save = _modules_to_save(options, parts)
     excluded = _excluded(options.exclude, parts)
@@ -149,7 +160,7 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> _Plan:
     kept = set(_converted(settings, model, chosen).target_modules or ())
     _add(left_out, "PEFT takes their names for the experts'", chosen - kept)
     if not kept and not experts:
-        reasons = "; ".join(f"{_short(names)}: {why}" for why, names in left_out.items())
+        reasons = "; ".join(f"{short_names(names)}: {why}" for why, names in left_out.items())
         raise UserError(
             f"lora.target: nothing is left to adapt{f' ({reasons})' if reasons else ''}; {parts.linear_names}"
         )
@@ -353,12 +364,12 @@ def _named(
             raise UserError(f"lora.target: {_unknown(entry, parts)}")
         inside = layers & parts.inside
         if layers and not inside:
-            raise UserError(f"lora.target: {entry} names {_short(layers)}, {_OUTSIDE}")
+            raise UserError(f"lora.target: {entry} names {short_names(layers)}, {_OUTSIDE}")
         _add(left_out, _OUTSIDE, layers - inside)
         refused: dict[str, set[str]] = {}
         adaptable = _adaptable({name: parts.modules[name] for name in inside}, settings, parts, refused)
         if refused and not adaptable:
-            raise UserError(f"lora.target: {entry} names {_short(inside)}: {next(iter(refused))}")
+            raise UserError(f"lora.target: {entry} names {short_names(inside)}: {next(iter(refused))}")
         for why, names in refused.items():
             _add(left_out, why, names)
         chosen |= adaptable
@@ -393,7 +404,7 @@ def _modules_to_save(options: LoraConfig, parts: _Parts) -> list[str] | None:
         if not hits:
             raise UserError(f"lora.modules_to_save: {_unknown(entry, parts)}")
         if not hits & parts.inside:
-            raise UserError(f"lora.modules_to_save: {entry} names {_short(hits)}, {_OUTSIDE}")
+            raise UserError(f"lora.modules_to_save: {entry} names {short_names(hits)}, {_OUTSIDE}")
         names += [entry] if hits <= parts.inside else sorted(hits & parts.inside)
     return names or None
 
@@ -423,7 +434,7 @@ def _owner(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _short(names: Iterable[str]) -> str:
+def short_names(names: Iterable[str]) -> str:
     """Names with a star for the numbers of layers."""
     alike = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
     return ", ".join(alike[:4]) + (f" and {len(alike) - 4} more" if len(alike) > 4 else "")
@@ -438,14 +449,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
     Raises UserError for one that does not fit, or that changes more than the model's own layers.
     """
     begin = f"{folder}: this adapter cannot be put on {model.name_or_path}"
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _WEIGHTS):
+        raise UserError(f"{begin}: there are no weights in it, {_WEIGHTS[0]} is missing")
     try:
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        _check_kind(peft.PeftConfig.from_pretrained(str(folder)), weights, model, begin)
         wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
-        settings: Any = wrapped.peft_config["default"]
-        if settings.is_prompt_learning or settings.is_adaption_prompt:
-            raise UserError(f"{begin}: {settings.peft_type.value} adds tokens to prompts, which is not computed here")
-        misfit, renaming = _reloaded(wrapped, peft.load_peft_weights(str(folder), device="cpu"))
+        misfit, renaming = _reloaded(wrapped, weights)
     except UserError:
         raise
+    except KeyError as error:  # a module that is trained as a whole, by PEFT's `modules_to_save`
+        misfit, renaming = Misfit(missing=(str(error.args[0]),)), None
     except Exception as error:  # missing or damaged files, another model's shapes: PEFT raises many kinds
         if is_out_of_memory(error):
             raise
@@ -460,11 +474,37 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
     return wrapped
 
 
+def _check_kind(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTrainedModel, begin: str) -> None:
+    """Refuse what loads and is not right: other tokens, changed weights of the model, numbers that are none."""
+    if settings.is_prompt_learning or settings.is_adaption_prompt:
+        raise UserError(f"{begin}: {settings.peft_type.value} adds tokens to prompts, which is not computed here")
+    start = getattr(settings, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(_CHANGING):
+        raise UserError(
+            f"{begin}: its adapters began as {start}, which changes the model's own weights too, so that the model "
+            "without it is another one; save it with PEFT's path_initial_model_for_weight_conversion, as plain LoRA"
+        )
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{begin}: its {name} holds numbers that are not finite; the training went wrong")
+    saved, own = tuple(settings.modules_to_save or ()), model.state_dict()
+    for name, tensor in weights.items():
+        plain = name.removeprefix("base_model.model.")
+        if plain in own and not any(part in plain for part in saved) and own[plain].device.type != "meta":
+            before = own[plain]
+            if before.shape != tensor.shape or not torch.equal(before.float().cpu(), tensor.to(before.dtype).float()):
+                raise UserError(
+                    f"{begin}: it holds another {plain} in place of the model's, outside of its adapters, and the "
+                    "model without it would have that too. Save the model with these weights, and merge the adapter "
+                    "into that"
+                )
+
+
 def _reloaded(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> tuple[Misfit, Renaming | None]:
     """Put an adapter's tensors in their places once more, which tells what fits; with other names where these fit."""
     misfit = _put(wrapped, weights)
-    if not misfit:
-        return misfit, None
+    if not misfit or _put_by_own_names(wrapped, weights):
+        return Misfit(), None
     own = [name.replace(".default", "") for name in misfit.missing]
     renaming = find_renaming(own, misfit.unexpected)
     if renaming is None or {renaming(name) for name in misfit.unexpected} != set(own):
@@ -477,6 +517,20 @@ def _put(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> Misfit:
     missing = sorted(name for name in result.missing_keys if ".default" in name)  # the name of the one adapter
     unexpected = sorted(name.replace(".default", "") for name in result.unexpected_keys)
     return Misfit(tuple(missing), tuple(unexpected))
+
+
+@torch.no_grad()
+def _put_by_own_names(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> bool:
+    """Put an adapter's tensors where PEFT would save them from, if each of them has its place there.
+
+    transformers' renamings, which PEFT applies to an adapter that is loaded, change some families' own names too.
+    """
+    own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # shares the model's storage
+    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
+        return False
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+    return True
 
 
 def _misshapen(message: str) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:

@@ -5,6 +5,7 @@ load-balancing loss of its routers, is asked of the model itself where this pack
 called with a body that returns what it is given.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     raise UserError(f"{model.config.model_type} models have no body apart from their head")
 
 
-def around_body(model: PreTrainedModel, body: nn.Module, output: Any, **options: Any) -> Any:
+def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **options: Any) -> Any:
     """What the model's own forward returns if its body returns `output`.
 
     Args:
-        model: the causal language model.
+        model: the causal language model, or its forward.
         body: its body, as `body_of` finds it.
         output: a body's output (a `ModelOutput`), [B, T, H] in `last_hidden_state`.
         options: further keywords of the model's forward.

@@ -61,8 +61,9 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 
 def can_be_checkpointed(model: PreTrainedModel) -> bool:
-    """Whether transformers' code of this model knows gradient checkpointing."""
-    return bool(getattr(model, "supports_gradient_checkpointing", False))
+    """Whether the code of this model knows gradient checkpointing: some say that they do, and have no layer for it."""
+    said = bool(getattr(model, "supports_gradient_checkpointing", False))
+    return said and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
 
 
 def all_checkpointed(model: PreTrainedModel) -> bool:

@@ -1,7 +1,8 @@
 """What goes wrong inside the code of models and libraries, as one message: at which step, and what it said."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -41,6 +42,17 @@ def told_of_model(
         return wrapped
 
     return around
+
+
+@contextmanager
+def told_of_memory(while_what: str, advice: str) -> Iterator[None]:
+    """Turn running out of memory inside the block into a UserError: while what it was, and what would take less."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {while_what}; {advice}") from None
 
 
 def in_others_code(error: BaseException) -> str | None:

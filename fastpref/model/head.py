@@ -179,9 +179,13 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
     """
     kind = model.config.model_type
     try:
-        _own_logits(model, _four_tokens(model))
+        logits = _own_logits(model, _four_tokens(model))
     except Exception as error:
         raise UserError(f"{kind} models cannot be run as they are loaded here: {_one_line(error)}") from None
+    if logits.log_softmax(-1).isnan().any():
+        wrong = next((name for name, p in model.named_parameters() if p.is_floating_point() and _is_broken(p)), None)
+        where = "" if wrong is None else f": {wrong} holds numbers that are not finite in its files"
+        raise UserError(f"the logits of this model are no numbers (NaN){where}")
     try:
         head: Head | OwnLogits = Head(model)
         check_logits(model, body, head)
@@ -196,6 +200,10 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
     except Exception as error:  # the model's forward may want of its body what only the body knows
         raise UserError(f"{why}; nor can its own code be asked for them: {_one_line(error)}") from None
     return head, f"logits: by the model's own code, some rows at a time, because {why}"
+
+
+def _is_broken(parameter: Tensor) -> bool:
+    return not bool(parameter.isfinite().all())
 
 
 @torch.no_grad()

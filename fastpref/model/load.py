@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder or the hub, with adapters, ready for the layouts."""
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +23,12 @@ from fastpref.data.batch import Layout, collate
 from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.model import flex_attention, liger
-from fastpref.model.adapters import adapter_notes, load_adapter
+from fastpref.model.adapters import adapter_notes, load_adapter, short_names
 from fastpref.model.adapters import with_adapters as with_adapters
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import adapter_instead, explained, no_causal_model
-from fastpref.model.head import OwnLogits, find_head
+from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
@@ -90,7 +91,7 @@ def load_model(
     notes = [note for note in (loading_note(model),) if note is not None]
     try:
         notes += fix_rope(model, config.tokens.max_length)
-        head, note = find_head(model, body_of(model))
+        head, note = _head(config, model)
         policy = Policy(body_of(model), head)
         choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
     except UserError as error:
@@ -108,7 +109,7 @@ def load_model(
     notes += [note for note in (loading_note(wrapped),) if note is not None and wrapped is not model]
     policy = policy.like(model)  # PEFT may have wrapped the head
     if wrapped is not model and not trained and not sharded:
-        _try_adapters(config, policy, choice.layout, model.config.model_type, device)
+        notes += _try_adapters(config, policy, choice.layout, model.config.model_type, device)
     return Loaded(model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels)
 
 
@@ -179,6 +180,19 @@ def pretrained(
     return model.eval()
 
 
+def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str | None]:
+    try:
+        return find_head(model, body_of(model))
+    except UserError as error:
+        if config.model.quantization == "none":
+            raise
+        message = str(error).rstrip(".")
+        raise UserError(
+            f"{message}. Code that reads weights by itself cannot have them in {config.model.quantization}: leave "
+            "model.quantization out"
+        ) from None
+
+
 def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.device) -> list[str]:
     """Give the model FlexAttention where that is wanted and works; what was decided, in words."""
     wanted = config.model.attention
@@ -194,11 +208,11 @@ def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.
     return [f"attention: SDPA, a call a completion: {why}"] if why is not None else []
 
 
-def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: str, device: torch.device) -> None:
+def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: str, device: torch.device) -> list[str]:
     """A step of a few tokens in training mode. Raises UserError if model and adapters cannot do it together.
 
     An adapter around a module that returns more than a tensor, or whose weight the model's code reads by itself, fails
-    only there.
+    only there. Returns a note about adapters that no token passes through.
     """
     example = Example([3, 4, 5], ([4, 3], [5]), None, Origin("a trial"))
     batch = collate([example], layout).to(device)
@@ -206,7 +220,9 @@ def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: st
         try:
             with _precision(config, device):
                 logp = policy.train()(batch).logp
-            logp.sum().backward()
+            if logp.requires_grad:
+                logp.sum().backward()
+            trained = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -219,6 +235,16 @@ def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: st
         finally:
             policy.zero_grad(set_to_none=True)
             policy.eval()
+    # Of single experts only those have a gradient to which one of these tokens is sent.
+    idle = [name for name, gradient in trained.items() if gradient is None and "expert" not in name]
+    if not idle:
+        return []
+    names = short_names(re.sub(r"^backbone\.|\.lora_.*|\.modules_to_save.*", "", name) for name in idle)
+    if len(idle) == len(trained):
+        raise UserError(
+            f"lora.target: no gradient reaches the adapters on {names}: the model's code does not call them"
+        )
+    return [f"lora: no gradient reaches the adapters on {names}; lora.exclude leaves them out"]
 
 
 def _trained(model: PreTrainedModel, adapter: str | Path | None) -> PreTrainedModel | peft.PeftModel:

@@ -27,6 +27,7 @@ from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key
 from fastpref.data.cache import cache_folder
 from fastpref.data.example import Example
 from fastpref.model.reference import Reference
+from fastpref.model.rope import has_rope_by_length
 from fastpref.processes import ALONE, Processes
 
 VERSION = 1  # of the numbers: what computes them, and how they are stored
@@ -156,6 +157,8 @@ def reference_folder(config: Config, model: PreTrainedModel) -> Path:
         "dtype": str(model.dtype),
         "quantization": config.model.quantization,
         "device": next(model.parameters()).device.type,
+        # The frequencies that every row has are those of the longest one, `rope.fix_rope`.
+        **({"rope_of": config.tokens.max_length} if has_rope_by_length(model) else {}),
     }
     fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / fingerprint

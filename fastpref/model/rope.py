@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastpref.errors import UserError
@@ -69,6 +70,13 @@ def _follows_longest(module: Any, max_length: int) -> bool:
             if any(not torch.equal(a, b[..., :8, :]) for a, b in pairs if isinstance(a, Tensor) and a.dim() > 1):
                 return True
     return False
+
+
+def has_rope_by_length(model: PreTrainedModel) -> bool:
+    """Whether a model's config asks for such RoPE, fixed or not."""
+    tables = [config.__dict__.get("rope_parameters") or {} for config in (model.config, model.config.get_text_config())]
+    tables += [inner for table in tables for inner in table.values() if isinstance(inner, dict)]
+    return any(table.get("rope_type") in BY_LENGTH for table in tables)
 
 
 def depends_on_length(model: nn.Module) -> bool:

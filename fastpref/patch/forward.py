@@ -90,9 +90,11 @@ class _Forward:
         routed = bool(call.get("output_router_logits")) or getattr(self.model.config, "output_router_logits", False)
         if routed:
             extra["output_router_logits"] = True
+        plan = self.plan
+        assert plan.backbone is not None
         with scope.trainer.accelerator.autocast():
             states = self._states(input_ids, mask, labels, extra)
-            aux_loss = router_loss(self.model, states, mask) if routed else None
+            aux_loss = router_loss(self.original, plan.backbone, states, mask) if routed else None
             if fused:
                 return self._fused(states, input_ids, labels, aux_loss)
             return self._logits(states, input_ids, labels, aux_loss, int(call.get("logits_to_keep") or 0))
@@ -123,6 +125,8 @@ class _Forward:
                 packed = pack(rows, input_ids.shape[1], input_ids.device)
                 if scope.row_means and any(row.first for row in rows):
                     packed = None  # padding on the left is in the logged mean, and sees nothing
+                if plan.by_length and max(map(len, rows)) < input_ids.shape[1]:
+                    packed = None  # to a multiple: the angles go by the padding's positions too
         if packed is None:
             scope.tally.computed(input_ids.numel(), input_ids.numel())
             return padded_states(plan.backbone, plan.head, input_ids, attention_mask=mask, **extra)

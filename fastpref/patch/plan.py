@@ -13,6 +13,7 @@ from fastpref.errors import UserError
 from fastpref.model import flex_attention, rope
 from fastpref.model.attention import AttentionState, attention_of, restore_attention
 from fastpref.model.body import body_of
+from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.head import Head, check_logits
 from fastpref.model.lora import fuse_lora, unfuse_lora
 from fastpref.model.policy import Policy
@@ -73,6 +74,10 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
             why, was = _give_trees(model, Policy(backbone, head)) if sharing else (NOT_WANTED, None)
     except UserError as error:
         return Plan(refused=str(error))
+    except Exception as error:  # model code that wants more than tokens; TRL may give it that
+        if is_out_of_memory(error):
+            raise
+        return Plan(refused=f"{model.config.model_type} models cannot be tried: {words(error)}")
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -1,14 +1,14 @@
 """The hidden states of a padded batch, wherever they were computed, and what the head makes of them."""
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fastpref.model.attention import tree_keywords
+from fastpref.model.body import around_body
 from fastpref.model.head import Head
 from fastpref.ops import LoraWeight, TokenLogprobs
 from fastpref.patch.attention import Kept, LaterLayout, keeping
@@ -22,7 +22,7 @@ class States:
     hidden: Tensor  # [M, H]
     place: Tensor  # [B, T] int64
     head: Head
-    router_logits: tuple[Tensor, ...] | None = None  # of each layer, [M, experts]
+    output: Any = None  # of the body, with the router logits of each layer if they were asked for
 
     def score(self, where: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
         """Log-probabilities of `targets` [N], the tokens that follow the places of `where` [B, T] bool."""
@@ -38,7 +38,7 @@ def padded_states(backbone: nn.Module, head: Head, input_ids: Tensor, **options:
     found = backbone(input_ids=input_ids, use_cache=False, **options)
     hidden = found.last_hidden_state
     place = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
-    return States(hidden.flatten(0, 1), place, head, getattr(found, "router_logits", None))
+    return States(hidden.flatten(0, 1), place, head, found)
 
 
 def packed_states(
@@ -55,7 +55,7 @@ def packed_states(
         found = backbone(**call, **options)
     hidden = found.last_hidden_state[0]
     place = packed.place.to(hidden.device)
-    return States(hidden, place, head, getattr(found, "router_logits", None)), kept
+    return States(hidden, place, head, found), kept
 
 
 @torch.no_grad()
@@ -69,18 +69,32 @@ def later_states(backbone: nn.Module, states: States, kept: Kept, later: Later, 
 
 
 def router_loss(
-    model: PreTrainedModel,
+    forward: Callable[..., Any],  # the model's own
+    backbone: nn.Module,
     states: States,
     attention_mask: Tensor,  # [B, T]
-) -> Tensor:
-    """The model's load-balancing loss over the padded batch, where a shared prompt counts in each of its rows."""
-    config: Any = model.config.get_text_config()
-    function = sys.modules[type(model).__module__].load_balancing_loss_func
-    experts = getattr(config, "num_local_experts", None) or config.num_experts
-    assert states.router_logits is not None
+) -> Tensor | None:
+    """The model's load-balancing loss over the padded batch, where a shared prompt counts in each of its rows.
+
+    None where the model has none, or no layer has routed anything.
+    """
+    output = states.output
+    if not getattr(output, "router_logits", None):
+        return None
     real = states.place[attention_mask.bool()]
-    logits = tuple(layer.flatten(0, -2)[real] for layer in states.router_logits)
-    return function(logits, experts, config.num_experts_per_tok, None)
+    rows = output.last_hidden_state.shape[:2]
+
+    def of_rows(logits: Tensor | None) -> Tensor | None:
+        if logits is None:
+            return None
+        flat = logits.flatten(0, 1) if logits.shape[:2] == rows else logits  # [..., M, experts]
+        return flat.index_select(-2, real)
+
+    # One token is enough for the head, which the loss has nothing to do with.
+    padded = type(output)(
+        last_hidden_state=output.last_hidden_state[:1, :1], router_logits=tuple(map(of_rows, output.router_logits))
+    )
+    return around_body(forward, backbone, padded, output_router_logits=True).aux_loss
 
 
 def _mean_logits(hidden: Tensor, head: Head) -> Tensor:

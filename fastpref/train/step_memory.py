@@ -20,6 +20,7 @@ from fastpref.errors import UserError
 from fastpref.memory import PeakStorage
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.checkpointing import checkpoint_layers, decoder_layers
+from fastpref.model.failure import told_of_model
 from fastpref.model.liger import kernels_not_run, wants_kernels
 from fastpref.model.load import Loaded, model_config, weight_dtype
 from fastpref.model.packed import own_quantization
@@ -56,6 +57,19 @@ class StepMemory:
         return sum(parts) + self.head
 
 
+class _Fake(FakeTensorMode):
+    """Torch has a shape for grouped products, those of experts, in bfloat16 alone; devices compute them in others."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            a, b = args[:2]
+            offsets: Any = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+            groups = [len(offsets)] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() == 3 else []
+            return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@told_of_model("a step of it cannot be counted without its weights")
 def count_step(
     config: Config,
     device: torch.device,
@@ -78,7 +92,7 @@ def count_step(
         layout: if it is known what the model's attention takes: trying it is a forward pass.
         make_policy: another head than ours (`trl_memory.py`).
 
-    Raises UserError for a model that is not there, and whatever its code raises that cannot be run on fake tensors.
+    Raises UserError for a model that is not there, or whose code cannot be run on fake tensors.
 
     All tensors are fake ones of a CPU, with the dtypes and the mixed precision of `device`. What bitsandbytes and a
     device's libraries take inside one operation is not seen; the head's tiles are those of the torch backend.
@@ -95,7 +109,7 @@ def count_step(
     beside = _copy(config, bones, architecture, kernels=kernels)
     saving = _elsewhere if config.train.offload_activations else None
     checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
-    count, fake = PeakStorage(), FakeTensorMode(allow_non_fake_inputs=True)
+    count, fake = PeakStorage(), _Fake(allow_non_fake_inputs=True)
     sizes_alone = kernels_not_run if kernels else nullcontext
     with fake, count:
         policy = _materialised(config, bones, count, make_policy)

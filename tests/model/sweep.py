@@ -28,14 +28,17 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from families import CANNOT_BE_TINY, FAMILIES, tiny_config  # noqa: E402
 from tiny import config_for  # noqa: E402
+from toy_tokenizers import chatml  # noqa: E402
 
 from fastpref.data.batch import Layout, collate  # noqa: E402
 from fastpref.data.example import Example, Origin  # noqa: E402
 from fastpref.errors import UserError  # noqa: E402
 from fastpref.loss_options import ORPO  # noqa: E402
+from fastpref.merge import merge  # noqa: E402
 from fastpref.model.head import OwnLogits  # noqa: E402
 from fastpref.model.load import Loaded, load_model  # noqa: E402
 from fastpref.model.reference import frozen_copy  # noqa: E402
+from fastpref.model.trained import find_trained  # noqa: E402
 from fastpref.train.step import Objective  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -54,6 +57,7 @@ class Family:
     router_loss: bool = False
     experts: bool = False
     nf4: str = ""
+    merge: str = ""
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each layout: log-probability, gradient
     faults: list[str] = field(default_factory=list)  # whatever is not as it should be
 
@@ -138,8 +142,8 @@ def errors(loaded: Loaded, layout: Layout, examples: list[Example], true: Truth)
     return wrong, off
 
 
-def look(name: str, folder: Path, *, nf4: bool = False) -> Family:
-    """All that is checked of one family. Whatever is wrong is in `faults`."""
+def look(name: str, folder: Path, *, wide: bool = False) -> Family:
+    """All that is checked of one family; `wide`: what is on the page alone, too. Whatever is wrong is in `faults`."""
     family = Family(name)
     save_tiny(name, folder)
     try:
@@ -173,8 +177,8 @@ def look(name: str, folder: Path, *, nf4: bool = False) -> Family:
                 family.faults.append(fault)
         except Exception as error:
             family.faults.append(f"{what.__name__.strip('_')}: {_short(error)}")
-    if nf4:
-        family.nf4 = _four_bits(folder)
+    if wide:
+        family.nf4, family.merge = _four_bits(folder), _merges(name, folder)
     return family
 
 
@@ -272,6 +276,37 @@ def _four_bits(folder: Path) -> str:
     return loaded.layout
 
 
+def _merges(name: str, folder: Path) -> str:
+    """Whether an adapter on all linear layers can be merged, and what the merged model has lost of its effect."""
+    chatml().save_pretrained(folder)
+    ids = torch.tensor([[*rows(1)[0].prompt, 30, 40, 50]])
+    try:
+        loaded = load_model(config_for(folder, "lora={}"), CPU)
+        with torch.no_grad():
+            before = loaded.model(input_ids=ids, use_cache=False).logits.float()
+            for part, parameter in loaded.wrapped.named_parameters():
+                if "lora_" in part:
+                    parameter.copy_(0.2 * torch.randn_like(parameter))
+            expected = loaded.model(input_ids=ids, use_cache=False).logits.float()
+        loaded.wrapped.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        trained = find_trained(str(folder / "adapter"), ["lora={}"])
+        merged = merge(trained, folder / "merged", verify=False)
+        loaded_again: Any = AutoModelForCausalLM.from_pretrained(
+            merged.folder, config=tiny_config(name, truth=True), dtype=torch.float32, output_loading_info=True
+        )
+        again, report = loaded_again
+        with torch.no_grad():
+            found = again.eval()(input_ids=ids, use_cache=False).logits.float()
+    except UserError as error:
+        return f"refused: {str(error).replace(str(folder), '…')}"
+    except Exception as error:
+        return f"crash: {_short(error)}"
+    if report["missing_keys"] or report["mismatched_keys"]:
+        return f"lacks {sorted(report['missing_keys'])[:1]}"
+    lost = float((found - expected).norm() / (expected - before).norm())
+    return "yes" if lost < 1e-3 else f"{lost:.0%} is lost"
+
+
 def _short(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
@@ -308,8 +343,8 @@ def written(text: str, rows: dict[str, str]) -> str:
         f"families and variants: {layouts['tree']} take trees, {layouts['padded']} are trained on padded rows, "
         f"{layouts['refused']} are refused. `family+variant` is a family with another config.",
         "",
-        "| model type | layout | logits | router loss | experts | nf4 | reason, remarks |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model type | layout | logits | router loss | experts | nf4 | merge | reason, remarks |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *rows.values(),
         "",
         "Not tried, because they cannot be made tiny:",
@@ -323,11 +358,11 @@ def written(text: str, rows: dict[str, str]) -> str:
 
 def _row(family: Family) -> str:
     if family.layout == "refused":
-        cells = ["–"] * 4
+        cells = ["–"] * 5
     else:
         nf4 = "yes" if family.nf4 == family.layout else family.nf4
         cells = ["own code" if family.own_logits else "fused", "yes" if family.router_loss else "–",
-                 "yes" if family.experts else "–", _plain(nf4)]  # fmt: skip
+                 "yes" if family.experts else "–", _plain(nf4), _plain(family.merge)]  # fmt: skip
     remarks = [family.why, *(note for note in family.notes if not note.startswith("logits:")), *family.faults]
     return f"| `{family.name}` | {family.layout} | {' | '.join(cells)} | {_plain('; '.join(filter(None, remarks)))} |"
 
@@ -351,7 +386,7 @@ def main() -> None:
     for name in options.names or FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                family = look(name, Path(folder), nf4=True)
+                family = look(name, Path(folder), wide=True)
             except Exception as error:
                 family = Family(name, faults=[f"cannot be tried: {_short(error)}"])
         families.append(family)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "chunk_size": 8},
     "mamba": {"state_size": 4},
     "gemma3": {},
+    "modernbert-decoder": {"local_attention": 6},
 }  # fmt: skip
+LAGUNA: dict[str, Any] = EXPERTS | {"shared_expert_intermediate_size": 16, "mlp_layer_types": ["sparse", "dense"]}
 
 
 def architecture(kind: str) -> PretrainedConfig:
@@ -73,7 +76,7 @@ def architecture(kind: str) -> PretrainedConfig:
             "mm_tokens_per_image": 4,
         }
         return Gemma3Config(text_config=text, vision_config=VISION, **images)
-    sizes: dict[str, Any] = SIZES | KINDS[kind]
+    sizes: dict[str, Any] = SIZES | KINDS.get(kind, LAGUNA)
     return CONFIG_MAPPING[kind](**sizes)
 
 
@@ -111,6 +114,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {  # by "all-linear", of the language mod
     "falcon_h1": ("mamba.out_proj (",),
     "mamba2": ("mixer.out_proj (",),
     "mamba": ("mixer.dt_proj, backbone.layers.*.mixer.out_proj",),
+    "modernbert-decoder": ("lm_head.dense (outside of the language model",),  # between the body and the head
     "gemma3": ("vision_tower.encoder.layers.*.mlp.fc1", "(outside of the language model"),
 }
 
@@ -295,3 +299,90 @@ def test_virtual_tokens_are_refused(tmp_path: Path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="PROMPT_TUNING adds tokens to prompts"):
         load_adapter(again, tmp_path / "adapter")
+
+
+def edited(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    def edit(adapter: Path) -> None:
+        path = adapter / "adapter_model.safetensors"
+        save_file({name: w.clone() for name, w in change(load_file(path)).items()}, path, {"format": "pt"})
+
+    return edit
+
+
+def set_key(**changes: Any) -> Callable[[Path], None]:
+    def change(adapter: Path) -> None:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+WRONG_INSIDE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "initialised by PiSSA": (set_key(init_lora_weights="pissa_niter_4"), "changes the model's own weights too"),
+    "initialised by OLoRA": (set_key(init_lora_weights="olora"), "changes the model's own weights too"),
+    "a head in place of the model's": (
+        edited(lambda w: w | {"base_model.model.model.norm.weight": torch.randn(32)}),
+        "another model.norm.weight in place of the model's",
+    ),
+    "no numbers": (edited(lambda w: {name: t * torch.nan for name, t in w.items()}), "not finite"),
+    "a whole module is missing": (
+        edited(lambda w: {name: t for name, t in w.items() if "lm_head" not in name}),
+        "1 tensor is missing in the files: .*lm_head",
+    ),
+    "no weights": (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "there are no weights in it"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG_INSIDE)
+def test_what_loads_and_is_not_right_is_refused(trained: tuple[Path, Path], fault: str):
+    """With and without such an adapter the model would be another one than is meant."""
+    base, adapter = trained
+    change, message = WRONG_INSIDE[fault]
+    change(adapter)
+    with pytest.raises(UserError, match=f"^{adapter}: this adapter cannot be put on {base}: .*{message}"):
+        logits(base, adapter)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "laguna"])
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+def test_what_is_saved_is_loaded_again(kind: str, head: bool, tmp_path: Path):
+    """Every family's adapters come back from their files with the numbers that they had."""
+    plain = model(kind)
+    plain.save_pretrained(tmp_path / "base")
+    heads = [name for name, module in plain.named_modules() if module is plain.get_output_embeddings()]
+    options = config(modules_to_save=heads) if head else config()
+    wrapped: Any = with_adapters(options, AutoModelForCausalLM.from_pretrained(tmp_path / "base")).eval()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    wrapped.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    again = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    own, loaded = (peft.get_peft_model_state_dict(m, save_embedding_layers=False) for m in (wrapped, again))
+    assert own.keys() == loaded.keys()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, loaded[name]), name
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_next"])
+def test_routers_can_be_trained_as_a_whole(kind: str):
+    """A router is no layer for an adapter, and it is a module to save: it gets a gradient."""
+    wrapped = with_adapters(config(modules_to_save=["gate"]), model(kind)).train()
+    wrapped(input_ids=torch.arange(3, 15)[None]).logits.sum().backward()
+    routers = {n: p for n, p in wrapped.named_parameters() if ".gate.modules_to_save" in n and p.requires_grad}
+    assert routers
+    assert all(p.grad is not None for p in routers.values())
+
+
+def test_adapters_that_nothing_passes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where the model's code does not call some adapted layers, a run says so; where it calls none, it is refused."""
+    base = save_model("llama", tmp_path)
+
+    def without_last_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(torch.relu(x @ self.up_proj.weight.t()))
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", without_last_mlp)
+    notes = load_model(config_for(base, 'lora.target=["gate_proj","down_proj"]'), CPU).notes
+    assert any("no gradient reaches the adapters on layers.*.mlp.gate_proj; lora.exclude" in note for note in notes)
+    with pytest.raises(UserError, match=r"no gradient reaches the adapters on layers\.\*\.mlp\.gate_proj"):
+        load_model(config_for(base, 'lora.target=["gate_proj"]'), CPU)

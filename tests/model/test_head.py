@@ -7,6 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, config_for, examples, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -108,3 +109,13 @@ def test_training_with_an_adapter_on_the_head(tmp_path: Path, monkeypatch: pytes
     base = AutoModelForCausalLM.from_pretrained(QUICKSTART.parent / "quickstart" / "model")
     loaded = PeftModel.from_pretrained(base, str(saved))
     assert any("lm_head" in name and p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_named(number: float, tmp_path: Path):
+    path = save_model("llama", tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = number
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"NaN.*model\.layers\.1\.mlp\.up_proj\.weight holds numbers that are not"):
+        load_model(config_for(tmp_path), torch.device("cpu"))

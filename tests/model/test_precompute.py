@@ -123,6 +123,14 @@ def test_another_model_never_finds_these_numbers(tmp_path: Path):
     assert reference_folder(same, load_model(same, CPU).model) in folders
 
 
+@pytest.mark.parametrize(("kind", "count"), [("llama", 1), ("llama-dynamic", 2), ("phi3-longrope", 2)])
+def test_numbers_that_go_by_the_longest_row_are_kept_apart(kind: str, count: int, tmp_path: Path):
+    """RoPE by length has the frequencies of tokens.max_length in every row: another length, another folder."""
+    save_model(kind, tmp_path)
+    configs = [config_for(tmp_path, f"tokens.max_length={length}") for length in (64, 128)]
+    assert len({reference_folder(config, load_model(config, CPU).model) for config in configs}) == count
+
+
 @pytest.mark.parametrize(
     ("method", "model"), [("dpo", "lora"), ("dpo", "full"), ("kto", "lora"), ("ipo", "full")], ids="-".join
 )

@@ -90,6 +90,13 @@ def test_a_run_in_few_bits(kind: str, optimizer: str, tmp_path: Path, monkeypatc
     assert (result.output_dir / "final" / "adapter_model.safetensors").exists()
 
 
+def test_dora_in_8_bits_needs_a_gpu(llama: Path):
+    """PEFT loses the scales of 8-bit weights on a CPU; in 4 bits DoRA works there."""
+    with pytest.raises(UserError, match=r"lora.dora: PEFT loses the scales of weights in int8"):
+        load(llama, "int8", "lora={dora=true}")
+    load(llama, "nf4", "lora={dora=true}")
+
+
 def test_quantised_weights_need_adapters(llama: Path):
     """They cannot be trained themselves: refused when the config is read."""
     with pytest.raises(UserError, match=r'model.quantization: "nf4" weights cannot be trained themselves'):

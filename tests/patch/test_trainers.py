@@ -52,6 +52,8 @@ COVER = [
     Run("ORPO", kind="mistral"),
     Run("ORPO", kind="gpt2", lora=False),
     Run("ORPO", kind="qwen3-moe", lora=False),
+    Run("ORPO", kind="doge-moe", lora=False),  # routers of two halves, and a loss of its own code
+    Run("ORPO", kind="dbrx", lora=False),  # names the number of its experts elsewhere
     Run("ORPO", lora_head=True),
     Run("CPO", "simpo", evaluate=True, settings={"cpo_alpha": 0.0}),
     Run("CPO", "simpo", lora=False, settings={"cpo_alpha": 0.5, "simpo_gamma": 0.3}, kind="qwen2"),

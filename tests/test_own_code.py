@@ -1,0 +1,209 @@
+"""A model with code of its own that looks its attention up in a table by name, as much of the hub's code does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+import trl_runs
+from after import command
+from runs import EXAMPLES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl_runs import Run, fit, residuals, train, unpatched
+
+import fastpref
+from fastpref.config import load_config
+from fastpref.model.load import load_model
+
+CONFIGURATION = """
+from transformers import PretrainedConfig
+
+
+class MyConfig(PretrainedConfig):
+    model_type = "my_own"
+
+    def __init__(
+        self, vocab_size=949, hidden_size=32, heads=4, num_hidden_layers=2, max_position_embeddings=512, **kwargs
+    ):
+        self.vocab_size, self.hidden_size, self.heads = vocab_size, hidden_size, heads
+        self.num_hidden_layers, self.max_position_embeddings = num_hidden_layers, max_position_embeddings
+        super().__init__(**kwargs)
+"""
+MODELING = """
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from .configuration_my import MyConfig
+
+
+class MyAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x, mask):
+        b, t, h = x.shape
+        q, k, v = (p.view(b, t, self.heads, -1).transpose(1, 2) for p in self.qkv(x).chunk(3, dim=-1))
+        return self.out(self.mix(q, k, v, mask).transpose(1, 2).reshape(b, t, h))
+
+    def mix(self, q, k, v, mask):
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask
+        return scores.softmax(-1) @ v
+
+
+class MySdpaAttention(MyAttention):
+    def mix(self, q, k, v, mask):
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+CLASSES = {"eager": MyAttention, "sdpa": MySdpaAttention}
+
+
+class MyLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.attention = CLASSES[config._attn_implementation](config)
+        self.up = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.down = nn.Linear(2 * config.hidden_size, config.hidden_size)
+
+    def forward(self, x, mask):
+        x = x + self.attention(self.norm(x), mask)
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class MyPreTrainedModel(PreTrainedModel):
+    config_class = MyConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules = ["MyLayer"]
+    supports_gradient_checkpointing = True  # and no layer for it
+
+
+class MyModel(MyPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.places = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(MyLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, **kwargs):
+        b, t = input_ids.shape
+        if position_ids is None:
+            position_ids = torch.arange(t)[None]
+        x = self.embed(input_ids) + self.places(position_ids)
+        mask = torch.full((t, t), torch.finfo(x.dtype).min).triu(1)[None, None].expand(b, 1, t, t)
+        if attention_mask is not None:
+            mask = mask.masked_fill(attention_mask[:, None, None] == 0, torch.finfo(x.dtype).min)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return BaseModelOutputWithPast(last_hidden_state=x)
+
+
+class MyForCausalLM(MyPreTrainedModel, GenerationMixin):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MyModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden))
+"""
+
+
+def make(folder: Path, vocabulary: int = 949) -> Path:
+    """A random model of this code, with the quickstart's tokenizer."""
+    folder.mkdir()
+    (folder / "configuration_my.py").write_text(CONFIGURATION)
+    (folder / "modeling_my.py").write_text(MODELING)
+    settings = {
+        "model_type": "my_own", "architectures": ["MyForCausalLM"], "tie_word_embeddings": False,
+        "vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 2,
+        "auto_map": {
+            "AutoConfig": "configuration_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyForCausalLM",
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(settings))
+    AutoTokenizer.from_pretrained(EXAMPLES / "quickstart" / "model").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("adapters", [True, False], ids=["LoRA", "full"])
+def test_every_command(
+    adapters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Estimated, trained on padded rows, judged, talked to, and merged into a model with its code beside it."""
+    model, run = make(tmp_path / "model"), tmp_path / "run"
+    path = tmp_path / "cfg.toml"
+    path.write_text(
+        f'[model]\nname = "{model.as_posix()}"\ntrust_remote_code = true\n'
+        f'[[data]]\npath = "{EXAMPLES.as_posix()}/quickstart/train.jsonl"\nrows = 24\n[eval]\nfraction = 0.25\n'
+        f'samples = 0\n[train]\nsteps = 2\nbatch = 4\nlearning_rate = 1e-3\n[output]\ndir = "{run.as_posix()}"\n'
+        + ("[lora]\nrank = 4\n" if adapters else "")
+    )
+
+    def done(*arguments: str | Path, given: str = "") -> str:
+        ran = command(monkeypatch, capsys, *arguments, given=given)
+        assert ran.status == 0, ran.err
+        return ran.out
+
+    assert "fits" in done("estimate", path)
+    assert "layout padded, because the attention of my_own models is their own code" in done("train", path)
+    own = json.loads(done("eval", run, "--json"))
+    assert own["loss"] > 0
+    done("chat", run, "--max-tokens", "3", given="What is four plus five?")
+    if not adapters:
+        return
+    done("merge", run, "--output", tmp_path / "merged")
+    assert (tmp_path / "merged" / "modeling_my.py").is_file()
+    arguments = ("--data", str(EXAMPLES / "quickstart" / "train.jsonl"), "--json")
+    merged = json.loads(done("eval", tmp_path / "merged", "model.trust_remote_code=true", *arguments))
+    assert merged["logps/chosen"] == pytest.approx(json.loads(done("eval", run, *arguments))["logps/chosen"], rel=1e-4)
+
+
+def test_without_trust_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "cfg.toml"
+    path.write_text(f'[model]\nname = "{make(tmp_path / "model").as_posix()}"\n[[data]]\npath = "none.jsonl"\n')
+    with pytest.raises(fastpref.UserError, match="trust_remote_code"):
+        load_model(load_config(path, []), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_patched_run_is_trls(lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The patch leaves its rows as they are, and every number is TRL's."""
+    folder = make(tmp_path / "model", len(trl_runs.tokenizer()))
+
+    def own(kind: str, root: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+
+    monkeypatch.setattr(trl_runs, "make_model", own)
+    run = fit(Run("DPO", ["sigmoid"], lora=lora, precomputed=not lora, kind="own code"))  # TRL loads no copy of such
+    theirs = unpatched(run, tmp_path)
+    with fastpref.patch(trl) as patch:
+        residuals(train(run, tmp_path), theirs)
+    assert any("rows stay padded" in note for note in patch.notes)
