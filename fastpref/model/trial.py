@@ -32,6 +32,7 @@ from fastpref.model.attention import (
     probe_layers,
     restore_attention,
 )
+from fastpref.model.failure import is_out_of_memory
 from fastpref.model.limits import limits_of_model
 from fastpref.model.policy import Policy
 from fastpref.model.precision import in_float32
@@ -333,6 +334,9 @@ def _difference(states: _States, truth: _States) -> _Error:
 
 
 def _one_line(error: BaseException) -> str:
+    """What a fault says. Raises it again if memory has run out, which says nothing of the layout."""
+    if is_out_of_memory(error):
+        raise error
     if isinstance(error, UnknownArgument):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
