@@ -23,8 +23,9 @@ from transformers import (
 
 from fastpref.config import Config, make_config
 from fastpref.errors import UserError
-from fastpref.model.adapters import adapter_notes, load_adapter, with_adapters
+from fastpref.model.adapters import adapter_notes, with_adapters
 from fastpref.model.load import load_model
+from fastpref.model.trained_adapters import load_adapter
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {

@@ -1,0 +1,132 @@
+"""Trained adapters from a folder or the hub, put on a model so that every tensor finds its place, or refused."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import PreTrainedModel
+
+from fastpref.errors import UserError
+from fastpref.model.failure import is_out_of_memory, words
+from fastpref.model.weights import Misfit, Renaming, find_renaming, take_note
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that take what they begin with off the weights
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
+    """A model with the trained adapter of a folder or of the hub, every tensor of which has found its place.
+
+    Raises UserError for one that does not fit, or that changes more than the model's own layers.
+    """
+    begin = f"{folder}: this adapter cannot be put on {model.name_or_path}"
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _WEIGHTS):
+        raise UserError(f"{begin}: there are no weights in it, {_WEIGHTS[0]} is missing")
+    try:
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        _check_kind(peft.PeftConfig.from_pretrained(str(folder)), weights, model, begin)
+        wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        misfit, renaming = _reloaded(wrapped, weights)
+    except UserError:
+        raise
+    except KeyError as error:  # a module that is trained as a whole, by PEFT's `modules_to_save`
+        misfit, renaming = Misfit(missing=(str(error.args[0]),)), None
+    except Exception as error:  # missing or damaged files, another model's shapes: PEFT raises many kinds
+        if is_out_of_memory(error):
+            raise
+        shapes = _misshapen(str(error))
+        if not shapes:
+            raise UserError(f"{begin}: {words(error)}") from None
+        raise UserError(f"{begin}: {Misfit(misshapen=shapes)}. {_why_misshapen(shapes)}") from None
+    if misfit:
+        raise UserError(f"{begin}: {misfit}. It was probably trained on another model, or on another form of this one")
+    if renaming is not None:
+        take_note(wrapped, f"{folder}: {renaming}")
+    return wrapped
+
+
+def _check_kind(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTrainedModel, begin: str) -> None:
+    """Refuse what loads and is not right: other tokens, changed weights of the model, numbers that are none."""
+    if settings.is_prompt_learning or settings.is_adaption_prompt:
+        raise UserError(f"{begin}: {settings.peft_type.value} adds tokens to prompts, which is not computed here")
+    start = getattr(settings, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(_CHANGING):
+        raise UserError(
+            f"{begin}: its adapters began as {start}, which changes the model's own weights too, so that the model "
+            "without it is another one; save it with PEFT's path_initial_model_for_weight_conversion, as plain LoRA"
+        )
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{begin}: its {name} holds numbers that are not finite; the training went wrong")
+    saved, own = tuple(settings.modules_to_save or ()), model.state_dict()
+    for name, tensor in weights.items():
+        plain = name.removeprefix("base_model.model.")
+        if plain in own and not any(part in plain for part in saved) and own[plain].device.type != "meta":
+            before = own[plain]
+            if before.shape != tensor.shape or not torch.equal(before.float().cpu(), tensor.to(before.dtype).float()):
+                raise UserError(
+                    f"{begin}: it holds another {plain} in place of the model's, outside of its adapters, and the "
+                    "model without it would have that too. Save the model with these weights, and merge the adapter "
+                    "into that"
+                )
+
+
+def _reloaded(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> tuple[Misfit, Renaming | None]:
+    """Put an adapter's tensors in their places once more, which tells what fits; with other names where these fit."""
+    misfit = _put(wrapped, weights)
+    if not misfit or _put_by_own_names(wrapped, weights):
+        return Misfit(), None
+    own = [name.replace(".default", "") for name in misfit.missing]
+    renaming = find_renaming(own, misfit.unexpected)
+    if renaming is None or {renaming(name) for name in misfit.unexpected} != set(own):
+        return misfit, None
+    return _put(wrapped, {renaming(name): tensor for name, tensor in weights.items()}), renaming
+
+
+def _put(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> Misfit:
+    result: Any = peft.set_peft_model_state_dict(wrapped, weights)
+    missing = sorted(name for name in result.missing_keys if ".default" in name)  # the name of the one adapter
+    unexpected = sorted(name.replace(".default", "") for name in result.unexpected_keys)
+    return Misfit(tuple(missing), tuple(unexpected))
+
+
+@torch.no_grad()
+def _put_by_own_names(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> bool:
+    """Put an adapter's tensors where PEFT would save them from, if each of them has its place there.
+
+    transformers' renamings, which PEFT applies to an adapter that is loaded, change some families' own names too.
+    """
+    own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # shares the model's storage
+    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
+        return False
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+    return True
+
+
+def _misshapen(message: str) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
+    """What torch's load_state_dict says of shapes."""
+    found = re.findall(
+        r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)", message
+    )
+    return tuple((name, _shape(file), _shape(own)) for name, file, own in found)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(",") if size.strip())
+
+
+def _why_misshapen(shapes: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+    sides = {"lora_A": 0, "lora_B": 1}  # where a rank stands
+    ranks = [
+        (file[axis], own[axis])
+        for name, file, own in shapes
+        for side, axis in sides.items()
+        if side in name and len(file) == 2 == len(own) and file[1 - axis] == own[1 - axis]
+    ]
+    if ranks and len(ranks) == len(list(shapes)):
+        return f"Its tensors have rank {ranks[0][0]} and its adapter_config.json says {ranks[0][1]}"
+    return "It was trained on a model of another size"
