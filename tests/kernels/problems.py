@@ -167,7 +167,10 @@ def check_accuracy(problem: Problem, mode: str, workspace_mb: float = 128, backe
         assert error(found.values[name], truth.values[name]) <= bound, name
     assert torch.equal(found.values["is_top1"], truth.values["is_top1"])
     assert found.grads.keys() == truth.grads.keys()
+    # The gradient of a trained head computes its logits a second time, in tiles of another shape. Libraries sum those in
+    # another order, so a probability is off by what both logits are; the yardstick divides by a sum of the same ones.
+    passes = 2 if mode == "trainable" else 1
     for name, grad in found.grads.items():
         exact = truth.grads[name]
-        margin = (torch.finfo(grad.dtype).eps + off) * float(exact.abs().max())
+        margin = (torch.finfo(grad.dtype).eps + passes * off) * float(exact.abs().max())
         assert error(grad, exact) <= error(yardstick.grads[name], exact) + margin, name
