@@ -167,8 +167,8 @@ def check_accuracy(problem: Problem, mode: str, workspace_mb: float = 128, backe
         assert error(found.values[name], truth.values[name]) <= bound, name
     assert torch.equal(found.values["is_top1"], truth.values["is_top1"])
     assert found.grads.keys() == truth.grads.keys()
-    # The gradient of a trained head computes its logits a second time, in tiles of another shape. Libraries sum those in
-    # another order, so a probability is off by what both logits are; the yardstick divides by a sum of the same ones.
+    # The gradient of a trained head computes its logits a second time, in tiles of another shape. Libraries sum those
+    # in another order, so a probability is off by what both logits are; the yardstick has the same logits twice.
     passes = 2 if mode == "trainable" else 1
     for name, grad in found.grads.items():
         exact = truth.grads[name]
