@@ -360,7 +360,7 @@ def push(
 
 
 def _note(note: str) -> None:
-    """What is not the result goes to stderr."""
+    """Print to stderr what is not the result."""
     typer.echo(note, err=True)
 
 
