@@ -5,8 +5,11 @@ what a loss or a metric needs of the whole step is summed over them. So a step i
 for rounding. Gradients are joined by DDP or, in shards, by FSDP2 (arXiv 2304.11277; `torch.distributed.fsdp`).
 """
 
+import atexit
 import hashlib
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ from fastpref.errors import UserError
 
 T = TypeVar("T")
 _LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "bitsandbytes", "liger-kernel")
+_GRACE = 0.5  # seconds; a thread that is ready to run waits some milliseconds even on a busy machine
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def end_together(error: UserError) -> NoReturn:
     """Raise what one process met before it joined the others, in all of them: they wait for it in `together`."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         here = Accelerator()
+        atexit.register(_leave)
 
         def end() -> NoReturn:
             raise error
@@ -159,6 +164,19 @@ def _part() -> None:
     """Wait until all know why they end: who leaves before breaks the connection that the others still read from."""
     with suppress(RuntimeError):  # of one that has left meanwhile, which it does when all have come here
         torch.distributed.barrier()
+
+
+def _leave() -> None:
+    """Leave the process group while the interpreter still runs.
+
+    A gloo thread releases the tensors of an operation after the main thread has gone on. If the interpreter has ended
+    by then, the thread aborts the process, whose run was right. Leaving the group does not end that thread where
+    DDP or FSDP still hold the group, so it is given time. After an uncaught exception the others may wait for this
+    process in the midst of an operation, which ends only with the process itself.
+    """
+    if torch.distributed.is_initialized() and not hasattr(sys, "last_value"):
+        time.sleep(_GRACE)
+        torch.distributed.destroy_process_group()
 
 
 def code() -> dict[str, str]:
@@ -179,6 +197,7 @@ def start_processes(config: Config, mixed_precision: str) -> tuple[Accelerator, 
         # A cache would keep half-precision copies of all float32 weights through the whole forward pass.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
+    atexit.register(_leave)
     return accelerator, _processes(accelerator, config)
 
 

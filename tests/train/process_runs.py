@@ -1,10 +1,13 @@
 """The runs of test_processes.py, in one process or in each of several. `python process_runs.py CONFIG FOLDER`"""
 
+import atexit
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from runs import LORA
 
 import fastpref
@@ -63,5 +66,12 @@ def _faults(config: Path, folder: Path) -> None:
         fastpref.train(config, [PLAIN, f"output.dir={folder}"])
 
 
+def _write_membership(folder: Path) -> None:
+    """Whether this process is still in a process group. Registered first, it is called last at the process's end."""
+    path = folder / f"member-{os.environ['RANK']}"
+    path.write_text(str(torch.distributed.is_initialized()))
+
+
 if __name__ == "__main__":
+    atexit.register(_write_membership, Path(sys.argv[2]))
     run_all(Path(sys.argv[1]), Path(sys.argv[2]), sharded=sys.argv[3] == "fsdp")

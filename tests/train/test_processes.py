@@ -73,6 +73,12 @@ def test_two_are_one(both: Path, alone: Path, name: str):
 
 
 @pytest.mark.slow
+def test_every_process_leaves_the_group(both: Path):
+    """Before the interpreter ends: a thread of gloo that outlives it aborts a process whose run was right."""
+    assert [(both / f"member-{rank}").read_text() for rank in range(2)] == ["False", "False"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_cut_run_of_two_is_the_whole_one(both: Path, name: str):
     """With dropout, from a checkpoint: weights, optimizer, generators of both processes and metrics, bit for bit."""
