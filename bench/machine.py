@@ -14,7 +14,7 @@ PACKAGES = (
 def describe(device: str) -> dict[str, Any]:
     import torch
 
-    from fastpref.train.environment import processor
+    from fastpref.run.environment import processor
 
     return {
         "processor": processor(),

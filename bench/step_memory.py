@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from fastpref.config import Config
-from fastpref.train.step_memory import StepMemory, count_step
+from fastpref.memory.step import StepMemory, count_step
 
 LLAMA_3_8B = LlamaConfig(
     vocab_size=128256,

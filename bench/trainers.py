@@ -91,8 +91,8 @@ def used(before: float | None) -> float | None:
 
 def run_fastpref(job: Job) -> dict[str, Any]:
     import fastpref
-    from fastpref.memory import PeakStorage
-    from fastpref.train import loop
+    from fastpref.memory.allocations import PeakStorage
+    from fastpref.training import loop
 
     loaded: dict[str, Any] = {}
     memory = PeakStorage() if job.counted else None
@@ -145,7 +145,7 @@ def run_trl(job: Job) -> dict[str, Any]:
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    from fastpref.memory import PeakStorage
+    from fastpref.memory.allocations import PeakStorage
 
     make_settings, make_trainer, options = _trl_classes(job.method)
     gpu = torch.cuda.is_available()
@@ -224,7 +224,7 @@ def choose_rows(model: str, file: Path, count: int, max_length: int, prompts: st
     import datasets
     from transformers import AutoTokenizer
 
-    from fastpref.data.formats import Paired, detect
+    from fastpref.data.rows.formats import Paired, detect
 
     if prompts not in ("all", "heavy", "light"):
         raise typer.BadParameter(f"--prompts {prompts}: known are all, heavy and light")

@@ -70,7 +70,7 @@ def train(
     if offline:
         _go_offline()
     _quiet_bitsandbytes()
-    from fastpref.train.loop import train as run
+    from fastpref.training.loop import train as run
 
     checkpoint = named[0] if named else resume
     if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:
@@ -107,7 +107,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
 ) -> None:
     """Write a commented config, for a loss or from an Axolotl config."""
-    from fastpref.init import check_loss, kept, template, write
+    from fastpref.commands.init import check_loss, kept, template, write
 
     chosen = check_loss(loss or "dpo")
     default = f"{from_axolotl.stem if from_axolotl else chosen}.toml"
@@ -154,7 +154,7 @@ def preview(
     if offline:
         _go_offline()
     _quiet_bitsandbytes()
-    from fastpref.preview import preview as run
+    from fastpref.preview.preview import preview as run
 
     run(loaded, rows=rows, full=full, cache=not no_cache)
 
@@ -171,9 +171,9 @@ def report(
     beta: Annotated[float | None, typer.Option(help="Of a run of TRL's: the β it was trained with.")] = None,
 ) -> None:
     """Say how healthy a run is, and write its report.html."""
+    from fastpref.health import diagnose
     from fastpref.report import read_run, write_report
-    from fastpref.train.health import diagnose
-    from fastpref.train.progress import Display
+    from fastpref.training.progress import Display
 
     found = read_run(run, loss, beta)
     display = Display(found.history.step)
@@ -222,8 +222,8 @@ def estimate(
     from rich.console import Console
     from rich.markup import escape
 
-    from fastpref import estimate_text
-    from fastpref.estimate import Estimator
+    from fastpref.commands import estimate_text
+    from fastpref.memory.estimate import Estimator
 
     screen = Console(highlight=False)
     device = torch.device("cpu" if cpu else "cuda")
@@ -255,7 +255,7 @@ def evaluate(
     _prepare(offline)
     from rich.console import Console
 
-    from fastpref import evaluate as evaluation
+    from fastpref.commands import evaluate as evaluation
     from fastpref.model.failure import told_of_memory
     from fastpref.model.trained import find_trained
 
@@ -288,7 +288,7 @@ def chat(
 ) -> None:
     """Talk to a model, line by line, from a terminal or a pipe."""
     _prepare(offline)
-    from fastpref.chat import chat as run
+    from fastpref.commands.chat import chat as run
     from fastpref.model.failure import told_of_memory
     from fastpref.model.trained import find_trained
 
@@ -347,8 +347,8 @@ def push(
 ) -> None:
     """Upload what a run has trained to the hub, into a private repository unless told otherwise."""
     _prepare(False)
+    from fastpref.commands.push import push as upload
     from fastpref.model.trained import find_trained
-    from fastpref.push import push as upload
 
     trained = find_trained(run)
     repository = to or trained.config.output.push_to

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpref.kernels.head_weight import DenseWeight, HeadWeight
+from fastpref.kernels.launch import launch
 from fastpref.kernels.linear_logprob_torch import HeadGrads, LogitTransform, TileShape, Walk
 from fastpref.kernels.linear_logprob_triton import (
     EXP,
@@ -133,7 +134,7 @@ class _Logits:
         product = hidden
         if self.product is not None:
             product = multiply(hidden, weight, self.product[:n, :columns])
-        _walk_kernel[(cdiv(n, tile.n) * splits,)](
+        launch(_walk_kernel, (cdiv(n, tile.n) * splits,),
             hidden, weight, product, bias, targets, *rows, out, *parts.unbind(0),
             n, first, columns, hidden.shape[1], hidden.stride(0), weight.stride(0), product.stride(0),
             out.stride(0), per_split, self.transform.gain, self.transform.cap, lazy,
@@ -191,7 +192,7 @@ class _Walk:
         self.logits.launch(
             mode, self.hidden, slice_, self.targets, first, per_split, splits, rows, out, parts, self.lazy
         )
-        _combine_kernel[(cdiv(n, COMBINE_BLOCK),)](
+        launch(_combine_kernel, (cdiv(n, COMBINE_BLOCK),),
             *parts.unbind(0), self.running, self.shrunk, n, splits, **self.logits.flags,
             BLOCK_N=COMBINE_BLOCK, num_warps=4,
         )  # fmt: skip
@@ -200,7 +201,7 @@ class _Walk:
     def _rescale(self, matrix: Tensor, base: Tensor, *, is_factor: bool) -> None:
         n, columns = matrix.shape
         block_v = self.logits.tile.v
-        _rescale_kernel[(cdiv(n, RESCALE_ROWS), cdiv(columns, block_v))](
+        launch(_rescale_kernel, (cdiv(n, RESCALE_ROWS), cdiv(columns, block_v)),
             matrix, base, self.running[0], n, columns, matrix.stride(0),
             IS_FACTOR=is_factor, BLOCK_N=RESCALE_ROWS, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip
@@ -241,7 +242,7 @@ class _Walk:
         else:
             rows, index = weight.gather(self.targets), torch.arange(n, device=others.device)
         block_n, block_h = GRADIENT_BLOCK
-        _gradient_kernel[(cdiv(n, block_n), cdiv(width, block_h))](
+        launch(_gradient_kernel, (cdiv(n, block_n), cdiv(width, block_h)),
             others, rows, index, coefficient, inverse, out, n, width,
             others.stride(0), rows.stride(0), out.stride(0), BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4,
         )  # fmt: skip
@@ -264,7 +265,7 @@ def scale_rows(
         begin = torch.searchsorted(ascending, torch.arange(rows + 1, device=grad.device))
     out = torch.empty((rows, width), dtype=dtype, device=grad.device)
     if out.numel():
-        _scale_kernel[(rows, cdiv(width, SCALE_BLOCK))](
+        launch(_scale_kernel, (rows, cdiv(width, SCALE_BLOCK)),
             grad, coefficient.contiguous(), order, begin, out, width, grad.stride(0), out.stride(0),
             BLOCK_H=SCALE_BLOCK, num_warps=4,
         )  # fmt: skip

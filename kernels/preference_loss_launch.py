@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from triton import JITFunction
 
+from fastpref.kernels.launch import launch
 from fastpref.kernels.preference_loss_spec import FLAGS, VARIANTS, LossSpec
 from fastpref.kernels.preference_loss_triton import _pair_kernel, _row_kernel
 
@@ -41,7 +42,9 @@ def pair_loss(
     n, count = len(logp), len(lengths) // (3 if constants["HAS_PROMPTS"] else 2)
     scored = lengths[:count].sum() + lengths[2 * count :].sum() if nll_tokens is None else nll_tokens
     coefficients, sequences, pairs = logp.new_empty(n), logp.new_empty(3, 2 * count), logp.new_empty(4, count)
-    _pair_kernel[(count,)](
+    launch(
+        _pair_kernel,
+        (count,),
         logp,
         logp if reference is None else reference,
         logp if log_sum_sq_probs is None else log_sum_sq_probs,
@@ -75,7 +78,9 @@ def row_loss(
     """KTO of the first R of S sequences; the tokens of the others have no part in it."""
     n, rows = len(logp), len(labels)
     coefficients, sequences, share = logp.new_empty(n), logp.new_empty(3, rows), logp.new_empty(rows)
-    _row_kernel[(len(lengths),)](
+    launch(
+        _row_kernel,
+        (len(lengths),),
         logp,
         reference,
         starts,

@@ -7,7 +7,7 @@ loss and its coefficient of every token, c_n = ∂loss/∂logp_n.
 
 The losses ℓ_k stand with their derivatives in `_pair_terms`. No atomics: a program writes its own pair and its own
 tokens, and torch adds the pairs. `preference_loss_launch.py` launches them; the same in torch, differentiated by
-autograd, is `fastpref/losses.py`.
+autograd, is `fastpref/losses/formulas.py`.
 """
 
 import triton

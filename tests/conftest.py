@@ -42,9 +42,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(folder: Path, *overrides: str) -> Path:
-    from runs import write_config
-
     import fastpref
+    from tests.support.runs import write_config
 
     given = [f'output.dir="{(folder / "out").as_posix()}"', "train.steps=4", "output.save_every=4", *overrides]
     return fastpref.train(write_config(folder), given).output_dir

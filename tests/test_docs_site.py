@@ -9,9 +9,8 @@ from pathlib import Path
 import yaml
 
 from fastpref.config import Config
-from fastpref.config_reference import reference
-
-ROOT = Path(__file__).parents[1]
+from fastpref.config.reference import reference
+from tests.support.paths import DOCS, ROOT
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path):
@@ -20,13 +19,13 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     pages = [next(iter(page.values())) for page in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]]
-    assert sorted(pages) == sorted(p.name for p in (ROOT / "docs").glob("*.md"))
+    assert sorted(pages) == sorted(p.name for p in (DOCS).glob("*.md"))
 
 
 def test_the_config_reference_is_the_schema():
     """docs/config.md is what its command writes."""
-    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    assert page == reference(), "python -m fastpref.config_reference > docs/config.md"
+    page = (DOCS / "config.md").read_text(encoding="utf-8")
+    assert page == reference(), "python -m fastpref.config.reference > docs/config.md"
 
 
 def test_every_key_is_in_the_reference():

@@ -17,14 +17,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from runs import rows as metrics_of
-from test_commands import command, done
-from toy_tokenizers import QWEN3, toy_tokenizer, trained_chatml, trained_gemma
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from fastpref.data.chat_templates import KNOWN
-from fastpref.data.text import read_text
+from fastpref.data.template.named import KNOWN
+from fastpref.data.template.text import read_text
 from fastpref.model.quantize import keep_weights_as_loaded
+from tests.commands.test_commands import command, done
+from tests.support.runs import rows as metrics_of
+from tests.support.toy_tokenizers import QWEN3, toy_tokenizer, trained_chatml, trained_gemma
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 Row = dict[str, Any]

@@ -3,19 +3,18 @@ model's config.json, which stand here."""
 
 import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
-import fastpref.estimate as estimates
+import fastpref.memory.estimate as estimates
 from fastpref.config import Config, load_config
-from fastpref.estimate import Estimator, usable
-from fastpref.loss_options import KTO
+from fastpref.config.losses import KTO
+from fastpref.memory.estimate import Estimator, usable
+from tests.support.paths import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 Make = Callable[[int | None], PretrainedConfig]  # with so many layers, or all
 
 

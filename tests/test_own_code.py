@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 import trl
-import trl_runs
-from after import command
-from runs import EXAMPLES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from trl_runs import Run, fit, residuals, train, unpatched
 
 import fastpref
 from fastpref.config import load_config
 from fastpref.model.load import load_model
+from tests.support import trl_runs
+from tests.support.after import command
+from tests.support.runs import EXAMPLES
+from tests.support.trl_runs import Run, fit, residuals, train, unpatched
 
 CONFIGURATION = """
 from transformers import PretrainedConfig

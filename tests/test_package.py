@@ -1,13 +1,16 @@
 """The package as it is installed: the wheel, and the checkout beside the other package named kernels."""
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 IMPORT = (
     "import fastpref, fastpref.kernels.linear_logprob_torch as k, importlib.util, transformers, sys;"
     "from transformers import AutoModelForCausalLM;"
@@ -43,14 +46,43 @@ def test_the_wheel_holds_its_kernels(wheel: Path, tmp_path: Path, where: Path):
     assert run(IMPORT, where, tmp_path) == str(tmp_path / "fastpref" / "kernels" / "linear_logprob_torch.py")
 
 
-def test_a_checkout_finds_the_kernels_beside_it():
-    """From a checkout fastpref.kernels is the folder, and the folder's bare name hides transformers from nothing."""
-    assert run(IMPORT, ROOT, ROOT) == str(ROOT / "kernels" / "linear_logprob_torch.py")
+def test_a_checkout_finds_the_kernels_by_its_link():
+    """From the repository's root too, where `kernels` is a bare folder to transformers."""
+    assert run(IMPORT, ROOT, ROOT) == str(ROOT / "fastpref" / "kernels" / "linear_logprob_torch.py")
+
+
+def test_an_editable_install_gives_other_programs_no_kernels(tmp_path: Path):
+    """It makes `fastpref` importable and nothing else of the repository: transformers looks for a package `kernels`."""
+    build = (
+        f"import os, hatchling.build; os.chdir({str(ROOT)!r}); print(hatchling.build.build_editable({str(tmp_path)!r}))"
+    )
+    with zipfile.ZipFile(tmp_path / run(build, ROOT, tmp_path)) as file:
+        file.extractall(tmp_path)
+    # Without `site`, this environment's own installs of the project are not seen.
+    look = (
+        f"import sys, site; sys.path.append({sysconfig.get_path('purelib')!r}); site.addsitedir({str(tmp_path)!r});"
+        "import fastpref.kernels.tiles as tiles; from importlib.util import find_spec;"
+        "print(tiles.__file__, find_spec('kernels'), find_spec('bench'))"
+    )
+    isolated = [sys.executable, "-I", "-S", "-c", look]
+    done = subprocess.run(isolated, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(ROOT / "fastpref" / "kernels" / "tiles.py"), "None", "None"]
+
+
+def test_a_checkout_without_links_says_so(tmp_path: Path):
+    """Git writes a link as a text file where it may make none."""
+    (tmp_path / "fastpref").mkdir()
+    shutil.copy(ROOT / "fastpref" / "__init__.py", tmp_path / "fastpref")
+    (tmp_path / "fastpref" / "kernels").write_text("../kernels")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastpref"]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    assert done.stderr.strip().splitlines()[-1].startswith("ImportError: fastpref/kernels is a text file")
 
 
 def test_another_package_named_kernels_is_left_alone(tmp_path: Path):
-    """Where the hub's package `kernels` is installed, importing fastpref from a checkout does not hide it."""
+    """Where the hub's package `kernels` is installed, it is the one that others import."""
     other = tmp_path / "kernels"
     other.mkdir()
     (other / "__init__.py").write_text("name = 'the other one'")
-    assert run("import fastpref, kernels; print(kernels.name)", tmp_path, tmp_path) == "the other one"
+    assert run("import fastpref, kernels; print(kernels.name)", ROOT, tmp_path) == "the other one"

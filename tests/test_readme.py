@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
-from runs import CONFIG, EXAMPLES
 
 from fastpref.cli import app, main
+from tests.support.paths import EXAMPLES, ROOT
+from tests.support.runs import CONFIG
 
-ROOT = Path(__file__).parents[1]
 PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/estimate.md")]
 STANDING_FOR = {"NAME": "model", "PATH": "pairs.jsonl"}  # as the README writes them
 ELSEWHERE = {  # what other tests run, or this environment was made by
-    "pip install . && fastpref train examples/quickstart.toml": "tests/train/test_loop.py",
+    "pip install . && fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
     'pip install -c constraints.txt -e ".[dev]" && pytest -n logical': ".ci/run",
     "python -m bench": "tests/bench",
 }
@@ -74,7 +74,7 @@ def stopped_run() -> None:
 
 
 def test_every_command_is_run_somewhere():
-    """Those of several devices are in tests/train/test_processes.py."""
+    """Those of several devices are in tests/training/test_processes.py."""
     others = [line for line in COMMANDS if line not in OURS and not line.startswith("accelerate launch ")]
     assert set(others) <= set(ELSEWHERE)
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import PeftModel
-from toy_tokenizers import CHATML, LLAMA3, toy_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,17 +28,18 @@ from transformers import (
 from transformers.utils import chat_template_utils
 
 import fastpref
-from fastpref import chat as chats
-from fastpref.chat import chat
+from fastpref.commands import chat as chats
+from fastpref.commands.chat import chat
+from fastpref.commands.evaluate import evaluate
 from fastpref.data import cache
-from fastpref.data.chat_templates import KNOWN
-from fastpref.data.text import TEXT, read_text
+from fastpref.data.template.named import KNOWN
+from fastpref.data.template.text import TEXT, read_text
 from fastpref.errors import UserError
-from fastpref.evaluate import evaluate
 from fastpref.merge import merge
 from fastpref.model.trained import find_trained
-from fastpref.train import loop
-from fastpref.train.whole import _manifest as whole_manifest
+from fastpref.run.whole import _manifest as whole_manifest
+from fastpref.training import loop
+from tests.support.toy_tokenizers import CHATML, LLAMA3, toy_tokenizer
 
 ASKED = [{"role": "user", "content": "Why?"}]
 CHAT = {"prompt": ASKED, "chosen": "so", "rejected": "no"}

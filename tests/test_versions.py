@@ -5,10 +5,11 @@ import re
 import tomllib
 
 import pytest
-import versions
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from tests import versions
 
 TESTED = versions.read(versions.CONSTRAINTS.read_text(encoding="utf-8"))
 OTHERS = versions.differing(versions.installed(), TESTED)

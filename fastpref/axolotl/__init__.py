@@ -13,9 +13,9 @@ from typing import Any
 from fastpref.axolotl.left_out import EVEN_IF_OFF, REASONS
 from fastpref.axolotl.rules import RULES
 from fastpref.axolotl.source import Axolotl, Left, Setting, read
-from fastpref.config_text import Line, Table, mistake, render, sections
-from fastpref.config_toml import toml_value
-from fastpref.init import kept
+from fastpref.commands.init import kept
+from fastpref.config.text import Line, Table, mistake, render, sections
+from fastpref.config.toml import toml_value
 
 __all__ = ["Left", "Setting", "Translation", "translate"]
 

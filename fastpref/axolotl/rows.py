@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.axolotl.source import Axolotl, Left, Setting, shown
-from fastpref.data.chat_templates import KNOWN, OWN
-from fastpref.data.formats import NAMES
+from fastpref.data.rows.formats import NAMES
+from fastpref.data.template.named import KNOWN, OWN
 from fastpref.errors import UserError
 
 _CHAT = "chat_template."

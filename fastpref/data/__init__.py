@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastpref.data.rendering import render
+    from fastpref.data.rows.rendering import render
 
 __all__ = ["render"]
 
 
 def __getattr__(name: str):
     if name == "render":
-        from fastpref.data.rendering import render
+        from fastpref.data.rows.rendering import render
 
         return render
     raise AttributeError(f"module 'fastpref.data' has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from fastpref.loss_options import KTO, LossOptions
+from fastpref.config.losses import KTO, LossOptions
 
 LOW, HIGH = 1.0, 4 / 3
 """Weight times count of the good rows over that of the bad ones, where the KTO paper finds it best (section 4.2)."""

@@ -28,7 +28,7 @@ from fastpref.data.example import Counts, Example
 from fastpref.data.fingerprint import fingerprint
 from fastpref.data.sources import Prepared, notes_on_text, prepare
 from fastpref.data.table import Examples
-from fastpref.data.text import check_template_keywords
+from fastpref.data.template.text import check_template_keywords
 from fastpref.data.tokenize import tokenize_batches
 from fastpref.errors import UserError
 

@@ -11,10 +11,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config, DataConfig
-from fastpref.data.chat_templates import load_chat_template
-from fastpref.data.function import is_function, source_file
 from fastpref.data.opening import content_hash
-from fastpref.data.template_keywords import writes_the_date
+from fastpref.data.rows.function import is_function, source_file
+from fastpref.data.template.keywords import writes_the_date
+from fastpref.data.template.named import load_chat_template
 
 VERSION = 4
 """Of what tokenising makes of a row; to be raised when that, or what is stored of it, changes."""

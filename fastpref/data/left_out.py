@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data.chat import common
-from fastpref.data.content import Message
+from fastpref.data.rows.content import Message
+from fastpref.data.template.render import common
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Under which keys of a message data sets hold what was thought before the answer."""

@@ -7,11 +7,11 @@ from itertools import islice
 import numpy as np
 
 from fastpref.config import Config
+from fastpref.config.losses import KTO, compares_neighbours
 from fastpref.data.batch import Layout, computed_tokens, plan_microbatches, with_mismatched
 from fastpref.data.example import Example, Origin
 from fastpref.data.lengths import kept_prompt
 from fastpref.data.table import Examples
-from fastpref.loss_options import KTO, compares_neighbours
 
 STEPS = 1000  # of a run that are looked through
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import datasets
 
-from fastpref.data.content import RowError, shown
+from fastpref.data.rows.content import RowError, shown
 from fastpref.errors import UserError
 
 BLOCK = 256  # rows of an Arrow table that are decoded at once

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from fastpref.config import Config, DataConfig
-from fastpref.data.auto import KNOWN, AutoFormat
-from fastpref.data.content import MISSING_COLUMN, Paired, RowError, Unpaired, unpair
-from fastpref.data.formats import detect, explained, find_format
 from fastpref.data.opening import open_records
-from fastpref.data.parts import text_of
-from fastpref.data.reading import Format
 from fastpref.data.records import Records
+from fastpref.data.rows.auto import KNOWN, AutoFormat
+from fastpref.data.rows.content import MISSING_COLUMN, Paired, RowError, Unpaired, unpair
+from fastpref.data.rows.formats import detect, explained, find_format
+from fastpref.data.rows.parts import text_of
+from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,10 +9,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
-from fastpref.data.chat import REFUSALS, Written, apply, write, write_all
-from fastpref.data.chat_templates import load_chat_template
-from fastpref.data.content import Message, Paired, RowError, Unpaired, Writing
-from fastpref.data.ends import EndTokens, encode, only_id
 from fastpref.data.example import Counts, Example, Ids, Origin, Spans
 from fastpref.data.left_out import (
     Piece,
@@ -25,8 +21,12 @@ from fastpref.data.left_out import (
     tool_names,
 )
 from fastpref.data.lengths import cut, kept_prompt, kept_response
+from fastpref.data.rows.content import Message, Paired, RowError, Unpaired, Writing
 from fastpref.data.sources import SourceRow
-from fastpref.data.template_keywords import key_of, of_run
+from fastpref.data.template.ends import EndTokens, encode, only_id
+from fastpref.data.template.keywords import key_of, of_run
+from fastpref.data.template.named import load_chat_template
+from fastpref.data.template.render import REFUSALS, Written, apply, write, write_all
 from fastpref.data.turns import TextSpans, contexts, exchanges, without_oldest
 from fastpref.errors import UserError
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.data.chat import REFUSALS, apply, common
-from fastpref.data.content import Message, RowError, Writing
+from fastpref.data.rows.content import Message, RowError, Writing
+from fastpref.data.template.render import REFUSALS, apply, common
 
 _MARK = "\ue000fastpref\ue001"  # private characters: no data set has them at its turns' ends
 _WEIGHTS = ("weight", "train", "loss")

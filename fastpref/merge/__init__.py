@@ -16,7 +16,7 @@ from fastpref.merge.folder import Writer
 from fastpref.merge.plan import bare_model, make_plan, merge_fault, nf4_weights
 from fastpref.merge.verify import lost_share
 from fastpref.model.trained import Trained
-from fastpref.train.whole import write_folder
+from fastpref.run.whole import write_folder
 
 __all__ = ["Merged", "merge", "merge_fault"]
 

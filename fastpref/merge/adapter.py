@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
+from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.trained import Trained
-from fastpref.model.trained_adapters import load_adapter
 
 
 def with_adapter(model: PreTrainedModel, trained: Trained) -> None:

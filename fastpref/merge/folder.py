@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastpref.data.text import add_text
+from fastpref.data.template.text import add_text
 from fastpref.errors import UserError
 from fastpref.merge.adapter import merged, through_four_bits
 from fastpref.merge.checkpoint import COPIED, INDEX

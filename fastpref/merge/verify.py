@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.load import model_config, weight_dtype
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.trained import Trained
-from fastpref.model.trained_adapters import load_adapter
 from fastpref.model.weights import from_files
 
 _ALLOWED = 0.3  # half precision rounds what is merged; a layer left out loses its share, one merged wrongly far more

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastpref.config import Config, ModelConfig
+from fastpref.config.losses import compares_neighbours
 from fastpref.errors import UserError
-from fastpref.loss_options import compares_neighbours
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -272,8 +272,8 @@ def _steps(name: str, count: int, config: Config) -> Iterator[np.ndarray]:
     from itertools import islice
     from math import ceil
 
-    from fastpref.train.order import data_order
-    from fastpref.train.step import chunks
+    from fastpref.step.objective import chunks
+    from fastpref.step.order import data_order
 
     train = config.train
     if name == "training":

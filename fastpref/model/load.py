@@ -23,8 +23,9 @@ from fastpref.data.batch import Layout, collate
 from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.model import flex_attention, liger
-from fastpref.model.adapters import adapter_notes, short_names
-from fastpref.model.adapters import with_adapters as with_adapters
+from fastpref.model.adapters.fresh import adapter_notes, short_names
+from fastpref.model.adapters.fresh import with_adapters as with_adapters
+from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import adapter_instead, explained, no_causal_model
@@ -32,7 +33,6 @@ from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
-from fastpref.model.trained_adapters import load_adapter
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.model.weights import from_files, loading_note
 

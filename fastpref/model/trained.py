@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpref.config import Config, ModelConfig, load_config, make_config
-from fastpref.data.text import TextRecord, read_text, read_text_on_hub, stop_at
+from fastpref.data.template.text import TextRecord, read_text, read_text_on_hub, stop_at
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded, load_model, load_tokenizer

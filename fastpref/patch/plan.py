@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 from fastpref.model import flex_attention, rope
+from fastpref.model.adapters.fused import fuse_lora, unfuse_lora
 from fastpref.model.attention import AttentionState, attention_of, restore_attention
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.head import Head, check_logits
-from fastpref.model.lora import fuse_lora, unfuse_lora
 from fastpref.model.policy import Policy
 from fastpref.model.trial import give_layout
 from fastpref.patch import attention

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from fastpref.report.page import render
 from fastpref.report.source import Run, read_run
-from fastpref.train.history import REPORT
-from fastpref.train.whole import write_file
+from fastpref.run.history import REPORT
+from fastpref.run.whole import write_file
 
 __all__ = ["Run", "read_run", "render", "write_report"]
 

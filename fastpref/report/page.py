@@ -8,14 +8,14 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from fastpref.config.losses import KTO
 from fastpref.data.example import Counts
-from fastpref.loss_options import KTO
+from fastpref.health import RULES, diagnose
+from fastpref.health.bands import Band, bands
 from fastpref.report.heldout import HeldOut, Interval, held_out
 from fastpref.report.source import Run
 from fastpref.report.svg import Line, histogram, line_chart, number
-from fastpref.train.health import RULES, diagnose
-from fastpref.train.health.bands import Band, bands
-from fastpref.train.history import HELDOUT, Series
+from fastpref.run.history import HELDOUT, Series
 
 
 @dataclass(frozen=True)

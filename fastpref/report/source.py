@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fastpref.config import load_config
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.errors import UserError
-from fastpref.loss_options import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
-from fastpref.train.health import Known, known_of
-from fastpref.train.history import HELDOUT, METRICS, History, read_facts, read_rows
+from fastpref.health import Known, known_of
+from fastpref.run.history import HELDOUT, METRICS, History, read_facts, read_rows
 
 TRL_STATE = "trainer_state.json"
 _METHODS = {"dpo": DPO, "ipo": IPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "cpo": CPO}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup, escape
 
-from fastpref.train.health.bands import Band
-from fastpref.train.history import Series
+from fastpref.health.bands import Band
+from fastpref.run.history import Series
 
 WIDTH, HEIGHT = 360, 210  # as wide as a phone, so that text keeps its size there
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 26

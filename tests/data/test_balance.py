@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_tokenizers import chatml
 
 from fastpref.config import Config
+from fastpref.config.losses import DPO, KTO
 from fastpref.data.balance import HIGH, LOW, balancing, unbalanced, weighted_ratio
 from fastpref.data.cache import load_examples
-from fastpref.loss_options import DPO, KTO
+from tests.support.toy_tokenizers import chatml
 
 
 @pytest.mark.parametrize("good", [1, 3, 6, 7, 50, 240, 999])

@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from toy_tokenizers import CHATML, PLAIN, chatml, toy_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config, load_config
 from fastpref.data import cache, fingerprint
 from fastpref.data.cache import Tokenized, load_examples
-from fastpref.data.chat_templates import KNOWN
 from fastpref.data.example import Example
 from fastpref.data.sources import prepare
+from fastpref.data.template.named import KNOWN
 from fastpref.data.tokenize import BATCH, tokenize, use_chat_template
 from fastpref.errors import UserError
+from tests.support.toy_tokenizers import CHATML, PLAIN, chatml, toy_tokenizer
 
 USER = {"role": "user", "content": "Où ça?"}
 ROWS = [

@@ -3,15 +3,15 @@
 from typing import Any
 
 import pytest
-from toy_tokenizers import CHATML, GEMMA, LLAMA3, LLAMA31, QWEN3, toy_tokenizer
 
 from fastpref.config import TokensConfig
-from fastpref.data.content import Message, Paired, Unpaired, Writing
 from fastpref.data.example import Counts, Example
 from fastpref.data.left_out import Piece, left_out
+from fastpref.data.rows.content import Message, Paired, Unpaired, Writing
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.toy_tokenizers import CHATML, GEMMA, LLAMA3, LLAMA31, QWEN3, toy_tokenizer
 
 R1 = (  # cuts reasoning out of every turn, and asks for it in its generation prompt; a call has no content
     "{% for m in messages %}{{ '<' + m['role'] + '>' }}"

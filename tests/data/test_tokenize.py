@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_tokenizers import CHATML, chatml, chatml_smol, gemma, llama3, plain, toy_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
 from fastpref.data.example import Counts, Example
-from fastpref.data.formats import Message, Paired, Unpaired
+from fastpref.data.rows.formats import Message, Paired, Unpaired
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize, use_chat_template
 from fastpref.errors import UserError
+from tests.support.paths import QUICKSTART_MODEL
+from tests.support.toy_tokenizers import CHATML, chatml, chatml_smol, gemma, llama3, plain, toy_tokenizer
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
+QUICKSTART = QUICKSTART_MODEL
 
 
 def quickstart() -> PreTrainedTokenizerBase:

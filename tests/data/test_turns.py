@@ -8,15 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from toy_tokenizers import CHATML, LLAMA3, PLAIN, QWEN3, toy_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
-from fastpref.data.content import Message, Paired, Unpaired, Writing
 from fastpref.data.example import Counts, Example
+from fastpref.data.rows.content import Message, Paired, Unpaired, Writing
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.toy_tokenizers import CHATML, LLAMA3, PLAIN, QWEN3, toy_tokenizer
 
 PHI3 = (  # the last turn has a second end
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"

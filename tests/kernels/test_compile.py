@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import triton
 
-PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+from tests.support.paths import DOCS
+
+PAGE = DOCS / "kernels.md"
 
 
 @pytest.mark.slow
@@ -17,7 +19,7 @@ def test_every_kernel_fits_its_card(tmp_path: Path) -> None:
     """Every tile the launcher may choose: no spills, within shared memory, on tensor cores; docs/kernels.md agrees."""
     made = tmp_path / "kernels.md"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastpref.kernels.compile_report", str(made)]
+    command = [sys.executable, "-m", "bench.compile_report", str(made)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     page = PAGE.read_text(encoding="utf-8")
     if f"Triton {triton.__version__};" in page:

@@ -6,7 +6,6 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from problems import assert_same
 from torch import Tensor
 
 from fastpref import linear_logprob
@@ -20,6 +19,7 @@ from fastpref.kernels.head_weight import (
 )
 from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
 from fastpref.ops import LoraWeight
+from tests.support.problems import assert_same
 
 N, H, V, R = 13, 64, 211, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from problems import CASES, MODES, ordinary
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpref import linear_logprob
 from fastpref.kernels import linear_logprob_op as op
 from fastpref.ops import LoraWeight
+from tests.support.problems import CASES, MODES, ordinary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")

@@ -8,7 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import (
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpref import linear_logprob
+from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
+from fastpref.kernels.linear_logprob_torch import TILE_COLUMNS, plan_tile
+from fastpref.kernels.operators import IMPLEMENTATIONS
+from fastpref.memory.allocations import PeakStorage
+from tests.support.problems import (
     CASES,
     DTYPES,
     EPS32,
@@ -29,13 +36,6 @@ from problems import (
     peaked,
     rounding,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from fastpref import linear_logprob
-from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
-from fastpref.kernels.linear_logprob_torch import TILE_COLUMNS, plan_tile
-from fastpref.kernels.operators import IMPLEMENTATIONS
-from fastpref.memory import PeakStorage
 
 
 @pytest.mark.parametrize("mode", MODES)

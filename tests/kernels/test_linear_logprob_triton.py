@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import CASES, DTYPES, MODES, assert_same, check_accuracy, flat, huge, loss_weights, ordinary, ours, peaked
 from torch import Tensor
 
 from fastpref import linear_logprob
@@ -12,6 +11,19 @@ from fastpref.kernels import linear_logprob_launch as launch
 from fastpref.kernels import tiles
 from fastpref.kernels.head_weight import DenseWeight
 from fastpref.kernels.linear_logprob_torch import LogitTransform
+from tests.support.problems import (
+    CASES,
+    DTYPES,
+    MODES,
+    assert_same,
+    check_accuracy,
+    flat,
+    huge,
+    loss_weights,
+    ordinary,
+    ours,
+    peaked,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, H, V, workspace in MiB, around the interpreter's 32×32×32 tile.
@@ -100,6 +112,7 @@ def test_a_moving_offset_changes_nothing(lazy: float) -> None:
     torch.testing.assert_close(found.logp.double().cpu(), exact.gather(1, targets[:, None])[:, 0], rtol=2e-6, atol=3e-5)
     probs = exact.exp()
     grad = weight.double()[targets] - probs @ weight.double()
+    assert found.grad is not None
     torch.testing.assert_close(found.grad.cpu(), grad.float(), rtol=1e-4, atol=2e-4)
     assert found.entropy is not None
     torch.testing.assert_close(found.entropy.double().cpu(), -(probs * exact).sum(-1), rtol=1e-4, atol=1e-4)

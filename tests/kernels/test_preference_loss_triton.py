@@ -13,14 +13,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from token_batches import LOSSES, Batch, Order, flat, of_values, ordinary, run
 from torch import Tensor
 
+from fastpref.config.losses import CPO, DPO, KTO, LossOptions
 from fastpref.kernels import elementary_triton as elementary
 from fastpref.kernels import preference_loss_launch as launch
+from fastpref.kernels.launch import launch as launch_kernel
 from fastpref.kernels.preference_loss_spec import FLAGS, NUMBERS, VARIANTS, LossSpec
-from fastpref.loss_options import CPO, DPO, KTO, LossOptions
 from fastpref.losses import Totals
+from tests.support.token_batches import LOSSES, Batch, Order, flat, of_values, ordinary, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -300,7 +301,7 @@ def _map_kernel(p_x, p_y, n, FUNCTION: tl.constexpr):
 
 
 def _map(function: Any, x: Tensor, y: Tensor) -> None:
-    _map_kernel[(triton.cdiv(len(x), 256),)](x, y, len(x), FUNCTION=function)
+    launch_kernel(_map_kernel, (triton.cdiv(len(x), 256),), x, y, len(x), FUNCTION=function)
 
 
 def spread(low: float, high: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 The truth is each sequence alone in a row, under transformers' eager attention: whole logits, autograd.
 
-    python tests/model/sweep.py --write docs/models.md
+    python -m tests.model.sweep --write docs/models.md
 """
 
 import argparse
@@ -24,22 +24,20 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-from families import CANNOT_BE_TINY, FAMILIES, tiny_config  # noqa: E402
-from tiny import config_for  # noqa: E402
-from toy_tokenizers import chatml  # noqa: E402
-
-from fastpref.data.batch import Layout, collate  # noqa: E402
-from fastpref.data.example import Example, Origin  # noqa: E402
-from fastpref.errors import UserError  # noqa: E402
-from fastpref.loss_options import ORPO  # noqa: E402
-from fastpref.merge import merge  # noqa: E402
-from fastpref.model.head import OwnLogits  # noqa: E402
-from fastpref.model.load import Loaded, load_model  # noqa: E402
-from fastpref.model.reference import frozen_copy  # noqa: E402
-from fastpref.model.trained import find_trained  # noqa: E402
-from fastpref.train.step import Objective  # noqa: E402
+from fastpref.config.losses import ORPO
+from fastpref.data.batch import Layout, collate
+from fastpref.data.example import Example, Origin
+from fastpref.errors import UserError
+from fastpref.merge import merge
+from fastpref.model.head import OwnLogits
+from fastpref.model.load import Loaded, load_model
+from fastpref.model.trained import find_trained
+from fastpref.step.objective import Objective
+from fastpref.step.reference import frozen_copy
+from tests.support.families import CANNOT_BE_TINY, FAMILIES, tiny_config
+from tests.support.paths import DOCS
+from tests.support.tiny import config_for
+from tests.support.toy_tokenizers import chatml
 
 CPU = torch.device("cpu")
 EXACT = 2e-5  # of log-probabilities in nats, and of gradients relative to the largest
@@ -315,7 +313,7 @@ def _short(error: BaseException) -> str:
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = DOCS / "models.md"
 _BEGIN, _END = "<!-- the sweep begins here -->", "<!-- the sweep ends here -->"
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import config_for, examples, save_model
 from transformers import AutoModelForCausalLM
 
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
 from fastpref.model.head import Head, LogitSettings, check_logits
 from fastpref.model.load import load_model
+from tests.support.tiny import config_for, examples, save_model
 
 CPU = torch.device("cpu")
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import config_for, save_model
 from transformers import LlamaForCausalLM
 
 from fastpref.errors import UserError
 from fastpref.model.failure import in_others_code, told_of_model
 from fastpref.model.load import load_model
+from tests.support.tiny import config_for, save_model
 
 ERRORS = [ValueError("no"), TypeError("no"), AttributeError("no"), IndexError("no"), KeyError("no"), RuntimeError("no")]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from families import FAMILIES
-from sweep import PAGE, look, page_rows, page_version
+
+from tests.model.sweep import PAGE, look, page_rows, page_version
+from tests.support.families import FAMILIES
 
 _CHOSEN = {  # the layout of each
     "bert+encoder": "refused",  # looks at later tokens

@@ -14,8 +14,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError
 from fastpref.model.load import load_tokenizer, model_config, pretrained
+from tests.support.paths import QUICKSTART_MODEL
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
+QUICKSTART = QUICKSTART_MODEL
 SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
 
 

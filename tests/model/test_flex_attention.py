@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import config_for, examples, save_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import AuxOutput, BlockMask, create_block_mask, create_mask
@@ -22,6 +21,7 @@ from fastpref.model import attention, flex_attention
 from fastpref.model.attention import LayerCall, layers_reached
 from fastpref.model.flex_attention import block_mask, visible, wants_flex
 from fastpref.model.load import load_model
+from tests.support.tiny import config_for, examples, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 CPU = torch.device("cpu")

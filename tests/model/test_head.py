@@ -8,7 +8,6 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import VOCABULARY, config_for, examples, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,10 +17,11 @@ from fastpref.errors import UserError
 from fastpref.kernels.head_weight import FourBitWeight
 from fastpref.model.head import Head
 from fastpref.model.load import Loaded, load_model
+from tests.support.paths import QUICKSTART
+from tests.support.tiny import VOCABULARY, config_for, examples, save_model
 
 CPU = torch.device("cpu")
 ON_HEAD = 'lora={rank=2, target=["q_proj", "lm_head"]}'
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.toml"
 
 
 def adapted(kind: str, folder: Path, override: str = ON_HEAD) -> Loaded:

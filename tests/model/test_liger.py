@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
-from tiny import config_for, examples, model_config, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
@@ -26,9 +25,10 @@ from triton.runtime.jit import KernelInterface
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
 from fastpref.model import liger, load
-from fastpref.model.checkpointing import checkpoint_layers
+from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.load import Loaded, load_model
 from fastpref.model.policy import Policy
+from tests.support.tiny import config_for, examples, model_config, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from after import Ran, command
-from runs import EXAMPLES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from fastpref.data.table import Examples
 from fastpref.model.limits import limits_of_config, limits_of_model
+from tests.support.after import Ran, command
+from tests.support.runs import EXAMPLES
 
 TOKENIZER = EXAMPLES / "quickstart" / "model"
 POSITIONS = 24

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import config_for, examples, save_model
 
 from fastpref.config import ModelConfig
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
 from fastpref.model.head import Head
 from fastpref.model.load import load_model, load_tokenizer
-from fastpref.model.reference import make_reference
+from fastpref.step.reference import make_reference
+from tests.support.tiny import config_for, examples, save_model
 
 CPU = torch.device("cpu")
 

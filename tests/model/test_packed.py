@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from fastpref.config import load_config
 from fastpref.errors import UserError
+from fastpref.memory.step import CPU, StepMemory, count_step
 from fastpref.model.packed import lies_quantised, packing_of
-from fastpref.train.step_memory import CPU, StepMemory, count_step
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from tiny import config_for, examples, model_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -13,10 +12,11 @@ import fastpref
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded, load_model
-from fastpref.model.reference import make_reference
+from fastpref.step.reference import make_reference
+from tests.support.paths import QUICKSTART
+from tests.support.tiny import config_for, examples, model_config
 
 CPU = torch.device("cpu")
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.toml"
 KINDS = {"nf4": Linear4bit, "int8": Linear8bitLt}
 
 

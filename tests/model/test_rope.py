@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import config_for, examples, save_model
 from transformers import AutoModelForCausalLM
 
 from fastpref.data.batch import Layout, collate
 from fastpref.model.load import load_model
-from fastpref.model.reference import make_reference
+from fastpref.step.reference import make_reference
+from tests.support.tiny import config_for, examples, save_model
 
 CPU = torch.device("cpu")
 KINDS = ("llama-dynamic", "phi3-longrope")  # of 30 tokens

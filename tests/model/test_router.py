@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import config_for, examples, save_model
 
 from fastpref.data.batch import collate
 from fastpref.model.load import load_model
-from fastpref.train.step import Objective
+from fastpref.step.objective import Objective
+from tests.support.tiny import config_for, examples, save_model
 
 CPU = torch.device("cpu")
 KINDS = ("mixtral", "qwen3-moe")

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import config_for, examples, model_config, save_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -17,6 +16,7 @@ from fastpref.errors import UserError
 from fastpref.model import attention, flex_attention, trial
 from fastpref.model.load import Loaded, load_model
 from fastpref.model.policy import Policy
+from tests.support.tiny import config_for, examples, model_config, save_model
 
 CPU = torch.device("cpu")
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import config_for, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastpref.errors import UserError
 from fastpref.model.load import load_model
-from fastpref.model.reference import load_copy
 from fastpref.model.weights import find_renaming, from_files, loading_note
 from fastpref.quiet import quiet_libraries
+from fastpref.step.reference import load_copy
+from tests.support.tiny import config_for, save_model
 
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]

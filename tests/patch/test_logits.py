@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCABULARY, model_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastpref.model.head import Head
 from fastpref.patch.logits import Logits, Scores
 from fastpref.patch.states import States
+from tests.support.tiny import VOCABULARY, model_config
 
 ROWS, WIDTH = 4, 7
 

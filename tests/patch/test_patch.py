@@ -16,12 +16,13 @@ import torch
 import transformers
 import trl
 from transformers import LlavaConfig, LlavaForConditionalGeneration, T5Config, T5ForConditionalGeneration
-from trl_runs import Run, make_model, make_trainer, numbers, train, unpatched
 
 import fastpref
 from fastpref.errors import UserError
 from fastpref.patch.plan import make_plan
 from fastpref.patch.trainers import HOMES, find_trainer
+from tests.support.paths import EXAMPLES
+from tests.support.trl_runs import Run, make_model, make_trainer, numbers, train, unpatched
 
 TRAINERS = [trainer for name in HOMES if (trainer := find_trainer(trl, name)) is not None]
 SHORT = Run("DPO", ["sigmoid"])
@@ -227,7 +228,7 @@ def test_a_script_runs_patched(tmp_path: Path) -> None:
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 5 wrote the example's tokenizer")
 def test_the_example_saves_tokens(tmp_path: Path) -> None:
     """The example script runs patched, learns what it learns unpatched, and computes fewer tokens."""
-    script = str(Path(__file__).parents[2] / "examples" / "trl_dpo.py")
+    script = str(EXAMPLES / "trl_dpo.py")
     losses = []
     for command in ([script], ["-m", "fastpref.patch", "--report", script]):
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import trl
-from trl_runs import Run, Trained, fit, make_trainer, residuals, train, unpatched
 
 import fastpref
+from tests.support.trl_runs import Run, Trained, fit, make_trainer, residuals, train, unpatched
 
 DPO_LOSSES = [
     ["sigmoid"], ["hinge"], ["ipo"], ["exo_pair"], ["nca_pair"], ["robust"], ["bco_pair"], ["sppo_hard"], ["aot"],

@@ -3,17 +3,16 @@
 Nothing here asks which version is the newest: a TRL or transformers without a row is one that was not tested.
 """
 
-from pathlib import Path
-
 import pytest
 import transformers
 import trl
-from matrix import TRANSFORMERS_4, VERSIONS
 
 import fastpref
 from fastpref.patch.trainers import HOMES, KNOWN
+from tests.patch.matrix import TRANSFORMERS_4, VERSIONS
+from tests.support.paths import DOCS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "trl.md").read_text(encoding="utf-8")
 ROWS = {
     cells[0]: cells[1:]
     for line in PAGE.splitlines()

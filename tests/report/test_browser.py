@@ -7,10 +7,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from crafted import EVIL, facts, write_run
 
 from fastpref.report import write_report
-from fastpref.train.history import FACTS
+from fastpref.run.history import FACTS
+from tests.support.crafted import EVIL, facts, write_run
 
 pytestmark = pytest.mark.browser
 WIDTHS = {"phone": 390, "desk": 1280}

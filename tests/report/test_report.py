@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crafted import METHODS, facts, rows, write_run
 
 from fastpref.errors import UserError
+from fastpref.health import diagnose
+from fastpref.health.bands import Band
 from fastpref.report import read_run, render, write_report
 from fastpref.report.heldout import held_out
 from fastpref.report.page import CHARTS, figures
 from fastpref.report.source import trl_row
 from fastpref.report.svg import POINTS, Axis, Line, line_chart, number
-from fastpref.train.health import diagnose
-from fastpref.train.health.bands import Band
-from fastpref.train.history import FACTS, METRICS, REPORT, Series
+from fastpref.run.history import FACTS, METRICS, REPORT, Series
+from tests.support.crafted import METHODS, facts, rows, write_run
+from tests.support.paths import DOCS
 
 ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&lt;img src=x onerror=alert(2)&gt;"
 
@@ -267,5 +268,5 @@ def test_what_cannot_be_read_is_said(
 
 def test_every_chart_is_of_a_known_metric():
     """Charts name metrics of docs/metrics.md."""
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    page = (DOCS / "metrics.md").read_text(encoding="utf-8")
     assert [name for chart in CHARTS for name in chart.names if f"`{name}`" not in page] == []

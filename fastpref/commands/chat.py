@@ -1,0 +1,155 @@
+"""`fastpref chat`: talk to a model on a terminal, beside the one it began with if asked."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import peft
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from fastpref.data.rows.content import Writing
+from fastpref.data.template.render import apply
+from fastpref.data.template.text import check_template_keywords
+from fastpref.errors import UserError
+from fastpref.model.limits import limits_of_model
+from fastpref.model.trained import Trained, load_trained, trained_tokenizer
+
+Message = dict[str, str]
+
+
+@dataclass
+class Speaker:
+    """A model with the conversation it has had."""
+
+    name: str
+    model: PreTrainedModel
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext  # what it is computed in
+    messages: list[Message] = field(default_factory=list)
+
+
+def chat(
+    trained: Trained,
+    *,
+    compare: bool = False,
+    system: str | None = None,
+    max_tokens: int = 512,
+    temperature: float | None = None,
+    given: TextIO | None = None,
+    out: TextIO | None = None,
+    tell: Callable[[str], None] = lambda note: None,
+) -> None:
+    """Answer what is read, a line at a time, until it ends. `compare` lets the model that the training began with
+    answer first. A temperature of 0 takes the likeliest token; None is the model's own way. What was decided while the
+    model was loaded goes to `tell`, a note at a time. Raises UserError."""
+    source: TextIO = sys.stdin if given is None else given
+    screen: TextIO = sys.stdout if out is None else out
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = trained_tokenizer(trained)
+    if not tokenizer.chat_template:
+        raise UserError(f"{trained.weights}: its tokenizer has no chat template; add tokens.chat_template=chatml")
+    check_template_keywords(trained.config, tokenizer)
+    writing = Writing(
+        template_kwargs=trained.config.tokens.chat_template_kwargs, day=trained.text.day if trained.text else None
+    )
+    speakers = _speakers(trained, compare, device, tell)
+    for speaker in speakers:
+        speaker.messages = _beginning(system)
+    options = _sampling(temperature) | {"max_new_tokens": max_tokens}
+    if source.isatty():
+        print("/clear forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends.", file=screen)
+    for said in _lines(source, screen):
+        if said == "/clear":
+            for speaker in speakers:
+                speaker.messages = _beginning(system)
+            continue
+        for speaker in speakers:
+            if len(speakers) > 1:
+                print(f"{speaker.name}: ", end="", file=screen, flush=True)
+            speaker.messages.append({"role": "user", "content": said})
+            answer = _answer(speaker, tokenizer, writing, options, screen)
+            speaker.messages.append({"role": "assistant", "content": answer})
+
+
+def _speakers(trained: Trained, compare: bool, device: torch.device, tell: Callable[[str], None]) -> list[Speaker]:
+    loaded = load_trained(trained, device)
+    for note in loaded.notes:
+        tell(note)
+    model = loaded.model
+    speakers = [Speaker("trained", model)]
+    if not compare:
+        return speakers
+    if trained.began_with is None:
+        raise UserError(f"--compare: {trained.weights} is not known to be trained from another model")
+    if isinstance(loaded.wrapped, peft.PeftModel):
+        return [Speaker("before", model, loaded.wrapped.disable_adapter), *speakers]
+    return [Speaker("before", load_trained(trained, device, base=True).model), *speakers]
+
+
+def _beginning(system: str | None) -> list[Message]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _sampling(temperature: float | None) -> dict[str, Any]:
+    if temperature is None:
+        return {}
+    return {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+
+
+def _lines(given: TextIO, out: TextIO) -> Iterator[str]:
+    """What a person or a pipe says, line by line; a prompt is shown to a person only."""
+    person = given.isatty()
+    while True:
+        try:
+            if person and given is sys.stdin:
+                line = input("> ")  # with the terminal's own editing and history
+            else:
+                line = given.readline()
+                if not line:
+                    return
+        except (EOFError, KeyboardInterrupt):
+            print(file=out)
+            return
+        if line.strip():
+            yield line.strip()
+
+
+@torch.no_grad()
+def _answer(
+    speaker: Speaker, tokenizer: PreTrainedTokenizerBase, writing: Writing, options: dict[str, Any], out: TextIO
+) -> str:
+    """The answer to the last message, shown while it is made. Ctrl-C ends it where it is."""
+    text = apply(tokenizer, speaker.messages, writing, generation_prompt=True)
+    ids: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(speaker.model.device)
+    limits, length = limits_of_model(speaker.model), ids["input_ids"].shape[1]
+    room = limits.room(length, options["max_new_tokens"])
+    if room == 0:
+        raise UserError(
+            f"the conversation has {length:,} tokens, and {limits.model} has {limits.positions:,} positions: it cannot "
+            "go on; begin a new one"
+        )
+    streamer = _Streamer(tokenizer, out)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with speaker.within():
+        try:
+            speaker.model.generate(  # pyright: ignore[reportCallIssue]
+                **ids, streamer=streamer, use_cache=True, pad_token_id=pad, **options | {"max_new_tokens": room}
+            )
+        except KeyboardInterrupt:
+            streamer.end()
+    return streamer.text.strip()
+
+
+class _Streamer(TextStreamer):
+    """Whole words as they come. What would steer the terminal is left out."""
+
+    def __init__(self, tokenizer: Any, out: TextIO):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.text, self._out = "", out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        shown = "".join(c for c in text if c.isprintable() or c in "\n\t")
+        print(shown, end="\n" if stream_end else "", file=self._out, flush=True)

@@ -1,0 +1,201 @@
+"""`fastpref eval`: how a model does on held-out preferences, and how far it is from the model it began with."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.config import DataConfig
+from fastpref.config.losses import KTO, SimPO
+from fastpref.data.batch import PreferenceBatch, collate, plan_microbatches
+from fastpref.data.cache import load_examples
+from fastpref.data.example import Example
+from fastpref.data.table import Examples
+from fastpref.errors import UserError
+from fastpref.model.limits import compare, limits_of_model, pad_token
+from fastpref.model.load import Loaded
+from fastpref.model.policy import Policy
+from fastpref.model.trained import Trained, load_trained, trained_tokenizer
+from fastpref.step.objective import Objective
+from fastpref.step.reference import Reference
+
+_LOGITS = 1 << 24  # float32 of a distribution at once
+
+
+def evaluate(
+    trained: Trained,
+    *,
+    data: str | None = None,
+    reference: Trained | None = None,
+    device: torch.device | None = None,
+    cache: bool = True,
+    tell: Callable[[str], None] = lambda note: None,
+) -> dict[str, Any]:
+    """Metrics over held-out examples, with the names of metrics.jsonl, and beside them
+
+        logps/accuracies  how often the chosen response is the likelier one, per token (for KTO there are no pairs)
+        reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
+
+    The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
+    began with, unless another is named; without one, rewards that need it and KL are left out. A loss without a
+    reference has its own rewards and margins, and the reference is compared by KL alone. What was decided while models
+    were loaded goes to `tell`, a note at a time. Raises UserError.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    examples = _examples(trained, data, cache)
+    loaded = load_trained(trained, device)
+    other, off = _reference(trained, loaded, reference, device)
+    for note in loaded.notes:
+        tell(note)
+    for note in other.notes if other is not None and other is not loaded else ():
+        if note not in loaded.notes:
+            tell(f"the reference: {note}")
+    compared = None if other is None else other.policy.eval()
+    tokenizer, config = trained_tokenizer(trained), trained.config
+    for model in (loaded, other or loaded):
+        compare(limits_of_model(model.model), {"held-out": examples}, tokenizer, config)
+    objective = Objective(
+        policy=loaded.policy.eval(),
+        reference=_logps(compared, off) if compared is not None and config.loss.uses_reference else None,
+        options=config.loss,
+        layout=loaded.layout if other is None or other.layout == loaded.layout else "padded",  # which all models take
+        budget=config.tokens_per_microbatch,
+        pad_token_id=pad_token(tokenizer, limits_of_model(loaded.model))[0],
+        device=device,
+    )
+    if compared is None and config.loss.uses_reference:  # a loss without a reference tells the rest
+        objective = replace(objective, options=SimPO())
+    found: dict[str, Any] = {}
+    if compared is not None or not isinstance(config.loss, KTO):
+        found |= objective.evaluate(examples, config.train.batch).result()
+        if compared is None and config.loss.uses_reference:
+            found = {name: v for name, v in found.items() if not name.startswith(("rewards/", "loss"))}
+    if compared is not None:
+        found["reference/kl"] = _mean_kl(objective, loaded.policy, compared, off, examples)
+    return {"examples": len(examples)} | found
+
+
+def show(found: dict[str, Any], name: str, console: Console) -> None:
+    """The metrics a person asks for first."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+    for key, words, form in (
+        ("rewards/accuracies", "accuracy", "{:.1%}"),
+        ("logps/accuracies", "the chosen is likelier", "{:.1%}"),
+        ("rewards/margins", "reward margin", "{:+.3f}"),
+        ("reference/kl", "KL to the reference, nats a token", "{:.4f}"),
+        ("loss", "loss", "{:.4f}"),
+        ("logps/chosen", "log-probability of the chosen", "{:.1f}"),
+        ("logps/rejected", "log-probability of the rejected", "{:.1f}"),
+        ("entropy", "entropy, nats a token", "{:.3f}"),
+    ):
+        if key in found:
+            extra = ""
+            if key.endswith("accuracies"):
+                low, high = interval(found[key], found["examples"])
+                extra = f"95 % interval {low:.1%} to {high:.1%}"
+            table.add_row(words, form.format(found[key]), extra)
+    console.print(f"{name}: {found['examples']:,} held-out examples", markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def as_json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=2)
+
+
+def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share of `count` trials (Wilson 1927)."""
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _examples(trained: Trained, data: str | None, cache: bool) -> Examples:
+    config = trained.config
+    if data is not None:
+        config = config.model_copy(
+            update={"data": (DataConfig(path=data),), "eval": config.eval.model_copy(
+                update={"fraction": None, "data": ()}
+            )}
+        )  # fmt: skip
+    elif not trained.of_run:
+        there = Path(trained.weights).exists()
+        known = "no run is known of it" if there else "no such folder is here, and no run is known of a name on the hub"
+        raise UserError(f"{trained.weights}: {known}, so name the preferences to judge it by: --data FILE")
+    elif not config.eval.wanted:
+        raise UserError("the run held nothing out (eval.fraction, [[eval.data]]); name a file: --data FILE")
+    day = trained.text.day if trained.text is not None else None
+    tokenized = load_examples(config, trained_tokenizer(trained), cache=cache, day=day)
+    return tokenized.train if data is not None else tokenized.heldout
+
+
+def _reference(
+    trained: Trained, loaded: Loaded, named: Trained | None, device: torch.device
+) -> tuple[Loaded | None, Callable[[], AbstractContextManager[Any]]]:
+    """The reference, and what to compute it in. Raises UserError for one whose tokens are others."""
+    if named is not None:
+        other = load_trained(named, device)
+        if other.policy.head.vocabulary != loaded.policy.head.vocabulary:
+            raise UserError(
+                f"--reference {named.weights}: it has {other.policy.head.vocabulary:,} tokens and {trained.weights} "
+                f"{loaded.policy.head.vocabulary:,}; only models with the same tokens can be compared"
+            )
+        return other, nullcontext
+    if isinstance(loaded.wrapped, peft.PeftModel):
+        return loaded, loaded.wrapped.disable_adapter
+    if trained.began_with is not None:
+        return load_trained(trained, device, base=True), nullcontext
+    return None, nullcontext
+
+
+def _logps(policy: Policy, off: Callable[[], AbstractContextManager[Any]]) -> Reference:
+    def logps(batch: PreferenceBatch) -> torch.Tensor:
+        with torch.no_grad(), off():
+            return policy(batch).logp
+
+    return logps
+
+
+@torch.no_grad()
+def _mean_kl(
+    objective: Objective,
+    policy: Policy,
+    compared: Policy,
+    off: Callable[[], AbstractContextManager[Any]],
+    examples: Sequence[Example],
+) -> float:
+    """KL(policy ‖ compared) a token of the responses, of whole distributions."""
+    kl, tokens = 0.0, 0
+    for start in range(0, len(examples), 256):
+        some = examples[start : start + 256]
+        for places in plan_microbatches(some, objective.layout, objective.budget):
+            batch = collate([some[i] for i in places], objective.layout, pad_token_id=objective.pad_token_id)
+            batch = batch.to(objective.device)
+            kl += _kl(policy, compared, off, batch)
+            tokens += len(batch.predictors)
+    return kl / tokens
+
+
+def _kl(
+    policy: Policy, compared: Policy, off: Callable[[], AbstractContextManager[Any]], batch: PreferenceBatch
+) -> float:
+    """KL(policy ‖ compared) of the next token, summed over the places that predict a scored token."""
+    own = policy.hidden_states(batch)[batch.predictors]
+    with off():
+        other = compared.hidden_states(batch)[batch.predictors]
+    rows, total = max(1, _LOGITS // policy.head.vocabulary), 0.0
+    log_softmax = partial(torch.log_softmax, dim=-1)
+    for mine, theirs in zip(own.split(rows), other.split(rows)):
+        logp = log_softmax(policy.head.logits(mine))
+        with off():
+            reference = log_softmax(compared.head.logits(theirs))
+        total += float((logp.exp() * (logp - reference)).sum())
+    return total

@@ -1,0 +1,158 @@
+"""`fastpref init`: a commented config for a loss, its comments taken from the schema; and files written with care."""
+
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from fastpref.config.text import Line, Table, is_array, keys_of, loss_options, mistake, render, sections
+from fastpref.errors import UserError
+
+LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+CHOOSER = {
+    "dpo": "pairs, and memory for a second forward pass a step",
+    "ipo": "pairs with few or deterministic labels, on which DPO overfits",
+    "kto": "single responses marked good or bad",
+    "orpo": "pairs, a base model, and no separate supervised stage",
+    "simpo": "pairs, and the least memory and time",
+    "cpo": "pairs whose chosen side is worth imitating",
+}
+"""You have → take; the README shows the same table."""
+
+_COMMON = {
+    "lora.rank": 16,
+    "lora.alpha": 32.0,
+    "loss.beta": 0.1,
+    "eval.fraction": 0.05,
+    "tokens.max_length": 2048,
+    "train.learning_rate": 1e-4,
+    "train.epochs": 1.0,
+    "train.batch": 16,
+}
+_OF_LOSS: dict[str, dict[str, Any]] = {
+    "kto": {"loss.desirable_weight": 1.0, "loss.undesirable_weight": 1.0},
+    # ten times the whole-model rate, as LoRA's rates usually are
+    "simpo": {"loss.beta": 2.0, "loss.gamma_beta_ratio": 0.5, "train.learning_rate": 1e-5},
+    "cpo": {"loss.sft_weight": 1.0},
+}
+_REMARKS: dict[str, dict[str, str]] = {
+    "dpo": {"train.learning_rate": "whole models usually take 5e-7 to 1e-6"},
+    "ipo": {"train.learning_rate": "whole models usually take 5e-7 to 1e-6"},
+    "kto": {
+        "train.learning_rate": "whole models usually take 5e-7 to 1e-6",
+        "loss.desirable_weight": "with unequal counts, keep weight times count of both kinds alike",
+    },
+    "orpo": {"train.learning_rate": "the supervised term takes higher rates than DPO: whole models about 8e-6"},
+    "simpo": {
+        "train.learning_rate": "whole models 3e-7 to 1e-6, as its authors search; too high a rate ruins the text",
+        "loss.beta": "2 to 10; larger than DPO's, because it scales an average per token",
+    },
+    "cpo": {},
+}
+_EXAMPLES: dict[str, Any] = {  # of keys whose default is to be left out
+    "model.revision": "main",
+    "data.name": "default",
+    "data.revision": "main",
+    "data.rows": 1000,
+    "loss.weights": [1.0],
+    "loss.gamma": 1.0,
+    "eval.every": 50,
+    "tokens.max_prompt_length": 1024,
+    "tokens.chat_template": "chatml",
+    "tokens.chat_template_kwargs": {"enable_thinking": False},
+    "train.steps": 100,
+    "train.tokens_per_microbatch": 4096,
+    "output.dir": "runs/mine",
+    "output.save_every": 100,
+    "output.keep": 2,
+    "output.push_to": "user/name",
+}
+
+
+def template(loss: str, model: str, data: str) -> str:
+    """A config of `loss` as text: common keys set, the others commented out with their defaults."""
+    values = {"model.name": model, "data.path": data, "loss.type": loss} | _COMMON | _OF_LOSS.get(loss, {})
+    raw = _tables(values)
+    skipped = () if loss_options(loss).uses_reference else ("reference",)
+    tables = [_table(name, info, loss, values, raw) for name, info in sections().items() if name not in skipped]
+    intro = [f"Preference training by {loss_options(loss).__name__}. Remove the # before a key to set it."]
+    return render(intro, tables)
+
+
+def _table(section: str, info: FieldInfo, loss: str, values: Mapping[str, Any], raw: dict[str, Any]) -> Table:
+    lines: list[Line] = []
+    notes: list[str] = [info.description or ""]
+    if section == "loss":
+        notes += ["You have: take", *(f"   {words}: {name}" for name, words in CHOOSER.items())]
+    for key, field in keys_of(section, loss).items():
+        name, words = f"{section}.{key}", field.description or ""
+        if name in values:
+            lines.append(Line(key, values[name], (words,), _REMARKS[loss].get(name, "")))
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = _EXAMPLES.get(name) if default is None else default
+        if name == "eval.data":
+            notes.append(words)  # tables, which a line cannot show
+        elif shown is not None and (default is not None or not mistake(_with(raw, section, key, shown))):
+            lines.append(Line(key, shown, (words,), active=False))
+    return Table(f"[[{section}]]" if is_array(section) else f"[{section}]", tuple(lines), tuple(notes))
+
+
+def _tables(values: Mapping[str, Any]) -> dict[str, Any]:
+    raw: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, key = name.partition(".")
+        table = raw.setdefault(section, [{}] if is_array(section) else {})
+        (table[0] if is_array(section) else table)[key] = value
+    return raw
+
+
+def _with(raw: dict[str, Any], section: str, key: str, value: Any) -> dict[str, Any]:
+    changed = deepcopy(raw)
+    table = changed.setdefault(section, {})
+    (table[0] if isinstance(table, list) else table)[key] = value
+    return changed
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def check_loss(loss: str) -> str:
+    """The loss as the schema spells it. Raises UserError for another word."""
+    if loss.lower() not in LOSSES:
+        raise UserError(f"--loss {loss}: there is no such loss; take one of {', '.join(LOSSES)}")
+    return loss.lower()
+
+
+def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
+    """A name that means, in a config in `folder`, what it means here (or else in one of `others`).
+
+    A config's relative paths are looked for beside it first; a name that is no path stays as it is.
+    """
+    try:
+        path = Path(name).expanduser()
+        found = next((root / path for root in (Path(), *others) if (root / path).exists()), None)
+    except (OSError, RuntimeError):  # too long for a path; ~name, and nobody of that name
+        return name
+    if found is None or path.is_absolute():
+        return name
+    try:
+        return Path(os.path.relpath(found.resolve(), folder.resolve())).as_posix()
+    except ValueError:  # on another drive
+        return str(found.resolve())
+
+
+def write(text: str, path: Path, *, force: bool) -> None:
+    """Write a config. Raises UserError rather than replacing a file, unless `force`."""
+    try:
+        with path.open("w" if force else "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"{path}: is there already; name another --output, or replace it with --force") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; --output takes the name of a file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,110 @@
+"""A config as TOML for people: keys with comments, some of them commented out."""
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from fastpref.config import Config
+from fastpref.config.losses import LossOptions
+from fastpref.config.mistakes import TomlLines, explain
+from fastpref.config.toml import toml_value
+
+WIDTH = 118
+
+
+@dataclass(frozen=True)
+class Line:
+    """`key = value`, or `#key = value` where it is not active, with comments above and beside it."""
+
+    key: str
+    value: Any
+    above: tuple[str, ...] = ()
+    beside: str = ""
+    active: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's header, as it is written, and its lines."""
+
+    header: str
+    lines: tuple[Line, ...]
+    above: tuple[str, ...] = ()
+
+
+def render(intro: Iterable[str], tables: Iterable[Table], ending: Iterable[str] = ()) -> str:
+    """The text of a config: comments at its head, its tables, comments at its end."""
+    parts = ["\n".join(_comments(intro)), *("\n".join(_table(table)) for table in tables), "\n".join(_comments(ending))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(table: Table) -> list[str]:
+    return [*_comments(table.above), table.header, *(text for line in table.lines for text in _line(line))]
+
+
+def _line(line: Line) -> list[str]:
+    text = f"{'' if line.active else '#'}{line.key} = {toml_value(line.value)}"
+    beside = _one_line(line.beside)
+    if beside and len(text) + len(beside) + 4 <= WIDTH:
+        return [*_comments(line.above), f"{text}  # {beside}"]
+    return [*_comments((*line.above, *([beside] if beside else []))), text]
+
+
+def _comments(texts: Iterable[str]) -> list[str]:
+    """Wrapped comments; an empty text is an empty comment, one that begins with a space is not wrapped."""
+    lines: list[str] = []
+    for text in texts:
+        plain = text.startswith(" ")
+        wrapped = [_one_line(text)] if plain else textwrap.wrap(_one_line(text), WIDTH - 2, break_long_words=False)
+        lines += [f"#{'   ' if plain else ' '}{part}".rstrip() for part in wrapped or [""]]
+    return lines
+
+
+def _one_line(text: str) -> str:
+    """Without what may not stand in a comment of TOML: line ends and control characters."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+# --- The schema, as the text needs it --------------------------------------------------------------------------------
+
+
+def sections() -> dict[str, FieldInfo]:
+    """The tables of a config, in the schema's order."""
+    return dict(Config.model_fields)
+
+
+def keys_of(section: str, loss: str) -> Mapping[str, FieldInfo]:
+    """The keys of a table, with their defaults and meanings; those of [loss] belong to a loss."""
+    if section == "loss":
+        options: Any = loss_options(loss)
+        return {name: info for name, info in options.__pydantic_fields__.items() if name != "_"}
+    return _model(Config.model_fields[section].annotation).model_fields
+
+
+def loss_options(loss: str) -> type[LossOptions]:
+    return next(options for options in get_args(LossOptions) if options.type == loss)
+
+
+def is_array(section: str) -> bool:
+    """Whether a table is written [[so]]."""
+    return "tuple" in str(Config.model_fields[section].annotation)
+
+
+def _model(annotation: Any) -> type[BaseModel]:
+    """The model inside a type such as `tuple[A, ...] | None`."""
+    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(_model(part) for part in get_args(annotation) if part not in (type(None), ...))
+
+
+def mistake(raw: Mapping[str, Any]) -> str | None:
+    """Why the schema refuses the tables of a config, or None."""
+    try:
+        Config.model_validate(raw)
+    except ValidationError as error:
+        return "; ".join(line.strip(": ") for line in explain(error, Config, TomlLines("", "")))
+    return None

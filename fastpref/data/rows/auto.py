@@ -1,0 +1,331 @@
+"""`auto`: the format that a row's columns and types speak for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastpref.data.rows.content import (
+    Content,
+    Message,
+    Paired,
+    Row,
+    RowError,
+    Unpaired,
+    Writing,
+    column,
+    label,
+    shown,
+    text,
+)
+from fastpref.data.rows.messages import STANDARD, is_turns, with_system
+from fastpref.data.rows.overlap import OTHER_MESSAGES, OTHER_PROMPT, same, without_question
+from fastpref.data.rows.parts import text_of
+from fastpref.data.rows.reading import Format, without_json, writing
+from fastpref.data.rows.transcripts import TEMPLATE, is_transcript, read_transcript
+
+_NOT_ASKING = ("system", "developer", "assistant", "tool")
+LABELS = ("label", "kto_tag")
+KNOWN = (
+    "prompt, chosen and rejected; chosen and rejected conversations; messages or conversations, chosen and rejected; "
+    "instruction, input, chosen and rejected; messages and rejected_response; prompt, completion and label; messages "
+    "and label"
+)
+"""What `auto` reads, in words."""
+
+
+def detect(row: Row) -> "AutoFormat | None":
+    """The format that a row's columns and types speak for, or None. Raises RowError for messages as broken JSON."""
+    layout = _recognised(without_json(row))
+    if layout is None:
+        return None
+    extra = [name for name in ("system", "tools") if row.get(name) not in (None, "")]
+    return AutoFormat(
+        ", with ".join([layout.name, *([" and ".join(extra)] if extra else [])]), layout.read, layout.chat
+    )
+
+
+@dataclass(frozen=True)
+class AutoFormat(Format):
+    chat: bool = True
+    """Whether rows of text become chats, too."""
+
+    def __init__(self, name: str, parse: Callable[[Row], Paired | Unpaired], chat: bool):
+        super().__init__(name, parse)
+        object.__setattr__(self, "chat", chat)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    name: str
+    read: Callable[[Row], Paired | Unpaired]
+    chat: bool = True
+
+
+def _recognised(row: Row) -> _Layout | None:
+    chat = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # which text alone cannot say
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if chosen is not None and rejected is not None:
+        return _pairs(row, "chosen", "rejected", chat)
+    if is_turns(row.get("chosen_conversations")) and is_turns(row.get("rejected_conversations")):
+        return _pairs(row, "chosen_conversations", "rejected_conversations", chat)
+    if is_turns(row.get("messages")):
+        for name in ("rejected_response", "rejected_messages"):
+            if row.get(name):
+                return _Layout(f"messages and {name}", _swift(name))
+    for name in LABELS:
+        if name in row:
+            return _labelled(row, name, chat)
+    return None
+
+
+# --- Pairs ---------------------------------------------------------------------------------------------------------
+
+_CHATS = {
+    "conversations": "ShareGPT conversations with",
+    "messages": "messages with",
+    "prompt": "a prompt of messages with",
+}
+
+
+def _pairs(row: Row, chosen: str, rejected: str, chat: bool) -> _Layout | None:
+    responses = (chosen, rejected)
+    said = " and ".join(responses)
+    own = [row[name] for name in responses]
+    for name, words in _CHATS.items():
+        if is_turns(row.get(name)) and not (_is_answered(row, name) and all(map(_is_conversation, own))):
+            return _Layout(f"{words} {said}", _paired(name, responses, chat=True))
+    prompt = row.get("prompt")
+    if all(map(_is_conversation, own)):
+        return _Layout(f"{said} conversations that share their prompt", _paired(None, responses, chat=True))
+    if all(map(is_transcript, own)):
+        return _Layout(f"{said} transcripts of Human and Assistant", _paired(None, responses, chat=True, spoken=True))
+    if is_transcript(prompt):
+        name = "a transcript of Human and Assistant, chosen and rejected"
+        return _Layout(name, _paired("prompt", responses, chat=True, spoken=True))
+    if isinstance(prompt, str):
+        chat = chat or not all(isinstance(value, str) for value in own)
+        return _Layout("text prompt, chosen and rejected", _paired("prompt", responses, chat=chat), chat)
+    if isinstance(row.get("instruction"), str) and prompt is None:
+        return _Layout(f"instruction, input, {said}", _paired("instruction", responses, chat=True))
+    return None
+
+
+def _paired(
+    name: str | None, responses: tuple[str, str], *, chat: bool, spoken: bool = False
+) -> Callable[[Row], Paired]:
+    """Rows whose prompt is in a column, or (None) in the responses; a row may have it elsewhere than the first had."""
+
+    def read(row: Row) -> Paired:
+        values = {response: column(row, response) for response in responses}
+        prompt, (chosen, rejected), remarks = _read(row, name, values, chat, spoken)
+        return Paired(prompt, chosen, rejected, _written(row, prompt, spoken), remarks)
+
+    return read
+
+
+def _swift(name: str) -> Callable[[Row], Paired]:
+    """ms-swift's: the chosen conversation, and the answer or the whole conversation that is worse."""
+
+    def read(row: Row) -> Paired:
+        prompt, chosen = STANDARD.conversation(row, "messages")
+        value = column(row, name)
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+            value = value[0]
+        rejected = STANDARD.response(value, name)
+        if name == "rejected_messages":
+            return Paired(with_system(row, []), [*prompt, *chosen], rejected, writing(row))
+        return Paired(with_system(row, prompt), chosen, rejected, writing(row))
+
+    return read
+
+
+# --- Single responses ----------------------------------------------------------------------------------------------
+
+
+def _labelled(row: Row, tag: str, chat: bool) -> _Layout | None:
+    asked, completion = row.get("prompt"), row.get("completion")
+    if "completion" in row:
+        for name in ("conversations", "messages"):
+            if is_turns(row.get(name)) and asked is None:
+                return _Layout(f"{name}, completion and {tag}", _single(name, "completion", tag, chat=True))
+        if is_transcript(asked):
+            name = f"a transcript of Human and Assistant, completion and {tag}"
+            return _Layout(name, _single("prompt", "completion", tag, chat=True, spoken=True))
+        if asked is not None:
+            chat = chat or not isinstance(asked, str) or isinstance(completion, list | Mapping)
+            name = f"prompt, completion and {tag}"
+            return _Layout(name, _single("prompt", "completion", tag, chat=chat), chat)
+        if _is_conversation(completion):
+            return _Layout(f"completion conversations and {tag}", _single(None, "completion", tag, chat=True))
+        if is_transcript(completion):
+            name = f"completion transcripts and {tag}"
+            return _Layout(name, _single(None, "completion", tag, chat=True, spoken=True))
+    for name in ("messages", "conversations"):
+        if is_turns(row.get(name)):
+            return _Layout(f"{name} and {tag}", _last_turn(name, tag))
+    for answer in ("completion", "output"):
+        if isinstance(row.get("instruction"), str) and row.get(answer) is not None:
+            return _Layout(f"instruction, input, {answer} and {tag}", _single("instruction", answer, tag, chat=True))
+    return None
+
+
+def _single(name: str | None, answer: str, tag: str, *, chat: bool, spoken: bool = False) -> Callable[[Row], Unpaired]:
+    def read(row: Row) -> Unpaired:
+        values = {answer: column(row, answer)}
+        prompt, (completion,), remarks = _read(row, name, values, chat, spoken)
+        return Unpaired(prompt, completion, label(row, tag), _written(row, prompt, spoken), remarks)
+
+    return read
+
+
+def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:
+    def read(row: Row) -> Unpaired:
+        prompt, completion = STANDARD.conversation(row, name, all_of_it=True)
+        return Unpaired(with_system(row, prompt), completion, label(row, tag), writing(row))
+
+    return read
+
+
+# --- Prompt and responses ------------------------------------------------------------------------------------------
+
+
+def _prompt_column(row: Row, values: Mapping[str, Any], first: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """The column that holds this row's prompt, None for its responses; `first` if this row does not tell.
+
+    Messages that end with an answer are a prompt only if the row's responses are of them, or nothing else is.
+    """
+    remarks: tuple[str, ...] = ()
+    other = (isinstance(row.get("prompt"), str | list) and row["prompt"]) or all(map(_is_conversation, values.values()))
+    for name in _CHATS:
+        if is_turns(row.get(name)):
+            if name == "prompt" or not other or not _is_answered(row, name) or _agrees(row, name, values):
+                return name, remarks
+            remarks = (OTHER_MESSAGES,)
+    if isinstance(row.get("prompt"), str):
+        return "prompt", remarks
+    if all(map(_is_conversation, values.values())):
+        return None, remarks
+    if first == "prompt" and row.get("prompt") is None and isinstance(row.get("instruction"), str):
+        return "instruction", remarks
+    return first, remarks
+
+
+def _is_answered(row: Row, name: str) -> bool:
+    turns = row[name]
+    role = turns[-1].get("role") or turns[-1].get("from")
+    return isinstance(role, str) and STANDARD.known_roles.get(role) == "assistant"
+
+
+def _agrees(row: Row, name: str, values: Mapping[str, Any]) -> bool:
+    """Whether a conversation begins as those of the responses do, or ends with one of the answers."""
+    turns = [turn for turn in STANDARD.turns(row[name], name) if turn["role"] not in ("system", "developer")]
+    for response, value in values.items():
+        own = [turn for turn in STANDARD.response(value, response) if turn["role"] not in ("system", "developer")]
+        at = 0 if _is_conversation(value) else -1
+        if turns and own and same(turns[at], own[at]):
+            return True
+    return False
+
+
+def _read(
+    row: Row, first: str | None, values: Mapping[str, Any], chat: bool, spoken: bool
+) -> tuple[Content, list[Content], tuple[str, ...]]:
+    """A row of text, or with `chat` of messages: a text prompt then is a user's turn."""
+    for response, value in values.items():
+        if not isinstance(value, str | list | Mapping):
+            raise RowError(
+                f"{response} must be text or a list of messages, got {shown(value)}", "with a value of another type"
+            )
+    name, remarks = _prompt_column(row, values, first)
+    prompt = _prompt(row, name, spoken)
+    if not chat:
+        if row.get("system") or row.get("tools") or not all(isinstance(v, str) for v in (prompt, *values.values())):
+            raise RowError(
+                "there are messages, a system prompt or tools here and none in the first rows, which were taken for "
+                'plain text; name the format, such as "chatml.default"',
+                "with messages, a system prompt or tools, unlike the first",
+            )
+        return prompt, list(values.values()), remarks
+    if spoken:
+        values = {name: _spoken(value) for name, value in values.items()}
+    if all(isinstance(value, str) for value in values.values()):
+        values, more = as_answers(prompt, values)
+        remarks += more
+    answers: list[Content] = [STANDARD.response(value, response) for response, value in values.items()]
+    if isinstance(prompt, str) and all(map(_is_conversation, values.values())) and not _says(answers, prompt):
+        prompt, remarks = [], (*remarks, OTHER_PROMPT)
+    return with_system(row, as_turns(prompt)), answers, remarks
+
+
+def _spoken(value: Any) -> Any:
+    """A transcript's turns, or the answer after one without the space before it."""
+    if is_transcript(value):
+        return read_transcript(value, answered=True)
+    return value.strip() if isinstance(value, str) else value
+
+
+def _says(answers: list[Content], words: str) -> bool:
+    return any(
+        text_of(turn).strip() == words.strip() for answer in answers for turn in answer if isinstance(turn, dict)
+    )
+
+
+def as_turns(prompt: Content) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_answers(prompt: Content, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Texts that answer a chat's prompt, without the question if they begin with it; and what to remark."""
+    question = prompt if isinstance(prompt, str) else prompt[-1].get("content") if prompt else None
+    if not isinstance(question, str):
+        return dict(answers), ()
+    told, remarks = without_question(question, answers)
+    return ({name: answer.strip() for name, answer in told.items()} if told != dict(answers) else told), remarks
+
+
+def _prompt(row: Row, name: str | None, spoken: bool) -> Content:
+    if name is None:
+        return []
+    if name == "instruction":
+        return _instruction(row)
+    value = column(row, name)
+    if isinstance(value, str):
+        return read_transcript(value) if spoken and is_transcript(value) else value
+    turns = STANDARD.turns(value, name)
+    if not turns:
+        raise RowError(f"{name} is empty", "with an empty prompt")
+    return turns
+
+
+def _instruction(row: Row) -> Content:
+    """LLaMA-Factory's: the instruction, and the input on the next line, after the history's questions and answers."""
+    words = [text(row, "instruction"), text(row, "input") if row.get("input") is not None else ""]
+    asked = "\n".join(part for part in words if part)
+    turns: list[Message] = []
+    if row.get("history"):
+        history = row["history"]
+        pairs = history if isinstance(history, list) else [history]
+        for pair in pairs:
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+                raise RowError(
+                    f"history holds {shown(pair)}; it is a list of pairs, a question and its answer",
+                    "with a history that is none",
+                )
+            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return [*turns, {"role": "user", "content": asked}] if turns else asked
+
+
+def _written(row: Row, prompt: Content, spoken: bool) -> Writing:
+    if isinstance(prompt, str) and not row.get("tools") and not row.get("chat_template_kwargs"):
+        return Writing()
+    written = writing(row)
+    return replace(written, without_template=TEMPLATE) if spoken else written
+
+
+def _is_conversation(value: Any) -> bool:
+    """A list of messages that carries its own prompt: a turn of the user's, and more."""
+    if not is_turns(value) or len(value) < 2:
+        return False
+    roles = [turn.get("role") or turn.get("from") for turn in value]
+    known = STANDARD.known_roles
+    return any(not isinstance(role, str) or known.get(role, "user") not in _NOT_ASKING for role in roles[:-1])

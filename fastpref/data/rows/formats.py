@@ -1,0 +1,231 @@
+"""Formats by name: from what a config says under `format` to a function that reads rows.
+
+A format is a function from a row to a `Paired` or an `Unpaired` (content.py). Its prompt and responses are either text
+or lists of chat messages, which `chat.py` writes with a chat template.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from fastpref.data.rows import chat_formats, templates
+from fastpref.data.rows.auto import detect
+from fastpref.data.rows.content import Content, Message, Paired, Row, RowError, Unpaired, read_label, unpair
+from fastpref.data.rows.function import is_function, load_function
+from fastpref.data.rows.reading import TEXT_COLUMNS, Format
+
+__all__ = [
+    "NAMES", "Content", "Format", "Message", "Paired", "Row", "RowError", "Unpaired", "check_format", "detect",
+    "explained",
+    "find_format", "fitting", "options_of", "read_label", "unpair",
+]  # fmt: skip
+
+Read = Callable[[Row], Paired | Unpaired]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A format under its name: how it reads pairs, and how single responses where it can."""
+
+    paired: Callable[[Any], Read]
+    unpaired: Callable[[Any], Read] | None = None
+    options: type | None = None
+    completion: str = "completion"  # the option, or else the column, whose column marks a single response
+    columns: tuple[tuple[str, ...], ...] = ()  # for pairs: one of each group
+    unpaired_columns: tuple[tuple[str, ...], ...] | None = None
+
+
+def _text_formats() -> dict[str, _Named]:
+    """chatml.* and llama3.*: the same columns in either template."""
+    made = {}
+    for family, template in templates.TEMPLATES.items():
+        for name, read in templates.PAIRED.items():
+            single = templates.UNPAIRED.get(name)
+            made[f"{family}.{name}"] = _Named(
+                paired=lambda _, read=read, template=template: lambda row: read(template, row),
+                unpaired=single and (lambda _, read=single, template=template: lambda row: read(template, row)),
+                columns=templates.COLUMNS[name],
+                unpaired_columns=templates.UNPAIRED_COLUMNS.get(name),
+            )
+    return made
+
+
+def _chat_formats() -> dict[str, _Named]:
+    return {
+        f"chat_template.{name}": _Named(
+            paired=read,
+            unpaired=chat_formats.UNPAIRED.get(name),
+            options=chat_formats.ChatOptions,
+            columns=tuple((column,) for column in chat_formats.COLUMNS[name]),
+            unpaired_columns=(("messages", "prompt"), ("label",)) if name in chat_formats.UNPAIRED else None,
+        )
+        for name, read in chat_formats.PAIRED.items()
+    }
+
+
+_PAIR = (("prompt",), ("chosen",), ("rejected",))
+_SINGLE = (("prompt",), ("completion",), ("label",))
+_FORMATS: dict[str, _Named] = {
+    **_text_formats(),
+    **_chat_formats(),
+    "zephyr.nectar": _Named(lambda _: templates.nectar, columns=(("prompt",), ("answers",))),
+    "passthrough": _Named(
+        lambda _: templates.passthrough,
+        lambda _: templates.passthrough_unpaired,
+        columns=_PAIR,
+        unpaired_columns=_SINGLE,
+    ),
+    "table": _Named(
+        lambda table: table.paired,
+        lambda table: table.unpaired,
+        options=templates.Table,
+        columns=_PAIR,
+        unpaired_columns=_SINGLE,
+    ),
+}
+NAMES = ("auto", *_FORMATS)
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """The names of a format's options."""
+    options = _FORMATS[name].options if name in _FORMATS else None
+    return tuple(options.__dataclass_fields__) if options else ()
+
+
+def check_format(given: Any) -> None:
+    """Raise ValueError for a name or an option that no format has, beginning with the option's name."""
+    name, options = _split(given)
+    if not is_function(name):
+        _options(name, options)
+    elif options:
+        raise ValueError(f"{next(iter(options))}: a function of your own takes no options")
+
+
+def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | None:
+    """The format of a config's `format`, a name or a table of `type` and options; None for "auto", which needs a row.
+
+    With `unpaired`, rows with a single response are read where the format has such; pairs are read as pairs all the
+    same. Raises ValueError as `check_format`, UserError for a function or chat template that cannot be loaded.
+    """
+    name, options = _split(given)
+    if is_function(name):
+        check_format(given)
+        return load_function(name)
+    made = _options(name, options)
+    if name == "auto":
+        return None
+    if isinstance(made, chat_formats.ChatOptions):
+        made = made.loaded()
+    named = _FORMATS[name]
+    paired = named.paired(made)
+    if not unpaired or named.unpaired is None:
+        return Format(name, paired)
+    single = named.unpaired(made)
+    chosen = getattr(made, "field_chosen", "chosen")
+    completion = getattr(made, "field_completion", "completion")
+    pairs = [group for group in named.columns if group[0] == "chosen"]
+    alternatives = pairs[0][1:] if pairs else ()
+
+    def read(row: Row) -> Paired | Unpaired:
+        is_pair = any(row.get(name) is not None for name in (chosen, *alternatives))
+        return paired(row) if is_pair and row.get(completion) is None else single(row)
+
+    return Format(name, read)
+
+
+_ASKED = ("prompt", "question", "instruction", "input", "query")  # columns that may hold a prompt, best first
+
+
+def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
+    """The formats that would read rows of these columns, best first, as a config has them: three at most.
+
+    None of them leaves a column of text out of which a prompt is made.
+    """
+    texts = columns & {"prompt", *TEXT_COLUMNS}
+    asked = next((name for name in _ASKED if name in columns), None)
+    found: list[str] = []
+    if asked is None or texts - {asked, "system"}:
+        return found
+    pairs = {"chosen", "rejected"} <= columns
+    if pairs or (unpaired and {"completion", "label"} <= columns):
+        field = "field_messages" if pairs else "field_prompt"
+        found.append(f'{{ type = "chat_template.default", {field} = "{asked}" }}')
+        if "system" not in texts:
+            found.append(f'{{ field_prompt = "{asked}" }}')
+    found += [
+        f'"{name}"'
+        for name, named in _FORMATS.items()
+        if name.startswith("chatml.")
+        and (_fits(named.columns, columns) or (unpaired and _fits(named.unpaired_columns, columns)))
+    ]
+    return found[:3]
+
+
+def _fits(groups: tuple[tuple[str, ...], ...] | None, columns: set[str]) -> bool:
+    return bool(groups) and all(columns & set(group) for group in groups)
+
+
+def _is_known(row: Row) -> bool:
+    try:
+        return detect(row) is not None
+    except RowError:
+        return False
+
+
+def explained(said: str, row: Row | Iterable[str], *, unpaired: bool, auto: bool = False) -> str:
+    """A message about columns, with what would read them: with `auto`, which is then another format's, that first."""
+    names = ['"auto"'] if auto and isinstance(row, Mapping) and _is_known(row) else []
+    names = [*names, *fitting(set(row), unpaired=unpaired)][:3]
+    named = f"these columns fit format = {' or '.join(names)}; " if names else ""
+    return (
+        f'{said}; {named}your own columns are named by format = {{ field_prompt = "...", ... }}, or joined by a Python '
+        'function, "module:function"'
+    )
+
+
+def _split(given: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(given, str):
+        return given, {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"must be a name or a table, got {given!r}")
+    options = dict(given)
+    name = options.pop("type", "table")
+    if not isinstance(name, str):
+        raise ValueError(f"type: must be a format's name, got {name!r}")
+    return name, options
+
+
+def _options(name: str, options: Mapping[str, Any]) -> Any:
+    """A format's options, checked."""
+    if name not in NAMES:
+        near = get_close_matches(name.lower(), NAMES, n=3, cutoff=0.6)
+        hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+        raise ValueError(
+            f"there is no format {name!r}{hint}; known are {', '.join(NAMES)}, a table of your columns "
+            '({ field_prompt = "question", ... }), and "module:function"'
+        )
+    schema = _FORMATS[name].options if name != "auto" else None
+    if schema is None:
+        if options:
+            raise ValueError(f"{next(iter(options))}: the format {name} has no options")
+        return None
+    try:
+        return TypeAdapter(schema).validate_python(dict(options))
+    except ValidationError as error:
+        problem = error.errors()[0]
+    option = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "unexpected_keyword_argument":
+        near = get_close_matches(option, options_of(name), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{option}: the format {name} has no such option{hint}; it has {', '.join(options_of(name))}")
+    if problem["type"] == "value_error":
+        raise ValueError(problem["msg"].removeprefix("Value error, "))
+    wanted = {
+        "roles": "a table of lists, a role for the template = the roles in the data",
+        "message_property_mappings": "a table of names, a message's property = its key in the data",
+        "tools": "a list of tools' JSON schemas, or the column that holds them",
+    }.get(option, "text")
+    raise ValueError(f"{option}: must be {wanted}, got {options[option]!r}")

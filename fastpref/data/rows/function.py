@@ -1,0 +1,89 @@
+"""A format of a user's own: `module:function`, a Python function from a row to a row that `auto` would know."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastpref.data.rows.auto import detect
+from fastpref.data.rows.content import Paired, Row, RowError, Unpaired, shown
+from fastpref.data.rows.reading import Format
+from fastpref.errors import UserError
+
+_RESULT = "prompt, chosen and rejected, or prompt, completion and label"
+
+
+def is_function(name: str) -> bool:
+    module, colon, function = name.rpartition(":")
+    return bool(colon and module) and function.isidentifier()
+
+
+def beside(name: str, folder: Path) -> str:
+    """`module:function` as `/folder/module.py:function` if that file is there, else as it is."""
+    module, _, function = name.rpartition(":")
+    file = folder / (module if module.endswith(".py") else module.replace(".", "/") + ".py")
+    return f"{file.resolve()}:{function}" if file.is_file() else name
+
+
+def load_function(name: str) -> Format:
+    """The format of a function; what the function returns is checked row by row. Raises UserError without one."""
+    module_name, _, function_name = name.rpartition(":")
+    try:
+        module = _from_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way
+        raise UserError(
+            f"format {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}; it is looked for "
+            "beside the config and on Python's path"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"format {name!r}: {module_name} has no function {function_name}")
+    return Format(f"the function {function_name}", _checked(function_name, function), whole_row=True)
+
+
+def source_file(name: str) -> Path | None:
+    """The file that a function is read from, if it is one."""
+    module, _, _ = name.rpartition(":")
+    if module.endswith(".py"):
+        return Path(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+
+
+def _from_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"fastpref_user_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError("there is no such file")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # for what it imports from beside it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _checked(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[[Row], Paired | Unpaired]:
+    def read(row: Row) -> Paired | Unpaired:
+        try:
+            result = function(dict(row))
+        except Exception as error:
+            what = f"{name} failed: {type(error).__name__}: {error}"
+            raise RowError(what, f"where {name} failed") from None
+        if not isinstance(result, Mapping):
+            raise RowError(f"{name} returned {shown(result)}, not a dict of {_RESULT}", f"that {name} did not convert")
+        form = detect(result)
+        if form is None:
+            keys = ", ".join(map(str, result)) or "nothing"
+            raise RowError(f"{name} returned a dict of {keys}, not of {_RESULT}", f"that {name} did not convert")
+        try:
+            return form.read(result)
+        except RowError as error:
+            raise RowError(f"{name} returned a row where {error}", error.kind) from None
+
+    return read

@@ -1,0 +1,161 @@
+"""Chat messages as data sets write them, in one form: `role`, `content`, and whatever else a template reads."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fastpref.data.rows.content import Content, Message, Row, RowError, column, shown
+from fastpref.data.rows.parts import joined, read_parts
+from fastpref.data.rows.tool_calls import read_calls
+
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",  # ms-swift's, as the next
+    "tool_response": "tool",
+    "function": "tool",  # OpenAI's, before there were tools
+}
+_CALLING_ROLES = ("function_call", "tool_call")  # whose content is a call as JSON
+_WRONG_TYPE = "with a value of another type"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How messages are named in a data set."""
+
+    properties: Mapping[str, str] = field(default_factory=dict)  # property of a message → its key in the data
+    roles: Mapping[str, str] = field(default_factory=dict)  # role in the data → role for the template, beside the known
+
+    @cached_property
+    def known_roles(self) -> dict[str, str]:
+        """Every role that may be in the data, and the template's name for it."""
+        targets = dict.fromkeys((*KNOWN_ROLES, *self.roles.values()))
+        return {role: role for role in targets} | SHAREGPT_ROLES | dict(self.roles)
+
+    def turns(self, value: Any, name: str) -> list[Message]:
+        """A list of messages. Keys beside role and content pass through. Raises RowError naming the column `name`."""
+        if not isinstance(value, list):
+            raise RowError(f"{name} must be text or a list of messages, got {shown(value)}", _WRONG_TYPE)
+        return [self._turn(turn, name) for turn in value]
+
+    def response(self, value: Any, name: str) -> list[Message]:
+        """An assistant's text, a message, or messages whose last is the assistant's."""
+        if isinstance(value, str):
+            return [{"role": "assistant", "content": value}]
+        turns = self.turns([value] if isinstance(value, Mapping) else value, name)
+        if turns and turns[-1]["role"] != "assistant":
+            raise RowError(
+                f"{name} ends with a turn of role {turns[-1]['role']!r}; a response ends with the assistant's",
+                "whose response is not the assistant's",
+            )
+        return turns
+
+    def conversation(self, row: Row, name: str, *, all_of_it: bool = False) -> tuple[list[Message], list[Message]]:
+        """A conversation's turns before its last, and the last, which is the assistant's; with `all_of_it` all turns
+        of the assistant's that end it."""
+        turns = self.response(column(row, name), name)
+        at = len(turns) - 1
+        while all_of_it and at > 0 and turns[at - 1]["role"] == "assistant":
+            at -= 1
+        if at < 1:
+            raise RowError(
+                f"{name} must end with an assistant turn that answers something before it", "without a prompt"
+            )
+        return turns[:at], turns[at:]
+
+    def _turn(self, turn: Any, name: str) -> Message:
+        role_key, content_key = self.properties.get("role", "role"), self.properties.get("content", "content")
+        given = turn.get(role_key) or turn.get("from") if isinstance(turn, Mapping) else None
+        if not given:
+            raise RowError(
+                f"{name} holds {shown(turn)}, a message has {role_key} and {content_key} (or from and value)",
+                "with a message that is none",
+            )
+        role = self.known_roles.get(given) if isinstance(given, str) else None
+        if role is None:
+            raise RowError(
+                f"{name} has a turn of role {given!r}; known roles are {', '.join(self.known_roles)}; name others by "
+                "the option roles of chat_template formats",
+                "with an unknown role",
+            )
+        sources = {role_key, content_key, "from", "value", *self.properties.values()}
+        cleaned = {key: value for key, value in turn.items() if value is not None}
+        message = {k: v for k, v in cleaned.items() if k not in sources} | {"role": role}
+        for target, source in self.properties.items():
+            if target not in ("role", "content") and source in cleaned:
+                message[target] = cleaned[source]
+        content = cleaned.get(content_key, cleaned.get("value"))
+        calls: list[Any] = []
+        for key in ("tool_calls", "function_call"):
+            if key in message:
+                calls += read_calls(message.pop(key), name)
+        if given in _CALLING_ROLES and role == "assistant" and content is not None:
+            calls += read_calls(
+                joined(read_parts(content, name, given)) if isinstance(content, list) else content, name
+            )
+            content = None
+        if calls:
+            message["tool_calls"] = calls
+        if content is not None:
+            if not isinstance(content, str | list):
+                raise RowError(
+                    f"{name} has a turn of role {given!r} whose {content_key} is {shown(content)}, not text",
+                    _WRONG_TYPE,
+                )
+            message["content"] = read_parts(content, name, given) if isinstance(content, list) else content
+        elif not calls:
+            raise RowError(f"{name} has a turn of role {given!r} without content", "with a message without content")
+        return message
+
+
+STANDARD = Reader()
+
+
+def with_system(row: Row, turns: list[Message]) -> list[Message]:
+    """A `system` column as the first turn, unless the column is empty or the turns have one."""
+    words = row.get("system")
+    if not words:
+        return turns
+    if not isinstance(words, str):
+        raise RowError(f"system must be text, got {shown(words)}", _WRONG_TYPE)
+    if turns and turns[0]["role"] in ("system", "developer"):
+        if joined(turns[0].get("content")).strip() == words.strip():
+            column(row, "system")  # the turn is it
+        return turns
+    return [{"role": "system", "content": row["system"]}, *turns]
+
+
+def words(message: Message, name: str) -> str:
+    """A message's text, for formats that write it without a chat template."""
+    content = message.get("content")
+    if message.get("tool_calls") or not isinstance(content, str | list):
+        raise RowError(
+            f"{name} has a turn of role {message['role']!r} that is more than text; a chat_template format writes it",
+            "with a turn that is more than text",
+        )
+    return joined(content)
+
+
+def is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_turn(turn) for turn in value)
+
+
+def as_content(value: Any, name: str, reader: Reader = STANDARD) -> Content:
+    """Text as it is, or messages, of which there must be one."""
+    if isinstance(value, str):
+        return value
+    turns = reader.turns(value, name)
+    if not turns:
+        raise RowError(f"{name} is empty", "with an empty prompt")
+    return turns
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value.get("role") or value.get("from"))

@@ -1,0 +1,308 @@
+"""Where prompt and responses overlap: what a response repeats of its prompt is part of the prompt alone.
+
+The rows of every format go through `untangle`. Data sets write a conversation in many ways: the prompt in a column of
+its own and once more at the beginning of the responses, or a prompt that holds the chosen response already. After
+`untangle` a prompt ends where the assistant is to answer, and a response begins with the answer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastpref.data.rows.content import Content, Message, Paired, RowError, Unpaired
+from fastpref.data.rows.parts import text_of
+
+MISREAD = "whose prompt and responses do not part"
+_SYSTEM = ("system", "developer")
+_NO_PROMPT = "without a shared prompt"
+_SURE = 12  # bytes of a prompt with which a response does not begin by accident
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_SENTENCE_ENDS = (".", "?", "!", ":", "。", "？", "！", "：")
+
+REPEATED = "the responses began with the whole prompt, which was dropped from them"
+ONE_REPEATED = "one of the responses alone begins with the whole prompt, which was left in it"
+PERHAPS_REPEATED = "the responses begin with the prompt, which was left in them: it is too short to tell from chance"
+ANSWERED = "the prompt ended with one of the responses, which was dropped from it"
+OTHER_PROMPT = "the text of the prompt is not in the conversations beside it, which were taken as they are"
+OTHER_QUESTION = "the first question of chosen is not that of the column prompt, which was taken"
+OTHER_TURNS = "before their last turns chosen and rejected differ, and only those of chosen were taken"
+OTHER_MESSAGES = "the messages are not what the responses answer, and were not read: the prompt is beside them"
+OTHER_SYSTEM = "the system turn differs from that of the conversations, which was taken"
+
+
+def untangle(content: Paired | Unpaired) -> Paired | Unpaired:
+    """A row whose responses hold nothing of its prompt. An empty prompt is in the responses: it is what they share.
+
+    Raises RowError for a prompt that ends with the assistant's turn, and for a response that begins with another's
+    though nothing of it is in the prompt: such rows are misread.
+    """
+    names = list(content.responses)
+    prompt, given = content.prompt, list(content.responses.values())
+    if isinstance(prompt, str) and all(isinstance(response, str) for response in given):
+        texts = {name: str(response) for name, response in content.responses.items()}
+        answers, remarks = without_question(prompt, texts)
+        return _with(content, prompt, list(answers.values()), remarks)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    chats = [_answer(response) if isinstance(response, str) else response for response in given]
+    asked, answers, remarks = _untangle_chat(turns, chats, names, of_text=isinstance(prompt, str))
+    return _with(content, asked, answers, remarks)
+
+
+def without_question(question: str, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Answers without the question, if every one of them begins with all of it and goes on; and what to remark of it.
+
+    A question of a word or two may begin its answers by accident ("Hi", "Hi there"), and is left in them.
+    """
+    rest = {name: _after(question, answer) for name, answer in answers.items()}
+    if not all(rest.values()):
+        return dict(answers), (ONE_REPEATED,) if any(rest.values()) and _is_sure(question.strip()) else ()
+    if not _is_sure(question.strip()):
+        return dict(answers), (PERHAPS_REPEATED,)
+    return {name: str(text) for name, text in rest.items()}, (REPEATED,)
+
+
+def _is_sure(question: str) -> bool:
+    sentence = question.endswith(_SENTENCE_ENDS) and len(question.split()) > 1
+    return sentence or len(question.encode()) >= _SURE
+
+
+def _after(question: str, answer: str) -> str | None:
+    """What follows the question in an answer that begins with it and does not go on in the midst of a word."""
+    core = question.strip()
+    if not core or answer.lstrip()[:1] != core[0]:
+        return None
+    if answer.startswith(question):
+        rest = answer[len(question) :]
+    elif answer.lstrip().startswith(core):
+        rest = answer.lstrip()[len(core) :]
+        rest = rest.lstrip() if question[-1].isspace() else rest
+    else:  # the same words with other white space
+        words = core.split()
+        *said, last = answer.split(None, len(words))
+        if said != words:
+            return None
+        before = answer[: len(answer) - len(last)]
+        rest = last if question[-1].isspace() else before[len(before.rstrip()) :] + last
+    ends = not question[-1].isalnum() or (rest and rest[0].isspace())
+    return rest if rest.strip() and ends else None
+
+
+def same(ours: Message, theirs: Message) -> bool:
+    """Whether two turns say the same, whatever their white space, the form of their content, and marks such as ids.
+
+    A developer's turn is as a system's.
+    """
+    roles = {ours["role"], theirs["role"]}
+    if len(roles) > 1 and not roles <= {*_SYSTEM}:
+        return False
+    our_words, their_words = text_of(ours).strip(), text_of(theirs).strip()
+    if our_words != their_words and our_words.split() != their_words.split():
+        return False
+    return all(ours.get(name) == theirs.get(name) for name in _THOUGHTS) and _calls(ours) == _calls(theirs)
+
+
+def _calls(message: Message) -> list[Any]:
+    return [call.get("function") for call in message.get("tool_calls") or []]
+
+
+def other_turns(prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, ...]:
+    """What to remark of a response whose last turn alone is taken, if it stands after other turns than the prompt's."""
+    before, asked = (_split_system(list(turns))[1] for turns in (response[:-1], prompt))
+    return (OTHER_TURNS,) if before and not _equal(before, asked) else ()
+
+
+# --- Chats ---------------------------------------------------------------------------------------------------------
+
+_Turns = list[Message]
+
+
+def _untangle_chat(
+    prompt: _Turns, responses: list[_Turns], names: list[str], *, of_text: bool
+) -> tuple[_Turns, list[_Turns], tuple[str, ...]]:
+    remarks: list[str] = []
+    system, asked = _split_system(prompt)
+    systems, chats = zip(*(_split_system(response) for response in responses))
+    greeted = not asked and len(chats) > 1 and any(turn["role"] == "user" for turn in chats[0][: _shared(chats)])
+    whole = [greeted or _is_whole(chat, asked) for chat in chats]
+    if not asked and not any(whole):
+        system = _one_system(system, systems, whole, names, remarks)
+        if system:  # which says all that is asked
+            return system, list(chats), tuple(remarks)
+    if not asked and not all(whole):
+        raise RowError(
+            f"{' and '.join(names)} do not begin with the same turn, so there is no prompt"
+            if len(names) > 1
+            else f"{names[0]} begins with no user's turn, and there is no prompt beside it",
+            _NO_PROMPT,
+        )
+    system = _one_system(system, systems, whole, names, remarks)
+    if all(whole):
+        asked, answers = _part_conversations(asked, list(chats), names, remarks, of_text=of_text)
+    else:
+        asked, answers = _part_answers(asked, list(chats), whole, names, remarks)
+    results = bool(asked[-1].get("tool_calls")) and all(answer and answer[0]["role"] == "tool" for answer in answers)
+    if asked[-1]["role"] == "assistant" and not results:
+        raise RowError(
+            "the prompt ends with the assistant's turn, and a response would be a second one after it; end the prompt "
+            "with the turn that is to be answered",
+            MISREAD,
+        )
+    for name, answer in zip(names, answers):
+        if answer and answer[0]["role"] not in ("assistant", "tool"):
+            raise RowError(
+                f"{name} begins with a turn of role {answer[0]['role']!r}, and not as the prompt does; a response "
+                "begins with the assistant's turn, or repeats the prompt",
+                MISREAD,
+            )
+    return [*system, *asked], answers, tuple(remarks)
+
+
+def _part_conversations(
+    asked: _Turns, chats: list[_Turns], names: list[str], remarks: list[str], *, of_text: bool
+) -> tuple[_Turns, list[_Turns]]:
+    """Conversations from their first question on, or from one that the prompt has too, parted where they differ."""
+    if not asked:
+        return _part(chats, names)
+    for start in range(len(asked)):
+        rest = asked[start:]
+        alike = any(_begins(chat, rest) for chat in chats) or asked[-1]["role"] == "assistant"
+        if alike and all(_shared([rest, chat]) for chat in chats):
+            joined = [_joined(asked, start, chat) for chat in chats]
+            explicit = len(chats) == 1 and len(asked) < len(joined[0]) and asked[-1]["role"] != "assistant"
+            return (asked, [joined[0][len(asked) :]]) if explicit else _part(joined, names)
+    if all(_holds(chat, asked) for chat in chats):
+        return _part(chats, names)
+    if asked[-1]["role"] == "assistant" and all(same(chat[0], chats[0][0]) for chat in chats):
+        return _part([asked + chat for chat in chats], names)  # a history, and what came after it
+    if of_text:
+        remarks.append(OTHER_PROMPT)
+        return _part(chats, names)
+    return asked, chats
+
+
+def _joined(asked: _Turns, start: int, chat: _Turns) -> _Turns:
+    """A conversation after the turns that stand before it in the prompt, with the prompt's words for what both have."""
+    again = _shared([asked[start:], chat])
+    return asked[: start + again] + chat[again:]
+
+
+def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
+    """The turns that all conversations begin with, and the rest of each: at least its last turn, from an answer on.
+
+    Of a single conversation the rest is its last answer.
+    """
+    at = len(chats[0]) - 1 if len(chats) == 1 else min(_shared(chats), min(map(len, chats)) - 1)
+    while at and chats[0][at - 1]["role"] == "assistant":
+        at -= 1
+    if not at:
+        raise RowError(
+            f"{' and '.join(names)} do not begin with the same turn, so there is no prompt"
+            if len(names) > 1
+            else f"{names[0]} must end with an assistant turn that answers something before it",
+            _NO_PROMPT if len(names) > 1 else "without a prompt",
+        )
+    return chats[0][:at], [chat[at:] for chat in chats]
+
+
+def _part_answers(
+    asked: _Turns, chats: list[_Turns], whole: Sequence[bool], names: list[str], remarks: list[str]
+) -> tuple[_Turns, list[_Turns]]:
+    """Answers to a prompt, some of which may repeat it; the prompt itself may hold one of them, or an empty one."""
+    for chat, is_whole in zip(chats, whole):
+        if is_whole and len(chat) == _shared([asked, chat]) and chat[-1]["role"] == "assistant":
+            asked, _ = _part([chat], names)  # the prompt was this whole conversation
+    answers = [_after_prompt(asked, chat) if is_whole else chat for chat, is_whole in zip(chats, whole)]
+    if _is_blank(asked[-1]) and len(asked) > 1:
+        asked = asked[:-1]
+    held = next((answer for answer in answers if answer and _ends(asked, answer)), None)
+    if asked[-1]["role"] == "assistant" and held is not None:
+        asked = asked[: len(asked) - len(held)]
+        remarks.append(ANSWERED)
+    if asked[-1].get("tool_calls"):  # the results that all responses begin with
+        results = next((at for at, turns in enumerate(zip(*answers)) if turns[0]["role"] != "tool"), 0)
+        results = min(results, _shared(answers))
+        asked, answers = asked + answers[0][:results], [answer[results:] for answer in answers]
+    return asked, answers
+
+
+def _after_prompt(asked: _Turns, chat: _Turns) -> _Turns:
+    for start in range(len(asked)):
+        if _begins(chat, asked[start:]) and len(chat) > len(asked) - start:
+            return chat[len(asked) - start :]
+    return chat
+
+
+def _is_whole(chat: _Turns, asked: _Turns) -> bool:
+    """Whether a response is a conversation with its prompt: it begins with another's turn, or with the prompt."""
+    if not chat:
+        return False
+    again = bool(asked) and len(chat) > len(asked) and _begins(chat, asked)
+    return again or chat[0]["role"] not in ("assistant", "tool")
+
+
+def _begins(chat: _Turns, turns: _Turns) -> bool:
+    """Whether a conversation begins with these turns."""
+    return _shared([chat, turns]) == len(turns)
+
+
+def _ends(asked: _Turns, answer: _Turns) -> bool:
+    return len(answer) < len(asked) and _begins(asked[-len(answer) :], answer)
+
+
+def _holds(chat: _Turns, turns: _Turns) -> bool:
+    return any(_begins(chat[start:], turns) for start in range(len(chat) - len(turns) + 1))
+
+
+def _shared(chats: Sequence[_Turns]) -> int:
+    """How many turns conversations begin with alike."""
+    count = 0
+    for turns in zip(*chats):
+        if not all(same(turn, turns[0]) for turn in turns[1:]):
+            break
+        count += 1
+    return count
+
+
+def _one_system(
+    system: _Turns, systems: Sequence[_Turns], whole: Sequence[bool], names: list[str], remarks: list[str]
+) -> _Turns:
+    """The system turns of a row: those of its responses, which must agree, or else of its prompt."""
+    own = next((turns for turns in systems if turns), None)
+    if own is None:
+        return system
+    of_prompt = _equal(system, own)
+    for turns, is_whole in zip(systems, whole):
+        if not _equal(turns, own) and (turns or (is_whole and not of_prompt)):
+            raise RowError(
+                f"{' and '.join(names)} do not begin with the same turn: their system turns differ, so there is no "
+                "prompt",
+                _NO_PROMPT,
+            )
+    if system and not of_prompt:
+        remarks.append(OTHER_SYSTEM)
+    return own
+
+
+def _equal(ours: _Turns, theirs: _Turns) -> bool:
+    return len(ours) == len(theirs) == _shared([ours, theirs])
+
+
+def _split_system(turns: _Turns) -> tuple[_Turns, _Turns]:
+    count = next((at for at, turn in enumerate(turns) if turn["role"] not in _SYSTEM), len(turns))
+    return turns[:count], turns[count:]
+
+
+def _is_blank(turn: Message) -> bool:
+    """Whether a turn is an empty place for an answer."""
+    return turn["role"] == "assistant" and not text_of(turn).strip() and set(turn) <= {"role", "content"}
+
+
+def _answer(words: str) -> _Turns:
+    return [{"role": "assistant", "content": words}]
+
+
+def _with(
+    content: Paired | Unpaired, prompt: Content, responses: Sequence[Content], remarks: tuple[str, ...]
+) -> Paired | Unpaired:
+    told: dict[str, Any] = dict(zip(content.responses, responses))
+    return replace(content, prompt=prompt, **told, remarks=tuple(dict.fromkeys((*content.remarks, *remarks))))

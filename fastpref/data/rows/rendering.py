@@ -1,0 +1,80 @@
+"""One row as the texts that will be tokenised: the public face of the formats."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastpref.data.rows.content import MISSING_COLUMN, Paired, Row, RowError, Unpaired
+from fastpref.data.rows.formats import detect, explained, find_format
+from fastpref.data.rows.reading import Format
+from fastpref.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def render(
+    row: Row,
+    format: str | Mapping[str, Any] = "auto",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    unpaired: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """A row's texts in a format: {"prompt", "chosen", "rejected"} or {"prompt", "completion", "label"}.
+
+    `format` and its `options` are those of [[data]] (docs/data.md). Formats that make messages need a `tokenizer` for
+    its chat template; a response then is what follows the text that it shares with the prompt, up to its end token.
+    `unpaired` reads single responses (KTO), where a format has both. Raises UserError for a row that is not of the
+    format.
+    """
+    form = choose(row, _with(format, options), unpaired=unpaired)
+    try:
+        content = form.read(row)
+        if unpaired and isinstance(content, Paired):
+            raise UserError("the row is a pair, two single responses for KTO; render it with unpaired=False")
+        prompt, responses = _texts(content, tokenizer)
+    except RowError as error:
+        said = str(error)
+        if error.kind == MISSING_COLUMN:
+            said = explained(said, row, unpaired=unpaired, auto=format != "auto")
+        raise UserError(said) from None
+    made: dict[str, Any] = {"prompt": prompt} | dict(zip(content.responses, responses))
+    return made | {"label": content.label} if isinstance(content, Unpaired) else made
+
+
+def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool) -> Format:
+    """The format that is named, or that the row's columns speak for. Raises UserError if there is none."""
+    try:
+        form = find_format(format, unpaired=unpaired) or detect(row)
+    except ValueError as error:  # RowError is one
+        raise UserError(str(error)) from None
+    if form is None:
+        said = f"the columns {', '.join(map(str, row))} are of no format that auto knows"
+        raise UserError(explained(said, row, unpaired=unpaired))
+    return form
+
+
+def _with(format: str | Mapping[str, Any], options: Mapping[str, Any]) -> str | Mapping[str, Any]:
+    if not options:
+        return format
+    return {**({"type": format} if isinstance(format, str) else format), **options}
+
+
+def _texts(content: Paired | Unpaired, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[str, list[str]]:
+    if isinstance(content.prompt, str):
+        return content.prompt, [str(response) for response in content.responses.values()]
+    if tokenizer is None:
+        raise UserError("the row is a chat; give the tokenizer whose chat template writes it, tokenizer=...")
+    from fastpref.data.template.render import write
+
+    prompt, full = write(content, tokenizer)
+    shared = next((i for i, letters in enumerate(zip(prompt, *full)) if len(set(letters)) > 1), None)
+    special = [str(token) for token in (*tokenizer.added_tokens_decoder.values(), *tokenizer.all_special_tokens)]
+    shared = min(map(len, (prompt, *full))) if shared is None else shared
+    return prompt[:shared], [_to_end(text[shared:], tuple(special)) for text in full]
+
+
+def _to_end(response: str, special: tuple[str, ...]) -> str:
+    """A response without the line end that a template writes after the end token."""
+    stripped = response.rstrip()
+    return stripped if special and stripped.endswith(special) else response

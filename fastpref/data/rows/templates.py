@@ -1,0 +1,292 @@
+"""The named formats that write text themselves, without the tokenizer's chat template: chatml.*, llama3.*, a user's
+table of columns, Zephyr's Nectar, and text as it is."""
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from pydantic import ConfigDict
+
+from fastpref.data.rows.auto import as_answers
+from fastpref.data.rows.content import (
+    MISSING_COLUMN,
+    Message,
+    Paired,
+    Row,
+    RowError,
+    Unpaired,
+    Writing,
+    column,
+    label,
+    shown,
+    text,
+)
+from fastpref.data.rows.messages import STANDARD, words
+from fastpref.data.rows.overlap import OTHER_QUESTION, other_turns, untangle, without_question
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a model family writes the turns of a chat."""
+
+    turn: str  # of {role} and {content}
+    generation_prompt: str
+    end: str
+
+    def prompt(self, turns: list[Message], name: str) -> str:
+        written = (self.turn.format(role=turn["role"], content=words(turn, name)) for turn in turns)
+        return "".join(written) + self.generation_prompt
+
+    def paired(self, turns: list[Message], chosen: str, rejected: str, name: str = "prompt") -> Paired:
+        asked, answers, remarks = _freed(turns, {"chosen": chosen, "rejected": rejected})
+        writing = Writing(end=self.end)
+        prompt = self.prompt(asked, name)
+        return Paired(prompt, answers["chosen"] + self.end, answers["rejected"] + self.end, writing, remarks)
+
+    def unpaired(self, turns: list[Message], completion: str, good: bool, name: str = "prompt") -> Unpaired:
+        asked, answers, remarks = _freed(turns, {"completion": completion})
+        prompt = self.prompt(asked, name)
+        return Unpaired(prompt, answers["completion"] + self.end, good, Writing(end=self.end), remarks)
+
+
+TEMPLATES = {
+    "chatml": Template("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>"),
+    "llama3": Template(
+        "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+}
+
+ReadPaired = Callable[[Template, Row], Paired]
+ReadUnpaired = Callable[[Template, Row], Unpaired]
+
+# --- Pairs ---------------------------------------------------------------------------------------------------------
+
+PROMPTS = ("prompt", "input", "question", "instruction")
+
+
+def default(template: Template, row: Row) -> Paired:
+    prompt = _first(row, *PROMPTS)
+    chosen = text(row, _present(row, "chosen", "chosen_response"))
+    rejected = text(row, _present(row, "rejected", "rejected_response"))
+    return template.paired(_asked(row, text(row, prompt)), chosen, rejected)
+
+
+def argilla_chat(template: Template, row: Row) -> Paired:
+    """Every turn of `chosen` before its last is the prompt."""
+    prompt, chosen = STANDARD.conversation(row, "chosen")
+    content = template.paired(prompt, words(chosen[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    return replace(
+        content, remarks=(*content.remarks, *other_turns(prompt, STANDARD.response(row["rejected"], "rejected")))
+    )
+
+
+def pairs_after(prompt: str) -> ReadPaired:
+    """Texts after the question in the column `prompt`."""
+    return lambda template, row: template.paired(
+        _asked(row, text(row, prompt)), text(row, "chosen"), text(row, "rejected")
+    )
+
+
+def ultra(template: Template, row: Row) -> Paired:
+    """The question in `prompt`, then what `chosen` says between its first question and its last answer."""
+    turns = STANDARD.response(column(row, "chosen"), "chosen")
+    if not turns:
+        raise RowError("chosen is empty", "with an empty response")
+    prompt, earlier = _asked(row, text(row, "prompt")), turns[:-1]
+    if earlier and earlier[0]["role"] == "system":
+        prompt = prompt if prompt[0]["role"] == "system" else [earlier[0], *prompt]
+        earlier = earlier[1:]
+    other = earlier and words(earlier[0], "chosen").strip() != prompt[-1]["content"].strip()
+    asked = prompt + earlier[1:]
+    content = template.paired(asked, words(turns[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
+    remarks = other_turns(turns[:-1], STANDARD.response(row["rejected"], "rejected"))
+    return replace(content, remarks=(*content.remarks, *remarks, *((OTHER_QUESTION,) if other else ())))
+
+
+PAIRED: dict[str, ReadPaired] = {
+    "default": default,
+    "argilla": default,
+    "argilla_chat": argilla_chat,
+    "icr": pairs_after("input"),
+    "intel": pairs_after("question"),
+    "prompt_pairs": pairs_after("prompt"),
+    "ultra": ultra,
+}
+
+# --- Single responses ----------------------------------------------------------------------------------------------
+
+
+def completion_after(prompt: str) -> ReadUnpaired:
+    return lambda template, row: template.unpaired(_asked(row, text(row, prompt)), text(row, "completion"), label(row))
+
+
+def argilla_chat_completion(template: Template, row: Row) -> Unpaired:
+    prompt, completion = STANDARD.conversation(row, "completion")
+    return template.unpaired(prompt, words(completion[-1], "completion"), label(row), "completion")
+
+
+UNPAIRED: dict[str, ReadUnpaired] = {
+    "argilla": completion_after("instruction"),
+    "argilla_chat": argilla_chat_completion,
+    "intel": completion_after("question"),
+    "prompt_pairs": completion_after("prompt"),
+    "ultra": completion_after("prompt"),
+}
+
+# The columns without which a format reads nothing: one of each group.
+COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "default": (PROMPTS, ("chosen", "chosen_response"), ("rejected", "rejected_response")),
+    "argilla": (PROMPTS, ("chosen", "chosen_response"), ("rejected", "rejected_response")),
+    "argilla_chat": (("chosen",), ("rejected",)),
+    "icr": (("input",), ("chosen",), ("rejected",)),
+    "intel": (("question",), ("chosen",), ("rejected",)),
+    "prompt_pairs": (("prompt",), ("chosen",), ("rejected",)),
+    "ultra": (("prompt",), ("chosen",), ("rejected",)),
+}
+UNPAIRED_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "argilla": (("instruction",), ("completion",), ("label",)),
+    "argilla_chat": (("completion",), ("label",)),
+    "intel": (("question",), ("completion",), ("label",)),
+    "prompt_pairs": (("prompt",), ("completion",), ("label",)),
+    "ultra": (("prompt",), ("completion",), ("label",)),
+}
+
+# --- Without turns -------------------------------------------------------------------------------------------------
+
+
+def passthrough(row: Row) -> Paired:
+    return Paired(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"))
+
+
+def passthrough_unpaired(row: Row) -> Unpaired:
+    return Unpaired(text(row, "prompt"), text(row, "completion"), label(row))
+
+
+def nectar(row: Row) -> Paired:
+    """The answer of the best rank, the lowest number, against that of the worst, in Zephyr's markers."""
+    answers = column(row, "answers")
+    if not isinstance(answers, list) or len(answers) < 2:
+        raise RowError(f"answers must be a list of two or more, got {shown(answers)}", "with fewer than two answers")
+    for answer in answers:
+        rank = answer.get("rank") if isinstance(answer, Mapping) else None
+        if not isinstance(rank, int | float) or isinstance(rank, bool) or not isinstance(answer.get("answer"), str):
+            raise RowError(
+                f"answers holds {shown(answer)}, an answer has answer (text) and rank (a number)",
+                "with an answer that is none",
+            )
+    best, worst = (pick(answers, key=lambda answer: answer["rank"]) for pick in (min, max))
+    if best["rank"] == worst["rank"]:
+        raise RowError(f"all answers have rank {best['rank']}, so none is better", "with answers of one rank")
+    system = f"<|system|>\n{row['system']}</s>\n" if row.get("system") else ""
+    told, remarks = as_answers(text(row, "prompt"), {"best": best["answer"], "worst": worst["answer"]})
+    prompt = f"{system}<|user|>\n{row['prompt']}</s>\n<|assistant|>\n"
+    return Paired(prompt, told["best"], told["worst"], remarks=remarks)
+
+
+# --- A user's own columns ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which columns hold what, and how each is written. `chosen_format` may be any text around {chosen}, and so on."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    field_prompt: str = "prompt"
+    field_system: str = "system"
+    field_chosen: str = "chosen"
+    field_rejected: str = "rejected"
+    field_completion: str = "completion"
+    field_label: str = "label"
+    prompt_format: str = "{prompt}"
+    chosen_format: str = "{chosen}"
+    rejected_format: str = "{rejected}"
+    completion_format: str = "{completion}"
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "chosen", "rejected", "completion"):
+            _check_format(f"{name}_format", getattr(self, f"{name}_format"), name)
+
+    def paired(self, row: Row) -> Paired:
+        texts = {
+            name: text(row, field) for name, field in (("chosen", self.field_chosen), ("rejected", self.field_rejected))
+        }
+        told, remarks = without_question(text(row, self.field_prompt), texts)
+        return Paired(
+            self._prompt(row),
+            self.chosen_format.format(chosen=told["chosen"]),
+            self.rejected_format.format(rejected=told["rejected"]),
+            remarks=remarks,
+        )
+
+    def unpaired(self, row: Row) -> Unpaired:
+        completion = {"completion": text(row, self.field_completion)}
+        told, remarks = without_question(text(row, self.field_prompt), completion)
+        return Unpaired(
+            self._prompt(row),
+            self.completion_format.format(completion=told["completion"]),
+            label(row, self.field_label),
+            remarks=remarks,
+        )
+
+    def _prompt(self, row: Row) -> str:
+        wanted = "{system}" in self.prompt_format and row.get(self.field_system) is not None
+        system = text(row, self.field_system) if wanted else ""
+        return self.prompt_format.format(prompt=text(row, self.field_prompt), system=system)
+
+
+def _check_format(option: str, given: str, name: str) -> None:
+    allowed = {"prompt", "system"} if name == "prompt" else {name}
+    try:
+        names = {part for _, part, _, _ in string.Formatter().parse(given) if part is not None}
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}; a brace that is meant as one is written twice") from None
+    if unknown := names - allowed:
+        known = " and ".join(f"{{{word}}}" for word in sorted(allowed))
+        raise ValueError(f"{option}: {{{min(unknown)}}} is not known here, {known} can be; write {{{{ for a brace")
+    if name not in names:
+        raise ValueError(f"{option}: {{{name}}} must be in it")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message], dict[str, str], tuple[str, ...]]:
+    """Turns and their answers without what these repeat, as for every chat; and what to remark."""
+    told, remarks = as_answers(turns, answers)
+    if any(not answer.strip() for answer in told.values()):  # an empty one, which repeats nothing
+        return turns, told, remarks
+    first, *second = ([{"role": "assistant", "content": answer}] for answer in told.values())
+    content = untangle(Paired(turns, first, second[0]) if second else Unpaired(turns, first, True))
+    assert not isinstance(content.prompt, str)
+    return content.prompt, told, (*remarks, *content.remarks)
+
+
+def _asked(row: Row, question: str) -> list[Message]:
+    """A question as a user's turn, after the system's if there is one."""
+    system = [{"role": "system", "content": text(row, "system")}] if row.get("system") else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def _last_turn(row: Row, name: str) -> str:
+    turns = STANDARD.response(column(row, name), name)
+    if not turns:
+        raise RowError(f"{name} is empty", "with an empty response")
+    return words(turns[-1], name)
+
+
+def _first(row: Row, *names: str) -> str:
+    """The first of these columns that says something, else the first there is."""
+    there = [name for name in names if row.get(name) is not None]
+    if not there:
+        raise RowError(
+            f"there is no column {', '.join(names[:-1])} or {names[-1]}; the columns are {', '.join(map(str, row))}",
+            MISSING_COLUMN,
+        )
+    return next((name for name in there if row[name]), there[0])
+
+
+def _present(row: Row, name: str, other: str) -> str:
+    return other if row.get(name) is None and row.get(other) is not None else name

@@ -1,0 +1,32 @@
+"""Conversations as one text, "\\n\\nHuman: ...\\n\\nAssistant: ...", as in Anthropic's hh-rlhf."""
+
+import re
+from typing import Any
+
+from fastpref.data.rows.content import Message
+
+_SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):[ \t]?")
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ ('\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' if m['role'] == 'assistant' else '') "
+    "+ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+"""How such a conversation is written for a tokenizer that has no chat template."""
+
+
+def is_transcript(value: Any) -> bool:
+    """Whether text begins with the human's words and has the assistant's after them."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
+
+
+def read_transcript(text: str, *, answered: bool = False) -> list[Message]:
+    """The turns of a transcript. An empty last turn of the assistant's, a place for an answer, is left out of a prompt;
+    one that is `answered` has it, and its answer is empty."""
+    marks = list(_SPEAKER.finditer(text))
+    stops = [mark.start() for mark in marks[1:]] + [len(text)]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns: list[Message] = [
+        {"role": roles[mark.group(1)], "content": text[mark.end() : stop].strip()} for mark, stop in zip(marks, stops)
+    ]
+    open_place = not answered and turns[-1:] == [{"role": "assistant", "content": ""}]
+    return turns[:-1] if open_place else turns

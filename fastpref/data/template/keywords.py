@@ -1,0 +1,103 @@
+"""Keywords of a chat template (enable_thinking, reasoning_effort, ...): those of a run and of a row, and the day."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import date, datetime, time
+from typing import Any
+
+from fastpref.data.rows.content import Paired, Unpaired, Writing
+
+_TAKEN = {  # by `apply_chat_template` itself
+    "self", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "kwargs",
+}  # fmt: skip
+_GIVEN = {  # to the template by it
+    "messages", "strftime_now", "raise_exception", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
+    "cls_token", "mask_token",
+}  # fmt: skip
+RESERVED = frozenset(_TAKEN | _GIVEN)
+"""Names that no keyword can have: they are filled by the row, the tokenizer or the rendering itself."""
+
+_DAY = "strftime_now"  # the function by which templates write the date
+
+
+def check_keywords(keywords: Mapping[str, Any]) -> None:
+    """Raises ValueError for a name that is taken, or a value that JSON does not have."""
+    for name, value in keywords.items():
+        if name in RESERVED:
+            raise ValueError(f"{name} is no keyword that can be set: it is filled for every row")
+        if not _is_json(value):
+            raise ValueError(f"{name} must be true, false, a number, text, a list or a table, got {value!r}")
+
+
+def of_run(content: Paired | Unpaired, keywords: Mapping[str, Any], day: date | None) -> Paired | Unpaired:
+    """A row with the keywords and the day of its run. The row's own keywords win; a null among them is none."""
+    if isinstance(content.prompt, str):
+        return content
+    merged = {**keywords, **_set(content.writing)}
+    return replace(content, writing=replace(content.writing, template_kwargs=merged or None, day=day))
+
+
+def keywords_of(writing: Writing) -> dict[str, Any]:
+    """What the template is given beside messages and tools. Raises ValueError for names and values that it cannot."""
+    keywords = _set(writing)
+    check_keywords(keywords)
+    return keywords
+
+
+def key_of(writing: Writing) -> tuple[str | None, str]:
+    """Equal for writings whose chats are written alike, their tools aside."""
+    rest = [_set(writing), writing.day, writing.without_template]
+    return writing.chat_template, json.dumps(rest, sort_keys=True, default=str)
+
+
+def variables(template: str) -> frozenset[str]:
+    """The names that a template reads from outside. Raises jinja2's TemplateError for what is no template."""
+    from jinja2 import meta
+
+    return frozenset(meta.find_undeclared_variables(_compiled(template).environment.parse(template)))
+
+
+def writes_the_date(template: str) -> bool:
+    return _DAY in template
+
+
+@contextmanager
+def on_day(template: str, day: date | None) -> Iterator[None]:
+    """What transformers renders of this template meanwhile is written on a day, at midnight; None is now.
+
+    A keyword cannot do this: `apply_chat_template` gives templates plain values only, and no functions.
+    """
+    if day is None or not writes_the_date(template):
+        yield
+        return
+    names = _compiled(template).globals
+    before, began = names[_DAY], datetime.combine(day, time())
+    names[_DAY] = lambda form: began.strftime(form)
+    try:
+        yield
+    finally:
+        names[_DAY] = before
+
+
+def _set(writing: Writing) -> dict[str, Any]:
+    return {name: value for name, value in (writing.template_kwargs or {}).items() if value is not None}
+
+
+def _compiled(template: str) -> Any:
+    """The object that `apply_chat_template` renders: transformers compiles a template once and keeps it."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(template)
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_json(inner) for name, inner in value.items())
+    return isinstance(value, bool | int | str) or value is None or (isinstance(value, float) and math.isfinite(value))

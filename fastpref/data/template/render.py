@@ -1,0 +1,170 @@
+"""From messages to the text that a chat template makes of them."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fastpref.data.rows.content import Message, Paired, RowError, Unpaired, Writing
+from fastpref.data.template.keywords import key_of, keywords_of, on_day
+from fastpref.data.template.traits import for_template, template_of
+from fastpref.errors import UserError
+
+Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
+# What a template raises for messages that it does not take.
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
+_DEVELOPER = re.compile(r"['\"]developer['\"]")
+
+
+def write_all(
+    contents: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase
+) -> list[Written | RowError | UserError]:
+    """`write` for many rows, each with its text or the error that it raises. Chats go to the template together."""
+    together: dict[tuple[str | None, str], list[int]] = {}
+    for at, content in enumerate(contents):
+        template = content.writing.chat_template
+        if not isinstance(content.prompt, str) and not content.writing.tools and (template or tokenizer.chat_template):
+            together.setdefault(key_of(content.writing), []).append(at)
+    made: dict[int, Written | RowError | UserError] = {}
+    for places in together.values():
+        try:
+            made |= zip(places, _write_chats([contents[at] for at in places], tokenizer))
+        except REFUSALS:  # each alone then, so that the refused ones are known
+            continue
+    return [made[at] if at in made else _write_or_error(content, tokenizer) for at, content in enumerate(contents)]
+
+
+def _write_or_error(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Written | RowError | UserError:
+    try:
+        return write(content, tokenizer)
+    except (RowError, UserError) as error:
+        return error
+
+
+def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
+    """Chats of one template and its keywords, without tools, in two calls of it."""
+    writing = chats[0].writing
+    asked: list[list[Message]] = []  # prompts that the assistant is to answer
+    others: list[list[Message]] = []
+    for chat in chats:
+        prompt: Any = chat.prompt
+        (others if _answered(prompt) else asked).append(prompt)
+        others += [[*prompt, *response] for response in _turns(chat)]
+    to_answer = iter(_apply_all(tokenizer, asked, writing, generation_prompt=True))
+    written = iter(_apply_all(tokenizer, others, writing, generation_prompt=False))
+    return [
+        (next(written if _answered(chat.prompt) else to_answer), [next(written) for _ in _turns(chat)])
+        for chat in chats
+    ]
+
+
+def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Written:
+    """The text of the prompt, and of the prompt with each response.
+
+    Text is joined, without a BOS before the response. Messages are written by the chat template, the prompt with its
+    generation prompt, unless the response goes on after an assistant's turn. Raises RowError for what the template
+    refuses, UserError if there is none.
+    """
+    prompt = content.prompt
+    if isinstance(prompt, str):
+        bos = str(tokenizer.bos_token or "")
+        return prompt, [prompt + _without(bos, str(response)) for response in content.responses.values()]
+    if template_of(tokenizer, content.writing) is None:
+        raise UserError("the row is a chat, and the tokenizer has no chat template; set tokens.chat_template")
+    try:
+        alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
+        full = [apply(tokenizer, [*prompt, *response], content.writing) for response in _turns(content)]
+    except REFUSALS as error:
+        message = f"the chat template refuses this row: {error}{_hint(str(error).lower(), prompt, _turns(content))}"
+        raise RowError(message, "refused by the chat template") from None
+    return alone, full
+
+
+def _hint(refusal: str, prompt: list[Message], responses: Sequence[list[Message]]) -> str:
+    """What a template's own words leave out: what to do, or which roles it does not take."""
+    if "system" in refusal:
+        return "; put the words of its system turn into the first question"
+    if "role" not in refusal:
+        return ""
+    roles = list(dict.fromkeys(", ".join(turn["role"] for turn in [*prompt, *response]) for response in responses))
+    return f"; the roles of this row's turns are {' or '.join(roles)}"
+
+
+def apply(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], writing: Writing, *, generation_prompt: bool = False
+) -> str:
+    return _apply_all(tokenizer, [messages], writing, generation_prompt=generation_prompt)[0]
+
+
+def _apply_all(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    writing: Writing,
+    *,
+    generation_prompt: bool,
+) -> list[str]:
+    if not conversations:
+        return []
+    template = template_of(tokenizer, writing)
+    assert template is not None
+    conversations = [
+        for_template([_as_known(message, template) for message in messages], tokenizer, writing)
+        for messages in conversations
+    ]
+    tools: Any = list(writing.tools) if writing.tools else None
+    with on_day(template, writing.day):
+        if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
+            # apply_chat_template drops what is null, which these templates ask for.
+            given: dict[str, Any] = {**tokenizer.special_tokens_map, **keywords_of(writing)}
+            nulls: Any = render_jinja_template(
+                conversations,
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=generation_prompt,
+                **given,
+            )
+            return nulls[0]
+        written: Any = tokenizer.apply_chat_template(
+            conversations,
+            tools=tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            **keywords_of(writing),
+        )
+    return written
+
+
+def _as_known(message: Message, template: str) -> Message:
+    """A developer's turn is the system's for a template that knows no developer."""
+    unknown = message["role"] == "developer" and not _DEVELOPER.search(template)
+    return {**message, "role": "system"} if unknown else message
+
+
+def common(a: str, b: str) -> int:
+    """How many letters two texts begin with alike."""
+    if b.startswith(a):
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def _answered(prompt: Any) -> bool:
+    """Whether the response goes on after an assistant's turn."""
+    return prompt[-1]["role"] == "assistant"
+
+
+def _turns(chat: Paired | Unpaired) -> list[list[Message]]:
+    return [response for response in chat.responses.values() if isinstance(response, list)]
+
+
+def _without(bos: str, response: str) -> str:
+    while bos and response.startswith(bos):
+        response = response.removeprefix(bos)
+    return response

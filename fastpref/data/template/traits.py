@@ -1,0 +1,140 @@
+"""What a chat template does with content in parts and with a call's arguments, found by rendering, and messages as it
+takes them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fastpref.data.rows.content import Message, Writing
+from fastpref.data.rows.parts import joined
+
+_WORDS, _MORE = "qzfirst", "qzsecond"  # which no template has
+_PARTS = [{"type": "text", "text": _WORDS}, {"type": "text", "text": _MORE}]
+_ASKED = {"role": "user", "content": "-"}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_NO_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token"), "")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a chat template does."""
+
+    iterates: frozenset[str]
+    """Roles whose content it writes part by part."""
+    needs_parts: frozenset[str]
+    """Roles whose content it writes in no other way."""
+    arguments_as_text: bool
+    """Whether it wants a call's arguments as JSON text: it fails, or writes Python, if they are a mapping."""
+    no_words: Mapping[str, Any]
+    """What a turn that only calls has of content: empty text, None or nothing, as the template then writes the call."""
+
+
+def for_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, writing: Writing) -> list[Message]:
+    """Messages as the chat template of a row takes them: text or parts, arguments as a mapping or as JSON text.
+
+    A template that writes its own parts gets them; for others the parts of a message are joined.
+    """
+    template = template_of(tokenizer, writing)
+    if template is None:
+        return list(messages)
+    traits = traits_of(template)
+    return [_as_taken(message, traits) for message in messages]
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, writing: Writing) -> str | None:
+    """The Jinja that writes a row, or None if there is none."""
+    own: Any = writing.chat_template or tokenizer.chat_template or writing.without_template
+    if not isinstance(own, dict):
+        return own
+    return (own.get("tool_use") if writing.tools else None) or own.get("default") or next(iter(own.values()), None)
+
+
+@lru_cache(maxsize=64)
+def traits_of(template: str) -> Traits:
+    """The traits of a chat template. What it refuses to write at all it does not take."""
+    iterates, needs_parts = set[str](), set[str]()
+    for role in _ROLES:
+        if _writes_any(template, _chats(role, _PARTS), (_WORDS, _MORE), ("'text'", '"text"')):
+            iterates.add(role)
+            if not _writes_any(template, _chats(role, _WORDS), (_WORDS,), ()):
+                needs_parts.add(role)
+    return Traits(frozenset(iterates), frozenset(needs_parts), *_calls(template))
+
+
+def _chats(role: str, content: Any) -> list[list[Message]]:
+    """Chats with a turn of a role and a content, beside turns of text or of parts."""
+    return [_chat({"role": role, "content": content}, words) for words in ("-", [{"type": "text", "text": "-"}])]
+
+
+def _chat(turn: Message, words: Any) -> list[Message]:
+    asked = {"role": "user", "content": words}
+    if turn["role"] in ("system", "developer"):
+        return [turn, asked]
+    if turn["role"] == "tool":
+        return [asked, _calling({}, {"content": words}), {**turn, "name": "f", "tool_call_id": "abcdefghi"}]
+    return [asked, turn] if turn["role"] == "assistant" else [turn]
+
+
+_NO_WORDS: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
+
+
+def _calling(arguments: Any, no_words: Mapping[str, Any]) -> Message:
+    call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", **no_words, "tool_calls": [call]}
+
+
+def _calls(template: str) -> tuple[bool, Mapping[str, Any]]:
+    """Whether calls have their arguments as text, and what of content, for the template to write them."""
+    arguments = {_WORDS: _MORE}
+    text = json.dumps(arguments)
+    forms = ((False, arguments, (_WORDS, _MORE)), (True, text, (text,)))
+    for as_text, given, wanted in forms:
+        for no_words in _NO_WORDS:
+            chat = [_ASKED, _calling(given, no_words)]
+            if _writes(template, chat, wanted, (f"{{'{_WORDS}'", "None")):
+                return as_text, no_words
+    return False, _NO_WORDS[0]
+
+
+def _writes_any(template: str, chats: list[list[Message]], wanted: Sequence[str], unwanted: Sequence[str]) -> bool:
+    return any(_writes(template, chat, wanted, unwanted) for chat in chats)
+
+
+def _writes(template: str, chat: list[Message], wanted: Sequence[str], unwanted: Sequence[str]) -> bool:
+    """Whether a template writes a chat with all of some words and none of others."""
+    try:
+        written, _ = render_jinja_template([chat], chat_template=template, **_NO_TOKENS)
+    except Exception:  # Jinja's errors, and whatever a template's Python raises
+        return False
+    return all(word in written[0] for word in wanted) and not any(word in written[0] for word in unwanted)
+
+
+def _as_taken(message: Message, traits: Traits) -> Message:
+    changed: dict[str, Any] = {}
+    role, content = message["role"], message.get("content")
+    if isinstance(content, list) and role not in traits.iterates:
+        changed["content"] = joined(content)
+    elif isinstance(content, str) and role in traits.needs_parts:
+        changed["content"] = [{"type": "text", "text": content}]
+    if message.get("tool_calls"):
+        if traits.arguments_as_text:
+            changed["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
+        if not content:
+            message = {name: value for name, value in message.items() if name != "content"}
+            changed |= traits.no_words
+    return {**message, **changed} if changed else message
+
+
+def _with_text(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+        return call
+    return {
+        **call,
+        "function": {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)},
+    }

@@ -1,0 +1,86 @@
+"""What each method's numbers are at first, and where they stay in a healthy run. Nothing here imports torch."""
+
+import math
+from dataclasses import dataclass
+
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+
+_LN2 = math.log(2)
+GRADIENTS = (0.01, 10.0)  # a norm before clipping
+EXPLODING = 100.0
+
+
+@dataclass(frozen=True)
+class Band:
+    """Where a metric is in a healthy run; None is no bound."""
+
+    low: float | None
+    high: float | None
+
+
+def first_loss(loss: LossOptions) -> float | None:
+    """The loss as long as policy and reference are the same model, where that determines it."""
+    if isinstance(loss, KTO):
+        same = loss.desirable_weight == loss.undesirable_weight
+        return loss.desirable_weight / 2 if same else None
+    if isinstance(loss, IPO):
+        return first_loss(loss.as_dpo())
+    if not isinstance(loss, DPO) or loss.weighting or "sft" in loss.variants:
+        return None
+    weights = loss.weights or (1.0,) * len(loss.variants)
+    return sum(weight * _at_zero(name, loss) for name, weight in zip(loss.variants, weights))
+
+
+def _at_zero(variant: str, loss: DPO) -> float:
+    """A variant's value where both ratios are 0."""
+    beta, eps = loss.beta, loss.label_smoothing
+    if variant in ("nca_pair", "bco_pair"):
+        return 2 * _LN2
+    if variant in ("hinge", "apo_zero", "apo_down"):
+        return 1.0
+    if variant == "exo_pair":
+        return -_LN2 - (math.log1p(-eps) + math.log(eps)) / 2
+    if variant == "discopop":
+        return _LN2 / 2 + 0.5
+    return {"ipo": 1 / (2 * beta) ** 2, "sppo_hard": 0.5 / beta**2}.get(variant, _LN2)
+
+
+def loss_band(loss: LossOptions, start: float | None = None) -> Band:
+    """DPO: 0.3 to ln 2, its relatives and KTO in proportion; IPO: 0 to 1/(2β)²; without a reference: below `start`."""
+    first = first_loss(loss)
+    if first is None:
+        return Band(None, start)
+    logistic = isinstance(loss, KTO) or (isinstance(loss, DPO) and set(loss.variants) <= _LOGISTIC)
+    return Band(0.3 / _LN2 * first if logistic else 0.0, first)
+
+
+_LOGISTIC = {"sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"}
+
+
+def bands(loss: LossOptions, start: float | None = None) -> dict[str, Band]:
+    """By the name of the metric. `start` is the run's first loss."""
+    found = {
+        "loss": loss_band(loss, start),
+        "rewards/accuracies": Band(0.5, None),
+        "rewards/margins": Band(0.0, None),
+        "grad_norm": Band(*GRADIENTS),
+    }
+    if loss.uses_reference:
+        found |= {"rewards/chosen": Band(0.0, None), "rewards/rejected": Band(None, 0.0)}
+    if isinstance(loss, ORPO):
+        found["log_odds_chosen"] = Band(0.0, None)
+    if isinstance(loss, SimPO):  # the margin aimed at
+        found["rewards/margins"] = Band(loss.margin, None)
+    return found
+
+
+def supervised(loss: LossOptions) -> bool:
+    """Whether the likelihood of the chosen responses is raised by a term of its own."""
+    if isinstance(loss, DPO):
+        return "sft" in loss.variants
+    return isinstance(loss, ORPO) or (isinstance(loss, CPO | SimPO) and loss.sft_weight > 0)
+
+
+def per_token(loss: LossOptions) -> bool:
+    """Whether a reward is β · an average over tokens and not a sum."""
+    return isinstance(loss, ORPO | SimPO) or (isinstance(loss, CPO) and loss.variant == "ipo")

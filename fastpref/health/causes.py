@@ -1,0 +1,168 @@
+"""Rules that find why a run goes wrong: from the run as a whole, its labels and its rows."""
+
+import numpy as np
+
+from fastpref.health.bands import first_loss, per_token
+from fastpref.health.rule import (
+    Finding,
+    Known,
+    change_of,
+    enough,
+    heldout_error,
+    known_start,
+    nats_moved,
+    now,
+    percent,
+    rule,
+    settled,
+    smaller,
+)
+from fastpref.run.history import HELDOUT, History
+
+
+@rule(
+    "learning_rate_high",
+    explains=(
+        "labels_shuffled", "swapped", "loss_rises", "loss_below_band", "margins_flat", "accuracy_at_chance",
+        "rejected_rises", "both_fall", "gradient_explodes", "gradient_band", "gradient_spikes", "accuracy_pinned",
+        "length_bias", "kl_stuck", "heldout_gap", "nll_rises",
+    ),
+)  # fmt: skip
+def _learning_rate_high(h: History, known: Known) -> Finding | None:
+    """The policy has left its beginning so far that it no longer writes as it did."""
+    loss, tokens = h["loss"], change_of(h, known, "mean_token_accuracy")
+    if len(loss) < 3:
+        return None
+    start, worst = first_loss(known.loss) or float(loss.values[0]), float(loss.values.max())
+    high = loss.steps[loss.values > 3 * abs(start)]
+    said: list[str] = []
+    evidence: dict[str, float] = {}
+    steps = loss.span
+    if len(high) >= 3:
+        steps = int(high[0]), int(high[-1])
+        said.append(f"the loss went from {start:.3g} up to {worst:.3g}")
+        evidence |= {"first loss": start, "highest loss": worst}
+    if tokens is not None and tokens.end < 0.5 * tokens.start:
+        steps = tokens.steps
+        said.append(
+            f"of the tokens of chosen responses the model predicts {percent(tokens.end)} instead of "
+            f"{percent(tokens.start)}"
+        )
+        evidence |= {"chosen tokens predicted at first": tokens.start, "at the end": tokens.end}
+    if not said:
+        return None
+    rate = "" if known.learning_rate is None else f", {known.learning_rate:g},"
+    return Finding(
+        "alarm",
+        f"the learning rate{rate} is much too high: {', and '.join(said)}.",
+        f"Start anew with {smaller(known)}.",
+        steps,
+        evidence,
+    )
+
+
+@rule(
+    "swapped",
+    explains=("labels_shuffled", "heldout_gap", "both_fall", "rejected_rises", "margins_flat", "accuracy_at_chance",
+              "accuracy_pinned", "loss_below_band"),
+)  # fmt: skip
+def _swapped(h: History, known: Known) -> Finding | None:
+    """What the training teaches is the contrary of what the held-out rows ask for."""
+    name = "rewards/accuracies"
+    heldout = h.heldout_change(name, known_start(known, name))
+    training = change_of(h, known, name, heldout=False)
+    if heldout is None or training is None:
+        return None
+    contrary = heldout.end < 0.5 - 3 * heldout_error(known) and heldout.by < -0.1
+    if not contrary or training.end < 0.5 + max(0.05, 3 * training.error):
+        return None
+    return Finding(
+        "alarm",
+        f"chosen and rejected are swapped, in the training rows or in the held-out ones: accuracy is "
+        f"{percent(training.end)} in training and {percent(heldout.end)} held out, from {percent(heldout.start)}.",
+        "Look at both with `fastpref preview`, and at the columns that [[data]] and [[eval.data]] name.",
+        training.steps,
+        {"training accuracy": training.end, "held-out accuracy": heldout.end},
+    )
+
+
+@rule(
+    "labels_shuffled",
+    explains=("nothing_learnt", "heldout_gap", "margins_flat", "accuracy_at_chance", "both_fall", "rejected_rises",
+              "loss_below_band", "loss_rises"),
+)  # fmt: skip
+def _labels_shuffled(h: History, known: Known) -> Finding | None:
+    """The policy moves, and held-out rows are still told apart as by a coin."""
+    heldout, training = h[HELDOUT + "rewards/accuracies"], change_of(h, known, "rewards/accuracies", heldout=False)
+    moved = nats_moved(h, known)
+    if len(heldout) < 2 or training is None or moved is None or not settled(h, known, 0.5):
+        return None
+    if moved < 0.02 * enough(known) or abs(float(heldout.values[0]) - 0.5) > 0.15:
+        return None
+    if known.heldout is not None and known.heldout < 20:  # a coin may fall so
+        return None
+    end, width = float(heldout.values[-1]), max(0.05, 1.5 * heldout_error(known))
+    by_chance = bool(np.all(np.abs(heldout.values[1:] - 0.5) < width))
+    by_heart = training.end > max(end, 0.5) + 0.1
+    if not by_chance or not (by_heart or training.end < 0.53):
+        return None
+    what = (
+        f"held-out accuracy stays at {percent(end)} while training accuracy rises to {percent(training.end)}: the "
+        "model learns rows by heart"
+        if by_heart
+        else f"neither held-out accuracy ({percent(end)}) nor training accuracy ({percent(training.end)}) leaves 50%, "
+        "though the model changes"
+    )
+    return Finding(
+        "alarm",
+        f"the labels are as good as shuffled: {what}.",
+        "Look at some rows with `fastpref preview`: would you choose as they do?",
+        training.steps,
+        {"training accuracy": training.end, "held-out accuracy": end, "nats": moved},
+    )
+
+
+@rule(
+    "nothing_learnt",
+    explains=("margins_flat", "accuracy_at_chance", "kl_stuck", "loss_rises"),
+)
+def _nothing_learnt(h: History, known: Known) -> Finding | None:
+    loss, moved = change_of(h, known, "loss"), nats_moved(h, known)
+    accuracy = h.change("rewards/accuracies")
+    if loss is None or moved is None or accuracy is None or not settled(h, known, 0.5):
+        return None
+    if moved > 0.5 * enough(known) or abs(loss.by) > 0.01 * abs(loss.start):
+        return None
+    if moved > 0.02 * enough(known) and accuracy.end < 0.55:  # even a short way leads somewhere: it is not the rate
+        return None
+    where = "a token" if per_token(known.loss) else "a response"
+    return Finding(
+        "warning",
+        f"the model hardly changes: its log-probabilities by {moved:.2g} nats {where}, its loss from "
+        f"{loss.start:.4g} to {loss.end:.4g}.",
+        f"Raise the learning rate{now(known)} three to ten times, or train longer.",
+        loss.steps,
+        {"nats": moved, "loss at first": loss.start, "loss at the end": loss.end},
+    )
+
+
+@rule("already_preferred")
+def _already_preferred(h: History, known: Known) -> Finding | None:
+    """Before any training the chosen responses are the likelier ones, nearly always."""
+    ranking = h[HELDOUT + "logps/accuracies"][:1]
+    count = known.heldout or 0
+    if not len(ranking) or ranking.steps[0] != 0:
+        ranking = h["logps/accuracies"][:4]
+        count = len(ranking) * (known.batch or 0)
+        if len(ranking) < 4 or ranking.steps[-1] > 10:
+            return None
+    if ranking.mean < 0.95 or count < 20:
+        return None
+    return Finding(
+        "warning",
+        f"the untrained model already finds the chosen response likelier than the rejected one in "
+        f"{percent(ranking.mean)} of the pairs: they are swapped, or it was trained on them before.",
+        "Look at the pairs with `fastpref preview`; there may be little left to learn from them.",
+        ranking.span,
+        {"share of pairs": ranking.mean},
+    )

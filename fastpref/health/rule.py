@@ -1,0 +1,163 @@
+"""What a rule is, and what the rules have in common. Nothing here imports torch."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from fastpref.config import Config
+from fastpref.config.losses import LossOptions
+from fastpref.health.bands import first_loss, per_token
+from fastpref.run.history import Change, History
+
+Severity = Literal["alarm", "warning"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a run beside its metrics."""
+
+    loss: LossOptions
+    steps: int | None = None  # planned; None: all of them are there
+    batch: int | None = None  # pairs or rows a step
+    learning_rate: float | None = None
+    max_grad_norm: float = 1.0
+    rows: int = 0  # of training
+    cut: int = 0  # of those, how many lost tokens
+    heldout: int | None = None  # examples
+    labels: tuple[int, int] | None = None  # of KTO's training rows: good and bad
+
+
+def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
+    """Of a run with its config and its run.json."""
+    rows = facts.get("rows") or {}
+    train, heldout = rows.get("train") or {}, rows.get("heldout") or {}
+    return Known(
+        loss=config.loss,
+        steps=facts.get("steps"),
+        batch=config.train.batch,
+        learning_rate=config.learning_rate,
+        max_grad_norm=config.train.max_grad_norm,
+        rows=train.get("kept", 0),
+        # A row may lose of its prompt and its responses; the larger count is the least that lost something.
+        cut=max(train.get("turns_cut", 0) + train.get("prompts_cut", 0), train.get("responses_cut", 0)),
+        heldout=heldout.get("kept"),
+        labels=(rows["good"], rows["bad"]) if "good" in rows and "bad" in rows else None,
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule found."""
+
+    rule: str
+    severity: Severity  # "alarm": the model is most likely of no use; "warning": look at it
+    message: str
+    evidence: Mapping[str, float]
+    steps: tuple[int, int]  # from the first to the last that it is about
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.message} {self.advice}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    severity: Severity
+    message: str
+    advice: str
+    steps: tuple[int, int]
+    evidence: Mapping[str, float] = field(default_factory=dict)
+
+
+Check = Callable[[History, Known], Finding | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    check: Check
+    explains: tuple[str, ...]  # rules whose findings follow from this one's and are not said beside it
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(name: str, explains: Iterable[str] = ()) -> Callable[[Check], Check]:
+    def register(check: Check) -> Check:
+        RULES[name] = Rule(name, check, tuple(explains))
+        return check
+
+    return register
+
+
+def settled(h: History, known: Known, share: float = 0.3) -> bool:
+    """Whether there is enough of the run to speak of a trend."""
+    return h.rows >= 10 and (known.steps is None or h.step >= share * known.steps)
+
+
+def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Change | None:
+    """From beginning to end: of the held-out rows where they were evaluated twice, else of the training."""
+    start = known_start(known, name)
+    found = h.heldout_change(name, start) if heldout else None
+    return found or h.change(name, start)
+
+
+def known_start(known: Known, name: str) -> float | None:
+    """Where a metric begins while policy and reference are the same model."""
+    if not known.loss.uses_reference:
+        return None
+    starts = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}
+    return first_loss(known.loss) if name == "loss" else starts.get(name)
+
+
+def nats(known: Known, reward: float) -> float:
+    """A reward as log-probability: of a whole response, or a token of it where the method averages."""
+    return reward / known.loss.beta if known.loss.beta else 0.0
+
+
+def enough(known: Known) -> float:
+    """The least change of a log-probability that is worth a word, in nats."""
+    return 0.05 if per_token(known.loss) else 1.0
+
+
+def nats_moved(h: History, known: Known) -> float | None:
+    """How far the policy is from its beginning: the larger change of the two sides' log-probabilities, in nats.
+
+    Against a reference also by the size of the last steps' rewards, whatever their sign: labels that contradict each
+    other move it to and fro.
+    """
+    moved = []
+    for name in ("rewards/chosen", "rewards/rejected"):
+        change = change_of(h, known, name)
+        if change is not None:
+            moved.append(abs(nats(known, change.by)))
+        rewards = h[name].last.values
+        if known.loss.uses_reference and len(rewards):
+            moved.append(nats(known, float(np.sqrt(np.square(rewards).mean()))))
+    return max(moved, default=None)
+
+
+def heldout_error(known: Known) -> float:
+    """The standard error of an accuracy around one half."""
+    return 0.5 / math.sqrt(known.heldout or 30)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share <= 0.99 or share >= 0.9995 else f"{100 * share:.1f}%"
+
+
+def count(steps: Sized) -> str:
+    return f"{len(steps)} logged step{'s' * (len(steps) > 1)}"
+
+
+def smaller(known: Known, factor: int = 10) -> str:
+    rate = known.learning_rate
+    return f"train.learning_rate={rate / factor:.1g}" if rate else f"a learning rate {factor} times smaller"
+
+
+def now(known: Known) -> str:
+    """The learning rate, if it is known, in brackets."""
+    return "" if known.learning_rate is None else f" ({known.learning_rate:g} now)"

@@ -1,0 +1,425 @@
+"""Every preference loss, as a pure function of the log-probabilities of whole responses.
+
+For a response s with `logp_s`, the sum over its n_s tokens: avg_s = logp_s/n_s, ratio_s = logp_s − ref_s, and the
+implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejected response, Δ = ratio_c − ratio_r;
+σ is the logistic function, ε the label smoothing.
+
+The loss of a step is the mean over its pairs (KTO: its rows); supervised terms are the mean over the step's chosen
+tokens. A function given only a part of a step takes the step's `Totals`, and the parts then add up to the whole.
+All tensors are float32 (or float64) [P], one entry a pair, unless said otherwise.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+
+__all__ = [
+    "CPO",
+    "DPO",
+    "IPO",
+    "KTO",
+    "ORPO",
+    "LossOptions",
+    "LossOutput",
+    "PairLogps",
+    "RowLogps",
+    "SimPO",
+    "Totals",
+    "WholeStep",
+    "cpo_loss",
+    "dpo_loss",
+    "kto_kl",
+    "kto_loss",
+    "length_weights",
+    "orpo_loss",
+    "pair_loss",
+    "simpo_loss",
+    "wpo_weights",
+]
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """The log-probabilities of P pairs: sums over each response's tokens."""
+
+    chosen: Tensor  # [P]
+    rejected: Tensor  # [P]
+    chosen_lengths: Tensor  # [P] tokens
+    rejected_lengths: Tensor  # [P]
+    ref_chosen: Tensor | None = None  # [P] under the reference
+    ref_rejected: Tensor | None = None  # [P]
+    nll: Tensor | None = None  # [P] what the supervised terms sum, if not `chosen`
+    nll_lengths: Tensor | None = None  # [P]
+    weights: Tensor | None = None  # [P] of `wpo_weights`
+
+    def detach(self) -> "PairLogps":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.detach() for name, t in values.items() if t is not None})
+
+    @property
+    def supervised(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and lengths of the supervised terms."""
+        logps = self.chosen if self.nll is None else self.nll
+        return logps, self.chosen_lengths if self.nll_lengths is None else self.nll_lengths
+
+
+@dataclass(frozen=True)
+class RowLogps:
+    """The log-probabilities of R single responses, each labelled desirable or not."""
+
+    logps: Tensor  # [R]
+    ref_logps: Tensor  # [R]
+    labels: Tensor  # [R] bool
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a whole step is divided by."""
+
+    examples: float  # pairs, or rows for KTO
+    nll_tokens: float = 1.0  # tokens the supervised terms score
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """All pairs of the step, without gradient, and which of them are at hand: for losses that sort the step."""
+
+    pairs: PairLogps
+    index: Tensor  # [P] int64
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    loss: Tensor  # scalar, this part's share of the step's loss
+    chosen_rewards: Tensor  # [P], or of the desirable rows; no gradient
+    rejected_rewards: Tensor  # [P], or of the undesirable rows; no gradient
+    extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # further metrics: sum, and count
+
+
+def pair_loss(
+    pairs: PairLogps, options: LossOptions, totals: Totals | None = None, step: WholeStep | None = None
+) -> LossOutput:
+    """The loss that `options` names, for pairs; see the function of each."""
+    if isinstance(options, DPO):
+        return dpo_loss(pairs, options, totals, step)
+    if isinstance(options, IPO):
+        return dpo_loss(pairs, options.as_dpo(), totals, step)
+    if isinstance(options, ORPO):
+        return orpo_loss(pairs, options, totals)
+    if isinstance(options, SimPO):
+        return simpo_loss(pairs, options, totals)
+    if isinstance(options, CPO):
+        return cpo_loss(pairs, options, totals)
+    raise TypeError(f"pair_loss: {type(options).__name__} is not a loss of pairs")
+
+
+def dpo_loss(
+    pairs: PairLogps, options: DPO | None = None, totals: Totals | None = None, step: WholeStep | None = None
+) -> LossOutput:
+    """DPO (Rafailov et al., arXiv 2305.18290) and its relatives: Σ weight · mean(variant).
+
+    The formulas stand beside their names in `_VARIANTS`. `options.f_divergence` (arXiv 2309.16240) replaces the
+    ratio in the losses of Δ; `pairs.weights` (WPO, arXiv 2406.11827) multiply every variant but `sft`.
+    Rewards are β·ratio. Raises ValueError without reference log-probabilities.
+    """
+    options = options or DPO()
+    if pairs.ref_chosen is None or pairs.ref_rejected is None:
+        raise ValueError("dpo_loss: pairs.ref_chosen and pairs.ref_rejected are needed")
+    if options.weighting and pairs.weights is None:
+        raise ValueError("dpo_loss: options.weighting needs pairs.weights, see wpo_weights")
+    totals = totals or _own_totals(pairs)
+    if options.sorts_step and step is None and totals.examples != len(pairs.chosen):
+        raise ValueError(f"dpo_loss: {', '.join(options.variants)} sort the whole step; a part of it needs `step`")
+    view = _PairView(pairs, options, step or WholeStep(pairs.detach(), torch.arange(len(pairs.chosen))))
+    loss = pairs.chosen.new_zeros(())
+    for name, weight in zip(options.variants, options.weights or (1.0,) * len(options.variants), strict=True):
+        if name == "sft":
+            loss = loss + weight * _nll(pairs, totals)
+            continue
+        per_pair = _VARIANTS[name](view)
+        if pairs.weights is not None:
+            per_pair = per_pair * pairs.weights
+        loss = loss + weight * per_pair.sum() / totals.examples
+    return LossOutput(loss, options.beta * view.ratio_chosen.detach(), options.beta * view.ratio_rejected.detach())
+
+
+class _PairView:
+    """What the variants are written in."""
+
+    def __init__(self, pairs: PairLogps, options: DPO, step: WholeStep):
+        assert pairs.ref_chosen is not None
+        assert pairs.ref_rejected is not None
+        self.options, self.pairs, self.step = options, pairs, step
+        self.beta, self.eps = options.beta, options.label_smoothing
+        self.ratio_chosen = pairs.chosen - pairs.ref_chosen
+        self.ratio_rejected = pairs.rejected - pairs.ref_rejected
+        self.score_chosen = _divergence_score(self.ratio_chosen, options)
+        self.score_rejected = _divergence_score(self.ratio_rejected, options)
+        self.x = self.beta * (self.score_chosen - self.score_rejected)  # βΔ
+        self.r_chosen, self.r_rejected = self.beta * self.ratio_chosen, self.beta * self.ratio_rejected
+
+    @property
+    def mean_difference(self) -> Tensor:
+        """Δ of the scores per token."""
+        return self.score_chosen / self.pairs.chosen_lengths - self.score_rejected / self.pairs.rejected_lengths
+
+
+def _divergence_score(ratio: Tensor, options: DPO) -> Tensor:
+    """f′(e^ratio) of the divergence, up to a constant."""
+    if options.f_divergence == "forward_kl":
+        return -_bounded_expm1(-ratio)
+    if options.f_divergence == "js":
+        return math.log(2) + F.logsigmoid(ratio)
+    if options.f_divergence == "alpha" and abs(options.f_alpha - 1) >= 1e-6:
+        power = options.f_alpha - 1
+        return _bounded_expm1(power * ratio) / power
+    return ratio
+
+
+def _bounded_expm1(x: Tensor) -> Tensor:
+    """eˣ − 1, constant past x = 80, where float32 is still finite."""
+    return torch.expm1(x.clamp(max=80.0))
+
+
+def _bounded_square(x: Tensor) -> Tensor:
+    """x², constant past |x| = 1e18, where float32 is still finite."""
+    return x.clamp(-1e18, 1e18).square()
+
+
+def _smoothed(x: Tensor, eps: float) -> Tensor:
+    """−(1−ε)·logσ(x) − ε·logσ(−x)"""
+    loss = -F.logsigmoid(x)
+    return loss if not eps else (1 - eps) * loss - eps * F.logsigmoid(-x)
+
+
+def _exo_pair(v: _PairView) -> Tensor:
+    log_q, log_not_q = F.logsigmoid(v.x), F.logsigmoid(-v.x)
+    return log_q.exp() * (log_q - math.log1p(-v.eps)) + log_not_q.exp() * (log_not_q - math.log(v.eps))
+
+
+def _robust(v: _PairView) -> Tensor:
+    return (-(1 - v.eps) * F.logsigmoid(v.x) + v.eps * F.logsigmoid(-v.x)) / (1 - 2 * v.eps)
+
+
+def _discopop(v: _PairView) -> Tensor:
+    m = v.x / v.options.discopop_tau
+    exponential = (F.logsigmoid(m) - v.x).clamp(max=80.0).exp()  # e^{−x}·m, never e^{−x} alone; grows if τ > 1
+    return -F.logsigmoid(v.x) * torch.sigmoid(-m) + exponential
+
+
+def _aot(v: _PairView) -> Tensor:
+    """Policy and reference differences, each sorted over the step: a pair meets the reference of its own rank."""
+    whole = v.step.pairs
+    assert whole.ref_chosen is not None
+    assert whole.ref_rejected is not None
+    reference = (whole.ref_chosen - whole.ref_rejected).sort().values
+    rank = _ranks(whole.chosen - whole.rejected)[v.step.index]
+    return _smoothed(v.beta * (v.pairs.chosen - v.pairs.rejected - reference[rank]), v.eps)
+
+
+def _aot_unpaired(v: _PairView) -> Tensor:
+    """Chosen and rejected ratios, each sorted over the step: the k-th chosen meets the k-th rejected.
+
+    Partners may lie in another micro-batch. So each side meets its partner's value, and the rejected side's term
+    counts for its gradient only.
+    """
+    whole = v.step.pairs
+    assert whole.ref_chosen is not None
+    assert whole.ref_rejected is not None
+    chosen, rejected = whole.chosen - whole.ref_chosen, whole.rejected - whole.ref_rejected
+    for_chosen = rejected.sort().values[_ranks(chosen)[v.step.index]]
+    for_rejected = chosen.sort().values[_ranks(rejected)[v.step.index]]
+    own = _smoothed(v.beta * (v.ratio_chosen - for_chosen), v.eps)
+    partner = _smoothed(v.beta * (for_rejected - v.ratio_rejected), v.eps)
+    return own + (partner - partner.detach())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    return values.argsort(stable=True).argsort(stable=True)
+
+
+_VARIANTS: dict[str, Callable[[_PairView], Tensor]] = {
+    # −logσ(βΔ), smoothed as in conservative DPO; arXiv 2305.18290
+    "sigmoid": lambda v: _smoothed(v.x, v.eps),
+    # max(0, 1 − βΔ); SLiC, arXiv 2305.10425
+    "hinge": lambda v: torch.relu(1 - v.x),
+    # (Δ per token − 1/(2β))²; arXiv 2310.12036
+    "ipo": lambda v: _bounded_square(v.mean_difference - 1 / (2 * v.beta)),
+    # KL of σ(βΔ) from (1−ε, ε); arXiv 2402.00856
+    "exo_pair": _exo_pair,
+    # −logσ(r_c) − ½logσ(−r_c) − ½logσ(−r_r); arXiv 2402.05369
+    "nca_pair": lambda v: (
+        -F.logsigmoid(v.r_chosen) - 0.5 * F.logsigmoid(-v.r_chosen) - 0.5 * F.logsigmoid(-v.r_rejected)
+    ),
+    # (−(1−ε)·logσ(βΔ) + ε·logσ(−βΔ))/(1−2ε); arXiv 2403.00409
+    "robust": _robust,
+    # −logσ(r_c) − logσ(−r_r): δ, the running mean reward, is 0; arXiv 2404.04656
+    "bco_pair": lambda v: -F.logsigmoid(v.r_chosen) - F.logsigmoid(-v.r_rejected),
+    # (ratio_c − ½/β)² + (ratio_r + ½/β)²; arXiv 2405.00675
+    "sppo_hard": lambda v: (v.ratio_chosen - 0.5 / v.beta).square() + (v.ratio_rejected + 0.5 / v.beta).square(),
+    # −logσ(β·difference of sorted log-ratios), smoothed; arXiv 2406.05882
+    "aot": _aot,
+    "aot_unpaired": _aot_unpaired,
+    # 1 − σ(r_c) + σ(r_r); arXiv 2408.06266
+    "apo_zero": lambda v: torch.sigmoid(-v.r_chosen) + torch.sigmoid(v.r_rejected),
+    # σ(r_c) + 1 − σ(r_c − r_r); arXiv 2408.06266
+    "apo_down": lambda v: torch.sigmoid(v.r_chosen) + torch.sigmoid(v.r_rejected - v.r_chosen),
+    # −logσ(x)(1−m) + e^{−x}m, x = βΔ, m = σ(x/τ); arXiv 2406.08414
+    "discopop": _discopop,
+    # −logσ(βΔ per token); Tülu 3, arXiv 2411.15124
+    "sigmoid_norm": lambda v: -F.logsigmoid(v.beta * v.mean_difference),
+}
+
+
+def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | None = None) -> LossOutput:
+    """ORPO (Hong et al., arXiv 2403.07691): NLL(chosen) − β · mean logσ(log odds ratio).
+
+    log odds ratio = (avg_c − log(1 − e^{avg_c})) − (avg_r − log(1 − e^{avg_r})). The NLL is the mean over all chosen
+    tokens of the step, prompts too if `pairs.nll` holds them. Rewards are β·avg.
+    """
+    options = options or ORPO()
+    totals = totals or _own_totals(pairs)
+    chosen, rejected = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
+    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    ratio = F.logsigmoid(log_odds)
+    loss = _nll(pairs, totals) - options.beta * ratio.sum() / totals.examples
+    count = ratio.new_tensor(float(len(ratio)))
+    return LossOutput(
+        loss,
+        options.beta * chosen.detach(),
+        options.beta * rejected.detach(),
+        {
+            "nll_loss": _nll_metric(pairs),
+            "log_odds_ratio": (ratio.detach().sum(), count),
+            "log_odds_chosen": (log_odds.detach().sum(), count),
+        },
+    )
+
+
+def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | None = None) -> LossOutput:
+    """SimPO (Meng et al., arXiv 2405.14734): −logσ(β(avg_c − avg_r) − γ), smoothed, + sft_weight · NLL(chosen).
+
+    With `alpha` ≠ 0 (AlphaPO, arXiv 2501.03884) avg becomes (1 − e^{−α·avg})/α. Rewards are β·avg.
+    """
+    options = options or SimPO()
+    totals = totals or _own_totals(pairs)
+    chosen = _alpha_reward(pairs.chosen / pairs.chosen_lengths, options.alpha)
+    rejected = _alpha_reward(pairs.rejected / pairs.rejected_lengths, options.alpha)
+    losses = _smoothed(options.beta * (chosen - rejected) - options.margin, options.label_smoothing)
+    loss, extra = _with_sft(losses.sum() / totals.examples, pairs, options.sft_weight, totals)
+    return LossOutput(loss, options.beta * chosen.detach(), options.beta * rejected.detach(), extra)
+
+
+def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None = None) -> LossOutput:
+    """CPO (Xu et al., arXiv 2401.08417): −logσ(β(logp_c − logp_r)), smoothed, + sft_weight · NLL(chosen).
+
+    `variant` "hinge" is max(0, 1 − β(logp_c − logp_r)); "ipo" is (avg_c − avg_r − 1/(2β))². With `alpha` ≠ 0
+    (AlphaPO) the log-probability becomes (1 − e^{−α·logp})/α. Rewards are β·logp (of averages for "ipo").
+    """
+    options = options or CPO()
+    totals = totals or _own_totals(pairs)
+    chosen, rejected = pairs.chosen, pairs.rejected
+    if options.variant == "ipo":
+        chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
+    chosen, rejected = _alpha_reward(chosen, options.alpha), _alpha_reward(rejected, options.alpha)
+    difference = chosen - rejected
+    if options.variant == "sigmoid":
+        losses = _smoothed(options.beta * difference, options.label_smoothing)
+    elif options.variant == "hinge":
+        losses = torch.relu(1 - options.beta * difference)
+    else:
+        losses = _bounded_square(difference - 1 / (2 * options.beta))
+    loss, extra = _with_sft(losses.sum() / totals.examples, pairs, options.sft_weight, totals)
+    return LossOutput(loss, options.beta * chosen.detach(), options.beta * rejected.detach(), extra)
+
+
+def kto_loss(
+    rows: RowLogps,
+    options: KTO | None = None,
+    kl: Tensor | float = 0.0,  # scalar, of `kto_kl`; ignored when options.kl is "none"
+    totals: Totals | None = None,
+) -> LossOutput:
+    """KTO (Ethayarajh et al., arXiv 2402.01306), the mean over rows of
+
+    w_d·(1 − σ(β(ratio − KL))) for a desirable, w_u·(1 − σ(β(KL − ratio))) for an undesirable one. Rewards β·ratio.
+    Without KL it is APO-zero for single responses (arXiv 2408.06266).
+    """
+    options = options or KTO()
+    rewards = options.beta * (rows.logps - rows.ref_logps).detach()
+    value = kto_value(rows, options, kl, totals or Totals(len(rows.logps)))
+    return LossOutput(value, rewards[rows.labels], rewards[~rows.labels])
+
+
+def kto_value(rows: RowLogps, options: KTO, kl: Tensor | float, totals: Totals) -> Tensor:
+    """The loss of `kto_loss` alone, without waiting for the device to count the labels."""
+    ratio = rows.logps - rows.ref_logps
+    baseline = torch.as_tensor(kl).detach().to(ratio) if options.kl == "batch" else ratio.new_zeros(())
+    sign = torch.where(rows.labels, 1.0, -1.0).to(ratio)
+    weight = torch.full_like(ratio, options.desirable_weight).where(rows.labels, options.undesirable_weight)
+    return (weight * torch.sigmoid(-sign * options.beta * (ratio - baseline))).sum() / totals.examples
+
+
+def kto_kl(
+    logps: Tensor,  # [R] of each prompt with the next row's completion
+    ref_logps: Tensor,  # [R]
+) -> Tensor:
+    """KTO's estimate of the KL divergence: max(0, mean(logp − ref)) over mismatched pairs, without gradient."""
+    return (logps - ref_logps).detach().mean().clamp(min=0)
+
+
+def length_weights(
+    offsets: Tensor,  # [N] each token's place in its response, from 0
+    shorter: Tensor,  # [N] length of the shorter response of its pair
+    alpha: float,
+) -> Tensor:
+    """LD-DPO (arXiv 2409.06411): tokens past the shorter response's length weigh alpha, the others 1. [N] float32"""
+    return torch.where(offsets < shorter, 1.0, alpha)
+
+
+def wpo_weights(
+    chosen: Tensor,  # [P] mean over a response's tokens of logp − log Σp²
+    rejected: Tensor,  # [P]
+) -> Tensor:
+    """WPO (Zhou et al., arXiv 2406.11827, eq. 2): how likely the policy is to write each pair itself. No gradient."""
+    return (chosen + rejected).detach().exp()
+
+
+def _own_totals(pairs: PairLogps) -> Totals:
+    return Totals(len(pairs.chosen), float(pairs.supervised[1].sum()))
+
+
+def _nll(pairs: PairLogps, totals: Totals) -> Tensor:
+    return -pairs.supervised[0].sum() / totals.nll_tokens
+
+
+def _nll_metric(pairs: PairLogps) -> tuple[Tensor, Tensor]:
+    logps, lengths = pairs.supervised
+    return -logps.detach().sum(), lengths.sum()
+
+
+def _with_sft(loss: Tensor, pairs: PairLogps, weight: float, totals: Totals) -> tuple[Tensor, dict]:
+    if not weight:
+        return loss, {}
+    return loss + weight * _nll(pairs, totals), {"nll_loss": _nll_metric(pairs)}
+
+
+def _alpha_reward(logps: Tensor, alpha: float) -> Tensor:
+    """(1 − p^{−α})/α of p = e^logps; α → 0 gives logps."""
+    if not alpha:
+        return logps
+    return -_bounded_expm1(-alpha * logps) / alpha
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 − eˣ) for x ≤ 0, exact at both ends; x = 0 counts as the largest number below it that stays finite."""
+    x = x.clamp(max=-1e-30)
+    near_zero = x > -math.log(2)
+    small = torch.where(near_zero, x, -1.0)  # each branch only sees what it is made for, so gradients stay finite
+    large = torch.where(near_zero, -1.0, x)
+    return torch.where(near_zero, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))

@@ -1,0 +1,167 @@
+"""The preference losses as one operation of torch, computed by a Triton kernel; `token_loss.py` decides when.
+
+The forward makes the loss together with its coefficient of every token, c_n = ∂loss/∂logp_n; the backward is
+grad·c. The operation is `torch.ops.fastpref.preference_loss`, whole to torch.compile and to fake tensors.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.kernels.operators import operator
+from fastpref.kernels.preference_loss_spec import LossSpec
+
+
+def takes_triton(backend: str, logp: Tensor, loss: LossOptions) -> bool:
+    """Whether the kernels compute this loss. Raises ValueError where they are asked for and cannot."""
+    if backend == "torch" or (backend == "auto" and logp.device.type != "cuda"):
+        return False
+    reason = _no_triton(logp, loss)
+    if reason and backend == "triton":
+        raise ValueError(f"preference_loss: backend is 'triton', but {reason}")
+    return not reason
+
+
+def _no_triton(logp: Tensor, loss: LossOptions) -> str:
+    """Why the kernels cannot run, or nothing."""
+    if isinstance(loss, DPO) and loss.sorts_step:
+        return f"{' and '.join(loss.variants)} sort the whole step, which only the torch backend does"
+    if logp.dtype != torch.float32:
+        return f"logp is {logp.dtype}; the kernels take torch.float32"
+    return _no_kernels(logp.device.type)
+
+
+@torch.compiler.assume_constant_result
+def _no_kernels(device: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from fastpref.kernels.tiles import interpreted
+
+    return "" if device == "cuda" or interpreted() else f"logp is on {device}; the kernels run on CUDA and ROCm"
+
+
+def kernel_spec(loss: LossOptions) -> LossSpec:
+    """The loss as the kernels see it."""
+    match loss:
+        case KTO():
+            return LossSpec(
+                beta=loss.beta,
+                reference=True,
+                desirable_weight=loss.desirable_weight,
+                undesirable_weight=loss.undesirable_weight,
+            )
+        case IPO():
+            return kernel_spec(loss.as_dpo())
+        case DPO():
+            return _dpo_spec(loss)
+        case ORPO():
+            return LossSpec(
+                ("odds_ratio",),
+                (loss.beta,),
+                beta=loss.beta,
+                averaged=True,
+                supervised=1.0,
+                prompts=loss.nll_on == "all",
+            )
+        case SimPO():
+            variant, averaged, margin = "sigmoid", True, loss.margin
+        case CPO():
+            variant, averaged, margin = loss.variant, loss.variant == "ipo", 0.0
+    return LossSpec(
+        (variant,),
+        (1.0,),
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+        margin=margin,
+        averaged=averaged,
+        score="power" if loss.alpha else "value",
+        power=-loss.alpha,
+        supervised=loss.sft_weight,
+    )
+
+
+def _dpo_spec(loss: DPO) -> LossSpec:
+    weights = dict(zip(loss.variants, loss.weights or (1.0,) * len(loss.variants), strict=True))
+    supervised = weights.pop("sft", 0.0)
+    score, power = {"reverse_kl": "value", "js": "js"}.get(loss.f_divergence, "power"), -1.0  # forward_kl
+    if loss.f_divergence == "alpha":
+        power = loss.f_alpha - 1
+        score = "power" if abs(power) >= 1e-6 else "value"  # as in losses.py
+    return LossSpec(
+        tuple(weights),
+        tuple(weights.values()),
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+        score=score,
+        power=power,
+        reference=True,
+        length_alpha=loss.length_alpha,
+        pair_weights=loss.weighting,
+        supervised=supervised,
+        discopop_tau=loss.discopop_tau,
+    )
+
+
+@operator("fastpref::preference_loss")
+def fused_loss(
+    logp: Tensor,  # [N] float32
+    starts: Tensor,  # [S] int64 each sequence's first token
+    lengths: Tensor,  # [S] int64
+    reference: Tensor | None,  # [N] float32
+    labels: Tensor | None,  # [R] bool
+    kl: Tensor | None,  # scalar float32
+    log_sum_sq_probs: Tensor | None,  # [N] float32
+    flags: Sequence[int],  # of `LossSpec.flags`
+    numbers: Sequence[float],  # of `LossSpec.numbers`
+    examples: float | None,
+    nll_tokens: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One launch: the loss, its coefficients [N], [3, 2P or R] of responses and [3, P] of pairs.
+
+    See `kernels/preference_loss_launch.py`. `torch.compile` and fake tensors take it as one operation.
+    """
+    from fastpref.kernels import preference_loss_launch as launch
+
+    def contiguous(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous()
+
+    if labels is not None:
+        assert reference is not None
+        assert kl is not None
+        return launch.row_loss(
+            logp.contiguous(), starts, lengths.contiguous(), reference.contiguous(), labels, kl, tuple(numbers),
+            examples=examples,
+        )  # fmt: skip
+    return launch.pair_loss(
+        logp.contiguous(), starts, lengths.contiguous(), contiguous(reference), contiguous(log_sum_sq_probs),
+        tuple(flags), tuple(numbers), examples=examples, nll_tokens=nll_tokens,
+    )  # fmt: skip
+
+
+@fused_loss.register_fake
+def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, flags, numbers, examples, nll_tokens):
+    sequences = lengths.shape[0]
+    groups = 3 if LossSpec.has_prompts(flags) else 2
+    responses = sequences // groups * 2 if labels is None else labels.shape[0]
+    pairs = sequences // groups if labels is None else 0
+    shapes = ((), logp.shape, (3, responses), (3, pairs))
+    return tuple(logp.new_empty(shape) for shape in shapes)
+
+
+def _keep_coefficients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor, *_: Tensor):
+    (coefficients,) = ctx.saved_tensors
+    return grad * coefficients, *[None] * 10
+
+
+fused_loss.register_autograd(_backward, setup_context=_keep_coefficients)

@@ -1,0 +1,354 @@
+"""From token log-probabilities to the loss: sums over responses, the preference loss, its coefficient of every token.
+
+Two backends compute the same. "torch" adds up responses and calls `losses.py`, differentiated by autograd. "triton" is
+one launch (`kernels/preference_loss_triton.py`), whose backward is a product of [N]. DPO's aot and aot_unpaired sort
+all pairs of a step, which one program a pair cannot, so they always take torch.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.config.losses import CPO, DPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.losses.formulas import (
+    PairLogps,
+    RowLogps,
+    Totals,
+    WholeStep,
+    kto_value,
+    length_weights,
+    pair_loss,
+    wpo_weights,
+)
+from fastpref.losses.fused import fused_loss, kernel_spec, takes_triton
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """A loss, and what is logged beside it. Only `loss` is differentiable."""
+
+    loss: Tensor  # scalar, this part's share of the step's loss
+    sums: Tensor  # [2P] logp of the chosen, then of the rejected responses (LD-DPO's weights included); KTO: [R]
+    reference_sums: Tensor | None  # the same under the reference
+    rewards: Tensor  # [2P] or [R]
+    labels: Tensor | None = None  # [R] bool: KTO
+    extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # further metrics: sum, and count
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        """[P], or of the desirable rows."""
+        return self.rewards[: len(self.rewards) // 2] if self.labels is None else self.rewards[self.labels]
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        """[P], or of the undesirable rows."""
+        return self.rewards[len(self.rewards) // 2 :] if self.labels is None else self.rewards[~self.labels]
+
+
+def preference_loss(
+    logp: Tensor,  # [N]
+    segments: Tensor,  # [N] int64
+    lengths: Tensor,  # [S] int64
+    loss: LossOptions,
+    *,
+    reference: Tensor | None = None,  # [N]
+    labels: Tensor | None = None,  # [R] bool
+    kl: Tensor | float = 0.0,
+    log_sum_sq_probs: Tensor | None = None,  # [N]
+    totals: Totals | None = None,
+    step: WholeStep | None = None,
+    backend: str = "auto",
+) -> PreferenceLoss:
+    """The loss of P pairs, or for KTO of R rows, from the log-probabilities of their N scored tokens.
+
+    The tokens of a sequence lie together in their order; sequences may lie in any order. Sequences 0 to P − 1 are the
+    chosen responses, P to 2P − 1 the rejected ones; for ORPO with `nll_on = "all"`, 2P to 3P − 1 are the prompts. For
+    KTO the first R are the rows; R more may follow, mismatched ones, which have no part in the loss.
+
+    Args:
+        logp: [N] float32 or float64 token log-probabilities; the only differentiable argument.
+        segments: [N] int64, the sequence of each token.
+        lengths: [S] int64, the tokens of each sequence. Only prompts and mismatched rows may have none.
+        loss: the options of `fastpref.losses`.
+        reference: [N] logp under the reference; for DPO, IPO and KTO, and for no other loss.
+        labels: [R] bool, which rows are desirable; for KTO, and for no other loss.
+        kl: scalar of `losses.kto_kl`: what KTO's rewards are compared with. It is of the whole step, so it is given.
+        log_sum_sq_probs: [N] log Σp² of `linear_logprob`; for DPO with `weighting`.
+        totals: what the whole step is divided by, if this is a part of it.
+        step: all pairs of the step, if this is a part of it; for DPO's aot and aot_unpaired.
+        backend: "triton" (CUDA and ROCm, float32), "torch" (anywhere), or "auto" for the best there is.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or setting, or an argument the loss needs or does not know. That `segments`
+            and `lengths` agree is looked at on a CPU only; a GPU would have to be waited for. Where they do not, the
+            result is meaningless.
+    """
+    _check_tensors(logp, segments, lengths, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
+    _check_loss(loss, lengths, reference, labels, log_sum_sq_probs)
+    _check_settings(labels, kl, totals, step, backend)
+    _check_segments(segments, lengths, responses=_responses(loss, lengths, labels))
+    if takes_triton(backend, logp, loss):
+        return _fused(logp, segments, lengths, loss, reference, labels, kl, log_sum_sq_probs, totals)
+    if isinstance(loss, KTO):
+        assert reference is not None
+        assert labels is not None
+        return _rows_in_torch(logp, segments, lengths, loss, reference, labels, kl, totals)
+    pairs = pair_logps(logp, segments, lengths, loss, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
+    return _pairs_in_torch(pairs, loss, totals, step)
+
+
+def scores_prompts(loss: LossOptions) -> bool:
+    """Whether the loss also scores the tokens of prompts."""
+    return isinstance(loss, ORPO) and loss.nll_on == "all"
+
+
+# --- sums over sequences ----------------------------------------------------------------------------------------------
+
+
+def sequence_sums(
+    values: Tensor,  # [N] one a scored token
+    segments: Tensor,  # [N] int64
+    count: int,
+) -> Tensor:
+    """Sums over each of `count` sequences' scored tokens, [count]."""
+    return values.new_zeros(count).index_add(0, segments, values)
+
+
+def pair_logps(
+    logp: Tensor,  # [N]
+    segments: Tensor,  # [N] int64
+    lengths: Tensor,  # [S] int64
+    loss: LossOptions,
+    *,
+    reference: Tensor | None = None,  # [N]
+    log_sum_sq_probs: Tensor | None = None,  # [N]
+) -> PairLogps:
+    """What the losses of `losses.py` take: sums by response, with what the options ask for beside them."""
+    sequences = len(lengths)
+    count = _responses(loss, lengths, None) // 2
+    weights = None
+    if isinstance(loss, DPO) and loss.length_alpha != 1:
+        shorter = torch.minimum(lengths[:count], lengths[count:])
+        weights = length_weights(_offsets(segments, sequences), shorter[segments % count], loss.length_alpha)
+
+    def weighted_sums(values: Tensor) -> Tensor:
+        return sequence_sums(values if weights is None else values * weights, segments, sequences)
+
+    sums, sizes = weighted_sums(logp), lengths.to(logp.dtype)
+    pairs = PairLogps(sums[:count], sums[count : 2 * count], sizes[:count], sizes[count : 2 * count])
+    if reference is not None:
+        reference_sums = weighted_sums(reference.detach().to(logp.dtype))
+        pairs = replace(pairs, ref_chosen=reference_sums[:count], ref_rejected=reference_sums[count : 2 * count])
+    if weights is not None:  # the supervised term knows no weights
+        pairs = replace(pairs, nll=sequence_sums(logp, segments, sequences)[:count], nll_lengths=sizes[:count])
+    if scores_prompts(loss):
+        nll, nll_lengths = sums[:count] + sums[2 * count :], sizes[:count] + sizes[2 * count :]
+        pairs = replace(pairs, nll=nll, nll_lengths=nll_lengths)
+    if isinstance(loss, DPO) and loss.weighting and log_sum_sq_probs is not None:
+        aligned = sequence_sums((logp - log_sum_sq_probs).detach(), segments, sequences) / sizes
+        pairs = replace(pairs, weights=wpo_weights(aligned[:count], aligned[count:]))
+    return pairs
+
+
+def _responses(loss: LossOptions, lengths: Tensor, labels: Tensor | None) -> int:
+    """How many sequences are responses: 2P, or R."""
+    if labels is not None:
+        return len(labels)
+    return len(lengths) // 3 * 2 if scores_prompts(loss) else len(lengths)
+
+
+def _starts(segments: Tensor, count: int) -> Tensor:
+    places = torch.arange(len(segments), device=segments.device)
+    return places.new_full((count,), len(segments)).scatter_reduce(0, segments, places, "amin")
+
+
+def _offsets(segments: Tensor, count: int) -> Tensor:
+    """Each token's place in its sequence."""
+    return torch.arange(len(segments), device=segments.device) - _starts(segments, count)[segments]
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def _pairs_in_torch(
+    pairs: PairLogps, loss: LossOptions, totals: Totals | None, step: WholeStep | None
+) -> PreferenceLoss:
+    output = pair_loss(pairs, loss, totals, step)
+    reference = None
+    if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
+        reference = torch.cat([pairs.ref_chosen, pairs.ref_rejected])
+    sums = torch.cat([pairs.chosen, pairs.rejected]).detach()
+    rewards = torch.cat([output.chosen_rewards, output.rejected_rewards])
+    return PreferenceLoss(output.loss, sums, reference, rewards, extra=output.extra)
+
+
+def _rows_in_torch(
+    logp: Tensor,
+    segments: Tensor,
+    lengths: Tensor,
+    loss: KTO,
+    reference: Tensor,
+    labels: Tensor,
+    kl: Tensor | float,
+    totals: Totals | None,
+) -> PreferenceLoss:
+    count = len(labels)
+    sums = sequence_sums(logp, segments, len(lengths))[:count]
+    reference_sums = sequence_sums(reference.detach().to(logp.dtype), segments, len(lengths))[:count]
+    value = kto_value(RowLogps(sums, reference_sums, labels), loss, kl, totals or Totals(count))
+    rewards = loss.beta * (sums.detach() - reference_sums)
+    return PreferenceLoss(value, sums.detach(), reference_sums, rewards, labels)
+
+
+# --- Triton -----------------------------------------------------------------------------------------------------------
+
+
+def _fused(
+    logp: Tensor,
+    segments: Tensor,
+    lengths: Tensor,
+    loss: LossOptions,
+    reference: Tensor | None,
+    labels: Tensor | None,
+    kl: Tensor | float,
+    log_sum_sq_probs: Tensor | None,
+    totals: Totals | None,
+) -> PreferenceLoss:
+    spec = kernel_spec(loss)
+    baseline = None
+    if isinstance(loss, KTO):
+        kl = kl if loss.kl == "batch" else 0.0
+        baseline = kl.detach().to(logp) if isinstance(kl, Tensor) else logp.new_full((), kl)
+    value, _, sequences, pairs = fused_loss(
+        logp,
+        _starts(segments, len(lengths)),
+        lengths,
+        None if reference is None else reference.detach().float(),
+        labels,
+        baseline,
+        None if log_sum_sq_probs is None else log_sum_sq_probs.detach().float(),
+        spec.flags(),
+        spec.numbers(),
+        None if totals is None else float(totals.examples),
+        None if totals is None else float(totals.nll_tokens),
+    )
+    sequences, pairs = sequences.detach(), pairs.detach()
+    extra = {}
+    if isinstance(loss, ORPO) or (isinstance(loss, SimPO | CPO) and loss.sft_weight):
+        count = pairs.shape[1]
+        scored = (lengths[:count].sum() + lengths[2 * count :].sum()).float()
+        extra["nll_loss"] = (-pairs[0].sum(), scored)
+        if isinstance(loss, ORPO):
+            extra["log_odds_ratio"] = (pairs[2].sum(), pairs.new_full((), count))
+            extra["log_odds_chosen"] = (pairs[1].sum(), pairs.new_full((), count))
+    reference_sums = sequences[1] if spec.reference else None
+    return PreferenceLoss(value, sequences[0], reference_sums, sequences[2], labels, extra)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(logp: Any, segments: Any, lengths: Any, **optional: Any) -> None:
+    """Types, dtypes, devices and numbers of entries of what is one a token, and of `lengths`."""
+    given = {"logp": logp, "segments": segments, "lengths": lengths}
+    given |= {name: value for name, value in optional.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"preference_loss: {name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.device != logp.device:
+            raise ValueError(f"preference_loss: {name} is on {value.device}, logp is on {logp.device}")
+        if value.dim() != 1:
+            raise ValueError(f"preference_loss: {name} must have one dimension, got shape {tuple(value.shape)}")
+        if name in ("segments", "lengths") and value.dtype != torch.int64:
+            raise TypeError(f"preference_loss: {name} must be torch.int64, got {value.dtype}")
+        if name != "lengths" and len(value) != len(logp):
+            raise ValueError(f"preference_loss: {name} has {len(value)} entries, logp has {len(logp)}")
+    if logp.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"preference_loss: logp must be torch.float32 or torch.float64, got {logp.dtype}")
+    for name in optional:
+        if name in given and not given[name].is_floating_point():
+            raise TypeError(f"preference_loss: {name} must be of floating point, got {given[name].dtype}")
+
+
+def _check_loss(
+    loss: Any, lengths: Tensor, reference: Tensor | None, labels: Any, log_sum_sq_probs: Tensor | None
+) -> None:
+    """The arguments a loss needs are there, and no others."""
+    if not isinstance(loss, LossOptions):
+        raise TypeError(f"preference_loss: loss must be options such as DPO(), got {type(loss).__name__}")
+    weighting = isinstance(loss, DPO) and loss.weighting
+    wanted = {
+        "reference": (reference, loss.uses_reference),
+        "labels": (labels, isinstance(loss, KTO)),
+        "log_sum_sq_probs": (log_sum_sq_probs, weighting),
+    }
+    for name, (value, needed) in wanted.items():
+        if (value is not None) != needed:
+            raise ValueError(f"preference_loss: {loss.type} {'needs' if needed else 'takes no'} {name}")
+    count = len(lengths)
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.dtype != torch.bool:
+            found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"preference_loss: labels must be a torch.bool tensor, got {found}")
+        if labels.device != lengths.device:
+            raise ValueError(f"preference_loss: labels is on {labels.device}, logp is on {lengths.device}")
+        if labels.dim() != 1 or len(labels) == 0 or count not in (len(labels), 2 * len(labels)):
+            raise ValueError(
+                f"preference_loss: lengths has {count} entries, labels has shape {tuple(labels.shape)}; there must be "
+                "one row a label, or two"
+            )
+        return
+    groups = 3 if scores_prompts(loss) else 2
+    if count == 0 or count % groups:
+        what = "chosen, rejected and prompt" if groups == 3 else "chosen and rejected"
+        raise ValueError(f"preference_loss: lengths has {count} entries; there must be as many {what} sequences")
+
+
+def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, backend: Any) -> None:
+    if isinstance(kl, Tensor):
+        if kl.numel() != 1:
+            raise ValueError(f"preference_loss: kl must be a scalar, got shape {tuple(kl.shape)}")
+    elif isinstance(kl, bool) or not isinstance(kl, int | float):
+        raise TypeError(f"preference_loss: kl must be a number or a tensor, got {kl!r}")
+    elif labels is None and kl != 0:
+        raise ValueError(f"preference_loss: only kto takes kl, got {kl}")
+    if totals is not None:
+        if not isinstance(totals, Totals):
+            raise TypeError(f"preference_loss: totals must be losses.Totals, got {type(totals).__name__}")
+        for name, value in (("examples", totals.examples), ("nll_tokens", totals.nll_tokens)):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"preference_loss: totals.{name} must be above 0, got {value}")
+    if step is not None and not isinstance(step, WholeStep):
+        raise TypeError(f"preference_loss: step must be losses.WholeStep, got {type(step).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"preference_loss: backend is {backend!r}, known are {', '.join(BACKENDS)}")
+
+
+def _check_segments(segments: Tensor, lengths: Tensor, responses: int) -> None:
+    """On a CPU, and outside of tracing: that segments and lengths say the same, and no response is empty."""
+    if segments.device.type != "cpu" or type(segments) is not Tensor or torch.compiler.is_compiling():
+        return
+    count = len(lengths)
+    if len(segments) and not 0 <= int(segments.min()) <= int(segments.max()) < count:
+        wrong = int(segments.min()) if segments.min() < 0 else int(segments.max())
+        raise ValueError(f"preference_loss: segments holds {wrong}, lengths has entries 0 to {count - 1}")
+    found = torch.bincount(segments, minlength=count)
+    for sequence in (found != lengths).nonzero().flatten().tolist():
+        raise ValueError(
+            f"preference_loss: lengths[{sequence}] is {int(lengths[sequence])}, segments holds {sequence} "
+            f"{int(found[sequence])} times"
+        )
+    if int((lengths[:responses] == 0).sum()):
+        empty = int((lengths[:responses] == 0).nonzero()[0])
+        raise ValueError(f"preference_loss: lengths[{empty}] is 0; a response has at least one token")
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[1:] = segments[1:] != segments[:-1]
+    if int(first.sum()) != int((lengths > 0).sum()):
+        repeated = torch.bincount(segments[first], minlength=count).argmax()
+        raise ValueError(f"preference_loss: the tokens of sequence {int(repeated)} do not lie together in segments")

@@ -1,0 +1,1 @@
+"""What memory a step takes: counted, measured, and made to fit."""

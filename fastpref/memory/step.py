@@ -1,0 +1,237 @@
+"""What an optimizer step takes, counted on fake tensors: the real code, without numbers, memory or a device."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fastpref.config import Config
+from fastpref.data.batch import Layout
+from fastpref.data.example import Example
+from fastpref.data.longest import longest_possible
+from fastpref.errors import UserError
+from fastpref.memory.allocations import PeakStorage
+from fastpref.model.attention import NAME, give_attention
+from fastpref.model.failure import told_of_model
+from fastpref.model.gradient_checkpointing import checkpoint_layers, decoder_layers
+from fastpref.model.liger import kernels_not_run, wants_kernels
+from fastpref.model.load import Loaded, model_config, weight_dtype
+from fastpref.model.packed import own_quantization
+from fastpref.model.policy import Policy
+from fastpref.model.skeleton import Skeleton, materialise, skeleton
+from fastpref.model.trial import Choice, layout_by_count
+from fastpref.step.objective import Objective
+from fastpref.step.reference import Reference, copy_config, make_reference, precomputes
+from fastpref.training.optimizer import make_optimizer
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes alive at the peak of an optimizer step, by what they are for."""
+
+    weights: int  # of the model; its adapters apart
+    adapters: int  # what is trained beside it
+    gradients: int  # of the whole step
+    optimizer: int  # the moments, and what the update takes for itself
+    reference: int  # a frozen copy
+    activations: int  # what the forward pass keeps and the backward pass makes
+    head: int  # what the head's operators make: scratch tiles, and the gradient that they keep
+    largest: int  # the largest tensor that the step makes; part of the others
+    layers: int  # decoder layers of the model; not bytes
+    checkpointed: int  # of them
+    layout: Layout  # that its attention takes
+    bare_experts: int = 0  # bytes of the weights, of experts that bitsandbytes does not quantise
+
+    @property
+    def total(self) -> int:
+        parts = (self.weights, self.adapters, self.gradients, self.optimizer, self.reference, self.activations)
+        return sum(parts) + self.head
+
+
+class _Fake(FakeTensorMode):
+    """Torch has a shape for grouped products, those of experts, in bfloat16 alone; devices compute them in others."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            a, b = args[:2]
+            offsets: Any = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
+            groups = [len(offsets)] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() == 3 else []
+            return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@told_of_model("a step of it cannot be counted without its weights")
+def count_step(
+    config: Config,
+    device: torch.device,
+    *,
+    layers: int | None = None,
+    examples: Sequence[Example] | None = None,
+    further: bool | None = None,
+    architecture: PretrainedConfig | None = None,
+    layout: Layout | None = None,
+    make_policy: Callable[[PreTrainedModel], Policy] = Policy.of,
+) -> StepMemory:
+    """What a step of a config takes on a kind of device, which need not be there.
+
+    Args:
+        layers: how many decoder layers are checkpointed; None: all, unless `train.checkpointing` is off.
+        examples: of the step; by default those of the longest micro-batch.
+        further: whether the step has other micro-batches, whose gradients are there when these come; by default
+            if the longest micro-batch is not a whole step.
+        architecture: what is in the model's config.json, if that is not to be read.
+        layout: if it is known what the model's attention takes: trying it is a forward pass.
+        make_policy: another head than ours (`trl_memory.py`).
+
+    Raises UserError for a model that is not there, or whose code cannot be run on fake tensors.
+
+    All tensors are fake ones of a CPU, with the dtypes and the mixed precision of `device`. What bitsandbytes and a
+    device's libraries take inside one operation is not seen; the head's tiles are those of the torch backend.
+    """
+    dtype = weight_dtype(config, device)
+    half = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    mixed = device.type == "cuda" and config.model.dtype != "float32"
+    autocast = partial(torch.autocast, "cpu", dtype=half, cache_enabled=False) if mixed else nullcontext
+    architecture = architecture or model_config(config.model)
+    if own_quantization(architecture) is not None and config.lora is None:
+        raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
+    kernels = wants_kernels(config.model.liger, device.type, architecture)
+    bones = skeleton(config, architecture, dtype, kernels=kernels)
+    beside = _copy(config, bones, architecture, kernels=kernels)
+    saving = _elsewhere if config.train.offload_activations else None
+    checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
+    count, fake = PeakStorage(), _Fake(allow_non_fake_inputs=True)
+    sizes_alone = kernels_not_run if kernels else nullcontext
+    with fake, count:
+        policy = _materialised(config, bones, count, make_policy)
+    with fake, sizes_alone():
+        choice = layout_by_count(bones.model, policy, config.train.layout) if layout is None else Choice(layout)
+        if layout is not None and layout != "padded":
+            give_attention(bones.model, NAME)
+    loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)
+    with fake, count, count.labelled("reference"):
+        reference = _reference(config, loaded, beside, autocast)
+    optimizer = make_optimizer(loaded.policy, _unpaged(config))  # bitsandbytes makes tables of real numbers
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with fake, count, sizes_alone():
+        _make_moments(optimizer, parameters, count)
+        if examples is None:
+            longest = longest_possible(config)
+            examples, further = longest.examples, longest.further if further is None else further
+        if not further:
+            optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(partial(_relabel_gradient, count))
+        objective = _objective(config, loaded, reference, autocast)
+        objective.policy.train()
+        count.start_again()
+        with count.labelled("activations"):
+            objective.step(examples, lambda loss: loss.backward())
+            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+        with count.labelled("optimizer"):
+            optimizer.step()
+    parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
+    parts["weights"] = parts.get("weights", 0) - bones.packed
+    parts |= {"bare_experts": bones.bare_experts}
+    parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": choice.layout}
+    return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
+
+
+def _unpaged(config: Config) -> Config:
+    """Moments that may move to host memory are counted as if they stayed: paging needs a GPU to page from."""
+    plain: Any = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}.get(config.train.optimizer)
+    return config if plain is None else config.model_copy(
+        update={"train": config.train.model_copy(update={"optimizer": plain})}
+    )  # fmt: skip
+
+
+def _materialised(
+    config: Config, bones: Skeleton, count: PeakStorage, make_policy: Callable[[PreTrainedModel], Policy]
+) -> Policy:
+    model = bones.model
+    with count.labelled("weights"):
+        materialise(model)
+    if config.lora is not None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                count.relabel(parameter, "adapters")
+    return make_policy(model)
+
+
+def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, kernels: bool) -> PreTrainedModel | None:
+    """The frozen copy, if it is one that would be loaded by itself."""
+    if not config.loss.uses_reference or config.reference.mode != "copy":
+        return None
+    other = copy_config(config, bones.model)
+    if other is None:
+        return None
+    return skeleton(other, architecture, getattr(torch, other.model.dtype), kernels=kernels).model
+
+
+def _reference(
+    config: Config, loaded: Loaded, beside: PreTrainedModel | None, autocast: Callable[..., Any]
+) -> Reference | None:
+    if not config.loss.uses_reference:
+        return None
+    if precomputes(config):
+        return lambda batch: torch.zeros(len(batch.targets))
+
+    def load(*_: Any) -> PreTrainedModel:
+        assert beside is not None
+        materialise(beside)
+        if loaded.layout != "padded":
+            give_attention(beside, NAME)
+        return beside
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # of copying a model
+        return make_reference(config, loaded, autocast, load)[0]
+
+
+def _objective(config: Config, loaded: Loaded, reference: Reference | None, autocast: Callable[..., Any]) -> Objective:
+    policy = loaded.policy
+    policy.forward = autocast()(policy.forward) if autocast is not nullcontext else policy.forward
+    return Objective(
+        policy=policy,
+        reference=reference,
+        options=config.loss,
+        layout=loaded.layout,
+        budget=config.tokens_per_microbatch,
+        pad_token_id=0,
+        device=CPU,
+        router_coefficient=policy.router.coefficient if policy.router is not None else 0.0,
+    )
+
+
+def _make_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], count: PeakStorage) -> None:
+    """Gradients, and what an update by them leaves behind."""
+    with count.labelled("gradients"):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+    with count.labelled("optimizer"):
+        optimizer.step()
+
+
+def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    count.relabel(parameter.grad, "gradients")
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """What is saved for the backward pass leaves the device, and is made again there when it is asked for."""
+
+    def come_back(what: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(what[0], dtype=what[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), come_back):
+        yield

@@ -1,0 +1,112 @@
+"""A model of how TRL 1.16 computes the head of a step on a GPU, for comparing memory: read from its source, not run.
+
+DPO and KTO: in tiles of 4,096 tokens and 32,768 columns, the hidden states' gradient in float32. ORPO, SimPO and CPO:
+the logits of every place of the padded rows, which Accelerate copies to float32; a log-softmax whose backward pass
+makes them again, and for the supervised term a cross-entropy over the chosen rows.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from fastpref.config import Config
+from fastpref.config.losses import SimPO
+from fastpref.model.adapters.fused import unfuse_lora
+from fastpref.model.body import body_of
+from fastpref.model.head import Head
+from fastpref.model.policy import Policy
+from fastpref.model.router import RouterLoss
+from fastpref.ops import TokenLogprobs
+
+VERSION = "1.16"
+_TOKENS, _COLUMNS = 4096, 32768  # of a tile
+
+
+def as_trl(config: Config) -> Config:
+    """The config of the step that TRL would make: padded rows, as many at once as they are given, and a copy of a model
+    that is trained itself."""
+    update: dict[str, Any] = {
+        "train": config.train.model_copy(update={"layout": "padded", "tokens_per_microbatch": sys.maxsize})
+    }
+    if config.lora is None and config.loss.uses_reference:
+        update["reference"] = config.reference.model_copy(update={"mode": "copy"})
+    return config.model_copy(update=update)
+
+
+def trl_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:
+    """For `count_step`: a policy with TRL's head and PEFT's own LoRA layers."""
+    supervised = not isinstance(config.loss, SimPO)
+
+    def make(model: PreTrainedModel) -> Policy:
+        unfuse_lora(model)
+        head: Any = _Chunked(model) if config.loss.uses_reference else _FullLogits(model, supervised)
+        body = body_of(model)
+        return Policy(body, head, RouterLoss.of(model, body))
+
+    return make
+
+
+class _FullLogits(nn.Module):
+    def __init__(self, model: PreTrainedModel, supervised: bool):
+        super().__init__()
+        self.head, self._supervised = Head(model), supervised
+
+    def forward(self, hidden: Tensor, positions: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> TokenLogprobs:
+        logits = self.head.module(hidden).float()  # [B·T, V], the chosen rows first
+        loss = logits.new_zeros(())
+        if self._supervised:
+            chosen = logits[: len(logits) // 2 - 1].contiguous()
+            loss = functional.cross_entropy(chosen, torch.zeros(len(chosen), dtype=torch.int64))
+        logps = _FusedLogSoftmax.apply(logits[:-1])
+        return TokenLogprobs(logps[(positions - 1).clamp(min=0)] + 0 * loss, None, None, None, None)
+
+
+class _FusedLogSoftmax(torch.autograd.Function):
+    """One number a place; the logits stay for the backward pass, which makes their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:  # [N, V]
+        ctx.save_for_backward(logits)
+        return logits.new_zeros(len(logits))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.empty_like(*ctx.saved_tensors)
+
+
+class _Chunked(nn.Module):
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.head = Head(model)
+
+    def forward(self, hidden: Tensor, positions: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> TokenLogprobs:
+        weight = self.head.module.weight
+        return TokenLogprobs(_Tiles.apply(hidden[positions], weight), None, None, None, None)
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:  # [N, H], [V, H]
+        ctx.save_for_backward(hidden, weight)
+        _tile(hidden, weight)
+        return torch.zeros(len(hidden))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight = ctx.saved_tensors
+        sums = [torch.empty(t.shape) if asked else None for t, asked in zip((hidden, weight), ctx.needs_input_grad)]
+        tile = _tile(hidden, weight)
+        made = [None if s is None else s.to(t.dtype) for s, t in zip(sums, (hidden, weight))]
+        del tile
+        return tuple(made)
+
+
+def _tile(hidden: Tensor, weight: Tensor) -> Tensor:
+    tile = hidden.new_empty((min(len(hidden), _TOKENS), _COLUMNS))
+    weight[:_COLUMNS].to(hidden.dtype)
+    return tile

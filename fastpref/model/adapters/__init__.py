@@ -1,0 +1,1 @@
+"""LoRA adapters: new ones, trained ones, and their fused computation."""

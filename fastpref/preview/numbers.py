@@ -1,0 +1,84 @@
+"""The numbers of a preview: lengths, shares, and what a step costs in each layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import numpy as np
+
+from fastpref.config import Config
+from fastpref.config.losses import compares_neighbours
+from fastpref.data.batch import Layout, computed_tokens, plan_microbatches, with_mismatched
+from fastpref.data.example import Example
+from fastpref.data.table import Examples
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+PERCENTILES = (5, 50, 95, 100)
+_STEPS = 50  # that are looked at
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token counts of one part of the rows: the least that 5, 50, 95 and 100 % of them do not exceed."""
+
+    name: str
+    percentiles: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """Tokens that a step computes in each layout, on average over the first `steps` steps in the data's order."""
+
+    rows: int  # a step
+    steps: int
+    tokens: dict[Layout, float]
+
+
+def lengths(examples: Examples) -> list[Lengths]:
+    columns = examples.completion_lengths.T
+    names = ("response",) if len(columns) == 1 else ("chosen", "rejected")
+    parts = dict(zip(("prompt", *names), (examples.prompt_lengths, *columns)))
+    return [
+        Lengths(name, tuple(int(n) for n in np.percentile(counts, PERCENTILES, method="inverted_cdf")))
+        for name, counts in parts.items()
+    ]
+
+
+def prompt_share(examples: Examples) -> float:
+    """The share of prompts in all tokens, each prompt counted once."""
+    prompts = int(examples.prompt_lengths.sum())
+    return prompts / (prompts + int(examples.completion_lengths.sum()))
+
+
+def good_share(examples: Examples) -> float | None:
+    """The share of desirable responses, for KTO's data."""
+    labels = examples.labels
+    return None if labels is None else float(labels.mean())
+
+
+def step_tokens(examples: Sequence[Example], config: Config) -> StepTokens:
+    """What steps of `train.batch` consecutive rows compute."""
+    rows = min(config.train.batch, len(examples))
+    steps = min(_STEPS, len(examples) // rows)
+    totals = dict.fromkeys(LAYOUTS, 0)
+    for step in range(steps):
+        chunk = examples[step * rows : (step + 1) * rows]
+        for layout in LAYOUTS:
+            totals[layout] += _one_step(chunk, config, layout)
+    return StepTokens(rows, steps, {layout: total / steps for layout, total in totals.items()})
+
+
+def _one_step(examples: Sequence[Example], config: Config, layout: Layout) -> int:
+    budget = config.tokens_per_microbatch
+    if compares_neighbours(config.loss, len(examples)):
+        both = with_mismatched(examples)
+        if len(plan_microbatches(both, layout, budget)) == 1:
+            return computed_tokens(both, layout)
+        second = [replace(example, completions=example.completions[1:]) for example in both]
+        return _microbatched(second, layout, budget) + _microbatched(examples, layout, budget)
+    return _microbatched(examples, layout, budget)
+
+
+def _microbatched(examples: Sequence[Example], layout: Layout, budget: int) -> int:
+    parts = plan_microbatches(examples, layout, budget)
+    return sum(computed_tokens([examples[i] for i in part], layout) for part in parts)

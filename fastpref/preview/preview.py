@@ -1,0 +1,304 @@
+"""What a run would train on: the first rows as the tensors of their batch hold them, and all of them in numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from fastpref.config import Config
+from fastpref.config.losses import compares_neighbours
+from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches, with_mismatched
+from fastpref.data.cache import Tokenized, load_examples
+from fastpref.data.example import Counts, Example
+from fastpref.data.tokenize import use_chat_template
+from fastpref.errors import UserError
+from fastpref.losses.token_loss import scores_prompts
+from fastpref.model.limits import Limits, compare, limits_of, pad_token
+from fastpref.model.load import load_tokenizer
+from fastpref.preview.numbers import LAYOUTS, PERCENTILES, good_share, lengths, prompt_share, step_tokens
+from fastpref.preview.text import Writer
+
+
+def preview(
+    config: Config, *, rows: int = 4, full: bool = False, cache: bool = True, console: Console | None = None
+) -> None:
+    """Print the first rows and the numbers of a config's data. Loads the tokenizer and not the model.
+
+    Long texts are shortened unless `full`. Raises UserError as a run would.
+    """
+    console = console or Console(highlight=False)
+    tokenizer = load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.tokens.chat_template)
+    data = load_examples(config, tokenizer, cache=cache)
+    limits, unknown = _limits(config)
+    beyond = compare(limits, data.parts, tokenizer, config)
+    pad, unpadded = pad_token(tokenizer, limits)
+    for note in [*data.notes, *beyond, *filter(None, (unknown, unpadded))]:
+        console.print(note, markup=False, soft_wrap=True)
+    colour = console.color_system is not None and not console.no_color
+    writer = Writer(tokenizer, colour=colour, full=full)
+    console.print()
+    console.print(writer.legend())
+    layout = layout_of(config)
+    examples = data.train[:rows]
+    laid, parts = one_step(config, examples, layout)
+    for number, places in enumerate(parts):
+        members = [laid[i] for i in places]
+        batch = collate(
+            members,
+            layout,
+            index=places,
+            pad_token_id=pad,
+            score_prompts=scores_prompts(config.loss),
+        )
+        for example, at, held in zip(members, places, read(batch)):
+            console.print(_row(at, example, held, writer))
+        console.print(_microbatch(f"micro-batch {number + 1} of {len(parts)}", batch, members, layout))
+    console.print(_numbers(data, config, layout))
+
+
+def _limits(config: Config) -> tuple[Limits, str | None]:
+    """What the model has, or why it is not known: a preview needs no more than a tokenizer."""
+    try:
+        return limits_of(config.model), None
+    except UserError as error:
+        return Limits("the model"), f"rows are not compared with what the model can take: {error}"
+
+
+# --- The batch -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a batch holds of one example: read from its tensors, not from the example."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    scored: list[list[bool]]  # of each token of the completions
+    prompt_scored: bool
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout that a config asks for. Only a run knows whether the model can take it."""
+    return "tree" if config.train.layout == "auto" else config.train.layout
+
+
+def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tuple[list[Example], list[list[int]]]:
+    """These examples as a step has them, and the places of each micro-batch's.
+
+    KTO's have a second branch where the step is one micro-batch; where it is more, that has a pass of its own.
+    """
+    budget = config.tokens_per_microbatch
+    if compares_neighbours(config.loss, len(examples)):
+        both = with_mismatched(examples)
+        if len(parts := plan_microbatches(both, layout, budget)) == 1:
+            return both, parts
+    return list(examples), plan_microbatches(examples, layout, budget)
+
+
+def read(batch: PreferenceBatch) -> list[Held]:
+    """The sequences of a batch, example by example, whatever its layout."""
+    ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
+    predictors, segments, offsets = (t.tolist() for t in (batch.predictors, batch.segments, batch.offsets))
+    scored = {(segment, offset): predictor for segment, offset, predictor in zip(segments, offsets, predictors)}
+    spans = _spans(batch)
+    read_back = []
+    for e in range(batch.examples):
+        completions, uses, prompt = [], [], []
+        for k in range(batch.completions):
+            start, stop = spans[k * batch.examples + e]
+            completions.append(ids[start:stop])
+            uses.append([(k * batch.examples + e, at) in scored for at in range(stop - start)])
+            if k == 0:  # its first token stands where its prompt ends, whatever lies between them
+                last = scored.get((e, 0), start - 1)
+                prompt = ids[last - positions[last] : last + 1]
+        prompt_scored = len(batch.lengths) > batch.completions * batch.examples
+        read_back.append(Held(prompt, completions, uses, prompt_scored))
+    return read_back
+
+
+def _spans(batch: PreferenceBatch) -> dict[int, tuple[int, int]]:
+    """Where each sequence's completion stands in the flattened tokens."""
+    spans: dict[int, tuple[int, int]] = {}
+    if batch.tree is not None:
+        each = len(batch.tree.trees) // batch.examples  # 1 in a tree layout, K where prompts are repeated
+        for number, tree in enumerate(batch.tree.trees):
+            e, k = divmod(number, each)
+            start = tree.start + tree.prompt
+            for branch, tokens in enumerate(tree.completions):
+                spans[(k + branch) * batch.examples + e] = start, start + tokens
+                start += tokens
+        return spans
+    assert batch.attention_mask is not None
+    width = batch.input_ids.shape[1]
+    first = dict(zip(batch.segments.tolist(), zip(batch.predictors.tolist(), batch.offsets.tolist())))
+    for row, filled in enumerate(batch.attention_mask.sum(1).tolist()):
+        predictor, offset = first[row]  # of one of its scored tokens, which says where its completion begins
+        spans[row] = predictor + 1 - offset, row * width + filled
+    return spans
+
+
+# --- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def _names(example: Example) -> list[str]:
+    """Of the completions."""
+    if example.label is None:
+        return ["chosen", "rejected"]
+    return ["good" if example.label else "bad", "mismatched"]
+
+
+def _row(at: int, example: Example, held: Held, writer: Writer) -> Group:
+    row = example.row
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=11)
+    grid.add_column(overflow="fold")
+    said = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut, turns=row.turns_cut)
+    grid.add_row(_labelled("prompt", len(held.prompt)), said)
+    own = held.completions if example.label is None else held.completions[:1]  # KTO's second one is another row's
+    for name, ids, scored, cut in zip(_names(example), own, held.scored, row.completions_cut):
+        said = writer.completion(held.prompt, ids, scored, across=row.merged > 0, cut=cut)
+        grid.add_row(_labelled(name, len(ids), sum(scored)), said)
+    parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
+    if row.merged:
+        tokens = "token of the prompt is" if row.merged == 1 else f"{row.merged} tokens of the prompt are"
+        parts.append(Text(f"The last {tokens} part of a response's first token, and scored with it.", style="yellow"))
+    return Group(*parts)
+
+
+def _labelled(name: str, tokens: int, scored: int | None = None) -> Text:
+    partly = "" if scored in (None, tokens) else f"\n{scored:,} scored"
+    return Text.assemble((name, "bold"), "\n", (f"{tokens:,} token{'s' * (tokens != 1)}{partly}", "dim"))
+
+
+def _short_place(place: str) -> str:
+    """A place by its file's name: the folder is known from the config."""
+    return Path(place).name if "/" in place else place
+
+
+# --- The micro-batch -----------------------------------------------------------------------------------------------
+
+
+def _microbatch(which: str, batch: PreferenceBatch, members: Sequence[Example], layout: Layout) -> Group:
+    rows, width = batch.input_ids.shape
+    title = f"{which}: {layout}, {rows} row{'s' * (rows > 1)} of {width:,} tokens"
+    lines = _padded_lines(batch, members) if batch.tree is None else _tree_lines(batch, members)
+    costs = {other: collate(members, other).tokens for other in LAYOUTS}
+    counted = " · ".join(f"{name} {tokens:,}" for name, tokens in costs.items())
+    saved = [f"{1 - costs['tree'] / costs[other]:.0%} of {other}" for other in ("packed", "padded")]
+    said = Text(f"tokens: {counted}; trees save {saved[0]}, {saved[1]}")
+    return Group(Text(), Rule(Text(title), align="left", style="dim"), *lines, said)
+
+
+def _tree_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
+    """The trees of a packed row, with the completions branching off."""
+    assert batch.tree is not None
+    lines = []
+    each = len(batch.tree.trees) // batch.examples  # 1 in a tree layout, K where prompts are repeated
+    for number, tree in enumerate(batch.tree.trees):
+        e, k = divmod(number, each)
+        names = _names(members[e])[k : k + len(tree.completions)]
+        trunk = f"at {tree.start:>6,}  row {batch.index[e]}: prompt {tree.prompt:,} "
+        for branch, (name, tokens) in enumerate(zip(names, tree.completions)):
+            last = branch == len(tree.completions) - 1
+            sign = "─" if len(names) == 1 else "┬" if branch == 0 else "└" if last else "├"
+            lines.append(Text((trunk if branch == 0 else " " * len(trunk)) + f"{sign}─ {name} {tokens:,}"))
+    return lines
+
+
+def _padded_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
+    assert batch.attention_mask is not None
+    lines = []
+    for number, filled in enumerate(batch.attention_mask.sum(1).tolist()):
+        k, e = divmod(number, batch.examples)
+        tokens = len(members[e].completions[k])
+        padding = batch.input_ids.shape[1] - filled
+        sequence = f"prompt {filled - tokens:,} ── {_names(members[e])[k]} {tokens:,} ── padding {padding:,}"
+        lines.append(Text(f"row {batch.index[e]}: {sequence}"))
+    return lines
+
+
+# --- The numbers ---------------------------------------------------------------------------------------------------
+
+_DROPPED = {
+    "overlong": "too long",
+    "empty": "with an empty response",
+    "equal": "with equal responses",
+    "unwritten": "left out by the chat template",
+    "promptless": "without a prompt",
+    "refused": "refused by the chat template",
+}
+
+
+def _numbers(data: Tokenized, config: Config, layout: Layout) -> Group:
+    return Group(
+        Text(),
+        Rule(Text("the data"), align="left", style="dim"),
+        _rows_table(data),
+        Padding(_lengths_table(data), (1, 0)),
+        _steps_table(data, config, layout),
+    )
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(first, box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _rows_table(data: Tokenized) -> Table:
+    parts = {"training": (data.train, data.counts["train"]), "held-out": (data.heldout, data.counts["heldout"])}
+    parts = {name: part for name, part in parts.items() if part[1].rows}
+    counts: list[Counts] = [count for _, count in parts.values()]
+    table = _table("rows", *parts)
+
+    def add(name: str, *values: str) -> None:
+        table.add_row(name, *values)
+
+    add("used", *(f"{count.kept:,}" for count in counts))
+    add("dropped", *(f"{count.rows - count.kept:,}" for count in counts))
+    for field, words in _DROPPED.items():
+        if any(getattr(count, field) for count in counts):
+            add(f"  {words}", *(f"{getattr(count, field):,}" for count in counts))
+    if any(count.turns_cut for count in counts):
+        add("prompts without their oldest turns", *(f"{count.turns_cut:,}" for count in counts))
+    add("prompts cut", *(f"{count.prompts_cut:,}" for count in counts))
+    add("responses cut", *(f"{count.responses_cut:,}" for count in counts))
+    add("with a token across the prompt's end", *(f"{count.merged:,}" for count in counts))
+    if any(count.departed for count in counts):
+        add("responses not after the generation prompt", *(f"{count.departed:,}" for count in counts))
+    if any(count.special for count in counts):
+        add("with special tokens in messages' words", *(f"{count.special:,}" for count in counts))
+    if any(count.left_out for count in counts):
+        add("with words that the chat template leaves out", *(f"{count.left_out:,}" for count in counts))
+    add("share of prompt tokens", *(f"{prompt_share(examples):.0%}" for examples, _ in parts.values()))
+    goods = [good_share(examples) for examples, _ in parts.values()]
+    if None not in goods:
+        add("good responses", *(f"{good:.0%}" for good in goods))
+    nothing = [""] * (len(parts) - 1)
+    add("duplicates left out before", f"{data.duplicates:,}", *nothing)
+    add("broken rows left out before", f"{data.left_out:,}", *nothing)
+    return table
+
+
+def _lengths_table(data: Tokenized) -> Table:
+    table = _table("training tokens", *("max" if percent == 100 else f"p{percent}" for percent in PERCENTILES))
+    for part in lengths(data.train):
+        table.add_row(part.name, *(f"{tokens:,}" for tokens in part.percentiles))
+    return table
+
+
+def _steps_table(data: Tokenized, config: Config, layout: Layout) -> Table:
+    found = step_tokens(data.train, config)
+    what = "pairs" if data.train.labels is None else "responses"
+    table = _table(f"a step of {found.rows} {what}", "tokens", "", "")
+    for name, tokens in found.tokens.items():
+        ours = "this config's layout" if name == layout else ""
+        table.add_row(name, f"{tokens:,.0f}", f"{tokens / found.tokens['tree']:.2f} ×", Text(ours, justify="left"))
+    return table

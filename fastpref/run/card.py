@@ -1,0 +1,114 @@
+"""README.md of a trained model: what it is, how it was made, how it did."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from fastpref import __version__
+from fastpref.config import Config, DataConfig
+from fastpref.config.toml import to_toml, toml_value
+from fastpref.data.template.keywords import writes_the_date
+from fastpref.data.template.text import TextRecord
+
+_SHOWN = (
+    ("eval/loss", "loss", "{:.4f}"),
+    ("eval/rewards/accuracies", "reward accuracy", "{:.1%}"),
+    ("eval/rewards/margins", "reward margin", "{:+.4f}"),
+    ("eval/logps/chosen", "log-probability of the chosen", "{:.2f}"),
+    ("eval/logps/rejected", "log-probability of the rejected", "{:.2f}"),
+)
+
+
+def model_card(
+    config: Config,
+    rows: Iterable[Mapping[str, Any]],
+    data_fingerprint: str,
+    steps: int,
+    text: TextRecord | None = None,
+) -> str:
+    """The text. `rows` are those of metrics.jsonl. Folders of this machine are named by their last part only."""
+    shown = _without_folders(config)
+    base, adapter = shown.model.name, config.lora is not None
+    on_hub = config.model.name == base and "/" in base
+    data = ModelCardData(
+        base_model=base if on_hub else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["fastpref", config.loss.type, *(["lora"] if adapter else [])],
+    )
+    what = "A LoRA adapter for" if adapter else "A model fine-tuned from"
+    pairs = "rows" if config.loss.type == "kto" else "pairs"
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, {config.loss.type.upper()}\n\n"
+        f"{what} `{base}`, trained by preferences ({config.loss.type.upper()}) with fastpref {__version__}: {steps} "
+        f"steps of {config.train.batch} {pairs}.\n\n"
+        f"{_held_out(list(rows))}## Data\n\n"
+        f"{', '.join(f'`{d.path}`' for d in shown.data)}; the training examples' tokens have the SHA-256\n"
+        f"`{data_fingerprint}`.\n\n"
+        f"{_written(text, adapter)}"
+        f"## Config\n\n```toml\n{to_toml(shown).strip()}\n```\n"
+    )
+
+
+def _held_out(rows: list[Mapping[str, Any]]) -> str:
+    evaluations = [row for row in rows if "eval/loss" in row]
+    if not evaluations:
+        return ""
+    first, last = evaluations[0], evaluations[-1]
+    lines = ["## Held-out preferences", "", f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
+    for name, words, form in _SHOWN:
+        if first.get(name) is not None and last.get(name) is not None:
+            lines.append(f"| {words} | {form.format(first[name])} | {form.format(last[name])} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _written(text: TextRecord | None, adapter: bool) -> str:
+    """How prompts are to be written, and what ends an answer."""
+    if text is None or not (text.ends or text.chat_template):
+        return ""
+    said = []
+    if text.chat_template:
+        keywords = toml_value(dict(text.chat_template_kwargs))
+        said.append(
+            "The tokenizer has the chat template of the training"
+            + (f", which was given the keywords `{keywords}`" if text.chat_template_kwargs else "")
+            + (f" and wrote the date {text.day}" if writes_the_date(str(text.chat_template)) else "")
+            + "."
+        )
+    if text.ends:
+        said.append(f"Answers end with {', '.join(f'`{token}`' for token in text.ends)}.")
+        if adapter:
+            said.append(
+                "PEFT generates with the base model's settings: give it this folder's, "
+                "`generation_config=GenerationConfig.from_pretrained(...)`, which have every end."
+            )
+    return "## Text\n\n" + "\n".join(said) + "\n\n"
+
+
+def _without_folders(config: Config) -> Config:
+    """A card is for others: it does not tell how the folders of this machine are called."""
+
+    def name(text: str) -> str:
+        path = Path(text).expanduser()
+        return path.name if path.is_absolute() else text
+
+    def named(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
+        return tuple(d.model_copy(update={"path": name(d.path), "format": form(d.format)}) for d in data)
+
+    def form(given: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(given, str):
+            return name(given)
+        return given | ({"chat_template": name(given["chat_template"])} if given.get("chat_template") else {})
+
+    template = config.tokens.chat_template
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": name(config.model.name)}),
+            "data": named(config.data),
+            "eval": config.eval.model_copy(update={"data": named(config.eval.data)}),
+            "tokens": config.tokens.model_copy(update={"chat_template": template and name(template)}),
+            "output": config.output.model_copy(update={"dir": None}),
+        }
+    )

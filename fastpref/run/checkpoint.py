@@ -1,0 +1,146 @@
+"""Checkpoints of a run: everything it goes on from, bit for bit."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.config import Config
+from fastpref.config.toml import to_toml
+from fastpref.data.example import Example
+from fastpref.data.template.text import TextRecord, save_generation_config
+from fastpref.errors import UserError
+from fastpref.model.load import Loaded
+from fastpref.processes import ALONE, Processes
+from fastpref.run import state
+from fastpref.run.card import model_card
+from fastpref.run.folder import RunFolder
+from fastpref.run.resume import Resumed, fingerprints
+from fastpref.run.state import Progress
+from fastpref.run.whole import WriteError
+
+
+@dataclass
+class Checkpoints:
+    """Saves and restores what training changes. `latest` is the last one known to be whole."""
+
+    config: Config
+    folder: RunFolder
+    loaded: Loaded
+    tokenizer: PreTrainedTokenizerBase
+    text: TextRecord
+    examples: Sequence[Example]
+    optimizer: Any  # with state_dict and load_state_dict, as Accelerate made it
+    scheduler: Any
+    scaler: Any | None  # of float16
+    model_fingerprint: str  # of the weights as they were loaded
+    processes: Processes = ALONE
+    latest: Path | None = None
+
+    @cached_property
+    def data_fingerprint(self) -> str:
+        return state.data_fingerprint(self.examples)
+
+    def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
+        """Write the checkpoint of the last whole step, unless it is there, and remove old ones. Raises WriteError.
+
+        All processes call it together, as everything here; the first one writes.
+        """
+        if not best and self.latest is not None and self.latest.name == f"step-{progress.step}":
+            return self.latest
+        weights, content = state.whole_weights(self.loaded), self._content(progress, rng)
+
+        def write() -> Path:
+            place = self.folder.checkpoint(progress.step, lambda folder: self._fill(folder, weights, content))
+            if best and progress.best is not None:
+                self.folder.mark_best(progress.best)
+            self.folder.prune(self.config.output.keep)
+            return place
+
+        self.latest = self.processes.on_first(write)
+        return self.latest
+
+    def save_weights(self, name: str, step: int | None = None) -> Path:
+        """Write the adapter or the model with its tokenizer to a folder of its own, with a model card if the `step`
+        it is of is given. Raises WriteError."""
+        weights = state.whole_weights(self.loaded)
+
+        def fill(folder: Path) -> None:
+            self._fill_weights(folder, weights)
+            if step is not None:
+                card = model_card(self.config, self.folder.rows(), self.data_fingerprint, step, self.text)
+                (folder / "README.md").write_text(card, encoding="utf-8")
+
+        return self.processes.on_first(lambda: self.folder.save(name, fill))
+
+    def restore(self, resumed: Resumed, steps: int) -> Progress:
+        """Make everything as it was when a checkpoint was written. Raises UserError if it does not fit the run."""
+        resumed.check_contents(self.model_fingerprint, self.data_fingerprint)
+        saved, progress = resumed.state, Progress(**resumed.state["progress"])
+        if progress.step > steps:
+            raise UserError(
+                f"{resumed.checkpoint}: {progress.step} steps are done, and the config asks for {steps}; raise "
+                "train.steps, or take an earlier checkpoint"
+            )
+        state.load_weights(resumed.checkpoint, self.loaded)
+        self.optimizer.load_state_dict(state.optimizer_state(saved["optimizer"], self.optimizer))
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if saved["scaler"] is not None and self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.processes.rank < len(saved["rng"]):
+            state.set_rng_state(saved["rng"][self.processes.rank])
+        self.latest = resumed.checkpoint
+        return progress
+
+    def rescue(self, progress: Progress, rng: dict[str, Any], *overrides: str) -> str:
+        """After a fault: save what the last whole step left, as far as the disk allows, and say how to go on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            command = self.folder.resume_command(self.save(progress, rng), *overrides)
+            return f"Everything up to step {progress.step} is saved; go on with\n  {command}"
+        except WriteError:
+            pass
+        before = self.before(*overrides)
+        try:
+            place = self.save_weights("stopped")
+            return f"No checkpoint could be saved, but the weights after step {progress.step} are in {place}. {before}"
+        except WriteError:
+            return f"What was trained up to step {progress.step} could not be saved. {before}"
+
+    def before(self, *overrides: str) -> str:
+        """How to go on from the last checkpoint."""
+        if self.latest is None:
+            return "There is no checkpoint before it."
+        return f"Go on from the checkpoint before it with\n  {self.folder.resume_command(self.latest, *overrides)}"
+
+    def _fill_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        state.save_weights(folder, self.loaded, weights)
+        self.tokenizer.save_pretrained(str(folder))
+        save_generation_config(folder, self.loaded.model.generation_config)
+        self.text.save(folder)
+
+    def _fill(self, folder: Path, weights: dict[str, Tensor] | None, content: dict[str, Any]) -> None:
+        self._fill_weights(folder, weights)
+        (folder / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
+        state.write_state(folder, content)
+
+    def _content(self, progress: Progress, rng: dict[str, Any]) -> dict[str, Any]:
+        passes, place = divmod(progress.step * self.config.train.batch, len(self.examples))
+        return {
+            "progress": asdict(progress),
+            "order": {"passes": passes, "place": place, "count": len(self.examples)},
+            "fingerprints": fingerprints(self.model_fingerprint, self.data_fingerprint),
+            "optimizer": state.whole(self.optimizer.state_dict()),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "rng": self.processes.gather(rng),
+        }

@@ -1,0 +1,185 @@
+"""The run's folder: what is written where, and never half."""
+
+import errno
+import json
+import math
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastpref.config import Config
+from fastpref.config.toml import to_toml
+from fastpref.errors import UserError
+from fastpref.run.history import FACTS, METRICS, REPORT, read_rows
+from fastpref.run.state import Progress
+from fastpref.run.whole import WriteError, write_file, write_folder
+
+BEST = "best.json"
+_OURS = ("final", "stopped", "checkpoints", "trackers")  # folders that a new run replaces
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """config.toml (resolved), metrics.jsonl (a JSON object a row), run.json (the report's facts), report.html,
+    checkpoints/, final/ (an adapter or a model)."""
+
+    path: Path
+    new: bool = False  # it was not there when it was chosen
+
+    @classmethod
+    def choose(cls, config: Config, name: str, *, force: bool) -> "RunFolder":
+        """The folder of output.dir, which must be free or replaced by `force`; or the next free one of its default.
+
+        Nothing is written yet. Raises UserError.
+        """
+        if config.output.dir is None:
+            return cls(next(p for p in default_folders(config, name) if not p.exists()), new=True)
+        path = Path(config.output.dir).expanduser()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output.dir = {str(path)!r}: a file of that name is in the way")
+        if path.is_dir() and any(path.iterdir()):
+            is_run = (path / METRICS).exists() and (path / "config.toml").exists()
+            if not force:
+                raise UserError(
+                    f"output.dir = {str(path)!r}: the folder is not empty; choose another"
+                    + (", replace the run in it with --force, or go on with it with --resume" if is_run else "")
+                )
+            if not is_run:
+                raise UserError(f"output.dir = {str(path)!r}: this is no run's folder, so --force will not empty it")
+        return cls(path, new=not path.exists())
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    def create(self, config: Config) -> None:
+        """Begin a run in the folder; what an earlier run saved there goes. Raises UserError."""
+        if self.new and self.metrics.exists():
+            raise UserError(f"{self.path}: another run has begun in this folder meanwhile; start this one again")
+        try:
+            for old in _OURS:
+                shutil.rmtree(self.path / old, ignore_errors=True)
+            for old in (FACTS, REPORT):
+                (self.path / old).unlink(missing_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_file(self.path / "config.toml", to_toml(config))
+            self.metrics.write_text("", encoding="utf-8")
+        except (OSError, WriteError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"output.dir = {str(self.path)!r}: cannot be written: {why}") from None
+
+    def resume(self, config: Config, progress: Progress) -> None:
+        """Go on with a run at a checkpoint: what was logged and saved after it goes."""
+        kept = [json.dumps(row) for row in self.rows() if _before(row, progress)]
+        write_file(self.metrics, "".join(f"{line}\n" for line in kept))
+        write_file(self.path / "config.toml", to_toml(config))
+        for leftover in (self.path / "checkpoints").glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for later in self.checkpoints():
+            if step_of(later) > progress.step:
+                shutil.rmtree(later, ignore_errors=True)
+        shutil.rmtree(self.path / "stopped", ignore_errors=True)
+        (self.path / "checkpoints" / BEST).unlink(missing_ok=True)
+        if progress.best and (self.path / "checkpoints" / f"step-{progress.best['step']}").exists():
+            self.mark_best(progress.best)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Those of metrics.jsonl."""
+        return read_rows(self.metrics) if self.metrics.exists() else iter(())
+
+    def log(self, row: Mapping[str, float | int]) -> None:
+        """Append one row to metrics.jsonl; a number that is not finite, which JSON has not, is null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        line = f"{json.dumps(finite)}\n".encode()
+        try:
+            with self.metrics.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    if file.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            raise WriteError(f"{self.metrics}: cannot be written: {error.strerror}") from None
+
+    def record(self, facts: Mapping[str, Any]) -> None:
+        """Replace run.json. Raises WriteError."""
+        write_file(self.path / FACTS, json.dumps(facts, indent=1) + "\n")
+
+    def save(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """A folder that others load: final/, stopped/. It appears only when it is whole."""
+        write_folder(self.path / name, fill)
+        return self.path / name
+
+    def checkpoint(self, step: int, fill: Callable[[Path], None]) -> Path:
+        """Save a checkpoint. Raises WriteError, and then nothing has changed."""
+        place = self.path / "checkpoints" / f"step-{step}"
+        try:
+            _flush(self.metrics)
+        except OSError as error:
+            raise WriteError(f"{self.metrics}: cannot be written: {error.strerror}") from None
+        write_folder(place, fill, manifest=True)
+        return place
+
+    def checkpoints(self) -> list[Path]:
+        """All of them, whole or not, the newest first."""
+        found = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
+        return sorted(found, key=step_of, reverse=True)
+
+    def mark_best(self, best: Mapping[str, float]) -> None:
+        """Point checkpoints/best.json at the checkpoint of the best evaluation."""
+        text = json.dumps({"checkpoint": f"step-{best['step']}", **best}, indent=1)
+        write_file(self.path / "checkpoints" / BEST, text + "\n")
+
+    def best(self) -> str | None:
+        """The name of the best checkpoint."""
+        try:
+            return json.loads((self.path / "checkpoints" / BEST).read_text(encoding="utf-8"))["checkpoint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def prune(self, keep: int) -> None:
+        """Remove all checkpoints but the newest `keep` and the best."""
+        best = self.best()
+        for old in self.checkpoints()[keep:]:
+            if old.name != best:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def resume_command(self, checkpoint: Path, *overrides: str) -> str:
+        """What a person types to go on from a checkpoint of this run."""
+        return shlex.join(
+            ["fastpref", "train", str(self.path / "config.toml"), "--resume", str(checkpoint), *overrides]
+        )
+
+
+def default_folders(config: Config, name: str) -> Iterator[Path]:
+    """runs/NAME-LOSS, runs/NAME-LOSS-2, … without end."""
+    base = Path("runs") / f"{name}-{config.loss.type}"
+    yield base
+    number = 2
+    while True:
+        yield base.with_name(f"{base.name}-{number}")
+        number += 1
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _before(row: dict[str, Any], progress: Progress) -> bool:
+    """Whether a row was logged before a checkpoint: one that an interrupt made comes before its step's evaluation."""
+    step = row["step"]
+    if step > progress.step:
+        return False
+    return step < progress.step or "eval/loss" not in row or progress.evaluated_at == step
+
+
+def _flush(path: Path) -> None:
+    """A checkpoint must not reach the disk before the rows that led to it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,191 @@
+"""Which checkpoint a run goes on from, and whether the config still is the one it was trained with."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from fastpref.config import Config, load_config
+from fastpref.data.template.text import TEXT, TextRecord, read_text
+from fastpref.errors import UserError
+from fastpref.run.folder import RunFolder, default_folders, step_of
+from fastpref.run.state import read_state
+from fastpref.run.whole import MANIFEST, damage
+
+# What does not reach the weights, or only how far they are trained.
+_FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",
+         "train.steps", "train.epochs")  # fmt: skip
+# How a step is computed: its result is the same but for rounding and the draws of dropout.
+_ROUNDING = (
+    "train.tokens_per_microbatch",
+    "train.layout",
+    "train.checkpointing",
+    "train.offload_activations",
+    "model.attention",
+    "model.liger",
+)
+# Places, which may move: what is there is compared by its contents once it is loaded.
+_PLACES = ("model.name", "data.*.path", "tokens.chat_template")
+_OF_THE_FIRST = ("output.dir", "output.push_to", "eval.data.*.path")  # what the first process alone takes, and a place
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A whole checkpoint, in the folder of its run."""
+
+    checkpoint: Path
+    state: Mapping[str, Any]
+    changed: Mapping[str, tuple[Any, Any]]  # of the config: key → then, now
+    notes: list[str] = field(default_factory=list)
+    text: TextRecord | None = None  # older runs have none
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.checkpoint.parent.parent)
+
+    def check_text(self, now: TextRecord) -> None:
+        """Raises UserError unless rows become text as the run's did: its day is kept, the rest must be the same."""
+        changes = self.text.changes(now) if self.text is not None else []
+        if changes:
+            keys = {key: both for key, both in self.changed.items() if key.startswith(("tokens.", "model."))}
+            raise UserError(
+                f"{self.checkpoint}: {' and '.join(changes)} are not those it was trained with{_listed(keys)}"
+                f"\nResume with what it was trained with ({self.checkpoint / TEXT}), or start a new run"
+            )
+
+    def check_contents(self, model: str, data: str) -> None:
+        """Raises UserError unless model and data, by their fingerprints, are those that the checkpoint began with."""
+        for what, now, keys in (
+            ("the model's weights", model, ("model.",)),
+            ("the training rows or their tokens", data, ("data.", "tokens.", "model.")),
+        ):
+            if self.state["fingerprints"][what] != now:
+                changed = {key: both for key, both in self.changed.items() if key.startswith(keys)}
+                raise UserError(
+                    f"{self.checkpoint}: {what} are not those it was trained with{_listed(changed)}"
+                    "\nResume with what it was trained with, or start a new run"
+                )
+
+
+def find_checkpoint(config: Config, name: str, wanted: bool | str | Path, *, force: bool) -> Resumed:
+    """The newest whole checkpoint of the config's run, or the one that is `wanted`. Raises UserError."""
+    if isinstance(wanted, bool):
+        checkpoint, notes = _newest(_run_folder(config, name))
+    else:
+        checkpoint, notes = _named(Path(wanted), force=force)
+    changed = _changed(checkpoint, config)
+    refused = {key: both for key, both in changed.items() if not _matches(key, _FREE + _ROUNDING + _PLACES)}
+    if refused:
+        shown = {key: both for key, both in changed.items() if not _matches(key, _FREE + _ROUNDING)}
+        raise UserError(
+            f"{checkpoint}: the config has changed since in what the training depends on{_listed(shown)}"
+            f"\nResume with the settings it was trained with ({checkpoint / 'config.toml'}), or start a new run"
+        )
+    rounding = [key for key in changed if _matches(key, _ROUNDING)]
+    if rounding:
+        notes.append(f"resumed with another {', '.join(rounding)}: equal to an uninterrupted run but for rounding")
+    if any(key in changed for key in ("train.steps", "train.epochs")):
+        notes.append("resumed with another length: the learning rate goes on by the schedule of the new one")
+    text = read_text(checkpoint, checkpoint.parent.parent)
+    return Resumed(checkpoint, read_state(checkpoint), changed, notes, text)
+
+
+def may_change(key: str) -> bool:
+    """Whether a run can be resumed with another value of a key."""
+    return _matches(key, _FREE + _ROUNDING)
+
+
+def fingerprints(model: str, data: str) -> dict[str, str]:
+    return {"the model's weights": model, "the training rows or their tokens": data}
+
+
+def shared(config: Config, resumed: Resumed | None) -> dict[str, Any]:
+    """What every process of a run must have alike: each key of its config but places, and the checkpoint it goes on
+    from, by its contents."""
+    settings = {key: value for key, value in _flat(_resolved(config)) if not _matches(key, (*_PLACES, *_OF_THE_FIRST))}
+    if resumed is None:
+        return settings | {"checkpoint": "none"}
+    manifest = hashlib.sha256((resumed.checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
+    return settings | {"checkpoint": f"{resumed.checkpoint.name}, {manifest}"}
+
+
+def _run_folder(config: Config, name: str) -> RunFolder:
+    """Of output.dir, or the last of its default."""
+    if config.output.dir is not None:
+        return RunFolder(Path(config.output.dir).expanduser())
+    there = list(takewhile(Path.exists, default_folders(config, name)))
+    if not there:
+        raise UserError(f"--resume: there is no run in {next(default_folders(config, name))}; name a checkpoint")
+    return RunFolder(there[-1])
+
+
+def _newest(folder: RunFolder) -> tuple[Path, list[str]]:
+    """The newest whole one, and what is wrong with those after it."""
+    notes = []
+    for checkpoint in folder.checkpoints():
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, notes
+        notes.append(f"{checkpoint} is not whole ({wrong}); the one before it is taken")
+    if notes:
+        raise UserError("--resume: no checkpoint is whole:\n" + "\n".join(n.partition(";")[0] for n in notes))
+    raise UserError(
+        f"--resume: there is no checkpoint in {folder.path / 'checkpoints'}; output.save_every and Ctrl-C write them"
+    )
+
+
+def _named(checkpoint: Path, *, force: bool) -> tuple[Path, list[str]]:
+    if not checkpoint.is_dir():
+        raise UserError(f"--resume {checkpoint}: there is no such folder")
+    if checkpoint.parent.name != "checkpoints" or not checkpoint.name.removeprefix("step-").isdecimal():
+        if not (checkpoint / "checkpoints").is_dir():
+            raise UserError(f"--resume {checkpoint}: this is no checkpoint; they are RUN/checkpoints/step-N")
+        return _newest(RunFolder(checkpoint))
+    if wrong := damage(checkpoint):
+        raise UserError(f"--resume {checkpoint}: this checkpoint is not whole: {wrong}; take another")
+    for later in RunFolder(checkpoint.parent.parent).checkpoints():
+        if step_of(later) > step_of(checkpoint) and damage(later) is None and not force:
+            raise UserError(
+                f"--resume {checkpoint}: {later} comes after it and would be lost; resume from that one, or give it "
+                "up with --force"
+            )
+    return checkpoint, []
+
+
+def _changed(checkpoint: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    then, now = (dict(_flat(_resolved(c))) for c in (load_config(checkpoint / "config.toml"), config))
+    keys = [*then, *(key for key in now if key not in then)]
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    """As JSON has it: a config read back from TOML is then the same."""
+    content = config.model_dump(mode="json")
+    content["train"]["learning_rate"] = config.learning_rate
+    return content
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for at, inner in enumerate(value):
+            yield from _flat(inner, f"{key}.{at}")
+    else:
+        yield key, value
+
+
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    plain = ".".join("*" if part.isdecimal() else part for part in key.split("."))
+    return any(plain == p or (p.endswith(".") and plain.startswith(p)) for p in patterns) or plain == "eval.data"
+
+
+def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    def said(value: Any) -> str:
+        return "not set" if value is None else repr(value)
+
+    lines = [f"\n  {key}: {said(then)} → {said(now)}" for key, (then, now) in changed.items()]
+    return f":{''.join(lines)}" if lines else ""

@@ -1,0 +1,315 @@
+"""The loss of one optimizer step, cut into micro-batches that add up to it exactly.
+
+Terms that need the whole step before any gradient (KTO's KL, the sorting variants of DPO) are found in a pass without
+gradient when the step is more than one micro-batch, and on the way when it is one. The result is the same.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.config.losses import DPO, KTO, LossOptions, compares_neighbours
+from fastpref.data.batch import (
+    Layout,
+    PreferenceBatch,
+    collate,
+    computed_tokens,
+    mismatched,
+    plan_microbatches,
+    with_mismatched,
+)
+from fastpref.data.example import Example
+from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
+from fastpref.losses.token_loss import PreferenceLoss, pair_logps, preference_loss, scores_prompts, sequence_sums
+from fastpref.model.policy import PolicyOutput
+from fastpref.ops import TokenLogprobs
+from fastpref.processes import ALONE, Processes
+from fastpref.step.metrics import TOKEN_OUTPUTS, Metrics
+from fastpref.step.reference import Reference
+
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computed, beside its metrics."""
+
+    tokens: int  # through the model with gradient, padding included, of all processes
+    microbatches: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of this process's micro-batches."""
+
+    batch: PreferenceBatch
+    share: float  # of the tokens of the whole step
+    counts: bool  # or only computed, because every process must compute as many as the others
+    last: bool
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the parts of a step, or of an evaluation, share."""
+
+    totals: Totals  # of all its examples
+    metrics: Metrics
+    outputs: tuple[str, ...]  # asked of `linear_logprob`
+    processes: Processes
+    backward: Backward | None = None
+    kl: Tensor | None = None  # of all examples of an evaluation; a step finds its own
+
+    def add(self, loss: PreferenceLoss, part: _Part) -> None:
+        """One part's loss: its gradient first, then its metrics."""
+        if self.backward is not None:
+            # Joined gradients are means over the processes, and the loss is a sum.
+            weight = self.processes.count if part.counts else 0
+            self.backward(loss.loss if weight == 1 else weight * loss.loss)
+        if part.counts:
+            self.metrics.add_loss(loss, part.batch.lengths)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, with the models and the layout it is computed in."""
+
+    policy: nn.Module  # a Policy, or what Accelerate made of it
+    reference: Reference | None
+    options: LossOptions
+    layout: Layout
+    budget: int  # tokens a micro-batch
+    pad_token_id: int
+    device: torch.device
+    router_coefficient: float = 0.0  # of a mixture of experts' router loss
+    processes: Processes = ALONE
+
+    def step(
+        self, examples: Sequence[Example], backward: Backward, *, token_metrics: bool = True
+    ) -> tuple[Metrics, Work]:
+        """The loss of a whole step; `backward` is called with each micro-batch's share of it.
+
+        Every process must be given the same examples. The metrics are those of all of them.
+        """
+        outputs = TOKEN_OUTPUTS if token_metrics else ()
+        run = _Pass(self._totals(examples), Metrics(), outputs, self.processes, backward)
+        work = self._run(examples, run)
+        return run.metrics.joined(self.processes), work
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], batch: int) -> Metrics:
+        """The metrics of examples taken `batch` at a time, as one mean over all of them, whatever their order.
+
+        KTO's KL is one of all examples, each prompt with a completion of another prompt: `batch.mismatched`.
+        """
+        kl = self._evaluated_kl(examples, batch) if compares_neighbours(self.options, len(examples)) else None
+        run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS, self.processes, kl=kl)
+        for chunk in chunks(examples, batch):
+            self._run(chunk, run)
+        return run.metrics.joined(self.processes)
+
+    def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples of a step with every completion whose reference it asks for."""
+        return with_mismatched(examples) if compares_neighbours(self.options, len(examples)) else examples
+
+    def referenced_in_evaluation(self, examples: Sequence[Example]) -> Iterator[Example]:
+        """The examples of an evaluation with every completion whose reference it asks for."""
+        yield from examples
+        if compares_neighbours(self.options, len(examples)):
+            yield from mismatched(examples)
+
+    def _run(self, examples: Sequence[Example], run: _Pass) -> Work:
+        return self._run_rows(examples, run) if isinstance(self.options, KTO) else self._run_pairs(examples, run)
+
+    # --- pairs -------------------------------------------------------------------------------------------------
+
+    def _run_pairs(self, examples: Sequence[Example], run: _Pass) -> Work:
+        parts, work = self._parts(examples)
+        sorts = isinstance(self.options, DPO) and self.options.sorts_step
+        whole = self._whole_step(parts, len(examples)) if sorts and len(parts) > 1 else None
+        for part in parts:
+            with self.processes.accumulating(self.policy, part.last):
+                batch = part.batch.to(self.device)
+                output: PolicyOutput = self.policy(batch, run.outputs + self._extra_outputs())
+                result = output.tokens
+                reference = None if self.reference is None else self.reference(batch)
+                step = None
+                if sorts:
+                    found = whole or self._joined([(part, self._pairs(result, reference, batch))], len(examples))
+                    step = WholeStep(found, batch.index)
+                loss = preference_loss(
+                    result.logp,
+                    batch.segments,
+                    batch.lengths,
+                    self.options,
+                    reference=reference,
+                    log_sum_sq_probs=result.log_sum_sq_probs,
+                    totals=run.totals,
+                    step=step,
+                )
+                run.add(self._with_router(loss, output, part, run), part)
+            if not part.counts:
+                continue
+            counted = torch.arange(len(batch.lengths), device=self.device) < 2 * batch.examples
+            chosen = torch.arange(len(batch.lengths), device=self.device) < batch.examples
+            run.metrics.add_sequences(loss.sums, chosen[: 2 * batch.examples])
+            run.metrics.add_ranking(loss.sums, batch.lengths[: 2 * batch.examples])
+            run.metrics.add_tokens(result, batch, chosen, counted)
+        return work
+
+    def _pairs(self, result: TokenLogprobs, reference: Tensor | None, batch: PreferenceBatch) -> PairLogps:
+        """The batch's pairs without gradient, for losses that compare them with others."""
+        pairs = pair_logps(result.logp, batch.segments, batch.lengths, self.options, reference=reference)
+        return pairs.detach()
+
+    @torch.no_grad()
+    def _whole_step(self, parts: Sequence[_Part], count: int) -> PairLogps:
+        """All pairs of the step in their order, without gradient, in a pass of its own."""
+        found = []
+        for part in parts:
+            batch = part.batch.to(self.device)
+            reference = None if self.reference is None else self.reference(batch)
+            found.append((part, self._pairs(self.policy(batch).tokens, reference, batch)))
+        return self._joined(found, count)
+
+    def _joined(self, found: Sequence[tuple[_Part, PairLogps]], count: int) -> PairLogps:
+        """The pairs of all parts of the step, in their order."""
+        names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths", "ref_chosen", "ref_rejected")
+        return PairLogps(
+            **{name: self._in_order([(part, getattr(pairs, name)) for part, pairs in found], count) for name in names}
+        )
+
+    def _totals(self, examples: Sequence[Example]) -> Totals:
+        prompts = scores_prompts(self.options)
+        scored = sum(e.scored(0) + (len(e.prompt) - 1 if prompts else 0) for e in examples)
+        return Totals(len(examples), scored)
+
+    def _extra_outputs(self) -> tuple[str, ...]:
+        return ("log_sum_sq_probs",) if isinstance(self.options, DPO) and self.options.weighting else ()
+
+    # --- single responses --------------------------------------------------------------------------------------
+
+    def _run_rows(self, examples: Sequence[Example], run: _Pass) -> Work:
+        options = self.options
+        assert isinstance(options, KTO)
+        run.metrics.single_responses()
+        compares = run.kl is None and compares_neighbours(self.options, len(examples))
+        parts, work = self._parts(both := with_mismatched(examples)) if compares else ([], Work(0, 0))
+        branched = len(parts) == 1
+        kl: Tensor | float = 0.0 if run.kl is None else run.kl
+        if not branched:
+            if compares:
+                kl = kto_kl(*self._response_sums([e.with_completions([(e, 1)]) for e in both]))
+            parts, work = self._parts(examples)
+        for part in parts:
+            with self.processes.accumulating(self.policy, part.last):
+                batch = part.batch.to(self.device)
+                assert batch.labels is not None
+                assert self.reference is not None
+                count = batch.examples
+                output: PolicyOutput = self.policy(batch, run.outputs)
+                result = output.tokens
+                reference = self.reference(batch)
+                if branched:
+                    sums = (_sums(logp, batch)[count:] for logp in (result.logp.detach(), reference))
+                    kl = kto_kl(*(self._in_order([(part, values)], len(examples)) for values in sums))
+                loss = preference_loss(
+                    result.logp,
+                    batch.segments,
+                    batch.lengths,
+                    options,
+                    reference=reference,
+                    labels=batch.labels,
+                    kl=kl,
+                    totals=run.totals,
+                )
+                run.add(self._with_router(loss, output, part, run), part)
+            if not part.counts:
+                continue
+            run.metrics.add_sequences(loss.sums, batch.labels)
+            own = torch.arange(len(batch.lengths), device=self.device) < count
+            run.metrics.add_tokens(result, batch, batch.labels.repeat(batch.completions), own)
+        if options.kl == "batch" and self.processes.first:
+            run.metrics.add("kl", torch.as_tensor(kl) * len(examples), len(examples))
+        return work
+
+    @torch.no_grad()
+    def _evaluated_kl(self, examples: Sequence[Example], batch: int) -> Tensor:
+        """KTO's KL over all examples of an evaluation, their mismatched completions taken `batch` at a time."""
+        mates = mismatched(examples)
+        found = [self._response_sums(chunk) for chunk in iter(lambda: list(islice(mates, batch)), [])]
+        return kto_kl(*(torch.cat(sums) for sums in zip(*found)))
+
+    @torch.no_grad()
+    def _response_sums(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """[E] log-probabilities of single responses under the policy and under the reference, in a pass of its own."""
+        assert self.reference is not None
+        logps, reference = [], []
+        parts, _ = self._parts(examples)
+        for part in parts:
+            batch = part.batch.to(self.device)
+            logps.append((part, _sums(self.policy(batch).logp, batch)))
+            reference.append((part, _sums(self.reference(batch), batch)))
+        return self._in_order(logps, len(examples)), self._in_order(reference, len(examples))
+
+    # --- both --------------------------------------------------------------------------------------------------
+
+    def _with_router(
+        self,
+        loss: PreferenceLoss,
+        output: PolicyOutput,
+        part: _Part,
+        run: _Pass,
+    ) -> PreferenceLoss:
+        """With the router loss of a mixture of experts, weighted by the micro-batch's share of the step's tokens.
+
+        It is a product of means, so unlike everything else it depends on how the step is cut.
+        """
+        if output.router_loss is None or self.router_coefficient == 0:
+            return loss
+        if part.counts:
+            run.metrics.add("aux_loss", output.router_loss * part.batch.tokens, part.batch.tokens)
+        return replace(loss, loss=loss.loss + self.router_coefficient * part.share * output.router_loss)
+
+    def _parts(self, examples: Sequence[Example]) -> tuple[list[_Part], Work]:
+        """This process's micro-batches, and the work of all processes. Each has as many as the others."""
+        rank, count = self.processes.rank, self.processes.count
+        plan = plan_microbatches(examples, self.layout, self.budget, count)
+        groups = [[examples[i] for i in places] for places in plan]
+        tokens = [computed_tokens(group, self.layout) for group in groups]
+        rounds = ceil(len(plan) / count)
+        parts = []
+        for turn in range(rounds):
+            at = turn * count + rank
+            counts = at < len(plan)
+            at = at if counts else len(plan) - 1  # the smallest
+            batch = collate(
+                groups[at],
+                self.layout,
+                index=plan[at],
+                pad_token_id=self.pad_token_id,
+                score_prompts=scores_prompts(self.options),
+            )
+            parts.append(_Part(batch, tokens[at] / sum(tokens), counts, last=turn == rounds - 1))
+        return parts, Work(sum(tokens), len(plan))
+
+    def _in_order(self, found: Sequence[tuple[_Part, Tensor]], count: int) -> Tensor:
+        """A value of each example of the step, from the parts of all processes: [count]."""
+        whole = torch.zeros(count, dtype=found[0][1].dtype, device=self.device)
+        for part, values in found:
+            if part.counts:
+                whole.index_copy_(0, part.batch.index.to(self.device), values)
+        return self.processes.sum(whole)
+
+
+def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    """Cut by size."""
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]
+
+
+def _sums(logp: Tensor, batch: PreferenceBatch) -> Tensor:
+    return sequence_sums(logp, batch.segments, len(batch.lengths))

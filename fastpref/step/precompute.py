@@ -1,0 +1,177 @@
+"""Reference log-probabilities computed before training, and kept on disk for later runs.
+
+    $FASTPREF_CACHE (~/.cache/fastpref) / reference / FINGERPRINT / 00000.safetensors, 00001.safetensors, …
+
+A completion's log-probabilities are found by a digest of its prompt's and its own tokens: whatever changes the tokens
+(data, format, template, limits) finds nothing old, and data that are added only cost themselves. Whatever else changes
+the numbers (the model's files or commit, its dtype and bits) is in the fingerprint. A file is written every so often
+and renamed into place: a run that is stopped goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastpref.config import Config
+from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key, plan_microbatches
+from fastpref.data.cache import cache_folder
+from fastpref.data.example import Example
+from fastpref.model.rope import has_rope_by_length
+from fastpref.processes import ALONE, Processes
+from fastpref.step.reference import Reference
+
+VERSION = 1  # of the numbers: what computes them, and how they are stored
+_SAVE_EVERY = 64  # micro-batches
+
+
+class Precomputed:
+    """Token log-probabilities [N] of a micro-batch's completions, looked up."""
+
+    def __init__(self, reference: Reference, folder: Path | None):
+        self._reference, self.folder = reference, folder
+        self._known: dict[bytes, Tensor] = {}  # float32 [n] on the CPU
+        self.notes: list[str] = []
+        self._files = 0
+        for path in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
+            self._files = int(path.stem) + 1
+            try:
+                stored = load_file(path)
+                keys = [row.numpy().tobytes() for row in stored["keys"]]
+                self._known |= zip(keys, stored["logps"].split(stored["lengths"].tolist()), strict=True)
+            except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+                self.notes.append(f"{path}: cannot be used and is computed again: {error}")
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __call__(self, batch: PreferenceBatch) -> Tensor:
+        return torch.cat([self._known[key] for key in batch.keys]).to(batch.targets.device)
+
+    def complete(
+        self,
+        examples: Iterable[Example],
+        *,
+        layout: Layout,
+        budget: int,  # tokens a micro-batch
+        device: torch.device,
+        pad_token_id: int,
+        progress: Callable[[int], None] = lambda computed: None,
+        processes: Processes = ALONE,
+    ) -> int:
+        """Compute what is not known yet of the examples' completions. How many completions that were.
+
+        Several processes must be given the same examples; each computes some, and all know everything in the end.
+        """
+        if processes.count > 1:  # on disks of their own they may know different ones, and would plan different rounds
+            common = set.intersection(*map(set, processes.gather(list(self._known))))
+            self._known = {key: logps for key, logps in self._known.items() if key in common}
+        computed, waiting = 0, {}
+        parts = _microbatches(self._missing(examples), layout, budget)
+        rounds = iter(lambda: list(islice(parts, processes.count)), [])
+        for number, part in enumerate(rounds, start=1):
+            # A process for which none is left computes one again: with FSDP no forward can do without it.
+            own = part[processes.rank % len(part)]
+            batch = collate(own, layout, pad_token_id=pad_token_id)
+            lengths = torch.unique_consecutive(batch.segments, return_counts=True)[1].tolist()
+            logps = self._reference(batch.to(device)).float().cpu()
+            waiting |= zip(batch.keys, logps.split(lengths), strict=True)
+            computed += sum(len(example.completions) for examples in part for example in examples)
+            progress(computed)
+            if number % _SAVE_EVERY == 0:
+                self._keep(waiting, processes)
+                waiting = {}
+        self._keep(waiting, processes)
+        return computed
+
+    def _missing(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The examples, with only those completions that are neither known nor asked for before."""
+        asked: set[bytes] = set()
+        for example in examples:
+            new = []
+            for which, completion in enumerate(example.completions):
+                key = completion_key(example.prompt, completion, example.context(which))
+                if key not in self._known and key not in asked:
+                    asked.add(key)
+                    new.append((example, which))
+            if new:
+                yield example.with_completions(new)
+
+    def _keep(self, own: dict[bytes, Tensor], processes: Processes) -> None:
+        found: dict[bytes, Tensor] = {}
+        for part in processes.gather({key: logps.clone() for key, logps in own.items()}):
+            found |= part
+        self._known |= found
+        if not found or self.folder is None or not processes.first:
+            return
+        stored = {
+            "keys": torch.tensor([list(key) for key in found], dtype=torch.uint8),
+            "lengths": torch.tensor([len(logps) for logps in found.values()]),
+            "logps": torch.cat(list(found.values())),
+        }
+        place = self.folder / f"{self._files:05}.safetensors"
+        temporary = place.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(stored, temporary)
+            temporary.replace(place)
+            self._files += 1
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self.notes.append(f"reference log-probabilities are not kept for later runs: {error}")
+            self.folder = None
+
+
+def _microbatches(examples: Iterable[Example], layout: Layout, budget: int) -> Iterator[list[Example]]:
+    """Examples of as many completions each, some hundred at a time, cut into micro-batches."""
+    waiting: dict[int, list[Example]] = {}
+
+    def cut(group: Sequence[Example]) -> Iterator[list[Example]]:
+        for places in plan_microbatches(group, layout, budget):
+            yield [group[at] for at in places]
+
+    for example in examples:
+        group = waiting.setdefault(len(example.completions), [])
+        group.append(example)
+        if len(group) == 256:
+            yield from cut(waiting.pop(len(example.completions)))
+    for group in waiting.values():
+        yield from cut(group)
+
+
+def reference_folder(config: Config, model: PreTrainedModel) -> Path:
+    """Where this model's reference log-probabilities lie."""
+    told = {
+        "version": VERSION,
+        "model": _identity(config, model),
+        "dtype": str(model.dtype),
+        "quantization": config.model.quantization,
+        "device": next(model.parameters()).device.type,
+        # The frequencies that every row has are those of the longest one, `rope.fix_rope`.
+        **({"rope_of": config.tokens.max_length} if has_rope_by_length(model) else {}),
+    }
+    fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / "reference" / fingerprint
+
+
+def _identity(config: Config, model: PreTrainedModel) -> str:
+    """The commit of a hub's model; a digest of everything in a folder that makes its numbers."""
+    folder = Path(config.model.name).expanduser()
+    if not folder.is_dir():
+        return f"{config.model.name}@{getattr(model.config, '_commit_hash', None) or config.model.revision}"
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""What a person sees of a run: a live view on a terminal, plain lines elsewhere."""
+
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from textwrap import shorten
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from fastpref.health import RULES, Verdict
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_CURVES = (  # metric, its name, its form, whether its scale is 0 to 1
+    ("loss", "loss", "{:.4f}", False),
+    ("rewards/margins", "margin", "{:+.3f}", False),
+    ("rewards/accuracies", "accuracy", "{:.0%}", True),
+)
+_STYLES = {"alarm": "bold red", "warning": "yellow"}
+
+
+class Display:
+    """Prints notes, evaluations, verdicts and samples, and follows the steps. Text from data is never markup."""
+
+    def __init__(self, steps: int, done: int = 0, console: Console | None = None, *, examples: str = "pairs"):
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._live = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._steps, self._before = steps, done  # those of a run that is resumed
+        self._examples = examples  # what a step has a batch of, in a word
+        self._training = 0.0  # seconds in steps
+        self._last_line = 0.0
+        self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in _CURVES}
+        self._speed = ""
+        # Narrow enough for 40 columns.
+        self._bar = Progress(
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left", table_column=Column(no_wrap=True)),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=done)
+        self._view = Live(
+            get_renderable=self._seen, console=self.console, transient=True, refresh_per_second=4,
+            vertical_overflow="crop",
+        )  # fmt: skip
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._view.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._view.stop()
+
+    def _seen(self) -> Group:
+        """The bar, and under it how loss, margin and accuracy have gone so far."""
+        table = Table.grid(Column(), Column(justify="right"), Column(no_wrap=True), padding=(0, 1))
+        drawn = self.console.encoding.lower().startswith("utf")
+        width = min(40, self.console.width - 20)
+        for name, said, form, share in _CURVES:
+            values = self._curves[name]
+            if values:
+                line = sparkline(values, width, (0.0, 1.0) if share else None) if drawn and width > 4 else ""
+                table.add_row(said, form.format(values[-1]), Text(line, style="cyan"))
+        return Group(self._bar, table, Text(self._speed, no_wrap=True))
+
+    def note(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def verdict(self, verdict: Verdict) -> None:
+        """One that has just appeared: a line, and the run goes on."""
+        self._sentence(_line(verdict))
+
+    def health(self, verdicts: Sequence[Verdict]) -> None:
+        """All that is known of the run's health, when it has ended."""
+        if not verdicts:
+            self.console.print(f"health: {len(RULES)} rules found nothing wrong")
+            return
+        self.console.print(f"health: {counted(verdicts)}")
+        for verdict in verdicts:
+            self._sentence(Text("  ") + _line(verdict))
+
+    def _sentence(self, text: Text) -> None:
+        """Between words where a terminal ends, in one line elsewhere."""
+        self.console.print(text, soft_wrap=not self._live)
+
+    def precomputing(self, completions: int) -> None:
+        """So many completions have their reference log-probabilities. A line every five seconds is enough."""
+        now = time.monotonic()
+        self._last_line = self._last_line or now
+        if now - self._last_line >= 5:
+            self._last_line = now
+            self.console.print(f"reference log-probabilities: {completions:,} completions computed")
+
+    def step(self, step: int, seconds: float, metrics: Mapping[str, float], memory: int | None = None) -> None:
+        """One step is done; `memory` is the peak so far, in bytes. Off a terminal a line a second is enough."""
+        now = time.monotonic()
+        self._training += seconds
+        if self._live:
+            for name, values in self._curves.items():
+                if name in metrics and np.isfinite(metrics[name]):
+                    values.append(metrics[name])
+            self._speed = _speed(metrics, memory, self._examples)
+            self._bar.update(self._task, completed=step)
+        elif now - self._last_line >= 1 or step == self._steps:
+            self._last_line = now
+            left = self._training / (step - self._before) * (self._steps - step)
+            self.console.print(f"step {step}/{self._steps}  {_short(metrics, self._examples)}  {left:.0f} s left")
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        accuracy = metrics.get("eval/rewards/accuracies")
+        said = "" if accuracy is None else f"  accuracy {accuracy:.1%}"
+        margin = metrics.get("eval/rewards/margins")
+        said += "" if margin is None else f"  margin {margin:+.3f}"
+        self.console.print(f"step {step}: held-out loss {metrics['eval/loss']:.4f}{said}")
+
+    def samples(self, before: list[tuple[str, str]], after: list[str]) -> None:
+        """(question, answer) before the training, and the answers after it."""
+        for (question, old), new in zip(before, after):
+            table = Table.grid(padding=(0, 2))
+            table.add_row("asked", escape(shorten(question, 400, placeholder=" …")))
+            table.add_row("before", escape(old))
+            table.add_row("after", escape(new))
+            self.console.print(Panel(table, title="a held-out prompt", title_align="left", expand=False))
+
+
+def sparkline(values: Sequence[float], width: int, scale: tuple[float, float] | None = None) -> str:
+    """All values in at most `width` blocks, each the mean of its part; from the least to the greatest of these."""
+    edges = np.unique(np.linspace(0, len(values), min(width, len(values)) + 1).astype(int))
+    means = np.add.reduceat(np.asarray(values), edges[:-1]) / np.diff(edges)
+    low, high = scale or (float(means.min()), float(means.max()))
+    if high <= low:
+        return _BLOCKS[3] * len(means)
+    places = np.clip((means - low) / (high - low) * len(_BLOCKS), 0, len(_BLOCKS) - 1).astype(int)
+    return "".join(_BLOCKS[at] for at in places)
+
+
+def counted(verdicts: Sequence[Verdict]) -> str:
+    """2 alarms, 1 warning"""
+    counts = {kind: sum(v.severity == kind for v in verdicts) for kind in _STYLES}
+    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count)
+
+
+def _line(verdict: Verdict) -> Text:
+    return Text.assemble((f"{verdict.severity}: ", _STYLES[verdict.severity]), f"{verdict.message} {verdict.advice}")
+
+
+def _speed(metrics: Mapping[str, float], memory: int | None, examples: str) -> str:
+    said = [f"{metrics['pairs_per_second']:.3g} {examples}/s"] if "pairs_per_second" in metrics else []
+    if memory is not None:
+        said.append(f"{memory / 1e9:.2f} GB")
+    return "  ".join(said)
+
+
+def _short(metrics: Mapping[str, float], examples: str) -> str:
+    wanted = (
+        ("loss", "loss {:.4f}"),
+        ("rewards/accuracies", "accuracy {:.0%}"),
+        ("pairs_per_second", f"{{:.3g}} {examples}/s"),
+        ("tokens_per_second", "{:.0f} tok/s"),
+    )
+    return "  ".join(form.format(metrics[name]) for name, form in wanted if name in metrics)

@@ -1,0 +1,93 @@
+"""What a run says of itself beside its metrics: its health as it goes on, and run.json, which the report is made of."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.config import Config
+from fastpref.data.cache import Tokenized
+from fastpref.health import Verdict, Watch, known_of
+from fastpref.report import write_report
+from fastpref.run.environment import environment, peak_memory
+from fastpref.run.folder import RunFolder
+from fastpref.run.history import read_facts, read_rows
+from fastpref.step.metrics import Metrics
+
+
+class Record:
+    """The first process has one. Nothing in it is part of the training: a resumed run without it is the same run."""
+
+    def __init__(self, folder: RunFolder, config: Config, steps: int, data: Tokenized, plan: str, device: torch.device):
+        self._folder, self._device = folder, device
+        self._began = time.monotonic()
+        self._before = 0.0  # seconds of a run that is resumed
+        self._facts: dict[str, Any] = {
+            "plan": plan,
+            "steps": steps,
+            "rows": {"train": asdict(data.counts["train"]), "heldout": asdict(data.counts["heldout"])}
+            | {"duplicates": data.duplicates, "left_out": data.left_out}
+            | _labels(data),
+            "environment": environment(device),
+        }
+        self._watch = Watch(known_of(config, self._facts))
+
+    def begin(self, *, resumed: bool) -> None:
+        """With the folder at hand. A resumed run goes on with what was recorded of it."""
+        if resumed:
+            old = read_facts(self._folder.path)
+            self._before = float(old.get("seconds") or 0.0)
+            self._watch = Watch(self._watch.known, read_rows(self._folder.metrics))
+            heldout = old.get("heldout")
+            if heldout and heldout["step"] <= self._watch.history.step:  # the checkpoint may be an earlier one
+                self._facts["heldout"] = heldout
+        self._write(ended="going on")
+
+    def add(self, row: Mapping[str, float]) -> list[Verdict]:
+        """Verdicts that are new with a logged row."""
+        return self._watch.add(row)
+
+    def evaluated(self, step: int, metrics: Metrics) -> None:
+        """The rewards of every held-out response, which intervals are made of. The last evaluation's are kept."""
+        responses = metrics.responses()
+        self._facts["heldout"] = {
+            "step": step,
+            "paired": metrics.paired,
+            "chosen": _short(responses.chosen),
+            "rejected": _short(responses.rejected),
+        }
+        self._write(ended="going on")
+
+    def sampled(self, before: Sequence[Sequence[str]], after: Sequence[str]) -> None:
+        """Questions with the answers before and after the training; none after it if the run was stopped."""
+        self._facts["samples"] = [
+            {"asked": asked, "before": old, "after": after[at] if at < len(after) else None}
+            for at, (asked, old) in enumerate(before)
+        ]
+
+    def verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(self._watch.verdicts())
+
+    def end(self, how: str) -> Path:
+        """Write run.json and report.html. Raises WriteError."""
+        self._write(ended=how)
+        return write_report(self._folder.path)
+
+    def _write(self, *, ended: str) -> None:
+        seconds = self._before + time.monotonic() - self._began
+        self._folder.record(self._facts | {"seconds": seconds, "memory": peak_memory(self._device), "ended": ended})
+
+
+def _labels(data: Tokenized) -> dict[str, int]:
+    """How many training rows are good and bad, where they are single responses."""
+    labels = data.train.labels
+    return {} if labels is None else {"good": int(labels.sum()), "bad": int((~labels).sum())}
+
+
+def _short(values: Tensor) -> list[float]:
+    """Six digits are enough of what is only counted and averaged."""
+    return [float(f"{value:.6g}") for value in values.tolist()]

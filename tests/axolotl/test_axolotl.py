@@ -1,0 +1,550 @@
+"""Axolotl's configs as ours: field by field, whole, and what is left out with its reason."""
+
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastpref.axolotl import Translation, rows, translate
+from fastpref.axolotl.left_out import REASONS
+from fastpref.axolotl.rules import RULES
+from fastpref.cli import main
+from fastpref.config import Config, load_config
+from fastpref.config.text import keys_of, sections
+from fastpref.data.rows.formats import options_of
+from fastpref.errors import UserError
+from tests.support.axolotl_configs import DPO, ENTRY_FIELDS, FIELDS, IPO, KTO_QLORA, ORPO, SIMPO
+from tests.support.paths import DOCS
+
+PAGE = (DOCS / "axolotl.md").read_text(encoding="utf-8")
+HEAD = {"base_model": "base_model: m", "rl": "rl: dpo", "datasets": "datasets: [{path: d}]"}
+ALWAYS = {  # what the smallest config becomes
+    "model": {"name": "m"},
+    "loss": {"type": "dpo"},
+    "data": [{"path": "d"}],
+    "tokens": {"max_length": 512, "overlong": "drop"},
+    "train": {"warmup": 0.03, "batch": 1, "tokens_per_microbatch": 1024},
+}
+
+
+def translated(folder: Path, added: str, out: Path | None = None) -> Translation:
+    """The translation of a YAML text; the fields that every config needs are put before it."""
+    added = textwrap.dedent(added)
+    if added.startswith("{"):
+        added = yaml.safe_dump(yaml.safe_load(added))
+    lines = [line for field, line in HEAD.items() if f"\n{field}:" not in f"\n{added}"]
+    path = folder / "cfg.yml"
+    path.write_text("\n".join([*lines, added]), encoding="utf-8")
+    return translate(path, out or folder)
+
+
+def tables(translation: Translation) -> dict[str, Any]:
+    return tomllib.loads(translation.text)
+
+
+def flat(raw: Any, name: str = "") -> dict[str, Any]:
+    """Dotted keys; the options of a format stay a table."""
+    if isinstance(raw, dict) and not name.endswith("format"):
+        return {k: v for key, inner in raw.items() for k, v in flat(inner, f"{name}.{key}".lstrip(".")).items()} or {
+            name: {}
+        }
+    if isinstance(raw, list) and raw and isinstance(raw[0], dict):
+        return {k: v for at, inner in enumerate(raw) for k, v in flat(inner, f"{name}.{at}").items()}
+    return {name: raw}
+
+
+SMALLEST = flat(ALWAYS)
+CHAT = "datasets: [{path: d, type: chat_template.default, "
+# Axolotl's fields → what they add to or change in the smallest config
+TABLE: dict[str, dict[str, Any]] = {
+    "": {},
+    "revision_of_model: v1": {"model.revision": "v1"},
+    "model_revision: v1": {"model.revision": "v1"},
+    "trust_remote_code: true": {"model.trust_remote_code": True},
+    "bf16: auto": {},
+    "bf16: true": {"model.dtype": "bfloat16"},
+    "bf16: full": {"model.dtype": "bfloat16"},
+    "bfloat16: true": {"model.dtype": "bfloat16"},
+    "{fp16: true, bf16: false}": {"model.dtype": "float16"},
+    "float16: true": {"model.dtype": "float16"},
+    "bf16: false": {"model.dtype": "float32"},
+    "float32: true": {"model.dtype": "float32"},
+    "adapter: lora": {"lora": {}},
+    "{adapter: lora, lora_r: 8, lora_alpha: 16, lora_dropout: 0.1}": {
+        "lora.rank": 8,
+        "lora.alpha": 16,
+        "lora.dropout": 0.1,
+    },
+    "{adapter: lora, lora_target_linear: true}": {"lora.target": "all-linear"},
+    "{adapter: lora, lora_target_modules: [q_proj, lm_head]}": {"lora.target": ["q_proj", "lm_head"]},
+    "{adapter: lora, lora_target_modules: q_proj}": {"lora.target": ["q_proj"]},
+    r"{adapter: lora, lora_target_modules: 'model.layers.[\d]+.(mlp|self_attn).(up|q)_proj'}": {
+        "lora.target": r"model.layers.[\d]+.(mlp|self_attn).(up|q)_proj"
+    },
+    "{adapter: lora, lora_modules_to_save: [embed_tokens]}": {"lora.modules_to_save": ["embed_tokens"]},
+    "{adapter: lora, peft_use_dora: true, peft_use_rslora: true}": {"lora.dora": True, "lora.rslora": True},
+    "rl: ipo": {"loss.type": "ipo"},
+    "rl: kto": {"loss.type": "kto", "train.batch": None},
+    "rl: orpo": {"loss.type": "orpo", "loss.nll_on": "all"},
+    "rl: simpo": {"loss.type": "simpo", "loss.beta": 0.1, "loss.gamma": 0.5, "loss.sft_weight": 1.0},
+    "{rl: simpo, rl_beta: 2, simpo_gamma: 1.5, cpo_alpha: 0}": {
+        "loss.type": "simpo",
+        "loss.beta": 2,
+        "loss.gamma": 1.5,
+        "loss.sft_weight": 0,
+    },
+    "rl_beta: 0.3": {"loss.beta": 0.3},
+    "dpo_beta: 0.3": {"loss.beta": 0.3},
+    "{trl: {beta: 0.2}, rl_beta: 0.3}": {"loss.beta": 0.2},
+    "{rl: orpo, orpo_alpha: 0.4}": {"loss.type": "orpo", "loss.nll_on": "all", "loss.beta": 0.4},
+    "{dpo_loss_type: [ipo]}": {"loss.variants": ["ipo"]},
+    "{dpo_loss_type: hinge}": {"loss.variants": ["hinge"]},
+    "{dpo_loss_type: [sigmoid, bco_pair, sft], dpo_loss_weights: [0.8, 0.2, 1]}": {
+        "loss.variants": ["sigmoid", "bco_pair", "sft"],
+        "loss.weights": [0.8, 0.2, 1],
+    },
+    "rpo_alpha: 0.5": {"loss.variants": ["sigmoid", "sft"], "loss.weights": [1.0, 0.5]},
+    "{dpo_loss_type: [hinge], dpo_loss_weights: [2], rpo_alpha: 0.5}": {
+        "loss.variants": ["hinge", "sft"],
+        "loss.weights": [2, 0.5],
+    },
+    "dpo_norm_loss: true": {"loss.variants": ["sigmoid_norm"]},
+    "dpo_label_smoothing: 0.1": {"loss.label_smoothing": 0.1},
+    "{dpo_loss_type: [exo_pair], dpo_label_smoothing: 0.01}": {
+        "loss.variants": ["exo_pair"],
+        "loss.label_smoothing": 0.01,
+    },
+    "dpo_use_weighting: true": {"loss.weighting": True},
+    "{rl: kto, micro_batch_size: 2, kto_desirable_weight: 0.2, kto_undesirable_weight: 0}": {
+        "loss.type": "kto",
+        "loss.desirable_weight": 0.2,
+        "loss.undesirable_weight": 0,
+        "train.batch": 2,
+        "train.tokens_per_microbatch": 2048,
+    },
+    "datasets: [{path: p, split: s, name: n, revision: r}]": {
+        "data.0.path": "p",
+        "data.0.split": "s",
+        "data.0.name": "n",
+        "data.0.revision": "r",
+    },
+    "datasets: [{path: p, type: chatml.intel}, {path: q, type: llama3}]": {
+        "data.0.path": "p",
+        "data.0.format": "chatml.intel",
+        "data.1.path": "q",
+        "data.1.format": "llama3.default",
+    },
+    "datasets: [{path: d, type: passthrough}]": {"data.0.format": "passthrough"},
+    "datasets: [{path: d, type: chat_template}]": {"data.0.format": "chat_template.default"},
+    "datasets: [{path: d, type: {field_prompt: q, field_chosen: c, field_system: null}}]": {
+        "data.0.format": {"field_prompt": "q", "field_chosen": "c"}
+    },
+    "datasets: [{path: json, data_files: [a.jsonl, b.jsonl], ds_type: json, type: chatml.icr}]": {
+        "data.0.path": "a.jsonl",
+        "data.0.format": "chatml.icr",
+        "data.1.path": "b.jsonl",
+        "data.1.format": "chatml.icr",
+    },
+    "datasets: [{path: json, data_files: a.jsonl}]": {"data.0.path": "a.jsonl"},
+    CHAT + "field_messages: talk, field_chosen: c, field_rejected: r, field_tools: t, roles: {user: [me]}}]": {
+        "data.0.format": {
+            "type": "chat_template.default",
+            "field_messages": "talk",
+            "field_chosen": "c",
+            "field_rejected": "r",
+            "roles": {"user": ["me"]},
+            "tools": "t",
+        }
+    },
+    CHAT + "message_property_mappings: {role: by}, message_field_content: words}]": {
+        "data.0.format": {
+            "type": "chat_template.default",
+            "message_property_mappings": {"content": "words", "role": "by"},
+        }
+    },
+    CHAT + "chat_template: llama3}]": {"data.0.format": {"type": "chat_template.default", "chat_template": "llama3"}},
+    CHAT + "chat_template: jinja, chat_template_jinja: '{{ x }}'}]": {
+        "data.0.format": {"type": "chat_template.default", "chat_template": "{{ x }}"}
+    },
+    "test_datasets: [{path: h, type: chatml.ultra, split: test}]": {
+        "eval.data.0.path": "h",
+        "eval.data.0.split": "test",
+        "eval.data.0.format": "chatml.ultra",
+    },
+    "val_set_size: 0.1": {"eval.fraction": 0.1},
+    "val_set_size: 0": {},
+    "{val_set_size: 0.1, eval_steps: 20}": {"eval.fraction": 0.1, "eval.every": 20},
+    "{val_set_size: 0.1, eval_steps: 0.1, max_steps: 200}": {
+        "eval.fraction": 0.1,
+        "eval.every": 20,
+        "train.steps": 200,
+    },
+    "{generate_samples: true, num_generation_samples: 2}": {"eval.samples": 2, "eval.sample_tokens": 50},
+    "{generate_samples: true, generation_max_new_tokens: 9}": {"eval.samples": 3, "eval.sample_tokens": 9},
+    "{sequence_len: 1000, max_prompt_len: 300}": {
+        "tokens.max_length": 1000,
+        "tokens.max_prompt_length": 300,
+        "train.tokens_per_microbatch": 2000,
+    },
+    "excess_length_strategy: drop": {},
+    "excess_length_strategy: truncate": {"tokens.overlong": "truncate"},
+    "excess_length_strategy: raise": {"tokens.overlong": "error"},
+    "dataset_exact_deduplication: true": {"tokens.duplicates": "drop"},
+    "chat_template: chatml": {"tokens.chat_template": "chatml"},
+    "chat_template: tokenizer_default": {},
+    "chat_template_jinja: '{{ x }}'": {"tokens.chat_template": "{{ x }}"},
+    "chat_template_kwargs: {enable_thinking: false, reasoning_effort: low, builtin_tools: null}": {
+        "tokens.chat_template_kwargs.enable_thinking": False,
+        "tokens.chat_template_kwargs.reasoning_effort": "low",
+    },
+    "chat_template_kwargs: {}": {},
+    "learning_rate: 1e-4": {"train.learning_rate": 1e-4},  # YAML reads it as text
+    "lr_scheduler: linear": {"train.schedule": "linear"},
+    "{lr_scheduler: constant_with_warmup, warmup_steps: 5}": {"train.schedule": "constant", "train.warmup": 5},
+    "lr_scheduler: constant": {"train.schedule": "constant", "train.warmup": 0},
+    "warmup_steps: 10": {"train.warmup": 10},
+    "warmup_ratio: 0.2": {"train.warmup": 0.2},
+    "warmup_ratio: 0.0": {"train.warmup": 0.0},
+    "num_epochs: 3": {"train.epochs": 3},
+    "max_steps: 7": {"train.steps": 7},
+    "max_steps: -1": {},
+    "{gradient_accumulation_steps: 4, micro_batch_size: 2, sequence_len: 100}": {
+        "train.batch": 8,
+        "train.tokens_per_microbatch": 400,
+        "tokens.max_length": 100,
+    },
+    "{batch_size: 32, micro_batch_size: 2}": {"train.batch": 32, "train.tokens_per_microbatch": 2048},
+    "optimizer: adamw_torch_fused": {"train.optimizer": "adamw"},
+    "weight_decay: 0.1": {"train.weight_decay": 0.1},
+    "max_grad_norm: 0.3": {"train.max_grad_norm": 0.3},
+    "gradient_checkpointing: true": {"train.checkpointing": True},
+    "gradient_checkpointing: false": {"train.checkpointing": False},
+    "gradient_checkpointing: offload": {"train.checkpointing": True, "train.offload_activations": True},
+    "activation_offloading: true": {"train.checkpointing": True, "train.offload_activations": True},
+    "activation_offloading: false": {},
+    "seed: 3": {"train.seed": 3},
+    "output_dir: ./out": {"output.dir": "./out"},
+    "logging_steps: 5": {"log.every": 5},
+}
+
+
+@pytest.mark.parametrize("added", TABLE)
+def test_fields_become_these_keys(tmp_path: Path, added: str):
+    """What a snippet adds to the smallest config, exactly; the result loads."""
+    made = translated(tmp_path, added)
+    wanted = {key: value for key, value in (SMALLEST | TABLE[added]).items() if value is not None}
+    assert flat(tables(made)) == wanted
+    Config.model_validate(tables(made))
+
+
+# Fields whose key this version may refuse: taken over as soon as the schema takes the value.
+PENDING = {
+    "{adapter: qlora, load_in_4bit: true}": ("model", "quantization", "nf4"),
+    "{adapter: lora, load_in_8bit: true}": ("model", "quantization", "int8"),
+    "{adapter: lora, peft: {backend: bnb, weight_dtype: nf4}}": ("model", "quantization", "nf4"),
+    "liger_rope: true": ("model", "liger", "auto"),
+    "optimizer: adamw_bnb_8bit": ("train", "optimizer", "adamw_8bit"),
+    "optimizer: paged_adamw_8bit": ("train", "optimizer", "paged_adamw_8bit"),
+    "precompute_ref_log_probs: true": ("reference", "mode", "precompute"),
+    "save_steps: 100": ("output", "save_every", 100),
+    "save_total_limit: 2": ("output", "keep", 2),
+    "hub_model_id: me/mine": ("output", "push_to", "me/mine"),
+    "wandb_project: x": ("log", "trackers", ["wandb"]),
+    "{use_mlflow: true, use_tensorboard: true}": ("log", "trackers", ["mlflow", "tensorboard"]),
+    "lr_scheduler: polynomial": ("train", "schedule", "polynomial"),
+    "optimizer: lion_8bit": ("train", "optimizer", "lion_8bit"),
+    "max_grad_norm: 0": ("train", "max_grad_norm", 0),
+    "dpo_loss_weights: [1, 2]": ("loss", "weights", [1, 2]),
+    "eval_steps: 20": ("eval", "every", 20),
+    "datasets: [{path: d, type: my.own}]": ("data", "format", "my.own"),
+}
+
+
+@pytest.mark.parametrize("added", PENDING)
+def test_what_the_schema_refuses_is_a_comment_with_its_reason(tmp_path: Path, added: str):
+    """A refused line is commented out and listed; a line that the schema takes is a setting. There is no third way."""
+    made = translated(tmp_path, added)
+    section, key, value = PENDING[added]
+    settings = {(s.key[0], s.key[-1]): s.value for s in made.settings}
+    refused = {(s.key[0], s.key[-1]): (s.value, reason) for s, reason in made.refused}
+    if (section, key) in refused:
+        assert refused[section, key][0] == value
+        reason = refused[section, key][1]
+        assert reason
+        assert f"\n#{key} = " in made.text
+        assert any(reason in line for line in made.left_out)
+    else:
+        assert settings[section, key] == value
+        assert f"\n{key} = " in made.text
+    Config.model_validate(tables(made))
+
+
+def test_a_refused_key_is_taken_once_the_schema_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing but the schema's own answer decides."""
+    monkeypatch.setattr("fastpref.axolotl.mistake", lambda raw: None)
+    made = translated(tmp_path, "adapter: qlora\nload_in_4bit: true\nsave_steps: 10")
+    assert made.refused == ()
+    assert flat(tables(made))["model.quantization"] == "nf4"
+    assert flat(tables(made))["output.save_every"] == 10
+
+
+# --- Whole configs ---------------------------------------------------------------------------------------------------
+
+WHOLE = {
+    "dpo": (DPO, {"loss.type": "dpo", "train.batch": 8, "train.epochs": 4.0, "eval.fraction": 0.05}),
+    "kto": (KTO_QLORA, {"loss.beta": 0.5, "loss.desirable_weight": 0.2, "lora.rank": 32, "train.batch": 2}),
+    "orpo": (ORPO, {"loss.beta": 0.2, "lora.target": ["q_proj", "v_proj"], "tokens.chat_template": "chatml",
+                    "train.learning_rate": 8e-6, "train.seed": 7, "train.batch": 16}),
+    "simpo": (SIMPO, {"loss.gamma": 1.25, "loss.sft_weight": 0.0, "eval.every": 50, "train.steps": 500,
+                      "train.batch": 32, "model.dtype": "float16"}),
+    "ipo": (IPO, {"loss.beta": 0.05, "lora.dora": True, "lora.rslora": True, "tokens.duplicates": "drop",
+                  "tokens.max_prompt_length": 256, "model.trust_remote_code": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_config_is_written_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+):
+    """`init --from-axolotl` then `check`: status 0, these values, and what is left out on stdout and in the file."""
+    monkeypatch.chdir(tmp_path)
+    text, wanted = WHOLE[name]
+    (tmp_path / f"{name}-run.yml").write_text(text)
+    for command in (["init", "--from-axolotl", f"{name}-run.yml"], ["check", f"{name}-run.toml"]):
+        monkeypatch.setattr(sys, "argv", ["fastpref", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, capsys.readouterr()
+    said = capsys.readouterr().out
+    written = (tmp_path / f"{name}-run.toml").read_text()
+    got = flat(load_config(tmp_path / f"{name}-run.toml").model_dump(mode="json"))
+    assert {key: got[key] for key in wanted} == wanted
+    assert got["loss.type"] == name
+    for line in translate(tmp_path / f"{name}-run.yml", tmp_path).left_out:
+        assert f"\n  {line}\n" in said
+        assert f"\n#   {line}\n" in written
+
+
+# --- Nothing is lost in silence --------------------------------------------------------------------------------------
+
+RULED = {field for rule in RULES for field in rule.fields}
+
+
+def test_every_field_is_translated_or_has_a_reason():
+    """Every field of Axolotl's schema stands in exactly one of the two tables, and so does every field of an entry."""
+    assert [field for field in FIELDS if (field in RULED) == (field in REASONS)] == []
+    assert [field for field in ENTRY_FIELDS if (field in rows.KEYS) == (field in rows.LEFT_OUT)] == []
+    assert RULED & set(REASONS) == set()
+
+
+@pytest.mark.parametrize("field", sorted(REASONS))
+def test_a_field_without_a_counterpart_is_listed(tmp_path: Path, field: str):
+    """With a value it is listed with its reason, and the config loads."""
+    table, _, inner = field.rpartition(".")
+    made = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
+    assert f"{field}: {REASONS[field]}" in made.left_out
+    Config.model_validate(tables(made))
+
+
+@pytest.mark.parametrize("field", sorted(set(rows.LEFT_OUT) | {"unheard_of"}))
+def test_a_field_of_an_entry_without_a_counterpart_is_listed(tmp_path: Path, field: str):
+    """Likewise in `datasets`, with the entry's number."""
+    made = translated(tmp_path, f"datasets: [{{path: d}}, {{path: e, {field}: x}}]")
+    assert f"datasets[1].{field}: {rows.LEFT_OUT.get(field, 'unknown field')}" in made.left_out
+
+
+LEFT = {
+    "mystery: 3": "mystery: unknown field",
+    "trl: {mystery: 3}": "trl.mystery: unknown field",
+    "sample_packing: false": "sample_packing: rows are always packed",
+    "simpo_gamma: 1": "simpo_gamma: means nothing to rl: dpo",
+    "orpo_alpha: 1": "orpo_alpha: means nothing to rl: dpo",
+    "rl: ipo\ndpo_label_smoothing: 0.1": "dpo_label_smoothing: means nothing to rl: ipo",
+    "dpo_loss_type: [ipo]\ndpo_label_smoothing: 0.1": "dpo_label_smoothing: would be loss.label_smoothing = 0.1: ",
+    "trl: {beta: 0.2}\nrl_beta: 0.3": "rl_beta: trl.beta goes before it",
+    "lora_r: 8": "lora_r: there is no adapter:, so the whole model is trained",
+    "adapter: lora\nlora_target_linear: true\nlora_target_modules: [q]": "lora_target_modules: lora.target = ",
+    "chat_template: qwen_25": 'chat_template: "qwen_25" is not a template of fastpref',
+    "chat_template: tokenizer_default_fallback_chatml": "chat_template: the tokenizer's own template is used",
+    "val_set_size: 100": "val_set_size: a number of rows cannot be held out",
+    "val_set_size: 0.1\ntest_datasets: [{path: h}]": "val_set_size: test_datasets are held out",
+    "eval_steps: 0.1": "eval_steps: a share of all steps, whose number is not known here; set eval.every",
+    "evals_per_epoch: 4": "evals_per_epoch: the number of steps in an epoch is not known here; set eval.every",
+    "gradient_checkpointing: offload_disk": "gradient_checkpointing: offload_disk: activations go to host memory",
+    "datasets: [{path: 's3://b/d.jsonl'}]": "datasets[0].path: s3:// is not read",
+    "datasets: [{path: org/d, data_files: [a.json]}]": "datasets[0].data_files: single files of a hub data set",
+    "datasets: [{path: d, type: chatml.intel, field_chosen: c}]": "datasets[0].field_chosen: only formats ",
+    "rl: kto": "gradient_accumulation_steps, micro_batch_size: would be train.batch = 1: KTO compares",
+}
+
+
+@pytest.mark.parametrize("added", LEFT)
+def test_what_is_lost_is_said(tmp_path: Path, added: str):
+    """Each has a line that names the field and the reason."""
+    lines = translated(tmp_path, added).left_out
+    assert any(line.startswith(LEFT[added]) for line in lines), lines
+
+
+def test_what_is_off_or_empty_is_not_listed(tmp_path: Path):
+    """A field that is unset or switched off loses nothing here."""
+    made = translated(
+        tmp_path, "deepspeed:\nfsdp: []\nflash_attention: false\nwandb_project: ''\ntokens:\nload_in_8bit: false"
+    )
+    assert made.left_out == []
+    assert flat(tables(made)) == SMALLEST
+
+
+# --- Paths, and mistakes ---------------------------------------------------------------------------------------------
+
+
+def test_relative_paths_keep_their_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A path that Axolotl finds from here is found by a config in another folder, even beside a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("d.jsonl", "t.jinja", "more/a.jsonl", "out/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "model").mkdir()
+    added = """
+        base_model: ./model
+        chat_template_jinja: t.jinja
+        datasets:
+          - {path: d.jsonl, type: chat_template.default, chat_template_jinja: t.jinja}
+          - {path: more, data_files: [a.jsonl]}
+          - {path: org/name}
+    """
+    made = translated(tmp_path, added, tmp_path / "out")
+    (tmp_path / "out" / "c.toml").write_text(made.text)
+    monkeypatch.chdir("/")
+    config = load_config(tmp_path / "out" / "c.toml")
+    assert config.model.name == str(tmp_path / "model")
+    assert config.tokens.chat_template == str(tmp_path / "t.jinja")
+    assert [data.path for data in config.data] == [
+        str(tmp_path / "d.jsonl"),
+        str(tmp_path / "more/a.jsonl"),
+        "org/name",
+    ]
+    assert config.data[0].format == {"type": "chat_template.default", "chat_template": str(tmp_path / "t.jinja")}
+
+
+MISTAKES = {
+    "base_model: [": "cfg.yml:3: not valid YAML: ",
+    "rl: grpo": "cfg.yml: rl: grpo: GRPO generates while it trains; fastpref trains rl: dpo, ipo, orpo, simpo, kto",
+    "rl: ppo": "cfg.yml: rl: ppo: this method is not known here; fastpref trains",
+    "rl: [dpo]": "cfg.yml: rl: ['dpo']: this method is not known here",
+    "rl:": "cfg.yml: there is no rl: in it, so it trains on no preferences",
+    "base_model:": "cfg.yml: there is no base_model: in it",
+    "base_model: 3": "cfg.yml: base_model: must be text, got 3",
+    "datasets:": "cfg.yml: there is no datasets: in it",
+    "datasets: [d]": 'cfg.yml: datasets: must be a list of tables, each with a path, got ["d"]',
+    "datasets: [{type: chatml.intel}]": "cfg.yml: datasets[0]: there is no path in it",
+    "test_datasets: {path: d}": "cfg.yml: test_datasets: must be a list of tables",
+    "trl: 3": "cfg.yml: trl: must be a table of fields, got 3",
+    "adapter: llama-adapter": "cfg.yml: adapter: llama-adapter: fastpref trains lora, qlora, or the whole model",
+    "learning_rate: fast": 'cfg.yml: learning_rate: must be a number, got "fast"',
+    "micro_batch_size: 1.5": "cfg.yml: micro_batch_size: must be a whole number, got 1.5",
+    "trust_remote_code: sometimes": 'cfg.yml: trust_remote_code: must be true or false, got "sometimes"',
+    "seed: .inf": "cfg.yml: seed: must be a whole number",
+}
+
+
+@pytest.mark.parametrize("added", MISTAKES)
+def test_a_mistake_is_one_message(tmp_path: Path, added: str):
+    """One line with the file and the field; what cannot be trained here is refused, not translated."""
+    with pytest.raises(UserError) as caught:
+        translated(tmp_path, added)
+    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(MISTAKES[added])
+    assert "\n" not in str(caught.value)
+
+
+ODD = [3, 0.5, "x", True, [1], ["a", {"b": 1}], {"a": [1]}, "\x01\n"]
+
+
+@pytest.mark.parametrize("field", sorted({field for rule in RULES for field in rule.fields}))
+def test_values_of_another_kind(tmp_path: Path, field: str):
+    """Whatever a field holds: a message, or a config that loads."""
+    table, _, inner = field.rpartition(".")
+    for value in ODD:
+        raw = {"base_model": "m", "rl": "dpo", "adapter": "lora", "datasets": [{"path": "d"}], "rpo_alpha": 1.0}
+        raw |= {table: {inner: value}} if table else {field: value}
+        (tmp_path / "cfg.yml").write_text(yaml.safe_dump(raw))
+        try:
+            made = translate(tmp_path / "cfg.yml", tmp_path)
+        except UserError:
+            continue
+        Config.model_validate(tables(made))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not an Axolotl config"),
+        (b"- a\n- b\n", "not an Axolotl config"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"a: &a [*a]\n", "not valid YAML"),
+        (b"a: 2024-99-99\n", "not valid YAML"),
+        (b"a: !!python/object:os.system {}\n", "cfg.yml:1: not valid YAML"),
+    ],
+)
+def test_a_file_of_another_kind(tmp_path: Path, content: bytes, said: str):
+    """Bytes that are no config are refused in one message, and no code in them is run."""
+    (tmp_path / "cfg.yml").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        translate(tmp_path / "cfg.yml", tmp_path)
+    with pytest.raises(UserError, match="there is no such file"):
+        translate(tmp_path / "none.yml", tmp_path)
+    with pytest.raises(UserError, match="this is a folder"):
+        translate(tmp_path, tmp_path)
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def page_tables() -> list[str]:
+    """The tables of docs/axolotl.md."""
+    fields = [f"| {quoted(rule.fields) or '(always)'} | {quoted(rule.keys)} | {rule.how} |" for rule in RULES]
+    entries = [f"| `{field}` | {how} |" for field, how in rows.KEYS.items()]
+    reasons: dict[str, list[str]] = {}
+    for field, reason in (REASONS | {f"datasets[].{f}": r for f, r in rows.LEFT_OUT.items()}).items():
+        reasons.setdefault(reason, []).append(field)
+    left = [f"| {quoted(names)} | {reason} |" for reason, names in reasons.items()]
+    return ["\n".join(table) for table in (fields, entries, left)]
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_the_page_holds_the_tables(at: int):
+    """docs/axolotl.md says what the code does; on a failure, put the table shown here into the page."""
+    assert page_tables()[at] in PAGE
+
+
+def test_the_tables_name_keys_that_exist():
+    """Every key of a rule is one of the schema; every option of a chat format is one of ours."""
+    known = {"data", "lora"} | {
+        f"{section}.{key}"
+        for section in sections()
+        for loss in ("dpo", "kto", "orpo", "simpo")
+        for key in keys_of(section, loss)
+    }
+    assert {key for rule in RULES for key in rule.keys} <= known
+    options = {how.split("`")[1].split(".")[1] for how in rows.KEYS.values() if how.startswith("`format.")}
+    assert options <= set(options_of("chat_template.default"))
+
+
+def test_a_setting_may_need_a_later_one(tmp_path: Path) -> None:
+    """QLoRA: 4-bit weights are accepted though they stand before the [lora] table that they need."""
+    source = tmp_path / "q.yml"
+    source.write_text(
+        "base_model: m\nrl: dpo\nadapter: qlora\nload_in_4bit: true\nlora_r: 8\n"
+        "datasets:\n  - {path: d.jsonl, type: chatml.ultra}\n"
+    )
+    found = translate(source, tmp_path)
+    assert ("model", "quantization") in [setting.key for setting in found.settings]
+    assert not found.refused

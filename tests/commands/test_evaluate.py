@@ -1,0 +1,195 @@
+"""`fastpref eval`: the numbers of a run's own evaluation, and KL by definition."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
+
+from fastpref.commands.evaluate import evaluate, interval
+from fastpref.data.cache import load_examples
+from fastpref.errors import UserError
+from fastpref.model.trained import find_trained, load_trained, trained_tokenizer
+from tests.support.after import QUICKSTART_DATA, command
+from tests.support.runs import EXAMPLES, rows
+from tests.support.tiny import save_model
+
+CPU = torch.device("cpu")
+MODEL = EXAMPLES / "quickstart" / "model"
+
+
+def test_a_run_is_evaluated_as_it_evaluated_itself(finished_run: Path):
+    """Every metric of the last evaluation in metrics.jsonl."""
+    own = [row for row in rows(finished_run) if "eval/loss" in row][-1]
+    found = evaluate(find_trained(str(finished_run)))
+    for name, value in own.items():
+        if name.startswith("eval/"):
+            assert found[name.removeprefix("eval/")] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
+    """Σ p (log p − log q) of the next token, from the logits of transformers and peft, one response after the other."""
+    found = evaluate(find_trained(str(finished_run)))
+    trained = find_trained(str(finished_run))
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, finished_run / "final").eval()
+    total, right, tokens = 0.0, 0.0, 0
+    heldout = load_examples(trained.config, trained_tokenizer(trained)).heldout
+    for example in heldout:
+        averages = []
+        for completion in example.completions:
+            ids = torch.tensor([[*example.prompt, *completion]])
+            places = slice(len(example.prompt) - 1, ids.shape[1] - 1)
+            with torch.no_grad():
+                logp = model(input_ids=ids).logits[0, places].float().log_softmax(-1)
+                with model.disable_adapter():
+                    reference = model(input_ids=ids).logits[0, places].float().log_softmax(-1)
+            total += float((logp.exp() * (logp - reference)).sum())
+            tokens += len(completion)
+            averages.append(float(logp.gather(1, torch.tensor(completion)[:, None]).mean()))
+        right += averages[0] > averages[1]
+    assert found["reference/kl"] == pytest.approx(total / tokens, rel=1e-3)
+    assert found["logps/accuracies"] == pytest.approx(right / len(heldout))
+    assert found["examples"] == len(heldout)
+
+
+def test_a_model_alone(finished_run: Path):
+    """Without a model that it began with there are neither rewards nor KL; beside itself its KL is none."""
+    found = evaluate(find_trained(str(MODEL)), data=QUICKSTART_DATA)
+    assert {"logps/accuracies", "logps/chosen", "entropy"} <= found.keys()
+    assert not {"reference/kl", "loss", "rewards/accuracies"} & found.keys()
+    same = evaluate(find_trained(str(MODEL)), data=QUICKSTART_DATA, reference=find_trained(str(MODEL)))
+    assert same["reference/kl"] == pytest.approx(0, abs=1e-6)
+    assert same["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    adapter = evaluate(find_trained(str(finished_run / "final")), data=QUICKSTART_DATA)
+    assert adapter["reference/kl"] > 0
+    assert adapter["logps/chosen"] != pytest.approx(found["logps/chosen"], abs=1e-4)
+
+
+def test_a_reference_of_another_family(finished_run: Path, tmp_path: Path):
+    """It may take another layout than the model: then both are computed on padded rows, each as it is alone."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=949, hidden_size=32, num_hidden_layers=2))
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    own = evaluate(find_trained(str(finished_run)))
+    found = evaluate(find_trained(str(finished_run)), reference=find_trained(str(tmp_path)))
+    theirs = evaluate(find_trained(str(tmp_path)), data=QUICKSTART_DATA)
+    rows_alone = evaluate(find_trained(str(finished_run)), data=QUICKSTART_DATA, reference=find_trained(str(tmp_path)))
+    assert found["logps/chosen"] == pytest.approx(own["logps/chosen"], rel=1e-5)
+    expected = 0.1 * (rows_alone["logps/chosen"] - theirs["logps/chosen"])
+    assert rows_alone["rewards/chosen"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_reference_with_other_tokens_is_refused(finished_run: Path, tmp_path: Path):
+    """Its log-probabilities would be those of other words."""
+    save_model("llama", tmp_path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"97 tokens and .* 949; only models with the same tokens"):
+        evaluate(find_trained(str(finished_run)), reference=find_trained(str(tmp_path)))
+
+
+def test_a_whole_model_is_compared_with_the_one_it_began_with(whole_run: Path):
+    """Of a run without adapters the base is loaded beside it: the same numbers as the run's own evaluation."""
+    own = [row for row in rows(whole_run) if "eval/loss" in row][-1]
+    found = evaluate(find_trained(str(whole_run)))
+    assert found["rewards/margins"] == pytest.approx(own["eval/rewards/margins"], rel=1e-3, abs=1e-5)
+    assert found["reference/kl"] > 0
+
+
+def test_single_responses(finished_run: Path):
+    """By KTO's own metrics; there are no pairs to compare, and its kl is another one."""
+    paired = evaluate(find_trained(str(finished_run)))
+    found = evaluate(find_trained(str(finished_run), ['loss={type="kto"}']))
+    assert {"kl", "loss", "rewards/margins"} <= found.keys()
+    assert "logps/accuracies" not in found
+    assert found["examples"] == 2 * paired["examples"]
+    assert found["reference/kl"] == pytest.approx(paired["reference/kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("of", ["run", "checkpoint", "config"])
+def test_what_a_name_stands_for(finished_run: Path, of: str):
+    """A run is its final/; a checkpoint has its run's config; a config is the model before training."""
+    named = {"run": finished_run, "checkpoint": finished_run / "checkpoints" / "step-4",
+             "config": finished_run / "config.toml"}  # fmt: skip
+    trained = find_trained(str(named[of]))
+    assert trained.is_adapter == (of != "config")
+    assert trained.of_run
+    before: Any = load_trained(trained, CPU, base=True)
+    after: Any = load_trained(trained, CPU)
+    assert isinstance(after.wrapped, PeftModel) == (of != "config")
+    assert not isinstance(before.wrapped, PeftModel)
+    embeddings = [loaded.model.get_input_embeddings().weight for loaded in (before, after)]
+    assert torch.equal(*embeddings)
+
+
+def test_what_is_refused(finished_run: Path, tmp_path: Path):
+    """Nothing to judge by; nothing there."""
+    with pytest.raises(UserError, match="--data FILE"):
+        evaluate(find_trained(str(MODEL)))
+    with pytest.raises(UserError, match="neither a run"):
+        find_trained(str(tmp_path))
+    with pytest.raises(UserError, match=r"no tokenizer there|no model there"):
+        evaluate(find_trained("no/such"), data=QUICKSTART_DATA)
+
+
+def test_the_command(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A table for a person; everything as JSON."""
+    ran = command(monkeypatch, capsys, "eval", str(finished_run))
+    assert ran.status == 0
+    assert "KL to the reference" in ran.out
+    assert "95 % interval" in ran.out
+    told: dict[str, Any] = json.loads(command(monkeypatch, capsys, "eval", str(finished_run), "--json").out)
+    assert told["examples"] == 5
+    assert {"reference/kl", "rewards/accuracies", "logps/accuracies"} <= told.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "advice"),
+    [
+        ("eval", "fastpref.commands.evaluate.evaluate", "train.tokens_per_microbatch"),
+        ("chat", "fastpref.commands.chat.chat", "--max-tokens"),
+        ("merge", "fastpref.merge.merge", "--no-verify"),
+    ],
+)
+def test_running_out_of_memory_is_one_message(
+    name: str, module: str, advice: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    """It names what would take less, and is no traceback."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(module, full)
+    output = ("--output", str(tmp_path / "merged")) if name == "merge" else ()
+    ran = command(monkeypatch, capsys, name, finished_run, *output)
+    assert ran.status == 2
+    assert ran.err.startswith("fastpref: out of memory while ")
+    assert advice in ran.err
+
+
+def test_what_was_decided_at_load_is_told(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Tensors read under other names, for one: on stderr, and stdout is the JSON alone."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished_run / "final", adapter)
+    path = adapter / "adapter_model.safetensors"
+    weights = {name.replace("model.layers", "model._orig_mod.layers"): w for name, w in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    ran = command(monkeypatch, capsys, "eval", adapter, "--data", QUICKSTART_DATA, "--json")
+    assert json.loads(ran.out)["reference/kl"] > 0
+    assert "_orig_mod.` and are read with" in ran.err
+
+
+def test_wilsons_interval():
+    """By hand for 9 of 10; a share of one has an interval too."""
+    assert interval(0.9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-3)
+    low, high = interval(1.0, 10)
+    assert (round(low, 3), high) == (0.722, pytest.approx(1.0))

@@ -1,0 +1,777 @@
+"""A config's mistakes, each with its place; overrides; the way back to TOML; and the keys themselves, frozen."""
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from fastpref.config import Config, load_config
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO, Variant
+from fastpref.config.toml import to_toml
+from fastpref.data.rows.formats import NAMES, options_of
+from fastpref.errors import UserError
+
+BASE = '[model]\nname = "m"\n[[data]]\npath = "d"\n'  # four lines: what a case adds begins at line 5
+SMALLEST = {"model": {"name": "m"}, "data": [{"path": "d"}]}
+
+
+def load(folder: Path, text: str, overrides: Iterable[str] = ()) -> Config:
+    path = folder / "cfg.toml"
+    path.write_bytes(text.encode())
+    return load_config(path, overrides)
+
+
+def mistakes(folder: Path, text: str, overrides: Iterable[str] = ()) -> list[str]:
+    """What is said about a config, a line each, without the folder."""
+    with pytest.raises(UserError) as caught:
+        load(folder, text, overrides)
+    return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+# --- Mistakes in a file --------------------------------------------------------------------------------------------
+
+PLACES: dict[str, tuple[str, list[str]]] = {
+    "a table": (BASE + "\n# words\n[train]\nbatch = 0\n", ["8: train.batch"]),
+    "a table before the others": ("[train]\nbatch = 0\n" + BASE, ["2: train.batch"]),
+    "a missing key stands at its table": ('\n[model]\n\n[[data]]\npath = "d"\n', ["2: model.name"]),
+    "the second [[data]]": (BASE + '[[data]]\npath = "e"\nrows = 0\n', ["7: data[1].rows"]),
+    "a key missing from the third [[data]]": (BASE + '[[data]]\npath = "e"\n\n[[data]]\n', ["8: data[2].path"]),
+    "[[eval.data]] after [eval]": (
+        BASE + '[eval]\nevery = 0\n[[eval.data]]\npath = "e"\n[[eval.data]]\npath = 1\n',
+        ["6: eval.every", "10: eval.data[1].path"],
+    ),
+    "[[eval.data]] before [eval]": (
+        BASE + '[[eval.data]]\npath = "e"\nrows = -1\n[eval]\nevery = 0\n',
+        ["7: eval.data[0].rows", "9: eval.every"],
+    ),
+    "a table inside an entry": (
+        BASE + "[data.more]\nx = 1\n[[data]]\npath = 1\n[data.more]\n",
+        ["5: data[0].more", "8: data[1].path", "9: data[1].more"],
+    ),
+    "[[train]] for [train]": (BASE + "[[train]]\nbatch = 2\n", ["5: train"]),
+    "after an array over several lines": (
+        BASE + '[lora]\ntarget = [  # [train]\n  "q_proj",\n  # "]"\n  "v_proj",\n]\nrank = 0\n',
+        ["11: lora.rank"],
+    ),
+    "an entry of an array stands where the array begins": (
+        BASE + '[lora]\ntarget = [\n  "q_proj",\n  3,\n]\n',
+        ["6: lora.target[1]"],
+    ),
+    "after a string over several lines": (
+        BASE + '[tokens]\nchat_template = """\n[train]\nbatch = 0\n\\"""\n"""\nmax_length = 0\n',
+        ["11: tokens.max_length"],
+    ),
+    "after a literal string over several lines": (
+        BASE + "[tokens]\nchat_template = '''\n[[data]]\n\"\"\"'''\nmax_length = 0\n",
+        ["9: tokens.max_length"],
+    ),
+    "inline tables": (
+        'model = { name = "m", dtype = 8 }\n\ndata = [{ path = "d" }]\ntrain = { seed = 1, batch = 0 }\n',
+        ["1: model.dtype", "4: train.batch"],
+    ),
+    "an array of inline tables stands where it begins": (
+        'model.name = "m"\ndata = [\n  { path = "d" },\n  { path = "e", rows = 0 },\n]\n',
+        ["2: data[1].rows"],
+    ),
+    "dotted keys": (
+        'model.name = "m"\nmodel.dtype = 8\ntrain.batch = 0\ndata = [{ path = "d" }]\nloss.beta = 0\n',
+        ["2: model.dtype", "3: train.batch", "5: loss.beta"],
+    ),
+    "quoted keys": (
+        BASE + '[ "train" ] # [model]\n\'batch\' = 0\n"seed" = 0.5\n',
+        ["6: train.batch", "7: train.seed"],
+    ),
+    "Windows line ends": (BASE.replace("\n", "\r\n") + "[train]\r\nbatch = 0\r\n", ["6: train.batch"]),
+    "a byte order mark": ("\ufeff" + BASE + "[train]\nbatch = 0\n", ["6: train.batch"]),
+    "characters that some take for line ends": (
+        '[model]\nname = "a\u2028b\x85c" # \u2029\n[[data]]\npath = "d"\n[train]\nbatch = 0\n',
+        ["6: train.batch"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "places"), PLACES.values(), ids=PLACES)
+def test_a_mistake_is_at_its_line(tmp_path: Path, text: str, places: list[str]):
+    """Every mistake begins `file:LINE: key: `, however TOML allows the key to be written."""
+    said = mistakes(tmp_path, text)
+    assert [": ".join(line.split(": ")[:2]) for line in said] == [f"cfg.toml:{place}" for place in places]
+
+
+LOSSES = "dpo, ipo, kto, orpo, simpo, cpo"
+MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is said
+    "a near key": (
+        "[train]\nlearning_rte = 1.0\n",
+        ["6: train.learning_rte: unknown key (did you mean 'learning_rate'?)"],
+    ),
+    "a hyphen": (
+        "[train]\nlearning-rate = 1\n",
+        ["6: train.learning-rate: unknown key (did you mean 'learning_rate'?)"],
+    ),
+    "capitals": ("[train]\nBatch = 1\n", ["6: train.Batch: unknown key (did you mean 'batch'?)"]),
+    "a key of another table": (
+        "[train]\nmax_length = 9\n",
+        ["6: train.max_length: unknown key (did you mean 'tokens.max_length'?)"],
+    ),
+    "a key like nothing": ("[train]\nzzz = 1\n", ["6: train.zzz: unknown key"]),
+    "a near table": ("[trian]\nbatch = 1\n", ["5: trian: unknown key (did you mean 'train'?)"]),
+    "a near key of data": (
+        '[[data]]\npth = "d"\n',
+        [
+            "5: data[1].path: is missing",
+            "6: data[1].pth: unknown key (did you mean 'path'?)",
+        ],
+    ),
+    "a number as text": ('[train]\nbatch = "4"\n', ["6: train.batch: must be a valid integer, got '4'"]),
+    "a fraction for a count": ("[train]\nbatch = 1.5\n", ["6: train.batch: must be a valid integer, got 1.5"]),
+    "a boolean for a number": ("[train]\nepochs = true\n", ["6: train.epochs: must be a valid number, got True"]),
+    "a number for a boolean": ("[lora]\ndora = 1\n", ["6: lora.dora: must be a valid boolean, got 1"]),
+    "a number for text": ("[tokens]\nchat_template = 3\n", ["6: tokens.chat_template: must be a valid string, got 3"]),
+    "text for an array": ('[lora]\nmodules_to_save = "x"\n', ["6: lora.modules_to_save: must be an array, got 'x'"]),
+    "a value for a table": ("[train.batch]\n", ["5: train.batch: must be a valid integer, got {}"]),
+    "an array for a word": (
+        '[train]\nlayout = ["tree"]\n',
+        ["6: train.layout: must be one of auto, tree, packed, padded, got ['tree'] (did you mean 'tree'?)"],
+    ),
+    "out of range": ("[lora]\ndropout = 1.0\n", ["6: lora.dropout: must be less than 1, got 1.0"]),
+    "infinite": ("[train]\nlearning_rate = inf\n", ["6: train.learning_rate: must be a finite number, got inf"]),
+    "not a number": ("[train]\nwarmup = nan\n", ["6: train.warmup: must be a finite number, got nan"]),
+    "a near word": (
+        '[train]\nlayout = "tre"\n',
+        ["6: train.layout: must be one of auto, tree, packed, padded, got 'tre' (did you mean 'tree'?)"],
+    ),
+    "neither word nor boolean": (
+        '[train]\ncheckpointing = "yes"\n',
+        ["6: train.checkpointing: must be a valid boolean, or must be one of auto, got 'yes'"],
+    ),
+    "neither word nor array": (
+        '[lora]\ntarget = "all-linar"\n',
+        [
+            "6: lora.target: must be an array, or must be one of all-linear, got 'all-linar' "
+            "(did you mean 'all-linear'?)"
+        ],
+    ),
+    "a pattern that is none": (
+        '[lora]\ntarget = "(q|v_proj"\nexclude = ["vision", "[a"]\n',
+        [
+            "6: lora.target: '(q|v_proj' is no regular expression: missing ), unterminated subpattern at position 0",
+            "7: lora.exclude: '[a' is no regular expression: unterminated character set at position 0",
+        ],
+    ),
+    "an entry of an array": ('[lora]\ntarget = ["q", 3]\n', ["6: lora.target[1]: must be a valid string, got 3"]),
+    "an unknown loss": (
+        '[loss]\ntype = "kot"\n',
+        [f"6: loss.type: must be one of {LOSSES}, got 'kot' (did you mean 'kto'?)"],
+    ),
+    "a loss that is no word": ("[loss]\ntype = 3\n", [f"6: loss.type: must be one of {LOSSES}, got 3"]),
+    "keys of other losses": (
+        '[loss]\ntype = "kto"\nvariants = ["ipo"]\ngamma = 1.0\nsft_weight = 1.0\n',
+        [
+            "7: loss.variants: this loss has no such key; it belongs to dpo",
+            "8: loss.gamma: this loss has no such key; it belongs to simpo",
+            "9: loss.sft_weight: this loss has no such key; it belongs to simpo, cpo",
+        ],
+    ),
+    "a near key of the loss": ("[loss]\nbta = 1.0\n", ["6: loss.bta: unknown key (did you mean 'beta'?)"]),
+    "no such variant": (
+        '[loss]\nvariants = ["sft", "hing"]\n',
+        [f"6: loss.variants[1]: must be one of {', '.join(get_args(Variant))}, got 'hing' (did you mean 'hinge'?)"],
+    ),
+    "no variant": ("[loss]\nvariants = []\n", ["6: loss.variants: needs at least one entry"]),
+    "label smoothing with ipo": (
+        '[loss]\nlabel_smoothing = 0.1\nvariants = ["ipo"]\n',
+        ["6: loss.label_smoothing: label_smoothing has no meaning for ipo; set it to 0"],
+    ),
+    "label smoothing with the loss ipo": (
+        '[loss]\ntype = "ipo"\nlabel_smoothing = 0.1\n',
+        ["7: loss.label_smoothing: this loss has no such key; it belongs to dpo, simpo, cpo"],
+    ),
+    "label smoothing with cpo's ipo": (
+        '[loss]\ntype = "cpo"\nvariant = "ipo"\nlabel_smoothing = 0.1\n',
+        ["8: loss.label_smoothing: label_smoothing has no meaning for variant = 'ipo'; set it to 0"],
+    ),
+    "exo_pair without it": (
+        '[loss]\n\nvariants = ["exo_pair"]\n',
+        ["7: loss.variants: exo_pair needs label_smoothing above 0, such as 1e-3"],
+    ),
+    "weights for other variants": (
+        "[loss]\n\nweights = [1.0, 2.0]\n",
+        ["7: loss.weights: weights has 2 entries, variants has 1"],
+    ),
+    "a variant twice": (
+        '[loss]\nvariants = ["sft", "sft"]\n',
+        ["6: loss.variants: variants names a loss twice: sft, sft"],
+    ),
+    "weighting with sorting": (
+        '[loss]\nvariants = ["aot"]\nweighting = true\n',
+        ["7: loss.weighting: weighting cannot go with aot or aot_unpaired, which compare different pairs"],
+    ),
+    "two margins": (
+        '[loss]\ntype = "simpo"\ngamma = 1.0\ngamma_beta_ratio = 0.5\n',
+        ["7: loss.gamma: gamma and gamma_beta_ratio say the same thing; give one of them"],
+    ),
+    "DoRA on the head": (
+        '[lora]\ntarget = ["lm_head"]\ndora = true\n',
+        ["7: lora.dora: not on the head; leave lm_head out of target, or set dora = false"],
+    ),
+    "held out twice": (
+        '[eval]\nfraction = 0.1\n[[eval.data]]\npath = "e"\n',
+        ["6: eval.fraction: fraction and [[eval.data]] both hold out data; give one of them"],
+    ),
+    "KTO on a batch of one": (
+        '[train]\nbatch = 1\n[loss]\ntype = "kto"\n',
+        [
+            "6: train.batch: KTO compares each row with the next one of its batch, so a batch needs two rows; "
+            'set train.batch to 2 or more, or loss.kl = "none"'
+        ],
+    ),
+    "no such format": (
+        '[[data]]\npath = "e"\nformat = "chatml.intl"\n',
+        [
+            "7: data[1].format: there is no format 'chatml.intl' (did you mean 'chatml.intel' or 'chatml.icr' or "
+            f"'chatml.argilla'?); known are {', '.join(NAMES)}, a table of your columns "
+            '({ field_prompt = "question", ... }), and "module:function"'
+        ],
+    ),
+    "a format that is no name": (
+        '[[data]]\npath = "e"\nformat = 3\n',
+        ["7: data[1].format: must be a name or a table, got 3"],
+    ),
+    "an option that a format does not have": (
+        '[[data]]\npath = "e"\n[data.format]\nfield_promt = "q"\n',
+        [
+            "8: data[1].format.field_promt: the format table has no such option (did you mean 'field_prompt'?); it has "
+            + ", ".join(options_of("table"))
+        ],
+    ),
+    "an option of a format without options": (
+        '[[data]]\npath = "e"\nformat = { type = "chatml.icr", roles = {} }\n',
+        ["7: data[1].format.roles: the format chatml.icr has no options"],
+    ),
+    "an option of a function": (
+        '[[data]]\npath = "e"\nformat = { type = "mine:read", x = 1 }\n',
+        ["7: data[1].format.x: a function of your own takes no options"],
+    ),
+    "a type that is no name": (
+        '[[data]]\npath = "e"\nformat = { type = 3 }\n',
+        ["7: data[1].format.type: must be a format's name, got 3"],
+    ),
+    "an option of another type": (
+        '[[data]]\npath = "e"\nformat = { type = "chat_template.default", roles = { assistant = "bot" } }\n',
+        [
+            "7: data[1].format.roles: must be a table of lists, a role for the template = the roles in the data, got "
+            "{'assistant': 'bot'}"
+        ],
+    ),
+    "a text format with unknown braces": (
+        '[[data]]\npath = "e"\nformat = { prompt_format = "{promt}" }\n',
+        [
+            "7: data[1].format.prompt_format: {promt} is not known here, {prompt} and {system} can be; write {{ for a "
+            "brace"
+        ],
+    ),
+    "a text format without its text": (
+        '[[data]]\npath = "e"\nformat = { chosen_format = "x" }\n',
+        ["7: data[1].format.chosen_format: {chosen} must be in it"],
+    ),
+    "a text format with one brace": (
+        '[[data]]\npath = "e"\nformat = { completion_format = "{completion" }\n',
+        [
+            "7: data[1].format.completion_format: expected '}' before end of string; a brace that is meant as one is "
+            "written twice"
+        ],
+    ),
+    "a weight of nothing": (
+        '[[data]]\npath = "e"\nweight = 0\n',
+        ["7: data[1].weight: must be greater than 0, got 0"],
+    ),
+    "sections that disagree": (
+        '[reference]\nmode = "adapter"\n[eval]\nevery = 3\n',
+        [
+            '6: reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"',
+            "8: eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]",
+        ],
+    ),
+    "a copy's keys without a copy": (
+        '[reference]\ndtype = "bfloat16"\nquantization = "nf4"\n',
+        [
+            '6: reference.dtype: only a frozen copy has one; set reference.mode = "copy", or leave the key out',
+            '7: reference.quantization: only a frozen copy has one; set reference.mode = "copy", or leave the key out',
+        ],
+    ),
+    "what is not in this version": (
+        '[model.x]\n[[data]]\npath = "e"\n\n\n[reference]\nmode = "frozen"\n'
+        '[train]\noptimizer = "lion"\n[output]\nsave_every = 0\n[log]\ntrackers = ["wandbb"]\n',
+        [
+            "5: model.x: unknown key",
+            "11: reference.mode: must be one of auto, adapter, copy, precompute, got 'frozen'",
+            "13: train.optimizer: must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, got 'lion'",
+            "15: output.save_every: must be greater than or equal to 1, got 0",
+            "17: log.trackers[0]: must be one of tensorboard, wandb, mlflow, trackio, got 'wandbb' (did you mean "
+            "'wandb'?)",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("added", "said"), MESSAGES.values(), ids=MESSAGES)
+def test_what_is_said(tmp_path: Path, added: str, said: list[str]):
+    """Each mistake is one line, `file:LINE: key: what (did you mean 'x'?)`, all of them at once and in file order."""
+    assert mistakes(tmp_path, BASE + added) == [f"cfg.toml:{line}" for line in said]
+
+
+WHOLE: dict[str, tuple[str, list[str]]] = {
+    "nothing": ("", [": model: is missing", ": data: is missing, add a table [[data]] with a path"]),
+    "no data": ('[model]\nname = "m"\n', [": data: is missing, add a table [[data]] with a path"]),
+    "an empty array of data": ('data = []\nmodel.name = "m"\n', [":1: data: needs at least one entry"]),
+    "[data] for [[data]]": (
+        '[model]\nname = "m"\n[data]\npath = "d"\n',
+        [":3: data: must be an array of tables; write [[data]]"],
+    ),
+    "a name for [model]": (
+        'model = "m"\nloss = "dpo"\ndata = "d"\n',
+        [
+            ":1: model: must be a table, got 'm'",
+            ":2: loss: must be a table, got 'dpo'",
+            ":3: data: must be an array, got 'd'",
+        ],
+    ),
+    "keys outside their table": (
+        'beta = 0.1\nbatch = 3\nrank = 8\nnmae = "m"\n' + BASE,
+        [
+            ":1: beta: unknown key (did you mean 'loss.beta'?)",
+            ":2: batch: unknown key (did you mean 'train.batch'?)",
+            ":3: rank: unknown key (did you mean 'lora.rank'?)",
+            ":4: nmae: unknown key",
+        ],
+    ),
+    "FlexAttention for padded rows": (
+        '[model]\nname = "m"\nattention = "flex"\n[[data]]\npath = "d"\n[train]\nlayout = "padded"\n',
+        [':3: model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or drop the key'],
+    ),
+    "model keys not in this version": (
+        '[model]\nname = "m"\nquantization = "int4"\nliger = "yes"\nattention = "flash"\n[[data]]\npath = "d"\n',
+        [
+            ":3: model.quantization: must be one of none, nf4, int8, got 'int4' (did you mean 'int8'?)",
+            ":4: model.liger: must be a valid boolean, or must be one of auto, got 'yes'",
+            ":5: model.attention: must be one of auto, flex, sdpa, got 'flash'",
+        ],
+    ),
+    "TOML: no value": (BASE + "[train]\nbatch =\n", [":6: not valid TOML: Invalid value"]),
+    "TOML: a key twice": (BASE + 'path = "e"\n', [":5: not valid TOML: Cannot overwrite a value"]),
+    "TOML: an unclosed string": (
+        BASE + '[tokens]\nchat_template = """\n\n',
+        [":6: not valid TOML: Unterminated string"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), WHOLE.values(), ids=WHOLE)
+def test_mistakes_of_a_whole_file(tmp_path: Path, text: str, said: list[str]):
+    """What is missing has no line; a syntax error is said alone, at its line."""
+    assert mistakes(tmp_path, text) == [f"cfg.toml{line}" for line in said]
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda path: None, "there is no such file"),
+        (lambda path: path.mkdir(), "this is a folder; a config is a .toml file"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read: 'utf-8' codec can't decode"),
+    ],
+    ids=["missing", "a folder", "not text"],
+)
+def test_a_config_that_cannot_be_read(tmp_path: Path, make: Any, what: str):
+    """One message names the file and what is the matter with it."""
+    path = tmp_path / "cfg.toml"
+    make(path)
+    with pytest.raises(UserError, match=re.escape(f"{path}: {what}")):
+        load_config(path)
+
+
+def test_a_colon_in_the_path_keeps_the_order(tmp_path: Path):
+    """Mistakes stand in file order whatever the file is called."""
+    folder = tmp_path / "a:9: b"
+    folder.mkdir()
+    text = BASE + "\n" * 10 + "[train]\nbatch = 0\n[loss]\nbeta = 0\n[lora]\nrank = 0\n"
+    places = [line.partition("cfg.toml:")[2].partition(":")[0] for line in mistakes(folder, text)]
+    assert places == ["16", "18", "20"]
+
+
+# --- Overrides -----------------------------------------------------------------------------------------------------
+
+OVERRIDABLE = BASE + '[[data]]\npath = "e"\n[lora]\ntarget = ["q"]\n[train]\nbatch = 4\n'
+OVERRIDES: dict[str, Any] = {  # override: what the dotted key then holds
+    "train.batch=8": 8,
+    "train.batch = 8": 8,
+    "train.learning_rate=1e-5": 1e-5,
+    "train.checkpointing=true": True,
+    "train.schedule=linear": "linear",
+    "train.schedule='linear'": "linear",
+    "model.name=org/some-model_1.5": "org/some-model_1.5",
+    "model.name='two words = one'": "two words = one",
+    'model.name="\\u00e9"': "é",
+    'lora.target=["k", "v"]': ("k", "v"),
+    "lora.target='.*layers.1.*(q|k)_proj'": (".*layers.1.*(q|k)_proj",),
+    "lora.exclude='.*vision.*'": (".*vision.*",),
+    "lora.target=all-linear": "all-linear",
+    "loss.type=kto": "kto",
+    "output.dir=~/runs/a": "~/runs/a",
+    "data.0.path=x.jsonl": "x.jsonl",
+    "data.1.rows=3": 3,
+    "reference={mode='copy'}": "copy",
+    'eval.data=[{path="h"}]': "h",
+}
+
+
+@pytest.mark.parametrize(("override", "value"), OVERRIDES.items(), ids=OVERRIDES)
+def test_an_override_sets_its_key(tmp_path: Path, override: str, value: Any):
+    """`a.b=value` sets one key: a TOML value, or a bare word as a string; arrays' entries are counted from 0."""
+    config = load(tmp_path, OVERRIDABLE, [override])
+    path = {"reference": "reference.mode", "eval.data": "eval.data.0.path"}
+    key = override.partition("=")[0].strip()
+    found: Any = config
+    for part in path.get(key, key).split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part)
+    assert found == value
+
+
+def test_overrides_replace_and_follow_each_other(tmp_path: Path):
+    """The last override of a key wins; keys beside it keep the file's value."""
+    config = load(tmp_path, OVERRIDABLE, ["train.batch=8", "train.seed=1", "train.batch=2", "data.1.path=z"])
+    assert (config.train.batch, config.train.seed) == (2, 1)
+    assert [data.path for data in config.data] == ["d", "z"]
+
+
+BAD_OVERRIDES: dict[str, list[str]] = {
+    "train.batch": ["not of the form key=value, such as 'train.steps=100'"],
+    "=3": ["not of the form key=value, such as 'train.steps=100'"],
+    "train..batch=3": ["not of the form key=value, such as 'train.steps=100'"],
+    "train.batch=": ["the value is not valid TOML: Invalid value"],
+    "train.layout=[1": ["the value is not valid TOML: Unclosed array"],
+    "model.name=two words": ["the value is not valid TOML: Invalid value"],
+    "train.batch=0": ["train.batch: must be greater than or equal to 1, got 0"],
+    "train={batch=0}": ["train.batch: must be greater than or equal to 1, got 0"],
+    "train.sed=3": ["train.sed: unknown key (did you mean 'seed'?)"],
+    "trian.seed=3": ["trian: unknown key (did you mean 'train'?)"],
+    "train=3": ["train: must be a table, got 3"],
+    "train.batch.x=3": ["train.batch is a value, not a table"],
+    "data=3": ["data: must be an array, got 3"],
+    "data.1.rows=0": ["data[1].rows: must be greater than or equal to 1, got 0"],
+    "data.2.path=x": ["there is no entry 2; the config has 2, counted from 0"],
+    "data.x.path=x": ["there is no entry x; the config has 2, counted from 0"],
+    "data.².path=x": ["there is no entry ²; the config has 2, counted from 0"],
+    "eval.data.0.path=x": ["there is no entry 0; the config has 0, counted from 0"],
+    "data.path=x": ["data is an array; set a key of an entry, data.0.KEY, or all of it"],
+    "lora.target.0=x": ["lora.target is an array; set a key of an entry, lora.target.0.KEY, or all of it"],
+    "lora.target.0.x=1": ["lora.target.0 is a value, not a table"],
+    "loss.type=kot": [f"loss.type: must be one of {LOSSES}, got 'kot' (did you mean 'kto'?)"],
+    "eval.every=2": ["eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"],
+}
+
+
+@pytest.mark.parametrize(("override", "said"), BAD_OVERRIDES.items(), ids=BAD_OVERRIDES)
+def test_a_mistake_in_an_override_names_it(tmp_path: Path, override: str, said: list[str]):
+    """A key that an override set is said to stand there, not in the file."""
+    lines = mistakes(tmp_path, OVERRIDABLE, [override])
+    assert len(lines) == len(said)
+    for line, what in zip(lines, said):
+        assert line.startswith(f"override {override!r}: {what}")
+
+
+def test_mistakes_of_file_and_overrides_together(tmp_path: Path):
+    """Overrides and the file are checked at once; what an override made wrong elsewhere stays at the file's line."""
+    text = BASE + '[loss]\nvariants = ["sft"]\n[train]\nbatch = 0\n'
+    assert mistakes(tmp_path, text, ["loss.type=kto", "train.sed=1"]) == [
+        "override 'train.sed=1': train.sed: unknown key (did you mean 'seed'?)",
+        "cfg.toml:6: loss.variants: this loss has no such key; it belongs to dpo",
+        "cfg.toml:8: train.batch: must be greater than or equal to 1, got 0",
+    ]
+
+
+# --- What loads ----------------------------------------------------------------------------------------------------
+
+
+def test_paths_are_taken_from_the_configs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Models, data and templates that exist beside the config become absolute; other names stay as they are."""
+    home = tmp_path / "home"
+    (home / "model").mkdir(parents=True)
+    for name in ("d.jsonl", "h.jsonl", "t.jinja"):
+        (home / name).write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    text = (
+        '[model]\nname = "model"\n[[data]]\npath = "d.jsonl"\n[[data]]\npath = "org/name"\n'
+        '[[data]]\npath = "~no-such-person/x"\n'
+        '[[eval.data]]\npath = "h.jsonl"\n[tokens]\nchat_template = "t.jinja"\n[output]\ndir = "runs/x"\n'
+    )
+    config = load(home, text)
+    assert config.model.name == str(home / "model")
+    assert [data.path for data in config.data] == [str(home / "d.jsonl"), "org/name", "~no-such-person/x"]
+    assert config.eval.data[0].path == str(home / "h.jsonl")
+    assert config.tokens.chat_template == str(home / "t.jinja")
+    assert config.output.dir == "runs/x"
+    jinja = "{% for m in messages %}" + "{{ m['content'] }}" * 500 + "{% endfor %}"
+    for name, found in (("t.jinja", str(home / "t.jinja")), ("chatml", "chatml"), (jinja, jinja)):
+        text = f"{BASE}[data.format]\ntype = 'chat_template.default'\nchat_template = '''{name}'''\n"
+        assert load(home, text).data[0].format == {"type": "chat_template.default", "chat_template": found}
+    (home / "mine.py").write_text("")
+    for name, found in (("mine:read", f"{home / 'mine.py'}:read"), ("json:loads", "json:loads")):
+        assert load(home, f'{BASE}format = "{name}"\n').data[0].format == found
+    assert load(home, f"{BASE}[tokens]\nchat_template = '''{jinja}'''\n").tokens.chat_template == jinja
+
+
+def test_a_config_is_frozen(tmp_path: Path):
+    """No key of a loaded config can be set, in any table."""
+    config = load(tmp_path, BASE + "[lora]\n")
+    tables: list[Any] = [config, config.model, config.lora, config.data[0], config.train, config.eval, config.tokens]
+    for table in [*tables, config.reference, config.output, config.log]:
+        key = next(iter(type(table).model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(table, key, getattr(table, key))
+    loss: Any = config.loss
+    with pytest.raises(FrozenInstanceError):
+        loss.beta = 1.0
+
+
+@pytest.mark.parametrize(
+    ("added", "rate", "tokens"),
+    [
+        ("", 1e-6, 4096),
+        ("[lora]\n", 1e-4, 4096),
+        ("[lora]\n[train]\nlearning_rate = 3e-4\ntokens_per_microbatch = 7\n", 3e-4, 7),
+        ("[tokens]\nmax_length = 512\n", 1e-6, 1024),
+    ],
+)
+def test_what_left_out_keys_become(tmp_path: Path, added: str, rate: float, tokens: int):
+    """The learning rate depends on [lora], a micro-batch's tokens on tokens.max_length."""
+    config = load(tmp_path, BASE + added)
+    assert (config.learning_rate, config.tokens_per_microbatch) == (rate, tokens)
+
+
+@pytest.mark.parametrize("options", get_args(LossOptions))
+def test_every_loss_loads(tmp_path: Path, options: type[LossOptions]):
+    """`loss.type` picks the loss's own options, with their defaults; without a table the loss is DPO."""
+    assert load(tmp_path, f'{BASE}[loss]\ntype = "{options.__name__.lower()}"\n').loss == options()
+    assert load(tmp_path, BASE).loss == load(tmp_path, BASE + "[loss]\nbeta = 0.1\n").loss == DPO()
+
+
+# --- Back to TOML --------------------------------------------------------------------------------------------------
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+NUMBER = st.floats(1e-300, 1e300)
+FORMAT = st.sampled_from(["chatml.intel", "mine:read"]) | st.fixed_dictionaries(
+    {"type": st.just("chat_template.default")},
+    optional={
+        "roles": st.dictionaries(TEXT, st.lists(TEXT, max_size=2), max_size=2),
+        "chat_template": TEXT,
+        "tools": st.lists(st.dictionaries(TEXT, TEXT | st.booleans(), max_size=2), max_size=2),
+    },
+)
+DATA = st.fixed_dictionaries(
+    {"path": TEXT},
+    optional={
+        "split": TEXT,
+        "name": TEXT,
+        "revision": TEXT,
+        "rows": st.integers(1, 10**18),
+        "weight": NUMBER,
+        "format": FORMAT,
+    },
+)
+LOSS = st.one_of(
+    st.fixed_dictionaries(
+        {"variants": st.lists(st.sampled_from(["sigmoid", "sft", "aot"]), min_size=1, unique=True)},
+        optional={"beta": NUMBER, "f_divergence": st.sampled_from(["js", "alpha"])},
+    ),
+    st.fixed_dictionaries({"weights": st.lists(NUMBER, min_size=1, max_size=1)}),
+    st.fixed_dictionaries({"type": st.sampled_from(["ipo", "orpo", "cpo"]), "beta": NUMBER}),
+    st.fixed_dictionaries({"type": st.just("kto"), "desirable_weight": NUMBER}),
+    st.fixed_dictionaries({"type": st.just("simpo"), "gamma": st.floats(allow_nan=False, allow_infinity=False)}),
+)
+CONFIG = st.fixed_dictionaries(
+    {"model": st.fixed_dictionaries({"name": TEXT}), "data": st.lists(DATA, min_size=1, max_size=3)},
+    optional={
+        "lora": st.fixed_dictionaries(
+            {}, optional={"target": st.lists(TEXT.map(re.escape), max_size=3), "rslora": st.booleans(), "alpha": NUMBER}
+        ),
+        "loss": LOSS,
+        "eval": st.fixed_dictionaries({"data": st.lists(DATA, min_size=1, max_size=2), "every": st.integers(1, 9)})
+        | st.fixed_dictionaries({"fraction": st.floats(1e-9, 1, exclude_max=True)}),
+        "tokens": st.fixed_dictionaries({"chat_template": TEXT}),
+        "train": st.fixed_dictionaries({}, optional={"learning_rate": NUMBER, "checkpointing": st.booleans()}),
+        "output": st.fixed_dictionaries({"dir": TEXT}),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(raw=CONFIG)
+def test_toml_written_is_the_config_read(raw: dict[str, Any]):
+    """`to_toml` then reading gives the same config, with any characters in its strings."""
+    config = Config.model_validate(raw)
+    assert Config.model_validate(tomllib.loads(to_toml(config))) == config
+
+
+def test_a_written_file_loads_as_the_same_config(tmp_path: Path):
+    """A run's config.toml is a config: quotes, line ends, control characters, nested data and all."""
+    text = BASE + (
+        '[[data]]\npath = "C:\\\\a \\"b\\" \\u0001\\u007f\\t é 🎉"\nrows = 3\n[[eval.data]]\npath = "x\\ny"\n'
+        '[[eval.data]]\npath = "z"\n[tokens]\nchat_template = """{% if a %}\n  \'b\'\r\n{% endif %}"""\n'
+        '[loss]\nvariants = ["sigmoid", "sft"]\nweights = [1, 0.5]\n[train]\nlearning_rate = 1e-7\n'
+    )
+    config = load(tmp_path, text)
+    assert load(tmp_path, to_toml(config)) == config
+    assert "steps" not in to_toml(config)  # keys without a value are left out
+    assert "[lora]" not in to_toml(config)
+
+
+# --- The option surface --------------------------------------------------------------------------------------------
+
+REQUIRED = "required"
+SURFACE = {
+    "model.name": REQUIRED,
+    "model.revision": None,
+    "model.dtype": "auto",
+    "model.quantization": "none",
+    "model.attention": "auto",
+    "model.liger": "auto",
+    "model.trust_remote_code": False,
+    "lora.rank": 16,
+    "lora.alpha": 32.0,
+    "lora.dropout": 0.0,
+    "lora.target": "all-linear",
+    "lora.exclude": (),
+    "lora.modules_to_save": (),
+    "lora.rslora": False,
+    "lora.dora": False,
+    "data.path": REQUIRED,
+    "data.split": "train",
+    "data.name": None,
+    "data.revision": None,
+    "data.format": "auto",
+    "data.weight": 1.0,
+    "data.rows": None,
+    "data.on_error": "error",
+    "eval.fraction": None,
+    "eval.data.path": REQUIRED,
+    "eval.data.split": "train",
+    "eval.data.name": None,
+    "eval.data.revision": None,
+    "eval.data.format": "auto",
+    "eval.data.weight": 1.0,
+    "eval.data.rows": None,
+    "eval.data.on_error": "error",
+    "eval.every": None,
+    "eval.samples": 1,
+    "eval.sample_tokens": 48,
+    "tokens.max_length": 2048,
+    "tokens.max_prompt_length": None,
+    "tokens.overlong": "truncate",
+    "tokens.score": "assistant",
+    "tokens.strict": False,
+    "tokens.duplicates": "keep",
+    "tokens.chat_template": None,
+    "tokens.chat_template_kwargs": None,
+    "reference.mode": "auto",
+    "reference.dtype": "auto",
+    "reference.quantization": "auto",
+    "train.learning_rate": None,
+    "train.schedule": "cosine",
+    "train.warmup": 0.1,
+    "train.epochs": 1.0,
+    "train.steps": None,
+    "train.batch": 16,
+    "train.tokens_per_microbatch": None,
+    "train.layout": "auto",
+    "train.optimizer": "adamw",
+    "train.weight_decay": 0.0,
+    "train.max_grad_norm": 1.0,
+    "train.checkpointing": "auto",
+    "train.offload_activations": False,
+    "train.seed": 42,
+    "train.nonfinite": "stop",
+    "output.dir": None,
+    "output.save_every": None,
+    "output.keep": 2,
+    "output.push_to": None,
+    "log.every": 1,
+    "log.trackers": (),
+}
+LOSS_SURFACE: dict[type, dict[str, Any]] = {
+    DPO: {
+        "type": "dpo",
+        "beta": 0.1,
+        "variants": ("sigmoid",),
+        "weights": None,
+        "label_smoothing": 0.0,
+        "f_divergence": "reverse_kl",
+        "f_alpha": 0.5,
+        "length_alpha": 1.0,
+        "weighting": False,
+        "discopop_tau": 0.05,
+    },
+    IPO: {"type": "ipo", "beta": 0.1},
+    KTO: {"type": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "kl": "batch"},
+    ORPO: {"type": "orpo", "beta": 0.1, "nll_on": "response"},
+    SimPO: {
+        "type": "simpo",
+        "beta": 2.0,
+        "gamma": None,
+        "gamma_beta_ratio": None,
+        "label_smoothing": 0.0,
+        "sft_weight": 0.0,
+        "alpha": 0.0,
+    },
+    CPO: {
+        "type": "cpo",
+        "beta": 0.1,
+        "variant": "sigmoid",
+        "label_smoothing": 0.0,
+        "sft_weight": 1.0,
+        "alpha": 0.0,
+    },
+}
+
+
+def surface(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its default, but for those of [loss]."""
+    for key, field in model.model_fields.items():
+        inner = [a for a in _classes(field.annotation) if issubclass(a, BaseModel)]
+        if inner:
+            yield from surface(inner[0], f"{prefix}{key}.")
+        elif f"{prefix}{key}" != "loss":
+            yield f"{prefix}{key}", REQUIRED if field.is_required() else field.default
+
+
+def _classes(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _classes(part)
+
+
+def test_the_keys_and_their_defaults_are_these():
+    """The option surface is frozen here: a key or default that changes must be changed in this table, knowingly."""
+    assert dict(surface(Config)) == SURFACE
+    options = get_args(LossOptions)
+    assert list(options) == list(LOSS_SURFACE)
+    for loss in options:
+        assert {f.name: f.default for f in fields(loss)} == LOSS_SURFACE[loss]
+
+
+def test_only_a_model_and_data_are_required():
+    """Every other table may be left out; [lora] left out means no adapters."""
+    config = Config.model_validate(SMALLEST)
+    assert config.lora is None
+    for key, default in SURFACE.items():
+        table, _, name = key.rpartition(".")
+        if default != REQUIRED and table not in ("lora", "eval.data"):
+            found = config.data[0] if table == "data" else getattr(config, table)
+            assert getattr(found, name) == default

@@ -1,0 +1,862 @@
+"""Every named format, option and template: a row goes in, exactly this text comes out, and exactly this is scored.
+
+What is scored is read off the tensors of a micro-batch, after the real tokenizing and collating.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.config import TokensConfig
+from fastpref.data import render
+from fastpref.data.batch import Layout, collate
+from fastpref.data.rows.formats import NAMES, Paired, find_format, unpair
+from fastpref.data.rows.rendering import choose
+from fastpref.data.sources import SourceRow
+from fastpref.data.tokenize import tokenize
+from fastpref.errors import UserError
+from tests.support.toy_tokenizers import (
+    QWEN3,
+    chatml,
+    gemma,
+    llama3,
+    plain,
+    trained_chatml,
+    trained_gemma,
+    trained_llama3,
+)
+
+LAYOUTS: tuple[Layout, ...] = ("tree", "packed", "padded")
+Make = Callable[[], PreTrainedTokenizerBase]
+FAMILIES: dict[str, Make] = {make.__name__: make for make in (trained_chatml, trained_llama3, trained_gemma)}
+EVERY_FAMILY = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+
+
+def scored(
+    row: dict[str, Any], format: Any, tokenizer: PreTrainedTokenizerBase, *, unpaired: bool = False, **options: Any
+) -> list[str]:
+    """The prompt and each response as the model meets them: prompt tokens that are not scored, then those that are.
+
+    All turns of a response are, so that none is missing here; test_turns.py asks whose words are.
+    """
+    content = choose(row, {"type": format, **options} if options else format, unpaired=unpaired).read(row)
+    examples, _ = tokenize([SourceRow(content, "row")], tokenizer, TokensConfig(score="all"))
+    assert len(examples) == 1
+    batch = collate(examples, "padded")
+    assert batch.attention_mask is not None
+    texts = [str(tokenizer.decode(examples[0].prompt))]
+    for sequence in range(batch.completions):
+        ids = batch.targets[batch.segments == sequence].tolist()
+        whole = batch.input_ids[sequence][batch.attention_mask[sequence].bool()].tolist()
+        assert whole == examples[0].prompt + ids
+        texts.append(str(tokenizer.decode(ids)))
+    return texts
+
+
+def values(made: dict[str, Any]) -> list[str]:
+    return [text for name, text in made.items() if name != "label"]
+
+
+# --- Text ----------------------------------------------------------------------------------------------------------
+
+Q, S, YES, NO = "What?", "Be kind.", "yes", "no"
+
+
+def user(words: str) -> dict[str, Any]:
+    return {"role": "user", "content": words}
+
+
+def says(words: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": words, **more}
+
+
+def system(words: str) -> dict[str, Any]:
+    return {"role": "system", "content": words}
+
+
+def turns(*words: str) -> list[dict[str, Any]]:
+    """A user's and an assistant's words in turn."""
+    return [(says if at % 2 else user)(each) for at, each in enumerate(words)]
+
+
+FIVE = [system(S), *turns("q1", "a1", "q2", "a2", "q3")]
+# What a row holds, and the turns of its prompt. Every format is under chatml. and llama3.
+PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+    "default, prompt": ("default", {"prompt": Q, "question": "other", "chosen": YES, "rejected": NO}, [user(Q)]),
+    "default, input": ("default", {"input": Q, "chosen": YES, "rejected": NO}, [user(Q)]),
+    "default, question": ("default", {"question": Q, "chosen": YES, "rejected": NO}, [user(Q)]),
+    "default, instruction": (
+        "default",
+        {"instruction": Q, "chosen_response": YES, "rejected_response": NO},
+        [user(Q)],
+    ),
+    "default, an empty input beside the instruction": (
+        "default",
+        {"input": "", "instruction": Q, "chosen": YES, "rejected": NO},
+        [user(Q)],
+    ),
+    "default, chosen first": (
+        "default",
+        {"prompt": Q, "chosen": YES, "chosen_response": "x", "rejected": None, "rejected_response": NO},
+        [user(Q)],
+    ),
+    "default, system": ("default", {"system": S, "prompt": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
+    "default, empty system": ("default", {"system": "", "prompt": Q, "chosen": YES, "rejected": NO}, [user(Q)]),
+    "default, null system": ("default", {"system": None, "prompt": Q, "chosen": YES, "rejected": NO}, [user(Q)]),
+    "argilla": ("argilla", {"system": S, "instruction": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
+    "argilla_chat": ("argilla_chat", {"chosen": turns(Q, YES), "rejected": turns(Q, NO)}, [user(Q)]),
+    "argilla_chat, every turn": (
+        "argilla_chat",
+        {"chosen": [*FIVE, says(YES)], "rejected": [*FIVE, says(NO)]},
+        FIVE,
+    ),
+    "argilla_chat, ShareGPT's names": (
+        "argilla_chat",
+        {
+            "chosen": [{"from": "human", "value": Q}, {"from": "gpt", "value": YES}],
+            "rejected": [{"from": "human", "value": Q}, {"from": "gpt", "value": NO}],
+        },
+        [user(Q)],
+    ),
+    "icr": ("icr", {"system": S, "input": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
+    "intel": ("intel", {"system": S, "question": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
+    "prompt_pairs": ("prompt_pairs", {"system": S, "prompt": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
+    "ultra": ("ultra", {"prompt": Q, "chosen": turns(Q, YES), "rejected": turns(Q, NO)}, [user(Q)]),
+    "ultra, system": (
+        "ultra",
+        {"system": S, "prompt": Q, "chosen": turns(Q, YES), "rejected": turns(Q, NO)},
+        [system(S), user(Q)],
+    ),
+    "ultra, every turn": (
+        "ultra",
+        {"prompt": "q1", "chosen": [*FIVE, says(YES)], "rejected": [*FIVE, says(NO)]},
+        FIVE,
+    ),
+    "ultra, answers alone": ("ultra", {"prompt": Q, "chosen": [says(YES)], "rejected": [says(NO)]}, [user(Q)]),
+}
+SINGLES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+    "argilla": ("argilla", {"system": S, "instruction": Q, "completion": YES}, [system(S), user(Q)]),
+    "argilla_chat": ("argilla_chat", {"completion": turns(Q, YES)}, [user(Q)]),
+    "argilla_chat, every turn": ("argilla_chat", {"completion": [*FIVE, says(YES)]}, FIVE),
+    "intel": ("intel", {"system": S, "question": Q, "completion": YES}, [system(S), user(Q)]),
+    "prompt_pairs": ("prompt_pairs", {"system": S, "prompt": Q, "completion": YES}, [system(S), user(Q)]),
+    "ultra": ("ultra", {"prompt": Q, "completion": YES}, [user(Q)]),
+}
+WRITTEN: dict[str, tuple[Callable[[str, str], str], str, str, Make, str]] = {  # turn, generation prompt, end, BOS
+    "chatml": (lambda r, c: f"<|im_start|>{r}\n{c}<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>", chatml, ""),
+    "llama3": (
+        lambda r, c: f"<|start_header_id|>{r}<|end_header_id|>\n\n{c}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        llama3,
+        "<|begin_of_text|>",
+    ),
+}
+EVERY_TEMPLATE = pytest.mark.parametrize("family", WRITTEN)
+
+
+@EVERY_TEMPLATE
+@pytest.mark.parametrize(("name", "row", "prompt"), PAIRS.values(), ids=PAIRS)
+def test_pairs_in_fixed_templates(family: str, name: str, row: dict[str, Any], prompt: list[dict[str, Any]]):
+    """All turns, in the family's markers, without BOS or anything after the end; the response and its end are scored.
+
+    Tokenizing adds BOS where the tokenizer begins every text with one.
+    """
+    turn, generation, end, make, bos = WRITTEN[family]
+    text = "".join(turn(each["role"], each["content"]) for each in prompt) + generation
+    made = {"prompt": text, "chosen": YES + end, "rejected": NO + end}
+    assert render(row, f"{family}.{name}") == made
+    assert scored(row, f"{family}.{name}", make()) == [bos + text, YES + end, NO + end]
+
+
+@EVERY_TEMPLATE
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize(("name", "row", "prompt"), SINGLES.values(), ids=SINGLES)
+def test_single_responses_in_fixed_templates(
+    family: str, name: str, row: dict[str, Any], prompt: list[dict[str, Any]], label: bool
+):
+    """The same for KTO, with the label."""
+    turn, generation, end, make, bos = WRITTEN[family]
+    text = "".join(turn(each["role"], each["content"]) for each in prompt) + generation
+    row = {**row, "label": label}
+    assert render(row, f"{family}.{name}", unpaired=True) == {"prompt": text, "completion": YES + end, "label": label}
+    assert scored(row, f"{family}.{name}", make(), unpaired=True) == [bos + text, YES + end]
+
+
+@pytest.mark.parametrize("name", sorted({f"{family}.{name}" for family in WRITTEN for name, _, _ in PAIRS.values()}))
+def test_pairs_given_to_kto_in_any_format(name: str):
+    """Where a format has single responses too, rows that are pairs are still read as pairs."""
+    row = next(row for short, row, _ in PAIRS.values() if name.endswith(f".{short}"))
+    paired, single = (find_format(name, unpaired=unpaired) for unpaired in (False, True))
+    assert paired is not None
+    assert single is not None
+    assert single.read(row) == paired.read(row)
+    with pytest.raises(UserError, match=r"^the row is a pair, two single responses for KTO"):
+        render(row, name, unpaired=True)
+
+
+@pytest.mark.parametrize("name", ["passthrough", "table", "chatml.prompt_pairs"])
+def test_a_completion_is_a_single_response_whatever_is_beside_it(name: str):
+    """A row with a completion is no pair for KTO, though it has a column `chosen`."""
+    row = {"prompt": Q, "completion": YES, "label": False, "chosen": "x", "rejected": "y"}
+    made = render(row, name, unpaired=True)
+    assert str(made["completion"]).startswith(YES)
+    assert made["label"] is False
+    assert str(render(row, name)["chosen"]).startswith("x")
+
+
+ANSWERS = [{"answer": f"of rank {rank}", "rank": rank} for rank in (3, 1, 7, 2)]
+TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prompt and responses
+    "passthrough": (
+        "passthrough",
+        {"prompt": "Q: ", "chosen": " yes\n", "rejected": "no", "system": "s"},
+        ["Q: ", " yes\n", "no"],
+    ),
+    "nectar": (
+        "zephyr.nectar",
+        {"prompt": Q, "answers": ANSWERS},
+        [f"<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 7"],
+    ),
+    "nectar, system": (
+        "zephyr.nectar",
+        {"prompt": Q, "answers": ANSWERS[:2], "system": S},
+        [f"<|system|>\n{S}</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 3"],
+    ),
+    "table": ("table", {"prompt": Q, "chosen": YES, "rejected": NO, "system": S}, [Q, YES, NO]),
+    "field_prompt, field_chosen, field_rejected": (
+        {"field_prompt": "q", "field_chosen": "a", "field_rejected": "b"},
+        {"q": Q, "a": YES, "b": NO, "prompt": "x", "chosen": "x", "rejected": "x"},
+        [Q, YES, NO],
+    ),
+    "field_system, prompt_format": (
+        {"field_system": "rules", "prompt_format": "[{system}] {prompt} ->"},
+        {"prompt": Q, "chosen": YES, "rejected": NO, "rules": S},
+        [f"[{S}] {Q} ->", YES, NO],
+    ),
+    "prompt_format without a system": (
+        {"prompt_format": "[{system}] {prompt} {{}}"},
+        {"prompt": "{x} {system}", "chosen": YES, "rejected": NO, "system": None},
+        ["[] {x} {system} {}", YES, NO],
+    ),
+    "chosen_format, rejected_format": (
+        {"type": "table", "chosen_format": " {chosen}!", "rejected_format": "{rejected}?"},
+        {"prompt": Q, "chosen": "{yes}", "rejected": NO},
+        [Q, " {yes}!", f"{NO}?"],
+    ),
+    "auto": ("auto", {"prompt": Q, "chosen": YES, "rejected": NO}, [Q, YES, NO]),
+}
+
+
+@pytest.mark.parametrize(("format", "row", "texts"), TEXTS.values(), ids=TEXTS)
+def test_text(format: Any, row: dict[str, Any], texts: list[str]):
+    """Text without turns is taken as it is written, and tokenizing ends it with EOS."""
+    assert render(row, format) == dict(zip(("prompt", "chosen", "rejected"), texts))
+    assert scored(row, format, plain()) == ["<s>" + texts[0], *(f"{text}</s>" for text in texts[1:])]
+
+
+@pytest.mark.parametrize("format", ["passthrough", "auto", "table"])
+def test_single_text(format: str):
+    """Prompt, completion and label as they are."""
+    row = {"prompt": Q, "completion": " yes", "label": 0}
+    assert render(row, format, unpaired=True) == {"prompt": Q, "completion": " yes", "label": False}
+    assert scored(row, format, plain(), unpaired=True) == [f"<s>{Q}", " yes</s>"]
+
+
+def test_a_table_of_single_responses():
+    """field_completion, field_label and completion_format are the table's options for KTO."""
+    row = {"q": Q, "a": YES, "good": "False", "rules": S}
+    options = {"field_prompt": "q", "field_completion": "a", "field_label": "good", "field_system": "rules"}
+    written = {"prompt_format": "{system}|{prompt}", "completion_format": "<{completion}>"}
+    made = render(row, {**options, **written}, unpaired=True)
+    assert made == {"prompt": f"{S}|{Q}", "completion": f"<{YES}>", "label": False}
+
+
+def test_every_named_format_is_here():
+    """A format that is added must be added to these tables."""
+    text = {f"{family}.{name}" for family in WRITTEN for name, _, _ in PAIRS.values()}
+    others = {format if isinstance(format, str) else "table" for format, _, _ in TEXTS.values()}
+    assert set(NAMES) == text | others | {name for name, _, _, _ in CHATS.values()}
+
+
+# --- Chats ---------------------------------------------------------------------------------------------------------
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Looks out",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+TOOL_TURNS = [user("Weather?"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4 °C"}]
+
+
+def im(*words: str) -> str:
+    """Role and words in turn, as ChatML has them, then the assistant's."""
+    written = (f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(words[::2], words[1::2]))
+    return "".join(written) + "<|im_start|>assistant\n"
+
+
+CHATS: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {  # name, options, row, what a Qwen 3 meets
+    "messages": (
+        "chat_template.default",
+        {},
+        {"messages": [system(S), user(Q)], "chosen": says(YES), "rejected": [says(NO)]},
+        [im("system", S, "user", Q), "yes", "no"],
+    ),
+    "a string": (
+        "chat_template.default",
+        {},
+        {"messages": Q, "chosen": YES, "rejected": NO},
+        [im("user", Q), "yes", "no"],
+    ),
+    "system column": (
+        "chat_template.default",
+        {},
+        {"system": S, "messages": Q, "chosen": YES, "rejected": NO},
+        [im("system", S, "user", Q), "yes", "no"],
+    ),
+    "system column beside a system turn": (
+        "chat_template.default",
+        {},
+        {"system": "Other.", "messages": [system(S), user(Q)], "chosen": YES, "rejected": NO},
+        [im("system", S, "user", Q), "yes", "no"],
+    ),
+    "every turn of a response": (
+        "chat_template.default",
+        {},
+        {"messages": [user("q")], "chosen": [says("a"), user("b"), says("c")], "rejected": NO},
+        [im("user", "q"), "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc", "no"],
+    ),
+    "five turns": (
+        "chat_template.default",
+        {},
+        {"messages": FIVE, "chosen": YES, "rejected": NO},
+        [im("system", S, "user", "q1", "assistant", "a1", "user", "q2", "assistant", "a2", "user", "q3"), "yes", "no"],
+    ),
+    "field names": (
+        "chat_template.default",
+        {"field_messages": "talk", "field_chosen": "good", "field_rejected": "bad"},
+        {"talk": [user(Q)], "good": YES, "bad": NO, "messages": "x"},
+        [im("user", Q), "yes", "no"],
+    ),
+    "message_property_mappings and roles": (
+        "chat_template.default",
+        {
+            "message_property_mappings": {"role": "speaker", "content": "words", "reasoning_content": "thoughts"},
+            "roles": {"user": ["customer"], "assistant": ["agent", "bot"]},
+        },
+        {
+            "messages": [{"speaker": "customer", "words": Q}],
+            "chosen": {"speaker": "agent", "words": YES, "thoughts": "hm"},
+            "rejected": {"speaker": "bot", "words": NO, "thoughts": None},
+        },
+        [im("user", Q), "<think>\nhm\n</think>\n\nyes", "no"],
+    ),
+    "ShareGPT": (
+        "chat_template.default",
+        {"field_messages": "conversations"},
+        {
+            "conversations": [{"from": "system", "value": S}, {"from": "human", "value": Q}],
+            "chosen": {"from": "gpt", "value": YES},
+            "rejected": {"from": "gpt", "value": NO},
+        },
+        [im("system", S, "user", Q), "yes", "no"],
+    ),
+    "tool calls and reasoning in a response": (
+        "chat_template.default",
+        {},
+        {
+            "messages": [user("Weather?")],
+            "chosen": {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "look", "content": None},
+            "rejected": says("Fine."),
+        },
+        [im("user", "Weather?"), f"<think>\nlook\n</think>\n\n{CALLED}", "Fine."],
+    ),
+    "tool calls in the prompt": (
+        "chat_template.default",
+        {},
+        {"messages": TOOL_TURNS, "chosen": "Cold.", "rejected": "Fine."},
+        [
+            im("user", "Weather?", "assistant", CALLED, "user", "<tool_response>\n4 °C\n</tool_response>"),
+            "Cold.",
+            "Fine.",
+        ],
+    ),
+    "tools column": (
+        "chat_template.default",
+        {},
+        {"messages": [system(S), user(Q)], "chosen": YES, "rejected": NO, "tools": [WEATHER]},
+        [im("system", f"{S}\n\n# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    ),
+    "tools as JSON": (
+        "chat_template.default",
+        {"tools": "functions"},
+        {"messages": Q, "chosen": YES, "rejected": NO, "functions": json.dumps([WEATHER])},
+        [im("system", f"# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    ),
+    "tools for all rows": (
+        "chat_template.default",
+        {"tools": [WEATHER]},
+        {"messages": Q, "chosen": YES, "rejected": NO},
+        [im("system", f"# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    ),
+    "a row's own tools": (
+        "chat_template.default",
+        {"tools": [CALL]},
+        {"messages": Q, "chosen": YES, "rejected": NO, "tools": [WEATHER]},
+        [im("system", f"# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    ),
+    "argilla_chat": (
+        "chat_template.argilla_chat",
+        {},
+        {"chosen": [*FIVE, says(YES)], "rejected": [*FIVE, says(NO)]},
+        [im("system", S, "user", "q1", "assistant", "a1", "user", "q2", "assistant", "a2", "user", "q3"), "yes", "no"],
+    ),
+    "argilla": (
+        "chat_template.argilla",
+        {"field_chosen": "good", "field_rejected": "bad"},
+        {"system": S, "good": turns("q1", "a1", Q, YES), "bad": turns("q1", "a1", Q, NO)},
+        [im("system", S, "user", "q1", "assistant", "a1", "user", Q), "yes", "no"],
+    ),
+    "argilla, answers of another length": (
+        "chat_template.argilla",
+        {},
+        {"chosen": turns(Q, YES), "rejected": [says(NO)]},
+        [im("user", Q), "yes", "no"],
+    ),
+    "auto, system and tools": (
+        "auto",
+        {},
+        {"prompt": Q, "chosen": YES, "rejected": NO, "system": S, "tools": [WEATHER]},
+        [im("system", f"{S}\n\n# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    ),
+    "auto, implicit prompt": (
+        "auto",
+        {},
+        {"chosen": [*FIVE, says(YES)], "rejected": [*FIVE, says(NO)], "tools": []},
+        [im("system", S, "user", "q1", "assistant", "a1", "user", "q2", "assistant", "a2", "user", "q3"), "yes", "no"],
+    ),
+}
+SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
+    "messages": ({}, {"messages": [system(S), *turns(Q, YES)]}, [im("system", S, "user", Q), "yes"]),
+    "messages and completion": ({}, {"messages": [user(Q)], "completion": YES}, [im("user", Q), "yes"]),
+    "prompt and completion": ({}, {"prompt": Q, "completion": [says(YES)]}, [im("user", Q), "yes"]),
+    "fields": (
+        {"field_prompt": "q", "field_completion": "a", "field_label": "label", "field_messages": "x"},
+        {"q": [user(Q)], "a": YES, "system": S, "tools": [WEATHER]},
+        [im("system", f"{S}\n\n# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes"],
+    ),
+    "tool calls": (
+        {},
+        {"messages": [user("Weather?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+        [im("user", "Weather?"), CALLED],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "row", "texts"), CHATS.values(), ids=CHATS)
+def test_chats(name: str, options: dict[str, Any], row: dict[str, Any], texts: list[str]):
+    """Messages are written by the chat template, with all that it reads; a response ends with its end-of-turn token."""
+    tokenizer = trained_chatml()
+    wanted = [texts[0], *(f"{text}<|im_end|>" for text in texts[1:])]
+    assert values(render(row, name, tokenizer=tokenizer, **options)) == wanted
+    assert scored(row, name, tokenizer, **options) == wanted
+
+
+@pytest.mark.parametrize(("options", "row", "texts"), SINGLE_CHATS.values(), ids=SINGLE_CHATS)
+@pytest.mark.parametrize("label", [True, False])
+def test_single_chats(options: dict[str, Any], row: dict[str, Any], texts: list[str], label: bool):
+    """The last turn of messages, or a completion after them or after a prompt."""
+    tokenizer, row = trained_chatml(), {**row, "label": label}
+    wanted = [texts[0], f"{texts[1]}<|im_end|>"]
+    made = render(row, "chat_template.default", tokenizer=tokenizer, unpaired=True, **options)
+    assert made == {"prompt": wanted[0], "completion": wanted[1], "label": label}
+    assert scored(row, "chat_template.default", tokenizer, unpaired=True, **options) == wanted
+
+
+IN_FAMILIES: dict[str, tuple[Make, str, str]] = {  # prompt, end
+    "chatml": (trained_chatml, "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "llama3": (
+        trained_llama3,
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+    ),
+    "gemma": (
+        trained_gemma,
+        "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "prompt", "end"), IN_FAMILIES.values(), ids=IN_FAMILIES)
+def test_each_family_writes_a_chat_its_way(make: Make, prompt: str, end: str):
+    """BOS once where the family has one, its roles, its end; and the same from every chat format."""
+    rows = {
+        "chat_template.default": {"messages": Q, "chosen": YES, "rejected": NO},
+        "chat_template.argilla": {"chosen": turns(Q, YES), "rejected": turns(Q, NO)},
+        "chat_template.argilla_chat": {"chosen": turns(Q, YES), "rejected": turns(Q, NO)},
+        "auto": {"prompt": [user(Q)], "chosen": [says(YES)], "rejected": [says(NO)]},
+    }
+    for name, row in rows.items():
+        assert values(render(row, name, tokenizer=make())) == [prompt, YES + end, NO + end]
+        assert scored(row, name, make()) == [prompt, YES + end, NO + end]
+
+
+def test_tools_in_another_family():
+    """Llama 3.1 writes tools in the first question, a call as JSON and a result under another role."""
+    row = {"messages": TOOL_TURNS, "chosen": "Cold.", "rejected": {"role": "assistant", "tool_calls": [CALL]}}
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
+    call = json.dumps(CALL["function"])
+    prompt = (
+        f"<|begin_of_text|>{header('user')}{json.dumps(WEATHER)}\n\nWeather?<|eot_id|>"
+        f"{header('assistant')}{call}<|eot_id|>{header('ipython')}4 °C<|eot_id|>{header('assistant')}"
+    )
+    texts = scored(row, "chat_template.default", trained_llama3(), tools=[WEATHER])
+    assert texts == [prompt, "Cold.<|eot_id|>", f"{call}<|eot_id|>"]
+
+
+# --- Chat templates ------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_template_of_the_format(tmp_path: Path):
+    """A known name, Jinja or a file takes the tokenizer's place; its end of a turn is found for it."""
+    row = {"messages": Q, "chosen": YES, "rejected": NO}
+    file = tmp_path / "mine.jinja"
+    file.write_text(QWEN3)
+    for template in ("chatml", QWEN3, str(file)):
+        tokenizer = trained_chatml()
+        tokenizer.chat_template = "{{ 'other' }}"
+        assert scored(row, "chat_template.default", tokenizer, chat_template=template) == [
+            im("user", Q),
+            "yes<|im_end|>",
+            "no<|im_end|>",
+        ]
+    for name in ("llama3", "gemma"):
+        make, prompt, end = IN_FAMILIES[name]
+        tokenizer = make()
+        tokenizer.chat_template = None
+        texts = scored(row, "chat_template.default", tokenizer, chat_template=name)
+        assert texts == [prompt, YES + end, NO + end]
+    own = scored(row, "chat_template.default", gemma(), chat_template="tokenizer_default")
+    assert own == [IN_FAMILIES["gemma"][1], "yes<end_of_turn>", "no<end_of_turn>"]
+    assert render(row, "chat_template.default", tokenizer=plain(), chat_template="zephyr") == {
+        "prompt": "<|user|>\nWhat?</s>\n<|assistant|>\n",
+        "chosen": "yes</s>",
+        "rejected": "no</s>",
+    }
+    assert render(row, "chat_template.default", tokenizer=plain(), chat_template="phi_3")["prompt"] == (
+        "<s><|user|>\nWhat?<|end|>\n<|assistant|>\n"
+    )
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "row", "said"),
+    [
+        ({"chat_template": "none.jinja"}, {}, "format.chat_template: none.jinja: cannot be read: "),
+        ({"chat_template": "chatlm"}, {}, r".*; known names are tokenizer_default, chatml, llama3, gemma"),
+        ({"chat_template": "{% if %}"}, {}, "the chat template refuses this row: "),
+        ({"chat_template": "chatml"}, {"tools": [WEATHER]}, ".* refuses this row: this template cannot write tools"),
+        ({"chat_template": "gemma"}, {"system": S}, ".* refuses this row: System role not supported"),
+        (
+            {"chat_template": "llama3"},
+            {"messages": TOOL_TURNS},
+            ".* refuses this row: this template cannot write tool calls",
+        ),
+        (
+            {"chat_template": ALTERNATING},
+            {"messages": [user("Weather?"), user("Well?")]},
+            r".* refuses this row: roles must alternate; the roles of this row's turns are user, user, assistant$",
+        ),
+    ],
+    ids=["no file", "no name", "no Jinja", "no tools", "no system", "no tool calls", "no two questions"],
+)
+def test_a_chat_template_that_will_not_do(options: dict[str, Any], row: dict[str, Any], said: str):
+    """A template is never written without what the row says: it is refused."""
+    base = {"messages": Q, "chosen": YES, "rejected": NO}
+    with pytest.raises(UserError, match=said):
+        render(base | row, "chat_template.default", tokenizer=chatml(), **options)
+
+
+def test_chats_need_a_tokenizer():
+    """Messages without a tokenizer, or with one without a template, are refused with what to do."""
+    row = {"messages": Q, "chosen": YES, "rejected": NO}
+    with pytest.raises(UserError, match=r"give the tokenizer whose chat template writes it"):
+        render(row, "chat_template.default")
+    tokenizer = chatml()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"no chat template; set tokens\.chat_template"):
+        render(row, "chat_template.default", tokenizer=tokenizer)
+
+
+# --- Responses that mislead ----------------------------------------------------------------------------------------
+
+RESPONSES = [
+    "a", "u", "user", "assistant", "model", " yes", "  yes", "\nyes", "\n\nyes", "yes\n", "yes ", "\tyes", "?",
+    "What?", "<think>", "<|user|>", "<|im_start|>", "user\nWhat?", "</s>", "é", "🎉", "日本", "{{ x }}", "{prompt}",
+    "▁",
+]  # fmt: skip
+
+
+def joined(tokenizer: PreTrainedTokenizerBase, made: dict[str, Any], response: str) -> str:
+    """A rendered prompt and response as one text with its BOS and end: EOS where the response does not bring one."""
+    special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
+    begins_with_bos = tokenizer.bos_token is None or made["prompt"].startswith(str(tokenizer.bos_token))
+    bos = "" if begins_with_bos else str(tokenizer.bos_token)
+    return bos + made["prompt"] + response + ("" if response.endswith(special) else str(tokenizer.eos_token))
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    encoded: Any = tokenizer(text, add_special_tokens=False)
+    return list(encoded["input_ids"])
+
+
+def trims(make: Make, name: str) -> bool:
+    return name.startswith("chat_template") and make is not trained_chatml
+
+
+CASES = [
+    (make, name, response)
+    for make in FAMILIES.values()
+    for name in ("chat_template.default", "chatml.prompt_pairs", "passthrough")
+    for response in RESPONSES
+    if (response.strip() or not trims(make, name)) and (make is not trained_gemma or "▁" not in response)  # its space
+]
+
+
+@pytest.mark.parametrize(("make", "name", "response"), CASES)
+def test_whatever_a_response_is_it_alone_is_scored(make: Make, name: str, response: str):
+    """One letter, the words and markers of templates, white space at its ends: the response and its end are scored.
+
+    Where the tokenizer makes one token of the prompt's last letters and the response's first, it is scored too.
+    Llama 3's and Gemma's templates trim a response themselves.
+    """
+    tokenizer = make()
+    words = response.strip() if trims(make, name) else response
+    row = {"messages" if name.startswith("chat_") else "prompt": Q, "chosen": response, "rejected": "another"}
+    made = render(row, name, tokenizer=tokenizer)
+    prompt, chosen, rejected = scored(row, name, tokenizer)
+    whole = joined(tokenizer, made, "").removesuffix(str(tokenizer.eos_token))
+    across = whole.removeprefix(prompt)
+    assert prompt + across == whole
+    assert chosen.startswith(across + words)
+    assert chosen.removeprefix(across + words) == rejected.removeprefix(across + "another") != ""
+    if across:
+        ids = tokens(tokenizer, whole)
+        assert any(tokens(tokenizer, whole + text)[: len(ids)] != ids for text in (words, "another"))
+
+
+@EVERY_FAMILY
+def test_the_templates_own_markers_in_a_response(make: Make):
+    """A response that holds turns of the template keeps them, and only its last end is its own."""
+    tokenizer = make()
+    _, prompt, end = next(family for family in IN_FAMILIES.values() if family[0] is make)
+    inner = prompt.removeprefix(str(tokenizer.bos_token or ""))
+    chosen = f"1{end}\n{inner}yes"
+    row = {"messages": Q, "chosen": chosen, "rejected": "2"}
+    assert scored(row, "chat_template.default", tokenizer)[1] == chosen + end
+
+
+WORDS = st.lists(
+    st.sampled_from([*"abe ?\n.é🎉", "user", "the answer", " is", "\n\n", "assistant", "  "]), max_size=8
+).map("".join)
+CACHED = {name: make() for name, make in FAMILIES.items()}
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("name", ["chat_template.default", "chatml.prompt_pairs", "llama3.prompt_pairs", "passthrough"])
+@settings(max_examples=60, deadline=None)
+@given(prompt=WORDS, chosen=WORDS, rejected=WORDS, longest=st.integers(2, 80), kto=st.booleans())
+def test_any_row(make: Make, name: str, prompt: str, chosen: str, rejected: str, longest: int, kto: bool):
+    """For any row that is used: the response and its end are scored, no limit is passed, something is scored.
+
+    Nothing else is, unless one token holds the prompt's last letters and the response's first.
+    """
+    tokenizer = CACHED[make.__name__]
+    row = {"messages" if name.startswith("chat_") else "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    made = render(row, name, tokenizer=tokenizer)
+    content = choose(row, name, unpaired=False).read(row)
+    assert isinstance(content, Paired)
+    rows = [SourceRow(part, "row") for part in (unpair(content) if kto else (content,))]
+    whole, counts = tokenize(rows, tokenizer, TokensConfig(max_length=10_000))
+    assert counts.kept + counts.empty + counts.equal + counts.promptless == len(rows)
+    for example in whole:
+        sides = ("chosen", "rejected") if example.label is None else ("chosen" if example.label else "rejected",)
+        for side, ids in zip(sides, example.completions):
+            text = joined(tokenizer, made, made[side])
+            assert tokenizer.decode(example.prompt + ids) == text
+            if not counts.merged:
+                assert tokenizer.decode(ids) == text.removeprefix(str(tokenizer.decode(example.prompt)))
+                assert str(tokenizer.decode(example.prompt)).endswith(made["prompt"])
+                assert str(tokenizer.decode(ids)).startswith(made[side])
+    short, _ = tokenize(rows, tokenizer, TokensConfig(max_length=longest))
+    for layout in LAYOUTS if short else ():
+        batch = collate(short, layout)
+        assert batch.lengths.min() > 0
+        assert all(len(e.prompt) + len(ids) <= longest and e.prompt for e in short for ids in e.completions)
+
+
+# --- The end of a fixed template -----------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_fixed_template_is_the_end():
+    """Nothing follows the template's end where the tokenizer has that token; a text that brings it has it once."""
+    tokenizer = llama3()
+    tokenizer.chat_template = None  # a base model: only the format knows how a turn ends
+    row = {"prompt": Q, "chosen": YES, "rejected": f"{NO}<|eot_id|>"}
+    assert scored(row, "llama3.prompt_pairs", tokenizer)[1:] == ["yes<|eot_id|>", "no<|eot_id|>"]
+    row["rejected"] = f"{NO}<|end_of_text|>\n"
+    assert scored(row, "llama3.prompt_pairs", tokenizer)[1:] == ["yes<|eot_id|>", "no<|eot_id|>"]
+
+
+def test_a_fixed_template_that_is_not_the_tokenizers():
+    """Where the template's end is mere text EOS follows it, so that the model learns to stop; the run says so."""
+    row = {"prompt": Q, "chosen": YES, "rejected": NO}
+    assert scored(row, "chatml.prompt_pairs", llama3())[1:] == [
+        "yes<|im_end|><|end_of_text|>",
+        "no<|im_end|><|end_of_text|>",
+    ]
+    content = choose(row, "chatml.prompt_pairs", unpaired=False).read(row)
+    _, counts = tokenize([SourceRow(content, "row")], llama3(), TokensConfig())
+    assert str(counts).endswith(
+        "1 that end with EOS because their format's end of a turn is no token of this tokenizer"
+    )
+
+
+def test_no_bos_before_a_response():
+    """A BOS that the data bring with a response goes; the sequence has its own at its start."""
+    row = {"prompt": "<s>Q", "chosen": "<s>yes", "rejected": "<s><s>no"}
+    assert scored(row, "passthrough", plain()) == ["<s>Q", "yes</s>", "no</s>"]
+
+
+def test_a_row_that_the_template_refuses_can_be_left_out():
+    """Rows of a source with on_error = "drop" that the chat template refuses are counted; others are an error."""
+    row = {"system": S, "messages": Q, "chosen": YES, "rejected": NO}
+    content = choose(row, "chat_template.default", unpaired=False).read(row)
+    examples, counts = tokenize([SourceRow(content, "row 3", droppable=True)], gemma(), TokensConfig())
+    assert examples == []
+    assert str(counts) == "0 of 1 rows used, 1 dropped as the chat template refuses them"
+    with pytest.raises(UserError, match=r"^row 3: the chat template refuses this row: System role not supported"):
+        tokenize([SourceRow(content, "row 3")], gemma(), TokensConfig())
+
+
+# --- Functions -----------------------------------------------------------------------------------------------------
+
+MODULE = """
+import beside
+
+def pairs(row):
+    return {"prompt": row["q"] + beside.MARK, "chosen": row["a"], "rejected": row["b"]}
+
+def chats(row):
+    return {"prompt": [{"role": "user", "content": row["q"]}], "completion": row["a"], "label": row["good"]}
+
+def nothing(row): return None
+def other(row): return {"prompt": "q", "chosen": "a"}
+def wrong(row): return {"prompt": "q", "chosen": 3, "rejected": "b"}
+def fails(row): return row["none"]
+number = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "beside.py").write_text('MARK = "?"')
+    return str(tmp_path / "mine.py")
+
+
+def test_a_function_of_ones_own(module: str):
+    """What a function makes of a row is read as `auto` reads rows: text or messages, pairs or single responses."""
+    row = {"q": "Q", "a": YES, "b": NO, "good": "true"}
+    assert render(row, f"{module}:pairs") == {"prompt": "Q?", "chosen": YES, "rejected": NO}
+    made = render(row, f"{module}:chats", unpaired=True, tokenizer=chatml())
+    assert made == {"prompt": im("user", "Q"), "completion": "yes<|im_end|>", "label": True}
+    assert module.rpartition("/")[0] not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (
+            "nothing",
+            "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, completion and ",
+        ),
+        ("other", "other returned a dict of prompt, chosen, not of prompt, chosen and rejected, or "),
+        ("wrong", "wrong returned a row where chosen must be text or a list of messages, got 3"),
+        ("fails", "fails failed: KeyError: 'none'"),
+        ("number", "mine.py has no function number"),
+        ("absent", "mine.py has no function absent"),
+    ],
+)
+def test_a_function_that_will_not_do(module: str, function: str, said: str):
+    """What it returns is checked, and its own errors are the row's."""
+    with pytest.raises(UserError) as caught:
+        render({"q": "Q"}, f"{module}:{function}")
+    assert said in str(caught.value)
+
+
+def test_a_module_that_is_not_there(tmp_path: Path):
+    """A missing or broken module is one message."""
+    for name in ("no_such_module", str(tmp_path / "none.py")):
+        with pytest.raises(UserError, match=r"cannot be imported: .*; it is looked for beside the config"):
+            render({}, f"{name}:f")
+    (tmp_path / "broken.py").write_text("1 +")
+    with pytest.raises(UserError, match=r"broken\.py cannot be imported: SyntaxError"):
+        render({}, f"{tmp_path / 'broken.py'}:f")
+
+
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "options", "said"),
+    [
+        ({"prompt": Q}, "auto", {}, "the columns prompt are of no format that auto knows; your own columns are named"),
+        ({"prompt": Q}, "chatml.intle", {}, "there is no format 'chatml.intle' (did you mean 'chatml.intel'"),
+        ({"prompt": Q}, "chatml.intel", {"x": 1}, "x: the format chatml.intel has no options"),
+        (
+            TEXTS["auto"][1],
+            "chatml.intel",
+            {},
+            "there is no column question; the columns are prompt, chosen, rejected;",
+        ),
+        ({"prompt": [user(Q)], "chosen": YES, "rejected": NO}, "passthrough", {}, "prompt must be text, got [{'role'"),
+        ({"prompt": Q, "completion": YES, "label": "maybe"}, "auto", {}, "label must be true or false, 0 or 1, got 'm"),
+    ],
+)
+def test_a_row_that_cannot_be_rendered(row: dict[str, Any], format: str, options: dict[str, Any], said: str):
+    """A mistake is a UserError with the column and what would do."""
+    with pytest.raises(UserError) as caught:
+        render(row, format, tokenizer=chatml(), **options)
+    assert str(caught.value).startswith(said)
+
+
+def test_importing_the_data_package_is_cheap():
+    """`fastpref.data.render` and text formats wait for neither torch nor transformers."""
+    program = (
+        "import sys, fastpref.data\n"
+        "assert not [m for m in sys.modules if m.startswith('fastpref.data.')]\n"
+        "fastpref.data.render({'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}, 'chatml.prompt_pairs')\n"
+        "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

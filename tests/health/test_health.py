@@ -1,0 +1,290 @@
+"""Health: every rule fires on a run that has its fault and on no healthy one; causes are named instead of symptoms."""
+
+import re
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastpref.config import load_config
+from fastpref.config.losses import DPO, IPO, KTO, ORPO, LossOptions
+from fastpref.health import RULES, Known, Verdict, Watch, diagnose, known_of
+from fastpref.health.bands import bands, first_loss
+from fastpref.losses import PairLogps, RowLogps, dpo_loss, kto_loss
+from fastpref.run.history import Change, History
+from tests.support.crafted import METHODS, Row, known, rows, shapes
+from tests.support.paths import DOCS
+
+
+def found(logged: Iterable[Row], of: Known) -> list[Verdict]:
+    return diagnose(History(logged), of)
+
+
+def jumps(logged: Iterable[Row], steps: tuple[int, ...], name: str, value: Any) -> Iterable[Row]:
+    """The same run with a value replaced in some steps."""
+    return ({**row, name: value} if row["step"] in steps and name in row else row for row in logged)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_healthy_run_is_left_alone(method: str, seed: int):
+    """No method's usual course is a fault: with evaluations, without, and at every moment of the run."""
+    logged = list(rows(method, seed=seed))
+    training = [row for row in logged if "loss" in row]
+    assert found(logged, known(method)) == []
+    assert found(training, known(method, heldout=None)) == []
+    watch = Watch(known(method))
+    assert list(chain.from_iterable(map(watch.add, logged))) == []
+
+
+def constant(value: float):
+    return lambda t: value
+
+
+HALF = {"rewards/accuracies": constant(0.5)}
+FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
+    # rule: (method, its rows, what is known besides)
+    "learning_rate_high": ("dpo", rows(training={"loss": lambda t: 0.69 + 8 * (t > 0.05)}), {"learning_rate": 1e-2}),
+    "nothing_learnt": (
+        "dpo",
+        rows(both={"loss": constant(0.693), "rewards/chosen": constant(0.001), "rewards/rejected": constant(0.0),
+                   "rewards/margins": constant(0.001), **HALF}, noise=1e-3),
+        {"learning_rate": 1e-8},
+    ),
+    "swapped": (
+        "dpo",
+        rows(heldout={"rewards/accuracies": lambda t: 0.5 - 0.3 * t, "rewards/margins": lambda t: -t,
+                      "rewards/chosen": lambda t: -t, "rewards/rejected": lambda t: t, "loss": lambda t: 0.69 + t}),
+        {},
+    ),
+    "labels_shuffled": (
+        "dpo",
+        rows(heldout={**HALF, "rewards/margins": constant(0.0), "loss": lambda t: 0.69 + 0.1 * t}),
+        {},
+    ),
+    "already_preferred": ("dpo", rows(both={"logps/accuracies": constant(1.0)}), {}),
+    "first_loss": ("dpo", rows(both={"loss": lambda t: 0.9 - 0.4 * t}), {}),
+    "loss_rises": ("dpo", rows(both={"loss": lambda t: 0.693 + 0.2 * t}), {}),
+    "loss_below_band": (
+        "dpo",
+        rows(training={"loss": lambda t: 0.693 - 0.65 * min(1, 1.5 * t)}, heldout={"loss": lambda t: 0.69 - 0.2 * t}),
+        {},
+    ),
+    "nll_rises": ("cpo", rows("cpo", both={"nll_loss": lambda t: 1.4 + 0.5 * t}), {}),
+    "margins_flat": ("simpo", rows("simpo", both={"rewards/margins": constant(0.2)}), {}),
+    "accuracy_at_chance": ("dpo", rows(both=HALF, evaluations=()), {}),
+    "rejected_rises": (
+        "dpo",
+        rows(both={"rewards/chosen": lambda t: 1.5 * t, "rewards/rejected": lambda t: t,
+                   "rewards/margins": lambda t: 0.5 * t}),
+        {},
+    ),
+    "both_fall": (
+        "dpo",
+        rows(both={"rewards/chosen": lambda t: -2 * t, "rewards/rejected": lambda t: -3 * t,
+                   "rewards/margins": lambda t: t}),
+        {},
+    ),
+    "accuracy_pinned": (
+        "dpo",
+        jumps(
+            rows(both={"rewards/accuracies": constant(1.0), "loss": lambda t: 0.693 - 0.6 * min(1, 4 * t)}),
+            tuple(range(6, 101)),
+            "rewards/accuracies",
+            1.0,
+        ),
+        {},
+    ),
+    "length_bias": ("dpo", rows(both={"rewards/length_correlation": lambda t: 0.85 * min(1, 3 * t)}), {}),
+    "kl_stuck": ("kto", rows("kto", both={"kl": constant(0.0)}), {}),
+    "gradient_explodes": ("dpo", rows(training={"grad_norm": lambda t: 1 + 400 * (t > 0.5)}), {}),
+    "gradient_band": ("dpo", rows(training={"grad_norm": constant(30.0)}), {}),
+    "gradient_spikes": ("dpo", jumps(rows(), (40, 70), "grad_norm", 50.0), {}),
+    "not_finite": ("dpo", jumps(rows(), (12,), "loss", None), {}),
+    "truncation": ("dpo", rows(), {"cut": 90}),
+    "labels_unbalanced": ("kto", rows("kto"), {"labels": (6, 240)}),
+    "heldout_gap": (
+        "dpo",
+        rows(training={"rewards/accuracies": lambda t: 0.5 + 0.5 * min(1, 2 * t)},
+             heldout={"loss": lambda t: 0.69 - t + 1.3 * t**2}, evaluations=(0, 25, 50, 75, 100)),
+        {},
+    ),
+}  # fmt: skip
+
+
+FAULTS = {name: (method, list(logged), about) for name, (method, logged, about) in FAULTS.items()}
+
+
+def test_every_rule_has_a_fault():
+    assert set(FAULTS) == set(RULES)
+
+
+@pytest.mark.parametrize("rule", FAULTS)
+def test_a_rule_fires_on_its_fault(rule: str):
+    """And alone, but where the fault has another symptom of its own; with evidence, steps and advice."""
+    method, logged, about = FAULTS[rule]
+    verdicts = found(logged, known(method, **about))
+    assert [v.rule for v in verdicts] == [rule]
+    (verdict,) = verdicts
+    assert verdict.evidence
+    assert all(isinstance(value, int | float) for value in verdict.evidence.values())
+    assert 0 <= verdict.steps[0] <= verdict.steps[1] <= 100
+    assert verdict.advice.endswith((".", "?"))
+    assert verdict.message.endswith(".")
+
+
+def test_explained_rules_come_after_their_cause():
+    """A cause is looked for before what it explains, or it could not be left out."""
+    order = list(RULES)
+    for rule in RULES.values():
+        assert all(order.index(rule.name) < order.index(symptom) for symptom in rule.explains), rule.name
+
+
+def test_a_cause_is_said_instead_of_its_symptoms():
+    """A run that went wild by its learning rate has many faults, and one verdict."""
+    wild = {
+        "loss": lambda t: 0.69 + 30 * (t > 0.05), "grad_norm": lambda t: 1 + 500 * t,
+        "rewards/chosen": lambda t: -50 * t, "rewards/rejected": lambda t: -50 * t, **HALF,
+    }  # fmt: skip
+    assert [v.rule for v in found(rows(both=wild), known(learning_rate=0.1))] == ["learning_rate_high"]
+
+
+def test_a_handful_of_held_out_rows_proves_nothing():
+    """Of five rows any accuracy may be chance: neither swapped nor shuffled labels are claimed."""
+    for rule in ("swapped", "labels_shuffled"):
+        method, logged, about = FAULTS[rule]
+        assert rule not in [v.rule for v in found(logged, known(method, **about, heldout=5))]
+
+
+def test_alarms_come_first():
+    logged = jumps(rows(both={"loss": lambda t: 0.693 + 0.2 * t}), (40,), "grad_norm", 50.0)
+    assert [v.severity for v in found(logged, known(cut=200))] == ["alarm", "warning", "warning"]
+
+
+def test_a_verdict_is_told_once_while_the_run_goes_on():
+    """Live, a verdict comes when it first holds; a resumed run does not repeat those of the part before it."""
+    logged = list(rows(both={"loss": lambda t: 0.9 - 0.4 * t}))
+    watch = Watch(known(cut=500))
+    told = [(row["step"], verdict.rule) for row in logged for verdict in watch.add(row)]
+    assert told == [(0, "first_loss"), (0, "truncation")]
+    again = Watch(known(cut=500), logged[:40])
+    assert [v for row in logged[40:] for v in again.add(row)] == []
+    assert {v.rule for v in again.verdicts()} == {"first_loss", "truncation"}
+
+
+def test_evaluations_that_begin_late_do_not_hide_the_beginning():
+    """TRL evaluates nothing before the first step: there the method's known beginning stands for it."""
+    up_to_half = {
+        "rewards/chosen": lambda t: min(t, 0.5),
+        "rewards/rejected": lambda t: -min(t, 0.5),
+        "rewards/margins": lambda t: min(2 * t, 1.0),
+        "loss": lambda t: 0.693 - 0.4 * min(t, 0.5),
+    }
+    logged = list(rows(both=up_to_half, evaluations=(50, 100)))
+    assert found(logged, known()) == []
+    history = History(logged)
+    assert history.heldout_change("rewards/margins", 0.0) == Change(0.0, 1.0, 0.0, (50, 100))
+    assert history.heldout_change("rewards/margins") == Change(1.0, 1.0, 0.0, (50, 100))
+
+
+def test_watching_a_long_run_is_cheap():
+    """Rules are looked at ever more rarely: some hundred times in 20,000 rows."""
+    watch, looked = Watch(known(steps=20_000)), 0
+
+    class Counted(Watch):
+        def verdicts(self) -> list[Verdict]:
+            nonlocal looked
+            looked += 1
+            return []
+
+    watch = Counted(known(steps=20_000))
+    for row in rows(steps=20_000, evaluations=()):
+        watch.add(row)
+    assert 50 < looked < 300
+
+
+NAMES = sorted({name for method in METHODS for name in shapes(method)})
+NAMES += [f"eval/{name}" for name in NAMES]
+VALUES = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 0.5, 1e-9, -1e30, 1e30]), st.floats(-100, 100))
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@settings(max_examples=150, deadline=None)
+@given(
+    method=st.sampled_from(list(METHODS)),
+    steps=st.integers(1, 60),
+    columns=st.dictionaries(st.sampled_from(NAMES), st.lists(VALUES, min_size=1)),
+    of=st.fixed_dictionaries({"steps": st.sampled_from([None, 1, 60]), "heldout": st.sampled_from([None, 0, 1, 50])}),
+)
+def test_no_rule_falls_over(method: str, steps: int, columns: dict[str, list[Any]], of: dict[str, Any]):
+    """Whatever metrics there are, of whatever size, or missing: health never ends a run."""
+    watch = Watch(known(method, **of))
+    for step in range(1, steps + 1):
+        watch.add({"step": step} | {name: values[step % len(values)] for name, values in columns.items()})
+    assert all(str(verdict) for verdict in watch.verdicts())
+
+
+PAIRS = [
+    DPO(variants=(v,), label_smoothing=0.1 if v in ("exo_pair", "robust", "aot") else 0.0, beta=0.3)
+    for v in ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+              "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm")
+] + [
+    DPO(variants=("sigmoid", "hinge"), weights=(0.25, 2.0)),
+    DPO(f_divergence="js"),
+    DPO(f_divergence="forward_kl"),
+    DPO(f_divergence="alpha"),
+    IPO(beta=0.2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PAIRS, ids=str)
+def test_the_first_loss_is_that_of_the_losses(options: DPO | IPO):
+    """Where policy and reference agree, the loss itself is the number the rule expects."""
+    logps, lengths = -torch.rand(5, dtype=torch.float64) * 40, torch.tensor([3, 9, 1, 4, 7])
+    pairs = PairLogps(logps, logps - 3, lengths, lengths + 2, logps, logps - 3)
+    loss = dpo_loss(pairs, options.as_dpo() if isinstance(options, IPO) else options).loss
+    assert first_loss(options) == pytest.approx(float(loss), rel=1e-12)
+
+
+def test_the_first_loss_of_kto_and_of_what_determines_none():
+    labels, logps = torch.tensor([True, False, True]), torch.tensor([-3.0, -9.0, -1.0])
+    rows_ = RowLogps(logps, logps, labels)
+    options = KTO(desirable_weight=0.3, undesirable_weight=0.3)
+    assert first_loss(options) == pytest.approx(float(kto_loss(rows_, options).loss))
+    undetermined: list[LossOptions] = [
+        KTO(desirable_weight=2.0), ORPO(), DPO(weighting=True), DPO(variants=("sigmoid", "sft")),
+    ]  # fmt: skip
+    assert [first_loss(options) for options in undetermined] == [None] * 4
+
+
+def test_bands_differ_by_method():
+    """Row 84: sigmoid DPO is healthy from 0.3 to ln 2, IPO below 1/(2β)²."""
+    assert (bands(DPO())["loss"].low, bands(DPO())["loss"].high) == pytest.approx((0.3, 0.6931), abs=1e-4)
+    assert (bands(IPO(beta=0.1))["loss"].low, bands(IPO(beta=0.1))["loss"].high) == pytest.approx((0.0, 25.0))
+    assert bands(KTO())["loss"].high == 0.5
+    assert bands(ORPO(), 2.5)["loss"].high == 2.5
+
+
+def test_what_is_known_comes_from_the_config_and_the_counts(tmp_path: Path):
+    (tmp_path / "c.toml").write_text('[model]\nname = "m"\n[lora]\n[loss]\ntype = "kto"\n[[data]]\npath = "d"\n')
+    facts = {
+        "steps": 7,
+        "rows": {"train": {"kept": 50, "prompts_cut": 3, "responses_cut": 9}, "heldout": {"kept": 5}}
+        | {"good": 20, "bad": 30},
+    }
+    of = known_of(load_config(tmp_path / "c.toml"), facts)
+    assert of == Known(KTO(), steps=7, batch=16, learning_rate=1e-4, rows=50, cut=9, heldout=5, labels=(20, 30))
+    assert known_of(load_config(tmp_path / "c.toml"), {}).rows == 0
+
+
+def test_the_page_has_every_rule():
+    """docs/health.md has a row for each rule and none for a rule that is not there."""
+    page = (DOCS / "health.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == list(RULES)
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"(\d+) rules", readme)) == {str(len(RULES))}

@@ -1,0 +1,104 @@
+"""`train.checkpointing` and `train.offload_activations`, from the config to the layers of the model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig
+
+import fastpref
+from fastpref.errors import UserError
+from fastpref.memory import activations
+from fastpref.memory.step import count_step
+from fastpref.model.gradient_checkpointing import decoder_layers
+from fastpref.model.load import load_model
+from tests.support.runs import LORA, write_config
+from tests.support.tiny import config_for, save_model
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+def chosen(folder: Path, device: torch.device, *overrides: str) -> tuple[int, list[str]]:
+    """How many layers are checkpointed, and what is said of it."""
+    config = config_for(folder, LORA, "tokens.max_length=128", *overrides)
+    loaded = load_model(config, CPU)
+    said = activations.checkpoint_activations(config, loaded, device)
+    return sum(layer.gradient_checkpointing for layer in decoder_layers(loaded.model)), said
+
+
+def test_what_is_asked_for(llama: Path):
+    """true is all layers and false none, on any device; "auto" is none on a CPU, all where memory is not known."""
+    for device in (CPU, CUDA):
+        assert chosen(llama, device, "train.checkpointing=true") == (2, [])
+        assert chosen(llama, device, "train.checkpointing=false") == (0, [])
+    assert chosen(llama, CPU) == (0, [])
+    assert chosen(llama, torch.device("mps")) == (2, [])
+
+
+def test_a_gpu_decides_by_what_a_step_takes(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """None where it fits, all where only that does, and as few as fit between; the count is then below the budget."""
+    config = config_for(llama, LORA, "tokens.max_length=128", "model.liger=false")  # as it is loaded on a CPU
+    without, one, both = (count_step(config, CUDA, layers=layers).total for layers in (0, 1, 2))
+    for available, count in ((without, 0), (one, 1), (both, 2), (both - 1, 2)):
+        monkeypatch.setattr(activations, "_available", lambda device, given=available: given)
+        found, (said,) = chosen(llama, CUDA)
+        assert found == count
+        assert said.startswith(f"activations of {count} of 2 layers are computed twice: ")
+
+
+def test_a_model_that_cannot_be_counted_has_all_layers_checkpointed(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*args: object, **options: object) -> None:
+        raise RuntimeError("a value was asked for")
+
+    monkeypatch.setattr(activations, "count_step", fails)
+    monkeypatch.setattr(activations, "_available", lambda device: 1)
+    assert chosen(llama, CUDA) == (
+        2, ["activations of 2 of 2 layers are computed twice, as the step cannot be counted beforehand (RuntimeError)"]
+    )  # fmt: skip
+
+
+def test_moving_needs_a_device_to_move_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a CPU it is refused before anything is written; so is moving what is not computed twice."""
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"train\.offload_activations: on a CPU .* leave the key out"):
+            fastpref.train(config, ["train.offload_activations=true"])
+    with pytest.raises(UserError, match=r"train\.offload_activations: only layers that are computed twice"):
+        fastpref.train(config, ["train.offload_activations=true", "train.checkpointing=false"])
+    assert not Path("out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", [[], ["train.offload_activations=true"]], ids=str)
+def test_a_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]):
+    monkeypatch.chdir(tmp_path)
+    assert fastpref.train(write_config(tmp_path), [LORA, *overrides]).eval_metrics["eval/loss"] < 0.7
+
+
+@pytest.fixture(scope="module")
+def without_checkpointing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a family that transformers cannot checkpoint."""
+    folder = tmp_path_factory.mktemp("openai")
+    config = OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("override", ["train.checkpointing=true", "train.offload_activations=true"])
+def test_a_model_that_cannot_be_checkpointed_is_not_asked_to(without_checkpointing: Path, override: str):
+    with pytest.raises(UserError, match=r"^train.*openai-gpt models have no gradient checkpointing"):
+        chosen(without_checkpointing, CUDA, override)
+
+
+def test_auto_leaves_it_off_where_there_is_none(without_checkpointing: Path):
+    assert chosen(without_checkpointing, CPU) == (0, [])
+    assert chosen(without_checkpointing, CUDA) == (
+        0, ["activations of all layers are kept: openai-gpt models have no gradient checkpointing"]
+    )  # fmt: skip
+    count_step(config_for(without_checkpointing, LORA, "tokens.max_length=128"), CPU)

@@ -1,0 +1,287 @@
+"""`fastpref estimate`: right about real runs, and right about what would make a step fit."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2Config
+
+import fastpref
+import fastpref.memory.estimate as estimates
+from fastpref.cli import main
+from fastpref.config import Config, load_config
+from fastpref.config.losses import KTO
+from fastpref.data.cache import load_examples
+from fastpref.data.longest import longest_of, longest_possible
+from fastpref.data.tokenize import use_chat_template
+from fastpref.memory.allocations import PeakStorage
+from fastpref.memory.estimate import CARDS, Estimator, Taken, changes, fits, usable
+from fastpref.memory.peak import StepPeak
+from fastpref.memory.step import StepMemory
+from fastpref.model.gradient_checkpointing import checkpoint_layers
+from fastpref.model.load import load_model, load_tokenizer
+from fastpref.step.objective import Objective
+from fastpref.step.order import data_order
+from fastpref.step.reference import make_reference, precomputes
+from fastpref.training.optimizer import make_optimizer
+from tests.support.runs import EXAMPLES
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LORA = "lora={rank=4}"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The quickstart's model, and a Qwen2 and a mixture of experts with its tokenizer."""
+    own = EXAMPLES / "quickstart" / "model"
+    other = tmp_path_factory.mktemp("qwen2")
+    vocabulary = AutoConfig.from_pretrained(own).vocab_size
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    experts = tmp_path_factory.mktemp("mixtral")
+    mixture = MixtralConfig(
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    for made, folder in ((config, other), (mixture, experts)):
+        AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(own).save_pretrained(folder)
+    return {"quickstart": own, "qwen2": other, "mixtral": experts}
+
+
+def write(folder: Path, model: Path, *, rows: int = 24) -> Path:
+    path = folder / "cfg.toml"
+    path.write_text(
+        f'[model]\nname = "{model.as_posix()}"\n[[data]]\npath = "{EXAMPLES.as_posix()}/quickstart/train.jsonl"\n'
+        f"rows = {rows}\n[tokens]\nmax_length = 128\n[train]\nbatch = 6\nsteps = 4\n"
+    )
+    return path
+
+
+def estimator(path: Path, device: torch.device, *overrides: str) -> Estimator:
+    return Estimator(lambda more: load_config(path, [*overrides, *more]), device)
+
+
+def measured(config: Config) -> int:
+    """The peak of what is held and what is made, over the steps of a real run after the first."""
+    loaded = load_model(config, CPU)
+    checkpoint_layers(loaded.model, None if config.train.checkpointing is True else 0)
+    reference = None
+    if config.loss.uses_reference:
+        reference = make_reference(config, loaded)[0]
+        if precomputes(config):
+            reference = lambda batch: torch.zeros(len(batch.targets))  # noqa: E731
+    optimizer = make_optimizer(loaded.policy, config)
+    objective = Objective(loaded.policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU)
+    parameters = [p for p in loaded.policy.parameters() if p.requires_grad]
+    held = sum(t.nbytes for t in [*loaded.model.parameters(), *loaded.model.buffers()])
+    if config.loss.uses_reference and config.reference.mode == "copy":
+        held += sum(p.nbytes for p in loaded.model.parameters())
+    tokenizer = load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.tokens.chat_template)
+    examples = load_examples(config, tokenizer).train
+    order, peak = data_order(len(examples), config.train.batch, config.train.seed), 0
+    loaded.policy.train()
+    with PeakStorage() as memory:
+        for _ in range(config.train.steps or 0):
+            objective.step([examples[i] for i in next(order)], lambda loss: loss.backward())
+            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            peak = max(peak, memory.peak)
+    return held + peak
+
+
+RUNS = [
+    ("quickstart", [LORA]),
+    ("quickstart", [LORA, "train.checkpointing=true", "loss.type=orpo", "train.tokens_per_microbatch=150"]),
+    ("quickstart", ["loss.type=simpo", "train.checkpointing=true"]),
+    ("quickstart", [LORA, "loss.type=kto", "train.layout=padded"]),
+    ("quickstart", ["reference.mode=copy", "train.layout=packed"]),
+    ("qwen2", [LORA, "train.tokens_per_microbatch=300"]),
+    ("qwen2", ["loss.type=ipo", "train.tokens_per_microbatch=150"]),
+    ("qwen2", [LORA, "loss.type=cpo", "train.layout=packed", "train.checkpointing=true"]),
+    ("qwen2", ["lora={rank=4, dora=true}", "model.quantization=nf4"]),
+    ("mixtral", [LORA]),
+]
+
+
+@pytest.mark.parametrize(("model", "overrides"), RUNS, ids=str)
+def test_an_estimate_is_what_a_run_takes(models: dict[str, Path], tmp_path: Path, model: str, overrides: list[str]):
+    """Within 10 per cent of the counted peak of a real run's steps, and never more than 5 per cent below it."""
+    path = write(tmp_path, models[model])
+    estimated = estimator(path, CPU, *overrides).take().total
+    real = measured(load_config(path, overrides))
+    assert 0.95 * real <= estimated <= 1.10 * real
+
+
+def test_the_largest_microbatch_of_the_data(models: dict[str, Path], tmp_path: Path):
+    """No micro-batch of the run computes more tokens; without the data it is as much as the budget takes."""
+    path = write(tmp_path, models["quickstart"])
+    for overrides in ([], ["loss.type=kto"], ["train.layout=padded"], ["train.tokens_per_microbatch=90"]):
+        found = estimator(path, CPU, *overrides)
+        config, largest = found.config, found.microbatch(found.config)
+        tokens = sum(len(e.prompt) + sum(map(len, e.completions)) for e in largest.examples)
+        if config.train.layout != "padded" and not isinstance(config.loss, KTO):
+            assert tokens == largest.tokens
+        assert largest.tokens <= max(config.tokens_per_microbatch, max(map(_longest, largest.examples)))
+        assert "24 rows" in largest.source or isinstance(config.loss, KTO)
+        possible = longest_possible(config)
+        assert largest.tokens <= max(possible.tokens, config.tokens_per_microbatch)
+
+
+def _longest(example: Any) -> int:
+    return len(example.completions) * len(example.prompt) + sum(map(len, example.completions))
+
+
+@pytest.mark.parametrize("chats", [False, True], ids=["text", "chats"])
+def test_a_smaller_max_length_cuts_the_rows(models: dict[str, Path], tmp_path: Path, chats: bool):
+    """What is counted for a smaller tokens.max_length is what tokenising with it would give; for chats, whose turns go
+    whole, it is that or more."""
+    path = write(tmp_path, models["quickstart"])
+    prompts = [[{"role": "user", "content": "a b " * (n // 4)}] if chats else "a b c d e f " * n for n in range(1, 25)]
+    rows = [{"prompt": p, "chosen": "x y " * (30 - n), "rejected": f"z {n}"} for n, p in enumerate(prompts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = [f"data.0.path={tmp_path}/rows.jsonl"]
+    found = estimator(path, CPU, *changed)
+    smaller = load_config(path, [*changed, "tokens.max_length=60"])
+    again = estimator(path, CPU, *changed, "tokens.max_length=60")
+    order = [data_order(24, 6, 42) for _ in range(2)]
+    examples = [e for e in (found._examples, again._examples) if e is not None]
+    assert list(map(len, examples)) == [24, 24]
+    cut, made = (longest_of(smaller, e, o, "tree").tokens for e, o in zip(examples, order))
+    assert cut >= made if chats else cut == made
+
+
+def taken(gib: int, *, checkpointed: int, layers: int) -> Taken:
+    return Taken(StepMemory(gib << 30, 0, 0, 0, 0, 0, 0, 0, layers, checkpointed, "tree"), 0)
+
+
+def test_cards_and_layers():
+    """A card that takes a step whole checkpoints nothing, one that takes it with all layers checkpointed does so with
+    as few as a line between the two says; below that it does not fit."""
+    most, least = taken(40, checkpointed=0, layers=31), taken(10, checkpointed=31, layers=31)
+    found = {fit.card: fit for fit in fits(most, least, CARDS)}
+    assert [card for card, fit in found.items() if fit.fits] == [12, 16, 24, 48, 80]
+    assert {card: fit.checkpointed for card, fit in found.items()} == {8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
+    assert all(fit.checkpointed == 31 for fit in fits(least, least, CARDS) if fit.fits)
+
+
+@pytest.mark.parametrize(
+    ("room", "overrides", "wanted"),
+    [
+        (0.9, ["train.checkpointing=false"], {'train.checkpointing="auto"'}),
+        (0.9, [LORA, "reference.mode=copy"], {'reference.mode="auto"'}),
+        (0.75, ["loss.type=orpo"], {'train.optimizer="adamw_8bit"'}),
+    ],
+)
+def test_the_smallest_change_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float, overrides: list[str], wanted: set[str]
+):
+    """For a card that takes most of a step: one change, the first in the order of costs that is enough; it is counted
+    again and fits."""
+    Qwen2Config(
+        vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    overrides = ["tokens.max_length=256", *overrides]
+    monkeypatch.setattr(estimates, "CONTEXT", 0)
+    before = estimator(write(tmp_path, tmp_path), CUDA, *overrides)
+    allowed = int(room * before.take().total)
+    monkeypatch.setattr(estimates, "usable", lambda card: allowed)
+    change = changes(before, 1)
+    assert change is not None
+    assert set(change.overrides) == wanted
+    assert estimator(tmp_path / "cfg.toml", CUDA, *overrides, *change.overrides).take().total <= allowed
+
+
+def test_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """If nothing helps, nothing is proposed."""
+    Qwen2Config(
+        vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    monkeypatch.setattr(estimates, "usable", lambda card: 1)
+    assert changes(estimator(write(tmp_path, tmp_path), CUDA), 1) is None
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert said.err == ""
+    return (ended.value.code if isinstance(ended.value.code, int) else 0), said.out
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """A folder with a config.json alone is enough; the table adds up, and --json says the same."""
+    Qwen2Config(
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    path = write(tmp_path, tmp_path)
+    path.write_text(path.read_text().replace("train.jsonl", "none.jsonl"))
+    status, said = command(monkeypatch, capsys, "estimate", str(path), LORA, "--compare")
+    assert status == 0
+    assert "the data are not on this machine" in said
+    assert "255 tokens at once (from tokens.max_length = 128)" in said
+    assert "   8 GB  fits, no layer computed twice" in said
+    assert "TRL 1.16" in said
+    status, said = command(monkeypatch, capsys, "estimate", str(path), LORA, "--compare", "--json")
+    told = json.loads(said)
+    assert sum(told["step"]["bytes"].values()) == told["step"]["total"]
+    assert told["step"]["checkpointed"] == told["step"]["layers"] == 4
+    assert told["uncheckpointed"]["checkpointed"] == 0
+    assert told["card"] == 24
+    assert told["changes"] is None
+    assert told["trl"]["total"] > told["step"]["total"]
+    assert told["cards"][0] == {"card": 8, "fits": True, "checkpointed": 0}
+
+
+def test_trl_makes_logits_and_copies_them(tmp_path: Path):
+    """ORPO as TRL has it holds the logits of all padded places in float32 and, at some moment, their gradient and the
+    supervised term's log-softmax; DPO's tiles are less than one copy."""
+    Qwen2Config(
+        vocab_size=50_000, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    path = write(tmp_path, tmp_path)
+    path.write_text(path.read_text().replace("train.jsonl", "none.jsonl"))
+    logits = 2 * 128 * 50_000 * 4
+    orpo, dpo = (estimator(path, CUDA, LORA, f"loss.type={loss}", "tokens.max_length=128") for loss in ("orpo", "dpo"))
+    assert orpo.take_as_trl().memory.activations > 2.5 * logits
+    assert dpo.take_as_trl().memory.activations < logits
+    assert orpo.take().memory.activations + orpo.take().memory.head < logits
+
+
+def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
+    """Estimated beside measured, from what the allocator said of the steps; on a CPU nothing is measured."""
+    config = load_config(write(tmp_path, models["quickstart"]), [LORA])
+    loaded = load_model(config, CPU)
+    examples = load_examples(config, load_tokenizer(config.model)).train
+    peak = StepPeak(CPU)
+    peak.start()
+    peak.end()
+    assert peak.bytes == 0
+    counted = estimator(tmp_path / "cfg.toml", CUDA, LORA, "model.liger=false").take(layers=0).memory.total
+    peak.bytes = round(1.02 * counted)
+    said = peak.beside_estimate(config, examples, loaded)
+    assert said.startswith("memory of a step: estimated ")
+    assert said.endswith("(+2.0%)")
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    fastpref.train(EXAMPLES / "quickstart.toml", ["train.steps=2"])
+    assert "memory of a step: estimated" in capsys.readouterr().out
+
+
+def test_nine_tenths_of_a_card_are_usable():
+    assert usable(10) == (9 * 2**30)

@@ -1,0 +1,191 @@
+"""Memory of a step counted on fake tensors, against the same step on real ones and against what shapes say."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.step_memory import LLAMA_3_8B
+from fastpref.config import Config
+from fastpref.config.losses import KTO
+from fastpref.data.example import Example
+from fastpref.memory import step as step_memory
+from fastpref.memory.allocations import PeakStorage
+from fastpref.memory.step import StepMemory, count_step
+from fastpref.model import liger
+from fastpref.model.gradient_checkpointing import checkpoint_layers
+from fastpref.model.liger import kernels_not_run, take_kernels
+from fastpref.model.load import load_model
+from fastpref.step.objective import Objective
+from fastpref.step.reference import make_reference
+from fastpref.training.optimizer import make_optimizer
+from tests.support.tiny import config_for, examples, model_config, save_model
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LORA = "lora={rank=3}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: save_model(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama", "llama-tied", "gemma2")}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config.json of eight layers beside which the embeddings are small. There are no weights."""
+    config = model_config("llama")
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = 8, 256, 1024
+    folder = tmp_path_factory.mktemp("deep")
+    config.save_pretrained(folder)
+    return folder
+
+
+def real_step(config: Config, layers: int, rows: Sequence[Example]) -> tuple[int, int]:
+    """Bytes at the peak of a step on real tensors, and those held before it."""
+    loaded = load_model(config, CPU)
+    checkpoint_layers(loaded.model, layers)
+    reference = make_reference(config, loaded)[0] if config.loss.uses_reference else None
+    optimizer = make_optimizer(loaded.policy, config)
+    budget = config.tokens_per_microbatch
+    objective = Objective(loaded.policy, reference, config.loss, loaded.layout, budget, 0, CPU)
+    parameters = [p for p in loaded.policy.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    held = sum(t.nbytes for t in [*loaded.model.parameters(), *loaded.model.buffers()])
+    held += 2 * sum(p.nbytes for p in parameters)
+    if config.reference.mode == "copy":
+        held += sum(p.nbytes for p in loaded.model.parameters() if config.loss.uses_reference)
+    loaded.policy.train()
+    with PeakStorage() as memory:
+        objective.step(rows, lambda loss: loss.backward())
+        torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+        optimizer.step()
+    return held + memory.peak, held
+
+
+COMBINATIONS = [
+    ("llama", 0, [LORA]),
+    ("llama", 2, [LORA]),
+    ("llama", 1, [LORA, "loss.type=orpo"]),
+    ("llama", 2, ["loss.type=simpo"]),
+    ("llama-tied", 0, ["loss.type=kto", "reference.mode=copy"]),
+    ("llama", 2, [LORA, "loss.type=kto", "train.layout=padded"]),
+    ("gemma2", 0, [LORA, "loss.type=cpo"]),
+    ("llama", 0, ['lora={rank=3, target=["lm_head", "q_proj"]}', "loss.type=ipo"]),
+    ("llama-tied", 1, ["reference.mode=copy"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "layers", "overrides"), COMBINATIONS, ids=str)
+def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: str, layers: int, overrides: list[str]):
+    """The peak of the same step, of several micro-batches or one, agrees to 2 per cent of what the step adds."""
+    for budget in (40, 400):
+        config = config_for(folders[kind], *overrides, f"train.tokens_per_microbatch={budget}")
+        rows = examples(9, single=isinstance(config.loss, KTO))
+        real, held = real_step(config, layers, rows)
+        counted = count_step(config, CPU, layers=layers, examples=rows)
+        assert counted.total - held == pytest.approx(real - held, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_kernels_take_what_they_take_on_real_tensors(
+    folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A step with liger's kernels agrees as one without does, if they are launched as little; it is no larger.
+
+    Not by the gated MLPs, which keep their gate and up with liger's kernels or torch's.
+    """
+    config, rows = config_for(folders[kind], LORA, "train.tokens_per_microbatch=400"), examples(9)
+    plain = count_step(config, CPU, layers=0, examples=rows)
+    monkeypatch.setattr(step_memory, "wants_kernels", lambda *_: True)
+    counted = count_step(config, CPU, layers=0, examples=rows)
+    assert counted.activations <= plain.activations
+
+    monkeypatch.setattr(liger, "wants_kernels", lambda *_: True)
+    monkeypatch.setattr(liger, "give_kernels", lambda model, *_, **__: (True, take_kernels(model)))
+    with kernels_not_run():
+        real, held = real_step(config, 0, rows)
+    assert counted.total - held == pytest.approx(real - held, rel=0.02)
+
+
+def test_a_copy_in_other_bits_is_counted(deep: Path):
+    """A frozen copy's weights, in its dtype and bits, and without the adapters of the policy."""
+
+    def reference(*overrides: str) -> int:
+        config = config_for(deep, "tokens.max_length=8", "reference.mode=copy", *overrides)
+        return count_step(config, CUDA).reference
+
+    whole = reference()
+    body, embeddings = 8 * 256 * (2 * 32 + 2 * 16 + 3 * 1024), 2 * 97 * 256
+    assert whole == pytest.approx(4 * (body + embeddings), rel=0.1)
+    assert reference("reference.dtype=bfloat16") == pytest.approx(whole / 2, rel=0.01)
+    assert reference("reference.dtype=float16", LORA) == reference("reference.dtype=float16")
+    nf4 = reference("reference.dtype=bfloat16", "reference.quantization=nf4")
+    assert nf4 == pytest.approx(whole / 2 * 0.27, rel=0.15)
+    assert reference("model.quantization=nf4", LORA, "reference.quantization=none") == pytest.approx(
+        whole / 2, rel=0.01
+    )
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory: pytest.TempPathFactory) -> StepMemory:
+    """A step of Llama-3-8B by ORPO with nf4 weights and adapters of rank 16 in all linear layers: 2 · 2,048 tokens."""
+    folder = tmp_path_factory.mktemp("llama3")
+    overrides = ["model.quantization=nf4", "lora={rank=16}", "loss.type=orpo", "tokens.max_length=2048"]
+    return count_step(config_for(folder, *overrides), CUDA, architecture=LLAMA_3_8B)
+
+
+def test_llama_3_8b_has_no_float32_embeddings(qlora: StepMemory):
+    """Nothing in a QLoRA step is as large as the embeddings in bfloat16: there is no copy of them or of the head, in
+    any dtype, and no logits."""
+    assert qlora.largest < 128256 * 4096 * 2
+
+
+def test_llama_3_8b_takes_what_its_shapes_say(qlora: StepMemory):
+    """Weights in half a byte with scales of a byte for 64 of them and of four for 256 of those, embeddings and head
+    in two bytes; adapters, gradients and two moments in float32."""
+    hidden, inner, heads = 4096, 14336, 1024
+    linear = [(hidden, hidden), (hidden, heads), (hidden, heads), (hidden, hidden), *[(hidden, inner)] * 3]
+    body = 32 * sum(rows * columns for rows, columns in linear)
+    weights = body // 2 + body // 64 + body // 64 // 256 * 4 + 2 * 128256 * hidden * 2 + 65 * hidden * 2
+    tables = 32 * 7 * (16 + 256 + 1) * 4 + 2 * 64 * 4  # of nf4 and of its scales, and the rotations' frequencies
+    assert qlora.weights == weights + tables
+    assert qlora.adapters == 32 * sum(16 * (rows + columns) for rows, columns in linear) * 4
+    assert qlora.gradients == qlora.adapters
+    assert qlora.optimizer - 2 * qlora.adapters <= 4 * 32 * 14  # and the counter of steps of each
+    assert qlora.reference == 0
+
+
+def test_what_the_options_save(deep: Path):
+    """Each checkpointed layer takes less, less again if its input is moved; a copy of the model takes all of it."""
+
+    def total(*overrides: str, layers: int | None = None) -> int:
+        return count_step(config_for(deep, "tokens.max_length=128", *overrides), CUDA, layers=layers).total
+
+    some = [total(LORA, layers=layers) for layers in (0, 1, 4, 8)]
+    assert some == sorted(some, reverse=True)
+    assert len(set(some)) == 4
+    assert total(LORA) == some[-1]
+    assert total(LORA, "train.checkpointing=false") == some[0]
+    inputs = 255 * 256 * 2  # of a layer, for 255 tokens of 256 bfloat16
+    saved = some[-1] - total(LORA, "train.offload_activations=true")
+    assert 6 * inputs <= saved <= 7 * inputs  # of all layers but one or two at hand
+    shallow = count_step(config_for(deep, LORA, "tokens.max_length=8"), CUDA)
+    assert total(LORA, "reference.mode=copy") - some[-1] == shallow.weights + shallow.adapters
+
+
+def test_half_precision_keeps_no_copies_of_float32_weights(deep: Path):
+    """In full fine-tuning under autocast a checkpointed step never holds a second copy of all layers' weights."""
+    counted = count_step(config_for(deep, "tokens.max_length=8", "loss.type=orpo"), CUDA)
+    assert counted.activations < counted.weights / 2 / 4  # of eight layers in half precision two at most
+
+
+def test_a_device_that_is_not_there_has_half_precision(folders: dict[str, Path]):
+    """The weights of a run with adapters are bfloat16 on a GPU and float32 on a CPU; moments are float32 on both."""
+    config = config_for(folders["llama"], LORA, "loss.type=orpo")
+    there, here = count_step(config, CUDA), count_step(config, CPU)
+    assert there.weights == pytest.approx(here.weights / 2, rel=0.01)
+    assert (there.adapters, there.optimizer) == (here.adapters, here.optimizer)

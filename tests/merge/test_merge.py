@@ -1,0 +1,220 @@
+"""`fastpref merge`: the merged model is the adapter beside its base, whatever kind either is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+
+from fastpref.errors import UserError
+from fastpref.memory.allocations import PeakStorage
+from fastpref.merge import folder, merge, verify
+from fastpref.merge.adapter import adapted, with_adapter
+from fastpref.merge.checkpoint import Checkpoint
+from fastpref.merge.plan import bare_model, make_plan
+from fastpref.model.trained import find_trained
+from tests.support.after import command
+from tests.support.runs import EXAMPLES
+
+TOKENIZER = EXAMPLES / "quickstart" / "model"
+IDS = torch.arange(3, 40)[None]
+
+
+def base(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, shards: bool = False) -> Path:
+    """A random Llama with the quickstart's tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=949, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(str(folder), max_shard_size="100KB" if shards else "5GB")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(str(folder))
+    return folder
+
+
+def adapter(model: Path, folder: Path, **options: Any) -> Path:
+    """An adapter that does something, as peft makes and saves it."""
+    torch.manual_seed(1)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    settings = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    wrapped = get_peft_model(loaded, settings)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "modules_to_save" in name or "magnitude" in name:
+                parameter.mul_(1.1)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits.float()
+
+
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({}, {"target_modules": "all-linear"}),
+    "rank-stabilised, in shards": ({"shards": True}, {"target_modules": "all-linear", "use_rslora": True}),
+    "DoRA": ({}, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "ranks of their own": ({}, {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}),
+    "head": ({}, {"target_modules": ["lm_head", "q_proj"]}),
+    "tied head": ({"tied": True}, {"target_modules": ["lm_head", "q_proj"]}),
+    "tied head, in shards": ({"tied": True, "shards": True}, {"target_modules": ["lm_head", "q_proj"]}),
+    "embeddings beside a tied head": ({"tied": True}, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "a head trained whole": ({"tied": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "a norm trained whole": ({}, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
+@pytest.mark.parametrize(("model", "options"), KINDS.values(), ids=KINDS)
+def test_the_merged_model_is_the_adapter_beside_its_base(tmp_path: Path, model: Any, options: Any):
+    """Logits to float32's rounding, and what is generated token by token; the tensors that no adapter touched are the
+    model's bit for bit."""
+    begun = base(tmp_path / "base", **model)
+    trained = adapter(begun, tmp_path / "adapter", **options)
+    merged = merge(find_trained(str(trained)), tmp_path / "merged")
+    theirs: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(begun, dtype=torch.float32), trained)
+    ours: Any = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32)
+    expected = logits(theirs)
+    assert (logits(ours) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not torch.allclose(expected, logits(AutoModelForCausalLM.from_pretrained(begun, dtype=torch.float32)))
+    asked: dict[str, Any] = {"input_ids": IDS[:, :5], "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(ours.generate(**asked), theirs.generate(**asked))
+    assert not (merged.untied and ours.config.tie_word_embeddings)
+    assert AutoTokenizer.from_pretrained(merged.folder).chat_template
+
+
+def test_a_tied_head_stays_tied_where_it_can(tmp_path: Path):
+    """Adapters in the body alone leave one weight for both, in the files and in the config."""
+    begun = base(tmp_path / "base", tied=True)
+    merged = merge(find_trained(str(adapter(begun, tmp_path / "a", target_modules="all-linear"))), tmp_path / "merged")
+    assert not merged.untied
+    assert json.loads((merged.folder / "config.json").read_text())["tie_word_embeddings"]
+    assert "lm_head.weight" not in load_file(merged.folder / "model.safetensors")
+
+
+def test_half_precision_files_stay_half(tmp_path: Path):
+    """bfloat16 in, bfloat16 out; the logits differ by its rounding only."""
+    begun = base(tmp_path / "base", dtype=torch.bfloat16)
+    trained = adapter(begun, tmp_path / "adapter", target_modules="all-linear")
+    merged = merge(find_trained(str(trained)), tmp_path / "merged")
+    assert {t.dtype for t in load_file(merged.folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert merged.lost is not None
+    assert 0 < merged.lost < 0.1
+    whole = merge(find_trained(str(trained)), tmp_path / "whole", dtype=torch.float32)
+    assert {t.dtype for t in load_file(whole.folder / "model.safetensors").values()} == {torch.float32}
+    assert whole.lost is not None
+    assert whole.lost < 1e-5
+
+
+def test_a_model_is_never_held_twice(tmp_path: Path):
+    """In shards, what is alive at once is one file's tensors and the layer at hand."""
+    begun = base(tmp_path / "base", shards=True)
+    files = [path.stat().st_size for path in begun.glob("*.safetensors")]
+    trained = adapter(begun, tmp_path / "adapter", target_modules="all-linear")
+    found = find_trained(str(trained))
+    model = bare_model(found.config.model)
+    with_adapter(model, found)
+    writer = folder.Writer(make_plan(found.config.model, Checkpoint(begun), adapted(model), frozenset()))
+    (tmp_path / "merged").mkdir()
+    with PeakStorage() as memory:
+        writer.fill(tmp_path / "merged", found)
+    assert memory.peak < 2.5 * max(files) < sum(files)
+
+
+def test_of_a_4_bit_run(finished_run: Path, tmp_path: Path):
+    """An nf4 run's adapter goes onto the dequantised weights, so that the merged model is what was trained; onto the
+    originals only if asked."""
+    text = (finished_run / "config.toml").read_text().replace('quantization = "none"', 'quantization = "nf4"')
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(text)
+    (run / "final").symlink_to(finished_run / "final")
+    trained = find_trained(str(run))
+    there = merge(trained, tmp_path / "dequantised")
+    assert "dequantised" in there.onto
+    assert there.lost is not None
+    assert there.lost < 0.1
+    other = merge(trained, tmp_path / "originals", dequantized=False)
+    assert "not their nf4 form" in other.onto
+    body = "model.layers.0.mlp.up_proj.weight"
+    dequantised, original = (
+        load_file(m.folder / "model.safetensors")[body] for m in (there, other)
+    )  # fmt: skip
+    assert not torch.equal(dequantised, original)
+    assert not list(run.glob("*.safetensors"))
+
+
+def test_the_command(finished_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
+    """Says what it merged and that it compared; what is there is not replaced."""
+    ran = command(monkeypatch, capsys, "merge", finished_run, "--output", tmp_path / "merged")
+    assert (ran.status, ran.err) == (0, "")
+    assert "tensors changed" in ran.out
+    assert "of what the adapter changes in the logits" in ran.out
+    again = command(monkeypatch, capsys, "merge", finished_run, "--output", tmp_path / "merged")
+    assert again.status == 2
+    assert again.err.startswith(f"fastpref: --output {tmp_path / 'merged'}: is there already")
+
+
+def test_what_is_refused(finished_run: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each with its reason, and nothing is left behind."""
+    begun = base(tmp_path / "base")
+    cases: list[tuple[Path, str]] = [
+        (whole_run, "not an adapter"),
+        (adapter(begun, tmp_path / "bias", target_modules=["q_proj"], bias="all"), "biases"),
+    ]
+    prompts = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(begun), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    prompts.save_pretrained(str(tmp_path / "prompts"))
+    cases.append((tmp_path / "prompts", "PROMPT_TUNING"))
+    for trained, why in cases:
+        with pytest.raises(UserError, match=why):
+            merge(find_trained(str(trained)), tmp_path / "merged")
+    with pytest.raises(UserError, match="--dequantized"):
+        merge(find_trained(str(finished_run)), tmp_path / "merged", dequantized=True)
+    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor * 1.01)  # another sum than the adapter's
+    with pytest.raises(UserError, match=r"% of what.*is lost"):
+        merge(find_trained(str(finished_run)), tmp_path / "merged")
+    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor)  # a merge that forgets
+    with pytest.raises(UserError, match="changes no weight"):
+        merge(find_trained(str(finished_run)), tmp_path / "merged", verify=False)
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
+
+
+def test_a_failure_leaves_nothing(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Wherever it comes from, the folder is not there: neither half written, nor written and not compared."""
+    for module, name in ((folder, "trained_tokenizer"), (verify, "_base_logits"), (verify, "_merged_logits")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_, **__: 1 / 0)
+            with pytest.raises((UserError, ZeroDivisionError)):
+                merge(find_trained(str(finished_run)), tmp_path / "merged")
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_without_effect(tmp_path: Path):
+    """Is an error, also where nothing is compared: the folder would be the model that there is already."""
+    begun = base(tmp_path / "base")
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")  # B is zero at first
+    get_peft_model(AutoModelForCausalLM.from_pretrained(begun), settings).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match="changes no weight"):
+        merge(find_trained(str(tmp_path / "adapter")), tmp_path / "merged", verify=False)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_weights_that_lie_the_other_way_round(tmp_path: Path):
+    """GPT-2's are transposed."""
+    folder = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=949, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(str(folder))
+    trained = adapter(folder, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
+    merged = merge(find_trained(str(trained)), tmp_path / "merged")
+    assert merged.lost is not None
+    assert merged.lost < 1e-4

@@ -1,0 +1,307 @@
+"""A model whose LoRA layers are fused computes what PEFT's own do, and keeps less for it."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from fastpref.model.adapters.fused import _Adapted, _GatedAdapted, fuse_lora, unfuse_lora
+from tests.support.tiny import VOCABULARY, model_config
+
+KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "cohere", "gpt2", "qwen3-moe")
+GATED = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "cohere"}
+IDS = torch.arange(2 * 11).view(2, 11) % VOCABULARY
+
+
+def _same(model: Any) -> Any:
+    return model
+
+
+def adapted(kind: str, base: Callable[[Any], Any] = _same, **options: Any) -> Any:
+    """A random model with random adapters, whose B is not zero."""
+    torch.manual_seed(0)
+    sizes = model_config(kind)
+    if base is not _same:  # rows of whole blocks of 64
+        sizes.hidden_size, sizes.intermediate_size = 64, 128
+    model = base(AutoModelForCausalLM.from_config(sizes))
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"} | options
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings, task_type="CAUSAL_LM")).eval()
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    return wrapped
+
+
+def outcome(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The logits of a few tokens, and the gradient of every adapter."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        logits = model(input_ids=IDS).logits
+    logits.float().cos().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {"logits": logits.detach(), **found}
+
+
+def calls(model: nn.Module) -> tuple[int, int]:
+    """How often a forward pass takes the fused layer, and the fused end of a gated MLP."""
+    names: list[str] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        node = model(input_ids=IDS).logits.sum().grad_fn
+    seen, left = set(), [node]
+    while left:
+        at = left.pop()
+        if at is not None and at not in seen:
+            seen.add(at)
+            names.append(at.name())
+            left += [before for before, _ in at.next_functions]
+    return tuple(sum(name == f"{f.__name__}Backward" for name in names) for f in (_Adapted, _GatedAdapted))  # pyright: ignore[reportReturnType]
+
+
+def in_4_bits(model: nn.Module) -> nn.Module:
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lm_head" not in name:
+            quantised = Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
+            options: Any = {"quant_type": "nf4", "module": quantised}
+            quantised.weight = Params4bit(module.weight.data, **options)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], quantised.to("cpu"))
+    return model
+
+
+def in_training(model: Any) -> Any:
+    """Out of training bitsandbytes packs weights for some processors in another way, which PEFT's code is left with."""
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_is_what_peft_computes(kind: str) -> None:
+    model = adapted(kind)
+    expected = outcome(model)
+    fuse_lora(model)
+    found = outcome(model)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_layers_are_fused(kind: str) -> None:
+    """All of two decoder layers: q, k, v and o, gate and up, and the MLP's end. GPT-2's layers are transposed."""
+    model = adapted(kind)
+    assert calls(model) == (0, 0)
+    fuse_lora(model)
+    expected = (2 * 6, 2) if kind in GATED else (0, 0) if kind == "gpt2" else (2 * 4, 0)
+    assert calls(model) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_4_bits(kind: str) -> None:
+    model = in_training(adapted(kind, in_4_bits))
+    expected = outcome(model)
+    fuse_lora(model)
+    assert calls(model) == (12, 2)
+    for name, value in outcome(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """The same in float64, with the weights that 4 bits stand for."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear4bit):
+                plain = nn.Linear(child.in_features, child.out_features, bias=False)
+                plain.weight.data = child(torch.eye(child.in_features, dtype=torch.bfloat16)).t().contiguous()
+                setattr(module, name, plain.requires_grad_(False))
+    return model.double()
+
+
+@pytest.mark.parametrize("base", [lambda m: m.bfloat16(), lambda m: in_4_bits(m.bfloat16())], ids=["plain", "4 bits"])
+def test_half_precision_is_as_near_to_float64_as_pefts(base: Callable[[Any], Any]) -> None:
+    """error(fused) ≤ 1.3 · error(PEFT) for an MLP: bfloat16 weights and float32 adapters, as on a GPU."""
+    model = in_training(adapted("llama", base))
+    mlp = model.get_base_model().model.layers[0].mlp
+    given = torch.randn(307, 64).bfloat16()
+    weights = torch.randn(307, 64)
+
+    def outcome(mlp: nn.Module, x: Tensor, *, half: bool) -> list[Tensor]:
+        wanted = [x.requires_grad_(), *(p for p in mlp.parameters() if p.requires_grad)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = mlp(x)
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), wanted)]
+
+    def errors() -> list[float]:
+        found = outcome(mlp, given.clone(), half=True)
+        return [float((ours - value).norm() / value.norm()) for ours, value in zip(found, exact, strict=True)]
+
+    exact = outcome(in_float64(mlp), given.double(), half=False)
+    theirs = errors()
+    fuse_lora(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls(model) == (12, 2)
+    ours = errors()
+    assert all(error <= 1.3 * allowed for error, allowed in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def second_adapter(model: Any) -> None:
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+
+
+def hooked(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            module.base_layer.register_forward_hook(lambda *_: None)
+
+
+UNFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
+    "dropout": ({"lora_dropout": 0.5}, lambda m: m.train()),
+    "DoRA": ({"use_dora": True}, lambda m: m),
+    "biases of adapters": ({"lora_bias": True}, lambda m: m),
+    "two adapters": ({}, second_adapter),
+    "merged": ({}, lambda m: m.merge_adapter()),
+    "disabled": ({}, lambda m: m.base_model.disable_adapter_layers()),
+    "hooks": ({}, hooked),
+    "trained weights": ({}, lambda m: m.requires_grad_(True)),
+    "float32 adapters of half a model, without autocast": ({}, lambda m: m.get_base_model().model.layers.bfloat16()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFUSED)
+def test_what_else_is_asked_for_is_left_to_peft(case: str) -> None:
+    """Bit for bit, from the same random numbers."""
+    options, change = UNFUSED[case]
+    if case.startswith("float32"):
+        torch.manual_seed(0)
+        theirs = adapted("llama", lambda model: model.bfloat16())
+    else:
+        theirs = adapted("llama", **options)
+        change(theirs)
+    ours = copy.deepcopy(theirs)
+    fuse_lora(ours)
+    results = []
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        results.append(model(input_ids=IDS).logits)
+    assert torch.equal(*results)
+    if results[1].requires_grad:
+        assert calls(ours) == (0, 0)
+
+
+def test_dropout_is_nothing_in_evaluation() -> None:
+    model = adapted("llama", lora_dropout=0.5)
+    fuse_lora(model)
+    assert calls(model) == (12, 2)
+    assert calls(model.train()) == (0, 0)
+
+
+def kept(model: nn.Module, width: int) -> int:
+    """How many tensors of a width a forward pass keeps, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[-1:] == (width,) and tensor.untyped_storage().data_ptr() not in weights:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        logits = model(input_ids=IDS).logits
+    assert logits.requires_grad
+    return len(found)
+
+
+@pytest.mark.parametrize("base", [_same, in_4_bits], ids=["plain", "4 bits"])
+def test_a_gated_mlp_keeps_its_gate_and_up_alone(base: Callable[[Any], Any]) -> None:
+    model = in_training(adapted("llama", base))
+    width = model.get_base_model().config.intermediate_size
+    assert kept(model, width) == 2 * 4
+    fuse_lora(model)
+    assert kept(model, width) == 2 * 2
+
+
+def test_a_hook_sees_what_enters_the_last_layer() -> None:
+    """The product is made for it, and only that MLP ends unfused."""
+    model = adapted("llama")
+    fuse_lora(model)
+    seen: list[Tensor] = []
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    assert calls(model) == (13, 1)
+    (product,) = seen
+    assert product.shape == (2, 11, model.get_base_model().config.intermediate_size)
+
+
+def test_recomputed_in_the_backward_pass() -> None:
+    """Checkpointed layers give the same gradients."""
+    model = adapted("llama")
+    fuse_lora(model)
+    expected = outcome(model)
+    for layer in model.get_base_model().model.layers:
+        plain = layer.forward
+        layer.forward = lambda *a, plain=plain, **k: checkpoint(plain, *a, use_reentrant=False, **k)
+    for name, value in outcome(model).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("act", "gated"),
+    [(nn.Identity(), 2), (torch.relu, 2), (nn.ReLU(inplace=True), 0), (nn.PReLU(), 0)],
+    ids=["returns what it was given", "a function", "in place", "trained"],
+)
+def test_activations(act: Any, gated: int) -> None:
+    """One that returns what it was given, and a function; one that overwrites it or is trained is left alone."""
+    model = adapted("llama")
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            del module.act_fn
+            module.act_fn = act
+    expected = outcome(model)
+    fuse_lora(model)
+    assert calls(model) == (14 - gated, gated)
+    for name, value in outcome(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    """An adapter whose A is frozen; an input without gradient."""
+    model = adapted("llama")
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    expected = outcome(model)
+    fuse_lora(model)
+    found = outcome(model)
+    assert found.keys() == expected.keys()
+    assert not any("lora_A" in name for name in found)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
+
+
+def test_unfused_is_as_it_was() -> None:
+    model = adapted("llama")
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    own = model.get_base_model().model.layers[0].mlp.gate_proj
+    own.forward = theirs = own.forward  # another library's
+    fuse_lora(model)
+    assert own.forward is theirs
+    assert calls(model) == (11, 2)
+    unfuse_lora(model)
+    assert own.forward is theirs
+    del own.forward
+    for name, module in model.named_modules():
+        assert vars(module).keys() == before[name].keys(), name
+
+
+def test_a_merged_and_unloaded_model_runs() -> None:
+    model = adapted("llama")
+    fuse_lora(model)
+    expected = model(input_ids=IDS).logits
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,432 @@
+"""What `fastpref preview` prints is what a step computes: texts, marks, layouts, and numbers that a hand can count."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.config import Config, load_config
+from fastpref.data.batch import collate
+from fastpref.data.cache import load_examples
+from fastpref.data.example import Example, Origin
+from fastpref.preview.numbers import LAYOUTS, good_share, lengths, prompt_share, step_tokens
+from fastpref.preview.preview import layout_of, one_step, preview, read
+from fastpref.preview.text import decoded, visible
+from tests.support.paths import ROOT
+from tests.support.toy_tokenizers import chatml, gemma, plain, toy_tokenizer
+
+USER = {"role": "user", "content": "Hi"}
+PAIR = {"prompt": [USER], "chosen": "Yes.", "rejected": "No"}
+SINGLES = [
+    {"prompt": [USER], "completion": "Yes.", "label": True},
+    {"prompt": [USER], "completion": "No", "label": False},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def config_of(
+    folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase | None = None, *overrides: str
+) -> Config:
+    """A config of these rows, and of a folder that holds a tokenizer and no model."""
+    (tokenizer or chatml()).save_pretrained(folder / "m")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "cfg.toml").write_text('[model]\nname = "m"\n[[data]]\npath = "rows.jsonl"\n[train]\nbatch = 2\n')
+    return load_config(folder / "cfg.toml", overrides)
+
+
+def shown(config: Config, *, colour: bool = False, width: int = 80, **how: Any) -> str:
+    """What is printed, without spaces at the ends of lines."""
+    system: Any = "standard" if colour else None
+    console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=colour, highlight=False)
+    preview(config, console=console, **how)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def part(text: str, title: str) -> str:
+    """What stands below a title, up to the next one."""
+    return re.split(r" ─{3,}\n", text.partition(title)[2].partition("\n")[2])[0].rpartition("\n")[0].strip("\n")
+
+
+# --- Texts ---------------------------------------------------------------------------------------------------------
+
+ROW_TEXTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
+    "a pair": (
+        [PAIR],
+        [],
+        """\
+prompt       <|im_start|>user↵
+21 tokens    Hi<|im_end|>↵
+             <|im_start|>assistant↵
+chosen       [[Yes.]]{{<|im_end|>}}
+5 tokens
+rejected     [[No]]{{<|im_end|>}}
+3 tokens""",
+    ),
+    "prompts that are scored too": (
+        [PAIR],
+        ["loss={type='orpo', nll_on='all'}"],
+        """\
+prompt       <|im_start|>[[user↵
+21 tokens    Hi<|im_end|>↵
+             <|im_start|>assistant↵]]
+chosen       [[Yes.]]{{<|im_end|>}}
+5 tokens
+rejected     [[No]]{{<|im_end|>}}
+3 tokens""",
+    ),
+    "a response for KTO": (
+        SINGLES[1:],
+        ["loss.type=kto"],
+        """\
+prompt       <|im_start|>user↵
+21 tokens    Hi<|im_end|>↵
+             <|im_start|>assistant↵
+bad          [[No]]{{<|im_end|>}}
+3 tokens""",
+    ),
+    "a response for KTO beside another": (
+        SINGLES,
+        ["loss.type=kto"],
+        """\
+prompt       <|im_start|>user↵
+21 tokens    Hi<|im_end|>↵
+             <|im_start|>assistant↵
+good         [[Yes.]]{{<|im_end|>}}
+5 tokens""",
+    ),
+    "what is cut": (
+        [{"prompt": "0123456789", "chosen": "abcdef", "rejected": "x"}],
+        ["tokens.max_length=6"],
+        """\
+prompt       (7 tokens cut) …789
+3 tokens
+chosen       [[abc]]… (4 tokens cut)
+3 tokens
+rejected     [[x]]{{<|im_end|>}}
+2 tokens""",
+    ),
+    "turns of others in a response, and turns that were cut": (
+        [
+            {
+                "prompt": [USER, {"role": "assistant", "content": "x" * 90}, USER],
+                "chosen": [{"role": "assistant", "content": "a"}, USER, {"role": "assistant", "content": "b"}],
+                "rejected": "No",
+            }
+        ],
+        ["tokens.max_length=100"],
+        """\
+prompt       (2 oldest turns, 113 tokens, left out)
+21 tokens    <|im_start|>user↵
+             Hi<|im_end|>↵
+             <|im_start|>assistant↵
+chosen       [[a<|im_end|>]]↵
+26 tokens    <|im_start|>user↵
+4 scored     Hi<|im_end|>↵
+             <|im_start|>assistant↵
+             [[b]]{{<|im_end|>}}
+rejected     [[No]]{{<|im_end|>}}
+3 tokens""",
+    ),
+    "what does not show itself, and what looks like markup": (
+        [{"prompt": "[bold]a\tb [/] \n\\[", "chosen": "[red]\u200b \n", "rejected": "é🎉\r\x00"}],
+        [],
+        """\
+prompt       [bold]a→b [/]·↵
+17 tokens    \\[
+chosen       [[[red]\\u200b·↵]]{{<|im_end|>}}
+11 tokens
+rejected     [[é🎉␍␀]]{{<|im_end|>}}
+9 tokens""",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("rows", "overrides", "wanted"), ROW_TEXTS.values(), ids=ROW_TEXTS)
+def test_a_row_is_written_as_it_is_scored(
+    folder: Path, rows: list[dict[str, Any]], overrides: list[str], wanted: str, layout: str
+):
+    """Prompt, scored tokens, end and cut stand in their marks; every layout holds the same."""
+    printed = shown(config_of(folder, rows, None, *overrides, f"train.layout={layout}"))
+    assert part(printed, "row 0: rows.jsonl:1") == wanted
+
+
+def test_a_token_across_the_boundary(folder: Path):
+    """The first scored token is marked where it begins in the prompt, and the row says so."""
+    tokenizer = toy_tokenizer(eos="</s>", merges=[("a", "b")])
+    config = config_of(folder, [{"prompt": "qa", "chosen": "b!", "rejected": "c"}], tokenizer)
+    assert (
+        part(shown(config), "row 0: rows.jsonl:1")
+        == """\
+prompt       q
+1 token
+chosen       <<ab>>[[!]]{{</s>}}
+3 tokens
+rejected     <<a>>[[c]]{{</s>}}
+3 tokens
+The last token of the prompt is part of a response's first token, and scored
+with it."""
+    )
+
+
+def test_in_colour_there_are_no_marks(folder: Path):
+    """With colour a token's use is its style, and the text is the text."""
+    printed = shown(config_of(folder, [PAIR]), colour=True)
+    assert "\x1b[32mYes.\x1b[0m\x1b[1;7;32m<|im_end|>\x1b[0m" in printed
+    assert "\x1b[35m<|im_start|>\x1b[0muser↵" in printed
+    assert "[[" not in printed
+    assert "{{" not in printed
+
+
+def test_no_color_has_marks(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """NO_COLOR on a terminal is marks, as a file is."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    printed = shown(config_of(folder, [PAIR]), colour=True)
+    assert "[[Yes.]]{{<|im_end|>}}" in printed
+    assert "\x1b[32m" not in printed
+
+
+def test_long_texts_are_shortened_unless_asked_for(folder: Path):
+    """Of a long part the beginning and the end are shown, with how many tokens are between; or all of it."""
+    config = config_of(folder, [{"prompt": "q", "chosen": "x" * 1000, "rejected": "y"}])
+    short = re.sub(r"\s+", "", part(shown(config), "row 0:"))
+    assert short.count("x") == 120 + 39  # the last token shown is the end
+    assert "]]…841" in short
+    whole = re.sub(r"\s+", "", part(shown(config, full=True), "row 0:"))
+    assert whole.count("x") == 1000
+
+
+@pytest.mark.parametrize("make", [chatml, gemma, plain])
+def test_the_spans_of_a_text_are_the_text(make: Any):
+    """Decoded piece by piece, letters of several tokens come whole, and nothing is lost or added."""
+    tokenizer = make()
+    text = " a  é\n🎉日本 \ufffd z"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for first in (0, 1):
+        spans = decoded(tokenizer, ids, first, [None] * (len(ids) - first))  # pyright: ignore[reportArgumentType]
+        assert [stop for _, stop, _ in spans][-1] == len(ids) - first
+        assert [start for start, _, _ in spans][1:] == [stop for _, stop, _ in spans][:-1]
+        assert "".join(piece for _, _, piece in spans) == tokenizer.decode(ids)[first:]
+        assert "🎉" in [piece for _, _, piece in spans]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a b", "a b"),
+        ("a \n", "a·↵\n"),
+        ("a  ", "a··"),
+        ("\t\r\x1b\x7f", "→␍␛\\u007f"),
+        ("\u202e\U000e0041\u00a0", "\\u202e\\U000e0041\\u00a0"),
+    ],
+)
+def test_what_does_not_show_itself_is_shown(text: str, wanted: str):
+    """Control characters, directions, other spaces: none of them reaches the terminal."""
+    assert visible(text) == wanted
+
+
+# --- Layouts -------------------------------------------------------------------------------------------------------
+
+LAYOUT_TEXTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
+    "tree": (
+        [PAIR, PAIR],
+        ["train.layout=tree"],
+        """\
+micro-batch 1 of 1: tree, 1 row of 58 tokens
+at      0  row 0: prompt 21 ┬─ chosen 5
+                            └─ rejected 3
+at     29  row 1: prompt 21 ┬─ chosen 5
+                            └─ rejected 3
+tokens: tree 58 · packed 100 · padded 104; trees save 42% of packed, 44% of
+padded""",
+    ),
+    "packed": (
+        [PAIR],
+        ["train.layout=packed"],
+        """\
+micro-batch 1 of 1: packed, 1 row of 50 tokens
+at      0  row 0: prompt 21 ── chosen 5
+at     26  row 0: prompt 21 ── rejected 3
+tokens: tree 29 · packed 50 · padded 52; trees save 42% of packed, 44% of padded""",
+    ),
+    "padded": (
+        [PAIR],
+        ["train.layout=padded"],
+        """\
+micro-batch 1 of 1: padded, 2 rows of 26 tokens
+row 0: prompt 21 ── chosen 5 ── padding 0
+row 0: prompt 21 ── rejected 3 ── padding 2
+tokens: tree 29 · packed 50 · padded 52; trees save 42% of packed, 44% of padded""",
+    ),
+    "KTO in one micro-batch": (
+        SINGLES,
+        ["loss.type=kto"],
+        """\
+micro-batch 1 of 1: tree, 1 row of 58 tokens
+at      0  row 0: prompt 21 ┬─ good 5
+                            └─ mismatched 3
+at     29  row 1: prompt 21 ┬─ bad 3
+                            └─ mismatched 5
+tokens: tree 58 · packed 100 · padded 104; trees save 42% of packed, 44% of
+padded""",
+    ),
+    "KTO in several": (
+        SINGLES,
+        ["loss.type=kto", "train.tokens_per_microbatch=30"],
+        """\
+micro-batch 1 of 2: tree, 1 row of 26 tokens
+at      0  row 0: prompt 21 ── good 5
+tokens: tree 26 · packed 26 · padded 26; trees save 0% of packed, 0% of padded""",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "overrides", "wanted"), LAYOUT_TEXTS.values(), ids=LAYOUT_TEXTS)
+def test_a_microbatch_is_drawn_as_it_lies(folder: Path, rows: list[dict[str, Any]], overrides: list[str], wanted: str):
+    """Where each tree or row stands, what it holds, and what the micro-batch would cost otherwise."""
+    printed = shown(config_of(folder, rows, None, *overrides))
+    title, _, below = wanted.partition("\n")
+    assert f"\n{title} ──" in printed
+    assert part(printed, title) == below
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_is_read_back(layout: Any):
+    """Prompt and completions that go into a batch are those that are read from its tensors."""
+    examples = [
+        Example([1, 2, 3], ([4, 5], [6]), None, Origin("")),
+        Example([7], ([8], [9, 10, 11]), None, Origin(""), ((), ((0, 1),))),
+    ]
+    for scored in (False, True):
+        held = read(collate(examples, layout, score_prompts=scored))
+        assert [(one.prompt, tuple(one.completions)) for one in held] == [(e.prompt, e.completions) for e in examples]
+        assert [one.scored for one in held] == [[[True, True], [True]], [[True], [False, True, True]]]
+        assert [one.prompt_scored for one in held] == [scored] * 2
+
+
+# --- Numbers -------------------------------------------------------------------------------------------------------
+
+COUNTED = [  # tokens with the end: prompt, chosen, rejected
+    {"prompt": "12345", "chosen": "abc", "rejected": "x"},  # 5, 4, 2
+    {"prompt": "12", "chosen": "ab", "rejected": "wxyz"},  # 2, 3, 5
+    {"prompt": "1", "chosen": "a", "rejected": "b"},  # 1, 2, 2
+    {"prompt": "1", "chosen": "same", "rejected": "same"},
+    {"prompt": "1", "chosen": "", "rejected": "b"},
+    {"prompt": "1", "chosen": "a", "rejected": "b"},
+    {"prompt": 3, "chosen": "a", "rejected": "b"},
+]
+
+
+def test_the_numbers_are_those_of_a_hand(folder: Path):
+    """Rows, lengths, shares and the cost of a step, counted on the fingers."""
+    config = config_of(folder, COUNTED, None, "tokens.duplicates=drop", "data.0.on_error=drop", "tokens.max_length=8")
+    data = load_examples(config, chatml())
+    assert [(part.name, part.percentiles) for part in lengths(data.train)] == [
+        ("prompt", (1, 2, 4, 4)),  # the first is cut to 4
+        ("chosen", (2, 3, 4, 4)),
+        ("rejected", (2, 2, 5, 5)),
+    ]
+    assert prompt_share(data.train) == (4 + 2 + 1) / (7 + 9 + 9)
+    assert good_share(data.train) is None
+    steps = step_tokens(data.train, config)  # one step, of the first two rows
+    assert (steps.rows, steps.steps) == (2, 1)
+    # 16 tokens a micro-batch: two trees of 10 are two; packed 14 and 12; padded 2 rows of 8 and 2 of 7
+    assert steps.tokens == {"tree": 20, "packed": 14 + 12, "padded": 16 + 14}
+    printed = shown(config)
+    assert (
+        part(printed + "\n ───\n", "the data")
+        == """\
+rows                                  training
+used                                         3
+dropped                                      2
+  with an empty response                     1
+  with equal responses                       1
+prompts cut                                  1
+responses cut                                0
+with a token across the prompt's end         0
+share of prompt tokens                     28%
+duplicates left out before                   1
+broken rows left out before                  1
+
+training tokens  p5  p50  p95  max
+prompt            1    2    4    4
+chosen            2    3    4    4
+rejected          2    2    5    5
+
+a step of 2 pairs  tokens
+tree                   20  1.00 ×  this config's layout
+packed                 26  1.30 ×
+padded                 30  1.50 ×"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "tokens"),
+    [(1000, {"tree": 58, "packed": 100, "padded": 104}), (30, dict.fromkeys(LAYOUTS, 100))],
+)
+def test_a_step_of_kto_counts_its_mismatched_responses(folder: Path, budget: int, tokens: dict[str, int]):
+    """In one micro-batch they are branches; in several they are a pass of their own. The balance of labels is shown."""
+    config = config_of(folder, SINGLES, None, "loss.type=kto", f"train.tokens_per_microbatch={budget}")
+    data = load_examples(config, chatml())
+    assert step_tokens(data.train, config).tokens == tokens
+    assert good_share(data.train) == 0.5
+    printed = shown(config)
+    assert "good responses                             50%" in printed
+    assert "a step of 2 responses" in printed
+
+
+# --- The command ---------------------------------------------------------------------------------------------------
+
+
+def test_only_the_rows_asked_for(folder: Path):
+    """`rows` rows are shown, each once, and never more than there are."""
+    config = config_of(folder, [PAIR] * 3)
+    for asked, wanted in ((1, 1), (3, 3), (9, 3)):
+        assert shown(config, rows=asked).count("\nrow ") == wanted
+
+
+def test_notes_come_first_and_again_from_the_cache(folder: Path):
+    """What became of the rows is said, and the second time that it is from the cache."""
+    config = config_of(folder, [PAIR])
+    first, second = shown(config), shown(config)
+    assert first.startswith(
+        "rows.jsonl: 1 rows of a prompt of messages with chosen and rejected\ntraining: 1 of 1 rows"
+    )
+    assert "from the cache" not in first
+    assert f"from the cache, {folder}/cache/tokens/" in second
+    assert first.splitlines()[2:] == second.splitlines()[3:]
+
+
+def test_the_page_shows_what_is_printed(folder: Path):
+    """docs/data.md has the preview of the quickstart's first row, word for word."""
+    root = ROOT
+    page = (root / "docs" / "data.md").read_text(encoding="utf-8")
+    printed = shown(load_config(root / "examples" / "quickstart.toml"), rows=1)
+    assert f"--rows 1`:\n\n```\n{printed}\n```\n" in page
+
+
+def test_a_layout_left_out_is_a_tree(folder: Path):
+    """Without the model nobody knows better."""
+    config = config_of(folder, [PAIR])
+    assert layout_of(config) == "tree"
+    examples = load_examples(config, chatml()).train[:]
+    assert one_step(config, examples, "tree") == (examples, [[0]])
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_is_wider_than_the_terminal(folder: Path, width: int):
+    """Long words and long lines are folded."""
+    long = {"prompt": "word " * 60, "chosen": "x" * 150, "rejected": "日本" * 40}
+    printed = shown(config_of(folder, [long, PAIR]), width=width)
+    assert max(len(line) for line in printed.splitlines()[3:]) <= width  # after the notes

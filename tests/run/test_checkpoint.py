@@ -1,0 +1,434 @@
+"""A checkpoint is whole or it is not there: after kills, full disks and damage the last whole one is found."""
+
+import errno
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastpref
+from fastpref.errors import UserError
+from fastpref.run import state, whole
+from fastpref.run.folder import RunFolder
+from fastpref.run.resume import find_checkpoint
+from fastpref.run.whole import WriteError, damage, write_folder
+from tests.support.runs import LORA, rows, write_config
+
+SETTINGS = [LORA, "train.steps=3", "output.save_every=1", "eval.every=100"]
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config and its finished run `out`, with checkpoints at steps 2 and 3."""
+    folder = tmp_path_factory.mktemp("trained")
+    config, before = write_config(folder), Path.cwd()
+    os.chdir(folder)
+    try:
+        fastpref.train(config, SETTINGS)
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A copy of that run, in the working directory."""
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return RunFolder(Path("out"))
+
+
+def newest(run: RunFolder) -> tuple[str, list[str]]:
+    """The checkpoint that --resume takes, and what it says of others."""
+    found = find_checkpoint(fastpref.load_config(run.path / "config.toml"), "run", str(run.path), force=False)
+    return found.checkpoint.name, found.notes
+
+
+def test_what_a_checkpoint_holds(run: RunFolder):
+    """The adapter as peft loads it, the tokenizer, the config, the state; all in the manifest, and no pickle."""
+    place = run.path / "checkpoints" / "step-3"
+    names = {path.name for path in place.iterdir()}
+    assert names >= {
+        "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "config.toml", "manifest.json",
+        "training_state.json", "training_state.safetensors",
+    }  # fmt: skip
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(fastpref.load_config("cfg.toml").model.name)
+    assert PeftModel.from_pretrained(base, place).peft_config
+    assert AutoTokenizer.from_pretrained(place).chat_template
+    for path in run.path.rglob("*"):
+        assert path.name == ".lock" or not path.name.startswith(".")
+        if path.is_file():
+            assert path.suffix not in PICKLES
+            assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+
+
+def test_the_state_comes_back_as_it_was(tmp_path: Path):
+    """Nested values of every kind that optimizers keep, tensors that are shared or views among them."""
+    import torch
+
+    shared, long = torch.arange(6.0).reshape(2, 3), torch.arange(10)
+    given = {
+        "state": {0: {"step": torch.tensor(3.0), "m": shared}, 7: {"m": shared, "view": long[2:5], "t": shared.T}},
+        "groups": [{"betas": (0.9, 0.999), "foreach": None, "lr": 0.1 + 0.2, "fused": True}],
+        "bf16": torch.ones(3, dtype=torch.bfloat16),
+        "empty": [{}, [], ()],
+        "tensor": {"map": 1},
+    }
+    state.write_state(tmp_path, given)
+    found = state.read_state(tmp_path)
+    assert str(found) == str(given)
+    assert found["state"][7]["t"].tolist() == shared.T.tolist()
+    assert found["bf16"].dtype == torch.bfloat16
+    assert found["state"][0]["m"] is found["state"][7]["m"]
+    with pytest.raises(TypeError, match="cannot hold object"):
+        state.write_state(tmp_path, {"x": object()})
+
+
+def test_every_damage_is_found(run: RunFolder):
+    """A flipped byte, at the start, in the middle or at the end of any file, a cut, a loss: named, and the checkpoint
+    before is taken."""
+    place = run.path / "checkpoints" / "step-3"
+    assert newest(run) == ("step-3", [])
+    for path in sorted(place.rglob("*")):
+        content = path.read_bytes()
+        damages = [content[:-1], content + b"\0", None]
+        for at in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+            damages.append(content[:at] + bytes([content[at] ^ 0x20]) + content[at + 1 :])
+        for damaged in damages:
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            name, notes = newest(run)
+            assert name == "step-2"
+            assert path.name in notes[0]
+            assert "step-3 is not whole" in notes[0]
+            with pytest.raises(UserError, match=f"not whole: {path.name}"):
+                find_checkpoint(fastpref.load_config("out/config.toml"), "run", place, force=False)
+            path.write_bytes(content)
+    assert newest(run) == ("step-3", [])
+
+
+def test_a_run_goes_on_behind_a_damaged_checkpoint(run: RunFolder, trained: Path, capsys: pytest.CaptureFixture[str]):
+    """The damaged one is said, made again and as it was."""
+    damaged = run.path / "checkpoints" / "step-3" / "training_state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    fastpref.train("cfg.toml", SETTINGS, resume=True)
+    assert "step-3 is not whole (training_state.safetensors has" in capsys.readouterr().out
+    assert damage(damaged.parent) is None
+    assert rows(run.path) == rows(trained / "out")
+    for folder in run.checkpoints():
+        for file in folder.iterdir():
+            file.unlink()
+    with pytest.raises(UserError, match=r"(?s)no checkpoint is whole:.*step-3 is not whole.*step-2 is not whole"):
+        fastpref.train("cfg.toml", SETTINGS, resume=True)
+
+
+class Canary:
+    def __reduce__(self):
+        return Path("executed").write_text, ("by a pickle",)
+
+
+def test_pickles_are_never_read(run: RunFolder):
+    """Files of the names that torch and peft would unpickle, put into a checkpoint, are not looked at."""
+    place = run.path / "checkpoints" / "step-3"
+    for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.pt", "training_args.bin", "rng_state.pth"):
+        (place / name).write_bytes(pickle.dumps(Canary()))
+    fastpref.train("cfg.toml", [*SETTINGS, "train.steps=4"], resume=True)
+    assert (run.path / "checkpoints" / "step-4").is_dir()
+    assert not Path("executed").exists()
+    for name in ("training_state.safetensors", "adapter_model.safetensors"):
+        (place / name).unlink()
+    place.rename(place.with_name("step-9"))
+    assert newest(run)[0] == "step-4"
+    assert not Path("executed").exists()
+
+
+def test_a_state_of_another_version(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
+    with pytest.raises(UserError, match="step-3: this checkpoint is of another version of fastpref"):
+        newest(run)
+
+
+def save_again(run: RunFolder, step: int) -> None:
+    """Write a checkpoint as a run does: the same files by the same libraries, from those of the checkpoint before."""
+    from peft import PeftModel
+
+    source = run.path / "checkpoints" / "step-3"
+    config = fastpref.load_config("cfg.toml")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.name), source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    content = state.read_state(source)
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        (folder / "config.toml").write_bytes((source / "config.toml").read_bytes())
+        state.write_state(folder, content)
+
+    run.checkpoint(step, fill)
+
+
+def killed_saves(run: RunFolder, step: int) -> list[int]:
+    """Save a checkpoint in forked processes, each killed one event later: before every file that is opened, forced
+    to disk or hashed, and before every rename. Returns how they ended."""
+    ends, at = [], 1
+    while True:
+        child = os.fork()
+        if child == 0:
+            try:
+                seen = 0
+
+                def count(event: str, arguments: tuple) -> None:
+                    nonlocal seen
+                    if event in ("open", "os.rename", "os.mkdir") and "checkpoints" in str(arguments[0]):
+                        seen += 1
+                        if seen == at:  # noqa: B023 (each child has its own)
+                            os.kill(os.getpid(), signal.SIGKILL)
+
+                sys.addaudithook(count)
+                save_again(run, step)
+                os._exit(0)
+            except BaseException:
+                os._exit(9)
+        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        name, notes = newest(run)
+        if ends[-1] != -signal.SIGKILL:
+            return ends
+        # Whole or not there: never a third thing.
+        assert name in ("step-3", f"step-{step}")
+        assert notes == []
+        if name != "step-3":
+            assert damage(run.path / "checkpoints" / name) is None
+            shutil.rmtree(run.path / "checkpoints" / name)
+        at += 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_file_leaves_the_last_whole_checkpoint(run: RunFolder):
+    """SIGKILL before and after each file of a checkpoint is written, hashed, forced to disk, and renamed."""
+    ends = killed_saves(run, 4)
+    files = len(list((run.path / "checkpoints" / "step-4").rglob("*")))
+    assert ends[-1] == 0
+    assert len(ends) > 2 * files  # each was opened to be hashed and to be forced to disk, at least
+    fastpref.train("cfg.toml", SETTINGS, resume="out/checkpoints/step-3", force=True)
+    assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["best.json", "step-2", "step-3"]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    """Between the two renames, the old one still stands beside its place; an exception puts it back."""
+    place = run.path / "checkpoints" / "step-3"
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(WriteError, match="step-3: cannot be written: No space left on device"):
+        write_folder(place, lambda folder: None, manifest=True)
+    assert damage(place) is None
+    assert sorted(p.name for p in place.parent.iterdir()) == ["best.json", "step-2", "step-3"]
+
+
+def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The newest `keep`, and the best by held-out accuracy, however old; the best is saved when it is seen."""
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path)
+    from fastpref.training import loop
+
+    accuracies = iter([0.5, 0.7, 0.9, 0.9, 0.8, 0.85, 0.4])
+    evaluate = loop._Run._evaluate
+
+    def pretended(self) -> None:
+        evaluate(self)
+        row = {"eval/rewards/accuracies": next(accuracies), "eval/loss": 1.0}
+        self.progress.evaluated = row
+
+    monkeypatch.setattr(loop._Run, "_evaluate", pretended)
+    options = ["train.steps=12", "eval.every=2", "output.save_every=5", "output.keep=2"]
+    result = fastpref.train(config, [LORA, *options])
+    place = result.output_dir / "checkpoints"
+    assert sorted(p.name for p in place.glob("step-*")) == ["step-10", "step-4", "step-5"]
+    assert RunFolder(result.output_dir).best() == "step-4"
+    # Resumed from before the best, it is forgotten; keep=1 leaves the newest.
+    accuracies = iter([0.1] * 9)
+    fastpref.train(config, [LORA, *options, "output.keep=1"], resume=place / "step-5", force=True)
+    assert sorted(p.name for p in place.glob("step-*")) == ["step-10", "step-4"]
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
+    """Let the disk refuse from the `at`-th file of a checkpoint on that is opened for writing or forced to disk."""
+    import builtins
+    import io
+
+    touched: list[str] = []
+    real_open, real_sync = io.open, whole._sync
+
+    def touch(path: object) -> None:
+        if ".step-" in str(path):
+            touched.append(str(path))
+            if len(touched) >= at:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def opened(file, mode="r", *rest, **options):
+        if any(letter in mode for letter in "wax+"):
+            touch(file)
+        return real_open(file, mode, *rest, **options)
+
+    def synced(path: Path) -> None:
+        touch(path)
+        real_sync(path)
+
+    monkeypatch.setattr(io, "open", opened)
+    monkeypatch.setattr(builtins, "open", opened)
+    monkeypatch.setattr(whole, "_sync", synced)
+    return touched
+
+
+def refusal(run: RunFolder) -> str | None:
+    """Why step 4 cannot be saved, or None if it was."""
+    try:
+        save_again(run, 4)
+    except WriteError as error:
+        return str(error)
+    return None
+
+
+def test_a_full_disk_at_any_write_leaves_what_there_was(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
+    """ENOSPC at each file that is written or forced to disk: one message, the temporary folder gone, all as before."""
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    at = 1
+    while True:
+        with monkeypatch.context() as patch:
+            touched = refusing(patch, at)
+            said = refusal(run)
+        if said is None:
+            break
+        assert "checkpoints/step-4: cannot be written: No space left on device" in said
+        assert len(touched) >= at
+        assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+        at += 1
+    assert at > len(list((run.path / "checkpoints" / "step-4").iterdir()))
+    assert newest(run)[0] == "step-4"
+
+
+def test_a_run_on_a_full_disk_ends_with_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The disk fills at the second checkpoint: the weights are saved all the same, the first one is resumed from."""
+    from fastpref.training import loop
+
+    monkeypatch.chdir(tmp_path)
+    config = write_config(tmp_path)
+    step = loop._Run._step
+
+    def filling(self, number: int, examples) -> None:
+        step(self, number, examples)
+        if number == 2:
+            refusing(monkeypatch, 3)
+
+    monkeypatch.setattr(loop._Run, "_step", filling)
+    with pytest.raises(UserError) as raised:
+        fastpref.train(config, SETTINGS)
+    said = str(raised.value)
+    assert said.startswith("out/checkpoints/step-2: cannot be written: No space left on device")
+    assert "the weights after step 2 are in out/stopped" in said
+    assert "fastpref train out/config.toml --resume out/checkpoints/step-1" in said
+    assert sorted(p.name for p in Path("out/checkpoints").iterdir()) == ["step-1"]
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    fastpref.train(config, SETTINGS, resume=True)
+    assert [row["step"] for row in rows(Path("out"))] == [0, 1, 2, 3, 3]
+    assert not Path("out/stopped").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of four megabytes; only an administrator can mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/mounts").exists(), reason="needs Linux")
+def test_a_file_system_that_is_really_full(small_disk: Path, run: RunFolder):
+    """Whatever is free, down to nothing: what is there stays whole, and the command says so with a status."""
+    shutil.copytree(run.path, small_disk / "out")
+    small = RunFolder(small_disk / "out")
+    before = {p: p.read_bytes() for p in small.path.rglob("*") if p.is_file()}
+    filler, ends = small_disk / "filler", set()
+    for free in (*range(0, 700_000, 50_000), 3_000_000):
+        filler.unlink(missing_ok=True)
+        room = os.statvfs(small_disk)
+        with filler.open("wb") as file:
+            file.write(bytes(max(0, room.f_bavail * room.f_frsize - free)))
+        said = refusal(small)
+        ends.add("saved" if said is None else "refused")
+        assert said is None or "o space left on device" in said
+        shutil.rmtree(small.path / "checkpoints" / "step-4", ignore_errors=True)
+        assert {p: p.read_bytes() for p in small.path.rglob("*") if p.is_file()} == before
+    assert ends == {"saved", "refused"}
+    filler.unlink()
+    room = os.statvfs(small_disk)
+    with filler.open("wb") as file:
+        file.write(bytes(room.f_bavail * room.f_frsize - 300_000))
+    command = [
+        sys.executable,
+        "-m",
+        "fastpref",
+        "train",
+        "cfg.toml",
+        *SETTINGS,
+        "train.steps=5",
+        f"output.dir={small.path}",
+    ]
+    ran = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert "step-4: cannot be written: No space left on device" in ran.stderr
+    assert f"--resume {small.path}/checkpoints/step-3" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert damage(small.path / "checkpoints" / "step-3") is None
+
+
+def test_metrics_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A full disk at a row of metrics: no half row is left, and the step before it is saved and named."""
+    monkeypatch.chdir(tmp_path)
+    log = RunFolder.log
+
+    def refused(self: RunFolder, row) -> None:
+        if row["step"] == 2:
+            raise WriteError(f"{self.metrics}: cannot be written: No space left on device")
+        log(self, row)
+
+    monkeypatch.setattr(RunFolder, "log", refused)
+    with pytest.raises(UserError, match=r"(?s)metrics\.jsonl: cannot.*go on with.*--resume out/checkpoints/step-"):
+        fastpref.train(write_config(tmp_path), [LORA, "train.steps=3", "eval.every=100", "output.save_every=100"])
+    monkeypatch.undo()
+    os.chdir(tmp_path)
+    fastpref.train("out/config.toml", resume="out")
+    assert [row["step"] for row in rows(Path("out"))][-2:] == [3, 3]
+
+
+def test_nothing_secret_and_nothing_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run writes below its folder alone, and no token of the environment is in any file of it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_TOKEN", "hf_canary0123456789")
+    fastpref.train(write_config(tmp_path), SETTINGS)
+    assert {p.name for p in tmp_path.iterdir()} == {"cfg.toml", "out", "home"}
+    assert list(home.rglob("*")) == []
+    assert not any(b"hf_canary" in p.read_bytes() for p in Path("out").rglob("*") if p.is_file())

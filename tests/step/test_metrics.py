@@ -1,0 +1,94 @@
+"""Metrics of responses: correlations and shares, from parts and over processes, against plain numpy."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastpref.losses.token_loss import PreferenceLoss
+from fastpref.processes import Processes
+from fastpref.step.metrics import Metrics
+
+REWARDS = torch.tensor([0.3, -0.1, 0.8, 0.2, 0.1, -0.5])
+LENGTHS = torch.tensor([9, 4, 12, 3, 7, 2])
+
+
+def loss(rewards: Tensor, labels: Tensor | None = None) -> PreferenceLoss:
+    return PreferenceLoss(torch.tensor(1.0), rewards, None, rewards, labels)
+
+
+def gathered(parts: list[tuple[Tensor, Tensor, Tensor | None]]) -> Metrics:
+    metrics = Metrics()
+    for rewards, lengths, labels in parts:
+        metrics.add_loss(loss(rewards, labels), lengths)
+    return metrics
+
+
+def test_reward_against_length():
+    """Over chosen and rejected responses together, however they were cut into micro-batches."""
+    wanted = np.corrcoef(REWARDS, LENGTHS)[0, 1]
+    whole = gathered([(REWARDS, LENGTHS, None)])
+    # The sides of a pair stand half a part from each other: pairs (0, 3), (1, 4), (2, 5).
+    cut = gathered([(REWARDS[[0, 3]], LENGTHS[[0, 3]], None), (REWARDS[[1, 2, 4, 5]], LENGTHS[[1, 2, 4, 5]], None)])
+    for metrics in (whole, cut):
+        assert metrics.result()["rewards/length_correlation"] == pytest.approx(wanted, abs=1e-6)
+        assert sorted(metrics.responses().chosen.tolist()) == pytest.approx(sorted(REWARDS[:3].tolist()))
+    labels = torch.tensor([True, False, True, True, False, True])
+    single = gathered([(REWARDS, LENGTHS, labels)])
+    single.single_responses()
+    assert single.result()["rewards/length_correlation"] == pytest.approx(wanted, abs=1e-6)
+    assert single.responses().rejected_lengths.tolist() == [4, 7]
+
+
+def test_segments_beyond_the_responses_do_not_count():
+    """Prompts that are scored too stand after the responses."""
+    metrics = gathered([(REWARDS, torch.cat([LENGTHS, torch.tensor([50, 60, 70])]), None)])
+    assert metrics.responses().rejected_lengths.tolist() == [3, 7, 2]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "lengths"),
+    [(torch.zeros(6), LENGTHS), (1e-6 * REWARDS, LENGTHS), (REWARDS, torch.full((6,), 5))],
+    ids=["no reward", "rounding", "one length"],
+)
+def test_nothing_to_correlate(rewards: Tensor, lengths: Tensor):
+    assert gathered([(rewards, lengths, None)]).result()["rewards/length_correlation"] == 0.0
+
+
+def test_the_likelier_response_per_token():
+    """A longer response has a lower log-probability and may still be the likelier one; a tie counts half."""
+    metrics = Metrics()
+    metrics.add_ranking(torch.tensor([-10.0, -2.0, -3.0, -6.0, -2.0, -9.0]), torch.tensor([10, 1, 3, 3, 2, 9]))
+    # per token: −1 against −2; −2 against −1; −1 against −1
+    assert metrics.result()["logps/accuracies"] == pytest.approx(1.5 / 3)
+
+
+@dataclass(frozen=True)
+class Two(Processes):
+    """Two processes, the other of which has gathered `other`."""
+
+    count: int = 2
+    other: Any = None
+
+    def gather(self, own: Any) -> list[Any]:
+        return [own, self.other]
+
+
+def test_processes_are_joined():
+    """What two processes have found is what one would have."""
+    a, b = (REWARDS[[0, 3]], LENGTHS[[0, 3]], None), (REWARDS[[1, 2, 4, 5]], LENGTHS[[1, 2, 4, 5]], None)
+    kept: list[Any] = []
+
+    class Keeping(Processes):
+        def gather(self, own: Any) -> list[Any]:
+            kept.append(own)
+            return [own]
+
+    gathered([b]).joined(Keeping(count=2))
+    joined = gathered([a]).joined(Two(other=kept[0]))
+    wanted = gathered([a, b]).result()
+    found = joined.result()
+    assert found == pytest.approx(wanted)

@@ -1,0 +1,1 @@
+"""What tests share: small models and tokenizers, runs, batches, and the places of the repository."""

@@ -1,0 +1,77 @@
+"""The runs of test_processes.py, in one process or in each of several. `python process_runs.py CONFIG FOLDER`"""
+
+import atexit
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpref
+from fastpref.errors import UserError
+from fastpref.processes import start_processes
+from fastpref.run.folder import RunFolder
+from fastpref.run.whole import WriteError
+from tests.support.runs import LORA
+
+PLAIN = "lora={rank=4}"
+SAME = {
+    "dpo-lora": [PLAIN],
+    "dpo-full-precomputed": [],
+    "dpo-sorts": [PLAIN, 'loss.variants=["aot"]'],
+    "dpo-sorts-at-once": [PLAIN, 'loss.variants=["aot_unpaired"]', "train.tokens_per_microbatch=4000"],
+    "kto-many": ["loss.type=kto", PLAIN],
+    "kto-branches": ["loss.type=kto", PLAIN, "train.tokens_per_microbatch=4000"],
+    "orpo-head": ["loss.type=orpo", 'lora={rank=2, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
+    "simpo-one-pair": ["loss.type=simpo", PLAIN, "train.batch=1", "train.steps=4"],
+    "cpo-padded-full": ["loss.type=cpo", "train.layout=padded"],
+}
+RESUMED = {"dpo": [LORA], "kto-full": ["loss.type=kto"]}
+
+
+def run_all(config: Path, folder: Path, *, sharded: bool = False) -> None:
+    """Every run into a folder of its own; of RESUMED a whole one, and one that is cut after five steps."""
+    for name, overrides in SAME.items():
+        fastpref.train(config, ["train.steps=5", *overrides, f"output.dir={folder / name}"])
+    _, processes = start_processes(fastpref.load_config(config), "no")
+    assert processes.sharded == sharded
+    for name, overrides in RESUMED.items():
+        out, whole = folder / f"{name}-cut", folder / f"{name}-whole"
+        cut = [*overrides, f"output.dir={out}", "output.keep=9"]
+        fastpref.train(config, cut)
+
+        def cut_off(out: Path = out, whole: Path = whole) -> None:
+            shutil.copytree(out, whole)
+            for later in ("checkpoints/step-10", "checkpoints/step-8", "final"):
+                shutil.rmtree(out / later, ignore_errors=True)
+
+        processes.on_first(cut_off)
+        fastpref.train(config, cut, resume=True)
+    _faults(config, folder / "faults")
+
+
+def _faults(config: Path, folder: Path) -> None:
+    """What fails in the first process fails in all of them, with its message."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(self: RunFolder, *_: object) -> Path:
+            raise WriteError(f"{self.path}: cannot be written: no space")
+
+        patch.setattr(RunFolder, "checkpoint", full)
+        with pytest.raises(UserError, match="no space"):
+            fastpref.train(config, [PLAIN, f"output.dir={folder}"])
+    with pytest.raises(UserError, match="the folder is not empty"):
+        fastpref.train(config, [PLAIN, f"output.dir={folder}"])
+
+
+def _write_membership(folder: Path) -> None:
+    """Whether this process is still in a process group. Registered first, it is called last at the process's end."""
+    path = folder / f"member-{os.environ['RANK']}"
+    path.write_text(str(torch.distributed.is_initialized()))
+
+
+if __name__ == "__main__":
+    atexit.register(_write_membership, Path(sys.argv[2]))
+    run_all(Path(sys.argv[1]), Path(sys.argv[2]), sharded=sys.argv[3] == "fsdp")

@@ -1,0 +1,65 @@
+"""Short runs of the quickstart's model, and what is left of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.support.paths import EXAMPLES
+
+QUICKSTART = EXAMPLES / "quickstart.toml"
+SPEEDS = ("tokens_per_second", "pairs_per_second")
+CONFIG = f"""
+[model]
+name = "{EXAMPLES.as_posix()}/quickstart/model"
+[[data]]
+path = "{EXAMPLES.as_posix()}/quickstart/train.jsonl"
+rows = 23
+[[eval.data]]
+path = "{EXAMPLES.as_posix()}/quickstart/heldout.jsonl"
+rows = 5
+[eval]
+every = 4
+sample_tokens = 3
+[tokens]
+max_length = 96
+[train]
+learning_rate = 1e-3
+steps = 10
+batch = 5
+tokens_per_microbatch = 150
+[output]
+dir = "out"
+save_every = 5
+"""
+LORA = "lora={rank=4, dropout=0.2}"
+
+
+def write_config(folder: Path) -> Path:
+    """A run of ten steps of several micro-batches, over a bit more than two passes of the data, to the folder out."""
+    path = folder / "cfg.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without the speeds, which no run repeats."""
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in SPEEDS} for row in logged]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint or of final/, byte by byte, but for the speeds and the manifest that counts them."""
+    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found.pop("manifest.json", None)
+    if "training_state.json" in found:
+        state = _plain(json.loads(found["training_state.json"]))
+        for speed in SPEEDS:
+            state["progress"]["last"].pop(speed, None)
+        found["training_state.json"] = json.dumps(state).encode()
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"map"}:
+        return {str(k): _plain(v) for k, v in value["map"]}
+    return [_plain(v) for v in value] if isinstance(value, list) else value

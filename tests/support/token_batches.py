@@ -1,0 +1,176 @@
+"""Batches of token log-probabilities for `preference_loss`, and every loss that has a closed form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastpref import PreferenceLoss, preference_loss
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, SORTING_VARIANTS, LossOptions, SimPO, Variant
+
+Order = Literal["tree", "padded", "shuffled"]
+SMOOTHED = ("sigmoid", "exo_pair", "robust")
+OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
+DIVERGENCES: dict[str, dict[str, Any]] = {
+    "forward_kl": {"f_divergence": "forward_kl"},
+    "js": {"f_divergence": "js"},
+    "alpha 0.5": {"f_divergence": "alpha", "f_alpha": 0.5},
+    "alpha 1": {"f_divergence": "alpha", "f_alpha": 1.0},
+    "alpha 1.001": {"f_divergence": "alpha", "f_alpha": 1.001},
+    "alpha 2": {"f_divergence": "alpha", "f_alpha": 2.0},
+}
+CLOSED = tuple(variant for variant in get_args(Variant) if variant not in SORTING_VARIANTS)
+UNSMOOTHED = tuple(variant for variant in CLOSED if variant != "exo_pair")
+
+
+def dpo(*variants: Any, **options: Any) -> DPO:
+    smoothing = 0.1 if set(variants) & set(SMOOTHED) and "ipo" not in variants else 0.0
+    return DPO(variants=variants, label_smoothing=smoothing, **options)
+
+
+LOSSES: dict[str, LossOptions] = {
+    **{f"dpo {v}": dpo(v) for v in CLOSED},
+    **{f"dpo {v} {d}": dpo(v, **DIVERGENCES[d]) for v in OF_A_DIFFERENCE for d in DIVERGENCES},
+    "dpo sigmoid, unsmoothed": DPO(),
+    "dpo robust, unsmoothed": DPO(variants=("robust",)),
+    "dpo discopop, hot": DPO(variants=("discopop",), discopop_tau=2.0),
+    "dpo rpo": dpo("sigmoid", "sft", weights=(1.0, 0.3)),
+    "dpo most variants": DPO(beta=0.3, variants=UNSMOOTHED, weights=tuple(0.3 * i - 1 for i in range(len(UNSMOOTHED)))),
+    "dpo other order": DPO(variants=("sft", "bco_pair", "sigmoid"), weights=(0.2, 0.7, -0.4), label_smoothing=0.2),
+    "dpo length": DPO(length_alpha=0.3),
+    "dpo length 0, sft": DPO(variants=("sigmoid_norm", "sft"), length_alpha=0.0),
+    "dpo wpo": DPO(weighting=True),
+    "dpo all at once": dpo(
+        "exo_pair", "sigmoid", "robust", "hinge", "apo_down", "sft", "discopop",
+        weights=(1.0, 0.5, 0.25, 2.0, -0.3, 0.2, 0.1), f_divergence="js", length_alpha=0.5, weighting=True,
+    ),
+    "ipo": IPO(beta=0.2),
+    "orpo": ORPO(beta=0.3),
+    "orpo, nll only": ORPO(beta=0.0),
+    "orpo, prompts": ORPO(nll_on="all"),
+    "simpo": SimPO(),
+    "simpo, all options": SimPO(beta=1.5, gamma=0.4, label_smoothing=0.1, sft_weight=0.7, alpha=0.25),
+    "simpo, alpha < 0": SimPO(alpha=-0.5),
+    "cpo": CPO(),
+    "cpo, smoothed": CPO(label_smoothing=0.2, sft_weight=0.0),
+    "cpo, alpha": CPO(alpha=0.05),
+    "cpo hinge": CPO(variant="hinge"),
+    "cpo hinge, alpha": CPO(variant="hinge", alpha=-0.1, sft_weight=0.0),
+    "cpo ipo": CPO(variant="ipo"),
+    "cpo ipo, alpha": CPO(variant="ipo", alpha=0.5),
+    "kto": KTO(),
+    "kto, weighted": KTO(beta=0.5, desirable_weight=0.0, undesirable_weight=2.5),
+    "kto, no kl": KTO(kl="none", desirable_weight=1.5),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `preference_loss` takes, whatever the loss; `run` hands over what a loss needs."""
+
+    logp: Tensor  # [N] float32
+    segments: Tensor  # [N]
+    lengths: Tensor  # [S]
+    reference: Tensor  # [N]
+    log_sum_sq_probs: Tensor  # [N]
+    labels: Tensor  # [R]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.labels)
+
+    def of(self, sequences: Sequence[int]) -> Tensor:
+        """[N] bool: the tokens of these sequences."""
+        return torch.isin(self.segments, torch.tensor(sequences))
+
+
+def needs_prompts(loss: LossOptions) -> bool:
+    return isinstance(loss, ORPO) and loss.nll_on == "all"
+
+
+def in_order(lengths: Sequence[int], pairs: int, order: Order) -> Tensor:
+    """The sequence of each token, [N]: sequence after sequence, pair after pair, or in any order."""
+    places = list(range(len(lengths)))
+    if order == "tree":  # a prompt stands before its responses
+        places = [s for p in range(pairs) for s in (*range(2 * pairs + p, len(lengths), pairs), p, pairs + p)]
+    if order == "shuffled":
+        places = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(5)).tolist()
+    assert sorted(places) == list(range(len(lengths)))
+    return torch.cat([torch.full((lengths[s],), s) for s in places])
+
+
+def ordinary(
+    loss: LossOptions,
+    lengths: Sequence[tuple[int, int]] = ((1, 1), (31, 257), (257, 31), (5, 4), (1100, 513), (30, 1)),
+    order: Order = "tree",
+    seed: int = 0,
+    prompts: Sequence[int] = (0, 7, 31, 1, 600, 3),
+) -> Batch:
+    """Random tokens; log-ratios of responses are some units, whatever their lengths. KTO's rows are the first of each
+    pair and its mismatched rows the second."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [c for c, _ in lengths] + [r for _, r in lengths]
+    if needs_prompts(loss):
+        sizes += list(prompts)[: len(lengths)]
+    segments = in_order(sizes, len(lengths), order)
+    logp = -2 * torch.rand(len(segments), generator=generator)
+    spread = 3 / torch.tensor(sizes, dtype=torch.float32).clamp(min=1).sqrt()
+    reference = logp + torch.randn(len(segments), generator=generator) * spread[segments]
+    log_sum_sq = logp + 0.5 * torch.randn(len(segments), generator=generator)
+    labels = torch.rand(len(lengths), generator=generator) < 0.5
+    labels[:2] = torch.tensor([True, False])[: len(labels)]
+    return Batch(logp, segments, torch.tensor(sizes), reference, log_sum_sq, labels)
+
+
+def of_values(
+    loss: LossOptions,
+    values: Sequence[tuple[float, float]],
+    lengths: Sequence[tuple[int, int]],
+) -> Batch:
+    """Pairs whose responses have these log-ratios to the reference or, for losses without one, these mean
+    log-probabilities."""
+    batch = ordinary(loss, lengths, prompts=[2] * len(lengths))
+    value = torch.tensor([c for c, _ in values] + [r for _, r in values] + [-1.0] * len(values))[batch.segments]
+    if not loss.uses_reference:
+        return replace(batch, logp=value)
+    reference = torch.full_like(value, -1.375)
+    logp = reference + value / batch.lengths[batch.segments]
+    return replace(batch, logp=logp, reference=reference, log_sum_sq_probs=logp + 0.25)
+
+
+def run(
+    batch: Batch,
+    loss: LossOptions,
+    backend: str = "torch",
+    dtype: torch.dtype = torch.float32,
+    kl: float = 0.7,
+    device: str = "cpu",
+    **keywords: Any,
+) -> tuple[PreferenceLoss, Tensor]:
+    """The loss and its gradient of every token."""
+    logp = batch.logp.to(device, dtype, copy=True).requires_grad_()
+    arguments: dict[str, Any] = {"backend": backend, **keywords}
+    if loss.uses_reference:
+        arguments["reference"] = batch.reference.to(device, dtype)
+    if isinstance(loss, KTO):
+        arguments |= {"labels": batch.labels.to(device), "kl": torch.tensor(kl, dtype=dtype, device=device)}
+    if isinstance(loss, DPO) and loss.weighting:
+        arguments["log_sum_sq_probs"] = batch.log_sum_sq_probs.to(device, dtype)
+    found = preference_loss(logp, batch.segments.to(device), batch.lengths.to(device), loss, **arguments)
+    found.loss.backward()
+    assert logp.grad is not None
+    return found, logp.grad.cpu()
+
+
+def flat(answer: tuple[PreferenceLoss, Tensor]) -> dict[str, Tensor]:
+    """Everything an answer holds, by name, on the CPU."""
+    loss, grad = answer
+    tensors = {"loss": loss.loss, "grad": grad, "sums": loss.sums, "rewards": loss.rewards}
+    tensors |= {"chosen_rewards": loss.chosen_rewards, "rejected_rewards": loss.rejected_rewards}
+    if loss.reference_sums is not None:
+        tensors["reference_sums"] = loss.reference_sums
+    for name, (total, count) in loss.extra.items():
+        tensors |= {name: total, f"{name}, counted": count}
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,230 @@
+"""One step is one step: however its examples are laid out and cut, loss, gradients and metrics are the same."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fastpref.data.batch import Layout, PreferenceBatch, collate
+from fastpref.data.example import Example
+from fastpref.losses import KTO, PairLogps, RowLogps, kto_kl, kto_loss, pair_loss
+from fastpref.losses.token_loss import scores_prompts
+from fastpref.model.load import Loaded, load_model
+from fastpref.step.metrics import Metrics
+from fastpref.step.objective import Objective
+from fastpref.step.reference import make_reference
+from tests.support.tiny import config_for, examples, save_model
+
+CPU = torch.device("cpu")
+KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+LOSSES = {
+    "dpo": ["loss.type=dpo"],
+    "dpo-mixed": ['loss={type="dpo", variants=["sigmoid", "sft"], weights=[1, 0.5], label_smoothing=0.1}'],
+    "dpo-ld-wpo": ['loss={type="dpo", length_alpha=0.3, weighting=true}'],
+    "dpo-aot": ['loss={type="dpo", variants=["aot", "aot_unpaired"]}'],
+    "ipo": ["loss.type=ipo"],
+    "kto": ["loss.type=kto"],
+    "kto-no-kl": ['loss={type="kto", kl="none", desirable_weight=0.5}'],
+    "orpo": ["loss.type=orpo"],
+    "orpo-all": ['loss={type="orpo", nll_on="all"}'],
+    "simpo": ['loss={type="simpo", sft_weight=0.2}'],
+    "cpo": ["loss.type=cpo"],
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: save_model(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+class Step:
+    """A model away from its reference, and the outcome of steps on it."""
+
+    def __init__(self, folder: Path, overrides: list[str], *, lora: bool):
+        config = config_for(folder, *overrides, *(["lora={rank=3}"] if lora else []))
+        torch.manual_seed(1)
+        self.loaded: Loaded = load_model(config, CPU)
+        self.options = config.loss
+        self.reference = make_reference(config, self.loaded)[0] if config.loss.uses_reference else None
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.loaded.policy.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def run(
+        self, layout: Layout, budget: int, count: int = 7, *, turns: bool = False
+    ) -> tuple[Metrics, dict[str, torch.Tensor], int]:
+        objective = Objective(self.loaded.policy, self.reference, self.options, layout, budget, 0, CPU)
+        self.loaded.policy.zero_grad()
+        self.loaded.policy.train()
+        rows = examples(count, single=isinstance(self.options, KTO), turns=turns)
+        metrics, work = objective.step(rows, lambda loss: loss.backward())
+        gradients = {n: p.grad.clone() for n, p in self.loaded.policy.named_parameters() if p.grad is not None}
+        return metrics, gradients, work.microbatches
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts_give_the_log_probabilities_of_plain_sequences(models: dict[str, Path], kind: str):
+    """In every layout a completion's token log-probabilities are those of prompt and completion alone in a row."""
+    loaded = load_model(config_for(models[kind]), CPU)
+    assert (loaded.layout, loaded.why_padded) == ("tree", None)
+    rows = examples(5)
+    with torch.no_grad():
+        truth = []
+        for k in range(2):
+            for row in rows:
+                ids = torch.tensor([row.prompt + row.completions[k]])
+                logps = loaded.model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+                truth.append(logps.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :, 0])
+        for layout in ("tree", "packed", "padded"):
+            batch = collate(rows, layout)
+            found = loaded.policy(batch).logp
+            for sequence, expected in enumerate(truth):
+                torch.testing.assert_close(found[batch.segments == sequence], expected, rtol=1e-5, atol=3e-5)
+
+
+EQUIVALENCES = [
+    *(("llama", loss, lora) for loss in LOSSES for lora in (True, False)),
+    *(("gemma2", loss, True) for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")),
+    *(("gemma2", loss, False) for loss in ("dpo", "kto", "orpo")),
+    *((kind, loss, kind == "qwen3") for kind in ("qwen2", "qwen3", "gemma3") for loss in ("dpo", "kto", "orpo")),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "lora"), EQUIVALENCES, ids=[f"{k}-{x}-{'lora' if a else 'full'}" for k, x, a in EQUIVALENCES]
+)
+def test_tree_packed_padded_and_any_microbatches_agree(models: dict[str, Path], kind: str, loss: str, lora: bool):
+    """tree ≡ packed ≡ padded, and one micro-batch ≡ many: loss, every metric and every gradient, in float32."""
+    step = Step(models[kind], LOSSES[loss], lora=lora)
+    expected, gradients, parts = step.run("padded", 10_000)
+    assert parts == 1
+    assert gradients
+    scale = max(g.abs().max() for g in gradients.values())
+    cases: list[tuple[Layout, int]] = [
+        ("tree", 10_000),
+        ("packed", 10_000),
+        ("tree", 60),
+        ("packed", 1),
+        ("padded", 120),
+    ]
+    for layout, budget in cases:
+        found, others, parts = step.run(layout, budget)
+        assert (parts == 1) == (budget == 10_000)
+        assert found.result() == pytest.approx(expected.result(), rel=2e-4, abs=2e-5)
+        assert others.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=float(scale) * 2e-5)
+
+
+def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequence[Example]) -> torch.Tensor:
+    """The loss of whole sequences, each alone through a model, with sums and lengths over its scored tokens."""
+
+    def token_logps(model: nn.Module, ids: list[int]) -> torch.Tensor:
+        logps = model(input_ids=torch.tensor([ids])).logits.float().log_softmax(-1)[0, :-1]
+        return logps.gather(1, torch.tensor(ids)[1:, None])[:, 0]
+
+    def response(model: nn.Module, row: Example, completion: Example, which: int) -> torch.Tensor:
+        ids = completion.completions[which]
+        mask = torch.ones(len(ids), dtype=torch.bool)
+        for start, stop in completion.context(which):
+            mask[start:stop] = False
+        return token_logps(model, row.prompt + ids)[len(row.prompt) - 1 :][mask]
+
+    def sums(model: nn.Module, which: int) -> torch.Tensor:
+        return torch.stack([response(model, row, row, which).sum() for row in rows])
+
+    options = step.options
+    with torch.no_grad():
+        ref_chosen = sums(reference, 0)
+    if isinstance(options, KTO):
+        with torch.no_grad():
+            mates = [*rows[1:], rows[0]]
+            kl = kto_kl(
+                *(torch.stack([response(m, a, b, 0).sum() for a, b in zip(rows, mates)]) for m in (policy, reference))
+            )
+        logps = RowLogps(sums(policy, 0), ref_chosen, torch.tensor([bool(row.label) for row in rows]))
+        return kto_loss(logps, options, kl).loss
+    with torch.no_grad():
+        ref_rejected = sums(reference, 1)
+    lengths = [torch.tensor([float(row.scored(which)) for row in rows]) for which in (0, 1)]
+    pairs = PairLogps(sums(policy, 0), sums(policy, 1), *lengths, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    if scores_prompts(options):
+        prompts = torch.stack([token_logps(policy, row.prompt).sum() for row in rows])
+        prompt_lengths = torch.tensor([len(row.prompt) - 1.0 for row in rows])
+        pairs = replace(pairs, nll=pairs.chosen + prompts, nll_lengths=lengths[0] + prompt_lengths)
+    return pair_loss(pairs, options).loss
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "orpo-all", "simpo", "cpo"])
+def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bool):
+    """With turns of others inside the responses, loss and gradients are those of each sequence alone with its mask,
+    in every layout and however the step is cut."""
+    step = Step(models["llama"], LOSSES[loss], lora=lora)
+    # Without adapters the reference is the model itself as it was before the run, which nobody has kept here.
+    reference = load_model(config_for(models["llama"]), CPU).model if lora else step.loaded.model
+    rows = examples(7, single=isinstance(step.options, KTO), turns=True)
+    assert any(row.contexts for row in rows)
+    step.loaded.policy.zero_grad()
+    expected = naive_loss(step, step.loaded.model, reference, rows)
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in step.loaded.policy.named_parameters() if p.grad is not None}
+    scale = float(max(g.abs().max() for g in gradients.values()))
+    cases: list[tuple[Layout, int]] = [("tree", 10_000), ("packed", 10_000), ("padded", 10_000), ("tree", 60)]
+    for layout, budget in cases:
+        found, others, _ = step.run(layout, budget, turns=True)
+        assert found.result()["loss"] == pytest.approx(float(expected.detach()), rel=2e-4)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=scale * 5e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts_agree_about_what_is_scored(models: dict[str, Path], loss: str):
+    """Every metric, with turns of others inside the responses."""
+    step = Step(models["llama"], LOSSES[loss], lora=True)
+    expected = step.run("padded", 10_000, turns=True)[0].result()
+    cases: list[tuple[Layout, int]] = [("tree", 10_000), ("packed", 60), ("padded", 120)]
+    for layout, budget in cases:
+        assert step.run(layout, budget, turns=True)[0].result() == pytest.approx(expected, rel=2e-4, abs=2e-5)
+
+
+@pytest.mark.parametrize("loss", ["kto", "dpo", "ipo"])
+def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str, Path], loss: str):
+    """Nor on how many are taken at a time: KTO's mismatched completions and its KL are of the whole evaluation."""
+    step = Step(models["llama"], LOSSES[loss], lora=True)
+
+    def reference(batch: PreferenceBatch) -> torch.Tensor:  # less likely than the policy, so that the KL is not 0
+        return step.loaded.policy(batch).logp.detach() - 0.05 * (batch.targets % 7)
+
+    objective = Objective(step.loaded.policy, reference, step.options, "tree", 150, 0, CPU)
+    rows = examples(9, single=loss == "kto", turns=True)
+    rows += [replace(row, prompt=rows[0].prompt) for row in rows[:4]]
+    whole = objective.evaluate(rows, 5).result()
+    assert loss != "kto" or whole["kl"] > 0
+    for size, order in ((5, rows[::-1]), (2, rows[6:] + rows[:6]), (13, rows[1::2] + rows[::2])):
+        assert objective.evaluate(order, size).result() == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_checkpointed_activations_change_nothing(models: dict[str, Path], kind: str):
+    """With activations computed twice, the layout still reaches the attention: same loss, same gradients."""
+    plain = Step(models[kind], ["loss.type=dpo"], lora=True).run("tree", 10_000)
+    twice = Step(models[kind], ["loss.type=dpo", "train.checkpointing=true"], lora=True).run("tree", 10_000)
+    assert twice[0].result() == pytest.approx(plain[0].result(), rel=1e-5)
+    for name, gradient in plain[1].items():
+        torch.testing.assert_close(twice[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_an_evaluation_is_one_mean_over_all_examples(models: dict[str, Path]):
+    """Held-out metrics do not depend on how many examples are taken at a time (without terms of a whole step)."""
+    step = Step(models["llama"], ["loss.type=orpo"], lora=False)
+    objective = Objective(step.loaded.policy, None, step.options, "tree", 100, 0, CPU)
+    rows = examples(9)
+    whole = objective.evaluate(rows, 9).result()
+    for size in (1, 2, 4):
+        assert objective.evaluate(rows, size).result() == pytest.approx(whole, rel=1e-5)

@@ -1,0 +1,214 @@
+"""What goes wrong in a run is said with its step, its rows and a way on; nothing is updated with it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastpref
+from fastpref.errors import UserError
+from fastpref.step import objective as step_module
+from fastpref.training import faults, loop
+from fastpref.training.faults import is_out_of_memory
+from tests.support.runs import LORA, rows, write_config
+
+SETTINGS = [LORA, "train.steps=4", "eval.every=100", "output.save_every=100", "train.tokens_per_microbatch=10000"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_config(tmp_path)
+
+
+def adapter(step: int) -> dict[str, torch.Tensor]:
+    return load_file(f"out/checkpoints/step-{step}/adapter_model.safetensors")
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: set[int]) -> None:
+    """Put a NaN into a weight, a gradient or the log-probability of a row in some steps, counted from 1."""
+    run_step, preference_loss = loop._Run._step, step_module.preference_loss
+    backward = loop.Accelerator.backward
+    now, bad = 0, None
+
+    def stepping(self, number: int, examples) -> None:
+        nonlocal now, bad
+        now, bad = number, examples[3].completions[0]
+        if what == "weight" and number in at:
+            next(p for p in self.policy.parameters() if not p.requires_grad).data.view(-1)[7] = math.nan
+        run_step(self, number, examples)
+
+    def poisoned(logp, segments, lengths, *rest, **options):
+        if what == "row" and now in at:
+            # The row is known by its chosen response, in a step and by itself.
+            ours = torch.tensor([len(bad or [])]) == lengths[: len(lengths) // 2]
+            factor = torch.where(torch.isin(segments, ours.nonzero()[:, 0]), math.nan, 1.0)
+            logp = logp * factor
+        return preference_loss(logp, segments, lengths, *rest, **options)
+
+    def propagating(self, loss, **options) -> None:
+        backward(self, loss, **options)
+        if what == "gradient" and now in at:
+            last = [p for group in self._optimizers for g in group.param_groups for p in g["params"]][-1]
+            last.grad.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(loop._Run, "_step", stepping)
+    monkeypatch.setattr(step_module, "preference_loss", poisoned)
+    monkeypatch.setattr(loop.Accelerator, "backward", propagating)
+
+
+SAID = {
+    "weight": r"step 3: loss nan.*; the weights themselves are not finite: backbone\.\S+; its rows are .*jsonl:\d+;",
+    "gradient": r"step 3: loss 0\.\d+, gradient norm (nan|inf); the gradients that are not finite are of \S+lora_\S+;",
+    "row": r"step 3: loss nan.*; of its 5 rows these give such a loss by themselves: \S*train\.jsonl:\d+\. The model",
+}
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_what_is_not_finite_stops_before_it_is_used(config: Path, monkeypatch: pytest.MonkeyPatch, what: str):
+    """The step and the rows are named, the checkpoint that is written is that of the step before, and resumes."""
+    fastpref.train(config, [*SETTINGS, "output.dir=whole"])
+    poison(monkeypatch, what, {3})
+    with pytest.raises(UserError, match=SAID[what]) as raised:
+        fastpref.train(config, SETTINGS)
+    assert "fastpref train out/config.toml --resume out/checkpoints/step-2" in str(raised.value)
+    assert [p.name for p in Path("out/checkpoints").glob("step-*")] == ["step-2"]
+    assert all(torch.isfinite(t).all() for t in adapter(2).values())
+    monkeypatch.undo()
+    os.chdir(config.parent)
+    fastpref.train("out/config.toml", resume="out")
+    assert rows(Path("out")) == rows(Path("whole"))  # nothing of the failed step is left in weights or generators
+
+
+@pytest.mark.parametrize("what", ["gradient", "row"])
+def test_skipping_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str):
+    """A step that is left out changes no weight and no optimizer state; it is counted, and its row is JSON."""
+    poison(monkeypatch, what, {3})
+    fastpref.train(config, [*SETTINGS, "train.nonfinite=skip", "output.save_every=1", "output.keep=9"])
+    two, three, four = (adapter(n) for n in (2, 3, 4))
+    assert all(torch.equal(two[name], three[name]) for name in two)
+    assert not all(torch.equal(three[name], four[name]) for name in two)
+    assert "The step is left out, the 1. of this run" in capsys.readouterr().out
+    text = Path("out/metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    skipped = next(row for row in rows(Path("out")) if row["step"] == 3)
+    assert skipped["grad_norm"] is None
+
+
+def test_skipping_ends_after_ten_in_a_row(config: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nine are an accident, ten are not; a good one between them starts the count again."""
+    options = [*SETTINGS, "train.steps=14", "train.nonfinite=skip", "eval.data=[]", "eval={}", "log.every=100"]
+    poison(monkeypatch, "gradient", {*range(2, 11), *range(12, 15)})
+    fastpref.train(config, [*options, "output.dir=fine"])
+    monkeypatch.undo()
+    os.chdir(config.parent)
+    poison(monkeypatch, "gradient", set(range(2, 12)))
+    with pytest.raises(UserError, match=r"step 11: .*It is the 10th such step in a row"):
+        fastpref.train(config, options)
+
+
+ERRORS = {
+    "a GPU's": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+    "Python's": (MemoryError(), True),
+    "a CPU's": (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+    "cuBLAS's": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+    "another": (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    "a disk's": (OSError("out of memory"), False),
+}
+
+
+@pytest.mark.parametrize(("error", "yes"), ERRORS.values(), ids=ERRORS)
+def test_which_errors_are_of_memory(error: Exception, yes: bool):
+    assert is_out_of_memory(error) == yes
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_no_memory_is_one_message_with_what_would_fit(config: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    """The breakdown, the override and the command; with it the run goes on as if nothing had been."""
+    options = [*SETTINGS, "eval.every=2"]
+    run_step, evaluate = loop._Run._step, loop._Run._evaluate
+
+    def stepping(self, number: int, examples) -> None:
+        if number == 3 and where == "step":
+            torch.rand(5)  # a step that fails has drawn from the generators
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        run_step(self, number, examples)
+
+    def evaluating(self) -> None:
+        if self.progress.step == 2 and where == "evaluation":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        evaluate(self)
+
+    monkeypatch.setattr(loop._Run, "_step", stepping)
+    monkeypatch.setattr(loop._Run, "_evaluate", evaluating)
+    with pytest.raises(UserError) as raised:
+        fastpref.train(config, options)
+    said = str(raised.value)
+    assert said.startswith("out of memory after step 2: weights 3.4 MiB, gradients 0.1 MiB, optimizer 0.3 MiB, ")
+    assert "workspace 128.0 MiB" in said
+    assert "activations of a micro-batch of" in said
+    words, _, told = said.splitlines()[0].partition("would most likely fit (a step is counted at ")[2].partition("): ")
+    assert words.endswith("MiB")
+    overrides = told.split()
+    assert overrides[0].startswith("train.tokens_per_microbatch=")
+    assert said.endswith(f"fastpref train out/config.toml --resume out/checkpoints/step-2 {told}")
+    monkeypatch.undo()
+    os.chdir(config.parent)
+    fastpref.train("out/config.toml", overrides, resume="out/checkpoints/step-2")
+    assert [row["step"] for row in rows(Path("out"))] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_no_memory_to_load_the_model(config: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(loop, "load_model", refuse)
+    with pytest.raises(UserError, match=r"out of memory while .*model was loaded; it needs adapters, lora=\{\}, or"):
+        fastpref.train(config)
+    assert not Path("out").exists()
+
+
+def test_two_signals_end_at_once(config: Path):
+    """A second Ctrl-C does not wait for the step; what was saved before is as it was."""
+    with faults.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_command_that_is_interrupted_and_resumed(config: Path):
+    """Ctrl-C: status 130, no traceback; the command that it prints goes on, and the end is that of one run."""
+    settings = [LORA, "train.steps=25", "eval.every=100", "log.every=1"]
+    command = [sys.executable, "-m", "fastpref", "train"]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    run = subprocess.Popen(
+        [*command, str(config), *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet
+    )
+    metrics, deadline = Path("out/metrics.jsonl"), time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert time.monotonic() < deadline
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert not Path("out/final").exists()
+    resume = printed.splitlines()[-1].split()
+    assert resume[:4] == ["fastpref", "train", "out/config.toml", "--resume"]
+    ran = subprocess.run([*command, *resume[2:]], capture_output=True, text=True, env=quiet)
+    assert ran.returncode == 0, ran.stderr
+    fastpref.train(config, [*settings, "output.dir=whole"])
+    assert rows(Path("out")) == rows(Path("whole"))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [*range(26), 25]

@@ -1,0 +1,208 @@
+"""Whole runs of the quickstart's model: what they write, what they print, and how they stop."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastpref
+from fastpref.errors import UserError
+from fastpref.step.order import data_order
+from tests.support.paths import EXAMPLES
+
+QUICKSTART = EXAMPLES / "quickstart.toml"
+METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+ALWAYS = {
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+    "rewards/length_correlation", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
+    "entropy", "mean_token_accuracy",
+}  # fmt: skip
+TRAINING = {"step", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second"}
+PAIRS = {"logps/accuracies"}
+EXTRA = {
+    "orpo": PAIRS | {"nll_loss", "log_odds_ratio", "log_odds_chosen"}, "kto": {"kl"}, "cpo": PAIRS | {"nll_loss"},
+}  # fmt: skip
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
+    """A short run of any method writes all its metrics, finite, evaluations first and last, and a loadable adapter."""
+    result = fastpref.train(QUICKSTART, [f"loss.type={method}", "train.steps=3", "eval.every=2", "train.batch=4"])
+    assert result.output_dir == Path("runs") / f"quickstart-{method}"
+    logged = rows(result.output_dir)
+    names = ALWAYS | EXTRA.get(method, PAIRS)
+    assert [(row["step"], "eval/loss" in row) for row in logged] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (3, True),
+    ]  # fmt: skip
+    for row in logged:
+        if "eval/loss" in row:
+            assert set(row) == {"step"} | {f"eval/{name}" for name in names}
+        else:
+            # four rows of KTO may all be of one kind
+            assert set(row) == names | TRAINING or method == "kto"
+        assert all(math.isfinite(value) for value in row.values())
+    assert result.eval_metrics == {k: v for k, v in logged[-1].items() if k != "step"}
+    assert result.metrics["loss"] == logged[-2]["loss"]
+    again = fastpref.load_config(result.output_dir / "config.toml")
+    assert again.loss.type == method
+    base = AutoModelForCausalLM.from_pretrained(EXAMPLES / "quickstart" / "model")
+    assert PeftModel.from_pretrained(base, result.output_dir / "final").peft_config
+    assert AutoTokenizer.from_pretrained(result.output_dir / "final").chat_template
+
+
+def test_the_quickstart_is_learnt(elsewhere: Path):
+    """Held-out accuracy goes from chance to nearly all, and the reward margins rise."""
+    result = fastpref.train(QUICKSTART)
+    evaluations = [row for row in rows(result.output_dir) if "eval/loss" in row]
+    assert evaluations[0]["eval/rewards/accuracies"] == 0.5
+    assert evaluations[-1]["eval/rewards/accuracies"] > 0.9
+    assert evaluations[-1]["eval/rewards/margins"] > evaluations[0]["eval/rewards/margins"] + 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_margins_rise_on_a_repeated_batch(elsewhere: Path, method: str):
+    """The same few rows again and again: every method pushes their rewards apart."""
+    result = fastpref.train(
+        QUICKSTART, [f"loss.type={method}", "train.steps=12", "train.batch=8", "data.0.rows=8", "eval.data=[]"]
+    )
+    logged = rows(result.output_dir)
+    assert logged[-1]["rewards/margins"] > logged[0]["rewards/margins"]
+
+
+def test_full_fine_tuning_is_loadable_by_transformers(elsewhere: Path):
+    """Without [lora] the whole model is trained and saved; transformers loads it without fastpref's attention."""
+    config = elsewhere / "full.toml"
+    config.write_text(
+        f'[model]\nname = "{EXAMPLES}/quickstart/model"\n[[data]]\npath = "{EXAMPLES}/quickstart/train.jsonl"\n'
+        '[train]\nsteps = 2\nbatch = 4\nlearning_rate = 1e-3\n[output]\ndir = "out"\n'
+    )
+    result = fastpref.train(config)
+    saved = json.loads((result.output_dir / "final" / "config.json").read_text())
+    assert "fastpref" not in json.dumps(saved)
+    trained = AutoModelForCausalLM.from_pretrained(result.output_dir / "final")
+    original = AutoModelForCausalLM.from_pretrained(EXAMPLES / "quickstart" / "model")
+    assert not torch.equal(trained.lm_head.weight, original.lm_head.weight)
+    assert not list((result.output_dir / "final").glob("*.bin"))
+
+
+def test_runs_repeat_themselves(elsewhere: Path):
+    """The same config and seed give the same metrics, whatever ran before."""
+    torch.manual_seed(99)
+    first = fastpref.train(QUICKSTART, ["train.steps=3"])
+    torch.manual_seed(7)
+    second = fastpref.train(QUICKSTART, ["train.steps=3"])
+    assert second.output_dir == Path("runs/quickstart-dpo-2")
+    assert first.eval_metrics == second.eval_metrics
+
+
+def test_a_run_from_the_cache_is_the_run_without_it(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Tokens that are made, kept, or found again give the same metrics; `cache=False` leaves the folder alone."""
+    monkeypatch.setenv("FASTPREF_CACHE", str(elsewhere / "cache"))
+    found = []
+    for cache in (False, True, True):
+        found.append(fastpref.train(QUICKSTART, ["train.steps=2"], cache=cache).eval_metrics)
+        assert (elsewhere / "cache").exists() == cache
+    assert found[0] == found[1] == found[2]
+    assert capsys.readouterr().out.count("from the cache") == 1
+
+
+def test_an_occupied_folder_is_kept(elsewhere: Path):
+    """output.dir is refused when it is not empty; --force replaces a run, and nothing that is none."""
+    fastpref.train(QUICKSTART, ["train.steps=1", "output.dir=here"])
+    before = (Path("here") / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="--force"):
+        fastpref.train(QUICKSTART, ["train.steps=2", "output.dir=here"])
+    assert (Path("here") / "metrics.jsonl").read_text() == before
+    fastpref.train(QUICKSTART, ["train.steps=2", "output.dir=here"], force=True)
+    assert rows(Path("here"))[-1]["step"] == 2
+    other = Path("other")
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="no run"):
+        fastpref.train(QUICKSTART, ["output.dir=other"], force=True)
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.0.path=missing.jsonl", "missing.jsonl"),
+        ("model.name=./no-model", "no-model"),
+        ('loss={type="kto"}', None),
+        ("tokens.chat_template=./none.jinja", "none.jinja"),
+        ("tokens.max_length=2", "no training row can be used: 0 of 246 rows used, 246 dropped as too long"),
+    ],
+)
+def test_mistakes_write_nothing(elsewhere: Path, override: str, said: str | None):
+    """What cannot work is said before anything is written; what can work is not refused."""
+    arguments = [override, "train.steps=1", "train.batch=2"]
+    if said is None:
+        fastpref.train(QUICKSTART, arguments)
+        return
+    with pytest.raises(UserError, match=said):
+        fastpref.train(QUICKSTART, arguments)
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_step_that_is_not_finite_does_not_reach_the_weights(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+):
+    """A NaN loss stops the run and names the step and its rows, or leaves that step out."""
+    from fastpref.step import objective as step
+
+    original, calls = step.preference_loss, []
+
+    def sometimes_nan(*args, **kwargs):
+        made = original(*args, **kwargs)
+        calls.append(made)
+        if len(calls) != 2:
+            return made
+        return replace(made, loss=made.loss * math.nan)
+
+    monkeypatch.setattr(step, "preference_loss", sometimes_nan)
+    arguments = ["train.steps=3", "train.batch=2", "eval.data=[]", f"train.nonfinite={mode}"]
+    if mode == "stop":
+        with pytest.raises(UserError, match=r"step 2: loss nan.*train\.jsonl:\d+"):
+            fastpref.train(QUICKSTART, arguments)
+        assert not Path("runs/quickstart-dpo/final").exists()
+    else:
+        result = fastpref.train(QUICKSTART, arguments)
+        assert math.isfinite(result.metrics["loss"])
+
+
+def test_every_pass_sees_every_example_once():
+    """The order is a shuffled pass after the other, cut into steps of one size; another seed is another order."""
+    order = data_order(7, 3, seed=1)
+    seen = [i for _ in range(7) for i in next(order)]
+    assert [sorted(seen[a : a + 7]) for a in (0, 7, 14)] == [list(range(7))] * 3
+    assert seen[:7] != seen[7:14]
+    assert next(data_order(50, 10, seed=1)) != next(data_order(50, 10, seed=2))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 16])
+def test_the_order_can_begin_anywhere(batch: int):
+    """What comes after so many steps is what came after them, within a pass, at its end and passes later."""
+    order = data_order(7, batch, seed=1)
+    steps = [next(order) for _ in range(20)]
+    for start in range(20):
+        later = data_order(7, batch, seed=1, start=start)
+        assert [next(later) for _ in range(20 - start)] == steps[start:]

@@ -1,0 +1,132 @@
+"""Two processes on a CPU, by DDP and by FSDP2, do what one does; and what one writes, two go on from."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fastpref
+from fastpref.errors import UserError
+from fastpref.processes import check_sharded
+from tests.support.process_runs import PLAIN, RESUMED, SAME, run_all
+from tests.support.runs import contents, rows, write_config
+
+WAYS: dict[str, dict[str, str]] = {"ddp": {}, "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+
+
+def environment(way: str) -> dict[str, str]:
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    return os.environ | WAYS[way] | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path) -> Path:
+    run_all(config, config.parent / "alone")
+    return config.parent / "alone"
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def both(config: Path, request: pytest.FixtureRequest) -> Path:
+    """The folder of all runs of two processes."""
+    folder, script = config.parent / request.param, Path(__file__).with_name("process_runs.py")
+    command = [*LAUNCH, str(script), str(config), str(folder), request.param]
+    done = subprocess.run(command, env=environment(request.param), capture_output=True, text=True, cwd=config.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
+    assert [row.keys() for row in a] == [row.keys() for row in b]
+    for ours, theirs in zip(a, b):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME)
+def test_two_are_one(both: Path, alone: Path, name: str):
+    """Every metric of every step, and the trained weights, to float32 rounding, however the step is shared."""
+    close(rows(both / name), rows(alone / name))
+    assert (both / name / "report.html").exists()
+    ours, theirs = (json.loads((folder / name / "run.json").read_text())["heldout"] for folder in (both, alone))
+    for side in ("chosen", "rejected"):  # of all held-out rows, in an order of their own
+        assert sorted(ours[side]) == pytest.approx(sorted(theirs[side]), rel=1e-4, abs=1e-5)
+    (ours,), (theirs,) = ((folder / name / "final").glob("*model.safetensors") for folder in (both, alone))
+    trained, expected = load_file(ours), load_file(theirs)
+    assert trained.keys() == expected.keys()
+    for key, tensor in trained.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_every_process_leaves_the_group(both: Path):
+    """Before the interpreter ends: a thread of gloo that outlives it aborts a process whose run was right."""
+    assert [(both / f"member-{rank}").read_text() for rank in range(2)] == ["False", "False"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_cut_run_of_two_is_the_whole_one(both: Path, name: str):
+    """With dropout, from a checkpoint: weights, optimizer, generators of both processes and metrics, bit for bit."""
+    cut, whole = both / f"{name}-cut", both / f"{name}-whole"
+    assert rows(cut) == rows(whole)
+    for place in ("checkpoints/step-10", "final"):
+        assert contents(cut / place) == contents(whole / place)
+
+
+@pytest.mark.slow
+def test_one_goes_on_from_what_two_wrote(both: Path, alone: Path, config: Path):
+    """A checkpoint is whole, whoever wrote it: its optimizer's moments too."""
+    overrides = ["loss.type=kto", f"output.dir={both / 'kto-full-alone'}", "output.keep=9"]
+    shutil.copytree(both / "kto-full-whole", both / "kto-full-alone")
+    for later in ("checkpoints/step-10", "checkpoints/step-8"):
+        shutil.rmtree(both / "kto-full-alone" / later, ignore_errors=True)
+    fastpref.train(config, overrides, resume=True)
+    close(rows(both / "kto-full-alone"), rows(alone / "kto-full-whole"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_both_with_one_checkpoint(config: Path):
+    """The launcher hands Ctrl-C on; both stop after the same step, and the run can go on."""
+    out = config.parent / "stopped"
+    overrides = [PLAIN, f"output.dir={out}", "train.steps=4000", "output.save_every=4000", "eval.every=4000"]
+    command = [*LAUNCH, "-m", "fastpref", "train", str(config), *overrides]
+    running = subprocess.Popen(command, env=environment("ddp"), cwd=config.parent, stdout=subprocess.PIPE, text=True)
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=120)
+    assert said.count("go on with") == 1
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert checkpoint.name == f"step-{last['step']}"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.quantization=nf4", "nf4"),
+        ("train.optimizer=adamw_8bit", "adamw_8bit"),
+        ("reference.mode=copy", "copy"),
+        ("lora={dora=true}", "dora"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(config: Path, override: str, said: str):
+    with pytest.raises(UserError, match=f"{said}.* cannot be sharded by FSDP"):
+        check_sharded(fastpref.load_config(config, [PLAIN, override]))
