@@ -15,7 +15,8 @@ import pytest
 import fastpref
 from fastpref.errors import UserError
 from fastpref.processes import Processes, end_together
-from tests.support.runs import CONFIG, EXAMPLES, rows
+from tests.support.paths import EXAMPLES, ROOT
+from tests.support.runs import CONFIG, rows
 
 LIMIT = 300  # seconds after which a run counts as waiting for ever
 
@@ -130,7 +131,7 @@ def came(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, 
     folder = tmp_path_factory.mktemp("hosts")
     for case in [*CASES, "alike"]:
         prepare(case, [host(folder / case / f"host{rank}") for rank in range(2)], run)
-    script = str(Path(__file__).with_name("host_runs.py"))
+    script = str(ROOT / "tests" / "support" / "host_runs.py")
     ended = both([[sys.executable, script, str(folder)]] * 2, [folder, folder])
     assert [process.returncode for process in ended] == [0, 0], ended
     return [json.loads((folder / f"came{rank}.json").read_text()) for rank in range(2)] + [{"folder": folder}]

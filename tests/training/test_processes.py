@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import fastpref
 from fastpref.errors import UserError
 from fastpref.processes import check_sharded
+from tests.support.paths import ROOT
 from tests.support.process_runs import PLAIN, RESUMED, SAME, run_all
 from tests.support.runs import contents, rows, write_config
 
@@ -43,7 +44,7 @@ def alone(config: Path) -> Path:
 @pytest.fixture(scope="module", params=WAYS)
 def both(config: Path, request: pytest.FixtureRequest) -> Path:
     """The folder of all runs of two processes."""
-    folder, script = config.parent / request.param, Path(__file__).with_name("process_runs.py")
+    folder, script = config.parent / request.param, ROOT / "tests" / "support" / "process_runs.py"
     command = [*LAUNCH, str(script), str(config), str(folder), request.param]
     done = subprocess.run(command, env=environment(request.param), capture_output=True, text=True, cwd=config.parent)
     assert done.returncode == 0, done.stdout + done.stderr
