@@ -1,4 +1,4 @@
-"""The command line: one function a command. Heavy imports wait inside them."""
+"""The command line: each command is one function, in the order of `fastpref --help`. Heavy imports wait inside them."""
 
 import logging
 import os
@@ -11,102 +11,85 @@ import typer
 from fastpref.errors import UserError
 
 app = typer.Typer(
-    help="Preference training (DPO, IPO, KTO, ORPO, SimPO, CPO) on one GPU, or slower on any CPU.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; `fastpref schema` lists its keys.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="The config, a TOML file; `fastpref schema` lists its keys.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as TOML: train.steps=10"),
+    typer.Argument(metavar="KEY=VALUE", help="Replace keys of the config; values are TOML: train.steps=10."),
 ]
-Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub: only local files and its cache.")]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Tokenize anew, and keep the tokens for no other run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")]
+Offline = Annotated[bool, typer.Option("--offline", metavar="", help="Use local files and the hub's cache only.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", metavar="", help="Tokenize again, and do not keep the tokens.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as one JSON object.")]
 TrainedModel = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A run's folder, or one of a checkpoint, an adapter or a model; a name on the hub; a config.",
+        help="The folder of a run, a checkpoint, an adapter or a model; a name on the hub; or a config.",
     ),
 ]
 Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with the config's last run from its newest whole checkpoint, or from the checkpoint or the run's "
-        "folder that is named after it.",
+        metavar="[FOLDER]",
+        help="Continue the config's last run from its newest whole checkpoint, or continue the checkpoint or run in "
+        "FOLDER.",
     ),
 ]
 
 
-@app.command(epilog="Example: fastpref train my.toml train.steps=20")
-def train(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    resume: Resume = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run that output.dir already holds.")] = False,
-    offline: Offline = False,
-    no_cache: NoCache = False,
+def _print_version(value: bool) -> None:
+    if value:
+        from fastpref import __version__
+
+        typer.echo(f"fastpref {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", metavar="", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
-    """Train a model on preferences."""
-    from fastpref.config import load_config
-
-    # A command line has no options with a value that may be left out: it arrives among the overrides.
-    named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
-    try:
-        loaded = load_config(config, [word for word in overrides or () if word not in named])
-        if len(named) > 1:
-            raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
-    except UserError as error:
-        if "WORLD_SIZE" not in os.environ:
-            raise
-        from fastpref.processes import end_together  # the processes of other hosts wait for this one
-
-        end_together(error)
-    if offline:
-        _go_offline()
-    _quiet_bitsandbytes()
-    from fastpref.training.loop import train as run
-
-    checkpoint = named[0] if named else resume
-    if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:
-        raise typer.Exit(130)
-
-
-@app.command(epilog="Example: fastpref check my.toml")
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Check a config without training: every mistake with its line."""
-    from fastpref.config import load_config
-    from fastpref.model.limits import foresee
-
-    loaded = load_config(config, overrides or ())
-    training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
-    typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
-    for note in foresee(loaded):
-        typer.echo(f"note: {note}")
+    """Train language models on preferences (DPO, IPO, KTO, ORPO, SimPO, CPO) on one GPU, or more slowly on a CPU."""
 
 
 @app.command(epilog="Example: fastpref init --loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl")
 def init(
     loss: Annotated[
-        str | None, typer.Option(help="dpo (if left out), ipo, kto, orpo, simpo or cpo; the file says which to choose.")
+        str | None, typer.Option(metavar="LOSS", help="dpo (the default), ipo, kto, orpo, simpo or cpo.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A folder, or a model's name on the hub.")] = None,
-    data: Annotated[str | None, typer.Option(help="A file of preferences, or a data set's name on the hub.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model: a folder, or a name on the hub.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The preferences: a file, or a data set on the hub.")
+    ] = None,
     from_axolotl: Annotated[
-        Path | None, typer.Option(metavar="CFG.YML", help="Translate an Axolotl config of a preference method.")
+        Path | None,
+        typer.Option(metavar="CFG.YML", help="Translate this Axolotl config, whose `rl` is a preference method."),
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(help="The file to write, - to print it; <loss>.toml here, or the name of the Axolotl config."),
+        typer.Option(
+            metavar="FILE",
+            help="The file to write, or - to print it. The default is named after the loss or the Axolotl config.",
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a commented config, for a loss or from an Axolotl config."""
+    """Write a commented config, or translate one of Axolotl's."""
     from fastpref.commands.init import check_loss, kept, template, write
 
     chosen = check_loss(loss or "dpo")
@@ -138,16 +121,29 @@ def init(
             typer.echo(f"  {line}", err=path is None)
 
 
+@app.command(epilog="Example: fastpref check my.toml")
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Report every mistake in a config, each with its line."""
+    from fastpref.config import load_config
+    from fastpref.model.limits import foresee
+
+    loaded = load_config(config, overrides or ())
+    training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
+    typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
+    for note in foresee(loaded):
+        typer.echo(f"note: {note}")
+
+
 @app.command(epilog="Example: fastpref preview my.toml --rows 2")
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 4,
-    full: Annotated[bool, typer.Option("--full", help="Show long texts whole.")] = False,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Show this many rows.")] = 4,
+    full: Annotated[bool, typer.Option("--full", metavar="", help="Show long texts in full.")] = False,
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Show what a run would train on: rows as their batch holds them, and the data in numbers."""
+    """Show the tokens a run would train on, and statistics of the data."""
     from fastpref.config import load_config
 
     loaded = load_config(config, overrides or ())
@@ -159,18 +155,94 @@ def preview(
     run(loaded, rows=rows, full=full, cache=not no_cache)
 
 
+@app.command(epilog="Example: fastpref estimate my.toml --card 12 tokens.max_length=1024")
+def estimate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    card: Annotated[
+        float | None,
+        typer.Option(
+            "--card", min=1, metavar="GB", help="Memory of the GPU. The default is this machine's GPU, or 24 GB."
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", metavar="", help="Estimate the same step in TRL, too.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", metavar="", help="Estimate a run on a CPU instead of a GPU.")] = False,
+    as_json: AsJson = False,
+    offline: Offline = False,
+    no_cache: NoCache = False,
+) -> None:
+    """Estimate a step's memory before a run, and what makes it fit.
+
+    This needs no GPU and no weights, only the model's config.json.
+    """
+    from fastpref.config import load_config
+
+    given = list(overrides or ())
+    load_config(config, given)
+    _prepare(offline)
+    import torch
+    from rich.console import Console
+    from rich.markup import escape
+
+    from fastpref.commands import estimate_text
+    from fastpref.memory.estimate import Estimator
+
+    screen = Console(highlight=False)
+    device = torch.device("cpu" if cpu else "cuda")
+    estimator = Estimator(lambda more: load_config(config, [*given, *more]), device, cache=not no_cache)
+    with Console(stderr=True).status("") as waiting:  # shown on a terminal only
+        estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))
+        told = estimate_text.estimate(estimator, card=card, compare=compare, console=None if as_json else screen)
+    if as_json:
+        typer.echo(estimate_text.as_json(told))
+
+
+@app.command(epilog="Example: fastpref train my.toml train.steps=20")
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace the run in output.dir.")] = False,
+    offline: Offline = False,
+    no_cache: NoCache = False,
+) -> None:
+    """Train a model on preferences, or continue a run."""
+    from fastpref.config import load_config
+
+    # Typer has no option whose value is optional, so the checkpoint's folder arrives among the overrides.
+    named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
+    try:
+        loaded = load_config(config, [word for word in overrides or () if word not in named])
+        if len(named) > 1:
+            raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
+    except UserError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        from fastpref.processes import end_together  # the processes on other hosts wait for this one
+
+        end_together(error)
+    if offline:
+        _go_offline()
+    _quiet_bitsandbytes()
+    from fastpref.training.loop import train as run
+
+    checkpoint = named[0] if named else resume
+    if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:
+        raise typer.Exit(130)
+
+
 @app.command(epilog="Example: fastpref report runs/my-dpo --open")
 def report(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run's folder, or one of TRL's with its trainer_state.json.")
+        Path, typer.Argument(metavar="RUN", help="A run's folder, or TRL's output folder with its trainer_state.json.")
     ],
-    open_page: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in the browser.")] = False,
     loss: Annotated[
-        str | None, typer.Option(help="Of a run of TRL's, which does not say: dpo, ipo, kto, orpo, simpo or cpo.")
+        str | None, typer.Option(metavar="LOSS", help="The loss of a TRL run: dpo, ipo, kto, orpo, simpo or cpo.")
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="Of a run of TRL's: the β it was trained with.")] = None,
+    beta: Annotated[float | None, typer.Option(metavar="BETA", help="The β of a TRL run.")] = None,
 ) -> None:
-    """Say how healthy a run is, and write its report.html."""
+    """Diagnose a run, and write its report.html."""
     from fastpref.health import diagnose
     from fastpref.report import read_run, write_report
     from fastpref.training.progress import Display
@@ -188,53 +260,6 @@ def report(
         webbrowser.open(place.resolve().as_uri())
 
 
-@app.command(epilog="Example: fastpref schema")
-def schema() -> None:
-    """Print the JSON schema of a config: every key with its type, default and meaning."""
-    import json
-
-    from fastpref.config import Config
-
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
-
-
-@app.command(epilog="Example: fastpref estimate my.toml --card 12 tokens.max_length=1024")
-def estimate(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    card: Annotated[
-        float | None, typer.Option("--card", min=1, help="GB of the card it is for; the one that is here, or 24.")
-    ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Beside it the same step as TRL would make it.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Of a run on a CPU instead of a GPU.")] = False,
-    as_json: AsJson = False,
-    offline: Offline = False,
-    no_cache: NoCache = False,
-) -> None:
-    """Say what a step takes of a GPU's memory, which cards it fits, and what would make it fit. Needs no GPU and no
-    weights, only the model's config.json."""
-    from fastpref.config import load_config
-
-    given = list(overrides or ())
-    load_config(config, given)
-    _prepare(offline)
-    import torch
-    from rich.console import Console
-    from rich.markup import escape
-
-    from fastpref.commands import estimate_text
-    from fastpref.memory.estimate import Estimator
-
-    screen = Console(highlight=False)
-    device = torch.device("cpu" if cpu else "cuda")
-    estimator = Estimator(lambda more: load_config(config, [*given, *more]), device, cache=not no_cache)
-    with Console(stderr=True).status("") as waiting:  # of a terminal only
-        estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))
-        told = estimate_text.estimate(estimator, card=card, compare=compare, console=None if as_json else screen)
-    if as_json:
-        typer.echo(estimate_text.as_json(told))
-
-
 @app.command(
     "eval", epilog="Example: fastpref eval runs/my-dpo, or: fastpref eval my-adapter --data pairs.jsonl --json"
 )
@@ -242,16 +267,22 @@ def evaluate(
     model: TrainedModel,
     overrides: Overrides = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Preferences to judge it by, instead of what its run held out.")
+        str | None,
+        typer.Option("--data", metavar="PATH", help="Preferences to evaluate on, instead of the run's held-out rows."),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", help="The model to compare with, instead of the one it began with.")
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="The model to compare with, instead of the one that training started from.",
+        ),
     ] = None,
     as_json: AsJson = False,
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Judge a model by held-out preferences: accuracy, margins, KL to the reference."""
+    """Evaluate a model on held-out preferences: accuracy, margins, KL."""
     _prepare(offline)
     from rich.console import Console
 
@@ -277,16 +308,23 @@ def chat(
     model: TrainedModel,
     overrides: Overrides = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Let the model that it was trained from answer too.")
+        bool, typer.Option("--compare", metavar="", help="Show the answers of the model before training, too.")
     ] = False,
-    system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer.")] = 512,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="Start with this system message.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="The length limit of an answer.")
+    ] = 512,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0, help="0 for the likeliest words; else the model's own.")
+        float | None,
+        typer.Option(
+            "--temperature", metavar="T", min=0, help="0 decodes greedily. The default is the model's setting."
+        ),
     ] = None,
     offline: Offline = False,
 ) -> None:
-    """Talk to a model, line by line, from a terminal or a pipe."""
+    """Chat with a model in the terminal, or through a pipe."""
     _prepare(offline)
     from fastpref.commands.chat import chat as run
     from fastpref.model.failure import told_of_memory
@@ -302,23 +340,29 @@ def chat(
 
 @app.command(epilog="Example: fastpref merge runs/my-dpo --output my-model")
 def merge(
-    model: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or an adapter's.")],
-    output: Annotated[Path, typer.Option("--output", help="The folder to write; it must not be there.")],
+    model: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run or of an adapter.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="The folder to write. It must not exist.")],
     overrides: Overrides = None,
     dequantized: Annotated[
         bool | None,
         typer.Option(
             "--dequantized/--original",
-            help="Onto the 4-bit weights that an nf4 run was trained beside (the default then), or the model's own.",
+            metavar="",
+            help="Merge into the dequantised 4-bit weights (the default for an nf4 run), or into the original weights.",
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as the model's files if left out.")
+        str | None,
+        typer.Option(
+            "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16. The default is that of the files."
+        ),
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Load both afterwards, in turn, and compare logits.")] = True,
+    verify: Annotated[
+        bool, typer.Option(metavar="", help="Load the model before and after, and compare logits.")
+    ] = True,
     offline: Offline = False,
 ) -> None:
-    """Add an adapter to the weights it was trained beside, and write a model that needs no peft."""
+    """Merge an adapter into the weights, for use without PEFT."""
     _prepare(offline)
     import torch
 
@@ -339,13 +383,14 @@ def merge(
 
 @app.command(epilog="Example: fastpref push runs/my-dpo --to me/my-model")
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or one of a model or an adapter.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, a model or an adapter.")],
     to: Annotated[
-        str | None, typer.Option("--to", help='"user/name" on the hub; output.push_to of the run if left out.')
+        str | None,
+        typer.Option("--to", metavar="USER/NAME", help="The repository. The default is the run's output.push_to."),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see a repository that is made.")] = False,
+    public: Annotated[bool, typer.Option("--public", metavar="", help="Make a new repository public.")] = False,
 ) -> None:
-    """Upload what a run has trained to the hub, into a private repository unless told otherwise."""
+    """Upload a trained model to the hub, privately by default."""
     _prepare(False)
     from fastpref.commands.push import push as upload
     from fastpref.model.trained import find_trained
@@ -353,19 +398,29 @@ def push(
     trained = find_trained(run)
     repository = to or trained.config.output.push_to
     if repository is None:
-        raise UserError("name a repository, --to user/name, or set output.push_to")
+        raise UserError("name a repository with --to user/name, or set output.push_to")
     if not Path(trained.weights).is_dir():
         raise UserError(f"{run}: only a folder can be uploaded")
     typer.echo(f"{trained.weights} is at {upload(Path(trained.weights), repository, public=public)}")
 
 
+@app.command(epilog="Example: fastpref schema")
+def schema() -> None:
+    """Print the JSON schema of a config: every key, type and default."""
+    import json
+
+    from fastpref.config import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
 def _note(note: str) -> None:
-    """Print to stderr what is not the result."""
+    """Print a remark to stderr, which keeps stdout for the result."""
     typer.echo(note, err=True)
 
 
 def _prepare(offline: bool) -> None:
-    """Before anything heavy is imported."""
+    """Set up the environment and the libraries' messages before anything heavy is imported."""
     if offline:
         _go_offline()
     _quiet_bitsandbytes()
@@ -379,12 +434,12 @@ def _go_offline() -> None:
 
 
 def _quiet_bitsandbytes() -> None:
-    """It warns at import about a CPU kernel that only 4-bit inference would use."""
+    """Silence a warning at import about a CPU kernel that only 4-bit inference uses."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:
-    """Run a command; a user's mistake ends in one message and status 2."""
+    """Run a command. A UserError is printed as one message and ends with status 2."""
     try:
         app()
     except UserError as error:
