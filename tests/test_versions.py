@@ -74,7 +74,7 @@ def test_the_core_is_there():
     assert [path for path in versions.CORE if not (versions.ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", ".ci/run"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", ".ci/run"])
 def test_developers_and_ci_install_what_was_tested(page: str):
     text = (versions.ROOT / page).read_text(encoding="utf-8")
     assert re.search(r'pip install (--quiet )?-c constraints\.txt -e "\.\[dev\]"', text)
