@@ -1,4 +1,4 @@
-"""A TRL script like any other: DPO of the quickstart's model on its pairs, twenty steps on a CPU.
+"""Train the quickstart's model by DPO with TRL, for twenty steps on a CPU. The script does not use fastpref.
 
 python examples/trl_dpo.py
 python -m fastpref.patch --report examples/trl_dpo.py

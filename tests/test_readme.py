@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and two pages of docs/: every command runs as it is written, on a tiny model and tiny data;
+"""README.md, CONTRIBUTING.md and two pages of docs/: every command runs as it is written, on a tiny model and data, and
 every relative link leads to a file."""
 
 import re

@@ -1,4 +1,4 @@
-"""The small world the quickstart's model knows: questions, their answers, and two manners of giving them."""
+"""The facts that the quickstart's model knows: questions, their answers, and a kind and a rude style of answering."""
 
 from random import Random
 

@@ -1,11 +1,11 @@
-"""Make the quickstart's chat model and preferences, from nothing but `facts.py`.
+"""Make the quickstart's chat model and preferences from `facts.py`.
 
     python examples/quickstart/make.py
 
-Writes `model/` (a Llama of about one million parameters with its tokenizer and chat template, bfloat16 safetensors),
-`train.jsonl` and `heldout.jsonl` beside this file. It takes some minutes on two CPU cores. The model learns every
-fact, answered kindly or rudely with equal chance; the preferences then ask for kindness. No fact of the held-out
-pairs occurs in the training pairs.
+The script writes `model/` (a Llama of about one million parameters with its tokenizer and chat template, bfloat16
+safetensors), `train.jsonl` and `heldout.jsonl` to its own folder. It takes some minutes on two CPU cores. The model
+learns every fact, answered kindly or rudely with equal probability, and the preferences then prefer the kind answer. No
+fact of the held-out pairs occurs in the training pairs.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""What a run would train on."""
+"""`fastpref preview`: the tokens that a run would train on, and statistics of the data."""

@@ -1,4 +1,4 @@
-"""The numbers of a preview: lengths, shares, and what a step costs in each layout."""
+"""Compute the statistics of a preview: lengths, shares, and the tokens of a step in each layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from fastpref.data.table import Examples
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PERCENTILES = (5, 50, 95, 100)
-_STEPS = 50  # that are looked at
+_STEPS = 50  # over which the tokens of a step are averaged
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token counts of one part of the rows: the least that 5, 50, 95 and 100 % of them do not exceed."""
+    """Percentiles of the token counts of one part of the rows: the least count that 5, 50, 95 and 100 % do not exceed."""
 
     name: str
     percentiles: tuple[int, ...]
@@ -27,14 +27,15 @@ class Lengths:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Tokens that a step computes in each layout, on average over the first `steps` steps in the data's order."""
+    """The mean number of tokens that a step computes in each layout, over the first `steps` steps in data order."""
 
-    rows: int  # a step
+    rows: int  # in a step
     steps: int
     tokens: dict[Layout, float]
 
 
 def lengths(examples: Examples) -> list[Lengths]:
+    """Return the percentiles of the lengths of prompts and of each kind of response."""
     columns = examples.completion_lengths.T
     names = ("response",) if len(columns) == 1 else ("chosen", "rejected")
     parts = dict(zip(("prompt", *names), (examples.prompt_lengths, *columns)))
@@ -45,19 +46,19 @@ def lengths(examples: Examples) -> list[Lengths]:
 
 
 def prompt_share(examples: Examples) -> float:
-    """The share of prompts in all tokens, each prompt counted once."""
+    """Return the share of prompts in all tokens, with each prompt counted once."""
     prompts = int(examples.prompt_lengths.sum())
     return prompts / (prompts + int(examples.completion_lengths.sum()))
 
 
 def good_share(examples: Examples) -> float | None:
-    """The share of desirable responses, for KTO's data."""
+    """Return the share of good responses for KTO's data, and None for pairs."""
     labels = examples.labels
     return None if labels is None else float(labels.mean())
 
 
 def step_tokens(examples: Sequence[Example], config: Config) -> StepTokens:
-    """What steps of `train.batch` consecutive rows compute."""
+    """Count the tokens that steps of `train.batch` consecutive rows compute."""
     rows = min(config.train.batch, len(examples))
     steps = min(_STEPS, len(examples) // rows)
     totals = dict.fromkeys(LAYOUTS, 0)

@@ -1,4 +1,4 @@
-"""What a run would train on: the first rows as the tensors of their batch hold them, and all of them in numbers."""
+"""Print the first rows of a config's data, read from the tensors of their batch, and statistics of all rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ from fastpref.preview.text import Writer
 def preview(
     config: Config, *, rows: int = 4, full: bool = False, cache: bool = True, console: Console | None = None
 ) -> None:
-    """Print the first rows and the numbers of a config's data. Loads the tokenizer and not the model.
+    """Print the first `rows` rows and the statistics of a config's data. Load the tokenizer, and not the model.
 
-    Long texts are shortened unless `full`. Raises UserError as a run would.
+    Long texts are shortened unless `full` is true. Raise UserError for the same mistakes as a run.
     """
     console = console or Console(highlight=False)
     tokenizer = load_tokenizer(config.model)
@@ -63,11 +63,11 @@ def preview(
 
 
 def _limits(config: Config) -> tuple[Limits, str | None]:
-    """What the model has, or why it is not known: a preview needs no more than a tokenizer."""
+    """Return the limits of the model, or why they are unknown: a preview needs only a tokenizer."""
     try:
         return limits_of(config.model), None
     except UserError as error:
-        return Limits("the model"), f"rows are not compared with what the model can take: {error}"
+        return Limits("the model"), f"rows are not compared with the model's limits: {error}"
 
 
 # --- The batch -----------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def _limits(config: Config) -> tuple[Limits, str | None]:
 
 @dataclass(frozen=True)
 class Held:
-    """What a batch holds of one example: read from its tensors, not from the example."""
+    """The tokens of one example, read from the tensors of a batch and not from the example."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -84,14 +84,14 @@ class Held:
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout that a config asks for. Only a run knows whether the model can take it."""
+    """Return the layout of a config. Only a run knows whether the model supports it."""
     return "tree" if config.train.layout == "auto" else config.train.layout
 
 
 def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tuple[list[Example], list[list[int]]]:
-    """These examples as a step has them, and the places of each micro-batch's.
+    """Return the examples as a step uses them, and the positions of the examples of each micro-batch.
 
-    KTO's have a second branch where the step is one micro-batch; where it is more, that has a pass of its own.
+    For KTO each example has a second branch if the step is one micro-batch; otherwise the branches are a separate pass.
     """
     budget = config.tokens_per_microbatch
     if compares_neighbours(config.loss, len(examples)):
@@ -102,7 +102,7 @@ def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tup
 
 
 def read(batch: PreferenceBatch) -> list[Held]:
-    """The sequences of a batch, example by example, whatever its layout."""
+    """Return the sequences of a batch of any layout, example by example."""
     ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     predictors, segments, offsets = (t.tolist() for t in (batch.predictors, batch.segments, batch.offsets))
     scored = {(segment, offset): predictor for segment, offset, predictor in zip(segments, offsets, predictors)}
@@ -114,7 +114,7 @@ def read(batch: PreferenceBatch) -> list[Held]:
             start, stop = spans[k * batch.examples + e]
             completions.append(ids[start:stop])
             uses.append([(k * batch.examples + e, at) in scored for at in range(stop - start)])
-            if k == 0:  # its first token stands where its prompt ends, whatever lies between them
+            if k == 0:  # the first completion's predictor is the end of the prompt, whatever lies between them
                 last = scored.get((e, 0), start - 1)
                 prompt = ids[last - positions[last] : last + 1]
         prompt_scored = len(batch.lengths) > batch.completions * batch.examples
@@ -123,7 +123,7 @@ def read(batch: PreferenceBatch) -> list[Held]:
 
 
 def _spans(batch: PreferenceBatch) -> dict[int, tuple[int, int]]:
-    """Where each sequence's completion stands in the flattened tokens."""
+    """Return the range of each sequence's completion in the flattened tokens."""
     spans: dict[int, tuple[int, int]] = {}
     if batch.tree is not None:
         each = len(batch.tree.trees) // batch.examples  # 1 in a tree layout, K where prompts are repeated
@@ -138,7 +138,9 @@ def _spans(batch: PreferenceBatch) -> dict[int, tuple[int, int]]:
     width = batch.input_ids.shape[1]
     first = dict(zip(batch.segments.tolist(), zip(batch.predictors.tolist(), batch.offsets.tolist())))
     for row, filled in enumerate(batch.attention_mask.sum(1).tolist()):
-        predictor, offset = first[row]  # of one of its scored tokens, which says where its completion begins
+        predictor, offset = first[
+            row
+        ]  # one scored token of the row, from which the beginning of its completion follows
         spans[row] = predictor + 1 - offset, row * width + filled
     return spans
 
@@ -147,7 +149,7 @@ def _spans(batch: PreferenceBatch) -> dict[int, tuple[int, int]]:
 
 
 def _names(example: Example) -> list[str]:
-    """Of the completions."""
+    """Return the names of an example's completions."""
     if example.label is None:
         return ["chosen", "rejected"]
     return ["good" if example.label else "bad", "mismatched"]
@@ -158,12 +160,14 @@ def _row(at: int, example: Example, held: Held, writer: Writer) -> Group:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(width=11)
     grid.add_column(overflow="fold")
-    said = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut, turns=row.turns_cut)
-    grid.add_row(_labelled("prompt", len(held.prompt)), said)
-    own = held.completions if example.label is None else held.completions[:1]  # KTO's second one is another row's
+    text = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut, turns=row.turns_cut)
+    grid.add_row(_labelled("prompt", len(held.prompt)), text)
+    own = (
+        held.completions if example.label is None else held.completions[:1]
+    )  # KTO's second completion belongs to another row
     for name, ids, scored, cut in zip(_names(example), own, held.scored, row.completions_cut):
-        said = writer.completion(held.prompt, ids, scored, across=row.merged > 0, cut=cut)
-        grid.add_row(_labelled(name, len(ids), sum(scored)), said)
+        text = writer.completion(held.prompt, ids, scored, across=row.merged > 0, cut=cut)
+        grid.add_row(_labelled(name, len(ids), sum(scored)), text)
     parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
     if row.merged:
         tokens = "token of the prompt is" if row.merged == 1 else f"{row.merged} tokens of the prompt are"
@@ -177,7 +181,7 @@ def _labelled(name: str, tokens: int, scored: int | None = None) -> Text:
 
 
 def _short_place(place: str) -> str:
-    """A place by its file's name: the folder is known from the config."""
+    """Return a place with the name of its file only, because the config shows the folder."""
     return Path(place).name if "/" in place else place
 
 
@@ -191,12 +195,12 @@ def _microbatch(which: str, batch: PreferenceBatch, members: Sequence[Example], 
     costs = {other: collate(members, other).tokens for other in LAYOUTS}
     counted = " · ".join(f"{name} {tokens:,}" for name, tokens in costs.items())
     saved = [f"{1 - costs['tree'] / costs[other]:.0%} of {other}" for other in ("packed", "padded")]
-    said = Text(f"tokens: {counted}; trees save {saved[0]}, {saved[1]}")
-    return Group(Text(), Rule(Text(title), align="left", style="dim"), *lines, said)
+    summary = Text(f"tokens: {counted}; trees save {saved[0]}, {saved[1]}")
+    return Group(Text(), Rule(Text(title), align="left", style="dim"), *lines, summary)
 
 
 def _tree_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
-    """The trees of a packed row, with the completions branching off."""
+    """Draw the trees of a packed row, with the completions as branches."""
     assert batch.tree is not None
     lines = []
     each = len(batch.tree.trees) // batch.examples  # 1 in a tree layout, K where prompts are repeated
@@ -295,10 +299,10 @@ def _lengths_table(data: Tokenized) -> Table:
 
 
 def _steps_table(data: Tokenized, config: Config, layout: Layout) -> Table:
-    found = step_tokens(data.train, config)
+    step = step_tokens(data.train, config)
     what = "pairs" if data.train.labels is None else "responses"
-    table = _table(f"a step of {found.rows} {what}", "tokens", "", "")
-    for name, tokens in found.tokens.items():
+    table = _table(f"a step of {step.rows} {what}", "tokens", "", "")
+    for name, tokens in step.tokens.items():
         ours = "this config's layout" if name == layout else ""
-        table.add_row(name, f"{tokens:,.0f}", f"{tokens / found.tokens['tree']:.2f} ×", Text(ours, justify="left"))
+        table.add_row(name, f"{tokens:,.0f}", f"{tokens / step.tokens['tree']:.2f} ×", Text(ours, justify="left"))
     return table

@@ -1,4 +1,4 @@
-"""Token ids as text for a person: every character visible, and in colour or marks what each token is for."""
+"""Write token ids as readable text: every character is visible, and colours or marks show the use of each token."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from enum import Enum
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-_HEAD, _TAIL = 120, 40  # tokens of a long part that are shown
+_HEAD, _TAIL = 120, 40  # tokens that are shown at the beginning and the end of a long part
 
 
 class Use(Enum):
-    """What a token is for: its style where there is colour, and the marks around it where there is none."""
+    """The use of a token, with its words, its style for colour output, and its marks for output without colour."""
 
     PROMPT = ("prompt", "", "", "")
     SCORED = ("scored", "green", "[[", "]]")
@@ -35,12 +35,12 @@ class Use(Enum):
         return self.value[2], self.value[3]
 
 
-_SPECIAL = "magenta"  # of special tokens in a prompt
+_SPECIAL = "magenta"  # the style of special tokens in a prompt
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of a few tokens that decode together."""
+    """The text of tokens that can only be decoded together."""
 
     text: str
     use: Use
@@ -48,15 +48,18 @@ class Piece:
 
 
 class Writer:
-    """Writes parts of sequences. `colour` or marks; `full` writes long parts whole."""
+    """Write parts of sequences, with colours or else with marks; `full` writes long parts in full."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, colour: bool, full: bool = False):
         self._tokenizer, self._colour, self._full = tokenizer, colour, full
         self._special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
 
     def prompt(self, ids: Sequence[int], *, scored: bool, cut: int, turns: int = 0) -> Text:
-        """A prompt's tokens; `scored` says whether all but its first are, `cut` how many tokens are gone, `turns` in
-        how many whole messages; without those they are gone on the left."""
+        """Write the tokens of a prompt.
+
+        `scored`: whether all tokens except the first are scored. `cut`: the number of removed tokens. `turns`: the
+        number of whole turns that they are; 0 if they were removed from the beginning of a text.
+        """
         uses = [Use.SCORED if scored and at else Use.PROMPT for at in range(len(ids))]
         pieces = self._pieces([], ids, uses)
         gone = f"({turns} oldest turns, {cut} tokens, left out)\n" if turns else f"({cut} tokens cut) …"
@@ -65,7 +68,7 @@ class Writer:
     def completion(
         self, prompt: Sequence[int], ids: Sequence[int], scored: Sequence[bool], *, across: bool, cut: int
     ) -> Text:
-        """A completion's tokens, each `scored` or not, after a prompt; `across`: the first begins in the prompt."""
+        """Write the tokens of a completion after its prompt; `across`: whether the first token begins in the prompt."""
         uses = [Use.SCORED if is_scored else Use.CONTEXT for is_scored in scored]
         if not cut:
             uses[-1] = Use.END
@@ -80,7 +83,7 @@ class Writer:
         return Text("  ").join([*parts, Text("↵ line end"), Text("· space")])
 
     def _pieces(self, before: Sequence[int], ids: Sequence[int], uses: Sequence[Use]) -> list[Piece]:
-        """`ids` as text after `before`. Tokens that are parts of one character, and of one use, go together."""
+        """Decode `ids` after `before`. Tokens that are parts of one character and have one use form one piece."""
         spans = decoded(self._tokenizer, [*before, *ids], len(before), uses)
         pieces = [
             Piece(text, uses[start], special=stop - start == 1 and ids[start] in self._special)
@@ -92,7 +95,7 @@ class Writer:
         return [*pieces[:_HEAD], Piece(f" … {hidden} more tokens … ", Use.MORE), *pieces[-_TAIL:]]
 
     def _text(self, pieces: Sequence[Piece]) -> Text:
-        runs: list[tuple[str, str]] = []  # text and its style
+        runs: list[tuple[str, str]] = []  # texts with their styles
         for at, piece in enumerate(pieces):
             follows = pieces[at + 1].text[:1] if at + 1 < len(pieces) else ""
             shown = visible(piece.text, follows) if piece.use not in (Use.CUT, Use.MORE) else piece.text
@@ -107,22 +110,22 @@ class Writer:
         return text
 
     def _marked(self, shown: str, use: Use, before: Sequence[Piece], after: Sequence[Piece]) -> str:
-        """Text with the marks of its use where a run of that use begins or ends."""
+        """Add the marks of a use to text at which a run of that use begins or ends."""
         opens, closes = use.marks
         begins = not before or before[0].use is not use
         ends = not after or after[0].use is not use
         if ends and closes and shown.endswith("\n"):
-            shown = shown[:-1]  # the mark stands on the line of what it closes
+            shown = shown[:-1]  # the closing mark belongs on the line of the marked text
         return opens * begins + shown + closes * ends
 
 
 def decoded(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], first: int, uses: Sequence[Use]
 ) -> list[tuple[int, int, str]]:
-    """The text of the tokens from `first` on, as (start, stop, text) with places counted from there.
+    """Return the text of the tokens from `first` on as (start, stop, text), with positions counted from `first`.
 
-    Each is decoded after those before it, because some decoders take a space from what begins a text. A character of
-    several tokens makes them one span, unless they differ in use.
+    Each token is decoded after its predecessors, because some decoders remove a space at the beginning of a text. The
+    tokens of one character are one span, unless they differ in use.
     """
 
     def decode(start: int, stop: int) -> str:
@@ -141,9 +144,9 @@ def decoded(
 
 
 def visible(text: str, follows: str = "") -> str:
-    """Text in which nothing hides: line ends as ↵, tabs as →, spaces before them as ·, what has no glyph by number.
+    """Make every character visible: line ends as ↵, tabs as →, spaces before these as ·, others by their number.
 
-    `follows` is the character after it.
+    `follows` is the character after the text.
     """
     shown = []
     for at, letter in enumerate(text):
