@@ -19,7 +19,7 @@ _STEPS = 50  # over which the tokens of a step are averaged
 
 @dataclass(frozen=True)
 class Lengths:
-    """Percentiles of the token counts of one part of the rows: the least count that 5, 50, 95 and 100 % do not exceed."""
+    """Percentiles of one part's token counts: the least counts that 5, 50, 95 and 100 % of the rows do not exceed."""
 
     name: str
     percentiles: tuple[int, ...]
