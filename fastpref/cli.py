@@ -398,7 +398,7 @@ def push(
     trained = find_trained(run)
     repository = to or trained.config.output.push_to
     if repository is None:
-        raise UserError("name a repository with --to user/name, or set output.push_to")
+        raise UserError("name a repository, --to user/name, or set output.push_to")
     if not Path(trained.weights).is_dir():
         raise UserError(f"{run}: only a folder can be uploaded")
     typer.echo(f"{trained.weights} is at {upload(Path(trained.weights), repository, public=public)}")

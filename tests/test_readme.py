@@ -1,5 +1,4 @@
-"""README.md, CONTRIBUTING.md and two pages of docs/: every command runs as it is written, on a tiny model and data, and
-every relative link leads to a file."""
+"""Every command of README.md, CONTRIBUTING.md and two pages of docs/ runs as it is written, on a tiny model."""
 
 import re
 import shlex
@@ -11,11 +10,10 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from fastpref.cli import app, main
-from tests.support.paths import DOCS, EXAMPLES, ROOT
+from tests.support.paths import EXAMPLES
+from tests.support.readme import COMMANDS, OURS
 from tests.support.runs import CONFIG
 
-NAMES = ("README.md", "CONTRIBUTING.md", "docs/estimate.md", "docs/runs.md")
-PAGES = [(ROOT / name).read_text(encoding="utf-8") for name in NAMES]
 STANDING_FOR = {"NAME": "model", "PATH": "pairs.jsonl"}  # as the README writes them
 ELSEWHERE = {  # what other tests run, or this environment was made by
     "pip install . && fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
@@ -23,18 +21,6 @@ ELSEWHERE = {  # what other tests run, or this environment was made by
     "python -m bench.compile_report docs/kernels.md": "tests/kernels/test_compile.py",
     "fastpref preview examples/quickstart.toml --rows 1": "tests/preview/test_preview.py",
 }
-
-
-def commands(page: str) -> list[str]:
-    """The lines of its plain code blocks that are commands, without their comments."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    blocks = [text for language, text in fenced if not language]
-    lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.match(r"(fastpref|pip|accelerate|python) ", line)]
-
-
-COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
-OURS = [line for line in COMMANDS if line.startswith("fastpref ") and line not in ELSEWHERE]
 
 
 @pytest.fixture
@@ -80,27 +66,6 @@ def test_every_command_is_run_somewhere():
     """Those of several devices are in tests/training/test_processes.py."""
     others = [line for line in COMMANDS if line not in OURS and not line.startswith("accelerate launch ")]
     assert set(others) <= set(ELSEWHERE)
-
-
-def test_every_command_of_the_help_is_in_the_readme():
-    """The README shows each command at least once."""
-    shown = {shlex.split(line)[1] for line in commands(PAGES[0]) if line.startswith("fastpref ")}
-    assert shown == {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-
-
-def test_the_preview_is_that_of_the_data_page():
-    """The extract in the README stands in docs/data.md, which a test compares with the command's output."""
-    extract = re.search(r"--rows 1\n```\n+```text\n(.*?)```", PAGES[0], re.DOTALL)
-    assert extract
-    assert extract[1] in (DOCS / "data.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_relative_links_lead_to_files(name: str):
-    """`mkdocs build --strict` tests those of docs/."""
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
-    assert len(links) > 10
-    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
 
 
 def test_every_command_has_help_with_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

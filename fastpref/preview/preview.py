@@ -75,7 +75,7 @@ def _limits(config: Config) -> tuple[Limits, str | None]:
 
 @dataclass(frozen=True)
 class Held:
-    """The tokens of one example, read from the tensors of a batch and not from the example."""
+    """What a batch holds of one example: read from its tensors, not from the example."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -84,14 +84,14 @@ class Held:
 
 
 def layout_of(config: Config) -> Layout:
-    """Return the layout of a config. Only a run knows whether the model supports it."""
+    """The layout that a config asks for. Only a run knows whether the model can take it."""
     return "tree" if config.train.layout == "auto" else config.train.layout
 
 
 def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tuple[list[Example], list[list[int]]]:
-    """Return the examples as a step uses them, and the positions of the examples of each micro-batch.
+    """These examples as a step has them, and the places of each micro-batch's.
 
-    For KTO each example has a second branch if the step is one micro-batch; otherwise the branches are a separate pass.
+    KTO's have a second branch where the step is one micro-batch; where it is more, that has a pass of its own.
     """
     budget = config.tokens_per_microbatch
     if compares_neighbours(config.loss, len(examples)):
@@ -102,7 +102,7 @@ def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tup
 
 
 def read(batch: PreferenceBatch) -> list[Held]:
-    """Return the sequences of a batch of any layout, example by example."""
+    """The sequences of a batch, example by example, whatever its layout."""
     ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     predictors, segments, offsets = (t.tolist() for t in (batch.predictors, batch.segments, batch.offsets))
     scored = {(segment, offset): predictor for segment, offset, predictor in zip(segments, offsets, predictors)}

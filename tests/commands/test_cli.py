@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from fastpref import __version__
 from fastpref.cli import main
 from tests.support.crafted import write_run
-from tests.support.paths import EXAMPLES, ROOT
+from tests.support.paths import EXAMPLES
 
 QUICKSTART = EXAMPLES / "quickstart"
 GOOD = f'[model]\nname = "{(QUICKSTART / "model").as_posix()}"\n[[data]]\npath = "pairs.json"\n[lora]\nrank = 4\n'
@@ -39,8 +38,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        output = capsys.readouterr()
-        return Ran(ended.value.code if isinstance(ended.value.code, int) else 0, output.out, output.err)
+        said = capsys.readouterr()
+        return Ran(ended.value.code if isinstance(ended.value.code, int) else 0, said.out, said.err)
 
     monkeypatch.chdir(tmp_path)
     yield run
@@ -212,34 +211,6 @@ def test_preview_needs_no_model(run: Any):
     assert (ran.status, ran.err) == (0, "")
     assert "row 0: pairs.jsonl:1" in ran.out
     assert "a step of 1 pairs" in ran.out
-
-
-WORKFLOW = ["init", "check", "preview", "estimate", "train", "report", "eval", "chat", "merge", "push", "schema"]
-
-
-def test_help_lists_the_commands_in_the_order_of_use(run: Any, monkeypatch: pytest.MonkeyPatch):
-    """Help is on stdout with status 0, under both of its names; each summary fits on one line of 80 columns."""
-    monkeypatch.setenv("COLUMNS", "80")
-    for flag in ("--help", "-h"):
-        ran = run(flag)
-        assert ran.status == 0
-        listed = ran.out[ran.out.index("Commands") :].splitlines()[1:-2]
-        assert [line.strip("│ ").split()[0] for line in listed] == WORKFLOW
-        assert all(line.rstrip("│ ").endswith(".") for line in listed)
-
-
-def test_version(run: Any):
-    """`fastpref --version` prints the package's version, which pyproject.toml names too."""
-    ran = run("--version")
-    assert ran == Ran(0, f"fastpref {__version__}\n", "")
-    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-
-
-def test_overrides_are_written_as_they_are_typed(run: Any):
-    """Usage names them KEY=VALUE, and a flag has no type beside it."""
-    ran = run("train", "--help")
-    assert "[KEY=VALUE]..." in ran.out
-    assert [line for line in ran.out.splitlines() if "<bool>" in line and "--help" not in line] == []
 
 
 def described(schema: Any, place: str = "") -> Iterator[tuple[str, str]]:

@@ -27,8 +27,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig
 
 from fastpref.cli import app, main
+from tests.support.readme import OURS
 from tests.support.runs import EXAMPLES, rows
-from tests.test_readme import OURS
 
 TOKENIZER = EXAMPLES / "quickstart" / "model"
 SIZES: dict[str, Any] = {"vocab_size": 949, "hidden_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -58,7 +58,7 @@ def test_the_command(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert (ran.status, ran.out) == (0, f"{finished_run / 'final'} is at https://hub/me/mine\n")
     assert hub[1][1]["private"] is False
     ran = command(monkeypatch, capsys, "push", finished_run)
-    assert (ran.status, ran.err) == (2, "fastpref: name a repository with --to user/name, or set output.push_to\n")
+    assert (ran.status, ran.err) == (2, "fastpref: name a repository, --to user/name, or set output.push_to\n")
 
 
 def test_what_the_hub_refuses(

@@ -1,0 +1,33 @@
+"""README.md and CONTRIBUTING.md: links lead to files, every command is shown, and the preview is the real one."""
+
+import re
+import shlex
+
+import pytest
+
+from fastpref.cli import app
+from tests.support.paths import DOCS, ROOT
+from tests.support.readme import commands
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_command_of_the_help_is_in_the_readme():
+    """The README shows each command at least once."""
+    shown = {shlex.split(line)[1] for line in commands(README) if line.startswith("fastpref ")}
+    assert shown == {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+
+
+def test_the_preview_is_that_of_the_data_page():
+    """The README's extract is a part of docs/data.md, which a test compares with the command's output."""
+    extract = re.search(r"--rows 1\n```\n+```text\n(.*?)```", README, re.DOTALL)
+    assert extract
+    assert extract[1] in (DOCS / "data.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_relative_links_lead_to_files(name: str):
+    """`mkdocs build --strict` tests the links of docs/."""
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert len(links) > 10
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
