@@ -41,7 +41,7 @@ def _tables(spec: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(table: dict[str, Any], definitions: dict[str, Any]) -> str:
-    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, spec in table["properties"].items():
         default = "required" if key in table.get("required", ()) else _value(spec.get("default"))
         meaning = " ".join(spec.get("description", "").split()).replace("|", "\\|")
