@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from fastpref.cli import app
+from fastpref.health.rule import RULES
 from tests.support.paths import DOCS, ROOT
 from tests.support.readme import commands
 
@@ -23,6 +24,11 @@ def test_the_preview_is_that_of_the_data_page():
     extract = re.search(r"--rows 1\n```\n+```text\n(.*?)```", README, re.DOTALL)
     assert extract
     assert extract[1] in (DOCS / "data.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/runs.md", "docs/comparison.md"])
+def test_the_number_of_rules_is_right(name: str):
+    assert set(re.findall(r"(\d+) rules", (ROOT / name).read_text(encoding="utf-8"))) == {str(len(RULES))}
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
