@@ -5,21 +5,51 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
 from fastpref.config import Config
 from fastpref.config.reference import reference
+from tests.support.browser import browser, show
 from tests.support.paths import DOCS, ROOT
 
+__all__ = ["browser"]  # a fixture
 
-def test_the_site_builds_without_a_warning(tmp_path: Path):
-    """Every page is in the navigation, and every link leads somewhere."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site. A warning fails the build: every page is in the navigation, and every link leads somewhere."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert build.returncode == 0, build.stdout + build.stderr
+    return folder
+
+
+def test_every_page_is_in_the_navigation(site: Path):
     pages = [next(iter(page.values())) for page in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]]
     assert sorted(pages) == sorted(p.name for p in (DOCS).glob("*.md"))
+
+
+# Tables whose box is cut off by the screen, and tables of up to four columns that are wider than their box.
+CUT_OFF = """
+return [...document.querySelectorAll(".rst-content table")].filter(t => {
+  const columns = Math.max(...[...t.rows].map(r => r.cells.length));
+  return t.getBoundingClientRect().right > innerWidth || (columns < 5 && t.scrollWidth > t.clientWidth);
+}).map(t => t.innerText.slice(0, 80));
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1440])
+def test_tables_are_shown_whole(browser: Any, site: Path, width: int):
+    """No page scrolls sideways; a table of up to four columns fits its page, on a phone too."""
+    for page in sorted(site.glob("*/index.html")):
+        show(browser, page.as_uri(), width=width)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width, page
+        assert browser.execute_script(CUT_OFF) == [], page
 
 
 def test_the_config_reference_is_the_schema():

@@ -1,8 +1,6 @@
 """The report in a real browser: Chromium, headless, on a phone and on a desk, in light and dark."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -10,10 +8,11 @@ import pytest
 
 from fastpref.report import write_report
 from fastpref.run.history import FACTS
+from tests.support.browser import WIDTHS, browser, show
 from tests.support.crafted import EVIL, facts, write_run
 
+__all__ = ["browser"]  # a fixture
 pytestmark = pytest.mark.browser
-WIDTHS = {"phone": 390, "desk": 1280}
 SCHEMES = ("light", "dark")
 
 # Every text that is seen, with its contrast by WCAG 2.2 against the nearest background behind it.
@@ -52,24 +51,6 @@ return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, fig
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium by its driver. Without them these tests fail: what is not looked at is not known."""
-    program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.fail("tests marked browser need Chromium and its driver: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield chromium
-    chromium.quit()
-
-
-@pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of a report with a verdict of each kind, and with markup in all that comes from data."""
     about = facts()
@@ -79,18 +60,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     run = write_run(tmp_path_factory.mktemp("runs") / EVIL.replace("/", "|"), both=wild)
     (run / FACTS).write_text(json.dumps(about), encoding="utf-8")
     return write_report(run).resolve().as_uri()
-
-
-def show(browser: Any, page: str, scheme: str = "light", width: int = 1280) -> None:
-    """Open the page on a screen of a width, for someone who prefers a colour scheme."""
-    browser.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    )
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600},
-    )
-    browser.get(page)
 
 
 def test_the_console_is_silent(browser: Any, page: str):
