@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import chat_template_utils
 
 import fastpref
+from fastpref.atomic import _manifest as manifest_text
 from fastpref.commands import chat as chats
 from fastpref.commands.chat import chat
 from fastpref.commands.evaluate import evaluate
@@ -37,7 +38,6 @@ from fastpref.data.template.text import TEXT, read_text
 from fastpref.errors import UserError
 from fastpref.merge import merge
 from fastpref.model.trained import find_trained
-from fastpref.run.whole import _manifest as whole_manifest
 from fastpref.training import loop
 from tests.support.toy_tokenizers import CHATML, LLAMA3, toy_tokenizer
 
@@ -307,7 +307,7 @@ def test_an_older_run_has_no_record(tmp_path: Path):
     manifest = run / "checkpoints" / "step-1" / "manifest.json"
     listed = json.loads(manifest.read_text())["files"]
     del listed[TEXT]
-    manifest.write_text(whole_manifest(listed))
+    manifest.write_text(manifest_text(listed))
     assert find_trained(str(run)).text is None
     assert evaluate(find_trained(str(run)))["examples"] == 3
     result = fastpref.train(run / "config.toml", resume=run / "checkpoints" / "step-1", force=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from fastpref.atomic import write_file
 from fastpref.config.text import Line, Table, is_array, keys_of, loss_options, mistake, render, sections
 from fastpref.errors import UserError
 
@@ -147,12 +148,9 @@ def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
 
 def write(text: str, path: Path, *, force: bool) -> None:
     """Write a config. Raises UserError rather than replacing a file, unless `force`."""
-    try:
-        with path.open("w" if force else "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"{path}: is there already; name another --output, or replace it with --force") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; --output takes the name of a file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; --output takes the name of a file")
+    if path.exists() and not (force and path.is_file()):
+        remedy = "or replace it with --force" if path.is_file() else "which must be an ordinary file"
+        raise UserError(f"{path}: is there already; name another --output, {remedy}")
+    write_file(path, text)

@@ -1,18 +1,16 @@
 """The examples of a run: tokenised once, and read from the cache by every later run with the same fingerprint.
 
     $FASTPREF_CACHE (~/.cache/fastpref) / tokens / FINGERPRINT / train.arrow, heldout.arrow, manifest.json
-                                                 / FINGERPRINT.tmp      while it is written
-                                                 / FINGERPRINT.lock     held by who writes
+                                                 / FINGERPRINT.lock     held by the process that writes the entry
 
-A folder is renamed to its name when everything in it is on the disk, so what has the name is complete; the manifest
-tells a file that was harmed afterwards.
+An entry is written atomically, so a folder that has its name is complete; the manifest shows whether a file was damaged
+afterwards.
 """
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,19 @@ import pyarrow as pa
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from fastpref.atomic import WriteError, write_folder
 from fastpref.config import Config
 from fastpref.data import table
 from fastpref.data.balance import unbalanced
 from fastpref.data.example import Counts, Example
 from fastpref.data.fingerprint import fingerprint
-from fastpref.data.sources import Prepared, notes_on_text, prepare
+from fastpref.data.sources import notes_on_text, prepare
 from fastpref.data.table import Examples
 from fastpref.data.template.text import check_template_keywords
 from fastpref.data.tokenize import tokenize_batches
 from fastpref.errors import UserError
 
+_MANIFEST = "manifest.json"
 _PARTS = {"train": "training", "heldout": "held-out"}
 
 
@@ -78,22 +78,24 @@ def _load_examples(config: Config, tokenizer: PreTrainedTokenizerBase, day: date
         return _in_memory(config, tokenizer, day)
     try:
         entry = cache_folder() / "tokens" / fingerprint(config, tokenizer, day)
-        found, _ = _open(entry)
-        if found:
-            return found
+        cached, _ = _open(entry)
+        if cached:
+            return cached
         entry.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(entry.with_suffix(".lock")):
-            found, harmed = _open(entry)  # another process may have been first
-            if found:
-                return found
-            made = _write(config, tokenizer, day, entry)
-            if harmed:
-                made.notes.append(f"the cache held these tokens, but {harmed}; they were made again")
-            return made
-    except (OSError, NotImplementedError, pa.ArrowException) as error:  # no lock, no space, no rights, no home
-        made = _in_memory(config, tokenizer, day)
-        made.notes.append(f"the cache in {_shown_folder()} cannot be used, so nothing is kept for later runs: {error}")
-        return made
+            cached, damage = _open(entry)  # another process may have been first
+            if cached:
+                return cached
+            examples = _write(config, tokenizer, day, entry)
+            if damage:
+                examples.notes.append(f"the cache held these tokens, but {damage}; they were made again")
+            return examples
+    # No lock, no space, no permission, no home folder.
+    except (OSError, WriteError, NotImplementedError, pa.ArrowException) as error:
+        examples = _in_memory(config, tokenizer, day)
+        note = f"the cache in {_shown_folder()} cannot be used, so nothing is kept for later runs: {error}"
+        examples.notes.append(note)
+        return examples
 
 
 def cache_folder() -> Path:
@@ -102,74 +104,76 @@ def cache_folder() -> Path:
 
 
 def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> Tokenized:
-    prepared = _prepare(config, tokenizer)
-    counts = {name: Counts() for name in _PARTS}
-    ends: dict[str, set[int]] = {name: set() for name in _PARTS}
-    templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
-    found = {}
-    for name in _PARTS:
-        batches = tokenize_batches(
-            getattr(prepared, name), tokenizer, config.tokens, counts[name], day, templates[name]
-        )
-        found[name] = table.in_memory(_observed(batches, ends[name], tokenizer))
-    _check(counts)
-    duplicates, left_out, notes = _findings(prepared, counts, templates["train"])
-    kept, template = tuple(sorted(ends["train"])), _only(templates["train"])
-    return Tokenized(found["train"], found["heldout"], counts, duplicates, left_out, kept, template, notes)
-
-
-def _prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    prepared = prepare(config)
-    prepared.notes.extend(notes_on_text(prepared, tokenizer))
-    return prepared
+    parts: dict[str, Examples] = {}
+    facts = _tokenize(config, tokenizer, day, lambda name, batches: parts.update({name: table.in_memory(batches)}))
+    return Tokenized(**parts, **facts)
 
 
 def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry: Path) -> Tokenized:
-    """Tokenise into a folder beside `entry`, and rename it to that. The lock is held."""
-    temporary = entry.with_suffix(".tmp")
-    for leftover in (temporary, entry):  # of a writer that was killed; harmed
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    temporary.mkdir()
-    try:
-        prepared = _prepare(config, tokenizer)
-        counts = {name: Counts() for name in _PARTS}
-        ends: dict[str, set[int]] = {name: set() for name in _PARTS}
-        templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
-        for name in _PARTS:
-            batches = tokenize_batches(
-                getattr(prepared, name), tokenizer, config.tokens, counts[name], day, templates[name]
-            )
-            table.write(_observed(batches, ends[name], tokenizer), temporary / f"{name}.arrow")
-        _check(counts)
-        duplicates, left_out, notes = _findings(prepared, counts, templates["train"])
-        manifest = {
-            "files": {name: (temporary / f"{name}.arrow").stat().st_size for name in _PARTS},
-            "counts": {name: asdict(counts[name]) for name in _PARTS},
-            "duplicates": duplicates,
-            "left_out": left_out,
-            "ends": sorted(ends["train"]),
-            "chat_template": _only(templates["train"]),
-            "notes": notes,
+    """Tokenise into the folder `entry`. The lock is held. Raises WriteError."""
+    facts: dict[str, Any] = {}
+
+    def fill(folder: Path) -> None:
+        facts.update(
+            _tokenize(config, tokenizer, day, lambda name, batches: table.write(batches, folder / f"{name}.arrow"))
+        )
+        manifest = facts | {
+            "files": {name: (folder / f"{name}.arrow").stat().st_size for name in _PARTS},
+            "counts": {name: asdict(counts) for name, counts in facts["counts"].items()},
         }
-        _write_down(temporary / "manifest.json", json.dumps(manifest, indent=1))
-        _sync(temporary)
-        temporary.rename(entry)
-        _sync(entry.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    made, harmed = _open(entry)
-    if made is None:
-        raise OSError(f"what was written is not there: {harmed}")
-    return Tokenized(made.train, made.heldout, counts, duplicates, left_out, made.ends, made.chat_template, notes)
+        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+    write_folder(entry, fill)
+    cached, damage = _open(entry)
+    if cached is None:
+        raise OSError(f"what was written is not there: {damage}")
+    return replace(cached, **facts)
+
+
+def _tokenize(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    day: date,
+    keep: Callable[[str, Iterator[list[Example]]], Any],
+) -> dict[str, Any]:
+    """Tokenise each part of the rows, and give its name and its examples to `keep`. Returns Tokenized's other fields.
+
+    Raises UserError if a part has rows and none can be used.
+    """
+    prepared = prepare(config)
+    notes = [*prepared.notes, *notes_on_text(prepared, tokenizer)]
+    counts = {name: Counts() for name in _PARTS}
+    ends: dict[str, set[int]] = {name: set() for name in _PARTS}
+    templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
+    for name in _PARTS:
+        rows = getattr(prepared, name)
+        batches = tokenize_batches(rows, tokenizer, config.tokens, counts[name], day, templates[name])
+        keep(name, _observed(batches, ends[name], tokenizer))
+    for name, count in counts.items():
+        if count.rows and not count.kept:
+            raise UserError(f"no {_PARTS[name]} row can be used: {count}")
+    notes += [f"{_PARTS[name]}: {count}" for name, count in counts.items() if count.rows]
+    used = templates["train"]
+    if len(used) > 1:
+        notes.append(
+            f"{len(used)} chat templates write the training rows; the tokenizer's own is saved with the result"
+        )
+    return {
+        "counts": counts,
+        "duplicates": prepared.duplicates,
+        "left_out": prepared.left_out,
+        "ends": tuple(sorted(ends["train"])),
+        "chat_template": next(iter(used)) if len(used) == 1 else None,
+        "notes": notes,
+    }
 
 
 def _open(entry: Path) -> tuple[Tokenized | None, str]:
-    """What the cache has, or None and what is wrong with it; nothing if it is not there."""
+    """Read an entry. Returns None and what is wrong with it if it is damaged, None and "" if it is not there."""
     if not entry.exists():
         return None, ""
     try:
-        manifest: dict[str, Any] = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
         parts = {}
         for name in _PARTS:
             path = entry / f"{name}.arrow"
@@ -182,10 +186,10 @@ def _open(entry: Path) -> tuple[Tokenized | None, str]:
                 return None, f"{name}.arrow has {len(examples)} rows instead of {counts[name].kept}"
         notes = [*manifest["notes"], f"rows and tokens: from the cache, {entry}"]
         same = {name: manifest[name] for name in ("duplicates", "left_out", "chat_template")}
-        found = Tokenized(**parts, counts=counts, ends=tuple(map(int, manifest["ends"])), notes=notes, **same)
+        cached = Tokenized(**parts, counts=counts, ends=tuple(map(int, manifest["ends"])), notes=notes, **same)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        return None, f"{entry} is harmed ({type(error).__name__}: {error})"
-    return found, ""
+        return None, f"{entry} is damaged ({type(error).__name__}: {error})"
+    return cached, ""
 
 
 def _observed(
@@ -201,44 +205,6 @@ def _observed(
             for ids, spans in zip(example.completions, example.contexts):
                 ends.update({ids[begin - 1] for begin, _ in spans if begin > 0} & special)
         yield batch
-
-
-def _only(templates: set[str | None]) -> str | None:
-    """The template of all chats, if they have one that is not the tokenizer's."""
-    return next(iter(templates)) if len(templates) == 1 else None
-
-
-def _findings(prepared: Prepared, counts: dict[str, Counts], templates: set[str | None]) -> tuple[int, int, list[str]]:
-    said = [f"{_PARTS[name]}: {count}" for name, count in counts.items() if count.rows]
-    if len(templates) > 1:
-        said.append(
-            f"{len(templates)} chat templates write the training rows; the tokenizer's own is saved with the result"
-        )
-    return prepared.duplicates, prepared.left_out, [*prepared.notes, *said]
-
-
-def _check(counts: dict[str, Counts]) -> None:
-    for name, count in counts.items():
-        if count.rows and not count.kept:
-            raise UserError(f"no {_PARTS[name]} row can be used: {count}")
-
-
-def _write_down(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """What was renamed in a folder is on the disk, where a folder can be opened."""
-    if os.name == "nt":
-        return
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _shown_folder() -> str:

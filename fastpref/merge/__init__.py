@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fastpref.atomic import write_folder
 from fastpref.errors import UserError
 from fastpref.merge.adapter import adapted, with_adapter
 from fastpref.merge.checkpoint import Checkpoint, model_folder
@@ -16,7 +17,6 @@ from fastpref.merge.folder import Writer
 from fastpref.merge.plan import bare_model, make_plan, merge_fault, nf4_weights
 from fastpref.merge.verify import lost_share
 from fastpref.model.trained import Trained
-from fastpref.run.whole import write_folder
 
 __all__ = ["Merged", "merge", "merge_fault"]
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from fastpref.atomic import write_file
 from fastpref.report.page import render
 from fastpref.report.source import Run, read_run
 from fastpref.run.history import REPORT
-from fastpref.run.whole import write_file
 
 __all__ = ["Run", "read_run", "render", "write_report"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fastpref.atomic import WriteError
 from fastpref.config import Config
 from fastpref.config.toml import to_toml
 from fastpref.data.example import Example
@@ -23,7 +24,6 @@ from fastpref.run.card import model_card
 from fastpref.run.folder import RunFolder
 from fastpref.run.resume import Resumed, fingerprints
 from fastpref.run.state import Progress
-from fastpref.run.whole import WriteError
 
 
 @dataclass

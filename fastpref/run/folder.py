@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastpref.atomic import WriteError, sync, write_file, write_folder
 from fastpref.config import Config
 from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
 from fastpref.run.history import FACTS, METRICS, REPORT, read_rows
 from fastpref.run.state import Progress
-from fastpref.run.whole import WriteError, write_file, write_folder
 
 BEST = "best.json"
 _OURS = ("final", "stopped", "checkpoints", "trackers")  # folders that a new run replaces
@@ -120,7 +120,7 @@ class RunFolder:
         """Save a checkpoint. Raises WriteError, and then nothing has changed."""
         place = self.path / "checkpoints" / f"step-{step}"
         try:
-            _flush(self.metrics)
+            sync(self.metrics)  # a checkpoint must not reach the disk before the rows that led to it
         except OSError as error:
             raise WriteError(f"{self.metrics}: cannot be written: {error.strerror}") from None
         write_folder(place, fill, manifest=True)
@@ -177,9 +177,3 @@ def _before(row: dict[str, Any], progress: Progress) -> bool:
     if step > progress.step:
         return False
     return step < progress.step or "eval/loss" not in row or progress.evaluated_at == step
-
-
-def _flush(path: Path) -> None:
-    """A checkpoint must not reach the disk before the rows that led to it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -7,12 +7,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from fastpref.atomic import MANIFEST, damage
 from fastpref.config import Config, load_config
 from fastpref.data.template.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
 from fastpref.run.folder import RunFolder, default_folders, step_of
 from fastpref.run.state import read_state
-from fastpref.run.whole import MANIFEST, damage
 
 # What does not reach the weights, or only how far they are trained.
 _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",

@@ -10,9 +10,7 @@ and renamed into place: a run that is stopped goes on where it was.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastpref.atomic import WriteError, write_file
 from fastpref.config import Config
 from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key, plan_microbatches
 from fastpref.data.cache import cache_folder
@@ -118,16 +117,11 @@ class Precomputed:
             "lengths": torch.tensor([len(logps) for logps in found.values()]),
             "logps": torch.cat(list(found.values())),
         }
-        place = self.folder / f"{self._files:05}.safetensors"
-        temporary = place.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(stored, temporary)
-            temporary.replace(place)
+            write_file(self.folder / f"{self._files:05}.safetensors", lambda path: save_file(stored, path))
             self._files += 1
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        except (OSError, WriteError, SafetensorError) as error:
             self.notes.append(f"reference log-probabilities are not kept for later runs: {error}")
             self.folder = None
 

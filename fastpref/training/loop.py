@@ -15,6 +15,7 @@ from rich.console import Console
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from fastpref.atomic import WriteError, write_file
 from fastpref.commands.push import check_login, push
 from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
@@ -41,7 +42,6 @@ from fastpref.run.folder import RunFolder
 from fastpref.run.lock import RunLock
 from fastpref.run.resume import Resumed, find_checkpoint, may_change, shared
 from fastpref.run.state import Progress
-from fastpref.run.whole import WriteError, write_file
 from fastpref.step.objective import Objective
 from fastpref.step.order import data_order
 from fastpref.step.precompute import Precomputed, reference_folder

@@ -13,11 +13,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastpref
+from fastpref import atomic
+from fastpref.atomic import WriteError, damage, write_folder
 from fastpref.errors import UserError
-from fastpref.run import state, whole
+from fastpref.run import state
 from fastpref.run.folder import RunFolder
 from fastpref.run.resume import find_checkpoint
-from fastpref.run.whole import WriteError, damage, write_folder
 from tests.support.runs import LORA, rows, write_config
 
 SETTINGS = [LORA, "train.steps=3", "output.save_every=1", "eval.every=100"]
@@ -270,7 +271,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
     import io
 
     touched: list[str] = []
-    real_open, real_sync = io.open, whole._sync
+    real_open, real_sync = io.open, atomic.sync
 
     def touch(path: object) -> None:
         if ".step-" in str(path):
@@ -289,7 +290,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
 
     monkeypatch.setattr(io, "open", opened)
     monkeypatch.setattr(builtins, "open", opened)
-    monkeypatch.setattr(whole, "_sync", synced)
+    monkeypatch.setattr(atomic, "sync", synced)
     return touched
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fastpref
+from fastpref.atomic import WriteError
 from fastpref.errors import UserError
 from fastpref.processes import start_processes
 from fastpref.run.folder import RunFolder
-from fastpref.run.whole import WriteError
 from tests.support.runs import LORA
 
 PLAIN = "lora={rank=4}"

@@ -1,4 +1,7 @@
-"""Folders that are whole or not there: written beside their place, forced to disk, given a manifest, then renamed."""
+"""Atomic writes: a file or a folder is written under a temporary name, synced to the disk, and then renamed.
+
+Whatever interrupts a write, its place holds all of the old contents or all of the new ones.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,14 @@ MANIFEST = "manifest.json"
 
 
 class WriteError(UserError):
-    """Something could not be written: no space, no permission, a broken disk. What was there before is as it was."""
+    """The disk refused a write: no space, no permission, a broken disk. The old contents are unchanged."""
 
 
 def write_folder(place: Path, fill: Callable[[Path], None], *, manifest: bool = False) -> None:
-    """Let `fill` write a folder's files, and put it in its place, instead of one that is there, once they are on disk.
+    """Replace or create the folder `place` with the files that `fill` writes into the folder it is called with.
 
-    Raises WriteError where the disk refuses; then, and after any other exception, `place` is as it was.
+    With `manifest` the folder also gets the sizes and hashes of its files, which `damage` checks. Raises WriteError
+    where the disk refuses; after that and after any other exception `place` is unchanged.
     """
     unfinished, old = place.with_name(f".{place.name}.tmp"), place.with_name(f".{place.name}.old")
     try:
@@ -31,12 +36,12 @@ def write_folder(place: Path, fill: Callable[[Path], None], *, manifest: bool = 
         if manifest:
             (unfinished / MANIFEST).write_text(_manifest(_hashes(unfinished)), encoding="utf-8")
         for path in [*_files(unfinished), unfinished]:
-            _sync(path)
+            sync(path)
         _remove(old)
         if place.exists():
             place.rename(old)
         unfinished.rename(place)
-        _sync(place.parent)
+        sync(place.parent)
         _remove(old)
     except BaseException as error:
         if old.exists() and not place.exists():
@@ -47,21 +52,43 @@ def write_folder(place: Path, fill: Callable[[Path], None], *, manifest: bool = 
         raise
 
 
-def write_file(place: Path, text: str) -> None:
-    """Write or replace a small file in one go. Raises WriteError where the disk refuses, with the file as it was."""
-    unfinished = place.with_name(f".{place.name}.tmp")
+def write_file(place: Path, content: str | Callable[[Path], None]) -> None:
+    """Replace or create the file `place` with a text, or with what `content` writes to the path it is called with.
+
+    A symbolic link keeps its name, and the file it leads to is replaced. Raises WriteError where the disk refuses;
+    after that and after any other exception the file is unchanged.
+    """
+    target = place.resolve()
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        _sync(unfinished)
-        unfinished.replace(place)
-        _sync(place.parent)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise WriteError(f"{place}: cannot be written: {error.strerror}") from None
+        if isinstance(content, str):
+            unfinished.write_text(content, encoding="utf-8", newline="\n")
+        else:
+            content(unfinished)
+        sync(unfinished)
+        unfinished.replace(target)
+        sync(target.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        if refusal := disk_refusal(error):
+            raise WriteError(f"{place}: cannot be written: {refusal}") from None
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk. Raises OSError."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folder, and needs none
+        return
+    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that was written with a manifest, naming the file; None if every byte is right."""
+    """Compare a folder with its manifest. Returns what is wrong, naming the file, or None if every byte is right."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         files: dict[str, Any] = json.loads(text)["files"]
@@ -87,7 +114,7 @@ def damage(folder: Path) -> str | None:
 
 
 def disk_refusal(error: BaseException) -> str | None:
-    """Why the disk refused, if that is what an exception says; libraries in Rust raise kinds of their own."""
+    """Return why the disk refused if an exception says so, else None. Libraries in Rust raise types of their own."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
@@ -95,7 +122,7 @@ def disk_refusal(error: BaseException) -> str | None:
 
 
 def _manifest(files: dict[str, Any]) -> str:
-    """The manifest's text. It holds a hash of itself, so that no byte of it can change unseen."""
+    """Return the manifest's text. It holds a hash of itself, so that no byte of it can change unseen."""
     listed = json.dumps(files, indent=1, sort_keys=True)
     own = hashlib.sha256(listed.encode()).hexdigest()
     return f'{{"sha256": "{own}",\n"files": {listed}}}\n'
@@ -115,17 +142,6 @@ def _files(folder: Path) -> list[Path]:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folder, and needs none
-        return
-    number = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _remove(folder: Path) -> None:
