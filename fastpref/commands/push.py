@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 
 
 def push(folder: Path, repository: str, *, public: bool = False) -> str:
@@ -17,7 +17,7 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Trained by preferences with fastpref")
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"{repository}: {folder} could not be uploaded: {' '.join(str(error).split())[:400]}") from None
+        raise UserError(f"{repository}: {folder} could not be uploaded: {one_line(error)}") from None
     return str(address)
 
 
@@ -30,5 +30,4 @@ def check_login(repository: str) -> None:
     except LocalTokenNotFoundError:
         raise UserError(f"{repository}: nobody is logged in to the hub here; run `hf auth login`") from None
     except (HfHubHTTPError, OSError) as error:
-        said = " ".join(str(error).split())[:400]
-        raise UserError(f"{repository}: the hub refuses, or cannot be reached: {said}") from None
+        raise UserError(f"{repository}: the hub refuses, or cannot be reached: {one_line(error)}") from None

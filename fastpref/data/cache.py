@@ -29,7 +29,7 @@ from fastpref.data.sources import notes_on_text, prepare
 from fastpref.data.table import Examples
 from fastpref.data.template.text import check_template_keywords
 from fastpref.data.tokenize import tokenize_batches
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 
 _MANIFEST = "manifest.json"
 _PARTS = {"train": "training", "heldout": "held-out"}
@@ -188,7 +188,7 @@ def _open(entry: Path) -> tuple[Tokenized | None, str]:
         same = {name: manifest[name] for name in ("duplicates", "left_out", "chat_template")}
         cached = Tokenized(**parts, counts=counts, ends=tuple(map(int, manifest["ends"])), notes=notes, **same)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        return None, f"{entry} is damaged ({type(error).__name__}: {error})"
+        return None, f"{entry} is damaged ({one_line(error, named=True)})"
     return cached, ""
 
 

@@ -10,7 +10,7 @@ import datasets
 
 from fastpref.config import DataConfig
 from fastpref.data.records import ArrowRecords, Csv, JsonLines, Records, read_json
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
 
@@ -122,4 +122,4 @@ def _cause(error: BaseException) -> str:
     """The innermost reason, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return one_line(error, named=True)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastpref.config import ModelConfig
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 from fastpref.model.weights import Renaming
 
 INDEX = "model.safetensors.index.json"
@@ -151,8 +151,7 @@ def model_folder(options: ModelConfig, *, local: bool = False) -> Path:
             )
         )
     except Exception as error:  # the hub raises many kinds
-        message = " ".join(str(error).split())[:400]
-        raise UserError(f"model.name = {options.name!r}: its files cannot be had: {message}") from None
+        raise UserError(f"model.name = {options.name!r}: its files cannot be had: {one_line(error)}") from None
 
 
 def _files(folder: Path) -> tuple[Path, ...]:

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 from fastpref.merge.checkpoint import Entry
 
 
@@ -102,7 +102,7 @@ class Names:
         except UserError as error:
             return str(error)
         except Exception as error:  # an operation of a conversion raises what it likes
-            return f"transformers {_version()} cannot convert {target}: {' '.join(str(error).split())[:300]}"
+            return f"transformers {_version()} cannot convert {target}: {one_line(error)}"
         wrong = [name for name, value in values.items() if tuple(value.shape) != self._shapes.get(name)]
         return f"its files' tensors do not make {wrong[0]} of the model" if wrong else None
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastpref.config import Config, ModelConfig
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 from fastpref.merge.adapter import adapted
 from fastpref.merge.checkpoint import Checkpoint, model_folder
 from fastpref.merge.names import Names
@@ -80,7 +80,7 @@ def merge_fault(config: Config, model: PreTrainedModel) -> str | None:
     except UserError as error:
         return str(error)
     except Exception as error:  # a library's; the run is not to end by it
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return one_line(error, named=True)
     return None
 
 

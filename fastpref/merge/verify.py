@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastpref.config import Config
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.load import model_config, weight_dtype
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
@@ -37,14 +37,14 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
             raise
         raise UserError(
             f"{trained.weights}: the merged model cannot be compared, and is not kept: the adapter on its model fails: "
-            f"{_words(error)}. --no-verify merges without comparing"
+            f"{one_line(error)}. --no-verify merges without comparing"
         ) from None
     try:
         logits = _merged_logits(folder, trained.config, device)
     except Exception as error:
         if isinstance(error, UserError):
             raise
-        message = f"{trained.weights}: the merged model cannot be loaded, so it is not kept: {_words(error)}"
+        message = f"{trained.weights}: the merged model cannot be loaded, so it is not kept: {one_line(error)}"
         raise UserError(message) from None
     lost = float((logits - with_adapter).norm() / (with_adapter - without).norm().clamp(min=1e-30))
     exact = whole and weight_dtype(trained.config, device) == torch.float32
@@ -99,7 +99,3 @@ def _probe(model: Any) -> Tensor:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
     ids = torch.linspace(0, size - 1, min(_TOKENS, longest), device=model.device).long()[None]
     return model.eval()(input_ids=ids, use_cache=False).logits[0].float().cpu()
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__

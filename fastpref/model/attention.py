@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastpref.data.batch import Tree, TreeLayout
+from fastpref.errors import one_line
 
 NAME = "fastpref"
 
@@ -236,7 +237,7 @@ def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) 
     except Exception as error:  # model code that refuses an unknown keyword does so in its own way
         if _wants_mask(backbone):
             return [], f"{kind} models compute with the attention mask in code of their own, and trees have none"
-        return [], f"{kind} models refuse the layout: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return [], f"{kind} models refuse the layout: {one_line(error, named=True)}"
     if layers is not None and len(calls) < layers:
         return (
             calls,

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from fastpref.config import Config
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,11 +67,7 @@ def in_others_code(error: BaseException) -> str | None:
 
 def words(error: BaseException) -> str:
     """An exception's own words on one line, with its type where they do not make a sentence."""
-    message = " ".join(str(error).split())[:400]
-    if not message:
-        return type(error).__name__
-    plain = isinstance(error, ValueError | RuntimeError | OSError)
-    return message if plain else f"{type(error).__name__}: {message}"
+    return one_line(error, named=not isinstance(error, ValueError | RuntimeError | OSError))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

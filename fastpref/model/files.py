@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpref.config import ModelConfig
+from fastpref.errors import one_line
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -39,7 +40,7 @@ def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = F
     if options.name.startswith(("/", ".", "~")) and not folder.exists():  # which no name on the hub does
         return "there is no such folder"
     fault = _in_folder(folder, tokenizer) if folder.is_dir() else _on_hub(options, tokenizer)
-    return fault or " ".join(str(error).split())[:400] or type(error).__name__
+    return fault or one_line(error)
 
 
 def adapter_instead(options: ModelConfig) -> str | None:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 from fastpref.kernels.head_weight import FourBitWeight, HeadWeight
 from fastpref.kernels.linear_logprob_naive import NaiveLogprobs, naive_logprobs
 from fastpref.model.body import around_body
@@ -181,7 +181,7 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
     try:
         logits = _own_logits(model, _four_tokens(model))
     except Exception as error:
-        raise UserError(f"{kind} models cannot be run as they are loaded here: {_one_line(error)}") from None
+        raise UserError(f"{kind} models cannot be run as they are loaded here: {one_line(error, named=True)}") from None
     if logits.log_softmax(-1).isnan().any():
         wrong = next((name for name, p in model.named_parameters() if p.is_floating_point() and _is_broken(p)), None)
         where = "" if wrong is None else f": {wrong} holds numbers that are not finite in its files"
@@ -193,12 +193,12 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
     except UserError as error:
         why = str(error)
     except Exception as error:  # a head that is given something else than the body's hidden states
-        why = f"{kind} models make their logits in a way this version does not know ({_one_line(error)})"
+        why = f"{kind} models make their logits in a way this version does not know ({one_line(error, named=True)})"
     try:
         head = OwnLogits(model, body)
         check_logits(model, body, head)
     except Exception as error:  # the model's forward may want of its body what only the body knows
-        raise UserError(f"{why}; nor can its own code be asked for them: {_one_line(error)}") from None
+        raise UserError(f"{why}; nor can its own code be asked for them: {one_line(error, named=True)}") from None
     return head, f"logits: by the model's own code, some rows at a time, because {why}"
 
 
@@ -238,7 +238,3 @@ def _four_tokens(model: PreTrainedModel) -> Tensor:
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """What the model's own forward makes of tokens [1, T]: [1, T, V] in float32."""
     return model(input_ids=ids, use_cache=False).logits.float()
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

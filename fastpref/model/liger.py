@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 
 _ROPE = "rotary"  # is in the name of every function of transformers that liger replaces
 _KINDS = {"RMSNorm": "RMSNorm", "LayerNorm": "LayerNorm", "GEGLU": "GeGLU", "SwiGLU": "SwiGLU", "ReLUSquared": "ReLU²"}
@@ -65,7 +65,7 @@ def give_kernels(
         if expected is not None and trial is not None and taken:
             why = _difference(_outcome(model, backbone, trial), expected)
     except Exception as error:  # of liger, of Triton's compiler, of the model's code
-        taken, why = [], f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        taken, why = [], one_line(error, named=True)
     if why is None:
         kind = model.config.model_type
         without = [f"liger-kernel: its {name} for {kind} models is not taken: {r}" for name, r in missing.items()]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fastpref.data.batch import Layout, PreferenceBatch, collate
 from fastpref.data.example import Example, Origin
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 from fastpref.model.attention import (
     NAME,
     AttentionState,
@@ -140,14 +140,14 @@ class _Trial:
                     truth = self._truth()
                 except Exception as fault:
                     if not short:
-                        return f"its own attention fails: {_one_line(fault)}"
+                        return f"its own attention fails: {_reason(fault)}"
                     continue  # code that cannot do with a short window is judged by the first pass alone
                 finally:
                     restore_attention(ours)
                 try:
                     error = _difference(self._states(layout), truth)
                 except Exception as fault:
-                    return f"{self._kind} models refuse the layout: {_one_line(fault)}"
+                    return f"{self._kind} models refuse the layout: {_reason(fault)}"
                 if not self._is_rounding(error):
                     where = f", past its {' and '.join(limits)}" if short else ""
                     return (
@@ -164,7 +164,7 @@ class _Trial:
         try:
             truth = self._truth()
         except Exception as fault:
-            raise UserError(f"{self._kind} models cannot be run here: {_one_line(fault)}") from None
+            raise UserError(f"{self._kind} models cannot be run here: {_reason(fault)}") from None
         if self._looks_ahead(truth):
             raise UserError(
                 f"{self._kind} models are not causal as they are loaded here: the hidden states of a prompt change "
@@ -201,7 +201,7 @@ class _Trial:
         try:
             error = _difference(self._states("padded"), truth)
         except Exception as fault:
-            return f"{self._kind} models cannot compute padded rows: {_one_line(fault)}"
+            return f"{self._kind} models cannot compute padded rows: {_reason(fault)}"
         if self._is_rounding(error):
             return None
         return (
@@ -228,7 +228,7 @@ class _Trial:
                 restore_attention(own)
                 alone = self._truth()
             except Exception as fault:
-                return f"{self._kind} models fail in training mode: {_one_line(fault)}"
+                return f"{self._kind} models fail in training mode: {_reason(fault)}"
             finally:
                 body.train(training)
                 restore_attention(ours)
@@ -333,13 +333,13 @@ def _difference(states: _States, truth: _States) -> _Error:
     return _Error(largest, typical)
 
 
-def _one_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """What a fault says. Raises it again if memory has run out, which says nothing of the layout."""
     if is_out_of_memory(error):
         raise error
     if isinstance(error, UnknownArgument):
         return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return one_line(error, named=True)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------

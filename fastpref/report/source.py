@@ -11,7 +11,7 @@ import numpy as np
 
 from fastpref.config import load_config
 from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 from fastpref.health import Known, known_of
 from fastpref.run.history import HELDOUT, METRICS, History, read_facts, read_rows
 
@@ -82,7 +82,7 @@ def _of_trl(state: Path, folder: Path, loss: str | None, beta: float | None) -> 
         content = json.loads(state.read_text(encoding="utf-8"))
         log = [entry for entry in content["log_history"] if isinstance(entry.get("step"), int)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{state}: not a trainer_state.json: {type(error).__name__}: {error}") from None
+        raise UserError(f"{state}: not a trainer_state.json: {one_line(error, named=True)}") from None
     history = History(filter(None, map(trl_row, log)))
     if not history.rows:
         raise UserError(f"{state}: its log_history has no row with a loss; logging_steps sets how often one is written")

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator, tracking
 
 from fastpref.config import Config
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 
 PROJECT = "fastpref"
 
@@ -69,7 +69,7 @@ class Trackers:
             call()
         except Exception as error:  # a tracker's server, disk or login: kinds of its own
             self._on = False
-            self._note(f"log.trackers: no metrics go there any more: {' '.join(str(error).split())[:300]}")
+            self._note(f"log.trackers: no metrics go there any more: {one_line(error)}")
 
 
 def _settings(config: Config) -> dict[str, str | int | float | bool]:

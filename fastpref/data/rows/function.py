@@ -10,7 +10,7 @@ from typing import Any
 from fastpref.data.rows.auto import detect
 from fastpref.data.rows.content import Paired, Row, RowError, Unpaired, shown
 from fastpref.data.rows.reading import Format
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 
 _RESULT = "prompt, chosen and rejected, or prompt, completion and label"
 
@@ -34,7 +34,7 @@ def load_function(name: str) -> Format:
         module = _from_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way
         raise UserError(
-            f"format {name!r}: {module_name} cannot be imported: {type(error).__name__}: {error}; it is looked for "
+            f"format {name!r}: {module_name} cannot be imported: {one_line(error, named=True)}; it is looked for "
             "beside the config and on Python's path"
         ) from None
     function = getattr(module, function_name, None)
@@ -73,7 +73,7 @@ def _checked(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[[
         try:
             result = function(dict(row))
         except Exception as error:
-            what = f"{name} failed: {type(error).__name__}: {error}"
+            what = f"{name} failed: {one_line(error, named=True)}"
             raise RowError(what, f"where {name} failed") from None
         if not isinstance(result, Mapping):
             raise RowError(f"{name} returned {shown(result)}, not a dict of {_RESULT}", f"that {name} did not convert")

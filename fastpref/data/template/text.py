@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from fastpref.config import Config
 from fastpref.data.template.keywords import RESERVED, variables
 from fastpref.data.template.named import load_chat_template
-from fastpref.errors import UserError
+from fastpref.errors import UserError, one_line
 
 TEXT = "text.json"
 _GENERATION = "generation_config.json"
@@ -175,4 +175,4 @@ def _read(path: Path) -> TextRecord:
             {str(token): int(number) for token, number in content["ends"].items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error, named=True)})") from None
