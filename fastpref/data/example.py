@@ -1,7 +1,8 @@
 """What tokenising makes of a row, and its counts of what became of the rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 Ids = list[int]
 Spans = tuple[tuple[int, int], ...]
@@ -55,26 +56,31 @@ class Example:
         )
 
 
+def _count(words: str, *, dropped: bool = False) -> Any:
+    """Make a field that counts rows, with the words that follow its number."""
+    return field(default=0, metadata={"words": words, "dropped": dropped})
+
+
 @dataclass
 class Counts:
-    """What tokenising did to the rows."""
+    """How many rows were read, used and dropped, and how many of those used were changed or are unusual."""
 
-    rows: int = 0
-    kept: int = 0
-    turns_cut: int = 0
-    prompts_cut: int = 0
-    responses_cut: int = 0
-    overlong: int = 0
-    empty: int = 0
-    equal: int = 0
-    unwritten: int = 0
-    promptless: int = 0
-    refused: int = 0
-    merged: int = 0
-    departed: int = 0
-    foreign: int = 0
-    special: int = 0
-    left_out: int = 0
+    rows: int = _count("read")
+    kept: int = _count("used")
+    turns_cut: int = _count("prompts without their oldest turns")
+    prompts_cut: int = _count("prompts cut from the left")
+    responses_cut: int = _count("responses cut from the right")
+    overlong: int = _count("too long", dropped=True)
+    empty: int = _count("with an empty response", dropped=True)
+    equal: int = _count("with equal responses", dropped=True)
+    unwritten: int = _count("with a response that the chat template leaves out", dropped=True)
+    promptless: int = _count("without a prompt", dropped=True)
+    refused: int = _count("refused by the chat template", dropped=True)
+    merged: int = _count("with a token across the prompt's end")
+    departed: int = _count("with a response that does not follow the chat template's generation prompt")
+    foreign: int = _count("that end with EOS because their format's end of a turn is no token of this tokenizer")
+    special: int = _count("with special tokens in the words of their messages")
+    left_out: int = _count("with words that the chat template leaves out")
     special_first: str = ""
     """The first row with special tokens in its words, and the token."""
     left_out_first: str = ""
@@ -82,31 +88,26 @@ class Counts:
 
     def __str__(self) -> str:
         parts = [f"{self.kept} of {self.rows} rows used"]
-        words = {
-            "turns_cut": "prompts without their oldest turns",
-            "prompts_cut": "prompts cut from the left",
-            "responses_cut": "responses cut from the right",
-            "overlong": "dropped as too long",
-            "empty": "dropped with an empty response",
-            "equal": "dropped with equal responses",
-            "unwritten": "dropped as the chat template leaves out what their responses say or differ in",
-            "promptless": "dropped without a prompt",
-            "refused": "dropped as the chat template refuses them",
-            "merged": "with a token across the end of the prompt",
-            "departed": "whose responses the chat template writes otherwise than after its generation prompt",
-            "foreign": "that end with EOS because their format's end of a turn is no token of this tokenizer",
-            "special": "with special tokens in the words of their messages",
-            "left_out": "with words that the chat template leaves out",
-        }
-        firsts = {name: f" (the first: {first})" for name, first in self.firsts.items() if first}
-        parts += [
-            f"{getattr(self, f.name)} {words[f.name]}{firsts.get(f.name, '')}"
-            for f in fields(self)
-            if f.name in words and getattr(self, f.name)
-        ]
+        for outcome in OUTCOMES[2:]:
+            if count := getattr(self, outcome.name):
+                first = getattr(self, f"{outcome.name}_first", "")
+                parts.append(f"{count} {outcome.title}" + (f" (the first: {first})" if first else ""))
         return ", ".join(parts)
 
+
+@dataclass(frozen=True)
+class Outcome:
+    """One of the numbers of `Counts`, for messages, tables and reports."""
+
+    name: str
+    words: str
+    dropped: bool
+
     @property
-    def firsts(self) -> dict[str, str]:
-        """The first row of each count that has one."""
-        return {"special": self.special_first, "left_out": self.left_out_first}
+    def title(self) -> str:
+        """The words, which say of dropped rows that they are."""
+        return f"dropped: {self.words}" if self.dropped else self.words
+
+
+OUTCOMES = tuple(Outcome(f.name, **f.metadata) for f in fields(Counts) if f.metadata)
+"""Every number of `Counts` in the order in which they are shown: rows and rows used first."""

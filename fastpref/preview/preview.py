@@ -14,7 +14,7 @@ from fastpref.config import Config
 from fastpref.config.losses import compares_neighbours
 from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches, with_mismatched
 from fastpref.data.cache import Tokenized, load_examples
-from fastpref.data.example import Counts, Example
+from fastpref.data.example import OUTCOMES, Counts, Example
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.losses.token_loss import scores_prompts
@@ -229,15 +229,6 @@ def _padded_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Te
 
 # --- The numbers ---------------------------------------------------------------------------------------------------
 
-_DROPPED = {
-    "overlong": "too long",
-    "empty": "with an empty response",
-    "equal": "with equal responses",
-    "unwritten": "left out by the chat template",
-    "promptless": "without a prompt",
-    "refused": "refused by the chat template",
-}
-
 
 def _numbers(data: Tokenized, config: Config, layout: Layout) -> Group:
     return Group(
@@ -267,20 +258,10 @@ def _rows_table(data: Tokenized) -> Table:
 
     add("used", *(f"{count.kept:,}" for count in counts))
     add("dropped", *(f"{count.rows - count.kept:,}" for count in counts))
-    for field, words in _DROPPED.items():
-        if any(getattr(count, field) for count in counts):
-            add(f"  {words}", *(f"{getattr(count, field):,}" for count in counts))
-    if any(count.turns_cut for count in counts):
-        add("prompts without their oldest turns", *(f"{count.turns_cut:,}" for count in counts))
-    add("prompts cut", *(f"{count.prompts_cut:,}" for count in counts))
-    add("responses cut", *(f"{count.responses_cut:,}" for count in counts))
-    add("with a token across the prompt's end", *(f"{count.merged:,}" for count in counts))
-    if any(count.departed for count in counts):
-        add("responses not after the generation prompt", *(f"{count.departed:,}" for count in counts))
-    if any(count.special for count in counts):
-        add("with special tokens in messages' words", *(f"{count.special:,}" for count in counts))
-    if any(count.left_out for count in counts):
-        add("with words that the chat template leaves out", *(f"{count.left_out:,}" for count in counts))
+    for outcome in sorted(OUTCOMES[2:], key=lambda outcome: not outcome.dropped):
+        numbers = [getattr(count, outcome.name) for count in counts]
+        if any(numbers) or outcome.name in ("prompts_cut", "responses_cut", "merged"):
+            add(f"  {outcome.words}" if outcome.dropped else outcome.words, *(f"{number:,}" for number in numbers))
     add("share of prompt tokens", *(f"{prompt_share(examples):.0%}" for examples, _ in parts.values()))
     goods = [good_share(examples) for examples, _ in parts.values()]
     if None not in goods:

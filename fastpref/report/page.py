@@ -1,7 +1,7 @@
 """From a run to its page: what the template is given."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastpref.config.losses import KTO
-from fastpref.data.example import Counts
+from fastpref.data.example import OUTCOMES
 from fastpref.health import RULES, diagnose
 from fastpref.health.bands import Band, bands
 from fastpref.report.heldout import HeldOut, Interval, held_out
@@ -192,22 +192,11 @@ def _data(rows: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """What became of the rows: a line for everything that happened, with training and held-out counts."""
     if not rows:
         return []
-    words = {
-        "rows": "read", "kept": "used", "turns_cut": "prompt without its oldest turns",
-        "prompts_cut": "prompt cut from the left",
-        "responses_cut": "response cut from the right", "overlong": "dropped: too long",
-        "empty": "dropped: an empty response", "equal": "dropped: equal responses",
-        "unwritten": "dropped: left out by the chat template", "left_out": "words left out by the chat template",
-        "promptless": "dropped: no prompt", "refused": "dropped: refused by the chat template",
-        "merged": "a token across the end of the prompt",
-        "departed": "response written otherwise than after the generation prompt",
-        "special": "special tokens in the words of messages", "foreign": "end with EOS instead of their format's end",
-    }  # fmt: skip
     lines = []
-    for name in (f.name for f in fields(Counts) if not f.name.endswith("_first")):
-        counts = [int((rows.get(part) or {}).get(name, 0)) for part in ("train", "heldout")]
-        if any(counts) or name in ("rows", "kept"):
-            lines.append((words.get(name, name), [f"{count:,}" for count in counts]))
+    for outcome in OUTCOMES:
+        counts = [int((rows.get(part) or {}).get(outcome.name, 0)) for part in ("train", "heldout")]
+        if any(counts) or outcome.name in ("rows", "kept"):
+            lines.append((outcome.title, [f"{count:,}" for count in counts]))
     for name, said in (("duplicates", "dropped: duplicates"), ("left_out", "dropped: broken or of another form")):
         if rows.get(name):
             lines.append((said, [f"{int(rows[name]):,}", ""]))

@@ -171,7 +171,7 @@ def test_a_run_of_no_use_is_an_error_and_leaves_no_entry(folder: Path):
     """Where no row can be used, a run says so every time, and the cache keeps nothing."""
     write(folder / "pairs.jsonl", ROWS[2:3])
     for _ in range(2):
-        with pytest.raises(UserError, match="no training row can be used: 0 of 1 rows used, 1 dropped with equal"):
+        with pytest.raises(UserError, match="no training row can be used: 0 of 1 rows used, 1 dropped: with equal"):
             load(folder)
     assert entries(folder) == []
 

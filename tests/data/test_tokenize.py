@@ -134,7 +134,7 @@ def test_a_token_across_the_boundary_belongs_to_the_response():
     assert (merged.prompt, merged.completions) == ([x], ([ab, end], [a, c, end]))
     assert (apart.prompt, apart.completions) == ([x, a], ([c, end], [c, b, end]))
     assert counts.merged == 1
-    assert str(counts) == "2 of 2 rows used, 1 with a token across the end of the prompt"
+    assert str(counts) == "2 of 2 rows used, 1 with a token across the prompt's end"
 
 
 @settings(max_examples=300, deadline=None)

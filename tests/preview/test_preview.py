@@ -352,8 +352,8 @@ used                                         3
 dropped                                      2
   with an empty response                     1
   with equal responses                       1
-prompts cut                                  1
-responses cut                                0
+prompts cut from the left                    1
+responses cut from the right                 0
 with a token across the prompt's end         0
 share of prompt tokens                     28%
 duplicates left out before                   1

@@ -148,7 +148,7 @@ def test_an_occupied_folder_is_kept(elsewhere: Path):
         ("model.name=./no-model", "no-model"),
         ('loss={type="kto"}', None),
         ("tokens.chat_template=./none.jinja", "none.jinja"),
-        ("tokens.max_length=2", "no training row can be used: 0 of 246 rows used, 246 dropped as too long"),
+        ("tokens.max_length=2", "no training row can be used: 0 of 246 rows used, 246 dropped: too long"),
     ],
 )
 def test_mistakes_write_nothing(elsewhere: Path, override: str, said: str | None):

@@ -753,7 +753,7 @@ def test_a_row_that_the_template_refuses_can_be_left_out():
     content = choose(row, "chat_template.default", unpaired=False).read(row)
     examples, counts = tokenize([SourceRow(content, "row 3", droppable=True)], gemma(), TokensConfig())
     assert examples == []
-    assert str(counts) == "0 of 1 rows used, 1 dropped as the chat template refuses them"
+    assert str(counts) == "0 of 1 rows used, 1 dropped: refused by the chat template"
     with pytest.raises(UserError, match=r"^row 3: the chat template refuses this row: System role not supported"):
         tokenize([SourceRow(content, "row 3")], gemma(), TokensConfig())
 
