@@ -288,7 +288,7 @@ def evaluate(
 
     from fastpref.commands import evaluate as evaluation
     from fastpref.model.failure import told_of_memory
-    from fastpref.model.trained import find_trained
+    from fastpref.run.trained import find_trained
 
     trained = find_trained(model, overrides or ())
     compared = None if reference is None else find_trained(reference)
@@ -328,7 +328,7 @@ def chat(
     _prepare(offline)
     from fastpref.commands.chat import chat as run
     from fastpref.model.failure import told_of_memory
-    from fastpref.model.trained import find_trained
+    from fastpref.run.trained import find_trained
 
     trained = find_trained(model, overrides or ())
     with told_of_memory(
@@ -368,7 +368,7 @@ def merge(
 
     from fastpref.merge import merge as run
     from fastpref.model.failure import told_of_memory
-    from fastpref.model.trained import find_trained
+    from fastpref.run.trained import find_trained
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: take float32, bfloat16 or float16")
@@ -392,8 +392,8 @@ def push(
 ) -> None:
     """Upload a trained model to the hub, privately by default."""
     _prepare(False)
-    from fastpref.commands.push import push as upload
-    from fastpref.model.trained import find_trained
+    from fastpref.run.hub import push as upload
+    from fastpref.run.trained import find_trained
 
     trained = find_trained(run)
     repository = to or trained.config.output.push_to

@@ -37,7 +37,7 @@ from fastpref.data.template.named import KNOWN
 from fastpref.data.template.text import TEXT, read_text
 from fastpref.errors import UserError
 from fastpref.merge import merge
-from fastpref.model.trained import find_trained
+from fastpref.run.trained import find_trained
 from fastpref.training import loop
 from tests.support.toy_tokenizers import CHATML, LLAMA3, toy_tokenizer
 

@@ -15,7 +15,7 @@ from fastpref.data.template.render import apply
 from fastpref.data.template.text import check_template_keywords
 from fastpref.errors import UserError
 from fastpref.model.limits import limits_of_model
-from fastpref.model.trained import Trained, load_trained, trained_tokenizer
+from fastpref.run.trained import Trained, load_trained, trained_tokenizer
 
 Message = dict[str, str]
 

@@ -24,7 +24,7 @@ from fastpref.errors import UserError
 from fastpref.model.limits import compare, limits_of_model, pad_token
 from fastpref.model.load import Loaded
 from fastpref.model.policy import Policy
-from fastpref.model.trained import Trained, load_trained, trained_tokenizer
+from fastpref.run.trained import Trained, load_trained, trained_tokenizer
 from fastpref.step.objective import Objective
 from fastpref.step.reference import Reference
 

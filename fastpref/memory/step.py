@@ -28,8 +28,8 @@ from fastpref.model.policy import Policy
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
 from fastpref.model.trial import Choice, layout_by_count
 from fastpref.step.objective import Objective
+from fastpref.step.optimizer import make_optimizer
 from fastpref.step.reference import Reference, copy_config, make_reference, precomputes
-from fastpref.training.optimizer import make_optimizer
 
 CPU = torch.device("cpu")
 

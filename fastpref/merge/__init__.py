@@ -16,7 +16,7 @@ from fastpref.merge.checkpoint import Checkpoint, model_folder
 from fastpref.merge.folder import Writer
 from fastpref.merge.plan import bare_model, make_plan, merge_fault, nf4_weights
 from fastpref.merge.verify import lost_share
-from fastpref.model.trained import Trained
+from fastpref.run.trained import Trained
 
 __all__ = ["Merged", "merge", "merge_fault"]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 from fastpref.model.adapters.trained import load_adapter
-from fastpref.model.trained import Trained
+from fastpref.run.trained import Trained
 
 
 def with_adapter(model: PreTrainedModel, trained: Trained) -> None:

@@ -17,7 +17,7 @@ from fastpref.merge.checkpoint import COPIED, INDEX
 from fastpref.merge.names import Group
 from fastpref.merge.plan import Plan
 from fastpref.model.load import model_config
-from fastpref.model.trained import Trained, trained_tokenizer
+from fastpref.run.trained import Trained, trained_tokenizer
 
 SHARD = 5 * 10**9  # bytes of a file where the files' own division would make larger ones than it did
 

@@ -14,8 +14,8 @@ from fastpref.errors import UserError, one_line
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.load import model_config, weight_dtype
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
-from fastpref.model.trained import Trained
 from fastpref.model.weights import from_files
+from fastpref.run.trained import Trained
 
 _ALLOWED = 0.3  # half precision rounds what is merged; a layer left out loses its share, one merged wrongly far more
 _ALLOWED_WHOLE = 0.01  # where both are float32, and computed in it

@@ -128,8 +128,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """All of them, whole or not, the newest first."""
-        found = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdecimal()]
-        return sorted(found, key=step_of, reverse=True)
+        folders = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir() and is_checkpoint(p)]
+        return sorted(folders, key=step_of, reverse=True)
 
     def mark_best(self, best: Mapping[str, float]) -> None:
         """Point checkpoints/best.json at the checkpoint of the best evaluation."""
@@ -167,7 +167,13 @@ def default_folders(config: Config, name: str) -> Iterator[Path]:
         number += 1
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Tell by its name whether a path is that of a run's checkpoint: RUN/checkpoints/step-N."""
+    return path.parent.name == "checkpoints" and path.name.removeprefix("step-").isdecimal()
+
+
 def step_of(checkpoint: Path) -> int:
+    """Return the number of optimizer steps that a checkpoint was saved after."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

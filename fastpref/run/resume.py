@@ -11,7 +11,7 @@ from fastpref.atomic import MANIFEST, damage
 from fastpref.config import Config, load_config
 from fastpref.data.template.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
-from fastpref.run.folder import RunFolder, default_folders, step_of
+from fastpref.run.folder import RunFolder, default_folders, is_checkpoint, step_of
 from fastpref.run.state import read_state
 
 # What does not reach the weights, or only how far they are trained.
@@ -139,7 +139,7 @@ def _newest(folder: RunFolder) -> tuple[Path, list[str]]:
 def _named(checkpoint: Path, *, force: bool) -> tuple[Path, list[str]]:
     if not checkpoint.is_dir():
         raise UserError(f"--resume {checkpoint}: there is no such folder")
-    if checkpoint.parent.name != "checkpoints" or not checkpoint.name.removeprefix("step-").isdecimal():
+    if not is_checkpoint(checkpoint):
         if not (checkpoint / "checkpoints").is_dir():
             raise UserError(f"--resume {checkpoint}: this is no checkpoint; they are RUN/checkpoints/step-N")
         return _newest(RunFolder(checkpoint))

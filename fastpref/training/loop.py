@@ -16,7 +16,6 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from fastpref.atomic import WriteError, write_file
-from fastpref.commands.push import check_login, push
 from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
 from fastpref.data.cache import Tokenized, load_examples
@@ -39,16 +38,17 @@ from fastpref.run import state
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
 from fastpref.run.folder import RunFolder
+from fastpref.run.hub import check_login, push
 from fastpref.run.lock import RunLock
 from fastpref.run.resume import Resumed, find_checkpoint, may_change, shared
 from fastpref.run.state import Progress
 from fastpref.step.objective import Objective
+from fastpref.step.optimizer import make_optimizer
 from fastpref.step.order import data_order
 from fastpref.step.precompute import Precomputed, reference_folder
 from fastpref.step.reference import Reference, make_reference, precomputes
 from fastpref.training import faults
 from fastpref.training.faults import Interrupt, NotFinite
-from fastpref.training.optimizer import make_optimizer
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
 from fastpref.training.trackers import Trackers, require_trackers

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastpref.commands import chat as chats
 from fastpref.commands.chat import chat
 from fastpref.errors import UserError
-from fastpref.model.trained import find_trained
+from fastpref.run.trained import find_trained
 from tests.support.after import command
 from tests.support.runs import EXAMPLES
 

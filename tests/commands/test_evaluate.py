@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 from fastpref.commands.evaluate import evaluate, interval
 from fastpref.data.cache import load_examples
 from fastpref.errors import UserError
-from fastpref.model.trained import find_trained, load_trained, trained_tokenizer
+from fastpref.run.trained import find_trained, load_trained, trained_tokenizer
 from tests.support.after import QUICKSTART_DATA, command
 from tests.support.runs import EXAMPLES, rows
 from tests.support.tiny import save_model

@@ -140,4 +140,4 @@ def test_not_reaching_the_hub_is_a_message(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(HfApi, "create_repo", method)
     with pytest.raises(UserError, match=r"me/mine: .* could not be uploaded: 403 Forbidden"):
-        fastpref.commands.push.push(tmp_path, "me/mine")
+        fastpref.run.hub.push(tmp_path, "me/mine")

@@ -24,9 +24,9 @@ from fastpref.memory.step import StepMemory
 from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.load import load_model, load_tokenizer
 from fastpref.step.objective import Objective
+from fastpref.step.optimizer import make_optimizer
 from fastpref.step.order import data_order
 from fastpref.step.reference import make_reference, precomputes
-from fastpref.training.optimizer import make_optimizer
 from tests.support.runs import EXAMPLES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

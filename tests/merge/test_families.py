@@ -20,7 +20,7 @@ from fastpref.errors import UserError
 from fastpref.merge import merge, merge_fault, plan
 from fastpref.merge.checkpoint import Checkpoint
 from fastpref.model.quantize import keep_weights_as_loaded
-from fastpref.model.trained import Trained, find_trained
+from fastpref.run.trained import Trained, find_trained
 from fastpref.training import loop
 from tests.support.runs import EXAMPLES
 

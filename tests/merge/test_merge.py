@@ -16,7 +16,7 @@ from fastpref.merge import folder, merge, verify
 from fastpref.merge.adapter import adapted, with_adapter
 from fastpref.merge.checkpoint import Checkpoint
 from fastpref.merge.plan import bare_model, make_plan
-from fastpref.model.trained import find_trained
+from fastpref.run.trained import find_trained
 from tests.support.after import command
 from tests.support.runs import EXAMPLES
 

@@ -31,7 +31,7 @@ from fastpref.errors import UserError
 from fastpref.merge import merge
 from fastpref.model.head import OwnLogits
 from fastpref.model.load import Loaded, load_model
-from fastpref.model.trained import find_trained
+from fastpref.run.trained import find_trained
 from fastpref.step.objective import Objective
 from fastpref.step.reference import frozen_copy
 from tests.support.families import CANNOT_BE_TINY, FAMILIES, tiny_config

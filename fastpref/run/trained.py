@@ -15,6 +15,7 @@ from fastpref.data.template.text import TextRecord, read_text, read_text_on_hub,
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded, load_model, load_tokenizer
+from fastpref.run.folder import RunFolder
 
 _NO_DATA = [{"path": "no data"}]  # of a config made for a model alone
 
@@ -116,10 +117,10 @@ def _weights(path: Path) -> Path:
         return path
     if (path / "final").is_dir():
         return path / "final"
-    checkpoints = [p for p in (path / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
-    if not checkpoints:
+    newest = next(iter(RunFolder(path).checkpoints()), None)
+    if newest is None:
         raise UserError(f"{path}: neither a run (no final/, no checkpoints), nor an adapter, nor a model")
-    return max(checkpoints, key=lambda p: int(p.name[5:]))
+    return newest
 
 
 def _base(folder: str | Path) -> str:
