@@ -92,11 +92,11 @@ def used(before: float | None) -> float | None:
 def run_fastpref(job: Job) -> dict[str, Any]:
     import fastpref
     from fastpref.memory.allocations import PeakStorage
-    from fastpref.training import loop
+    from fastpref.training import start
 
     loaded: dict[str, Any] = {}
     memory = PeakStorage() if job.counted else None
-    load_model = loop.load_model
+    load_model = start.load_model
 
     def load_and_measure(*args: Any, **options: Any) -> Any:
         made = load_model(*args, **options)
@@ -105,7 +105,7 @@ def run_fastpref(job: Job) -> dict[str, Any]:
             memory.__enter__()
         return made
 
-    loop.load_model = load_and_measure
+    start.load_model = load_and_measure
     # As TRL's.
     same_terms = {"orpo": 'nll_on = "all"\n', "simpo": "beta = 0.1\ngamma = 0.5\n"}.get(job.method, "")
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fastpref.losses.token_loss import PreferenceLoss, preference_loss
     from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
     from fastpref.patch import Patch, patch, unpatch
-    from fastpref.training.loop import RunResult, train
+    from fastpref.training.loop import RunResult
+    from fastpref.training.start import train
 
 if (Path(__file__).parent / "kernels").is_file():
     raise ImportError(
@@ -58,7 +59,7 @@ _HOME = {
     "PreferenceLoss": "fastpref.losses.token_loss",
     "preference_loss": "fastpref.losses.token_loss",
     "RunResult": "fastpref.training.loop",
-    "train": "fastpref.training.loop",
+    "train": "fastpref.training.start",
 }
 
 

@@ -224,7 +224,7 @@ def train(
     if offline:
         _go_offline()
     _quiet_bitsandbytes()
-    from fastpref.training.loop import train as run
+    from fastpref.training.start import train as run
 
     checkpoint = named[0] if named else resume
     if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:

@@ -38,7 +38,7 @@ from fastpref.data.template.text import TEXT, read_text
 from fastpref.errors import UserError
 from fastpref.merge import merge
 from fastpref.run.trained import find_trained
-from fastpref.training import loop
+from fastpref.training import start
 from tests.support.toy_tokenizers import CHATML, LLAMA3, toy_tokenizer
 
 ASKED = [{"role": "user", "content": "Why?"}]
@@ -192,7 +192,7 @@ DATED = (  # as Llama 3.2, gpt-oss and Qwen 3
     "{{ strftime_now('%d %b %Y') + (' thinks' if enable_thinking | default(true) else '') + '\n' }}" + CHATML
 )
 FIRST, LATER = date(2026, 11, 26), date(2031, 2, 3)
-MODULES = (loop, cache)  # where a run, and tokens without one, get the day
+MODULES = (start, cache)  # where a run, and tokens without one, get the day
 
 
 @pytest.fixture

@@ -1,57 +1,46 @@
-"""The training run, from a config to a trained model: evaluate, sample, save, stop, step, log."""
+"""The loop of a training run: step, log, evaluate, sample, save, stop."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import date
-from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from rich.console import Console
-from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from fastpref.atomic import WriteError, write_file
-from fastpref.config import Config, load_config
-from fastpref.config.losses import KTO
-from fastpref.data.cache import Tokenized, load_examples
+from fastpref.config import Config
+from fastpref.data.cache import Tokenized
 from fastpref.data.example import Example
 from fastpref.data.table import Examples
-from fastpref.data.template.text import TEXT, TextRecord, stop_at, text_of
-from fastpref.data.tokenize import use_chat_template
+from fastpref.data.template.text import TEXT, TextRecord
 from fastpref.errors import UserError
 from fastpref.health import Verdict
-from fastpref.memory.activations import checkpoint_activations
 from fastpref.memory.advice import advice, step_counter
 from fastpref.memory.peak import StepPeak
-from fastpref.merge import merge_fault
 from fastpref.model.failure import in_others_code
-from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
-from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
-from fastpref.processes import Processes, code, end_together, start_processes
-from fastpref.quiet import quiet_libraries
+from fastpref.model.limits import Limits
+from fastpref.model.load import Loaded
+from fastpref.processes import Processes
 from fastpref.run import state
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
 from fastpref.run.folder import RunFolder
-from fastpref.run.hub import check_login, push
+from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
-from fastpref.run.resume import Resumed, find_checkpoint, may_change, shared
+from fastpref.run.resume import may_change
 from fastpref.run.state import Progress
 from fastpref.step.objective import Objective
-from fastpref.step.optimizer import make_optimizer
 from fastpref.step.order import data_order
-from fastpref.step.precompute import Precomputed, reference_folder
-from fastpref.step.reference import Reference, make_reference, precomputes
 from fastpref.training import faults
 from fastpref.training.faults import Interrupt, NotFinite
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
-from fastpref.training.trackers import Trackers, require_trackers
+from fastpref.training.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -65,205 +54,36 @@ class RunResult:
     interrupted: bool = False  # by Ctrl-C or SIGTERM, before its last step
 
 
-def train(
-    config: Config | str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    force: bool = False,
-    resume: bool | str | Path = False,
-    default_name: str = "run",
-    cache: bool = True,
-) -> RunResult:
-    """Train as a config says; `overrides` are `key=value` strings, for a path to a config.
+@dataclass
+class TrainingRun:
+    """A run that is ready for its next step. `go` is the loop."""
 
-    `force` replaces the run that output.dir already holds; `default_name` names the folder when output.dir is not
-    given. `resume` goes on with a run, bit for bit on a CPU: from a checkpoint's folder, or with True from the newest
-    whole one of the config's last run. Without `cache` tokens are neither taken from the cache nor kept in it. Raises
-    UserError for what a user can mend; but for the cache nothing is written before everything has been checked.
-    """
-    try:
-        if not isinstance(config, Config):
-            default_name = Path(config).stem
-            config = load_config(config, overrides)
-        require_trackers(config.log.trackers)
-        if config.output.push_to is not None:
-            check_login(config.output.push_to)
-        resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
-    except UserError as error:
-        end_together(error)
-    quiet_libraries()
-    accelerator, processes = start_processes(config, mixed_precision(config))
-    processes.agree(lambda: shared(config, resumed) | code())
-    folder = resumed.folder if resumed else processes.on_first(
-        lambda: RunFolder.choose(config, default_name, force=force)
-    )  # fmt: skip
-    lock = RunLock(folder.path)
-    try:
-        processes.on_first(lambda: lock.acquire() if folder.path.exists() else None)
-        run = _prepare(config, folder, accelerator, processes, resumed, cache=cache)
-        return run.go(lock)
-    finally:
-        lock.release()
-
-
-def _prepare(
-    config: Config,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    processes: Processes,
-    resumed: Resumed | None,
-    *,
-    cache: bool,
-) -> "_Run":
-    """Load everything, and say what was decided."""
-    set_seed(config.train.seed)
-    began = resumed.text if resumed else None
-    day = processes.on_first(date.today) if began is None else began.day
-
-    def read() -> tuple[PreTrainedTokenizerBase, Tokenized, TextRecord, list[str]]:
-        tokenizer = load_tokenizer(config.model)
-        use_chat_template(tokenizer, config.tokens.chat_template)
-        data = load_examples(config, tokenizer, cache=cache, day=day)
-        if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
-            tokenizer.chat_template = data.chat_template
-        text = text_of(config, tokenizer, day, data.ends)
-        if resumed:
-            resumed.check_text(text)
-        beyond = compare(limits_of(config.model), data.parts, tokenizer, config)  # before its weights are read
-        return tokenizer, data, text, beyond
-
-    def load() -> Loaded:
-        loaded = load_model(config, accelerator.device, sharded=processes.sharded)
-        compare(limits_of_model(loaded.model), data.parts, tokenizer, config)
-        return loaded
-
-    tokenizer, data, text, beyond = processes.first_then_others(read)  # the others find its tokens in the cache
-    processes.agree(lambda: {f"tokens of the {name} rows": examples.digest() for name, examples in data.parts.items()})
-    try:
-        loaded = processes.together(load)
-        processes.agree(lambda: {"the model's weights": state.model_fingerprint(loaded)[:16], "layout": loaded.layout})
-        notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
-        run = _Run(config, folder, accelerator, processes, tokenizer, text, loaded, data, resumed)
-    except UserError:
-        raise
-    except Exception as error:
-        if not faults.is_out_of_memory(error):
-            failure = in_others_code(error)
-            if failure is None:
-                raise
-            raise UserError(
-                f"model.name = {config.model.name!r}: its code fails before the first step: {failure}"
-            ) from error
-        smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
-        raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
-    if fault := merge_fault(config, loaded.model):
-        run.notes.append(f"warning: fastpref merge will not take what this run makes: {fault}")
-    for note in [*(resumed.notes if resumed else ()), *data.notes, *beyond, *notes, *run.notes]:
-        run.display.note(note)
-    return run
-
-
-class _Run:
-    """Everything a run holds. `go` is the loop."""
-
-    def __init__(
-        self,
-        config: Config,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        processes: Processes,
-        tokenizer: PreTrainedTokenizerBase,
-        text: TextRecord,
-        loaded: Loaded,
-        data: Tokenized,
-        resumed: Resumed | None = None,
-    ):
-        examples, heldout = data.train, data.heldout
-        self.config, self.folder, self.accelerator, self.processes = config, folder, accelerator, processes
-        self.tokenizer, self.text, self.loaded = tokenizer, text, loaded
-        self.examples, self.heldout = examples, heldout
-        train = config.train
-        self.steps = train.steps or math.ceil(train.epochs * len(examples) / train.batch)
-        console = None if processes.first else Console(quiet=True)
-        self.what = "responses" if isinstance(config.loss, KTO) else "pairs"
-        done = resumed.state["progress"]["step"] if resumed else 0
-        self.display = Display(self.steps, done, console, examples=self.what)
-        self.notes: list[str] = _end_notes(text, stop_at(loaded.model, text.ends.values()))
-        fingerprint = state.model_fingerprint(loaded)
-
-        reference = self._reference() if config.loss.uses_reference else None
-        optimizer = make_optimizer(loaded.policy, config)
-        warmup = train.warmup if train.warmup >= 1 else train.warmup * self.steps
-        name = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
-        scheduler = get_scheduler(name, optimizer, num_warmup_steps=round(warmup), num_training_steps=self.steps)
-        policy, self.optimizer, self.scheduler = accelerator.prepare(loaded.policy, optimizer, scheduler)
-        self.policy: torch.nn.Module = policy
-        if processes.sharded:
-            register_fsdp_forward_method(policy, "generate")
-        if not processes.first:  # the same adapters, but dropout of its own
-            set_seed(train.seed + processes.rank)
-        self.limits = limits_of_model(loaded.model)
-        pad, unpadded = pad_token(tokenizer, self.limits)
-        router = loaded.policy.router
-        self.objective = Objective(
-            policy=policy,
-            reference=reference,
-            options=config.loss,
-            layout=loaded.layout,
-            budget=config.tokens_per_microbatch,
-            pad_token_id=pad,
-            device=accelerator.device,
-            router_coefficient=router.coefficient if router is not None else 0.0,
-            processes=processes,
-        )
-        if isinstance(reference, Precomputed):
-            self._precompute(reference)
-        plan = self._plan()
-        self.notes += [*([unpadded] if unpadded else []), plan, *loaded.notes]
-        self.record = Record(folder, config, self.steps, data, plan, accelerator.device) if processes.first else None
-        self.checkpoints = Checkpoints(
-            config,
-            folder,
-            loaded,
-            tokenizer,
-            text,
-            examples,
-            self.optimizer,
-            self.scheduler.scheduler,
-            accelerator.scaler,
-            fingerprint,
-            processes,
-        )
-        self.progress = self.checkpoints.restore(resumed, self.steps) if resumed else Progress()
-        self.resumed = resumed is not None
-        self.rng = state.rng_state()  # as the last whole step left it: what a checkpoint holds
-        self.batch: list[Example] = []  # the step's, for messages
-        self.trackers = Trackers(accelerator, self.display.note)
-        self.peak = StepPeak(accelerator.device)
-
-    def _reference(self) -> Reference:
-        reference, what = make_reference(self.config, self.loaded, self.accelerator.autocast)
-        self.notes.append(f"reference: {what}")
-        if not precomputes(self.config):
-            return reference
-        return Precomputed(reference, reference_folder(self.config, self.loaded.model))
-
-    def _precompute(self, reference: Precomputed) -> None:
-        """The reference's numbers for every completion of the run, while the model is still what it was."""
-        batch, objective = self.config.train.batch, self.objective
-        planned = islice(data_order(len(self.examples), batch, self.config.train.seed), self.steps)
-        steps = ([self.examples[i] for i in places] for places in planned)
-        asked = chain(
-            chain.from_iterable(map(objective.referenced, steps)), objective.referenced_in_evaluation(self.heldout)
-        )
-        computed = reference.complete(
-            asked, layout=objective.layout, budget=objective.budget, device=objective.device,
-            pad_token_id=objective.pad_token_id, progress=self.display.precomputing, processes=self.processes,
-        )  # fmt: skip
-        found = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
-        self.notes += [*reference.notes, f"reference log-probabilities: {found}{computed:,} completions computed"]
+    config: Config
+    folder: RunFolder
+    accelerator: Accelerator
+    processes: Processes
+    tokenizer: PreTrainedTokenizerBase
+    text: TextRecord
+    loaded: Loaded
+    limits: Limits
+    data: Tokenized
+    steps: int
+    policy: nn.Module  # as Accelerate prepared it, like the optimizer and the scheduler
+    optimizer: Any
+    scheduler: Any
+    objective: Objective
+    checkpoints: Checkpoints
+    progress: Progress
+    display: Display
+    record: Record | None  # of the first process only
+    trackers: Trackers
+    resumed: bool
+    peak: StepPeak
+    rng: dict[str, Any] = field(default_factory=state.rng_state)  # after the last whole step: what a checkpoint holds
+    batch: list[Example] = field(default_factory=list)  # of the current step, for messages
 
     def go(self, lock: RunLock) -> RunResult:
+        """Train to the end, to an interrupt or to a fault, which is a UserError that says how to go on."""
         self.processes.on_first(lock.acquire)
         self._open()
         with Interrupt() as interrupt, self.display:
@@ -277,11 +97,11 @@ class _Run:
             finally:
                 self.trackers.end()
             # Out of the handler, what the failed step held can be freed.
-            said, overrides = fault
+            message, overrides = fault
             self._report("ended by a fault")
             if not together:
-                raise UserError(f"{said}\n{self.checkpoints.before(*overrides)}")
-            raise UserError(f"{said}\n{self.checkpoints.rescue(self.progress, self.rng, *overrides)}")
+                raise UserError(f"{message}\n{self.checkpoints.before(*overrides)}")
+            raise UserError(f"{message}\n{self.checkpoints.rescue(self.progress, self.rng, *overrides)}")
 
     def _open(self) -> None:
         if self.resumed:
@@ -296,7 +116,7 @@ class _Run:
     def _train(self, interrupt: Interrupt) -> bool:
         """Whether it came to its end."""
         progress, train, every = self.progress, self.config.train, self.config.output.save_every
-        order = data_order(len(self.examples), train.batch, train.seed, start=progress.step)
+        order = data_order(len(self.data.train), train.batch, train.seed, start=progress.step)
         while True:
             self.rng = state.rng_state()
             improved, stops = False, self.processes.any(interrupt.asked)
@@ -309,7 +129,7 @@ class _Run:
                 self.checkpoints.save(progress, self.rng, best=improved)
             if progress.step >= self.steps or stops:
                 return not stops
-            self.batch = [self.examples[i] for i in next(order)]
+            self.batch = [self.data.train[i] for i in next(order)]
             self._step(progress.step + 1, self.batch)
 
     def _finish(self) -> RunResult:
@@ -317,8 +137,8 @@ class _Run:
         self.display.samples([(question, old) for question, old in self.progress.before or []], answers)
         place = self.checkpoints.save_weights("final", self.progress.step)
         self.display.note(f"saved: {place}")
-        if self.peak.bytes and isinstance(self.examples, Examples):
-            self.display.note(self.peak.beside_estimate(self.config, self.examples, self.loaded))
+        if self.peak.bytes and isinstance(self.data.train, Examples):
+            self.display.note(self.peak.beside_estimate(self.config, self.data.train, self.loaded))
         verdicts = self._report("finished", answers)
         if self.config.output.push_to is not None:
             self.display.note(f"uploaded: {self.processes.on_first(lambda: self._push(place))}")
@@ -405,12 +225,12 @@ class _Run:
     def _evaluation_is_due(self) -> bool:
         step, every = self.progress.step, self.config.eval.every
         due = step in (0, self.steps) or (every is not None and step % every == 0)
-        return due and bool(self.heldout) and self.progress.evaluated_at != step
+        return due and bool(self.data.heldout) and self.progress.evaluated_at != step
 
     def _evaluate(self) -> None:
         """The metrics of all held-out examples, each under eval/."""
         self.policy.eval()
-        metrics = self.objective.evaluate(self.heldout, self.config.train.batch)
+        metrics = self.objective.evaluate(self.data.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
         self._write_down(lambda record: record.evaluated(self.progress.step, metrics))
         self._log({"step": self.progress.step} | row)
@@ -420,9 +240,9 @@ class _Run:
     @torch.no_grad()
     def _answers(self) -> list[list[str]]:
         """The model's likeliest answers to some held-out prompts: [question, answer]."""
-        options, found = self.config.eval, []
+        options, answers = self.config.eval, []
         self.policy.eval()
-        for example in _first_prompts(self.heldout, options.samples):
+        for example in _first_prompts(self.data.heldout, options.samples):
             prompt = example.prompt
             ids = torch.tensor([prompt], device=self.accelerator.device)
             out = self.loaded.policy.generate(
@@ -435,16 +255,16 @@ class _Run:
                 pad_token_id=self.objective.pad_token_id,
             )
             answer = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
-            found.append([example.row.question, str(answer).strip()])
-        return found
+            answers.append([example.row.question, str(answer).strip()])
+        return answers
 
     # --- stop --------------------------------------------------------------------------------------------------
 
     def _stopped(self) -> RunResult:
         place = self.checkpoints.save(self.progress, self.rng)
         verdicts = self._report("stopped")
-        said = f"stopped after step {self.progress.step} of {self.steps}; go on with"
-        self.display.note(f"{said}\n  {self.folder.resume_command(place)}")
+        command = self.folder.resume_command(place)
+        self.display.note(f"stopped after step {self.progress.step} of {self.steps}; go on with\n  {command}")
         return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, verdicts, interrupted=True)
 
     def _explained(self, error: Exception) -> tuple[str, list[str]] | None:
@@ -457,46 +277,18 @@ class _Run:
                 return None
             kind = self.loaded.model.config.model_type
             raise UserError(f"the code of {kind} models fails in the first step: {failure}") from error
-        held = faults.held(self.config, self.loaded, self.optimizer, self.objective, self.batch or self.heldout)
+        held = faults.held(self.config, self.loaded, self.optimizer, self.objective, self.batch or self.data.heldout)
         count = step_counter(self.loaded, held.microbatch, self.accelerator.device, sharded=self.processes.sharded)
         advised = advice(self.config, held, count)
         said = f"out of memory after step {self.progress.step}: {held}. {advised}"
         return said, [override for override in advised.overrides if may_change(override.partition("=")[0])]
 
-    def _plan(self) -> str:
-        trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
-        everything = sum(p.numel() for p in self.loaded.model.parameters())
-        devices = str(self.accelerator.device)
-        if self.processes.count > 1:
-            how = "sharded by FSDP" if self.processes.sharded else "by DDP"
-            devices = f"{self.processes.count} × {self.accelerator.device.type}, {how}"
-        layout = self.loaded.layout
-        if self.loaded.why_padded:
-            layout = f"padded, because {self.loaded.why_padded}"
-        return (
-            f"{self.config.loss.type.upper()}: {self.steps} steps of {self.config.train.batch} {self.what}; training "
-            f"{trained:,} of {everything:,} parameters on {devices}; layout {layout}"
-        )
-
-
-def _end_notes(text: TextRecord, new: Sequence[int]) -> list[str]:
-    """What to say of the tokens that end responses: those that are `new` to the model, or that there are none."""
-    if not text.ends:
-        return ["every training response was cut, so no token that ends an answer is trained; raise tokens.max_length"]
-    tokens = [token for token, number in text.ends.items() if number in new]
-    if not tokens:
-        return []
-    return [
-        f"answers end with {', '.join(tokens)}, at which the model would not stop so far; what is saved does, by its "
-        "generation_config.json"
-    ]
-
 
 def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
     """The first examples of `count` different prompts."""
-    found: dict[tuple[int, ...], Example] = {}
+    by_prompt: dict[tuple[int, ...], Example] = {}
     for example in examples:
-        if len(found) == count:
+        if len(by_prompt) == count:
             break
-        found.setdefault(tuple(example.prompt), example)
-    return list(found.values())
+        by_prompt.setdefault(tuple(example.prompt), example)
+    return list(by_prompt.values())

@@ -111,14 +111,14 @@ def test_a_stopped_run_has_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyP
     """Ctrl-C: the report is of the steps so far, with the answers before them."""
     from fastpref.training import loop
 
-    original = loop._Run._step
+    original = loop.TrainingRun._step
 
     def stopping(self: Any, step: int, examples: Any) -> None:
         original(self, step, examples)
         if step == 3:
             os.kill(os.getpid(), 2)
 
-    monkeypatch.setattr(loop._Run, "_step", stopping)
+    monkeypatch.setattr(loop.TrainingRun, "_step", stopping)
     result = fastpref.train(QUICKSTART, [*SHORT, "train.steps=9", "eval.samples=1"])
     assert result.interrupted
     page = Path("out/report.html").read_text()

@@ -316,7 +316,7 @@ def test_a_run_says_at_its_start_what_cannot_be_merged(
     monkeypatch.setattr(plan, "_lies_plain", lambda *_: False)
     config = tmp_path / "cfg.toml"
     config.write_text(RUN.format(model=model, examples=EXAMPLES.as_posix(), folder=tmp_path.as_posix()))
-    monkeypatch.setattr(loop._Run, "go", lambda *_: 1 / 0)  # what comes after the notes
+    monkeypatch.setattr(loop.TrainingRun, "go", lambda *_: 1 / 0)  # what comes after the notes
     with pytest.raises(ZeroDivisionError):
         fastpref.train(config)
     reason = "its weights lie quantised by gptq"

@@ -246,14 +246,14 @@ def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from fastpref.training import loop
 
     accuracies = iter([0.5, 0.7, 0.9, 0.9, 0.8, 0.85, 0.4])
-    evaluate = loop._Run._evaluate
+    evaluate = loop.TrainingRun._evaluate
 
     def pretended(self) -> None:
         evaluate(self)
         row = {"eval/rewards/accuracies": next(accuracies), "eval/loss": 1.0}
         self.progress.evaluated = row
 
-    monkeypatch.setattr(loop._Run, "_evaluate", pretended)
+    monkeypatch.setattr(loop.TrainingRun, "_evaluate", pretended)
     options = ["train.steps=12", "eval.every=2", "output.save_every=5", "output.keep=2"]
     result = fastpref.train(config, [LORA, *options])
     place = result.output_dir / "checkpoints"
@@ -329,14 +329,14 @@ def test_a_run_on_a_full_disk_ends_with_one_message(
 
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)
-    step = loop._Run._step
+    step = loop.TrainingRun._step
 
     def filling(self, number: int, examples) -> None:
         step(self, number, examples)
         if number == 2:
             refusing(monkeypatch, 3)
 
-    monkeypatch.setattr(loop._Run, "_step", filling)
+    monkeypatch.setattr(loop.TrainingRun, "_step", filling)
     with pytest.raises(UserError) as raised:
         fastpref.train(config, SETTINGS)
     said = str(raised.value)

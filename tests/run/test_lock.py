@@ -65,16 +65,16 @@ def test_a_run_frees_its_folder(config: Path):
 
 def test_two_runs_that_chose_the_same_folder(config: Path, monkeypatch: pytest.MonkeyPatch):
     """Both found it free; the one that begins later does not replace what the first has written."""
-    from fastpref.training import loop
+    from fastpref.training import start
 
-    load = loop.load_examples
+    load = start.load_examples
 
     def meanwhile(*args, **options):
-        monkeypatch.setattr(loop, "load_examples", load)
+        monkeypatch.setattr(start, "load_examples", load)
         fastpref.train(config, [LORA, "train.steps=1", "eval.samples=0"])
         return load(*args, **options)
 
-    monkeypatch.setattr(loop, "load_examples", meanwhile)
+    monkeypatch.setattr(start, "load_examples", meanwhile)
     with pytest.raises(UserError, match="another run has begun in this folder meanwhile; start this one again"):
         fastpref.train(config, [LORA, "train.steps=2", "eval.samples=0"])
     assert Path("out/final/adapter_model.safetensors").exists()

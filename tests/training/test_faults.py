@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import fastpref
 from fastpref.errors import UserError
 from fastpref.step import objective as step_module
-from fastpref.training import faults, loop
+from fastpref.training import faults, loop, start
 from fastpref.training.faults import is_out_of_memory
 from tests.support.runs import LORA, rows, write_config
 
@@ -35,7 +35,7 @@ def adapter(step: int) -> dict[str, torch.Tensor]:
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: set[int]) -> None:
     """Put a NaN into a weight, a gradient or the log-probability of a row in some steps, counted from 1."""
-    run_step, preference_loss = loop._Run._step, step_module.preference_loss
+    run_step, preference_loss = loop.TrainingRun._step, step_module.preference_loss
     backward = loop.Accelerator.backward
     now, bad = 0, None
 
@@ -60,7 +60,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: set[int]) -> None:
             last = [p for group in self._optimizers for g in group.param_groups for p in g["params"]][-1]
             last.grad.view(-1)[0] = math.inf
 
-    monkeypatch.setattr(loop._Run, "_step", stepping)
+    monkeypatch.setattr(loop.TrainingRun, "_step", stepping)
     monkeypatch.setattr(step_module, "preference_loss", poisoned)
     monkeypatch.setattr(loop.Accelerator, "backward", propagating)
 
@@ -135,7 +135,7 @@ def test_which_errors_are_of_memory(error: Exception, yes: bool):
 def test_no_memory_is_one_message_with_what_would_fit(config: Path, monkeypatch: pytest.MonkeyPatch, where: str):
     """The breakdown, the override and the command; with it the run goes on as if nothing had been."""
     options = [*SETTINGS, "eval.every=2"]
-    run_step, evaluate = loop._Run._step, loop._Run._evaluate
+    run_step, evaluate = loop.TrainingRun._step, loop.TrainingRun._evaluate
 
     def stepping(self, number: int, examples) -> None:
         if number == 3 and where == "step":
@@ -148,8 +148,8 @@ def test_no_memory_is_one_message_with_what_would_fit(config: Path, monkeypatch:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         evaluate(self)
 
-    monkeypatch.setattr(loop._Run, "_step", stepping)
-    monkeypatch.setattr(loop._Run, "_evaluate", evaluating)
+    monkeypatch.setattr(loop.TrainingRun, "_step", stepping)
+    monkeypatch.setattr(loop.TrainingRun, "_evaluate", evaluating)
     with pytest.raises(UserError) as raised:
         fastpref.train(config, options)
     said = str(raised.value)
@@ -171,7 +171,7 @@ def test_no_memory_to_load_the_model(config: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(loop, "load_model", refuse)
+    monkeypatch.setattr(start, "load_model", refuse)
     with pytest.raises(UserError, match=r"out of memory while .*model was loaded; it needs adapters, lora=\{\}, or"):
         fastpref.train(config)
     assert not Path("out").exists()

@@ -1,0 +1,310 @@
+"""The start of a training run: from a config to everything that its loop needs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from itertools import chain, islice
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from fastpref.config import Config, load_config
+from fastpref.config.losses import KTO
+from fastpref.data.cache import Tokenized, load_examples
+from fastpref.data.template.text import TextRecord, stop_at, text_of
+from fastpref.data.tokenize import use_chat_template
+from fastpref.errors import UserError
+from fastpref.memory.activations import checkpoint_activations
+from fastpref.memory.peak import StepPeak
+from fastpref.merge import merge_fault
+from fastpref.model.failure import in_others_code, is_out_of_memory
+from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
+from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
+from fastpref.processes import Processes, code, end_together, start_processes
+from fastpref.quiet import quiet_libraries
+from fastpref.run import state
+from fastpref.run.checkpoint import Checkpoints
+from fastpref.run.folder import RunFolder
+from fastpref.run.hub import check_login
+from fastpref.run.lock import RunLock
+from fastpref.run.resume import Resumed, find_checkpoint, shared
+from fastpref.run.state import Progress
+from fastpref.step.objective import Objective
+from fastpref.step.optimizer import make_optimizer
+from fastpref.step.order import data_order
+from fastpref.step.precompute import Precomputed, reference_folder
+from fastpref.step.reference import Reference, make_reference, precomputes
+from fastpref.training.loop import RunResult, TrainingRun
+from fastpref.training.progress import Display
+from fastpref.training.record import Record
+from fastpref.training.trackers import Trackers, require_trackers
+
+
+def train(
+    config: Config | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    force: bool = False,
+    resume: bool | str | Path = False,
+    default_name: str = "run",
+    cache: bool = True,
+) -> RunResult:
+    """Train as a config says; `overrides` are `key=value` strings, for a path to a config.
+
+    `force` replaces the run that output.dir already holds; `default_name` names the folder when output.dir is not
+    given. `resume` goes on with a run, bit for bit on a CPU: from a checkpoint's folder, or with True from the newest
+    whole one of the config's last run. Without `cache` tokens are neither taken from the cache nor kept in it. Raises
+    UserError for what a user can mend; but for the cache nothing is written before everything has been checked.
+    """
+    try:
+        if not isinstance(config, Config):
+            default_name = Path(config).stem
+            config = load_config(config, overrides)
+        require_trackers(config.log.trackers)
+        if config.output.push_to is not None:
+            check_login(config.output.push_to)
+        resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
+    except UserError as error:
+        end_together(error)
+    quiet_libraries()
+    accelerator, processes = start_processes(config, mixed_precision(config))
+    processes.agree(lambda: shared(config, resumed) | code())
+    folder = resumed.folder if resumed else processes.on_first(
+        lambda: RunFolder.choose(config, default_name, force=force)
+    )  # fmt: skip
+    lock = RunLock(folder.path)
+    try:
+        processes.on_first(lambda: lock.acquire() if folder.path.exists() else None)
+        run = _prepare(config, folder, accelerator, processes, resumed, cache=cache)
+        return run.go(lock)
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run reads before it loads the model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: Tokenized
+    text: TextRecord
+    beyond: list[str]  # notes on rows that are longer than the model's positions, and the like
+
+
+def _prepare(
+    config: Config,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    processes: Processes,
+    resumed: Resumed | None,
+    *,
+    cache: bool,
+) -> TrainingRun:
+    """Load everything, and print a note on every decision. Raises UserError."""
+    set_seed(config.train.seed)
+    text = resumed.text if resumed else None
+    day = processes.on_first(date.today) if text is None else text.day
+    # The other processes find the tokens of the first in the cache.
+    inputs = processes.first_then_others(lambda: _read(config, resumed, day, cache=cache))
+    data = inputs.data
+    processes.agree(lambda: {f"tokens of the {name} rows": examples.digest() for name, examples in data.parts.items()})
+
+    def load() -> Loaded:
+        loaded = load_model(config, accelerator.device, sharded=processes.sharded)
+        compare(limits_of_model(loaded.model), data.parts, inputs.tokenizer, config)
+        return loaded
+
+    try:
+        loaded = processes.together(load)
+        processes.agree(lambda: {"the model's weights": state.model_fingerprint(loaded)[:16], "layout": loaded.layout})
+        notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
+        run, decisions = _assemble(config, folder, accelerator, processes, inputs, loaded, resumed)
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
+            raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
+        if (failure := in_others_code(error)) is None:
+            raise
+        raise UserError(
+            f"model.name = {config.model.name!r}: its code fails before the first step: {failure}"
+        ) from error
+    if fault := merge_fault(config, loaded.model):
+        decisions.append(f"warning: fastpref merge will not take what this run makes: {fault}")
+    for note in [*(resumed.notes if resumed else ()), *data.notes, *inputs.beyond, *notes, *decisions]:
+        run.display.note(note)
+    return run
+
+
+def _read(config: Config, resumed: Resumed | None, day: date, *, cache: bool) -> _Inputs:
+    """Read the tokenizer and the rows, and compare them with the model's config before its weights are read."""
+    tokenizer = load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.tokens.chat_template)
+    data = load_examples(config, tokenizer, cache=cache, day=day)
+    if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
+        tokenizer.chat_template = data.chat_template
+    text = text_of(config, tokenizer, day, data.ends)
+    if resumed:
+        resumed.check_text(text)
+    return _Inputs(tokenizer, data, text, compare(limits_of(config.model), data.parts, tokenizer, config))
+
+
+def _assemble(
+    config: Config,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    processes: Processes,
+    inputs: _Inputs,
+    loaded: Loaded,
+    resumed: Resumed | None,
+) -> tuple[TrainingRun, list[str]]:
+    """Make a run of its loaded parts, at the checkpoint it is resumed from if there is one. Returns notes, too."""
+    data, train = inputs.data, config.train
+    steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch)
+    unit = "responses" if isinstance(config.loss, KTO) else "pairs"
+    display = Display(
+        steps,
+        resumed.state["progress"]["step"] if resumed else 0,
+        None if processes.first else Console(quiet=True),
+        examples=unit,
+    )
+    notes = _end_notes(inputs.text, stop_at(loaded.model, inputs.text.ends.values()))
+    fingerprint = state.model_fingerprint(loaded)
+    reference = None
+    if config.loss.uses_reference:
+        reference, words = _reference(config, loaded, accelerator)
+        notes.append(f"reference: {words}")
+    optimizer = make_optimizer(loaded.policy, config)
+    warmup = train.warmup if train.warmup >= 1 else train.warmup * steps
+    schedule = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
+    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup), num_training_steps=steps)
+    policy, optimizer, scheduler = accelerator.prepare(loaded.policy, optimizer, scheduler)
+    if processes.sharded:
+        register_fsdp_forward_method(policy, "generate")
+    if not processes.first:  # the same adapters, but dropout of its own
+        set_seed(train.seed + processes.rank)
+    limits = limits_of_model(loaded.model)
+    pad, unpadded = pad_token(inputs.tokenizer, limits)
+    router = loaded.policy.router
+    objective = Objective(
+        policy=policy,
+        reference=reference,
+        options=config.loss,
+        layout=loaded.layout,
+        budget=config.tokens_per_microbatch,
+        pad_token_id=pad,
+        device=accelerator.device,
+        router_coefficient=router.coefficient if router is not None else 0.0,
+        processes=processes,
+    )
+    if isinstance(reference, Precomputed):
+        notes += _precompute(reference, config, data, objective, steps, display)
+    plan = _plan(config, loaded, policy, f"{steps} steps of {train.batch} {unit}", _devices(accelerator, processes))
+    notes += [*([unpadded] if unpadded else []), plan, *loaded.notes]
+    record = Record(folder, config, steps, data, plan, accelerator.device) if processes.first else None
+    checkpoints = Checkpoints(
+        config=config,
+        folder=folder,
+        loaded=loaded,
+        tokenizer=inputs.tokenizer,
+        text=inputs.text,
+        examples=data.train,
+        optimizer=optimizer,
+        scheduler=scheduler.scheduler,
+        scaler=accelerator.scaler,
+        model_fingerprint=fingerprint,
+        processes=processes,
+    )
+    progress = checkpoints.restore(resumed, steps) if resumed else Progress()
+    run = TrainingRun(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        processes=processes,
+        tokenizer=inputs.tokenizer,
+        text=inputs.text,
+        loaded=loaded,
+        limits=limits,
+        data=data,
+        steps=steps,
+        policy=policy,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        objective=objective,
+        checkpoints=checkpoints,
+        progress=progress,
+        display=display,
+        record=record,
+        trackers=Trackers(accelerator, display.note),
+        resumed=resumed is not None,
+        peak=StepPeak(accelerator.device),
+    )
+    return run, notes
+
+
+def _reference(config: Config, loaded: Loaded, accelerator: Accelerator) -> tuple[Reference, str]:
+    """Make the reference, or the one that is computed before the training. Returns what it is in words, too."""
+    reference, words = make_reference(config, loaded, accelerator.autocast)
+    if not precomputes(config):
+        return reference, words
+    return Precomputed(reference, reference_folder(config, loaded.model)), words
+
+
+def _precompute(
+    reference: Precomputed, config: Config, data: Tokenized, objective: Objective, steps: int, display: Display
+) -> list[str]:
+    """Compute the reference's numbers for every completion of the run, before the model changes. Returns notes."""
+    batch = config.train.batch
+    planned = islice(data_order(len(data.train), batch, config.train.seed), steps)
+    batches = ([data.train[i] for i in places] for places in planned)
+    completions = chain(
+        chain.from_iterable(map(objective.referenced, batches)), objective.referenced_in_evaluation(data.heldout)
+    )
+    computed = reference.complete(
+        completions,
+        layout=objective.layout,
+        budget=objective.budget,
+        device=objective.device,
+        pad_token_id=objective.pad_token_id,
+        progress=display.precomputing,
+        processes=objective.processes,
+    )
+    cached = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
+    return [*reference.notes, f"reference log-probabilities: {cached}{computed:,} completions computed"]
+
+
+def _devices(accelerator: Accelerator, processes: Processes) -> str:
+    if processes.count == 1:
+        return str(accelerator.device)
+    return f"{processes.count} × {accelerator.device.type}, {'sharded by FSDP' if processes.sharded else 'by DDP'}"
+
+
+def _plan(config: Config, loaded: Loaded, policy: nn.Module, length: str, devices: str) -> str:
+    """Describe the run in one sentence."""
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in loaded.model.parameters())
+    layout = f"padded, because {loaded.why_padded}" if loaded.why_padded else loaded.layout
+    return (
+        f"{config.loss.type.upper()}: {length}; training {trained:,} of {everything:,} parameters on {devices}; layout "
+        f"{layout}"
+    )
+
+
+def _end_notes(text: TextRecord, new: Sequence[int]) -> list[str]:
+    """What to say of the tokens that end responses: those that are `new` to the model, or that there are none."""
+    if not text.ends:
+        return ["every training response was cut, so no token that ends an answer is trained; raise tokens.max_length"]
+    tokens = [token for token, number in text.ends.items() if number in new]
+    if not tokens:
+        return []
+    return [
+        f"answers end with {', '.join(tokens)}, at which the model would not stop so far; what is saved does, by its "
+        "generation_config.json"
+    ]
