@@ -9,11 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from fastpref.data.rows.columns import REASONING
 from fastpref.data.rows.content import Message
 from fastpref.data.template.render import common
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Under which keys of a message data sets hold what was thought before the answer."""
 _SWITCHES = re.compile(r"/(?:no_?)?think\b|/system_override\b")  # words to a template that it may take away
 
 _OF_DATA = re.compile(r"think|tool|^/")

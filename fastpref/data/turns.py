@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data.rows.content import Message, RowError, Writing
+from fastpref.data.rows.messages import SYSTEM_ROLES
 from fastpref.data.template.render import REFUSALS, apply, common
 
 _MARK = "\ue000fastpref\ue001"  # private characters: no data set has them at its turns' ends
@@ -51,7 +52,7 @@ def contexts(
 def exchanges(prompt: Sequence[Message]) -> list[int]:
     """Where the exchanges of a prompt begin that may be left out with all before them, and the question last: each
     but the first begins with a user's turn. System turns at the front are in none."""
-    front = next((at for at, turn in enumerate(prompt) if turn["role"] not in ("system", "developer")), len(prompt))
+    front = next((at for at, turn in enumerate(prompt) if turn["role"] not in SYSTEM_ROLES), len(prompt))
     return [front, *(at for at, turn in enumerate(prompt) if at > front and turn["role"] == "user")]
 
 

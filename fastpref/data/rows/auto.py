@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastpref.data.rows.columns import LABELS
 from fastpref.data.rows.content import (
     Content,
     Message,
@@ -17,14 +18,13 @@ from fastpref.data.rows.content import (
     shown,
     text,
 )
-from fastpref.data.rows.messages import STANDARD, is_turns, with_system
+from fastpref.data.rows.messages import STANDARD, SYSTEM_ROLES, is_turns, with_system
 from fastpref.data.rows.overlap import OTHER_MESSAGES, OTHER_PROMPT, same, without_question
 from fastpref.data.rows.parts import text_of
 from fastpref.data.rows.reading import Format, without_json, writing
 from fastpref.data.rows.transcripts import TEMPLATE, is_transcript, read_transcript
 
-_NOT_ASKING = ("system", "developer", "assistant", "tool")
-LABELS = ("label", "kto_tag")
+_NOT_ASKING = (*SYSTEM_ROLES, "assistant", "tool")
 KNOWN = (
     "prompt, chosen and rejected; chosen and rejected conversations; messages or conversations, chosen and rejected; "
     "instruction, input, chosen and rejected; messages and rejected_response; prompt, completion and label; messages "
@@ -218,9 +218,9 @@ def _is_answered(row: Row, name: str) -> bool:
 
 def _agrees(row: Row, name: str, values: Mapping[str, Any]) -> bool:
     """Whether a conversation begins as those of the responses do, or ends with one of the answers."""
-    turns = [turn for turn in STANDARD.turns(row[name], name) if turn["role"] not in ("system", "developer")]
+    turns = [turn for turn in STANDARD.turns(row[name], name) if turn["role"] not in SYSTEM_ROLES]
     for response, value in values.items():
-        own = [turn for turn in STANDARD.response(value, response) if turn["role"] not in ("system", "developer")]
+        own = [turn for turn in STANDARD.response(value, response) if turn["role"] not in SYSTEM_ROLES]
         at = 0 if _is_conversation(value) else -1
         if turns and own and same(turns[at], own[at]):
             return True

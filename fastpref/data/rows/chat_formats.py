@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from fastpref.data.rows.auto import as_answers, as_turns
+from fastpref.data.rows.columns import PAIR, NamedFormat
 from fastpref.data.rows.content import Message, Paired, Row, Unpaired, Writing, column, label
 from fastpref.data.rows.messages import Reader, as_content, with_system
 from fastpref.data.rows.overlap import other_turns
@@ -90,16 +91,11 @@ def default_unpaired(options: ChatOptions) -> Read:
     return read
 
 
-PAIRED: dict[str, Callable[[ChatOptions], Read]] = {
-    "default": default,
-    "argilla_chat": last_turns,
-    "argilla": last_turns,
-}
-UNPAIRED: dict[str, Callable[[ChatOptions], Read]] = {"default": default_unpaired}
-COLUMNS: dict[str, tuple[str, ...]] = {  # fields
-    "default": ("messages", "chosen", "rejected"),
-    "argilla_chat": ("chosen", "rejected"),
-    "argilla": ("chosen", "rejected"),
+_SINGLE = (("messages", "prompt"), ("label",))
+FORMATS: dict[str, NamedFormat] = {
+    "default": NamedFormat(default, (("messages",), *PAIR[1:]), default_unpaired, _SINGLE, options=ChatOptions),
+    "argilla_chat": NamedFormat(last_turns, PAIR[1:], options=ChatOptions),
+    "argilla": NamedFormat(last_turns, PAIR[1:], options=ChatOptions),
 }
 
 

@@ -4,8 +4,8 @@ A format is a function from a row to a `Paired` or an `Unpaired` (content.py). I
 or lists of chat messages, which `chat.py` writes with a chat template.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,9 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from fastpref.data.rows import chat_formats, templates
 from fastpref.data.rows.auto import detect
+from fastpref.data.rows.columns import CONTEXT, PAIR, QUESTIONS, SINGLE, Columns, NamedFormat
 from fastpref.data.rows.content import Content, Message, Paired, Row, RowError, Unpaired, read_label, unpair
 from fastpref.data.rows.function import is_function, load_function
-from fastpref.data.rows.reading import TEXT_COLUMNS, Format
+from fastpref.data.rows.reading import Format
 
 __all__ = [
     "NAMES", "Content", "Format", "Message", "Paired", "Row", "RowError", "Unpaired", "check_format", "detect",
@@ -23,67 +24,28 @@ __all__ = [
     "find_format", "fitting", "options_of", "read_label", "unpair",
 ]  # fmt: skip
 
-Read = Callable[[Row], Paired | Unpaired]
+
+def _of_template(template: templates.Template, form: NamedFormat) -> NamedFormat:
+    """A text format whose readers know the template that they write."""
+    single = form.unpaired
+    return replace(
+        form,
+        paired=lambda _: lambda row: form.paired(template, row),
+        unpaired=single and (lambda _: lambda row: single(template, row)),
+    )
 
 
-@dataclass(frozen=True)
-class _Named:
-    """A format under its name: how it reads pairs, and how single responses where it can."""
-
-    paired: Callable[[Any], Read]
-    unpaired: Callable[[Any], Read] | None = None
-    options: type | None = None
-    completion: str = "completion"  # the option, or else the column, whose column marks a single response
-    columns: tuple[tuple[str, ...], ...] = ()  # for pairs: one of each group
-    unpaired_columns: tuple[tuple[str, ...], ...] | None = None
-
-
-def _text_formats() -> dict[str, _Named]:
-    """chatml.* and llama3.*: the same columns in either template."""
-    made = {}
-    for family, template in templates.TEMPLATES.items():
-        for name, read in templates.PAIRED.items():
-            single = templates.UNPAIRED.get(name)
-            made[f"{family}.{name}"] = _Named(
-                paired=lambda _, read=read, template=template: lambda row: read(template, row),
-                unpaired=single and (lambda _, read=single, template=template: lambda row: read(template, row)),
-                columns=templates.COLUMNS[name],
-                unpaired_columns=templates.UNPAIRED_COLUMNS.get(name),
-            )
-    return made
-
-
-def _chat_formats() -> dict[str, _Named]:
-    return {
-        f"chat_template.{name}": _Named(
-            paired=read,
-            unpaired=chat_formats.UNPAIRED.get(name),
-            options=chat_formats.ChatOptions,
-            columns=tuple((column,) for column in chat_formats.COLUMNS[name]),
-            unpaired_columns=(("messages", "prompt"), ("label",)) if name in chat_formats.UNPAIRED else None,
-        )
-        for name, read in chat_formats.PAIRED.items()
-    }
-
-
-_PAIR = (("prompt",), ("chosen",), ("rejected",))
-_SINGLE = (("prompt",), ("completion",), ("label",))
-_FORMATS: dict[str, _Named] = {
-    **_text_formats(),
-    **_chat_formats(),
-    "zephyr.nectar": _Named(lambda _: templates.nectar, columns=(("prompt",), ("answers",))),
-    "passthrough": _Named(
-        lambda _: templates.passthrough,
-        lambda _: templates.passthrough_unpaired,
-        columns=_PAIR,
-        unpaired_columns=_SINGLE,
-    ),
-    "table": _Named(
-        lambda table: table.paired,
-        lambda table: table.unpaired,
-        options=templates.Table,
-        columns=_PAIR,
-        unpaired_columns=_SINGLE,
+_FORMATS: dict[str, NamedFormat] = {
+    **{
+        f"{family}.{name}": _of_template(template, form)
+        for family, template in templates.TEMPLATES.items()
+        for name, form in templates.FORMATS.items()
+    },
+    **{f"chat_template.{name}": form for name, form in chat_formats.FORMATS.items()},
+    "zephyr.nectar": NamedFormat(lambda _: templates.nectar, (("prompt",), ("answers",))),
+    "passthrough": NamedFormat(lambda _: templates.passthrough, PAIR, lambda _: templates.passthrough_unpaired, SINGLE),
+    "table": NamedFormat(
+        lambda table: table.paired, PAIR, lambda table: table.unpaired, SINGLE, options=templates.Table
     ),
 }
 NAMES = ("auto", *_FORMATS)
@@ -136,16 +98,13 @@ def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | N
     return Format(name, read)
 
 
-_ASKED = ("prompt", "question", "instruction", "input", "query")  # columns that may hold a prompt, best first
-
-
 def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
     """The formats that would read rows of these columns, best first, as a config has them: three at most.
 
     None of them leaves a column of text out of which a prompt is made.
     """
-    texts = columns & {"prompt", *TEXT_COLUMNS}
-    asked = next((name for name in _ASKED if name in columns), None)
+    texts = columns & {"prompt", *CONTEXT}
+    asked = next((name for name in QUESTIONS if name in columns), None)
     found: list[str] = []
     if asked is None or texts - {asked, "system"}:
         return found
@@ -164,7 +123,7 @@ def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
     return found[:3]
 
 
-def _fits(groups: tuple[tuple[str, ...], ...] | None, columns: set[str]) -> bool:
+def _fits(groups: Columns, columns: set[str]) -> bool:
     return bool(groups) and all(columns & set(group) for group in groups)
 
 

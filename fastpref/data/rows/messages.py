@@ -9,7 +9,8 @@ from fastpref.data.rows.content import Content, Message, Row, RowError, column, 
 from fastpref.data.rows.parts import joined, read_parts
 from fastpref.data.rows.tool_calls import read_calls
 
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+KNOWN_ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -125,7 +126,7 @@ def with_system(row: Row, turns: list[Message]) -> list[Message]:
         return turns
     if not isinstance(words, str):
         raise RowError(f"system must be text, got {shown(words)}", _WRONG_TYPE)
-    if turns and turns[0]["role"] in ("system", "developer"):
+    if turns and turns[0]["role"] in SYSTEM_ROLES:
         if joined(turns[0].get("content")).strip() == words.strip():
             column(row, "system")  # the turn is it
         return turns

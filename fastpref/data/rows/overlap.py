@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastpref.data.rows.columns import REASONING
 from fastpref.data.rows.content import Content, Message, Paired, RowError, Unpaired
+from fastpref.data.rows.messages import SYSTEM_ROLES
 from fastpref.data.rows.parts import text_of
 
 MISREAD = "whose prompt and responses do not part"
-_SYSTEM = ("system", "developer")
 _NO_PROMPT = "without a shared prompt"
 _SURE = 12  # bytes of a prompt with which a response does not begin by accident
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SENTENCE_ENDS = (".", "?", "!", ":", "。", "？", "！", "：")
 
 REPEATED = "the responses began with the whole prompt, which was dropped from them"
@@ -93,12 +93,12 @@ def same(ours: Message, theirs: Message) -> bool:
     A developer's turn is as a system's.
     """
     roles = {ours["role"], theirs["role"]}
-    if len(roles) > 1 and not roles <= {*_SYSTEM}:
+    if len(roles) > 1 and not roles <= {*SYSTEM_ROLES}:
         return False
     our_words, their_words = text_of(ours).strip(), text_of(theirs).strip()
     if our_words != their_words and our_words.split() != their_words.split():
         return False
-    return all(ours.get(name) == theirs.get(name) for name in _THOUGHTS) and _calls(ours) == _calls(theirs)
+    return all(ours.get(name) == theirs.get(name) for name in REASONING) and _calls(ours) == _calls(theirs)
 
 
 def _calls(message: Message) -> list[Any]:
@@ -288,7 +288,7 @@ def _equal(ours: _Turns, theirs: _Turns) -> bool:
 
 
 def _split_system(turns: _Turns) -> tuple[_Turns, _Turns]:
-    count = next((at for at, turn in enumerate(turns) if turn["role"] not in _SYSTEM), len(turns))
+    count = next((at for at, turn in enumerate(turns) if turn["role"] not in SYSTEM_ROLES), len(turns))
     return turns[:count], turns[count:]
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastpref.data.rows.columns import MEDIA
 from fastpref.data.rows.content import Message, Row, RowError, shown
 
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 MEDIA_KIND = "with images, video or audio"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -33,7 +33,7 @@ def text_of(message: Message) -> str:
 
 def refuse_media(row: Row) -> None:
     """Raise RowError if a row has pictures, video or audio in a column of its own."""
-    for name in MEDIA_COLUMNS:
+    for name in MEDIA:
         value = row.get(name)
         if _is_filled(value):
             raise RowError(

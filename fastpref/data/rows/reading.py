@@ -8,16 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastpref.data.rows.columns import CONTEXT
 from fastpref.data.rows.content import Paired, Row, RowError, Unpaired, Writing, shown
 from fastpref.data.rows.messages import Reader, is_turns
 from fastpref.data.rows.overlap import untangle
 from fastpref.data.rows.parts import refuse_media
 from fastpref.data.rows.tool_calls import read_keywords, read_tools
 
-TEXT_COLUMNS = (
-    "system", "system_prompt", "instruction", "input", "history", "context", "question", "query", "functions",
-)  # fmt: skip
-"""Columns whose words a prompt is made of in one data set or another."""
 _KEYWORDS = "chat_template_kwargs"
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*(['\"])(role|content|from|value)\1\s*:|\s*\{\s*(['\"])(role|from)\3\s*:")
 JSON_CELLS = "columns of text held messages as JSON, and were read as messages"
@@ -43,7 +40,7 @@ class Format:
         remarks = [JSON_CELLS] if plain is not row else []
         remarks += [
             f"the column {name} is filled, and {self.name} does not read it"
-            for name in TEXT_COLUMNS
+            for name in CONTEXT
             if name not in seen.names and _says_something(plain.get(name))
         ]
         return replace(content, remarks=(*content.remarks, *remarks)) if remarks else content

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pydantic import ConfigDict
 
 from fastpref.data.rows.auto import as_answers
+from fastpref.data.rows.columns import CHOSEN, PAIR, PROMPTS, REJECTED, SINGLE, Columns, NamedFormat
 from fastpref.data.rows.content import (
     MISSING_COLUMN,
     Message,
@@ -63,13 +64,11 @@ ReadUnpaired = Callable[[Template, Row], Unpaired]
 
 # --- Pairs ---------------------------------------------------------------------------------------------------------
 
-PROMPTS = ("prompt", "input", "question", "instruction")
-
 
 def default(template: Template, row: Row) -> Paired:
     prompt = _first(row, *PROMPTS)
-    chosen = text(row, _present(row, "chosen", "chosen_response"))
-    rejected = text(row, _present(row, "rejected", "rejected_response"))
+    chosen = text(row, _present(row, *CHOSEN))
+    rejected = text(row, _present(row, *REJECTED))
     return template.paired(_asked(row, text(row, prompt)), chosen, rejected)
 
 
@@ -105,16 +104,6 @@ def ultra(template: Template, row: Row) -> Paired:
     return replace(content, remarks=(*content.remarks, *remarks, *((OTHER_QUESTION,) if other else ())))
 
 
-PAIRED: dict[str, ReadPaired] = {
-    "default": default,
-    "argilla": default,
-    "argilla_chat": argilla_chat,
-    "icr": pairs_after("input"),
-    "intel": pairs_after("question"),
-    "prompt_pairs": pairs_after("prompt"),
-    "ultra": ultra,
-}
-
 # --- Single responses ----------------------------------------------------------------------------------------------
 
 
@@ -127,30 +116,25 @@ def argilla_chat_completion(template: Template, row: Row) -> Unpaired:
     return template.unpaired(prompt, words(completion[-1], "completion"), label(row), "completion")
 
 
-UNPAIRED: dict[str, ReadUnpaired] = {
-    "argilla": completion_after("instruction"),
-    "argilla_chat": argilla_chat_completion,
-    "intel": completion_after("question"),
-    "prompt_pairs": completion_after("prompt"),
-    "ultra": completion_after("prompt"),
-}
+def _asking(question: str) -> tuple[Columns, Columns]:
+    """The columns of pairs and of single responses that have their question in one column."""
+    return ((question,), *PAIR[1:]), ((question,), *SINGLE[1:])
 
-# The columns without which a format reads nothing: one of each group.
-COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "default": (PROMPTS, ("chosen", "chosen_response"), ("rejected", "rejected_response")),
-    "argilla": (PROMPTS, ("chosen", "chosen_response"), ("rejected", "rejected_response")),
-    "argilla_chat": (("chosen",), ("rejected",)),
-    "icr": (("input",), ("chosen",), ("rejected",)),
-    "intel": (("question",), ("chosen",), ("rejected",)),
-    "prompt_pairs": (("prompt",), ("chosen",), ("rejected",)),
-    "ultra": (("prompt",), ("chosen",), ("rejected",)),
-}
-UNPAIRED_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "argilla": (("instruction",), ("completion",), ("label",)),
-    "argilla_chat": (("completion",), ("label",)),
-    "intel": (("question",), ("completion",), ("label",)),
-    "prompt_pairs": (("prompt",), ("completion",), ("label",)),
-    "ultra": (("prompt",), ("completion",), ("label",)),
+
+def _text_format(paired: ReadPaired, question: str) -> NamedFormat:
+    pairs, singles = _asking(question)
+    return NamedFormat(paired, pairs, completion_after(question), singles)
+
+
+_ANY: Columns = (PROMPTS, CHOSEN, REJECTED)
+FORMATS: dict[str, NamedFormat] = {  # of either template, which is the first argument of their readers
+    "default": NamedFormat(default, _ANY),
+    "argilla": NamedFormat(default, _ANY, completion_after("instruction"), _asking("instruction")[1]),
+    "argilla_chat": NamedFormat(argilla_chat, PAIR[1:], argilla_chat_completion, SINGLE[1:]),
+    "icr": NamedFormat(pairs_after("input"), _asking("input")[0]),
+    "intel": _text_format(pairs_after("question"), "question"),
+    "prompt_pairs": _text_format(pairs_after("prompt"), "prompt"),
+    "ultra": _text_format(ultra, "prompt"),
 }
 
 # --- Without turns -------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from fastpref.data.rows.content import Message, Writing
+from fastpref.data.rows.messages import KNOWN_ROLES, SYSTEM_ROLES
 from fastpref.data.rows.parts import joined
 
 _WORDS, _MORE = "qzfirst", "qzsecond"  # which no template has
 _PARTS = [{"type": "text", "text": _WORDS}, {"type": "text", "text": _MORE}]
 _ASKED = {"role": "user", "content": "-"}
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 _NO_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token"), "")
 
 
@@ -58,7 +58,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, writing: Writing) -> str | N
 def traits_of(template: str) -> Traits:
     """The traits of a chat template. What it refuses to write at all it does not take."""
     iterates, needs_parts = set[str](), set[str]()
-    for role in _ROLES:
+    for role in KNOWN_ROLES:
         if _writes_any(template, _chats(role, _PARTS), (_WORDS, _MORE), ("'text'", '"text"')):
             iterates.add(role)
             if not _writes_any(template, _chats(role, _WORDS), (_WORDS,), ()):
@@ -73,7 +73,7 @@ def _chats(role: str, content: Any) -> list[list[Message]]:
 
 def _chat(turn: Message, words: Any) -> list[Message]:
     asked = {"role": "user", "content": words}
-    if turn["role"] in ("system", "developer"):
+    if turn["role"] in SYSTEM_ROLES:
         return [turn, asked]
     if turn["role"] == "tool":
         return [asked, _calling({}, {"content": words}), {**turn, "name": "f", "tool_call_id": "abcdefghi"}]
