@@ -1,4 +1,4 @@
-"""README.md of a trained model: what it is, how it was made, how it did."""
+"""The model card of a trained model: what it is, how it was trained, and its held-out metrics."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ def model_card(
     steps: int,
     text: TextRecord | None = None,
 ) -> str:
-    """The text. `rows` are those of metrics.jsonl. Folders of this machine are named by their last part only."""
+    """Return the card's text. `rows` are those of metrics.jsonl. Paths of this machine are cut to their last part."""
     shown = _without_folders(config)
     base, adapter = shown.model.name, config.lora is not None
     on_hub = config.model.name == base and "/" in base
@@ -65,30 +65,30 @@ def _held_out(rows: list[Mapping[str, Any]]) -> str:
 
 
 def _written(text: TextRecord | None, adapter: bool) -> str:
-    """How prompts are to be written, and what ends an answer."""
+    """Return the section on how to write prompts and which tokens end an answer."""
     if text is None or not (text.ends or text.chat_template):
         return ""
-    said = []
+    sentences = []
     if text.chat_template:
         keywords = toml_value(dict(text.chat_template_kwargs))
-        said.append(
+        sentences.append(
             "The tokenizer has the chat template of the training"
             + (f", which was given the keywords `{keywords}`" if text.chat_template_kwargs else "")
             + (f" and wrote the date {text.day}" if writes_the_date(str(text.chat_template)) else "")
             + "."
         )
     if text.ends:
-        said.append(f"Answers end with {', '.join(f'`{token}`' for token in text.ends)}.")
+        sentences.append(f"Answers end with {', '.join(f'`{token}`' for token in text.ends)}.")
         if adapter:
-            said.append(
+            sentences.append(
                 "PEFT generates with the base model's settings: give it this folder's, "
                 "`generation_config=GenerationConfig.from_pretrained(...)`, which have every end."
             )
-    return "## Text\n\n" + "\n".join(said) + "\n\n"
+    return "## Text\n\n" + "\n".join(sentences) + "\n\n"
 
 
 def _without_folders(config: Config) -> Config:
-    """A card is for others: it does not tell how the folders of this machine are called."""
+    """Return the config without this machine's folders, which a published card must not show."""
 
     def name(text: str) -> str:
         path = Path(text).expanduser()

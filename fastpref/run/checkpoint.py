@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything it goes on from, bit for bit."""
+"""Checkpoints of a run, from which it is resumed bit for bit."""
 
 import gc
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from fastpref.run.state import Progress
 
 @dataclass
 class Checkpoints:
-    """Saves and restores what training changes. `latest` is the last one known to be whole."""
+    """Saves and restores everything that training changes. `latest` is the last checkpoint known to be undamaged."""
 
     config: Config
     folder: RunFolder
@@ -48,9 +48,9 @@ class Checkpoints:
         return state.data_fingerprint(self.examples)
 
     def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
-        """Write the checkpoint of the last whole step, unless it is there, and remove old ones. Raises WriteError.
+        """Write the checkpoint of the last whole step unless it exists, and remove old ones. Raises WriteError.
 
-        All processes call it together, as everything here; the first one writes.
+        All processes call this, as every method here, together; the first one writes.
         """
         if not best and self.latest is not None and self.latest.name == f"step-{progress.step}":
             return self.latest
@@ -67,8 +67,10 @@ class Checkpoints:
         return self.latest
 
     def save_weights(self, name: str, step: int | None = None) -> Path:
-        """Write the adapter or the model with its tokenizer to a folder of its own, with a model card if the `step`
-        it is of is given. Raises WriteError."""
+        """Write the adapter or the model with its tokenizer to the folder `name`, and a model card if `step` is given.
+
+        Raises WriteError.
+        """
         weights = state.whole_weights(self.loaded)
 
         def fill(folder: Path) -> None:
@@ -80,7 +82,7 @@ class Checkpoints:
         return self.processes.on_first(lambda: self.folder.save(name, fill))
 
     def restore(self, resumed: Resumed, steps: int) -> Progress:
-        """Make everything as it was when a checkpoint was written. Raises UserError if it does not fit the run."""
+        """Restore the state of a checkpoint. Raises UserError if it does not fit the run."""
         resumed.check_contents(self.model_fingerprint, self.data_fingerprint)
         saved, progress = resumed.state, Progress(**resumed.state["progress"])
         if progress.step > steps:
@@ -99,7 +101,7 @@ class Checkpoints:
         return progress
 
     def rescue(self, progress: Progress, rng: dict[str, Any], *overrides: str) -> str:
-        """After a fault: save what the last whole step left, as far as the disk allows, and say how to go on."""
+        """Save the state after the last whole step as far as the disk allows. Returns a message on how to go on."""
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_available():
@@ -117,7 +119,7 @@ class Checkpoints:
             return f"What was trained up to step {progress.step} could not be saved. {before}"
 
     def before(self, *overrides: str) -> str:
-        """How to go on from the last checkpoint."""
+        """Return a message on how to go on from the last checkpoint."""
         if self.latest is None:
             return "There is no checkpoint before it."
         return f"Go on from the checkpoint before it with\n  {self.folder.resume_command(self.latest, *overrides)}"

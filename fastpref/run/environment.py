@@ -1,4 +1,4 @@
-"""Where a run takes place: versions, the device, and the memory it has taken."""
+"""The environment of a run: versions, the device, and peak memory."""
 
 import os
 import platform
@@ -13,14 +13,14 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandby
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a result depends on beside its config."""
-    found = {"fastpref": __version__, "Python": platform.python_version(), "system": platform.platform(terse=True)}
+    """Return what a result depends on besides its config: versions, the system and the device."""
+    versions = {"fastpref": __version__, "Python": platform.python_version(), "system": platform.platform(terse=True)}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found | {"device": device_name(device)}
+    return versions | {"device": device_name(device)}
 
 
 def device_name(device: torch.device) -> str:
@@ -42,7 +42,7 @@ def processor() -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the highest so far: of the GPU what torch has allocated, else of the process. None where unknown."""
+    """Return the peak memory so far in bytes: what torch allocated on a GPU, else of the process. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

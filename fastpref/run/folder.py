@@ -1,4 +1,4 @@
-"""The run's folder: what is written where, and never half."""
+"""The folder of a run: what is written where. Files appear only once they are whole."""
 
 import errno
 import json
@@ -28,13 +28,13 @@ class RunFolder:
     checkpoints/, final/ (an adapter or a model)."""
 
     path: Path
-    new: bool = False  # it was not there when it was chosen
+    new: bool = False  # whether it did not exist when it was chosen
 
     @classmethod
     def choose(cls, config: Config, name: str, *, force: bool) -> "RunFolder":
-        """The folder of output.dir, which must be free or replaced by `force`; or the next free one of its default.
+        """Choose the folder of output.dir, or the next free default folder if output.dir is not set.
 
-        Nothing is written yet. Raises UserError.
+        Writes nothing yet. Raises UserError if output.dir is not empty, unless it is a run's folder and `force` is set.
         """
         if config.output.dir is None:
             return cls(next(p for p in default_folders(config, name) if not p.exists()), new=True)
@@ -57,7 +57,7 @@ class RunFolder:
         return self.path / METRICS
 
     def create(self, config: Config) -> None:
-        """Begin a run in the folder; what an earlier run saved there goes. Raises UserError."""
+        """Begin a run in the folder and remove what an earlier run saved there. Raises UserError."""
         if self.new and self.metrics.exists():
             raise UserError(f"{self.path}: another run has begun in this folder meanwhile; start this one again")
         try:
@@ -73,7 +73,7 @@ class RunFolder:
             raise UserError(f"output.dir = {str(self.path)!r}: cannot be written: {why}") from None
 
     def resume(self, config: Config, progress: Progress) -> None:
-        """Go on with a run at a checkpoint: what was logged and saved after it goes."""
+        """Go on from a checkpoint: remove what was logged and saved after it."""
         kept = [json.dumps(row) for row in self.rows() if _before(row, progress)]
         write_file(self.metrics, "".join(f"{line}\n" for line in kept))
         write_file(self.path / "config.toml", to_toml(config))
@@ -88,11 +88,14 @@ class RunFolder:
             self.mark_best(progress.best)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Those of metrics.jsonl."""
+        """Yield the rows of metrics.jsonl."""
         return read_rows(self.metrics) if self.metrics.exists() else iter(())
 
     def log(self, row: Mapping[str, float | int]) -> None:
-        """Append one row to metrics.jsonl; a number that is not finite, which JSON has not, is null."""
+        """Append one row to metrics.jsonl, with null for numbers that are not finite, which JSON lacks.
+
+        Raises WriteError; then the file is unchanged.
+        """
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         line = f"{json.dumps(finite)}\n".encode()
         try:
@@ -112,12 +115,12 @@ class RunFolder:
         write_file(self.path / FACTS, json.dumps(facts, indent=1) + "\n")
 
     def save(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """A folder that others load: final/, stopped/. It appears only when it is whole."""
+        """Write a folder that other programs load: final/, stopped/. Raises WriteError."""
         write_folder(self.path / name, fill)
         return self.path / name
 
     def checkpoint(self, step: int, fill: Callable[[Path], None]) -> Path:
-        """Save a checkpoint. Raises WriteError, and then nothing has changed."""
+        """Save a checkpoint. Raises WriteError; then nothing has changed."""
         place = self.path / "checkpoints" / f"step-{step}"
         try:
             sync(self.metrics)  # a checkpoint must not reach the disk before the rows that led to it
@@ -127,7 +130,7 @@ class RunFolder:
         return place
 
     def checkpoints(self) -> list[Path]:
-        """All of them, whole or not, the newest first."""
+        """List the run's checkpoints, damaged ones too, the newest first."""
         folders = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir() and is_checkpoint(p)]
         return sorted(folders, key=step_of, reverse=True)
 
@@ -137,7 +140,7 @@ class RunFolder:
         write_file(self.path / "checkpoints" / BEST, text + "\n")
 
     def best(self) -> str | None:
-        """The name of the best checkpoint."""
+        """Return the name of the best checkpoint, or None if none is known."""
         try:
             return json.loads((self.path / "checkpoints" / BEST).read_text(encoding="utf-8"))["checkpoint"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -151,14 +154,14 @@ class RunFolder:
                 shutil.rmtree(old, ignore_errors=True)
 
     def resume_command(self, checkpoint: Path, *overrides: str) -> str:
-        """What a person types to go on from a checkpoint of this run."""
+        """Return the command that resumes this run from a checkpoint."""
         return shlex.join(
             ["fastpref", "train", str(self.path / "config.toml"), "--resume", str(checkpoint), *overrides]
         )
 
 
 def default_folders(config: Config, name: str) -> Iterator[Path]:
-    """runs/NAME-LOSS, runs/NAME-LOSS-2, … without end."""
+    """Yield runs/NAME-LOSS, runs/NAME-LOSS-2, … without end."""
     base = Path("runs") / f"{name}-{config.loss.type}"
     yield base
     number = 2
@@ -178,7 +181,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _before(row: dict[str, Any], progress: Progress) -> bool:
-    """Whether a row was logged before a checkpoint: one that an interrupt made comes before its step's evaluation."""
+    """Tell whether a row was logged before a checkpoint; one saved by an interrupt precedes its step's evaluation."""
     step = row["step"]
     if step > progress.step:
         return False

@@ -16,7 +16,7 @@ HELDOUT = "eval/"
 
 @dataclass(frozen=True)
 class Series:
-    """A metric over the logged steps. What was not finite is left out."""
+    """The finite values of a metric over the logged steps."""
 
     steps: np.ndarray  # [n] int64, rising
     values: np.ndarray  # [n] float64
@@ -28,17 +28,17 @@ class Series:
         return Series(self.steps[part], self.values[part])
 
     def beyond(self, step: float) -> "Series":
-        """After a step."""
+        """Return the part after a step."""
         return self[int(np.searchsorted(self.steps, step, side="right")) :]
 
     @property
     def first(self) -> "Series":
-        """The first tenth, at least three rows."""
+        """The first tenth of the rows, at least three."""
         return self[: max(3, len(self) // 10)]
 
     @property
     def last(self) -> "Series":
-        """The last fifth, at least five rows."""
+        """The last fifth of the rows, at least five."""
         return self[-max(5, len(self) // 5) :]
 
     @property
@@ -47,7 +47,7 @@ class Series:
 
     @property
     def error(self) -> float:
-        """The standard error of the mean, as of independent rows."""
+        """The standard error of the mean if the rows are independent."""
         return float(self.values.std(ddof=1) / math.sqrt(len(self))) if len(self) > 1 else 0.0
 
     @property
@@ -60,7 +60,7 @@ EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
 
 @dataclass(frozen=True)
 class Change:
-    """From the beginning of a series to its end."""
+    """How a series changed from its beginning to its end."""
 
     start: float
     end: float
@@ -72,7 +72,7 @@ class Change:
         return self.end - self.start
 
     def rises(self, more_than: float = 0.0) -> bool:
-        """Beyond what chance would do in one of some hundred runs."""
+        """Tell whether the rise exceeds three standard errors and `more_than`."""
         return self.by > max(more_than, 3 * self.error)
 
     def falls(self, more_than: float = 0.0) -> bool:
@@ -80,7 +80,7 @@ class Change:
 
 
 class History:
-    """Every logged row so far, eight bytes a number."""
+    """All rows logged so far, in eight bytes a number."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
         self._series: dict[str, tuple[array[int], array[float]]] = {}  # steps and values
@@ -91,7 +91,7 @@ class History:
             self.add(row)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl."""
+        """Add a row of metrics.jsonl."""
         step = int(row["step"])
         self.step = max(self.step, step)
         self.rows += "loss" in row
@@ -114,7 +114,10 @@ class History:
         return Series(np.array(steps), np.array(values))
 
     def change(self, name: str, start: float | None = None) -> Change | None:
-        """Of the training rows. `start` is known where it follows from the method. None for too few rows."""
+        """Return how a metric of the training rows changed, or None if there are fewer than eight rows.
+
+        `start` is given if the method determines the first value.
+        """
         series = self[name]
         if len(series) < 8:
             return None
@@ -124,9 +127,10 @@ class History:
         return Change(start, last.mean, error, (int(series.steps[0]), last.span[1]))
 
     def heldout_change(self, name: str, start: float | None = None) -> Change | None:
-        """From the first evaluation to the last, of the same rows, so without chance.
+        """Return how a metric changed from the first evaluation to the last, or None if there is but one.
 
-        A known `start` stands for an evaluation before the training where there was none.
+        Both are of the same rows, so the change has no sampling error. A `start` stands for an evaluation before the
+        training if there was none.
         """
         series = self[HELDOUT + name]
         if len(series) < 2:
@@ -140,7 +144,7 @@ def _finite(value: Any) -> bool:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a metrics.jsonl; the last line of a run that was killed while it wrote it is left out."""
+    """Yield the rows of a metrics.jsonl without a last line that a killed run left incomplete."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -152,9 +156,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """A run's run.json: what its report needs beside config and metrics. Empty if there is none."""
+    """Read run.json, which the report needs besides config and metrics. Returns {} if there is none."""
     try:
-        found = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return facts if isinstance(facts, dict) else {}

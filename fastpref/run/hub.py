@@ -1,4 +1,4 @@
-"""Uploading what a run has trained to the hub: only when asked."""
+"""Uploads to the Hugging Face hub, made only on request."""
 
 from pathlib import Path
 
@@ -9,8 +9,10 @@ from fastpref.errors import UserError, one_line
 
 
 def push(folder: Path, repository: str, *, public: bool = False) -> str:
-    """Upload a folder to "user/name" and return its address. A repository that is not there is made, private unless
-    `public`. Raises UserError."""
+    """Upload a folder to "user/name" and return its address.
+
+    A repository that does not exist is created, private unless `public`. Raises UserError.
+    """
     check_login(repository)
     api = HfApi()
     try:
@@ -22,7 +24,7 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
 
 
 def check_login(repository: str) -> None:
-    """Raises UserError if the hub would not take anything: before hours of training, not after."""
+    """Raise UserError if the hub would refuse an upload, to learn it before hours of training and not after."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{repository}: nothing can be uploaded while the hub is not asked (HF_HUB_OFFLINE, --offline)")
     try:

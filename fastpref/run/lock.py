@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""The lock that keeps a second run out of a folder."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from fastpref.errors import UserError
 
 
 class RunLock:
-    """The lock of a run's folder. The system takes it from a process that dies, so a killed run blocks nobody."""
+    """The lock of a run's folder. The system releases it when its process dies, so a killed run blocks nobody."""
 
     def __init__(self, folder: Path):
         self._folder, self._lock = folder, FileLock(folder / ".lock")
 
     def acquire(self) -> None:
-        """Take it, if it is not held already; makes the folder. Raises UserError while another run has it."""
+        """Take the lock unless it is held already, creating the folder. Raises UserError if another run has it."""
         if self._lock.is_locked:
             return
         try:
@@ -24,7 +24,7 @@ class RunLock:
                 f"{self._folder}: another run is writing to this folder; wait for its end, or choose another output.dir"
             ) from None
         except (OSError, NotImplementedError):
-            pass  # no right to write, which is said where a run begins; or a file system without locks
+            pass  # no permission to write, which the start of the run reports; or a file system without locks
 
     def release(self) -> None:
         self._lock.release(force=True)

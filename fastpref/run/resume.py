@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether the config still is the one it was trained with."""
+"""Resuming: find the checkpoint, and check that config, model and data are those of the run."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -14,10 +14,10 @@ from fastpref.errors import UserError
 from fastpref.run.folder import RunFolder, default_folders, is_checkpoint, step_of
 from fastpref.run.state import read_state
 
-# What does not reach the weights, or only how far they are trained.
+# Keys that do not change the weights, or only how long they are trained.
 _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",
          "train.steps", "train.epochs")  # fmt: skip
-# How a step is computed: its result is the same but for rounding and the draws of dropout.
+# Keys that change how a step is computed: its result differs only by rounding and the draws of dropout.
 _ROUNDING = (
     "train.tokens_per_microbatch",
     "train.layout",
@@ -26,14 +26,14 @@ _ROUNDING = (
     "model.attention",
     "model.liger",
 )
-# Places, which may move: what is there is compared by its contents once it is loaded.
+# Paths, which may change: the contents are compared once they are loaded.
 _PLACES = ("model.name", "data.*.path", "tokens.chat_template")
 _OF_THE_FIRST = ("output.dir", "output.push_to", "eval.data.*.path")  # what the first process alone takes, and a place
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """A whole checkpoint, in the folder of its run."""
+    """An undamaged checkpoint in the folder of its run."""
 
     checkpoint: Path
     state: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Resumed:
         return RunFolder(self.checkpoint.parent.parent)
 
     def check_text(self, now: TextRecord) -> None:
-        """Raises UserError unless rows become text as the run's did: its day is kept, the rest must be the same."""
+        """Raise UserError unless rows become text as they did in the run, whose date is kept."""
         changes = self.text.changes(now) if self.text is not None else []
         if changes:
             keys = {key: both for key, both in self.changed.items() if key.startswith(("tokens.", "model."))}
@@ -56,7 +56,7 @@ class Resumed:
             )
 
     def check_contents(self, model: str, data: str) -> None:
-        """Raises UserError unless model and data, by their fingerprints, are those that the checkpoint began with."""
+        """Raise UserError unless the fingerprints of model and data are those of the checkpoint."""
         for what, now, keys in (
             ("the model's weights", model, ("model.",)),
             ("the training rows or their tokens", data, ("data.", "tokens.", "model.")),
@@ -70,7 +70,7 @@ class Resumed:
 
 
 def find_checkpoint(config: Config, name: str, wanted: bool | str | Path, *, force: bool) -> Resumed:
-    """The newest whole checkpoint of the config's run, or the one that is `wanted`. Raises UserError."""
+    """Find the checkpoint `wanted`, or with True the newest undamaged one of the config's run. Raises UserError."""
     if isinstance(wanted, bool):
         checkpoint, notes = _newest(_run_folder(config, name))
     else:
@@ -93,7 +93,7 @@ def find_checkpoint(config: Config, name: str, wanted: bool | str | Path, *, for
 
 
 def may_change(key: str) -> bool:
-    """Whether a run can be resumed with another value of a key."""
+    """Tell whether a run can be resumed with another value of a key."""
     return _matches(key, _FREE + _ROUNDING)
 
 
@@ -102,8 +102,7 @@ def fingerprints(model: str, data: str) -> dict[str, str]:
 
 
 def shared(config: Config, resumed: Resumed | None) -> dict[str, Any]:
-    """What every process of a run must have alike: each key of its config but places, and the checkpoint it goes on
-    from, by its contents."""
+    """Return what must be equal in all processes of a run: its config without paths, and the checkpoint's contents."""
     settings = {key: value for key, value in _flat(_resolved(config)) if not _matches(key, (*_PLACES, *_OF_THE_FIRST))}
     if resumed is None:
         return settings | {"checkpoint": "none"}
@@ -112,7 +111,7 @@ def shared(config: Config, resumed: Resumed | None) -> dict[str, Any]:
 
 
 def _run_folder(config: Config, name: str) -> RunFolder:
-    """Of output.dir, or the last of its default."""
+    """Return the folder of output.dir, or the last default folder that exists."""
     if config.output.dir is not None:
         return RunFolder(Path(config.output.dir).expanduser())
     there = list(takewhile(Path.exists, default_folders(config, name)))
@@ -122,7 +121,7 @@ def _run_folder(config: Config, name: str) -> RunFolder:
 
 
 def _newest(folder: RunFolder) -> tuple[Path, list[str]]:
-    """The newest whole one, and what is wrong with those after it."""
+    """Return the newest undamaged checkpoint, and notes on the damaged ones after it."""
     notes = []
     for checkpoint in folder.checkpoints():
         wrong = damage(checkpoint)
@@ -161,7 +160,7 @@ def _changed(checkpoint: Path, config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _resolved(config: Config) -> dict[str, Any]:
-    """As JSON has it: a config read back from TOML is then the same."""
+    """Return the config as JSON has it, so that one read back from TOML is equal."""
     content = config.model_dump(mode="json")
     content["train"]["learning_rate"] = config.learning_rate
     return content
@@ -184,8 +183,8 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    def said(value: Any) -> str:
+    def words(value: Any) -> str:
         return "not set" if value is None else repr(value)
 
-    lines = [f"\n  {key}: {said(then)} → {said(now)}" for key, (then, now) in changed.items()]
+    lines = [f"\n  {key}: {words(then)} → {words(now)}" for key, (then, now) in changed.items()]
     return f":{''.join(lines)}" if lines else ""

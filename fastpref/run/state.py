@@ -1,4 +1,4 @@
-"""What a run goes on from, bit for bit: as safetensors and JSON, which run no code when they are read."""
+"""The state of a run as safetensors and JSON, which run no code when they are read."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ FORMAT = 2
 
 @dataclass
 class Progress:
-    """How far a run has come. Everything in it is JSON."""
+    """How far a run has come. Its values are plain JSON."""
 
     step: int = 0  # optimizer steps taken
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
@@ -41,7 +41,7 @@ class Progress:
     skipped_in_row: int = 0
 
     def improved(self) -> bool:
-        """Whether the last evaluation is the best so far: more accurate, or as accurate with a lower loss."""
+        """Tell, and note, whether the last evaluation is the best: more accurate, or as accurate with a lower loss."""
         if "eval/rewards/accuracies" not in self.evaluated:
             return False
         accuracy, loss = self.evaluated["eval/rewards/accuracies"], self.evaluated["eval/loss"]
@@ -60,7 +60,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` wrote, with its tensors on the CPU. Raises UserError for what another version wrote."""
+    """Read what `write_state` wrote, with tensors on the CPU. Raises UserError for another version's format."""
     skeleton = json.loads((folder / f"{STATE}.json").read_text(encoding="utf-8"))
     state = _unpack(skeleton, load_file(folder / f"{STATE}.safetensors"))
     if state.pop("format", None) != FORMAT:
@@ -69,7 +69,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], known: dict[int, str]) -> Any:
-    """JSON that stands for a value. What JSON has not, tuples and keys that are no strings, is a one-key object."""
+    """Encode a value as JSON. Tensors, tuples and dicts, whose keys may be no strings, become one-key objects."""
     if isinstance(value, Tensor):
         if id(value) not in known:  # 8-bit optimizers share their tables among parameters
             known[id(value)] = f"t{len(tensors)}"
@@ -102,7 +102,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def whole(value: Any) -> Any:
-    """Nested values with every tensor that FSDP2 has sharded joined, on the CPU. All processes call it together."""
+    """Return nested values with the tensors that FSDP2 sharded as whole tensors on the CPU. All processes call it
+    together."""
     if isinstance(value, DTensor):
         return value.full_tensor().detach().cpu()
     if isinstance(value, dict):
@@ -111,7 +112,7 @@ def whole(value: Any) -> Any:
 
 
 def like(value: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor in shards where `own` is."""
+    """Shard a whole tensor as `own` is sharded."""
     if not isinstance(own, DTensor):
         return value
     value = value.to(own.device, own.dtype)
@@ -119,7 +120,7 @@ def like(value: Tensor, own: Tensor) -> Tensor:
 
 
 def optimizer_state(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """A whole optimizer's state, its moments in shards where their parameters are."""
+    """Shard the moments in a saved optimizer state as their parameters are sharded."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def moment(own: Tensor, value: Any) -> Any:
@@ -130,7 +131,7 @@ def optimizer_state(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
 
 
 def rng_state() -> dict[str, Any]:
-    """Of every generator that a step may draw from."""
+    """Return the states of all random generators that a step may draw from."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -151,7 +152,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
-    """What `save_weights` needs if the model is sharded: a call of all processes together."""
+    """Join the weights that `save_weights` writes if the model is sharded, else return None.
+
+    All processes call it together.
+    """
     if not any(isinstance(p, DTensor) for p in loaded.model.parameters()):
         return None
     adapters = isinstance(loaded.wrapped, PeftModel)
@@ -165,7 +169,7 @@ def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
 
 
 def save_weights(folder: Path, loaded: Loaded, weights: dict[str, Tensor] | None = None) -> None:
-    """The adapter or the model, as peft and transformers load them; `weights` of `whole_weights`."""
+    """Write the adapter or the model as PEFT and transformers load them; `weights` come from `whole_weights`."""
     # With an adapter on the head PEFT would also write the head and the embeddings, which have not changed.
     options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
     if weights is not None:
@@ -179,7 +183,7 @@ def save_weights(folder: Path, loaded: Loaded, weights: dict[str, Tensor] | None
 
 @torch.no_grad()
 def load_weights(folder: Path, loaded: Loaded) -> None:
-    """Put what `save_weights` wrote into the model that is being trained."""
+    """Load what `save_weights` wrote into the model. Raises UserError for another model's weights."""
     wrapped = loaded.wrapped
     if isinstance(wrapped, PeftModel):
         saved = load_file(folder / "adapter_model.safetensors")
@@ -203,7 +207,7 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
 
 
 def model_fingerprint(loaded: Loaded) -> str:
-    """Of the weights a run begins with: the frozen ones beside adapters, or all. A sample of each tensor is enough."""
+    """Hash a sample of every weight that a run begins with: with adapters the frozen ones, else all of them."""
     digest, adapters = hashlib.sha256(), isinstance(loaded.wrapped, PeftModel)
     for name, parameter in loaded.model.named_parameters():
         if not (adapters and parameter.requires_grad):
@@ -214,7 +218,7 @@ def model_fingerprint(loaded: Loaded) -> str:
 
 
 def data_fingerprint(examples: Iterable[Example]) -> str:
-    """Of the tokens that are trained on, in their order."""
+    """Hash the tokens, labels and unscored spans of the training examples in their order."""
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.prompt, *example.completions):

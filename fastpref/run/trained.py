@@ -1,4 +1,4 @@
-"""What `eval`, `chat`, `merge` and `push` are pointed at: a run, a checkpoint, an adapter, a model, or a config."""
+"""The argument of `eval`, `chat`, `merge` and `push`: a run, a checkpoint, an adapter, a model, or a config."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,26 +22,26 @@ _NO_DATA = [{"path": "no data"}]  # of a config made for a model alone
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights, and the config that they were trained by as far as it is known."""
+    """Weights, and the config they were trained with as far as it is known."""
 
     weights: str  # a folder, or a name on the hub
     is_adapter: bool
     config: Config  # whose model is the one that the training began with
-    of_run: bool  # whether the config is that of a run, or says no more than the model's name
-    text: TextRecord | None = None  # how the text was written that it was trained on; None of what is not known
+    of_run: bool  # whether the config is that of a run, or only names the model
+    text: TextRecord | None = None  # how the text it was trained on was written; None if unknown
 
     @property
     def began_with(self) -> str | None:
-        """The model that was trained, if it is another one and is known."""
+        """The model that the training began with, if it is another one and is known."""
         return self.config.model.name if self.is_adapter or self.config.model.name != self.weights else None
 
 
 def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
-    """What a name stands for: a run's folder (its final/, or else its newest checkpoint), a checkpoint, a folder or a
-    name on the hub of an adapter or a model, or a config, for the model that it would train.
+    """Find the weights and the config that a name stands for.
 
-    Its config has the chat template and the keywords of its text.json, where no override names others. Raises
-    UserError.
+    The name is that of a run's folder (for its final/, or else its newest checkpoint), of a checkpoint, of an adapter
+    or a model in a folder or on the hub, or of a config (for the model it would train). The config gets the chat
+    template and the keywords of text.json, unless an override sets others. Raises UserError.
     """
     path = Path(name).expanduser()
     if path.suffix == ".toml":
@@ -65,7 +65,7 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
 
 
 def load_trained(trained: Trained, device: torch.device, *, base: bool = False) -> Loaded:
-    """The trained model, or the `base` that it began with. Both end their answers as was trained. Raises UserError."""
+    """Load the trained model, or with `base` the one it began with. Both stop at the trained ends. Raises UserError."""
     config, adapter = trained.config, trained.weights if trained.is_adapter and not base else None
     if not base and adapter is None:
         model = config.model.model_copy(update={"name": trained.weights})
@@ -79,7 +79,7 @@ def load_trained(trained: Trained, device: torch.device, *, base: bool = False) 
 
 
 def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
-    """Its own, or that of the model it began with."""
+    """Load its own tokenizer, or that of the model it began with."""
     config = trained.config
     own = Path(trained.weights)
     saved = own.is_dir() and any(own.glob("tokenizer*"))
@@ -89,7 +89,7 @@ def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
 
 
 def _as_recorded(trained: Trained, text: TextRecord | None, overrides: Sequence[str]) -> Trained:
-    """With the text that it was trained on: a file that the config names may have changed since."""
+    """Add the text record of the training: a file that the config names may have changed since."""
     if text is None:
         return trained
     named = {override.partition("=")[0].strip() for override in overrides}
@@ -104,7 +104,7 @@ def _as_recorded(trained: Trained, text: TextRecord | None, overrides: Sequence[
 
 
 def _as_it_is(config: Config, device: torch.device) -> Config:
-    """Nothing is trained, so half precision does on a GPU whatever the training took."""
+    """Choose half precision on a GPU for dtype = "auto": nothing is trained, so it is enough."""
     if config.model.dtype != "auto" or device.type == "cpu":
         return config
     half = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "float16"
@@ -112,7 +112,7 @@ def _as_it_is(config: Config, device: torch.device) -> Config:
 
 
 def _weights(path: Path) -> Path:
-    """The folder of a run's or a checkpoint's weights."""
+    """Return the folder that holds the weights of a run or a checkpoint. Raises UserError."""
     if (path / "adapter_config.json").is_file() or (path / "config.json").is_file():
         return path
     if (path / "final").is_dir():

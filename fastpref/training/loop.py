@@ -96,7 +96,7 @@ class TrainingRun:
                 together = self.processes.count == 1 or isinstance(error, NotFinite | WriteError)
             finally:
                 self.trackers.end()
-            # Out of the handler, what the failed step held can be freed.
+            # Outside the handler the tensors of the failed step can be freed.
             message, overrides = fault
             self._report("ended by a fault")
             if not together:
@@ -114,7 +114,7 @@ class TrainingRun:
         self.trackers.start(self.config, self.folder.path, self.progress.step)
 
     def _train(self, interrupt: Interrupt) -> bool:
-        """Whether it came to its end."""
+        """Train until the last step or an interrupt. Returns whether the last step was taken."""
         progress, train, every = self.progress, self.config.train, self.config.output.save_every
         order = data_order(len(self.data.train), train.batch, train.seed, start=progress.step)
         while True:
@@ -152,7 +152,7 @@ class TrainingRun:
             raise UserError(f"{error}\nIt is saved; upload it with\n  fastpref push {self.folder.path}") from None
 
     def _step(self, step: int, examples: list[Example]) -> None:
-        """One optimizer step. Its metrics are those of the tokens too only when it is logged."""
+        """Take one optimizer step. Metrics of single tokens are computed only if the step is logged."""
         began = time.perf_counter()
         self.peak.start()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
@@ -179,7 +179,7 @@ class TrainingRun:
         self.display.step(step, seconds, row, peak_memory(self.accelerator.device))
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
-        """Leave the step out, or raise NotFinite."""
+        """Skip a step whose loss or gradient is not finite, or raise NotFinite."""
         what = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
         overflow = self.accelerator.scaler is not None and math.isfinite(row["loss"])
         if overflow:  # float16 finds its scale by trying: the scaler leaves the step out and lowers it
@@ -202,12 +202,12 @@ class TrainingRun:
             self.display.verdict(verdict)
 
     def _write_down(self, what: Callable[[Record], None]) -> None:
-        """In run.json. What the first process cannot write ends all of them alike."""
+        """Update run.json in the first process. An error there ends all processes."""
         record = self.record
         self.processes.on_first(lambda: None if record is None else what(record))
 
     def _report(self, ended: str, answers: Sequence[str] = ()) -> tuple[Verdict, ...]:
-        """How healthy the run was, on the terminal and as a page. The run stands without it."""
+        """Print the verdicts on the run's health and write the report. A failure here does not fail the run."""
         if self.record is None:
             return ()
         verdicts: tuple[Verdict, ...] = ()
@@ -216,7 +216,7 @@ class TrainingRun:
             self.display.health(verdicts)
             self.record.sampled(self.progress.before or [], answers)
             self.display.note(f"report: {self.record.end(ended)}")
-        except Exception as error:  # nor does it hide why a run has ended
+        except Exception as error:  # it must not hide why the run has ended
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
@@ -228,7 +228,7 @@ class TrainingRun:
         return due and bool(self.data.heldout) and self.progress.evaluated_at != step
 
     def _evaluate(self) -> None:
-        """The metrics of all held-out examples, each under eval/."""
+        """Compute and log the metrics of all held-out examples, each under eval/."""
         self.policy.eval()
         metrics = self.objective.evaluate(self.data.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
@@ -239,7 +239,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _answers(self) -> list[list[str]]:
-        """The model's likeliest answers to some held-out prompts: [question, answer]."""
+        """Generate the likeliest answers to some held-out prompts. Returns [question, answer] of each."""
         options, answers = self.config.eval, []
         self.policy.eval()
         for example in _first_prompts(self.data.heldout, options.samples):
@@ -268,7 +268,7 @@ class TrainingRun:
         return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, verdicts, interrupted=True)
 
     def _explained(self, error: Exception) -> tuple[str, list[str]] | None:
-        """What to say of an exception that a person can do something about, and with which overrides to go on."""
+        """Return the message for an exception that the user can act on, and the overrides to go on with; else None."""
         if isinstance(error, NotFinite | WriteError):
             return str(error), []
         if not faults.is_out_of_memory(error):
@@ -285,7 +285,7 @@ class TrainingRun:
 
 
 def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
-    """The first examples of `count` different prompts."""
+    """Return the first examples of `count` different prompts."""
     by_prompt: dict[tuple[int, ...], Example] = {}
     for example in examples:
         if len(by_prompt) == count:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live view on a terminal, plain lines elsewhere."""
+"""The display of a run: a live view on a terminal, plain lines elsewhere."""
 
 import time
 from array import array
@@ -26,13 +26,13 @@ _STYLES = {"alarm": "bold red", "warning": "yellow"}
 
 
 class Display:
-    """Prints notes, evaluations, verdicts and samples, and follows the steps. Text from data is never markup."""
+    """Prints notes, steps, evaluations, verdicts and samples. Text from data is never read as markup."""
 
     def __init__(self, steps: int, done: int = 0, console: Console | None = None, *, examples: str = "pairs"):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._steps, self._before = steps, done  # those of a run that is resumed
-        self._examples = examples  # what a step has a batch of, in a word
+        self._examples = examples  # what a batch consists of, in one word
         self._training = 0.0  # seconds in steps
         self._last_line = 0.0
         self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in _CURVES}
@@ -61,26 +61,26 @@ class Display:
             self._view.stop()
 
     def _seen(self) -> Group:
-        """The bar, and under it how loss, margin and accuracy have gone so far."""
+        """Return the progress bar, and under it the curves of loss, margin and accuracy."""
         table = Table.grid(Column(), Column(justify="right"), Column(no_wrap=True), padding=(0, 1))
         drawn = self.console.encoding.lower().startswith("utf")
         width = min(40, self.console.width - 20)
-        for name, said, form, share in _CURVES:
+        for name, words, form, share in _CURVES:
             values = self._curves[name]
             if values:
                 line = sparkline(values, width, (0.0, 1.0) if share else None) if drawn and width > 4 else ""
-                table.add_row(said, form.format(values[-1]), Text(line, style="cyan"))
+                table.add_row(words, form.format(values[-1]), Text(line, style="cyan"))
         return Group(self._bar, table, Text(self._speed, no_wrap=True))
 
     def note(self, text: str) -> None:
         self.console.print(escape(text))
 
     def verdict(self, verdict: Verdict) -> None:
-        """One that has just appeared: a line, and the run goes on."""
+        """Print a verdict that has just appeared."""
         self._sentence(_line(verdict))
 
     def health(self, verdicts: Sequence[Verdict]) -> None:
-        """All that is known of the run's health, when it has ended."""
+        """Print all verdicts at the end of the run."""
         if not verdicts:
             self.console.print(f"health: {len(RULES)} rules found nothing wrong")
             return
@@ -89,11 +89,11 @@ class Display:
             self._sentence(Text("  ") + _line(verdict))
 
     def _sentence(self, text: Text) -> None:
-        """Between words where a terminal ends, in one line elsewhere."""
+        """Print a text wrapped between words on a terminal, and on one line elsewhere."""
         self.console.print(text, soft_wrap=not self._live)
 
     def precomputing(self, completions: int) -> None:
-        """So many completions have their reference log-probabilities. A line every five seconds is enough."""
+        """Print how many completions have reference log-probabilities, every five seconds."""
         now = time.monotonic()
         self._last_line = self._last_line or now
         if now - self._last_line >= 5:
@@ -101,7 +101,7 @@ class Display:
             self.console.print(f"reference log-probabilities: {completions:,} completions computed")
 
     def step(self, step: int, seconds: float, metrics: Mapping[str, float], memory: int | None = None) -> None:
-        """One step is done; `memory` is the peak so far, in bytes. Off a terminal a line a second is enough."""
+        """Show a step. `memory` is the peak so far in bytes. Without a terminal at most a line a second is printed."""
         now = time.monotonic()
         self._training += seconds
         if self._live:
@@ -117,13 +117,13 @@ class Display:
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         accuracy = metrics.get("eval/rewards/accuracies")
-        said = "" if accuracy is None else f"  accuracy {accuracy:.1%}"
+        words = "" if accuracy is None else f"  accuracy {accuracy:.1%}"
         margin = metrics.get("eval/rewards/margins")
-        said += "" if margin is None else f"  margin {margin:+.3f}"
-        self.console.print(f"step {step}: held-out loss {metrics['eval/loss']:.4f}{said}")
+        words += "" if margin is None else f"  margin {margin:+.3f}"
+        self.console.print(f"step {step}: held-out loss {metrics['eval/loss']:.4f}{words}")
 
     def samples(self, before: list[tuple[str, str]], after: list[str]) -> None:
-        """(question, answer) before the training, and the answers after it."""
+        """Print questions with their answers before and after the training."""
         for (question, old), new in zip(before, after):
             table = Table.grid(padding=(0, 2))
             table.add_row("asked", escape(shorten(question, 400, placeholder=" …")))
@@ -133,7 +133,7 @@ class Display:
 
 
 def sparkline(values: Sequence[float], width: int, scale: tuple[float, float] | None = None) -> str:
-    """All values in at most `width` blocks, each the mean of its part; from the least to the greatest of these."""
+    """Draw values in at most `width` blocks, each the mean of its part, scaled from the least mean to the greatest."""
     edges = np.unique(np.linspace(0, len(values), min(width, len(values)) + 1).astype(int))
     means = np.add.reduceat(np.asarray(values), edges[:-1]) / np.diff(edges)
     low, high = scale or (float(means.min()), float(means.max()))
@@ -144,7 +144,7 @@ def sparkline(values: Sequence[float], width: int, scale: tuple[float, float] | 
 
 
 def counted(verdicts: Sequence[Verdict]) -> str:
-    """2 alarms, 1 warning"""
+    """Count verdicts in words: 2 alarms, 1 warning."""
     counts = {kind: sum(v.severity == kind for v in verdicts) for kind in _STYLES}
     return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count)
 
@@ -154,10 +154,10 @@ def _line(verdict: Verdict) -> Text:
 
 
 def _speed(metrics: Mapping[str, float], memory: int | None, examples: str) -> str:
-    said = [f"{metrics['pairs_per_second']:.3g} {examples}/s"] if "pairs_per_second" in metrics else []
+    parts = [f"{metrics['pairs_per_second']:.3g} {examples}/s"] if "pairs_per_second" in metrics else []
     if memory is not None:
-        said.append(f"{memory / 1e9:.2f} GB")
-    return "  ".join(said)
+        parts.append(f"{memory / 1e9:.2f} GB")
+    return "  ".join(parts)
 
 
 def _short(metrics: Mapping[str, float], examples: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run says of itself beside its metrics: its health as it goes on, and run.json, which the report is made of."""
+"""The record of a run besides its metrics: its health while it goes on, and run.json, the source of its report."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from fastpref.step.metrics import Metrics
 
 
 class Record:
-    """The first process has one. Nothing in it is part of the training: a resumed run without it is the same run."""
+    """The record of a run, in the first process only. The training does not depend on it."""
 
     def __init__(self, folder: RunFolder, config: Config, steps: int, data: Tokenized, plan: str, device: torch.device):
         self._folder, self._device = folder, device
@@ -37,7 +37,7 @@ class Record:
         self._watch = Watch(known_of(config, self._facts))
 
     def begin(self, *, resumed: bool) -> None:
-        """With the folder at hand. A resumed run goes on with what was recorded of it."""
+        """Begin once the folder exists. A resumed run goes on with its old record."""
         if resumed:
             old = read_facts(self._folder.path)
             self._before = float(old.get("seconds") or 0.0)
@@ -48,11 +48,11 @@ class Record:
         self._write(ended="going on")
 
     def add(self, row: Mapping[str, float]) -> list[Verdict]:
-        """Verdicts that are new with a logged row."""
+        """Add a logged row and return the verdicts that are new with it."""
         return self._watch.add(row)
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
-        """The rewards of every held-out response, which intervals are made of. The last evaluation's are kept."""
+        """Record the rewards of all held-out responses, for intervals. Only the last evaluation's are kept."""
         responses = metrics.responses()
         self._facts["heldout"] = {
             "step": step,
@@ -63,7 +63,7 @@ class Record:
         self._write(ended="going on")
 
     def sampled(self, before: Sequence[Sequence[str]], after: Sequence[str]) -> None:
-        """Questions with the answers before and after the training; none after it if the run was stopped."""
+        """Record questions with the answers before and after the training, if the run came to its end."""
         self._facts["samples"] = [
             {"asked": asked, "before": old, "after": after[at] if at < len(after) else None}
             for at, (asked, old) in enumerate(before)
@@ -83,11 +83,11 @@ class Record:
 
 
 def _labels(data: Tokenized) -> dict[str, int]:
-    """How many training rows are good and bad, where they are single responses."""
+    """Count the good and the bad training rows if they are single responses."""
     labels = data.train.labels
     return {} if labels is None else {"good": int(labels.sum()), "bad": int((~labels).sum())}
 
 
 def _short(values: Tensor) -> list[float]:
-    """Six digits are enough of what is only counted and averaged."""
+    """Round values to six digits: they are only counted and averaged."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -298,7 +298,7 @@ def _plan(config: Config, loaded: Loaded, policy: nn.Module, length: str, device
 
 
 def _end_notes(text: TextRecord, new: Sequence[int]) -> list[str]:
-    """What to say of the tokens that end responses: those that are `new` to the model, or that there are none."""
+    """Return a note on the end tokens of responses that are `new` to the model, or on their absence."""
     if not text.ends:
         return ["every training response was cut, so no token that ends an answer is trained; raise tokens.max_length"]
     tokens = [token for token, number in text.ends.items() if number in new]

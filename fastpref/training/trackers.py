@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard and the like, beside metrics.jsonl, through Accelerate."""
+"""Metrics for TensorBoard and other trackers, through Accelerate, in addition to metrics.jsonl."""
 
 import math
 import os
@@ -15,27 +15,27 @@ PROJECT = "fastpref"
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raises UserError for those whose package is not installed."""
-    # Accelerate leaves out what it does not find without a word.
-    there = [str(name) for name in tracking.get_available_trackers()]
-    missing = [name for name in names if name not in there]
+    """Raise UserError for trackers whose package is not installed."""
+    # Accelerate skips trackers that are not installed without a message.
+    available = [str(name) for name in tracking.get_available_trackers()]
+    missing = [name for name in names if name not in available]
     if missing:
         raise UserError(f"log.trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}")
 
 
 class Trackers:
-    """The trackers of a run, if it has any. One that fails is told of once; the run goes on without them."""
+    """The trackers of a run, if it has any. If one fails, one note says so, and the run goes on without trackers."""
 
     def __init__(self, accelerator: Accelerator, note: Callable[[str], None]):
         self._accelerator, self._note = accelerator, note
         self._on = False
 
     def start(self, config: Config, folder: Path, step: int) -> None:
-        """Begin, or go on after a step. What they write on this machine goes to trackers/ in the run's folder."""
+        """Begin, or go on after a step. Local trackers write to trackers/ in the run's folder."""
         if not config.log.trackers:
             return
         place = (folder / "trackers").resolve()
-        # These two know no argument for it; what a person has set is theirs.
+        # These two take no argument for it. Variables that are set already win.
         os.environ.setdefault("TRACKIO_DIR", str(place / "trackio"))
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
         options: dict[str, dict[str, Any]] = {
@@ -73,11 +73,11 @@ class Trackers:
 
 
 def _settings(config: Config) -> dict[str, str | int | float | bool]:
-    """The config as plain values, which all trackers take."""
-    found: dict[str, str | int | float | bool] = {}
+    """Return the config as plain values, which all trackers accept."""
+    settings: dict[str, str | int | float | bool] = {}
     for table, content in config.model_dump(mode="json").items():
         for key, value in content.items() if isinstance(content, dict) else [("", content)]:
             if value is not None:
                 plain = value if isinstance(value, str | int | float | bool) else str(value)
-                found[f"{table}.{key}".rstrip(".")] = plain
-    return found
+                settings[f"{table}.{key}".rstrip(".")] = plain
+    return settings
