@@ -1,4 +1,4 @@
-"""KTO's two kinds of rows, good and bad, and the weights that balance them. Nothing here imports torch."""
+"""The balance of good and bad rows under the weights of KTO. Nothing here imports torch."""
 
 import math
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from fastpref.config.losses import KTO, LossOptions
 
 LOW, HIGH = 1.0, 4 / 3
 """Weight times count of the good rows over that of the bad ones, where the KTO paper finds it best (section 4.2)."""
-_SLACK = 2.0  # beyond which the ratio is worth a word
+_SLACK = 2.0  # a factor beyond the range from which on the ratio is worth a warning
 
 
 def unbalanced(good: int, bad: int, loss: LossOptions) -> tuple[str, str] | None:
-    """What is wrong with the counts of good and bad rows under a loss's weights, and what to do; None for nothing."""
+    """Return what is wrong with the counts of good and bad rows under a loss's weights, and what to do; else None."""
     if not isinstance(loss, KTO) or not good + bad:
         return None
     counts = f"{good:,} good and {bad:,} bad responses"
@@ -34,13 +34,13 @@ def unbalanced(good: int, bad: int, loss: LossOptions) -> tuple[str, str] | None
 
 
 def weighted_ratio(good: int, bad: int, loss: KTO) -> float:
-    """Weight times count of the good rows over that of the bad ones."""
+    """Return weight times count of the good rows over that of the bad ones."""
     below = loss.undesirable_weight * bad
     return loss.desirable_weight * good / below if below else math.inf
 
 
 def balancing(good: int, bad: int, loss: KTO) -> str:
-    """The key of a config that brings the weighted ratio into its range: a larger weight for the rarer kind."""
+    """Return the override that brings the weighted ratio into its range: a larger weight for the rarer kind."""
     if good <= bad:
         weight = (loss.undesirable_weight or 1.0) * bad / good
         return f"loss.desirable_weight={_rounded(weight, math.ceil):g}"
@@ -49,6 +49,6 @@ def balancing(good: int, bad: int, loss: KTO) -> str:
 
 
 def _rounded(value: float, towards: Callable[[float], int]) -> float:
-    """Three digits of a number, rounded to the side that keeps the ratio within its range."""
+    """Round a number to three digits, in the direction that keeps the ratio within its range."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return round(towards(round(value / unit, 6)) * unit, 12)

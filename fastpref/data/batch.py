@@ -33,11 +33,11 @@ class Tree:
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """The trees of one packed row: who may attend to whom. Travels to the attention as a keyword of the forward."""
+    """The trees of one packed row: who may attend to whom. The attention gets it as a keyword of the forward."""
 
     trees: tuple[Tree, ...]
     made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What the attention makes of it, for all layers and passes of its micro-batch."""
+    """What the attention derives from it once, for all layers and passes of its micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class PreferenceBatch:
     """One micro-batch of E examples with K completions each, S = K·E sequences (E more where prompts are scored).
 
     Scored token n is `targets[n]`, predicted at place `predictors[n]` of the flattened [B·T] hidden states. A prompt's
-    last place predicts the first token of each of its completions, so places repeat. Tokens of a completion that are
-    other people's turns are computed and not scored.
+    last place predicts the first token of each of its completions, so places repeat. Turns of other
+    speakers inside a completion are computed and not scored.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -114,7 +114,7 @@ def collate(
 
 
 def completion_key(prompt: Sequence[int], completion: Sequence[int], context: Spans = ()) -> bytes:
-    """Tells a completion after its prompt from any other: a digest of their tokens and unscored spans, 16 bytes."""
+    """Return a key of a completion after its prompt: a digest of their tokens and unscored spans, 16 bytes."""
     numbers = array("q", [len(prompt), *prompt, *completion])
     if context:  # no token is negative
         numbers.extend([-1, *(place for span in context for place in span)])
@@ -122,7 +122,7 @@ def completion_key(prompt: Sequence[int], completion: Sequence[int], context: Sp
 
 
 class _Scored:
-    """The scored tokens, gathered while sequences are laid out."""
+    """Collects the scored tokens while sequences are laid out."""
 
     def __init__(self, prompts: bool, examples: int, completions: int):
         self._prompts, self._examples, self._completions = prompts, examples, completions
@@ -168,7 +168,10 @@ def _packed(examples: Sequence[Example], scored: _Scored, _pad: int) -> _Placed:
 
 
 def _pack(parts: Sequence[tuple[int, Example, Sequence[int]]], scored: _Scored) -> _Placed:
-    """Trees one after the other in a row of one: (example's number, example, which of its completions)."""
+    """Pack trees one after another into a batch of one row.
+
+    Each part is an example's number, the example, and which of its completions the tree has.
+    """
     ids: list[int] = []
     positions: list[int] = []
     trees = []
@@ -235,10 +238,10 @@ def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int, 
 
 
 def with_mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Every prompt with its own completion and, as a second branch, a mismatched one: what KTO's KL compares.
+    """Return every prompt with its own completion and a mismatched one, which KTO's KL estimate needs.
 
-    That is the completion of the next example, round about, that has another prompt; of the next one where no prompt
-    is another.
+    The mismatched completion is that of the next example, cyclically, that has another prompt, or of the next one if
+    all prompts are equal.
     """
     mates = []
     for at, example in enumerate(examples):
@@ -248,10 +251,10 @@ def with_mismatched(examples: Sequence[Example]) -> list[Example]:
 
 
 def mismatched(examples: Sequence[Example]) -> Iterator[Example]:
-    """Every prompt with the completion of an example of another prompt, where there is one, in the examples' order.
+    """Yield every prompt with the completion of an example of another prompt, if there is one, in the examples' order.
 
-    Which one depends on what the examples are and not on their order: prompts stand in a ring by the digest of their
-    tokens, and each takes the completions of the next, in the order of their digests.
+    The choice does not depend on the order of the examples: prompts form a ring sorted by the digests of their tokens,
+    and each takes the completions of the next, in the order of their digests.
     """
     prompts: dict[bytes, list[tuple[bytes, int]]] = {}
     places = []
@@ -272,7 +275,7 @@ def mismatched(examples: Sequence[Example]) -> Iterator[Example]:
 
 
 def computed_tokens(examples: Sequence[Example], layout: Layout) -> int:
-    """Tokens that a micro-batch of these examples computes, padding included."""
+    """Return how many tokens a micro-batch of these examples computes, padding included."""
     return _cost(range(len(examples)), [_size(example, layout) for example in examples], examples, layout)
 
 

@@ -1,4 +1,4 @@
-"""The examples of a run: tokenised once, and read from the cache by every later run with the same fingerprint.
+"""The examples of a run, tokenised once and read from a cache by every later run with the same fingerprint.
 
     $FASTPREF_CACHE (~/.cache/fastpref) / tokens / FINGERPRINT / train.arrow, heldout.arrow, manifest.json
                                                  / FINGERPRINT.lock     held by the process that writes the entry
@@ -37,30 +37,30 @@ _PARTS = {"train": "training", "heldout": "held-out"}
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Training and held-out examples, and what became of their rows."""
+    """Training and held-out examples, and counts of what became of their rows."""
 
     train: Examples
     heldout: Examples
     counts: dict[str, Counts]  # of "train" and "heldout"
     duplicates: int
     left_out: int
-    ends: tuple[int, ...] = ()  # the tokens with which training responses end, cut ones aside
-    chat_template: str | None = None  # the one that wrote all training chats in place of the tokenizer's
+    ends: tuple[int, ...] = ()  # the tokens that end training responses, except cut ones
+    chat_template: str | None = None  # that of all training chats, if it is not the tokenizer's
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
 
     @property
     def parts(self) -> dict[str, Examples]:
-        """As messages call them."""
+        """The examples by the names that messages give them."""
         return {words: getattr(self, name) for name, words in _PARTS.items()}
 
 
 def load_examples(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, cache: bool = True, day: date | None = None
 ) -> Tokenized:
-    """The examples of a config, from the cache if they are there, else tokenised and, with `cache`, put there.
+    """Read the examples of a config from the cache, or tokenise them and, with `cache`, write them there.
 
-    The tokenizer has the config's chat template already; one that writes the date writes that of `day`, today's if
-    None. Raises UserError for rows that are mistakes, if none is left, or for keywords that no template reads. A cache
+    The tokenizer must have the config's chat template already. Templates that write the date write `day`, by default
+    today. Raises UserError for broken rows, if no row can be used, and for keywords that no template reads. A cache
     that cannot be written is a note, not an error.
     """
     check_template_keywords(config, tokenizer)
@@ -99,7 +99,7 @@ def _load_examples(config: Config, tokenizer: PreTrainedTokenizerBase, day: date
 
 
 def cache_folder() -> Path:
-    """`$FASTPREF_CACHE`, or ~/.cache/fastpref."""
+    """Return `$FASTPREF_CACHE`, or ~/.cache/fastpref."""
     return Path(os.environ.get("FASTPREF_CACHE") or "~/.cache/fastpref").expanduser()
 
 
@@ -195,8 +195,11 @@ def _open(entry: Path) -> tuple[Tokenized | None, str]:
 def _observed(
     batches: Iterable[list[Example]], ends: set[int], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[Example]]:
-    """The same batches; `ends` gets the tokens that end the assistant's turns in them: the last token of every
-    completion that was not cut, and the special token before every other speaker's turn inside one."""
+    """Yield the same batches, and add the tokens that end the assistant's turns in them to `ends`.
+
+    Those are the last token of every completion that was not cut, and the special token before every turn of another
+    speaker inside a completion.
+    """
     special = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
     for batch in batches:
         for example in batch:

@@ -1,4 +1,4 @@
-"""What tokenising makes of a row, and its counts of what became of the rows."""
+"""A tokenised row, and counts of what became of the rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -6,21 +6,21 @@ from typing import Any
 
 Ids = list[int]
 Spans = tuple[tuple[int, int], ...]
-"""Places in a completion, each from a start up to a stop that is not part of it, in rising order and apart."""
+"""Half-open ranges [start, stop) of places in a completion, in rising order, neither overlapping nor touching."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an example comes from, and what tokenising did to it."""
+    """Where an example comes from, and what tokenising changed."""
 
     place: str
     """`file:line`, or `file, row N` counted from 0."""
     question: str = ""
-    """The prompt as a person would ask it, as far as it is shown."""
+    """The text of the prompt's last turn, shortened, for display."""
     prompt_cut: int = 0
-    """Tokens that the prompt lost: with its oldest turns, or of a text on its left."""
+    """Tokens that the prompt lost: its oldest turns, or the left end of a text."""
     turns_cut: int = 0
-    """Old messages of the prompt that were left out, each as a whole."""
+    """How many of the prompt's oldest messages were left out."""
     completions_cut: tuple[int, ...] = ()
     """Tokens that each completion lost on its right."""
     merged: int = 0
@@ -36,18 +36,18 @@ class Example:
     label: bool | None
     row: Origin
     contexts: tuple[Spans, ...] = ()
-    """Of each completion the spans that are not scored, other people's turns; () where all tokens of all are scored."""
+    """The unscored spans of each completion, turns of other speakers; () if all tokens of all are scored."""
 
     def context(self, which: int) -> Spans:
-        """The spans of a completion that are not scored."""
+        """Return the spans of a completion that are not scored."""
         return self.contexts[which] if self.contexts else ()
 
     def scored(self, which: int) -> int:
-        """How many tokens of a completion are scored: at least one."""
+        """Return how many tokens of a completion are scored, at least one."""
         return len(self.completions[which]) - sum(stop - start for start, stop in self.context(which))
 
     def with_completions(self, parts: "Sequence[tuple[Example, int]]") -> "Example":
-        """This prompt followed by other completions, each named by its example and its number there."""
+        """Return this prompt with other completions, each given as an example and its number in that example."""
         contexts = tuple(example.context(which) for example, which in parts)
         return replace(
             self,
@@ -105,7 +105,7 @@ class Outcome:
 
     @property
     def title(self) -> str:
-        """The words, which say of dropped rows that they are."""
+        """The words, with "dropped: " before those of rows that were dropped."""
         return f"dropped: {self.words}" if self.dropped else self.words
 
 

@@ -1,4 +1,4 @@
-"""A name for everything that changes the tokens of a run: two configs of one name have the same examples."""
+"""A fingerprint of everything that determines the tokens of a run: equal fingerprints mean equal examples."""
 
 import hashlib
 import json
@@ -17,21 +17,21 @@ from fastpref.data.template.keywords import writes_the_date
 from fastpref.data.template.named import load_chat_template
 
 VERSION = 4
-"""Of what tokenising makes of a row; to be raised when that, or what is stored of it, changes."""
-_LIBRARIES = ("transformers", "tokenizers", "jinja2")  # which write and encode the text
+"""The version of the tokenised form. Raise it when tokenising or the stored columns change."""
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")  # they write and encode the text
 
 
 def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
-    """32 hexadecimal digits. The tokenizer has the chat template of the config already; `day` is the run's.
+    """Return 32 hexadecimal digits. The tokenizer must have the config's chat template already; `day` is the run's.
 
-    Raises UserError for a source that is not there, OSError for one that cannot be read.
+    Raises UserError for a source that does not exist, OSError for one that cannot be read.
     """
     return _hash(inputs(config, tokenizer, day))[:32]
 
 
 def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dict[str, Any]:
-    """What the fingerprint is made of, as JSON."""
-    found = {
+    """Return what the fingerprint is computed from, as JSON values."""
+    values = {
         "version": VERSION,
         "libraries": {name: version(name) for name in _LIBRARIES},
         "data": [_source(data) for data in config.data],
@@ -42,21 +42,21 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dic
         "tokenizer": _tokenizer(tokenizer),
         "chat template": tokenizer.chat_template,
     }
-    if writes_the_date(json.dumps(found)):
-        found["date"] = day.isoformat()
-    return found
+    if writes_the_date(json.dumps(values)):
+        values["date"] = day.isoformat()
+    return values
 
 
 def _source(data: DataConfig) -> dict[str, Any]:
-    """A source's options and contents; its path too, because messages name it."""
-    found = data.model_dump(mode="json") | {"content": content_hash(data)}
+    """Return a source's options and a hash of its contents. Its path is among them because messages name it."""
+    source = data.model_dump(mode="json") | {"content": content_hash(data)}
     name = data.format if isinstance(data.format, str) else data.format.get("type", "table")
     if isinstance(data.format, dict):
-        found["chat template"] = load_chat_template(data.format.get("chat_template"), "format.chat_template")
+        source["chat template"] = load_chat_template(data.format.get("chat_template"), "format.chat_template")
     if is_function(name):
         file = source_file(name)
-        found["function"] = file and hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
+        source["function"] = file and hashlib.sha256(file.read_bytes()).hexdigest()
+    return source
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,4 +1,4 @@
-"""What a chat template leaves out: the words of a row's messages that are not in the text it writes."""
+"""Words of a row's messages that the chat template leaves out of the text it writes."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from fastpref.data.rows.columns import REASONING
 from fastpref.data.rows.content import Message
 from fastpref.data.template.render import common
 
-_SWITCHES = re.compile(r"/(?:no_?)?think\b|/system_override\b")  # words to a template that it may take away
+_SWITCHES = re.compile(r"/(?:no_?)?think\b|/system_override\b")  # switches for a template, which may remove them
 
 _OF_DATA = re.compile(r"think|tool|^/")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Words of one message that stand together in any text of it."""
+    """Words of one message that every text of it must contain."""
 
     what: str
     words: str
@@ -31,14 +31,15 @@ class Piece:
 
 
 def left_out(pieces: Sequence[Piece], text: str, before: str = "") -> list[Piece]:
-    """Those pieces whose words are not in `text` after what it shares with `before`, each as often as it is said.
+    """Return the pieces whose words are missing in `text` after the prefix that it shares with `before`.
 
-    White space, escapes of JSON and the switches of thinking are not compared: templates trim, encode and take away.
+    Words that occur several times in the pieces must occur as often in the text. White space, JSON escapes and switches
+    of thinking are not compared, because templates trim, encode and remove them.
     """
     shared = common(before, text)
     said = Counter(piece.words.strip() for piece in pieces)
     if all(not words or text.count(words, shared) >= many for words, many in said.items()):
-        return []  # the usual case, told without taking texts apart
+        return []  # the usual case, at once
     rest = plain(text[shared:])
     missing, whole, start = [], "", ""
     same: dict[str, list[Piece]] = {}
@@ -56,12 +57,12 @@ def left_out(pieces: Sequence[Piece], text: str, before: str = "") -> list[Piece
 
 
 def plain(text: str) -> str:
-    """Text without white space, and without the switches that templates read."""
+    """Return text without white space, and without the switches that templates read."""
     return "".join(_SWITCHES.sub("", text).split())
 
 
 def prompt_pieces(prompt: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
-    """What the text of a prompt must say. Reasoning of turns before the last is for templates to leave out."""
+    """Return what the text of a prompt must contain. Templates may leave out the reasoning of earlier turns."""
     pieces = [Piece("the tool", name) for name in tool_names(tools)]
     for message in prompt:
         pieces += _pieces(message, f"a turn of role {message['role']}", reasoning=False)
@@ -69,7 +70,7 @@ def prompt_pieces(prompt: Sequence[Message], tools: Sequence[Any] | None) -> lis
 
 
 def response_pieces(response: Sequence[Message], name: str) -> list[Piece]:
-    """What the text of a response must say."""
+    """Return what the text of a response must contain."""
     pieces = []
     for message in response:
         role = "" if message["role"] == "assistant" else f"a turn of role {message['role']} in "
@@ -78,7 +79,7 @@ def response_pieces(response: Sequence[Message], name: str) -> list[Piece]:
 
 
 def says_something(message: Message, ends: Sequence[str] = ()) -> bool:
-    """Whether an assistant's message has words beside the tokens `ends`, a call, or reasoning."""
+    """Tell whether an assistant's message has words besides the tokens `ends`, a call, or reasoning."""
     words = "".join(piece.words for piece in _pieces(message, "", reasoning=True))
     for end in ends:
         words = words.replace(end, "")
@@ -86,9 +87,9 @@ def says_something(message: Message, ends: Sequence[str] = ()) -> bool:
 
 
 class SpecialWords:
-    """Special tokens that stand in the words of messages, where tokenising makes them tokens of control.
+    """Finds special tokens in the words of messages, which tokenising would turn into control tokens.
 
-    Brackets and switches of tools and reasoning are not looked for: data sets write calls and thoughts with them.
+    Tokens of tool calls and reasoning are ignored, because data sets write calls and thoughts with them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -99,7 +100,7 @@ class SpecialWords:
         self._any = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True)))) if names else None
 
     def find(self, piece: Piece) -> str | None:
-        """The first of them, and where it stands."""
+        """Return the first special token in a piece and where it stands, or None."""
         if self._any is None or not any(first in piece.words for first in self._firsts):
             return None
         match = self._any.search(piece.words)
@@ -142,7 +143,7 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The texts in a call's arguments, given as a mapping or as JSON."""
+    """Yield the texts in a call's arguments, given as a mapping or as JSON."""
     if isinstance(value, str):
         try:
             inner = json.loads(value)
@@ -162,7 +163,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _forms(words: str) -> Iterator[str]:
-    """Words as they are, as Python has them in single quotes, as JSON has them, and as JSON in JSON."""
+    """Yield words as they are, as Python writes them in single quotes, as JSON, and as JSON within JSON."""
     words = words.strip()
     yield plain(words)
     yield plain(words.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r"))

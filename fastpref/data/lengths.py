@@ -1,20 +1,20 @@
-"""How many tokens of a row that is too long stay."""
+"""How many tokens of a row that is too long are kept."""
 
 from fastpref.data.example import Ids, Spans
 
 
 def kept_prompt(max_length: int) -> int:
-    """Tokens of a prompt that no response is long enough to take: half of what a row may have, at least one."""
+    """Return how many tokens of a prompt are kept however long a response is: half of `max_length`, at least one."""
     return max(1, max_length // 2)
 
 
 def kept_response(max_length: int, longest: int) -> int:
-    """Tokens of its responses that a question must leave room for: a quarter of what a row may have, or the longest."""
+    """Return how many tokens of its responses a question must leave room for: at most a quarter of `max_length`."""
     return min(longest, max(1, max_length // 4))
 
 
 def cut(ids: Ids, context: Spans, room: int) -> tuple[Ids, Spans]:
-    """The first `room` tokens of a completion, and no unscored ones at its end: computing them would teach nothing."""
+    """Cut a completion to its first `room` tokens, then remove unscored tokens from its end: they teach nothing."""
     if len(ids) <= room:
         return ids, context
     clipped = tuple((start, min(stop, room)) for start, stop in context if start < room)

@@ -1,4 +1,4 @@
-"""From the path of a [[data]] to its records: a file, a folder written by `save_to_disk`, or a data set of the hub."""
+"""Open a [[data]] source: a file, a folder written by `save_to_disk`, or a data set on the hub."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
 
 
 def open_records(data: DataConfig) -> Records:
-    """The rows of a source. Raises UserError, naming the file, if there are none or they cannot be read."""
+    """Open the rows of a source. Raises UserError, naming the file, if there are none or they cannot be read."""
     records = _open(data)
     if not len(records):
         raise UserError(f"{data.path}: there are no rows")
@@ -25,9 +25,9 @@ def open_records(data: DataConfig) -> Records:
 
 
 def content_hash(data: DataConfig) -> str:
-    """A hash of what a source holds: its file's bytes, its folder's, or what the hub calls this version of it.
+    """Return a hash of a source's contents: the bytes of its files, or what `datasets` calls a hub's version.
 
-    Raises UserError where `open_records` does, OSError if the file cannot be read.
+    Raises UserError as `open_records` does, OSError if the file cannot be read.
     """
     path = Path(os.path.expanduser(data.path))
     if path.is_file():
@@ -50,7 +50,7 @@ def _digest(files: Iterable[Path], beneath: Path | None = None) -> str:
 
 def _open(data: DataConfig) -> Records:
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read, our message says
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own message reports what it cannot read
     try:
         path = Path(data.path).expanduser()
     except RuntimeError:  # ~name, and nobody of that name
@@ -121,7 +121,7 @@ def _from_hub(data: DataConfig) -> datasets.Dataset:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, on one line."""
+    """Return the message of the innermost cause on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error, named=True)

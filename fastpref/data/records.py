@@ -1,6 +1,6 @@
-"""Files and data sets as rows by number, each with its place for messages. Nothing is held but where rows begin.
+"""Files and data sets as rows by number, each with its place for messages. Memory holds only where rows begin.
 
-JSON and CSV are read here, so that a broken row is one row and its line is known; `datasets` reads the rest.
+JSON and CSV are read here, so that a broken row costs one row and its line is known; `datasets` reads the rest.
 """
 
 import csv
@@ -22,12 +22,12 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Records(Protocol):
-    """Rows by number, counted from 0. Reading one raises RowError if it is broken."""
+    """Rows by number, counted from 0. Reading a broken one raises RowError."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, at: int) -> dict[str, Any]: ...
     def place(self, at: int) -> str:
-        """`file:line`, or `file, row N` where there are no lines."""
+        """Return `file:line`, or `file, row N` if there are no lines."""
         ...
 
 
@@ -50,7 +50,7 @@ class ArrowRecords:
         block, within = divmod(at, BLOCK)
         if self._block[0] != block:
             columns: Any = self._table[block * BLOCK : (block + 1) * BLOCK]
-            # A null is all that a table can say of a key that another row's message, call or schema has.
+            # A table has a null for a key that only another row's message, call or schema has.
             rows = zip(*([_without_nulls(value) for value in values] for values in columns.values()))
             self._block = block, [dict(zip(columns, values)) for values in rows]
         return self._block[1][within]
@@ -67,7 +67,7 @@ class _TextRecords:
         with path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._starts, self._stops = array("q"), array("q")
-        self._counted = 0, 1  # a byte, and the line it is on: rows are mostly asked for in order
+        self._counted = 0, 1  # a byte and its line: rows are mostly read in order
         if self._bytes[:3] == _BOM:
             self._bytes.seek(3)
 
@@ -97,7 +97,7 @@ class _TextRecords:
 
 
 class JsonLines(_TextRecords):
-    """One JSON object a line; empty lines are passed over."""
+    """One JSON object a line. Empty lines are skipped."""
 
     def __init__(self, name: str, path: Path):
         super().__init__(name, path, numbered=False)
@@ -113,7 +113,7 @@ class JsonLines(_TextRecords):
 
 
 class JsonArray(_TextRecords):
-    """One JSON array of objects. Broken JSON is an UserError: after it nobody knows where the next row begins."""
+    """One JSON array of objects. Broken JSON is a UserError, as the start of the next row is then unknown."""
 
     def __init__(self, name: str, path: Path):
         super().__init__(name, path, numbered=True)
@@ -142,7 +142,7 @@ class JsonArray(_TextRecords):
 
 
 class Csv(_TextRecords):
-    """A CSV file with a header. Cells are text, but for numbers in the columns named `numbers`."""
+    """A CSV file with a header. Cells are text, except numbers in the columns named `numbers`."""
 
     def __init__(self, name: str, path: Path, numbers: Collection[str]):
         super().__init__(name, path, numbered=True)
@@ -185,7 +185,7 @@ class Csv(_TextRecords):
 
 
 def read_json(name: str, path: Path) -> Records:
-    """An array, or an object a line, whatever the file is called. Raises UserError for one object over many lines."""
+    """Open an array, or an object a line, whatever the file's suffix. Raises UserError for one object of many lines."""
     with path.open("rb") as file:
         begins = file.read(4096).removeprefix(_BOM).lstrip()
         if begins.startswith(b"[") and path.suffix == ".json":
@@ -206,14 +206,14 @@ def read_json(name: str, path: Path) -> Records:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A cell without the keys that are null in it; a cell that is null itself stays."""
+    """Return a cell without the keys whose values are null; a cell that is null itself stays."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _elements(text: str) -> Iterator[tuple[int, int]]:
-    """Where each element of a JSON array begins and ends. Raises JSONDecodeError."""
+    """Yield where each element of a JSON array begins and ends. Raises JSONDecodeError."""
     decoder, blank = json.JSONDecoder(), json.decoder.WHITESPACE.match  # pyright: ignore[reportAttributeAccessIssue]
 
     def skip(at: int) -> int:

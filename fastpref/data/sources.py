@@ -1,6 +1,6 @@
-"""The rows that a config names: read, put into the form its method needs, weighted, and split.
+"""The rows of a config: read, converted to pairs or single responses, weighted, and split.
 
-Rows are converted when they are asked for; what is held of them is where they stand.
+Rows are converted each time they are read; memory holds only their places.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REMEDY = '; mend the row, or leave such rows out with on_error = "drop"'
-_LOOKED_AT = 100  # rows, for one that speaks for a format
+_LOOKED_AT = 100  # first rows in which a format is looked for
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands, in words once they are asked for: `file:line`, or `file, row N` counted from 0."""
+    """Where a row stands. Its text is `file:line`, or `file, row N` counted from 0."""
 
     records: Records
     at: int
@@ -42,23 +42,23 @@ class Place:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row in the form its method needs, and its place for messages."""
+    """A row as a pair or a single response, and its place for messages."""
 
     content: Paired | Unpaired
     place: str | Place
     droppable: bool = False
-    """Whether a later mistake in it leaves it out (on_error = "drop") instead of being an error."""
+    """Whether a mistake found later drops the row (on_error = "drop") instead of raising an error."""
 
     @property
     def question(self) -> str:
-        """The prompt as a person would ask it: its text, or its last turn."""
+        """The text of the prompt, or of its last turn."""
         prompt = self.content.prompt
         return prompt if isinstance(prompt, str) else text_of(prompt[-1])
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records and the format that reads them."""
+    """Records, and the format that reads them."""
 
     data: DataConfig
     records: Records
@@ -70,7 +70,7 @@ class Source:
         return Path(self.data.path).name
 
     def contents(self, at: int) -> tuple[Paired | Unpaired, ...]:
-        """What a row becomes: itself, or a pair's two halves for KTO. Raises RowError for a row of another form."""
+        """Read a row: one content, or for KTO the two halves of a pair. Raises RowError for a row of another form."""
         raw = self.records[at]
         content = self.form.read(raw)
         if isinstance(content, Paired) and self.unpaired:
@@ -85,7 +85,7 @@ class Source:
 
 
 class Rows(Sequence[SourceRow]):
-    """Rows of one or several sources, converted as they are read."""
+    """Rows of one or several sources, converted each time they are read."""
 
     def __init__(self, sources: Sequence[Source] = ()):
         self.sources = tuple(sources)
@@ -121,25 +121,25 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Open the training and the held-out rows of a config, paired or unpaired as its loss needs them.
+    """Open the training and held-out rows of a config, as pairs or single responses as its loss needs them.
 
     Every row is read once, so that mistakes are found here. Raises UserError, naming the file, the columns or the row.
     """
-    found = _Found()
+    findings = _Findings()
     fraction = config.eval.fraction
-    train, heldout = _gather(config.data, config, found, fraction or 0.0)
+    train, heldout = _gather(config.data, config, findings, fraction or 0.0)
     if fraction is None:
-        heldout, _ = _gather(config.eval.data, config, found, 0.0)
+        heldout, _ = _gather(config.eval.data, config, findings, 0.0)
     elif not heldout or not train:
         raise UserError(
             f"eval.fraction holds prompts out, and all {len(train)} rows have the same one; name other rows to "
             "evaluate on, [[eval.data]], or leave eval.fraction out"
         )
-    return Prepared(train, heldout, found.notes, found.duplicates, found.left_out)
+    return Prepared(train, heldout, findings.notes, findings.duplicates, findings.left_out)
 
 
 def notes_on_text(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Of sources that `auto` reads as plain text though the model has a chat template: how they become chats."""
+    """Return notes on sources that `auto` reads as plain text although the model has a chat template."""
     if not tokenizer.chat_template:
         return []
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {str(tokenizer.eos_token)}
@@ -168,15 +168,15 @@ def _first_prompt(source: Source) -> str:
 
 
 def share(prompt: Any) -> float:
-    """A number in [0, 1) by a hash of a prompt: those below `eval.fraction` are held out, whatever is beside them."""
+    """Return a number in [0, 1) from a hash of a prompt. Prompts whose number is below `eval.fraction` are held out."""
     digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def repeats(count: int, weight: float) -> Iterable[int]:
-    """Which of `count` rows to use for a weight: all ⌊weight⌋ times, then a share by a hash of their number.
+    """Yield which of `count` rows a weight uses: all ⌊weight⌋ times, then a share chosen by a hash of their number.
 
-    The share of a smaller weight is part of that of a larger one; rows keep their order.
+    The share of a smaller weight is part of the share of a larger one. Rows keep their order.
     """
     whole = math.floor(weight)
     for _ in range(whole):
@@ -187,36 +187,38 @@ def repeats(count: int, weight: float) -> Iterable[int]:
 
 
 def _bound(shares: Sequence[float], fraction: float) -> float:
-    """Prompts whose share is below it are held out: `fraction`, moved until each side has one, if there are two."""
+    """Move `fraction`, below which prompts are held out, until each side has a prompt, if there are two."""
     if not shares:
         return fraction
     return min(max(fraction, math.nextafter(min(shares), 1.0)), max(shares))
 
 
 @dataclass
-class _Found:
-    """What reading the rows has shown."""
+class _Findings:
+    """What was noticed while the rows were read."""
 
     notes: list[str] = field(default_factory=list)
     duplicates: int = 0
     left_out: int = 0
 
 
-def _gather(sources: Sequence[DataConfig], config: Config, found: _Found, fraction: float) -> tuple[Rows, Rows]:
-    """The rows of several sources, one after the other, and those that `fraction` holds out."""
+def _gather(sources: Sequence[DataConfig], config: Config, findings: _Findings, fraction: float) -> tuple[Rows, Rows]:
+    """Read the rows of several sources one after another. Returns training rows, and those `fraction` holds out."""
     opened = [_source(data, config.loss.type == "kto") for data in sources]
     train, heldout = Rows(opened), Rows(opened)
     seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
     surveys: list[tuple[_Kept, array[int]]] = []  # with the rows that their weight uses
     for source in opened:
-        kept = _survey(source, fraction, seen, found)
+        kept = _survey(source, fraction, seen, findings)
         used = array("q", repeats(len(kept.at), source.data.weight))
         surveys.append((kept, used))
         if source.data.weight != 1:
             if not used:
                 raise UserError(f"{source.data.path}: weight {source.data.weight:g} leaves no row; choose a larger one")
             many = sum(kept.parts[i] for i in used)
-            found.notes.append(f"{source.name}: weight {source.data.weight:g} makes {many} rows of {sum(kept.parts)}")
+            findings.notes.append(
+                f"{source.name}: weight {source.data.weight:g} makes {many} rows of {sum(kept.parts)}"
+            )
     bound = _bound([kept.share[i] for kept, used in surveys for i in used], fraction) if fraction else 0.0
     for number, (kept, used) in enumerate(surveys):
         for i in used:
@@ -224,7 +226,7 @@ def _gather(sources: Sequence[DataConfig], config: Config, found: _Found, fracti
             for part in range(kept.parts[i]):
                 rows.add(number, kept.at[i], part)
     if bound != fraction and train and heldout:
-        found.notes.append(
+        findings.notes.append(
             f"eval.fraction = {fraction} goes by hashes of the prompts, and these are few: each side "
             f"gets one at least, {len(train)} rows to train on, {len(heldout)} to evaluate on"
         )
@@ -241,9 +243,9 @@ def _source(data: DataConfig, unpaired: bool) -> Source:
 
 
 def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
-    """What the first row that speaks for a format says, unless it is of text and a later one says that all are chats.
+    """Return the format of the first row that has a known one, or of the first chat among the first rows.
 
-    Raises UserError if none speaks for a format.
+    Raises UserError if no row has a known format.
     """
     broken: RowError | None = None
     columns: dict[str, None] = {}
@@ -284,10 +286,10 @@ class _Kept:
     share: array = field(default_factory=lambda: array("d"))
 
 
-def _survey(source: Source, fraction: float, seen: set[bytes] | None, found: _Found) -> _Kept:
-    """Read every row of a source once: what can be used, and notes of what was found and left out."""
+def _survey(source: Source, fraction: float, seen: set[bytes] | None, findings: _Findings) -> _Kept:
+    """Read every row of a source once. Returns the usable rows, and adds notes and counts to `findings`."""
     count = min(source.data.rows or len(source.records), len(source.records))
-    notes = found.notes
+    notes = findings.notes
     notes.append(f"{source.name}: {count} rows of {source.form.name}")
     kept, duplicates = _Kept(), 0
     dropped: dict[str, tuple[int, str]] = {}  # kind of mistake → how many, and the first of them
@@ -316,15 +318,15 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, found: _Fo
         kept.share.append(share(contents[0].prompt) if fraction else 0.0)
     if dropped:
         total = sum(many for many, _ in dropped.values())
-        said = "; ".join(f"{many} {kind} (the first: {first})" for kind, (many, first) in dropped.items())
+        kinds = "; ".join(f"{many} {kind} (the first: {first})" for kind, (many, first) in dropped.items())
         if total == count:
-            raise UserError(f"{source.data.path}: none of the {count} rows can be used: {said}")
-        found.left_out += total
-        notes.append(f"{source.name}: {total} of {count} rows left out: {said}")
+            raise UserError(f"{source.data.path}: none of the {count} rows can be used: {kinds}")
+        findings.left_out += total
+        notes.append(f"{source.name}: {total} of {count} rows left out: {kinds}")
     notes += [
         f"{source.name}: {many} of {count} rows: {what} (the first: {first})" for what, (many, first) in remarks.items()
     ]
-    found.duplicates += duplicates
+    findings.duplicates += duplicates
     if duplicates:
         notes.append(f"{source.name}: {duplicates} exact duplicates left out")
     if 2 in kept.parts:
@@ -333,11 +335,11 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, found: _Fo
 
 
 def _row_error(source: Source, at: int, error: RowError) -> str:
-    said = _at(source.records, at, error)
+    message = _at(source.records, at, error)
     if error.kind != MISSING_COLUMN:
-        return said
+        return message
     auto = not isinstance(source.form, AutoFormat)
-    return explained(said, source.records[at], unpaired=source.unpaired, auto=auto)
+    return explained(message, source.records[at], unpaired=source.unpaired, auto=auto)
 
 
 def _at(records: Records, at: int, error: RowError | None) -> str:
@@ -345,8 +347,8 @@ def _at(records: Records, at: int, error: RowError | None) -> str:
 
 
 def _digest(contents: Iterable[Paired | Unpaired]) -> bytes:
-    """Of everything that a row says: prompt, responses, label, tools."""
-    said = [
+    """Hash everything that a row says: prompt, responses, label, tools, keywords."""
+    values = [
         [c.prompt, c.responses, getattr(c, "label", None), c.writing.tools, c.writing.template_kwargs] for c in contents
     ]
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).digest()[:16]
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).digest()[:16]

@@ -1,4 +1,4 @@
-"""Examples in Arrow: held as columns, in memory or in a mapped file, and made one by one as they are asked for."""
+"""Examples as an Arrow table in memory or in a mapped file. Each becomes a Python object when it is read."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
 
 
 class Examples(Sequence[Example]):
-    """Examples of a table with SCHEMA. Only those asked for become Python objects; a slice is a list of them."""
+    """The examples of a table with SCHEMA. A slice is a list of them."""
 
     def __init__(self, table: pa.Table):
         self.table = table
@@ -78,7 +78,7 @@ class Examples(Sequence[Example]):
         return lengths.to_numpy().reshape(len(self), -1 if len(self) else 0)
 
     def digest(self) -> str:
-        """Of all tokens, lengths and labels in their order, however the table lies."""
+        """Hash all tokens, lengths and labels in their order, whatever the table's chunks. Returns 16 digits."""
         digest, labels = hashlib.sha256(), self.table.column("label").to_pylist()
         for values in (self._prompt_ids.to_numpy(), self._completion_ids.to_numpy(), self.prompt_lengths,
                        self.completion_lengths, np.asarray(labels, dtype=str)):  # fmt: skip
@@ -91,7 +91,7 @@ class Examples(Sequence[Example]):
         return _highest(self._prompt_ids), _highest(self._completion_ids)
 
     def with_ids_from(self, first: int, of_prompts: bool) -> tuple[np.ndarray, np.ndarray]:
-        """[M] rows, and [M] token ids, of all tokens from `first` on in the prompts or in the completions."""
+        """Return [M] rows and [M] ids of all tokens with ids from `first` on, in the prompts or in the completions."""
         ids = (self._prompt_ids if of_prompts else self._completion_ids).to_numpy()
         lengths = self.prompt_lengths if of_prompts else self.completion_lengths.sum(axis=1)
         places = np.flatnonzero(ids >= first)
@@ -137,7 +137,7 @@ def write(batches: Iterable[Sequence[Example]], path: Path) -> int:
 
 
 def read(path: Path) -> Examples:
-    """The examples of a file, which stays where it is. Raises OSError or pyarrow.ArrowInvalid if it is none of ours."""
+    """Map a file of examples. Raises OSError or pyarrow.ArrowInvalid if it is not such a file."""
     with pa.memory_map(str(path)) as file:
         table = pa.ipc.open_file(file).read_all()
     if table.schema != SCHEMA:

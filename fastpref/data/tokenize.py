@@ -1,4 +1,4 @@
-"""From prompts and completions to token ids, with the boundary between them where the tokens say it is."""
+"""Tokenise prompts and completions, with the boundary between them where their tokens begin to differ."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ _EQUAL = "chosen and rejected are equal"
 def tokenize(
     rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, options: TokensConfig, day: date | None = None
 ) -> tuple[list[Example], Counts]:
-    """Token ids of every row that can be used, and counts of what was cut or dropped: `tokenize_batches` in one."""
+    """Tokenise all rows at once. Returns the examples of every usable row, and counts. See `tokenize_batches`."""
     counts = Counts()
     batches = tokenize_batches(rows, tokenizer, options, counts, day)
     return [example for batch in batches for example in batch], counts
@@ -52,13 +52,13 @@ def tokenize_batches(
     day: date | None = None,
     templates: set[str | None] | None = None,
 ) -> Iterator[list[Example]]:
-    """Token ids of every row that can be used, some rows at a time; `counts` grows by what was cut or dropped.
+    """Yield the examples of every usable row, some rows at a time, and add what was cut or dropped to `counts`.
 
-    A prompt's tokens are the longest common prefix of the prompt's and of every prompt-with-response's, so a token
-    that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly
-    once. Templates that write the date write that of `day` (None: today). `templates` gets those that wrote a row,
-    None for the tokenizer's. Raises UserError naming a row that the template refuses, or that `options` makes an error
-    of.
+    A prompt's tokens are the longest common prefix of the tokens of the prompt and of the prompt with each response, so
+    a token that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly
+    once. Templates that write the date write `day` (None: today). The templates that wrote rows are added to
+    `templates`, None for the tokenizer's. Raises UserError naming a row that the template refuses, or one that
+    `options` make an error.
     """
     encoder = _Encoder(tokenizer, options, counts, day)
     for start in range(0, len(rows), BATCH):
@@ -69,7 +69,7 @@ def tokenize_batches(
 
 
 def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Set the template of a config's tokens.chat_template: a known name, Jinja, or a file that holds it."""
+    """Set the chat template of tokens.chat_template: a known name, Jinja, or a file of it."""
     loaded = load_chat_template(template, "tokens.chat_template")
     if loaded is not None:
         tokenizer.chat_template = loaded
@@ -77,20 +77,20 @@ def use_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A row as texts that are to be encoded."""
+    """The texts of a row before they are encoded."""
 
     row: SourceRow
     texts: list[str]
     """The prompt, the prompt with each response, and each of those up to where a context begins or ends."""
     spans: list[TextSpans]  # of each response
     missing: dict[str, list[Piece]]  # what the template leaves out of "prompt" and of each response
-    unwritten: str | None = None  # a response of which nothing is in its text
+    unwritten: str | None = None  # a response that the template leaves out altogether
     turns_cut: int = 0
-    whole: int | None = None  # tokens of the prompt before its oldest turns went
+    whole: int | None = None  # tokens of the prompt before its oldest turns were removed
 
 
 class _Encoder:
-    """What the rows of a data set share."""
+    """Encodes the rows of one data set."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TokensConfig, counts: Counts, day: date | None):
         self._tokenizer, self._options, self._counts, self._day = tokenizer, options, counts, day
@@ -101,7 +101,7 @@ class _Encoder:
         self._writes_tools: set[Any] = set()  # ways of writing that are known to
 
     def examples(self, rows: Sequence[SourceRow]) -> list[Example]:
-        """The usable ones of these rows. One call of the tokenizer for all their texts."""
+        """Encode rows with one call of the tokenizer. Returns the examples of the usable ones."""
         keywords = self._options.chat_template_kwargs or {}
         rows = [replace(row, content=of_run(row.content, keywords, self._day)) for row in rows]
         self._counts.rows += len(rows)
@@ -118,20 +118,20 @@ class _Encoder:
                 self._counts.refused += 1
             except UserError as error:
                 raise UserError(f"{row.place}: {error}") from None
-        made = [self._example(*parts) for parts in zip(drafts, self._encoded(drafts))]
-        examples = [example for example in made if example is not None]
+        results = [self._example(*parts) for parts in zip(drafts, self._encoded(drafts))]
+        examples = [example for example in results if example is not None]
         self._counts.kept += len(examples)
         return examples
 
     def own_template(self, row: SourceRow) -> str | None:
-        """The chat template that writes a row, if it is not the tokenizer's."""
+        """Return the chat template that writes a row if it is not the tokenizer's, else None."""
         writing = row.content.writing
         return writing.chat_template or (None if self._tokenizer.chat_template else writing.without_template)
 
     # --- texts ---------------------------------------------------------------------------------------------------
 
     def _says_something(self, row: SourceRow) -> bool:
-        """Whether every turn of every response does, judged by its messages and not by what a template puts around."""
+        """Tell whether no turn of a response is empty, judged by its messages and not by the template's additions."""
         ends = self._ends.texts(self._ends.of(row.content))
         for name, response in row.content.responses.items():
             turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
@@ -154,7 +154,7 @@ class _Encoder:
         return _Draft(row, [alone, *full, *until], spans, {})
 
     def _checked(self, draft: _Draft) -> _Draft:
-        """With what the template leaves out, which is counted. Raises RowError where that is all of the tools."""
+        """Add and count what the template leaves out. Raises RowError if it leaves out all tools."""
         content, (alone, *full) = draft.row.content, draft.texts
         prompt, writing = content.prompt, content.writing
         if isinstance(prompt, str):
@@ -186,7 +186,7 @@ class _Encoder:
     def _special_in_response(
         self, content: Paired | Unpaired, pieces: Sequence[Piece], last: Sequence[Piece]
     ) -> str | None:
-        """A special token in a response's words, but for an end at the end of its last turn, of which one is kept."""
+        """Return a special token in a response's words, except end tokens at the end of its last turn, or None."""
         for piece in pieces:
             if special := self._specials.find(piece):
                 if piece not in last:
@@ -200,7 +200,7 @@ class _Encoder:
         return None
 
     def _check_tools(self, prompt: list[Message], writing: Writing, names: list[str], text: str, missing: int) -> None:
-        """Raise RowError where the template writes the same with and without the tools."""
+        """Raise RowError if the template writes the same with and without the tools."""
         key = key_of(writing)
         if key in self._writes_tools and not missing:
             return
@@ -290,9 +290,9 @@ class _Encoder:
         return example
 
     def _contexts(self, spans: TextSpans, full: Ids, until: list[Ids], shared: int, many: int) -> Spans:
-        """The spans of a response's text in its tokens. A token across the end of one is scored with what follows.
+        """Convert spans of a response's text to spans of its tokens. A token across a span's end is scored.
 
-        `until` are the tokens of the text up to each place, of which this takes its own from the front.
+        `until` has the tokens of the text up to each place; those of this response are removed from its front.
         """
         places = [_common_prefix([until.pop(0), full]) - shared for span in spans for _ in span]
         inside = [min(max(0, place), many - 1) for place in places]
@@ -308,7 +308,7 @@ class _Encoder:
         self._refuse(draft.row, f"the chat template leaves out what {name} says: {pieces[0]}", "unwritten")
 
     def _with_bos(self, ids: Ids, *, force: bool) -> Ids:
-        """One BOS at most: a second one goes; `force` adds one where the tokenizer would, as a template does."""
+        """Remove a second BOS. With `force`, add one if the tokenizer would, as a template does."""
         bos = self._bos
         if bos is None or (bos not in ids[:1] and not (force and self._adds_bos)):
             return ids
@@ -318,7 +318,7 @@ class _Encoder:
     # --- lengths -------------------------------------------------------------------------------------------------
 
     def _room(self, draft: _Draft, prompt: Ids, longest: int) -> "int | _Draft | None":
-        """How many tokens of the prompt stay; or the row without its oldest turns; or nothing, where it is dropped."""
+        """Return how many tokens of the prompt to keep, or the row without its oldest turns, or None to drop it."""
         options, row = self._options, draft.row
         most = min(options.max_prompt_length or options.max_length, options.max_length)
         if len(prompt) <= most and len(prompt) + longest <= options.max_length:
@@ -341,7 +341,7 @@ class _Encoder:
         return self._refuse(row, "its question is longer than tokens.max_length leaves room for", "overlong")
 
     def _without_oldest(self, draft: _Draft, prompt: list[Message], limit: int, whole: int) -> _Draft | None:
-        """The row without as many of its oldest exchanges as it takes to fit, or all; None if there is but one."""
+        """Return the row without as many of its oldest exchanges as it takes to fit, or None if it has only one."""
         content, many = draft.row.content, len(exchanges(prompt)) - 1
         if many < 1:
             return None
@@ -359,14 +359,14 @@ class _Encoder:
             left = without_oldest(prompt, dropped)
             row = replace(draft.row, content=replace(content, prompt=left))
             shorter = self._draft(row, write(row.content, self._tokenizer))
-        except REFUSALS:  # a conversation that begins elsewhere is none to the template
+        except REFUSALS:  # the template may refuse a conversation without its beginning
             return None
         return replace(
             shorter, missing=draft.missing, unwritten=draft.unwritten, turns_cut=len(prompt) - len(left), whole=whole
         )
 
     def _end_of(self, prompt: Ids, keep: int) -> Ids:
-        """The last tokens of a prompt, after its BOS if it has one and there is room."""
+        """Return the last tokens of a prompt, after its BOS if it has one and there is room."""
         if keep >= len(prompt):
             return prompt
         begins = prompt[:1] if prompt[0] == self._bos and keep > 1 else []

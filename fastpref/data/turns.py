@@ -1,4 +1,4 @@
-"""Turns in what a chat template writes: where other people's stand in a response, and a prompt without its oldest."""
+"""Turns in the text of a chat template: the unscored spans of a response, and a prompt without its oldest turns."""
 
 from collections.abc import Sequence
 
@@ -10,21 +10,21 @@ from fastpref.data.template.render import REFUSALS, apply, common
 
 _MARK = "\ue000fastpref\ue001"  # private characters: no data set has them at its turns' ends
 _WEIGHTS = ("weight", "train", "loss")
-"""Keys of a message by which data sets say that it is not trained: OpenAI's, Axolotl's, ms-swift's."""
+"""Keys of a message that mark it as not trained: OpenAI's, Axolotl's, ms-swift's."""
 TextSpans = list[tuple[int, int]]
 
 
 def contexts(
     tokenizer: PreTrainedTokenizerBase, writing: Writing, prompt: list[Message], response: list[Message], full: str
 ) -> TextSpans:
-    """The spans of `full`, the template's text of prompt and response, that are not the assistant's in the response,
-    or that a weight of 0 (also as train or loss: false) leaves out.
+    """Return the unscored spans of the response in `full`, the template's text of prompt and response: turns of others,
+    and turns with a weight of 0 (or train or loss = false).
 
     Such a span begins after the token that ends the assistant's turn before, and stops where the assistant's next words
     begin: it holds the turns of user, tool and system with what the template writes around them. A template may write
-    a turn otherwise once others follow it, so each place is looked for where the text of a part of the conversation
-    and `full` agree, and else by a mark in place of a message. Raises RowError where no place can be found, and where
-    the last turn is left out.
+    a turn differently once others follow it, so each place is looked for where the text of a part of the conversation
+    and `full` agree, and else by a mark in place of a message. Raises RowError if a place cannot be found, and if the
+    last turn is not scored.
     """
     if not _is_scored(response[-1]):
         raise RowError(
@@ -50,20 +50,22 @@ def contexts(
 
 
 def exchanges(prompt: Sequence[Message]) -> list[int]:
-    """Where the exchanges of a prompt begin that may be left out with all before them, and the question last: each
-    but the first begins with a user's turn. System turns at the front are in none."""
+    """Return where the exchanges of a prompt begin, the question's last. Each but the first begins with a user's turn.
+
+    System turns at the front belong to none.
+    """
     front = next((at for at, turn in enumerate(prompt) if turn["role"] not in SYSTEM_ROLES), len(prompt))
     return [front, *(at for at, turn in enumerate(prompt) if at > front and turn["role"] == "user")]
 
 
 def without_oldest(prompt: list[Message], many: int) -> list[Message]:
-    """A prompt without its `many` oldest exchanges; system turns at its front stay."""
+    """Return a prompt without its `many` oldest exchanges. System turns at its front stay."""
     begins = exchanges(prompt)
     return [*prompt[: begins[0]], *prompt[begins[many] :]]
 
 
 def _runs(response: Sequence[Message]) -> list[tuple[int, int]]:
-    """From which to which message nothing is scored, each time before a turn that is; empty between two of those."""
+    """Return the ranges of unscored messages before each scored one; a range between two scored ones is empty."""
     runs, begin = [], 0
     for at, message in enumerate(response):
         if _is_scored(message):
@@ -89,7 +91,7 @@ def _end_of_turn(
     full: str,
     lowest: int,
 ) -> int:
-    """Where the assistant's turn before message `stop` ends in `full`, after its end token."""
+    """Return where the assistant's turn before message `stop` ends in `full`, after its end token."""
     alone = apply(tokenizer, conversation[:stop], writing).rstrip()
     if full.startswith(alone):
         return len(alone)
@@ -113,7 +115,7 @@ def _end_of_turn(
 def _begin_of_turn(
     tokenizer: PreTrainedTokenizerBase, writing: Writing, conversation: list[Message], at: int, full: str, start: int
 ) -> int:
-    """Where the words of message `at`, the assistant's, begin in `full`: after what asks the assistant to speak."""
+    """Return where the words of the assistant's message `at` begin in `full`, after its generation prompt."""
     asked = apply(tokenizer, conversation[:at], writing, generation_prompt=True)
     if full.startswith(asked):  # the usual case
         return len(asked)
@@ -140,7 +142,7 @@ def _begin_of_turn(
 def _place_of(
     tokenizer: PreTrainedTokenizerBase, writing: Writing, conversation: list[Message], at: int, full: str
 ) -> int:
-    """Where the content of message `at` begins in `full`; for the assistant's, where its turn does or later."""
+    """Return where the content of message `at` begins in `full`; for the assistant's, where its turn does or later."""
     marked = {**conversation[at], "content": _MARK}
     return common(apply(tokenizer, [*conversation[:at], marked, *conversation[at + 1 :]], writing), full)
 
