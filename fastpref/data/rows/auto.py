@@ -1,4 +1,4 @@
-"""`auto`: the format that a row's columns and types speak for."""
+"""The format `auto`, which is chosen by a row's columns and their types."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -30,11 +30,11 @@ KNOWN = (
     "instruction, input, chosen and rejected; messages and rejected_response; prompt, completion and label; messages "
     "and label"
 )
-"""What `auto` reads, in words."""
+"""The columns that `auto` reads, in words."""
 
 
 def detect(row: Row) -> "AutoFormat | None":
-    """The format that a row's columns and types speak for, or None. Raises RowError for messages as broken JSON."""
+    """Return the format that fits a row's columns and types, or None. Raises RowError for messages in broken JSON."""
     layout = _recognised(without_json(row))
     if layout is None:
         return None
@@ -47,7 +47,7 @@ def detect(row: Row) -> "AutoFormat | None":
 @dataclass(frozen=True)
 class AutoFormat(Format):
     chat: bool = True
-    """Whether rows of text become chats, too."""
+    """Whether rows of text become chats as well."""
 
     def __init__(self, name: str, parse: Callable[[Row], Paired | Unpaired], chat: bool):
         super().__init__(name, parse)
@@ -113,7 +113,7 @@ def _pairs(row: Row, chosen: str, rejected: str, chat: bool) -> _Layout | None:
 def _paired(
     name: str | None, responses: tuple[str, str], *, chat: bool, spoken: bool = False
 ) -> Callable[[Row], Paired]:
-    """Rows whose prompt is in a column, or (None) in the responses; a row may have it elsewhere than the first had."""
+    """Return a reader of pairs whose prompt is in column `name`, or (None) in the responses; some rows may differ."""
 
     def read(row: Row) -> Paired:
         values = {response: column(row, response) for response in responses}
@@ -124,7 +124,7 @@ def _paired(
 
 
 def _swift(name: str) -> Callable[[Row], Paired]:
-    """ms-swift's: the chosen conversation, and the answer or the whole conversation that is worse."""
+    """Return a reader of ms-swift's pairs: the chosen conversation, and the worse answer or conversation."""
 
     def read(row: Row) -> Paired:
         prompt, chosen = STANDARD.conversation(row, "messages")
@@ -190,9 +190,9 @@ def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:
 
 
 def _prompt_column(row: Row, values: Mapping[str, Any], first: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """The column that holds this row's prompt, None for its responses; `first` if this row does not tell.
+    """Return the column of this row's prompt, None if its responses hold it, and `first` if it cannot be told.
 
-    Messages that end with an answer are a prompt only if the row's responses are of them, or nothing else is.
+    Messages that end with an answer are the prompt only if the responses belong to them, or if nothing else can be.
     """
     remarks: tuple[str, ...] = ()
     other = (isinstance(row.get("prompt"), str | list) and row["prompt"]) or all(map(_is_conversation, values.values()))
@@ -217,7 +217,7 @@ def _is_answered(row: Row, name: str) -> bool:
 
 
 def _agrees(row: Row, name: str, values: Mapping[str, Any]) -> bool:
-    """Whether a conversation begins as those of the responses do, or ends with one of the answers."""
+    """Tell whether a conversation begins as those of the responses do, or ends with one of the answers."""
     turns = [turn for turn in STANDARD.turns(row[name], name) if turn["role"] not in SYSTEM_ROLES]
     for response, value in values.items():
         own = [turn for turn in STANDARD.response(value, response) if turn["role"] not in SYSTEM_ROLES]
@@ -230,7 +230,7 @@ def _agrees(row: Row, name: str, values: Mapping[str, Any]) -> bool:
 def _read(
     row: Row, first: str | None, values: Mapping[str, Any], chat: bool, spoken: bool
 ) -> tuple[Content, list[Content], tuple[str, ...]]:
-    """A row of text, or with `chat` of messages: a text prompt then is a user's turn."""
+    """Read a row as text, or with `chat` as messages, where a prompt of text is a user's turn."""
     for response, value in values.items():
         if not isinstance(value, str | list | Mapping):
             raise RowError(
@@ -258,7 +258,7 @@ def _read(
 
 
 def _spoken(value: Any) -> Any:
-    """A transcript's turns, or the answer after one without the space before it."""
+    """Return a transcript's turns, or an answer to one without white space around it."""
     if is_transcript(value):
         return read_transcript(value, answered=True)
     return value.strip() if isinstance(value, str) else value
@@ -275,12 +275,12 @@ def as_turns(prompt: Content) -> list[Message]:
 
 
 def as_answers(prompt: Content, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Texts that answer a chat's prompt, without the question if they begin with it; and what to remark."""
+    """Remove the question from texts that answer a chat's prompt, if they begin with it. Returns remarks, too."""
     question = prompt if isinstance(prompt, str) else prompt[-1].get("content") if prompt else None
     if not isinstance(question, str):
         return dict(answers), ()
-    told, remarks = without_question(question, answers)
-    return ({name: answer.strip() for name, answer in told.items()} if told != dict(answers) else told), remarks
+    rest, remarks = without_question(question, answers)
+    return ({name: answer.strip() for name, answer in rest.items()} if rest != dict(answers) else rest), remarks
 
 
 def _prompt(row: Row, name: str | None, spoken: bool) -> Content:
@@ -298,7 +298,7 @@ def _prompt(row: Row, name: str | None, spoken: bool) -> Content:
 
 
 def _instruction(row: Row) -> Content:
-    """LLaMA-Factory's: the instruction, and the input on the next line, after the history's questions and answers."""
+    """Return LLaMA-Factory's prompt: the history, then the instruction with the input on the next line."""
     words = [text(row, "instruction"), text(row, "input") if row.get("input") is not None else ""]
     asked = "\n".join(part for part in words if part)
     turns: list[Message] = []
@@ -323,7 +323,7 @@ def _written(row: Row, prompt: Content, spoken: bool) -> Writing:
 
 
 def _is_conversation(value: Any) -> bool:
-    """A list of messages that carries its own prompt: a turn of the user's, and more."""
+    """Tell whether a value is a list of messages with its own prompt: a user's turn before the last one."""
     if not is_turns(value) or len(value) < 2:
         return False
     roles = [turn.get("role") or turn.get("from") for turn in value]

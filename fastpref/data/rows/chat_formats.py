@@ -33,7 +33,7 @@ class ChatOptions:
     tools: Sequence[Any] | str | None = None
 
     def loaded(self) -> "ChatOptions":
-        """With the chat template's text in place of its name or file."""
+        """Replace the chat template's name or file by its text. Raises UserError."""
         return replace(self, chat_template=load_chat_template(self.chat_template, "format.chat_template"))
 
     def reader(self) -> Reader:
@@ -50,7 +50,7 @@ Read = Callable[[Row], Any]
 
 
 def default(options: ChatOptions) -> Read:
-    """A prompt in `messages`, with `chosen` and `rejected` after it."""
+    """Read a prompt in `messages`, with `chosen` and `rejected` after it."""
     reader = options.reader()
 
     def read(row: Row) -> Paired:
@@ -62,7 +62,7 @@ def default(options: ChatOptions) -> Read:
 
 
 def last_turns(options: ChatOptions) -> Read:
-    """`chosen` but its last turn is the prompt; the last turns are the responses."""
+    """Take `chosen` without its last turn as the prompt, and the last turns as the responses."""
     reader = options.reader()
 
     def read(row: Row) -> Paired:
@@ -75,7 +75,7 @@ def last_turns(options: ChatOptions) -> Read:
 
 
 def default_unpaired(options: ChatOptions) -> Read:
-    """`messages` and a `completion`, or messages whose last turn is the completion, or a `prompt` and a completion."""
+    """Read `messages` and a `completion`, messages that end with the completion, or a `prompt` and a completion."""
     reader = options.reader()
 
     def read(row: Row) -> Unpaired:
@@ -102,7 +102,7 @@ FORMATS: dict[str, NamedFormat] = {
 def _read(
     row: Row, asked: str, responses: Sequence[str], reader: Reader
 ) -> tuple[list[Message], list[list[Message]], tuple[str, ...]]:
-    """Messages, or text as one user's turn, and what answers them."""
+    """Read a prompt of messages, or of text as one user's turn, and its responses. Returns remarks, too."""
     prompt = as_content(column(row, asked), asked, reader)
     values = {name: column(row, name) for name in responses}
     remarks: tuple[str, ...] = ()

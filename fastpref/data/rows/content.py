@@ -1,4 +1,4 @@
-"""What every row becomes, whatever it looked like: a prompt with its responses, and how they are to be written."""
+"""The content of a row of any format: a prompt with its responses, and how to write them as text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Writing:
-    """How prompt and responses become text, beside their own words."""
+    """How prompt and responses become text, apart from their own words."""
 
     chat_template: str | None = None
-    """Jinja in place of the tokenizer's, for messages."""
+    """Jinja that replaces the tokenizer's chat template."""
     tools: tuple[Any, ...] | None = None
-    """What the chat template is told of the tools there are: their JSON schemas."""
+    """The JSON schemas of the tools, for the chat template."""
     template_kwargs: Mapping[str, Any] | None = None
-    """Keywords for the chat template that this row sets: enable_thinking, reasoning_effort."""
+    """The row's own keywords for the chat template, such as enable_thinking."""
     without_template: str | None = None
-    """Jinja for messages where the tokenizer has no chat template."""
+    """Jinja for a tokenizer that has no chat template."""
     day: date | None = None
-    """The day that a chat template which writes the date is to write; None is today."""
+    """The date for chat templates that write it; None is today."""
     end: str | None = None
-    """What ends a response of text, where its format writes that itself."""
+    """The end token of a response of text, if its format writes one itself."""
 
 
 PLAIN = Writing()
@@ -38,7 +38,7 @@ class Paired:
     rejected: Content
     writing: Writing = PLAIN
     remarks: tuple[str, ...] = field(default=(), compare=False)
-    """What a user should know of how the row was read; rows are counted by it."""
+    """Notes on how the row was read. Rows are counted by each."""
 
     @property
     def responses(self) -> dict[str, Content]:
@@ -59,7 +59,7 @@ class Unpaired:
 
 
 class RowError(ValueError):
-    """What is wrong with one row, and the kind of mistake, by which dropped rows are counted."""
+    """A mistake in one row, and its kind, by which dropped rows are counted."""
 
     def __init__(self, what: str, kind: str):
         super().__init__(what)
@@ -70,7 +70,7 @@ MISSING_COLUMN = "without a column"
 
 
 def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
-    """A pair as a desirable and an undesirable response."""
+    """Split a pair into a good and a bad response."""
     return (
         Unpaired(pair.prompt, pair.chosen, True, pair.writing, pair.remarks),
         Unpaired(pair.prompt, pair.rejected, False, pair.writing, pair.remarks),
@@ -78,17 +78,17 @@ def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
 
 
 def column(row: Row, name: str) -> Any:
-    """A column's value; RowError where there is none."""
+    """Return a column's value. Raises RowError if there is none."""
     if name not in row:
-        found = f"the columns are {', '.join(map(str, row))}" if row else "the row is empty"
-        raise RowError(f"there is no column {name}; {found}", MISSING_COLUMN)
+        columns = f"the columns are {', '.join(map(str, row))}" if row else "the row is empty"
+        raise RowError(f"there is no column {name}; {columns}", MISSING_COLUMN)
     if row[name] is None:
         raise RowError(f"{name} is missing (null)", "with a null")
     return row[name]
 
 
 def text(row: Row, name: str) -> str:
-    """A column's text; RowError for anything else."""
+    """Return a column's text. Raises RowError for anything else."""
     value = column(row, name)
     if not isinstance(value, str):
         hint = "; the formats chat_template.* and auto read messages" if isinstance(value, list | Mapping) else ""
@@ -97,7 +97,7 @@ def text(row: Row, name: str) -> str:
 
 
 def read_label(value: Any, name: str = "label") -> bool:
-    """true/false as a boolean, 0/1, or the words in any case."""
+    """Read true or false as a boolean, as 0 or 1, or as words in any case. Raises RowError for anything else."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
         return value.strip().lower() == "true"
     if isinstance(value, bool | int | float) and value in (0, 1):
@@ -110,6 +110,6 @@ def label(row: Row, name: str = "label") -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, on one line."""
-    said = repr(value)
-    return said if len(said) <= 80 else said[:77] + "..."
+    """Return a value for a message: at most 80 characters on one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

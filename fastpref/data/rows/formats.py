@@ -1,7 +1,7 @@
 """Formats by name: from what a config says under `format` to a function that reads rows.
 
 A format is a function from a row to a `Paired` or an `Unpaired` (content.py). Its prompt and responses are either text
-or lists of chat messages, which `chat.py` writes with a chat template.
+or lists of chat messages, which a chat template writes (template/render.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,13 +52,13 @@ NAMES = ("auto", *_FORMATS)
 
 
 def options_of(name: str) -> tuple[str, ...]:
-    """The names of a format's options."""
+    """Return the names of a format's options."""
     options = _FORMATS[name].options if name in _FORMATS else None
     return tuple(options.__dataclass_fields__) if options else ()
 
 
 def check_format(given: Any) -> None:
-    """Raise ValueError for a name or an option that no format has, beginning with the option's name."""
+    """Raise ValueError for an unknown format or option. The message begins with the option's name."""
     name, options = _split(given)
     if not is_function(name):
         _options(name, options)
@@ -67,27 +67,27 @@ def check_format(given: Any) -> None:
 
 
 def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | None:
-    """The format of a config's `format`, a name or a table of `type` and options; None for "auto", which needs a row.
+    """Return the format that a config names, by a name or a table of `type` and options; None for "auto".
 
-    With `unpaired`, rows with a single response are read where the format has such; pairs are read as pairs all the
-    same. Raises ValueError as `check_format`, UserError for a function or chat template that cannot be loaded.
+    With `unpaired`, rows with a single response are read if the format supports them; pairs are still read as pairs.
+    Raises ValueError as `check_format`, UserError for a function or chat template that cannot be loaded.
     """
     name, options = _split(given)
     if is_function(name):
         check_format(given)
         return load_function(name)
-    made = _options(name, options)
+    settings = _options(name, options)
     if name == "auto":
         return None
-    if isinstance(made, chat_formats.ChatOptions):
-        made = made.loaded()
+    if isinstance(settings, chat_formats.ChatOptions):
+        settings = settings.loaded()
     named = _FORMATS[name]
-    paired = named.paired(made)
+    paired = named.paired(settings)
     if not unpaired or named.unpaired is None:
         return Format(name, paired)
-    single = named.unpaired(made)
-    chosen = getattr(made, "field_chosen", "chosen")
-    completion = getattr(made, "field_completion", "completion")
+    single = named.unpaired(settings)
+    chosen = getattr(settings, "field_chosen", "chosen")
+    completion = getattr(settings, "field_completion", "completion")
     pairs = [group for group in named.columns if group[0] == "chosen"]
     alternatives = pairs[0][1:] if pairs else ()
 
@@ -99,28 +99,28 @@ def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | N
 
 
 def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
-    """The formats that would read rows of these columns, best first, as a config has them: three at most.
+    """Return at most three formats that read rows of these columns, the best first, as a config spells them.
 
-    None of them leaves a column of text out of which a prompt is made.
+    None of them ignores a column of text that a prompt is made of.
     """
     texts = columns & {"prompt", *CONTEXT}
     asked = next((name for name in QUESTIONS if name in columns), None)
-    found: list[str] = []
+    names: list[str] = []
     if asked is None or texts - {asked, "system"}:
-        return found
+        return names
     pairs = {"chosen", "rejected"} <= columns
     if pairs or (unpaired and {"completion", "label"} <= columns):
         field = "field_messages" if pairs else "field_prompt"
-        found.append(f'{{ type = "chat_template.default", {field} = "{asked}" }}')
+        names.append(f'{{ type = "chat_template.default", {field} = "{asked}" }}')
         if "system" not in texts:
-            found.append(f'{{ field_prompt = "{asked}" }}')
-    found += [
+            names.append(f'{{ field_prompt = "{asked}" }}')
+    names += [
         f'"{name}"'
         for name, named in _FORMATS.items()
         if name.startswith("chatml.")
         and (_fits(named.columns, columns) or (unpaired and _fits(named.unpaired_columns, columns)))
     ]
-    return found[:3]
+    return names[:3]
 
 
 def _fits(groups: Columns, columns: set[str]) -> bool:
@@ -134,14 +134,14 @@ def _is_known(row: Row) -> bool:
         return False
 
 
-def explained(said: str, row: Row | Iterable[str], *, unpaired: bool, auto: bool = False) -> str:
-    """A message about columns, with what would read them: with `auto`, which is then another format's, that first."""
+def explained(message: str, row: Row | Iterable[str], *, unpaired: bool, auto: bool = False) -> str:
+    """Add to a message about columns which formats would read them. With `auto`, that format is tried first."""
     names = ['"auto"'] if auto and isinstance(row, Mapping) and _is_known(row) else []
     names = [*names, *fitting(set(row), unpaired=unpaired)][:3]
     named = f"these columns fit format = {' or '.join(names)}; " if names else ""
     return (
-        f'{said}; {named}your own columns are named by format = {{ field_prompt = "...", ... }}, or joined by a Python '
-        'function, "module:function"'
+        f'{message}; {named}your own columns are named by format = {{ field_prompt = "...", ... }}, or joined by a '
+        'Python function, "module:function"'
     )
 
 
@@ -158,7 +158,7 @@ def _split(given: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _options(name: str, options: Mapping[str, Any]) -> Any:
-    """A format's options, checked."""
+    """Return a format's checked options. Raises ValueError."""
     if name not in NAMES:
         near = get_close_matches(name.lower(), NAMES, n=3, cutoff=0.6)
         hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

@@ -1,4 +1,4 @@
-"""A format of a user's own: `module:function`, a Python function from a row to a row that `auto` would know."""
+"""A user's own format, `module:function`: a Python function that returns a row which `auto` reads."""
 
 import importlib
 import importlib.util
@@ -21,14 +21,14 @@ def is_function(name: str) -> bool:
 
 
 def beside(name: str, folder: Path) -> str:
-    """`module:function` as `/folder/module.py:function` if that file is there, else as it is."""
+    """Return `module:function` as `/folder/module.py:function` if that file exists, else unchanged."""
     module, _, function = name.rpartition(":")
     file = folder / (module if module.endswith(".py") else module.replace(".", "/") + ".py")
     return f"{file.resolve()}:{function}" if file.is_file() else name
 
 
 def load_function(name: str) -> Format:
-    """The format of a function; what the function returns is checked row by row. Raises UserError without one."""
+    """Return the format of a function, whose results are checked row by row. Raises UserError if it fails to load."""
     module_name, _, function_name = name.rpartition(":")
     try:
         module = _from_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
@@ -44,7 +44,7 @@ def load_function(name: str) -> Format:
 
 
 def source_file(name: str) -> Path | None:
-    """The file that a function is read from, if it is one."""
+    """Return the file that a function is read from, or None if it is not read from a file."""
     module, _, _ = name.rpartition(":")
     if module.endswith(".py"):
         return Path(module)
@@ -60,7 +60,7 @@ def _from_file(path: Path) -> Any:
     if spec is None or spec.loader is None or not path.is_file():
         raise ImportError("there is no such file")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # for what it imports from beside it
+    sys.path.insert(0, str(path.parent))  # for its imports of modules in the same folder
     try:
         spec.loader.exec_module(module)
     finally:

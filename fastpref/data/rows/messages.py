@@ -1,4 +1,4 @@
-"""Chat messages as data sets write them, in one form: `role`, `content`, and whatever else a template reads."""
+"""Chat messages of all data sets in one form: `role`, `content`, and whatever else a template reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,25 +29,25 @@ _WRONG_TYPE = "with a value of another type"
 
 @dataclass(frozen=True)
 class Reader:
-    """How messages are named in a data set."""
+    """Reads messages with the keys and roles of a data set."""
 
     properties: Mapping[str, str] = field(default_factory=dict)  # property of a message → its key in the data
     roles: Mapping[str, str] = field(default_factory=dict)  # role in the data → role for the template, beside the known
 
     @cached_property
     def known_roles(self) -> dict[str, str]:
-        """Every role that may be in the data, and the template's name for it."""
+        """Every role that may be in the data, with the template's name for it."""
         targets = dict.fromkeys((*KNOWN_ROLES, *self.roles.values()))
         return {role: role for role in targets} | SHAREGPT_ROLES | dict(self.roles)
 
     def turns(self, value: Any, name: str) -> list[Message]:
-        """A list of messages. Keys beside role and content pass through. Raises RowError naming the column `name`."""
+        """Read a list of messages. Keys besides role and content are kept. Raises RowError naming the column `name`."""
         if not isinstance(value, list):
             raise RowError(f"{name} must be text or a list of messages, got {shown(value)}", _WRONG_TYPE)
         return [self._turn(turn, name) for turn in value]
 
     def response(self, value: Any, name: str) -> list[Message]:
-        """An assistant's text, a message, or messages whose last is the assistant's."""
+        """Read an assistant's text, a message, or messages that end with the assistant's. Raises RowError."""
         if isinstance(value, str):
             return [{"role": "assistant", "content": value}]
         turns = self.turns([value] if isinstance(value, Mapping) else value, name)
@@ -59,8 +59,8 @@ class Reader:
         return turns
 
     def conversation(self, row: Row, name: str, *, all_of_it: bool = False) -> tuple[list[Message], list[Message]]:
-        """A conversation's turns before its last, and the last, which is the assistant's; with `all_of_it` all turns
-        of the assistant's that end it."""
+        """Split a conversation before its last turn, which is the assistant's; with `all_of_it` before all of the
+        assistant's turns that end it. Raises RowError."""
         turns = self.response(column(row, name), name)
         at = len(turns) - 1
         while all_of_it and at > 0 and turns[at - 1]["role"] == "assistant":
@@ -120,7 +120,7 @@ STANDARD = Reader()
 
 
 def with_system(row: Row, turns: list[Message]) -> list[Message]:
-    """A `system` column as the first turn, unless the column is empty or the turns have one."""
+    """Put a `system` column before the turns, unless it is empty or they have a system turn."""
     words = row.get("system")
     if not words:
         return turns
@@ -134,7 +134,7 @@ def with_system(row: Row, turns: list[Message]) -> list[Message]:
 
 
 def words(message: Message, name: str) -> str:
-    """A message's text, for formats that write it without a chat template."""
+    """Return a message's text, for formats without a chat template. Raises RowError if it is more than text."""
     content = message.get("content")
     if message.get("tool_calls") or not isinstance(content, str | list):
         raise RowError(
@@ -149,7 +149,7 @@ def is_turns(value: Any) -> bool:
 
 
 def as_content(value: Any, name: str, reader: Reader = STANDARD) -> Content:
-    """Text as it is, or messages, of which there must be one."""
+    """Return text unchanged, or a list of at least one message. Raises RowError."""
     if isinstance(value, str):
         return value
     turns = reader.turns(value, name)

@@ -1,7 +1,7 @@
-"""Where prompt and responses overlap: what a response repeats of its prompt is part of the prompt alone.
+"""Overlaps of prompt and responses: what a response repeats of its prompt is kept in the prompt alone.
 
-The rows of every format go through `untangle`. Data sets write a conversation in many ways: the prompt in a column of
-its own and once more at the beginning of the responses, or a prompt that holds the chosen response already. After
+The rows of every format pass through `untangle`. Data sets write a conversation in many ways: with the prompt in its
+own column and again at the beginning of the responses, or with the chosen response in the prompt already. After
 `untangle` a prompt ends where the assistant is to answer, and a response begins with the answer.
 """
 
@@ -31,10 +31,10 @@ OTHER_SYSTEM = "the system turn differs from that of the conversations, which wa
 
 
 def untangle(content: Paired | Unpaired) -> Paired | Unpaired:
-    """A row whose responses hold nothing of its prompt. An empty prompt is in the responses: it is what they share.
+    """Remove the prompt from the responses. If the prompt is empty, take what the responses share as the prompt.
 
-    Raises RowError for a prompt that ends with the assistant's turn, and for a response that begins with another's
-    though nothing of it is in the prompt: such rows are misread.
+    Raises RowError for a prompt that ends with the assistant's turn, and for a response that begins with another
+    speaker's turn which is not in the prompt: such rows are misread.
     """
     names = list(content.responses)
     prompt, given = content.prompt, list(content.responses.values())
@@ -49,9 +49,9 @@ def untangle(content: Paired | Unpaired) -> Paired | Unpaired:
 
 
 def without_question(question: str, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Answers without the question, if every one of them begins with all of it and goes on; and what to remark of it.
+    """Remove the question from the answers if every one begins with all of it and goes on. Returns remarks, too.
 
-    A question of a word or two may begin its answers by accident ("Hi", "Hi there"), and is left in them.
+    A question of a word or two may begin its answers by chance ("Hi", "Hi there") and stays in them.
     """
     rest = {name: _after(question, answer) for name, answer in answers.items()}
     if not all(rest.values()):
@@ -67,7 +67,7 @@ def _is_sure(question: str) -> bool:
 
 
 def _after(question: str, answer: str) -> str | None:
-    """What follows the question in an answer that begins with it and does not go on in the midst of a word."""
+    """Return what follows the question in an answer that begins with it, or None; a word must not be cut in two."""
     core = question.strip()
     if not core or answer.lstrip()[:1] != core[0]:
         return None
@@ -78,8 +78,8 @@ def _after(question: str, answer: str) -> str | None:
         rest = rest.lstrip() if question[-1].isspace() else rest
     else:  # the same words with other white space
         words = core.split()
-        *said, last = answer.split(None, len(words))
-        if said != words:
+        *beginning, last = answer.split(None, len(words))
+        if beginning != words:
             return None
         before = answer[: len(answer) - len(last)]
         rest = last if question[-1].isspace() else before[len(before.rstrip()) :] + last
@@ -88,9 +88,9 @@ def _after(question: str, answer: str) -> str | None:
 
 
 def same(ours: Message, theirs: Message) -> bool:
-    """Whether two turns say the same, whatever their white space, the form of their content, and marks such as ids.
+    """Tell whether two turns say the same, whatever their white space, form of content and marks such as ids.
 
-    A developer's turn is as a system's.
+    A developer's turn equals a system's.
     """
     roles = {ours["role"], theirs["role"]}
     if len(roles) > 1 and not roles <= {*SYSTEM_ROLES}:
@@ -106,7 +106,7 @@ def _calls(message: Message) -> list[Any]:
 
 
 def other_turns(prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, ...]:
-    """What to remark of a response whose last turn alone is taken, if it stands after other turns than the prompt's."""
+    """Return a remark if a response, whose last turn alone is taken, has other turns before it than the prompt."""
     before, asked = (_split_system(list(turns))[1] for turns in (response[:-1], prompt))
     return (OTHER_TURNS,) if before and not _equal(before, asked) else ()
 
@@ -160,7 +160,7 @@ def _untangle_chat(
 def _part_conversations(
     asked: _Turns, chats: list[_Turns], names: list[str], remarks: list[str], *, of_text: bool
 ) -> tuple[_Turns, list[_Turns]]:
-    """Conversations from their first question on, or from one that the prompt has too, parted where they differ."""
+    """Split conversations where they begin to differ. They begin with a first question, or with one of the prompt."""
     if not asked:
         return _part(chats, names)
     for start in range(len(asked)):
@@ -181,15 +181,15 @@ def _part_conversations(
 
 
 def _joined(asked: _Turns, start: int, chat: _Turns) -> _Turns:
-    """A conversation after the turns that stand before it in the prompt, with the prompt's words for what both have."""
+    """Return a conversation after the prompt's earlier turns, with the prompt's words for the turns that both have."""
     again = _shared([asked[start:], chat])
     return asked[: start + again] + chat[again:]
 
 
 def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
-    """The turns that all conversations begin with, and the rest of each: at least its last turn, from an answer on.
+    """Split conversations into the turns they all begin with and the rest of each, at least its last answer.
 
-    Of a single conversation the rest is its last answer.
+    The rest of a single conversation is its last answer. Raises RowError if they share no turn.
     """
     at = len(chats[0]) - 1 if len(chats) == 1 else min(_shared(chats), min(map(len, chats)) - 1)
     while at and chats[0][at - 1]["role"] == "assistant":
@@ -207,7 +207,7 @@ def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
 def _part_answers(
     asked: _Turns, chats: list[_Turns], whole: Sequence[bool], names: list[str], remarks: list[str]
 ) -> tuple[_Turns, list[_Turns]]:
-    """Answers to a prompt, some of which may repeat it; the prompt itself may hold one of them, or an empty one."""
+    """Split a prompt and its answers. Some answers may repeat the prompt, and it may end with one, or an empty one."""
     for chat, is_whole in zip(chats, whole):
         if is_whole and len(chat) == _shared([asked, chat]) and chat[-1]["role"] == "assistant":
             asked, _ = _part([chat], names)  # the prompt was this whole conversation
@@ -233,7 +233,7 @@ def _after_prompt(asked: _Turns, chat: _Turns) -> _Turns:
 
 
 def _is_whole(chat: _Turns, asked: _Turns) -> bool:
-    """Whether a response is a conversation with its prompt: it begins with another's turn, or with the prompt."""
+    """Tell whether a response contains its prompt: it begins with another speaker's turn, or with the prompt."""
     if not chat:
         return False
     again = bool(asked) and len(chat) > len(asked) and _begins(chat, asked)
@@ -241,7 +241,7 @@ def _is_whole(chat: _Turns, asked: _Turns) -> bool:
 
 
 def _begins(chat: _Turns, turns: _Turns) -> bool:
-    """Whether a conversation begins with these turns."""
+    """Tell whether a conversation begins with these turns."""
     return _shared([chat, turns]) == len(turns)
 
 
@@ -254,7 +254,7 @@ def _holds(chat: _Turns, turns: _Turns) -> bool:
 
 
 def _shared(chats: Sequence[_Turns]) -> int:
-    """How many turns conversations begin with alike."""
+    """Return how many turns all conversations begin with."""
     count = 0
     for turns in zip(*chats):
         if not all(same(turn, turns[0]) for turn in turns[1:]):
@@ -266,7 +266,7 @@ def _shared(chats: Sequence[_Turns]) -> int:
 def _one_system(
     system: _Turns, systems: Sequence[_Turns], whole: Sequence[bool], names: list[str], remarks: list[str]
 ) -> _Turns:
-    """The system turns of a row: those of its responses, which must agree, or else of its prompt."""
+    """Return the system turns of the responses, which must agree, or else of the prompt. Raises RowError."""
     own = next((turns for turns in systems if turns), None)
     if own is None:
         return system
@@ -293,7 +293,7 @@ def _split_system(turns: _Turns) -> tuple[_Turns, _Turns]:
 
 
 def _is_blank(turn: Message) -> bool:
-    """Whether a turn is an empty place for an answer."""
+    """Tell whether a turn is an empty assistant's turn, a place for an answer."""
     return turn["role"] == "assistant" and not text_of(turn).strip() and set(turn) <= {"role", "content"}
 
 
@@ -304,5 +304,5 @@ def _answer(words: str) -> _Turns:
 def _with(
     content: Paired | Unpaired, prompt: Content, responses: Sequence[Content], remarks: tuple[str, ...]
 ) -> Paired | Unpaired:
-    told: dict[str, Any] = dict(zip(content.responses, responses))
-    return replace(content, prompt=prompt, **told, remarks=tuple(dict.fromkeys((*content.remarks, *remarks))))
+    answers: dict[str, Any] = dict(zip(content.responses, responses))
+    return replace(content, prompt=prompt, **answers, remarks=tuple(dict.fromkeys((*content.remarks, *remarks))))

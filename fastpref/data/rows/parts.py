@@ -1,4 +1,4 @@
-"""Content that is a list of parts, and what of a row would be pictures or sound: text is read, nothing else."""
+"""Content in parts, of which only text is read; pictures, video and audio are refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_parts(value: list[Any], name: str, role: Any) -> str | list[dict[str, str]]:
-    """Parts of text as {"type": "text", "text": ...}; a single one is its text.
+    """Read parts of text as {"type": "text", "text": ...}; a single one becomes its text.
 
     Raises RowError, naming the column `name`, for a part of any other kind.
     """
@@ -20,14 +20,14 @@ def read_parts(value: list[Any], name: str, role: Any) -> str | list[dict[str, s
 
 
 def joined(content: Any) -> str:
-    """A message's content as text: its parts, as they stand after one another."""
+    """Return a message's content as text, its parts joined."""
     if isinstance(content, list):
         return "".join(part if isinstance(part, str) else part["text"] for part in content)
     return "" if content is None else content
 
 
 def text_of(message: Message) -> str:
-    """A message's words."""
+    """Return a message's text."""
     return joined(message.get("content"))
 
 

@@ -1,5 +1,4 @@
-"""What every format has in common: a row is prepared, read, freed of what its responses repeat, and looked at for what
-was not read."""
+"""The steps that every format shares: prepare a row, read it, remove repeated prompts, and remark on unread columns."""
 
 import ast
 import json
@@ -23,14 +22,14 @@ JSON_CELLS = "columns of text held messages as JSON, and were read as messages"
 @dataclass(frozen=True)
 class Format:
     name: str
-    """What is read, in words."""
+    """What the format reads, in words."""
     parse: Callable[[Row], Paired | Unpaired]
-    """From a row's columns to its content, as the row has it. Raises RowError for a row that is not of the format."""
+    """Reads a row's content. Raises RowError for a row that is not of the format."""
     whole_row: bool = False
-    """Whether the format answers for all of this itself: a user's function, whose result is read by another format."""
+    """Whether `parse` does all steps itself: for a user's function, whose result is read by another format."""
 
     def read(self, row: Row) -> Paired | Unpaired:
-        """What a row becomes. Raises RowError for a row that is not of the format, or that is misread by it."""
+        """Read a row. Raises RowError for a row that is not of the format or would be misread."""
         if self.whole_row:
             return self.parse(row)
         refuse_media(row)
@@ -47,16 +46,16 @@ class Format:
 
 
 def writing(row: Row, *, chat_template: str | None = None, tools: Any = None, tools_column: str = "tools") -> Writing:
-    """How a chat's row is written: with its own tools, else those given for all rows, and its own keywords."""
+    """Return how a chat is written: with the row's own tools or else those given, and with the row's keywords."""
     own = read_tools(row.get(tools_column), tools_column)
     keywords = read_keywords(row.get(_KEYWORDS), _KEYWORDS)
     return Writing(chat_template, own or (read_tools(list(tools), "tools") if tools else None), keywords)
 
 
 def without_json(row: Row) -> Row:
-    """The row itself, or a copy whose cells of JSON that holds messages are these messages.
+    """Decode cells that hold messages as JSON. Returns the row itself if there are none.
 
-    Raises RowError for a cell that looks like messages and cannot be read as such, so that no text of it is trained.
+    Raises RowError for a cell that looks like messages but cannot be read, so that its JSON is not trained as text.
     """
     changed = {
         name: _messages(value, name)
@@ -68,7 +67,7 @@ def without_json(row: Row) -> Row:
 
 
 def _messages(value: str, name: Any) -> Any:
-    """Messages of JSON text, or of the text that Python makes of a list; None if the text is something else."""
+    """Read messages from JSON or from a printed Python list. Returns None if the text is something else."""
     turns: Any = None
     for read in (json.loads, ast.literal_eval):
         try:
@@ -96,7 +95,7 @@ def _says_something(value: Any) -> bool:
 
 
 class _Seen(Mapping[str, Any]):
-    """A row that knows which of its columns were read: asked for by [], as `get` only looks."""
+    """A row that records which of its columns were read by []; `get` only looks."""
 
     def __init__(self, row: Row):
         self._row, self.names = row, set[str]()

@@ -1,4 +1,4 @@
-"""One row as the texts that will be tokenised: the public face of the formats."""
+"""`render`: the texts of one row before they are tokenised, for users who want to see what a format does."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ def render(
     unpaired: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """A row's texts in a format: {"prompt", "chosen", "rejected"} or {"prompt", "completion", "label"}.
+    """Return a row's texts in a format: {"prompt", "chosen", "rejected"} or {"prompt", "completion", "label"}.
 
     `format` and its `options` are those of [[data]] (docs/data.md). Formats that make messages need a `tokenizer` for
     its chat template; a response then is what follows the text that it shares with the prompt, up to its end token.
@@ -34,23 +34,23 @@ def render(
             raise UserError("the row is a pair, two single responses for KTO; render it with unpaired=False")
         prompt, responses = _texts(content, tokenizer)
     except RowError as error:
-        said = str(error)
+        message = str(error)
         if error.kind == MISSING_COLUMN:
-            said = explained(said, row, unpaired=unpaired, auto=format != "auto")
-        raise UserError(said) from None
-    made: dict[str, Any] = {"prompt": prompt} | dict(zip(content.responses, responses))
-    return made | {"label": content.label} if isinstance(content, Unpaired) else made
+            message = explained(message, row, unpaired=unpaired, auto=format != "auto")
+        raise UserError(message) from None
+    texts: dict[str, Any] = {"prompt": prompt} | dict(zip(content.responses, responses))
+    return texts | {"label": content.label} if isinstance(content, Unpaired) else texts
 
 
 def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool) -> Format:
-    """The format that is named, or that the row's columns speak for. Raises UserError if there is none."""
+    """Return the named format, or the one that fits the row's columns. Raises UserError if there is none."""
     try:
         form = find_format(format, unpaired=unpaired) or detect(row)
     except ValueError as error:  # RowError is one
         raise UserError(str(error)) from None
     if form is None:
-        said = f"the columns {', '.join(map(str, row))} are of no format that auto knows"
-        raise UserError(explained(said, row, unpaired=unpaired))
+        message = f"the columns {', '.join(map(str, row))} are of no format that auto knows"
+        raise UserError(explained(message, row, unpaired=unpaired))
     return form
 
 
@@ -75,6 +75,6 @@ def _texts(content: Paired | Unpaired, tokenizer: "PreTrainedTokenizerBase | Non
 
 
 def _to_end(response: str, special: tuple[str, ...]) -> str:
-    """A response without the line end that a template writes after the end token."""
+    """Remove the line end that a template writes after the end token."""
     stripped = response.rstrip()
     return stripped if special and stripped.endswith(special) else response

@@ -1,5 +1,5 @@
-"""The named formats that write text themselves, without the tokenizer's chat template: chatml.*, llama3.*, a user's
-table of columns, Zephyr's Nectar, and text as it is."""
+"""The formats that write text without the tokenizer's chat template: chatml.*, llama3.*, a table of the user's columns,
+Zephyr's Nectar, and plain text."""
 
 import string
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from fastpref.data.rows.overlap import OTHER_QUESTION, other_turns, untangle, wi
 
 @dataclass(frozen=True)
 class Template:
-    """How a model family writes the turns of a chat."""
+    """The chat markup of a model family."""
 
     turn: str  # of {role} and {content}
     generation_prompt: str
@@ -73,7 +73,7 @@ def default(template: Template, row: Row) -> Paired:
 
 
 def argilla_chat(template: Template, row: Row) -> Paired:
-    """Every turn of `chosen` before its last is the prompt."""
+    """Take every turn of `chosen` before its last as the prompt."""
     prompt, chosen = STANDARD.conversation(row, "chosen")
     content = template.paired(prompt, words(chosen[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
     return replace(
@@ -82,14 +82,14 @@ def argilla_chat(template: Template, row: Row) -> Paired:
 
 
 def pairs_after(prompt: str) -> ReadPaired:
-    """Texts after the question in the column `prompt`."""
+    """Return a reader of texts after the question in the column `prompt`."""
     return lambda template, row: template.paired(
         _asked(row, text(row, prompt)), text(row, "chosen"), text(row, "rejected")
     )
 
 
 def ultra(template: Template, row: Row) -> Paired:
-    """The question in `prompt`, then what `chosen` says between its first question and its last answer."""
+    """Take the question in `prompt`, then the turns of `chosen` between its first question and its last answer."""
     turns = STANDARD.response(column(row, "chosen"), "chosen")
     if not turns:
         raise RowError("chosen is empty", "with an empty response")
@@ -149,7 +149,7 @@ def passthrough_unpaired(row: Row) -> Unpaired:
 
 
 def nectar(row: Row) -> Paired:
-    """The answer of the best rank, the lowest number, against that of the worst, in Zephyr's markers."""
+    """Compare the answer of the best rank, the lowest number, with that of the worst, in Zephyr's markup."""
     answers = column(row, "answers")
     if not isinstance(answers, list) or len(answers) < 2:
         raise RowError(f"answers must be a list of two or more, got {shown(answers)}", "with fewer than two answers")
@@ -174,7 +174,7 @@ def nectar(row: Row) -> Paired:
 
 @dataclass(frozen=True)
 class Table:
-    """Which columns hold what, and how each is written. `chosen_format` may be any text around {chosen}, and so on."""
+    """Which columns hold what, and how each is written. `chosen_format` is any text with {chosen} in it, and so on."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -238,7 +238,7 @@ def _check_format(option: str, given: str, name: str) -> None:
 
 
 def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message], dict[str, str], tuple[str, ...]]:
-    """Turns and their answers without what these repeat, as for every chat; and what to remark."""
+    """Remove from answers what they repeat of the turns, as for every chat. Returns remarks, too."""
     told, remarks = as_answers(turns, answers)
     if any(not answer.strip() for answer in told.values()):  # an empty one, which repeats nothing
         return turns, told, remarks
@@ -249,7 +249,7 @@ def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message]
 
 
 def _asked(row: Row, question: str) -> list[Message]:
-    """A question as a user's turn, after the system's if there is one."""
+    """Return a question as a user's turn, after the system's if there is one."""
     system = [{"role": "system", "content": text(row, "system")}] if row.get("system") else []
     return [*system, {"role": "user", "content": question}]
 
@@ -262,7 +262,7 @@ def _last_turn(row: Row, name: str) -> str:
 
 
 def _first(row: Row, *names: str) -> str:
-    """The first of these columns that says something, else the first there is."""
+    """Return the first of these columns that is not empty, else the first there is. Raises RowError."""
     there = [name for name in names if row.get(name) is not None]
     if not there:
         raise RowError(

@@ -1,4 +1,4 @@
-"""Tool calls, tools and keywords of the template as data sets spell them, in one form: OpenAI's, as mappings."""
+"""Tool calls, tools and template keywords of all data sets in one form: OpenAI's, as mappings."""
 
 import json
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from fastpref.data.rows.content import RowError, shown
 _BAD_CALL = "with a tool call that is none"
 _BAD_TOOLS = "with tools that are none"
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
-"""Under which keys data sets have what is called with: OpenAI's, Llama's, LangChain's, Anthropic's."""
+"""The keys of a call's arguments: OpenAI's, Llama's, LangChain's, Anthropic's."""
 
 
 def read_calls(value: Any, name: str) -> list[dict[str, Any]]:
-    """The calls of a message: one or a list, each an object or JSON text of one; empty for none.
+    """Read the calls of a message: one or a list, each an object or JSON text of one. Returns [] for none.
 
-    Known are {"function": {"name", "arguments"}} with any keys beside it, and the bare {"name", "arguments"}; the
-    arguments may be called parameters, args or input. Raises RowError, naming the column `name`, for anything else,
+    A call is {"function": {"name", "arguments"}} with any other keys, or the bare {"name", "arguments"}; its arguments
+    may be called parameters, args or input. Raises RowError, naming the column `name`, for anything else,
     and for arguments that are no JSON object.
     """
     value = _decoded(value, f"{name}: a tool call", _BAD_CALL)
@@ -25,7 +25,7 @@ def read_calls(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any, name: str) -> tuple[Any, ...] | None:
-    """A list of tools' JSON schemas: a list, JSON text of one, or a list of JSON texts; a bare one is wrapped.
+    """Read tools' JSON schemas: a list, JSON text of one, or a list of JSON texts. A single schema becomes a list.
 
     Raises RowError naming the column `name`.
     """
@@ -41,7 +41,7 @@ def read_tools(value: Any, name: str) -> tuple[Any, ...] | None:
 
 
 def read_keywords(value: Any, name: str) -> dict[str, Any] | None:
-    """Keywords for the chat template: a mapping, or JSON text of one. Raises RowError naming the column `name`."""
+    """Read keywords for the chat template: a mapping, or JSON text of one. Raises RowError naming the column `name`."""
     kind = "with keywords of the chat template that are none"
     value = _decoded(value, name, kind)
     if value is None or value == {}:
@@ -87,14 +87,14 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 
 def _tool(tool: Mapping[str, Any]) -> Any:
-    """A schema as it is, or wrapped as OpenAI has it if it is bare."""
+    """Return a schema unchanged, or wrapped as OpenAI has it if it is bare."""
     if "function" not in tool and isinstance(tool.get("name"), str) and "type" not in tool:
         return {"type": "function", "function": dict(tool)}
     return tool
 
 
 def _decoded(value: Any, what: str, kind: str) -> Any:
-    """JSON text as what it says, encoded once or twice; white space is nothing."""
+    """Decode JSON text that was encoded once or twice. Returns None for white space. Raises RowError."""
     for _ in range(2):
         if not isinstance(value, str):
             break

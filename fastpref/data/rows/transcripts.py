@@ -11,17 +11,17 @@ TEMPLATE = (
     "{{ ('\n\nHuman: ' if m['role'] == 'user' else '\n\nAssistant: ' if m['role'] == 'assistant' else '') "
     "+ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-"""How such a conversation is written for a tokenizer that has no chat template."""
+"""The chat template for such conversations if the tokenizer has none."""
 
 
 def is_transcript(value: Any) -> bool:
-    """Whether text begins with the human's words and has the assistant's after them."""
+    """Tell whether a text begins with the human's words and has the assistant's after them."""
     return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
 
 
 def read_transcript(text: str, *, answered: bool = False) -> list[Message]:
-    """The turns of a transcript. An empty last turn of the assistant's, a place for an answer, is left out of a prompt;
-    one that is `answered` has it, and its answer is empty."""
+    """Read the turns of a transcript. An empty last turn of the assistant is a place for an answer and is left out,
+    unless the transcript is `answered`: then the answer is empty."""
     marks = list(_SPEAKER.finditer(text))
     stops = [mark.start() for mark in marks[1:]] + [len(text)]
     roles = {"Human": "user", "Assistant": "assistant"}
