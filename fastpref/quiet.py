@@ -1,4 +1,4 @@
-"""What libraries say that a person can do nothing about."""
+"""Silence for messages of libraries that a user can do nothing about."""
 
 import logging
 import warnings
@@ -7,7 +7,7 @@ from transformers.utils import logging as transformers_logging
 
 
 def quiet_libraries() -> None:
-    """No progress bars, no warnings of code that is not the user's."""
+    """Turn off progress bars, and warnings about code that is not the user's."""
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it says which kernels for other devices are not there
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""`fastpref chat`: talk to a model on a terminal, beside the one it began with if asked."""
+"""`fastpref chat`: talk to a model on a terminal, if requested along with the model it began with."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,11 +22,11 @@ Message = dict[str, str]
 
 @dataclass
 class Speaker:
-    """A model with the conversation it has had."""
+    """A model and its conversation so far."""
 
     name: str
     model: PreTrainedModel
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext  # what it is computed in
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext  # the context in which it generates
     messages: list[Message] = field(default_factory=list)
 
 
@@ -41,9 +41,11 @@ def chat(
     out: TextIO | None = None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> None:
-    """Answer what is read, a line at a time, until it ends. `compare` lets the model that the training began with
-    answer first. A temperature of 0 takes the likeliest token; None is the model's own way. What was decided while the
-    model was loaded goes to `tell`, a note at a time. Raises UserError."""
+    """Answer each line of `given` (default: standard input) until it ends.
+
+    With `compare` the model that the training began with answers first. A temperature of 0 takes the likeliest token;
+    None keeps the model's own settings. `tell` is called with each note on loading the model. Raises UserError.
+    """
     source: TextIO = sys.stdin if given is None else given
     screen: TextIO = sys.stdout if out is None else out
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,15 +62,15 @@ def chat(
     options = _sampling(temperature) | {"max_new_tokens": max_tokens}
     if source.isatty():
         print("/clear forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends.", file=screen)
-    for said in _lines(source, screen):
-        if said == "/clear":
+    for question in _lines(source, screen):
+        if question == "/clear":
             for speaker in speakers:
                 speaker.messages = _beginning(system)
             continue
         for speaker in speakers:
             if len(speakers) > 1:
                 print(f"{speaker.name}: ", end="", file=screen, flush=True)
-            speaker.messages.append({"role": "user", "content": said})
+            speaker.messages.append({"role": "user", "content": question})
             answer = _answer(speaker, tokenizer, writing, options, screen)
             speaker.messages.append({"role": "assistant", "content": answer})
 
@@ -99,7 +101,7 @@ def _sampling(temperature: float | None) -> dict[str, Any]:
 
 
 def _lines(given: TextIO, out: TextIO) -> Iterator[str]:
-    """What a person or a pipe says, line by line; a prompt is shown to a person only."""
+    """Yield the lines of a terminal, which gets a prompt, or of a pipe."""
     person = given.isatty()
     while True:
         try:
@@ -120,7 +122,7 @@ def _lines(given: TextIO, out: TextIO) -> Iterator[str]:
 def _answer(
     speaker: Speaker, tokenizer: PreTrainedTokenizerBase, writing: Writing, options: dict[str, Any], out: TextIO
 ) -> str:
-    """The answer to the last message, shown while it is made. Ctrl-C ends it where it is."""
+    """Generate and print the answer to the last message. Ctrl-C ends it early. Raises UserError without room."""
     text = apply(tokenizer, speaker.messages, writing, generation_prompt=True)
     ids: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(speaker.model.device)
     limits, length = limits_of_model(speaker.model), ids["input_ids"].shape[1]
@@ -143,7 +145,7 @@ def _answer(
 
 
 class _Streamer(TextStreamer):
-    """Whole words as they come. What would steer the terminal is left out."""
+    """Prints whole words as they are generated, without control characters, which would steer the terminal."""
 
     def __init__(self, tokenizer: Any, out: TextIO):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

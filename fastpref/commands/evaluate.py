@@ -1,4 +1,4 @@
-"""`fastpref eval`: how a model does on held-out preferences, and how far it is from the model it began with."""
+"""`fastpref eval`: metrics of a model on held-out preferences, and its distance from the model it began with."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -40,15 +40,15 @@ def evaluate(
     cache: bool = True,
     tell: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
-    """Metrics over held-out examples, with the names of metrics.jsonl, and beside them
+    """Return metrics over held-out examples under the names of metrics.jsonl, and
 
         logps/accuracies  how often the chosen response is the likelier one, per token (for KTO there are no pairs)
         reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
     began with, unless another is named; without one, rewards that need it and KL are left out. A loss without a
-    reference has its own rewards and margins, and the reference is compared by KL alone. What was decided while models
-    were loaded goes to `tell`, a note at a time. Raises UserError.
+    reference has its own rewards and margins, and the reference is compared by KL alone. `tell` is called
+    with each note on loading the models. Raises UserError.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = _examples(trained, data, cache)
@@ -72,20 +72,20 @@ def evaluate(
         pad_token_id=pad_token(tokenizer, limits_of_model(loaded.model))[0],
         device=device,
     )
-    if compared is None and config.loss.uses_reference:  # a loss without a reference tells the rest
+    if compared is None and config.loss.uses_reference:  # a loss without a reference gives the other metrics
         objective = replace(objective, options=SimPO())
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     if compared is not None or not isinstance(config.loss, KTO):
-        found |= objective.evaluate(examples, config.train.batch).result()
+        metrics |= objective.evaluate(examples, config.train.batch).result()
         if compared is None and config.loss.uses_reference:
-            found = {name: v for name, v in found.items() if not name.startswith(("rewards/", "loss"))}
+            metrics = {name: v for name, v in metrics.items() if not name.startswith(("rewards/", "loss"))}
     if compared is not None:
-        found["reference/kl"] = _mean_kl(objective, loaded.policy, compared, off, examples)
-    return {"examples": len(examples)} | found
+        metrics["reference/kl"] = _mean_kl(objective, loaded.policy, compared, off, examples)
+    return {"examples": len(examples)} | metrics
 
 
-def show(found: dict[str, Any], name: str, console: Console) -> None:
-    """The metrics a person asks for first."""
+def show(metrics: dict[str, Any], name: str, console: Console) -> None:
+    """Print the most important metrics as a table."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     for key, words, form in (
         ("rewards/accuracies", "accuracy", "{:.1%}"),
@@ -97,22 +97,22 @@ def show(found: dict[str, Any], name: str, console: Console) -> None:
         ("logps/rejected", "log-probability of the rejected", "{:.1f}"),
         ("entropy", "entropy, nats a token", "{:.3f}"),
     ):
-        if key in found:
+        if key in metrics:
             extra = ""
             if key.endswith("accuracies"):
-                low, high = interval(found[key], found["examples"])
+                low, high = interval(metrics[key], metrics["examples"])
                 extra = f"95 % interval {low:.1%} to {high:.1%}"
-            table.add_row(words, form.format(found[key]), extra)
-    console.print(f"{name}: {found['examples']:,} held-out examples", markup=False, soft_wrap=True)
+            table.add_row(words, form.format(metrics[key]), extra)
+    console.print(f"{name}: {metrics['examples']:,} held-out examples", markup=False, soft_wrap=True)
     console.print(table)
 
 
-def as_json(found: dict[str, Any]) -> str:
-    return json.dumps(found, indent=2)
+def as_json(metrics: dict[str, Any]) -> str:
+    return json.dumps(metrics, indent=2)
 
 
 def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share of `count` trials (Wilson 1927)."""
+    """Return Wilson's confidence interval of a share of `count` trials (Wilson 1927)."""
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return max(0.0, middle - half), min(1.0, middle + half)
@@ -140,7 +140,7 @@ def _examples(trained: Trained, data: str | None, cache: bool) -> Examples:
 def _reference(
     trained: Trained, loaded: Loaded, named: Trained | None, device: torch.device
 ) -> tuple[Loaded | None, Callable[[], AbstractContextManager[Any]]]:
-    """The reference, and what to compute it in. Raises UserError for one whose tokens are others."""
+    """Return the reference, and the context to compute it in. Raises UserError if its vocabulary differs."""
     if named is not None:
         other = load_trained(named, device)
         if other.policy.head.vocabulary != loaded.policy.head.vocabulary:
@@ -172,7 +172,7 @@ def _mean_kl(
     off: Callable[[], AbstractContextManager[Any]],
     examples: Sequence[Example],
 ) -> float:
-    """KL(policy ‖ compared) a token of the responses, of whole distributions."""
+    """Return the mean KL(policy ‖ compared) of the next token over the responses' tokens, in nats."""
     kl, tokens = 0.0, 0
     for start in range(0, len(examples), 256):
         some = examples[start : start + 256]
@@ -187,7 +187,7 @@ def _mean_kl(
 def _kl(
     policy: Policy, compared: Policy, off: Callable[[], AbstractContextManager[Any]], batch: PreferenceBatch
 ) -> float:
-    """KL(policy ‖ compared) of the next token, summed over the places that predict a scored token."""
+    """Return KL(policy ‖ compared) of the next token, summed over the places that predict a scored token."""
     own = policy.hidden_states(batch)[batch.predictors]
     with off():
         other = compared.hidden_states(batch)[batch.predictors]

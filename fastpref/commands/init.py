@@ -1,4 +1,4 @@
-"""`fastpref init`: a commented config for a loss, its comments taken from the schema; and files written with care."""
+"""`fastpref init`: a commented config for a loss, with comments from the schema."""
 
 import os
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ CHOOSER = {
     "simpo": "pairs, and the least memory and time",
     "cpo": "pairs whose chosen side is worth imitating",
 }
-"""You have → take; the README shows the same table."""
+"""What the user has, by the loss to take; the README shows the same table."""
 
 _COMMON = {
     "lora.rank": 16,
@@ -35,7 +35,7 @@ _COMMON = {
 }
 _OF_LOSS: dict[str, dict[str, Any]] = {
     "kto": {"loss.desirable_weight": 1.0, "loss.undesirable_weight": 1.0},
-    # ten times the whole-model rate, as LoRA's rates usually are
+    # Ten times the rate for whole models, as is usual for LoRA.
     "simpo": {"loss.beta": 2.0, "loss.gamma_beta_ratio": 0.5, "train.learning_rate": 1e-5},
     "cpo": {"loss.sft_weight": 1.0},
 }
@@ -53,7 +53,7 @@ _REMARKS: dict[str, dict[str, str]] = {
     },
     "cpo": {},
 }
-_EXAMPLES: dict[str, Any] = {  # of keys whose default is to be left out
+_EXAMPLES: dict[str, Any] = {  # values of keys that have no default
     "model.revision": "main",
     "data.name": "default",
     "data.revision": "main",
@@ -74,7 +74,7 @@ _EXAMPLES: dict[str, Any] = {  # of keys whose default is to be left out
 
 
 def template(loss: str, model: str, data: str) -> str:
-    """A config of `loss` as text: common keys set, the others commented out with their defaults."""
+    """Return a config of `loss` as text: common keys set, the others commented out with their defaults."""
     values = {"model.name": model, "data.path": data, "loss.type": loss} | _COMMON | _OF_LOSS.get(loss, {})
     raw = _tables(values)
     skipped = () if loss_options(loss).uses_reference else ("reference",)
@@ -122,28 +122,28 @@ def _with(raw: dict[str, Any], section: str, key: str, value: Any) -> dict[str, 
 
 
 def check_loss(loss: str) -> str:
-    """The loss as the schema spells it. Raises UserError for another word."""
+    """Return the loss as the schema spells it. Raises UserError for an unknown one."""
     if loss.lower() not in LOSSES:
         raise UserError(f"--loss {loss}: there is no such loss; take one of {', '.join(LOSSES)}")
     return loss.lower()
 
 
 def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
-    """A name that means, in a config in `folder`, what it means here (or else in one of `others`).
+    """Rewrite a path so that it means in a config in `folder` what it means here, or else in one of `others`.
 
-    A config's relative paths are looked for beside it first; a name that is no path stays as it is.
+    A config's relative paths are looked for in its own folder first. A name that is not a path is unchanged.
     """
     try:
         path = Path(name).expanduser()
-        found = next((root / path for root in (Path(), *others) if (root / path).exists()), None)
+        target = next((root / path for root in (Path(), *others) if (root / path).exists()), None)
     except (OSError, RuntimeError):  # too long for a path; ~name, and nobody of that name
         return name
-    if found is None or path.is_absolute():
+    if target is None or path.is_absolute():
         return name
     try:
-        return Path(os.path.relpath(found.resolve(), folder.resolve())).as_posix()
+        return Path(os.path.relpath(target.resolve(), folder.resolve())).as_posix()
     except ValueError:  # on another drive
-        return str(found.resolve())
+        return str(target.resolve())
 
 
 def write(text: str, path: Path, *, force: bool) -> None:

@@ -1,1 +1,1 @@
-"""Chat templates: what a model's text looks like."""
+"""Chat templates, which turn messages into a model's text."""

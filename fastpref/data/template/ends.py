@@ -1,4 +1,4 @@
-"""How a response ends: with which token, and with that once."""
+"""The end of a response: which token it is, and that it stands there exactly once."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,20 +14,20 @@ from fastpref.errors import UserError
 
 _MARK = "fastpref"
 _QUESTION = {"role": "user", "content": "-"}
-_MESSAGE_ENDS = ("<|eom_id|>",)  # that templates write where a keyword asks for them
+_MESSAGE_ENDS = ("<|eom_id|>",)  # templates write them if a keyword asks for it
 
 
 @dataclass(frozen=True)
 class End:
-    """The token that ends a response, and those that count as an end where the response has one already."""
+    """The token that ends a response, and those that count as its end if it has one already."""
 
     token: int
     known: frozenset[int]
-    foreign: bool = False  # the text's own end is no token of this tokenizer
+    foreign: bool = False  # whether the text's own end is not a token of this tokenizer
 
 
 class EndTokens:
-    """The end of each way of writing, found once."""
+    """Finds the end of responses once for each way of writing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -41,7 +41,7 @@ class EndTokens:
         self._blank: dict[int, bool] = {}
 
     def of(self, content: Paired | Unpaired) -> End:
-        """EOS for text, unless it writes its own end; for chats what the template puts after an assistant's words."""
+        """Return EOS for text, unless it writes its own end, and for chats what the template writes after an answer."""
         chat = not isinstance(content.prompt, str)
         key = chat, key_of(content.writing) if chat else content.writing.end
         if key not in self._found:
@@ -49,7 +49,7 @@ class EndTokens:
         return self._found[key]
 
     def of_response(self, end: End, response: Content, ids: Ids) -> End:
-        """The end of this response of a chat: whatever token the template ends its last message with.
+        """Return the end of this response of a chat: the token with which the template ends its last message.
 
         Calls of tools may end otherwise than words do. `ids` are those of the response as the template writes it.
         """
@@ -68,11 +68,11 @@ class EndTokens:
         return end if of_data else replace(end, token=last, known=end.known | set(known or ends))
 
     def texts(self, end: End) -> list[str]:
-        """The tokens that count as an end, as text."""
+        """Return the tokens that count as an end, as text."""
         return [str(self._tokenizer.decode([token])) for token in sorted(end.known)]
 
     def ended(self, ids: Ids, end: End) -> Ids:
-        """The response with its end token once: further ones and white space after it go, a missing one is added."""
+        """Return the response with one end token: remove further ones and white space after it, add a missing one."""
         words = len(ids)
         while words and (ids[words - 1] in end.known or self._is_blank(ids[words - 1])):
             words -= 1
@@ -99,8 +99,8 @@ class EndTokens:
         return End(token, known | self._other_ends(writing if chat else PLAIN), foreign)
 
     def _turn_end(self, writing: Writing) -> tuple[int | None, bool]:
-        """The special token that the chat template puts after an assistant's words, and whether it writes what is
-        no token there instead.
+        """Return the special token that the chat template writes after an answer, and whether it writes words there
+        instead.
 
         Of several (Cohere's end of a response and of a turn) the last that also stands there once others follow: what
         ends the text as a whole (Phi's) does not.
@@ -112,7 +112,7 @@ class EndTokens:
         return None, bool(tail) and not self._special.intersection(tail)
 
     def _last_shared(self, tail: Ids, other: Ids) -> int:
-        """The last special token that two tails begin with, or the first of this one."""
+        """Return the last special token that two tails begin with, or the first of this one."""
         last = tail[0]
         for ours, theirs in zip(tail, other):
             if ours != theirs or ours not in self._special:
@@ -121,7 +121,7 @@ class EndTokens:
         return last
 
     def _other_ends(self, writing: Writing) -> frozenset[int]:
-        """Tokens with which the template ends turns of other kinds: earlier ones, calls of tools, Llama's messages."""
+        """Return the tokens that end other turns: earlier ones, tool calls, Llama's messages."""
         key = key_of(writing)
         if key not in self._others:
             words = {"role": "assistant", "content": _MARK}
@@ -137,7 +137,7 @@ class EndTokens:
         return self._others[key]
 
     def _after_mark(self, chat: list[Message], writing: Writing) -> Ids:
-        """The tokens that the template writes after the last mark, without white space around them."""
+        """Return the tokens that the template writes after the last mark, without white space around them."""
         if template_of(self._tokenizer, writing) is None:
             return []
         try:
@@ -157,5 +157,5 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Fal
 
 
 def only_id(token_id: Any) -> int | None:
-    """`eos_token_id` and its like, whose type also allows what they never are."""
+    """Return a token id such as `eos_token_id`, whose type allows lists too, or None if it is not an int."""
     return token_id if isinstance(token_id, int) else None

@@ -1,4 +1,4 @@
-"""Keywords of a chat template (enable_thinking, reasoning_effort, ...): those of a run and of a row, and the day."""
+"""Keywords of a chat template (enable_thinking, reasoning_effort, ...) from the run and the row, and the date."""
 
 import json
 import math
@@ -20,13 +20,13 @@ _GIVEN = {  # to the template by it
     "cls_token", "mask_token",
 }  # fmt: skip
 RESERVED = frozenset(_TAKEN | _GIVEN)
-"""Names that no keyword can have: they are filled by the row, the tokenizer or the rendering itself."""
+"""Names that no keyword can have, because the row, the tokenizer or the rendering sets them."""
 
 _DAY = "strftime_now"  # the function by which templates write the date
 
 
 def check_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raises ValueError for a name that is taken, or a value that JSON does not have."""
+    """Raise ValueError for a reserved name, or a value that JSON does not have."""
     for name, value in keywords.items():
         if name in RESERVED:
             raise ValueError(f"{name} is no keyword that can be set: it is filled for every row")
@@ -35,7 +35,7 @@ def check_keywords(keywords: Mapping[str, Any]) -> None:
 
 
 def of_run(content: Paired | Unpaired, keywords: Mapping[str, Any], day: date | None) -> Paired | Unpaired:
-    """A row with the keywords and the day of its run. The row's own keywords win; a null among them is none."""
+    """Add the keywords and the date of the run to a row. The row's own keywords win; nulls among them are ignored."""
     if isinstance(content.prompt, str):
         return content
     merged = {**keywords, **_set(content.writing)}
@@ -43,20 +43,20 @@ def of_run(content: Paired | Unpaired, keywords: Mapping[str, Any], day: date | 
 
 
 def keywords_of(writing: Writing) -> dict[str, Any]:
-    """What the template is given beside messages and tools. Raises ValueError for names and values that it cannot."""
+    """Return the keywords for the template. Raises ValueError as `check_keywords`."""
     keywords = _set(writing)
     check_keywords(keywords)
     return keywords
 
 
 def key_of(writing: Writing) -> tuple[str | None, str]:
-    """Equal for writings whose chats are written alike, their tools aside."""
+    """Return a key that is equal for all writings whose chats are written alike, apart from their tools."""
     rest = [_set(writing), writing.day, writing.without_template]
     return writing.chat_template, json.dumps(rest, sort_keys=True, default=str)
 
 
 def variables(template: str) -> frozenset[str]:
-    """The names that a template reads from outside. Raises jinja2's TemplateError for what is no template."""
+    """Return the names that a template reads from outside. Raises jinja2's TemplateError for invalid Jinja."""
     from jinja2 import meta
 
     return frozenset(meta.find_undeclared_variables(_compiled(template).environment.parse(template)))
@@ -68,9 +68,9 @@ def writes_the_date(template: str) -> bool:
 
 @contextmanager
 def on_day(template: str, day: date | None) -> Iterator[None]:
-    """What transformers renders of this template meanwhile is written on a day, at midnight; None is now.
+    """Let transformers render this template as if it were midnight of a day; None is now.
 
-    A keyword cannot do this: `apply_chat_template` gives templates plain values only, and no functions.
+    A keyword cannot do this, because `apply_chat_template` accepts plain values only and no functions.
     """
     if day is None or not writes_the_date(template):
         yield
@@ -89,7 +89,7 @@ def _set(writing: Writing) -> dict[str, Any]:
 
 
 def _compiled(template: str) -> Any:
-    """The object that `apply_chat_template` renders: transformers compiles a template once and keeps it."""
+    """Return the object that `apply_chat_template` renders: transformers compiles a template once and keeps it."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(template)

@@ -1,4 +1,4 @@
-"""Chat templates: some under their name, others as Jinja or in a file."""
+"""Chat templates given by a known name, as Jinja, or as a file."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ OWN = "tokenizer_default"
 
 
 def load_chat_template(given: str | None, key: str) -> str | None:
-    """Jinja from a known name, Jinja itself, or a file of it; None stays the tokenizer's own, as "tokenizer_default".
+    """Return the Jinja of a known name, of Jinja itself, or of a file; None for None and "tokenizer_default".
 
     Raises UserError, naming `key`, for a file that cannot be read.
     """

@@ -1,4 +1,4 @@
-"""From messages to the text that a chat template makes of them."""
+"""Render messages as text with a chat template."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fastpref.data.template.traits import for_template, template_of
 from fastpref.errors import UserError
 
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
-# What a template raises for messages that it does not take.
+# What a template raises for messages that it refuses.
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
 _DEVELOPER = re.compile(r"['\"]developer['\"]")
 
@@ -22,19 +22,21 @@ _DEVELOPER = re.compile(r"['\"]developer['\"]")
 def write_all(
     contents: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase
 ) -> list[Written | RowError | UserError]:
-    """`write` for many rows, each with its text or the error that it raises. Chats go to the template together."""
+    """Write many rows, chats with one call of the template. Returns each row's text or the error of `write`."""
     together: dict[tuple[str | None, str], list[int]] = {}
     for at, content in enumerate(contents):
         template = content.writing.chat_template
         if not isinstance(content.prompt, str) and not content.writing.tools and (template or tokenizer.chat_template):
             together.setdefault(key_of(content.writing), []).append(at)
-    made: dict[int, Written | RowError | UserError] = {}
+    written: dict[int, Written | RowError | UserError] = {}
     for places in together.values():
         try:
-            made |= zip(places, _write_chats([contents[at] for at in places], tokenizer))
-        except REFUSALS:  # each alone then, so that the refused ones are known
+            written |= zip(places, _write_chats([contents[at] for at in places], tokenizer))
+        except REFUSALS:  # then each alone, to find the refused ones
             continue
-    return [made[at] if at in made else _write_or_error(content, tokenizer) for at, content in enumerate(contents)]
+    return [
+        written[at] if at in written else _write_or_error(content, tokenizer) for at, content in enumerate(contents)
+    ]
 
 
 def _write_or_error(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Written | RowError | UserError:
@@ -45,7 +47,7 @@ def _write_or_error(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBa
 
 
 def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
-    """Chats of one template and its keywords, without tools, in two calls of it."""
+    """Write chats that share a template and its keywords and have no tools, with two calls of it."""
     writing = chats[0].writing
     asked: list[list[Message]] = []  # prompts that the assistant is to answer
     others: list[list[Message]] = []
@@ -62,11 +64,11 @@ def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokeni
 
 
 def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Written:
-    """The text of the prompt, and of the prompt with each response.
+    """Return the text of the prompt, and of the prompt with each response.
 
     Text is joined, without a BOS before the response. Messages are written by the chat template, the prompt with its
-    generation prompt, unless the response goes on after an assistant's turn. Raises RowError for what the template
-    refuses, UserError if there is none.
+    generation prompt unless it ends with an assistant's turn. Raises RowError for rows that the template refuses,
+    UserError if there is no template.
     """
     prompt = content.prompt
     if isinstance(prompt, str):
@@ -84,7 +86,7 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Wri
 
 
 def _hint(refusal: str, prompt: list[Message], responses: Sequence[list[Message]]) -> str:
-    """What a template's own words leave out: what to do, or which roles it does not take."""
+    """Return what a template's own message lacks: what to do, or the roles of the row."""
     if "system" in refusal:
         return "; put the words of its system turn into the first question"
     if "role" not in refusal:
@@ -117,7 +119,7 @@ def _apply_all(
     tools: Any = list(writing.tools) if writing.tools else None
     with on_day(template, writing.day):
         if any("content" in turn and turn["content"] is None for messages in conversations for turn in messages):
-            # apply_chat_template drops what is null, which these templates ask for.
+            # apply_chat_template removes nulls, which these templates need.
             given: dict[str, Any] = {**tokenizer.special_tokens_map, **keywords_of(writing)}
             nulls: Any = render_jinja_template(
                 conversations,
@@ -139,13 +141,13 @@ def _apply_all(
 
 
 def _as_known(message: Message, template: str) -> Message:
-    """A developer's turn is the system's for a template that knows no developer."""
+    """Turn a developer's message into a system's for a template that does not know developers."""
     unknown = message["role"] == "developer" and not _DEVELOPER.search(template)
     return {**message, "role": "system"} if unknown else message
 
 
 def common(a: str, b: str) -> int:
-    """How many letters two texts begin with alike."""
+    """Return the length of the longest common prefix of two texts."""
     if b.startswith(a):
         return len(a)
     low, high = 0, min(len(a), len(b))
@@ -156,7 +158,7 @@ def common(a: str, b: str) -> int:
 
 
 def _answered(prompt: Any) -> bool:
-    """Whether the response goes on after an assistant's turn."""
+    """Tell whether the prompt ends with an assistant's turn, after which the response goes on."""
     return prompt[-1]["role"] == "assistant"
 
 

@@ -1,5 +1,5 @@
-"""What training decides about text, and what therefore travels with its result: `text.json` in the folder of a run, of
-each checkpoint, of what it saves, and of what is merged of that; and a generation_config.json with every end."""
+"""The record of how a run wrote text, `text.json`, which lies in the folders of the run, of its checkpoints, of its
+result and of a merged model; and a generation_config.json that has every end token."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -24,16 +24,16 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class TextRecord:
-    """How the rows of a run became text, and how its responses ended."""
+    """How the rows of a run became text, and which tokens ended its responses."""
 
     chat_template: str | dict[str, str] | None
     """The tokenizer's, tokens.chat_template, or that of all sources: Jinja, or several by their names."""
     chat_template_kwargs: Mapping[str, Any]
     """Keywords for it: tokens.chat_template_kwargs."""
     day: date
-    """What a chat template that writes the date has written."""
+    """The date that chat templates wrote."""
     ends: Mapping[str, int]
-    """The tokens, with their ids, with which training responses ended."""
+    """The tokens that ended training responses, with their ids."""
 
     def to_json(self) -> str:
         content = {
@@ -48,26 +48,26 @@ class TextRecord:
         (folder / TEXT).write_text(self.to_json(), encoding="utf-8")
 
     def changes(self, now: "TextRecord") -> list[str]:
-        """What of the way to write rows is another in `now`, in words."""
+        """Return in words what differs in `now`: the chat template, its keywords."""
         words = {"chat_template": "the chat template", "chat_template_kwargs": "its keywords"}
         return [word for name, word in words.items() if getattr(self, name) != getattr(now, name)]
 
 
 def text_of(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, ends: Iterable[int]) -> TextRecord:
-    """That of a run. The tokenizer has the chat template of the rows; `ends` are those of its training examples."""
+    """Return the record of a run. The tokenizer must have the rows' chat template; `ends` are token ids."""
     tokens: Any = tokenizer.convert_ids_to_tokens(sorted(ends))
     template: Any = tokenizer.chat_template
     return TextRecord(template, config.tokens.chat_template_kwargs or {}, day, dict(zip(tokens, sorted(ends))))
 
 
 def read_text(*folders: Path) -> TextRecord | None:
-    """Of the first folder that has one. Raises UserError for one that is damaged."""
+    """Read the record of the first folder that has one. Raises UserError if it is damaged."""
     path = next((folder / TEXT for folder in folders if (folder / TEXT).is_file()), None)
     return None if path is None else _read(path)
 
 
 def read_text_on_hub(name: str, revision: str | None = None) -> TextRecord | None:
-    """That of a model or an adapter on the hub, or in the hub's cache."""
+    """Read the record of a model or an adapter on the hub or in its cache. Raises UserError if it is damaged."""
     try:
         path = cached_file(name, TEXT, revision=revision, _raise_exceptions_for_missing_entries=False)
     except Exception:  # no such repository, no network: loading the model will say so
@@ -76,7 +76,7 @@ def read_text_on_hub(name: str, revision: str | None = None) -> TextRecord | Non
 
 
 def check_template_keywords(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for a key of tokens.chat_template_kwargs that no chat template of the config reads."""
+    """Raise UserError for a key of tokens.chat_template_kwargs that no chat template of the config reads."""
     keywords = config.tokens.chat_template_kwargs
     if not keywords:
         return
@@ -103,25 +103,27 @@ def check_template_keywords(config: Config, tokenizer: PreTrainedTokenizerBase) 
 
 
 def stop_at(model: PreTrainedModel, ends: Collection[int]) -> list[int]:
-    """Let `generate` of a model, and the generation_config.json that is saved with it, end at these tokens beside its
-    own. Returns those that are new to it."""
+    """Let a model's `generate`, and the generation_config.json saved with it, also stop at these tokens.
+
+    Returns the tokens that are new to the model.
+    """
     generation: Any = model.generation_config
     own = _ids(generation.eos_token_id)
     new = [token for token in ends if token not in own]
     if new:
         generation.eos_token_id = _all_ends(own, ends)
-        generation._from_model_config = False  # whose ends are others
+        generation._from_model_config = False  # its ends are others
     return new
 
 
 def save_generation_config(folder: Path, generation: GenerationConfig | None) -> None:
-    """Write it, unless it is there already, as it is with a whole model."""
+    """Write the generation config unless it exists already, as it does with a whole model."""
     if generation is not None and not (folder / _GENERATION).exists():
         _write_generation(folder, generation)
 
 
 def add_text(folder: Path, text: TextRecord | None, architecture: PretrainedConfig) -> None:
-    """To a folder of a whole model, which may have its base's generation_config.json: the ends and the record."""
+    """Add the record and the end tokens to the folder of a whole model, which may have its base's config."""
     if text is None:
         return
     text.save(folder)
@@ -135,14 +137,14 @@ def add_text(folder: Path, text: TextRecord | None, architecture: PretrainedConf
 
 
 def _write_generation(folder: Path, generation: GenerationConfig) -> None:
-    """As it is: its own `save_pretrained` refuses combinations that models on the hub have."""
+    """Write it as it is, because `save_pretrained` refuses combinations that models on the hub have."""
     content = json.loads(generation.to_json_string())
     content.pop("_from_model_config", None)  # which may have other ends
     (folder / _GENERATION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _all_ends(own: list[int], trained: Collection[int]) -> int | list[int] | None:
-    """The model's, if it has all; else what was trained first, for those who read the first one only."""
+    """Return the model's own ends if complete, else all, the trained ones first: some programs read only one."""
     if not set(trained) <= set(own):
         own = [*trained, *(token for token in own if token not in trained)]
     return own if len(own) > 1 else next(iter(own), None)
@@ -156,7 +158,7 @@ def _ids(eos: int | list[int] | None) -> list[int]:
 
 
 def _templates(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokenizer's, and those that sources have of their own."""
+    """Return the tokenizer's chat templates, and those of sources."""
     own: Any = tokenizer.chat_template
     templates = list(own.values()) if isinstance(own, Mapping) else [own]
     for data in (*config.data, *config.eval.data):

@@ -1,5 +1,5 @@
-"""What a chat template does with content in parts and with a call's arguments, found by rendering, and messages as it
-takes them."""
+"""What a chat template does with content in parts and with a call's arguments, found by rendering, and messages in the
+form that it accepts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from fastpref.data.rows.content import Message, Writing
 from fastpref.data.rows.messages import KNOWN_ROLES, SYSTEM_ROLES
 from fastpref.data.rows.parts import joined
 
-_WORDS, _MORE = "qzfirst", "qzsecond"  # which no template has
+_WORDS, _MORE = "qzfirst", "qzsecond"  # no template has these
 _PARTS = [{"type": "text", "text": _WORDS}, {"type": "text", "text": _MORE}]
 _ASKED = {"role": "user", "content": "-"}
 _NO_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token"), "")
@@ -22,20 +22,20 @@ _NO_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a chat template does."""
+    """The forms of messages that a chat template accepts."""
 
     iterates: frozenset[str]
     """Roles whose content it writes part by part."""
     needs_parts: frozenset[str]
-    """Roles whose content it writes in no other way."""
+    """Roles whose content it writes only part by part."""
     arguments_as_text: bool
     """Whether it wants a call's arguments as JSON text: it fails, or writes Python, if they are a mapping."""
     no_words: Mapping[str, Any]
-    """What a turn that only calls has of content: empty text, None or nothing, as the template then writes the call."""
+    """The content of a turn that only calls, empty text, None or nothing, with which the template writes the call."""
 
 
 def for_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, writing: Writing) -> list[Message]:
-    """Messages as the chat template of a row takes them: text or parts, arguments as a mapping or as JSON text.
+    """Return messages in the form that a row's template accepts: text or parts, arguments as a mapping or JSON text.
 
     A template that writes its own parts gets them; for others the parts of a message are joined.
     """
@@ -47,7 +47,7 @@ def for_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, writing: Writing) -> str | None:
-    """The Jinja that writes a row, or None if there is none."""
+    """Return the Jinja that writes a row, or None if there is none."""
     own: Any = writing.chat_template or tokenizer.chat_template or writing.without_template
     if not isinstance(own, dict):
         return own
@@ -56,7 +56,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, writing: Writing) -> str | N
 
 @lru_cache(maxsize=64)
 def traits_of(template: str) -> Traits:
-    """The traits of a chat template. What it refuses to write at all it does not take."""
+    """Find the traits of a chat template by rendering. It does not accept a form that it refuses to write."""
     iterates, needs_parts = set[str](), set[str]()
     for role in KNOWN_ROLES:
         if _writes_any(template, _chats(role, _PARTS), (_WORDS, _MORE), ("'text'", '"text"')):
@@ -67,7 +67,7 @@ def traits_of(template: str) -> Traits:
 
 
 def _chats(role: str, content: Any) -> list[list[Message]]:
-    """Chats with a turn of a role and a content, beside turns of text or of parts."""
+    """Return chats with a turn of a role and a content, among turns of text or of parts."""
     return [_chat({"role": role, "content": content}, words) for words in ("-", [{"type": "text", "text": "-"}])]
 
 
@@ -89,7 +89,7 @@ def _calling(arguments: Any, no_words: Mapping[str, Any]) -> Message:
 
 
 def _calls(template: str) -> tuple[bool, Mapping[str, Any]]:
-    """Whether calls have their arguments as text, and what of content, for the template to write them."""
+    """Return whether the template needs a call's arguments as text, and which content it needs."""
     arguments = {_WORDS: _MORE}
     text = json.dumps(arguments)
     forms = ((False, arguments, (_WORDS, _MORE)), (True, text, (text,)))
@@ -106,7 +106,7 @@ def _writes_any(template: str, chats: list[list[Message]], wanted: Sequence[str]
 
 
 def _writes(template: str, chat: list[Message], wanted: Sequence[str], unwanted: Sequence[str]) -> bool:
-    """Whether a template writes a chat with all of some words and none of others."""
+    """Tell whether a template writes a chat with all wanted words and no unwanted ones."""
     try:
         written, _ = render_jinja_template([chat], chat_template=template, **_NO_TOKENS)
     except Exception:  # Jinja's errors, and whatever a template's Python raises
