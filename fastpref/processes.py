@@ -1,8 +1,8 @@
 """Several processes that share every step: `accelerate launch -m fastpref train cfg.toml`.
 
-All of them plan the same step and cut it into the same micro-batches; each computes some, as many as the others, and
-what a loss or a metric needs of the whole step is summed over them. So a step is the same however many there are, but
-for rounding. Gradients are joined by DDP or, in shards, by FSDP2 (arXiv 2304.11277; `torch.distributed.fsdp`).
+All of them plan the same step and cut it into the same micro-batches. Each computes equally many of these, and what a
+loss or a metric needs of the whole step is summed over the processes, so a step does not depend on their number except
+by rounding. Gradients are joined by DDP or, in shards, by FSDP2 (arXiv 2304.11277; `torch.distributed.fsdp`).
 """
 
 import atexit
@@ -43,24 +43,24 @@ _GRACE = 0.5  # seconds; a thread that is ready to run waits some milliseconds e
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process of how many this is."""
+    """The number of this process, and of all processes."""
 
     rank: int = 0
     count: int = 1
-    sharded: bool = False  # by FSDP2: every forward is one of all processes together
+    sharded: bool = False  # by FSDP2: all processes call every forward together
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def sum(self, own: Tensor) -> Tensor:
-        """The sum over all processes, on each of them."""
+        """Return the sum over all processes, in each of them."""
         total = own if self.count == 1 else reduce(own, "sum")
         assert isinstance(total, Tensor)
         return total
 
     def gather(self, own: T) -> list[T]:
-        """What every process has, in their order, on each of them."""
+        """Return the values of all processes in their order, in each of them."""
         if self.count == 1:
             return [own]
         # As arrays: in an object collective torch reads a tensor's storage as one that was saved to a file.
@@ -73,7 +73,7 @@ class Processes:
         return any(self.gather(own))
 
     def on_first(self, call: Callable[[], T]) -> T:
-        """The first process calls; each gets its result, or its UserError."""
+        """Call in the first process. Each process gets its result, or its UserError."""
         if self.count == 1:
             return call()
         outcome: list[Any] = [None, None]
@@ -89,7 +89,7 @@ class Processes:
         return outcome[0]
 
     def together(self, call: Callable[[], T]) -> T:
-        """Every process calls. What one of them cannot do ends all, with its message; none is left waiting."""
+        """Call in every process. An exception in one of them ends all with its message: none is left waiting."""
         if self.count == 1:
             return call()
         result: Any = None
@@ -98,8 +98,8 @@ class Processes:
             result = call()
         except Exception as error:  # whatever it is, the others must know
             fault = error
-        said = None if fault is None else str(fault) if isinstance(fault, UserError) else repr(fault)
-        everyone = self.gather((gethostname(), said))
+        own = None if fault is None else str(fault) if isinstance(fault, UserError) else repr(fault)
+        everyone = self.gather((gethostname(), own))
         if any(message is not None for _, message in everyone):
             _part()
         if fault is not None:
@@ -110,14 +110,14 @@ class Processes:
         return result
 
     def first_then_others(self, call: Callable[[], T]) -> T:
-        """As `together`, but the others call after the first, and find on a disk they share what it has left there."""
+        """Call as `together`, but in the other processes after the first, whose files they find on a shared disk."""
         first = self.together(lambda: call() if self.first else None)
         others = self.together(lambda: None if self.first else call())
         result: Any = first if self.first else others
         return result
 
     def agree(self, what: Callable[[], Mapping[str, Any]]) -> None:
-        """Raises UserError in all processes for values, by what they are, that are not the same in all of them."""
+        """Raise UserError in all processes if one of these values, given by their names, differs between them."""
         if self.count == 1:
             return
         everyone: list[tuple[str, Mapping[str, Any]]] = self.gather((gethostname(), self.together(what)))
@@ -137,9 +137,9 @@ class Processes:
             )
 
     def accumulating(self, policy: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Around the forward and backward of a micro-batch: DDP joins gradients after the step's last one.
+        """Return the context for a micro-batch's forward and backward. DDP joins gradients after the step's last one.
 
-        FSDP2 joins them after each, so that none has to hold the gradients of more than its shard.
+        FSDP2 joins them after each one, so that no process holds the gradients of more than its shard.
         """
         return nullcontext() if last or not isinstance(policy, DistributedDataParallel) else policy.no_sync()
 
@@ -148,7 +148,7 @@ ALONE = Processes()
 
 
 def end_together(error: UserError) -> NoReturn:
-    """Raise what one process met before it joined the others, in all of them: they wait for it in `together`."""
+    """Raise, in all processes, an error that one met before it joined the others, which wait for it in `together`."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         here = Accelerator()
         atexit.register(_leave)
@@ -161,8 +161,8 @@ def end_together(error: UserError) -> NoReturn:
 
 
 def _part() -> None:
-    """Wait until all know why they end: who leaves before breaks the connection that the others still read from."""
-    with suppress(RuntimeError):  # of one that has left meanwhile, which it does when all have come here
+    """Wait until all processes know the error: one that leaves early breaks a connection that the others still read."""
+    with suppress(RuntimeError):  # from a process that left meanwhile, after all had come here
         torch.distributed.barrier()
 
 
@@ -180,7 +180,7 @@ def _leave() -> None:
 
 
 def code() -> dict[str, str]:
-    """What computes a step: versions of the libraries, and a digest of this package's files."""
+    """Return what computes a step: versions of the libraries, and a digest of this package's files."""
     digest, package = hashlib.sha256(), Path(__file__).parent
     for path in sorted({*package.rglob("*.py"), *package.glob("kernels/*.py")}):  # rglob follows no link
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
@@ -188,7 +188,7 @@ def code() -> dict[str, str]:
 
 
 def start_processes(config: Config, mixed_precision: str) -> tuple[Accelerator, Processes]:
-    """Join the processes that a launcher started. Raises UserError for what they cannot share, or not in this way."""
+    """Join the processes that a launcher started. Raises UserError for what they cannot share."""
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")  # one group a layer
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
@@ -223,12 +223,12 @@ def _processes(accelerator: Accelerator, config: Config) -> Processes:
 
 
 def _wants_fsdp2_on_cpus(accelerator: Accelerator) -> bool:
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return asked and accelerator.distributed_type == DistributedType.MULTI_CPU
+    requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return requested and accelerator.distributed_type == DistributedType.MULTI_CPU
 
 
 def check_sharded(config: Config) -> None:
-    """Raises UserError for what FSDP2 cannot shard."""
+    """Raise UserError for what FSDP2 cannot shard."""
     refused = {
         f'model.quantization = "{config.model.quantization}"': config.model.quantization != "none",
         f'train.optimizer = "{config.train.optimizer}"': config.train.optimizer != "adamw",

@@ -1,4 +1,4 @@
-"""From a user's rows to the tensors of a step. `render` shows what a format makes of a row."""
+"""The way from a user's rows to the tensors of a step. `render` returns the texts of one row."""
 
 from typing import TYPE_CHECKING
 

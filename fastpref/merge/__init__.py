@@ -1,7 +1,7 @@
-"""`fastpref merge`: an adapter added to the weights it was trained with, a tensor at a time.
+"""`fastpref merge`: add an adapter to the weights it was trained with, one tensor at a time.
 
-checkpoint.py reads the model's files, names.py knows which of their tensors make which of the model's, adapter.py adds
-what was trained by PEFT's own arithmetic, plan.py puts them together, folder.py writes, verify.py compares.
+checkpoint.py reads the model's files, names.py maps their tensors to those of the model, adapter.py adds the adapter by
+PEFT's own arithmetic, plan.py decides what happens to each tensor, folder.py writes, and verify.py compares.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ __all__ = ["Merged", "merge", "merge_fault"]
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written."""
+    """The result of a merge."""
 
     folder: Path
     tensors: int  # of the model that the adapter changed
     untied: bool  # whether the head got a weight of its own
     onto: str  # which weights the adapter was added to, in words
-    lost: float | None = None  # share of the adapter's change of a probe's logits; None if it was not looked at
+    lost: float | None = None  # share of the adapter's change of a probe's logits; None if not verified
 
 
 def merge(
@@ -40,12 +40,12 @@ def merge(
     dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> Merged:
-    """Write the model that an adapter makes of its base to a folder, as transformers loads it.
+    """Write the base model merged with its adapter to a folder, as transformers loads it.
 
     `dequantized`: add the adapter to the 4-bit weights it was trained with, dequantised, instead of those of the
     model's files; by default if the run's config says nf4. `dtype` of what is written; that of the model's files if
     None. `verify` loads both, one after the other, and compares the logits of a probe. Raises UserError for what
-    cannot be merged; the folder is there only if all has succeeded.
+    cannot be merged; the folder exists only if everything has succeeded.
     """
     options = trained.config.model
     if not trained.is_adapter:

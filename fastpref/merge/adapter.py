@@ -1,4 +1,4 @@
-"""An adapter's own weights on a model whose weights are otherwise one number each, and PEFT's sum of the two."""
+"""An adapter on a model whose own weights take no memory, and PEFT's arithmetic to merge a tensor."""
 
 import warnings
 from typing import Any
@@ -19,9 +19,9 @@ from fastpref.run.trained import Trained
 
 
 def with_adapter(model: PreTrainedModel, trained: Trained) -> None:
-    """Put an adapter on a model of the meta device, in place. Raises UserError where it does not fit."""
+    """Put an adapter on a model on the meta device, in place. Raises UserError if it does not fit."""
     _shrink(model)
-    with warnings.catch_warnings(action="ignore"):  # of what was decided when the adapter was trained
+    with warnings.catch_warnings(action="ignore"):  # they concern decisions made when the adapter was trained
         wrapped = load_adapter(model, trained.weights)
     settings = wrapped.peft_config["default"]
     if not isinstance(settings, peft.LoraConfig):
@@ -33,8 +33,9 @@ def with_adapter(model: PreTrainedModel, trained: Trained) -> None:
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
-    """The model's tensors that adapters change, by their names in the model without adapters, each with the PEFT module
-    that changes it. Raises UserError for a kind of adapter that cannot be merged."""
+    """Return the PEFT modules that change tensors, by the tensors' names in the model without adapters.
+
+    Raises UserError for a kind of adapter that cannot be merged."""
     parts: dict[str, Any] = {}
     for name, module in model.named_modules():
         owner = plain_name(name)
@@ -51,12 +52,12 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_name(name: str) -> str:
-    """A module's name in the model without adapters."""
+    """Return a module's name in the model without adapters."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
 
 
 def merged(part: Any, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of the model, float32, with what `part`, one of `adapted`, makes of it, by PEFT's own arithmetic."""
+    """Merge a float32 tensor of the model with `part`, one of `adapted`, by PEFT's own arithmetic."""
     if isinstance(part, ModulesToSaveWrapper):
         copy = part.modules_to_save[part.active_adapters[0]].state_dict()
         key = max((key for key in copy if name.endswith(f".{key}")), key=len)
@@ -74,13 +75,13 @@ def merged(part: Any, name: str, tensor: Tensor) -> Tensor:
 
 
 def through_four_bits(weight: Tensor) -> Tensor:
-    """What an nf4 weight with quantised scales is worth, as bitsandbytes makes and reads it."""
+    """Quantise a weight to nf4 with quantised scales and dequantise it, both by bitsandbytes."""
     packed, state = quantize_4bit(weight.float().contiguous(), quant_type="nf4", compress_statistics=True)
     return dequantize_4bit(packed, state).to(weight.dtype)
 
 
 def _shrink(model: nn.Module) -> None:
-    """Weights of the meta device as one number seen everywhere: PEFT puts adapters where their layer's weight is."""
+    """Replace meta weights by one expanded number each: PEFT puts adapters on the device of their layer's weight."""
     shrunk: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():

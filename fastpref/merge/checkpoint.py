@@ -65,7 +65,7 @@ class Checkpoint:
         self._stored = {name: name for name in self.tensors}  # the names in the files
 
     def read(self, name: str) -> Tensor:
-        """A tensor; where it lies quantised by bitsandbytes, what it is worth, in `plain_dtype`."""
+        """Read a tensor. One that bitsandbytes quantised is dequantised to `plain_dtype`."""
         tensor, statistics = self._raw(self._stored[name]), self.tensors[name].statistics
         if not statistics:
             return tensor
@@ -75,7 +75,7 @@ class Checkpoint:
         return dequantize_4bit(tensor, state).to(self.plain_dtype)
 
     def renamed(self, renaming: Renaming) -> "Checkpoint":
-        """The same tensors under other names, as `fastpref.model.weights` reads files with a wrapper's prefix."""
+        """Return the same tensors under other names, as `model.weights` reads files with a wrapper's prefix."""
         other = copy(self)
         other.tensors = {renaming(name): entry for name, entry in self.tensors.items()}
         other._stored = {renaming(name): stored for name, stored in self._stored.items()}
@@ -83,7 +83,7 @@ class Checkpoint:
 
     @property
     def method(self) -> str | None:
-        """How its weights are quantised, by the name that config.json gives it."""
+        """The name that config.json gives the quantisation of its weights, or None."""
         settings = self.config.get("quantization_config") or self._text.get("quantization_config")
         if not settings:
             return None
@@ -91,12 +91,12 @@ class Checkpoint:
 
     @property
     def dequantised(self) -> bool:
-        """Whether its weights lie quantised in a way that is read as plain weights."""
+        """Whether its quantised weights are dequantised when they are read."""
         return self.method == "bitsandbytes"
 
     @property
     def plain_dtype(self) -> torch.dtype:
-        """What quantised weights are written in: the dtype that config.json names, else float16."""
+        """The dtype of dequantised weights: the one that config.json names, else float16."""
         dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
         names = (str(c.get(key)) for c in (self.config, self._text) for key in ("dtype", "torch_dtype"))
         return next((dtypes[name] for name in names if name in dtypes), torch.float16)
@@ -124,23 +124,23 @@ class Checkpoint:
     def _quantised(
         self, headers: dict[str, tuple[tuple[int, ...], str]]
     ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-        """The weights that bitsandbytes has quantised: their shapes, and the tensors that belong to each."""
-        found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        """Return the shapes of the weights that bitsandbytes quantised, and the tensors that belong to each."""
+        weights: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
         for name in headers:
             weight, mark, _ = name.partition(_FOUR_BITS)
             if mark:
                 shape = unpack_tensor_to_dict(self._raw(name))["shape"]
                 others = (f"{weight}.{kind}" for kind in _STATISTICS)
-                found[weight] = tuple(shape), (name, *(other for other in others if other in headers))
+                weights[weight] = tuple(shape), (name, *(other for other in others if other in headers))
             elif name.endswith(".SCB"):
                 owner = name.removesuffix(".SCB")
                 others = (f"{owner}.weight_format",) if f"{owner}.weight_format" in headers else ()
-                found[f"{owner}.weight"] = headers[f"{owner}.weight"][0], (name, *others)
-        return found
+                weights[f"{owner}.weight"] = headers[f"{owner}.weight"][0], (name, *others)
+        return weights
 
 
 def model_folder(options: ModelConfig, *, local: bool = False) -> Path:
-    """The folder of a model's files, downloaded unless they need only be the `local` ones. Raises UserError."""
+    """Return the folder of a model's files, downloaded unless `local` forbids it. Raises UserError."""
     folder = Path(options.name).expanduser()
     if folder.is_dir():
         return folder

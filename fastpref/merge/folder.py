@@ -1,4 +1,4 @@
-"""The merged model's folder. Tensors are read, merged and written file by file under the names they have there."""
+"""Write the merged model's folder. Tensors are merged and written file by file under their names in the files."""
 
 import json
 import shutil
@@ -19,19 +19,19 @@ from fastpref.merge.plan import Plan
 from fastpref.model.load import model_config
 from fastpref.run.trained import Trained, trained_tokenizer
 
-SHARD = 5 * 10**9  # bytes of a file where the files' own division would make larger ones than it did
+SHARD = 5 * 10**9  # bytes of a file, if the model's own division would now make larger files
 
 
 class Writer:
     """Writes a merged model.
 
-    Of the weights, memory holds what is written to the file at hand, and the tensors that transformers converts
-    together, in float32: mostly one, or the experts of a layer.
+    Memory holds the weights of the current file, and in float32 the tensors that transformers converts together: mostly
+    one, or the experts of a layer.
     """
 
     def __init__(self, plan: Plan, dtype: torch.dtype | None = None):
         self._plan, self._checkpoint, self._dtype = plan, plan.checkpoint, dtype
-        self.changed: set[str] = set()  # the model's tensors that are not what they were
+        self.changed: set[str] = set()  # the names of the model's tensors that the merge changed
         self.whole = True  # whether all of them are written in float32
         self._visited: set[str] = set()
         if dtype is not None and self._checkpoint.method is not None and not self._checkpoint.dequantised:
@@ -69,7 +69,7 @@ class Writer:
             (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
     def _division(self) -> list[tuple[str, list[str]]]:
-        """The files to write with the names of their tensors: the model's own, or shards where those would grow."""
+        """Return the files to write with their tensors' names: the model's own files, or shards if those would grow."""
         files = {file: [n for n, e in self._checkpoint.tensors.items() if e.file == file and not self._is_left_out(n)]
                  for file in self._checkpoint.files}  # fmt: skip
         files = {file: names for file, names in files.items() if names}
@@ -86,13 +86,13 @@ class Writer:
         return [(f"model-{i:05}-of-{len(shards):05}.safetensors", names) for i, names in enumerate(shards, start=1)]
 
     def _size(self, name: str) -> int:
-        """Bytes that a tensor takes as it is written."""
+        """Return how many bytes a tensor takes in its file."""
         entry = self._checkpoint.tensors.get(name) or self._checkpoint.tensors[self._embedding]
         dtype = self._written_dtype(entry.dtype)
         return torch.Size(entry.shape).numel() * (dtype.itemsize if dtype is not None else 1)
 
     def _tensors(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of one file, as they are written."""
+        """Yield the tensors of one file as they are written."""
         ready: dict[str, Tensor] = {}
         wanted = set(names)
         for name in names:
@@ -108,7 +108,7 @@ class Writer:
                 yield name, ready.pop(name)
 
     def _merged(self, group: Group) -> dict[str, Tensor]:
-        """A group's tensors of the files, with what was trained of them."""
+        """Return a group's tensors of the files, merged."""
         names, entries = self._plan.names, {name: self._checkpoint.tensors[name] for name in group.sources}
         files = {name: self._checkpoint.read(name) for name in group.sources}
         if len({tensor.dtype for tensor in files.values()}) > 1:
@@ -127,7 +127,7 @@ class Writer:
         return {name: self._written(tensor, entries[name].dtype) for name, tensor in written.items()}
 
     def _trained(self, target: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """A tensor of the model, given in float32, with what was trained of it, as it is written."""
+        """Merge a tensor of the model, given in float32. Returns it in the dtype it is written in."""
         plan = self._plan
         if target in plan.conv1d and self._is_quantised(target):
             value = value.T
@@ -144,7 +144,7 @@ class Writer:
         return after
 
     def _new_head(self) -> Tensor:
-        """The weight of a head that its model's files do not hold, because it shared that of the embeddings."""
+        """Return the weight of a head that the files lack because it was tied to the embeddings."""
         entry = self._checkpoint.tensors[self._embedding]
         value = self._checkpoint.read(self._embedding).float()
         return self._written(self._trained(self._plan.head, value, self._written_dtype(entry.dtype)), entry.dtype)
@@ -160,7 +160,7 @@ class Writer:
         return self._plan.names.in_files(self._plan.embedding)
 
     def _is_left_out(self, name: str) -> bool:
-        """Whether it is a tied head, of which some files hold a copy."""
+        """Tell whether a tensor is a tied head, of which some files hold a copy."""
         group = self._plan.names.by_source.get(name)
         return group is not None and group.targets == (self._plan.head,) and self._plan.tied and not self._plan.untied
 
@@ -183,7 +183,7 @@ class Writer:
         dtype = self._written_dtype(stored)
         tensor = tensor.detach().to(dtype).contiguous() if dtype is not None else tensor.contiguous()
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-        return tensor if whole else tensor.clone()  # a part of a tensor keeps all of it
+        return tensor if whole else tensor.clone()  # a view would keep the whole storage
 
     # --- the other files -----------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Writer:
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     def _copy_files(self, folder: Path) -> None:
-        """What others need beside weights, config and tokenizer: the model's own code among it."""
+        """Copy other files that a model needs, its own code included."""
         patterns = (*COPIED, "*.py") if _has_code(self._checkpoint.folder) else COPIED
         for pattern in patterns:
             for path in self._checkpoint.folder.glob(pattern):

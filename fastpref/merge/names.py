@@ -1,7 +1,7 @@
-"""Which tensors of a model's files make which tensors of the model, by transformers' own weight conversion.
+"""The map from the tensors in a model's files to those of the model, by transformers' own weight conversion.
 
-Files may name tensors otherwise than the model in memory (a prefix more or less, older names), or hold its tensors in
-parts (experts one by one, which memory fuses). transformers converts while it loads, and back while it saves.
+Files may use other names than the model in memory (a prefix more or less, older names), or hold its tensors in parts
+(experts one by one, which memory fuses). transformers converts while it loads, and back while it saves.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ from fastpref.merge.checkpoint import Entry
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of the files that make tensors of the model together; mostly one that makes one."""
+    """Tensors of the files that together make tensors of the model, mostly one from one."""
 
     sources: Mapping[str, str]  # names in the files, in transformers' order, with the pattern that each has matched
     targets: tuple[str, ...]  # names in the model
@@ -58,7 +58,7 @@ class Names:
         self.unexpected = [name for name in tensors if name not in self.by_source]
 
     def to_model(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's tensors, by their names there, of a group's in the files."""
+        """Convert a group's tensors of the files to those of the model, by their names there."""
         if group.converter is None:
             (source,), (target,) = group.sources, group.targets
             return {target: tensors[source]}
@@ -69,7 +69,7 @@ class Names:
         return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
     def to_files(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse. Raises UserError if transformers does not give what the files hold."""
+        """Convert them back. Raises UserError if transformers does not restore the names and shapes of the files."""
         if group.converter is None:
             (source,), (target,) = group.sources, group.targets
             return {source: tensors[target]}
@@ -85,7 +85,7 @@ class Names:
         return reverted
 
     def fault(self, target: str) -> str | None:
-        """Why a tensor of the model cannot be read from the files and written back, or None."""
+        """Return why a tensor of the model cannot be read from the files and written back, or None."""
         group = self.by_target.get(target)
         if group is None:
             return f"none of its files holds {target}"
@@ -107,7 +107,7 @@ class Names:
         return f"its files' tensors do not make {wrong[0]} of the model" if wrong else None
 
     def in_files(self, target: str) -> str:
-        """The name that a tensor of the model has in the files, or would have."""
+        """Return the name that a tensor of the model has, or would have, in the files."""
         group = self.by_target.get(target)
         if group is not None and len(group.sources) == 1:
             return next(iter(group.sources))
@@ -116,7 +116,7 @@ class Names:
         return spellings[0] if spellings else target
 
     def _groups(self, tensors: Iterable[str]) -> list[Group]:
-        """As `convert_and_load_state_dict_in_model` of transformers collects them."""
+        """Collect the groups as transformers' `convert_and_load_state_dict_in_model` does."""
         converters = {pattern: c for c in self._converters for pattern in c.source_patterns}
         renamed: list[Group] = []
         converted: dict[str, Group] = {}
@@ -132,7 +132,7 @@ class Names:
         return renamed + [replace(group, targets=self._all_targets(group)) for group in converted.values()]
 
     def _target(self, source: str) -> tuple[str, str | None]:
-        """The model's name for a tensor of the files, and the pattern of the converter that takes it."""
+        """Return the model's name for a tensor of the files, and the pattern of its converter."""
         prefix = self._model.base_model_prefix
         target, pattern = rename_source_key(source, self._renamings, self._converters, prefix, self._shapes)
         if target not in self._shapes and source in self._shapes:
@@ -144,17 +144,17 @@ class Names:
         return revert_weight_conversion(self._model, dict(tensors))
 
     def _all_targets(self, group: Group) -> tuple[str, ...]:
-        """A conversion's names in the model, of which transformers' map gives the first."""
+        """Return a conversion's names in the model; transformers' own map gives only the first."""
         try:
             return tuple(self.to_model(group, self._meta(group)))
-        except Exception:  # said by `fault`, if it matters
+        except Exception:  # `fault` reports it if it matters
             return group.targets
 
     def _meta(self, group: Group) -> dict[str, Tensor]:
         return {name: torch.empty(self._entries[name].shape, device="meta") for name in group.sources}
 
     def _spellings(self, name: str) -> tuple[str, str, str]:
-        """With the base model's prefix and without, which loading adds and takes away as it needs."""
+        """Return a name as it is, without and with the base model's prefix, which loading adds or removes."""
         prefix = f"{self._model.base_model_prefix}."
         return name, name.removeprefix(prefix), f"{prefix}{name}"
 

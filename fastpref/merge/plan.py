@@ -1,4 +1,4 @@
-"""What a merge will do to which tensors, from headers and configs alone; what it cannot do is an error here."""
+"""The plan of a merge, made from headers and configs alone. Whatever cannot be merged is an error here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from fastpref.model.weights import find_renaming
 
 @dataclass(frozen=True)
 class Plan:
-    """The files of a model, and what is done to its tensors."""
+    """The files of a model, and what happens to its tensors."""
 
     checkpoint: Checkpoint
     names: Names
@@ -35,7 +35,7 @@ class Plan:
 
 
 def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any], nf4: frozenset[str]) -> Plan:
-    """The plan for a model and the tensors that adapters change. Raises UserError for what cannot be merged."""
+    """Plan the merge of a model and the tensors that adapters change. Raises UserError for what cannot be merged."""
     model = bare_model(options)
     names = Names(model, checkpoint.tensors)
     if (renaming := find_renaming(names.missing, names.unexpected)) is not None:  # as loading does
@@ -67,7 +67,7 @@ def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any
 
 
 def merge_fault(config: Config, model: PreTrainedModel) -> str | None:
-    """Why `fastpref merge` will not take what training a model with adapters makes, or None.
+    """Return why `fastpref merge` will refuse the adapters of a run, or None.
 
     Reads headers and configs, no weights. `model`: the causal language model with its adapters in place.
     """
@@ -79,13 +79,13 @@ def merge_fault(config: Config, model: PreTrainedModel) -> str | None:
         make_plan(config.model, Checkpoint(model_folder(config.model, local=True)), parts, nf4)
     except UserError as error:
         return str(error)
-    except Exception as error:  # a library's; the run is not to end by it
+    except Exception as error:  # from a library; it must not end the run
         return one_line(error, named=True)
     return None
 
 
 def bare_model(options: ModelConfig) -> PreTrainedModel:
-    """The model of a config.json on the meta device. Raises UserError where there is none."""
+    """Make the model of a config.json on the meta device. Raises UserError if there is no config.json."""
     architecture = model_config(options)
     for part in (architecture, architecture.get_text_config()):
         vars(part).pop("quantization_config", None)  # the plain model's modules, whatever its files hold
@@ -96,7 +96,7 @@ def bare_model(options: ModelConfig) -> PreTrainedModel:
 
 
 def nf4_weights(config: Config) -> frozenset[str]:
-    """The model's tensors that a run with `model.quantization = "nf4"` has in 4 bits."""
+    """Return the names of the tensors that a run with `model.quantization = "nf4"` has in 4 bits."""
     plain = config.model_copy(update={"lora": None})
     return _four_bit_weights(skeleton(plain, model_config(config.model), torch.float32).model)
 
@@ -107,7 +107,7 @@ def _four_bit_weights(model: nn.Module) -> frozenset[str]:
 
 
 def _are_apart(checkpoint: Checkpoint, names: Names, head: str, embedding: str) -> bool:
-    """Whether the files hold a head other than the embeddings, whatever config.json says: transformers reads both."""
+    """Tell whether the files hold a head that differs from the embeddings, whatever config.json says."""
     if head not in names.by_target or embedding not in names.by_target:
         return False
     (own, *more), (shared, *others) = (names.by_target[name].sources for name in (head, embedding))

@@ -1,4 +1,4 @@
-"""Whether a merged model answers as the adapter does on its base: logits of a probe, each loaded by transformers."""
+"""Compare a merged model with the adapter on its base by the logits of a probe, both loaded by transformers."""
 
 import warnings
 from functools import partial
@@ -18,12 +18,12 @@ from fastpref.model.weights import from_files
 from fastpref.run.trained import Trained
 
 _ALLOWED = 0.3  # half precision rounds what is merged; a layer left out loses its share, one merged wrongly far more
-_ALLOWED_WHOLE = 0.01  # where both are float32, and computed in it
+_ALLOWED_WHOLE = 0.01  # if both are stored and computed in float32
 _TOKENS = 64
 
 
 def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole: bool) -> float:
-    """The share of what the adapter changes in the logits of a probe that is lost in a merged model.
+    """Return the share of the adapter's change of a probe's logits that is lost in a merged model.
 
     The base is loaded in nf4 if `nf4`, and dequantised if it lies quantised and is `plain` in the merged model; `whole`
     tells that what is merged is written in float32. Raises UserError if too much is lost, or if the merged model cannot
@@ -58,7 +58,7 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
 
 
 def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bool) -> tuple[Tensor, Tensor]:
-    """The logits of the base with the adapter, and without."""
+    """Return the logits of the base with the adapter, and without it."""
     options = trained.config.model
     dtype = weight_dtype(trained.config, device)
     load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "revision": options.revision or "main"}
@@ -94,7 +94,7 @@ def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor
 
 @torch.no_grad()
 def _probe(model: Any) -> Tensor:
-    """Float32 logits [T, V] of tokens from all over the vocabulary."""
+    """Return float32 logits [T, V] of tokens spread over the vocabulary."""
     size = model.get_input_embeddings().weight.shape[0]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
     ids = torch.linspace(0, size - 1, min(_TOKENS, longest), device=model.device).long()[None]
