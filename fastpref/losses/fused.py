@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.kernels.operators import operator
-from fastpref.kernels.preference_loss_spec import LossSpec
+from fastpref.kernels.preference_loss_spec import Flags, LossSpec
 
 
 def takes_triton(backend: str, logp: Tensor, loss: LossOptions) -> bool:
@@ -116,8 +116,10 @@ def fused_loss(
     labels: Tensor | None,  # [R] bool
     kl: Tensor | None,  # scalar float32
     log_sum_sq_probs: Tensor | None,  # [N] float32
-    flags: Sequence[int],  # of `LossSpec.flags`
-    numbers: Sequence[float],  # of `LossSpec.numbers`
+    variants: str,  # `LossSpec.variants`, joined by commas
+    weights: Sequence[float],  # `LossSpec.weights`
+    flags: Sequence[int],  # `LossSpec.flags()`
+    numbers: Sequence[float],  # `LossSpec.numbers()`
     examples: float | None,
     nll_tokens: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,15 +140,23 @@ def fused_loss(
             examples=examples,
         )  # fmt: skip
     return launch.pair_loss(
-        logp.contiguous(), starts, lengths.contiguous(), contiguous(reference), contiguous(log_sum_sq_probs),
-        tuple(flags), tuple(numbers), examples=examples, nll_tokens=nll_tokens,
-    )  # fmt: skip
+        logp.contiguous(),
+        starts,
+        lengths.contiguous(),
+        contiguous(reference),
+        contiguous(log_sum_sq_probs),
+        dict(zip(variants.split(","), weights, strict=False)),  # "".split gives one empty name
+        Flags(*flags),
+        tuple(numbers),
+        examples=examples,
+        nll_tokens=nll_tokens,
+    )
 
 
 @fused_loss.register_fake
-def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, flags, numbers, examples, nll_tokens):
+def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, variants, weights, flags, numbers, examples, nll):
     sequences = lengths.shape[0]
-    groups = 3 if LossSpec.has_prompts(flags) else 2
+    groups = 3 if Flags(*flags).HAS_PROMPTS else 2
     responses = sequences // groups * 2 if labels is None else labels.shape[0]
     pairs = sequences // groups if labels is None else 0
     shapes = ((), logp.shape, (3, responses), (3, pairs))
@@ -161,7 +171,7 @@ def _keep_coefficients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor, *_: Tensor):
     (coefficients,) = ctx.saved_tensors
-    return grad * coefficients, *[None] * 10
+    return grad * coefficients, *[None] * 12
 
 
 fused_loss.register_autograd(_backward, setup_context=_keep_coefficients)

@@ -233,6 +233,8 @@ def _fused(
         labels,
         baseline,
         None if log_sum_sq_probs is None else log_sum_sq_probs.detach().float(),
+        ",".join(spec.variants),
+        spec.weights,
         spec.flags(),
         spec.numbers(),
         None if totals is None else float(totals.examples),

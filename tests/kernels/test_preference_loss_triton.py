@@ -19,9 +19,10 @@ from fastpref.config.losses import CPO, DPO, KTO, LossOptions
 from fastpref.kernels import elementary_triton as elementary
 from fastpref.kernels import preference_loss_launch as launch
 from fastpref.kernels.launch import launch as launch_kernel
-from fastpref.kernels.preference_loss_spec import FLAGS, NUMBERS, VARIANTS, LossSpec
+from fastpref.kernels.preference_loss_spec import LossSpec
+from fastpref.kernels.preference_loss_variants import VARIANTS
 from fastpref.losses import Totals
-from tests.support.token_batches import LOSSES, Batch, Order, flat, of_values, ordinary, run
+from tests.support.token_batches import CLOSED, LOSSES, Batch, Order, flat, of_values, ordinary, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -345,14 +346,28 @@ def test_elementary_functions_let_nan_through(name: str) -> None:
 
 
 def test_a_spec_says_what_the_kernels_read() -> None:
-    """Flags and numbers stand in the order that the kernels and the compile report take them in."""
+    """A spec's flags are the constants of the kernel, its numbers what the kernel loads."""
     spec = LossSpec(("hinge", "odds_ratio"), (0.5, 2.0), beta=0.25, label_smoothing=0.125, supervised=3.0, prompts=True)
-    flags, numbers = dict(zip(FLAGS, spec.flags(), strict=True)), spec.numbers()
-    assert flags["VARIANTS"] == (1 << VARIANTS.index("hinge")) + (1 << VARIANTS.index("odds_ratio"))
-    assert (flags["HAS_PROMPTS"], flags["HAS_REFERENCE"]) == (1, 0)
-    named = dict(zip((*NUMBERS, *VARIANTS), numbers, strict=True))
-    assert (named["beta"], named["half_inverse_beta"], named["unflipped"]) == (0.25, 2.0, 0.75)
-    assert (named["supervised"], named["hinge"], named["odds_ratio"], named["sigmoid"]) == (3.0, 0.5, 2.0, 0.0)
+    flags, numbers = spec.flags(), spec.numbers()
+    assert (flags.HAS_PROMPTS, flags.HAS_REFERENCE) == (1, 0)
+    assert set(flags._fields) | {"VARIANTS", "BLOCK"} == {
+        n for n in launch.kernel_of({"VARIANTS": ()}).arg_names if n.isupper()
+    }
+    assert (numbers.beta, numbers.half_inverse_beta, numbers.unflipped, numbers.supervised) == (0.25, 2.0, 0.75, 3.0)
+
+
+def test_the_table_is_all_that_a_variant_needs() -> None:
+    """The table holds every loss of pairs without sorting, under the name of its option; a kernel takes any of them."""
+    named = {*CLOSED, "odds_ratio"} - {"sft"}
+    assert set(VARIANTS) == named
+    compiled = [function for _, constants in launch.compile_cases() for function in constants.get("VARIANTS", ())]
+    assert set(VARIANTS.values()) == set(compiled)
+    batch = ordinary(DPO())
+    with pytest.raises(ValueError, match="no_such_loss"):
+        launch.pair_loss(
+            batch.logp, batch.segments[:0], batch.lengths, None, None, {"no_such_loss": 1.0}, LossSpec().flags(),
+            LossSpec().numbers(), examples=None, nll_tokens=None,
+        )  # fmt: skip
 
 
 def test_lengths_are_not_compiled_in() -> None:
