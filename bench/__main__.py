@@ -14,7 +14,7 @@ from rich.table import Table
 
 app = typer.Typer(add_completion=False, no_args_is_help=False)
 console = Console(stderr=True)
-PARTS = ("head", "scaling", "steps")
+PARTS = ("head", "losses", "scaling", "steps")
 
 
 @app.callback(invoke_without_command=True)
@@ -22,7 +22,8 @@ def run(
     context: typer.Context,
     profile: Annotated[str, typer.Option(help="tiny, quick, full or gpu.")] = "quick",
     output: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("bench-results"),
-    only: Annotated[list[str] | None, typer.Option(help="head, scaling or steps; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="head, losses, scaling or steps; may be repeated.")] = None,
+    match: Annotated[str, typer.Option(help='Words that a case of the head must have: "Gemma-2-2B frozen".')] = "",
     base: Annotated[str | None, typer.Option(help="A revision of this repository, measured in turn with it.")] = None,
     gate: Annotated[float | None, typer.Option(help="Fail if fastpref's head takes more × the bare products.")] = None,
 ) -> None:
@@ -39,7 +40,7 @@ def run(
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         _refuse(f"--only {unknown[0]}: known are {', '.join(PARTS)}")
-    result = _measure(profile, parts, base)
+    result = _measure(profile, parts, base, match.split())
     _write(result, output)
     if gate is not None:
         _check(result, gate)
@@ -78,11 +79,12 @@ def compare(
         raise typer.Exit(1)
 
 
-def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, Any]:
+def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[str]) -> dict[str, Any]:
     import torch
 
     from bench import machine
-    from bench.measure import Case, measure
+    from bench.losses import LOSSES, LossCase, measure_loss
+    from bench.measure import measure
     from bench.profiles import PROFILES
     from bench.results import head_record, scaling_record
     from bench.revision import Revision, UnknownRevision
@@ -101,6 +103,7 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, A
         "machine": machine.describe(profile.device),
         "rule": profile.rule,
         "head": [],
+        "losses": [],
         "scaling": [],
         "steps": [],
     }
@@ -110,14 +113,15 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, A
         except UnknownRevision as error:
             _refuse(f"--base {base}: {error}")
         if "head" in parts:
-            for cases in profile.heads:
-                for model in cases.models:
-                    for objective in cases.objectives:
-                        for passes in cases.passes:
-                            case = Case(profile.shape(model), objective, passes, profile.dtype, profile.device)
-                            console.print(f"head: {model}, {objective.name}, {passes}")
-                            others = {f"fastpref, {other.name}": other.take(case) for other in beside}
-                            result["head"].append(head_record(case, measure(case, profile.repeats, others=others)))
+            for case in profile.cases(words):
+                console.print(f"head: {case.name}")
+                others = {f"fastpref, {other.name}": other.take(case) for other in beside}
+                result["head"].append(head_record(case, measure(case, profile.repeats, others=others)))
+    if "losses" in parts:
+        for name in LOSSES:
+            console.print(f"loss: {name}")
+            case = LossCase(name, *profile.losses, profile.device)
+            result["losses"].append(measure_loss(case, profile.repeats))
     if "scaling" in parts:
         console.print(f"growth of the head of {profile.scaled}")
         found = sweeps(profile.shape(profile.scaled), profile.factors, profile.dtype, profile.device, profile.repeats)

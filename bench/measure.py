@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -29,6 +29,10 @@ class Case:
     dtype: torch.dtype
     device: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.shape.model} {self.objective.name} {self.passes}"
+
     def problem(self) -> Problem:
         return make_problem(self.shape, self.dtype, self.device, trained=self.passes == "trained")
 
@@ -50,6 +54,11 @@ class Row:
     @property
     def median(self) -> float:
         return statistics.median(self.ms)
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON holds it, with quantiles if it was timed."""
+        times = {f"p{share}": self.quantile(share / 100) for share in (20, 50, 80)} if self.ms else {}
+        return asdict(self) | times
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -151,14 +160,18 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
 
 
 def timed(step: Callable[[], object], device: str) -> float:
-    """Milliseconds of one step."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Milliseconds of one step; on a GPU between two events of its stream, without the host's time before and after."""
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1000
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
     step()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1000
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 class Subject(Protocol):

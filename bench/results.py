@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.losses import losses_table
 from bench.measure import BARE, Case, Row
 from bench.scaling import Sweep
 
@@ -19,15 +20,7 @@ def head_record(case: Case, rows: list[Row]) -> dict[str, Any]:
         "model": shape.model, "hidden": shape.hidden, "vocab": shape.vocab, "softcap": shape.softcap,
         "positions": shape.positions, "scored": shape.scored, "objective": case.objective.name,
         "passes": case.passes, "dtype": str(case.dtype).removeprefix("torch."),
-        "rows": [_row(row) for row in rows],
-    }  # fmt: skip
-
-
-def _row(row: Row) -> dict[str, Any]:
-    times = {"p20": row.quantile(0.2), "p50": row.quantile(0.5), "p80": row.quantile(0.8)} if row.ms else {}
-    return {
-        "method": row.method, "ms": row.ms, **times, "bytes": row.bytes, "value_error": row.value_error,
-        "grad_error": row.grad_error, "note": row.note,
+        "rows": [row.record() for row in rows],
     }  # fmt: skip
 
 
@@ -74,6 +67,8 @@ def markdown(result: dict[str, Any]) -> str:
     for objective, passes in kinds:
         records = [r for r in result["head"] if (r["objective"], r["passes"]) == (objective, passes)]
         lines += ["", f"## {title(objective, passes)}", "", *_head_table(records)]
+    if result.get("losses"):
+        lines += ["", "## Losses without their head", "", *losses_table(result["losses"])]
     if result["scaling"]:
         lines += ["", "## Growth of fastpref's head", "", *_scaling_table(result["scaling"])]
     if result["steps"]:

@@ -166,6 +166,7 @@ def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, variants, 
 def _keep_coefficients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # the other outputs have no gradients, of which autograd would make zeros
 
 
 @once_differentiable
