@@ -22,7 +22,7 @@ from fastpref.kernels.linear_logprob_torch import LogitTransform, compute_dtype
 from fastpref.kernels.operators import operator
 
 
-class Walked(NamedTuple):
+class OperatorOutput(NamedTuple):
     """What `fastpref::linear_logprob` returns: [N] if nothing else is said, without elements if not asked for."""
 
     logp: Tensor
@@ -82,7 +82,7 @@ def linear_logprob(
         )  # fmt: skip
     statistics = None if with_grad else torch.stack([walk.z_target, walk.maximum, walk.sum_others])
     found = (walk.logp, walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1, statistics, walk.grad)
-    return Walked._make(hidden.new_empty(0) if value is None else value for value in found)
+    return OperatorOutput._make(hidden.new_empty(0) if value is None else value for value in found)
 
 
 def _check_range(name: str, index: Tensor, length: int, of: str) -> None:
@@ -97,14 +97,14 @@ def _check_range(name: str, index: Tensor, length: int, of: str) -> None:
         raise ValueError(f"linear_logprob: {name} holds {low if low < 0 else high}, {of} has rows 0 to {length - 1}")
 
 
-def _shapes(hidden: Tensor, targets: Tensor, outputs: str, with_grad: bool) -> Walked:
+def _shapes(hidden: Tensor, targets: Tensor, outputs: str, with_grad: bool) -> OperatorOutput:
     """Results of the right shapes and dtypes, their values left open."""
     n, dtype = targets.shape[0], compute_dtype(hidden)
     names = ("logp", *outputs.split(","))
-    found = {name: hidden.new_empty(n if name in names else 0, dtype=dtype) for name in Walked._fields[:5]}
+    found = {name: hidden.new_empty(n if name in names else 0, dtype=dtype) for name in OperatorOutput._fields[:5]}
     found["is_top1"] = found["is_top1"].bool()
     grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    return Walked(
+    return OperatorOutput(
         **found,
         statistics=hidden.new_empty(0 if with_grad else (3, n), dtype=dtype),
         grad=hidden.new_empty((n, hidden.shape[1]) if with_grad else 0, dtype=grad_dtype),
@@ -186,7 +186,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, head, targets, bias, positions, *settings = inputs
     ctx.settings = settings
-    found = Walked._make(output)
+    found = OperatorOutput._make(output)
     ctx.mark_non_differentiable(*(t for t in found if t is not found.logp))
     ctx.rows, ctx.dtype, ctx.heads = hidden.shape[0], hidden.dtype, len(head)
     if settings[-1]:  # with_grad

@@ -60,8 +60,8 @@ class LogitTransform:
         return 1 - (z / self.cap).square()
 
 
-class Walk(NamedTuple):
-    """What one walk over the vocabulary leaves for each row, float32 (float64 for float64 inputs)."""
+class WalkResult(NamedTuple):
+    """What one walk over the vocabulary finds for each row, float32 (float64 for float64 inputs)."""
 
     z_target: Tensor  # [N]
     maximum: Tensor  # [N] m, which the sums are relative to; in Triton an offset near it
@@ -194,7 +194,7 @@ def walk_vocabulary(
     outputs: tuple[str, ...],
     budget: int,  # bytes
     with_grad: bool,
-) -> Walk:
+) -> WalkResult:
     """One walk over the vocabulary for all rows: log-probabilities, the outputs asked for, and g if `with_grad`."""
     spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
     buffers = 1 + (transform.softcap is not None) + spread
@@ -214,7 +214,7 @@ def walk_vocabulary(
         parts.append(rows.result(weight, hidden.dtype))
     if len(parts) == 1:
         return parts[0]
-    return Walk._make(None if column[0] is None else torch.cat(column) for column in zip(*parts))
+    return WalkResult._make(None if column[0] is None else torch.cat(column) for column in zip(*parts))
 
 
 class _Rows:
@@ -272,7 +272,7 @@ class _Rows:
             _add_product(self.others, weighted, w)
         self.maximum = maximum
 
-    def result(self, weight: HeadWeight, dtype: torch.dtype) -> Walk:
+    def result(self, weight: HeadWeight, dtype: torch.dtype) -> WalkResult:
         """What the sums say once every tile is folded in; `dtype` is that of the hidden states."""
         behind = self.z_target - self.maximum  # ≤ 0
         e_target = behind.exp()
@@ -281,7 +281,7 @@ class _Rows:
         s = self.sum_others + e_target
         entropy = log_s - (self.sum_ez + e_target * behind) / s
         log_sum_sq_probs = (self.sum_ee + e_target.square()).log() - 2 * log_s
-        return Walk(
+        return WalkResult(
             z_target=self.z_target,
             maximum=self.maximum,
             sum_others=self.sum_others,

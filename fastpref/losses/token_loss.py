@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.arguments import Arguments, is_number
 from fastpref.config.losses import CPO, DPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.losses.formulas import (
     PairLogps,
@@ -25,7 +26,7 @@ from fastpref.losses.formulas import (
 )
 from fastpref.losses.fused import fused_loss, kernel_spec, takes_triton
 
-BACKENDS = ("auto", "torch", "triton")
+_ARGUMENTS = Arguments("preference_loss", like="logp")
 
 
 @dataclass(frozen=True)
@@ -261,18 +262,12 @@ def _check_tensors(logp: Any, segments: Any, lengths: Any, **optional: Any) -> N
     given = {"logp": logp, "segments": segments, "lengths": lengths}
     given |= {name: value for name, value in optional.items() if value is not None}
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"preference_loss: {name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.device != logp.device:
-            raise ValueError(f"preference_loss: {name} is on {value.device}, logp is on {logp.device}")
-        if value.dim() != 1:
-            raise ValueError(f"preference_loss: {name} must have one dimension, got shape {tuple(value.shape)}")
-        if name in ("segments", "lengths") and value.dtype != torch.int64:
-            raise TypeError(f"preference_loss: {name} must be torch.int64, got {value.dtype}")
+        _ARGUMENTS.check_tensor(name, value, 1, logp)
+        if name in ("segments", "lengths"):
+            _ARGUMENTS.check_dtype(name, value.dtype, torch.int64)
         if name != "lengths" and len(value) != len(logp):
             raise ValueError(f"preference_loss: {name} has {len(value)} entries, logp has {len(logp)}")
-    if logp.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"preference_loss: logp must be torch.float32 or torch.float64, got {logp.dtype}")
+    _ARGUMENTS.check_dtype("logp", logp.dtype, torch.float32, torch.float64)
     for name in optional:
         if name in given and not given[name].is_floating_point():
             raise TypeError(f"preference_loss: {name} must be of floating point, got {given[name].dtype}")
@@ -298,8 +293,7 @@ def _check_loss(
         if not isinstance(labels, Tensor) or labels.dtype != torch.bool:
             found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"preference_loss: labels must be a torch.bool tensor, got {found}")
-        if labels.device != lengths.device:
-            raise ValueError(f"preference_loss: labels is on {labels.device}, logp is on {lengths.device}")
+        _ARGUMENTS.check_device("labels", labels.device, lengths)
         if labels.dim() != 1 or len(labels) == 0 or count not in (len(labels), 2 * len(labels)):
             raise ValueError(
                 f"preference_loss: lengths has {count} entries, labels has shape {tuple(labels.shape)}; there must be "
@@ -316,7 +310,7 @@ def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, back
     if isinstance(kl, Tensor):
         if kl.numel() != 1:
             raise ValueError(f"preference_loss: kl must be a scalar, got shape {tuple(kl.shape)}")
-    elif isinstance(kl, bool) or not isinstance(kl, int | float):
+    elif not is_number(kl):
         raise TypeError(f"preference_loss: kl must be a number or a tensor, got {kl!r}")
     elif labels is None and kl != 0:
         raise ValueError(f"preference_loss: only kto takes kl, got {kl}")
@@ -328,8 +322,7 @@ def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, back
                 raise ValueError(f"preference_loss: totals.{name} must be above 0, got {value}")
     if step is not None and not isinstance(step, WholeStep):
         raise TypeError(f"preference_loss: step must be losses.WholeStep, got {type(step).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"preference_loss: backend is {backend!r}, known are {', '.join(BACKENDS)}")
+    _ARGUMENTS.check_backend(backend)
 
 
 def _check_segments(segments: Tensor, lengths: Tensor, responses: int) -> None:

@@ -102,7 +102,7 @@ def test_the_operator_keeps_torchs_rules(mode: str, backend: str) -> None:
 def test_the_backward_operators_keep_torchs_rules(backend: str) -> None:
     """The same for the two operators of the backward pass."""
     hidden, head, targets, bias, positions, *settings = arguments("no_grad", backend)
-    found = op.Walked._make(op.linear_logprob(hidden, head, targets, bias, positions, *settings))
+    found = op.OperatorOutput._make(op.linear_logprob(hidden, head, targets, bias, positions, *settings))
     grad = torch.linspace(-1, 1, len(targets), device=DEVICE)
     kind, softcap, scale, temperature, _, budget, _, _ = settings
     for wanted in ((True, True, True), (False, False, True)):
