@@ -35,7 +35,7 @@ def _load_numbers(p_numbers):
 
 @triton.jit
 def _score(v, power, SCORE: tl.constexpr):
-    """s(v) and s′(v). The exponential is constant past e⁸⁰, as in losses.py."""
+    """s(v) and s′(v). The exponential is constant past e⁸⁰, as in `losses/pairs.py`."""
     score, slope = v, v * 0.0 + 1.0
     if SCORE == POWER:
         exponent = power * v

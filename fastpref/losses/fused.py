@@ -91,7 +91,7 @@ def _dpo_spec(loss: DPO) -> LossSpec:
     score, power = {"reverse_kl": "value", "js": "js"}.get(loss.f_divergence, "power"), -1.0  # forward_kl
     if loss.f_divergence == "alpha":
         power = loss.f_alpha - 1
-        score = "power" if abs(power) >= 1e-6 else "value"  # as in losses.py
+        score = "power" if abs(power) >= 1e-6 else "value"  # as in `pairs.py`
     return LossSpec(
         tuple(weights),
         tuple(weights.values()),

@@ -1,12 +1,12 @@
 """From token log-probabilities to the loss: sums over responses, the preference loss, its coefficient of every token.
 
-Two backends compute the same. "torch" adds up responses and calls `losses.py`, differentiated by autograd. "triton" is
-one launch (`kernels/preference_loss_triton.py`), whose backward is a product of [N]. DPO's aot and aot_unpaired sort
-all pairs of a step, which one program a pair cannot, so they always take torch.
+Two backends compute the same. "torch" adds up responses and calls the formulas of `pairs.py` or `rows.py`, which
+autograd differentiates. "triton" is one launch (`kernels/preference_loss_triton.py`), whose backward is a product of
+[N]. DPO's aot and aot_unpaired sort all pairs of a step, which one program a pair cannot, so they always take torch.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,41 +14,12 @@ from torch import Tensor
 
 from fastpref.arguments import Arguments, is_number
 from fastpref.config.losses import CPO, DPO, KTO, ORPO, LossOptions, SimPO
-from fastpref.losses.formulas import (
-    PairLogps,
-    RowLogps,
-    Totals,
-    WholeStep,
-    kto_value,
-    length_weights,
-    pair_loss,
-    wpo_weights,
-)
 from fastpref.losses.fused import fused_loss, kernel_spec, takes_triton
+from fastpref.losses.pairs import PairLogps, WholeStep, length_weights, pair_loss, wpo_weights
+from fastpref.losses.result import PreferenceLoss, Totals
+from fastpref.losses.rows import RowLogps, kto_loss
 
 _ARGUMENTS = Arguments("preference_loss", like="logp")
-
-
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """A loss, and what is logged beside it. Only `loss` is differentiable."""
-
-    loss: Tensor  # scalar, this part's share of the step's loss
-    sums: Tensor  # [2P] logp of the chosen, then of the rejected responses (LD-DPO's weights included); KTO: [R]
-    reference_sums: Tensor | None  # the same under the reference
-    rewards: Tensor  # [2P] or [R]
-    labels: Tensor | None = None  # [R] bool: KTO
-    extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # further metrics: sum, and count
-
-    @property
-    def chosen_rewards(self) -> Tensor:
-        """[P], or of the desirable rows."""
-        return self.rewards[: len(self.rewards) // 2] if self.labels is None else self.rewards[self.labels]
-
-    @property
-    def rejected_rewards(self) -> Tensor:
-        """[P], or of the undesirable rows."""
-        return self.rewards[len(self.rewards) // 2 :] if self.labels is None else self.rewards[~self.labels]
 
 
 def preference_loss(
@@ -99,9 +70,13 @@ def preference_loss(
     if isinstance(loss, KTO):
         assert reference is not None
         assert labels is not None
-        return _rows_in_torch(logp, segments, lengths, loss, reference, labels, kl, totals)
+        sums, reference_sums = (
+            sequence_sums(values, segments, len(lengths))[: len(labels)]
+            for values in (logp, reference.detach().to(logp.dtype))
+        )
+        return kto_loss(RowLogps(sums, reference_sums, labels), loss, kl, totals)
     pairs = pair_logps(logp, segments, lengths, loss, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
-    return _pairs_in_torch(pairs, loss, totals, step)
+    return pair_loss(pairs, loss, totals, step)
 
 
 def scores_prompts(loss: LossOptions) -> bool:
@@ -130,7 +105,7 @@ def pair_logps(
     reference: Tensor | None = None,  # [N]
     log_sum_sq_probs: Tensor | None = None,  # [N]
 ) -> PairLogps:
-    """What the losses of `losses.py` take: sums by response, with what the options ask for beside them."""
+    """The arguments of `pair_loss`: sums by response, and what the options need in addition."""
     sequences = len(lengths)
     count = _responses(loss, lengths, None) // 2
     weights = None
@@ -172,39 +147,6 @@ def _starts(segments: Tensor, count: int) -> Tensor:
 def _offsets(segments: Tensor, count: int) -> Tensor:
     """Each token's place in its sequence."""
     return torch.arange(len(segments), device=segments.device) - _starts(segments, count)[segments]
-
-
-# --- torch ------------------------------------------------------------------------------------------------------------
-
-
-def _pairs_in_torch(
-    pairs: PairLogps, loss: LossOptions, totals: Totals | None, step: WholeStep | None
-) -> PreferenceLoss:
-    output = pair_loss(pairs, loss, totals, step)
-    reference = None
-    if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
-        reference = torch.cat([pairs.ref_chosen, pairs.ref_rejected])
-    sums = torch.cat([pairs.chosen, pairs.rejected]).detach()
-    rewards = torch.cat([output.chosen_rewards, output.rejected_rewards])
-    return PreferenceLoss(output.loss, sums, reference, rewards, extra=output.extra)
-
-
-def _rows_in_torch(
-    logp: Tensor,
-    segments: Tensor,
-    lengths: Tensor,
-    loss: KTO,
-    reference: Tensor,
-    labels: Tensor,
-    kl: Tensor | float,
-    totals: Totals | None,
-) -> PreferenceLoss:
-    count = len(labels)
-    sums = sequence_sums(logp, segments, len(lengths))[:count]
-    reference_sums = sequence_sums(reference.detach().to(logp.dtype), segments, len(lengths))[:count]
-    value = kto_value(RowLogps(sums, reference_sums, labels), loss, kl, totals or Totals(count))
-    rewards = loss.beta * (sums.detach() - reference_sums)
-    return PreferenceLoss(value, sums.detach(), reference_sums, rewards, labels)
 
 
 # --- Triton -----------------------------------------------------------------------------------------------------------

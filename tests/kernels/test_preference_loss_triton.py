@@ -1,8 +1,9 @@
-"""The preference-loss kernels against `losses.py`, in Triton's interpreter, or on a card where there is one.
+"""The preference-loss kernels against `fastpref.losses`, in Triton's interpreter, or on a card where there is one.
 
-Truth is `losses.py` in float64, differentiated by autograd, on the very float32 tokens under test; the yardstick is
-the same in float32. An error may exceed the yardstick's by some float32 roundings: of the result, and of what goes into
-it, token sums above all. What the latter do to the result is found by moving each group of inputs by one rounding.
+Truth is `fastpref.losses` in float64, differentiated by autograd, on the very float32 tokens under test; the yardstick
+is the same in float32. An error may exceed the yardstick's by some float32 roundings: those of the result, and those of
+its inputs, token sums above all. What the latter do to the result is found by moving each group of inputs by one
+rounding.
 """
 
 import itertools
@@ -105,7 +106,7 @@ def check(found: dict[str, Tensor], allowed: dict[str, tuple[Tensor, Tensor]]) -
 
 @EVERY_LOSS
 def test_accuracy(loss: LossOptions) -> None:
-    """Every loss, field and token gradient: no further from the truth than losses.py in float32, but for rounding."""
+    """Every loss, field and token gradient: no further from the truth than torch in float32, but for rounding."""
     batch = ordinary(loss)
     check(ours(batch, loss), bounds(batch, loss))
 

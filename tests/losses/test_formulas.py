@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, SORTING_VARIANTS, LossOptions, SimPO, Variant
-from fastpref.losses.formulas import (
-    LossOutput,
+from fastpref.losses import (
     PairLogps,
+    PreferenceLoss,
     RowLogps,
     Totals,
     WholeStep,
-    _log1mexp,
     cpo_loss,
     dpo_loss,
     kto_kl,
@@ -30,6 +29,7 @@ from fastpref.losses.formulas import (
     simpo_loss,
     wpo_weights,
 )
+from fastpref.losses.pairs import _log1mexp
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
@@ -559,7 +559,7 @@ def test_log1mexp_gradient(x: float) -> None:
 EXTREME_LENGTHS = squared((1, 1000))
 
 
-def assert_finite(output: LossOutput, inputs: Sequence[Tensor]) -> None:
+def assert_finite(output: PreferenceLoss, inputs: Sequence[Tensor]) -> None:
     assert output.loss.isfinite(), output.loss
     for tensor in (*gradients(output.loss, inputs), output.chosen_rewards, output.rejected_rewards):
         assert tensor.isfinite().all(), tensor
