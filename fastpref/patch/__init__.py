@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastpref.patch.forward import Scope
+    from fastpref.patch.forward import Request, Scope
     from fastpref.patch.plan import Plan
 
 __all__ = ["Patch", "patch", "unpatch"]
@@ -62,16 +62,16 @@ class Patch:
         from weakref import WeakKeyDictionary
 
         from fastpref.patch.report import Tally
-        from fastpref.patch.trainers import find_changes
+        from fastpref.patch.trainers import find_replacements
 
         self.trl, self.prefix_sharing = trl, prefix_sharing
         self.tally = Tally()
         self._said: dict[tuple[str, str], None] = {}
         self._plans: WeakKeyDictionary[Any, Plan] = WeakKeyDictionary()
         self._scopes: list[Scope] = []
-        self._changes = find_changes(trl, self)
-        for made in self._changes:
-            made.make()
+        self._replacements = find_replacements(trl, self)
+        for replacement in self._replacements:
+            replacement.make()
 
     def __enter__(self) -> "Patch":
         return self
@@ -85,7 +85,7 @@ class Patch:
     @property
     def patched(self) -> list[str]:
         """The names of the attributes that are exchanged, like "DPOTrainer._compute_loss"."""
-        return [f"{made.owner.__name__.removeprefix('trl.')}.{made.name}" for made in self._changes]
+        return [f"{one.owner.__name__.removeprefix('trl.')}.{one.name}" for one in self._replacements]
 
     @property
     def notes(self) -> list[str]:
@@ -125,7 +125,9 @@ class Patch:
         return next((scope for scope in reversed(self._scopes) if scope.trainer is trainer), None)
 
     @contextmanager
-    def standing_in(self, trainer: Any, model: Any, reference: Any, **options: Any) -> "Iterator[Scope | None]":
+    def standing_in(
+        self, trainer: Any, model: Any, reference: Any, request: "Request", *, fused_output: Any = None
+    ) -> "Iterator[Scope | None]":
         """A patched call: inside the block the forwards of its models are exchanged. None if all are left to TRL."""
         from fastpref.patch.forward import Scope
         from fastpref.patch.plan import bare
@@ -138,7 +140,7 @@ class Patch:
         if all(plan.refused is not None for _, plan in plans):
             yield None
             return
-        scope = Scope(trainer, plans, self.tally, **options)
+        scope = Scope(trainer, plans, self.tally, request, fused_output)
         self._scopes.append(scope)
         try:
             with scope.standing_in():
@@ -156,8 +158,8 @@ class Patch:
         self._plans.clear()
 
     def _undo(self) -> None:
-        for made in reversed(self._changes):
-            made.undo()
+        for replacement in reversed(self._replacements):
+            replacement.undo()
         self._forget_plans()
 
 
