@@ -101,9 +101,17 @@ def _walk_variants(architecture: int | str) -> Iterator[Variant]:
                 }
                 types: dict[str, str] = dict.fromkeys(("p_hidden", "p_weight", "p_bias", "p_tile"), f"*{dtype}")
                 yield Variant(
-                    architecture, f"walk, {mode}", "all" if full else "", dtype, walk._walk_kernel, constants, types,
-                    tile.warps, tile.stages, tile,
-                )  # fmt: skip
+                    architecture,
+                    f"walk, {mode}",
+                    "all" if full else "",
+                    dtype,
+                    walk._walk_kernel,
+                    constants,
+                    types,
+                    tile.warps,
+                    tile.stages,
+                    tile,
+                )
 
 
 def _helper_variants(architecture: int | str) -> Iterator[Variant]:

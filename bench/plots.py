@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
+from bench.engines import ENGINES
 from bench.measure import BARE
 from bench.results import ratios, spread, title
-from bench.trainers import ENGINES
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -66,8 +66,16 @@ def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> An
             ys.append(median(found) if what == "time" else row["bytes"] / 2**20)
             errors.append(spread(found) if what == "time" else 0)
         colour = COLOURS[place % len(COLOURS)]
-        axes.bar(xs, ys, width * 0.92, label=method, color=colour, zorder=2,
-                 yerr=errors if what == "time" else None, error_kw={"linewidth": 0.8})  # fmt: skip
+        axes.bar(
+            xs,
+            ys,
+            width * 0.92,
+            label=method,
+            color=colour,
+            zorder=2,
+            yerr=errors if what == "time" else None,
+            error_kw={"linewidth": 0.8},
+        )
     if what == "time":
         axes.axhline(1, color="black", linewidth=1, linestyle="--", label="bare matrix products", zorder=3)
         axes.set_ylabel("time, × bare matrix products")
@@ -75,8 +83,10 @@ def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> An
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylabel("memory beside the inputs, MiB (log scale)")
-    names = [record[by].upper() if by == "objective" else f"{record[by]}\n{record['vocab']:,} × {record['hidden']:,}"
-             for record in records]  # fmt: skip
+    names = [
+        record[by].upper() if by == "objective" else f"{record[by]}\n{record['vocab']:,} × {record['hidden']:,}"
+        for record in records
+    ]
     axes.set_xticks(range(len(records)), names, fontsize=9)
     _finish(axes, heading)
     return figure

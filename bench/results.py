@@ -207,8 +207,10 @@ def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -
     for record in after["head"]:
         old = theirs.get(key(record))
         if old is None or (old["hidden"], old["vocab"], old["scored"]) != (
-            record["hidden"], record["vocab"], record["scored"],
-        ):  # fmt: skip
+            record["hidden"],
+            record["vocab"],
+            record["scored"],
+        ):
             continue
         a, b = ratios(old, method), ratios(record, method)
         if a and b:

@@ -43,8 +43,11 @@ class Revision:
         path = os.pathsep.join([str(place), str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "bench.worker"],  # -P: the folder it is started in comes not first
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
         used = self._ask({"ask": "where"})
         assert Path(used).is_relative_to(place), used
         return self

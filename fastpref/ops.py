@@ -123,11 +123,21 @@ def linear_logprob(
     with_grad = torch.is_grad_enabled() and hidden.requires_grad and not recompute
     results = op.OperatorOutput._make(
         op.linear_logprob(
-            hidden, head.tensors, targets, bias, positions, head.kind,
-            None if softcap is None else float(softcap), float(logit_scale), float(temperature),
-            ",".join(outputs), int(workspace_mb * 2**20), backend, with_grad,
+            hidden,
+            head.tensors,
+            targets,
+            bias,
+            positions,
+            head.kind,
+            None if softcap is None else float(softcap),
+            float(logit_scale),
+            float(temperature),
+            ",".join(outputs),
+            int(workspace_mb * 2**20),
+            backend,
+            with_grad,
         )
-    )  # fmt: skip
+    )
     return TokenLogprobs(results.logp, **{name: getattr(results, name) for name in outputs})
 
 

@@ -79,9 +79,13 @@ class FourBitWeight(HeadWeight):
         self.quant_type, self.block = quant_type, shape[1] // self.absmax.shape[1]
         name = str(dtype).removeprefix("torch.")
         super().__init__(
-            shape, dtype, packed.device,
-            kind=f"4bit {quant_type} {shape[0]} {shape[1]} {name}", tensors=[packed, absmax], copies=1,
-        )  # fmt: skip
+            shape,
+            dtype,
+            packed.device,
+            kind=f"4bit {quant_type} {shape[0]} {shape[1]} {name}",
+            tensors=[packed, absmax],
+            copies=1,
+        )
 
     @classmethod
     def of(cls, weight: Any, dtype: torch.dtype | None = None) -> "FourBitWeight":
@@ -167,9 +171,13 @@ class WidenedWeight(HeadWeight):
     def __init__(self, base: HeadWeight, columns: Tensor):  # [V, T]
         vocabulary, width = base.shape
         super().__init__(
-            (vocabulary, width + columns.shape[1]), base.dtype, base.device,
-            kind=f"widened {base.kind}", tensors=[*base.tensors, columns], copies=base.copies + 1,
-        )  # fmt: skip
+            (vocabulary, width + columns.shape[1]),
+            base.dtype,
+            base.device,
+            kind=f"widened {base.kind}",
+            tensors=[*base.tensors, columns],
+            copies=base.copies + 1,
+        )
         self.base, self.columns = base, columns
 
     def rows(self, first: int, last: int) -> Tensor:

@@ -342,9 +342,17 @@ def recompute_gradients(
             b = min(a + shape.rows, n)
             out = stored[: b - a, : last - first]
             logits.launch(
-                GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, tile.v, cdiv(last - first, tile.v),
-                (offset[a:b], factor[a:b], at_target[a:b]), out, _Statistics(*[offset] * 8),
-            )  # fmt: skip
+                GRADIENT.value,
+                hidden[a:b],
+                slice_,
+                targets[a:b],
+                first,
+                tile.v,
+                cdiv(last - first, tile.v),
+                (offset[a:b], factor[a:b], at_target[a:b]),
+                out,
+                _Statistics(*[offset] * 8),
+            )
             if d_hidden is not None:
                 add_product(d_hidden[a:b], out, slice_)
             if dw is not None:

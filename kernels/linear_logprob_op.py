@@ -77,9 +77,15 @@ def linear_logprob(
         return _shapes(hidden, targets, outputs, with_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         walk = kernels.walk_vocabulary(
-            rows, weight, targets, bias, LogitTransform(softcap, logit_scale, temperature),
-            outputs=tuple(filter(None, outputs.split(","))), budget=budget, with_grad=with_grad,
-        )  # fmt: skip
+            rows,
+            weight,
+            targets,
+            bias,
+            LogitTransform(softcap, logit_scale, temperature),
+            outputs=tuple(filter(None, outputs.split(","))),
+            budget=budget,
+            with_grad=with_grad,
+        )
     statistics = None if with_grad else torch.stack([walk.z_target, walk.maximum, walk.sum_others])
     found = (walk.logp, walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1, statistics, walk.grad)
     return OperatorOutput._make(hidden.new_empty(0) if value is None else value for value in found)
@@ -159,9 +165,16 @@ def recompute(
     rows = hidden if positions is None else hidden.index_select(0, positions)
     with torch.autocast(hidden.device.type, enabled=False):
         made = kernels.recompute_gradients(
-            grad_logp, rows, weight, targets, bias, LogitTransform(softcap, logit_scale, temperature), statistics,
-            budget=budget, wanted=(want_hidden, want_weight, want_bias),
-        )  # fmt: skip
+            grad_logp,
+            rows,
+            weight,
+            targets,
+            bias,
+            LogitTransform(softcap, logit_scale, temperature),
+            statistics,
+            budget=budget,
+            wanted=(want_hidden, want_weight, want_bias),
+        )
     d_hidden = made.hidden
     if d_hidden is not None and positions is not None:
         d_hidden = kernels.scale_rows(d_hidden, torch.ones_like(grad_logp), positions, hidden.shape[0], hidden.dtype)
@@ -177,9 +190,23 @@ def _grad_shapes(
 
 @recompute.register_fake
 def _(
-    grad_logp, hidden, head, targets, bias, positions, statistics, kind, softcap, logit_scale, temperature, budget,
-    backend, want_hidden, want_weight, want_bias,
-):  # fmt: skip
+    grad_logp,
+    hidden,
+    head,
+    targets,
+    bias,
+    positions,
+    statistics,
+    kind,
+    softcap,
+    logit_scale,
+    temperature,
+    budget,
+    backend,
+    want_hidden,
+    want_weight,
+    want_bias,
+):
     return _grad_shapes(hidden, assemble(kind, head), bias, want_hidden, want_weight, want_bias)
 
 
@@ -205,9 +232,23 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     hidden, targets, bias, positions, statistics, *head = ctx.saved_tensors
     want_hidden, want_head, _, want_bias, *_ = ctx.needs_input_grad
     d_hidden, d_weight, d_bias = recompute(
-        grads[0], hidden, head, targets, bias, positions, statistics, kind, softcap, logit_scale, temperature, budget,
-        backend, want_hidden, want_head[-1], want_bias,
-    )  # fmt: skip
+        grads[0],
+        hidden,
+        head,
+        targets,
+        bias,
+        positions,
+        statistics,
+        kind,
+        softcap,
+        logit_scale,
+        temperature,
+        budget,
+        backend,
+        want_hidden,
+        want_head[-1],
+        want_bias,
+    )
     d_head = [None] * (ctx.heads - 1) + [d_weight if want_head[-1] else None]
     return d_hidden if want_hidden else None, d_head, None, d_bias if want_bias else None, None, *no_settings
 

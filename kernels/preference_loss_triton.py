@@ -173,13 +173,33 @@ def _pair_kernel(
     numbers = _load_numbers(p_numbers)
     shorter, alpha = tl.minimum(length_c, length_r), numbers.length_alpha
     supervised, sum_c, ref_c, aligned_c = _segment_sums(  # pyright: ignore[reportGeneralTypeIssues]
-        p_logp, p_reference, p_log_sum_sq, start_c, length_c, n, shorter, alpha,
-        HAS_REFERENCE, HAS_LENGTH_WEIGHTS, HAS_PAIR_WEIGHTS, BLOCK,
-    )  # fmt: skip
+        p_logp,
+        p_reference,
+        p_log_sum_sq,
+        start_c,
+        length_c,
+        n,
+        shorter,
+        alpha,
+        HAS_REFERENCE,
+        HAS_LENGTH_WEIGHTS,
+        HAS_PAIR_WEIGHTS,
+        BLOCK,
+    )
     _, sum_r, ref_r, aligned_r = _segment_sums(
-        p_logp, p_reference, p_log_sum_sq, start_r, length_r, n, shorter, alpha,
-        HAS_REFERENCE, HAS_LENGTH_WEIGHTS, HAS_PAIR_WEIGHTS, BLOCK,
-    )  # fmt: skip
+        p_logp,
+        p_reference,
+        p_log_sum_sq,
+        start_r,
+        length_r,
+        n,
+        shorter,
+        alpha,
+        HAS_REFERENCE,
+        HAS_LENGTH_WEIGHTS,
+        HAS_PAIR_WEIGHTS,
+        BLOCK,
+    )
 
     v_c, v_r, per_c, per_r = sum_c, sum_r, 1.0, 1.0
     if HAS_REFERENCE:

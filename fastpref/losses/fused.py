@@ -136,9 +136,15 @@ def fused_loss(
         assert reference is not None
         assert kl is not None
         return launch.row_loss(
-            logp.contiguous(), starts, lengths.contiguous(), reference.contiguous(), labels, kl, tuple(numbers),
+            logp.contiguous(),
+            starts,
+            lengths.contiguous(),
+            reference.contiguous(),
+            labels,
+            kl,
+            tuple(numbers),
             examples=examples,
-        )  # fmt: skip
+        )
     return launch.pair_loss(
         logp.contiguous(),
         starts,

@@ -64,8 +64,10 @@ def test_out_of_memory_and_missing_packages_have_a_row() -> None:
     ways = [Method("hungry", hungry), Method("absent", hungry, package="no_such_package")]
     rows = measure(case(), 1, ways, check=False)
     assert [(row.method, row.note, bool(row.ms)) for row in rows] == [
-        (BARE, "", True), ("hungry", "out of memory", False), ("absent", "not installed", False),
-    ]  # fmt: skip
+        (BARE, "", True),
+        ("hungry", "out of memory", False),
+        ("absent", "not installed", False),
+    ]
 
 
 def test_memory_is_the_most_held_at_once() -> None:

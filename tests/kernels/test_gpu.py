@@ -168,9 +168,12 @@ def dpo_liger(p: Problem, reference: Tensor) -> Tensor:
     loss = LigerFusedLinearDPOLoss(beta=0.1)
     shape = (2 * PAIRS, LENGTH, p.hidden.shape[1])
     return loss(
-        p.weight, p.hidden.view(shape), p.targets.view(shape[:2]),
-        ref_input=reference.view(shape), ref_weight=p.weight,
-    )[0]  # fmt: skip
+        p.weight,
+        p.hidden.view(shape),
+        p.targets.view(shape[:2]),
+        ref_input=reference.view(shape),
+        ref_weight=p.weight,
+    )[0]
 
 
 DPO_METHODS = {"fastpref": dpo_ours, "liger": dpo_liger}

@@ -78,8 +78,11 @@ def test_a_head_is_its_tensors_and_its_kind(head: str) -> None:
     weight = HEADS[head]()
     again = assemble(weight.kind, weight.tensors)
     assert (again.shape, again.dtype, again.kind, again.copies) == (
-        weight.shape, weight.dtype, weight.kind, weight.copies,
-    )  # fmt: skip
+        weight.shape,
+        weight.dtype,
+        weight.kind,
+        weight.copies,
+    )
     assert torch.equal(again.rows(0, V), weight.rows(0, V))
 
 
@@ -151,9 +154,11 @@ def test_lora_on_the_head(base: str, dropout: bool, backend: str, workspace_mb: 
     exact = {name: leaf.double().requires_grad_() for name, leaf in start.items()}
     inner = (exact["hidden"] * kept.double()) @ exact["lora_A"].T * scaling
     truth = linear_logprob_naive(
-        torch.cat([exact["hidden"], inner], 1), torch.cat([dense.double(), exact["lora_B"]], 1), targets,
+        torch.cat([exact["hidden"], inner], 1),
+        torch.cat([dense.double(), exact["lora_B"]], 1),
+        targets,
         **OPTIONS[options],
-    )  # fmt: skip
+    )
     (truth.logp * coefficients).sum().backward()
 
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in start.items()}

@@ -94,9 +94,16 @@ def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.L
     """One walk with a gradient, in the narrowest stored tiles the budget allows."""
     hidden, weight, targets = (tensor.to(DEVICE) for tensor in (hidden, weight, targets))
     return launch.walk_vocabulary(
-        hidden, DenseWeight(weight), targets, None, LogitTransform(),
-        outputs=("entropy", "log_sum_sq_probs"), budget=budget, with_grad=True, lazy=lazy,
-    )  # fmt: skip
+        hidden,
+        DenseWeight(weight),
+        targets,
+        None,
+        LogitTransform(),
+        outputs=("entropy", "log_sum_sq_probs"),
+        budget=budget,
+        with_grad=True,
+        lazy=lazy,
+    )
 
 
 @pytest.mark.parametrize("lazy", [0.0, launch.LAZY])

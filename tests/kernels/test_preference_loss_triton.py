@@ -272,10 +272,13 @@ def test_what_is_not_float32_or_not_contiguous() -> None:
     """Strided tokens, and a reference of another dtype, give what contiguous float32 ones give."""
     loss = DPO(weighting=True)
     batch = ordinary(loss)
-    strided = replace(batch, **{
-        name: torch.stack([getattr(batch, name), torch.zeros(len(batch.segments))], 1)[:, 0]
-        for name in ("logp", "reference", "log_sum_sq_probs")
-    })  # fmt: skip
+    strided = replace(
+        batch,
+        **{
+            name: torch.stack([getattr(batch, name), torch.zeros(len(batch.segments))], 1)[:, 0]
+            for name in ("logp", "reference", "log_sum_sq_probs")
+        },
+    )
     assert not strided.logp.is_contiguous()
     expected = ours(batch, loss)
     for other in (strided, replace(batch, reference=batch.reference.double())):
@@ -366,9 +369,17 @@ def test_the_table_is_all_that_a_variant_needs() -> None:
     batch = ordinary(DPO())
     with pytest.raises(ValueError, match="no_such_loss"):
         launch.pair_loss(
-            batch.logp, batch.segments[:0], batch.lengths, None, None, {"no_such_loss": 1.0}, LossSpec().flags(),
-            LossSpec().numbers(), examples=None, nll_tokens=None,
-        )  # fmt: skip
+            batch.logp,
+            batch.segments[:0],
+            batch.lengths,
+            None,
+            None,
+            {"no_such_loss": 1.0},
+            LossSpec().flags(),
+            LossSpec().numbers(),
+            examples=None,
+            nll_tokens=None,
+        )
 
 
 def test_lengths_are_not_compiled_in() -> None:
