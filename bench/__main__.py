@@ -109,13 +109,13 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
     }
     with ExitStack() as stack:
         try:
-            beside = [stack.enter_context(Revision(name)) for name in (None, base)] if base else []
+            revisions = [stack.enter_context(Revision(name)) for name in (None, base)] if base else []
         except UnknownRevision as error:
             _refuse(f"--base {base}: {error}")
         if "head" in parts:
             for case in profile.cases(words):
                 console.print(f"head: {case.name}")
-                others = {f"fastpref, {other.name}": other.take(case) for other in beside}
+                others = {f"fastpref, {other.name}": other.take(case) for other in revisions}
                 result["head"].append(head_record(case, measure(case, profile.repeats, others=others)))
     if "losses" in parts:
         for name in LOSSES:
@@ -168,8 +168,8 @@ def _read(path: Path) -> dict[str, Any]:
         return _refuse(f"{file}: not a result of python -m bench: {error}")
 
 
-def _refuse(said: str) -> Any:
-    console.print(f"bench: {said}", style="red", markup=False)
+def _refuse(message: str) -> Any:
+    console.print(f"bench: {message}", style="red", markup=False)
     raise typer.Exit(2)
 
 

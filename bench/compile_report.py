@@ -1,4 +1,4 @@
-"""Compile every kernel for every card, without one, and say what the compiler made of it.
+"""Compile every kernel for every card, without a card, and report the compiler's results.
 
     python -m bench.compile_report docs/kernels.md
 
@@ -115,7 +115,7 @@ def _walk_variants(architecture: int | str) -> Iterator[Variant]:
 
 
 def _helper_variants(architecture: int | str) -> Iterator[Variant]:
-    """The kernels beside the main loop, in the blocks of the launcher."""
+    """The other kernels, in the blocks of the launcher."""
     sixteen = "fp16" if architecture == 75 else "bf16"
     block_v = TILES[architecture][2].full.v
     block_n, block_h = launch.GRADIENT_BLOCK
@@ -150,8 +150,8 @@ def compile_variant(variant: Variant) -> Compiled:
     source = ASTSource(kernel, signature, variant.constants, attributes)
     amd = isinstance(variant.architecture, str)
     target = GPUTarget("hip" if amd else "cuda", variant.architecture, 64 if variant.architecture == "gfx942" else 32)
-    made = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
-    return _read_amd(variant, made) if amd else _read_cuda(variant, made)
+    binary = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
+    return _read_amd(variant, binary) if amd else _read_cuda(variant, binary)
 
 
 def _type(name: str, variant: Variant) -> str:
@@ -166,33 +166,33 @@ def _type(name: str, variant: Variant) -> str:
     return "fp32" if name in ("gain", "cap", "lazy") else "i32"
 
 
-def _read_cuda(variant: Variant, made: Any) -> Compiled:
+def _read_cuda(variant: Variant, binary: Any) -> Compiled:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run(
             [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
         sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    said = usage.stdout + usage.stderr
+    report = usage.stdout + usage.stderr
     return Compiled(
         variant,
-        registers=_number(r"REG:(\d+)", said),
-        spills=_number(r"STACK:(\d+)", said) + _number(r"LOCAL:(\d+)", said),
-        shared=made.metadata.shared,
+        registers=_number(r"REG:(\d+)", report),
+        spills=_number(r"STACK:(\d+)", report) + _number(r"LOCAL:(\d+)", report),
+        shared=binary.metadata.shared,
         products=len(re.findall(rf"\b({TENSOR_CORE[int(variant.architecture)]})", sass)),
         copies=len(re.findall(r"\b(LDGSTS|UTMALDG|UBLKCP)", sass)),
     )
 
 
-def _read_amd(variant: Variant, made: Any) -> Compiled:
-    assembly = made.asm["amdgcn"]
+def _read_amd(variant: Variant, binary: Any) -> Compiled:
+    assembly = binary.asm["amdgcn"]
     return Compiled(
         variant,
         registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
         spills=4 * _number(r"\.vgpr_spill_count:\s+(\d+)", assembly),
-        shared=made.metadata.shared,
+        shared=binary.metadata.shared,
         products=len(re.findall(r"\bv_(w?mfma|wmma)", assembly)),
         copies=0,
     )
@@ -204,8 +204,8 @@ def _number(pattern: str, text: str) -> int:
 
 
 def faults(c: Compiled) -> list[str]:
-    """What keeps a kernel from its card: too much shared memory; on NVIDIA's spills (AMD's are in the table). In a
-    kernel that multiplies also: no tensor cores, and on NVIDIA's no asynchronous copies."""
+    """List the reasons why a kernel does not fit its card: too much shared memory, or spills on NVIDIA's (AMD's are in
+    the table). A kernel that multiplies also needs tensor cores and, on NVIDIA's, asynchronous copies."""
     architecture, limit = c.variant.architecture, SHARED_LIMIT[c.variant.architecture]
     found = []
     if c.spills and isinstance(architecture, int):
@@ -233,7 +233,7 @@ def page(found: list[Compiled]) -> str:
         "`_walk_kernel` in all its modes, the plainest and the fullest of each. On Turing the library multiplies, and "
         "the kernel is the epilogue alone.",
         _walk_table([c for c in found if c.variant.tile is not None]),
-        "## The kernels beside it",
+        "## The other kernels",
         "Registers a thread; bytes spilled in brackets, if any.",
         _helper_table([c for c in found if c.variant.tile is None]),
         roofline.section(),

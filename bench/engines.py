@@ -33,7 +33,7 @@ class Job:
 
 
 def held_bytes() -> int:
-    """What is held now: allocated on the GPU, or resident on a CPU."""
+    """Bytes held now: allocated on the GPU, or resident on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -51,7 +51,7 @@ def peak_bytes() -> int:
 
 
 def joules() -> float | None:
-    """What an NVIDIA card has used since its driver was loaded, if it tells (from Volta on)."""
+    """The energy that an NVIDIA card has used since its driver was loaded, if it reports that (Volta and newer)."""
     import torch
 
     if not torch.cuda.is_available():
@@ -80,14 +80,14 @@ def run_fastpref(job: Job) -> dict[str, Any]:
     load_model = loop.load_model
 
     def load_and_measure(*args: Any, **options: Any) -> Any:
-        made = load_model(*args, **options)
+        model = load_model(*args, **options)
         loaded["bytes"], loaded["joules"] = held_bytes(), joules()
         if memory is not None:
             memory.__enter__()
-        return made
+        return model
 
     loop.load_model = load_and_measure
-    # As TRL's.
+    # The same terms as TRL's.
     same_terms = {"orpo": 'nll_on = "all"\n', "simpo": "beta = 0.1\ngamma = 0.5\n"}.get(job.method, "")
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "run.toml"

@@ -1,9 +1,10 @@
-"""What the fused preference-loss kernels save, against the same losses in torch operations.
+"""Measures what the fused preference-loss kernels save against the same losses in torch operations.
 
 Both take the same token log-probabilities and give the loss and its gradient for every token; the head is left out. On
 a GPU both run in turn, timed between CUDA events, and their peak memory is measured. A CPU runs no Triton kernels, so
-there only torch is timed, and that says nothing about a GPU. What both can say without one is counted, on tensors
-that have shapes and no values: the operations of a step, and the most bytes that its tensors take at once.
+there only torch is timed, and that says nothing about a GPU. Two quantities need no GPU and are
+counted on tensors that have shapes and no values: the operations of a step, and the most bytes that its tensors
+take at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -102,7 +103,7 @@ def pretending(counter: Operations) -> Iterator[None]:
 
 
 def count(case: LossCase, backend: str) -> tuple[int, int]:
-    """The operations of a step, and the most bytes that its tensors take at once beside the inputs."""
+    """The operations of a step, and the most bytes that its tensors take at once in addition to the inputs."""
     counter, memory = Operations(), PeakStorage()
     with pretending(counter):
         step = replace(case, device="cpu").step(backend)

@@ -1,4 +1,4 @@
-"""What a result belongs to: the machine, the versions, the commit."""
+"""The circumstances of a result: the machine, the versions, the commit."""
 
 import importlib.metadata
 import platform

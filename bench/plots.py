@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write every plot the result has numbers for. Returns the PNG files."""
+    """Write every plot that the result has numbers for. Returns the PNG files."""
     frozen = [record for record in result["head"] if (record["objective"], record["passes"]) == ("tokens", "frozen")]
     losses = [record for record in result["head"] if record["objective"] != "tokens"]
     plots = []
@@ -82,7 +82,7 @@ def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> An
     else:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_ylabel("memory beside the inputs, MiB (log scale)")
+        axes.set_ylabel("memory over the inputs, MiB (log scale)")
     names = [
         record[by].upper() if by == "objective" else f"{record[by]}\n{record['vocab']:,} × {record['hidden']:,}"
         for record in records
@@ -108,7 +108,7 @@ def _growth(sweeps: list[dict[str, Any]]) -> Any:
                 axes.set_ylim(min(values) / 2, max(values) * 2)
             axes.set_xlabel(f"{sweep['name']}, {sweep['unit']}")
             if column == 0:
-                axes.set_ylabel(f"{'time' if what == 'ms' else 'memory beside the inputs'}, {unit}")
+                axes.set_ylabel(f"{'time' if what == 'ms' else 'memory over the inputs'}, {unit}")
             axes.grid(alpha=0.3)
             axes.legend(loc="upper left", frameon=False)
     figure.suptitle("fastpref's head, forward and backward, frozen: growth of time and memory (log scales)")

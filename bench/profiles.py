@@ -1,4 +1,4 @@
-"""What a profile of `python -m bench` measures."""
+"""The profiles of `python -m bench`: the cases that each measures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class HeadCases:
 @dataclass(frozen=True)
 class Profile:
     name: str
-    divisor: int  # of the heads' vocabularies; their width stays, for it decides what the softmax costs beside it
+    divisor: int  # of the heads' vocabularies; their width stays, because it decides the share of the softmax
     repeats: int
     heads: tuple[HeadCases, ...]
     tokens: tuple[int, int, int]  # pairs, length, prompt of a head's problem
@@ -63,7 +63,7 @@ class Profile:
             "and not scored. Bare products are the matrix products that nothing can do without, over the scored tokens "
             "and nothing else; × bare is the median of the ratios of each turn, ± the distance of p20 or p80, the "
             "larger. DPO and KTO compute the reference's head too. Extra MiB is the most that torch's allocator held "
-            f"beside the inputs. {self.repeats} turns."
+            f"in addition to the inputs. {self.repeats} turns."
         )
 
 

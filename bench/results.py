@@ -1,4 +1,4 @@
-"""Results as they are kept (JSON), read (Markdown), and set side by side."""
+"""Results as JSON and Markdown, and comparisons of two results."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -117,7 +117,7 @@ def _head_table(records: list[dict[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Against:
-    """fastpref beside the best of the others that are right."""
+    """fastpref against the best of the other correct methods."""
 
     fastest: str
     speedup: float

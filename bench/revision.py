@@ -18,11 +18,11 @@ ROOT = Path(__file__).parent.parent
 
 
 class UnknownRevision(Exception):
-    """What git says of it."""
+    """git's message about a revision that it does not know."""
 
 
 class Revision:
-    """The `fastpref` and `kernels` of a revision, or of the files as they are, for as long as the context lasts.
+    """The `fastpref` and `kernels` of a revision, or of the files as they are, as long as the context lasts.
 
     Two revisions are compared in two such processes: in the one that asks, threads wait busily for its next step.
     """
@@ -42,7 +42,7 @@ class Revision:
             zipfile.ZipFile(BytesIO(tree.stdout)).extractall(place)
         path = os.pathsep.join([str(place), str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bench.worker"],  # -P: the folder it is started in comes not first
+            [sys.executable, "-P", "-m", "bench.worker"],  # -P: the current folder does not come first on the path
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -84,5 +84,5 @@ class Revision:
         print(json.dumps(what), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.name} cannot run this benchmark; its process says why above")
+            raise RuntimeError(f"{self.name} cannot run this benchmark; its process printed the reason above")
         return json.loads(answer)

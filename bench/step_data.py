@@ -1,4 +1,4 @@
-"""What whole steps are measured on: a model of random weights with rows of random words, or the rows of a file."""
+"""The inputs of whole steps: a model of random weights with rows of random words, or the rows of a file."""
 
 import json
 import random

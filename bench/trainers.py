@@ -1,4 +1,4 @@
-"""Pairs a second and peak memory of whole training steps: fastpref beside TRL, on the same rows.
+"""Pairs a second and peak memory of whole training steps: fastpref against TRL, on the same rows.
 
     python -m bench.trainers MODEL_FOLDER PAIRS_FILE --method dpo --method orpo
 
@@ -29,7 +29,7 @@ from bench.step_data import StepShape, choose_rows, count_tokens, make_rows, spl
 
 
 class EngineFailed(Exception):
-    """The end of what a job's process said."""
+    """The last lines that a job's process printed."""
 
 
 def run_apart(job: Job) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def compare(
     tokens_a_pair: float = 0.0,
     counted: bool = False,
 ) -> list[dict[str, Any]]:
-    """What each engine took, in turn; TRL is the first. One that fails has a note instead of numbers."""
+    """Run each engine in turn, TRL first. An engine that fails has a note instead of numbers."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:

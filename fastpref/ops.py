@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class TokenLogprobs(NamedTuple):
-    """Per scored token, float32 [N] (float64 if the hidden states are), None where not asked for.
+    """Per scored token, float32 [N] (float64 if the hidden states are), None where not requested.
 
     Only `logp` is differentiable.
     """
@@ -44,7 +44,7 @@ class TokenLogprobs(NamedTuple):
 class LoraWeight:
     """A head's weight with LoRA (arXiv 2106.09685): hidden·Wᵀ + scaling·(dropout(hidden)·Aᵀ)·Bᵀ.
 
-    A and B get gradients, W does not. They may be float32 beside a weight of half precision, as PEFT keeps them.
+    A and B get gradients, W does not. They may be float32 with a weight of half precision, as PEFT keeps them.
     """
 
     base: Tensor | HeadWeight  # [V, H]
@@ -80,10 +80,10 @@ def linear_logprob(
 ) -> TokenLogprobs:
     """Log-probabilities of `targets` under `softmax(softcap(logit_scale·(hidden·weightᵀ + bias))/temperature)`.
 
-    The [N, V] logits never exist: the vocabulary is walked in tiles, and beside a few tensors of the size of `hidden`
-    no more than `workspace_mb` MiB are held, whatever V is. With a frozen head the gradient of
-    every row is found in the same walk (two products of N×H×V in all); a trainable head's tiles are made again in
-    the backward pass (four); without gradients there is one.
+    The [N, V] logits never exist: the vocabulary is walked in tiles, which take at most `workspace_mb` MiB in addition
+    to a few tensors of the size of `hidden`, whatever V is. With a frozen head the same walk computes the gradient of
+    every row (two products of N×H×V in all); a trainable head's tiles are computed again in the backward pass (four
+    products); without gradients there is one product.
 
     `torch.compile(fullgraph=True)` and FakeTensor trace it: it is a `torch.library` operator.
 
@@ -99,15 +99,15 @@ def linear_logprob(
         softcap: c of c·tanh(x/c), as in Gemma 2; None for none.
         logit_scale: multiplies the raw logits, as in Cohere.
         temperature: divides the capped logits.
-        outputs: which of "entropy", "mean_logit", "log_sum_sq_probs", "is_top1" to compute beside `logp`. They are
-            not differentiable.
+        outputs: which of "entropy", "mean_logit", "log_sum_sq_probs", "is_top1" to compute in addition to `logp`. They
+            are not differentiable.
         workspace_mb: budget in MiB for scratch tiles.
-        backend: "triton" (CUDA and ROCm), "torch" (anywhere), or "auto" for the best there is on the tensors' device.
+        backend: "triton" (CUDA and ROCm), "torch" (anywhere), or "auto" for "triton" where it runs.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, target or setting. Both name the argument and what was found. On a GPU
-            targets and positions out of range are a device-side assertion, as torch's own indexing has it.
+        ValueError: a wrong shape, device, target or setting. Both errors name the argument and its value. On a GPU
+            targets and positions out of range fail a device-side assertion, as in torch's own indexing.
     """
     if isinstance(weight, LoraWeight):
         _check_lora(hidden, weight)

@@ -26,7 +26,7 @@ from fastpref.kernels.tiles import Tile, Tiles, cdiv, choose_tiles, interpreted
 LAZY = 20.0
 # Row blocks that share L2: 16 of 128 rows of 4,096 hidden units are 17 MB in bfloat16, and cards have 40 MB and more.
 GROUP = 16
-# Rows and columns of the blocks that the kernels beside the main loop work on.
+# Rows and columns of the blocks of the other kernels.
 COMBINE_BLOCK = 128
 RESCALE_ROWS = 32
 GRADIENT_BLOCK = (16, 128)
@@ -70,8 +70,9 @@ def _tiles(hidden: Tensor) -> Tiles:
 
 
 def plan_tile(hidden: Tensor, weight: HeadWeight, budget: int, tile: Tile, *, stored: bool) -> TileShape:
-    """Rows and columns taken at once. What lies in memory for a logit is its exponential, if that is stored, and
-    the product, if the library makes it; for a column, the copies of its weights. Where nothing does, all at once.
+    """Choose how many rows and columns are computed at once. A logit takes memory for its exponential, if that is
+    stored, and for the product, if the library computes it; a column for the copies of its weights. Where neither
+    takes any, everything is computed at once.
 
     All rows stay together while they leave a tile 2,048 columns wide; then there are fewer rows.
     """
@@ -125,7 +126,7 @@ class _Statistics(NamedTuple):
 
 @dataclass(frozen=True)
 class _Logits:
-    """How logits are made, and which sums are taken of them."""
+    """How logits are computed, and which sums of them are needed."""
 
     bias: Tensor | None  # [V]
     transform: LogitTransform
@@ -233,7 +234,7 @@ class _RowBlock:
         )  # fmt: skip
 
     def result(self, weight: HeadWeight, outputs: tuple[str, ...]) -> WalkResult:
-        """What the running statistics say of every row."""
+        """Compute the results of every row from its running statistics."""
         running = self.running
         z_target = running.z_target
         behind = z_target - running.base

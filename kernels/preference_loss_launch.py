@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of the preference losses, and lists what of them is compiled."""
+"""Launches the Triton kernels of the preference losses, and lists the cases that the compile report compiles."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -19,7 +19,7 @@ WARPS = 4
 
 
 class FusedLoss(NamedTuple):
-    """What one launch makes; all of it float32."""
+    """The results of one launch, all float32."""
 
     loss: Tensor  # scalar
     coefficients: Tensor  # [N] ∂loss/∂logp
@@ -40,7 +40,7 @@ def pair_loss(
     examples: float | None,  # what the mean over pairs is divided by; P if None
     nll_tokens: float | None,  # what the supervised term is divided by; the tokens it scores if None
 ) -> FusedLoss:
-    """The loss of P pairs: S = P chosen, P rejected and, where the spec says so, P prompts."""
+    """The loss of P pairs: S = P chosen, P rejected and, with HAS_PROMPTS, P prompts."""
     variants = _ordered(weights)
     constants = _constants(variants, flags)
     n, count = len(logp), len(lengths) // (3 if constants["HAS_PROMPTS"] else 2)
@@ -126,7 +126,7 @@ def _ordered(variants: Iterable[str]) -> list[str]:
 
 
 def _constants(variants: list[str], flags: Flags) -> dict[str, Any]:
-    """What is compiled into `_pair_kernel`."""
+    """The constants of `_pair_kernel`."""
     structure = {name: bool(value) for name, value in flags._asdict().items() if name != "SCORE"}
     functions = VariantSet(VARIANTS[name] for name in variants)
     return {"VARIANTS": functions, "SCORE": flags.SCORE, **structure, "BLOCK": BLOCK}

@@ -1,4 +1,4 @@
-"""What the preference-loss kernels need to know of a loss: its structure, which is compiled in, and its numbers."""
+"""Describes a loss to the preference-loss kernels: its structure, which is compiled in, and its numbers."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ SCORES = ("value", "power", "js")
 
 
 class Flags(NamedTuple):
-    """The part of a loss's structure that is compiled in beside its variants; 0 or 1 where nothing else is said."""
+    """The structure of a loss apart from its variants, compiled into the kernel; 0 or 1 unless noted otherwise."""
 
     SCORE: int  # index into SCORES
     HAS_REFERENCE: int

@@ -123,7 +123,7 @@ def _write_coefficients(
     length,
     n,
     slope,  # ∂loss/∂L
-    supervised,  # what every token has beside it
+    supervised,  # coefficient of the supervised term, added for every token
     shorter,
     alpha,
     HAS_LENGTH_WEIGHTS: tl.constexpr,

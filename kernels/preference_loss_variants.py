@@ -20,7 +20,7 @@ LARGEST_AVERAGE = tl.constexpr(-1e-30)  # as `losses.pairs._log1mexp`
 
 
 class Pair(NamedTuple):
-    """What a loss of one pair is written in: float32 scalars; _c is the chosen response's, _r the rejected one's."""
+    """The arguments of a loss of one pair, float32 scalars: _c of the chosen response, _r of the rejected one."""
 
     x: Any  # β(s_c − s_r) − margin, s the scores
     m: Any  # difference of the scores per token
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
 
 
 class PairTerm(NamedTuple):
-    """A loss of one pair, its derivatives by the fields of `Pair`, and what is logged of it."""
+    """A loss of one pair, its derivatives by the fields of `Pair`, and the metrics that ORPO logs."""
 
     loss: Any
     by_x: Any = 0.0

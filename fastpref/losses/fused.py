@@ -1,7 +1,7 @@
 """The preference losses as one operation of torch, computed by a Triton kernel; `token_loss.py` decides when.
 
-The forward makes the loss together with its coefficient of every token, c_n = ∂loss/∂logp_n; the backward is
-grad·c. The operation is `torch.ops.fastpref.preference_loss`, whole to torch.compile and to fake tensors.
+The forward pass computes the loss together with its coefficient for every token, c_n = ∂loss/∂logp_n; the backward
+pass is grad·c. For torch.compile and for fake tensors it is the single operation `torch.ops.fastpref.preference_loss`.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from fastpref.kernels.preference_loss_spec import Flags, LossSpec
 
 
 def takes_triton(backend: str, logp: Tensor, loss: LossOptions) -> bool:
-    """Whether the kernels compute this loss. Raises ValueError where they are asked for and cannot."""
+    """Whether the kernels compute this loss. Raises ValueError where `backend` demands them and they cannot."""
     if backend == "torch" or (backend == "auto" and logp.device.type != "cuda"):
         return False
     reason = _no_triton(logp, loss)
@@ -28,7 +28,7 @@ def takes_triton(backend: str, logp: Tensor, loss: LossOptions) -> bool:
 
 
 def _no_triton(logp: Tensor, loss: LossOptions) -> str:
-    """Why the kernels cannot run, or nothing."""
+    """Why the kernels cannot run, or an empty string."""
     if isinstance(loss, DPO) and loss.sorts_step:
         return f"{' and '.join(loss.variants)} sort the whole step, which only the torch backend does"
     if logp.dtype != torch.float32:

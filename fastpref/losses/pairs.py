@@ -6,7 +6,7 @@ implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejecte
 
 The loss of a step is the mean over its pairs; supervised terms are the mean over the step's chosen
 tokens. A function given only a part of a step takes the step's `Totals`, and the parts then add up to the whole.
-All tensors are float32 (or float64) [P], one entry a pair, unless said otherwise.
+All tensors are float32 (or float64) [P], one entry for each pair, unless noted otherwise.
 """
 
 import math
@@ -31,7 +31,7 @@ class PairLogps:
     rejected_lengths: Tensor  # [P]
     ref_chosen: Tensor | None = None  # [P] under the reference
     ref_rejected: Tensor | None = None  # [P]
-    nll: Tensor | None = None  # [P] what the supervised terms sum, if not `chosen`
+    nll: Tensor | None = None  # [P] sums of the supervised terms, if not `chosen`
     nll_lengths: Tensor | None = None  # [P]
     weights: Tensor | None = None  # [P] of `wpo_weights`
 
@@ -48,7 +48,7 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class WholeStep:
-    """All pairs of the step, without gradient, and which of them are at hand: for losses that sort the step."""
+    """All pairs of the step, without gradient, and the indices of this part's pairs: for losses that sort the step."""
 
     pairs: PairLogps
     index: Tensor  # [P] int64
@@ -102,7 +102,7 @@ def dpo_loss(
 
 
 class _PairView:
-    """What the variants are written in."""
+    """The terms that the variants are made of."""
 
     def __init__(self, pairs: PairLogps, options: DPO, step: WholeStep):
         assert pairs.ref_chosen is not None
@@ -353,6 +353,8 @@ def _log1mexp(x: Tensor) -> Tensor:
     """log(1 − eˣ) for x ≤ 0, exact at both ends; x = 0 counts as the largest number below it that stays finite."""
     x = x.clamp(max=-1e-30)
     near_zero = x > -math.log(2)
-    small = torch.where(near_zero, x, -1.0)  # each branch only sees what it is made for, so gradients stay finite
+    small = torch.where(
+        near_zero, x, -1.0
+    )  # each branch sees only the values that it is exact for, so gradients stay finite
     large = torch.where(near_zero, -1.0, x)
     return torch.where(near_zero, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))

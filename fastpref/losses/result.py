@@ -1,4 +1,4 @@
-"""What a loss is divided by, and what it gives."""
+"""The divisors of a loss, and its result."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A loss, and what is logged beside it. Only `loss` is differentiable."""
+    """A loss and the quantities that are logged with it. Only `loss` is differentiable."""
 
     loss: Tensor  # scalar, this part's share of the step's loss
     sums: Tensor  # [2P] logp of the chosen, then of the rejected responses (LD-DPO's weights included); KTO: [R]

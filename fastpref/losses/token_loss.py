@@ -40,7 +40,7 @@ def preference_loss(
 
     The tokens of a sequence lie together in their order; sequences may lie in any order. Sequences 0 to P − 1 are the
     chosen responses, P to 2P − 1 the rejected ones; for ORPO with `nll_on = "all"`, 2P to 3P − 1 are the prompts. For
-    KTO the first R are the rows; R more may follow, mismatched ones, which have no part in the loss.
+    KTO the first R are the rows; R more may follow, mismatched ones, which do not contribute to the loss.
 
     Args:
         logp: [N] float32 or float64 token log-probabilities; the only differentiable argument.
@@ -49,17 +49,17 @@ def preference_loss(
         loss: the options of `fastpref.losses`.
         reference: [N] logp under the reference; for DPO, IPO and KTO, and for no other loss.
         labels: [R] bool, which rows are desirable; for KTO, and for no other loss.
-        kl: scalar of `losses.kto_kl`: what KTO's rewards are compared with. It is of the whole step, so it is given.
+        kl: scalar of `losses.kto_kl`: the baseline of KTO's rewards. The caller computes it from the whole step.
         log_sum_sq_probs: [N] log Σp² of `linear_logprob`; for DPO with `weighting`.
-        totals: what the whole step is divided by, if this is a part of it.
-        step: all pairs of the step, if this is a part of it; for DPO's aot and aot_unpaired.
-        backend: "triton" (CUDA and ROCm, float32), "torch" (anywhere), or "auto" for the best there is.
+        totals: the divisors of the whole step, if these examples are a part of it.
+        step: all pairs of the step, if these are a part of it; for DPO's aot and aot_unpaired.
+        backend: "triton" (CUDA and ROCm, float32), "torch" (anywhere), or "auto" for "triton" where it runs.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or setting, or an argument the loss needs or does not know. That `segments`
-            and `lengths` agree is looked at on a CPU only; a GPU would have to be waited for. Where they do not, the
-            result is meaningless.
+        ValueError: a wrong shape, device or setting, or an argument the loss needs or does not know. Only on a CPU
+            is it checked that `segments` and `lengths` agree, because a check would make the host wait for a GPU. Where
+            they do not agree, the result is meaningless.
     """
     _check_tensors(logp, segments, lengths, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
     _check_loss(loss, lengths, reference, labels, log_sum_sq_probs)
@@ -200,7 +200,7 @@ def _fused(
 
 
 def _check_tensors(logp: Any, segments: Any, lengths: Any, **optional: Any) -> None:
-    """Types, dtypes, devices and numbers of entries of what is one a token, and of `lengths`."""
+    """Check the types, dtypes, devices and sizes of `lengths` and of the tensors with one entry for each token."""
     given = {"logp": logp, "segments": segments, "lengths": lengths}
     given |= {name: value for name, value in optional.items() if value is not None}
     for name, value in given.items():
@@ -218,7 +218,7 @@ def _check_tensors(logp: Any, segments: Any, lengths: Any, **optional: Any) -> N
 def _check_loss(
     loss: Any, lengths: Tensor, reference: Tensor | None, labels: Any, log_sum_sq_probs: Tensor | None
 ) -> None:
-    """The arguments a loss needs are there, and no others."""
+    """Check that a loss has the arguments that it needs, and no others."""
     if not isinstance(loss, LossOptions):
         raise TypeError(f"preference_loss: loss must be options such as DPO(), got {type(loss).__name__}")
     weighting = isinstance(loss, DPO) and loss.weighting
@@ -233,8 +233,8 @@ def _check_loss(
     count = len(lengths)
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.bool:
-            found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"preference_loss: labels must be a torch.bool tensor, got {found}")
+            given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"preference_loss: labels must be a torch.bool tensor, got {given}")
         _ARGUMENTS.check_device("labels", labels.device, lengths)
         if labels.dim() != 1 or len(labels) == 0 or count not in (len(labels), 2 * len(labels)):
             raise ValueError(
@@ -268,18 +268,18 @@ def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, back
 
 
 def _check_segments(segments: Tensor, lengths: Tensor, responses: int) -> None:
-    """On a CPU, and outside of tracing: that segments and lengths say the same, and no response is empty."""
+    """Check on a CPU, outside of tracing, that segments and lengths agree and that no response is empty."""
     if segments.device.type != "cpu" or type(segments) is not Tensor or torch.compiler.is_compiling():
         return
     count = len(lengths)
     if len(segments) and not 0 <= int(segments.min()) <= int(segments.max()) < count:
         wrong = int(segments.min()) if segments.min() < 0 else int(segments.max())
         raise ValueError(f"preference_loss: segments holds {wrong}, lengths has entries 0 to {count - 1}")
-    found = torch.bincount(segments, minlength=count)
-    for sequence in (found != lengths).nonzero().flatten().tolist():
+    counts = torch.bincount(segments, minlength=count)
+    for sequence in (counts != lengths).nonzero().flatten().tolist():
         raise ValueError(
             f"preference_loss: lengths[{sequence}] is {int(lengths[sequence])}, segments holds {sequence} "
-            f"{int(found[sequence])} times"
+            f"{int(counts[sequence])} times"
         )
     if int((lengths[:responses] == 0).sum()):
         empty = int((lengths[:responses] == 0).nonzero()[0])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def accept_adapted_heads(patch: "Patch", module: ModuleType, original: Any) -> Any:
-    """`__init__` of trainers that refuse an adapter on the head, because their head would leave it out."""
+    """Replace `__init__` of trainers that refuse an adapter on the head, because their head would leave it out."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         with _accepting_adapters(module):
@@ -34,7 +34,7 @@ def accept_adapted_heads(patch: "Patch", module: ModuleType, original: Any) -> A
 
 @contextmanager
 def _accepting_adapters(module: ModuleType) -> Iterator[None]:
-    """No layer is an adapter's in the eyes of a trainer's module."""
+    """Hide from a trainer's module that a layer belongs to an adapter."""
     before = vars(module).get("BaseTunerLayer", MISSING)
     if before is MISSING:
         yield
@@ -47,7 +47,7 @@ def _accepting_adapters(module: ModuleType) -> Iterator[None]:
 
 
 def _refuse_without(model: Any) -> None:
-    """TRL's own head would train nothing of the adapter, silently: refuse it once the patch is gone."""
+    """Refuse TRL's own head once the patch is gone: it would silently train nothing of the adapter."""
     forward = model.forward
 
     @functools.wraps(forward)

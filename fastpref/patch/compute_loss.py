@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def replace_compute_loss(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
-    """Their batches hold token ids, `attention_mask` and `completion_mask`."""
+    """Replace the methods of a trainer whose batches hold token ids, `attention_mask` and `completion_mask`."""
     fused = getattr(sys.modules.get(f"{module.__name__.split('.')[0]}.trainer.utils"), "FusedCausalLMOutput", None)
     fused = fused if "add_fused_lm_head" in vars(module) else None
     entropies = {"entropy_from_logits", "selective_log_softmax_and_entropy"} & vars(module).keys()
@@ -70,9 +70,15 @@ def replace_compute_loss(patch: "Patch", trainer: Any, module: ModuleType) -> li
 
         return _truncate_inputs
 
-    found = replace_method(trainer, "_compute_loss", compute_loss)
-    found += replace_method(trainer, "compute_ref_log_probs", compute_ref_log_probs)
-    found += replace_method(trainer, "_compute_kl_logps", functools.partial(kl_logps, patch))
+    replacements = replace_method(trainer, "_compute_loss", compute_loss)
+    replacements += replace_method(trainer, "compute_ref_log_probs", compute_ref_log_probs)
+    replacements += replace_method(trainer, "_compute_kl_logps", functools.partial(kl_logps, patch))
     if fused is not None:
-        return found + replace_method(trainer, "__init__", functools.partial(accept_adapted_heads, patch, module))
-    return found + replace_method(trainer, "_truncate_inputs", truncate_inputs) + replace_functions_of_logits(module)
+        return replacements + replace_method(
+            trainer, "__init__", functools.partial(accept_adapted_heads, patch, module)
+        )
+    return (
+        replacements
+        + replace_method(trainer, "_truncate_inputs", truncate_inputs)
+        + replace_functions_of_logits(module)
+    )

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def replace_concatenated_forward(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
-    """Their batches hold `chosen_…` and `rejected_…`; ORPO and CPO log the mean of the logits over whole rows."""
+    """Replace the method of a trainer whose batches hold `chosen_…` and `rejected_…`.
+
+    ORPO and CPO log the mean of the logits over whole rows."""
 
     def concatenated_forward(original: Any) -> Any:
         def concatenated_forward(self: Any, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What answers in a model's place while a patched method of TRL runs.
+"""The forward pass that replaces a model's own while a patched method of TRL runs.
 
 TRL's method computes its loss and logs its metrics as ever; only the `forward` of the causal language model, inside
-whatever accelerate and PEFT have wrapped around it, is exchanged for the time of the call. It takes the padded batch,
+whatever accelerate and PEFT have wrapped around it, is replaced for the time of the call. It takes the padded batch,
 computes it as trees, and returns what TRL's code reads: a `FusedCausalLMOutput` where TRL asks for log-probabilities
 (1.15 and newer), or an output whose `logits` are a `Logits`.
 """
@@ -29,7 +29,7 @@ _KNOWN = {  # keywords of a call that mean nothing for the body, or are handled 
 
 @dataclass(frozen=True)
 class Request:
-    """What a patched method asks of the passes of its models."""
+    """The requirements of a patched method for the passes of its models."""
 
     labels: Callable[[Tensor, Tensor], Tensor | None] | None = None  # of a batch and its mask whose call has none
     outputs: tuple[str, ...] = ()  # what the next pass of the policy computes in addition to log-probabilities
@@ -48,7 +48,7 @@ class Scope:
     request: Request
     fused_output: Callable[..., Any] | None = None  # TRL's FusedCausalLMOutput, if it has one
     kept: tuple[Packed, States, Any] | None = None  # a packed pass with its keys and values
-    stash: tuple[Tensor, Any] | None = None  # a pass that was made before TRL asked for it
+    stash: tuple[Tensor, Any] | None = None  # the result of a pass that ran before TRL called for it
 
     def ask(self, **changes: Any) -> None:
         """Change the request for the passes that follow."""
@@ -56,7 +56,7 @@ class Scope:
 
     @contextmanager
     def standing_in(self) -> Iterator["Scope"]:
-        """The models' forwards answer as said above inside the block."""
+        """Replace the models' forwards inside the block."""
         before = {}
         try:
             for model, plan in self.plans:
@@ -74,7 +74,7 @@ class Scope:
 
 @dataclass
 class _Forward:
-    """The exchanged forward of one model."""
+    """The replaced forward of one model."""
 
     scope: Scope
     model: Any
@@ -95,8 +95,8 @@ class _Forward:
             return self.original(*args, **kwargs)
         scope = self.scope
         if scope.stash is not None and scope.stash[0] is input_ids:
-            found, scope.stash = scope.stash[1], None
-            return found
+            result, scope.stash = scope.stash[1], None
+            return result
         extra = {name: value for name, value in call.items() if name not in _KNOWN and value is not None}
         routed = bool(call.get("output_router_logits")) or getattr(self.model.config, "output_router_logits", False)
         if routed:
@@ -152,7 +152,7 @@ class _Forward:
     # --- the head -----------------------------------------------------------------------------------------------
 
     def _fused(self, states: States, input_ids: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Any:
-        """What TRL's fused head returns: [B, T − 1], zero where there is no label."""
+        """The output of TRL's fused head: [B, T − 1], zero where there is no label."""
         scope, outputs = self.scope, ()
         if scope.request.later_ids is not input_ids:
             outputs = scope.request.outputs
@@ -207,7 +207,7 @@ class _Forward:
         return MoeCausalLMOutputWithPast(logits=logits, aux_loss=aux_loss)  # pyright: ignore[reportArgumentType]
 
     def _row_states(self, states: States, input_ids: Tensor) -> Callable[[], States]:
-        """States with padding, whose tokens are computed after the others if they are asked for."""
+        """States with padding, whose tokens are computed after the others when they are needed."""
         scope, plan, before = self.scope, self.plan, self.scope.kept
         scope.kept = None
 

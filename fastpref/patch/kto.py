@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def kl_logps(patch: "Patch", original: Any) -> Any:
-    """KTO's pass of the mismatched completions."""
+    """Replace KTO's pass over the mismatched completions."""
 
     def _compute_kl_logps(self: Any, model: Any, batch: Any) -> Any:
         scope = patch.current(self)
@@ -63,7 +63,9 @@ def compute_prompts_first(scope: Scope, model: Any, batch: Any) -> None:
 
 
 def replace_batch_metrics(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
-    """`get_batch_loss_metrics` calls `forward` for policy and reference, and logs sums of logits over whole rows."""
+    """Replace the methods of a trainer whose `get_batch_loss_metrics` calls `forward` for policy and reference.
+
+    It logs sums of logits over whole rows."""
 
     def get_batch_loss_metrics(original: Any) -> Any:
         def get_batch_loss_metrics(self: Any, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,10 +86,10 @@ def replace_batch_metrics(patch: "Patch", trainer: Any, module: ModuleType) -> l
 
         return compute_reference_log_probs
 
-    found = replace_method(trainer, "get_batch_loss_metrics", get_batch_loss_metrics)
-    found += replace_method(trainer, "compute_reference_log_probs", compute_reference_log_probs)
+    replacements = replace_method(trainer, "get_batch_loss_metrics", get_batch_loss_metrics)
+    replacements += replace_method(trainer, "compute_reference_log_probs", compute_reference_log_probs)
     return (
-        found
+        replacements
         + replace_method(trainer, "_compute_kl_logps", functools.partial(kl_logps, patch))
         + replace_functions_of_logits(module)
     )

@@ -13,7 +13,7 @@ MISSING = object()  # stands for an attribute that a __dict__ does not hold
 
 @dataclass(frozen=True)
 class Replacement:
-    """An attribute that is exchanged."""
+    """An attribute that is replaced."""
 
     owner: Any  # a class or a module
     name: str

@@ -1,4 +1,4 @@
-"""The hidden states of a padded batch, wherever they were computed, and what the head makes of them."""
+"""The hidden states of a padded batch, wherever they were computed, and the head's results for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class States:
     hidden: Tensor  # [M, H]
     place: Tensor  # [B, T] int64
     head: Head
-    output: Any = None  # of the body, with the router logits of each layer if they were asked for
+    output: Any = None  # of the body, with the router logits of each layer if they were requested
 
     def score(self, where: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
         """Log-probabilities of `targets` [N], the tokens that follow the places of `where` [B, T] bool."""

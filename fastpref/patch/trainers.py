@@ -32,8 +32,8 @@ _EVERYWHERE = ("DPOTrainer", "KTOTrainer")  # every known TRL has them
 
 
 def find_replacements(trl: ModuleType, patch: "Patch") -> list[Replacement]:
-    """What has to be exchanged in this TRL. Raises UserError for one that is not known."""
-    found: list[Replacement] = []
+    """List the attributes to replace in this TRL. Raises UserError for a TRL that is not known."""
+    result: list[Replacement] = []
     for name in HOMES:
         try:
             trainer = find_trainer(trl, name)
@@ -44,14 +44,14 @@ def find_replacements(trl: ModuleType, patch: "Patch") -> list[Replacement]:
             continue
         if trainer is None and name not in _EVERYWHERE:
             continue
-        changes = [] if trainer is None else replacements_of(patch, trainer)
-        if not changes:
+        replacements = [] if trainer is None else replacements_of(patch, trainer)
+        if not replacements:
             raise UserError(
                 f"trl {_version(trl)} is not known here: its {name} calls its model in no way that fastpref.patch "
                 f"knows; known are TRL {KNOWN}"
             )
-        found += changes
-    return found
+        result += replacements
+    return result
 
 
 def find_trainer(trl: ModuleType, name: str) -> Any:
