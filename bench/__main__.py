@@ -62,18 +62,18 @@ def compare(
     """
     from bench.results import changes
 
-    found = changes(_read(before), _read(after))
-    if not found:
+    numbers = changes(_read(before), _read(after))
+    if not numbers:
         _refuse(f"{before} and {after} have no case in common")
     table = Table("what", "unit", "before", "after", "×", "")
-    regressed = [change for change in found if change.regressed(threshold)]
-    for change in found:
+    regressed = [change for change in numbers if change.regressed(threshold)]
+    for change in numbers:
         verdict = "regressed" if change in regressed else "within the spread" if change.within_spread else ""
-        numbers = f"{change.before:.2f}", f"{change.after:.2f}", f"{change.factor:.2f}"
-        table.add_row(change.what, change.unit, *numbers, verdict)
+        cells = f"{change.before:.2f}", f"{change.after:.2f}", f"{change.factor:.2f}"
+        table.add_row(change.what, change.unit, *cells, verdict)
     Console().print(table)
-    inside = sum(change.within_spread for change in found)
-    print(f"{inside} of {len(found)} numbers differ by no more than the spread of their runs")
+    inside = sum(change.within_spread for change in numbers)
+    print(f"{inside} of {len(numbers)} numbers differ by no more than the spread of their runs")
     if regressed:
         print(f"{len(regressed)} have grown by more than {threshold:.0%}")
         raise typer.Exit(1)
@@ -124,8 +124,8 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
             result["losses"].append(measure_loss(case, profile.repeats))
     if "scaling" in parts:
         console.print(f"growth of the head of {profile.scaled}")
-        found = sweeps(profile.shape(profile.scaled), profile.factors, profile.dtype, profile.device, profile.repeats)
-        result["scaling"] = [scaling_record(sweep) for sweep in found]
+        grown = sweeps(profile.shape(profile.scaled), profile.factors, profile.dtype, profile.device, profile.repeats)
+        result["scaling"] = [scaling_record(sweep) for sweep in grown]
     if "steps" in parts:
         from bench.trainers import compare_shape
 
@@ -154,9 +154,9 @@ def _check(result: dict[str, Any], limit: float) -> None:
 
     for record in result["head"]:
         wrong = [f"{row['method']}: {row['note']}" for row in record["rows"] if row["note"].startswith("wrong")]
-        found = min(ratios(record, OURS), default=float("inf"))
-        if found > limit or wrong:
-            print(f"{key(record)}: fastpref took {found:.2f} × the bare products, at most {limit} are allowed; {wrong}")
+        ratio = min(ratios(record, OURS), default=float("inf"))
+        if ratio > limit or wrong:
+            print(f"{key(record)}: fastpref took {ratio:.2f} × the bare products, at most {limit} are allowed; {wrong}")
             raise typer.Exit(1)
 
 

@@ -199,29 +199,29 @@ def _read_amd(variant: Variant, binary: Any) -> Compiled:
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found.group(1)) if found else 0
+    match = re.search(pattern, text)
+    return int(match.group(1)) if match else 0
 
 
 def faults(c: Compiled) -> list[str]:
     """List the reasons why a kernel does not fit its card: too much shared memory, or spills on NVIDIA's (AMD's are in
     the table). A kernel that multiplies also needs tensor cores and, on NVIDIA's, asynchronous copies."""
     architecture, limit = c.variant.architecture, SHARED_LIMIT[c.variant.architecture]
-    found = []
+    reasons = []
     if c.spills and isinstance(architecture, int):
-        found.append(f"{c.spills} bytes spilled")
+        reasons.append(f"{c.spills} bytes spilled")
     if c.shared > limit * 1024:
-        found.append(f"{c.shared} bytes of shared memory, the card has {limit} KiB")
+        reasons.append(f"{c.shared} bytes of shared memory, the card has {limit} KiB")
     if not c.variant.multiplies:
-        return found
+        return reasons
     if not c.products and not (architecture == "gfx1100" and c.variant.dtype == "fp32"):  # RDNA 3 has none for float32
-        found.append("no tensor-core instruction")
+        reasons.append("no tensor-core instruction")
     if not c.copies and isinstance(architecture, int):
-        found.append("no asynchronous copy")
-    return found
+        reasons.append("no asynchronous copy")
+    return reasons
 
 
-def page(found: list[Compiled]) -> str:
+def page(compiled: list[Compiled]) -> str:
     """The Markdown page."""
     parts = [
         "# Kernels, compiled",
@@ -232,10 +232,10 @@ def page(found: list[Compiled]) -> str:
         "## The main loop",
         "`_walk_kernel` in all its modes, the plainest and the fullest of each. On Turing the library multiplies, and "
         "the kernel is the epilogue alone.",
-        _walk_table([c for c in found if c.variant.tile is not None]),
+        _walk_table([c for c in compiled if c.variant.tile is not None]),
         "## The other kernels",
         "Registers a thread; bytes spilled in brackets, if any.",
-        _helper_table([c for c in found if c.variant.tile is None]),
+        _helper_table([c for c in compiled if c.variant.tile is None]),
         roofline.section(),
     ]
     return "\n\n".join(parts) + "\n"
@@ -245,13 +245,13 @@ def _card(architecture: int | str) -> str:
     return architecture if isinstance(architecture, str) else f"sm_{architecture}"
 
 
-def _walk_table(found: list[Compiled]) -> str:
+def _walk_table(compiled: list[Compiled]) -> str:
     lines = [
         "| card | dtype | mode | bias, softcap, outputs | tile N×V×H, warps, stages | registers | spilled bytes | "
         "shared KiB (limit) | tensor-core instructions | asynchronous copies |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for c in found:
+    for c in compiled:
         v, t = c.variant, c.variant.tile
         assert t is not None
         tile = f"{t.n}×{t.v}×{t.h}, {t.warps}, {t.stages}" if t.fused else f"{t.n}×{t.v}, {t.warps}"
@@ -263,8 +263,8 @@ def _walk_table(found: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def _helper_table(found: list[Compiled]) -> str:
-    cards = list(dict.fromkeys(c.variant.architecture for c in found))
+def _helper_table(compiled: list[Compiled]) -> str:
+    cards = list(dict.fromkeys(c.variant.architecture for c in compiled))
     lines = [
         "| kernel | configuration | elements | " + " | ".join(map(_card, cards)) + " |",
         "|---|---|---|" + "---|" * len(cards),
@@ -274,7 +274,7 @@ def _helper_table(found: list[Compiled]) -> str:
         dtype = c.variant.dtype
         return c.variant.name, c.variant.what, "32 bits" if dtype == "fp32" else "16 bits"
 
-    for (name, what, dtype), group in groupby(sorted(found, key=row), key=row):
+    for (name, what, dtype), group in groupby(sorted(compiled, key=row), key=row):
         cells = {c.variant.architecture: f"{c.registers}" + (f" ({c.spills})" if c.spills else "") for c in group}
         lines.append(f"| {name} | {what} | {dtype} | " + " | ".join(cells[card] for card in cards) + " |")
     return "\n".join(lines)
@@ -283,11 +283,11 @@ def _helper_table(found: list[Compiled]) -> str:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("compile_report: unset TRITON_INTERPRET, which replaces the kernels by an interpreter")
-    found = [compile_variant(variant) for variant in variants()]
-    wrong = [f"{c.variant}: {', '.join(faults(c))}" for c in found if faults(c)]
+    compiled = [compile_variant(variant) for variant in variants()]
+    wrong = [f"{c.variant}: {', '.join(faults(c))}" for c in compiled if faults(c)]
     if wrong:
         raise SystemExit("\n".join(wrong))
-    Path(sys.argv[1]).write_text(page(found), encoding="utf-8")
+    Path(sys.argv[1]).write_text(page(compiled), encoding="utf-8")
 
 
 if __name__ == "__main__":

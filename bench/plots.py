@@ -61,10 +61,10 @@ def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> An
             row = next(row for row in record["rows"] if row["method"] == method)
             if not row["ms"] or row["note"]:
                 continue
-            found = ratios(record, method)
+            values = ratios(record, method)
             xs.append(at + (place - (len(methods) - 1) / 2) * width)
-            ys.append(median(found) if what == "time" else row["bytes"] / 2**20)
-            errors.append(spread(found) if what == "time" else 0)
+            ys.append(median(values) if what == "time" else row["bytes"] / 2**20)
+            errors.append(spread(values) if what == "time" else 0)
         colour = COLOURS[place % len(COLOURS)]
         axes.bar(
             xs,
@@ -117,7 +117,9 @@ def _growth(sweeps: list[dict[str, Any]]) -> Any:
 
 
 def _steps(steps: list[dict[str, Any]]) -> Any:
-    engines = list(dict.fromkeys(found["engine"] for step in steps for found in step["engines"] if "note" not in found))
+    engines = list(
+        dict.fromkeys(result["engine"] for step in steps for result in step["engines"] if "note" not in result)
+    )
     figure, grid = plt.subplots(1, 2, figsize=(max(10, 1.6 * len(steps) + 6), 4.8))
     for axes, what, label in (
         (grid[0], "pairs_per_second", "pairs/s, × TRL"),
@@ -127,10 +129,10 @@ def _steps(steps: list[dict[str, Any]]) -> Any:
         for place, engine in enumerate(engines):
             xs, ys = [], []
             for at, step in enumerate(steps):
-                found = {e["engine"]: e for e in step["engines"] if "note" not in e}
-                if engine in found:
+                results = {e["engine"]: e for e in step["engines"] if "note" not in e}
+                if engine in results:
                     xs.append(at + (place - (len(engines) - 1) / 2) * width)
-                    ys.append(found[engine][what] / found["trl"][what])
+                    ys.append(results[engine][what] / results["trl"][what])
             colour = {"fastpref": 0, "trl": 1, "trl-patched": 2, "trl-liger": 3}[engine]
             bars = axes.bar(xs, ys, width * 0.92, label=ENGINES[engine], color=COLOURS[colour], zorder=2)
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)

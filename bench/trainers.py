@@ -36,10 +36,12 @@ def run_apart(job: Job) -> dict[str, Any]:
     """Run a job in a process of its own, so that peaks do not mix."""
     command = [sys.executable, "-m", "bench.engines", json.dumps(asdict(job))]
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
-    if done.returncode:
-        raise EngineFailed(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    if process.returncode:
+        raise EngineFailed(process.stderr[-3000:])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def engines_for(method: str) -> list[str]:
@@ -81,23 +83,23 @@ def compare(
         results = []
         for engine in engines_for(method):
             try:
-                found = run_apart(replace(job, engine=engine))
+                result = run_apart(replace(job, engine=engine))
                 if counted:
-                    found["peak"] = run_apart(replace(job, engine=engine, counted=True))["peak"]
+                    result["peak"] = run_apart(replace(job, engine=engine, counted=True))["peak"]
             except EngineFailed as error:
                 if engine in ("trl", "fastpref"):
                     raise
                 results.append({"engine": engine, "note": f"failed: {str(error).strip().splitlines()[-1][:120]}"})
                 continue
-            speed = job.steps * batch / sum(found["seconds"][-job.steps :])
+            speed = job.steps * batch / sum(result["seconds"][-job.steps :])
             results.append(
                 {
                     "engine": engine,
                     "pairs_per_second": speed,
                     "tokens_per_second": speed * tokens_a_pair,
-                    "peak": found["peak"],
-                    "loss": found["loss"][0],
-                    "joules_a_pair": found["joules"] / (job.passes * job.steps * batch) if found["joules"] else None,
+                    "peak": result["peak"],
+                    "loss": result["loss"][0],
+                    "joules_a_pair": result["joules"] / (job.passes * job.steps * batch) if result["joules"] else None,
                 }
             )
     return results
@@ -112,7 +114,7 @@ def compare_shape(shape: StepShape, method: str) -> dict[str, Any]:
         write_model(shape, model)
         pairs = make_rows(shape)
         tokens = count_tokens(str(model), pairs)
-        found = compare(
+        results = compare(
             model,
             pairs,
             method,
@@ -121,7 +123,7 @@ def compare_shape(shape: StepShape, method: str) -> dict[str, Any]:
             tokens_a_pair=tokens / len(pairs),
             counted=not torch.cuda.is_available(),
         )
-    return {"what": shape.what, "method": method, "engines": found}
+    return {"what": shape.what, "method": method, "engines": results}
 
 
 def main(
@@ -161,19 +163,19 @@ def main(
             Path(model), chosen, one, batch, max_length, checkpointing=checkpointing, tokens_a_pair=tokens
         )
         base = results[0]
-        for found in results:
-            if "note" in found:
-                table.add_row(one, ENGINES[found["engine"]], found["note"])
+        for result in results:
+            if "note" in result:
+                table.add_row(one, ENGINES[result["engine"]], result["note"])
                 continue
             table.add_row(
                 one,
-                ENGINES[found["engine"]],
-                f"{found['pairs_per_second']:.3f}",
-                f"{found['pairs_per_second'] / base['pairs_per_second']:.2f}",
-                f"{found['tokens_per_second']:.0f}",
-                f"{found['peak'] / 1e9:.2f} GB",
-                f"{found['peak'] / base['peak']:.2f}",
-                f"{found['loss']:.4f}",
+                ENGINES[result["engine"]],
+                f"{result['pairs_per_second']:.3f}",
+                f"{result['pairs_per_second'] / base['pairs_per_second']:.2f}",
+                f"{result['tokens_per_second']:.0f}",
+                f"{result['peak'] / 1e9:.2f} GB",
+                f"{result['peak'] / base['peak']:.2f}",
+                f"{result['loss']:.4f}",
             )
     Console().print(table)
 
