@@ -177,7 +177,7 @@ def test_lora_on_the_head(base: str, dropout: bool, backend: str, workspace_mb: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_adapters_on_a_half_precision_head(backend: str) -> None:
-    """PEFT keeps adapters in float32 beside a bfloat16 head: their gradients are float32, and near the truth."""
+    """PEFT keeps adapters in float32 for a bfloat16 head: their gradients are float32, and near the truth."""
     start = {"lora_A": tensor(R, H, seed=4), "lora_B": tensor(V, R, seed=5) / 8}
     weight, hidden = (tensor(V, H, seed=1) / 4).bfloat16(), tensor(N, H, seed=3, dtype=torch.bfloat16)
     targets = torch.arange(N, device=DEVICE) * 16

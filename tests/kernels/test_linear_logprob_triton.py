@@ -147,7 +147,7 @@ def test_outputs_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_view_and_a_wider_weight_are_read_right() -> None:
-    """Row strides are honoured, float32 weights beside half-precision hidden states (autocast) too."""
+    """Row strides are honoured, and so are float32 weights with half-precision hidden states (autocast)."""
     wide = ordinary(20, 64, 90, CASES["plain"])
     targets = wide.targets.to(DEVICE)
     narrow = replace(wide, hidden=wide.hidden[:, :40], weight=wide.weight[:, :40])

@@ -123,7 +123,7 @@ def test_sequences_lie_in_any_order(name: str, order: Order) -> None:
 
 @EVERY_LOSS
 def test_the_rule_is_sharp(loss: LossOptions) -> None:
-    """What is allowed is small beside what is found, and a β that is off by 1e-3 exceeds it."""
+    """The bounds are small compared with the values, and a β that is off by 1e-3 exceeds them."""
     batch = ordinary(loss, SHORT)
     allowed = bounds(batch, loss)
     for name in ("loss", "grad"):

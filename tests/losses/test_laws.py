@@ -287,7 +287,7 @@ def test_bad_options_are_refused(kind: type, values: dict[str, Any], word: str) 
     ],
 )
 def test_good_options_are_taken(kind: type, values: dict[str, Any]) -> None:
-    """Lists and whole numbers, as TOML and JSON have them, and values at the edge of what is legal are taken."""
+    """Lists and whole numbers, as in TOML and JSON, and values at the edge of their ranges are accepted."""
     options = kind(**values)
     assert all(getattr(options, name) == (tuple(v) if isinstance(v, list) else v) for name, v in values.items())
 

@@ -225,7 +225,7 @@ def test_compiles_in_one_graph(name: str, compiler: str) -> None:
 
 
 def test_there_is_no_second_derivative() -> None:
-    """The coefficients are no function that can be differentiated again, which is said instead of ignored."""
+    """The coefficients cannot be differentiated again: a second derivative raises instead of being ignored."""
     loss, tensors = inputs("simpo, all options")
     leaf, factor = tensors["logp"].clone().requires_grad_(), torch.ones((), device=DEVICE, requires_grad=True)
     found = preference_loss(loss=loss, backend="triton", **tensors | {"logp": leaf})
