@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
-import zipfile
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -35,11 +35,12 @@ class Revision:
         self._folder = tempfile.TemporaryDirectory()
         place = Path(self._folder.name) if self._committed else ROOT
         if self._committed:
-            archive = ["git", "archive", "--format=zip", self.name, "fastpref", "kernels"]
+            archive = ["git", "archive", "--format=tar", self.name, "fastpref", "kernels"]
             tree = subprocess.run(archive, cwd=ROOT, capture_output=True)
             if tree.returncode:
                 raise UnknownRevision(tree.stderr.decode().strip())
-            zipfile.ZipFile(BytesIO(tree.stdout)).extractall(place)
+            with tarfile.open(fileobj=BytesIO(tree.stdout)) as files:  # a zip file would lose the link to the kernels
+                files.extractall(place, filter="data")
         path = os.pathsep.join([str(place), str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "bench.worker"],  # -P: the current folder does not come first on the path

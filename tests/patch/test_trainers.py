@@ -103,7 +103,7 @@ def test_a_patched_run_is_trls(run: Run, root: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["falcon-h1", "bloom"])
 def test_models_that_are_wrong_in_trees_keep_their_rows(kind: str, root: Path) -> None:
-    """A state-space branch next to attention, or the model's own attention: rows stay padded, and the numbers are TRL's."""
+    """A state-space branch next to attention, or the model's own attention: rows stay padded, with TRL's numbers."""
     run = fit(Run("DPO", ["sigmoid"], lora=False, kind=kind))
     theirs = unpatched(run, root)
     ours, patch = patched(run, root)
