@@ -14,7 +14,7 @@ from rich.table import Table
 
 app = typer.Typer(add_completion=False, no_args_is_help=False)
 console = Console(stderr=True)
-PARTS = ("head", "scaling", "steps")
+PARTS = ("head", "losses", "scaling", "steps")
 
 
 @app.callback(invoke_without_command=True)
@@ -22,7 +22,8 @@ def run(
     context: typer.Context,
     profile: Annotated[str, typer.Option(help="tiny, quick, full or gpu.")] = "quick",
     output: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("bench-results"),
-    only: Annotated[list[str] | None, typer.Option(help="head, scaling or steps; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="head, losses, scaling or steps; may be repeated.")] = None,
+    match: Annotated[str, typer.Option(help='Words that a case of the head must have: "Gemma-2-2B frozen".')] = "",
     base: Annotated[str | None, typer.Option(help="A revision of this repository, measured in turn with it.")] = None,
     gate: Annotated[float | None, typer.Option(help="Fail if fastpref's head takes more × the bare products.")] = None,
 ) -> None:
@@ -39,7 +40,7 @@ def run(
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         _refuse(f"--only {unknown[0]}: known are {', '.join(PARTS)}")
-    result = _measure(profile, parts, base)
+    result = _measure(profile, parts, base, match.split())
     _write(result, output)
     if gate is not None:
         _check(result, gate)
@@ -61,28 +62,29 @@ def compare(
     """
     from bench.results import changes
 
-    found = changes(_read(before), _read(after))
-    if not found:
+    numbers = changes(_read(before), _read(after))
+    if not numbers:
         _refuse(f"{before} and {after} have no case in common")
     table = Table("what", "unit", "before", "after", "×", "")
-    regressed = [change for change in found if change.regressed(threshold)]
-    for change in found:
+    regressed = [change for change in numbers if change.regressed(threshold)]
+    for change in numbers:
         verdict = "regressed" if change in regressed else "within the spread" if change.within_spread else ""
-        numbers = f"{change.before:.2f}", f"{change.after:.2f}", f"{change.factor:.2f}"
-        table.add_row(change.what, change.unit, *numbers, verdict)
+        cells = f"{change.before:.2f}", f"{change.after:.2f}", f"{change.factor:.2f}"
+        table.add_row(change.what, change.unit, *cells, verdict)
     Console().print(table)
-    inside = sum(change.within_spread for change in found)
-    print(f"{inside} of {len(found)} numbers differ by no more than the spread of their runs")
+    inside = sum(change.within_spread for change in numbers)
+    print(f"{inside} of {len(numbers)} numbers differ by no more than the spread of their runs")
     if regressed:
         print(f"{len(regressed)} have grown by more than {threshold:.0%}")
         raise typer.Exit(1)
 
 
-def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, Any]:
+def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[str]) -> dict[str, Any]:
     import torch
 
     from bench import machine
-    from bench.measure import Case, measure
+    from bench.losses import LOSSES, LossCase, measure_loss
+    from bench.measure import measure
     from bench.profiles import PROFILES
     from bench.results import head_record, scaling_record
     from bench.revision import Revision, UnknownRevision
@@ -101,27 +103,29 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None) -> dict[str, A
         "machine": machine.describe(profile.device),
         "rule": profile.rule,
         "head": [],
+        "losses": [],
         "scaling": [],
         "steps": [],
     }
     with ExitStack() as stack:
         try:
-            beside = [stack.enter_context(Revision(name)) for name in (None, base)] if base else []
+            revisions = [stack.enter_context(Revision(name)) for name in (None, base)] if base else []
         except UnknownRevision as error:
             _refuse(f"--base {base}: {error}")
         if "head" in parts:
-            for cases in profile.heads:
-                for model in cases.models:
-                    for objective in cases.objectives:
-                        for passes in cases.passes:
-                            case = Case(profile.shape(model), objective, passes, profile.dtype, profile.device)
-                            console.print(f"head: {model}, {objective.name}, {passes}")
-                            others = {f"fastpref, {other.name}": other.take(case) for other in beside}
-                            result["head"].append(head_record(case, measure(case, profile.repeats, others=others)))
+            for case in profile.cases(words):
+                console.print(f"head: {case.name}")
+                others = {f"fastpref, {other.name}": other.take(case) for other in revisions}
+                result["head"].append(head_record(case, measure(case, profile.repeats, others=others)))
+    if "losses" in parts:
+        for name in LOSSES:
+            console.print(f"loss: {name}")
+            case = LossCase(name, *profile.losses, profile.device)
+            result["losses"].append(measure_loss(case, profile.repeats))
     if "scaling" in parts:
         console.print(f"growth of the head of {profile.scaled}")
-        found = sweeps(profile.shape(profile.scaled), profile.factors, profile.dtype, profile.device, profile.repeats)
-        result["scaling"] = [scaling_record(sweep) for sweep in found]
+        grown = sweeps(profile.shape(profile.scaled), profile.factors, profile.dtype, profile.device, profile.repeats)
+        result["scaling"] = [scaling_record(sweep) for sweep in grown]
     if "steps" in parts:
         from bench.trainers import compare_shape
 
@@ -150,9 +154,9 @@ def _check(result: dict[str, Any], limit: float) -> None:
 
     for record in result["head"]:
         wrong = [f"{row['method']}: {row['note']}" for row in record["rows"] if row["note"].startswith("wrong")]
-        found = min(ratios(record, OURS), default=float("inf"))
-        if found > limit or wrong:
-            print(f"{key(record)}: fastpref took {found:.2f} × the bare products, at most {limit} are allowed; {wrong}")
+        ratio = min(ratios(record, OURS), default=float("inf"))
+        if ratio > limit or wrong:
+            print(f"{key(record)}: fastpref took {ratio:.2f} × the bare products, at most {limit} are allowed; {wrong}")
             raise typer.Exit(1)
 
 
@@ -164,8 +168,8 @@ def _read(path: Path) -> dict[str, Any]:
         return _refuse(f"{file}: not a result of python -m bench: {error}")
 
 
-def _refuse(said: str) -> Any:
-    console.print(f"bench: {said}", style="red", markup=False)
+def _refuse(message: str) -> Any:
+    console.print(f"bench: {message}", style="red", markup=False)
     raise typer.Exit(2)
 
 

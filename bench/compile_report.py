@@ -1,4 +1,4 @@
-"""Compile every kernel for every card, without one, and say what the compiler made of it.
+"""Compile every kernel for every card, without a card, and report the compiler's results.
 
     python -m bench.compile_report docs/kernels.md
 
@@ -101,13 +101,21 @@ def _walk_variants(architecture: int | str) -> Iterator[Variant]:
                 }
                 types: dict[str, str] = dict.fromkeys(("p_hidden", "p_weight", "p_bias", "p_tile"), f"*{dtype}")
                 yield Variant(
-                    architecture, f"walk, {mode}", "all" if full else "", dtype, walk._walk_kernel, constants, types,
-                    tile.warps, tile.stages, tile,
-                )  # fmt: skip
+                    architecture,
+                    f"walk, {mode}",
+                    "all" if full else "",
+                    dtype,
+                    walk._walk_kernel,
+                    constants,
+                    types,
+                    tile.warps,
+                    tile.stages,
+                    tile,
+                )
 
 
 def _helper_variants(architecture: int | str) -> Iterator[Variant]:
-    """The kernels beside the main loop, in the blocks of the launcher."""
+    """The other kernels, in the blocks of the launcher."""
     sixteen = "fp16" if architecture == 75 else "bf16"
     block_v = TILES[architecture][2].full.v
     block_n, block_h = launch.GRADIENT_BLOCK
@@ -142,8 +150,8 @@ def compile_variant(variant: Variant) -> Compiled:
     source = ASTSource(kernel, signature, variant.constants, attributes)
     amd = isinstance(variant.architecture, str)
     target = GPUTarget("hip" if amd else "cuda", variant.architecture, 64 if variant.architecture == "gfx942" else 32)
-    made = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
-    return _read_amd(variant, made) if amd else _read_cuda(variant, made)
+    binary = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
+    return _read_amd(variant, binary) if amd else _read_cuda(variant, binary)
 
 
 def _type(name: str, variant: Variant) -> str:
@@ -158,62 +166,62 @@ def _type(name: str, variant: Variant) -> str:
     return "fp32" if name in ("gain", "cap", "lazy") else "i32"
 
 
-def _read_cuda(variant: Variant, made: Any) -> Compiled:
+def _read_cuda(variant: Variant, binary: Any) -> Compiled:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = subprocess.run(
             [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
         sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    said = usage.stdout + usage.stderr
+    report = usage.stdout + usage.stderr
     return Compiled(
         variant,
-        registers=_number(r"REG:(\d+)", said),
-        spills=_number(r"STACK:(\d+)", said) + _number(r"LOCAL:(\d+)", said),
-        shared=made.metadata.shared,
+        registers=_number(r"REG:(\d+)", report),
+        spills=_number(r"STACK:(\d+)", report) + _number(r"LOCAL:(\d+)", report),
+        shared=binary.metadata.shared,
         products=len(re.findall(rf"\b({TENSOR_CORE[int(variant.architecture)]})", sass)),
         copies=len(re.findall(r"\b(LDGSTS|UTMALDG|UBLKCP)", sass)),
     )
 
 
-def _read_amd(variant: Variant, made: Any) -> Compiled:
-    assembly = made.asm["amdgcn"]
+def _read_amd(variant: Variant, binary: Any) -> Compiled:
+    assembly = binary.asm["amdgcn"]
     return Compiled(
         variant,
         registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
         spills=4 * _number(r"\.vgpr_spill_count:\s+(\d+)", assembly),
-        shared=made.metadata.shared,
+        shared=binary.metadata.shared,
         products=len(re.findall(r"\bv_(w?mfma|wmma)", assembly)),
         copies=0,
     )
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found.group(1)) if found else 0
+    match = re.search(pattern, text)
+    return int(match.group(1)) if match else 0
 
 
 def faults(c: Compiled) -> list[str]:
-    """What keeps a kernel from its card: too much shared memory; on NVIDIA's spills (AMD's are in the table). In a
-    kernel that multiplies also: no tensor cores, and on NVIDIA's no asynchronous copies."""
+    """List the reasons why a kernel does not fit its card: too much shared memory, or spills on NVIDIA's (AMD's are in
+    the table). A kernel that multiplies also needs tensor cores and, on NVIDIA's, asynchronous copies."""
     architecture, limit = c.variant.architecture, SHARED_LIMIT[c.variant.architecture]
-    found = []
+    reasons = []
     if c.spills and isinstance(architecture, int):
-        found.append(f"{c.spills} bytes spilled")
+        reasons.append(f"{c.spills} bytes spilled")
     if c.shared > limit * 1024:
-        found.append(f"{c.shared} bytes of shared memory, the card has {limit} KiB")
+        reasons.append(f"{c.shared} bytes of shared memory, the card has {limit} KiB")
     if not c.variant.multiplies:
-        return found
+        return reasons
     if not c.products and not (architecture == "gfx1100" and c.variant.dtype == "fp32"):  # RDNA 3 has none for float32
-        found.append("no tensor-core instruction")
+        reasons.append("no tensor-core instruction")
     if not c.copies and isinstance(architecture, int):
-        found.append("no asynchronous copy")
-    return found
+        reasons.append("no asynchronous copy")
+    return reasons
 
 
-def page(found: list[Compiled]) -> str:
+def page(compiled: list[Compiled]) -> str:
     """The Markdown page."""
     parts = [
         "# Kernels, compiled",
@@ -224,10 +232,10 @@ def page(found: list[Compiled]) -> str:
         "## The main loop",
         "`_walk_kernel` in all its modes, the plainest and the fullest of each. On Turing the library multiplies, and "
         "the kernel is the epilogue alone.",
-        _walk_table([c for c in found if c.variant.tile is not None]),
-        "## The kernels beside it",
+        _walk_table([c for c in compiled if c.variant.tile is not None]),
+        "## The other kernels",
         "Registers a thread; bytes spilled in brackets, if any.",
-        _helper_table([c for c in found if c.variant.tile is None]),
+        _helper_table([c for c in compiled if c.variant.tile is None]),
         roofline.section(),
     ]
     return "\n\n".join(parts) + "\n"
@@ -237,13 +245,13 @@ def _card(architecture: int | str) -> str:
     return architecture if isinstance(architecture, str) else f"sm_{architecture}"
 
 
-def _walk_table(found: list[Compiled]) -> str:
+def _walk_table(compiled: list[Compiled]) -> str:
     lines = [
         "| card | dtype | mode | bias, softcap, outputs | tile N×V×H, warps, stages | registers | spilled bytes | "
         "shared KiB (limit) | tensor-core instructions | asynchronous copies |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for c in found:
+    for c in compiled:
         v, t = c.variant, c.variant.tile
         assert t is not None
         tile = f"{t.n}×{t.v}×{t.h}, {t.warps}, {t.stages}" if t.fused else f"{t.n}×{t.v}, {t.warps}"
@@ -255,8 +263,8 @@ def _walk_table(found: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def _helper_table(found: list[Compiled]) -> str:
-    cards = list(dict.fromkeys(c.variant.architecture for c in found))
+def _helper_table(compiled: list[Compiled]) -> str:
+    cards = list(dict.fromkeys(c.variant.architecture for c in compiled))
     lines = [
         "| kernel | configuration | elements | " + " | ".join(map(_card, cards)) + " |",
         "|---|---|---|" + "---|" * len(cards),
@@ -266,7 +274,7 @@ def _helper_table(found: list[Compiled]) -> str:
         dtype = c.variant.dtype
         return c.variant.name, c.variant.what, "32 bits" if dtype == "fp32" else "16 bits"
 
-    for (name, what, dtype), group in groupby(sorted(found, key=row), key=row):
+    for (name, what, dtype), group in groupby(sorted(compiled, key=row), key=row):
         cells = {c.variant.architecture: f"{c.registers}" + (f" ({c.spills})" if c.spills else "") for c in group}
         lines.append(f"| {name} | {what} | {dtype} | " + " | ".join(cells[card] for card in cards) + " |")
     return "\n".join(lines)
@@ -275,11 +283,11 @@ def _helper_table(found: list[Compiled]) -> str:
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("compile_report: unset TRITON_INTERPRET, which replaces the kernels by an interpreter")
-    found = [compile_variant(variant) for variant in variants()]
-    wrong = [f"{c.variant}: {', '.join(faults(c))}" for c in found if faults(c)]
+    compiled = [compile_variant(variant) for variant in variants()]
+    wrong = [f"{c.variant}: {', '.join(faults(c))}" for c in compiled if faults(c)]
     if wrong:
         raise SystemExit("\n".join(wrong))
-    Path(sys.argv[1]).write_text(page(found), encoding="utf-8")
+    Path(sys.argv[1]).write_text(page(compiled), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a result belongs to: the machine, the versions, the commit."""
+"""The circumstances of a result: the machine, the versions, the commit."""
 
 import importlib.metadata
 import platform
@@ -21,7 +21,7 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := version(name)) is not None},
+        "versions": {name: number for name in PACKAGES if (number := version(name)) is not None},
         "commit": commit(),
     }
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -29,6 +29,10 @@ class Case:
     dtype: torch.dtype
     device: str
 
+    @property
+    def name(self) -> str:
+        return f"{self.shape.model} {self.objective.name} {self.passes}"
+
     def problem(self) -> Problem:
         return make_problem(self.shape, self.dtype, self.device, trained=self.passes == "trained")
 
@@ -50,6 +54,11 @@ class Row:
     @property
     def median(self) -> float:
         return statistics.median(self.ms)
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON holds it, with quantiles if it was timed."""
+        times = {f"p{share}": self.quantile(share / 100) for share in (20, 50, 80)} if self.ms else {}
+        return asdict(self) | times
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -83,15 +92,15 @@ def float64_logps(problem: Problem, hidden: Tensor) -> Tensor:
         checkpoint(part, some, wanted, problem.weight, use_reentrant=False)
         for some, wanted in zip(rows.split(FLOAT64_ROWS), targets.split(FLOAT64_ROWS), strict=True)
     ]
-    found = torch.cat([part for part in parts if isinstance(part, Tensor)])
-    return found.new_zeros(problem.labels.shape).masked_scatter(problem.scored, found)
+    logp = torch.cat([part for part in parts if isinstance(part, Tensor)])
+    return logp.new_zeros(problem.labels.shape).masked_scatter(problem.scored, logp)
 
 
 def errors(rows: Sequence[Row], methods: Sequence[Method], case: Case) -> None:
-    """Note each method's errors against float64, and take those for wrong that err more than torch itself does.
+    """Record each method's errors against float64, and mark methods as wrong whose errors exceed torch's own.
 
-    The bound is twice the error of all logits in the same dtype, and beside it a rounding of that dtype or 64 of
-    float32, in which the sums of hundreds of tokens are.
+    The bound is twice the error of all logits in the same dtype, plus one rounding of that dtype or 64 of
+    float32, in which the sums over hundreds of tokens are computed.
     """
     shape = case.shape
     few = replace(shape, length=shape.prompt + min(CHECKED_TOKENS, shape.length - shape.prompt))
@@ -103,24 +112,24 @@ def errors(rows: Sequence[Row], methods: Sequence[Method], case: Case) -> None:
             row.note = "not installed"
             continue
         try:
-            found = run(method, problem, case.objective, backward=case.passes != "forward")
+            result = run(method, problem, case.objective, backward=case.passes != "forward")
         except Unsupported as reason:
             row.note = str(reason)
             continue
-        row.value_error = float((found.value.double() - truth.value).abs() / truth.value.abs())
-        pairs = zip(found.grads, truth.grads, strict=True)
+        row.value_error = float((result.value.double() - truth.value).abs() / truth.value.abs())
+        pairs = zip(result.grads, truth.grads, strict=True)
         row.grad_error = max((float((a.double() - b).norm() / b.norm()) for a, b in pairs), default=None)
     torch_itself = next(row for row in rows if row.method == "all logits")
     if torch_itself.value_error is None:
         return
     rounding = max(torch.finfo(case.dtype).eps, 64 * torch.finfo(torch.float32).eps)
     for row in rows:
-        for what, found, theirs in (
+        for what, error, theirs in (
             ("loss", row.value_error, torch_itself.value_error),
             ("gradient", row.grad_error, torch_itself.grad_error),
         ):
-            if found is not None and theirs is not None and not found <= 2 * theirs + rounding:
-                row.note = f"wrong: {what} off by {found:.1e}"
+            if error is not None and theirs is not None and not error <= 2 * theirs + rounding:
+                row.note = f"wrong: {what} off by {error:.1e}"
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -136,9 +145,9 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None
-    found = profiler.profiler.kineto_results
-    assert found is not None
-    memory: Any = [event for event in found.events() if event.name() == "[memory]"]
+    results = profiler.profiler.kineto_results
+    assert results is not None
+    memory: Any = [event for event in results.events() if event.name() == "[memory]"]
     moves = sorted((event.start_ns(), event.nbytes()) for event in memory)
     held = peak = 0
     for _, size in moves:
@@ -151,14 +160,18 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
 
 
 def timed(step: Callable[[], object], device: str) -> float:
-    """Milliseconds of one step."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Milliseconds of one step; on a GPU between two events of its stream, without the host's time before and after."""
+    if device == "cpu":
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1000
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
     step()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1000
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 class Subject(Protocol):
@@ -195,9 +208,9 @@ def measure(
     *,
     check: bool = True,
 ) -> list[Row]:
-    """All methods on one case, in turn, so that whatever else the machine does meets all of them.
+    """Measure all methods on one case, in turn, so that other load on the machine affects all of them.
 
-    The first row is the yardstick. A method that is not installed, cannot do it, is wrong or out of memory says so.
+    The first row is the yardstick. A method that is not installed, unsupported, wrong or out of memory has a note.
     """
     rows = [Row(method.name, note="" if method.installed else "not installed") for method in methods]
     if check:

@@ -1,7 +1,7 @@
-"""The ways to compute a head's log-probabilities and losses, each called as its own documentation says.
+"""The ways to compute a head's log-probabilities and losses, each called as its documentation says.
 
-A method is a function from a problem and an objective to the loss, a scalar that can be differentiated. What a method
-cannot compute raises Unsupported, with the reason that stands in the table.
+A method is a function from a problem and an objective to the loss, a scalar that can be differentiated. A
+method raises Unsupported, with the reason that the table shows, for what it cannot compute.
 """
 
 import importlib.util
@@ -69,13 +69,13 @@ def trl_chunked(problem: Problem, hidden: Tensor) -> Tensor:
     compact = hidden.device.type == "cuda"
     rows = hidden[scored] if compact else hidden.flatten(0, 1)
     targets = problem.labels[scored] if compact else problem.labels.clamp(min=0).flatten()
-    found, *_ = ChunkedLogProbFunction.apply(
+    logp, *_ = ChunkedLogProbFunction.apply(
         rows, problem.weight, None, targets, 1.0, TRL_CHUNK, problem.softcap, 1.0, ()
     )
-    assert isinstance(found, Tensor)
+    assert isinstance(logp, Tensor)
     if compact:
-        return found.new_zeros(scored.shape).masked_scatter(scored, found)
-    return found.view(scored.shape).masked_fill(~scored, 0)
+        return logp.new_zeros(scored.shape).masked_scatter(scored, logp)
+    return logp.view(scored.shape).masked_fill(~scored, 0)
 
 
 def torch_fused(problem: Problem, hidden: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def torch_fused(problem: Problem, hidden: Tensor) -> Tensor:
         raise Unsupported("not in this torch")
     if problem.softcap is not None:
         raise Unsupported("no softcap")
-    found = torch.nn.functional.linear_cross_entropy(
+    losses = torch.nn.functional.linear_cross_entropy(
         hidden.flatten(0, 1),
         problem.weight,
         problem.labels.flatten(),
@@ -92,14 +92,14 @@ def torch_fused(problem: Problem, hidden: Tensor) -> Tensor:
         ignore_index=IGNORED,
         options=torch.nn.LinearCrossEntropyOptions(),
     )
-    return -found.view(problem.labels.shape)
+    return -losses.view(problem.labels.shape)
 
 
 def cut_cross_entropy(problem: Problem, hidden: Tensor) -> Tensor:
     """Its kernels on a GPU; elsewhere it compiles all logits of the scored positions."""
     from cut_cross_entropy import linear_cross_entropy
 
-    found = linear_cross_entropy(
+    losses = linear_cross_entropy(
         hidden,
         problem.weight,
         problem.labels,
@@ -108,7 +108,7 @@ def cut_cross_entropy(problem: Problem, hidden: Tensor) -> Tensor:
         reduction="none",
         impl="cce" if hidden.device.type == "cuda" else "torch_compile",
     )
-    return -found.float()
+    return -losses.float()
 
 
 # --- methods that give losses -----------------------------------------------------------------------------------------
@@ -158,14 +158,14 @@ def liger(problem: Problem, objective: Objective) -> Tensor:
         return chunked_loss.LigerFusedLinearDPOLoss(beta=objectives.BETA)(weight, hidden, labels, **reference)[0]
     if objective is KTO:
         desirable = torch.arange(len(labels), device=labels.device) < len(labels) // 2
-        made = chunked_loss.LigerFusedLinearKTOLoss(beta=objectives.BETA, use_ref_model=True)
-        return made(hidden, weight, labels, preference_labels=desirable, **reference)[0]
+        loss = chunked_loss.LigerFusedLinearKTOLoss(beta=objectives.BETA, use_ref_model=True)
+        return loss(hidden, weight, labels, preference_labels=desirable, **reference)[0]
     if objective is ORPO:
         return chunked_loss.LigerFusedLinearORPOLoss(beta=objectives.BETA)(weight, hidden, labels)[0]
-    made = chunked_loss.LigerFusedLinearSimPOLoss(
+    loss = chunked_loss.LigerFusedLinearSimPOLoss(
         beta=objectives.SIMPO_BETA, gamma=objectives.SIMPO_GAMMA, compute_nll_loss=False
     )
-    return made(weight, hidden, labels)[0]
+    return loss(weight, hidden, labels)[0]
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

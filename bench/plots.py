@@ -10,16 +10,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
+from bench.engines import ENGINES
 from bench.measure import BARE
 from bench.results import ratios, spread, title
-from bench.trainers import ENGINES
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write every plot the result has numbers for. Returns the PNG files."""
+    """Write every plot that the result has numbers for. Returns the PNG files."""
     frozen = [record for record in result["head"] if (record["objective"], record["passes"]) == ("tokens", "frozen")]
     losses = [record for record in result["head"] if record["objective"] != "tokens"]
     plots = []
@@ -61,22 +61,32 @@ def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> An
             row = next(row for row in record["rows"] if row["method"] == method)
             if not row["ms"] or row["note"]:
                 continue
-            found = ratios(record, method)
+            values = ratios(record, method)
             xs.append(at + (place - (len(methods) - 1) / 2) * width)
-            ys.append(median(found) if what == "time" else row["bytes"] / 2**20)
-            errors.append(spread(found) if what == "time" else 0)
+            ys.append(median(values) if what == "time" else row["bytes"] / 2**20)
+            errors.append(spread(values) if what == "time" else 0)
         colour = COLOURS[place % len(COLOURS)]
-        axes.bar(xs, ys, width * 0.92, label=method, color=colour, zorder=2,
-                 yerr=errors if what == "time" else None, error_kw={"linewidth": 0.8})  # fmt: skip
+        axes.bar(
+            xs,
+            ys,
+            width * 0.92,
+            label=method,
+            color=colour,
+            zorder=2,
+            yerr=errors if what == "time" else None,
+            error_kw={"linewidth": 0.8},
+        )
     if what == "time":
         axes.axhline(1, color="black", linewidth=1, linestyle="--", label="bare matrix products", zorder=3)
         axes.set_ylabel("time, × bare matrix products")
     else:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_ylabel("memory beside the inputs, MiB (log scale)")
-    names = [record[by].upper() if by == "objective" else f"{record[by]}\n{record['vocab']:,} × {record['hidden']:,}"
-             for record in records]  # fmt: skip
+        axes.set_ylabel("memory over the inputs, MiB (log scale)")
+    names = [
+        record[by].upper() if by == "objective" else f"{record[by]}\n{record['vocab']:,} × {record['hidden']:,}"
+        for record in records
+    ]
     axes.set_xticks(range(len(records)), names, fontsize=9)
     _finish(axes, heading)
     return figure
@@ -98,7 +108,7 @@ def _growth(sweeps: list[dict[str, Any]]) -> Any:
                 axes.set_ylim(min(values) / 2, max(values) * 2)
             axes.set_xlabel(f"{sweep['name']}, {sweep['unit']}")
             if column == 0:
-                axes.set_ylabel(f"{'time' if what == 'ms' else 'memory beside the inputs'}, {unit}")
+                axes.set_ylabel(f"{'time' if what == 'ms' else 'memory over the inputs'}, {unit}")
             axes.grid(alpha=0.3)
             axes.legend(loc="upper left", frameon=False)
     figure.suptitle("fastpref's head, forward and backward, frozen: growth of time and memory (log scales)")
@@ -107,7 +117,9 @@ def _growth(sweeps: list[dict[str, Any]]) -> Any:
 
 
 def _steps(steps: list[dict[str, Any]]) -> Any:
-    engines = list(dict.fromkeys(found["engine"] for step in steps for found in step["engines"] if "note" not in found))
+    engines = list(
+        dict.fromkeys(result["engine"] for step in steps for result in step["engines"] if "note" not in result)
+    )
     figure, grid = plt.subplots(1, 2, figsize=(max(10, 1.6 * len(steps) + 6), 4.8))
     for axes, what, label in (
         (grid[0], "pairs_per_second", "pairs/s, × TRL"),
@@ -117,10 +129,10 @@ def _steps(steps: list[dict[str, Any]]) -> Any:
         for place, engine in enumerate(engines):
             xs, ys = [], []
             for at, step in enumerate(steps):
-                found = {e["engine"]: e for e in step["engines"] if "note" not in e}
-                if engine in found:
+                results = {e["engine"]: e for e in step["engines"] if "note" not in e}
+                if engine in results:
                     xs.append(at + (place - (len(engines) - 1) / 2) * width)
-                    ys.append(found[engine][what] / found["trl"][what])
+                    ys.append(results[engine][what] / results["trl"][what])
             colour = {"fastpref": 0, "trl": 1, "trl-patched": 2, "trl-liger": 3}[engine]
             bars = axes.bar(xs, ys, width * 0.92, label=ENGINES[engine], color=COLOURS[colour], zorder=2)
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)

@@ -1,4 +1,4 @@
-"""What the head benchmarks compute on: shapes of real models, and random tensors."""
+"""The inputs of the head benchmarks: shapes of real models, and random tensors."""
 
 from dataclasses import dataclass
 

@@ -1,9 +1,11 @@
-"""What a profile of `python -m bench` measures."""
+"""The profiles of `python -m bench`: the cases that each measures."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from bench.measure import Case
 from bench.objectives import DPO, KTO, ORPO, SIMPO, TOKENS, Objective
 from bench.problems import SHAPES, Shape
 from bench.step_data import StepShape
@@ -22,7 +24,7 @@ class HeadCases:
 @dataclass(frozen=True)
 class Profile:
     name: str
-    divisor: int  # of the heads' vocabularies; their width stays, for it decides what the softmax costs beside it
+    divisor: int  # of the heads' vocabularies; their width stays, because it decides the share of the softmax
     repeats: int
     heads: tuple[HeadCases, ...]
     tokens: tuple[int, int, int]  # pairs, length, prompt of a head's problem
@@ -30,6 +32,7 @@ class Profile:
     factors: tuple[int, ...]
     steps: tuple[StepShape, ...]
     methods: tuple[str, ...]
+    losses: tuple[int, int]  # pairs, and tokens of a response, of the losses without their head
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -37,6 +40,17 @@ class Profile:
         known = next(shape for shape in SHAPES if shape.model == model)
         pairs, length, prompt = self.tokens
         return replace(known, vocab=known.vocab // self.divisor, pairs=pairs, length=length, prompt=prompt)
+
+    def cases(self, words: Sequence[str] = ()) -> list[Case]:
+        """The cases of the head, those whose name has all of the words."""
+        everything = [
+            Case(self.shape(model), objective, passes, self.dtype, self.device)
+            for heads in self.heads
+            for model in heads.models
+            for objective in heads.objectives
+            for passes in heads.passes
+        ]
+        return [case for case in everything if set(words) <= set(case.name.split())]
 
     @property
     def rule(self) -> str:
@@ -49,7 +63,7 @@ class Profile:
             "and not scored. Bare products are the matrix products that nothing can do without, over the scored tokens "
             "and nothing else; × bare is the median of the ratios of each turn, ± the distance of p20 or p80, the "
             "larger. DPO and KTO compute the reference's head too. Extra MiB is the most that torch's allocator held "
-            f"beside the inputs. {self.repeats} turns."
+            f"in addition to the inputs. {self.repeats} turns."
         )
 
 
@@ -63,6 +77,7 @@ TINY = Profile(
     factors=(1, 2),
     steps=(StepShape(hidden=64, layers=2, vocab=2048, length=96, prompt_share=0.5, batch=2, rows=4),),
     methods=("orpo",),
+    losses=(2, 64),
 )
 _STEP = StepShape(hidden=256, layers=4, vocab=16384, length=256, prompt_share=0.5, batch=2, rows=8)
 QUICK = Profile(
@@ -79,6 +94,7 @@ QUICK = Profile(
     factors=(1, 2, 4),
     steps=(_STEP,),
     methods=("dpo", "orpo"),
+    losses=(8, 256),
 )
 FULL = Profile(
     name="full",
@@ -100,6 +116,7 @@ FULL = Profile(
         _STEP.but(batch=4),
     ),
     methods=("dpo", "ipo", "kto", "orpo", "simpo"),
+    losses=(16, 1024),
 )
 _GPU_STEP = StepShape(hidden=1024, layers=16, vocab=128256, length=1024, prompt_share=0.5, batch=8, rows=64)
 GPU = Profile(
@@ -121,6 +138,7 @@ GPU = Profile(
         _GPU_STEP.but(batch=16),
     ),
     methods=FULL.methods,
+    losses=(64, 1024),
     dtype=torch.bfloat16,
     device="cuda",
 )

@@ -1,4 +1,4 @@
-"""Results as they are kept (JSON), read (Markdown), and set side by side."""
+"""Results as JSON and Markdown, and comparisons of two results."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.losses import losses_table
 from bench.measure import BARE, Case, Row
 from bench.scaling import Sweep
 
@@ -19,15 +20,7 @@ def head_record(case: Case, rows: list[Row]) -> dict[str, Any]:
         "model": shape.model, "hidden": shape.hidden, "vocab": shape.vocab, "softcap": shape.softcap,
         "positions": shape.positions, "scored": shape.scored, "objective": case.objective.name,
         "passes": case.passes, "dtype": str(case.dtype).removeprefix("torch."),
-        "rows": [_row(row) for row in rows],
-    }  # fmt: skip
-
-
-def _row(row: Row) -> dict[str, Any]:
-    times = {"p20": row.quantile(0.2), "p50": row.quantile(0.5), "p80": row.quantile(0.8)} if row.ms else {}
-    return {
-        "method": row.method, "ms": row.ms, **times, "bytes": row.bytes, "value_error": row.value_error,
-        "grad_error": row.grad_error, "note": row.note,
+        "rows": [row.record() for row in rows],
     }  # fmt: skip
 
 
@@ -60,7 +53,7 @@ def spread(values: list[float]) -> float:
 
 def markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
         f"# Benchmarks: `{result['command']}`",
         "",
@@ -74,6 +67,8 @@ def markdown(result: dict[str, Any]) -> str:
     for objective, passes in kinds:
         records = [r for r in result["head"] if (r["objective"], r["passes"]) == (objective, passes)]
         lines += ["", f"## {title(objective, passes)}", "", *_head_table(records)]
+    if result.get("losses"):
+        lines += ["", "## Losses without their head", "", *losses_table(result["losses"])]
     if result["scaling"]:
         lines += ["", "## Growth of fastpref's head", "", *_scaling_table(result["scaling"])]
     if result["steps"]:
@@ -103,8 +98,8 @@ def _head_table(records: list[dict[str, Any]]) -> list[str]:
                 lines.append(f"| {name} | {row['method']} | {row['note']} | | | | |")
                 continue
             wrong = bool(row["note"])
-            found = ratios(record, row["method"])
-            ratio = row["note"] if wrong else f"{median(found):.2f} ± {spread(found):.2f}"
+            values = ratios(record, row["method"])
+            ratio = row["note"] if wrong else f"{median(values):.2f} ± {spread(values):.2f}"
             lines.append(
                 f"| {name} | {row['method']} | {row['p50']:.1f} ({row['p20']:.1f} to {row['p80']:.1f}) | {ratio} | "
                 f"{row['bytes'] / 2**20:.1f} | {_error(row['value_error'])} | {_error(row['grad_error'])} |"
@@ -122,7 +117,7 @@ def _head_table(records: list[dict[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Against:
-    """fastpref beside the best of the others that are right."""
+    """fastpref against the best of the other correct methods."""
 
     fastest: str
     speedup: float
@@ -141,8 +136,8 @@ def against(record: dict[str, Any]) -> Against | None:
     return Against(fastest["method"], fastest["p50"] / ours["p50"], leanest["method"], memory)
 
 
-def _error(found: float | None) -> str:
-    return "" if found is None else f"{found:.0e}"
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"
 
 
 def _scaling_table(sweeps: list[dict[str, Any]]) -> list[str]:
@@ -165,16 +160,16 @@ def _steps_table(steps: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for step in steps:
-        base = next(found for found in step["engines"] if found["engine"] == "trl")
-        for found in step["engines"]:
-            if "note" in found:
-                lines.append(f"| {step['what']} | {step['method']} | {found['engine']} | {found['note']} | | | | | |")
+        base = next(result for result in step["engines"] if result["engine"] == "trl")
+        for one in step["engines"]:
+            if "note" in one:
+                lines.append(f"| {step['what']} | {step['method']} | {one['engine']} | {one['note']} | | | | | |")
                 continue
-            energy = f", {found['joules_a_pair']:.1f} J a pair" if found.get("joules_a_pair") else ""
+            energy = f", {one['joules_a_pair']:.1f} J a pair" if one.get("joules_a_pair") else ""
             lines.append(
-                f"| {step['what']} | {step['method']} | {found['engine']} | {found['pairs_per_second']:.3f}{energy} | "
-                f"{found['pairs_per_second'] / base['pairs_per_second']:.2f} | {found['tokens_per_second']:.0f} | "
-                f"{found['peak'] / 1e6:,.0f} MB | {found['peak'] / base['peak']:.2f} | {found['loss']:.4f} |"
+                f"| {step['what']} | {step['method']} | {one['engine']} | {one['pairs_per_second']:.3f}{energy} | "
+                f"{one['pairs_per_second'] / base['pairs_per_second']:.2f} | {one['tokens_per_second']:.0f} | "
+                f"{one['peak'] / 1e6:,.0f} MB | {one['peak'] / base['peak']:.2f} | {one['loss']:.4f} |"
             )
     return lines
 
@@ -207,18 +202,20 @@ class Change:
 
 def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -> list[Change]:
     """Times over the bare products', and memory, of every case that both results hold."""
-    found = []
+    result = []
     theirs = {key(record): record for record in before["head"]}
     for record in after["head"]:
         old = theirs.get(key(record))
         if old is None or (old["hidden"], old["vocab"], old["scored"]) != (
-            record["hidden"], record["vocab"], record["scored"],
-        ):  # fmt: skip
+            record["hidden"],
+            record["vocab"],
+            record["scored"],
+        ):
             continue
         a, b = ratios(old, method), ratios(record, method)
         if a and b:
-            found.append(Change(key(record), "× bare", median(a), median(b), spread(a) + spread(b)))
+            result.append(Change(key(record), "× bare", median(a), median(b), spread(a) + spread(b)))
         was, now = (next((r["bytes"] for r in x["rows"] if r["method"] == method), None) for x in (old, record))
         if was and now:
-            found.append(Change(key(record), "MiB", was / 2**20, now / 2**20, 0.01))
-    return found
+            result.append(Change(key(record), "MiB", was / 2**20, now / 2**20, 0.01))
+    return result

@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
-import zipfile
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -18,11 +18,11 @@ ROOT = Path(__file__).parent.parent
 
 
 class UnknownRevision(Exception):
-    """What git says of it."""
+    """git's message about a revision that it does not know."""
 
 
 class Revision:
-    """The `fastpref` and `kernels` of a revision, or of the files as they are, for as long as the context lasts.
+    """The `fastpref` and `kernels` of a revision, or of the files as they are, as long as the context lasts.
 
     Two revisions are compared in two such processes: in the one that asks, threads wait busily for its next step.
     """
@@ -35,16 +35,20 @@ class Revision:
         self._folder = tempfile.TemporaryDirectory()
         place = Path(self._folder.name) if self._committed else ROOT
         if self._committed:
-            archive = ["git", "archive", "--format=zip", self.name, "fastpref", "kernels"]
+            archive = ["git", "archive", "--format=tar", self.name, "fastpref", "kernels"]
             tree = subprocess.run(archive, cwd=ROOT, capture_output=True)
             if tree.returncode:
                 raise UnknownRevision(tree.stderr.decode().strip())
-            zipfile.ZipFile(BytesIO(tree.stdout)).extractall(place)
+            with tarfile.open(fileobj=BytesIO(tree.stdout)) as files:  # a zip file would lose the link to the kernels
+                files.extractall(place, filter="data")
         path = os.pathsep.join([str(place), str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bench.worker"],  # -P: the folder it is started in comes not first
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path},
-        )  # fmt: skip
+            [sys.executable, "-P", "-m", "bench.worker"],  # -P: the current folder does not come first on the path
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
         used = self._ask({"ask": "where"})
         assert Path(used).is_relative_to(place), used
         return self
@@ -81,5 +85,5 @@ class Revision:
         print(json.dumps(what), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.name} cannot run this benchmark; its process says why above")
+            raise RuntimeError(f"{self.name} cannot run this benchmark; its process printed the reason above")
         return json.loads(answer)

@@ -1,8 +1,8 @@
 """A model, not a measurement: how long the kernels of the head take at best on a card.
 
 For every launch the multiplications and the bytes to and from memory are counted from the launch parameters; it takes
-at least the longer of operations/peak and bytes/bandwidth. Left out: the time to start a kernel, exponentials beside
-products (they run on another unit), and everything a cache gets wrong.
+at least the longer of operations/peak and bytes/bandwidth. The model leaves out the time to start a
+kernel, exponentials next to products (they run on another unit), and every miss of a cache.
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ class Launch:
 
 
 def launches(head: HeadShape, architecture: int, *, mode: str) -> Iterator[Launch]:
-    """What `linear_logprob` launches for 8,192 bfloat16 rows.
+    """List the launches of `linear_logprob` for 8,192 bfloat16 rows.
 
     mode "no gradient" is the statistics alone; "frozen head" a forward and backward pass; "trained head" the same with
     the weight's gradient.
@@ -112,7 +112,7 @@ def section() -> str:
         "every launch, counted from the launch parameters, over the card's published limits (dense bfloat16 products "
         "and memory: "
         + "; ".join(f"{c.name} {c.tflops:g} TFLOP/s, {c.gbytes:g} GB/s" for c in CARDS)
-        + "), beside the bare matrix products of the same size. `bench/roofline.py` says what is left out.",
+        + "), next to the bare matrix products of the same size. `bench/roofline.py` says what is left out.",
         "",
         "| head | card | pass | products | ms at best | of operations alone | of memory alone | bare products, ms | "
         "ratio |",
@@ -121,10 +121,10 @@ def section() -> str:
     for head in HEADS:
         for card in CARDS:
             for mode, count in _MODES.items():
-                made = list(launches(head, card.architecture, mode=mode))
-                total = sum(launch.seconds(card) for launch in made)
-                operations = sum(launch.operations for launch in made) / (card.tflops * 1e12)
-                memory = sum(launch.bytes for launch in made) / (card.gbytes * 1e9)
+                plan = list(launches(head, card.architecture, mode=mode))
+                total = sum(launch.seconds(card) for launch in plan)
+                operations = sum(launch.operations for launch in plan) / (card.tflops * 1e12)
+                memory = sum(launch.bytes for launch in plan) / (card.gbytes * 1e9)
                 bare = bare_products(head, card, count=count)
                 lines.append(
                     f"| {head.name} ({head.vocabulary:,} × {head.width:,}) | {card.name} | {mode} | {count} | "

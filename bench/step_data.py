@@ -1,10 +1,13 @@
-"""A model of random weights and rows of random words, for whole steps without a hub and with every size at will."""
+"""The inputs of whole steps: a model of random weights with rows of random words, or the rows of a file."""
 
 import json
 import random
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import typer
 
 TOKENIZER = Path(__file__).parent.parent / "examples" / "quickstart" / "model"
 
@@ -75,3 +78,69 @@ def make_rows(shape: StepShape) -> list[dict[str, Any]]:
 
 def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- rows of a file ---------------------------------------------------------------------------------------------------
+
+
+def choose_rows(model: str, file: Path, count: int, max_length: int, prompts: str = "all") -> list[dict[str, Any]]:
+    """The first `count` pairs that fit without a cut, as prompt, chosen and rejected messages.
+
+    `prompts`: of the pairs that fit, only the half whose prompt is the larger share of their tokens ("heavy"), or the
+    smaller ("light").
+    """
+    import datasets
+    from transformers import AutoTokenizer
+
+    from fastpref.data.rows.formats import Paired, detect
+
+    if prompts not in ("all", "heavy", "light"):
+        raise typer.BadParameter(f"--prompts {prompts}: known are all, heavy and light")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    table = datasets.load_dataset("json", data_files=str(file), split="train")
+    form = detect(table[0])
+    if form is None:
+        raise typer.BadParameter(f"{file}: not a file of pairs")
+
+    def tokens(messages: Any) -> int:
+        return len(tokenizer(str(tokenizer.apply_chat_template([*messages], tokenize=False))).input_ids)
+
+    fitting: list[tuple[float, dict[str, Any]]] = []
+    for raw in table:
+        pair = form.read(raw)  # pyright: ignore[reportArgumentType]
+        if not isinstance(pair, Paired) or isinstance(pair.prompt, str):
+            raise typer.BadParameter(f"{file}: chats with chosen and rejected are needed")
+        lengths = [tokens([*pair.prompt, *side]) for side in (pair.chosen, pair.rejected)]
+        if max(lengths) <= max_length:
+            share = 2 * tokens(pair.prompt) / sum(lengths)
+            fitting.append((share, {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}))
+        if prompts == "all" and len(fitting) == count:
+            break
+    if prompts != "all":
+        middle = statistics.median(share for share, _ in fitting)
+        fitting = [(share, row) for share, row in fitting if (share >= middle) == (prompts == "heavy")]
+    if len(fitting) < count:
+        raise typer.BadParameter(f"{file}: only {len(fitting)} pairs fit in {max_length} tokens, {count} are wanted")
+    return [row for _, row in fitting[:count]]
+
+
+def split_pairs(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every pair as two rows of KTO's."""
+    return [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]
+
+
+def count_tokens(model: str, pairs: list[dict[str, Any]]) -> int:
+    """Tokens of prompt with response, of both responses, without padding: what a step is given, whoever takes it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    texts = [
+        tokenizer.apply_chat_template([*p["prompt"], *p[side]], tokenize=False)
+        for p in pairs
+        for side in ("chosen", "rejected")
+    ]
+    return sum(len(ids) for ids in tokenizer([str(text) for text in texts]).input_ids)

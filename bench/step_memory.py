@@ -1,4 +1,4 @@
-"""What a training step takes by the count, without weights, data or a card: the table of docs/memory.md.
+"""Counts what a training step takes, without weights, data or a GPU: the table of docs/memory.md.
 
     python bench/step_memory.py
 

@@ -34,7 +34,7 @@ CHATML = (
 )
 
 
-# --- What is tokenized ---------------------------------------------------------------------------------------------
+# --- Rows and a tokenizer -----------------------------------------------------------------------------------------
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -125,18 +125,18 @@ def _measure(work: Callable[[], int]) -> dict[str, float]:
     """Rows, seconds, and MiB that memory grew by at its peak: resident, and without the pages of mapped files."""
     before, anonymous = _resident_peak(), _anonymous()
     began, computed = time.perf_counter(), time.process_time()
-    highest, done = anonymous, threading.Event()
+    highest, finished = anonymous, threading.Event()
 
     def watch() -> None:
         nonlocal highest
-        while not done.wait(0.05):
+        while not finished.wait(0.05):
             highest = max(highest, _anonymous())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     rows = work()
     seconds, cpu = time.perf_counter() - began, time.process_time() - computed
-    done.set()
+    finished.set()
     watcher.join()
     return {
         "rows": rows,
@@ -185,16 +185,16 @@ def compare(
         if not model:
             model = str(Path(temporary) / "model")
             write_tokenizer(Path(model), Path(data))
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in ENGINES}
         for _ in range(repeats):
             for name in ENGINES:
-                found[name].append(_one(name, model, data, temporary))
+                results[name].append(_one(name, model, data, temporary))
         size = Path(data).stat().st_size / 2**20
     console = Console()
-    console.print(f"{found['map'][0]['rows']:.0f} rows, {size:.0f} MiB; {os.cpu_count()} cores")
+    console.print(f"{results['map'][0]['rows']:.0f} rows, {size:.0f} MiB; {os.cpu_count()} cores")
     table = Table("", "rows/s", "ratio", "ratio, CPU time", "memory +MiB", "of it no file's")
-    plain, plain_cpu = _median(found["map"], "seconds"), _median(found["map"], "cpu")
-    for name, runs in found.items():
+    plain, plain_cpu = _median(results["map"], "seconds"), _median(results["map"], "cpu")
+    for name, runs in results.items():
         seconds = _median(runs, "seconds")
         table.add_row(
             name,
@@ -211,10 +211,12 @@ def _one(engine: str, model: str, data: str, temporary: str) -> dict[str, float]
     with tempfile.TemporaryDirectory(dir=temporary) as folder:
         arguments = ["--engine", engine, "--model", model, "--data", data, "--folder", folder]
         environment = os.environ | {"HF_HOME": folder, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{engine} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        process = subprocess.run(
+            [sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment
+        )
+    if process.returncode:
+        raise RuntimeError(f"{engine} failed:\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def _median(runs: list[dict[str, float]], name: str) -> float:

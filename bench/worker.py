@@ -17,17 +17,17 @@ def main() -> None:
     ours = next(method for method in METHODS if method.name == "fastpref")
     ready: Local | None = None
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         answer: Any = None
-        if asked["ask"] == "where":
+        if request["ask"] == "where":
             answer = fastpref.__file__
-        elif asked["ask"] == "take":
-            objective = next(known for known in OBJECTIVES if known.name == asked["objective"])
-            dtype = getattr(torch, asked["dtype"])
-            case = Case(Shape(**asked["shape"]), objective, asked["passes"], dtype, asked["device"])
+        elif request["ask"] == "take":
+            objective = next(known for known in OBJECTIVES if known.name == request["objective"])
+            dtype = getattr(torch, request["dtype"])
+            case = Case(Shape(**request["shape"]), objective, request["passes"], dtype, request["device"])
             ready = subject(ours, case, case.problem())
         elif ready is not None:
-            answer = getattr(ready, asked["ask"])()
+            answer = getattr(ready, request["ask"])()
         print(json.dumps(answer), flush=True)
 
 

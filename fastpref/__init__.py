@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from fastpref.config import Config, load_config
     from fastpref.errors import UserError
     from fastpref.kernels.head_weight import FourBitWeight, OffloadedWeight
-    from fastpref.losses.token_loss import PreferenceLoss, preference_loss
+    from fastpref.losses.result import PreferenceLoss
+    from fastpref.losses.token_loss import preference_loss
     from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
     from fastpref.patch import Patch, patch, unpatch
     from fastpref.training.loop import RunResult
@@ -56,7 +57,7 @@ _HOME = {
     "linear_logprob": "fastpref.ops",
     "Patch": "fastpref.patch",
     "unpatch": "fastpref.patch",
-    "PreferenceLoss": "fastpref.losses.token_loss",
+    "PreferenceLoss": "fastpref.losses.result",
     "preference_loss": "fastpref.losses.token_loss",
     "RunResult": "fastpref.training.loop",
     "train": "fastpref.training.start",

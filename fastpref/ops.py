@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.arguments import Arguments, is_number
 from fastpref.kernels import linear_logprob_op as op
 from fastpref.kernels.head_weight import DenseWeight, FourBitWeight, HeadWeight, OffloadedWeight, WidenedWeight
 
 __all__ = [
-    "BACKENDS",
     "OUTPUTS",
     "DenseWeight",
     "FourBitWeight",
@@ -23,12 +23,12 @@ __all__ = [
     "linear_logprob",
 ]
 OUTPUTS = ("entropy", "mean_logit", "log_sum_sq_probs", "is_top1")
-BACKENDS = ("auto", "torch", "triton")
+_ARGUMENTS = Arguments("linear_logprob", like="hidden")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class TokenLogprobs(NamedTuple):
-    """Per scored token, float32 [N] (float64 if the hidden states are), None where not asked for.
+    """Per scored token, float32 [N] (float64 if the hidden states are), None where not requested.
 
     Only `logp` is differentiable.
     """
@@ -44,7 +44,7 @@ class TokenLogprobs(NamedTuple):
 class LoraWeight:
     """A head's weight with LoRA (arXiv 2106.09685): hidden·Wᵀ + scaling·(dropout(hidden)·Aᵀ)·Bᵀ.
 
-    A and B get gradients, W does not. They may be float32 beside a weight of half precision, as PEFT keeps them.
+    A and B get gradients, W does not. They may be float32 with a weight of half precision, as PEFT keeps them.
     """
 
     base: Tensor | HeadWeight  # [V, H]
@@ -80,10 +80,10 @@ def linear_logprob(
 ) -> TokenLogprobs:
     """Log-probabilities of `targets` under `softmax(softcap(logit_scale·(hidden·weightᵀ + bias))/temperature)`.
 
-    The [N, V] logits never exist: the vocabulary is walked in tiles, and beside a few tensors of the size of `hidden`
-    no more than `workspace_mb` MiB are held, whatever V is. With a frozen head the gradient of
-    every row is found in the same walk (two products of N×H×V in all); a trainable head's tiles are made again in
-    the backward pass (four); without gradients there is one.
+    The [N, V] logits never exist: the vocabulary is walked in tiles, which take at most `workspace_mb` MiB in addition
+    to a few tensors of the size of `hidden`, whatever V is. With a frozen head the same walk computes the gradient of
+    every row (two products of N×H×V in all); a trainable head's tiles are computed again in the backward pass (four
+    products); without gradients there is one product.
 
     `torch.compile(fullgraph=True)` and FakeTensor trace it: it is a `torch.library` operator.
 
@@ -99,44 +99,54 @@ def linear_logprob(
         softcap: c of c·tanh(x/c), as in Gemma 2; None for none.
         logit_scale: multiplies the raw logits, as in Cohere.
         temperature: divides the capped logits.
-        outputs: which of "entropy", "mean_logit", "log_sum_sq_probs", "is_top1" to compute beside `logp`. They are
-            not differentiable.
+        outputs: which of "entropy", "mean_logit", "log_sum_sq_probs", "is_top1" to compute in addition to `logp`. They
+            are not differentiable.
         workspace_mb: budget in MiB for scratch tiles.
-        backend: "triton" (CUDA and ROCm), "torch" (anywhere), or "auto" for the best there is on the tensors' device.
+        backend: "triton" (CUDA and ROCm), "torch" (anywhere), or "auto" for "triton" where it runs.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device, target or setting. Both name the argument and what was found. On a GPU
-            targets and positions out of range are a device-side assertion, as torch's own indexing has it.
+        ValueError: a wrong shape, device, target or setting. Both errors name the argument and its value. On a GPU
+            targets and positions out of range fail a device-side assertion, as in torch's own indexing.
     """
     if isinstance(weight, LoraWeight):
         _check_lora(hidden, weight)
         hidden, head = weight.widen(hidden)
     else:
         if isinstance(weight, Tensor):
-            _check_type("weight", weight, 2, hidden)
+            _ARGUMENTS.check_tensor("weight", weight, 2, hidden)
         head = as_weight(weight)
     _check_tensors(hidden, head, targets, bias, positions)
     outputs = _check_settings(softcap, logit_scale, temperature, outputs, workspace_mb, backend)
     trained = head.trained
     recompute = (trained is not None and trained.requires_grad) or (bias is not None and bias.requires_grad)
     with_grad = torch.is_grad_enabled() and hidden.requires_grad and not recompute
-    found = op.Walked._make(
+    results = op.OperatorOutput._make(
         op.linear_logprob(
-            hidden, head.tensors, targets, bias, positions, head.kind,
-            None if softcap is None else float(softcap), float(logit_scale), float(temperature),
-            ",".join(outputs), int(workspace_mb * 2**20), backend, with_grad,
+            hidden,
+            head.tensors,
+            targets,
+            bias,
+            positions,
+            head.kind,
+            None if softcap is None else float(softcap),
+            float(logit_scale),
+            float(temperature),
+            ",".join(outputs),
+            int(workspace_mb * 2**20),
+            backend,
+            with_grad,
         )
-    )  # fmt: skip
-    return TokenLogprobs(found.logp, **{name: getattr(found, name) for name in outputs})
+    )
+    return TokenLogprobs(results.logp, **{name: getattr(results, name) for name in outputs})
 
 
 def _check_lora(hidden: Any, weight: LoraWeight) -> None:
     base = weight.base
-    _check_type("lora_A", weight.lora_A, 2, hidden)
-    _check_type("lora_B", weight.lora_B, 2, hidden)
+    _ARGUMENTS.check_tensor("lora_A", weight.lora_A, 2, hidden)
+    _ARGUMENTS.check_tensor("lora_B", weight.lora_B, 2, hidden)
     if isinstance(base, Tensor):
-        _check_type("weight", base, 2, hidden)
+        _ARGUMENTS.check_tensor("weight", base, 2, hidden)
     (vocabulary, width), rank = as_weight(base).shape, weight.lora_A.shape[0]
     if weight.lora_A.shape[1] != width or tuple(weight.lora_B.shape) != (vocabulary, rank):
         raise ValueError(
@@ -147,33 +157,21 @@ def _check_lora(hidden: Any, weight: LoraWeight) -> None:
         raise ValueError(f"linear_logprob: weight has rows of {width}, hidden has shape {tuple(hidden.shape)}")
 
 
-def _check_type(name: str, value: Any, dimensions: int, hidden: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"linear_logprob: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if isinstance(hidden, Tensor) and value.device != hidden.device:
-        raise ValueError(f"linear_logprob: {name} is on {value.device}, hidden is on {hidden.device}")
-    if value.dim() != dimensions:
-        raise ValueError(f"linear_logprob: {name} must have {dimensions} dimensions, got shape {tuple(value.shape)}")
-
-
 def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any, positions: Any) -> None:
-    _check_type("hidden", hidden, 2, hidden)
+    _ARGUMENTS.check_tensor("hidden", hidden, 2, hidden)
     if not isinstance(weight, HeadWeight):
         raise TypeError(f"linear_logprob: weight must be a torch.Tensor, got {type(weight).__name__}")
-    if weight.device != hidden.device:
-        raise ValueError(f"linear_logprob: weight is on {weight.device}, hidden is on {hidden.device}")
+    _ARGUMENTS.check_device("weight", weight.device, hidden)
     index = {"targets": targets} | ({} if positions is None else {"positions": positions})
     for name, value in index.items():
-        _check_type(name, value, 1, hidden)
-        if value.dtype != torch.int64:
-            raise TypeError(f"linear_logprob: {name} must be torch.int64, got {value.dtype}")
+        _ARGUMENTS.check_tensor(name, value, 1, hidden)
+        _ARGUMENTS.check_dtype(name, value.dtype, torch.int64)
     if bias is not None:
-        _check_type("bias", bias, 1, hidden)
+        _ARGUMENTS.check_tensor("bias", bias, 1, hidden)
     autocast = torch.is_autocast_enabled(hidden.device.type)
     dtypes = {"hidden": hidden.dtype, "weight": weight.dtype} | ({} if bias is None else {"bias": bias.dtype})
     for name, dtype in dtypes.items():
-        if dtype not in _DTYPES:
-            raise TypeError(f"linear_logprob: {name} must be float32, bfloat16, float16 or float64, got {dtype}")
+        _ARGUMENTS.check_dtype(name, dtype, *_DTYPES)
         if dtype != hidden.dtype and not autocast:
             raise TypeError(f"linear_logprob: {name} is {dtype}, hidden is {hidden.dtype}; they must agree")
     (rows, width), vocabulary = hidden.shape, weight.shape[0]
@@ -199,7 +197,7 @@ def _check_settings(
 ) -> tuple[str, ...]:
     numbers = {"logit_scale": logit_scale, "temperature": temperature, "workspace_mb": workspace_mb}
     for name, value in (numbers if softcap is None else numbers | {"softcap": softcap}).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_number(value):
             raise TypeError(f"linear_logprob: {name} must be a number, got {value!r}")
         if not math.isfinite(value) or (value <= 0 and name != "logit_scale"):
             raise ValueError(
@@ -210,6 +208,5 @@ def _check_settings(
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"linear_logprob: outputs holds {name!r}, known are {', '.join(OUTPUTS)}")
-    if backend not in BACKENDS:
-        raise ValueError(f"linear_logprob: backend is {backend!r}, known are {', '.join(BACKENDS)}")
+    _ARGUMENTS.check_backend(backend)
     return tuple(outputs)

@@ -1,9 +1,9 @@
-"""Where the weight of a linear head comes from: objects that hand it out by rows [a, b) of the vocabulary.
+"""Weights of a linear head: objects that return rows [a, b) of the vocabulary.
 
     DenseWeight        a tensor on the device
-    FourBitWeight      bitsandbytes nf4 or fp4; a slice is dequantised when it is asked for
+    FourBitWeight      bitsandbytes nf4 or fp4; each slice is dequantised when it is needed
     OffloadedWeight    a tensor in host memory; on a GPU the next slice is copied while this one is used
-    WidenedWeight      any of them with further columns beside it, which alone are trained: LoRA
+    WidenedWeight      any of them with additional columns, the only trained ones: LoRA
 
 LoRA on a head, z = h·Wᵀ + s·(h·Aᵀ)·Bᵀ, is one wider product: [h, s·h·Aᵀ]·[W, B]ᵀ. So the gradient of A (and of a
 dropout before it) is autograd's, through the wider hidden states; that of B is the gradient of the further columns;
@@ -28,18 +28,18 @@ class HeadWeight(ABC):
         self,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        device: torch.device,  # of what is handed out
+        device: torch.device,  # where `rows` and `gather` return their tensors
         *,
         kind: str,
         tensors: Sequence[Tensor],
-        copies: int = 0,  # tensors of a slice's size that handing it out makes
+        copies: int = 0,  # temporary tensors of a slice's size that `rows` allocates
     ):
         self.shape, self.dtype, self.device = shape, dtype, device
         self.kind, self.tensors, self.copies = kind, list(tensors), copies
 
     @abstractmethod
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows [first, last) of the vocabulary, [last − first, H]; asked for in ascending order."""
+        """Rows [first, last) of the vocabulary, [last − first, H]; callers ask in ascending order."""
 
     @abstractmethod
     def gather(self, index: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class HeadWeight(ABC):
 
     @property
     def trained(self) -> Tensor | None:
-        """What can be trained, [V, T]: the last T of the H columns."""
+        """The trainable part, [V, T]: the last T of the H columns."""
         return None
 
 
@@ -79,9 +79,13 @@ class FourBitWeight(HeadWeight):
         self.quant_type, self.block = quant_type, shape[1] // self.absmax.shape[1]
         name = str(dtype).removeprefix("torch.")
         super().__init__(
-            shape, dtype, packed.device,
-            kind=f"4bit {quant_type} {shape[0]} {shape[1]} {name}", tensors=[packed, absmax], copies=1,
-        )  # fmt: skip
+            shape,
+            dtype,
+            packed.device,
+            kind=f"4bit {quant_type} {shape[0]} {shape[1]} {name}",
+            tensors=[packed, absmax],
+            copies=1,
+        )
 
     @classmethod
     def of(cls, weight: Any, dtype: torch.dtype | None = None) -> "FourBitWeight":
@@ -142,15 +146,15 @@ class OffloadedWeight(HeadWeight):
         if self._coming is None or self._coming[:2] != (first, last):
             self._fetch(first, last)
         assert self._coming is not None
-        at_hand = self._coming[2]
+        current = self._coming[2]
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         if last < self.shape[0]:
             self._fetch(last, min(2 * last - first, self.shape[0]))
-        return at_hand
+        return current
 
     def _fetch(self, first: int, last: int) -> None:
         assert self._stream is not None
-        # Work queued so far is the last to read this buffer: the slice at hand lies in the other one.
+        # Work queued so far is the last to read this buffer: the slice in use lies in the other one.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._buffers.reverse()
         with torch.cuda.stream(self._stream):
@@ -162,14 +166,18 @@ class OffloadedWeight(HeadWeight):
 
 
 class WidenedWeight(HeadWeight):
-    """A weight with further columns beside it, [W, B]; only they are trained."""
+    """A weight with additional columns, [W, B]; only those are trained."""
 
     def __init__(self, base: HeadWeight, columns: Tensor):  # [V, T]
         vocabulary, width = base.shape
         super().__init__(
-            (vocabulary, width + columns.shape[1]), base.dtype, base.device,
-            kind=f"widened {base.kind}", tensors=[*base.tensors, columns], copies=base.copies + 1,
-        )  # fmt: skip
+            (vocabulary, width + columns.shape[1]),
+            base.dtype,
+            base.device,
+            kind=f"widened {base.kind}",
+            tensors=[*base.tensors, columns],
+            copies=base.copies + 1,
+        )
         self.base, self.columns = base, columns
 
     def rows(self, first: int, last: int) -> Tensor:

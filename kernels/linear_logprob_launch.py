@@ -1,14 +1,14 @@
 """Launches the Triton kernels of the vocabulary walk; the same functions as `linear_logprob_torch.py`."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref.kernels.head_weight import DenseWeight, HeadWeight
 from fastpref.kernels.launch import launch
-from fastpref.kernels.linear_logprob_torch import HeadGrads, LogitTransform, TileShape, Walk
+from fastpref.kernels.linear_logprob_torch import HeadGrads, LogitTransform, TileShape, WalkResult
 from fastpref.kernels.linear_logprob_triton import (
     EXP,
     FORWARD,
@@ -26,7 +26,7 @@ from fastpref.kernels.tiles import Tile, Tiles, cdiv, choose_tiles, interpreted
 LAZY = 20.0
 # Row blocks that share L2: 16 of 128 rows of 4,096 hidden units are 17 MB in bfloat16, and cards have 40 MB and more.
 GROUP = 16
-# Rows and columns of the blocks that the kernels beside the main loop work on.
+# Rows and columns of the blocks of the other kernels.
 COMBINE_BLOCK = 128
 RESCALE_ROWS = 32
 GRADIENT_BLOCK = (16, 128)
@@ -44,7 +44,7 @@ def walk_vocabulary(
     budget: int,  # bytes
     with_grad: bool,
     lazy: float = LAZY,
-) -> Walk:
+) -> WalkResult:
     """As `linear_logprob_torch.walk_vocabulary`. `lazy` is how far a maximum may run ahead of its row's offset."""
     tiles = _tiles(hidden)
     lean = with_grad and bias is None and transform.softcap is None and not outputs
@@ -54,12 +54,12 @@ def walk_vocabulary(
     hidden = _rows_contiguous(hidden)
     parts = []
     for a in range(0, hidden.shape[0], shape.rows):
-        walk = _Walk(hidden[a : a + shape.rows], targets[a : a + shape.rows], logits, lazy)
-        walk.run(weight, shape.columns, with_grad=with_grad)
-        parts.append(walk.result(weight, outputs))
+        block = _RowBlock(hidden[a : a + shape.rows], targets[a : a + shape.rows], logits, lazy)
+        block.run(weight, shape.columns, with_grad=with_grad)
+        parts.append(block.result(weight, outputs))
     if len(parts) == 1:
         return parts[0]
-    return Walk._make(None if part[0] is None else torch.cat(part) for part in zip(*parts))
+    return WalkResult._make(None if part[0] is None else torch.cat(part) for part in zip(*parts))
 
 
 def _tiles(hidden: Tensor) -> Tiles:
@@ -70,8 +70,9 @@ def _tiles(hidden: Tensor) -> Tiles:
 
 
 def plan_tile(hidden: Tensor, weight: HeadWeight, budget: int, tile: Tile, *, stored: bool) -> TileShape:
-    """Rows and columns taken at once. What lies in memory for a logit is its exponential, if that is stored, and
-    the product, if the library makes it; for a column, the copies of its weights. Where nothing does, all at once.
+    """Choose how many rows and columns are computed at once. A logit takes memory for its exponential, if that is
+    stored, and for the product, if the library computes it; a column for the copies of its weights. Where neither
+    takes any, everything is computed at once.
 
     All rows stay together while they leave a tile 2,048 columns wide; then there are fewer rows.
     """
@@ -96,9 +97,36 @@ def _product_tile(hidden: Tensor, shape: TileShape, tile: Tile) -> Tensor | None
     return None if tile.fused else torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
 
+class _Statistics(NamedTuple):
+    """The softmax statistics of rows, float32: running ones [n], or those of S splits [S, n]. E = e^{z − base}.
+
+    The kernels take them as pointers in this order.
+    """
+
+    base: Tensor  # what the sums are relative to
+    sum_others: Tensor  # Σ_{v≠y} E
+    z_target: Tensor  # z_y, or −inf where the target is not among the columns
+    sum_ez: Tensor  # Σ_{v≠y} E·(z − base)
+    sum_ee: Tensor  # Σ_{v≠y} E²
+    sum_z: Tensor  # Σ z
+    largest: Tensor  # the largest z
+    ahead: Tensor  # the largest z before the target's column
+
+    @classmethod
+    def of_splits(cls, splits: int, rows: int, device: torch.device) -> "_Statistics":
+        """Memory for the statistics of S splits."""
+        return cls(*torch.empty((len(cls._fields), splits, rows), dtype=torch.float32, device=device).unbind(0))
+
+    @classmethod
+    def of_no_columns(cls, rows: int, device: torch.device) -> "_Statistics":
+        """The running statistics before the first column."""
+        start = [0.0 if name.startswith("sum_") else float("-inf") for name in cls._fields]
+        return cls(*torch.tensor(start, dtype=torch.float32, device=device)[:, None].repeat(1, rows).unbind(0))
+
+
 @dataclass(frozen=True)
 class _Logits:
-    """How logits are made, and which sums are taken of them."""
+    """How logits are computed, and which sums of them are needed."""
 
     bias: Tensor | None  # [V]
     transform: LogitTransform
@@ -125,7 +153,7 @@ class _Logits:
         splits: int,
         rows: tuple[Tensor, Tensor, Tensor],  # [n] each: offset, factor, at_target; not every mode reads them
         out: Tensor,  # [n, c] what is stored
-        parts: Tensor,  # [8, splits, n] statistics
+        parts: _Statistics,  # [splits, n]
         lazy: float = 0.0,
     ) -> None:
         tile, n, columns = self.tile, hidden.shape[0], weight.shape[0]
@@ -135,7 +163,7 @@ class _Logits:
         if self.product is not None:
             product = multiply(hidden, weight, self.product[:n, :columns])
         launch(_walk_kernel, (cdiv(n, tile.n) * splits,),
-            hidden, weight, product, bias, targets, *rows, out, *parts.unbind(0),
+            hidden, weight, product, bias, targets, *rows, out, *parts,
             n, first, columns, hidden.shape[1], hidden.stride(0), weight.stride(0), product.stride(0),
             out.stride(0), per_split, self.transform.gain, self.transform.cap, lazy,
             MODE=mode, FUSED=tile.fused, HAS_BIAS=self.bias is not None,
@@ -146,20 +174,19 @@ class _Logits:
         )  # fmt: skip
 
 
-class _Walk:
-    """The walk of some rows: running statistics, and the launches that add to them."""
+class _RowBlock:
+    """Some rows on their walk over the vocabulary: running statistics, and the launches that add to them."""
 
     def __init__(self, hidden: Tensor, targets: Tensor, logits: _Logits, lazy: float):
         self.hidden, self.targets, self.logits = hidden, targets, logits
         self.lazy = 0.0 if hidden.dtype == torch.float16 else lazy
         n, device = hidden.shape[0], hidden.device
-        running = [float("-inf"), 0.0, float("-inf"), 0.0, 0.0, 0.0, float("-inf"), float("-inf")]
-        self.running = torch.tensor(running, dtype=torch.float32, device=device)[:, None].repeat(1, n)  # [8, N]
+        self.running = _Statistics.of_no_columns(n, device)  # [n]
         self.shrunk = torch.empty(n, dtype=torch.float32, device=device)  # [N] what O is multiplied with
         self.others: Tensor | None = None  # [N, H] O
 
     def run(self, weight: HeadWeight, columns: int, *, with_grad: bool) -> None:
-        """Walk the vocabulary, `columns` at a time; with a gradient, store their exponentials and add E·W to O."""
+        """Walk over the vocabulary, `columns` at a time; with a gradient, store their exponentials and add E·W to O."""
         n, vocabulary = self.hidden.shape[0], weight.shape[0]
         stored = None
         if with_grad:
@@ -185,32 +212,33 @@ class _Walk:
         return cdiv(column_blocks, splits) * tile.v
 
     def _fold(self, mode: int, slice_: Tensor, first: int, per_split: int, out: Tensor) -> Tensor:
-        """Walk a slice in splits and add their statistics to the running ones. The splits' bases, [S, N]."""
+        """WalkResult a slice in splits and add their statistics to the running ones. The splits' bases, [S, N]."""
         n, splits = self.hidden.shape[0], cdiv(slice_.shape[0], per_split)
-        parts = torch.empty((8, splits, n), dtype=torch.float32, device=self.hidden.device)
-        rows = (self.running[0], self.shrunk, self.shrunk)
+        parts = _Statistics.of_splits(splits, n, self.hidden.device)
+        rows = (self.running.base, self.shrunk, self.shrunk)
         self.logits.launch(
             mode, self.hidden, slice_, self.targets, first, per_split, splits, rows, out, parts, self.lazy
         )
         launch(_combine_kernel, (cdiv(n, COMBINE_BLOCK),),
-            *parts.unbind(0), self.running, self.shrunk, n, splits, **self.logits.flags,
+            *parts, *self.running, self.shrunk, n, splits, **self.logits.flags,
             BLOCK_N=COMBINE_BLOCK, num_warps=4,
         )  # fmt: skip
-        return parts[0]
+        return parts.base
 
     def _rescale(self, matrix: Tensor, base: Tensor, *, is_factor: bool) -> None:
         n, columns = matrix.shape
         block_v = self.logits.tile.v
         launch(_rescale_kernel, (cdiv(n, RESCALE_ROWS), cdiv(columns, block_v)),
-            matrix, base, self.running[0], n, columns, matrix.stride(0),
+            matrix, base, self.running.base, n, columns, matrix.stride(0),
             IS_FACTOR=is_factor, BLOCK_N=RESCALE_ROWS, BLOCK_V=block_v, num_warps=4,
         )  # fmt: skip
 
-    def result(self, weight: HeadWeight, outputs: tuple[str, ...]) -> Walk:
-        """What the running statistics say of every row."""
-        offset, sum_others, z_target, sum_ez, sum_ee, sum_z, largest, ahead = self.running.unbind(0)
-        behind = z_target - offset
-        x = sum_others.log() - behind  # log of the odds against the target
+    def result(self, weight: HeadWeight, outputs: tuple[str, ...]) -> WalkResult:
+        """Compute the results of every row from its running statistics."""
+        running = self.running
+        z_target = running.z_target
+        behind = z_target - running.base
+        x = running.sum_others.log() - behind  # log of the odds against the target
         logp = -torch.nn.functional.softplus(x)
         log_s = behind - logp
         e_target, s = behind.exp(), log_s.exp()
@@ -219,17 +247,17 @@ class _Walk:
             transform = self.logits.transform
             coefficient = transform.slope * torch.sigmoid(x) * transform.softcap_slope(z_target)
             grad = self._gradient(self.others, weight, coefficient, transform.slope * (-log_s).exp())
-        entropy = log_s - (sum_ez + e_target * behind) / s
-        log_sum_sq_probs = (sum_ee + e_target.square()).log() - 2 * log_s
-        return Walk(
+        entropy = log_s - (running.sum_ez + e_target * behind) / s
+        log_sum_sq_probs = (running.sum_ee + e_target.square()).log() - 2 * log_s
+        return WalkResult(
             z_target=z_target,
-            maximum=offset,
-            sum_others=sum_others,
+            maximum=running.base,
+            sum_others=running.sum_others,
             logp=logp,
             entropy=entropy if "entropy" in outputs else None,
-            mean_logit=sum_z / weight.shape[0] if "mean_logit" in outputs else None,
+            mean_logit=running.sum_z / weight.shape[0] if "mean_logit" in outputs else None,
             log_sum_sq_probs=log_sum_sq_probs if "log_sum_sq_probs" in outputs else None,
-            is_top1=(z_target >= largest) & (z_target > ahead) if "is_top1" in outputs else None,
+            is_top1=(z_target >= running.largest) & (z_target > running.ahead) if "is_top1" in outputs else None,
             grad=grad,
         )
 
@@ -315,9 +343,17 @@ def recompute_gradients(
             b = min(a + shape.rows, n)
             out = stored[: b - a, : last - first]
             logits.launch(
-                GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, tile.v, cdiv(last - first, tile.v),
-                (offset[a:b], factor[a:b], at_target[a:b]), out, offset.expand(8, 1, n),
-            )  # fmt: skip
+                GRADIENT.value,
+                hidden[a:b],
+                slice_,
+                targets[a:b],
+                first,
+                tile.v,
+                cdiv(last - first, tile.v),
+                (offset[a:b], factor[a:b], at_target[a:b]),
+                out,
+                _Statistics(*[offset] * 8),
+            )
             if d_hidden is not None:
                 add_product(d_hidden[a:b], out, slice_)
             if dw is not None:

@@ -5,7 +5,7 @@
     fastpref::linear_logprob_recompute  the backward pass of a trained head: every tile's logits are made again
 
 Operators take tensors, numbers and strings only. So a head travels as its tensors and its kind (`head_weight.py`), and
-what is not asked for comes back as a tensor without elements.
+an output that was not requested comes back as a tensor without elements.
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ from fastpref.kernels.linear_logprob_torch import LogitTransform, compute_dtype
 from fastpref.kernels.operators import operator
 
 
-class Walked(NamedTuple):
-    """What `fastpref::linear_logprob` returns: [N] if nothing else is said, without elements if not asked for."""
+class OperatorOutput(NamedTuple):
+    """The results of `fastpref::linear_logprob`: [N] unless noted otherwise; without elements if not requested."""
 
     logp: Tensor
     entropy: Tensor
@@ -77,17 +77,23 @@ def linear_logprob(
         return _shapes(hidden, targets, outputs, with_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         walk = kernels.walk_vocabulary(
-            rows, weight, targets, bias, LogitTransform(softcap, logit_scale, temperature),
-            outputs=tuple(filter(None, outputs.split(","))), budget=budget, with_grad=with_grad,
-        )  # fmt: skip
+            rows,
+            weight,
+            targets,
+            bias,
+            LogitTransform(softcap, logit_scale, temperature),
+            outputs=tuple(filter(None, outputs.split(","))),
+            budget=budget,
+            with_grad=with_grad,
+        )
     statistics = None if with_grad else torch.stack([walk.z_target, walk.maximum, walk.sum_others])
-    found = (walk.logp, walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1, statistics, walk.grad)
-    return Walked._make(hidden.new_empty(0) if value is None else value for value in found)
+    results = (walk.logp, walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1, statistics, walk.grad)
+    return OperatorOutput._make(hidden.new_empty(0) if value is None else value for value in results)
 
 
 def _check_range(name: str, index: Tensor, length: int, of: str) -> None:
     """Every entry lies in [0, length). On a device an assertion there, which does not make the host wait."""
-    if type(index) is not Tensor:  # FakeTensor, whose values nobody knows
+    if type(index) is not Tensor:  # a FakeTensor, which has no values
         return
     inside = ((index >= 0) & (index < length)).all()
     if index.device.type != "cpu":
@@ -97,15 +103,15 @@ def _check_range(name: str, index: Tensor, length: int, of: str) -> None:
         raise ValueError(f"linear_logprob: {name} holds {low if low < 0 else high}, {of} has rows 0 to {length - 1}")
 
 
-def _shapes(hidden: Tensor, targets: Tensor, outputs: str, with_grad: bool) -> Walked:
+def _shapes(hidden: Tensor, targets: Tensor, outputs: str, with_grad: bool) -> OperatorOutput:
     """Results of the right shapes and dtypes, their values left open."""
     n, dtype = targets.shape[0], compute_dtype(hidden)
     names = ("logp", *outputs.split(","))
-    found = {name: hidden.new_empty(n if name in names else 0, dtype=dtype) for name in Walked._fields[:5]}
-    found["is_top1"] = found["is_top1"].bool()
+    shapes = {name: hidden.new_empty(n if name in names else 0, dtype=dtype) for name in OperatorOutput._fields[:5]}
+    shapes["is_top1"] = shapes["is_top1"].bool()
     grad_dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    return Walked(
-        **found,
+    return OperatorOutput(
+        **shapes,
         statistics=hidden.new_empty(0 if with_grad else (3, n), dtype=dtype),
         grad=hidden.new_empty((n, hidden.shape[1]) if with_grad else 0, dtype=grad_dtype),
     )
@@ -158,14 +164,21 @@ def recompute(
         return tuple(tensor.zero_() for tensor in shapes)  # pyright: ignore[reportReturnType]
     rows = hidden if positions is None else hidden.index_select(0, positions)
     with torch.autocast(hidden.device.type, enabled=False):
-        made = kernels.recompute_gradients(
-            grad_logp, rows, weight, targets, bias, LogitTransform(softcap, logit_scale, temperature), statistics,
-            budget=budget, wanted=(want_hidden, want_weight, want_bias),
-        )  # fmt: skip
-    d_hidden = made.hidden
+        gradients = kernels.recompute_gradients(
+            grad_logp,
+            rows,
+            weight,
+            targets,
+            bias,
+            LogitTransform(softcap, logit_scale, temperature),
+            statistics,
+            budget=budget,
+            wanted=(want_hidden, want_weight, want_bias),
+        )
+    d_hidden = gradients.hidden
     if d_hidden is not None and positions is not None:
         d_hidden = kernels.scale_rows(d_hidden, torch.ones_like(grad_logp), positions, hidden.shape[0], hidden.dtype)
-    return tuple(hidden.new_empty(0) if t is None else t for t in (d_hidden, made.weight, made.bias))  # pyright: ignore[reportReturnType]
+    return tuple(hidden.new_empty(0) if t is None else t for t in (d_hidden, gradients.weight, gradients.bias))  # pyright: ignore[reportReturnType]
 
 
 def _grad_shapes(
@@ -177,22 +190,36 @@ def _grad_shapes(
 
 @recompute.register_fake
 def _(
-    grad_logp, hidden, head, targets, bias, positions, statistics, kind, softcap, logit_scale, temperature, budget,
-    backend, want_hidden, want_weight, want_bias,
-):  # fmt: skip
+    grad_logp,
+    hidden,
+    head,
+    targets,
+    bias,
+    positions,
+    statistics,
+    kind,
+    softcap,
+    logit_scale,
+    temperature,
+    budget,
+    backend,
+    want_hidden,
+    want_weight,
+    want_bias,
+):
     return _grad_shapes(hidden, assemble(kind, head), bias, want_hidden, want_weight, want_bias)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, head, targets, bias, positions, *settings = inputs
     ctx.settings = settings
-    found = Walked._make(output)
-    ctx.mark_non_differentiable(*(t for t in found if t is not found.logp))
+    results = OperatorOutput._make(output)
+    ctx.mark_non_differentiable(*(t for t in results if t is not results.logp))
     ctx.rows, ctx.dtype, ctx.heads = hidden.shape[0], hidden.dtype, len(head)
     if settings[-1]:  # with_grad
-        ctx.save_for_backward(found.grad, positions)
+        ctx.save_for_backward(results.grad, positions)
     else:
-        ctx.save_for_backward(hidden, targets, bias, positions, found.statistics, *head)
+        ctx.save_for_backward(hidden, targets, bias, positions, results.statistics, *head)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -205,9 +232,23 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     hidden, targets, bias, positions, statistics, *head = ctx.saved_tensors
     want_hidden, want_head, _, want_bias, *_ = ctx.needs_input_grad
     d_hidden, d_weight, d_bias = recompute(
-        grads[0], hidden, head, targets, bias, positions, statistics, kind, softcap, logit_scale, temperature, budget,
-        backend, want_hidden, want_head[-1], want_bias,
-    )  # fmt: skip
+        grads[0],
+        hidden,
+        head,
+        targets,
+        bias,
+        positions,
+        statistics,
+        kind,
+        softcap,
+        logit_scale,
+        temperature,
+        budget,
+        backend,
+        want_hidden,
+        want_head[-1],
+        want_bias,
+    )
     d_head = [None] * (ctx.heads - 1) + [d_weight if want_head[-1] else None]
     return d_hidden if want_hidden else None, d_head, None, d_bias if want_bias else None, None, *no_settings
 

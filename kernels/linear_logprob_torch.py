@@ -40,7 +40,7 @@ class LogitTransform:
 
     @property
     def gain(self) -> float:
-        """What the matrix product is multiplied by: it yields z, or with a softcap the argument of tanh."""
+        """The factor of the matrix product: the product times it is z, or with a softcap the argument of tanh."""
         return self.scale / (self.temperature if self.softcap is None else self.softcap)
 
     @property
@@ -60,8 +60,8 @@ class LogitTransform:
         return 1 - (z / self.cap).square()
 
 
-class Walk(NamedTuple):
-    """What one walk over the vocabulary leaves for each row, float32 (float64 for float64 inputs)."""
+class WalkResult(NamedTuple):
+    """The results of one walk over the vocabulary for each row, float32 (float64 for float64 inputs)."""
 
     z_target: Tensor  # [N]
     maximum: Tensor  # [N] m, which the sums are relative to; in Triton an offset near it
@@ -111,7 +111,7 @@ def _spans(length: int, step: int) -> list[tuple[int, int]]:
 
 
 class _Scratch:
-    """The scratch tiles of one walk, allocated once and cut to the tile at hand."""
+    """The scratch tiles of one walk, allocated once and cut to the size of each tile."""
 
     def __init__(self, hidden: Tensor, tile: TileShape, *, buffers: int, cast_weight: bool, trained: int = 0):
         dtype = compute_dtype(hidden)
@@ -173,7 +173,7 @@ def _put_targets(
     start: int,  # the tile's first column
     value: Tensor | float,  # [n]
 ) -> tuple[Tensor, Tensor]:
-    """Put a value at every target that lies in this tile: which do, [n] bool, and what was there, [n].
+    """Put a value at every target that lies in this tile. Returns which targets do, [n] bool, and the old values, [n].
 
     No shape depends on which do, so that a device is not waited for and FakeTensor can run it.
     """
@@ -194,8 +194,8 @@ def walk_vocabulary(
     outputs: tuple[str, ...],
     budget: int,  # bytes
     with_grad: bool,
-) -> Walk:
-    """One walk over the vocabulary for all rows: log-probabilities, the outputs asked for, and g if `with_grad`."""
+) -> WalkResult:
+    """One walk over the vocabulary for all rows: log-probabilities, the requested outputs, and g if `with_grad`."""
     spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
     buffers = 1 + (transform.softcap is not None) + spread
     cast = weight.dtype != compute_dtype(hidden)
@@ -214,7 +214,7 @@ def walk_vocabulary(
         parts.append(rows.result(weight, hidden.dtype))
     if len(parts) == 1:
         return parts[0]
-    return Walk._make(None if column[0] is None else torch.cat(column) for column in zip(*parts))
+    return WalkResult._make(None if column[0] is None else torch.cat(column) for column in zip(*parts))
 
 
 class _Rows:
@@ -239,7 +239,7 @@ class _Rows:
         self,
         z: Tensor,  # [n, c], overwritten
         tangent: Tensor | None,  # [n, c], overwritten
-        e: Tensor,  # [n, c] where the exponentials go; z itself if it is not needed beside them
+        e: Tensor,  # [n, c] where the exponentials go; z itself if z is not needed any more
         w: Tensor,  # [c, H]
         start: int,  # the tile's first column
     ) -> None:
@@ -272,8 +272,8 @@ class _Rows:
             _add_product(self.others, weighted, w)
         self.maximum = maximum
 
-    def result(self, weight: HeadWeight, dtype: torch.dtype) -> Walk:
-        """What the sums say once every tile is folded in; `dtype` is that of the hidden states."""
+    def result(self, weight: HeadWeight, dtype: torch.dtype) -> WalkResult:
+        """Compute the results from the sums of all tiles; `dtype` is that of the hidden states."""
         behind = self.z_target - self.maximum  # ≤ 0
         e_target = behind.exp()
         # Exact where the target is the maximum and s_o tiny.
@@ -281,7 +281,7 @@ class _Rows:
         s = self.sum_others + e_target
         entropy = log_s - (self.sum_ez + e_target * behind) / s
         log_sum_sq_probs = (self.sum_ee + e_target.square()).log() - 2 * log_s
-        return Walk(
+        return WalkResult(
             z_target=self.z_target,
             maximum=self.maximum,
             sum_others=self.sum_others,

@@ -209,7 +209,14 @@ def _combine_kernel(
     p_z,  # [S, N]
     p_maximum,  # [S, N]
     p_ahead,  # [S, N]
-    p_running,  # [8, N] base, sum, target, ez, ee, z, maximum, ahead so far
+    p_running_base,  # [N] the same so far, in place
+    p_running_sum,  # [N]
+    p_running_target,  # [N]
+    p_running_ez,  # [N]
+    p_running_ee,  # [N]
+    p_running_z,  # [N]
+    p_running_maximum,  # [N]
+    p_running_ahead,  # [N]
     p_shrunk,  # [N] e^{old base − new base}: what O is multiplied with
     n,
     splits,
@@ -221,24 +228,24 @@ def _combine_kernel(
     """Add the statistics of S splits to the running ones, split by split."""
     i_rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = i_rows < n
-    old = tl.load(p_running + i_rows, mask=mask, other=0.0)
+    old = tl.load(p_running_base + i_rows, mask=mask, other=0.0)
     new = old
     for s in range(splits):
         new = tl.maximum(new, tl.load(p_base + s * n + i_rows, mask=mask, other=0.0))
     moved = old - new
     shrink = tl.exp(moved)
-    total = tl.load(p_running + n + i_rows, mask=mask, other=0.0)
-    z_target = tl.load(p_running + 2 * n + i_rows, mask=mask, other=0.0)
+    total = tl.load(p_running_sum + i_rows, mask=mask, other=0.0)
+    z_target = tl.load(p_running_target + i_rows, mask=mask, other=0.0)
     if HAS_SPREAD:
-        ez = tl.load(p_running + 3 * n + i_rows, mask=mask, other=0.0)
-        ee = tl.load(p_running + 4 * n + i_rows, mask=mask, other=0.0)
+        ez = tl.load(p_running_ez + i_rows, mask=mask, other=0.0)
+        ee = tl.load(p_running_ee + i_rows, mask=mask, other=0.0)
         ez = tl.where(total > 0, shrink * (ez + moved * total), 0.0)
         ee *= shrink * shrink
     if HAS_MEAN:
-        z_sum = tl.load(p_running + 5 * n + i_rows, mask=mask, other=0.0)
+        z_sum = tl.load(p_running_z + i_rows, mask=mask, other=0.0)
     if HAS_TOP1:
-        largest = tl.load(p_running + 6 * n + i_rows, mask=mask, other=0.0)
-        ahead = tl.load(p_running + 7 * n + i_rows, mask=mask, other=0.0)
+        largest = tl.load(p_running_maximum + i_rows, mask=mask, other=0.0)
+        ahead = tl.load(p_running_ahead + i_rows, mask=mask, other=0.0)
     total *= shrink
     for s in range(splits):
         place = s * n + i_rows
@@ -256,18 +263,18 @@ def _combine_kernel(
         if HAS_TOP1:
             largest = tl.maximum(largest, tl.load(p_maximum + place, mask=mask, other=0.0))
             ahead = tl.maximum(ahead, tl.load(p_ahead + place, mask=mask, other=0.0))
-    tl.store(p_running + i_rows, new, mask=mask)
-    tl.store(p_running + n + i_rows, total, mask=mask)
-    tl.store(p_running + 2 * n + i_rows, z_target, mask=mask)
+    tl.store(p_running_base + i_rows, new, mask=mask)
+    tl.store(p_running_sum + i_rows, total, mask=mask)
+    tl.store(p_running_target + i_rows, z_target, mask=mask)
     tl.store(p_shrunk + i_rows, tl.exp(old - new), mask=mask)
     if HAS_SPREAD:
-        tl.store(p_running + 3 * n + i_rows, ez, mask=mask)
-        tl.store(p_running + 4 * n + i_rows, ee, mask=mask)
+        tl.store(p_running_ez + i_rows, ez, mask=mask)
+        tl.store(p_running_ee + i_rows, ee, mask=mask)
     if HAS_MEAN:
-        tl.store(p_running + 5 * n + i_rows, z_sum, mask=mask)
+        tl.store(p_running_z + i_rows, z_sum, mask=mask)
     if HAS_TOP1:
-        tl.store(p_running + 6 * n + i_rows, largest, mask=mask)
-        tl.store(p_running + 7 * n + i_rows, ahead, mask=mask)
+        tl.store(p_running_maximum + i_rows, largest, mask=mask)
+        tl.store(p_running_ahead + i_rows, ahead, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n", "columns"])

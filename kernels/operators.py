@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-# The eager implementation of every operator by its name: a mode that is to see inside runs it in the operator's stead.
+# The eager implementation of every operator by name: a mode that looks inside runs it instead of the operator.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 

@@ -1,5 +1,6 @@
-"""Launches the Triton kernels of the preference losses, and lists what of them is compiled."""
+"""Launches the Triton kernels of the preference losses, and lists the cases that the compile report compiles."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -8,8 +9,9 @@ from torch import Tensor
 from triton import JITFunction
 
 from fastpref.kernels.launch import launch
-from fastpref.kernels.preference_loss_spec import FLAGS, VARIANTS, LossSpec
+from fastpref.kernels.preference_loss_spec import Flags, LossSpec
 from fastpref.kernels.preference_loss_triton import _pair_kernel, _row_kernel
+from fastpref.kernels.preference_loss_variants import VARIANTS, VariantSet
 
 # Tokens a program reads at a time. Lengths are not compiled in, so one block size serves all of them.
 BLOCK = 512
@@ -17,7 +19,7 @@ WARPS = 4
 
 
 class FusedLoss(NamedTuple):
-    """What one launch makes; all of it float32."""
+    """The results of one launch, all float32."""
 
     loss: Tensor  # scalar
     coefficients: Tensor  # [N] ∂loss/∂logp
@@ -31,14 +33,16 @@ def pair_loss(
     lengths: Tensor,  # [S] int64
     reference: Tensor | None,  # [N] float32
     log_sum_sq_probs: Tensor | None,  # [N] float32
-    flags: tuple[int, ...],  # of `LossSpec.flags`
-    numbers: tuple[float, ...],  # of `LossSpec.numbers`
+    weights: dict[str, float],  # by variant
+    flags: Flags,
+    numbers: tuple[float, ...],  # `LossSpec.numbers`
     *,
     examples: float | None,  # what the mean over pairs is divided by; P if None
     nll_tokens: float | None,  # what the supervised term is divided by; the tokens it scores if None
 ) -> FusedLoss:
-    """The loss of P pairs: S = P chosen, P rejected and, where the spec says so, P prompts."""
-    constants = _constants(flags)
+    """The loss of P pairs: S = P chosen, P rejected and, with HAS_PROMPTS, P prompts."""
+    variants = _ordered(weights)
+    constants = _constants(variants, flags)
     n, count = len(logp), len(lengths) // (3 if constants["HAS_PROMPTS"] else 2)
     scored = lengths[:count].sum() + lengths[2 * count :].sum() if nll_tokens is None else nll_tokens
     coefficients, sequences, pairs = logp.new_empty(n), logp.new_empty(3, 2 * count), logp.new_empty(4, count)
@@ -51,6 +55,7 @@ def pair_loss(
         starts,
         lengths,
         _on_device(numbers, logp.device),
+        _on_device(tuple(weights[name] for name in variants), logp.device),
         _scalar(scored, logp),
         coefficients,
         sequences,
@@ -112,11 +117,19 @@ def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-def _constants(flags: tuple[int, ...]) -> dict[str, Any]:
-    """What is compiled into `_pair_kernel`."""
-    named = dict(zip(FLAGS, flags, strict=True))
-    booleans = {name: bool(value) for name, value in named.items() if name not in ("VARIANTS", "SCORE")}
-    return named | booleans | {"BLOCK": BLOCK}
+def _ordered(variants: Iterable[str]) -> list[str]:
+    """The variants in the order of the table, in which every kernel adds them up.
+
+    Raises ValueError for a variant that is not in the table.
+    """
+    return sorted(variants, key=list(VARIANTS).index)
+
+
+def _constants(variants: list[str], flags: Flags) -> dict[str, Any]:
+    """The constants of `_pair_kernel`."""
+    structure = {name: bool(value) for name, value in flags._asdict().items() if name != "SCORE"}
+    functions = VariantSet(VARIANTS[name] for name in variants)
+    return {"VARIANTS": functions, "SCORE": flags.SCORE, **structure, "BLOCK": BLOCK}
 
 
 # --- what is compiled -------------------------------------------------------------------------------------------------
@@ -124,7 +137,7 @@ def _constants(flags: tuple[int, ...]) -> dict[str, Any]:
 
 def compile_cases() -> list[tuple[str, dict[str, Any]]]:
     """The leanest and the fullest kernels that a run may use: name, and compiled-in values (see `kernel_of`)."""
-    pairwise = tuple(name for name in VARIANTS if name != "odds_ratio")
+    pairwise = tuple(name for name in VARIANTS if name != "odds_ratio")  # ORPO's, of mean log-probabilities
     ones = (1.0,) * len(pairwise)
     full = LossSpec(
         pairwise, ones, label_smoothing=0.1, score="js", reference=True, length_alpha=0.5, pair_weights=True
@@ -137,7 +150,8 @@ def compile_cases() -> list[tuple[str, dict[str, Any]]]:
         "cpo": LossSpec(("sigmoid",), (1.0,), supervised=1.0),
         "cpo ipo, alpha": LossSpec(("ipo",), (1.0,), averaged=True, score="power", power=-0.5, supervised=1.0),
     }
-    return [*((name, _constants(spec.flags())) for name, spec in specs.items()), ("kto", {"BLOCK": BLOCK})]
+    pairs = [(name, _constants(_ordered(spec.variants), spec.flags())) for name, spec in specs.items()]
+    return [*pairs, ("kto", {"BLOCK": BLOCK})]
 
 
 def kernel_of(constants: dict[str, Any]) -> JITFunction:

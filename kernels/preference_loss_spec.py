@@ -1,33 +1,50 @@
-"""What the preference-loss kernels need to know of a loss: its structure, which is compiled in, and its numbers."""
+"""Describes a loss to the preference-loss kernels: its structure, which is compiled in, and its numbers."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-# The losses of one pair that a kernel knows, each with a bit of `VARIANTS` and a weight behind the `NUMBERS`.
-VARIANTS = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "sigmoid_norm", "odds_ratio",
-)  # fmt: skip
 SCORES = ("value", "power", "js")
-NUMBERS = (
-    "beta", "half_inverse_beta", "smoothing", "log_smoothing", "log_unsmoothed", "unflipped", "margin", "power",
-    "discopop_tau", "length_alpha", "supervised", "desirable", "undesirable",
-)  # fmt: skip
-FLAGS = (
-    "VARIANTS", "SCORE", "HAS_REFERENCE", "AVERAGED", "HAS_LENGTH_WEIGHTS", "HAS_PAIR_WEIGHTS", "HAS_PROMPTS",
-)  # fmt: skip
+
+
+class Flags(NamedTuple):
+    """The structure of a loss apart from its variants, compiled into the kernel; 0 or 1 unless noted otherwise."""
+
+    SCORE: int  # index into SCORES
+    HAS_REFERENCE: int
+    AVERAGED: int
+    HAS_LENGTH_WEIGHTS: int
+    HAS_PAIR_WEIGHTS: int
+    HAS_PROMPTS: int
+
+
+class Numbers(NamedTuple):
+    """The numbers of a loss: floats on the host, float32 scalars in a kernel."""
+
+    beta: Any
+    half_inverse_beta: Any  # 1/(2β), or 0 if β is 0
+    smoothing: Any  # ε
+    log_smoothing: Any  # log ε, or 0 without smoothing
+    log_unsmoothed: Any  # log(1 − ε)
+    unflipped: Any  # 1 − 2ε
+    margin: Any
+    power: Any
+    discopop_tau: Any
+    length_alpha: Any
+    supervised: Any
+    desirable: Any
+    undesirable: Any
 
 
 @dataclass(frozen=True)
 class LossSpec:
     """A loss as the kernels see it: Σ weight · variant of a pair's two values, plus a supervised term; or KTO.
 
-    The value of a response is the sum of its tokens' log-probabilities, less the reference's, or their mean.
+    The value of a response is the sum of its tokens' log-probabilities, minus the reference's, or their mean.
     """
 
-    variants: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()  # one a variant
+    variants: tuple[str, ...] = ()  # names in the table of `preference_loss_variants.py`
+    weights: tuple[float, ...] = ()  # one for each variant
     beta: float = 1.0
     label_smoothing: float = 0.0
     margin: float = 0.0  # subtracted from β·difference
@@ -36,32 +53,38 @@ class LossSpec:
     reference: bool = False
     averaged: bool = False  # the value is the mean over tokens
     length_alpha: float = 1.0
-    pair_weights: bool = False  # of WPO
+    pair_weights: bool = False  # WPO's
     supervised: float = 0.0  # weight of the chosen responses' mean negative log-likelihood
-    prompts: bool = False  # which is over the prompts too
+    prompts: bool = False  # whether the supervised term is over the prompts too
     discopop_tau: float = 1.0
-    desirable_weight: float = 1.0  # of KTO, which has no variants
+    desirable_weight: float = 1.0  # KTO's, which has no variants
     undesirable_weight: float = 1.0
 
-    def flags(self) -> tuple[int, ...]:
-        """The values of `FLAGS`."""
-        mask = sum(1 << VARIANTS.index(name) for name in self.variants)
-        has_length_weights = self.length_alpha != 1
-        return (
-            mask, SCORES.index(self.score), int(self.reference), int(self.averaged), int(has_length_weights),
-            int(self.pair_weights), int(self.prompts),
-        )  # fmt: skip
+    def flags(self) -> Flags:
+        return Flags(
+            SCORE=SCORES.index(self.score),
+            HAS_REFERENCE=int(self.reference),
+            AVERAGED=int(self.averaged),
+            HAS_LENGTH_WEIGHTS=int(self.length_alpha != 1),
+            HAS_PAIR_WEIGHTS=int(self.pair_weights),
+            HAS_PROMPTS=int(self.prompts),
+        )
 
-    def numbers(self) -> tuple[float, ...]:
-        """The values of `NUMBERS`, then the weight of every one of `VARIANTS`; made in float64."""
+    def numbers(self) -> Numbers:
+        """The numbers, computed in float64."""
         eps = self.label_smoothing
-        weights = dict(zip(self.variants, self.weights, strict=True))
-        return (
-            self.beta, 0.5 / self.beta if self.beta else 0.0, eps, math.log(eps) if eps else 0.0, math.log1p(-eps),
-            1 - 2 * eps, self.margin, self.power, self.discopop_tau, self.length_alpha, self.supervised,
-            self.desirable_weight, self.undesirable_weight, *(weights.get(name, 0.0) for name in VARIANTS),
-        )  # fmt: skip
-
-    @staticmethod
-    def has_prompts(flags: Sequence[int]) -> bool:
-        return bool(flags[FLAGS.index("HAS_PROMPTS")])
+        return Numbers(
+            beta=self.beta,
+            half_inverse_beta=0.5 / self.beta if self.beta else 0.0,
+            smoothing=eps,
+            log_smoothing=math.log(eps) if eps else 0.0,
+            log_unsmoothed=math.log1p(-eps),
+            unflipped=1 - 2 * eps,
+            margin=self.margin,
+            power=self.power,
+            discopop_tau=self.discopop_tau,
+            length_alpha=self.length_alpha,
+            supervised=self.supervised,
+            desirable=self.desirable_weight,
+            undesirable=self.undesirable_weight,
+        )

@@ -1,28 +1,19 @@
 """Every preference loss: formulas over whole responses, and over the log-probabilities of tokens."""
 
-from fastpref.losses.formulas import (
-    CPO,
-    DPO,
-    IPO,
-    KTO,
-    ORPO,
-    LossOptions,
-    LossOutput,
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.losses.pairs import (
     PairLogps,
-    RowLogps,
-    SimPO,
-    Totals,
     WholeStep,
     cpo_loss,
     dpo_loss,
-    kto_kl,
-    kto_loss,
     length_weights,
     orpo_loss,
     pair_loss,
     simpo_loss,
     wpo_weights,
 )
+from fastpref.losses.result import PreferenceLoss, Totals
+from fastpref.losses.rows import RowLogps, kto_kl, kto_loss
 
 __all__ = [
     "CPO",
@@ -31,8 +22,8 @@ __all__ = [
     "KTO",
     "ORPO",
     "LossOptions",
-    "LossOutput",
     "PairLogps",
+    "PreferenceLoss",
     "RowLogps",
     "SimPO",
     "Totals",

@@ -1,7 +1,7 @@
 """The preference losses as one operation of torch, computed by a Triton kernel; `token_loss.py` decides when.
 
-The forward makes the loss together with its coefficient of every token, c_n = ∂loss/∂logp_n; the backward is
-grad·c. The operation is `torch.ops.fastpref.preference_loss`, whole to torch.compile and to fake tensors.
+The forward pass computes the loss together with its coefficient for every token, c_n = ∂loss/∂logp_n; the backward
+pass is grad·c. For torch.compile and for fake tensors it is the single operation `torch.ops.fastpref.preference_loss`.
 """
 
 import importlib.util
@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.kernels.operators import operator
-from fastpref.kernels.preference_loss_spec import LossSpec
+from fastpref.kernels.preference_loss_spec import Flags, LossSpec
 
 
 def takes_triton(backend: str, logp: Tensor, loss: LossOptions) -> bool:
-    """Whether the kernels compute this loss. Raises ValueError where they are asked for and cannot."""
+    """Whether the kernels compute this loss. Raises ValueError where `backend` demands them and they cannot."""
     if backend == "torch" or (backend == "auto" and logp.device.type != "cuda"):
         return False
     reason = _no_triton(logp, loss)
@@ -28,7 +28,7 @@ def takes_triton(backend: str, logp: Tensor, loss: LossOptions) -> bool:
 
 
 def _no_triton(logp: Tensor, loss: LossOptions) -> str:
-    """Why the kernels cannot run, or nothing."""
+    """Why the kernels cannot run, or an empty string."""
     if isinstance(loss, DPO) and loss.sorts_step:
         return f"{' and '.join(loss.variants)} sort the whole step, which only the torch backend does"
     if logp.dtype != torch.float32:
@@ -91,7 +91,7 @@ def _dpo_spec(loss: DPO) -> LossSpec:
     score, power = {"reverse_kl": "value", "js": "js"}.get(loss.f_divergence, "power"), -1.0  # forward_kl
     if loss.f_divergence == "alpha":
         power = loss.f_alpha - 1
-        score = "power" if abs(power) >= 1e-6 else "value"  # as in losses.py
+        score = "power" if abs(power) >= 1e-6 else "value"  # as in `pairs.py`
     return LossSpec(
         tuple(weights),
         tuple(weights.values()),
@@ -116,8 +116,10 @@ def fused_loss(
     labels: Tensor | None,  # [R] bool
     kl: Tensor | None,  # scalar float32
     log_sum_sq_probs: Tensor | None,  # [N] float32
-    flags: Sequence[int],  # of `LossSpec.flags`
-    numbers: Sequence[float],  # of `LossSpec.numbers`
+    variants: str,  # `LossSpec.variants`, joined by commas
+    weights: Sequence[float],  # `LossSpec.weights`
+    flags: Sequence[int],  # `LossSpec.flags()`
+    numbers: Sequence[float],  # `LossSpec.numbers()`
     examples: float | None,
     nll_tokens: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,19 +136,33 @@ def fused_loss(
         assert reference is not None
         assert kl is not None
         return launch.row_loss(
-            logp.contiguous(), starts, lengths.contiguous(), reference.contiguous(), labels, kl, tuple(numbers),
+            logp.contiguous(),
+            starts,
+            lengths.contiguous(),
+            reference.contiguous(),
+            labels,
+            kl,
+            tuple(numbers),
             examples=examples,
-        )  # fmt: skip
+        )
     return launch.pair_loss(
-        logp.contiguous(), starts, lengths.contiguous(), contiguous(reference), contiguous(log_sum_sq_probs),
-        tuple(flags), tuple(numbers), examples=examples, nll_tokens=nll_tokens,
-    )  # fmt: skip
+        logp.contiguous(),
+        starts,
+        lengths.contiguous(),
+        contiguous(reference),
+        contiguous(log_sum_sq_probs),
+        dict(zip(variants.split(","), weights, strict=False)),  # "".split gives one empty name
+        Flags(*flags),
+        tuple(numbers),
+        examples=examples,
+        nll_tokens=nll_tokens,
+    )
 
 
 @fused_loss.register_fake
-def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, flags, numbers, examples, nll_tokens):
+def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, variants, weights, flags, numbers, examples, nll):
     sequences = lengths.shape[0]
-    groups = 3 if LossSpec.has_prompts(flags) else 2
+    groups = 3 if Flags(*flags).HAS_PROMPTS else 2
     responses = sequences // groups * 2 if labels is None else labels.shape[0]
     pairs = sequences // groups if labels is None else 0
     shapes = ((), logp.shape, (3, responses), (3, pairs))
@@ -156,12 +172,13 @@ def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, flags, num
 def _keep_coefficients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # the other outputs have no gradients, of which autograd would make zeros
 
 
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor, *_: Tensor):
     (coefficients,) = ctx.saved_tensors
-    return grad * coefficients, *[None] * 10
+    return grad * coefficients, *[None] * 12
 
 
 fused_loss.register_autograd(_backward, setup_context=_keep_coefficients)

@@ -1,53 +1,25 @@
 """From token log-probabilities to the loss: sums over responses, the preference loss, its coefficient of every token.
 
-Two backends compute the same. "torch" adds up responses and calls `losses.py`, differentiated by autograd. "triton" is
-one launch (`kernels/preference_loss_triton.py`), whose backward is a product of [N]. DPO's aot and aot_unpaired sort
-all pairs of a step, which one program a pair cannot, so they always take torch.
+Two backends compute the same. "torch" adds up responses and calls the formulas of `pairs.py` or `rows.py`, which
+autograd differentiates. "triton" is one launch (`kernels/preference_loss_triton.py`), whose backward is a product of
+[N]. DPO's aot and aot_unpaired sort all pairs of a step, which one program a pair cannot, so they always take torch.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastpref.arguments import Arguments, is_number
 from fastpref.config.losses import CPO, DPO, KTO, ORPO, LossOptions, SimPO
-from fastpref.losses.formulas import (
-    PairLogps,
-    RowLogps,
-    Totals,
-    WholeStep,
-    kto_value,
-    length_weights,
-    pair_loss,
-    wpo_weights,
-)
 from fastpref.losses.fused import fused_loss, kernel_spec, takes_triton
+from fastpref.losses.pairs import PairLogps, WholeStep, length_weights, pair_loss, wpo_weights
+from fastpref.losses.result import PreferenceLoss, Totals
+from fastpref.losses.rows import RowLogps, kto_loss
 
-BACKENDS = ("auto", "torch", "triton")
-
-
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """A loss, and what is logged beside it. Only `loss` is differentiable."""
-
-    loss: Tensor  # scalar, this part's share of the step's loss
-    sums: Tensor  # [2P] logp of the chosen, then of the rejected responses (LD-DPO's weights included); KTO: [R]
-    reference_sums: Tensor | None  # the same under the reference
-    rewards: Tensor  # [2P] or [R]
-    labels: Tensor | None = None  # [R] bool: KTO
-    extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # further metrics: sum, and count
-
-    @property
-    def chosen_rewards(self) -> Tensor:
-        """[P], or of the desirable rows."""
-        return self.rewards[: len(self.rewards) // 2] if self.labels is None else self.rewards[self.labels]
-
-    @property
-    def rejected_rewards(self) -> Tensor:
-        """[P], or of the undesirable rows."""
-        return self.rewards[len(self.rewards) // 2 :] if self.labels is None else self.rewards[~self.labels]
+_ARGUMENTS = Arguments("preference_loss", like="logp")
 
 
 def preference_loss(
@@ -68,7 +40,7 @@ def preference_loss(
 
     The tokens of a sequence lie together in their order; sequences may lie in any order. Sequences 0 to P − 1 are the
     chosen responses, P to 2P − 1 the rejected ones; for ORPO with `nll_on = "all"`, 2P to 3P − 1 are the prompts. For
-    KTO the first R are the rows; R more may follow, mismatched ones, which have no part in the loss.
+    KTO the first R are the rows; R more may follow, mismatched ones, which do not contribute to the loss.
 
     Args:
         logp: [N] float32 or float64 token log-probabilities; the only differentiable argument.
@@ -77,17 +49,17 @@ def preference_loss(
         loss: the options of `fastpref.losses`.
         reference: [N] logp under the reference; for DPO, IPO and KTO, and for no other loss.
         labels: [R] bool, which rows are desirable; for KTO, and for no other loss.
-        kl: scalar of `losses.kto_kl`: what KTO's rewards are compared with. It is of the whole step, so it is given.
+        kl: scalar of `losses.kto_kl`: the baseline of KTO's rewards. The caller computes it from the whole step.
         log_sum_sq_probs: [N] log Σp² of `linear_logprob`; for DPO with `weighting`.
-        totals: what the whole step is divided by, if this is a part of it.
-        step: all pairs of the step, if this is a part of it; for DPO's aot and aot_unpaired.
-        backend: "triton" (CUDA and ROCm, float32), "torch" (anywhere), or "auto" for the best there is.
+        totals: the divisors of the whole step, if these examples are a part of it.
+        step: all pairs of the step, if these are a part of it; for DPO's aot and aot_unpaired.
+        backend: "triton" (CUDA and ROCm, float32), "torch" (anywhere), or "auto" for "triton" where it runs.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or setting, or an argument the loss needs or does not know. That `segments`
-            and `lengths` agree is looked at on a CPU only; a GPU would have to be waited for. Where they do not, the
-            result is meaningless.
+        ValueError: a wrong shape, device or setting, or an argument the loss needs or does not know. Only on a CPU
+            is it checked that `segments` and `lengths` agree, because a check would make the host wait for a GPU. Where
+            they do not agree, the result is meaningless.
     """
     _check_tensors(logp, segments, lengths, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
     _check_loss(loss, lengths, reference, labels, log_sum_sq_probs)
@@ -98,9 +70,13 @@ def preference_loss(
     if isinstance(loss, KTO):
         assert reference is not None
         assert labels is not None
-        return _rows_in_torch(logp, segments, lengths, loss, reference, labels, kl, totals)
+        sums, reference_sums = (
+            sequence_sums(values, segments, len(lengths))[: len(labels)]
+            for values in (logp, reference.detach().to(logp.dtype))
+        )
+        return kto_loss(RowLogps(sums, reference_sums, labels), loss, kl, totals)
     pairs = pair_logps(logp, segments, lengths, loss, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
-    return _pairs_in_torch(pairs, loss, totals, step)
+    return pair_loss(pairs, loss, totals, step)
 
 
 def scores_prompts(loss: LossOptions) -> bool:
@@ -129,7 +105,7 @@ def pair_logps(
     reference: Tensor | None = None,  # [N]
     log_sum_sq_probs: Tensor | None = None,  # [N]
 ) -> PairLogps:
-    """What the losses of `losses.py` take: sums by response, with what the options ask for beside them."""
+    """The arguments of `pair_loss`: sums by response, and what the options need in addition."""
     sequences = len(lengths)
     count = _responses(loss, lengths, None) // 2
     weights = None
@@ -173,39 +149,6 @@ def _offsets(segments: Tensor, count: int) -> Tensor:
     return torch.arange(len(segments), device=segments.device) - _starts(segments, count)[segments]
 
 
-# --- torch ------------------------------------------------------------------------------------------------------------
-
-
-def _pairs_in_torch(
-    pairs: PairLogps, loss: LossOptions, totals: Totals | None, step: WholeStep | None
-) -> PreferenceLoss:
-    output = pair_loss(pairs, loss, totals, step)
-    reference = None
-    if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
-        reference = torch.cat([pairs.ref_chosen, pairs.ref_rejected])
-    sums = torch.cat([pairs.chosen, pairs.rejected]).detach()
-    rewards = torch.cat([output.chosen_rewards, output.rejected_rewards])
-    return PreferenceLoss(output.loss, sums, reference, rewards, extra=output.extra)
-
-
-def _rows_in_torch(
-    logp: Tensor,
-    segments: Tensor,
-    lengths: Tensor,
-    loss: KTO,
-    reference: Tensor,
-    labels: Tensor,
-    kl: Tensor | float,
-    totals: Totals | None,
-) -> PreferenceLoss:
-    count = len(labels)
-    sums = sequence_sums(logp, segments, len(lengths))[:count]
-    reference_sums = sequence_sums(reference.detach().to(logp.dtype), segments, len(lengths))[:count]
-    value = kto_value(RowLogps(sums, reference_sums, labels), loss, kl, totals or Totals(count))
-    rewards = loss.beta * (sums.detach() - reference_sums)
-    return PreferenceLoss(value, sums.detach(), reference_sums, rewards, labels)
-
-
 # --- Triton -----------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +176,8 @@ def _fused(
         labels,
         baseline,
         None if log_sum_sq_probs is None else log_sum_sq_probs.detach().float(),
+        ",".join(spec.variants),
+        spec.weights,
         spec.flags(),
         spec.numbers(),
         None if totals is None else float(totals.examples),
@@ -255,22 +200,16 @@ def _fused(
 
 
 def _check_tensors(logp: Any, segments: Any, lengths: Any, **optional: Any) -> None:
-    """Types, dtypes, devices and numbers of entries of what is one a token, and of `lengths`."""
+    """Check the types, dtypes, devices and sizes of `lengths` and of the tensors with one entry for each token."""
     given = {"logp": logp, "segments": segments, "lengths": lengths}
     given |= {name: value for name, value in optional.items() if value is not None}
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"preference_loss: {name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.device != logp.device:
-            raise ValueError(f"preference_loss: {name} is on {value.device}, logp is on {logp.device}")
-        if value.dim() != 1:
-            raise ValueError(f"preference_loss: {name} must have one dimension, got shape {tuple(value.shape)}")
-        if name in ("segments", "lengths") and value.dtype != torch.int64:
-            raise TypeError(f"preference_loss: {name} must be torch.int64, got {value.dtype}")
+        _ARGUMENTS.check_tensor(name, value, 1, logp)
+        if name in ("segments", "lengths"):
+            _ARGUMENTS.check_dtype(name, value.dtype, torch.int64)
         if name != "lengths" and len(value) != len(logp):
             raise ValueError(f"preference_loss: {name} has {len(value)} entries, logp has {len(logp)}")
-    if logp.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"preference_loss: logp must be torch.float32 or torch.float64, got {logp.dtype}")
+    _ARGUMENTS.check_dtype("logp", logp.dtype, torch.float32, torch.float64)
     for name in optional:
         if name in given and not given[name].is_floating_point():
             raise TypeError(f"preference_loss: {name} must be of floating point, got {given[name].dtype}")
@@ -279,7 +218,7 @@ def _check_tensors(logp: Any, segments: Any, lengths: Any, **optional: Any) -> N
 def _check_loss(
     loss: Any, lengths: Tensor, reference: Tensor | None, labels: Any, log_sum_sq_probs: Tensor | None
 ) -> None:
-    """The arguments a loss needs are there, and no others."""
+    """Check that a loss has the arguments that it needs, and no others."""
     if not isinstance(loss, LossOptions):
         raise TypeError(f"preference_loss: loss must be options such as DPO(), got {type(loss).__name__}")
     weighting = isinstance(loss, DPO) and loss.weighting
@@ -294,10 +233,9 @@ def _check_loss(
     count = len(lengths)
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.bool:
-            found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"preference_loss: labels must be a torch.bool tensor, got {found}")
-        if labels.device != lengths.device:
-            raise ValueError(f"preference_loss: labels is on {labels.device}, logp is on {lengths.device}")
+            given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"preference_loss: labels must be a torch.bool tensor, got {given}")
+        _ARGUMENTS.check_device("labels", labels.device, lengths)
         if labels.dim() != 1 or len(labels) == 0 or count not in (len(labels), 2 * len(labels)):
             raise ValueError(
                 f"preference_loss: lengths has {count} entries, labels has shape {tuple(labels.shape)}; there must be "
@@ -314,7 +252,7 @@ def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, back
     if isinstance(kl, Tensor):
         if kl.numel() != 1:
             raise ValueError(f"preference_loss: kl must be a scalar, got shape {tuple(kl.shape)}")
-    elif isinstance(kl, bool) or not isinstance(kl, int | float):
+    elif not is_number(kl):
         raise TypeError(f"preference_loss: kl must be a number or a tensor, got {kl!r}")
     elif labels is None and kl != 0:
         raise ValueError(f"preference_loss: only kto takes kl, got {kl}")
@@ -326,23 +264,22 @@ def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, back
                 raise ValueError(f"preference_loss: totals.{name} must be above 0, got {value}")
     if step is not None and not isinstance(step, WholeStep):
         raise TypeError(f"preference_loss: step must be losses.WholeStep, got {type(step).__name__}")
-    if backend not in BACKENDS:
-        raise ValueError(f"preference_loss: backend is {backend!r}, known are {', '.join(BACKENDS)}")
+    _ARGUMENTS.check_backend(backend)
 
 
 def _check_segments(segments: Tensor, lengths: Tensor, responses: int) -> None:
-    """On a CPU, and outside of tracing: that segments and lengths say the same, and no response is empty."""
+    """Check on a CPU, outside of tracing, that segments and lengths agree and that no response is empty."""
     if segments.device.type != "cpu" or type(segments) is not Tensor or torch.compiler.is_compiling():
         return
     count = len(lengths)
     if len(segments) and not 0 <= int(segments.min()) <= int(segments.max()) < count:
         wrong = int(segments.min()) if segments.min() < 0 else int(segments.max())
         raise ValueError(f"preference_loss: segments holds {wrong}, lengths has entries 0 to {count - 1}")
-    found = torch.bincount(segments, minlength=count)
-    for sequence in (found != lengths).nonzero().flatten().tolist():
+    counts = torch.bincount(segments, minlength=count)
+    for sequence in (counts != lengths).nonzero().flatten().tolist():
         raise ValueError(
             f"preference_loss: lengths[{sequence}] is {int(lengths[sequence])}, segments holds {sequence} "
-            f"{int(found[sequence])} times"
+            f"{int(counts[sequence])} times"
         )
     if int((lengths[:responses] == 0).sum()):
         empty = int((lengths[:responses] == 0).nonzero()[0])

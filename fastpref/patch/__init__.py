@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastpref.patch.forward import Scope
+    from fastpref.patch.forward import Request, Scope
     from fastpref.patch.plan import Plan
 
 __all__ = ["Patch", "patch", "unpatch"]
@@ -23,8 +23,8 @@ _patches: dict[ModuleType, "Patch"] = {}
 def patch(trl: ModuleType, *, prefix_sharing: bool = True) -> "Patch":
     """Patch TRL's DPO, KTO, ORPO and CPO trainers. Losses, metrics and gradients stay TRL's.
 
-    Patching twice is patching once, with the options of the last call. What cannot be computed faster takes TRL's
-    path, which is said once in the log, with the reason.
+    Patching twice is patching once, with the options of the last call. Where a model cannot be computed faster,
+    TRL's own path is taken, and the log says so once, with the reason.
 
     Args:
         trl: the imported module `trl`.
@@ -35,7 +35,7 @@ def patch(trl: ModuleType, *, prefix_sharing: bool = True) -> "Patch":
         The patch: a context manager that unpatches at its end.
 
     Raises:
-        UserError: not a TRL that is known here.
+        UserError: an unknown version of TRL.
     """
     from fastpref.errors import UserError
 
@@ -49,10 +49,10 @@ def patch(trl: ModuleType, *, prefix_sharing: bool = True) -> "Patch":
 
 
 def unpatch(trl: ModuleType) -> None:
-    """Give every attribute of TRL back what it was. Without a patch nothing happens."""
-    found = _patches.pop(trl, None)
-    if found is not None:
-        found._undo()
+    """Restore every attribute of TRL. Without a patch nothing happens."""
+    patched = _patches.pop(trl, None)
+    if patched is not None:
+        patched._undo()
 
 
 class Patch:
@@ -62,16 +62,16 @@ class Patch:
         from weakref import WeakKeyDictionary
 
         from fastpref.patch.report import Tally
-        from fastpref.patch.trainers import find_changes
+        from fastpref.patch.trainers import find_replacements
 
         self.trl, self.prefix_sharing = trl, prefix_sharing
         self.tally = Tally()
-        self._said: dict[tuple[str, str], None] = {}
+        self._notes: dict[tuple[str, str], None] = {}
         self._plans: WeakKeyDictionary[Any, Plan] = WeakKeyDictionary()
         self._scopes: list[Scope] = []
-        self._changes = find_changes(trl, self)
-        for made in self._changes:
-            made.make()
+        self._replacements = find_replacements(trl, self)
+        for replacement in self._replacements:
+            replacement.make()
 
     def __enter__(self) -> "Patch":
         return self
@@ -84,16 +84,16 @@ class Patch:
 
     @property
     def patched(self) -> list[str]:
-        """The names of the attributes that are exchanged, like "DPOTrainer._compute_loss"."""
-        return [f"{made.owner.__name__.removeprefix('trl.')}.{made.name}" for made in self._changes]
+        """The names of the attributes that are replaced, like "DPOTrainer._compute_loss"."""
+        return [f"{one.owner.__name__.removeprefix('trl.')}.{one.name}" for one in self._replacements]
 
     @property
     def notes(self) -> list[str]:
-        """What was said: what is left to TRL, and why."""
-        return [f"{what}: {why}" for what, why in self._said]
+        """The logged notes: what is left to TRL, and why."""
+        return [f"{what}: {why}" for what, why in self._notes]
 
     def report(self) -> str:
-        """What was patched and what it saved so far, in words."""
+        """A text that says what was patched and what that saved so far."""
         from fastpref.patch.report import report
 
         return report(self)
@@ -101,13 +101,13 @@ class Patch:
     # --- for the patched methods ----------------------------------------------------------------------------------
 
     def say(self, what: str, why: str) -> None:
-        """Say something once."""
-        if (what, why) not in self._said:
-            self._said[what, why] = None
+        """Log a note, once."""
+        if (what, why) not in self._notes:
+            self._notes[what, why] = None
             logger.warning("fastpref.patch: %s: %s", what, why)
 
     def plan(self, trainer: Any, wrapped: Any) -> "Plan":
-        """How a model is computed, found out when it is first met."""
+        """How a model is computed, determined at its first call."""
         from fastpref.patch.plan import NOT_WANTED, bare, make_plan
 
         model = bare(wrapped)
@@ -125,8 +125,10 @@ class Patch:
         return next((scope for scope in reversed(self._scopes) if scope.trainer is trainer), None)
 
     @contextmanager
-    def standing_in(self, trainer: Any, model: Any, reference: Any, **options: Any) -> "Iterator[Scope | None]":
-        """A patched call: inside the block the forwards of its models are exchanged. None if all are left to TRL."""
+    def standing_in(
+        self, trainer: Any, model: Any, reference: Any, request: "Request", *, fused_output: Any = None
+    ) -> "Iterator[Scope | None]":
+        """A patched call: inside the block the forwards of its models are replaced. None if all are left to TRL."""
         from fastpref.patch.forward import Scope
         from fastpref.patch.plan import bare
 
@@ -138,7 +140,7 @@ class Patch:
         if all(plan.refused is not None for _, plan in plans):
             yield None
             return
-        scope = Scope(trainer, plans, self.tally, **options)
+        scope = Scope(trainer, plans, self.tally, request, fused_output)
         self._scopes.append(scope)
         try:
             with scope.standing_in():
@@ -156,8 +158,8 @@ class Patch:
         self._plans.clear()
 
     def _undo(self) -> None:
-        for made in reversed(self._changes):
-            made.undo()
+        for replacement in reversed(self._replacements):
+            replacement.undo()
         self._forget_plans()
 
 

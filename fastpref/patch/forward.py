@@ -1,14 +1,14 @@
-"""What answers in a model's place while a patched method of TRL runs.
+"""The forward pass that replaces a model's own while a patched method of TRL runs.
 
 TRL's method computes its loss and logs its metrics as ever; only the `forward` of the causal language model, inside
-whatever accelerate and PEFT have wrapped around it, is exchanged for the time of the call. It takes the padded batch,
+whatever accelerate and PEFT have wrapped around it, is replaced for the time of the call. It takes the padded batch,
 computes it as trees, and returns what TRL's code reads: a `FusedCausalLMOutput` where TRL asks for log-probabilities
 (1.15 and newer), or an output whose `logits` are a `Logits`.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,25 +27,36 @@ _KNOWN = {  # keywords of a call that mean nothing for the body, or are handled 
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Request:
+    """The requirements of a patched method for the passes of its models."""
+
+    labels: Callable[[Tensor, Tensor], Tensor | None] | None = None  # of a batch and its mask whose call has none
+    outputs: tuple[str, ...] = ()  # what the next pass of the policy computes in addition to log-probabilities
+    row_means: bool = False  # TRL logs the mean of the logits over whole rows of the next pass of the policy
+    keep_next: bool = False  # other completions of the next pass's prompts come after it
+    later_ids: Tensor | None = None  # the batch that holds those
+
+
 @dataclass
 class Scope:
-    """One call of a patched method."""
+    """One call of a patched method, and what its passes have left for those that follow."""
 
     trainer: Any
     plans: list[tuple[Any, Plan]]  # of the models it calls
     tally: Tally
+    request: Request
     fused_output: Callable[..., Any] | None = None  # TRL's FusedCausalLMOutput, if it has one
-    labels: Callable[[Tensor, Tensor], Tensor | None] | None = None  # of a batch and its mask whose call has none
-    outputs: tuple[str, ...] = ()  # what the next pass of the policy is asked for beside log-probabilities
-    row_means: bool = False  # of the next pass of the policy the logits' mean over whole rows is logged
-    keep_next: bool = False  # other completions of the next pass's prompts come after it
-    kept: tuple[Packed, States, Any] | None = None
-    later_ids: Tensor | None = None  # the batch that holds those
-    stash: tuple[Tensor, Any] | None = None  # a pass that was made before TRL asked for it
+    kept: tuple[Packed, States, Any] | None = None  # a packed pass with its keys and values
+    stash: tuple[Tensor, Any] | None = None  # the result of a pass that ran before TRL called for it
+
+    def ask(self, **changes: Any) -> None:
+        """Change the request for the passes that follow."""
+        self.request = replace(self.request, **changes)
 
     @contextmanager
     def standing_in(self) -> Iterator["Scope"]:
-        """The models' forwards answer as said above inside the block."""
+        """Replace the models' forwards inside the block."""
         before = {}
         try:
             for model, plan in self.plans:
@@ -63,7 +74,7 @@ class Scope:
 
 @dataclass
 class _Forward:
-    """The exchanged forward of one model."""
+    """The replaced forward of one model."""
 
     scope: Scope
     model: Any
@@ -84,8 +95,8 @@ class _Forward:
             return self.original(*args, **kwargs)
         scope = self.scope
         if scope.stash is not None and scope.stash[0] is input_ids:
-            found, scope.stash = scope.stash[1], None
-            return found
+            result, scope.stash = scope.stash[1], None
+            return result
         extra = {name: value for name, value in call.items() if name not in _KNOWN and value is not None}
         routed = bool(call.get("output_router_logits")) or getattr(self.model.config, "output_router_logits", False)
         if routed:
@@ -102,7 +113,7 @@ class _Forward:
     def _labels(self, call: dict[str, Any], input_ids: Tensor, mask: Tensor, fused: bool) -> Tensor | None:
         if fused:
             return None if call.get("shift_labels") is not None else call.get("labels")
-        find = self.scope.labels
+        find = self.scope.request.labels
         return None if find is None else find(input_ids, mask)
 
     # --- the body -----------------------------------------------------------------------------------------------
@@ -112,7 +123,7 @@ class _Forward:
         assert plan.backbone is not None
         assert plan.head is not None
         packed = None
-        later = scope.later_ids is input_ids
+        later = scope.request.later_ids is input_ids
         if plan.padded is None and not extra.keys() - {"output_router_logits"}:
             rows = read_rows(input_ids, mask, labels)
             if rows is not None and (plan.rotary or not any(row.first for row in rows)):
@@ -123,27 +134,29 @@ class _Forward:
                         scope.tally.computed(input_ids.numel(), tokens.input_ids.numel())
                         return later_states(plan.backbone, states, kept, tokens, eager=plan.was_eager)
                 packed = pack(rows, input_ids.shape[1], input_ids.device)
-                if scope.row_means and any(row.first for row in rows):
+                if scope.request.row_means and any(row.first for row in rows):
                     packed = None  # padding on the left is in the logged mean, and sees nothing
                 if plan.by_length and max(map(len, rows)) < input_ids.shape[1]:
                     packed = None  # to a multiple: the angles go by the padding's positions too
         if packed is None:
             scope.tally.computed(input_ids.numel(), input_ids.numel())
             return padded_states(plan.backbone, plan.head, input_ids, attention_mask=mask, **extra)
-        keep = not later and (scope.keep_next or scope.row_means)
+        keep = not later and (scope.request.keep_next or scope.request.row_means)
         states, kept = packed_states(plan.backbone, plan.head, packed, keep=keep, **extra)
         scope.tally.computed(input_ids.numel(), packed.tokens)
         if kept is not None:
-            scope.kept, scope.keep_next = (packed, states, kept), False
+            scope.kept = (packed, states, kept)
+            scope.ask(keep_next=False)
         return states
 
     # --- the head -----------------------------------------------------------------------------------------------
 
     def _fused(self, states: States, input_ids: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Any:
-        """What TRL's fused head returns: [B, T − 1], zero where there is no label."""
+        """The output of TRL's fused head: [B, T − 1], zero where there is no label."""
         scope, outputs = self.scope, ()
-        if scope.later_ids is not input_ids:
-            outputs, scope.outputs = scope.outputs, ()
+        if scope.request.later_ids is not input_ids:
+            outputs = scope.request.outputs
+            scope.ask(outputs=())
         labels = labels.to(states.hidden.device)
         kept = labels[:, 1:] != IGNORED
         where = torch.nn.functional.pad(kept, (0, 1))
@@ -175,10 +188,11 @@ class _Forward:
         self, states: States, input_ids: Tensor, labels: Tensor, aux_loss: Tensor | None, logits_to_keep: int
     ) -> Any:
         scope, outputs, row_states = self.scope, (), None
-        if scope.later_ids is not input_ids:
-            outputs, scope.outputs = scope.outputs, ()
-            if scope.row_means:
-                scope.row_means, row_states = False, self._row_states(states, input_ids)
+        if scope.request.later_ids is not input_ids:
+            outputs = scope.request.outputs
+            if scope.request.row_means:
+                row_states = self._row_states(states, input_ids)
+            scope.ask(outputs=(), row_means=False)
         autocast, head = scope.trainer.accelerator.autocast, scope.tally.head
 
         @contextmanager
@@ -193,7 +207,7 @@ class _Forward:
         return MoeCausalLMOutputWithPast(logits=logits, aux_loss=aux_loss)  # pyright: ignore[reportArgumentType]
 
     def _row_states(self, states: States, input_ids: Tensor) -> Callable[[], States]:
-        """States with padding, whose tokens are computed after the others if they are asked for."""
+        """States with padding, whose tokens are computed after the others when they are needed."""
         scope, plan, before = self.scope, self.plan, self.scope.kept
         scope.kept = None
 

@@ -1,8 +1,8 @@
-"""`Logits`: what stands for a model's logits in TRL's own code, and is only computed where that code asks.
+"""`Logits`: stands for a model's logits in TRL's own code, and computes only what that code uses.
 
 TRL's trainers that call a model for its logits cut them, and then take log-probabilities of the labels, a mean, an
 entropy, an argmax. A `Logits` knows which places of the padded batch it stands for; cutting it cuts those places, and
-what is asked of them in the end comes from one walk over the vocabulary. Whatever else is asked of it gets the real
+the quantities that TRL then computes come from one walk over the vocabulary. Any other operation gets the real
 logits of its places.
 """
 
@@ -19,7 +19,7 @@ from fastpref.patch.states import States
 
 
 class Scores:
-    """What the head says about a padded batch, computed once for every place that is asked for."""
+    """The head's results for a padded batch, computed once for every place that needs them."""
 
     def __init__(
         self,
@@ -30,8 +30,9 @@ class Scores:
         around: Callable[[int, int], AbstractContextManager[None]],
         row_states: Callable[[], States] | None,
     ):
-        """`outputs` are asked for beside the log-probabilities. `around` is entered with the places of the batch and
-        the number that is scored while the head is used. `row_states` finds states of padding too."""
+        """`outputs` are computed in addition to the log-probabilities. While the head is used, the context `around` is
+        entered with the number of places in the batch and the number of scored ones. `row_states` computes states of
+        padding too."""
         self.states, self.outputs, self._around, self._row_states = states, outputs, around, row_states
         self._row_means: Tensor | None = None
         self._with_grad = torch.is_grad_enabled()
@@ -53,9 +54,9 @@ class Scores:
                 tokens = self.states.score(missing, targets, self.outputs)
             self.table = self.table.masked_scatter(missing, tokens.logp.to(self.table.dtype))
             for name in self.outputs:
-                found = getattr(tokens, name)
-                empty = torch.zeros(self.have.shape, dtype=found.dtype, device=found.device)
-                self.extra[name] = self.extra.get(name, empty).masked_scatter(missing, found)
+                values = getattr(tokens, name)
+                empty = torch.zeros(self.have.shape, dtype=values.dtype, device=values.device)
+                self.extra[name] = self.extra.get(name, empty).masked_scatter(missing, values)
             self.have = self.have | missing
         return self.table
 
@@ -92,7 +93,7 @@ class Logits:
     def __init__(self, scores: Scores, at: Tensor, *, with_grad: bool = True):
         self.scores, self.at, self.with_grad = scores, at, with_grad  # at: [*places] into the flattened [B, T]
 
-    # --- what a tensor says of itself ---------------------------------------------------------------------------
+    # --- properties of a tensor ---------------------------------------------------------------------------------
 
     @property
     def shape(self) -> torch.Size:
@@ -173,7 +174,7 @@ class Logits:
     def float(self) -> "Logits":
         return self
 
-    # --- asking -------------------------------------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------------------------
 
     def materialize(self) -> Tensor:
         """The real logits [*places, V], by the model's own head; at padding those of some token."""
@@ -193,8 +194,8 @@ class Logits:
         # Over everything padding may be among it; over the vocabulary it is left out afterwards.
         whole_rows = dim is None and not self.requires_grad and self.scores.knows_padding
         table = self.scores.row_means() if whole_rows else self.scores.mean_logits()
-        found = table.flatten()[self.at]
-        return found.mean() if dim is None else found
+        means = table.flatten()[self.at]
+        return means.mean() if dim is None else means
 
     def nansum(self) -> Tensor:
         """Over everything, without gradient: TRL logs it."""
@@ -273,16 +274,16 @@ _arithmetic("__neg__")
 def understanding(function: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
     """TRL's function of logits, answered by `answer` for a `Logits` without a temperature or other options."""
 
-    def asked(logits: Any, *args: Any, **kwargs: Any) -> Any:
+    def answered(logits: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(logits, Logits):
             return function(logits, *args, **kwargs)
-        found = answer(logits, *args, **kwargs)
-        return function(logits.materialize(), *args, **kwargs) if found is None else found
+        result = answer(logits, *args, **kwargs)
+        return function(logits.materialize(), *args, **kwargs) if result is None else result
 
-    asked.__wrapped__ = function  # pyright: ignore[reportFunctionMemberAccess]
-    asked.__doc__ = function.__doc__
-    asked.__name__ = function.__name__
-    return asked
+    answered.__wrapped__ = function  # pyright: ignore[reportFunctionMemberAccess]
+    answered.__doc__ = function.__doc__
+    answered.__name__ = function.__name__
+    return answered
 
 
 def log_softmax_of(logits: Logits, index: Tensor, **options: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What can be done for a model: trees, its head alone, or nothing, and why."""
+"""How a model can be computed: as trees, with its head alone replaced, or as TRL does it, and why."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +55,7 @@ def bare(model: Any) -> Any:
 
 
 def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
-    """The plan for a trainer's model. Its attention is exchanged if trees are wanted and can be had."""
+    """The plan for a trainer's model. Its attention is replaced if trees are wanted and possible."""
     model = bare(wrapped)
     why = _refusal(trainer, wrapped, model)
     if why is not None:
@@ -88,14 +88,14 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
 
 
 def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
-    """Why a model is left to TRL, if that can be said without trying."""
+    """Why a model is left to TRL, if that is known without a trial run."""
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is no transformers model that is known here"
     config: Any = model.config
     if config.is_encoder_decoder:
         return f"{config.model_type} is an encoder-decoder"
     if config.get_text_config() is not config or getattr(trainer, "_is_vision_dataset", False):
-        return f"{config.model_type} models take images or sound beside text"
+        return f"{config.model_type} models take images or sound as well as text"
     inner = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
     if isinstance(inner, PeftModel) and getattr(inner.active_peft_config, "is_prompt_learning", False):
         return f"{inner.active_peft_config.peft_type} is prompt learning: its rows hold tokens of their own"
@@ -107,7 +107,7 @@ def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
 
 
 def _give_trees(model: PreTrainedModel, policy: Policy) -> tuple[str | None, AttentionState | None]:
-    """Exchange a model's attention: why it cannot be, or None, and the one it had."""
+    """Replace a model's attention. Returns why that is impossible, or None, and the attention that the model had."""
     was, own = attention_of(model), model.config._attn_implementation
     calls, why = give_layout(model, policy, name=attention.NAME)
     if why is None and own == "sdpa" and any(call.softcap is not None for call in calls):

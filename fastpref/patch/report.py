@@ -1,4 +1,4 @@
-"""What a patched run saved: counted, timed, and where it can only be estimated, called so."""
+"""What a patched run saved: counts, times, and estimates, which the report calls estimates."""
 
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Tally:
     scored: int = 0
     head_seconds: float = 0.0
     logits_bytes: int = 0  # of the largest batch of a trainer that asks its model for logits, in float32
-    timed: bool = False  # wait for the device, so that the head's time can be told
+    timed: bool = False  # wait for the device, so that the head's time is measured
 
     def computed(self, padded: int, tokens: int) -> None:
         """A pass of `tokens` in place of `padded`."""
@@ -55,7 +55,7 @@ class Tally:
 
 
 def report(patch: "Patch") -> str:
-    """What was patched, what was counted and timed, and an estimate of what TRL would have held."""
+    """Report what was patched, counts and times, and an estimate of the memory that TRL would have held."""
     tally = patch.tally
     lines = [f"fastpref.patch of trl {getattr(patch.trl, '__version__', '')}"]
     owners: dict[str, list[str]] = {}

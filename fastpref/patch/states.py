@@ -1,4 +1,4 @@
-"""The hidden states of a padded batch, wherever they were computed, and what the head makes of them."""
+"""The hidden states of a padded batch, wherever they were computed, and the head's results for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class States:
     hidden: Tensor  # [M, H]
     place: Tensor  # [B, T] int64
     head: Head
-    output: Any = None  # of the body, with the router logits of each layer if they were asked for
+    output: Any = None  # of the body, with the router logits of each layer if they were requested
 
     def score(self, where: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
         """Log-probabilities of `targets` [N], the tokens that follow the places of `where` [B, T] bool."""
@@ -35,10 +35,10 @@ class States:
 
 def padded_states(backbone: nn.Module, head: Head, input_ids: Tensor, **options: Any) -> States:
     """The padded rows as they are."""
-    found = backbone(input_ids=input_ids, use_cache=False, **options)
-    hidden = found.last_hidden_state
+    output = backbone(input_ids=input_ids, use_cache=False, **options)
+    hidden = output.last_hidden_state
     place = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
-    return States(hidden.flatten(0, 1), place, head, found)
+    return States(hidden.flatten(0, 1), place, head, output)
 
 
 def packed_states(
@@ -50,12 +50,12 @@ def packed_states(
     kept: Kept | None = None
     if keep:
         with keeping(packed.layout) as kept:
-            found = backbone(**call, **options)
+            output = backbone(**call, **options)
     else:
-        found = backbone(**call, **options)
-    hidden = found.last_hidden_state[0]
+        output = backbone(**call, **options)
+    hidden = output.last_hidden_state[0]
     place = packed.place.to(hidden.device)
-    return States(hidden, place, head, found), kept
+    return States(hidden, place, head, output), kept
 
 
 @torch.no_grad()
@@ -63,8 +63,8 @@ def later_states(backbone: nn.Module, states: States, kept: Kept, later: Later, 
     """The states of the packed row and of tokens computed after it, all without gradient."""
     layout = LaterLayout((), branches=later.branches, kept=kept, eager=eager)
     options = tree_keywords(layout, later.input_ids.device)
-    found = backbone(input_ids=later.input_ids, position_ids=later.position_ids, use_cache=False, **options)
-    hidden = torch.cat([states.hidden.detach(), found.last_hidden_state[0]])
+    output = backbone(input_ids=later.input_ids, position_ids=later.position_ids, use_cache=False, **options)
+    hidden = torch.cat([states.hidden.detach(), output.last_hidden_state[0]])
     return replace(states, hidden=hidden, place=later.place.to(hidden.device))
 
 
@@ -107,15 +107,15 @@ def _mean_logits(hidden: Tensor, head: Head) -> Tensor:
     base = weight.base if isinstance(weight, LoraWeight) else weight
     if settings.softcap is not None or not isinstance(base, Tensor):
         everywhere = torch.arange(len(hidden), device=hidden.device)
-        found = head(hidden, everywhere, torch.zeros_like(everywhere), ("mean_logit",)).mean_logit
-        assert found is not None
-        return found.float()
+        means = head(hidden, everywhere, torch.zeros_like(everywhere), ("mean_logit",)).mean_logit
+        assert means is not None
+        return means.float()
     mean = base.mean(0, dtype=torch.float32)
     if isinstance(weight, LoraWeight):
         hidden, _ = weight.widen(hidden)
         mean = torch.cat([mean, weight.lora_B.mean(0, dtype=torch.float32)])
     with torch.autocast(hidden.device.type, enabled=False):
-        found = hidden.float() @ mean
+        means = hidden.float() @ mean
     if bias is not None:
-        found = found + bias.float().mean()
-    return found * settings.scale
+        means = means + bias.float().mean()
+    return means * settings.scale

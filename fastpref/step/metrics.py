@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpref.data.batch import PreferenceBatch
-from fastpref.losses.token_loss import PreferenceLoss
+from fastpref.losses import PreferenceLoss
 from fastpref.ops import TokenLogprobs
 from fastpref.processes import Processes
 

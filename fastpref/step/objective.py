@@ -23,8 +23,8 @@ from fastpref.data.batch import (
     with_mismatched,
 )
 from fastpref.data.example import Example
-from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
-from fastpref.losses.token_loss import PreferenceLoss, pair_logps, preference_loss, scores_prompts, sequence_sums
+from fastpref.losses import PairLogps, PreferenceLoss, Totals, WholeStep, kto_kl
+from fastpref.losses.token_loss import pair_logps, preference_loss, scores_prompts, sequence_sums
 from fastpref.model.policy import PolicyOutput
 from fastpref.ops import TokenLogprobs
 from fastpref.processes import ALONE, Processes

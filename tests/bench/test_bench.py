@@ -10,10 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 from bench.__main__ import app
+from bench.losses import FUSED, LOSSES, TORCH, LossCase, count, losses_table, measure_loss
 from bench.measure import BARE, Case, Row, errors, measure, peak_bytes
 from bench.methods import METHODS, Method, by_tokens, full_logits
 from bench.objectives import DPO, OBJECTIVES, TOKENS, Objective
 from bench.problems import IGNORED, Problem, Shape, make_problem
+from bench.profiles import PROFILES
 from bench.results import against, changes, head_record, markdown, ratios, spread
 from bench.revision import Revision
 from bench.scaling import Point, Sweep, variations
@@ -62,8 +64,10 @@ def test_out_of_memory_and_missing_packages_have_a_row() -> None:
     ways = [Method("hungry", hungry), Method("absent", hungry, package="no_such_package")]
     rows = measure(case(), 1, ways, check=False)
     assert [(row.method, row.note, bool(row.ms)) for row in rows] == [
-        (BARE, "", True), ("hungry", "out of memory", False), ("absent", "not installed", False),
-    ]  # fmt: skip
+        (BARE, "", True),
+        ("hungry", "out of memory", False),
+        ("absent", "not installed", False),
+    ]
 
 
 def test_memory_is_the_most_held_at_once() -> None:
@@ -106,6 +110,33 @@ def test_rows_have_the_prompt_share_asked_for() -> None:
     words = [[len(row[side][0]["content"].split()) for row in make_rows(shape)] for side in ("prompt", "chosen")]
     assert sum(words[0]) / 40 == pytest.approx(150, rel=0.1)
     assert sum(words[1]) / 40 == pytest.approx(50, rel=0.1)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_counted_without_a_gpu(name: str) -> None:
+    """The fused loss is one launch among few operations; a CPU times torch only, and says so."""
+    record = measure_loss(LossCase(name, pairs=2, length=3, device="cpu"), repeats=1)
+    plain, fused = record["rows"]
+    assert (plain["method"], len(plain["ms"]), plain["note"]) == (TORCH, 1, "")
+    assert (fused["method"], fused["ms"], fused["note"]) == (FUSED, [], "needs a GPU")
+    assert 0 < fused["operations"] < plain["operations"] / 2
+    assert plain["grad_error"] < 1e-4
+    assert len(losses_table([record])) == 6
+
+
+def test_counting_a_loss_leaves_real_tensors_behind() -> None:
+    """A loss that was counted on tensors without values still computes its value afterwards."""
+    case = LossCase("simpo", pairs=2, length=3, device="cpu")
+    count(case, FUSED)
+    expected, found = case.step(TORCH)(), case.step(FUSED)()
+    torch.testing.assert_close(found, expected)
+
+
+def test_cases_are_matched_by_words() -> None:
+    tiny = PROFILES["tiny"]
+    assert [case.name for case in tiny.cases(["orpo"])] == ["SmolLM2-135M orpo frozen"]
+    assert len(tiny.cases()) == 2
+    assert tiny.cases(["orpo", "trained"]) == []
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -181,7 +212,7 @@ def test_compare_fails_on_a_regression(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--profile", "huge"], "--profile huge: known are tiny, quick, full, gpu"),
-        (["--only", "steps", "--only", "tea"], "--only tea: known are head, scaling, steps"),
+        (["--only", "steps", "--only", "tea"], "--only tea: known are head, losses, scaling, steps"),
         (["--profile", "tiny", "--base", "no-such-revision"], "--base no-such-revision: "),
         (["compare", "nowhere", "nowhere"], "not a result of python -m bench"),
     ],

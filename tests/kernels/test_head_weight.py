@@ -78,8 +78,11 @@ def test_a_head_is_its_tensors_and_its_kind(head: str) -> None:
     weight = HEADS[head]()
     again = assemble(weight.kind, weight.tensors)
     assert (again.shape, again.dtype, again.kind, again.copies) == (
-        weight.shape, weight.dtype, weight.kind, weight.copies,
-    )  # fmt: skip
+        weight.shape,
+        weight.dtype,
+        weight.kind,
+        weight.copies,
+    )
     assert torch.equal(again.rows(0, V), weight.rows(0, V))
 
 
@@ -151,9 +154,11 @@ def test_lora_on_the_head(base: str, dropout: bool, backend: str, workspace_mb: 
     exact = {name: leaf.double().requires_grad_() for name, leaf in start.items()}
     inner = (exact["hidden"] * kept.double()) @ exact["lora_A"].T * scaling
     truth = linear_logprob_naive(
-        torch.cat([exact["hidden"], inner], 1), torch.cat([dense.double(), exact["lora_B"]], 1), targets,
+        torch.cat([exact["hidden"], inner], 1),
+        torch.cat([dense.double(), exact["lora_B"]], 1),
+        targets,
         **OPTIONS[options],
-    )  # fmt: skip
+    )
     (truth.logp * coefficients).sum().backward()
 
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in start.items()}
@@ -172,7 +177,7 @@ def test_lora_on_the_head(base: str, dropout: bool, backend: str, workspace_mb: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_adapters_on_a_half_precision_head(backend: str) -> None:
-    """PEFT keeps adapters in float32 beside a bfloat16 head: their gradients are float32, and near the truth."""
+    """PEFT keeps adapters in float32 for a bfloat16 head: their gradients are float32, and near the truth."""
     start = {"lora_A": tensor(R, H, seed=4), "lora_B": tensor(V, R, seed=5) / 8}
     weight, hidden = (tensor(V, H, seed=1) / 4).bfloat16(), tensor(N, H, seed=3, dtype=torch.bfloat16)
     targets = torch.arange(N, device=DEVICE) * 16

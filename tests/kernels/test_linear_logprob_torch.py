@@ -241,7 +241,7 @@ def test_scratch_is_not_assumed_to_be_zero(case: str, workspace_mb: float, dtype
 
 
 def extra_memory(vocabulary: int, dtype: torch.dtype, mode: str, workspace_mb: float) -> int:
-    """Bytes needed at the peak of a forward and backward pass beside the inputs and the weight's own gradient."""
+    """Peak bytes of a forward and backward pass, without the inputs and the weight's own gradient."""
     problem = ordinary(64, 64, vocabulary, Case()).to(dtype)
     hidden = problem.hidden.requires_grad_(mode != "no_grad")
     weight = problem.weight.requires_grad_(mode == "trainable")

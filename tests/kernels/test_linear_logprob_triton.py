@@ -94,9 +94,16 @@ def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.L
     """One walk with a gradient, in the narrowest stored tiles the budget allows."""
     hidden, weight, targets = (tensor.to(DEVICE) for tensor in (hidden, weight, targets))
     return launch.walk_vocabulary(
-        hidden, DenseWeight(weight), targets, None, LogitTransform(),
-        outputs=("entropy", "log_sum_sq_probs"), budget=budget, with_grad=True, lazy=lazy,
-    )  # fmt: skip
+        hidden,
+        DenseWeight(weight),
+        targets,
+        None,
+        LogitTransform(),
+        outputs=("entropy", "log_sum_sq_probs"),
+        budget=budget,
+        with_grad=True,
+        lazy=lazy,
+    )
 
 
 @pytest.mark.parametrize("lazy", [0.0, launch.LAZY])
@@ -140,7 +147,7 @@ def test_outputs_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_view_and_a_wider_weight_are_read_right() -> None:
-    """Row strides are honoured, float32 weights beside half-precision hidden states (autocast) too."""
+    """Row strides are honoured, and so are float32 weights with half-precision hidden states (autocast)."""
     wide = ordinary(20, 64, 90, CASES["plain"])
     targets = wide.targets.to(DEVICE)
     narrow = replace(wide, hidden=wide.hidden[:, :40], weight=wide.weight[:, :40])

@@ -1,8 +1,9 @@
-"""The preference-loss kernels against `losses.py`, in Triton's interpreter, or on a card where there is one.
+"""The preference-loss kernels against `fastpref.losses`, in Triton's interpreter, or on a card where there is one.
 
-Truth is `losses.py` in float64, differentiated by autograd, on the very float32 tokens under test; the yardstick is
-the same in float32. An error may exceed the yardstick's by some float32 roundings: of the result, and of what goes into
-it, token sums above all. What the latter do to the result is found by moving each group of inputs by one rounding.
+Truth is `fastpref.losses` in float64, differentiated by autograd, on the very float32 tokens under test; the yardstick
+is the same in float32. An error may exceed the yardstick's by some float32 roundings: those of the result, and those of
+its inputs, token sums above all. What the latter do to the result is found by moving each group of inputs by one
+rounding.
 """
 
 import itertools
@@ -19,9 +20,10 @@ from fastpref.config.losses import CPO, DPO, KTO, LossOptions
 from fastpref.kernels import elementary_triton as elementary
 from fastpref.kernels import preference_loss_launch as launch
 from fastpref.kernels.launch import launch as launch_kernel
-from fastpref.kernels.preference_loss_spec import FLAGS, NUMBERS, VARIANTS, LossSpec
+from fastpref.kernels.preference_loss_spec import LossSpec
+from fastpref.kernels.preference_loss_variants import VARIANTS
 from fastpref.losses import Totals
-from tests.support.token_batches import LOSSES, Batch, Order, flat, of_values, ordinary, run
+from tests.support.token_batches import CLOSED, LOSSES, Batch, Order, flat, of_values, ordinary, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -104,7 +106,7 @@ def check(found: dict[str, Tensor], allowed: dict[str, tuple[Tensor, Tensor]]) -
 
 @EVERY_LOSS
 def test_accuracy(loss: LossOptions) -> None:
-    """Every loss, field and token gradient: no further from the truth than losses.py in float32, but for rounding."""
+    """Every loss, field and token gradient: no further from the truth than torch in float32, but for rounding."""
     batch = ordinary(loss)
     check(ours(batch, loss), bounds(batch, loss))
 
@@ -121,7 +123,7 @@ def test_sequences_lie_in_any_order(name: str, order: Order) -> None:
 
 @EVERY_LOSS
 def test_the_rule_is_sharp(loss: LossOptions) -> None:
-    """What is allowed is small beside what is found, and a β that is off by 1e-3 exceeds it."""
+    """The bounds are small compared with the values, and a β that is off by 1e-3 exceeds them."""
     batch = ordinary(loss, SHORT)
     allowed = bounds(batch, loss)
     for name in ("loss", "grad"):
@@ -270,10 +272,13 @@ def test_what_is_not_float32_or_not_contiguous() -> None:
     """Strided tokens, and a reference of another dtype, give what contiguous float32 ones give."""
     loss = DPO(weighting=True)
     batch = ordinary(loss)
-    strided = replace(batch, **{
-        name: torch.stack([getattr(batch, name), torch.zeros(len(batch.segments))], 1)[:, 0]
-        for name in ("logp", "reference", "log_sum_sq_probs")
-    })  # fmt: skip
+    strided = replace(
+        batch,
+        **{
+            name: torch.stack([getattr(batch, name), torch.zeros(len(batch.segments))], 1)[:, 0]
+            for name in ("logp", "reference", "log_sum_sq_probs")
+        },
+    )
     assert not strided.logp.is_contiguous()
     expected = ours(batch, loss)
     for other in (strided, replace(batch, reference=batch.reference.double())):
@@ -345,14 +350,36 @@ def test_elementary_functions_let_nan_through(name: str) -> None:
 
 
 def test_a_spec_says_what_the_kernels_read() -> None:
-    """Flags and numbers stand in the order that the kernels and the compile report take them in."""
+    """A spec's flags are the constants of the kernel, its numbers what the kernel loads."""
     spec = LossSpec(("hinge", "odds_ratio"), (0.5, 2.0), beta=0.25, label_smoothing=0.125, supervised=3.0, prompts=True)
-    flags, numbers = dict(zip(FLAGS, spec.flags(), strict=True)), spec.numbers()
-    assert flags["VARIANTS"] == (1 << VARIANTS.index("hinge")) + (1 << VARIANTS.index("odds_ratio"))
-    assert (flags["HAS_PROMPTS"], flags["HAS_REFERENCE"]) == (1, 0)
-    named = dict(zip((*NUMBERS, *VARIANTS), numbers, strict=True))
-    assert (named["beta"], named["half_inverse_beta"], named["unflipped"]) == (0.25, 2.0, 0.75)
-    assert (named["supervised"], named["hinge"], named["odds_ratio"], named["sigmoid"]) == (3.0, 0.5, 2.0, 0.0)
+    flags, numbers = spec.flags(), spec.numbers()
+    assert (flags.HAS_PROMPTS, flags.HAS_REFERENCE) == (1, 0)
+    assert set(flags._fields) | {"VARIANTS", "BLOCK"} == {
+        n for n in launch.kernel_of({"VARIANTS": ()}).arg_names if n.isupper()
+    }
+    assert (numbers.beta, numbers.half_inverse_beta, numbers.unflipped, numbers.supervised) == (0.25, 2.0, 0.75, 3.0)
+
+
+def test_the_table_is_all_that_a_variant_needs() -> None:
+    """The table holds every loss of pairs without sorting, under the name of its option; a kernel takes any of them."""
+    named = {*CLOSED, "odds_ratio"} - {"sft"}
+    assert set(VARIANTS) == named
+    compiled = [function for _, constants in launch.compile_cases() for function in constants.get("VARIANTS", ())]
+    assert set(VARIANTS.values()) == set(compiled)
+    batch = ordinary(DPO())
+    with pytest.raises(ValueError, match="no_such_loss"):
+        launch.pair_loss(
+            batch.logp,
+            batch.segments[:0],
+            batch.lengths,
+            None,
+            None,
+            {"no_such_loss": 1.0},
+            LossSpec().flags(),
+            LossSpec().numbers(),
+            examples=None,
+            nll_tokens=None,
+        )
 
 
 def test_lengths_are_not_compiled_in() -> None:

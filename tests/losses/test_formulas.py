@@ -1,318 +1,59 @@
-"""The losses against formulas written out pair by pair, and the laws that every one of them obeys."""
+"""The losses against formulas written out pair by pair: values, gradients, extremes."""
 
 import itertools
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from decimal import Decimal, localcontext
-from typing import Any, get_args
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, SORTING_VARIANTS, LossOptions, SimPO, Variant
-from fastpref.losses.formulas import (
-    LossOutput,
+from fastpref.config.losses import CPO, DPO, KTO, ORPO, SORTING_VARIANTS, LossOptions, SimPO
+from fastpref.losses import (
     PairLogps,
+    PreferenceLoss,
     RowLogps,
-    Totals,
-    WholeStep,
-    _log1mexp,
     cpo_loss,
     dpo_loss,
     kto_kl,
     kto_loss,
-    length_weights,
     orpo_loss,
     pair_loss,
     simpo_loss,
-    wpo_weights,
 )
-
-EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
-OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
-PER_PAIR = [v for v in get_args(Variant) if v not in ("sft", *SORTING_VARIANTS)]
-DIVERGENCES: dict[str, dict[str, Any]] = {
-    "reverse_kl": {},
-    "forward_kl": {"f_divergence": "forward_kl"},
-    "js": {"f_divergence": "js"},
-    "alpha 0.5": {"f_divergence": "alpha", "f_alpha": 0.5},
-    "alpha 1": {"f_divergence": "alpha", "f_alpha": 1.0},
-    "alpha 1.001": {"f_divergence": "alpha", "f_alpha": 1.001},
-    "alpha 2": {"f_divergence": "alpha", "f_alpha": 2.0},
-}
-
-
-def _smoothing(variants: Sequence[str]) -> float:
-    return 0.1 if set(variants) & set(SMOOTHED) and "ipo" not in variants else 0.0
-
-
-def _dpo(*variants: Any, **options: Any) -> DPO:
-    return DPO(variants=variants, label_smoothing=_smoothing(variants), **options)
-
-
-LOSSES: dict[str, LossOptions] = {
-    **{f"dpo {v}": _dpo(v) for v in get_args(Variant)},
-    **{f"dpo {v} {d}": _dpo(v, **DIVERGENCES[d]) for v in OF_A_DIFFERENCE for d in DIVERGENCES if d != "reverse_kl"},
-    "dpo sigmoid, unsmoothed": DPO(),
-    "dpo discopop, hot": DPO(variants=("discopop",), discopop_tau=2.0),
-    "dpo sum": _dpo("sigmoid", "sft", "aot_unpaired", "apo_down", weights=(1.0, 0.3, 0.5, -0.2)),
-    "ipo": IPO(beta=0.2),
-    "orpo": ORPO(beta=0.3),
-    "orpo, nll only": ORPO(beta=0.0),
-    "simpo": SimPO(),
-    "simpo, all options": SimPO(beta=1.5, gamma=0.4, label_smoothing=0.1, sft_weight=0.7, alpha=0.25),
-    "simpo, alpha < 0": SimPO(alpha=-0.5),
-    "cpo": CPO(),
-    "cpo, smoothed": CPO(label_smoothing=0.2, sft_weight=0.0),
-    "cpo, alpha": CPO(alpha=0.05),
-    "cpo hinge": CPO(variant="hinge"),
-    "cpo ipo": CPO(variant="ipo"),
-    "cpo ipo, alpha": CPO(variant="ipo", alpha=0.5),
-}
-EVERY_LOSS = pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-
-
-def sorts(options: LossOptions) -> bool:
-    return isinstance(options, DPO) and options.sorts_step
-
-
-# --- Formulas, naively: a function of numbers that returns the terms of a sum. -----------------------------------
-
-
-def nls(x: float) -> float:
-    """−log σ(x)"""
-    return max(-x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def sigmoid(x: float) -> float:
-    return math.exp(-nls(x))
-
-
-def smoothed(x: float, eps: float) -> tuple[float, ...]:
-    return (1 - eps) * nls(x), eps * nls(-x)
-
-
-def divergence(name: str, t: float) -> float:
-    """f′(eᵗ) as the paper writes it."""
-    if name == "forward_kl":
-        return 1 - math.exp(-t)
-    if name == "js":
-        return math.log(2 * sigmoid(t))
-    if name in ("reverse_kl", "alpha 1"):
-        return t
-    power = float(name.removeprefix("alpha ")) - 1
-    return math.expm1(power * t) / power
-
-
-@dataclass
-class Pair:
-    """One pair, in the names of the papers."""
-
-    c: float  # ratio of the chosen response
-    r: float
-    n_c: float
-    n_r: float
-    beta: float
-    eps: float
-    tau: float
-    divergence: str
-
-    @property
-    def x(self) -> float:
-        return self.beta * (divergence(self.divergence, self.c) - divergence(self.divergence, self.r))
-
-    @property
-    def per_token(self) -> float:
-        return divergence(self.divergence, self.c) / self.n_c - divergence(self.divergence, self.r) / self.n_r
-
-
-def _exo(p: Pair) -> tuple[float, ...]:
-    q, not_q = sigmoid(p.x), sigmoid(-p.x)
-    return -q * nls(p.x), -q * math.log(1 - p.eps), -not_q * nls(-p.x), -not_q * math.log(p.eps)
-
-
-def _robust(p: Pair) -> tuple[float, ...]:
-    return (1 - p.eps) * nls(p.x) / (1 - 2 * p.eps), -p.eps * nls(-p.x) / (1 - 2 * p.eps)
-
-
-def _discopop(p: Pair) -> tuple[float, ...]:
-    m = p.x / p.tau
-    return nls(p.x) * sigmoid(-m), math.exp(-p.x - nls(m))  # e^{−x}·σ(m): either factor alone can leave float64
-
-
-NAIVE: dict[str, Callable[[Pair], tuple[float, ...]]] = {
-    "sigmoid": lambda p: smoothed(p.x, p.eps),
-    "hinge": lambda p: (1, -p.x) if p.x < 1 else (0.0,),
-    "ipo": lambda p: ((p.per_token - 1 / (2 * p.beta)) ** 2,),
-    "exo_pair": _exo,
-    "nca_pair": lambda p: (nls(p.beta * p.c), nls(-p.beta * p.c) / 2, nls(-p.beta * p.r) / 2),
-    "robust": _robust,
-    "bco_pair": lambda p: (nls(p.beta * p.c), nls(-p.beta * p.r)),
-    "sppo_hard": lambda p: ((p.c - 0.5 / p.beta) ** 2, (p.r + 0.5 / p.beta) ** 2),
-    "apo_zero": lambda p: (sigmoid(-p.beta * p.c), sigmoid(p.beta * p.r)),
-    "apo_down": lambda p: (sigmoid(p.beta * p.c), sigmoid(-p.beta * (p.c - p.r))),
-    "discopop": _discopop,
-    "sigmoid_norm": lambda p: (nls(p.beta * p.per_token),),
-}
-
-
-def naive_dpo(variant: str, divergence: str = "reverse_kl", tau: float = 0.05) -> Callable[..., tuple[float, ...]]:
-    return lambda c, r, n_c, n_r, beta, eps: NAIVE[variant](Pair(c, r, n_c, n_r, beta, eps, tau, divergence))
-
-
-def naive_reward(logp: float, alpha: float) -> float:
-    return -math.expm1(-alpha * logp) / alpha if alpha else logp
-
-
-def naive_simpo(c: float, r: float, beta: float, margin: float, eps: float, alpha: float) -> tuple[float, ...]:
-    return smoothed(beta * (naive_reward(c, alpha) - naive_reward(r, alpha)) - margin, eps)
-
-
-def naive_cpo(variant: str) -> Callable[..., tuple[float, ...]]:
-    def terms(c: float, r: float, n_c: float, n_r: float, beta: float, eps: float, alpha: float) -> tuple[float, ...]:
-        if variant == "ipo":
-            c, r = c / n_c, r / n_r
-        difference = naive_reward(c, alpha) - naive_reward(r, alpha)
-        if variant == "ipo":
-            return ((difference - 1 / (2 * beta)) ** 2,)
-        if variant == "hinge":
-            return (1, -beta * difference) if beta * difference < 1 else (0.0,)
-        return smoothed(beta * difference, eps)
-
-    return terms
-
-
-def naive_orpo(c: float, r: float, beta: float) -> tuple[float, ...]:
-    return (beta * nls((c - math.log(-math.expm1(c))) - (r - math.log(-math.expm1(r)))),)
-
-
-def naive_kto(desirable: bool) -> Callable[..., tuple[float, ...]]:
-    sign = 1 if desirable else -1
-    return lambda ratio, kl, beta, weight: (weight * sigmoid(-sign * beta * (ratio - kl)),)
-
-
-@dataclass
-class Truth:
-    """A number, and the size that rounding errors in finding it are relative to."""
-
-    value: float
-    scale: float
-
-    def __rmul__(self, factor: float) -> "Truth":
-        return Truth(factor * self.value, abs(factor) * self.scale)
-
-    def __add__(self, other: "Truth") -> "Truth":
-        return Truth(self.value + other.value, self.scale + other.scale)
-
-    def meets(self, result: Tensor, units: float = 4) -> None:
-        info = torch.finfo(result.dtype)
-        error = abs(float(result.detach().double()) - self.value)
-        assert error <= units * info.eps * self.scale + info.tiny, f"{result!r} is not {self.value!r}"
-
-
-def truth(terms: Callable[..., tuple[float, ...]], *numbers: float) -> Truth:
-    """The sum of terms; its scale is their size and what a relative change of each number by 1 does to it."""
-    found = terms(*numbers)
-    value, step = math.fsum(found), 1e-5
-    scale = math.fsum(map(abs, found))
-    for i, number in enumerate(numbers):
-        moved = [*numbers[:i], number * (1 + step), *numbers[i + 1 :]]
-        scale += abs(math.fsum(terms(*moved)) - value) / step
-    return Truth(value, scale)
-
-
-def mean(truths: Iterable[Truth]) -> Truth:
-    truths = list(truths)
-    return (1 / len(truths)) * sum(truths, Truth(0.0, 0.0))
-
-
-# --- Data. -------------------------------------------------------------------------------------------------------
-
-
-def make_pairs(
-    count: int, seed: int = 0, dtype: torch.dtype = torch.float64, *, spread: float = 3.0, weighted: bool = False
-) -> PairLogps:
-    """Random pairs with supervised terms of their own; chosen, rejected and nll are leaves that want gradients."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
-
-    lengths = [torch.randint(1, 40, (count,), generator=generator) for _ in range(3)]
-    logps = [(-uniform(0.1, 3.0) * length).to(dtype) for length in lengths]
-    references = [logp + uniform(-spread, spread).to(dtype) for logp in logps[:2]]
-    return PairLogps(
-        chosen=logps[0].requires_grad_(),
-        rejected=logps[1].requires_grad_(),
-        chosen_lengths=lengths[0],
-        rejected_lengths=lengths[1],
-        ref_chosen=references[0],
-        ref_rejected=references[1],
-        nll=logps[2].requires_grad_(),
-        nll_lengths=lengths[2],
-        weights=uniform(0.2, 2.0).to(dtype) if weighted else None,
-    )
-
-
-def of_ratios(
-    ratios: Sequence[tuple[float, float]], dtype: torch.dtype, lengths: Sequence[tuple[int, int]]
-) -> PairLogps:
-    """Pairs whose policy differs from the reference by these ratios."""
-    c, r = torch.tensor(ratios, dtype=dtype).T
-    n_c, n_r = torch.tensor(lengths).T
-    ref_c, ref_r = torch.full_like(c, -41.3), torch.full_like(r, -27.7)
-    return PairLogps((ref_c + c).requires_grad_(), (ref_r + r).requires_grad_(), n_c, n_r, ref_c, ref_r)
-
-
-def of_averages(
-    averages: Sequence[tuple[float, float]], dtype: torch.dtype, lengths: Sequence[tuple[int, int]]
-) -> PairLogps:
-    """Pairs with these mean log-probabilities and no reference."""
-    c, r = torch.tensor(averages, dtype=dtype).T
-    n_c, n_r = torch.tensor(lengths).T
-    return PairLogps((c * n_c).requires_grad_(), (r * n_r).requires_grad_(), n_c, n_r)
-
-
-def squared(values: Sequence[Any]) -> list[tuple[Any, Any]]:
-    return [(one, other) for one in values for other in values]
-
-
-def part(pairs: PairLogps, index: Any) -> PairLogps:
-    values = {f.name: getattr(pairs, f.name) for f in fields(pairs)}
-    return replace(pairs, **{name: t[index] for name, t in values.items() if t is not None})
-
-
-def leaves(pairs: PairLogps) -> tuple[Tensor, ...]:
-    return tuple(t for t in (pairs.chosen, pairs.rejected, pairs.nll) if t is not None)
-
-
-def gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-
-
-def exact(tensor: Tensor | None) -> list[float]:
-    assert tensor is not None
-    return tensor.detach().double().tolist()
-
-
-def exact_ratios(pairs: PairLogps) -> list[tuple[float, float]]:
-    columns = map(exact, (pairs.chosen, pairs.ref_chosen, pairs.rejected, pairs.ref_rejected))
-    return [(c - ref_c, r - ref_r) for c, ref_c, r, ref_r in zip(*columns)]
-
-
-def exact_lengths(pairs: PairLogps) -> list[tuple[float, float]]:
-    return list(zip(exact(pairs.chosen_lengths), exact(pairs.rejected_lengths)))
-
-
-def exact_nll(pairs: PairLogps) -> Truth:
-    logps, lengths = pairs.supervised
-    value = -math.fsum(exact(logps)) / math.fsum(exact(lengths))
-    return Truth(value, abs(value))
-
+from fastpref.losses.pairs import _log1mexp
+from tests.support.pair_losses import (
+    DIVERGENCES,
+    EVERY_DTYPE,
+    EVERY_LOSS,
+    LOSSES,
+    OF_A_DIFFERENCE,
+    PER_PAIR,
+    Truth,
+    default_smoothing,
+    dpo,
+    exact,
+    exact_lengths,
+    exact_nll,
+    exact_ratios,
+    gradients,
+    leaves,
+    make_pairs,
+    mean,
+    naive_cpo,
+    naive_dpo,
+    naive_kto,
+    naive_orpo,
+    naive_simpo,
+    of_averages,
+    of_ratios,
+    part,
+    sorts,
+    squared,
+    truth,
+)
 
 # --- 1. The formulas. ---------------------------------------------------------------------------------------------
 
@@ -341,7 +82,7 @@ def test_dpo_variant_is_its_formula(variant: Any, smoothing: float, beta: float,
 @pytest.mark.parametrize("variant", PER_PAIR)
 def test_f_divergence_is_its_formula(variant: Any, name: str, dtype: torch.dtype) -> None:
     """A divergence replaces the ratio in the variants of a difference, and does nothing to the others."""
-    _meets_formula(_dpo(variant, beta=0.3, **DIVERGENCES[name]), name, SMALL_RATIOS, dtype)
+    _meets_formula(dpo(variant, beta=0.3, **DIVERGENCES[name]), name, SMALL_RATIOS, dtype)
 
 
 def _meets_formula(options: DPO, name: str, ratios: Sequence[float], dtype: torch.dtype) -> None:
@@ -392,7 +133,7 @@ def test_sorted_variant_is_its_formula(variant: Any, smoothing: float, dtype: to
 def test_dpo_adds_variants_up(variants: Any, weights: Any, weighted: bool, dtype: torch.dtype) -> None:
     """The loss is Σ weight · mean(variant), the pairs weighted in every variant but sft, the mean of all its tokens."""
     pairs = make_pairs(9, dtype=dtype, weighted=weighted)
-    options = DPO(variants=variants, weights=weights, beta=0.2, label_smoothing=_smoothing(variants))
+    options = DPO(variants=variants, weights=weights, beta=0.2, label_smoothing=default_smoothing(variants))
     of_pairs = exact(pairs.weights) if weighted else [1.0] * 9
     expected = Truth(0.0, 0.0)
     for variant, weight in zip(variants, weights or [1.0] * len(variants)):
@@ -559,7 +300,7 @@ def test_log1mexp_gradient(x: float) -> None:
 EXTREME_LENGTHS = squared((1, 1000))
 
 
-def assert_finite(output: LossOutput, inputs: Sequence[Tensor]) -> None:
+def assert_finite(output: PreferenceLoss, inputs: Sequence[Tensor]) -> None:
     assert output.loss.isfinite(), output.loss
     for tensor in (*gradients(output.loss, inputs), output.chosen_rewards, output.rejected_rewards):
         assert tensor.isfinite().all(), tensor
@@ -596,343 +337,3 @@ def test_kto_far_from_the_reference_is_finite(beta: float, kl: float) -> None:
     logps = torch.tensor([1e4, 1e4, -1e4, -1e4], requires_grad=True)
     rows = RowLogps(logps, torch.zeros(4), torch.tensor([True, False, True, False]))
     assert_finite(kto_loss(rows, KTO(beta=beta), kl), [logps])
-
-
-# --- 4. Parts of a step. ------------------------------------------------------------------------------------------
-
-
-def random_cut(count: int, seed: int) -> list[Tensor]:
-    """All of range(count), shuffled, in parts of unequal size."""
-    rng = random.Random(seed)
-    order = rng.sample(range(count), count)
-    marks = [0, *sorted(rng.sample(range(1, count), rng.randint(1, 4))), count]
-    return [torch.tensor(order[start:stop]) for start, stop in itertools.pairwise(marks)]
-
-
-@EVERY_LOSS
-@pytest.mark.parametrize("seed", range(4))
-def test_parts_add_up_to_the_step(options: LossOptions, seed: int) -> None:
-    """However a step is cut, the parts' losses and gradients sum to those of the whole, and their metrics do too."""
-    pairs = make_pairs(11, seed=seed, weighted=not sorts(options))
-    assert pairs.nll_lengths is not None
-    totals = Totals(11, float(pairs.nll_lengths.sum()))
-    whole = pair_loss(pairs, options)
-    loss, chosen_rewards = torch.zeros((), dtype=torch.float64), torch.empty(11, dtype=torch.float64).fill_(math.nan)
-    extra = {name: torch.zeros(2, dtype=torch.float64) for name in whole.extra}
-    for index in random_cut(11, seed):
-        output = pair_loss(part(pairs, index), options, totals, WholeStep(pairs.detach(), index))
-        loss = loss + output.loss
-        chosen_rewards[index] = output.chosen_rewards
-        for name, metric in output.extra.items():
-            extra[name] += torch.stack(metric)
-    torch.testing.assert_close(loss, whole.loss, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(gradients(loss, leaves(pairs)), gradients(whole.loss, leaves(pairs)), rtol=1e-12, atol=0)
-    torch.testing.assert_close(chosen_rewards, whole.chosen_rewards)
-    for name, metric in whole.extra.items():
-        torch.testing.assert_close(extra[name], torch.stack(metric))
-
-
-@pytest.mark.parametrize("variant", SORTING_VARIANTS)
-@pytest.mark.parametrize("seed", range(3))
-def test_parts_add_up_where_pairs_tie(variant: Any, seed: int) -> None:
-    """Equal differences, such as those of a policy that is still its reference, are paired alike in every part."""
-    pairs = make_pairs(8, seed=seed)
-    ties = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, -2.0, 0.0, -2.0], dtype=torch.float64)
-    pairs = replace(pairs, ref_chosen=pairs.chosen.detach() - ties, ref_rejected=pairs.rejected.detach() + ties.flip(0))
-    whole = dpo_loss(pairs, DPO(variants=(variant,)))
-    loss = torch.zeros((), dtype=torch.float64)
-    for index in random_cut(8, seed):
-        step = WholeStep(pairs.detach(), index)
-        loss = loss + dpo_loss(part(pairs, index), DPO(variants=(variant,)), Totals(8), step).loss
-    torch.testing.assert_close(loss, whole.loss)
-    torch.testing.assert_close(gradients(loss, leaves(pairs)), gradients(whole.loss, leaves(pairs)))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_parts_of_kto_add_up_to_the_step(seed: int) -> None:
-    """However a step of rows is cut, also into parts of one label, losses and gradients sum to those of the whole."""
-    pairs = make_pairs(10, seed=seed)
-    assert pairs.ref_chosen is not None
-    labels = torch.tensor([True] * 3 + [False] * 7)
-    options = KTO(desirable_weight=1.5)
-    whole = kto_loss(RowLogps(pairs.chosen, pairs.ref_chosen, labels), options, 0.6)
-    loss = torch.zeros((), dtype=torch.float64)
-    for index in random_cut(10, seed):
-        rows = RowLogps(pairs.chosen[index], pairs.ref_chosen[index], labels[index])
-        loss = loss + kto_loss(rows, options, 0.6, Totals(10)).loss
-    torch.testing.assert_close(loss, whole.loss)
-    torch.testing.assert_close(gradients(loss, [pairs.chosen]), gradients(whole.loss, [pairs.chosen]))
-
-
-# --- 5. Known values. ---------------------------------------------------------------------------------------------
-
-LN2 = math.log(2)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (DPO(), LN2),
-        (DPO(label_smoothing=0.3), LN2),
-        (DPO(beta=7.0, variants=("hinge",)), 1.0),
-        (DPO(beta=0.2, variants=("ipo",)), (1 / 0.4) ** 2),
-        (IPO(beta=0.05), 100.0),
-        (DPO(variants=("exo_pair",), label_smoothing=0.5 - 1e-9), 0.0),
-        (DPO(variants=("nca_pair",)), 2 * LN2),
-        (DPO(variants=("robust",), label_smoothing=0.2), LN2),
-        (DPO(variants=("bco_pair",)), 2 * LN2),
-        (DPO(beta=0.25, variants=("sppo_hard",)), 8.0),
-        (DPO(variants=("aot",)), LN2),
-        (DPO(variants=("aot_unpaired",)), LN2),
-        (DPO(variants=("apo_zero",)), 1.0),
-        (DPO(variants=("apo_down",)), 1.0),
-        (DPO(variants=("discopop",)), 0.5 * LN2 + 0.5),
-        (DPO(variants=("sigmoid_norm",)), LN2),
-        (DPO(variants=("sigmoid", "hinge"), weights=(3.0, 0.5)), 3 * LN2 + 0.5),
-        *((DPO(f_divergence=f), LN2) for f in ("forward_kl", "js", "alpha")),
-    ],
-    ids=repr,
-)
-def test_value_where_the_policy_is_the_reference(options: LossOptions, expected: float) -> None:
-    """At ratio 0, where training starts, every loss has the value its formula has at 0."""
-    lengths = torch.tensor([3, 5, 9])
-    logps = torch.tensor([-1.0, -2.5, -40.0])
-    pairs = PairLogps(logps, logps.flip(0), lengths, lengths, logps, logps.flip(0))
-    assert pair_loss(pairs, options).loss.item() == pytest.approx(expected, rel=3e-7, abs=1e-7)
-
-
-@pytest.mark.parametrize("kl", ["batch", "none"])
-def test_kto_where_the_policy_is_the_reference(kl: Any) -> None:
-    """At ratio 0 and KL 0, KTO is half the mean weight."""
-    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0])
-    rows = RowLogps(logps, logps, torch.tensor([True, True, True, False]))
-    options = KTO(desirable_weight=1.5, undesirable_weight=0.5, kl=kl)
-    assert kto_loss(rows, options).loss.item() == pytest.approx(0.5 * (3 * 1.5 + 0.5) / 4)
-
-
-def test_simpo_and_cpo_and_orpo_of_equal_responses() -> None:
-    """Of two equally likely responses SimPO is −logσ(−γ), CPO ln 2 + NLL, ORPO NLL + β·ln 2."""
-    pairs = of_averages([(-0.5, -0.5), (-2.0, -2.0)], torch.float32, [(4, 4), (6, 6)])
-    nll = (0.5 * 4 + 2.0 * 6) / 10
-    assert simpo_loss(pairs, SimPO(gamma=1.25)).loss.item() == pytest.approx(nls(-1.25))
-    assert simpo_loss(pairs).loss.item() == pytest.approx(nls(-0.5 * 2.0))
-    assert cpo_loss(pairs).loss.item() == pytest.approx(LN2 + nll)
-    assert orpo_loss(pairs, ORPO(beta=0.25)).loss.item() == pytest.approx(nll + 0.25 * LN2)
-
-
-def test_ipo_by_its_own_name() -> None:
-    """`ipo` is `dpo` with the variant ipo, to the last bit."""
-    pairs = make_pairs(6, dtype=torch.float32)
-    one, other = pair_loss(pairs, IPO(beta=0.3)), dpo_loss(pairs, DPO(beta=0.3, variants=("ipo",)))
-    assert torch.equal(one.loss, other.loss)
-    assert torch.equal(one.chosen_rewards, other.chosen_rewards)
-    assert all(map(torch.equal, gradients(one.loss, leaves(pairs)), gradients(other.loss, leaves(pairs))))
-
-
-def test_rpo_is_dpo_plus_supervision() -> None:
-    """["sigmoid", "sft"] with weights [1, α] is DPO + α·NLL, in value and in gradient."""
-    pairs = make_pairs(6)
-    logps, lengths = pairs.supervised
-    rpo = dpo_loss(pairs, DPO(variants=("sigmoid", "sft"), weights=(1.0, 0.7))).loss
-    added = dpo_loss(pairs).loss - 0.7 * logps.sum() / lengths.sum()
-    torch.testing.assert_close(rpo, added)
-    torch.testing.assert_close(gradients(rpo, leaves(pairs)), gradients(added, leaves(pairs)))
-
-
-def test_supervised_terms_default_to_the_chosen_response() -> None:
-    """Without logps of their own, supervised terms score the chosen responses' tokens."""
-    pairs = make_pairs(6)
-    given = replace(pairs, nll=pairs.chosen, nll_lengths=pairs.chosen_lengths)
-    default = replace(pairs, nll=None, nll_lengths=None)
-    for options in (DPO(variants=("sft",)), ORPO(), CPO(), SimPO(sft_weight=1.0)):
-        assert torch.equal(pair_loss(given, options).loss, pair_loss(default, options).loss)
-
-
-@pytest.mark.parametrize(
-    ("options", "reward"),
-    [
-        (DPO(beta=0.3, f_divergence="forward_kl"), lambda p: 0.3 * (p.chosen - p.ref_chosen)),
-        (IPO(beta=0.3), lambda p: 0.3 * (p.chosen - p.ref_chosen)),
-        (ORPO(beta=0.3), lambda p: 0.3 * p.chosen / p.chosen_lengths),
-        (SimPO(beta=3.0), lambda p: 3.0 * p.chosen / p.chosen_lengths),
-        (CPO(beta=0.3), lambda p: 0.3 * p.chosen),
-        (CPO(beta=0.3, variant="ipo"), lambda p: 0.3 * p.chosen / p.chosen_lengths),
-    ],
-    ids=lambda value: "" if callable(value) else repr(value),
-)
-def test_rewards(options: LossOptions, reward: Callable[[PairLogps], Tensor]) -> None:
-    """Rewards are β·ratio, for ORPO and SimPO β·mean log-probability, for CPO β·log-probability."""
-    pairs = make_pairs(5)
-    mirrored = replace(
-        pairs,
-        chosen=pairs.rejected,
-        chosen_lengths=pairs.rejected_lengths,
-        ref_chosen=pairs.ref_rejected,
-    )
-    output = pair_loss(pairs, options)
-    torch.testing.assert_close(output.chosen_rewards, reward(pairs).detach())
-    torch.testing.assert_close(output.rejected_rewards, reward(mirrored).detach())
-
-
-# --- 6. Options. --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "values", "word"),
-    [
-        (DPO, {"label_smoothing": 0.1, "variants": ["ipo"]}, "label_smoothing"),
-        (DPO, {"label_smoothing": 0.5}, "label_smoothing"),
-        (DPO, {"label_smoothing": -0.1}, "label_smoothing"),
-        (DPO, {"variants": ["exo_pair"]}, "exo_pair"),
-        (DPO, {"variants": ["sigmoid", "hinge"], "weights": [1.0]}, "weights"),
-        (DPO, {"weights": []}, "weights"),
-        (DPO, {"variants": []}, "variants"),
-        (DPO, {"variants": ["sigmoid", "sigmoid"]}, "twice"),
-        (DPO, {"variants": ["sigmoyd"]}, "sigmoid"),
-        (DPO, {"variants": ["aot"], "weighting": True}, "aot"),
-        (DPO, {"variants": ["sigmoid", "aot_unpaired"], "weighting": True}, "weighting"),
-        (DPO, {"beta": 0.0}, "beta"),
-        (DPO, {"beta": -0.1}, "beta"),
-        (DPO, {"beta": math.inf}, "beta"),
-        (DPO, {"beta": "0.1"}, "beta"),
-        (DPO, {"betta": 0.1}, "betta"),
-        (DPO, {"f_divergence": "hellinger"}, "f_divergence"),
-        (DPO, {"length_alpha": 1.5}, "length_alpha"),
-        (DPO, {"length_alpha": -0.5}, "length_alpha"),
-        (DPO, {"discopop_tau": 0.0}, "discopop_tau"),
-        (DPO, {"weights": [math.nan]}, "weights"),
-        (DPO, {"type": "ipo"}, "type"),
-        (IPO, {"beta": -1.0}, "beta"),
-        (IPO, {"label_smoothing": 0.1}, "label_smoothing"),
-        (KTO, {"beta": -1.0}, "beta"),
-        (KTO, {"desirable_weight": -0.1}, "desirable_weight"),
-        (KTO, {"undesirable_weight": -0.1}, "undesirable_weight"),
-        (KTO, {"kl": "row"}, "kl"),
-        (ORPO, {"beta": -0.1}, "beta"),
-        (ORPO, {"nll_on": "prompt"}, "nll_on"),
-        (SimPO, {"gamma": 1.0, "gamma_beta_ratio": 0.5}, "gamma_beta_ratio"),
-        (SimPO, {"label_smoothing": 0.6}, "label_smoothing"),
-        (SimPO, {"sft_weight": -1.0}, "sft_weight"),
-        (SimPO, {"beta": -2.0}, "beta"),
-        (CPO, {"variant": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
-        (CPO, {"variant": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
-        (CPO, {"variant": "simpo"}, "variant"),
-        (CPO, {"sft_weight": -1.0}, "sft_weight"),
-        (CPO, {"beta": 0.0}, "beta"),
-        (CPO, {"gamma": 1.0}, "gamma"),
-    ],
-)
-def test_bad_options_are_refused(kind: type, values: dict[str, Any], word: str) -> None:
-    """An option that is wrong, unknown or at odds with another is refused by name."""
-    with pytest.raises(ValueError, match=word):
-        kind(**values)
-
-
-@pytest.mark.parametrize(
-    ("kind", "values"),
-    [
-        (DPO, {"beta": 1, "variants": ["sigmoid", "sft"], "weights": [1, 0.5]}),
-        (DPO, {"variants": ["exo_pair", "aot"], "label_smoothing": 1e-3}),
-        (DPO, {"variants": ["hinge"], "weighting": True}),
-        (KTO, {"desirable_weight": 0, "undesirable_weight": 0.0}),
-        (ORPO, {"beta": 0.0}),
-        (SimPO, {"gamma": 0.0}),
-        (CPO, {"sft_weight": 0.0, "label_smoothing": 0.49}),
-    ],
-)
-def test_good_options_are_taken(kind: type, values: dict[str, Any]) -> None:
-    """Lists and whole numbers, as TOML and JSON have them, and values at the edge of what is legal are taken."""
-    options = kind(**values)
-    assert all(getattr(options, name) == (tuple(v) if isinstance(v, list) else v) for name, v in values.items())
-
-
-def test_what_cannot_be_computed_is_refused() -> None:
-    """A loss against a reference needs its log-probabilities, and KTO has no loss of pairs."""
-    pairs = make_pairs(2)
-    for options in (DPO(), IPO(), DPO(variants=("sft",))):
-        with pytest.raises(ValueError, match="ref_chosen"):
-            pair_loss(replace(pairs, ref_chosen=None), options)
-    with pytest.raises(TypeError, match="KTO"):
-        pair_loss(pairs, KTO())
-
-
-# --- 7. Where no gradient goes. -----------------------------------------------------------------------------------
-
-
-@EVERY_LOSS
-def test_only_the_policy_gets_a_gradient(options: LossOptions) -> None:
-    """Rewards and metrics carry no gradient, and reference log-probabilities without one are left alone."""
-    sources = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    pairs = make_pairs(4)
-    pairs = replace(pairs, weights=None if sorts(options) else wpo_weights(sources, sources))
-    assert pairs.ref_chosen is not None
-    assert pairs.ref_rejected is not None
-    output = pair_loss(pairs, options)
-    output.loss.backward()
-    assert any(leaf.grad is not None for leaf in leaves(pairs))
-    assert sources.grad is None
-    assert pairs.ref_chosen.grad is None
-    assert pairs.ref_rejected.grad is None
-    tensors = [output.chosen_rewards, output.rejected_rewards, *itertools.chain(*output.extra.values())]
-    assert not any(tensor.requires_grad for tensor in tensors)
-
-
-def test_kto_baseline_gets_no_gradient() -> None:
-    """KTO's KL carries no gradient, neither out of its estimate nor through the loss."""
-    logps = torch.tensor([-1.0, -2.0], requires_grad=True)
-    estimate = kto_kl(logps, torch.tensor([-3.0, -3.0]))
-    assert float(estimate) == 1.5
-    assert not estimate.requires_grad
-    kl = torch.tensor(0.5, requires_grad=True)
-    output = kto_loss(RowLogps(logps, torch.zeros(2), torch.tensor([True, False])), kl=kl)
-    output.loss.backward()
-    assert logps.grad is not None
-    assert kl.grad is None
-    assert not output.chosen_rewards.requires_grad
-    assert not output.rejected_rewards.requires_grad
-
-
-# --- 8. The pieces. -----------------------------------------------------------------------------------------------
-
-
-@EVERY_DTYPE
-def test_log1mexp_is_exact_at_both_ends(dtype: torch.dtype) -> None:
-    """log(1 − eˣ) is right to a few units of rounding from −1e-29 to −80."""
-    sizes = [10.0**power for power in range(-29, 1)] + [0.5, 0.69, math.log(2), 0.7, 2.0, 5.0, 17.0, 40.0, 80.0]
-    x = -torch.tensor(sizes, dtype=dtype)
-    for at, found in zip(exact(x), _log1mexp(x)):
-        with localcontext(prec=80):
-            value = float((1 - Decimal(at).exp()).ln())
-        condition = abs(at * math.exp(at) / math.expm1(at))
-        Truth(value, abs(value) + condition).meets(found, units=2)
-
-
-@EVERY_DTYPE
-def test_log1mexp_of_zero_is_finite(dtype: torch.dtype) -> None:
-    """A certain response has finite odds, with a finite gradient, no better than those of a nearly certain one."""
-    x = torch.tensor([0.0, -1e-35, -1e-20], dtype=dtype, requires_grad=True)
-    values = _log1mexp(x)
-    (gradient,) = gradients(values.sum(), [x])
-    assert values.isfinite().all()
-    assert gradient.isfinite().all()
-    assert values[0] == values[1] < values[2]
-
-
-@pytest.mark.parametrize(
-    ("alpha", "expected"), [(1.0, [1, 1, 1, 1, 1]), (0.0, [1, 1, 0, 1, 0]), (0.3, [1, 1, 0.3, 1, 0.3])]
-)
-def test_length_weights(alpha: float, expected: list[float]) -> None:
-    """Tokens within the shorter response's length weigh 1, later ones alpha."""
-    weights = length_weights(torch.tensor([0, 1, 2, 0, 1]), torch.tensor([2, 2, 2, 1, 1]), alpha)
-    assert torch.equal(weights, torch.tensor(expected, dtype=torch.float32))
-
-
-@EVERY_DTYPE
-def test_wpo_weights(dtype: torch.dtype) -> None:
-    """A pair weighs the product of its responses' likelihoods per token, and nothing flows back."""
-    chosen = torch.tensor([0.0, -0.3, -2.0, 0.4, -30.0], dtype=dtype, requires_grad=True)
-    rejected = torch.tensor([0.0, -1.1, -5.0, 0.2, -30.0], dtype=dtype)
-    weights = wpo_weights(chosen, rejected)
-    assert not weights.requires_grad
-    for c, r, weight in zip(exact(chosen), exact(rejected), weights):
-        truth(lambda c, r: (math.exp(c + r),), c, r).meets(weight)

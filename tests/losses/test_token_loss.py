@@ -225,7 +225,7 @@ def test_compiles_in_one_graph(name: str, compiler: str) -> None:
 
 
 def test_there_is_no_second_derivative() -> None:
-    """The coefficients are no function that can be differentiated again, which is said instead of ignored."""
+    """The coefficients cannot be differentiated again: a second derivative raises instead of being ignored."""
     loss, tensors = inputs("simpo, all options")
     leaf, factor = tensors["logp"].clone().requires_grad_(), torch.ones((), device=DEVICE, requires_grad=True)
     found = preference_loss(loss=loss, backend="triton", **tensors | {"logp": leaf})
@@ -257,7 +257,7 @@ ORPO_GOOD = {name: value for name, value in GOOD.items() if name != "reference"}
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "logp a list": (GOOD | {"logp": [1.0]}, TypeError, "logp must be a torch.Tensor, got list"),
     "logp half": (GOOD | {"logp": torch.zeros(6).half()}, TypeError, "logp must be .*float32.*float16"),
-    "logp flat": (GOOD | {"logp": torch.zeros(2, 3)}, ValueError, r"logp must have one dimension, got shape \(2, 3\)"),
+    "logp flat": (GOOD | {"logp": torch.zeros(2, 3)}, ValueError, r"logp must have 1 dimension, got shape \(2, 3\)"),
     "segments short": (GOOD | {"segments": torch.zeros(5).long()}, ValueError, "segments has 5 entries, logp has 6"),
     "segments int32": (GOOD | {"segments": GOOD["segments"].int()}, TypeError, "segments must be torch.int64"),
     "segments too high": (GOOD | {"segments": torch.tensor([0, 0, 2, 1, 3, 4])}, ValueError, "segments holds 4"),

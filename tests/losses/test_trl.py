@@ -19,8 +19,8 @@ from trl.experimental.orpo import ORPOTrainer
 
 from fastpref.config.losses import CPO, DPO, KTO, ORPO, SimPO
 from fastpref.losses import (
-    LossOutput,
     PairLogps,
+    PreferenceLoss,
     RowLogps,
     cpo_loss,
     dpo_loss,
@@ -101,7 +101,7 @@ def expect_same_token_gradients(batch: Batch, ours: Tensor, theirs: Tensor) -> N
     close(our, their * batch.mask)
 
 
-def expect_rewards(output: LossOutput, metrics: dict[str, Any]) -> None:
+def expect_rewards(output: PreferenceLoss, metrics: dict[str, Any]) -> None:
     """The metrics that TRL makes of the rewards of pairs."""
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     for name, ours in (
@@ -136,7 +136,7 @@ def trl_dpo(batch: Batch, references: Tensor, options: DPO) -> tuple[Tensor, dic
     return DPOTrainer._compute_loss(trainer, lambda **_: batch.outputs, inputs, False), trainer._metrics["train"]
 
 
-def our_dpo(batch: Batch, references: Tensor, options: DPO) -> tuple[PairLogps, LossOutput]:
+def our_dpo(batch: Batch, references: Tensor, options: DPO) -> tuple[PairLogps, PreferenceLoss]:
     logps = batch.outputs.log_probs
     n_chosen, n_rejected = batch.lengths.chunk(2)
     shorter = torch.minimum(n_chosen, n_rejected).repeat(2)[:, None].expand_as(batch.offsets)
@@ -232,7 +232,7 @@ def trl_reference_free(trainer_class: Any, pairs: PairLogps, average: bool, **at
     return trainer_class.get_batch_loss_metrics(trainer, None, {})
 
 
-def expect_same(ours: LossOutput, theirs: Tensor, metrics: dict[str, Any], pairs: PairLogps) -> None:
+def expect_same(ours: PreferenceLoss, theirs: Tensor, metrics: dict[str, Any], pairs: PairLogps) -> None:
     close(ours.loss, theirs)
     assert pairs.nll is not None
     leaves = (pairs.chosen, pairs.rejected, pairs.nll)

@@ -1,4 +1,4 @@
-"""Patching and unpatching: what is exchanged, when, and that all of it is given back."""
+"""Patching and unpatching: what is replaced, when, and that everything is restored."""
 
 import logging
 import re
@@ -126,7 +126,7 @@ def test_an_unpatched_model_is_itself_again(root: Path) -> None:
 
 
 def test_an_unknown_trl_is_refused_by_name() -> None:
-    """Its version, what is not recognised and the versions known are named, and nothing is exchanged."""
+    """The error names its version, what is not recognised and the known versions, and nothing is replaced."""
     strange, home = ModuleType("trl"), ModuleType("trl.trainer.dpo_trainer")
     strange.__version__ = "7.3"  # pyright: ignore[reportAttributeAccessIssue]
     vars(home)["DPOTrainer"] = type("DPOTrainer", (), {"__module__": home.__name__, "compute_loss": lambda self: 0})
@@ -147,7 +147,7 @@ def test_an_unknown_trl_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("kind", ["mamba"])
 def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A model without such attention keeps its rows, which is said once with its name, and is trained the same."""
+    """A model without such attention keeps its rows, which the log says once with its name, and trains the same."""
     run = Run("DPO", ["sigmoid"], kind=kind, lora=False, precomputed=True)
     theirs = unpatched(run, root)
     with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl):
@@ -159,7 +159,7 @@ def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplo
 
 
 def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Rows with virtual tokens take TRL's path, said once by name, with TRL's numbers, or its error (0.29)."""
+    """Rows with virtual tokens take TRL's path, which the log says once, with TRL's numbers or its error (0.29)."""
     prompts = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     losses: list[float | str] = []
 

@@ -103,7 +103,7 @@ def test_a_patched_run_is_trls(run: Run, root: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["falcon-h1", "bloom"])
 def test_models_that_are_wrong_in_trees_keep_their_rows(kind: str, root: Path) -> None:
-    """A state-space branch beside attention, and attention of the model's own: rows stay padded, and TRL's numbers."""
+    """A state-space branch next to attention, or the model's own attention: rows stay padded, with TRL's numbers."""
     run = fit(Run("DPO", ["sigmoid"], lora=False, kind=kind))
     theirs = unpatched(run, root)
     ours, patch = patched(run, root)
@@ -127,7 +127,7 @@ def test_what_is_left_is_rounding(root: Path) -> None:
 
 
 def test_evaluation_with_compute_metrics_gets_the_logits(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """`compute_metrics` sees TRL's logits and labels, the loss is TRL's, and it is said once.
+    """`compute_metrics` sees TRL's logits and labels, the loss is TRL's, and the log says so once.
 
     Before 0.29 it sees means that are logged too, for which the patch steps aside nowhere.
     """

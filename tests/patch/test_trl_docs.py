@@ -1,4 +1,4 @@
-"""docs/trl.md: the row of this TRL says what is patched in it, and there is a row for every tested version.
+"""docs/trl.md: the row of this TRL lists what is patched in it, and there is a row for every tested version.
 
 Nothing here asks which version is the newest: a TRL or transformers without a row is one that was not tested.
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpref.losses.token_loss import PreferenceLoss
+from fastpref.losses import PreferenceLoss
 from fastpref.processes import Processes
 from fastpref.step.metrics import Metrics
 

@@ -1,47 +1,24 @@
-"""Every preference loss, as a pure function of the log-probabilities of whole responses.
+"""Every loss of pairs, as a pure function of the log-probabilities of whole responses.
 
 For a response s with `logp_s`, the sum over its n_s tokens: avg_s = logp_s/n_s, ratio_s = logp_s − ref_s, and the
 implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejected response, Δ = ratio_c − ratio_r;
 σ is the logistic function, ε the label smoothing.
 
-The loss of a step is the mean over its pairs (KTO: its rows); supervised terms are the mean over the step's chosen
+The loss of a step is the mean over its pairs; supervised terms are the mean over the step's chosen
 tokens. A function given only a part of a step takes the step's `Totals`, and the parts then add up to the whole.
-All tensors are float32 (or float64) [P], one entry a pair, unless said otherwise.
+All tensors are float32 (or float64) [P], one entry for each pair, unless noted otherwise.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
-
-__all__ = [
-    "CPO",
-    "DPO",
-    "IPO",
-    "KTO",
-    "ORPO",
-    "LossOptions",
-    "LossOutput",
-    "PairLogps",
-    "RowLogps",
-    "SimPO",
-    "Totals",
-    "WholeStep",
-    "cpo_loss",
-    "dpo_loss",
-    "kto_kl",
-    "kto_loss",
-    "length_weights",
-    "orpo_loss",
-    "pair_loss",
-    "simpo_loss",
-    "wpo_weights",
-]
+from fastpref.config.losses import CPO, DPO, IPO, ORPO, LossOptions, SimPO
+from fastpref.losses.result import PreferenceLoss, Totals
 
 
 @dataclass(frozen=True)
@@ -54,7 +31,7 @@ class PairLogps:
     rejected_lengths: Tensor  # [P]
     ref_chosen: Tensor | None = None  # [P] under the reference
     ref_rejected: Tensor | None = None  # [P]
-    nll: Tensor | None = None  # [P] what the supervised terms sum, if not `chosen`
+    nll: Tensor | None = None  # [P] sums of the supervised terms, if not `chosen`
     nll_lengths: Tensor | None = None  # [P]
     weights: Tensor | None = None  # [P] of `wpo_weights`
 
@@ -70,41 +47,16 @@ class PairLogps:
 
 
 @dataclass(frozen=True)
-class RowLogps:
-    """The log-probabilities of R single responses, each labelled desirable or not."""
-
-    logps: Tensor  # [R]
-    ref_logps: Tensor  # [R]
-    labels: Tensor  # [R] bool
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What a whole step is divided by."""
-
-    examples: float  # pairs, or rows for KTO
-    nll_tokens: float = 1.0  # tokens the supervised terms score
-
-
-@dataclass(frozen=True)
 class WholeStep:
-    """All pairs of the step, without gradient, and which of them are at hand: for losses that sort the step."""
+    """All pairs of the step, without gradient, and the indices of this part's pairs: for losses that sort the step."""
 
     pairs: PairLogps
     index: Tensor  # [P] int64
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    loss: Tensor  # scalar, this part's share of the step's loss
-    chosen_rewards: Tensor  # [P], or of the desirable rows; no gradient
-    rejected_rewards: Tensor  # [P], or of the undesirable rows; no gradient
-    extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # further metrics: sum, and count
-
-
 def pair_loss(
     pairs: PairLogps, options: LossOptions, totals: Totals | None = None, step: WholeStep | None = None
-) -> LossOutput:
+) -> PreferenceLoss:
     """The loss that `options` names, for pairs; see the function of each."""
     if isinstance(options, DPO):
         return dpo_loss(pairs, options, totals, step)
@@ -121,10 +73,10 @@ def pair_loss(
 
 def dpo_loss(
     pairs: PairLogps, options: DPO | None = None, totals: Totals | None = None, step: WholeStep | None = None
-) -> LossOutput:
+) -> PreferenceLoss:
     """DPO (Rafailov et al., arXiv 2305.18290) and its relatives: Σ weight · mean(variant).
 
-    The formulas stand beside their names in `_VARIANTS`. `options.f_divergence` (arXiv 2309.16240) replaces the
+    `_VARIANTS` lists the formulas. `options.f_divergence` (arXiv 2309.16240) replaces the
     ratio in the losses of Δ; `pairs.weights` (WPO, arXiv 2406.11827) multiply every variant but `sft`.
     Rewards are β·ratio. Raises ValueError without reference log-probabilities.
     """
@@ -146,11 +98,11 @@ def dpo_loss(
         if pairs.weights is not None:
             per_pair = per_pair * pairs.weights
         loss = loss + weight * per_pair.sum() / totals.examples
-    return LossOutput(loss, options.beta * view.ratio_chosen.detach(), options.beta * view.ratio_rejected.detach())
+    return _result(loss, pairs, options.beta * view.ratio_chosen, options.beta * view.ratio_rejected)
 
 
 class _PairView:
-    """What the variants are written in."""
+    """The terms that the variants are made of."""
 
     def __init__(self, pairs: PairLogps, options: DPO, step: WholeStep):
         assert pairs.ref_chosen is not None
@@ -277,7 +229,7 @@ _VARIANTS: dict[str, Callable[[_PairView], Tensor]] = {
 }
 
 
-def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | None = None) -> LossOutput:
+def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
     """ORPO (Hong et al., arXiv 2403.07691): NLL(chosen) − β · mean logσ(log odds ratio).
 
     log odds ratio = (avg_c − log(1 − e^{avg_c})) − (avg_r − log(1 − e^{avg_r})). The NLL is the mean over all chosen
@@ -290,10 +242,11 @@ def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | No
     ratio = F.logsigmoid(log_odds)
     loss = _nll(pairs, totals) - options.beta * ratio.sum() / totals.examples
     count = ratio.new_tensor(float(len(ratio)))
-    return LossOutput(
+    return _result(
         loss,
-        options.beta * chosen.detach(),
-        options.beta * rejected.detach(),
+        pairs,
+        options.beta * chosen,
+        options.beta * rejected,
         {
             "nll_loss": _nll_metric(pairs),
             "log_odds_ratio": (ratio.detach().sum(), count),
@@ -302,7 +255,7 @@ def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | No
     )
 
 
-def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | None = None) -> LossOutput:
+def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
     """SimPO (Meng et al., arXiv 2405.14734): −logσ(β(avg_c − avg_r) − γ), smoothed, + sft_weight · NLL(chosen).
 
     With `alpha` ≠ 0 (AlphaPO, arXiv 2501.03884) avg becomes (1 − e^{−α·avg})/α. Rewards are β·avg.
@@ -313,10 +266,10 @@ def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | 
     rejected = _alpha_reward(pairs.rejected / pairs.rejected_lengths, options.alpha)
     losses = _smoothed(options.beta * (chosen - rejected) - options.margin, options.label_smoothing)
     loss, extra = _with_sft(losses.sum() / totals.examples, pairs, options.sft_weight, totals)
-    return LossOutput(loss, options.beta * chosen.detach(), options.beta * rejected.detach(), extra)
+    return _result(loss, pairs, options.beta * chosen, options.beta * rejected, extra)
 
 
-def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None = None) -> LossOutput:
+def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
     """CPO (Xu et al., arXiv 2401.08417): −logσ(β(logp_c − logp_r)), smoothed, + sft_weight · NLL(chosen).
 
     `variant` "hinge" is max(0, 1 − β(logp_c − logp_r)); "ipo" is (avg_c − avg_r − 1/(2β))². With `alpha` ≠ 0
@@ -336,41 +289,7 @@ def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None
     else:
         losses = _bounded_square(difference - 1 / (2 * options.beta))
     loss, extra = _with_sft(losses.sum() / totals.examples, pairs, options.sft_weight, totals)
-    return LossOutput(loss, options.beta * chosen.detach(), options.beta * rejected.detach(), extra)
-
-
-def kto_loss(
-    rows: RowLogps,
-    options: KTO | None = None,
-    kl: Tensor | float = 0.0,  # scalar, of `kto_kl`; ignored when options.kl is "none"
-    totals: Totals | None = None,
-) -> LossOutput:
-    """KTO (Ethayarajh et al., arXiv 2402.01306), the mean over rows of
-
-    w_d·(1 − σ(β(ratio − KL))) for a desirable, w_u·(1 − σ(β(KL − ratio))) for an undesirable one. Rewards β·ratio.
-    Without KL it is APO-zero for single responses (arXiv 2408.06266).
-    """
-    options = options or KTO()
-    rewards = options.beta * (rows.logps - rows.ref_logps).detach()
-    value = kto_value(rows, options, kl, totals or Totals(len(rows.logps)))
-    return LossOutput(value, rewards[rows.labels], rewards[~rows.labels])
-
-
-def kto_value(rows: RowLogps, options: KTO, kl: Tensor | float, totals: Totals) -> Tensor:
-    """The loss of `kto_loss` alone, without waiting for the device to count the labels."""
-    ratio = rows.logps - rows.ref_logps
-    baseline = torch.as_tensor(kl).detach().to(ratio) if options.kl == "batch" else ratio.new_zeros(())
-    sign = torch.where(rows.labels, 1.0, -1.0).to(ratio)
-    weight = torch.full_like(ratio, options.desirable_weight).where(rows.labels, options.undesirable_weight)
-    return (weight * torch.sigmoid(-sign * options.beta * (ratio - baseline))).sum() / totals.examples
-
-
-def kto_kl(
-    logps: Tensor,  # [R] of each prompt with the next row's completion
-    ref_logps: Tensor,  # [R]
-) -> Tensor:
-    """KTO's estimate of the KL divergence: max(0, mean(logp − ref)) over mismatched pairs, without gradient."""
-    return (logps - ref_logps).detach().mean().clamp(min=0)
+    return _result(loss, pairs, options.beta * chosen, options.beta * rejected, extra)
 
 
 def length_weights(
@@ -388,6 +307,20 @@ def wpo_weights(
 ) -> Tensor:
     """WPO (Zhou et al., arXiv 2406.11827, eq. 2): how likely the policy is to write each pair itself. No gradient."""
     return (chosen + rejected).detach().exp()
+
+
+def _result(
+    loss: Tensor,
+    pairs: PairLogps,
+    chosen_rewards: Tensor,  # [P]
+    rejected_rewards: Tensor,  # [P]
+    extra: dict[str, tuple[Tensor, Tensor]] | None = None,
+) -> PreferenceLoss:
+    pairs, reference = pairs.detach(), None
+    if pairs.ref_chosen is not None and pairs.ref_rejected is not None:
+        reference = torch.cat([pairs.ref_chosen, pairs.ref_rejected])
+    rewards = torch.cat([chosen_rewards, rejected_rewards]).detach()
+    return PreferenceLoss(loss, torch.cat([pairs.chosen, pairs.rejected]), reference, rewards, extra=extra or {})
 
 
 def _own_totals(pairs: PairLogps) -> Totals:
@@ -420,6 +353,8 @@ def _log1mexp(x: Tensor) -> Tensor:
     """log(1 − eˣ) for x ≤ 0, exact at both ends; x = 0 counts as the largest number below it that stays finite."""
     x = x.clamp(max=-1e-30)
     near_zero = x > -math.log(2)
-    small = torch.where(near_zero, x, -1.0)  # each branch only sees what it is made for, so gradients stay finite
+    small = torch.where(
+        near_zero, x, -1.0
+    )  # each branch sees only the values that it is exact for, so gradients stay finite
     large = torch.where(near_zero, -1.0, x)
     return torch.where(near_zero, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))

@@ -1,0 +1,201 @@
+"""One engine trains on given rows in a process of its own: `python -m bench.engines JOB` prints its numbers as JSON."""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENGINES = {"trl": "TRL", "trl-patched": "TRL, patched", "trl-liger": "TRL with Liger", "fastpref": "fastpref"}
+
+
+@dataclass(frozen=True)
+class Job:
+    engine: str  # of ENGINES
+    method: str
+    model: str
+    rows: str  # a .jsonl file of messages: prompt, chosen and rejected, or for KTO prompt, completion and label
+    passes: int
+    steps: int  # of one pass
+    batch: int  # pairs a step
+    max_length: int
+    checkpointing: bool
+    counted: bool = False  # count storages instead of taking times
+
+    @property
+    def rows_a_step(self) -> int:
+        return self.batch * (2 if self.method == "kto" else 1)
+
+
+def held_bytes() -> int:
+    """Bytes held now: allocated on the GPU, or resident on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def joules() -> float | None:
+    """The energy that an NVIDIA card has used since its driver was loaded, if it reports that (Volta and newer)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)) / 1000
+    except Exception:  # no such package, no such reading: each driver fails in its own way
+        return None
+
+
+def used(before: float | None) -> float | None:
+    after = joules()
+    return None if before is None or after is None else after - before
+
+
+def run_fastpref(job: Job) -> dict[str, Any]:
+    import fastpref
+    from fastpref.memory.allocations import PeakStorage
+    from fastpref.training import start
+
+    loaded: dict[str, Any] = {}
+    memory = PeakStorage() if job.counted else None
+    load_model = start.load_model
+
+    def load_and_measure(*args: Any, **options: Any) -> Any:
+        model = load_model(*args, **options)
+        loaded["bytes"], loaded["joules"] = held_bytes(), joules()
+        if memory is not None:
+            memory.__enter__()
+        return model
+
+    start.load_model = load_and_measure
+    # The same terms as TRL's.
+    same_terms = {"orpo": 'nll_on = "all"\n', "simpo": "beta = 0.1\ngamma = 0.5\n"}.get(job.method, "")
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "run.toml"
+        config.write_text(
+            f"[model]\nname = {json.dumps(job.model)}\n[lora]\nrank = 16\nalpha = 32\n"
+            f'[loss]\ntype = "{job.method}"\n{same_terms}[[data]]\npath = {json.dumps(job.rows)}\n'
+            f"[tokens]\nmax_length = {job.max_length}\n[output]\ndir = {json.dumps(folder + '/run')}\n"
+            f"[train]\nsteps = {job.passes * job.steps}\nbatch = {job.rows_a_step}\nlearning_rate = 1e-4\nwarmup = 0\n"
+            f"checkpointing = {'true' if job.checkpointing else 'false'}\n"
+        )
+        fastpref.train(config)
+        if memory is not None:
+            memory.__exit__(None, None, None)
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    seconds = [job.rows_a_step / row["pairs_per_second"] for row in rows if "pairs_per_second" in row]
+    losses = [row["loss"] for row in rows]
+    return {
+        "seconds": seconds,
+        "loss": losses,
+        "peak": peak_bytes() - loaded["bytes"] if memory is None else memory.peak,
+        "joules": used(loaded["joules"]),
+    }
+
+
+def run_trl(job: Job) -> dict[str, Any]:
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import torch
+
+    if job.engine == "trl-patched":
+        import trl
+
+        from fastpref.patch import patch
+
+        patch(trl)
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    from fastpref.memory.allocations import PeakStorage
+
+    make_settings, make_trainer, options = _trl_classes(job.method)
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+    before = held_bytes()
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as folder:
+        if job.engine == "trl-liger":
+            options |= {"use_liger_kernel": True}
+        settings = make_settings(
+            output_dir=folder,
+            per_device_train_batch_size=job.rows_a_step,
+            max_steps=job.passes * job.steps,
+            max_length=job.max_length,
+            learning_rate=1e-4,
+            gradient_checkpointing=job.checkpointing,
+            bf16=gpu,
+            use_cpu=not gpu,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = make_trainer(
+            model=model,
+            args=settings,
+            train_dataset=Dataset.from_json(job.rows),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[Clock()],
+        )
+        energy = joules()
+        with PeakStorage() if job.counted else nullcontext() as memory:
+            trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    peak = peak_bytes() - before if memory is None else memory.peak
+    return {"seconds": times, "loss": losses, "peak": peak, "joules": used(energy)}
+
+
+def _trl_classes(method: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The settings' class, the trainer's, and what makes it the method."""
+    if method in ("dpo", "ipo"):
+        from trl import DPOConfig, DPOTrainer
+
+        return DPOConfig, DPOTrainer, {"loss_type": "ipo"} if method == "ipo" else {}
+    if method == "kto":
+        from trl import KTOConfig, KTOTrainer
+
+        return KTOConfig, KTOTrainer, {}
+    if method == "orpo":
+        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+        return ORPOConfig, ORPOTrainer, {}
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    return CPOConfig, CPOTrainer, {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5}
+
+
+if __name__ == "__main__":
+    job = Job(**json.loads(sys.argv[1]))
+    print(json.dumps(run_fastpref(job) if job.engine == "fastpref" else run_trl(job)))
