@@ -1,6 +1,7 @@
 """`fastpref estimate`: an estimate as a table, or as JSON."""
 
 import json
+import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -8,20 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastpref.config.losses import KTO
-from fastpref.memory.activations import MARGIN
-from fastpref.memory.estimate import CARDS, GIB, Change, Estimator, Fit, Taken, changes, fits, present_card, usable
+from fastpref.memory.estimate import CARDS, CardFit, Estimator, fits, present_card, proposal, usable
+from fastpref.memory.fit import MARGIN, Proposal
+from fastpref.memory.step import PARTS, StepMemory
 from fastpref.memory.trl import VERSION
-
-_ROWS = {
-    "weights": "weights",
-    "adapters": "adapters",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations",
-    "head": "head workspace",
-    "reference": "reference",
-    "overhead": "overhead, assumed",
-}
+from fastpref.sizes import GIB, in_words
 
 
 def estimate(
@@ -62,15 +54,15 @@ def estimate(
     return told
 
 
-def _cards(estimator: Estimator, least: Taken, card: float | None, console: Console) -> dict[str, Any]:
+def _cards(estimator: Estimator, least: StepMemory, card: float | None, console: Console) -> dict[str, Any]:
     most = estimator.take(layers=0) if estimator.checkpoints else least
     if most is not least:
-        console.print(f"{_twice(most)}: {_gib(most.total)}", soft_wrap=True)
+        console.print(f"{_twice(most)}: {in_words(most.total)}", soft_wrap=True)
     meant = card or present_card() or 24.0
     found = fits(most, least, CARDS)
     console.print(f"\nOf a card's memory {1 - MARGIN:.0%} count as usable.", soft_wrap=True)
     for fit in found:
-        console.print(_fit(fit, most is not least, least.memory.layers), highlight=False, soft_wrap=True)
+        console.print(_fit(fit, most is not least, least.layers), highlight=False, soft_wrap=True)
     told: dict[str, Any] = {
         "uncheckpointed": _bytes(most) if most is not least else None,
         "cards": [asdict(fit) for fit in found],
@@ -78,9 +70,10 @@ def _cards(estimator: Estimator, least: Taken, card: float | None, console: Cons
         "changes": None,
     }
     if least.total > usable(meant):
-        change = changes(estimator, meant)
-        console.print(_change(change, meant), markup=False, soft_wrap=True)
-        told["changes"] = None if change is None else {"overrides": list(change.overrides)} | _bytes(change.taken)
+        change = proposal(estimator, meant)
+        console.print(_proposal(change, meant), markup=False, soft_wrap=True)
+        if change.fits and change.memory is not None:
+            told["changes"] = {"overrides": list(change.overrides)} | _bytes(change.memory)
     return told
 
 
@@ -105,26 +98,26 @@ def _microbatch(estimator: Estimator) -> dict[str, Any]:
     return {"examples": len(largest.examples), "tokens": largest.tokens, "source": largest.source}
 
 
-def _table(columns: dict[str, Taken]) -> Table:
+def _table(columns: dict[str, StepMemory]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("GiB at the peak of a step")
     for name in columns:
         table.add_column(name, justify="right")
-    for part, words in _ROWS.items():
-        values = [taken.parts()[part] for taken in columns.values()]
+    for part, words in PARTS.items():
+        values = [memory.parts()[part] for memory in columns.values()]
         if any(values):
             table.add_row(words, *(f"{value / GIB:.2f}" for value in values))
-    table.add_row("all", *(f"{taken.total / GIB:.2f}" for taken in columns.values()), style="bold")
+    table.add_row("all", *(f"{memory.total / GIB:.2f}" for memory in columns.values()), style="bold")
     return table
 
 
-def _twice(taken: Taken) -> str:
-    count, layers = taken.memory.checkpointed, taken.memory.layers
+def _twice(memory: StepMemory) -> str:
+    count, layers = memory.checkpointed, memory.layers
     which = "no layer" if count == 0 else "all layers" if count == layers else f"{count} of {layers} layers"
     return f"{which} computed twice"
 
 
-def _fit(fit: Fit, decides: bool, layers: int) -> str:
+def _fit(fit: CardFit, decides: bool, layers: int) -> str:
     said = f"{fit.card:>4g} GB  "
     if not fit.fits:
         return said + "does not fit"
@@ -136,24 +129,20 @@ def _fit(fit: Fit, decides: bool, layers: int) -> str:
     return said + f"fits, with {about} {layers} layers computed twice"
 
 
-def _change(change: Change | None, card: float) -> str:
-    if change is None:
+def _proposal(proposal: Proposal, card: float) -> str:
+    if not proposal.fits or proposal.memory is None:
         return f"No change that is known here makes it fit {card:g} GB: take a smaller model."
-    words = " ".join(f"'{override}'" for override in change.overrides)
-    return f"To fit {card:g} GB ({_gib(change.taken.total)}), add\n  {words}"
+    words = " ".join(map(shlex.quote, proposal.overrides))
+    return f"To fit {card:g} GB ({in_words(proposal.memory.total)}), add\n  {words}"
 
 
-def _bytes(taken: Taken) -> dict[str, Any]:
-    memory = taken.memory
-    return {"layers": memory.layers, "checkpointed": memory.checkpointed, "bytes": taken.parts(), "total": taken.total}
+def _bytes(memory: StepMemory) -> dict[str, Any]:
+    numbers = {"layers": memory.layers, "checkpointed": memory.checkpointed}
+    return numbers | {"bytes": memory.parts(), "total": memory.total}
 
 
-def _made(taken: Taken) -> int:
-    return taken.memory.activations + taken.memory.head
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:.2f} GiB"
+def _made(memory: StepMemory) -> int:
+    return memory.activations + memory.head
 
 
 def as_json(told: dict[str, Any]) -> str:

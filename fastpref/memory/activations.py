@@ -4,6 +4,8 @@ import torch
 
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.memory.fit import MARGIN
+from fastpref.memory.measured import as_loaded
 from fastpref.memory.step import count_step
 from fastpref.model.gradient_checkpointing import (
     can_be_checkpointed,
@@ -13,9 +15,7 @@ from fastpref.model.gradient_checkpointing import (
     layers_needed,
 )
 from fastpref.model.load import Loaded
-
-# Of the whole device: what the allocator cannot use between its blocks, and what libraries take inside an operation.
-MARGIN = 0.1
+from fastpref.sizes import in_words
 
 
 def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device, *, sharded: bool = False) -> list[str]:
@@ -42,11 +42,6 @@ def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device,
     return [f"activations of {count} of {layers} layers are computed twice{moved}{why}"] if why or moved else []
 
 
-def as_loaded(config: Config, loaded: Loaded) -> Config:
-    """What to count by: whether a model has liger's kernels is found out when it is loaded."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"liger": loaded.liger and "auto"})})
-
-
 def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str]:
     wanted = config.train.checkpointing
     if wanted != "auto" or device.type != "cuda":
@@ -64,17 +59,13 @@ def fewest_layers(config: Config, layers: int, device: torch.device, available: 
     with everything that is held, and why."""
     without = count_step(config, device, layers=0).total
     if without <= available:
-        return 0, f": a step takes {_gib(without)} of {_gib(available)}"
+        return 0, f": a step takes {in_words(without)} of {in_words(available)}"
     but_one = count_step(config, device, layers=layers - 1).total
-    why = f": a step would take {_gib(without)} with none and {_gib(but_one)} with {layers - 1}, of {_gib(available)}"
-    return layers_needed(layers, without, but_one, available), why
+    needed = f"{in_words(without)} with none and {in_words(but_one)} with {layers - 1}"
+    return layers_needed(layers, without, but_one, available), f": a step would take {needed}, of {in_words(available)}"
 
 
 def _available(device: torch.device) -> int:
     """What this process has and may still take, less the margin."""
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - int(MARGIN * total)
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -20,41 +20,64 @@ from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.failure import told_of_model
+from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import checkpoint_layers, decoder_layers
 from fastpref.model.liger import kernels_not_run, wants_kernels
-from fastpref.model.load import Loaded, model_config, weight_dtype
+from fastpref.model.load import Loaded, weight_dtype
 from fastpref.model.packed import own_quantization
 from fastpref.model.policy import Policy
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
 from fastpref.model.trial import Choice, layout_by_count
 from fastpref.step.objective import Objective
+from fastpref.step.optimizer import make_optimizer
 from fastpref.step.reference import Reference, copy_config, make_reference, precomputes
-from fastpref.training.optimizer import make_optimizer
 
 CPU = torch.device("cpu")
+
+
+# The parts of a step's memory, in the order of a table, and what people call them.
+PARTS = {
+    "weights": "weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "head": "head workspace",
+    "reference": "reference",
+    "overhead": "overhead, assumed",
+}
 
 
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes alive at the peak of an optimizer step, by what they are for."""
 
-    weights: int  # of the model; its adapters apart
-    adapters: int  # what is trained beside it
+    weights: int  # of the model, without its adapters
+    adapters: int  # the weights that are trained in addition to the model's
     gradients: int  # of the whole step
-    optimizer: int  # the moments, and what the update takes for itself
+    optimizer: int  # the moments, and what the update allocates
     reference: int  # a frozen copy
     activations: int  # what the forward pass keeps and the backward pass makes
     head: int  # what the head's operators make: scratch tiles, and the gradient that they keep
     largest: int  # the largest tensor that the step makes; part of the others
     layers: int  # decoder layers of the model; not bytes
-    checkpointed: int  # of them
+    checkpointed: int  # how many of them have gradient checkpointing
     layout: Layout  # that its attention takes
-    bare_experts: int = 0  # bytes of the weights, of experts that bitsandbytes does not quantise
+    bare_experts: int = 0  # the part of the weights that are experts which bitsandbytes does not quantise
+    overhead: int = 0  # of the device's libraries: assumed, not counted
 
     @property
     def total(self) -> int:
-        parts = (self.weights, self.adapters, self.gradients, self.optimizer, self.reference, self.activations)
-        return sum(parts) + self.head
+        return sum(self.parts().values())
+
+    @property
+    def held(self) -> int:
+        """What is in memory between the micro-batches, whatever their size."""
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.reference
+
+    def parts(self) -> dict[str, int]:
+        """The bytes of each of PARTS."""
+        return {name: getattr(self, name) for name in PARTS}
 
 
 class _Fake(FakeTensorMode):

@@ -9,6 +9,8 @@ since `fastpref check` reads a config.json alone.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from fastpref.config import Config, ModelConfig
 from fastpref.config.losses import compares_neighbours
+from fastpref.data.order import chunks, data_order
 from fastpref.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ def limits_of_config(config: Mapping[str, Any]) -> Limits:
 
 def limits_of(options: ModelConfig) -> Limits:
     """By the config.json of a model that is not loaded. Raises UserError where there is none."""
-    from fastpref.model.load import model_config
+    from fastpref.model.files import model_config
 
     return limits_of_config(model_config(options).get_text_config().to_dict())
 
@@ -269,18 +272,12 @@ def _beyond(limits: Limits, name: str, examples: "Examples") -> str | None:
 
 def _steps(name: str, count: int, config: Config) -> Iterator[np.ndarray]:
     """Rows that a step, or a chunk of an evaluation, holds in its order."""
-    from itertools import islice
-    from math import ceil
-
-    from fastpref.step.objective import chunks
-    from fastpref.step.order import data_order
-
     train = config.train
     if name == "training":
         steps = train.steps or ceil(train.epochs * count / train.batch)
         yield from map(np.asarray, islice(data_order(count, train.batch, train.seed), steps))
     else:
-        yield from map(np.asarray, chunks(range(count), train.batch))  # pyright: ignore[reportArgumentType]
+        yield from map(np.asarray, chunks(range(count), train.batch))
 
 
 def _lengths(examples: "Examples") -> np.ndarray:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import peft
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -28,7 +27,7 @@ from fastpref.model.adapters.fresh import with_adapters as with_adapters
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
-from fastpref.model.files import adapter_instead, explained, no_causal_model
+from fastpref.model.files import explained, hub_options, model_config
 from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
@@ -137,31 +136,13 @@ def _precision(config: Config, device: torch.device) -> AbstractContextManager[A
     return nullcontext() if half is None else torch.autocast(device.type, half, cache_enabled=False)
 
 
-def model_config(options: ModelConfig) -> PretrainedConfig:
-    """The config.json of a causal language model. Raises UserError where there is none."""
-    instead = adapter_instead(options)
-    if instead is not None:
-        raise UserError(f"model.name = {options.name!r}: {instead}")
-    try:
-        config = AutoConfig.from_pretrained(options.name, **_where(options))
-    except Exception as error:  # transformers and the hub raise many kinds
-        raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
-    other = no_causal_model(config)
-    if other is not None:
-        raise UserError(f"model.name = {options.name!r}: {other}")
-    return config
-
-
-def _where(options: ModelConfig) -> dict[str, Any]:
-    return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
-
-
 def pretrained(
     options: ModelConfig, architecture: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model of `[model]` as it will be trained or compared with, for forward passes of whole sequences."""
     try:
-        load: dict[str, Any] = _where(options) | {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+        load: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+        load |= hub_options(options)
         quantization = quantization_config(options.quantization, dtype)
         if quantization is not None:
             load["quantization_config"] = quantization

@@ -13,16 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.config.losses import DPO, KTO, LossOptions, compares_neighbours
-from fastpref.data.batch import (
-    Layout,
-    PreferenceBatch,
-    collate,
-    computed_tokens,
-    mismatched,
-    plan_microbatches,
-    with_mismatched,
-)
+from fastpref.data.batch import Layout, PreferenceBatch, collate, mismatched
 from fastpref.data.example import Example
+from fastpref.data.order import chunks
+from fastpref.data.plan import Pass, StepPlan, compared, plan_pass, plan_step
 from fastpref.losses import PairLogps, Totals, WholeStep, kto_kl
 from fastpref.losses.token_loss import PreferenceLoss, pair_logps, preference_loss, scores_prompts, sequence_sums
 from fastpref.model.policy import PolicyOutput
@@ -113,7 +107,7 @@ class Objective:
 
     def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples of a step with every completion whose reference it asks for."""
-        return with_mismatched(examples) if compares_neighbours(self.options, len(examples)) else examples
+        return compared(self.options, examples)
 
     def referenced_in_evaluation(self, examples: Sequence[Example]) -> Iterator[Example]:
         """The examples of an evaluation with every completion whose reference it asks for."""
@@ -127,9 +121,10 @@ class Objective:
     # --- pairs -------------------------------------------------------------------------------------------------
 
     def _run_pairs(self, examples: Sequence[Example], run: _Pass) -> Work:
-        parts, work = self._parts(examples)
+        plan = self._plan(examples)
+        parts, work = self._parts(plan.trained)
         sorts = isinstance(self.options, DPO) and self.options.sorts_step
-        whole = self._whole_step(parts, len(examples)) if sorts and len(parts) > 1 else None
+        whole = None if plan.first is None else self._whole_step(parts, len(examples))
         for part in parts:
             with self.processes.accumulating(self.policy, part.last):
                 batch = part.batch.to(self.device)
@@ -196,14 +191,11 @@ class Objective:
         options = self.options
         assert isinstance(options, KTO)
         run.metrics.single_responses()
-        compares = run.kl is None and compares_neighbours(self.options, len(examples))
-        parts, work = self._parts(both := with_mismatched(examples)) if compares else ([], Work(0, 0))
-        branched = len(parts) == 1
+        plan = self._plan(examples) if run.kl is None else StepPlan(self._plan_pass(examples))
         kl: Tensor | float = 0.0 if run.kl is None else run.kl
-        if not branched:
-            if compares:
-                kl = kto_kl(*self._response_sums([e.with_completions([(e, 1)]) for e in both]))
-            parts, work = self._parts(examples)
+        if plan.first is not None:
+            kl = kto_kl(*self._response_sums(plan.first))
+        parts, work = self._parts(plan.trained)
         for part in parts:
             with self.processes.accumulating(self.policy, part.last):
                 batch = part.batch.to(self.device)
@@ -213,7 +205,7 @@ class Objective:
                 output: PolicyOutput = self.policy(batch, run.outputs)
                 result = output.tokens
                 reference = self.reference(batch)
-                if branched:
+                if plan.branched:
                     sums = (_sums(logp, batch)[count:] for logp in (result.logp.detach(), reference))
                     kl = kto_kl(*(self._in_order([(part, values)], len(examples)) for values in sums))
                 loss = preference_loss(
@@ -240,20 +232,21 @@ class Objective:
     def _evaluated_kl(self, examples: Sequence[Example], batch: int) -> Tensor:
         """KTO's KL over all examples of an evaluation, their mismatched completions taken `batch` at a time."""
         mates = mismatched(examples)
-        found = [self._response_sums(chunk) for chunk in iter(lambda: list(islice(mates, batch)), [])]
+        groups = iter(lambda: list(islice(mates, batch)), [])
+        found = [self._response_sums(self._plan_pass(group)) for group in groups]
         return kto_kl(*(torch.cat(sums) for sums in zip(*found)))
 
     @torch.no_grad()
-    def _response_sums(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    def _response_sums(self, responses: Pass) -> tuple[Tensor, Tensor]:
         """[E] log-probabilities of single responses under the policy and under the reference, in a pass of its own."""
         assert self.reference is not None
         logps, reference = [], []
-        parts, _ = self._parts(examples)
-        for part in parts:
+        for part in self._parts(responses)[0]:
             batch = part.batch.to(self.device)
             logps.append((part, _sums(self.policy(batch).logp, batch)))
             reference.append((part, _sums(self.reference(batch), batch)))
-        return self._in_order(logps, len(examples)), self._in_order(reference, len(examples))
+        count = len(responses.examples)
+        return self._in_order(logps, count), self._in_order(reference, count)
 
     # --- both --------------------------------------------------------------------------------------------------
 
@@ -274,12 +267,16 @@ class Objective:
             run.metrics.add("aux_loss", output.router_loss * part.batch.tokens, part.batch.tokens)
         return replace(loss, loss=loss.loss + self.router_coefficient * part.share * output.router_loss)
 
-    def _parts(self, examples: Sequence[Example]) -> tuple[list[_Part], Work]:
+    def _plan(self, examples: Sequence[Example]) -> StepPlan:
+        return plan_step(self.options, examples, self.layout, self.budget, self.processes.count)
+
+    def _plan_pass(self, examples: Sequence[Example]) -> Pass:
+        return plan_pass(examples, self.layout, self.budget, self.processes.count)
+
+    def _parts(self, whole: Pass) -> tuple[list[_Part], Work]:
         """This process's micro-batches, and the work of all processes. Each has as many as the others."""
         rank, count = self.processes.rank, self.processes.count
-        plan = plan_microbatches(examples, self.layout, self.budget, count)
-        groups = [[examples[i] for i in places] for places in plan]
-        tokens = [computed_tokens(group, self.layout) for group in groups]
+        plan, groups, tokens = whole.microbatches, whole.groups, whole.tokens
         rounds = ceil(len(plan) / count)
         parts = []
         for turn in range(rounds):
@@ -303,12 +300,6 @@ class Objective:
             if part.counts:
                 whole.index_copy_(0, part.batch.index.to(self.device), values)
         return self.processes.sum(whole)
-
-
-def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """Cut by size."""
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
 
 
 def _sums(logp: Tensor, batch: PreferenceBatch) -> Tensor:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from fastpref.config import Config
 from fastpref.data.batch import PreferenceBatch
 from fastpref.errors import UserError
+from fastpref.model.files import model_config
 from fastpref.model.liger import take_kernels
-from fastpref.model.load import Loaded, model_config, pretrained
+from fastpref.model.load import Loaded, pretrained
 from fastpref.model.policy import Policy
 from fastpref.model.rope import fix_rope
 

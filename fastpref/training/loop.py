@@ -20,14 +20,14 @@ from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Example
+from fastpref.data.order import data_order
 from fastpref.data.table import Examples
 from fastpref.data.template.text import TEXT, TextRecord, stop_at, text_of
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.health import Verdict
 from fastpref.memory.activations import checkpoint_activations
-from fastpref.memory.advice import advice, step_counter
-from fastpref.memory.peak import StepPeak
+from fastpref.memory.measured import StepPeak, oversized_step, step_counter
 from fastpref.merge import merge_fault
 from fastpref.model.failure import in_others_code
 from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
@@ -39,16 +39,15 @@ from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
 from fastpref.run.folder import RunFolder
 from fastpref.run.lock import RunLock
-from fastpref.run.resume import Resumed, find_checkpoint, may_change, shared
+from fastpref.run.resume import Resumed, find_checkpoint, shared
 from fastpref.run.state import Progress
 from fastpref.run.whole import WriteError, write_file
 from fastpref.step.objective import Objective
-from fastpref.step.order import data_order
+from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, reference_folder
 from fastpref.step.reference import Reference, make_reference, precomputes
 from fastpref.training import faults
 from fastpref.training.faults import Interrupt, NotFinite
-from fastpref.training.optimizer import make_optimizer
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
 from fastpref.training.trackers import Trackers, require_trackers
@@ -457,11 +456,8 @@ class _Run:
                 return None
             kind = self.loaded.model.config.model_type
             raise UserError(f"the code of {kind} models fails in the first step: {failure}") from error
-        held = faults.held(self.config, self.loaded, self.optimizer, self.objective, self.batch or self.heldout)
-        count = step_counter(self.loaded, held.microbatch, self.accelerator.device, sharded=self.processes.sharded)
-        advised = advice(self.config, held, count)
-        said = f"out of memory after step {self.progress.step}: {held}. {advised}"
-        return said, [override for override in advised.overrides if may_change(override.partition("=")[0])]
+        step = oversized_step(self.config, self.loaded, self.optimizer, self.objective, self.batch or self.heldout)
+        return faults.out_of_memory(self.progress.step, step, step_counter(step, self.loaded))
 
     def _plan(self) -> str:
         trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)

@@ -18,8 +18,8 @@ from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.liger import kernels_not_run, take_kernels
 from fastpref.model.load import load_model
 from fastpref.step.objective import Objective
+from fastpref.step.optimizer import make_optimizer
 from fastpref.step.reference import make_reference
-from fastpref.training.optimizer import make_optimizer
 from tests.support.tiny import config_for, examples, model_config, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
