@@ -183,7 +183,7 @@ def _steps_table(steps: list[dict[str, Any]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Change:
+class Difference:
     """One number of two results."""
 
     what: str
@@ -205,7 +205,7 @@ class Change:
         return self.factor > 1 + threshold and not self.within_spread
 
 
-def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -> list[Change]:
+def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -> list[Difference]:
     """Times over the bare products', and memory, of every case that both results hold."""
     found = []
     theirs = {key(record): record for record in before["head"]}
@@ -217,8 +217,8 @@ def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -
             continue
         a, b = ratios(old, method), ratios(record, method)
         if a and b:
-            found.append(Change(key(record), "× bare", median(a), median(b), spread(a) + spread(b)))
+            found.append(Difference(key(record), "× bare", median(a), median(b), spread(a) + spread(b)))
         was, now = (next((r["bytes"] for r in x["rows"] if r["method"] == method), None) for x in (old, record))
         if was and now:
-            found.append(Change(key(record), "MiB", was / 2**20, now / 2**20, 0.01))
+            found.append(Difference(key(record), "MiB", was / 2**20, now / 2**20, 0.01))
     return found

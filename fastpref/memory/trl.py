@@ -57,7 +57,7 @@ class _FullLogits(nn.Module):
         self.head, self._supervised = Head(model), supervised
 
     def forward(self, hidden: Tensor, positions: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> TokenLogprobs:
-        logits = self.head.module(hidden).float()  # [B·T, V], the chosen rows first
+        logits = self.head.logits(hidden)  # [B·T, V], the chosen rows first
         loss = logits.new_zeros(())
         if self._supervised:
             chosen = logits[: len(logits) // 2 - 1].contiguous()

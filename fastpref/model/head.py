@@ -62,9 +62,10 @@ class Head(nn.Module):
         )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits of some rows, float32 [N, V], of hidden [N, H]: where a whole distribution is asked for."""
-        logits = self.module(hidden).float() * self.settings.scale
-        cap = self.settings.softcap
+        """All logits of some rows, float32 [*, V], of hidden [*, H]: where a whole distribution is asked for."""
+        logits = self.module(hidden).float()
+        scale, cap = self.settings.scale, self.settings.softcap
+        logits = logits if scale == 1 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def weight_and_bias(

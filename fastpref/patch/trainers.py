@@ -42,7 +42,7 @@ _MISSING = object()
 
 
 @dataclass(frozen=True)
-class Change:
+class Replacement:
     """An attribute that is exchanged."""
 
     owner: Any  # a class or a module
@@ -60,13 +60,13 @@ class Change:
             setattr(self.owner, self.name, self.before)
 
 
-def change(owner: Any, name: str, value: Any) -> Change:
-    return Change(owner, name, value, vars(owner).get(name, _MISSING))
+def replacement(owner: Any, name: str, value: Any) -> Replacement:
+    return Replacement(owner, name, value, vars(owner).get(name, _MISSING))
 
 
-def find_changes(trl: ModuleType, patch: "Patch") -> list[Change]:
+def find_changes(trl: ModuleType, patch: "Patch") -> list[Replacement]:
     """What has to be exchanged in this TRL. Raises UserError for one that is not known."""
-    found: list[Change] = []
+    found: list[Replacement] = []
     for name in HOMES:
         try:
             trainer = find_trainer(trl, name)
@@ -113,7 +113,7 @@ def _version(trl: ModuleType) -> str:
     return str(getattr(trl, "__version__", "without a version"))
 
 
-def _changes(patch: "Patch", trainer: Any) -> list[Change]:
+def _changes(patch: "Patch", trainer: Any) -> list[Replacement]:
     module = sys.modules[trainer.__module__]
     if _takes(trainer, "_compute_loss", "model", "inputs", "return_outputs"):
         return _loss_changes(patch, trainer, module)
@@ -129,15 +129,15 @@ def _takes(trainer: Any, name: str, *parameters: str) -> bool:
     return callable(method) and set(parameters) <= set(inspect.signature(method).parameters)
 
 
-def _method(trainer: Any, name: str, make: Callable[[Any], Any]) -> list[Change]:
+def _method(trainer: Any, name: str, make: Callable[[Any], Any]) -> list[Replacement]:
     original = vars(trainer).get(name)
-    return [] if original is None else [change(trainer, name, functools.wraps(original)(make(original)))]
+    return [] if original is None else [replacement(trainer, name, functools.wraps(original)(make(original)))]
 
 
-def _understanding(module: ModuleType) -> list[Change]:
+def _understanding(module: ModuleType) -> list[Replacement]:
     """TRL's functions of logits, in the namespace of one trainer."""
     return [
-        change(module, name, understanding(vars(module)[name], answer))
+        replacement(module, name, understanding(vars(module)[name], answer))
         for name, answer in UNDERSTOOD.items()
         if name in vars(module)
     ]
@@ -146,7 +146,7 @@ def _understanding(module: ModuleType) -> list[Change]:
 # --- trainers with `_compute_loss`: DPO, KTO, TPO --------------------------------------------------------------------
 
 
-def _loss_changes(patch: "Patch", trainer: Any, module: ModuleType) -> list[Change]:
+def _loss_changes(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
     """Their batches hold token ids, `attention_mask` and `completion_mask`."""
     fused = getattr(sys.modules.get(f"{module.__name__.split('.')[0]}.trainer.utils"), "FusedCausalLMOutput", None)
     fused = fused if "add_fused_lm_head" in vars(module) else None
@@ -329,7 +329,7 @@ def _refuse_without(model: Any) -> None:
 # --- KTO before 1.6 ------------------------------------------------------------------------------------------------
 
 
-def _metrics_changes(patch: "Patch", trainer: Any, module: ModuleType) -> list[Change]:
+def _metrics_changes(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
     """`get_batch_loss_metrics` calls `forward` for policy and reference, and logs sums of logits over whole rows."""
 
     def get_batch_loss_metrics(original: Any) -> Any:
@@ -364,7 +364,7 @@ def _metrics_changes(patch: "Patch", trainer: Any, module: ModuleType) -> list[C
 # --- trainers with `concatenated_forward`: ORPO, CPO, DPO before 0.29 ------------------------------------------------
 
 
-def _concatenated_changes(patch: "Patch", trainer: Any, module: ModuleType) -> list[Change]:
+def _concatenated_changes(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
     """Their batches hold `chosen_…` and `rejected_…`; ORPO and CPO log the mean of the logits over whole rows."""
 
     def concatenated_forward(original: Any) -> Any:
