@@ -19,18 +19,22 @@ from fastpref.sizes import GIB, in_words
 def estimate(
     estimator: Estimator, *, card: float | None = None, compare: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Count what is asked for, and tell each part as soon as it is known; all of it as plain values.
+    """Count a step, print each result as soon as it is known, and return all of them as plain values.
 
-    `card`: GiB of the card that the run is meant for; that which is here if None, or 24. Without a console nothing is
-    printed. Raises UserError for a model that is not there.
+    Args:
+        card: GiB of the card that the run is meant for; by default this machine's GPU, or 24.
+        compare: whether to count the step of TRL too.
+        console: where to print; by default nothing is printed.
+
+    Raises UserError for a model that does not exist.
     """
     console = console or Console(quiet=True)
     least = estimator.take()
     for note in estimator.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(_head(estimator), markup=False, soft_wrap=True)
-    console.print(_table({_twice(least): least}))
-    told: dict[str, Any] = {
+    console.print(_table({_checkpointing(least): least}))
+    numbers: dict[str, Any] = {
         "model": estimator.config.model.name,
         "loss": estimator.config.loss.type,
         "device": estimator.device.type,
@@ -40,32 +44,32 @@ def estimate(
         "step": _bytes(least),
     }
     if estimator.device.type == "cuda":
-        told |= _cards(estimator, least, card, console)
+        numbers |= _cards(estimator, least, card, console)
     if compare:
         theirs = estimator.take_as_trl()
-        told["trl"] = _bytes(theirs)
+        numbers["trl"] = _bytes(theirs)
         console.print(_table({f"TRL {VERSION}": theirs, "fastpref": least}))
         console.print(
-            f"TRL's step is a model: its layout and its head as its source has them, the same weights and optimizer. "
+            f"TRL's step is a model of its source's layout and head, with the same weights and optimizer. "
             f"fastpref / TRL: {least.total / theirs.total:.2f} in all, "
-            f"{_made(least) / max(1, _made(theirs)):.2f} of what the step itself makes.",
+            f"{_allocated(least) / max(1, _allocated(theirs)):.2f} for activations and head alone.",
             soft_wrap=True,
         )
-    return told
+    return numbers
 
 
 def _cards(estimator: Estimator, least: StepMemory, card: float | None, console: Console) -> dict[str, Any]:
     most = estimator.take(layers=0) if estimator.checkpoints else least
     if most is not least:
-        console.print(f"{_twice(most)}: {in_words(most.total)}", soft_wrap=True)
+        console.print(f"{_checkpointing(most)}: {in_words(most.total)}", soft_wrap=True)
     meant = card or present_card() or 24.0
-    found = fits(most, least, CARDS)
-    console.print(f"\nOf a card's memory {1 - MARGIN:.0%} count as usable.", soft_wrap=True)
-    for fit in found:
+    cards = fits(most, least, CARDS)
+    console.print(f"\n{1 - MARGIN:.0%} of a card's memory count as usable.", soft_wrap=True)
+    for fit in cards:
         console.print(_fit(fit, most is not least, least.layers), highlight=False, soft_wrap=True)
-    told: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "uncheckpointed": _bytes(most) if most is not least else None,
-        "cards": [asdict(fit) for fit in found],
+        "cards": [asdict(fit) for fit in cards],
         "card": meant,
         "changes": None,
     }
@@ -73,8 +77,8 @@ def _cards(estimator: Estimator, least: StepMemory, card: float | None, console:
         change = proposal(estimator, meant)
         console.print(_proposal(change, meant), markup=False, soft_wrap=True)
         if change.fits and change.memory is not None:
-            told["changes"] = {"overrides": list(change.overrides)} | _bytes(change.memory)
-    return told
+            numbers["changes"] = {"overrides": list(change.overrides)} | _bytes(change.memory)
+    return numbers
 
 
 def _head(estimator: Estimator) -> str:
@@ -85,7 +89,7 @@ def _head(estimator: Estimator) -> str:
     training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
     bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
     if estimator.quantised is not None:
-        bits = f", whose checkpoint lies quantised ({estimator.quantised})"
+        bits = f", whose checkpoint is quantised ({estimator.quantised})"
     return (
         f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n"
         f"the largest micro-batch: {len(largest.examples)} {what}{plural}, {largest.tokens:,} tokens at once "
@@ -111,27 +115,29 @@ def _table(columns: dict[str, StepMemory]) -> Table:
     return table
 
 
-def _twice(memory: StepMemory) -> str:
+def _checkpointing(memory: StepMemory) -> str:
     count, layers = memory.checkpointed, memory.layers
-    which = "no layer" if count == 0 else "all layers" if count == layers else f"{count} of {layers} layers"
-    return f"{which} computed twice"
+    if count == 0:
+        return "without gradient checkpointing"
+    return f"gradient checkpointing of {'all' if count == layers else f'{count} of {layers}'} layers"
 
 
 def _fit(fit: CardFit, decides: bool, layers: int) -> str:
-    said = f"{fit.card:>4g} GB  "
     if not fit.fits:
-        return said + "does not fit"
-    if not decides:
-        return said + "fits"
-    if fit.checkpointed == 0:
-        return said + "fits, no layer computed twice"
-    about = "all" if fit.checkpointed == layers else f"about {fit.checkpointed} of"
-    return said + f"fits, with {about} {layers} layers computed twice"
+        verdict = "does not fit"
+    elif not decides:
+        verdict = "fits"
+    elif fit.checkpointed == 0:
+        verdict = "fits without gradient checkpointing"
+    else:
+        number = "all" if fit.checkpointed == layers else f"about {fit.checkpointed} of"
+        verdict = f"fits with gradient checkpointing of {number} {layers} layers"
+    return f"{fit.card:>4g} GB  {verdict}"
 
 
 def _proposal(proposal: Proposal, card: float) -> str:
     if not proposal.fits or proposal.memory is None:
-        return f"No change that is known here makes it fit {card:g} GB: take a smaller model."
+        return f"No known change makes it fit {card:g} GB. Take a smaller model."
     words = " ".join(map(shlex.quote, proposal.overrides))
     return f"To fit {card:g} GB ({in_words(proposal.memory.total)}), add\n  {words}"
 
@@ -141,9 +147,9 @@ def _bytes(memory: StepMemory) -> dict[str, Any]:
     return numbers | {"bytes": memory.parts(), "total": memory.total}
 
 
-def _made(memory: StepMemory) -> int:
+def _allocated(memory: StepMemory) -> int:
     return memory.activations + memory.head
 
 
-def as_json(told: dict[str, Any]) -> str:
-    return json.dumps(told, indent=2)
+def as_json(numbers: dict[str, Any]) -> str:
+    return json.dumps(numbers, indent=2)

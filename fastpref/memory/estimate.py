@@ -1,4 +1,4 @@
-"""What a run would take of a GPU's memory before it is started, which cards that fits, and what would make it fit."""
+"""An estimate of a run's GPU memory before it starts: by component, the cards it fits, and what would make it fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from fastpref.model.packed import lies_quantised
 from fastpref.sizes import GIB, in_words
 
 CARDS = (8, 12, 16, 24, 48, 80)  # GB as they are sold, which are GiB
-CONTEXT = GIB // 2  # of CUDA and its libraries: assumed, not counted
+CONTEXT = GIB // 2  # bytes of the CUDA context and its libraries: assumed, not counted
 
 Load = Callable[[Sequence[str]], Config]  # the config with further overrides
 
@@ -39,32 +39,32 @@ class Estimator:
     load: Load
     device: torch.device
     cache: bool = True
-    counted: Callable[[str], None] = lambda what: None  # told before each count
+    counted: Callable[[str], None] = lambda what: None  # called before each count
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.config = self.load(())
         self.architecture = model_config(self.config.model)
-        self.quantised = lies_quantised(self.architecture)  # how its checkpoint lies, in words
+        self.quantised = lies_quantised(self.architecture)  # how its checkpoint is quantised, in words
         self._examples = self._lengths()
         self._known: dict[Any, StepMemory] = {}
         self._told_of_experts = False
-        self._layouts: dict[str, Layout] = {}  # what the model takes of what a config asks for
+        self._layouts: dict[str, Layout] = {}  # by `train.layout`: the one that the model takes
 
     @property
     def checkpoints(self) -> bool:
-        """Whether a run decides by its memory how many layers it checkpoints."""
+        """Whether a run decides by the memory of its device how many layers it checkpoints."""
         return self.config.train.checkpointing == "auto" and self.device.type != "cpu"
 
     def microbatch(self, config: Config) -> Microbatch:
-        """The largest one of a run."""
+        """The largest micro-batch of a run."""
         if self._examples is None:
             return longest_possible(config)
         order = data_order(len(self._examples), config.train.batch, config.train.seed)
         return longest_of(config, self._examples, order, wanted_layout(config))
 
     def take(self, *overrides: str, layers: int | None = None) -> StepMemory:
-        """What a step takes with further overrides; `layers` of `count_step`."""
+        """The memory of a step with further overrides; `layers` as in `count_step`."""
         if (overrides, layers) not in self._known:
             self.counted(" ".join(overrides) or "the step")
             config = self.load(overrides)
@@ -72,8 +72,8 @@ class Estimator:
         return self._known[overrides, layers]
 
     def take_as_trl(self) -> StepMemory:
-        """The same examples at once, layers checkpointed as in `take`, as TRL would compute them."""
-        self.counted("the step as TRL makes it")
+        """The memory of the same step as TRL would compute it, with as many checkpointed layers as in `take`."""
+        self.counted("the step as TRL computes it")
         config = as_trl(self.config)
         return self._count(config, None, self.microbatch(self.config), make_policy=trl_policy(config))
 
@@ -94,7 +94,7 @@ class Estimator:
         return replace(memory, overhead=0 if self.device.type == "cpu" else CONTEXT)
 
     def _lengths(self) -> Examples | None:
-        """The run's data, if they lie on this machine."""
+        """The run's training examples, if its data are on this machine and can be read."""
         limits = limits_of_config(self.architecture.get_text_config().to_dict())
         if not all(Path(data.path).expanduser().exists() for data in self.config.data):
             self.notes.append("the data are not on this machine: every row counts as tokens.max_length long")
@@ -106,8 +106,8 @@ class Estimator:
             use_chat_template(tokenizer, self.config.tokens.chat_template)
             data = load_examples(self.config, tokenizer, cache=self.cache)
         except UserError as error:
-            said = str(error).splitlines()[0]
-            self.notes.append(f"the data cannot be read, so every row counts as tokens.max_length long: {said}")
+            reason = str(error).splitlines()[0]
+            self.notes.append(f"the data cannot be read, so every row counts as tokens.max_length long: {reason}")
             return None
         try:
             self.notes += compare(limits, data.parts, tokenizer, self.config)
@@ -117,17 +117,17 @@ class Estimator:
 
 
 def usable(card: float) -> int:
-    """Bytes of a card of so many GiB that a run may take, the context among them."""
+    """Bytes that a run may take of a card of `card` GiB, the CUDA context included."""
     return int((1 - MARGIN) * card * GIB)
 
 
 def present_card() -> float | None:
-    """GiB of the GPU that is here."""
+    """GiB of this machine's first GPU, or None without one."""
     return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
 
 
 def proposal(estimator: Estimator, card: float) -> Proposal:
-    """The smallest changes with which a step fits a card of so many GiB, each of them counted."""
+    """The smallest changes with which a step fits a card of `card` GiB. Each one is counted."""
     config = estimator.config
     step = OversizedStep(
         config,

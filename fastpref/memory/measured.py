@@ -102,9 +102,10 @@ def _cut(example: Example, length: int) -> Example:
 
 
 class StepPeak:
-    """The most that was allocated on a GPU at once since the first step. Elsewhere nobody keeps account: it stays 0.
+    """The most bytes that were allocated on a GPU at once since the first step; 0 on other devices.
 
-    Loading a model may take more. It is forgotten once only: `peak_memory` reads the same account.
+    Loading a model may take more, so the allocator's peak is reset before the first step. It is reset only once, since
+    `peak_memory` reads the same statistics.
     """
 
     def __init__(self, device: torch.device):
@@ -119,8 +120,8 @@ class StepPeak:
         if self._device is not None:
             self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self._device))
 
-    def beside_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
-        """What was measured, and what `count_step` says of the run's largest micro-batch."""
+    def against_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
+        """A note that compares the measured peak with what `count_step` counts for the run's largest micro-batch."""
         order = data_order(len(examples), config.train.batch, config.train.seed)
         largest = longest_of(config, examples, order, loaded.layout)
         measured = f"measured {in_words(self.bytes)}"

@@ -1,7 +1,8 @@
 """The loss of one optimizer step, cut into micro-batches that add up to it exactly.
 
-Terms that need the whole step before any gradient (KTO's KL, the sorting variants of DPO) are found in a pass without
-gradient when the step is more than one micro-batch, and on the way when it is one. The result is the same.
+Terms that need the whole step before any gradient (KTO's KL, the sorting variants of DPO) are computed in a pass
+without gradient if the step has several micro-batches, and along with the loss if it has one (`data/plan.py`). The
+result is the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ Backward = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computed, beside its metrics."""
+    """The amount of work of a step."""
 
     tokens: int  # through the model with gradient, padding included, of all processes
     microbatches: int
@@ -48,17 +49,17 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the parts of a step, or of an evaluation, share."""
+    """The arguments that the parts of a step, or of an evaluation, share."""
 
     totals: Totals  # of all its examples
     metrics: Metrics
-    outputs: tuple[str, ...]  # asked of `linear_logprob`
+    outputs: tuple[str, ...]  # of `linear_logprob`, in addition to the log-probabilities
     processes: Processes
     backward: Backward | None = None
-    kl: Tensor | None = None  # of all examples of an evaluation; a step finds its own
+    kl: Tensor | None = None  # of all examples of an evaluation; a step computes its own
 
     def add(self, loss: PreferenceLoss, part: _Part) -> None:
-        """One part's loss: its gradient first, then its metrics."""
+        """Add one part's loss: first its gradient, then its metrics."""
         if self.backward is not None:
             # Joined gradients are means over the processes, and the loss is a sum.
             weight = self.processes.count if part.counts else 0
@@ -69,7 +70,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, with the models and the layout it is computed in."""
+    """A loss, and the models and the layout with which it is computed."""
 
     policy: nn.Module  # a Policy, or what Accelerate made of it
     reference: Reference | None
@@ -84,7 +85,7 @@ class Objective:
     def step(
         self, examples: Sequence[Example], backward: Backward, *, token_metrics: bool = True
     ) -> tuple[Metrics, Work]:
-        """The loss of a whole step; `backward` is called with each micro-batch's share of it.
+        """Compute the loss of a whole step, and call `backward` with each micro-batch's share of it.
 
         Every process must be given the same examples. The metrics are those of all of them.
         """
@@ -106,11 +107,11 @@ class Objective:
         return run.metrics.joined(self.processes)
 
     def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """The examples of a step with every completion whose reference it asks for."""
+        """The examples of a step with every completion whose reference log-probability it needs."""
         return compared(self.options, examples)
 
     def referenced_in_evaluation(self, examples: Sequence[Example]) -> Iterator[Example]:
-        """The examples of an evaluation with every completion whose reference it asks for."""
+        """The examples of an evaluation with every completion whose reference log-probability it needs."""
         yield from examples
         if compares_neighbours(self.options, len(examples)):
             yield from mismatched(examples)
@@ -133,8 +134,8 @@ class Objective:
                 reference = None if self.reference is None else self.reference(batch)
                 step = None
                 if sorts:
-                    found = whole or self._joined([(part, self._pairs(result, reference, batch))], len(examples))
-                    step = WholeStep(found, batch.index)
+                    pairs = whole or self._joined([(part, self._pairs(result, reference, batch))], len(examples))
+                    step = WholeStep(pairs, batch.index)
                 loss = preference_loss(
                     result.logp,
                     batch.segments,
@@ -163,18 +164,18 @@ class Objective:
     @torch.no_grad()
     def _whole_step(self, parts: Sequence[_Part], count: int) -> PairLogps:
         """All pairs of the step in their order, without gradient, in a pass of its own."""
-        found = []
+        pairs = []
         for part in parts:
             batch = part.batch.to(self.device)
             reference = None if self.reference is None else self.reference(batch)
-            found.append((part, self._pairs(self.policy(batch).tokens, reference, batch)))
-        return self._joined(found, count)
+            pairs.append((part, self._pairs(self.policy(batch).tokens, reference, batch)))
+        return self._joined(pairs, count)
 
-    def _joined(self, found: Sequence[tuple[_Part, PairLogps]], count: int) -> PairLogps:
+    def _joined(self, parts: Sequence[tuple[_Part, PairLogps]], count: int) -> PairLogps:
         """The pairs of all parts of the step, in their order."""
         names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths", "ref_chosen", "ref_rejected")
         return PairLogps(
-            **{name: self._in_order([(part, getattr(pairs, name)) for part, pairs in found], count) for name in names}
+            **{name: self._in_order([(part, getattr(pairs, name)) for part, pairs in parts], count) for name in names}
         )
 
     def _totals(self, examples: Sequence[Example]) -> Totals:
@@ -233,8 +234,8 @@ class Objective:
         """KTO's KL over all examples of an evaluation, their mismatched completions taken `batch` at a time."""
         mates = mismatched(examples)
         groups = iter(lambda: list(islice(mates, batch)), [])
-        found = [self._response_sums(self._plan_pass(group)) for group in groups]
-        return kto_kl(*(torch.cat(sums) for sums in zip(*found)))
+        results = [self._response_sums(self._plan_pass(group)) for group in groups]
+        return kto_kl(*(torch.cat(sums) for sums in zip(*results)))
 
     @torch.no_grad()
     def _response_sums(self, responses: Pass) -> tuple[Tensor, Tensor]:
@@ -257,9 +258,9 @@ class Objective:
         part: _Part,
         run: _Pass,
     ) -> PreferenceLoss:
-        """With the router loss of a mixture of experts, weighted by the micro-batch's share of the step's tokens.
+        """Add the router loss of a mixture of experts, weighted by the micro-batch's share of the step's tokens.
 
-        It is a product of means, so unlike everything else it depends on how the step is cut.
+        The router loss is a product of means, so unlike everything else it depends on the micro-batches.
         """
         if output.router_loss is None or self.router_coefficient == 0:
             return loss
@@ -293,10 +294,10 @@ class Objective:
             parts.append(_Part(batch, tokens[at] / sum(tokens), counts, last=turn == rounds - 1))
         return parts, Work(sum(tokens), len(plan))
 
-    def _in_order(self, found: Sequence[tuple[_Part, Tensor]], count: int) -> Tensor:
+    def _in_order(self, parts: Sequence[tuple[_Part, Tensor]], count: int) -> Tensor:
         """A value of each example of the step, from the parts of all processes: [count]."""
-        whole = torch.zeros(count, dtype=found[0][1].dtype, device=self.device)
-        for part, values in found:
+        whole = torch.zeros(count, dtype=parts[0][1].dtype, device=self.device)
+        for part, values in parts:
             if part.counts:
                 whole.index_copy_(0, part.batch.index.to(self.device), values)
         return self.processes.sum(whole)

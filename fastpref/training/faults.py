@@ -1,4 +1,4 @@
-"""What can go wrong in a run, told so that a person can act: interrupts, numbers that are not finite, no memory."""
+"""Faults of a run, in messages that a person can act on: interrupts, losses that are not finite, no memory."""
 
 import math
 import signal
@@ -18,11 +18,11 @@ from fastpref.run.resume import may_change
 from fastpref.sizes import in_words
 from fastpref.step.objective import Objective
 
-SKIPS_IN_ROW = 10  # that many steps left out one after the other are no accident
+SKIPS_IN_ROW = 10  # so many skipped steps one after the other are no accident
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM: the step at hand is finished first. A second one stops at once."""
+    """Waits for Ctrl-C or SIGTERM: a run finishes its current step first. A second one stops it at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -45,11 +45,11 @@ class Interrupt:
 
 
 class NotFinite(UserError):
-    """A loss or gradient is not finite. Nothing has been updated with it."""
+    """A loss or gradient is not finite. No weight has been updated with it."""
 
 
 def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example], objective: Objective) -> str:
-    """Which step it is and which rows make it so. To be asked before the gradients are cleared."""
+    """A message that names the step, its rows, and the rows that cause it. Call it before the gradients are cleared."""
     what = f"step {step}: loss {loss}, gradient norm {norm}"
     weights = [name for name, p in objective.policy.named_parameters() if not torch.isfinite(p).all()]
     if weights:
@@ -66,7 +66,7 @@ def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example],
 
 
 def _not_finite_alone(examples: Sequence[Example], objective: Objective) -> list[Example]:
-    """A forward pass a row, without dropout: cheap beside a run that stops."""
+    """The examples whose loss is not finite by themselves: a forward pass for each, without dropout."""
     objective.policy.eval()
     try:
         return [e for e in examples if not math.isfinite(objective.evaluate([e], 1).result()["loss"])]
@@ -83,8 +83,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def out_of_memory(after: int, step: OversizedStep, count: Count | None) -> tuple[str, list[str]]:
-    """What a run holds that ran out of memory after so many steps, and what to change: a message, and the overrides
-    among those changes with which the run can be resumed."""
+    """A message for a run that ran out of memory `after` so many steps: what it holds, and what to change.
+
+    Returns the overrides among those changes with which the run can be resumed, too.
+    """
     parts = {name: size for name, size in step.memory.parts().items() if size}
     held = ", ".join(f"{PARTS[name]} {in_words(size)}" for name, size in parts.items())
     proposal = _proposal(step, count)
@@ -97,9 +99,9 @@ def out_of_memory(after: int, step: OversizedStep, count: Count | None) -> tuple
 
 
 def _proposal(step: OversizedStep, count: Count | None) -> Proposal:
-    """The changes to propose; by a rule of thumb where nothing can be counted.
+    """The changes to propose, by a rule of thumb where nothing can be counted.
 
-    What the config itself is counted at did not fit, however large the device is: something else may lie there too.
+    The step must become smaller than its own count, however large the device is: other programs may use it too.
     """
     if count is None:
         return first_change(step)

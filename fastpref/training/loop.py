@@ -317,7 +317,7 @@ class _Run:
         place = self.checkpoints.save_weights("final", self.progress.step)
         self.display.note(f"saved: {place}")
         if self.peak.bytes and isinstance(self.examples, Examples):
-            self.display.note(self.peak.beside_estimate(self.config, self.examples, self.loaded))
+            self.display.note(self.peak.against_estimate(self.config, self.examples, self.loaded))
         verdicts = self._report("finished", answers)
         if self.config.output.push_to is not None:
             self.display.note(f"uploaded: {self.processes.on_first(lambda: self._push(place))}")

@@ -231,7 +231,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert status == 0
     assert "the data are not on this machine" in said
     assert "255 tokens at once (from tokens.max_length = 128)" in said
-    assert "   8 GB  fits, no layer computed twice" in said
+    assert "   8 GB  fits without gradient checkpointing" in said
     assert "TRL 1.16" in said
     status, said = command(monkeypatch, capsys, "estimate", str(path), LORA, "--compare", "--json")
     told = json.loads(said)
@@ -261,7 +261,7 @@ def test_trl_makes_logits_and_copies_them(tmp_path: Path):
 
 
 def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
-    """Estimated beside measured, from what the allocator said of the steps; on a CPU nothing is measured."""
+    """The estimate and the measurement, from what the allocator said of the steps; on a CPU nothing is measured."""
     config = load_config(write(tmp_path, models["quickstart"]), [LORA])
     loaded = load_model(config, CPU)
     examples = load_examples(config, load_tokenizer(config.model)).train
@@ -271,7 +271,7 @@ def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
     assert peak.bytes == 0
     counted = estimator(tmp_path / "cfg.toml", CUDA, LORA, "model.liger=false").take(layers=0)
     peak.bytes = round(1.02 * (counted.total - counted.overhead))
-    said = peak.beside_estimate(config, examples, loaded)
+    said = peak.against_estimate(config, examples, loaded)
     assert said.startswith("memory of a step: estimated ")
     assert said.endswith("(+2.0%)")
 
