@@ -30,7 +30,7 @@ _KINDS = {  # of models that are no causal language models, by transformers' tab
 
 
 def model_config(options: ModelConfig) -> PretrainedConfig:
-    """The config.json of a causal language model. Raises UserError where there is none."""
+    """The config.json of a causal language model. Raises UserError if there is none."""
     instead = adapter_instead(options)
     if instead is not None:
         raise UserError(f"model.name = {options.name!r}: {instead}")

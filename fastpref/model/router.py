@@ -13,9 +13,9 @@ from fastpref.model.body import around_body, with_states
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """A model's own loss for its routers, and the coefficient that its config trains it with.
+    """A model's own loss for its routers, and the coefficient in its config.
 
-    The model computes it from what its body returns, so its names for the number of experts are its own affair.
+    The model computes the loss from its body's output, so its config may name the number of experts as it likes.
     """
 
     coefficient: float
@@ -24,7 +24,7 @@ class RouterLoss:
 
     @classmethod
     def of(cls, model: PreTrainedModel, body: nn.Module) -> "RouterLoss | None":
-        """None for a model without a router loss, or with a coefficient of 0."""
+        """The router loss of a model; None if it has none, or if its coefficient is 0."""
         config: Any = model.config.get_text_config()
         coefficient = getattr(model, "router_aux_loss_coef", None) or getattr(config, "router_aux_loss_coef", None)
         takes = "output_router_logits" in inspect.signature(type(model).forward).parameters
