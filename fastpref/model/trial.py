@@ -251,7 +251,7 @@ class _Trial:
     # --- hidden states -------------------------------------------------------------------------------------------
 
     def _truth(self) -> "_States":
-        """The hidden states of each response after its prompt, alone in a row, with eager attention where there is one."""
+        """The hidden states of each response after its prompt, alone in a row, by eager attention if there is one."""
         give_attention(self._model, "eager")
         states: _States = {}
         for e, example in enumerate(self._examples):
