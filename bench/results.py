@@ -178,7 +178,7 @@ def _steps_table(steps: list[dict[str, Any]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Change:
+class Difference:
     """One number of two results."""
 
     what: str
@@ -200,7 +200,7 @@ class Change:
         return self.factor > 1 + threshold and not self.within_spread
 
 
-def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -> list[Change]:
+def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -> list[Difference]:
     """Times over the bare products', and memory, of every case that both results hold."""
     result = []
     theirs = {key(record): record for record in before["head"]}
@@ -214,8 +214,8 @@ def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -
             continue
         a, b = ratios(old, method), ratios(record, method)
         if a and b:
-            result.append(Change(key(record), "× bare", median(a), median(b), spread(a) + spread(b)))
+            result.append(Difference(key(record), "× bare", median(a), median(b), spread(a) + spread(b)))
         was, now = (next((r["bytes"] for r in x["rows"] if r["method"] == method), None) for x in (old, record))
         if was and now:
-            result.append(Change(key(record), "MiB", was / 2**20, now / 2**20, 0.01))
+            result.append(Difference(key(record), "MiB", was / 2**20, now / 2**20, 0.01))
     return result

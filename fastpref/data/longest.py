@@ -7,10 +7,11 @@ from itertools import islice
 import numpy as np
 
 from fastpref.config import Config
-from fastpref.config.losses import KTO, compares_neighbours
-from fastpref.data.batch import Layout, computed_tokens, plan_microbatches, with_mismatched
+from fastpref.config.losses import KTO
+from fastpref.data.batch import Layout
 from fastpref.data.example import Example, Origin
 from fastpref.data.lengths import kept_prompt
+from fastpref.data.plan import plan_step
 from fastpref.data.table import Examples
 
 STEPS = 1000  # of a run that are looked through
@@ -21,7 +22,7 @@ class Microbatch:
     """Examples whose lengths alone mean something."""
 
     examples: list[Example]
-    further: bool  # whether its step has others
+    further: bool  # whether its step has other micro-batches
     tokens: int  # computed at once
     source: str  # where the lengths are from, in words
 
@@ -37,9 +38,9 @@ def longest_of(config: Config, examples: Examples, order: Iterator[list[int]], l
             _of_lengths(int(prompts[i]), completions[i], None if labels is None else bool(labels[i]), contexts[i])
             for i in places
         ]
-        for tokens, part in _microbatches(config, step, layout):
-            if largest is None or tokens > largest.tokens:
-                largest = Microbatch(part, len(part) < len(step), tokens, f"the data, {len(examples):,} rows")
+        for part in microbatches(config, step, layout, f"the data, {len(examples):,} rows"):
+            if largest is None or part.tokens > largest.tokens:
+                largest = part
     assert largest is not None
     return largest
 
@@ -54,17 +55,16 @@ def longest_possible(config: Config) -> Microbatch:
     return Microbatch(examples, count < config.train.batch, count * size, f"tokens.max_length = {longest:,}")
 
 
-def _microbatches(config: Config, step: Sequence[Example], layout: Layout) -> Iterator[tuple[int, list[Example]]]:
-    """Each one's tokens and examples."""
-    budget = config.tokens_per_microbatch
-    if compares_neighbours(config.loss, len(step)):  # KTO's other branches come along where everything fits
-        both = with_mismatched(step)
-        if len(plan_microbatches(both, layout, budget)) == 1:
-            yield computed_tokens(both, layout), list(step)
-            return
-    for places in plan_microbatches(step, layout, budget):
-        part = [step[i] for i in places]
-        yield computed_tokens(part, layout), part
+def microbatches(
+    config: Config, examples: Sequence[Example], layout: Layout, source: str = "the data"
+) -> list[Microbatch]:
+    """The micro-batches of a step of these examples, without KTO's mismatched completions, which the step adds."""
+    trained = plan_step(config.loss, examples, layout, config.tokens_per_microbatch).trained
+    several = len(trained.microbatches) > 1
+    return [
+        Microbatch([examples[i] for i in places], several, tokens, source)
+        for places, tokens in zip(trained.microbatches, trained.tokens)
+    ]
 
 
 def _cut(config: Config, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 from fastpref.config import Config
 from fastpref.config.losses import LossOptions
 from fastpref.health.bands import first_loss, per_token
-from fastpref.run.history import Change, History
+from fastpref.run.history import History, Trend
 
 Severity = Literal["alarm", "warning"]
 
@@ -98,7 +98,7 @@ def settled(h: History, known: Known, share: float = 0.3) -> bool:
     return h.rows >= 10 and (known.steps is None or h.step >= share * known.steps)
 
 
-def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Change | None:
+def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Trend | None:
     """From beginning to end: of the held-out rows where they were evaluated twice, else of the training."""
     start = known_start(known, name)
     found = h.heldout_change(name, start) if heldout else None

@@ -1,1 +1,1 @@
-"""What memory a step takes: counted, measured, and made to fit."""
+"""The memory of a training step: counted, measured, and made to fit a device."""

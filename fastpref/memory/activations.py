@@ -1,9 +1,11 @@
-"""Which layers' activations are kept and which computed again: as few as the step needs to fit the device."""
+"""How many layers have gradient checkpointing: as few as the step needs to fit the device."""
 
 import torch
 
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.memory.fit import MARGIN
+from fastpref.memory.measured import as_loaded
 from fastpref.memory.step import count_step
 from fastpref.model.gradient_checkpointing import (
     can_be_checkpointed,
@@ -13,16 +15,14 @@ from fastpref.model.gradient_checkpointing import (
     layers_needed,
 )
 from fastpref.model.load import Loaded
-
-# Of the whole device: what the allocator cannot use between its blocks, and what libraries take inside an operation.
-MARGIN = 0.1
+from fastpref.sizes import in_words
 
 
 def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device, *, sharded: bool = False) -> list[str]:
-    """Checkpoint the model's layers as `train.checkpointing` and `train.offload_activations` say. What to tell of it.
+    """Turn on gradient checkpointing as `train.checkpointing` and `train.offload_activations` say; returns notes on it.
 
-    What a model that will be `sharded` takes of a device is not counted: then "auto" is all of its layers. Raises
-    UserError where activations lie in host memory anyway, and for a model that cannot be checkpointed if it shall be.
+    The memory of a model that will be `sharded` cannot be counted, so "auto" then takes all of its layers. Raises
+    UserError for offloading on a CPU, and for a model without gradient checkpointing if the config asks for it.
     """
     offload = config.train.offload_activations
     config = as_loaded(config, loaded)
@@ -34,17 +34,12 @@ def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device,
             raise UserError(f"train.checkpointing: {kind} in transformers; leave the key out, or set it to false")
         if offload:
             raise UserError(f"train.offload_activations: {kind} in transformers; leave the key out")
-        return [f"activations of all layers are kept: {kind}"] if device.type != "cpu" else []
+        return [f"gradient checkpointing: off, because {kind} in transformers"] if device.type != "cpu" else []
     layers = max(1, len(decoder_layers(loaded.model)))
     count, why = (layers, "") if sharded and config.train.checkpointing == "auto" else _choose(config, layers, device)
     checkpoint_layers(loaded.model, count, saving=in_host_memory(device) if offload else None)
-    moved = ", their inputs in host memory" if offload and count else ""
-    return [f"activations of {count} of {layers} layers are computed twice{moved}{why}"] if why or moved else []
-
-
-def as_loaded(config: Config, loaded: Loaded) -> Config:
-    """What to count by: whether a model has liger's kernels is found out when it is loaded."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"liger": loaded.liger and "auto"})})
+    moved = ", with their inputs in host memory" if offload and count else ""
+    return [f"gradient checkpointing: {count} of {layers} layers{moved}{why}"] if why or moved else []
 
 
 def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str]:
@@ -56,25 +51,21 @@ def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str
     except UserError:
         raise
     except Exception as error:  # a model's code may ask for the values of tensors, which fake ones have not
-        return layers, f", as the step cannot be counted beforehand ({type(error).__name__})"
+        return layers, f"; the memory of a step cannot be counted beforehand ({type(error).__name__})"
 
 
 def fewest_layers(config: Config, layers: int, device: torch.device, available: int) -> tuple[int, str]:
-    """How many layers to checkpoint so that a step of the longest micro-batch takes no more than `available` bytes
-    with everything that is held, and why."""
+    """The fewest checkpointed layers with which a step of the longest micro-batch takes at most `available` bytes, all
+    that a run holds included; and the reason, as the end of a note."""
     without = count_step(config, device, layers=0).total
     if without <= available:
-        return 0, f": a step takes {_gib(without)} of {_gib(available)}"
+        return 0, f"; a step takes {in_words(without)} of {in_words(available)}"
     but_one = count_step(config, device, layers=layers - 1).total
-    why = f": a step would take {_gib(without)} with none and {_gib(but_one)} with {layers - 1}, of {_gib(available)}"
-    return layers_needed(layers, without, but_one, available), why
+    needed = f"{in_words(without)} without it and {in_words(but_one)} with {layers - 1} layers"
+    return layers_needed(layers, without, but_one, available), f"; a step would take {needed}, of {in_words(available)}"
 
 
 def _available(device: torch.device) -> int:
-    """What this process has and may still take, less the margin."""
+    """Bytes that this process has allocated and may still allocate, without the margin."""
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - int(MARGIN * total)
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

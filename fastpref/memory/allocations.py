@@ -1,4 +1,4 @@
-"""Measuring how much memory a piece of code needs beside what was there before, on any device."""
+"""A measurement of the memory that a piece of code allocates, on any device."""
 
 import weakref
 from collections import Counter
@@ -21,12 +21,12 @@ class PeakStorage(TorchDispatchMode):
         print(memory.peak)
 
     A storage counts once however many views it has, from the operation that returns it until it is freed, also when
-    that happens after the context; storages that existed before do not count. Unlike a reading of the process or of
-    an allocator this is exact and repeatable, but it sees only tensors: not what a library allocates for itself
-    inside one operation. Of a FakeTensor it counts what the real one would take.
+    that happens after the context; storages that existed before do not count. Unlike the resident memory of the process
+    or an allocator's statistics this is exact and repeatable, but it sees only tensors: not what a library allocates
+    for itself inside one operation. A FakeTensor counts as the real tensor would.
 
-    Bytes are also kept by a label: that of the `labelled` block in which a storage was made, or INSIDE for what our own
-    operators make.
+    Bytes are also summed by label: the label of the `labelled` block in which a storage was made, or INSIDE for the
+    storages that our own operators make.
     """
 
     INSIDE = "operators"
@@ -44,7 +44,7 @@ class PeakStorage(TorchDispatchMode):
 
     @contextmanager
     def labelled(self, label: str) -> Iterator[None]:
-        """What is made in this block counts under a label."""
+        """Count the storages that are made in this block under a label."""
         before, self._label = self._label, label
         try:
             yield
@@ -61,7 +61,7 @@ class PeakStorage(TorchDispatchMode):
             self.parts[label] += size
 
     def start_again(self) -> None:
-        """Forget what was the most so far; what is alive stays counted."""
+        """Begin a new peak; storages that are alive stay counted."""
         self.peak, self.at_peak, self.largest = self.current, self.parts.copy(), 0
 
     def __torch_dispatch__(
@@ -83,7 +83,7 @@ class PeakStorage(TorchDispatchMode):
         return result
 
     def _count(self, storage: UntypedStorage) -> None:
-        """Add a new storage, or what a known one has grown by (`out=` resizes)."""
+        """Add a new storage, or the bytes by which a known one has grown (`out=` resizes)."""
         address, size = storage._cdata, storage.nbytes()
         if address not in self._alive:
             # Torch keeps a storage's Python object for as long as the storage itself, whoever else holds it.

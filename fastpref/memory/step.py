@@ -1,4 +1,4 @@
-"""What an optimizer step takes, counted on fake tensors: the real code, without numbers, memory or a device."""
+"""The memory of an optimizer step, counted on fake tensors: the real code runs, without numbers, memory or a device."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,10 @@ from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.failure import told_of_model
+from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import checkpoint_layers, decoder_layers
 from fastpref.model.liger import kernels_not_run, wants_kernels
-from fastpref.model.load import Loaded, model_config, weight_dtype
+from fastpref.model.load import Loaded, weight_dtype
 from fastpref.model.packed import own_quantization
 from fastpref.model.policy import Policy
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
@@ -34,27 +35,49 @@ from fastpref.step.reference import Reference, copy_config, make_reference, prec
 CPU = torch.device("cpu")
 
 
+# The parts of a step's memory, in the order of a table, and what people call them.
+PARTS = {
+    "weights": "weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "head": "head workspace",
+    "reference": "reference",
+    "overhead": "overhead, assumed",
+}
+
+
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes alive at the peak of an optimizer step, by what they are for."""
 
-    weights: int  # of the model; its adapters apart
-    adapters: int  # what is trained beside it
+    weights: int  # of the model, without its adapters
+    adapters: int  # the weights that are trained in addition to the model's
     gradients: int  # of the whole step
-    optimizer: int  # the moments, and what the update takes for itself
+    optimizer: int  # the moments, and what the update allocates
     reference: int  # a frozen copy
     activations: int  # what the forward pass keeps and the backward pass makes
     head: int  # what the head's operators make: scratch tiles, and the gradient that they keep
     largest: int  # the largest tensor that the step makes; part of the others
     layers: int  # decoder layers of the model; not bytes
-    checkpointed: int  # of them
+    checkpointed: int  # how many of them have gradient checkpointing
     layout: Layout  # that its attention takes
-    bare_experts: int = 0  # bytes of the weights, of experts that bitsandbytes does not quantise
+    bare_experts: int = 0  # the part of the weights that are experts which bitsandbytes does not quantise
+    overhead: int = 0  # of the device's libraries: assumed, not counted
 
     @property
     def total(self) -> int:
-        parts = (self.weights, self.adapters, self.gradients, self.optimizer, self.reference, self.activations)
-        return sum(parts) + self.head
+        return sum(self.parts().values())
+
+    @property
+    def held(self) -> int:
+        """What is in memory between the micro-batches, whatever their size."""
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.reference
+
+    def parts(self) -> dict[str, int]:
+        """The bytes of each of PARTS."""
+        return {name: getattr(self, name) for name in PARTS}
 
 
 class _Fake(FakeTensorMode):
@@ -69,7 +92,7 @@ class _Fake(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-@told_of_model("a step of it cannot be counted without its weights")
+@told_of_model("the memory of a step cannot be counted without its weights")
 def count_step(
     config: Config,
     device: torch.device,
@@ -81,21 +104,22 @@ def count_step(
     layout: Layout | None = None,
     make_policy: Callable[[PreTrainedModel], Policy] = Policy.of,
 ) -> StepMemory:
-    """What a step of a config takes on a kind of device, which need not be there.
+    """The memory of a step of a config on a kind of device, which this machine need not have.
 
     Args:
-        layers: how many decoder layers are checkpointed; None: all, unless `train.checkpointing` is off.
-        examples: of the step; by default those of the longest micro-batch.
-        further: whether the step has other micro-batches, whose gradients are there when these come; by default
-            if the longest micro-batch is not a whole step.
-        architecture: what is in the model's config.json, if that is not to be read.
-        layout: if it is known what the model's attention takes: trying it is a forward pass.
-        make_policy: another head than ours (`trl_memory.py`).
+        layers: how many decoder layers have gradient checkpointing; by default all, or none if `train.checkpointing`
+            is false.
+        examples: the examples of the step; by default those of the longest micro-batch.
+        further: whether the step has other micro-batches, whose gradients exist already when these examples come; by
+            default whether the longest micro-batch is only a part of a step.
+        architecture: the model's config.json, which is read by default.
+        layout: the layout that the model's attention takes, which a forward pass finds out by default.
+        make_policy: makes the policy, for another head than ours (`trl.py`).
 
-    Raises UserError for a model that is not there, or whose code cannot be run on fake tensors.
+    Raises UserError for a model that does not exist, or whose code cannot run on fake tensors.
 
-    All tensors are fake ones of a CPU, with the dtypes and the mixed precision of `device`. What bitsandbytes and a
-    device's libraries take inside one operation is not seen; the head's tiles are those of the torch backend.
+    All tensors are fake CPU tensors, with the dtypes and the mixed precision of `device`. What bitsandbytes and the
+    device's libraries allocate inside one operation is not seen; the head's tiles are those of the torch backend.
     """
     dtype = weight_dtype(config, device)
     half = torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -106,7 +130,7 @@ def count_step(
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     kernels = wants_kernels(config.model.liger, device.type, architecture)
     bones = skeleton(config, architecture, dtype, kernels=kernels)
-    beside = _copy(config, bones, architecture, kernels=kernels)
+    frozen = _copy(config, bones, architecture, kernels=kernels)
     saving = _elsewhere if config.train.offload_activations else None
     checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
     count, fake = PeakStorage(), _Fake(allow_non_fake_inputs=True)
@@ -119,7 +143,7 @@ def count_step(
             give_attention(bones.model, NAME)
     loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)
     with fake, count, count.labelled("reference"):
-        reference = _reference(config, loaded, beside, autocast)
+        reference = _reference(config, loaded, frozen, autocast)
     optimizer = make_optimizer(loaded.policy, _unpaged(config))  # bitsandbytes makes tables of real numbers
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with fake, count, sizes_alone():
@@ -147,7 +171,7 @@ def count_step(
 
 
 def _unpaged(config: Config) -> Config:
-    """Moments that may move to host memory are counted as if they stayed: paging needs a GPU to page from."""
+    """The config without a paged optimizer: paging needs a GPU, so its moments count as if they stayed there."""
     plain: Any = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}.get(config.train.optimizer)
     return config if plain is None else config.model_copy(
         update={"train": config.train.model_copy(update={"optimizer": plain})}
@@ -168,7 +192,7 @@ def _materialised(
 
 
 def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, kernels: bool) -> PreTrainedModel | None:
-    """The frozen copy, if it is one that would be loaded by itself."""
+    """The model of a frozen reference, if it would be loaded by itself and not copied."""
     if not config.loss.uses_reference or config.reference.mode != "copy":
         return None
     other = copy_config(config, bones.model)
@@ -178,7 +202,7 @@ def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, ke
 
 
 def _reference(
-    config: Config, loaded: Loaded, beside: PreTrainedModel | None, autocast: Callable[..., Any]
+    config: Config, loaded: Loaded, frozen: PreTrainedModel | None, autocast: Callable[..., Any]
 ) -> Reference | None:
     if not config.loss.uses_reference:
         return None
@@ -186,11 +210,11 @@ def _reference(
         return lambda batch: torch.zeros(len(batch.targets))
 
     def load(*_: Any) -> PreTrainedModel:
-        assert beside is not None
-        materialise(beside)
+        assert frozen is not None
+        materialise(frozen)
         if loaded.layout != "padded":
-            give_attention(beside, NAME)
-        return beside
+            give_attention(frozen, NAME)
+        return frozen
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # of copying a model
@@ -213,7 +237,7 @@ def _objective(config: Config, loaded: Loaded, reference: Reference | None, auto
 
 
 def _make_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], count: PeakStorage) -> None:
-    """Gradients, and what an update by them leaves behind."""
+    """Make gradients, and the moments that an update by them leaves behind."""
     with count.labelled("gradients"):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -228,7 +252,7 @@ def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:
 
 @contextmanager
 def _elsewhere() -> Iterator[None]:
-    """What is saved for the backward pass leaves the device, and is made again there when it is asked for."""
+    """Inside, tensors that are saved for the backward pass leave the device and are made again when it needs them."""
 
     def come_back(what: tuple[torch.Size, torch.dtype]) -> Tensor:
         return torch.empty(what[0], dtype=what[1])

@@ -1,4 +1,4 @@
-"""A model of how TRL 1.16 computes the head of a step on a GPU, for comparing memory: read from its source, not run.
+"""A model of how TRL 1.16 computes the head of a step on a GPU, to compare memory. It follows TRL's source, unexecuted.
 
 DPO and KTO: in tiles of 4,096 tokens and 32,768 columns, the hidden states' gradient in float32. ORPO, SimPO and CPO:
 the logits of every place of the padded rows, which Accelerate copies to float32; a log-softmax whose backward pass
@@ -28,8 +28,8 @@ _TOKENS, _COLUMNS = 4096, 32768  # of a tile
 
 
 def as_trl(config: Config) -> Config:
-    """The config of the step that TRL would make: padded rows, as many at once as they are given, and a copy of a model
-    that is trained itself."""
+    """The config of the step that TRL would compute: padded rows, all in one micro-batch, and a frozen copy as the
+    reference where all weights are trained."""
     update: dict[str, Any] = {
         "train": config.train.model_copy(update={"layout": "padded", "tokens_per_microbatch": sys.maxsize})
     }
@@ -39,7 +39,7 @@ def as_trl(config: Config) -> Config:
 
 
 def trl_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:
-    """For `count_step`: a policy with TRL's head and PEFT's own LoRA layers."""
+    """The `make_policy` of `count_step` that gives a policy TRL's head and PEFT's own LoRA layers."""
     supervised = not isinstance(config.loss, SimPO)
 
     def make(model: PreTrainedModel) -> Policy:
@@ -57,7 +57,7 @@ class _FullLogits(nn.Module):
         self.head, self._supervised = Head(model), supervised
 
     def forward(self, hidden: Tensor, positions: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> TokenLogprobs:
-        logits = self.head.module(hidden).float()  # [B·T, V], the chosen rows first
+        logits = self.head.logits(hidden)  # [B·T, V], the chosen rows first
         loss = logits.new_zeros(())
         if self._supervised:
             chosen = logits[: len(logits) // 2 - 1].contiguous()
@@ -67,7 +67,7 @@ class _FullLogits(nn.Module):
 
 
 class _FusedLogSoftmax(torch.autograd.Function):
-    """One number a place; the logits stay for the backward pass, which makes their gradient."""
+    """One number for each row; keeps the logits for the backward pass, which makes their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:  # [N, V]
@@ -99,11 +99,11 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight = ctx.saved_tensors
-        sums = [torch.empty(t.shape) if asked else None for t, asked in zip((hidden, weight), ctx.needs_input_grad)]
+        sums = [torch.empty(t.shape) if needed else None for t, needed in zip((hidden, weight), ctx.needs_input_grad)]
         tile = _tile(hidden, weight)
-        made = [None if s is None else s.to(t.dtype) for s, t in zip(sums, (hidden, weight))]
+        gradients = [None if s is None else s.to(t.dtype) for s, t in zip(sums, (hidden, weight))]
         del tile
-        return tuple(made)
+        return tuple(gradients)
 
 
 def _tile(hidden: Tensor, weight: Tensor) -> Tensor:

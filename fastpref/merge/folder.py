@@ -16,7 +16,7 @@ from fastpref.merge.adapter import merged, through_four_bits
 from fastpref.merge.checkpoint import COPIED, INDEX
 from fastpref.merge.names import Group
 from fastpref.merge.plan import Plan
-from fastpref.model.load import model_config
+from fastpref.model.files import model_config
 from fastpref.run.trained import Trained, trained_tokenizer
 
 SHARD = 5 * 10**9  # bytes of a file, if the model's own division would now make larger files

@@ -14,7 +14,7 @@ from fastpref.errors import UserError, one_line
 from fastpref.merge.adapter import adapted
 from fastpref.merge.checkpoint import Checkpoint, model_folder
 from fastpref.merge.names import Names
-from fastpref.model.load import model_config
+from fastpref.model.files import model_config
 from fastpref.model.skeleton import skeleton
 from fastpref.model.weights import find_renaming
 

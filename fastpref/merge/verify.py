@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from fastpref.config import Config
 from fastpref.errors import UserError, one_line
 from fastpref.model.adapters.trained import load_adapter
-from fastpref.model.load import model_config, weight_dtype
+from fastpref.model.files import model_config
+from fastpref.model.load import weight_dtype
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.weights import from_files
 from fastpref.run.trained import Trained

@@ -1,8 +1,7 @@
 """A causal language model's body, and the model's own code around what its body returns.
 
-The body is run by the policy, in a layout of its own. What the model makes of the body's output, its logits and the
-load-balancing loss of its routers, is asked of the model itself where this package does not know it: its `forward` is
-called with a body that returns what it is given.
+The policy runs the body in a layout of its own. Where this package does not know how the model turns the body's output
+into logits or a load-balancing loss, the model's own `forward` does it, with a body that returns a given output.
 """
 
 from collections.abc import Callable
@@ -13,11 +12,11 @@ from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 
-_NAMES = ("model", "transformer", "decoder", "backbone")  # where bodies lie whose prefix names something else
+_NAMES = ("model", "transformer", "decoder", "backbone")  # of bodies in models whose prefix names something else
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
-    """The module whose `last_hidden_state` the head is given. Raises UserError for a model without such a part."""
+    """The module whose `last_hidden_state` is the head's input. Raises UserError for a model without such a part."""
     for name in (getattr(model, "base_model_prefix", ""), *_NAMES):
         body = getattr(model, name, None) if name else None
         if isinstance(body, nn.Module) and body is not model:
@@ -26,7 +25,7 @@ def body_of(model: PreTrainedModel) -> nn.Module:
 
 
 def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **options: Any) -> Any:
-    """What the model's own forward returns if its body returns `output`.
+    """The result of the model's own forward if its body returns `output`.
 
     Args:
         model: the causal language model, or its forward.

@@ -1,4 +1,4 @@
-"""What goes wrong inside the code of models and libraries, as one message: at which step, and what it said."""
+"""Failures inside the code of models and libraries, as one message: during what, and the error's own words."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ _BELOW = frozenset({"torch", *sys.stdlib_module_names})  # what everyone's code 
 def told_of_model(
     what: str,
 ) -> Callable[[Callable[Concatenate[Config, P], T]], Callable[Concatenate[Config, P], T]]:
-    """Turn whatever a function of a config raises into a UserError that names the model, says `what` and where.
+    """Decorate a function of a config: what it raises becomes a UserError with the model's name, `what`, and the place.
 
     Out of memory passes unchanged: the caller knows what would take less.
     """
@@ -46,7 +46,7 @@ def told_of_model(
 
 @contextmanager
 def told_of_memory(while_what: str, advice: str) -> Iterator[None]:
-    """Turn running out of memory inside the block into a UserError: while what it was, and what would take less."""
+    """Turn an out-of-memory error inside the block into a UserError that says during what, and what would take less."""
     try:
         yield
     except Exception as error:
@@ -56,7 +56,7 @@ def told_of_memory(while_what: str, advice: str) -> Iterator[None]:
 
 
 def in_others_code(error: BaseException) -> str | None:
-    """What an exception says and where it was raised, if it was in the code of a model or a library; None in ours."""
+    """An exception's words and place, if it was raised in the code of a model or a library; None if in ours."""
     frame, owner = error.__traceback__, "fastpref"
     while frame is not None:
         package = str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
@@ -81,7 +81,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _places(error: BaseException) -> list[str]:
-    """Files and lines, the innermost last, without those below the code in question."""
+    """Files and lines of a traceback, the innermost last, without those of torch and the standard library."""
     places, frame = ["an unknown place"], error.__traceback__
     while frame is not None:
         values: dict[str, Any] = frame.tb_frame.f_globals

@@ -7,12 +7,12 @@ from typing import Any
 
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import safe_open
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpref.config import ModelConfig
-from fastpref.errors import one_line
+from fastpref.errors import UserError, one_line
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -27,6 +27,26 @@ _KINDS = {  # of models that are no causal language models, by transformers' tab
     "IMAGE_CLASSIFICATION": "an image model",
     "CTC": "a speech model",
 }
+
+
+def model_config(options: ModelConfig) -> PretrainedConfig:
+    """The config.json of a causal language model. Raises UserError if there is none."""
+    instead = adapter_instead(options)
+    if instead is not None:
+        raise UserError(f"model.name = {options.name!r}: {instead}")
+    try:
+        config = AutoConfig.from_pretrained(options.name, **hub_options(options))
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
+    other = no_causal_model(config)
+    if other is not None:
+        raise UserError(f"model.name = {options.name!r}: {other}")
+    return config
+
+
+def hub_options(options: ModelConfig) -> dict[str, Any]:
+    """The keywords of `from_pretrained` that say which version of a model is meant and whether its code is run."""
+    return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
 
 
 def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = False) -> str:

@@ -1,8 +1,8 @@
-"""Activation checkpointing of some decoder layers, and its inputs in host memory (Chen et al., arXiv 1604.06174).
+"""Gradient checkpointing of some decoder layers, with their inputs in host memory if wanted (arXiv 1604.06174).
 
-A checkpointed layer keeps only its input and computes everything else a second time in the backward pass. The first
-layers are the ones to take: when the backward pass reaches them, whatever the later layers kept is already freed, so
-what a checkpointed layer makes again comes on top of little.
+A checkpointed layer keeps only its input and recomputes everything else in the backward pass. The first layers are the
+best choice: when the backward pass reaches them, the activations of the later layers are already freed, so the
+recomputed ones come on top of little.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-Saving = Callable[[], AbstractContextManager[Any]]  # decides where what a checkpointed layer keeps lies
+Saving = Callable[[], AbstractContextManager[Any]]  # decides where a checkpointed layer keeps its input
 
 
 def checkpoint_layers(model: PreTrainedModel, count: int | None = None, *, saving: Saving | None = None) -> int:
-    """Checkpoint the first `count` decoder layers of a model that has none checkpointed, or all. How many those are.
+    """Turn on gradient checkpointing for the first `count` decoder layers, by default all; returns their number.
 
-    A model whose layers are not of transformers' kind is all or nothing, and counts as one layer. One that cannot be
-    checkpointed stays as it is: 0.
+    The model must have no checkpointed layers yet. A model whose layers are not of transformers' kind is checkpointed
+    as a whole, and counts as one layer. A model without gradient checkpointing stays as it is, and counts as 0.
     """
     if not can_be_checkpointed(model):
         return 0
@@ -52,7 +52,7 @@ def _checkpoint_into(saving: Saving, function: Callable[..., Any], *args: Any) -
 
 
 def in_host_memory(device: torch.device) -> Saving:
-    """Inputs of checkpointed layers go to pinned host memory and come back when the backward pass asks for them."""
+    """Keeps the inputs of checkpointed layers in pinned host memory until the backward pass needs them."""
     return partial(torch.autograd.graph.save_on_cpu, pin_memory=True, device_type=device.type)
 
 
@@ -74,13 +74,14 @@ def all_checkpointed(model: PreTrainedModel) -> bool:
 
 def layers_needed(
     layers: int,
-    without: int,  # bytes of a step if no layer is checkpointed
-    but_one: int,  # if all are but one
+    without: int,  # bytes of a step without checkpointed layers
+    but_one: int,  # bytes of a step with all layers but one checkpointed
     available: int,
 ) -> int:
-    """The fewest checkpointed layers with which a step fits, or all of them. Layers count as alike.
+    """The fewest checkpointed layers with which a step fits, or all of them. All layers count as equally large.
 
-    The last layer to be checkpointed saves nothing like the others: what one layer makes again is held in any case.
+    The last layer to be checkpointed saves much less than the others: the recomputed activations of one layer are
+    always held.
     """
     if without <= available:
         return 0

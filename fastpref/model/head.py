@@ -1,4 +1,4 @@
-"""The language-model head: its weight, and what the model does to its logits."""
+"""The language-model head: its weight, and how the model scales and caps its logits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ class LogitSettings:
 
 
 class Head(nn.Module):
-    """A model's output layer as a weight and a bias, whatever PEFT has wrapped around it."""
+    """A model's output layer, as a weight and a bias for the fused kernels, whatever PEFT has wrapped around it."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -62,15 +62,16 @@ class Head(nn.Module):
         )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits of some rows, float32 [N, V], of hidden [N, H]: where a whole distribution is asked for."""
-        logits = self.module(hidden).float() * self.settings.scale
-        cap = self.settings.softcap
+        """All logits of some rows, float32 [*, V], of hidden [*, H]: for callers that need whole distributions."""
+        logits = self.module(hidden).float()
+        scale, cap = self.settings.scale, self.settings.softcap
+        logits = logits if scale == 1 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def weight_and_bias(
         self, dtype: torch.dtype | None = None
     ) -> tuple[Tensor | HeadWeight | LoraWeight, Tensor | None]:
-        """weight [V, H] and bias [V] or None, of the adapter that is active now; a 4-bit weight comes as `dtype`."""
+        """The weight [V, H] and the bias [V] or None, with the active adapter. A 4-bit weight is read as `dtype`."""
         module = self.module
         if isinstance(module, ModulesToSaveWrapper):
             active = module.active_adapters
@@ -103,7 +104,7 @@ def _plain(module: Any, dtype: torch.dtype | None) -> Tensor | HeadWeight:
 
 
 def _with_lora(module: Any, weight: Tensor | HeadWeight) -> Tensor | HeadWeight | LoraWeight:
-    """PEFT's adapter on the head. Its variants, and several at once, are refused."""
+    """The weight with PEFT's adapter on the head. Raises UserError for variants of LoRA and for several adapters."""
     active = [name for name in module.active_adapters if name in getattr(module, "lora_A", {})]
     if not active:
         return weight
@@ -122,10 +123,9 @@ def _with_lora(module: Any, weight: Tensor | HeadWeight) -> Tensor | HeadWeight 
 
 
 class OwnLogits(nn.Module):
-    """The logits that a model's own code makes of its hidden states, for a model that changes them in a way which
-    `LogitSettings` does not know.
+    """A head that runs the model's own code, for a model whose logits `LogitSettings` cannot describe.
 
-    Some rows of logits exist at a time, [n, V] in float32; they are made again in the backward pass.
+    Only some rows of logits exist at a time, [n, V] in float32; the backward pass computes them again.
     """
 
     _ELEMENTS = 1 << 26  # logits at once
@@ -165,7 +165,7 @@ class OwnLogits(nn.Module):
 
 
 class _Returned(BaseModelOutputWithPast):
-    """What a body returns, with None for whatever else a model's forward hands on from it."""
+    """A body's output, with None for every other attribute that a model's forward reads."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -173,7 +173,7 @@ class _Returned(BaseModelOutputWithPast):
 
 
 def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits, str | None]:
-    """The head that gives the model's own logits, and a note where it is not the fused one.
+    """The head that gives the model's own logits, and a note if it is not the fused one.
 
     Raises UserError for a model that cannot be run, or whose logits neither way gives.
     """
@@ -208,7 +208,7 @@ def _is_broken(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits) -> None:
-    """Refuse a model whose logits are not what `head` says: four tokens through both ways. Raises UserError."""
+    """Compare `head` with the model's own logits on four tokens. Raises UserError if they differ."""
     vocabulary = head.vocabulary
     ids = _four_tokens(model)
     device = ids.device
@@ -236,5 +236,5 @@ def _four_tokens(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What the model's own forward makes of tokens [1, T]: [1, T, V] in float32."""
+    """The logits of the model's own forward for tokens [1, T]: [1, T, V] in float32."""
     return model(input_ids=ids, use_cache=False).logits.float()

@@ -138,8 +138,8 @@ def _known() -> dict[str, Callable[..., None]]:
     return MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-class _Change(NamedTuple):
-    """What liger has set in a module of transformers."""
+class _Replaced(NamedTuple):
+    """A name that liger has set in a module of transformers."""
 
     home: ModuleType
     name: str
@@ -154,7 +154,7 @@ def _import_its_modules(apply: Callable[..., None]) -> None:
 
 
 @contextmanager
-def _transformers_as_it_is() -> Iterator[list[_Change]]:
+def _transformers_as_it_is() -> Iterator[list[_Replaced]]:
     """Whatever is set in a module of transformers inside is what it was afterwards, when the list names it."""
     modules = [
         module
@@ -162,7 +162,7 @@ def _transformers_as_it_is() -> Iterator[list[_Change]]:
         if name.startswith("transformers.models.") and isinstance(module, ModuleType)
     ]
     before = [(module, dict(vars(module))) for module in modules]
-    changes: list[_Change] = []
+    changes: list[_Replaced] = []
     try:
         yield changes
     finally:
@@ -173,14 +173,14 @@ def _transformers_as_it_is() -> Iterator[list[_Change]]:
                     continue
                 ligers = (getattr(value, "__module__", None) or "").startswith("liger_kernel")
                 if ligers:
-                    changes.append(_Change(module, name, old, value))
+                    changes.append(_Replaced(module, name, old, value))
                 if name in values:
                     setattr(module, name, old)
                 elif ligers:
                     delattr(module, name)
 
 
-def _expected(model: PreTrainedModel, changes: list[_Change]) -> set[str]:
+def _expected(model: PreTrainedModel, changes: list[_Replaced]) -> set[str]:
     """The kinds of kernels that liger has for this model's type, but for those of modules that a type may go without.
 
     A class of transformers that liger replaces and that the model has no module of, such as the MLP of a mixture whose
@@ -225,7 +225,7 @@ def _own_forward(module: nn.Module) -> None:
         vars(module).pop(name, None)
 
 
-def _give_rope(model: PreTrainedModel, changes: list[_Change]) -> bool:
+def _give_rope(model: PreTrainedModel, changes: list[_Replaced]) -> bool:
     """Methods that find liger's functions where they call transformers'. False if no module calls one."""
     found = False
     homes = {id(change.home): change.home for change in changes}.values()

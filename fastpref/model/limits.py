@@ -1,5 +1,4 @@
-"""What a row can break: the tokens and the positions that a model has, compared with the data before anything is
-computed.
+"""A model's limits: the token ids and the positions that it has, compared with the data before anything is computed.
 
 An id without a row in the embeddings, or a place behind the last learned position, is an index error in the middle of a
 step on a CPU and a failed assertion of the device on a GPU, neither of which names the row. Nothing here imports torch,
@@ -9,6 +8,8 @@ since `fastpref check` reads a config.json alone.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from fastpref.config import Config, ModelConfig
 from fastpref.config.losses import compares_neighbours
+from fastpref.data.order import chunks, data_order
 from fastpref.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ _STRETCHED = ("linear", "yarn", "longrope", "su", "llama3")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model has; None where it is not known, or where there is no limit."""
+    """A model's limits; None where a limit is not known, or where there is none."""
 
     model: str  # its type, for messages
     embeddings: int | None = None  # rows: ids from 0 to one less can be read
@@ -56,12 +58,12 @@ class Limits:
     made_for: int | None = None  # tokens of a sequence that its RoPE was made for, scaling counted
 
     def room(self, tokens: int, wanted: int) -> int:
-        """How many of the `wanted` tokens can follow so many."""
+        """How many of the `wanted` tokens can follow a prompt of so many tokens."""
         return wanted if self.positions is None else max(0, min(wanted, self.positions - tokens))
 
 
 def limits_of_config(config: Mapping[str, Any]) -> Limits:
-    """By what is in a config.json, or in `PretrainedConfig.to_dict()`."""
+    """The limits by a config.json, or by `PretrainedConfig.to_dict()`."""
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     kind = str(config.get("model_type", "this model"))
@@ -76,14 +78,14 @@ def limits_of_config(config: Mapping[str, Any]) -> Limits:
 
 
 def limits_of(options: ModelConfig) -> Limits:
-    """By the config.json of a model that is not loaded. Raises UserError where there is none."""
-    from fastpref.model.load import model_config
+    """The limits by the config.json of a model that is not loaded. Raises UserError if there is none."""
+    from fastpref.model.files import model_config
 
     return limits_of_config(model_config(options).get_text_config().to_dict())
 
 
 def limits_of_model(model: "PreTrainedModel") -> Limits:
-    """By the tensors of a loaded model, which know more than its config."""
+    """The limits by the tensors of a loaded model, which are surer than its config."""
     limits = limits_of_config(model.config.get_text_config().to_dict())
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
@@ -100,7 +102,7 @@ def limits_of_model(model: "PreTrainedModel") -> Limits:
 def compare(
     limits: Limits, parts: Mapping[str, "Examples"], tokenizer: "PreTrainedTokenizerBase", config: Config
 ) -> list[str]:
-    """What a user should know, where rows are longer than RoPE was made for.
+    """Notes on rows that are longer than the model's RoPE was trained for.
 
     Args:
         parts: examples by what they are called in messages: "training", "held-out".
@@ -114,7 +116,7 @@ def compare(
 
 
 def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int, str | None]:
-    """The id that padding is filled with, and what to say where it is not the tokenizer's.
+    """The id that padding is filled with, and a note if it is not the tokenizer's.
 
     Padding is masked, so any id that the model has will do: a pad token that was added to the tokenizer alone, as to
     Llama 2's, breaks nothing.
@@ -131,7 +133,7 @@ def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int
 
 
 def foresee(config: Config) -> list[str]:
-    """What the files of a model on this machine say of a config before any row is read."""
+    """Notes on a config by the files of a model on this machine, before any row is read."""
     raw = _json(config.model, "config.json")
     if raw is None:
         return []
@@ -147,7 +149,7 @@ def foresee(config: Config) -> list[str]:
 
 
 def beyond_positions(limits: Limits, config: Config) -> str | None:
-    """What to say of `tokens.max_length` where no row is known."""
+    """A note if `tokens.max_length` is beyond a limit, for data that are not known; or None."""
     longest = config.tokens.max_length
     if limits.positions is not None and longest > limits.positions:
         return (
@@ -176,7 +178,7 @@ def _count(value: Any) -> int | None:
 
 
 def _made_for(config: Mapping[str, Any]) -> int | None:
-    """Of RoPE; None if its scaling takes any length."""
+    """The length that RoPE was made for, in tokens; None if its scaling takes any length."""
     longest = _count(config.get("max_position_embeddings"))
     if longest is None:
         return None
@@ -193,7 +195,7 @@ def _made_for(config: Mapping[str, Any]) -> int | None:
 
 
 def _table(name: str, module: Any) -> int | None:
-    """Positions of a module that is a table of them."""
+    """The number of positions of a module that is a table of them, or None."""
     from torch import nn
 
     path = name.removesuffix(".base_layer").split(".")
@@ -268,19 +270,13 @@ def _beyond(limits: Limits, name: str, examples: "Examples") -> str | None:
 
 
 def _steps(name: str, count: int, config: Config) -> Iterator[np.ndarray]:
-    """Rows that a step, or a chunk of an evaluation, holds in its order."""
-    from itertools import islice
-    from math import ceil
-
-    from fastpref.step.objective import chunks
-    from fastpref.step.order import data_order
-
+    """The places of the rows of each step, or of each chunk of an evaluation."""
     train = config.train
     if name == "training":
         steps = train.steps or ceil(train.epochs * count / train.batch)
         yield from map(np.asarray, islice(data_order(count, train.batch, train.seed), steps))
     else:
-        yield from map(np.asarray, chunks(range(count), train.batch))  # pyright: ignore[reportArgumentType]
+        yield from map(np.asarray, chunks(range(count), train.batch))
 
 
 def _lengths(examples: "Examples") -> np.ndarray:
@@ -296,7 +292,7 @@ def _some(count: int, of: int, name: str) -> str:
 
 
 def _json(options: ModelConfig, name: str) -> Any:
-    """A file of a model's folder or of the hub's cache, or None. Nothing is asked of the hub."""
+    """The content of a JSON file in a model's folder or in the hub's cache, or None. Does not access the network."""
     folder = Path(options.name).expanduser()
     path: Any = folder / name
     try:
@@ -310,7 +306,7 @@ def _json(options: ModelConfig, name: str) -> Any:
 
 
 def _highest_id(options: ModelConfig) -> int | None:
-    """Of a tokenizer's files."""
+    """The highest token id in a tokenizer's files, or None."""
     file = _json(options, "tokenizer.json")
     if not isinstance(file, dict):
         return None

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import peft
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -23,12 +22,13 @@ from fastpref.data.batch import Layout, collate
 from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.model import flex_attention, liger
-from fastpref.model.adapters.fresh import adapter_notes, short_names
+from fastpref.model.adapters.fresh import adapter_notes
 from fastpref.model.adapters.fresh import with_adapters as with_adapters
+from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
-from fastpref.model.files import adapter_instead, explained, no_causal_model
+from fastpref.model.files import explained, hub_options, model_config
 from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
@@ -39,19 +39,19 @@ from fastpref.model.weights import from_files, loading_note
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model under training."""
+    """A model that is ready to train."""
 
     model: PreTrainedModel  # the causal language model itself
     wrapped: PreTrainedModel | peft.PeftModel  # with its adapters, or the same again: what is saved
     policy: Policy
     layout: Layout
-    why_padded: str | None  # the reason for a layout that was not asked for
-    notes: tuple[str, ...] = ()  # what else was decided for this model and device
+    why_padded: str | None  # the reason for padded rows that the config did not ask for
+    notes: tuple[str, ...] = ()  # further decisions for this model and device
     liger: bool = False  # whether its body has liger-kernel's kernels
 
 
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
-    """Raises UserError where there is none."""
+    """Load the tokenizer of a model. Raises UserError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             options.name, revision=options.revision or "main", trust_remote_code=options.trust_remote_code
@@ -78,10 +78,10 @@ def load_model(
 ) -> Loaded:
     """The model of a config on a device, with fresh adapters if it has a [lora] table.
 
-    A model that will be `sharded` stays in host memory until then, in the dtype of the device. One that is `trained`
-    has the adapter that lies in a folder, or none.
+    A model that will be `sharded` stays in host memory until then, with the dtype for the device. A `trained` model
+    gets the `adapter` of a folder or of the hub, or none.
 
-    Raises UserError for a model that is not there, is no causal language model, or has no safetensors.
+    Raises UserError for a model that does not exist, is no causal language model, or has no safetensors.
     """
     place = torch.device("cpu") if sharded else device
     architecture = model_config(config.model)
@@ -120,13 +120,13 @@ def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
         return getattr(torch, config.model.dtype)
     if device.type == "cpu" or config.lora is None:
         return torch.float32
-    # A card that is only thought of has bfloat16.
+    # A GPU that is not on this machine is assumed to have bfloat16.
     old = device.type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
     return torch.float16 if old else torch.bfloat16
 
 
 def mixed_precision(config: Config) -> Literal["no", "bf16", "fp16"]:
-    """Half precision products on a GPU; float32 on a CPU, whose float32 is the faster one."""
+    """Accelerate's mixed precision: half precision on a GPU, none on a CPU, where float32 is faster."""
     if not torch.cuda.is_available() or config.model.dtype == "float32":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(False) and config.model.dtype != "float16" else "fp16"
@@ -137,31 +137,13 @@ def _precision(config: Config, device: torch.device) -> AbstractContextManager[A
     return nullcontext() if half is None else torch.autocast(device.type, half, cache_enabled=False)
 
 
-def model_config(options: ModelConfig) -> PretrainedConfig:
-    """The config.json of a causal language model. Raises UserError where there is none."""
-    instead = adapter_instead(options)
-    if instead is not None:
-        raise UserError(f"model.name = {options.name!r}: {instead}")
-    try:
-        config = AutoConfig.from_pretrained(options.name, **_where(options))
-    except Exception as error:  # transformers and the hub raise many kinds
-        raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
-    other = no_causal_model(config)
-    if other is not None:
-        raise UserError(f"model.name = {options.name!r}: {other}")
-    return config
-
-
-def _where(options: ModelConfig) -> dict[str, Any]:
-    return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
-
-
 def pretrained(
     options: ModelConfig, architecture: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """The model of `[model]` as it will be trained or compared with, for forward passes of whole sequences."""
     try:
-        load: dict[str, Any] = _where(options) | {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+        load: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
+        load |= hub_options(options)
         quantization = quantization_config(options.quantization, dtype)
         if quantization is not None:
             load["quantization_config"] = quantization
@@ -195,7 +177,7 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
 
 
 def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.device) -> list[str]:
-    """Give the model FlexAttention where that is wanted and works; what was decided, in words."""
+    """Give the model FlexAttention where that is wanted and works; returns notes on the decision."""
     wanted = config.model.attention
     flex, why = flex_attention.wants_flex(wanted, device.type, choice.layout, choice.why_padded, choice.calls)
     if flex:

@@ -1,4 +1,4 @@
-"""Checkpoints that lie quantised: what `quantization_config` in a config.json says, and the bytes that it takes.
+"""Quantised checkpoints: what the `quantization_config` in a config.json says, and the bytes that they take.
 
 bitsandbytes' weights are made by its own modules (`skeleton.py`). Those of other methods need packages and cards that
 need not be here, so their bytes follow from bits, groups and scales as each format defines them:
@@ -27,19 +27,19 @@ _EXPERTS = re.compile(r"\.experts\.")  # bare tensors of a mixture's experts
 
 @dataclass(frozen=True)
 class Packing:
-    """How the weights of linear layers lie."""
+    """The format in which the weights of linear layers are stored."""
 
     method: str
     bits: float  # a weight
     group: int | None = None  # weights of a row that share a scale; None: all of them
     block: tuple[int, int] | None = None  # or of a block of rows and columns
     scale_bytes: int = 2
-    zeros: bool = False  # a zero point beside each scale, in the bits of a weight
+    zeros: bool = False  # whether each scale has a zero point, in the bits of a weight
     order: bool = False  # a 32-bit group number for each column (GPTQ)
     left: tuple[str, ...] = ()  # modules that keep their dtype
 
     def bytes_of(self, rows: int, columns: int) -> int:
-        """Of a weight [rows, columns], which is [out, in]."""
+        """The bytes of a weight [rows, columns], which is [out, in]."""
         if self.block is not None:
             scales = ceil(rows / self.block[0]) * ceil(columns / self.block[1])
         else:
@@ -49,7 +49,7 @@ class Packing:
 
 
 def own_quantization(architecture: PretrainedConfig) -> dict[str, Any] | None:
-    """`quantization_config` of a checkpoint that lies quantised, as config.json has it."""
+    """The `quantization_config` of a quantised checkpoint, as config.json has it, or None."""
     own = getattr(architecture, "quantization_config", None)
     if own is None:
         own = getattr(architecture.get_text_config(), "quantization_config", None)
@@ -63,7 +63,7 @@ def of_bitsandbytes(own: Mapping[str, Any]) -> bool:
 
 
 def lies_quantised(architecture: PretrainedConfig) -> str | None:
-    """In words: "bitsandbytes, nf4", "gptq, 4 bits"; None for a checkpoint in a dtype."""
+    """The quantization of a checkpoint in words: "bitsandbytes, nf4", "gptq, 4 bits"; None without one."""
     own = own_quantization(architecture)
     if own is None:
         return None
@@ -77,7 +77,7 @@ def lies_quantised(architecture: PretrainedConfig) -> str | None:
 
 
 def packing_of(own: Mapping[str, Any]) -> Packing | None:
-    """What a `quantization_config` of another method than bitsandbytes says; None if its bits are not known."""
+    """The format of a `quantization_config` of another method than bitsandbytes; None if its bits are not known."""
     method = _method(own)
     left = _left_out(own)
     if method == "compressed-tensors":
@@ -107,7 +107,7 @@ def packing_of(own: Mapping[str, Any]) -> Packing | None:
 
 
 def packed_bytes(model: PreTrainedModel, packing: Packing) -> tuple[int, int]:
-    """Bytes of the weights of a model in a dtype that lie packed, and of what they are packed into."""
+    """The bytes of those weights of a model that are stored packed: in the model's dtype, and packed."""
     plain, packed = 0, 0
     for weight in _weights(model, packing):
         rows, columns = weight.shape[-2:]
@@ -117,7 +117,7 @@ def packed_bytes(model: PreTrainedModel, packing: Packing) -> tuple[int, int]:
 
 
 def bare_experts(model: PreTrainedModel) -> int:
-    """Bytes of experts that are bare tensors, which bitsandbytes leaves as they are."""
+    """The bytes of experts that are bare tensors, which bitsandbytes does not quantise."""
     return sum(p.nbytes for name, p in model.named_parameters() if p.dim() == 3 and _EXPERTS.search(f".{name}"))
 
 
@@ -127,7 +127,7 @@ def _method(own: Mapping[str, Any]) -> str:
 
 
 def _weights(model: PreTrainedModel, packing: Packing) -> Iterator[Tensor]:
-    """Of linear layers but the head, and of experts that are bare tensors."""
+    """The weights of all linear layers but the head, and of experts that are bare tensors."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head or not should_convert_module(name, list(packing.left) or None):
@@ -140,14 +140,14 @@ def _weights(model: PreTrainedModel, packing: Packing) -> Iterator[Tensor]:
 
 
 def _left_out(own: Mapping[str, Any]) -> tuple[str, ...]:
-    """Patterns of modules that are not quantised."""
+    """The patterns of modules that are not quantised."""
     keys = ("modules_to_not_convert", "ignore", "ignored_layers", "skip_modules", "llm_int8_skip_modules")
     named = [name for key in keys for name in (own.get(key) or ()) if isinstance(name, str)]
     return tuple(name.removeprefix("re:") for name in named)
 
 
 def _compressed(own: Mapping[str, Any], left: tuple[str, ...]) -> Packing | None:
-    """Of the first group of layers: checkpoints with several kinds have the same bits in most."""
+    """The format of the first group of layers: most checkpoints with several groups have the same bits in all."""
     groups = own.get("config_groups") or {}
     weights = next((g.get("weights") for g in groups.values() if isinstance(g, Mapping) and g.get("weights")), None)
     if weights is None or not isinstance(weights.get("num_bits"), int | float):

@@ -25,8 +25,8 @@ class PolicyOutput(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A model's body and head. Only the places that predict a scored token reach the head; logits never exist, but
-    where a model's own code makes them (`OwnLogits`).
+    """A model's body and head. Only the places that predict a scored token reach the head, and no logits are stored
+    unless a model's own code makes them (`OwnLogits`).
 
     It is what Accelerate prepares, so the hooks of data and model parallelism cover body and head together.
     """
@@ -40,7 +40,7 @@ class Policy(nn.Module):
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, own_logits: bool = False) -> "Policy":
-        """The policy that shares the modules of `model`. With `own_logits` the model's code makes its logits."""
+        """A policy that shares the modules of `model`. With `own_logits` the model's own code makes the logits."""
         body = body_of(model)
         return cls(body, OwnLogits(model, body) if own_logits else Head(model), RouterLoss.of(model, body))
 
@@ -63,7 +63,7 @@ class Policy(nn.Module):
         return PolicyOutput(tokens, self.router(output, batch.attention_mask))
 
     def hidden_states(self, batch: PreferenceBatch) -> Tensor:
-        """[B·T, H], what the head is given."""
+        """The head's input [B·T, H]."""
         return self._body(batch).last_hidden_state.flatten(0, 1)
 
     def _body(self, batch: PreferenceBatch, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A model in float32 for as long as it is compared with itself."""
+"""A model in float32 while its results are compared with each other."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[bool]:
-    """Inside, a model of half precision computes in float32, if memory suffices. Yields whether it does.
+    """Inside, a model of half precision computes in float32 if there is enough memory. Yields whether it does.
 
-    Weights of half precision are float32 numbers, so they are afterwards what they were, bit for bit. Weights in 4 bits
-    stay so and are read as float32; those in 8 bits compute in 8 bits whatever else is float32.
+    Numbers of half precision are float32 numbers too, so the weights are the same afterwards, bit for bit. Weights in
+    4 bits stay as they are and are dequantised to float32. A model with weights in 8 bits always computes in 8 bits.
     """
     tensors = _half(model)
     extra = sum(tensor.numel() * 2 for tensor, _ in tensors)
@@ -52,7 +52,7 @@ def _half(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
 
 
 def _free(model: nn.Module) -> int:
-    """Bytes that are free where a model lies, less a tenth."""
+    """Nine tenths of the bytes that are free on a model's device."""
     device = next(model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return int(0.9 * free)

@@ -1,4 +1,4 @@
-"""Base weights in 4 or 8 bits by bitsandbytes, with adapters trained beside them (QLoRA, arXiv 2305.14314).
+"""Base weights in 4 or 8 bits by bitsandbytes, for training adapters on them (QLoRA, arXiv 2305.14314).
 
 Only the body's linear layers are quantised. Embeddings, head and norms stay in the model's dtype: a norm computes in
 float32 whatever its weight is, and `prepare_model_for_kbit_training`'s float32 copies of embeddings and head, which
@@ -15,7 +15,7 @@ Quantization = Literal["none", "nf4", "int8"]
 
 
 def quantization_config(kind: Quantization, compute: torch.dtype) -> BitsAndBytesConfig | None:
-    """What transformers is told. Products of 4-bit weights are computed in `compute`; scales are quantised too."""
+    """The setting for transformers. Products of 4-bit weights are computed in `compute`; scales are quantised too."""
     if kind == "none":
         return None
     if kind == "int8":

@@ -1,4 +1,4 @@
-"""A model of a config.json alone, in fake tensors: shapes and dtypes as they would be loaded, without memory."""
+"""A model made from its config.json alone: fake tensors with the shapes and dtypes of a loaded one, without memory."""
 
 import copy
 from dataclasses import dataclass
@@ -29,14 +29,13 @@ class Skeleton:
 
     model: PreTrainedModel
     wrapped: PreTrainedModel | PeftModel
-    packed: int = 0  # bytes that its weights have more than those of a checkpoint that lies quantised
-    bare_experts: int = 0  # bytes that bitsandbytes leaves as they are where it quantises the rest
+    packed: int = 0  # bytes by which its weights are larger than those of a checkpoint that is stored quantised
+    bare_experts: int = 0  # bytes of experts that bitsandbytes does not quantise
 
 
 def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype, *, kernels: bool = False) -> Skeleton:
-    """The model that `load_model` would load, quantised and with adapters, with liger's kernels if it has them there.
-
-    On the meta device.
+    """The model that `load_model` would load, on the meta device: quantised, with adapters, and with liger's kernels if
+    `kernels`.
     """
     options = config.model
     architecture = copy.deepcopy(architecture)  # quantising notes in it what it did
@@ -65,7 +64,7 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
 
 
 def _let_dora_dequantise(model: nn.Module) -> None:
-    """DoRA dequantises weights, at first and in every pass; PEFT asks a module that has W_q (HQQ's) to do it itself."""
+    """Let modules dequantise their weights for DoRA by themselves, which PEFT asks of a module that has W_q (HQQ's)."""
     for module in model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             dequantised: Any = module
@@ -79,15 +78,15 @@ def _dequantised(module: Linear4bit | Linear8bitLt) -> nn.Parameter:
 
 
 def materialise(model: PreTrainedModel) -> None:
-    """Fake CPU tensors, of the FakeTensorMode that is on, in place of the meta device's. Shared ones stay shared."""
-    made: dict[int, Any] = {}
+    """Replace the meta tensors by fake CPU tensors of the active FakeTensorMode. Shared parameters stay shared."""
+    fakes: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in made:
-                made[id(parameter)] = parameter, _parameter(module, name, parameter)  # kept, so that ids stay unique
-            module._parameters[name] = made[id(parameter)][1]
+            if id(parameter) not in fakes:
+                fakes[id(parameter)] = parameter, _parameter(module, name, parameter)  # kept, so that ids stay unique
+            module._parameters[name] = fakes[id(parameter)][1]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -101,13 +100,13 @@ def _parameter(module: nn.Module, name: str, parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad)
 
 
-def _four_bits(module: Linear4bit, made: Any) -> nn.Parameter:
-    """A weight as Params4bit holds it, two a byte, with its scales in float32, or in 8 bits and theirs in float32."""
+def _four_bits(module: Linear4bit, parameter: Any) -> nn.Parameter:
+    """A weight as Params4bit holds it: two numbers a byte; scales in float32, or in 8 bits with scales of their own."""
     count = module.in_features * module.out_features
     scales = -(-count // _BLOCK)
     weight: Any = nn.Parameter(torch.empty((-(-count // 2), 1), dtype=torch.uint8), requires_grad=False)
     nested: dict[str, Any] = {}
-    if made.compress_statistics:
+    if parameter.compress_statistics:
         nested["offset"] = torch.empty(())
         nested["state2"] = QuantState(
             absmax=torch.empty(-(-scales // _SCALES)), code=torch.empty(256), blocksize=_SCALES, dtype=torch.float32
@@ -117,17 +116,17 @@ def _four_bits(module: Linear4bit, made: Any) -> nn.Parameter:
         shape=torch.Size((module.out_features, module.in_features)),
         code=torch.empty(16),
         blocksize=_BLOCK,
-        quant_type=made.quant_type,
+        quant_type=parameter.quant_type,
         dtype=module.compute_dtype,
         **nested,
     )
-    weight.compress_statistics, weight.quant_type = made.compress_statistics, made.quant_type
+    weight.compress_statistics, weight.quant_type = parameter.compress_statistics, parameter.quant_type
     weight.quant_storage, weight.blocksize, weight.bnb_quantized = torch.uint8, _BLOCK, True
     return weight
 
 
 def _eight_bits(module: Linear8bitLt) -> nn.Parameter:
-    """A weight as Int8Params holds it: a byte each, and a scale a row."""
+    """A weight as Int8Params holds it: a byte for each number, and a scale for each row."""
     shape = (module.out_features, module.in_features)
     weight: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
     module.state.threshold = 0.0  # which columns are outliers depends on numbers; they are few

@@ -1,12 +1,12 @@
-"""The numerical trial of a model: in which layout its tokens get the hidden states that they get alone.
+"""The numerical trial of a model: the layout in which its tokens get the same hidden states as alone in a row.
 
-That a layout arrives at every layer's attention says nothing of the result: a module that looks at its neighbours
-beside attention (a state-space branch, a convolution), a mask that goes by places of the row, or a check of the
-attention's name make it wrong without a word. So a prompt with two responses, and a second tree after it, go through
-the model in the layout, and each response after its prompt goes through the model's own attention alone in a row.
+A layout may reach the attention of every layer and the result may still be wrong, silently: a module besides attention
+may mix neighbouring places (a state-space branch, a convolution), a mask may go by places of the row, or the code may
+check the attention's name. So a prompt with two responses and a second tree go through the model in the layout, and
+each response after its prompt goes through the model with its own attention, alone in a row.
 
-Windows and chunks of thousands of tokens are made short for a second pass, in the model's config and in its modules,
-where both ways read them: then few tokens pass them.
+For a second pass, windows and chunks of thousands of tokens are made short in the model's config and in its modules, so
+that few tokens exceed them in both computations.
 """
 
 import re
@@ -53,8 +53,8 @@ class Choice:
     """The layout that a model is given."""
 
     layout: Layout
-    why_padded: str | None = None  # the reason for a layout that was not asked for
-    calls: tuple[LayerCall, ...] = ()  # what the layers ask of an attention that takes trees
+    why_padded: str | None = None  # the reason for padded rows that the config did not ask for
+    calls: tuple[LayerCall, ...] = ()  # the arguments of the layers to an attention that takes trees
     notes: tuple[str, ...] = ()
 
 
@@ -73,9 +73,9 @@ def choose_layout(
         policy: of the model.
         wanted: "auto" stands for trees.
         name: the registered attention that takes trees.
-        max_length: tokens of the longest row; a window that no row passes is not asked of padded rows.
+        max_length: tokens of the longest row; a window that no row exceeds is not tried with padded rows.
 
-    Raises UserError for a model whose padded rows are not what its rows are alone.
+    Raises UserError for a model that computes padded rows differently from each row alone.
     """
     layout: Layout = "tree" if wanted == "auto" else wanted
     why = None
@@ -90,9 +90,9 @@ def choose_layout(
 def give_layout(
     model: PreTrainedModel, policy: Policy, layout: Layout = "tree", *, name: str = NAME
 ) -> tuple[tuple[LayerCall, ...], str | None]:
-    """Give a model the registered attention `name` if trees, or packed rows, are right under it.
+    """Give a model the registered attention `name` if it computes trees, or packed rows, correctly.
 
-    Returns what its layers ask of that attention, and the reason why the model keeps its own, or None.
+    Returns the arguments of its layers to that attention, and the reason why the model keeps its own, or None.
     """
     own = attention_of(model)
     if not give_attention(model, name):
@@ -107,7 +107,7 @@ def give_layout(
 
 
 def layout_by_count(model: PreTrainedModel, policy: Policy, wanted: Layout | Literal["auto"]) -> Choice:
-    """The layout as far as it can be told without numbers, for models whose tensors have none."""
+    """The layout as far as it can be decided without numbers, for a model of fake tensors."""
     if wanted == "padded":
         return Choice("padded")
     own = attention_of(model)
@@ -121,7 +121,7 @@ def layout_by_count(model: PreTrainedModel, policy: Policy, wanted: Layout | Lit
 
 
 class _Trial:
-    """A model and what its own attention makes of the trial's rows."""
+    """A model, and the rows on which layouts are compared with its own attention."""
 
     def __init__(self, model: PreTrainedModel, policy: Policy, *, exact: bool):
         self._model, self._policy, self._exact = model, policy, exact
@@ -129,7 +129,7 @@ class _Trial:
         self._kind = model.config.model_type
 
     def fault(self, layout: Layout, own: AttentionState) -> str | None:
-        """What is wrong with a layout under the attention that the model has now, or None."""
+        """A message if a layout is wrong with the model's current attention, or None."""
         ours = attention_of(self._model)
         for short in (False, True):
             with short_limits(self._model) if short else nullcontext([]) as limits:
@@ -159,7 +159,7 @@ class _Trial:
         return None
 
     def padded(self, why: str | None, max_length: int | None) -> Choice:
-        """Padded rows with the model's own attention. Raises UserError if they are not its rows alone."""
+        """Choose padded rows with the model's own attention. Raises UserError if they differ from each row alone."""
         own = attention_of(self._model)
         try:
             truth = self._truth()
@@ -197,7 +197,7 @@ class _Trial:
         return self._padding_fault(truth)
 
     def _padding_fault(self, truth: "_States") -> str | None:
-        """What is wrong with padded rows under the attention that the model has now, or None."""
+        """A message if padded rows are wrong with the model's current attention, or None."""
         try:
             error = _difference(self._states("padded"), truth)
         except Exception as fault:
@@ -210,9 +210,9 @@ class _Trial:
         )
 
     def _training_fault(self, layout: Layout, truth: "_States", own: AttentionState) -> str | None:
-        """What is wrong with a layout in training mode alone, or None: experts that are full drop tokens only there.
+        """A message if a layout is wrong in training mode alone, or None: full experts drop tokens only there.
 
-        Where training is random (dropout), nothing is seen.
+        Where training is random (dropout), nothing can be compared.
         """
         body, ours = self._policy.backbone, attention_of(self._model)
         training = body.training
@@ -237,7 +237,7 @@ class _Trial:
         return f"{self._kind} models give a row other hidden states in training mode than alone"
 
     def _looks_ahead(self, truth: "_States") -> bool:
-        """Whether a prompt's states depend on the response that comes after it."""
+        """Whether a prompt's hidden states depend on the response after it."""
         both: tuple[_States, _States] = ({}, {})
         for k, states in enumerate(both):  # before either response: the prompt, with its last place
             for e in range(len(self._examples)):
@@ -251,7 +251,7 @@ class _Trial:
     # --- hidden states -------------------------------------------------------------------------------------------
 
     def _truth(self) -> "_States":
-        """Of each response after its prompt alone in a row, by eager attention where the model has it."""
+        """The hidden states of each response after its prompt, alone in a row, by eager attention if there is one."""
         give_attention(self._model, "eager")
         states: _States = {}
         for e, example in enumerate(self._examples):
@@ -285,7 +285,7 @@ _States = dict[tuple[int, int], Tensor]  # [tokens, H] of (example, response), o
 
 
 def _examples(model: PreTrainedModel) -> list[Example]:
-    """Two prompts with two responses each, of tokens that have no meaning of their own to the model."""
+    """Two prompts with two responses each, of tokens that have no special meaning to the model."""
     config = model.config.get_text_config()
     special = _token_ids(model.config) | _token_ids(config)
     ordinary = [token for token in range(min(int(config.vocab_size), 50_000)) if token not in special]
@@ -304,7 +304,7 @@ def _examples(model: PreTrainedModel) -> list[Example]:
 
 
 def _token_ids(config: Any) -> set[int]:
-    """Ids that a config gives a meaning: padding, ends, places of images."""
+    """The ids to which a config gives a special meaning: padding, ends, places of images."""
     found: set[int] = set()
     for name, value in vars(config).items():
         if re.search(r"token_ids?$|token_index$", name):

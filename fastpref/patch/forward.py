@@ -18,7 +18,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from fastpref.patch.logits import Logits, Scores
 from fastpref.patch.plan import Plan
 from fastpref.patch.report import Tally
-from fastpref.patch.states import States, later_states, packed_states, padded_states, router_loss
+from fastpref.patch.states import States, later_states, packed_states, padded_router_loss, padded_states
 from fastpref.patch.trees import IGNORED, Packed, later_completions, later_padding, pack, read_rows
 
 _KNOWN = {  # keywords of a call that mean nothing for the body, or are handled here
@@ -105,7 +105,7 @@ class _Forward:
         assert plan.backbone is not None
         with scope.trainer.accelerator.autocast():
             states = self._states(input_ids, mask, labels, extra)
-            aux_loss = router_loss(self.original, plan.backbone, states, mask) if routed else None
+            aux_loss = padded_router_loss(self.original, plan.backbone, states, mask) if routed else None
             if fused:
                 return self._fused(states, input_ids, labels, aux_loss)
             return self._logits(states, input_ids, labels, aux_loss, int(call.get("logits_to_keep") or 0))

@@ -179,11 +179,7 @@ class Logits:
     def materialize(self) -> Tensor:
         """The real logits [*places, V], by the model's own head; at padding those of some token."""
         states = self.scores.states
-        hidden = states.hidden[states.place.flatten()[self.at]]
-        settings = states.head.settings
-        logits = states.head.module(hidden).float() * settings.scale
-        if settings.softcap is not None:
-            logits = settings.softcap * torch.tanh(logits / settings.softcap)
+        logits = states.head.logits(states.hidden[states.place.flatten()[self.at]])
         return logits if self.with_grad else logits.detach()
 
     def mean(self, dim: Any = None, **options: Any) -> Tensor:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastpref.sizes import in_words
+
 if TYPE_CHECKING:
     from fastpref.patch import Patch
 
@@ -76,7 +78,7 @@ def report(patch: "Patch") -> str:
     )
     if tally.logits_bytes:
         lines.append(
-            f"  logits       none; the largest batch's would take {tally.logits_bytes / 2**30:.2f} GiB in float32 "
+            f"  logits       none; the largest batch's would take {in_words(tally.logits_bytes)} in float32 "
             "(counted; not what TRL's peak would be)"
         )
     return "\n".join(lines)

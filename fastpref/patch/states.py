@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.model.attention import tree_keywords
-from fastpref.model.body import around_body
 from fastpref.model.head import Head
+from fastpref.model.router import router_loss
 from fastpref.ops import LoraWeight, TokenLogprobs
 from fastpref.patch.attention import Kept, LaterLayout, keeping
 from fastpref.patch.trees import Later, Packed
@@ -68,7 +68,7 @@ def later_states(backbone: nn.Module, states: States, kept: Kept, later: Later, 
     return replace(states, hidden=hidden, place=later.place.to(hidden.device))
 
 
-def router_loss(
+def padded_router_loss(
     forward: Callable[..., Any],  # the model's own
     backbone: nn.Module,
     states: States,
@@ -90,11 +90,10 @@ def router_loss(
         flat = logits.flatten(0, 1) if logits.shape[:2] == rows else logits  # [..., M, experts]
         return flat.index_select(-2, real)
 
-    # One token is enough for the head, which the loss has nothing to do with.
     padded = type(output)(
-        last_hidden_state=output.last_hidden_state[:1, :1], router_logits=tuple(map(of_rows, output.router_logits))
+        last_hidden_state=output.last_hidden_state, router_logits=tuple(map(of_rows, output.router_logits))
     )
-    return around_body(forward, backbone, padded, output_router_logits=True).aux_loss
+    return router_loss(forward, backbone, padded)
 
 
 def _mean_logits(hidden: Tensor, head: Head) -> Tensor:

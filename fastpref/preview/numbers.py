@@ -1,15 +1,15 @@
 """Compute the statistics of a preview: lengths, shares, and the tokens of a step in each layout."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 
 from fastpref.config import Config
-from fastpref.config.losses import compares_neighbours
-from fastpref.data.batch import Layout, computed_tokens, plan_microbatches, with_mismatched
+from fastpref.data.batch import Layout
 from fastpref.data.example import Example
+from fastpref.data.plan import plan_step
 from fastpref.data.table import Examples
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -70,16 +70,5 @@ def step_tokens(examples: Sequence[Example], config: Config) -> StepTokens:
 
 
 def _one_step(examples: Sequence[Example], config: Config, layout: Layout) -> int:
-    budget = config.tokens_per_microbatch
-    if compares_neighbours(config.loss, len(examples)):
-        both = with_mismatched(examples)
-        if len(plan_microbatches(both, layout, budget)) == 1:
-            return computed_tokens(both, layout)
-        second = [replace(example, completions=example.completions[1:]) for example in both]
-        return _microbatched(second, layout, budget) + _microbatched(examples, layout, budget)
-    return _microbatched(examples, layout, budget)
-
-
-def _microbatched(examples: Sequence[Example], layout: Layout, budget: int) -> int:
-    parts = plan_microbatches(examples, layout, budget)
-    return sum(computed_tokens([examples[i] for i in part], layout) for part in parts)
+    plan = plan_step(config.loss, examples, layout, config.tokens_per_microbatch)
+    return sum(plan.trained.tokens) + (sum(plan.first.tokens) if plan.first is not None else 0)

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpref.config import Config
-from fastpref.config.losses import compares_neighbours
-from fastpref.data.batch import Layout, PreferenceBatch, collate, plan_microbatches, with_mismatched
+from fastpref.data.batch import Layout, PreferenceBatch, collate
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import OUTCOMES, Counts, Example
+from fastpref.data.plan import plan_step, wanted_layout
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.losses.token_loss import scores_prompts
@@ -44,11 +44,9 @@ def preview(
     writer = Writer(tokenizer, colour=colour, full=full)
     console.print()
     console.print(writer.legend())
-    layout = layout_of(config)
-    examples = data.train[:rows]
-    laid, parts = one_step(config, examples, layout)
-    for number, places in enumerate(parts):
-        members = [laid[i] for i in places]
+    layout = wanted_layout(config)
+    step = plan_step(config.loss, data.train[:rows], layout, config.tokens_per_microbatch).trained
+    for number, (places, members) in enumerate(zip(step.microbatches, step.groups)):
         batch = collate(
             members,
             layout,
@@ -58,7 +56,7 @@ def preview(
         )
         for example, at, held in zip(members, places, read(batch)):
             console.print(_row(at, example, held, writer))
-        console.print(_microbatch(f"micro-batch {number + 1} of {len(parts)}", batch, members, layout))
+        console.print(_microbatch(f"micro-batch {number + 1} of {len(step.microbatches)}", batch, members, layout))
     console.print(_numbers(data, config, layout))
 
 
@@ -74,7 +72,7 @@ def _limits(config: Config) -> tuple[Limits, str | None]:
 
 
 @dataclass(frozen=True)
-class Held:
+class ReadExample:
     """What a batch holds of one example: read from its tensors, not from the example."""
 
     prompt: list[int]
@@ -83,25 +81,7 @@ class Held:
     prompt_scored: bool
 
 
-def layout_of(config: Config) -> Layout:
-    """The layout that a config asks for. Only a run knows whether the model can take it."""
-    return "tree" if config.train.layout == "auto" else config.train.layout
-
-
-def one_step(config: Config, examples: Sequence[Example], layout: Layout) -> tuple[list[Example], list[list[int]]]:
-    """These examples as a step has them, and the places of each micro-batch's.
-
-    KTO's have a second branch where the step is one micro-batch; where it is more, that has a pass of its own.
-    """
-    budget = config.tokens_per_microbatch
-    if compares_neighbours(config.loss, len(examples)):
-        both = with_mismatched(examples)
-        if len(parts := plan_microbatches(both, layout, budget)) == 1:
-            return both, parts
-    return list(examples), plan_microbatches(examples, layout, budget)
-
-
-def read(batch: PreferenceBatch) -> list[Held]:
+def read(batch: PreferenceBatch) -> list[ReadExample]:
     """The sequences of a batch, example by example, whatever its layout."""
     ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     predictors, segments, offsets = (t.tolist() for t in (batch.predictors, batch.segments, batch.offsets))
@@ -118,7 +98,7 @@ def read(batch: PreferenceBatch) -> list[Held]:
                 last = scored.get((e, 0), start - 1)
                 prompt = ids[last - positions[last] : last + 1]
         prompt_scored = len(batch.lengths) > batch.completions * batch.examples
-        read_back.append(Held(prompt, completions, uses, prompt_scored))
+        read_back.append(ReadExample(prompt, completions, uses, prompt_scored))
     return read_back
 
 
@@ -155,7 +135,7 @@ def _names(example: Example) -> list[str]:
     return ["good" if example.label else "bad", "mismatched"]
 
 
-def _row(at: int, example: Example, held: Held, writer: Writer) -> Group:
+def _row(at: int, example: Example, held: ReadExample, writer: Writer) -> Group:
     row = example.row
     grid = Table.grid(padding=(0, 2))
     grid.add_column(width=11)

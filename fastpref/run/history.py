@@ -59,7 +59,7 @@ EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
 
 
 @dataclass(frozen=True)
-class Change:
+class Trend:
     """How a series changed from its beginning to its end."""
 
     start: float
@@ -113,7 +113,7 @@ class History:
         steps, values = self._series[name]
         return Series(np.array(steps), np.array(values))
 
-    def change(self, name: str, start: float | None = None) -> Change | None:
+    def change(self, name: str, start: float | None = None) -> Trend | None:
         """Return how a metric of the training rows changed, or None if there are fewer than eight rows.
 
         `start` is given if the method determines the first value.
@@ -124,9 +124,9 @@ class History:
         last, error = series.last, series.last.error
         if start is None:
             start, error = series.first.mean, math.hypot(series.first.error, error)
-        return Change(start, last.mean, error, (int(series.steps[0]), last.span[1]))
+        return Trend(start, last.mean, error, (int(series.steps[0]), last.span[1]))
 
-    def heldout_change(self, name: str, start: float | None = None) -> Change | None:
+    def heldout_change(self, name: str, start: float | None = None) -> Trend | None:
         """Return how a metric changed from the first evaluation to the last, or None if there is but one.
 
         Both are of the same rows, so the change has no sampling error. A `start` stands for an evaluation before the
@@ -136,7 +136,7 @@ class History:
         if len(series) < 2:
             return None
         first = float(series.values[0]) if start is None or series.steps[0] == 0 else start
-        return Change(first, float(series.values[-1]), 0.0, series.span)
+        return Trend(first, float(series.values[-1]), 0.0, series.span)
 
 
 def _finite(value: Any) -> bool:

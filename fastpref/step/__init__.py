@@ -1,1 +1,1 @@
-"""One step of training: what it plans, computes, and measures."""
+"""One training step: its loss, its reference, its optimizer and its metrics."""

@@ -1,4 +1,4 @@
-"""Metrics of a step or an evaluation: means weighted by what they are means over, whatever the micro-batches were."""
+"""Metrics of a step or an evaluation: means over all its tokens or responses, whatever the micro-batches were."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from fastpref.losses import PreferenceLoss
 from fastpref.ops import TokenLogprobs
 from fastpref.processes import Processes
 
-# What `linear_logprob` is asked for beside the log-probabilities when a step is logged.
+# The outputs of `linear_logprob` that are computed in addition to the log-probabilities when a step is logged.
 TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 
@@ -38,7 +38,7 @@ class Metrics:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor | float] = {}
         self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []  # rewards, lengths and labels of single responses
-        self._elsewhere: list[Responses] = []  # that other processes found
+        self._elsewhere: list[Responses] = []  # of other processes
         self.paired = True  # whether chosen and rejected responses of the same place belong together
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
@@ -65,7 +65,7 @@ class Metrics:
         self.add("logps/accuracies", _shares(chosen - rejected).sum(), len(chosen))
 
     def add_tokens(self, tokens: TokenLogprobs, batch: PreferenceBatch, chosen: Tensor, counted: Tensor) -> None:
-        """Per-token outputs. chosen and counted: [S] bool of the batch's sequences."""
+        """Add the per-token outputs. chosen and counted: [S] bool of the batch's sequences."""
         if tokens.entropy is None or tokens.mean_logit is None or tokens.is_top1 is None:
             return
         of_chosen = (chosen & counted)[batch.segments]
@@ -77,11 +77,11 @@ class Metrics:
         self._add_where("logits/rejected", tokens.mean_logit, of_rejected)
 
     def _add_where(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Indexing by a mask would wait for the device to count it."""
+        """Add the values where the mask holds. Indexing by a mask would wait for the device to count it."""
         self.add(name, torch.where(mask, values, 0).sum(), mask.sum())
 
     def joined(self, processes: Processes) -> "Metrics":
-        """With what the other processes have gathered."""
+        """The metrics of all processes together."""
         if processes.count == 1:
             return self
         whole = Metrics()
@@ -89,18 +89,18 @@ class Metrics:
         sums = {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()}
         own = self.responses()
         lists = (own.chosen, own.rejected, own.chosen_lengths, own.rejected_lengths)
-        for found, responses in processes.gather((sums, lists)):
-            for name, (total, count) in found.items():
+        for theirs, responses in processes.gather((sums, lists)):
+            for name, (total, count) in theirs.items():
                 whole.add(name, torch.tensor(total), count)
             whole._elsewhere.append(Responses(*responses))
         return whole
 
     def single_responses(self) -> None:
-        """Say that rewards are of single responses, not of pairs."""
+        """Treat rewards as those of single responses, not of pairs."""
         self.paired = False
 
     def result(self) -> dict[str, float]:
-        """Every metric that has something to be a mean over."""
+        """Every metric that is a mean over at least one value, by its name."""
         counts = {name: float(count) for name, count in self._counts.items()}
         means = {
             name: float(total) / (counts[name] or 1.0)
@@ -110,46 +110,46 @@ class Metrics:
         return means | self._reward_metrics()
 
     def responses(self) -> Responses:
-        """Of all parts, and of all processes once they are joined."""
+        """The responses of all parts, and of all processes once they are joined."""
         own = [
             Responses(*(side for values in (rewards, lengths) for side in _sides(values, labels)))
             for rewards, lengths, labels in self._parts
         ]
-        found = own + self._elsewhere or [Responses(*(torch.zeros(0) for _ in fields(Responses)))]
-        return Responses(*(torch.cat([getattr(of, f.name) for of in found]).float() for f in fields(Responses)))
+        parts = own + self._elsewhere or [Responses(*(torch.zeros(0) for _ in fields(Responses)))]
+        return Responses(*(torch.cat([getattr(part, f.name) for part in parts]).float() for f in fields(Responses)))
 
     def _reward_metrics(self) -> dict[str, float]:
-        of = self.responses()
-        chosen, rejected = of.chosen, of.rejected
-        found = {}
+        responses = self.responses()
+        chosen, rejected = responses.chosen, responses.rejected
+        metrics = {}
         if len(chosen):
-            found["rewards/chosen"] = float(chosen.mean())
+            metrics["rewards/chosen"] = float(chosen.mean())
         if len(rejected):
-            found["rewards/rejected"] = float(rejected.mean())
+            metrics["rewards/rejected"] = float(rejected.mean())
         if len(chosen) and len(rejected):
-            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
             difference = chosen - rejected if self.paired else (chosen[:, None] - rejected[None, :]).flatten()
-            found["rewards/accuracies"] = float(_shares(difference).mean())
+            metrics["rewards/accuracies"] = float(_shares(difference).mean())
         if len(chosen) + len(rejected) > 1:
             rewards = torch.cat([chosen, rejected])
-            found["rewards/length_correlation"] = _correlation(
-                rewards, torch.cat([of.chosen_lengths, of.rejected_lengths])
+            metrics["rewards/length_correlation"] = _correlation(
+                rewards, torch.cat([responses.chosen_lengths, responses.rejected_lengths])
             )
-        return found
+        return metrics
 
 
 def _sides(values: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
-    """Of the chosen and of the rejected responses; a mask waits for the device."""
+    """The values of the chosen and of the rejected responses. With labels this waits for the device."""
     return values.chunk(2) if labels is None else (values[labels], values[~labels])
 
 
 def _shares(difference: Tensor) -> Tensor:
-    """1 where it is positive, ½ where it is zero."""
+    """1 where the difference is positive, ½ where it is zero, 0 elsewhere."""
     return torch.sign(difference) / 2 + 0.5
 
 
 def _correlation(rewards: Tensor, lengths: Tensor) -> float:
-    """Pearson's. 0 where one of them is constant, as the rewards of an untrained policy are but for rounding."""
+    """Pearson's correlation; 0 if one side is constant, as the rewards of an untrained policy are but for rounding."""
     both = torch.stack([rewards, lengths]).cpu().double()
     spread = both.std(dim=1)
     if float(spread[0]) < 1e-4 or float(spread[1]) == 0:

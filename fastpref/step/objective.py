@@ -1,7 +1,8 @@
 """The loss of one optimizer step, cut into micro-batches that add up to it exactly.
 
-Terms that need the whole step before any gradient (KTO's KL, the sorting variants of DPO) are found in a pass without
-gradient when the step is more than one micro-batch, and on the way when it is one. The result is the same.
+Terms that need the whole step before any gradient (KTO's KL, the sorting variants of DPO) are computed in a pass
+without gradient if the step has several micro-batches, and along with the loss if it has one (`data/plan.py`). The
+result is the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,16 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.config.losses import DPO, KTO, LossOptions, compares_neighbours
-from fastpref.data.batch import (
-    Layout,
-    PreferenceBatch,
-    collate,
-    computed_tokens,
-    mismatched,
-    plan_microbatches,
-    with_mismatched,
-)
+from fastpref.data.batch import Layout, PreferenceBatch, collate, mismatched
 from fastpref.data.example import Example
+from fastpref.data.order import chunks
+from fastpref.data.plan import Pass, StepPlan, compared, plan_pass, plan_step
 from fastpref.losses import PairLogps, PreferenceLoss, Totals, WholeStep, kto_kl
 from fastpref.losses.token_loss import pair_logps, preference_loss, scores_prompts, sequence_sums
 from fastpref.model.policy import PolicyOutput
@@ -36,7 +31,7 @@ Backward = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computed, beside its metrics."""
+    """The amount of work of a step."""
 
     tokens: int  # through the model with gradient, padding included, of all processes
     microbatches: int
@@ -54,17 +49,17 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the parts of a step, or of an evaluation, share."""
+    """The arguments that the parts of a step, or of an evaluation, share."""
 
     totals: Totals  # of all its examples
     metrics: Metrics
-    outputs: tuple[str, ...]  # asked of `linear_logprob`
+    outputs: tuple[str, ...]  # of `linear_logprob`, in addition to the log-probabilities
     processes: Processes
     backward: Backward | None = None
-    kl: Tensor | None = None  # of all examples of an evaluation; a step finds its own
+    kl: Tensor | None = None  # of all examples of an evaluation; a step computes its own
 
     def add(self, loss: PreferenceLoss, part: _Part) -> None:
-        """One part's loss: its gradient first, then its metrics."""
+        """Add one part's loss: first its gradient, then its metrics."""
         if self.backward is not None:
             # Joined gradients are means over the processes, and the loss is a sum.
             weight = self.processes.count if part.counts else 0
@@ -75,7 +70,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss, with the models and the layout it is computed in."""
+    """A loss, and the models and the layout with which it is computed."""
 
     policy: nn.Module  # a Policy, or what Accelerate made of it
     reference: Reference | None
@@ -90,7 +85,7 @@ class Objective:
     def step(
         self, examples: Sequence[Example], backward: Backward, *, token_metrics: bool = True
     ) -> tuple[Metrics, Work]:
-        """The loss of a whole step; `backward` is called with each micro-batch's share of it.
+        """Compute the loss of a whole step, and call `backward` with each micro-batch's share of it.
 
         Every process must be given the same examples. The metrics are those of all of them.
         """
@@ -112,11 +107,11 @@ class Objective:
         return run.metrics.joined(self.processes)
 
     def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """The examples of a step with every completion whose reference it asks for."""
-        return with_mismatched(examples) if compares_neighbours(self.options, len(examples)) else examples
+        """The examples of a step with every completion whose reference log-probability it needs."""
+        return compared(self.options, examples)
 
     def referenced_in_evaluation(self, examples: Sequence[Example]) -> Iterator[Example]:
-        """The examples of an evaluation with every completion whose reference it asks for."""
+        """The examples of an evaluation with every completion whose reference log-probability it needs."""
         yield from examples
         if compares_neighbours(self.options, len(examples)):
             yield from mismatched(examples)
@@ -127,9 +122,10 @@ class Objective:
     # --- pairs -------------------------------------------------------------------------------------------------
 
     def _run_pairs(self, examples: Sequence[Example], run: _Pass) -> Work:
-        parts, work = self._parts(examples)
+        plan = self._plan(examples)
+        parts, work = self._parts(plan.trained)
         sorts = isinstance(self.options, DPO) and self.options.sorts_step
-        whole = self._whole_step(parts, len(examples)) if sorts and len(parts) > 1 else None
+        whole = None if plan.first is None else self._whole_step(parts, len(examples))
         for part in parts:
             with self.processes.accumulating(self.policy, part.last):
                 batch = part.batch.to(self.device)
@@ -138,8 +134,8 @@ class Objective:
                 reference = None if self.reference is None else self.reference(batch)
                 step = None
                 if sorts:
-                    found = whole or self._joined([(part, self._pairs(result, reference, batch))], len(examples))
-                    step = WholeStep(found, batch.index)
+                    pairs = whole or self._joined([(part, self._pairs(result, reference, batch))], len(examples))
+                    step = WholeStep(pairs, batch.index)
                 loss = preference_loss(
                     result.logp,
                     batch.segments,
@@ -168,18 +164,18 @@ class Objective:
     @torch.no_grad()
     def _whole_step(self, parts: Sequence[_Part], count: int) -> PairLogps:
         """All pairs of the step in their order, without gradient, in a pass of its own."""
-        found = []
+        pairs = []
         for part in parts:
             batch = part.batch.to(self.device)
             reference = None if self.reference is None else self.reference(batch)
-            found.append((part, self._pairs(self.policy(batch).tokens, reference, batch)))
-        return self._joined(found, count)
+            pairs.append((part, self._pairs(self.policy(batch).tokens, reference, batch)))
+        return self._joined(pairs, count)
 
-    def _joined(self, found: Sequence[tuple[_Part, PairLogps]], count: int) -> PairLogps:
+    def _joined(self, parts: Sequence[tuple[_Part, PairLogps]], count: int) -> PairLogps:
         """The pairs of all parts of the step, in their order."""
         names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths", "ref_chosen", "ref_rejected")
         return PairLogps(
-            **{name: self._in_order([(part, getattr(pairs, name)) for part, pairs in found], count) for name in names}
+            **{name: self._in_order([(part, getattr(pairs, name)) for part, pairs in parts], count) for name in names}
         )
 
     def _totals(self, examples: Sequence[Example]) -> Totals:
@@ -196,14 +192,11 @@ class Objective:
         options = self.options
         assert isinstance(options, KTO)
         run.metrics.single_responses()
-        compares = run.kl is None and compares_neighbours(self.options, len(examples))
-        parts, work = self._parts(both := with_mismatched(examples)) if compares else ([], Work(0, 0))
-        branched = len(parts) == 1
+        plan = self._plan(examples) if run.kl is None else StepPlan(self._plan_pass(examples))
         kl: Tensor | float = 0.0 if run.kl is None else run.kl
-        if not branched:
-            if compares:
-                kl = kto_kl(*self._response_sums([e.with_completions([(e, 1)]) for e in both]))
-            parts, work = self._parts(examples)
+        if plan.first is not None:
+            kl = kto_kl(*self._response_sums(plan.first))
+        parts, work = self._parts(plan.trained)
         for part in parts:
             with self.processes.accumulating(self.policy, part.last):
                 batch = part.batch.to(self.device)
@@ -213,7 +206,7 @@ class Objective:
                 output: PolicyOutput = self.policy(batch, run.outputs)
                 result = output.tokens
                 reference = self.reference(batch)
-                if branched:
+                if plan.branched:
                     sums = (_sums(logp, batch)[count:] for logp in (result.logp.detach(), reference))
                     kl = kto_kl(*(self._in_order([(part, values)], len(examples)) for values in sums))
                 loss = preference_loss(
@@ -240,20 +233,21 @@ class Objective:
     def _evaluated_kl(self, examples: Sequence[Example], batch: int) -> Tensor:
         """KTO's KL over all examples of an evaluation, their mismatched completions taken `batch` at a time."""
         mates = mismatched(examples)
-        found = [self._response_sums(chunk) for chunk in iter(lambda: list(islice(mates, batch)), [])]
-        return kto_kl(*(torch.cat(sums) for sums in zip(*found)))
+        groups = iter(lambda: list(islice(mates, batch)), [])
+        results = [self._response_sums(self._plan_pass(group)) for group in groups]
+        return kto_kl(*(torch.cat(sums) for sums in zip(*results)))
 
     @torch.no_grad()
-    def _response_sums(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    def _response_sums(self, responses: Pass) -> tuple[Tensor, Tensor]:
         """[E] log-probabilities of single responses under the policy and under the reference, in a pass of its own."""
         assert self.reference is not None
         logps, reference = [], []
-        parts, _ = self._parts(examples)
-        for part in parts:
+        for part in self._parts(responses)[0]:
             batch = part.batch.to(self.device)
             logps.append((part, _sums(self.policy(batch).logp, batch)))
             reference.append((part, _sums(self.reference(batch), batch)))
-        return self._in_order(logps, len(examples)), self._in_order(reference, len(examples))
+        count = len(responses.examples)
+        return self._in_order(logps, count), self._in_order(reference, count)
 
     # --- both --------------------------------------------------------------------------------------------------
 
@@ -264,9 +258,9 @@ class Objective:
         part: _Part,
         run: _Pass,
     ) -> PreferenceLoss:
-        """With the router loss of a mixture of experts, weighted by the micro-batch's share of the step's tokens.
+        """Add the router loss of a mixture of experts, weighted by the micro-batch's share of the step's tokens.
 
-        It is a product of means, so unlike everything else it depends on how the step is cut.
+        The router loss is a product of means, so unlike everything else it depends on the micro-batches.
         """
         if output.router_loss is None or self.router_coefficient == 0:
             return loss
@@ -274,12 +268,16 @@ class Objective:
             run.metrics.add("aux_loss", output.router_loss * part.batch.tokens, part.batch.tokens)
         return replace(loss, loss=loss.loss + self.router_coefficient * part.share * output.router_loss)
 
-    def _parts(self, examples: Sequence[Example]) -> tuple[list[_Part], Work]:
+    def _plan(self, examples: Sequence[Example]) -> StepPlan:
+        return plan_step(self.options, examples, self.layout, self.budget, self.processes.count)
+
+    def _plan_pass(self, examples: Sequence[Example]) -> Pass:
+        return plan_pass(examples, self.layout, self.budget, self.processes.count)
+
+    def _parts(self, whole: Pass) -> tuple[list[_Part], Work]:
         """This process's micro-batches, and the work of all processes. Each has as many as the others."""
         rank, count = self.processes.rank, self.processes.count
-        plan = plan_microbatches(examples, self.layout, self.budget, count)
-        groups = [[examples[i] for i in places] for places in plan]
-        tokens = [computed_tokens(group, self.layout) for group in groups]
+        plan, groups, tokens = whole.microbatches, whole.groups, whole.tokens
         rounds = ceil(len(plan) / count)
         parts = []
         for turn in range(rounds):
@@ -296,19 +294,13 @@ class Objective:
             parts.append(_Part(batch, tokens[at] / sum(tokens), counts, last=turn == rounds - 1))
         return parts, Work(sum(tokens), len(plan))
 
-    def _in_order(self, found: Sequence[tuple[_Part, Tensor]], count: int) -> Tensor:
+    def _in_order(self, parts: Sequence[tuple[_Part, Tensor]], count: int) -> Tensor:
         """A value of each example of the step, from the parts of all processes: [count]."""
-        whole = torch.zeros(count, dtype=found[0][1].dtype, device=self.device)
-        for part, values in found:
+        whole = torch.zeros(count, dtype=parts[0][1].dtype, device=self.device)
+        for part, values in parts:
             if part.counts:
                 whole.index_copy_(0, part.batch.index.to(self.device), values)
         return self.processes.sum(whole)
-
-
-def chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """Cut by size."""
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
 
 
 def _sums(logp: Tensor, batch: PreferenceBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW in its kinds."""
+"""AdamW: plain, with moments in 8 bits, and paged."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,8 +13,8 @@ from fastpref.errors import UserError
 def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer of `train.optimizer` over what the policy trains; weight decay on matrices only.
 
-    The 8-bit kinds hold moments of tensors from 4,096 entries on in 8 bits (arXiv 2110.02861); the paged kinds let them
-    move to host memory when a GPU is full.
+    The 8-bit kinds hold the moments of tensors of at least 4,096 entries in 8 bits (arXiv 2110.02861). The paged kinds
+    let moments move to host memory when a GPU is full. Raises UserError for a paged kind without a GPU.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
     groups = [
@@ -36,5 +36,5 @@ def _kind(name: str, parameters: Iterable[nn.Parameter]) -> Callable[..., torch.
         "paged_adamw_8bit": kinds.PagedAdamW8bit,
     }
     if name.startswith("paged") and not torch.cuda.is_available():
-        raise UserError(f'train.optimizer = "{name}": only a GPU has memory to page out of; take adamw or adamw_8bit')
+        raise UserError(f'train.optimizer = "{name}": only moments on a GPU can be paged; set "adamw" or "adamw_8bit"')
     return classes[name]

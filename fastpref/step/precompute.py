@@ -2,15 +2,15 @@
 
     $FASTPREF_CACHE (~/.cache/fastpref) / reference / FINGERPRINT / 00000.safetensors, 00001.safetensors, …
 
-A completion's log-probabilities are found by a digest of its prompt's and its own tokens: whatever changes the tokens
-(data, format, template, limits) finds nothing old, and data that are added only cost themselves. Whatever else changes
-the numbers (the model's files or commit, its dtype and bits) is in the fingerprint. A file is written every so often
-and renamed into place: a run that is stopped goes on where it was.
+The key of a completion's log-probabilities is a digest of its prompt's and its own tokens. So whatever changes the
+tokens (data, format, template, limits) finds no old numbers, and added data cost no more than themselves. Whatever else
+changes the numbers (the model's files or commit, its dtype and quantization) is in the fingerprint. Every 64
+micro-batches a file is written whole, so a run that is stopped resumes where it was.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 
 from fastpref.atomic import WriteError, write_file
 from fastpref.config import Config
-from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key, plan_microbatches
+from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key
 from fastpref.data.cache import cache_folder
 from fastpref.data.example import Example
+from fastpref.data.plan import plan_pass
 from fastpref.model.rope import has_rope_by_length
 from fastpref.processes import ALONE, Processes
 from fastpref.step.reference import Reference
@@ -34,7 +35,7 @@ _SAVE_EVERY = 64  # micro-batches
 
 
 class Precomputed:
-    """Token log-probabilities [N] of a micro-batch's completions, looked up."""
+    """A reference that looks up the token log-probabilities [N] of a micro-batch's completions."""
 
     def __init__(self, reference: Reference, folder: Path | None):
         self._reference, self.folder = reference, folder
@@ -67,9 +68,9 @@ class Precomputed:
         progress: Callable[[int], None] = lambda computed: None,
         processes: Processes = ALONE,
     ) -> int:
-        """Compute what is not known yet of the examples' completions. How many completions that were.
+        """Compute the log-probabilities of completions that are not known yet; returns the number of those completions.
 
-        Several processes must be given the same examples; each computes some, and all know everything in the end.
+        All processes must get the same examples. Each computes some of them, and in the end all have all numbers.
         """
         if processes.count > 1:  # on disks of their own they may know different ones, and would plan different rounds
             common = set.intersection(*map(set, processes.gather(list(self._known))))
@@ -93,14 +94,14 @@ class Precomputed:
         return computed
 
     def _missing(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The examples, with only those completions that are neither known nor asked for before."""
-        asked: set[bytes] = set()
+        """The examples, with only those completions that are neither known nor yielded before."""
+        yielded: set[bytes] = set()
         for example in examples:
             new = []
             for which, completion in enumerate(example.completions):
                 key = completion_key(example.prompt, completion, example.context(which))
-                if key not in self._known and key not in asked:
-                    asked.add(key)
+                if key not in self._known and key not in yielded:
+                    yielded.add(key)
                     new.append((example, which))
             if new:
                 yield example.with_completions(new)
@@ -127,25 +128,20 @@ class Precomputed:
 
 
 def _microbatches(examples: Iterable[Example], layout: Layout, budget: int) -> Iterator[list[Example]]:
-    """Examples of as many completions each, some hundred at a time, cut into micro-batches."""
+    """Micro-batches of examples with the same number of completions, planned for 256 examples at a time."""
     waiting: dict[int, list[Example]] = {}
-
-    def cut(group: Sequence[Example]) -> Iterator[list[Example]]:
-        for places in plan_microbatches(group, layout, budget):
-            yield [group[at] for at in places]
-
     for example in examples:
         group = waiting.setdefault(len(example.completions), [])
         group.append(example)
         if len(group) == 256:
-            yield from cut(waiting.pop(len(example.completions)))
+            yield from plan_pass(waiting.pop(len(example.completions)), layout, budget).groups
     for group in waiting.values():
-        yield from cut(group)
+        yield from plan_pass(group, layout, budget).groups
 
 
 def reference_folder(config: Config, model: PreTrainedModel) -> Path:
-    """Where this model's reference log-probabilities lie."""
-    told = {
+    """The folder of this model's reference log-probabilities."""
+    identity = {
         "version": VERSION,
         "model": _identity(config, model),
         "dtype": str(model.dtype),
@@ -154,12 +150,12 @@ def reference_folder(config: Config, model: PreTrainedModel) -> Path:
         # The frequencies that every row has are those of the longest one, `rope.fix_rope`.
         **({"rope_of": config.tokens.max_length} if has_rope_by_length(model) else {}),
     }
-    fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / "reference" / fingerprint
 
 
 def _identity(config: Config, model: PreTrainedModel) -> str:
-    """The commit of a hub's model; a digest of everything in a folder that makes its numbers."""
+    """The commit of a model on the hub, or a digest of every file of a folder that decides its numbers."""
     folder = Path(config.model.name).expanduser()
     if not folder.is_dir():
         return f"{config.model.name}@{getattr(model.config, '_commit_hash', None) or config.model.revision}"

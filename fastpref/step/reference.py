@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from fastpref.config import Config
 from fastpref.data.batch import PreferenceBatch
 from fastpref.errors import UserError
+from fastpref.model.files import model_config
 from fastpref.model.liger import take_kernels
-from fastpref.model.load import Loaded, model_config, pretrained
+from fastpref.model.load import Loaded, pretrained
 from fastpref.model.policy import Policy
 from fastpref.model.rope import fix_rope
 
@@ -24,12 +25,12 @@ Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [N], 
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A reference that is computed when it is asked for."""
+    """A reference whose log-probabilities are computed for every micro-batch."""
 
     policy: Policy
-    adapters: peft.PeftModel | None  # which are off meanwhile
+    adapters: peft.PeftModel | None  # which are turned off for the reference
     autocast: Callable[..., Any]
-    copy: PreTrainedModel | None = None  # the model, if it is held for this alone
+    copy: PreTrainedModel | None = None  # a model that only the reference uses
 
     @torch.no_grad()
     def __call__(self, batch: PreferenceBatch) -> Tensor:
@@ -43,7 +44,7 @@ class ModelReference:
 
     @property
     def nbytes(self) -> int:
-        """What is held for it."""
+        """Bytes of the frozen copy; 0 if the reference shares the policy's weights."""
         return 0 if self.copy is None else sum(p.nbytes for p in self.copy.parameters())
 
 
@@ -53,12 +54,12 @@ def make_reference(
     autocast: Callable[..., Any] = nullcontext,
     load: Callable[[Config, Loaded], PreTrainedModel] | None = None,
 ) -> tuple[ModelReference, str]:
-    """The reference of `reference.mode`, and which one it is, in words. Call it before any training step.
+    """The reference of `reference.mode`, and words that say which one it is. Call this before any training step.
 
-    For "precompute" (and "auto" without adapters) it is the model itself, right only until the first step.
-    `autocast` makes the mixed precision of the policy: a reference in another would differ from it before training.
-    A copy in another dtype or other bits is loaded anew, from where the model came from, or as `load` says. Raises
-    UserError for a copy that cannot be had.
+    For "precompute" (and "auto" without adapters) it is the model itself, which is right only until the first step.
+    `autocast` is the mixed precision of the policy: with another one, the reference would differ before training.
+    A copy with another dtype or quantization is loaded by `load`, by default from where the model came from. Raises
+    UserError for a copy that cannot be loaded.
     """
     adapters = loaded.wrapped if isinstance(loaded.wrapped, peft.PeftModel) else None
     if adapters is not None and config.reference.mode != "copy":
@@ -75,7 +76,7 @@ def make_reference(
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model in evaluation mode, without gradients. States that modules keep of a call are cut off it."""
+    """A copy of a model in evaluation mode, without gradients. Detaches tensors that modules keep from a call."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -84,22 +85,22 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def precomputes(config: Config) -> bool:
-    """Whether the reference's numbers are computed before training: a copy would take the model's memory again."""
+    """Whether reference log-probabilities are computed before training: a copy would take the model's memory again."""
     return config.reference.mode == "precompute" or (config.reference.mode == "auto" and config.lora is None)
 
 
 def copy_config(config: Config, model: PreTrainedModel) -> Config | None:
-    """The config that a frozen copy is loaded by, or None if it is in nothing different from the model.
+    """The config by which a frozen copy is loaded, or None if the copy has the model's own dtype and quantization.
 
-    Raises UserError for a model whose weights are quantised already, if the copy's shall be otherwise.
+    Raises UserError if the checkpoint is quantised already and the config asks for another quantization.
     """
     wanted, own = config.reference, str(model.dtype).removeprefix("torch.")
     dtype = own if wanted.dtype == "auto" else wanted.dtype
     quantization = config.model.quantization if wanted.quantization == "auto" else wanted.quantization
     if wanted.quantization != "auto" and config.model.quantization == "none" and getattr(model, "is_quantized", False):
         raise UserError(
-            f'reference.quantization = "{wanted.quantization}": the weights of {config.model.name} are quantised where '
-            "they lie; leave the key out"
+            f'reference.quantization = "{wanted.quantization}": the checkpoint of {config.model.name} is quantised '
+            "already; leave the key out"
         )
     if (dtype, quantization) == (own, config.model.quantization):
         return None
@@ -108,7 +109,7 @@ def copy_config(config: Config, model: PreTrainedModel) -> Config | None:
 
 
 def load_copy(config: Config, loaded: Loaded) -> PreTrainedModel:
-    """The model of `copy_config`, beside the one that is trained, with the same attention and kernels."""
+    """Load the model of `copy_config`, with the attention and the kernels of the one that is trained."""
     dtype = getattr(torch, config.model.dtype)
     model = pretrained(config.model, model_config(config.model), dtype, loaded.model.device)
     fix_rope(model, config.tokens.max_length)

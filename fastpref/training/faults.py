@@ -1,32 +1,28 @@
-"""What can go wrong in a run, told so that a person can act: interrupts, numbers that are not finite, no memory."""
+"""Faults of a run, in messages that a person can act on: interrupts, losses that are not finite, no memory."""
 
 import math
-import os
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 
-from fastpref.config import Config
-from fastpref.data.batch import plan_microbatches
 from fastpref.data.example import Example
 from fastpref.errors import UserError
+from fastpref.memory.fit import MARGIN, Count, OversizedStep, Proposal, first_change, propose
+from fastpref.memory.step import PARTS
 from fastpref.model.failure import is_out_of_memory as is_out_of_memory
-from fastpref.model.gradient_checkpointing import all_checkpointed, can_be_checkpointed
-from fastpref.model.load import Loaded
+from fastpref.run.resume import may_change
+from fastpref.sizes import in_words
 from fastpref.step.objective import Objective
-from fastpref.step.reference import ModelReference
 
-SKIPS_IN_ROW = 10  # that many steps left out one after the other are no accident
-_WORKSPACE = 128 << 20  # what `linear_logprob` takes if it is not told otherwise
+SKIPS_IN_ROW = 10  # so many skipped steps one after the other are no accident
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM: the step at hand is finished first. A second one stops at once."""
+    """Waits for Ctrl-C or SIGTERM: a run finishes its current step first. A second one stops it at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -49,11 +45,11 @@ class Interrupt:
 
 
 class NotFinite(UserError):
-    """A loss or gradient is not finite. Nothing has been updated with it."""
+    """A loss or gradient is not finite. No weight has been updated with it."""
 
 
 def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example], objective: Objective) -> str:
-    """Which step it is and which rows make it so. To be asked before the gradients are cleared."""
+    """A message that names the step, its rows, and the rows that cause it. Call it before the gradients are cleared."""
     what = f"step {step}: loss {loss}, gradient norm {norm}"
     weights = [name for name, p in objective.policy.named_parameters() if not torch.isfinite(p).all()]
     if weights:
@@ -70,7 +66,7 @@ def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example],
 
 
 def _not_finite_alone(examples: Sequence[Example], objective: Objective) -> list[Example]:
-    """A forward pass a row, without dropout: cheap beside a run that stops."""
+    """The examples whose loss is not finite by themselves: a forward pass for each, without dropout."""
     objective.policy.eval()
     try:
         return [e for e in examples if not math.isfinite(objective.evaluate([e], 1).result()["loss"])]
@@ -86,82 +82,42 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-@dataclass(frozen=True)
-class Held:
-    """Bytes of what a run holds all the time, and what it computes at once."""
+def out_of_memory(after: int, step: OversizedStep, count: Count | None) -> tuple[str, list[str]]:
+    """A message for a run that ran out of memory `after` so many steps: what it holds, and what to change.
 
-    weights: int
-    gradients: int
-    optimizer: int
-    reference: int
-    workspace: int
-    tokens: int  # of the largest micro-batch
-    longest: int  # tokens of the longest example, which cannot be cut further
-    device: int | None  # all that there is
-    checkpointing: bool  # whether the activations of all layers that can be are computed twice
-    microbatch: tuple[Example, ...] = ()  # the largest one
-    on_cpu: bool = False
-    sharded: bool = False  # by FSDP
-
-    @property
-    def fixed(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.reference
-
-    def __str__(self) -> str:
-        parts = {
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "the reference's copy": self.reference,
-            "the head's workspace": self.workspace,
-        }
-        said = ", ".join(f"{name} {in_words(count)}" for name, count in parts.items() if count)
-        of = "" if self.device is None else f", of {in_words(self.device)} in all"
-        return f"{said}{of}; beside them the activations of a micro-batch of {self.tokens:,} tokens"
-
-
-def held(
-    config: Config,
-    loaded: Loaded,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    examples: Sequence[Example],
-) -> Held:
-    """What is in memory while a step of `examples` is computed."""
-    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in loaded.model.parameters() if p.requires_grad)
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    counted = sum(v.numel() * v.element_size() for v in tensors)
-    parts = plan_microbatches(examples, objective.layout, objective.budget)
-    largest = max(([examples[i] for i in part] for part in parts), key=_tokens, default=[])
-    device = objective.device
-    return Held(
-        weights=weights,
-        gradients=trained,
-        optimizer=counted or 2 * trained,  # AdamW makes its two moments in the first step
-        reference=objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0,
-        workspace=_WORKSPACE,
-        tokens=_tokens(largest),
-        longest=max((_tokens([example]) for example in examples), default=0),
-        device=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _host_memory(),
-        checkpointing=all_checkpointed(loaded.model) or not can_be_checkpointed(loaded.model),
-        microbatch=tuple(largest),
-        on_cpu=device.type == "cpu",
-        sharded=objective.processes.sharded,
+    Returns the overrides among those changes with which the run can be resumed, too.
+    """
+    parts = {name: size for name, size in step.memory.parts().items() if size}
+    held = ", ".join(f"{PARTS[name]} {in_words(size)}" for name, size in parts.items())
+    proposal = _proposal(step, count)
+    lasting = [override for override in proposal.overrides if may_change(override.partition("=")[0])]
+    message = (
+        f"out of memory after step {after}: the run holds {held} of {in_words(step.capacity)}, besides the activations "
+        f"of a micro-batch of {step.microbatch.tokens:,} tokens. {_advice(proposal, lasting)}"
     )
+    return message, lasting
 
 
-def _tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.prompt) + sum(map(len, example.completions)) for example in examples)
+def _proposal(step: OversizedStep, count: Count | None) -> Proposal:
+    """The changes to propose, by a rule of thumb where nothing can be counted.
 
-
-def _host_memory() -> int | None:
+    The step must become smaller than its own count, however large the device is: other programs may use it too.
+    """
+    if count is None:
+        return first_change(step)
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
-        return None
+        size = count(()).total
+        proposal = propose(step, count, int(min(size, step.capacity) * (1 - MARGIN)))
+    except Exception:  # a model's code may ask for the values of tensors, which fake ones have not
+        return first_change(step)
+    return proposal if proposal.overrides else first_change(step)
 
 
-def in_words(count: int) -> str:
-    """A number of bytes."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+def _advice(proposal: Proposal, lasting: Sequence[str]) -> str:
+    if not proposal.overrides:
+        return "No change that is known here takes less: take a smaller model"
+    counted = "" if proposal.memory is None else f" (a step is counted at {in_words(proposal.memory.total)})"
+    verdict = "would most likely fit" if proposal.fits else "takes least, and will hardly fit either"
+    lost = [override for override in proposal.overrides if override not in lasting]
+    anew = f"; a run cannot be resumed with {' '.join(lost)}, so start a new one" if lost else ""
+    return f"What {verdict}{counted}: {' '.join(proposal.overrides)}{anew}"

@@ -16,12 +16,12 @@ from fastpref.atomic import WriteError, write_file
 from fastpref.config import Config
 from fastpref.data.cache import Tokenized
 from fastpref.data.example import Example
+from fastpref.data.order import data_order
 from fastpref.data.table import Examples
 from fastpref.data.template.text import TEXT, TextRecord
 from fastpref.errors import UserError
 from fastpref.health import Verdict
-from fastpref.memory.advice import advice, step_counter
-from fastpref.memory.peak import StepPeak
+from fastpref.memory.measured import StepPeak, oversized_step, step_counter
 from fastpref.model.failure import in_others_code
 from fastpref.model.limits import Limits
 from fastpref.model.load import Loaded
@@ -32,10 +32,8 @@ from fastpref.run.environment import peak_memory
 from fastpref.run.folder import RunFolder
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
-from fastpref.run.resume import may_change
 from fastpref.run.state import Progress
 from fastpref.step.objective import Objective
-from fastpref.step.order import data_order
 from fastpref.training import faults
 from fastpref.training.faults import Interrupt, NotFinite
 from fastpref.training.progress import Display
@@ -138,7 +136,7 @@ class TrainingRun:
         place = self.checkpoints.save_weights("final", self.progress.step)
         self.display.note(f"saved: {place}")
         if self.peak.bytes and isinstance(self.data.train, Examples):
-            self.display.note(self.peak.beside_estimate(self.config, self.data.train, self.loaded))
+            self.display.note(self.peak.against_estimate(self.config, self.data.train, self.loaded))
         verdicts = self._report("finished", answers)
         if self.config.output.push_to is not None:
             self.display.note(f"uploaded: {self.processes.on_first(lambda: self._push(place))}")
@@ -277,11 +275,9 @@ class TrainingRun:
                 return None
             kind = self.loaded.model.config.model_type
             raise UserError(f"the code of {kind} models fails in the first step: {failure}") from error
-        held = faults.held(self.config, self.loaded, self.optimizer, self.objective, self.batch or self.data.heldout)
-        count = step_counter(self.loaded, held.microbatch, self.accelerator.device, sharded=self.processes.sharded)
-        advised = advice(self.config, held, count)
-        said = f"out of memory after step {self.progress.step}: {held}. {advised}"
-        return said, [override for override in advised.overrides if may_change(override.partition("=")[0])]
+        examples = self.batch or self.data.heldout
+        step = oversized_step(self.config, self.loaded, self.optimizer, self.objective, examples)
+        return faults.out_of_memory(self.progress.step, step, step_counter(step, self.loaded))
 
 
 def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:

@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
 from fastpref.data.cache import Tokenized, load_examples
+from fastpref.data.order import data_order
 from fastpref.data.template.text import TextRecord, stop_at, text_of
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.memory.activations import checkpoint_activations
-from fastpref.memory.peak import StepPeak
+from fastpref.memory.measured import StepPeak
 from fastpref.merge import merge_fault
 from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
@@ -37,7 +38,6 @@ from fastpref.run.resume import Resumed, find_checkpoint, shared
 from fastpref.run.state import Progress
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
-from fastpref.step.order import data_order
 from fastpref.step.precompute import Precomputed, reference_folder
 from fastpref.step.reference import Reference, make_reference, precomputes
 from fastpref.training.loop import RunResult, TrainingRun

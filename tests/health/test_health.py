@@ -16,7 +16,7 @@ from fastpref.config.losses import DPO, IPO, KTO, ORPO, LossOptions
 from fastpref.health import RULES, Known, Verdict, Watch, diagnose, known_of
 from fastpref.health.bands import bands, first_loss
 from fastpref.losses import PairLogps, RowLogps, dpo_loss, kto_loss
-from fastpref.run.history import Change, History
+from fastpref.run.history import History, Trend
 from tests.support.crafted import METHODS, Row, known, rows, shapes
 from tests.support.paths import DOCS
 
@@ -188,8 +188,8 @@ def test_evaluations_that_begin_late_do_not_hide_the_beginning():
     logged = list(rows(both=up_to_half, evaluations=(50, 100)))
     assert found(logged, known()) == []
     history = History(logged)
-    assert history.heldout_change("rewards/margins", 0.0) == Change(0.0, 1.0, 0.0, (50, 100))
-    assert history.heldout_change("rewards/margins") == Change(1.0, 1.0, 0.0, (50, 100))
+    assert history.heldout_change("rewards/margins", 0.0) == Trend(0.0, 1.0, 0.0, (50, 100))
+    assert history.heldout_change("rewards/margins") == Trend(1.0, 1.0, 0.0, (50, 100))
 
 
 def test_watching_a_long_run_is_cheap():

@@ -24,7 +24,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chosen(folder: Path, device: torch.device, *overrides: str) -> tuple[int, list[str]]:
-    """How many layers are checkpointed, and what is said of it."""
+    """How many layers have gradient checkpointing, and the notes on it."""
     config = config_for(folder, LORA, "tokens.max_length=128", *overrides)
     loaded = load_model(config, CPU)
     said = activations.checkpoint_activations(config, loaded, device)
@@ -48,7 +48,7 @@ def test_a_gpu_decides_by_what_a_step_takes(llama: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(activations, "_available", lambda device, given=available: given)
         found, (said,) = chosen(llama, CUDA)
         assert found == count
-        assert said.startswith(f"activations of {count} of 2 layers are computed twice: ")
+        assert said.startswith(f"gradient checkpointing: {count} of 2 layers; ")
 
 
 def test_a_model_that_cannot_be_counted_has_all_layers_checkpointed(llama: Path, monkeypatch: pytest.MonkeyPatch):
@@ -58,12 +58,12 @@ def test_a_model_that_cannot_be_counted_has_all_layers_checkpointed(llama: Path,
     monkeypatch.setattr(activations, "count_step", fails)
     monkeypatch.setattr(activations, "_available", lambda device: 1)
     assert chosen(llama, CUDA) == (
-        2, ["activations of 2 of 2 layers are computed twice, as the step cannot be counted beforehand (RuntimeError)"]
+        2, ["gradient checkpointing: 2 of 2 layers; the memory of a step cannot be counted beforehand (RuntimeError)"]
     )  # fmt: skip
 
 
 def test_moving_needs_a_device_to_move_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On a CPU it is refused before anything is written; so is moving what is not computed twice."""
+    """On a CPU it is refused before anything is written; so is offloading without gradient checkpointing."""
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)
     if not torch.cuda.is_available():
@@ -99,6 +99,6 @@ def test_a_model_that_cannot_be_checkpointed_is_not_asked_to(without_checkpointi
 def test_auto_leaves_it_off_where_there_is_none(without_checkpointing: Path):
     assert chosen(without_checkpointing, CPU) == (0, [])
     assert chosen(without_checkpointing, CUDA) == (
-        0, ["activations of all layers are kept: openai-gpt models have no gradient checkpointing"]
+        0, ["gradient checkpointing: off, because openai-gpt models have no gradient checkpointing in transformers"]
     )  # fmt: skip
     count_step(config_for(without_checkpointing, LORA, "tokens.max_length=128"), CPU)

@@ -16,16 +16,16 @@ from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
 from fastpref.data.cache import load_examples
 from fastpref.data.longest import longest_of, longest_possible
+from fastpref.data.order import data_order
 from fastpref.data.tokenize import use_chat_template
 from fastpref.memory.allocations import PeakStorage
-from fastpref.memory.estimate import CARDS, Estimator, Taken, changes, fits, usable
-from fastpref.memory.peak import StepPeak
+from fastpref.memory.estimate import CARDS, Estimator, fits, proposal, usable
+from fastpref.memory.measured import StepPeak
 from fastpref.memory.step import StepMemory
 from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.load import load_model, load_tokenizer
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
-from fastpref.step.order import data_order
 from fastpref.step.reference import make_reference, precomputes
 from tests.support.runs import EXAMPLES
 
@@ -158,14 +158,14 @@ def test_a_smaller_max_length_cuts_the_rows(models: dict[str, Path], tmp_path: P
     assert cut >= made if chats else cut == made
 
 
-def taken(gib: int, *, checkpointed: int, layers: int) -> Taken:
-    return Taken(StepMemory(gib << 30, 0, 0, 0, 0, 0, 0, 0, layers, checkpointed, "tree"), 0)
+def memory(gib: int, *, checkpointed: int, layers: int) -> StepMemory:
+    return StepMemory(gib << 30, 0, 0, 0, 0, 0, 0, 0, layers, checkpointed, "tree")
 
 
 def test_cards_and_layers():
     """A card that takes a step whole checkpoints nothing, one that takes it with all layers checkpointed does so with
     as few as a line between the two says; below that it does not fit."""
-    most, least = taken(40, checkpointed=0, layers=31), taken(10, checkpointed=31, layers=31)
+    most, least = memory(40, checkpointed=0, layers=31), memory(10, checkpointed=31, layers=31)
     found = {fit.card: fit for fit in fits(most, least, CARDS)}
     assert [card for card, fit in found.items() if fit.fits] == [12, 16, 24, 48, 80]
     assert {card: fit.checkpointed for card, fit in found.items()} == {8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
@@ -175,9 +175,9 @@ def test_cards_and_layers():
 @pytest.mark.parametrize(
     ("room", "overrides", "wanted"),
     [
-        (0.9, ["train.checkpointing=false"], {'train.checkpointing="auto"'}),
-        (0.9, [LORA, "reference.mode=copy"], {'reference.mode="auto"'}),
-        (0.75, ["loss.type=orpo"], {'train.optimizer="adamw_8bit"'}),
+        (0.9, ["train.checkpointing=false"], {"train.checkpointing=auto"}),
+        (0.9, [LORA, "reference.mode=copy"], {"reference.mode=auto"}),
+        (0.75, ["loss.type=orpo"], {"train.optimizer=adamw_8bit"}),
     ],
 )
 def test_the_smallest_change_that_fits(
@@ -194,8 +194,8 @@ def test_the_smallest_change_that_fits(
     before = estimator(write(tmp_path, tmp_path), CUDA, *overrides)
     allowed = int(room * before.take().total)
     monkeypatch.setattr(estimates, "usable", lambda card: allowed)
-    change = changes(before, 1)
-    assert change is not None
+    change = proposal(before, 1)
+    assert change.fits
     assert set(change.overrides) == wanted
     assert estimator(tmp_path / "cfg.toml", CUDA, *overrides, *change.overrides).take().total <= allowed
 
@@ -207,7 +207,7 @@ def test_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         num_key_value_heads=2,
     ).save_pretrained(tmp_path)  # fmt: skip
     monkeypatch.setattr(estimates, "usable", lambda card: 1)
-    assert changes(estimator(write(tmp_path, tmp_path), CUDA), 1) is None
+    assert not proposal(estimator(write(tmp_path, tmp_path), CUDA), 1).fits
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -231,7 +231,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert status == 0
     assert "the data are not on this machine" in said
     assert "255 tokens at once (from tokens.max_length = 128)" in said
-    assert "   8 GB  fits, no layer computed twice" in said
+    assert "   8 GB  fits without gradient checkpointing" in said
     assert "TRL 1.16" in said
     status, said = command(monkeypatch, capsys, "estimate", str(path), LORA, "--compare", "--json")
     told = json.loads(said)
@@ -255,13 +255,13 @@ def test_trl_makes_logits_and_copies_them(tmp_path: Path):
     path.write_text(path.read_text().replace("train.jsonl", "none.jsonl"))
     logits = 2 * 128 * 50_000 * 4
     orpo, dpo = (estimator(path, CUDA, LORA, f"loss.type={loss}", "tokens.max_length=128") for loss in ("orpo", "dpo"))
-    assert orpo.take_as_trl().memory.activations > 2.5 * logits
-    assert dpo.take_as_trl().memory.activations < logits
-    assert orpo.take().memory.activations + orpo.take().memory.head < logits
+    assert orpo.take_as_trl().activations > 2.5 * logits
+    assert dpo.take_as_trl().activations < logits
+    assert orpo.take().activations + orpo.take().head < logits
 
 
 def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
-    """Estimated beside measured, from what the allocator said of the steps; on a CPU nothing is measured."""
+    """The estimate and the measurement, from what the allocator said of the steps; on a CPU nothing is measured."""
     config = load_config(write(tmp_path, models["quickstart"]), [LORA])
     loaded = load_model(config, CPU)
     examples = load_examples(config, load_tokenizer(config.model)).train
@@ -269,9 +269,9 @@ def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
     peak.start()
     peak.end()
     assert peak.bytes == 0
-    counted = estimator(tmp_path / "cfg.toml", CUDA, LORA, "model.liger=false").take(layers=0).memory.total
-    peak.bytes = round(1.02 * counted)
-    said = peak.beside_estimate(config, examples, loaded)
+    counted = estimator(tmp_path / "cfg.toml", CUDA, LORA, "model.liger=false").take(layers=0)
+    peak.bytes = round(1.02 * (counted.total - counted.overhead))
+    said = peak.against_estimate(config, examples, loaded)
     assert said.startswith("memory of a step: estimated ")
     assert said.endswith("(+2.0%)")
 

@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError
-from fastpref.model.load import load_tokenizer, model_config, pretrained
+from fastpref.model.files import model_config
+from fastpref.model.load import load_tokenizer, pretrained
 from tests.support.paths import QUICKSTART_MODEL
 
 QUICKSTART = QUICKSTART_MODEL

@@ -56,7 +56,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("overrides", [[], ["lora={rank=2}"], ["lora={rank=2, dropout=0.4}"]], ids=str)
 def test_some_layers_are_as_none(folders: dict[str, Path], kind: str, overrides: list[str]):
-    """However many layers are computed twice, loss and gradients are the same bits, also with dropout."""
+    """However many layers have gradient checkpointing, loss and gradients are the same bits, also with dropout."""
     expected = gradients(folders[kind], 0, *overrides)
     for layers in (1, 2):
         assert_same(gradients(folders[kind], layers, *overrides), expected)

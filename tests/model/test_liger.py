@@ -380,7 +380,7 @@ ROWS = examples(2, seed=11)[1:]  # a short one: the interpreter takes its time
 def test_outputs_and_gradients_are_the_models_own(
     kernels: None, tmp_path: Path, device: torch.device, kind: str, layers: int, overrides: list[str]
 ):
-    """In float32, to its rounding: with adapters or without, whatever the layout, with layers computed twice or not."""
+    """In float32, to its rounding: with adapters or without, whatever the layout, checkpointed or not."""
     folder = save_model(kind, tmp_path)
     options = [*overrides, "model.dtype=float32"]
     torch.manual_seed(0)

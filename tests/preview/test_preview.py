@@ -14,8 +14,9 @@ from fastpref.config import Config, load_config
 from fastpref.data.batch import collate
 from fastpref.data.cache import load_examples
 from fastpref.data.example import Example, Origin
+from fastpref.data.plan import Pass, StepPlan, plan_step, wanted_layout
 from fastpref.preview.numbers import LAYOUTS, good_share, lengths, prompt_share, step_tokens
-from fastpref.preview.preview import layout_of, one_step, preview, read
+from fastpref.preview.preview import preview, read
 from fastpref.preview.text import decoded, visible
 from tests.support.paths import ROOT
 from tests.support.toy_tokenizers import chatml, gemma, plain, toy_tokenizer
@@ -419,9 +420,10 @@ def test_the_page_shows_what_is_printed(folder: Path):
 def test_a_layout_left_out_is_a_tree(folder: Path):
     """Without the model nobody knows better."""
     config = config_of(folder, [PAIR])
-    assert layout_of(config) == "tree"
+    assert wanted_layout(config) == "tree"
     examples = load_examples(config, chatml()).train[:]
-    assert one_step(config, examples, "tree") == (examples, [[0]])
+    plan = plan_step(config.loss, examples, "tree", config.tokens_per_microbatch)
+    assert plan == StepPlan(Pass(examples, [[0]], "tree"))
 
 
 @pytest.mark.parametrize("width", [80, 120])

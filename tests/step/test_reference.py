@@ -113,6 +113,6 @@ def test_weights_that_lie_quantised_cannot_be_otherwise(llama: Path, tmp_path: P
     loaded = load_model(config_for(llama, "model.quantization=nf4", "lora={rank=2}"), CPU)
     folder = tmp_path / "nf4"
     loaded.wrapped.unload().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(UserError, match=r'reference\.quantization = "int8": the weights of .* are quantised where'):
+    with pytest.raises(UserError, match=r'reference\.quantization = "int8": the checkpoint of .* is quantised already'):
         referred(folder, "lora={rank=2}", "reference.quantization=int8")
     assert referred(folder, "lora={rank=2}")[2] == "a frozen copy of the model"

@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastpref
+from fastpref.data.order import data_order
 from fastpref.errors import UserError
-from fastpref.step.order import data_order
 from tests.support.paths import EXAMPLES
 
 QUICKSTART = EXAMPLES / "quickstart.toml"

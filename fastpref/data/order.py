@@ -1,8 +1,9 @@
 """The order of the data: a pure function of their number, the batch and the seed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
-import torch
+T = TypeVar("T")
 
 
 def data_order(count: int, batch: int, seed: int, start: int = 0) -> Iterator[list[int]]:
@@ -10,6 +11,8 @@ def data_order(count: int, batch: int, seed: int, start: int = 0) -> Iterator[li
 
     With `start` the first so many steps are passed over; what comes is what came after them.
     """
+    import torch  # only here: `model/limits.py` is imported without it
+
     generator = torch.Generator().manual_seed(seed)
     passes, place = divmod(start * batch, count)
     for _ in range(passes):
@@ -20,3 +23,9 @@ def data_order(count: int, batch: int, seed: int, start: int = 0) -> Iterator[li
             waiting += torch.randperm(count, generator=generator).tolist()
         yield waiting[:batch]
         waiting = waiting[batch:]
+
+
+def chunks(sequence: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive parts of `size` elements each, as an evaluation takes its examples; the last may be shorter."""
+    for start in range(0, len(sequence), size):
+        yield sequence[start : start + size]

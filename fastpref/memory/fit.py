@@ -1,0 +1,183 @@
+"""What makes a step fit a device: the changes to a config that save memory, and the search among them.
+
+There is one list of changes, CHANGES, in the order of what they cost. `fastpref estimate` (`estimate.py`) and the
+message of a run that is out of memory (`training/faults.py`) both search it, so a new change is written here and
+nowhere else.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastpref.config import Config
+from fastpref.data.longest import Microbatch
+from fastpref.errors import UserError
+from fastpref.memory.step import StepMemory
+
+# The share of a device that stays free: what the allocator cannot use between its blocks, and what libraries take
+# inside an operation.
+MARGIN = 0.1
+_WORTHWHILE = 0.01  # the least share of a step's memory that a change must save
+_SHORTEST = 512  # tokens: `tokens.max_length` is proposed down to here, or to half of a shorter one
+
+Count = Callable[[tuple[str, ...]], StepMemory]  # the memory of a step with these overrides of its config
+
+
+@dataclass(frozen=True)
+class OversizedStep:
+    """A step that does not fit, and what decides which changes can help it."""
+
+    config: Config
+    memory: StepMemory  # counted; or measured in a run, where the activations are not known
+    microbatch: Microbatch  # the largest one
+    device: torch.device
+    capacity: int  # bytes of the device
+    sharded: bool = False  # by FSDP
+    quantised: bool = False  # whether the model's checkpoint is stored quantised
+    checkpointable: bool = True  # whether the model has gradient checkpointing
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example of the micro-batch, which cannot be divided."""
+        return max(len(e.prompt) + sum(map(len, e.completions)) for e in self.microbatch.examples)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the config, and the values of it with which a step takes less memory."""
+
+    key: str
+    values: Callable[[OversizedStep], Sequence[Any]]  # the least change first; empty where the change cannot help
+    parts: tuple[str, ...] = ("activations", "head")  # of StepMemory that become smaller
+
+    def saves_at_most(self, memory: StepMemory) -> int:
+        """An upper bound in bytes: what cannot save much is not worth counting."""
+        return sum(getattr(memory, part) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Overrides of a config, to be used together."""
+
+    overrides: tuple[str, ...]
+    memory: StepMemory | None = None  # of a step with them, if it was counted
+    fits: bool = True
+
+
+def propose(step: OversizedStep, count: Count, room: int) -> Proposal:
+    """The smallest changes with which a step takes no more than `room` bytes, or else those with which it takes least.
+
+    Changes are added in the order of their costs until the step fits. Those that turn out not to be needed are removed
+    again. Raises UserError if the step cannot be counted as it is.
+    """
+    memory = count(())
+    overrides: dict[str, str] = {}  # by key
+    saved: dict[str, int] = {}
+    for change, override in _overrides(step):
+        if change.saves_at_most(memory) < _WORTHWHILE * memory.total:
+            continue
+        more = {key: other for key, other in overrides.items() if key != change.key} | {change.key: override}
+        less = _count(count, more)
+        if less is None or less.total > (1 - _WORTHWHILE) * memory.total:
+            continue
+        saved[change.key] = memory.total - less.total
+        overrides, memory = more, less
+        if memory.total <= room:
+            break
+    for key in list(overrides)[:-1]:
+        if memory.total > room or memory.total + saved[key] > 1.1 * room:
+            continue
+        fewer = {other: override for other, override in overrides.items() if other != key}
+        more_memory = _count(count, fewer)
+        if more_memory is not None and more_memory.total <= room:
+            overrides, memory = fewer, more_memory
+    return Proposal(tuple(overrides.values()), memory, memory.total <= room)
+
+
+def first_change(step: OversizedStep) -> Proposal:
+    """The change that helps most likely, by a rule of thumb: for a step that cannot be counted."""
+    overrides = {}
+    for change, override in _overrides(step):
+        overrides.setdefault(change.key, override)
+    crowded = step.memory.held > 0.7 * step.capacity
+    if crowded and "lora" in overrides:  # weights, gradients and moments leave no room, however small a micro-batch is
+        return Proposal((overrides["lora"],))
+    return Proposal(tuple(overrides.values())[:1], fits=bool(overrides))
+
+
+def _overrides(step: OversizedStep) -> Iterator[tuple[Change, str]]:
+    for change in CHANGES:
+        for value in change.values(step):
+            yield change, f"{change.key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _count(count: Count, overrides: dict[str, str]) -> StepMemory | None:
+    try:
+        return count(tuple(overrides.values()))
+    except UserError:  # these changes do not go together, or the model does not take them
+        return None
+
+
+# --- The changes -----------------------------------------------------------------------------------------------------
+
+
+def _no_copy(step: OversizedStep) -> list[str]:
+    reference = step.config.reference
+    plain = reference.dtype == reference.quantization == "auto"  # only a copy can have its own
+    return ["auto"] if step.config.loss.uses_reference and reference.mode == "copy" and plain else []
+
+
+def _back_to_auto(step: OversizedStep) -> list[Any]:
+    on_gpu = step.device.type != "cpu"  # where "auto" checkpoints layers
+    return ["auto"] if step.config.train.checkpointing is False and on_gpu and step.checkpointable else []
+
+
+def _smaller_microbatches(step: OversizedStep) -> list[int]:
+    sizes = [min(step.config.tokens_per_microbatch, step.microbatch.tokens)]
+    while sizes[-1] > step.longest:
+        sizes.append(max(step.longest, sizes[-1] // 2))
+    return sizes[1:]
+
+
+def _all_layers(step: OversizedStep) -> list[bool]:
+    return [True] if step.checkpointable and step.memory.checkpointed < step.memory.layers else []
+
+
+def _offload(step: OversizedStep) -> list[bool]:
+    useless = step.config.train.offload_activations or step.device.type == "cpu" or not step.checkpointable
+    return [] if useless else [True]
+
+
+def _moments_in_8_bits(step: OversizedStep) -> list[str]:
+    optimizer = step.config.train.optimizer
+    return [] if optimizer.endswith("8bit") or step.sharded else [f"{optimizer}_8bit"]
+
+
+def _weights_in_4_bits(step: OversizedStep) -> list[str]:
+    return [] if step.config.model.quantization == "nf4" or step.quantised or step.sharded else ["nf4"]
+
+
+def _shorter_rows(step: OversizedStep) -> list[int]:
+    lengths = [min(step.config.tokens.max_length, step.longest)]
+    shortest = _SHORTEST if lengths[0] > _SHORTEST else max(2, lengths[0] // 2)
+    while lengths[-1] > shortest:
+        lengths.append(max(shortest, lengths[-1] // 2))
+    return lengths[1:]
+
+
+CHANGES: list[Change] = [
+    # First those that change no result but for rounding: they take time.
+    Change("reference.mode", _no_copy, ("reference",)),
+    Change("train.layout", lambda step: ["auto"] if step.config.train.layout != "auto" else []),
+    Change("train.checkpointing", _back_to_auto),
+    Change("train.tokens_per_microbatch", _smaller_microbatches),
+    Change("train.checkpointing", _all_layers),
+    Change("train.offload_activations", _offload),
+    # Then those after which other weights are learnt.
+    Change("train.optimizer", _moments_in_8_bits, ("optimizer",)),
+    Change("lora", lambda step: [{}] if step.config.lora is None else [], ("gradients", "optimizer")),
+    Change("model.quantization", _weights_in_4_bits, ("weights",)),
+    Change("tokens.max_length", _shorter_rows),
+]

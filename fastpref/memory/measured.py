@@ -1,0 +1,138 @@
+"""The memory of a run's steps as it is measured, and as it is counted for a model that is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from fastpref.config import Config, make_config
+from fastpref.data.example import Example
+from fastpref.data.longest import longest_of, longest_possible, microbatches
+from fastpref.data.order import data_order
+from fastpref.data.table import Examples
+from fastpref.memory.fit import Count, OversizedStep
+from fastpref.memory.step import StepMemory, count_step
+from fastpref.model.gradient_checkpointing import all_checkpointed, can_be_checkpointed, decoder_layers
+from fastpref.model.load import Loaded
+from fastpref.model.packed import own_quantization
+from fastpref.sizes import in_words
+from fastpref.step.objective import Objective
+from fastpref.step.reference import ModelReference
+
+_WORKSPACE = 128 << 20  # bytes of tiles that `linear_logprob` allocates by default
+
+
+def oversized_step(
+    config: Config,
+    loaded: Loaded,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    examples: Sequence[Example],
+) -> OversizedStep:
+    """A step of `examples` that ran out of memory, with what the run holds throughout. Its activations count as 0."""
+    model, device = loaded.model, objective.device
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    adapters = trained if config.lora is not None else 0
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    moments = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
+    layers = max(1, len(decoder_layers(model)))
+    memory = StepMemory(
+        weights=sum(p.nbytes for p in model.parameters()) - adapters,
+        adapters=adapters,
+        gradients=trained,
+        optimizer=moments or 2 * trained,  # AdamW makes its two moments in the first step
+        reference=objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0,
+        activations=0,
+        head=_WORKSPACE,
+        largest=0,
+        layers=layers,
+        checkpointed=layers if all_checkpointed(model) else _checkpointed(model),
+        layout=loaded.layout,
+    )
+    parts = microbatches(config, examples, loaded.layout) or [longest_possible(config)]
+    on_gpu = device.type == "cuda"
+    return OversizedStep(
+        config,
+        memory,
+        max(parts, key=lambda part: part.tokens),
+        device,
+        torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total,
+        sharded=objective.processes.sharded,
+        quantised=own_quantization(model.config) is not None and config.model.quantization == "none",
+        checkpointable=can_be_checkpointed(model),
+    )
+
+
+def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
+    """Counts the step's micro-batch with this model. What one device holds of a sharded model cannot be counted."""
+    if step.sharded:
+        return None
+
+    @cache
+    def count(overrides: tuple[str, ...]) -> StepMemory:
+        config = make_config(step.config.model_dump(), overrides)
+        same = config.train.checkpointing == step.config.train.checkpointing
+        return count_step(
+            as_loaded(config, loaded),
+            step.device,
+            layers=step.memory.checkpointed if same else None,
+            examples=[_cut(example, config.tokens.max_length) for example in step.microbatch.examples],
+        )
+
+    return count
+
+
+def as_loaded(config: Config, loaded: Loaded) -> Config:
+    """The config to count by: whether a model has liger's kernels is only known once it is loaded."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"liger": loaded.liger and "auto"})})
+
+
+def _checkpointed(model: PreTrainedModel) -> int:
+    return sum(layer.gradient_checkpointing for layer in decoder_layers(model))
+
+
+def _cut(example: Example, length: int) -> Example:
+    """The example with no more than `length` tokens of the prompt and any of its completions."""
+    completions = tuple(completion[: length - 1] for completion in example.completions)
+    rest = length - max(map(len, completions))
+    return replace(example, prompt=example.prompt[-rest:], completions=completions, contexts=())
+
+
+class StepPeak:
+    """The most bytes that were allocated on a GPU at once since the first step; 0 on other devices.
+
+    Loading a model may take more, so the allocator's peak is reset before the first step. It is reset only once, since
+    `peak_memory` reads the same statistics.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device if device.type == "cuda" else None
+        self.bytes = 0
+
+    def start(self) -> None:
+        if self._device is not None and not self.bytes:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def end(self) -> None:
+        if self._device is not None:
+            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self._device))
+
+    def against_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
+        """A note that compares the measured peak with what `count_step` counts for the run's largest micro-batch."""
+        order = data_order(len(examples), config.train.batch, config.train.seed)
+        largest = longest_of(config, examples, order, loaded.layout)
+        measured = f"measured {in_words(self.bytes)}"
+        try:
+            counted = count_step(
+                as_loaded(config, loaded),
+                torch.device("cuda"),
+                layers=_checkpointed(loaded.model),
+                examples=largest.examples,
+                further=largest.further,
+            ).total
+        except Exception as error:  # a model's code may ask for the values of tensors, which fake ones have not
+            return f"memory of a step: {measured}; not estimated ({type(error).__name__})"
+        return f"memory of a step: estimated {in_words(counted)}, {measured} ({self.bytes / counted - 1:+.1%})"

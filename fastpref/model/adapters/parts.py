@@ -1,0 +1,167 @@
+"""A model's modules by their names, and which of its layers PEFT can adapt."""
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import peft
+import torch
+from peft.tuners.lora import LoraModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fastpref.model.body import body_of
+from fastpref.model.failure import words
+
+OUTSIDE = "outside of the language model, which alone is trained here"
+_WEIGHT_READ = re.compile(
+    r"self\.(\w+)\.(?:weight|bias)\b(?!\s*\[|\.(?:dtype|device|shape|data|split|chunk|ndim|size|is_\w+)\b)"
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model's modules by their names."""
+
+    model: PreTrainedModel
+    modules: Mapping[str, nn.Module]
+    inside: frozenset[str]  # the names of the language model and its head, through which text goes
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Parts":
+        modules = {name: module for name, module in model.named_modules() if name}
+        try:
+            decoder = model.get_decoder()
+        except (AttributeError, NotImplementedError):  # not every model's code has one
+            decoder = model
+        if decoder is model.get_output_embeddings():  # a head by that name
+            decoder = body_of(model)
+        wholes = [decoder, model.get_output_embeddings(), model.get_input_embeddings()]
+        ids = {id(module) for whole in wholes if whole is not None for module in whole.modules()}
+        return cls(model, modules, frozenset(name for name, module in modules.items() if id(module) in ids))
+
+    @property
+    def head(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
+    @property
+    def linear_names(self) -> str:
+        names = {name.rpartition(".")[2] for name in linear_layers(self.model) if name in self.inside}
+        return f"this model's linear modules are {', '.join(sorted(names))}"
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the language model's modules, by their full names."""
+        return {
+            f"{name}.{own}": parameter
+            for name in sorted(self.inside)
+            for own, parameter in self.modules[name].named_parameters(recurse=False)
+        }
+
+    def experts(self) -> set[str]:
+        """The names of parameters that hold the weights of all experts of a layer."""
+        return {
+            name
+            for name, parameter in self.parameters().items()
+            if parameter.dim() == 3 and "expert" in f"{name} {type(self.modules[owner_of(name)]).__name__}".lower()
+        }
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that PEFT's "all-linear" takes, and the head, by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def adaptable_layers(
+    layers: Mapping[str, nn.Module], settings: peft.LoraConfig, parts: Parts, left_out: dict[str, set[str]]
+) -> set[str]:
+    """The names of those layers that PEFT can adapt, and that compute what a linear layer does."""
+    chosen = set()
+    for name, layer in layers.items():
+        if _is_read_past(name, parts):
+            leave_out(left_out, "the model's code may read their weight without calling them", {name})
+        elif _refusal(name, settings, parts.model) is not None:
+            leave_out(left_out, f"PEFT cannot adapt them in {parts.model.config.model_type} models", {name})
+        elif isinstance(layer, nn.Linear) and not _is_plain(layer):
+            leave_out(left_out, f"{type(layer).__name__} computes something else than a linear layer", {name})
+        else:
+            chosen.add(name)
+    return chosen
+
+
+def _refusal(name: str, settings: peft.LoraConfig, model: PreTrainedModel) -> str | None:
+    """PEFT's own message where it refuses a module of some model families by its name, or None."""
+    check = getattr(LoraModel, "_check_target_module_compatiblity", None)  # PEFT's spelling
+    if check is None:
+        return None
+    try:
+        check(object.__new__(LoraModel), settings, model, name.rpartition(".")[2])
+    except ValueError as error:
+        return words(error)
+    return None
+
+
+def _is_read_past(name: str, parts: Parts) -> bool:
+    """Whether the code around a layer passes its weight on, for example to a kernel, and so bypasses an adapter."""
+    owner, _, own = name.rpartition(".")
+    return own in _read_past(type(parts.modules[owner])) if owner else False
+
+
+@cache
+def _read_past(kind: type) -> frozenset[str]:
+    """The names of layers whose weight or bias a module's code reads as a tensor while it computes."""
+    names: set[str] = set()
+    for name, function in inspect.getmembers(kind, inspect.isfunction):
+        if _is_model_code(kind) and not name.startswith(("__init", "_init", "reset_", "init_")):
+            try:
+                code = inspect.getsource(function)
+            except (OSError, TypeError):  # made while the program runs
+                continue
+            names |= set(_WEIGHT_READ.findall(code))
+    return frozenset(names)
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer of a class of the model returns one tensor, as a linear layer of its size does."""
+    if type(layer).forward is nn.Linear.forward or not _is_model_code(type(layer)):
+        return True
+    weight = layer.weight
+    try:
+        with torch.no_grad():
+            out = layer(torch.zeros(1, layer.in_features, dtype=weight.dtype, device=weight.device))
+    except Exception:  # it wants another input
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (1, layer.out_features)
+
+
+def _is_model_code(kind: type) -> bool:
+    return kind.__module__.startswith(("transformers.models.", "transformers_modules."))
+
+
+def is_one_layer(module: nn.Module) -> bool:
+    """Whether a module is a single layer with a matrix, and not a block, a function or a norm."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    if any(hasattr(module, name) for name in ("qweight", "weight_packed", "W_q")):  # GPTQ and its like
+        return True
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() > 1
+
+
+def leave_out(left_out: dict[str, set[str]], why: str, names: Iterable[str]) -> None:
+    """Add names to those that are left out for a reason."""
+    if names := set(names):
+        left_out.setdefault(why, set()).update(names)
+
+
+def owner_of(parameter: str) -> str:
+    """The name of the module that holds a parameter."""
+    return parameter.rpartition(".")[0]
+
+
+def short_names(names: Iterable[str]) -> str:
+    """At most four names, with a star for the numbers of layers, and how many more there are."""
+    alike = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
+    return ", ".join(alike[:4]) + (f" and {len(alike) - 4} more" if len(alike) > 4 else "")

@@ -1,0 +1,42 @@
+"""What a step computes, by its loss: everything at once where that fits, else what is compared in a pass before."""
+
+import pytest
+
+from fastpref.config.losses import DPO, KTO, ORPO, LossOptions
+from fastpref.data.batch import Layout, with_mismatched
+from fastpref.data.plan import Pass, StepPlan, compared, plan_step
+from tests.support.tiny import examples
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
+def test_kto_has_mismatched_branches_or_a_pass_before(layout: Layout):
+    rows = examples(6, single=True)
+    both = with_mismatched(rows)
+    at_once = plan_step(KTO(), rows, layout, 1000)
+    assert at_once == StepPlan(Pass(both, [list(range(6))], layout), branched=True)
+    cut = plan_step(KTO(), rows, layout, 40)
+    assert not cut.branched
+    assert cut.trained.examples == rows
+    assert len(cut.trained.microbatches) > 1
+    assert cut.first is not None
+    assert [e.completions[0] for e in cut.first.examples] == [e.completions[1] for e in both]
+    assert [e.prompt for e in cut.first.examples] == [e.prompt for e in rows]
+    assert all(tokens <= 40 or len(group) == 1 for tokens, group in zip(cut.trained.tokens, cut.trained.groups))
+    assert compared(KTO(), rows) == both
+
+
+@pytest.mark.parametrize(
+    ("loss", "before"), [(ORPO(), False), (DPO(), False), (DPO(variants=("aot",)), True), (KTO(kl="none"), False)]
+)
+def test_losses_that_sort_a_step_compute_it_first(loss: LossOptions, before: bool):
+    """Only where it is cut, and without gradient; all others compute each micro-batch once."""
+    rows = examples(6, single=isinstance(loss, KTO))
+    assert plan_step(loss, rows, "tree", 1000) == StepPlan(Pass(rows, [list(range(6))], "tree"))
+    cut = plan_step(loss, rows, "tree", 40)
+    assert cut == StepPlan(cut.trained, first=cut.trained if before else None)
+    assert compared(loss, rows) is rows
+
+
+def test_one_row_has_no_mismatched_completion():
+    rows = examples(1, single=True)
+    assert plan_step(KTO(), rows, "tree", 1000) == StepPlan(Pass(rows, [[0]], "tree"))
