@@ -69,6 +69,14 @@ class _Pass:
 
 
 @dataclass(frozen=True)
+class _Whole:
+    """The terms of a loss that need the whole step."""
+
+    kl: Tensor | float = 0.0  # KTO's
+    pairs: PairLogps | None = None  # of the sorting variants of DPO
+
+
+@dataclass(frozen=True)
 class Objective:
     """A loss, and the models and the layout with which it is computed."""
 
@@ -117,44 +125,75 @@ class Objective:
             yield from mismatched(examples)
 
     def _run(self, examples: Sequence[Example], run: _Pass) -> Work:
-        return self._run_rows(examples, run) if isinstance(self.options, KTO) else self._run_pairs(examples, run)
-
-    # --- pairs -------------------------------------------------------------------------------------------------
-
-    def _run_pairs(self, examples: Sequence[Example], run: _Pass) -> Work:
-        plan = self._plan(examples)
+        if isinstance(self.options, KTO):
+            run.metrics.single_responses()
+        plan = self._plan(examples) if run.kl is None else StepPlan(self._plan_pass(examples))
         parts, work = self._parts(plan.trained)
-        sorts = isinstance(self.options, DPO) and self.options.sorts_step
-        whole = None if plan.first is None else self._whole_step(parts, len(examples))
+        whole = self._found_first(plan, parts, run, len(examples))
         for part in parts:
             with self.processes.accumulating(self.policy, part.last):
                 batch = part.batch.to(self.device)
                 output: PolicyOutput = self.policy(batch, run.outputs + self._extra_outputs())
-                result = output.tokens
+                tokens = output.tokens
                 reference = None if self.reference is None else self.reference(batch)
-                step = None
-                if sorts:
-                    pairs = whole or self._joined([(part, self._pairs(result, reference, batch))], len(examples))
-                    step = WholeStep(pairs, batch.index)
+                if whole is None:
+                    whole = self._found_on_the_way(part, batch, tokens, reference, len(examples))
                 loss = preference_loss(
-                    result.logp,
+                    tokens.logp,
                     batch.segments,
                     batch.lengths,
                     self.options,
                     reference=reference,
-                    log_sum_sq_probs=result.log_sum_sq_probs,
+                    labels=batch.labels,
+                    kl=whole.kl,
+                    log_sum_sq_probs=tokens.log_sum_sq_probs,
                     totals=run.totals,
-                    step=step,
+                    step=None if whole.pairs is None else WholeStep(whole.pairs, batch.index),
                 )
                 run.add(self._with_router(loss, output, part, run), part)
-            if not part.counts:
-                continue
-            counted = torch.arange(len(batch.lengths), device=self.device) < 2 * batch.examples
-            chosen = torch.arange(len(batch.lengths), device=self.device) < batch.examples
-            run.metrics.add_sequences(loss.sums, chosen[: 2 * batch.examples])
-            run.metrics.add_ranking(loss.sums, batch.lengths[: 2 * batch.examples])
-            run.metrics.add_tokens(result, batch, chosen, counted)
+            if part.counts:
+                self._add_metrics(run.metrics, loss, tokens, batch)
+        if isinstance(self.options, KTO) and self.options.kl == "batch" and self.processes.first:
+            assert whole is not None
+            run.metrics.add("kl", torch.as_tensor(whole.kl) * len(examples), len(examples))
         return work
+
+    def _found_first(self, plan: StepPlan, parts: Sequence[_Part], run: _Pass, count: int) -> _Whole | None:
+        """The terms of the whole step, from a pass of their own; None if they come from the only micro-batch."""
+        if isinstance(self.options, KTO):
+            if plan.branched:
+                return None
+            if plan.first is not None:
+                return _Whole(kl=kto_kl(*self._response_sums(plan.first)))
+            return _Whole(kl=0.0 if run.kl is None else run.kl)
+        if not (isinstance(self.options, DPO) and self.options.sorts_step):
+            return _Whole()
+        return None if plan.first is None else _Whole(pairs=self._whole_step(parts, count))
+
+    def _found_on_the_way(
+        self, part: _Part, batch: PreferenceBatch, tokens: TokenLogprobs, reference: Tensor | None, count: int
+    ) -> _Whole:
+        """The terms of the whole step, from its only micro-batch."""
+        if not isinstance(self.options, KTO):
+            return _Whole(pairs=self._joined([(part, self._pairs(tokens, reference, batch))], count))
+        assert reference is not None
+        sums = (_sums(logp, batch)[batch.examples :] for logp in (tokens.logp.detach(), reference))
+        return _Whole(kl=kto_kl(*(self._in_order([(part, values)], count) for values in sums)))
+
+    def _add_metrics(
+        self, metrics: Metrics, loss: PreferenceLoss, tokens: TokenLogprobs, batch: PreferenceBatch
+    ) -> None:
+        places = torch.arange(len(batch.lengths), device=self.device)
+        if batch.labels is not None:
+            metrics.add_sequences(loss.sums, batch.labels)
+            metrics.add_tokens(tokens, batch, batch.labels.repeat(batch.completions), places < batch.examples)
+            return
+        chosen, responses = places < batch.examples, 2 * batch.examples
+        metrics.add_sequences(loss.sums, chosen[:responses])
+        metrics.add_ranking(loss.sums, batch.lengths[:responses])
+        metrics.add_tokens(tokens, batch, chosen, places < responses)
+
+    # --- pairs -------------------------------------------------------------------------------------------------
 
     def _pairs(self, result: TokenLogprobs, reference: Tensor | None, batch: PreferenceBatch) -> PairLogps:
         """The batch's pairs without gradient, for losses that compare them with others."""
@@ -187,47 +226,6 @@ class Objective:
         return ("log_sum_sq_probs",) if isinstance(self.options, DPO) and self.options.weighting else ()
 
     # --- single responses --------------------------------------------------------------------------------------
-
-    def _run_rows(self, examples: Sequence[Example], run: _Pass) -> Work:
-        options = self.options
-        assert isinstance(options, KTO)
-        run.metrics.single_responses()
-        plan = self._plan(examples) if run.kl is None else StepPlan(self._plan_pass(examples))
-        kl: Tensor | float = 0.0 if run.kl is None else run.kl
-        if plan.first is not None:
-            kl = kto_kl(*self._response_sums(plan.first))
-        parts, work = self._parts(plan.trained)
-        for part in parts:
-            with self.processes.accumulating(self.policy, part.last):
-                batch = part.batch.to(self.device)
-                assert batch.labels is not None
-                assert self.reference is not None
-                count = batch.examples
-                output: PolicyOutput = self.policy(batch, run.outputs)
-                result = output.tokens
-                reference = self.reference(batch)
-                if plan.branched:
-                    sums = (_sums(logp, batch)[count:] for logp in (result.logp.detach(), reference))
-                    kl = kto_kl(*(self._in_order([(part, values)], len(examples)) for values in sums))
-                loss = preference_loss(
-                    result.logp,
-                    batch.segments,
-                    batch.lengths,
-                    options,
-                    reference=reference,
-                    labels=batch.labels,
-                    kl=kl,
-                    totals=run.totals,
-                )
-                run.add(self._with_router(loss, output, part, run), part)
-            if not part.counts:
-                continue
-            run.metrics.add_sequences(loss.sums, batch.labels)
-            own = torch.arange(len(batch.lengths), device=self.device) < count
-            run.metrics.add_tokens(result, batch, batch.labels.repeat(batch.completions), own)
-        if options.kl == "batch" and self.processes.first:
-            run.metrics.add("kl", torch.as_tensor(kl) * len(examples), len(examples))
-        return work
 
     @torch.no_grad()
     def _evaluated_kl(self, examples: Sequence[Example], batch: int) -> Tensor:
