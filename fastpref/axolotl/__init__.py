@@ -14,12 +14,15 @@ from fastpref.axolotl.left_out import EVEN_IF_OFF, REASONS
 from fastpref.axolotl.rules import RULES
 from fastpref.axolotl.source import Axolotl, Left, Setting, read
 from fastpref.commands.init import kept
+from fastpref.config import Config
+from fastpref.config.paths import path_marks
 from fastpref.config.text import Line, Table, mistake, render, sections
 from fastpref.config.toml import toml_value
 
 __all__ = ["Left", "Setting", "Translation", "translate"]
 
 
+_MARKS = dict(path_marks(Config))
 _OFF = (False, 0, "", [], {})
 
 
@@ -83,13 +86,10 @@ def _placed(word: Setting | Left, home: Path, folder: Path) -> Setting | Left:
     """A setting whose paths, written for the folder Axolotl is started in, mean the same in a config in `folder`."""
     if isinstance(word, Left):
         return word
-    is_path = word.key[-1] == "path" or word.key in (("model", "name"), ("tokens", "chat_template"))
-    if is_path and isinstance(word.value, str):
-        return replace(word, value=kept(word.value, folder, (home,)))
-    if word.key[-1] == "format" and isinstance(word.value, dict) and isinstance(word.value.get("chat_template"), str):
-        template = kept(word.value["chat_template"], folder, (home,))
-        return replace(word, value={**word.value, "chat_template": template})
-    return word
+    mark = _MARKS.get(".".join("*" if isinstance(part, int) else part for part in word.key))
+    if mark is None or mark.written:
+        return word
+    return replace(word, value=mark.map(word.value, lambda path: kept(path, folder, (home,))))
 
 
 def _accepted(settings: list[Setting]) -> tuple[tuple[Setting, ...], tuple[tuple[Setting, str], ...]]:

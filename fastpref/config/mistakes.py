@@ -5,9 +5,11 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from fastpref.config.annotations import classes_in
 
 Path = tuple[str | int, ...]
 
@@ -207,7 +209,7 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
     annotations = {k: f.annotation for k, f in schema.model_fields.items()}
     yield name, list(annotations)
     for key, annotation in annotations.items():
-        inner = list(_classes(annotation))
+        inner = list(classes_in(annotation))
         keys = [f.name for c in inner if is_dataclass(c) for f in fields(c) if f.name != "_"]
         path = f"{name}.{key}" if name else key
         if keys:
@@ -218,14 +220,5 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
 
 
 def _loss_keys(schema: type[BaseModel], loss: str) -> set[str]:
-    options = _classes(schema.model_fields["loss"].annotation)
+    options = classes_in(schema.model_fields["loss"].annotation)
     return {f.name for c in options if c.__name__.lower() == loss and is_dataclass(c) for f in fields(c)}
-
-
-def _classes(annotation: Any) -> Iterator[type]:
-    """The classes inside a type such as `tuple[A, ...] | None`."""
-    inner = get_args(annotation)
-    if isinstance(annotation, type) and not inner:
-        yield annotation
-    for part in inner:
-        yield from _classes(part)

@@ -1,13 +1,9 @@
-"""The TOML schema: strict, frozen, every mistake reported at once with its place.
-
-`load_config` is the way in. Nothing here imports torch.
-"""
+"""The schema of a config: one strict and frozen table for each section of the TOML file. Nothing here imports torch."""
 
 import re
-import tomllib
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -17,15 +13,14 @@ from pydantic import (
     PlainValidator,
     Strict,
     Tag,
-    ValidationError,
+    TypeAdapter,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, NonNegative, Positive, SimPO
-from fastpref.config.mistakes import TomlLines, explain
-from fastpref.errors import UserError
+from fastpref.config.paths import PathMark, ReadPath, WrittenPath
 
 
 class _Section(BaseModel):
@@ -44,7 +39,7 @@ Names = Annotated[tuple[str, ...], Strict(False)]
 
 
 class ModelConfig(_Section):
-    name: str
+    name: ReadPath
     """A folder, or a model's name on the Hugging Face hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -113,15 +108,26 @@ def _known_format(value: Any) -> Any:
     return value
 
 
+def _map_format(value: Any, change: Callable[[str], Any]) -> Any:
+    """Apply `change` to the file of a function `module:function` and to the chat template of a format."""
+    from fastpref.data.rows.function import is_function, map_file
+
+    if isinstance(value, str):
+        return map_file(value, change) if is_function(value) else value
+    template = value.get("chat_template") if isinstance(value, dict) else None
+    return {**value, "chat_template": change(template)} if template and isinstance(template, str) else value
+
+
 Format = Annotated[
     str | dict[str, Any],
     PlainValidator(_known_format),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+    PathMark(inside=_map_format),
 ]
 
 
 class DataConfig(_Section):
-    path: str
+    path: ReadPath
     """A .json, .jsonl, .parquet, .csv or .arrow file, a folder of `save_to_disk`, or a data set's name on the hub."""
     split: str = "train"
     """Which split of a hub data set, or of a folder with several."""
@@ -176,7 +182,7 @@ class TokensConfig(_Section):
     """Make rows that cannot be used (empty or equal responses) an error instead of dropping them."""
     duplicates: Literal["keep", "drop"] = "keep"
     """What happens to rows that repeat another one exactly, in the same source or another."""
-    chat_template: str | None = None
+    chat_template: ReadPath | None = None
     """A Jinja template, a file holding one, or a known name (chatml, llama3, ...), instead of the tokenizer's own."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Keywords for the chat template, such as { enable_thinking = false }; a row's own come before them."""
@@ -234,7 +240,7 @@ class TrainConfig(_Section):
 
 
 class OutputConfig(_Section):
-    dir: str | None = None
+    dir: WrittenPath | None = None
     """The run's folder; runs/<name of the config>-<loss> if left out, with a number added when that exists."""
     save_every: Count | None = None
     """Save a checkpoint every so many steps, and at the best evaluation; left out, only when the run is stopped."""
@@ -334,110 +340,25 @@ class Config(_Section):
     def tokens_per_microbatch(self) -> int:
         return self.train.tokens_per_microbatch or 2 * self.tokens.max_length
 
+    def but(self, changes: Mapping[str, Any]) -> Self:
+        """Return the config with other values, by dotted keys or whole tables: `{"train.batch": 8, "lora": {}}`.
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a TOML file, apply `key=value` overrides, check everything.
+        Each table that changes is validated. Whether the tables agree with each other is not checked, because not
+        every config is that of a run: the config of a quantized reference has no [lora], for example.
 
-    Relative paths of models, data and templates that exist beside the file are taken from there, others from the
-    working directory. Raises UserError with one line for each mistake: `cfg.toml:LINE: key: what is wrong`.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder; a config is a .toml file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        what, _, place = str(error).partition(" (at ")  # "(at line 3, column 5)", or "(at end of document)"
-        line = place[5:].partition(",")[0] if place.startswith("line ") else text.rstrip().count("\n") + 1
-        raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
-    return _checked(raw, overrides, TomlLines(str(path), text), path.resolve().parent)
+        Raises pydantic.ValidationError for an unknown key and for a value that the table refuses, and KeyError for an
+        unknown table.
+        """
+        tables: dict[str, Any] = {}
+        for key, value in changes.items():
+            table, _, name = key.partition(".")
+            if name:
+                current = tables[table] if table in tables else getattr(self, table, None) or {}
+                value = {**(current if isinstance(current, Mapping) else vars(current)), name: value}
+            tables[table] = value
+        return self.model_copy(update={t: _table(type(self), t).validate_python(v) for t, v in tables.items()})
 
 
-def make_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """A config from its tables, with overrides; relative paths are of the working directory. Raises UserError."""
-    return _checked(raw, overrides, TomlLines("the command line", ""), Path.cwd())
-
-
-def _checked(raw: dict[str, Any], overrides: Iterable[str], lines: TomlLines, folder: Path) -> Config:
-    for override in overrides:
-        _apply(raw, override, lines)
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise UserError("\n".join(explain(error, Config, lines))) from None
-    return _from_folder(config, folder)
-
-
-def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
-    """Set one `a.b=value` in the raw tables. The value is TOML; a bare word is taken as a string."""
-    key, equals, value = override.partition("=")
-    keys = key.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"override {override!r}: not of the form key=value, such as 'train.steps=100'")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        word = value.strip()
-        if not word or not all(c.isalnum() or c in "-_./:~" for c in word):
-            raise UserError(f"override {override!r}: the value is not valid TOML: {error}") from None
-        parsed = word
-    table: Any = raw
-    for depth, part in enumerate(keys[:-1]):
-        if isinstance(table, list):
-            table = _entry(table, part, override)
-        else:
-            table = table.setdefault(part, [] if keys[depth + 1].isdecimal() else {})
-        if not isinstance(table, dict | list):
-            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a table")
-    if isinstance(table, list):
-        array = ".".join(keys[:-1])
-        raise UserError(
-            f"override {override!r}: {array} is an array; set a key of an entry, {array}.0.KEY, or all of it"
-        )
-    table[keys[-1]] = parsed
-    lines.override(tuple(keys), override)
-
-
-def _entry(tables: list[Any], index: str, override: str) -> Any:
-    if not index.isdecimal() or int(index) >= len(tables):
-        raise UserError(
-            f"override {override!r}: there is no entry {index}; the config has {len(tables)}, counted from 0"
-        )
-    return tables[int(index)]
-
-
-def _from_folder(config: Config, folder: Path) -> Config:
-    """Make paths that exist beside the config absolute."""
-    from fastpref.data.rows.function import beside, is_function
-
-    def find(name: str) -> str:
-        try:
-            beside = folder / Path(name).expanduser()
-            return str(beside.resolve()) if beside.exists() else name
-        except (OSError, RuntimeError):  # an inline chat template is no path, and ~name may be nobody's
-            return name
-
-    def format_of(given: str | dict[str, Any]) -> str | dict[str, Any]:
-        if isinstance(given, str):
-            return beside(given, folder) if is_function(given) else given
-        template = given.get("chat_template")
-        return {**given, "chat_template": find(template)} if template else given
-
-    def found(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
-        return tuple(d.model_copy(update={"path": find(d.path), "format": format_of(d.format)}) for d in data)
-
-    template = config.tokens.chat_template
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"name": find(config.model.name)}),
-            "data": found(config.data),
-            "eval": config.eval.model_copy(update={"data": found(config.eval.data)}),
-            "tokens": config.tokens.model_copy(update={"chat_template": template and find(template)}),
-        }
-    )
+@cache
+def _table(schema: type[Config], name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(schema, include_extras=True)[name])

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fastpref.config import Config
+from fastpref.config.annotations import classes_in
 from fastpref.config.losses import LossOptions
 from fastpref.config.mistakes import TomlLines, explain
 from fastpref.config.toml import toml_value
@@ -82,7 +83,8 @@ def keys_of(section: str, loss: str) -> Mapping[str, FieldInfo]:
     if section == "loss":
         options: Any = loss_options(loss)
         return {name: info for name, info in options.__pydantic_fields__.items() if name != "_"}
-    return _model(Config.model_fields[section].annotation).model_fields
+    tables = classes_in(Config.model_fields[section].annotation)
+    return next(table for table in tables if issubclass(table, BaseModel)).model_fields
 
 
 def loss_options(loss: str) -> type[LossOptions]:
@@ -92,13 +94,6 @@ def loss_options(loss: str) -> type[LossOptions]:
 def is_array(section: str) -> bool:
     """Whether a table is written [[so]]."""
     return "tuple" in str(Config.model_fields[section].annotation)
-
-
-def _model(annotation: Any) -> type[BaseModel]:
-    """The model inside a type such as `tuple[A, ...] | None`."""
-    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(_model(part) for part in get_args(annotation) if part not in (type(None), ...))
 
 
 def mistake(raw: Mapping[str, Any]) -> str | None:

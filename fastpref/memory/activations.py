@@ -44,7 +44,7 @@ def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device,
 
 def as_loaded(config: Config, loaded: Loaded) -> Config:
     """What to count by: whether a model has liger's kernels is found out when it is loaded."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"liger": loaded.liger and "auto"})})
+    return config.but({"model.liger": loaded.liger and "auto"})
 
 
 def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str]:

@@ -149,9 +149,7 @@ def count_step(
 def _unpaged(config: Config) -> Config:
     """Moments that may move to host memory are counted as if they stayed: paging needs a GPU to page from."""
     plain: Any = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}.get(config.train.optimizer)
-    return config if plain is None else config.model_copy(
-        update={"train": config.train.model_copy(update={"optimizer": plain})}
-    )  # fmt: skip
+    return config if plain is None else config.but({"train.optimizer": plain})
 
 
 def _materialised(

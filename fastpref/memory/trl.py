@@ -30,12 +30,10 @@ _TOKENS, _COLUMNS = 4096, 32768  # of a tile
 def as_trl(config: Config) -> Config:
     """The config of the step that TRL would make: padded rows, as many at once as they are given, and a copy of a model
     that is trained itself."""
-    update: dict[str, Any] = {
-        "train": config.train.model_copy(update={"layout": "padded", "tokens_per_microbatch": sys.maxsize})
-    }
+    update: dict[str, Any] = {"train.layout": "padded", "train.tokens_per_microbatch": sys.maxsize}
     if config.lora is None and config.loss.uses_reference:
-        update["reference"] = config.reference.model_copy(update={"mode": "copy"})
-    return config.model_copy(update=update)
+        update["reference.mode"] = "copy"
+    return config.but(update)
 
 
 def trl_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:

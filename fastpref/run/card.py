@@ -7,7 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from fastpref import __version__
-from fastpref.config import Config, DataConfig
+from fastpref.config import Config
+from fastpref.config.paths import map_paths
 from fastpref.config.toml import to_toml, toml_value
 from fastpref.data.template.keywords import writes_the_date
 from fastpref.data.template.text import TextRecord
@@ -94,21 +95,4 @@ def _without_folders(config: Config) -> Config:
         path = Path(text).expanduser()
         return path.name if path.is_absolute() else text
 
-    def named(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
-        return tuple(d.model_copy(update={"path": name(d.path), "format": form(d.format)}) for d in data)
-
-    def form(given: str | dict[str, Any]) -> str | dict[str, Any]:
-        if isinstance(given, str):
-            return name(given)
-        return given | ({"chat_template": name(given["chat_template"])} if given.get("chat_template") else {})
-
-    template = config.tokens.chat_template
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"name": name(config.model.name)}),
-            "data": named(config.data),
-            "eval": config.eval.model_copy(update={"data": named(config.eval.data)}),
-            "tokens": config.tokens.model_copy(update={"chat_template": template and name(template)}),
-            "output": config.output.model_copy(update={"dir": None}),
-        }
-    )
+    return map_paths(config, name, written=lambda _: None)

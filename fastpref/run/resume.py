@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.config import Config, load_config
+from fastpref.config.paths import path_marks
 from fastpref.data.template.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
 from fastpref.run.folder import RunFolder, default_folders, step_of
 from fastpref.run.state import read_state
 from fastpref.run.whole import MANIFEST, damage
+
+
+def places(schema: type[Config]) -> tuple[str, ...]:
+    """Return the keys that are a path which is read; values that have paths inside are compared whole."""
+    return tuple(key for key, mark in path_marks(schema) if not mark.written and mark.inside is None)
+
 
 # What does not reach the weights, or only how far they are trained.
 _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",
@@ -27,8 +34,8 @@ _ROUNDING = (
     "model.liger",
 )
 # Places, which may move: what is there is compared by its contents once it is loaded.
-_PLACES = ("model.name", "data.*.path", "tokens.chat_template")
-_OF_THE_FIRST = ("output.dir", "output.push_to", "eval.data.*.path")  # what the first process alone takes, and a place
+_PLACES = places(Config)
+_OF_THE_FIRST = ("output.dir", "output.push_to")  # what the first process alone takes
 
 
 @dataclass(frozen=True)

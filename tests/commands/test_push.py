@@ -125,7 +125,7 @@ def test_a_card_does_not_tell_the_folders_of_the_machine(finished_run: Path):
     assert "own.jinja" in text
     assert str(Path(config.data[0].path).parent) in to_toml(config)
     assert str(Path(config.data[0].path).parent) not in text
-    on_hub = config.model_copy(update={"model": config.model.model_copy(update={"name": "org/model"})})
+    on_hub = config.but({"model.name": "org/model"})
     data: Any = ModelCard(model_card(on_hub, [], "0" * 64, 4)).data
     assert data.base_model == "org/model"
 
