@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
 
 app = typer.Typer(
@@ -68,7 +69,7 @@ def options(
 @app.command(epilog="Example: fastpref init --loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl")
 def init(
     loss: Annotated[
-        str | None, typer.Option(metavar="LOSS", help="dpo (the default), ipo, kto, orpo, simpo or cpo.")
+        str | None, typer.Option(metavar="LOSS", help=f"One of {', '.join(LOSSES)} (default: dpo).")
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model: a folder, or a name on the hub.")
@@ -238,7 +239,7 @@ def report(
     ],
     open_page: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in the browser.")] = False,
     loss: Annotated[
-        str | None, typer.Option(metavar="LOSS", help="The loss of a TRL run: dpo, ipo, kto, orpo, simpo or cpo.")
+        str | None, typer.Option(metavar="LOSS", help=f"The loss of a TRL run, one of {', '.join(LOSSES)}.")
     ] = None,
     beta: Annotated[float | None, typer.Option(metavar="BETA", help="The β of a TRL run.")] = None,
 ) -> None:

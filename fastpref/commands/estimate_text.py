@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.config.losses import KTO
 from fastpref.memory.activations import MARGIN
 from fastpref.memory.estimate import CARDS, GIB, Change, Estimator, Fit, Taken, changes, fits, present_card, usable
 from fastpref.memory.trl import VERSION
@@ -86,7 +85,6 @@ def _cards(estimator: Estimator, least: Taken, card: float | None, console: Cons
 
 def _head(estimator: Estimator) -> str:
     config, largest = estimator.config, estimator.microbatch(estimator.config)
-    what = "row" if isinstance(config.loss, KTO) else "pair"
     plural = "s" if len(largest.examples) > 1 else ""
     where = "a GPU" if estimator.device.type == "cuda" else "a CPU"
     training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
@@ -95,8 +93,8 @@ def _head(estimator: Estimator) -> str:
         bits = f", whose checkpoint lies quantised ({estimator.quantised})"
     return (
         f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n"
-        f"the largest micro-batch: {len(largest.examples)} {what}{plural}, {largest.tokens:,} tokens at once "
-        f"(from {largest.source})"
+        f"the largest micro-batch: {len(largest.examples)} {config.loss.unit}{plural}, {largest.tokens:,} tokens at "
+        f"once (from {largest.source})"
     )
 
 

@@ -1,10 +1,10 @@
-"""The options of every loss, as users write them under `[loss]`; `losses.py` takes them as they are.
+"""The options of each loss, as users write them under [loss] and as `fastpref.losses` takes them.
 
-Apart from `losses.py` so that reading a configuration does not wait for torch.
+Everything that lists losses or describes one derives from the classes here. Nothing here imports torch.
 """
 
 from dataclasses import KW_ONLY
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass
@@ -17,15 +17,31 @@ Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 SORTING_VARIANTS = ("aot", "aot_unpaired")
 
 # Strict by field: a dataclass that is strict as a whole would refuse the table of a config.
-_options = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+loss_table = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 Number = Annotated[float, Strict()]
 Positive = Annotated[float, Strict(), Field(gt=0)]
 NonNegative = Annotated[float, Strict(), Field(ge=0)]
 Smoothing = Annotated[float, Strict(), Field(ge=0, lt=0.5)]
 
 
-@dataclass(frozen=True, config=_options)
-class DPO:
+class Loss:
+    """What the rest of the package asks of a loss; the options of each loss override what differs."""
+
+    suits: ClassVar[str]
+    """Which data and needs the loss suits, to choose by."""
+    uses_reference: ClassVar[bool] = True
+    """Whether the loss compares with a reference model."""
+    paired: ClassVar[bool] = True
+    """Whether an example is a pair of responses; otherwise it is a single response with a label."""
+
+    @property
+    def unit(self) -> str:
+        """What one example is, in messages: "pair" or "response"."""
+        return "pair" if self.paired else "response"
+
+
+@dataclass(frozen=True, config=loss_table)
+class DPO(Loss):
     """Direct preference optimisation and its relatives (names as in TRL); the loss is Σ weight · mean(variant)."""
 
     _: KW_ONLY
@@ -49,7 +65,7 @@ class DPO:
     """WPO: weigh pairs by how likely the policy itself is to write them."""
     discopop_tau: Positive = 0.05
     """The temperature of discopop's blend."""
-    uses_reference: ClassVar[bool] = True
+    suits: ClassVar[str] = "pairs, and memory for a second forward pass a step"
 
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.variants):
@@ -69,8 +85,8 @@ class DPO:
         return bool(set(self.variants) & set(SORTING_VARIANTS))
 
 
-@dataclass(frozen=True, config=_options)
-class IPO:
+@dataclass(frozen=True, config=loss_table)
+class IPO(Loss):
     """Identity preference optimisation: `dpo` with `variants = ["ipo"]`, under its own name."""
 
     _: KW_ONLY
@@ -78,14 +94,14 @@ class IPO:
     """Which loss."""
     beta: Positive = 0.1
     """The paper's τ: the margin aimed at is 1/(2·beta) per token."""
-    uses_reference: ClassVar[bool] = True
+    suits: ClassVar[str] = "pairs with few or deterministic labels, on which DPO overfits"
 
     def as_dpo(self) -> DPO:
         return DPO(beta=self.beta, variants=("ipo",))
 
 
-@dataclass(frozen=True, config=_options)
-class KTO:
+@dataclass(frozen=True, config=loss_table)
+class KTO(Loss):
     """Kahneman-Tversky optimisation of single responses labelled good or bad."""
 
     _: KW_ONLY
@@ -99,11 +115,12 @@ class KTO:
     """The weight of rows labelled false."""
     kl: Literal["batch", "none"] = "batch"
     """The point rewards are compared with: the batch's KL estimate, or 0 ("none": APO-zero, unpaired)."""
-    uses_reference: ClassVar[bool] = True
+    suits: ClassVar[str] = "single responses marked good or bad"
+    paired: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, config=_options)
-class ORPO:
+@dataclass(frozen=True, config=loss_table)
+class ORPO(Loss):
     """Odds ratio preference optimisation: supervised learning plus an odds ratio, without a reference."""
 
     _: KW_ONLY
@@ -113,11 +130,12 @@ class ORPO:
     """The weight of the odds ratio (λ in the paper)."""
     nll_on: Literal["response", "all"] = "response"
     """What the supervised term scores: the chosen response, or the prompt too (the paper's code, TRL)."""
+    suits: ClassVar[str] = "pairs, a base model, and no separate supervised stage"
     uses_reference: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, config=_options)
-class SimPO:
+@dataclass(frozen=True, config=loss_table)
+class SimPO(Loss):
     """Simple preference optimisation: length-normalised rewards and a target margin, without a reference."""
 
     _: KW_ONLY
@@ -135,6 +153,7 @@ class SimPO:
     """The weight of the chosen response's mean negative log-likelihood."""
     alpha: Number = 0.0
     """AlphaPO: the shape of the reward; 0 is the log-probability."""
+    suits: ClassVar[str] = "pairs, and the least memory and time"
     uses_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -148,8 +167,8 @@ class SimPO:
         return self.beta * (0.5 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
 
-@dataclass(frozen=True, config=_options)
-class CPO:
+@dataclass(frozen=True, config=loss_table)
+class CPO(Loss):
     """Contrastive preference optimisation: DPO with a uniform reference, plus supervised learning."""
 
     _: KW_ONLY
@@ -165,6 +184,7 @@ class CPO:
     """The weight of the chosen response's mean negative log-likelihood."""
     alpha: Number = 0.0
     """AlphaPO: the shape of the reward; 0 is the log-probability."""
+    suits: ClassVar[str] = "pairs whose chosen side is worth imitating"
     uses_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -173,8 +193,10 @@ class CPO:
 
 
 LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO
+LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
+"""The losses by the names that `loss.type` takes."""
 
 
 def compares_neighbours(loss: LossOptions, rows: int) -> bool:
-    """Whether a step of so many rows also takes each prompt with the next row's response: for KTO's KL."""
+    """Return whether a step of `rows` rows also pairs each prompt with the response of the next row, for KTO's KL."""
     return isinstance(loss, KTO) and loss.kl == "batch" and rows > 1

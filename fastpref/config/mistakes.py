@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fastpref.config.annotations import classes_in
+from fastpref.config.losses import LOSSES
 
 Path = tuple[str | int, ...]
 
@@ -124,9 +125,6 @@ def _line_number(message: str) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-_LOSS_TYPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
-
-
 def _named_key(path: Path, message: str, lines: TomlLines) -> tuple[Path, str]:
     """A table's own check begins with the key it is about, as in `eval.every: …` or `weights has …`."""
     words = re.match(r"([\w.]+)(: )?", message)
@@ -148,7 +146,7 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 def _without_tags(loc: tuple[str | int, ...], kind: str) -> Path:
     """Drop what pydantic adds to a location: the chosen member of a union."""
-    path = [p for i, p in enumerate(loc) if not (i == 1 and loc[0] == "loss" and p in _LOSS_TYPES)]
+    path = [p for i, p in enumerate(loc) if not (i == 1 and loc[0] == "loss" and p in LOSSES)]
     if kind in _UNKNOWN:
         return tuple(path)  # a user's words; unions have no keys
     if kind == "union_tag_invalid":
@@ -159,7 +157,7 @@ def _without_tags(loc: tuple[str | int, ...], kind: str) -> Path:
 def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
     kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind in _UNKNOWN:
-        owners = [t for t in _LOSS_TYPES if path[0] == "loss" and path[-1] in _loss_keys(schema, t)]
+        owners = [name for name, options in LOSSES.items() if path[0] == "loss" and path[-1] in _keys(options)]
         if owners:
             return f"this loss has no such key; it belongs to {', '.join(owners)}"
         return "unknown key" + _suggest(str(path[-1]), path[:-1], schema)
@@ -167,12 +165,12 @@ def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
         return "is missing" + (", add a table [[data]] with a path" if path == ("data",) else "")
     if kind == "union_tag_invalid":
         tag = context["tag"]
-        return f"must be one of {', '.join(_LOSS_TYPES)}, got {tag!r}" + _close(tag, list(_LOSS_TYPES))
+        return f"must be one of {', '.join(LOSSES)}, got {tag!r}" + _close(tag, list(LOSSES))
     if kind == "literal_error":
         if isinstance(given, list) and str(problem["loc"][-1]).startswith("literal["):
             return None  # a union that takes lists too: the entries say what is wrong
         if path == ("loss", "type"):
-            context = {"expected": ", ".join(_LOSS_TYPES)}
+            context = {"expected": ", ".join(LOSSES)}
         choices = [c.strip("'") for c in context["expected"].replace(" or ", ", ").split(", ")]
         return f"must be one of {', '.join(choices)}, got {given!r}" + _close(str(given), choices)
     if kind == "value_error":
@@ -210,7 +208,7 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
     yield name, list(annotations)
     for key, annotation in annotations.items():
         inner = list(classes_in(annotation))
-        keys = [f.name for c in inner if is_dataclass(c) for f in fields(c) if f.name != "_"]
+        keys = [key for c in inner if is_dataclass(c) for key in _keys(c)]
         path = f"{name}.{key}" if name else key
         if keys:
             yield path, list(dict.fromkeys(keys))
@@ -219,6 +217,6 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
                 yield from _tables(c, path)
 
 
-def _loss_keys(schema: type[BaseModel], loss: str) -> set[str]:
-    options = classes_in(schema.model_fields["loss"].annotation)
-    return {f.name for c in options if c.__name__.lower() == loss and is_dataclass(c) for f in fields(c)}
+def _keys(options: Any) -> list[str]:
+    """The keys of a loss."""
+    return [field.name for field in fields(options) if field.name != "_"]

@@ -8,18 +8,18 @@ from typing import Annotated, Any, Literal, Self, get_type_hints
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
+    GetCoreSchemaHandler,
     PlainValidator,
     Strict,
-    Tag,
     TypeAdapter,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import core_schema
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, NonNegative, Positive, SimPO
+from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions, NonNegative, Positive
 from fastpref.config.paths import PathMark, ReadPath, WrittenPath
 
 
@@ -257,20 +257,18 @@ class LogConfig(_Section):
     """Where else metrics go; each needs its package."""
 
 
-def _loss_tag(value: Any) -> str:
+class _ByType:
+    """Makes the losses a union that is told apart by `type`; without a type it is DPO."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(_: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        choices = {name: handler.generate_schema(options) for name, options in LOSSES.items()}
+        return core_schema.tagged_union_schema(choices, _loss_type)
+
+
+def _loss_type(value: Any) -> str:
     kind = value.get("type", "dpo") if isinstance(value, dict) else getattr(value, "type", "dpo")
     return kind if isinstance(kind, str) else "dpo"
-
-
-LossConfig = Annotated[
-    Annotated[DPO, Tag("dpo")]
-    | Annotated[IPO, Tag("ipo")]
-    | Annotated[KTO, Tag("kto")]
-    | Annotated[ORPO, Tag("orpo")]
-    | Annotated[SimPO, Tag("simpo")]
-    | Annotated[CPO, Tag("cpo")],
-    Discriminator(_loss_tag),
-]
 
 
 class Config(_Section):
@@ -280,7 +278,7 @@ class Config(_Section):
     """The model to train."""
     lora: LoraConfig | None = None
     """Train adapters; without this table the whole model is trained."""
-    loss: LossConfig = Field(default_factory=DPO)
+    loss: Annotated[LossOptions, _ByType] = Field(default_factory=DPO)
     """What is optimised; the other keys depend on its type."""
     data: Annotated[tuple[DataConfig, ...], Strict(False), Field(min_length=1)]
     """The preferences to train on; several [[data]] are joined."""
@@ -353,7 +351,7 @@ class Config(_Section):
         for key, value in changes.items():
             table, _, name = key.partition(".")
             if name:
-                current = tables[table] if table in tables else getattr(self, table, None) or {}
+                current = (tables[table] if table in tables else getattr(self, table, None)) or {}
                 value = {**(current if isinstance(current, Mapping) else vars(current)), name: value}
             tables[table] = value
         return self.model_copy(update={t: _table(type(self), t).validate_python(v) for t, v in tables.items()})

@@ -3,14 +3,14 @@
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fastpref.config import Config
 from fastpref.config.annotations import classes_in
-from fastpref.config.losses import LossOptions
+from fastpref.config.losses import LOSSES
 from fastpref.config.mistakes import TomlLines, explain
 from fastpref.config.toml import toml_value
 
@@ -81,14 +81,10 @@ def sections() -> dict[str, FieldInfo]:
 def keys_of(section: str, loss: str) -> Mapping[str, FieldInfo]:
     """The keys of a table, with their defaults and meanings; those of [loss] belong to a loss."""
     if section == "loss":
-        options: Any = loss_options(loss)
+        options: Any = LOSSES[loss]
         return {name: info for name, info in options.__pydantic_fields__.items() if name != "_"}
     tables = classes_in(Config.model_fields[section].annotation)
     return next(table for table in tables if issubclass(table, BaseModel)).model_fields
-
-
-def loss_options(loss: str) -> type[LossOptions]:
-    return next(options for options in get_args(LossOptions) if options.type == loss)
 
 
 def is_array(section: str) -> bool:

@@ -204,7 +204,7 @@ class _Found:
 
 def _gather(sources: Sequence[DataConfig], config: Config, found: _Found, fraction: float) -> tuple[Rows, Rows]:
     """The rows of several sources, one after the other, and those that `fraction` holds out."""
-    opened = [_source(data, config.loss.type == "kto") for data in sources]
+    opened = [_source(data, not config.loss.paired) for data in sources]
     train, heldout = Rows(opened), Rows(opened)
     seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
     surveys: list[tuple[_Kept, array[int]]] = []  # with the rows that their weight uses

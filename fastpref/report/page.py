@@ -8,7 +8,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastpref.config.losses import KTO
 from fastpref.data.example import Counts
 from fastpref.health import RULES, diagnose
 from fastpref.health.bands import Band, bands
@@ -219,8 +218,10 @@ def _speed(run: Run) -> list[tuple[str, str]]:
     seconds, memory = run.facts.get("seconds"), run.facts.get("memory")
     if seconds:
         found.append(("time in all", duration(float(seconds))))
-    examples = "responses" if isinstance(run.known.loss, KTO) else "pairs"
-    for name, said in (("pairs_per_second", f"{examples} a second"), ("tokens_per_second", "tokens a second")):
+    for name, said in (
+        ("pairs_per_second", f"{run.known.loss.unit}s a second"),
+        ("tokens_per_second", "tokens a second"),
+    ):
         series = run.history[name]
         if len(series):
             found.append((f"{said}, median", number(float(np.median(series.values)))))

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from fastpref.config import load_config
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.config.losses import LOSSES, LossOptions
 from fastpref.errors import UserError
 from fastpref.health import Known, known_of
 from fastpref.run.history import HELDOUT, METRICS, History, read_facts, read_rows
 
 TRL_STATE = "trainer_state.json"
-_METHODS = {"dpo": DPO, "ipo": IPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "cpo": CPO}
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,13 @@ def trl_row(entry: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _method(history: History, loss: str | None, beta: float | None) -> tuple[LossOptions, str]:
     """The loss that is named, or that the logged names and numbers are of."""
-    if loss is not None and loss not in _METHODS:
-        raise UserError(f"--loss {loss}: not one of {', '.join(_METHODS)}")
+    if loss is not None and loss not in LOSSES:
+        raise UserError(f"--loss {loss}: not one of {', '.join(LOSSES)}")
     if beta is not None and beta <= 0:
         raise UserError(f"--beta {beta}: must be above 0")
     name = loss or _guess(history)
-    options = _METHODS[name](**({} if beta is None else {"beta": beta}))
+    given: dict[str, Any] = {} if beta is None else {"beta": beta}
+    options = LOSSES[name](**given)
     taken = f"{name.upper()} with β {options.beta:g}"
     return options, taken if loss else f"TRL's log does not name its loss: taken for {taken}; see --loss and --beta"
 

@@ -40,11 +40,10 @@ def model_card(
         tags=["fastpref", config.loss.type, *(["lora"] if adapter else [])],
     )
     what = "A LoRA adapter for" if adapter else "A model fine-tuned from"
-    pairs = "rows" if config.loss.type == "kto" else "pairs"
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, {config.loss.type.upper()}\n\n"
         f"{what} `{base}`, trained by preferences ({config.loss.type.upper()}) with fastpref {__version__}: {steps} "
-        f"steps of {config.train.batch} {pairs}.\n\n"
+        f"steps of {config.train.batch} {config.loss.unit}s.\n\n"
         f"{_held_out(list(rows))}## Data\n\n"
         f"{', '.join(f'`{d.path}`' for d in shown.data)}; the training examples' tokens have the SHA-256\n"
         f"`{data_fingerprint}`.\n\n"

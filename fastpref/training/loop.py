@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from fastpref.commands.push import check_login, push
 from fastpref.config import Config, load_config
-from fastpref.config.losses import KTO
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Example
 from fastpref.data.table import Examples
@@ -185,7 +184,7 @@ class _Run:
         train = config.train
         self.steps = train.steps or math.ceil(train.epochs * len(examples) / train.batch)
         console = None if processes.first else Console(quiet=True)
-        self.what = "responses" if isinstance(config.loss, KTO) else "pairs"
+        self.what = f"{config.loss.unit}s"
         done = resumed.state["progress"]["step"] if resumed else 0
         self.display = Display(self.steps, done, console, examples=self.what)
         self.notes: list[str] = _end_notes(text, stop_at(loaded.model, text.ends.values()))
