@@ -54,7 +54,10 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+_NAMES = ", ".join(options.__name__ for options in LOSSES.values())
+
+
+@app.callback(help=f"Train language models on preferences ({_NAMES}) on one GPU, or more slowly on a CPU.")
 def options(
     version: Annotated[
         bool,
@@ -63,7 +66,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Train language models on preferences (DPO, IPO, KTO, ORPO, SimPO, CPO) on one GPU, or more slowly on a CPU."""
+    """Take the options of `fastpref` itself."""
 
 
 @app.command(epilog="Example: fastpref init --loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl")
