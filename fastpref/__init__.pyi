@@ -17,3 +17,4 @@ from fastpref.training.loop import RunResult as RunResult
 from fastpref.training.loop import train as train
 
 __version__: str
+__all__: list[str]

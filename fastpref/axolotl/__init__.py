@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastpref.axolotl.left_out import EVEN_IF_OFF, REASONS
+from fastpref.axolotl.left_out import EVEN_IF_OFF, reason_for
 from fastpref.axolotl.rules import RULES
 from fastpref.axolotl.source import Axolotl, Left, Setting, read
 from fastpref.commands.init import kept
@@ -66,9 +66,9 @@ def name_of(key: Sequence[str | int]) -> str:
 
 
 def _made(config: Axolotl) -> Iterator[Setting | Left]:
-    known = set(REASONS)
+    ruled: set[str] = set()
     for rule in RULES:
-        known |= set(rule.fields)
+        ruled |= set(rule.fields)
         if config.method in rule.methods:
             yield from rule.make(config)
         else:
@@ -76,10 +76,13 @@ def _made(config: Axolotl) -> Iterator[Setting | Left]:
                 if config.get(field) not in _OFF:
                     yield Left(field, f"means nothing to rl: {config.method}")
     for field, value in config.values.items():
-        if field not in known:
+        if field in ruled:
+            continue
+        reason = reason_for(field)
+        if reason is None:
             yield Left(field, "unknown field")
-        elif field in REASONS and (value not in _OFF or field in EVEN_IF_OFF):
-            yield Left(field, REASONS[field])
+        elif value not in _OFF or field in EVEN_IF_OFF:
+            yield Left(field, reason)
 
 
 def _placed(word: Setting | Left, home: Path, folder: Path) -> Setting | Left:

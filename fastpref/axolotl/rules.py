@@ -153,9 +153,15 @@ RULES = (
         ("gradient_accumulation_steps", "micro_batch_size", "batch_size"),
         ("train.batch", "train.tokens_per_microbatch"),
         run.batch,
-        "accumulation × micro-batch, on one GPU; micro-batch × 2 responses × `sequence_len` tokens at once",
+        "accumulation × micro-batch of one device; multiply it by the number of yours. Micro-batch × 2 responses × "
+        "`sequence_len` tokens are computed at once",
     ),
-    Rule(("optimizer",), ("train.optimizer",), run.optimizer, "AdamW's names: adamw, adamw_8bit or paged_adamw_8bit"),
+    Rule(
+        ("optimizer",),
+        ("train.optimizer",),
+        run.optimizer,
+        "the kinds of AdamW: adamw, adamw_8bit, paged_adamw or paged_adamw_8bit",
+    ),
     _same("weight_decay", "train.weight_decay", as_number),
     _same("max_grad_norm", "train.max_grad_norm", as_number),
     Rule(

@@ -99,7 +99,7 @@ def schedule(config: Axolotl) -> Made:
 
 OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_apex_fused": "adamw",
-    "optimi_adamw": "adamw", "paged_adamw": "adamw", "paged_adamw_32bit": "adamw", "adamw_torch_xla": "adamw",
+    "optimi_adamw": "adamw", "adamw_torch_xla": "adamw", "paged_adamw_32bit": "paged_adamw",
     "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
     "ao_adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
