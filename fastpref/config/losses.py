@@ -25,10 +25,10 @@ Smoothing = Annotated[float, Strict(), Field(ge=0, lt=0.5)]
 
 
 class Loss:
-    """What the rest of the package asks of a loss; the options of each loss override what differs."""
+    """What the rest of the package needs to know of a loss; the options of a loss override what differs."""
 
     suits: ClassVar[str]
-    """Which data and needs the loss suits, to choose by."""
+    """The data and needs that the loss suits, to choose a loss by."""
     uses_reference: ClassVar[bool] = True
     """Whether the loss compares with a reference model."""
     paired: ClassVar[bool] = True
@@ -42,29 +42,29 @@ class Loss:
 
 @dataclass(frozen=True, config=loss_table)
 class DPO(Loss):
-    """Direct preference optimisation and its relatives (names as in TRL); the loss is Σ weight · mean(variant)."""
+    """Direct preference optimization and its variants, named as in TRL; the loss is Σ weight · mean(variant)."""
 
     _: KW_ONLY
     type: Literal["dpo"] = "dpo"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference."""
+    """Sets how strongly the policy is kept near the reference."""
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("sigmoid",)
-    """Which losses to add up."""
+    """Names the losses to add up."""
     weights: tuple[Number, ...] | None = None
-    """One weight a variant; all 1 if left out."""
+    """Gives each variant a weight; by default all are 1."""
     label_smoothing: Smoothing = 0.0
-    """How often labels are taken to be flipped; used by sigmoid, exo_pair, robust, aot and aot_unpaired."""
+    """Sets the assumed share of flipped labels, for sigmoid, exo_pair, robust, aot and aot_unpaired."""
     f_divergence: Divergence = "reverse_kl"
-    """What replaces the log-ratio in the losses of a difference."""
+    """Chooses the divergence that the losses of a difference use; reverse_kl is the log-ratio."""
     f_alpha: Number = 0.5
-    """The coefficient of f_divergence = "alpha"."""
+    """Sets the coefficient of f_divergence = "alpha"."""
     length_alpha: Annotated[float, Strict(), Field(ge=0, le=1)] = 1.0
-    """LD-DPO: the weight of tokens past the shorter response's length."""
+    """Weighs the tokens beyond the length of the shorter response (LD-DPO)."""
     weighting: Annotated[bool, Strict()] = False
-    """WPO: weigh pairs by how likely the policy itself is to write them."""
+    """Weighs pairs by how likely the policy itself is to write them (WPO)."""
     discopop_tau: Positive = 0.05
-    """The temperature of discopop's blend."""
+    """Sets the temperature of discopop."""
     suits: ClassVar[str] = "pairs, and memory for a second forward pass a step"
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class DPO(Loss):
         if len(set(self.variants)) != len(self.variants):
             raise ValueError(f"variants names a loss twice: {', '.join(self.variants)}")
         if self.label_smoothing and "ipo" in self.variants:
-            raise ValueError("label_smoothing has no meaning for ipo; set it to 0")
+            raise ValueError("label_smoothing has no effect on ipo; set it to 0")
         if "exo_pair" in self.variants and not self.label_smoothing:
             raise ValueError("variants: exo_pair needs label_smoothing above 0, such as 1e-3")
         if self.weighting and set(self.variants) & set(SORTING_VARIANTS):
@@ -81,19 +81,19 @@ class DPO(Loss):
 
     @property
     def sorts_step(self) -> bool:
-        """Whether a variant compares pairs of the whole step with each other."""
+        """Whether a variant sorts the pairs of the whole step, and so needs all of them before any gradient."""
         return bool(set(self.variants) & set(SORTING_VARIANTS))
 
 
 @dataclass(frozen=True, config=loss_table)
 class IPO(Loss):
-    """Identity preference optimisation: `dpo` with `variants = ["ipo"]`, under its own name."""
+    """Identity preference optimization: `dpo` with `variants = ["ipo"]`, under its own name."""
 
     _: KW_ONLY
     type: Literal["ipo"] = "ipo"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 0.1
-    """The paper's τ: the margin aimed at is 1/(2·beta) per token."""
+    """Sets τ of the paper: the target margin is 1/(2·beta) per token."""
     suits: ClassVar[str] = "pairs with few or deterministic labels, on which DPO overfits"
 
     def as_dpo(self) -> DPO:
@@ -102,63 +102,65 @@ class IPO(Loss):
 
 @dataclass(frozen=True, config=loss_table)
 class KTO(Loss):
-    """Kahneman-Tversky optimisation of single responses labelled good or bad."""
+    """Kahneman-Tversky optimization of single responses that are labelled good or bad."""
 
     _: KW_ONLY
     type: Literal["kto"] = "kto"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference."""
+    """Sets how strongly the policy is kept near the reference."""
     desirable_weight: NonNegative = 1.0
-    """The weight of rows labelled true."""
+    """Weighs the rows that are labelled true."""
     undesirable_weight: NonNegative = 1.0
-    """The weight of rows labelled false."""
+    """Weighs the rows that are labelled false."""
     kl: Literal["batch", "none"] = "batch"
-    """The point rewards are compared with: the batch's KL estimate, or 0 ("none": APO-zero, unpaired)."""
+    """Chooses what rewards are compared with: the KL estimate of the batch, or 0 ("none", which is unpaired APO-
+    zero)."""
     suits: ClassVar[str] = "single responses marked good or bad"
     paired: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, config=loss_table)
 class ORPO(Loss):
-    """Odds ratio preference optimisation: supervised learning plus an odds ratio, without a reference."""
+    """Odds ratio preference optimization: supervised learning plus an odds ratio, without a reference."""
 
     _: KW_ONLY
     type: Literal["orpo"] = "orpo"
-    """Which loss."""
+    """Selects the loss."""
     beta: NonNegative = 0.1
-    """The weight of the odds ratio (λ in the paper)."""
+    """Weighs the odds ratio (λ in the paper)."""
     nll_on: Literal["response", "all"] = "response"
-    """What the supervised term scores: the chosen response, or the prompt too (the paper's code, TRL)."""
+    """Chooses what the supervised term scores: the chosen response, or the prompt too (as the paper's code and TRL
+    do)."""
     suits: ClassVar[str] = "pairs, a base model, and no separate supervised stage"
     uses_reference: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, config=loss_table)
 class SimPO(Loss):
-    """Simple preference optimisation: length-normalised rewards and a target margin, without a reference."""
+    """Simple preference optimization: length-normalized rewards and a target margin, without a reference."""
 
     _: KW_ONLY
     type: Literal["simpo"] = "simpo"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 2.0
-    """The scale of the average log-probability."""
+    """Scales the average log-probability."""
     gamma: Number | None = None
-    """The target margin γ; 0.5 · beta if neither it nor gamma_beta_ratio is given."""
+    """Sets the target margin γ; the default is 0.5 · beta."""
     gamma_beta_ratio: Number | None = None
-    """The target margin as γ/beta, instead of gamma."""
+    """Sets the target margin as γ/beta, in place of gamma."""
     label_smoothing: Smoothing = 0.0
-    """How often labels are taken to be flipped."""
+    """Sets the assumed share of flipped labels."""
     sft_weight: NonNegative = 0.0
-    """The weight of the chosen response's mean negative log-likelihood."""
+    """Weighs the mean negative log-likelihood of the chosen response."""
     alpha: Number = 0.0
-    """AlphaPO: the shape of the reward; 0 is the log-probability."""
+    """Shapes the reward as in AlphaPO; 0 is the log-probability."""
     suits: ClassVar[str] = "pairs, and the least memory and time"
     uses_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.gamma is not None and self.gamma_beta_ratio is not None:
-            raise ValueError("gamma and gamma_beta_ratio say the same thing; give one of them")
+            raise ValueError("gamma and gamma_beta_ratio both set the target margin; remove one of them")
 
     @property
     def margin(self) -> float:
@@ -169,27 +171,27 @@ class SimPO(Loss):
 
 @dataclass(frozen=True, config=loss_table)
 class CPO(Loss):
-    """Contrastive preference optimisation: DPO with a uniform reference, plus supervised learning."""
+    """Contrastive preference optimization: DPO with a uniform reference, plus supervised learning."""
 
     _: KW_ONLY
     type: Literal["cpo"] = "cpo"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 0.1
-    """The scale of the log-probability."""
+    """Scales the log-probability."""
     variant: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """The loss of the difference; "ipo" takes averages per token."""
+    """Chooses the loss of the difference; "ipo" takes averages per token."""
     label_smoothing: Smoothing = 0.0
-    """How often labels are taken to be flipped; sigmoid only."""
+    """Sets the assumed share of flipped labels, for sigmoid only."""
     sft_weight: NonNegative = 1.0
-    """The weight of the chosen response's mean negative log-likelihood."""
+    """Weighs the mean negative log-likelihood of the chosen response."""
     alpha: Number = 0.0
-    """AlphaPO: the shape of the reward; 0 is the log-probability."""
+    """Shapes the reward as in AlphaPO; 0 is the log-probability."""
     suits: ClassVar[str] = "pairs whose chosen side is worth imitating"
     uses_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.label_smoothing and self.variant != "sigmoid":
-            raise ValueError(f"label_smoothing has no meaning for variant = {self.variant!r}; set it to 0")
+            raise ValueError(f"label_smoothing has no effect on variant = {self.variant!r}; set it to 0")
 
 
 LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO
