@@ -14,10 +14,10 @@ from fastpref.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a TOML file, apply `key=value` overrides, check everything.
+    """Read a TOML file, apply `key=value` overrides, and validate the result.
 
-    Relative paths of models, data and templates that exist beside the file are taken from there, others from the
-    working directory. Raises UserError with one line for each mistake: `cfg.toml:LINE: key: what is wrong`.
+    A relative path that exists in the folder of the file means that one; otherwise it is relative to the working
+    directory. Raises UserError with one line for each mistake: `cfg.toml:LINE: key: what is wrong`.
     """
     path = Path(path)
     try:
@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder; a config is a .toml file") from None
+        raise UserError(f"{path}: this is a folder; name a .toml file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def make_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """A config from its tables, with overrides; relative paths are of the working directory. Raises UserError."""
+    """Make a config of its tables and overrides; paths are relative to the working directory. Raises UserError."""
     return _checked(raw, overrides, TomlLines("the command line", ""), Path.cwd())
 
 
@@ -53,7 +53,7 @@ def _checked(raw: dict[str, Any], overrides: Iterable[str], lines: TomlLines, fo
 
 
 def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
-    """Set one `a.b=value` in the raw tables. The value is TOML; a bare word is taken as a string."""
+    """Set one `a.b=value` in the raw tables. The value is TOML; a bare word is a string."""
     key, equals, value = override.partition("=")
     keys = key.strip().split(".")
     if not equals or not all(keys):

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 import fastpref
+from fastpref.commands.push import push
 from fastpref.config import load_config
 from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
@@ -140,4 +141,4 @@ def test_not_reaching_the_hub_is_a_message(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(HfApi, "create_repo", method)
     with pytest.raises(UserError, match=r"me/mine: .* could not be uploaded: 403 Forbidden"):
-        fastpref.commands.push.push(tmp_path, "me/mine")
+        push(tmp_path, "me/mine")
