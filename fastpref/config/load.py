@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder; name a .toml file") from None
+        raise UserError(f"{path}: this is a folder; a config is a .toml file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:

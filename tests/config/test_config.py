@@ -382,7 +382,7 @@ def test_mistakes_of_a_whole_file(tmp_path: Path, text: str, said: list[str]):
     ("make", "what"),
     [
         (lambda path: None, "there is no such file"),
-        (lambda path: path.mkdir(), "this is a folder; name a .toml file"),
+        (lambda path: path.mkdir(), "this is a folder; a config is a .toml file"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "cannot be read: 'utf-8' codec can't decode"),
     ],
     ids=["missing", "a folder", "not text"],
