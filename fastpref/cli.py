@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
 
 app = typer.Typer(
@@ -53,7 +54,10 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+_NAMES = ", ".join(options.__name__ for options in LOSSES.values())
+
+
+@app.callback(help=f"Train language models on preferences ({_NAMES}) on one GPU, or more slowly on a CPU.")
 def options(
     version: Annotated[
         bool,
@@ -62,13 +66,13 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Train language models on preferences (DPO, IPO, KTO, ORPO, SimPO, CPO) on one GPU, or more slowly on a CPU."""
+    """Take the options of `fastpref` itself."""
 
 
 @app.command(epilog="Example: fastpref init --loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl")
 def init(
     loss: Annotated[
-        str | None, typer.Option(metavar="LOSS", help="dpo (the default), ipo, kto, orpo, simpo or cpo.")
+        str | None, typer.Option(metavar="LOSS", help=f"One of {', '.join(LOSSES)} (default: dpo).")
     ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model: a folder, or a name on the hub.")
@@ -238,7 +242,7 @@ def report(
     ],
     open_page: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in the browser.")] = False,
     loss: Annotated[
-        str | None, typer.Option(metavar="LOSS", help="The loss of a TRL run: dpo, ipo, kto, orpo, simpo or cpo.")
+        str | None, typer.Option(metavar="LOSS", help=f"The loss of a TRL run, one of {', '.join(LOSSES)}.")
     ] = None,
     beta: Annotated[float | None, typer.Option(metavar="BETA", help="The β of a TRL run.")] = None,
 ) -> None:

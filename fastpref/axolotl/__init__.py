@@ -1,6 +1,7 @@
-"""`fastpref init --from-axolotl`: an Axolotl config of a preference method as one of ours.
+"""`fastpref init --from-axolotl`: translate an Axolotl config of a preference method.
 
-source.py reads it, rules.py and rows.py translate field by field, left_out.py says why others have no counterpart.
+source.py reads the config, rules.py and rows.py translate it field by field, and left_out.py has the reasons of the
+fields without a counterpart.
 """
 
 import re
@@ -10,22 +11,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastpref.axolotl.left_out import EVEN_IF_OFF, REASONS
+from fastpref.axolotl.left_out import EVEN_IF_OFF, reason_for
 from fastpref.axolotl.rules import RULES
 from fastpref.axolotl.source import Axolotl, Left, Setting, read
 from fastpref.commands.init import kept
+from fastpref.config import Config
+from fastpref.config.paths import path_marks
 from fastpref.config.text import Line, Table, mistake, render, sections
 from fastpref.config.toml import toml_value
 
 __all__ = ["Left", "Setting", "Translation", "translate"]
 
 
+_MARKS = dict(path_marks(Config))
 _OFF = (False, 0, "", [], {})
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What the schema takes, what it refuses with its reason, and the fields that are left out with theirs."""
+    """The settings that the schema accepts, those it refuses, and the fields that are left out, with the reasons."""
 
     source: Path
     settings: tuple[Setting, ...]
@@ -34,7 +38,7 @@ class Translation:
 
     @property
     def left_out(self) -> list[str]:
-        """A line for each field that is not taken over: its name and why."""
+        """One line for each field that is not taken over: its name and the reason."""
         refused = [
             f"{', '.join(setting.fields)}: would be {name_of(setting.key)} = {toml_value(setting.value)}: {reason}"
             for setting, reason in self.refused
@@ -43,29 +47,31 @@ class Translation:
 
     @property
     def text(self) -> str:
-        """The config, with what was left out as comments."""
-        intro = [f"Translated from {self.source.name} by fastpref init. Beside a key is the field it comes from."]
+        """The text of the config, which lists what was left out in comments."""
+        intro = [
+            f"Translated from {self.source.name} by fastpref init. The comment of a key names the field it comes from."
+        ]
         ending = ["Not taken over:", *(f" {line}" for line in self.left_out)] if self.left_out else []
         return render(intro, _tables(self), ending)
 
 
 def translate(path: Path, folder: Path) -> Translation:
-    """The config for a file in `folder`. Raises UserError for what is no Axolotl config of a preference method."""
+    """Translate a file into a config for `folder`. Raises UserError unless it configures a preference method."""
     config = read(path)
-    made = [_placed(word, path.parent, folder) for word in _made(config)]
-    settings, refused = _accepted([word for word in made if isinstance(word, Setting)])
-    return Translation(path, settings, refused, tuple(dict.fromkeys(word for word in made if isinstance(word, Left))))
+    words = [_placed(word, path.parent, folder) for word in _translated(config)]
+    settings, refused = _accepted([word for word in words if isinstance(word, Setting)])
+    return Translation(path, settings, refused, tuple(dict.fromkeys(word for word in words if isinstance(word, Left))))
 
 
 def name_of(key: Sequence[str | int]) -> str:
-    """A key in words: data[0].path."""
+    """Return a key as people write it: data[0].path."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
 
 
-def _made(config: Axolotl) -> Iterator[Setting | Left]:
-    known = set(REASONS)
+def _translated(config: Axolotl) -> Iterator[Setting | Left]:
+    ruled: set[str] = set()
     for rule in RULES:
-        known |= set(rule.fields)
+        ruled |= set(rule.fields)
         if config.method in rule.methods:
             yield from rule.make(config)
         else:
@@ -73,36 +79,33 @@ def _made(config: Axolotl) -> Iterator[Setting | Left]:
                 if config.get(field) not in _OFF:
                     yield Left(field, f"means nothing to rl: {config.method}")
     for field, value in config.values.items():
-        if field not in known:
+        if field in ruled:
+            continue
+        reason = reason_for(field)
+        if reason is None:
             yield Left(field, "unknown field")
-        elif field in REASONS and (value not in _OFF or field in EVEN_IF_OFF):
-            yield Left(field, REASONS[field])
+        elif value not in _OFF or field in EVEN_IF_OFF:
+            yield Left(field, reason)
 
 
 def _placed(word: Setting | Left, home: Path, folder: Path) -> Setting | Left:
-    """A setting whose paths, written for the folder Axolotl is started in, mean the same in a config in `folder`."""
+    """Rewrite the paths of a setting, as Axolotl finds them, so that they mean the same in `folder`."""
     if isinstance(word, Left):
         return word
-    is_path = word.key[-1] == "path" or word.key in (("model", "name"), ("tokens", "chat_template"))
-    if is_path and isinstance(word.value, str):
-        return replace(word, value=kept(word.value, folder, (home,)))
-    if word.key[-1] == "format" and isinstance(word.value, dict) and isinstance(word.value.get("chat_template"), str):
-        template = kept(word.value["chat_template"], folder, (home,))
-        return replace(word, value={**word.value, "chat_template": template})
-    return word
+    mark = _MARKS.get(".".join("*" if isinstance(part, int) else part for part in word.key))
+    if mark is None or mark.written:
+        return word
+    return replace(word, value=mark.map(word.value, lambda path: kept(path, folder, (home,))))
 
 
 def _accepted(settings: list[Setting]) -> tuple[tuple[Setting, ...], tuple[tuple[Setting, str], ...]]:
-    """The settings that the schema takes, one after the other, and the others with what it says.
-
-    So a key that this version refuses is left out, and taken over by one that knows it.
-    """
+    """Return the settings that the schema accepts, tried one after the other, and the refused ones with the reason."""
     raw: dict[str, Any] = {}
     for setting in settings:
         if setting.key == ("model", "name") or (setting.key[0] == "data" and setting.key[-1] == "path"):
             _put(raw, setting)
     waiting, refused = settings, {}
-    while True:  # a setting may need one that comes after it
+    while True:  # a setting may need another one that comes after it
         refused = {}
         for setting in waiting:
             tried = deepcopy(raw)
@@ -115,8 +118,8 @@ def _accepted(settings: list[Setting]) -> tuple[tuple[Setting, ...], tuple[tuple
         if len(refused) == len(waiting):
             break
         waiting = [setting for setting in waiting if setting.key in refused]
-    taken = tuple(setting for setting in settings if setting.key not in refused)
-    return taken, tuple((setting, refused[setting.key]) for setting in waiting)
+    accepted = tuple(setting for setting in settings if setting.key not in refused)
+    return accepted, tuple((setting, refused[setting.key]) for setting in waiting)
 
 
 def _put(raw: dict[str, Any], setting: Setting) -> None:
@@ -132,7 +135,7 @@ def _put(raw: dict[str, Any], setting: Setting) -> None:
 
 
 def _short(reason: str, setting: Setting) -> str:
-    """What the schema says, without the key's name and the list of all that is known."""
+    """Shorten a message of the schema by the name of the key and by the list of all formats."""
     named = reason.removeprefix(name_of(setting.key)).removeprefix(f"{setting.key[0]}: ").lstrip(": ")
     return re.sub(r"; leave the key out$", "", re.sub(r"known are .*", "docs/data.md has all, and your own", named))
 
@@ -142,8 +145,8 @@ def _short(reason: str, setting: Setting) -> str:
 
 def _tables(translation: Translation) -> list[Table]:
     headers: dict[tuple[str | int, ...], list[Line]] = {}
-    told = [(setting, "") for setting in translation.settings] + list(translation.refused)
-    for setting, reason in told:
+    lines = [(setting, "") for setting in translation.settings] + list(translation.refused)
+    for setting, reason in lines:
         if setting.key == ("lora",):
             headers.setdefault(("lora",), [])
             continue

@@ -1,4 +1,4 @@
-"""From Axolotl's fields to ours: the model, its adapters and the loss."""
+"""Rules for the model, its adapters and the loss."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Axolotl's `datasets` and `test_datasets` as [[data]] and [[eval.data]]."""
+"""Translate `datasets` and `test_datasets` of Axolotl into [[data]] and [[eval.data]]."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -62,7 +62,7 @@ _OF_CHATS = (
 
 
 def entries(config: Axolotl, field: str, section: tuple[str, ...]) -> Iterator[Setting | Left]:
-    """The sources of `datasets` or `test_datasets`."""
+    """Translate the entries of `datasets` or `test_datasets`."""
     listed = config.get(field)
     if listed is None:
         return
@@ -83,7 +83,7 @@ def entries(config: Axolotl, field: str, section: tuple[str, ...]) -> Iterator[S
 
 
 def _paths(entry: Mapping[str, Any], place: str, folders: tuple[Path, ...]) -> tuple[list[str], list[Left]]:
-    """Where an entry's rows are, and the files that cannot be named."""
+    """Return where the rows of an entry are, and the files that cannot be named."""
     path, files = entry["path"], entry.get("data_files")
     if files is None:
         remote = path.partition("://")[0] if "://" in path else ""
@@ -112,7 +112,7 @@ def _source(entry: Mapping[str, Any], path: str, place: str, key: tuple[str | in
 
 
 def _named(entry: Mapping[str, Any]) -> Any:
-    """The format of an entry's type; None for the one that goes by the columns."""
+    """Return the format for the type of an entry; None recognizes the columns."""
     given = entry.get("type")
     if isinstance(given, dict):
         return {str(option): value for option, value in given.items() if value is not None} or None
@@ -126,7 +126,7 @@ def _named(entry: Mapping[str, Any]) -> Any:
 
 
 def _options(entry: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[Left]]:
-    """The options of a chat_template.* format, and what becomes of templates that are not known."""
+    """Return the options of a chat_template.* format, and what is lost where a template is unknown."""
     options = {name: entry[name] for name in _OPTIONS if name in entry}
     legacy = {"role": entry.get("message_field_role"), "content": entry.get("message_field_content")}
     renamed = {name: key for name, key in legacy.items() if key is not None}
@@ -141,7 +141,7 @@ def _options(entry: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list
 
 
 def chat_template(fields: Any, prefix: str = "") -> tuple[str | None, list[Left]]:
-    """What `chat_template` and `chat_template_jinja` mean: a known name, Jinja or a file; None: the tokenizer's."""
+    """Return the template that the fields mean: a known name, Jinja or a file; None is the tokenizer's own."""
     name, jinja = fields.get("chat_template"), fields.get("chat_template_jinja")
     if jinja is not None and name in (None, "jinja"):
         return jinja, []

@@ -1,4 +1,4 @@
-"""The table of translations: which fields of Axolotl become which keys, and how."""
+"""The table of translations: which fields of Axolotl become which keys of fastpref, and how."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fastpref.axolotl.source import METHODS, Axolotl, Made, Setting, as_flag, as
 
 @dataclass(frozen=True)
 class Rule:
-    """Fields that become keys together; `how` is said in the documentation."""
+    """Fields that become keys together. The documentation shows `how`."""
 
     fields: tuple[str, ...]
     keys: tuple[str, ...]
@@ -23,7 +23,7 @@ _READ = {as_number: Axolotl.number, as_whole: Axolotl.whole, as_text: Axolotl.te
 
 
 def _same(field: str, key: str, convert: Callable[[Any], Any], methods: tuple[str, ...] = METHODS) -> Rule:
-    """A field that is a key under another name."""
+    """Make the rule of a field that is a key under another name."""
 
     def make(config: Axolotl) -> Made:
         if field in config:
@@ -153,9 +153,15 @@ RULES = (
         ("gradient_accumulation_steps", "micro_batch_size", "batch_size"),
         ("train.batch", "train.tokens_per_microbatch"),
         run.batch,
-        "accumulation × micro-batch, on one GPU; micro-batch × 2 responses × `sequence_len` tokens at once",
+        "accumulation × micro-batch of one device; multiply it by the number of yours. Micro-batch × 2 responses × "
+        "`sequence_len` tokens are computed at once",
     ),
-    Rule(("optimizer",), ("train.optimizer",), run.optimizer, "AdamW's names: adamw, adamw_8bit or paged_adamw_8bit"),
+    Rule(
+        ("optimizer",),
+        ("train.optimizer",),
+        run.optimizer,
+        "the kinds of AdamW: adamw, adamw_8bit, paged_adamw or paged_adamw_8bit",
+    ),
     _same("weight_decay", "train.weight_decay", as_number),
     _same("max_grad_norm", "train.max_grad_norm", as_number),
     Rule(

@@ -1,4 +1,4 @@
-"""From Axolotl's fields to ours: what is held out, tokens, the optimisation, output and logging."""
+"""Rules for held-out data, tokens, the optimization, output and logging."""
 
 from collections.abc import Callable
 
@@ -99,7 +99,7 @@ def schedule(config: Axolotl) -> Made:
 
 OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_apex_fused": "adamw",
-    "optimi_adamw": "adamw", "paged_adamw": "adamw", "paged_adamw_32bit": "adamw", "adamw_torch_xla": "adamw",
+    "optimi_adamw": "adamw", "adamw_torch_xla": "adamw", "paged_adamw_32bit": "paged_adamw",
     "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
     "ao_adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
 }  # fmt: skip
@@ -127,7 +127,7 @@ def checkpointing(config: Axolotl) -> Made:
 
 
 def every(field: str, key: str, per_epoch: str) -> Callable[[Axolotl], Made]:
-    """Steps between two evaluations or checkpoints: a number, or a share of max_steps."""
+    """Make a rule for the steps between two evaluations or checkpoints: a number, or a share of max_steps."""
 
     def make(config: Axolotl) -> Made:
         steps = config.number(field, 0)
@@ -177,4 +177,4 @@ def trackers(config: Axolotl) -> Made:
     for switches in TRACKERS.values():
         for field in switches[1:]:
             if config.get(field):
-                yield Left(field, "a tracker is told by its own environment variables")
+                yield Left(field, "a tracker takes its settings from its own environment variables")

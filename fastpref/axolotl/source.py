@@ -1,4 +1,4 @@
-"""An Axolotl config as it was written, and the words a translation is made of."""
+"""Read an Axolotl config, and define what a translation is made of."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ _NESTED = ("trl", "peft")
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of our config, what it becomes, the fields it comes from, and words for the comment beside it."""
+    """A key of a fastpref config, its value, the fields it comes from, and words for its comment."""
 
     key: tuple[str | int, ...]
     value: Any
@@ -32,7 +32,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Left:
-    """A field that is not taken over, or not wholly, and why."""
+    """A field that is not taken over, or only in part, and the reason."""
 
     field: str
     reason: str
@@ -42,13 +42,13 @@ Made = Iterator[Setting | Left]
 
 
 def dotted(name: str) -> tuple[str, ...]:
-    """The key of a dotted name."""
+    """Return the key of a dotted name."""
     return tuple(name.split("."))
 
 
 @dataclass(frozen=True)
 class Axolotl:
-    """The fields of a config that have a value; those of `trl` and `peft` under dotted names."""
+    """The fields of a config that have a value; the fields of `trl` and `peft` have dotted names."""
 
     file: Path
     values: Mapping[str, Any]
@@ -132,13 +132,13 @@ def as_flag(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value on one line, short."""
+    """Return a value as text on one line of at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read(path: Path) -> Axolotl:
-    """An Axolotl config of a preference method. Raises UserError, in one message, for anything else."""
+    """Read an Axolotl config of a preference method. Raises UserError with one message for anything else."""
     try:
         raw = _plain(yaml.safe_load(path.read_text(encoding="utf-8-sig")))
     except FileNotFoundError:
@@ -147,10 +147,10 @@ def read(path: Path) -> Axolotl:
         raise UserError(f"{path}: this is a folder; --from-axolotl takes a .yml file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
         raise UserError(_broken(path, error)) from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: not an Axolotl config: it holds no fields, such as base_model: ...")
+        raise UserError(f"{path}: not an Axolotl config: it has no fields, such as base_model: ...")
     config = Axolotl(path, _flat(path, raw))
     _check_method(config)
     return config
@@ -164,7 +164,7 @@ def _broken(path: Path, error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What TOML and JSON know too: keys are text, dates are text, fields without a value are not there."""
+    """Reduce a value to what TOML can write: keys and dates become text, fields without a value are removed."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
@@ -173,7 +173,7 @@ def _plain(value: Any) -> Any:
 
 
 def _flat(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields by name; those of some tables under dotted names."""
+    """Return the fields by name; those of nested tables have dotted names."""
     fields: dict[str, Any] = {}
     for key, value in raw.items():
         if value == "":  # unset, for Axolotl too

@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.config.losses import KTO
 from fastpref.memory.estimate import CARDS, CardFit, Estimator, fits, present_card, proposal, usable
 from fastpref.memory.fit import MARGIN, Proposal
 from fastpref.memory.step import PARTS, StepMemory
@@ -83,7 +82,6 @@ def _cards(estimator: Estimator, least: StepMemory, card: float | None, console:
 
 def _head(estimator: Estimator) -> str:
     config, largest = estimator.config, estimator.microbatch(estimator.config)
-    what = "row" if isinstance(config.loss, KTO) else "pair"
     plural = "s" if len(largest.examples) > 1 else ""
     where = "a GPU" if estimator.device.type == "cuda" else "a CPU"
     training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
@@ -92,8 +90,8 @@ def _head(estimator: Estimator) -> str:
         bits = f", whose checkpoint is quantised ({estimator.quantised})"
     return (
         f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n"
-        f"the largest micro-batch: {len(largest.examples)} {what}{plural}, {largest.tokens:,} tokens at once "
-        f"(from {largest.source})"
+        f"the largest micro-batch: {len(largest.examples)} {config.loss.unit}{plural}, {largest.tokens:,} tokens at "
+        f"once (from {largest.source})"
     )
 
 

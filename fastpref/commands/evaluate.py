@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.config import DataConfig
 from fastpref.config.losses import KTO, SimPO
 from fastpref.data.batch import PreferenceBatch, collate, plan_microbatches
 from fastpref.data.cache import load_examples
@@ -121,11 +120,7 @@ def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 def _examples(trained: Trained, data: str | None, cache: bool) -> Examples:
     config = trained.config
     if data is not None:
-        config = config.model_copy(
-            update={"data": (DataConfig(path=data),), "eval": config.eval.model_copy(
-                update={"fraction": None, "data": ()}
-            )}
-        )  # fmt: skip
+        config = config.but({"data": [{"path": data}], "eval": {}})
     elif not trained.of_run:
         there = Path(trained.weights).exists()
         known = "no run is known of it" if there else "no such folder is here, and no run is known of a name on the hub"

@@ -9,24 +9,13 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from fastpref.atomic import write_file
-from fastpref.config.text import Line, Table, is_array, keys_of, loss_options, mistake, render, sections
+from fastpref.config.losses import LOSSES
+from fastpref.config.text import Line, Table, is_array, keys_of, mistake, render, sections
 from fastpref.errors import UserError
-
-LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
-CHOOSER = {
-    "dpo": "pairs, and memory for a second forward pass a step",
-    "ipo": "pairs with few or deterministic labels, on which DPO overfits",
-    "kto": "single responses marked good or bad",
-    "orpo": "pairs, a base model, and no separate supervised stage",
-    "simpo": "pairs, and the least memory and time",
-    "cpo": "pairs whose chosen side is worth imitating",
-}
-"""What the user has, by the loss to take; the README shows the same table."""
 
 _COMMON = {
     "lora.rank": 16,
     "lora.alpha": 32.0,
-    "loss.beta": 0.1,
     "eval.fraction": 0.05,
     "tokens.max_length": 2048,
     "train.learning_rate": 1e-4,
@@ -36,7 +25,7 @@ _COMMON = {
 _OF_LOSS: dict[str, dict[str, Any]] = {
     "kto": {"loss.desirable_weight": 1.0, "loss.undesirable_weight": 1.0},
     # Ten times the rate for whole models, as is usual for LoRA.
-    "simpo": {"loss.beta": 2.0, "loss.gamma_beta_ratio": 0.5, "train.learning_rate": 1e-5},
+    "simpo": {"loss.gamma_beta_ratio": 0.5, "train.learning_rate": 1e-5},
     "cpo": {"loss.sft_weight": 1.0},
 }
 _REMARKS: dict[str, dict[str, str]] = {
@@ -51,7 +40,6 @@ _REMARKS: dict[str, dict[str, str]] = {
         "train.learning_rate": "whole models 3e-7 to 1e-6, as its authors search; too high a rate ruins the text",
         "loss.beta": "2 to 10; larger than DPO's, because it scales an average per token",
     },
-    "cpo": {},
 }
 _EXAMPLES: dict[str, Any] = {  # values of keys that have no default
     "model.revision": "main",
@@ -75,11 +63,15 @@ _EXAMPLES: dict[str, Any] = {  # values of keys that have no default
 
 def template(loss: str, model: str, data: str) -> str:
     """Return a config of `loss` as text: common keys set, the others commented out with their defaults."""
-    values = {"model.name": model, "data.path": data, "loss.type": loss} | _COMMON | _OF_LOSS.get(loss, {})
+    values = (
+        {"model.name": model, "data.path": data, "loss.type": loss, "loss.beta": LOSSES[loss]().beta}
+        | _COMMON
+        | _OF_LOSS.get(loss, {})
+    )
     raw = _tables(values)
-    skipped = () if loss_options(loss).uses_reference else ("reference",)
+    skipped = () if LOSSES[loss].uses_reference else ("reference",)
     tables = [_table(name, info, loss, values, raw) for name, info in sections().items() if name not in skipped]
-    intro = [f"Preference training by {loss_options(loss).__name__}. Remove the # before a key to set it."]
+    intro = [f"Preference training by {LOSSES[loss].__name__}. Remove the # before a key to set it."]
     return render(intro, tables)
 
 
@@ -87,11 +79,11 @@ def _table(section: str, info: FieldInfo, loss: str, values: Mapping[str, Any], 
     lines: list[Line] = []
     notes: list[str] = [info.description or ""]
     if section == "loss":
-        notes += ["You have: take", *(f"   {words}: {name}" for name, words in CHOOSER.items())]
+        notes += ["You have: take", *(f"   {options.suits}: {name}" for name, options in LOSSES.items())]
     for key, field in keys_of(section, loss).items():
         name, words = f"{section}.{key}", field.description or ""
         if name in values:
-            lines.append(Line(key, values[name], (words,), _REMARKS[loss].get(name, "")))
+            lines.append(Line(key, values[name], (words,), _REMARKS.get(loss, {}).get(name, "")))
             continue
         default = field.get_default(call_default_factory=True)
         shown = _EXAMPLES.get(name) if default is None else default

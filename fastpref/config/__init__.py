@@ -1,5 +1,6 @@
-"""What a run is told: the schema of its TOML file, the file's loading, and the options of each loss."""
+"""The config of a run: the schema of its TOML file, how the file is loaded, and the options of each loss."""
 
+from fastpref.config.load import load_config, make_config
 from fastpref.config.schema import (
     Config,
     DataConfig,
@@ -9,8 +10,6 @@ from fastpref.config.schema import (
     TokensConfig,
     TrainConfig,
     is_pattern,
-    load_config,
-    make_config,
 )
 
 __all__ = [

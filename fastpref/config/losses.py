@@ -1,10 +1,10 @@
-"""The options of every loss, as users write them under `[loss]`; `losses.py` takes them as they are.
+"""The options of each loss, as users write them under [loss] and as `fastpref.losses` takes them.
 
-Apart from `losses.py` so that reading a configuration does not wait for torch.
+Everything that lists losses or describes one derives from the classes here. Nothing here imports torch.
 """
 
 from dataclasses import KW_ONLY
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass
@@ -17,39 +17,55 @@ Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 SORTING_VARIANTS = ("aot", "aot_unpaired")
 
 # Strict by field: a dataclass that is strict as a whole would refuse the table of a config.
-_options = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+loss_table = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 Number = Annotated[float, Strict()]
 Positive = Annotated[float, Strict(), Field(gt=0)]
 NonNegative = Annotated[float, Strict(), Field(ge=0)]
 Smoothing = Annotated[float, Strict(), Field(ge=0, lt=0.5)]
 
 
-@dataclass(frozen=True, config=_options)
-class DPO:
-    """Direct preference optimisation and its relatives (names as in TRL); the loss is Σ weight · mean(variant)."""
+class Loss:
+    """What the rest of the package needs to know of a loss; the options of a loss override what differs."""
+
+    suits: ClassVar[str]
+    """The data and needs that the loss suits, to choose a loss by."""
+    uses_reference: ClassVar[bool] = True
+    """Whether the loss compares with a reference model."""
+    paired: ClassVar[bool] = True
+    """Whether an example is a pair of responses; otherwise it is a single response with a label."""
+
+    @property
+    def unit(self) -> str:
+        """What one example is, in messages: "pair" or "response"."""
+        return "pair" if self.paired else "response"
+
+
+@dataclass(frozen=True, config=loss_table)
+class DPO(Loss):
+    """Direct preference optimization and its variants, named as in TRL; the loss is Σ weight · mean(variant)."""
 
     _: KW_ONLY
     type: Literal["dpo"] = "dpo"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference."""
+    """Sets how strongly the policy is kept near the reference."""
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("sigmoid",)
-    """Which losses to add up."""
+    """Names the losses to add up."""
     weights: tuple[Number, ...] | None = None
-    """One weight a variant; all 1 if left out."""
+    """Gives each variant a weight; by default all are 1."""
     label_smoothing: Smoothing = 0.0
-    """How often labels are taken to be flipped; used by sigmoid, exo_pair, robust, aot and aot_unpaired."""
+    """Sets the assumed share of flipped labels, for sigmoid, exo_pair, robust, aot and aot_unpaired."""
     f_divergence: Divergence = "reverse_kl"
-    """What replaces the log-ratio in the losses of a difference."""
+    """Chooses the divergence that the losses of a difference use; reverse_kl is the log-ratio."""
     f_alpha: Number = 0.5
-    """The coefficient of f_divergence = "alpha"."""
+    """Sets the coefficient of f_divergence = "alpha"."""
     length_alpha: Annotated[float, Strict(), Field(ge=0, le=1)] = 1.0
-    """LD-DPO: the weight of tokens past the shorter response's length."""
+    """Weighs the tokens beyond the length of the shorter response (LD-DPO)."""
     weighting: Annotated[bool, Strict()] = False
-    """WPO: weigh pairs by how likely the policy itself is to write them."""
+    """Weighs pairs by how likely the policy itself is to write them (WPO)."""
     discopop_tau: Positive = 0.05
-    """The temperature of discopop's blend."""
-    uses_reference: ClassVar[bool] = True
+    """Sets the temperature of discopop."""
+    suits: ClassVar[str] = "pairs, and memory for a second forward pass a step"
 
     def __post_init__(self) -> None:
         if self.weights is not None and len(self.weights) != len(self.variants):
@@ -57,7 +73,7 @@ class DPO:
         if len(set(self.variants)) != len(self.variants):
             raise ValueError(f"variants names a loss twice: {', '.join(self.variants)}")
         if self.label_smoothing and "ipo" in self.variants:
-            raise ValueError("label_smoothing has no meaning for ipo; set it to 0")
+            raise ValueError("label_smoothing has no effect on ipo; set it to 0")
         if "exo_pair" in self.variants and not self.label_smoothing:
             raise ValueError("variants: exo_pair needs label_smoothing above 0, such as 1e-3")
         if self.weighting and set(self.variants) & set(SORTING_VARIANTS):
@@ -65,81 +81,86 @@ class DPO:
 
     @property
     def sorts_step(self) -> bool:
-        """Whether a variant compares pairs of the whole step with each other."""
+        """Whether a variant sorts the pairs of the whole step, and so needs all of them before any gradient."""
         return bool(set(self.variants) & set(SORTING_VARIANTS))
 
 
-@dataclass(frozen=True, config=_options)
-class IPO:
-    """Identity preference optimisation: `dpo` with `variants = ["ipo"]`, under its own name."""
+@dataclass(frozen=True, config=loss_table)
+class IPO(Loss):
+    """Identity preference optimization: `dpo` with `variants = ["ipo"]`, under its own name."""
 
     _: KW_ONLY
     type: Literal["ipo"] = "ipo"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 0.1
-    """The paper's τ: the margin aimed at is 1/(2·beta) per token."""
-    uses_reference: ClassVar[bool] = True
+    """Sets τ of the paper: the target margin is 1/(2·beta) per token."""
+    suits: ClassVar[str] = "pairs with few or deterministic labels, on which DPO overfits"
 
     def as_dpo(self) -> DPO:
         return DPO(beta=self.beta, variants=("ipo",))
 
 
-@dataclass(frozen=True, config=_options)
-class KTO:
-    """Kahneman-Tversky optimisation of single responses labelled good or bad."""
+@dataclass(frozen=True, config=loss_table)
+class KTO(Loss):
+    """Kahneman-Tversky optimization of single responses that are labelled good or bad."""
 
     _: KW_ONLY
     type: Literal["kto"] = "kto"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 0.1
-    """How strongly the policy is held to the reference."""
+    """Sets how strongly the policy is kept near the reference."""
     desirable_weight: NonNegative = 1.0
-    """The weight of rows labelled true."""
+    """Weighs the rows that are labelled true."""
     undesirable_weight: NonNegative = 1.0
-    """The weight of rows labelled false."""
+    """Weighs the rows that are labelled false."""
     kl: Literal["batch", "none"] = "batch"
-    """The point rewards are compared with: the batch's KL estimate, or 0 ("none": APO-zero, unpaired)."""
-    uses_reference: ClassVar[bool] = True
+    """Chooses what rewards are compared with: the KL estimate of the batch, or 0 ("none", which is unpaired APO-
+    zero)."""
+    suits: ClassVar[str] = "single responses marked good or bad"
+    paired: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, config=_options)
-class ORPO:
-    """Odds ratio preference optimisation: supervised learning plus an odds ratio, without a reference."""
+@dataclass(frozen=True, config=loss_table)
+class ORPO(Loss):
+    """Odds ratio preference optimization: supervised learning plus an odds ratio, without a reference."""
 
     _: KW_ONLY
     type: Literal["orpo"] = "orpo"
-    """Which loss."""
+    """Selects the loss."""
     beta: NonNegative = 0.1
-    """The weight of the odds ratio (λ in the paper)."""
+    """Weighs the odds ratio (λ in the paper)."""
     nll_on: Literal["response", "all"] = "response"
-    """What the supervised term scores: the chosen response, or the prompt too (the paper's code, TRL)."""
+    """Chooses what the supervised term scores: the chosen response, or the prompt too (as the paper's code and TRL
+    do)."""
+    suits: ClassVar[str] = "pairs, a base model, and no separate supervised stage"
     uses_reference: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, config=_options)
-class SimPO:
-    """Simple preference optimisation: length-normalised rewards and a target margin, without a reference."""
+@dataclass(frozen=True, config=loss_table)
+class SimPO(Loss):
+    """Simple preference optimization: length-normalized rewards and a target margin, without a reference."""
 
     _: KW_ONLY
     type: Literal["simpo"] = "simpo"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 2.0
-    """The scale of the average log-probability."""
+    """Scales the average log-probability."""
     gamma: Number | None = None
-    """The target margin γ; 0.5 · beta if neither it nor gamma_beta_ratio is given."""
+    """Sets the target margin γ; the default is 0.5 · beta."""
     gamma_beta_ratio: Number | None = None
-    """The target margin as γ/beta, instead of gamma."""
+    """Sets the target margin as γ/beta, in place of gamma."""
     label_smoothing: Smoothing = 0.0
-    """How often labels are taken to be flipped."""
+    """Sets the assumed share of flipped labels."""
     sft_weight: NonNegative = 0.0
-    """The weight of the chosen response's mean negative log-likelihood."""
+    """Weighs the mean negative log-likelihood of the chosen response."""
     alpha: Number = 0.0
-    """AlphaPO: the shape of the reward; 0 is the log-probability."""
+    """Shapes the reward as in AlphaPO; 0 is the log-probability."""
+    suits: ClassVar[str] = "pairs, and the least memory and time"
     uses_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.gamma is not None and self.gamma_beta_ratio is not None:
-            raise ValueError("gamma and gamma_beta_ratio say the same thing; give one of them")
+            raise ValueError("gamma and gamma_beta_ratio both set the target margin; remove one of them")
 
     @property
     def margin(self) -> float:
@@ -148,33 +169,36 @@ class SimPO:
         return self.beta * (0.5 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
 
-@dataclass(frozen=True, config=_options)
-class CPO:
-    """Contrastive preference optimisation: DPO with a uniform reference, plus supervised learning."""
+@dataclass(frozen=True, config=loss_table)
+class CPO(Loss):
+    """Contrastive preference optimization: DPO with a uniform reference, plus supervised learning."""
 
     _: KW_ONLY
     type: Literal["cpo"] = "cpo"
-    """Which loss."""
+    """Selects the loss."""
     beta: Positive = 0.1
-    """The scale of the log-probability."""
+    """Scales the log-probability."""
     variant: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """The loss of the difference; "ipo" takes averages per token."""
+    """Chooses the loss of the difference; "ipo" takes averages per token."""
     label_smoothing: Smoothing = 0.0
-    """How often labels are taken to be flipped; sigmoid only."""
+    """Sets the assumed share of flipped labels, for sigmoid only."""
     sft_weight: NonNegative = 1.0
-    """The weight of the chosen response's mean negative log-likelihood."""
+    """Weighs the mean negative log-likelihood of the chosen response."""
     alpha: Number = 0.0
-    """AlphaPO: the shape of the reward; 0 is the log-probability."""
+    """Shapes the reward as in AlphaPO; 0 is the log-probability."""
+    suits: ClassVar[str] = "pairs whose chosen side is worth imitating"
     uses_reference: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.label_smoothing and self.variant != "sigmoid":
-            raise ValueError(f"label_smoothing has no meaning for variant = {self.variant!r}; set it to 0")
+            raise ValueError(f"label_smoothing has no effect on variant = {self.variant!r}; set it to 0")
 
 
 LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO
+LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
+"""The losses by the names that `loss.type` takes."""
 
 
 def compares_neighbours(loss: LossOptions, rows: int) -> bool:
-    """Whether a step of so many rows also takes each prompt with the next row's response: for KTO's KL."""
+    """Return whether a step of `rows` rows also pairs each prompt with the response of the next row, for KTO's KL."""
     return isinstance(loss, KTO) and loss.kl == "batch" and rows > 1

@@ -1,19 +1,22 @@
-"""From a validation error to lines a person can act on: `cfg.toml:LINE: key: what is wrong (did you mean 'x'?)`."""
+"""Turn a validation error into lines for people: `cfg.toml:LINE: key: what is wrong (did you mean 'x'?)`."""
 
 import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from fastpref.config.annotations import classes_in
+from fastpref.config.losses import LOSSES
 
 Path = tuple[str | int, ...]
 
 
 class TomlLines:
-    """Where each key of a valid TOML text stands, and which keys were overridden."""
+    """The line of each key in a valid TOML text, and the keys that overrides set."""
 
     def __init__(self, file: str, text: str):
         self.file = file
@@ -32,7 +35,7 @@ class TomlLines:
         return path in self._lines or path in self._overrides
 
     def place(self, path: Path) -> str:
-        """`file:line` of the key or of the nearest table around it, or the override that set it."""
+        """Return `file:line` of the key or of the nearest table around it, or the override that set it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self._overrides:
                 return f"override {self._overrides[path[:end]]!r}"
@@ -45,7 +48,7 @@ class TomlLines:
 
 
 def _scan(lines: list[str]) -> Iterator[tuple[Path, int]]:
-    """Every table header and key with its line. Values over several lines are read until they parse."""
+    """Yield every table header and key with its line. A value over several lines is read until it parses."""
     table: Path = ()
     seen: dict[Path, int] = {}
     at = 0
@@ -76,7 +79,7 @@ def _parse(text: str) -> dict[str, Any] | None:
 
 
 def _header(parsed: dict[str, Any], seen: dict[Path, int], *, array: bool) -> Path:
-    """The path of `[a.b]`, or of the next entry of `[[a.b]]`; `[a.b]` under `[[a]]` belongs to its last entry."""
+    """Return the path of `[a.b]`, or of the next entry of `[[a.b]]`; after `[[a]]` it belongs to the last entry."""
     path: Path = ()
     inner: Any = parsed
     while inner:
@@ -101,8 +104,8 @@ def _paths(table: dict[str, Any]) -> Iterator[Path]:
 
 
 def explain(error: ValidationError, schema: type[BaseModel], lines: TomlLines) -> list[str]:
-    """One line for each mistake, in the order of the file."""
-    found: dict[str, list[str]] = {}  # of each key
+    """Return one line for each mistake, in the order of the file."""
+    messages: dict[str, list[str]] = {}  # of each key
     for problem in error.errors():
         path = _without_tags(problem["loc"], problem["type"])
         message = _message(problem, path, schema)
@@ -112,9 +115,9 @@ def explain(error: ValidationError, schema: type[BaseModel], lines: TomlLines) -
             at, what = _named_key(path, line, lines) if problem["type"] == "value_error" else (path, line)
             key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
             place = f"{lines.place(at)}: {key}" if key else lines.file
-            found.setdefault(place, []).append(what)
-    said = [f"{place}: {_either(messages)}" for place, messages in found.items()]
-    return sorted(said, key=lambda line: _line_number(line.removeprefix(lines.file)))
+            messages.setdefault(place, []).append(what)
+    texts = [f"{place}: {_either(wants)}" for place, wants in messages.items()]
+    return sorted(texts, key=lambda line: _line_number(line.removeprefix(lines.file)))
 
 
 def _line_number(message: str) -> int:
@@ -122,11 +125,8 @@ def _line_number(message: str) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-_LOSS_TYPES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
-
-
 def _named_key(path: Path, message: str, lines: TomlLines) -> tuple[Path, str]:
-    """A table's own check begins with the key it is about, as in `eval.every: …` or `weights has …`."""
+    """Split the message of a table's own check, which begins with a key: `eval.every: …`, `weights has …`."""
     words = re.match(r"([\w.]+)(: )?", message)
     key: Path = (*path, *words[1].split(".")) if words else path
     if key not in lines:
@@ -135,7 +135,7 @@ def _named_key(path: Path, message: str, lines: TomlLines) -> tuple[Path, str]:
 
 
 def _either(messages: list[str]) -> str:
-    """What each member of a union wants, as one message; the first also says what was given."""
+    """Join what each member of a union wants into one message; the first one also names the value."""
     first, *others = dict.fromkeys(messages)
     wanted = [message.rpartition(", got ")[0] for message in others]
     return ", or ".join([*wanted, first])
@@ -145,10 +145,10 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def _without_tags(loc: tuple[str | int, ...], kind: str) -> Path:
-    """Drop what pydantic adds to a location: the chosen member of a union."""
-    path = [p for i, p in enumerate(loc) if not (i == 1 and loc[0] == "loss" and p in _LOSS_TYPES)]
+    """Drop the chosen member of a union, which pydantic adds to a location."""
+    path = [p for i, p in enumerate(loc) if not (i == 1 and loc[0] == "loss" and p in LOSSES)]
     if kind in _UNKNOWN:
-        return tuple(path)  # a user's words; unions have no keys
+        return tuple(path)  # the last part is the user's word; unions have no keys
     if kind == "union_tag_invalid":
         return (*path, "type")
     return tuple(p for p in path if isinstance(p, int) or not ("[" in p or "-" in p or p == "bool"))
@@ -157,7 +157,7 @@ def _without_tags(loc: tuple[str | int, ...], kind: str) -> Path:
 def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
     kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind in _UNKNOWN:
-        owners = [t for t in _LOSS_TYPES if path[0] == "loss" and path[-1] in _loss_keys(schema, t)]
+        owners = [name for name, options in LOSSES.items() if path[0] == "loss" and path[-1] in _keys(options)]
         if owners:
             return f"this loss has no such key; it belongs to {', '.join(owners)}"
         return "unknown key" + _suggest(str(path[-1]), path[:-1], schema)
@@ -165,12 +165,12 @@ def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
         return "is missing" + (", add a table [[data]] with a path" if path == ("data",) else "")
     if kind == "union_tag_invalid":
         tag = context["tag"]
-        return f"must be one of {', '.join(_LOSS_TYPES)}, got {tag!r}" + _close(tag, list(_LOSS_TYPES))
+        return f"must be one of {', '.join(LOSSES)}, got {tag!r}" + _close(tag, list(LOSSES))
     if kind == "literal_error":
         if isinstance(given, list) and str(problem["loc"][-1]).startswith("literal["):
             return None  # a union that takes lists too: the entries say what is wrong
         if path == ("loss", "type"):
-            context = {"expected": ", ".join(_LOSS_TYPES)}
+            context = {"expected": ", ".join(LOSSES)}
         choices = [c.strip("'") for c in context["expected"].replace(" or ", ", ").split(", ")]
         return f"must be one of {', '.join(choices)}, got {given!r}" + _close(str(given), choices)
     if kind == "value_error":
@@ -188,7 +188,7 @@ def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
 
 
 def _suggest(key: str, parents: Path, schema: type[BaseModel]) -> str:
-    """The same key of another table, or a near one of this; at the top also a table of a like name."""
+    """Suggest the same key of another table, a similar key of this table, or at the top a similar table."""
     tables = dict(_tables(schema))
     here = ".".join(p for p in parents if isinstance(p, str))
     for name, keys in tables.items():
@@ -203,12 +203,12 @@ def _close(word: str, choices: list[str]) -> str:
 
 
 def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Every table of the schema and its keys; the losses share one table."""
+    """Yield every table of the schema with its keys; all losses share one table."""
     annotations = {k: f.annotation for k, f in schema.model_fields.items()}
     yield name, list(annotations)
     for key, annotation in annotations.items():
-        inner = list(_classes(annotation))
-        keys = [f.name for c in inner if is_dataclass(c) for f in fields(c) if f.name != "_"]
+        inner = list(classes_in(annotation))
+        keys = [key for c in inner if is_dataclass(c) for key in _keys(c)]
         path = f"{name}.{key}" if name else key
         if keys:
             yield path, list(dict.fromkeys(keys))
@@ -217,15 +217,6 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
                 yield from _tables(c, path)
 
 
-def _loss_keys(schema: type[BaseModel], loss: str) -> set[str]:
-    options = _classes(schema.model_fields["loss"].annotation)
-    return {f.name for c in options if c.__name__.lower() == loss and is_dataclass(c) for f in fields(c)}
-
-
-def _classes(annotation: Any) -> Iterator[type]:
-    """The classes inside a type such as `tuple[A, ...] | None`."""
-    inner = get_args(annotation)
-    if isinstance(annotation, type) and not inner:
-        yield annotation
-    for part in inner:
-        yield from _classes(part)
+def _keys(options: Any) -> list[str]:
+    """Return the keys of a loss."""
+    return [field.name for field in fields(options) if field.name != "_"]

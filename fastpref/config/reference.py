@@ -1,4 +1,4 @@
-"""docs/config.md, from the schema: `python -m fastpref.config.reference > docs/config.md`."""
+"""Write docs/config.md from the schema: `python -m fastpref.config.reference > docs/config.md`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +8,9 @@ from fastpref.config import Config
 _HEAD = """\
 # Config
 
-Every key of a config, written from the schema by `python -m fastpref.config.reference`. `fastpref schema` prints
-it as JSON schema, `fastpref check` finds mistakes, `KEY=VALUE` on the command line replaces a key: `train.steps=10`.
+This page lists every key of a config; `python -m fastpref.config.reference` writes it from the schema. `fastpref
+schema` prints the JSON schema, `fastpref check` finds mistakes, and `KEY=VALUE` on the command line sets a key:
+`train.steps=10`.
 """
 _NAMED = {
     "integer": "whole number", "number": "number", "string": "text", "boolean": "true, false", "object": "table",
@@ -17,7 +18,7 @@ _NAMED = {
 
 
 def reference() -> str:
-    """A table of keys for every table of the TOML, in the order of the schema."""
+    """Return the page: a table of keys for every table of the TOML, in the order of the schema."""
     schema = Config.model_json_schema()
     parts = [_HEAD]
     for name, spec in schema["properties"].items():
@@ -34,7 +35,7 @@ def reference() -> str:
 
 
 def _tables(spec: dict[str, Any]) -> Iterator[str]:
-    """The definitions that a key may be: one, or one for each loss."""
+    """Yield the definitions that a key refers to: one, or one for each loss."""
     for inner in [spec, spec.get("items", {}), *spec.get("anyOf", []), *spec.get("oneOf", [])]:
         if "$ref" in inner:
             yield inner["$ref"].rpartition("/")[2]
@@ -66,8 +67,8 @@ def _type(spec: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 def _bounds(spec: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    found = [f"{sign} {spec[name]:g}" for name, sign in signs.items() if name in spec]
-    return f" {', '.join(found)}" if found else ""
+    bounds = [f"{sign} {spec[name]:g}" for name, sign in signs.items() if name in spec]
+    return f" {', '.join(bounds)}" if bounds else ""
 
 
 def _value(value: Any) -> str:

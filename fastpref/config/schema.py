@@ -1,31 +1,26 @@
-"""The TOML schema: strict, frozen, every mistake reported at once with its place.
-
-`load_config` is the way in. Nothing here imports torch.
-"""
+"""The schema of a config: one strict and frozen table for each section of the TOML file. Nothing here imports torch."""
 
 import re
-import tomllib
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import (
     BaseModel,
     ConfigDict,
-    Discriminator,
     Field,
+    GetCoreSchemaHandler,
     PlainValidator,
     Strict,
-    Tag,
-    ValidationError,
+    TypeAdapter,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import core_schema
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, NonNegative, Positive, SimPO
-from fastpref.config.mistakes import TomlLines, explain
-from fastpref.errors import UserError
+from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions, NonNegative, Positive
+from fastpref.config.paths import PathMark, ReadPath, WrittenPath
 
 
 class _Section(BaseModel):
@@ -44,40 +39,45 @@ Names = Annotated[tuple[str, ...], Strict(False)]
 
 
 class ModelConfig(_Section):
-    name: str
-    """A folder, or a model's name on the Hugging Face hub."""
+    name: ReadPath
+    """Names the model: a folder, or a repository of the Hugging Face hub."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Selects a branch, tag or commit of the model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; "auto" is float32 on a CPU and bfloat16 (float16 on cards without it) on a GPU."""
+    """Sets the data type of the weights; "auto" is float32 on a CPU and bfloat16 on a GPU (float16 where the card
+    has no bfloat16)."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Base weights in 4 bits (nf4, its scales quantised too) or 8, with [lora] beside them."""
+    """Quantizes the base weights to 4 bits (nf4, with double quantization) or 8 bits (int8); both need a [lora]
+    table."""
     attention: Literal["auto", "flex", "sdpa"] = "auto"
-    """FlexAttention or SDPA for tree and packed rows; "auto" is flex on a GPU where it can be compiled, else sdpa."""
+    """Chooses FlexAttention or SDPA for tree and packed rows; "auto" is flex on a GPU that can compile it, and sdpa
+    elsewhere."""
     liger: Literal["auto"] | bool = "auto"
-    """Norms, RoPE and gated MLPs by liger-kernel; "auto" is on a GPU, for the models that it knows."""
+    """Computes norms, RoPE and gated MLPs with liger-kernel; "auto" does so on a GPU, for the models that it
+    supports."""
     trust_remote_code: bool = False
-    """Whether to run Python code that comes with a model from the hub."""
+    """Allows the Python code that comes with a model on the hub to run."""
 
 
 class LoraConfig(_Section):
     rank: Count = 16
-    """The adapters' inner dimension."""
+    """Sets the inner dimension of the adapters."""
     alpha: Positive = 32.0
-    """Adapters are scaled by alpha/rank (rslora: alpha/√rank)."""
+    """Scales the adapters by alpha/rank, or with rslora by alpha/√rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the adapters."""
+    """Sets the dropout probability of the adapters' inputs."""
     target: Literal["all-linear"] | Names = "all-linear"
-    """Which modules get an adapter: the language model's linear layers without the head and routers, or names
-    (lm_head may be among them) and patterns, regular expressions that match the whole name of a module."""
+    """Selects the modules that get an adapter: "all-linear" (the linear layers of the language model, without the
+    head and routers), or names (lm_head may be one) and patterns, which are regular expressions for a module's
+    whole name."""
     exclude: Names = ()
-    """Names and patterns of modules that get none, nor anything in them."""
+    """Excludes modules, and all modules inside them, from the adapters, by names and patterns."""
     modules_to_save: Names = ()
-    """Modules trained in full beside the adapters."""
+    """Names modules that are trained in full, in addition to the adapters."""
     rslora: bool = False
-    """Rank-stabilised scaling, arXiv 2312.03732."""
+    """Uses rank-stabilized scaling (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
-    """Weight-decomposed adapters, arXiv 2402.09353."""
+    """Uses weight-decomposed adapters (DoRA, arXiv 2402.09353)."""
 
     @field_validator("target", "exclude", mode="before")
     @classmethod
@@ -91,18 +91,18 @@ class LoraConfig(_Section):
             try:
                 re.compile(entry if is_pattern(entry) else "")
             except re.error as error:
-                raise ValueError(f"{entry!r} is no regular expression: {error}") from None
+                raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
         return value
 
     @model_validator(mode="after")
     def _plain_on_head(self) -> "LoraConfig":
         if self.dora and "lm_head" in self.target:
-            raise ValueError("dora: not on the head; leave lm_head out of target, or set dora = false")
+            raise ValueError("dora: DoRA cannot adapt the head; remove lm_head from target, or set dora = false")
         return self
 
 
 def is_pattern(entry: str) -> bool:
-    """Whether an entry of `lora.target` or `lora.exclude` is a regular expression, not a module's name."""
+    """Return whether an entry of `lora.target` or `lora.exclude` is a regular expression instead of a module's name."""
     return re.fullmatch(r"[\w.-]+", entry) is None
 
 
@@ -113,48 +113,61 @@ def _known_format(value: Any) -> Any:
     return value
 
 
+def _map_format(value: Any, change: Callable[[str], Any]) -> Any:
+    """Apply `change` to the file of a function `module:function` and to the chat template of a format."""
+    from fastpref.data.rows.function import is_function, map_file
+
+    if isinstance(value, str):
+        return map_file(value, change) if is_function(value) else value
+    template = value.get("chat_template") if isinstance(value, dict) else None
+    return {**value, "chat_template": change(template)} if template and isinstance(template, str) else value
+
+
 Format = Annotated[
     str | dict[str, Any],
     PlainValidator(_known_format),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+    PathMark(inside=_map_format),
 ]
 
 
 class DataConfig(_Section):
-    path: str
-    """A .json, .jsonl, .parquet, .csv or .arrow file, a folder of `save_to_disk`, or a data set's name on the hub."""
+    path: ReadPath
+    """Names the data: a .json, .jsonl, .parquet, .csv or .arrow file, a folder that `save_to_disk` wrote, or a data
+    set of the hub."""
     split: str = "train"
-    """Which split of a hub data set, or of a folder with several."""
+    """Selects the split of a data set on the hub, or of a folder with several splits."""
     name: str | None = None
-    """The configuration of a hub data set."""
+    """Selects the configuration of a data set on the hub."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Selects a branch, tag or commit of the data set on the hub."""
     format: Format = "auto"
-    """How rows are read: a name, a table of type and options, or "module:function"; "auto" goes by the columns."""
+    """Tells how rows are read: the name of a format, a table of its type and options, or "module:function"; "auto"
+    recognizes the columns."""
     weight: Positive = 1.0
-    """How often the rows are used: 2.5 is twice, and half of them once more; 0.3 is three tenths of them."""
+    """Repeats the rows: 2.5 takes every row twice and half of them once more; 0.3 takes three tenths of them."""
     rows: Count | None = None
-    """Use only the first rows."""
+    """Reads this number of rows only, from the first one on."""
     on_error: Literal["error", "drop"] = "error"
-    """What happens to rows that are broken or of another form: an error, or left out and counted."""
+    """Decides about rows that are broken or of another form: stop with an error, or drop and count them."""
 
 
 class EvalConfig(_Section):
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Hold out this share of the prompts of [[data]], chosen by a hash of the prompt."""
+    """Holds out this share of the prompts of [[data]], chosen by a hash of the prompt."""
     data: Annotated[tuple[DataConfig, ...], Strict(False)] = ()
-    """Or hold out other data: [[eval.data]], with the keys of [[data]]."""
+    """Holds out other data instead: [[eval.data]] has the keys of [[data]]."""
     every: Count | None = None
-    """Evaluate every so many steps, beside the start and the end."""
+    """Evaluates every so many steps, in addition to the start and the end."""
     samples: Annotated[int, Field(ge=0)] = 1
-    """How many held-out prompts to answer before and after the training."""
+    """Sets how many held-out prompts the model answers before and after the training."""
     sample_tokens: Count = 48
-    """The longest such answer, in tokens."""
+    """Limits such an answer, in tokens."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "EvalConfig":
         if self.fraction is not None and self.data:
-            raise ValueError("fraction and [[eval.data]] both hold out data; give one of them")
+            raise ValueError("fraction and [[eval.data]] both hold out data; remove one of them")
         return self
 
     @property
@@ -164,22 +177,25 @@ class EvalConfig(_Section):
 
 class TokensConfig(_Section):
     max_length: Annotated[int, Field(ge=2)] = 2048
-    """Tokens of a prompt with its response, at most."""
+    """Limits a prompt with its response, in tokens."""
     max_prompt_length: Count | None = None
-    """Tokens of a prompt, at most."""
+    """Limits a prompt, in tokens."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to longer rows: cut (a chat loses its oldest turns whole, a text its beginning, down to half of
-    max_length; then the responses their ends; dropped if the question does not fit), dropped, or an error."""
+    """Decides about longer rows. "truncate" first cuts the prompt down to half of max_length (a chat loses its oldest
+    turns, a text its beginning), then the ends of the responses; it drops the row if the question does not fit."""
     score: Literal["assistant", "all"] = "assistant"
-    """What is scored of a response of several turns: the assistant's words and their ends, or all of it (as TRL)."""
+    """Scores, in a response of several turns, only what the assistant writes and how its turns end, or all of it (as
+    TRL does)."""
     strict: bool = False
-    """Make rows that cannot be used (empty or equal responses) an error instead of dropping them."""
+    """Stops with an error at rows that cannot be used (empty or equal responses), instead of dropping them."""
     duplicates: Literal["keep", "drop"] = "keep"
-    """What happens to rows that repeat another one exactly, in the same source or another."""
-    chat_template: str | None = None
-    """A Jinja template, a file holding one, or a known name (chatml, llama3, ...), instead of the tokenizer's own."""
+    """Decides about rows that repeat another row exactly, in the same source or another."""
+    chat_template: ReadPath | None = None
+    """Replaces the tokenizer's chat template by a Jinja template, a file with one, or a known name (chatml, llama3,
+    ...)."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Keywords for the chat template, such as { enable_thinking = false }; a row's own come before them."""
+    """Passes keywords to the chat template, such as { enable_thinking = false }; the keywords of a row take
+    precedence."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -192,104 +208,107 @@ class TokensConfig(_Section):
 
 class ReferenceConfig(_Section):
     mode: Literal["auto", "adapter", "copy", "precompute"] = "auto"
-    """Where the reference's log-probabilities come from: the model with its adapters off, a frozen copy, or a pass
-    before training whose numbers are kept on disk; "auto" is adapter with [lora] and precompute without."""
+    """Chooses where the reference's log-probabilities come from: the model without its adapters, a frozen copy, or
+    a pass before the training whose results are kept on disk; "auto" is adapter with [lora] and precompute
+    without."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of a frozen copy's weights; "auto" is the model's own."""
+    """Sets the data type of a frozen copy; "auto" is that of the model."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
-    """A frozen copy's body in 4 bits or 8, or in neither; "auto" is as the model's."""
+    """Quantizes a frozen copy, except its head, to 4 or 8 bits; "auto" does what model.quantization says."""
 
 
 class TrainConfig(_Section):
     learning_rate: Positive | None = None
-    """The highest learning rate; 1e-4 with [lora] and 1e-6 without if left out."""
+    """Sets the highest learning rate; the default is 1e-4 with [lora] and 1e-6 without."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """Chooses how the learning rate falls after the warm-up."""
     warmup: NonNegative = 0.1
-    """Steps of linear warm-up, or below 1 the share of all steps."""
+    """Sets the steps of linear warm-up; a number below 1 is a share of all steps."""
     epochs: Positive = 1.0
-    """Passes over the data."""
+    """Sets how often the training passes over the data."""
     steps: Count | None = None
-    """Optimizer steps; overrides epochs."""
+    """Sets the number of optimizer steps, in place of epochs."""
     batch: Count = 16
-    """Pairs (KTO: rows) an optimizer step, however many micro-batches they take."""
+    """Sets how many examples (pairs, or responses for KTO) an optimizer step has, in however many micro-batches."""
     tokens_per_microbatch: Count | None = None
-    """Tokens computed at once; 2 · tokens.max_length if left out."""
+    """Limits the tokens that are computed at once; the default is 2 · tokens.max_length."""
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"
-    """tree: prompts computed once and rows packed; packed: prompts repeated; padded: one row a sequence."""
+    """Lays out a micro-batch: "tree" packs rows and computes each prompt once, "packed" packs rows and repeats prompts,
+    "padded" gives each row a sequence; "auto" is tree where the attention of the model allows it."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW; with moments in 8 bits; or with moments that a full GPU moves to host memory."""
+    """Chooses AdamW, AdamW with moments in 8 bits, or a paged one, whose moments move to host memory when the GPU
+    is full."""
     weight_decay: NonNegative = 0.0
-    """AdamW's weight decay, on matrices only."""
+    """Sets the weight decay, which is applied to matrices only."""
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
+    """Limits the norm of the gradient."""
     checkpointing: Literal["auto"] | bool = "auto"
-    """Compute activations twice instead of holding them; "auto": on a GPU, in as many layers as its memory asks."""
+    """Enables gradient checkpointing; "auto" enables it on a GPU, for as many layers as its memory needs."""
     offload_activations: bool = False
-    """Keep the inputs of layers that are computed twice in host memory instead of the GPU's."""
+    """Moves the inputs of checkpointed layers from GPU memory to host memory."""
     seed: int = 42
-    """Of the data's order, the adapters and dropout."""
+    """Seeds the order of the data, the adapters and dropout."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do when a loss or gradient is not finite: stop before the step, or leave it out (ten in a row stop)."""
+    """Decides about a loss or gradient that is not finite: stop before the step, or skip the step (ten in a row
+    stop)."""
 
 
 class OutputConfig(_Section):
-    dir: str | None = None
-    """The run's folder; runs/<name of the config>-<loss> if left out, with a number added when that exists."""
+    dir: WrittenPath | None = None
+    """Names the folder of the run; the default is runs/<name of the config>-<loss>, with a number added if that
+    exists."""
     save_every: Count | None = None
-    """Save a checkpoint every so many steps, and at the best evaluation; left out, only when the run is stopped."""
+    """Saves a checkpoint every so many steps and at the best evaluation; by default only when the run is stopped."""
     keep: Count = 2
-    """How many checkpoints to keep, the newest ones; that of the best evaluation is kept beside them."""
+    """Keeps this number of newest checkpoints, and in addition that of the best evaluation."""
     push_to: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
-    """A repository of the hub, "user/name", to upload final/ to at the end; it is made private if it is not there."""
+    """Uploads final/ to this repository of the hub, "user/name", at the end; a new repository is private."""
 
 
 class LogConfig(_Section):
     every: Count = 1
-    """Write metrics every so many steps."""
+    """Writes metrics every so many steps."""
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Strict(False)] = ()
-    """Where else metrics go; each needs its package."""
+    """Sends the metrics to trackers too; each needs its package."""
 
 
-def _loss_tag(value: Any) -> str:
+class _ByType:
+    """Makes the losses a union that is told apart by `type`; without a type it is DPO."""
+
+    @staticmethod
+    def __get_pydantic_core_schema__(_: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        choices = {name: handler.generate_schema(options) for name, options in LOSSES.items()}
+        return core_schema.tagged_union_schema(choices, _loss_type)
+
+
+def _loss_type(value: Any) -> str:
     kind = value.get("type", "dpo") if isinstance(value, dict) else getattr(value, "type", "dpo")
     return kind if isinstance(kind, str) else "dpo"
-
-
-LossConfig = Annotated[
-    Annotated[DPO, Tag("dpo")]
-    | Annotated[IPO, Tag("ipo")]
-    | Annotated[KTO, Tag("kto")]
-    | Annotated[ORPO, Tag("orpo")]
-    | Annotated[SimPO, Tag("simpo")]
-    | Annotated[CPO, Tag("cpo")],
-    Discriminator(_loss_tag),
-]
 
 
 class Config(_Section):
     """A whole training run."""
 
     model: ModelConfig
-    """The model to train."""
+    """Describes the model to train."""
     lora: LoraConfig | None = None
-    """Train adapters; without this table the whole model is trained."""
-    loss: LossConfig = Field(default_factory=DPO)
-    """What is optimised; the other keys depend on its type."""
+    """Trains adapters; without this table the whole model is trained."""
+    loss: Annotated[LossOptions, _ByType] = Field(default_factory=DPO)
+    """Chooses the loss; the other keys depend on its type."""
     data: Annotated[tuple[DataConfig, ...], Strict(False), Field(min_length=1)]
-    """The preferences to train on; several [[data]] are joined."""
+    """Names the preferences to train on; several [[data]] are joined."""
     eval: EvalConfig = EvalConfig()
-    """What is held out, and when the model is evaluated on it."""
+    """Decides which data are held out, and when the model is evaluated on them."""
     tokens: TokensConfig = TokensConfig()
-    """From rows to tokens."""
+    """Decides how rows become tokens."""
     reference: ReferenceConfig = ReferenceConfig()
-    """The model that DPO, IPO and KTO compare with."""
+    """Describes the reference model, with which DPO, IPO and KTO compare."""
     train: TrainConfig = TrainConfig()
-    """The optimisation."""
+    """Sets up the optimization."""
     output: OutputConfig = OutputConfig()
-    """What is written."""
+    """Decides what is written, and where."""
     log: LogConfig = LogConfig()
-    """What is logged."""
+    """Decides what is logged."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
@@ -299,7 +318,7 @@ class Config(_Section):
         for key in ("dtype", "quantization"):
             if getattr(self.reference, key) != "auto" and self.reference.mode != "copy":
                 mistakes.append(
-                    f'reference.{key}: only a frozen copy has one; set reference.mode = "copy", or leave the key out'
+                    f'reference.{key}: only a frozen copy has this key; set reference.mode = "copy", or remove it'
                 )
         if self.model.quantization != "none" and self.lora is None:
             mistakes.append(
@@ -308,7 +327,7 @@ class Config(_Section):
             )
         if self.model.attention == "flex" and self.train.layout == "padded":
             mistakes.append(
-                'model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or drop the key'
+                'model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or remove it'
             )
         if isinstance(self.loss, KTO) and self.loss.kl == "batch" and self.train.batch == 1:
             mistakes.append(
@@ -317,7 +336,7 @@ class Config(_Section):
             )
         if self.train.offload_activations and self.train.checkpointing is False:
             mistakes.append(
-                "train.offload_activations: only layers that are computed twice have inputs to move; set "
+                "train.offload_activations: only gradient checkpointing has inputs to move; set "
                 'train.checkpointing to true or "auto"'
             )
         if self.eval.every is not None and not self.eval.wanted:
@@ -334,110 +353,25 @@ class Config(_Section):
     def tokens_per_microbatch(self) -> int:
         return self.train.tokens_per_microbatch or 2 * self.tokens.max_length
 
+    def but(self, changes: Mapping[str, Any]) -> Self:
+        """Return the config with other values, by dotted keys or whole tables: `{"train.batch": 8, "lora": {}}`.
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a TOML file, apply `key=value` overrides, check everything.
+        Each table that changes is validated. Whether the tables agree with each other is not checked, because not
+        every config is that of a run: the config of a quantized reference has no [lora], for example.
 
-    Relative paths of models, data and templates that exist beside the file are taken from there, others from the
-    working directory. Raises UserError with one line for each mistake: `cfg.toml:LINE: key: what is wrong`.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder; a config is a .toml file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        what, _, place = str(error).partition(" (at ")  # "(at line 3, column 5)", or "(at end of document)"
-        line = place[5:].partition(",")[0] if place.startswith("line ") else text.rstrip().count("\n") + 1
-        raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
-    return _checked(raw, overrides, TomlLines(str(path), text), path.resolve().parent)
+        Raises pydantic.ValidationError for an unknown key and for a value that the table refuses, and KeyError for an
+        unknown table.
+        """
+        tables: dict[str, Any] = {}
+        for key, value in changes.items():
+            table, _, name = key.partition(".")
+            if name:
+                current = (tables[table] if table in tables else getattr(self, table, None)) or {}
+                value = {**(current if isinstance(current, Mapping) else vars(current)), name: value}
+            tables[table] = value
+        return self.model_copy(update={t: _table(type(self), t).validate_python(v) for t, v in tables.items()})
 
 
-def make_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """A config from its tables, with overrides; relative paths are of the working directory. Raises UserError."""
-    return _checked(raw, overrides, TomlLines("the command line", ""), Path.cwd())
-
-
-def _checked(raw: dict[str, Any], overrides: Iterable[str], lines: TomlLines, folder: Path) -> Config:
-    for override in overrides:
-        _apply(raw, override, lines)
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise UserError("\n".join(explain(error, Config, lines))) from None
-    return _from_folder(config, folder)
-
-
-def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
-    """Set one `a.b=value` in the raw tables. The value is TOML; a bare word is taken as a string."""
-    key, equals, value = override.partition("=")
-    keys = key.strip().split(".")
-    if not equals or not all(keys):
-        raise UserError(f"override {override!r}: not of the form key=value, such as 'train.steps=100'")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        word = value.strip()
-        if not word or not all(c.isalnum() or c in "-_./:~" for c in word):
-            raise UserError(f"override {override!r}: the value is not valid TOML: {error}") from None
-        parsed = word
-    table: Any = raw
-    for depth, part in enumerate(keys[:-1]):
-        if isinstance(table, list):
-            table = _entry(table, part, override)
-        else:
-            table = table.setdefault(part, [] if keys[depth + 1].isdecimal() else {})
-        if not isinstance(table, dict | list):
-            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a table")
-    if isinstance(table, list):
-        array = ".".join(keys[:-1])
-        raise UserError(
-            f"override {override!r}: {array} is an array; set a key of an entry, {array}.0.KEY, or all of it"
-        )
-    table[keys[-1]] = parsed
-    lines.override(tuple(keys), override)
-
-
-def _entry(tables: list[Any], index: str, override: str) -> Any:
-    if not index.isdecimal() or int(index) >= len(tables):
-        raise UserError(
-            f"override {override!r}: there is no entry {index}; the config has {len(tables)}, counted from 0"
-        )
-    return tables[int(index)]
-
-
-def _from_folder(config: Config, folder: Path) -> Config:
-    """Make paths that exist beside the config absolute."""
-    from fastpref.data.rows.function import beside, is_function
-
-    def find(name: str) -> str:
-        try:
-            beside = folder / Path(name).expanduser()
-            return str(beside.resolve()) if beside.exists() else name
-        except (OSError, RuntimeError):  # an inline chat template is no path, and ~name may be nobody's
-            return name
-
-    def format_of(given: str | dict[str, Any]) -> str | dict[str, Any]:
-        if isinstance(given, str):
-            return beside(given, folder) if is_function(given) else given
-        template = given.get("chat_template")
-        return {**given, "chat_template": find(template)} if template else given
-
-    def found(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
-        return tuple(d.model_copy(update={"path": find(d.path), "format": format_of(d.format)}) for d in data)
-
-    template = config.tokens.chat_template
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"name": find(config.model.name)}),
-            "data": found(config.data),
-            "eval": config.eval.model_copy(update={"data": found(config.eval.data)}),
-            "tokens": config.tokens.model_copy(update={"chat_template": template and find(template)}),
-        }
-    )
+@cache
+def _table(schema: type[Config], name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(schema, include_extras=True)[name])

@@ -1,15 +1,16 @@
-"""A config as TOML for people: keys with comments, some of them commented out."""
+"""Write a config as TOML for people: keys with comments, some of them commented out."""
 
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from fastpref.config import Config
-from fastpref.config.losses import LossOptions
+from fastpref.config.annotations import classes_in
+from fastpref.config.losses import LOSSES
 from fastpref.config.mistakes import TomlLines, explain
 from fastpref.config.toml import toml_value
 
@@ -18,7 +19,7 @@ WIDTH = 118
 
 @dataclass(frozen=True)
 class Line:
-    """`key = value`, or `#key = value` where it is not active, with comments above and beside it."""
+    """`key = value`, or `#key = value` if it is not active, with comments above it and on its line."""
 
     key: str
     value: Any
@@ -29,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table's header, as it is written, and its lines."""
+    """The header of a table, such as `[[data]]`, and its lines."""
 
     header: str
     lines: tuple[Line, ...]
@@ -37,7 +38,7 @@ class Table:
 
 
 def render(intro: Iterable[str], tables: Iterable[Table], ending: Iterable[str] = ()) -> str:
-    """The text of a config: comments at its head, its tables, comments at its end."""
+    """Return the text of a config: comments, the tables, and comments at the end."""
     parts = ["\n".join(_comments(intro)), *("\n".join(_table(table)) for table in tables), "\n".join(_comments(ending))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -55,7 +56,7 @@ def _line(line: Line) -> list[str]:
 
 
 def _comments(texts: Iterable[str]) -> list[str]:
-    """Wrapped comments; an empty text is an empty comment, one that begins with a space is not wrapped."""
+    """Wrap texts as comments; an empty text is an empty comment, and one that begins with a space is not wrapped."""
     lines: list[str] = []
     for text in texts:
         plain = text.startswith(" ")
@@ -65,7 +66,7 @@ def _comments(texts: Iterable[str]) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """Without what may not stand in a comment of TOML: line ends and control characters."""
+    """Remove what a comment of TOML may not contain: line ends and control characters."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
@@ -73,36 +74,26 @@ def _one_line(text: str) -> str:
 
 
 def sections() -> dict[str, FieldInfo]:
-    """The tables of a config, in the schema's order."""
+    """Return the tables of a config, in the order of the schema."""
     return dict(Config.model_fields)
 
 
 def keys_of(section: str, loss: str) -> Mapping[str, FieldInfo]:
-    """The keys of a table, with their defaults and meanings; those of [loss] belong to a loss."""
+    """Return the keys of a table with their defaults and meanings; those of [loss] are the keys of one loss."""
     if section == "loss":
-        options: Any = loss_options(loss)
+        options: Any = LOSSES[loss]
         return {name: info for name, info in options.__pydantic_fields__.items() if name != "_"}
-    return _model(Config.model_fields[section].annotation).model_fields
-
-
-def loss_options(loss: str) -> type[LossOptions]:
-    return next(options for options in get_args(LossOptions) if options.type == loss)
+    tables = classes_in(Config.model_fields[section].annotation)
+    return next(table for table in tables if issubclass(table, BaseModel)).model_fields
 
 
 def is_array(section: str) -> bool:
-    """Whether a table is written [[so]]."""
+    """Return whether a table is an array of tables: `[[data]]`."""
     return "tuple" in str(Config.model_fields[section].annotation)
 
 
-def _model(annotation: Any) -> type[BaseModel]:
-    """The model inside a type such as `tuple[A, ...] | None`."""
-    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(_model(part) for part in get_args(annotation) if part not in (type(None), ...))
-
-
 def mistake(raw: Mapping[str, Any]) -> str | None:
-    """Why the schema refuses the tables of a config, or None."""
+    """Return why the schema refuses the tables of a config, or None."""
     try:
         Config.model_validate(raw)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The way back: a config as TOML."""
+"""Write a config back as TOML."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from fastpref.config import Config
 
 
 def to_toml(config: Config) -> str:
-    """The resolved config as TOML that `load_config` reads back. Keys without a value are left out."""
+    """Return a config as TOML that `load_config` reads back. Keys without a value are left out."""
 
     def table(header: str, content: dict[str, Any]) -> list[str]:
         own = {k: v for k, v in content.items() if v is not None}
@@ -29,12 +29,12 @@ def to_toml(config: Config) -> str:
 
 
 def toml_value(v: Any) -> str:
-    """A string, number, boolean, list or table as TOML, on one line."""
+    """Return a string, number, boolean, list or table as TOML, on one line."""
     if isinstance(v, list | tuple):
         return f"[{', '.join(map(toml_value, v))}]"
     if isinstance(v, dict):
         return f"{{ {', '.join(f'{_toml_key(k)} = {toml_value(inner)}' for k, inner in v.items())} }}"
-    # Strings, numbers and booleans are written alike in both, but for the one character that only TOML escapes.
+    # JSON and TOML write strings, numbers and booleans alike, except for the one character that only TOML escapes.
     return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -38,7 +38,7 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dic
         "heldout": [_source(data) for data in config.eval.data],
         "fraction": config.eval.fraction,
         "tokens": config.tokens.model_dump(exclude={"chat_template"}),
-        "single responses": config.loss.type == "kto",
+        "single responses": not config.loss.paired,
         "tokenizer": _tokenizer(tokenizer),
         "chat template": tokenizer.chat_template,
     }

@@ -7,7 +7,6 @@ from itertools import islice
 import numpy as np
 
 from fastpref.config import Config
-from fastpref.config.losses import KTO
 from fastpref.data.batch import Layout
 from fastpref.data.example import Example, Origin
 from fastpref.data.lengths import kept_prompt
@@ -47,7 +46,7 @@ def longest_of(config: Config, examples: Examples, order: Iterator[list[int]], l
 
 def longest_possible(config: Config) -> Microbatch:
     """As many examples of `tokens.max_length` as fill a micro-batch, all their tokens but the first scored."""
-    longest, single = config.tokens.max_length, isinstance(config.loss, KTO)
+    longest, single = config.tokens.max_length, not config.loss.paired
     lengths = [longest - 1] * (1 if single else 2)
     size = 1 + sum(lengths)
     count = min(config.train.batch, max(1, config.tokens_per_microbatch // size))

@@ -204,7 +204,7 @@ class _Findings:
 
 def _gather(sources: Sequence[DataConfig], config: Config, findings: _Findings, fraction: float) -> tuple[Rows, Rows]:
     """Read the rows of several sources one after another. Returns training rows, and those `fraction` holds out."""
-    opened = [_source(data, config.loss.type == "kto") for data in sources]
+    opened = [_source(data, not config.loss.paired) for data in sources]
     train, heldout = Rows(opened), Rows(opened)
     seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
     surveys: list[tuple[_Kept, array[int]]] = []  # with the rows that their weight uses

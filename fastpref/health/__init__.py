@@ -1,8 +1,8 @@
-"""What the metrics of a run say about it: rules from rows to verdicts. Nothing here imports torch.
+"""Judge a run by its metrics: rules turn rows of metrics into verdicts. Nothing here imports torch.
 
-A rule looks at the history and at what is known of the run, and finds something or nothing. Beginning and end are means
-over the first tenth and the last fifth of the logged steps, compared by their standard errors; evaluations are of the
-same rows every time and are preferred where there are two. docs/health.md has every rule.
+A rule reads the history and what is known of the run, and returns a finding or None. It compares the beginning with the
+end, which are means over the first tenth and the last fifth of the logged steps, by their standard errors. Evaluations
+always use the same rows, so rules prefer them where there are two. docs/health.md describes every rule.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,19 +16,19 @@ __all__ = ["RULES", "Known", "Verdict", "Watch", "diagnose", "known_of"]
 
 
 def diagnose(history: History, known: Known) -> list[Verdict]:
-    """All verdicts on a run, or on a run so far: alarms first, a cause instead of its symptoms."""
-    found: dict[str, Finding] = {}
+    """Return all verdicts on a run, or on a run so far: alarms first, and a cause in place of its symptoms."""
+    findings: dict[str, Finding] = {}
     for rule in RULES.values():
-        explained = any(rule.name in RULES[name].explains for name in found)
+        explained = any(rule.name in RULES[name].explains for name in findings)
         finding = None if explained else rule.check(history, known)
         if finding is not None:
-            found[rule.name] = finding
-    verdicts = [Verdict(name, f.severity, f.message, f.evidence, f.steps, f.advice) for name, f in found.items()]
+            findings[rule.name] = finding
+    verdicts = [Verdict(name, f.severity, f.message, f.evidence, f.steps, f.advice) for name, f in findings.items()]
     return sorted(verdicts, key=lambda verdict: verdict.severity != "alarm")
 
 
 class Watch:
-    """A run's health while it goes on. A verdict is told once, when it first appears."""
+    """Watches the health of a run while it goes on. Each verdict appears once."""
 
     def __init__(self, known: Known, rows: Iterable[Mapping[str, Any]] = ()):
         self.known, self.history = known, History(rows)
@@ -36,7 +36,7 @@ class Watch:
         self._next = 0  # rows of training at which to look again
 
     def add(self, row: Mapping[str, Any]) -> list[Verdict]:
-        """What is new after a row. Looked for at every evaluation, and ever more rarely as the run gets longer."""
+        """Add a row and return new verdicts. Rules run at evaluations, and ever more rarely as the run gets longer."""
         self.history.add(row)
         if "loss" in row and self.history.rows < self._next:
             return []

@@ -1,4 +1,4 @@
-"""What each method's numbers are at first, and where they stay in a healthy run. Nothing here imports torch."""
+"""Where the metrics of each loss begin, and where they stay in a healthy run. Nothing here imports torch."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ EXPLODING = 100.0
 
 @dataclass(frozen=True)
 class Band:
-    """Where a metric is in a healthy run; None is no bound."""
+    """The range of a metric in a healthy run; None is no bound."""
 
     low: float | None
     high: float | None
 
 
 def first_loss(loss: LossOptions) -> float | None:
-    """The loss as long as policy and reference are the same model, where that determines it."""
+    """Return the loss while policy and reference are the same model, or None where that does not determine it."""
     if isinstance(loss, KTO):
         same = loss.desirable_weight == loss.undesirable_weight
         return loss.desirable_weight / 2 if same else None
@@ -32,7 +32,7 @@ def first_loss(loss: LossOptions) -> float | None:
 
 
 def _at_zero(variant: str, loss: DPO) -> float:
-    """A variant's value where both ratios are 0."""
+    """Return the value of a variant where both log-ratios are 0."""
     beta, eps = loss.beta, loss.label_smoothing
     if variant in ("nca_pair", "bco_pair"):
         return 2 * _LN2
@@ -46,7 +46,7 @@ def _at_zero(variant: str, loss: DPO) -> float:
 
 
 def loss_band(loss: LossOptions, start: float | None = None) -> Band:
-    """DPO: 0.3 to ln 2, its relatives and KTO in proportion; IPO: 0 to 1/(2β)²; without a reference: below `start`."""
+    """Return 0.3 to ln 2 for DPO, its variants and KTO in proportion, 0 to 1/(2β)² for IPO; else below `start`."""
     first = first_loss(loss)
     if first is None:
         return Band(None, start)
@@ -58,29 +58,29 @@ _LOGISTIC = {"sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"}
 
 
 def bands(loss: LossOptions, start: float | None = None) -> dict[str, Band]:
-    """By the name of the metric. `start` is the run's first loss."""
-    found = {
+    """Return the healthy range of each metric by its name. `start` is the first loss of the run."""
+    ranges = {
         "loss": loss_band(loss, start),
         "rewards/accuracies": Band(0.5, None),
         "rewards/margins": Band(0.0, None),
         "grad_norm": Band(*GRADIENTS),
     }
     if loss.uses_reference:
-        found |= {"rewards/chosen": Band(0.0, None), "rewards/rejected": Band(None, 0.0)}
+        ranges |= {"rewards/chosen": Band(0.0, None), "rewards/rejected": Band(None, 0.0)}
     if isinstance(loss, ORPO):
-        found["log_odds_chosen"] = Band(0.0, None)
+        ranges["log_odds_chosen"] = Band(0.0, None)
     if isinstance(loss, SimPO):  # the margin aimed at
-        found["rewards/margins"] = Band(loss.margin, None)
-    return found
+        ranges["rewards/margins"] = Band(loss.margin, None)
+    return ranges
 
 
 def supervised(loss: LossOptions) -> bool:
-    """Whether the likelihood of the chosen responses is raised by a term of its own."""
+    """Return whether the loss has a supervised term, which raises the likelihood of the chosen responses."""
     if isinstance(loss, DPO):
         return "sft" in loss.variants
     return isinstance(loss, ORPO) or (isinstance(loss, CPO | SimPO) and loss.sft_weight > 0)
 
 
 def per_token(loss: LossOptions) -> bool:
-    """Whether a reward is β · an average over tokens and not a sum."""
+    """Return whether a reward is β times an average over tokens instead of a sum."""
     return isinstance(loss, ORPO | SimPO) or (isinstance(loss, CPO) and loss.variant == "ipo")

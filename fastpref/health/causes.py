@@ -1,4 +1,4 @@
-"""Rules that find why a run goes wrong: from the run as a whole, its labels and its rows."""
+"""Rules that find the cause of a run that goes wrong, from the run as a whole, its labels and its rows."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from fastpref.run.history import HELDOUT, History
     ),
 )  # fmt: skip
 def _learning_rate_high(h: History, known: Known) -> Finding | None:
-    """The policy has left its beginning so far that it no longer writes as it did."""
+    """Find a policy that has moved so far that it no longer writes as it did."""
     loss, tokens = h["loss"], change_of(h, known, "mean_token_accuracy")
     if len(loss) < 3:
         return None
@@ -67,7 +67,7 @@ def _learning_rate_high(h: History, known: Known) -> Finding | None:
               "accuracy_pinned", "loss_below_band"),
 )  # fmt: skip
 def _swapped(h: History, known: Known) -> Finding | None:
-    """What the training teaches is the contrary of what the held-out rows ask for."""
+    """Find training that teaches the opposite of what the held-out rows prefer."""
     name = "rewards/accuracies"
     heldout = h.heldout_change(name, known_start(known, name))
     training = change_of(h, known, name, heldout=False)
@@ -92,7 +92,7 @@ def _swapped(h: History, known: Known) -> Finding | None:
               "loss_below_band", "loss_rises"),
 )  # fmt: skip
 def _labels_shuffled(h: History, known: Known) -> Finding | None:
-    """The policy moves, and held-out rows are still told apart as by a coin."""
+    """Find a policy that moves while its held-out accuracy stays at chance."""
     heldout, training = h[HELDOUT + "rewards/accuracies"], change_of(h, known, "rewards/accuracies", heldout=False)
     moved = nats_moved(h, known)
     if len(heldout) < 2 or training is None or moved is None or not settled(h, known, 0.5):
@@ -148,7 +148,7 @@ def _nothing_learnt(h: History, known: Known) -> Finding | None:
 
 @rule("already_preferred")
 def _already_preferred(h: History, known: Known) -> Finding | None:
-    """Before any training the chosen responses are the likelier ones, nearly always."""
+    """Find chosen responses that nearly always are the likelier ones before any training."""
     ranking = h[HELDOUT + "logps/accuracies"][:1]
     count = known.heldout or 0
     if not len(ranking) or ranking.steps[0] != 0:

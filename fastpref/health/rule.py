@@ -1,4 +1,4 @@
-"""What a rule is, and what the rules have in common. Nothing here imports torch."""
+"""Define a rule, and what the rules share. Nothing here imports torch."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -17,7 +17,7 @@ Severity = Literal["alarm", "warning"]
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a run beside its metrics."""
+    """What is known of a run in addition to its metrics."""
 
     loss: LossOptions
     steps: int | None = None  # planned; None: all of them are there
@@ -31,7 +31,7 @@ class Known:
 
 
 def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
-    """Of a run with its config and its run.json."""
+    """Return what the config and the run.json of a run tell."""
     rows = facts.get("rows") or {}
     train, heldout = rows.get("train") or {}, rows.get("heldout") or {}
     return Known(
@@ -50,7 +50,7 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule found."""
+    """The result of a rule, with its name."""
 
     rule: str
     severity: Severity  # "alarm": the model is most likely of no use; "warning": look at it
@@ -79,7 +79,7 @@ Check = Callable[[History, Known], Finding | None]
 class Rule:
     name: str
     check: Check
-    explains: tuple[str, ...]  # rules whose findings follow from this one's and are not said beside it
+    explains: tuple[str, ...]  # rules whose findings follow from this one, and are left out if it has a finding
 
 
 RULES: dict[str, Rule] = {}
@@ -94,19 +94,19 @@ def rule(name: str, explains: Iterable[str] = ()) -> Callable[[Check], Check]:
 
 
 def settled(h: History, known: Known, share: float = 0.3) -> bool:
-    """Whether there is enough of the run to speak of a trend."""
+    """Return whether the run is long enough to show a trend."""
     return h.rows >= 10 and (known.steps is None or h.step >= share * known.steps)
 
 
 def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Trend | None:
-    """From beginning to end: of the held-out rows where they were evaluated twice, else of the training."""
+    """Return the change from beginning to end, of held-out rows if they were evaluated twice, else of training."""
     start = known_start(known, name)
     found = h.heldout_change(name, start) if heldout else None
     return found or h.change(name, start)
 
 
 def known_start(known: Known, name: str) -> float | None:
-    """Where a metric begins while policy and reference are the same model."""
+    """Return where a metric begins while policy and reference are the same model, or None."""
     if not known.loss.uses_reference:
         return None
     starts = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}
@@ -114,20 +114,20 @@ def known_start(known: Known, name: str) -> float | None:
 
 
 def nats(known: Known, reward: float) -> float:
-    """A reward as log-probability: of a whole response, or a token of it where the method averages."""
+    """Convert a reward to a log-probability: of a whole response, or of a token where the loss averages."""
     return reward / known.loss.beta if known.loss.beta else 0.0
 
 
 def enough(known: Known) -> float:
-    """The least change of a log-probability that is worth a word, in nats."""
+    """Return the smallest change of a log-probability that matters, in nats."""
     return 0.05 if per_token(known.loss) else 1.0
 
 
 def nats_moved(h: History, known: Known) -> float | None:
-    """How far the policy is from its beginning: the larger change of the two sides' log-probabilities, in nats.
+    """Return how far the policy has moved: the larger change of the log-probabilities of the two sides, in nats.
 
-    Against a reference also by the size of the last steps' rewards, whatever their sign: labels that contradict each
-    other move it to and fro.
+    With a reference the size of the last rewards counts too, whatever their sign, because labels that contradict each
+    other move the policy back and forth.
     """
     moved = []
     for name in ("rewards/chosen", "rewards/rejected"):
@@ -141,7 +141,7 @@ def nats_moved(h: History, known: Known) -> float | None:
 
 
 def heldout_error(known: Known) -> float:
-    """The standard error of an accuracy around one half."""
+    """Return the standard error of an accuracy near one half."""
     return 0.5 / math.sqrt(known.heldout or 30)
 
 
@@ -159,5 +159,5 @@ def smaller(known: Known, factor: int = 10) -> str:
 
 
 def now(known: Known) -> str:
-    """The learning rate, if it is known, in brackets."""
+    """Return the learning rate in brackets, if it is known."""
     return "" if known.learning_rate is None else f" ({known.learning_rate:g} now)"

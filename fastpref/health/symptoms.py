@@ -1,4 +1,4 @@
-"""Rules that find what is unusual in single curves: losses, rewards, gradients, and held-out rows beside training."""
+"""Rules that find what is unusual in single curves: losses, rewards, gradients, and held-out rows against training."""
 
 import math
 
@@ -68,7 +68,7 @@ def _loss_below_band(h: History, known: Known) -> Finding | None:
     heldout = h[HELDOUT + "loss"]
     if len(heldout) > 1 and heldout.values[-1] < low:  # learnt, and not by heart
         return None
-    beside = f", and is {heldout.values[-1]:.3g} held out" if len(heldout) > 1 else "; nothing is held out beside it"
+    beside = f", and is {heldout.values[-1]:.3g} held out" if len(heldout) > 1 else "; no rows are held out"
     return Finding(
         "warning",
         f"the training loss has fallen to {loss.end:.3g}, below {low:.2g}, the low end of a healthy run's{beside}: the "
@@ -160,7 +160,7 @@ def _rejected_rises(h: History, known: Known) -> Finding | None:
 
 @rule("both_fall")
 def _both_fall(h: History, known: Known) -> Finding | None:
-    """Likelihood displacement: the chosen responses lose too, and the mass goes to something else."""
+    """Find likelihood displacement: chosen responses become less likely too, and other text becomes likelier."""
     chosen, rejected = change_of(h, known, "rewards/chosen"), change_of(h, known, "rewards/rejected")
     if chosen is None or rejected is None or not settled(h, known):
         return None
@@ -183,7 +183,7 @@ def _both_fall(h: History, known: Known) -> Finding | None:
 
 @rule("accuracy_pinned")
 def _accuracy_pinned(h: History, known: Known) -> Finding | None:
-    """Accuracy begins at one half and loss at its known start; nothing worth learning is learnt in a few steps."""
+    """Find an accuracy of 100% after a few steps, in which nothing worth learning can be learnt."""
     series, loss, start = h["rewards/accuracies"], h["loss"], first_loss(known.loss)
     if start is None or not len(series) or not settled(h, known):
         return None
@@ -207,7 +207,7 @@ def _accuracy_pinned(h: History, known: Known) -> Finding | None:
 
 
 def _run_start(series: Series, breaks: np.ndarray, length: int) -> int | None:
-    """The step at which the first `length` rows without a break begin."""
+    """Return the step at which the first `length` rows without a break begin."""
     edges = np.concatenate([[-1], np.searchsorted(series.steps, breaks), [len(series)]])
     gaps = np.flatnonzero(np.diff(edges) > length)
     return int(series.steps[edges[gaps[0]] + 1]) if len(gaps) else None
@@ -234,7 +234,7 @@ def _length_bias(h: History, known: Known) -> Finding | None:
 
 @rule("kl_stuck")
 def _kl_stuck(h: History, known: Known) -> Finding | None:
-    """max(0, ·) hides by how much mismatched responses have become less likely; then it is no reference point."""
+    """Find a KL that stays 0: max(0, ·) hides how far mismatched responses fall, so it is no reference point."""
     if not isinstance(known.loss, KTO) or known.loss.kl != "batch":
         return None
     kl = h["kl"].beyond(h.step / 5)
@@ -350,7 +350,7 @@ def _truncation(h: History, known: Known) -> Finding | None:
 
 @rule("labels_unbalanced")
 def _labels_unbalanced(h: History, known: Known) -> Finding | None:
-    """KTO's good and bad rows do not pull alike."""
+    """Find good and bad rows of KTO whose weights do not balance."""
     good, bad = known.labels or (0, 0)
     wrong = unbalanced(good, bad, known.loss)
     if wrong is None:
@@ -368,7 +368,7 @@ def _heldout_gap(h: History, known: Known) -> Finding | None:
 
 
 def _overfit(h: History) -> Finding | None:
-    """Held-out loss has turned upward while training loss has not."""
+    """Find a held-out loss that has turned upward while the training loss has not."""
     heldout, training = h[HELDOUT + "loss"], h["loss"]
     if len(heldout) < 2:
         return None

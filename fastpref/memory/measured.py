@@ -87,7 +87,7 @@ def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
 
 def as_loaded(config: Config, loaded: Loaded) -> Config:
     """The config to count by: whether a model has liger's kernels is only known once it is loaded."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"liger": loaded.liger and "auto"})})
+    return config.but({"model.liger": loaded.liger and "auto"})
 
 
 def _checkpointed(model: PreTrainedModel) -> int:

@@ -173,9 +173,7 @@ def count_step(
 def _unpaged(config: Config) -> Config:
     """The config without a paged optimizer: paging needs a GPU, so its moments count as if they stayed there."""
     plain: Any = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}.get(config.train.optimizer)
-    return config if plain is None else config.model_copy(
-        update={"train": config.train.model_copy(update={"optimizer": plain})}
-    )  # fmt: skip
+    return config if plain is None else config.but({"train.optimizer": plain})
 
 
 def _materialised(

@@ -30,12 +30,10 @@ _TOKENS, _COLUMNS = 4096, 32768  # of a tile
 def as_trl(config: Config) -> Config:
     """The config of the step that TRL would compute: padded rows, all in one micro-batch, and a frozen copy as the
     reference where all weights are trained."""
-    update: dict[str, Any] = {
-        "train": config.train.model_copy(update={"layout": "padded", "tokens_per_microbatch": sys.maxsize})
-    }
+    update: dict[str, Any] = {"train.layout": "padded", "train.tokens_per_microbatch": sys.maxsize}
     if config.lora is None and config.loss.uses_reference:
-        update["reference"] = config.reference.model_copy(update={"mode": "copy"})
-    return config.model_copy(update=update)
+        update["reference.mode"] = "copy"
+    return config.but(update)
 
 
 def trl_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:

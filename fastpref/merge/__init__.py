@@ -49,7 +49,7 @@ def merge(
     """
     options = trained.config.model
     if not trained.is_adapter:
-        bare_model(options.model_copy(update={"name": trained.weights}))  # raises where there is no model at all
+        bare_model(trained.config.but({"model.name": trained.weights}).model)  # raises where there is no model at all
         raise UserError(
             f"{trained.weights}: not an adapter: there is nothing to merge. It is the whole trained model already, "
             "which transformers loads as it is"

@@ -97,7 +97,7 @@ def bare_model(options: ModelConfig) -> PreTrainedModel:
 
 def nf4_weights(config: Config) -> frozenset[str]:
     """Return the names of the tensors that a run with `model.quantization = "nf4"` has in 4 bits."""
-    plain = config.model_copy(update={"lora": None})
+    plain = config.but({"lora": None})
     return _four_bit_weights(skeleton(plain, model_config(config.model), torch.float32).model)
 
 

@@ -77,7 +77,7 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
 
 
 def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor:
-    options = config.model.model_copy(update={"name": str(folder), "revision": None})
+    options = config.but({"model.name": str(folder), "model.revision": None}).model
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=model_config(options),

@@ -11,7 +11,7 @@ __all__ = ["Run", "read_run", "render", "write_report"]
 
 
 def write_report(run: Run | Path) -> Path:
-    """Write the report of a run beside what it is made of. Raises UserError, WriteError."""
+    """Write the report of a run into its folder. Raises UserError and WriteError."""
     run = read_run(run) if isinstance(run, Path) else run
     place = run.folder / REPORT
     write_file(place, render(run))

@@ -1,4 +1,4 @@
-"""Held-out accuracy and margin with the intervals that resampling the rows gives (Efron's bootstrap, percentiles)."""
+"""Held-out accuracy and margin with bootstrap intervals (Efron's percentile method over the rows)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with where it lies in 95 of 100 resamplings."""
+    """A mean and its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -29,7 +29,7 @@ class HeldOut:
 
 
 def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
-    """Of the rewards in a run.json. None if there are none, or only of one side."""
+    """Return the scores of the rewards in a run.json, or None if there are none or those of one side only."""
     try:
         found = facts["heldout"]
         chosen, rejected = np.array(found["chosen"], float), np.array(found["rejected"], float)
@@ -57,14 +57,14 @@ def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
 
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
-    """The share of all couples in which the chosen is above; a tie counts half."""
+    """Return the share of all couples in which the chosen reward is higher; a tie counts half."""
     ordered = np.sort(rejected)
     below = np.searchsorted(ordered, chosen, side="left") + np.searchsorted(ordered, chosen, side="right")
     return float(below.mean() / (2 * len(ordered)))
 
 
 def _certain(share: float, count: int) -> Interval:
-    """All alike: no resampling differs, but Clopper and Pearson's interval is known."""
+    """Return the Clopper-Pearson interval, for rows that are all alike, so that no resampling differs."""
     bound = 0.025 ** (1 / count)
     return Interval(share, bound, 1.0) if share else Interval(share, 0.0, 1 - bound)
 

@@ -1,4 +1,4 @@
-"""From a run to its page: what the template is given."""
+"""Prepare the values that the template of the page shows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastpref.config.losses import KTO
 from fastpref.data.example import OUTCOMES
 from fastpref.health import RULES, diagnose
 from fastpref.health.bands import Band, bands
@@ -20,7 +19,7 @@ from fastpref.run.history import HELDOUT, Series
 
 @dataclass(frozen=True)
 class Chart:
-    """A metric, or two that belong together, over the steps."""
+    """A metric over the steps, or two metrics that belong together."""
 
     title: str
     names: tuple[str, ...]  # of the chosen, and of the rejected
@@ -56,14 +55,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A line of the table of numbers: what the charts show, for those who do not see them."""
+    """A line of the table of numbers, which says what the charts show to those who cannot see them."""
 
     name: str
     cells: list[str]  # training at first and at the end, held out at first and at the end
 
 
 def render(run: Run) -> str:
-    """The page. Everything that comes from data or models is escaped."""
+    """Return the page. Everything that comes from data or models is escaped."""
     environment = Environment(
         loader=PackageLoader("fastpref.report", "."),
         autoescape=True,
@@ -92,14 +91,14 @@ def render(run: Run) -> str:
 
 
 def _capitalised(text: str) -> Markup:
-    """A sentence of ours; what stands in backticks as code."""
+    """Return a sentence as HTML, with the parts in backticks as code."""
     parts = (text[:1].upper() + text[1:]).split("`")
     code = [Markup("<code>{}</code>").format(part) if at % 2 else Markup.escape(part) for at, part in enumerate(parts)]
     return Markup("").join(code)
 
 
 def figures(run: Run) -> list[Figure]:
-    """A chart of everything that was logged."""
+    """Return a chart for everything that was logged."""
     losses = run.history["loss"]
     healthy = bands(run.known.loss, float(losses.values[0]) if len(losses) else None)
     steps = max(run.history.step, 1)
@@ -189,7 +188,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
 
 
 def _data(rows: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """What became of the rows: a line for everything that happened, with training and held-out counts."""
+    """Return what became of the rows: a line for each event, with training and held-out counts."""
     if not rows:
         return []
     lines = []
@@ -208,8 +207,10 @@ def _speed(run: Run) -> list[tuple[str, str]]:
     seconds, memory = run.facts.get("seconds"), run.facts.get("memory")
     if seconds:
         found.append(("time in all", duration(float(seconds))))
-    examples = "responses" if isinstance(run.known.loss, KTO) else "pairs"
-    for name, said in (("pairs_per_second", f"{examples} a second"), ("tokens_per_second", "tokens a second")):
+    for name, said in (
+        ("pairs_per_second", f"{run.known.loss.unit}s a second"),
+        ("tokens_per_second", "tokens a second"),
+    ):
         series = run.history[name]
         if len(series):
             found.append((f"{said}, median", number(float(np.median(series.values)))))
@@ -219,7 +220,7 @@ def _speed(run: Run) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """1 h 2 min; 3 min 4 s; 5 s."""
+    """Return a duration such as 1 h 2 min, 3 min 4 s or 5 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

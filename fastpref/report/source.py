@@ -1,4 +1,4 @@
-"""What a report is made of: a run's folder, or TRL's trainer_state.json. Nothing here imports torch."""
+"""Read a run for its report: from its folder, or from TRL's trainer_state.json. Nothing here imports torch."""
 
 import json
 import re
@@ -10,18 +10,17 @@ from typing import Any
 import numpy as np
 
 from fastpref.config import load_config
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.config.losses import LOSSES, LossOptions
 from fastpref.errors import UserError, one_line
 from fastpref.health import Known, known_of
 from fastpref.run.history import HELDOUT, METRICS, History, read_facts, read_rows
 
 TRL_STATE = "trainer_state.json"
-_METHODS = {"dpo": DPO, "ipo": IPO, "kto": KTO, "orpo": ORPO, "simpo": SimPO, "cpo": CPO}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as a report sees it."""
+    """A run, with what its report shows."""
 
     name: str
     folder: Path
@@ -34,9 +33,9 @@ class Run:
 
 
 def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> Run:
-    """A run's folder, or a folder of TRL's or its trainer_state.json. Raises UserError.
+    """Read the folder of a run, a folder of TRL, or its trainer_state.json. Raises UserError.
 
-    `loss` and `beta` are for TRL's runs, which do not say which loss they were trained with.
+    `loss` and `beta` describe a run of TRL, which does not record its loss.
     """
     if not path.exists():
         raise UserError(f"{path}: there is no such folder")
@@ -68,7 +67,7 @@ def _own(path: Path) -> Run:
 
 
 def _trl_state(path: Path) -> Path | None:
-    """The file itself, or that of a folder, or of its newest checkpoint."""
+    """Return the file itself, or the file of a folder or of its newest checkpoint."""
     if path.is_file():
         return path if path.suffix == ".json" else None
     if (path / TRL_STATE).is_file():
@@ -97,7 +96,7 @@ def _of_trl(state: Path, folder: Path, loss: str | None, beta: float | None) -> 
 
 
 def trl_row(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A row of TRL's log under our names, which are TRL's but for `eval_…`; None for its summary at the end."""
+    """Return a row of TRL's log under fastpref's names (`eval_…` differs), or None for the summary at the end."""
     if "loss" not in entry and "eval_loss" not in entry:
         return None
     row = {re.sub(r"^eval_", HELDOUT, name): value for name, value in entry.items()}
@@ -105,13 +104,14 @@ def trl_row(entry: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _method(history: History, loss: str | None, beta: float | None) -> tuple[LossOptions, str]:
-    """The loss that is named, or that the logged names and numbers are of."""
-    if loss is not None and loss not in _METHODS:
-        raise UserError(f"--loss {loss}: not one of {', '.join(_METHODS)}")
+    """Return the loss that is named, or the loss that the logged names and numbers fit."""
+    if loss is not None and loss not in LOSSES:
+        raise UserError(f"--loss {loss}: not one of {', '.join(LOSSES)}")
     if beta is not None and beta <= 0:
         raise UserError(f"--beta {beta}: must be above 0")
     name = loss or _guess(history)
-    options = _METHODS[name](**({} if beta is None else {"beta": beta}))
+    given: dict[str, Any] = {} if beta is None else {"beta": beta}
+    options = LOSSES[name](**given)
     taken = f"{name.upper()} with β {options.beta:g}"
     return options, taken if loss else f"TRL's log does not name its loss: taken for {taken}; see --loss and --beta"
 

@@ -1,4 +1,4 @@
-"""Line charts and histograms as inline SVG: no script, no network, colours from the page's style sheet."""
+"""Draw line charts and histograms as inline SVG: no script, no network, colours from the style sheet of the page."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ POINTS = 240  # of a line, at most
 
 @dataclass(frozen=True)
 class Line:
-    """A series and how it is drawn; `style` is a class of the style sheet."""
+    """A series and its style, which is a class of the style sheet."""
 
     name: str
     series: Series
@@ -30,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to pixels."""
+    """Maps values to pixels."""
 
     low: float
     high: float
@@ -42,7 +42,7 @@ class Axis:
         return float(self.of(np.array([value]))[0])
 
     def of(self, values: np.ndarray) -> np.ndarray:
-        """[n] → [n], kept inside the plot."""
+        """Map values [n] to pixels [n] inside the plot."""
         low, high = self.low, self.high
         if self.logarithmic:
             values, low, high = np.log10(np.maximum(values, low)), math.log10(low), math.log10(high)
@@ -91,7 +91,7 @@ def line_chart(
 
 
 def histogram(label: str, values: np.ndarray, bins: int = 24) -> Markup:
-    """How often values [n] are in each of some equal parts of their range, one of which begins at zero."""
+    """Draw how often values [n] are in each of some equal parts of their range, one of which begins at zero."""
     low, high = _room(min(float(values.min()), 0.0), max(float(values.max()), 0.0))
     part = (high - low) / bins
     edges = part * np.arange(math.floor(low / part), math.ceil(high / part) + 1)
@@ -112,7 +112,7 @@ def histogram(label: str, values: np.ndarray, bins: int = 24) -> Markup:
 
 
 def number(value: float) -> str:
-    """Short, for ticks and tables."""
+    """Return a short number for ticks and tables."""
     if value == 0:
         return "0"
     if 1e-3 <= abs(value) < 1e7:
@@ -128,7 +128,7 @@ def _svg(label: str, parts: Sequence[str]) -> Markup:
 
 
 def _thin(series: Series) -> tuple[Series, np.ndarray, np.ndarray]:
-    """Means of at most POINTS runs of rows, and the least and greatest value of each."""
+    """Return the means of at most POINTS runs of rows, and the least and greatest value of each run."""
     if len(series) <= POINTS:
         return series, series.values, series.values
     edges = np.linspace(0, len(series), POINTS + 1).astype(int)[:-1]
@@ -140,7 +140,7 @@ def _thin(series: Series) -> tuple[Series, np.ndarray, np.ndarray]:
 
 
 def _smooth(series: Series) -> Series:
-    """A mean over a twentieth of the points, fewer at the ends."""
+    """Return the moving mean over a twentieth of the points, fewer at the ends."""
     half = max(1, len(series) // 40)
     sums = np.concatenate([[0.0], np.cumsum(series.values)])
     at = np.arange(len(series))
@@ -200,7 +200,7 @@ def _grid(x: Axis, y: Axis) -> str:
 
 
 def _clean(tick: float) -> float:
-    """Without the rounding of a sum of steps."""
+    """Remove the rounding error of a sum of steps."""
     return float(f"{tick:.6g}")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from fastpref import __version__
-from fastpref.config import Config, DataConfig
+from fastpref.config import Config
+from fastpref.config.paths import map_paths
 from fastpref.config.toml import to_toml, toml_value
 from fastpref.data.template.keywords import writes_the_date
 from fastpref.data.template.text import TextRecord
@@ -39,11 +40,10 @@ def model_card(
         tags=["fastpref", config.loss.type, *(["lora"] if adapter else [])],
     )
     what = "A LoRA adapter for" if adapter else "A model fine-tuned from"
-    pairs = "rows" if config.loss.type == "kto" else "pairs"
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, {config.loss.type.upper()}\n\n"
         f"{what} `{base}`, trained by preferences ({config.loss.type.upper()}) with fastpref {__version__}: {steps} "
-        f"steps of {config.train.batch} {pairs}.\n\n"
+        f"steps of {config.train.batch} {config.loss.unit}s.\n\n"
         f"{_held_out(list(rows))}## Data\n\n"
         f"{', '.join(f'`{d.path}`' for d in shown.data)}; the training examples' tokens have the SHA-256\n"
         f"`{data_fingerprint}`.\n\n"
@@ -94,21 +94,4 @@ def _without_folders(config: Config) -> Config:
         path = Path(text).expanduser()
         return path.name if path.is_absolute() else text
 
-    def named(data: tuple[DataConfig, ...]) -> tuple[DataConfig, ...]:
-        return tuple(d.model_copy(update={"path": name(d.path), "format": form(d.format)}) for d in data)
-
-    def form(given: str | dict[str, Any]) -> str | dict[str, Any]:
-        if isinstance(given, str):
-            return name(given)
-        return given | ({"chat_template": name(given["chat_template"])} if given.get("chat_template") else {})
-
-    template = config.tokens.chat_template
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"name": name(config.model.name)}),
-            "data": named(config.data),
-            "eval": config.eval.model_copy(update={"data": named(config.eval.data)}),
-            "tokens": config.tokens.model_copy(update={"chat_template": template and name(template)}),
-            "output": config.output.model_copy(update={"dir": None}),
-        }
-    )
+    return map_paths(config, name, written=lambda _: None)

@@ -9,10 +9,17 @@ from typing import Any
 
 from fastpref.atomic import MANIFEST, damage
 from fastpref.config import Config, load_config
+from fastpref.config.paths import path_marks
 from fastpref.data.template.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
 from fastpref.run.folder import RunFolder, default_folders, is_checkpoint, step_of
 from fastpref.run.state import read_state
+
+
+def places(schema: type[Config]) -> tuple[str, ...]:
+    """Return the keys that are a path which is read; values that have paths inside are compared whole."""
+    return tuple(key for key, mark in path_marks(schema) if not mark.written and mark.inside is None)
+
 
 # Keys that do not change the weights, or only how long they are trained.
 _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",
@@ -27,8 +34,8 @@ _ROUNDING = (
     "model.liger",
 )
 # Paths, which may change: the contents are compared once they are loaded.
-_PLACES = ("model.name", "data.*.path", "tokens.chat_template")
-_OF_THE_FIRST = ("output.dir", "output.push_to", "eval.data.*.path")  # what the first process alone takes, and a place
+_PLACES = places(Config)
+_OF_THE_FIRST = ("output.dir", "output.push_to")  # what the first process alone takes
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,8 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
 def load_trained(trained: Trained, device: torch.device, *, base: bool = False) -> Loaded:
     """Load the trained model, or with `base` the one it began with. Both stop at the trained ends. Raises UserError."""
     config, adapter = trained.config, trained.weights if trained.is_adapter and not base else None
-    if not base and adapter is None:
-        model = config.model.model_copy(update={"name": trained.weights})
-        if model.name != config.model.name:
-            model = model.model_copy(update={"revision": None})
-        config = config.model_copy(update={"model": model})
+    if not base and adapter is None and trained.weights != config.model.name:
+        config = config.but({"model.name": trained.weights, "model.revision": None})
     loaded = load_model(_as_it_is(config, device), device, trained=True, adapter=adapter)
     if trained.text is not None:
         stop_at(loaded.model, trained.text.ends.values())
@@ -83,7 +80,7 @@ def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
     config = trained.config
     own = Path(trained.weights)
     saved = own.is_dir() and any(own.glob("tokenizer*"))
-    tokenizer = load_tokenizer(config.model.model_copy(update={"name": str(own)}) if saved else config.model)
+    tokenizer = load_tokenizer(config.but({"model.name": str(own)}).model if saved else config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
     return tokenizer
 
@@ -93,14 +90,14 @@ def _as_recorded(trained: Trained, text: TextRecord | None, overrides: Sequence[
     if text is None:
         return trained
     named = {override.partition("=")[0].strip() for override in overrides}
-    tokens, update = trained.config.tokens, {}
+    update: dict[str, Any] = {}
     if not named & {"tokens", "tokens.chat_template"}:
         template = text.chat_template
-        update["chat_template"] = template if isinstance(template, str) else tokens.chat_template
+        if isinstance(template, str):
+            update["tokens.chat_template"] = template
     if not any(key == "tokens" or key.startswith("tokens.chat_template_kwargs") for key in named):
-        update["chat_template_kwargs"] = dict(text.chat_template_kwargs) or None
-    config = trained.config.model_copy(update={"tokens": tokens.model_copy(update=update)})
-    return replace(trained, config=config, text=text)
+        update["tokens.chat_template_kwargs"] = dict(text.chat_template_kwargs) or None
+    return replace(trained, config=trained.config.but(update), text=text)
 
 
 def _as_it_is(config: Config, device: torch.device) -> Config:
@@ -108,7 +105,7 @@ def _as_it_is(config: Config, device: torch.device) -> Config:
     if config.model.dtype != "auto" or device.type == "cpu":
         return config
     half = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "float16"
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": half})})
+    return config.but({"model.dtype": half})
 
 
 def _weights(path: Path) -> Path:

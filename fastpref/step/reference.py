@@ -104,8 +104,7 @@ def copy_config(config: Config, model: PreTrainedModel) -> Config | None:
         )
     if (dtype, quantization) == (own, config.model.quantization):
         return None
-    options = config.model.model_copy(update={"dtype": dtype, "quantization": quantization})
-    return config.model_copy(update={"model": options, "lora": None})
+    return config.but({"model.dtype": dtype, "model.quantization": quantization, "lora": None})
 
 
 def load_copy(config: Config, loaded: Loaded) -> PreTrainedModel:

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from fastpref.config import Config, load_config
-from fastpref.config.losses import KTO
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.order import data_order
 from fastpref.data.template.text import TextRecord, stop_at, text_of
@@ -168,7 +167,7 @@ def _assemble(
     """Make a run of its loaded parts, at the checkpoint it is resumed from if there is one. Returns notes, too."""
     data, train = inputs.data, config.train
     steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch)
-    unit = "responses" if isinstance(config.loss, KTO) else "pairs"
+    unit = f"{config.loss.unit}s"
     display = Display(
         steps,
         resumed.state["progress"]["step"] if resumed else 0,

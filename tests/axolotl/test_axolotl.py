@@ -4,6 +4,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import yaml
 
 from fastpref.axolotl import Translation, rows, translate
-from fastpref.axolotl.left_out import REASONS
+from fastpref.axolotl.left_out import GROUPS, reason_for
 from fastpref.axolotl.rules import RULES
+from fastpref.axolotl.source import METHODS
 from fastpref.cli import main
 from fastpref.config import Config, load_config
 from fastpref.config.text import keys_of, sections
@@ -249,6 +251,8 @@ PENDING = {
     "{adapter: lora, peft: {backend: bnb, weight_dtype: nf4}}": ("model", "quantization", "nf4"),
     "liger_rope: true": ("model", "liger", "auto"),
     "optimizer: adamw_bnb_8bit": ("train", "optimizer", "adamw_8bit"),
+    "optimizer: paged_adamw": ("train", "optimizer", "paged_adamw"),
+    "optimizer: paged_adamw_32bit": ("train", "optimizer", "paged_adamw"),
     "optimizer: paged_adamw_8bit": ("train", "optimizer", "paged_adamw_8bit"),
     "precompute_ref_log_probs: true": ("reference", "mode", "precompute"),
     "save_steps: 100": ("output", "save_every", 100),
@@ -335,19 +339,29 @@ def test_a_whole_config_is_written_and_checked(
 RULED = {field for rule in RULES for field in rule.fields}
 
 
+NAMES = {name: reason for reason, names in GROUPS.items() for name in names.split()}
+OLD = (
+    "unsloth_lora_mlp",
+    "unsloth_rms_norm",
+    "unsloth_cross_entropy_loss",
+)  # of older versions, which NAMES spell with *
+LEFT_FIELDS = sorted({*FIELDS, *OLD, *(name for name in NAMES if "*" not in name)} - RULED)
+
+
 def test_every_field_is_translated_or_has_a_reason():
-    """Every field of Axolotl's schema stands in exactly one of the two tables, and so does every field of an entry."""
-    assert [field for field in FIELDS if (field in RULED) == (field in REASONS)] == []
+    """Every field of Axolotl's schema has a rule or exactly one reason, and so has every field of an entry."""
+    assert [field for field in LEFT_FIELDS if len({NAMES[n] for n in NAMES if fnmatchcase(field, n)}) != 1] == []
     assert [field for field in ENTRY_FIELDS if (field in rows.KEYS) == (field in rows.LEFT_OUT)] == []
-    assert RULED & set(REASONS) == set()
+    assert RULED & set(NAMES) == set()
+    assert [name for name in NAMES if not any(fnmatchcase(field, name) for field in LEFT_FIELDS)] == []
 
 
-@pytest.mark.parametrize("field", sorted(REASONS))
+@pytest.mark.parametrize("field", LEFT_FIELDS)
 def test_a_field_without_a_counterpart_is_listed(tmp_path: Path, field: str):
     """With a value it is listed with its reason, and the config loads."""
     table, _, inner = field.rpartition(".")
     made = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
-    assert f"{field}: {REASONS[field]}" in made.left_out
+    assert f"{field}: {reason_for(field)}" in made.left_out
     Config.model_validate(tables(made))
 
 
@@ -361,7 +375,7 @@ def test_a_field_of_an_entry_without_a_counterpart_is_listed(tmp_path: Path, fie
 LEFT = {
     "mystery: 3": "mystery: unknown field",
     "trl: {mystery: 3}": "trl.mystery: unknown field",
-    "sample_packing: false": "sample_packing: rows are always packed",
+    "sample_packing: false": "sample_packing: rows are packed without padding",
     "simpo_gamma: 1": "simpo_gamma: means nothing to rl: dpo",
     "orpo_alpha: 1": "orpo_alpha: means nothing to rl: dpo",
     "rl: ipo\ndpo_label_smoothing: 0.1": "dpo_label_smoothing: means nothing to rl: ipo",
@@ -513,7 +527,7 @@ def page_tables() -> list[str]:
     fields = [f"| {quoted(rule.fields) or '(always)'} | {quoted(rule.keys)} | {rule.how} |" for rule in RULES]
     entries = [f"| `{field}` | {how} |" for field, how in rows.KEYS.items()]
     reasons: dict[str, list[str]] = {}
-    for field, reason in (REASONS | {f"datasets[].{f}": r for f, r in rows.LEFT_OUT.items()}).items():
+    for field, reason in (NAMES | {f"datasets[].{f}": r for f, r in rows.LEFT_OUT.items()}).items():
         reasons.setdefault(reason, []).append(field)
     left = [f"| {quoted(names)} | {reason} |" for reason, names in reasons.items()]
     return ["\n".join(table) for table in (fields, entries, left)]
@@ -528,10 +542,7 @@ def test_the_page_holds_the_tables(at: int):
 def test_the_tables_name_keys_that_exist():
     """Every key of a rule is one of the schema; every option of a chat format is one of ours."""
     known = {"data", "lora"} | {
-        f"{section}.{key}"
-        for section in sections()
-        for loss in ("dpo", "kto", "orpo", "simpo")
-        for key in keys_of(section, loss)
+        f"{section}.{key}" for section in sections() for loss in METHODS for key in keys_of(section, loss)
     }
     assert {key for rule in RULES for key in rule.keys} <= known
     options = {how.split("`")[1].split(".")[1] for how in rows.KEYS.values() if how.startswith("`format.")}

@@ -9,9 +9,9 @@ from typing import Any, get_args
 import pytest
 
 from fastpref.cli import main
-from fastpref.commands.init import CHOOSER, LOSSES, kept, template
+from fastpref.commands.init import check_loss, kept, template
 from fastpref.config import load_config
-from fastpref.config.losses import LossOptions
+from fastpref.config.losses import LOSSES, LossOptions
 from fastpref.config.text import Line, Table, keys_of, render, sections
 from tests.support.paths import ROOT
 
@@ -96,15 +96,17 @@ def test_each_key_behind_a_hash_can_be_set(tmp_path: Path, loss: str):
 
 
 def test_every_loss_of_the_schema_has_a_template():
-    """A loss that is added to the schema needs a line here and in the README's table."""
-    assert {options.type for options in get_args(LossOptions)} == set(LOSSES) == set(CHOOSER)
+    """The losses that `--loss` takes are those of the schema."""
+    assert {options.type for options in get_args(LossOptions)} == set(LOSSES)
+    assert all(check_loss(loss.upper()) == loss for loss in LOSSES)
 
 
 def test_the_chooser_is_the_readmes():
     """The words that help to choose are one table in two places."""
     rows = dict(re.findall(r"^\| ([^|]+) \| `(\w+)`(?:, the default)? \|$", README, re.MULTILINE))
-    assert {loss: words for words, loss in rows.items() if loss in LOSSES} == CHOOSER
-    for words in CHOOSER.values():
+    chooser = {name: options.suits for name, options in LOSSES.items()}
+    assert {loss: words for words, loss in rows.items() if loss in LOSSES} == chooser
+    for words in chooser.values():
         assert words in template("dpo", "m", "d")
 
 

@@ -14,6 +14,7 @@ from fastpref.config import load_config
 from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
 from fastpref.run.card import model_card
+from fastpref.run.hub import push
 from tests.support.after import command
 from tests.support.runs import write_config
 
@@ -125,7 +126,7 @@ def test_a_card_does_not_tell_the_folders_of_the_machine(finished_run: Path):
     assert "own.jinja" in text
     assert str(Path(config.data[0].path).parent) in to_toml(config)
     assert str(Path(config.data[0].path).parent) not in text
-    on_hub = config.model_copy(update={"model": config.model.model_copy(update={"name": "org/model"})})
+    on_hub = config.but({"model.name": "org/model"})
     data: Any = ModelCard(model_card(on_hub, [], "0" * 64, 4)).data
     assert data.base_model == "org/model"
 
@@ -140,4 +141,4 @@ def test_not_reaching_the_hub_is_a_message(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(HfApi, "create_repo", method)
     with pytest.raises(UserError, match=r"me/mine: .* could not be uploaded: 403 Forbidden"):
-        fastpref.run.hub.push(tmp_path, "me/mine")
+        push(tmp_path, "me/mine")

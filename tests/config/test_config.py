@@ -160,8 +160,8 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
     "a pattern that is none": (
         '[lora]\ntarget = "(q|v_proj"\nexclude = ["vision", "[a"]\n',
         [
-            "6: lora.target: '(q|v_proj' is no regular expression: missing ), unterminated subpattern at position 0",
-            "7: lora.exclude: '[a' is no regular expression: unterminated character set at position 0",
+            "6: lora.target: '(q|v_proj' is not a regular expression: missing ), unterminated subpattern at position 0",
+            "7: lora.exclude: '[a' is not a regular expression: unterminated character set at position 0",
         ],
     ),
     "an entry of an array": ('[lora]\ntarget = ["q", 3]\n', ["6: lora.target[1]: must be a valid string, got 3"]),
@@ -186,7 +186,7 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
     "no variant": ("[loss]\nvariants = []\n", ["6: loss.variants: needs at least one entry"]),
     "label smoothing with ipo": (
         '[loss]\nlabel_smoothing = 0.1\nvariants = ["ipo"]\n',
-        ["6: loss.label_smoothing: label_smoothing has no meaning for ipo; set it to 0"],
+        ["6: loss.label_smoothing: label_smoothing has no effect on ipo; set it to 0"],
     ),
     "label smoothing with the loss ipo": (
         '[loss]\ntype = "ipo"\nlabel_smoothing = 0.1\n',
@@ -194,7 +194,7 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
     ),
     "label smoothing with cpo's ipo": (
         '[loss]\ntype = "cpo"\nvariant = "ipo"\nlabel_smoothing = 0.1\n',
-        ["8: loss.label_smoothing: label_smoothing has no meaning for variant = 'ipo'; set it to 0"],
+        ["8: loss.label_smoothing: label_smoothing has no effect on variant = 'ipo'; set it to 0"],
     ),
     "exo_pair without it": (
         '[loss]\n\nvariants = ["exo_pair"]\n',
@@ -214,15 +214,15 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
     ),
     "two margins": (
         '[loss]\ntype = "simpo"\ngamma = 1.0\ngamma_beta_ratio = 0.5\n',
-        ["7: loss.gamma: gamma and gamma_beta_ratio say the same thing; give one of them"],
+        ["7: loss.gamma: gamma and gamma_beta_ratio both set the target margin; remove one of them"],
     ),
     "DoRA on the head": (
         '[lora]\ntarget = ["lm_head"]\ndora = true\n',
-        ["7: lora.dora: not on the head; leave lm_head out of target, or set dora = false"],
+        ["7: lora.dora: DoRA cannot adapt the head; remove lm_head from target, or set dora = false"],
     ),
     "held out twice": (
         '[eval]\nfraction = 0.1\n[[eval.data]]\npath = "e"\n',
-        ["6: eval.fraction: fraction and [[eval.data]] both hold out data; give one of them"],
+        ["6: eval.fraction: fraction and [[eval.data]] both hold out data; remove one of them"],
     ),
     "KTO on a batch of one": (
         '[train]\nbatch = 1\n[loss]\ntype = "kto"\n',
@@ -301,8 +301,8 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
     "a copy's keys without a copy": (
         '[reference]\ndtype = "bfloat16"\nquantization = "nf4"\n',
         [
-            '6: reference.dtype: only a frozen copy has one; set reference.mode = "copy", or leave the key out',
-            '7: reference.quantization: only a frozen copy has one; set reference.mode = "copy", or leave the key out',
+            '6: reference.dtype: only a frozen copy has this key; set reference.mode = "copy", or remove it',
+            '7: reference.quantization: only a frozen copy has this key; set reference.mode = "copy", or remove it',
         ],
     ),
     "what is not in this version": (
@@ -353,7 +353,7 @@ WHOLE: dict[str, tuple[str, list[str]]] = {
     ),
     "FlexAttention for padded rows": (
         '[model]\nname = "m"\nattention = "flex"\n[[data]]\npath = "d"\n[train]\nlayout = "padded"\n',
-        [':3: model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or drop the key'],
+        [':3: model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or remove it'],
     ),
     "model keys not in this version": (
         '[model]\nname = "m"\nquantization = "int4"\nliger = "yes"\nattention = "flash"\n[[data]]\npath = "d"\n',

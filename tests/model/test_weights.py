@@ -161,7 +161,7 @@ def test_a_reference_copy_is_checked(tmp_path: Path):
     loaded = load_model(config, CPU)
     path = folder / "model.safetensors"
     save_file(without("lm_head")(load_file(path)), path, metadata={"format": "pt"})
-    copy = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    copy = config.but({"model.dtype": "bfloat16"})
     with pytest.raises(UserError, match=r"lm_head\.weight"):
         load_copy(copy, loaded)
 

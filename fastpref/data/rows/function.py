@@ -20,11 +20,12 @@ def is_function(name: str) -> bool:
     return bool(colon and module) and function.isidentifier()
 
 
-def beside(name: str, folder: Path) -> str:
-    """Return `module:function` as `/folder/module.py:function` if that file exists, else unchanged."""
+def map_file(name: str, change: Callable[[str], str]) -> str:
+    """Apply `change` to the file of `module:function`; a name whose file does not change stays as it is."""
     module, _, function = name.rpartition(":")
-    file = folder / (module if module.endswith(".py") else module.replace(".", "/") + ".py")
-    return f"{file.resolve()}:{function}" if file.is_file() else name
+    file = module if module.endswith(".py") else module.replace(".", "/") + ".py"
+    changed = change(file)
+    return name if changed == file else f"{changed}:{function}"
 
 
 def load_function(name: str) -> Format:

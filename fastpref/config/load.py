@@ -1,0 +1,103 @@
+"""Read a config: the TOML file, its overrides, and the folder that its paths are relative to."""
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastpref.config.mistakes import TomlLines, explain
+from fastpref.config.paths import map_paths
+from fastpref.config.schema import Config
+from fastpref.errors import UserError
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file, apply `key=value` overrides, and validate the result.
+
+    A relative path that exists in the folder of the file means that one; otherwise it is relative to the working
+    directory. Raises UserError with one line for each mistake: `cfg.toml:LINE: key: what is wrong`.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder; a config is a .toml file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        what, _, place = str(error).partition(" (at ")  # "(at line 3, column 5)", or "(at end of document)"
+        line = place[5:].partition(",")[0] if place.startswith("line ") else text.rstrip().count("\n") + 1
+        raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
+    return _checked(raw, overrides, TomlLines(str(path), text), path.resolve().parent)
+
+
+def make_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """Make a config of its tables and overrides; paths are relative to the working directory. Raises UserError."""
+    return _checked(raw, overrides, TomlLines("the command line", ""), Path.cwd())
+
+
+def _checked(raw: dict[str, Any], overrides: Iterable[str], lines: TomlLines, folder: Path) -> Config:
+    for override in overrides:
+        _apply(raw, override, lines)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, Config, lines))) from None
+    return _from_folder(config, folder)
+
+
+def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
+    """Set one `a.b=value` in the raw tables. The value is TOML; a bare word is a string."""
+    key, equals, value = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"override {override!r}: not of the form key=value, such as 'train.steps=100'")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        word = value.strip()
+        if not word or not all(c.isalnum() or c in "-_./:~" for c in word):
+            raise UserError(f"override {override!r}: the value is not valid TOML: {error}") from None
+        parsed = word
+    table: Any = raw
+    for depth, part in enumerate(keys[:-1]):
+        if isinstance(table, list):
+            table = _entry(table, part, override)
+        else:
+            table = table.setdefault(part, [] if keys[depth + 1].isdecimal() else {})
+        if not isinstance(table, dict | list):
+            raise UserError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a table")
+    if isinstance(table, list):
+        array = ".".join(keys[:-1])
+        raise UserError(
+            f"override {override!r}: {array} is an array; set a key of an entry, {array}.0.KEY, or all of it"
+        )
+    table[keys[-1]] = parsed
+    lines.override(tuple(keys), override)
+
+
+def _entry(tables: list[Any], index: str, override: str) -> Any:
+    if not index.isdecimal() or int(index) >= len(tables):
+        raise UserError(
+            f"override {override!r}: there is no entry {index}; the config has {len(tables)}, counted from 0"
+        )
+    return tables[int(index)]
+
+
+def _from_folder(config: Config, folder: Path) -> Config:
+    """Make paths absolute that exist in the folder of the config; other names stay as they are."""
+
+    def find(name: str) -> str:
+        try:
+            path = folder / Path(name).expanduser()
+            return str(path.resolve()) if path.exists() else name
+        except (OSError, RuntimeError):  # an inline chat template is no path; ~name names nobody's home
+            return name
+
+    return map_paths(config, find)
