@@ -19,10 +19,8 @@ from fastpref.data.rows.formats import Message, Paired, Unpaired
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize, use_chat_template
 from fastpref.errors import UserError
-from tests.support.paths import QUICKSTART_MODEL
+from tests.support.paths import QUICKSTART_MODEL as QUICKSTART
 from tests.support.toy_tokenizers import CHATML, chatml, chatml_smol, gemma, llama3, plain, toy_tokenizer
-
-QUICKSTART = QUICKSTART_MODEL
 
 
 def quickstart() -> PreTrainedTokenizerBase:

@@ -22,10 +22,10 @@ from fastpref.merge.checkpoint import Checkpoint
 from fastpref.model.quantize import keep_weights_as_loaded
 from fastpref.model.trained import Trained, find_trained
 from fastpref.training import loop
-from tests.support.runs import EXAMPLES
+from tests.support.paths import EXAMPLES, QUICKSTART_MODEL
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-TOKENIZER = EXAMPLES / "quickstart" / "model"
+TOKENIZER = QUICKSTART_MODEL
 IDS = torch.arange(3, 40)[None]
 SIZES: dict[str, Any] = {
     "vocab_size": 949, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

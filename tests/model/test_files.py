@@ -14,9 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError
 from fastpref.model.load import load_tokenizer, model_config, pretrained
-from tests.support.paths import QUICKSTART_MODEL
+from tests.support.paths import QUICKSTART_MODEL as QUICKSTART
 
-QUICKSTART = QUICKSTART_MODEL
 SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
 
 

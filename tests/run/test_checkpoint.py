@@ -18,6 +18,7 @@ from fastpref.run import state, whole
 from fastpref.run.folder import RunFolder
 from fastpref.run.resume import find_checkpoint
 from fastpref.run.whole import WriteError, damage, write_folder
+from tests.support.command_line import run_process
 from tests.support.runs import LORA, rows, write_config
 
 SETTINGS = [LORA, "train.steps=3", "output.save_every=1", "eval.every=100"]
@@ -384,21 +385,11 @@ def test_a_file_system_that_is_really_full(small_disk: Path, run: RunFolder):
     room = os.statvfs(small_disk)
     with filler.open("wb") as file:
         file.write(bytes(room.f_bavail * room.f_frsize - 300_000))
-    command = [
-        sys.executable,
-        "-m",
-        "fastpref",
-        "train",
-        "cfg.toml",
-        *SETTINGS,
-        "train.steps=5",
-        f"output.dir={small.path}",
-    ]
-    ran = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert ran.returncode == 2, ran.stderr
-    assert "step-4: cannot be written: No space left on device" in ran.stderr
-    assert f"--resume {small.path}/checkpoints/step-3" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    ran = run_process("train", "cfg.toml", *SETTINGS, "train.steps=5", f"output.dir={small.path}", "--resume")
+    assert ran.status == 2, ran.err
+    assert "step-4: cannot be written: No space left on device" in ran.err
+    assert f"--resume {small.path}/checkpoints/step-3" in ran.err
+    assert "Traceback" not in ran.err
     assert damage(small.path / "checkpoints" / "step-3") is None
 
 

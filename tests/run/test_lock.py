@@ -1,6 +1,5 @@
 """One run at a time in a folder."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import fastpref
 from fastpref.errors import UserError
 from fastpref.run.lock import RunLock
+from tests.support.command_line import run_process
 from tests.support.runs import LORA, contents, write_config
 
 HOLD = """
@@ -39,10 +39,8 @@ def test_a_folder_that_another_run_writes_to_is_refused(config: Path):
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        command = [sys.executable, "-m", "fastpref", "train", str(config), LORA, "train.steps=4", "eval.samples=0"]
-        quiet = os.environ | {"COLUMNS": "300"}
-        refused = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=quiet)
-        assert (refused.returncode, refused.stderr) == (2, f"fastpref: {SAID}\n")
+        refused = run_process("train", config, LORA, "train.steps=4", "eval.samples=0", "--resume")
+        assert (refused.status, refused.err) == (2, f"fastpref: {SAID}\n")
         with pytest.raises(UserError, match=SAID):
             fastpref.train(config, [LORA], force=True)
         assert contents(Path("out")) == before

@@ -4,18 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.support.paths import EXAMPLES
+from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
 
-QUICKSTART = EXAMPLES / "quickstart.toml"
 SPEEDS = ("tokens_per_second", "pairs_per_second")
 CONFIG = f"""
 [model]
-name = "{EXAMPLES.as_posix()}/quickstart/model"
+name = "{QUICKSTART_MODEL.as_posix()}"
 [[data]]
-path = "{EXAMPLES.as_posix()}/quickstart/train.jsonl"
+path = "{QUICKSTART_ROWS.as_posix()}"
 rows = 23
 [[eval.data]]
-path = "{EXAMPLES.as_posix()}/quickstart/heldout.jsonl"
+path = "{QUICKSTART_HELDOUT.as_posix()}"
 rows = 5
 [eval]
 every = 4
