@@ -21,7 +21,8 @@ from fastpref.kernels import preference_loss_launch as launch
 from fastpref.kernels.launch import launch as launch_kernel
 from fastpref.kernels.preference_loss_spec import FLAGS, NUMBERS, VARIANTS, LossSpec
 from fastpref.losses import Totals
-from tests.support.token_batches import LOSSES, Batch, Order, flat, of_values, ordinary, run
+from tests.support.losses import CLOSED_LOSSES as LOSSES
+from tests.support.token_batches import Batch, Order, flat, of_values, ordinary, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

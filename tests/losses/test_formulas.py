@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal, localcontext
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, SORTING_VARIANTS, LossOptions, SimPO, Variant
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, SORTING_VARIANTS, LossOptions, SimPO
 from fastpref.losses.formulas import (
     LossOutput,
     PairLogps,
@@ -30,54 +30,11 @@ from fastpref.losses.formulas import (
     simpo_loss,
     wpo_weights,
 )
+from tests.support.losses import CLOSED, DIVERGENCES, OF_A_DIFFERENCE, PAIR_LOSSES, dpo, smoothing, sorts
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
-OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
-PER_PAIR = [v for v in get_args(Variant) if v not in ("sft", *SORTING_VARIANTS)]
-DIVERGENCES: dict[str, dict[str, Any]] = {
-    "reverse_kl": {},
-    "forward_kl": {"f_divergence": "forward_kl"},
-    "js": {"f_divergence": "js"},
-    "alpha 0.5": {"f_divergence": "alpha", "f_alpha": 0.5},
-    "alpha 1": {"f_divergence": "alpha", "f_alpha": 1.0},
-    "alpha 1.001": {"f_divergence": "alpha", "f_alpha": 1.001},
-    "alpha 2": {"f_divergence": "alpha", "f_alpha": 2.0},
-}
-
-
-def _smoothing(variants: Sequence[str]) -> float:
-    return 0.1 if set(variants) & set(SMOOTHED) and "ipo" not in variants else 0.0
-
-
-def _dpo(*variants: Any, **options: Any) -> DPO:
-    return DPO(variants=variants, label_smoothing=_smoothing(variants), **options)
-
-
-LOSSES: dict[str, LossOptions] = {
-    **{f"dpo {v}": _dpo(v) for v in get_args(Variant)},
-    **{f"dpo {v} {d}": _dpo(v, **DIVERGENCES[d]) for v in OF_A_DIFFERENCE for d in DIVERGENCES if d != "reverse_kl"},
-    "dpo sigmoid, unsmoothed": DPO(),
-    "dpo discopop, hot": DPO(variants=("discopop",), discopop_tau=2.0),
-    "dpo sum": _dpo("sigmoid", "sft", "aot_unpaired", "apo_down", weights=(1.0, 0.3, 0.5, -0.2)),
-    "ipo": IPO(beta=0.2),
-    "orpo": ORPO(beta=0.3),
-    "orpo, nll only": ORPO(beta=0.0),
-    "simpo": SimPO(),
-    "simpo, all options": SimPO(beta=1.5, gamma=0.4, label_smoothing=0.1, sft_weight=0.7, alpha=0.25),
-    "simpo, alpha < 0": SimPO(alpha=-0.5),
-    "cpo": CPO(),
-    "cpo, smoothed": CPO(label_smoothing=0.2, sft_weight=0.0),
-    "cpo, alpha": CPO(alpha=0.05),
-    "cpo hinge": CPO(variant="hinge"),
-    "cpo ipo": CPO(variant="ipo"),
-    "cpo ipo, alpha": CPO(variant="ipo", alpha=0.5),
-}
-EVERY_LOSS = pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-
-
-def sorts(options: LossOptions) -> bool:
-    return isinstance(options, DPO) and options.sorts_step
+PER_PAIR = [variant for variant in CLOSED if variant != "sft"]
+EVERY_LOSS = pytest.mark.parametrize("options", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
 
 
 # --- Formulas, naively: a function of numbers that returns the terms of a sum. -----------------------------------
@@ -337,11 +294,11 @@ def test_dpo_variant_is_its_formula(variant: Any, smoothing: float, beta: float,
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "reverse_kl"])
+@pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("variant", PER_PAIR)
 def test_f_divergence_is_its_formula(variant: Any, name: str, dtype: torch.dtype) -> None:
     """A divergence replaces the ratio in the variants of a difference, and does nothing to the others."""
-    _meets_formula(_dpo(variant, beta=0.3, **DIVERGENCES[name]), name, SMALL_RATIOS, dtype)
+    _meets_formula(dpo(variant, beta=0.3, **DIVERGENCES[name]), name, SMALL_RATIOS, dtype)
 
 
 def _meets_formula(options: DPO, name: str, ratios: Sequence[float], dtype: torch.dtype) -> None:
@@ -392,7 +349,7 @@ def test_sorted_variant_is_its_formula(variant: Any, smoothing: float, dtype: to
 def test_dpo_adds_variants_up(variants: Any, weights: Any, weighted: bool, dtype: torch.dtype) -> None:
     """The loss is Σ weight · mean(variant), the pairs weighted in every variant but sft, the mean of all its tokens."""
     pairs = make_pairs(9, dtype=dtype, weighted=weighted)
-    options = DPO(variants=variants, weights=weights, beta=0.2, label_smoothing=_smoothing(variants))
+    options = DPO(variants=variants, weights=weights, beta=0.2, label_smoothing=smoothing(variants))
     of_pairs = exact(pairs.weights) if weighted else [1.0] * 9
     expected = Truth(0.0, 0.0)
     for variant, weight in zip(variants, weights or [1.0] * len(variants)):
@@ -569,10 +526,10 @@ def assert_finite(output: LossOutput, inputs: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("size", [1e4, 79.0])
-@pytest.mark.parametrize("name", [name for name, options in LOSSES.items() if options.uses_reference])
+@pytest.mark.parametrize("name", [name for name, options in PAIR_LOSSES.items() if options.uses_reference])
 def test_far_from_the_reference_all_is_finite(name: str, size: float) -> None:
     """At ratios of ±1e4, and where exponentials are about to overflow, float32 losses and gradients are finite."""
-    options = LOSSES[name]
+    options = PAIR_LOSSES[name]
     table = list(itertools.product(squared((size, -size)), EXTREME_LENGTHS))
     pairs = of_ratios([ratios for ratios, _ in table], torch.float32, [lengths for _, lengths in table])
     assert_finite(pair_loss(pairs, options), leaves(pairs))
