@@ -24,6 +24,7 @@ from fastpref.data.rows.rendering import choose
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.chats import says, system, user
 from tests.support.toy_tokenizers import (
     QWEN3,
     chatml,
@@ -69,18 +70,6 @@ def values(made: dict[str, Any]) -> list[str]:
 # --- Text ----------------------------------------------------------------------------------------------------------
 
 Q, S, YES, NO = "What?", "Be kind.", "yes", "no"
-
-
-def user(words: str) -> dict[str, Any]:
-    return {"role": "user", "content": words}
-
-
-def says(words: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": words, **more}
-
-
-def system(words: str) -> dict[str, Any]:
-    return {"role": "system", "content": words}
 
 
 def turns(*words: str) -> list[dict[str, Any]]:
