@@ -24,6 +24,7 @@ from fastpref.data.template.text import read_text
 from fastpref.model.quantize import keep_weights_as_loaded
 from tests.support.command_line import run_command, succeed
 from tests.support.runs import rows as metrics_of
+from tests.support.tiny import MAMBA, VISION
 from tests.support.toy_tokenizers import QWEN3, toy_tokenizer, trained_chatml, trained_gemma
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -248,17 +249,9 @@ TEXT: Row = {
     "model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 16,
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
-VISION: Row = {
-    "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
-}  # fmt: skip
 GEMMA3: Row = {
     "text_config": SIZES | TEXT | {"vocab_size": 512}, "vision_config": VISION, "mm_tokens_per_image": 4,
     "image_token_index": 511, "boi_token_index": 510, "eoi_token_index": 509,
-}  # fmt: skip
-MAMBA: Row = {
-    "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8,
-    "mamba_chunk_size": 16,
 }  # fmt: skip
 
 

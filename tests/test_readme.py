@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants
 
-from fastpref.cli import app
 from tests.support.command_line import succeed
 from tests.support.paths import QUICKSTART_MODEL
 from tests.support.readme import COMMANDS, OURS
@@ -62,14 +61,3 @@ def test_every_command_is_run_somewhere():
     """Those of several devices are in tests/training/test_processes.py."""
     others = [line for line in COMMANDS if line not in OURS and not line.startswith("accelerate launch ")]
     assert set(others) <= set(ELSEWHERE)
-
-
-def test_every_command_has_help_with_an_example():
-    """The example is of that command."""
-    for command in app.registered_commands:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__
-        assert command.epilog is not None
-        assert f"fastpref {name} " in f"{command.epilog} "
-        assert command.callback.__doc__
-        assert "Example: fastpref" in succeed(name, "--help").out

@@ -202,6 +202,7 @@ def evaluate(run: Run, _: Path) -> None:
     assert f"{heldout(run)} held-out examples" in out
     if "rewards/accuracies" in run.own:
         assert f"{run.own['rewards/accuracies']:.1%}" in out
+        assert "95 % interval" in out
     assert "KL to the reference" in out
 
 

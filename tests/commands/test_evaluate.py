@@ -14,7 +14,7 @@ from fastpref.commands.evaluate import evaluate, interval
 from fastpref.data.cache import load_examples
 from fastpref.errors import UserError
 from fastpref.model.trained import find_trained, load_trained, trained_tokenizer
-from tests.support.command_line import run_command, succeed
+from tests.support.command_line import run_command
 from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL
 from tests.support.runs import rows
 from tests.support.tiny import save_model
@@ -136,16 +136,6 @@ def test_what_is_refused(finished_run: Path, tmp_path: Path):
         find_trained(str(tmp_path))
     with pytest.raises(UserError, match=r"no tokenizer there|no model there"):
         evaluate(find_trained("no/such"), data=DATA)
-
-
-def test_the_command(finished_run: Path):
-    """A table for a person; everything as JSON."""
-    ran = succeed("eval", finished_run)
-    assert "KL to the reference" in ran.out
-    assert "95 % interval" in ran.out
-    told: dict[str, Any] = succeed("eval", finished_run, "--json").json
-    assert told["examples"] == 5
-    assert {"reference/kl", "rewards/accuracies", "logps/accuracies"} <= told.keys()
 
 
 @pytest.mark.parametrize(

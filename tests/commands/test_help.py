@@ -3,6 +3,7 @@
 import pytest
 
 from fastpref import __version__
+from fastpref.cli import app
 from tests.support.command_line import succeed
 from tests.support.paths import ROOT
 
@@ -37,3 +38,14 @@ def test_options_are_shown_as_they_are_typed(command: str):
     assert [line for line in options if "<" in line] == []
     if command in ("check", "preview", "estimate", "train", "eval", "chat", "merge"):
         assert "[KEY=VALUE]..." in text
+
+
+def test_every_command_has_help_with_an_example():
+    """The example is of that command."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        assert command.epilog is not None
+        assert f"fastpref {name} " in f"{command.epilog} "
+        assert command.callback.__doc__
+        assert "Example: fastpref" in succeed(name, "--help").out

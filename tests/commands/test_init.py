@@ -16,13 +16,6 @@ from tests.support.paths import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, in which the commands run."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def load(folder: Path, text: str) -> Any:
     path = folder / "made.toml"
     path.write_text(text, encoding="utf-8")
@@ -102,11 +95,11 @@ def test_comments_cannot_end_early(tmp_path: Path):
 GIVEN = ("--model", "m", "--data", "d.jsonl")
 
 
-def test_the_default_is_dpo_in_a_file_of_its_name(folder: Path):
+def test_the_default_is_dpo_in_a_file_of_its_name(elsewhere: Path):
     """Without --loss and --output dpo.toml is written here, accepted by check, and the next commands are named."""
     ran = run_command("init", *GIVEN)
     assert (ran.status, ran.err) == (0, "")
-    assert [path.name for path in folder.iterdir()] == ["dpo.toml"]
+    assert [path.name for path in elsewhere.iterdir()] == ["dpo.toml"]
     lines = ran.out.splitlines()
     assert lines[0] == "dpo.toml is written. Next:"
     assert {"  fastpref check dpo.toml", "  fastpref train dpo.toml"} <= set(lines[1:])
@@ -114,31 +107,31 @@ def test_the_default_is_dpo_in_a_file_of_its_name(folder: Path):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_check_accepts_every_loss(folder: Path, loss: str):
+def test_check_accepts_every_loss(elsewhere: Path, loss: str):
     """`init` then `check` ends with status 0, in another folder too."""
-    (folder / "d.jsonl").write_text("x")
-    (folder / "configs").mkdir()
+    (elsewhere / "d.jsonl").write_text("x")
+    (elsewhere / "configs").mkdir()
     succeed("init", "--loss", loss, *GIVEN, "--output", "configs/c.toml")
     succeed("check", "configs/c.toml")
-    assert load_config(folder / "configs" / "c.toml").data[0].path == str(folder / "d.jsonl")
+    assert load_config(elsewhere / "configs" / "c.toml").data[0].path == str(elsewhere / "d.jsonl")
 
 
-def test_a_dash_prints_the_config_alone(folder: Path):
+def test_a_dash_prints_the_config_alone(elsewhere: Path):
     """`--output -` writes no file, and stdout is the config and nothing else."""
     ran = run_command("init", "--loss", "KTO", *GIVEN, "--output", "-")
     assert ran == CommandResult(0, template("kto", "m", "d.jsonl"), "")
-    assert list(folder.iterdir()) == []
+    assert list(elsewhere.iterdir()) == []
 
 
-def test_a_file_is_replaced_only_by_force(folder: Path):
+def test_a_file_is_replaced_only_by_force(elsewhere: Path):
     """A file that is there stays as it is, without --force."""
-    (folder / "dpo.toml").write_text("mine")
+    (elsewhere / "dpo.toml").write_text("mine")
     ran = run_command("init", *GIVEN)
     assert (ran.status, ran.out) == (2, "")
     assert ran.err == "fastpref: dpo.toml: is there already; name another --output, or replace it with --force\n"
-    assert (folder / "dpo.toml").read_text() == "mine"
+    assert (elsewhere / "dpo.toml").read_text() == "mine"
     succeed("init", *GIVEN, "--force")
-    assert (folder / "dpo.toml").read_text() == template("dpo", "m", "d.jsonl")
+    assert (elsewhere / "dpo.toml").read_text() == template("dpo", "m", "d.jsonl")
 
 
 MISTAKES = {
@@ -152,21 +145,21 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_message_and_no_file(folder: Path, arguments: list[str], said: str):
+def test_a_mistake_is_one_message_and_no_file(elsewhere: Path, arguments: list[str], said: str):
     """Status 2, one line on stderr, and nothing is written."""
     ran = run_command("init", *arguments)
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith(f"fastpref: {said}")
     assert ran.err.count("\n") == 1
-    assert list(folder.iterdir()) == []
+    assert list(elsewhere.iterdir()) == []
 
 
-def test_paths_keep_their_meaning(folder: Path):
+def test_paths_keep_their_meaning(elsewhere: Path):
     """What exists here is named as seen from the config's folder; other names and absolute paths stay."""
-    (folder / "out").mkdir()
-    (folder / "d.jsonl").write_text("x")
-    (folder / "out" / "d.jsonl").write_text("another")
+    (elsewhere / "out").mkdir()
+    (elsewhere / "d.jsonl").write_text("x")
+    (elsewhere / "out" / "d.jsonl").write_text("another")
     assert kept("d.jsonl", Path("out")) == "../d.jsonl"
     assert kept("./d.jsonl", Path()) == "d.jsonl"
-    for name in ("org/name", str(folder / "d.jsonl"), "~no-such-person/x", "{{ jinja }}" * 100):
+    for name in ("org/name", str(elsewhere / "d.jsonl"), "~no-such-person/x", "{{ jinja }}" * 100):
         assert kept(name, Path("out")) == name

@@ -19,7 +19,7 @@ from fastpref.run.folder import RunFolder
 from fastpref.run.resume import find_checkpoint
 from fastpref.run.whole import WriteError, damage, write_folder
 from tests.support.command_line import run_process
-from tests.support.runs import LORA, rows, write_config
+from tests.support.runs import LORA, rows, train_in, write_config
 
 SETTINGS = [LORA, "train.steps=3", "output.save_every=1", "eval.every=100"]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
@@ -28,14 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config and its finished run `out`, with checkpoints at steps 2 and 3."""
-    folder = tmp_path_factory.mktemp("trained")
-    config, before = write_config(folder), Path.cwd()
-    os.chdir(folder)
-    try:
-        fastpref.train(config, SETTINGS)
-    finally:
-        os.chdir(before)
-    return folder
+    return train_in(tmp_path_factory.mktemp("trained"), SETTINGS)
 
 
 @pytest.fixture

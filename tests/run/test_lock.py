@@ -11,7 +11,7 @@ import fastpref
 from fastpref.errors import UserError
 from fastpref.run.lock import RunLock
 from tests.support.command_line import run_process
-from tests.support.runs import LORA, contents, write_config
+from tests.support.runs import LORA, contents
 
 HOLD = """
 import sys, time
@@ -23,12 +23,6 @@ print("held", flush=True)
 time.sleep(600)
 """
 SAID = "out: another run is writing to this folder; wait for its end, or choose another output.dir"
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write_config(tmp_path)
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(config: Path):

@@ -1,9 +1,13 @@
 """Short runs of the quickstart's model, and what is left of them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import fastpref
 from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
 
 SPEEDS = ("tokens_per_second", "pairs_per_second")
@@ -38,6 +42,14 @@ def write_config(folder: Path) -> Path:
     path = folder / "cfg.toml"
     path.write_text(CONFIG)
     return path
+
+
+def train_in(folder: Path, settings: Sequence[str]) -> Path:
+    """Train as `write_config` says, with these overrides, in a folder; return the folder, which has the run in out/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        fastpref.train(write_config(folder), settings)
+    return folder
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -18,15 +18,9 @@ from fastpref.step import objective as step_module
 from fastpref.training import faults, loop
 from fastpref.training.faults import is_out_of_memory
 from tests.support.command_line import PROGRAM, WIDE, run_process
-from tests.support.runs import LORA, rows, write_config
+from tests.support.runs import LORA, rows
 
 SETTINGS = [LORA, "train.steps=4", "eval.every=100", "output.save_every=100", "train.tokens_per_microbatch=10000"]
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write_config(tmp_path)
 
 
 def adapter(step: int) -> dict[str, torch.Tensor]:

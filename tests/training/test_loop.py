@@ -32,13 +32,6 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
     """A short run of any method writes all its metrics, finite, evaluations first and last, and a loadable adapter."""

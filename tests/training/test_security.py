@@ -13,12 +13,6 @@ from tests.support.paths import QUICKSTART, QUICKSTART_MODEL
 FEW = ["train.steps=2", "train.batch=2", "eval.samples=0", "output.save_every=1"]
 
 
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_code_beside_a_model_is_not_run(elsewhere: Path):
     """A model that asks for its own Python code is refused, with the key that would allow it; the code never runs."""
     model = elsewhere / "model"
