@@ -46,13 +46,13 @@ def config(elsewhere: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with adapters, with its last checkpoint. To be read only."""
+    """A run of four steps with adapters, with its last checkpoint. Tests only read it."""
     return _run(tmp_path_factory.mktemp("run"), "lora={rank=4}")
 
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of the whole model."""
+    """A run of four steps of the whole model, with its last checkpoint. Tests only read it."""
     return _run(tmp_path_factory.mktemp("whole"))
 
 

@@ -1,4 +1,4 @@
-"""The tests of `fastpref.patch` with every supported TRL, each in an environment of its own.
+"""Run the tests of `fastpref.patch` with every supported TRL, each in an environment of its own.
 
     python -m tests.patch.matrix                       # all of them
     python -m tests.patch.matrix 1.16.0 0.29.0 -- -x   # some; what follows -- goes to pytest
@@ -19,7 +19,7 @@ from tests.support.trl_versions import VERSIONS
 
 
 def make_environment(folder: Path, version: str) -> Path:
-    """An environment with this TRL over the running one. Returns its Python."""
+    """Make an environment with this TRL over the running one, and return its Python."""
     venv.create(folder, with_pip=False)
     own = next(folder.glob("lib/python*/site-packages"))
     (own / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -30,7 +30,7 @@ def make_environment(folder: Path, version: str) -> Path:
 
 
 def run(version: str, arguments: list[str]) -> bool:
-    """Whether the tests pass with this TRL."""
+    """Return whether the tests pass with this TRL."""
     print(f"--- TRL {version}", flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         python = make_environment(Path(folder), version)

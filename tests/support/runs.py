@@ -1,4 +1,4 @@
-"""Short runs of the quickstart's model, and what is left of them."""
+"""Short runs of the quickstart's model, and the files that they leave."""
 
 import json
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ LORA = "lora={rank=4, dropout=0.2}"
 
 
 def write_config(folder: Path) -> Path:
-    """A run of ten steps of several micro-batches, over a bit more than two passes of the data, to the folder out."""
+    """Write the config of ten steps of several micro-batches, of a little more than two epochs, into the folder out."""
     path = folder / "cfg.toml"
     path.write_text(CONFIG)
     return path
@@ -53,13 +53,13 @@ def train_in(folder: Path, settings: Sequence[str]) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without the speeds, which no run repeats."""
+    """Return the rows of metrics.jsonl without the speeds, which no run repeats."""
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in SPEEDS} for row in logged]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint or of final/, byte by byte, but for the speeds and the manifest that counts them."""
+    """Return the bytes of every file of a checkpoint or of final/, without speeds and the manifest that holds them."""
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     found.pop("manifest.json", None)
     if "training_state.json" in found:

@@ -128,14 +128,14 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
 
 
 def config_for(model: Path, *overrides: str) -> Config:
-    """A config that names the model; its data is never read."""
+    """Return a config that names the model; its data is never read."""
     path = model / "run.toml"
     path.write_text('[model]\nname = "."\n[[data]]\npath = "none.jsonl"\n')
     return load_config(path, overrides)
 
 
 def examples(count: int, *, seed: int = 0, single: bool = False, turns: bool = False) -> list[Example]:
-    """Random examples whose lengths align with nothing: pairs, or single labelled responses.
+    """Return random examples whose lengths align with nothing: pairs, or single labelled responses.
 
     With `turns` most completions hold one to three spans that are not scored, before their last token.
     """

@@ -15,7 +15,7 @@ Order = Literal["tree", "padded", "shuffled"]
 
 @dataclass(frozen=True)
 class Batch:
-    """What `preference_loss` takes, whatever the loss; `run` hands over what a loss needs."""
+    """The arguments of `preference_loss` for any loss; `run` passes on those that a loss needs."""
 
     logp: Tensor  # [N] float32
     segments: Tensor  # [N]
@@ -29,7 +29,7 @@ class Batch:
         return len(self.labels)
 
     def of(self, sequences: Sequence[int]) -> Tensor:
-        """[N] bool: the tokens of these sequences."""
+        """Return a mask of the tokens of these sequences, bool [N]."""
         return torch.isin(self.segments, torch.tensor(sequences))
 
 
@@ -38,7 +38,7 @@ def needs_prompts(loss: LossOptions) -> bool:
 
 
 def in_order(lengths: Sequence[int], pairs: int, order: Order) -> Tensor:
-    """The sequence of each token, [N]: sequence after sequence, pair after pair, or in any order."""
+    """Return the sequence of each token, [N]: sequence after sequence, pair after pair, or in any order."""
     places = list(range(len(lengths)))
     if order == "tree":  # a prompt stands before its responses
         places = [s for p in range(pairs) for s in (*range(2 * pairs + p, len(lengths), pairs), p, pairs + p)]
@@ -96,7 +96,7 @@ def run(
     device: str = "cpu",
     **keywords: Any,
 ) -> tuple[PreferenceLoss, Tensor]:
-    """The loss and its gradient of every token."""
+    """Return the loss and its gradient for every token."""
     logp = batch.logp.to(device, dtype, copy=True).requires_grad_()
     arguments: dict[str, Any] = {"backend": backend, **keywords}
     if loss.uses_reference:
@@ -112,7 +112,7 @@ def run(
 
 
 def flat(answer: tuple[PreferenceLoss, Tensor]) -> dict[str, Tensor]:
-    """Everything an answer holds, by name, on the CPU."""
+    """Return every tensor of an answer by its name, on the CPU."""
     loss, grad = answer
     tensors = {"loss": loss.loss, "grad": grad, "sums": loss.sums, "rewards": loss.rewards}
     tensors |= {"chosen_rewards": loss.chosen_rewards, "rejected_rewards": loss.rejected_rewards}
