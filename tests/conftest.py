@@ -29,15 +29,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def config(elsewhere: Path) -> Path:
+    """A config of a short run, in an otherwise empty working directory."""
+    from tests.support.runs import write_config
+
+    return write_config(elsewhere)
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with adapters, with its last checkpoint. To be read only."""
+    """A run of four steps with adapters, with its last checkpoint. Tests only read it."""
     return _run(tmp_path_factory.mktemp("run"), "lora={rank=4}")
 
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of the whole model."""
+    """A run of four steps of the whole model, with its last checkpoint. Tests only read it."""
     return _run(tmp_path_factory.mktemp("whole"))
 
 

@@ -53,7 +53,11 @@ def test_tables_are_shown_whole(browser: Any, site: Path, width: int):
 
 
 def test_the_config_reference_is_the_schema():
-    """docs/config.md is what its command writes."""
+    """docs/config.md is what its command writes.
+
+    The page is also where the option surface is frozen: a key, a type, a bound or a default that changes, of a table or
+    of a loss, changes the page in the same commit.
+    """
     page = (DOCS / "config.md").read_text(encoding="utf-8")
     assert page == reference(), "python -m fastpref.config.reference > docs/config.md"
 

@@ -22,8 +22,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Bi
 from fastpref.data.template.named import KNOWN
 from fastpref.data.template.text import read_text
 from fastpref.model.quantize import keep_weights_as_loaded
-from tests.commands.test_commands import command, done
+from tests.support.command_line import run_command, succeed
 from tests.support.runs import rows as metrics_of
+from tests.support.tiny import MAMBA, VISION
 from tests.support.toy_tokenizers import QWEN3, toy_tokenizer, trained_chatml, trained_gemma
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -248,17 +249,9 @@ TEXT: Row = {
     "model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 16,
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
-VISION: Row = {
-    "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
-}  # fmt: skip
 GEMMA3: Row = {
     "text_config": SIZES | TEXT | {"vocab_size": 512}, "vision_config": VISION, "mm_tokens_per_image": 4,
     "image_token_index": 511, "boi_token_index": 510, "eoi_token_index": 509,
-}  # fmt: skip
-MAMBA: Row = {
-    "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8,
-    "mamba_chunk_size": 16,
 }  # fmt: skip
 
 
@@ -432,29 +425,29 @@ def test_from_a_file_to_a_model_that_transformers_loads(
     data, heldout = tmp_path / f"rows.{form.suffix}", tmp_path / f"heldout.{form.suffix}"
     form.write(talks, data, single=single)
     form.write(talks[:5], heldout, single=single)
-    done("init", "--loss", setting.loss, "--model", model, "--data", data.name, "--output", "cfg.toml")
+    succeed("init", "--loss", setting.loss, "--model", model, "--data", data.name, "--output", "cfg.toml")
     if not setting.adapters:
         text = Path("cfg.toml").read_text(encoding="utf-8")
         Path("cfg.toml").write_text(without_lora(text), encoding="utf-8")
     overrides = [*COMMON, *setting.overrides]
-    assert "no mistakes" in done("check", "cfg.toml", *overrides).out
+    assert "no mistakes" in succeed("check", "cfg.toml", *overrides).out
     if talks[0].tools and not setting.tools:
         refused(overrides)
         return
 
-    shown = done("preview", "cfg.toml", *overrides).out
+    shown = succeed("preview", "cfg.toml", *overrides).out
     assert all(word in shown for word in (("good", "bad") if single else ("chosen", "rejected")))
-    trained = done("train", "cfg.toml", *overrides, "output.dir=run").out
+    trained = succeed("train", "cfg.toml", *overrides, "output.dir=run").out
     assert f"layout {setting.layout}" in trained
     assert "NOT" not in trained
     own = {name.removeprefix("eval/"): v for name, v in last_evaluation(tmp_path / "run").items()}
-    again = json.loads(done("eval", "run", "--json").out)
+    again = succeed("eval", "run", "--json").json
     assert own
     assert {name: again[name] for name in own} == pytest.approx(own, rel=1e-5, abs=1e-5)
-    done("report", "run")
+    succeed("report", "run")
     result = Path("run/final")
     if setting.adapters:
-        done("merge", "run", "--output", "merged")
+        succeed("merge", "run", "--output", "merged")
         result = Path("merged")
 
     reloaded: Any = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float32, output_loading_info=True)
@@ -477,7 +470,7 @@ def test_from_a_file_to_a_model_that_transformers_loads(
     if setting.adapters:
         expected = with_adapter(model, Path("run/final"), setting)
         assert (logits(whole) - expected).norm() < rounding * expected.norm()
-    judged = json.loads(done("eval", "run", "--data", heldout, "--json").out)
+    judged = succeed("eval", "run", "--data", heldout, "--json").json
     for side in ("chosen", "rejected"):
         told = mean_logps(whole, tokenizer, talks[:5], side, setting.keywords)
         assert judged[f"logps/{side}"] == pytest.approx(told, rel=rounding)
@@ -486,7 +479,7 @@ def test_from_a_file_to_a_model_that_transformers_loads(
 def refused(overrides: list[str]) -> None:
     """Before anything is trained, in one message that names what is left out."""
     for name in ("preview", "train"):
-        ran = command(name, "cfg.toml", *overrides, *["output.dir=run"] * (name == "train"))
+        ran = run_command(name, "cfg.toml", *overrides, *["output.dir=run"] * (name == "train"))
         assert ran.status == 2
         assert "tool" in ran.err
         assert "Traceback" not in ran.err

@@ -13,8 +13,8 @@ import fastpref
 from fastpref.config import load_config
 from fastpref.model.load import load_model
 from tests.support import trl_runs
-from tests.support.after import command
-from tests.support.runs import EXAMPLES
+from tests.support.command_line import succeed
+from tests.support.paths import QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.trl_runs import Run, fit, residuals, train, unpatched
 
 CONFIGURATION = """
@@ -147,46 +147,36 @@ def make(folder: Path, vocabulary: int = 949) -> Path:
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(settings))
-    AutoTokenizer.from_pretrained(EXAMPLES / "quickstart" / "model").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["LoRA", "full"])
-def test_every_command(
-    adapters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_every_command(adapters: bool, tmp_path: Path):
     """Estimated, trained on padded rows, judged, talked to, and merged into a model with its code beside it."""
     model, run = make(tmp_path / "model"), tmp_path / "run"
     path = tmp_path / "cfg.toml"
     path.write_text(
         f'[model]\nname = "{model.as_posix()}"\ntrust_remote_code = true\n'
-        f'[[data]]\npath = "{EXAMPLES.as_posix()}/quickstart/train.jsonl"\nrows = 24\n[eval]\nfraction = 0.25\n'
+        f'[[data]]\npath = "{QUICKSTART_ROWS.as_posix()}"\nrows = 24\n[eval]\nfraction = 0.25\n'
         f'samples = 0\n[train]\nsteps = 2\nbatch = 4\nlearning_rate = 1e-3\n[output]\ndir = "{run.as_posix()}"\n'
         + ("[lora]\nrank = 4\n" if adapters else "")
     )
-
-    def done(*arguments: str | Path, given: str = "") -> str:
-        ran = command(monkeypatch, capsys, *arguments, given=given)
-        assert ran.status == 0, ran.err
-        return ran.out
-
-    assert "fits" in done("estimate", path)
-    assert "layout padded, because the attention of my_own models is their own code" in done("train", path)
-    own = json.loads(done("eval", run, "--json"))
+    assert "fits" in succeed("estimate", path).out
+    assert "layout padded, because the attention of my_own models is their own code" in succeed("train", path).out
+    own = succeed("eval", run, "--json").json
     assert own["loss"] > 0
-    done("chat", run, "--max-tokens", "3", given="What is four plus five?")
+    succeed("chat", run, "--max-tokens", "3", given="What is four plus five?")
     if not adapters:
         return
-    done("merge", run, "--output", tmp_path / "merged")
+    succeed("merge", run, "--output", tmp_path / "merged")
     assert (tmp_path / "merged" / "modeling_my.py").is_file()
-    arguments = ("--data", str(EXAMPLES / "quickstart" / "train.jsonl"), "--json")
-    merged = json.loads(done("eval", tmp_path / "merged", "model.trust_remote_code=true", *arguments))
-    assert merged["logps/chosen"] == pytest.approx(json.loads(done("eval", run, *arguments))["logps/chosen"], rel=1e-4)
+    arguments = ("--data", QUICKSTART_ROWS, "--json")
+    merged = succeed("eval", tmp_path / "merged", "model.trust_remote_code=true", *arguments).json
+    assert merged["logps/chosen"] == pytest.approx(succeed("eval", run, *arguments).json["logps/chosen"], rel=1e-4)
 
 
-def test_without_trust_it_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_without_trust_it_is_refused(tmp_path: Path):
     path = tmp_path / "cfg.toml"
     path.write_text(f'[model]\nname = "{make(tmp_path / "model").as_posix()}"\n[[data]]\npath = "none.jsonl"\n')
     with pytest.raises(fastpref.UserError, match="trust_remote_code"):

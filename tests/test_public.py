@@ -11,7 +11,7 @@ import fastpref
 
 def test_every_public_name_is_there():
     """Each name of the stub can be imported; what is not in the stub is no attribute."""
-    from fastpref.training.loop import train
+    from fastpref.training.start import train
 
     assert {"train", "load_config", "linear_logprob", "patch", "losses", "UserError"} <= set(fastpref.__all__)
     for name in fastpref.__all__:

@@ -3,14 +3,13 @@
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
 
-from fastpref.cli import app, main
-from tests.support.paths import EXAMPLES
+from tests.support.command_line import succeed
+from tests.support.paths import QUICKSTART_MODEL
 from tests.support.readme import COMMANDS, OURS
 from tests.support.runs import CONFIG
 
@@ -27,7 +26,7 @@ ELSEWHERE = {  # what other tests run, or this environment was made by
 def folder(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader would be: my.toml, its finished run, a model, data; and a hub that takes everything."""
     monkeypatch.chdir(tmp_path)
-    model = (EXAMPLES / "quickstart" / "model").as_posix()
+    model = QUICKSTART_MODEL.as_posix()
     Path("my.toml").write_text(CONFIG.replace('[output]\ndir = "out"\n', "[output]\n") + "[lora]\nrank = 4\n")
     Path("cfg.yml").write_text(f"{{base_model: {model}, rl: dpo, learning_rate: 1e-4, datasets: [{{path: d}}]}}")
     Path("pairs.jsonl").write_text('{"prompt": "q", "chosen": "yes", "rejected": "no"}\n')
@@ -41,18 +40,14 @@ def folder(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("line", OURS)
-def test_a_command_runs(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_command_runs(line: str, folder: Path):
     """With status 0. A run is resumed for as many steps as its config says."""
     words = [STANDING_FOR.get(word, word) for word in shlex.split(line)]
     if words[1] == "train" and "--resume" in words:
         stopped_run()
     elif words[1] == "train":
         words = [word if not word.startswith("train.steps=") else "train.steps=2" for word in words]
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(sys, "stdin", (folder / "cfg.yml").open(encoding="utf-8"))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code in (0, None), capsys.readouterr().err
+    succeed(*words[1:], given=(folder / "cfg.yml").read_text(encoding="utf-8"))
 
 
 def stopped_run() -> None:
@@ -66,17 +61,3 @@ def test_every_command_is_run_somewhere():
     """Those of several devices are in tests/training/test_processes.py."""
     others = [line for line in COMMANDS if line not in OURS and not line.startswith("accelerate launch ")]
     assert set(others) <= set(ELSEWHERE)
-
-
-def test_every_command_has_help_with_an_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The example is of that command."""
-    for command in app.registered_commands:
-        assert command.callback is not None
-        name = command.name or command.callback.__name__
-        assert command.epilog is not None
-        assert f"fastpref {name} " in f"{command.epilog} "
-        assert command.callback.__doc__
-        monkeypatch.setattr(sys, "argv", ["fastpref", name, "--help"])
-        with pytest.raises(SystemExit):
-            main()
-        assert "Example: fastpref" in capsys.readouterr().out

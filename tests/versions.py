@@ -44,13 +44,13 @@ HEADER = """\
 
 
 def read(text: str) -> dict[str, str]:
-    """Name → version."""
+    """Return the version of each name."""
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return dict(line.split("==") for line in lines if line)
 
 
 def write(packages: Iterable[tuple[str, str]]) -> str:
-    """The file for what is installed: without the build of a version, or what belongs to one build of torch."""
+    """Return constraints.txt for what is installed, without builds of versions or packages of one build of torch."""
     versions = {canonicalize_name(name): version.partition("+")[0] for name, version in packages}
     for_torch = {name for name in versions if name.startswith(OF_TORCH)} - {"nvidia-ml-py"}
     kept = {name: versions[name] for name in versions.keys() - for_torch - {"pip", "fastpref"}}
@@ -58,13 +58,13 @@ def write(packages: Iterable[tuple[str, str]]) -> str:
 
 
 def differing(packages: Iterable[tuple[str, str]], tested: dict[str, str]) -> list[str]:
-    """What is installed in another version than the tested one, or is not among what was tested."""
+    """Return a line for each package that is installed in another version than the tested one, or was not tested."""
     ours = read(write(packages))
     return [f"{n} {v} (tested: {tested.get(n, 'none')})" for n, v in ours.items() if tested.get(n) != v]
 
 
 def installed() -> list[tuple[str, str]]:
-    """Names and versions of this environment."""
+    """Return the names and versions of this environment."""
     return [(item.metadata["Name"], item.version) for item in distributions()]
 
 
@@ -80,7 +80,7 @@ def renew(torch: str) -> None:
 
 
 def _triton(pip: list[str], torch: str) -> list[str]:
-    """What the build of torch on PyPI asks of Triton; its metadata is read, the package is not fetched."""
+    """Return Triton's requirement by the build of torch on PyPI; only the metadata is fetched."""
     environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
     environment["PIP_CONFIG_FILE"] = os.devnull
     ask = ["install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-"]

@@ -1,6 +1,5 @@
 """Axolotl's configs as ours: field by field, whole, and what is left out with its reason."""
 
-import sys
 import textwrap
 import tomllib
 from collections.abc import Iterable
@@ -15,12 +14,12 @@ from fastpref.axolotl import Translation, rows, translate
 from fastpref.axolotl.left_out import GROUPS, reason_for
 from fastpref.axolotl.rules import RULES
 from fastpref.axolotl.source import METHODS
-from fastpref.cli import main
 from fastpref.config import Config, load_config
 from fastpref.config.text import keys_of, sections
 from fastpref.data.rows.formats import options_of
 from fastpref.errors import UserError
 from tests.support.axolotl_configs import DPO, ENTRY_FIELDS, FIELDS, IPO, KTO_QLORA, ORPO, SIMPO
+from tests.support.command_line import succeed
 from tests.support.paths import DOCS
 
 PAGE = (DOCS / "axolotl.md").read_text(encoding="utf-8")
@@ -312,19 +311,13 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_whole_config_is_written_and_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
-):
+def test_a_whole_config_is_written_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     """`init --from-axolotl` then `check`: status 0, these values, and what is left out on stdout and in the file."""
     monkeypatch.chdir(tmp_path)
     text, wanted = WHOLE[name]
     (tmp_path / f"{name}-run.yml").write_text(text)
-    for command in (["init", "--from-axolotl", f"{name}-run.yml"], ["check", f"{name}-run.toml"]):
-        monkeypatch.setattr(sys, "argv", ["fastpref", *command])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code, capsys.readouterr()
-    said = capsys.readouterr().out
+    said = succeed("init", "--from-axolotl", f"{name}-run.yml").out
+    succeed("check", f"{name}-run.toml")
     written = (tmp_path / f"{name}-run.toml").read_text()
     got = flat(load_config(tmp_path / f"{name}-run.toml").model_dump(mode="json"))
     assert {key: got[key] for key in wanted} == wanted

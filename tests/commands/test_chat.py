@@ -13,10 +13,10 @@ from fastpref.commands import chat as chats
 from fastpref.commands.chat import chat
 from fastpref.errors import UserError
 from fastpref.run.trained import find_trained
-from tests.support.after import command
-from tests.support.runs import EXAMPLES
+from tests.support.command_line import run_command
+from tests.support.paths import QUICKSTART_MODEL
 
-MODEL = EXAMPLES / "quickstart" / "model"
+MODEL = QUICKSTART_MODEL
 
 
 def generated(run: Path | None, questions: list[str]) -> list[str]:
@@ -38,14 +38,10 @@ def generated(run: Path | None, questions: list[str]) -> list[str]:
 QUESTIONS = ["What is four plus five?", "And the colour of grass?"]
 
 
-def test_a_pipe_is_answered_line_by_line(
-    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_pipe_is_answered_line_by_line(finished_run: Path):
     """The answers, and nothing else, are printed: those of peft's own generation with the conversation so far."""
-    ran = command(
-        monkeypatch, capsys, "chat", finished_run, "--temperature", "0", "--max-tokens", "12",
-        given="\n".join([QUESTIONS[0], "", QUESTIONS[1]]),
-    )  # fmt: skip
+    given = "\n".join([QUESTIONS[0], "", QUESTIONS[1]])
+    ran = run_command("chat", finished_run, "--temperature", "0", "--max-tokens", "12", given=given)
     assert (ran.status, ran.err) == (0, "")
     assert [line.strip() for line in ran.out.splitlines()] == generated(finished_run, QUESTIONS)
 

@@ -4,42 +4,29 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastpref.cli import main
+from tests.support.command_line import CommandResult, run_command, run_process
 from tests.support.crafted import write_run
-from tests.support.paths import EXAMPLES
+from tests.support.paths import QUICKSTART_MODEL
 
-QUICKSTART = EXAMPLES / "quickstart"
-GOOD = f'[model]\nname = "{(QUICKSTART / "model").as_posix()}"\n[[data]]\npath = "pairs.json"\n[lora]\nrank = 4\n'
+GOOD = f'[model]\nname = "{QUICKSTART_MODEL.as_posix()}"\n[[data]]\npath = "pairs.json"\n[lora]\nrank = 4\n'
 HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate")
 
 
-@dataclass(frozen=True)
-class Ran:
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Run a command in an empty folder. After it the folder must hold what the test put there, and no more."""
     files: dict[str, str] = {}
 
-    def run(*arguments: str, **texts: str) -> Ran:
+    def run(*arguments: str, **texts: str) -> CommandResult:
         files.update({f"{name}.toml" if "." not in name else name: text for name, text in texts.items()})
         for name, text in files.items():
             (tmp_path / name).write_text(text)
-        monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Ran(ended.value.code if isinstance(ended.value.code, int) else 0, said.out, said.err)
+        return run_command(*arguments)
 
     monkeypatch.chdir(tmp_path)
     yield run
@@ -193,9 +180,9 @@ def test_a_command_that_is_not_understood(run: Any, arguments: list[str]):
 def test_check_says_what_would_be_trained(run: Any):
     """A config without mistakes is one line on stdout and status 0; overrides count."""
     ran = run("check", "good.toml", "model.name=m", good=GOOD)
-    assert ran == Ran(0, "good.toml: no mistakes. DPO on m, training LoRA adapters of rank 4.\n", "")
+    assert ran == CommandResult(0, "good.toml: no mistakes. DPO on m, training LoRA adapters of rank 4.\n", "")
     ran = run("check", "whole.toml", "loss.type=kto", whole='[model]\nname = "m"\n[[data]]\npath = "d"\n')
-    assert ran == Ran(0, "whole.toml: no mistakes. KTO on m, training the whole model.\n", "")
+    assert ran == CommandResult(0, "whole.toml: no mistakes. KTO on m, training the whole model.\n", "")
 
 
 def test_preview_needs_no_model(run: Any):
@@ -269,7 +256,6 @@ def test_quick_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str
 
 def test_the_module_runs_as_the_command(tmp_path: Path):
     """`python -m fastpref` is the command, with its status and its one message."""
-    command = [sys.executable, "-m", "fastpref", "check", "none.toml"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", "fastpref: none.toml: there is no such file\n")
+    ran = run_process("check", "none.toml", folder=tmp_path)
+    assert ran == CommandResult(2, "", "fastpref: none.toml: there is no such file\n")
     assert list(tmp_path.iterdir()) == []

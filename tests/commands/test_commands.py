@@ -8,14 +8,10 @@ row that is added to either meets all rows of the other. `test_no_command_is_lef
 to the command line itself.
 """
 
-import io
-import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +22,12 @@ from huggingface_hub import HfApi, constants
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig
 
-from fastpref.cli import app, main
+from fastpref.cli import app
+from tests.support.command_line import CommandResult, run_command, succeed
+from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.readme import OURS
-from tests.support.runs import EXAMPLES, rows
+from tests.support.runs import rows
 
-TOKENIZER = EXAMPLES / "quickstart" / "model"
 SIZES: dict[str, Any] = {"vocab_size": 949, "hidden_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
     "llama": LlamaConfig(
@@ -45,7 +42,7 @@ name = "{model}"
 [loss]
 type = "{loss}"
 [[data]]
-path = "{data}/train.jsonl"
+path = "{data}"
 rows = 13
 [[eval.data]]
 path = "heldout.jsonl"
@@ -75,17 +72,6 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
 
 
 @dataclass(frozen=True)
-class Ran:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
-@dataclass(frozen=True)
 class Run:
     """A finished run, in a folder with its config cfg.toml, run/, model/ and heldout.jsonl."""
 
@@ -93,7 +79,7 @@ class Run:
     model: str
     overrides: list[str]
     folder: Path
-    trained: Ran
+    trained: CommandResult
 
     @property
     def adapters(self) -> bool:
@@ -106,25 +92,6 @@ class Run:
         return {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
 
 
-def command(*arguments: str | Path, given: str = "") -> Ran:
-    """A command with its standard input. Whatever it raises but SystemExit is a failure of the test."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["fastpref", *map(str, arguments)])
-        patch.setattr(sys, "stdin", io.StringIO(given))
-        with pytest.raises(SystemExit) as ended:
-            main()
-    code = ended.value.code
-    return Ran(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
-
-
-def done(*arguments: str | Path, given: str = "") -> Ran:
-    """A command that ends with status 0."""
-    ran = command(*arguments, given=given)
-    assert ran.status == 0, ran.err
-    return ran
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random model of each kind, with the quickstart's tokenizer."""
@@ -134,7 +101,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders[name] = tmp_path_factory.mktemp("models") / name
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(folders[name])
-        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folders[name])
+        AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folders[name])
     return folders
 
 
@@ -143,13 +110,14 @@ def run(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factor
     """Made once for all commands, which leave it as it is."""
     loss, model, overrides = RUNS[request.param]
     folder = tmp_path_factory.mktemp("run")
-    lines = (EXAMPLES / "quickstart" / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = QUICKSTART_HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "heldout.jsonl").write_text("".join(lines[:HELDOUT]))
-    data = (EXAMPLES / "quickstart").as_posix()
-    (folder / "cfg.toml").write_text(CONFIG.format(model=models[model].as_posix(), loss=loss, data=data))
+    (folder / "cfg.toml").write_text(
+        CONFIG.format(model=models[model].as_posix(), loss=loss, data=QUICKSTART_ROWS.as_posix())
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        trained = done("train", "cfg.toml", *overrides)
+        trained = succeed("train", "cfg.toml", *overrides)
     return Run(loss, models[model].as_posix(), overrides, folder, trained)
 
 
@@ -184,21 +152,21 @@ def resume(run: Run, folder: Path) -> None:
     shutil.rmtree(cut / "final")
     shutil.rmtree(cut / "checkpoints" / "step-4")
     place = cut / "checkpoints" / "step-2"
-    ran = done("train", run.folder / "cfg.toml", "--resume", place, *run.overrides, f"output.dir={cut}")
+    ran = succeed("train", run.folder / "cfg.toml", "--resume", place, *run.overrides, f"output.dir={cut}")
     assert "resumed after step 2 of 4" in ran.out
     assert rows(cut) == rows(run.folder / "run")
 
 
 def check(run: Run, _: Path) -> None:
     """It names the loss, and what is trained."""
-    out = done("check", run.folder / "cfg.toml", *run.overrides).out
+    out = succeed("check", run.folder / "cfg.toml", *run.overrides).out
     assert f"no mistakes. {run.loss.upper()} on " in out
     assert ("LoRA adapters of rank 4" if run.adapters else "the whole model") in out
 
 
 def preview(run: Run, _: Path) -> None:
     """Rows with the names that the loss has for their responses, and the counts of the data."""
-    out = done("preview", run.folder / "cfg.toml", *run.overrides).out
+    out = succeed("preview", run.folder / "cfg.toml", *run.overrides).out
     assert all(word in out for word in (("good", "bad") if run.loss == "kto" else ("chosen", "rejected")))
     trained = 2 * 13 if run.loss == "kto" else 13
     assert re.search(rf"used +{trained} +{heldout(run)}\b", out)
@@ -206,7 +174,7 @@ def preview(run: Run, _: Path) -> None:
 
 def estimate(run: Run, _: Path) -> None:
     """Weights, adapters and gradients take the bytes that they have in its files; weights in nf4, half a byte each."""
-    told = done("estimate", run.folder / "cfg.toml", "--cpu", "--json", *run.overrides).json
+    told = succeed("estimate", run.folder / "cfg.toml", "--cpu", "--json", *run.overrides).json
     assert (told["loss"], told["device"]) == (run.loss, "cpu")
     model = Path(run.model) / "model.safetensors"
     weights, adapters = size(model), size(run.folder / "run" / "final" / "adapter_model.safetensors")
@@ -222,32 +190,33 @@ def estimate(run: Run, _: Path) -> None:
 
 def estimate_card(run: Run, _: Path) -> None:
     """A GPU that need not be there; a model this small fits all of them."""
-    told = done("estimate", run.folder / "cfg.toml", "--card", "12", "--json", *run.overrides).json
+    told = succeed("estimate", run.folder / "cfg.toml", "--card", "12", "--json", *run.overrides).json
     assert all(card["fits"] for card in told["cards"])
     assert (told["device"], told["card"]) == ("cuda", 12)
 
 
 def evaluate(run: Run, _: Path) -> None:
     """Every number of the run's own last evaluation, its KL, and a table of them for a person."""
-    same_as_own(run, done("eval", run.folder / "run", "--json").json)
-    out = done("eval", run.folder / "run").out
+    same_as_own(run, succeed("eval", run.folder / "run", "--json").json)
+    out = succeed("eval", run.folder / "run").out
     assert f"{heldout(run)} held-out examples" in out
     if "rewards/accuracies" in run.own:
         assert f"{run.own['rewards/accuracies']:.1%}" in out
+        assert "95 % interval" in out
     assert "KL to the reference" in out
 
 
 def evaluate_data(run: Run, _: Path) -> None:
     """The held-out rows as a file of their own are the held-out rows."""
-    same_as_own(run, done("eval", run.folder / "run", "--data", run.folder / "heldout.jsonl", "--json").json)
+    same_as_own(run, succeed("eval", run.folder / "run", "--data", run.folder / "heldout.jsonl", "--json").json)
 
 
 def evaluate_reference(run: Run, _: Path) -> None:
     """A reference that is named and is the model it began with changes nothing; beside itself a model has no KL."""
-    named = done("eval", run.folder / "run", "--reference", run.model, "--json").json
+    named = succeed("eval", run.folder / "run", "--reference", run.model, "--json").json
     if "nf4" not in str(run.overrides):  # whose beginning is the quantised one
         same_as_own(run, named)
-    itself = done("eval", run.folder / "run", "--reference", run.folder / "run", "--json").json
+    itself = succeed("eval", run.folder / "run", "--reference", run.folder / "run", "--json").json
     assert itself["reference/kl"] == pytest.approx(0, abs=1e-6)
     for name in ("logps/chosen", "logps/rejected", "entropy"):  # which no reference changes
         assert itself[name] == pytest.approx(run.own[name], rel=1e-4)
@@ -255,27 +224,27 @@ def evaluate_reference(run: Run, _: Path) -> None:
 
 def evaluate_checkpoint(run: Run, _: Path) -> None:
     """The last checkpoint is the result."""
-    same_as_own(run, done("eval", run.folder / "run" / "checkpoints" / "step-4", "--json").json)
+    same_as_own(run, succeed("eval", run.folder / "run" / "checkpoints" / "step-4", "--json").json)
 
 
 def chat(run: Run, _: Path) -> None:
     """Both answer, and each what it answers alone."""
     options = ["--temperature", "0", "--max-tokens", "4"]
     said = "What is four plus five?\n"
-    after = done("chat", run.folder / "run", *options, given=said).out
-    both = done("chat", run.folder / "run", "--compare", *options, given=said).out
+    after = succeed("chat", run.folder / "run", *options, given=said).out
+    both = succeed("chat", run.folder / "run", "--compare", *options, given=said).out
     assert both.startswith("before: ")
     before, trained = both.removeprefix("before: ").split("trained: ")
     assert trained.strip() == after.strip()
     if "nf4" not in str(run.overrides):
-        assert before.strip() == done("chat", run.model, *options, given=said).out.strip()
+        assert before.strip() == succeed("chat", run.model, *options, given=said).out.strip()
 
 
 def report(run: Run, folder: Path) -> None:
     """The same page as the run's own."""
     shutil.copytree(run.folder / "run", folder / "run")
     (folder / "run" / "report.html").unlink()
-    done("report", folder / "run")
+    succeed("report", folder / "run")
     page = (folder / "run" / "report.html").read_text(encoding="utf-8")
     assert run.loss.upper() in page
 
@@ -283,15 +252,15 @@ def report(run: Run, folder: Path) -> None:
 def merge(run: Run, folder: Path) -> None:
     """What is merged is judged as the run is; a run without an adapter has nothing to merge, and says so."""
     if not run.adapters:
-        ran = command("merge", run.folder / "run", "--output", folder / "merged")
+        ran = run_command("merge", run.folder / "run", "--output", folder / "merged")
         assert (ran.status, "nothing to merge" in ran.err) == (2, True)
         assert not (folder / "merged").exists()
         return
-    done("merge", run.folder / "run", "--output", folder / "merged")
+    succeed("merge", run.folder / "run", "--output", folder / "merged")
     # Of a model alone no run is known, so the loss is named, and the batch, by which KTO pairs prompts with responses.
     known = [f"loss.type={run.loss}", "train.batch=5"]
     options = ["--data", run.folder / "heldout.jsonl", "--reference", run.model, *known]
-    merged = done("eval", folder / "merged", *options, "--json").json
+    merged = succeed("eval", folder / "merged", *options, "--json").json
     if "nf4" in str(run.overrides):  # merged onto the weights in four bits; the reference here has the model's own
         assert merged["logps/chosen"] == pytest.approx(run.own["logps/chosen"], rel=1e-3)
     else:
@@ -300,7 +269,7 @@ def merge(run: Run, folder: Path) -> None:
 
 def push(run: Run, _: Path, hub: list[dict[str, Any]]) -> None:
     """Its result goes up."""
-    out = done("push", run.folder / "run", "--to", "me/mine").out
+    out = succeed("push", run.folder / "run", "--to", "me/mine").out
     assert "is at https://hub/me/mine" in out
     assert [Path(upload["folder_path"]) for upload in hub] == [run.folder / "run" / "final"]
 

@@ -1,6 +1,5 @@
 """`fastpref eval`: the numbers of a run's own evaluation, and KL by definition."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ from fastpref.commands.evaluate import evaluate, interval
 from fastpref.data.cache import load_examples
 from fastpref.errors import UserError
 from fastpref.run.trained import find_trained, load_trained, trained_tokenizer
-from tests.support.after import QUICKSTART_DATA, command
-from tests.support.runs import EXAMPLES, rows
+from tests.support.command_line import run_command
+from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL
+from tests.support.runs import rows
 from tests.support.tiny import save_model
 
 CPU = torch.device("cpu")
-MODEL = EXAMPLES / "quickstart" / "model"
+DATA, MODEL = str(QUICKSTART_HELDOUT), QUICKSTART_MODEL
 
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(finished_run: Path):
@@ -60,13 +60,13 @@ def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
 
 def test_a_model_alone(finished_run: Path):
     """Without a model that it began with there are neither rewards nor KL; beside itself its KL is none."""
-    found = evaluate(find_trained(str(MODEL)), data=QUICKSTART_DATA)
+    found = evaluate(find_trained(str(MODEL)), data=DATA)
     assert {"logps/accuracies", "logps/chosen", "entropy"} <= found.keys()
     assert not {"reference/kl", "loss", "rewards/accuracies"} & found.keys()
-    same = evaluate(find_trained(str(MODEL)), data=QUICKSTART_DATA, reference=find_trained(str(MODEL)))
+    same = evaluate(find_trained(str(MODEL)), data=DATA, reference=find_trained(str(MODEL)))
     assert same["reference/kl"] == pytest.approx(0, abs=1e-6)
     assert same["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    adapter = evaluate(find_trained(str(finished_run / "final")), data=QUICKSTART_DATA)
+    adapter = evaluate(find_trained(str(finished_run / "final")), data=DATA)
     assert adapter["reference/kl"] > 0
     assert adapter["logps/chosen"] != pytest.approx(found["logps/chosen"], abs=1e-4)
 
@@ -79,8 +79,8 @@ def test_a_reference_of_another_family(finished_run: Path, tmp_path: Path):
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
     own = evaluate(find_trained(str(finished_run)))
     found = evaluate(find_trained(str(finished_run)), reference=find_trained(str(tmp_path)))
-    theirs = evaluate(find_trained(str(tmp_path)), data=QUICKSTART_DATA)
-    rows_alone = evaluate(find_trained(str(finished_run)), data=QUICKSTART_DATA, reference=find_trained(str(tmp_path)))
+    theirs = evaluate(find_trained(str(tmp_path)), data=DATA)
+    rows_alone = evaluate(find_trained(str(finished_run)), data=DATA, reference=find_trained(str(tmp_path)))
     assert found["logps/chosen"] == pytest.approx(own["logps/chosen"], rel=1e-5)
     expected = 0.1 * (rows_alone["logps/chosen"] - theirs["logps/chosen"])
     assert rows_alone["rewards/chosen"] == pytest.approx(expected, rel=1e-4)
@@ -135,18 +135,7 @@ def test_what_is_refused(finished_run: Path, tmp_path: Path):
     with pytest.raises(UserError, match="neither a run"):
         find_trained(str(tmp_path))
     with pytest.raises(UserError, match=r"no tokenizer there|no model there"):
-        evaluate(find_trained("no/such"), data=QUICKSTART_DATA)
-
-
-def test_the_command(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """A table for a person; everything as JSON."""
-    ran = command(monkeypatch, capsys, "eval", str(finished_run))
-    assert ran.status == 0
-    assert "KL to the reference" in ran.out
-    assert "95 % interval" in ran.out
-    told: dict[str, Any] = json.loads(command(monkeypatch, capsys, "eval", str(finished_run), "--json").out)
-    assert told["examples"] == 5
-    assert {"reference/kl", "rewards/accuracies", "logps/accuracies"} <= told.keys()
+        evaluate(find_trained("no/such"), data=DATA)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +148,6 @@ def test_the_command(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys
 )
 def test_running_out_of_memory_is_one_message(
     name: str, module: str, advice: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     """It names what would take less, and is no traceback."""
 
@@ -168,23 +156,21 @@ def test_running_out_of_memory_is_one_message(
 
     monkeypatch.setattr(module, full)
     output = ("--output", str(tmp_path / "merged")) if name == "merge" else ()
-    ran = command(monkeypatch, capsys, name, finished_run, *output)
+    ran = run_command(name, finished_run, *output)
     assert ran.status == 2
     assert ran.err.startswith("fastpref: out of memory while ")
     assert advice in ran.err
 
 
-def test_what_was_decided_at_load_is_told(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_what_was_decided_at_load_is_told(finished_run: Path, tmp_path: Path):
     """Tensors read under other names, for one: on stderr, and stdout is the JSON alone."""
     adapter = tmp_path / "adapter"
     shutil.copytree(finished_run / "final", adapter)
     path = adapter / "adapter_model.safetensors"
     weights = {name.replace("model.layers", "model._orig_mod.layers"): w for name, w in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
-    ran = command(monkeypatch, capsys, "eval", adapter, "--data", QUICKSTART_DATA, "--json")
-    assert json.loads(ran.out)["reference/kl"] > 0
+    ran = run_command("eval", adapter, "--data", DATA, "--json")
+    assert ran.json["reference/kl"] > 0
     assert "_orig_mod.` and are read with" in ran.err
 
 

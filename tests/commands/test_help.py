@@ -1,51 +1,51 @@
 """What `fastpref --help` and `fastpref --version` print."""
 
-import sys
-from collections.abc import Callable
-
 import pytest
 
 from fastpref import __version__
-from fastpref.cli import main
+from fastpref.cli import app
+from tests.support.command_line import succeed
 from tests.support.paths import ROOT
 
 WORKFLOW = ["init", "check", "preview", "estimate", "train", "report", "eval", "chat", "merge", "push", "schema"]
 
 
-@pytest.fixture
-def printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must end with status 0, on a terminal of 80 columns, and return its stdout."""
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code in (0, None)
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_lists_the_commands_in_the_order_of_use(printed: Callable[..., str], flag: str):
+def test_help_lists_the_commands_in_the_order_of_use(flag: str):
     """Each summary is a sentence that fits on one line."""
-    text = printed(flag)
+    text = succeed(flag).out
     lines = [line.strip("│ ") for line in text[text.index("Commands") :].splitlines()[1:] if line.startswith("│")]
     assert [line.split()[0] for line in lines] == WORKFLOW
     assert all(line.endswith(".") for line in lines)
 
 
-def test_the_version_is_that_of_the_package(printed: Callable[..., str]):
-    assert printed("--version") == f"fastpref {__version__}\n"
+def test_the_version_is_that_of_the_package():
+    assert succeed("--version").out == f"fastpref {__version__}\n"
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("command", WORKFLOW)
-def test_options_are_shown_as_they_are_typed(printed: Callable[..., str], command: str):
+def test_options_are_shown_as_they_are_typed(command: str):
     """Options have a name for their value, flags have none, and overrides are KEY=VALUE."""
-    text = printed(command, "--help")
+    text = succeed(command, "--help").out
     options = [line for line in text[text.index("─ Options") :].splitlines() if "--help" not in line]
     assert [line for line in options if "<" in line] == []
     if command in ("check", "preview", "estimate", "train", "eval", "chat", "merge"):
         assert "[KEY=VALUE]..." in text
+
+
+def test_every_command_has_help_with_an_example():
+    """The example is of that command."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        assert command.epilog is not None
+        assert f"fastpref {name} " in f"{command.epilog} "
+        assert command.callback.__doc__
+        assert "Example: fastpref" in succeed(name, "--help").out

@@ -1,43 +1,19 @@
 """`fastpref init`: what it writes loads, says what the schema says, and replaces nothing unasked."""
 
 import re
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from fastpref.cli import main
 from fastpref.commands.init import check_loss, kept, template
 from fastpref.config import load_config
 from fastpref.config.losses import LOSSES, LossOptions
 from fastpref.config.text import Line, Table, keys_of, render, sections
+from tests.support.command_line import CommandResult, run_command, succeed
 from tests.support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Ran:
-    status: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command in an empty folder."""
-
-    def run(*arguments: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Ran(ended.value.code if isinstance(ended.value.code, int) else 0, said.out, said.err)
-
-    monkeypatch.chdir(tmp_path)
-    return run
 
 
 def load(folder: Path, text: str) -> Any:
@@ -121,43 +97,43 @@ def test_comments_cannot_end_early(tmp_path: Path):
 GIVEN = ("--model", "m", "--data", "d.jsonl")
 
 
-def test_the_default_is_dpo_in_a_file_of_its_name(run: Any, tmp_path: Path):
+def test_the_default_is_dpo_in_a_file_of_its_name(elsewhere: Path):
     """Without --loss and --output dpo.toml is written here, accepted by check, and the next commands are named."""
-    ran = run("init", *GIVEN)
+    ran = run_command("init", *GIVEN)
     assert (ran.status, ran.err) == (0, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["dpo.toml"]
+    assert [path.name for path in elsewhere.iterdir()] == ["dpo.toml"]
     lines = ran.out.splitlines()
     assert lines[0] == "dpo.toml is written. Next:"
     assert {"  fastpref check dpo.toml", "  fastpref train dpo.toml"} <= set(lines[1:])
-    assert run("check", "dpo.toml").status == 0
+    succeed("check", "dpo.toml")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_check_accepts_every_loss(run: Any, tmp_path: Path, loss: str):
+def test_check_accepts_every_loss(elsewhere: Path, loss: str):
     """`init` then `check` ends with status 0, in another folder too."""
-    (tmp_path / "d.jsonl").write_text("x")
-    (tmp_path / "configs").mkdir()
-    assert run("init", "--loss", loss, *GIVEN, "--output", "configs/c.toml").status == 0
-    assert run("check", "configs/c.toml").status == 0
-    assert load_config(tmp_path / "configs" / "c.toml").data[0].path == str(tmp_path / "d.jsonl")
+    (elsewhere / "d.jsonl").write_text("x")
+    (elsewhere / "configs").mkdir()
+    succeed("init", "--loss", loss, *GIVEN, "--output", "configs/c.toml")
+    succeed("check", "configs/c.toml")
+    assert load_config(elsewhere / "configs" / "c.toml").data[0].path == str(elsewhere / "d.jsonl")
 
 
-def test_a_dash_prints_the_config_alone(run: Any, tmp_path: Path):
+def test_a_dash_prints_the_config_alone(elsewhere: Path):
     """`--output -` writes no file, and stdout is the config and nothing else."""
-    ran = run("init", "--loss", "KTO", *GIVEN, "--output", "-")
-    assert ran == Ran(0, template("kto", "m", "d.jsonl"), "")
-    assert list(tmp_path.iterdir()) == []
+    ran = run_command("init", "--loss", "KTO", *GIVEN, "--output", "-")
+    assert ran == CommandResult(0, template("kto", "m", "d.jsonl"), "")
+    assert list(elsewhere.iterdir()) == []
 
 
-def test_a_file_is_replaced_only_by_force(run: Any, tmp_path: Path):
+def test_a_file_is_replaced_only_by_force(elsewhere: Path):
     """A file that is there stays as it is, without --force."""
-    (tmp_path / "dpo.toml").write_text("mine")
-    ran = run("init", *GIVEN)
+    (elsewhere / "dpo.toml").write_text("mine")
+    ran = run_command("init", *GIVEN)
     assert (ran.status, ran.out) == (2, "")
     assert ran.err == "fastpref: dpo.toml: is there already; name another --output, or replace it with --force\n"
-    assert (tmp_path / "dpo.toml").read_text() == "mine"
-    assert run("init", *GIVEN, "--force").status == 0
-    assert (tmp_path / "dpo.toml").read_text() == template("dpo", "m", "d.jsonl")
+    assert (elsewhere / "dpo.toml").read_text() == "mine"
+    succeed("init", *GIVEN, "--force")
+    assert (elsewhere / "dpo.toml").read_text() == template("dpo", "m", "d.jsonl")
 
 
 MISTAKES = {
@@ -171,22 +147,21 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_message_and_no_file(run: Any, tmp_path: Path, arguments: list[str], said: str):
+def test_a_mistake_is_one_message_and_no_file(elsewhere: Path, arguments: list[str], said: str):
     """Status 2, one line on stderr, and nothing is written."""
-    ran = run("init", *arguments)
+    ran = run_command("init", *arguments)
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith(f"fastpref: {said}")
     assert ran.err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert list(elsewhere.iterdir()) == []
 
 
-def test_paths_keep_their_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_paths_keep_their_meaning(elsewhere: Path):
     """What exists here is named as seen from the config's folder; other names and absolute paths stay."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "d.jsonl").write_text("x")
-    (tmp_path / "out" / "d.jsonl").write_text("another")
+    (elsewhere / "out").mkdir()
+    (elsewhere / "d.jsonl").write_text("x")
+    (elsewhere / "out" / "d.jsonl").write_text("another")
     assert kept("d.jsonl", Path("out")) == "../d.jsonl"
     assert kept("./d.jsonl", Path()) == "d.jsonl"
-    for name in ("org/name", str(tmp_path / "d.jsonl"), "~no-such-person/x", "{{ jinja }}" * 100):
+    for name in ("org/name", str(elsewhere / "d.jsonl"), "~no-such-person/x", "{{ jinja }}" * 100):
         assert kept(name, Path("out")) == name

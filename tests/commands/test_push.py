@@ -15,7 +15,7 @@ from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
 from fastpref.run.card import model_card
 from fastpref.run.hub import push
-from tests.support.after import command
+from tests.support.command_line import run_command
 from tests.support.runs import write_config
 
 
@@ -54,11 +54,11 @@ def test_a_run_uploads_its_result_once_it_is_asked(
     assert "uploaded: https://hub/me/mine" in capsys.readouterr().out
 
 
-def test_the_command(finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hub: Any):
-    ran = command(monkeypatch, capsys, "push", finished_run, "--to", "me/mine", "--public")
+def test_the_command(finished_run: Path, hub: Any):
+    ran = run_command("push", finished_run, "--to", "me/mine", "--public")
     assert (ran.status, ran.out) == (0, f"{finished_run / 'final'} is at https://hub/me/mine\n")
     assert hub[1][1]["private"] is False
-    ran = command(monkeypatch, capsys, "push", finished_run)
+    ran = run_command("push", finished_run)
     assert (ran.status, ran.err) == (2, "fastpref: name a repository, --to user/name, or set output.push_to\n")
 
 

@@ -11,6 +11,7 @@ from fastpref.data.rows.content import Message, Paired, Unpaired, Writing
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.chats import says, user
 from tests.support.toy_tokenizers import CHATML, GEMMA, LLAMA3, LLAMA31, QWEN3, toy_tokenizer
 
 R1 = (  # cuts reasoning out of every turn, and asks for it in its generation prompt; a call has no content
@@ -33,14 +34,6 @@ CALL: Message = {
     "role": "assistant",
     "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": 'O"slo\n'}}}],
 }
-
-
-def user(words: str) -> Message:
-    return {"role": "user", "content": words}
-
-
-def says(words: str, **more: Any) -> Message:
-    return {"role": "assistant", "content": words, **more}
 
 
 def tokenized(template: str, content: Paired | Unpaired, **options: Any) -> tuple[list[Example], Counts, Any]:

@@ -13,16 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastpref.config import TokensConfig
 from fastpref.data.example import Counts, Example
 from fastpref.data.rows.formats import Message, Paired, Unpaired
-from fastpref.data.sources import SourceRow
-from fastpref.data.tokenize import tokenize, use_chat_template
+from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
-from tests.support.paths import QUICKSTART_MODEL
+from tests.support.chats import says, tokenized, user
+from tests.support.paths import QUICKSTART_MODEL as QUICKSTART
 from tests.support.toy_tokenizers import CHATML, chatml, chatml_smol, gemma, llama3, plain, toy_tokenizer
-
-QUICKSTART = QUICKSTART_MODEL
 
 
 def quickstart() -> PreTrainedTokenizerBase:
@@ -36,14 +33,6 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
 EVERY_FAMILY = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 
 
-def user(words: str) -> Message:
-    return {"role": "user", "content": words}
-
-
-def says(words: str) -> Message:
-    return {"role": "assistant", "content": words}
-
-
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
     encoded: Any = tokenizer(text, add_special_tokens=special)
     return list(encoded["input_ids"])
@@ -55,13 +44,6 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
     return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options))
-
-
-def tokenized(
-    tokenizer: PreTrainedTokenizerBase, *contents: Paired | Unpaired, **options: Any
-) -> tuple[list[Example], Counts]:
-    rows = [SourceRow(content, f"rows.jsonl, row {at}") for at, content in enumerate(contents)]
-    return tokenize(rows, tokenizer, TokensConfig.model_validate(options))
 
 
 def only(tokenizer: PreTrainedTokenizerBase, content: Paired | Unpaired, **options: Any) -> Example:
@@ -184,23 +166,6 @@ def test_a_generation_prompt_that_says_more():
     assert [decode(tokenizer, ids) for ids in example.completions] == ["yes<|im_end|>", "no<|im_end|>"]
 
 
-def test_other_keys_of_a_message_reach_the_template():
-    """Tool calls, reasoning and names are there for a template to write."""
-    template = (
-        "{% for m in messages %}{{ m['role'] + ':' + (m['reasoning_content'] or '') + (m['content'] or '') }}"
-        "{% for call in m['tool_calls'] or [] %}{{ '<call>' + call['function']['name'] }}"
-        "{{ call['function']['arguments'] | tojson }}{% endfor %}{{ '</s>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    )
-    tokenizer = toy_tokenizer(template)
-    call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
-    calling = {"role": "assistant", "tool_calls": [call]}
-    thinking = {**says("x"), "reasoning_content": "hm, "}
-    example = only(tokenizer, Paired([user("q")], [calling], [thinking]))
-    words = [decode(tokenizer, ids) for ids in example.completions]
-    assert words == ['<call>weather{"city": "Oslo"}</s>', "hm, x</s>"]
-
-
 # --- The end of a response -----------------------------------------------------------------------------------------
 
 ENDINGS = ["", "{end}", "{end}\n", "{end}{end}", "{end}\n{end}\n", " \n{end} ", "{end}{end}{end} \n "]
@@ -240,14 +205,6 @@ def test_a_turn_ends_with_the_templates_token(make: Callable[[], PreTrainedToken
         assert [decode(tokenizer, ids) for ids in chat.completions] == [f"yes{turn_end}", f"no{turn_end}"]
     text = only(tokenizer, Paired("q", "yes", "no"))
     assert [decode(tokenizer, ids) for ids in text.completions] == [f"yes{eos}", f"no{eos}"]
-
-
-def test_every_turn_of_a_response_keeps_its_end():
-    """In a response of several turns each turn ends; only the last end token is the response's."""
-    tokenizer = chatml()
-    example = only(tokenizer, Paired([user("q")], [says("a"), user("b"), says("c")], [says("d")]))
-    text = decode(tokenizer, example.completions[0])
-    assert text == "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc<|im_end|>"
 
 
 CALLS = (  # as gpt-oss and Llama 3.1: a call ends otherwise than words do
@@ -385,9 +342,8 @@ def test_bos_alone_is_a_prompt():
 # --- Lengths -------------------------------------------------------------------------------------------------------
 
 P, C, R = "123456789", "abcd", "xy"  # with EOS the responses are 5 and 3 tokens, with BOS the prompt is 10
-LENGTHS: dict[
-    str, tuple[dict[str, int], str, str, str, int, int]
-] = {  # options, what is left, prompts cut, responses cut
+# Options, what is left, prompts cut, responses cut
+LENGTHS: dict[str, tuple[dict[str, int], str, str, str, int, int]] = {
     "fits exactly": ({"max_length": 15}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
     "prompt from the left": ({"max_length": 14}, "<s>23456789", f"{C}</s>", f"{R}</s>", 1, 0),
     "prompt as far as the longest response asks": ({"max_length": 11}, "<s>56789", f"{C}</s>", f"{R}</s>", 1, 0),
@@ -399,14 +355,9 @@ LENGTHS: dict[
     "prompt limit that fits": ({"max_length": 15, "max_prompt_length": 10}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
     "both limits": ({"max_length": 8, "max_prompt_length": 3}, "<s>89", f"{C}</s>", f"{R}</s>", 1, 0),
     "a prompt limit beyond the length": (
-        {"max_length": 12, "max_prompt_length": 99},
-        "<s>456789",
-        f"{C}</s>",
-        f"{R}</s>",
-        1,
-        0,
+        {"max_length": 12, "max_prompt_length": 99}, "<s>456789", f"{C}</s>", f"{R}</s>", 1, 0,
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -444,53 +395,39 @@ def test_without_bos_a_cut_prompt_begins_anywhere():
 
 # --- Rows that cannot be used --------------------------------------------------------------------------------------
 
+EQUAL: Any = ("equal", "chosen and rejected are equal", {})
+
+
+def empty(response: str) -> Any:
+    return "empty", f"{response} is empty", {}
+
+
 UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # row, counter, what is said, options
-    "an empty text": (Paired("q", "", "no"), "empty", "chosen is empty", {}),
-    "an empty rejected text": (Paired("q", "yes", ""), "empty", "rejected is empty", {}),
-    "only an end token": (Unpaired("q", "<|im_end|>", True), "empty", "completion is empty", {}),
-    "an empty turn": (Paired([user("q")], [says("yes")], [says("")]), "empty", "rejected is empty", {}),
-    "no turn": (Paired([user("q")], [], [says("no")]), "empty", "chosen is empty", {}),
-    "an end token and a line end": (
-        Paired([user("q")], [says("<|im_end|>\n")], [says("x")]),
-        "empty",
-        "chosen is empty",
-        {},
-    ),
-    "equal": (Paired("q", "yes", "yes"), "equal", "chosen and rejected are equal", {}),
-    "equal but for the end token": (
-        Paired("q", "yes", "yes<|im_end|>\n"),
-        "equal",
-        "chosen and rejected are equal",
-        {},
-    ),
-    "white space": (Paired("q", " \n", "no"), "empty", "chosen is empty", {}),
-    "a turn of white space": (Paired([user("q")], [says("yes")], [says(" \n ")]), "empty", "rejected is empty", {}),
+    "an empty text": (Paired("q", "", "no"), *empty("chosen")),
+    "an empty rejected text": (Paired("q", "yes", ""), *empty("rejected")),
+    "only an end token": (Unpaired("q", "<|im_end|>", True), *empty("completion")),
+    "an empty turn": (Paired([user("q")], [says("yes")], [says("")]), *empty("rejected")),
+    "no turn": (Paired([user("q")], [], [says("no")]), *empty("chosen")),
+    "an end token and a line end": (Paired([user("q")], [says("<|im_end|>\n")], [says("x")]), *empty("chosen")),
+    "equal": (Paired("q", "yes", "yes"), *EQUAL),
+    "equal but for the end token": (Paired("q", "yes", "yes<|im_end|>\n"), *EQUAL),
+    "white space": (Paired("q", " \n", "no"), *empty("chosen")),
+    "a turn of white space": (Paired([user("q")], [says("yes")], [says(" \n ")]), *empty("rejected")),
     "an empty last turn": (
-        Paired([user("q")], [says("yes"), user("r"), says(" ")], [says("no")]),
-        "empty",
-        "chosen is empty",
-        {},
+        Paired([user("q")], [says("yes"), user("r"), says(" ")], [says("no")]), *empty("chosen"),
     ),
     "an empty turn between": (
-        Paired([user("q")], [says("yes")], [says(""), user("r"), says("no")]),
-        "empty",
-        "rejected is empty",
-        {},
+        Paired([user("q")], [says("yes")], [says(""), user("r"), says("no")]), *empty("rejected"),
     ),
     "a block of no reasoning": (
-        Paired([user("q")], [says("yes")], [says("<think>\n\n</think>\n\n")]),
-        "empty",
-        "rejected is empty",
-        {},
+        Paired([user("q")], [says("yes")], [says("<think>\n\n</think>\n\n")]), *empty("rejected"),
     ),
     "equal once cut": (
-        Paired("q", "yes!", "yes?"),
-        "overlong",
-        "chosen and rejected are equal once cut to tokens.max_length",
+        Paired("q", "yes!", "yes?"), "overlong", "chosen and rejected are equal once cut to tokens.max_length",
         {"max_length": 4},
     ),
     "no prompt": (Paired("", "yes", "no"), "promptless", "the prompt has no tokens", {}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "counter", "what", "options"), UNUSABLE.values(), ids=UNUSABLE)

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.config import TokensConfig
 from fastpref.data.example import Counts, Example
 from fastpref.data.rows.content import Message, Paired, Unpaired, Writing
-from fastpref.data.sources import SourceRow
-from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.chats import says, tokenized, user
 from tests.support.toy_tokenizers import CHATML, LLAMA3, PLAIN, QWEN3, toy_tokenizer
 
 PHI3 = (  # the last turn has a second end
@@ -72,21 +70,6 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], str, str]] = { 
     "plain": (_made(PLAIN, "</s>"), "", "\n</s>"),
 }  # fmt: skip
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
-
-
-def user(words: str) -> Message:
-    return {"role": "user", "content": words}
-
-
-def says(words: str) -> Message:
-    return {"role": "assistant", "content": words}
-
-
-def tokenized(
-    tokenizer: PreTrainedTokenizerBase, *contents: Paired | Unpaired, **options: Any
-) -> tuple[list[Example], Counts]:
-    rows = [SourceRow(content, f"rows.jsonl, row {at}") for at, content in enumerate(contents)]
-    return tokenize(rows, tokenizer, TokensConfig.model_validate(options))
 
 
 def scored(tokenizer: PreTrainedTokenizerBase, example: Example, which: int = 0) -> list[str]:

@@ -13,7 +13,8 @@ import fastpref
 from fastpref.errors import UserError
 from fastpref.health import diagnose
 from fastpref.report import read_run
-from tests.support.runs import LORA, QUICKSTART, write_config
+from tests.support.paths import QUICKSTART
+from tests.support.runs import LORA, write_config
 
 SHORT = ["train.steps=12", "train.batch=8", "eval.data.0.rows=24", "eval.samples=0", "output.dir=out"]
 

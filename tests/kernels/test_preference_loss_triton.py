@@ -23,7 +23,9 @@ from fastpref.kernels.launch import launch as launch_kernel
 from fastpref.kernels.preference_loss_spec import LossSpec
 from fastpref.kernels.preference_loss_variants import VARIANTS
 from fastpref.losses import Totals
-from tests.support.token_batches import CLOSED, LOSSES, Batch, Order, flat, of_values, ordinary, run
+from tests.support.losses import CLOSED
+from tests.support.losses import CLOSED_LOSSES as LOSSES
+from tests.support.token_batches import Batch, Order, flat, of_values, ordinary, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

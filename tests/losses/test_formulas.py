@@ -24,16 +24,13 @@ from fastpref.losses import (
     simpo_loss,
 )
 from fastpref.losses.pairs import _log1mexp
+from tests.support.losses import OF_A_DIFFERENCE, PAIR_LOSSES, dpo, smoothing, sorts
 from tests.support.pair_losses import (
     DIVERGENCES,
     EVERY_DTYPE,
     EVERY_LOSS,
-    LOSSES,
-    OF_A_DIFFERENCE,
     PER_PAIR,
     Truth,
-    default_smoothing,
-    dpo,
     exact,
     exact_lengths,
     exact_nll,
@@ -50,7 +47,6 @@ from tests.support.pair_losses import (
     of_averages,
     of_ratios,
     part,
-    sorts,
     squared,
     truth,
 )
@@ -133,7 +129,7 @@ def test_sorted_variant_is_its_formula(variant: Any, smoothing: float, dtype: to
 def test_dpo_adds_variants_up(variants: Any, weights: Any, weighted: bool, dtype: torch.dtype) -> None:
     """The loss is Σ weight · mean(variant), the pairs weighted in every variant but sft, the mean of all its tokens."""
     pairs = make_pairs(9, dtype=dtype, weighted=weighted)
-    options = DPO(variants=variants, weights=weights, beta=0.2, label_smoothing=default_smoothing(variants))
+    options = DPO(variants=variants, weights=weights, beta=0.2, label_smoothing=smoothing(variants))
     of_pairs = exact(pairs.weights) if weighted else [1.0] * 9
     expected = Truth(0.0, 0.0)
     for variant, weight in zip(variants, weights or [1.0] * len(variants)):
@@ -310,10 +306,10 @@ def assert_finite(output: PreferenceLoss, inputs: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("size", [1e4, 79.0])
-@pytest.mark.parametrize("name", [name for name, options in LOSSES.items() if options.uses_reference])
+@pytest.mark.parametrize("name", [name for name, options in PAIR_LOSSES.items() if options.uses_reference])
 def test_far_from_the_reference_all_is_finite(name: str, size: float) -> None:
     """At ratios of ±1e4, and where exponentials are about to overflow, float32 losses and gradients are finite."""
-    options = LOSSES[name]
+    options = PAIR_LOSSES[name]
     table = list(itertools.product(squared((size, -size)), EXTREME_LENGTHS))
     pairs = of_ratios([ratios for ratios, _ in table], torch.float32, [lengths for _, lengths in table])
     assert_finite(pair_loss(pairs, options), leaves(pairs))

@@ -29,6 +29,7 @@ from fastpref.losses import (
     wpo_weights,
 )
 from fastpref.losses.pairs import _log1mexp
+from tests.support.losses import sorts
 from tests.support.pair_losses import (
     EVERY_DTYPE,
     EVERY_LOSS,
@@ -40,7 +41,6 @@ from tests.support.pair_losses import (
     nls,
     of_averages,
     part,
-    sorts,
     truth,
 )
 

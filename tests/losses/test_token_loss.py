@@ -15,7 +15,8 @@ from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.losses import PairLogps, RowLogps, Totals, WholeStep, kto_loss, pair_loss, wpo_weights
 from fastpref.losses.fused import fused_loss, kernel_spec, takes_triton
 from fastpref.losses.token_loss import pair_logps, scores_prompts, sequence_sums
-from tests.support.token_batches import LOSSES, Batch, flat, needs_prompts, ordinary, run
+from tests.support.losses import CLOSED_LOSSES as LOSSES
+from tests.support.token_batches import Batch, flat, needs_prompts, ordinary, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

@@ -31,6 +31,7 @@ from fastpref.losses import (
     simpo_loss,
     wpo_weights,
 )
+from tests.support.losses import OF_A_DIFFERENCE
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-8)  # both sides round in float32, in other orders
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), gather=lambda t: t, gather_for_metrics=lambda t: t)
@@ -156,7 +157,6 @@ def our_dpo(batch: Batch, references: Tensor, options: DPO) -> tuple[PairLogps, 
     return pairs, dpo_loss(pairs, options)
 
 
-OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
 NOT_OF_A_DIFFERENCE = ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "sft")
 
 
@@ -242,6 +242,15 @@ def expect_same(ours: PreferenceLoss, theirs: Tensor, metrics: dict[str, Any], p
         assert (total / count).item() == pytest.approx(metrics[name], rel=1e-5), name
 
 
+def _expect_trls_cpo(
+    output: PreferenceLoss, options: SimPO | CPO, pairs: PairLogps, average: bool, **trainer: Any
+) -> None:
+    """TRL's CPO trainer with the same options gives the same loss, gradients and rewards."""
+    trainer |= {"beta": options.beta, "label_smoothing": options.label_smoothing}
+    trainer |= {"cpo_alpha": options.sft_weight, "alpha": options.alpha}
+    expect_same(output, *trl_reference_free(CPOTrainer, pairs, average, **trainer), pairs)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
 def test_orpo_is_trls(beta: float) -> None:
     """ORPO gives TRL's loss, gradients, rewards, and its nll_loss, log_odds_ratio and log_odds_chosen."""
@@ -266,18 +275,7 @@ def test_orpo_is_trls(beta: float) -> None:
 def test_simpo_is_trls(options: SimPO) -> None:
     """SimPO gives the loss, gradients and rewards of TRL's CPO trainer with loss_type = "simpo"."""
     pairs = some_pairs()
-    trl = trl_reference_free(
-        CPOTrainer,
-        pairs,
-        average=True,
-        loss_type="simpo",
-        beta=options.beta,
-        simpo_gamma=options.margin,
-        label_smoothing=options.label_smoothing,
-        cpo_alpha=options.sft_weight,
-        alpha=options.alpha,
-    )
-    expect_same(simpo_loss(pairs, options), *trl, pairs)
+    _expect_trls_cpo(simpo_loss(pairs, options), options, pairs, True, loss_type="simpo", simpo_gamma=options.margin)
 
 
 @pytest.mark.parametrize(
@@ -297,17 +295,8 @@ def test_simpo_is_trls(options: SimPO) -> None:
 def test_cpo_is_trls(options: CPO) -> None:
     """CPO gives TRL's loss, gradients and rewards."""
     pairs = some_pairs()
-    trl = trl_reference_free(
-        CPOTrainer,
-        pairs,
-        average=options.variant == "ipo",
-        loss_type=options.variant,
-        beta=options.beta,
-        label_smoothing=options.label_smoothing,
-        cpo_alpha=options.sft_weight,
-        alpha=options.alpha,
-    )
-    expect_same(cpo_loss(pairs, options), *trl, pairs)
+    average = options.variant == "ipo"
+    _expect_trls_cpo(cpo_loss(pairs, options), options, pairs, average, loss_type=options.variant)
 
 
 # --- KTO. ---------------------------------------------------------------------------------------------------------

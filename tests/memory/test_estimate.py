@@ -1,7 +1,6 @@
 """`fastpref estimate`: right about real runs, and right about what would make a step fit."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mixtra
 
 import fastpref
 import fastpref.memory.estimate as estimates
-from fastpref.cli import main
 from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
 from fastpref.data.cache import load_examples
@@ -27,7 +25,8 @@ from fastpref.model.load import load_model, load_tokenizer
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.reference import make_reference, precomputes
-from tests.support.runs import EXAMPLES
+from tests.support.command_line import succeed
+from tests.support.paths import QUICKSTART, QUICKSTART_MODEL, QUICKSTART_ROWS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LORA = "lora={rank=4}"
@@ -36,7 +35,7 @@ LORA = "lora={rank=4}"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The quickstart's model, and a Qwen2 and a mixture of experts with its tokenizer."""
-    own = EXAMPLES / "quickstart" / "model"
+    own = QUICKSTART_MODEL
     other = tmp_path_factory.mktemp("qwen2")
     vocabulary = AutoConfig.from_pretrained(own).vocab_size
     config = Qwen2Config(
@@ -57,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def write(folder: Path, model: Path, *, rows: int = 24) -> Path:
     path = folder / "cfg.toml"
     path.write_text(
-        f'[model]\nname = "{model.as_posix()}"\n[[data]]\npath = "{EXAMPLES.as_posix()}/quickstart/train.jsonl"\n'
+        f'[model]\nname = "{model.as_posix()}"\n[[data]]\npath = "{QUICKSTART_ROWS.as_posix()}"\n'
         f"rows = {rows}\n[tokens]\nmax_length = 128\n[train]\nbatch = 6\nsteps = 4\n"
     )
     return path
@@ -210,16 +209,7 @@ def test_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not proposal(estimator(write(tmp_path, tmp_path), CUDA), 1).fits
 
 
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["fastpref", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    assert said.err == ""
-    return (ended.value.code if isinstance(ended.value.code, int) else 0), said.out
-
-
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_the_command(tmp_path: Path):
     """A folder with a config.json alone is enough; the table adds up, and --json says the same."""
     Qwen2Config(
         vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -227,14 +217,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     ).save_pretrained(tmp_path)  # fmt: skip
     path = write(tmp_path, tmp_path)
     path.write_text(path.read_text().replace("train.jsonl", "none.jsonl"))
-    status, said = command(monkeypatch, capsys, "estimate", str(path), LORA, "--compare")
-    assert status == 0
-    assert "the data are not on this machine" in said
-    assert "255 tokens at once (from tokens.max_length = 128)" in said
-    assert "   8 GB  fits without gradient checkpointing" in said
-    assert "TRL 1.16" in said
-    status, said = command(monkeypatch, capsys, "estimate", str(path), LORA, "--compare", "--json")
-    told = json.loads(said)
+    result = succeed("estimate", path, LORA, "--compare")
+    assert result.err == ""
+    assert "the data are not on this machine" in result.out
+    assert "255 tokens at once (from tokens.max_length = 128)" in result.out
+    assert "   8 GB  fits without gradient checkpointing" in result.out
+    assert "TRL 1.16" in result.out
+    told = succeed("estimate", path, LORA, "--compare", "--json").json
     assert sum(told["step"]["bytes"].values()) == told["step"]["total"]
     assert told["step"]["checkpointed"] == told["step"]["layers"] == 4
     assert told["uncheckpointed"]["checkpointed"] == 0
@@ -279,7 +268,7 @@ def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
-    fastpref.train(EXAMPLES / "quickstart.toml", ["train.steps=2"])
+    fastpref.train(QUICKSTART, ["train.steps=2"])
     assert "memory of a step: estimated" in capsys.readouterr().out
 
 

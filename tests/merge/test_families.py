@@ -22,10 +22,11 @@ from fastpref.merge.checkpoint import Checkpoint
 from fastpref.model.quantize import keep_weights_as_loaded
 from fastpref.run.trained import Trained, find_trained
 from fastpref.training import loop
-from tests.support.runs import EXAMPLES
+from tests.support.paths import EXAMPLES, QUICKSTART_MODEL
+from tests.support.tiny import VISION
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-TOKENIZER = EXAMPLES / "quickstart" / "model"
+TOKENIZER = QUICKSTART_MODEL
 IDS = torch.arange(3, 40)[None]
 SIZES: dict[str, Any] = {
     "vocab_size": 949, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -35,10 +36,6 @@ EXPERTS: dict[str, Any] = SIZES | {"num_experts_per_tok": 2, "moe_intermediate_s
 TEXT = SIZES | {
     "model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 16,
     "layer_types": ["sliding_attention", "full_attention"],
-}  # fmt: skip
-VISION: dict[str, Any] = {
-    "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
 FOUR_BITS = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)

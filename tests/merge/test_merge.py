@@ -17,10 +17,10 @@ from fastpref.merge.adapter import adapted, with_adapter
 from fastpref.merge.checkpoint import Checkpoint
 from fastpref.merge.plan import bare_model, make_plan
 from fastpref.run.trained import find_trained
-from tests.support.after import command
-from tests.support.runs import EXAMPLES
+from tests.support.command_line import run_command
+from tests.support.paths import QUICKSTART_MODEL
 
-TOKENIZER = EXAMPLES / "quickstart" / "model"
+TOKENIZER = QUICKSTART_MODEL
 IDS = torch.arange(3, 40)[None]
 
 
@@ -150,13 +150,13 @@ def test_of_a_4_bit_run(finished_run: Path, tmp_path: Path):
     assert not list(run.glob("*.safetensors"))
 
 
-def test_the_command(finished_run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any):
+def test_the_command(finished_run: Path, tmp_path: Path):
     """Says what it merged and that it compared; what is there is not replaced."""
-    ran = command(monkeypatch, capsys, "merge", finished_run, "--output", tmp_path / "merged")
+    ran = run_command("merge", finished_run, "--output", tmp_path / "merged")
     assert (ran.status, ran.err) == (0, "")
     assert "tensors changed" in ran.out
     assert "of what the adapter changes in the logits" in ran.out
-    again = command(monkeypatch, capsys, "merge", finished_run, "--output", tmp_path / "merged")
+    again = run_command("merge", finished_run, "--output", tmp_path / "merged")
     assert again.status == 2
     assert again.err.startswith(f"fastpref: --output {tmp_path / 'merged'}: is there already")
 

@@ -45,7 +45,7 @@ EXACT = 2e-5  # of log-probabilities in nats, and of gradients relative to the l
 
 @dataclass
 class Family:
-    """What a sweep has seen of one family."""
+    """The findings of a sweep about one family."""
 
     name: str
     layout: str = ""  # "tree", "padded" or "refused"
@@ -80,7 +80,7 @@ def save_tiny(name: str, folder: Path) -> Path:
 
 
 def rows(count: int = 5) -> list[Example]:
-    """Pairs whose lengths align with nothing, of tokens that no config gives a meaning."""
+    """Return pairs whose lengths align with nothing, of tokens without a meaning in any config."""
     rng = Random(3)
 
     def ids(low: int, high: int) -> list[int]:
@@ -93,14 +93,14 @@ _NOT_EAGER = {"falcon+alibi": "sdpa"}  # transformers' eager attention adds Falc
 
 
 def true_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a folder under transformers' own eager attention."""
+    """Return the model of a folder with transformers' own eager attention."""
     options: dict[str, Any] = {"attn_implementation": _NOT_EAGER.get(name, "eager"), "dtype": dtype}
     return AutoModelForCausalLM.from_pretrained(folder, config=tiny_config(name, truth=True), **options).eval()
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Log-probabilities of each sequence, and the gradients of a weighted sum of all of them."""
+    """Return the log-probabilities of each sequence, and the gradients of a weighted sum of all of them."""
 
     logps: list[Tensor]
     gradients: dict[str, Tensor]
@@ -318,13 +318,13 @@ _BEGIN, _END = "<!-- the sweep begins here -->", "<!-- the sweep ends here -->"
 
 
 def page_rows(text: str) -> dict[str, str]:
-    """The layout of each family, as the page has it."""
+    """Return the layout of each family on the page."""
     table = text[text.index(_BEGIN) : text.index(_END)]
     return dict(re.findall(r"^\| `([^`]+)` \| (\w+) ", table, re.MULTILINE))
 
 
 def page_version(text: str) -> str:
-    """The version of transformers that the page is about."""
+    """Return the version of transformers that the page is about."""
     (version,) = re.findall(r"transformers ([\w.]+)", text[text.index(_BEGIN) : text.index(_END)])[:1]
     return version
 

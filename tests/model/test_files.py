@@ -15,9 +15,8 @@ from fastpref.config import ModelConfig
 from fastpref.errors import UserError
 from fastpref.model.files import model_config
 from fastpref.model.load import load_tokenizer, pretrained
-from tests.support.paths import QUICKSTART_MODEL
+from tests.support.paths import QUICKSTART_MODEL as QUICKSTART
 
-QUICKSTART = QUICKSTART_MODEL
 SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
 
 

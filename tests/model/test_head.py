@@ -17,7 +17,7 @@ from fastpref.errors import UserError
 from fastpref.kernels.head_weight import FourBitWeight
 from fastpref.model.head import Head
 from fastpref.model.load import Loaded, load_model
-from tests.support.paths import QUICKSTART
+from tests.support.paths import QUICKSTART, QUICKSTART_MODEL
 from tests.support.tiny import VOCABULARY, config_for, examples, save_model
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def test_training_with_an_adapter_on_the_head(tmp_path: Path, monkeypatch: pytes
     assert result.eval_metrics["eval/rewards/margins"] > 0.01
     saved = result.output_dir / "final"
     assert (saved / "adapter_model.safetensors").stat().st_size < 1_000_000
-    base = AutoModelForCausalLM.from_pretrained(QUICKSTART.parent / "quickstart" / "model")
+    base = AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL)
     loaded = PeftModel.from_pretrained(base, str(saved))
     assert any("lm_head" in name and p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name)
 

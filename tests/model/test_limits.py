@@ -15,10 +15,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Pr
 
 from fastpref.data.table import Examples
 from fastpref.model.limits import limits_of_config, limits_of_model
-from tests.support.after import Ran, command
-from tests.support.runs import EXAMPLES
+from tests.support.command_line import CommandResult, run_command
+from tests.support.paths import QUICKSTART_MODEL
 
-TOKENIZER = EXAMPLES / "quickstart" / "model"
+TOKENIZER = QUICKSTART_MODEL
 POSITIONS = 24
 COMMON: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS}
@@ -167,12 +167,12 @@ def gpt2(positions: int) -> PretrainedConfig:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> Ran:
-        ran = command(monkeypatch, capsys, *arguments)
-        return Ran(ran.status, " ".join(ran.out.split()), " ".join(ran.err.split()))
+    def run(*arguments: str) -> CommandResult:
+        ran = run_command(*arguments)
+        return CommandResult(ran.status, " ".join(ran.out.split()), " ".join(ran.err.split()))
 
     return run
 

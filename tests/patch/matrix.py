@@ -1,7 +1,7 @@
-"""The tests of `fastpref.patch` with every supported TRL, each in an environment of its own.
+"""Run the tests of `fastpref.patch` with every supported TRL, each in an environment of its own.
 
-    python tests/patch/matrix.py                       # all of them
-    python tests/patch/matrix.py 1.16.0 0.29.0 -- -x   # some; what follows -- goes to pytest
+    python -m tests.patch.matrix                       # all of them
+    python -m tests.patch.matrix 1.16.0 0.29.0 -- -x   # some; what follows -- goes to pytest
 
 An environment lies over the one that runs this: it has its own TRL, and what that version needs in another version.
 """
@@ -14,26 +14,12 @@ import tempfile
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-REQUESTS = ("requests==2.32.5", "charset-normalizer==3.4.4", "urllib3==2.5.0")  # GRPO imports it, TRL asks for none
-TRANSFORMERS_4 = (  # and what it needs, in older versions
-    *REQUESTS,
-    "transformers==4.57.6", "huggingface_hub==0.36.0", "tokenizers==0.22.1", "datasets==4.4.1", "httpx==0.28.1",
-    "httpcore==1.0.9", "h11==0.16.0",
-)  # fmt: skip
-VERSIONS: dict[str, tuple[str, ...]] = {
-    "0.24.0": TRANSFORMERS_4,  # it does not import with transformers 5
-    "0.29.0": REQUESTS,
-    "1.0.0": REQUESTS,
-    "1.7.0": REQUESTS,
-    "1.10.0": REQUESTS,
-    "1.14.0": REQUESTS,
-    "1.16.0": (),
-}
+from tests.support.paths import ROOT
+from tests.support.trl_versions import VERSIONS
 
 
 def make_environment(folder: Path, version: str) -> Path:
-    """An environment with this TRL over the running one. Returns its Python."""
+    """Make an environment with this TRL over the running one, and return its Python."""
     venv.create(folder, with_pip=False)
     own = next(folder.glob("lib/python*/site-packages"))
     (own / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -44,7 +30,7 @@ def make_environment(folder: Path, version: str) -> Path:
 
 
 def run(version: str, arguments: list[str]) -> bool:
-    """Whether the tests pass with this TRL."""
+    """Return whether the tests pass with this TRL."""
     print(f"--- TRL {version}", flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         python = make_environment(Path(folder), version)

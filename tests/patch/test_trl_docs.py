@@ -9,8 +9,8 @@ import trl
 
 import fastpref
 from fastpref.patch.trainers import HOMES, KNOWN
-from tests.patch.matrix import TRANSFORMERS_4, VERSIONS
 from tests.support.paths import DOCS
+from tests.support.trl_versions import TRANSFORMERS_4, VERSIONS
 
 PAGE = (DOCS / "trl.md").read_text(encoding="utf-8")
 ROWS = {

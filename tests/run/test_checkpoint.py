@@ -19,7 +19,8 @@ from fastpref.errors import UserError
 from fastpref.run import state
 from fastpref.run.folder import RunFolder
 from fastpref.run.resume import find_checkpoint
-from tests.support.runs import LORA, rows, write_config
+from tests.support.command_line import run_process
+from tests.support.runs import LORA, rows, train_in, write_config
 
 SETTINGS = [LORA, "train.steps=3", "output.save_every=1", "eval.every=100"]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
@@ -28,14 +29,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config and its finished run `out`, with checkpoints at steps 2 and 3."""
-    folder = tmp_path_factory.mktemp("trained")
-    config, before = write_config(folder), Path.cwd()
-    os.chdir(folder)
-    try:
-        fastpref.train(config, SETTINGS)
-    finally:
-        os.chdir(before)
-    return folder
+    return train_in(tmp_path_factory.mktemp("trained"), SETTINGS)
 
 
 @pytest.fixture
@@ -385,21 +379,11 @@ def test_a_file_system_that_is_really_full(small_disk: Path, run: RunFolder):
     room = os.statvfs(small_disk)
     with filler.open("wb") as file:
         file.write(bytes(room.f_bavail * room.f_frsize - 300_000))
-    command = [
-        sys.executable,
-        "-m",
-        "fastpref",
-        "train",
-        "cfg.toml",
-        *SETTINGS,
-        "train.steps=5",
-        f"output.dir={small.path}",
-    ]
-    ran = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert ran.returncode == 2, ran.stderr
-    assert "step-4: cannot be written: No space left on device" in ran.stderr
-    assert f"--resume {small.path}/checkpoints/step-3" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    ran = run_process("train", "cfg.toml", *SETTINGS, "train.steps=5", f"output.dir={small.path}", "--resume")
+    assert ran.status == 2, ran.err
+    assert "step-4: cannot be written: No space left on device" in ran.err
+    assert f"--resume {small.path}/checkpoints/step-3" in ran.err
+    assert "Traceback" not in ran.err
     assert damage(small.path / "checkpoints" / "step-3") is None
 
 

@@ -1,6 +1,5 @@
 """One run at a time in a folder."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,8 @@ import pytest
 import fastpref
 from fastpref.errors import UserError
 from fastpref.run.lock import RunLock
-from tests.support.runs import LORA, contents, write_config
+from tests.support.command_line import run_process
+from tests.support.runs import LORA, contents
 
 HOLD = """
 import sys, time
@@ -25,12 +25,6 @@ time.sleep(600)
 SAID = "out: another run is writing to this folder; wait for its end, or choose another output.dir"
 
 
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write_config(tmp_path)
-
-
 def test_a_folder_that_another_run_writes_to_is_refused(config: Path):
     """Resumed or replaced: one message, status 2, and every file as it was. Killed, the other run blocks nobody."""
     fastpref.train(config, [LORA, "train.steps=2", "output.save_every=1", "eval.samples=0"])
@@ -39,10 +33,8 @@ def test_a_folder_that_another_run_writes_to_is_refused(config: Path):
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        command = [sys.executable, "-m", "fastpref", "train", str(config), LORA, "train.steps=4", "eval.samples=0"]
-        quiet = os.environ | {"COLUMNS": "300"}
-        refused = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=quiet)
-        assert (refused.returncode, refused.stderr) == (2, f"fastpref: {SAID}\n")
+        refused = run_process("train", config, LORA, "train.steps=4", "eval.samples=0", "--resume")
+        assert (refused.status, refused.err) == (2, f"fastpref: {SAID}\n")
         with pytest.raises(UserError, match=SAID):
             fastpref.train(config, [LORA], force=True)
         assert contents(Path("out")) == before

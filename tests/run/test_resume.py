@@ -13,14 +13,7 @@ from safetensors.torch import load_file, save_file
 import fastpref
 from fastpref.errors import UserError
 from fastpref.training.progress import Display
-from tests.support.runs import LORA, contents, rows, write_config
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A config in an otherwise empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return write_config(tmp_path)
+from tests.support.runs import LORA, contents, rows, train_in
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -101,14 +94,7 @@ def test_a_finished_run_can_be_made_longer(config: Path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config and its run `out`, stopped at step 3 of 3 with checkpoints at 1, 2 and 3."""
-    folder = tmp_path_factory.mktemp("trained")
-    config, before = write_config(folder), Path.cwd()
-    os.chdir(folder)
-    try:
-        fastpref.train(config, [LORA, "train.steps=3", "output.save_every=1", "output.keep=9", "eval.every=100"])
-    finally:
-        os.chdir(before)
-    return folder
+    return train_in(tmp_path_factory.mktemp("trained"), SAME)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def known(method: str = "dpo", **more: Any) -> Known:
 
 
 def shapes(method: str) -> dict[str, Shape]:
-    """The healthy ones: margins rise, chosen up and rejected down, accuracy toward 0.75."""
+    """Return the shapes of a healthy run: margins and chosen rewards rise, rejected ones fall, accuracy nears 0.75."""
     loss = METHODS[method]
     first = first_loss(loss)
     start = 1.6 if first is None else first
@@ -74,7 +74,7 @@ def rows(
     seed: int = 0,
     noise: float = 1.0,
 ) -> Iterator[Row]:
-    """A healthy run with some of its shapes replaced: in training, held out, or in both."""
+    """Return the rows of a healthy run with some of its shapes replaced: in training, held out, or in both."""
     random = Random(seed)
     plain = shapes(method) | (both or {})
     trained, held = plain | (training or {}), plain | (heldout or {})
@@ -120,7 +120,7 @@ def facts(steps: int = 100, **more: Any) -> dict[str, Any]:
 def write_run(
     folder: Path, method: str = "dpo", steps: int = 100, about: dict[str, Any] | None = None, **of: Any
 ) -> Path:
-    """A run's folder as a run leaves it, but for the model."""
+    """Write the folder that a run leaves, without the model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(
         f'[model]\nname = "m"\n[lora]\n[loss]\ntype = "{method}"\n[[data]]\npath = "d"\n', encoding="utf-8"

@@ -50,7 +50,7 @@ _RANDOM = re.compile(r"drop(out)?(_p|_prob|_rate)?$|pdrop$|^attention_dropout|ji
 
 
 def small(config: PretrainedConfig, **overrides: Any) -> dict[str, Any]:
-    """Keywords of a config class for a tiny model: of its default config's fields, those that are sizes."""
+    """Return the keywords of a config class for a tiny model: the fields of its default config that are sizes."""
     values: dict[str, Any] = {}
     for name, value in vars(config).items():
         if name in _SIZES and value is not None and not isinstance(value, list | dict):
@@ -299,7 +299,7 @@ CANNOT_BE_TINY = {
 
 
 def tiny_config(name: str, *, truth: bool = False) -> PretrainedConfig:
-    """The config of a family, or of a variant "family+name"; that of the `truth` has its RoPE fixed by hand."""
+    """Return the config of a family or of a variant, "family+name"; for the `truth`, RoPE is fixed by hand."""
     kind = name.partition("+")[0]
     config_class = CONFIG_MAPPING[kind]
     changes, besides = _VARIANTS.get(name, ({}, {}))

@@ -1,4 +1,4 @@
-"""The runs of test_hosts.py in one of two processes whose disks are apart. `python host_runs.py FOLDER`"""
+"""Runs for test_hosts.py, in one of two processes that share no disk: `python host_runs.py FOLDER`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ OVERRIDES = {"another setting": lambda rank: [f"train.batch={4 + rank}"]}
 
 
 def run_all(folder: Path, rank: int) -> None:
-    """Each case in this host's folder of it, and what came of it: a message, or the metrics of the last step."""
+    """Run each case in its folder for this host, and write its outcome: a message, or the metrics of the last step."""
     came = {}
     for case in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         os.chdir(folder / case / f"host{rank}")

@@ -3,64 +3,20 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastpref.config.losses import CPO, DPO, IPO, ORPO, SORTING_VARIANTS, LossOptions, SimPO, Variant
-from fastpref.losses import (
-    PairLogps,
-)
+from fastpref.losses import PairLogps
+from tests.support.losses import CLOSED, PAIR_LOSSES
+from tests.support.losses import DIVERGENCES as OTHER_DIVERGENCES
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-SMOOTHED = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
-OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
-PER_PAIR = [v for v in get_args(Variant) if v not in ("sft", *SORTING_VARIANTS)]
-DIVERGENCES: dict[str, dict[str, Any]] = {
-    "reverse_kl": {},
-    "forward_kl": {"f_divergence": "forward_kl"},
-    "js": {"f_divergence": "js"},
-    "alpha 0.5": {"f_divergence": "alpha", "f_alpha": 0.5},
-    "alpha 1": {"f_divergence": "alpha", "f_alpha": 1.0},
-    "alpha 1.001": {"f_divergence": "alpha", "f_alpha": 1.001},
-    "alpha 2": {"f_divergence": "alpha", "f_alpha": 2.0},
-}
-
-
-def default_smoothing(variants: Sequence[str]) -> float:
-    return 0.1 if set(variants) & set(SMOOTHED) and "ipo" not in variants else 0.0
-
-
-def dpo(*variants: Any, **options: Any) -> DPO:
-    return DPO(variants=variants, label_smoothing=default_smoothing(variants), **options)
-
-
-LOSSES: dict[str, LossOptions] = {
-    **{f"dpo {v}": dpo(v) for v in get_args(Variant)},
-    **{f"dpo {v} {d}": dpo(v, **DIVERGENCES[d]) for v in OF_A_DIFFERENCE for d in DIVERGENCES if d != "reverse_kl"},
-    "dpo sigmoid, unsmoothed": DPO(),
-    "dpo discopop, hot": DPO(variants=("discopop",), discopop_tau=2.0),
-    "dpo sum": dpo("sigmoid", "sft", "aot_unpaired", "apo_down", weights=(1.0, 0.3, 0.5, -0.2)),
-    "ipo": IPO(beta=0.2),
-    "orpo": ORPO(beta=0.3),
-    "orpo, nll only": ORPO(beta=0.0),
-    "simpo": SimPO(),
-    "simpo, all options": SimPO(beta=1.5, gamma=0.4, label_smoothing=0.1, sft_weight=0.7, alpha=0.25),
-    "simpo, alpha < 0": SimPO(alpha=-0.5),
-    "cpo": CPO(),
-    "cpo, smoothed": CPO(label_smoothing=0.2, sft_weight=0.0),
-    "cpo, alpha": CPO(alpha=0.05),
-    "cpo hinge": CPO(variant="hinge"),
-    "cpo ipo": CPO(variant="ipo"),
-    "cpo ipo, alpha": CPO(variant="ipo", alpha=0.5),
-}
-EVERY_LOSS = pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-
-
-def sorts(options: LossOptions) -> bool:
-    return isinstance(options, DPO) and options.sorts_step
+PER_PAIR = [variant for variant in CLOSED if variant != "sft"]
+DIVERGENCES: dict[str, dict[str, Any]] = {"reverse_kl": {}, **OTHER_DIVERGENCES}
+EVERY_LOSS = pytest.mark.parametrize("options", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
 
 
 # --- Formulas, naively: a function of numbers that returns the terms of a sum. -----------------------------------

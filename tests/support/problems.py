@@ -1,4 +1,4 @@
-"""Problems for the kernels of the vocabulary walk, their truth and the rule they are held to.
+"""Problems for the kernels of the vocabulary walk, their true answers, and the bound on a kernel's error.
 
 Truth is the naive definition in float64 on the very values under test, the yardstick the naive definition in their own
 dtype. An error is the largest absolute one of a tensor, and ours may exceed the yardstick's by rounding only:
@@ -76,7 +76,7 @@ SHAPES = {
 
 
 def ordinary(n: int, width: int, vocabulary: int, case: Case, seed: int = 0) -> Problem:
-    """Logits of order one to three; the first targets lie at the ends of the vocabulary and of the widest tile."""
+    """Return logits of order one to three; the first targets are at the ends of the vocabulary and the widest tile."""
     generator = torch.Generator().manual_seed(n + width + vocabulary + seed)
     targets = torch.randint(vocabulary, (n,), generator=generator)
     borders = [v for v in (0, vocabulary - 1, TILE_COLUMNS - 1, TILE_COLUMNS) if v < vocabulary][:n]
@@ -91,14 +91,14 @@ def ordinary(n: int, width: int, vocabulary: int, case: Case, seed: int = 0) -> 
 
 
 def peaked(target_logit: float) -> Problem:
-    """Every row points along its target's weights: z_y is `target_logit`, the others are of order a tenth of it."""
+    """Point every row along its target's weights: z_y is `target_logit`, the others are of order a tenth of it."""
     problem = ordinary(61, 123, 507, Case())
     rows = problem.weight[problem.targets]
     return replace(problem, hidden=rows * (target_logit / rows.square().sum(dim=1, keepdim=True)))
 
 
 def huge() -> Problem:
-    """Logits of ±1e4 and everything between."""
+    """Return logits of ±1e4 and everything between."""
     problem = ordinary(61, 123, 507, Case())
     largest = (problem.hidden @ problem.weight.T).abs().max()
     return replace(problem, weight=problem.weight * (1e4 / largest))
@@ -110,7 +110,7 @@ def flat() -> Problem:
 
 
 def loss_weights(problem: Problem) -> Tensor:
-    """Uneven coefficients of the rows' logp, of both signs, as a preference loss has them."""
+    """Return uneven coefficients of the rows' logp, of both signs, as a preference loss has them."""
     return torch.linspace(-1, 1.5, len(problem.targets))
 
 
@@ -142,7 +142,7 @@ def largest_logit(problem: Problem) -> float:
 
 
 def rounding(problem: Problem) -> float:
-    """What a float32 logit of this problem may be off by, and each probability relative to itself."""
+    """Return the possible error of a float32 logit of this problem, and the relative one of a probability."""
     return EPS32 * (FEW + largest_logit(problem))
 
 
@@ -151,7 +151,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def assert_same(found: Tensor, other: Tensor) -> None:
-    """Equal but for rounding, where both are ours."""
+    """Assert that two answers of our kernels are equal but for rounding."""
     rounding = 0.0 if other.dtype == torch.bool else torch.finfo(other.dtype).eps
     torch.testing.assert_close(found, other, rtol=2 * FEW * rounding, atol=FEW * FEW * EPS32)
 

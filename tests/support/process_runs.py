@@ -1,4 +1,4 @@
-"""The runs of test_processes.py, in one process or in each of several. `python process_runs.py CONFIG FOLDER`"""
+"""Runs for test_processes.py, in one process or in each of several: `python process_runs.py CONFIG FOLDER`."""
 
 import atexit
 import os
@@ -32,7 +32,7 @@ RESUMED = {"dpo": [LORA], "kto-full": ["loss.type=kto"]}
 
 
 def run_all(config: Path, folder: Path, *, sharded: bool = False) -> None:
-    """Every run into a folder of its own; of RESUMED a whole one, and one that is cut after five steps."""
+    """Train every run in a folder of its own; cut those of RESUMED after five steps, and resume them."""
     for name, overrides in SAME.items():
         fastpref.train(config, ["train.steps=5", *overrides, f"output.dir={folder / name}"])
     _, processes = start_processes(fastpref.load_config(config), "no")
@@ -53,7 +53,7 @@ def run_all(config: Path, folder: Path, *, sharded: bool = False) -> None:
 
 
 def _faults(config: Path, folder: Path) -> None:
-    """What fails in the first process fails in all of them, with its message."""
+    """Assert that a failure of the first process ends all of them with its message."""
     with pytest.MonkeyPatch.context() as patch:
 
         def full(self: RunFolder, *_: object) -> Path:
@@ -67,7 +67,7 @@ def _faults(config: Path, folder: Path) -> None:
 
 
 def _write_membership(folder: Path) -> None:
-    """Whether this process is still in a process group. Registered first, it is called last at the process's end."""
+    """Write whether this process is still in a process group. Registered first, it is called last at the end."""
     path = folder / f"member-{os.environ['RANK']}"
     path.write_text(str(torch.distributed.is_initialized()))
 

@@ -1,21 +1,24 @@
-"""Short runs of the quickstart's model, and what is left of them."""
+"""Short runs of the quickstart's model, and the files that they leave."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.paths import EXAMPLES
+import pytest
 
-QUICKSTART = EXAMPLES / "quickstart.toml"
+import fastpref
+from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
+
 SPEEDS = ("tokens_per_second", "pairs_per_second")
 CONFIG = f"""
 [model]
-name = "{EXAMPLES.as_posix()}/quickstart/model"
+name = "{QUICKSTART_MODEL.as_posix()}"
 [[data]]
-path = "{EXAMPLES.as_posix()}/quickstart/train.jsonl"
+path = "{QUICKSTART_ROWS.as_posix()}"
 rows = 23
 [[eval.data]]
-path = "{EXAMPLES.as_posix()}/quickstart/heldout.jsonl"
+path = "{QUICKSTART_HELDOUT.as_posix()}"
 rows = 5
 [eval]
 every = 4
@@ -35,20 +38,28 @@ LORA = "lora={rank=4, dropout=0.2}"
 
 
 def write_config(folder: Path) -> Path:
-    """A run of ten steps of several micro-batches, over a bit more than two passes of the data, to the folder out."""
+    """Write the config of ten steps of several micro-batches, of a little more than two epochs, into the folder out."""
     path = folder / "cfg.toml"
     path.write_text(CONFIG)
     return path
 
 
+def train_in(folder: Path, settings: Sequence[str]) -> Path:
+    """Train as `write_config` says, with these overrides, in a folder; return the folder, which has the run in out/."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        fastpref.train(write_config(folder), settings)
+    return folder
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without the speeds, which no run repeats."""
+    """Return the rows of metrics.jsonl without the speeds, which no run repeats."""
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in SPEEDS} for row in logged]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint or of final/, byte by byte, but for the speeds and the manifest that counts them."""
+    """Return the bytes of every file of a checkpoint or of final/, without speeds and the manifest that holds them."""
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     found.pop("manifest.json", None)
     if "training_state.json" in found:

@@ -32,7 +32,7 @@ from fastpref.config import Config, load_config
 from fastpref.data.example import Example, Origin, Spans
 
 VOCABULARY = 97
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -45,21 +45,29 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MAMBA: dict[str, Any] = {
+    "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}  # fmt: skip
+VISION: dict[str, Any] = {
+    "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
 _ROUTED: dict[str, Any] = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
-_WIDE: dict[str, Any] = _SIZES | {"head_dim": 32}  # FlexAttention's kernels want heads of 16 and more
+_WIDE: dict[str, Any] = SIZES | {"head_dim": 32}  # FlexAttention's kernels want heads of 16 and more
 _GEMMA: dict[str, Any] = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 
 
 def model_config(kind: str) -> PretrainedConfig:
     configs = {
-        "llama": lambda: LlamaConfig(**_SIZES),
-        "llama-tied": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
+        "llama": lambda: LlamaConfig(**SIZES),
+        "llama-tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
         "llama-dynamic": lambda: LlamaConfig(
-            **{**_SIZES, "max_position_embeddings": 30},
+            **{**SIZES, "max_position_embeddings": 30},
             rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
         ),
         "phi3-longrope": lambda: Phi3Config(
-            **_SIZES,
+            **SIZES,
             original_max_position_embeddings=30,
             rope_parameters={
                 "rope_type": "longrope",
@@ -69,22 +77,20 @@ def model_config(kind: str) -> PretrainedConfig:
             },
         ),
         "llama-wide": lambda: LlamaConfig(**_WIDE),
-        "qwen2": lambda: Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-        "qwen3": lambda: Qwen3Config(**_SIZES),
-        "mistral": lambda: MistralConfig(**_SIZES, sliding_window=6),
+        "qwen2": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+        "qwen3": lambda: Qwen3Config(**SIZES),
+        "mistral": lambda: MistralConfig(**SIZES, sliding_window=6),
         "gemma2": lambda: Gemma2Config(
-            **_SIZES, **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, initializer_range=0.3
+            **SIZES, **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=3.0, initializer_range=0.3
         ),
-        "gemma3": lambda: Gemma3TextConfig(**_SIZES, **_GEMMA, layer_types=["sliding_attention", "full_attention"]),
-        "cohere": lambda: CohereConfig(**_SIZES, logit_scale=0.25),
+        "gemma3": lambda: Gemma3TextConfig(**SIZES, **_GEMMA, layer_types=["sliding_attention", "full_attention"]),
+        "cohere": lambda: CohereConfig(**SIZES, logit_scale=0.25),
         "gpt-oss": lambda: GptOssConfig(
-            **_SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=4, initializer_range=0.3
+            **SIZES, num_local_experts=2, num_experts_per_tok=1, sliding_window=4, initializer_range=0.3
         ),
-        "mixtral": lambda: MixtralConfig(
-            **_SIZES, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5
-        ),
+        "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5),
         "qwen3-moe": lambda: Qwen3MoeConfig(
-            **_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.5
+            **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.5
         ),
         "dbrx": lambda: DbrxConfig(
             vocab_size=VOCABULARY,
@@ -97,18 +103,13 @@ def model_config(kind: str) -> PretrainedConfig:
             tie_word_embeddings=False,
             **_ROUTED,
         ),
-        "doge-moe": lambda: DogeConfig(**_SIZES, **_ROUTED, is_moe=True, num_experts=16, num_experts_per_tok=2),
+        "doge-moe": lambda: DogeConfig(**SIZES, **_ROUTED, is_moe=True, num_experts=16, num_experts_per_tok=2),
         "falcon-h1": lambda: FalconH1Config(
-            **_SIZES,
-            mamba_d_ssm=64,
-            mamba_n_heads=8,
-            mamba_d_head=8,
-            mamba_n_groups=2,
-            mamba_d_state=8,
-            mamba_chunk_size=8,
+            **SIZES,
+            **MAMBA,
         ),
         "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-        "hyperclovax": lambda: HyperCLOVAXConfig(**_SIZES, logits_scaling=0.25),
+        "hyperclovax": lambda: HyperCLOVAXConfig(**SIZES, logits_scaling=0.25),
         "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128),
         "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=2),
     }
@@ -127,14 +128,14 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
 
 
 def config_for(model: Path, *overrides: str) -> Config:
-    """A config that names the model; its data is never read."""
+    """Return a config that names the model; its data is never read."""
     path = model / "run.toml"
     path.write_text('[model]\nname = "."\n[[data]]\npath = "none.jsonl"\n')
     return load_config(path, overrides)
 
 
 def examples(count: int, *, seed: int = 0, single: bool = False, turns: bool = False) -> list[Example]:
-    """Random examples whose lengths align with nothing: pairs, or single labelled responses.
+    """Return random examples whose lengths align with nothing: pairs, or single labelled responses.
 
     With `turns` most completions hold one to three spans that are not scored, before their last token.
     """

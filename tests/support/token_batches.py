@@ -1,74 +1,21 @@
-"""Batches of token log-probabilities for `preference_loss`, and every loss that has a closed form."""
+"""Batches of token log-probabilities for `preference_loss`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastpref import PreferenceLoss, preference_loss
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, SORTING_VARIANTS, LossOptions, SimPO, Variant
+from fastpref.config.losses import DPO, KTO, ORPO, LossOptions
 
 Order = Literal["tree", "padded", "shuffled"]
-SMOOTHED = ("sigmoid", "exo_pair", "robust")
-OF_A_DIFFERENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
-DIVERGENCES: dict[str, dict[str, Any]] = {
-    "forward_kl": {"f_divergence": "forward_kl"},
-    "js": {"f_divergence": "js"},
-    "alpha 0.5": {"f_divergence": "alpha", "f_alpha": 0.5},
-    "alpha 1": {"f_divergence": "alpha", "f_alpha": 1.0},
-    "alpha 1.001": {"f_divergence": "alpha", "f_alpha": 1.001},
-    "alpha 2": {"f_divergence": "alpha", "f_alpha": 2.0},
-}
-CLOSED = tuple(variant for variant in get_args(Variant) if variant not in SORTING_VARIANTS)
-UNSMOOTHED = tuple(variant for variant in CLOSED if variant != "exo_pair")
-
-
-def dpo(*variants: Any, **options: Any) -> DPO:
-    smoothing = 0.1 if set(variants) & set(SMOOTHED) and "ipo" not in variants else 0.0
-    return DPO(variants=variants, label_smoothing=smoothing, **options)
-
-
-LOSSES: dict[str, LossOptions] = {
-    **{f"dpo {v}": dpo(v) for v in CLOSED},
-    **{f"dpo {v} {d}": dpo(v, **DIVERGENCES[d]) for v in OF_A_DIFFERENCE for d in DIVERGENCES},
-    "dpo sigmoid, unsmoothed": DPO(),
-    "dpo robust, unsmoothed": DPO(variants=("robust",)),
-    "dpo discopop, hot": DPO(variants=("discopop",), discopop_tau=2.0),
-    "dpo rpo": dpo("sigmoid", "sft", weights=(1.0, 0.3)),
-    "dpo most variants": DPO(beta=0.3, variants=UNSMOOTHED, weights=tuple(0.3 * i - 1 for i in range(len(UNSMOOTHED)))),
-    "dpo other order": DPO(variants=("sft", "bco_pair", "sigmoid"), weights=(0.2, 0.7, -0.4), label_smoothing=0.2),
-    "dpo length": DPO(length_alpha=0.3),
-    "dpo length 0, sft": DPO(variants=("sigmoid_norm", "sft"), length_alpha=0.0),
-    "dpo wpo": DPO(weighting=True),
-    "dpo all at once": dpo(
-        "exo_pair", "sigmoid", "robust", "hinge", "apo_down", "sft", "discopop",
-        weights=(1.0, 0.5, 0.25, 2.0, -0.3, 0.2, 0.1), f_divergence="js", length_alpha=0.5, weighting=True,
-    ),
-    "ipo": IPO(beta=0.2),
-    "orpo": ORPO(beta=0.3),
-    "orpo, nll only": ORPO(beta=0.0),
-    "orpo, prompts": ORPO(nll_on="all"),
-    "simpo": SimPO(),
-    "simpo, all options": SimPO(beta=1.5, gamma=0.4, label_smoothing=0.1, sft_weight=0.7, alpha=0.25),
-    "simpo, alpha < 0": SimPO(alpha=-0.5),
-    "cpo": CPO(),
-    "cpo, smoothed": CPO(label_smoothing=0.2, sft_weight=0.0),
-    "cpo, alpha": CPO(alpha=0.05),
-    "cpo hinge": CPO(variant="hinge"),
-    "cpo hinge, alpha": CPO(variant="hinge", alpha=-0.1, sft_weight=0.0),
-    "cpo ipo": CPO(variant="ipo"),
-    "cpo ipo, alpha": CPO(variant="ipo", alpha=0.5),
-    "kto": KTO(),
-    "kto, weighted": KTO(beta=0.5, desirable_weight=0.0, undesirable_weight=2.5),
-    "kto, no kl": KTO(kl="none", desirable_weight=1.5),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What `preference_loss` takes, whatever the loss; `run` hands over what a loss needs."""
+    """The arguments of `preference_loss` for any loss; `run` passes on those that a loss needs."""
 
     logp: Tensor  # [N] float32
     segments: Tensor  # [N]
@@ -82,7 +29,7 @@ class Batch:
         return len(self.labels)
 
     def of(self, sequences: Sequence[int]) -> Tensor:
-        """[N] bool: the tokens of these sequences."""
+        """Return a mask of the tokens of these sequences, bool [N]."""
         return torch.isin(self.segments, torch.tensor(sequences))
 
 
@@ -91,7 +38,7 @@ def needs_prompts(loss: LossOptions) -> bool:
 
 
 def in_order(lengths: Sequence[int], pairs: int, order: Order) -> Tensor:
-    """The sequence of each token, [N]: sequence after sequence, pair after pair, or in any order."""
+    """Return the sequence of each token, [N]: sequence after sequence, pair after pair, or in any order."""
     places = list(range(len(lengths)))
     if order == "tree":  # a prompt stands before its responses
         places = [s for p in range(pairs) for s in (*range(2 * pairs + p, len(lengths), pairs), p, pairs + p)]
@@ -149,7 +96,7 @@ def run(
     device: str = "cpu",
     **keywords: Any,
 ) -> tuple[PreferenceLoss, Tensor]:
-    """The loss and its gradient of every token."""
+    """Return the loss and its gradient for every token."""
     logp = batch.logp.to(device, dtype, copy=True).requires_grad_()
     arguments: dict[str, Any] = {"backend": backend, **keywords}
     if loss.uses_reference:
@@ -165,7 +112,7 @@ def run(
 
 
 def flat(answer: tuple[PreferenceLoss, Tensor]) -> dict[str, Tensor]:
-    """Everything an answer holds, by name, on the CPU."""
+    """Return every tensor of an answer by its name, on the CPU."""
     loss, grad = answer
     tensors = {"loss": loss.loss, "grad": grad, "sums": loss.sums, "rewards": loss.rewards}
     tensors |= {"chosen_rewards": loss.chosen_rewards, "rejected_rewards": loss.rejected_rewards}

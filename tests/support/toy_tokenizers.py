@@ -66,7 +66,7 @@ def toy_tokenizer(
     special: Iterable[str] = (),
     merges: Sequence[tuple[str, str]] = (),
 ) -> PreTrainedTokenizerFast:
-    """Bytes of UTF-8 as tokens, after `merges` of neighbours within a word; `special` tokens beside eos and bos."""
+    """Make a tokenizer of UTF-8 bytes, with `merges` of neighbours within a word and `special` tokens."""
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
     inner: Any = Tokenizer(models.BPE({symbol: at for at, symbol in enumerate(symbols)}, list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -83,7 +83,7 @@ def make_model(kind: str, root: Path) -> PreTrainedModel:
 
 
 def rows(count: int = 14, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs of texts whose lengths align with nothing; some prompts come twice."""
+    """Return pairs of texts whose lengths align with nothing; some prompts come twice."""
     rng = Random(seed)
 
     def text(low: int, high: int) -> str:
@@ -112,7 +112,7 @@ def dataset(run: Run, root: Path, seed: int = 0) -> Dataset:
 
 
 class LeftPadded:
-    """A collator's batch with all its padding moved to the left."""
+    """A collator that moves all padding of another one's batch to the left."""
 
     def __init__(self, collator: Any):
         self.collator = collator
@@ -132,7 +132,7 @@ class LeftPadded:
 
 
 def fit(run: Run) -> Run:
-    """The run with the losses that this TRL has; skips the test where it has none of them."""
+    """Return the run with the losses that this TRL has; skip the test where it has none of them."""
     trainer = find_trainer(trl, f"{run.trainer}Trainer")
     if trainer is None:
         pytest.skip(f"TRL {trl.__version__} has no {run.trainer}Trainer")
@@ -202,7 +202,7 @@ def make_trainer(run: Run, root: Path, adapters: peft.PeftConfig | None = None) 
 
 
 def train(run: Run, root: Path) -> Trained:
-    """Train as TRL is now, patched or not."""
+    """Train with TRL in its present state, patched or not."""
     trainer = make_trainer(run, root)
     with torch.no_grad():  # away from the reference, where rounding decides whose reward is higher
         for name, parameter in trainer.model.named_parameters():
@@ -222,14 +222,14 @@ _unpatched: dict[Run, Trained] = {}
 
 
 def unpatched(run: Run, root: Path) -> Trained:
-    """TRL's own run, made once."""
+    """Return the run of TRL without the patch, which is trained once."""
     if run not in _unpatched:
         _unpatched[run] = replace(train(run, root), trainer=None)
     return _unpatched[run]
 
 
 def numbers(trained: Trained) -> dict[tuple[int, str], float]:
-    """Every logged number, by its place in the log and its name."""
+    """Return every logged number by its place in the log and its name."""
     return {
         (at, name): float(value)
         for at, entry in enumerate(trained.logs)
@@ -239,7 +239,7 @@ def numbers(trained: Trained) -> dict[tuple[int, str], float]:
 
 
 def residuals(ours: Trained, theirs: Trained, rtol: float = 1e-4, atol: float = 5e-6) -> list[float]:
-    """Relative differences of all logged numbers. Raises AssertionError where one is larger than `rtol`."""
+    """Return the relative differences of all logged numbers; raise AssertionError where one is larger than `rtol`."""
     a, b = numbers(ours), numbers(theirs)
     assert a.keys() == b.keys()
     assert len([entry for entry in theirs.logs if "loss" in entry]) == STEPS

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,15 +17,10 @@ from fastpref.errors import UserError
 from fastpref.step import objective as step_module
 from fastpref.training import faults, loop, start
 from fastpref.training.faults import is_out_of_memory
-from tests.support.runs import LORA, rows, write_config
+from tests.support.command_line import PROGRAM, WIDE, run_process
+from tests.support.runs import LORA, rows
 
 SETTINGS = [LORA, "train.steps=4", "eval.every=100", "output.save_every=100", "train.tokens_per_microbatch=10000"]
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write_config(tmp_path)
 
 
 def adapter(step: int) -> dict[str, torch.Tensor]:
@@ -192,11 +186,8 @@ def test_two_signals_end_at_once(config: Path):
 def test_a_command_that_is_interrupted_and_resumed(config: Path):
     """Ctrl-C: status 130, no traceback; the command that it prints goes on, and the end is that of one run."""
     settings = [LORA, "train.steps=25", "eval.every=100", "log.every=1"]
-    command = [sys.executable, "-m", "fastpref", "train"]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    run = subprocess.Popen(
-        [*command, str(config), *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet
-    )
+    command = [*PROGRAM, "train", str(config), *settings]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | WIDE)
     metrics, deadline = Path("out/metrics.jsonl"), time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
         assert time.monotonic() < deadline
@@ -209,8 +200,8 @@ def test_a_command_that_is_interrupted_and_resumed(config: Path):
     assert not Path("out/final").exists()
     resume = printed.splitlines()[-1].split()
     assert resume[:4] == ["fastpref", "train", "out/config.toml", "--resume"]
-    ran = subprocess.run([*command, *resume[2:]], capture_output=True, text=True, env=quiet)
-    assert ran.returncode == 0, ran.stderr
+    ran = run_process(*resume[1:])
+    assert ran.status == 0, ran.err
     fastpref.train(config, [*settings, "output.dir=whole"])
     assert rows(Path("out")) == rows(Path("whole"))
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [*range(26), 25]

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fastpref
 from fastpref.data.order import data_order
 from fastpref.errors import UserError
-from tests.support.paths import EXAMPLES
+from tests.support.paths import QUICKSTART, QUICKSTART_MODEL, QUICKSTART_ROWS
 
-QUICKSTART = EXAMPLES / "quickstart.toml"
 METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
 ALWAYS = {
     "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
@@ -31,13 +30,6 @@ EXTRA = {
 
 def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,7 +53,7 @@ def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
     assert result.metrics["loss"] == logged[-2]["loss"]
     again = fastpref.load_config(result.output_dir / "config.toml")
     assert again.loss.type == method
-    base = AutoModelForCausalLM.from_pretrained(EXAMPLES / "quickstart" / "model")
+    base = AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL)
     assert PeftModel.from_pretrained(base, result.output_dir / "final").peft_config
     assert AutoTokenizer.from_pretrained(result.output_dir / "final").chat_template
 
@@ -89,14 +81,14 @@ def test_full_fine_tuning_is_loadable_by_transformers(elsewhere: Path):
     """Without [lora] the whole model is trained and saved; transformers loads it without fastpref's attention."""
     config = elsewhere / "full.toml"
     config.write_text(
-        f'[model]\nname = "{EXAMPLES}/quickstart/model"\n[[data]]\npath = "{EXAMPLES}/quickstart/train.jsonl"\n'
+        f'[model]\nname = "{QUICKSTART_MODEL}"\n[[data]]\npath = "{QUICKSTART_ROWS}"\n'
         '[train]\nsteps = 2\nbatch = 4\nlearning_rate = 1e-3\n[output]\ndir = "out"\n'
     )
     result = fastpref.train(config)
     saved = json.loads((result.output_dir / "final" / "config.json").read_text())
     assert "fastpref" not in json.dumps(saved)
     trained = AutoModelForCausalLM.from_pretrained(result.output_dir / "final")
-    original = AutoModelForCausalLM.from_pretrained(EXAMPLES / "quickstart" / "model")
+    original = AutoModelForCausalLM.from_pretrained(QUICKSTART_MODEL)
     assert not torch.equal(trained.lm_head.weight, original.lm_head.weight)
     assert not list((result.output_dir / "final").glob("*.bin"))
 

@@ -8,22 +8,15 @@ import pytest
 
 import fastpref
 from fastpref.errors import UserError
-from tests.support.paths import EXAMPLES
+from tests.support.paths import QUICKSTART, QUICKSTART_MODEL
 
-QUICKSTART = EXAMPLES / "quickstart.toml"
 FEW = ["train.steps=2", "train.batch=2", "eval.samples=0", "output.save_every=1"]
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_code_beside_a_model_is_not_run(elsewhere: Path):
     """A model that asks for its own Python code is refused, with the key that would allow it; the code never runs."""
     model = elsewhere / "model"
-    shutil.copytree(EXAMPLES / "quickstart" / "model", model)
+    shutil.copytree(QUICKSTART_MODEL, model)
     canary = elsewhere / "ran"
     (model / "modeling_own.py").write_text(
         f"open({str(canary)!r}, 'w').close()\nclass Own: pass\nclass OwnConfig: pass\n"

@@ -24,6 +24,7 @@ from fastpref.data.rows.overlap import (
 from fastpref.data.sources import Prepared, notes_on_text, prepare
 from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.chats import says, system
 from tests.support.toy_tokenizers import chatml, gemma, toy_tokenizer, trained_chatml, trained_llama3
 
 Row = dict[str, Any]
@@ -37,11 +38,7 @@ def user(words: str = Q) -> Row:
     return {"role": "user", "content": words}
 
 
-def says(words: str) -> Row:
-    return {"role": "assistant", "content": words}
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
+SYSTEM = system("Be brief.")
 EARLIER = [user("Is Peru far away?"), says("From Chile it is not.")]
 ASKED: dict[str, Chat] = {  # what is asked, in each of which every spelling is tried
     "one turn": [user()],

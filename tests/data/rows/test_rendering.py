@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fastpref.data.rows.rendering import choose
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.chats import says, system, user
 from tests.support.toy_tokenizers import (
     QWEN3,
     chatml,
@@ -70,37 +72,33 @@ def values(made: dict[str, Any]) -> list[str]:
 Q, S, YES, NO = "What?", "Be kind.", "yes", "no"
 
 
-def user(words: str) -> dict[str, Any]:
-    return {"role": "user", "content": words}
-
-
-def says(words: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": words, **more}
-
-
-def system(words: str) -> dict[str, Any]:
-    return {"role": "system", "content": words}
-
-
 def turns(*words: str) -> list[dict[str, Any]]:
     """A user's and an assistant's words in turn."""
     return [(says if at % 2 else user)(each) for at, each in enumerate(words)]
 
 
 FIVE = [system(S), *turns("q1", "a1", "q2", "a2", "q3")]
-# What a row holds, and the turns of its prompt. Every format is under chatml. and llama3.
+ANSWERS: dict[str, Any] = {"chosen": YES, "rejected": NO}
+
+
+def talks(*prompt: dict[str, Any]) -> dict[str, Any]:
+    """The answers as whole conversations after this prompt."""
+    return {"chosen": [*prompt, says(YES)], "rejected": [*prompt, says(NO)]}
+
+
+def sharegpt(words: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": Q}, {"from": "gpt", "value": words}]
+
+
+# A format, a row of it, and the turns of its prompt. Every format is under chatml. and llama3.
 PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
-    "default, prompt": ("default", {"prompt": Q, "question": "other", "chosen": YES, "rejected": NO}, [user(Q)]),
-    "default, input": ("default", {"input": Q, "chosen": YES, "rejected": NO}, [user(Q)]),
-    "default, question": ("default", {"question": Q, "chosen": YES, "rejected": NO}, [user(Q)]),
-    "default, instruction": (
-        "default",
-        {"instruction": Q, "chosen_response": YES, "rejected_response": NO},
-        [user(Q)],
-    ),
+    "default, prompt": ("default", {"prompt": Q, "question": "other", **ANSWERS}, [user(Q)]),
+    "default, input": ("default", {"input": Q, **ANSWERS}, [user(Q)]),
+    "default, question": ("default", {"question": Q, **ANSWERS}, [user(Q)]),
+    "default, instruction": ("default", {"instruction": Q, "chosen_response": YES, "rejected_response": NO}, [user(Q)]),
     "default, an empty input beside the instruction": (
         "default",
-        {"input": "", "instruction": Q, "chosen": YES, "rejected": NO},
+        {"input": "", "instruction": Q, **ANSWERS},
         [user(Q)],
     ),
     "default, chosen first": (
@@ -108,39 +106,24 @@ PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
         {"prompt": Q, "chosen": YES, "chosen_response": "x", "rejected": None, "rejected_response": NO},
         [user(Q)],
     ),
-    "default, system": ("default", {"system": S, "prompt": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
-    "default, empty system": ("default", {"system": "", "prompt": Q, "chosen": YES, "rejected": NO}, [user(Q)]),
-    "default, null system": ("default", {"system": None, "prompt": Q, "chosen": YES, "rejected": NO}, [user(Q)]),
-    "argilla": ("argilla", {"system": S, "instruction": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
-    "argilla_chat": ("argilla_chat", {"chosen": turns(Q, YES), "rejected": turns(Q, NO)}, [user(Q)]),
-    "argilla_chat, every turn": (
-        "argilla_chat",
-        {"chosen": [*FIVE, says(YES)], "rejected": [*FIVE, says(NO)]},
-        FIVE,
-    ),
+    "default, system": ("default", {"system": S, "prompt": Q, **ANSWERS}, [system(S), user(Q)]),
+    "default, empty system": ("default", {"system": "", "prompt": Q, **ANSWERS}, [user(Q)]),
+    "default, null system": ("default", {"system": None, "prompt": Q, **ANSWERS}, [user(Q)]),
+    "argilla": ("argilla", {"system": S, "instruction": Q, **ANSWERS}, [system(S), user(Q)]),
+    "argilla_chat": ("argilla_chat", talks(user(Q)), [user(Q)]),
+    "argilla_chat, every turn": ("argilla_chat", talks(*FIVE), FIVE),
     "argilla_chat, ShareGPT's names": (
         "argilla_chat",
-        {
-            "chosen": [{"from": "human", "value": Q}, {"from": "gpt", "value": YES}],
-            "rejected": [{"from": "human", "value": Q}, {"from": "gpt", "value": NO}],
-        },
+        {"chosen": sharegpt(YES), "rejected": sharegpt(NO)},
         [user(Q)],
     ),
-    "icr": ("icr", {"system": S, "input": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
-    "intel": ("intel", {"system": S, "question": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
-    "prompt_pairs": ("prompt_pairs", {"system": S, "prompt": Q, "chosen": YES, "rejected": NO}, [system(S), user(Q)]),
-    "ultra": ("ultra", {"prompt": Q, "chosen": turns(Q, YES), "rejected": turns(Q, NO)}, [user(Q)]),
-    "ultra, system": (
-        "ultra",
-        {"system": S, "prompt": Q, "chosen": turns(Q, YES), "rejected": turns(Q, NO)},
-        [system(S), user(Q)],
-    ),
-    "ultra, every turn": (
-        "ultra",
-        {"prompt": "q1", "chosen": [*FIVE, says(YES)], "rejected": [*FIVE, says(NO)]},
-        FIVE,
-    ),
-    "ultra, answers alone": ("ultra", {"prompt": Q, "chosen": [says(YES)], "rejected": [says(NO)]}, [user(Q)]),
+    "icr": ("icr", {"system": S, "input": Q, **ANSWERS}, [system(S), user(Q)]),
+    "intel": ("intel", {"system": S, "question": Q, **ANSWERS}, [system(S), user(Q)]),
+    "prompt_pairs": ("prompt_pairs", {"system": S, "prompt": Q, **ANSWERS}, [system(S), user(Q)]),
+    "ultra": ("ultra", {"prompt": Q, **talks(user(Q))}, [user(Q)]),
+    "ultra, system": ("ultra", {"system": S, "prompt": Q, **talks(user(Q))}, [system(S), user(Q)]),
+    "ultra, every turn": ("ultra", {"prompt": "q1", **talks(*FIVE)}, FIVE),
+    "ultra, answers alone": ("ultra", {"prompt": Q, **talks()}, [user(Q)]),
 }
 SINGLES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "argilla": ("argilla", {"system": S, "instruction": Q, "completion": YES}, [system(S), user(Q)]),
@@ -213,7 +196,7 @@ def test_a_completion_is_a_single_response_whatever_is_beside_it(name: str):
     assert str(render(row, name)["chosen"]).startswith("x")
 
 
-ANSWERS = [{"answer": f"of rank {rank}", "rank": rank} for rank in (3, 1, 7, 2)]
+RANKED = [{"answer": f"of rank {rank}", "rank": rank} for rank in (3, 1, 7, 2)]
 TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prompt and responses
     "passthrough": (
         "passthrough",
@@ -222,15 +205,15 @@ TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prom
     ),
     "nectar": (
         "zephyr.nectar",
-        {"prompt": Q, "answers": ANSWERS},
+        {"prompt": Q, "answers": RANKED},
         [f"<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 7"],
     ),
     "nectar, system": (
         "zephyr.nectar",
-        {"prompt": Q, "answers": ANSWERS[:2], "system": S},
+        {"prompt": Q, "answers": RANKED[:2], "system": S},
         [f"<|system|>\n{S}</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 3"],
     ),
-    "table": ("table", {"prompt": Q, "chosen": YES, "rejected": NO, "system": S}, [Q, YES, NO]),
+    "table": ("table", {"prompt": Q, **ANSWERS, "system": S}, [Q, YES, NO]),
     "field_prompt, field_chosen, field_rejected": (
         {"field_prompt": "q", "field_chosen": "a", "field_rejected": "b"},
         {"q": Q, "a": YES, "b": NO, "prompt": "x", "chosen": "x", "rejected": "x"},
@@ -238,7 +221,7 @@ TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prom
     ),
     "field_system, prompt_format": (
         {"field_system": "rules", "prompt_format": "[{system}] {prompt} ->"},
-        {"prompt": Q, "chosen": YES, "rejected": NO, "rules": S},
+        {"prompt": Q, **ANSWERS, "rules": S},
         [f"[{S}] {Q} ->", YES, NO],
     ),
     "prompt_format without a system": (
@@ -251,7 +234,7 @@ TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prom
         {"prompt": Q, "chosen": "{yes}", "rejected": NO},
         [Q, " {yes}!", f"{NO}?"],
     ),
-    "auto": ("auto", {"prompt": Q, "chosen": YES, "rejected": NO}, [Q, YES, NO]),
+    "auto": ("auto", {"prompt": Q, **ANSWERS}, [Q, YES, NO]),
 }
 
 
@@ -283,7 +266,7 @@ def test_every_named_format_is_here():
     """A format that is added must be added to these tables."""
     text = {f"{family}.{name}" for family in WRITTEN for name, _, _ in PAIRS.values()}
     others = {format if isinstance(format, str) else "table" for format, _, _ in TEXTS.values()}
-    assert set(NAMES) == text | others | {name for name, _, _, _ in CHATS.values()}
+    assert set(NAMES) == text | others | {chat.name for chat in CHATS.values()}
 
 
 # --- Chats ---------------------------------------------------------------------------------------------------------
@@ -307,155 +290,112 @@ def im(*words: str) -> str:
     return "".join(written) + "<|im_start|>assistant\n"
 
 
-CHATS: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str]]] = {  # name, options, row, what a Qwen 3 meets
-    "messages": (
-        "chat_template.default",
-        {},
-        {"messages": [system(S), user(Q)], "chosen": says(YES), "rejected": [says(NO)]},
-        [im("system", S, "user", Q), "yes", "no"],
+@dataclass(frozen=True)
+class Chat:
+    """A row, and the prompt and responses that a Qwen 3 reads of it."""
+
+    row: dict[str, Any]
+    prompt: str
+    responses: tuple[str, str] = (YES, NO)
+    options: dict[str, Any] = field(default_factory=dict)
+    name: str = "chat_template.default"
+
+
+SYSTEM_Q = im("system", S, "user", Q)
+FIVE_IM = im("system", S, "user", "q1", "assistant", "a1", "user", "q2", "assistant", "a2", "user", "q3")
+TOOLS = f"# Tools\n{json.dumps(WEATHER)}"
+CHATS: dict[str, Chat] = {
+    "messages": Chat({"messages": [system(S), user(Q)], "chosen": says(YES), "rejected": [says(NO)]}, SYSTEM_Q),
+    "a string": Chat({"messages": Q, **ANSWERS}, im("user", Q)),
+    "system column": Chat({"system": S, "messages": Q, **ANSWERS}, SYSTEM_Q),
+    "system column beside a system turn": Chat(
+        {"system": "Other.", "messages": [system(S), user(Q)], **ANSWERS}, SYSTEM_Q
     ),
-    "a string": (
-        "chat_template.default",
-        {},
-        {"messages": Q, "chosen": YES, "rejected": NO},
-        [im("user", Q), "yes", "no"],
-    ),
-    "system column": (
-        "chat_template.default",
-        {},
-        {"system": S, "messages": Q, "chosen": YES, "rejected": NO},
-        [im("system", S, "user", Q), "yes", "no"],
-    ),
-    "system column beside a system turn": (
-        "chat_template.default",
-        {},
-        {"system": "Other.", "messages": [system(S), user(Q)], "chosen": YES, "rejected": NO},
-        [im("system", S, "user", Q), "yes", "no"],
-    ),
-    "every turn of a response": (
-        "chat_template.default",
-        {},
+    "every turn of a response": Chat(
         {"messages": [user("q")], "chosen": [says("a"), user("b"), says("c")], "rejected": NO},
-        [im("user", "q"), "a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc", "no"],
+        im("user", "q"),
+        ("a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc", "no"),
     ),
-    "five turns": (
-        "chat_template.default",
-        {},
-        {"messages": FIVE, "chosen": YES, "rejected": NO},
-        [im("system", S, "user", "q1", "assistant", "a1", "user", "q2", "assistant", "a2", "user", "q3"), "yes", "no"],
-    ),
-    "field names": (
-        "chat_template.default",
-        {"field_messages": "talk", "field_chosen": "good", "field_rejected": "bad"},
+    "five turns": Chat({"messages": FIVE, **ANSWERS}, FIVE_IM),
+    "field names": Chat(
         {"talk": [user(Q)], "good": YES, "bad": NO, "messages": "x"},
-        [im("user", Q), "yes", "no"],
+        im("user", Q),
+        options={"field_messages": "talk", "field_chosen": "good", "field_rejected": "bad"},
     ),
-    "message_property_mappings and roles": (
-        "chat_template.default",
-        {
-            "message_property_mappings": {"role": "speaker", "content": "words", "reasoning_content": "thoughts"},
-            "roles": {"user": ["customer"], "assistant": ["agent", "bot"]},
-        },
+    "message_property_mappings and roles": Chat(
         {
             "messages": [{"speaker": "customer", "words": Q}],
             "chosen": {"speaker": "agent", "words": YES, "thoughts": "hm"},
             "rejected": {"speaker": "bot", "words": NO, "thoughts": None},
         },
-        [im("user", Q), "<think>\nhm\n</think>\n\nyes", "no"],
+        im("user", Q),
+        ("<think>\nhm\n</think>\n\nyes", "no"),
+        {
+            "message_property_mappings": {"role": "speaker", "content": "words", "reasoning_content": "thoughts"},
+            "roles": {"user": ["customer"], "assistant": ["agent", "bot"]},
+        },
     ),
-    "ShareGPT": (
-        "chat_template.default",
-        {"field_messages": "conversations"},
+    "ShareGPT": Chat(
         {
             "conversations": [{"from": "system", "value": S}, {"from": "human", "value": Q}],
             "chosen": {"from": "gpt", "value": YES},
             "rejected": {"from": "gpt", "value": NO},
         },
-        [im("system", S, "user", Q), "yes", "no"],
+        SYSTEM_Q,
+        options={"field_messages": "conversations"},
     ),
-    "tool calls and reasoning in a response": (
-        "chat_template.default",
-        {},
+    "tool calls and reasoning in a response": Chat(
         {
             "messages": [user("Weather?")],
             "chosen": {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "look", "content": None},
             "rejected": says("Fine."),
         },
-        [im("user", "Weather?"), f"<think>\nlook\n</think>\n\n{CALLED}", "Fine."],
+        im("user", "Weather?"),
+        (f"<think>\nlook\n</think>\n\n{CALLED}", "Fine."),
     ),
-    "tool calls in the prompt": (
-        "chat_template.default",
-        {},
-        {"messages": TOOL_TURNS, "chosen": "Cold.", "rejected": "Fine."},
-        [
-            im("user", "Weather?", "assistant", CALLED, "user", "<tool_response>\n4 °C\n</tool_response>"),
-            "Cold.",
-            "Fine.",
-        ],
+    "tool calls in the prompt": Chat(
+        {"messages": TOOL_TURNS, **ANSWERS},
+        im("user", "Weather?", "assistant", CALLED, "user", "<tool_response>\n4 °C\n</tool_response>"),
     ),
-    "tools column": (
-        "chat_template.default",
-        {},
-        {"messages": [system(S), user(Q)], "chosen": YES, "rejected": NO, "tools": [WEATHER]},
-        [im("system", f"{S}\n\n# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    "tools column": Chat(
+        {"messages": [system(S), user(Q)], "tools": [WEATHER], **ANSWERS}, im("system", f"{S}\n\n{TOOLS}", "user", Q)
     ),
-    "tools as JSON": (
-        "chat_template.default",
-        {"tools": "functions"},
-        {"messages": Q, "chosen": YES, "rejected": NO, "functions": json.dumps([WEATHER])},
-        [im("system", f"# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    "tools as JSON": Chat(
+        {"messages": Q, "functions": json.dumps([WEATHER]), **ANSWERS},
+        im("system", TOOLS, "user", Q),
+        options={"tools": "functions"},
     ),
-    "tools for all rows": (
-        "chat_template.default",
-        {"tools": [WEATHER]},
-        {"messages": Q, "chosen": YES, "rejected": NO},
-        [im("system", f"# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    "tools for all rows": Chat(
+        {"messages": Q, **ANSWERS}, im("system", TOOLS, "user", Q), options={"tools": [WEATHER]}
     ),
-    "a row's own tools": (
-        "chat_template.default",
-        {"tools": [CALL]},
-        {"messages": Q, "chosen": YES, "rejected": NO, "tools": [WEATHER]},
-        [im("system", f"# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    "a row's own tools": Chat(
+        {"messages": Q, "tools": [WEATHER], **ANSWERS}, im("system", TOOLS, "user", Q), options={"tools": [CALL]}
     ),
-    "argilla_chat": (
-        "chat_template.argilla_chat",
-        {},
-        {"chosen": [*FIVE, says(YES)], "rejected": [*FIVE, says(NO)]},
-        [im("system", S, "user", "q1", "assistant", "a1", "user", "q2", "assistant", "a2", "user", "q3"), "yes", "no"],
-    ),
-    "argilla": (
-        "chat_template.argilla",
-        {"field_chosen": "good", "field_rejected": "bad"},
+    "argilla_chat": Chat(talks(*FIVE), FIVE_IM, name="chat_template.argilla_chat"),
+    "argilla": Chat(
         {"system": S, "good": turns("q1", "a1", Q, YES), "bad": turns("q1", "a1", Q, NO)},
-        [im("system", S, "user", "q1", "assistant", "a1", "user", Q), "yes", "no"],
+        im("system", S, "user", "q1", "assistant", "a1", "user", Q),
+        options={"field_chosen": "good", "field_rejected": "bad"},
+        name="chat_template.argilla",
     ),
-    "argilla, answers of another length": (
-        "chat_template.argilla",
-        {},
-        {"chosen": turns(Q, YES), "rejected": [says(NO)]},
-        [im("user", Q), "yes", "no"],
+    "argilla, answers of another length": Chat(
+        {"chosen": turns(Q, YES), "rejected": [says(NO)]}, im("user", Q), name="chat_template.argilla"
     ),
-    "auto, system and tools": (
-        "auto",
-        {},
-        {"prompt": Q, "chosen": YES, "rejected": NO, "system": S, "tools": [WEATHER]},
-        [im("system", f"{S}\n\n# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes", "no"],
+    "auto, system and tools": Chat(
+        {"prompt": Q, "system": S, "tools": [WEATHER], **ANSWERS},
+        im("system", f"{S}\n\n{TOOLS}", "user", Q),
+        name="auto",
     ),
-    "auto, implicit prompt": (
-        "auto",
-        {},
-        {"chosen": [*FIVE, says(YES)], "rejected": [*FIVE, says(NO)], "tools": []},
-        [im("system", S, "user", "q1", "assistant", "a1", "user", "q2", "assistant", "a2", "user", "q3"), "yes", "no"],
-    ),
+    "auto, implicit prompt": Chat({**talks(*FIVE), "tools": []}, FIVE_IM, name="auto"),
 }
 SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
-    "messages": ({}, {"messages": [system(S), *turns(Q, YES)]}, [im("system", S, "user", Q), "yes"]),
+    "messages": ({}, {"messages": [system(S), *turns(Q, YES)]}, [SYSTEM_Q, "yes"]),
     "messages and completion": ({}, {"messages": [user(Q)], "completion": YES}, [im("user", Q), "yes"]),
     "prompt and completion": ({}, {"prompt": Q, "completion": [says(YES)]}, [im("user", Q), "yes"]),
     "fields": (
         {"field_prompt": "q", "field_completion": "a", "field_label": "label", "field_messages": "x"},
         {"q": [user(Q)], "a": YES, "system": S, "tools": [WEATHER]},
-        [im("system", f"{S}\n\n# Tools\n{json.dumps(WEATHER)}", "user", Q), "yes"],
+        [im("system", f"{S}\n\n{TOOLS}", "user", Q), "yes"],
     ),
     "tool calls": (
         {},
@@ -465,13 +405,13 @@ SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "options", "row", "texts"), CHATS.values(), ids=CHATS)
-def test_chats(name: str, options: dict[str, Any], row: dict[str, Any], texts: list[str]):
+@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
+def test_chats(chat: Chat):
     """Messages are written by the chat template, with all that it reads; a response ends with its end-of-turn token."""
     tokenizer = trained_chatml()
-    wanted = [texts[0], *(f"{text}<|im_end|>" for text in texts[1:])]
-    assert values(render(row, name, tokenizer=tokenizer, **options)) == wanted
-    assert scored(row, name, tokenizer, **options) == wanted
+    wanted = [chat.prompt, *(f"{text}<|im_end|>" for text in chat.responses)]
+    assert values(render(chat.row, chat.name, tokenizer=tokenizer, **chat.options)) == wanted
+    assert scored(chat.row, chat.name, tokenizer, **chat.options) == wanted
 
 
 @pytest.mark.parametrize(("options", "row", "texts"), SINGLE_CHATS.values(), ids=SINGLE_CHATS)
@@ -505,9 +445,9 @@ IN_FAMILIES: dict[str, tuple[Make, str, str]] = {  # prompt, end
 def test_each_family_writes_a_chat_its_way(make: Make, prompt: str, end: str):
     """BOS once where the family has one, its roles, its end; and the same from every chat format."""
     rows = {
-        "chat_template.default": {"messages": Q, "chosen": YES, "rejected": NO},
-        "chat_template.argilla": {"chosen": turns(Q, YES), "rejected": turns(Q, NO)},
-        "chat_template.argilla_chat": {"chosen": turns(Q, YES), "rejected": turns(Q, NO)},
+        "chat_template.default": {"messages": Q, **ANSWERS},
+        "chat_template.argilla": talks(user(Q)),
+        "chat_template.argilla_chat": talks(user(Q)),
         "auto": {"prompt": [user(Q)], "chosen": [says(YES)], "rejected": [says(NO)]},
     }
     for name, row in rows.items():
@@ -533,7 +473,7 @@ def test_tools_in_another_family():
 
 def test_a_chat_template_of_the_format(tmp_path: Path):
     """A known name, Jinja or a file takes the tokenizer's place; its end of a turn is found for it."""
-    row = {"messages": Q, "chosen": YES, "rejected": NO}
+    row = {"messages": Q, **ANSWERS}
     file = tmp_path / "mine.jinja"
     file.write_text(QWEN3)
     for template in ("chatml", QWEN3, str(file)):
@@ -591,14 +531,14 @@ ALTERNATING = (
 )
 def test_a_chat_template_that_will_not_do(options: dict[str, Any], row: dict[str, Any], said: str):
     """A template is never written without what the row says: it is refused."""
-    base = {"messages": Q, "chosen": YES, "rejected": NO}
+    base = {"messages": Q, **ANSWERS}
     with pytest.raises(UserError, match=said):
         render(base | row, "chat_template.default", tokenizer=chatml(), **options)
 
 
 def test_chats_need_a_tokenizer():
     """Messages without a tokenizer, or with one without a template, are refused with what to do."""
-    row = {"messages": Q, "chosen": YES, "rejected": NO}
+    row = {"messages": Q, **ANSWERS}
     with pytest.raises(UserError, match=r"give the tokenizer whose chat template writes it"):
         render(row, "chat_template.default")
     tokenizer = chatml()
@@ -729,7 +669,7 @@ def test_the_end_of_a_fixed_template_is_the_end():
 
 def test_a_fixed_template_that_is_not_the_tokenizers():
     """Where the template's end is mere text EOS follows it, so that the model learns to stop; the run says so."""
-    row = {"prompt": Q, "chosen": YES, "rejected": NO}
+    row = {"prompt": Q, **ANSWERS}
     assert scored(row, "chatml.prompt_pairs", llama3())[1:] == [
         "yes<|im_end|><|end_of_text|>",
         "no<|im_end|><|end_of_text|>",
@@ -749,7 +689,7 @@ def test_no_bos_before_a_response():
 
 def test_a_row_that_the_template_refuses_can_be_left_out():
     """Rows of a source with on_error = "drop" that the chat template refuses are counted; others are an error."""
-    row = {"system": S, "messages": Q, "chosen": YES, "rejected": NO}
+    row = {"system": S, "messages": Q, **ANSWERS}
     content = choose(row, "chat_template.default", unpaired=False).read(row)
     examples, counts = tokenize([SourceRow(content, "row 3", droppable=True)], gemma(), TokensConfig())
     assert examples == []

@@ -25,24 +25,11 @@ from fastpref.errors import UserError
 from fastpref.model.adapters.fresh import adapter_notes, with_adapters
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.load import load_model
-from tests.support.tiny import VOCABULARY, config_for, save_model
+from tests.support.tiny import MAMBA, SIZES, VISION, VOCABULARY, config_for, save_model
 
 CPU = torch.device("cpu")
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
 EXPERTS: dict[str, Any] = {
     "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-}  # fmt: skip
-VISION: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14, "num_channels": 3, "model_type": "siglip_vision_model", "vision_use_head": False,
-}  # fmt: skip
-MAMBA: dict[str, Any] = {
-    "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8,
-    "mamba_chunk_size": 8,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -76,7 +63,7 @@ def architecture(kind: str) -> PretrainedConfig:
             "eoi_token_index": 94,
             "mm_tokens_per_image": 4,
         }
-        return Gemma3Config(text_config=text, vision_config=VISION, **images)
+        return Gemma3Config(text_config=text, vision_config=VISION | {"num_hidden_layers": 2}, **images)
     sizes: dict[str, Any] = SIZES | KINDS.get(kind, LAGUNA)
     return CONFIG_MAPPING[kind](**sizes)
 

@@ -1,0 +1,31 @@
+"""Messages of a conversation, and rows that are tokenized."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastpref.config import TokensConfig
+from fastpref.data.example import Counts, Example
+from fastpref.data.rows.formats import Message, Paired, Unpaired
+from fastpref.data.sources import SourceRow
+from fastpref.data.tokenize import tokenize
+
+
+def user(words: str) -> Message:
+    return {"role": "user", "content": words}
+
+
+def says(words: str, **more: Any) -> Message:
+    return {"role": "assistant", "content": words, **more}
+
+
+def system(words: str) -> Message:
+    return {"role": "system", "content": words}
+
+
+def tokenized(
+    tokenizer: PreTrainedTokenizerBase, *contents: Paired | Unpaired, **options: Any
+) -> tuple[list[Example], Counts]:
+    """The examples of these rows, and what became of the rows. The options are those of [tokens]."""
+    rows = [SourceRow(content, f"rows.jsonl, row {at}") for at, content in enumerate(contents)]
+    return tokenize(rows, tokenizer, TokensConfig.model_validate(options))
