@@ -69,7 +69,7 @@ def test_moving_needs_a_device_to_move_from(tmp_path: Path, monkeypatch: pytest.
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"train\.offload_activations: on a CPU .* leave the key out"):
             fastpref.train(config, ["train.offload_activations=true"])
-    with pytest.raises(UserError, match=r"train\.offload_activations: only layers that are computed twice"):
+    with pytest.raises(UserError, match=r"train\.offload_activations: only gradient checkpointing has inputs to move"):
         fastpref.train(config, ["train.offload_activations=true", "train.checkpointing=false"])
     assert not Path("out").exists()
 
