@@ -3,6 +3,8 @@
 To add a loss, add one function with `@variant` here, and its formula in torch to `fastpref/losses/pairs.py`. Kernels,
 launches and the compile report take their losses from `VARIANTS`; a kernel compiles only the entries that it is given.
 """
+# Some releases of Triton type a call of a compiled function as NoReturn.
+# pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

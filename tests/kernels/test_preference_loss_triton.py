@@ -302,7 +302,7 @@ def _map_kernel(p_x, p_y, n, FUNCTION: tl.constexpr):
     elif FUNCTION == 2:
         y = elementary.log1p(x)
     else:
-        a, b, c, d = elementary.logistic(x)
+        a, b, c, d = elementary.logistic(x)  # pyright: ignore[reportGeneralTypeIssues]
         y = a if FUNCTION == 3 else (b if FUNCTION == 4 else (c if FUNCTION == 5 else d))
     tl.store(p_y + i, y, mask=i < n)
 
