@@ -1,4 +1,4 @@
-"""The way from a user's rows to the tensors of a step. `render` returns the texts of one row."""
+"""The data pipeline, from a user's rows to the tensors of a step. `render` returns the texts of one row."""
 
 from typing import TYPE_CHECKING
 

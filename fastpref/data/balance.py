@@ -6,8 +6,8 @@ from collections.abc import Callable
 from fastpref.config.losses import KTO, LossOptions
 
 LOW, HIGH = 1.0, 4 / 3
-"""Weight times count of the good rows over that of the bad ones, where the KTO paper finds it best (section 4.2)."""
-_SLACK = 2.0  # a factor beyond the range from which on the ratio is worth a warning
+"""Range of weight × count of the good rows over that of the bad ones that the KTO paper finds best (section 4.2)."""
+_SLACK = 2.0  # warn if the ratio is outside the range by more than this factor
 
 
 def unbalanced(good: int, bad: int, loss: LossOptions) -> tuple[str, str] | None:

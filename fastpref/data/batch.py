@@ -1,8 +1,8 @@
-"""From examples to the tensors of a micro-batch, in one of three layouts that compute the same.
+"""Lay examples out as the tensors of a micro-batch, in one of three layouts that give the same results.
 
     tree     P C₁ C₂ | P C₁ C₂ …      one row; a prompt is computed once, its completions are branches after it
     packed   P C₁ | P C₂ | P C₁ …     one row; every completion has its own copy of the prompt
-    padded   one row a sequence, filled to the longest; for models whose attention cannot be given a layout
+    padded   one row per sequence, padded to the longest; for models whose attention cannot be given a layout
 
 A sequence is one completion of one example. Of E examples with K completions each, sequence k·E + e is completion k
 of example e: the first E are the chosen ones, the next the rejected ones.
@@ -33,20 +33,20 @@ class Tree:
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """The trees of one packed row: who may attend to whom. The attention gets it as a keyword of the forward."""
+    """The trees of one packed row, which say what each token attends to. The attention gets it as a keyword."""
 
     trees: tuple[Tree, ...]
     made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """What the attention derives from it once, for all layers and passes of its micro-batch."""
+    """Values that the attention derives from it once, for all layers and passes of its micro-batch."""
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
     """One micro-batch of E examples with K completions each, S = K·E sequences (E more where prompts are scored).
 
-    Scored token n is `targets[n]`, predicted at place `predictors[n]` of the flattened [B·T] hidden states. A prompt's
-    last place predicts the first token of each of its completions, so places repeat. Turns of other
-    speakers inside a completion are computed and not scored.
+    Scored token n is `targets[n]`, predicted at position `predictors[n]` of the flattened [B·T] hidden states. The last
+    position of a prompt predicts the first token of each of its completions, so positions repeat. Turns of other
+    speakers inside a completion are computed but not scored.
     """
 
     input_ids: Tensor  # [B, T] int64
@@ -56,12 +56,12 @@ class PreferenceBatch:
     predictors: Tensor  # [N] int64
     targets: Tensor  # [N] int64
     segments: Tensor  # [N] int64, the sequence of each scored token
-    offsets: Tensor  # [N] int64, its place in its sequence's completion
+    offsets: Tensor  # [N] int64, its index in its completion
     lengths: Tensor  # [S] int64, scored tokens of each sequence
     labels: Tensor | None  # [E] bool, for single responses
-    index: Tensor  # [E] int64, each example's place in its step
+    index: Tensor  # [E] int64, each example's index in its step
     completions: int  # K
-    keys: tuple[bytes, ...]  # of every completion after its prompt, in the order in which their tokens are scored
+    keys: tuple[bytes, ...]  # the `completion_key` of each completion, in the order of scoring
 
     @property
     def examples(self) -> int:
@@ -81,13 +81,13 @@ def collate(
     examples: Sequence[Example],
     layout: Layout,
     *,
-    index: Sequence[int] | None = None,  # each example's place in its step; 0, 1, … if None
+    index: Sequence[int] | None = None,  # each example's index in its step; 0, 1, … if None
     pad_token_id: int = 0,
     score_prompts: bool = False,
 ) -> PreferenceBatch:
     """Lay examples out as one micro-batch. All must have the same number of completions.
 
-    With `score_prompts` E further segments, K·E + e, score the tokens of each prompt that have one before them.
+    With `score_prompts`, E more segments, K·E + e, score all tokens of each prompt but the first.
     """
     count, completions = len(examples), len(examples[0].completions)
     if any(len(example.completions) != completions for example in examples):
@@ -114,9 +114,9 @@ def collate(
 
 
 def completion_key(prompt: Sequence[int], completion: Sequence[int], context: Spans = ()) -> bytes:
-    """Return a key of a completion after its prompt: a digest of their tokens and unscored spans, 16 bytes."""
+    """Return a 16-byte digest of a prompt's tokens, a completion's tokens, and the completion's unscored spans."""
     numbers = array("q", [len(prompt), *prompt, *completion])
-    if context:  # no token is negative
+    if context:  # -1 separates them, because token ids are never negative
         numbers.extend([-1, *(place for span in context for place in span)])
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
 
@@ -134,9 +134,9 @@ class _Scored:
         self.keys: list[bytes] = []
 
     def _add(self, tokens: Sequence[int], first: int, start: int, segment: int, context: Spans = ()) -> None:
-        """`tokens` stand at `start` and on; `first` is the place that predicts the first of them."""
+        """Add the scored tokens of `tokens`, which begin at `start`. Position `first` predicts the first one."""
         begin = 0
-        for stop, resume in (*context, (len(tokens), len(tokens))):  # a scored run, then what is not scored
+        for stop, resume in (*context, (len(tokens), len(tokens))):  # a scored run, then an unscored span
             if begin < stop:
                 self.predictors += [start + begin - 1 if begin else first, *range(start + begin, start + stop - 1)]
                 self.targets += tokens[begin:stop]
@@ -209,11 +209,11 @@ def _padded(examples: Sequence[Example], scored: _Scored, pad: int) -> _Placed:
 
 
 def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int, processes: int = 1) -> list[list[int]]:
-    """Cut a step into micro-batches of at most `budget` computed tokens; an example beyond it goes alone.
+    """Divide a step into micro-batches of at most `budget` computed tokens. A larger example gets one of its own.
 
-    First fit by falling length, so that few micro-batches are needed and padded rows are alike. Returns the examples'
-    places in the step; every example is in one micro-batch. For several processes the largest are halved until each
-    process can have as many as the others, if there are enough examples, and the largest come first.
+    Examples are placed by first fit in order of decreasing length, so that micro-batches are few and padded rows have
+    similar lengths. Returns the examples' indices in the step. For several processes, the largest micro-batches are
+    halved until each process gets equally many, if there are enough examples, and the largest come first.
     """
     sizes = [_size(example, layout) for example in examples]
     open_: list[list[int]] = []

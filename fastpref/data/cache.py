@@ -45,12 +45,12 @@ class Tokenized:
     duplicates: int
     left_out: int
     ends: tuple[int, ...] = ()  # the tokens that end training responses, except cut ones
-    chat_template: str | None = None  # that of all training chats, if it is not the tokenizer's
+    chat_template: str | None = None  # the one of all training chats, if not the tokenizer's
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
 
     @property
     def parts(self) -> dict[str, Examples]:
-        """The examples by the names that messages give them."""
+        """The examples by the names that are used in messages."""
         return {words: getattr(self, name) for name, words in _PARTS.items()}
 
 
@@ -61,7 +61,7 @@ def load_examples(
 
     The tokenizer must have the config's chat template already. Templates that write the date write `day`, by default
     today. Raises UserError for broken rows, if no row can be used, and for keywords that no template reads. A cache
-    that cannot be written is a note, not an error.
+    that cannot be used adds a note and raises no error.
     """
     check_template_keywords(config, tokenizer)
     day = day or date.today()
@@ -110,7 +110,7 @@ def _in_memory(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) ->
 
 
 def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry: Path) -> Tokenized:
-    """Tokenise into the folder `entry`. The lock is held. Raises WriteError."""
+    """Tokenise into the folder `entry`, whose lock the caller holds. Raises WriteError."""
     facts: dict[str, Any] = {}
 
     def fill(folder: Path) -> None:
@@ -136,7 +136,7 @@ def _tokenize(
     day: date,
     keep: Callable[[str, Iterator[list[Example]]], Any],
 ) -> dict[str, Any]:
-    """Tokenise each part of the rows, and give its name and its examples to `keep`. Returns Tokenized's other fields.
+    """Tokenise each part of the rows, and pass its name and its examples to `keep`. Returns Tokenized's other fields.
 
     Raises UserError if a part has rows and none can be used.
     """

@@ -18,11 +18,13 @@ from fastpref.data.template.named import load_chat_template
 
 VERSION = 4
 """The version of the tokenised form. Raise it when tokenising or the stored columns change."""
-_LIBRARIES = ("transformers", "tokenizers", "jinja2")  # they write and encode the text
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")  # they render and tokenise the text
 
 
 def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
-    """Return 32 hexadecimal digits. The tokenizer must have the config's chat template already; `day` is the run's.
+    """Return the fingerprint, 32 hexadecimal digits. The tokenizer must have the config's chat template already.
+
+    `day` is the date of the run.
 
     Raises UserError for a source that does not exist, OSError for one that cannot be read.
     """
@@ -30,7 +32,7 @@ def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -
 
 
 def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dict[str, Any]:
-    """Return what the fingerprint is computed from, as JSON values."""
+    """Return the values that the fingerprint is computed from, as JSON values."""
     values = {
         "version": VERSION,
         "libraries": {name: version(name) for name in _LIBRARIES},
@@ -48,7 +50,7 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dic
 
 
 def _source(data: DataConfig) -> dict[str, Any]:
-    """Return a source's options and a hash of its contents. Its path is among them because messages name it."""
+    """Return a source's options and a hash of its contents. The path is included because messages name it."""
     source = data.model_dump(mode="json") | {"content": content_hash(data)}
     name = data.format if isinstance(data.format, str) else data.format.get("type", "table")
     if isinstance(data.format, dict):

@@ -1,4 +1,4 @@
-"""Words of a row's messages that the chat template leaves out of the text it writes."""
+"""Find words of a row's messages that the chat template leaves out of its text."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from fastpref.data.rows.columns import REASONING
 from fastpref.data.rows.content import Message
 from fastpref.data.template.render import common
 
-_SWITCHES = re.compile(r"/(?:no_?)?think\b|/system_override\b")  # switches for a template, which may remove them
+_SWITCHES = re.compile(r"/(?:no_?)?think\b|/system_override\b")  # switches that a template reads and may remove
 
 _OF_DATA = re.compile(r"think|tool|^/")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Words of one message that every text of it must contain."""
+    """Words of one message that its rendered text must contain."""
 
     what: str
     words: str
@@ -33,13 +33,13 @@ class Piece:
 def left_out(pieces: Sequence[Piece], text: str, before: str = "") -> list[Piece]:
     """Return the pieces whose words are missing in `text` after the prefix that it shares with `before`.
 
-    Words that occur several times in the pieces must occur as often in the text. White space, JSON escapes and switches
-    of thinking are not compared, because templates trim, encode and remove them.
+    Words that occur several times in the pieces must occur as often in the text. White space, JSON escapes and thinking
+    switches are not compared, because templates trim, encode and remove them.
     """
     shared = common(before, text)
     said = Counter(piece.words.strip() for piece in pieces)
     if all(not words or text.count(words, shared) >= many for words, many in said.items()):
-        return []  # the usual case, at once
+        return []  # the usual case, in which nothing needs to be normalised
     rest = plain(text[shared:])
     missing, whole, start = [], "", ""
     same: dict[str, list[Piece]] = {}
@@ -48,7 +48,7 @@ def left_out(pieces: Sequence[Piece], text: str, before: str = "") -> list[Piece
     for words, alike in same.items():
         forms = list(_forms(alike[0].words))
         times = max(map(rest.count, forms)) if words else len(alike)
-        if times < len(alike) and shared:  # its first letters may also be the last of what stands before
+        if times < len(alike) and shared:  # its first letters may be part of the shared prefix
             whole, start = whole or plain(text), start or plain(text[:shared])
             times = max(times, *(whole.count(form) - start.count(form) for form in forms))
         if times < len(alike):
@@ -62,7 +62,7 @@ def plain(text: str) -> str:
 
 
 def prompt_pieces(prompt: Sequence[Message], tools: Sequence[Any] | None) -> list[Piece]:
-    """Return what the text of a prompt must contain. Templates may leave out the reasoning of earlier turns."""
+    """Return the words that a prompt's text must contain. Templates may leave out the reasoning of earlier turns."""
     pieces = [Piece("the tool", name) for name in tool_names(tools)]
     for message in prompt:
         pieces += _pieces(message, f"a turn of role {message['role']}", reasoning=False)
@@ -70,7 +70,7 @@ def prompt_pieces(prompt: Sequence[Message], tools: Sequence[Any] | None) -> lis
 
 
 def response_pieces(response: Sequence[Message], name: str) -> list[Piece]:
-    """Return what the text of a response must contain."""
+    """Return the words that a response's text must contain."""
     pieces = []
     for message in response:
         role = "" if message["role"] == "assistant" else f"a turn of role {message['role']} in "
@@ -79,7 +79,7 @@ def response_pieces(response: Sequence[Message], name: str) -> list[Piece]:
 
 
 def says_something(message: Message, ends: Sequence[str] = ()) -> bool:
-    """Tell whether an assistant's message has words besides the tokens `ends`, a call, or reasoning."""
+    """Return whether an assistant message has a tool call, reasoning, or words other than the tokens `ends`."""
     words = "".join(piece.words for piece in _pieces(message, "", reasoning=True))
     for end in ends:
         words = words.replace(end, "")
@@ -89,7 +89,7 @@ def says_something(message: Message, ends: Sequence[str] = ()) -> bool:
 class SpecialWords:
     """Finds special tokens in the words of messages, which tokenising would turn into control tokens.
 
-    Tokens of tool calls and reasoning are ignored, because data sets write calls and thoughts with them.
+    Tokens of tool calls and reasoning are ignored, because data sets use them to write calls and thoughts.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

@@ -1,4 +1,4 @@
-"""The micro-batch that takes the most memory, from the lengths of the data or from `tokens.max_length` alone."""
+"""Find the micro-batch that takes the most memory, from the lengths of the data or from `tokens.max_length` alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from fastpref.data.lengths import kept_prompt
 from fastpref.data.plan import plan_step
 from fastpref.data.table import Examples
 
-STEPS = 1000  # of a run that are looked through
+STEPS = 1000  # first steps of a run that are searched
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Examples whose lengths alone mean something."""
+    """A micro-batch of placeholder examples, in which only the lengths are meaningful."""
 
     examples: list[Example]
     further: bool  # whether its step has other micro-batches
-    tokens: int  # computed at once
-    source: str  # where the lengths are from, in words
+    tokens: int  # that the micro-batch computes
+    source: str  # the source of the lengths, in words
 
 
 def longest_of(config: Config, examples: Examples, order: Iterator[list[int]], layout: Layout) -> Microbatch:
-    """The one with the most tokens of the first steps of a run, whose examples come in `order`."""
+    """Return the micro-batch with the most tokens among the first steps of a run, whose examples come in `order`."""
     prompts, completions = _cut(config, examples.prompt_lengths, examples.completion_lengths)
     labels, contexts = examples.labels, examples.context_lengths
     largest: Microbatch | None = None
@@ -45,7 +45,7 @@ def longest_of(config: Config, examples: Examples, order: Iterator[list[int]], l
 
 
 def longest_possible(config: Config) -> Microbatch:
-    """As many examples of `tokens.max_length` as fill a micro-batch, all their tokens but the first scored."""
+    """Return a micro-batch full of examples of `tokens.max_length`, whose tokens are all scored but the first."""
     longest, single = config.tokens.max_length, not config.loss.paired
     lengths = [longest - 1] * (1 if single else 2)
     size = 1 + sum(lengths)
@@ -57,7 +57,7 @@ def longest_possible(config: Config) -> Microbatch:
 def microbatches(
     config: Config, examples: Sequence[Example], layout: Layout, source: str = "the data"
 ) -> list[Microbatch]:
-    """The micro-batches of a step of these examples, without KTO's mismatched completions, which the step adds."""
+    """Return the micro-batches of a step, without KTO's mismatched completions, which the step adds."""
     trained = plan_step(config.loss, examples, layout, config.tokens_per_microbatch).trained
     several = len(trained.microbatches) > 1
     return [
@@ -67,8 +67,11 @@ def microbatches(
 
 
 def _cut(config: Config, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths as tokenising with a smaller `tokens.max_length` leaves those of text: prompts lose tokens first, down to
-    half of it, then completions. Chats, whose turns go whole, are left no more tokens than that in all."""
+    """Return the lengths of texts after tokenising with a smaller `tokens.max_length`.
+
+    Prompts lose tokens first, down to half of it, then completions. Chats lose whole turns, so they keep at most as
+    many tokens in all.
+    """
     limit = config.tokens.max_length
     prompts = np.minimum(prompts, np.maximum(kept_prompt(limit), limit - completions.max(axis=1, initial=1)))
     return prompts, np.minimum(completions, (limit - prompts)[:, None])
@@ -77,7 +80,7 @@ def _cut(config: Config, prompts: np.ndarray, completions: np.ndarray) -> tuple[
 def _of_lengths(
     prompt: int, completions: Sequence[int], label: bool | None, contexts: Sequence[int] | None = None
 ) -> Example:
-    """`contexts`: how many tokens of each completion are not scored."""
+    """Return an example of these lengths. `contexts` is the number of unscored tokens of each completion."""
     made = tuple([0] * int(length) for length in completions)
     if contexts is None or not any(contexts):
         return Example([0] * prompt, made, label, Origin(""))

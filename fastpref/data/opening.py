@@ -25,7 +25,7 @@ def open_records(data: DataConfig) -> Records:
 
 
 def content_hash(data: DataConfig) -> str:
-    """Return a hash of a source's contents: the bytes of its files, or what `datasets` calls a hub's version.
+    """Return a hash of a source's contents: the bytes of its files, or the fingerprint that `datasets` gives hub data.
 
     Raises UserError as `open_records` does, OSError if the file cannot be read.
     """
@@ -53,7 +53,7 @@ def _open(data: DataConfig) -> Records:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own message reports what it cannot read
     try:
         path = Path(data.path).expanduser()
-    except RuntimeError:  # ~name, and nobody of that name
+    except RuntimeError:  # ~name of a user who does not exist
         raise UserError(f"{data.path}: there is no such file") from None
     if path.is_dir():
         return ArrowRecords(data.path, _from_disk(data, path))

@@ -1,4 +1,4 @@
-"""The order of the data: a pure function of their number, the batch and the seed."""
+"""The order of the examples: a pure function of their number, the batch size and the seed."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -7,11 +7,11 @@ T = TypeVar("T")
 
 
 def data_order(count: int, batch: int, seed: int, start: int = 0) -> Iterator[list[int]]:
-    """Places of the examples of each step: shuffled passes over the data, one after the other, without end.
+    """Yield the indices of the examples of each step, in shuffled passes over the data, without end.
 
-    With `start` the first so many steps are passed over; what comes is what came after them.
+    The first `start` steps are skipped; those after them are the same as without `start`.
     """
-    import torch  # only here: `model/limits.py` is imported without it
+    import torch  # here, because `model/limits.py` is imported without torch
 
     generator = torch.Generator().manual_seed(seed)
     passes, place = divmod(start * batch, count)
@@ -26,6 +26,6 @@ def data_order(count: int, batch: int, seed: int, start: int = 0) -> Iterator[li
 
 
 def chunks(sequence: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive parts of `size` elements each, as an evaluation takes its examples; the last may be shorter."""
+    """Yield consecutive parts of `size` elements each, as an evaluation takes its examples; the last may be shorter."""
     for start in range(0, len(sequence), size):
         yield sequence[start : start + size]

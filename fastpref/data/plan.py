@@ -1,7 +1,7 @@
-"""What a step of a loss computes: which examples, with which mismatched completions, in which micro-batches.
+"""Plan a step of a loss: its examples, their mismatched completions, and the micro-batches.
 
 Terms that compare examples of the whole step (KTO's KL, the sorting variants of DPO) need all of them before any
-gradient. Where the step is one micro-batch they are computed along with it; otherwise in a pass of their own before it.
+gradient. If the step is one micro-batch, they are computed in it; otherwise, in a separate pass before it.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from fastpref.data.example import Example
 
 @dataclass(frozen=True)
 class Pass:
-    """Examples that go through the model once, in micro-batches."""
+    """A pass of examples through the model, in micro-batches."""
 
     examples: Sequence[Example]
-    microbatches: list[list[int]]  # places of the examples
+    microbatches: list[list[int]]  # indices of the examples
     layout: Layout
 
     @property
     def groups(self) -> list[list[Example]]:
-        """The examples of each micro-batch."""
+        """Return the examples of each micro-batch."""
         return [[self.examples[i] for i in places] for places in self.microbatches]
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens that each micro-batch computes, padding included."""
+        """Return the number of tokens that each micro-batch computes, padding included."""
         return [computed_tokens(group, self.layout) for group in self.groups]
 
 
@@ -37,12 +37,12 @@ class StepPlan:
     """The passes of a step."""
 
     trained: Pass  # with gradient
-    first: Pass | None = None  # before it, without gradient: what the terms of the whole step compare
+    first: Pass | None = None  # before it, without gradient, for the terms that compare the whole step
     branched: bool = False  # whether the trained examples have mismatched completions as their second branches
 
 
 def plan_step(loss: LossOptions, examples: Sequence[Example], layout: Layout, budget: int, count: int = 1) -> StepPlan:
-    """The passes of a step of these examples, in micro-batches of at most `budget` tokens, for `count` processes."""
+    """Return the passes of a step, in micro-batches of at most `budget` tokens, for `count` processes."""
     if compares_neighbours(loss, len(examples)):
         branched = plan_pass(with_mismatched(examples), layout, budget, count)
         if len(branched.microbatches) == 1:
@@ -56,15 +56,15 @@ def plan_step(loss: LossOptions, examples: Sequence[Example], layout: Layout, bu
 
 
 def plan_pass(examples: Sequence[Example], layout: Layout, budget: int, count: int = 1) -> Pass:
-    """One pass of the examples, in micro-batches of at most `budget` tokens, for `count` processes."""
+    """Return one pass of the examples, in micro-batches of at most `budget` tokens, for `count` processes."""
     return Pass(examples, plan_microbatches(examples, layout, budget, count), layout)
 
 
 def compared(loss: LossOptions, examples: Sequence[Example]) -> Sequence[Example]:
-    """The examples of a step with every completion that it computes, for whoever needs no micro-batches."""
+    """Return the examples of a step with every completion that it computes, not divided into micro-batches."""
     return with_mismatched(examples) if compares_neighbours(loss, len(examples)) else examples
 
 
 def wanted_layout(config: Config) -> Layout:
-    """The layout that a config asks for. Whether the model takes it is only known once it is loaded."""
+    """Return the layout that a config asks for. Whether the model takes it is only known once it is loaded."""
     return "tree" if config.train.layout == "auto" else config.train.layout

@@ -1,6 +1,6 @@
-"""Files and data sets as rows by number, each with its place for messages. Memory holds only where rows begin.
+"""Read files and data sets as numbered rows, with a place of each for messages. Memory holds only where rows begin.
 
-JSON and CSV are read here, so that a broken row costs one row and its line is known; `datasets` reads the rest.
+JSON and CSV are read here, so that a broken row affects no other row and its line is known; `datasets` reads the rest.
 """
 
 import csv
@@ -43,14 +43,14 @@ class ArrowRecords:
 
     @property
     def fingerprint(self) -> str:
-        """What `datasets` calls this version of the data."""
+        """The fingerprint that `datasets` gives this version of the data."""
         return self._table._fingerprint
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         block, within = divmod(at, BLOCK)
         if self._block[0] != block:
             columns: Any = self._table[block * BLOCK : (block + 1) * BLOCK]
-            # A table has a null for a key that only another row's message, call or schema has.
+            # A table stores null for keys that only the messages, calls or schemas of other rows have.
             rows = zip(*([_without_nulls(value) for value in values] for values in columns.values()))
             self._block = block, [dict(zip(columns, values)) for values in rows]
         return self._block[1][within]
@@ -97,7 +97,7 @@ class _TextRecords:
 
 
 class JsonLines(_TextRecords):
-    """One JSON object a line. Empty lines are skipped."""
+    """A file with one JSON object per line. Empty lines are skipped."""
 
     def __init__(self, name: str, path: Path):
         super().__init__(name, path, numbered=False)
@@ -113,7 +113,7 @@ class JsonLines(_TextRecords):
 
 
 class JsonArray(_TextRecords):
-    """One JSON array of objects. Broken JSON is a UserError, as the start of the next row is then unknown."""
+    """A file with one JSON array of objects. Broken JSON is a UserError, as the start of the next row is unknown."""
 
     def __init__(self, name: str, path: Path):
         super().__init__(name, path, numbered=True)
@@ -185,7 +185,7 @@ class Csv(_TextRecords):
 
 
 def read_json(name: str, path: Path) -> Records:
-    """Open an array, or an object a line, whatever the file's suffix. Raises UserError for one object of many lines."""
+    """Open a JSON array, or one object per line, whatever the suffix. Raises UserError for one object of many lines."""
     with path.open("rb") as file:
         begins = file.read(4096).removeprefix(_BOM).lstrip()
         if begins.startswith(b"[") and path.suffix == ".json":

@@ -1,6 +1,6 @@
-"""The rows of a config: read, converted to pairs or single responses, weighted, and split.
+"""Read the rows of a config, convert them to pairs or single responses, repeat them by weight, and split them.
 
-Rows are converted each time they are read; memory holds only their places.
+A row is converted each time it is read; memory holds only its place.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REMEDY = '; mend the row, or leave such rows out with on_error = "drop"'
-_LOOKED_AT = 100  # first rows in which a format is looked for
+_LOOKED_AT = 100  # the format is detected in at most this many first rows
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands. Its text is `file:line`, or `file, row N` counted from 0."""
+    """The place of a row in its source. As text it is `file:line`, or `file, row N` counted from 0."""
 
     records: Records
     at: int
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as a pair or a single response, and its place for messages."""
+    """A row, converted to a pair or a single response, with its place for messages."""
 
     content: Paired | Unpaired
     place: str | Place
@@ -70,7 +70,7 @@ class Source:
         return Path(self.data.path).name
 
     def contents(self, at: int) -> tuple[Paired | Unpaired, ...]:
-        """Read a row: one content, or for KTO the two halves of a pair. Raises RowError for a row of another form."""
+        """Read a row: one content, or for KTO the two responses of a pair. Raises RowError if the format does not fit."""
         raw = self.records[at]
         content = self.form.read(raw)
         if isinstance(content, Paired) and self.unpaired:
@@ -121,7 +121,7 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Open the training and held-out rows of a config, as pairs or single responses as its loss needs them.
+    """Open the training and held-out rows of a config, as the pairs or single responses that its loss needs.
 
     Every row is read once, so that mistakes are found here. Raises UserError, naming the file, the columns or the row.
     """
@@ -148,7 +148,7 @@ def notes_on_text(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase") -> l
         form = source.form
         if not isinstance(form, AutoFormat) or form.chat:
             continue
-        if any(token in _first_prompt(source) for token in special):  # it writes turns itself
+        if any(token in _first_prompt(source) for token in special):  # the rows contain the turn markers already
             continue
         field = "field_prompt" if "completion" in form.name else "field_messages"
         notes.append(
@@ -174,9 +174,9 @@ def share(prompt: Any) -> float:
 
 
 def repeats(count: int, weight: float) -> Iterable[int]:
-    """Yield which of `count` rows a weight uses: all ⌊weight⌋ times, then a share chosen by a hash of their number.
+    """Yield the indices that a weight selects of `count` rows: all ⌊weight⌋ times, then some chosen by their hash.
 
-    The share of a smaller weight is part of the share of a larger one. Rows keep their order.
+    The rows chosen for a smaller fraction are among those chosen for a larger one. Rows keep their order.
     """
     whole = math.floor(weight)
     for _ in range(whole):
@@ -187,7 +187,7 @@ def repeats(count: int, weight: float) -> Iterable[int]:
 
 
 def _bound(shares: Sequence[float], fraction: float) -> float:
-    """Move `fraction`, below which prompts are held out, until each side has a prompt, if there are two."""
+    """Return `fraction`, moved so that both sides of the split have a prompt if there are two different ones."""
     if not shares:
         return fraction
     return min(max(fraction, math.nextafter(min(shares), 1.0)), max(shares))
@@ -195,7 +195,7 @@ def _bound(shares: Sequence[float], fraction: float) -> float:
 
 @dataclass
 class _Findings:
-    """What was noticed while the rows were read."""
+    """Notes and counts that are collected while the rows are read."""
 
     notes: list[str] = field(default_factory=list)
     duplicates: int = 0
@@ -203,11 +203,11 @@ class _Findings:
 
 
 def _gather(sources: Sequence[DataConfig], config: Config, findings: _Findings, fraction: float) -> tuple[Rows, Rows]:
-    """Read the rows of several sources one after another. Returns training rows, and those `fraction` holds out."""
+    """Read the rows of several sources one after another. Returns training rows and, by `fraction`, held-out rows."""
     opened = [_source(data, not config.loss.paired) for data in sources]
     train, heldout = Rows(opened), Rows(opened)
     seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
-    surveys: list[tuple[_Kept, array[int]]] = []  # with the rows that their weight uses
+    surveys: list[tuple[_Kept, array[int]]] = []  # usable rows, and the indices that the weight selects
     for source in opened:
         kept = _survey(source, fraction, seen, findings)
         used = array("q", repeats(len(kept.at), source.data.weight))
@@ -243,7 +243,7 @@ def _source(data: DataConfig, unpaired: bool) -> Source:
 
 
 def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
-    """Return the format of the first row that has a known one, or of the first chat among the first rows.
+    """Return the format of the first chat among the first rows, or else of the first row with a known format.
 
     Raises UserError if no row has a known format.
     """
@@ -279,7 +279,7 @@ def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
 
 @dataclass
 class _Kept:
-    """The usable rows of a source: their numbers, how many rows each makes, and the share of their prompts."""
+    """The usable rows of a source: their numbers, how many examples each makes, and the `share` of their prompts."""
 
     at: array = field(default_factory=lambda: array("q"))
     parts: array = field(default_factory=lambda: array("b"))
@@ -293,7 +293,7 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, findings: 
     notes.append(f"{source.name}: {count} rows of {source.form.name}")
     kept, duplicates = _Kept(), 0
     dropped: dict[str, tuple[int, str]] = {}  # kind of mistake → how many, and the first of them
-    remarks: dict[str, tuple[int, str]] = {}  # likewise, of the rows that are used
+    remarks: dict[str, tuple[int, str]] = {}  # remark → the same for the rows that are used
     for at in range(count):
         try:
             contents = source.contents(at)

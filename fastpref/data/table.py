@@ -1,4 +1,4 @@
-"""Examples as an Arrow table in memory or in a mapped file. Each becomes a Python object when it is read."""
+"""Examples in an Arrow table, in memory or in a memory-mapped file. Each becomes a Python object when it is read."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -68,12 +68,12 @@ class Examples(Sequence[Example]):
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """[E] tokens of each prompt; no token is read."""
+        """Return the number of tokens of each prompt, [E], without reading the tokens."""
         return pc.list_value_length(self.table.column("prompt")).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def completion_lengths(self) -> np.ndarray:
-        """[E, K] tokens of each completion; no token is read."""
+        """Return the number of tokens of each completion, [E, K], without reading the tokens."""
         lengths = pc.list_value_length(pc.list_flatten(self.table.column("completions")))  # pyright: ignore[reportAttributeAccessIssue]
         return lengths.to_numpy().reshape(len(self), -1 if len(self) else 0)
 
@@ -87,7 +87,7 @@ class Examples(Sequence[Example]):
 
     @property
     def highest_ids(self) -> tuple[int, int]:
-        """The highest token of all prompts, and of all completions; −1 where there is none."""
+        """Return the highest token id of all prompts, and of all completions; −1 where there is none."""
         return _highest(self._prompt_ids), _highest(self._completion_ids)
 
     def with_ids_from(self, first: int, of_prompts: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +107,7 @@ class Examples(Sequence[Example]):
 
     @property
     def context_lengths(self) -> np.ndarray:
-        """[E, K] tokens of each completion that are not scored; only the spans are read."""
+        """Return the number of unscored tokens of each completion, [E, K], from the spans alone."""
         lengths = np.zeros_like(self.completion_lengths)
         column = self.table.column("contexts")
         given = pc.greater(pc.list_value_length(column), 0).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
@@ -117,7 +117,7 @@ class Examples(Sequence[Example]):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """[E] bool, of single responses."""
+        """Return the labels of single responses, [E] bool, or None for pairs."""
         column = self.table.column("label")
         return None if column.null_count else column.to_numpy()
 
@@ -170,7 +170,7 @@ def _record(examples: Sequence[Example]) -> pa.RecordBatch:
 
 
 def _lists(lists: Sequence[Sequence[int]]) -> pa.ListArray:
-    """Lists of token ids without a Python object for each beyond those there are."""
+    """Return lists of token ids as an Arrow array, without a new Python object for each id."""
     values = np.concatenate([np.asarray(ids, np.int32) for ids in lists]) if lists else np.zeros(0, np.int32)
     return pa.ListArray.from_arrays(_offsets([len(ids) for ids in lists]), pa.array(values))
 

@@ -1,4 +1,4 @@
-"""Tokenise prompts and completions, with the boundary between them where their tokens begin to differ."""
+"""Tokenise prompts and completions. A completion begins where its tokens first differ from those of the prompt."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -30,8 +30,8 @@ from fastpref.data.template.render import REFUSALS, Written, apply, write, write
 from fastpref.data.turns import TextSpans, contexts, exchanges, without_oldest
 from fastpref.errors import UserError
 
-BATCH = 1000  # rows written and encoded at once
-_QUESTION = 500  # characters of it that are kept
+BATCH = 1000  # rows that are rendered and tokenised at once
+_QUESTION = 500  # characters of a question that its example keeps
 _EQUAL = "chosen and rejected are equal"
 
 
@@ -56,8 +56,8 @@ def tokenize_batches(
 
     A prompt's tokens are the longest common prefix of the tokens of the prompt and of the prompt with each response, so
     a token that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly
-    once. Templates that write the date write `day` (None: today). The templates that wrote rows are added to
-    `templates`, None for the tokenizer's. Raises UserError naming a row that the template refuses, or one that
+    once. Chat templates that write the date write `day` (None: today). The chat templates of the rows are added to
+    `templates`, with None for the tokenizer's own. Raises UserError naming a row that the template refuses, or one that
     `options` make an error.
     """
     encoder = _Encoder(tokenizer, options, counts, day)
@@ -81,8 +81,8 @@ class _Draft:
 
     row: SourceRow
     texts: list[str]
-    """The prompt, the prompt with each response, and each of those up to where a context begins or ends."""
-    spans: list[TextSpans]  # of each response
+    """The prompt, the prompt with each response, and each of those up to every boundary of an unscored span."""
+    spans: list[TextSpans]  # the unscored spans of each response
     missing: dict[str, list[Piece]]  # what the template leaves out of "prompt" and of each response
     unwritten: str | None = None  # a response that the template leaves out altogether
     turns_cut: int = 0
@@ -98,7 +98,7 @@ class _Encoder:
         self._bos = only_id(tokenizer.bos_token_id)
         self._adds_bos = self._bos is not None and self._bos in encode(tokenizer, "", special=True)[:1]
         self._specials = SpecialWords(tokenizer)
-        self._writes_tools: set[Any] = set()  # ways of writing that are known to
+        self._writes_tools: set[Any] = set()  # keys of writings whose template is known to write the tools
 
     def examples(self, rows: Sequence[SourceRow]) -> list[Example]:
         """Encode rows with one call of the tokenizer. Returns the examples of the usable ones."""
@@ -131,7 +131,7 @@ class _Encoder:
     # --- texts ---------------------------------------------------------------------------------------------------
 
     def _says_something(self, row: SourceRow) -> bool:
-        """Tell whether no turn of a response is empty, judged by its messages and not by the template's additions."""
+        """Return whether no assistant turn of a response is empty. Text that the template adds does not count."""
         ends = self._ends.texts(self._ends.of(row.content))
         for name, response in row.content.responses.items():
             turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
@@ -154,7 +154,7 @@ class _Encoder:
         return _Draft(row, [alone, *full, *until], spans, {})
 
     def _checked(self, draft: _Draft) -> _Draft:
-        """Add and count what the template leaves out. Raises RowError if it leaves out all tools."""
+        """Record and count the words that the template leaves out. Raises RowError if it leaves out all tools."""
         content, (alone, *full) = draft.row.content, draft.texts
         prompt, writing = content.prompt, content.writing
         if isinstance(prompt, str):
@@ -290,9 +290,9 @@ class _Encoder:
         return example
 
     def _contexts(self, spans: TextSpans, full: Ids, until: list[Ids], shared: int, many: int) -> Spans:
-        """Convert spans of a response's text to spans of its tokens. A token across a span's end is scored.
+        """Convert spans of a response's text to spans of its tokens. A token that crosses the end of a span is scored.
 
-        `until` has the tokens of the text up to each place; those of this response are removed from its front.
+        `until` holds the tokens of the text up to each boundary; those of this response are removed from its front.
         """
         places = [_common_prefix([until.pop(0), full]) - shared for span in spans for _ in span]
         inside = [min(max(0, place), many - 1) for place in places]

@@ -1,4 +1,4 @@
-"""Turns in the text of a chat template: the unscored spans of a response, and a prompt without its oldest turns."""
+"""Find the unscored turns of a response in its rendered text, and remove the oldest turns of a prompt."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from fastpref.data.rows.content import Message, RowError, Writing
 from fastpref.data.rows.messages import SYSTEM_ROLES
 from fastpref.data.template.render import REFUSALS, apply, common
 
-_MARK = "\ue000fastpref\ue001"  # private characters: no data set has them at its turns' ends
+_MARK = "\ue000fastpref\ue001"  # private-use characters, which no data set has at the end of a turn
 _WEIGHTS = ("weight", "train", "loss")
 """Keys of a message that mark it as not trained: OpenAI's, Axolotl's, ms-swift's."""
 TextSpans = list[tuple[int, int]]
@@ -17,14 +17,13 @@ TextSpans = list[tuple[int, int]]
 def contexts(
     tokenizer: PreTrainedTokenizerBase, writing: Writing, prompt: list[Message], response: list[Message], full: str
 ) -> TextSpans:
-    """Return the unscored spans of the response in `full`, the template's text of prompt and response: turns of others,
-    and turns with a weight of 0 (or train or loss = false).
+    """Return the unscored spans of the response in `full`, the template's text of prompt and response.
 
-    Such a span begins after the token that ends the assistant's turn before, and stops where the assistant's next words
-    begin: it holds the turns of user, tool and system with what the template writes around them. A template may write
-    a turn differently once others follow it, so each place is looked for where the text of a part of the conversation
-    and `full` agree, and else by a mark in place of a message. Raises RowError if a place cannot be found, and if the
-    last turn is not scored.
+    Unscored are the turns of other speakers and turns with a weight of 0 (or train or loss = false). A span begins
+    after the token that ends the previous assistant turn, and stops where the assistant's next words begin, so it
+    includes the text that the template writes around turns. A template may write a turn differently once others follow
+    it. Each boundary is therefore sought where `full` agrees with the text of the conversation up to there, or else by
+    replacing a message with a mark. Raises RowError if a boundary cannot be found, or if the last turn is not scored.
     """
     if not _is_scored(response[-1]):
         raise RowError(
@@ -50,9 +49,9 @@ def contexts(
 
 
 def exchanges(prompt: Sequence[Message]) -> list[int]:
-    """Return where the exchanges of a prompt begin, the question's last. Each but the first begins with a user's turn.
+    """Return the indices at which the exchanges of a prompt begin. The last exchange is the question.
 
-    System turns at the front belong to none.
+    Each but the first begins with a user turn. System turns at the front belong to no exchange.
     """
     front = next((at for at, turn in enumerate(prompt) if turn["role"] not in SYSTEM_ROLES), len(prompt))
     return [front, *(at for at, turn in enumerate(prompt) if at > front and turn["role"] == "user")]
@@ -97,7 +96,7 @@ def _end_of_turn(
         return len(alone)
     special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     following, ends = _place_of(tokenizer, writing, conversation, stop, full), False
-    while end := next((token for token in special if alone.endswith(token)), ""):  # a last turn may have two
+    while end := next((token for token in special if alone.endswith(token)), ""):  # a last turn may end with two
         if (at := full.rfind(end, lowest, following)) >= 0:
             return at + len(end)
         alone, ends = alone.removesuffix(end).rstrip(), True
@@ -123,7 +122,7 @@ def _begin_of_turn(
     agreed = common(asked, full)
     if agreed >= len(before):
         return agreed
-    own = conversation[at - 1]["role"] == "assistant"  # two of its turns in a row: only what asks for the second
+    own = conversation[at - 1]["role"] == "assistant"  # between two assistant turns there is only a generation prompt
     if own and conversation[at - 1].get("tool_calls"):
         return start
     marked = {**conversation[at - 1], "content": _MARK}
@@ -142,7 +141,9 @@ def _begin_of_turn(
 def _place_of(
     tokenizer: PreTrainedTokenizerBase, writing: Writing, conversation: list[Message], at: int, full: str
 ) -> int:
-    """Return where the content of message `at` begins in `full`; for the assistant's, where its turn does or later."""
+    """Return where the content of message `at` begins in `full`. For an assistant message, return where its turn
+    begins, or a later position.
+    """
     marked = {**conversation[at], "content": _MARK}
     return common(apply(tokenizer, [*conversation[:at], marked, *conversation[at + 1 :]], writing), full)
 

@@ -1,4 +1,4 @@
-"""The format `auto`, which is chosen by a row's columns and their types."""
+"""The format `auto`, which chooses how to read a row by its columns and their types."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ def detect(row: Row) -> "AutoFormat | None":
 @dataclass(frozen=True)
 class AutoFormat(Format):
     chat: bool = True
-    """Whether rows of text become chats as well."""
+    """Whether rows of plain text also become chats."""
 
     def __init__(self, name: str, parse: Callable[[Row], Paired | Unpaired], chat: bool):
         super().__init__(name, parse)
@@ -62,7 +62,7 @@ class _Layout:
 
 
 def _recognised(row: Row) -> _Layout | None:
-    chat = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # which text alone cannot say
+    chat = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # plain text cannot express them
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if chosen is not None and rejected is not None:
         return _pairs(row, "chosen", "rejected", chat)
@@ -190,9 +190,9 @@ def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:
 
 
 def _prompt_column(row: Row, values: Mapping[str, Any], first: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """Return the column of this row's prompt, None if its responses hold it, and `first` if it cannot be told.
+    """Return the column of this row's prompt, None if its responses hold it, and `first` if that is unclear.
 
-    Messages that end with an answer are the prompt only if the responses belong to them, or if nothing else can be.
+    Messages that end with an answer are the prompt only if the responses belong to them, or if no other column fits.
     """
     remarks: tuple[str, ...] = ()
     other = (isinstance(row.get("prompt"), str | list) and row["prompt"]) or all(map(_is_conversation, values.values()))
@@ -217,7 +217,7 @@ def _is_answered(row: Row, name: str) -> bool:
 
 
 def _agrees(row: Row, name: str, values: Mapping[str, Any]) -> bool:
-    """Tell whether a conversation begins as those of the responses do, or ends with one of the answers."""
+    """Return whether a conversation begins as those of the responses do, or ends with one of the answers."""
     turns = [turn for turn in STANDARD.turns(row[name], name) if turn["role"] not in SYSTEM_ROLES]
     for response, value in values.items():
         own = [turn for turn in STANDARD.response(value, response) if turn["role"] not in SYSTEM_ROLES]
@@ -230,7 +230,7 @@ def _agrees(row: Row, name: str, values: Mapping[str, Any]) -> bool:
 def _read(
     row: Row, first: str | None, values: Mapping[str, Any], chat: bool, spoken: bool
 ) -> tuple[Content, list[Content], tuple[str, ...]]:
-    """Read a row as text, or with `chat` as messages, where a prompt of text is a user's turn."""
+    """Read a row as text, or with `chat` as messages, in which a prompt of text becomes a user turn."""
     for response, value in values.items():
         if not isinstance(value, str | list | Mapping):
             raise RowError(
@@ -258,7 +258,7 @@ def _read(
 
 
 def _spoken(value: Any) -> Any:
-    """Return a transcript's turns, or an answer to one without white space around it."""
+    """Return the turns of a transcript, or an answer to one stripped of white space."""
     if is_transcript(value):
         return read_transcript(value, answered=True)
     return value.strip() if isinstance(value, str) else value
@@ -275,7 +275,7 @@ def as_turns(prompt: Content) -> list[Message]:
 
 
 def as_answers(prompt: Content, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Remove the question from texts that answer a chat's prompt, if they begin with it. Returns remarks, too."""
+    """Remove the question from answers to a chat's prompt that begin with it. Returns the answers and remarks."""
     question = prompt if isinstance(prompt, str) else prompt[-1].get("content") if prompt else None
     if not isinstance(question, str):
         return dict(answers), ()
@@ -323,7 +323,7 @@ def _written(row: Row, prompt: Content, spoken: bool) -> Writing:
 
 
 def _is_conversation(value: Any) -> bool:
-    """Tell whether a value is a list of messages with its own prompt: a user's turn before the last one."""
+    """Return whether a value is a list of messages with its own prompt: a user turn before the last one."""
     if not is_turns(value) or len(value) < 2:
         return False
     roles = [turn.get("role") or turn.get("from") for turn in value]

@@ -1,4 +1,4 @@
-"""The formats whose rows become chats, written by a chat template: chat_template.*."""
+"""The formats chat_template.*, whose rows become chats that a chat template writes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -102,7 +102,7 @@ FORMATS: dict[str, NamedFormat] = {
 def _read(
     row: Row, asked: str, responses: Sequence[str], reader: Reader
 ) -> tuple[list[Message], list[list[Message]], tuple[str, ...]]:
-    """Read a prompt of messages, or of text as one user's turn, and its responses. Returns remarks, too."""
+    """Read a prompt of messages, or of text as one user turn, and its responses. Also returns remarks."""
     prompt = as_content(column(row, asked), asked, reader)
     values = {name: column(row, name) for name in responses}
     remarks: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Writing:
-    """How prompt and responses become text, apart from their own words."""
+    """Settings that determine how a prompt and its responses become text."""
 
     chat_template: str | None = None
     """Jinja that replaces the tokenizer's chat template."""
@@ -38,7 +38,7 @@ class Paired:
     rejected: Content
     writing: Writing = PLAIN
     remarks: tuple[str, ...] = field(default=(), compare=False)
-    """Notes on how the row was read. Rows are counted by each."""
+    """Notes on how the row was read. For each note the rows are counted."""
 
     @property
     def responses(self) -> dict[str, Content]:
@@ -59,7 +59,7 @@ class Unpaired:
 
 
 class RowError(ValueError):
-    """A mistake in one row, and its kind, by which dropped rows are counted."""
+    """A mistake in one row. Dropped rows are counted by the kind of their mistake."""
 
     def __init__(self, what: str, kind: str):
         super().__init__(what)
@@ -110,6 +110,6 @@ def label(row: Row, name: str = "label") -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a value for a message: at most 80 characters on one line."""
+    """Return a value as it is shown in a message: at most 80 characters on one line."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""Formats by name: from what a config says under `format` to a function that reads rows.
+"""Find a format by its name: turn the value of `format` in a config into a function that reads rows.
 
 A format is a function from a row to a `Paired` or an `Unpaired` (content.py). Its prompt and responses are either text
 or lists of chat messages, which a chat template writes (template/render.py).
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def _of_template(template: templates.Template, form: NamedFormat) -> NamedFormat:
-    """A text format whose readers know the template that they write."""
+    """Return a text format whose readers are bound to a template."""
     single = form.unpaired
     return replace(
         form,
@@ -101,7 +101,7 @@ def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | N
 def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
     """Return at most three formats that read rows of these columns, the best first, as a config spells them.
 
-    None of them ignores a column of text that a prompt is made of.
+    None of them ignores a column of text that belongs to the prompt.
     """
     texts = columns & {"prompt", *CONTEXT}
     asked = next((name for name in QUESTIONS if name in columns), None)
@@ -135,7 +135,7 @@ def _is_known(row: Row) -> bool:
 
 
 def explained(message: str, row: Row | Iterable[str], *, unpaired: bool, auto: bool = False) -> str:
-    """Add to a message about columns which formats would read them. With `auto`, that format is tried first."""
+    """Add the formats that would read these columns to a message. With `auto`, that format is tried first."""
     names = ['"auto"'] if auto and isinstance(row, Mapping) and _is_known(row) else []
     names = [*names, *fitting(set(row), unpaired=unpaired)][:3]
     named = f"these columns fit format = {' or '.join(names)}; " if names else ""

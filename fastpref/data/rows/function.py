@@ -21,7 +21,7 @@ def is_function(name: str) -> bool:
 
 
 def map_file(name: str, change: Callable[[str], str]) -> str:
-    """Apply `change` to the file of `module:function`; a name whose file does not change stays as it is."""
+    """Apply `change` to the file of `module:function`. Returns the name unchanged if its file does not change."""
     module, _, function = name.rpartition(":")
     file = module if module.endswith(".py") else module.replace(".", "/") + ".py"
     changed = change(file)

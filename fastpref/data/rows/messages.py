@@ -1,4 +1,4 @@
-"""Chat messages of all data sets in one form: `role`, `content`, and whatever else a template reads."""
+"""Convert chat messages of any data set to one form: `role`, `content`, and other keys that a template reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ SHAREGPT_ROLES = {
     "bard": "assistant",
     "observation": "tool",
     "function_call": "assistant",
-    "tool_call": "assistant",  # ms-swift's, as the next
+    "tool_call": "assistant",  # this role and the next are ms-swift's
     "tool_response": "tool",
-    "function": "tool",  # OpenAI's, before there were tools
+    "function": "tool",  # OpenAI's role before tools were introduced
 }
-_CALLING_ROLES = ("function_call", "tool_call")  # whose content is a call as JSON
+_CALLING_ROLES = ("function_call", "tool_call")  # the content of such a message is a call as JSON
 _WRONG_TYPE = "with a value of another type"
 
 
@@ -32,11 +32,11 @@ class Reader:
     """Reads messages with the keys and roles of a data set."""
 
     properties: Mapping[str, str] = field(default_factory=dict)  # property of a message → its key in the data
-    roles: Mapping[str, str] = field(default_factory=dict)  # role in the data → role for the template, beside the known
+    roles: Mapping[str, str] = field(default_factory=dict)  # further roles in the data → role for the template
 
     @cached_property
     def known_roles(self) -> dict[str, str]:
-        """Every role that may be in the data, with the template's name for it."""
+        """Return every role that may be in the data, with the template's name for it."""
         targets = dict.fromkeys((*KNOWN_ROLES, *self.roles.values()))
         return {role: role for role in targets} | SHAREGPT_ROLES | dict(self.roles)
 
@@ -47,7 +47,7 @@ class Reader:
         return [self._turn(turn, name) for turn in value]
 
     def response(self, value: Any, name: str) -> list[Message]:
-        """Read an assistant's text, a message, or messages that end with the assistant's. Raises RowError."""
+        """Read the assistant's text, a message, or messages that end with the assistant's. Raises RowError."""
         if isinstance(value, str):
             return [{"role": "assistant", "content": value}]
         turns = self.turns([value] if isinstance(value, Mapping) else value, name)
@@ -59,8 +59,9 @@ class Reader:
         return turns
 
     def conversation(self, row: Row, name: str, *, all_of_it: bool = False) -> tuple[list[Message], list[Message]]:
-        """Split a conversation before its last turn, which is the assistant's; with `all_of_it` before all of the
-        assistant's turns that end it. Raises RowError."""
+        """Split a conversation before its last turn, which must be the assistant's. Raises RowError.
+
+        With `all_of_it`, split it before all assistant turns at its end."""
         turns = self.response(column(row, name), name)
         at = len(turns) - 1
         while all_of_it and at > 0 and turns[at - 1]["role"] == "assistant":
@@ -128,13 +129,13 @@ def with_system(row: Row, turns: list[Message]) -> list[Message]:
         raise RowError(f"system must be text, got {shown(words)}", _WRONG_TYPE)
     if turns and turns[0]["role"] in SYSTEM_ROLES:
         if joined(turns[0].get("content")).strip() == words.strip():
-            column(row, "system")  # the turn is it
+            column(row, "system")  # mark the column as read, because the turn repeats it
         return turns
     return [{"role": "system", "content": row["system"]}, *turns]
 
 
 def words(message: Message, name: str) -> str:
-    """Return a message's text, for formats without a chat template. Raises RowError if it is more than text."""
+    """Return a message's text, for formats without a chat template. Raises RowError if there is more than text."""
     content = message.get("content")
     if message.get("tool_calls") or not isinstance(content, str | list):
         raise RowError(

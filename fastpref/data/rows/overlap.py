@@ -1,4 +1,4 @@
-"""Overlaps of prompt and responses: what a response repeats of its prompt is kept in the prompt alone.
+"""Remove overlaps of prompt and responses, so that turns of the prompt are not repeated in a response.
 
 The rows of every format pass through `untangle`. Data sets write a conversation in many ways: with the prompt in its
 own column and again at the beginning of the responses, or with the chosen response in the prompt already. After
@@ -16,7 +16,7 @@ from fastpref.data.rows.parts import text_of
 
 MISREAD = "whose prompt and responses do not part"
 _NO_PROMPT = "without a shared prompt"
-_SURE = 12  # bytes of a prompt with which a response does not begin by accident
+_SURE = 12  # bytes; a response does not begin with a prompt of this length by accident
 _SENTENCE_ENDS = (".", "?", "!", ":", "。", "？", "！", "：")
 
 REPEATED = "the responses began with the whole prompt, which was dropped from them"
@@ -31,7 +31,7 @@ OTHER_SYSTEM = "the system turn differs from that of the conversations, which wa
 
 
 def untangle(content: Paired | Unpaired) -> Paired | Unpaired:
-    """Remove the prompt from the responses. If the prompt is empty, take what the responses share as the prompt.
+    """Remove the prompt from the responses. If the prompt is empty, use the turns that the responses share.
 
     Raises RowError for a prompt that ends with the assistant's turn, and for a response that begins with another
     speaker's turn which is not in the prompt: such rows are misread.
@@ -49,7 +49,7 @@ def untangle(content: Paired | Unpaired) -> Paired | Unpaired:
 
 
 def without_question(question: str, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Remove the question from the answers if every one begins with all of it and goes on. Returns remarks, too.
+    """Remove the question from the answers if all begin with it and continue. Returns the answers and remarks.
 
     A question of a word or two may begin its answers by chance ("Hi", "Hi there") and stays in them.
     """
@@ -76,7 +76,7 @@ def _after(question: str, answer: str) -> str | None:
     elif answer.lstrip().startswith(core):
         rest = answer.lstrip()[len(core) :]
         rest = rest.lstrip() if question[-1].isspace() else rest
-    else:  # the same words with other white space
+    else:  # the same words, but with different white space
         words = core.split()
         *beginning, last = answer.split(None, len(words))
         if beginning != words:
@@ -88,9 +88,9 @@ def _after(question: str, answer: str) -> str | None:
 
 
 def same(ours: Message, theirs: Message) -> bool:
-    """Tell whether two turns say the same, whatever their white space, form of content and marks such as ids.
+    """Return whether two turns have the same role and words. White space, the form of content and ids may differ.
 
-    A developer's turn equals a system's.
+    A developer turn equals a system turn.
     """
     roles = {ours["role"], theirs["role"]}
     if len(roles) > 1 and not roles <= {*SYSTEM_ROLES}:
@@ -126,7 +126,7 @@ def _untangle_chat(
     whole = [greeted or _is_whole(chat, asked) for chat in chats]
     if not asked and not any(whole):
         system = _one_system(system, systems, whole, names, remarks)
-        if system:  # which says all that is asked
+        if system:  # the system turn alone is the prompt
             return system, list(chats), tuple(remarks)
     if not asked and not all(whole):
         raise RowError(
@@ -160,7 +160,7 @@ def _untangle_chat(
 def _part_conversations(
     asked: _Turns, chats: list[_Turns], names: list[str], remarks: list[str], *, of_text: bool
 ) -> tuple[_Turns, list[_Turns]]:
-    """Split conversations where they begin to differ. They begin with a first question, or with one of the prompt."""
+    """Split conversations where they begin to differ. They begin with the first question, or with a turn of the prompt."""
     if not asked:
         return _part(chats, names)
     for start in range(len(asked)):
@@ -181,13 +181,13 @@ def _part_conversations(
 
 
 def _joined(asked: _Turns, start: int, chat: _Turns) -> _Turns:
-    """Return a conversation after the prompt's earlier turns, with the prompt's words for the turns that both have."""
+    """Append a conversation to the prompt's earlier turns. Turns that both have keep the prompt's words."""
     again = _shared([asked[start:], chat])
     return asked[: start + again] + chat[again:]
 
 
 def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
-    """Split conversations into the turns they all begin with and the rest of each, at least its last answer.
+    """Split conversations into their shared first turns and the rest of each, which has at least its last answer.
 
     The rest of a single conversation is its last answer. Raises RowError if they share no turn.
     """
@@ -207,7 +207,7 @@ def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
 def _part_answers(
     asked: _Turns, chats: list[_Turns], whole: Sequence[bool], names: list[str], remarks: list[str]
 ) -> tuple[_Turns, list[_Turns]]:
-    """Split a prompt and its answers. Some answers may repeat the prompt, and it may end with one, or an empty one."""
+    """Split a prompt and its answers. Answers may repeat the prompt, and the prompt may end with an answer."""
     for chat, is_whole in zip(chats, whole):
         if is_whole and len(chat) == _shared([asked, chat]) and chat[-1]["role"] == "assistant":
             asked, _ = _part([chat], names)  # the prompt was this whole conversation
@@ -218,7 +218,7 @@ def _part_answers(
     if asked[-1]["role"] == "assistant" and held is not None:
         asked = asked[: len(asked) - len(held)]
         remarks.append(ANSWERED)
-    if asked[-1].get("tool_calls"):  # the results that all responses begin with
+    if asked[-1].get("tool_calls"):  # all responses begin with the results of these calls
         results = next((at for at, turns in enumerate(zip(*answers)) if turns[0]["role"] != "tool"), 0)
         results = min(results, _shared(answers))
         asked, answers = asked + answers[0][:results], [answer[results:] for answer in answers]
@@ -233,7 +233,7 @@ def _after_prompt(asked: _Turns, chat: _Turns) -> _Turns:
 
 
 def _is_whole(chat: _Turns, asked: _Turns) -> bool:
-    """Tell whether a response contains its prompt: it begins with another speaker's turn, or with the prompt."""
+    """Return whether a response contains its prompt: it begins with another speaker's turn, or with the prompt."""
     if not chat:
         return False
     again = bool(asked) and len(chat) > len(asked) and _begins(chat, asked)
@@ -241,7 +241,7 @@ def _is_whole(chat: _Turns, asked: _Turns) -> bool:
 
 
 def _begins(chat: _Turns, turns: _Turns) -> bool:
-    """Tell whether a conversation begins with these turns."""
+    """Return whether a conversation begins with these turns."""
     return _shared([chat, turns]) == len(turns)
 
 
@@ -266,7 +266,7 @@ def _shared(chats: Sequence[_Turns]) -> int:
 def _one_system(
     system: _Turns, systems: Sequence[_Turns], whole: Sequence[bool], names: list[str], remarks: list[str]
 ) -> _Turns:
-    """Return the system turns of the responses, which must agree, or else of the prompt. Raises RowError."""
+    """Return the system turns of the responses, or else those of the prompt. Raises RowError if responses differ."""
     own = next((turns for turns in systems if turns), None)
     if own is None:
         return system
@@ -293,7 +293,7 @@ def _split_system(turns: _Turns) -> tuple[_Turns, _Turns]:
 
 
 def _is_blank(turn: Message) -> bool:
-    """Tell whether a turn is an empty assistant's turn, a place for an answer."""
+    """Return whether a turn is an empty assistant turn, a placeholder for an answer."""
     return turn["role"] == "assistant" and not text_of(turn).strip() and set(turn) <= {"role", "content"}
 
 

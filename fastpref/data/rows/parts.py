@@ -1,4 +1,4 @@
-"""Content in parts, of which only text is read; pictures, video and audio are refused."""
+"""Read content in parts. Only text is read; pictures, video and audio are refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_parts(value: list[Any], name: str, role: Any) -> str | list[dict[str, str]]:
-    """Read parts of text as {"type": "text", "text": ...}; a single one becomes its text.
+    """Read parts of text as {"type": "text", "text": ...}; a single part becomes a string.
 
     Raises RowError, naming the column `name`, for a part of any other kind.
     """

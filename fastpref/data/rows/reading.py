@@ -22,11 +22,11 @@ JSON_CELLS = "columns of text held messages as JSON, and were read as messages"
 @dataclass(frozen=True)
 class Format:
     name: str
-    """What the format reads, in words."""
+    """The rows that the format reads, in words."""
     parse: Callable[[Row], Paired | Unpaired]
     """Reads a row's content. Raises RowError for a row that is not of the format."""
     whole_row: bool = False
-    """Whether `parse` does all steps itself: for a user's function, whose result is read by another format."""
+    """Whether `parse` does all steps itself, as for a user's function, whose result another format reads."""
 
     def read(self, row: Row) -> Paired | Unpaired:
         """Read a row. Raises RowError for a row that is not of the format or would be misread."""
@@ -46,7 +46,7 @@ class Format:
 
 
 def writing(row: Row, *, chat_template: str | None = None, tools: Any = None, tools_column: str = "tools") -> Writing:
-    """Return how a chat is written: with the row's own tools or else those given, and with the row's keywords."""
+    """Return the writing of a chat: the row's own tools or else those given, and the row's keywords."""
     own = read_tools(row.get(tools_column), tools_column)
     keywords = read_keywords(row.get(_KEYWORDS), _KEYWORDS)
     return Writing(chat_template, own or (read_tools(list(tools), "tools") if tools else None), keywords)
@@ -55,7 +55,7 @@ def writing(row: Row, *, chat_template: str | None = None, tools: Any = None, to
 def without_json(row: Row) -> Row:
     """Decode cells that hold messages as JSON. Returns the row itself if there are none.
 
-    Raises RowError for a cell that looks like messages but cannot be read, so that its JSON is not trained as text.
+    Raises RowError for a cell that looks like messages but cannot be read, so that its JSON is not trained on as text.
     """
     changed = {
         name: _messages(value, name)
@@ -95,7 +95,7 @@ def _says_something(value: Any) -> bool:
 
 
 class _Seen(Mapping[str, Any]):
-    """A row that records which of its columns were read by []; `get` only looks."""
+    """A row that records which of its columns are read by []. Reading by `get` is not recorded."""
 
     def __init__(self, row: Row):
         self._row, self.names = row, set[str]()

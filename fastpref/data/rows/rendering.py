@@ -23,8 +23,8 @@ def render(
     """Return a row's texts in a format: {"prompt", "chosen", "rejected"} or {"prompt", "completion", "label"}.
 
     `format` and its `options` are those of [[data]] (docs/data.md). Formats that make messages need a `tokenizer` for
-    its chat template; a response then is what follows the text that it shares with the prompt, up to its end token.
-    `unpaired` reads single responses (KTO), where a format has both. Raises UserError for a row that is not of the
+    its chat template; a response is then the text after the part that it shares with the prompt, up to its end token.
+    `unpaired` reads single responses (KTO), where a format supports both. Raises UserError for a row that is not of the
     format.
     """
     form = choose(row, _with(format, options), unpaired=unpaired)
@@ -46,7 +46,7 @@ def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool) -> Form
     """Return the named format, or the one that fits the row's columns. Raises UserError if there is none."""
     try:
         form = find_format(format, unpaired=unpaired) or detect(row)
-    except ValueError as error:  # RowError is one
+    except ValueError as error:  # RowError is a ValueError
         raise UserError(str(error)) from None
     if form is None:
         message = f"the columns {', '.join(map(str, row))} are of no format that auto knows"

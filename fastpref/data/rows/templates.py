@@ -30,7 +30,7 @@ from fastpref.data.rows.overlap import OTHER_QUESTION, other_turns, untangle, wi
 class Template:
     """The chat markup of a model family."""
 
-    turn: str  # of {role} and {content}
+    turn: str  # with {role} and {content}
     generation_prompt: str
     end: str
 
@@ -117,7 +117,7 @@ def argilla_chat_completion(template: Template, row: Row) -> Unpaired:
 
 
 def _asking(question: str) -> tuple[Columns, Columns]:
-    """The columns of pairs and of single responses that have their question in one column."""
+    """Return the columns of pairs and of single responses whose question is in one column."""
     return ((question,), *PAIR[1:]), ((question,), *SINGLE[1:])
 
 
@@ -127,7 +127,7 @@ def _text_format(paired: ReadPaired, question: str) -> NamedFormat:
 
 
 _ANY: Columns = (PROMPTS, CHOSEN, REJECTED)
-FORMATS: dict[str, NamedFormat] = {  # of either template, which is the first argument of their readers
+FORMATS: dict[str, NamedFormat] = {  # for both templates; a template is the first argument of a reader
     "default": NamedFormat(default, _ANY),
     "argilla": NamedFormat(default, _ANY, completion_after("instruction"), _asking("instruction")[1]),
     "argilla_chat": NamedFormat(argilla_chat, PAIR[1:], argilla_chat_completion, SINGLE[1:]),
@@ -174,7 +174,7 @@ def nectar(row: Row) -> Paired:
 
 @dataclass(frozen=True)
 class Table:
-    """Which columns hold what, and how each is written. `chosen_format` is any text with {chosen} in it, and so on."""
+    """The columns of a user's table, and how each is written. `chosen_format` is text with {chosen} in it, and so on."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -238,9 +238,9 @@ def _check_format(option: str, given: str, name: str) -> None:
 
 
 def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message], dict[str, str], tuple[str, ...]]:
-    """Remove from answers what they repeat of the turns, as for every chat. Returns remarks, too."""
+    """Remove repeated turns from answers, as for every chat. Returns turns, answers and remarks."""
     told, remarks = as_answers(turns, answers)
-    if any(not answer.strip() for answer in told.values()):  # an empty one, which repeats nothing
+    if any(not answer.strip() for answer in told.values()):  # an empty answer repeats nothing
         return turns, told, remarks
     first, *second = ([{"role": "assistant", "content": answer}] for answer in told.values())
     content = untangle(Paired(turns, first, second[0]) if second else Unpaired(turns, first, True))
@@ -249,7 +249,7 @@ def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message]
 
 
 def _asked(row: Row, question: str) -> list[Message]:
-    """Return a question as a user's turn, after the system's if there is one."""
+    """Return a question as a user turn, after the system turn if there is one."""
     system = [{"role": "system", "content": text(row, "system")}] if row.get("system") else []
     return [*system, {"role": "user", "content": question}]
 
@@ -262,7 +262,7 @@ def _last_turn(row: Row, name: str) -> str:
 
 
 def _first(row: Row, *names: str) -> str:
-    """Return the first of these columns that is not empty, else the first there is. Raises RowError."""
+    """Return the first of these columns that is not empty, or else the first that exists. Raises RowError."""
     there = [name for name in names if row.get(name) is not None]
     if not there:
         raise RowError(

@@ -1,4 +1,4 @@
-"""Tool calls, tools and template keywords of all data sets in one form: OpenAI's, as mappings."""
+"""Convert tool calls, tools and template keywords of any data set to OpenAI's form, as mappings."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def read_calls(value: Any, name: str) -> list[dict[str, Any]]:
 
     A call is {"function": {"name", "arguments"}} with any other keys, or the bare {"name", "arguments"}; its arguments
     may be called parameters, args or input. Raises RowError, naming the column `name`, for anything else,
-    and for arguments that are no JSON object.
+    and for arguments that are not a JSON object.
     """
     value = _decoded(value, f"{name}: a tool call", _BAD_CALL)
     calls = value if isinstance(value, list) else [] if value is None else [value]
@@ -61,7 +61,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
         raise RowError(
             f"{name} has a tool call {shown(call)}; a call has a name and arguments, alone or under function", _BAD_CALL
         )
-    call = {key: value for key, value in call.items() if value is not None}  # with which a table fills its rows
+    call = {key: value for key, value in call.items() if value is not None}  # a table fills its rows with nulls
     places = [key for key in _ARGUMENTS if inner.get(key) is not None]
     if len(places) > 1:
         raise RowError(f"{name} calls {inner['name']} with both {' and '.join(places)}: {shown(inner)}", _BAD_CALL)
@@ -87,7 +87,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 
 def _tool(tool: Mapping[str, Any]) -> Any:
-    """Return a schema unchanged, or wrapped as OpenAI has it if it is bare."""
+    """Return a schema unchanged, or wrapped in OpenAI's form if it is bare."""
     if "function" not in tool and isinstance(tool.get("name"), str) and "type" not in tool:
         return {"type": "function", "function": dict(tool)}
     return tool

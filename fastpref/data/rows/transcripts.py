@@ -1,4 +1,4 @@
-"""Conversations as one text, "\\n\\nHuman: ...\\n\\nAssistant: ...", as in Anthropic's hh-rlhf."""
+"""Read conversations written as one text, "\\n\\nHuman: ...\\n\\nAssistant: ...", as in Anthropic's hh-rlhf."""
 
 import re
 from typing import Any
@@ -15,13 +15,13 @@ TEMPLATE = (
 
 
 def is_transcript(value: Any) -> bool:
-    """Tell whether a text begins with the human's words and has the assistant's after them."""
+    """Return whether a text begins with a turn of the human that a turn of the assistant follows."""
     return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
 
 
 def read_transcript(text: str, *, answered: bool = False) -> list[Message]:
-    """Read the turns of a transcript. An empty last turn of the assistant is a place for an answer and is left out,
-    unless the transcript is `answered`: then the answer is empty."""
+    """Read the turns of a transcript. An empty last turn of the assistant is a placeholder for an answer and is
+    left out, unless the transcript is `answered`: then the answer is empty."""
     marks = list(_SPEAKER.finditer(text))
     stops = [mark.start() for mark in marks[1:]] + [len(text)]
     roles = {"Human": "user", "Assistant": "assistant"}

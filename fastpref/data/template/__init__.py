@@ -1,1 +1,1 @@
-"""Chat templates, which turn messages into a model's text."""
+"""Chat templates, which turn messages into text for a model."""

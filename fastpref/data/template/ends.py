@@ -1,4 +1,4 @@
-"""The end of a response: which token it is, and that it stands there exactly once."""
+"""Find the token that ends a response, and ensure that it stands there exactly once."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +14,12 @@ from fastpref.errors import UserError
 
 _MARK = "fastpref"
 _QUESTION = {"role": "user", "content": "-"}
-_MESSAGE_ENDS = ("<|eom_id|>",)  # templates write them if a keyword asks for it
+_MESSAGE_ENDS = ("<|eom_id|>",)  # templates write it if a keyword asks for it
 
 
 @dataclass(frozen=True)
 class End:
-    """The token that ends a response, and those that count as its end if it has one already."""
+    """The token that ends a response, and the tokens that count as an end if the response has one already."""
 
     token: int
     known: frozenset[int]
@@ -27,13 +27,13 @@ class End:
 
 
 class EndTokens:
-    """Finds the end of responses once for each way of writing."""
+    """Finds the end of responses once for each writing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         added: dict[int, Any] = tokenizer.added_tokens_decoder
         self._special = set(added) | set(tokenizer.all_special_ids)
-        # Tokens that may end a turn where a template writes them last: not </tool_call> and its like.
+        # Tokens that may end a turn if a template writes them last. Tokens such as </tool_call> do not.
         self._controls = {id for id, token in added.items() if token.special and "tool" not in token.content}
         self._controls |= set(tokenizer.all_special_ids)
         self._found: dict[tuple[bool, Any], End] = {}
@@ -41,7 +41,7 @@ class EndTokens:
         self._blank: dict[int, bool] = {}
 
     def of(self, content: Paired | Unpaired) -> End:
-        """Return EOS for text, unless it writes its own end, and for chats what the template writes after an answer."""
+        """Return the end of responses: for text its own end or EOS, for chats the template's token after an answer."""
         chat = not isinstance(content.prompt, str)
         key = chat, key_of(content.writing) if chat else content.writing.end
         if key not in self._found:
@@ -51,9 +51,9 @@ class EndTokens:
     def of_response(self, end: End, response: Content, ids: Ids) -> End:
         """Return the end of this response of a chat: the token with which the template ends its last message.
 
-        Calls of tools may end otherwise than words do. `ids` are those of the response as the template writes it.
+        Tool calls may end with another token than words do. `ids` are those of the response as the template writes it.
         """
-        ends = list[int]()  # from the last on
+        ends = list[int]()  # from the last token backwards
         for token in reversed(ids):
             if token in self._controls:
                 ends.append(token)
@@ -78,7 +78,7 @@ class EndTokens:
             words -= 1
         stop = next((at for at in range(words, len(ids)) if ids[at] in end.known), None)
         if stop is None:
-            kept = ids[:words] if end.foreign else ids  # what a template writes after an end, though that is no token
+            kept = ids[:words] if end.foreign else ids  # drop a template's white space after an end that is no token
             return [*kept, end.token] if ids else []
         return [*ids[:stop], end.token if end.token in ids[stop:] else ids[stop]]
 
@@ -99,11 +99,11 @@ class EndTokens:
         return End(token, known | self._other_ends(writing if chat else PLAIN), foreign)
 
     def _turn_end(self, writing: Writing) -> tuple[int | None, bool]:
-        """Return the special token that the chat template writes after an answer, and whether it writes words there
-        instead.
+        """Return the special token that the chat template writes after an answer, and whether it writes text
+        there instead.
 
-        Of several (Cohere's end of a response and of a turn) the last that also stands there once others follow: what
-        ends the text as a whole (Phi's) does not.
+        If there are several (Cohere's end of a response and of a turn), return the last one that is also there when
+        more turns follow. A token that ends the whole text (Phi's) is not.
         """
         words = {"role": "assistant", "content": _MARK}
         tail = self._after_mark([_QUESTION, words], writing)
@@ -112,7 +112,7 @@ class EndTokens:
         return None, bool(tail) and not self._special.intersection(tail)
 
     def _last_shared(self, tail: Ids, other: Ids) -> int:
-        """Return the last special token that two tails begin with, or the first of this one."""
+        """Return the last special token in the common prefix of two tails, or else the first in `tail`."""
         last = tail[0]
         for ours, theirs in zip(tail, other):
             if ours != theirs or ours not in self._special:

@@ -1,4 +1,4 @@
-"""Keywords of a chat template (enable_thinking, reasoning_effort, ...) from the run and the row, and the date."""
+"""Combine keywords of a chat template (enable_thinking, ...) from the run and the row, and set its date."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from typing import Any
 
 from fastpref.data.rows.content import Paired, Unpaired, Writing
 
-_TAKEN = {  # by `apply_chat_template` itself
+_TAKEN = {  # arguments of `apply_chat_template` itself
     "self", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
     "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "kwargs",
 }  # fmt: skip
-_GIVEN = {  # to the template by it
+_GIVEN = {  # variables that it passes to the template
     "messages", "strftime_now", "raise_exception", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
     "cls_token", "mask_token",
 }  # fmt: skip
@@ -26,7 +26,7 @@ _DAY = "strftime_now"  # the function by which templates write the date
 
 
 def check_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raise ValueError for a reserved name, or a value that JSON does not have."""
+    """Raise ValueError for a reserved name, or a value that JSON cannot hold."""
     for name, value in keywords.items():
         if name in RESERVED:
             raise ValueError(f"{name} is no keyword that can be set: it is filled for every row")
@@ -50,13 +50,13 @@ def keywords_of(writing: Writing) -> dict[str, Any]:
 
 
 def key_of(writing: Writing) -> tuple[str | None, str]:
-    """Return a key that is equal for all writings whose chats are written alike, apart from their tools."""
+    """Return a key that is equal for writings that render chats in the same way, apart from their tools."""
     rest = [_set(writing), writing.day, writing.without_template]
     return writing.chat_template, json.dumps(rest, sort_keys=True, default=str)
 
 
 def variables(template: str) -> frozenset[str]:
-    """Return the names that a template reads from outside. Raises jinja2's TemplateError for invalid Jinja."""
+    """Return the names of the variables that a template reads. Raises jinja2's TemplateError for invalid Jinja."""
     from jinja2 import meta
 
     return frozenset(meta.find_undeclared_variables(_compiled(template).environment.parse(template)))

@@ -33,7 +33,7 @@ OWN = "tokenizer_default"
 
 
 def load_chat_template(given: str | None, key: str) -> str | None:
-    """Return the Jinja of a known name, of Jinja itself, or of a file; None for None and "tokenizer_default".
+    """Return the chat template for a known name, Jinja text, or a file; None for None and "tokenizer_default".
 
     Raises UserError, naming `key`, for a file that cannot be read.
     """

@@ -14,7 +14,7 @@ from fastpref.data.template.traits import for_template, template_of
 from fastpref.errors import UserError
 
 Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
-# What a template raises for messages that it refuses.
+# The exceptions with which a template refuses messages.
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
 _DEVELOPER = re.compile(r"['\"]developer['\"]")
 
@@ -32,7 +32,7 @@ def write_all(
     for places in together.values():
         try:
             written |= zip(places, _write_chats([contents[at] for at in places], tokenizer))
-        except REFUSALS:  # then each alone, to find the refused ones
+        except REFUSALS:  # write each row alone, to find the refused ones
             continue
     return [
         written[at] if at in written else _write_or_error(content, tokenizer) for at, content in enumerate(contents)
@@ -47,7 +47,7 @@ def _write_or_error(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBa
 
 
 def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
-    """Write chats that share a template and its keywords and have no tools, with two calls of it."""
+    """Write chats that share a template and its keywords and have no tools, with two calls of the template."""
     writing = chats[0].writing
     asked: list[list[Message]] = []  # prompts that the assistant is to answer
     others: list[list[Message]] = []
@@ -86,7 +86,7 @@ def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Wri
 
 
 def _hint(refusal: str, prompt: list[Message], responses: Sequence[list[Message]]) -> str:
-    """Return what a template's own message lacks: what to do, or the roles of the row."""
+    """Return a hint to add to a template's message: what to do, or the roles of the row."""
     if "system" in refusal:
         return "; put the words of its system turn into the first question"
     if "role" not in refusal:
@@ -141,7 +141,7 @@ def _apply_all(
 
 
 def _as_known(message: Message, template: str) -> Message:
-    """Turn a developer's message into a system's for a template that does not know developers."""
+    """Turn a developer message into a system message for a template that does not know developers."""
     unknown = message["role"] == "developer" and not _DEVELOPER.search(template)
     return {**message, "role": "system"} if unknown else message
 
@@ -158,7 +158,7 @@ def common(a: str, b: str) -> int:
 
 
 def _answered(prompt: Any) -> bool:
-    """Tell whether the prompt ends with an assistant's turn, after which the response goes on."""
+    """Return whether the prompt ends with an assistant turn, which the response continues."""
     return prompt[-1]["role"] == "assistant"
 
 

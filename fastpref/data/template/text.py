@@ -1,5 +1,6 @@
-"""The record of how a run wrote text, `text.json`, which lies in the folders of the run, of its checkpoints, of its
-result and of a merged model; and a generation_config.json that has every end token."""
+"""Read and write text.json, the record of how a run wrote text, and a generation_config.json with every end token.
+
+text.json is in the folders of a run, of its checkpoints, of its result and of a merged model."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -24,12 +25,12 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class TextRecord:
-    """How the rows of a run became text, and which tokens ended its responses."""
+    """The way in which the rows of a run became text, and the tokens that ended its responses."""
 
     chat_template: str | dict[str, str] | None
     """The tokenizer's, tokens.chat_template, or that of all sources: Jinja, or several by their names."""
     chat_template_kwargs: Mapping[str, Any]
-    """Keywords for it: tokens.chat_template_kwargs."""
+    """The keywords for the chat template: tokens.chat_template_kwargs."""
     day: date
     """The date that chat templates wrote."""
     ends: Mapping[str, int]
@@ -48,7 +49,7 @@ class TextRecord:
         (folder / TEXT).write_text(self.to_json(), encoding="utf-8")
 
     def changes(self, now: "TextRecord") -> list[str]:
-        """Return in words what differs in `now`: the chat template, its keywords."""
+        """Return the differences from `now` in words: the chat template, its keywords."""
         words = {"chat_template": "the chat template", "chat_template_kwargs": "its keywords"}
         return [word for name, word in words.items() if getattr(self, name) != getattr(now, name)]
 
@@ -70,7 +71,7 @@ def read_text_on_hub(name: str, revision: str | None = None) -> TextRecord | Non
     """Read the record of a model or an adapter on the hub or in its cache. Raises UserError if it is damaged."""
     try:
         path = cached_file(name, TEXT, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except Exception:  # no such repository, no network: loading the model will say so
+    except Exception:  # no such repository or no network, which loading the model reports
         return None
     return None if path is None else _read(Path(path))
 
@@ -112,12 +113,12 @@ def stop_at(model: PreTrainedModel, ends: Collection[int]) -> list[int]:
     new = [token for token in ends if token not in own]
     if new:
         generation.eos_token_id = _all_ends(own, ends)
-        generation._from_model_config = False  # its ends are others
+        generation._from_model_config = False  # its end tokens differ from those of the model's config
     return new
 
 
 def save_generation_config(folder: Path, generation: GenerationConfig | None) -> None:
-    """Write the generation config unless it exists already, as it does with a whole model."""
+    """Write the generation config unless it exists already, as it does in the folder of a whole model."""
     if generation is not None and not (folder / _GENERATION).exists():
         _write_generation(folder, generation)
 
@@ -137,14 +138,14 @@ def add_text(folder: Path, text: TextRecord | None, architecture: PretrainedConf
 
 
 def _write_generation(folder: Path, generation: GenerationConfig) -> None:
-    """Write it as it is, because `save_pretrained` refuses combinations that models on the hub have."""
+    """Write a generation config unchecked: `save_pretrained` refuses combinations that models on the hub have."""
     content = json.loads(generation.to_json_string())
-    content.pop("_from_model_config", None)  # which may have other ends
+    content.pop("_from_model_config", None)  # the model's config may have other end tokens
     (folder / _GENERATION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _all_ends(own: list[int], trained: Collection[int]) -> int | list[int] | None:
-    """Return the model's own ends if complete, else all, the trained ones first: some programs read only one."""
+    """Return the model's own ends if complete, or else all. Trained ones come first, as some programs read only one."""
     if not set(trained) <= set(own):
         own = [*trained, *(token for token in own if token not in trained)]
     return own if len(own) > 1 else next(iter(own), None)
@@ -158,7 +159,7 @@ def _ids(eos: int | list[int] | None) -> list[int]:
 
 
 def _templates(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the tokenizer's chat templates, and those of sources."""
+    """Return the chat templates of the tokenizer and of the data sources."""
     own: Any = tokenizer.chat_template
     templates = list(own.values()) if isinstance(own, Mapping) else [own]
     for data in (*config.data, *config.eval.data):

@@ -1,5 +1,6 @@
-"""What a chat template does with content in parts and with a call's arguments, found by rendering, and messages in the
-form that it accepts."""
+"""Find the form of messages that a chat template accepts, by rendering, and convert messages to it.
+
+The form concerns content in parts and the arguments of tool calls."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,19 +26,19 @@ class Traits:
     """The forms of messages that a chat template accepts."""
 
     iterates: frozenset[str]
-    """Roles whose content it writes part by part."""
+    """Roles whose content the template writes part by part."""
     needs_parts: frozenset[str]
-    """Roles whose content it writes only part by part."""
+    """Roles whose content the template writes only if it is in parts."""
     arguments_as_text: bool
-    """Whether it wants a call's arguments as JSON text: it fails, or writes Python, if they are a mapping."""
+    """Whether a call's arguments must be JSON text, because the template fails, or writes Python, for a mapping."""
     no_words: Mapping[str, Any]
-    """The content of a turn that only calls, empty text, None or nothing, with which the template writes the call."""
+    """The content (empty text, None or no key) with which the template writes a turn that only has a call."""
 
 
 def for_template(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, writing: Writing) -> list[Message]:
     """Return messages in the form that a row's template accepts: text or parts, arguments as a mapping or JSON text.
 
-    A template that writes its own parts gets them; for others the parts of a message are joined.
+    A template that writes parts gets them; for other templates, the parts of a message are joined.
     """
     template = template_of(tokenizer, writing)
     if template is None:
@@ -56,7 +57,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, writing: Writing) -> str | N
 
 @lru_cache(maxsize=64)
 def traits_of(template: str) -> Traits:
-    """Find the traits of a chat template by rendering. It does not accept a form that it refuses to write."""
+    """Find the traits of a chat template by rendering. A form that it refuses to write is not accepted."""
     iterates, needs_parts = set[str](), set[str]()
     for role in KNOWN_ROLES:
         if _writes_any(template, _chats(role, _PARTS), (_WORDS, _MORE), ("'text'", '"text"')):
@@ -67,7 +68,7 @@ def traits_of(template: str) -> Traits:
 
 
 def _chats(role: str, content: Any) -> list[list[Message]]:
-    """Return chats with a turn of a role and a content, among turns of text or of parts."""
+    """Return chats with a turn of this role and content, whose other turns are text or parts."""
     return [_chat({"role": role, "content": content}, words) for words in ("-", [{"type": "text", "text": "-"}])]
 
 
@@ -89,7 +90,7 @@ def _calling(arguments: Any, no_words: Mapping[str, Any]) -> Message:
 
 
 def _calls(template: str) -> tuple[bool, Mapping[str, Any]]:
-    """Return whether the template needs a call's arguments as text, and which content it needs."""
+    """Return whether a template needs a call's arguments as text, and the content that a turn with a call needs."""
     arguments = {_WORDS: _MORE}
     text = json.dumps(arguments)
     forms = ((False, arguments, (_WORDS, _MORE)), (True, text, (text,)))
@@ -106,7 +107,7 @@ def _writes_any(template: str, chats: list[list[Message]], wanted: Sequence[str]
 
 
 def _writes(template: str, chat: list[Message], wanted: Sequence[str], unwanted: Sequence[str]) -> bool:
-    """Tell whether a template writes a chat with all wanted words and no unwanted ones."""
+    """Return whether a template writes a chat with all wanted words and no unwanted ones."""
     try:
         written, _ = render_jinja_template([chat], chat_template=template, **_NO_TOKENS)
     except Exception:  # Jinja's errors, and whatever a template's Python raises
