@@ -70,7 +70,7 @@ class Source:
         return Path(self.data.path).name
 
     def contents(self, at: int) -> tuple[Paired | Unpaired, ...]:
-        """Read a row: one content, or for KTO the two responses of a pair. Raises RowError if the format does not fit."""
+        """Read a row: one content, or for KTO the two responses of a pair. Raises RowError if it does not fit."""
         raw = self.records[at]
         content = self.form.read(raw)
         if isinstance(content, Paired) and self.unpaired:

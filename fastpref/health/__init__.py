@@ -1,8 +1,8 @@
 """Judge a run by its metrics: rules turn rows of metrics into verdicts. Nothing here imports torch.
 
-A rule reads the history and what is known of the run, and returns a finding or None. It compares the beginning with the
+A rule reads the history and other facts of the run, and returns a finding or None. It compares the beginning with the
 end, which are means over the first tenth and the last fifth of the logged steps, by their standard errors. Evaluations
-always use the same rows, so rules prefer them where there are two. docs/health.md describes every rule.
+always use the same rows, so rules prefer them if there are at least two. docs/health.md describes every rule.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ __all__ = ["RULES", "Known", "Verdict", "Watch", "diagnose", "known_of"]
 
 
 def diagnose(history: History, known: Known) -> list[Verdict]:
-    """Return all verdicts on a run, or on a run so far: alarms first, and a cause in place of its symptoms."""
+    """Return all verdicts on a run, complete or not: alarms first, and a cause instead of its symptoms."""
     findings: dict[str, Finding] = {}
     for rule in RULES.values():
         explained = any(rule.name in RULES[name].explains for name in findings)
@@ -33,10 +33,10 @@ class Watch:
     def __init__(self, known: Known, rows: Iterable[Mapping[str, Any]] = ()):
         self.known, self.history = known, History(rows)
         self._told = {verdict.rule for verdict in self.verdicts()} if self.history.step else set()
-        self._next = 0  # rows of training at which to look again
+        self._next = 0  # the number of training rows at which rules run next
 
     def add(self, row: Mapping[str, Any]) -> list[Verdict]:
-        """Add a row and return new verdicts. Rules run at evaluations, and ever more rarely as the run gets longer."""
+        """Add a row and return new verdicts. Rules run at evaluations, and less often as the run gets longer."""
         self.history.add(row)
         if "loss" in row and self.history.rows < self._next:
             return []

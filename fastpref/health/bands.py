@@ -1,4 +1,4 @@
-"""Where the metrics of each loss begin, and where they stay in a healthy run. Nothing here imports torch."""
+"""The first values of the metrics of each loss, and their ranges in a healthy run. Nothing here imports torch."""
 
 import math
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 
 _LN2 = math.log(2)
-GRADIENTS = (0.01, 10.0)  # a norm before clipping
+GRADIENTS = (0.01, 10.0)  # the gradient norm before clipping
 EXPLODING = 100.0
 
 
 @dataclass(frozen=True)
 class Band:
-    """The range of a metric in a healthy run; None is no bound."""
+    """The range of a metric in a healthy run; None means no bound."""
 
     low: float | None
     high: float | None
 
 
 def first_loss(loss: LossOptions) -> float | None:
-    """Return the loss while policy and reference are the same model, or None where that does not determine it."""
+    """Return the loss while policy and reference are the same model, or None if that does not determine it."""
     if isinstance(loss, KTO):
         same = loss.desirable_weight == loss.undesirable_weight
         return loss.desirable_weight / 2 if same else None
@@ -69,7 +69,7 @@ def bands(loss: LossOptions, start: float | None = None) -> dict[str, Band]:
         ranges |= {"rewards/chosen": Band(0.0, None), "rewards/rejected": Band(None, 0.0)}
     if isinstance(loss, ORPO):
         ranges["log_odds_chosen"] = Band(0.0, None)
-    if isinstance(loss, SimPO):  # the margin aimed at
+    if isinstance(loss, SimPO):  # the target margin
         ranges["rewards/margins"] = Band(loss.margin, None)
     return ranges
 

@@ -1,4 +1,4 @@
-"""Rules that find the cause of a run that goes wrong, from the run as a whole, its labels and its rows."""
+"""Rules that find the cause of a failing run, from the run as a whole, its labels and its rows."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from fastpref.run.history import HELDOUT, History
     ),
 )  # fmt: skip
 def _learning_rate_high(h: History, known: Known) -> Finding | None:
-    """Find a policy that has moved so far that it no longer writes as it did."""
+    """Find a policy that has moved so far that it no longer writes as before the training."""
     loss, tokens = h["loss"], change_of(h, known, "mean_token_accuracy")
     if len(loss) < 3:
         return None
@@ -99,7 +99,7 @@ def _labels_shuffled(h: History, known: Known) -> Finding | None:
         return None
     if moved < 0.02 * enough(known) or abs(float(heldout.values[0]) - 0.5) > 0.15:
         return None
-    if known.heldout is not None and known.heldout < 20:  # a coin may fall so
+    if known.heldout is not None and known.heldout < 20:  # too few rows to exclude chance
         return None
     end, width = float(heldout.values[-1]), max(0.05, 1.5 * heldout_error(known))
     by_chance = bool(np.all(np.abs(heldout.values[1:] - 0.5) < width))
@@ -133,7 +133,7 @@ def _nothing_learnt(h: History, known: Known) -> Finding | None:
         return None
     if moved > 0.5 * enough(known) or abs(loss.by) > 0.01 * abs(loss.start):
         return None
-    if moved > 0.02 * enough(known) and accuracy.end < 0.55:  # even a short way leads somewhere: it is not the rate
+    if moved > 0.02 * enough(known) and accuracy.end < 0.55:  # the policy moves, so the rate is not the cause
         return None
     where = "a token" if per_token(known.loss) else "a response"
     return Finding(
@@ -148,7 +148,7 @@ def _nothing_learnt(h: History, known: Known) -> Finding | None:
 
 @rule("already_preferred")
 def _already_preferred(h: History, known: Known) -> Finding | None:
-    """Find chosen responses that nearly always are the likelier ones before any training."""
+    """Find chosen responses that are nearly always the likelier ones before any training."""
     ranking = h[HELDOUT + "logps/accuracies"][:1]
     count = known.heldout or 0
     if not len(ranking) or ranking.steps[0] != 0:

@@ -1,4 +1,4 @@
-"""Define a rule, and what the rules share. Nothing here imports torch."""
+"""Define rules, and the functions that they share. Nothing here imports torch."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sized
@@ -17,21 +17,21 @@ Severity = Literal["alarm", "warning"]
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a run in addition to its metrics."""
+    """The facts of a run that rules use in addition to its metrics."""
 
     loss: LossOptions
-    steps: int | None = None  # planned; None: all of them are there
-    batch: int | None = None  # pairs or rows a step
+    steps: int | None = None  # planned steps; None if the run is complete
+    batch: int | None = None  # pairs or rows per step
     learning_rate: float | None = None
     max_grad_norm: float = 1.0
-    rows: int = 0  # of training
-    cut: int = 0  # of those, how many lost tokens
-    heldout: int | None = None  # examples
-    labels: tuple[int, int] | None = None  # of KTO's training rows: good and bad
+    rows: int = 0  # training rows
+    cut: int = 0  # training rows that lost tokens
+    heldout: int | None = None  # held-out examples
+    labels: tuple[int, int] | None = None  # good and bad training rows of KTO
 
 
 def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
-    """Return what the config and the run.json of a run tell."""
+    """Return the facts that are in the config and the run.json of a run."""
     rows = facts.get("rows") or {}
     train, heldout = rows.get("train") or {}, rows.get("heldout") or {}
     return Known(
@@ -41,7 +41,7 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         learning_rate=config.learning_rate,
         max_grad_norm=config.train.max_grad_norm,
         rows=train.get("kept", 0),
-        # A row may lose of its prompt and its responses; the larger count is the least that lost something.
+        # A row may be in both counts, so the larger one is a lower bound of the rows that lost tokens.
         cut=max(train.get("turns_cut", 0) + train.get("prompts_cut", 0), train.get("responses_cut", 0)),
         heldout=heldout.get("kept"),
         labels=(rows["good"], rows["bad"]) if "good" in rows and "bad" in rows else None,
@@ -56,7 +56,7 @@ class Verdict:
     severity: Severity  # "alarm": the model is most likely of no use; "warning": look at it
     message: str
     evidence: Mapping[str, float]
-    steps: tuple[int, int]  # from the first to the last that it is about
+    steps: tuple[int, int]  # the first and the last step that it concerns
     advice: str
 
     def __str__(self) -> str:
@@ -99,14 +99,14 @@ def settled(h: History, known: Known, share: float = 0.3) -> bool:
 
 
 def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Trend | None:
-    """Return the change from beginning to end, of held-out rows if they were evaluated twice, else of training."""
+    """Return the change from beginning to end, of held-out rows if evaluated twice, or else of training rows."""
     start = known_start(known, name)
     found = h.heldout_change(name, start) if heldout else None
     return found or h.change(name, start)
 
 
 def known_start(known: Known, name: str) -> float | None:
-    """Return where a metric begins while policy and reference are the same model, or None."""
+    """Return the first value of a metric if policy and reference begin as the same model, or None."""
     if not known.loss.uses_reference:
         return None
     starts = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}
@@ -114,7 +114,7 @@ def known_start(known: Known, name: str) -> float | None:
 
 
 def nats(known: Known, reward: float) -> float:
-    """Convert a reward to a log-probability: of a whole response, or of a token where the loss averages."""
+    """Convert a reward to a log-probability, of a whole response or, if the loss averages, of a token."""
     return reward / known.loss.beta if known.loss.beta else 0.0
 
 
@@ -159,5 +159,5 @@ def smaller(known: Known, factor: int = 10) -> str:
 
 
 def now(known: Known) -> str:
-    """Return the learning rate in brackets, if it is known."""
+    """Return the learning rate in brackets, or an empty text if it is unknown."""
     return "" if known.learning_rate is None else f" ({known.learning_rate:g} now)"

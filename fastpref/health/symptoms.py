@@ -1,4 +1,4 @@
-"""Rules that find what is unusual in single curves: losses, rewards, gradients, and held-out rows against training."""
+"""Rules that find unusual values in single curves: losses, rewards, gradients, and held-out rows against training."""
 
 import math
 
@@ -28,7 +28,7 @@ from fastpref.run.history import HELDOUT, History, Series
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-@rule("first_loss", explains=("loss_rises",))  # whose beginning would be another
+@rule("first_loss", explains=("loss_rises",))  # which compares with the first loss
 def _first_loss(h: History, known: Known) -> Finding | None:
     wanted = first_loss(known.loss)
     series = h[HELDOUT + "loss"][:1]
@@ -66,7 +66,7 @@ def _loss_below_band(h: History, known: Known) -> Finding | None:
     if not low or loss is None or not settled(h, known) or loss.end > low - 3 * loss.error:
         return None
     heldout = h[HELDOUT + "loss"]
-    if len(heldout) > 1 and heldout.values[-1] < low:  # learnt, and not by heart
+    if len(heldout) > 1 and heldout.values[-1] < low:  # it has generalised
         return None
     beside = f", and is {heldout.values[-1]:.3g} held out" if len(heldout) > 1 else "; no rows are held out"
     return Finding(
@@ -141,7 +141,7 @@ def _accuracy_at_chance(h: History, known: Known) -> Finding | None:
 
 @rule("rejected_rises")
 def _rejected_rises(h: History, known: Known) -> Finding | None:
-    if supervised(known.loss):  # which raises whatever is like the chosen responses
+    if supervised(known.loss):  # the supervised term also raises text like the chosen responses
         return None
     chosen, rejected = change_of(h, known, "rewards/chosen"), change_of(h, known, "rewards/rejected")
     if chosen is None or rejected is None or not settled(h, known):
@@ -183,13 +183,13 @@ def _both_fall(h: History, known: Known) -> Finding | None:
 
 @rule("accuracy_pinned")
 def _accuracy_pinned(h: History, known: Known) -> Finding | None:
-    """Find an accuracy of 100% after a few steps, in which nothing worth learning can be learnt."""
+    """Find an accuracy of 100% after a few steps, which shows that the pairs differ by something trivial."""
     series, loss, start = h["rewards/accuracies"], h["loss"], first_loss(known.loss)
     if start is None or not len(series) or not settled(h, known):
         return None
     total = known.steps or h.step
     early = loss[: int(np.searchsorted(loss.steps, 0.3 * total, side="right"))][-3:]
-    if not len(early) or early.mean > 0.5 * start:  # the right side by a hair is not yet learnt
+    if not len(early) or early.mean > 0.5 * start:  # right by a small margin only
         return None
     length = max(5, math.ceil(0.05 * len(series)), math.ceil(64 / (known.batch or 64)))
     first = _run_start(series, series.steps[series.values < 0.995], length)
@@ -207,7 +207,7 @@ def _accuracy_pinned(h: History, known: Known) -> Finding | None:
 
 
 def _run_start(series: Series, breaks: np.ndarray, length: int) -> int | None:
-    """Return the step at which the first `length` rows without a break begin."""
+    """Return the first step of the first `length` consecutive rows without a break, or None."""
     edges = np.concatenate([[-1], np.searchsorted(series.steps, breaks), [len(series)]])
     gaps = np.flatnonzero(np.diff(edges) > length)
     return int(series.steps[edges[gaps[0]] + 1]) if len(gaps) else None
@@ -234,7 +234,7 @@ def _length_bias(h: History, known: Known) -> Finding | None:
 
 @rule("kl_stuck")
 def _kl_stuck(h: History, known: Known) -> Finding | None:
-    """Find a KL that stays 0: max(0, ·) hides how far mismatched responses fall, so it is no reference point."""
+    """Find a KL that stays 0. It is no reference point then, as max(0, ·) hides how far mismatched responses fall."""
     if not isinstance(known.loss, KTO) or known.loss.kl != "batch":
         return None
     kl = h["kl"].beyond(h.step / 5)

@@ -1,1 +1,1 @@
-"""What a run leaves on the disk, and how it goes on from there."""
+"""The files of a run, and resuming a run from them."""

@@ -1,4 +1,4 @@
-"""The model card of a trained model: what it is, how it was trained, and its held-out metrics."""
+"""The model card of a trained model, with its training and its held-out metrics."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -36,10 +36,10 @@ class Checkpoints:
     tokenizer: PreTrainedTokenizerBase
     text: TextRecord
     examples: Sequence[Example]
-    optimizer: Any  # with state_dict and load_state_dict, as Accelerate made it
+    optimizer: Any  # prepared by Accelerate; has state_dict and load_state_dict
     scheduler: Any
-    scaler: Any | None  # of float16
-    model_fingerprint: str  # of the weights as they were loaded
+    scaler: Any | None  # only for float16
+    model_fingerprint: str  # of the weights before training
     processes: Processes = ALONE
     latest: Path | None = None
 
@@ -50,7 +50,7 @@ class Checkpoints:
     def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
         """Write the checkpoint of the last whole step unless it exists, and remove old ones. Raises WriteError.
 
-        All processes call this, as every method here, together; the first one writes.
+        All processes must call this method, like the others, together. The first process writes.
         """
         if not best and self.latest is not None and self.latest.name == f"step-{progress.step}":
             return self.latest

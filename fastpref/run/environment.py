@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandby
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return what a result depends on besides its config: versions, the system and the device."""
+    """Return what a result depends on in addition to its config: versions, the system and the device."""
     versions = {"fastpref": __version__, "Python": platform.python_version(), "system": platform.platform(terse=True)}
     for package in _PACKAGES:
         try:
@@ -42,7 +42,7 @@ def processor() -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory so far in bytes: what torch allocated on a GPU, else of the process. None if unknown."""
+    """Return the peak memory in bytes, that torch has allocated on a GPU, else of the process. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

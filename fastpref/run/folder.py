@@ -1,4 +1,4 @@
-"""The folder of a run: what is written where. Files appear only once they are whole."""
+"""The folder of a run and its files. A file appears in it only once it is complete."""
 
 import errno
 import json
@@ -24,11 +24,11 @@ _OURS = ("final", "stopped", "checkpoints", "trackers")  # folders that a new ru
 
 @dataclass(frozen=True)
 class RunFolder:
-    """config.toml (resolved), metrics.jsonl (a JSON object a row), run.json (the report's facts), report.html,
-    checkpoints/, final/ (an adapter or a model)."""
+    """The folder of a run, with config.toml (resolved), metrics.jsonl (a JSON object per row), run.json (facts for the
+    report), report.html, checkpoints/ and final/ (an adapter or a model)."""
 
     path: Path
-    new: bool = False  # whether it did not exist when it was chosen
+    new: bool = False  # whether the folder did not exist yet when it was chosen
 
     @classmethod
     def choose(cls, config: Config, name: str, *, force: bool) -> "RunFolder":
@@ -92,9 +92,9 @@ class RunFolder:
         return read_rows(self.metrics) if self.metrics.exists() else iter(())
 
     def log(self, row: Mapping[str, float | int]) -> None:
-        """Append one row to metrics.jsonl, with null for numbers that are not finite, which JSON lacks.
+        """Append one row to metrics.jsonl, with null for numbers that are not finite, which JSON cannot hold.
 
-        Raises WriteError; then the file is unchanged.
+        If it raises WriteError, the file is unchanged.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         line = f"{json.dumps(finite)}\n".encode()
@@ -120,7 +120,7 @@ class RunFolder:
         return self.path / name
 
     def checkpoint(self, step: int, fill: Callable[[Path], None]) -> Path:
-        """Save a checkpoint. Raises WriteError; then nothing has changed."""
+        """Save a checkpoint. If it raises WriteError, nothing has changed."""
         place = self.path / "checkpoints" / f"step-{step}"
         try:
             sync(self.metrics)  # a checkpoint must not reach the disk before the rows that led to it
@@ -130,7 +130,7 @@ class RunFolder:
         return place
 
     def checkpoints(self) -> list[Path]:
-        """List the run's checkpoints, damaged ones too, the newest first."""
+        """List the run's checkpoints, including damaged ones, the newest first."""
         folders = [p for p in (self.path / "checkpoints").glob("step-*") if p.is_dir() and is_checkpoint(p)]
         return sorted(folders, key=step_of, reverse=True)
 
@@ -171,7 +171,7 @@ def default_folders(config: Config, name: str) -> Iterator[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Tell by its name whether a path is that of a run's checkpoint: RUN/checkpoints/step-N."""
+    """Return whether a path has the form of a run's checkpoint, RUN/checkpoints/step-N."""
     return path.parent.name == "checkpoints" and path.name.removeprefix("step-").isdecimal()
 
 
@@ -181,7 +181,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _before(row: dict[str, Any], progress: Progress) -> bool:
-    """Tell whether a row was logged before a checkpoint; one saved by an interrupt precedes its step's evaluation."""
+    """Return whether a row precedes a checkpoint. One saved by an interrupt precedes its step's evaluation."""
     step = row["step"]
     if step > progress.step:
         return False

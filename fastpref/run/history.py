@@ -72,7 +72,7 @@ class Trend:
         return self.end - self.start
 
     def rises(self, more_than: float = 0.0) -> bool:
-        """Tell whether the rise exceeds three standard errors and `more_than`."""
+        """Return whether the rise exceeds three standard errors and `more_than`."""
         return self.by > max(more_than, 3 * self.error)
 
     def falls(self, more_than: float = 0.0) -> bool:
@@ -80,12 +80,12 @@ class Trend:
 
 
 class History:
-    """All rows logged so far, in eight bytes a number."""
+    """All rows logged so far, in eight bytes per number."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
-        self._series: dict[str, tuple[array[int], array[float]]] = {}  # steps and values
-        self.rows = 0  # of training
-        self.not_finite: list[int] = []  # steps
+        self._series: dict[str, tuple[array[int], array[float]]] = {}  # name → steps and values
+        self.rows = 0  # number of training rows
+        self.not_finite: list[int] = []  # steps with a value that is not finite
         self.step = 0
         for row in rows:
             self.add(row)
@@ -116,7 +116,7 @@ class History:
     def change(self, name: str, start: float | None = None) -> Trend | None:
         """Return how a metric of the training rows changed, or None if there are fewer than eight rows.
 
-        `start` is given if the method determines the first value.
+        `start` is the first value, if the loss determines it.
         """
         series = self[name]
         if len(series) < 8:
@@ -127,9 +127,9 @@ class History:
         return Trend(start, last.mean, error, (int(series.steps[0]), last.span[1]))
 
     def heldout_change(self, name: str, start: float | None = None) -> Trend | None:
-        """Return how a metric changed from the first evaluation to the last, or None if there is but one.
+        """Return how a metric changed from the first evaluation to the last, or None if there is only one.
 
-        Both are of the same rows, so the change has no sampling error. A `start` stands for an evaluation before the
+        Both are of the same rows, so the change has no sampling error. `start` replaces an evaluation before the
         training if there was none.
         """
         series = self[HELDOUT + name]

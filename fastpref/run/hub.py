@@ -24,7 +24,7 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
 
 
 def check_login(repository: str) -> None:
-    """Raise UserError if the hub would refuse an upload, to learn it before hours of training and not after."""
+    """Raise UserError if the hub would refuse an upload, so that this is known before hours of training."""
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{repository}: nothing can be uploaded while the hub is not asked (HF_HUB_OFFLINE, --offline)")
     try:

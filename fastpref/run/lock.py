@@ -14,7 +14,7 @@ class RunLock:
         self._folder, self._lock = folder, FileLock(folder / ".lock")
 
     def acquire(self) -> None:
-        """Take the lock unless it is held already, creating the folder. Raises UserError if another run has it."""
+        """Take the lock unless it is held already, and create the folder. Raises UserError if another run has it."""
         if self._lock.is_locked:
             return
         try:
@@ -24,7 +24,7 @@ class RunLock:
                 f"{self._folder}: another run is writing to this folder; wait for its end, or choose another output.dir"
             ) from None
         except (OSError, NotImplementedError):
-            pass  # no permission to write, which the start of the run reports; or a file system without locks
+            pass  # no permission to write, which the start of the run reports, or no locks in this file system
 
     def release(self) -> None:
         self._lock.release(force=True)

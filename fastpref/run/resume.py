@@ -1,4 +1,4 @@
-"""Resuming: find the checkpoint, and check that config, model and data are those of the run."""
+"""Find the checkpoint to resume from, and check that config, model and data are those of the run."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ from fastpref.run.state import read_state
 
 
 def places(schema: type[Config]) -> tuple[str, ...]:
-    """Return the keys that are a path which is read; values that have paths inside are compared whole."""
+    """Return the keys whose value is a path that is read. Values that contain paths are compared as a whole."""
     return tuple(key for key, mark in path_marks(schema) if not mark.written and mark.inside is None)
 
 
 # Keys that do not change the weights, or only how long they are trained.
 _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",
          "train.steps", "train.epochs")  # fmt: skip
-# Keys that change how a step is computed: its result differs only by rounding and the draws of dropout.
+# Keys that change how a step is computed. Its result differs only by rounding and random dropout.
 _ROUNDING = (
     "train.tokens_per_microbatch",
     "train.layout",
@@ -33,9 +33,9 @@ _ROUNDING = (
     "model.attention",
     "model.liger",
 )
-# Paths, which may change: the contents are compared once they are loaded.
+# Paths may change, because their contents are compared once they are loaded.
 _PLACES = places(Config)
-_OF_THE_FIRST = ("output.dir", "output.push_to")  # what the first process alone takes
+_OF_THE_FIRST = ("output.dir", "output.push_to")  # keys that only the first process uses
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Resumed:
 
     checkpoint: Path
     state: Mapping[str, Any]
-    changed: Mapping[str, tuple[Any, Any]]  # of the config: key → then, now
+    changed: Mapping[str, tuple[Any, Any]]  # key of the config → value then, value now
     notes: list[str] = field(default_factory=list)
     text: TextRecord | None = None  # older runs have none
 
@@ -53,7 +53,7 @@ class Resumed:
         return RunFolder(self.checkpoint.parent.parent)
 
     def check_text(self, now: TextRecord) -> None:
-        """Raise UserError unless rows become text as they did in the run, whose date is kept."""
+        """Raise UserError unless rows become text in the same way as in the run, with the run's date."""
         changes = self.text.changes(now) if self.text is not None else []
         if changes:
             keys = {key: both for key, both in self.changed.items() if key.startswith(("tokens.", "model."))}
@@ -100,7 +100,7 @@ def find_checkpoint(config: Config, name: str, wanted: bool | str | Path, *, for
 
 
 def may_change(key: str) -> bool:
-    """Tell whether a run can be resumed with another value of a key."""
+    """Return whether a run can be resumed with another value of a key."""
     return _matches(key, _FREE + _ROUNDING)
 
 
@@ -109,7 +109,7 @@ def fingerprints(model: str, data: str) -> dict[str, str]:
 
 
 def shared(config: Config, resumed: Resumed | None) -> dict[str, Any]:
-    """Return what must be equal in all processes of a run: its config without paths, and the checkpoint's contents."""
+    """Return the values that all processes of a run must share: the config without paths, the checkpoint's contents."""
     settings = {key: value for key, value in _flat(_resolved(config)) if not _matches(key, (*_PLACES, *_OF_THE_FIRST))}
     if resumed is None:
         return settings | {"checkpoint": "none"}
@@ -167,7 +167,7 @@ def _changed(checkpoint: Path, config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _resolved(config: Config) -> dict[str, Any]:
-    """Return the config as JSON has it, so that one read back from TOML is equal."""
+    """Return the config as JSON values, so that it equals one that is read back from TOML."""
     content = config.model_dump(mode="json")
     content["train"]["learning_rate"] = config.learning_rate
     return content

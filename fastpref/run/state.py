@@ -1,4 +1,4 @@
-"""The state of a run as safetensors and JSON, which run no code when they are read."""
+"""Save the state of a run as safetensors and JSON, which run no code when they are read."""
 
 import hashlib
 import json
@@ -29,11 +29,11 @@ FORMAT = 2
 
 @dataclass
 class Progress:
-    """How far a run has come. Its values are plain JSON."""
+    """The progress of a run, in values that JSON can hold."""
 
     step: int = 0  # optimizer steps taken
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
-    evaluated: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    evaluated: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     evaluated_at: int | None = None
     best: dict[str, float] | None = None  # step, accuracy and loss of the best evaluation
     before: list[list[str]] | None = None  # questions, and the answers before the training
@@ -41,7 +41,7 @@ class Progress:
     skipped_in_row: int = 0
 
     def improved(self) -> bool:
-        """Tell, and note, whether the last evaluation is the best: more accurate, or as accurate with a lower loss."""
+        """Return and record whether the last evaluation is the best: more accurate, or as accurate with lower loss."""
         if "eval/rewards/accuracies" not in self.evaluated:
             return False
         accuracy, loss = self.evaluated["eval/rewards/accuracies"], self.evaluated["eval/loss"]
@@ -69,7 +69,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], known: dict[int, str]) -> Any:
-    """Encode a value as JSON. Tensors, tuples and dicts, whose keys may be no strings, become one-key objects."""
+    """Encode a value as JSON. Tensors, tuples and dicts, whose keys may not be strings, become one-key objects."""
     if isinstance(value, Tensor):
         if id(value) not in known:  # 8-bit optimizers share their tables among parameters
             known[id(value)] = f"t{len(tensors)}"
@@ -102,8 +102,9 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def whole(value: Any) -> Any:
-    """Return nested values with the tensors that FSDP2 sharded as whole tensors on the CPU. All processes call it
-    together."""
+    """Return nested values in which tensors sharded by FSDP2 are whole tensors on the CPU.
+
+    All processes must call it together."""
     if isinstance(value, DTensor):
         return value.full_tensor().detach().cpu()
     if isinstance(value, dict):
@@ -112,7 +113,7 @@ def whole(value: Any) -> Any:
 
 
 def like(value: Tensor, own: Tensor) -> Tensor:
-    """Shard a whole tensor as `own` is sharded."""
+    """Shard a whole tensor in the same way as `own`."""
     if not isinstance(own, DTensor):
         return value
     value = value.to(own.device, own.dtype)
@@ -120,7 +121,7 @@ def like(value: Tensor, own: Tensor) -> Tensor:
 
 
 def optimizer_state(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Shard the moments in a saved optimizer state as their parameters are sharded."""
+    """Shard the moments in a saved optimizer state in the same way as their parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def moment(own: Tensor, value: Any) -> Any:
@@ -131,7 +132,7 @@ def optimizer_state(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the states of all random generators that a step may draw from."""
+    """Return the states of all random number generators that a step may use."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -169,8 +170,8 @@ def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
 
 
 def save_weights(folder: Path, loaded: Loaded, weights: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter or the model as PEFT and transformers load them; `weights` come from `whole_weights`."""
-    # With an adapter on the head PEFT would also write the head and the embeddings, which have not changed.
+    """Write the adapter for PEFT, or the model for transformers; `weights` come from `whole_weights`."""
+    # If the head has an adapter, PEFT would also write the head and the embeddings, which have not changed.
     options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
     if weights is not None:
         options["state_dict"] = weights
@@ -202,12 +203,12 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
     )  # fmt: skip
     if wrong:
         raise UserError(f"{folder}: the saved weights are of another model: {', '.join(wrong[:3])}")
-    for name, tensor in own.items():  # they share the storage of the model's own
+    for name, tensor in own.items():  # these tensors share their storage with the model
         tensor.copy_(like(saved[name], tensor))
 
 
 def model_fingerprint(loaded: Loaded) -> str:
-    """Hash a sample of every weight that a run begins with: with adapters the frozen ones, else all of them."""
+    """Hash a sample of every weight that a run begins with: of the frozen ones with adapters, or else of all."""
     digest, adapters = hashlib.sha256(), isinstance(loaded.wrapped, PeftModel)
     for name, parameter in loaded.model.named_parameters():
         if not (adapters and parameter.requires_grad):

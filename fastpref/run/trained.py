@@ -1,4 +1,4 @@
-"""The argument of `eval`, `chat`, `merge` and `push`: a run, a checkpoint, an adapter, a model, or a config."""
+"""Load what `eval`, `chat`, `merge` and `push` take: a run, a checkpoint, an adapter, a model, or a config."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from fastpref.errors import UserError
 from fastpref.model.load import Loaded, load_model, load_tokenizer
 from fastpref.run.folder import RunFolder
 
-_NO_DATA = [{"path": "no data"}]  # of a config made for a model alone
+_NO_DATA = [{"path": "no data"}]  # for a config that only describes a model
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,18 @@ class Trained:
 
     weights: str  # a folder, or a name on the hub
     is_adapter: bool
-    config: Config  # whose model is the one that the training began with
+    config: Config  # its model is the one that the training began with
     of_run: bool  # whether the config is that of a run, or only names the model
-    text: TextRecord | None = None  # how the text it was trained on was written; None if unknown
+    text: TextRecord | None = None  # how the training text was written; None if unknown
 
     @property
     def began_with(self) -> str | None:
-        """The model that the training began with, if it is another one and is known."""
+        """The model that the training began with, or None if it is the same one or unknown."""
         return self.config.model.name if self.is_adapter or self.config.model.name != self.weights else None
 
 
 def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
-    """Find the weights and the config that a name stands for.
+    """Find the weights and the config for a name.
 
     The name is that of a run's folder (for its final/, or else its newest checkpoint), of a checkpoint, of an adapter
     or a model in a folder or on the hub, or of a config (for the model it would train). The config gets the chat
@@ -76,7 +76,7 @@ def load_trained(trained: Trained, device: torch.device, *, base: bool = False) 
 
 
 def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
-    """Load its own tokenizer, or that of the model it began with."""
+    """Load the tokenizer of the trained model, or else that of the model it began with."""
     config = trained.config
     own = Path(trained.weights)
     saved = own.is_dir() and any(own.glob("tokenizer*"))
@@ -86,7 +86,7 @@ def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
 
 
 def _as_recorded(trained: Trained, text: TextRecord | None, overrides: Sequence[str]) -> Trained:
-    """Add the text record of the training: a file that the config names may have changed since."""
+    """Add the text record of the training, because a template file in the config may have changed since."""
     if text is None:
         return trained
     named = {override.partition("=")[0].strip() for override in overrides}
@@ -101,7 +101,7 @@ def _as_recorded(trained: Trained, text: TextRecord | None, overrides: Sequence[
 
 
 def _as_it_is(config: Config, device: torch.device) -> Config:
-    """Choose half precision on a GPU for dtype = "auto": nothing is trained, so it is enough."""
+    """Choose half precision on a GPU for dtype = "auto", which is enough without training."""
     if config.model.dtype != "auto" or device.type == "cpu":
         return config
     half = "bfloat16" if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else "float16"
@@ -133,7 +133,7 @@ def _base(folder: str | Path) -> str:
 def _on_hub(name: str, overrides: Sequence[str]) -> Trained:
     try:
         adapter = find_adapter_config_file(name) is not None
-    except Exception:  # no such repository, no network: loading the model will say so
+    except Exception:  # no such repository or no network, which loading the model reports
         adapter = False
     trained = Trained(name, adapter, _config(_base(name) if adapter else name, overrides), False)
     return _as_recorded(trained, read_text_on_hub(name), overrides)

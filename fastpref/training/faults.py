@@ -1,4 +1,4 @@
-"""Faults of a run, in messages that a person can act on: interrupts, losses that are not finite, no memory."""
+"""Handle interrupts, losses that are not finite, and running out of memory, with messages that say what to do."""
 
 import math
 import signal
@@ -18,11 +18,11 @@ from fastpref.run.resume import may_change
 from fastpref.sizes import in_words
 from fastpref.step.objective import Objective
 
-SKIPS_IN_ROW = 10  # so many skipped steps one after the other are no accident
+SKIPS_IN_ROW = 10  # a run stops after this many skipped steps in a row
 
 
 class Interrupt:
-    """Waits for Ctrl-C or SIGTERM: a run finishes its current step first. A second one stops it at once."""
+    """Catches Ctrl-C and SIGTERM, so that a run finishes its current step first. A second one stops it at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -45,11 +45,11 @@ class Interrupt:
 
 
 class NotFinite(UserError):
-    """A loss or gradient is not finite. No weight has been updated with it."""
+    """A loss or gradient that is not finite. No weight has been updated with it."""
 
 
 def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example], objective: Objective) -> str:
-    """A message that names the step, its rows, and the rows that cause it. Call it before the gradients are cleared."""
+    """Return a message that names the step, its rows, and the cause. Call it before the gradients are cleared."""
     what = f"step {step}: loss {loss}, gradient norm {norm}"
     weights = [name for name, p in objective.policy.named_parameters() if not torch.isfinite(p).all()]
     if weights:
@@ -66,7 +66,7 @@ def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example],
 
 
 def _not_finite_alone(examples: Sequence[Example], objective: Objective) -> list[Example]:
-    """The examples whose loss is not finite by themselves: a forward pass for each, without dropout."""
+    """Return the examples whose loss alone is not finite, by one forward pass for each, without dropout."""
     objective.policy.eval()
     try:
         return [e for e in examples if not math.isfinite(objective.evaluate([e], 1).result()["loss"])]
@@ -83,9 +83,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def out_of_memory(after: int, step: OversizedStep, count: Count | None) -> tuple[str, list[str]]:
-    """A message for a run that ran out of memory `after` so many steps: what it holds, and what to change.
+    """Return a message for a run that ran out of memory after step `after`: what it holds, and what to change.
 
-    Returns the overrides among those changes with which the run can be resumed, too.
+    Also return the overrides among those changes with which the run can be resumed.
     """
     parts = {name: size for name, size in step.memory.parts().items() if size}
     held = ", ".join(f"{PARTS[name]} {in_words(size)}" for name, size in parts.items())
@@ -99,16 +99,16 @@ def out_of_memory(after: int, step: OversizedStep, count: Count | None) -> tuple
 
 
 def _proposal(step: OversizedStep, count: Count | None) -> Proposal:
-    """The changes to propose, by a rule of thumb where nothing can be counted.
+    """Return the changes to propose, by a rule of thumb if the step cannot be counted.
 
-    The step must become smaller than its own count, however large the device is: other programs may use it too.
+    The step must become smaller than its own count, however large the device is, because other programs may use it.
     """
     if count is None:
         return first_change(step)
     try:
         size = count(()).total
         proposal = propose(step, count, int(min(size, step.capacity) * (1 - MARGIN)))
-    except Exception:  # a model's code may ask for the values of tensors, which fake ones have not
+    except Exception:  # a model's code may read the values of tensors, which fake tensors lack
         return first_change(step)
     return proposal if proposal.overrides else first_change(step)
 

@@ -43,10 +43,10 @@ from fastpref.training.trackers import Trackers
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run's files are, and its last metrics."""
+    """The result of a run: its folder, its last metrics and its verdicts."""
 
     output_dir: Path
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last step logged
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last logged step
     eval_metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, prefixed eval/
     verdicts: tuple[Verdict, ...] = ()  # on its health, alarms first; empty in processes other than the first
     interrupted: bool = False  # by Ctrl-C or SIGTERM, before its last step
@@ -66,7 +66,7 @@ class TrainingRun:
     limits: Limits
     data: Tokenized
     steps: int
-    policy: nn.Module  # as Accelerate prepared it, like the optimizer and the scheduler
+    policy: nn.Module  # prepared by Accelerate, like the optimizer and the scheduler
     optimizer: Any
     scheduler: Any
     objective: Objective
@@ -77,11 +77,11 @@ class TrainingRun:
     trackers: Trackers
     resumed: bool
     peak: StepPeak
-    rng: dict[str, Any] = field(default_factory=state.rng_state)  # after the last whole step: what a checkpoint holds
+    rng: dict[str, Any] = field(default_factory=state.rng_state)  # after the last whole step, for the next checkpoint
     batch: list[Example] = field(default_factory=list)  # of the current step, for messages
 
     def go(self, lock: RunLock) -> RunResult:
-        """Train to the end, to an interrupt or to a fault, which is a UserError that says how to go on."""
+        """Train to the end or to an interrupt. A fault raises a UserError that says how to resume."""
         self.processes.on_first(lock.acquire)
         self._open()
         with Interrupt() as interrupt, self.display:
@@ -94,7 +94,7 @@ class TrainingRun:
                 together = self.processes.count == 1 or isinstance(error, NotFinite | WriteError)
             finally:
                 self.trackers.end()
-            # Outside the handler the tensors of the failed step can be freed.
+            # Outside the handler, the tensors of the failed step can be freed.
             message, overrides = fault
             self._report("ended by a fault")
             if not together:
@@ -180,7 +180,7 @@ class TrainingRun:
         """Skip a step whose loss or gradient is not finite, or raise NotFinite."""
         what = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
         overflow = self.accelerator.scaler is not None and math.isfinite(row["loss"])
-        if overflow:  # float16 finds its scale by trying: the scaler leaves the step out and lowers it
+        if overflow:  # float16 finds its loss scale by trial: the scaler skips the step and lowers it
             self.optimizer.step()
         elif self.config.train.nonfinite == "stop":
             raise NotFinite(
@@ -214,7 +214,7 @@ class TrainingRun:
             self.display.health(verdicts)
             self.record.sampled(self.progress.before or [], answers)
             self.display.note(f"report: {self.record.end(ended)}")
-        except Exception as error:  # it must not hide why the run has ended
+        except Exception as error:  # a failing report must not hide why the run has ended
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
@@ -266,7 +266,7 @@ class TrainingRun:
         return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, verdicts, interrupted=True)
 
     def _explained(self, error: Exception) -> tuple[str, list[str]] | None:
-        """Return the message for an exception that the user can act on, and the overrides to go on with; else None."""
+        """Return the message for an exception that a user can act on, and the overrides to resume with, or None."""
         if isinstance(error, NotFinite | WriteError):
             return str(error), []
         if not faults.is_out_of_memory(error):

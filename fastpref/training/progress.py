@@ -17,7 +17,7 @@ from rich.text import Text
 from fastpref.health import RULES, Verdict
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_CURVES = (  # metric, its name, its form, whether its scale is 0 to 1
+_CURVES = (  # metric, its name, its format, whether its scale is 0 to 1
     ("loss", "loss", "{:.4f}", False),
     ("rewards/margins", "margin", "{:+.3f}", False),
     ("rewards/accuracies", "accuracy", "{:.0%}", True),
@@ -31,7 +31,7 @@ class Display:
     def __init__(self, steps: int, done: int = 0, console: Console | None = None, *, examples: str = "pairs"):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
-        self._steps, self._before = steps, done  # those of a run that is resumed
+        self._steps, self._before = steps, done  # `done`: the steps before a run was resumed
         self._examples = examples  # what a batch consists of, in one word
         self._training = 0.0  # seconds in steps
         self._last_line = 0.0
@@ -101,7 +101,7 @@ class Display:
             self.console.print(f"reference log-probabilities: {completions:,} completions computed")
 
     def step(self, step: int, seconds: float, metrics: Mapping[str, float], memory: int | None = None) -> None:
-        """Show a step. `memory` is the peak so far in bytes. Without a terminal at most a line a second is printed."""
+        """Show a step. `memory` is the peak so far in bytes. Without a terminal, print at most one line per second."""
         now = time.monotonic()
         self._training += seconds
         if self._live:
@@ -133,7 +133,7 @@ class Display:
 
 
 def sparkline(values: Sequence[float], width: int, scale: tuple[float, float] | None = None) -> str:
-    """Draw values in at most `width` blocks, each the mean of its part, scaled from the least mean to the greatest."""
+    """Draw values in at most `width` blocks, one per part for its mean, scaled from the least mean to the greatest."""
     edges = np.unique(np.linspace(0, len(values), min(width, len(values)) + 1).astype(int))
     means = np.add.reduceat(np.asarray(values), edges[:-1]) / np.diff(edges)
     low, high = scale or (float(means.min()), float(means.max()))

@@ -1,4 +1,4 @@
-"""The record of a run besides its metrics: its health while it goes on, and run.json, the source of its report."""
+"""Record a run in addition to its metrics: its health while it trains, and run.json for its report."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ class Record:
     def __init__(self, folder: RunFolder, config: Config, steps: int, data: Tokenized, plan: str, device: torch.device):
         self._folder, self._device = folder, device
         self._began = time.monotonic()
-        self._before = 0.0  # seconds of a run that is resumed
+        self._before = 0.0  # seconds before the run was resumed
         self._facts: dict[str, Any] = {
             "plan": plan,
             "steps": steps,
@@ -37,7 +37,7 @@ class Record:
         self._watch = Watch(known_of(config, self._facts))
 
     def begin(self, *, resumed: bool) -> None:
-        """Begin once the folder exists. A resumed run goes on with its old record."""
+        """Begin the record once the folder exists. A resumed run continues its old record."""
         if resumed:
             old = read_facts(self._folder.path)
             self._before = float(old.get("seconds") or 0.0)
@@ -52,7 +52,7 @@ class Record:
         return self._watch.add(row)
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
-        """Record the rewards of all held-out responses, for intervals. Only the last evaluation's are kept."""
+        """Record the rewards of all held-out responses, for intervals. Only those of the last evaluation are kept."""
         responses = metrics.responses()
         self._facts["heldout"] = {
             "step": step,
@@ -63,7 +63,7 @@ class Record:
         self._write(ended="going on")
 
     def sampled(self, before: Sequence[Sequence[str]], after: Sequence[str]) -> None:
-        """Record questions with the answers before and after the training, if the run came to its end."""
+        """Record questions with the answers before and after the training, if the run was completed."""
         self._facts["samples"] = [
             {"asked": asked, "before": old, "after": after[at] if at < len(after) else None}
             for at, (asked, old) in enumerate(before)
@@ -89,5 +89,5 @@ def _labels(data: Tokenized) -> dict[str, int]:
 
 
 def _short(values: Tensor) -> list[float]:
-    """Round values to six digits: they are only counted and averaged."""
+    """Round values to six digits, because they are only counted and averaged."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""The start of a training run: from a config to everything that its loop needs."""
+"""Start a training run: prepare everything that its loop needs from a config."""
 
 import math
 from collections.abc import Sequence
@@ -54,12 +54,12 @@ def train(
     default_name: str = "run",
     cache: bool = True,
 ) -> RunResult:
-    """Train as a config says; `overrides` are `key=value` strings, for a path to a config.
+    """Train by a config. `overrides` are `key=value` strings, for a path to a config.
 
     `force` replaces the run that output.dir already holds; `default_name` names the folder when output.dir is not
-    given. `resume` goes on with a run, bit for bit on a CPU: from a checkpoint's folder, or with True from the newest
-    whole one of the config's last run. Without `cache` tokens are neither taken from the cache nor kept in it. Raises
-    UserError for what a user can mend; but for the cache nothing is written before everything has been checked.
+    given. `resume` continues a run, bit for bit on a CPU, from a checkpoint's folder, or with True from the newest
+    undamaged checkpoint of the config's last run. Without `cache`, tokens are neither read from the cache nor written
+    to it. Raises UserError for mistakes of the user. Before all checks have passed, only the cache is written.
     """
     try:
         if not isinstance(config, Config):
@@ -88,7 +88,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a run reads before it loads the model."""
+    """The inputs that a run reads before it loads the model."""
 
     tokenizer: PreTrainedTokenizerBase
     data: Tokenized
@@ -109,7 +109,7 @@ def _prepare(
     set_seed(config.train.seed)
     text = resumed.text if resumed else None
     day = processes.on_first(date.today) if text is None else text.day
-    # The other processes find the tokens of the first in the cache.
+    # The other processes then find the tokens in the cache.
     inputs = processes.first_then_others(lambda: _read(config, resumed, day, cache=cache))
     data = inputs.data
     processes.agree(lambda: {f"tokens of the {name} rows": examples.digest() for name, examples in data.parts.items()})
@@ -147,7 +147,7 @@ def _read(config: Config, resumed: Resumed | None, day: date, *, cache: bool) ->
     tokenizer = load_tokenizer(config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
     data = load_examples(config, tokenizer, cache=cache, day=day)
-    if data.chat_template is not None:  # the rows' own goes with the result, and not one that wrote none of them
+    if data.chat_template is not None:  # save the template that wrote the rows with the result
         tokenizer.chat_template = data.chat_template
     text = text_of(config, tokenizer, day, data.ends)
     if resumed:
@@ -164,7 +164,7 @@ def _assemble(
     loaded: Loaded,
     resumed: Resumed | None,
 ) -> tuple[TrainingRun, list[str]]:
-    """Make a run of its loaded parts, at the checkpoint it is resumed from if there is one. Returns notes, too."""
+    """Make a run of its loaded parts, restored from a checkpoint if it is resumed. Also returns notes."""
     data, train = inputs.data, config.train
     steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch)
     unit = f"{config.loss.unit}s"
@@ -187,7 +187,7 @@ def _assemble(
     policy, optimizer, scheduler = accelerator.prepare(loaded.policy, optimizer, scheduler)
     if processes.sharded:
         register_fsdp_forward_method(policy, "generate")
-    if not processes.first:  # the same adapters, but dropout of its own
+    if not processes.first:  # every process has the same adapters, but its own dropout
         set_seed(train.seed + processes.rank)
     limits = limits_of_model(loaded.model)
     pad, unpadded = pad_token(inputs.tokenizer, limits)
@@ -249,7 +249,7 @@ def _assemble(
 
 
 def _reference(config: Config, loaded: Loaded, accelerator: Accelerator) -> tuple[Reference, str]:
-    """Make the reference, or the one that is computed before the training. Returns what it is in words, too."""
+    """Make the reference, which may be computed before the training. Also returns a description of it."""
     reference, words = make_reference(config, loaded, accelerator.autocast)
     if not precomputes(config):
         return reference, words

@@ -31,11 +31,11 @@ class Trackers:
         self._on = False
 
     def start(self, config: Config, folder: Path, step: int) -> None:
-        """Begin, or go on after a step. Local trackers write to trackers/ in the run's folder."""
+        """Begin, or continue after a step. Local trackers write to trackers/ in the run's folder."""
         if not config.log.trackers:
             return
         place = (folder / "trackers").resolve()
-        # These two take no argument for it. Variables that are set already win.
+        # These two trackers take no argument for their folder. Environment variables that are already set win.
         os.environ.setdefault("TRACKIO_DIR", str(place / "trackio"))
         os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
         options: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ class Trackers:
             return
         try:
             call()
-        except Exception as error:  # a tracker's server, disk or login: kinds of its own
+        except Exception as error:  # a tracker's server, disk or login fails with errors of its own
             self._on = False
             self._note(f"log.trackers: no metrics go there any more: {one_line(error)}")
 

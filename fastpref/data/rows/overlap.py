@@ -160,7 +160,7 @@ def _untangle_chat(
 def _part_conversations(
     asked: _Turns, chats: list[_Turns], names: list[str], remarks: list[str], *, of_text: bool
 ) -> tuple[_Turns, list[_Turns]]:
-    """Split conversations where they begin to differ. They begin with the first question, or with a turn of the prompt."""
+    """Split conversations where they begin to differ. They begin with the first question or a turn of the prompt."""
     if not asked:
         return _part(chats, names)
     for start in range(len(asked)):

@@ -174,7 +174,7 @@ def nectar(row: Row) -> Paired:
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a user's table, and how each is written. `chosen_format` is text with {chosen} in it, and so on."""
+    """The columns of a user's table, and how each is written. `chosen_format` is text with {chosen} in it, etc."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
