@@ -1,6 +1,6 @@
 """`fastpref init --from-axolotl`: translate an Axolotl config of a preference method.
 
-source.py reads the config, rules.py and rows.py translate it field by field, and left_out.py has the reasons of the
+source.py reads the config, rules.py and rows.py translate it field by field, and left_out.py gives the reasons for
 fields without a counterpart.
 """
 
@@ -29,7 +29,7 @@ _OFF = (False, 0, "", [], {})
 
 @dataclass(frozen=True)
 class Translation:
-    """The settings that the schema accepts, those it refuses, and the fields that are left out, with the reasons."""
+    """The settings that the schema accepts, and with the reasons those it refuses and the fields left out."""
 
     source: Path
     settings: tuple[Setting, ...]
@@ -38,7 +38,7 @@ class Translation:
 
     @property
     def left_out(self) -> list[str]:
-        """One line for each field that is not taken over: its name and the reason."""
+        """Return a line for each field that is not taken over: its name and the reason."""
         refused = [
             f"{', '.join(setting.fields)}: would be {name_of(setting.key)} = {toml_value(setting.value)}: {reason}"
             for setting, reason in self.refused
@@ -47,7 +47,7 @@ class Translation:
 
     @property
     def text(self) -> str:
-        """The text of the config, which lists what was left out in comments."""
+        """Return the text of the config, which lists the omitted fields in comments."""
         intro = [
             f"Translated from {self.source.name} by fastpref init. The comment of a key names the field it comes from."
         ]
@@ -89,7 +89,7 @@ def _translated(config: Axolotl) -> Iterator[Setting | Left]:
 
 
 def _placed(word: Setting | Left, home: Path, folder: Path) -> Setting | Left:
-    """Rewrite the paths of a setting, as Axolotl finds them, so that they mean the same in `folder`."""
+    """Rewrite the paths of a setting, which Axolotl resolves, so that a config in `folder` finds the same files."""
     if isinstance(word, Left):
         return word
     mark = _MARKS.get(".".join("*" if isinstance(part, int) else part for part in word.key))
@@ -135,7 +135,7 @@ def _put(raw: dict[str, Any], setting: Setting) -> None:
 
 
 def _short(reason: str, setting: Setting) -> str:
-    """Shorten a message of the schema by the name of the key and by the list of all formats."""
+    """Remove the name of the key and the list of all formats from a message of the schema."""
     named = reason.removeprefix(name_of(setting.key)).removeprefix(f"{setting.key[0]}: ").lstrip(": ")
     return re.sub(r"; leave the key out$", "", re.sub(r"known are .*", "docs/data.md has all, and your own", named))
 

@@ -1,8 +1,8 @@
-"""Axolotl's fields without a counterpart, in groups of one reason each."""
+"""The fields of Axolotl without a counterpart in fastpref, grouped by the reason."""
 
 from fnmatch import fnmatchcase
 
-GROUPS: dict[str, str] = {  # reason → names of fields, where * stands for anything
+GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for any text
     "rows are packed without padding (train.layout), which changes no result": """
         sample_packing sample_packing_* eval_sample_packing pad_to_* batch_flattening multipack_real_batches
         dpo_padding_free group_by_length max_packed_sequence_len""",
@@ -79,7 +79,7 @@ GROUPS: dict[str, str] = {  # reason → names of fields, where * stands for any
         plugins trainer_cls use_otel_metrics otel_* profiler_* neftune_noise_alpha noisy_embedding_alpha image_*
         gc_steps strict axolotl_config_path total_num_tokens total_supervised_tokens debug""",
 }
-# fields whose `false` asks for something that fastpref does not do
+# fields whose value `false` requests something that fastpref does not do
 EVEN_IF_OFF = ("sample_packing", "shuffle_merged_datasets")
 
 

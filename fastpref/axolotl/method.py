@@ -77,7 +77,7 @@ def targets(config: Axolotl) -> Made:
             yield Left(
                 "lora_target_modules", 'lora.target = "all-linear" already takes every linear module but the head'
             )
-    elif modules:  # a text is a regular expression, as for PEFT, or one name
+    elif modules:  # a string is a regular expression, as for PEFT, or one name
         one = isinstance(modules, str) and modules != "all-linear" and not is_pattern(modules)
         yield Setting(("lora", "target"), [modules] if one else modules, ("lora_target_modules",))
 
@@ -86,7 +86,7 @@ def beta(config: Axolotl) -> Made:
     fields = config.given("trl.beta", "rl_beta", "dpo_beta", *(("orpo_alpha",) if config.method == "orpo" else ()))
     if fields:
         yield Setting(dotted("loss.beta"), config.number(fields[0]), (fields[0],))
-    elif config.method == "simpo":  # where the two libraries' defaults differ
+    elif config.method == "simpo":  # the defaults of the two libraries differ
         yield Setting(dotted("loss.beta"), 0.1, (), "TRL's default")
     for field in fields[1:]:
         yield Left(field, f"{fields[0]} goes before it")
@@ -117,7 +117,7 @@ def variants(config: Axolotl) -> Made:
     rate = config.number("dpo_label_smoothing", 0)
     smoothing = [Setting(dotted("loss.label_smoothing"), rate, ("dpo_label_smoothing",))] if rate else []
     chosen = [Setting(dotted("loss.variants"), names, tuple(fields))] if fields else []
-    # exo_pair is refused without smoothing, ipo with it: what the user asked for by name goes first
+    # exo_pair needs smoothing and ipo refuses it; the setting that the user named has priority
     yield from [*smoothing, *chosen] if "exo_pair" in names else [*chosen, *smoothing]
     if weights is not None:
         yield Setting(dotted("loss.weights"), weights, tuple(weight_fields))

@@ -11,9 +11,9 @@ from fastpref.errors import UserError
 
 _CHAT = "chat_template."
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
-_BUILDERS = ("json", "csv", "parquet", "arrow")  # words that stand in `path` for "the data_files are of this kind"
+_BUILDERS = ("json", "csv", "parquet", "arrow")  # values of `path` that give the kind of the data_files
 
-KEYS = {  # of an entry: what it becomes, in words for the documentation
+KEYS = {  # key of an entry → its translation, in words for the documentation
     "path": "`path`; of a builder such as `json` or of a folder, the `data_files` are",
     "data_files": "a [[data]] a file, where `path` is a folder here or a builder",
     "split": "`split`",
@@ -83,7 +83,7 @@ def entries(config: Axolotl, field: str, section: tuple[str, ...]) -> Iterator[S
 
 
 def _paths(entry: Mapping[str, Any], place: str, folders: tuple[Path, ...]) -> tuple[list[str], list[Left]]:
-    """Return where the rows of an entry are, and the files that cannot be named."""
+    """Return the paths of an entry's rows, and the files that cannot be taken over."""
     path, files = entry["path"], entry.get("data_files")
     if files is None:
         remote = path.partition("://")[0] if "://" in path else ""
@@ -112,13 +112,13 @@ def _source(entry: Mapping[str, Any], path: str, place: str, key: tuple[str | in
 
 
 def _named(entry: Mapping[str, Any]) -> Any:
-    """Return the format for the type of an entry; None recognizes the columns."""
+    """Return the format for the type of an entry; None means that the columns decide."""
     given = entry.get("type")
     if isinstance(given, dict):
         return {str(option): value for option, value in given.items() if value is not None} or None
     if not isinstance(given, str) or given in NAMES:
         return given
-    # Axolotl adds .default to a name without a point, and has modules of one strategy
+    # Axolotl adds .default to a name without a dot, and some of its modules have only one strategy
     for name in (f"{given}.default", given.removesuffix(".default")):
         if name in NAMES:
             return name
@@ -126,7 +126,7 @@ def _named(entry: Mapping[str, Any]) -> Any:
 
 
 def _options(entry: Mapping[str, Any], place: str) -> tuple[dict[str, Any], list[Left]]:
-    """Return the options of a chat_template.* format, and what is lost where a template is unknown."""
+    """Return the options of a chat_template.* format, and the fields lost if a template is unknown."""
     options = {name: entry[name] for name in _OPTIONS if name in entry}
     legacy = {"role": entry.get("message_field_role"), "content": entry.get("message_field_content")}
     renamed = {name: key for name, key in legacy.items() if key is not None}

@@ -10,7 +10,7 @@ from fastpref.axolotl.source import METHODS, Axolotl, Made, Setting, as_flag, as
 
 @dataclass(frozen=True)
 class Rule:
-    """Fields that become keys together. The documentation shows `how`."""
+    """A rule that turns fields into keys. The documentation shows `how`."""
 
     fields: tuple[str, ...]
     keys: tuple[str, ...]
@@ -23,7 +23,7 @@ _READ = {as_number: Axolotl.number, as_whole: Axolotl.whole, as_text: Axolotl.te
 
 
 def _same(field: str, key: str, convert: Callable[[Any], Any], methods: tuple[str, ...] = METHODS) -> Rule:
-    """Make the rule of a field that is a key under another name."""
+    """Make the rule for a field that only has another name in fastpref."""
 
     def make(config: Axolotl) -> Made:
         if field in config:

@@ -80,7 +80,7 @@ def schedule(config: Axolotl) -> Made:
     scheduler = config.text("lr_scheduler", "cosine")
     if "lr_scheduler" in config:
         yield Setting(dotted("train.schedule"), scheduler.replace(_WARM_CONSTANT, "constant"), ("lr_scheduler",))
-    if scheduler == "constant":  # of transformers, which never warms up
+    if scheduler == "constant":  # transformers' schedule of this name has no warmup
         yield Setting(dotted("train.warmup"), 0, ("lr_scheduler",), "lr_scheduler: constant has none")
         for field in config.given("warmup_steps", "warmup_ratio"):
             if config.get(field):

@@ -1,4 +1,4 @@
-"""Read an Axolotl config, and define what a translation is made of."""
+"""Read an Axolotl config, and define the parts of a translation."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -95,7 +95,7 @@ class Axolotl:
 
 
 def as_number(value: Any) -> float | int:
-    # YAML reads 1e-4, without a point, as text
+    # YAML reads 1e-4, without a decimal point, as text
     if isinstance(value, str):
         try:
             value = float(value)
@@ -176,7 +176,7 @@ def _flat(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields by name; those of nested tables have dotted names."""
     fields: dict[str, Any] = {}
     for key, value in raw.items():
-        if value == "":  # unset, for Axolotl too
+        if value == "":  # an empty text is unset, as for Axolotl
             continue
         if key in _NESTED:
             if not isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""What the commands do."""
+"""The implementations of the commands."""

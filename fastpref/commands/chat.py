@@ -1,4 +1,4 @@
-"""`fastpref chat`: talk to a model on a terminal, if requested along with the model it began with."""
+"""`fastpref chat`: talk to a model on a terminal, and on request also to the model that it began with."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ def chat(
 ) -> None:
     """Answer each line of `given` (default: standard input) until it ends.
 
-    With `compare` the model that the training began with answers first. A temperature of 0 takes the likeliest token;
+    With `compare`, the model that the training began with answers first. A temperature of 0 takes the likeliest token;
     None keeps the model's own settings. `tell` is called with each note on loading the model. Raises UserError.
     """
     source: TextIO = sys.stdin if given is None else given
@@ -101,7 +101,7 @@ def _sampling(temperature: float | None) -> dict[str, Any]:
 
 
 def _lines(given: TextIO, out: TextIO) -> Iterator[str]:
-    """Yield the lines of a terminal, which gets a prompt, or of a pipe."""
+    """Yield the lines of a terminal, on which a prompt is printed, or of a pipe."""
     person = given.isatty()
     while True:
         try:
@@ -122,7 +122,7 @@ def _lines(given: TextIO, out: TextIO) -> Iterator[str]:
 def _answer(
     speaker: Speaker, tokenizer: PreTrainedTokenizerBase, writing: Writing, options: dict[str, Any], out: TextIO
 ) -> str:
-    """Generate and print the answer to the last message. Ctrl-C ends it early. Raises UserError without room."""
+    """Generate and print the answer to the last message. Ctrl-C ends it early. Raises UserError if there is no room."""
     text = apply(tokenizer, speaker.messages, writing, generation_prompt=True)
     ids: Any = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(speaker.model.device)
     limits, length = limits_of_model(speaker.model), ids["input_ids"].shape[1]

@@ -27,7 +27,7 @@ from fastpref.run.trained import Trained, load_trained, trained_tokenizer
 from fastpref.step.objective import Objective
 from fastpref.step.reference import Reference
 
-_LOGITS = 1 << 24  # float32 of a distribution at once
+_LOGITS = 1 << 24  # float32 logits of a distribution at once
 
 
 def evaluate(
@@ -39,14 +39,14 @@ def evaluate(
     cache: bool = True,
     tell: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
-    """Return metrics over held-out examples under the names of metrics.jsonl, and
+    """Return metrics over held-out examples under the names of metrics.jsonl, and these:
 
-        logps/accuracies  how often the chosen response is the likelier one, per token (for KTO there are no pairs)
+        logps/accuracies  how often the chosen response is the likelier one, per token (not for KTO, without pairs)
         reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
-    began with, unless another is named; without one, rewards that need it and KL are left out. A loss without a
-    reference has its own rewards and margins, and the reference is compared by KL alone. `tell` is called
+    began with, unless another is given; without one, KL and the rewards that need it are left out. A loss without a
+    reference has its own rewards and margins, and the reference is compared by KL only. `tell` is called
     with each note on loading the models. Raises UserError.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def evaluate(
         policy=loaded.policy.eval(),
         reference=_logps(compared, off) if compared is not None and config.loss.uses_reference else None,
         options=config.loss,
-        layout=loaded.layout if other is None or other.layout == loaded.layout else "padded",  # which all models take
+        layout=loaded.layout if other is None or other.layout == loaded.layout else "padded",  # all models take it
         budget=config.tokens_per_microbatch,
         pad_token_id=pad_token(tokenizer, limits_of_model(loaded.model))[0],
         device=device,

@@ -1,4 +1,4 @@
-"""`fastpref init`: a commented config for a loss, with comments from the schema."""
+"""`fastpref init`: write a config for a loss, with comments from the schema."""
 
 import os
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _COMMON = {
 }
 _OF_LOSS: dict[str, dict[str, Any]] = {
     "kto": {"loss.desirable_weight": 1.0, "loss.undesirable_weight": 1.0},
-    # Ten times the rate for whole models, as is usual for LoRA.
+    # LoRA usually takes ten times the learning rate of whole models.
     "simpo": {"loss.gamma_beta_ratio": 0.5, "train.learning_rate": 1e-5},
     "cpo": {"loss.sft_weight": 1.0},
 }
@@ -41,7 +41,7 @@ _REMARKS: dict[str, dict[str, str]] = {
         "loss.beta": "2 to 10; larger than DPO's, because it scales an average per token",
     },
 }
-_EXAMPLES: dict[str, Any] = {  # values of keys that have no default
+_EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "model.revision": "main",
     "data.name": "default",
     "data.revision": "main",
@@ -88,7 +88,7 @@ def _table(section: str, info: FieldInfo, loss: str, values: Mapping[str, Any], 
         default = field.get_default(call_default_factory=True)
         shown = _EXAMPLES.get(name) if default is None else default
         if name == "eval.data":
-            notes.append(words)  # tables, which a line cannot show
+            notes.append(words)  # one line cannot show tables
         elif shown is not None and (default is not None or not mistake(_with(raw, section, key, shown))):
             lines.append(Line(key, shown, (words,), active=False))
     return Table(f"[[{section}]]" if is_array(section) else f"[{section}]", tuple(lines), tuple(notes))
@@ -121,14 +121,14 @@ def check_loss(loss: str) -> str:
 
 
 def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
-    """Rewrite a path so that it means in a config in `folder` what it means here, or else in one of `others`.
+    """Rewrite a path, relative to this folder or else one of `others`, so that a config in `folder` can use it.
 
     A config's relative paths are looked for in its own folder first. A name that is not a path is unchanged.
     """
     try:
         path = Path(name).expanduser()
         target = next((root / path for root in (Path(), *others) if (root / path).exists()), None)
-    except (OSError, RuntimeError):  # too long for a path; ~name, and nobody of that name
+    except (OSError, RuntimeError):  # too long for a path, or ~name of a user who does not exist
         return name
     if target is None or path.is_absolute():
         return name
@@ -139,7 +139,7 @@ def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
 
 
 def write(text: str, path: Path, *, force: bool) -> None:
-    """Write a config. Raises UserError rather than replacing a file, unless `force`."""
+    """Write a config. Raises UserError if the file exists, unless `force` is set."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; --output takes the name of a file")
     if path.exists() and not (force and path.is_file()):

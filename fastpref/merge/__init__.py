@@ -26,7 +26,7 @@ class Merged:
     """The result of a merge."""
 
     folder: Path
-    tensors: int  # of the model that the adapter changed
+    tensors: int  # number of model tensors that the adapter changed
     untied: bool  # whether the head got a weight of its own
     onto: str  # which weights the adapter was added to, in words
     lost: float | None = None  # share of the adapter's change of a probe's logits; None if not verified
@@ -42,14 +42,14 @@ def merge(
 ) -> Merged:
     """Write the base model merged with its adapter to a folder, as transformers loads it.
 
-    `dequantized`: add the adapter to the 4-bit weights it was trained with, dequantised, instead of those of the
-    model's files; by default if the run's config says nf4. `dtype` of what is written; that of the model's files if
-    None. `verify` loads both, one after the other, and compares the logits of a probe. Raises UserError for what
-    cannot be merged; the folder exists only if everything has succeeded.
+    `dequantized`: add the adapter to the 4-bit weights it was trained with, dequantised, instead of those in the
+    model's files; by default if the run's config says nf4. `dtype`: the dtype to write; None is that of the model's
+    files. `verify`: load both models, one after the other, and compare the logits of a probe. Raises UserError for
+    weights that cannot be merged; the folder exists only if everything has succeeded.
     """
     options = trained.config.model
     if not trained.is_adapter:
-        bare_model(trained.config.but({"model.name": trained.weights}).model)  # raises where there is no model at all
+        bare_model(trained.config.but({"model.name": trained.weights}).model)  # raises if there is no model at all
         raise UserError(
             f"{trained.weights}: not an adapter: there is nothing to merge. It is the whole trained model already, "
             "which transformers loads as it is"

@@ -1,4 +1,4 @@
-"""An adapter on a model whose own weights take no memory, and PEFT's arithmetic to merge a tensor."""
+"""Put an adapter on a model whose own weights take no memory, and merge a tensor with PEFT's arithmetic."""
 
 import warnings
 from typing import Any
@@ -70,7 +70,7 @@ def merged(part: Any, name: str, tensor: Tensor) -> Tensor:
         part.merge()
         return getattr(layer, kind).data
     finally:
-        setattr(layer, kind, before)  # the next tensor is alone again
+        setattr(layer, kind, before)  # restore it, so that the next tensor is merged alone
         part.merged_adapters.clear()
 
 
@@ -81,7 +81,7 @@ def through_four_bits(weight: Tensor) -> Tensor:
 
 
 def _shrink(model: nn.Module) -> None:
-    """Replace meta weights by one expanded number each: PEFT puts adapters on the device of their layer's weight."""
+    """Replace each meta weight by one expanded number, as PEFT puts adapters on the device of their layer's weight."""
     shrunk: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in module._parameters.items():

@@ -1,4 +1,4 @@
-"""The safetensors of a model's folder: names, shapes and dtypes from their headers, and one tensor at a time."""
+"""Read the safetensors of a model's folder: names, shapes and dtypes from their headers, and single tensors."""
 
 import json
 from copy import copy
@@ -38,7 +38,7 @@ class Entry:
     """A tensor in a file."""
 
     file: Path
-    shape: tuple[int, ...]  # of its values, also where they lie quantised
+    shape: tuple[int, ...]  # of its values, even if they are stored quantised
     dtype: torch.dtype | None  # of its values; None for integers, 8-bit floats and the like, which are only copied
     statistics: tuple[str, ...] = ()  # the tensors that bitsandbytes keeps with a quantised weight
 
@@ -59,7 +59,7 @@ class Checkpoint:
                         part = opened.get_slice(name)
                         headers[name] = tuple(part.get_shape()), part.get_dtype()
                         self._places[name] = file
-            except Exception as error:  # safetensors has its own kind
+            except Exception as error:  # safetensors raises its own kind
                 raise UserError(f"{file}: cannot be read: {error}") from None
         self.tensors = self._tensors(headers)
         self._stored = {name: name for name in self.tensors}  # the names in the files
@@ -75,7 +75,7 @@ class Checkpoint:
         return dequantize_4bit(tensor, state).to(self.plain_dtype)
 
     def renamed(self, renaming: Renaming) -> "Checkpoint":
-        """Return the same tensors under other names, as `model.weights` reads files with a wrapper's prefix."""
+        """Return the same tensors under other names, as `model.weights` does for files with a wrapper's prefix."""
         other = copy(self)
         other.tensors = {renaming(name): entry for name, entry in self.tensors.items()}
         other._stored = {renaming(name): stored for name, stored in self._stored.items()}
@@ -83,7 +83,7 @@ class Checkpoint:
 
     @property
     def method(self) -> str | None:
-        """The name that config.json gives the quantisation of its weights, or None."""
+        """The quantisation method of the weights by config.json, or None."""
         settings = self.config.get("quantization_config") or self._text.get("quantization_config")
         if not settings:
             return None
@@ -91,12 +91,12 @@ class Checkpoint:
 
     @property
     def dequantised(self) -> bool:
-        """Whether its quantised weights are dequantised when they are read."""
+        """Whether quantised weights are dequantised when they are read."""
         return self.method == "bitsandbytes"
 
     @property
     def plain_dtype(self) -> torch.dtype:
-        """The dtype of dequantised weights: the one that config.json names, else float16."""
+        """The dtype of dequantised weights: the dtype in config.json, or else float16."""
         dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
         names = (str(c.get(key)) for c in (self.config, self._text) for key in ("dtype", "torch_dtype"))
         return next((dtypes[name] for name in names if name in dtypes), torch.float16)

@@ -1,4 +1,4 @@
-"""Write the merged model's folder. Tensors are merged and written file by file under their names in the files."""
+"""Write the folder of a merged model. Tensors are merged and written file by file, under their names in the files."""
 
 import json
 import shutil
@@ -19,20 +19,20 @@ from fastpref.merge.plan import Plan
 from fastpref.model.files import model_config
 from fastpref.run.trained import Trained, trained_tokenizer
 
-SHARD = 5 * 10**9  # bytes of a file, if the model's own division would now make larger files
+SHARD = 5 * 10**9  # bytes per file, if the model's own division would now make larger files
 
 
 class Writer:
     """Writes a merged model.
 
-    Memory holds the weights of the current file, and in float32 the tensors that transformers converts together: mostly
-    one, or the experts of a layer.
+    Memory holds the weights of the current file, and in float32 the tensors that transformers converts together, which
+    are mostly one tensor, or the experts of a layer.
     """
 
     def __init__(self, plan: Plan, dtype: torch.dtype | None = None):
         self._plan, self._checkpoint, self._dtype = plan, plan.checkpoint, dtype
         self.changed: set[str] = set()  # the names of the model's tensors that the merge changed
-        self.whole = True  # whether all of them are written in float32
+        self.whole = True  # whether all changed tensors are written in float32
         self._visited: set[str] = set()
         if dtype is not None and self._checkpoint.method is not None and not self._checkpoint.dequantised:
             raise UserError(
@@ -108,7 +108,7 @@ class Writer:
                 yield name, ready.pop(name)
 
     def _merged(self, group: Group) -> dict[str, Tensor]:
-        """Return a group's tensors of the files, merged."""
+        """Return the merged tensors of a group, as the files hold them."""
         names, entries = self._plan.names, {name: self._checkpoint.tensors[name] for name in group.sources}
         files = {name: self._checkpoint.read(name) for name in group.sources}
         if len({tensor.dtype for tensor in files.values()}) > 1:
@@ -127,7 +127,7 @@ class Writer:
         return {name: self._written(tensor, entries[name].dtype) for name, tensor in written.items()}
 
     def _trained(self, target: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Merge a tensor of the model, given in float32. Returns it in the dtype it is written in."""
+        """Merge a tensor of the model, given in float32. Returns it in the dtype in which it is written."""
         plan = self._plan
         if target in plan.conv1d and self._is_quantised(target):
             value = value.T
@@ -160,7 +160,7 @@ class Writer:
         return self._plan.names.in_files(self._plan.embedding)
 
     def _is_left_out(self, name: str) -> bool:
-        """Tell whether a tensor is a tied head, of which some files hold a copy."""
+        """Return whether a tensor is a tied head, of which some files hold a copy."""
         group = self._plan.names.by_source.get(name)
         return group is not None and group.targets == (self._plan.head,) and self._plan.tied and not self._plan.untied
 

@@ -1,7 +1,7 @@
-"""The map from the tensors in a model's files to those of the model, by transformers' own weight conversion.
+"""Map the tensors in a model's files to those of the model, by transformers' own weight conversion.
 
-Files may use other names than the model in memory (a prefix more or less, older names), or hold its tensors in parts
-(experts one by one, which memory fuses). transformers converts while it loads, and back while it saves.
+Files may use other names than the model in memory (an additional or missing prefix, older names), or hold its tensors
+in parts (single experts, which are fused in memory). transformers converts while it loads, and back while it saves.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,15 +29,15 @@ from fastpref.merge.checkpoint import Entry
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of the files that together make tensors of the model, mostly one from one."""
+    """Tensors of the files that are converted together to tensors of the model, mostly one to one."""
 
-    sources: Mapping[str, str]  # names in the files, in transformers' order, with the pattern that each has matched
+    sources: Mapping[str, str]  # name in the files → pattern that it has matched, in transformers' order
     targets: tuple[str, ...]  # names in the model
-    converter: WeightConverter | None = None  # None where a tensor is only renamed
+    converter: WeightConverter | None = None  # None if a tensor is only renamed
 
 
 class Names:
-    """The groups of a model without weights on the meta device, and of the tensors in its files."""
+    """The groups for a model on the meta device and the tensors in its files."""
 
     def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Entry]):
         self._model: Any = model
@@ -50,8 +50,8 @@ class Names:
         own = conversions[: len(get_model_conversion_mapping(model, add_legacy=False))]
         prefixes = [c for c in own if isinstance(c, PrefixChange) and not c.was_used()]
         older = any(c.was_used() for c in own)
-        self._naming = [c for c in own if c not in prefixes] if older else []  # of tensors that the files do not hold
-        self._used = [c for c in conversions if c.was_used()]  # what saving reverts, as loading leaves it
+        self._naming = [c for c in own if c not in prefixes] if older else []  # for tensors that are not in the files
+        self._used = [c for c in conversions if c.was_used()]  # the conversions that saving reverts after loading
         self.by_target = {target: group for group in groups for target in group.targets}
         self.by_source = {source: group for group in groups for source in group.sources}
         self.missing = [name for name in self._shapes if name not in self.by_target]
@@ -69,7 +69,7 @@ class Names:
         return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 
     def to_files(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert them back. Raises UserError if transformers does not restore the names and shapes of the files."""
+        """Convert tensors back. Raises UserError if transformers does not restore the names and shapes of the files."""
         if group.converter is None:
             (source,), (target,) = group.sources, group.targets
             return {source: tensors[target]}
@@ -101,7 +101,7 @@ class Names:
             self.to_files(group, values)
         except UserError as error:
             return str(error)
-        except Exception as error:  # an operation of a conversion raises what it likes
+        except Exception as error:  # an operation of a conversion may raise anything
             return f"transformers {_version()} cannot convert {target}: {one_line(error)}"
         wrong = [name for name, value in values.items() if tuple(value.shape) != self._shapes.get(name)]
         return f"its files' tensors do not make {wrong[0]} of the model" if wrong else None
@@ -123,7 +123,7 @@ class Names:
         for source in sorted(tensors, key=dot_natural_key):
             target, pattern = self._target(source)
             if target not in self._shapes:
-                continue  # a tensor that the model does not have, which loading leaves out
+                continue  # the model does not have this tensor, so loading skips it
             if pattern is None:
                 renamed.append(Group({source: source}, (target,)))
                 continue

@@ -28,17 +28,17 @@ class Plan:
     parts: dict[str, Any]  # by the names of the model's tensors, the PEFT modules that change them
     through_nf4: frozenset[str]  # the model's tensors that are quantised and dequantised first
     conv1d: frozenset[str]  # the model's tensors that bitsandbytes quantises transposed
-    head: str  # the names of the head's and the embeddings' weights in the model
+    head: str  # the names of the head's weight and of the embeddings' weight in the model
     embedding: str
     tied: bool  # whether they are one weight in the model as it was
-    untied: bool  # whether training has parted them, or the files that were read had them apart already
+    untied: bool  # whether training has separated them, or they were separate in the files already
 
 
 def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any], nf4: frozenset[str]) -> Plan:
     """Plan the merge of a model and the tensors that adapters change. Raises UserError for what cannot be merged."""
     model = bare_model(options)
     names = Names(model, checkpoint.tensors)
-    if (renaming := find_renaming(names.missing, names.unexpected)) is not None:  # as loading does
+    if (renaming := find_renaming(names.missing, names.unexpected)) is not None:  # as in loading
         checkpoint = checkpoint.renamed(renaming)
         names = Names(model, checkpoint.tensors)
     ends: list[Any] = [model.get_output_embeddings(), model.get_input_embeddings()]
@@ -60,7 +60,7 @@ def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any
             )
     for target in sorted({*parts, *nf4}):
         if target == head and tied and target not in names.by_target:
-            continue  # it gets the embeddings' weight
+            continue  # the head gets the embeddings' weight
         if fault := names.fault(target):
             raise UserError(f"{options.name}: {fault}; it cannot be merged")
     return plan
@@ -69,7 +69,7 @@ def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any
 def merge_fault(config: Config, model: PreTrainedModel) -> str | None:
     """Return why `fastpref merge` will refuse the adapters of a run, or None.
 
-    Reads headers and configs, no weights. `model`: the causal language model with its adapters in place.
+    It reads headers and configs, but no weights. `model` is the causal language model with its adapters in place.
     """
     if config.lora is None:
         return None
@@ -79,7 +79,7 @@ def merge_fault(config: Config, model: PreTrainedModel) -> str | None:
         make_plan(config.model, Checkpoint(model_folder(config.model, local=True)), parts, nf4)
     except UserError as error:
         return str(error)
-    except Exception as error:  # from a library; it must not end the run
+    except Exception as error:  # an error of a library must not end the run
         return one_line(error, named=True)
     return None
 
@@ -88,7 +88,7 @@ def bare_model(options: ModelConfig) -> PreTrainedModel:
     """Make the model of a config.json on the meta device. Raises UserError if there is no config.json."""
     architecture = model_config(options)
     for part in (architecture, architecture.get_text_config()):
-        vars(part).pop("quantization_config", None)  # the plain model's modules, whatever its files hold
+        vars(part).pop("quantization_config", None)  # make plain modules, even if the files are quantised
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             architecture, dtype=torch.float32, trust_remote_code=options.trust_remote_code
@@ -107,7 +107,7 @@ def _four_bit_weights(model: nn.Module) -> frozenset[str]:
 
 
 def _are_apart(checkpoint: Checkpoint, names: Names, head: str, embedding: str) -> bool:
-    """Tell whether the files hold a head that differs from the embeddings, whatever config.json says."""
+    """Return whether the files hold a head that differs from the embeddings, whatever config.json says."""
     if head not in names.by_target or embedding not in names.by_target:
         return False
     (own, *more), (shared, *others) = (names.by_target[name].sources for name in (head, embedding))

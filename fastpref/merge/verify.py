@@ -18,7 +18,7 @@ from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.weights import from_files
 from fastpref.run.trained import Trained
 
-_ALLOWED = 0.3  # half precision rounds what is merged; a layer left out loses its share, one merged wrongly far more
+_ALLOWED = 0.3  # half precision rounds; a missing layer loses its share, and a wrong one far more
 _ALLOWED_WHOLE = 0.01  # if both are stored and computed in float32
 _TOKENS = 64
 
@@ -26,9 +26,9 @@ _TOKENS = 64
 def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole: bool) -> float:
     """Return the share of the adapter's change of a probe's logits that is lost in a merged model.
 
-    The base is loaded in nf4 if `nf4`, and dequantised if it lies quantised and is `plain` in the merged model; `whole`
-    tells that what is merged is written in float32. Raises UserError if too much is lost, or if the merged model cannot
-    be loaded or lacks tensors.
+    The base is loaded in nf4 if `nf4`, and dequantised if it is stored quantised and is `plain` in the merged model.
+    `whole`: whether merged tensors are written in float32. Raises UserError if too much is lost, or if the merged model
+    cannot be loaded or lacks tensors.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -95,7 +95,7 @@ def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor
 
 @torch.no_grad()
 def _probe(model: Any) -> Tensor:
-    """Return float32 logits [T, V] of tokens spread over the vocabulary."""
+    """Return float32 logits [T, V] of tokens that are spread over the vocabulary."""
     size = model.get_input_embeddings().weight.shape[0]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
     ids = torch.linspace(0, size - 1, min(_TOKENS, longest), device=model.device).long()[None]

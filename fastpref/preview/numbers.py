@@ -14,7 +14,7 @@ from fastpref.data.table import Examples
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PERCENTILES = (5, 50, 95, 100)
-_STEPS = 50  # over which the tokens of a step are averaged
+_STEPS = 50  # the tokens of a step are averaged over this many steps
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Lengths:
 class StepTokens:
     """The mean number of tokens that a step computes in each layout, over the first `steps` steps in data order."""
 
-    rows: int  # in a step
+    rows: int  # rows per step
     steps: int
     tokens: dict[Layout, float]
 

@@ -73,16 +73,16 @@ def _limits(config: Config) -> tuple[Limits, str | None]:
 
 @dataclass(frozen=True)
 class ReadExample:
-    """What a batch holds of one example: read from its tensors, not from the example."""
+    """An example as it is in a batch, read from the batch's tensors and not from the example."""
 
     prompt: list[int]
     completions: list[list[int]]
-    scored: list[list[bool]]  # of each token of the completions
+    scored: list[list[bool]]  # whether each token of the completions is scored
     prompt_scored: bool
 
 
 def read(batch: PreferenceBatch) -> list[ReadExample]:
-    """The sequences of a batch, example by example, whatever its layout."""
+    """Return the sequences of a batch, example by example, whatever its layout."""
     ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     predictors, segments, offsets = (t.tolist() for t in (batch.predictors, batch.segments, batch.offsets))
     scored = {(segment, offset): predictor for segment, offset, predictor in zip(segments, offsets, predictors)}

@@ -48,7 +48,7 @@ class Piece:
 
 
 class Writer:
-    """Write parts of sequences, with colours or else with marks; `full` writes long parts in full."""
+    """Writes parts of sequences, with colours or else with marks; with `full`, long parts are not shortened."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, colour: bool, full: bool = False):
         self._tokenizer, self._colour, self._full = tokenizer, colour, full
@@ -58,7 +58,7 @@ class Writer:
         """Write the tokens of a prompt.
 
         `scored`: whether all tokens except the first are scored. `cut`: the number of removed tokens. `turns`: the
-        number of whole turns that they are; 0 if they were removed from the beginning of a text.
+        number of whole turns removed; 0 if the tokens were removed from the beginning of a text.
         """
         uses = [Use.SCORED if scored and at else Use.PROMPT for at in range(len(ids))]
         pieces = self._pieces([], ids, uses)

@@ -1,4 +1,4 @@
-"""report.html: one page, without scripts and without anything from elsewhere, that says how a run went."""
+"""report.html, a single page on a run, without scripts and without external files."""
 
 from pathlib import Path
 

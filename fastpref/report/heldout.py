@@ -25,11 +25,11 @@ class HeldOut:
     paired: bool
     accuracy: Interval
     margin: Interval
-    margins: np.ndarray  # of each pair; empty for single responses
+    margins: np.ndarray  # the margin of each pair; empty for single responses
 
 
 def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
-    """Return the scores of the rewards in a run.json, or None if there are none or those of one side only."""
+    """Return the scores of the rewards in a run.json, or None if there are none, or only those of one side."""
     try:
         found = facts["heldout"]
         chosen, rejected = np.array(found["chosen"], float), np.array(found["rejected"], float)
@@ -38,7 +38,7 @@ def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
         return None
     if not len(chosen) or not len(rejected) or (paired and len(chosen) != len(rejected)):
         return None
-    random = np.random.default_rng(0)  # the same report every time
+    random = np.random.default_rng(0)  # a fixed seed, so that the report is the same every time
     if paired:
         margins = chosen - rejected
         right = np.sign(margins) / 2 + 0.5
@@ -57,14 +57,14 @@ def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
 
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
-    """Return the share of all couples in which the chosen reward is higher; a tie counts half."""
+    """Return the share of all combinations in which the chosen reward is higher; a tie counts half."""
     ordered = np.sort(rejected)
     below = np.searchsorted(ordered, chosen, side="left") + np.searchsorted(ordered, chosen, side="right")
     return float(below.mean() / (2 * len(ordered)))
 
 
 def _certain(share: float, count: int) -> Interval:
-    """Return the Clopper-Pearson interval, for rows that are all alike, so that no resampling differs."""
+    """Return the Clopper-Pearson interval, for rows that are all equal, so that resampling changes nothing."""
     bound = 0.025 ** (1 / count)
     return Interval(share, bound, 1.0) if share else Interval(share, 0.0, 1 - bound)
 

@@ -22,9 +22,9 @@ class Chart:
     """A metric over the steps, or two metrics that belong together."""
 
     title: str
-    names: tuple[str, ...]  # of the chosen, and of the rejected
-    positive: bool = False  # may have a logarithmic axis
-    banded: str | None = None  # whose band is shaded
+    names: tuple[str, ...]  # one metric, or those of the chosen and the rejected responses
+    positive: bool = False  # whether the axis may be logarithmic
+    banded: str | None = None  # the metric whose band is shaded
 
 
 CHARTS = (
@@ -55,10 +55,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A line of the table of numbers, which says what the charts show to those who cannot see them."""
+    """A line of the table of numbers, which states the content of the charts for those who cannot see them."""
 
     name: str
-    cells: list[str]  # training at first and at the end, held out at first and at the end
+    cells: list[str]  # first and last value in training, first and last value held out
 
 
 def render(run: Run) -> str:
@@ -188,7 +188,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
 
 
 def _data(rows: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Return what became of the rows: a line for each event, with training and held-out counts."""
+    """Return the outcomes of the rows: a line for each, with training and held-out counts."""
     if not rows:
         return []
     lines = []

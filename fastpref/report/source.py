@@ -20,7 +20,7 @@ TRL_STATE = "trainer_state.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A run, with what its report shows."""
+    """A run, with the values that its report shows."""
 
     name: str
     folder: Path
@@ -104,7 +104,7 @@ def trl_row(entry: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _method(history: History, loss: str | None, beta: float | None) -> tuple[LossOptions, str]:
-    """Return the loss that is named, or the loss that the logged names and numbers fit."""
+    """Return the loss that is given, or else the one that the logged names and numbers fit."""
     if loss is not None and loss not in LOSSES:
         raise UserError(f"--loss {loss}: not one of {', '.join(LOSSES)}")
     if beta is not None and beta <= 0:
@@ -124,7 +124,7 @@ def _guess(history: History) -> str:
         return "kto"
     rewards, logps = history["rewards/chosen"].values, history["logps/chosen"].values
     if len(rewards) == len(logps) > 1 and np.all(logps):
-        ratios = rewards / logps  # β itself where there is no reference
+        ratios = rewards / logps  # β itself if there is no reference
         if ratios.min() > 0 and np.ptp(ratios) < 0.02 * ratios.mean():
             return "simpo" if ratios.mean() >= 1 else "cpo"
     return "ipo" if history["loss"].values[0] > 3 else "dpo"

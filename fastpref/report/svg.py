@@ -12,7 +12,7 @@ from fastpref.run.history import Series
 
 WIDTH, HEIGHT = 360, 210  # as wide as a phone, so that text keeps its size there
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 26
-POINTS = 240  # of a line, at most
+POINTS = 240  # at most, per line
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Axis:
 def line_chart(
     label: str, lines: Sequence[Line], band: Band | None = None, *, steps: int, positive: bool = False
 ) -> Markup:
-    """The lines over the steps 0…`steps`, the healthy band shaded. `positive` values may get a logarithmic axis.
+    """Draw lines over the steps 0…`steps`, and shade the healthy band. `positive` values may get a logarithmic axis.
 
-    `label` says in words what is seen, for those who do not see it.
+    `label` describes the chart for those who cannot see it.
     """
     lines = [line for line in lines if len(line.series)]
     thinned = [(line, *_thin(line.series)) for line in lines]
@@ -91,7 +91,7 @@ def line_chart(
 
 
 def histogram(label: str, values: np.ndarray, bins: int = 24) -> Markup:
-    """Draw how often values [n] are in each of some equal parts of their range, one of which begins at zero."""
+    """Draw a histogram of values [n] over equal parts of their range, one of which begins at zero."""
     low, high = _room(min(float(values.min()), 0.0), max(float(values.max()), 0.0))
     part = (high - low) / bins
     edges = part * np.arange(math.floor(low / part), math.ceil(high / part) + 1)
@@ -157,7 +157,7 @@ def _vertical(lines: Sequence[Line], band: Band | None, *, positive: bool) -> Ax
         )
     span = max(high - low, 1e-3 * max(abs(high), abs(low)), 1e-9)
     for edge in () if band is None else (band.low, band.high):
-        if edge is not None and low - span <= edge <= high + span:  # near enough to be seen with the values
+        if edge is not None and low - span <= edge <= high + span:  # show an edge of the band that is near the values
             low, high = min(low, edge), max(high, edge)
     return Axis(*_room(low, high), HEIGHT - _BOTTOM, _TOP)
 
