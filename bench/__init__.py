@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler counts memory here, and is silent; read once
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence torch's profiler, which counts memory; read once

@@ -149,7 +149,7 @@ def _write(result: dict[str, Any], folder: Path) -> None:
 
 
 def _check(result: dict[str, Any], limit: float) -> None:
-    """The gate of CI: every method is right, and the best turn's ratio is allowed: a busy turn is no regression."""
+    """Exit with 1 if a method is wrong, or if even the best turn's ratio exceeds `limit`, as one turn may be busy."""
     from bench.results import OURS, key, ratios
 
     for record in result["head"]:

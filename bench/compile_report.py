@@ -3,7 +3,7 @@
     python -m bench.compile_report docs/kernels.md
 
 Triton's wheel carries the assembler and disassembler of CUDA, so registers, spills, shared memory and tensor-core
-instructions are those the card would run. How fast that could be at best is `roofline.py`'s model, on the same page.
+instructions are those that the card would use. The same page has `roofline.py`'s model of the shortest possible time.
 """
 
 import os
@@ -27,7 +27,7 @@ from fastpref.kernels import linear_logprob_triton as walk
 from fastpref.kernels import preference_loss_launch as loss
 from fastpref.kernels.tiles import TILES, Tile
 
-# Bytes of shared memory a block may have: CUDA programming guide, and 64 KiB of LDS on the AMD cards.
+# Bytes of shared memory that a block may use: CUDA programming guide, and 64 KiB of LDS on the AMD cards.
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64, "gfx1100": 64}
 TENSOR_CORE = {75: "HMMA", 80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA|UTCMMA", 120: "HMMA"}
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -37,18 +37,18 @@ _FLAGS = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_SPREAD", "HAS_MEAN", "HAS_TOP1")
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of a kernel."""
+    """A compilation of a kernel."""
 
     architecture: int | str
-    name: str  # of the kernel
-    what: str  # which configuration of it
-    dtype: str  # of the tensors that are not always float32
+    name: str  # the name of the kernel
+    what: str  # the configuration of the kernel
+    dtype: str  # the dtype of the tensors that are not always float32
     kernel: Any = field(repr=False)
     constants: dict[str, Any] = field(repr=False)
-    types: dict[str, str] = field(repr=False, default_factory=dict)  # of arguments, where `_type` guesses wrong
+    types: dict[str, str] = field(repr=False, default_factory=dict)  # argument → type, if `_type` guesses wrong
     warps: int = 4
     stages: int = 3
-    tile: Tile | None = None  # of the main loop
+    tile: Tile | None = None  # the tile of the main loop
 
     @property
     def multiplies(self) -> bool:
@@ -59,8 +59,8 @@ class Variant:
 class Compiled:
     variant: Variant
     registers: int
-    spills: int  # bytes of local memory a thread
-    shared: int  # bytes
+    spills: int  # bytes of local memory per thread
+    shared: int  # bytes of shared memory
     products: int  # tensor-core instructions
     copies: int  # asynchronous copies from global to shared memory
 
@@ -74,10 +74,10 @@ def variants() -> Iterator[Variant]:
 
 
 def _walk_variants(architecture: int | str) -> Iterator[Variant]:
-    """The plainest and the fullest main loop of every mode the launcher may choose.
+    """Yield the simplest and the most complex main loop of every mode that the launcher may choose.
 
-    float16 differs from bfloat16 by the name of its instructions alone, so it is compiled once a card; Turing, which
-    has no bfloat16, takes it everywhere.
+    float16 differs from bfloat16 only by the names of its instructions, so it is compiled once per card. On Turing,
+    which has no bfloat16, all variants use it.
     """
     turing = architecture == 75
     for dtype, size in _SIZES.items():
@@ -115,7 +115,7 @@ def _walk_variants(architecture: int | str) -> Iterator[Variant]:
 
 
 def _helper_variants(architecture: int | str) -> Iterator[Variant]:
-    """The other kernels, in the blocks of the launcher."""
+    """Yield the other kernels, with the block sizes of the launcher."""
     sixteen = "fp16" if architecture == 75 else "bf16"
     block_v = TILES[architecture][2].full.v
     block_n, block_h = launch.GRADIENT_BLOCK
@@ -135,7 +135,7 @@ def _helper_variants(architecture: int | str) -> Iterator[Variant]:
 
 
 def _loss_variants(architecture: int | str) -> Iterator[Variant]:
-    """The preference losses."""
+    """Yield the kernels of the preference losses."""
     for what, constants in loss.compile_cases():
         kernel = loss.kernel_of(constants)
         types = {name: loss.argument_type(name, constants) for name in kernel.arg_names}
@@ -204,8 +204,10 @@ def _number(pattern: str, text: str) -> int:
 
 
 def faults(c: Compiled) -> list[str]:
-    """List the reasons why a kernel does not fit its card: too much shared memory, or spills on NVIDIA's (AMD's are in
-    the table). A kernel that multiplies also needs tensor cores and, on NVIDIA's, asynchronous copies."""
+    """List the reasons why a kernel does not fit its card.
+
+    These are too much shared memory, and spills on NVIDIA cards (those on AMD cards are in the table). A kernel that
+    multiplies also needs tensor cores and, on NVIDIA cards, asynchronous copies."""
     architecture, limit = c.variant.architecture, SHARED_LIMIT[c.variant.architecture]
     reasons = []
     if c.spills and isinstance(architecture, int):
@@ -222,7 +224,7 @@ def faults(c: Compiled) -> list[str]:
 
 
 def page(compiled: list[Compiled]) -> str:
-    """The Markdown page."""
+    """Return the Markdown page."""
     parts = [
         "# Kernels, compiled",
         "Written by `python -m bench.compile_report docs/kernels.md` with Triton "

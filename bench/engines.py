@@ -16,16 +16,16 @@ ENGINES = {"trl": "TRL", "trl-patched": "TRL, patched", "trl-liger": "TRL with L
 
 @dataclass(frozen=True)
 class Job:
-    engine: str  # of ENGINES
+    engine: str  # one of ENGINES
     method: str
     model: str
     rows: str  # a .jsonl file of messages: prompt, chosen and rejected, or for KTO prompt, completion and label
     passes: int
-    steps: int  # of one pass
-    batch: int  # pairs a step
+    steps: int  # steps per pass
+    batch: int  # pairs per step
     max_length: int
     checkpointing: bool
-    counted: bool = False  # count storages instead of taking times
+    counted: bool = False  # count storages instead of measuring time
 
     @property
     def rows_a_step(self) -> int:
@@ -33,7 +33,7 @@ class Job:
 
 
 def held_bytes() -> int:
-    """Bytes held now: allocated on the GPU, or resident on a CPU."""
+    """Return the bytes held now: allocated on the GPU, or resident on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -51,7 +51,7 @@ def peak_bytes() -> int:
 
 
 def joules() -> float | None:
-    """The energy that an NVIDIA card has used since its driver was loaded, if it reports that (Volta and newer)."""
+    """Return the joules that an NVIDIA card (Volta or newer) has used since its driver was loaded, or None."""
     import torch
 
     if not torch.cuda.is_available():
@@ -61,7 +61,7 @@ def joules() -> float | None:
 
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)) / 1000
-    except Exception:  # no such package, no such reading: each driver fails in its own way
+    except Exception:  # without the package or the reading, each driver fails in its own way
         return None
 
 
@@ -87,7 +87,7 @@ def run_fastpref(job: Job) -> dict[str, Any]:
         return model
 
     start.load_model = load_and_measure
-    # The same terms as TRL's.
+    # The terms are the same as TRL's.
     same_terms = {"orpo": 'nll_on = "all"\n', "simpo": "beta = 0.1\ngamma = 0.5\n"}.get(job.method, "")
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "run.toml"
@@ -178,7 +178,7 @@ def run_trl(job: Job) -> dict[str, Any]:
 
 
 def _trl_classes(method: str) -> tuple[Any, Any, dict[str, Any]]:
-    """The settings' class, the trainer's, and what makes it the method."""
+    """Return the classes of the settings and of the trainer, and the settings that select the method."""
     if method in ("dpo", "ipo"):
         from trl import DPOConfig, DPOTrainer
 

@@ -1,10 +1,9 @@
-"""Measures what the fused preference-loss kernels save against the same losses in torch operations.
+"""Measure the savings of the fused preference-loss kernels against the same losses in torch operations.
 
 Both take the same token log-probabilities and give the loss and its gradient for every token; the head is left out. On
 a GPU both run in turn, timed between CUDA events, and their peak memory is measured. A CPU runs no Triton kernels, so
-there only torch is timed, and that says nothing about a GPU. Two quantities need no GPU and are
-counted on tensors that have shapes and no values: the operations of a step, and the most bytes that its tensors
-take at once.
+only torch is timed on it, which says nothing about a GPU. Two quantities need no GPU and are counted on fake tensors,
+which have shapes and no values: the operations of a step, and the most bytes that its tensors take at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,16 +36,16 @@ LOSSES: dict[str, LossOptions] = {
 
 
 IDLE = ("empty", "new_empty", "empty_like", "detach_")  # operations that launch nothing, as views do
-Step = Callable[[], tuple[Tensor, Tensor]]  # gives the loss, and its gradient [N] for every token
+Step = Callable[[], tuple[Tensor, Tensor]]  # returns the loss, and its gradient [N] for every token
 
 
 @dataclass(frozen=True)
 class LossCase:
-    """A loss of P pairs, or for KTO of 2P rows, whose responses are equally long."""
+    """A loss of P pairs, or for KTO of 2P rows, with responses of equal length."""
 
-    name: str  # of LOSSES
+    name: str  # one of LOSSES
     pairs: int  # P
-    length: int  # tokens of a response
+    length: int  # tokens per response
     device: str
 
     def step(self, backend: str, dtype: torch.dtype = torch.float32) -> Step:
@@ -56,7 +55,7 @@ class LossCase:
         segments = torch.arange(sequences, device=self.device).repeat_interleave(self.length)
         lengths = torch.full((sequences,), self.length, device=self.device)
         options: dict[str, Any] = {"reference": logp + 0.1 * noise} if loss.uses_reference else {}
-        options["totals"] = Totals(self.pairs, self.pairs * self.length)  # as a training step has it
+        options["totals"] = Totals(self.pairs, self.pairs * self.length)  # as in a training step
         if isinstance(loss, KTO):
             options["totals"] = Totals(sequences)
             options["labels"] = torch.arange(sequences, device=self.device) < self.pairs
@@ -85,14 +84,14 @@ class Operations(TorchDispatchMode):
 
 @contextmanager
 def pretending(counter: Operations) -> Iterator[None]:
-    """Tensors have shapes and no values, any backend can be chosen, and kernel launches are counted, not run."""
+    """Use fake tensors, without values, allow any backend, and count kernel launches instead of running them."""
     from fastpref.kernels import preference_loss_launch
     from fastpref.losses import token_loss
 
     def launch(*_: Any, **__: Any) -> None:
         counter.count += 1
 
-    uncached = preference_loss_launch._on_device.__wrapped__  # so that no tensor without values is kept
+    uncached = preference_loss_launch._on_device.__wrapped__  # so that no fake tensor is cached
     with (
         patch.object(token_loss, "takes_triton", lambda backend, *_: backend == FUSED),
         patch.object(preference_loss_launch, "launch", launch),
@@ -103,7 +102,7 @@ def pretending(counter: Operations) -> Iterator[None]:
 
 
 def count(case: LossCase, backend: str) -> tuple[int, int]:
-    """The operations of a step, and the most bytes that its tensors take at once in addition to the inputs."""
+    """Return the operations of a step, and the most bytes that its tensors take at once beyond the inputs."""
     counter, memory = Operations(), PeakStorage()
     with pretending(counter):
         step = replace(case, device="cpu").step(backend)
@@ -115,7 +114,7 @@ def count(case: LossCase, backend: str) -> tuple[int, int]:
 
 
 def measure_loss(case: LossCase, repeats: int) -> dict[str, Any]:
-    """Both backends on one case as JSON holds them: operations, peak bytes, and the ms of each turn where they run."""
+    """Return JSON values for both backends on a case: operations, peak bytes and, where they run, ms of each turn."""
     gpu = case.device != "cpu"
     truth = case.step(TORCH, torch.float64)()
     rows, counts = {backend: Row(backend) for backend in (TORCH, FUSED)}, {}
@@ -142,7 +141,7 @@ def measure_loss(case: LossCase, repeats: int) -> dict[str, Any]:
 
 
 def losses_table(records: list[dict[str, Any]]) -> list[str]:
-    """The records as a Markdown table; × torch is the ratio of the medians, and of the peaks."""
+    """Return the records as a Markdown table, in which × torch is the ratio of the medians, and of the peaks."""
     lines = [
         "Token log-probabilities are given, and the head is left out. An operation is a call of torch that computes "
         "something, on a GPU one kernel launch or more, or a launch of a fused kernel. Without a GPU the peak is that "

@@ -34,7 +34,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The repository's commit, with "+" behind it where files differ from it."""
+    """Return the repository's commit, with "+" after it if files differ from it."""
     folder = Path(__file__).parent
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Errors against float64, time in turn, and peak memory of the ways to compute a head."""
+"""Measure methods of computing a head: errors against float64, time in alternating turns, and peak memory."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from bench.objectives import Objective
 from bench.problems import Problem, Shape, make_problem
 
 BARE = "bare products"
-CHECKED_TOKENS = 64  # of each sequence: a position's results depend on no other position
+CHECKED_TOKENS = 64  # per sequence, which is enough because positions are independent
 FLOAT64_ROWS = 128  # positions at once
 
 
@@ -39,14 +39,14 @@ class Case:
 
 @dataclass
 class Row:
-    """One method on one case."""
+    """The results of one method on one case."""
 
     method: str
     ms: list[float] = field(default_factory=list)
-    bytes: int | None = None  # beyond the problem
+    bytes: int | None = None  # peak memory beyond the problem's tensors
     value_error: float | None = None  # relative to float64
     grad_error: float | None = None
-    note: str = ""  # why there is no time, or none to compare
+    note: str = ""  # why there is no time, or no comparable one
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self.ms, share))
@@ -56,7 +56,7 @@ class Row:
         return statistics.median(self.ms)
 
     def record(self) -> dict[str, Any]:
-        """The row as JSON holds it, with quantiles if it was timed."""
+        """Return the row as JSON values, with quantiles if it was timed."""
         times = {f"p{share}": self.quantile(share / 100) for share in (20, 50, 80)} if self.ms else {}
         return asdict(self) | times
 
@@ -67,11 +67,11 @@ class Row:
 @dataclass(frozen=True)
 class Result:
     value: Tensor  # scalar
-    grads: list[Tensor]  # of the hidden states, and of the weight where it is trained
+    grads: list[Tensor]  # of the hidden states, and of the weight if it is trained
 
 
 def run(method: Method, problem: Problem, objective: Objective, *, backward: bool) -> Result:
-    """One step of a method."""
+    """Run one step of a method."""
     if not backward:
         with torch.no_grad():
             return Result(method.loss(problem, objective), [])
@@ -81,7 +81,7 @@ def run(method: Method, problem: Problem, objective: Objective, *, backward: boo
 
 
 def float64_logps(problem: Problem, hidden: Tensor) -> Tensor:
-    """[2P, T] log-probabilities of the scored positions, some rows at a time."""
+    """Return the log-probabilities [2P, T] of the scored positions, computed some rows at a time."""
 
     def part(rows: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         logits = capped(rows @ weight.t(), problem.softcap)
@@ -97,7 +97,7 @@ def float64_logps(problem: Problem, hidden: Tensor) -> Tensor:
 
 
 def errors(rows: Sequence[Row], methods: Sequence[Method], case: Case) -> None:
-    """Record each method's errors against float64, and mark methods as wrong whose errors exceed torch's own.
+    """Record each method's errors against float64, and mark methods as wrong if their errors exceed a bound.
 
     The bound is twice the error of all logits in the same dtype, plus one rounding of that dtype or 64 of
     float32, in which the sums over hundreds of tokens are computed.
@@ -136,7 +136,7 @@ def errors(rows: Sequence[Row], methods: Sequence[Method], case: Case) -> None:
 
 
 def peak_bytes(step: Callable[[], object], device: str) -> int:
-    """The most that torch's allocator held during a step beyond what it held before."""
+    """Return the peak bytes that torch's allocator held during a step beyond those before it."""
     if device != "cpu":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -160,7 +160,7 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
 
 
 def timed(step: Callable[[], object], device: str) -> float:
-    """Milliseconds of one step; on a GPU between two events of its stream, without the host's time before and after."""
+    """Return the milliseconds of a step, on a GPU between two events of its stream, without other time of the host."""
     if device == "cpu":
         start = time.perf_counter()
         step()
@@ -188,7 +188,7 @@ class Local:
     device: str
 
     def peak_bytes(self) -> int:
-        self.step()  # compiles, and warms up
+        self.step()  # compile and warm up
         return peak_bytes(self.step, self.device)
 
     def ms(self) -> float:
@@ -210,7 +210,8 @@ def measure(
 ) -> list[Row]:
     """Measure all methods on one case, in turn, so that other load on the machine affects all of them.
 
-    The first row is the yardstick. A method that is not installed, unsupported, wrong or out of memory has a note.
+    The first row is the yardstick, the bare products. A method that is not installed, unsupported, wrong or out of
+    memory has a note.
     """
     rows = [Row(method.name, note="" if method.installed else "not installed") for method in methods]
     if check:

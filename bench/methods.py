@@ -1,4 +1,4 @@
-"""The ways to compute a head's log-probabilities and losses, each called as its documentation says.
+"""The methods of computing a head's log-probabilities and losses, each called as its documentation says.
 
 A method is a function from a problem and an objective to the loss, a scalar that can be differentiated. A
 method raises Unsupported, with the reason that the table shows, for what it cannot compute.
@@ -21,7 +21,7 @@ TRL_CHUNK = 32768  # TRL's own default
 
 
 class Unsupported(Exception):
-    """Why a method has no result."""
+    """A method cannot compute a case. The message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Method:
 
 
 def by_tokens(logps: Callable[[Problem, Tensor], Tensor]) -> Callable[[Problem, Objective], Tensor]:
-    """The loss from token log-probabilities [2P, T], 0 where nothing is scored, of a problem's hidden states."""
+    """Return a loss that uses token log-probabilities [2P, T] of hidden states, 0 where nothing is scored."""
 
     def loss(problem: Problem, objective: Objective) -> Tensor:
         reference = None
@@ -53,7 +53,7 @@ def by_tokens(logps: Callable[[Problem, Tensor], Tensor]) -> Callable[[Problem, 
 
 
 def full_logits(problem: Problem, hidden: Tensor) -> Tensor:
-    """All logits of all positions, then TRL's own `selective_log_softmax`: TRL up to 1.14, its ORPO and CPO still."""
+    """Compute all logits, then TRL's `selective_log_softmax`, as TRL up to 1.14 does, and its ORPO and CPO still."""
     from trl.trainer.utils import selective_log_softmax
 
     logits = capped(hidden @ problem.weight.t(), problem.softcap)
@@ -62,7 +62,7 @@ def full_logits(problem: Problem, hidden: Tensor) -> Tensor:
 
 
 def trl_chunked(problem: Problem, hidden: Tensor) -> Tensor:
-    """TRL 1.16's DPO and KTO: on a GPU the scored positions only, elsewhere all of them."""
+    """Compute log-probabilities as TRL 1.16's DPO and KTO do: on a GPU only of scored positions, elsewhere of all."""
     from trl.kernels import ChunkedLogProbFunction
 
     scored = problem.scored
@@ -79,7 +79,7 @@ def trl_chunked(problem: Problem, hidden: Tensor) -> Tensor:
 
 
 def torch_fused(problem: Problem, hidden: Tensor) -> Tensor:
-    """torch.nn.functional.linear_cross_entropy by chunks, from torch 2.12 on."""
+    """Compute log-probabilities by torch.nn.functional.linear_cross_entropy in chunks, from torch 2.12 on."""
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         raise Unsupported("not in this torch")
     if problem.softcap is not None:
@@ -96,7 +96,7 @@ def torch_fused(problem: Problem, hidden: Tensor) -> Tensor:
 
 
 def cut_cross_entropy(problem: Problem, hidden: Tensor) -> Tensor:
-    """Its kernels on a GPU; elsewhere it compiles all logits of the scored positions."""
+    """Call Cut Cross-Entropy: its kernels on a GPU, elsewhere its compiled logits of the scored positions."""
     from cut_cross_entropy import linear_cross_entropy
 
     losses = linear_cross_entropy(
@@ -145,7 +145,7 @@ def ours(problem: Problem, objective: Objective) -> Tensor:
 
 
 def liger(problem: Problem, objective: Objective) -> Tensor:
-    """Its fused linear preference losses, compiled as is their default; they score every position."""
+    """Call Liger's fused linear preference losses, compiled by default, which score every position."""
     from liger_kernel import chunked_loss
 
     if objective is TOKENS:
@@ -186,9 +186,10 @@ METHODS = (
 
 
 def bare_products(problem: Problem, objective: Objective, *, backward: bool) -> Callable[[], None]:
-    """The matrix products of the scored positions that no method can do without, by tiles, and nothing between them.
+    """Return a step of only the matrix products, in tiles, that every method needs for the scored positions.
 
-    Forward one (a reference's is one more); backward one for the hidden states, and one for a trained head.
+    The forward pass has one (and one for a reference), the backward pass one for the hidden states and one for a
+    trained head.
     """
     hidden = problem.hidden.detach()[problem.scored]
     weight = problem.weight.detach()

@@ -1,4 +1,4 @@
-"""The losses of the head benchmarks from log-probabilities, for the methods that give no more than those."""
+"""The losses of the head benchmarks, for methods that only compute log-probabilities."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Objective:
     uses_reference: bool = False
 
 
-TOKENS = Objective("tokens")  # Σ weight·logp: the head and nothing else
+TOKENS = Objective("tokens")  # Σ weight·logp, which measures the head alone
 DPO = Objective("dpo", uses_reference=True)
 KTO = Objective("kto", uses_reference=True)
 ORPO = Objective("orpo")
@@ -27,11 +27,11 @@ OBJECTIVES = (TOKENS, DPO, KTO, ORPO, SIMPO)
 def value(
     objective: Objective,
     logp: Tensor,  # [2P, T], 0 where nothing is scored
-    reference: Tensor | None,  # the same under the reference
+    reference: Tensor | None,  # the reference's logp
     scored: Tensor,  # [2P, T] bool
     token_weights: Tensor,  # [2P, T]
 ) -> Tensor:
-    """The loss, a scalar. KTO's KL is taken as 0, and chosen rows as the desirable ones."""
+    """Return the loss, a scalar. KTO's KL is taken as 0, and chosen rows as the desirable ones."""
     if objective is TOKENS:
         return (logp * token_weights).sum()
     sums, counts = logp.sum(1), scored.sum(1)

@@ -14,7 +14,7 @@ from bench.engines import ENGINES
 from bench.measure import BARE
 from bench.results import ratios, spread, title
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
@@ -50,7 +50,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> Any:
-    """One group of bars a record, one bar a method; only what is right."""
+    """Draw a group of bars per record, with a bar per method whose results are right."""
     methods = list(dict.fromkeys(row["method"] for record in records for row in record["rows"] if row["ms"]))
     methods = [method for method in methods if method != BARE]
     figure, axes = plt.subplots(figsize=(1.9 * len(records) + 2.5, 4.5))
@@ -150,7 +150,7 @@ def _lines(step: dict[str, Any]) -> str:
 
 
 def _finish(axes: Any, heading: str) -> None:
-    """Title, grid, and a legend under the plot, where it covers nothing."""
+    """Add a title, a grid, and a legend under the plot, where it covers nothing."""
     axes.set_title(heading, fontsize=11)
     axes.grid(axis="y", alpha=0.3, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,7 +10,7 @@ IGNORED = -100  # the label of positions that are not scored
 
 @dataclass(frozen=True)
 class Shape:
-    """The head of a model, and how many tokens a step gives it."""
+    """The shape of a model's head and of a step's tokens."""
 
     model: str
     hidden: int  # H
@@ -18,7 +18,7 @@ class Shape:
     softcap: float | None = None
     pairs: int = 1  # P
     length: int = 512  # T, tokens of a padded sequence
-    prompt: int = 256  # of them, not scored
+    prompt: int = 256  # prompt tokens among them, which are not scored
 
     @property
     def positions(self) -> int:
@@ -43,14 +43,14 @@ SHAPES = (
 class Problem:
     hidden: Tensor  # [2P, T, H], requires grad; chosen rows first
     reference_hidden: Tensor  # [2P, T, H], of the reference model, whose head is the same
-    weight: Tensor  # [V, H]; requires grad where the head is trained
+    weight: Tensor  # [V, H]; requires grad if the head is trained
     labels: Tensor  # [2P, T] int64, IGNORED where nothing is scored
     token_weights: Tensor  # [2P, T] float32, of both signs, 0 where nothing is scored
     softcap: float | None
 
     @property
     def scored(self) -> Tensor:
-        """[2P, T] bool."""
+        """Return which positions are scored, [2P, T] bool."""
         return self.labels != IGNORED
 
     def as_float64(self) -> "Problem":
@@ -65,7 +65,7 @@ class Problem:
 
 
 def make_problem(shape: Shape, dtype: torch.dtype, device: str, *, trained: bool = False, seed: int = 0) -> Problem:
-    """Logits of order one, as at an untrained head; a reference a little away from the policy, as in training."""
+    """Make random inputs with logits of order one, as of an untrained head, and a reference close to the policy."""
     generator = torch.Generator().manual_seed(seed)
     size = (2 * shape.pairs, shape.length)
 

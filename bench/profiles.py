@@ -1,4 +1,4 @@
-"""The profiles of `python -m bench`: the cases that each measures."""
+"""The profiles of `python -m bench`, each with the cases that it measures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class HeadCases:
 @dataclass(frozen=True)
 class Profile:
     name: str
-    divisor: int  # of the heads' vocabularies; their width stays, because it decides the share of the softmax
+    divisor: int  # divides the vocabularies, not the width, which decides the share of the softmax
     repeats: int
     heads: tuple[HeadCases, ...]
     tokens: tuple[int, int, int]  # pairs, length, prompt of a head's problem
@@ -32,7 +32,7 @@ class Profile:
     factors: tuple[int, ...]
     steps: tuple[StepShape, ...]
     methods: tuple[str, ...]
-    losses: tuple[int, int]  # pairs, and tokens of a response, of the losses without their head
+    losses: tuple[int, int]  # pairs and tokens per response for the losses without their head
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -42,7 +42,7 @@ class Profile:
         return replace(known, vocab=known.vocab // self.divisor, pairs=pairs, length=length, prompt=prompt)
 
     def cases(self, words: Sequence[str] = ()) -> list[Case]:
-        """The cases of the head, those whose name has all of the words."""
+        """Return the cases of the head whose name contains all of the words."""
         everything = [
             Case(self.shape(model), objective, passes, self.dtype, self.device)
             for heads in self.heads
@@ -54,7 +54,7 @@ class Profile:
 
     @property
     def rule(self) -> str:
-        """How the shapes come from those of the models, in words."""
+        """Describe in words how the shapes derive from those of the models."""
         pairs, length, prompt = self.tokens
         size = "as they are" if self.divisor == 1 else f"with their vocabulary divided by {self.divisor}"
         what = f"a pair of {length:,} tokens a side" if pairs == 1 else f"{pairs} pairs of {length:,} tokens a side"

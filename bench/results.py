@@ -1,4 +1,4 @@
-"""Results as JSON and Markdown, and comparisons of two results."""
+"""Write results as JSON and Markdown, and compare two results."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -14,7 +14,7 @@ OURS = "fastpref"
 
 
 def head_record(case: Case, rows: list[Row]) -> dict[str, Any]:
-    """A case of the head benchmarks and what each method took, as JSON holds it."""
+    """Return a case of the head benchmarks and the results of its methods as JSON values."""
     shape = case.shape
     return {
         "model": shape.model, "hidden": shape.hidden, "vocab": shape.vocab, "softcap": shape.softcap,
@@ -37,13 +37,13 @@ def key(record: dict[str, Any]) -> str:
 
 
 def ratios(record: dict[str, Any], method: str) -> list[float]:
-    """A method's time over the bare products', in each turn: what slows a machine for a while slows both."""
+    """Return a method's time over the bare products' in each turn, in which other load slows both."""
     rows = {row["method"]: row["ms"] for row in record["rows"]}
     return [ours / bare for ours, bare in zip(rows.get(method, []), rows[BARE], strict=False)]
 
 
 def spread(values: list[float]) -> float:
-    """How far from their median three fifths of the values lie: p20 and p80, whichever is farther."""
+    """Return the distance of p20 or p80 from the median, whichever is larger."""
     low, high = np.quantile(values, [0.2, 0.8])
     return float(max(median(values) - low, high - median(values)))
 
@@ -117,7 +117,7 @@ def _head_table(records: list[dict[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Against:
-    """fastpref against the best of the other correct methods."""
+    """A comparison of fastpref with the best of the other correct methods."""
 
     fastest: str
     speedup: float
@@ -179,13 +179,13 @@ def _steps_table(steps: list[dict[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One number of two results."""
+    """The difference of one number in two results."""
 
     what: str
     unit: str
     before: float
     after: float
-    spread: float  # what both runs state
+    spread: float  # the sum of both runs' spreads
 
     @property
     def factor(self) -> float:
@@ -196,12 +196,12 @@ class Difference:
         return abs(self.after - self.before) <= self.spread
 
     def regressed(self, threshold: float) -> bool:
-        """Whether it grew by more than a share, and by more than the runs' own spread."""
+        """Return whether the number grew by more than a share, and by more than the spread of the runs."""
         return self.factor > 1 + threshold and not self.within_spread
 
 
 def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -> list[Difference]:
-    """Times over the bare products', and memory, of every case that both results hold."""
+    """Compare times over the bare products', and memory, of every case that both results contain."""
     result = []
     theirs = {key(record): record for record in before["head"]}
     for record in after["head"]:

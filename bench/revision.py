@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 
 
 class UnknownRevision(Exception):
-    """git's message about a revision that it does not know."""
+    """A revision that git does not know, with git's message."""
 
 
 class Revision:
-    """The `fastpref` and `kernels` of a revision, or of the files as they are, as long as the context lasts.
+    """A process with the `fastpref` and `kernels` of a revision, or of the current files, while the context lasts.
 
-    Two revisions are compared in two such processes: in the one that asks, threads wait busily for its next step.
+    Two revisions need two such processes, because in the calling process busy-waiting threads would disturb the times.
     """
 
     def __init__(self, name: str | None):
@@ -43,7 +43,7 @@ class Revision:
                 files.extractall(place, filter="data")
         path = os.pathsep.join([str(place), str(ROOT), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "bench.worker"],  # -P: the current folder does not come first on the path
+            [sys.executable, "-P", "-m", "bench.worker"],  # -P keeps the current folder off the start of the path
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,7 +60,7 @@ class Revision:
         self._folder.cleanup()
 
     def take(self, case: Case) -> "Revision":
-        """Make a case ready; `peak_bytes` and `ms` are of it."""
+        """Prepare a case, which `peak_bytes` and `ms` then measure."""
         self._ask(
             {
                 "ask": "take",

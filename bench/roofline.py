@@ -1,6 +1,6 @@
-"""A model, not a measurement: how long the kernels of the head take at best on a card.
+"""A model, not a measurement, of the shortest possible time of the head's kernels on a card.
 
-For every launch the multiplications and the bytes to and from memory are counted from the launch parameters; it takes
+For every launch, the multiplications and the bytes to and from memory are counted from its parameters. A launch takes
 at least the longer of operations/peak and bytes/bandwidth. The model leaves out the time to start a
 kernel, exponentials next to products (they run on another unit), and every miss of a cache.
 """
@@ -20,12 +20,12 @@ ROWS = 8192
 
 @dataclass(frozen=True)
 class Card:
-    """Published limits: dense bfloat16 products with float32 accumulation, and memory."""
+    """The published limits of a card: dense bfloat16 products with float32 accumulation, and memory."""
 
     name: str
     architecture: int
     tflops: float
-    gbytes: float  # a second
+    gbytes: float  # gigabytes per second
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Launch:
 def launches(head: HeadShape, architecture: int, *, mode: str) -> Iterator[Launch]:
     """List the launches of `linear_logprob` for 8,192 bfloat16 rows.
 
-    mode "no gradient" is the statistics alone; "frozen head" a forward and backward pass; "trained head" the same with
-    the weight's gradient.
+    The mode "no gradient" computes only the statistics, "frozen head" a forward and backward pass, and "trained head"
+    also the gradient of the weight.
     """
     n, width, vocabulary = ROWS, head.width, head.vocabulary
     hidden = torch.empty((n, width), dtype=torch.bfloat16, device="meta")
@@ -71,7 +71,7 @@ def launches(head: HeadShape, architecture: int, *, mode: str) -> Iterator[Launc
     tiles = TILES[architecture][2]
     if mode != "frozen head":
         blocks = cdiv(n, tiles.full.n)
-        # Each group of row blocks reads the weight once, its own hidden states stay in L2.
+        # Each group of row blocks reads the weight once, and its hidden states stay in L2.
         read = 2 * width * (n + cdiv(blocks, GROUP) * vocabulary)
         yield Launch("walk", 2.0 * n * vocabulary * width, read)
     if mode == "no gradient":
@@ -95,7 +95,7 @@ def launches(head: HeadShape, architecture: int, *, mode: str) -> Iterator[Launc
 
 
 def bare_products(head: HeadShape, card: Card, *, count: int = 2) -> float:
-    """Seconds of `count` matrix products of the head's size, of operands of which each is read or written once."""
+    """Return the seconds of `count` matrix products of the head's size, with each operand read or written once."""
     n, width, vocabulary = ROWS, head.width, head.vocabulary
     moved = 2 * (n * width + vocabulary * width + n * vocabulary)
     return count * Launch("product", 2.0 * n * vocabulary * width, moved).seconds(card)
@@ -105,7 +105,7 @@ _MODES = {"no gradient": 1, "frozen head": 2, "trained head": 4}
 
 
 def section() -> str:
-    """The model as a section of the page."""
+    """Return the model as a section of the page."""
     lines = [
         "## A model of the time at best",
         f"Not measured. For {ROWS:,} scored rows in bfloat16 with the default workspace: the operations and bytes of "

@@ -1,8 +1,8 @@
-"""How the cost and memory of the head grow: with tokens, vocabulary, rows and the share of the prompt.
+"""Measure how the time and memory of the head grow with tokens, vocabulary, rows and the share of the prompt.
 
 Each sweep changes one number and keeps the others. Growth is the exponent b of cost = a·size^b, fitted by least squares
-over logarithms: 1 is linear, 0 is not at all. With the prompt's share, what falls is the number of scored tokens, so
-that is its size.
+over logarithms: 1 is linear growth, 0 is none. The size for the prompt's share is the number of scored tokens, which
+falls with it.
 """
 
 import math
@@ -34,14 +34,14 @@ class Sweep:
     points: tuple[Point, ...]
 
     def growth(self, what: str) -> float:
-        """The fitted exponent of "ms" or "bytes"."""
+        """Return the fitted exponent of "ms" or "bytes"."""
         xs = [math.log(point.size) for point in self.points]
         ys = [math.log(getattr(point, what)) for point in self.points]
         return linear_regression(xs, ys).slope
 
 
 def variations(shape: Shape, factors: Sequence[int]) -> Iterator[tuple[str, str, list[tuple[int, Shape]]]]:
-    """The sweeps about a shape: name, unit, and shapes with their sizes."""
+    """Yield the sweeps from a shape: name, unit, and shapes with their sizes."""
     lengths = [replace(shape, length=shape.length * f, prompt=shape.prompt * f) for f in factors]
     yield "sequence length", "tokens", [(s.length, s) for s in lengths]
     vocabularies = [replace(shape, vocab=shape.vocab * f) for f in factors]

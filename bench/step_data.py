@@ -1,4 +1,4 @@
-"""The inputs of whole steps: a model of random weights with rows of random words, or the rows of a file."""
+"""The inputs of whole steps: a model with random weights and rows of random words, or the rows of a file."""
 
 import json
 import random
@@ -19,7 +19,7 @@ class StepShape:
     vocab: int
     length: int  # tokens of a prompt with its response
     prompt_share: float
-    batch: int  # pairs a step
+    batch: int  # pairs per step
     rows: int  # pairs in all
 
     def but(self, **changes: Any) -> "StepShape":
@@ -31,7 +31,7 @@ class StepShape:
 
 
 def write_model(shape: StepShape, folder: Path) -> None:
-    """A Llama of these sizes with the quickstart's tokenizer, whose words are fewer than the vocabulary."""
+    """Write a Llama of these sizes with the quickstart's tokenizer, which has fewer tokens than the vocabulary."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -53,7 +53,7 @@ def write_model(shape: StepShape, folder: Path) -> None:
 
 
 def make_rows(shape: StepShape) -> list[dict[str, Any]]:
-    """Pairs as prompt, chosen and rejected messages; lengths vary by a quarter about the shape's."""
+    """Return pairs as prompt, chosen and rejected messages, whose lengths vary by a quarter around the shape's."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -84,10 +84,10 @@ def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def choose_rows(model: str, file: Path, count: int, max_length: int, prompts: str = "all") -> list[dict[str, Any]]:
-    """The first `count` pairs that fit without a cut, as prompt, chosen and rejected messages.
+    """Return the first `count` pairs that fit without a cut, as prompt, chosen and rejected messages.
 
-    `prompts`: of the pairs that fit, only the half whose prompt is the larger share of their tokens ("heavy"), or the
-    smaller ("light").
+    With `prompts`, use only the half of the fitting pairs whose prompts are the larger share of their tokens ("heavy"),
+    or the smaller share ("light").
     """
     import datasets
     from transformers import AutoTokenizer
@@ -125,7 +125,7 @@ def choose_rows(model: str, file: Path, count: int, max_length: int, prompts: st
 
 
 def split_pairs(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every pair as two rows of KTO's."""
+    """Return every pair as two rows for KTO."""
     return [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
         for pair in pairs
@@ -134,7 +134,7 @@ def split_pairs(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def count_tokens(model: str, pairs: list[dict[str, Any]]) -> int:
-    """Tokens of prompt with response, of both responses, without padding: what a step is given, whoever takes it."""
+    """Return the tokens of the prompt with each response, without padding, which are the same for every engine."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -1,4 +1,4 @@
-"""Counts what a training step takes, without weights, data or a GPU: the table of docs/memory.md.
+"""Count the memory of a training step, without weights, data or a GPU, for the table of docs/memory.md.
 
     python bench/step_memory.py
 
@@ -48,7 +48,7 @@ def counted(changes: dict[str, dict[str, object]]) -> StepMemory:
 
 
 def main() -> None:
-    logging.disable(logging.WARNING)  # of bitsandbytes, at a CPU
+    logging.disable(logging.WARNING)  # hide a warning of bitsandbytes on a CPU
     parts = ("weights", "adapters", "gradients", "optimizer", "activations", "head", "total")
     print(f"| | {' | '.join(parts)} |")
     print("|---|" + "---|" * len(parts))

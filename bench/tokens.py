@@ -38,7 +38,7 @@ CHATML = (
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Chats of made-up words: prompts of about 90 words in one or three turns, answers of about 60."""
+    """Write chats of made-up words: prompts of about 90 words in one or three turns, answers of about 60."""
     rng = random.Random(0)
     letters = "etaoinshrdlcumwfgypbvk"
     words = ["".join(rng.choices(letters, range(22, 0, -1), k=rng.randint(2, 9))) for _ in range(5000)]
@@ -122,7 +122,7 @@ ENGINES = {"map": run_map, "fastpref": run_fastpref, "fastpref --no-cache": run_
 
 
 def _measure(work: Callable[[], int]) -> dict[str, float]:
-    """Rows, seconds, and MiB that memory grew by at its peak: resident, and without the pages of mapped files."""
+    """Return rows, seconds, and the growth of peak memory in MiB, resident and without the pages of mapped files."""
     before, anonymous = _resident_peak(), _anonymous()
     began, computed = time.perf_counter(), time.process_time()
     highest, finished = anonymous, threading.Event()
@@ -152,7 +152,7 @@ def _resident_peak() -> float:
 
 
 def _anonymous() -> float:
-    """Resident memory that is no file's, where the system tells."""
+    """Return the resident memory in MiB that is not of a mapped file, or 0 if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -5,8 +5,8 @@
 Takes the first rows that fit in --max-length without a cut, and trains each engine on them in a process of its own,
 one after the other: LoRA on all linear layers, batches of --batch pairs, float32 on a CPU and bfloat16 on a GPU. KTO
 gets both responses of every pair as rows of their own, two for a pair in each batch.
-Speed is that of one pass over the rows, so that every engine has the same work, whatever its order; on a GPU a pass
-before it warms up. Memory is the peak over what was held once the model was loaded: resident memory on a CPU, allocated
+Speed is that of one pass over the rows, so that every engine has the same work, whatever its order; on a GPU a first
+pass warms up. Memory is the peak over what was held once the model was loaded: resident memory on a CPU, allocated
 memory on a GPU. The small random models of `python -m bench` take less than libraries do: there, on a CPU, it is the
 peak of all tensor storages that are made once the model is loaded, in a further run that counts and is not timed.
 """
@@ -29,7 +29,7 @@ from bench.step_data import StepShape, choose_rows, count_tokens, make_rows, spl
 
 
 class EngineFailed(Exception):
-    """The last lines that a job's process printed."""
+    """A job whose process failed, with the last lines that it printed."""
 
 
 def run_apart(job: Job) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def run_apart(job: Job) -> dict[str, Any]:
 
 
 def engines_for(method: str) -> list[str]:
-    """TRL's Liger path needs a GPU, and knows DPO and KTO."""
+    """Return the engines for a method. TRL's Liger path needs a GPU and supports only DPO and KTO."""
     import torch
 
     liger = torch.cuda.is_available() and method in ("dpo", "kto")
@@ -106,7 +106,7 @@ def compare(
 
 
 def compare_shape(shape: StepShape, method: str) -> dict[str, Any]:
-    """The engines on a random model and random rows of given sizes."""
+    """Compare the engines on a random model and random rows of given sizes."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:

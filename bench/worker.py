@@ -1,4 +1,4 @@
-"""The process of `revision.py`: answers one JSON object a line. `fastpref` is whatever its path finds first."""
+"""The process of `revision.py`, which answers one JSON object per line, with the first `fastpref` on its path."""
 
 import json
 import sys
