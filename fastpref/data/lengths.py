@@ -14,7 +14,7 @@ def kept_response(max_length: int, longest: int) -> int:
 
 
 def cut(ids: Ids, context: Spans, room: int) -> tuple[Ids, Spans]:
-    """Cut a completion to its first `room` tokens, then remove unscored tokens from its end."""
+    """Cut a completion to its first `room` tokens, then remove unscored tokens from its end: they train nothing."""
     if len(ids) <= room:
         return ids, context
     clipped = tuple((start, min(stop, room)) for start, stop in context if start < room)

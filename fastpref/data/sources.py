@@ -347,7 +347,7 @@ def _at(records: Records, at: int, error: RowError | None) -> str:
 
 
 def _digest(contents: Iterable[Paired | Unpaired]) -> bytes:
-    """Hash everything that a row says: prompt, responses, label, tools, keywords."""
+    """Hash the contents of a row: prompt, responses, label, tools and keywords."""
     values = [
         [c.prompt, c.responses, getattr(c, "label", None), c.writing.tools, c.writing.template_kwargs] for c in contents
     ]

@@ -78,7 +78,7 @@ class Examples(Sequence[Example]):
         return lengths.to_numpy().reshape(len(self), -1 if len(self) else 0)
 
     def digest(self) -> str:
-        """Hash all tokens, lengths and labels in their order, whatever the table's chunks. Returns 16 digits."""
+        """Hash all tokens, lengths and labels in their order, regardless of the table's chunks. Returns 16 digits."""
         digest, labels = hashlib.sha256(), self.table.column("label").to_pylist()
         for values in (self._prompt_ids.to_numpy(), self._completion_ids.to_numpy(), self.prompt_lengths,
                        self.completion_lengths, np.asarray(labels, dtype=str)):  # fmt: skip

@@ -52,7 +52,7 @@ def tokenize_batches(
     day: date | None = None,
     templates: set[str | None] | None = None,
 ) -> Iterator[list[Example]]:
-    """Yield the examples of every usable row, some rows at a time, and add what was cut or dropped to `counts`.
+    """Yield the examples of every usable row, some rows at a time, and add the cut and dropped ones to `counts`.
 
     A prompt's tokens are the longest common prefix of the tokens of the prompt and of the prompt with each response, so
     a token that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly

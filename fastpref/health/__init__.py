@@ -28,7 +28,7 @@ def diagnose(history: History, known: Known) -> list[Verdict]:
 
 
 class Watch:
-    """Watches the health of a run while it goes on. Each verdict appears once."""
+    """Watches the health of a run while it trains. Each verdict appears once."""
 
     def __init__(self, known: Known, rows: Iterable[Mapping[str, Any]] = ()):
         self.known, self.history = known, History(rows)

@@ -126,8 +126,8 @@ def enough(known: Known) -> float:
 def nats_moved(h: History, known: Known) -> float | None:
     """Return how far the policy has moved: the larger change of the log-probabilities of the two sides, in nats.
 
-    With a reference the size of the last rewards counts too, whatever their sign, because labels that contradict each
-    other move the policy back and forth.
+    With a reference, the root mean square of the last rewards counts too, because labels that contradict each other
+    move the policy back and forth.
     """
     moved = []
     for name in ("rewards/chosen", "rewards/rejected"):

@@ -28,7 +28,7 @@ from fastpref.run.history import HELDOUT, History, Series
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-@rule("first_loss", explains=("loss_rises",))  # which compares with the first loss
+@rule("first_loss", explains=("loss_rises",))  # which would start from a wrong value
 def _first_loss(h: History, known: Known) -> Finding | None:
     wanted = first_loss(known.loss)
     series = h[HELDOUT + "loss"][:1]

@@ -44,7 +44,7 @@ class Entry:
 
 
 class Checkpoint:
-    """A folder's config.json and its safetensors. Raises UserError for what is missing or cannot be read."""
+    """A folder's config.json and its safetensors. Raises UserError for files that are missing or cannot be read."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -101,7 +101,7 @@ class Checkpoints:
         return progress
 
     def rescue(self, progress: Progress, rng: dict[str, Any], *overrides: str) -> str:
-        """Save the state after the last whole step as far as the disk allows. Returns a message on how to go on."""
+        """Save the state after the last whole step as far as the disk allows. Returns a message on how to resume."""
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_available():
@@ -119,7 +119,7 @@ class Checkpoints:
             return f"What was trained up to step {progress.step} could not be saved. {before}"
 
     def before(self, *overrides: str) -> str:
-        """Return a message on how to go on from the last checkpoint."""
+        """Return a message on how to resume from the last checkpoint."""
         if self.latest is None:
             return "There is no checkpoint before it."
         return f"Go on from the checkpoint before it with\n  {self.folder.resume_command(self.latest, *overrides)}"

@@ -42,7 +42,7 @@ def processor() -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory in bytes, that torch has allocated on a GPU, else of the process. None if unknown."""
+    """Return the peak bytes that torch has allocated on a GPU, or else those of the process. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

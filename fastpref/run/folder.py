@@ -73,7 +73,7 @@ class RunFolder:
             raise UserError(f"output.dir = {str(self.path)!r}: cannot be written: {why}") from None
 
     def resume(self, config: Config, progress: Progress) -> None:
-        """Go on from a checkpoint: remove what was logged and saved after it."""
+        """Resume from a checkpoint: remove the rows and files that were written after it."""
         kept = [json.dumps(row) for row in self.rows() if _before(row, progress)]
         write_file(self.metrics, "".join(f"{line}\n" for line in kept))
         write_file(self.path / "config.toml", to_toml(config))

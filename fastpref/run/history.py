@@ -60,7 +60,7 @@ EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
 
 @dataclass(frozen=True)
 class Trend:
-    """How a series changed from its beginning to its end."""
+    """The change of a series from its beginning to its end."""
 
     start: float
     end: float
@@ -156,7 +156,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Read run.json, which the report needs besides config and metrics. Returns {} if there is none."""
+    """Read run.json, which the report needs in addition to config and metrics. Returns {} if there is none."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):

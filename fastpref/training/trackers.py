@@ -24,7 +24,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, if it has any. If one fails, one note says so, and the run goes on without trackers."""
+    """The trackers of a run, if it has any. If one fails, the run prints one note and continues without trackers."""
 
     def __init__(self, accelerator: Accelerator, note: Callable[[str], None]):
         self._accelerator, self._note = accelerator, note
