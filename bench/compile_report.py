@@ -207,7 +207,8 @@ def faults(c: Compiled) -> list[str]:
     """List the reasons why a kernel does not fit its card.
 
     These are too much shared memory, and spills on NVIDIA cards (those on AMD cards are in the table). A kernel that
-    multiplies also needs tensor cores and, on NVIDIA cards, asynchronous copies."""
+    multiplies also needs tensor cores and, on NVIDIA cards, asynchronous copies.
+    """
     architecture, limit = c.variant.architecture, SHARED_LIMIT[c.variant.architecture]
     reasons = []
     if c.spills and isinstance(architecture, int):

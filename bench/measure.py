@@ -17,7 +17,7 @@ from bench.objectives import Objective
 from bench.problems import Problem, Shape, make_problem
 
 BARE = "bare products"
-CHECKED_TOKENS = 64  # per sequence, which is enough because positions are independent
+CHECKED_TOKENS = 64  # per sequence: positions are independent of each other
 FLOAT64_ROWS = 128  # positions at once
 
 

@@ -149,7 +149,7 @@ class Writer:
         value = self._checkpoint.read(self._embedding).float()
         return self._written(self._trained(self._plan.head, value, self._written_dtype(entry.dtype)), entry.dtype)
 
-    # --- what is where -------------------------------------------------------------------------------------------
+    # --- where tensors are ---------------------------------------------------------------------------------------
 
     @property
     def _head(self) -> str:

@@ -1,4 +1,4 @@
-"""The plan of a merge, made from headers and configs alone. Whatever cannot be merged is an error here."""
+"""The plan of a merge, made from headers and configs alone. Weights that cannot be merged are errors here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,7 @@ class Plan:
 
 
 def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any], nf4: frozenset[str]) -> Plan:
-    """Plan the merge of a model and the tensors that adapters change. Raises UserError for what cannot be merged."""
+    """Plan the merge of a model and the tensors that adapters change. Raises UserError if it is impossible."""
     model = bare_model(options)
     names = Names(model, checkpoint.tensors)
     if (renaming := find_renaming(names.missing, names.unexpected)) is not None:  # as in loading

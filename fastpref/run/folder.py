@@ -25,7 +25,8 @@ _OURS = ("final", "stopped", "checkpoints", "trackers")  # folders that a new ru
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of a run, with config.toml (resolved), metrics.jsonl (a JSON object per row), run.json (facts for the
-    report), report.html, checkpoints/ and final/ (an adapter or a model)."""
+    report), report.html, checkpoints/ and final/ (an adapter or a model).
+    """
 
     path: Path
     new: bool = False  # whether the folder did not exist yet when it was chosen

@@ -104,7 +104,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 def whole(value: Any) -> Any:
     """Return nested values in which tensors sharded by FSDP2 are whole tensors on the CPU.
 
-    All processes must call it together."""
+    All processes must call it together.
+    """
     if isinstance(value, DTensor):
         return value.full_tensor().detach().cpu()
     if isinstance(value, dict):

@@ -61,7 +61,8 @@ class Reader:
     def conversation(self, row: Row, name: str, *, all_of_it: bool = False) -> tuple[list[Message], list[Message]]:
         """Split a conversation before its last turn, which must be the assistant's. Raises RowError.
 
-        With `all_of_it`, split it before all assistant turns at its end."""
+        With `all_of_it`, split it before all assistant turns at its end.
+        """
         turns = self.response(column(row, name), name)
         at = len(turns) - 1
         while all_of_it and at > 0 and turns[at - 1]["role"] == "assistant":

@@ -88,9 +88,9 @@ def _after(question: str, answer: str) -> str | None:
 
 
 def same(ours: Message, theirs: Message) -> bool:
-    """Return whether two turns have the same role and words. White space, the form of content and ids may differ.
+    """Return whether two turns have the same role, words, reasoning and calls.
 
-    A developer turn equals a system turn.
+    White space, the form of content and ids may differ. A developer turn equals a system turn.
     """
     roles = {ours["role"], theirs["role"]}
     if len(roles) > 1 and not roles <= {*SYSTEM_ROLES}:
@@ -207,7 +207,7 @@ def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
 def _part_answers(
     asked: _Turns, chats: list[_Turns], whole: Sequence[bool], names: list[str], remarks: list[str]
 ) -> tuple[_Turns, list[_Turns]]:
-    """Split a prompt and its answers. Answers may repeat the prompt, and the prompt may end with an answer."""
+    """Split a prompt and its answers. Answers may repeat the prompt, which may end with an answer or an empty one."""
     for chat, is_whole in zip(chats, whole):
         if is_whole and len(chat) == _shared([asked, chat]) and chat[-1]["role"] == "assistant":
             asked, _ = _part([chat], names)  # the prompt was this whole conversation

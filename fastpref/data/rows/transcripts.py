@@ -21,7 +21,8 @@ def is_transcript(value: Any) -> bool:
 
 def read_transcript(text: str, *, answered: bool = False) -> list[Message]:
     """Read the turns of a transcript. An empty last turn of the assistant is a placeholder for an answer and is
-    left out, unless the transcript is `answered`: then the answer is empty."""
+    left out, unless the transcript is `answered`: then the answer is empty.
+    """
     marks = list(_SPEAKER.finditer(text))
     stops = [mark.start() for mark in marks[1:]] + [len(text)]
     roles = {"Human": "user", "Assistant": "assistant"}
