@@ -1,6 +1,7 @@
 """Every family of causal language models gives the right numbers, says why it is slower, or is refused by name.
 
-A few families, each with a different difficulty, are always tried; all others are slow tests."""
+A few families, each with a different difficulty, are always tried; all others are slow tests.
+"""
 
 from pathlib import Path
 

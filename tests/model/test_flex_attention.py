@@ -1,6 +1,7 @@
 """FlexAttention over trees: its mask, its block mask, its forward pass on a CPU, and forward and backward on a GPU.
 
-The expected results are those of `tree_attention`, which computes each completion as a separate sequence."""
+The expected results are those of `tree_attention`, which computes each completion as a separate sequence.
+"""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Kernels of liger-kernel in a model's body: which modules get one, that nothing else changes, and their results.
 
-Without a GPU the kernels run in Triton's interpreter, which lacks the functions of CUDA's library that they call."""
+Without a GPU the kernels run in Triton's interpreter, which lacks the functions of CUDA's library that they call.
+"""
 
 import copy
 import os
