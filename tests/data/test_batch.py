@@ -1,6 +1,7 @@
 """The three layouts compared with the sequences that they represent: what is scored, where, after what, and how often.
 
-Each token of an example is a unique number, so that a token identifies its place."""
+Each token of an example is a unique number, so that a token identifies its place.
+"""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -116,7 +117,8 @@ def test_every_token_is_scored_once_after_what_precedes_it(
     """Each scored token is a target once, predicted from exactly the tokens before it in its sequence.
 
     Tokens of a context are no targets. If prompts are scored, each prompt token except the first is a target once,
-    however often the prompt is repeated."""
+    however often the prompt is repeated.
+    """
     batch = collate(examples, layout, score_prompts=score_prompts)
     expected = sequences(examples, score_prompts=score_prompts)
     scored = list(zip(batch.segments.tolist(), batch.offsets.tolist(), strict=True))
@@ -163,7 +165,8 @@ def test_every_token_stands_where_it_would_alone(layout: Layout, examples: list[
 def test_layouts_compute_the_same_in_fewer_tokens(examples: list[Example]):
     """A tree computes a prompt once, while the other layouts compute it once per response.
 
-    All layouts score the same tokens, in the same segments and at the same positions."""
+    All layouts score the same tokens, in the same segments and at the same positions.
+    """
     batches = {layout: collate(examples, layout) for layout in LAYOUTS}
     completions = len(examples[0].completions)
     responses = sum(len(ids) for e in examples for ids in e.completions)
@@ -241,7 +244,8 @@ def test_a_batch_moves_as_a_whole(layout: Layout, labelled: bool):
 def test_a_step_is_cut_into_micro_batches(layout: Layout, examples: list[Example], budget: int):
     """Each example is in one micro-batch, which exceeds the budget only if it has a single example.
 
-    No two micro-batches fit the budget together."""
+    No two micro-batches fit the budget together.
+    """
 
     def cost(places: Sequence[int]) -> int:
         return collate([examples[i] for i in places], layout).tokens

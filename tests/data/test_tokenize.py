@@ -1,7 +1,8 @@
 """Token ids compared with their text: where the prompt ends, how a response ends, what is cut and what is dropped.
 
 The tokenizers are toys (one token per byte) with the templates and special tokens of real families
-(toy_tokenizers.py)."""
+(toy_tokenizers.py).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -73,7 +74,8 @@ def test_prompt_and_response_are_the_rendered_conversation(
     """Prompt and response tokens, joined, are those of the whole conversation as the template writes it.
 
     The prompt includes the template's generation prompt. Only the response's end differs: white space after its end
-    token is removed, and a template without an end token gets EOS."""
+    token is removed, and a template without an end token gets EOS.
+    """
     tokenizer = make()
     example = only(tokenizer, Paired(prompt, chosen, rejected))
     answered = prompt[-1]["role"] == "assistant"
@@ -107,7 +109,8 @@ MERGES = [("a", "b"), ("ab", "a"), ("b", "b"), ("Ġ", "a")]
 def test_a_token_across_the_boundary_belongs_to_the_response():
     """If the prompt's last letter and a response's first letter make one token, the prompt ends before it.
 
-    This holds for both responses, and the row is counted."""
+    This holds for both responses, and the row is counted.
+    """
     tokenizer = toy_tokenizer(merges=MERGES)
     a, b, c, x, ab, end = (ids for text in ("a", "b", "c", "x", "ab", "</s>") for ids in encode(tokenizer, text))
     (merged, apart), counts = tokenized(tokenizer, Paired("xa", "b", "c"), Paired("xa", "c", "cb"))
@@ -127,7 +130,8 @@ def test_a_token_across_the_boundary_belongs_to_the_response():
 def test_the_prompt_is_the_longest_common_prefix(prompt: str, chosen: str, rejected: str, chat: bool):
     """The prompt's tokens are the longest common prefix of all three tokenised texts, however tokens merge.
 
-    Joined with a response they are that text's tokens; a row counts as merged if a token crosses the boundary."""
+    Joined with a response they are that text's tokens; a row counts as merged if a token crosses the boundary.
+    """
     tokenizer = MERGING
     content = Paired([user(prompt)], [says(chosen)], [says(rejected)]) if chat else Paired(prompt, chosen, rejected)
     examples, counts = tokenized(tokenizer, content)
@@ -314,7 +318,8 @@ def test_bos_at_most_once_and_first(
 ):
     """If tokenizer or template want BOS, a sequence has one, as its first token, however many the data have.
 
-    Text gets BOS from the tokenizer, chats only from the template."""
+    Text gets BOS from the tokenizer, chats only from the template.
+    """
     tokenizer = make()
     bos, bos_id = str(tokenizer.bos_token) * given_bos, tokenizer.bos_token_id
     text = only(tokenizer, Paired(bos + "q", "yes", "no"))

@@ -1,7 +1,8 @@
 """Turns in the tokens: which turns of a response are scored, and which turns a long prompt loses.
 
 The templates are toys of each kind that families have: an end for every turn, another end for the last, or no end;
-reasoning that is dropped once another turn follows; tool results in JSON."""
+reasoning that is dropped once another turn follows; tool results in JSON.
+"""
 
 from collections.abc import Callable
 from typing import Any

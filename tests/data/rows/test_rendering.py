@@ -1,7 +1,8 @@
 """Every named format, option and template: each row gives exactly the expected text, of which exactly the response is
 scored.
 
-The scored tokens are those of a micro-batch, after real tokenizing and collating."""
+The scored tokens are those of a micro-batch, after real tokenizing and collating.
+"""
 
 import json
 import subprocess
@@ -48,7 +49,8 @@ def scored(
     """Return the prompt and each response as the model sees them: first the tokens that are not scored, then those that
     are.
 
-    All turns of a response are scored, so that none is missing here; test_turns.py tests whose turns are scored."""
+    All turns of a response are scored, so that none is missing here; test_turns.py tests whose turns are scored.
+    """
     content = choose(row, {"type": format, **options} if options else format, unpaired=unpaired).read(row)
     examples, _ = tokenize([SourceRow(content, "row")], tokenizer, TokensConfig(score="all"))
     assert len(examples) == 1
@@ -151,7 +153,8 @@ EVERY_TEMPLATE = pytest.mark.parametrize("family", WRITTEN)
 def test_pairs_in_fixed_templates(family: str, name: str, row: dict[str, Any], prompt: list[dict[str, Any]]):
     """All turns have the family's markers, without BOS or anything after the end; the response and its end are scored.
 
-    Tokenizing adds BOS if the tokenizer begins every text with one."""
+    Tokenizing adds BOS if the tokenizer begins every text with one.
+    """
     turn, generation, end, make, bos = WRITTEN[family]
     text = "".join(turn(each["role"], each["content"]) for each in prompt) + generation
     made = {"prompt": text, "chosen": YES + end, "rejected": NO + end}
@@ -587,7 +590,8 @@ def test_whatever_a_response_is_it_alone_is_scored(make: Make, name: str, respon
     at its ends.
 
     A token of the prompt's last letters and the response's first ones is scored too. Llama 3's and Gemma's templates
-    trim a response."""
+    trim a response.
+    """
     tokenizer = make()
     words = response.strip() if trims(make, name) else response
     row = {"messages" if name.startswith("chat_") else "prompt": Q, "chosen": response, "rejected": "another"}
@@ -628,7 +632,8 @@ def test_any_row(make: Make, name: str, prompt: str, chosen: str, rejected: str,
     """In any row that is used, exactly the response and its end are scored, no limit is exceeded, and something is
     scored.
 
-    A token of the prompt's last letters and the response's first ones is scored too."""
+    A token of the prompt's last letters and the response's first ones is scored too.
+    """
     tokenizer = CACHED[make.__name__]
     row = {"messages" if name.startswith("chat_") else "prompt": prompt, "chosen": chosen, "rejected": rejected}
     made = render(row, name, tokenizer=tokenizer)

@@ -256,7 +256,7 @@ def test_an_empty_column_of_images_is_none(empty: Any):
 
 
 def test_the_templates_of_families(tmp_path: Path):
-    """Which real templates, as stored in TRL, iterate over parts, and which need arguments as text."""
+    """A trial finds out which of the templates in TRL iterate over parts, and which need arguments as text."""
     trl = pytest.importorskip("trl")
     folder = Path(trl.__file__).parent / "chat_templates"
     wanted = {  # roles whose parts it writes, roles for which it takes only parts, arguments as text
