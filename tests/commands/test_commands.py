@@ -4,7 +4,8 @@ Once `fastpref eval` failed for SimPO, ORPO and CPO runs, and no test noticed: `
 `tests/test_readme.py` run the commands on the one run of `finished_run`, which uses DPO, and the tests of each loss
 end with the training. So each command and each loss was tested, but not each command with each loss. These tests are
 the product of both: a run is a row of RUNS, a command is a row of COMMANDS, and a new row of either meets all rows
-of the other. `test_no_command_is_left_out` compares COMMANDS with the README and with the command line itself."""
+of the other. `test_no_command_is_left_out` compares COMMANDS with the README and with the command line itself.
+"""
 
 import re
 import shlex
