@@ -1,6 +1,7 @@
 """Accuracy and memory of real heads on a GPU: `pytest -m gpu` runs them. `python -m bench --profile gpu` times them.
 
-Memory is the allocator's peak minus what was allocated before."""
+Memory is the allocator's peak minus what was allocated before.
+"""
 
 from dataclasses import dataclass
 

@@ -55,7 +55,8 @@ def test_gradients_do_not_depend_on_luck(width: int, rows_a_tile: int, mode: str
     """However many rows a tile has, gradients are right up to rounding, without adding the naive definition's error.
 
     A library may compute a product of few rows as sums over the whole tile, term by term, and a product of many rows
-    in blocks; which one it does depends on the processor."""
+    in blocks; which one it does depends on the processor.
+    """
     for seed in range(3):
         problem = ordinary(2 * rows_a_tile, width, TILE_COLUMNS, CASES["bias"], seed=seed)
         budget = TILE_COLUMNS * rows_a_tile * 4 * 2 / 2**20  # two buffers
@@ -80,7 +81,8 @@ def test_accuracy_at_the_extremes(problem: Problem, dtype: torch.dtype, mode: st
 def test_certain_targets_keep_relative_accuracy(target_logit: float, workspace_mb: float, mode: str) -> None:
     """For p_y > 0.9999, logp and each row's gradient are right *relative to themselves*, however small they are.
 
-    W_y − Σ p·W and log p_y both cancel there: computed directly in float32, no correct digit is left."""
+    W_y − Σ p·W and log p_y both cancel there: computed directly in float32, no correct digit is left.
+    """
     problem = peaked(target_logit)
     exact, targets = problem.to(torch.float64), problem.targets[:, None]
     # Even in float64 the definition has 1 − p_y only to 2⁻⁵³, so the truth is computed from the other columns.

@@ -3,7 +3,8 @@
 The truth is `fastpref.losses` in float64, differentiated by autograd, on the same float32 tokens; the yardstick is
 `fastpref.losses` in float32. An error may exceed the yardstick's by some float32 roundings: those of the result, and
 those of its inputs, mainly of token sums. The effect of the latter is found by moving each group of inputs by one
-rounding."""
+rounding.
+"""
 
 import itertools
 from dataclasses import replace
