@@ -94,9 +94,11 @@ def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: s
 def test_kernels_take_what_they_take_on_real_tensors(
     folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """A step with liger's kernels is counted as exactly as one without them, and is not larger.
+    """With liger's kernels, which run in neither step here, the count agrees with real tensors, and is not larger than
+    without them.
 
-    It is not smaller in gated MLPs, which keep their gate and up with liger's kernels and with torch's."""
+    It is not smaller in gated MLPs, which keep their gate and up with liger's kernels and with torch's.
+    """
     config, rows = config_for(folders[kind], LORA, "train.tokens_per_microbatch=400"), examples(9)
     plain = count_step(config, CPU, layers=0, examples=rows)
     monkeypatch.setattr(step_memory, "wants_kernels", lambda *_: True)
