@@ -23,7 +23,7 @@ TPO_LOSSES = ["sigmoid", "hinge", "ipo", "tpo-l"]
 SMOOTH = {"label_smoothing": 0.1}
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
-# Covers all trainers, losses, references, padding sides, accumulation and evaluation; most pairs of them occur.
+# Every trainer, loss, reference, kind of training, padding side, accumulation and evaluation, and most pairs of them.
 COVER = [
     Run("DPO", ["sigmoid"], accumulation=2, evaluate=True),
     Run("DPO", ["hinge", "nca_pair", "sft"], lora=False),
@@ -129,7 +129,8 @@ def test_what_is_left_is_rounding(root: Path) -> None:
 def test_evaluation_with_compute_metrics_gets_the_logits(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """`compute_metrics` gets TRL's logits and labels, the loss is TRL's, and one log message says so.
 
-    Before TRL 0.29 it also gets means that are logged, and the patch stays active."""
+    Before TRL 0.29 it also gets means that are logged, and the patch stays active.
+    """
 
     def evaluate() -> tuple[dict[str, float], list[Any]]:
         seen: list[Any] = []

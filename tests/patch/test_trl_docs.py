@@ -1,6 +1,7 @@
 """docs/trl.md: the row of this TRL lists what is patched in it, and there is a row for every tested version.
 
-These tests do not look up the newest version: a TRL or transformers without a row was not tested."""
+These tests do not look up the newest version: a TRL or transformers without a row was not tested.
+"""
 
 import pytest
 import transformers
