@@ -57,7 +57,8 @@ def test_the_config_reference_is_the_schema():
     """docs/config.md is the output of its command.
 
     The page also freezes the options: a change of a key, type, bound or default, of a table or of a loss, must
-    change the page in the same commit."""
+    change the page in the same commit.
+    """
     page = (DOCS / "config.md").read_text(encoding="utf-8")
     assert page == reference(), "python -m fastpref.config.reference > docs/config.md"
 

@@ -3,7 +3,8 @@
 The law: `fastpref eval` gives the numbers that transformers computes. They are computed here without fastpref: the
 chat template of the merged folder's tokenizer writes the conversation from which a row was made (not the row), and
 that folder's model scores the assistant's tokens. So every case covers every step between the file and the reloaded
-model, and a mistake in any of them makes two numbers differ."""
+model, and a mistake in any of them makes two numbers differ.
+"""
 
 import csv
 import json

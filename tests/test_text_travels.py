@@ -1,7 +1,8 @@
 """The settings of text in training are saved with the result: end of an answer, template, keywords, day.
 
 The model here writes a fixed chain of tokens after any question: "ab", the token with which rows end, then
-"cdcdcd…". The answer "ab" ends as in training; an answer that only the model's own settings can end never does."""
+"cdcdcd…". The answer "ab" ends as in training; an answer that only the model's own settings can end never does.
+"""
 
 import io
 import json
