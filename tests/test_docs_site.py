@@ -20,8 +20,7 @@ __all__ = ["browser"]  # a fixture
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the site. A warning fails the build, so that every page is in the navigation and every link has a
-    target."""
+    """Build the site; a warning fails the build. Every page is in the navigation, and every link has a target."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -351,8 +351,7 @@ def model_folder(setting: Setting, folder: Path) -> Path:
 
 
 def scored(tokenizer: Any, prompt: list[Message], side: list[Message], talk: Talk, keywords: Row) -> tuple[Any, Any]:
-    """Return the token ids of a conversation, [1, T], and a mask of those that the assistant wrote in its answer,
-    [T]."""
+    """Return a conversation's token ids, [1, T], and a mask of those that the assistant wrote in its answer, [T]."""
 
     def text(messages: list[Message], **options: Any) -> str:
         return tokenizer.apply_chat_template(messages, tools=talk.tools, tokenize=False, **keywords, **options)

@@ -50,8 +50,7 @@ def test_every_example_is_here():
 
 
 def total(name: str, layers: int | None) -> int:
-    """Return the bytes of a step with the longest micro-batch and all layers checkpointed, for this number of
-    layers."""
+    """Return the bytes of a step of the longest micro-batch with all layers checkpointed, for this many layers."""
     path = EXAMPLES / f"{name}.toml"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimates, "model_config", lambda options: MODELS[options.name](layers))
@@ -59,8 +58,7 @@ def total(name: str, layers: int | None) -> int:
 
 
 def extrapolated(name: str) -> int:
-    """Return the whole model's bytes from two counts with few layers, because from the third on each layer adds the
-    same."""
+    """Return the whole model's bytes from two counts of few layers: from the third on, each layer adds the same."""
     architecture: Any = MODELS[load_config(EXAMPLES / f"{name}.toml").model.name](None)
     few, more = total(name, 3), total(name, 4)
     return few + (more - few) * (architecture.num_hidden_layers - 3)

@@ -10,7 +10,7 @@ import fastpref
 
 
 def test_every_public_name_is_there():
-    """Each name of the stub can be imported, and no other name is an attribute."""
+    """Each name of the stub can be imported, and any other name is no attribute."""
     from fastpref.training.start import train
 
     assert {"train", "load_config", "linear_logprob", "patch", "losses", "UserError"} <= set(fastpref.__all__)

@@ -50,8 +50,7 @@ def read(text: str) -> dict[str, str]:
 
 
 def write(packages: Iterable[tuple[str, str]]) -> str:
-    """Return constraints.txt for the installed packages, without build parts and without packages of one torch
-    build."""
+    """Return constraints.txt for the installed packages, without build parts or packages of one torch build."""
     versions = {canonicalize_name(name): version.partition("+")[0] for name, version in packages}
     for_torch = {name for name in versions if name.startswith(OF_TORCH)} - {"nvidia-ml-py"}
     kept = {name: versions[name] for name in versions.keys() - for_torch - {"pip", "fastpref"}}
@@ -93,8 +92,7 @@ def _triton(pip: list[str], torch: str) -> list[str]:
 
 
 def core() -> int:
-    """Run the core of the tests if this environment has other versions than the tested ones, and return pytest's
-    exit status."""
+    """Run the core of the tests if any version here is not the tested one, and return pytest's exit status."""
     other = differing(installed(), read(CONSTRAINTS.read_text(encoding="utf-8")))
     if not other:
         print("the registries serve nothing but the tested versions")

@@ -34,8 +34,7 @@ ALWAYS = {  # the translation of the smallest config
 
 
 def translated(folder: Path, added: str, out: Path | None = None) -> Translation:
-    """Return the translation of a YAML text, after which fields that every config needs are added if they are
-    missing."""
+    """Return the translation of a YAML text, after adding the missing fields that every config needs."""
     added = textwrap.dedent(added)
     if added.startswith("{"):
         added = yaml.safe_dump(yaml.safe_load(added))

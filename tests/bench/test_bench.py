@@ -1,5 +1,4 @@
-"""The benchmarks: every method computes the right result, results record what was measured, and regressions are
-found."""
+"""The benchmarks: every method is right, results record what was measured, and regressions are found."""
 
 import copy
 import json

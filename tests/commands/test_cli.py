@@ -1,5 +1,4 @@
-"""The command line: a user's mistake gives one message and status 2; help and checks are fast; no file is left
-behind."""
+"""The command line: a user's mistake gives one message and status 2, help is fast, and no file is left behind."""
 
 import json
 import subprocess

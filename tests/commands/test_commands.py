@@ -211,8 +211,7 @@ def evaluate_data(run: Run, _: Path) -> None:
 
 
 def evaluate_reference(run: Run, _: Path) -> None:
-    """Check that naming the original model as reference changes nothing, and that the run as its own reference has
-    no KL."""
+    """Check that naming the original model as reference changes nothing, and that a run against itself has no KL."""
     named = succeed("eval", run.folder / "run", "--reference", run.model, "--json").json
     if "nf4" not in str(run.overrides):  # whose original is the quantised model
         same_as_own(run, named)

@@ -96,8 +96,7 @@ def test_a_reference_with_other_tokens_is_refused(finished_run: Path, tmp_path: 
 
 
 def test_a_whole_model_is_compared_with_the_one_it_began_with(whole_run: Path):
-    """For a run without adapters the base is loaded as reference, and the metrics are those of the run's own
-    evaluation."""
+    """For a run without adapters the base is the reference, and the metrics are those of its own evaluation."""
     own = [row for row in rows(whole_run) if "eval/loss" in row][-1]
     found = evaluate(find_trained(str(whole_run)))
     assert found["rewards/margins"] == pytest.approx(own["eval/rewards/margins"], rel=1e-3, abs=1e-5)

@@ -97,8 +97,7 @@ def test_what_the_hub_refuses(
 
 
 def test_a_run_leaves_a_model_card(finished_run: Path, whole_run: Path):
-    """The card has the hub's metadata, the held-out metrics before and after, the data's hash, and a config that
-    loads."""
+    """The card has the hub's metadata, the held-out metrics before and after, the data's hash, and a valid config."""
     for run, library in ((finished_run, "peft"), (whole_run, "transformers")):
         text = (run / "final" / "README.md").read_text(encoding="utf-8")
         data: Any = ModelCard(text).data

@@ -1,5 +1,4 @@
-"""A loss's options are defined once, and everything that lists losses or depends on their properties derives from
-them."""
+"""A loss's options are defined once, and everything that depends on losses derives from them."""
 
 from dataclasses import KW_ONLY
 from pathlib import Path
@@ -41,8 +40,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("planted")
 def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
-    """A new loss can be loaded, has a template with its own keys and text, and is listed in messages about other
-    losses."""
+    """A new loss can be loaded, has its own template, and is listed in messages about other losses."""
     path = tmp_path / "cfg.toml"
     path.write_text(template(check_loss("XPO"), "m", "d"))
     config = load_config(path)

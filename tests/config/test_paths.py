@@ -34,8 +34,7 @@ class MoreConfig(Config):
 
 
 def test_a_new_path_is_written_in_the_schema_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A key that is marked as a path is looked up in the config's folder, left out of cards, and may change on a
-    resume."""
+    """A marked key is looked up in the config's folder, left out of cards, and may change on a resume."""
     for name in ("prices.json", "w"):
         (tmp_path / name).write_text("")
     monkeypatch.setattr(loading, "Config", MoreConfig)

@@ -187,8 +187,7 @@ def test_layouts_compute_the_same_in_fewer_tokens(examples: list[Example]):
 
 @EVERY_LAYOUT
 def test_what_comes_with_a_batch(layout: Layout):
-    """A batch has the number of examples and completions, the places in the step and the labels, in the examples'
-    order."""
+    """A batch has the number of examples and completions, and places and labels in the examples' order."""
     tokens = count(1)
     single = [example(2, 3, tokens=tokens, label=label) for label in (True, False, False)]
     batch = collate(single, layout, index=[7, 0, 4])
@@ -261,8 +260,7 @@ def test_a_step_is_cut_into_micro_batches(layout: Layout, examples: list[Example
 @settings(max_examples=100, deadline=None)
 @given(examples=steps(most=12), budget=st.integers(1, 80), processes=st.integers(2, 5))
 def test_a_step_is_cut_for_several_processes(layout: Layout, examples: list[Example], budget: int, processes: int):
-    """If there are enough examples, each process gets the same number of micro-batches; none is lost, large ones
-    come first."""
+    """If there are enough examples, each process gets as many micro-batches; none is lost, large ones come first."""
     alone = plan_microbatches(examples, layout, budget)
     plan = plan_microbatches(examples, layout, budget, processes)
     assert sorted(place for places in plan for place in places) == list(range(len(examples)))
@@ -273,8 +271,7 @@ def test_a_step_is_cut_for_several_processes(layout: Layout, examples: list[Exam
 
 
 def test_sharing_prompts_saves_micro_batches():
-    """The budget counts computed tokens, so that in trees more examples with long prompts fit than in the other
-    layouts."""
+    """The budget counts computed tokens, so that more examples with long prompts fit in trees."""
     tokens = count(1)
     examples = [example(60, 10, 10, tokens=tokens) for _ in range(12)]
     assert [len(plan_microbatches(examples, layout, 320)) for layout in LAYOUTS] == [3, 6, 6]

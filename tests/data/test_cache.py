@@ -1,5 +1,4 @@
-"""Cached examples equal tokenised ones; what changes them causes a cache miss, nothing else does; damage is
-repaired."""
+"""Cached examples equal tokenised ones; only what changes them causes a cache miss; damage is repaired."""
 
 import json
 import multiprocessing
@@ -89,8 +88,7 @@ def everything(found: Tokenized) -> Any:
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_a_cached_run_is_an_uncached_one(folder: Path, loss: str):
-    """Examples, counts and notes are those of `tokenize`: without the cache, when it is written, and when it is
-    read."""
+    """Examples, counts and notes are those of `tokenize`, without the cache and when it is written or read."""
     override = f"loss.type={loss}"
     earlier = [{"role": "user", "content": "q" * 30}, {"role": "assistant", "content": "ok"}]
     long = {"prompt": [*earlier, USER], "chosen": "yes", "rejected": "a rather long answer, which is cut"}
@@ -314,8 +312,7 @@ def test_the_ends_of_training_responses_are_kept(folder: Path):
 
 @pytest.mark.parametrize(("second", "wanted"), [("chatml", "chatml"), ("gemma", None), (None, None)])
 def test_the_template_of_all_chats_is_kept(folder: Path, second: str | None, wanted: str | None):
-    """The template that rendered every chat is recorded, with or without the cache; if there were two, none is, with
-    a note."""
+    """The template that rendered every chat is recorded, with or without the cache; of two, none is, with a note."""
     write(folder / "pairs.jsonl", [{"messages": [USER], "chosen": "là", "rejected": "no"}])
     write(folder / "more.jsonl", [{"messages": [USER], "chosen": "ici", "rejected": "no"}])
     form = {"pairs": "chatml", "more": second}

@@ -59,8 +59,7 @@ WRITTEN: dict[str, Paired] = {
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("content", WRITTEN.values(), ids=WRITTEN)
 def test_no_false_alarm(template: str, content: Paired):
-    """Trimming, JSON escapes and dropped reasoning of earlier turns do not count as left out, nor as crossing
-    tokens."""
+    """Trimming, JSON escapes and dropped reasoning of earlier turns count neither as left out nor as crossing."""
     _, counts, _ = tokenized(template, content)
     assert counts == Counts(rows=1, kept=1, departed=int(template == R1))
 

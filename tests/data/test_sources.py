@@ -106,8 +106,7 @@ FILES = [(kind, suffix) for kind, suffix in FILES if suffix != ".csv" or "text" 
 
 @pytest.mark.parametrize(("kind", "suffix"), FILES)
 def test_every_kind_of_row_is_read_from_every_kind_of_file(tmp_path: Path, kind: str, suffix: str):
-    """The suffix selects the reader, the columns select the format, and a note gives the number of rows and the
-    format."""
+    """The suffix selects the reader, the columns select the format, and a note gives both with the number of rows."""
     loss, row, name, content = KINDS[kind]
     path = write(tmp_path / f"rows{suffix}", [row, row])
     read = prepared(path, loss=loss)
@@ -709,8 +708,7 @@ def test_shares_are_even(fraction: float):
 
 
 def test_a_split_depends_on_the_prompts_alone(tmp_path: Path):
-    """Whether a prompt is held out depends neither on the order, nor on other rows, nor on responses; rows keep
-    their order."""
+    """Whether a prompt is held out depends on neither order, other rows nor responses; rows keep their order."""
     rows = [
         {"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in PROMPTS[:200] if isinstance(prompt, str)
     ]
@@ -747,8 +745,7 @@ def test_a_fraction_of_a_file_is_held_out(tmp_path: Path):
 @pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 3, 40])
 def test_each_side_has_a_prompt(tmp_path: Path, fraction: float, count: int):
-    """Each side gets a prompt, however small file and fraction; held-out prompts have the least shares; a note says
-    so."""
+    """Each side gets a prompt, however small file and fraction; held-out prompts have the least shares."""
     rows = [{**TEXT, "prompt": f"p{i // 2}"} for i in range(2 * count)]
     read = prepared(write(tmp_path / "pairs.jsonl", rows), eval={"fraction": fraction})
     prompts = [{str(row.content.prompt) for row in side} for side in (read.train, read.heldout)]

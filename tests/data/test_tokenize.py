@@ -253,8 +253,7 @@ AWAITING = (  # as Gemma 4: a call's bracket is a special token, and the start o
 
 
 def test_an_end_of_several_tokens_is_kept_whole():
-    """The end is the last end token that the template writes in a longer conversation; those before it are trained
-    too."""
+    """The end is the last end token that the template writes between turns; those before it are trained too."""
     special = ["<|turn|>", "<|response|>", "<|end_response|>", "<|end_turn|>"]
     tokenizer = toy_tokenizer(TWO_ENDS, eos="<|end_turn|>", special=special)
     example = only(tokenizer, Paired([user("q")], [says("a"), user("b"), says("yes")], [says("no<|end_turn|>")]))
@@ -368,8 +367,7 @@ LENGTHS: dict[str, tuple[dict[str, int], str, str, str, int, int]] = {
 def test_long_rows_are_cut(
     limits: dict[str, int], prompt: str, chosen: str, rejected: str, prompts: int, responses: int
 ):
-    """A text prompt is cut from the left, keeping BOS, down to half of the limit; then responses are cut from the
-    right."""
+    """A text prompt is cut from the left, keeping BOS, down to half of the limit; then responses from the right."""
     tokenizer = plain()
     (example,), counts = tokenized(tokenizer, Paired(P, C, R), **limits)
     assert decode(tokenizer, example.prompt) == prompt
@@ -435,8 +433,7 @@ UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # r
 
 @pytest.mark.parametrize(("content", "counter", "what", "options"), UNUSABLE.values(), ids=UNUSABLE)
 def test_rows_that_cannot_be_used(content: Paired | Unpaired, counter: str, what: str, options: dict[str, Any]):
-    """Rows with an empty response, equal responses or no prompt are dropped and counted; with strict they are an
-    error."""
+    """Rows with an empty response, equal responses or no prompt are dropped and counted; strict makes them errors."""
     examples, counts = tokenized(chatml(), content, Unpaired("q", "ok", True), **options)
     assert [example.row.place for example in examples] == ["rows.jsonl, row 1"]
     assert (counts.rows, counts.kept, getattr(counts, counter)) == (2, 1, 1)

@@ -104,8 +104,7 @@ def test_the_assistants_words_and_their_ends_are_scored(family: str, words: str)
 
 @EVERY_FAMILY
 def test_all_is_scored_where_that_is_asked_for(family: str):
-    """`score = "all"` gives the same tokens without context, as TRL does; single turns have no context in either
-    case."""
+    """`score = "all"` gives the same tokens without context, as TRL does; single turns never have context."""
     tokenizer = FAMILIES[family][0]()
     several = Paired([user("q")], [says("one"), user("Well?"), says("two")], [says("x")])
     (assistant,), _ = tokenized(tokenizer, several)
@@ -145,8 +144,7 @@ def test_turns_that_are_written_otherwise_once_others_follow(family: str):
 
 @pytest.mark.parametrize("family", ["chatml", "thinking", "llama3", "phi3"])
 def test_between_two_turns_of_the_assistants_its_header_is_context(family: str):
-    """Between two successive turns of the assistant, the header is context, however the template writes the first
-    one."""
+    """Between two successive turns of the assistant, the header is context, however the first one is written."""
     make, end, last = FAMILIES[family]
     tokenizer = make()
     (example,), _ = tokenized(tokenizer, Paired([user("q")], [says("one"), says("two")], [says("x")]))
@@ -229,8 +227,7 @@ CHAT = [SYSTEM, user("one"), says("1"), user("two"), says("2"), user("three?")]
 
 
 def long_row(tokenizer: PreTrainedTokenizerBase, kept: int, answer: int) -> tuple[Paired, list[Message]]:
-    """Return a chat of three questions with a response of `answer` tokens, and its system turn and last `kept`
-    messages."""
+    """Return a chat with a response of `answer` tokens, and its system turn and last `kept` messages."""
     response = [says("x" * (answer - 1))]
     return Paired(CHAT, response, [says("y")]), [SYSTEM, *CHAT[-kept:]]
 

@@ -26,8 +26,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def relabelled(folder: Path, name: str, count: int, share: float) -> str:
-    """Write the first rows of a quickstart file, with chosen and rejected swapped in this share of them, and return
-    the path."""
+    """Write the first rows of a quickstart file, with this share of them swapped, and return the path."""
     lines = (QUICKSTART.parent / "quickstart" / f"{name}.jsonl").read_text().splitlines()[:count]
     rows = [json.loads(line) for line in lines]
     for row in Random(0).sample(rows, round(share * count)):

@@ -1,5 +1,4 @@
-"""The main loop compiles for every GPU without spilling registers, and docs/kernels.md, which says so, is up to
-date."""
+"""The main loop compiles for every GPU without spilling registers, and docs/kernels.md is up to date."""
 
 import os
 import re
@@ -17,8 +16,7 @@ PAGE = DOCS / "kernels.md"
 
 @pytest.mark.slow
 def test_every_kernel_fits_its_card(tmp_path: Path) -> None:
-    """Every tile of the launcher has no spills, fits in shared memory and uses tensor cores, as docs/kernels.md
-    says."""
+    """Every tile has no spills, fits in shared memory and uses tensor cores, as docs/kernels.md says."""
     made = tmp_path / "kernels.md"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.compile_report", str(made)]

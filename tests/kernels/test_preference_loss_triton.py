@@ -365,8 +365,7 @@ def test_a_spec_says_what_the_kernels_read() -> None:
 
 
 def test_the_table_is_all_that_a_variant_needs() -> None:
-    """The table has every loss of pairs that does not sort, under the name of its option, and a kernel takes any of
-    them."""
+    """The table has every loss of pairs that does not sort, under its option's name, and a kernel takes any of them."""
     named = {*CLOSED, "odds_ratio"} - {"sft"}
     assert set(VARIANTS) == named
     compiled = [function for _, constants in launch.compile_cases() for function in constants.get("VARIANTS", ())]

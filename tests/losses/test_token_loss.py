@@ -72,8 +72,7 @@ def test_tokens_are_added_up_right(loss: LossOptions) -> None:
 @pytest.mark.parametrize("loss", [DPO(), ORPO(nll_on="all"), KTO()], ids=["dpo", "orpo", "kto"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_is_logged(loss: LossOptions, backend: str) -> None:
-    """Sums and rewards are those of the responses in their order, without gradient; sides are halves or given by
-    labels."""
+    """Sums and rewards follow the responses' order, without gradient; sides are halves or given by labels."""
     batch = ordinary(loss, [(1, 1), (3, 7), (9, 2)])
     found, _ = run(batch, loss, backend, device=DEVICE)
     count = 3 if isinstance(loss, KTO) else 6
@@ -167,8 +166,7 @@ def inputs(
 
 @pytest.mark.parametrize("name", TRACED)
 def test_the_operation_is_a_good_citizen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.library.opcheck` accepts the operation of `preference_loss`: schema, autograd, fake tensors, AOT
-    dispatch."""
+    """`torch.library.opcheck` accepts the operation: schema, autograd, fake tensors and AOT dispatch."""
     from fastpref.losses import token_loss
 
     calls: list[tuple] = []

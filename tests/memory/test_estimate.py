@@ -210,8 +210,7 @@ def test_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_command(tmp_path: Path):
-    """A folder with only a config.json suffices; the table's parts add up to its total, and --json has the same
-    numbers."""
+    """A folder with only a config.json suffices; the table adds up, and --json has the same numbers."""
     Qwen2Config(
         vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2,

@@ -133,8 +133,7 @@ def test_a_copy_in_other_bits_is_counted(deep: Path):
 
 @pytest.fixture(scope="module")
 def qlora(tmp_path_factory: pytest.TempPathFactory) -> StepMemory:
-    """Count a step of Llama-3-8B with ORPO, nf4 weights and adapters of rank 16 in all linear layers: 2 · 2,048
-    tokens."""
+    """Count a step of Llama-3-8B with ORPO, nf4 and adapters of rank 16 in all linear layers: 2 · 2,048 tokens."""
     folder = tmp_path_factory.mktemp("llama3")
     overrides = ["model.quantization=nf4", "lora={rank=16}", "loss.type=orpo", "tokens.max_length=2048"]
     return count_step(config_for(folder, *overrides), CUDA, architecture=LLAMA_3_8B)

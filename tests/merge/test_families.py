@@ -72,8 +72,7 @@ def _quantise(settings: BitsAndBytesConfig) -> Callable[[Path], None]:
 
 
 def _as_on_the_hub(folder: Path) -> None:
-    """Rename GPT-2's tensors to names without the prefix of the model in memory, and add masks that it does not
-    have."""
+    """Remove the prefix of the model in memory from GPT-2's tensor names, and add masks that it does not have."""
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
     save_file(tensors | masks, folder / "model.safetensors", metadata={"format": "pt"})
@@ -344,8 +343,7 @@ def test_a_tensor_that_the_files_do_not_hold(models: Callable[[str], Path], tmp_
 
 
 def test_files_with_a_wrappers_prefix(models: Callable[[str], Path], tmp_path: Path):
-    """Files with a wrapper's prefix are merged as loading reads them, and written so that transformers alone loads
-    them."""
+    """Files with a wrapper's prefix are merged as loading reads them, and transformers alone loads the result."""
     model = tmp_path / "model"
     shutil.copytree(models("llama"), model)
     tensors = load_file(model / "model.safetensors")

@@ -276,8 +276,7 @@ def _four_bits(folder: Path) -> str:
 
 
 def _merges(name: str, folder: Path) -> str:
-    """Return "yes" if an adapter on all linear layers can be merged, else the reason or how much of its effect is
-    lost."""
+    """Return "yes" if an adapter on all linear layers can be merged, else the reason or its lost share."""
     chatml().save_pretrained(folder)
     ids = torch.tensor([[*rows(1)[0].prompt, 30, 40, 50]])
     try:

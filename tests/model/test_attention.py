@@ -18,8 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", ["llama-tied", "cohere", "gpt-oss", "gpt2"])
 def test_models_on_the_attention_interface_take_trees(tmp_path: Path, kind: str):
-    """Every layer gets the layout, with sinks and logit scales: trees give what the model's own padded forward pass
-    gives."""
+    """Every layer gets the layout, sinks and logit scales: trees give what the model's padded forward pass gives."""
     loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
     assert (loaded.layout, loaded.why_padded) == ("tree", None)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")

@@ -45,8 +45,7 @@ def length_of(tree: TreeLayout) -> int:
 
 
 def random_layout(seed: int) -> TreeLayout:
-    """Return trees from very short to several blocks long; every third layout is packed, with one completion per
-    tree."""
+    """Return trees from very short to several blocks long; every third layout has one completion per tree."""
     rng = Random(seed)
     size = rng.choice((9, 60, 300))
     packed = seed % 3 == 0
@@ -236,8 +235,7 @@ def dense_flex(
 def test_gradients_through_checkpoints_and_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, adapters: list[str]
 ):
-    """Under gradient checkpointing, recomputed layers reuse the block masks, and gradients (sinks too) are those of
-    SDPA."""
+    """Under gradient checkpointing, recomputed layers reuse the block masks, and all gradients are those of SDPA."""
     monkeypatch.setattr(flex_attention, "_flex", lambda device: dense_flex)
     made = []
     monkeypatch.setattr(flex_attention, "_block_mask", count(flex_attention._block_mask, made))

@@ -36,8 +36,7 @@ def adapted(kind: str, folder: Path, override: str = ON_HEAD) -> Loaded:
 
 
 def both_ways(loaded: Loaded) -> list[tuple[Tensor, list[Tensor]]]:
-    """Return a padded batch's log-probabilities and gradients of trained parameters: by our head, then by full
-    logits."""
+    """Return a padded batch's log-probabilities and gradients: by our head, then by full logits."""
     batch = collate(examples(4), "padded")
     trained = [p for p in loaded.policy.parameters() if p.requires_grad]
     found = []

@@ -380,8 +380,7 @@ ROWS = examples(2, seed=11)[1:]  # one short pair, because the interpreter is sl
 def test_outputs_and_gradients_are_the_models_own(
     kernels: None, tmp_path: Path, device: torch.device, kind: str, layers: int, overrides: list[str]
 ):
-    """In float32, results equal those of the model's own code up to rounding: any adapters, layout and
-    checkpointing."""
+    """In float32, results are the model's own up to rounding, for any adapters, layout and checkpointing."""
     folder = save_model(kind, tmp_path)
     options = [*overrides, "model.dtype=float32"]
     torch.manual_seed(0)

@@ -85,8 +85,7 @@ def computes(model: Any, tokens: int) -> bool:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_positions_are_those_that_the_model_can_compute(kind: str):
-    """The model can compute as many tokens as its limit and not one more, and config.json alone gives the same
-    limit."""
+    """The model can compute as many tokens as its limit and not one more; config.json gives the same limit."""
     model = AutoModelForCausalLM.from_config(architecture(kind)).eval()
     limits, expected = limits_of_model(model), FAMILIES[kind][1]
     assert limits.positions == limits_of_config(architecture(kind).to_dict()).positions == expected
@@ -197,8 +196,7 @@ AS_IT_IS = {"estimate": ["--cpu"]}
 
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_a_row_longer_than_the_positions(run: Any, tmp_path: Path, name: str):
-    """Before anything is written, the message gives both numbers, the row and the key; with that key the command
-    runs."""
+    """Before anything is written, the message gives both numbers, the row and the key, with which it then runs."""
     path = project(tmp_path, gpt2(POSITIONS))
     status, said = TOO_LONG[name]
     ran = run(name, str(path), *AS_IT_IS.get(name, []))
@@ -274,8 +272,7 @@ def test_rows_that_fit_leave_room_for_a_short_answer(run: Any, tmp_path: Path):
 
 
 def test_rows_beyond_what_rope_was_made_for_are_counted(run: Any, tmp_path: Path):
-    """Rows beyond the length that RoPE was made for are computed with a note; a config whose scaling covers them has
-    none."""
+    """Rows beyond the length that RoPE was made for are computed, with a note unless the scaling covers them."""
     path = project(tmp_path, llama())
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("<new1>", ""))
     ran = run("train", str(path))

@@ -1,5 +1,4 @@
-"""The memory of an already quantised checkpoint: it is counted as its library loads it, or else by the format's own
-sizes."""
+"""The memory of a quantised checkpoint is counted as its library loads it, or else by the format's own sizes."""
 
 import json
 from pathlib import Path
@@ -58,8 +57,7 @@ def test_bitsandbytes_counts_as_the_key_does(tmp_path: Path, own: dict[str, Any]
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_scales_count_as_they_lie(tmp_path: Path, nested: bool):
-    """The weights take as many bytes as those of a model that bitsandbytes quantised, with or without double
-    quantisation."""
+    """The weights take as many bytes as those of a model that bitsandbytes quantised, doubly or not."""
     own = bnb(**FOUR, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype="float32")
     folder = tmp_path / "plain"
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(folder)

@@ -22,8 +22,7 @@ CPU = torch.device("cpu")
 
 
 def logps_of_each_row(model: Any, rows: list[Any]) -> list[Tensor]:
-    """Return each completion's log-probabilities after its prompt, each in a row of its own, from plain
-    transformers."""
+    """Return each completion's log-probabilities after its prompt, each in its own row, by plain transformers."""
     found = []
     for k in range(2):
         for row in rows:
@@ -257,8 +256,7 @@ def test_a_models_own_code_makes_the_logits_that_are_not_known(tmp_path: Path):
 
 
 def test_what_happens_in_training_mode_alone_is_seen(tmp_path: Path):
-    """Experts of a fixed capacity drop tokens in training depending on the rest of the batch; such a model is
-    refused."""
+    """Experts of a fixed capacity drop tokens in training, depending on the batch; such a model is refused."""
 
     def plant(model: Any) -> None:
         mlp = model.model.layers[0].mlp

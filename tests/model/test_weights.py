@@ -107,8 +107,7 @@ def test_a_prefix_is_taken_off_and_told(tmp_path: Path, kind: str, prefix: str):
 
 @pytest.mark.parametrize("outer", ["", "_orig_mod."])
 def test_a_wrapper_in_the_middle_is_taken_off(tmp_path: Path, outer: str):
-    """A wrapper's prefix inside names is removed: of layers compiled one by one, and of a compiled model around
-    them."""
+    """A wrapper's prefix inside names is removed: of layers compiled one by one, also in a compiled model."""
     folder = changed("llama", tmp_path, lambda w: renamed("^", outer)(renamed(r"(layers\.\d\.)", r"\1_orig_mod.")(w)))
     plain = AutoModelForCausalLM.from_pretrained(save_model("llama", tmp_path / "plain")).state_dict()
     own = load_model(config_for(folder), CPU).model.state_dict()

@@ -147,8 +147,7 @@ def test_an_unknown_trl_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("kind", ["mamba"])
 def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """For a model without such attention, rows stay padded, one log message names the model, and training is the
-    same."""
+    """For a model without such attention, rows stay padded, one log message names it, and training is the same."""
     run = Run("DPO", ["sigmoid"], kind=kind, lora=False, precomputed=True)
     theirs = unpatched(run, root)
     with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl):

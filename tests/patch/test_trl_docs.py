@@ -37,7 +37,7 @@ def test_the_row_of_this_trl_is_true() -> None:
 
 
 def test_every_tested_version_has_a_row() -> None:
-    """The table has the versions of the matrix, in its order, and names every attribute."""
+    """The table has the versions of the matrix, in its order, and the page names every trainer."""
     assert list(ROWS)[1:] == list(VERSIONS)
     majors = {version: "4" if needed is TRANSFORMERS_4 else "5" for version, needed in VERSIONS.items()}
     assert {version: cells[0] for version, cells in list(ROWS.items())[1:]} == majors

@@ -47,8 +47,7 @@ def newest(run: RunFolder) -> tuple[str, list[str]]:
 
 
 def test_what_a_checkpoint_holds(run: RunFolder):
-    """A checkpoint has the adapter as PEFT loads it, the tokenizer, the config, the state, a manifest, and no
-    pickle."""
+    """A checkpoint has the adapter as PEFT loads it, the tokenizer, the config, the state, and no pickle."""
     place = run.path / "checkpoints" / "step-3"
     names = {path.name for path in place.iterdir()}
     assert names >= {
@@ -90,8 +89,7 @@ def test_the_state_comes_back_as_it_was(tmp_path: Path):
 
 
 def test_every_damage_is_found(run: RunFolder):
-    """Any damage (a flipped byte at any place, a missing or added byte, a missing file) is named, and the checkpoint
-    before is taken."""
+    """Any damage (a changed, missing or added byte, a missing file) is named, and the checkpoint before is taken."""
     place = run.path / "checkpoints" / "step-3"
     assert newest(run) == ("step-3", [])
     for path in sorted(place.rglob("*")):

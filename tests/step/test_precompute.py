@@ -107,8 +107,7 @@ def test_the_key_knows_where_the_prompt_ends():
 
 
 def test_another_model_never_finds_these_numbers(tmp_path: Path):
-    """Other weights, another dtype or another config file give another folder; the same model elsewhere has the
-    same."""
+    """Other weights, dtypes or config files give other folders; the same model elsewhere has the same folder."""
     folders = set()
     for name, seed in (("a", 0), ("b", 1)):
         config = config_for(save_model("llama", tmp_path / name, seed=seed))

@@ -26,8 +26,7 @@ def known(method: str = "dpo", **more: Any) -> Known:
 
 
 def shapes(method: str) -> dict[str, Shape]:
-    """Return a healthy run's shapes: margins and chosen rewards rise, rejected rewards fall, accuracy approaches
-    0.75."""
+    """Return a healthy run's shapes: margins and chosen rewards rise, rejected ones fall, accuracy nears 0.75."""
     loss = METHODS[method]
     first = first_loss(loss)
     start = 1.6 if first is None else first

@@ -50,8 +50,7 @@ _RANDOM = re.compile(r"drop(out)?(_p|_prob|_rate)?$|pdrop$|^attention_dropout|ji
 
 
 def small(config: PretrainedConfig, **overrides: Any) -> dict[str, Any]:
-    """Return the keywords with which a config class gives a tiny model: the fields of its default config that are
-    sizes."""
+    """Return a config class's keywords for a tiny model: the fields of its default config that are sizes."""
     values: dict[str, Any] = {}
     for name, value in vars(config).items():
         if name in _SIZES and value is not None and not isinstance(value, list | dict):

@@ -175,8 +175,7 @@ def mean(truths: Iterable[Truth]) -> Truth:
 def make_pairs(
     count: int, seed: int = 0, dtype: torch.dtype = torch.float64, *, spread: float = 3.0, weighted: bool = False
 ) -> PairLogps:
-    """Return random pairs with separate supervised terms; chosen, rejected and nll are leaves that require
-    gradients."""
+    """Return random pairs with separate supervised terms; chosen, rejected and nll require gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:

@@ -76,8 +76,7 @@ SHAPES = {
 
 
 def ordinary(n: int, width: int, vocabulary: int, case: Case, seed: int = 0) -> Problem:
-    """Return logits of size one to three; the first targets are at the ends of the vocabulary and of the widest
-    tile."""
+    """Return logits of size one to three; the first targets are at the ends of the vocabulary and the widest tile."""
     generator = torch.Generator().manual_seed(n + width + vocabulary + seed)
     targets = torch.randint(vocabulary, (n,), generator=generator)
     borders = [v for v in (0, vocabulary - 1, TILE_COLUMNS - 1, TILE_COLUMNS) if v < vocabulary][:n]
@@ -92,8 +91,7 @@ def ordinary(n: int, width: int, vocabulary: int, case: Case, seed: int = 0) -> 
 
 
 def peaked(target_logit: float) -> Problem:
-    """Return rows that point along their target's weights: z_y is `target_logit`, the others are about a tenth of
-    it."""
+    """Return rows along their target's weights: z_y is `target_logit`, the others are about a tenth of it."""
     problem = ordinary(61, 123, 507, Case())
     rows = problem.weight[problem.targets]
     return replace(problem, hidden=rows * (target_logit / rows.square().sum(dim=1, keepdim=True)))

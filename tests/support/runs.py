@@ -38,8 +38,7 @@ LORA = "lora={rank=4, dropout=0.2}"
 
 
 def write_config(folder: Path) -> Path:
-    """Write a config with the output folder out, ten steps of several micro-batches, and little more than two
-    epochs."""
+    """Write a config of ten steps of several micro-batches, with little more than two epochs, and the output out."""
     path = folder / "cfg.toml"
     path.write_text(CONFIG)
     return path
@@ -60,8 +59,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file of a checkpoint or of final/, without speeds and the manifest that contains
-    them."""
+    """Return the bytes of every file of a checkpoint or of final/, without speeds and the manifest."""
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     found.pop("manifest.json", None)
     if "training_state.json" in found:

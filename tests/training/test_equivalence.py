@@ -222,8 +222,7 @@ def test_checkpointed_activations_change_nothing(models: dict[str, Path], kind: 
 
 
 def test_an_evaluation_is_one_mean_over_all_examples(models: dict[str, Path]):
-    """Held-out metrics do not depend on how many examples are taken at a time, if the loss has no terms of a whole
-    step."""
+    """Held-out metrics do not depend on how many examples are taken at a time (without terms of a whole step)."""
     step = Step(models["llama"], ["loss.type=orpo"], lora=False)
     objective = Objective(step.loaded.policy, None, step.options, "tree", 100, 0, CPU)
     rows = examples(9)

@@ -1,5 +1,4 @@
-"""Two processes on a CPU, with DDP or FSDP2, do what one process does, and a run can be resumed from their
-checkpoints."""
+"""Two processes on a CPU, with DDP or FSDP2, do what one does, and a run can be resumed from their checkpoints."""
 
 import json
 import os
@@ -83,8 +82,7 @@ def test_every_process_leaves_the_group(both: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_cut_run_of_two_is_the_whole_one(both: Path, name: str):
-    """A run with dropout resumed from a checkpoint has bit-identical weights, optimizer state, generators and
-    metrics."""
+    """A run with dropout that is resumed has bit-identical weights, optimizer state, generators and metrics."""
     cut, whole = both / f"{name}-cut", both / f"{name}-whole"
     assert rows(cut) == rows(whole)
     for place in ("checkpoints/step-10", "final"):

@@ -60,8 +60,7 @@ def test_a_sparkline_of_shares_has_the_whole_scale():
 
 @pytest.mark.parametrize("width", [100, 60, 40])
 def test_the_live_view_fits_its_terminal(width: int):
-    """In any width from 40 on, the view has a bar, the time left, three curves with their last value, speed and
-    memory."""
+    """In any width from 40 on, the view has a bar, the time left, three curves with values, speed and memory."""
     shown = display(width)
     for step in range(1, 16):
         shown.step(step, 0.5, metrics(step), 823_000_000)

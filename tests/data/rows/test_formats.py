@@ -194,8 +194,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 
 def test_other_keys_of_a_message_pass_through():
-    """Other keys that templates read (tool calls, reasoning, names) are kept; keys that a table filled with None are
-    not."""
+    """Other keys that templates read (calls, reasoning, names) are kept, unless a table has filled them with None."""
     filled = {"tool_calls": None, "reasoning_content": None, "name": None}
     calling = {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"}
     result = {"role": "tool", "content": "4°", "name": "weather"}

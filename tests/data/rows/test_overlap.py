@@ -372,8 +372,7 @@ TEXTS: dict[str, tuple[tuple[str, str, str], tuple[str, str], tuple[str, ...]]] 
 def test_a_text_prompt_is_dropped_if_every_response_begins_with_it(
     row: tuple[str, str, str], responses: tuple[str, str], remarks: tuple[str, ...]
 ):
-    """The whole prompt is removed if both responses begin with it and go on; a word or two may be chance and stay,
-    with a remark."""
+    """The whole prompt is removed if both responses begin with it and go on; one or two words get a remark."""
     content = read(dict(zip(("prompt", "chosen", "rejected"), row)))
     assert (content.prompt, tuple(content.responses.values())) == (row[0], responses)
     assert content.remarks == remarks
@@ -398,8 +397,7 @@ def test_what_is_dropped_is_counted_in_a_note(tmp_path: Path):
 
 
 def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(tmp_path: Path):
-    """For a chat model, a note on plain text gives a format that makes chats of it; base models and rendered chats
-    get none."""
+    """For a chat model, a note on plain text gives a format that makes chats of it; other rows and models get none."""
     text = {"prompt": Q, "chosen": YES, "rejected": NO}
     single = {"prompt": Q, "completion": YES, "label": True}
     for row, loss, field in ((text, "dpo", "field_messages"), (single, "kto", "field_prompt")):

@@ -149,8 +149,7 @@ EITHER = TEXT_ONLY.replace(
     ids=["joins text", "writes Python", "either", "JSON"],
 )  # fmt: skip
 def test_arguments_are_text_where_the_template_wants_text(template: str, as_text: bool):
-    """A trial finds out whether arguments must be text, which is always JSON, neither Python's form nor encoded
-    twice."""
+    """A trial finds out whether arguments must be text; it is always JSON that is encoded once."""
     assert traits_of(template).arguments_as_text is as_text
     for spelling in ("OpenAI's, a mapping from JSON", "a bare call"):
         row = {"prompt": [ASKED], "chosen": [SPELLINGS[spelling]], "rejected": "No."}

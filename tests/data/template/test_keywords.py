@@ -1,5 +1,4 @@
-"""Keywords of a chat template: a row's take precedence over the run's, useless or harmful ones are refused; and the
-day."""
+"""Keywords of a chat template: a row's take precedence, and useless or harmful ones are refused; and the day."""
 
 import inspect
 from dataclasses import replace
@@ -66,8 +65,7 @@ def test_a_row_goes_before_its_run(case: str):
 
 
 def test_rows_written_together_are_those_written_alone():
-    """Rows that are rendered together, with any keywords, days and templates, have the same text as when rendered
-    alone."""
+    """Rows with any keywords, days and templates have the same text rendered together as rendered alone."""
     tokenizer = toy_tokenizer(SHOWS + "{{ strftime_now('%d') }}", eos="<|im_end|>")
     rows = [
         of_run(replace(pair(**row), writing=replace(pair(**row).writing, chat_template=template)), run, day)

@@ -25,8 +25,7 @@ ENDS: dict[str, tuple[Any, list[int], Any]] = {
 
 @pytest.mark.parametrize("case", ENDS)
 def test_a_model_ends_at_all_ends(case: str, tmp_path: Path):
-    """A model has all ends in memory, in the file saved with an adapter, and after merging with or without a base's
-    file."""
+    """A model has all ends in memory, in the file saved with an adapter, and after merging."""
     own, trained, wanted = ENDS[case]
     model: Any = AutoModelForCausalLM.from_config(model_config("llama"))
     model.generation_config.eos_token_id = own
@@ -66,8 +65,7 @@ def test_other_settings_stay(tmp_path: Path):
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path):
-    """A record is read unchanged from the first folder that has one, with several named templates and any
-    characters."""
+    """A record is read unchanged from the first folder that has one, with several templates and any characters."""
     several = {"default": "{{ 'é🎉' }}", "tool_use": "{{ tools }}"}
     text = TextRecord(
         several, {"effort": "low", "list": [1, {"a": None}]}, date(2026, 11, 26), {"<｜end｜>": 7, "</s>": 2}

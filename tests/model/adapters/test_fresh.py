@@ -109,8 +109,7 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {  # what "all-linear" leaves out of the 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_is_what_can_be_adapted(kind: str):
-    """The default works for every family, each adapter gets a gradient, and one note lists what has no adapter and
-    why."""
+    """The default works for every family, each adapter gets a gradient, and one note lists the rest with reasons."""
     plain = model(kind)
     notes = adapter_notes(config(), plain)
     wrapped = with_adapters(config(), plain)
@@ -169,8 +168,7 @@ def test_names_and_patterns(kind: str, options: dict[str, Any], wanted: set[str]
 
 
 def test_a_pattern_may_mean_some_layers_of_a_mixture():
-    """A pattern can select single layers, though PEFT reduces patterns of a mixture to suffixes that all layers
-    share."""
+    """A pattern can select single layers, though PEFT reduces patterns of a mixture to suffixes common to all."""
     wrapped: Any = with_adapters(config(target=r".*layers\.1\..*(q_proj|experts.*)"), model("mixtral"))
     named = {n for n, m in wrapped.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     assert named
