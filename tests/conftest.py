@@ -1,5 +1,5 @@
-"""Set up before anything imports `datasets` or computes: a cache of this run's own, no hub, one thread,
-and Triton in its interpreter where there is no card."""
+"""Settings made before anything imports `datasets` or computes: a cache for this run only, no hub, one thread, and
+Triton's interpreter if there is no GPU."""
 
 import os
 import tempfile
@@ -13,10 +13,10 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(_HOME.name, "datasets")
 os.environ["FASTPREF_CACHE"] = os.path.join(_HOME.name, "fastpref")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Triton's kernels run in its interpreter, unless there is a card that runs them itself.
+# Triton's kernels run in its interpreter, unless there is a GPU for them.
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ["TRITON_INTERPRET"] = "1"
-# Models and tiles this small gain nothing from threads, which on a busy machine wait for each other.
+# Models and tiles this small gain nothing from threads, which wait for each other on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -31,14 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
+    """Change to an empty working directory, and return it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def config(elsewhere: Path) -> Path:
-    """A config of a short run, in an otherwise empty working directory."""
+    """Write the config of a short run into an otherwise empty working directory."""
     from tests.support.runs import write_config
 
     return write_config(elsewhere)
@@ -46,13 +46,13 @@ def config(elsewhere: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with adapters, with its last checkpoint. Tests only read it."""
+    """Train four steps with adapters and a final checkpoint. Tests must only read the run."""
     return _run(tmp_path_factory.mktemp("run"), "lora={rank=4}")
 
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps of the whole model, with its last checkpoint. Tests only read it."""
+    """Train the whole model for four steps with a final checkpoint. Tests must only read the run."""
     return _run(tmp_path_factory.mktemp("whole"))
 
 

@@ -1,4 +1,4 @@
-"""The pages of docs/: a site that builds without a warning, and a config reference that is the schema's."""
+"""The pages of docs/: the site builds without a warning, and the config reference is generated from the schema."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ __all__ = ["browser"]  # a fixture
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site. A warning fails the build: every page is in the navigation, and every link leads somewhere."""
+    """Build the site; a warning fails the build. Every page is in the navigation, and every link has a target."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -33,7 +33,7 @@ def test_every_page_is_in_the_navigation(site: Path):
     assert sorted(pages) == sorted(p.name for p in (DOCS).glob("*.md"))
 
 
-# Tables whose box is cut off by the screen, and tables of up to four columns that are wider than their box.
+# Tables that the screen cuts off, and tables of up to four columns that are wider than their box.
 CUT_OFF = """
 return [...document.querySelectorAll(".rst-content table")].filter(t => {
   const columns = Math.max(...[...t.rows].map(r => r.cells.length));
@@ -45,7 +45,7 @@ return [...document.querySelectorAll(".rst-content table")].filter(t => {
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1440])
 def test_tables_are_shown_whole(browser: Any, site: Path, width: int):
-    """No page scrolls sideways; a table of up to four columns fits its page, on a phone too."""
+    """No page scrolls sideways, and a table of up to four columns fits its page, also on a phone."""
     for page in sorted(site.glob("*/index.html")):
         show(browser, page.as_uri(), width=width)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width, page
@@ -53,17 +53,17 @@ def test_tables_are_shown_whole(browser: Any, site: Path, width: int):
 
 
 def test_the_config_reference_is_the_schema():
-    """docs/config.md is what its command writes.
+    """docs/config.md is the output of its command.
 
-    The page is also where the option surface is frozen: a key, a type, a bound or a default that changes, of a table or
-    of a loss, changes the page in the same commit.
+    The page also freezes the options: a change of a key, type, bound or default, of a table or of a loss, must
+    change the page in the same commit.
     """
     page = (DOCS / "config.md").read_text(encoding="utf-8")
     assert page == reference(), "python -m fastpref.config.reference > docs/config.md"
 
 
 def test_every_key_is_in_the_reference():
-    """Under a heading of its table, with a default that the schema takes."""
+    """Every key is under its table's heading, with a default that is valid TOML."""
     page = reference()
     for name, field in Config.model_fields.items():
         assert f"[{name}]" in page, name

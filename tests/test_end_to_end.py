@@ -1,9 +1,9 @@
-"""Ten configs by ten shapes that preferences have in the wild, from `init` to `merge` to a reload by transformers.
+"""Ten configs with ten real formats of preference data, from `init` to `merge` to loading the result with transformers.
 
-The law: what `fastpref eval` says of rows is what transformers computes of them. It is computed here without anything
-of fastpref: the conversation that a row was made of (not the row) is written by the chat template of the merged
-folder's tokenizer, its assistant's tokens are scored by that folder's model. So each step between the file and the
-reloaded model is in each case, and a mistake in any of them makes two numbers differ.
+The law: `fastpref eval` gives the numbers that transformers computes. They are computed here without fastpref: the
+chat template of the merged folder's tokenizer writes the conversation from which a row was made (not the row), and
+that folder's model scores the assistant's tokens. So every case covers every step between the file and the reloaded
+model, and a mistake in any of them makes two numbers differ.
 """
 
 import csv
@@ -51,7 +51,7 @@ TOOL = {
 
 @dataclass(frozen=True)
 class Talk:
-    """A prompt with two answers, as messages of the one form that transformers' chat templates take."""
+    """A prompt with two answers, as messages in the form that transformers' chat templates take."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -77,7 +77,7 @@ def _long(land: str, right: str, wrong: str) -> Talk:
 
 
 def _turns(land: str, right: str, wrong: str) -> Talk:
-    """Answers with a question of the user's between them."""
+    """Return answers that contain a question of the user."""
     answers = [
         [_turn("assistant", f"It is {word}."), _turn("user", "Sure?"), _turn("assistant", f"Yes, {word} it is.")]
         for word in (right, wrong)
@@ -86,7 +86,7 @@ def _turns(land: str, right: str, wrong: str) -> Talk:
 
 
 def _tools(land: str, right: str, wrong: str) -> Talk:
-    """Answers that think, call a tool and read its result."""
+    """Return answers that reason, call a tool and read its result."""
     answers = []
     for asked, said in ((land, right), (wrong, wrong)):
         call = {"type": "function", "function": {"name": "capital", "arguments": {"of": asked}}}
@@ -100,7 +100,7 @@ def _tools(land: str, right: str, wrong: str) -> Talk:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a talk lies in a file. Without rows of single responses, KTO splits the pairs."""
+    """The form of a talk in a file. Without a form for single responses, KTO splits the pairs."""
 
     talk: Callable[[str, str, str], Talk]
     suffix: str
@@ -154,7 +154,7 @@ def _transcript(messages: list[Message]) -> str:
 
 
 def _calls_as_text(messages: list[Message]) -> list[Message]:
-    """As OpenAI's API answers: arguments are JSON text, a call has an id, and content beside it is null."""
+    """Return the calls as in OpenAI's API: arguments are JSON text, a call has an id, and its content is null."""
     turns = json.loads(json.dumps(messages))
     for turn in turns:
         for call in turn.get("tool_calls", ()):
@@ -233,7 +233,7 @@ SIZES: Row = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.1,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
-GEMMA3_TEMPLATE = (  # as Gemma 3's: the system's words begin the first question, content is text or parts
+GEMMA3_TEMPLATE = (  # as Gemma 3's: the system prompt begins the first question, and content is text or parts
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
     "{% set begin = (messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'])"
     " + '\n\n' %}{% set turns = messages[1:] %}{% else %}{% set begin = '' %}{% set turns = messages %}{% endif %}"
@@ -260,7 +260,7 @@ def _chatml() -> Any:
 
 
 def _base() -> Any:
-    """Of a base model: no template, and an end of text that no turn ends with."""
+    """Make the tokenizer of a base model, without a template; its end of text ends no turn."""
     return toy_tokenizer(eos="<|endoftext|>", special=["<|im_start|>", "<|im_end|>"])
 
 
@@ -278,7 +278,7 @@ def _effort() -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """A loss, a model and what is trained of it."""
+    """A loss, a model and the part of it that is trained."""
 
     loss: str
     model_type: str
@@ -286,10 +286,10 @@ class Setting:
     overrides: Sequence[str] = ()
     adapters: bool = True
     tokenizer: Callable[[], Any] = _chatml
-    template: str = QWEN3  # that the rows are written with
-    keywords: Row = field(default_factory=dict)  # for it
+    template: str = QWEN3  # writes the rows
+    keywords: Row = field(default_factory=dict)  # of the template
     layout: str = "tree"
-    tools: bool = True  # whether the template writes them
+    tools: bool = True  # whether the template writes tools
     nf4: bool = False
 
 
@@ -347,11 +347,11 @@ def model_folder(setting: Setting, folder: Path) -> Path:
     return folder
 
 
-# --- By transformers alone -------------------------------------------------------------------------------------------
+# --- With transformers alone -----------------------------------------------------------------------------------------
 
 
 def scored(tokenizer: Any, prompt: list[Message], side: list[Message], talk: Talk, keywords: Row) -> tuple[Any, Any]:
-    """Token ids [1, T] of a conversation, and which of them the assistant wrote in its answer [T]."""
+    """Return a conversation's token ids, [1, T], and a mask of those that the assistant wrote in its answer, [T]."""
 
     def text(messages: list[Message], **options: Any) -> str:
         return tokenizer.apply_chat_template(messages, tools=talk.tools, tokenize=False, **keywords, **options)
@@ -371,7 +371,7 @@ def scored(tokenizer: Any, prompt: list[Message], side: list[Message], talk: Tal
 
 @torch.no_grad()
 def mean_logps(model: Any, tokenizer: Any, talks: Sequence[Talk], side: str, keywords: Row) -> float:
-    """The mean over talks of the log-probability of an answer."""
+    """Return the mean over talks of an answer's log-probability."""
     total = 0.0
     for talk in talks:
         ids, written = scored(tokenizer, talk.prompt, getattr(talk, side), talk, keywords)
@@ -386,7 +386,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def with_adapter(model: Path, adapter: Path, setting: Setting) -> torch.Tensor:
-    """The logits of PEFT's own model."""
+    """Return the logits of PEFT's own model."""
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     options: Row = {"quantization_config": four_bits} if setting.nf4 else {}
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
@@ -411,7 +411,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths are relative to a folder of the user's."""
+    """Change to an empty folder, to which paths are relative."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -419,7 +419,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_from_a_file_to_a_model_that_transformers_loads(
     config: str, shape: str, models: Callable[[str], Path], tmp_path: Path
 ):
-    """The numbers of the trained model are those that transformers alone computes from the conversations."""
+    """The trained model's numbers are those that transformers alone computes from the conversations."""
     setting, form, model = CONFIGS[config], SHAPES[shape], models(config)
     talks, single = talks_of(form), setting.loss == "kto"
     data, heldout = tmp_path / f"rows.{form.suffix}", tmp_path / f"heldout.{form.suffix}"
@@ -477,7 +477,7 @@ def test_from_a_file_to_a_model_that_transformers_loads(
 
 
 def refused(overrides: list[str]) -> None:
-    """Before anything is trained, in one message that names what is left out."""
+    """Check that preview and train refuse the data with one message about tools, before anything is written."""
     for name in ("preview", "train"):
         ran = run_command(name, "cfg.toml", *overrides, *["output.dir=run"] * (name == "train"))
         assert ran.status == 2
@@ -493,6 +493,6 @@ def last_evaluation(run: Path) -> Row:
 
 
 def without_lora(text: str) -> str:
-    """As the comment in the file says: without this table the whole model is trained."""
+    """Return the config without its [lora] table, so that the whole model is trained, as its comment says."""
     before, table = text.split("[lora]\n")
     return before + table[table.index("\n[") + 1 :]

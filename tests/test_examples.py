@@ -1,5 +1,5 @@
-"""Every config in examples/ is right, and the one for a card fits that card: by counting, from the numbers of its
-model's config.json, which stand here."""
+"""Every config in examples/ is valid, and a config for a GPU fits it by a count with its model's architecture, which
+is copied here."""
 
 import tomllib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fastpref.config.losses import KTO
 from fastpref.memory.estimate import Estimator, usable
 from tests.support.paths import EXAMPLES
 
-Make = Callable[[int | None], PretrainedConfig]  # with so many layers, or all
+Make = Callable[[int | None], PretrainedConfig]  # takes a number of layers, or None for all
 
 
 def qwen(hidden: int, inner: int, layers: int, heads: int, groups: int, tied: bool, vocabulary: int) -> Make:
@@ -45,12 +45,12 @@ CARDS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "qwen2-dpo": 12, "llama3-
 
 
 def test_every_example_is_here():
-    """No config lies in the folder that these tests do not know."""
+    """These tests know every config in the folder."""
     assert {path.stem for path in EXAMPLES.glob("*.toml")} == {*CARDS, "quickstart"}
 
 
 def total(name: str, layers: int | None) -> int:
-    """Bytes of a step of the longest micro-batch, all layers checkpointed; of a model with fewer layers, if asked."""
+    """Return the bytes of a step of the longest micro-batch with all layers checkpointed, for this many layers."""
     path = EXAMPLES / f"{name}.toml"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimates, "model_config", lambda options: MODELS[options.name](layers))
@@ -58,20 +58,20 @@ def total(name: str, layers: int | None) -> int:
 
 
 def extrapolated(name: str) -> int:
-    """Layers are alike, and from the third on each adds the same: two counts of a few tell the whole model's."""
+    """Return the whole model's bytes from two counts of few layers: from the third on, each layer adds the same."""
     architecture: Any = MODELS[load_config(EXAMPLES / f"{name}.toml").model.name](None)
     few, more = total(name, 3), total(name, 4)
     return few + (more - few) * (architecture.num_hidden_layers - 3)
 
 
 def test_a_few_layers_tell_of_all():
-    """Which saves counting every layer of every example."""
+    """The extrapolation from a few layers equals the count with all of them."""
     assert extrapolated("llama3-kto-qlora") == pytest.approx(total("llama3-kto-qlora", None), rel=0.01)
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_an_example_fits_its_card(name: str):
-    """A step of the longest micro-batch fits, if not always without computing layers twice."""
+    """A step with the longest micro-batch fits, at least with gradient checkpointing."""
     assert extrapolated(name) <= usable(CARDS[name])
 
 
@@ -88,8 +88,8 @@ def settings(config: Config) -> dict[str, object]:
 
 
 def test_the_examples_of_the_reference():
-    """Axolotl's DPO example is 2 × 4 rows a step for 4 epochs at 2e-4; its KTO example QLoRA with β 0.5, desirable
-    weight 0.2, rank 32, α 64, 2 rows a step at 2e-4."""
+    """Axolotl's DPO example has 2 × 4 rows per step for 4 epochs at 2e-4; its KTO example is QLoRA with β 0.5,
+    desirable weight 0.2, rank 32, α 64, 2 rows per step at 2e-4."""
     assert settings(load_config(EXAMPLES / "qwen2-dpo.toml")) == {
         "model": "Qwen/Qwen2.5-0.5B", "bits": "none", "loss": "dpo", "rate": 2e-4, "batch": 8, "epochs": 4.0,
         "tokens": 2048, "lora": None,
@@ -102,7 +102,7 @@ def test_the_examples_of_the_reference():
 
 @pytest.mark.parametrize("name", [name for name in CARDS if name.endswith("gb")])
 def test_an_example_tells_how_to_try_it(name: str):
-    """The commands in its head name the file and the card."""
+    """The commands in an example's header name the file and the GPU's memory."""
     text = (EXAMPLES / f"{name}.toml").read_text(encoding="utf-8")
     assert f"fastpref estimate examples/{name}.toml --card {CARDS[name]}\n" in text
     assert f"fastpref train examples/{name}.toml\n" in text

@@ -23,7 +23,7 @@ MANY_TILES = 0.0003  # MiB
 
 
 def inputs(dtype: torch.dtype = torch.float32, n: int = N, needed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """hidden, weight, bias and targets by the names of their arguments; those in `needed` require a gradient."""
+    """Return hidden, weight, bias and targets by argument name; those in `needed` require a gradient."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         "hidden": torch.randn(n, H, generator=generator),
@@ -64,7 +64,7 @@ def test_gradcheck(workspace_mb: float, needed: tuple[str, ...], options: str) -
 @pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("n", [0, 1, N])
 def test_dtypes(n: int, needed: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Results are float32, of float64 inputs float64, and gradients arrive in the dtype and shape of their tensor."""
+    """Results are float32 (float64 for float64 inputs), and gradients have the dtype and shape of their tensor."""
     tensors = inputs(dtype, n, needed)
     result = linear_logprob(**tensors, outputs=OUTPUTS)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -88,7 +88,7 @@ def test_dtypes(n: int, needed: tuple[str, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("outputs", [(), *((name,) for name in OUTPUTS), OUTPUTS], ids="+".join)
 def test_only_the_outputs_asked_for(outputs: tuple[str, ...], needed: tuple[str, ...], n: int) -> None:
-    """An output that was not asked for is None, and asking for it changes no other."""
+    """An output that is not requested is None, and requesting one changes no other."""
     result = linear_logprob(**inputs(n=n, needed=needed), outputs=outputs)
     whole = linear_logprob(**inputs(n=n, needed=needed), outputs=OUTPUTS)
     torch.testing.assert_close(result.logp, whole.logp)
@@ -111,7 +111,7 @@ def test_no_grad(needed: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("needed", SUBSETS[1:], ids="+".join)
 def test_backward_twice_through_a_kept_graph(needed: tuple[str, ...]) -> None:
-    """A kept graph gives the same gradients again: nothing that was saved is used up."""
+    """A kept graph gives the same gradients again."""
     tensors = inputs(needed=needed)
     leaves = [tensors[name] for name in needed]
     loss = linear_logprob(**tensors).logp.sum()
@@ -121,7 +121,7 @@ def test_backward_twice_through_a_kept_graph(needed: tuple[str, ...]) -> None:
 
 
 def strided(value: Tensor) -> Tensor:
-    """The same values in every other place of a larger tensor."""
+    """Return the same values at every other place of a larger tensor."""
     larger = value.new_zeros([2 * size for size in value.shape])
     place = larger[tuple(slice(None, None, 2) for _ in value.shape)]
     return place.copy_(value)
@@ -139,7 +139,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("workspace_mb", [MANY_TILES, 128])
 def test_any_memory_layout(workspace_mb: float, needed: tuple[str, ...], name: str, layout: str) -> None:
-    """A tensor that is not contiguous gives what its contiguous copy gives, gradients included."""
+    """A tensor that is not contiguous gives the values and gradients of its contiguous copy."""
     tensors = inputs()
     tensors[name] = LAYOUTS[layout](tensors[name])
 
@@ -154,7 +154,7 @@ def test_any_memory_layout(workspace_mb: float, needed: tuple[str, ...], name: s
 
 
 def test_inputs_are_not_written_to() -> None:
-    """No input changes, the tiles being worked on in place notwithstanding."""
+    """No input changes, although the tiles are modified in place."""
     tensors = inputs(needed=("hidden", "weight", "bias"))
     before = {name: value.detach().clone() for name, value in tensors.items()}
     linear_logprob(**tensors, **OPTIONS["all"], outputs=OUTPUTS).logp.sum().backward()
@@ -173,7 +173,7 @@ AUTOCAST = {
 @pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("dtypes", AUTOCAST)
 def test_autocast(dtypes: str, needed: tuple[str, ...]) -> None:
-    """Under autocast dtypes may differ, and forward and backward are float32 computations all the same."""
+    """Under autocast dtypes may differ, and the forward and backward pass still compute in float32."""
     tensors, names = inputs(), ("hidden", "weight", "bias")
     for name, dtype in zip(names, AUTOCAST[dtypes]):
         tensors[name] = tensors[name].to(dtype).requires_grad_(name in needed)
@@ -194,7 +194,7 @@ def test_autocast(dtypes: str, needed: tuple[str, ...]) -> None:
 
 
 def test_a_gradient_is_not_differentiable_again() -> None:
-    """A second derivative is refused, not silently zero."""
+    """A second derivative is refused instead of being silently zero."""
     tensors = inputs(needed=("hidden",))
     loss = linear_logprob(**tensors).logp.square().sum()
     (grad,) = torch.autograd.grad(loss, tensors["hidden"], create_graph=True)
@@ -206,7 +206,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
     return torch.ones(shape, dtype=dtype, device=device)
 
 
-# One wrong argument, the error, and what its message must hold: the argument's name and both values.
+# A wrong argument, the error, and what its message must contain: the argument's name and both values.
 WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"hidden": [[1.0]]}, TypeError, ["hidden", "torch.Tensor", "list"]),
     ({"weight": None}, TypeError, ["weight", "torch.Tensor", "NoneType"]),
@@ -261,7 +261,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
 
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG)
 def test_wrong_arguments_are_refused(wrong: dict[str, Any], error: type[Exception], message: list[str]) -> None:
-    """A wrong argument is named together with what was expected and what was found."""
+    """The message names a wrong argument, what is expected and its value."""
     with pytest.raises(error) as caught:
         linear_logprob(**inputs() | wrong)
     text = str(caught.value)

@@ -1,4 +1,4 @@
-"""A model with code of its own that looks its attention up in a table by name, as much of the hub's code does."""
+"""A model with its own code that selects its attention from a table by name, as many models of the hub do."""
 
 import json
 from pathlib import Path
@@ -127,7 +127,7 @@ class MyForCausalLM(MyPreTrainedModel, GenerationMixin):
 
 
 def make(folder: Path, vocabulary: int = 949) -> Path:
-    """A random model of this code, with the quickstart's tokenizer."""
+    """Save a random model of this code with the quickstart's tokenizer, and return its folder."""
     folder.mkdir()
     (folder / "configuration_my.py").write_text(CONFIGURATION)
     (folder / "modeling_my.py").write_text(MODELING)
@@ -153,7 +153,7 @@ def make(folder: Path, vocabulary: int = 949) -> Path:
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["LoRA", "full"])
 def test_every_command(adapters: bool, tmp_path: Path):
-    """Estimated, trained on padded rows, judged, talked to, and merged into a model with its code beside it."""
+    """Every command works: estimate, train on padded rows, eval, chat, and merge, which copies the model's code."""
     model, run = make(tmp_path / "model"), tmp_path / "run"
     path = tmp_path / "cfg.toml"
     path.write_text(
@@ -185,14 +185,14 @@ def test_without_trust_it_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_patched_run_is_trls(lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The patch leaves its rows as they are, and every number is TRL's."""
+    """The patch keeps rows padded, and every number is TRL's."""
     folder = make(tmp_path / "model", len(trl_runs.tokenizer()))
 
     def own(kind: str, root: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
 
     monkeypatch.setattr(trl_runs, "make_model", own)
-    run = fit(Run("DPO", ["sigmoid"], lora=lora, precomputed=not lora, kind="own code"))  # TRL loads no copy of such
+    run = fit(Run("DPO", ["sigmoid"], lora=lora, precomputed=not lora, kind="own code"))  # TRL cannot load a copy of it
     theirs = unpatched(run, tmp_path)
     with fastpref.patch(trl) as patch:
         residuals(train(run, tmp_path), theirs)

@@ -1,4 +1,4 @@
-"""The package as it is installed: the wheel, and the checkout beside the other package named kernels."""
+"""The installed package: the wheel, and a checkout with the other package named kernels."""
 
 import shutil
 import subprocess
@@ -38,7 +38,7 @@ def run(code: str, where: Path, path: Path) -> str:
 
 @pytest.mark.parametrize("where", [Path("/"), ROOT], ids=["root", "repository"])
 def test_the_wheel_holds_its_kernels(wheel: Path, tmp_path: Path, where: Path):
-    """The built wheel imports its own kernels as fastpref.kernels, from anywhere, with transformers beside it."""
+    """The built wheel imports its own kernels as fastpref.kernels from any folder, also after transformers."""
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
         assert not [n for n in names if n.startswith(("kernels/", "tests/", "bench/"))]
@@ -47,18 +47,18 @@ def test_the_wheel_holds_its_kernels(wheel: Path, tmp_path: Path, where: Path):
 
 
 def test_a_checkout_finds_the_kernels_by_its_link():
-    """From the repository's root too, where `kernels` is a bare folder to transformers."""
+    """A checkout imports its kernels also from the repository's root, where transformers sees `kernels` as a folder."""
     assert run(IMPORT, ROOT, ROOT) == str(ROOT / "fastpref" / "kernels" / "linear_logprob_torch.py")
 
 
 def test_an_editable_install_gives_other_programs_no_kernels(tmp_path: Path):
-    """It makes `fastpref` importable and nothing else of the repository: transformers looks for a package `kernels`."""
+    """An editable install makes only `fastpref` importable, because transformers looks for a package `kernels`."""
     build = (
         f"import os, hatchling.build; os.chdir({str(ROOT)!r}); print(hatchling.build.build_editable({str(tmp_path)!r}))"
     )
     with zipfile.ZipFile(tmp_path / run(build, ROOT, tmp_path)) as file:
         file.extractall(tmp_path)
-    # Without `site`, this environment's own installs of the project are not seen.
+    # Without `site`, this environment's own installs of the project are not found.
     look = (
         f"import sys, site; sys.path.append({sysconfig.get_path('purelib')!r}); site.addsitedir({str(tmp_path)!r});"
         "import fastpref.kernels.tiles as tiles; from importlib.util import find_spec;"
@@ -71,7 +71,7 @@ def test_an_editable_install_gives_other_programs_no_kernels(tmp_path: Path):
 
 
 def test_a_checkout_without_links_says_so(tmp_path: Path):
-    """Git writes a link as a text file where it may make none."""
+    """An error says so if Git has written the link as a text file, as it does where links are not permitted."""
     (tmp_path / "fastpref").mkdir()
     shutil.copy(ROOT / "fastpref" / "__init__.py", tmp_path / "fastpref")
     (tmp_path / "fastpref" / "kernels").write_text("../kernels")
@@ -81,7 +81,7 @@ def test_a_checkout_without_links_says_so(tmp_path: Path):
 
 
 def test_another_package_named_kernels_is_left_alone(tmp_path: Path):
-    """Where the hub's package `kernels` is installed, it is the one that others import."""
+    """If the hub's package `kernels` is installed, other programs import that one."""
     other = tmp_path / "kernels"
     other.mkdir()
     (other / "__init__.py").write_text("name = 'the other one'")

@@ -1,4 +1,4 @@
-"""README.md and CONTRIBUTING.md: links lead to files, every command is shown, and the preview is the real one."""
+"""README.md and CONTRIBUTING.md: links have targets, every command is shown, and the preview is real."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ def test_every_command_of_the_help_is_in_the_readme():
 
 
 def test_the_preview_is_that_of_the_data_page():
-    """The README's extract is a part of docs/data.md, which a test compares with the command's output."""
+    """The README's extract is part of docs/data.md, which another test compares with the command's output."""
     extract = re.search(r"--rows 1\n```\n+```text\n(.*?)```", README, re.DOTALL)
     assert extract
     assert extract[1] in (DOCS / "data.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_the_number_of_rules_is_right(name: str):
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_relative_links_lead_to_files(name: str):
-    """`mkdocs build --strict` tests the links of docs/."""
+    """Links lead to existing files; for docs/, `mkdocs build --strict` tests this."""
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
     assert len(links) > 10
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []

@@ -1,4 +1,4 @@
-"""Every command of README.md, CONTRIBUTING.md and two pages of docs/ runs as it is written, on a tiny model."""
+"""Every command of README.md, CONTRIBUTING.md and two pages of docs/ runs as written, on a tiny model."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ from tests.support.readme import COMMANDS, OURS
 from tests.support.runs import CONFIG
 
 STANDING_FOR = {"NAME": "model", "PATH": "pairs.jsonl"}  # as the README writes them
-ELSEWHERE = {  # what other tests run, or this environment was made by
+ELSEWHERE = {  # run by other tests, or needed to make this environment
     "pip install . && fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
     'pip install -c constraints.txt -e ".[dev]" && pytest -n logical': ".ci/run",
     "python -m bench.compile_report docs/kernels.md": "tests/kernels/test_compile.py",
@@ -24,7 +24,7 @@ ELSEWHERE = {  # what other tests run, or this environment was made by
 
 @pytest.fixture
 def folder(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader would be: my.toml, its finished run, a model, data; and a hub that takes everything."""
+    """Make a reader's folder (my.toml, its finished run, a model, data), and a hub that accepts everything."""
     monkeypatch.chdir(tmp_path)
     model = QUICKSTART_MODEL.as_posix()
     Path("my.toml").write_text(CONFIG.replace('[output]\ndir = "out"\n', "[output]\n") + "[lora]\nrank = 4\n")
@@ -41,7 +41,7 @@ def folder(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("line", OURS)
 def test_a_command_runs(line: str, folder: Path):
-    """With status 0. A run is resumed for as many steps as its config says."""
+    """A command ends with status 0. A run is resumed for as many steps as its config says."""
     words = [STANDING_FOR.get(word, word) for word in shlex.split(line)]
     if words[1] == "train" and "--resume" in words:
         stopped_run()
@@ -51,13 +51,13 @@ def test_a_command_runs(line: str, folder: Path):
 
 
 def stopped_run() -> None:
-    """The run as its own config says, stopped after four of its steps."""
+    """Write the run's own config, with more steps than the run has done."""
     config = Path("runs/my-dpo/config.toml").read_text(encoding="utf-8")
     Path("my.toml").write_text(re.sub(r"(?m)^dir = .*\n", "", config).replace("steps = 4", "steps = 5"))
     shutil.rmtree("runs/my-dpo/final")
 
 
 def test_every_command_is_run_somewhere():
-    """Those of several devices are in tests/training/test_processes.py."""
+    """Every other command has another test; those for several devices are in tests/training/test_processes.py."""
     others = [line for line in COMMANDS if line not in OURS and not line.startswith("accelerate launch ")]
     assert set(others) <= set(ELSEWHERE)

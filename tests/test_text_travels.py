@@ -1,7 +1,7 @@
-"""What training decides about text travels with its result: where an answer ends, the template, its keywords, the day.
+"""The settings of text in training are saved with the result: end of an answer, template, keywords, day.
 
-The model here writes a fixed chain of tokens whatever it is asked: "ab", the token that rows end with, then "cdcdcd…".
-An answer that is "ab" has ended where it was trained to; one that the model's own settings end never does.
+The model here writes a fixed chain of tokens after any question: "ab", the token with which rows end, then
+"cdcdcd…". The answer "ab" ends as in training; an answer that only the model's own settings can end never does.
 """
 
 import io
@@ -53,20 +53,20 @@ LLAMA3_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
 @dataclass(frozen=True)
 class Case:
-    """A tokenizer, rows, and the token that training ends them with; the model's own end is `eos`, or `own`."""
+    """A tokenizer, a row, and the token with which training ends rows; the model's own end is `eos`, or `own`."""
 
     end: str
     row: dict[str, Any]
     eos: str = "<|endoftext|>"
     own: str | None = None
-    template: str | None = None  # the tokenizer's
+    template: str | None = None  # the tokenizer's own
     named: str | None = None  # tokens.chat_template
     form: str = '"auto"'  # as TOML
     special: Sequence[str] = CHATML_TOKENS
 
     @property
     def jinja(self) -> str | None:
-        """The template that wrote the rows."""
+        """Return the template that writes the rows."""
         if self.form == OWN:
             return CHATML
         return KNOWN.get(self.named or "", self.named or self.template)
@@ -90,7 +90,7 @@ TRAINED = {"lora": ["lora={rank=2}"], "full": []}
 
 
 def chain_model(tokenizer: PreTrainedTokenizerBase, end: str, own: str, folder: Path) -> Path:
-    """A model that after a line end writes a, b, the end, c, d, c, d, … and knows its `own` end only."""
+    """Save a model that writes a, b, the end, c, d, c, d, … after a line end, and stops only at `own`."""
     size = len(tokenizer)
     hidden = -(-size // 8) * 8
     config = LlamaConfig(
@@ -102,7 +102,7 @@ def chain_model(tokenizer: PreTrainedTokenizerBase, end: str, own: str, folder: 
     chain = ["Ċ", "a", "b", end, "c", "d", "c"]
     with torch.no_grad():
         for parameter in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
-            parameter.weight.zero_()  # so that a token's state is the token's alone
+            parameter.weight.zero_()  # so that a token's state depends on that token alone
         model.model.embed_tokens.weight.copy_(torch.eye(size, hidden))
         model.lm_head.weight.zero_()
         ids: Any = tokenizer.convert_tokens_to_ids(chain)
@@ -113,7 +113,7 @@ def chain_model(tokenizer: PreTrainedTokenizerBase, end: str, own: str, folder: 
 
 
 def run_of(case: Case, folder: Path, *overrides: str) -> Path:
-    """Two steps that leave the model as it is."""
+    """Train two steps that do not change the model, and return the run's folder."""
     model = chain_model(case.tokenizer(), case.end, case.own or case.eos, folder / "model")
     rows = [case.row | {"chosen": word} for word in ("so", "yes", "well")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,7 +128,7 @@ def run_of(case: Case, folder: Path, *overrides: str) -> Path:
 
 
 def written(model: Any, tokenizer: Any, **options: Any) -> str:
-    """What the likeliest tokens after a line end are, at most eight, with special tokens."""
+    """Return the most likely tokens after a line end, at most eight, with special tokens."""
     ids = torch.tensor([[tokenizer.convert_tokens_to_ids("Ċ")]])
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, **options
@@ -137,7 +137,7 @@ def written(model: Any, tokenizer: Any, **options: Any) -> str:
 
 
 def answer(place: Path, *overrides: str, compare: bool = False) -> list[str]:
-    """What `fastpref chat` says."""
+    """Return the lines that `fastpref chat` prints."""
     out = io.StringIO()
     trained = find_trained(str(place), overrides)
     chat(trained, compare=compare, temperature=0, max_tokens=8, given=io.StringIO("Why?\n"), out=out)
@@ -147,15 +147,15 @@ def answer(place: Path, *overrides: str, compare: bool = False) -> list[str]:
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", CASES)
 def test_an_answer_ends_where_training_ended_it(name: str, trained: str, tmp_path: Path):
-    """In samples of the run before and after it, in `chat` of the run, of its checkpoint and of what it saved, taken
-    elsewhere, by transformers and peft, and when merged. The model's own end still ends it, and the template is there.
-    """
+    """An answer ends as in training: in samples of the run, in `chat` with the run, its checkpoint and its result
+    elsewhere, with transformers and PEFT, and after merging. The model's own end still ends an answer too, and the
+    template is saved."""
     case = CASES[name]
     run = run_of(case, tmp_path, *TRAINED[trained])
     tokenizer: Any = case.tokenizer()
     end, own = tokenizer.convert_tokens_to_ids([case.end, case.own or case.eos])
     base: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert written(base, tokenizer) == f"ab{case.end}cdcdc"  # what the model alone does
+    assert written(base, tokenizer) == f"ab{case.end}cdcdc"  # what the model alone writes
 
     samples = json.loads((run / "run.json").read_text())["samples"]
     assert [(sample["before"], sample["after"]) for sample in samples] == [("ab", "ab")]
@@ -172,7 +172,7 @@ def test_an_answer_ends_where_training_ended_it(name: str, trained: str, tmp_pat
     for place in (*places[1:], run / "final"):
         generation: Any = GenerationConfig.from_pretrained(place)
         assert generation.eos_token_id == [end, own]
-        assert not generation._from_model_config  # so nothing is taken from config.json instead
+        assert not generation._from_model_config  # so that nothing is read from config.json instead
         record = read_text(place)
         assert record is not None
         assert record.ends == {case.end: end}
@@ -192,12 +192,12 @@ DATED = (  # as Llama 3.2, gpt-oss and Qwen 3
     "{{ strftime_now('%d %b %Y') + (' thinks' if enable_thinking | default(true) else '') + '\n' }}" + CHATML
 )
 FIRST, LATER = date(2026, 11, 26), date(2031, 2, 3)
-MODULES = (start, cache)  # where a run, and tokens without one, get the day
+MODULES = (start, cache)  # these get the day of a run, or of tokens without a run
 
 
 @pytest.fixture
 def today(monkeypatch: pytest.MonkeyPatch) -> Callable[[date], None]:
-    """Sets the day, for this program and for transformers."""
+    """Return a function that sets the day, for this program and for transformers."""
 
     def be(day: date) -> None:
         class Day(date):
@@ -219,7 +219,7 @@ def today(monkeypatch: pytest.MonkeyPatch) -> Callable[[date], None]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Fills with the texts that `chat` gives the model."""
+    """Return a list that gets the texts that `chat` gives the model."""
     texts = []
 
     def apply(*args: Any, **how: Any) -> str:
@@ -235,8 +235,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_run_keeps_its_day_and_its_keywords(
     trained: str, tmp_path: Path, today: Callable[[date], None], asked: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Resumed on a later day it is the same run; `eval` and `chat` of it write the first day, with its keywords, also
-    where its results lie alone; another run writes the later day."""
+    """A run resumed on a later day has the same metrics; `eval` and `chat` of it use the first day and its keywords,
+    also for its results elsewhere; another run uses the later day."""
     monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "cache"))
     case, keywords = Case("<|im_end|>", CHAT, template=DATED), "tokens.chat_template_kwargs={ enable_thinking = false }"
     today(FIRST)
@@ -269,7 +269,7 @@ def test_a_run_keeps_its_day_and_its_keywords(
 
 
 def test_a_run_is_resumed_as_its_rows_were_written(tmp_path: Path):
-    """Another template or other keywords are refused, by name. A run that is older than its record goes on."""
+    """A resume with another template or other keywords is refused, and the message names them."""
     case = Case("<|im_end|>", CHAT, template=DATED)
     run = run_of(case, tmp_path, "tokens.chat_template_kwargs={ enable_thinking = false }")
     checkpoint = run / "checkpoints" / "step-1"
@@ -287,7 +287,7 @@ def test_a_run_is_resumed_as_its_rows_were_written(tmp_path: Path):
 
 
 def test_a_record_that_is_damaged_is_an_error(tmp_path: Path):
-    """With the file's name, whichever part is at fault."""
+    """A damaged record gives an error with the file's name, whichever part is damaged."""
     chain_model(Case("<|im_end|>", CHAT).tokenizer(), "<|im_end|>", "<|endoftext|>", tmp_path)
     whole = {"chat_template": None, "chat_template_kwargs": {}, "day": "2026-11-26", "ends": {"<|im_end|>": 258}}
     (tmp_path / TEXT).write_text(json.dumps(whole))
@@ -300,7 +300,7 @@ def test_a_record_that_is_damaged_is_an_error(tmp_path: Path):
 
 
 def test_an_older_run_has_no_record(tmp_path: Path):
-    """It is resumed, evaluated and talked to as before."""
+    """A run without a record, from an older version, can be evaluated and resumed."""
     run = run_of(Case("<|im_end|>", CHAT, template=CHATML), tmp_path)
     for path in run.rglob(TEXT):
         path.unlink()
@@ -315,8 +315,8 @@ def test_an_older_run_has_no_record(tmp_path: Path):
 
 
 def test_a_template_that_was_changed_later_is_not_the_runs(tmp_path: Path, asked: list[str]):
-    """The file that a config names may be another one by now; what the rows were written with is kept with the result,
-    and only an override names another."""
+    """If the file of a template changes after training, the result keeps the template of its rows, and only an
+    override selects another."""
     jinja = tmp_path / "chat.jinja"
     jinja.write_text("first\n" + CHATML)
     run = run_of(Case("<|im_end|>", CHAT), tmp_path, f'tokens.chat_template="{jinja.as_posix()}"')
@@ -328,7 +328,7 @@ def test_a_template_that_was_changed_later_is_not_the_runs(tmp_path: Path, asked
 
 
 def test_a_result_on_the_hub_brings_its_text(tmp_path: Path, asked: list[str]):
-    """As a folder's: found in the hub's cache by the model's name."""
+    """A result on the hub has its text settings too; they are found in the hub's cache by the model's name."""
     run = run_of(Case("<|im_end|>", CHAT, template=DATED), tmp_path)
     cached = Path(constants.HF_HUB_CACHE) / "models--me--texts"
     revision = "0" * 40

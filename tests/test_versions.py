@@ -1,4 +1,4 @@
-"""constraints.txt: that it holds a version of everything, within the ranges, and that a GPU's torch may follow it."""
+"""constraints.txt has a version of every package, within the ranges, and permits torch for a GPU."""
 
 import importlib.metadata
 import re
@@ -23,13 +23,13 @@ DIRECT = [
 
 @pytest.mark.parametrize("requirement", [r for r in DIRECT if r.name != "fastpref"], ids=str)
 def test_the_tested_version_is_in_the_range(requirement: Requirement):
-    """What pyproject.toml asks for has a tested version, one that it allows."""
+    """Every requirement of pyproject.toml has a tested version that it permits."""
     assert TESTED[canonicalize_name(requirement.name)] in requirement.specifier
 
 
 @pytest.mark.skipif(bool(OTHERS), reason="this environment has other versions than the tested ones")
 def test_what_they_need_has_a_version_too():
-    """What the requirements ask for themselves is pinned, but for what a build of torch brings along."""
+    """The requirements' own requirements are pinned too, except those that come with a build of torch."""
     missing, seen = set(), set()
     names = [canonicalize_name(r.name) for r in DIRECT if r.name != "fastpref"]
     while names:
@@ -41,14 +41,14 @@ def test_what_they_need_has_a_version_too():
             missing.add(name)
         try:
             needed = [Requirement(line) for line in importlib.metadata.requires(name) or ()]
-        except importlib.metadata.PackageNotFoundError:  # of another platform
+        except importlib.metadata.PackageNotFoundError:  # a package for another platform
             continue
         names += [canonicalize_name(r.name) for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
     assert missing == set()
 
 
 def test_no_build_is_pinned():
-    """A version is public: the same line admits a build for CPUs and one for GPUs."""
+    """Versions have no build part, so that the same line permits a build for CPUs and one for GPUs."""
     assert [name for name, version in TESTED.items() if Version(version).local] == []
     assert [name for name in TESTED if name.startswith(versions.OF_TORCH)] == ["nvidia-ml-py"]
 

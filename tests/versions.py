@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
-CORE = (  # what meets the libraries below: models, data, TRL, and the README's commands
+CORE = (  # tests that use the libraries below: models, data, TRL, and the README's commands
     "tests/model",
     "tests/data",
     "tests/patch/test_patch.py",
@@ -35,7 +35,7 @@ CORE = (  # what meets the libraries below: models, data, TRL, and the README's 
     "tests/test_examples.py",
     "tests/test_readme.py",
 )
-OF_TORCH = ("nvidia-", "cuda-")  # packages that a CUDA build of torch brings along in exactly one version
+OF_TORCH = ("nvidia-", "cuda-")  # packages that a CUDA build of torch requires in exactly one version
 HEADER = """\
 # The versions that the tests pass with: pip install -c constraints.txt -e ".[dev]"
 # Written by `python tests/versions.py renew`. Users need none of it: pyproject.toml has the ranges.
@@ -50,7 +50,7 @@ def read(text: str) -> dict[str, str]:
 
 
 def write(packages: Iterable[tuple[str, str]]) -> str:
-    """Return constraints.txt for what is installed, without builds of versions or packages of one build of torch."""
+    """Return constraints.txt for the installed packages, without build parts or packages of one torch build."""
     versions = {canonicalize_name(name): version.partition("+")[0] for name, version in packages}
     for_torch = {name for name in versions if name.startswith(OF_TORCH)} - {"nvidia-ml-py"}
     kept = {name: versions[name] for name in versions.keys() - for_torch - {"pip", "fastpref"}}
@@ -58,7 +58,7 @@ def write(packages: Iterable[tuple[str, str]]) -> str:
 
 
 def differing(packages: Iterable[tuple[str, str]], tested: dict[str, str]) -> list[str]:
-    """Return a line for each package that is installed in another version than the tested one, or was not tested."""
+    """Return a line for each package whose version differs from the tested one, or that was not tested."""
     ours = read(write(packages))
     return [f"{n} {v} (tested: {tested.get(n, 'none')})" for n, v in ours.items() if tested.get(n) != v]
 
@@ -92,7 +92,7 @@ def _triton(pip: list[str], torch: str) -> list[str]:
 
 
 def core() -> int:
-    """Run the core of the tests if this environment has other versions than the tested ones. pytest's exit status."""
+    """Run the core of the tests if any version here is not the tested one, and return pytest's exit status."""
     other = differing(installed(), read(CONSTRAINTS.read_text(encoding="utf-8")))
     if not other:
         print("the registries serve nothing but the tested versions")

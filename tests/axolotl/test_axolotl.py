@@ -1,4 +1,4 @@
-"""Axolotl's configs as ours: field by field, whole, and what is left out with its reason."""
+"""Translation of Axolotl's configs: single fields, whole configs, and what is left out with its reason."""
 
 import textwrap
 import tomllib
@@ -24,7 +24,7 @@ from tests.support.paths import DOCS
 
 PAGE = (DOCS / "axolotl.md").read_text(encoding="utf-8")
 HEAD = {"base_model": "base_model: m", "rl": "rl: dpo", "datasets": "datasets: [{path: d}]"}
-ALWAYS = {  # what the smallest config becomes
+ALWAYS = {  # the translation of the smallest config
     "model": {"name": "m"},
     "loss": {"type": "dpo"},
     "data": [{"path": "d"}],
@@ -34,7 +34,7 @@ ALWAYS = {  # what the smallest config becomes
 
 
 def translated(folder: Path, added: str, out: Path | None = None) -> Translation:
-    """The translation of a YAML text; the fields that every config needs are put before it."""
+    """Return the translation of a YAML text, after adding the missing fields that every config needs."""
     added = textwrap.dedent(added)
     if added.startswith("{"):
         added = yaml.safe_dump(yaml.safe_load(added))
@@ -49,7 +49,7 @@ def tables(translation: Translation) -> dict[str, Any]:
 
 
 def flat(raw: Any, name: str = "") -> dict[str, Any]:
-    """Dotted keys; the options of a format stay a table."""
+    """Return the values by dotted keys; the options of a format stay a table."""
     if isinstance(raw, dict) and not name.endswith("format"):
         return {k: v for key, inner in raw.items() for k, v in flat(inner, f"{name}.{key}".lstrip(".")).items()} or {
             name: {}
@@ -61,7 +61,7 @@ def flat(raw: Any, name: str = "") -> dict[str, Any]:
 
 SMALLEST = flat(ALWAYS)
 CHAT = "datasets: [{path: d, type: chat_template.default, "
-# Axolotl's fields → what they add to or change in the smallest config
+# Axolotl's fields → what they add to or change in the smallest config.
 TABLE: dict[str, dict[str, Any]] = {
     "": {},
     "revision_of_model: v1": {"model.revision": "v1"},
@@ -204,7 +204,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "tokens.chat_template_kwargs.reasoning_effort": "low",
     },
     "chat_template_kwargs: {}": {},
-    "learning_rate: 1e-4": {"train.learning_rate": 1e-4},  # YAML reads it as text
+    "learning_rate: 1e-4": {"train.learning_rate": 1e-4},  # YAML reads this number as text
     "lr_scheduler: linear": {"train.schedule": "linear"},
     "{lr_scheduler: constant_with_warmup, warmup_steps: 5}": {"train.schedule": "constant", "train.warmup": 5},
     "lr_scheduler: constant": {"train.schedule": "constant", "train.warmup": 0},
@@ -236,14 +236,14 @@ TABLE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("added", TABLE)
 def test_fields_become_these_keys(tmp_path: Path, added: str):
-    """What a snippet adds to the smallest config, exactly; the result loads."""
+    """A snippet adds exactly these keys to the smallest config, and the result loads."""
     made = translated(tmp_path, added)
     wanted = {key: value for key, value in (SMALLEST | TABLE[added]).items() if value is not None}
     assert flat(tables(made)) == wanted
     Config.model_validate(tables(made))
 
 
-# Fields whose key this version may refuse: taken over as soon as the schema takes the value.
+# Fields whose key this version may refuse: they are translated as soon as the schema accepts the value.
 PENDING = {
     "{adapter: qlora, load_in_4bit: true}": ("model", "quantization", "nf4"),
     "{adapter: lora, load_in_8bit: true}": ("model", "quantization", "int8"),
@@ -270,7 +270,7 @@ PENDING = {
 
 @pytest.mark.parametrize("added", PENDING)
 def test_what_the_schema_refuses_is_a_comment_with_its_reason(tmp_path: Path, added: str):
-    """A refused line is commented out and listed; a line that the schema takes is a setting. There is no third way."""
+    """A line that the schema refuses is commented out and listed with its reason; any other line is a setting."""
     made = translated(tmp_path, added)
     section, key, value = PENDING[added]
     settings = {(s.key[0], s.key[-1]): s.value for s in made.settings}
@@ -288,7 +288,7 @@ def test_what_the_schema_refuses_is_a_comment_with_its_reason(tmp_path: Path, ad
 
 
 def test_a_refused_key_is_taken_once_the_schema_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nothing but the schema's own answer decides."""
+    """Only the schema's own answer decides whether a key is translated."""
     monkeypatch.setattr("fastpref.axolotl.mistake", lambda raw: None)
     made = translated(tmp_path, "adapter: qlora\nload_in_4bit: true\nsave_steps: 10")
     assert made.refused == ()
@@ -312,7 +312,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_config_is_written_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    """`init --from-axolotl` then `check`: status 0, these values, and what is left out on stdout and in the file."""
+    """`init --from-axolotl` then `check` succeed with these values; what is left out is on stdout and in the file."""
     monkeypatch.chdir(tmp_path)
     text, wanted = WHOLE[name]
     (tmp_path / f"{name}-run.yml").write_text(text)
@@ -327,7 +327,7 @@ def test_a_whole_config_is_written_and_checked(tmp_path: Path, monkeypatch: pyte
         assert f"\n#   {line}\n" in written
 
 
-# --- Nothing is lost in silence --------------------------------------------------------------------------------------
+# --- Nothing is lost silently ----------------------------------------------------------------------------------------
 
 RULED = {field for rule in RULES for field in rule.fields}
 
@@ -337,7 +337,7 @@ OLD = (
     "unsloth_lora_mlp",
     "unsloth_rms_norm",
     "unsloth_cross_entropy_loss",
-)  # of older versions, which NAMES spell with *
+)  # of older versions, for which NAMES has patterns with *
 LEFT_FIELDS = sorted({*FIELDS, *OLD, *(name for name in NAMES if "*" not in name)} - RULED)
 
 
@@ -351,7 +351,7 @@ def test_every_field_is_translated_or_has_a_reason():
 
 @pytest.mark.parametrize("field", LEFT_FIELDS)
 def test_a_field_without_a_counterpart_is_listed(tmp_path: Path, field: str):
-    """With a value it is listed with its reason, and the config loads."""
+    """A field with a value but without a counterpart is listed with its reason, and the config loads."""
     table, _, inner = field.rpartition(".")
     made = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
     assert f"{field}: {reason_for(field)}" in made.left_out
@@ -360,7 +360,7 @@ def test_a_field_without_a_counterpart_is_listed(tmp_path: Path, field: str):
 
 @pytest.mark.parametrize("field", sorted(set(rows.LEFT_OUT) | {"unheard_of"}))
 def test_a_field_of_an_entry_without_a_counterpart_is_listed(tmp_path: Path, field: str):
-    """Likewise in `datasets`, with the entry's number."""
+    """A field of `datasets` without a counterpart is listed with the entry's number."""
     made = translated(tmp_path, f"datasets: [{{path: d}}, {{path: e, {field}: x}}]")
     assert f"datasets[1].{field}: {rows.LEFT_OUT.get(field, 'unknown field')}" in made.left_out
 
@@ -392,13 +392,13 @@ LEFT = {
 
 @pytest.mark.parametrize("added", LEFT)
 def test_what_is_lost_is_said(tmp_path: Path, added: str):
-    """Each has a line that names the field and the reason."""
+    """Each loss of information has a line with the field and the reason."""
     lines = translated(tmp_path, added).left_out
     assert any(line.startswith(LEFT[added]) for line in lines), lines
 
 
 def test_what_is_off_or_empty_is_not_listed(tmp_path: Path):
-    """A field that is unset or switched off loses nothing here."""
+    """A field that is unset or off is not listed."""
     made = translated(
         tmp_path, "deepspeed:\nfsdp: []\nflash_attention: false\nwandb_project: ''\ntokens:\nload_in_8bit: false"
     )
@@ -410,7 +410,7 @@ def test_what_is_off_or_empty_is_not_listed(tmp_path: Path):
 
 
 def test_relative_paths_keep_their_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A path that Axolotl finds from here is found by a config in another folder, even beside a file of that name."""
+    """A path that Axolotl finds from here is found by a config in another folder, even next to a file of that name."""
     monkeypatch.chdir(tmp_path)
     for name in ("d.jsonl", "t.jinja", "more/a.jsonl", "out/d.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -461,7 +461,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("added", MISTAKES)
 def test_a_mistake_is_one_message(tmp_path: Path, added: str):
-    """One line with the file and the field; what cannot be trained here is refused, not translated."""
+    """A mistake gives one line with the file and the field; what cannot be trained here is refused."""
     with pytest.raises(UserError) as caught:
         translated(tmp_path, added)
     assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(MISTAKES[added])
@@ -473,7 +473,7 @@ ODD = [3, 0.5, "x", True, [1], ["a", {"b": 1}], {"a": [1]}, "\x01\n"]
 
 @pytest.mark.parametrize("field", sorted({field for rule in RULES for field in rule.fields}))
 def test_values_of_another_kind(tmp_path: Path, field: str):
-    """Whatever a field holds: a message, or a config that loads."""
+    """Whatever a field's value is, there is a message or a config that loads."""
     table, _, inner = field.rpartition(".")
     for value in ODD:
         raw = {"base_model": "m", "rl": "dpo", "adapter": "lora", "datasets": [{"path": "d"}], "rpo_alpha": 1.0}
@@ -498,7 +498,7 @@ def test_values_of_another_kind(tmp_path: Path, field: str):
     ],
 )
 def test_a_file_of_another_kind(tmp_path: Path, content: bytes, said: str):
-    """Bytes that are no config are refused in one message, and no code in them is run."""
+    """A file that is no config is refused with one message, and no code in it runs."""
     (tmp_path / "cfg.yml").write_bytes(content)
     with pytest.raises(UserError, match=said):
         translate(tmp_path / "cfg.yml", tmp_path)
@@ -516,7 +516,7 @@ def quoted(names: Iterable[str]) -> str:
 
 
 def page_tables() -> list[str]:
-    """The tables of docs/axolotl.md."""
+    """Return the tables of docs/axolotl.md."""
     fields = [f"| {quoted(rule.fields) or '(always)'} | {quoted(rule.keys)} | {rule.how} |" for rule in RULES]
     entries = [f"| `{field}` | {how} |" for field, how in rows.KEYS.items()]
     reasons: dict[str, list[str]] = {}
@@ -528,12 +528,12 @@ def page_tables() -> list[str]:
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_the_page_holds_the_tables(at: int):
-    """docs/axolotl.md says what the code does; on a failure, put the table shown here into the page."""
+    """docs/axolotl.md has these tables; if this fails, put the printed table into the page."""
     assert page_tables()[at] in PAGE
 
 
 def test_the_tables_name_keys_that_exist():
-    """Every key of a rule is one of the schema; every option of a chat format is one of ours."""
+    """Every key of a rule is in the schema, and every option of a chat format exists."""
     known = {"data", "lora"} | {
         f"{section}.{key}" for section in sections() for loss in METHODS for key in keys_of(section, loss)
     }
@@ -543,7 +543,7 @@ def test_the_tables_name_keys_that_exist():
 
 
 def test_a_setting_may_need_a_later_one(tmp_path: Path) -> None:
-    """QLoRA: 4-bit weights are accepted though they stand before the [lora] table that they need."""
+    """For QLoRA, 4-bit weights are accepted though they come before the [lora] table that they need."""
     source = tmp_path / "q.yml"
     source.write_text(
         "base_model: m\nrl: dpo\nadapter: qlora\nload_in_4bit: true\nlora_r: 8\n"

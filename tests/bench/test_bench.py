@@ -1,4 +1,4 @@
-"""The benchmarks: every way is right, results say what was measured, and a regression is found."""
+"""The benchmarks: every method is right, results record what was measured, and regressions are found."""
 
 import copy
 import json
@@ -77,7 +77,7 @@ def test_memory_is_the_most_held_at_once() -> None:
         del first
         torch.cat([second, second])
 
-    assert peak_bytes(step, "cpu") in range(12_000, 12_600)  # 4,000 and 8,000, aligned
+    assert peak_bytes(step, "cpu") in range(12_000, 12_600)  # 4,000 and 8,000 bytes, aligned
 
 
 def test_only_responses_are_scored_and_weighed() -> None:
@@ -114,7 +114,7 @@ def test_rows_have_the_prompt_share_asked_for() -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_counted_without_a_gpu(name: str) -> None:
-    """The fused loss is one launch among few operations; a CPU times torch only, and says so."""
+    """The fused loss is one launch and few operations; on a CPU only torch is timed, and a note says so."""
     record = measure_loss(LossCase(name, pairs=2, length=3, device="cpu"), repeats=1)
     plain, fused = record["rows"]
     assert (plain["method"], len(plain["ms"]), plain["note"]) == (TORCH, 1, "")
@@ -125,7 +125,7 @@ def test_a_loss_is_counted_without_a_gpu(name: str) -> None:
 
 
 def test_counting_a_loss_leaves_real_tensors_behind() -> None:
-    """A loss that was counted on tensors without values still computes its value afterwards."""
+    """After a loss was counted on fake tensors, it still computes its value on real ones."""
     case = LossCase("simpo", pairs=2, length=3, device="cpu")
     count(case, FUSED)
     expected, found = case.step(TORCH)(), case.step(FUSED)()
@@ -166,7 +166,7 @@ def test_time_is_a_ratio_of_the_same_turn() -> None:
     [
         ([2.0, 2.1, 1.9], 2**20, []),
         ([2.6, 2.6, 2.6], 2**20, ["× bare"]),
-        ([2.6, 1.2, 4.0], 2**20, []),  # its own spread is larger than the change
+        ([2.6, 1.2, 4.0], 2**20, []),  # the spread is larger than the change
         ([2.0, 2.0, 2.0], 2**21, ["MiB"]),
     ],
 )
@@ -188,7 +188,7 @@ def test_the_table_says_how_fast_and_how_lean() -> None:
 
 
 def test_another_revision_runs_its_own_code() -> None:
-    with Revision("HEAD") as other:  # which says where its code lies when it starts
+    with Revision("HEAD") as other:  # it prints the path of its code at the start
         rows = measure(case(DPO), 1, [], {"other": other.take(case(DPO))}, check=False)
     assert [row.method for row in rows] == [BARE, "other"]
     assert rows[1].ms[0] > 0

@@ -1,4 +1,4 @@
-"""`fastpref chat`: the answers of the model, as they come, for a person and for a pipe."""
+"""`fastpref chat`: the model's answers, as they are generated, for a person and for a pipe."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ MODEL = QUICKSTART_MODEL
 
 
 def generated(run: Path | None, questions: list[str]) -> list[str]:
-    """The likeliest answers of transformers and peft to a conversation."""
+    """Return the greedy answers of transformers and PEFT to a conversation."""
     tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     if run is not None:
@@ -39,7 +39,7 @@ QUESTIONS = ["What is four plus five?", "And the colour of grass?"]
 
 
 def test_a_pipe_is_answered_line_by_line(finished_run: Path):
-    """The answers, and nothing else, are printed: those of peft's own generation with the conversation so far."""
+    """Only the answers are printed, and they are those of PEFT's own generation with the conversation so far."""
     given = "\n".join([QUESTIONS[0], "", QUESTIONS[1]])
     ran = run_command("chat", finished_run, "--temperature", "0", "--max-tokens", "12", given=given)
     assert (ran.status, ran.err) == (0, "")
@@ -47,7 +47,7 @@ def test_a_pipe_is_answered_line_by_line(finished_run: Path):
 
 
 def test_compared_with_the_model_before(finished_run: Path):
-    """Each answers in its own conversation; /clear begins both anew."""
+    """Both models answer in their own conversation, and /clear restarts both."""
     out = io.StringIO()
     given = io.StringIO("\n".join([*QUESTIONS, "/clear", QUESTIONS[1]]))
     chat(find_trained(str(finished_run)), compare=True, temperature=0, max_tokens=12, given=given, out=out)
@@ -60,7 +60,7 @@ def test_compared_with_the_model_before(finished_run: Path):
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(finished_run: Path, monkeypatch: pytest.MonkeyPatch):
-    """What was said so far stays; the next question is answered. At the prompt it ends the conversation."""
+    """Ctrl-C ends an answer, whose beginning stays, and the next question is answered."""
     out, seen = io.StringIO(), []
     whole = chats._Streamer.on_finalized_text
 

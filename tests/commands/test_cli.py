@@ -1,4 +1,4 @@
-"""The command line: a user's mistake is one message and status 2, help and checks are quick, nothing is left behind."""
+"""The command line: a user's mistake gives one message and status 2, help is fast, and no file is left behind."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate")
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run a command in an empty folder. After it the folder must hold what the test put there, and no more."""
+    """Run a command in an empty folder, which afterwards must have only the files that the test wrote."""
     files: dict[str, str] = {}
 
     def run(*arguments: str, **texts: str) -> CommandResult:
@@ -143,7 +143,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
 def test_a_users_mistake_is_one_message_and_status_2(run: Any, arguments: list[str], said: list[str]):
-    """Only the message is printed, on stderr, without a traceback; and no file is written."""
+    """Only the message is printed, on stderr without a traceback, and no file is written."""
     texts = {"good": GOOD, "bad": BAD, "broken.json": '[{"prompt": ', "rows.json": '[{"a": 1}]'} | LINES
     ran = run(*arguments, **texts)
     assert ran.status == 2
@@ -153,7 +153,7 @@ def test_a_users_mistake_is_one_message_and_status_2(run: Any, arguments: list[s
     lines[0] = lines[0].removeprefix("fastpref: ")
     assert len(lines) == len(said)
     for line, what in zip(lines, said):
-        assert line.startswith(what) or f"/{what}" in line  # data are found beside the config, and named in full
+        assert line.startswith(what) or f"/{what}" in line  # data in the config's folder are named in full
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_users_mistake_is_one_message_and_status_2(run: Any, arguments: list[s
     ids=" ".join,
 )
 def test_a_command_that_is_not_understood(run: Any, arguments: list[str]):
-    """Wrong commands and options end with status 2 and the usage."""
+    """Wrong commands and options give status 2 and the usage."""
     ran = run(*arguments)
     assert ran.status == 2
     assert "Usage:" in ran.err
@@ -178,7 +178,7 @@ def test_a_command_that_is_not_understood(run: Any, arguments: list[str]):
 
 
 def test_check_says_what_would_be_trained(run: Any):
-    """A config without mistakes is one line on stdout and status 0; overrides count."""
+    """A valid config gives one line on stdout and status 0, and overrides apply."""
     ran = run("check", "good.toml", "model.name=m", good=GOOD)
     assert ran == CommandResult(0, "good.toml: no mistakes. DPO on m, training LoRA adapters of rank 4.\n", "")
     ran = run("check", "whole.toml", "loss.type=kto", whole='[model]\nname = "m"\n[[data]]\npath = "d"\n')
@@ -186,7 +186,7 @@ def test_check_says_what_would_be_trained(run: Any):
 
 
 def test_preview_needs_no_model(run: Any):
-    """A config whose model folder holds a tokenizer is previewed, on stdout, with status 0."""
+    """If the model's folder has only a tokenizer, preview still works."""
     ran = run(
         "preview",
         "good.toml",
@@ -201,7 +201,7 @@ def test_preview_needs_no_model(run: Any):
 
 
 def described(schema: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every key of a JSON schema and of its definitions, with its description."""
+    """Return every key of a JSON schema and of its definitions, with its description."""
     for key, inner in schema.get("properties", {}).items():
         yield f"{place}.{key}", inner.get("description", "")
     for name, inner in schema.get("$defs", {}).items():
@@ -245,7 +245,7 @@ print("imported", *(name for name in {HEAVY} if name in sys.modules))
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_quick_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str], status: int):
-    """Help, checks and refusals do not wait for torch or what stands on it."""
+    """Help, checks and refusals import neither torch nor libraries that need it."""
     (tmp_path / "good.toml").write_text(GOOD)
     (tmp_path / "bad.toml").write_text(BAD)
     write_run(tmp_path / "run")
@@ -255,7 +255,7 @@ def test_quick_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str
 
 
 def test_the_module_runs_as_the_command(tmp_path: Path):
-    """`python -m fastpref` is the command, with its status and its one message."""
+    """`python -m fastpref` is the command, with the same status and message."""
     ran = run_process("check", "none.toml", folder=tmp_path)
     assert ran == CommandResult(2, "", "fastpref: none.toml: there is no such file\n")
     assert list(tmp_path.iterdir()) == []

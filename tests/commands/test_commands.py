@@ -1,11 +1,10 @@
-"""Every command of the README on a run of every loss, with adapters and without, through the real command line.
+"""Every command of the README on a run of every loss, with and without adapters, through the real command line.
 
-SimPO, ORPO and CPO runs could not be judged by `fastpref eval`, and no test saw it:
-`tests/commands/test_evaluate.py` and `tests/test_readme.py` run the commands on the one run of `finished_run`, which is
-DPO's, and the tests of each loss stop where the training ends. Each command was tested, and each loss, and never the
-one on the other. So these tests are the product of both: a run is a row of RUNS, a command is a row of COMMANDS, and a
-row that is added to either meets all rows of the other. `test_no_command_is_left_out` holds COMMANDS to the README and
-to the command line itself.
+Once `fastpref eval` failed for SimPO, ORPO and CPO runs, and no test noticed: `tests/commands/test_evaluate.py` and
+`tests/test_readme.py` run the commands on the one run of `finished_run`, which uses DPO, and the tests of each loss
+end with the training. So each command and each loss was tested, but not each command with each loss. These tests are
+the product of both: a run is a row of RUNS, a command is a row of COMMANDS, and a new row of either meets all rows
+of the other. `test_no_command_is_left_out` compares COMMANDS with the README and with the command line itself.
 """
 
 import re
@@ -60,7 +59,7 @@ save_every = 2
 """
 LORA = "lora={rank=4}"
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
-HELDOUT = 5  # rows, which are twice as many for KTO
+HELDOUT = 5  # rows; twice as many for KTO
 RUNS: dict[str, tuple[str, str, list[str]]] = {
     **{f"{loss}, LoRA": (loss, "llama", [LORA]) for loss in LOSSES},
     **{f"{loss}, full": (loss, "llama", []) for loss in LOSSES},
@@ -87,14 +86,14 @@ class Run:
 
     @property
     def own(self) -> dict[str, float]:
-        """Its own last evaluation."""
+        """Return the metrics of the run's last evaluation."""
         last = [row for row in rows(self.folder / "run") if "eval/loss" in row][-1]
         return {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random model of each kind, with the quickstart's tokenizer."""
+    """Save a random model of each kind with the quickstart's tokenizer, and return the folders."""
     folders = {}
     for name, config in MODELS.items():
         torch.manual_seed(0)
@@ -107,7 +106,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Made once for all commands, which leave it as it is."""
+    """Train one run for all commands, which must not change it."""
     loss, model, overrides = RUNS[request.param]
     folder = tmp_path_factory.mktemp("run")
     lines = QUICKSTART_HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -123,7 +122,7 @@ def run(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factor
 
 @pytest.fixture(autouse=True)
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A hub that takes everything: what was uploaded to it."""
+    """Replace the hub by one that accepts everything, and return its uploads."""
     uploads: list[dict[str, Any]] = []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "whoami", lambda _: {})
@@ -132,11 +131,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return uploads
 
 
-# --- What each command says of a run ----------------------------------------------------------------------------------
+# --- What each command gives for a run --------------------------------------------------------------------------------
 
 
 def train(run: Run, _: Path) -> None:
-    """Its result is there, each step was logged with finite numbers, and the layout is the one that fits the model."""
+    """Check that the result is saved, each step has finite metrics, and the layout is the one for the model."""
     assert "saved: run/final" in run.trained.out
     steps = [row for row in rows(run.folder / "run") if "loss" in row]
     assert steps
@@ -146,7 +145,7 @@ def train(run: Run, _: Path) -> None:
 
 
 def resume(run: Run, folder: Path) -> None:
-    """From its middle it comes to the same metrics, number for number."""
+    """Check that a run resumed from its middle has exactly the same metrics."""
     cut = folder / "run"
     shutil.copytree(run.folder / "run", cut)
     shutil.rmtree(cut / "final")
@@ -158,14 +157,14 @@ def resume(run: Run, folder: Path) -> None:
 
 
 def check(run: Run, _: Path) -> None:
-    """It names the loss, and what is trained."""
+    """Check that the output names the loss and what is trained."""
     out = succeed("check", run.folder / "cfg.toml", *run.overrides).out
     assert f"no mistakes. {run.loss.upper()} on " in out
     assert ("LoRA adapters of rank 4" if run.adapters else "the whole model") in out
 
 
 def preview(run: Run, _: Path) -> None:
-    """Rows with the names that the loss has for their responses, and the counts of the data."""
+    """Check that rows have the loss's names for responses, and that the data are counted."""
     out = succeed("preview", run.folder / "cfg.toml", *run.overrides).out
     assert all(word in out for word in (("good", "bad") if run.loss == "kto" else ("chosen", "rejected")))
     trained = 2 * 13 if run.loss == "kto" else 13
@@ -173,7 +172,7 @@ def preview(run: Run, _: Path) -> None:
 
 
 def estimate(run: Run, _: Path) -> None:
-    """Weights, adapters and gradients take the bytes that they have in its files; weights in nf4, half a byte each."""
+    """Check that weights, adapters and gradients are counted as in the files, and nf4 weights as half a byte."""
     told = succeed("estimate", run.folder / "cfg.toml", "--cpu", "--json", *run.overrides).json
     assert (told["loss"], told["device"]) == (run.loss, "cpu")
     model = Path(run.model) / "model.safetensors"
@@ -189,14 +188,14 @@ def estimate(run: Run, _: Path) -> None:
 
 
 def estimate_card(run: Run, _: Path) -> None:
-    """A GPU that need not be there; a model this small fits all of them."""
+    """Check that this small model fits every GPU, none of which has to exist."""
     told = succeed("estimate", run.folder / "cfg.toml", "--card", "12", "--json", *run.overrides).json
     assert all(card["fits"] for card in told["cards"])
     assert (told["device"], told["card"]) == ("cuda", 12)
 
 
 def evaluate(run: Run, _: Path) -> None:
-    """Every number of the run's own last evaluation, its KL, and a table of them for a person."""
+    """Check that eval gives the run's own last evaluation and the KL, and a table for a person."""
     same_as_own(run, succeed("eval", run.folder / "run", "--json").json)
     out = succeed("eval", run.folder / "run").out
     assert f"{heldout(run)} held-out examples" in out
@@ -207,28 +206,28 @@ def evaluate(run: Run, _: Path) -> None:
 
 
 def evaluate_data(run: Run, _: Path) -> None:
-    """The held-out rows as a file of their own are the held-out rows."""
+    """Check that the held-out rows in their own file give the same metrics."""
     same_as_own(run, succeed("eval", run.folder / "run", "--data", run.folder / "heldout.jsonl", "--json").json)
 
 
 def evaluate_reference(run: Run, _: Path) -> None:
-    """A reference that is named and is the model it began with changes nothing; beside itself a model has no KL."""
+    """Check that naming the original model as reference changes nothing, and that a run against itself has no KL."""
     named = succeed("eval", run.folder / "run", "--reference", run.model, "--json").json
-    if "nf4" not in str(run.overrides):  # whose beginning is the quantised one
+    if "nf4" not in str(run.overrides):  # whose original is the quantised model
         same_as_own(run, named)
     itself = succeed("eval", run.folder / "run", "--reference", run.folder / "run", "--json").json
     assert itself["reference/kl"] == pytest.approx(0, abs=1e-6)
-    for name in ("logps/chosen", "logps/rejected", "entropy"):  # which no reference changes
+    for name in ("logps/chosen", "logps/rejected", "entropy"):  # these do not depend on the reference
         assert itself[name] == pytest.approx(run.own[name], rel=1e-4)
 
 
 def evaluate_checkpoint(run: Run, _: Path) -> None:
-    """The last checkpoint is the result."""
+    """Check that the last checkpoint gives the metrics of the result."""
     same_as_own(run, succeed("eval", run.folder / "run" / "checkpoints" / "step-4", "--json").json)
 
 
 def chat(run: Run, _: Path) -> None:
-    """Both answer, and each what it answers alone."""
+    """Check that with --compare both models give the answers that each gives alone."""
     options = ["--temperature", "0", "--max-tokens", "4"]
     said = "What is four plus five?\n"
     after = succeed("chat", run.folder / "run", *options, given=said).out
@@ -241,7 +240,7 @@ def chat(run: Run, _: Path) -> None:
 
 
 def report(run: Run, folder: Path) -> None:
-    """The same page as the run's own."""
+    """Check that the page of the run is written again."""
     shutil.copytree(run.folder / "run", folder / "run")
     (folder / "run" / "report.html").unlink()
     succeed("report", folder / "run")
@@ -250,32 +249,32 @@ def report(run: Run, folder: Path) -> None:
 
 
 def merge(run: Run, folder: Path) -> None:
-    """What is merged is judged as the run is; a run without an adapter has nothing to merge, and says so."""
+    """Check that the merged model has the run's metrics, or that a run without adapters is refused."""
     if not run.adapters:
         ran = run_command("merge", run.folder / "run", "--output", folder / "merged")
         assert (ran.status, "nothing to merge" in ran.err) == (2, True)
         assert not (folder / "merged").exists()
         return
     succeed("merge", run.folder / "run", "--output", folder / "merged")
-    # Of a model alone no run is known, so the loss is named, and the batch, by which KTO pairs prompts with responses.
+    # A model alone has no run, so the options give the loss, and the batch with which KTO pairs prompts with responses.
     known = [f"loss.type={run.loss}", "train.batch=5"]
     options = ["--data", run.folder / "heldout.jsonl", "--reference", run.model, *known]
     merged = succeed("eval", folder / "merged", *options, "--json").json
-    if "nf4" in str(run.overrides):  # merged onto the weights in four bits; the reference here has the model's own
+    if "nf4" in str(run.overrides):  # merged onto the 4-bit weights; this reference has the original ones
         assert merged["logps/chosen"] == pytest.approx(run.own["logps/chosen"], rel=1e-3)
     else:
         same_as_own(run, merged, rel=1e-3)
 
 
 def push(run: Run, _: Path, hub: list[dict[str, Any]]) -> None:
-    """Its result goes up."""
+    """Check that the run's result is uploaded."""
     out = succeed("push", run.folder / "run", "--to", "me/mine").out
     assert "is at https://hub/me/mine" in out
     assert [Path(upload["folder_path"]) for upload in hub] == [run.folder / "run" / "final"]
 
 
 def same_as_own(run: Run, found: dict[str, Any], rel: float = 1e-4) -> None:
-    """Every metric of the run's last evaluation, KL beside it."""
+    """Check that the metrics are those of the run's last evaluation, with the KL in addition."""
     assert found["examples"] == heldout(run)
     assert run.own.keys() <= found.keys()
     for name, value in run.own.items():
@@ -284,7 +283,7 @@ def same_as_own(run: Run, found: dict[str, Any], rel: float = 1e-4) -> None:
     assert ("logps/accuracies" in found) == (run.loss != "kto")
     assert ("kl" in found) == (run.loss == "kto")
     assert found.get("kl", 0) >= 0
-    assert found["reference/kl"] > 1e-6  # it has been trained
+    assert found["reference/kl"] > 1e-6  # the policy differs from its reference
 
 
 def heldout(run: Run) -> int:
@@ -292,7 +291,7 @@ def heldout(run: Run) -> int:
 
 
 def size(path: Path) -> int:
-    """Bytes of the tensors of a file, 0 if it is not there."""
+    """Return the bytes of a file's tensors, 0 if the file does not exist."""
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
@@ -320,7 +319,7 @@ _OF_NO_RUN = {"init", "schema"}
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No command depends on where it is called from, nor leaves anything there."""
+    """Change to an empty folder, on which no command depends and in which none leaves a file."""
     place = tmp_path / "elsewhere"
     place.mkdir()
     monkeypatch.chdir(place)
@@ -330,13 +329,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_on_a_run(name: str, run: Run, tmp_path: Path, hub: list[dict[str, Any]]):
-    """Status 0 without a traceback, and the numbers that only the right result has."""
+    """A command on a run ends with status 0 and gives the right result."""
     more = [hub] if name.startswith("push") else []
     COMMANDS[name](run, tmp_path, *more)
 
 
 def test_no_command_is_left_out():
-    """Every command there is, and every option that the README gives one for a run, is a row of COMMANDS."""
+    """Every command, and every option that the README shows for one on a run, is a row of COMMANDS."""
     commands = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
     assert {name.split()[0] for name in COMMANDS} | _OF_NO_RUN == commands
     for line in OURS:

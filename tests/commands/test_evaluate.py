@@ -1,4 +1,4 @@
-"""`fastpref eval`: the numbers of a run's own evaluation, and KL by definition."""
+"""`fastpref eval`: the metrics of a run's own evaluation, and KL by its definition."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ DATA, MODEL = str(QUICKSTART_HELDOUT), QUICKSTART_MODEL
 
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(finished_run: Path):
-    """Every metric of the last evaluation in metrics.jsonl."""
+    """Every metric equals that of the last evaluation in metrics.jsonl."""
     own = [row for row in rows(finished_run) if "eval/loss" in row][-1]
     found = evaluate(find_trained(str(finished_run)))
     for name, value in own.items():
@@ -33,7 +33,8 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(finished_run: Path):
 
 
 def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
-    """Σ p (log p − log q) of the next token, from the logits of transformers and peft, one response after the other."""
+    """KL is the mean over response tokens of Σ p (log p − log q) of the next token, from logits of transformers and
+    PEFT, one response after the other."""
     found = evaluate(find_trained(str(finished_run)))
     trained = find_trained(str(finished_run))
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -59,7 +60,7 @@ def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
 
 
 def test_a_model_alone(finished_run: Path):
-    """Without a model that it began with there are neither rewards nor KL; beside itself its KL is none."""
+    """Without a reference there are neither rewards nor KL; with the model itself as reference, the KL is 0."""
     found = evaluate(find_trained(str(MODEL)), data=DATA)
     assert {"logps/accuracies", "logps/chosen", "entropy"} <= found.keys()
     assert not {"reference/kl", "loss", "rewards/accuracies"} & found.keys()
@@ -72,7 +73,7 @@ def test_a_model_alone(finished_run: Path):
 
 
 def test_a_reference_of_another_family(finished_run: Path, tmp_path: Path):
-    """It may take another layout than the model: then both are computed on padded rows, each as it is alone."""
+    """If the reference needs another layout than the model, both are computed on padded rows, with the same results."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=949, hidden_size=32, num_hidden_layers=2))
     model.save_pretrained(tmp_path)
@@ -87,7 +88,7 @@ def test_a_reference_of_another_family(finished_run: Path, tmp_path: Path):
 
 
 def test_a_reference_with_other_tokens_is_refused(finished_run: Path, tmp_path: Path):
-    """Its log-probabilities would be those of other words."""
+    """A reference with another vocabulary is refused, because its log-probabilities would be those of other text."""
     save_model("llama", tmp_path)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"97 tokens and .* 949; only models with the same tokens"):
@@ -95,7 +96,7 @@ def test_a_reference_with_other_tokens_is_refused(finished_run: Path, tmp_path: 
 
 
 def test_a_whole_model_is_compared_with_the_one_it_began_with(whole_run: Path):
-    """Of a run without adapters the base is loaded beside it: the same numbers as the run's own evaluation."""
+    """For a run without adapters the base is the reference, and the metrics are those of its own evaluation."""
     own = [row for row in rows(whole_run) if "eval/loss" in row][-1]
     found = evaluate(find_trained(str(whole_run)))
     assert found["rewards/margins"] == pytest.approx(own["eval/rewards/margins"], rel=1e-3, abs=1e-5)
@@ -103,7 +104,7 @@ def test_a_whole_model_is_compared_with_the_one_it_began_with(whole_run: Path):
 
 
 def test_single_responses(finished_run: Path):
-    """By KTO's own metrics; there are no pairs to compare, and its kl is another one."""
+    """With KTO, pairs become single responses with KTO's own metrics, and the KL to the reference is the same."""
     paired = evaluate(find_trained(str(finished_run)))
     found = evaluate(find_trained(str(finished_run), ['loss={type="kto"}']))
     assert {"kl", "loss", "rewards/margins"} <= found.keys()
@@ -114,7 +115,7 @@ def test_single_responses(finished_run: Path):
 
 @pytest.mark.parametrize("of", ["run", "checkpoint", "config"])
 def test_what_a_name_stands_for(finished_run: Path, of: str):
-    """A run is its final/; a checkpoint has its run's config; a config is the model before training."""
+    """A run means its final/; a checkpoint has its run's config; a config means the model before training."""
     named = {"run": finished_run, "checkpoint": finished_run / "checkpoints" / "step-4",
              "config": finished_run / "config.toml"}  # fmt: skip
     trained = find_trained(str(named[of]))
@@ -129,7 +130,7 @@ def test_what_a_name_stands_for(finished_run: Path, of: str):
 
 
 def test_what_is_refused(finished_run: Path, tmp_path: Path):
-    """Nothing to judge by; nothing there."""
+    """A model without data, and a name that does not exist, are refused."""
     with pytest.raises(UserError, match="--data FILE"):
         evaluate(find_trained(str(MODEL)))
     with pytest.raises(UserError, match="neither a run"):
@@ -149,7 +150,7 @@ def test_what_is_refused(finished_run: Path, tmp_path: Path):
 def test_running_out_of_memory_is_one_message(
     name: str, module: str, advice: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    """It names what would take less, and is no traceback."""
+    """Out of memory gives one message with a remedy, without a traceback."""
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -163,7 +164,7 @@ def test_running_out_of_memory_is_one_message(
 
 
 def test_what_was_decided_at_load_is_told(finished_run: Path, tmp_path: Path):
-    """Tensors read under other names, for one: on stderr, and stdout is the JSON alone."""
+    """Notes on loading, such as on renamed tensors, are on stderr, and stdout has only the JSON."""
     adapter = tmp_path / "adapter"
     shutil.copytree(finished_run / "final", adapter)
     path = adapter / "adapter_model.safetensors"
@@ -175,7 +176,7 @@ def test_what_was_decided_at_load_is_told(finished_run: Path, tmp_path: Path):
 
 
 def test_wilsons_interval():
-    """By hand for 9 of 10; a share of one has an interval too."""
+    """The interval for 9 of 10 is that of a calculation by hand, and the one for 10 of 10 has a width too."""
     assert interval(0.9, 10) == pytest.approx((0.5958, 0.9821), abs=1e-3)
     low, high = interval(1.0, 10)
     assert (round(low, 3), high) == (0.722, pytest.approx(1.0))

@@ -12,13 +12,13 @@ WORKFLOW = ["init", "check", "preview", "estimate", "train", "report", "eval", "
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal of 80 columns."""
+    """Set the width of the terminal to 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_lists_the_commands_in_the_order_of_use(flag: str):
-    """Each summary is a sentence that fits on one line."""
+    """The commands are in the order of use, and each summary is a sentence on one line."""
     text = succeed(flag).out
     lines = [line.strip("│ ") for line in text[text.index("Commands") :].splitlines()[1:] if line.startswith("│")]
     assert [line.split()[0] for line in lines] == WORKFLOW
@@ -32,7 +32,7 @@ def test_the_version_is_that_of_the_package():
 
 @pytest.mark.parametrize("command", WORKFLOW)
 def test_options_are_shown_as_they_are_typed(command: str):
-    """Options have a name for their value, flags have none, and overrides are KEY=VALUE."""
+    """Options show a name for their value, flags show none, and overrides are KEY=VALUE."""
     text = succeed(command, "--help").out
     options = [line for line in text[text.index("─ Options") :].splitlines() if "--help" not in line]
     assert [line for line in options if "<" in line] == []
@@ -41,7 +41,7 @@ def test_options_are_shown_as_they_are_typed(command: str):
 
 
 def test_every_command_has_help_with_an_example():
-    """The example is of that command."""
+    """Each command's help has an example of that command."""
     for command in app.registered_commands:
         assert command.callback is not None
         name = command.name or command.callback.__name__

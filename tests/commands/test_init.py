@@ -1,4 +1,4 @@
-"""`fastpref init`: what it writes loads, says what the schema says, and replaces nothing unasked."""
+"""`fastpref init`: its configs load, have the schema's descriptions, and replace no file without --force."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ BETAS = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "cpo": 0
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_template_loads_as_what_was_asked_for(tmp_path: Path, loss: str):
-    """The loss, model and data are those given, whatever characters their names have; adapters are trained."""
+    """The template has the given loss, model and data, whatever characters the names have, and trains adapters."""
     config = load(tmp_path, template(loss, 'org/mo"del', "pairs é.jsonl"))
     assert (config.loss.type, config.model.name, config.data[0].path) == (loss, 'org/mo"del', "pairs é.jsonl")
     assert (config.train.learning_rate, config.loss.beta) == (RATES[loss], BETAS[loss])
@@ -39,7 +39,7 @@ def test_a_template_loads_as_what_was_asked_for(tmp_path: Path, loss: str):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_key_has_the_schemas_own_words(loss: str):
-    """Above each key stands its docstring, whole; every key of the schema that has a value to show is there."""
+    """Above each key is its whole docstring, and the template has every key of the schema that has a value to show."""
     lines = template(loss, "m", "d").splitlines()
     for section in sections():
         for key, field in keys_of(section, loss).items():
@@ -58,7 +58,7 @@ def test_every_key_has_the_schemas_own_words(loss: str):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_key_behind_a_hash_can_be_set(tmp_path: Path, loss: str):
-    """Without its #, any line alone leaves a config that loads; a default that is shown changes nothing."""
+    """Any commented line can be uncommented, and one that shows a default changes nothing."""
     text = template(loss, "m", "d")
     lines = text.splitlines()
     before = load(tmp_path, text)
@@ -68,17 +68,17 @@ def test_each_key_behind_a_hash_can_be_set(tmp_path: Path, loss: str):
     for at in hidden:
         config = load(tmp_path, "\n".join([*lines[:at], lines[at].removeprefix("#"), *lines[at + 1 :]]))
         changed += config != before
-    assert 0 < changed < 15  # the keys without a default show an example
+    assert 0 < changed < 15  # keys without a default show an example
 
 
 def test_every_loss_of_the_schema_has_a_template():
-    """The losses that `--loss` takes are those of the schema."""
+    """`--loss` takes exactly the losses of the schema."""
     assert {options.type for options in get_args(LossOptions)} == set(LOSSES)
     assert all(check_loss(loss.upper()) == loss for loss in LOSSES)
 
 
 def test_the_chooser_is_the_readmes():
-    """The words that help to choose are one table in two places."""
+    """The README and the template have the same table of which loss suits which data."""
     rows = dict(re.findall(r"^\| ([^|]+) \| `(\w+)`(?:, the default)? \|$", README, re.MULTILINE))
     chooser = {name: options.suits for name, options in LOSSES.items()}
     assert {loss: words for words, loss in rows.items() if loss in LOSSES} == chooser
@@ -98,7 +98,7 @@ GIVEN = ("--model", "m", "--data", "d.jsonl")
 
 
 def test_the_default_is_dpo_in_a_file_of_its_name(elsewhere: Path):
-    """Without --loss and --output dpo.toml is written here, accepted by check, and the next commands are named."""
+    """Without --loss and --output, dpo.toml is written here, check accepts it, and the next commands are printed."""
     ran = run_command("init", *GIVEN)
     assert (ran.status, ran.err) == (0, "")
     assert [path.name for path in elsewhere.iterdir()] == ["dpo.toml"]
@@ -110,7 +110,7 @@ def test_the_default_is_dpo_in_a_file_of_its_name(elsewhere: Path):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_check_accepts_every_loss(elsewhere: Path, loss: str):
-    """`init` then `check` ends with status 0, in another folder too."""
+    """`check` accepts the config that `init` writes for any loss, also in another folder."""
     (elsewhere / "d.jsonl").write_text("x")
     (elsewhere / "configs").mkdir()
     succeed("init", "--loss", loss, *GIVEN, "--output", "configs/c.toml")
@@ -119,14 +119,14 @@ def test_check_accepts_every_loss(elsewhere: Path, loss: str):
 
 
 def test_a_dash_prints_the_config_alone(elsewhere: Path):
-    """`--output -` writes no file, and stdout is the config and nothing else."""
+    """`--output -` writes no file, and prints only the config."""
     ran = run_command("init", "--loss", "KTO", *GIVEN, "--output", "-")
     assert ran == CommandResult(0, template("kto", "m", "d.jsonl"), "")
     assert list(elsewhere.iterdir()) == []
 
 
 def test_a_file_is_replaced_only_by_force(elsewhere: Path):
-    """A file that is there stays as it is, without --force."""
+    """Without --force an existing file is not changed."""
     (elsewhere / "dpo.toml").write_text("mine")
     ran = run_command("init", *GIVEN)
     assert (ran.status, ran.out) == (2, "")
@@ -148,7 +148,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_message_and_no_file(elsewhere: Path, arguments: list[str], said: str):
-    """Status 2, one line on stderr, and nothing is written."""
+    """A mistake gives status 2 and one line on stderr, and nothing is written."""
     ran = run_command("init", *arguments)
     assert (ran.status, ran.out) == (2, "")
     assert ran.err.startswith(f"fastpref: {said}")
@@ -157,7 +157,7 @@ def test_a_mistake_is_one_message_and_no_file(elsewhere: Path, arguments: list[s
 
 
 def test_paths_keep_their_meaning(elsewhere: Path):
-    """What exists here is named as seen from the config's folder; other names and absolute paths stay."""
+    """Existing paths are written relative to the config's folder; other names and absolute paths do not change."""
     (elsewhere / "out").mkdir()
     (elsewhere / "d.jsonl").write_text("x")
     (elsewhere / "out" / "d.jsonl").write_text("another")

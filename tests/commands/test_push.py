@@ -1,4 +1,4 @@
-"""Uploading, with the hub's client replaced by one that notes what it is asked: no test reaches the hub."""
+"""Uploading, with a hub client that records its calls: no test reaches the hub."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.support.runs import write_config
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """What was asked of the hub, in order."""
+    """Return the calls of the hub's client, in order."""
     asked: list[tuple[str, dict[str, Any]]] = []
 
     def answer(name: str, result: Any) -> None:
@@ -41,7 +41,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 def test_a_run_uploads_its_result_once_it_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: list[Any], capsys: pytest.CaptureFixture[str]
 ):
-    """The login is tried before anything else; final/ goes up at the end, to a private repository."""
+    """With output.push_to, the login is checked first, and final/ is uploaded at the end to a private repository."""
     monkeypatch.chdir(tmp_path)
     fastpref.train(write_config(tmp_path), ["lora={rank=4}", "train.steps=1", "eval.samples=0"])
     assert hub == []
@@ -65,8 +65,8 @@ def test_the_command(finished_run: Path, hub: Any):
 def test_what_the_hub_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: list[Any], capsys: pytest.CaptureFixture[str]
 ):
-    """Nobody logged in ends a run before it begins; a failed upload ends it after its result is saved, with the command
-    that tries again; offline there is no hub."""
+    """A missing login ends a run before it begins; a failed upload ends it after its result is saved, with the
+    command that uploads again; offline, nothing can be uploaded."""
     monkeypatch.chdir(tmp_path)
     options = ["lora={rank=4}", "train.steps=1", "eval.samples=0", "output.push_to=me/mine"]
 
@@ -97,7 +97,7 @@ def test_what_the_hub_refuses(
 
 
 def test_a_run_leaves_a_model_card(finished_run: Path, whole_run: Path):
-    """What the hub reads of it, the held-out metrics before and after, the data's hash, and a config that loads."""
+    """The card has the hub's metadata, the held-out metrics before and after, the data's hash, and a valid config."""
     for run, library in ((finished_run, "peft"), (whole_run, "transformers")):
         text = (run / "final" / "README.md").read_text(encoding="utf-8")
         data: Any = ModelCard(text).data
@@ -113,7 +113,7 @@ def test_a_run_leaves_a_model_card(finished_run: Path, whole_run: Path):
 
 
 def test_a_card_does_not_tell_the_folders_of_the_machine(finished_run: Path):
-    """Models, data, templates and formats are named by their last part; what is on the hub by all of it."""
+    """Local models, data, templates and formats are named without their folders; names on the hub are complete."""
     config = load_config(
         finished_run / "config.toml",
         ['data.0.format={type="chat_template.default", chat_template="/home/me/own.jinja"}',
@@ -132,7 +132,7 @@ def test_a_card_does_not_tell_the_folders_of_the_machine(finished_run: Path):
 
 
 def test_not_reaching_the_hub_is_a_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: list[Any]):
-    """HTTP errors of the client are the user's to read, without a traceback."""
+    """HTTP errors of the client become a message without a traceback."""
     response: Any = SimpleNamespace(headers={}, request=None, status_code=403)
     refused = HfHubHTTPError("403 Forbidden", response=response)
 

@@ -1,4 +1,4 @@
-"""A config's mistakes, each with its place; overrides; the way back to TOML; and the keys themselves, frozen."""
+"""A config's mistakes, each with its place; overrides; writing TOML; and frozen keys."""
 
 import re
 import tomllib
@@ -18,7 +18,7 @@ from fastpref.config.toml import to_toml
 from fastpref.data.rows.formats import NAMES, options_of
 from fastpref.errors import UserError
 
-BASE = '[model]\nname = "m"\n[[data]]\npath = "d"\n'  # four lines: what a case adds begins at line 5
+BASE = '[model]\nname = "m"\n[[data]]\npath = "d"\n'  # four lines, so that an addition begins at line 5
 SMALLEST = {"model": {"name": "m"}, "data": [{"path": "d"}]}
 
 
@@ -29,7 +29,7 @@ def load(folder: Path, text: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def mistakes(folder: Path, text: str, overrides: Iterable[str] = ()) -> list[str]:
-    """What is said about a config, a line each, without the folder."""
+    """Return the lines of the message about a config, without the folder."""
     with pytest.raises(UserError) as caught:
         load(folder, text, overrides)
     return str(caught.value).replace(f"{folder}/", "").splitlines()
@@ -99,13 +99,13 @@ PLACES: dict[str, tuple[str, list[str]]] = {
 
 @pytest.mark.parametrize(("text", "places"), PLACES.values(), ids=PLACES)
 def test_a_mistake_is_at_its_line(tmp_path: Path, text: str, places: list[str]):
-    """Every mistake begins `file:LINE: key: `, however TOML allows the key to be written."""
+    """Every message begins with `file:LINE: key: `, however TOML allows the key to be written."""
     said = mistakes(tmp_path, text)
     assert [": ".join(line.split(": ")[:2]) for line in said] == [f"cfg.toml:{place}" for place in places]
 
 
 LOSSES = "dpo, ipo, kto, orpo, simpo, cpo"
-MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is said
+MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and the messages
     "a near key": (
         "[train]\nlearning_rte = 1.0\n",
         ["6: train.learning_rte: unknown key (did you mean 'learning_rate'?)"],
@@ -322,7 +322,7 @@ MESSAGES: dict[str, tuple[str, list[str]]] = {  # what follows BASE, and what is
 
 @pytest.mark.parametrize(("added", "said"), MESSAGES.values(), ids=MESSAGES)
 def test_what_is_said(tmp_path: Path, added: str, said: list[str]):
-    """Each mistake is one line, `file:LINE: key: what (did you mean 'x'?)`, all of them at once and in file order."""
+    """Each mistake is one line, `file:LINE: key: what (did you mean 'x'?)`; all come at once and in file order."""
     assert mistakes(tmp_path, BASE + added) == [f"cfg.toml:{line}" for line in said]
 
 
@@ -374,7 +374,7 @@ WHOLE: dict[str, tuple[str, list[str]]] = {
 
 @pytest.mark.parametrize(("text", "said"), WHOLE.values(), ids=WHOLE)
 def test_mistakes_of_a_whole_file(tmp_path: Path, text: str, said: list[str]):
-    """What is missing has no line; a syntax error is said alone, at its line."""
+    """A missing key has no line; a syntax error is reported alone, with its line."""
     assert mistakes(tmp_path, text) == [f"cfg.toml{line}" for line in said]
 
 
@@ -388,7 +388,7 @@ def test_mistakes_of_a_whole_file(tmp_path: Path, text: str, said: list[str]):
     ids=["missing", "a folder", "not text"],
 )
 def test_a_config_that_cannot_be_read(tmp_path: Path, make: Any, what: str):
-    """One message names the file and what is the matter with it."""
+    """One message names the file and the reason."""
     path = tmp_path / "cfg.toml"
     make(path)
     with pytest.raises(UserError, match=re.escape(f"{path}: {what}")):
@@ -396,7 +396,7 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, make: Any, what: str):
 
 
 def test_a_colon_in_the_path_keeps_the_order(tmp_path: Path):
-    """Mistakes stand in file order whatever the file is called."""
+    """Mistakes are in file order, whatever the file's name."""
     folder = tmp_path / "a:9: b"
     folder.mkdir()
     text = BASE + "\n" * 10 + "[train]\nbatch = 0\n[loss]\nbeta = 0\n[lora]\nrank = 0\n"
@@ -407,7 +407,7 @@ def test_a_colon_in_the_path_keeps_the_order(tmp_path: Path):
 # --- Overrides -----------------------------------------------------------------------------------------------------
 
 OVERRIDABLE = BASE + '[[data]]\npath = "e"\n[lora]\ntarget = ["q"]\n[train]\nbatch = 4\n'
-OVERRIDES: dict[str, Any] = {  # override: what the dotted key then holds
+OVERRIDES: dict[str, Any] = {  # override: the value of its dotted key
     "train.batch=8": 8,
     "train.batch = 8": 8,
     "train.learning_rate=1e-5": 1e-5,
@@ -432,7 +432,7 @@ OVERRIDES: dict[str, Any] = {  # override: what the dotted key then holds
 
 @pytest.mark.parametrize(("override", "value"), OVERRIDES.items(), ids=OVERRIDES)
 def test_an_override_sets_its_key(tmp_path: Path, override: str, value: Any):
-    """`a.b=value` sets one key: a TOML value, or a bare word as a string; arrays' entries are counted from 0."""
+    """`a.b=value` sets one key to a TOML value, or to a bare word as a string; entries of arrays count from 0."""
     config = load(tmp_path, OVERRIDABLE, [override])
     path = {"reference": "reference.mode", "eval.data": "eval.data.0.path"}
     key = override.partition("=")[0].strip()
@@ -443,7 +443,7 @@ def test_an_override_sets_its_key(tmp_path: Path, override: str, value: Any):
 
 
 def test_overrides_replace_and_follow_each_other(tmp_path: Path):
-    """The last override of a key wins; keys beside it keep the file's value."""
+    """The last override of a key wins, and keys next to it keep the file's value."""
     config = load(tmp_path, OVERRIDABLE, ["train.batch=8", "train.seed=1", "train.batch=2", "data.1.path=z"])
     assert (config.train.batch, config.train.seed) == (2, 1)
     assert [data.path for data in config.data] == ["d", "z"]
@@ -478,7 +478,7 @@ BAD_OVERRIDES: dict[str, list[str]] = {
 
 @pytest.mark.parametrize(("override", "said"), BAD_OVERRIDES.items(), ids=BAD_OVERRIDES)
 def test_a_mistake_in_an_override_names_it(tmp_path: Path, override: str, said: list[str]):
-    """A key that an override set is said to stand there, not in the file."""
+    """A mistake in a key that an override set is reported with the override instead of the file's line."""
     lines = mistakes(tmp_path, OVERRIDABLE, [override])
     assert len(lines) == len(said)
     for line, what in zip(lines, said):
@@ -486,7 +486,7 @@ def test_a_mistake_in_an_override_names_it(tmp_path: Path, override: str, said: 
 
 
 def test_mistakes_of_file_and_overrides_together(tmp_path: Path):
-    """Overrides and the file are checked at once; what an override made wrong elsewhere stays at the file's line."""
+    """Overrides and the file are checked at once; a mistake that an override causes elsewhere has the file's line."""
     text = BASE + '[loss]\nvariants = ["sft"]\n[train]\nbatch = 0\n'
     assert mistakes(tmp_path, text, ["loss.type=kto", "train.sed=1"]) == [
         "override 'train.sed=1': train.sed: unknown key (did you mean 'seed'?)",
@@ -499,7 +499,7 @@ def test_mistakes_of_file_and_overrides_together(tmp_path: Path):
 
 
 def test_paths_are_taken_from_the_configs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Models, data and templates that exist beside the config become absolute; other names stay as they are."""
+    """Models, data and templates that exist in the config's folder become absolute; other names do not change."""
     home = tmp_path / "home"
     (home / "model").mkdir(parents=True)
     for name in ("d.jsonl", "h.jsonl", "t.jinja"):
@@ -550,14 +550,14 @@ def test_a_config_is_frozen(tmp_path: Path):
     ],
 )
 def test_what_left_out_keys_become(tmp_path: Path, added: str, rate: float, tokens: int):
-    """The learning rate depends on [lora], a micro-batch's tokens on tokens.max_length."""
+    """The default learning rate depends on [lora], and a micro-batch's tokens on tokens.max_length."""
     config = load(tmp_path, BASE + added)
     assert (config.learning_rate, config.tokens_per_microbatch) == (rate, tokens)
 
 
 @pytest.mark.parametrize("options", get_args(LossOptions))
 def test_every_loss_loads(tmp_path: Path, options: type[LossOptions]):
-    """`loss.type` picks the loss's own options, with their defaults; without a table the loss is DPO."""
+    """`loss.type` selects the loss's own options with their defaults; without a table the loss is DPO."""
     assert load(tmp_path, f'{BASE}[loss]\ntype = "{options.__name__.lower()}"\n').loss == options()
     assert load(tmp_path, BASE).loss == load(tmp_path, BASE + "[loss]\nbeta = 0.1\n").loss == DPO()
 
@@ -614,13 +614,13 @@ CONFIG = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(raw=CONFIG)
 def test_toml_written_is_the_config_read(raw: dict[str, Any]):
-    """`to_toml` then reading gives the same config, with any characters in its strings."""
+    """Writing with `to_toml` and reading gives the same config, with any characters in its strings."""
     config = Config.model_validate(raw)
     assert Config.model_validate(tomllib.loads(to_toml(config))) == config
 
 
 def test_a_written_file_loads_as_the_same_config(tmp_path: Path):
-    """A run's config.toml is a config: quotes, line ends, control characters, nested data and all."""
+    """A run's config.toml is a valid config, with quotes, line ends, control characters and nested data."""
     text = BASE + (
         '[[data]]\npath = "C:\\\\a \\"b\\" \\u0001\\u007f\\t é 🎉"\nrows = 3\n[[eval.data]]\npath = "x\\ny"\n'
         '[[eval.data]]\npath = "z"\n[tokens]\nchat_template = """{% if a %}\n  \'b\'\r\n{% endif %}"""\n'
@@ -628,12 +628,12 @@ def test_a_written_file_loads_as_the_same_config(tmp_path: Path):
     )
     config = load(tmp_path, text)
     assert load(tmp_path, to_toml(config)) == config
-    assert "steps" not in to_toml(config)  # keys without a value are left out
+    assert "steps" not in to_toml(config)  # keys without a value are omitted
     assert "[lora]" not in to_toml(config)
 
 
 def test_only_a_model_and_data_are_required():
-    """A table that is left out is an empty table; without [lora] there are no adapters, without [loss] it is DPO."""
+    """A missing table means its defaults; without [lora] there are no adapters, and without [loss] the loss is DPO."""
     config = Config.model_validate(SMALLEST)
     tables = {name: {} for name in ("eval", "tokens", "reference", "train", "output", "log")}
     assert config == Config.model_validate(SMALLEST | tables)

@@ -1,4 +1,4 @@
-"""A loss's options are written once: everything that lists losses, or asks what one of them is, derives from them."""
+"""A loss's options are defined once, and everything that depends on losses derives from them."""
 
 from dataclasses import KW_ONLY
 from pathlib import Path
@@ -33,14 +33,14 @@ class XPO(Loss):
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss in the list of losses, and a schema that is made after it."""
+    """Add the loss to the list of losses, and make a schema that has it."""
     monkeypatch.setitem(LOSSES, "xpo", XPO)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(loading, "Config", type("Config", (Config,), {"__module__": __name__}))
 
 
 @pytest.mark.usefixtures("planted")
 def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
-    """It loads, has a template with its own keys and words, and stands in the messages about other losses."""
+    """A new loss can be loaded, has its own template, and is listed in messages about other losses."""
     path = tmp_path / "cfg.toml"
     path.write_text(template(check_loss("XPO"), "m", "d"))
     config = load_config(path)
@@ -61,13 +61,13 @@ def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
 
 
 def test_what_one_example_is():
-    """KTO takes single responses, every other loss takes pairs."""
+    """KTO takes single responses, and every other loss takes pairs."""
     assert {name: options().unit for name, options in LOSSES.items() if options().unit != "pair"} == {"kto": "response"}
     assert {name for name, options in LOSSES.items() if not options.uses_reference} == {"orpo", "simpo", "cpo"}
 
 
 def test_a_loss_without_a_type_is_dpo():
-    """Options of another class, and an unknown type, are refused."""
+    """Options without a type are DPO's; options of another class, and an unknown type, are refused."""
     raw = {"model": {"name": "m"}, "data": [{"path": "d"}]}
     assert Config.model_validate(raw | {"loss": {"beta": 0.2}}).loss == DPO(beta=0.2)
     assert Config.model_validate(raw | {"loss": DPO(beta=0.2)}).loss == DPO(beta=0.2)

@@ -1,4 +1,4 @@
-"""A path in a config is marked in the schema, and everything that is done to paths derives from the mark."""
+"""A path in a config is marked in the schema, and everything that handles paths derives from the mark."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +34,7 @@ class MoreConfig(Config):
 
 
 def test_a_new_path_is_written_in_the_schema_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A key that is marked as a path is found in the config's folder, kept out of cards, and may move on a resume."""
+    """A marked key is looked up in the config's folder, left out of cards, and may change on a resume."""
     for name in ("prices.json", "w"):
         (tmp_path / name).write_text("")
     monkeypatch.setattr(loading, "Config", MoreConfig)
@@ -61,7 +61,7 @@ def test_a_new_path_is_written_in_the_schema_alone(tmp_path: Path, monkeypatch: 
 
 
 def test_every_path_is_mapped():
-    """Names, templates and the files of functions are mapped; formats by name and keys without a value stay."""
+    """Names, templates and the files of functions are mapped; names of formats and keys without a value are not."""
     formats = [
         "auto",
         "mine.own:read",
@@ -89,7 +89,7 @@ def test_every_path_is_mapped():
 
 
 def test_but_changes_keys_and_tables():
-    """Dotted keys, whole tables, and keys of a table that the same call makes; the first config stays as it is."""
+    """`but` changes dotted keys, whole tables, and keys of a table that the same call makes; the first config stays."""
     config = make_config(dict(SMALLEST))
     changed = config.but({"model.dtype": "float32", "lora": {}, "lora.rank": 4, "loss": {"type": "kto"}})
     assert (changed.model.dtype, changed.loss.type) == ("float32", "kto")
@@ -97,7 +97,7 @@ def test_but_changes_keys_and_tables():
     assert (changed.lora.rank, changed.lora.alpha) == (4, 32.0)
     assert config == make_config(dict(SMALLEST))
     assert changed.but({"lora": None, "lora.dora": True}).lora == make_config({**SMALLEST, "lora": {"dora": True}}).lora
-    assert config.but({"loss.variants": ["ipo", "sft"], "loss.weights": [1, 2]}).loss.beta == 0.1  # agree at the end
+    assert config.but({"loss.variants": ["ipo", "sft"], "loss.weights": [1, 2]}).loss.beta == 0.1  # valid together
     assert config.but({"data": [{"path": "e"}], "eval": {}}).data == (DataConfig(path="e"),)
 
 
@@ -115,7 +115,7 @@ def test_but_changes_keys_and_tables():
     ],
 )
 def test_but_validates(changes: dict[str, Any]):
-    """What the schema refuses in a file it refuses here; a table that does not exist is an error of another kind."""
+    """`but` refuses what the schema refuses in a file; a table that does not exist is an error of another type."""
     with pytest.raises(ValidationError):
         make_config(dict(SMALLEST)).but(changes)
     with pytest.raises(KeyError):

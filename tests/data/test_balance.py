@@ -1,4 +1,4 @@
-"""KTO needs good and bad rows that pull alike: what is said of their counts, and weights that help."""
+"""KTO needs a balance of good and bad rows: the warning about their counts, and the weights that it proposes."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.support.toy_tokenizers import chatml
 @pytest.mark.parametrize("good", [1, 3, 6, 7, 50, 240, 999])
 @pytest.mark.parametrize("bad", [1, 3, 7, 240, 1001, 100_000])
 def test_the_weights_that_are_named_balance(good: int, bad: int):
-    """With them the weighted counts are within the paper's range, and nothing more is said."""
+    """With the proposed weight, the weighted counts are within the paper's range and there is no warning."""
     for loss in (KTO(), KTO(desirable_weight=0.2), KTO(undesirable_weight=3.0)):
         key, _, value = balancing(good, bad, loss).removeprefix("loss.").partition("=")
         weights: dict[str, Any] = {
@@ -41,7 +41,7 @@ def test_one_kind_alone_cannot_be_balanced(good: int, bad: int):
 
 
 def test_nothing_is_said_where_nothing_is_wrong():
-    """Of like counts, of weights that make up for unlike ones, of no rows, and of methods that compare pairs."""
+    """There is no warning for similar counts, for balancing weights, for no rows, or for methods that compare pairs."""
     assert unbalanced(100, 100, KTO()) is None
     assert unbalanced(100, 60, KTO()) is None
     assert unbalanced(10, 100, KTO(desirable_weight=10.0)) is None
@@ -51,7 +51,7 @@ def test_nothing_is_said_where_nothing_is_wrong():
 
 @pytest.mark.parametrize("cache", [False, True])
 def test_it_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool):
-    """By whoever loads the rows: train, preview. Weights are not part of the tokens, so the cache does not say it."""
+    """Loading rows gives the warning, also from the cache, whose tokens do not depend on the weights."""
     monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "cache"))
     rows = [{"prompt": f"q{at}", "completion": "yes", "label": at < 2} for at in range(42)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

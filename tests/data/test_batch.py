@@ -1,6 +1,6 @@
-"""The three layouts against the sequences they stand for: what is scored, where, after what, and how often.
+"""The three layouts compared with the sequences that they represent: what is scored, where, after what, and how often.
 
-Every token of an example is a number that stands nowhere else, so a token tells its place.
+Each token of an example is a unique number, so that a token identifies its place.
 """
 
 from collections.abc import Sequence
@@ -50,14 +50,14 @@ def example(
 
 
 def spans(mask: Sequence[bool]) -> Spans:
-    """Where a mask is False, but for its last place."""
+    """Return the spans in which a mask is False, ignoring its last place."""
     edges = [at for at, (a, b) in enumerate(pairwise([True, *mask[:-1], True])) if a != b]
     return tuple(zip(edges[::2], edges[1::2]))
 
 
 @st.composite
 def steps(draw: st.DrawFn, most: int = 5) -> list[Example]:
-    """Examples that all have one, two or three completions."""
+    """Return examples that all have one, two or three completions."""
     completions, tokens = draw(st.integers(1, 3)), count(1)
     shapes = draw(st.lists(st.tuples(*[LENGTHS] * (1 + completions)), min_size=1, max_size=most))
     masks = [tuple(spans(draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in shape[1:]) for shape in shapes]
@@ -74,7 +74,7 @@ def steps(draw: st.DrawFn, most: int = 5) -> list[Example]:
 
 
 def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
-    """The tokens that a place of the flattened hidden states may attend to, itself last."""
+    """Return the tokens that a place of the flattened hidden states may attend to, ending with its own."""
     ids = batch.input_ids.flatten().tolist()
     if batch.tree is None:
         width = batch.input_ids.shape[1]
@@ -94,7 +94,7 @@ def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
 
 
 def sequences(examples: Sequence[Example], *, score_prompts: bool) -> list[tuple[list[int], int, list[int]]]:
-    """What segment s scores: a sequence of tokens, where its completion begins, and which places in it are scored."""
+    """Return for each segment its sequence of tokens, the start of its completion, and the scored places in it."""
     completions = len(examples[0].completions)
     whole = [
         (
@@ -114,10 +114,10 @@ def sequences(examples: Sequence[Example], *, score_prompts: bool) -> list[tuple
 def test_every_token_is_scored_once_after_what_precedes_it(
     layout: Layout, examples: list[Example], score_prompts: bool
 ):
-    """Each scored token of a completion is a target once, predicted from exactly the tokens before it in its sequence.
+    """Each scored token is a target once, predicted from exactly the tokens before it in its sequence.
 
-    Those of its context are none. So is each token of a prompt but the first, if prompts are scored: once, however
-    often the prompt is repeated.
+    Tokens of a context are no targets. If prompts are scored, each prompt token except the first is a target once,
+    however often the prompt is repeated.
     """
     batch = collate(examples, layout, score_prompts=score_prompts)
     expected = sequences(examples, score_prompts=score_prompts)
@@ -140,7 +140,7 @@ def test_every_token_is_scored_once_after_what_precedes_it(
 @settings(max_examples=50, deadline=None)
 @given(examples=steps())
 def test_every_token_stands_where_it_would_alone(layout: Layout, examples: list[Example]):
-    """A token's position is the number of tokens it sees before itself; trees fill their row; the rest is padding."""
+    """A token's position is the number of tokens before it that it sees; trees fill their row; the rest is padding."""
     batch = collate(examples, layout, pad_token_id=PAD)
     ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     assert batch.input_ids.shape == batch.position_ids.shape
@@ -163,9 +163,9 @@ def test_every_token_stands_where_it_would_alone(layout: Layout, examples: list[
 @settings(max_examples=50, deadline=None)
 @given(examples=steps())
 def test_layouts_compute_the_same_in_fewer_tokens(examples: list[Example]):
-    """Layouts differ in how many tokens they compute: a tree computes a prompt once, the others for each response.
+    """A tree computes a prompt once, while the other layouts compute it once per response.
 
-    What they score, in which segment and at which position, is equal.
+    All layouts score the same tokens, in the same segments and at the same positions.
     """
     batches = {layout: collate(examples, layout) for layout in LAYOUTS}
     completions = len(examples[0].completions)
@@ -187,7 +187,7 @@ def test_layouts_compute_the_same_in_fewer_tokens(examples: list[Example]):
 
 @EVERY_LAYOUT
 def test_what_comes_with_a_batch(layout: Layout):
-    """Examples, their number of completions, their places in the step and their labels, in the examples' order."""
+    """A batch has the number of examples and completions, and places and labels in the examples' order."""
     tokens = count(1)
     single = [example(2, 3, tokens=tokens, label=label) for label in (True, False, False)]
     batch = collate(single, layout, index=[7, 0, 4])
@@ -204,7 +204,7 @@ def test_what_comes_with_a_batch(layout: Layout):
 
 @EVERY_LAYOUT
 def test_a_prompt_of_one_token_has_nothing_to_score(layout: Layout):
-    """A first token has nothing before it: the segment of such a prompt is there, and empty."""
+    """The first token of a prompt is not scored, so the segment of a prompt of one token exists and is empty."""
     tokens = count(1)
     batch = collate([example(n, 2, 1, tokens=tokens) for n in (1, 3, 1)], layout, score_prompts=True)
     assert batch.lengths.tolist() == [2, 2, 2, 1, 1, 1, 0, 2, 0]
@@ -220,7 +220,7 @@ def test_examples_must_have_as_many_completions():
 @EVERY_LAYOUT
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_batch_moves_as_a_whole(layout: Layout, labelled: bool):
-    """`.to` moves every tensor and leaves the rest and the original as they are."""
+    """`.to` moves every tensor, and changes neither the other fields nor the original batch."""
     tokens = count(1)
     one = example(2, 3, tokens=tokens, label=True) if labelled else example(2, 3, 1, tokens=tokens)
     batch = collate([one], layout)
@@ -241,9 +241,9 @@ def test_a_batch_moves_as_a_whole(layout: Layout, labelled: bool):
 @settings(max_examples=100, deadline=None)
 @given(examples=steps(most=12), budget=st.integers(1, 80))
 def test_a_step_is_cut_into_micro_batches(layout: Layout, examples: list[Example], budget: int):
-    """Each example is in one micro-batch; none computes more tokens than the budget, but for an example alone.
+    """Each example is in one micro-batch, which exceeds the budget only if it has a single example.
 
-    No two micro-batches would fit the budget as one.
+    No two micro-batches fit the budget together.
     """
 
     def cost(places: Sequence[int]) -> int:
@@ -260,7 +260,7 @@ def test_a_step_is_cut_into_micro_batches(layout: Layout, examples: list[Example
 @settings(max_examples=100, deadline=None)
 @given(examples=steps(most=12), budget=st.integers(1, 80), processes=st.integers(2, 5))
 def test_a_step_is_cut_for_several_processes(layout: Layout, examples: list[Example], budget: int, processes: int):
-    """As many micro-batches for each process, if there are as many examples; none lost, large ones first."""
+    """If there are enough examples, each process gets as many micro-batches; none is lost, large ones come first."""
     alone = plan_microbatches(examples, layout, budget)
     plan = plan_microbatches(examples, layout, budget, processes)
     assert sorted(place for places in plan for place in places) == list(range(len(examples)))
@@ -271,7 +271,7 @@ def test_a_step_is_cut_for_several_processes(layout: Layout, examples: list[Exam
 
 
 def test_sharing_prompts_saves_micro_batches():
-    """The budget counts computed tokens, so a tree fits more examples of long prompts than the other layouts."""
+    """The budget counts computed tokens, so that more examples with long prompts fit in trees."""
     tokens = count(1)
     examples = [example(60, 10, 10, tokens=tokens) for _ in range(12)]
     assert [len(plan_microbatches(examples, layout, 320)) for layout in LAYOUTS] == [3, 6, 6]
@@ -283,7 +283,7 @@ def test_sharing_prompts_saves_micro_batches():
 @settings(max_examples=100, deadline=None)
 @given(prompts=st.lists(st.integers(0, 3), min_size=2, max_size=9), data=st.data())
 def test_mismatched_completions_are_another_prompts(prompts: list[int], data: st.DataObject):
-    """Where there is another prompt, each prompt gets its completion; in an evaluation whatever the order is."""
+    """If there is another prompt, each prompt gets its completion; in an evaluation, whatever the order of the rows."""
     tokens = count(100)
     rows = [
         Example([1, prompt], ([next(tokens), next(tokens)],), True, ROW, (((0, 1),),) if prompt == 2 else ())
@@ -304,7 +304,7 @@ def test_mismatched_completions_are_another_prompts(prompts: list[int], data: st
 
 
 def test_mismatched_neighbours_are_the_next_where_prompts_differ():
-    """As the paper and TRL pair them."""
+    """If all prompts differ, each prompt gets the next row's completion, as in the paper and in TRL."""
     tokens = count(1)
     rows = [example(2, 2, tokens=tokens, label=True) for _ in range(4)]
     found = [e.completions for e in with_mismatched(rows)]
@@ -312,6 +312,6 @@ def test_mismatched_neighbours_are_the_next_where_prompts_differ():
 
 
 def test_the_key_knows_what_is_scored():
-    """The reference's numbers of a completion are of its scored tokens."""
+    """The key depends on the scored tokens, because the reference's numbers are those of scored tokens."""
     assert len({completion_key([1], [2, 3, 4], of) for of in ((), ((0, 1),), ((1, 2),), ((0, 2),))}) == 4
     assert completion_key([1], [2, 3]) == completion_key([1], [2, 3], ())

@@ -1,4 +1,4 @@
-"""Cached examples are those that would be tokenised; what changes them misses, what does not hits; harm is repaired."""
+"""Cached examples equal tokenised ones; only what changes them causes a cache miss; damage is repaired."""
 
 import json
 import multiprocessing
@@ -47,7 +47,7 @@ duplicates = "drop"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A config with its data, and an empty cache."""
+    """Write a config with its data, set an empty cache, and return the folder."""
     monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cfg.toml").write_text(CONFIG)
     write(tmp_path / "pairs.jsonl", ROWS)
@@ -88,7 +88,7 @@ def everything(found: Tokenized) -> Any:
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_a_cached_run_is_an_uncached_one(folder: Path, loss: str):
-    """Made, made without the cache, and read from it: the same examples, counts and notes, which are `tokenize`'s."""
+    """Examples, counts and notes are those of `tokenize`, without the cache and when it is written or read."""
     override = f"loss.type={loss}"
     earlier = [{"role": "user", "content": "q" * 30}, {"role": "assistant", "content": "ok"}]
     long = {"prompt": [*earlier, USER], "chosen": "yes", "rejected": "a rather long answer, which is cut"}
@@ -106,7 +106,7 @@ def test_a_cached_run_is_an_uncached_one(folder: Path, loss: str):
 
 
 def test_examples_are_a_sequence(folder: Path):
-    """Length, places from either end, slices, and lengths without decoding agree with the list of all."""
+    """Length, indices from either end, slices, and lengths without decoding agree with the list of all examples."""
     found = load(folder).train
     rows = list(found)
     assert all(isinstance(row, Example) and type(row.prompt[0]) is int for row in rows)
@@ -124,7 +124,7 @@ def test_examples_are_a_sequence(folder: Path):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_rows_of_several_batches_stay_in_order(folder: Path, cached: bool):
-    """Rows are written some at a time; every one is there once, with its line, its label and its lengths."""
+    """If rows are written in several batches, each is there once, in order, with its line, label and lengths."""
     count = 2 * BATCH + 1
     write(
         folder / "pairs.jsonl",
@@ -139,7 +139,7 @@ def test_rows_of_several_batches_stay_in_order(folder: Path, cached: bool):
 
 
 def test_what_is_not_scored_is_kept(folder: Path):
-    """Spans of context, turns that were cut and their lengths come back from the cache as they were made."""
+    """The cache keeps spans of context, the number of cut turns and their lengths."""
     turns = [{"role": "user", "content": "q"}]
     several = [{"role": "assistant", "content": "a"}, *turns, {"role": "assistant", "content": "b"}]
     write(
@@ -160,7 +160,7 @@ def test_what_is_not_scored_is_kept(folder: Path):
 
 
 def test_nothing_held_out_is_an_empty_sequence(folder: Path):
-    """Without held-out rows there are none, before and after the cache."""
+    """Without held-out rows the sequence is empty, with a fresh cache and from it."""
     for _ in range(2):
         found = load(folder, "eval.data=[]")
         assert (len(found.heldout), list(found.heldout)) == (0, [])
@@ -168,7 +168,7 @@ def test_nothing_held_out_is_an_empty_sequence(folder: Path):
 
 
 def test_a_run_of_no_use_is_an_error_and_leaves_no_entry(folder: Path):
-    """Where no row can be used, a run says so every time, and the cache keeps nothing."""
+    """If no row can be used, every run raises the error, and the cache keeps nothing."""
     write(folder / "pairs.jsonl", ROWS[2:3])
     for _ in range(2):
         with pytest.raises(UserError, match="no training row can be used: 0 of 1 rows used, 1 dropped: with equal"):
@@ -225,7 +225,7 @@ USES = {"the code of a function": "data.0.format=mine:read", "a file of a templa
 
 @pytest.mark.parametrize("name", MISSES)
 def test_what_changes_the_tokens_misses(folder: Path, name: str):
-    """Each input of the fingerprint, changed alone, is tokenised anew; put back, it is found again."""
+    """Each change of one input of the fingerprint causes a cache miss; undoing it causes a hit."""
     edit("mine.py", "def read(row):\n    return row\n")(folder)
     edit("own.jinja", CHATML)(folder)
     base = [USES[name]] if name in USES else []
@@ -243,14 +243,14 @@ def test_what_changes_the_tokens_misses(folder: Path, name: str):
 
 @pytest.mark.parametrize("name", HITS)
 def test_what_does_not_change_the_tokens_hits(folder: Path, name: str):
-    """Everything else about a run leaves its tokens as they are."""
+    """A change of any other setting causes a cache hit."""
     load(folder)
     assert is_hit(load(folder, *HITS[name]))
     assert len(entries(folder)) == 1
 
 
 def test_a_tokenizer_is_its_content(folder: Path):
-    """The same vocabulary, merges, special tokens and template are one tokenizer; any other of them is another."""
+    """Tokenizers with the same vocabulary, merges, special tokens and template share an entry; all others do not."""
 
     def made(template: str = CHATML, **how: Any) -> PreTrainedTokenizerBase:
         return toy_tokenizer(template, **{"eos": "<|im_end|>", "special": ["<|im_start|>"]} | how)
@@ -271,7 +271,7 @@ def test_a_tokenizer_is_its_content(folder: Path):
 
 
 def test_a_later_version_or_library_misses(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """What an older fastpref, or an older library that writes or encodes text, has made is not taken."""
+    """Entries of an older fastpref, or of older libraries that render or encode text, are not used."""
     load(folder)
     with monkeypatch.context() as patched:
         patched.setattr(fingerprint, "VERSION", fingerprint.VERSION + 1)
@@ -283,7 +283,7 @@ def test_a_later_version_or_library_misses(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_a_template_that_writes_the_date_is_of_the_runs_day(folder: Path):
-    """`strftime_now` in a template writes the day of the run, which names the tokens too; other templates have none."""
+    """If a template calls `strftime_now`, it renders the day of the run, and the fingerprint includes that day."""
     day, later = date(2026, 11, 26), date(2027, 1, 1)
     dated = f"tokens.chat_template={json.dumps('{{ strftime_now(' + repr('%d %b %Y') + ') }}' + CHATML)}"
     for override, misses in ((dated, True), ("tokens.overlong=drop", False)):
@@ -297,12 +297,12 @@ def test_a_template_that_writes_the_date_is_of_the_runs_day(folder: Path):
 
 
 def test_the_ends_of_training_responses_are_kept(folder: Path):
-    """With and without the cache, and from it: the tokens that end them, but for those that were cut."""
+    """The tokens that end uncut training responses are the same without the cache, with it, and from it."""
     by_text = toy_tokenizer(CHATML, eos="</s>", special=["<|im_start|>", "<|im_end|>"])
     texts = f"{CONFIG}[[data]]\npath = 'texts.jsonl'\n"
     write(folder / "texts.jsonl", [{"prompt": "t", "chosen": "yes", "rejected": "no"}])
     (folder / "cfg.toml").write_text(texts)
-    ends = {by_text.get_vocab()[token] for token in ("<|im_end|>", "</s>")}  # of the chats and of the texts
+    ends = {by_text.get_vocab()[token] for token in ("<|im_end|>", "</s>")}  # the ends of the chats and of the texts
     for cached in (False, True, True):
         assert set(load(folder, tokenizer=by_text, cache=cached).ends) == ends
     for name in ("pairs", "heldout"):
@@ -312,7 +312,7 @@ def test_the_ends_of_training_responses_are_kept(folder: Path):
 
 @pytest.mark.parametrize(("second", "wanted"), [("chatml", "chatml"), ("gemma", None), (None, None)])
 def test_the_template_of_all_chats_is_kept(folder: Path, second: str | None, wanted: str | None):
-    """With and without the cache, and from it: that of the sources, if it wrote every chat; else none, and a note."""
+    """The template that rendered every chat is recorded, with or without the cache; of two, none is, with a note."""
     write(folder / "pairs.jsonl", [{"messages": [USER], "chosen": "là", "rejected": "no"}])
     write(folder / "more.jsonl", [{"messages": [USER], "chosen": "ici", "rejected": "no"}])
     form = {"pairs": "chatml", "more": second}
@@ -328,7 +328,7 @@ def test_the_template_of_all_chats_is_kept(folder: Path, second: str | None, wan
 
 
 def test_folders_and_tables_are_known_by_their_content(folder: Path):
-    """A folder of save_to_disk and a parquet file: the same rows hit, another row misses."""
+    """A folder of save_to_disk and a parquet file cause a hit with the same rows, and a miss with other rows."""
     for path, save in (("saved", "save_to_disk"), ("rows.parquet", "to_parquet")):
         override = f"data.0.path={path}"
         getattr(Dataset.from_list(ROWS[1:]), save)(folder / path)
@@ -338,7 +338,7 @@ def test_folders_and_tables_are_known_by_their_content(folder: Path):
         assert not is_hit(load(folder, override))
 
 
-# --- Harm ----------------------------------------------------------------------------------------------------------
+# --- Damage --------------------------------------------------------------------------------------------------------
 
 
 def _load_in_a_process(folder: Path, barrier: Any, results: Any) -> None:
@@ -348,7 +348,7 @@ def _load_in_a_process(folder: Path, barrier: Any, results: Any) -> None:
 
 
 def test_two_processes_make_one_cache(folder: Path):
-    """Of processes that start at once, one makes the tokens and the others take them."""
+    """Of several processes that start at once, one makes the tokens and the others read them."""
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(3), context.Queue()
     processes = [context.Process(target=_load_in_a_process, args=(folder, barrier, results)) for _ in range(3)]
@@ -375,7 +375,7 @@ def _stop_while_writing(folder: Path, ready: Any) -> None:
 
 
 def test_a_killed_writer_leaves_nothing_that_counts(folder: Path):
-    """Killed in the middle, with its lock and half a file: the next run waits for nobody and makes the whole."""
+    """After a writer is killed with its lock and half a file, the next run does not wait, and makes the whole entry."""
     context = multiprocessing.get_context("fork")
     ready = context.Event()
     process = context.Process(target=_stop_while_writing, args=(folder, ready))
@@ -428,7 +428,7 @@ HARM: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 @pytest.mark.parametrize(("file", "harm"), HARM.values(), ids=HARM)
 def test_a_harmed_entry_is_made_again(folder: Path, file: str, harm: Callable[[Path], Any]):
-    """Whatever is wrong with an entry, it is not taken; it is made again, with a note, and is good from then on."""
+    """A damaged entry is not used but made again, with a note, and can be read from then on."""
     good = everything(load(folder))
     (entry,) = entries(folder)
     harm(entry / file)
@@ -442,7 +442,7 @@ def test_a_harmed_entry_is_made_again(folder: Path, file: str, harm: Callable[[P
 
 
 def test_an_unwritable_folder_is_a_note(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where nothing can be written the run goes on, with the same examples, and says why nothing is kept."""
+    """If nothing can be written, the run continues with the same examples, and a note says why nothing is kept."""
     good = load(folder, cache=False)
     (folder / "file").write_text("")
     monkeypatch.setenv("FASTPREF_CACHE", str(folder / "file" / "cache"))
@@ -453,7 +453,7 @@ def test_an_unwritable_folder_is_a_note(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_full_disk_is_a_note_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """When writing fails in the middle the run goes on, and what was begun is removed."""
+    """If writing fails in the middle, the run continues and removes the partial entry."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -466,7 +466,7 @@ def test_a_full_disk_is_a_note_and_leaves_nothing(folder: Path, monkeypatch: pyt
 
 
 def test_no_cache_writes_nothing(folder: Path):
-    """Without the cache its folder is not even made, and one that is there is not read."""
+    """Without the cache, its folder is neither created nor read."""
     before = set(folder.rglob("*"))
     load(folder, cache=False)
     assert set(folder.rglob("*")) == before
@@ -475,7 +475,7 @@ def test_no_cache_writes_nothing(folder: Path):
 
 
 def test_the_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch):
-    """FASTPREF_CACHE names the folder; it is ~/.cache/fastpref without it, or where it is empty."""
+    """FASTPREF_CACHE names the folder; if it is unset or empty, the folder is ~/.cache/fastpref."""
     monkeypatch.setenv("HOME", "/home/someone")
     for value, wanted in (
         ("/data/cache", "/data/cache"),

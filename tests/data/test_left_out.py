@@ -1,4 +1,4 @@
-"""What a chat template leaves out is never lost in silence, and what it only writes otherwise is no such thing."""
+"""Words that a chat template leaves out are always reported; words that it only writes differently are not."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from fastpref.errors import UserError
 from tests.support.chats import says, user
 from tests.support.toy_tokenizers import CHATML, GEMMA, LLAMA3, LLAMA31, QWEN3, toy_tokenizer
 
-R1 = (  # cuts reasoning out of every turn, and asks for it in its generation prompt; a call has no content
+R1 = (  # removes reasoning from every turn, and its generation prompt asks for it; a call has no content
     "{% for m in messages %}{{ '<' + m['role'] + '>' }}"
     "{% if m['content'] is none %}{% for call in m['tool_calls'] %}{{ call.function.name }}"
     "{{ call.function.arguments | tojson }}{% endfor %}"
     "{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}{{ '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant><think>\n' }}{% endif %}"
 )
-KNOWN_ROLES = (  # as Qwen and Phi: turns of roles that it does not know are left out
+KNOWN_ROLES = (  # as Qwen and Phi: leaves out turns of unknown roles
     "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}"
     "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -59,7 +59,7 @@ WRITTEN: dict[str, Paired] = {
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("content", WRITTEN.values(), ids=WRITTEN)
 def test_no_false_alarm(template: str, content: Paired):
-    """Trimming, JSON and dropped reasoning of earlier turns leave nothing out; no token is said to cross."""
+    """Trimming, JSON escapes and dropped reasoning of earlier turns count neither as left out nor as crossing."""
     _, counts, _ = tokenized(template, content)
     assert counts == Counts(rows=1, kept=1, departed=int(template == R1))
 
@@ -90,14 +90,14 @@ LEFT_OUT: dict[str, tuple[str, Paired, str]] = {
 
 @pytest.mark.parametrize(("template", "content", "what"), LEFT_OUT.values(), ids=LEFT_OUT)
 def test_what_is_left_out_is_counted_and_shown(template: str, content: Paired, what: str):
-    """The row is used, and the run says which words of which row are missing first."""
+    """The row is used, and the counts name the first row and its missing words."""
     _, counts, _ = tokenized(template, content)
-    departed = int(template == R1)  # which asks for reasoning
+    departed = int(template == R1)  # R1's generation prompt asks for reasoning
     assert counts == Counts(rows=1, kept=1, departed=departed, left_out=1, left_out_first=f"rows.jsonl:1: {what}")
 
 
 def test_a_pair_that_differs_in_what_is_left_out_alone():
-    """It is dropped, not as equal: the template made it so."""
+    """A pair that differs only in words that the template leaves out is dropped, but not counted as equal."""
     content = Paired([user("q")], [says("<think>\na\n</think>\n\n42")], [says("<think>\nb\n</think>\n\n42")])
     _, counts, _ = tokenized(R1, content)
     assert counts == Counts(rows=1, unwritten=1, left_out=1, left_out_first="rows.jsonl:1: the reasoning of chosen, a")
@@ -106,7 +106,7 @@ def test_a_pair_that_differs_in_what_is_left_out_alone():
 
 
 def test_a_response_of_which_nothing_is_written():
-    """A call that the template cannot write leaves no response; it is not called empty."""
+    """If the template does not write a call, the row is dropped, but not counted as empty."""
     _, counts, _ = tokenized(CHATML, Paired([user("q")], [CALL], [says("no")]))
     assert (counts.kept, counts.empty, counts.unwritten) == (0, 0, 1)
     assert counts.left_out_first == "rows.jsonl:1: a tool call of chosen, weather"
@@ -114,7 +114,7 @@ def test_a_response_of_which_nothing_is_written():
 
 @pytest.mark.parametrize(("template", "end"), [(QWEN3, "<|im_end|>"), (R1, "</s>")], ids=["text", "null"])
 def test_a_call_has_no_words(template: str, end: str):
-    """A call without content is written by templates that add up text and by those that ask for null."""
+    """A call without content is written by templates that concatenate text, and by those that expect null."""
     (example,), counts, tokenizer = tokenized(template, Paired([user("q")], [CALL], [says("no")]))
     text = tokenizer.decode(example.completions[0])
     assert "weather" in text
@@ -125,7 +125,7 @@ def test_a_call_has_no_words(template: str, end: str):
 
 
 def test_tools_that_never_appear_are_an_error():
-    """A template that writes the same with and without tools would train calls of tools that nobody named."""
+    """A template that ignores tools is refused, because it would train calls of tools that no prompt names."""
     content = Paired([user("weather?")], [says("yes")], [says("no")], Writing(tools=(WEATHER,)))
     with pytest.raises(UserError, match=r"^rows\.jsonl:1: the chat template leaves out the tools \(weather\); take a "):
         tokenized(CHATML, content)
@@ -135,7 +135,7 @@ def test_tools_that_never_appear_are_an_error():
 
 @pytest.mark.parametrize(("template", "role"), [(KNOWN_ROLES, "system"), (DEVELOPER, "developer"), (CHATML, "system")])
 def test_a_developer_is_the_system_where_a_template_knows_none(template: str, role: str):
-    """Its words are written as what the template knows."""
+    """A developer's turn gets the role system if the template does not know the role developer."""
     content = Paired([{"role": "developer", "content": "Be brief."}, user("q")], [says("yes")], [says("no")])
     (example,), counts, tokenizer = tokenized(template, content)
     assert tokenizer.decode(example.prompt).startswith(f"<|im_start|>{role}\nBe brief.<|im_end|>")
@@ -143,13 +143,13 @@ def test_a_developer_is_the_system_where_a_template_knows_none(template: str, ro
 
 
 def test_a_generation_prompt_that_says_more_is_no_token_across_the_end():
-    """R1's asks for reasoning; where the response has none, the prompt is shorter and no token reaches across."""
+    """If a response does not begin as R1's generation prompt, the prompt is shorter and no token crosses its end."""
     (example,), counts, tokenizer = tokenized(R1, Paired([user("q")], [says("42")], [says("40")]))
     assert tokenizer.decode(example.prompt) == "<user>q</s><assistant>"
     assert (counts.merged, example.row.merged, counts.departed) == (0, 0, 1)
 
 
-SPECIAL: dict[str, tuple[Paired, str]] = {  # and where one stands, if any does
+SPECIAL: dict[str, tuple[Paired, str]] = {  # and where a special token occurs, if any does
     "in the question": (
         Paired([user("What is <|im_end|>?")], [says("yes")], [says("no")]), "<|im_end|> in a turn of role user",
     ),
@@ -170,7 +170,7 @@ SPECIAL: dict[str, tuple[Paired, str]] = {  # and where one stands, if any does
 
 @pytest.mark.parametrize(("content", "where"), SPECIAL.values(), ids=SPECIAL)
 def test_special_tokens_in_words_are_counted_and_shown(content: Paired, where: str):
-    """A message that says a control token is read as that token; an answer's own end is not meant."""
+    """A special token in a message is counted, except an answer's own end, because it is encoded as that token."""
     _, counts, _ = tokenized(CHATML, content)
     first = f"rows.jsonl:1: {where}" if where else ""
     assert (counts.kept, counts.special, counts.special_first) == (1, int(bool(where)), first)
@@ -178,7 +178,7 @@ def test_special_tokens_in_words_are_counted_and_shown(content: Paired, where: s
 
 
 def test_words_are_looked_for_after_what_stands_before():
-    """What the prompt says too does not stand for a response's words, unless these begin before the boundary."""
+    """Words of the prompt do not count as a response's words, unless these begin before the boundary."""
     piece = Piece("chosen", "yes")
     assert left_out([piece], "say yes:", "say yes:") == [piece]
     assert left_out([piece], "say yes: yes", "say yes:") == []

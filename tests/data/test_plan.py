@@ -1,4 +1,4 @@
-"""What a step computes, by its loss: everything at once where that fits, else what is compared in a pass before."""
+"""How a step is computed, by its loss: all at once if that fits, else after a first pass over what is compared."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_kto_has_mismatched_branches_or_a_pass_before(layout: Layout):
     ("loss", "before"), [(ORPO(), False), (DPO(), False), (DPO(variants=("aot",)), True), (KTO(kl="none"), False)]
 )
 def test_losses_that_sort_a_step_compute_it_first(loss: LossOptions, before: bool):
-    """Only where it is cut, and without gradient; all others compute each micro-batch once."""
+    """Losses that sort a step have a first pass if the step is cut; all others compute each micro-batch once."""
     rows = examples(6, single=isinstance(loss, KTO))
     assert plan_step(loss, rows, "tree", 1000) == StepPlan(Pass(rows, [list(range(6))], "tree"))
     cut = plan_step(loss, rows, "tree", 40)

@@ -1,4 +1,4 @@
-"""Files of every kind become rows in the form a method needs; whatever cannot is one message that names the place."""
+"""Files of every kind become rows in the form that a method needs; otherwise one message names the place at fault."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ Rows = list[dict[str, Any]]
 
 
 def write(path: Path, rows: Rows) -> Path:
-    """A file of the kind its suffix says."""
+    """Write a file of the kind given by its suffix."""
     if path.suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
     elif path.suffix == ".jsonl":
@@ -56,7 +56,7 @@ def prepared(*paths: Path | str, loss: str = "dpo", **tables: Any) -> Prepared:
 
 
 def place(path: Path, at: int) -> str:
-    """Of the row `at` in a file that `write` wrote: every row on one line, of a .json file all on the first."""
+    """Return the place of row `at` in a file of `write`: one line per row, except that a .json file has one line."""
     line = {".jsonl": f":{at + 1}", ".json": f":1, row {at}", ".csv": f":{at + 2}, row {at}"}
     return f"{path}{line.get(path.suffix, f', row {at}')}"
 
@@ -67,7 +67,7 @@ def contents(rows: Iterable[SourceRow]) -> list[Paired | Unpaired]:
 
 # --- Files ---------------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, tuple[str, dict[str, Any], str, Paired | Unpaired]] = {  # loss, row, what is noted, what it becomes
+KINDS: dict[str, tuple[str, dict[str, Any], str, Paired | Unpaired]] = {  # loss, row, note, result
     "text": ("dpo", TEXT, "text prompt, chosen and rejected", Paired(TEXT["prompt"], "yes", "no")),
     "labelled text": ("kto", LABELLED, "prompt, completion and label", Unpaired("q", "yes", True)),
     "explicit prompt": (
@@ -101,12 +101,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], str, Paired | Unpaired]] = {  # loss
 }
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".folder")
 FILES = [(kind, suffix) for kind in KINDS for suffix in SUFFIXES]
-FILES = [(kind, suffix) for kind, suffix in FILES if suffix != ".csv" or "text" in kind]  # a CSV has no lists
+FILES = [(kind, suffix) for kind, suffix in FILES if suffix != ".csv" or "text" in kind]  # a CSV file has no lists
 
 
 @pytest.mark.parametrize(("kind", "suffix"), FILES)
 def test_every_kind_of_row_is_read_from_every_kind_of_file(tmp_path: Path, kind: str, suffix: str):
-    """The suffix picks the reader and the columns the format; the note says how many rows of what were found."""
+    """The suffix selects the reader, the columns select the format, and a note gives both with the number of rows."""
     loss, row, name, content = KINDS[kind]
     path = write(tmp_path / f"rows{suffix}", [row, row])
     read = prepared(path, loss=loss)
@@ -117,7 +117,7 @@ def test_every_kind_of_row_is_read_from_every_kind_of_file(tmp_path: Path, kind:
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow", ".folder"])
 def test_keys_that_only_some_messages_have(tmp_path: Path, suffix: str):
-    """Tool calls and reasoning arrive as they were written, and nowhere else, though a table has them everywhere."""
+    """Tool calls and reasoning are only in messages that have them, though a table has these keys in all messages."""
     call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     other = {"function": {"name": "read", "arguments": {"path": "a.txt"}}}
     answers = [
@@ -131,7 +131,7 @@ def test_keys_that_only_some_messages_have(tmp_path: Path, suffix: str):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".folder"])
 def test_nulls_that_a_table_fills_its_rows_with_are_none_of_a_tools(tmp_path: Path, suffix: str):
-    """A schema has the keys that it was written with, though the next tool's has others."""
+    """A tool's schema has only its own keys, though a table adds those of the other tools as nulls."""
     tools = tuple(
         {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}}}
         for name in ("city", "path")
@@ -142,7 +142,7 @@ def test_nulls_that_a_table_fills_its_rows_with_are_none_of_a_tools(tmp_path: Pa
 
 
 def test_a_null_that_a_call_is_made_with_stays(tmp_path: Path):
-    """JSON says null where it means null."""
+    """A null argument of a call in JSON is kept."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"limit": None}}]}
     path = write(tmp_path / "calls.jsonl", [{"messages": [USER, call], "label": True}])
     called = {"type": "function", "function": {"name": "f", "arguments": {"limit": None}}}
@@ -151,7 +151,7 @@ def test_a_null_that_a_call_is_made_with_stays(tmp_path: Path):
 
 
 def test_words_of_a_csv_file_stay_words(tmp_path: Path):
-    """Text columns of a CSV file are taken literally: numbers, "None" and "NA" are answers like any other."""
+    """Text columns of a CSV file are taken literally: numbers, "None" and "NA" are text."""
     rows = [{"prompt": "007", "chosen": "None", "rejected": "1.50"}, {"prompt": "NA", "chosen": "", "rejected": " x "}]
     read = prepared(write(tmp_path / "words.csv", rows))
     assert contents(read.train) == [Paired("007", "None", "1.50"), Paired("NA", "", " x ")]
@@ -182,7 +182,7 @@ def test_several_files_follow_each_other(tmp_path: Path):
 
 
 def test_formats_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each [[data]] is read by its own format, and functions and templates are found beside the config."""
+    """Each [[data]] has its own format, whose functions and templates are looked up in the config's folder."""
     (tmp_path / "run" / "elsewhere").mkdir(parents=True)
     folder = tmp_path / "run"
     monkeypatch.chdir(folder / "elsewhere")
@@ -220,7 +220,7 @@ def test_formats_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_question_of_a_row():
-    """A row's question is its text prompt, or the words of the prompt's last turn."""
+    """A row's question is its text prompt, or the text of the prompt's last turn."""
     assert SourceRow(Paired("q", "yes", "no"), "").question == "q"
     assert SourceRow(Paired([YES, USER], [YES], [NO]), "").question == USER["content"]
     assert SourceRow(Paired([{"role": "assistant", "tool_calls": []}], [YES], [NO]), "").question == ""
@@ -230,7 +230,7 @@ def test_the_question_of_a_row():
 
 
 def test_pairs_given_to_kto_are_unpaired_and_said_to_be(tmp_path: Path):
-    """KTO takes chosen as true and rejected as false, keeps their row's place, and a note says so."""
+    """For KTO, chosen becomes true and rejected false, both keep their row's place, and a note says so."""
     path = write(tmp_path / "pairs.jsonl", [TEXT, TEXT])
     read = prepared(path, loss="kto")
     halves = [Unpaired(TEXT["prompt"], "yes", True), Unpaired(TEXT["prompt"], "no", False)]
@@ -243,7 +243,7 @@ def test_pairs_given_to_kto_are_unpaired_and_said_to_be(tmp_path: Path):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo", "cpo"])
 def test_single_responses_are_refused_where_pairs_are_needed(tmp_path: Path, loss: str):
-    """Every other method refuses labelled data, naming the columns there are and the method that takes them."""
+    """Every other method refuses single responses, and names the columns and the method that takes them."""
     path = write(tmp_path / "rows.jsonl", [LABELLED])
     said = re.escape(f"{path}:1: ") + ".*the columns are prompt, completion, label.*" + re.escape('type = "kto"')
     with pytest.raises(UserError, match=said):
@@ -258,7 +258,7 @@ OWN = (
     '"module:function"'
 )
 PAIR_LINE = json.dumps(TEXT) + "\n"
-BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, what it holds, what is said after the name
+BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, the message after the name
     "no file": ("none.jsonl", None, ": there is no such file"),
     "an empty file": ("a.json", "", ": the file is empty"),
     "white space": ("a.jsonl", " \n\n", ": there are no rows"),
@@ -370,7 +370,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, what it h
 
 @pytest.mark.parametrize(("name", "held", "said"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, held: str | bytes | None, said: str):
-    """One error, on one line, names the file, its line where there are lines, or the row counted from 0."""
+    """One error, on one line, names the file and the line, or the row counted from 0."""
     path = tmp_path / name
     if held is not None:
         path.write_bytes(held.encode() if isinstance(held, str) else held)
@@ -380,7 +380,7 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, held: str | bytes
     assert "\n" not in str(caught.value)
 
 
-BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, a row, what is said after the place
+BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, row, the message after the place
     "a text column of messages": (
         "chatml.intel",
         {"question": "q", "chosen": [YES], "rejected": "no"},
@@ -465,7 +465,7 @@ BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, a row, what 
 
 @pytest.mark.parametrize(("format", "row", "said"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_row_that_is_not_of_a_named_format(tmp_path: Path, format: Any, row: dict[str, Any], said: str):
-    """The line, the column and what it holds are named, and what would read it where that is known."""
+    """The message names the line, the column and its value, and the formats that fit, if any."""
     path = write(tmp_path / "rows.jsonl", [row])
     with pytest.raises(UserError) as caught:
         prepare_one(path, format=format)
@@ -478,7 +478,7 @@ def prepare_one(path: Path | str, loss: str = "dpo", tokens: dict[str, Any] | No
 
 
 def test_a_label_of_another_column_is_named(tmp_path: Path):
-    """A table's label column is read like any label, and a bad one is said under its own name."""
+    """A table's own label column is read like any label, and the error about a bad one gives that column's name."""
     path = tmp_path / "rows.csv"
     path.write_text("q,a,good\nQ,A,1\nQ,B,0\nQ,C,maybe\n")
     table = {"field_prompt": "q", "field_completion": "a", "field_label": "good"}
@@ -493,7 +493,7 @@ def test_a_label_of_another_column_is_named(tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv"])
 def test_byte_order_marks_and_windows_line_ends(tmp_path: Path, suffix: str):
-    """Files as Windows writes them are read like any other, and lines are counted alike."""
+    """Files with a byte order mark and Windows line ends have the same rows and line numbers as others."""
     plain = write(tmp_path / f"plain{suffix}", [{"prompt": f"é {i}", "chosen": "y", "rejected": "n"} for i in range(3)])
     text = plain.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     windows = tmp_path / f"windows{suffix}"
@@ -503,25 +503,25 @@ def test_byte_order_marks_and_windows_line_ends(tmp_path: Path, suffix: str):
 
 
 def test_lines_are_those_of_an_editor(tmp_path: Path):
-    """Empty lines, pretty-printed objects and cells over several lines count as the lines that they take."""
+    """Line numbers are those of an editor, also with empty lines, pretty-printed objects and cells of several lines."""
     lines = tmp_path / "a.jsonl"
     lines.write_text("\n" + PAIR_LINE + "\n \n" + PAIR_LINE)
     assert [str(row.place) for row in prepared(lines).train] == [f"{lines}:2", f"{lines}:5"]
     pretty = tmp_path / "a.json"
     pretty.write_text(json.dumps([TEXT, TEXT], indent=2))
     assert [str(row.place) for row in prepared(pretty).train] == [f"{pretty}:2, row 0", f"{pretty}:7, row 1"]
-    table = write(tmp_path / "a.csv", [TEXT, TEXT])  # whose prompt has two lines
+    table = write(tmp_path / "a.csv", [TEXT, TEXT])  # the prompt has two lines
     assert [str(row.place) for row in prepared(table).train] == [f"{table}:2, row 0", f"{table}:4, row 1"]
 
 
 def broken(at: int) -> str:
-    """Every tenth line is broken, each in its own way."""
+    """Return a row's line; every tenth line is broken in one of four ways."""
     ways = ["{oops", "[1]", '{"prompt": "q", "chosen": null, "rejected": "no"}', '{"prompt": "q"}']
     return ways[at // 10 % 4] if at % 10 == 3 else json.dumps({**TEXT, "prompt": f"p{at}"})
 
 
 def test_broken_rows_are_left_out_and_counted(tmp_path: Path):
-    """on_error = "drop": a file with one broken row in ten loses those alone, and the run says how many of what."""
+    """With on_error = "drop" only the broken rows are left out, and a note counts them by kind."""
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(broken(at) for at in range(100)))
     read = prepare_one(path, on_error="drop")
@@ -541,7 +541,7 @@ def test_broken_rows_are_left_out_and_counted(tmp_path: Path):
 
 @pytest.mark.parametrize("first", ["{oops", '{"prompt": "q"}', "3"])
 def test_a_broken_first_row_is_left_out_too(tmp_path: Path, first: str):
-    """`auto` goes by the first row that can be read."""
+    """If the first row is broken, `auto` detects the format from the first readable row."""
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{first}\n{PAIR_LINE}")
     assert contents(prepare_one(path, on_error="drop").train) == [Paired(TEXT["prompt"], "yes", "no")]
@@ -559,7 +559,7 @@ def test_a_broken_first_row_is_left_out_too(tmp_path: Path, first: str):
     ids=["no JSON", "no format", "no row"],
 )
 def test_a_file_of_broken_rows_is_an_error(tmp_path: Path, lines: list[str], said: str):
-    """Where nothing is left there is nothing to train on, whatever on_error says."""
+    """If no row can be used, there is an error whatever on_error says."""
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(UserError, match=re.escape(f"{path}: {said}")):
@@ -571,7 +571,7 @@ def test_a_file_of_broken_rows_is_an_error(tmp_path: Path, lines: list[str], sai
 
 
 def test_nothing_is_printed_beside_the_error(tmp_path: Path):
-    """What `datasets` logs of a file that it cannot read, and its progress bars, stay out of the way."""
+    """Nothing that `datasets` logs about an unreadable file, and no progress bar, is printed with the error."""
     write(tmp_path / "good.parquet", [TEXT])
     (tmp_path / "broken.parquet").write_text(PAIR_LINE + "{oops\n")
     program = (
@@ -587,7 +587,7 @@ def test_nothing_is_printed_beside_the_error(tmp_path: Path):
 
 @pytest.mark.parametrize("label", ["yes", "", 2, 0.5, -1], ids=repr)
 def test_a_bad_label_is_named_with_its_row(tmp_path: Path, label: Any):
-    """A label that is neither true nor false is an error, not a guess, wherever in the file it stands."""
+    """A label that is neither true nor false is an error wherever it is in the file."""
     path = write(tmp_path / "rows.jsonl", [LABELLED, {**LABELLED, "label": False}, {**LABELLED, "label": label}])
     with pytest.raises(UserError, match=re.escape(f"{path}:3: label must be true or false, 0 or 1, got ")):
         prepared(path, loss="kto")
@@ -606,13 +606,13 @@ UNKNOWN: dict[str, tuple[Callable[[Path], str], str]] = {
 
 @pytest.mark.parametrize(("name", "said"), UNKNOWN.values(), ids=UNKNOWN)
 def test_a_name_that_is_no_file(tmp_path: Path, name: Callable[[Path], str], said: str):
-    """A folder, a path that is not there and a data set that cannot be had are each said to be that."""
+    """A plain folder, a missing path and an unavailable data set each have their own message."""
     with pytest.raises(UserError, match=re.escape(name(tmp_path) + said)):
         prepared(name(tmp_path))
 
 
 def test_both_kinds_of_arrow_file(tmp_path: Path):
-    """A .arrow file is a stream or has an index at its end; both are read."""
+    """A .arrow file can be a stream, or have an index at its end."""
     table = Dataset.from_list([TEXT, TEXT]).data.table
     for kind, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
         with pa.OSFile(str(tmp_path / f"{kind}.arrow"), "wb") as sink, new(sink, table.schema) as writer:
@@ -621,7 +621,7 @@ def test_both_kinds_of_arrow_file(tmp_path: Path):
 
 
 def test_a_folder_of_several_splits(tmp_path: Path):
-    """`split` picks one of a saved DatasetDict; another name is an error that lists those there are."""
+    """`split` selects one of a saved DatasetDict's splits; an unknown name is an error that lists them."""
     made = DatasetDict({name: Dataset.from_list([{**TEXT, "prompt": name}]) for name in ("train", "test")})
     made.save_to_disk(tmp_path / "saved")
     for split in ("train", "test"):
@@ -630,12 +630,12 @@ def test_a_folder_of_several_splits(tmp_path: Path):
         prepare_one(tmp_path / "saved", split="dev")
 
 
-# --- How often -----------------------------------------------------------------------------------------------------
+# --- Weights -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.5, 1, 1.25, 2, 2.5, 3.001])
 def test_a_weight_is_how_often_rows_are_used(tmp_path: Path, weight: float):
-    """Every row ⌊weight⌋ times, and the remaining share of them, always the same, once more."""
+    """Every row is used ⌊weight⌋ times, and a fixed share of the rows once more."""
     path = write(tmp_path / "rows.jsonl", [{**TEXT, "prompt": f"p{i}"} for i in range(40)])
     prompts = [str(row.content.prompt) for row in prepare_one(path, weight=weight).train]
     assert prompts == [str(row.content.prompt) for row in prepare_one(path, weight=weight).train]
@@ -645,7 +645,7 @@ def test_a_weight_is_how_often_rows_are_used(tmp_path: Path, weight: float):
 
 
 def test_a_smaller_weight_uses_a_part_of_a_larger_ones_rows():
-    """Shares are nested, so that runs with more data see all that those with less saw; rows keep their order."""
+    """The rows of a smaller weight are a subset of those of a larger one, and rows keep their order."""
     few, more = list(repeats(1000, 0.2)), list(repeats(1000, 0.5))
     assert set(few) < set(more)
     assert more == sorted(more)
@@ -656,20 +656,20 @@ def test_a_smaller_weight_uses_a_part_of_a_larger_ones_rows():
 
 
 def test_a_weight_is_noted(tmp_path: Path):
-    """The run says how many rows a weight makes of how many."""
+    """A note gives the number of rows with the weight and without it."""
     path = write(tmp_path / "rows.jsonl", [TEXT] * 10)
     assert prepare_one(path, weight=2.5).notes[-1] == "rows.jsonl: weight 2.5 makes 25 rows of 10"
 
 
 def test_a_weight_that_leaves_nothing_is_an_error(tmp_path: Path):
-    """Nobody means to train on no row of a source."""
+    """A weight that leaves no row of a source is an error."""
     path = write(tmp_path / "rows.jsonl", [TEXT] * 3)
     with pytest.raises(UserError, match=re.escape(f"{path}: weight 0.1 leaves no row; choose a larger one")):
         prepare_one(path, weight=0.1)
 
 
 def test_exact_duplicates_are_dropped_on_request(tmp_path: Path):
-    """tokens.duplicates = "drop" keeps the first of equal rows, in all sources together, before any weight."""
+    """tokens.duplicates = "drop" keeps the first of equal rows in all sources together, before weights apply."""
     other = {**TEXT, "rejected": "never"}
     first = write(tmp_path / "a.jsonl", [TEXT, other, TEXT, {**TEXT, "id": 7}])
     second = write(tmp_path / "b.parquet", [other, {**TEXT, "chosen": "sure"}])
@@ -683,7 +683,7 @@ def test_exact_duplicates_are_dropped_on_request(tmp_path: Path):
 
 
 def test_rows_are_read_when_asked_for(tmp_path: Path):
-    """Rows are a sequence: by number, from the end, as a slice, again and again; none is held."""
+    """Rows are a sequence (index, negative index, slice, repeated access), and are read on access."""
     path = write(tmp_path / "rows.parquet", [{**TEXT, "prompt": f"p{i}"} for i in range(600)])
     rows = prepared(path).train
     assert len(rows) == 600
@@ -702,13 +702,13 @@ PROMPTS = [f"p{i}" if i % 3 else [{"role": "user", "content": f"p{i}"}] for i in
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.5, 0.9])
 def test_shares_are_even(fraction: float):
-    """Of many prompts, about the fraction has a share below it."""
+    """Of many prompts, a fraction f has a share below f."""
     held = sum(share(prompt) < fraction for prompt in PROMPTS)
     assert abs(held / 3000 - fraction) < 4 * (fraction * (1 - fraction) / 3000) ** 0.5
 
 
 def test_a_split_depends_on_the_prompts_alone(tmp_path: Path):
-    """The same prompts are held out in any order, beside any others, with any responses; rows keep their order."""
+    """Whether a prompt is held out depends on neither order, other rows nor responses; rows keep their order."""
     rows = [
         {"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in PROMPTS[:200] if isinstance(prompt, str)
     ]
@@ -722,7 +722,7 @@ def test_a_split_depends_on_the_prompts_alone(tmp_path: Path):
 
 
 def test_a_weight_does_not_cross_the_split(tmp_path: Path):
-    """A row that is used twice is twice on the same side."""
+    """Both copies of a row that is used twice are on the same side."""
     path = write(tmp_path / "rows.jsonl", [{**TEXT, "prompt": f"p{i}"} for i in range(50)])
     raw = {"model": {"name": "m"}, "data": [{"path": str(path), "weight": 2.0}], "eval": {"fraction": 0.3}}
     read = prepare(Config.model_validate(raw))
@@ -732,7 +732,7 @@ def test_a_weight_does_not_cross_the_split(tmp_path: Path):
 
 
 def test_a_fraction_of_a_file_is_held_out(tmp_path: Path):
-    """`eval.fraction` splits by prompt after unpairing: both halves of a pair are on the same side."""
+    """`eval.fraction` splits by prompt after unpairing, so that both halves of a pair are on the same side."""
     path = write(tmp_path / "pairs.jsonl", [{**TEXT, "prompt": f"p{i}"} for i in range(200)])
     read = prepared(path, loss="kto", eval={"fraction": 0.25})
     prompts = [{str(row.content.prompt) for row in side} for side in (read.train, read.heldout)]
@@ -745,7 +745,7 @@ def test_a_fraction_of_a_file_is_held_out(tmp_path: Path):
 @pytest.mark.parametrize("fraction", [1e-9, 0.05, 0.5, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 3, 40])
 def test_each_side_has_a_prompt(tmp_path: Path, fraction: float, count: int):
-    """However small file and fraction; those of the least shares go first, and a note says where it was moved."""
+    """Each side gets a prompt, however small file and fraction; held-out prompts have the least shares."""
     rows = [{**TEXT, "prompt": f"p{i // 2}"} for i in range(2 * count)]
     read = prepared(write(tmp_path / "pairs.jsonl", rows), eval={"fraction": fraction})
     prompts = [{str(row.content.prompt) for row in side} for side in (read.train, read.heldout)]
@@ -759,7 +759,7 @@ def test_each_side_has_a_prompt(tmp_path: Path, fraction: float, count: int):
 
 
 def test_one_prompt_cannot_be_split(tmp_path: Path):
-    """The message says so, and what to do."""
+    """If all rows have one prompt, the message says so and gives a remedy."""
     path = write(tmp_path / "pairs.jsonl", [{**TEXT, "chosen": f"yes {i}"} for i in range(10)])
     with pytest.raises(UserError, match=r"all 10 rows have the same one; .*\[\[eval\.data\]\]"):
         prepared(path, eval={"fraction": 0.5})

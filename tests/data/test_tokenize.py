@@ -1,6 +1,7 @@
-"""Token ids against their text: where the prompt ends, how a response ends, what is cut and what is dropped.
+"""Token ids compared with their text: where the prompt ends, how a response ends, what is cut and what is dropped.
 
-The tokenizers are toys, a token a byte, with the templates and special tokens of real families (toy_tokenizers.py).
+The tokenizers are toys (one token per byte) with the templates and special tokens of real families
+(toy_tokenizers.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from tests.support.toy_tokenizers import CHATML, chatml, chatml_smol, gemma, lla
 
 
 def quickstart() -> PreTrainedTokenizerBase:
-    """The tokenizer that examples/quickstart ships."""
+    """Return the tokenizer of examples/quickstart."""
     return AutoTokenizer.from_pretrained(QUICKSTART)
 
 
@@ -70,10 +71,10 @@ CHATS: dict[str, tuple[list[Message], list[Message], list[Message]]] = {
 def test_prompt_and_response_are_the_rendered_conversation(
     make: Callable[[], PreTrainedTokenizerBase], prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ):
-    """Prompt tokens and response tokens, joined, are those of the whole conversation as the template writes it.
+    """Prompt and response tokens, joined, are those of the whole conversation as the template writes it.
 
-    The prompt is what the template writes before it lets the assistant answer. Only the response's end differs: white
-    space after its end token goes, and a template without one gets EOS.
+    The prompt includes the template's generation prompt. Only the response's end differs: white space after its end
+    token is removed, and a template without an end token gets EOS.
     """
     tokenizer = make()
     example = only(tokenizer, Paired(prompt, chosen, rejected))
@@ -90,7 +91,7 @@ def test_prompt_and_response_are_the_rendered_conversation(
 @EVERY_FAMILY
 @pytest.mark.parametrize("special", [False, True], ids=["a plain prompt", "a prompt with special tokens"])
 def test_prompt_and_response_are_the_joined_text(make: Callable[[], PreTrainedTokenizerBase], special: bool):
-    """Text is tokenised as one: prompt and response, joined, are the tokens of their texts joined, then EOS."""
+    """Text is tokenised as a whole: prompt and response tokens, joined, are those of the joined texts, then EOS."""
     tokenizer = make()
     prompt = f"Q: {tokenizer.eos_token if special else '?'} A:"
     example = only(tokenizer, Paired(prompt, " é yes", "no\n"))
@@ -106,9 +107,9 @@ MERGES = [("a", "b"), ("ab", "a"), ("b", "b"), ("Ġ", "a")]
 
 
 def test_a_token_across_the_boundary_belongs_to_the_response():
-    """Where the last letter of a prompt and the first of a response make one token, the prompt ends before it.
+    """If the prompt's last letter and a response's first letter make one token, the prompt ends before it.
 
-    It does so for both responses, and the row is counted.
+    This holds for both responses, and the row is counted.
     """
     tokenizer = toy_tokenizer(merges=MERGES)
     a, b, c, x, ab, end = (ids for text in ("a", "b", "c", "x", "ab", "</s>") for ids in encode(tokenizer, text))
@@ -127,9 +128,9 @@ def test_a_token_across_the_boundary_belongs_to_the_response():
     chat=st.booleans(),
 )
 def test_the_prompt_is_the_longest_common_prefix(prompt: str, chosen: str, rejected: str, chat: bool):
-    """However tokens merge, the prompt's tokens begin all three tokenised texts, and no longer prefix does.
+    """The prompt's tokens are the longest common prefix of all three tokenised texts, however tokens merge.
 
-    Joined with a response they are that text's tokens; a row counts as merged when a token crosses the boundary.
+    Joined with a response they are that text's tokens; a row counts as merged if a token crosses the boundary.
     """
     tokenizer = MERGING
     content = Paired([user(prompt)], [says(chosen)], [says(rejected)]) if chat else Paired(prompt, chosen, rejected)
@@ -158,7 +159,7 @@ MERGING = toy_tokenizer(CHATML, eos="<|im_end|>", special=["<|im_start|>"], merg
 
 
 def test_a_generation_prompt_that_says_more():
-    """Where the generation prompt holds more than a finished turn (a thinking block), the common part is the prompt."""
+    """If the generation prompt has more than a finished turn (a thinking block), the prompt is their common part."""
     more = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
     tokenizer = toy_tokenizer(more, eos="<|im_end|>", special=["<|im_start|>"])
     example = only(tokenizer, Paired([user("q")], [says("yes")], [says("no")]))
@@ -175,7 +176,7 @@ ENDINGS = ["", "{end}", "{end}\n", "{end}{end}", "{end}\n{end}\n", " \n{end} ", 
 @pytest.mark.parametrize("ending", ENDINGS, ids=repr)
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
 def test_a_response_ends_with_its_end_token_once(make: Callable[[], PreTrainedTokenizerBase], ending: str, chat: bool):
-    """Absent, present, before white space or doubled in the data: the response has one end token, as its last."""
+    """A response ends with exactly one end token, whether the data have none, one, several, or white space after it."""
     tokenizer = make()
     turn_ends = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
     end = turn_ends.get(make.__name__, str(tokenizer.eos_token)) if chat else str(tokenizer.eos_token)
@@ -197,7 +198,7 @@ def test_a_response_ends_with_its_end_token_once(make: Callable[[], PreTrainedTo
     ids=["llama3", "gemma", "chatml"],
 )
 def test_a_turn_ends_with_the_templates_token(make: Callable[[], PreTrainedTokenizerBase], turn_end: str):
-    """Chats end as the template ends a turn, texts with EOS; an EOS beside the turn's end goes."""
+    """Chats end with the template's end of a turn and texts with EOS; an EOS next to the turn's end is removed."""
     tokenizer = make()
     eos = str(tokenizer.eos_token)
     for words in ("no", f"no{turn_end}{eos}", f"no{eos}"):
@@ -207,13 +208,13 @@ def test_a_turn_ends_with_the_templates_token(make: Callable[[], PreTrainedToken
     assert [decode(tokenizer, ids) for ids in text.completions] == [f"yes{eos}", f"no{eos}"]
 
 
-CALLS = (  # as gpt-oss and Llama 3.1: a call ends otherwise than words do
+CALLS = (  # as gpt-oss and Llama 3.1: a call has another end than text
     "{% for m in messages %}{{ '<|start|>' + m.role + '<|message|>' }}"
     "{% if m.tool_calls %}{{ m.tool_calls[0].function.arguments | tojson }}{{ '<|call|>' }}"
     "{% else %}{{ m.content + ('<|return|>' if loop.last and m.role == 'assistant' else '<|end|>') }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|message|>' }}{% endif %}"
 )
-BRACKETS = (  # as GLM: a call stands in brackets that end nothing, and no token ends a turn
+BRACKETS = (  # as GLM: a call is in brackets, which are no end, and no token ends a turn
     "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
     "{% for call in m.tool_calls or [] %}{{ '<tool_call>' }}{{ call.function.arguments | tojson }}{{ '</tool_call>' }}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -226,7 +227,7 @@ def calls() -> PreTrainedTokenizerBase:
 
 
 def test_a_message_ends_with_what_its_template_ends_it_with():
-    """More than one token can end a turn; none gets a second one, and a bracket is no end."""
+    """Several tokens can end a turn; no turn gets a second end, and a bracket is no end."""
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]}
     tokenizer = calls()
     example = only(tokenizer, Paired([user("q")], [call], [says("no")]))
@@ -237,11 +238,11 @@ def test_a_message_ends_with_what_its_template_ends_it_with():
     assert decode(tokenizer, examples[0].completions[0]) == '<tool_call>{"a": "b"}</tool_call></s>'
 
 
-TWO_ENDS = (  # as Command R 7B: a response has an end, and then the turn
+TWO_ENDS = (  # as Command R 7B: one token ends a response and another one the turn
     "{% for m in messages %}{{ '<|turn|>' + m.role + '<|response|>' + m.content + '<|end_response|><|end_turn|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant<|response|>' }}{% endif %}"
 )
-AWAITING = (  # as Gemma 4: a call's bracket is a special token, and the beginning of the result is its end
+AWAITING = (  # as Gemma 4: a call's bracket is a special token, and the start of the result is its end
     "{% for m in messages %}{% if m.role == 'tool' %}{{ 'result' + m.content + '<result|>' }}"
     "{% else %}{{ '<|turn>' + m.role }}"
     "{% for call in m.tool_calls or [] %}"
@@ -252,7 +253,7 @@ AWAITING = (  # as Gemma 4: a call's bracket is a special token, and the beginni
 
 
 def test_an_end_of_several_tokens_is_kept_whole():
-    """The end is the last that stands there in a conversation that goes on; what comes before it is trained too."""
+    """The end is the last end token that the template writes between turns; those before it are trained too."""
     special = ["<|turn|>", "<|response|>", "<|end_response|>", "<|end_turn|>"]
     tokenizer = toy_tokenizer(TWO_ENDS, eos="<|end_turn|>", special=special)
     example = only(tokenizer, Paired([user("q")], [says("a"), user("b"), says("yes")], [says("no<|end_turn|>")]))
@@ -263,7 +264,7 @@ def test_an_end_of_several_tokens_is_kept_whole():
 
 
 def test_the_bracket_of_a_call_is_no_end():
-    """Several calls are one answer: stopping at the first one's bracket would leave out the others."""
+    """A call's bracket is no end, because an answer can have several calls."""
     special = ["<|turn>", "<turn|>", "<|call>", "<call|>", "<|result>", "<result|>"]
     tokenizer = toy_tokenizer(AWAITING, eos="<eos>", special=special)
     tokenizer.add_special_tokens({"additional_special_tokens": special})
@@ -277,14 +278,14 @@ def test_the_bracket_of_a_call_is_no_end():
 
 @pytest.mark.parametrize("end", ["<|return|>", "<|call|>", "<|end|>", "<|eom_id|>"])
 def test_text_with_an_end_of_the_models_gets_no_second_one(end: str):
-    """Whichever of the tokens that end a turn for this template a text ends with, it is the end."""
+    """Text that ends with any token that ends a turn in this template gets no second end."""
     tokenizer = calls()
     example = only(tokenizer, Paired("q", f"yes{end}\n", "no"))
     assert [decode(tokenizer, ids) for ids in example.completions] == [f"yes{end}", "no<|return|>"]
 
 
 def test_a_chat_templates_end_that_is_no_token():
-    """Spelled out in ordinary tokens, it is followed by EOS, so that the model learns to stop; the run says so."""
+    """If the template's end is plain text, EOS follows it, so that the model learns to stop, and the counts say so."""
     tokenizer = toy_tokenizer(CHATML, eos="</s>")
     (example,), counts = tokenized(tokenizer, Paired([user("q")], [says("yes")], [says("no")]))
     assert decode(tokenizer, example.completions[0]) == "yes<|im_end|></s>"
@@ -295,7 +296,7 @@ def test_a_chat_templates_end_that_is_no_token():
 
 
 def test_without_eos_the_templates_token_ends_texts_too():
-    """A tokenizer that names no EOS ends texts as its template ends turns; with neither it is refused."""
+    """Without an EOS token, texts end with the template's end of a turn; without either there is an error."""
     tokenizer = toy_tokenizer(CHATML, eos=None, special=["<|im_start|>", "<|im_end|>"])
     assert decode(tokenizer, only(tokenizer, Unpaired("q", "yes", True)).completions[0]) == "yes<|im_end|>"
     with pytest.raises(UserError, match="no end-of-sequence token; set eos_token"):
@@ -314,9 +315,9 @@ def test_without_eos_the_templates_token_ends_texts_too():
 def test_bos_at_most_once_and_first(
     make: Callable[[], PreTrainedTokenizerBase], in_text: bool, in_chat: bool, given_bos: int
 ):
-    """A sequence has one BOS, its first token, where tokenizer or template want one, however many the data bring.
+    """If tokenizer or template want BOS, a sequence has one, as its first token, however many the data have.
 
-    Text takes BOS from the tokenizer, chats from the template alone.
+    Text gets BOS from the tokenizer, chats only from the template.
     """
     tokenizer = make()
     bos, bos_id = str(tokenizer.bos_token) * given_bos, tokenizer.bos_token_id
@@ -332,7 +333,7 @@ def test_bos_at_most_once_and_first(
 
 
 def test_bos_alone_is_a_prompt():
-    """An empty text prompt after BOS is BOS; without BOS the row has no prompt and is dropped."""
+    """An empty text prompt is BOS; without BOS the row has no prompt and is dropped."""
     tokenizer = plain()
     assert only(tokenizer, Paired("", "yes", "no")).prompt == [tokenizer.bos_token_id]
     examples, counts = tokenized(chatml(), Paired("", "yes", "no"))
@@ -342,7 +343,7 @@ def test_bos_alone_is_a_prompt():
 # --- Lengths -------------------------------------------------------------------------------------------------------
 
 P, C, R = "123456789", "abcd", "xy"  # with EOS the responses are 5 and 3 tokens, with BOS the prompt is 10
-# Options, what is left, prompts cut, responses cut
+# options, prompt, responses, number of cut prompts and responses
 LENGTHS: dict[str, tuple[dict[str, int], str, str, str, int, int]] = {
     "fits exactly": ({"max_length": 15}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
     "prompt from the left": ({"max_length": 14}, "<s>23456789", f"{C}</s>", f"{R}</s>", 1, 0),
@@ -366,7 +367,7 @@ LENGTHS: dict[str, tuple[dict[str, int], str, str, str, int, int]] = {
 def test_long_rows_are_cut(
     limits: dict[str, int], prompt: str, chosen: str, rejected: str, prompts: int, responses: int
 ):
-    """A prompt of text is cut from the left, keeping BOS, down to half of the limit; then responses from the right."""
+    """A text prompt is cut from the left, keeping BOS, down to half of the limit; then responses from the right."""
     tokenizer = plain()
     (example,), counts = tokenized(tokenizer, Paired(P, C, R), **limits)
     assert decode(tokenizer, example.prompt) == prompt
@@ -377,7 +378,7 @@ def test_long_rows_are_cut(
 
 @pytest.mark.parametrize("limits", [{"max_length": 14}, {"max_length": 99, "max_prompt_length": 9}], ids=str)
 def test_long_rows_are_dropped_or_an_error(limits: dict[str, int]):
-    """`overlong = "drop"` leaves out and counts just the rows that "truncate" would cut; "error" names the first."""
+    """`overlong = "drop"` drops and counts exactly the rows that "truncate" would cut; "error" names the first one."""
     rows = [Paired(P[1:], C, R), Paired(P, C, R)]
     examples, counts = tokenized(plain(), *rows, overlong="drop", **limits)
     assert [example.row.place for example in examples] == ["rows.jsonl, row 0"]
@@ -387,7 +388,7 @@ def test_long_rows_are_dropped_or_an_error(limits: dict[str, int]):
 
 
 def test_without_bos_a_cut_prompt_begins_anywhere():
-    """No BOS is made up for a prompt that had none."""
+    """A cut prompt gets no BOS if it had none."""
     tokenizer = chatml()
     example = only(tokenizer, Paired(P, C, R), max_length=8)
     assert decode(tokenizer, example.prompt) == "6789"
@@ -402,7 +403,7 @@ def empty(response: str) -> Any:
     return "empty", f"{response} is empty", {}
 
 
-UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # row, counter, what is said, options
+UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # row, counter, message, options
     "an empty text": (Paired("q", "", "no"), *empty("chosen")),
     "an empty rejected text": (Paired("q", "yes", ""), *empty("rejected")),
     "only an end token": (Unpaired("q", "<|im_end|>", True), *empty("completion")),
@@ -432,7 +433,7 @@ UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # r
 
 @pytest.mark.parametrize(("content", "counter", "what", "options"), UNUSABLE.values(), ids=UNUSABLE)
 def test_rows_that_cannot_be_used(content: Paired | Unpaired, counter: str, what: str, options: dict[str, Any]):
-    """Rows with an empty response, equal responses or no prompt are dropped and counted, or an error under strict."""
+    """Rows with an empty response, equal responses or no prompt are dropped and counted; strict makes them errors."""
     examples, counts = tokenized(chatml(), content, Unpaired("q", "ok", True), **options)
     assert [example.row.place for example in examples] == ["rows.jsonl, row 1"]
     assert (counts.rows, counts.kept, getattr(counts, counter)) == (2, 1, 1)
@@ -440,7 +441,7 @@ def test_rows_that_cannot_be_used(content: Paired | Unpaired, counter: str, what
         tokenized(chatml(), content, strict=True, **options)
 
 
-THINKS = CHATML.replace(  # as Qwen 3: a block for reasoning, also where there is none
+THINKS = CHATML.replace(  # as Qwen 3: writes a block for reasoning, also an empty one
     "+ m['content'] +", "+ ('<think></think>' if m['role'] == 'assistant' else '') + m['content'] +"
 )
 
@@ -448,14 +449,14 @@ THINKS = CHATML.replace(  # as Qwen 3: a block for reasoning, also where there i
 @pytest.mark.parametrize("template", [CHATML, THINKS, "{{ 'x' }}" + CHATML], ids=["plain", "thinks", "other"])
 @pytest.mark.parametrize("empty", ["", "  ", "\n", "<|im_end|>\n", "\u00a0"], ids=repr)
 def test_empty_is_what_the_message_says(template: str, empty: str):
-    """Whatever a template puts around a response, it is empty if its message has no words, no call, no reasoning."""
+    """A response is empty if its message has no text, no call and no reasoning, whatever the template adds."""
     tokenizer = toy_tokenizer(template, eos="<|im_end|>", special=["<|im_start|>"])
     _, counts = tokenized(tokenizer, Paired([user("q")], [says("yes")], [says(empty)]))
     assert counts == Counts(rows=1, empty=1)
 
 
 def test_counts_say_what_happened_and_no_more():
-    """Every count that is not zero is said once, in words."""
+    """Every count that is not zero is named once."""
     assert str(Counts(rows=3, kept=3)) == "3 of 3 rows used"
     names = [field.name for field in fields(Counts) if not field.name.endswith("_first")]
     numbers: dict[str, Any] = {name: at + 10 for at, name in enumerate(names)}
@@ -467,7 +468,7 @@ def test_counts_say_what_happened_and_no_more():
 
 
 def test_examples_keep_their_order_row_and_label():
-    """Examples come in the order of their rows and know them; a label is kept, a pair has none."""
+    """Examples keep the order of their rows, their place and their label; a pair has no label."""
     rows = [Paired("q", "yes", "no"), Unpaired("q", "yes", True), Unpaired([user("q")], [says("no")], False)]
     examples, counts = tokenized(chatml(), *rows)
     assert [example.label for example in examples] == [None, True, False]
@@ -482,7 +483,7 @@ def test_examples_keep_their_order_row_and_label():
 
 
 def test_a_row_that_the_template_refuses():
-    """A template's own error is said with the row; a chat for a tokenizer without a template, too."""
+    """A template's own error is reported with the row, and so is a chat for a tokenizer without a template."""
     content = Paired([{"role": "system", "content": "x"}, user("q")], [says("yes")], [says("no")])
     with pytest.raises(
         UserError, match=r"^rows\.jsonl, row 0: the chat template refuses this row: System role not supp"
@@ -493,7 +494,7 @@ def test_a_row_that_the_template_refuses():
 
 
 def test_a_template_of_ones_own(tmp_path: Path):
-    """`tokens.chat_template` is Jinja, or a file that holds it; it takes the place of the tokenizer's own."""
+    """`tokens.chat_template` is Jinja or a file with it, and replaces the tokenizer's own template."""
     path = tmp_path / "mine.jinja"
     path.write_text(CHATML, encoding="utf-8")
     for template in (CHATML, str(path)):
@@ -505,7 +506,7 @@ def test_a_template_of_ones_own(tmp_path: Path):
 
 
 def test_a_template_that_cannot_be_read(tmp_path: Path):
-    """A file that is missing, a folder or no text is one error that names the key and the file."""
+    """A missing file, a folder or a binary file gives one error that names the key and the file."""
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "none.jinja", tmp_path, binary):

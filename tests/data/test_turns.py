@@ -1,7 +1,7 @@
-"""Turns in the tokens: whose words a response of several turns scores, and which turns a long prompt loses.
+"""Turns in the tokens: which turns of a response are scored, and which turns a long prompt loses.
 
-The templates are toys of each kind that families have: an end for every turn, another end for the last, none at all;
-reasoning that goes once another turn follows; tool results in JSON.
+The templates are toys of each kind that families have: an end for every turn, another end for the last, or no end;
+reasoning that is dropped once another turn follows; tool results in JSON.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ PHI3 = (  # the last turn has a second end
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
 )
-HARMONY = (  # as gpt-oss: a last turn ends otherwise than an earlier one, and a call otherwise again
+HARMONY = (  # as gpt-oss: the last turn has another end than an earlier one, and so has a call
     "{% for m in messages %}"
     "{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}"
     "{{ '<|start|>assistant to=' + call.name + '<|message|>' }}{{ call.arguments | tojson }}{{ '<|call|>' }}"
@@ -29,7 +29,7 @@ HARMONY = (  # as gpt-oss: a last turn ends otherwise than an earlier one, and a
     "{{ '<|return|>' if m.role == 'assistant' and loop.last and not add_generation_prompt else '<|end|>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
-THINKING = (  # as Qwen 3: reasoning is written only while nobody has asked again, an empty block where there is none
+THINKING = (  # as Qwen 3: reasoning is written only after the last question, as an empty block if there is none
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{% set answer = m.content.split('</think>')[-1].strip() %}"
@@ -39,7 +39,7 @@ THINKING = (  # as Qwen 3: reasoning is written only while nobody has asked agai
     "{{ answer }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-GLM = (  # as GLM: no end; the next role's token is one
+GLM = (  # as GLM: a turn has no end of its own; the next role's token ends it
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
     "{% if m.role == 'assistant' and '</think>' in m.content and loop.index0 < ns.last %}"
@@ -53,7 +53,7 @@ def _made(template: str, eos: str, *special: str, bos: str | None = None) -> Cal
 
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
-FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], str, str]] = {  # and the ends: of a turn, of the last
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedTokenizerBase], str, str]] = {  # maker, a turn's end, the last end
     "chatml": (_made(CHATML, "<|im_end|>", "<|im_start|>"), "<|im_end|>", "<|im_end|>"),
     "chatml of a base model": (_made(CHATML, "</s>", "<|im_start|>", "<|im_end|>"), "<|im_end|>", "<|im_end|>"),
     "qwen3": (_made(QWEN3, "<|im_end|>", "<|im_start|>"), "<|im_end|>", "<|im_end|>"),
@@ -73,7 +73,7 @@ EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def scored(tokenizer: PreTrainedTokenizerBase, example: Example, which: int = 0) -> list[str]:
-    """The texts of a completion's scored runs."""
+    """Return the texts of a completion's scored spans."""
     ids, begin, texts = example.completions[which], 0, []
     for start, stop in (*example.context(which), (len(ids), len(ids))):
         texts.append(str(tokenizer.decode(ids[begin:start])))
@@ -88,7 +88,7 @@ def scored(tokenizer: PreTrainedTokenizerBase, example: Example, which: int = 0)
 @EVERY_FAMILY
 @pytest.mark.parametrize("words", ["Well?", "Well?\n", "one", "two", "<|x|> é", "no " * 30], ids=repr)
 def test_the_assistants_words_and_their_ends_are_scored(family: str, words: str):
-    """In a response of several turns the user's, and all that the template writes around them, are context."""
+    """In a response of several turns, the user's turns and all markup of the template around them are context."""
     make, end, last = FAMILIES[family]
     tokenizer = make()
     (example,), counts = tokenized(tokenizer, Paired([user("q")], [says("one"), user(words), says("two")], [says("x")]))
@@ -104,7 +104,7 @@ def test_the_assistants_words_and_their_ends_are_scored(family: str, words: str)
 
 @EVERY_FAMILY
 def test_all_is_scored_where_that_is_asked_for(family: str):
-    """`score = "all"` is what TRL does: the same tokens, none of them context. Single turns have no context anyway."""
+    """`score = "all"` gives the same tokens without context, as TRL does; single turns never have context."""
     tokenizer = FAMILIES[family][0]()
     several = Paired([user("q")], [says("one"), user("Well?"), says("two")], [says("x")])
     (assistant,), _ = tokenized(tokenizer, several)
@@ -118,7 +118,7 @@ def test_all_is_scored_where_that_is_asked_for(family: str):
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "plain"])
 def test_all_is_what_trl_scores(family: str):
-    """With `score = "all"` prompt and responses are TRL's texts, but for white space at the end and a missing end."""
+    """With `score = "all"`, prompt and responses are TRL's texts, except for final white space and a missing end."""
     data_utils = pytest.importorskip("trl.data_utils")
     tokenizer = FAMILIES[family][0]()
     row = {"prompt": [user("q")], "chosen": [says("one"), user("Well?"), says("two")], "rejected": [says("x")]}
@@ -144,7 +144,7 @@ def test_turns_that_are_written_otherwise_once_others_follow(family: str):
 
 @pytest.mark.parametrize("family", ["chatml", "thinking", "llama3", "phi3"])
 def test_between_two_turns_of_the_assistants_its_header_is_context(family: str):
-    """However the template writes the first of them once there is a second."""
+    """Between two successive turns of the assistant, the header is context, however the first one is written."""
     make, end, last = FAMILIES[family]
     tokenizer = make()
     (example,), _ = tokenized(tokenizer, Paired([user("q")], [says("one"), says("two")], [says("x")]))
@@ -156,7 +156,7 @@ def test_between_two_turns_of_the_assistants_its_header_is_context(family: str):
 @pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}], ids=str)
 @pytest.mark.parametrize("family", ["chatml", "thinking", "llama3", "phi3", "harmony", "glm"])
 def test_turns_that_data_leave_out_are_context(family: str, off: dict[str, Any]):
-    """A weight of 0 is respected wherever the turn stands but at the end, where nothing would be left."""
+    """A turn of weight 0 is context; as the last turn it is an error, because nothing would be trained."""
     make, end, last = FAMILIES[family]
     tokenizer, silent = make(), says("zero") | off
     response = [says("one") | {"weight": 1}, user("r"), silent, user("s"), says("two") | {"train": True}]
@@ -171,7 +171,7 @@ def test_turns_that_data_leave_out_are_context(family: str, off: dict[str, Any])
 
 
 def test_results_of_tools_are_not_scored():
-    """A call and its end are the assistant's; what the tool returns, written as JSON, is not."""
+    """A call and its end are scored; the tool's result, written as JSON, is not."""
     call: Message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]}
     response = [call, {"role": "tool", "content": 'It is "x".\n'}, {"role": "tool", "content": "y"}, says("two")]
     for family, first, second in (
@@ -184,14 +184,14 @@ def test_results_of_tools_are_not_scored():
 
 
 def test_a_response_that_begins_with_another_turn():
-    """What the assistant has not said yet is context from the first token on."""
+    """If a response begins with another turn, it is context from the first token on."""
     tokenizer = FAMILIES["chatml"][0]()
     (example,), _ = tokenized(tokenizer, Paired([user("q"), says("w")], [user("b"), says("two")], [says("x")]))
     assert scored(tokenizer, example) == ["", "two<|im_end|>"]
 
 
 def test_pairs_that_differ_in_the_context_alone_are_pairs():
-    """The same words after other turns are another answer."""
+    """Two responses with the same scored text after different turns are not equal."""
     tokenizer = FAMILIES["chatml"][0]()
     chosen, rejected = ([says("a"), user(words), says("b")] for words in ("yes", "no"))
     (example,), counts = tokenized(tokenizer, Paired([user("q")], chosen, rejected))
@@ -200,14 +200,14 @@ def test_pairs_that_differ_in_the_context_alone_are_pairs():
 
 
 def test_a_token_across_a_boundary_is_the_assistants():
-    """Where the header's last letters and the assistant's first are one token it is scored."""
+    """A token of the header's last letters and the assistant's first ones is scored."""
     tokenizer = toy_tokenizer(PLAIN, merges=[("Ġ", "t")])
     (example,), _ = tokenized(tokenizer, Paired([user("q")], [says("one"), user("b"), says("two")], [says("x")]))
     assert scored(tokenizer, example) == ["one", " two\n</s>"]
 
 
 def test_turns_that_cannot_be_told_apart_are_refused():
-    """A template that leaves a turn out and writes the others anew hides where they stand; nothing is guessed."""
+    """If a template leaves out a turn and writes the others differently, turns cannot be located: this is an error."""
     template = (
         "{% for m in messages %}{{ (loop.revindex if m.role == 'assistant' else '') ~ m.role }}"
         "{{ '' if m.role == 'tool' else m.content }}{{ '<e>' }}{% endfor %}"
@@ -227,14 +227,14 @@ CHAT = [SYSTEM, user("one"), says("1"), user("two"), says("2"), user("three?")]
 
 
 def long_row(tokenizer: PreTrainedTokenizerBase, kept: int, answer: int) -> tuple[Paired, list[Message]]:
-    """A chat of three questions and its last `kept` messages, with a response of `answer` tokens."""
+    """Return a chat with a response of `answer` tokens, and its system turn and last `kept` messages."""
     response = [says("x" * (answer - 1))]
     return Paired(CHAT, response, [says("y")]), [SYSTEM, *CHAT[-kept:]]
 
 
 @pytest.mark.parametrize("kept", [5, 3, 1])
 def test_turns_are_cut_whole_from_the_front(kept: int):
-    """As few of the oldest exchanges go as it takes; system turn and question stay; the rest is written anew."""
+    """The fewest oldest exchanges are removed; system turn and question stay; the template renders the rest again."""
     tokenizer = FAMILIES["chatml"][0]()
     content, left = long_row(tokenizer, kept, 20)
     wanted = str(tokenizer.apply_chat_template(left, tokenize=False, add_generation_prompt=True))
@@ -262,7 +262,7 @@ def test_a_long_response_does_not_eat_the_prompt():
 
 
 def test_a_row_whose_question_does_not_fit_is_dropped():
-    """Nothing is cut inside a turn: a question that leaves too little room for an answer is dropped and counted."""
+    """A turn is never cut: if a question leaves too little room for an answer, the row is dropped and counted."""
     tokenizer = FAMILIES["chatml"][0]()
     content = Paired([user("a"), says("b"), user("q" * 100)], [says("x" * 100)], [says("y")])
     examples, counts = tokenized(tokenizer, content, max_length=130)
@@ -276,7 +276,7 @@ def test_a_row_whose_question_does_not_fit_is_dropped():
 
 
 def test_a_cut_response_ends_with_what_is_scored():
-    """Context at the end of what is left is not computed; a response of which nothing scored is left is dropped."""
+    """Context at the end of a cut response is removed; a response without any scored token left is dropped."""
     tokenizer = FAMILIES["chatml"][0]()
     content = Unpaired([user("q")], [says("one"), user("x" * 300), says("two")], True)
     size = len(tokenized(tokenizer, content)[0][0].prompt)
@@ -288,7 +288,7 @@ def test_a_cut_response_ends_with_what_is_scored():
 
 
 def test_tools_stay_when_turns_go():
-    """What the template writes of the tools is written again."""
+    """If turns are removed, the tools are still in the prompt."""
     tokenizer = FAMILIES["qwen3"][0]()
     tools = ({"type": "function", "function": {"name": "weather"}},)
     content = Paired([user("x" * 200), says("1"), user("q")], [says("yes")], [says("no")], Writing(tools=tools))

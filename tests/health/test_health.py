@@ -1,4 +1,4 @@
-"""Health: every rule fires on a run that has its fault and on no healthy one; causes are named instead of symptoms."""
+"""Health: every rule fires on a run with its fault and on no healthy one, and causes are named instead of symptoms."""
 
 import re
 from collections.abc import Iterable
@@ -26,14 +26,14 @@ def found(logged: Iterable[Row], of: Known) -> list[Verdict]:
 
 
 def jumps(logged: Iterable[Row], steps: tuple[int, ...], name: str, value: Any) -> Iterable[Row]:
-    """The same run with a value replaced in some steps."""
+    """Return the rows with a value replaced in some steps."""
     return ({**row, name: value} if row["step"] in steps and name in row else row for row in logged)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_healthy_run_is_left_alone(method: str, seed: int):
-    """No method's usual course is a fault: with evaluations, without, and at every moment of the run."""
+    """A normal run of any method has no fault: with evaluations, without, and at every moment of the run."""
     logged = list(rows(method, seed=seed))
     training = [row for row in logged if "loss" in row]
     assert found(logged, known(method)) == []
@@ -48,7 +48,7 @@ def constant(value: float):
 
 HALF = {"rewards/accuracies": constant(0.5)}
 FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
-    # rule: (method, its rows, what is known besides)
+    # rule: (method, its rows, other known facts)
     "learning_rate_high": ("dpo", rows(training={"loss": lambda t: 0.69 + 8 * (t > 0.05)}), {"learning_rate": 1e-2}),
     "nothing_learnt": (
         "dpo",
@@ -126,7 +126,7 @@ def test_every_rule_has_a_fault():
 
 @pytest.mark.parametrize("rule", FAULTS)
 def test_a_rule_fires_on_its_fault(rule: str):
-    """And alone, but where the fault has another symptom of its own; with evidence, steps and advice."""
+    """On its fault only this rule fires, with evidence, steps and advice."""
     method, logged, about = FAULTS[rule]
     verdicts = found(logged, known(method, **about))
     assert [v.rule for v in verdicts] == [rule]
@@ -139,14 +139,14 @@ def test_a_rule_fires_on_its_fault(rule: str):
 
 
 def test_explained_rules_come_after_their_cause():
-    """A cause is looked for before what it explains, or it could not be left out."""
+    """A rule comes before those that it explains, because only then they can be left out."""
     order = list(RULES)
     for rule in RULES.values():
         assert all(order.index(rule.name) < order.index(symptom) for symptom in rule.explains), rule.name
 
 
 def test_a_cause_is_said_instead_of_its_symptoms():
-    """A run that went wild by its learning rate has many faults, and one verdict."""
+    """A run that diverges by its learning rate has many faults, but one verdict."""
     wild = {
         "loss": lambda t: 0.69 + 30 * (t > 0.05), "grad_norm": lambda t: 1 + 500 * t,
         "rewards/chosen": lambda t: -50 * t, "rewards/rejected": lambda t: -50 * t, **HALF,
@@ -155,7 +155,7 @@ def test_a_cause_is_said_instead_of_its_symptoms():
 
 
 def test_a_handful_of_held_out_rows_proves_nothing():
-    """Of five rows any accuracy may be chance: neither swapped nor shuffled labels are claimed."""
+    """With five held-out rows any accuracy may be chance, so neither swapped nor shuffled labels are reported."""
     for rule in ("swapped", "labels_shuffled"):
         method, logged, about = FAULTS[rule]
         assert rule not in [v.rule for v in found(logged, known(method, **about, heldout=5))]
@@ -167,7 +167,7 @@ def test_alarms_come_first():
 
 
 def test_a_verdict_is_told_once_while_the_run_goes_on():
-    """Live, a verdict comes when it first holds; a resumed run does not repeat those of the part before it."""
+    """In a live run, a verdict is given once it holds; a resumed run does not repeat the verdicts of its first part."""
     logged = list(rows(both={"loss": lambda t: 0.9 - 0.4 * t}))
     watch = Watch(known(cut=500))
     told = [(row["step"], verdict.rule) for row in logged for verdict in watch.add(row)]
@@ -178,7 +178,7 @@ def test_a_verdict_is_told_once_while_the_run_goes_on():
 
 
 def test_evaluations_that_begin_late_do_not_hide_the_beginning():
-    """TRL evaluates nothing before the first step: there the method's known beginning stands for it."""
+    """TRL does not evaluate before the first step, so the method's known initial value is used there."""
     up_to_half = {
         "rewards/chosen": lambda t: min(t, 0.5),
         "rewards/rejected": lambda t: -min(t, 0.5),
@@ -193,7 +193,7 @@ def test_evaluations_that_begin_late_do_not_hide_the_beginning():
 
 
 def test_watching_a_long_run_is_cheap():
-    """Rules are looked at ever more rarely: some hundred times in 20,000 rows."""
+    """Rules are evaluated less and less often: some hundred times in 20,000 rows."""
     watch, looked = Watch(known(steps=20_000)), 0
 
     class Counted(Watch):
@@ -222,7 +222,7 @@ VALUES = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 0.5, 1e-9, -1e30, 1e30]
     of=st.fixed_dictionaries({"steps": st.sampled_from([None, 1, 60]), "heldout": st.sampled_from([None, 0, 1, 50])}),
 )
 def test_no_rule_falls_over(method: str, steps: int, columns: dict[str, list[Any]], of: dict[str, Any]):
-    """Whatever metrics there are, of whatever size, or missing: health never ends a run."""
+    """Health never ends a run, whatever its metrics are, and even if they are missing."""
     watch = Watch(known(method, **of))
     for step in range(1, steps + 1):
         watch.add({"step": step} | {name: values[step % len(values)] for name, values in columns.items()})
@@ -244,7 +244,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("options", PAIRS, ids=str)
 def test_the_first_loss_is_that_of_the_losses(options: DPO | IPO):
-    """Where policy and reference agree, the loss itself is the number the rule expects."""
+    """If policy and reference are equal, the loss is the value that the rule expects."""
     logps, lengths = -torch.rand(5, dtype=torch.float64) * 40, torch.tensor([3, 9, 1, 4, 7])
     pairs = PairLogps(logps, logps - 3, lengths, lengths + 2, logps, logps - 3)
     loss = dpo_loss(pairs, options.as_dpo() if isinstance(options, IPO) else options).loss
@@ -263,7 +263,7 @@ def test_the_first_loss_of_kto_and_of_what_determines_none():
 
 
 def test_bands_differ_by_method():
-    """Row 84: sigmoid DPO is healthy from 0.3 to ln 2, IPO below 1/(2β)²."""
+    """In row 84, DPO with sigmoid is healthy from 0.3 to ln 2, and IPO below 1/(2β)²."""
     assert (bands(DPO())["loss"].low, bands(DPO())["loss"].high) == pytest.approx((0.3, 0.6931), abs=1e-4)
     assert (bands(IPO(beta=0.1))["loss"].low, bands(IPO(beta=0.1))["loss"].high) == pytest.approx((0.0, 25.0))
     assert bands(KTO())["loss"].high == 0.5
@@ -283,7 +283,7 @@ def test_what_is_known_comes_from_the_config_and_the_counts(tmp_path: Path):
 
 
 def test_the_page_has_every_rule():
-    """docs/health.md has a row for each rule and none for a rule that is not there."""
+    """docs/health.md has a row for each rule, and no others."""
     page = (DOCS / "health.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == list(RULES)
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")

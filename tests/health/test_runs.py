@@ -1,4 +1,4 @@
-"""Health end to end: runs of the quickstart with one thing wrong are diagnosed, and a healthy one is left alone."""
+"""Health end to end: quickstart runs with one mistake are diagnosed, and a healthy one has no verdict."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def relabelled(folder: Path, name: str, count: int, share: float) -> str:
-    """The first rows of a file of the quickstart; that share of them has chosen and rejected swapped."""
+    """Write the first rows of a quickstart file, with this share of them swapped, and return the path."""
     lines = (QUICKSTART.parent / "quickstart" / f"{name}.jsonl").read_text().splitlines()[:count]
     rows = [json.loads(line) for line in lines]
     for row in Random(0).sample(rows, round(share * count)):
@@ -37,7 +37,7 @@ def relabelled(folder: Path, name: str, count: int, share: float) -> str:
 
 
 def test_a_healthy_run_is_left_alone(elsewhere: Path, capsys: pytest.CaptureFixture[str]):
-    """Nothing is found; run.json and a report are in the folder, and the report command says the same."""
+    """A healthy run has no verdict, writes run.json and a report, and reading the run back gives no verdict either."""
     result = fastpref.train(QUICKSTART, [*SHORT, "train.learning_rate=2e-3", "eval.samples=1"])
     assert result.verdicts == ()
     printed = capsys.readouterr().out
@@ -64,14 +64,14 @@ def test_a_learning_rate_a_hundred_times_too_high(elsewhere: Path):
 
 
 def test_chosen_and_rejected_swapped(elsewhere: Path):
-    """In the training rows; the held-out ones are right."""
+    """Swapped training rows are diagnosed by right held-out rows."""
     swapped = relabelled(elsewhere, "train", 246, 1.0)
     result = fastpref.train(QUICKSTART, [*SHORT, "train.learning_rate=2e-3", f"data.0.path={swapped}"])
     assert result.verdicts[0].rule == "swapped"
 
 
 def test_labels_shuffled(elsewhere: Path):
-    """In training and held-out rows: the few rows are learnt by heart, and nothing carries over."""
+    """Shuffled labels in training and held-out rows are diagnosed: a few rows are memorised, without generalising."""
     data = [
         f"data.0.path={relabelled(elsewhere, 'train', 24, 0.5)}",
         f"eval.data.0.path={relabelled(elsewhere, 'heldout', 40, 0.5)}",
@@ -82,7 +82,7 @@ def test_labels_shuffled(elsewhere: Path):
 
 
 def test_verdicts_are_printed_while_it_runs(elsewhere: Path, capsys: pytest.CaptureFixture[str]):
-    """Rows that are cut are told of before the first step, once, and again at the end."""
+    """The warning about cut rows is printed once before the first step, and again at the end."""
     fastpref.train(QUICKSTART, [*SHORT, "train.steps=2", "tokens.max_length=36"])
     printed = capsys.readouterr().out
     warning = "% of the training rows were cut"
@@ -91,7 +91,7 @@ def test_verdicts_are_printed_while_it_runs(elsewhere: Path, capsys: pytest.Capt
 
 
 def test_a_resumed_run_is_seen_whole(elsewhere: Path, capsys: pytest.CaptureFixture[str]):
-    """After a resume, health and report are of all rows, times add up, and a verdict is not told again."""
+    """After a resume, health and report cover all rows, times add up, and a verdict is not repeated."""
     config = write_config(elsewhere)
     first = fastpref.train(config, [LORA, "tokens.max_length=36"])
     assert "truncation" in [v.rule for v in first.verdicts]
@@ -109,7 +109,7 @@ def test_a_resumed_run_is_seen_whole(elsewhere: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_stopped_run_has_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    """Ctrl-C: the report is of the steps so far, with the answers before them."""
+    """After Ctrl-C, the report covers the steps so far, with the answers before training."""
     from fastpref.training import loop
 
     original = loop.TrainingRun._step
@@ -128,7 +128,7 @@ def test_a_stopped_run_has_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_fault_leaves_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run that ends in an error says how healthy it was; a report that fails hides no error."""
+    """A run that ends in an error has a report, and a failing report does not hide the error."""
     from fastpref.step import objective as step
     from fastpref.training import record
     from fastpref.training.faults import NotFinite

@@ -1,4 +1,4 @@
-"""The main loop compiles for every card without spilling, and the page that says so is up to date."""
+"""The main loop compiles for every GPU without spilling registers, and docs/kernels.md is up to date."""
 
 import os
 import re
@@ -16,7 +16,7 @@ PAGE = DOCS / "kernels.md"
 
 @pytest.mark.slow
 def test_every_kernel_fits_its_card(tmp_path: Path) -> None:
-    """Every tile the launcher may choose: no spills, within shared memory, on tensor cores; docs/kernels.md agrees."""
+    """Every tile has no spills, fits in shared memory and uses tensor cores, as docs/kernels.md says."""
     made = tmp_path / "kernels.md"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.compile_report", str(made)]
@@ -26,8 +26,8 @@ def test_every_kernel_fits_its_card(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         assert made.read_text(encoding="utf-8") == page
         return
-    # Another compiler may use other registers: 3.7.1, which torch 2.13's CUDA build brings along, spills 8 bytes of one
-    # kernel of the loss. All else holds for it too.
+    # Another compiler may use other registers: 3.7.1, which comes with torch 2.13's CUDA build, spills 8 bytes of one
+    # kernel of the loss. Everything else holds for it too.
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     wrong = [line for line in done.stderr.splitlines() if line.startswith("Variant(")]
     assert bool(wrong) == bool(done.returncode), done.stderr[-3000:]

@@ -1,6 +1,6 @@
 """Accuracy and memory of real heads on a GPU: `pytest -m gpu` runs them. `python -m bench --profile gpu` times them.
 
-Memory is what the allocator had at its peak, over what was there before.
+Memory is the allocator's peak minus what was allocated before.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Problem:
-    hidden: Tensor  # [N, H] requires grad
+    hidden: Tensor  # [N, H], requires grad
     weight: Tensor  # [V, H]
     targets: Tensor  # [N]
     softcap: float | None
@@ -51,7 +51,7 @@ def ours(p: Problem) -> Tensor:
 
 
 def step(p: Problem) -> Tensor:
-    """One forward and backward pass. Returns the log-probabilities."""
+    """Run one forward and backward pass, and return the log-probabilities."""
     p.hidden.grad = p.weight.grad = None
     logp = ours(p)
     (logp * torch.linspace(-1, 1, ROWS, device="cuda")).sum().backward()
@@ -60,7 +60,7 @@ def step(p: Problem) -> Tensor:
 
 
 def truth(p: Problem, rows: slice) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, and ∂logp/∂hidden, of some rows in float64."""
+    """Return the log-probabilities of some rows, and ∂logp/∂hidden, in float64."""
     hidden = p.hidden[rows].detach().double().requires_grad_()
     logits = hidden @ p.weight.detach().double().T
     if p.softcap is not None:
@@ -74,7 +74,7 @@ def truth(p: Problem, rows: slice) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_real_heads(shape: str, trained: bool, dtype: torch.dtype) -> None:
-    """Values to float32 rounding, gradients to that of their dtype, and the same bits again."""
+    """Values are right up to float32 rounding, gradients up to that of their dtype, and both repeat bit for bit."""
     p = make(SHAPES[shape], trained=trained, dtype=dtype)
     first = step(p)
     rows = slice(100, 132)
@@ -91,7 +91,7 @@ def test_real_heads(shape: str, trained: bool, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_memory(shape: str, trained: bool) -> None:
-    """Beside the workspace: a few tensors of hidden's size, and a trained head's own gradient."""
+    """In addition to the workspace, a step takes a few tensors of hidden's size, and a trained head's own gradient."""
     p = make(SHAPES[shape], trained=trained)
     step(p)
     p.hidden.grad = p.weight.grad = None

@@ -1,4 +1,4 @@
-"""Heads that hand out their weight by rows: what they hand out, and that the walk over any of them is the same."""
+"""Heads that return their weight by rows: the rows are right, and every kind of head gives the same results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +74,7 @@ def test_slices_and_rows_are_those_of_the_whole(head: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_head_is_its_tensors_and_its_kind(head: str) -> None:
-    """`assemble` makes the same head again."""
+    """`assemble` makes the same head from its kind and its tensors."""
     weight = HEADS[head]()
     again = assemble(weight.kind, weight.tensors)
     assert (again.shape, again.dtype, again.kind, again.copies) == (
@@ -90,7 +90,7 @@ def test_a_head_is_its_tensors_and_its_kind(head: str) -> None:
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_bits_are_those_of_bitsandbytes(quant_type: str, nested: bool, dtype: torch.dtype) -> None:
-    """Slices hold what bitsandbytes itself makes of the whole weight, in the dtype asked for."""
+    """Slices equal the weight as bitsandbytes dequantises it, in the requested dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
     weight = tensor(V, H, seed=1, dtype=dtype)
@@ -100,7 +100,7 @@ def test_four_bits_are_those_of_bitsandbytes(quant_type: str, nested: bool, dtyp
 
 
 def test_four_bits_in_broken_rows_are_refused() -> None:
-    """A row that ends inside a block cannot be handed out alone."""
+    """4-bit weights whose rows end inside a block are refused, because single rows cannot be dequantised."""
     params = Params4bit(tensor(20, 40, seed=1), requires_grad=False, quant_type="nf4").to(DEVICE)
     with pytest.raises(ValueError, match="rows of 40 are not whole blocks of 64"):
         FourBitWeight.of(params)
@@ -113,7 +113,7 @@ def test_four_bits_in_broken_rows_are_refused() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head", ["nf4 with nested scales", "host"])
 def test_a_walk_over_any_head_is_the_same(head: str, backend: str, workspace_mb: float) -> None:
-    """Values and gradients are those of the whole weight as a tensor, with and without a gradient."""
+    """Values and gradients are those of the whole weight as a tensor, and values are the same without gradients."""
     weight = HEADS[head]()
     dense = weight.rows(0, V)
     targets = torch.arange(N, device=DEVICE) * 16
@@ -143,7 +143,7 @@ OPTIONS = {
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("base", ["tensor", "nf4"])
 def test_lora_on_the_head(base: str, dropout: bool, backend: str, workspace_mb: float, options: str) -> None:
-    """Log-probabilities and the gradients of hidden, A and B are autograd's on full logits in float64."""
+    """Log-probabilities and the gradients of hidden, A and B are those of autograd on full logits in float64."""
     weight: Any = tensor(V, H, seed=1) / 4 if base == "tensor" else four_bit("nf4", nested=True)
     dense = weight if isinstance(weight, Tensor) else weight.rows(0, V)
     targets, scaling = torch.arange(N, device=DEVICE) * 16, 0.7
@@ -177,7 +177,7 @@ def test_lora_on_the_head(base: str, dropout: bool, backend: str, workspace_mb: 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_adapters_on_a_half_precision_head(backend: str) -> None:
-    """PEFT keeps adapters in float32 for a bfloat16 head: their gradients are float32, and near the truth."""
+    """PEFT keeps adapters in float32 for a bfloat16 head: their gradients are float32 and accurate."""
     start = {"lora_A": tensor(R, H, seed=4), "lora_B": tensor(V, R, seed=5) / 8}
     weight, hidden = (tensor(V, H, seed=1) / 4).bfloat16(), tensor(N, H, seed=3, dtype=torch.bfloat16)
     targets = torch.arange(N, device=DEVICE) * 16

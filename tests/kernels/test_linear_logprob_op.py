@@ -1,4 +1,4 @@
-"""The operators of `linear_logprob` as torch's machinery sees them, and the positions of hidden states."""
+"""The operators of `linear_logprob` in torch's tracers, and the positions of hidden states."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 M, H, V = 23, 40, 90
-# Repeats, gaps, the ends, not in order.
+# with repeated, missing, first and last rows, and unordered
 POSITIONS = torch.tensor([3, 0, 22, 3, 3, 7, 21, 20, 0])
 
 
@@ -32,7 +32,7 @@ def leaves(mode: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_positions_are_a_gather(backend: str, dtype: torch.dtype, mode: str) -> None:
-    """Values and gradients are those of hidden states gathered beforehand; rows at no position get zeros."""
+    """Values and gradients are those of hidden states that were gathered before; rows at no position get zeros."""
     found = {}
     for name in ("positions", "gathered"):
         given: dict[str, Any] = leaves(mode, dtype)
@@ -50,7 +50,7 @@ def test_positions_are_a_gather(backend: str, dtype: torch.dtype, mode: str) -> 
         found[name] = (result.logp.detach(), *grads)
     for ours, theirs in zip(found["positions"], found["gathered"], strict=True):
         assert ours.dtype == theirs.dtype
-        # Repeated positions are added up before they are rounded here, and after it there.
+        # Here, repeated positions are added up before rounding, and there after it.
         rounding = len(POSITIONS) * torch.finfo(theirs.dtype).eps * float(theirs.abs().max())
         assert float((ours.double() - theirs.double()).abs().max()) <= rounding
     if mode != "no_grad":
@@ -60,7 +60,7 @@ def test_positions_are_a_gather(backend: str, dtype: torch.dtype, mode: str) -> 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_positions(backend: str) -> None:
-    """No target at all: nothing, and zeros for every row."""
+    """Without targets there are no values, and every gradient is zero."""
     given: dict[str, Any] = leaves("trainable")
     nothing = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     given |= {"targets": nothing, "positions": nothing}
@@ -70,7 +70,7 @@ def test_no_positions(backend: str) -> None:
 
 
 def test_wrong_positions_are_refused() -> None:
-    """The message names the argument, the value and the rows there are."""
+    """The message names the argument, the value and the valid rows."""
     given = leaves("no_grad")
     for positions, said in (
         (torch.full((M,), M), "positions holds 23, hidden has rows 0 to 22"),
@@ -105,13 +105,13 @@ def arguments(mode: str, backend: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_operator_keeps_torchs_rules(mode: str, backend: str) -> None:
-    """Schema, fake shapes, autograd registration and a trace with symbolic shapes: torch's own check."""
+    """torch's own check accepts the schema, fake shapes, autograd registration and a trace with symbolic shapes."""
     torch.library.opcheck(op.linear_logprob, arguments(mode, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_backward_operators_keep_torchs_rules(backend: str) -> None:
-    """The same for the two operators of the backward pass."""
+    """torch's own check also accepts the two operators of the backward pass."""
     hidden, head, targets, bias, positions, *settings = arguments("no_grad", backend)
     found = op.OperatorOutput._make(op.linear_logprob(hidden, head, targets, bias, positions, *settings))
     grad = torch.linspace(-1, 1, len(targets), device=DEVICE)
@@ -147,7 +147,7 @@ def call(hidden: Tensor, weight: Any, targets: Tensor, bias: Tensor | None) -> A
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_whole(mode: str) -> None:
-    """`torch.compile(fullgraph=True)` gives the same values and gradients, at any number of rows."""
+    """`torch.compile(fullgraph=True)` gives the same values and gradients, for any number of rows."""
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for rows in (M, M - 4, 5):
         found = []
@@ -162,7 +162,7 @@ def test_compiled_whole(mode: str) -> None:
 
 
 def test_compiled_with_lora() -> None:
-    """A head with LoRA is traced too."""
+    """A head with LoRA can be compiled too."""
     torch._dynamo.reset()
 
     def run(function: Any) -> list[Tensor]:
@@ -181,7 +181,7 @@ def test_compiled_with_lora() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_traced_without_memory(mode: str) -> None:
-    """Under FakeTensorMode results and gradients have the shapes and dtypes of the real ones."""
+    """Under FakeTensorMode, results and gradients have the real shapes and dtypes."""
     real = leaves(mode, torch.bfloat16)
     loss, entropy = call(real["hidden"], real["weight"], real["targets"], real["bias"])
     if mode != "no_grad":
@@ -204,7 +204,7 @@ def test_traced_without_memory(mode: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scattered_sums_repeat_bit_for_bit(backend: str) -> None:
-    """Rows that share a position are summed in one order."""
+    """Rows that share a position are summed in a fixed order."""
     grad = torch.randn(500, 33, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     positions = (torch.arange(500) * 7 % 5).to(DEVICE)
     coefficient = torch.linspace(-1, 1, 500, device=DEVICE)

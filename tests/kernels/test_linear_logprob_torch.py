@@ -1,4 +1,4 @@
-"""The torch kernel against its definition: accuracy, tiling, memory. What the interface accepts is in test_ops.py."""
+"""The torch kernel compared with its definition: accuracy, tiling, memory. The interface is tested in test_ops.py."""
 
 import math
 from dataclasses import replace
@@ -43,7 +43,7 @@ from tests.support.problems import (
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", CASES)
 def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
-    """Values and gradients are no further from the truth than the naive definition's, but for rounding."""
+    """Values and gradients are as near to the truth as those of the naive definition, up to rounding."""
     n, width, vocabulary, workspace_mb = SHAPES[shape]
     check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb)
 
@@ -52,10 +52,10 @@ def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
 @pytest.mark.parametrize("rows_a_tile", [1, 3, 16])
 @pytest.mark.parametrize("width", [3, 200])
 def test_gradients_do_not_depend_on_luck(width: int, rows_a_tile: int, mode: str) -> None:
-    """However many rows a tile has, gradients are right to rounding: no yardstick's error is added to the bound.
+    """However many rows a tile has, gradients are right up to rounding, without adding the naive definition's error.
 
-    A library may compute a product of few rows as sums over the whole tile, one term after another, and a product of
-    many rows in blocks; which one differs between processors.
+    A library may compute a product of few rows as sums over the whole tile, term by term, and a product of many rows
+    in blocks; which one it does depends on the processor.
     """
     for seed in range(3):
         problem = ordinary(2 * rows_a_tile, width, TILE_COLUMNS, CASES["bias"], seed=seed)
@@ -71,7 +71,7 @@ def test_gradients_do_not_depend_on_luck(width: int, rows_a_tile: int, mode: str
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
 def test_accuracy_at_the_extremes(problem: Problem, dtype: torch.dtype, mode: str) -> None:
-    """The same holds for near-certain targets, for logits of ±1e4 and for equal logits."""
+    """This holds for near-certain targets, for logits of ±1e4 and for equal logits."""
     check_accuracy(problem.to(dtype), mode, workspace_mb=0.1)
 
 
@@ -79,15 +79,15 @@ def test_accuracy_at_the_extremes(problem: Problem, dtype: torch.dtype, mode: st
 @pytest.mark.parametrize("workspace_mb", [0.05, 128])
 @pytest.mark.parametrize("target_logit", [18, 40, 60])
 def test_certain_targets_keep_relative_accuracy(target_logit: float, workspace_mb: float, mode: str) -> None:
-    """Where p_y > 0.9999, logp and each row's gradient are right *relative to themselves*, however small.
+    """For p_y > 0.9999, logp and each row's gradient are right *relative to themselves*, however small they are.
 
-    W_y − Σ p·W and log p_y both cancel there: computed like that in float32, nothing is left of them.
+    W_y − Σ p·W and log p_y both cancel there: computed directly in float32, no correct digit is left.
     """
     problem = peaked(target_logit)
     exact, targets = problem.to(torch.float64), problem.targets[:, None]
-    # Even in float64 the definition knows 1 − p_y to 2⁻⁵³ only; the truth here is made of the other columns.
+    # Even in float64 the definition has 1 − p_y only to 2⁻⁵³, so the truth is computed from the other columns.
     z = exact.hidden @ exact.weight.T
-    odds = (z - z.gather(1, targets)).exp().scatter(1, targets, 0)  # p_v/p_y, without the target's
+    odds = (z - z.gather(1, targets)).exp().scatter(1, targets, 0)  # p_v/p_y, without the target's own
     total = odds.sum(dim=1, keepdim=True)  # (1 − p_y)/p_y
     assert total.max() < 1e-4
     logp = -torch.log1p(total).squeeze(1)
@@ -102,7 +102,7 @@ def test_certain_targets_keep_relative_accuracy(target_logit: float, workspace_m
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_modes_agree(case: str, dtype: torch.dtype) -> None:
-    """Which tensors need a gradient has no influence on the values, nor on the gradient of the hidden states."""
+    """Which tensors need a gradient changes neither the values nor the gradient of the hidden states."""
     problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
     frozen, trainable, no_grad = (ours(problem, mode, workspace_mb=0.1) for mode in MODES)
     for name, value in no_grad.values.items():
@@ -114,7 +114,7 @@ def test_modes_agree(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_half_inputs_are_computed_in_float32(case: str, dtype: torch.dtype) -> None:
-    """The values for half-precision inputs are those of the same numbers given in float32."""
+    """Half-precision inputs give the values of the same numbers in float32."""
     problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
     found, wide = ours(problem, "no_grad"), ours(problem.to(torch.float32), "no_grad")
     for name, value in wide.values.items():
@@ -124,7 +124,7 @@ def test_half_inputs_are_computed_in_float32(case: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("mode", ["frozen", "trainable"])
 @pytest.mark.parametrize("workspace_mb", [0.001, 0.05, 128])
 def test_every_column_as_target(workspace_mb: float, mode: str) -> None:
-    """A target may lie anywhere in a tile, its borders included."""
+    """A target can be anywhere in a tile, including its borders."""
     vocabulary = 101
     problem = replace(ordinary(vocabulary, 5, vocabulary, CASES["all"]), targets=torch.arange(vocabulary))
     check_accuracy(problem, mode, workspace_mb)
@@ -134,7 +134,7 @@ def test_every_column_as_target(workspace_mb: float, mode: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["plain", "all"])
 def test_workspace_has_no_influence(case: str, dtype: torch.dtype, mode: str) -> None:
-    """Whatever the budget, values agree to float32 rounding and gradients to rounding in their dtype."""
+    """For any budget, values agree up to float32 rounding, and gradients up to rounding in their dtype."""
     problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
     reference = ours(problem, mode, workspace_mb=128)
     for workspace_mb in (1, 0.2, 0.05):
@@ -156,7 +156,7 @@ def test_workspace_has_no_influence(case: str, dtype: torch.dtype, mode: str) ->
 def test_tile_plan(
     n: int, width: int, vocabulary: int, budget: int, buffers: int, weight_copies: int, dtype: torch.dtype
 ) -> None:
-    """A tile lies within the problem and the budget (unless it is a single logit), and no further row would fit."""
+    """A tile is within the problem and the budget (unless it is a single logit), and one more row would not fit."""
     hidden = torch.empty(n, width, dtype=dtype, device="meta")
     rows, columns = plan_tile(hidden, vocabulary, budget, buffers=buffers, weight_copies=weight_copies)
     size = 8 if dtype == torch.float64 else 4
@@ -173,11 +173,11 @@ def test_tile_plan(
 @pytest.mark.parametrize("workspace_mb", [0.0001, 0.001, 128])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_top1_of_equal_logits_is_the_first(workspace_mb: float, softcap: float | None) -> None:
-    """Among equal maxima only the first counts as the top one, as for argmax, within a tile and across tiles."""
+    """Of equal maxima only the first is the top one, as for argmax, within a tile and across tiles."""
     vocabulary, maxima = 101, (17, 18, 60, 100)
     weight = torch.zeros(vocabulary, 1)
     weight[list(maxima)] = 1.0
-    hidden = torch.ones(vocabulary, 1)  # small integers: every logit is exact
+    hidden = torch.ones(vocabulary, 1)  # small integers, so that every logit is exact
     found = linear_logprob(
         hidden, weight, torch.arange(vocabulary), softcap=softcap, outputs=("is_top1",), workspace_mb=workspace_mb
     ).is_top1
@@ -188,7 +188,7 @@ def test_top1_of_equal_logits_is_the_first(workspace_mb: float, softcap: float |
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_hidden_columns(dtype: torch.dtype, mode: str) -> None:
-    """With H = 0 every logit is its bias, and gradients are empty or the bias's own."""
+    """With H = 0 every logit is its bias, and gradients are empty or those of the bias."""
     problem = replace(ordinary(7, 1, 11, Case(with_bias=True)), hidden=torch.zeros(7, 0), weight=torch.zeros(11, 0)).to(
         dtype
     )
@@ -199,7 +199,7 @@ def test_no_hidden_columns(dtype: torch.dtype, mode: str) -> None:
 
 
 class PoisonedMemory(TorchDispatchMode):
-    """Fresh memory holds NaN, as it well may outside a test."""
+    """A mode in which new memory contains NaN, as it may outside of tests."""
 
     EMPTY = (
         torch.ops.aten.empty.memory_format,
@@ -230,7 +230,7 @@ class PoisonedMemory(TorchDispatchMode):
 @pytest.mark.parametrize("workspace_mb", [0.1, 128])
 @pytest.mark.parametrize("case", ["plain", "all"])
 def test_scratch_is_not_assumed_to_be_zero(case: str, workspace_mb: float, dtype: torch.dtype, mode: str) -> None:
-    """What lay in the scratch memory before has no influence."""
+    """The previous contents of the scratch memory have no influence."""
     problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
     reference = ours(problem, mode, workspace_mb)
     with PoisonedMemory() as memory:
@@ -241,7 +241,7 @@ def test_scratch_is_not_assumed_to_be_zero(case: str, workspace_mb: float, dtype
 
 
 def extra_memory(vocabulary: int, dtype: torch.dtype, mode: str, workspace_mb: float) -> int:
-    """Peak bytes of a forward and backward pass, without the inputs and the weight's own gradient."""
+    """Return the peak bytes of a forward and backward pass, without the inputs and the weight's own gradient."""
     problem = ordinary(64, 64, vocabulary, Case()).to(dtype)
     hidden = problem.hidden.requires_grad_(mode != "no_grad")
     weight = problem.weight.requires_grad_(mode == "trainable")
@@ -258,7 +258,7 @@ def extra_memory(vocabulary: int, dtype: torch.dtype, mode: str, workspace_mb: f
 def test_memory_does_not_grow_with_the_vocabulary(
     workspace_mb: float, vocabularies: tuple[int, int], dtype: torch.dtype, mode: str
 ) -> None:
-    """Beside the workspace there are at most five float32 tensors of the size of `hidden`, whatever V is."""
+    """In addition to the workspace there are at most five float32 tensors of the size of `hidden`, whatever V is."""
     small, large = (extra_memory(vocabulary, dtype, mode, workspace_mb) for vocabulary in vocabularies)
     assert abs(large - small) <= 0.02 * small
     assert large <= workspace_mb * 2**20 + 5 * 64 * 64 * 4

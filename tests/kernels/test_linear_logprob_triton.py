@@ -1,4 +1,4 @@
-"""The Triton kernels against their definition, in Triton's interpreter, or on a card where there is one."""
+"""The Triton kernels compared with their definition, in Triton's interpreter, or on a GPU if there is one."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ from tests.support.problems import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# N, H, V, workspace in MiB, around the interpreter's 32×32×32 tile.
+# N, H, V, workspace in MiB, around the interpreter's tile of 32×32×32.
 SHAPES = {
     "many_tiles": (35, 45, 211, 0.004),
     "one_tile": (3, 7, 29, 128),
@@ -41,7 +41,7 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "shape"), [("plain", "many_tiles"), *(("all", shape) for shape in SHAPES)])
 def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
-    """Values and gradients are no further from the truth than the naive definition's, but for rounding."""
+    """Values and gradients are as near to the truth as those of the naive definition, up to rounding."""
     n, width, vocabulary, workspace_mb = SHAPES[shape]
     check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb, "triton")
 
@@ -50,13 +50,13 @@ def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
 def test_accuracy_at_the_extremes(problem, dtype: torch.dtype, mode: str) -> None:
-    """The same holds for near-certain targets, for logits of ±1e4 and for equal logits."""
+    """This holds for near-certain targets, for logits of ±1e4 and for equal logits."""
     check_accuracy(problem.to(dtype), mode, 0.1, "triton")
 
 
 @pytest.fixture
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiles of a card whose products are the library's, such as Turing."""
+    """Use the tiles of a GPU, such as Turing, for which the library computes the products."""
     tile = tiles.Tile(16, 32, 16, 4, 1, fused=False)
     monkeypatch.setattr(launch, "choose_tiles", lambda hidden: tiles.Tiles(tile, tile))
 
@@ -66,7 +66,7 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "shape"), [("plain", "many_tiles"), ("all", "many_tiles"), ("all", "one_class")])
 def test_accuracy_over_products_of_the_library(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
-    """The path of cards without a fused tile is as accurate."""
+    """The kernels for GPUs without a fused tile are as accurate."""
     n, width, vocabulary, workspace_mb = SHAPES[shape]
     check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb, "triton")
 
@@ -76,13 +76,13 @@ def test_accuracy_over_products_of_the_library(case: str, shape: str, dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
 def test_extremes_over_products_of_the_library(problem, dtype: torch.dtype, mode: str) -> None:
-    """Also for near-certain targets, for logits of ±1e4 and for equal logits."""
+    """These kernels are as accurate for near-certain targets, for logits of ±1e4 and for equal logits."""
     check_accuracy(problem.to(dtype), mode, 0.1, "triton")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_backends_agree(case: str) -> None:
-    """Triton and torch give the same values and gradients, but for rounding."""
+    """Triton and torch give the same values and gradients, up to rounding."""
     problem = ordinary(61, 40, 150, CASES[case])
     for mode in MODES:
         expected, found = ours(problem, mode), ours(problem, mode, backend="triton")
@@ -91,7 +91,7 @@ def test_backends_agree(case: str) -> None:
 
 
 def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.LAZY, budget: int = 1):
-    """One walk with a gradient, in the narrowest stored tiles the budget allows."""
+    """Run the kernel once with a gradient, in the narrowest stored tiles that the budget allows."""
     hidden, weight, targets = (tensor.to(DEVICE) for tensor in (hidden, weight, targets))
     return launch.walk_vocabulary(
         hidden,
@@ -108,7 +108,7 @@ def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.L
 
 @pytest.mark.parametrize("lazy", [0.0, launch.LAZY])
 def test_a_moving_offset_changes_nothing(lazy: float) -> None:
-    """Maxima that climb by 60 nats from tile to tile move the offset again and again; however lazily, results agree."""
+    """If maxima rise by 60 nats from tile to tile, the offset moves repeatedly, and results agree for any laziness."""
     torch.manual_seed(0)
     n, width, vocabulary = 9, 16, 2300
     hidden = torch.rand(n, width) + 0.1
@@ -127,7 +127,7 @@ def test_a_moving_offset_changes_nothing(lazy: float) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_results_repeat_bit_for_bit(mode: str) -> None:
-    """No atomics: the same input gives the same bits."""
+    """Without atomics, the same input gives the same bits."""
     problem = ordinary(40, 33, 300, CASES["all"]).to(torch.bfloat16)
     first, second = (ours(problem, mode, 0.01, "triton") for _ in range(2))
     for name, value in (first.values | first.grads).items():
@@ -135,7 +135,7 @@ def test_results_repeat_bit_for_bit(mode: str) -> None:
 
 
 def test_outputs_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is assumed of fresh memory: filled with NaN it gives the same bits."""
+    """Results do not depend on new memory: filled with NaN, it gives the same bits."""
     problem = ordinary(35, 33, 70, CASES["all"]).to(torch.bfloat16)
     expected = {mode: ours(problem, mode, 0.01, "triton") for mode in MODES}
     empty = torch.empty
@@ -147,7 +147,7 @@ def test_outputs_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_view_and_a_wider_weight_are_read_right() -> None:
-    """Row strides are honoured, and so are float32 weights with half-precision hidden states (autocast)."""
+    """Row strides are respected, and so are float32 weights with half-precision hidden states (autocast)."""
     wide = ordinary(20, 64, 90, CASES["plain"])
     targets = wide.targets.to(DEVICE)
     narrow = replace(wide, hidden=wide.hidden[:, :40], weight=wide.weight[:, :40])
@@ -165,7 +165,7 @@ def test_a_view_and_a_wider_weight_are_read_right() -> None:
 
 
 def test_no_rows() -> None:
-    """N = 0 gives nothing, and gradients of zero."""
+    """N = 0 gives empty results, and gradients of zero."""
     hidden, weight = torch.zeros(0, 8, device=DEVICE, requires_grad=True), torch.randn(20, 8, device=DEVICE)
     targets = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     linear_logprob(hidden, weight, targets, backend="triton").logp.sum().backward()

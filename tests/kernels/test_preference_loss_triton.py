@@ -1,8 +1,8 @@
-"""The preference-loss kernels against `fastpref.losses`, in Triton's interpreter, or on a card where there is one.
+"""The preference-loss kernels compared with `fastpref.losses`, in Triton's interpreter, or on a GPU if there is one.
 
-Truth is `fastpref.losses` in float64, differentiated by autograd, on the very float32 tokens under test; the yardstick
-is the same in float32. An error may exceed the yardstick's by some float32 roundings: those of the result, and those of
-its inputs, token sums above all. What the latter do to the result is found by moving each group of inputs by one
+The truth is `fastpref.losses` in float64, differentiated by autograd, on the same float32 tokens; the yardstick is
+`fastpref.losses` in float32. An error may exceed the yardstick's by some float32 roundings: those of the result, and
+those of its inputs, mainly of token sums. The effect of the latter is found by moving each group of inputs by one
 rounding.
 """
 
@@ -30,7 +30,7 @@ from tests.support.token_batches import Batch, Order, flat, of_values, ordinary,
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 SHORT = ((1, 1), (7, 12), (31, 5), (4, 4))
-# One loss for everything that is compiled in: variants, score, means, weights of tokens and of pairs, prompts, rows.
+# One loss for each structure that is compiled in: variants, score, means, weights of tokens and pairs, prompts, rows.
 STRUCTURES = (
     "dpo sigmoid", "dpo most variants", "dpo other order", "dpo length", "dpo wpo", "dpo all at once",
     "dpo ipo alpha 2", "ipo", "orpo", "orpo, prompts", "simpo, all options", "cpo hinge", "cpo ipo, alpha", "kto",
@@ -38,7 +38,7 @@ STRUCTURES = (
 EVERY_STRUCTURE = pytest.mark.parametrize("loss", [LOSSES[name] for name in STRUCTURES], ids=STRUCTURES)
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 TINY = torch.finfo(torch.float32).tiny
-FEW = 8  # roundings that may fall less luckily for us than for the yardstick
+FEW = 8  # roundings that may be worse for the kernels than for the yardstick
 
 
 def ours(batch: Batch, loss: LossOptions, **keywords) -> dict[str, Tensor]:
@@ -50,7 +50,8 @@ def exact(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
 
 
 def moved(batch: Batch, loss: LossOptions) -> list[Batch]:
-    """The batch with the tokens of one side, of the policy, the reference or Σp², moved by one float32 rounding."""
+    """Return copies of the batch, in each of which the policy's, the reference's or Σp²'s tokens of one side are
+    moved by one float32 rounding."""
     found, names = [], ["logp"]
     if loss.uses_reference:
         names.append("reference")
@@ -65,8 +66,8 @@ def moved(batch: Batch, loss: LossOptions) -> list[Batch]:
 
 
 def terms(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
-    """What is added up to the loss and to the gradient, in size: of a pair's loss and of its derivative by β·difference
-    the size of 1, every token's part, and every variant of a sum."""
+    """Return the sizes of the terms of the loss and of the gradient: 1 for a pair's loss and for its derivative by
+    β·difference, every token's part, and every variant of a sum."""
     tokens = (exact(batch, loss)["grad"] * batch.logp).abs().sum()
     found = {"loss": 1 + tokens, "grad": torch.full_like(batch.logp, loss.beta / batch.pairs)}
     if isinstance(loss, DPO) and len(loss.variants) > 1:
@@ -78,7 +79,7 @@ def terms(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
 
 
 def bounds(batch: Batch, loss: LossOptions) -> dict[str, tuple[Tensor, Tensor]]:
-    """By name: the truth, and how far from it a result may be."""
+    """Return for each name the truth, and how far a result may be from it."""
     truth, yardstick = exact(batch, loss), flat(run(batch, loss))
     others, added = [exact(other, loss) for other in moved(batch, loss)], terms(batch, loss)
     found = {}
@@ -86,7 +87,7 @@ def bounds(batch: Batch, loss: LossOptions) -> dict[str, tuple[Tensor, Tensor]]:
         value = value.double()
         inputs = torch.stack([(other[name].double() - value).abs() for other in others]).sum(0)
         allowed = FEW * (EPS32 * (value.abs() + added.get(name, 0.0)) + inputs) + TINY
-        # autograd takes the derivative of expm1 for its value plus 1, and so loses what is smaller than a rounding of 1
+        # autograd computes the derivative of expm1 as its value plus 1, and so loses what is below a rounding of 1
         allowed = allowed + EPS64 * value.abs().sum()
         error = (yardstick[name].double() - value).abs()
         found[name] = (value, error + allowed)
@@ -108,7 +109,7 @@ def check(found: dict[str, Tensor], allowed: dict[str, tuple[Tensor, Tensor]]) -
 
 @EVERY_LOSS
 def test_accuracy(loss: LossOptions) -> None:
-    """Every loss, field and token gradient: no further from the truth than torch in float32, but for rounding."""
+    """For every loss, each field and token gradient is as near to the truth as torch in float32, up to rounding."""
     batch = ordinary(loss)
     check(ours(batch, loss), bounds(batch, loss))
 
@@ -116,7 +117,7 @@ def test_accuracy(loss: LossOptions) -> None:
 @pytest.mark.parametrize("order", ["padded", "shuffled"])
 @pytest.mark.parametrize("name", ["dpo all at once", "dpo length", "orpo, prompts", "simpo, all options", "kto"])
 def test_sequences_lie_in_any_order(name: str, order: Order) -> None:
-    """Sequence after sequence, or in any order, the same holds."""
+    """Results are as accurate if the tokens of the sequences are padded or in any order."""
     loss = LOSSES[name]
     batch = ordinary(loss, order=order)
     assert not torch.equal(batch.segments, ordinary(loss).segments)
@@ -125,7 +126,7 @@ def test_sequences_lie_in_any_order(name: str, order: Order) -> None:
 
 @EVERY_LOSS
 def test_the_rule_is_sharp(loss: LossOptions) -> None:
-    """The bounds are small compared with the values, and a β that is off by 1e-3 exceeds them."""
+    """The bounds are small compared with the values: a β that is wrong by 1e-3 exceeds them."""
     batch = ordinary(loss, SHORT)
     allowed = bounds(batch, loss)
     for name in ("loss", "grad"):
@@ -134,7 +135,7 @@ def test_the_rule_is_sharp(loss: LossOptions) -> None:
         assert bound.max() <= 5e-4 * truth.abs().max(), name
     assert loss.beta >= 0
     other = replace(loss, beta=loss.beta * 1.001 + 1e-3 * (loss.beta == 0))
-    if not (isinstance(loss, DPO) and loss.variants == ("sft",)):  # which knows no β, apart from its rewards
+    if not (isinstance(loss, DPO) and loss.variants == ("sft",)):  # sft uses β only for its rewards
         with pytest.raises(AssertionError, match=r"^(loss|grad): .* over its bound"):
             check(ours(batch, other), allowed)
 
@@ -142,14 +143,14 @@ def test_the_rule_is_sharp(loss: LossOptions) -> None:
 @EVERY_STRUCTURE
 @pytest.mark.parametrize("lengths", [((1, 1),), ((512, 513),), ((257, 1),)], ids=str)
 def test_one_pair(loss: LossOptions, lengths: tuple[tuple[int, int], ...]) -> None:
-    """A single pair, of one token, of a whole block and one more, and of equal lengths."""
+    """Results are accurate for a single pair: of one token, of more than a block, and of unequal lengths."""
     batch = ordinary(loss, lengths, seed=3)
     check(ours(batch, loss), bounds(batch, loss))
 
 
 @EVERY_LOSS
 def test_equal_responses(loss: LossOptions) -> None:
-    """Pairs of two equal responses, and where there is a reference, of a policy that is still the reference."""
+    """Results are accurate for equal responses and, with a reference, for a policy that equals it."""
     value = 0.0 if loss.uses_reference else -0.625
     batch = of_values(loss, [(value, value)] * 3, [(1, 1), (4, 4), (31, 31)])
     check(ours(batch, loss), bounds(batch, loss))
@@ -161,8 +162,9 @@ AVERAGES = (0.0, -1e-7, -1e-20, -0.6931, -0.6932, -30.0, -1e4)
 
 @EVERY_LOSS
 def test_accuracy_at_the_extremes(loss: LossOptions) -> None:
-    """Log-ratios of ±1e4, of ±79, where exponentials are about to stop growing, and of ±1e-6; mean log-probabilities
-    from certain to impossible. All of them by token, and some pairs alone, so that no loss hides behind another."""
+    """Results are accurate for log-ratios of ±1e4, of ±79 (near the overflow of exponentials) and of ±1e-6, and for
+    mean log-probabilities from certain to impossible: all of them at once, and some pairs alone, so that no loss
+    hides another."""
     values = RATIOS if loss.uses_reference else AVERAGES
     pairs = list(itertools.product(values, values))
     batch = of_values(loss, pairs, [(1, 1), (3, 3), (1, 1)] * (len(pairs) // 3) + [(3, 3)] * (len(pairs) % 3))
@@ -175,7 +177,7 @@ def test_accuracy_at_the_extremes(loss: LossOptions) -> None:
 @pytest.mark.parametrize("side", [0.999, 1.001])
 @pytest.mark.parametrize("loss", [DPO(variants=("hinge",)), CPO(variant="hinge", sft_weight=0.0)], ids=["dpo", "cpo"])
 def test_beside_the_kink_of_the_hinge(loss: LossOptions, side: float) -> None:
-    """Where β·difference is just below 1 the gradient is whole, just above it there is none."""
+    """If β·difference is just below 1, the gradient is whole; just above 1, it is zero."""
     values = (side / 0.1, 0.0) if loss.uses_reference else (-1.0, -1.0 - side / 0.1)
     batch = of_values(loss, [values], [(1, 1)])
     found = ours(batch, loss)
@@ -185,7 +187,7 @@ def test_beside_the_kink_of_the_hinge(loss: LossOptions, side: float) -> None:
 
 @pytest.mark.parametrize("kl", [0.0, 0.7, 1e4])
 def test_kto_leaves_mismatched_rows_alone(kl: float) -> None:
-    """With mismatched rows or without, KTO is the same; their tokens' coefficients are 0."""
+    """Mismatched rows do not change KTO, and their tokens' coefficients are 0."""
     loss = KTO()
     both = ordinary(loss, order="tree")
     rows = both.of(range(both.pairs))
@@ -207,7 +209,7 @@ def test_kto_leaves_mismatched_rows_alone(kl: float) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 @EVERY_LOSS
 def test_nan_reaches_the_loss(loss: LossOptions) -> None:
-    """A NaN among the tokens is not clamped away: the loss is NaN, and the trainer sees it."""
+    """A NaN among the tokens makes the loss NaN, so that the trainer detects it."""
     batch = ordinary(loss, [(3, 2), (4, 5)])
     logp = batch.logp.clone()
     logp[batch.of([0])] = float("nan")
@@ -221,7 +223,7 @@ def test_nan_reaches_the_loss(loss: LossOptions) -> None:
 
 @EVERY_STRUCTURE
 def test_parts_add_up_to_the_step(loss: LossOptions) -> None:
-    """However a step is cut, its parts' losses and gradients are those of the whole."""
+    """However a step is cut, its parts' losses sum to that of the whole, and their gradients are its gradients."""
     whole = ordinary(loss, order="shuffled")
     expected = ours(whole, loss)
     scored = int(whole.lengths[: whole.pairs].sum() + whole.lengths[2 * whole.pairs :].sum())
@@ -236,7 +238,7 @@ def test_parts_add_up_to_the_step(loss: LossOptions) -> None:
 
 
 def cut(batch: Batch, pairs: list[int]) -> tuple[Batch, Tensor]:
-    """Some pairs of a batch, and which of its tokens are theirs."""
+    """Return a batch of some pairs, and a mask of their tokens in the whole batch."""
     sequences = [first + pair for first in range(0, len(batch.lengths), batch.pairs) for pair in pairs]
     tokens = batch.of(sequences)
     number = torch.full_like(batch.lengths, -1)
@@ -253,7 +255,7 @@ def cut(batch: Batch, pairs: list[int]) -> tuple[Batch, Tensor]:
 
 @EVERY_STRUCTURE
 def test_results_repeat_and_are_written_whole(loss: LossOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits again, also where fresh memory is full of NaN."""
+    """Results repeat bit for bit, also if new memory is full of NaN."""
     batch = ordinary(loss)
     first, second = ours(batch, loss), ours(batch, loss)
     made, empty = [], Tensor.new_empty
@@ -271,7 +273,7 @@ def test_results_repeat_and_are_written_whole(loss: LossOptions, monkeypatch: py
 
 
 def test_what_is_not_float32_or_not_contiguous() -> None:
-    """Strided tokens, and a reference of another dtype, give what contiguous float32 ones give."""
+    """Strided tokens, and a reference of another dtype, give the results of contiguous float32 ones."""
     loss = DPO(weighting=True)
     batch = ordinary(loss)
     strided = replace(
@@ -312,7 +314,7 @@ def _map(function: Any, x: Tensor, y: Tensor) -> None:
 
 
 def spread(low: float, high: float) -> Tensor:
-    """Values all over [low, high], and towards 0 from both sides."""
+    """Return values all over [low, high], and others that approach 0 from both sides."""
     near = torch.logspace(-30, 2, 500)
     values = torch.cat([torch.linspace(low, high, 3001), near, -near, torch.zeros(1)])
     return values[(values >= low) & (values <= high)]
@@ -331,7 +333,7 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_elementary_functions(name: str) -> None:
-    """exp, expm1, log1p and the logistic functions are right to four float32 roundings, over their whole range."""
+    """exp, expm1, log1p and the logistic functions are right up to four float32 roundings, over their whole range."""
     number, truth, x = FUNCTIONS[name]
     y = torch.full_like(x, float("nan"), device=DEVICE)
     _map(number, x.to(DEVICE), y)
@@ -352,7 +354,7 @@ def test_elementary_functions_let_nan_through(name: str) -> None:
 
 
 def test_a_spec_says_what_the_kernels_read() -> None:
-    """A spec's flags are the constants of the kernel, its numbers what the kernel loads."""
+    """A spec's flags are the kernel's constants, and its numbers are the values that the kernel loads."""
     spec = LossSpec(("hinge", "odds_ratio"), (0.5, 2.0), beta=0.25, label_smoothing=0.125, supervised=3.0, prompts=True)
     flags, numbers = spec.flags(), spec.numbers()
     assert (flags.HAS_PROMPTS, flags.HAS_REFERENCE) == (1, 0)
@@ -363,7 +365,7 @@ def test_a_spec_says_what_the_kernels_read() -> None:
 
 
 def test_the_table_is_all_that_a_variant_needs() -> None:
-    """The table holds every loss of pairs without sorting, under the name of its option; a kernel takes any of them."""
+    """The table has every loss of pairs that does not sort, under its option's name, and a kernel takes any of them."""
     named = {*CLOSED, "odds_ratio"} - {"sft"}
     assert set(VARIANTS) == named
     compiled = [function for _, constants in launch.compile_cases() for function in constants.get("VARIANTS", ())]
@@ -385,7 +387,7 @@ def test_the_table_is_all_that_a_variant_needs() -> None:
 
 
 def test_lengths_are_not_compiled_in() -> None:
-    """One kernel serves every batch of a run: what changes from batch to batch is never a compile-time value."""
+    """One kernel serves every batch of a run, because nothing that changes between batches is a compile-time value."""
     names = [name for name, _ in launch.compile_cases()]
     assert len(set(names)) == len(names) >= 5
     for _, constants in launch.compile_cases():

@@ -1,4 +1,4 @@
-"""The losses against formulas written out pair by pair: values, gradients, extremes."""
+"""The losses compared with formulas written out pair by pair: values, gradients, extremes."""
 
 import itertools
 import math
@@ -68,7 +68,7 @@ LENGTHS = ((1, 1), (7, 3), (12, 1000))
     ],
 )
 def test_dpo_variant_is_its_formula(variant: Any, smoothing: float, beta: float, dtype: torch.dtype) -> None:
-    """Of a single pair, every variant is the formula of its paper, to a few units of rounding."""
+    """For a single pair, every variant equals the formula of its paper, up to a few units of rounding."""
     options = DPO(variants=(variant,), beta=beta, label_smoothing=smoothing)
     _meets_formula(options, "reverse_kl", RATIOS, dtype)
 
@@ -77,7 +77,7 @@ def test_dpo_variant_is_its_formula(variant: Any, smoothing: float, beta: float,
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "reverse_kl"])
 @pytest.mark.parametrize("variant", PER_PAIR)
 def test_f_divergence_is_its_formula(variant: Any, name: str, dtype: torch.dtype) -> None:
-    """A divergence replaces the ratio in the variants of a difference, and does nothing to the others."""
+    """A divergence replaces the ratio in the variants of a difference, and does not change the others."""
     _meets_formula(dpo(variant, beta=0.3, **DIVERGENCES[name]), name, SMALL_RATIOS, dtype)
 
 
@@ -127,7 +127,7 @@ def test_sorted_variant_is_its_formula(variant: Any, smoothing: float, dtype: to
     ],
 )
 def test_dpo_adds_variants_up(variants: Any, weights: Any, weighted: bool, dtype: torch.dtype) -> None:
-    """The loss is Σ weight · mean(variant), the pairs weighted in every variant but sft, the mean of all its tokens."""
+    """The loss is Σ weight · mean(variant); pairs are weighted in every variant except sft, a mean over all tokens."""
     pairs = make_pairs(9, dtype=dtype, weighted=weighted)
     options = DPO(variants=variants, weights=weights, beta=0.2, label_smoothing=smoothing(variants))
     of_pairs = exact(pairs.weights) if weighted else [1.0] * 9
@@ -148,7 +148,7 @@ AVERAGES = squared((-1e-6, -0.01, -0.7, -2.5, -11.0, -40.0))
 @EVERY_DTYPE
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
 def test_orpo_is_its_formula(beta: float, dtype: torch.dtype) -> None:
-    """ORPO is the chosen responses' mean negative log-likelihood less β·logσ of the log odds ratio."""
+    """ORPO is the chosen responses' mean negative log-likelihood minus β·logσ of the log odds ratio."""
     pairs = of_averages(AVERAGES, dtype, [(1, 1)] * len(AVERAGES))
     for i, averages in enumerate(zip(exact(pairs.chosen), exact(pairs.rejected))):
         one = part(pairs, [i])
@@ -174,7 +174,7 @@ def test_orpo_is_its_formula(beta: float, dtype: torch.dtype) -> None:
     ids=repr,
 )
 def test_simpo_is_its_formula(options: SimPO, dtype: torch.dtype) -> None:
-    """SimPO is smoothed −logσ of β times the difference of mean log-probabilities less the margin, plus the NLL."""
+    """SimPO is smoothed −logσ of (β times the difference of mean log-probabilities minus the margin), plus the NLL."""
     ratio = 0.5 if options.gamma_beta_ratio is None else options.gamma_beta_ratio
     margin = options.beta * ratio if options.gamma is None else options.gamma
     pairs = of_averages(AVERAGES, dtype, [LENGTHS[i % len(LENGTHS)] for i in range(len(AVERAGES))])
@@ -203,7 +203,7 @@ def test_simpo_is_its_formula(options: SimPO, dtype: torch.dtype) -> None:
     ids=repr,
 )
 def test_cpo_is_its_formula(options: CPO, dtype: torch.dtype) -> None:
-    """CPO is a loss of β times the difference of log-probabilities (ipo: per token), plus the NLL."""
+    """CPO is a loss of β times the difference of log-probabilities (for ipo, per token), plus the NLL."""
     table = squared((-1e-3, -0.7, -12.0, -55.0, -150.0))
     lengths = torch.tensor([LENGTHS[i % len(LENGTHS)] for i in range(len(table))])
     logps = torch.tensor(table, dtype=dtype)
@@ -230,7 +230,7 @@ def test_cpo_is_its_formula(options: CPO, dtype: torch.dtype) -> None:
     ids=repr,
 )
 def test_kto_is_its_formula(options: KTO, kl: float, dtype: torch.dtype) -> None:
-    """KTO is w·(1 − σ(±β(ratio − KL))), and without KL the baseline is 0 whatever is passed."""
+    """KTO is w·(1 − σ(±β(ratio − KL))); without KL the baseline is 0 whatever is passed."""
     table = [(ratio, label) for label in (True, False) for ratio in RATIOS]
     ref = torch.full((len(table),), -31.7, dtype=dtype)
     logps = ref + torch.tensor([ratio for ratio, _ in table], dtype=dtype)
@@ -259,7 +259,7 @@ def test_kto_kl_is_a_mean_no_less_than_zero(differences: list[float], expected: 
 
 @EVERY_LOSS
 def test_gradients_are_differences(options: LossOptions) -> None:
-    """In float64 the gradients are those that differences of the loss give, also where pairs are weighted."""
+    """In float64 the gradients equal finite differences of the loss, also with weighted pairs."""
     pairs = make_pairs(5, seed=1, spread=2.0, weighted=not sorts(options))
 
     def loss(chosen: Tensor, rejected: Tensor, nll: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def test_gradients_are_differences(options: LossOptions) -> None:
     "options", [KTO(), KTO(kl="none", desirable_weight=0.0), KTO(beta=1.0, undesirable_weight=2.0)]
 )
 def test_kto_gradients_are_differences(options: KTO) -> None:
-    """In float64 the gradients of KTO are those that differences of the loss give."""
+    """In float64 the gradients of KTO equal finite differences of the loss."""
     pairs = make_pairs(6)
     assert pairs.ref_chosen is not None
     reference, labels = pairs.ref_chosen, torch.tensor([True, False, True, True, False, False])
@@ -308,7 +308,7 @@ def assert_finite(output: PreferenceLoss, inputs: Sequence[Tensor]) -> None:
 @pytest.mark.parametrize("size", [1e4, 79.0])
 @pytest.mark.parametrize("name", [name for name, options in PAIR_LOSSES.items() if options.uses_reference])
 def test_far_from_the_reference_all_is_finite(name: str, size: float) -> None:
-    """At ratios of ±1e4, and where exponentials are about to overflow, float32 losses and gradients are finite."""
+    """At ratios of ±1e4, and near the overflow of exponentials, float32 losses and gradients are finite."""
     options = PAIR_LOSSES[name]
     table = list(itertools.product(squared((size, -size)), EXTREME_LENGTHS))
     pairs = of_ratios([ratios for ratios, _ in table], torch.float32, [lengths for _, lengths in table])

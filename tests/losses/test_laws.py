@@ -1,4 +1,4 @@
-"""The laws that every loss obeys: parts add up, known values, options, and where no gradient goes."""
+"""The laws of every loss: parts add up, known values, options, and where no gradient flows."""
 
 import itertools
 import math
@@ -48,7 +48,7 @@ from tests.support.pair_losses import (
 
 
 def random_cut(count: int, seed: int) -> list[Tensor]:
-    """All of range(count), shuffled, in parts of unequal size."""
+    """Return the indices of range(count), shuffled, in parts of unequal size."""
     rng = random.Random(seed)
     order = rng.sample(range(count), count)
     marks = [0, *sorted(rng.sample(range(1, count), rng.randint(1, 4))), count]
@@ -58,7 +58,7 @@ def random_cut(count: int, seed: int) -> list[Tensor]:
 @EVERY_LOSS
 @pytest.mark.parametrize("seed", range(4))
 def test_parts_add_up_to_the_step(options: LossOptions, seed: int) -> None:
-    """However a step is cut, the parts' losses and gradients sum to those of the whole, and their metrics do too."""
+    """However a step is cut, losses, gradients and metrics of the parts sum to those of the whole step."""
     pairs = make_pairs(11, seed=seed, weighted=not sorts(options))
     assert pairs.nll_lengths is not None
     totals = Totals(11, float(pairs.nll_lengths.sum()))
@@ -81,7 +81,7 @@ def test_parts_add_up_to_the_step(options: LossOptions, seed: int) -> None:
 @pytest.mark.parametrize("variant", SORTING_VARIANTS)
 @pytest.mark.parametrize("seed", range(3))
 def test_parts_add_up_where_pairs_tie(variant: Any, seed: int) -> None:
-    """Equal differences, such as those of a policy that is still its reference, are paired alike in every part."""
+    """Equal differences, such as those of a policy that equals its reference, are paired the same way in every part."""
     pairs = make_pairs(8, seed=seed)
     ties = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, -2.0, 0.0, -2.0], dtype=torch.float64)
     pairs = replace(pairs, ref_chosen=pairs.chosen.detach() - ties, ref_rejected=pairs.rejected.detach() + ties.flip(0))
@@ -96,7 +96,7 @@ def test_parts_add_up_where_pairs_tie(variant: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_parts_of_kto_add_up_to_the_step(seed: int) -> None:
-    """However a step of rows is cut, also into parts of one label, losses and gradients sum to those of the whole."""
+    """However a step of KTO is cut, also into parts with one label, losses and gradients sum to those of the whole."""
     pairs = make_pairs(10, seed=seed)
     assert pairs.ref_chosen is not None
     labels = torch.tensor([True] * 3 + [False] * 7)
@@ -140,7 +140,7 @@ LN2 = math.log(2)
     ids=repr,
 )
 def test_value_where_the_policy_is_the_reference(options: LossOptions, expected: float) -> None:
-    """At ratio 0, where training starts, every loss has the value its formula has at 0."""
+    """At ratio 0, where training starts, every loss has its formula's value at 0."""
     lengths = torch.tensor([3, 5, 9])
     logps = torch.tensor([-1.0, -2.5, -40.0])
     pairs = PairLogps(logps, logps.flip(0), lengths, lengths, logps, logps.flip(0))
@@ -157,7 +157,7 @@ def test_kto_where_the_policy_is_the_reference(kl: Any) -> None:
 
 
 def test_simpo_and_cpo_and_orpo_of_equal_responses() -> None:
-    """Of two equally likely responses SimPO is −logσ(−γ), CPO ln 2 + NLL, ORPO NLL + β·ln 2."""
+    """For two equally likely responses, SimPO is −logσ(−γ), CPO ln 2 + NLL, and ORPO NLL + β·ln 2."""
     pairs = of_averages([(-0.5, -0.5), (-2.0, -2.0)], torch.float32, [(4, 4), (6, 6)])
     nll = (0.5 * 4 + 2.0 * 6) / 10
     assert simpo_loss(pairs, SimPO(gamma=1.25)).loss.item() == pytest.approx(nls(-1.25))
@@ -167,7 +167,7 @@ def test_simpo_and_cpo_and_orpo_of_equal_responses() -> None:
 
 
 def test_ipo_by_its_own_name() -> None:
-    """`ipo` is `dpo` with the variant ipo, to the last bit."""
+    """`ipo` is bit-identical to `dpo` with the variant ipo."""
     pairs = make_pairs(6, dtype=torch.float32)
     one, other = pair_loss(pairs, IPO(beta=0.3)), dpo_loss(pairs, DPO(beta=0.3, variants=("ipo",)))
     assert torch.equal(one.loss, other.loss)
@@ -186,7 +186,7 @@ def test_rpo_is_dpo_plus_supervision() -> None:
 
 
 def test_supervised_terms_default_to_the_chosen_response() -> None:
-    """Without logps of their own, supervised terms score the chosen responses' tokens."""
+    """Without log-probabilities of their own, supervised terms score the chosen responses' tokens."""
     pairs = make_pairs(6)
     given = replace(pairs, nll=pairs.chosen, nll_lengths=pairs.chosen_lengths)
     default = replace(pairs, nll=None, nll_lengths=None)
@@ -207,7 +207,7 @@ def test_supervised_terms_default_to_the_chosen_response() -> None:
     ids=lambda value: "" if callable(value) else repr(value),
 )
 def test_rewards(options: LossOptions, reward: Callable[[PairLogps], Tensor]) -> None:
-    """Rewards are β·ratio, for ORPO and SimPO β·mean log-probability, for CPO β·log-probability."""
+    """Rewards are β·ratio; for ORPO and SimPO β·mean log-probability, and for CPO β·log-probability."""
     pairs = make_pairs(5)
     mirrored = replace(
         pairs,
@@ -269,7 +269,7 @@ def test_rewards(options: LossOptions, reward: Callable[[PairLogps], Tensor]) ->
     ],
 )
 def test_bad_options_are_refused(kind: type, values: dict[str, Any], word: str) -> None:
-    """An option that is wrong, unknown or at odds with another is refused by name."""
+    """An option that is wrong, unknown or in conflict with another is refused by name."""
     with pytest.raises(ValueError, match=word):
         kind(**values)
 
@@ -287,13 +287,13 @@ def test_bad_options_are_refused(kind: type, values: dict[str, Any], word: str) 
     ],
 )
 def test_good_options_are_taken(kind: type, values: dict[str, Any]) -> None:
-    """Lists and whole numbers, as in TOML and JSON, and values at the edge of their ranges are accepted."""
+    """Lists and whole numbers, as in TOML and JSON, and values at the limits of their ranges are accepted."""
     options = kind(**values)
     assert all(getattr(options, name) == (tuple(v) if isinstance(v, list) else v) for name, v in values.items())
 
 
 def test_what_cannot_be_computed_is_refused() -> None:
-    """A loss against a reference needs its log-probabilities, and KTO has no loss of pairs."""
+    """A loss with a reference needs the reference's log-probabilities, and KTO has no loss of pairs."""
     pairs = make_pairs(2)
     for options in (DPO(), IPO(), DPO(variants=("sft",))):
         with pytest.raises(ValueError, match="ref_chosen"):
@@ -302,12 +302,12 @@ def test_what_cannot_be_computed_is_refused() -> None:
         pair_loss(pairs, KTO())
 
 
-# --- 7. Where no gradient goes. -----------------------------------------------------------------------------------
+# --- 7. Where no gradient flows. ----------------------------------------------------------------------------------
 
 
 @EVERY_LOSS
 def test_only_the_policy_gets_a_gradient(options: LossOptions) -> None:
-    """Rewards and metrics carry no gradient, and reference log-probabilities without one are left alone."""
+    """Rewards and metrics have no gradient, and neither reference log-probabilities nor weights get one."""
     sources = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     pairs = make_pairs(4)
     pairs = replace(pairs, weights=None if sorts(options) else wpo_weights(sources, sources))
@@ -324,7 +324,7 @@ def test_only_the_policy_gets_a_gradient(options: LossOptions) -> None:
 
 
 def test_kto_baseline_gets_no_gradient() -> None:
-    """KTO's KL carries no gradient, neither out of its estimate nor through the loss."""
+    """KTO's KL has no gradient, neither in its estimate nor through the loss."""
     logps = torch.tensor([-1.0, -2.0], requires_grad=True)
     estimate = kto_kl(logps, torch.tensor([-3.0, -3.0]))
     assert float(estimate) == 1.5
@@ -343,7 +343,7 @@ def test_kto_baseline_gets_no_gradient() -> None:
 
 @EVERY_DTYPE
 def test_log1mexp_is_exact_at_both_ends(dtype: torch.dtype) -> None:
-    """log(1 − eˣ) is right to a few units of rounding from −1e-29 to −80."""
+    """log(1 − eˣ) is right up to a few units of rounding from −1e-29 to −80."""
     sizes = [10.0**power for power in range(-29, 1)] + [0.5, 0.69, math.log(2), 0.7, 2.0, 5.0, 17.0, 40.0, 80.0]
     x = -torch.tensor(sizes, dtype=dtype)
     for at, found in zip(exact(x), _log1mexp(x)):
@@ -355,7 +355,7 @@ def test_log1mexp_is_exact_at_both_ends(dtype: torch.dtype) -> None:
 
 @EVERY_DTYPE
 def test_log1mexp_of_zero_is_finite(dtype: torch.dtype) -> None:
-    """A certain response has finite odds, with a finite gradient, no better than those of a nearly certain one."""
+    """A certain response has finite odds with a finite gradient, no better than those of a nearly certain one."""
     x = torch.tensor([0.0, -1e-35, -1e-20], dtype=dtype, requires_grad=True)
     values = _log1mexp(x)
     (gradient,) = gradients(values.sum(), [x])
@@ -368,14 +368,14 @@ def test_log1mexp_of_zero_is_finite(dtype: torch.dtype) -> None:
     ("alpha", "expected"), [(1.0, [1, 1, 1, 1, 1]), (0.0, [1, 1, 0, 1, 0]), (0.3, [1, 1, 0.3, 1, 0.3])]
 )
 def test_length_weights(alpha: float, expected: list[float]) -> None:
-    """Tokens within the shorter response's length weigh 1, later ones alpha."""
+    """Tokens within the shorter response's length have weight 1, later ones alpha."""
     weights = length_weights(torch.tensor([0, 1, 2, 0, 1]), torch.tensor([2, 2, 2, 1, 1]), alpha)
     assert torch.equal(weights, torch.tensor(expected, dtype=torch.float32))
 
 
 @EVERY_DTYPE
 def test_wpo_weights(dtype: torch.dtype) -> None:
-    """A pair weighs the product of its responses' likelihoods per token, and nothing flows back."""
+    """A pair's weight is the product of its responses' likelihoods per token, and has no gradient."""
     chosen = torch.tensor([0.0, -0.3, -2.0, 0.4, -30.0], dtype=dtype, requires_grad=True)
     rejected = torch.tensor([0.0, -1.1, -5.0, 0.2, -30.0], dtype=dtype)
     weights = wpo_weights(chosen, rejected)

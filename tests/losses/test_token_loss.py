@@ -1,4 +1,4 @@
-"""`preference_loss`: the torch backend against sums written out, arguments, and what torch's tracers make of it."""
+"""`preference_loss`: the torch backend compared with written-out sums, its arguments, and torch's tracers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ TRACED = ("dpo all at once", "orpo, prompts", "simpo, all options", "kto")
 
 
 def by_hand(batch: Batch, loss: LossOptions) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient, sequence by sequence in float64."""
+    """Compute the loss and its gradient, sequence by sequence in float64."""
     logp = batch.logp.double().requires_grad_()
     shorter = torch.minimum(batch.lengths[: batch.pairs], batch.lengths[batch.pairs : 2 * batch.pairs])
 
@@ -60,7 +60,7 @@ def by_hand(batch: Batch, loss: LossOptions) -> tuple[Tensor, Tensor]:
 
 @EVERY_LOSS
 def test_tokens_are_added_up_right(loss: LossOptions) -> None:
-    """In float64 the loss and its token gradients are those of sums written out one by one."""
+    """In float64 the loss and its token gradients are those of written-out sums."""
     batch = ordinary(loss, [(1, 1), (3, 7), (9, 2)], "shuffled")
     found, grad = run(batch, loss, dtype=torch.float64)
     expected, expected_grad = by_hand(batch, loss)
@@ -72,7 +72,7 @@ def test_tokens_are_added_up_right(loss: LossOptions) -> None:
 @pytest.mark.parametrize("loss", [DPO(), ORPO(nll_on="all"), KTO()], ids=["dpo", "orpo", "kto"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_is_logged(loss: LossOptions, backend: str) -> None:
-    """Sums and rewards are of the responses in their order, without gradient; sides are halves, or go by label."""
+    """Sums and rewards follow the responses' order, without gradient; sides are halves or given by labels."""
     batch = ordinary(loss, [(1, 1), (3, 7), (9, 2)])
     found, _ = run(batch, loss, backend, device=DEVICE)
     count = 3 if isinstance(loss, KTO) else 6
@@ -98,7 +98,7 @@ def test_what_is_logged(loss: LossOptions, backend: str) -> None:
 
 
 def test_sorting_variants_over_parts_of_a_step() -> None:
-    """aot and aot_unpaired take torch; with the step's pairs, its parts add up to the whole."""
+    """aot and aot_unpaired use torch; with the whole step's pairs, the parts of a step add up to the whole."""
     batch = ordinary(SORTING, [(2, 3), (5, 1), (4, 4)], "padded")
     whole, grad = run(batch, SORTING, "auto", dtype=torch.float64)
     reference = batch.reference.double()
@@ -125,7 +125,7 @@ def test_sorting_variants_over_parts_of_a_step() -> None:
 
 
 def test_auto_takes_the_kernels_on_a_gpu_only() -> None:
-    """ "auto" is torch on a CPU, also where Triton's interpreter could run; the kernels know no float64."""
+    """On a CPU "auto" is torch, even if Triton's interpreter could run; the kernels do not support float64."""
     assert not takes_triton("auto", torch.zeros(1), DPO())
     assert takes_triton("triton", torch.zeros(1, device=DEVICE), DPO())
     with pytest.raises(ValueError, match=r"triton.*float64"):
@@ -135,7 +135,7 @@ def test_auto_takes_the_kernels_on_a_gpu_only() -> None:
 
 
 def test_options_become_the_spec_the_kernels_read() -> None:
-    """Where two options say one thing, they are one spec."""
+    """Options with the same meaning give the same spec."""
     assert kernel_spec(IPO(beta=0.3)) == kernel_spec(DPO(beta=0.3, variants=("ipo",)))
     assert kernel_spec(DPO(f_divergence="alpha", f_alpha=1.0)).score == "value"
     assert kernel_spec(DPO(f_divergence="forward_kl")) == kernel_spec(DPO(f_divergence="alpha", f_alpha=0.0))
@@ -151,7 +151,7 @@ def test_options_become_the_spec_the_kernels_read() -> None:
 def inputs(
     name: str, lengths: Sequence[tuple[int, int]] = ((1, 1), (3, 7), (9, 2))
 ) -> tuple[LossOptions, dict[str, Any]]:
-    """A loss and the tensors it takes, on the device."""
+    """Return a loss and the tensors that it takes, on the device."""
     loss = LOSSES[name]
     batch = ordinary(loss, lengths)
     tensors = {"logp": batch.logp, "segments": batch.segments, "lengths": batch.lengths}
@@ -166,7 +166,7 @@ def inputs(
 
 @pytest.mark.parametrize("name", TRACED)
 def test_the_operation_is_a_good_citizen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.library.opcheck`: schema, autograd, fake tensors and AOT dispatch of what `preference_loss` calls."""
+    """`torch.library.opcheck` accepts the operation: schema, autograd, fake tensors and AOT dispatch."""
     from fastpref.losses import token_loss
 
     calls: list[tuple] = []
@@ -183,7 +183,7 @@ def test_the_operation_is_a_good_citizen(name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", TRACED)
 def test_fake_tensors_pass_through(name: str) -> None:
-    """Shapes, dtypes and a backward pass without data, for planning memory."""
+    """Fake tensors, used to plan memory, give the real shapes and dtypes and a backward pass."""
     loss, tensors = inputs(name)
     real = preference_loss(loss=loss, **tensors, backend="triton")
     with FakeTensorMode() as mode:
@@ -202,7 +202,7 @@ def test_fake_tensors_pass_through(name: str) -> None:
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", TRACED)
 def test_compiles_in_one_graph(name: str, compiler: str) -> None:
-    """`torch.compile(fullgraph=True)` gives the same loss and gradient, for batches of changing length."""
+    """`torch.compile(fullgraph=True)` gives the same loss and gradient, for batches of different lengths."""
     torch.compiler.reset()
 
     @torch.compile(fullgraph=True, backend=compiler, dynamic=True)
@@ -226,7 +226,7 @@ def test_compiles_in_one_graph(name: str, compiler: str) -> None:
 
 
 def test_there_is_no_second_derivative() -> None:
-    """The coefficients cannot be differentiated again: a second derivative raises instead of being ignored."""
+    """A second derivative raises an error instead of being ignored, because the coefficients have no gradient."""
     loss, tensors = inputs("simpo, all options")
     leaf, factor = tensors["logp"].clone().requires_grad_(), torch.ones((), device=DEVICE, requires_grad=True)
     found = preference_loss(loss=loss, backend="triton", **tensors | {"logp": leaf})
@@ -236,7 +236,7 @@ def test_there_is_no_second_derivative() -> None:
 
 
 def test_no_gradient_is_no_graph() -> None:
-    """Without gradients there is nothing to go back through, and the same value."""
+    """Without gradients the result has no graph and the same value."""
     loss, tensors = inputs("simpo, all options")
     with torch.no_grad():
         found = preference_loss(loss=loss, **tensors | {"logp": tensors["logp"].clone().requires_grad_()})
@@ -304,7 +304,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_wrong_arguments_are_named(case: str) -> None:
-    """A wrong argument is refused by name, with what was found."""
+    """A wrong argument is refused by name, with its value."""
     arguments, error, message = BAD[case]
     with pytest.raises(error, match=message):
         preference_loss(**arguments)
@@ -312,12 +312,12 @@ def test_wrong_arguments_are_named(case: str) -> None:
 
 @pytest.mark.parametrize("arguments", [GOOD, KTO_GOOD, ORPO_GOOD], ids=["dpo", "kto", "orpo"])
 def test_right_arguments_are_taken(arguments: dict[str, Any]) -> None:
-    """What the table of wrong arguments starts from is right."""
+    """The arguments from which the table of wrong ones starts are accepted."""
     assert preference_loss(**arguments).loss.isfinite()
 
 
 def test_it_is_public() -> None:
-    """`fastpref.preference_loss` and what it returns are public names."""
+    """`fastpref.preference_loss` and its result type are public names."""
     assert fastpref.preference_loss is preference_loss
     assert {"preference_loss", "PreferenceLoss"} <= set(fastpref.__all__)
     found = preference_loss(**GOOD)

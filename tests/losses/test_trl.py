@@ -1,4 +1,4 @@
-"""The losses against TRL's own, run unbound on stand-ins for the trainer and the model."""
+"""The losses compared with TRL's own methods, which run on stand-ins for the trainer and the model."""
 
 import os
 
@@ -33,18 +33,18 @@ from fastpref.losses import (
 )
 from tests.support.losses import OF_A_DIFFERENCE
 
-close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-8)  # both sides round in float32, in other orders
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-8)  # both sides round in float32, in different orders
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), gather=lambda t: t, gather_for_metrics=lambda t: t)
 
 
 @dataclass
 class Batch:
-    """Padded responses after their prompts, as TRL's collators lay them out, with a model's outputs for them."""
+    """Padded responses after their prompts, laid out as by TRL's collators, with a model's outputs for them."""
 
     inputs: dict[str, Tensor]
     outputs: SimpleNamespace  # all [rows, T − 1]
     mask: Tensor  # bool [rows, T − 1]: which outputs belong to a response
-    offsets: Tensor  # int64 [rows, T − 1]: places in the response
+    offsets: Tensor  # int64 [rows, T − 1]: positions in the response
     lengths: Tensor  # [rows]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def make_batch(rows: int, seed: int = 0, *, width: int = 24) -> Batch:
 
 
 def stub(**attributes: Any) -> Any:
-    """What the loss reads of a trainer."""
+    """Return a stand-in with what the loss reads from a trainer."""
     return SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=ACCELERATOR,
@@ -97,13 +97,13 @@ def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def expect_same_token_gradients(batch: Batch, ours: Tensor, theirs: Tensor) -> None:
-    """TRL's model leaves 0 outside the responses, whose gradients TRL's sums therefore need not mask."""
+    """Compare token gradients inside the responses; TRL's need no mask, because its model returns 0 outside of them."""
     (our,), (their,) = (gradients(loss, batch.outputs.log_probs) for loss in (ours, theirs))
     close(our, their * batch.mask)
 
 
 def expect_rewards(output: PreferenceLoss, metrics: dict[str, Any]) -> None:
-    """The metrics that TRL makes of the rewards of pairs."""
+    """Compare the rewards with TRL's metrics of pairs."""
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     for name, ours in (
         ("chosen", chosen),
@@ -161,7 +161,7 @@ NOT_OF_A_DIFFERENCE = ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired
 
 
 def _dpo(*variants: Any, **options: Any) -> DPO:
-    smooth = {"exo_pair", "robust", "aot", "aot_unpaired"}.intersection(variants)  # TRL's sigmoid is never smoothed
+    smooth = {"exo_pair", "robust", "aot", "aot_unpaired"}.intersection(variants)  # TRL never smooths sigmoid
     return DPO(variants=variants, label_smoothing=0.1 if smooth else 0.0, **options)
 
 
@@ -195,14 +195,14 @@ def test_dpo_is_trls(options: DPO) -> None:
     "variant", [v for v in (*OF_A_DIFFERENCE, *NOT_OF_A_DIFFERENCE) if v not in ("aot", "aot_unpaired", "sft")]
 )
 def test_wpo_is_trls(variant: str) -> None:
-    """Weighting multiplies the pairs of every variant as in TRL."""
+    """Weighting multiplies the pairs of every variant as it does in TRL."""
     options = _dpo(variant, weighting=True)
     batch = make_batch(10, seed=2)
     references = batch.sum(batch.outputs.log_probs.detach()) + torch.linspace(-6, 5, 10)
     theirs, _ = trl_dpo(batch, references, options)
     _, ours = our_dpo(batch, references, options)
     close(ours.loss, theirs)
-    if variant != "hinge":  # TRL scales relu's result in place and then cannot go backward
+    if variant != "hinge":  # TRL scales relu's result in place, after which the backward pass fails
         expect_same_token_gradients(batch, ours.loss, theirs)
 
 
@@ -218,7 +218,7 @@ def some_pairs(seed: int = 3) -> PairLogps:
 
 
 def trl_reference_free(trainer_class: Any, pairs: PairLogps, average: bool, **attributes: Any) -> tuple[Tensor, dict]:
-    """The whole loss of TRL's trainer, given what its forward pass would find."""
+    """Return the whole loss of TRL's trainer with these results of its forward pass, and its metrics."""
     chosen, rejected = pairs.chosen, pairs.rejected
     if average:
         chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
@@ -245,7 +245,7 @@ def expect_same(ours: PreferenceLoss, theirs: Tensor, metrics: dict[str, Any], p
 def _expect_trls_cpo(
     output: PreferenceLoss, options: SimPO | CPO, pairs: PairLogps, average: bool, **trainer: Any
 ) -> None:
-    """TRL's CPO trainer with the same options gives the same loss, gradients and rewards."""
+    """Check that TRL's CPO trainer with the same options gives the same loss, gradients and rewards."""
     trainer |= {"beta": options.beta, "label_smoothing": options.label_smoothing}
     trainer |= {"cpo_alpha": options.sft_weight, "alpha": options.alpha}
     expect_same(output, *trl_reference_free(CPOTrainer, pairs, average, **trainer), pairs)
@@ -315,7 +315,7 @@ def test_cpo_is_trls(options: CPO) -> None:
     ids=repr,
 )
 def test_kto_is_trls(options: KTO, shift: float, labels: list[int]) -> None:
-    """KTO gives TRL's loss, token gradients, KL and rewards, with either sign of the estimate, "none" apo_zero's."""
+    """KTO gives TRL's loss, token gradients, KL and rewards, for either sign of the estimate; "none" is apo_zero."""
     batch = make_batch(7, seed=4)
     logps, label = batch.outputs.log_probs, torch.tensor(labels, dtype=torch.bool)
     references = batch.sum(logps.detach()) + torch.linspace(-5, 6, 7)

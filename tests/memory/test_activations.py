@@ -1,4 +1,4 @@
-"""`train.checkpointing` and `train.offload_activations`, from the config to the layers of the model."""
+"""The keys `train.checkpointing` and `train.offload_activations`, from the config to the layers of the model."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chosen(folder: Path, device: torch.device, *overrides: str) -> tuple[int, list[str]]:
-    """How many layers have gradient checkpointing, and the notes on it."""
+    """Return the number of layers with gradient checkpointing, and the notes on it."""
     config = config_for(folder, LORA, "tokens.max_length=128", *overrides)
     loaded = load_model(config, CPU)
     said = activations.checkpoint_activations(config, loaded, device)
@@ -32,7 +32,7 @@ def chosen(folder: Path, device: torch.device, *overrides: str) -> tuple[int, li
 
 
 def test_what_is_asked_for(llama: Path):
-    """true is all layers and false none, on any device; "auto" is none on a CPU, all where memory is not known."""
+    """true checkpoints all layers and false none, on any device; "auto" none on a CPU, all if the memory is unknown."""
     for device in (CPU, CUDA):
         assert chosen(llama, device, "train.checkpointing=true") == (2, [])
         assert chosen(llama, device, "train.checkpointing=false") == (0, [])
@@ -41,8 +41,8 @@ def test_what_is_asked_for(llama: Path):
 
 
 def test_a_gpu_decides_by_what_a_step_takes(llama: Path, monkeypatch: pytest.MonkeyPatch):
-    """None where it fits, all where only that does, and as few as fit between; the count is then below the budget."""
-    config = config_for(llama, LORA, "tokens.max_length=128", "model.liger=false")  # as it is loaded on a CPU
+    """A GPU checkpoints no layer if the step fits, else the fewest with which it fits, at most all."""
+    config = config_for(llama, LORA, "tokens.max_length=128", "model.liger=false")  # as on a CPU, where it is loaded
     without, one, both = (count_step(config, CUDA, layers=layers).total for layers in (0, 1, 2))
     for available, count in ((without, 0), (one, 1), (both, 2), (both - 1, 2)):
         monkeypatch.setattr(activations, "_available", lambda device, given=available: given)
@@ -63,7 +63,7 @@ def test_a_model_that_cannot_be_counted_has_all_layers_checkpointed(llama: Path,
 
 
 def test_moving_needs_a_device_to_move_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On a CPU it is refused before anything is written; so is offloading without gradient checkpointing."""
+    """Offloading is refused on a CPU, and without gradient checkpointing, before anything is written."""
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)
     if not torch.cuda.is_available():
@@ -83,7 +83,7 @@ def test_a_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrid
 
 @pytest.fixture(scope="module")
 def without_checkpointing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a family that transformers cannot checkpoint."""
+    """Save a model of a family for which transformers has no gradient checkpointing, and return its folder."""
     folder = tmp_path_factory.mktemp("openai")
     config = OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

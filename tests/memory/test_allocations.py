@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastpref.memory.allocations import PeakStorage
 
-X = torch.arange(1.0, 101.0)  # made before any context
+X = torch.arange(1.0, 101.0)  # exists before any context
 
 
 def in_place() -> Tensor:
@@ -52,7 +52,7 @@ def chain() -> Tensor:
     ],
 )
 def test_counts_new_storages_once(create: Callable[[], object], current: int, peak: int) -> None:
-    """New storages count by their size, whatever views they have; what existed before never counts."""
+    """A new storage counts once by its size, whatever views it has; storages from before the context never count."""
     with PeakStorage() as memory:
         kept = create()
         assert memory.current == 4 * current
@@ -62,7 +62,7 @@ def test_counts_new_storages_once(create: Callable[[], object], current: int, pe
 
 
 def test_a_view_keeps_its_storage_counted() -> None:
-    """A storage counts until its last tensor is gone, and not longer."""
+    """A storage counts until its last tensor is freed."""
     with PeakStorage() as memory:
         whole = torch.empty(100)
         part = whole[:1]
@@ -73,21 +73,21 @@ def test_a_view_keeps_its_storage_counted() -> None:
 
 
 def test_a_tensor_kept_by_the_graph_counts() -> None:
-    """What autograd alone holds for the backward pass counts until the backward pass frees it."""
+    """A tensor that only autograd holds counts until the backward pass frees it."""
     x = X.clone().requires_grad_()
     with PeakStorage() as memory:
-        loss = x.exp().sum()  # exp keeps its result, which has no name here
+        loss = x.exp().sum()  # autograd keeps the unnamed result of exp
         assert memory.current == 400 + 4
         loss.backward()
-        assert memory.current == 400 + 4  # the gradient is there, the result of exp gone
-        assert memory.peak == 2 * 400 + 2 * 4  # exp's result and the gradient, the loss and its gradient of one
+        assert memory.current == 400 + 4  # the gradient exists, and the result of exp is freed
+        assert memory.peak == 2 * 400 + 2 * 4  # the result of exp and the gradient; the loss and its gradient
         x.grad = None
     del loss
     assert memory.current == 0
 
 
 def test_freeing_after_the_context_counts() -> None:
-    """`current` follows a tensor that outlives the context; the peak stays."""
+    """`current` falls when a tensor that outlives the context is freed; the peak stays."""
     with PeakStorage() as memory:
         x = torch.empty(100)
     torch.empty(1000)
@@ -97,7 +97,7 @@ def test_freeing_after_the_context_counts() -> None:
 
 
 def test_reused_addresses_are_counted_anew() -> None:
-    """Many short-lived tensors, which share addresses, leave nothing behind and never add up."""
+    """Many short-lived tensors, which share addresses, never add up."""
     with PeakStorage() as memory:
         for size in range(1, 2000):
             torch.empty(size % 37 + 1)
@@ -105,7 +105,7 @@ def test_reused_addresses_are_counted_anew() -> None:
 
 
 def test_contexts_nest() -> None:
-    """An inner context counts what is made inside it; the outer counts all."""
+    """An inner context counts what is made inside it; the outer one counts everything."""
     with PeakStorage() as outer:
         first = torch.empty(100)
         with PeakStorage() as inner:

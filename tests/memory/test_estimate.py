@@ -1,4 +1,4 @@
-"""`fastpref estimate`: right about real runs, and right about what would make a step fit."""
+"""`fastpref estimate` matches real runs, and proposes changes that make a step fit."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ LORA = "lora={rank=4}"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The quickstart's model, and a Qwen2 and a mixture of experts with its tokenizer."""
+    """Return the folders of the quickstart's model, and of a Qwen2 and a mixture of experts with its tokenizer."""
     own = QUICKSTART_MODEL
     other = tmp_path_factory.mktemp("qwen2")
     vocabulary = AutoConfig.from_pretrained(own).vocab_size
@@ -67,7 +67,7 @@ def estimator(path: Path, device: torch.device, *overrides: str) -> Estimator:
 
 
 def measured(config: Config) -> int:
-    """The peak of what is held and what is made, over the steps of a real run after the first."""
+    """Return the memory held before training plus the peak of what the steps of a real run allocate."""
     loaded = load_model(config, CPU)
     checkpoint_layers(loaded.model, None if config.train.checkpointing is True else 0)
     reference = None
@@ -112,7 +112,7 @@ RUNS = [
 
 @pytest.mark.parametrize(("model", "overrides"), RUNS, ids=str)
 def test_an_estimate_is_what_a_run_takes(models: dict[str, Path], tmp_path: Path, model: str, overrides: list[str]):
-    """Within 10 per cent of the counted peak of a real run's steps, and never more than 5 per cent below it."""
+    """An estimate is at most 10 percent above and 5 percent below the counted peak of a real run's steps."""
     path = write(tmp_path, models[model])
     estimated = estimator(path, CPU, *overrides).take().total
     real = measured(load_config(path, overrides))
@@ -120,7 +120,7 @@ def test_an_estimate_is_what_a_run_takes(models: dict[str, Path], tmp_path: Path
 
 
 def test_the_largest_microbatch_of_the_data(models: dict[str, Path], tmp_path: Path):
-    """No micro-batch of the run computes more tokens; without the data it is as much as the budget takes."""
+    """The largest micro-batch stays within the token budget, except for a single longer example."""
     path = write(tmp_path, models["quickstart"])
     for overrides in ([], ["loss.type=kto"], ["train.layout=padded"], ["train.tokens_per_microbatch=90"]):
         found = estimator(path, CPU, *overrides)
@@ -140,8 +140,8 @@ def _longest(example: Any) -> int:
 
 @pytest.mark.parametrize("chats", [False, True], ids=["text", "chats"])
 def test_a_smaller_max_length_cuts_the_rows(models: dict[str, Path], tmp_path: Path, chats: bool):
-    """What is counted for a smaller tokens.max_length is what tokenising with it would give; for chats, whose turns go
-    whole, it is that or more."""
+    """For a smaller tokens.max_length, the longest micro-batch is counted as if tokenised with it; for chats, whose
+    turns are never split, it may be longer."""
     path = write(tmp_path, models["quickstart"])
     prompts = [[{"role": "user", "content": "a b " * (n // 4)}] if chats else "a b c d e f " * n for n in range(1, 25)]
     rows = [{"prompt": p, "chosen": "x y " * (30 - n), "rejected": f"z {n}"} for n, p in enumerate(prompts)]
@@ -162,8 +162,8 @@ def memory(gib: int, *, checkpointed: int, layers: int) -> StepMemory:
 
 
 def test_cards_and_layers():
-    """A card that takes a step whole checkpoints nothing, one that takes it with all layers checkpointed does so with
-    as few as a line between the two says; below that it does not fit."""
+    """A card with enough memory checkpoints no layer; a smaller one as few as linear interpolation allows; below
+    what all layers need, the step does not fit."""
     most, least = memory(40, checkpointed=0, layers=31), memory(10, checkpointed=31, layers=31)
     found = {fit.card: fit for fit in fits(most, least, CARDS)}
     assert [card for card, fit in found.items() if fit.fits] == [12, 16, 24, 48, 80]
@@ -182,8 +182,8 @@ def test_cards_and_layers():
 def test_the_smallest_change_that_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float, overrides: list[str], wanted: set[str]
 ):
-    """For a card that takes most of a step: one change, the first in the order of costs that is enough; it is counted
-    again and fits."""
+    """For a card that is slightly too small, the first sufficient change in the order of costs is proposed, and the
+    step counted with it fits."""
     Qwen2Config(
         vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
         num_key_value_heads=2,
@@ -200,7 +200,7 @@ def test_the_smallest_change_that_fits(
 
 
 def test_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """If nothing helps, nothing is proposed."""
+    """If no change suffices, the proposal says that nothing fits."""
     Qwen2Config(
         vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
@@ -210,7 +210,7 @@ def test_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_command(tmp_path: Path):
-    """A folder with a config.json alone is enough; the table adds up, and --json says the same."""
+    """A folder with only a config.json suffices; the table adds up, and --json has the same numbers."""
     Qwen2Config(
         vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2,
@@ -234,8 +234,8 @@ def test_the_command(tmp_path: Path):
 
 
 def test_trl_makes_logits_and_copies_them(tmp_path: Path):
-    """ORPO as TRL has it holds the logits of all padded places in float32 and, at some moment, their gradient and the
-    supervised term's log-softmax; DPO's tiles are less than one copy."""
+    """ORPO in TRL holds float32 logits of all padded positions, their gradient and the supervised term's log-softmax
+    (more than 2.5 times the logits); DPO in TRL, which works in tiles, takes less than the logits."""
     Qwen2Config(
         vocab_size=50_000, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
@@ -250,7 +250,7 @@ def test_trl_makes_logits_and_copies_them(tmp_path: Path):
 
 
 def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
-    """The estimate and the measurement, from what the allocator said of the steps; on a CPU nothing is measured."""
+    """A run states the estimate and the measured peak of its steps; on a CPU nothing is measured."""
     config = load_config(write(tmp_path, models["quickstart"]), [LORA])
     loaded = load_model(config, CPU)
     examples = load_examples(config, load_tokenizer(config.model)).train

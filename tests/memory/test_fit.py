@@ -1,4 +1,4 @@
-"""What is proposed for a step that does not fit: the cheapest changes first, and no more than the count asks for."""
+"""Proposals for a step that does not fit: the cheapest changes first, and no more than needed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,22 +27,22 @@ from tests.support.tiny import config_for, examples, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MICROBATCH = "train.tokens_per_microbatch="
-LITTLE = StepMemory(GIB, 0, 1, 2, 0, 0, 128 << 20, 0, layers=2, checkpointed=0, layout="tree")  # beside a card
+LITTLE = StepMemory(GIB, 0, 1, 2, 0, 0, 128 << 20, 0, layers=2, checkpointed=0, layout="tree")  # far below a GPU's size
 CHECKPOINTED = replace(LITTLE, checkpointed=2)
-MANY = (900, 900, 900, 900, 400)  # tokens of each example of the micro-batch
+MANY = (900, 900, 900, 900, 400)  # tokens of each example in the micro-batch
 ONE = (900,)
 
 
 def oversized(
     config: Config, memory: StepMemory, lengths: tuple[int, ...] = MANY, device: torch.device = CUDA, **options: Any
 ) -> OversizedStep:
-    """A step on a device of 24 GiB."""
+    """Return a step that does not fit on a device of 24 GiB."""
     rows = [Example([0] * 100, ([0] * (length - 101), [0]), None, Origin("")) for length in lengths]
     microbatch = Microbatch(rows, False, sum(lengths), "made up")
     return OversizedStep(config, memory, microbatch, device, options.pop("capacity", 24 * GIB), **options)
 
 
-# By a rule of thumb, where nothing can be counted: overrides, memory, lengths, options of the step, the first change.
+# Without a count, by a rule of thumb: overrides, memory, lengths, options of the step, the first change.
 FIRST: dict[str, tuple[list[str], StepMemory, tuple[int, ...], dict[str, Any], str]] = {
     "full fine-tuning that can never fit": (
         [], StepMemory(8 * GIB, 0, 8 * GIB, 16 * GIB, 8 * GIB, 0, 0, 0, 2, 0, "tree"), MANY, {}, "lora={}"
@@ -88,14 +88,14 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_comes_first(
     path: Path, overrides: list[str], memory: StepMemory, lengths: tuple[int, ...], options: dict[str, Any], first: str
 ):
-    """The proposal is an override that the config takes."""
+    """The first proposal is the expected override, and the config accepts it."""
     config = load_config(path, [*overrides, "train.tokens_per_microbatch=4000"])
     assert first_change(oversized(config, memory, lengths, **options)).overrides == (first,)
     load_config(path, [*overrides, first])
 
 
 def counter(path: Path, parts: Mapping[str, int], *overrides: str) -> Callable[[tuple[str, ...]], StepMemory]:
-    """Counts a step that would be the sum of its parts, in GiB, each for as long as a config has it."""
+    """Return a function that counts a step as the sum of its parts in GiB, as reduced by the config."""
 
     def count(more: tuple[str, ...]) -> StepMemory:
         config = load_config(path, [*overrides, *more])
@@ -126,7 +126,7 @@ COUNTED = {
 
 @pytest.mark.parametrize(("parts", "overrides", "counted"), COUNTED.values(), ids=COUNTED)
 def test_no_more_than_it_takes(path: Path, parts: dict[str, int], overrides: list[str], counted: int):
-    """Changes are added until a step fits; those that save nothing, or are no longer needed, are left out."""
+    """Changes are added until the step fits; those that save nothing or are no longer needed are left out."""
     options = [LORA, "train.tokens_per_microbatch=4000"]
     step = oversized(load_config(path, options), LITTLE)
     found = propose(step, counter(path, parts, *options), int(0.9 * 24 * GIB))
@@ -137,7 +137,7 @@ def test_no_more_than_it_takes(path: Path, parts: dict[str, int], overrides: lis
 
 
 def test_what_it_says(path: Path):
-    """Where nothing fits the message says so, and which of the changes a run cannot be resumed with."""
+    """If nothing fits, the message says so, and names the changes with which a run cannot be resumed."""
     options = [LORA, "train.tokens_per_microbatch=900"]
     step = oversized(load_config(path, options), replace(CHECKPOINTED, adapters=GIB // 4), ONE)
     assert out_of_memory(7, step, counter(path, {"weights": 400, "activations": 10}, *options)) == (
@@ -150,7 +150,7 @@ def test_what_it_says(path: Path):
 
 
 def test_a_count_that_fits_was_wrong(path: Path):
-    """What did not fit does not fit, whatever the device's size: less than that is looked for."""
+    """A step that ran out of memory does not fit, even if the count says so: a smaller one is proposed."""
     options = [LORA, "train.tokens_per_microbatch=4000"]
     step = oversized(load_config(path, options), LITTLE, capacity=800 * GIB)
     assert out_of_memory(1, step, counter(path, {"weights": 1, "activations": 9}, *options))[1] == [MICROBATCH + "2000"]
@@ -168,7 +168,7 @@ def test_what_cannot_be_counted(path: Path, error: Exception):
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 def test_every_change_lowers_the_count(tmp_path: Path, device: torch.device):
-    """Counted on fake tensors, a real model's step is smaller by each change that could help it."""
+    """Counted on fake tensors, a real model's step is smaller with each of these changes."""
     config = config_for(save_model("llama", tmp_path), "lora={rank=2}", "train.tokens_per_microbatch=400")
     loaded = load_model(config, CPU)
     objective = Objective(loaded.policy, None, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU)

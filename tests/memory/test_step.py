@@ -1,4 +1,4 @@
-"""Memory of a step counted on fake tensors, against the same step on real ones and against what shapes say."""
+"""Memory of a step counted on fake tensors, compared with real tensors and with what shapes imply."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config.json of eight layers beside which the embeddings are small. There are no weights."""
+    """Save the config.json, without weights, of a model of eight layers that are large compared to its embeddings."""
     config = model_config("llama")
     config.num_hidden_layers, config.hidden_size, config.intermediate_size = 8, 256, 1024
     folder = tmp_path_factory.mktemp("deep")
@@ -42,7 +42,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def real_step(config: Config, layers: int, rows: Sequence[Example]) -> tuple[int, int]:
-    """Bytes at the peak of a step on real tensors, and those held before it."""
+    """Return the bytes at the peak of a step on real tensors, and those held before it."""
     loaded = load_model(config, CPU)
     checkpoint_layers(loaded.model, layers)
     reference = make_reference(config, loaded)[0] if config.loss.uses_reference else None
@@ -81,7 +81,7 @@ COMBINATIONS = [
 
 @pytest.mark.parametrize(("kind", "layers", "overrides"), COMBINATIONS, ids=str)
 def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: str, layers: int, overrides: list[str]):
-    """The peak of the same step, of several micro-batches or one, agrees to 2 per cent of what the step adds."""
+    """The peaks on fake and on real tensors differ by at most 2 percent of what the step adds."""
     for budget in (40, 400):
         config = config_for(folders[kind], *overrides, f"train.tokens_per_microbatch={budget}")
         rows = examples(9, single=isinstance(config.loss, KTO))
@@ -94,9 +94,10 @@ def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: s
 def test_kernels_take_what_they_take_on_real_tensors(
     folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """A step with liger's kernels agrees as one without does, if they are launched as little; it is no larger.
+    """With liger's kernels, which run in neither step here, the count agrees with real tensors, and is not larger than
+    without them.
 
-    Not by the gated MLPs, which keep their gate and up with liger's kernels or torch's.
+    It is not smaller in gated MLPs, which keep their gate and up with liger's kernels and with torch's.
     """
     config, rows = config_for(folders[kind], LORA, "train.tokens_per_microbatch=400"), examples(9)
     plain = count_step(config, CPU, layers=0, examples=rows)
@@ -112,7 +113,7 @@ def test_kernels_take_what_they_take_on_real_tensors(
 
 
 def test_a_copy_in_other_bits_is_counted(deep: Path):
-    """A frozen copy's weights, in its dtype and bits, and without the adapters of the policy."""
+    """A frozen copy's weights count in its own dtype and bits, without the policy's adapters."""
 
     def reference(*overrides: str) -> int:
         config = config_for(deep, "tokens.max_length=8", "reference.mode=copy", *overrides)
@@ -132,35 +133,35 @@ def test_a_copy_in_other_bits_is_counted(deep: Path):
 
 @pytest.fixture(scope="module")
 def qlora(tmp_path_factory: pytest.TempPathFactory) -> StepMemory:
-    """A step of Llama-3-8B by ORPO with nf4 weights and adapters of rank 16 in all linear layers: 2 · 2,048 tokens."""
+    """Count a step of Llama-3-8B with ORPO, nf4 and adapters of rank 16 in all linear layers: 2 · 2,048 tokens."""
     folder = tmp_path_factory.mktemp("llama3")
     overrides = ["model.quantization=nf4", "lora={rank=16}", "loss.type=orpo", "tokens.max_length=2048"]
     return count_step(config_for(folder, *overrides), CUDA, architecture=LLAMA_3_8B)
 
 
 def test_llama_3_8b_has_no_float32_embeddings(qlora: StepMemory):
-    """Nothing in a QLoRA step is as large as the embeddings in bfloat16: there is no copy of them or of the head, in
-    any dtype, and no logits."""
+    """No tensor of a QLoRA step is as large as the embeddings in bfloat16, so there is no copy of them or of the
+    head in any dtype, and there are no logits."""
     assert qlora.largest < 128256 * 4096 * 2
 
 
 def test_llama_3_8b_takes_what_its_shapes_say(qlora: StepMemory):
-    """Weights in half a byte with scales of a byte for 64 of them and of four for 256 of those, embeddings and head
-    in two bytes; adapters, gradients and two moments in float32."""
+    """Weights take half a byte, a one-byte scale per 64 weights and four bytes per 256 scales; embeddings and head
+    two bytes per number; adapters, gradients and two moments are in float32."""
     hidden, inner, heads = 4096, 14336, 1024
     linear = [(hidden, hidden), (hidden, heads), (hidden, heads), (hidden, hidden), *[(hidden, inner)] * 3]
     body = 32 * sum(rows * columns for rows, columns in linear)
     weights = body // 2 + body // 64 + body // 64 // 256 * 4 + 2 * 128256 * hidden * 2 + 65 * hidden * 2
-    tables = 32 * 7 * (16 + 256 + 1) * 4 + 2 * 64 * 4  # of nf4 and of its scales, and the rotations' frequencies
+    tables = 32 * 7 * (16 + 256 + 1) * 4 + 2 * 64 * 4  # code tables of nf4 and of its scales, and RoPE's frequencies
     assert qlora.weights == weights + tables
     assert qlora.adapters == 32 * sum(16 * (rows + columns) for rows, columns in linear) * 4
     assert qlora.gradients == qlora.adapters
-    assert qlora.optimizer - 2 * qlora.adapters <= 4 * 32 * 14  # and the counter of steps of each
+    assert qlora.optimizer - 2 * qlora.adapters <= 4 * 32 * 14  # and a step counter per adapter
     assert qlora.reference == 0
 
 
 def test_what_the_options_save(deep: Path):
-    """Each checkpointed layer takes less, less again if its input is moved; a copy of the model takes all of it."""
+    """A checkpointed layer takes less, and less still if its input is moved; a copy takes as much as the model."""
 
     def total(*overrides: str, layers: int | None = None) -> int:
         return count_step(config_for(deep, "tokens.max_length=128", *overrides), CUDA, layers=layers).total
@@ -170,21 +171,21 @@ def test_what_the_options_save(deep: Path):
     assert len(set(some)) == 4
     assert total(LORA) == some[-1]
     assert total(LORA, "train.checkpointing=false") == some[0]
-    inputs = 255 * 256 * 2  # of a layer, for 255 tokens of 256 bfloat16
+    inputs = 255 * 256 * 2  # of one layer, for 255 tokens of 256 bfloat16 numbers
     saved = some[-1] - total(LORA, "train.offload_activations=true")
-    assert 6 * inputs <= saved <= 7 * inputs  # of all layers but one or two at hand
+    assert 6 * inputs <= saved <= 7 * inputs  # of all layers except one or two in use
     shallow = count_step(config_for(deep, LORA, "tokens.max_length=8"), CUDA)
     assert total(LORA, "reference.mode=copy") - some[-1] == shallow.weights + shallow.adapters
 
 
 def test_half_precision_keeps_no_copies_of_float32_weights(deep: Path):
-    """In full fine-tuning under autocast a checkpointed step never holds a second copy of all layers' weights."""
+    """In full fine-tuning with autocast, a checkpointed step never holds copies of all layers' weights."""
     counted = count_step(config_for(deep, "tokens.max_length=8", "loss.type=orpo"), CUDA)
-    assert counted.activations < counted.weights / 2 / 4  # of eight layers in half precision two at most
+    assert counted.activations < counted.weights / 2 / 4  # at most two of eight layers in half precision
 
 
 def test_a_device_that_is_not_there_has_half_precision(folders: dict[str, Path]):
-    """The weights of a run with adapters are bfloat16 on a GPU and float32 on a CPU; moments are float32 on both."""
+    """With adapters, weights are bfloat16 on a GPU and float32 on a CPU; moments are float32 on both."""
     config = config_for(folders["llama"], LORA, "loss.type=orpo")
     there, here = count_step(config, CUDA), count_step(config, CPU)
     assert there.weights == pytest.approx(here.weights / 2, rel=0.01)

@@ -1,5 +1,5 @@
-"""The law of `fastpref merge`, over models, the ways their files lie, and adapters: loaded by transformers alone, the
-merged folder computes what PEFT's adapter computes on the model, and its files keep the names that the model's have."""
+"""The law of `fastpref merge`, for many models, file formats and adapters: loaded by transformers alone, the merged
+folder computes what PEFT's adapter computes on the model, and its tensors have the names of the model's."""
 
 import json
 import shutil
@@ -49,16 +49,16 @@ CODE = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A model, and how its files are made of what transformers saves."""
+    """A model, and how its files are made from those that transformers saves."""
 
     model_type: str
     sizes: dict[str, Any]
     then: Callable[[Path], None] = lambda folder: None
     dtype: torch.dtype = torch.float32
     shard: str = "5GB"
-    experts: bool = False  # which DoRA does not take
+    experts: bool = False  # DoRA does not support them
     trust: bool = False
-    nf4: bool = False  # quantised as it is loaded
+    nf4: bool = False  # quantised while it is loaded
 
 
 def _quantise(settings: BitsAndBytesConfig) -> Callable[[Path], None]:
@@ -72,7 +72,7 @@ def _quantise(settings: BitsAndBytesConfig) -> Callable[[Path], None]:
 
 
 def _as_on_the_hub(folder: Path) -> None:
-    """GPT-2's files name tensors without the prefix of the model in memory, and hold masks that it does not have."""
+    """Remove the prefix of the model in memory from GPT-2's tensor names, and add masks that it does not have."""
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
     save_file(tensors | masks, folder / "model.safetensors", metadata={"format": "pt"})
@@ -143,7 +143,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a kind, made once."""
+    """Return a function that makes the folder of a kind once, and returns it."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
@@ -169,7 +169,7 @@ def _load(folder: Path, kind: Kind, **options: Any) -> Any:
 
 
 def _with_adapter(base: Any, options: dict[str, Any]) -> Any:
-    """An adapter with an effect, as PEFT makes it."""
+    """Return the model with a PEFT adapter that has an effect."""
     torch.manual_seed(1)
     settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
     wrapped = get_peft_model(base, settings)
@@ -204,7 +204,7 @@ def _find(adapter: str, kind: Kind) -> Trained:
 def test_the_merged_model_computes_what_the_adapter_does(
     name: str, adapter: str, models: Callable[[str], Path], tmp_path: Path
 ):
-    """To float32's rounding; where the files are bfloat16, to theirs."""
+    """The merged model computes what the adapter does, up to rounding of float32 or of bfloat16 files."""
     kind, base = KINDS[name], models(name)
     options: dict[str, Any] = {"quantization_config": FOUR_BITS} if kind.nf4 else {}
     wrapped = _with_adapter(_load(base, kind, **options), ADAPTERS[adapter])
@@ -246,7 +246,7 @@ def _prefix(base: Path) -> str:
     "name", ["mixtral", "with its own code", "in 4 bits on disk", "in 8 bits on disk", "gpt2 trained in nf4"]
 )
 def test_merge_compares_for_itself(name: str, models: Callable[[str], Path], tmp_path: Path):
-    """The comparison that merge makes unless told otherwise takes the kinds that need more than a plain load."""
+    """The default comparison of merge works for kinds that need more than a plain load."""
     kind, base = KINDS[name], models(name)
     options: dict[str, Any] = {"quantization_config": FOUR_BITS} if kind.nf4 else {}
     wrapped = _with_adapter(_load(base, kind, **options), {})
@@ -257,7 +257,7 @@ def test_merge_compares_for_itself(name: str, models: Callable[[str], Path], tmp
 
 
 def test_code_of_its_own_needs_trust(models: Callable[[str], Path], tmp_path: Path):
-    """Without it nothing of a model's code is run, and nothing is written."""
+    """Without trust, none of a model's own code runs, and nothing is written."""
     kind, base = KINDS["with its own code"], models("with its own code")
     _with_adapter(_load(base, kind), {}).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match=r"model\.trust_remote_code = true"):
@@ -266,7 +266,7 @@ def test_code_of_its_own_needs_trust(models: Callable[[str], Path], tmp_path: Pa
 
 
 def test_the_experts_of_a_layer_lie_in_several_files(models: Callable[[str], Path]):
-    """Of one of the models above."""
+    """One of the models above has a layer whose experts are in several files."""
     base = models("mixtral in shards")
     places = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
     files = {file for name, file in places.items() if ".layers.0." in name and "experts" in name}
@@ -293,7 +293,7 @@ dir = "{folder}/run"
 
 
 def test_a_run_of_a_mixture_of_experts(models: Callable[[str], Path], tmp_path: Path, capsys: Any):
-    """From train to a merged model that was compared; the run did not say that it would not be merged."""
+    """A mixture of experts can be trained and merged with a comparison, and the run does not say that it cannot."""
     config = tmp_path / "cfg.toml"
     config.write_text(RUN.format(model=models("qwen3_moe"), examples=EXAMPLES.as_posix(), folder=tmp_path.as_posix()))
     fastpref.train(config)
@@ -306,14 +306,14 @@ def test_a_run_of_a_mixture_of_experts(models: Callable[[str], Path], tmp_path: 
 def test_a_run_says_at_its_start_what_cannot_be_merged(
     models: Callable[[str], Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """In a note before the first step, with the reason that merge itself gives afterwards."""
+    """Before the first step, a note gives the same reason for which merge later fails."""
     model = tmp_path / "model"
     shutil.copytree(models("llama"), model)
     monkeypatch.setattr(Checkpoint, "method", property(lambda self: "gptq"))
     monkeypatch.setattr(plan, "_lies_plain", lambda *_: False)
     config = tmp_path / "cfg.toml"
     config.write_text(RUN.format(model=model, examples=EXAMPLES.as_posix(), folder=tmp_path.as_posix()))
-    monkeypatch.setattr(loop.TrainingRun, "go", lambda *_: 1 / 0)  # what comes after the notes
+    monkeypatch.setattr(loop.TrainingRun, "go", lambda *_: 1 / 0)  # stops after the notes
     with pytest.raises(ZeroDivisionError):
         fastpref.train(config)
     reason = "its weights lie quantised by gptq"
@@ -325,7 +325,7 @@ def test_a_run_says_at_its_start_what_cannot_be_merged(
 
 
 def test_a_tensor_that_the_files_do_not_hold(models: Callable[[str], Path], tmp_path: Path):
-    """Is named, by the run and by merge."""
+    """Both the run and merge name a tensor that is missing in the files."""
     model = tmp_path / "model"
     shutil.copytree(models("llama"), model)
     wrapped = _with_adapter(_load(model, KINDS["llama"]), {})
@@ -343,7 +343,7 @@ def test_a_tensor_that_the_files_do_not_hold(models: Callable[[str], Path], tmp_
 
 
 def test_files_with_a_wrappers_prefix(models: Callable[[str], Path], tmp_path: Path):
-    """Are merged as loading reads them, and written so that transformers alone loads them."""
+    """Files with a wrapper's prefix are merged as loading reads them, and transformers alone loads the result."""
     model = tmp_path / "model"
     shutil.copytree(models("llama"), model)
     tensors = load_file(model / "model.safetensors")

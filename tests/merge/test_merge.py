@@ -1,4 +1,4 @@
-"""`fastpref merge`: the merged model is the adapter beside its base, whatever kind either is."""
+"""`fastpref merge`: the merged model computes what the adapter computes on its base, whatever kind either is."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ IDS = torch.arange(3, 40)[None]
 
 
 def base(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32, shards: bool = False) -> Path:
-    """A random Llama with the quickstart's tokenizer."""
+    """Save a random Llama with the quickstart's tokenizer, and return its folder."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=949, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -38,7 +38,7 @@ def base(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32
 
 
 def adapter(model: Path, folder: Path, **options: Any) -> Path:
-    """An adapter that does something, as peft makes and saves it."""
+    """Save a PEFT adapter that has an effect, and return its folder."""
     torch.manual_seed(1)
     loaded = AutoModelForCausalLM.from_pretrained(model)
     settings = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **options)
@@ -73,8 +73,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 @pytest.mark.parametrize(("model", "options"), KINDS.values(), ids=KINDS)
 def test_the_merged_model_is_the_adapter_beside_its_base(tmp_path: Path, model: Any, options: Any):
-    """Logits to float32's rounding, and what is generated token by token; the tensors that no adapter touched are the
-    model's bit for bit."""
+    """Logits are equal up to rounding of float32, and so are the generated tokens."""
     begun = base(tmp_path / "base", **model)
     trained = adapter(begun, tmp_path / "adapter", **options)
     merged = merge(find_trained(str(trained)), tmp_path / "merged")
@@ -90,7 +89,7 @@ def test_the_merged_model_is_the_adapter_beside_its_base(tmp_path: Path, model: 
 
 
 def test_a_tied_head_stays_tied_where_it_can(tmp_path: Path):
-    """Adapters in the body alone leave one weight for both, in the files and in the config."""
+    """If adapters are only in the body, the head stays tied, in the files and in the config."""
     begun = base(tmp_path / "base", tied=True)
     merged = merge(find_trained(str(adapter(begun, tmp_path / "a", target_modules="all-linear"))), tmp_path / "merged")
     assert not merged.untied
@@ -99,7 +98,7 @@ def test_a_tied_head_stays_tied_where_it_can(tmp_path: Path):
 
 
 def test_half_precision_files_stay_half(tmp_path: Path):
-    """bfloat16 in, bfloat16 out; the logits differ by its rounding only."""
+    """bfloat16 files give bfloat16 files, and the logits differ only by rounding."""
     begun = base(tmp_path / "base", dtype=torch.bfloat16)
     trained = adapter(begun, tmp_path / "adapter", target_modules="all-linear")
     merged = merge(find_trained(str(trained)), tmp_path / "merged")
@@ -113,7 +112,7 @@ def test_half_precision_files_stay_half(tmp_path: Path):
 
 
 def test_a_model_is_never_held_twice(tmp_path: Path):
-    """In shards, what is alive at once is one file's tensors and the layer at hand."""
+    """With shards, only one file's tensors and the current layer are in memory at once."""
     begun = base(tmp_path / "base", shards=True)
     files = [path.stat().st_size for path in begun.glob("*.safetensors")]
     trained = adapter(begun, tmp_path / "adapter", target_modules="all-linear")
@@ -128,8 +127,8 @@ def test_a_model_is_never_held_twice(tmp_path: Path):
 
 
 def test_of_a_4_bit_run(finished_run: Path, tmp_path: Path):
-    """An nf4 run's adapter goes onto the dequantised weights, so that the merged model is what was trained; onto the
-    originals only if asked."""
+    """An nf4 run's adapter is merged onto the dequantised weights, with which it was trained, and onto the original
+    ones only on request."""
     text = (finished_run / "config.toml").read_text().replace('quantization = "none"', 'quantization = "nf4"')
     run = tmp_path / "run"
     run.mkdir()
@@ -151,7 +150,7 @@ def test_of_a_4_bit_run(finished_run: Path, tmp_path: Path):
 
 
 def test_the_command(finished_run: Path, tmp_path: Path):
-    """Says what it merged and that it compared; what is there is not replaced."""
+    """The command says what was merged and how exact it is, and does not replace an existing folder."""
     ran = run_command("merge", finished_run, "--output", tmp_path / "merged")
     assert (ran.status, ran.err) == (0, "")
     assert "tensors changed" in ran.out
@@ -162,7 +161,7 @@ def test_the_command(finished_run: Path, tmp_path: Path):
 
 
 def test_what_is_refused(finished_run: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each with its reason, and nothing is left behind."""
+    """Each refusal gives its reason, and no folder is left behind."""
     begun = base(tmp_path / "base")
     cases: list[tuple[Path, str]] = [
         (whole_run, "not an adapter"),
@@ -178,17 +177,17 @@ def test_what_is_refused(finished_run: Path, whole_run: Path, tmp_path: Path, mo
             merge(find_trained(str(trained)), tmp_path / "merged")
     with pytest.raises(UserError, match="--dequantized"):
         merge(find_trained(str(finished_run)), tmp_path / "merged", dequantized=True)
-    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor * 1.01)  # another sum than the adapter's
+    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor * 1.01)  # not the adapter's sum
     with pytest.raises(UserError, match=r"% of what.*is lost"):
         merge(find_trained(str(finished_run)), tmp_path / "merged")
-    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor)  # a merge that forgets
+    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor)  # a merge that changes nothing
     with pytest.raises(UserError, match="changes no weight"):
         merge(find_trained(str(finished_run)), tmp_path / "merged", verify=False)
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
 def test_a_failure_leaves_nothing(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Wherever it comes from, the folder is not there: neither half written, nor written and not compared."""
+    """After a failure the folder does not exist, whether it was half written or not yet compared."""
     for module, name in ((folder, "trained_tokenizer"), (verify, "_base_logits"), (verify, "_merged_logits")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, lambda *_, **__: 1 / 0)
@@ -198,9 +197,9 @@ def test_a_failure_leaves_nothing(finished_run: Path, tmp_path: Path, monkeypatc
 
 
 def test_an_adapter_without_effect(tmp_path: Path):
-    """Is an error, also where nothing is compared: the folder would be the model that there is already."""
+    """An adapter without effect is an error, also without the comparison, because the result would be the base."""
     begun = base(tmp_path / "base")
-    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")  # B is zero at first
+    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")  # B is initially zero
     get_peft_model(AutoModelForCausalLM.from_pretrained(begun), settings).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match="changes no weight"):
         merge(find_trained(str(tmp_path / "adapter")), tmp_path / "merged", verify=False)
@@ -208,7 +207,7 @@ def test_an_adapter_without_effect(tmp_path: Path):
 
 
 def test_weights_that_lie_the_other_way_round(tmp_path: Path):
-    """GPT-2's are transposed."""
+    """GPT-2's transposed weights are merged correctly."""
     folder = tmp_path / "gpt2"
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=949, n_embd=32, n_layer=1, n_head=2, n_positions=64)

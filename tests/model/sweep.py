@@ -40,7 +40,7 @@ from tests.support.tiny import config_for
 from tests.support.toy_tokenizers import chatml
 
 CPU = torch.device("cpu")
-EXACT = 2e-5  # of log-probabilities in nats, and of gradients relative to the largest
+EXACT = 2e-5  # of log-probabilities in nats, and of gradients relative to the largest gradient
 
 
 @dataclass
@@ -49,15 +49,15 @@ class Family:
 
     name: str
     layout: str = ""  # "tree", "padded" or "refused"
-    why: str = ""  # of padded rows, or of the refusal
+    why: str = ""  # the reason for padded rows or for the refusal
     notes: tuple[str, ...] = ()
     own_logits: bool = False
     router_loss: bool = False
     experts: bool = False
     nf4: str = ""
     merge: str = ""
-    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each layout: log-probability, gradient
-    faults: list[str] = field(default_factory=list)  # whatever is not as it should be
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # largest errors: log-probability, gradient
+    faults: list[str] = field(default_factory=list)  # every deviation from what is expected
 
     @property
     def worst(self) -> float:
@@ -69,18 +69,18 @@ def save_tiny(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     config = tiny_config(name)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # away from the shrunken initial weights, whose logits are all alike
+    with torch.no_grad():  # move away from the shrunken initial weights, whose logits are nearly equal
         for part, parameter in model.named_parameters():
             if not re.search(r"A_log|dt_bias|time_decay", part) and parameter.is_floating_point():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    if model.config.model_type != config.model_type:  # the model keeps the config of its text alone
+    if model.config.model_type != config.model_type:  # the model saves only the config of its text part
         config.save_pretrained(folder)
     return folder
 
 
 def rows(count: int = 5) -> list[Example]:
-    """Return pairs whose lengths align with nothing, of tokens without a meaning in any config."""
+    """Return pairs of unaligned lengths, with tokens that have no meaning in any config."""
     rng = Random(3)
 
     def ids(low: int, high: int) -> list[int]:
@@ -100,11 +100,11 @@ def true_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> P
 
 @dataclass(frozen=True)
 class Truth:
-    """Return the log-probabilities of each sequence, and the gradients of a weighted sum of all of them."""
+    """The log-probabilities of each sequence, and the gradients of a weighted sum of all of them."""
 
     logps: list[Tensor]
     gradients: dict[str, Tensor]
-    largest: float  # of the gradients
+    largest: float  # the largest absolute gradient
 
 
 def truth(model: PreTrainedModel, examples: list[Example]) -> Truth:
@@ -127,7 +127,7 @@ def _weights(logp: Tensor) -> Tensor:
 
 
 def errors(loaded: Loaded, layout: Layout, examples: list[Example], true: Truth) -> tuple[float, float]:
-    """Of the log-probabilities in nats, and of the gradients relative to the largest."""
+    """Return the largest errors of the log-probabilities in nats, and of the gradients relative to the largest."""
     batch = collate(examples, layout)
     loaded.model.zero_grad()
     logp = loaded.policy(batch).logp
@@ -141,7 +141,7 @@ def errors(loaded: Loaded, layout: Layout, examples: list[Example], true: Truth)
 
 
 def look(name: str, folder: Path, *, wide: bool = False) -> Family:
-    """All that is checked of one family; `wide`: what is on the page alone, too. Whatever is wrong is in `faults`."""
+    """Check one family and return the findings, deviations in `faults`; `wide` adds what only the page needs."""
     family = Family(name)
     save_tiny(name, folder)
     try:
@@ -181,7 +181,8 @@ def look(name: str, folder: Path, *, wide: bool = False) -> Family:
 
 
 def _rounding(name: str, folder: Path, examples: list[Example], true: Truth) -> float:
-    """What transformers' own float32 is off from its float64, where that is more than EXACT: some models amplify."""
+    """Return twice the difference between transformers' own float32 and float64 results, since some models amplify
+    rounding; 0 from a difference of 1e-3 on."""
     exact = truth(true_model(name, folder, torch.float64), examples)
     wrong = max(float((a - b).abs().max()) for a, b in zip(exact.logps, true.logps, strict=True))
     off = max(float((exact.gradients[n] - g).abs().max()) / exact.largest for n, g in true.gradients.items())
@@ -207,7 +208,7 @@ def _errors(
 
 
 def _copies(loaded: Loaded, _plain: PreTrainedModel, examples: list[Example]) -> str | None:
-    """A frozen copy gives the same bits."""
+    """Return a fault unless a frozen copy gives the same bits."""
     frozen = frozen_copy(loaded.model)
     batch = collate(examples, loaded.layout)
     with torch.no_grad():
@@ -216,20 +217,20 @@ def _copies(loaded: Loaded, _plain: PreTrainedModel, examples: list[Example]) ->
 
 
 def _generates(loaded: Loaded, plain: PreTrainedModel, examples: list[Example]) -> str | None:
-    """Greedy answers with a cache are those of the model under its eager attention."""
+    """Return a fault unless greedy generation with a cache gives the tokens of eager attention."""
     ids = torch.tensor([examples[0].prompt + examples[0].completions[0]])
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False,
                                "use_cache": True, "pad_token_id": 0}  # fmt: skip
     try:
         theirs = plain.generate(ids, **options)  # pyright: ignore[reportCallIssue]
     except Exception:
-        return None  # a model that transformers cannot generate with
+        return None  # transformers itself cannot generate with this model
     ours = loaded.model.generate(ids, **options)  # pyright: ignore[reportCallIssue]
     return None if torch.equal(ours, theirs) else "generates other tokens than under eager attention"
 
 
 def _trains(loaded: Loaded, _plain: PreTrainedModel, examples: list[Example]) -> str | None:
-    """A step in training mode, of several micro-batches, gives finite gradients."""
+    """Return a fault unless a step of several micro-batches in training mode gives finite gradients."""
     policy = loaded.policy.train()
     coefficient = policy.router.coefficient if policy.router is not None else 0.0
     objective = Objective(policy, None, ORPO(), loaded.layout, 70, 0, CPU, coefficient)
@@ -243,7 +244,7 @@ def _trains(loaded: Loaded, _plain: PreTrainedModel, examples: list[Example]) ->
 
 
 def _routes(loaded: Loaded, plain: PreTrainedModel, examples: list[Example]) -> str | None:
-    """The router loss of padded rows is the model's own."""
+    """Return a fault unless the router loss of padded rows is the model's own."""
     if loaded.policy.router is None:
         return None
     batch = collate(examples, "padded")
@@ -256,14 +257,14 @@ def _routes(loaded: Loaded, plain: PreTrainedModel, examples: list[Example]) -> 
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_router_logits=True, use_cache=False
         ).aux_loss
     except Exception:
-        return None  # transformers' own code for it does not work
+        return None  # transformers' own code for this loss fails
     theirs = 0.0 if theirs is None else float(torch.as_tensor(theirs).detach())
     found = 0.0 if ours is None else float(ours.detach())
     return None if abs(found - theirs) <= 1e-4 * max(1.0, abs(theirs)) else f"router loss {found:.6f}, not {theirs:.6f}"
 
 
 def _four_bits(folder: Path) -> str:
-    """Whether the model can be loaded with its linear layers in 4 bits, and in which layout."""
+    """Return the layout in which the model trains with 4-bit linear layers, or why it cannot."""
     try:
         loaded = load_model(config_for(folder, 'model.quantization="nf4"', "lora={}"), CPU)
         loaded.policy.train()(collate(rows(2), loaded.layout)).logp.sum().backward()
@@ -275,7 +276,7 @@ def _four_bits(folder: Path) -> str:
 
 
 def _merges(name: str, folder: Path) -> str:
-    """Whether an adapter on all linear layers can be merged, and what the merged model has lost of its effect."""
+    """Return "yes" if an adapter on all linear layers can be merged, else the reason or its lost share."""
     chatml().save_pretrained(folder)
     ids = torch.tensor([[*rows(1)[0].prompt, 30, 40, 50]])
     try:
@@ -330,7 +331,7 @@ def page_version(text: str) -> str:
 
 
 def written(text: str, rows: dict[str, str]) -> str:
-    """The page with these rows of the table in place of those that it has of the same families."""
+    """Return the page with these rows in its table, replacing its rows of the same families."""
     begin, end = text.index(_BEGIN), text.index(_END)
     rows = dict(re.findall(r"^(?=\| `([^`]+)`)(.*)$", text[begin:end], re.MULTILINE)) | rows
     rows = {name: rows[name] for name in FAMILIES if name in rows}
@@ -366,7 +367,7 @@ def _row(family: Family) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what differs between machines, and without what a table cannot hold."""
+    """Return the text without what differs between machines, and without what a table cannot hold."""
     text = re.sub(r"differ by [\d.e+-]+ of their size", "differ", text)
     text = re.sub(r"\(log-probabilities differ[^)]*\)", "", text)
     text = re.sub(r"model\.name = '…': ", "", text)

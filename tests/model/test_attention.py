@@ -1,4 +1,4 @@
-"""Which models take trees, and what happens to those that do not."""
+"""Which models take trees, and how the others are handled."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", ["llama-tied", "cohere", "gpt-oss", "gpt2"])
 def test_models_on_the_attention_interface_take_trees(tmp_path: Path, kind: str):
-    """The layout reaches every layer, sinks and logit scales included: tree ≡ the model's own padded forward."""
+    """Every layer gets the layout, sinks and logit scales: trees give what the model's padded forward pass gives."""
     loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
     assert (loaded.layout, loaded.why_padded) == ("tree", None)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -35,7 +35,7 @@ def test_models_on_the_attention_interface_take_trees(tmp_path: Path, kind: str)
 
 
 def test_other_models_fall_back_to_padded_and_say_why(tmp_path: Path):
-    """A state-space model is trained on padded rows, with the reason named; so is one whose layout was asked for."""
+    """A state-space model is trained on padded rows, with the reason unless that layout was set in the config."""
     folder = save_model("mamba", tmp_path)
     for overrides in ([], ["train.layout=tree"]):
         loaded = load_model(config_for(folder, *overrides), CPU)
@@ -45,7 +45,7 @@ def test_other_models_fall_back_to_padded_and_say_why(tmp_path: Path):
 
 
 def test_generation_uses_the_models_own_masks(tmp_path: Path):
-    """Answers generated with a cache are those of the model under its eager attention, softcap and window included."""
+    """Greedy generation with a cache gives the tokens of eager attention, with softcap and window."""
     loaded = load_model(config_for(save_model("gemma2", tmp_path)), CPU)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     ids = torch.tensor([[5, 9, 3, 44, 21, 60, 13, 8, 30]])
@@ -56,7 +56,7 @@ def test_generation_uses_the_models_own_masks(tmp_path: Path):
 
 
 def test_unknown_changes_to_the_logits_are_refused(tmp_path: Path):
-    """A head whose settings do not give the model's own logits is a mistake that is found before training."""
+    """A head whose settings do not give the model's own logits is refused before training."""
     model = AutoModelForCausalLM.from_pretrained(save_model("cohere", tmp_path))
     head = Head(model)
     check_logits(model, model.model, head)

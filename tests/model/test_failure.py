@@ -1,4 +1,4 @@
-"""Whatever the code of a model raises is one message that says what and where; a fault of ours is not dressed up."""
+"""Any error in a model's code becomes one message that says what failed and where; our own errors stay as they are."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ ERRORS = [ValueError("no"), TypeError("no"), AttributeError("no"), IndexError("n
 def test_what_a_model_raises_while_it_is_loaded_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
-    """Of its forward pass, which is tried, and of anything else."""
+    """An error of any type in the forward pass, which loading tries, becomes one message."""
 
     def forward(*_: Any, **__: Any) -> None:
         raise error
@@ -40,7 +40,7 @@ def test_what_is_said_better_elsewhere_passes(tmp_path: Path, error: Exception):
 
 
 def test_whose_code_it_was():
-    """The innermost code that is not torch's or Python's own."""
+    """The message names the innermost code that is neither torch's nor Python's own; our own code gives no message."""
     model: Any = LlamaForCausalLM.__new__(LlamaForCausalLM)
     torch.nn.Module.__init__(model)
     with pytest.raises(AttributeError) as theirs:

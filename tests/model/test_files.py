@@ -1,4 +1,4 @@
-"""A model that cannot be loaded: the message names the file."""
+"""If a model cannot be loaded, the message names the file at fault."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_the_file_at_fault_is_named(sharded: Path, tmp_path: Path, name: str, ho
 
 
 def test_a_model_that_is_not_in_the_cache_offline(monkeypatch: pytest.MonkeyPatch):
-    """Nothing is asked of the hub (the tests are offline), and the first file that is missing is named."""
+    """Offline, the hub is not asked, and the first missing file is named."""
     with pytest.raises(UserError, match=r"tokenizer\.json is not in the cache \(.*\), and the hub is not asked"):
         load("someone/no-such-model")
     with pytest.raises(UserError, match=r"config\.json is not in the cache"):
@@ -58,13 +58,13 @@ def test_a_model_that_is_not_in_the_cache_offline(monkeypatch: pytest.MonkeyPatc
 
 
 def write(folder: Path, **files: str) -> None:
-    """Files by their names, with `__` for the dot."""
+    """Write files under their keyword names, in which `__` stands for a dot."""
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(text)
 
 
 def an_adapter(folder: Path) -> None:
-    """Beside its base, which is the quickstart's model."""
+    """Save an adapter of the quickstart's model."""
     model = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(QUICKSTART), peft.LoraConfig(r=3, target_modules=["q_proj"])
     )
@@ -136,7 +136,7 @@ NO_MODELS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("kind", NO_MODELS)
 def test_what_is_no_causal_model_is_told(tmp_path: Path, kind: str):
-    """One message of some lines says what a folder holds, and what to do."""
+    """One short message says what a folder holds instead of a causal model, and what to do."""
     make, said = NO_MODELS[kind]
     make(tmp_path)
     options = ModelConfig(name=str(tmp_path))
@@ -157,7 +157,7 @@ def test_decoders_of_encoder_families_are_causal(tmp_path: Path):
 
 
 def test_code_of_its_own_is_asked_for(tmp_path: Path):
-    """A model whose own code names a causal class is none that this list refuses."""
+    """A model whose own code names a causal class is not refused for its model type."""
     of_kind("mistral3")(tmp_path)
     path = tmp_path / "config.json"
     content = json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "modeling_my.MyForCausalLM"}}

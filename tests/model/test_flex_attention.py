@@ -1,6 +1,6 @@
-"""FlexAttention over trees: its mask, its block mask, its results on a CPU (forward only), and both ways on a card.
+"""FlexAttention over trees: its mask, its block mask, its forward pass on a CPU, and forward and backward on a GPU.
 
-The truth is `tree_attention`, which computes each completion as a sequence of its own.
+The expected results are those of `tree_attention`, which computes each completion as a separate sequence.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ WINDOWS = (None, 1, 7, 128, 150)
 
 
 def layout(*trees: tuple[int, tuple[int, ...]]) -> TreeLayout:
-    """Trees of (prompt, completions) one after the other."""
+    """Return the layout of consecutive trees, each given as (prompt, completions) lengths."""
     placed, start = [], 0
     for prompt, completions in trees:
         placed.append(Tree(start, prompt, completions))
@@ -45,7 +45,7 @@ def length_of(tree: TreeLayout) -> int:
 
 
 def random_layout(seed: int) -> TreeLayout:
-    """Trees from very short to several blocks long; the packed layout is trees of one completion."""
+    """Return trees from very short to several blocks long; every third layout has one completion per tree."""
     rng = Random(seed)
     size = rng.choice((9, 60, 300))
     packed = seed % 3 == 0
@@ -68,7 +68,7 @@ LAYOUTS = EDGES + [random_layout(seed) for seed in range(12)]
 
 
 def dense(tree: TreeLayout, window: int | None) -> Tensor:
-    """[T, T] bool, by the definition: the same tree, the prompt or the same branch, before in its own sequence."""
+    """Return the mask, [T, T] bool, by definition: same tree; prompt or same branch; not later in that sequence."""
     number, branch, position = [], [], []
     for n, t in enumerate(tree.trees):
         for b, size in enumerate((t.prompt, *t.completions)):
@@ -83,7 +83,7 @@ def dense(tree: TreeLayout, window: int | None) -> Tensor:
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_mask_is_that_of_the_trees(window: int | None):
-    """Two runs of places a token say what the definition by tree, branch and position says."""
+    """The mask from two runs of positions per token equals the definition by tree, branch and position."""
     for tree in LAYOUTS:
         length = length_of(tree)
         found = create_mask(visible(tree, window).mask_mod(), None, None, length, length, "cpu")
@@ -91,7 +91,7 @@ def test_the_mask_is_that_of_the_trees(window: int | None):
 
 
 def blocks(mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """Which blocks are computed with the mask function, and which without, [Q blocks, KV blocks] bool each."""
+    """Return which blocks are computed with the mask function and which without it, [Q blocks, KV blocks] bool each."""
     count = mask.kv_num_blocks.shape[-1]
     pairs = ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
     found = []
@@ -107,7 +107,7 @@ def blocks(mask: BlockMask) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_block_mask_is_the_one_torch_makes(window: int | None):
-    """No block that holds something is left out, none that holds nothing is visited, full ones are known as full."""
+    """Our block mask has the same partial and full blocks as the one that torch computes."""
     for tree in LAYOUTS:
         length = length_of(tree)
         expected = create_block_mask(visible(tree, window).mask_mod(), None, None, length, length, "cpu")
@@ -115,7 +115,7 @@ def test_the_block_mask_is_the_one_torch_makes(window: int | None):
         assert ours.seq_lengths == expected.seq_lengths
         for found, wanted in zip(blocks(ours), blocks(expected), strict=True):
             assert torch.equal(found, wanted)
-        assert ours.q_num_blocks is not None  # what the backward goes by
+        assert ours.q_num_blocks is not None  # the backward pass reads it
         assert expected.q_num_blocks is not None
         assert torch.equal(ours.q_num_blocks, expected.q_num_blocks)
 
@@ -148,7 +148,7 @@ def inputs(call: LayerCall, length: int, seed: int = 0) -> tuple[list[Tensor], d
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_forward_equals_sdpa(call: LayerCall):
-    """Every option of a layer's attention gives what SDPA gives a completion at a time, on any row."""
+    """With every option of a layer's attention, FlexAttention gives what SDPA gives for each completion alone."""
     for seed, tree in enumerate(EDGES + [random_layout(100 + seed) for seed in range(3)]):
         made, options = inputs(call, length_of(tree), seed)
         with torch.no_grad():
@@ -158,7 +158,7 @@ def test_forward_equals_sdpa(call: LayerCall):
 
 
 def test_autocast_is_honoured(monkeypatch: pytest.MonkeyPatch):
-    """RoPE makes float32 queries beside bfloat16 values: under autocast all three are handed over in its dtype."""
+    """RoPE returns float32 queries with bfloat16 values: under autocast all three are passed on in autocast's dtype."""
     handed: list[Tensor] = []
     monkeypatch.setattr(flex_attention, "_flex", lambda kind: lambda *given, **_: handed.extend(given) or given[2])
     tree = layout((30, (20, 9)))
@@ -169,7 +169,7 @@ def test_autocast_is_honoured(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_dropout_and_rows_without_a_tree_are_sdpas():
-    """What FlexAttention has not, dropout and masks of padding, is computed as without it, draw for draw."""
+    """FlexAttention has no dropout and no padding masks: SDPA computes these, with the same random numbers."""
     tree = layout((30, (20, 9)))
     made, _ = inputs(CALL, length_of(tree))
     for options in ({"tree": tree, "dropout": 0.5}, {"softcap": 3.0}, {}):
@@ -189,7 +189,7 @@ KINDS = {"llama": 1, "qwen2": 2, "mistral": 1, "gemma2": 2, "gemma3": 2, "gpt-os
 def test_models_give_the_same_with_one_block_mask_a_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, windows: int, how: Any
 ):
-    """Windows, softcaps and sinks of real models: flex ≡ SDPA. Layers and further passes find the masks made before."""
+    """Real models with windows, softcaps and sinks give what SDPA gives, and block masks are made once per window."""
     loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
     batch = collate(examples(20), how)
     made = []
@@ -217,7 +217,7 @@ def dense_flex(
     query: Tensor, key: Tensor, value: Tensor, *, score_mod: Any, block_mask: Any, scale: Any, enable_gqa: bool,
     return_aux: Any,
 ) -> Any:  # fmt: skip
-    """What `torch.nn.attention.flex_attention` is defined to compute, with the backward it lacks on a CPU."""
+    """Compute what `torch.nn.attention.flex_attention` defines, with the backward pass that it lacks on a CPU."""
     groups = query.shape[1] // key.shape[1]
     assert enable_gqa == (groups > 1)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -235,7 +235,7 @@ def dense_flex(
 def test_gradients_through_checkpoints_and_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, adapters: list[str]
 ):
-    """Recomputed layers find the same block masks, sinks get their gradient: flex ≡ SDPA under checkpointing."""
+    """Under gradient checkpointing, recomputed layers reuse the block masks, and all gradients are those of SDPA."""
     monkeypatch.setattr(flex_attention, "_flex", lambda device: dense_flex)
     made = []
     monkeypatch.setattr(flex_attention, "_block_mask", count(flex_attention._block_mask, made))
@@ -256,7 +256,7 @@ def test_gradients_through_checkpoints_and_adapters(
 
 
 def test_one_kernel_for_all_lengths_and_windows(monkeypatch: pytest.MonkeyPatch):
-    """What is handed to the compiler is compiled once, whatever the row's length, its trees and the window."""
+    """One compilation serves every row length, every layout of trees and every window."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(torch_flex, backend=counter, dynamic=True)
@@ -276,7 +276,7 @@ def test_one_kernel_for_all_lengths_and_windows(monkeypatch: pytest.MonkeyPatch)
 # --- which attention is taken ----------------------------------------------------------------------------------------
 
 DROPS = replace(CALL, dropout=0.1)
-CHOICES = [  # wanted, device, layout, calls → tried, and whether a reason is told
+CHOICES = [  # wanted, device, layout, calls → whether flex is tried, and whether a reason is given
     ("auto", "cuda", "tree", [CALL], True, False),
     ("flex", "cuda", "packed", [CALL], True, False),
     ("sdpa", "cuda", "tree", [CALL], False, False),
@@ -314,7 +314,7 @@ def test_flex_is_refused_on_a_cpu_before_training(tmp_path: Path):
 
 
 def test_the_layers_tell_what_they_ask_for(tmp_path: Path):
-    """Dropout counts as in training, and the model is left in the mode it was in."""
+    """The recorded calls have the dropout of training mode, and the model stays in its previous mode."""
     loaded = load_model(config_for(save_model("gpt2", tmp_path)), CPU)
     assert [call.dropout for call in layers_reached(loaded.policy.backbone)] == [0.1, 0.1]
     assert not loaded.policy.backbone.training
@@ -323,14 +323,14 @@ def test_the_layers_tell_what_they_ask_for(tmp_path: Path):
     assert [(call.window, call.sinks, call.kv_heads) for call in calls] == [(4, True, 2), (None, True, 2)]
 
 
-# --- on a card -------------------------------------------------------------------------------------------------------
+# --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("call", [replace(c, width=64, value_width=64) for c in CALLS.values()], ids=CALLS)
 def test_both_ways_equal_sdpa_on_a_card(call: LayerCall, dtype: torch.dtype):
-    """Outputs and gradients of the compiled kernels, for all that a layer may ask for."""
+    """With every option of a layer, the compiled kernels give the outputs and gradients of SDPA."""
     assert flex_attention.fault([call], dtype, torch.device("cuda")) is None
 
 
@@ -360,7 +360,7 @@ def test_lengths_do_not_compile_again():
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 @pytest.mark.parametrize("adapters", [[], ["lora={rank=4}"]])
 def test_a_model_trains_the_same_on_a_card(tmp_path: Path, checkpointing: str, adapters: list[str]):
-    """Checkpointed or not, with adapters or whole: gradients of flex ≡ those of SDPA."""
+    """Gradients with FlexAttention are those with SDPA, with or without gradient checkpointing and adapters."""
     folder = save_model("llama-wide", tmp_path)
     told = [f"train.checkpointing={checkpointing}", "model.dtype=float32", *adapters]
     found = []

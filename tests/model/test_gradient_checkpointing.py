@@ -1,4 +1,4 @@
-"""Checkpointing some layers, moving their inputs: the same numbers, and only what is meant is saved elsewhere."""
+"""Gradient checkpointing of some layers, and moving their inputs to host memory, leave every number unchanged."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +30,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def gradients(
     folder: Path, layers: int, *overrides: str, saving: Saving | None = None, device: torch.device = CPU
 ) -> dict[str, torch.Tensor]:
-    """The loss and every gradient of one micro-batch, from the same seed."""
+    """Return the loss and every gradient of one micro-batch, always from the same seed."""
     torch.manual_seed(3)
     loaded = load_model(config_for(folder, "model.dtype=float32", *overrides), device)
     for name, parameter in loaded.policy.named_parameters():
-        if "lora_B" in name:  # zeros, behind which no gradient of A is seen
+        if "lora_B" in name:  # while B is zero, the gradient of A is zero too
             torch.nn.init.normal_(parameter, std=0.1)
     assert checkpoint_layers(loaded.model, layers, saving=saving) == layers
     loaded.policy.train()
@@ -56,14 +56,14 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("overrides", [[], ["lora={rank=2}"], ["lora={rank=2, dropout=0.4}"]], ids=str)
 def test_some_layers_are_as_none(folders: dict[str, Path], kind: str, overrides: list[str]):
-    """However many layers have gradient checkpointing, loss and gradients are the same bits, also with dropout."""
+    """The loss and gradients are bit-identical for any number of checkpointed layers, also with dropout."""
     expected = gradients(folders[kind], 0, *overrides)
     for layers in (1, 2):
         assert_same(gradients(folders[kind], layers, *overrides), expected)
 
 
 def test_dropout_is_drawn(folders: dict[str, Path]):
-    """The equality above is not that of a dropout that does nothing."""
+    """Dropout changes the loss, so that the test above compares random numbers too."""
     plain = gradients(folders["llama"], 1, "lora={rank=2}")
     dropped = gradients(folders["llama"], 1, "lora={rank=2, dropout=0.4}")
     assert plain["loss"] != dropped["loss"]
@@ -71,7 +71,7 @@ def test_dropout_is_drawn(folders: dict[str, Path]):
 
 @pytest.mark.parametrize("overrides", [[], ["lora={rank=2, dropout=0.4}"]], ids=str)
 def test_only_the_inputs_of_layers_are_moved(folders: dict[str, Path], overrides: list[str]):
-    """One tensor of a layer, [B, T, H], and no weight; what comes back gives the same bits."""
+    """Only one tensor per layer, its input [B, T, H], is moved, and the gradients stay bit-identical."""
     moved: list[torch.Tensor] = []
 
     @contextmanager
@@ -87,7 +87,7 @@ def test_only_the_inputs_of_layers_are_moved(folders: dict[str, Path], overrides
 
 @pytest.mark.gpu
 def test_a_gpu_holds_less_with_inputs_in_host_memory(folders: dict[str, Path]):
-    """The same bits, and less memory by what the inputs take."""
+    """With layer inputs in host memory, a GPU needs less memory and gives the same bits."""
 
     def peak(saving: Saving | None) -> tuple[int, dict[str, torch.Tensor]]:
         torch.cuda.reset_peak_memory_stats()
@@ -101,7 +101,7 @@ def test_a_gpu_holds_less_with_inputs_in_host_memory(folders: dict[str, Path]):
 
 
 def test_the_first_layers_are_checkpointed(folders: dict[str, Path]):
-    """Those whose recomputation finds the later layers' activations freed."""
+    """The first layers are checkpointed, because their recomputation runs when later activations have been freed."""
     loaded = load_model(config_for(folders["llama"]), CPU)
     assert not all_checkpointed(loaded.model)
     checkpoint_layers(loaded.model, 1)
@@ -121,9 +121,9 @@ def test_the_first_layers_are_checkpointed(folders: dict[str, Path]):
         (100, 30, 31, 7),
         (100, 30, 30, 7),
         (100, 30, 29, 8),
-        (100, 100, 50, 8),  # nothing is saved, so nothing can be known
+        (100, 100, 50, 8),  # checkpointing saves nothing, so no number of layers is known to suffice
     ],
 )
 def test_as_few_layers_as_fit(without: int, but_one: int, available: int, count: int):
-    """The fewest of eight layers, ten bytes each, whose saving makes the step fit; all where none does."""
+    """Of eight layers, the fewest are checkpointed that make the step fit; all of them if no number suffices."""
     assert layers_needed(8, without, but_one, available) == count

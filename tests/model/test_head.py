@@ -1,4 +1,4 @@
-"""The head as the policy uses it: the same log-probabilities and gradients as the model's own logits."""
+"""The policy's head gives the log-probabilities and gradients of the model's own logits."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ ON_HEAD = 'lora={rank=2, target=["q_proj", "lm_head"]}'
 
 
 def adapted(kind: str, folder: Path, override: str = ON_HEAD) -> Loaded:
-    """A model with adapters that are no longer zero."""
+    """Return a model whose adapters are not zero."""
     loaded = load_model(config_for(save_model(kind, folder), override), CPU)
     torch.manual_seed(3)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def adapted(kind: str, folder: Path, override: str = ON_HEAD) -> Loaded:
 
 
 def both_ways(loaded: Loaded) -> list[tuple[Tensor, list[Tensor]]]:
-    """Log-probabilities of a padded batch, and the gradients of everything trained: our head's, and full logits'."""
+    """Return a padded batch's log-probabilities and gradients: by our head, then by full logits."""
     batch = collate(examples(4), "padded")
     trained = [p for p in loaded.policy.parameters() if p.requires_grad]
     found = []
@@ -54,7 +54,7 @@ def both_ways(loaded: Loaded) -> list[tuple[Tensor, list[Tensor]]]:
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma2", "cohere"])
 def test_an_adapter_on_the_head(kind: str, tmp_path: Path):
-    """LoRA on lm_head, tied or not, with softcap or scale: values and every gradient are those of full logits."""
+    """With LoRA on lm_head (tied, with softcap or scale), values and gradients are those of full logits."""
     loaded = adapted(kind, tmp_path)
     ours, theirs = both_ways(loaded)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-4)
@@ -65,7 +65,7 @@ def test_an_adapter_on_the_head(kind: str, tmp_path: Path):
 
 
 def test_the_reference_has_no_adapter_on_its_head(tmp_path: Path):
-    """With adapters off the head is the plain weight again."""
+    """With adapters disabled, the head is the plain weight again."""
     loaded = adapted("llama", tmp_path)
     assert isinstance(loaded.wrapped, PeftModel)
     head = loaded.policy.head
@@ -76,7 +76,7 @@ def test_the_reference_has_no_adapter_on_its_head(tmp_path: Path):
 
 
 def test_a_head_of_four_bits(tmp_path: Path):
-    """A 4-bit head gives the log-probabilities of its own dequantised weight."""
+    """A 4-bit head gives the log-probabilities of its dequantised weight."""
     model = AutoModelForCausalLM.from_pretrained(save_model("llama", tmp_path))
     plain = torch.nn.Linear(64, VOCABULARY, bias=False)
     quantized = Linear4bit(64, VOCABULARY, bias=False, quant_type="nf4", quant_storage=torch.uint8)
@@ -92,7 +92,7 @@ def test_a_head_of_four_bits(tmp_path: Path):
 
 
 def test_variants_of_lora_on_the_head_are_refused(tmp_path: Path):
-    """DoRA changes the head in a way the kernels do not compute: said, not computed wrongly."""
+    """DoRA on the head is refused, because the kernels do not compute it."""
     model = AutoModelForCausalLM.from_pretrained(save_model("llama", tmp_path))
     get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
     with pytest.raises(UserError, match="variant of LoRA"):
@@ -100,7 +100,7 @@ def test_variants_of_lora_on_the_head_are_refused(tmp_path: Path):
 
 
 def test_training_with_an_adapter_on_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run learns; its adapter, which holds no whole head, is loaded by PEFT."""
+    """A run with LoRA on the head learns, and its adapter, which contains no whole head, can be loaded by PEFT."""
     monkeypatch.chdir(tmp_path)
     result = fastpref.train(QUICKSTART, ['lora.target=["q_proj", "v_proj", "lm_head"]', "train.steps=12"])
     assert result.eval_metrics["eval/rewards/margins"] > 0.01

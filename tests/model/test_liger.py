@@ -1,6 +1,6 @@
-"""Kernels of liger-kernel in a model's body: which modules get one, that nothing else changes, and their numbers.
+"""Kernels of liger-kernel in a model's body: which modules get one, that nothing else changes, and their results.
 
-Without a card the kernels run in Triton's interpreter, which has not the functions of CUDA's library that they call.
+Without a GPU the kernels run in Triton's interpreter, which lacks the functions of CUDA's library that they call.
 """
 
 import copy
@@ -35,7 +35,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = CPU if INTERPRETED else CUDA
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
-# Norms and MLPs of each of two layers, the last norm, and the attentions that rotate.
+# Norms and MLPs of two layers, the last norm, and the attention layers, which apply RoPE.
 TAKEN = {
     "llama": {"RMSNorm": 5, "SwiGLU": 2, "RoPE": 2},
     "mistral": {"RMSNorm": 5, "SwiGLU": 2, "RoPE": 2},
@@ -58,7 +58,7 @@ def plain(kind: str, **changes: Any) -> PreTrainedModel:
 
 
 def counts(model: PreTrainedModel) -> dict[str, int]:
-    """How many modules have which kernel; RoPE is a copy of transformers' own forward."""
+    """Count the modules with each kernel; a module with RoPE has a copy of transformers' own forward method."""
     found: dict[str, int] = {}
     for module in model.modules():
         forward = vars(module).get("forward")
@@ -78,7 +78,7 @@ def transformers_now() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", TAKEN)
 def test_which_modules_change(kind: str):
-    """The kernels that liger has for a model type, in this instance; experts and the model's own forward stay."""
+    """Only this instance gets the kernels that liger has for its type; experts and the model's own forward stay."""
     model, other = plain(kind), plain(kind)
     assert liger.take_kernels(model) == (sorted(TAKEN[kind]), {})
     assert counts(model) == TAKEN[kind]
@@ -88,7 +88,7 @@ def test_which_modules_change(kind: str):
 
 @pytest.mark.parametrize("kind", TAKEN)
 def test_nothing_global_changes(kind: str):
-    """Every name of every module of transformers is what it was, and models that are made later are plain."""
+    """No name in any module of transformers changes, and later models have no kernels."""
     model = plain(kind)
     before = transformers_now()
     liger.take_kernels(model)
@@ -100,7 +100,7 @@ def test_nothing_global_changes(kind: str):
 
 
 def test_another_activation_is_left_alone():
-    """Liger takes an MLP for SwiGLU by the model's type; a config may say otherwise."""
+    """An MLP whose config names another activation keeps its code, though liger has SwiGLU for its model type."""
     assert counts(plain("llama")) == {}
     model = plain("llama", hidden_act="gelu")
     assert liger.take_kernels(model) == (["RMSNorm", "RoPE"], {"SwiGLU": "the config names another activation"})
@@ -112,7 +112,7 @@ def test_another_activation_is_left_alone():
 
 @pytest.mark.parametrize("kind", TAKEN)
 def test_every_attention_calls_it(kind: str, monkeypatch: pytest.MonkeyPatch):
-    """Whatever lies between: liger's is called once a layer, on what the model's own gets."""
+    """Each layer calls liger's function once, with the arguments of the model's own."""
     model = plain(kind)
     own = sys.modules[type(model).__module__].apply_rotary_pos_emb
     ids = torch.arange(7)[None]
@@ -133,7 +133,7 @@ def test_every_attention_calls_it(kind: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def only_rope(model: PreTrainedModel, rope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let liger have nothing but this function for models of this type."""
+    """Make this RoPE function liger's only kernel for models of this type."""
     home = sys.modules[type(model).__module__]
 
     def apply(*, rope: bool = True, model: Any = None, **options: Any) -> None:
@@ -177,7 +177,7 @@ OUTCOMES = {
 
 @pytest.mark.parametrize("way", OUTCOMES)
 def test_ways_from_a_layer_to_the_function(way: str):
-    """A copy does what the method does, with another function at the end; the method and its module stay."""
+    """A copied method calls the other function and otherwise does the same; the method and its module do not change."""
     home = ModuleType("home")
     exec(WAYS, vars(home))
     method = vars(home)[way]
@@ -206,7 +206,7 @@ LLAMA_FORWARD = modeling_llama.LlamaAttention.forward
 def test_what_is_expected_and_not_taken_is_told(
     name: str, value: Any, kind: str | None, why: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """A kernel that liger has for the type and that no layer got: in the notes of the model, with the reason."""
+    """If liger has a kernel for the type but no layer got it, the model's notes give the reason."""
     monkeypatch.setattr(f"transformers.models.llama.modeling_llama.{name}", value)
     model = plain("llama")
     taken, notes = liger.give_kernels(model, model.model, must=True, trial=None)
@@ -217,7 +217,7 @@ def test_what_is_expected_and_not_taken_is_told(
 
 
 def test_a_class_that_has_another_name_now_is_missed(monkeypatch: pytest.MonkeyPatch):
-    """Liger sets a name that its own transformers had: nothing of this model's, so its kernel is missed."""
+    """A kernel that liger sets under a class name that transformers no longer has is reported as missing."""
     apply = liger._known()["llama"]
 
     @wraps(apply)
@@ -257,7 +257,7 @@ def test_when_they_are_taken(wanted: Any, device: str, kind: str, outcome: bool 
 
 
 def test_a_run_on_a_cpu_refuses_before_it_loads(tmp_path: Path):
-    """The weights of this model are not there: the key is what is wrong first."""
+    """The key is refused before the weights, which are missing here, are loaded."""
     model_config("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.liger = true: they run on GPUs only"):
         load_model(config_for(tmp_path, "model.liger=true"), CPU)
@@ -267,7 +267,7 @@ def test_a_run_on_a_cpu_refuses_before_it_loads(tmp_path: Path):
 
 
 def wrong(model: PreTrainedModel) -> liger.Kernels:
-    """Kernels that leave out the norms' weights."""
+    """Install kernels that ignore the norms' weights."""
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             vars(module)["forward"] = lambda x: x * 2
@@ -288,7 +288,7 @@ def failing(model: PreTrainedModel) -> liger.Kernels:
     ],
 )
 def test_what_does_not_do_the_same_is_undone(take: Any, why: str, monkeypatch: pytest.MonkeyPatch):
-    """The model is as it was and the run says why; or, if the kernels were asked for, it is an error."""
+    """Kernels with other results are removed, with a note; if the config asks for kernels, this is an error."""
     model = plain("llama")
     before = [dict(vars(module)) for module in model.modules()]
     monkeypatch.setattr(liger, "take_kernels", take)
@@ -315,7 +315,7 @@ def _rsqrt(x):
 
 
 class _Scalar(float):
-    """A number as compiled kernels have it."""
+    """A float with the `to` method that compiled kernels use."""
 
     def to(self, dtype: object) -> "_Scalar":
         return self
@@ -330,7 +330,7 @@ def _with_scalars(run: Any) -> Any:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What liger's kernels need to run here, and a device that `load_model` takes for one that they run on."""
+    """Make liger's kernels run here, and make `load_model` accept this device for them."""
     if INTERPRETED:
         from liger_kernel.ops import geglu, rms_norm, rope, swiglu
 
@@ -347,11 +347,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gradients(loaded: Loaded, layers: int = 0) -> dict[str, Tensor]:
-    """Log-probabilities and every gradient of one micro-batch of trees."""
+    """Return the log-probabilities and every gradient of one micro-batch of trees."""
     checkpoint_layers(loaded.model, layers)
     torch.manual_seed(1)
     for name, parameter in loaded.policy.named_parameters():
-        if "lora_B" in name:  # zeros, behind which no gradient of A is seen
+        if "lora_B" in name:  # while B is zero, the gradient of A is zero too
             torch.nn.init.normal_(parameter, std=0.1)
     loaded.policy.train()
     torch.manual_seed(2)
@@ -369,7 +369,7 @@ CASES = [
     ("gemma2", 1, []),
     ("gemma2", 2, ["lora={rank=2}"]),
 ]
-ROWS = examples(2, seed=11)[1:]  # a short one: the interpreter takes its time
+ROWS = examples(2, seed=11)[1:]  # one short pair, because the interpreter is slow
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ ROWS = examples(2, seed=11)[1:]  # a short one: the interpreter takes its time
 def test_outputs_and_gradients_are_the_models_own(
     kernels: None, tmp_path: Path, device: torch.device, kind: str, layers: int, overrides: list[str]
 ):
-    """In float32, to its rounding: with adapters or without, whatever the layout, checkpointed or not."""
+    """In float32, results are the model's own up to rounding, for any adapters, layout and checkpointing."""
     folder = save_model(kind, tmp_path)
     options = [*overrides, "model.dtype=float32"]
     torch.manual_seed(0)
@@ -396,7 +396,7 @@ def test_outputs_and_gradients_are_the_models_own(
 
 
 def test_a_frozen_copy_has_weights_of_its_own(kernels: None, tmp_path: Path):
-    """What is bound to a module is bound to the copy's module in a copy."""
+    """In a copy of a model, the kernels use the copy's weights."""
     loaded = load_model(config_for(save_model("llama", tmp_path), "model.dtype=float32"), DEVICE)
     batch = collate(ROWS, "tree").to(DEVICE)
     frozen = Policy.of(copy.deepcopy(loaded.model))
@@ -408,7 +408,7 @@ def test_a_frozen_copy_has_weights_of_its_own(kernels: None, tmp_path: Path):
 
 
 def test_the_trial_sees_the_kernels(kernels: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An offset that is wrong by liger's mistake, as Gemma's once was, keeps a model from having them."""
+    """If liger sets a wrong offset, as it once did for Gemma, the trial removes the kernels."""
     apply = liger._known()["llama"]
 
     @wraps(apply)

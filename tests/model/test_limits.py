@@ -1,4 +1,4 @@
-"""What a row can break is compared with the model before anything is computed: tokens with embeddings, lengths with
+"""Before anything is computed, each row's token ids are compared with the embeddings, and its length with the
 positions. The limits are those at which the models themselves fail."""
 
 import json
@@ -75,7 +75,7 @@ def architecture(kind: str) -> PretrainedConfig:
 
 @torch.no_grad()
 def computes(model: Any, tokens: int) -> bool:
-    """Whether the model itself can compute so many tokens, with positions of its own."""
+    """Return whether the model itself can compute so many tokens, with its default positions."""
     try:
         model(input_ids=torch.full((1, tokens), 3))
     except (IndexError, RuntimeError, ValueError):
@@ -85,7 +85,7 @@ def computes(model: Any, tokens: int) -> bool:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_positions_are_those_that_the_model_can_compute(kind: str):
-    """As many as its limit and not one more, by the tensors; config.json alone says the same."""
+    """The model can compute as many tokens as its limit and not one more; config.json gives the same limit."""
     model = AutoModelForCausalLM.from_config(architecture(kind)).eval()
     limits, expected = limits_of_model(model), FAMILIES[kind][1]
     assert limits.positions == limits_of_config(architecture(kind).to_dict()).positions == expected
@@ -126,7 +126,7 @@ ROPE: dict[str, tuple[dict[str, Any], int | None]] = {
 
 @pytest.mark.parametrize(("config", "expected"), ROPE.values(), ids=ROPE)
 def test_what_rope_was_made_for(config: dict[str, Any], expected: int | None):
-    """Scaling counted: YaRN's length is its factor times what the model was trained for."""
+    """The length that RoPE was made for includes scaling: for YaRN, the trained length times the factor."""
     limits = limits_of_config({"model_type": "llama", "vocab_size": 50, "max_position_embeddings": 4096} | config)
     assert (limits.made_for, limits.positions) == (expected, None)
 
@@ -135,7 +135,7 @@ def test_what_rope_was_made_for(config: dict[str, Any], expected: int | None):
 
 
 def project(folder: Path, model: PretrainedConfig, *, more_tokens: int = 0, **lines: Any) -> Path:
-    """A config with a random model, four pairs of texts and two held out; the third is long and ends in a new token."""
+    """Write a config, a random model, four pairs and one held-out pair; the third is long and ends in a new token."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(model).save_pretrained(folder / "model")
     tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -178,7 +178,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 ROW_3 = r"pairs\.jsonl:3: \d\d tokens with its response, and gpt2 has 24 positions; 1 of 4 training rows has more"
-TOO_LONG = {  # what each command says of a row that is longer than the model's positions, and its status
+TOO_LONG = {  # command: its status and its message about a row that is longer than the model's positions
     "check": (0, "tokens.max_length = 2,048 is more than the 24 positions of gpt2: longer rows are refused"),
     "preview": (2, ROW_3),
     "train": (2, ROW_3),
@@ -196,7 +196,7 @@ AS_IT_IS = {"estimate": ["--cpu"]}
 
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_a_row_longer_than_the_positions(run: Any, tmp_path: Path, name: str):
-    """Both numbers, the place of the row and the key, before anything is written; with that key it runs."""
+    """Before anything is written, the message gives both numbers, the row and the key, with which it then runs."""
     path = project(tmp_path, gpt2(POSITIONS))
     status, said = TOO_LONG[name]
     ran = run(name, str(path), *AS_IT_IS.get(name, []))
@@ -209,7 +209,7 @@ def test_a_row_longer_than_the_positions(run: Any, tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("name", NO_EMBEDDING)
 def test_a_token_without_an_embedding(run: Any, tmp_path: Path, name: str):
-    """The row, the token by id and by text, both numbers, and what to do."""
+    """The message gives the row, the token's id and text, both numbers, and the remedy."""
     path = project(tmp_path, llama(), more_tokens=2)
     status, said = NO_EMBEDDING[name]
     ran = run(name, str(path), *AS_IT_IS.get(name, []))
@@ -220,7 +220,7 @@ def test_a_token_without_an_embedding(run: Any, tmp_path: Path, name: str):
 
 
 def test_in_the_prompt_and_in_held_out_rows(run: Any, tmp_path: Path):
-    """Every part of every row is compared."""
+    """Prompts and held-out rows are compared too."""
     path = project(tmp_path, llama(), more_tokens=2)
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("<new1>", ""))
     (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "a <new1>", "chosen": "b", "rejected": "c"}))
@@ -230,7 +230,7 @@ def test_in_the_prompt_and_in_held_out_rows(run: Any, tmp_path: Path):
 
 
 def test_a_pad_token_without_an_embedding_does_no_harm(run: Any, tmp_path: Path):
-    """Padding is masked: the numbers are those of the tokenizer without it, in padded rows too, and a note says so."""
+    """Padding is masked, so the loss is that of the tokenizer without the pad token, and a note says so."""
     logged = []
     for more in (0, 2):
         folder = tmp_path / str(more)
@@ -246,7 +246,7 @@ def test_a_pad_token_without_an_embedding_does_no_harm(run: Any, tmp_path: Path)
 
 
 def test_ktos_other_responses_have_positions_too(run: Any, tmp_path: Path):
-    """A prompt meets the response of another row: their sum is compared, as the steps of the run pair them."""
+    """For KTO, each prompt plus the longest paired response of another row must fit, as the run's steps pair them."""
     path = project(tmp_path, gpt2(40))
     rows = [{"prompt": "plus " * (1 if i % 2 else 25), "completion": "nine " * (25 if i % 2 else 1), "label": i < 2}
             for i in range(4)]  # fmt: skip
@@ -261,7 +261,7 @@ def test_ktos_other_responses_have_positions_too(run: Any, tmp_path: Path):
 
 
 def test_rows_that_fit_leave_room_for_a_short_answer(run: Any, tmp_path: Path):
-    """A prompt that fills the positions is answered by what is left of them; chat says when nothing is left."""
+    """If a prompt nearly fills the positions, its answer gets what is left of them."""
     path = project(tmp_path, gpt2(26))
     held = {"prompt": "plus " * 20, "chosen": "nine", "rejected": "no"}
     (tmp_path / "held.jsonl").write_text(json.dumps(held))
@@ -272,7 +272,7 @@ def test_rows_that_fit_leave_room_for_a_short_answer(run: Any, tmp_path: Path):
 
 
 def test_rows_beyond_what_rope_was_made_for_are_counted(run: Any, tmp_path: Path):
-    """They are computed, with a note; none where the config's scaling covers them."""
+    """Rows beyond the length that RoPE was made for are computed, with a note unless the scaling covers them."""
     path = project(tmp_path, llama())
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("<new1>", ""))
     ran = run("train", str(path))
@@ -289,7 +289,7 @@ def test_rows_beyond_what_rope_was_made_for_are_counted(run: Any, tmp_path: Path
 
 
 def test_tokens_are_compared_without_reading_rows():
-    """Half a million rows in well under a second: columns are compared, not rows."""
+    """Half a million rows take less than a second, because columns are compared instead of rows."""
     count, each = 500_000, 40
     ids = pa.array(np.arange(count * each, dtype=np.int32) % 900)
     lists = pa.ListArray.from_arrays(pa.array(np.arange(0, count * each + 1, each, dtype=np.int32)), ids)

@@ -1,4 +1,4 @@
-"""Models, adapters and references as a config asks for them."""
+"""Loading models, adapters and references as a config describes them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_is_trained(llama: Path):
-    """Without [lora] everything is trained, with it only adapters and modules_to_save."""
+    """Without [lora] every parameter is trained; with it only adapters and modules_to_save are."""
     everything = load_model(config_for(llama), CPU).policy
     assert all(p.requires_grad for p in everything.parameters())
     adapters = load_model(config_for(llama, 'lora={rank=2, modules_to_save=["lm_head"]}'), CPU).policy
@@ -46,7 +46,7 @@ def test_what_is_trained(llama: Path):
     ids=["adapter", "adapter and trained head", "copy beside an adapter", "copy"],
 )
 def test_the_reference_is_the_model_before_training(llama: Path, overrides: list[str]):
-    """However much the policy moves, the reference gives the log-probabilities of the model as it was."""
+    """However the policy changes, the reference gives the log-probabilities of the model before training."""
     loaded = load_model(
         config_for(llama, *overrides, "lora.dropout=0.3" if "lora" in overrides[0] else "train.seed=1"), CPU
     )
@@ -71,13 +71,13 @@ def test_the_reference_is_the_model_before_training(llama: Path, overrides: list
     ],
 )
 def test_models_that_cannot_be_had_are_said(llama: Path, override: str, said: str):
-    """A model that is not there, or a module that it has not, is one message that names it."""
+    """A missing model, or a module that the model does not have, gives one message that names it."""
     with pytest.raises(UserError, match=said):
         load_model(config_for(llama, override), CPU)
 
 
 def test_pickled_weights_are_not_loaded(llama: Path, tmp_path: Path):
-    """A folder with only a .bin file is refused: its pickle could run code."""
+    """A folder with only a .bin file is refused, because its pickle could run code."""
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="safetensors"):
@@ -91,6 +91,6 @@ def test_a_missing_tokenizer_is_said(llama: Path):
 
 @pytest.mark.parametrize("name", ["/no/such", "./none", "~/none-of-this-name"])
 def test_a_folder_that_is_not_there(name: str):
-    """Is said to be missing, in our own words, where the name can be no other than a folder's."""
+    """If a name can only be a folder's, the message says that there is no such folder."""
     with pytest.raises(UserError, match=r"there is no such folder$"):
         load_tokenizer(ModelConfig(name=name))

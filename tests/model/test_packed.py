@@ -1,5 +1,4 @@
-"""A checkpoint that lies quantised is counted as what it is: as it is loaded where the library is here, by the format's
-own sizes otherwise."""
+"""The memory of a quantised checkpoint is counted as its library loads it, or else by the format's own sizes."""
 
 import json
 from pathlib import Path
@@ -18,14 +17,14 @@ SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "dtype": "float32",
 }  # fmt: skip
-LINEAR = 2 * (4 * 256 * 256 + 3 * 256 * 512)  # weights of linear layers
+LINEAR = 2 * (4 * 256 * 256 + 3 * 256 * 512)  # number of weights in linear layers
 OTHERS = 4 * (2 * 128 * 256 + 5 * 256)  # bytes of embeddings, head and norms
 
 
 def counted(
     folder: Path, quantization: dict[str, Any] | None, *overrides: str, config: Any = None, device: Any = CPU
 ) -> StepMemory:
-    """A step on a model of which there is a config.json alone."""
+    """Count a step on a model of which only config.json exists."""
     config = config or LlamaConfig(**SIZES)
     raw = config.to_dict() | ({"quantization_config": quantization} if quantization else {})
     raw["architectures"] = ["LlamaForCausalLM"]
@@ -51,14 +50,14 @@ FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     ids=["nf4", "int8"],
 )
 def test_bitsandbytes_counts_as_the_key_does(tmp_path: Path, own: dict[str, Any], key: str):
-    """Every number of the step, as of the same model quantised when it is loaded."""
+    """Every number of the step is that of the same model quantised while it is loaded."""
     assert counted(tmp_path, own) == counted(tmp_path, None, "lora={rank=2}", f"model.quantization={key}")
-    assert counted(tmp_path, own) == counted(tmp_path, own, "lora={rank=2}", "model.quantization=nf4")  # it goes before
+    assert counted(tmp_path, own) == counted(tmp_path, own, "lora={rank=2}", "model.quantization=nf4")  # the file wins
 
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_scales_count_as_they_lie(tmp_path: Path, nested: bool):
-    """As many bytes as the weights of a model that bitsandbytes has quantised, with and without quantised scales."""
+    """The weights take as many bytes as those of a model that bitsandbytes quantised, doubly or not."""
     own = bnb(**FOUR, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype="float32")
     folder = tmp_path / "plain"
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(folder)
@@ -69,7 +68,7 @@ def test_scales_count_as_they_lie(tmp_path: Path, nested: bool):
         real += parameter.nbytes
         if (state := getattr(parameter, "quant_state", None)) is not None:
             real += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
-    assert counted(tmp_path, own).weights == pytest.approx(real, rel=0.03)  # tables of codes are a few numbers a layer
+    assert counted(tmp_path, own).weights == pytest.approx(real, rel=0.03)  # code tables are left out
     assert (counted(tmp_path, own).weights - OTHERS) / LINEAR == pytest.approx(0.516 if nested else 0.5625, rel=0.06)
 
 
@@ -79,7 +78,7 @@ def test_modules_that_are_left_out_keep_their_dtype(tmp_path: Path):
     assert kept == pytest.approx(2 * 256 * 512 * (4 - 0.5625), rel=0.02)
 
 
-PACKED: dict[str, tuple[dict[str, Any], float]] = {  # bytes a weight
+PACKED: dict[str, tuple[dict[str, Any], float]] = {  # bytes per weight
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 0.5 + 2.5 / 128 + 4 / 293),
     "gptq, a row a scale": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, 1 + 3 / 320 + 4 / 293),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, 0.5 + 2.5 / 64),
@@ -104,7 +103,7 @@ PACKED: dict[str, tuple[dict[str, Any], float]] = {  # bytes a weight
 
 @pytest.mark.parametrize(("own", "each"), PACKED.values(), ids=PACKED)
 def test_other_methods_count_by_their_bits(tmp_path: Path, own: dict[str, Any], each: float):
-    """Bits, scales, zeros of the linear layers; embeddings, head and norms as they are; the rest of the step too."""
+    """Bits, scales and zeros of linear layers count; all other weights and the rest of the step are unchanged."""
     found, plain = counted(tmp_path, own), counted(tmp_path, None)
     assert (found.weights - OTHERS) / LINEAR == pytest.approx(each, rel=5e-3)
     assert (found.adapters, found.gradients, found.activations) == (plain.adapters, plain.gradients, plain.activations)
@@ -131,7 +130,7 @@ def test_whole_fine_tuning_of_quantised_weights_is_refused(tmp_path: Path):
 
 
 def test_experts_stay_as_they_are(tmp_path: Path):
-    """bitsandbytes quantises linear layers; how much it leaves is told."""
+    """bitsandbytes quantises linear layers only; the size of the experts, which stay as they are, is reported."""
     sizes: dict[str, Any] = SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     config = Qwen3MoeConfig(**sizes)
     given = ['lora={rank=2,target=["q_proj"]}', "model.quantization=nf4"]

@@ -1,4 +1,4 @@
-"""QLoRA: what is quantised, what is trained, and that a run with it works on a CPU."""
+"""QLoRA: which weights are quantised, which are trained, and that a run with it works on a CPU."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ KINDS = {"nf4": Linear4bit, "int8": Linear8bitLt}
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model whose rows are whole blocks of 64."""
+    """Save a random model whose rows are whole blocks of 64, and return its folder."""
     folder = tmp_path_factory.mktemp("llama64")
     config = model_config("llama")
     config.hidden_size, config.intermediate_size = 64, 128
@@ -38,8 +38,8 @@ def load(folder: Path, kind: str, *overrides: str) -> Loaded:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_quantised_and_what_is_trained(llama: Path, kind: str, dtype: str):
-    """The body's linear layers are quantised; head, embeddings and norms keep the model's dtype, and nothing but the
-    adapters is trained or in float32 beside a model of half precision."""
+    """The body's linear layers are quantised; head, embeddings and norms keep the model's dtype; and only the
+    adapters are trained, in float32."""
     loaded = load(llama, kind, f"model.dtype={dtype}")
     body = [m for name, m in loaded.model.model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
     assert len(body) == 14
@@ -56,7 +56,7 @@ def test_what_is_quantised_and_what_is_trained(llama: Path, kind: str, dtype: st
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["adapter", "copy"])
 def test_the_reference_is_the_quantised_model(llama: Path, kind: str, mode: str):
-    """Adapters off or a copy in the same bits: the reference stays what the model was, however the policy moves."""
+    """With adapters off, or as a copy in the same bits, the reference gives the model's original log-probabilities."""
     loaded = load(llama, kind)
     reference, _ = make_reference(config_for(llama, "lora={rank=2}", f"reference.mode={mode}"), loaded)
     batch = collate(examples(3), "tree")
@@ -70,7 +70,7 @@ def test_the_reference_is_the_quantised_model(llama: Path, kind: str, mode: str)
 
 
 def test_evaluating_does_not_change_four_bit_weights(llama: Path):
-    """bitsandbytes would repack them for inference on some CPUs, and lose bits when it goes back."""
+    """An evaluation leaves 4-bit weights as they are; bitsandbytes would repack them on some CPUs and lose bits."""
     loaded = load(llama, "nf4")
     before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_evaluating_does_not_change_four_bit_weights(llama: Path):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_a_run_in_few_bits(kind: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The quickstart learns with quantised weights and with 8-bit moments."""
+    """The quickstart learns with quantised weights, and with an 8-bit optimizer state."""
     monkeypatch.chdir(tmp_path)
     overrides = [f"model.quantization={kind}", f"train.optimizer={optimizer}", "train.steps=5", "eval.samples=0"]
     result = fastpref.train(QUICKSTART, overrides)
@@ -91,20 +91,20 @@ def test_a_run_in_few_bits(kind: str, optimizer: str, tmp_path: Path, monkeypatc
 
 
 def test_dora_in_8_bits_needs_a_gpu(llama: Path):
-    """PEFT loses the scales of 8-bit weights on a CPU; in 4 bits DoRA works there."""
+    """DoRA in 8 bits is refused on a CPU, where PEFT loses the scales of the weights; DoRA in 4 bits works."""
     with pytest.raises(UserError, match=r"lora.dora: PEFT loses the scales of weights in int8"):
         load(llama, "int8", "lora={dora=true}")
     load(llama, "nf4", "lora={dora=true}")
 
 
 def test_quantised_weights_need_adapters(llama: Path):
-    """They cannot be trained themselves: refused when the config is read."""
+    """Quantised weights cannot be trained, so a config without [lora] is refused when it is read."""
     with pytest.raises(UserError, match=r'model.quantization: "nf4" weights cannot be trained themselves'):
         config_for(llama, "model.quantization=nf4")
 
 
 def test_paging_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without one the optimizer is refused by its name."""
+    """Without a GPU, a paged optimizer is refused by its name."""
     monkeypatch.chdir(tmp_path)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="paged_adamw_8bit"):

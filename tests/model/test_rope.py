@@ -1,4 +1,4 @@
-"""RoPE that follows the length of a call: one set of frequencies for a run, whatever its micro-batches."""
+"""RoPE whose frequencies depend on the length of a call: a run uses one set, whatever its micro-batches."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from fastpref.step.reference import make_reference
 from tests.support.tiny import config_for, examples, save_model
 
 CPU = torch.device("cpu")
-KINDS = ("llama-dynamic", "phi3-longrope")  # of 30 tokens
+KINDS = ("llama-dynamic", "phi3-longrope")  # both with an original length of 30 tokens
 
 
 @pytest.mark.parametrize("length", [24, 48])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_the_same_numbers_in_any_company(kind: str, length: int, tmp_path: Path):
-    """Log-probabilities do not depend on the other rows of a micro-batch, nor on the layout."""
+    """A row's log-probabilities depend neither on the other rows of its micro-batch nor on the layout."""
     loaded = load_model(config_for(save_model(kind, tmp_path), f"tokens.max_length={length}"), CPU)
     assert loaded.layout == "tree"
     rows = [e for e in examples(30) if len(e.prompt) + max(map(len, e.completions)) <= length][:8]
@@ -36,7 +36,7 @@ def test_a_row_has_the_same_numbers_in_any_company(kind: str, length: int, tmp_p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_limits_keep_the_models_own_frequencies(kind: str, tmp_path: Path):
-    """If no row may pass the original length, numbers are plain transformers', and nothing is said."""
+    """If no row may exceed the original length, the results are those of plain transformers, without a note."""
     loaded = load_model(config_for(save_model(kind, tmp_path), "tokens.max_length=30"), CPU)
     assert not any("RoPE" in note for note in loaded.notes)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -47,7 +47,7 @@ def test_short_limits_keep_the_models_own_frequencies(kind: str, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_longer_limits_take_the_frequencies_of_max_length(kind: str, tmp_path: Path):
-    """They are those that transformers takes for a row of max_length tokens, and the run says so."""
+    """Above the original length, frequencies are those of transformers for max_length tokens, and a note says so."""
     loaded = load_model(config_for(save_model(kind, tmp_path), "tokens.max_length=60"), CPU)
     assert any("RoPE" in note and "max_length = 60" in note for note in loaded.notes)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The router loss of a mixture of experts: the model's own, in the loss of a step, and nowhere else."""
+"""The router loss of a mixture of experts is the model's own, and only training steps add it to their loss."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ KINDS = ("mixtral", "qwen3-moe")
 @pytest.mark.parametrize("layout", ["padded", "tree"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_models_own(kind: str, layout, tmp_path: Path):
-    """On padded rows it is what transformers computes, padding left out; a tree counts each of its tokens once."""
+    """On padded rows it is what transformers computes without padding; in trees each token counts once."""
     loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
     policy, batch = loaded.policy.train(), collate(examples(4), layout)
     found = policy(batch).router_loss
@@ -31,11 +31,11 @@ def test_it_is_the_models_own(kind: str, layout, tmp_path: Path):
         )  # fmt: skip
         torch.testing.assert_close(found, full.aux_loss)
     else:
-        assert 1 < float(found) < 4  # 2 active experts if balanced
+        assert 1 < float(found) < 4  # 2 if the active experts are balanced
 
 
 def test_it_is_in_training_alone(tmp_path: Path):
-    """Evaluations, references and models without routers have none."""
+    """Evaluations, references and models without routers have no router loss."""
     loaded = load_model(config_for(save_model("mixtral", tmp_path / "m")), CPU)
     batch = collate(examples(3), "tree")
     assert loaded.policy.eval()(batch).router_loss is None
@@ -49,7 +49,7 @@ def test_it_is_in_training_alone(tmp_path: Path):
 @pytest.mark.parametrize("method", ["simpo", "kto"])
 @pytest.mark.parametrize("budget", [10_000, 60])
 def test_a_step_adds_it_by_share_of_tokens(method: str, budget: int, tmp_path: Path):
-    """The gradient of a step is that of its loss plus coefficient · Σ share · router loss, and `aux_loss` is logged."""
+    """A step's loss is the plain loss plus coefficient · Σ share · router loss, and `aux_loss` is logged."""
     config = config_for(save_model("qwen3-moe", tmp_path), f'loss={{type="{method}"}}', "train.batch=4")
     loaded = load_model(config, CPU)
     rows = examples(4, single=method == "kto")

@@ -1,4 +1,4 @@
-"""The numerical trial: a model gets trees only where its hidden states are then those of each row alone."""
+"""The numerical trial: a model gets trees only if its hidden states are then those of each row computed alone."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def logps_of_each_row(model: Any, rows: list[Any]) -> list[Tensor]:
-    """By plain transformers: the log-probabilities of each completion after its prompt, alone in a row."""
+    """Return each completion's log-probabilities after its prompt, each in its own row, by plain transformers."""
     found = []
     for k in range(2):
         for row in rows:
@@ -44,7 +44,7 @@ def logps_of_each_row(model: Any, rows: list[Any]) -> list[Tensor]:
     ],
 )
 def test_every_model_trains_on_its_own_numbers(kind: str, layout: str, reason: str | None, tmp_path: Path):
-    """In the layout that is chosen, log-probabilities and gradients are those of plain transformers, row by row."""
+    """In the chosen layout, log-probabilities and gradients are those of plain transformers for each row."""
     loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
     assert loaded.layout == layout
     assert (loaded.why_padded is None) if reason is None else (reason in str(loaded.why_padded))
@@ -67,7 +67,7 @@ def test_every_model_trains_on_its_own_numbers(kind: str, layout: str, reason: s
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba"])
 def test_padded_rows_have_the_models_own_attention(kind: str, tmp_path: Path):
-    """A model that takes no trees keeps its attention and masks: our name is nowhere in its configs."""
+    """A model that takes no trees keeps its own attention and masks; our name does not occur in its configs."""
     loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
     names = {name for _, name in attention.attention_of(loaded.model)}
     assert names <= {"eager", "sdpa"}
@@ -82,7 +82,7 @@ def test_padded_rows_that_are_asked_for_have_the_models_own_attention_too(tmp_pa
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt-oss", "qwen3-moe", "cohere"])
 def test_rounding_is_no_fault(kind: str, dtype: str, tmp_path: Path):
-    """In half precision a model that is right in trees takes them."""
+    """A model whose results in trees are right takes trees in half precision too."""
     loaded = load_model(config_for(save_model(kind, tmp_path), f"model.dtype={dtype}"), CPU)
     assert (loaded.layout, loaded.why_padded) == ("tree", None)
 
@@ -94,7 +94,7 @@ def test_a_leak_is_a_fault_in_half_precision_too(dtype: str, tmp_path: Path):
 
 
 class MixesNeighbours(nn.Module):
-    """A layer's MLP that also looks at the token before it, as convolutions and token shifts do."""
+    """An MLP that also reads the token before each token, as convolutions and token shifts do."""
 
     def __init__(self, mlp: nn.Module):
         super().__init__()
@@ -113,7 +113,7 @@ def planted(kind: str, tmp_path: Path, plant: Callable[[Any], None]) -> tuple[An
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["tree", "packed"])
 def test_a_module_that_looks_at_its_neighbours_is_seen(layout: Any, dtype: torch.dtype, tmp_path: Path):
-    """Every layer's attention takes the layout, and the result is wrong: padded rows, with the reason."""
+    """If every layer's attention takes the layout but the result is wrong, rows are padded and the reason is given."""
 
     def plant(model: Any) -> None:
         model.to(dtype)
@@ -129,7 +129,7 @@ def test_a_module_that_looks_at_its_neighbours_is_seen(layout: Any, dtype: torch
 
 
 def test_windows_longer_than_the_trial_are_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An attention that forgets windows of 4,096 tokens is found by rows of forty."""
+    """Rows of forty tokens reveal an attention that ignores its window of 4,096 tokens."""
     config = model_config("mistral")
     config.sliding_window = 4096
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -152,7 +152,7 @@ def test_windows_longer_than_the_trial_are_passed(tmp_path: Path, monkeypatch: p
 
 
 def test_a_model_that_sees_the_future_is_refused(tmp_path: Path):
-    """Rows whose prompt changes with the response after it have no log-probabilities: an error, not numbers."""
+    """If a prompt's hidden states change with the response after it, there are no log-probabilities but an error."""
 
     class LooksAhead(nn.Module):
         def __init__(self, mlp: nn.Module):
@@ -172,10 +172,10 @@ def test_a_model_that_sees_the_future_is_refused(tmp_path: Path):
 
 
 def test_padded_rows_that_are_wrong_are_refused(tmp_path: Path):
-    """Where neither trees nor padded rows are the rows alone, the model is refused by name."""
+    """If neither trees nor padded rows give the hidden states of single rows, the model is refused by name."""
 
     class LooksAtTheRow(nn.Module):
-        """Divides by the row's length, as statistics over a row do."""
+        """An MLP whose output depends on the batch, as statistics over a row do."""
 
         def __init__(self, mlp: nn.Module):
             super().__init__()
@@ -204,7 +204,7 @@ def test_padded_rows_that_are_wrong_are_refused(tmp_path: Path):
     ],
 )
 def test_no_argument_is_swallowed(attend: Any, options: dict[str, Any], message: str):
-    """What a layer asks of its attention and trees do not compute is an error; None and flags that are off are not."""
+    """An argument that trees do not compute raises an error; None and disabled flags do not."""
     tree = collate(examples(1), "tree").tree
     assert tree is not None
     length = sum(tree.trees[0].completions) + tree.trees[0].prompt
@@ -216,14 +216,14 @@ def test_no_argument_is_swallowed(attend: Any, options: dict[str, Any], message:
 
 
 def test_layers_that_hand_nothing_down_are_told_apart(tmp_path: Path):
-    """The reason is the true one: no message about the sizes of tensors."""
+    """If layers do not pass the layout on, the message says so, instead of naming mismatched tensor sizes."""
     empty = torch.empty((1, 1, 0, 0), dtype=torch.bool)
     with pytest.raises(attention.UnknownArgument, match="do not hand the layout down"):
         attention.tree_attention(nn.Identity(), *[torch.randn(1, 2, 4, 8)] * 3, attention_mask=empty)
 
 
 def test_the_trial_leaves_no_trace(tmp_path: Path):
-    """Mode, gradients, weights and config of a model are after its trial what they were."""
+    """A trial leaves the model's mode, gradients, weights and config unchanged."""
     model, policy = planted("gemma2", tmp_path, lambda model: None)
     before = {name: p.clone() for name, p in model.named_parameters()}
     config = model.config.to_dict()
@@ -236,7 +236,7 @@ def test_the_trial_leaves_no_trace(tmp_path: Path):
 
 
 def test_a_models_own_code_makes_the_logits_that_are_not_known(tmp_path: Path):
-    """HyperCLOVAX multiplies its logits by what others divide by: its own code is asked, and it is said."""
+    """HyperCLOVAX multiplies its logits where other models divide: its own code computes them, and a note says so."""
     loaded: Loaded = load_model(
         config_for(save_model("hyperclovax", tmp_path), 'lora={rank=2, target=["lm_head"]}'), CPU
     )
@@ -256,7 +256,7 @@ def test_a_models_own_code_makes_the_logits_that_are_not_known(tmp_path: Path):
 
 
 def test_what_happens_in_training_mode_alone_is_seen(tmp_path: Path):
-    """Experts of a fixed capacity drop tokens in training, and which ones depends on what else is in the batch."""
+    """Experts of a fixed capacity drop tokens in training, depending on the batch; such a model is refused."""
 
     def plant(model: Any) -> None:
         mlp = model.model.layers[0].mlp
@@ -277,32 +277,32 @@ def test_what_happens_in_training_mode_alone_is_seen(tmp_path: Path):
 
 
 def test_dropout_is_no_fault(tmp_path: Path):
-    """A model whose training is random is judged by what it computes without."""
+    """A model with dropout is judged by its results without dropout."""
     model, policy = planted("gpt2", tmp_path, lambda model: None)
     assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     assert trial.choose_layout(model, policy, "auto").layout == "tree"
 
 
-# Fields that are named like lengths and change nothing by the distance of tokens.
+# These fields are named like lengths, but no distance between tokens changes what they do.
 _NO_DISTANCES = {
     "chunk_size_feed_forward", "chunk_size_lm_head", "local_num_chunks_after", "local_num_chunks_before",
     "lsh_num_chunks_after", "lsh_num_chunks_before", "max_inference_chunksize", "max_window_layers",
-    "chunk_size", "mamba_chunk_size",  # state spaces are the same in chunks of any length
+    "chunk_size", "mamba_chunk_size",  # chunks of any length give the same state-space results
     "num_local_experts", "moe_topk", "loop_layer_index_start", "loop_layer_index_end", "sliding_window_pattern",
     "_sliding_window_pattern", "prefix_dense_sliding_window_pattern", "time_step_floor",
     "index_head_dim", "index_n_heads", "unk_index", "mask_index", "image_token_index",
-    "index_block_size", "index_topk_blocks", "index_local_blocks",  # MiniMax-M3 asks for block_indices at any length
+    "index_block_size", "index_topk_blocks", "index_local_blocks",  # MiniMax-M3 passes block_indices at any length
 }  # fmt: skip
 
 
 def test_every_window_that_transformers_names_is_made_short():
-    """No integer of any causal model's config is named like a window and left long: its rows would not be tried."""
+    """The trial shortens every integer of a causal model's config that is named like a window."""
     like = re.compile(r"window|chunk|local|extent|floor|topk$|index_|distance|original_max")
     missed = {}
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             config = CONFIG_MAPPING[kind]().get_text_config()
-        except Exception:  # of several models, or one that cannot be made without arguments
+        except Exception:  # a config of several models, or one that needs arguments
             continue
         tables = [vars(config), *trial._rope_tables(config)]
         for name, value in (item for table in tables for item in table.items()):

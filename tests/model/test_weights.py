@@ -1,4 +1,4 @@
-"""Every tensor of a model comes from its files, and every tensor of its files goes into it; else there is one error."""
+"""A model's tensors and those of its files must match one to one; otherwise there is one error."""
 
 import json
 import re
@@ -25,12 +25,12 @@ Weights = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch):
-    """As on the command line: nothing of what transformers logs is seen."""
+    """Silence the log of transformers, as the command line does."""
     quiet_libraries()
 
 
 def changed(kind: str, folder: Path, change: Callable[[Weights], Weights]) -> Path:
-    """A model whose file's tensors are changed."""
+    """Save a random model with changed tensors, and return its folder."""
     path = save_model(kind, folder / "model") / "model.safetensors"
     save_file({name: w.clone() for name, w in change(load_file(path)).items()}, path, metadata={"format": "pt"})
     return path.parent
@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[str, Callable[[Weights], Weights], list[str]]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_does_not_fit_is_an_error(tmp_path: Path, fault: str):
-    """The message names the model's key and the first tensors, and points to no report that is not there."""
+    """The message starts with the config key, names the first tensors, and refers to no report of transformers."""
     kind, change, said = FAULTS[fault]
     with pytest.raises(UserError) as error:
         load_model(config_for(changed(kind, tmp_path, change)), CPU)
@@ -96,18 +96,18 @@ def test_what_does_not_fit_is_an_error(tmp_path: Path, fault: str):
     "prefix", ["_orig_mod.", "module.", "model.", "base_model.model.", "_orig_mod.module.", "student.net."]
 )
 def test_a_prefix_is_taken_off_and_told(tmp_path: Path, kind: str, prefix: str):
-    """Names with one prefix too much are read without it: the same weights as without it, bit for bit."""
+    """A superfluous prefix is removed from all names, with a note, and the weights are bit-identical."""
     folder = changed(kind, tmp_path, renamed("^", prefix))
     plain = AutoModelForCausalLM.from_pretrained(save_model(kind, tmp_path / "plain")).state_dict()
     loaded = load_model(config_for(folder), CPU)
     assert all(torch.equal(tensor, plain[name]) for name, tensor in loaded.model.state_dict().items())
-    native = prefix == "model." and kind != "gpt2"  # transformers takes off its own base model's
+    native = prefix == "model." and kind != "gpt2"  # transformers itself removes the prefix of its base model
     assert native or any(f"`{prefix}`" in note for note in loaded.notes)
 
 
 @pytest.mark.parametrize("outer", ["", "_orig_mod."])
 def test_a_wrapper_in_the_middle_is_taken_off(tmp_path: Path, outer: str):
-    """Of layers that were compiled one by one, and of a model around them."""
+    """A wrapper's prefix inside names is removed: of layers compiled one by one, also in a compiled model."""
     folder = changed("llama", tmp_path, lambda w: renamed("^", outer)(renamed(r"(layers\.\d\.)", r"\1_orig_mod.")(w)))
     plain = AutoModelForCausalLM.from_pretrained(save_model("llama", tmp_path / "plain")).state_dict()
     own = load_model(config_for(folder), CPU).model.state_dict()
@@ -140,7 +140,7 @@ def test_a_head_beside_the_language_models_is_left_out_and_told(tmp_path: Path, 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_files(tmp_path: Path, bits: int):
-    """A quantised layer's state belongs to its weight; without a config that says so, its numbers mean nothing."""
+    """A quantised layer's state belongs to its weight; without a quantization_config, the files are refused."""
     folder = save_model("llama", tmp_path / "whole")
     options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_use_double_quant=True)
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=options).save_pretrained(tmp_path / "quantised")
@@ -155,7 +155,7 @@ def test_quantised_files(tmp_path: Path, bits: int):
 
 
 def test_a_reference_copy_is_checked(tmp_path: Path):
-    """Files that have changed since the model was loaded are not compared with."""
+    """A reference copy is refused if the files have changed since the model was loaded."""
     folder = save_model("llama", tmp_path / "model")
     config = config_for(folder)
     loaded = load_model(config, CPU)
@@ -167,7 +167,7 @@ def test_a_reference_copy_is_checked(tmp_path: Path):
 
 
 def test_the_renaming_that_fits_most_is_taken():
-    """One change of names for all, or none."""
+    """Either one renaming applies to all tensors, or there is none."""
     own = ["model.layers.0.q.weight", "model.layers.1.q.weight", "lm_head.weight"]
     found = find_renaming(own, [f"model.language_model.{n.removeprefix('model.')}" for n in own[:2]])
     assert found is not None

@@ -1,4 +1,4 @@
-"""A `Logits` gives what the tensor it stands for would, and knows when it cannot."""
+"""A `Logits` gives the results of the tensor that it replaces, or computes that tensor."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -24,14 +24,14 @@ def around(places: int, scored: int):
 
 
 def both(outputs: tuple[str, ...] = ()) -> tuple[Logits, Tensor, Tensor, Tensor]:
-    """A stand-in, the logits it stands for, the token ids and which of them the loss reads."""
+    """Return a stand-in, the logits that it replaces, the token ids, and a mask of those that the loss reads."""
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config("llama"), dtype=torch.float32)
     hidden = torch.randn(ROWS * WIDTH, 32, generator=generator, requires_grad=True)
     place = torch.randperm(ROWS * WIDTH, generator=generator).view(ROWS, WIDTH)
     ids = torch.randint(0, VOCABULARY, (ROWS, WIDTH), generator=generator)
     wanted = torch.rand(ROWS, WIDTH, generator=generator) > 0.4
-    wanted[0, 0] = True  # a first token is predicted by nothing
+    wanted[0, 0] = True  # no logits predict a first token
     head = Head(model)
     states = States(hidden, place, head)
     stand_in = Logits(
@@ -57,7 +57,7 @@ CUTS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_a_cut_is_the_tensors(cut: Callable[[Any], Any]) -> None:
-    """Cutting a stand-in is cutting the tensor: shape, values, mean and sum."""
+    """Slicing a stand-in equals slicing the tensor: shape, values, mean and sum."""
     ours, theirs, *_ = both()
     part, real = cut(ours), cut(theirs)
     assert isinstance(part, Logits)
@@ -84,13 +84,13 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_anything_else_gets_the_real_logits(operation: Callable[[Any], Any]) -> None:
-    """What is not known is computed from the real logits, with its gradient."""
+    """Any other operation gets the real logits, with their gradient."""
     ours, theirs, *_ = both()
     torch.testing.assert_close(operation(ours), operation(theirs))
 
 
 def test_what_a_loss_asks() -> None:
-    """Log-probabilities where they are wanted, cross-entropy of any labels, entropy, argmax; and their gradient."""
+    """A loss gets its log-probabilities, cross-entropy of any labels, entropy and argmax, with the right gradient."""
     ours, theirs, ids, wanted = both(("entropy", "is_top1"))
     mask, labels = wanted[:, 1:], ids[:, 1:].masked_fill(~wanted[:, 1:], 0)
     logp = theirs[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
@@ -115,7 +115,7 @@ def test_what_a_loss_asks() -> None:
 
 
 def test_other_labels_are_not_mistaken_for_the_next_tokens() -> None:
-    """Labels that are not the tokens of the batch get their own log-probabilities."""
+    """Labels that are not the batch's next tokens get their own log-probabilities."""
     ours, theirs, ids, _ = both()
     other = (ids[:, 1:] + 1) % VOCABULARY
     logp = theirs[:, :-1].log_softmax(-1).gather(-1, other[..., None]).squeeze(-1)

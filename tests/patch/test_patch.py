@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def attributes() -> dict[str, Any]:
-    """Every attribute of TRL's loaded modules and of their classes, as it lies in its `__dict__`."""
+    """Return every attribute of TRL's loaded modules and of their classes, as stored in its `__dict__`."""
     found: dict[str, Any] = {}
     for name, module in list(sys.modules.items()):
         if not isinstance(module, ModuleType) or not (name == "trl" or name.startswith("trl.")):
@@ -57,7 +57,7 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> set[str]:
 
 
 def test_unpatch_restores_every_attribute() -> None:
-    """Only the patched trainers' attributes differ while patched, and none after."""
+    """Only attributes of the patched trainers differ while patched, and none afterwards."""
     before = attributes()
     patch = fastpref.patch(trl)
     exchanged = differing(before, attributes())
@@ -70,7 +70,7 @@ def test_unpatch_restores_every_attribute() -> None:
 
 
 def test_patching_twice_is_patching_once() -> None:
-    """The second call returns the same patch, with its own options; one unpatch undoes both."""
+    """The second call returns the same patch with the new options, and one unpatch undoes both calls."""
     before = attributes()
     first = fastpref.patch(trl)
     patched = attributes()
@@ -80,11 +80,11 @@ def test_patching_twice_is_patching_once() -> None:
     assert differing(patched, attributes()) == set()
     fastpref.unpatch(trl)
     assert differing(before, attributes()) == set()
-    fastpref.unpatch(trl)  # nothing left to do
+    fastpref.unpatch(trl)  # has nothing to do
 
 
 def test_with_restores_after_an_error() -> None:
-    """A patch is a context manager, whatever happens inside."""
+    """As a context manager, a patch is undone also after an error."""
     before = attributes()
     with pytest.raises(ZeroDivisionError), fastpref.patch(trl):
         raise ZeroDivisionError
@@ -92,7 +92,7 @@ def test_with_restores_after_an_error() -> None:
 
 
 def test_a_class_imported_before_is_patched() -> None:
-    """The classes themselves are changed, so it does not matter who imported them when."""
+    """The classes themselves are changed, so that it does not matter who imported them before."""
     held = {trainer: dict(vars(trainer)) for trainer in TRAINERS}
     fastpref.patch(trl)
     assert all(differing(held[trainer], dict(vars(trainer))) for trainer in TRAINERS)
@@ -103,7 +103,7 @@ def test_a_class_imported_before_is_patched() -> None:
 
 @pytest.mark.parametrize("name", ["SFTTrainer", "GRPOTrainer", "RewardTrainer"])
 def test_other_trainers_are_untouched(name: str) -> None:
-    """Their classes, and all names of their modules, are the same objects as before."""
+    """Classes of other trainers, and all names of their modules, are the same objects as before."""
     module = sys.modules[getattr(trl, name).__module__]
     before = dict(vars(module)), dict(vars(getattr(trl, name)))
     fastpref.patch(trl)
@@ -111,7 +111,7 @@ def test_other_trainers_are_untouched(name: str) -> None:
 
 
 def test_an_unpatched_model_is_itself_again(root: Path) -> None:
-    """Model and trainer go on after unpatching: same attention and forward as before, and TRL's numbers."""
+    """After unpatching, model and trainer have the same attention and forward method as before, and TRL's numbers."""
     trainer = make_trainer(SHORT, root)
     batch = next(iter(trainer.get_train_dataloader()))
     model = trainer.model.get_base_model()
@@ -126,7 +126,7 @@ def test_an_unpatched_model_is_itself_again(root: Path) -> None:
 
 
 def test_an_unknown_trl_is_refused_by_name() -> None:
-    """The error names its version, what is not recognised and the known versions, and nothing is replaced."""
+    """The error gives its version, what is not recognised and the known versions, and nothing is replaced."""
     strange, home = ModuleType("trl"), ModuleType("trl.trainer.dpo_trainer")
     strange.__version__ = "7.3"  # pyright: ignore[reportAttributeAccessIssue]
     vars(home)["DPOTrainer"] = type("DPOTrainer", (), {"__module__": home.__name__, "compute_loss": lambda self: 0})
@@ -147,7 +147,7 @@ def test_an_unknown_trl_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("kind", ["mamba"])
 def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A model without such attention keeps its rows, which the log says once with its name, and trains the same."""
+    """For a model without such attention, rows stay padded, one log message names it, and training is the same."""
     run = Run("DPO", ["sigmoid"], kind=kind, lora=False, precomputed=True)
     theirs = unpatched(run, root)
     with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl):
@@ -159,7 +159,7 @@ def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplo
 
 
 def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Rows with virtual tokens take TRL's path, which the log says once, with TRL's numbers or its error (0.29)."""
+    """For prompt tuning, TRL's own code runs, with its numbers or its error (0.29), and one log message says so."""
     prompts = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     losses: list[float | str] = []
 
@@ -181,7 +181,7 @@ def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFix
 
 
 def test_models_that_are_left_to_trl(root: Path) -> None:
-    """Encoder-decoders, models of images and text, and modules that are no transformers model are refused by name."""
+    """Encoder-decoders, vision-language models, and modules that are no transformers model are refused by name."""
     trainer = SimpleNamespace(args=SimpleNamespace())
     small: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     t5 = T5ForConditionalGeneration(T5Config(**small))
@@ -205,7 +205,7 @@ def test_models_that_are_left_to_trl(root: Path) -> None:
 
 
 def test_a_script_runs_patched(tmp_path: Path) -> None:
-    """`python -m fastpref.patch` gives a script its arguments and name, patches before it runs, and reports."""
+    """`python -m fastpref.patch` passes a script its arguments and name, patches before it runs, and reports."""
     script = tmp_path / "mine.py"
     script.write_text(
         "import sys, beside\nfrom trl import DPOTrainer\n"
@@ -227,7 +227,7 @@ def test_a_script_runs_patched(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 5 wrote the example's tokenizer")
 def test_the_example_saves_tokens(tmp_path: Path) -> None:
-    """The example script runs patched, learns what it learns unpatched, and computes fewer tokens."""
+    """The example script has the same losses patched and unpatched, and computes fewer tokens when patched."""
     script = str(EXAMPLES / "trl_dpo.py")
     losses = []
     for command in ([script], ["-m", "fastpref.patch", "--report", script]):
@@ -235,7 +235,7 @@ def test_the_example_saves_tokens(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         losses.append([float(loss) for loss in re.findall(r"'loss': '?([0-9.e-]+)", done.stdout)])
     assert len(losses[0]) == 4
-    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # Adam follows rounding where there is no gradient
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # Adam follows rounding errors if there is no gradient
     saved = re.search(r"([0-9]+)% saved by sharing prompts", done.stderr)
     assert saved is not None
     assert int(saved[1]) >= 20

@@ -1,4 +1,4 @@
-"""A patched TRL run is the unpatched one: every logged number of every step, and the weights at its end."""
+"""A patched TRL run equals the unpatched one: every logged number of every step, and the final weights."""
 
 import logging
 import statistics
@@ -23,7 +23,7 @@ TPO_LOSSES = ["sigmoid", "hinge", "ipo", "tpo-l"]
 SMOOTH = {"label_smoothing": 0.1}
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
-# Every trainer, loss, reference, kind of training, padding side, accumulation and evaluation; pairs of them mostly.
+# Every trainer, loss, reference, kind of training, padding side, accumulation and evaluation, and most pairs of them.
 COVER = [
     Run("DPO", ["sigmoid"], accumulation=2, evaluate=True),
     Run("DPO", ["hinge", "nca_pair", "sft"], lora=False),
@@ -42,7 +42,7 @@ COVER = [
     Run("KTO", "kto", kind="mixtral", lora=False, precomputed=True, evaluate=True),
     Run("KTO", "apo_zero_unpaired", left=True),
     Run("KTO", "apo_zero_unpaired", lora=False, precomputed=True, evaluate=True),
-    Run("KTO", "kto", lora=False, kind="llama-dynamic"),  # keys of a shorter call have other angles
+    Run("KTO", "kto", lora=False, kind="llama-dynamic"),  # the keys of a shorter call have other angles
     Run("KTO", "kto", lora=False, kind="phi3-longrope"),
     Run("DPO", ["sigmoid"], lora=False, kind="phi3-longrope"),
     Run("ORPO", accumulation=2, evaluate=True),
@@ -52,8 +52,8 @@ COVER = [
     Run("ORPO", kind="mistral"),
     Run("ORPO", kind="gpt2", lora=False),
     Run("ORPO", kind="qwen3-moe", lora=False),
-    Run("ORPO", kind="doge-moe", lora=False),  # routers of two halves, and a loss of its own code
-    Run("ORPO", kind="dbrx", lora=False),  # names the number of its experts elsewhere
+    Run("ORPO", kind="doge-moe", lora=False),  # its routers have two halves, and its loss is its own code
+    Run("ORPO", kind="dbrx", lora=False),  # stores its number of experts elsewhere
     Run("ORPO", lora_head=True),
     Run("CPO", "simpo", evaluate=True, settings={"cpo_alpha": 0.0}),
     Run("CPO", "simpo", lora=False, settings={"cpo_alpha": 0.5, "simpo_gamma": 0.3}, kind="qwen2"),
@@ -90,20 +90,20 @@ def expect_same(run: Run, root: Path, **options: Any) -> list[float]:
     for name, weight in theirs.weights.items():
         torch.testing.assert_close(ours.weights[name], weight, rtol=1e-3, atol=2e-5, msg=name)
     first, last = (entry["loss"] for entry in [e for e in theirs.logs if "loss" in e][:: 5 - 1])
-    assert abs(first - last) > 1e-3 * abs(first)  # it has moved
+    assert abs(first - last) > 1e-3 * abs(first)  # the loss has changed
     assert patch.tally.passes > 0
     return apart
 
 
 @pytest.mark.parametrize("run", COVER, ids=str)
 def test_a_patched_run_is_trls(run: Run, root: Path) -> None:
-    """With trees: losses, metrics and weights of five steps are TRL's, and fewer tokens are computed."""
+    """With trees, losses, metrics and weights of five steps are TRL's."""
     expect_same(run, root)
 
 
 @pytest.mark.parametrize("kind", ["falcon-h1", "bloom"])
 def test_models_that_are_wrong_in_trees_keep_their_rows(kind: str, root: Path) -> None:
-    """A state-space branch next to attention, or the model's own attention: rows stay padded, with TRL's numbers."""
+    """A state-space branch next to attention, or an attention of its own, keeps rows padded, with TRL's numbers."""
     run = fit(Run("DPO", ["sigmoid"], lora=False, kind=kind))
     theirs = unpatched(run, root)
     ours, patch = patched(run, root)
@@ -113,12 +113,12 @@ def test_models_that_are_wrong_in_trees_keep_their_rows(kind: str, root: Path) -
 
 @pytest.mark.parametrize("run", PADDED, ids=str)
 def test_the_head_alone_is_trls(run: Run, root: Path) -> None:
-    """Without prefix sharing rows stay as they are, and every number is TRL's."""
+    """Without prefix sharing, rows stay as they are, and every number is TRL's."""
     expect_same(run, root, prefix_sharing=False)
 
 
 def test_what_is_left_is_rounding(root: Path) -> None:
-    """Differences from TRL have no direction: their mean is within four standard errors of zero."""
+    """Differences from TRL have no bias: their mean is within four standard errors of zero."""
     runs = [run for run in COVER if run.kind == "llama" and run.lora and not run.lora_head][:8:2]
     apart = [x for run in runs for x in expect_same(run, root) if x]
     error = statistics.stdev(apart) / len(apart) ** 0.5
@@ -127,9 +127,9 @@ def test_what_is_left_is_rounding(root: Path) -> None:
 
 
 def test_evaluation_with_compute_metrics_gets_the_logits(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """`compute_metrics` sees TRL's logits and labels, the loss is TRL's, and the log says so once.
+    """`compute_metrics` gets TRL's logits and labels, the loss is TRL's, and one log message says so.
 
-    Before 0.29 it sees means that are logged too, for which the patch steps aside nowhere.
+    Before TRL 0.29 it also gets means that are logged, and the patch stays active.
     """
 
     def evaluate() -> tuple[dict[str, float], list[Any]]:
@@ -151,7 +151,7 @@ def test_evaluation_with_compute_metrics_gets_the_logits(root: Path, caplog: pyt
 
 @pytest.mark.parametrize("trainer", ["DPO", "KTO"])
 def test_an_adapter_on_the_head_is_trained(trainer: str, root: Path) -> None:
-    """LoRA on lm_head: what TRL 1.15 refuses gives the loss and gradients of the model's own logits."""
+    """LoRA on lm_head, which TRL 1.15 refuses, gives the loss and gradients of the model's own logits."""
     run = Run(trainer, lora_head=True, precomputed=True)
     with fastpref.patch(trl) as patch:
         made = make_trainer(run, root)
@@ -183,7 +183,7 @@ def test_an_adapter_on_the_head_is_trained(trainer: str, root: Path) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients(expected, made.model).items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
-    if f"{trainer}Trainer.__init__" in patch.patched:  # without the patch TRL would leave the adapter out
+    if f"{trainer}Trainer.__init__" in patch.patched:  # without the patch, TRL would ignore the adapter
         with pytest.raises(RuntimeError, match="lm_head has an adapter"):
             made.compute_loss(made.model, batch)
 

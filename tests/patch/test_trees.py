@@ -1,4 +1,4 @@
-"""Padded batches become trees and find their way back."""
+"""Padded batches become trees, and their results return to the padded places."""
 
 from random import Random
 
@@ -21,7 +21,7 @@ ROWS = [  # first column, prompt, completion
 
 
 def batch(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, attention_mask and labels, [B, T]."""
+    """Return input_ids, attention_mask and labels, [B, T]."""
     ids = torch.full((len(rows), WIDTH), 1)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for at, row in enumerate(rows):
@@ -34,20 +34,20 @@ def batch(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_rows_are_read_back() -> None:
-    """First column, prompt and completion of every row are found again from a padded batch."""
+    """First column, prompt and completion of every row are recovered from a padded batch."""
     assert read_rows(*batch(ROWS)) == ROWS
 
 
 @pytest.mark.parametrize("hole", [(0, 2), (2, slice(None))], ids=["between tokens", "everything"])
 def test_holes_are_no_rows(hole: tuple[int, int | slice]) -> None:
-    """Padding between tokens, or nothing else, is not for trees."""
+    """A batch with padding between tokens, or with an empty row, cannot become trees."""
     ids, mask, labels = batch(ROWS)
     mask[hole] = 0
     assert read_rows(ids, mask, labels) is None
 
 
 def test_every_token_has_its_place() -> None:
-    """A packed row holds each token where `place` says, a prompt once, and positions as in the padded rows."""
+    """A packed row has each token where `place` says, each prompt once, and positions as in the padded rows."""
     ids, mask, _ = batch(ROWS)
     packed = pack(ROWS, WIDTH, torch.device("cpu"))
     assert torch.equal(packed.input_ids[0][packed.place][mask.bool()], ids[mask.bool()])
@@ -59,7 +59,7 @@ def test_every_token_has_its_place() -> None:
 
 
 def test_later_tokens_follow_the_row() -> None:
-    """Padding and other completions of the same prompts are placed after the packed row, and nothing else moves."""
+    """Padding and other completions of the same prompts come after the packed row, and nothing else moves."""
     rows = [row for row in ROWS if not row.first and row.prompt]
     ids, mask, _ = batch(rows)
     packed = pack(rows, WIDTH, torch.device("cpu"))

@@ -1,6 +1,6 @@
 """docs/trl.md: the row of this TRL lists what is patched in it, and there is a row for every tested version.
 
-Nothing here asks which version is the newest: a TRL or transformers without a row is one that was not tested.
+These tests do not look up the newest version: a TRL or transformers without a row was not tested.
 """
 
 import pytest
@@ -21,14 +21,14 @@ ROWS = {
 
 
 def asks(trainer: str, patched: list[str]) -> str:
-    """What a trainer's code asks its model for."""
+    """Return what a trainer's code requests from its model."""
     mine = [name for name in patched if name.startswith(f"{trainer}Trainer.")]
     return "–" if not mine else "log-probabilities" if f"{trainer}Trainer.__init__" in mine else "logits"
 
 
 @pytest.mark.skipif(trl.__version__ not in ROWS, reason=f"TRL {trl.__version__} is not among the tested versions")
 def test_the_row_of_this_trl_is_true() -> None:
-    """Its cells are what the patch finds in the installed TRL."""
+    """The row's cells are what the patch finds in the installed TRL."""
     with fastpref.patch(trl) as patch:
         found = [asks(trainer, patch.patched) for trainer in ("DPO", "KTO", "ORPO", "CPO", "TPO")]
     major, dpo, kto, orpo_cpo, tpo = ROWS[trl.__version__]
@@ -37,7 +37,7 @@ def test_the_row_of_this_trl_is_true() -> None:
 
 
 def test_every_tested_version_has_a_row() -> None:
-    """The table is the matrix, in its order; and names are named."""
+    """The table has the versions of the matrix, in its order, and the page names every trainer."""
     assert list(ROWS)[1:] == list(VERSIONS)
     majors = {version: "4" if needed is TRANSFORMERS_4 else "5" for version, needed in VERSIONS.items()}
     assert {version: cells[0] for version, cells in list(ROWS.items())[1:]} == majors

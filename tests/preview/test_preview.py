@@ -1,4 +1,4 @@
-"""What `fastpref preview` prints is what a step computes: texts, marks, layouts, and numbers that a hand can count."""
+"""`fastpref preview` prints what a step computes: texts, marks, layouts, and numbers that can be checked by hand."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def config_of(
     folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase | None = None, *overrides: str
 ) -> Config:
-    """A config of these rows, and of a folder that holds a tokenizer and no model."""
+    """Return a config with these rows, and with a model folder that has only a tokenizer."""
     (tokenizer or chatml()).save_pretrained(folder / "m")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "cfg.toml").write_text('[model]\nname = "m"\n[[data]]\npath = "rows.jsonl"\n[train]\nbatch = 2\n')
@@ -46,7 +46,7 @@ def config_of(
 
 
 def shown(config: Config, *, colour: bool = False, width: int = 80, **how: Any) -> str:
-    """What is printed, without spaces at the ends of lines."""
+    """Return the printed text, without spaces at the ends of lines."""
     system: Any = "standard" if colour else None
     console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=colour, highlight=False)
     preview(config, console=console, **how)
@@ -55,7 +55,7 @@ def shown(config: Config, *, colour: bool = False, width: int = 80, **how: Any) 
 
 
 def part(text: str, title: str) -> str:
-    """What stands below a title, up to the next one."""
+    """Return the lines below a title, up to the next one."""
     return re.split(r" ─{3,}\n", text.partition(title)[2].partition("\n")[2])[0].rpartition("\n")[0].strip("\n")
 
 
@@ -158,13 +158,13 @@ rejected     [[é🎉␍␀]]{{<|im_end|>}}
 def test_a_row_is_written_as_it_is_scored(
     folder: Path, rows: list[dict[str, Any]], overrides: list[str], wanted: str, layout: str
 ):
-    """Prompt, scored tokens, end and cut stand in their marks; every layout holds the same."""
+    """Prompt, scored tokens, end and cut have their marks, and every layout prints the same."""
     printed = shown(config_of(folder, rows, None, *overrides, f"train.layout={layout}"))
     assert part(printed, "row 0: rows.jsonl:1") == wanted
 
 
 def test_a_token_across_the_boundary(folder: Path):
-    """The first scored token is marked where it begins in the prompt, and the row says so."""
+    """The first scored token is marked where it begins in the prompt, and a line says so."""
     tokenizer = toy_tokenizer(eos="</s>", merges=[("a", "b")])
     config = config_of(folder, [{"prompt": "qa", "chosen": "b!", "rejected": "c"}], tokenizer)
     assert (
@@ -182,7 +182,7 @@ with it."""
 
 
 def test_in_colour_there_are_no_marks(folder: Path):
-    """With colour a token's use is its style, and the text is the text."""
+    """With colour, a style marks each token's use, and the text has no marks."""
     printed = shown(config_of(folder, [PAIR]), colour=True)
     assert "\x1b[32mYes.\x1b[0m\x1b[1;7;32m<|im_end|>\x1b[0m" in printed
     assert "\x1b[35m<|im_start|>\x1b[0muser↵" in printed
@@ -191,7 +191,7 @@ def test_in_colour_there_are_no_marks(folder: Path):
 
 
 def test_no_color_has_marks(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """NO_COLOR on a terminal is marks, as a file is."""
+    """With NO_COLOR, a terminal gets marks, as a file does."""
     monkeypatch.setenv("NO_COLOR", "1")
     printed = shown(config_of(folder, [PAIR]), colour=True)
     assert "[[Yes.]]{{<|im_end|>}}" in printed
@@ -199,7 +199,7 @@ def test_no_color_has_marks(folder: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_long_texts_are_shortened_unless_asked_for(folder: Path):
-    """Of a long part the beginning and the end are shown, with how many tokens are between; or all of it."""
+    """A long part is shortened to its beginning and end and the number of tokens between; with `full` it is whole."""
     config = config_of(folder, [{"prompt": "q", "chosen": "x" * 1000, "rejected": "y"}])
     short = re.sub(r"\s+", "", part(shown(config), "row 0:"))
     assert short.count("x") == 120 + 39  # the last token shown is the end
@@ -210,7 +210,7 @@ def test_long_texts_are_shortened_unless_asked_for(folder: Path):
 
 @pytest.mark.parametrize("make", [chatml, gemma, plain])
 def test_the_spans_of_a_text_are_the_text(make: Any):
-    """Decoded piece by piece, letters of several tokens come whole, and nothing is lost or added."""
+    """Decoded span by span, characters of several tokens stay whole, and nothing is lost or added."""
     tokenizer = make()
     text = " a  é\n🎉日本 \ufffd z"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -233,7 +233,7 @@ def test_the_spans_of_a_text_are_the_text(make: Any):
     ],
 )
 def test_what_does_not_show_itself_is_shown(text: str, wanted: str):
-    """Control characters, directions, other spaces: none of them reaches the terminal."""
+    """Control characters, direction marks and special spaces are escaped, so that none reaches the terminal."""
     assert visible(text) == wanted
 
 
@@ -295,7 +295,7 @@ tokens: tree 26 · packed 26 · padded 26; trees save 0% of packed, 0% of padded
 
 @pytest.mark.parametrize(("rows", "overrides", "wanted"), LAYOUT_TEXTS.values(), ids=LAYOUT_TEXTS)
 def test_a_microbatch_is_drawn_as_it_lies(folder: Path, rows: list[dict[str, Any]], overrides: list[str], wanted: str):
-    """Where each tree or row stands, what it holds, and what the micro-batch would cost otherwise."""
+    """The drawing shows the place and content of each tree or row, and the cost of the micro-batch in other layouts."""
     printed = shown(config_of(folder, rows, None, *overrides))
     title, _, below = wanted.partition("\n")
     assert f"\n{title} ──" in printed
@@ -304,7 +304,7 @@ def test_a_microbatch_is_drawn_as_it_lies(folder: Path, rows: list[dict[str, Any
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_is_read_back(layout: Any):
-    """Prompt and completions that go into a batch are those that are read from its tensors."""
+    """Prompt and completions read from a batch's tensors are those of its examples."""
     examples = [
         Example([1, 2, 3], ([4, 5], [6]), None, Origin("")),
         Example([7], ([8], [9, 10, 11]), None, Origin(""), ((), ((0, 1),))),
@@ -318,7 +318,7 @@ def test_a_batch_is_read_back(layout: Any):
 
 # --- Numbers -------------------------------------------------------------------------------------------------------
 
-COUNTED = [  # tokens with the end: prompt, chosen, rejected
+COUNTED = [  # tokens of prompt, chosen and rejected, including the end
     {"prompt": "12345", "chosen": "abc", "rejected": "x"},  # 5, 4, 2
     {"prompt": "12", "chosen": "ab", "rejected": "wxyz"},  # 2, 3, 5
     {"prompt": "1", "chosen": "a", "rejected": "b"},  # 1, 2, 2
@@ -330,19 +330,19 @@ COUNTED = [  # tokens with the end: prompt, chosen, rejected
 
 
 def test_the_numbers_are_those_of_a_hand(folder: Path):
-    """Rows, lengths, shares and the cost of a step, counted on the fingers."""
+    """Rows, lengths, shares and the cost of a step are those counted by hand."""
     config = config_of(folder, COUNTED, None, "tokens.duplicates=drop", "data.0.on_error=drop", "tokens.max_length=8")
     data = load_examples(config, chatml())
     assert [(part.name, part.percentiles) for part in lengths(data.train)] == [
-        ("prompt", (1, 2, 4, 4)),  # the first is cut to 4
+        ("prompt", (1, 2, 4, 4)),  # the first one is cut to 4
         ("chosen", (2, 3, 4, 4)),
         ("rejected", (2, 2, 5, 5)),
     ]
     assert prompt_share(data.train) == (4 + 2 + 1) / (7 + 9 + 9)
     assert good_share(data.train) is None
-    steps = step_tokens(data.train, config)  # one step, of the first two rows
+    steps = step_tokens(data.train, config)  # one step, with the first two rows
     assert (steps.rows, steps.steps) == (2, 1)
-    # 16 tokens a micro-batch: two trees of 10 are two; packed 14 and 12; padded 2 rows of 8 and 2 of 7
+    # with 16 tokens per micro-batch: two trees of 10 are two; packed 14 and 12; padded 2 rows of 8 and 2 of 7
     assert steps.tokens == {"tree": 20, "packed": 14 + 12, "padded": 16 + 14}
     printed = shown(config)
     assert (
@@ -377,7 +377,7 @@ padded                 30  1.50 ×"""
     [(1000, {"tree": 58, "packed": 100, "padded": 104}), (30, dict.fromkeys(LAYOUTS, 100))],
 )
 def test_a_step_of_kto_counts_its_mismatched_responses(folder: Path, budget: int, tokens: dict[str, int]):
-    """In one micro-batch they are branches; in several they are a pass of their own. The balance of labels is shown."""
+    """Mismatched responses are branches in a single micro-batch, and otherwise a pass of their own."""
     config = config_of(folder, SINGLES, None, "loss.type=kto", f"train.tokens_per_microbatch={budget}")
     data = load_examples(config, chatml())
     assert step_tokens(data.train, config).tokens == tokens
@@ -391,14 +391,14 @@ def test_a_step_of_kto_counts_its_mismatched_responses(folder: Path, budget: int
 
 
 def test_only_the_rows_asked_for(folder: Path):
-    """`rows` rows are shown, each once, and never more than there are."""
+    """The requested number of rows is shown, each row once, and at most all rows."""
     config = config_of(folder, [PAIR] * 3)
     for asked, wanted in ((1, 1), (3, 3), (9, 3)):
         assert shown(config, rows=asked).count("\nrow ") == wanted
 
 
 def test_notes_come_first_and_again_from_the_cache(folder: Path):
-    """What became of the rows is said, and the second time that it is from the cache."""
+    """Notes on the rows come first, also from the cache, which the second run names."""
     config = config_of(folder, [PAIR])
     first, second = shown(config), shown(config)
     assert first.startswith(
@@ -410,7 +410,7 @@ def test_notes_come_first_and_again_from_the_cache(folder: Path):
 
 
 def test_the_page_shows_what_is_printed(folder: Path):
-    """docs/data.md has the preview of the quickstart's first row, word for word."""
+    """docs/data.md has the exact preview of the quickstart's first row."""
     root = ROOT
     page = (root / "docs" / "data.md").read_text(encoding="utf-8")
     printed = shown(load_config(root / "examples" / "quickstart.toml"), rows=1)
@@ -418,7 +418,7 @@ def test_the_page_shows_what_is_printed(folder: Path):
 
 
 def test_a_layout_left_out_is_a_tree(folder: Path):
-    """Without the model nobody knows better."""
+    """Without the model, an unset layout is shown as a tree."""
     config = config_of(folder, [PAIR])
     assert wanted_layout(config) == "tree"
     examples = load_examples(config, chatml()).train[:]
@@ -428,7 +428,7 @@ def test_a_layout_left_out_is_a_tree(folder: Path):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_line_is_wider_than_the_terminal(folder: Path, width: int):
-    """Long words and long lines are folded."""
+    """Long words and long lines are wrapped."""
     long = {"prompt": "word " * 60, "chosen": "x" * 150, "rejected": "日本" * 40}
     printed = shown(config_of(folder, [long, PAIR]), width=width)
     assert max(len(line) for line in printed.splitlines()[3:]) <= width  # after the notes

@@ -1,4 +1,4 @@
-"""The report in a real browser: Chromium, headless, on a phone and on a desk, in light and dark."""
+"""The report in a real browser: headless Chromium, with a phone's and a desktop's width, in light and dark."""
 
 import json
 from itertools import pairwise
@@ -15,7 +15,7 @@ __all__ = ["browser"]  # a fixture
 pytestmark = pytest.mark.browser
 SCHEMES = ("light", "dark")
 
-# Every text that is seen, with its contrast by WCAG 2.2 against the nearest background behind it.
+# Every visible text, with its contrast by WCAG 2.2 against the nearest background behind it.
 CONTRASTS = r"""
 const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
 const parse = s => { const n = s.match(/[\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
@@ -40,7 +40,7 @@ for (const e of document.querySelectorAll("body *")) {
 }
 return found;
 """
-# Lines and bars against what is behind the chart.
+# Lines and bars, compared with the frame of their chart.
 MARKS = r"""
 return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, figure .dot")].map(e => {
   const box = e.getBoundingClientRect(), svg = e.closest("svg").getBoundingClientRect();
@@ -52,7 +52,7 @@ return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, fig
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of a report with a verdict of each kind, and with markup in all that comes from data."""
+    """Return the address of a report with a verdict of each kind, and with markup in all data."""
     about = facts()
     about["rows"] = {"train": {"rows": 1000, "kept": 1000, "responses_cut": 300}, "heldout": {"rows": 80, "kept": 80}}
     about["samples"] += [{"asked": "word " * 80, "before": "unbroken" * 200, "after": None}]
@@ -63,7 +63,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_console_is_silent(browser: Any, page: str):
-    """No error, no warning, nothing refused: so nothing was asked of a network."""
+    """The console has no error, no warning and no refusal, so the page used no network."""
     browser.get_log("browser")
     show(browser, page)
     assert browser.get_log("browser") == []
@@ -73,7 +73,7 @@ def test_the_console_is_silent(browser: Any, page: str):
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 def test_every_plot_is_seen(browser: Any, page: str, width: int):
-    """Each chart has a size, lines inside its frame, a title, and text that can be read."""
+    """Each chart has a size, lines inside its frame, a title, and legible text."""
     show(browser, page, width=width)
     charts = browser.execute_script(
         "return [...document.querySelectorAll('figure svg')].map(s => [s.getBoundingClientRect().width,"
@@ -91,7 +91,7 @@ def test_every_plot_is_seen(browser: Any, page: str, width: int):
 
 @pytest.mark.parametrize("width", [320, *WIDTHS.values()])
 def test_nothing_scrolls_sideways(browser: Any, page: str, width: int):
-    """At the width of a phone the page is as wide as the screen, whatever answers hold; wide tables scroll alone."""
+    """The page is never wider than the screen, whatever the answers contain; wide tables scroll on their own."""
     show(browser, page, width=width)
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
@@ -100,7 +100,7 @@ def test_nothing_scrolls_sideways(browser: Any, page: str, width: int):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_text_can_be_read(browser: Any, page: str, scheme: str):
-    """Contrast is at least 4.5 for every text, and text at least 12 pixels, in both colour schemes."""
+    """Every text has a contrast of at least 4.5 and a size of at least 12 pixels, in both colour schemes."""
     show(browser, page, scheme, 390)
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
@@ -121,7 +121,7 @@ def test_markup_in_data_stays_text(browser: Any, page: str):
 
 
 def test_a_screen_reader_finds_its_way(browser: Any, page: str):
-    """One h1, no level left out, every section named, every row headed, every chart described."""
+    """For a screen reader, there is one h1, no level is skipped, and every section, row and chart has a name."""
     show(browser, page)
     headings = "return [...document.querySelectorAll('h1,h2,h3,h4')].map(h => Number(h.tagName[1]))"
     levels = browser.execute_script(headings)

@@ -1,4 +1,4 @@
-"""The report: one small page that needs nothing else, of any run, with everything in it escaped."""
+"""The report: one small self-contained page for any run, in which all data are escaped."""
 
 import json
 import re
@@ -25,7 +25,7 @@ ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&lt;img src=x onerror=
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_its_page(tmp_path: Path, method: str):
-    """A chart of everything that was logged, with a title and words for those who do not see it."""
+    """The page has a chart of everything that was logged, each with a title and a description for screen readers."""
     run = write_run(tmp_path / method, method)
     place = write_report(run)
     assert place == run / REPORT
@@ -33,14 +33,14 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     charts = [figure.title for figure in figures(read_run(run))]
     assert {"Loss", "Accuracy", "Reward margin", "Rewards", "Log-probabilities", "Gradient norm"} <= set(charts)
     assert ("KTO's KL" in charts, "Log odds" in charts) == (method == "kto", method == "orpo")
-    # The histogram of held-out margins is one more.
+    # one more for the histogram of held-out margins
     assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
     assert "23 rules looked at this run" in page
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_speed_counts_what_a_step_has(tmp_path: Path, method: str):
-    """KTO's steps are of single responses."""
+    """For KTO, whose examples are single responses, the speed is in responses per second."""
     run = write_run(tmp_path / method, method)
     with (run / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": 101, "pairs_per_second": 3.0}) + "\n")
@@ -49,7 +49,7 @@ def test_speed_counts_what_a_step_has(tmp_path: Path, method: str):
 
 
 def test_a_page_needs_nothing_else(tmp_path: Path):
-    """No script, no link, no font, no image from elsewhere; and the page forbids them to itself."""
+    """The page uses no script, link, font or image from elsewhere, and its policy forbids them."""
     page = write_report(write_run(tmp_path / "run")).read_text(encoding="utf-8")
     assert "default-src 'none'" in page
     assert not re.findall(r"<(?:script|iframe|object|embed|img)\b", page)
@@ -58,7 +58,7 @@ def test_a_page_needs_nothing_else(tmp_path: Path):
 
 
 def test_what_comes_from_data_is_escaped(tmp_path: Path):
-    """Questions, answers, the names of the run and of its device are text."""
+    """Questions, answers, and the names of the run and of its device are escaped."""
     page = write_report(write_run(tmp_path / "a<b>&c")).read_text(encoding="utf-8")
     assert page.count(ESCAPED) == 4
     assert "<script" not in page
@@ -66,7 +66,7 @@ def test_what_comes_from_data_is_escaped(tmp_path: Path):
 
 
 def test_verdicts_are_at_the_top(tmp_path: Path):
-    """The page says what the rules say, before anything else."""
+    """The verdicts come before everything else."""
     wild = {"loss": lambda t: 0.69 + 30 * (t > 0.05)}
     page = write_report(write_run(tmp_path / "run", both=wild)).read_text(encoding="utf-8")
     assert "Alarm: learning rate high" in page
@@ -74,7 +74,7 @@ def test_verdicts_are_at_the_top(tmp_path: Path):
 
 
 def test_a_run_of_100_000_steps_stays_small(tmp_path: Path):
-    """Under 1 MB, with every chart, and a spike of one step is still to be seen."""
+    """The page of a long run is small and has every chart, in which a spike of a single step is visible."""
     run = write_run(tmp_path / "run", about=facts(100_000))
     some = [{k: v for k, v in row.items() if k != "step"} for row in rows(evaluations=(50,))]
     logged = ({"step": 1000 * block + at} | row for block in range(100) for at, row in enumerate(some * 10, 1))
@@ -97,7 +97,7 @@ def test_a_run_of_100_000_steps_stays_small(tmp_path: Path):
     ids=["nothing", "of another kind", "damaged"],
 )
 def test_a_run_without_facts_has_a_page(tmp_path: Path, about: dict[str, Any]):
-    """What run.json lacks is left out: a run that was killed early, or of an older version."""
+    """If run.json lacks facts (a killed run, or an older version), the page omits them."""
     page = write_report(write_run(tmp_path / "run", about=about)).read_text(encoding="utf-8")
     assert 'id="curves"' in page
     assert 'id="heldout"' not in page
@@ -126,7 +126,7 @@ def test_ticks_are_few_and_round(low: float, high: float):
 
 @pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [float(v) for v in range(1000)], [1e-9, 1e9]], ids=len)
 def test_a_chart_of_any_series_stays_in_its_frame(values: list[float]):
-    """One value, equal ones, many, and such of any size: all points are inside the picture and finite."""
+    """For one value, equal values, many values and values of any size, all points are finite and inside the picture."""
     series = Series(np.arange(1, len(values) + 1), np.array(values))
     for positive in (False, True):
         svg = line_chart(
@@ -157,13 +157,13 @@ def test_intervals_hold_the_mean_and_narrow_with_more_pairs():
         assert scores.accuracy.low < 0.75 < scores.accuracy.high
         assert scores.margin.low < 0.3 < scores.margin.high
     assert many.accuracy.high - many.accuracy.low < 0.4 * (few.accuracy.high - few.accuracy.low)
-    # 400 pairs: the normal interval is as good
+    # with 400 pairs, the normal interval is as good
     error = np.sqrt(0.75 * 0.25 / 400)
     assert many.accuracy.low == pytest.approx(0.75 - 1.96 * error, abs=0.01)
 
 
 def test_an_accuracy_of_all_or_nothing_is_not_certain():
-    """Resampling equal values gives no width; the rule of three does."""
+    """If all pairs are right, the interval has the width of the rule of three; resampling would give it no width."""
     all_right = held_out({"heldout": {"step": 1, "paired": True, "chosen": [1.0] * 80, "rejected": [0.0] * 80}})
     assert all_right
     assert all_right.accuracy.low == pytest.approx(0.955, abs=1e-3)
@@ -171,7 +171,7 @@ def test_an_accuracy_of_all_or_nothing_is_not_certain():
 
 
 def test_single_responses_are_compared_with_all_others():
-    """KTO: accuracy over all couples, as in its metric; a tie counts half."""
+    """For KTO, accuracy counts all pairs of a good and a bad response, as its metric does; a tie counts half."""
     scores = held_out({"heldout": {"step": 3, "paired": False, "chosen": [0.5, -1.0, 2.0], "rejected": [0.5, -2.0]}})
     assert scores
     assert scores.accuracy.mean == pytest.approx((0.5 + 1 + 0 + 1 + 1 + 1) / 6)
@@ -183,13 +183,13 @@ def test_single_responses_are_compared_with_all_others():
 
 
 def trl_log(method: str, **of: Any) -> list[dict[str, Any]]:
-    """The same rows as TRL's trainers log them."""
+    """Return the same rows as TRL's trainers log them."""
     logged = []
     for row in rows(method, **of):
         entry = {name.replace("eval/", "eval_"): value for name, value in row.items()}
         entry.pop("rewards/length_correlation", None)
         entry |= {"eval_runtime": 1.0, "eval_samples_per_second": 2.0} if "eval_loss" in entry else {"epoch": 0.1}
-        if method in ("simpo", "cpo") and "loss" in entry:  # there a reward is β · the logged logp
+        if method in ("simpo", "cpo") and "loss" in entry:  # TRL's reward is β · the logged log-probability
             beta = METHODS[method].beta
             entry |= {f"logps/{side}": entry[f"rewards/{side}"] / beta for side in ("chosen", "rejected")}
         logged.append(entry)
@@ -205,7 +205,7 @@ def write_trl(folder: Path, method: str, **of: Any) -> Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_trls_is_read(tmp_path: Path, method: str):
-    """Its method is told by what it logs; a healthy run is left alone; a page is written beside its log."""
+    """The logged metrics reveal the method, a healthy run has no verdict, and the page is saved next to the log."""
     run = read_run(write_trl(tmp_path / "out", method))
     assert run.known.loss.type == method
     assert diagnose(run.history, run.known) == []
@@ -216,7 +216,7 @@ def test_a_run_of_trls_is_read(tmp_path: Path, method: str):
 
 
 def test_a_run_of_trls_is_diagnosed(tmp_path: Path):
-    """From the folder, the file, or a folder that has only checkpoints, of which the newest is taken."""
+    """A run is read from its folder, its file, or the newest checkpoint in a folder that has only checkpoints."""
     wild = {"loss": lambda t: 0.69 + 30 * (t > 0.05)}
     write_trl(tmp_path / "out" / "checkpoint-9", "dpo")
     newest = write_trl(tmp_path / "out" / "checkpoint-100", "dpo", both=wild)
@@ -255,7 +255,7 @@ TRL_STATE = {"trainer_state.json": '{"log_history": [{"step": 1, "loss": 1.0}]}'
 def test_what_cannot_be_read_is_said(
     tmp_path: Path, name: str, content: dict[str, str] | None, options: Any, said: str
 ):
-    """One message, and nothing is written."""
+    """There is one message, and nothing is written."""
     folder = tmp_path / name
     if content is not None:
         folder.mkdir()
@@ -267,6 +267,6 @@ def test_what_cannot_be_read_is_said(
 
 
 def test_every_chart_is_of_a_known_metric():
-    """Charts name metrics of docs/metrics.md."""
+    """Charts use only metrics of docs/metrics.md."""
     page = (DOCS / "metrics.md").read_text(encoding="utf-8")
     assert [name for chart in CHARTS for name in chart.names if f"`{name}`" not in page] == []

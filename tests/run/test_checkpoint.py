@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there: after kills, full disks and damage the last whole one is found."""
+"""A checkpoint is whole or absent: after kills, full disks and damage, the last whole one is found."""
 
 import errno
 import os
@@ -28,26 +28,26 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config and its finished run `out`, with checkpoints at steps 2 and 3."""
+    """Train in a new folder; its run `out` has checkpoints at steps 2 and 3."""
     return train_in(tmp_path_factory.mktemp("trained"), SETTINGS)
 
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """A copy of that run, in the working directory."""
+    """Copy that run into the working directory."""
     shutil.copytree(trained, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return RunFolder(Path("out"))
 
 
 def newest(run: RunFolder) -> tuple[str, list[str]]:
-    """The checkpoint that --resume takes, and what it says of others."""
+    """Return the name of the checkpoint that --resume takes, and the notes about others."""
     found = find_checkpoint(fastpref.load_config(run.path / "config.toml"), "run", str(run.path), force=False)
     return found.checkpoint.name, found.notes
 
 
 def test_what_a_checkpoint_holds(run: RunFolder):
-    """The adapter as peft loads it, the tokenizer, the config, the state; all in the manifest, and no pickle."""
+    """A checkpoint has the adapter as PEFT loads it, the tokenizer, the config, the state, and no pickle."""
     place = run.path / "checkpoints" / "step-3"
     names = {path.name for path in place.iterdir()}
     assert names >= {
@@ -67,7 +67,7 @@ def test_what_a_checkpoint_holds(run: RunFolder):
 
 
 def test_the_state_comes_back_as_it_was(tmp_path: Path):
-    """Nested values of every kind that optimizers keep, tensors that are shared or views among them."""
+    """The state is restored exactly: nested values of every kind that optimizers keep, shared tensors and views."""
     import torch
 
     shared, long = torch.arange(6.0).reshape(2, 3), torch.arange(10)
@@ -89,8 +89,7 @@ def test_the_state_comes_back_as_it_was(tmp_path: Path):
 
 
 def test_every_damage_is_found(run: RunFolder):
-    """A flipped byte, at the start, in the middle or at the end of any file, a cut, a loss: named, and the checkpoint
-    before is taken."""
+    """Any damage (a changed, missing or added byte, a missing file) is named, and the checkpoint before is taken."""
     place = run.path / "checkpoints" / "step-3"
     assert newest(run) == ("step-3", [])
     for path in sorted(place.rglob("*")):
@@ -111,7 +110,7 @@ def test_every_damage_is_found(run: RunFolder):
 
 
 def test_a_run_goes_on_behind_a_damaged_checkpoint(run: RunFolder, trained: Path, capsys: pytest.CaptureFixture[str]):
-    """The damaged one is said, made again and as it was."""
+    """If the last checkpoint is damaged, a resumed run says so and writes the same checkpoint again."""
     damaged = run.path / "checkpoints" / "step-3" / "training_state.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-7])
     fastpref.train("cfg.toml", SETTINGS, resume=True)
@@ -131,7 +130,7 @@ class Canary:
 
 
 def test_pickles_are_never_read(run: RunFolder):
-    """Files of the names that torch and peft would unpickle, put into a checkpoint, are not looked at."""
+    """Pickled files under the names that torch and PEFT would load are never read from a checkpoint."""
     place = run.path / "checkpoints" / "step-3"
     for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.pt", "training_args.bin", "rng_state.pth"):
         (place / name).write_bytes(pickle.dumps(Canary()))
@@ -152,7 +151,7 @@ def test_a_state_of_another_version(run: RunFolder, monkeypatch: pytest.MonkeyPa
 
 
 def save_again(run: RunFolder, step: int) -> None:
-    """Write a checkpoint as a run does: the same files by the same libraries, from those of the checkpoint before."""
+    """Write a checkpoint as a run does: the same files by the same libraries, with the contents of step 3."""
     from peft import PeftModel
 
     source = run.path / "checkpoints" / "step-3"
@@ -171,8 +170,8 @@ def save_again(run: RunFolder, step: int) -> None:
 
 
 def killed_saves(run: RunFolder, step: int) -> list[int]:
-    """Save a checkpoint in forked processes, each killed one event later: before every file that is opened, forced
-    to disk or hashed, and before every rename. Returns how they ended."""
+    """Save a checkpoint in forked processes and return their exit codes. Each process is killed one event later:
+    before a file is opened (to be written, hashed or forced to disk), a folder is made, or a rename."""
     ends, at = [], 1
     while True:
         child = os.fork()
@@ -196,7 +195,7 @@ def killed_saves(run: RunFolder, step: int) -> list[int]:
         name, notes = newest(run)
         if ends[-1] != -signal.SIGKILL:
             return ends
-        # Whole or not there: never a third thing.
+        # The new checkpoint is whole, or it is not there.
         assert name in ("step-3", f"step-{step}")
         assert notes == []
         if name != "step-3":
@@ -207,17 +206,17 @@ def killed_saves(run: RunFolder, step: int) -> list[int]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_file_leaves_the_last_whole_checkpoint(run: RunFolder):
-    """SIGKILL before and after each file of a checkpoint is written, hashed, forced to disk, and renamed."""
+    """SIGKILL before any file is written, hashed, forced to disk or renamed leaves the last whole checkpoint."""
     ends = killed_saves(run, 4)
     files = len(list((run.path / "checkpoints" / "step-4").rglob("*")))
     assert ends[-1] == 0
-    assert len(ends) > 2 * files  # each was opened to be hashed and to be forced to disk, at least
+    assert len(ends) > 2 * files  # each file is opened at least to be hashed and to be forced to disk
     fastpref.train("cfg.toml", SETTINGS, resume="out/checkpoints/step-3", force=True)
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["best.json", "step-2", "step-3"]
 
 
 def test_a_kill_while_a_checkpoint_is_replaced(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
-    """Between the two renames, the old one still stands beside its place; an exception puts it back."""
+    """If the second rename fails while a checkpoint is replaced, the old checkpoint is put back."""
     place = run.path / "checkpoints" / "step-3"
     rename = Path.rename
 
@@ -234,7 +233,7 @@ def test_a_kill_while_a_checkpoint_is_replaced(run: RunFolder, monkeypatch: pyte
 
 
 def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The newest `keep`, and the best by held-out accuracy, however old; the best is saved when it is seen."""
+    """The newest `keep` checkpoints are kept, and the best by held-out accuracy, which is saved once it is seen."""
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path)
     from fastpref.training import loop
@@ -253,14 +252,14 @@ def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     place = result.output_dir / "checkpoints"
     assert sorted(p.name for p in place.glob("step-*")) == ["step-10", "step-4", "step-5"]
     assert RunFolder(result.output_dir).best() == "step-4"
-    # Resumed from before the best, it is forgotten; keep=1 leaves the newest.
+    # After resuming from before the best one, that one is forgotten; keep=1 keeps the newest and the new best.
     accuracies = iter([0.1] * 9)
     fastpref.train(config, [LORA, *options, "output.keep=1"], resume=place / "step-5", force=True)
     assert sorted(p.name for p in place.glob("step-*")) == ["step-10", "step-4"]
 
 
 def refusing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
-    """Let the disk refuse from the `at`-th file of a checkpoint on that is opened for writing or forced to disk."""
+    """Make the disk full from the `at`-th file of a checkpoint that is opened for writing or forced to disk."""
     import builtins
     import io
 
@@ -289,7 +288,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
 
 
 def refusal(run: RunFolder) -> str | None:
-    """Why step 4 cannot be saved, or None if it was."""
+    """Return why step 4 cannot be saved, or None if it was saved."""
     try:
         save_again(run, 4)
     except WriteError as error:
@@ -298,7 +297,7 @@ def refusal(run: RunFolder) -> str | None:
 
 
 def test_a_full_disk_at_any_write_leaves_what_there_was(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
-    """ENOSPC at each file that is written or forced to disk: one message, the temporary folder gone, all as before."""
+    """ENOSPC at any write or sync gives one message, removes the temporary folder and leaves every file as it was."""
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
     at = 1
     while True:
@@ -318,7 +317,7 @@ def test_a_full_disk_at_any_write_leaves_what_there_was(run: RunFolder, monkeypa
 def test_a_run_on_a_full_disk_ends_with_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """The disk fills at the second checkpoint: the weights are saved all the same, the first one is resumed from."""
+    """If the disk is full at the second checkpoint, the weights are still saved, and the first checkpoint resumes."""
     from fastpref.training import loop
 
     monkeypatch.chdir(tmp_path)
@@ -347,7 +346,7 @@ def test_a_run_on_a_full_disk_ends_with_one_message(
 
 @pytest.fixture
 def small_disk(tmp_path: Path):
-    """A file system of four megabytes; only an administrator can mount one."""
+    """Mount a file system of four megabytes, which only an administrator can do."""
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)], capture_output=True)
@@ -359,7 +358,7 @@ def small_disk(tmp_path: Path):
 
 @pytest.mark.skipif(not Path("/proc/mounts").exists(), reason="needs Linux")
 def test_a_file_system_that_is_really_full(small_disk: Path, run: RunFolder):
-    """Whatever is free, down to nothing: what is there stays whole, and the command says so with a status."""
+    """On a full disk every existing file stays as it is, and the command ends with a message and status 2."""
     shutil.copytree(run.path, small_disk / "out")
     small = RunFolder(small_disk / "out")
     before = {p: p.read_bytes() for p in small.path.rglob("*") if p.is_file()}
@@ -388,7 +387,7 @@ def test_a_file_system_that_is_really_full(small_disk: Path, run: RunFolder):
 
 
 def test_metrics_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A full disk at a row of metrics: no half row is left, and the step before it is saved and named."""
+    """If a row of metrics cannot be written, a checkpoint is saved and named, and the run can be resumed from it."""
     monkeypatch.chdir(tmp_path)
     log = RunFolder.log
 
@@ -407,7 +406,7 @@ def test_metrics_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_nothing_secret_and_nothing_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run writes below its folder alone, and no token of the environment is in any file of it."""
+    """A run writes only below its folder, and no token of the environment is in any of its files."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""Only one run at a time can use a folder."""
 
 import signal
 import subprocess
@@ -26,7 +26,8 @@ SAID = "out: another run is writing to this folder; wait for its end, or choose 
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(config: Path):
-    """Resumed or replaced: one message, status 2, and every file as it was. Killed, the other run blocks nobody."""
+    """While another run uses a folder, resuming or replacing is refused (one message, status 2) and every file stays
+    as it is. A killed run does not block the folder."""
     fastpref.train(config, [LORA, "train.steps=2", "output.save_every=1", "eval.samples=0"])
     before = contents(Path("out"))
     other = subprocess.Popen([sys.executable, "-c", HOLD, "out"], stdout=subprocess.PIPE, text=True)
@@ -46,7 +47,7 @@ def test_a_folder_that_another_run_writes_to_is_refused(config: Path):
 
 
 def test_a_run_frees_its_folder(config: Path):
-    """At its end, and when it fails."""
+    """A run frees its folder when it ends or fails."""
     settings = [LORA, "train.steps=1", "eval.samples=0"]
     fastpref.train(config, settings)
     with pytest.raises(UserError, match="not empty"):
@@ -56,7 +57,7 @@ def test_a_run_frees_its_folder(config: Path):
 
 
 def test_two_runs_that_chose_the_same_folder(config: Path, monkeypatch: pytest.MonkeyPatch):
-    """Both found it free; the one that begins later does not replace what the first has written."""
+    """If two runs found the same folder free, the later one does not replace the files of the first."""
     from fastpref.training import start
 
     load = start.load_examples

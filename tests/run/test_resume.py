@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, bit for bit, or it is refused."""
+"""A resumed run is bit-identical to an uninterrupted one, or it is refused."""
 
 import json
 import os
@@ -40,7 +40,7 @@ CASES = {
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_ten_steps_are_five_and_five(config: Path, overrides: list[str]):
-    """Weights, optimizer, schedule, generators, order and metrics after ten steps are those of a run that was cut."""
+    """After ten steps, a resumed run has the same weights, state and metrics as an uninterrupted one."""
     fastpref.train(config, [*overrides, "output.keep=9"])
     out, whole = Path("out"), Path("whole")
     shutil.copytree(out, whole)
@@ -57,9 +57,9 @@ def test_ten_steps_are_five_and_five(config: Path, overrides: list[str]):
     assert result.eval_metrics == {k: v for k, v in last.items() if k != "step"} or "eval/loss" not in last
 
 
-@pytest.mark.parametrize("stop", [4, 7])  # 4 is a step to evaluate at, which an interrupt does not wait for
+@pytest.mark.parametrize("stop", [4, 7])  # an evaluation follows step 4, and an interrupt does not wait for it
 def test_an_interrupted_run_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch, stop: int, capsys):
-    """Ctrl-C after any step: a checkpoint, and the command that resumes; what comes then is as if nothing had been."""
+    """Ctrl-C after any step writes a checkpoint and prints the command, which resumes as if nothing had happened."""
     overrides = [LORA, "output.save_every=100"]
     fastpref.train(config, [*overrides, "output.dir=whole"])
     step = Display.step
@@ -82,7 +82,7 @@ def test_an_interrupted_run_goes_on(config: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_finished_run_can_be_made_longer(config: Path):
-    """With a constant learning rate, ten steps and ten more are twenty; `final` and the metrics follow."""
+    """With a constant learning rate, a finished run that is extended equals one with that many steps from the start."""
     overrides = [LORA, "train.schedule=constant", "train.warmup=0", "eval.data=[]", "eval={}"]
     fastpref.train(config, [*overrides, "train.steps=4", "output.save_every=4"])
     fastpref.train(config, [*overrides, "train.steps=8"], resume=True)
@@ -93,13 +93,13 @@ def test_a_finished_run_can_be_made_longer(config: Path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config and its run `out`, stopped at step 3 of 3 with checkpoints at 1, 2 and 3."""
+    """Train in a new folder; its run `out` has three steps with checkpoints at 1, 2 and 3."""
     return train_in(tmp_path_factory.mktemp("trained"), SAME)
 
 
 @pytest.fixture
 def again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of `trained` as the working directory; returns its config."""
+    """Copy `trained` into the working directory, and return its config."""
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
     monkeypatch.chdir(folder)
@@ -124,7 +124,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("overrides", "said"), REFUSED.values(), ids=REFUSED)
 def test_another_config_is_refused(again: Path, overrides: list[str], said: str):
-    """A change that reaches the weights is refused with what it was and what it is; nothing is touched."""
+    """A change that affects the weights is refused with the old and the new value, and no file changes."""
     before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
     with pytest.raises(UserError, match=said):
         fastpref.train(again, [*SAME, *overrides], resume=True)
@@ -143,7 +143,7 @@ def test_a_change_that_does_not_matter_is_taken(again: Path, overrides: list[str
 
 
 def test_changed_files_are_refused(again: Path):
-    """The same names with other rows, or other weights behind them, are seen; other names with the same are not."""
+    """Files with other rows or weights are refused; the same contents under other names are not."""
     data, model = Path("rows.jsonl"), Path("model")
     original = fastpref.load_config(again)
     lines = Path(original.data[0].path).read_text().splitlines()
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_cannot_be_taken(again: Path, resume: str, said: str):
 
 
 def test_where_a_run_is_looked_for(again: Path, monkeypatch: pytest.MonkeyPatch):
-    """True is output.dir, or the last numbered folder; a run's folder stands for its newest checkpoint."""
+    """`resume=True` takes output.dir or the last numbered folder; a run's folder means its newest checkpoint."""
     assert fastpref.train(again, SAME, resume="out").output_dir == Path("out")
     fastpref.train(again, SAME, resume="out/checkpoints/step-2", force=True)
     assert [row["step"] for row in rows(Path("out"))] == [0, 1, 2, 3, 3]

@@ -1,4 +1,4 @@
-"""Metrics of responses: correlations and shares, from parts and over processes, against plain numpy."""
+"""Metrics of responses (correlations and shares), from micro-batches and over processes, compared with plain numpy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +28,10 @@ def gathered(parts: list[tuple[Tensor, Tensor, Tensor | None]]) -> Metrics:
 
 
 def test_reward_against_length():
-    """Over chosen and rejected responses together, however they were cut into micro-batches."""
+    """The correlation covers chosen and rejected responses together, for any cut into micro-batches."""
     wanted = np.corrcoef(REWARDS, LENGTHS)[0, 1]
     whole = gathered([(REWARDS, LENGTHS, None)])
-    # The sides of a pair stand half a part from each other: pairs (0, 3), (1, 4), (2, 5).
+    # The pairs are (0, 3), (1, 4) and (2, 5): in each part, chosen responses come first.
     cut = gathered([(REWARDS[[0, 3]], LENGTHS[[0, 3]], None), (REWARDS[[1, 2, 4, 5]], LENGTHS[[1, 2, 4, 5]], None)])
     for metrics in (whole, cut):
         assert metrics.result()["rewards/length_correlation"] == pytest.approx(wanted, abs=1e-6)
@@ -44,7 +44,7 @@ def test_reward_against_length():
 
 
 def test_segments_beyond_the_responses_do_not_count():
-    """Prompts that are scored too stand after the responses."""
+    """Segments after the responses, which are scored prompts, do not count."""
     metrics = gathered([(REWARDS, torch.cat([LENGTHS, torch.tensor([50, 60, 70])]), None)])
     assert metrics.responses().rejected_lengths.tolist() == [3, 7, 2]
 
@@ -59,16 +59,16 @@ def test_nothing_to_correlate(rewards: Tensor, lengths: Tensor):
 
 
 def test_the_likelier_response_per_token():
-    """A longer response has a lower log-probability and may still be the likelier one; a tie counts half."""
+    """The likelier response is the one with the higher log-probability per token; a tie counts half."""
     metrics = Metrics()
     metrics.add_ranking(torch.tensor([-10.0, -2.0, -3.0, -6.0, -2.0, -9.0]), torch.tensor([10, 1, 3, 3, 2, 9]))
-    # per token: −1 against −2; −2 against −1; −1 against −1
+    # log-probabilities per token: −1 and −2; −2 and −1; −1 and −1
     assert metrics.result()["logps/accuracies"] == pytest.approx(1.5 / 3)
 
 
 @dataclass(frozen=True)
 class Two(Processes):
-    """Two processes, the other of which has gathered `other`."""
+    """Two processes, of which the other gathers `other`."""
 
     count: int = 2
     other: Any = None
@@ -78,7 +78,7 @@ class Two(Processes):
 
 
 def test_processes_are_joined():
-    """What two processes have found is what one would have."""
+    """The joined metrics of two processes are those of one process with all responses."""
     a, b = (REWARDS[[0, 3]], LENGTHS[[0, 3]], None), (REWARDS[[1, 2, 4, 5]], LENGTHS[[1, 2, 4, 5]], None)
     kept: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""Reference log-probabilities computed before training: the same numbers, computed once, never for another model."""
+"""Reference log-probabilities computed before training: they are right, computed once, and kept for one model only."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ PLAN = {"budget": 90, "device": CPU, "pad_token_id": 0}
 
 
 class Counting:
-    """A reference that counts what it is asked, and gives each token a number that only its content decides."""
+    """A reference that counts completions, and gives each token a number that depends only on its content."""
 
     def __init__(self) -> None:
         self.completions = 0
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
 @pytest.mark.parametrize("looked_up", ["tree", "packed", "padded"])
 def test_any_batch_finds_its_numbers(layout, looked_up, tmp_path: Path):
-    """Computed in one layout and order, looked up in another: every token gets its own number."""
+    """Whatever the layout and order of the precomputation and of the lookup, every token gets its own number."""
     given = examples(9)
     found = Precomputed(Counting(), tmp_path / "r")
     found.complete(given, layout=layout, **PLAN)
@@ -48,7 +48,7 @@ def test_any_batch_finds_its_numbers(layout, looked_up, tmp_path: Path):
 
 
 def test_each_completion_is_computed_once(tmp_path: Path):
-    """Not again for a repeated row, nor for the neighbour that KTO compares with, nor in a later run."""
+    """A completion is computed once, even if rows repeat, KTO pairs it with another prompt, or a later run needs it."""
     rows = examples(7, single=True)
     first = Counting()
     found = Precomputed(first, tmp_path / "r")
@@ -63,7 +63,7 @@ def test_each_completion_is_computed_once(tmp_path: Path):
 
 
 def test_a_stopped_pass_goes_on_where_it_was(tmp_path: Path):
-    """What was written before the stop is kept; only the rest is computed."""
+    """After a stop, what was written is kept and only the rest is computed."""
     given = examples(6)
     Precomputed(Counting(), tmp_path / "r").complete(given[:4], layout="tree", **PLAN)
     rest = Counting()
@@ -74,7 +74,7 @@ def test_a_stopped_pass_goes_on_where_it_was(tmp_path: Path):
 
 @pytest.mark.parametrize("harm", ["cut", "garbage"])
 def test_a_harmed_file_is_computed_again(harm: str, tmp_path: Path):
-    """It is named, and its numbers are never guessed."""
+    """A damaged file is named, and its numbers are computed again."""
     given = examples(4)
     Precomputed(Counting(), tmp_path / "r").complete(given, layout="tree", **PLAN)
     (file,) = (tmp_path / "r").glob("*.safetensors")
@@ -86,7 +86,7 @@ def test_a_harmed_file_is_computed_again(harm: str, tmp_path: Path):
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path: Path):
-    """The run goes on with the numbers it has, and says so."""
+    """If the folder cannot be written, the run continues with its numbers in memory and a note."""
     (tmp_path / "r").write_text("a file is in the way")
     found = Precomputed(Counting(), tmp_path / "r")
     given = examples(3)
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path: Path):
 
 
 def test_the_key_knows_where_the_prompt_ends():
-    """The same tokens cut elsewhere are another completion."""
+    """The same tokens with the prompt ending elsewhere are another completion."""
     keys = {
         completion_key([1, 2], [3]),
         completion_key([1], [2, 3]),
@@ -107,7 +107,7 @@ def test_the_key_knows_where_the_prompt_ends():
 
 
 def test_another_model_never_finds_these_numbers(tmp_path: Path):
-    """Other weights, another dtype, another config file: another folder. The same ones elsewhere: the same."""
+    """Other weights, dtypes or config files give other folders; the same model elsewhere has the same folder."""
     folders = set()
     for name, seed in (("a", 0), ("b", 1)):
         config = config_for(save_model("llama", tmp_path / name, seed=seed))
@@ -125,7 +125,7 @@ def test_another_model_never_finds_these_numbers(tmp_path: Path):
 
 @pytest.mark.parametrize(("kind", "count"), [("llama", 1), ("llama-dynamic", 2), ("phi3-longrope", 2)])
 def test_numbers_that_go_by_the_longest_row_are_kept_apart(kind: str, count: int, tmp_path: Path):
-    """RoPE by length has the frequencies of tokens.max_length in every row: another length, another folder."""
+    """If RoPE depends on the length, another tokens.max_length gives another folder."""
     save_model(kind, tmp_path)
     configs = [config_for(tmp_path, f"tokens.max_length={length}") for length in (64, 128)]
     assert len({reference_folder(config, load_model(config, CPU).model) for config in configs}) == count
@@ -135,7 +135,7 @@ def test_numbers_that_go_by_the_longest_row_are_kept_apart(kind: str, count: int
     ("method", "model"), [("dpo", "lora"), ("dpo", "full"), ("kto", "lora"), ("ipo", "full")], ids="-".join
 )
 def test_a_run_is_the_same(method: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Precomputed and live references give the same metrics, step by step; the next run computes none."""
+    """Precomputed and live references give the same metrics at every step."""
     monkeypatch.chdir(tmp_path)
     text = QUICKSTART.read_text().replace("quickstart/", f"{QUICKSTART.parent}/quickstart/")
     if model == "full":

@@ -1,4 +1,4 @@
-"""A frozen copy in a dtype and in bits of its own."""
+"""A frozen copy of the model as reference, in its own dtype and quantisation."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ BATCH = collate(examples(4), "tree")
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in whole blocks of 64, large enough for log-probabilities that differ."""
+    """Save random weights in whole blocks of 64, large enough for distinct log-probabilities, and return the folder."""
     folder = tmp_path_factory.mktemp("llama64")
     config = model_config("llama")
     config.hidden_size, config.intermediate_size, config.initializer_range = 64, 128, 0.1
@@ -41,7 +41,7 @@ def logps(folder: Path, *overrides: str) -> Tensor:
     return referred(folder, *overrides)[1](BATCH).float()
 
 
-OPTIONS = {  # override: the largest error that its rounding makes, and that it makes at least
+OPTIONS = {  # override: the largest and the smallest error that its rounding makes
     "reference.dtype=bfloat16": (0.1, 1e-4),
     "reference.dtype=float16": (0.02, 1e-6),
     "reference.quantization=int8": (0.5, 1e-4),
@@ -52,7 +52,7 @@ OPTIONS = {  # override: the largest error that its rounding makes, and that it 
 @pytest.mark.parametrize("lora", [[], ["lora={rank=2}"]], ids=["whole", "lora"])
 @pytest.mark.parametrize("override", OPTIONS)
 def test_a_copy_is_the_model_rounded(llama: Path, override: str, lora: list[str]):
-    """Near the model's own log-probabilities, to the rounding that was asked for, and not equal to them."""
+    """A copy's log-probabilities differ from the model's own by the rounding of its dtype or bits, and by no more."""
     expected = logps(llama)
     most, least = OPTIONS[override]
     error = (logps(llama, override, *lora) - expected).abs().max().item()
@@ -61,7 +61,7 @@ def test_a_copy_is_the_model_rounded(llama: Path, override: str, lora: list[str]
 
 @pytest.mark.parametrize("lora", [[], ["lora={rank=2}"]], ids=["whole", "lora"])
 def test_the_model_itself_is_untouched(llama: Path, lora: list[str]):
-    """Its weights, what of it is trained and its results are the same beside a copy in other bits, which is frozen."""
+    """A frozen copy in other bits changes neither the model's weights nor its trained parameters nor its results."""
     loaded, reference, what = referred(llama, "reference.dtype=bfloat16", "reference.quantization=nf4", *lora)
     assert what == "a frozen copy of the model, in nf4 and bfloat16"
     alone = load_model(config_for(llama, *lora), CPU)
@@ -75,7 +75,7 @@ def test_the_model_itself_is_untouched(llama: Path, lora: list[str]):
 
 
 def test_a_copy_of_quantised_weights_can_be_whole(llama: Path):
-    """ "none" beside a model in 4 bits is the model as it lies on the disk, and "auto" the same bits."""
+    """With a model in 4 bits, "none" gives a copy of the unquantised files, and "auto" one with the same bits."""
     nf4 = ["model.quantization=nf4", "lora={rank=2}"]
     _, whole, what = referred(llama, *nf4, "reference.quantization=none")
     assert what == "a frozen copy of the model, in float32"
@@ -88,7 +88,7 @@ def test_a_copy_of_quantised_weights_can_be_whole(llama: Path):
 
 
 def test_what_is_the_same_is_not_read_again(llama: Path, monkeypatch: pytest.MonkeyPatch):
-    """A dtype that the model has already is a plain copy of it, bit for bit."""
+    """If the dtype is the model's own, the copy is made in memory and is bit-identical."""
     monkeypatch.setattr(reference_module, "load_copy", None)
     loaded, reference, what = referred(llama, "reference.dtype=float32", "reference.quantization=none")
     assert what == "a frozen copy of the model"
@@ -100,7 +100,7 @@ def test_what_is_the_same_is_not_read_again(llama: Path, monkeypatch: pytest.Mon
     ("override", "share"), [("reference.dtype=bfloat16", 0.5), ("reference.quantization=nf4", 0.45)]
 )
 def test_a_copy_takes_what_its_bits_say(llama: Path, override: str, share: float):
-    """Its storages, beside those of the model in float32."""
+    """A copy's memory is that of its own dtype or bits, as a share of the model's in float32."""
     loaded, reference, _ = referred(llama, override)
     assert reference.copy is not None
     taken = {p.data_ptr(): p.untyped_storage().nbytes() for p in reference.copy.parameters()}
@@ -109,7 +109,7 @@ def test_a_copy_takes_what_its_bits_say(llama: Path, override: str, share: float
 
 
 def test_weights_that_lie_quantised_cannot_be_otherwise(llama: Path, tmp_path: Path):
-    """A folder of 4-bit weights: the copy has their bits, and another wish is refused by its key."""
+    """For a checkpoint in 4 bits, the copy has the same bits, and another quantisation is refused by its key."""
     loaded = load_model(config_for(llama, "model.quantization=nf4", "lora={rank=2}"), CPU)
     folder = tmp_path / "nf4"
     loaded.wrapped.unload().save_pretrained(folder)  # pyright: ignore[reportCallIssue]

@@ -1,1 +1,1 @@
-"""What tests share: small models and tokenizers, runs, batches, and the places of the repository."""
+"""What tests share: small models and tokenizers, runs, batches, and paths of the repository."""

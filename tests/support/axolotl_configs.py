@@ -1,4 +1,4 @@
-"""Whole configs as Axolotl's users write them, and every field that its schema has for them."""
+"""Whole configs as users of Axolotl write them, and every field of its schema."""
 
 DPO = """
 base_model: Qwen/Qwen2.5-0.5B
@@ -165,7 +165,7 @@ optimizer: lion_8bit
 deepspeed: deepspeed_configs/zero2.json
 """
 
-# The fields of Axolotl's schema in 2026 that a config may hold: AxolotlInputConfig and what it inherits.
+# The fields of AxolotlInputConfig and its bases in 2026, without those that a config cannot have.
 _FIELDS = """
 base_model base_model_config cls_model_config tokenizer_config tokenizer_use_fast tokenizer_legacy
 tokenizer_use_mistral_common tokenizer_type processor_type tokenizer_save_jinja_files trust_remote_code
@@ -235,7 +235,7 @@ is_falcon_derived_model is_llama_derived_model is_mistral_derived_model is_qwen_
 generate_samples num_generation_samples generation_max_new_tokens generation_temperature generation_top_p
 generation_top_k generation_prompt_ratio generation_do_sample
 """
-# SFTDataset, DPODataset, KTODataset and StepwiseSupervisedDataset
+# The fields of SFTDataset, DPODataset, KTODataset and StepwiseSupervisedDataset.
 _ENTRY_FIELDS = """
 path split type input_transform shards shards_idx preprocess_shards conversation chat_template chat_template_jinja
 data_files input_format name ds_type field field_human field_model field_messages field_tools field_thinking

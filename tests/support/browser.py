@@ -11,7 +11,7 @@ WIDTHS = {"phone": 390, "desk": 1280}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Start Chromium by its driver. Tests fail without them, because a skipped look would prove nothing."""
+    """Start Chromium by its driver. Tests fail without them, because a skipped test would prove nothing."""
     program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.fail("tests marked browser need Chromium and its driver: apt-get install chromium chromium-driver")
@@ -28,7 +28,7 @@ def browser() -> Iterator[Any]:
 
 
 def show(browser: Any, page: str, scheme: str = "light", width: int = 1280) -> None:
-    """Open the page on a screen of a width, for someone who prefers a colour scheme."""
+    """Open the page on a screen of this width, with this preferred colour scheme."""
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )

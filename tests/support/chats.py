@@ -1,4 +1,4 @@
-"""Messages of a conversation, and rows that are tokenized."""
+"""Messages of a conversation, and rows to tokenize."""
 
 from typing import Any
 
@@ -26,6 +26,6 @@ def system(words: str) -> Message:
 def tokenized(
     tokenizer: PreTrainedTokenizerBase, *contents: Paired | Unpaired, **options: Any
 ) -> tuple[list[Example], Counts]:
-    """The examples of these rows, and what became of the rows. The options are those of [tokens]."""
+    """Return the examples of these rows, and the counts. The options are those of [tokens]."""
     rows = [SourceRow(content, f"rows.jsonl, row {at}") for at, content in enumerate(contents)]
     return tokenize(rows, tokenizer, TokensConfig.model_validate(options))

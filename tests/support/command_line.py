@@ -1,4 +1,4 @@
-"""Commands of the command line, in this process or in one of their own, and what they print."""
+"""Run commands of the command line, in this process or in a new one, and capture what they print."""
 
 import io
 import json
@@ -15,12 +15,12 @@ import pytest
 from fastpref.cli import main
 
 PROGRAM = [sys.executable, "-m", "fastpref"]
-WIDE = {"COLUMNS": "300"}  # no message is broken into lines
+WIDE = {"COLUMNS": "300"}  # so that no message is wrapped
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command printed, and the status with which it ended."""
+    """The output of a command, and its exit status."""
 
     status: int
     out: str
@@ -32,7 +32,7 @@ class CommandResult:
 
 
 def run_command(*arguments: str | Path, given: str = "") -> CommandResult:
-    """Run a command with its standard input. Anything that it raises except SystemExit fails the test."""
+    """Run a command with this standard input. Any exception except SystemExit fails the test."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["fastpref", *map(str, arguments)])
@@ -51,7 +51,7 @@ def succeed(*arguments: str | Path, given: str = "") -> CommandResult:
 
 
 def run_process(*arguments: str | Path, folder: Path | None = None) -> CommandResult:
-    """Run a command in a process of its own, in this folder or in the current one."""
+    """Run a command in a new process, in this folder or in the current one."""
     command = [*PROGRAM, *map(str, arguments)]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | WIDE)
     return CommandResult(result.returncode, result.stdout, result.stderr)

@@ -1,4 +1,4 @@
-"""Runs of every method as they lie in their folders, healthy or with one thing wrong."""
+"""Folders of runs of every method, healthy or with one fault."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ METHODS: dict[str, LossOptions] = {o.type: o for o in (DPO(), IPO(), KTO(), ORPO
 STEPS, BATCH = 100, 16
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 Row = dict[str, Any]
-Shape = Callable[[float], float]  # of the share of the run that is done
+Shape = Callable[[float], float]  # takes the completed share of the run
 
 
 def known(method: str = "dpo", **more: Any) -> Known:
@@ -26,11 +26,11 @@ def known(method: str = "dpo", **more: Any) -> Known:
 
 
 def shapes(method: str) -> dict[str, Shape]:
-    """Return the shapes of a healthy run: margins and chosen rewards rise, rejected ones fall, accuracy nears 0.75."""
+    """Return a healthy run's shapes: margins and chosen rewards rise, rejected ones fall, accuracy nears 0.75."""
     loss = METHODS[method]
     first = first_loss(loss)
     start = 1.6 if first is None else first
-    # Rewards of the methods without a reference begin at what the model thinks of the responses.
+    # Without a reference, rewards start at the model's own log-probabilities of the responses.
     base = {"orpo": -0.2, "simpo": -3.0, "cpo": -9.0}.get(method, 0.0)
     scale = {"orpo": 0.05, "simpo": 0.8}.get(method, 0.8)
     found: dict[str, Shape] = {
@@ -74,7 +74,7 @@ def rows(
     seed: int = 0,
     noise: float = 1.0,
 ) -> Iterator[Row]:
-    """Return the rows of a healthy run with some of its shapes replaced: in training, held out, or in both."""
+    """Return the rows of a healthy run with some of its shapes replaced: in training rows, held-out rows, or both."""
     random = Random(seed)
     plain = shapes(method) | (both or {})
     trained, held = plain | (training or {}), plain | (heldout or {})
@@ -120,7 +120,7 @@ def facts(steps: int = 100, **more: Any) -> dict[str, Any]:
 def write_run(
     folder: Path, method: str = "dpo", steps: int = 100, about: dict[str, Any] | None = None, **of: Any
 ) -> Path:
-    """Write the folder that a run leaves, without the model."""
+    """Write a run's folder, without the model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(
         f'[model]\nname = "m"\n[lora]\n[loss]\ntype = "{method}"\n[[data]]\npath = "d"\n', encoding="utf-8"

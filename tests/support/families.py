@@ -1,7 +1,7 @@
 """A tiny config of every causal language model of the installed transformers.
 
-The configs are made from one table of small sizes, which is applied to the fields of each config class by their names,
-and a few lines a family where that is not enough.
+The configs come from one table of small sizes, applied to the fields of each config class by their names, and from a
+few lines per family if that is not enough.
 """
 
 import re
@@ -50,7 +50,7 @@ _RANDOM = re.compile(r"drop(out)?(_p|_prob|_rate)?$|pdrop$|^attention_dropout|ji
 
 
 def small(config: PretrainedConfig, **overrides: Any) -> dict[str, Any]:
-    """Return the keywords of a config class for a tiny model: the fields of its default config that are sizes."""
+    """Return a config class's keywords for a tiny model: the fields of its default config that are sizes."""
     values: dict[str, Any] = {}
     for name, value in vars(config).items():
         if name in _SIZES and value is not None and not isinstance(value, list | dict):
@@ -61,7 +61,7 @@ def small(config: PretrainedConfig, **overrides: Any) -> dict[str, Any]:
             values[name] = True
         elif isinstance(value, PretrainedConfig):
             values[name] = small(value, **_SPECIAL.get(value.model_type, {})) | {"model_type": value.model_type}
-    if "qk_rope_head_dim" in values:  # multi-head latent attention: as many keys as queries
+    if "qk_rope_head_dim" in values:  # multi-head latent attention has as many keys as queries
         values |= {"num_key_value_heads": values["num_attention_heads"]}
         values.pop("head_dim", None)
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
@@ -76,7 +76,7 @@ def small(config: PretrainedConfig, **overrides: Any) -> dict[str, Any]:
     return {**values, **overrides}
 
 
-# What the table of sizes does not give: a line for what is special to a family, and for each of its variants.
+# What the table of sizes does not give: special fields of each family and of each of its variants.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
@@ -188,19 +188,19 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-# Variants of a family: what is changed in its tiny config, and what is changed besides in that of the truth.
+# Variants of a family: changes of its tiny config, and further changes for that of the truth.
 _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
          "long_factor": [2.0, 3.0, 4.0, 5.0]}  # fmt: skip
-MAX_LENGTH = 2048  # tokens.max_length as it is if no config names it
+MAX_LENGTH = 2048  # the default of tokens.max_length
 _VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama+linear": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, {}),
     "llama+llama3": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, **_LLAMA3}}, {}),
     "llama+yarn": ({"rope_parameters": _YARN}, {}),
     "llama+tied": ({"tie_word_embeddings": True}, {}),
     "llama+biases": ({"attention_bias": True, "mlp_bias": True}, {}),
-    # The frequencies of every row are those of MAX_LENGTH tokens: here, by the formula, those of another base.
+    # Every row has the frequencies of MAX_LENGTH tokens, which are, by the formula, those of another base.
     "llama+dynamic": (
         {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
         {
@@ -210,7 +210,7 @@ _VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             }
         },
     ),
-    # Here, the long factors of rows of any length.
+    # For the truth, rows of any length have the long factors.
     "phi3+longrope": (
         {"rope_parameters": _LONG, "max_position_embeddings": 4096, "original_max_position_embeddings": 52},
         {
@@ -299,7 +299,7 @@ CANNOT_BE_TINY = {
 
 
 def tiny_config(name: str, *, truth: bool = False) -> PretrainedConfig:
-    """Return the config of a family or of a variant, "family+name"; for the `truth`, RoPE is fixed by hand."""
+    """Return the config of a family or of a variant, "family+name"; `truth` sets RoPE's frequencies explicitly."""
     kind = name.partition("+")[0]
     config_class = CONFIG_MAPPING[kind]
     changes, besides = _VARIANTS.get(name, ({}, {}))

@@ -20,7 +20,7 @@ UNSMOOTHED = tuple(variant for variant in CLOSED if variant != "exo_pair")
 
 
 def smoothing(variants: Sequence[str]) -> float:
-    """The label smoothing of these variants together: 0 where one of them has no meaning for it or none reads it."""
+    """Return the label smoothing of these variants together: 0 if it is invalid for one of them or if none uses it."""
     return 0.1 if set(variants) & set(SMOOTHED) and "ipo" not in variants else 0.0
 
 
@@ -66,12 +66,12 @@ LOSSES: dict[str, LossOptions] = {
 
 
 def sorts(loss: LossOptions) -> bool:
-    """Whether the loss compares pairs of the step in sorted order, and so has no closed form of a part of it."""
+    """Return whether the loss compares pairs in sorted order, so that parts of a step have no closed form."""
     return isinstance(loss, DPO) and loss.sorts_step
 
 
 CLOSED_LOSSES = {name: loss for name, loss in LOSSES.items() if not sorts(loss)}
-PAIR_LOSSES = {  # of log-probabilities alone: WPO needs its weights too
+PAIR_LOSSES = {  # need only log-probabilities; WPO needs its weights too
     name: loss
     for name, loss in LOSSES.items()
     if not isinstance(loss, KTO) and not (isinstance(loss, DPO) and loss.weighting)

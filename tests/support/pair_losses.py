@@ -1,4 +1,4 @@
-"""The losses as formulas written out pair by pair, in exact decimals, and the pairs that tests compute them for."""
+"""The losses as formulas written out pair by pair in exact numbers, and the pairs for which tests compute them."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,11 +19,11 @@ DIVERGENCES: dict[str, dict[str, Any]] = {"reverse_kl": {}, **OTHER_DIVERGENCES}
 EVERY_LOSS = pytest.mark.parametrize("options", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
 
 
-# --- Formulas, naively: a function of numbers that returns the terms of a sum. -----------------------------------
+# --- Naive formulas: each is a function of numbers that returns the terms of a sum. -------------------------------
 
 
 def nls(x: float) -> float:
-    """−log σ(x)"""
+    """Return −log σ(x)."""
     return max(-x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
@@ -36,7 +36,7 @@ def smoothed(x: float, eps: float) -> tuple[float, ...]:
 
 
 def divergence(name: str, t: float) -> float:
-    """f′(eᵗ) as the paper writes it."""
+    """Return f′(eᵗ) as in the paper."""
     if name == "forward_kl":
         return 1 - math.exp(-t)
     if name == "js":
@@ -49,7 +49,7 @@ def divergence(name: str, t: float) -> float:
 
 @dataclass
 class Pair:
-    """One pair, in the names of the papers."""
+    """One pair, with the names of the papers."""
 
     c: float  # ratio of the chosen response
     r: float
@@ -80,7 +80,7 @@ def naive_robust(p: Pair) -> tuple[float, ...]:
 
 def naive_discopop(p: Pair) -> tuple[float, ...]:
     m = p.x / p.tau
-    return nls(p.x) * sigmoid(-m), math.exp(-p.x - nls(m))  # e^{−x}·σ(m): either factor alone can leave float64
+    return nls(p.x) * sigmoid(-m), math.exp(-p.x - nls(m))  # e^{−x}·σ(m): each factor alone can exceed float64
 
 
 NAIVE: dict[str, Callable[[Pair], tuple[float, ...]]] = {
@@ -136,7 +136,7 @@ def naive_kto(desirable: bool) -> Callable[..., tuple[float, ...]]:
 
 @dataclass
 class Truth:
-    """A number, and the size that rounding errors in finding it are relative to."""
+    """A number, and the size to which its rounding errors are relative."""
 
     value: float
     scale: float
@@ -154,7 +154,7 @@ class Truth:
 
 
 def truth(terms: Callable[..., tuple[float, ...]], *numbers: float) -> Truth:
-    """The sum of terms; its scale is their size and what a relative change of each number by 1 does to it."""
+    """Return the sum of the terms; its scale is their size plus the effect of a relative change of each number by 1."""
     found = terms(*numbers)
     value, step = math.fsum(found), 1e-5
     scale = math.fsum(map(abs, found))
@@ -175,7 +175,7 @@ def mean(truths: Iterable[Truth]) -> Truth:
 def make_pairs(
     count: int, seed: int = 0, dtype: torch.dtype = torch.float64, *, spread: float = 3.0, weighted: bool = False
 ) -> PairLogps:
-    """Random pairs with supervised terms of their own; chosen, rejected and nll are leaves that want gradients."""
+    """Return random pairs with separate supervised terms; chosen, rejected and nll require gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -200,7 +200,7 @@ def make_pairs(
 def of_ratios(
     ratios: Sequence[tuple[float, float]], dtype: torch.dtype, lengths: Sequence[tuple[int, int]]
 ) -> PairLogps:
-    """Pairs whose policy differs from the reference by these ratios."""
+    """Return pairs whose policy differs from the reference by these ratios."""
     c, r = torch.tensor(ratios, dtype=dtype).T
     n_c, n_r = torch.tensor(lengths).T
     ref_c, ref_r = torch.full_like(c, -41.3), torch.full_like(r, -27.7)
@@ -210,7 +210,7 @@ def of_ratios(
 def of_averages(
     averages: Sequence[tuple[float, float]], dtype: torch.dtype, lengths: Sequence[tuple[int, int]]
 ) -> PairLogps:
-    """Pairs with these mean log-probabilities and no reference."""
+    """Return pairs with these mean log-probabilities and no reference."""
     c, r = torch.tensor(averages, dtype=dtype).T
     n_c, n_r = torch.tensor(lengths).T
     return PairLogps((c * n_c).requires_grad_(), (r * n_r).requires_grad_(), n_c, n_r)

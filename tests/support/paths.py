@@ -1,4 +1,4 @@
-"""The places of the repository."""
+"""Paths of the repository."""
 
 from pathlib import Path
 

@@ -1,11 +1,11 @@
-"""Problems for the kernels of the vocabulary walk, their true answers, and the bound on a kernel's error.
+"""Problems for the kernels of the vocabulary walk, their true results, and the bound on a kernel's error.
 
-Truth is the naive definition in float64 on the very values under test, the yardstick the naive definition in their own
-dtype. An error is the largest absolute one of a tensor, and ours may exceed the yardstick's by rounding only:
+The truth is the naive definition in float64 on the same values; the yardstick is the naive definition in their own
+dtype. An error is a tensor's largest absolute error, and ours may exceed the yardstick's only by rounding:
 
-* A logit is a float32 sum, off by some eps32·max|z|. That is the error of logp and its companions, and relative to
-  each probability the error of the gradients.
-* A gradient kept in a dtype is rounded to it twice at most, once as g and once scaled by the loss: eps of that dtype,
+* A logit is a float32 sum, with an error of some eps32·max|z|. That is the error of logp and of the other outputs,
+  and, relative to each probability, the error of the gradients.
+* A gradient in a dtype is rounded at most twice, once as g and once when it is scaled by the loss: eps of that dtype,
   relative to the largest entry.
 """
 
@@ -20,11 +20,11 @@ from fastpref import linear_logprob
 from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
 from fastpref.kernels.linear_logprob_torch import TILE_COLUMNS
 
-OUTPUTS = ("entropy", "mean_logit", "log_sum_sq_probs")  # and is_top1, which has no rounding to bound
+OUTPUTS = ("entropy", "mean_logit", "log_sum_sq_probs")  # and is_top1, which has no rounding error
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODES = ("frozen", "trainable", "no_grad")
 EPS32 = torch.finfo(torch.float32).eps
-FEW = 8  # roundings that may fall less luckily for us than for the yardstick
+FEW = 8  # roundings that may be worse for us than for the yardstick
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Answer:
-    values: dict[str, Tensor]  # logp and the companions, [N]
-    grads: dict[str, Tensor]  # of hidden, and of weight and bias where they are trained
+    values: dict[str, Tensor]  # logp and the other outputs, [N]
+    grads: dict[str, Tensor]  # of hidden, and of weight and bias if they are trained
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ CASES = {
     "all": Case(with_bias=True, options={"softcap": 3.0, "logit_scale": 1.7, "temperature": 0.6}),
 }
 
-# N, H, V, workspace in MiB. The small budgets make many tiles of rows and of columns, with uneven ones at the ends.
+# N, H, V, workspace in MiB. The small budgets give many tiles of rows and columns, with smaller ones at the ends.
 SHAPES = {
     "one_tile": (253, 123, 507, 128),
     "many_tiles": (253, 123, 507, 0.02),
@@ -76,7 +76,7 @@ SHAPES = {
 
 
 def ordinary(n: int, width: int, vocabulary: int, case: Case, seed: int = 0) -> Problem:
-    """Return logits of order one to three; the first targets are at the ends of the vocabulary and the widest tile."""
+    """Return logits of size one to three; the first targets are at the ends of the vocabulary and the widest tile."""
     generator = torch.Generator().manual_seed(n + width + vocabulary + seed)
     targets = torch.randint(vocabulary, (n,), generator=generator)
     borders = [v for v in (0, vocabulary - 1, TILE_COLUMNS - 1, TILE_COLUMNS) if v < vocabulary][:n]
@@ -91,14 +91,14 @@ def ordinary(n: int, width: int, vocabulary: int, case: Case, seed: int = 0) -> 
 
 
 def peaked(target_logit: float) -> Problem:
-    """Point every row along its target's weights: z_y is `target_logit`, the others are of order a tenth of it."""
+    """Return rows along their target's weights: z_y is `target_logit`, the others are about a tenth of it."""
     problem = ordinary(61, 123, 507, Case())
     rows = problem.weight[problem.targets]
     return replace(problem, hidden=rows * (target_logit / rows.square().sum(dim=1, keepdim=True)))
 
 
 def huge() -> Problem:
-    """Return logits of ±1e4 and everything between."""
+    """Return logits of ±1e4 and of all sizes between."""
     problem = ordinary(61, 123, 507, Case())
     largest = (problem.hidden @ problem.weight.T).abs().max()
     return replace(problem, weight=problem.weight * (1e4 / largest))
@@ -110,12 +110,12 @@ def flat() -> Problem:
 
 
 def loss_weights(problem: Problem) -> Tensor:
-    """Return uneven coefficients of the rows' logp, of both signs, as a preference loss has them."""
+    """Return unequal coefficients of the rows' logp, of both signs, as a preference loss has."""
     return torch.linspace(-1, 1.5, len(problem.targets))
 
 
 def answer(function: Any, problem: Problem, mode: str, device: str = "cpu", **keywords: Any) -> Answer:
-    """Run `function` on leaves of its own and differentiate the weighted sum of logp. The answer is on the CPU."""
+    """Run `function` on new leaves, differentiate the weighted sum of logp, and return the results on the CPU."""
     leaves = {"hidden": problem.hidden, "weight": problem.weight}
     if problem.bias is not None:
         leaves["bias"] = problem.bias
@@ -142,7 +142,7 @@ def largest_logit(problem: Problem) -> float:
 
 
 def rounding(problem: Problem) -> float:
-    """Return the possible error of a float32 logit of this problem, and the relative one of a probability."""
+    """Return the possible error of a float32 logit of this problem, and the relative error of a probability."""
     return EPS32 * (FEW + largest_logit(problem))
 
 
@@ -151,7 +151,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def assert_same(found: Tensor, other: Tensor) -> None:
-    """Assert that two answers of our kernels are equal but for rounding."""
+    """Assert that two results of our kernels are equal up to rounding."""
     rounding = 0.0 if other.dtype == torch.bool else torch.finfo(other.dtype).eps
     torch.testing.assert_close(found, other, rtol=2 * FEW * rounding, atol=FEW * FEW * EPS32)
 
@@ -167,8 +167,8 @@ def check_accuracy(problem: Problem, mode: str, workspace_mb: float = 128, backe
         assert error(found.values[name], truth.values[name]) <= bound, name
     assert torch.equal(found.values["is_top1"], truth.values["is_top1"])
     assert found.grads.keys() == truth.grads.keys()
-    # The gradient of a trained head computes its logits a second time, in tiles of another shape. Libraries sum those
-    # in another order, so a probability is off by what both logits are; the yardstick has the same logits twice.
+    # The gradient of a trained head computes its logits again, in tiles of another shape. Libraries sum those in
+    # another order, so a probability has the errors of both logits; the yardstick has the same logits twice.
     passes = 2 if mode == "trainable" else 1
     for name, grad in found.grads.items():
         exact = truth.grads[name]

@@ -32,7 +32,7 @@ RESUMED = {"dpo": [LORA], "kto-full": ["loss.type=kto"]}
 
 
 def run_all(config: Path, folder: Path, *, sharded: bool = False) -> None:
-    """Train every run in a folder of its own; cut those of RESUMED after five steps, and resume them."""
+    """Train every run in its own folder; stop those of RESUMED after five steps, and resume them."""
     for name, overrides in SAME.items():
         fastpref.train(config, ["train.steps=5", *overrides, f"output.dir={folder / name}"])
     _, processes = start_processes(fastpref.load_config(config), "no")
@@ -53,7 +53,7 @@ def run_all(config: Path, folder: Path, *, sharded: bool = False) -> None:
 
 
 def _faults(config: Path, folder: Path) -> None:
-    """Assert that a failure of the first process ends all of them with its message."""
+    """Assert that a failure of the first process ends all processes with its message."""
     with pytest.MonkeyPatch.context() as patch:
 
         def full(self: RunFolder, *_: object) -> Path:
@@ -67,7 +67,7 @@ def _faults(config: Path, folder: Path) -> None:
 
 
 def _write_membership(folder: Path) -> None:
-    """Write whether this process is still in a process group. Registered first, it is called last at the end."""
+    """Write whether this process is still in a process group. It is registered first, and so called last at exit."""
     path = folder / f"member-{os.environ['RANK']}"
     path.write_text(str(torch.distributed.is_initialized()))
 

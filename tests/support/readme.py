@@ -1,4 +1,4 @@
-"""The commands that README.md, CONTRIBUTING.md and two pages of docs/ show."""
+"""The commands in README.md, CONTRIBUTING.md and two pages of docs/."""
 
 import re
 
@@ -11,7 +11,7 @@ PAGES = [
 
 
 def commands(page: str) -> list[str]:
-    """The lines of its plain code blocks that are commands, without their comments."""
+    """Return the lines of a page's plain code blocks that are commands, without their comments."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     blocks = [text for language, text in fenced if not language]
     lines = [re.sub(r"\s+#.*", "", line).strip() for block in blocks for line in block.splitlines()]

@@ -1,4 +1,4 @@
-"""Short runs of the quickstart's model, and the files that they leave."""
+"""Short runs of the quickstart's model, and the files that they write."""
 
 import json
 from collections.abc import Sequence
@@ -38,14 +38,14 @@ LORA = "lora={rank=4, dropout=0.2}"
 
 
 def write_config(folder: Path) -> Path:
-    """Write the config of ten steps of several micro-batches, of a little more than two epochs, into the folder out."""
+    """Write a config of ten steps of several micro-batches, with little more than two epochs, and the output out."""
     path = folder / "cfg.toml"
     path.write_text(CONFIG)
     return path
 
 
 def train_in(folder: Path, settings: Sequence[str]) -> Path:
-    """Train as `write_config` says, with these overrides, in a folder; return the folder, which has the run in out/."""
+    """Train as `write_config` says, with these overrides, and return the folder, whose run is in out/."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         fastpref.train(write_config(folder), settings)
@@ -53,13 +53,13 @@ def train_in(folder: Path, settings: Sequence[str]) -> Path:
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl without the speeds, which no run repeats."""
+    """Return the rows of metrics.jsonl without the speeds, which differ between runs."""
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in SPEEDS} for row in logged]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file of a checkpoint or of final/, without speeds and the manifest that holds them."""
+    """Return the bytes of every file of a checkpoint or of final/, without speeds and the manifest."""
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     found.pop("manifest.json", None)
     if "training_state.json" in found:

@@ -54,7 +54,7 @@ VISION: dict[str, Any] = {
     "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
 _ROUTED: dict[str, Any] = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
-_WIDE: dict[str, Any] = SIZES | {"head_dim": 32}  # FlexAttention's kernels want heads of 16 and more
+_WIDE: dict[str, Any] = SIZES | {"head_dim": 32}  # FlexAttention's kernels need heads of at least 16
 _GEMMA: dict[str, Any] = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 
 
@@ -120,7 +120,7 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
     """Write a random float32 model of a kind to a folder, and return the folder."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(model_config(kind), dtype=torch.float32)
-    with torch.no_grad():  # away from the shrunken initial weights, whose logits are all alike
+    with torch.no_grad():  # move away from the shrunken initial weights, whose logits are nearly equal
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
@@ -128,16 +128,16 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
 
 
 def config_for(model: Path, *overrides: str) -> Config:
-    """Return a config that names the model; its data is never read."""
+    """Return a config with the model; its data are never read."""
     path = model / "run.toml"
     path.write_text('[model]\nname = "."\n[[data]]\npath = "none.jsonl"\n')
     return load_config(path, overrides)
 
 
 def examples(count: int, *, seed: int = 0, single: bool = False, turns: bool = False) -> list[Example]:
-    """Return random examples whose lengths align with nothing: pairs, or single labelled responses.
+    """Return random examples of unaligned lengths: pairs, or single labelled responses.
 
-    With `turns` most completions hold one to three spans that are not scored, before their last token.
+    With `turns`, most completions have one to three spans that are not scored, before their last token.
     """
     rng = Random(seed)
 

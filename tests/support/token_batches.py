@@ -15,7 +15,7 @@ Order = Literal["tree", "padded", "shuffled"]
 
 @dataclass(frozen=True)
 class Batch:
-    """The arguments of `preference_loss` for any loss; `run` passes on those that a loss needs."""
+    """The arguments of `preference_loss` for any loss; `run` passes those that a loss needs."""
 
     logp: Tensor  # [N] float32
     segments: Tensor  # [N]
@@ -40,7 +40,7 @@ def needs_prompts(loss: LossOptions) -> bool:
 def in_order(lengths: Sequence[int], pairs: int, order: Order) -> Tensor:
     """Return the sequence of each token, [N]: sequence after sequence, pair after pair, or in any order."""
     places = list(range(len(lengths)))
-    if order == "tree":  # a prompt stands before its responses
+    if order == "tree":  # a prompt comes before its responses
         places = [s for p in range(pairs) for s in (*range(2 * pairs + p, len(lengths), pairs), p, pairs + p)]
     if order == "shuffled":
         places = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(5)).tolist()
@@ -55,8 +55,8 @@ def ordinary(
     seed: int = 0,
     prompts: Sequence[int] = (0, 7, 31, 1, 600, 3),
 ) -> Batch:
-    """Random tokens; log-ratios of responses are some units, whatever their lengths. KTO's rows are the first of each
-    pair and its mismatched rows the second."""
+    """Return random tokens; log-ratios of responses are a few units, whatever their lengths. KTO's rows are the
+    first of each pair, and its mismatched rows the second."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [c for c, _ in lengths] + [r for _, r in lengths]
     if needs_prompts(loss):
@@ -76,7 +76,7 @@ def of_values(
     values: Sequence[tuple[float, float]],
     lengths: Sequence[tuple[int, int]],
 ) -> Batch:
-    """Pairs whose responses have these log-ratios to the reference or, for losses without one, these mean
+    """Return a batch whose responses have these log-ratios to the reference or, for losses without one, these mean
     log-probabilities."""
     batch = ordinary(loss, lengths, prompts=[2] * len(lengths))
     value = torch.tensor([c for c, _ in values] + [r for _, r in values] + [-1.0] * len(values))[batch.segments]
@@ -112,7 +112,7 @@ def run(
 
 
 def flat(answer: tuple[PreferenceLoss, Tensor]) -> dict[str, Tensor]:
-    """Return every tensor of an answer by its name, on the CPU."""
+    """Return every tensor of a result by its name, on the CPU."""
     loss, grad = answer
     tensors = {"loss": loss.loss, "grad": grad, "sums": loss.sums, "rewards": loss.rewards}
     tensors |= {"chosen_rewards": loss.chosen_rewards, "rejected_rewards": loss.rejected_rewards}

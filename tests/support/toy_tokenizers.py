@@ -1,4 +1,4 @@
-"""Tiny tokenizers with the habits of real ones: a token a byte, the merges asked for, and a chat template."""
+"""Tiny tokenizers that behave like real ones: one token per byte, optional merges, and a chat template."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -42,7 +42,7 @@ QWEN3 = (  # tools, tool calls, tool results, reasoning
     "{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LLAMA31 = (  # tools stand in the first question, a tool call is JSON, a result is of the role ipython
+LLAMA31 = (  # tools are in the first question, a tool call is JSON, and a result has the role ipython
     "{{ bos_token }}{% set ns = namespace(tools=tools) %}{% for m in messages %}"
     "{{ '<|start_header_id|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_header_id|>\n\n' }}"
     "{% if m.role == 'user' and ns.tools %}{% for tool in ns.tools %}{{ (tool | tojson) + '\n\n' }}{% endfor %}"
@@ -62,7 +62,7 @@ def toy_tokenizer(
     *,
     eos: str | None = "</s>",
     bos: str | None = None,
-    adds_bos: bool = False,  # to every text it encodes
+    adds_bos: bool = False,  # to every encoded text
     special: Iterable[str] = (),
     merges: Sequence[tuple[str, str]] = (),
 ) -> PreTrainedTokenizerFast:
@@ -81,28 +81,28 @@ def toy_tokenizer(
 
 
 def chatml() -> PreTrainedTokenizerFast:
-    """As Qwen: no BOS, a turn ends with EOS and a newline."""
+    """Make a tokenizer like Qwen's: no BOS, and a turn ends with EOS and a newline."""
     return toy_tokenizer(CHATML, eos="<|im_end|>", special=["<|im_start|>"])
 
 
 def chatml_smol() -> PreTrainedTokenizerFast:
-    """As SmolLM2: the token that begins a turn is also called BOS."""
+    """Make a tokenizer like SmolLM2's: the token that begins a turn is BOS too."""
     return toy_tokenizer(CHATML, eos="<|im_end|>", bos="<|im_start|>")
 
 
 def llama3() -> PreTrainedTokenizerFast:
-    """BOS from the template and from the tokenizer; a turn ends with another token than a text."""
+    """Make a tokenizer like Llama 3's: template and tokenizer add BOS, and a turn has another end token than a text."""
     headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     return toy_tokenizer(LLAMA3, eos="<|end_of_text|>", bos="<|begin_of_text|>", adds_bos=True, special=headers)
 
 
 def gemma() -> PreTrainedTokenizerFast:
-    """BOS as Llama 3, roles under other names, no system turn, white space around a turn's text removed."""
+    """Make one like Gemma's: BOS as in Llama 3, other role names, no system turn, trimmed turns."""
     return toy_tokenizer(GEMMA, eos="<eos>", bos="<bos>", adds_bos=True, special=["<start_of_turn>", "<end_of_turn>"])
 
 
 def plain() -> PreTrainedTokenizerFast:
-    """A template without any special token; EOS has to end the response."""
+    """Make a tokenizer whose template has no special token, so that EOS must end the response."""
     return toy_tokenizer(PLAIN, eos="</s>", bos="<s>", adds_bos=True)
 
 
@@ -122,7 +122,7 @@ _LLAMA3_WORDS = Regex(
 
 @cache
 def _trained(kind: str) -> str:
-    """A small BPE as the families have it: bytes of words, bytes of Llama 3's words, or Gemma's letters and spaces."""
+    """Return a small BPE: on bytes of words, on bytes of Llama 3's words, or on Gemma's letters and spaces."""
     inner: Any = Tokenizer(models.BPE())
     if kind == "gemma":
         inner.normalizer = normalizers.Replace(" ", "▁")
@@ -158,16 +158,16 @@ def _finished(
 
 
 def trained_chatml() -> PreTrainedTokenizerFast:
-    """As Qwen 3: no BOS; its template writes tools, tool calls and reasoning."""
+    """Make a tokenizer like Qwen 3's: no BOS; its template writes tools, tool calls and reasoning."""
     return _finished("chatml", QWEN3, "<|im_end|>", special=["<|im_start|>"])
 
 
 def trained_llama3() -> PreTrainedTokenizerFast:
-    """As Llama 3.1: two line ends are one token, which a third joins; BOS from template and tokenizer."""
+    """Make one like Llama 3.1's: two or three line ends are one token; template and tokenizer add BOS."""
     headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     return _finished("llama3", LLAMA31, "<|end_of_text|>", "<|begin_of_text|>", headers)
 
 
 def trained_gemma() -> PreTrainedTokenizerFast:
-    """As Gemma: no words, so that tokens reach across them; unknown letters are bytes."""
+    """Make one like Gemma's: tokens cross word boundaries, and unknown letters are bytes."""
     return _finished("gemma", GEMMA, "<eos>", "<bos>", ["<start_of_turn>", "<end_of_turn>"])

@@ -1,4 +1,4 @@
-"""Short runs of TRL's trainers on a very small model with sharp predictions, and everything that they log."""
+"""Short runs of TRL's trainers on a very small model with sharp predictions, and all that they log."""
 
 import inspect
 import json
@@ -30,13 +30,13 @@ NOT_COMPARED = ("runtime", "per_second", "epoch", "step", "total_flos", "train_l
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what is trained, how, and on which model."""
+    """One run: what is trained, how, and with which model."""
 
     trainer: str  # "DPO", "KTO", "ORPO", "CPO", "TPO"
     loss: Any = None  # loss_type
     lora: bool = True
     precomputed: bool = False
-    left: bool = False  # padding
+    left: bool = False  # side of the padding
     kind: str = "llama"
     lora_head: bool = False
     accumulation: int = 1
@@ -83,7 +83,7 @@ def make_model(kind: str, root: Path) -> PreTrainedModel:
 
 
 def rows(count: int = 14, seed: int = 0) -> list[dict[str, Any]]:
-    """Return pairs of texts whose lengths align with nothing; some prompts come twice."""
+    """Return pairs of texts of unaligned lengths; some prompts occur twice."""
     rng = Random(seed)
 
     def text(low: int, high: int) -> str:
@@ -105,14 +105,14 @@ def dataset(run: Run, root: Path, seed: int = 0) -> Dataset:
         ]
     if not run.precomputed:
         return Dataset.from_list(pairs)
-    folder = Path(tempfile.mkdtemp(dir=root))  # TRL keeps what it has computed beside a file
+    folder = Path(tempfile.mkdtemp(dir=root))  # TRL caches its computations next to a file
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return Dataset.from_json(str(file), cache_dir=str(folder))  # pyright: ignore[reportReturnType]
 
 
 class LeftPadded:
-    """A collator that moves all padding of another one's batch to the left."""
+    """A collator that moves all padding of another collator's batch to the left."""
 
     def __init__(self, collator: Any):
         self.collator = collator
@@ -132,7 +132,7 @@ class LeftPadded:
 
 
 def fit(run: Run) -> Run:
-    """Return the run with the losses that this TRL has; skip the test where it has none of them."""
+    """Return the run with the losses that this TRL has, or skip the test if it has none of them."""
     trainer = find_trainer(trl, f"{run.trainer}Trainer")
     if trainer is None:
         pytest.skip(f"TRL {trl.__version__} has no {run.trainer}Trainer")
@@ -147,7 +147,7 @@ def fit(run: Run) -> Run:
 @dataclass(frozen=True)
 class Trained:
     logs: list[dict[str, float]]
-    weights: dict[str, Tensor]  # what was trained
+    weights: dict[str, Tensor]  # the trained weights
     trainer: Any
 
 
@@ -171,9 +171,9 @@ def make_trainer(run: Run, root: Path, adapters: peft.PeftConfig | None = None) 
         "use_cpu": True,
         "bf16": False,
         "max_length": 64,
-        "max_prompt_length": 40,  # before 1.0
+        "max_prompt_length": 40,  # before TRL 1.0
         "gradient_checkpointing": False,
-        "adam_epsilon": 1e-5,  # or directions without any gradient follow the rounding
+        "adam_epsilon": 1e-5,  # otherwise directions without a gradient follow rounding errors
         "remove_unused_columns": run.trainer == "DPO",
         **({"loss_type": run.loss} if run.loss else {}),
         **({"precompute_ref_log_probs": True} if run.precomputed else {}),
@@ -202,9 +202,9 @@ def make_trainer(run: Run, root: Path, adapters: peft.PeftConfig | None = None) 
 
 
 def train(run: Run, root: Path) -> Trained:
-    """Train with TRL in its present state, patched or not."""
+    """Train with TRL in its current state, patched or not."""
     trainer = make_trainer(run, root)
-    with torch.no_grad():  # away from the reference, where rounding decides whose reward is higher
+    with torch.no_grad():  # move away from the reference, where rounding decides whose reward is higher
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
@@ -222,7 +222,7 @@ _unpatched: dict[Run, Trained] = {}
 
 
 def unpatched(run: Run, root: Path) -> Trained:
-    """Return the run of TRL without the patch, which is trained once."""
+    """Return the run of TRL without the patch; it is trained only once."""
     if run not in _unpatched:
         _unpatched[run] = replace(train(run, root), trainer=None)
     return _unpatched[run]
@@ -239,7 +239,7 @@ def numbers(trained: Trained) -> dict[tuple[int, str], float]:
 
 
 def residuals(ours: Trained, theirs: Trained, rtol: float = 1e-4, atol: float = 5e-6) -> list[float]:
-    """Return the relative differences of all logged numbers; raise AssertionError where one is larger than `rtol`."""
+    """Return the relative differences of all logged numbers; raise AssertionError if one exceeds `rtol`."""
     a, b = numbers(ours), numbers(theirs)
     assert a.keys() == b.keys()
     assert len([entry for entry in theirs.logs if "loss" in entry]) == STEPS

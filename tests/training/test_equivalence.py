@@ -1,4 +1,4 @@
-"""One step is one step: however its examples are laid out and cut, loss, gradients and metrics are the same."""
+"""Loss, gradients and metrics of a step do not depend on the layout of its examples or their micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Step:
-    """A model away from its reference, and the outcome of steps on it."""
+    """A model that differs from its reference, and a method that runs a step on it."""
 
     def __init__(self, folder: Path, overrides: list[str], *, lora: bool):
         config = config_for(folder, *overrides, *(["lora={rank=3}"] if lora else []))
@@ -69,7 +69,7 @@ class Step:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layouts_give_the_log_probabilities_of_plain_sequences(models: dict[str, Path], kind: str):
-    """In every layout a completion's token log-probabilities are those of prompt and completion alone in a row."""
+    """In every layout, token log-probabilities are those of prompt and completion alone in a row."""
     loaded = load_model(config_for(models[kind]), CPU)
     assert (loaded.layout, loaded.why_padded) == ("tree", None)
     rows = examples(5)
@@ -99,7 +99,7 @@ EQUIVALENCES = [
     ("kind", "loss", "lora"), EQUIVALENCES, ids=[f"{k}-{x}-{'lora' if a else 'full'}" for k, x, a in EQUIVALENCES]
 )
 def test_tree_packed_padded_and_any_microbatches_agree(models: dict[str, Path], kind: str, loss: str, lora: bool):
-    """tree ≡ packed ≡ padded, and one micro-batch ≡ many: loss, every metric and every gradient, in float32."""
+    """Loss, metrics and gradients are equal in float32: tree ≡ packed ≡ padded, and one micro-batch ≡ many."""
     step = Step(models[kind], LOSSES[loss], lora=lora)
     expected, gradients, parts = step.run("padded", 10_000)
     assert parts == 1
@@ -122,7 +122,7 @@ def test_tree_packed_padded_and_any_microbatches_agree(models: dict[str, Path], 
 
 
 def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequence[Example]) -> torch.Tensor:
-    """The loss of whole sequences, each alone through a model, with sums and lengths over its scored tokens."""
+    """Compute the loss from whole sequences, each alone in a row, with sums and lengths over scored tokens."""
 
     def token_logps(model: nn.Module, ids: list[int]) -> torch.Tensor:
         logps = model(input_ids=torch.tensor([ids])).logits.float().log_softmax(-1)[0, :-1]
@@ -163,10 +163,10 @@ def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequen
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "orpo-all", "simpo", "cpo"])
 def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bool):
-    """With turns of others inside the responses, loss and gradients are those of each sequence alone with its mask,
-    in every layout and however the step is cut."""
+    """If responses contain turns of others, loss and gradients are those of each sequence alone with its mask, in
+    every layout and for any micro-batches."""
     step = Step(models["llama"], LOSSES[loss], lora=lora)
-    # Without adapters the reference is the model itself as it was before the run, which nobody has kept here.
+    # Without adapters, the reference is the model itself, because no copy of its original weights exists here.
     reference = load_model(config_for(models["llama"]), CPU).model if lora else step.loaded.model
     rows = examples(7, single=isinstance(step.options, KTO), turns=True)
     assert any(row.contexts for row in rows)
@@ -185,7 +185,7 @@ def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bo
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_layouts_agree_about_what_is_scored(models: dict[str, Path], loss: str):
-    """Every metric, with turns of others inside the responses."""
+    """If responses contain turns of others, every metric is the same in all layouts and micro-batches."""
     step = Step(models["llama"], LOSSES[loss], lora=True)
     expected = step.run("padded", 10_000, turns=True)[0].result()
     cases: list[tuple[Layout, int]] = [("tree", 10_000), ("packed", 60), ("padded", 120)]
@@ -195,10 +195,11 @@ def test_layouts_agree_about_what_is_scored(models: dict[str, Path], loss: str):
 
 @pytest.mark.parametrize("loss", ["kto", "dpo", "ipo"])
 def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str, Path], loss: str):
-    """Nor on how many are taken at a time: KTO's mismatched completions and its KL are of the whole evaluation."""
+    """An evaluation depends neither on the order of its rows nor on the number taken at a time, because KTO's
+    mismatched completions and its KL are those of the whole evaluation."""
     step = Step(models["llama"], LOSSES[loss], lora=True)
 
-    def reference(batch: PreferenceBatch) -> torch.Tensor:  # less likely than the policy, so that the KL is not 0
+    def reference(batch: PreferenceBatch) -> torch.Tensor:  # lower than the policy's, so that the KL is not 0
         return step.loaded.policy(batch).logp.detach() - 0.05 * (batch.targets % 7)
 
     objective = Objective(step.loaded.policy, reference, step.options, "tree", 150, 0, CPU)
@@ -212,7 +213,7 @@ def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_checkpointed_activations_change_nothing(models: dict[str, Path], kind: str):
-    """With activations computed twice, the layout still reaches the attention: same loss, same gradients."""
+    """Under gradient checkpointing, the layout still reaches the attention: loss and gradients are the same."""
     plain = Step(models[kind], ["loss.type=dpo"], lora=True).run("tree", 10_000)
     twice = Step(models[kind], ["loss.type=dpo", "train.checkpointing=true"], lora=True).run("tree", 10_000)
     assert twice[0].result() == pytest.approx(plain[0].result(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""What goes wrong in a run is said with its step, its rows and a way on; nothing is updated with it."""
+"""A fault in a run is reported with its step, its rows and a remedy, and never updates the weights."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def adapter(step: int) -> dict[str, torch.Tensor]:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: set[int]) -> None:
-    """Put a NaN into a weight, a gradient or the log-probability of a row in some steps, counted from 1."""
+    """Put a NaN into a weight or a row's log-probability, or an infinity into a gradient, in these steps (from 1)."""
     run_step, preference_loss = loop.TrainingRun._step, step_module.preference_loss
     backward = loop.Accelerator.backward
     now, bad = 0, None
@@ -42,7 +42,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: set[int]) -> None:
 
     def poisoned(logp, segments, lengths, *rest, **options):
         if what == "row" and now in at:
-            # The row is known by its chosen response, in a step and by itself.
+            # the row's chosen response has a unique length, also when the row is computed alone
             ours = torch.tensor([len(bad or [])]) == lengths[: len(lengths) // 2]
             factor = torch.where(torch.isin(segments, ours.nonzero()[:, 0]), math.nan, 1.0)
             logp = logp * factor
@@ -68,7 +68,7 @@ SAID = {
 
 @pytest.mark.parametrize("what", SAID)
 def test_what_is_not_finite_stops_before_it_is_used(config: Path, monkeypatch: pytest.MonkeyPatch, what: str):
-    """The step and the rows are named, the checkpoint that is written is that of the step before, and resumes."""
+    """Non-finite numbers stop the run: the step and rows are named, and the checkpoint of the step before resumes."""
     fastpref.train(config, [*SETTINGS, "output.dir=whole"])
     poison(monkeypatch, what, {3})
     with pytest.raises(UserError, match=SAID[what]) as raised:
@@ -79,12 +79,12 @@ def test_what_is_not_finite_stops_before_it_is_used(config: Path, monkeypatch: p
     monkeypatch.undo()
     os.chdir(config.parent)
     fastpref.train("out/config.toml", resume="out")
-    assert rows(Path("out")) == rows(Path("whole"))  # nothing of the failed step is left in weights or generators
+    assert rows(Path("out")) == rows(Path("whole"))  # the failed step has changed neither weights nor random generators
 
 
 @pytest.mark.parametrize("what", ["gradient", "row"])
 def test_skipping_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str):
-    """A step that is left out changes no weight and no optimizer state; it is counted, and its row is JSON."""
+    """A skipped step changes no weight; it is counted, and its row of metrics is valid JSON."""
     poison(monkeypatch, what, {3})
     fastpref.train(config, [*SETTINGS, "train.nonfinite=skip", "output.save_every=1", "output.keep=9"])
     two, three, four = (adapter(n) for n in (2, 3, 4))
@@ -99,7 +99,7 @@ def test_skipping_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_skipping_ends_after_ten_in_a_row(config: Path, monkeypatch: pytest.MonkeyPatch):
-    """Nine are an accident, ten are not; a good one between them starts the count again."""
+    """Nine skipped steps in a row are tolerated and the tenth ends the run; a good step resets the count."""
     options = [*SETTINGS, "train.steps=14", "train.nonfinite=skip", "eval.data=[]", "eval={}", "log.every=100"]
     poison(monkeypatch, "gradient", {*range(2, 11), *range(12, 15)})
     fastpref.train(config, [*options, "output.dir=fine"])
@@ -127,13 +127,13 @@ def test_which_errors_are_of_memory(error: Exception, yes: bool):
 
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_no_memory_is_one_message_with_what_would_fit(config: Path, monkeypatch: pytest.MonkeyPatch, where: str):
-    """The breakdown, the override and the command; with it the run goes on as if nothing had been."""
+    """Out of memory gives one message with a breakdown, an override and a command, with which the run continues."""
     options = [*SETTINGS, "eval.every=2"]
     run_step, evaluate = loop.TrainingRun._step, loop.TrainingRun._evaluate
 
     def stepping(self, number: int, examples) -> None:
         if number == 3 and where == "step":
-            torch.rand(5)  # a step that fails has drawn from the generators
+            torch.rand(5)  # a failing step may have used the random generators
             raise torch.OutOfMemoryError("CUDA out of memory.")
         run_step(self, number, examples)
 
@@ -174,7 +174,7 @@ def test_no_memory_to_load_the_model(config: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_two_signals_end_at_once(config: Path):
-    """A second Ctrl-C does not wait for the step; what was saved before is as it was."""
+    """A second Ctrl-C does not wait for the end of the step."""
     with faults.Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.asked
@@ -184,7 +184,7 @@ def test_two_signals_end_at_once(config: Path):
 
 
 def test_a_command_that_is_interrupted_and_resumed(config: Path):
-    """Ctrl-C: status 130, no traceback; the command that it prints goes on, and the end is that of one run."""
+    """After Ctrl-C (status 130, no traceback), the printed command resumes, and the result is that of one whole run."""
     settings = [LORA, "train.steps=25", "eval.every=100", "log.every=1"]
     command = [*PROGRAM, "train", str(config), *settings]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | WIDE)

@@ -1,5 +1,5 @@
-"""Two hosts without a shared disk: what one lacks, or has otherwise, ends both with one message before the first step,
-and neither waits for the other."""
+"""Two hosts without a shared disk: if one lacks something or has it in another version, both end with one message
+before the first step, and neither waits for the other."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from fastpref.processes import Processes, end_together
 from tests.support.paths import EXAMPLES, ROOT
 from tests.support.runs import CONFIG, rows
 
-LIMIT = 300  # seconds after which a run counts as waiting for ever
+LIMIT = 300  # seconds after which a run counts as waiting forever
 
 
 def environment(rank: int, port: int) -> dict[str, str]:
-    """As a launcher on each of two hosts would set it."""
+    """Return the environment that a launcher sets on each of two hosts."""
     path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     return os.environ | {
         "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -37,7 +37,7 @@ def free_port() -> int:
 
 
 def both(commands: list[list[str]], folders: list[Path]) -> list[subprocess.CompletedProcess[str]]:
-    """Two processes at once. Fails if one does not end."""
+    """Run two processes at once, and fail if one does not end."""
     port = free_port()
     started = [
         subprocess.Popen(
@@ -54,7 +54,7 @@ def both(commands: list[list[str]], folders: list[Path]) -> list[subprocess.Comp
 
 
 def host(folder: Path) -> Path:
-    """A disk with a config, a model and rows of its own."""
+    """Make a disk with its own config, model and rows."""
     shutil.copytree(EXAMPLES / "quickstart" / "model", folder / "model")
     for name in ("train.jsonl", "heldout.jsonl"):
         shutil.copy(EXAMPLES / "quickstart" / name, folder)
@@ -65,7 +65,7 @@ def host(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process with two checkpoints."""
+    """Train in one process with two checkpoints, and return the run's folder."""
     folder = host(tmp_path_factory.mktemp("one") / "host")
     fastpref.train(folder / "cfg.toml", [f"output.dir={folder / 'out'}"])
     return folder / "out"
@@ -78,7 +78,7 @@ def edit(file: Path, old: str, new: str) -> None:
 
 
 def prepare(case: str, hosts: list[Path], run: Path) -> None:
-    """Make the second host another one than the first."""
+    """Make the second host differ from the first (or the first lack its rows)."""
     match case:
         case "no config":
             (hosts[1] / "cfg.toml").unlink()
@@ -106,7 +106,7 @@ def edit_weights(file: Path) -> None:
     save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
 
 
-CASES = {  # what the first host says, and the second
+CASES = {  # the messages on the first host and on the second
     "no config": ("process 1 on .*cfg.toml: there is no such file", "^cfg.toml: there is no such file"),
     "no model": (
         "process 1 on .*model.name = 'model': no tokenizer there",
@@ -127,7 +127,7 @@ CASES = {  # what the first host says, and the second
 
 @pytest.fixture(scope="module")
 def came(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What came of every case on each host."""
+    """Return the outcome of every case on each host."""
     folder = tmp_path_factory.mktemp("hosts")
     for case in [*CASES, "alike"]:
         prepare(case, [host(folder / case / f"host{rank}") for rank in range(2)], run)
@@ -140,7 +140,7 @@ def came(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_what_one_host_lacks_ends_both(came: list[dict[str, Any]], case: str):
-    """Each with one message that names the host, and nothing is written."""
+    """Each host ends with one message that names the other host's fault, and nothing is written."""
     folder = came[2]["folder"]
     for rank, said in enumerate(CASES[case]):
         assert isinstance(came[rank][case], str), came[rank][case]
@@ -156,7 +156,7 @@ def assert_matches(pattern: str, text: str) -> None:
 
 @pytest.mark.slow
 def test_hosts_that_are_alike_train(came: list[dict[str, Any]], run: Path):
-    """Though nothing of theirs is shared: the first one writes, the second keeps its cache alone."""
+    """Two equal hosts train without a shared disk: the first writes the run, the second only its own cache."""
     folder = came[2]["folder"] / "alike"
     last = [row for row in rows(run) if "loss" in row]
     assert came[0]["alike"] == came[1]["alike"]
@@ -166,7 +166,7 @@ def test_hosts_that_are_alike_train(came: list[dict[str, Any]], run: Path):
 
 
 def namespaces() -> bool:
-    """Whether this machine lets a test mount folders for itself."""
+    """Return whether a test may mount folders on this machine."""
     tried = ["unshare", "--mount", "mount", "--bind", "/tmp", "/mnt"]
     return shutil.which("unshare") is not None and subprocess.run(tried, capture_output=True).returncode == 0
 
@@ -175,7 +175,7 @@ def namespaces() -> bool:
 @pytest.mark.skipif(not namespaces(), reason="mount namespaces are not permitted here")
 @pytest.mark.parametrize("missing", ["cfg.toml", "out"])
 def test_in_two_mount_namespaces(run: Path, tmp_path: Path, missing: str):
-    """The same paths on two disks, through the command line: both end with status 2 and one message each."""
+    """With the same paths on two disks, both command lines end with status 2 and one message each."""
     disk = tmp_path / "disk"
     disk.mkdir()
     hosts = [host(tmp_path / f"host{rank}") for rank in range(2)]
@@ -197,7 +197,7 @@ def test_in_two_mount_namespaces(run: Path, tmp_path: Path, missing: str):
 
 
 def test_one_process_alone_keeps_its_own_message():
-    """Without others nothing is gathered."""
+    """A single process gathers nothing and keeps its own message."""
     alone = Processes()
     assert alone.together(lambda: 3) == alone.first_then_others(lambda: 3) == 3
     alone.agree(dict)

@@ -1,4 +1,4 @@
-"""Whole runs of the quickstart's model: what they write, what they print, and how they stop."""
+"""Whole runs with the quickstart's model: what they write, what they print, and how they stop."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
-    """A short run of any method writes all its metrics, finite, evaluations first and last, and a loadable adapter."""
+    """A short run of any method writes finite metrics, evaluates first and last, and saves a loadable adapter."""
     result = fastpref.train(QUICKSTART, [f"loss.type={method}", "train.steps=3", "eval.every=2", "train.batch=4"])
     assert result.output_dir == Path("runs") / f"quickstart-{method}"
     logged = rows(result.output_dir)
@@ -46,7 +46,7 @@ def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
         if "eval/loss" in row:
             assert set(row) == {"step"} | {f"eval/{name}" for name in names}
         else:
-            # four rows of KTO may all be of one kind
+            # KTO's four rows may all have the same label
             assert set(row) == names | TRAINING or method == "kto"
         assert all(math.isfinite(value) for value in row.values())
     assert result.eval_metrics == {k: v for k, v in logged[-1].items() if k != "step"}
@@ -59,7 +59,7 @@ def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
 
 
 def test_the_quickstart_is_learnt(elsewhere: Path):
-    """Held-out accuracy goes from chance to nearly all, and the reward margins rise."""
+    """Held-out accuracy rises from chance to nearly all, and the reward margins rise."""
     result = fastpref.train(QUICKSTART)
     evaluations = [row for row in rows(result.output_dir) if "eval/loss" in row]
     assert evaluations[0]["eval/rewards/accuracies"] == 0.5
@@ -69,7 +69,7 @@ def test_the_quickstart_is_learnt(elsewhere: Path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_margins_rise_on_a_repeated_batch(elsewhere: Path, method: str):
-    """The same few rows again and again: every method pushes their rewards apart."""
+    """Trained on the same few rows again and again, every method raises their margins."""
     result = fastpref.train(
         QUICKSTART, [f"loss.type={method}", "train.steps=12", "train.batch=8", "data.0.rows=8", "eval.data=[]"]
     )
@@ -78,7 +78,7 @@ def test_margins_rise_on_a_repeated_batch(elsewhere: Path, method: str):
 
 
 def test_full_fine_tuning_is_loadable_by_transformers(elsewhere: Path):
-    """Without [lora] the whole model is trained and saved; transformers loads it without fastpref's attention."""
+    """Without [lora] the whole model is trained and saved, and transformers loads it without fastpref's attention."""
     config = elsewhere / "full.toml"
     config.write_text(
         f'[model]\nname = "{QUICKSTART_MODEL}"\n[[data]]\npath = "{QUICKSTART_ROWS}"\n'
@@ -106,7 +106,7 @@ def test_runs_repeat_themselves(elsewhere: Path):
 def test_a_run_from_the_cache_is_the_run_without_it(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """Tokens that are made, kept, or found again give the same metrics; `cache=False` leaves the folder alone."""
+    """Fresh and cached tokens give the same metrics, and `cache=False` does not create the folder."""
     monkeypatch.setenv("FASTPREF_CACHE", str(elsewhere / "cache"))
     found = []
     for cache in (False, True, True):
@@ -117,7 +117,7 @@ def test_a_run_from_the_cache_is_the_run_without_it(
 
 
 def test_an_occupied_folder_is_kept(elsewhere: Path):
-    """output.dir is refused when it is not empty; --force replaces a run, and nothing that is none."""
+    """An output.dir that is not empty is refused; --force replaces a run, but no other folder."""
     fastpref.train(QUICKSTART, ["train.steps=1", "output.dir=here"])
     before = (Path("here") / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="--force"):
@@ -144,7 +144,7 @@ def test_an_occupied_folder_is_kept(elsewhere: Path):
     ],
 )
 def test_mistakes_write_nothing(elsewhere: Path, override: str, said: str | None):
-    """What cannot work is said before anything is written; what can work is not refused."""
+    """A mistake in the config is reported before anything is written."""
     arguments = [override, "train.steps=1", "train.batch=2"]
     if said is None:
         fastpref.train(QUICKSTART, arguments)
@@ -158,7 +158,7 @@ def test_mistakes_write_nothing(elsewhere: Path, override: str, said: str | None
 def test_a_step_that_is_not_finite_does_not_reach_the_weights(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ):
-    """A NaN loss stops the run and names the step and its rows, or leaves that step out."""
+    """A NaN loss stops the run with the step and its rows, or the step is skipped."""
     from fastpref.step import objective as step
 
     original, calls = step.preference_loss, []
@@ -182,7 +182,7 @@ def test_a_step_that_is_not_finite_does_not_reach_the_weights(
 
 
 def test_every_pass_sees_every_example_once():
-    """The order is a shuffled pass after the other, cut into steps of one size; another seed is another order."""
+    """The order consists of shuffled passes, cut into steps of one size; another seed gives another order."""
     order = data_order(7, 3, seed=1)
     seen = [i for _ in range(7) for i in next(order)]
     assert [sorted(seen[a : a + 7]) for a in (0, 7, 14)] == [list(range(7))] * 3
@@ -192,7 +192,7 @@ def test_every_pass_sees_every_example_once():
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 16])
 def test_the_order_can_begin_anywhere(batch: int):
-    """What comes after so many steps is what came after them, within a pass, at its end and passes later."""
+    """The order can start after any number of steps, within a pass, at its end or passes later."""
     order = data_order(7, batch, seed=1)
     steps = [next(order) for _ in range(20)]
     for start in range(20):

@@ -1,4 +1,4 @@
-"""Two processes on a CPU, by DDP and by FSDP2, do what one does; and what one writes, two go on from."""
+"""Two processes on a CPU, with DDP or FSDP2, do what one does, and a run can be resumed from their checkpoints."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def alone(config: Path) -> Path:
 
 @pytest.fixture(scope="module", params=WAYS)
 def both(config: Path, request: pytest.FixtureRequest) -> Path:
-    """The folder of all runs of two processes."""
+    """Run everything with two processes, and return the folder of the runs."""
     folder, script = config.parent / request.param, ROOT / "tests" / "support" / "process_runs.py"
     command = [*LAUNCH, str(script), str(config), str(folder), request.param]
     done = subprocess.run(command, env=environment(request.param), capture_output=True, text=True, cwd=config.parent)
@@ -60,11 +60,11 @@ def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_two_are_one(both: Path, alone: Path, name: str):
-    """Every metric of every step, and the trained weights, to float32 rounding, however the step is shared."""
+    """Metrics and trained weights are those of one process up to float32 rounding."""
     close(rows(both / name), rows(alone / name))
     assert (both / name / "report.html").exists()
     ours, theirs = (json.loads((folder / name / "run.json").read_text())["heldout"] for folder in (both, alone))
-    for side in ("chosen", "rejected"):  # of all held-out rows, in an order of their own
+    for side in ("chosen", "rejected"):  # of all held-out rows, whose order differs
         assert sorted(ours[side]) == pytest.approx(sorted(theirs[side]), rel=1e-4, abs=1e-5)
     (ours,), (theirs,) = ((folder / name / "final").glob("*model.safetensors") for folder in (both, alone))
     trained, expected = load_file(ours), load_file(theirs)
@@ -75,14 +75,14 @@ def test_two_are_one(both: Path, alone: Path, name: str):
 
 @pytest.mark.slow
 def test_every_process_leaves_the_group(both: Path):
-    """Before the interpreter ends: a thread of gloo that outlives it aborts a process whose run was right."""
+    """Every process leaves the group before the interpreter ends, because a running gloo thread would then abort it."""
     assert [(both / f"member-{rank}").read_text() for rank in range(2)] == ["False", "False"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_cut_run_of_two_is_the_whole_one(both: Path, name: str):
-    """With dropout, from a checkpoint: weights, optimizer, generators of both processes and metrics, bit for bit."""
+    """A run with dropout that is resumed has bit-identical weights, optimizer state, generators and metrics."""
     cut, whole = both / f"{name}-cut", both / f"{name}-whole"
     assert rows(cut) == rows(whole)
     for place in ("checkpoints/step-10", "final"):
@@ -91,7 +91,7 @@ def test_a_cut_run_of_two_is_the_whole_one(both: Path, name: str):
 
 @pytest.mark.slow
 def test_one_goes_on_from_what_two_wrote(both: Path, alone: Path, config: Path):
-    """A checkpoint is whole, whoever wrote it: its optimizer's moments too."""
+    """One process resumes from a checkpoint of two, which contains the whole optimizer state."""
     overrides = ["loss.type=kto", f"output.dir={both / 'kto-full-alone'}", "output.keep=9"]
     shutil.copytree(both / "kto-full-whole", both / "kto-full-alone")
     for later in ("checkpoints/step-10", "checkpoints/step-8"):
@@ -102,7 +102,7 @@ def test_one_goes_on_from_what_two_wrote(both: Path, alone: Path, config: Path):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_both_with_one_checkpoint(config: Path):
-    """The launcher hands Ctrl-C on; both stop after the same step, and the run can go on."""
+    """The launcher passes Ctrl-C on: both processes stop after the same step, with one checkpoint."""
     out = config.parent / "stopped"
     overrides = [PLAIN, f"output.dir={out}", "train.steps=4000", "output.save_every=4000", "eval.every=4000"]
     command = [*LAUNCH, "-m", "fastpref", "train", str(config), *overrides]

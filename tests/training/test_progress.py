@@ -1,4 +1,4 @@
-"""What a person sees of a run: curves and verdicts on a terminal of any width, plain lines elsewhere."""
+"""How a run is displayed: curves and verdicts on terminals of any width, plain lines elsewhere."""
 
 import io
 from typing import Any
@@ -34,7 +34,7 @@ def metrics(step: int) -> dict[str, float]:
 
 
 def seen(shown: Display) -> str:
-    """The live view alone, as it would be drawn now."""
+    """Return the live view alone, as it is drawn now."""
     with shown.console.capture() as captured:
         shown.console.print(shown._seen(), soft_wrap=False)
     return captured.get()
@@ -60,7 +60,7 @@ def test_a_sparkline_of_shares_has_the_whole_scale():
 
 @pytest.mark.parametrize("width", [100, 60, 40])
 def test_the_live_view_fits_its_terminal(width: int):
-    """Bar, time left, three curves with their last value, speed and memory, in any width of 40 or more."""
+    """In any width from 40 on, the view has a bar, the time left, three curves with values, speed and memory."""
     shown = display(width)
     for step in range(1, 16):
         shown.step(step, 0.5, metrics(step), 823_000_000)
@@ -81,7 +81,7 @@ def test_a_terminal_without_unicode_has_numbers_only():
 
 
 def test_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch):
-    """NO_COLOR (no-color.org) leaves no colour in what is printed."""
+    """With NO_COLOR (no-color.org), no colour is printed."""
     coloured = display(color_system="standard")
     coloured.verdict(ALARM)
     assert "\x1b[1;31m" in said(coloured)
@@ -101,7 +101,7 @@ def test_verdicts_are_wrapped_between_words_on_a_terminal():
 
 
 def test_elsewhere_there_are_plain_lines():
-    """No bar, no escape code; a verdict is one line, and text in brackets is no markup."""
+    """Without a terminal there is neither bar nor escape code, a verdict is one line, and brackets are no markup."""
     shown = display(30, terminal=False)
     with shown:
         for step in range(1, 21):
@@ -123,7 +123,7 @@ def test_elsewhere_there_are_plain_lines():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_speed_counts_what_a_step_has(terminal: bool):
-    """KTO's steps are of single responses."""
+    """For KTO, whose examples are single responses, the speed is in responses per second."""
     shown = display(terminal=terminal, examples="responses")
     shown.step(20, 0.5, metrics(20), None)
     assert "12.3 responses/s" in (seen(shown) if terminal else said(shown))

@@ -14,7 +14,7 @@ FEW = ["train.steps=2", "train.batch=2", "eval.samples=0", "output.save_every=1"
 
 
 def test_code_beside_a_model_is_not_run(elsewhere: Path):
-    """A model that asks for its own Python code is refused, with the key that would allow it; the code never runs."""
+    """A model with its own Python code is refused, with the key that would allow it, and the code never runs."""
     model = elsewhere / "model"
     shutil.copytree(QUICKSTART_MODEL, model)
     canary = elsewhere / "ran"
@@ -33,7 +33,7 @@ def test_code_beside_a_model_is_not_run(elsewhere: Path):
 
 
 def test_the_hubs_token_is_in_no_file(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    """What the environment keeps secret stays out of everything a run writes."""
+    """No secret of the environment is in any file that a run writes."""
     secret = "hf_thisIsTheSecretOfTheTest"
     monkeypatch.setenv("HF_TOKEN", secret)
     monkeypatch.setenv("WANDB_API_KEY", secret)
@@ -45,7 +45,7 @@ def test_the_hubs_token_is_in_no_file(elsewhere: Path, monkeypatch: pytest.Monke
 
 
 def test_a_run_writes_in_its_folder_and_the_cache_alone(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    """output.dir may lie outside (its owner says so); beside it and the cache nothing appears."""
+    """A run writes only into its output.dir, which may be outside of the working directory, and into the cache."""
     inside = elsewhere / "inside"
     inside.mkdir()
     monkeypatch.chdir(inside)

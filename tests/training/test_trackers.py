@@ -1,4 +1,4 @@
-"""Metrics go to trackers too; a tracker that is not there, or that fails, does not cost a run."""
+"""Metrics also go to trackers; a run continues if a tracker fails."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ SETTINGS = [LORA, "train.steps=2", "output.save_every=1"]
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("TRACKIO_DIR", "MLFLOW_TRACKING_URI"):
-        monkeypatch.setenv(name, "")  # so that what a run sets is undone
+        monkeypatch.setenv(name, "")  # so that pytest restores what a run sets
         monkeypatch.delenv(name)
     return write_config(tmp_path)
 
 
 def test_tensorboard_gets_every_row(config: Path, tmp_path: Path):
-    """The same numbers at the same steps as metrics.jsonl, in the run's folder, the resumed ones once."""
+    """TensorBoard gets the rows of metrics.jsonl, in the run's folder; rows of resumed steps appear once."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = [*SETTINGS, 'log.trackers=["tensorboard"]']
     fastpref.train(config, settings)
@@ -37,7 +37,7 @@ def test_tensorboard_gets_every_row(config: Path, tmp_path: Path):
 
 
 class Kept(GeneralTracker):
-    """A tracker that keeps what it is told, under the name of one that is not installed."""
+    """A tracker that keeps its rows, under the name of one that is not installed."""
 
     name = "wandb"
     requires_logging_directory = False
@@ -77,7 +77,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> type[Kept]:
 
 
 def test_a_tracker_is_told_everything(config: Path, kept: type[Kept]):
-    """Rows as in metrics.jsonl, the config as plain values, the run's name and folder; it is ended once."""
+    """A tracker gets the rows of metrics.jsonl, the config as plain values, the run's name and folder, and one end."""
     fastpref.train(config, [*SETTINGS, 'log.trackers=["wandb"]'])
     told = [({"step": step} | {k: v for k, v in row.items() if "per_second" not in k}) for step, row in kept.told]
     assert told == rows(Path("out"))
@@ -91,7 +91,7 @@ def test_a_tracker_is_told_everything(config: Path, kept: type[Kept]):
 def test_a_tracker_that_fails_is_left(
     config: Path, kept: type[Kept], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """It is said once, and the run and metrics.jsonl go on."""
+    """If a tracker fails, one message says so, and the run and metrics.jsonl continue."""
     monkeypatch.setattr(Kept, "fails_at", 1)
     fastpref.train(config, [*SETTINGS, 'log.trackers=["wandb"]'])
     assert capsys.readouterr().out.count("no metrics go there any more: no route to host") == 1
@@ -100,9 +100,9 @@ def test_a_tracker_that_fails_is_left(
 
 
 def test_a_tracker_that_is_not_installed(config: Path, monkeypatch: pytest.MonkeyPatch):
-    """One message with the command, before anything is done."""
+    """A missing tracker gives one message with the pip command, before anything is written."""
     monkeypatch.setattr(tracking, "_available_trackers", [])
-    Path("wandb").mkdir()  # what runs of wandb leave behind is not the package
+    Path("wandb").mkdir()  # a folder that runs of wandb leave is not the package
     with pytest.raises(UserError, match=r"log\.trackers: wandb, trackio not installed; pip install wandb trackio"):
         fastpref.train(config, ['log.trackers=["wandb", "trackio"]'])
     assert not Path("out").exists()

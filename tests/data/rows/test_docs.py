@@ -1,4 +1,4 @@
-"""docs/data.md stays true: every example is rendered, every format and option has its place."""
+"""docs/data.md is true: every example is rendered, and every format and option is documented."""
 
 import json
 import re
@@ -24,19 +24,19 @@ def format_of(example: tuple[str, str, str]) -> Any:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"{at}" for at in range(len(EXAMPLES))])
 def test_an_example_is_what_comes_out(example: tuple[str, str, str]):
-    """The row of an example renders to the text below it, with the format above it."""
+    """The row of an example is rendered, with the format above it, to the text below it."""
     row, wanted = json.loads(example[1]), json.loads(example[2])
     assert render(row, format_of(example), tokenizer=trained_chatml(), unpaired="label" in wanted) == wanted
 
 
 def test_every_block_of_json_is_in_an_example():
-    """No example escapes the test above."""
+    """Every block of JSON on the page belongs to an example that is tested."""
     assert PAGE.count("```json\n") == 2 * len(EXAMPLES)
     assert PAGE.count("```toml\n") == len(EXAMPLES) + 1
 
 
 def test_every_format_has_an_example():
-    """A format that is added is shown, for pairs."""
+    """Every format has an example with pairs."""
     shown = {
         form if isinstance(form, str) else form.get("type", "table")
         for form, wanted in ((format_of(example), json.loads(example[2])) for example in EXAMPLES)
@@ -46,7 +46,7 @@ def test_every_format_has_an_example():
 
 
 def test_every_option_is_named():
-    """Options of formats, names of chat templates and keys of [[data]] stand on the page."""
+    """Options of formats, names of chat templates and keys of [[data]] are on the page."""
     for name in NAMES:
         assert all(f"`{option}`" in PAGE for option in options_of(name))
     assert all(f"`{name}`" in PAGE for name in KNOWN)

@@ -1,4 +1,4 @@
-"""Which format a row's columns speak for, what each row becomes, and what is said of rows that are of none."""
+"""Which format a row's columns indicate, what each row becomes, and the message about rows of no format."""
 
 import re
 from typing import Any
@@ -134,7 +134,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, Paired | Unpaired]] = {
 
 @pytest.mark.parametrize(("row", "name", "content"), ROWS.values(), ids=ROWS)
 def test_a_rows_columns_say_its_format(row: dict[str, Any], name: str, content: Paired | Unpaired):
-    """`detect` goes by columns and their types and says what it found; reading gives the prompt and its responses."""
+    """`detect` names the format of the columns and their types, and reading gives the prompt and its responses."""
     form = detect(row)
     assert form is not None
     assert form.name == name
@@ -159,7 +159,7 @@ def test_a_rows_columns_say_its_format(row: dict[str, Any], name: str, content: 
     ids=str,
 )
 def test_columns_of_no_format(row: dict[str, Any]):
-    """A row that lacks a column of every format, or holds other types there, is of none."""
+    """A row that lacks a column of every format, or has other types in it, has no format."""
     assert detect(row) is None
 
 
@@ -182,7 +182,7 @@ ROLES = {
 
 @pytest.mark.parametrize(("given", "role"), ROLES.items(), ids=ROLES)
 def test_roles_have_one_name(given: str, role: str):
-    """ShareGPT's names become the template's, whether written as `from`/`value` or as `role`/`content`."""
+    """Roles get the template's names, whether ShareGPT's are written as `from`/`value` or as `role`/`content`."""
     for turn in ({"from": given, "value": "x"}, {"role": given, "content": "x"}):
         row = {"prompt": [turn, USER], "chosen": "yes", "rejected": "no"}
         form = detect(row)
@@ -194,7 +194,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 
 def test_other_keys_of_a_message_pass_through():
-    """What a template may read (tool calls, reasoning, names) stays; keys that a table filled with None do not."""
+    """Other keys that templates read (calls, reasoning, names) are kept, unless a table has filled them with None."""
     filled = {"tool_calls": None, "reasoning_content": None, "name": None}
     calling = {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"}
     result = {"role": "tool", "content": "4°", "name": "weather"}
@@ -207,7 +207,7 @@ def test_other_keys_of_a_message_pass_through():
 
 
 def test_none_beside_a_tool_calls_name_goes_too():
-    """Where a key of a call is not set; what a table fills its arguments with went when the table was read."""
+    """A key of a tool call that is None is removed; nulls in its arguments were removed when the table was read."""
     filled = {**CALL, "id": None, "function": {"name": "weather", "arguments": {"city": "Oslo"}, "strict": None}}
     row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [filled]}], "label": True}
     form = detect(row)
@@ -217,7 +217,7 @@ def test_none_beside_a_tool_calls_name_goes_too():
     assert content.completion == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
 
 
-BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good first row, a bad one, what is said
+BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good first row, a bad one, the message
     "unknown role": (
         {"prompt": [USER], "chosen": "yes", "rejected": "no"},
         {"prompt": [{"role": "usr", "content": "q"}], "chosen": "yes", "rejected": "no"},
@@ -293,7 +293,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good fi
 
 @pytest.mark.parametrize(("first", "bad", "what"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_a_row_that_is_not_of_the_format(first: dict[str, Any], bad: dict[str, Any], what: str):
-    """A later row of another shape is refused with its column, what it holds and what is known."""
+    """A later row of another shape is refused with its column, its value and what is known."""
     form = detect(first)
     assert form is not None
     form.read(first)
@@ -319,12 +319,12 @@ def test_labels(value: Any, label: bool):
     "value", [None, "", "1", "0", "yes", "good", "t", 2, -1, 0.5, float("nan"), [True], {"label": True}], ids=repr
 )
 def test_anything_else_is_no_label(value: Any):
-    """Other values are refused and named, never read as true."""
+    """Other values are refused by name, and never read as true."""
     with pytest.raises(ValueError, match=re.escape(f"got {value!r}")):
         read_label(value)
 
 
 def test_a_pair_is_a_good_and_a_bad_response():
-    """Unpairing keeps the prompt on both sides: chosen becomes true, rejected false."""
+    """A pair becomes two rows with the same prompt: chosen is true and rejected is false."""
     assert unpair(PAIR) == (Unpaired("q", "yes", True), Unpaired("q", "no", False))
     assert unpair(CHAT) == (Unpaired([USER], [YES], True), Unpaired([USER], [NO], False))

@@ -1,4 +1,4 @@
-"""One conversation has many spellings, and one reading: the prompt is what is asked, a response is what answers it."""
+"""All spellings of one conversation are read the same way: the prompt is the question, a response is the answer."""
 
 import json
 import tomllib
@@ -40,7 +40,7 @@ def user(words: str = Q) -> Row:
 
 SYSTEM = system("Be brief.")
 EARLIER = [user("Is Peru far away?"), says("From Chile it is not.")]
-ASKED: dict[str, Chat] = {  # what is asked, in each of which every spelling is tried
+ASKED: dict[str, Chat] = {  # the prompts with which every spelling is tried
     "one turn": [user()],
     "system": [SYSTEM, user()],
     "turns": [*EARLIER, user()],
@@ -75,7 +75,7 @@ def body(chat: Chat) -> Chat:
     return [turn for turn in chat if turn != SYSTEM]
 
 
-PAIRS: dict[str, Any] = {  # what is asked → a row
+PAIRS: dict[str, Any] = {  # prompt → row
     "prompt of messages, answers as messages": lambda p: {"prompt": p, "chosen": [says(YES)], "rejected": [says(NO)]},
     "answers as one message": lambda p: {"prompt": p, "chosen": says(YES), "rejected": says(NO)},
     "answers as text": lambda p: {"prompt": p, "chosen": YES, "rejected": NO},
@@ -174,7 +174,7 @@ PAIRS: dict[str, Any] = {  # what is asked → a row
         "chosen": hh([*body(p), says(YES)]), "rejected": hh([*body(p), says(NO)]),
     },
 }  # fmt: skip
-SINGLES: dict[str, Any] = {  # what is asked → a row with a bad response, but for its label
+SINGLES: dict[str, Any] = {  # prompt → row with a bad response, without its label
     "prompt of messages": lambda p: {"prompt": p, "completion": [says(NO)]},
     "text": lambda p: {"prompt": p, "completion": NO},
     "messages": lambda p: {"messages": [*p, says(NO)]},
@@ -215,7 +215,7 @@ def tokens(made: Prepared, tokenizer: Any) -> list[tuple[list[int], tuple[list[i
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("spelling", PAIRS)
 def test_every_spelling_of_a_pair_has_the_same_tokens(tmp_path: Path, spelling: str, asked: str):
-    """Whatever the columns, the turns that they repeat and the form of the words: the tokens are those of the turns."""
+    """Whatever columns, repeated turns and form of text a row has, its tokens are those of the turns."""
     turns = ASKED[asked]
     row = PAIRS[spelling](turns)
     if spelling.startswith("LLaMA-Factory"):
@@ -235,7 +235,7 @@ def test_every_spelling_of_a_pair_has_the_same_tokens(tmp_path: Path, spelling: 
 def test_every_spelling_of_a_single_response_has_the_same_tokens(
     tmp_path: Path, spelling: str, asked: str, tag: dict[str, Any]
 ):
-    """Likewise for KTO, whose label has names, too."""
+    """This holds for KTO's single responses too, whose label column has several names."""
     turns = ASKED[asked]
     row = SINGLES[spelling](turns)
     if spelling.startswith("LLaMA-Factory"):
@@ -249,7 +249,7 @@ def test_every_spelling_of_a_single_response_has_the_same_tokens(
 
 
 def test_a_file_of_all_spellings_is_read_alike_whichever_comes_first(tmp_path: Path):
-    """The first row says what the file is, and each row where it has its prompt."""
+    """The first row determines the format of a file, and each row determines where its own prompt is."""
     spellings = [
         "prompt of messages, answers as messages", "messages", "implicit prompt", "ultrafeedback_binarized", "ShareGPT",
         "messages are the chosen conversation, answers as text", "prompt and whole conversations", "parts",
@@ -262,7 +262,7 @@ def test_a_file_of_all_spellings_is_read_alike_whichever_comes_first(tmp_path: P
 
 
 def test_marks_of_turns_do_not_tell_them_apart():
-    """Ids, names and times that a data set keeps of each turn are not what it says; a call and reasoning are."""
+    """Ids, names and times of a turn do not make it different; a call and reasoning do."""
     marked = {"prompt": [user() | {"id": 1}], "chosen": [user() | {"id": 2}, says(YES)],
               "rejected": [user() | {"id": 3}, says(NO)]}  # fmt: skip
     assert render(marked, tokenizer=chatml())["chosen"] == YES + "<|im_end|>"
@@ -274,7 +274,7 @@ def test_marks_of_turns_do_not_tell_them_apart():
 
 
 def test_results_that_responses_begin_with_belong_to_the_prompt():
-    """What a tool gave back is no answer; where it differs, the responses keep it."""
+    """Tool results with which both responses begin belong to the prompt; if they differ, the responses keep them."""
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     result, other = {"role": "tool", "content": "4"}, {"role": "tool", "content": "5"}
     row = {"prompt": [user(), call], "chosen": [result, says(YES)], "rejected": [result, says(NO)]}
@@ -286,7 +286,7 @@ def test_results_that_responses_begin_with_belong_to_the_prompt():
 
 
 def test_messages_beside_a_prompt_are_read_if_the_responses_are_of_them():
-    """They may say more than the prompt's text; if they are about something else they are left out, and noted."""
+    """Messages next to a prompt are read if they contain the responses; else they are ignored, with a remark."""
     row = {"prompt": Q, "messages": [SYSTEM, *EARLIER, user(), says(YES)], "chosen": YES, "rejected": NO}
     assert read(row).prompt == [SYSTEM, *EARLIER, user()]
     row["messages"] = [user("Name a lake."), says("Lake Chad.")]
@@ -296,7 +296,7 @@ def test_messages_beside_a_prompt_are_read_if_the_responses_are_of_them():
 
 
 def test_text_and_chats_in_one_file_are_all_chats(tmp_path: Path):
-    """A row of messages within the first hundred makes chats of all rows; one after them is a mistake."""
+    """If one of the first hundred rows has messages, all rows become chats; a later one is an error."""
     text, chat = {"prompt": Q, "chosen": YES, "rejected": NO}, {"prompt": [user()], "chosen": YES, "rejected": NO}
     for rows in ([text, chat], [chat, text]):
         assert [row.content.prompt for row in prepared(tmp_path, rows).train] == [[user()]] * 2
@@ -304,7 +304,7 @@ def test_text_and_chats_in_one_file_are_all_chats(tmp_path: Path):
         prepared(tmp_path, [text] * 100 + [chat])
 
 
-NAMED: dict[str, tuple[Any, bool]] = {  # the row of a named format, and whether all turns of the prompt are in it
+NAMED: dict[str, tuple[Any, bool]] = {  # row of the named format, and whether it has all turns of the prompt
     "chat_template.default": (lambda p: {"messages": p, "chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
     "chat_template.argilla": (lambda p: {"chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
     "chatml.argilla_chat": (lambda p: {"chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
@@ -326,7 +326,7 @@ NAMED: dict[str, tuple[Any, bool]] = {  # the row of a named format, and whether
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("name", NAMED)
 def test_named_formats_drop_what_is_repeated(name: str, asked: str):
-    """They read through the same place: no word of the prompt is in a response."""
+    """Named formats remove the prompt from the responses too."""
     row, all_turns = NAMED[name]
     turns = ASKED[asked] if all_turns else [turn for turn in ASKED[asked] if turn == SYSTEM or turn["content"] == Q]
     made = render(row(ASKED[asked]), name, tokenizer=chatml())
@@ -372,7 +372,7 @@ TEXTS: dict[str, tuple[tuple[str, str, str], tuple[str, str], tuple[str, ...]]] 
 def test_a_text_prompt_is_dropped_if_every_response_begins_with_it(
     row: tuple[str, str, str], responses: tuple[str, str], remarks: tuple[str, ...]
 ):
-    """All of it, in both, and something after it; a word or two may be there by accident and are left, and noted."""
+    """The whole prompt is removed if both responses begin with it and go on; one or two words get a remark."""
     content = read(dict(zip(("prompt", "chosen", "rejected"), row)))
     assert (content.prompt, tuple(content.responses.values())) == (row[0], responses)
     assert content.remarks == remarks
@@ -389,7 +389,7 @@ def test_a_single_completion_that_begins_with_its_prompt():
 
 
 def test_what_is_dropped_is_counted_in_a_note(tmp_path: Path):
-    """With the first of the rows, and not for rows that are as they should be."""
+    """One note counts the rows with a repeated prompt, and names the first."""
     again = [f"{i}. {Q} " if i % 2 else "" for i in range(6)]
     rows = [{"prompt": f"{i}. {Q}", "chosen": f"{again[i]}yes", "rejected": f"{again[i]}no"} for i in range(6)]
     made = prepared(tmp_path, rows)
@@ -397,7 +397,7 @@ def test_what_is_dropped_is_counted_in_a_note(tmp_path: Path):
 
 
 def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(tmp_path: Path):
-    """Which makes chats of the rows; nothing is said to a base model, or of text that has the model's own tokens."""
+    """For a chat model, a note on plain text gives a format that makes chats of it; other rows and models get none."""
     text = {"prompt": Q, "chosen": YES, "rejected": NO}
     single = {"prompt": Q, "completion": YES, "label": True}
     for row, loss, field in ((text, "dpo", "field_messages"), (single, "kto", "field_prompt")):
@@ -422,7 +422,7 @@ def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(tmp_path: P
     {"messages": [SYSTEM], "chosen": [SYSTEM, says(YES)], "rejected": [says(NO)]},
 ], ids=str)  # fmt: skip
 def test_a_system_turn_alone_is_a_prompt(row: Row):
-    """The instructions may be all that is asked."""
+    """A prompt can consist of a system turn alone."""
     assert read(row) == Paired([SYSTEM], [says(YES)], [says(NO)])
 
 
@@ -507,7 +507,7 @@ def test_single_responses_that_are_misread(tmp_path: Path):
 
 
 def test_transcripts_without_a_chat_template_are_written_as_they_are():
-    """A base model learns hh-rlhf's own words; the prompt ends where the answer begins."""
+    """Without a chat template, a base model learns hh-rlhf's own text; the prompt ends where the answer begins."""
     tokenizer = gemma()
     tokenizer.chat_template = None
     row = {"chosen": hh([*EARLIER, user(), says(YES)]), "rejected": hh([*EARLIER, user(), says(NO)])}

@@ -1,6 +1,7 @@
-"""Every named format, option and template: a row goes in, exactly this text comes out, and exactly this is scored.
+"""Every named format, option and template: each row gives exactly the expected text, of which exactly the response is
+scored.
 
-What is scored is read off the tensors of a micro-batch, after the real tokenizing and collating.
+The scored tokens are those of a micro-batch, after real tokenizing and collating.
 """
 
 import json
@@ -45,9 +46,10 @@ EVERY_FAMILY = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 def scored(
     row: dict[str, Any], format: Any, tokenizer: PreTrainedTokenizerBase, *, unpaired: bool = False, **options: Any
 ) -> list[str]:
-    """The prompt and each response as the model meets them: prompt tokens that are not scored, then those that are.
+    """Return the prompt and each response as the model sees them: first the tokens that are not scored, then those that
+    are.
 
-    All turns of a response are, so that none is missing here; test_turns.py asks whose words are.
+    All turns of a response are scored, so that none is missing here; test_turns.py tests whose turns are scored.
     """
     content = choose(row, {"type": format, **options} if options else format, unpaired=unpaired).read(row)
     examples, _ = tokenize([SourceRow(content, "row")], tokenizer, TokensConfig(score="all"))
@@ -73,7 +75,7 @@ Q, S, YES, NO = "What?", "Be kind.", "yes", "no"
 
 
 def turns(*words: str) -> list[dict[str, Any]]:
-    """A user's and an assistant's words in turn."""
+    """Return messages of the user and the assistant in turn."""
     return [(says if at % 2 else user)(each) for at, each in enumerate(words)]
 
 
@@ -82,7 +84,7 @@ ANSWERS: dict[str, Any] = {"chosen": YES, "rejected": NO}
 
 
 def talks(*prompt: dict[str, Any]) -> dict[str, Any]:
-    """The answers as whole conversations after this prompt."""
+    """Return the answers as whole conversations after this prompt."""
     return {"chosen": [*prompt, says(YES)], "rejected": [*prompt, says(NO)]}
 
 
@@ -90,7 +92,7 @@ def sharegpt(words: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": Q}, {"from": "gpt", "value": words}]
 
 
-# A format, a row of it, and the turns of its prompt. Every format is under chatml. and llama3.
+# A format, a row of it, and the turns of its prompt. Every format exists as chatml.NAME and llama3.NAME.
 PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "default, prompt": ("default", {"prompt": Q, "question": "other", **ANSWERS}, [user(Q)]),
     "default, input": ("default", {"input": Q, **ANSWERS}, [user(Q)]),
@@ -149,9 +151,9 @@ EVERY_TEMPLATE = pytest.mark.parametrize("family", WRITTEN)
 @EVERY_TEMPLATE
 @pytest.mark.parametrize(("name", "row", "prompt"), PAIRS.values(), ids=PAIRS)
 def test_pairs_in_fixed_templates(family: str, name: str, row: dict[str, Any], prompt: list[dict[str, Any]]):
-    """All turns, in the family's markers, without BOS or anything after the end; the response and its end are scored.
+    """All turns have the family's markers, without BOS or anything after the end; the response and its end are scored.
 
-    Tokenizing adds BOS where the tokenizer begins every text with one.
+    Tokenizing adds BOS if the tokenizer begins every text with one.
     """
     turn, generation, end, make, bos = WRITTEN[family]
     text = "".join(turn(each["role"], each["content"]) for each in prompt) + generation
@@ -166,7 +168,7 @@ def test_pairs_in_fixed_templates(family: str, name: str, row: dict[str, Any], p
 def test_single_responses_in_fixed_templates(
     family: str, name: str, row: dict[str, Any], prompt: list[dict[str, Any]], label: bool
 ):
-    """The same for KTO, with the label."""
+    """This holds for KTO's single responses too, with the label."""
     turn, generation, end, make, bos = WRITTEN[family]
     text = "".join(turn(each["role"], each["content"]) for each in prompt) + generation
     row = {**row, "label": label}
@@ -176,7 +178,7 @@ def test_single_responses_in_fixed_templates(
 
 @pytest.mark.parametrize("name", sorted({f"{family}.{name}" for family in WRITTEN for name, _, _ in PAIRS.values()}))
 def test_pairs_given_to_kto_in_any_format(name: str):
-    """Where a format has single responses too, rows that are pairs are still read as pairs."""
+    """A format for single responses still reads rows that are pairs as pairs."""
     row = next(row for short, row, _ in PAIRS.values() if name.endswith(f".{short}"))
     paired, single = (find_format(name, unpaired=unpaired) for unpaired in (False, True))
     assert paired is not None
@@ -188,7 +190,7 @@ def test_pairs_given_to_kto_in_any_format(name: str):
 
 @pytest.mark.parametrize("name", ["passthrough", "table", "chatml.prompt_pairs"])
 def test_a_completion_is_a_single_response_whatever_is_beside_it(name: str):
-    """A row with a completion is no pair for KTO, though it has a column `chosen`."""
+    """For KTO, a row with a completion is a single response, even if it has a column `chosen`."""
     row = {"prompt": Q, "completion": YES, "label": False, "chosen": "x", "rejected": "y"}
     made = render(row, name, unpaired=True)
     assert str(made["completion"]).startswith(YES)
@@ -240,14 +242,14 @@ TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prom
 
 @pytest.mark.parametrize(("format", "row", "texts"), TEXTS.values(), ids=TEXTS)
 def test_text(format: Any, row: dict[str, Any], texts: list[str]):
-    """Text without turns is taken as it is written, and tokenizing ends it with EOS."""
+    """Text without turns is taken literally, and tokenizing adds EOS."""
     assert render(row, format) == dict(zip(("prompt", "chosen", "rejected"), texts))
     assert scored(row, format, plain()) == ["<s>" + texts[0], *(f"{text}</s>" for text in texts[1:])]
 
 
 @pytest.mark.parametrize("format", ["passthrough", "auto", "table"])
 def test_single_text(format: str):
-    """Prompt, completion and label as they are."""
+    """Prompt, completion and label are taken literally."""
     row = {"prompt": Q, "completion": " yes", "label": 0}
     assert render(row, format, unpaired=True) == {"prompt": Q, "completion": " yes", "label": False}
     assert scored(row, format, plain(), unpaired=True) == [f"<s>{Q}", " yes</s>"]
@@ -263,7 +265,7 @@ def test_a_table_of_single_responses():
 
 
 def test_every_named_format_is_here():
-    """A format that is added must be added to these tables."""
+    """These tables have every named format, so that a new one must be added here."""
     text = {f"{family}.{name}" for family in WRITTEN for name, _, _ in PAIRS.values()}
     others = {format if isinstance(format, str) else "table" for format, _, _ in TEXTS.values()}
     assert set(NAMES) == text | others | {chat.name for chat in CHATS.values()}
@@ -285,14 +287,14 @@ TOOL_TURNS = [user("Weather?"), {"role": "assistant", "tool_calls": [CALL]}, {"r
 
 
 def im(*words: str) -> str:
-    """Role and words in turn, as ChatML has them, then the assistant's."""
+    """Return ChatML turns of the given roles and texts, and then the assistant's header."""
     written = (f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in zip(words[::2], words[1::2]))
     return "".join(written) + "<|im_start|>assistant\n"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A row, and the prompt and responses that a Qwen 3 reads of it."""
+    """A row, and the prompt and responses that a Qwen 3 reads."""
 
     row: dict[str, Any]
     prompt: str
@@ -407,7 +409,7 @@ SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 def test_chats(chat: Chat):
-    """Messages are written by the chat template, with all that it reads; a response ends with its end-of-turn token."""
+    """The chat template writes messages with everything that it reads; a response ends with its end-of-turn token."""
     tokenizer = trained_chatml()
     wanted = [chat.prompt, *(f"{text}<|im_end|>" for text in chat.responses)]
     assert values(render(chat.row, chat.name, tokenizer=tokenizer, **chat.options)) == wanted
@@ -417,7 +419,7 @@ def test_chats(chat: Chat):
 @pytest.mark.parametrize(("options", "row", "texts"), SINGLE_CHATS.values(), ids=SINGLE_CHATS)
 @pytest.mark.parametrize("label", [True, False])
 def test_single_chats(options: dict[str, Any], row: dict[str, Any], texts: list[str], label: bool):
-    """The last turn of messages, or a completion after them or after a prompt."""
+    """The response is the last turn of messages, or a completion after them or after a prompt."""
     tokenizer, row = trained_chatml(), {**row, "label": label}
     wanted = [texts[0], f"{texts[1]}<|im_end|>"]
     made = render(row, "chat_template.default", tokenizer=tokenizer, unpaired=True, **options)
@@ -443,7 +445,7 @@ IN_FAMILIES: dict[str, tuple[Make, str, str]] = {  # prompt, end
 
 @pytest.mark.parametrize(("make", "prompt", "end"), IN_FAMILIES.values(), ids=IN_FAMILIES)
 def test_each_family_writes_a_chat_its_way(make: Make, prompt: str, end: str):
-    """BOS once where the family has one, its roles, its end; and the same from every chat format."""
+    """A chat has the family's BOS (once), roles and end, and is the same in every chat format."""
     rows = {
         "chat_template.default": {"messages": Q, **ANSWERS},
         "chat_template.argilla": talks(user(Q)),
@@ -456,7 +458,7 @@ def test_each_family_writes_a_chat_its_way(make: Make, prompt: str, end: str):
 
 
 def test_tools_in_another_family():
-    """Llama 3.1 writes tools in the first question, a call as JSON and a result under another role."""
+    """Llama 3.1 writes tools in the first question, a call as JSON, and a result with another role."""
     row = {"messages": TOOL_TURNS, "chosen": "Cold.", "rejected": {"role": "assistant", "tool_calls": [CALL]}}
     header = "<|start_header_id|>{}<|end_header_id|>\n\n".format
     call = json.dumps(CALL["function"])
@@ -472,7 +474,7 @@ def test_tools_in_another_family():
 
 
 def test_a_chat_template_of_the_format(tmp_path: Path):
-    """A known name, Jinja or a file takes the tokenizer's place; its end of a turn is found for it."""
+    """A known name, Jinja or a file replaces the tokenizer's template, and its end of a turn is detected."""
     row = {"messages": Q, **ANSWERS}
     file = tmp_path / "mine.jinja"
     file.write_text(QWEN3)
@@ -530,14 +532,14 @@ ALTERNATING = (
     ids=["no file", "no name", "no Jinja", "no tools", "no system", "no tool calls", "no two questions"],
 )
 def test_a_chat_template_that_will_not_do(options: dict[str, Any], row: dict[str, Any], said: str):
-    """A template is never written without what the row says: it is refused."""
+    """A template that cannot write everything in a row is refused."""
     base = {"messages": Q, **ANSWERS}
     with pytest.raises(UserError, match=said):
         render(base | row, "chat_template.default", tokenizer=chatml(), **options)
 
 
 def test_chats_need_a_tokenizer():
-    """Messages without a tokenizer, or with one without a template, are refused with what to do."""
+    """Messages without a tokenizer, or with one without a template, are refused with a remedy."""
     row = {"messages": Q, **ANSWERS}
     with pytest.raises(UserError, match=r"give the tokenizer whose chat template writes it"):
         render(row, "chat_template.default")
@@ -547,7 +549,7 @@ def test_chats_need_a_tokenizer():
         render(row, "chat_template.default", tokenizer=tokenizer)
 
 
-# --- Responses that mislead ----------------------------------------------------------------------------------------
+# --- Misleading responses ------------------------------------------------------------------------------------------
 
 RESPONSES = [
     "a", "u", "user", "assistant", "model", " yes", "  yes", "\nyes", "\n\nyes", "yes\n", "yes ", "\tyes", "?",
@@ -557,7 +559,7 @@ RESPONSES = [
 
 
 def joined(tokenizer: PreTrainedTokenizerBase, made: dict[str, Any], response: str) -> str:
-    """A rendered prompt and response as one text with its BOS and end: EOS where the response does not bring one."""
+    """Return prompt and response as one text with BOS and an end, which is EOS if the response has no end."""
     special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
     begins_with_bos = tokenizer.bos_token is None or made["prompt"].startswith(str(tokenizer.bos_token))
     bos = "" if begins_with_bos else str(tokenizer.bos_token)
@@ -578,16 +580,17 @@ CASES = [
     for make in FAMILIES.values()
     for name in ("chat_template.default", "chatml.prompt_pairs", "passthrough")
     for response in RESPONSES
-    if (response.strip() or not trims(make, name)) and (make is not trained_gemma or "▁" not in response)  # its space
+    if (response.strip() or not trims(make, name)) and (make is not trained_gemma or "▁" not in response)  # is a space
 ]
 
 
 @pytest.mark.parametrize(("make", "name", "response"), CASES)
 def test_whatever_a_response_is_it_alone_is_scored(make: Make, name: str, response: str):
-    """One letter, the words and markers of templates, white space at its ends: the response and its end are scored.
+    """The response and its end are scored, even if it is one letter, a template's words or markers, or has white space
+    at its ends.
 
-    Where the tokenizer makes one token of the prompt's last letters and the response's first, it is scored too.
-    Llama 3's and Gemma's templates trim a response themselves.
+    A token of the prompt's last letters and the response's first ones is scored too. Llama 3's and Gemma's templates
+    trim a response.
     """
     tokenizer = make()
     words = response.strip() if trims(make, name) else response
@@ -606,7 +609,7 @@ def test_whatever_a_response_is_it_alone_is_scored(make: Make, name: str, respon
 
 @EVERY_FAMILY
 def test_the_templates_own_markers_in_a_response(make: Make):
-    """A response that holds turns of the template keeps them, and only its last end is its own."""
+    """A response with turns of the template keeps them, and only its last end is its own."""
     tokenizer = make()
     _, prompt, end = next(family for family in IN_FAMILIES.values() if family[0] is make)
     inner = prompt.removeprefix(str(tokenizer.bos_token or ""))
@@ -626,9 +629,10 @@ CACHED = {name: make() for name, make in FAMILIES.items()}
 @settings(max_examples=60, deadline=None)
 @given(prompt=WORDS, chosen=WORDS, rejected=WORDS, longest=st.integers(2, 80), kto=st.booleans())
 def test_any_row(make: Make, name: str, prompt: str, chosen: str, rejected: str, longest: int, kto: bool):
-    """For any row that is used: the response and its end are scored, no limit is passed, something is scored.
+    """In any row that is used, exactly the response and its end are scored, no limit is exceeded, and something is
+    scored.
 
-    Nothing else is, unless one token holds the prompt's last letters and the response's first.
+    A token of the prompt's last letters and the response's first ones is scored too.
     """
     tokenizer = CACHED[make.__name__]
     row = {"messages" if name.startswith("chat_") else "prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -658,9 +662,9 @@ def test_any_row(make: Make, name: str, prompt: str, chosen: str, rejected: str,
 
 
 def test_the_end_of_a_fixed_template_is_the_end():
-    """Nothing follows the template's end where the tokenizer has that token; a text that brings it has it once."""
+    """Nothing follows the template's end if the tokenizer has that token, and a text that contains it has it once."""
     tokenizer = llama3()
-    tokenizer.chat_template = None  # a base model: only the format knows how a turn ends
+    tokenizer.chat_template = None  # a base model, where only the format defines how a turn ends
     row = {"prompt": Q, "chosen": YES, "rejected": f"{NO}<|eot_id|>"}
     assert scored(row, "llama3.prompt_pairs", tokenizer)[1:] == ["yes<|eot_id|>", "no<|eot_id|>"]
     row["rejected"] = f"{NO}<|end_of_text|>\n"
@@ -668,7 +672,7 @@ def test_the_end_of_a_fixed_template_is_the_end():
 
 
 def test_a_fixed_template_that_is_not_the_tokenizers():
-    """Where the template's end is mere text EOS follows it, so that the model learns to stop; the run says so."""
+    """If the template's end is plain text, EOS follows it, so that the model learns to stop, and a note says so."""
     row = {"prompt": Q, **ANSWERS}
     assert scored(row, "chatml.prompt_pairs", llama3())[1:] == [
         "yes<|im_end|><|end_of_text|>",
@@ -682,13 +686,13 @@ def test_a_fixed_template_that_is_not_the_tokenizers():
 
 
 def test_no_bos_before_a_response():
-    """A BOS that the data bring with a response goes; the sequence has its own at its start."""
+    """A BOS in front of a response in the data is removed; the sequence begins with its own."""
     row = {"prompt": "<s>Q", "chosen": "<s>yes", "rejected": "<s><s>no"}
     assert scored(row, "passthrough", plain()) == ["<s>Q", "yes</s>", "no</s>"]
 
 
 def test_a_row_that_the_template_refuses_can_be_left_out():
-    """Rows of a source with on_error = "drop" that the chat template refuses are counted; others are an error."""
+    """With on_error = "drop", rows that the chat template refuses are counted; otherwise they are an error."""
     row = {"system": S, "messages": Q, **ANSWERS}
     content = choose(row, "chat_template.default", unpaired=False).read(row)
     examples, counts = tokenize([SourceRow(content, "row 3", droppable=True)], gemma(), TokensConfig())
@@ -698,7 +702,7 @@ def test_a_row_that_the_template_refuses_can_be_left_out():
         tokenize([SourceRow(content, "row 3")], gemma(), TokensConfig())
 
 
-# --- Functions -----------------------------------------------------------------------------------------------------
+# --- The user's functions ------------------------------------------------------------------------------------------
 
 MODULE = """
 import beside
@@ -725,7 +729,7 @@ def module(tmp_path: Path) -> str:
 
 
 def test_a_function_of_ones_own(module: str):
-    """What a function makes of a row is read as `auto` reads rows: text or messages, pairs or single responses."""
+    """The result of a function is read like a row with `auto`: text or messages, pairs or single responses."""
     row = {"q": "Q", "a": YES, "b": NO, "good": "true"}
     assert render(row, f"{module}:pairs") == {"prompt": "Q?", "chosen": YES, "rejected": NO}
     made = render(row, f"{module}:chats", unpaired=True, tokenizer=chatml())
@@ -748,14 +752,14 @@ def test_a_function_of_ones_own(module: str):
     ],
 )
 def test_a_function_that_will_not_do(module: str, function: str, said: str):
-    """What it returns is checked, and its own errors are the row's."""
+    """The result of a function is checked, and its own errors are reported with the row."""
     with pytest.raises(UserError) as caught:
         render({"q": "Q"}, f"{module}:{function}")
     assert said in str(caught.value)
 
 
 def test_a_module_that_is_not_there(tmp_path: Path):
-    """A missing or broken module is one message."""
+    """A missing or broken module gives one message."""
     for name in ("no_such_module", str(tmp_path / "none.py")):
         with pytest.raises(UserError, match=r"cannot be imported: .*; it is looked for beside the config"):
             render({}, f"{name}:f")
@@ -784,14 +788,14 @@ def test_a_module_that_is_not_there(tmp_path: Path):
     ],
 )
 def test_a_row_that_cannot_be_rendered(row: dict[str, Any], format: str, options: dict[str, Any], said: str):
-    """A mistake is a UserError with the column and what would do."""
+    """A row that cannot be rendered gives a UserError with the column and what is expected."""
     with pytest.raises(UserError) as caught:
         render(row, format, tokenizer=chatml(), **options)
     assert str(caught.value).startswith(said)
 
 
 def test_importing_the_data_package_is_cheap():
-    """`fastpref.data.render` and text formats wait for neither torch nor transformers."""
+    """`fastpref.data.render` and text formats import neither torch nor transformers."""
     program = (
         "import sys, fastpref.data\n"
         "assert not [m for m in sys.modules if m.startswith('fastpref.data.')]\n"

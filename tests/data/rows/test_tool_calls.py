@@ -1,4 +1,4 @@
-"""A tool call has many spellings and one reading, and a chat template gets it as it wants it."""
+"""All spellings of a tool call are read the same way, and a chat template gets the call in the form that it needs."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def function(arguments: Any, **more: Any) -> dict[str, Any]:
     return {"function": {"name": "weather", "arguments": arguments}, **more}
 
 
-SPELLINGS: dict[str, dict[str, Any]] = {  # an assistant's turn that calls a tool
+SPELLINGS: dict[str, dict[str, Any]] = {  # an assistant's turn with a tool call
     "OpenAI's, a mapping from JSON": calling(function(SPELLED, type="function")),
     "OpenAI's, with an id": calling(function(SPELLED, type="function", id="call_1")),
     "JSON encoded twice": calling(function(json.dumps(SPELLED))),
@@ -55,7 +55,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {  # an assistant's turn that calls a too
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_of_a_call_is_written_alike(spelling: str):
-    """In the prompt, in a response, and for KTO."""
+    """Every spelling gives the same text in the prompt, in a response, and for KTO."""
     turn, tokenizer = SPELLINGS[spelling], trained_chatml()
     answer = render({"prompt": [ASKED], "chosen": [turn], "rejected": "No."}, tokenizer=tokenizer)
     assert answer["chosen"] == CALLED + "<|im_end|>"
@@ -70,7 +70,7 @@ def test_every_spelling_of_a_call_is_written_alike(spelling: str):
     {"role": "tool_response", "content": "4 °C"}, {"role": "function", "name": "weather", "content": "4 °C"},
 ], ids=str)  # fmt: skip
 def test_results_of_tools(turn: dict[str, Any]):
-    """They are of the role `tool`, and their names and ids reach the template."""
+    """Results have the role `tool`, and the template gets their names and ids."""
     named = QWEN3.replace(
         "{{ '<|im_start|>user\n<tool_response>\n'",
         "{{ m.name }}{{ m.tool_call_id }}{{ '<|im_start|>user\n<tool_response>\n'",
@@ -101,7 +101,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("turn", "said"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_a_call_that_is_none(turn: dict[str, Any], said: str):
-    """Where a call is promised and none is there, the row is a mistake."""
+    """A turn that should have a call but has none is an error."""
     with pytest.raises(UserError) as caught:
         render({"prompt": [ASKED], "chosen": [turn], "rejected": "No."}, tokenizer=trained_chatml())
     assert str(caught.value).startswith(said)
@@ -129,9 +129,9 @@ def test_every_spelling_of_tools_is_written_alike(tools: Any):
     assert render(row | {"tools": tools}, "chat_template.default", tokenizer=trained_chatml()) == wanted
 
 
-# --- What a template does ------------------------------------------------------------------------------------------
+# --- What a template needs -----------------------------------------------------------------------------------------
 
-TEXT_ONLY = (  # joins the arguments to text, as DeepSeek's does
+TEXT_ONLY = (  # concatenates the arguments with text, as DeepSeek's does
     "{% for m in messages %}{{ m['role'] + ': ' + (m['content'] or '') }}{% for call in m['tool_calls'] or [] %}"
     "{{ call['function']['name'] + ' ' + call['function']['arguments'] }}{% endfor %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -149,7 +149,7 @@ EITHER = TEXT_ONLY.replace(
     ids=["joins text", "writes Python", "either", "JSON"],
 )  # fmt: skip
 def test_arguments_are_text_where_the_template_wants_text(template: str, as_text: bool):
-    """A trial decides; what is written is the same JSON, never Python's spelling and never encoded twice."""
+    """A trial finds out whether arguments must be text; it is always JSON that is encoded once."""
     assert traits_of(template).arguments_as_text is as_text
     for spelling in ("OpenAI's, a mapping from JSON", "a bare call"):
         row = {"prompt": [ASKED], "chosen": [SPELLINGS[spelling]], "rejected": "No."}
@@ -162,7 +162,7 @@ def test_arguments_are_text_where_the_template_wants_text(template: str, as_text
 @pytest.mark.parametrize("condition", ["m['content'] is string", "m['content'] is none", "m['content'] is not defined"])
 @pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}], ids=str)
 def test_a_turn_that_only_calls_is_written_whatever_its_content_is(condition: str, content: dict[str, Any]):
-    """Nothing, null and empty text are the same; the template gets the one with which it writes the call."""
+    """Missing, null and empty content are equal: the template gets the one with which it writes the call."""
     template = EITHER.replace("{% for call in", "{% if " + condition + " %}{% for call in", 1)
     template = template.replace("{% endfor %}{{ '\n' }}", "{% endfor %}{% endif %}{{ '\n' }}", 1)
     turn = {"role": "assistant", **content, "tool_calls": [CALL]}
@@ -171,7 +171,7 @@ def test_a_turn_that_only_calls_is_written_whatever_its_content_is(condition: st
 
 
 PARTS = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "lake."}]
-LINES = (  # writes parts on a line each
+LINES = (  # writes each part on its own line
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for part in m['content'] %}{{ part['text'] + '\n' }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -180,7 +180,7 @@ ONLY_PARTS = LINES.replace("{% if m['content'] is string %}{{ m['content'] }}{% 
     "{% endif %}", "", 1
 )
 SILENT = LINES.replace("{% else %}{% for part in m['content'] %}{{ part['text'] + '\n' }}{% endfor %}", "")
-WRITTEN: dict[str, tuple[str, str, str]] = {  # template → what it makes of the parts, and of one text
+WRITTEN: dict[str, tuple[str, str, str]] = {  # template → text of the parts, and of a single text
     "iterates": (LINES, "Name a \nlake.\n", "Name a lake."),
     "only iterates": (ONLY_PARTS, "Name a \nlake.\n", "Name a lake.\n"),
     "leaves lists out": (SILENT, "Name a lake.", "Name a lake."),
@@ -194,7 +194,7 @@ WRITTEN: dict[str, tuple[str, str, str]] = {  # template → what it makes of th
 
 @pytest.mark.parametrize(("template", "of_parts", "of_text"), WRITTEN.values(), ids=WRITTEN)
 def test_parts_are_joined_unless_the_template_iterates(template: str, of_parts: str, of_text: str):
-    """A template that takes parts alone gets text as one part. Both sides of a row are written so."""
+    """Parts are joined unless the template iterates over them; a template that needs parts gets text as one part."""
     tokenizer = toy_tokenizer(template, eos="<|im_end|>", special=["<|im_start|>"])
     for content, written in ((PARTS, of_parts), ("Name a lake.", of_text), (PARTS[1:], of_text.replace("Name a ", ""))):
         row = {"prompt": [{"role": "user", "content": content}],
@@ -238,7 +238,7 @@ MEDIA: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("row", "said"), MEDIA.values(), ids=MEDIA)
 def test_images_are_refused(row: dict[str, Any], said: str):
-    """In whatever format: a model that does not see the image must not learn the answer."""
+    """Images are refused in every format, because a model that does not see one must not learn the answer."""
     with pytest.raises(UserError) as caught:
         render(row, tokenizer=chatml())
     assert str(caught.value).startswith(said)
@@ -255,10 +255,10 @@ def test_an_empty_column_of_images_is_none(empty: Any):
 
 
 def test_the_templates_of_families(tmp_path: Path):
-    """What is known of real templates, as TRL keeps them: who iterates, who wants text."""
+    """A trial finds out which of the templates in TRL iterate over parts, and which need arguments as text."""
     trl = pytest.importorskip("trl")
     folder = Path(trl.__file__).parent / "chat_templates"
-    wanted = {  # roles whose parts it writes, those for which it takes nothing else, arguments as text
+    wanted = {  # roles whose parts it writes, roles for which it takes only parts, arguments as text
         "qwen3": ("", "", False), "qwen2_5": ("", "", False), "llama3": ("", "", False), "llama3_1": ("", "", False),
         "gptoss": ("", "", False), "deepseek_r1_distill": ("", "", True),
         "deepseekv3": ("", "", True), "gemma3": ("assistant user", "", False),

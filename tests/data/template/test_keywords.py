@@ -1,4 +1,4 @@
-"""Keywords of a chat template: the run's, then the row's; those that do nothing, or harm, are refused; the day."""
+"""Keywords of a chat template: a row's take precedence, and useless or harmful ones are refused; and the day."""
 
 import inspect
 from dataclasses import replace
@@ -44,7 +44,7 @@ def pair(**keywords: Any) -> Paired:
 
 # --- The run's and the row's -----------------------------------------------------------------------------------------
 
-ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # of the run, of the row, what is written
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # of the run, of the row, result
     "none": ({}, {}, "none"),
     "the run's": ({"effort": "low"}, {}, "low"),
     "the row's": ({}, {"effort": "high"}, "high"),
@@ -56,7 +56,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # of the run, o
 
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_goes_before_its_run(case: str):
-    """In the tokens of prompt and responses."""
+    """In the tokens of a prompt, a row's keyword takes precedence over the run's."""
     run, row, wanted = ROWS[case]
     tokenizer = toy_tokenizer(SHOWS, eos="<|im_end|>", special=["<|im_start|>"])
     examples, _ = tokenize([SourceRow(pair(**row), "row")], tokenizer, TokensConfig(chat_template_kwargs=run))
@@ -65,7 +65,7 @@ def test_a_row_goes_before_its_run(case: str):
 
 
 def test_rows_written_together_are_those_written_alone():
-    """Rows of many keywords, days and templates in one call: each has its own text."""
+    """Rows with any keywords, days and templates have the same text rendered together as rendered alone."""
     tokenizer = toy_tokenizer(SHOWS + "{{ strftime_now('%d') }}", eos="<|im_end|>")
     rows = [
         of_run(replace(pair(**row), writing=replace(pair(**row).writing, chat_template=template)), run, day)
@@ -79,7 +79,7 @@ def test_rows_written_together_are_those_written_alone():
 
 
 def test_the_end_of_a_turn_is_that_of_the_keywords():
-    """Where a keyword decides which token ends a turn, each row has the end of its own."""
+    """If a keyword changes which token ends a turn, each row has its own end."""
     template = CHATML.replace("'<|im_end|>\n'", "(mark | default('<|im_end|>')) + '\n'")
     tokenizer = toy_tokenizer(template, eos="</s>", special=["<|im_start|>", "<|im_end|>", "<|call|>"])
     rows = [SourceRow(row, "row") for row in (pair(), pair(mark="<|call|>"))]
@@ -99,14 +99,14 @@ def config(folder: Path, table: str, data: str = "") -> Config:
 
 
 def test_what_transformers_takes_itself_is_reserved():
-    """Every parameter of `apply_chat_template`, and every token that it fills in."""
+    """Every parameter of `apply_chat_template` and every special token that it sets is a reserved name."""
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     assert {*parameters, *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES} <= RESERVED
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_a_reserved_name_is_refused(tmp_path: Path, name: str):
-    """In a config, and in a row with its place."""
+    """A reserved name is refused in a config, and in a row with its place."""
     with pytest.raises(UserError, match=rf"cfg.toml:7: tokens.chat_template_kwargs.{name}: {name} is no keyword"):
         config(tmp_path, f"{{ {name} = 1 }}")
     row = SourceRow(replace(pair(), writing=Writing(template_kwargs={name: "1"})), "d.jsonl:1")
@@ -116,7 +116,7 @@ def test_a_reserved_name_is_refused(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("value", ["2026-11-26", "12:30:00", "nan", "[1, inf]", "{ a = 2026-11-26 }"])
 def test_a_value_that_json_has_not_is_refused(tmp_path: Path, value: str):
-    """Dates, times and numbers without end: they would not come back from the record."""
+    """Dates, times, NaN and infinity are refused, because JSON, in which the keywords are recorded, has none."""
     with pytest.raises(UserError, match=r"chat_template_kwargs.*effort must be true, false, a number, text, a list"):
         config(tmp_path, f"{{ effort = {value} }}")
 
@@ -125,7 +125,7 @@ def test_an_empty_table_is_none(tmp_path: Path):
     assert config(tmp_path, "{}").tokens.chat_template_kwargs is None
 
 
-UNKNOWN: dict[str, tuple[str | None, str, str | None]] = {  # the tokenizer's template, the table, what is wrong
+UNKNOWN: dict[str, tuple[str | None, str, str | None]] = {  # the tokenizer's template, the table, the error
     "a slip": (SHOWS, "{ efort = 'low' }", r"tokens.chat_template_kwargs.efort: .* does not read efort.*mean effort\?"),
     "one of two": (SHOWS, "{ effort = 'low', enable_thinking = false }", "kwargs.enable_thinking: the chat template"),
     "no template": (None, "{ effort = 'low' }", "the tokenizer has no chat template"),
@@ -139,7 +139,7 @@ UNKNOWN: dict[str, tuple[str | None, str, str | None]] = {  # the tokenizer's te
 
 @pytest.mark.parametrize("case", UNKNOWN)
 def test_a_keyword_that_no_template_reads_is_refused(tmp_path: Path, case: str):
-    """It would change nothing, silently."""
+    """A keyword that no template reads is refused, because it would silently have no effect."""
     template, table, wrong = UNKNOWN[case]
     given = config(tmp_path, table)
     if wrong is None:
@@ -150,7 +150,7 @@ def test_a_keyword_that_no_template_reads_is_refused(tmp_path: Path, case: str):
 
 
 def test_a_sources_own_template_may_read_it(tmp_path: Path):
-    """As may one of a tokenizer's several."""
+    """A keyword is accepted if a source's own template reads it, or one of several templates of a tokenizer."""
     form = 'format = { type = "chat_template.default", chat_template = "{{ effort }}" }'
     check_template_keywords(config(tmp_path, "{ effort = 'low' }", form), plain())
     several: Any = toy_tokenizer()
@@ -159,7 +159,7 @@ def test_a_sources_own_template_may_read_it(tmp_path: Path):
 
 
 def test_templates_of_every_kind_are_read():
-    """With the statements that transformers adds to Jinja."""
+    """Jinja with the statements that transformers adds to it can be read."""
     assert variables(LOOPS) == {"messages"}
     with pytest.raises(TemplateError):
         variables("{% if %}")
@@ -174,7 +174,7 @@ DAYS = {"in the open": ("{{ strftime_now('%d %b %Y') }}", "26 Nov 2026"), "set":
 
 @pytest.mark.parametrize("case", DAYS)
 def test_a_template_writes_the_day_it_is_told(case: str):
-    """Wherever it asks for the date; told no day, it writes today's, also after another day was written."""
+    """A template renders the given day wherever it asks for the date; without one it renders today's."""
     template, wanted = DAYS[case]
     tokenizer = toy_tokenizer(template)
     assert apply(tokenizer, [USER], Writing(day=date(2026, 11, 26))) == wanted
@@ -184,7 +184,7 @@ def test_a_template_writes_the_day_it_is_told(case: str):
 
 
 def test_the_day_ends_with_an_error():
-    """A template that refuses a row does not leave its day behind."""
+    """If a template refuses a row, its day does not stay set."""
     template = "{{ strftime_now('%Y') }}{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}"
     assert writes_the_date(template)
     with pytest.raises(TemplateError), on_day(template, date(1999, 1, 1)):

@@ -1,4 +1,4 @@
-"""The ends of a model's answers: its own, and those that were trained."""
+"""The end tokens of a model's answers: its own, and those of the trained responses."""
 
 import json
 from datetime import date
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from fastpref.data.template.text import TextRecord, add_text, read_text, save_generation_config, stop_at
 from tests.support.tiny import model_config, save_model
 
-# The model's own end, what was trained, all of them: the trained first, unless the model has them anyway.
+# The model's own ends, the trained ends, and all of them: trained ends come first, unless the model has them already.
 ENDS: dict[str, tuple[Any, list[int], Any]] = {
     "another": (2, [7], [7, 2]),
     "its own": (2, [2], 2),
@@ -25,7 +25,7 @@ ENDS: dict[str, tuple[Any, list[int], Any]] = {
 
 @pytest.mark.parametrize("case", ENDS)
 def test_a_model_ends_at_all_ends(case: str, tmp_path: Path):
-    """The model in memory, what is saved beside an adapter, and a merged model with its base's file or without one."""
+    """A model has all ends in memory, in the file saved with an adapter, and after merging."""
     own, trained, wanted = ENDS[case]
     model: Any = AutoModelForCausalLM.from_config(model_config("llama"))
     model.generation_config.eos_token_id = own
@@ -49,7 +49,7 @@ def test_a_model_ends_at_all_ends(case: str, tmp_path: Path):
 
 
 def test_other_settings_stay(tmp_path: Path):
-    """Also those that transformers would refuse to save, and those that it does not know."""
+    """All other generation settings are kept, also those that transformers refuses to save or does not know."""
     save_model("llama", tmp_path)
     odd = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "mine": 3, "eos_token_id": 2}
     (tmp_path / "generation_config.json").write_text(json.dumps(odd))
@@ -65,7 +65,7 @@ def test_other_settings_stay(tmp_path: Path):
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path):
-    """Of the first folder that has one; several templates by their names; letters of every kind."""
+    """A record is read unchanged from the first folder that has one, with several templates and any characters."""
     several = {"default": "{{ 'é🎉' }}", "tool_use": "{{ tools }}"}
     text = TextRecord(
         several, {"effort": "low", "list": [1, {"a": None}]}, date(2026, 11, 26), {"<｜end｜>": 7, "</s>": 2}

@@ -1,4 +1,4 @@
-"""Which modules get an adapter, by names, patterns and "all-linear", and trained adapters that fit or are refused."""
+"""Which modules get an adapter (by names, patterns or "all-linear"), and which trained adapters are refused."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def config(**lora: Any) -> Config:
 
 
 def adapted(wrapped: Any) -> set[str]:
-    """Ends of the names of what has adapters: layers, and parameters of experts."""
+    """Return the names of adapted layers and of adapted expert parameters, with `*` for layer numbers."""
     found = set()
     for name, module in wrapped.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
@@ -89,7 +89,7 @@ def adapted(wrapped: Any) -> set[str]:
     return found
 
 
-LEFT_OUT: dict[str, tuple[str, ...]] = {  # by "all-linear", of the language model's linear layers and experts
+LEFT_OUT: dict[str, tuple[str, ...]] = {  # what "all-linear" leaves out of the linear layers and experts
     "llama": (),
     "gpt2": (),
     "mixtral": ("mlp.gate.weight (routers",),
@@ -102,14 +102,14 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {  # by "all-linear", of the language mod
     "falcon_h1": ("mamba.out_proj (",),
     "mamba2": ("mixer.out_proj (",),
     "mamba": ("mixer.dt_proj, backbone.layers.*.mixer.out_proj",),
-    "modernbert-decoder": ("lm_head.dense (outside of the language model",),  # between the body and the head
+    "modernbert-decoder": ("lm_head.dense (outside of the language model",),  # it lies between the body and the head
     "gemma3": ("vision_tower.encoder.layers.*.mlp.fc1", "(outside of the language model"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_is_what_can_be_adapted(kind: str):
-    """The default works for every family, each adapter gets a gradient, and one note says what has none, and why."""
+    """The default works for every family, each adapter gets a gradient, and one note lists the rest with reasons."""
     plain = model(kind)
     notes = adapter_notes(config(), plain)
     wrapped = with_adapters(config(), plain)
@@ -127,7 +127,7 @@ def test_all_linear_is_what_can_be_adapted(kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_skeleton_has_the_same_adapters(kind: str):
-    """`estimate` counts the adapters that training makes."""
+    """`estimate`, which uses a model on the meta device, counts the adapters that training creates."""
     assert adapted(with_adapters(config(), model(kind, "meta"))) == adapted(with_adapters(config(), model(kind)))
 
 
@@ -168,7 +168,7 @@ def test_names_and_patterns(kind: str, options: dict[str, Any], wanted: set[str]
 
 
 def test_a_pattern_may_mean_some_layers_of_a_mixture():
-    """PEFT itself makes ends of names of a pattern there, which all layers have."""
+    """A pattern can select single layers, though PEFT reduces patterns of a mixture to suffixes common to all."""
     wrapped: Any = with_adapters(config(target=r".*layers\.1\..*(q_proj|experts.*)"), model("mixtral"))
     named = {n for n, m in wrapped.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     assert named
@@ -215,7 +215,7 @@ def test_whatever_peft_raises_is_one_message(monkeypatch: pytest.MonkeyPatch, er
 
 @pytest.fixture
 def trained(tmp_path: Path) -> tuple[Path, Path]:
-    """A model and an adapter of it that changes what it says."""
+    """Save a model and an adapter that changes its output, and return both folders."""
     base = save_model("llama", tmp_path / "base")
     wrapped: Any = with_adapters(config(modules_to_save=["lm_head"]), AutoModelForCausalLM.from_pretrained(base))
     with torch.no_grad():
@@ -260,7 +260,7 @@ FAULTS: dict[str, tuple[tuple[str, str] | None, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_adapter_that_does_not_fit_is_refused(trained: tuple[Path, Path], fault: str):
-    """With fresh adapters in place of its own it would be no other than the base: 50 %, KL 0."""
+    """An adapter that does not fit is refused; with fresh adapters instead, results would be the base's: 50 %, KL 0."""
     base, adapter = trained
     renamed, changed, said = FAULTS[fault]
     if renamed is not None:
@@ -280,7 +280,7 @@ def test_an_adapter_of_another_width(trained: tuple[Path, Path]):
 
 
 def test_virtual_tokens_are_refused(tmp_path: Path):
-    """The body is computed by itself here: what an adapter puts before prompts would be left out without a word."""
+    """Virtual tokens are refused, because we run the model's body without PEFT and would silently drop them."""
     base = AutoModelForCausalLM.from_pretrained(save_model("llama", tmp_path / "base"))
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft.get_peft_model(base, settings).save_pretrained(str(tmp_path / "adapter"))
@@ -323,7 +323,7 @@ WRONG_INSIDE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("fault", WRONG_INSIDE)
 def test_what_loads_and_is_not_right_is_refused(trained: tuple[Path, Path], fault: str):
-    """With and without such an adapter the model would be another one than is meant."""
+    """An adapter is refused if a model with it, or without it as reference, would not be the intended one."""
     base, adapter = trained
     change, message = WRONG_INSIDE[fault]
     change(adapter)
@@ -334,7 +334,7 @@ def test_what_loads_and_is_not_right_is_refused(trained: tuple[Path, Path], faul
 @pytest.mark.parametrize("kind", [*KINDS, "laguna"])
 @pytest.mark.parametrize("head", [False, True], ids=["", "head"])
 def test_what_is_saved_is_loaded_again(kind: str, head: bool, tmp_path: Path):
-    """Every family's adapters come back from their files with the numbers that they had."""
+    """Every family's adapters are loaded from their files with the values that were saved."""
     plain = model(kind)
     plain.save_pretrained(tmp_path / "base")
     heads = [name for name, module in plain.named_modules() if module is plain.get_output_embeddings()]
@@ -354,7 +354,7 @@ def test_what_is_saved_is_loaded_again(kind: str, head: bool, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_next"])
 def test_routers_can_be_trained_as_a_whole(kind: str):
-    """A router is no layer for an adapter, and it is a module to save: it gets a gradient."""
+    """A router cannot have an adapter, but modules_to_save trains it: it gets a gradient."""
     wrapped = with_adapters(config(modules_to_save=["gate"]), model(kind)).train()
     wrapped(input_ids=torch.arange(3, 15)[None]).logits.sum().backward()
     routers = {n: p for n, p in wrapped.named_parameters() if ".gate.modules_to_save" in n and p.requires_grad}
@@ -363,7 +363,7 @@ def test_routers_can_be_trained_as_a_whole(kind: str):
 
 
 def test_adapters_that_nothing_passes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where the model's code does not call some adapted layers, a run says so; where it calls none, it is refused."""
+    """A note names adapted layers that the model's code never calls; if it calls none, the adapters are refused."""
     base = save_model("llama", tmp_path)
 
     def without_last_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A model whose LoRA layers are fused computes what PEFT's own do, and keeps less for it."""
+"""A model with fused LoRA layers computes what PEFT's own layers do, and keeps fewer activations."""
 
 import copy
 from collections.abc import Callable
@@ -25,10 +25,10 @@ def _same(model: Any) -> Any:
 
 
 def adapted(kind: str, base: Callable[[Any], Any] = _same, **options: Any) -> Any:
-    """A random model with random adapters, whose B is not zero."""
+    """Return a random model with random adapters, whose B is not zero."""
     torch.manual_seed(0)
     sizes = model_config(kind)
-    if base is not _same:  # rows of whole blocks of 64
+    if base is not _same:  # rows must be whole blocks of 64
         sizes.hidden_size, sizes.intermediate_size = 64, 128
     model = base(AutoModelForCausalLM.from_config(sizes))
     settings = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"} | options
@@ -40,7 +40,7 @@ def adapted(kind: str, base: Callable[[Any], Any] = _same, **options: Any) -> An
 
 
 def outcome(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The logits of a few tokens, and the gradient of every adapter."""
+    """Return the logits of a few tokens, and the gradient of every adapter."""
     model.zero_grad()
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         logits = model(input_ids=IDS).logits
@@ -50,7 +50,7 @@ def outcome(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Ten
 
 
 def calls(model: nn.Module) -> tuple[int, int]:
-    """How often a forward pass takes the fused layer, and the fused end of a gated MLP."""
+    """Count the calls of the fused layer, and of the fused end of a gated MLP, in one forward pass."""
     names: list[str] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         node = model(input_ids=IDS).logits.sum().grad_fn
@@ -76,7 +76,7 @@ def in_4_bits(model: nn.Module) -> nn.Module:
 
 
 def in_training(model: Any) -> Any:
-    """Out of training bitsandbytes packs weights for some processors in another way, which PEFT's code is left with."""
+    """Set training mode: otherwise bitsandbytes repacks weights for some processors, and PEFT's code runs."""
     return model.train()
 
 
@@ -93,7 +93,7 @@ def test_fused_is_what_peft_computes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_which_layers_are_fused(kind: str) -> None:
-    """All of two decoder layers: q, k, v and o, gate and up, and the MLP's end. GPT-2's layers are transposed."""
+    """In both decoder layers q, k, v, o, gate, up and the MLP's end are fused; GPT-2's transposed layers are not."""
     model = adapted(kind)
     assert calls(model) == (0, 0)
     fuse_lora(model)
@@ -112,7 +112,7 @@ def test_4_bits(kind: str) -> None:
 
 
 def in_float64(model: nn.Module) -> nn.Module:
-    """The same in float64, with the weights that 4 bits stand for."""
+    """Return a copy in float64, with the dequantised values of 4-bit weights."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -125,7 +125,7 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("base", [lambda m: m.bfloat16(), lambda m: in_4_bits(m.bfloat16())], ids=["plain", "4 bits"])
 def test_half_precision_is_as_near_to_float64_as_pefts(base: Callable[[Any], Any]) -> None:
-    """error(fused) ≤ 1.3 · error(PEFT) for an MLP: bfloat16 weights and float32 adapters, as on a GPU."""
+    """For an MLP with bfloat16 weights and float32 adapters, as on a GPU, error(fused) ≤ 1.3 · error(PEFT)."""
     model = in_training(adapted("llama", base))
     mlp = model.get_base_model().model.layers[0].mlp
     given = torch.randn(307, 64).bfloat16()
@@ -176,7 +176,7 @@ UNFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
 
 @pytest.mark.parametrize("case", UNFUSED)
 def test_what_else_is_asked_for_is_left_to_peft(case: str) -> None:
-    """Bit for bit, from the same random numbers."""
+    """Every other option runs PEFT's code: the logits are bit-identical from the same random numbers."""
     options, change = UNFUSED[case]
     if case.startswith("float32"):
         torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_dropout_is_nothing_in_evaluation() -> None:
 
 
 def kept(model: nn.Module, width: int) -> int:
-    """How many tensors of a width a forward pass keeps, weights aside."""
+    """Count the tensors of a width that a forward pass keeps for the backward pass, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, Tensor] = {}
 
@@ -228,7 +228,7 @@ def test_a_gated_mlp_keeps_its_gate_and_up_alone(base: Callable[[Any], Any]) -> 
 
 
 def test_a_hook_sees_what_enters_the_last_layer() -> None:
-    """The product is made for it, and only that MLP ends unfused."""
+    """For a hook on the last layer the product is computed, and only that MLP's end is not fused."""
     model = adapted("llama")
     fuse_lora(model)
     seen: list[Tensor] = []
@@ -257,7 +257,7 @@ def test_recomputed_in_the_backward_pass() -> None:
     ids=["returns what it was given", "a function", "in place", "trained"],
 )
 def test_activations(act: Any, gated: int) -> None:
-    """One that returns what it was given, and a function; one that overwrites it or is trained is left alone."""
+    """The end is fused if the activation is a function or returns its input, but not if it is in-place or trained."""
     model = adapted("llama")
     for module in model.modules():
         if hasattr(module, "act_fn"):
@@ -271,7 +271,7 @@ def test_activations(act: Any, gated: int) -> None:
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
-    """An adapter whose A is frozen; an input without gradient."""
+    """An adapter with a frozen A and an input without gradient get no gradient; everything else does."""
     model = adapted("llama")
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
@@ -289,7 +289,7 @@ def test_unfused_is_as_it_was() -> None:
     model = adapted("llama")
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     own = model.get_base_model().model.layers[0].mlp.gate_proj
-    own.forward = theirs = own.forward  # another library's
+    own.forward = theirs = own.forward  # the forward method of another library
     fuse_lora(model)
     assert own.forward is theirs
     assert calls(model) == (11, 2)
