@@ -22,7 +22,7 @@ def _exp_parts(x):
     x = tl.where(tiny, -87.0, x)
     x = tl.where(x > 89.0, 89.0, x)
     k = tl.floor(x * LOG2_E + 0.5)
-    power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)  # exact, which a card's exp2 need not be
+    power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)  # exact, unlike some GPUs' exp2
     r = (x - k * LN2_HIGH) - k * LN2_LOW
     tail = 1.0 / 720 + r * (1.0 / 5040 + r * (1.0 / 40320))
     tail = 0.5 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * tail)))

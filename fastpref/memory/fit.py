@@ -19,7 +19,7 @@ from fastpref.memory.step import StepMemory
 # libraries allocate inside an operation.
 MARGIN = 0.1
 _WORTHWHILE = 0.01  # the least share of a step's memory that a change must save
-_SHORTEST = 512  # tokens: the least `tokens.max_length` that is proposed, or half of a limit that is less already
+_SHORTEST = 512  # tokens: the least proposed `tokens.max_length`, or half of the rows' length if that is not longer
 
 Count = Callable[[tuple[str, ...]], StepMemory]  # the memory of a step with these overrides of its config
 

@@ -180,7 +180,7 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _any_length(mask: BlockMask, seen: Visible) -> None:
-    """Mark lengths as dynamic; otherwise the first length gets a kernel of its own, and all others a second one."""
+    """Mark lengths as dynamic. Otherwise the compiler makes one kernel for the first length and one for all others."""
     blocks = mask.as_tuple()
     for tensor in [*seen, *(part for part in blocks if isinstance(part, Tensor))]:
         for dimension in range(2 if tensor.dim() > 2 else 0, tensor.dim()):

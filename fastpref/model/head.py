@@ -20,7 +20,7 @@ from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
 
 @dataclass(frozen=True)
 class LogitSettings:
-    """logits = softcap(scale · (hidden·Wᵀ + b))"""
+    """The settings of logits = softcap(scale · (hidden·Wᵀ + b))."""
 
     softcap: float | None = None
     scale: float = 1.0

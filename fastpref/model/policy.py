@@ -20,7 +20,7 @@ class PolicyOutput(NamedTuple):
 
     @property
     def logp(self) -> Tensor:
-        """[N]"""
+        """The log-probabilities of the N scored tokens."""
         return self.tokens.logp
 
 

@@ -1,12 +1,12 @@
-"""The numerical trial of a model: the layout in which its tokens get the same hidden states as alone in a row.
+"""A numerical trial of a model, to find a layout in which tokens get the same hidden states as alone in a row.
 
-A layout may reach the attention of every layer and the result may still be wrong, silently: a module besides attention
-may mix neighbouring places (a state-space branch, a convolution), a mask may go by places of the row, or the code may
-check the attention's name. So a prompt with two responses and a second tree go through the model in the layout, and
-each response after its prompt goes through the model with its own attention, alone in a row.
+A layout may reach the attention of every layer and the result may still be silently wrong: a module besides attention
+may mix neighbouring positions (a state-space branch, a convolution), a mask may depend on positions in the row, or the
+code may check the attention's name. So a prompt with two responses and a second tree go through the model in the
+layout, and each response after its prompt goes through the model with its own attention, alone in a row.
 
-For a second pass, windows and chunks of thousands of tokens are made short in the model's config and in its modules, so
-that few tokens exceed them in both computations.
+For a second pass, windows and chunks of thousands of tokens are shortened in the model's config and in its modules, so
+that a few tokens exceed them in both computations.
 """
 
 import re
@@ -73,7 +73,7 @@ def choose_layout(
         policy: of the model.
         wanted: "auto" stands for trees.
         name: the registered attention that takes trees.
-        max_length: tokens of the longest row; a window that no row exceeds is not tried with padded rows.
+        max_length: tokens of the longest row; windows that no row exceeds are not tested with padded rows.
 
     Raises UserError for a model that computes padded rows differently from each row alone.
     """
@@ -316,7 +316,7 @@ class _Error(NamedTuple):
     """The errors of hidden states, relative to their size.
 
     Half precision may send single tokens to other experts, so `typical` decides if the comparison cannot be made in
-    float32. It includes the beginning of each response, where a leak from another sequence shows.
+    float32. It also covers the beginning of each sequence by itself, where a leak from another sequence shows.
     """
 
     largest: float  # over all tokens

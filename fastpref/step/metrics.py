@@ -26,7 +26,7 @@ class Responses:
 
 
 class Metrics:
-    """Sums and counts by name, collected without waiting for the device. `result` divides them.
+    """The sums and counts of metrics by name, collected without waiting for the device. `result` divides them.
 
     For pairs, rewards, their margins and accuracies (a tie counts half) and log-probabilities are means over pairs. For
     single responses (KTO), "chosen" are the means over the desirable rows and "rejected" those over the others. Margins

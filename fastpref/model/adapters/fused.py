@@ -68,7 +68,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class Product(Protocol):
-    """act(gate) · up"""
+    """The product act(gate) · up."""
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
 
@@ -176,7 +176,7 @@ class _GatedMLP:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """A frozen layer and its one adapter. It holds no tensors of its own, so the backward pass can keep it."""
+    """A frozen layer and its only adapter. It holds no tensors, so it costs no memory until the backward pass."""
 
     layer: Any
     name: str
@@ -184,7 +184,7 @@ class _Adapter:
 
     @property
     def base(self) -> Any:
-        """nn.Linear or Linear4bit"""
+        """The frozen layer, nn.Linear or Linear4bit."""
         return self.layer.base_layer
 
     @property
@@ -255,7 +255,7 @@ def _computes_in(base: Any, dtype: torch.dtype) -> bool:
 
 
 class _Adapted(torch.autograd.Function):
-    """base(x) + scaling · B(A(x))"""
+    """The function base(x) + scaling · B(A(x))."""
 
     @staticmethod
     def forward(
@@ -283,7 +283,7 @@ class _Adapted(torch.autograd.Function):
 
 
 class _GatedAdapted(torch.autograd.Function):
-    """base(x) + scaling · B(A(x)) with x = act(gate) · up, which is not stored for the backward pass."""
+    """The function base(x) + scaling · B(A(x)) of x = act(gate) · up, which is not stored for the backward pass."""
 
     @staticmethod
     def forward(
