@@ -1,4 +1,4 @@
-"""Triton kernels of the vocabulary walk, the loop over the vocabulary that stores no logits in memory.
+"""Triton kernels of the vocabulary walk, the loop over the vocabulary that never stores the matrix of all logits.
 
 The main loop, `_walk_kernel`, has two parts. First comes the product of a row block with columns of the weight, in
 float32 registers (FUSED), or a tile of that product from the library (on GPUs that fused tiles do not fit). Then comes
