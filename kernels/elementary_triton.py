@@ -1,7 +1,7 @@
-"""Elementary functions for Triton kernels, in float32 to a few units in the last place.
+"""Elementary functions for Triton kernels, in float32, accurate to a few units in the last place.
 
-Triton has no expm1 and no log1p of its own (libdevice's do not run in its interpreter), and a card's exp is off by |x|
-roundings. A clamp is written as `where(x > bound, bound, x)`, which, unlike a minimum, lets a NaN through.
+Triton has no expm1 and no log1p (libdevice's do not run in its interpreter), and a GPU's exp has an error of |x|
+roundings. A clamp is written as `where(x > bound, bound, x)`, which, unlike a minimum, propagates a NaN.
 """
 
 import triton
@@ -14,13 +14,15 @@ LN2, LOG2_E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _exp_parts(x):
-    """2ᵏ and e^r − 1 with eˣ = 2ᵏ·e^r, |r| ≤ ½ ln 2. Below e⁻⁸⁷, where float32 leaves its range, 2ᵏ is 0, above e⁸⁸ it
-    is infinite."""
+    """Return 2ᵏ and e^r − 1 with eˣ = 2ᵏ·e^r, |r| ≤ ½ ln 2.
+
+    Outside the range of float32, 2ᵏ is 0 (below e⁻⁸⁷) or infinite (above e⁸⁸).
+    """
     tiny = x < -87.0
     x = tl.where(tiny, -87.0, x)
     x = tl.where(x > 89.0, 89.0, x)
     k = tl.floor(x * LOG2_E + 0.5)
-    power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)  # exact, which a card's exp2 need not be
+    power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)  # exact, unlike some GPUs' exp2
     r = (x - k * LN2_HIGH) - k * LN2_LOW
     tail = 1.0 / 720 + r * (1.0 / 5040 + r * (1.0 / 40320))
     tail = 0.5 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * tail)))
@@ -41,7 +43,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(u):
-    """2·artanh(u/(2 + u)), for −½ ≤ u ≤ 1."""
+    """Return 2·artanh(u/(2 + u)), for −½ ≤ u ≤ 1."""
     t = u / (2.0 + u)
     q = t * t
     tail = 1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13 + q * (1.0 / 15 + q * (1.0 / 17))))
@@ -51,7 +53,7 @@ def log1p(u):
 
 @triton.jit
 def logistic(x):
-    """−logσ(x), −logσ(−x), σ(x) and σ(−x), all from one exponential."""
+    """Return −logσ(x), −logσ(−x), σ(x) and σ(−x), all from one exponential."""
     e = exp(-tl.abs(x))
     rest = log1p(e)
     larger, smaller = 1.0 / (1.0 + e), e / (1.0 + e)

@@ -1,16 +1,16 @@
-"""Weights of a linear head: objects that return rows [a, b) of the vocabulary.
+"""The weight of a linear head, as an object that returns rows [a, b) of the vocabulary.
 
     DenseWeight        a tensor on the device
     FourBitWeight      bitsandbytes nf4 or fp4; each slice is dequantised when it is needed
-    OffloadedWeight    a tensor in host memory; on a GPU the next slice is copied while this one is used
-    WidenedWeight      any of them with additional columns, the only trained ones: LoRA
+    OffloadedWeight    a tensor in host memory; on a GPU the next slice is copied while the current one is used
+    WidenedWeight      any of these with additional columns, which alone are trained: LoRA
 
-LoRA on a head, z = h·Wᵀ + s·(h·Aᵀ)·Bᵀ, is one wider product: [h, s·h·Aᵀ]·[W, B]ᵀ. So the gradient of A (and of a
-dropout before it) is autograd's, through the wider hidden states; that of B is the gradient of the further columns;
-and W + s·B·A is never merged, nor rounded.
+LoRA on a head, z = h·Wᵀ + s·(h·Aᵀ)·Bᵀ, is one wider product: [h, s·h·Aᵀ]·[W, B]ᵀ. So autograd computes the gradient of
+A (and of a dropout before it) through the wider hidden states, the gradient of B is that of the additional columns,
+and W + s·B·A is never merged, so it is never rounded.
 
-`torch.library` operators take tensors and strings: a weight comes apart into `tensors` and a `kind`, from which
-`assemble` makes it again.
+`torch.library` operators take tensors and strings, so a weight is passed as its `tensors` and its `kind`, from which
+`assemble` rebuilds it.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +28,7 @@ class HeadWeight(ABC):
         self,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        device: torch.device,  # where `rows` and `gather` return their tensors
+        device: torch.device,  # of the tensors that `rows` and `gather` return
         *,
         kind: str,
         tensors: Sequence[Tensor],
@@ -39,15 +39,15 @@ class HeadWeight(ABC):
 
     @abstractmethod
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows [first, last) of the vocabulary, [last − first, H]; callers ask in ascending order."""
+        """Return rows [first, last) of the vocabulary, [last − first, H]. Callers use ascending order."""
 
     @abstractmethod
     def gather(self, index: Tensor) -> Tensor:
-        """The rows of an index [N], [N, H]."""
+        """Return the rows [N, H] of an index [N]."""
 
     @property
     def trained(self) -> Tensor | None:
-        """The trainable part, [V, T]: the last T of the H columns."""
+        """The trainable part, the last T of the H columns, [V, T], or None."""
         return None
 
 
@@ -71,7 +71,7 @@ class DenseWeight(HeadWeight):
 
 
 class FourBitWeight(HeadWeight):
-    """A weight that bitsandbytes holds in 4 bits. H must be a multiple of its block size, so that rows are whole."""
+    """A weight that bitsandbytes stores in 4 bits. H must be a multiple of the block size, so that rows are whole."""
 
     def __init__(self, packed: Tensor, absmax: Tensor, quant_type: str, shape: tuple[int, int], dtype: torch.dtype):
         self.packed = packed.view(torch.uint8).view(shape[0], -1)  # [V, H/2]
@@ -89,9 +89,9 @@ class FourBitWeight(HeadWeight):
 
     @classmethod
     def of(cls, weight: Any, dtype: torch.dtype | None = None) -> "FourBitWeight":
-        """From a `bitsandbytes.nn.Params4bit`; slices come as `dtype`, by default the one it was quantised from.
+        """Make one from a `bitsandbytes.nn.Params4bit`. Slices have `dtype`, by default the one before quantization.
 
-        Raises ValueError for a weight that is not cut into whole blocks, or not laid out for training.
+        Raises ValueError for a weight whose rows are not whole blocks, or that is not in the format for training.
         """
         import bitsandbytes.functional as bnb
 
@@ -125,14 +125,14 @@ class FourBitWeight(HeadWeight):
 
 
 class OffloadedWeight(HeadWeight):
-    """A weight in host memory; slices are copied to `device`, the next one while this one is used if pinned."""
+    """A weight in host memory. Slices are copied to `device`, the next one during the use of the current if pinned."""
 
     def __init__(self, weight: Tensor, device: torch.device | str):  # [V, H]
         device, (vocabulary, width) = torch.device(device), weight.shape
         super().__init__((vocabulary, width), weight.dtype, device, kind=f"host {device}", tensors=[weight], copies=2)
         self.weight = weight
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: list[Tensor] = []  # two: one in use, one on its way
+        self._buffers: list[Tensor] = []  # two: one in use, one being copied
         self._coming: tuple[int, int, Tensor] | None = None
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -154,7 +154,7 @@ class OffloadedWeight(HeadWeight):
 
     def _fetch(self, first: int, last: int) -> None:
         assert self._stream is not None
-        # Work queued so far is the last to read this buffer: the slice in use lies in the other one.
+        # Only work that is already queued still reads this buffer: the current slice is in the other one.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._buffers.reverse()
         with torch.cuda.stream(self._stream):
@@ -166,7 +166,7 @@ class OffloadedWeight(HeadWeight):
 
 
 class WidenedWeight(HeadWeight):
-    """A weight with additional columns, [W, B]; only those are trained."""
+    """A weight with additional columns, [W, B], which alone are trained."""
 
     def __init__(self, base: HeadWeight, columns: Tensor):  # [V, T]
         vocabulary, width = base.shape
@@ -192,7 +192,7 @@ class WidenedWeight(HeadWeight):
 
 
 def assemble(kind: str, tensors: Sequence[Tensor]) -> HeadWeight:
-    """The weight whose `kind` and `tensors` these are."""
+    """Rebuild a weight from its `kind` and `tensors`."""
     name, _, rest = kind.partition(" ")
     if name == "widened":
         return WidenedWeight(assemble(rest, tensors[:-1]), tensors[-1])

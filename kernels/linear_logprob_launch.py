@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of the vocabulary walk; the same functions as `linear_logprob_torch.py`."""
+"""Launches of the Triton kernels of the vocabulary walk, by the same functions as in `linear_logprob_torch.py`."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ from fastpref.kernels.linear_logprob_triton import (
 )
 from fastpref.kernels.tiles import Tile, Tiles, cdiv, choose_tiles, interpreted
 
-# How far, in nats, a maximum may run above a row's offset before the offset moves: e^20 leaves sums of squares over any
-# vocabulary far inside float32. float16 holds 65,504 at most, so there the offset moves with every maximum.
+# How far, in nats, a maximum may be above a row's offset before the offset moves. With e^20, sums of squares over any
+# vocabulary stay far inside float32's range. float16 ends at 65,504, so there the offset moves with every maximum.
 LAZY = 20.0
-# Row blocks that share L2: 16 of 128 rows of 4,096 hidden units are 17 MB in bfloat16, and cards have 40 MB and more.
+# Row blocks that share L2: 16 of 128 rows of 4,096 hidden units are 17 MB in bfloat16, and GPUs have 40 MB or more.
 GROUP = 16
 # Rows and columns of the blocks of the other kernels.
 COMBINE_BLOCK = 128
@@ -45,7 +45,7 @@ def walk_vocabulary(
     with_grad: bool,
     lazy: float = LAZY,
 ) -> WalkResult:
-    """As `linear_logprob_torch.walk_vocabulary`. `lazy` is how far a maximum may run ahead of its row's offset."""
+    """Compute the same as `linear_logprob_torch.walk_vocabulary`. `lazy` is explained at LAZY."""
     tiles = _tiles(hidden)
     lean = with_grad and bias is None and transform.softcap is None and not outputs
     tile = tiles.lean if lean else tiles.full
@@ -70,11 +70,11 @@ def _tiles(hidden: Tensor) -> Tiles:
 
 
 def plan_tile(hidden: Tensor, weight: HeadWeight, budget: int, tile: Tile, *, stored: bool) -> TileShape:
-    """Choose how many rows and columns are computed at once. A logit takes memory for its exponential, if that is
-    stored, and for the product, if the library computes it; a column for the copies of its weights. Where neither
-    takes any, everything is computed at once.
+    """Choose how many rows and columns are computed at once.
 
-    All rows stay together while they leave a tile 2,048 columns wide; then there are fewer rows.
+    A logit takes memory for its exponential, if that is stored, and for the product, if the library computes it. A
+    column takes memory for the copies of its weights. If neither takes any, everything is computed at once. The tile
+    has all rows as long as it can be 2,048 columns wide; otherwise it has fewer rows.
     """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     logit = hidden.element_size() * stored + 4 * (not tile.fused)  # bytes
@@ -103,9 +103,9 @@ class _Statistics(NamedTuple):
     The kernels take them as pointers in this order.
     """
 
-    base: Tensor  # what the sums are relative to
+    base: Tensor  # the offset of the sums
     sum_others: Tensor  # Σ_{v≠y} E
-    z_target: Tensor  # z_y, or −inf where the target is not among the columns
+    z_target: Tensor  # z_y, or −inf if the target is not among the columns
     sum_ez: Tensor  # Σ_{v≠y} E·(z − base)
     sum_ee: Tensor  # Σ_{v≠y} E²
     sum_z: Tensor  # Σ z
@@ -114,25 +114,25 @@ class _Statistics(NamedTuple):
 
     @classmethod
     def of_splits(cls, splits: int, rows: int, device: torch.device) -> "_Statistics":
-        """Memory for the statistics of S splits."""
+        """Allocate the statistics of S splits."""
         return cls(*torch.empty((len(cls._fields), splits, rows), dtype=torch.float32, device=device).unbind(0))
 
     @classmethod
     def of_no_columns(cls, rows: int, device: torch.device) -> "_Statistics":
-        """The running statistics before the first column."""
+        """Return the running statistics before the first column."""
         start = [0.0 if name.startswith("sum_") else float("-inf") for name in cls._fields]
         return cls(*torch.tensor(start, dtype=torch.float32, device=device)[:, None].repeat(1, rows).unbind(0))
 
 
 @dataclass(frozen=True)
 class _Logits:
-    """How logits are computed, and which sums of them are needed."""
+    """The settings for computing logits, and the sums of them that are needed."""
 
     bias: Tensor | None  # [V]
     transform: LogitTransform
     outputs: tuple[str, ...]
     tile: Tile
-    product: Tensor | None  # [rows, columns] float32 scratch where the library multiplies
+    product: Tensor | None  # [rows, columns] float32 scratch if the library multiplies
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -148,11 +148,11 @@ class _Logits:
         hidden: Tensor,  # [n, H]
         weight: Tensor,  # [c, H] a slice of the head
         targets: Tensor,  # [n]
-        first: int,  # the slice's place in the vocabulary
+        first: int,  # the slice's first index in the vocabulary
         per_split: int,  # columns
         splits: int,
         rows: tuple[Tensor, Tensor, Tensor],  # [n] each: offset, factor, at_target; not every mode reads them
-        out: Tensor,  # [n, c] what is stored
+        out: Tensor,  # [n, c] the stored tile
         parts: _Statistics,  # [splits, n]
         lazy: float = 0.0,
     ) -> None:
@@ -175,18 +175,18 @@ class _Logits:
 
 
 class _RowBlock:
-    """Some rows on their walk over the vocabulary: running statistics, and the launches that add to them."""
+    """The running statistics of some rows during the walk over the vocabulary, and the launches that update them."""
 
     def __init__(self, hidden: Tensor, targets: Tensor, logits: _Logits, lazy: float):
         self.hidden, self.targets, self.logits = hidden, targets, logits
         self.lazy = 0.0 if hidden.dtype == torch.float16 else lazy
         n, device = hidden.shape[0], hidden.device
         self.running = _Statistics.of_no_columns(n, device)  # [n]
-        self.shrunk = torch.empty(n, dtype=torch.float32, device=device)  # [N] what O is multiplied with
+        self.shrunk = torch.empty(n, dtype=torch.float32, device=device)  # [N] the factor for O
         self.others: Tensor | None = None  # [N, H] O
 
     def run(self, weight: HeadWeight, columns: int, *, with_grad: bool) -> None:
-        """Walk over the vocabulary, `columns` at a time; with a gradient, store their exponentials and add E·W to O."""
+        """Walk over the vocabulary, `columns` at a time. With a gradient, store exponentials and add E·W to O."""
         n, vocabulary = self.hidden.shape[0], weight.shape[0]
         stored = None
         if with_grad:
@@ -205,14 +205,14 @@ class _RowBlock:
             add_product(self.others, tile, slice_)
 
     def _columns_a_split(self, columns: int) -> int:
-        """As many splits as keep the device busy."""
+        """Return the columns per split, with as many splits as keep the device busy."""
         tile = self.logits.tile
         row_blocks, column_blocks = cdiv(self.hidden.shape[0], tile.n), cdiv(columns, tile.v)
         splits = max(1, min(column_blocks, cdiv(4 * processors(self.hidden.device), row_blocks), 64))
         return cdiv(column_blocks, splits) * tile.v
 
     def _fold(self, mode: int, slice_: Tensor, first: int, per_split: int, out: Tensor) -> Tensor:
-        """WalkResult a slice in splits and add their statistics to the running ones. The splits' bases, [S, N]."""
+        """Walk over a slice in splits and add their statistics to the running ones. Return the splits' bases [S, N]."""
         n, splits = self.hidden.shape[0], cdiv(slice_.shape[0], per_split)
         parts = _Statistics.of_splits(splits, n, self.hidden.device)
         rows = (self.running.base, self.shrunk, self.shrunk)
@@ -284,7 +284,7 @@ def scale_rows(
     rows: int,  # M
     dtype: torch.dtype,
 ) -> Tensor:
-    """As `linear_logprob_torch.scale_rows`, without atomics: each of the M rows is summed by one program."""
+    """Compute the same as `linear_logprob_torch.scale_rows` without atomics: one program sums each of the M rows."""
     width = grad.shape[1]
     if positions is None:
         order, begin = (torch.arange(length, device=grad.device) for length in (rows, rows + 1))
@@ -312,8 +312,10 @@ def recompute_gradients(
     budget: int,  # bytes
     wanted: tuple[bool, bool, bool],  # hidden, weight, bias
 ) -> HeadGrads:
-    """As `linear_logprob_torch.recompute_gradients`: the tile of ∂loss/∂logits from the kernel, its products from the
-    library, the vocabulary outermost."""
+    """Compute the same as `linear_logprob_torch.recompute_gradients`.
+
+    The kernel computes each tile of ∂loss/∂logits, the library its products. The outer loop is over the vocabulary.
+    """
     tiles = _tiles(hidden)
     tile = tiles.lean if bias is None and transform.softcap is None else tiles.full
     hidden = _rows_contiguous(hidden)
@@ -329,7 +331,7 @@ def recompute_gradients(
     stored = hidden.new_empty((shape.rows, min(shape.columns, vocabulary)))
     want_hidden, want_weight, want_bias = wanted
     trained = weight.trained if want_weight else None
-    kept = hidden if trained is None else hidden[:, -trained.shape[1] :]  # what the trained columns multiply
+    kept = hidden if trained is None else hidden[:, -trained.shape[1] :]  # the hidden units of the trained columns
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
     d_weight = None if trained is None else torch.empty_like(trained)
     d_bias = torch.empty_like(bias) if want_bias and bias is not None else None
@@ -372,7 +374,7 @@ def multiply(
     weight: Tensor,  # [c, H]
     out: Tensor,  # [n, c] float32
 ) -> Tensor:
-    """hidden·weightᵀ, accumulated and kept in float32, by the library's matrix product."""
+    """Compute hidden·weightᵀ, accumulated and stored in float32, by the library's matrix product."""
     weight = weight.to(hidden.dtype).t()
     if hidden.dtype == torch.float32:
         return torch.mm(hidden, weight, out=out)
@@ -382,13 +384,13 @@ def multiply(
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left·right, accumulated in float32, by the library's matrix product."""
+    """Add left·right to `total`, accumulated in float32, by the library's matrix product."""
     right = right.to(left.dtype)
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:  # the interpreter's tensors are on a CPU, where a product of half precision is rounded to it
+    else:  # the interpreter's tensors are on a CPU, whose product of half precision is rounded to half precision
         total.addmm_(left.float(), right.float())
 
 

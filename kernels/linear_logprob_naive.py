@@ -1,6 +1,6 @@
-"""The definition of a linear layer's token log-probabilities: every logit, in memory, in the inputs' own dtype.
+"""The definition of a linear layer's token log-probabilities, with all logits in memory, in the inputs' own dtype.
 
-The truth (in float64) and the yardstick (in the dtype under test) for every faster way of computing the same.
+Tests compare every faster implementation with its results in float64, and with its errors in the dtype under test.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,10 @@ def linear_logprob_naive(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
 ) -> NaiveLogprobs:
-    """`log_softmax(z)[targets]` and its companions, z = softcap(a·(hidden·Wᵀ + b))/τ, softcap(x) = c·tanh(x/c)."""
+    """Compute `log_softmax(z)[targets]` and the other outputs of logits z.
+
+    z = softcap(a·(hidden·Wᵀ + b))/τ, where softcap(x) = c·tanh(x/c).
+    """
     logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -38,7 +41,7 @@ def naive_logprobs(
     logits: Tensor,  # [N, V]
     targets: Tensor,  # [N] int64
 ) -> NaiveLogprobs:
-    """The same of logits that are there already."""
+    """Compute the outputs from given logits."""
     logps = logits.log_softmax(-1)
     probs = logps.exp()
     return NaiveLogprobs(

@@ -1,11 +1,11 @@
-"""`linear_logprob` as `torch.library` operators: what the dispatcher, autograd, FakeTensor and `torch.compile` see.
+"""`linear_logprob` as `torch.library` operators, for the dispatcher, autograd, FakeTensor and `torch.compile`.
 
-    fastpref::linear_logprob            one walk over the vocabulary; with `with_grad` it leaves g = ∂logp/∂h
-    fastpref::linear_logprob_scale      the backward pass of a frozen head: g scaled and put back at its positions
-    fastpref::linear_logprob_recompute  the backward pass of a trained head: every tile's logits are made again
+    fastpref::linear_logprob            one walk over the vocabulary; with `with_grad` it returns g = ∂logp/∂h
+    fastpref::linear_logprob_scale      the backward pass of a frozen head: g is scaled and written to its positions
+    fastpref::linear_logprob_recompute  the backward pass of a trained head: every tile's logits are recomputed
 
-Operators take tensors, numbers and strings only. So a head travels as its tensors and its kind (`head_weight.py`), and
-an output that was not requested comes back as a tensor without elements.
+Operators take tensors, numbers and strings only. So a head is passed as its tensors and its kind (`head_weight.py`),
+and an output that was not requested is a tensor without elements.
 """
 
 import importlib.util
@@ -30,12 +30,12 @@ class OperatorOutput(NamedTuple):
     mean_logit: Tensor
     log_sum_sq_probs: Tensor
     is_top1: Tensor
-    statistics: Tensor  # [3, N] z_target, maximum and sum_others, without `with_grad`: for a recomputation
+    statistics: Tensor  # [3, N] z_target, maximum and sum_others for a recomputation, without `with_grad`
     grad: Tensor  # [N, H] with `with_grad`
 
 
 def kernels_for(backend: str, hidden: Tensor) -> ModuleType:
-    """The module that walks the vocabulary for these tensors. Raises ValueError for "triton" where it cannot."""
+    """Return the module with the kernels for these tensors. Raises ValueError if "triton" cannot run for them."""
     if backend == "torch" or (backend == "auto" and hidden.device.type != "cuda"):
         return linear_logprob_torch
     reason = "Triton is not installed"
@@ -92,7 +92,7 @@ def linear_logprob(
 
 
 def _check_range(name: str, index: Tensor, length: int, of: str) -> None:
-    """Every entry lies in [0, length). On a device an assertion there, which does not make the host wait."""
+    """Check that every entry is in [0, length). On a GPU this is a device-side assertion: the host does not wait."""
     if type(index) is not Tensor:  # a FakeTensor, which has no values
         return
     inside = ((index >= 0) & (index < length)).all()
@@ -104,7 +104,7 @@ def _check_range(name: str, index: Tensor, length: int, of: str) -> None:
 
 
 def _shapes(hidden: Tensor, targets: Tensor, outputs: str, with_grad: bool) -> OperatorOutput:
-    """Results of the right shapes and dtypes, their values left open."""
+    """Return results with the right shapes and dtypes, and undefined values."""
     n, dtype = targets.shape[0], compute_dtype(hidden)
     names = ("logp", *outputs.split(","))
     shapes = {name: hidden.new_empty(n if name in names else 0, dtype=dtype) for name in OperatorOutput._fields[:5]}

@@ -1,18 +1,18 @@
 """Token log-probabilities of a linear head by tiles of the vocabulary, in plain torch operations.
 
-With z = softcap(a·(h·W + b))/τ and y the target, one walk over the vocabulary keeps, for every row, the running
-maximum m and the sums below *without the target's column*; E = exp(z − m):
+With z = softcap(a·(h·W + b))/τ and the target y, one walk over the vocabulary updates, for every row, the running
+maximum m and the sums below *without the target's column*, where E = exp(z − m):
 
     s_o = Σ_{v≠y} E_v                    O = Σ_{v≠y} E_v · softcap'_v · W_v
     logp = (z_y − m) − log(s_o + e^{z_y − m})
     g = ∂logp/∂h = (a/τ) · [ (s_o/s) · softcap'_y · W_y − O/s ],     s = s_o + e^{z_y − m}
 
-A loss reaches the model only through logp, so with a frozen head g is the whole gradient up to one scalar a row and
-the backward pass needs no second look at the vocabulary. The target is kept out of the sums because W_y − Σ p_v·W_v
-cancels where p_y is near one: there 1 − p_y must come from the sum of the others.
+A loss depends on the model only through logp. So with a frozen head g is the whole gradient up to one scalar per row,
+and the backward pass needs no second walk. The sums exclude the target because W_y − Σ p_v·W_v cancels if p_y is near
+one: there 1 − p_y must come from the sum over the other tokens.
 
-Logits, exponentials and sums are float32 (float64 for float64 inputs) whatever the inputs are. All large operations
-work in place in one tile that is sized to the budget, and to the cache of a CPU.
+Logits, exponentials and sums are float32 (float64 for float64 inputs), whatever the dtype of the inputs. All large
+operations work in place in one tile, whose size fits the budget and the cache of a CPU.
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ from fastpref.kernels.head_weight import HeadWeight
 
 # Columns of a tile: wide enough for the matrix product, narrow enough that a tile of some hundred rows stays in cache.
 TILE_COLUMNS = 8192
-# A matrix product with fewer rows or columns than this may be one long sum a value, in the library's order.
+# In a matrix product with fewer rows or columns than this, the library may compute each value as one long sum.
 FEW_ROWS = 16
-RUN = 256  # columns of a tile that such a product sums on end
+RUN = 256  # columns of a tile that such a product may sum at a time
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """z = softcap(scale · x)/temperature of a raw logit x; softcap(x) = c·tanh(x/c)."""
+    """The function z = softcap(scale · x)/temperature of a raw logit x, where softcap(x) = c·tanh(x/c)."""
 
     softcap: float | None = None
     scale: float = 1.0
@@ -40,21 +40,21 @@ class LogitTransform:
 
     @property
     def gain(self) -> float:
-        """The factor of the matrix product: the product times it is z, or with a softcap the argument of tanh."""
+        """The factor by which the matrix product becomes z, or with a softcap the argument of tanh."""
         return self.scale / (self.temperature if self.softcap is None else self.softcap)
 
     @property
     def slope(self) -> float:
-        """dz/dx apart from softcap', the same for every logit."""
+        """The factor of dz/dx without softcap', the same for every logit."""
         return self.scale / self.temperature
 
     @property
     def cap(self) -> float:
-        """z of a tangent of 1: c/τ, or 1 without a softcap."""
+        """The value of z where tanh is 1: c/τ, or 1 without a softcap."""
         return 1.0 if self.softcap is None else self.softcap / self.temperature
 
     def softcap_slope(self, z: Tensor) -> Tensor | float:
-        """softcap' where the capped and divided logit is z."""
+        """Return softcap' at the logit whose transformed value is z."""
         if self.softcap is None:
             return 1.0
         return 1 - (z / self.cap).square()
@@ -64,7 +64,7 @@ class WalkResult(NamedTuple):
     """The results of one walk over the vocabulary for each row, float32 (float64 for float64 inputs)."""
 
     z_target: Tensor  # [N]
-    maximum: Tensor  # [N] m, which the sums are relative to; in Triton an offset near it
+    maximum: Tensor  # [N] m, the offset of the sums; with Triton a number near the maximum
     sum_others: Tensor  # [N] s_o
     logp: Tensor  # [N]
     entropy: Tensor | None  # [N]
@@ -88,16 +88,16 @@ def plan_tile(
     vocabulary: int,
     budget: int,  # bytes
     *,
-    buffers: int,  # [rows, columns] scratch tensors alive at once
-    weight_copies: int,  # [columns, H] scratch tensors alive at once
+    buffers: int,  # [rows, columns] scratch tensors that exist at once
+    weight_copies: int,  # [columns, H] scratch tensors that exist at once
 ) -> TileShape:
-    """The largest tile within the budget: first the columns, of which copied weights may take half, then the rows.
+    """Return the largest tile within the budget: first the columns, whose weight copies may take half, then the rows.
 
-    Only a tile of one row and one column may be larger than the budget.
+    Only a tile of one row and one column may exceed the budget.
     """
     n, width = hidden.shape
     size = compute_dtype(hidden).itemsize
-    copied = weight_copies * width * size  # bytes a column
+    copied = weight_copies * width * size  # bytes per column
     columns = min(TILE_COLUMNS, vocabulary, budget // (buffers * size + copied))
     if copied:
         columns = min(columns, budget // 2 // copied)
@@ -124,11 +124,11 @@ class _Scratch:
         return self._buffers[buffer][:rows, :columns]
 
     def weights(self, weight: Tensor) -> Tensor:
-        """A slice of the weight [c, H] in the dtype of the computation: itself, or a copy."""
+        """Return a slice of the weight [c, H] in the dtype of the computation: itself, or a copy."""
         return weight if self._cast is None else self._cast[: weight.shape[0]].copy_(weight)
 
     def weight_grads(self, columns: int) -> Tensor:
-        """Zeros for a slice of the weight's gradient, [columns, T]."""
+        """Return zeros for a slice of the weight's gradient, [columns, T]."""
         return self._grads[:columns].zero_()
 
 
@@ -139,7 +139,7 @@ def _logits(
     bias: Tensor | None,  # [c]
     transform: LogitTransform,
 ) -> Tensor:
-    """gain·(h·Wᵀ + b) into `out`: z itself, or with a softcap the tangent t with z = (c/τ)·t."""
+    """Write gain·(h·Wᵀ + b) to `out`, which is z, or with a softcap the tanh t of it, with z = (c/τ)·t."""
     gain = transform.gain
     if bias is None:
         torch.addmm(out, hidden, weight.t(), beta=0, alpha=gain, out=out)
@@ -149,15 +149,15 @@ def _logits(
 
 
 def _softcap_slope(tangent: Tensor) -> Tensor:
-    """softcap' = 1 − t², in place."""
+    """Compute softcap' = 1 − t² in place."""
     return tangent.square_().neg_().add_(1)
 
 
 def _add_product(out: Tensor, e: Tensor, w: Tensor) -> None:
-    """out [n, H] += e [n, c] · w [c, H].
+    """Add e [n, c] · w [c, H] to `out` [n, H].
 
-    For large matrices a BLAS cuts the sums over c into blocks. For a few rows it need not: MKL adds up all 8,192
-    columns of a tile one after another, which is off by 10 to 50 roundings instead of one. So the sums are cut here.
+    For large matrices a BLAS splits the sums over c into blocks. For a few rows it need not: MKL adds up all 8,192
+    columns of a tile one after another, with an error of 10 to 50 roundings instead of one. So they are split here.
     """
     if e.shape[1] <= RUN or min(out.shape) >= FEW_ROWS:
         out.addmm_(e, w)
@@ -173,9 +173,9 @@ def _put_targets(
     start: int,  # the tile's first column
     value: Tensor | float,  # [n]
 ) -> tuple[Tensor, Tensor]:
-    """Put a value at every target that lies in this tile. Returns which targets do, [n] bool, and the old values, [n].
+    """Put a value at every target inside this tile. Return which targets are inside, [n] bool, and the old values, [n].
 
-    No shape depends on which do, so that a device is not waited for and FakeTensor can run it.
+    No shape depends on the targets, so that the host does not wait for the device and fake tensors work.
     """
     place = targets - start
     inside, columns = (place >= 0) & (place < tile.shape[1]), place.clamp(0, tile.shape[1] - 1)[:, None]
@@ -195,7 +195,7 @@ def walk_vocabulary(
     budget: int,  # bytes
     with_grad: bool,
 ) -> WalkResult:
-    """One walk over the vocabulary for all rows: log-probabilities, the requested outputs, and g if `with_grad`."""
+    """Walk over the vocabulary for all rows. Return log-probabilities, the requested outputs, and g if `with_grad`."""
     spread = "entropy" in outputs or "log_sum_sq_probs" in outputs
     buffers = 1 + (transform.softcap is not None) + spread
     cast = weight.dtype != compute_dtype(hidden)
@@ -218,7 +218,7 @@ def walk_vocabulary(
 
 
 class _Rows:
-    """The running sums of n rows on their way over the vocabulary, float32 (or float64)."""
+    """The running sums of n rows during the walk over the vocabulary, float32 (or float64)."""
 
     def __init__(
         self, hidden: Tensor, targets: Tensor, transform: LogitTransform, outputs: tuple[str, ...], with_grad: bool
@@ -232,14 +232,14 @@ class _Rows:
         self.sum_z = h.new_zeros(n)  # Σ z
         self.sum_ez = h.new_zeros(n)  # Σ_{v≠y} E·(z − m)
         self.sum_ee = h.new_zeros(n)  # Σ_{v≠y} E²
-        self.leads = torch.zeros(n, dtype=torch.bool, device=h.device)  # the target was the first maximum so far
+        self.leads = torch.zeros(n, dtype=torch.bool, device=h.device)  # whether the target became the maximum
         self.others = torch.zeros_like(h) if with_grad else None  # O
 
     def fold(
         self,
         z: Tensor,  # [n, c], overwritten
         tangent: Tensor | None,  # [n, c], overwritten
-        e: Tensor,  # [n, c] where the exponentials go; z itself if z is not needed any more
+        e: Tensor,  # [n, c] output for the exponentials; z itself if z is not needed any more
         w: Tensor,  # [c, H]
         start: int,  # the tile's first column
     ) -> None:
@@ -252,7 +252,7 @@ class _Rows:
         if "mean_logit" in self.outputs:
             self.sum_z += z.sum(dim=1)
         maximum = torch.maximum(self.maximum, tile_maximum)
-        # Exp of what is put there is 0; it is finite, so that 0 · it stays 0.
+        # A value whose exp is 0, but finite, so that its product with 0 is 0.
         inside, values = _put_targets(z, self.targets, start, torch.finfo(z.dtype).min / 4)
         self.z_target = torch.where(inside, values, self.z_target)
 
@@ -276,7 +276,7 @@ class _Rows:
         """Compute the results from the sums of all tiles; `dtype` is that of the hidden states."""
         behind = self.z_target - self.maximum  # ≤ 0
         e_target = behind.exp()
-        # Exact where the target is the maximum and s_o tiny.
+        # Accurate even if the target is the maximum and s_o is tiny.
         log_s = torch.log1p(self.sum_others + torch.expm1(behind))
         s = self.sum_others + e_target
         entropy = log_s - (self.sum_ez + e_target * behind) / s
@@ -294,7 +294,7 @@ class _Rows:
         )
 
     def _gradient(self, others: Tensor, s: Tensor, weight: HeadWeight, dtype: torch.dtype) -> Tensor:
-        """g, made in the place of O."""
+        """Compute g in the memory of O."""
         w_target = weight.gather(self.targets).to(others.dtype)
         coefficient = self.sum_others / s * self.transform.softcap_slope(self.z_target)
         others.mul_((-1 / s)[:, None]).addcmul_(w_target, coefficient[:, None])
@@ -305,11 +305,11 @@ class _Rows:
 def scale_rows(
     grad: Tensor,  # [N, H] g
     coefficient: Tensor,  # [N] ∂loss/∂logp
-    positions: Tensor | None,  # [N] int64 in [0, M), repeats allowed; None: row n belongs at place n
+    positions: Tensor | None,  # [N] int64 in [0, M), repeats allowed; None: row n has position n
     rows: int,  # M
     dtype: torch.dtype,
 ) -> Tensor:
-    """coefficient·g at every row's position, [M, H] of `dtype`; sums where positions repeat, zeros elsewhere."""
+    """Return coefficient·g at every row's position, [M, H] of `dtype`: sums at repeated positions, zeros elsewhere."""
     scaled = grad * coefficient[:, None]
     if positions is not None:
         scaled = scaled.new_zeros(rows, grad.shape[1]).index_add_(0, positions, scaled)
@@ -318,7 +318,7 @@ def scale_rows(
 
 class HeadGrads(NamedTuple):
     hidden: Tensor | None  # [N, H]
-    weight: Tensor | None  # [V, T] of the columns that can be trained
+    weight: Tensor | None  # [V, T] for the trainable columns
     bias: Tensor | None  # [V]
 
 
@@ -334,17 +334,17 @@ def recompute_gradients(
     budget: int,  # bytes
     wanted: tuple[bool, bool, bool],  # hidden, weight, bias
 ) -> HeadGrads:
-    """Gradients of Σ grad_logp·logp for a trainable head: each tile's logits are made again.
+    """Compute the gradients of Σ grad_logp·logp for a trainable head, for which each tile's logits are recomputed.
 
-    ∂logp/∂z_v = −E_v/s for v ≠ y, and s_o/s for the target. The vocabulary is the outer loop, so that each slice of
-    the weight's gradient is accumulated in float32 and written once.
+    ∂logp/∂z_v = −E_v/s for v ≠ y, and s_o/s for the target. The outer loop is over the vocabulary, so that each slice
+    of the weight's gradient is accumulated in float32 and written once.
     """
     z_target, maximum, sum_others = statistics
     dtype = compute_dtype(hidden)
     want_hidden, want_weight, want_bias = wanted
     trained = weight.trained if want_weight else None
     cast, columns_trained = weight.dtype != dtype, 0 if trained is None else trained.shape[1]
-    in_place = trained is not None and trained.dtype == dtype  # summed where it belongs
+    in_place = trained is not None and trained.dtype == dtype  # whether to sum in the gradient itself
     copies = weight.copies + cast + (trained is not None and not in_place)
     buffers = 1 + (transform.softcap is not None)
     tile = plan_tile(hidden, weight.shape[0], budget, buffers=buffers, weight_copies=copies)

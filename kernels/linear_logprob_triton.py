@@ -1,21 +1,22 @@
-"""Triton kernels of the vocabulary walk: no logit ever reaches memory.
+"""Triton kernels of the vocabulary walk, the loop over the vocabulary that never stores the matrix of all logits.
 
-One main loop, `_walk_kernel`: the product of a row block with columns of the weight, in float32 registers (FUSED), or
-a tile of that product which the library has made (on cards that fused tiles do not fit), and an epilogue.
+The main loop, `_walk_kernel`, has two parts. First comes the product of a row block with columns of the weight, in
+float32 registers (FUSED), or a tile of that product from the library (on GPUs that fused tiles do not fit). Then comes
+an epilogue, by mode:
 
     FORWARD    folds the columns of one split into softmax statistics, [splits, N]
     EXP        stores E = e^{z − base}·softcap' of one tile for the library's product E·W, and the tile's statistics
     GRADIENT   stores ∂loss/∂(h·W + b) of one tile, for a trainable head's two products
 
-A launch walks one slice of the weight, `columns` rows of the vocabulary from `first` on: all of it, or one of many.
+A launch covers one slice of the weight, `columns` rows of the vocabulary from `first` on, which may be all of it.
 
-`_combine_kernel` adds partial statistics in a fixed order: no atomics, so results repeat bit for bit.
+`_combine_kernel` adds partial statistics in a fixed order, without atomics, so results repeat bit for bit.
 
-In EXP every row and column block first chooses its base: the row's running offset, unless the block's maximum has run
-more than `lazy` above it. bfloat16 has float32's range, so an offset need only be near the maximum; float16 has not,
-so there `lazy` is 0. `_rescale_kernel` then brings the tile's blocks, and the accumulator O, to one offset a row; where
-no base moved it returns at once. `_gradient_kernel` makes g of O; `_scale_kernel` scales it in the backward pass and
-puts it back at its positions.
+In EXP every row and column block first chooses its base: the row's running offset, unless the block's maximum is more
+than `lazy` above it. bfloat16 has float32's range, so an offset need only be near the maximum; float16 does not, so
+there `lazy` is 0. `_rescale_kernel` then brings the tile's blocks, and the accumulator O, to one offset per row. It
+returns at once if no base moved. `_gradient_kernel` computes g from O. `_scale_kernel` scales g in the backward pass
+and writes it to its positions.
 
     z = softcap(a·(h·W + b))/τ        s_o = Σ_{v≠y} e^{z_v − offset}        O = Σ_{v≠y} e^{z_v − offset}·softcap'_v·W_v
     logp = (z_y − offset) − log(s_o + e^{z_y − offset})        g = (a/τ)·[(s_o/s)·softcap'_y·W_y − O/s]
@@ -46,19 +47,19 @@ def _walk_kernel(
     p_bias,  # [columns]
     p_targets,  # [N] int64
     p_offset,  # [N] EXP: running offset, −inf at first; GRADIENT: final offset
-    p_factor,  # [N] GRADIENT: of the columns that are not the target
-    p_at_target,  # [N] GRADIENT: of the target's column
-    p_tile,  # [N, columns] EXP, GRADIENT: what is stored
-    p_base,  # [S, N] what a split's sums are relative to: its maximum, or in EXP its base
+    p_factor,  # [N] GRADIENT: the factor of the columns that are not the target
+    p_at_target,  # [N] GRADIENT: the value at the target's column
+    p_tile,  # [N, columns] EXP, GRADIENT: the stored tile
+    p_base,  # [S, N] the base of a split's sums: its maximum, or in EXP the chosen base
     p_sum,  # [S, N] Σ_{v≠y} e^{z − base}
-    p_target,  # [S, N] z_y, or −inf where the target is not in the split
+    p_target,  # [S, N] z_y, or −inf if the target is not in the split
     p_ez,  # [S, N] Σ_{v≠y} e^{z − base}·(z − base)
     p_ee,  # [S, N] Σ_{v≠y} e^{2(z − base)}
     p_z,  # [S, N] Σ z
     p_maximum,  # [S, N] the largest z of all columns
     p_ahead,  # [S, N] the largest z before the target's column
     n,
-    first,  # the place in the vocabulary of the first column
+    first,  # the index in the vocabulary of the first column
     columns,
     width,  # H
     stride_hidden,
@@ -68,7 +69,7 @@ def _walk_kernel(
     columns_per_split,  # a multiple of BLOCK_V; in EXP and GRADIENT BLOCK_V itself
     gain,  # a/τ, or with a softcap a/c
     cap,  # c/τ
-    lazy,  # EXP: how far a maximum may run above the offset
+    lazy,  # EXP: how far a maximum may be above the offset
     MODE: tl.constexpr,
     FUSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -83,10 +84,10 @@ def _walk_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One row block over one split of the columns.
+    """Process one row block over one split of the columns.
 
-    Programs are numbered group by group of row blocks, and split by split in a group: what runs together shares the
-    group's hidden states and a few slices of the weight, out of L2.
+    Programs are numbered by groups of row blocks, and in a group by splits. So programs that run at the same time share
+    the group's hidden states and a few slices of the weight in the L2 cache.
     """
     row_blocks = tl.cdiv(n, BLOCK_N)
     splits = tl.num_programs(0) // row_blocks
@@ -95,11 +96,11 @@ def _walk_kernel(
     in_group = tl.program_id(0) - first_block * splits
     i_split = in_group // group
     first_row = (first_block + in_group % group) * BLOCK_N
-    # Addresses are one 64-bit base a block and 32-bit offsets inside it: half the registers of 64-bit offsets.
+    # Addresses are one 64-bit base per block with 32-bit offsets, which take half the registers of 64-bit offsets.
     i_n, i_v, i_inner = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_H)
     i_rows = first_row + i_n
     in_rows = i_rows < n
-    # Counted from these columns. It may lie before them, or behind, where z is −inf.
+    # Relative to this slice's first column. The target may be outside the slice.
     target = tl.load(p_targets + i_rows, mask=in_rows, other=-1) - first
     p_hidden += first_row.to(tl.int64) * stride_hidden
     p_product += first_row.to(tl.int64) * stride_product
@@ -118,7 +119,7 @@ def _walk_kernel(
 
     begin = i_split * columns_per_split
     end = tl.minimum(begin + columns_per_split, columns)
-    blocks = 1  # known to the compiler, which then carries no sums from block to block
+    blocks = 1  # a constant for the compiler, which then carries no sums from block to block
     if MODE == FORWARD:
         blocks = tl.cdiv(end - begin, BLOCK_V)
     for i_block in range(0, blocks):
@@ -209,7 +210,7 @@ def _combine_kernel(
     p_z,  # [S, N]
     p_maximum,  # [S, N]
     p_ahead,  # [S, N]
-    p_running_base,  # [N] the same so far, in place
+    p_running_base,  # [N] the same over all columns so far, updated in place
     p_running_sum,  # [N]
     p_running_target,  # [N]
     p_running_ez,  # [N]
@@ -217,7 +218,7 @@ def _combine_kernel(
     p_running_z,  # [N]
     p_running_maximum,  # [N]
     p_running_ahead,  # [N]
-    p_shrunk,  # [N] e^{old base − new base}: what O is multiplied with
+    p_shrunk,  # [N] e^{old base − new base}, the factor for O
     n,
     splits,
     HAS_SPREAD: tl.constexpr,
@@ -280,8 +281,8 @@ def _combine_kernel(
 @triton.jit(do_not_specialize=["n", "columns"])
 def _rescale_kernel(
     p_matrix,  # [N, columns], in place
-    p_base,  # [S, N] what each block of BLOCK_V columns is relative to; for O, [1, N]: its factor
-    p_offset,  # [N] what it shall be relative to
+    p_base,  # [S, N] the base of each block of BLOCK_V columns; for O, [1, N]: its factor
+    p_offset,  # [N] the new base
     n,
     columns,
     stride,
@@ -289,7 +290,7 @@ def _rescale_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Multiply a block of rows and columns with e^{base − offset}, or with a factor; where all are 1, do nothing."""
+    """Multiply a block of rows and columns by e^{base − offset}, or by a factor. Do nothing if all factors are 1."""
     i_rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_split = tl.program_id(1)
     mask = i_rows < n
@@ -304,7 +305,7 @@ def _rescale_kernel(
         p = p_matrix + i_rows.to(tl.int64)[:, None] * stride + i_columns[None, :]
         inside = mask[:, None] & (i_columns < columns)[None, :]
         block = tl.load(p, mask=inside, other=0.0).to(tl.float32)
-        # 0·factor, not the block, where factor is 0: O holds nothing yet at the first tile
+        # A factor of 0 gives 0 even if the block holds infinities or NaN.
         block = tl.where(factor[:, None] > 0, block * factor[:, None], 0.0)
         tl.store(p, block.to(p_matrix.dtype.element_ty), mask=inside)
 
@@ -325,7 +326,7 @@ def _gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """g = coefficient·W_y − inverse·O, in float32, stored once."""
+    """Compute g = coefficient·W_y − inverse·O in float32, stored once."""
     i_rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_inner = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = i_rows < n
@@ -345,14 +346,14 @@ def _scale_kernel(
     p_grad,  # [N, H] g
     p_coefficient,  # [N] ∂loss/∂logp
     p_order,  # [N] int64 rows of g in the order of their positions
-    p_begin,  # [M + 1] int64 where in that order each position's rows begin
+    p_begin,  # [M + 1] int64 the index in that order where each position's rows begin
     p_out,  # [M, H]
     width,
     stride_grad,
     stride_out,
     BLOCK_H: tl.constexpr,
 ):
-    """out_m = Σ coefficient_n·g_n over the rows n whose position is m, in float32 and in their order; 0 without any."""
+    """Compute out_m = Σ coefficient_n·g_n over the rows n with position m, in float32 and in order; 0 without any."""
     i_out = tl.program_id(0).to(tl.int64)
     i_inner = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = i_inner < width

@@ -1,4 +1,4 @@
-"""Registering `torch.library` operators so that a dispatch mode can still see inside them."""
+"""Registration of `torch.library` operators so that a dispatch mode can still see inside them."""
 
 from collections.abc import Callable
 from typing import Any

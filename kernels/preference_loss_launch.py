@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of the preference losses, and lists the cases that the compile report compiles."""
+"""Launches of the Triton kernels of the preference losses, and the cases that the compile report compiles."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -13,7 +13,7 @@ from fastpref.kernels.preference_loss_spec import Flags, LossSpec
 from fastpref.kernels.preference_loss_triton import _pair_kernel, _row_kernel
 from fastpref.kernels.preference_loss_variants import VARIANTS, VariantSet
 
-# Tokens a program reads at a time. Lengths are not compiled in, so one block size serves all of them.
+# Tokens that a program reads at a time. Lengths are not compile-time constants, so one block size serves all.
 BLOCK = 512
 WARPS = 4
 
@@ -37,10 +37,10 @@ def pair_loss(
     flags: Flags,
     numbers: tuple[float, ...],  # `LossSpec.numbers`
     *,
-    examples: float | None,  # what the mean over pairs is divided by; P if None
-    nll_tokens: float | None,  # what the supervised term is divided by; the tokens it scores if None
+    examples: float | None,  # the divisor of the mean over pairs; P if None
+    nll_tokens: float | None,  # the divisor of the supervised term; the number of tokens that it scores if None
 ) -> FusedLoss:
-    """The loss of P pairs: S = P chosen, P rejected and, with HAS_PROMPTS, P prompts."""
+    """Compute the loss of P pairs. The S sequences are P chosen, P rejected and, with HAS_PROMPTS, P prompts."""
     variants = _ordered(weights)
     constants = _constants(variants, flags)
     n, count = len(logp), len(lengths) // (3 if constants["HAS_PROMPTS"] else 2)
@@ -78,9 +78,9 @@ def row_loss(
     kl: Tensor,  # scalar
     numbers: tuple[float, ...],
     *,
-    examples: float | None,  # what the mean over rows is divided by; R if None
+    examples: float | None,  # the divisor of the mean over rows; R if None
 ) -> FusedLoss:
-    """KTO of the first R of S sequences; the tokens of the others have no part in it."""
+    """Compute KTO's loss of the first R of S sequences. The tokens of the others get coefficients of 0."""
     n, rows = len(logp), len(labels)
     coefficients, sequences, share = logp.new_empty(n), logp.new_empty(3, rows), logp.new_empty(rows)
     launch(
@@ -113,12 +113,12 @@ def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """A run has one loss, so its numbers travel once."""
+    """Return the numbers on the device. A run has one loss, so the cache makes this one copy."""
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _ordered(variants: Iterable[str]) -> list[str]:
-    """The variants in the order of the table, in which every kernel adds them up.
+    """Return the variants in the order of the table, in which every kernel adds them up.
 
     Raises ValueError for a variant that is not in the table.
     """
@@ -126,17 +126,17 @@ def _ordered(variants: Iterable[str]) -> list[str]:
 
 
 def _constants(variants: list[str], flags: Flags) -> dict[str, Any]:
-    """The constants of `_pair_kernel`."""
+    """Return the compile-time constants of `_pair_kernel`."""
     structure = {name: bool(value) for name, value in flags._asdict().items() if name != "SCORE"}
     functions = VariantSet(VARIANTS[name] for name in variants)
     return {"VARIANTS": functions, "SCORE": flags.SCORE, **structure, "BLOCK": BLOCK}
 
 
-# --- what is compiled -------------------------------------------------------------------------------------------------
+# --- the compile report -----------------------------------------------------------------------------------------------
 
 
 def compile_cases() -> list[tuple[str, dict[str, Any]]]:
-    """The leanest and the fullest kernels that a run may use: name, and compiled-in values (see `kernel_of`)."""
+    """List the smallest and the largest kernels that a run may use: name and compile-time constants."""
     pairwise = tuple(name for name in VARIANTS if name != "odds_ratio")  # ORPO's, of mean log-probabilities
     ones = (1.0,) * len(pairwise)
     full = LossSpec(
@@ -155,12 +155,12 @@ def compile_cases() -> list[tuple[str, dict[str, Any]]]:
 
 
 def kernel_of(constants: dict[str, Any]) -> JITFunction:
-    """The kernel that a case of `compile_cases` is compiled into."""
+    """Return the kernel of a case of `compile_cases`."""
     return _pair_kernel if "VARIANTS" in constants else _row_kernel
 
 
 def argument_type(name: str, constants: dict[str, Any]) -> str:
-    """The type of a kernel's argument, as `triton.compiler.ASTSource` takes it."""
+    """Return the type of a kernel's argument for `triton.compiler.ASTSource`."""
     if name in constants:
         return "constexpr"
     if name.startswith("p_"):

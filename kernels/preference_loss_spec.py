@@ -1,4 +1,4 @@
-"""Describes a loss to the preference-loss kernels: its structure, which is compiled in, and its numbers."""
+"""The description of a loss for the preference-loss kernels: its structure, which is compiled in, and its numbers."""
 
 import math
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss as the kernels see it: Σ weight · variant of a pair's two values, plus a supervised term; or KTO.
+    """The description of a loss: Σ weight · variant of a pair's two values, plus a supervised term; or KTO.
 
     The value of a response is the sum of its tokens' log-probabilities, minus the reference's, or their mean.
     """
@@ -48,16 +48,16 @@ class LossSpec:
     beta: float = 1.0
     label_smoothing: float = 0.0
     margin: float = 0.0  # subtracted from β·difference
-    score: str = "value"  # what differences are made of: the value v, (e^{power·v} − 1)/power, or log 2σ(v)
+    score: str = "value"  # differences are taken of the value v, of (e^{power·v} − 1)/power, or of log 2σ(v)
     power: float = 1.0
     reference: bool = False
-    averaged: bool = False  # the value is the mean over tokens
+    averaged: bool = False  # whether the value is the mean over tokens
     length_alpha: float = 1.0
-    pair_weights: bool = False  # WPO's
+    pair_weights: bool = False  # whether WPO's weights multiply the pairs
     supervised: float = 0.0  # weight of the chosen responses' mean negative log-likelihood
-    prompts: bool = False  # whether the supervised term is over the prompts too
+    prompts: bool = False  # whether the supervised term includes the prompts
     discopop_tau: float = 1.0
-    desirable_weight: float = 1.0  # KTO's, which has no variants
+    desirable_weight: float = 1.0  # for KTO, which has no variants
     undesirable_weight: float = 1.0
 
     def flags(self) -> Flags:
@@ -71,7 +71,7 @@ class LossSpec:
         )
 
     def numbers(self) -> Numbers:
-        """The numbers, computed in float64."""
+        """Return the numbers, computed in float64."""
         eps = self.label_smoothing
         return Numbers(
             beta=self.beta,

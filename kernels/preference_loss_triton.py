@@ -1,7 +1,9 @@
-"""Triton kernels of the preference losses: one program a pair, or a row of KTO, from token log-probabilities to the
-loss and its coefficient of every token, c_n = ∂loss/∂logp_n.
+"""Triton kernels of the preference losses.
 
-    L = Σ over tokens of logp, minus the reference's          v = L, or L/n where the loss takes means
+One program per pair, or per row of KTO, computes the loss and its coefficient for every token, c_n = ∂loss/∂logp_n,
+from token log-probabilities.
+
+    L = Σ over tokens of logp, minus the reference's          v = L, or L/n if the loss uses means
     s = v,  (e^{power·v} − 1)/power  or  log 2σ(v)            x = β(s_c − s_r) − margin
     ∂/∂L_c = (Σ_k w_k ∂ℓ_k/∂v_c)·∂v_c/∂L_c                    c_n = (∂/∂L)·token weight/examples − supervised/tokens
 
@@ -30,12 +32,12 @@ def _load_numbers(p_numbers):
     return Numbers(*values)
 
 
-# --- of one response --------------------------------------------------------------------------------------------------
+# --- the score of one response ----------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _score(v, power, SCORE: tl.constexpr):
-    """s(v) and s′(v). The exponential is constant past e⁸⁰, as in `losses/pairs.py`."""
+    """Return s(v) and s′(v). The exponential is constant above e⁸⁰, as in `losses/pairs.py`."""
     score, slope = v, v * 0.0 + 1.0
     if SCORE == POWER:
         exponent = power * v
@@ -54,7 +56,7 @@ def _score(v, power, SCORE: tl.constexpr):
 
 @triton.jit
 def _weighted_sum(pair, p_weights, VARIANTS: tl.constexpr):
-    """Σ weight·term over the variants: a `PairTerm` of sums, and what is logged as it is."""
+    """Return Σ weight·term over the variants as a `PairTerm`, whose logged metrics are not weighted."""
     loss, by_x, by_m, by_c, by_r, log_odds, nls_odds = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for i in tl.static_range(len(VARIANTS)):  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
         w = tl.load(p_weights + i)
@@ -74,7 +76,7 @@ def _weighted_sum(pair, p_weights, VARIANTS: tl.constexpr):
 
 @triton.jit
 def _token_weight(i_offsets, shorter, alpha, HAS_LENGTH_WEIGHTS: tl.constexpr):
-    """LD-DPO: 1 within the shorter response's length, then alpha."""
+    """Return LD-DPO's weights: 1 within the shorter response's length, alpha after it."""
     weight = tl.full(i_offsets.shape, 1.0, tl.float32)
     if HAS_LENGTH_WEIGHTS:
         weight = tl.where(i_offsets < shorter, 1.0, alpha)
@@ -96,7 +98,7 @@ def _segment_sums(
     HAS_PAIR_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Σ logp; Σ logp and Σ reference with token weights; Σ (logp − log Σp²): of one segment."""
+    """Return sums over one segment: Σ logp; Σ logp and Σ reference with token weights; Σ (logp − log Σp²)."""
     plain = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     reference = tl.zeros((BLOCK,), tl.float32)
@@ -149,13 +151,13 @@ def _pair_kernel(
     p_lengths,  # [S] int64
     p_numbers,  # the loss's `Numbers`
     p_weights,  # one for each of VARIANTS
-    p_nll_tokens,  # [1] what the supervised term is divided by
+    p_nll_tokens,  # [1] the divisor of the supervised term
     p_coefficients,  # [N]
-    p_sequences,  # [3, 2P] sums with token weights, the same of the reference, rewards
+    p_sequences,  # [3, 2P] sums with token weights, the same for the reference, rewards
     p_pairs,  # [4, P] share of the loss, Σ supervised logp, log odds, logσ(log odds)
     n,
     pairs,  # P
-    examples,  # what the mean over pairs is divided by
+    examples,  # the divisor of the mean over pairs
     VARIANTS: tl.constexpr,
     SCORE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -165,7 +167,7 @@ def _pair_kernel(
     HAS_PROMPTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Segments p, P + p and, with prompts, 2P + p: the chosen and the rejected response of pair p, and its prompt."""
+    """Compute pair p from segments p (chosen), P + p (rejected) and, with prompts, 2P + p (its prompt)."""
     i_pair = tl.program_id(0)
     start_c, length_c = tl.load(p_starts + i_pair), tl.load(p_lengths + i_pair)
     start_r, length_r = tl.load(p_starts + pairs + i_pair), tl.load(p_lengths + pairs + i_pair)
@@ -254,14 +256,14 @@ def _row_kernel(
     p_kl,  # [1]
     p_numbers,  # the loss's `Numbers`
     p_coefficients,  # [N]
-    p_sequences,  # [3, R] sums, the same of the reference, rewards
-    p_share,  # [R] of the loss
+    p_sequences,  # [3, R] sums, the same for the reference, rewards
+    p_share,  # [R] shares of the loss
     n,
     rows,  # R; the S − R sequences after them are mismatched: their coefficients are 0
     examples,
     BLOCK: tl.constexpr,
 ):
-    """KTO: w·σ(z)/examples with z = ∓β(ratio − KL), − for a desirable row; ∂/∂L = ∓w·β·σ(z)σ(−z)/examples."""
+    """Compute KTO, w·σ(z)/examples with z = ∓β(ratio − KL), − for a desirable row; ∂/∂L = ∓w·β·σ(z)σ(−z)/examples."""
     i_row = tl.program_id(0)
     start, length = tl.load(p_starts + i_row), tl.load(p_lengths + i_row)
     if i_row < rows:

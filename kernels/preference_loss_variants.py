@@ -14,17 +14,17 @@ import triton.language as tl
 
 from fastpref.kernels.elementary_triton import LN2, exp, expm1, log1p, logistic
 
-VARIANTS: dict[str, Any] = {}  # name to Triton function, in the order in which a kernel adds them up
+VARIANTS: dict[str, Any] = {}  # name → Triton function, in the order in which a kernel adds them up
 
-LARGEST_EXPONENT = tl.constexpr(80.0)  # as `losses.pairs._bounded_expm1`
-LARGEST_ROOT = tl.constexpr(1e18)  # as `losses.pairs._bounded_square`
-LARGEST_AVERAGE = tl.constexpr(-1e-30)  # as `losses.pairs._log1mexp`
+LARGEST_EXPONENT = tl.constexpr(80.0)  # the same bound as in `losses.pairs._bounded_expm1`
+LARGEST_ROOT = tl.constexpr(1e18)  # the same bound as in `losses.pairs._bounded_square`
+LARGEST_AVERAGE = tl.constexpr(-1e-30)  # the same bound as in `losses.pairs._log1mexp`
 
 
 class Pair(NamedTuple):
-    """The arguments of a loss of one pair, float32 scalars: _c of the chosen response, _r of the rejected one."""
+    """The arguments of a loss of one pair, float32 scalars. _c is the chosen response, _r the rejected one."""
 
-    x: Any  # β(s_c − s_r) − margin, s the scores
+    x: Any  # β(s_c − s_r) − margin, where s are the scores
     m: Any  # difference of the scores per token
     v_c: Any  # value: log-probability or log-ratio, a mean if AVERAGED
     v_r: Any
@@ -32,28 +32,28 @@ class Pair(NamedTuple):
 
 
 class PairTerm(NamedTuple):
-    """A loss of one pair, its derivatives by the fields of `Pair`, and the metrics that ORPO logs."""
+    """A loss of one pair, its derivatives with respect to the fields of `Pair`, and the metrics that ORPO logs."""
 
     loss: Any
     by_x: Any = 0.0
     by_m: Any = 0.0
-    by_c: Any = 0.0  # by v_c; not through x or m
+    by_c: Any = 0.0  # with respect to v_c, without the paths through x or m
     by_r: Any = 0.0
-    log_odds: Any = 0.0  # what ORPO logs
+    log_odds: Any = 0.0  # logged by ORPO
     nls_odds: Any = 0.0  # −logσ(log_odds)
 
 
 class VariantSet(tuple):
-    """Some of the table's functions, as a kernel takes them: a constant, and part of the key of its compilation."""
+    """Some functions of the table, as a compile-time constant of a kernel and part of its cache key."""
 
     @property
     def cache_key(self) -> str:
-        """Triton's disk cache asks for this, and would otherwise not notice an edited function of a tuple."""
+        """The key for Triton's disk cache, which would otherwise miss a change in a function inside a tuple."""
         return "-".join(function.cache_key for function in self)
 
 
 def variant(function: Callable[..., Any]) -> Any:
-    """Compile a function of a `Pair` to a `PairTerm`, and enter it in the table under its name."""
+    """Compile a function from a `Pair` to a `PairTerm`, and add it to the table under its name."""
     VARIANTS[function.__name__] = compiled = triton.jit(function)
     return compiled
 
@@ -212,6 +212,6 @@ def _log_odds(v):
     x = tl.where(v > LARGEST_AVERAGE, LARGEST_AVERAGE, v)
     near = x > -LN2
     missing = -expm1(x)
-    large = tl.where(near, -1.0, x)  # each branch sees only the values that it is exact for
+    large = tl.where(near, -1.0, x)  # each branch gets only the values for which it is accurate
     log1mexp = tl.where(near, tl.log(missing), log1p(-exp(large)))
     return v - log1mexp, tl.where(v > LARGEST_AVERAGE, 1.0, 1.0 / missing)

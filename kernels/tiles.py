@@ -1,7 +1,7 @@
-"""Which tile of the main loop runs on which card: one table, no autotuning.
+"""The tiles of the main loop for each GPU, as one table without autotuning.
 
-Every entry was tried by compiling (`tests/kernels/test_compile.py`): all fit the card's shared memory, and on NVIDIA's
-none spills a register. Lengths are never compiled in, so a card uses one kernel for all batches.
+Every entry is compiled in a test (`tests/kernels/test_compile.py`): all fit the GPU's shared memory, and on NVIDIA GPUs
+none spills a register. Lengths are never compile-time constants, so a GPU uses one kernel for all batches.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from triton import knobs
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a/b⌉, an int whatever the types are by which Triton's version of the day declares its own."""
+    """Return ⌈a/b⌉ as an int. The type that Triton declares for its own `cdiv` changes between versions."""
     return -(-a // b)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of rows × columns × hidden, how many warps and pipeline stages work on it, and the product's precision."""
+    """A tile of rows × columns × hidden units, its number of warps and pipeline stages, and its product's precision."""
 
     n: int
     v: int
@@ -26,15 +26,15 @@ class Tile:
     warps: int
     stages: int
     precision: str = "ieee"  # of float32 operands: "ieee", or "tf32x3" on tensor cores; never plain tf32
-    fused: bool = True  # whether the kernel multiplies; else the library does, into a tile of float32
+    fused: bool = True  # whether the kernel multiplies; otherwise the library does, into a tile of float32
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A card's tiles for one size of element."""
+    """A GPU's tiles for one element size."""
 
-    lean: Tile  # stores a tile, without bias, softcap or optional outputs: the usual training step
-    full: Tile  # anything else needs more registers, and so a smaller tile
+    lean: Tile  # for the usual training step: stores a tile, without bias, softcap or optional outputs
+    full: Tile  # for everything else, which needs more registers and so a smaller tile
 
 
 _WIDE, _HALF = Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3)
@@ -43,9 +43,9 @@ _NVIDIA = {2: Tiles(_WIDE, _HALF), 4: Tiles(_SINGLE, _SINGLE)}
 _BLACKWELL = {2: Tiles(_WIDE, _HALF), 4: Tiles(_SINGLE, Tile(64, 32, 32, 8, 3, "tf32x3"))}
 _CDNA = {2: Tiles(Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 2)), 4: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2)}
 _RDNA = {2: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2), 4: Tiles(*[Tile(32, 64, 32, 8, 2)] * 2)}
-# Where fused tiles do not fit: Turing, for which Triton 3.9 has no tensor cores, and cards that are not in the table.
+# For GPUs that fused tiles do not fit: Turing, for which Triton 3.9 has no tensor cores, and GPUs not in the table.
 _UNFUSED = {size: Tiles(*[Tile(16, 256, 16, 8, 1, fused=False)] * 2) for size in (2, 4)}
-# By architecture, CUDA by compute capability and ROCm by name; then by bytes of an element.
+# By architecture (CUDA: compute capability, ROCm: name), then by bytes per element.
 TILES: dict[int | str, dict[int, Tiles]] = {
     75: _UNFUSED, 80: _NVIDIA, 86: _NVIDIA, 89: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, 120: _BLACKWELL,
     "gfx942": _CDNA, "gfx1100": _RDNA,
@@ -54,19 +54,19 @@ _INTERPRETER = Tiles(*[Tile(32, 32, 32, 4, 1)] * 2)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
+    """Return whether kernels run in Triton's interpreter, on the CPU."""
     return bool(knobs.runtime.interpret)
 
 
 def choose_tiles(hidden: Tensor) -> Tiles | None:
-    """The tiles for the tensor's device and dtype, or None where the kernels do not run."""
+    """Return the tiles for the tensor's device and dtype, or None if the kernels do not run there."""
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     if hidden.device.type != "cuda":
         return _INTERPRETER if interpreted() else None
     architecture = _architecture(hidden.device)
     if hidden.dtype == torch.bfloat16 and isinstance(architecture, int) and architecture < 80:
-        return None  # no such product before Ampere
+        return None  # GPUs before Ampere have no bfloat16 product
     return TILES.get(architecture, _UNFUSED).get(hidden.element_size())
 
 

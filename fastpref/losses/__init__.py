@@ -1,4 +1,4 @@
-"""Every preference loss: formulas over whole responses, and over the log-probabilities of tokens."""
+"""The preference losses, as functions of the log-probabilities of whole responses and of tokens."""
 
 from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.losses.pairs import (

@@ -1,7 +1,7 @@
-"""The preference losses as one operation of torch, computed by a Triton kernel; `token_loss.py` decides when.
+"""The preference losses as one torch operator, computed by a Triton kernel. `token_loss.py` decides when it is used.
 
-The forward pass computes the loss together with its coefficient for every token, c_n = ∂loss/∂logp_n; the backward
-pass is grad·c. For torch.compile and for fake tensors it is the single operation `torch.ops.fastpref.preference_loss`.
+The forward pass computes the loss together with its coefficient for every token, c_n = ∂loss/∂logp_n. The backward pass
+is grad·c. torch.compile and fake tensors see the single operator `torch.ops.fastpref.preference_loss`.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from fastpref.kernels.preference_loss_spec import Flags, LossSpec
 
 
 def takes_triton(backend: str, logp: Tensor, loss: LossOptions) -> bool:
-    """Whether the kernels compute this loss. Raises ValueError where `backend` demands them and they cannot."""
+    """Return whether the kernels compute this loss. Raises ValueError if `backend` is "triton" and they cannot."""
     if backend == "torch" or (backend == "auto" and logp.device.type != "cuda"):
         return False
     reason = _no_triton(logp, loss)
@@ -28,7 +28,7 @@ def takes_triton(backend: str, logp: Tensor, loss: LossOptions) -> bool:
 
 
 def _no_triton(logp: Tensor, loss: LossOptions) -> str:
-    """Why the kernels cannot run, or an empty string."""
+    """Return the reason why the kernels cannot run, or an empty string."""
     if isinstance(loss, DPO) and loss.sorts_step:
         return f"{' and '.join(loss.variants)} sort the whole step, which only the torch backend does"
     if logp.dtype != torch.float32:
@@ -46,7 +46,7 @@ def _no_kernels(device: str) -> str:
 
 
 def kernel_spec(loss: LossOptions) -> LossSpec:
-    """The loss as the kernels see it."""
+    """Return the description of a loss for the kernels."""
     match loss:
         case KTO():
             return LossSpec(
@@ -123,9 +123,9 @@ def fused_loss(
     examples: float | None,
     nll_tokens: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One launch: the loss, its coefficients [N], [3, 2P or R] of responses and [3, P] of pairs.
+    """Compute the loss, its coefficients [N], values of responses [3, 2P or R] and of pairs [3, P], in one launch.
 
-    See `kernels/preference_loss_launch.py`. `torch.compile` and fake tensors take it as one operation.
+    `kernels/preference_loss_launch.py` describes them. `torch.compile` and fake tensors treat this as one operation.
     """
     from fastpref.kernels import preference_loss_launch as launch
 
@@ -172,7 +172,7 @@ def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, variants, 
 def _keep_coefficients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # the other outputs have no gradients, of which autograd would make zeros
+    ctx.set_materialize_grads(False)  # otherwise autograd would make zeros for the outputs without gradient
 
 
 @once_differentiable

@@ -1,12 +1,12 @@
-"""Every loss of pairs, as a pure function of the log-probabilities of whole responses.
+"""The losses of pairs, as pure functions of the log-probabilities of whole responses.
 
 For a response s with `logp_s`, the sum over its n_s tokens: avg_s = logp_s/n_s, ratio_s = logp_s − ref_s, and the
 implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejected response, Δ = ratio_c − ratio_r;
 σ is the logistic function, ε the label smoothing.
 
-The loss of a step is the mean over its pairs; supervised terms are the mean over the step's chosen
-tokens. A function given only a part of a step takes the step's `Totals`, and the parts then add up to the whole.
-All tensors are float32 (or float64) [P], one entry for each pair, unless noted otherwise.
+The loss of a step is the mean over its pairs; supervised terms are the mean over the step's chosen tokens. A function
+that gets only a part of a step also gets the step's `Totals`, so that the losses of the parts add up to the step's. All
+tensors are float32 (or float64) [P], one entry per pair, unless noted otherwise.
 """
 
 import math
@@ -29,7 +29,7 @@ class PairLogps:
     rejected: Tensor  # [P]
     chosen_lengths: Tensor  # [P] tokens
     rejected_lengths: Tensor  # [P]
-    ref_chosen: Tensor | None = None  # [P] under the reference
+    ref_chosen: Tensor | None = None  # [P] by the reference
     ref_rejected: Tensor | None = None  # [P]
     nll: Tensor | None = None  # [P] sums of the supervised terms, if not `chosen`
     nll_lengths: Tensor | None = None  # [P]
@@ -41,14 +41,14 @@ class PairLogps:
 
     @property
     def supervised(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and lengths of the supervised terms."""
+        """The log-probabilities and lengths of the supervised terms."""
         logps = self.chosen if self.nll is None else self.nll
         return logps, self.chosen_lengths if self.nll_lengths is None else self.nll_lengths
 
 
 @dataclass(frozen=True)
 class WholeStep:
-    """All pairs of the step, without gradient, and the indices of this part's pairs: for losses that sort the step."""
+    """All pairs of the step, without gradient, and the indices of this part's pairs, for losses that sort the step."""
 
     pairs: PairLogps
     index: Tensor  # [P] int64
@@ -57,7 +57,7 @@ class WholeStep:
 def pair_loss(
     pairs: PairLogps, options: LossOptions, totals: Totals | None = None, step: WholeStep | None = None
 ) -> PreferenceLoss:
-    """The loss that `options` names, for pairs; see the function of each."""
+    """Compute the loss of pairs that `options` selects, by the function of that loss."""
     if isinstance(options, DPO):
         return dpo_loss(pairs, options, totals, step)
     if isinstance(options, IPO):
@@ -74,11 +74,11 @@ def pair_loss(
 def dpo_loss(
     pairs: PairLogps, options: DPO | None = None, totals: Totals | None = None, step: WholeStep | None = None
 ) -> PreferenceLoss:
-    """DPO (Rafailov et al., arXiv 2305.18290) and its relatives: Σ weight · mean(variant).
+    """Compute DPO (Rafailov et al., arXiv 2305.18290) or variants of it: Σ weight · mean(variant).
 
-    `_VARIANTS` lists the formulas. `options.f_divergence` (arXiv 2309.16240) replaces the
-    ratio in the losses of Δ; `pairs.weights` (WPO, arXiv 2406.11827) multiply every variant but `sft`.
-    Rewards are β·ratio. Raises ValueError without reference log-probabilities.
+    `_VARIANTS` lists the formulas. `options.f_divergence` (arXiv 2309.16240) replaces the ratio in the losses of Δ.
+    `pairs.weights` (WPO, arXiv 2406.11827) multiply every variant except `sft`. Rewards are β·ratio. Raises ValueError
+    without reference log-probabilities.
     """
     options = options or DPO()
     if pairs.ref_chosen is None or pairs.ref_rejected is None:
@@ -102,7 +102,7 @@ def dpo_loss(
 
 
 class _PairView:
-    """The terms that the variants are made of."""
+    """The terms from which the variants are computed."""
 
     def __init__(self, pairs: PairLogps, options: DPO, step: WholeStep):
         assert pairs.ref_chosen is not None
@@ -118,12 +118,12 @@ class _PairView:
 
     @property
     def mean_difference(self) -> Tensor:
-        """Δ of the scores per token."""
+        """The difference Δ of the scores per token."""
         return self.score_chosen / self.pairs.chosen_lengths - self.score_rejected / self.pairs.rejected_lengths
 
 
 def _divergence_score(ratio: Tensor, options: DPO) -> Tensor:
-    """f′(e^ratio) of the divergence, up to a constant."""
+    """Return f′(e^ratio) of the divergence, up to a constant."""
     if options.f_divergence == "forward_kl":
         return -_bounded_expm1(-ratio)
     if options.f_divergence == "js":
@@ -135,17 +135,17 @@ def _divergence_score(ratio: Tensor, options: DPO) -> Tensor:
 
 
 def _bounded_expm1(x: Tensor) -> Tensor:
-    """eˣ − 1, constant past x = 80, where float32 is still finite."""
+    """Return eˣ − 1, constant for x > 80, where float32 is still finite."""
     return torch.expm1(x.clamp(max=80.0))
 
 
 def _bounded_square(x: Tensor) -> Tensor:
-    """x², constant past |x| = 1e18, where float32 is still finite."""
+    """Return x², constant for |x| > 1e18, where float32 is still finite."""
     return x.clamp(-1e18, 1e18).square()
 
 
 def _smoothed(x: Tensor, eps: float) -> Tensor:
-    """−(1−ε)·logσ(x) − ε·logσ(−x)"""
+    """Return −(1−ε)·logσ(x) − ε·logσ(−x)."""
     loss = -F.logsigmoid(x)
     return loss if not eps else (1 - eps) * loss - eps * F.logsigmoid(-x)
 
@@ -166,7 +166,7 @@ def _discopop(v: _PairView) -> Tensor:
 
 
 def _aot(v: _PairView) -> Tensor:
-    """Policy and reference differences, each sorted over the step: a pair meets the reference of its own rank."""
+    """Compare each pair's policy difference with the reference difference of the same rank in the step."""
     whole = v.step.pairs
     assert whole.ref_chosen is not None
     assert whole.ref_rejected is not None
@@ -176,10 +176,10 @@ def _aot(v: _PairView) -> Tensor:
 
 
 def _aot_unpaired(v: _PairView) -> Tensor:
-    """Chosen and rejected ratios, each sorted over the step: the k-th chosen meets the k-th rejected.
+    """Compare the k-th largest chosen ratio of the step with the k-th largest rejected ratio.
 
-    Partners may lie in another micro-batch. So each side meets its partner's value, and the rejected side's term
-    counts for its gradient only.
+    A partner may be in another micro-batch. So each side is compared with its partner's value without gradient, and the
+    rejected side's term contributes only its gradient.
     """
     whole = v.step.pairs
     assert whole.ref_chosen is not None
@@ -230,10 +230,10 @@ _VARIANTS: dict[str, Callable[[_PairView], Tensor]] = {
 
 
 def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
-    """ORPO (Hong et al., arXiv 2403.07691): NLL(chosen) − β · mean logσ(log odds ratio).
+    """Compute ORPO (Hong et al., arXiv 2403.07691): NLL(chosen) − β · mean logσ(log odds ratio).
 
     log odds ratio = (avg_c − log(1 − e^{avg_c})) − (avg_r − log(1 − e^{avg_r})). The NLL is the mean over all chosen
-    tokens of the step, prompts too if `pairs.nll` holds them. Rewards are β·avg.
+    tokens of the step, including prompts if `pairs.nll` does. Rewards are β·avg.
     """
     options = options or ORPO()
     totals = totals or _own_totals(pairs)
@@ -256,7 +256,7 @@ def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | No
 
 
 def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
-    """SimPO (Meng et al., arXiv 2405.14734): −logσ(β(avg_c − avg_r) − γ), smoothed, + sft_weight · NLL(chosen).
+    """Compute SimPO (Meng et al., arXiv 2405.14734): −logσ(β(avg_c − avg_r) − γ), smoothed, + sft_weight · NLL(chosen).
 
     With `alpha` ≠ 0 (AlphaPO, arXiv 2501.03884) avg becomes (1 − e^{−α·avg})/α. Rewards are β·avg.
     """
@@ -270,7 +270,7 @@ def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | 
 
 
 def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
-    """CPO (Xu et al., arXiv 2401.08417): −logσ(β(logp_c − logp_r)), smoothed, + sft_weight · NLL(chosen).
+    """Compute CPO (Xu et al., arXiv 2401.08417): −logσ(β(logp_c − logp_r)), smoothed, + sft_weight · NLL(chosen).
 
     `variant` "hinge" is max(0, 1 − β(logp_c − logp_r)); "ipo" is (avg_c − avg_r − 1/(2β))². With `alpha` ≠ 0
     (AlphaPO) the log-probability becomes (1 − e^{−α·logp})/α. Rewards are β·logp (of averages for "ipo").
@@ -293,11 +293,11 @@ def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None
 
 
 def length_weights(
-    offsets: Tensor,  # [N] each token's place in its response, from 0
+    offsets: Tensor,  # [N] each token's index in its response, from 0
     shorter: Tensor,  # [N] length of the shorter response of its pair
     alpha: float,
 ) -> Tensor:
-    """LD-DPO (arXiv 2409.06411): tokens past the shorter response's length weigh alpha, the others 1. [N] float32"""
+    """Return LD-DPO's weights (arXiv 2409.06411), [N] float32: alpha past the shorter response's length, 1 before."""
     return torch.where(offsets < shorter, 1.0, alpha)
 
 
@@ -305,7 +305,7 @@ def wpo_weights(
     chosen: Tensor,  # [P] mean over a response's tokens of logp − log Σp²
     rejected: Tensor,  # [P]
 ) -> Tensor:
-    """WPO (Zhou et al., arXiv 2406.11827, eq. 2): how likely the policy is to write each pair itself. No gradient."""
+    """Return WPO's weights (Zhou et al., arXiv 2406.11827, eq. 2), without gradient: how on-policy each pair is."""
     return (chosen + rejected).detach().exp()
 
 
@@ -343,18 +343,18 @@ def _with_sft(loss: Tensor, pairs: PairLogps, weight: float, totals: Totals) -> 
 
 
 def _alpha_reward(logps: Tensor, alpha: float) -> Tensor:
-    """(1 − p^{−α})/α of p = e^logps; α → 0 gives logps."""
+    """Return (1 − p^{−α})/α for p = e^logps, or its limit, logps, for α = 0."""
     if not alpha:
         return logps
     return -_bounded_expm1(-alpha * logps) / alpha
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 − eˣ) for x ≤ 0, exact at both ends; x = 0 counts as the largest number below it that stays finite."""
+    """Return log(1 − eˣ) for x ≤ 0, accurate at both ends. x is at most −1e-30, so that the result stays finite."""
     x = x.clamp(max=-1e-30)
     near_zero = x > -math.log(2)
     small = torch.where(
         near_zero, x, -1.0
-    )  # each branch sees only the values that it is exact for, so gradients stay finite
+    )  # each branch gets only the values for which it is accurate, so gradients stay finite
     large = torch.where(near_zero, -1.0, x)
     return torch.where(near_zero, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))

@@ -7,10 +7,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Totals:
-    """The numbers that a whole step is divided by."""
+    """The divisors of a whole step's loss."""
 
-    examples: float  # pairs, or rows for KTO
-    nll_tokens: float = 1.0  # tokens the supervised terms score
+    examples: float  # number of pairs, or of rows for KTO
+    nll_tokens: float = 1.0  # number of tokens that the supervised terms score
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,18 @@ class PreferenceLoss:
     """A loss and the quantities that are logged with it. Only `loss` is differentiable."""
 
     loss: Tensor  # scalar, this part's share of the step's loss
-    sums: Tensor  # [2P] logp of the chosen, then of the rejected responses (LD-DPO's weights included); KTO: [R]
-    reference_sums: Tensor | None  # the same under the reference
+    sums: Tensor  # [2P] logp of the chosen, then of the rejected responses (with LD-DPO's weights); KTO: [R]
+    reference_sums: Tensor | None  # the same for the reference
     rewards: Tensor  # [2P] or [R]
     labels: Tensor | None = None  # [R] bool: KTO
     extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # further metrics: sum, and count
 
     @property
     def chosen_rewards(self) -> Tensor:
-        """[P], or of the desirable rows."""
+        """The rewards of the chosen responses [P], or of the desirable rows."""
         return self.rewards[: len(self.rewards) // 2] if self.labels is None else self.rewards[self.labels]
 
     @property
     def rejected_rewards(self) -> Tensor:
-        """[P], or of the undesirable rows."""
+        """The rewards of the rejected responses [P], or of the undesirable rows."""
         return self.rewards[len(self.rewards) // 2 :] if self.labels is None else self.rewards[~self.labels]

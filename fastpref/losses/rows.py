@@ -24,9 +24,9 @@ def kto_loss(
     kl: Tensor | float = 0.0,  # scalar, of `kto_kl`; ignored when options.kl is "none"
     totals: Totals | None = None,
 ) -> PreferenceLoss:
-    """KTO (Ethayarajh et al., arXiv 2402.01306): the mean over rows of
+    """Compute KTO (Ethayarajh et al., arXiv 2402.01306), the mean of these terms over the rows.
 
-    w_d·(1 − σ(β(ratio − KL))) for a desirable row and w_u·(1 − σ(β(KL − ratio))) for an undesirable one, where
+    A desirable row has the term w_d·(1 − σ(β(ratio − KL))), an undesirable one w_u·(1 − σ(β(KL − ratio))), where
     ratio = logp − ref. Rewards are β·ratio. Without KL it is APO-zero for single responses (arXiv 2408.06266).
     """
     options = options or KTO()
@@ -41,8 +41,8 @@ def kto_loss(
 
 
 def kto_kl(
-    logps: Tensor,  # [R] of each prompt with the next row's completion
+    logps: Tensor,  # [R] log-probabilities of the next row's completion after each prompt
     ref_logps: Tensor,  # [R]
 ) -> Tensor:
-    """KTO's estimate of the KL divergence: max(0, mean(logp − ref)) over mismatched pairs, without gradient."""
+    """Return KTO's estimate of the KL divergence, max(0, mean(logp − ref)) over mismatched pairs, without gradient."""
     return (logps - ref_logps).detach().mean().clamp(min=0)

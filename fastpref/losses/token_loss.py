@@ -1,8 +1,9 @@
-"""From token log-probabilities to the loss: sums over responses, the preference loss, its coefficient of every token.
+"""The preference loss as a function of token log-probabilities.
 
-Two backends compute the same. "torch" adds up responses and calls the formulas of `pairs.py` or `rows.py`, which
-autograd differentiates. "triton" is one launch (`kernels/preference_loss_triton.py`), whose backward is a product of
-[N]. DPO's aot and aot_unpaired sort all pairs of a step, which one program a pair cannot, so they always take torch.
+Two backends compute the same. "torch" sums over responses and calls the formulas of `pairs.py` or `rows.py`, which
+autograd differentiates. "triton" is one launch (`kernels/preference_loss_triton.py`), whose backward pass is a product
+of [N] elements. DPO's aot and aot_unpaired sort all pairs of a step, which is impossible with one program per pair, so
+they always use torch.
 """
 
 import math
@@ -36,30 +37,30 @@ def preference_loss(
     step: WholeStep | None = None,
     backend: str = "auto",
 ) -> PreferenceLoss:
-    """The loss of P pairs, or for KTO of R rows, from the log-probabilities of their N scored tokens.
+    """Compute the loss of P pairs, or for KTO of R rows, from the log-probabilities of their N scored tokens.
 
-    The tokens of a sequence lie together in their order; sequences may lie in any order. Sequences 0 to P − 1 are the
+    The tokens of a sequence are contiguous and in order; sequences may be in any order. Sequences 0 to P − 1 are the
     chosen responses, P to 2P − 1 the rejected ones; for ORPO with `nll_on = "all"`, 2P to 3P − 1 are the prompts. For
-    KTO the first R are the rows; R more may follow, mismatched ones, which do not contribute to the loss.
+    KTO the first R are the rows; R mismatched ones may follow, which do not contribute to the loss.
 
     Args:
         logp: [N] float32 or float64 token log-probabilities; the only differentiable argument.
         segments: [N] int64, the sequence of each token.
-        lengths: [S] int64, the tokens of each sequence. Only prompts and mismatched rows may have none.
+        lengths: [S] int64, the number of tokens of each sequence. Only prompts and mismatched rows may have none.
         loss: the options of `fastpref.losses`.
-        reference: [N] logp under the reference; for DPO, IPO and KTO, and for no other loss.
-        labels: [R] bool, which rows are desirable; for KTO, and for no other loss.
+        reference: [N] the reference's logp; for DPO, IPO and KTO, and for no other loss.
+        labels: [R] bool, whether each row is desirable; for KTO, and for no other loss.
         kl: scalar of `losses.kto_kl`: the baseline of KTO's rewards. The caller computes it from the whole step.
         log_sum_sq_probs: [N] log Σp² of `linear_logprob`; for DPO with `weighting`.
         totals: the divisors of the whole step, if these examples are a part of it.
         step: all pairs of the step, if these are a part of it; for DPO's aot and aot_unpaired.
-        backend: "triton" (CUDA and ROCm, float32), "torch" (anywhere), or "auto" for "triton" where it runs.
+        backend: "triton" (CUDA and ROCm, float32), "torch" (anywhere), or "auto" for "triton" if it runs here.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape, device or setting, or an argument the loss needs or does not know. Only on a CPU
-            is it checked that `segments` and `lengths` agree, because a check would make the host wait for a GPU. Where
-            they do not agree, the result is meaningless.
+        ValueError: a wrong shape, device or setting, or a missing or unsupported argument of the loss. Only on a CPU is
+            it checked that `segments` and `lengths` agree, because a check would make the host wait for a GPU. If they
+            do not agree, the result is meaningless.
     """
     _check_tensors(logp, segments, lengths, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
     _check_loss(loss, lengths, reference, labels, log_sum_sq_probs)
@@ -80,7 +81,7 @@ def preference_loss(
 
 
 def scores_prompts(loss: LossOptions) -> bool:
-    """Whether the loss also scores the tokens of prompts."""
+    """Return whether the loss also scores the tokens of prompts."""
     return isinstance(loss, ORPO) and loss.nll_on == "all"
 
 
@@ -88,11 +89,11 @@ def scores_prompts(loss: LossOptions) -> bool:
 
 
 def sequence_sums(
-    values: Tensor,  # [N] one a scored token
+    values: Tensor,  # [N] one per scored token
     segments: Tensor,  # [N] int64
     count: int,
 ) -> Tensor:
-    """Sums over each of `count` sequences' scored tokens, [count]."""
+    """Return the sums over the scored tokens of each sequence, [count]."""
     return values.new_zeros(count).index_add(0, segments, values)
 
 
@@ -105,7 +106,7 @@ def pair_logps(
     reference: Tensor | None = None,  # [N]
     log_sum_sq_probs: Tensor | None = None,  # [N]
 ) -> PairLogps:
-    """The arguments of `pair_loss`: sums by response, and what the options need in addition."""
+    """Return the argument of `pair_loss`: sums by response, and the further values that the options need."""
     sequences = len(lengths)
     count = _responses(loss, lengths, None) // 2
     weights = None
@@ -121,7 +122,7 @@ def pair_logps(
     if reference is not None:
         reference_sums = weighted_sums(reference.detach().to(logp.dtype))
         pairs = replace(pairs, ref_chosen=reference_sums[:count], ref_rejected=reference_sums[count : 2 * count])
-    if weights is not None:  # the supervised term knows no weights
+    if weights is not None:  # the supervised term is not weighted
         pairs = replace(pairs, nll=sequence_sums(logp, segments, sequences)[:count], nll_lengths=sizes[:count])
     if scores_prompts(loss):
         nll, nll_lengths = sums[:count] + sums[2 * count :], sizes[:count] + sizes[2 * count :]
@@ -133,7 +134,7 @@ def pair_logps(
 
 
 def _responses(loss: LossOptions, lengths: Tensor, labels: Tensor | None) -> int:
-    """How many sequences are responses: 2P, or R."""
+    """Return the number of sequences that are responses: 2P, or R."""
     if labels is not None:
         return len(labels)
     return len(lengths) // 3 * 2 if scores_prompts(loss) else len(lengths)
@@ -145,7 +146,7 @@ def _starts(segments: Tensor, count: int) -> Tensor:
 
 
 def _offsets(segments: Tensor, count: int) -> Tensor:
-    """Each token's place in its sequence."""
+    """Return each token's index in its sequence, [N]."""
     return torch.arange(len(segments), device=segments.device) - _starts(segments, count)[segments]
 
 

@@ -1,1 +1,1 @@
-"""The memory of a training step: counted, measured, and made to fit a device."""
+"""The memory of a training step: counting it, measuring it, and fitting it to a device."""

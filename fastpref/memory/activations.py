@@ -1,4 +1,4 @@
-"""How many layers have gradient checkpointing: as few as the step needs to fit the device."""
+"""The choice of the layers that have gradient checkpointing: as few as the step needs to fit the device."""
 
 import torch
 
@@ -19,9 +19,9 @@ from fastpref.sizes import in_words
 
 
 def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device, *, sharded: bool = False) -> list[str]:
-    """Turn on gradient checkpointing as `train.checkpointing` and `train.offload_activations` say; returns notes on it.
+    """Turn on gradient checkpointing as `train.checkpointing` and `train.offload_activations` say. Return notes on it.
 
-    The memory of a model that will be `sharded` cannot be counted, so "auto" then takes all of its layers. Raises
+    The memory of a model that will be `sharded` cannot be counted, so "auto" then checkpoints all of its layers. Raises
     UserError for offloading on a CPU, and for a model without gradient checkpointing if the config asks for it.
     """
     offload = config.train.offload_activations
@@ -50,13 +50,15 @@ def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str
         return fewest_layers(config, layers, device, _available(device))
     except UserError:
         raise
-    except Exception as error:  # a model's code may ask for the values of tensors, which fake ones have not
+    except Exception as error:  # a model's code may read the values of tensors, which fake tensors do not have
         return layers, f"; the memory of a step cannot be counted beforehand ({type(error).__name__})"
 
 
 def fewest_layers(config: Config, layers: int, device: torch.device, available: int) -> tuple[int, str]:
-    """The fewest checkpointed layers with which a step of the longest micro-batch takes at most `available` bytes, all
-    that a run holds included; and the reason, as the end of a note."""
+    """Return the fewest checkpointed layers with which a step fits `available` bytes, and the reason for a note.
+
+    The step is that of the longest micro-batch, and includes all memory of a run.
+    """
     without = count_step(config, device, layers=0).total
     if without <= available:
         return 0, f"; a step takes {in_words(without)} of {in_words(available)}"
@@ -66,6 +68,6 @@ def fewest_layers(config: Config, layers: int, device: torch.device, available: 
 
 
 def _available(device: torch.device) -> int:
-    """Bytes that this process has allocated and may still allocate, without the margin."""
+    """Return the bytes that this process has allocated or may still allocate, minus the margin."""
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - int(MARGIN * total)

@@ -1,4 +1,4 @@
-"""A measurement of the memory that a piece of code allocates, on any device."""
+"""Measurement of the memory that a piece of code allocates, on any device."""
 
 import weakref
 from collections import Counter
@@ -14,19 +14,19 @@ from fastpref.kernels.operators import IMPLEMENTATIONS
 
 
 class PeakStorage(TorchDispatchMode):
-    """Counts the bytes of the tensor storages that are created inside it and alive at the same time.
+    """A context that counts the bytes of the tensor storages that are created in it and alive at the same time.
 
         with PeakStorage() as memory:
             loss().backward()
         print(memory.peak)
 
-    A storage counts once however many views it has, from the operation that returns it until it is freed, also when
-    that happens after the context; storages that existed before do not count. Unlike the resident memory of the process
-    or an allocator's statistics this is exact and repeatable, but it sees only tensors: not what a library allocates
-    for itself inside one operation. A FakeTensor counts as the real tensor would.
+    A storage counts once, however many views it has, from the operation that returns it until it is freed, even after
+    the context. Storages that existed before do not count. Unlike the resident memory of the process or an allocator's
+    statistics, the result is exact and repeatable, but it includes only tensors, not the memory that a library
+    allocates inside one operation. A FakeTensor counts like a real one.
 
-    Bytes are also summed by label: the label of the `labelled` block in which a storage was made, or INSIDE for the
-    storages that our own operators make.
+    Bytes are also summed by label: the label of the `labelled` block in which a storage was made, or INSIDE for
+    storages made by our own operators.
     """
 
     INSIDE = "operators"
@@ -35,11 +35,11 @@ class PeakStorage(TorchDispatchMode):
         super().__init__()
         self.current = 0  # bytes alive now
         self.peak = 0  # the most that were ever alive at once
-        self.largest = 0  # of any storage that was made
+        self.largest = 0  # bytes of the largest storage that was made
         self.parts: Counter[str] = Counter()  # `current` by label
         self.at_peak: Counter[str] = Counter()  # `peak` by label
         self._label = "tensors"
-        # (bytes, label) by the storage's address, which is free for others only after _forget
+        # (bytes, label) by the storage's address, which no other storage gets before _forget
         self._alive: dict[int, tuple[int, str]] = {}
 
     @contextmanager
@@ -68,13 +68,13 @@ class PeakStorage(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         inside = IMPLEMENTATIONS.get(str(func.name()))
-        if inside is not None:  # what our own operators allocate counts too
+        if inside is not None:  # tensors that our own operators allocate count too
             with self, self.labelled(self.INSIDE):
                 return inside(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if func.is_view and any(given._cdata in self._alive for given in _storages((args, kwargs))):
-            return result  # a view of a fake tensor that was copied has a storage of its own
-        # `torch.tensor` builds its result out of sight and only then passes it through lift_fresh.
+            return result  # a view of a copied fake tensor has its own storage
+        # A dispatch mode does not see how `torch.tensor` makes its result, only how lift_fresh then passes it on.
         fresh = func is torch.ops.aten.lift_fresh.default
         for storage in _storages(result):
             known = storage._cdata in self._alive
@@ -83,10 +83,10 @@ class PeakStorage(TorchDispatchMode):
         return result
 
     def _count(self, storage: UntypedStorage) -> None:
-        """Add a new storage, or the bytes by which a known one has grown (`out=` resizes)."""
+        """Count a new storage, or the bytes by which a known one has grown (`out=` resizes it)."""
         address, size = storage._cdata, storage.nbytes()
         if address not in self._alive:
-            # Torch keeps a storage's Python object for as long as the storage itself, whoever else holds it.
+            # Torch keeps a storage's Python object alive as long as the storage itself.
             weakref.finalize(storage, self._forget, address).atexit = False
         before, label = self._alive.get(address, (0, self._label))
         if size > before:
@@ -104,11 +104,11 @@ class PeakStorage(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterator[UntypedStorage]:
-    """The storages of all tensors in nested containers; a sparse tensor has none of its own."""
+    """Yield the storages of all tensors in nested containers, except sparse tensors, which have no storage."""
     if isinstance(tree, Tensor):
         if tree.layout == torch.strided:
             yield tree.untyped_storage()
-    elif isinstance(tree, list | tuple):  # all that operators take and give; a pytree of any kind takes much longer
+    elif isinstance(tree, list | tuple):  # operators use no other containers; a general pytree would be much slower
         for inner in tree:
             yield from _storages(inner)
     elif isinstance(tree, dict):

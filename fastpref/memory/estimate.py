@@ -1,4 +1,4 @@
-"""An estimate of a run's GPU memory before it starts: by component, the cards it fits, and what would make it fit."""
+"""Estimation of a run's GPU memory before it starts: by component, the GPUs it fits, and changes that make it fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ from fastpref.model.load import load_tokenizer
 from fastpref.model.packed import lies_quantised
 from fastpref.sizes import GIB, in_words
 
-CARDS = (8, 12, 16, 24, 48, 80)  # GB as they are sold, which are GiB
+CARDS = (8, 12, 16, 24, 48, 80)  # GiB, which vendors call GB
 CONTEXT = GIB // 2  # bytes of the CUDA context and its libraries: assumed, not counted
 
 Load = Callable[[Sequence[str]], Config]  # the config with further overrides
@@ -34,7 +34,7 @@ Load = Callable[[Sequence[str]], Config]  # the config with further overrides
 
 @dataclass
 class Estimator:
-    """Counts steps of a config and of variants of it, each once."""
+    """A cache of the counted steps of a config and of variants of it."""
 
     load: Load
     device: torch.device
@@ -45,26 +45,26 @@ class Estimator:
     def __post_init__(self) -> None:
         self.config = self.load(())
         self.architecture = model_config(self.config.model)
-        self.quantised = lies_quantised(self.architecture)  # how its checkpoint is quantised, in words
+        self.quantised = lies_quantised(self.architecture)  # the checkpoint's quantization in words, or None
         self._examples = self._lengths()
         self._known: dict[Any, StepMemory] = {}
         self._told_of_experts = False
-        self._layouts: dict[str, Layout] = {}  # by `train.layout`: the one that the model takes
+        self._layouts: dict[str, Layout] = {}  # `train.layout` → the layout that the model supports
 
     @property
     def checkpoints(self) -> bool:
-        """Whether a run decides by the memory of its device how many layers it checkpoints."""
+        """Whether a run chooses the number of checkpointed layers by the memory of its device."""
         return self.config.train.checkpointing == "auto" and self.device.type != "cpu"
 
     def microbatch(self, config: Config) -> Microbatch:
-        """The largest micro-batch of a run."""
+        """Return the largest micro-batch of a run."""
         if self._examples is None:
             return longest_possible(config)
         order = data_order(len(self._examples), config.train.batch, config.train.seed)
         return longest_of(config, self._examples, order, wanted_layout(config))
 
     def take(self, *overrides: str, layers: int | None = None) -> StepMemory:
-        """The memory of a step with further overrides; `layers` as in `count_step`."""
+        """Count the memory of a step with further overrides. `layers` is the argument of `count_step`."""
         if (overrides, layers) not in self._known:
             self.counted(" ".join(overrides) or "the step")
             config = self.load(overrides)
@@ -72,7 +72,7 @@ class Estimator:
         return self._known[overrides, layers]
 
     def take_as_trl(self) -> StepMemory:
-        """The memory of the same step as TRL would compute it, with as many checkpointed layers as in `take`."""
+        """Count the memory of the same step as TRL computes it, with as many checkpointed layers as in `take`."""
         self.counted("the step as TRL computes it")
         config = as_trl(self.config)
         return self._count(config, None, self.microbatch(self.config), make_policy=trl_policy(config))
@@ -94,7 +94,7 @@ class Estimator:
         return replace(memory, overhead=0 if self.device.type == "cpu" else CONTEXT)
 
     def _lengths(self) -> Examples | None:
-        """The run's training examples, if its data are on this machine and can be read."""
+        """Return the run's training examples, or None if the data are not on this machine or cannot be read."""
         limits = limits_of_config(self.architecture.get_text_config().to_dict())
         if not all(Path(data.path).expanduser().exists() for data in self.config.data):
             self.notes.append("the data are not on this machine: every row counts as tokens.max_length long")
@@ -111,23 +111,23 @@ class Estimator:
             return None
         try:
             self.notes += compare(limits, data.parts, tokenizer, self.config)
-        except UserError as error:  # a step can be counted, but not computed
+        except UserError as error:  # the step can still be counted
             self.notes.append(f"a run of this config ends before its first step: {error}")
         return data.train
 
 
 def usable(card: float) -> int:
-    """Bytes that a run may take of a card of `card` GiB, the CUDA context included."""
+    """Return the bytes that a run, including the CUDA context, may use of a GPU with `card` GiB."""
     return int((1 - MARGIN) * card * GIB)
 
 
 def present_card() -> float | None:
-    """GiB of this machine's first GPU, or None without one."""
+    """Return the memory of this machine's first GPU in GiB, or None without a GPU."""
     return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
 
 
 def proposal(estimator: Estimator, card: float) -> Proposal:
-    """The smallest changes with which a step fits a card of `card` GiB. Each one is counted."""
+    """Return the smallest changes with which a step fits a GPU with `card` GiB. Each change is counted."""
     config = estimator.config
     step = OversizedStep(
         config,
@@ -140,20 +140,23 @@ def proposal(estimator: Estimator, card: float) -> Proposal:
     return propose(step, lambda overrides: estimator.take(*overrides), usable(card))
 
 
-# --- Cards -----------------------------------------------------------------------------------------------------------
+# --- GPUs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CardFit:
-    """Whether a step fits a card, and with how many checkpointed layers."""
+    """Whether a step fits a GPU, and with how many checkpointed layers."""
 
     card: float
     fits: bool
-    checkpointed: int | None  # an approximate number where a run decides by itself; None where the step does not fit
+    checkpointed: int | None  # approximate if the run chooses the number; None if the step does not fit
 
 
 def fits(most: StepMemory, least: StepMemory, cards: Sequence[float]) -> list[CardFit]:
-    """Each card, for a step without checkpointed layers (`most`) and one with all of them, which may be the same."""
+    """Return the fit of each GPU for a step without checkpointed layers (`most`) and with all of them (`least`).
+
+    If both are the same object, the number of layers is fixed.
+    """
     results = []
     for card in cards:
         room, layers = usable(card), least.checkpointed

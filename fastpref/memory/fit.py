@@ -1,8 +1,7 @@
-"""What makes a step fit a device: the changes to a config that save memory, and the search among them.
+"""Changes to a config that save memory, and the search for those that make a step fit a device.
 
-There is one list of changes, CHANGES, in the order of what they cost. `fastpref estimate` (`estimate.py`) and the
-message of a run that is out of memory (`training/faults.py`) both search it, so a new change is written here and
-nowhere else.
+There is one list of changes, CHANGES, in the order of their cost. `fastpref estimate` (`estimate.py`) and the message
+of a run that is out of memory (`training/faults.py`) both search it, so a new change is added only here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +15,21 @@ from fastpref.data.longest import Microbatch
 from fastpref.errors import UserError
 from fastpref.memory.step import StepMemory
 
-# The share of a device that stays free: what the allocator cannot use between its blocks, and what libraries take
-# inside an operation.
+# The share of a device's memory that stays free, for fragmentation of the allocator's blocks and for the memory that
+# libraries allocate inside an operation.
 MARGIN = 0.1
 _WORTHWHILE = 0.01  # the least share of a step's memory that a change must save
-_SHORTEST = 512  # tokens: `tokens.max_length` is proposed down to here, or to half of a shorter one
+_SHORTEST = 512  # tokens: the least proposed `tokens.max_length`, or half of the rows' length if that is not longer
 
 Count = Callable[[tuple[str, ...]], StepMemory]  # the memory of a step with these overrides of its config
 
 
 @dataclass(frozen=True)
 class OversizedStep:
-    """A step that does not fit, and what decides which changes can help it."""
+    """A step that does not fit, and the properties that decide which changes can help."""
 
     config: Config
-    memory: StepMemory  # counted; or measured in a run, where the activations are not known
+    memory: StepMemory  # counted, or measured in a run, where the activations are not known
     microbatch: Microbatch  # the largest one
     device: torch.device
     capacity: int  # bytes of the device
@@ -40,20 +39,20 @@ class OversizedStep:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example of the micro-batch, which cannot be divided."""
+        """The number of tokens of the micro-batch's longest example, which cannot be divided."""
         return max(len(e.prompt) + sum(map(len, e.completions)) for e in self.microbatch.examples)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key of the config, and the values of it with which a step takes less memory."""
+    """A key of the config, and its values with which a step takes less memory."""
 
     key: str
-    values: Callable[[OversizedStep], Sequence[Any]]  # the least change first; empty where the change cannot help
-    parts: tuple[str, ...] = ("activations", "head")  # of StepMemory that become smaller
+    values: Callable[[OversizedStep], Sequence[Any]]  # the least change first; empty if the change cannot help
+    parts: tuple[str, ...] = ("activations", "head")  # the parts of StepMemory that become smaller
 
     def saves_at_most(self, memory: StepMemory) -> int:
-        """An upper bound in bytes: what cannot save much is not worth counting."""
+        """Return an upper bound in bytes. A change that cannot save much is not worth counting."""
         return sum(getattr(memory, part) for part in self.parts)
 
 
@@ -62,15 +61,15 @@ class Proposal:
     """Overrides of a config, to be used together."""
 
     overrides: tuple[str, ...]
-    memory: StepMemory | None = None  # of a step with them, if it was counted
+    memory: StepMemory | None = None  # of a step with these overrides, if it was counted
     fits: bool = True
 
 
 def propose(step: OversizedStep, count: Count, room: int) -> Proposal:
-    """The smallest changes with which a step takes no more than `room` bytes, or else those with which it takes least.
+    """Return the smallest changes with which a step takes at most `room` bytes, or those with which it takes the least.
 
-    Changes are added in the order of their costs until the step fits. Those that turn out not to be needed are removed
-    again. Raises UserError if the step cannot be counted as it is.
+    Changes are added in the order of their cost until the step fits. Changes that turn out not to be needed are removed
+    again. Raises UserError if the step cannot be counted without changes.
     """
     memory = count(())
     overrides: dict[str, str] = {}  # by key
@@ -97,12 +96,12 @@ def propose(step: OversizedStep, count: Count, room: int) -> Proposal:
 
 
 def first_change(step: OversizedStep) -> Proposal:
-    """The change that helps most likely, by a rule of thumb: for a step that cannot be counted."""
+    """Return the change that most likely helps, by a rule of thumb, for a step that cannot be counted."""
     overrides = {}
     for change, override in _overrides(step):
         overrides.setdefault(change.key, override)
     crowded = step.memory.held > 0.7 * step.capacity
-    if crowded and "lora" in overrides:  # weights, gradients and moments leave no room, however small a micro-batch is
+    if crowded and "lora" in overrides:  # weights, gradients and moments leave no room even for small micro-batches
         return Proposal((overrides["lora"],))
     return Proposal(tuple(overrides.values())[:1], fits=bool(overrides))
 
@@ -116,7 +115,7 @@ def _overrides(step: OversizedStep) -> Iterator[tuple[Change, str]]:
 def _count(count: Count, overrides: dict[str, str]) -> StepMemory | None:
     try:
         return count(tuple(overrides.values()))
-    except UserError:  # these changes do not go together, or the model does not take them
+    except UserError:  # these changes conflict, or the model does not support them
         return None
 
 
@@ -125,7 +124,7 @@ def _count(count: Count, overrides: dict[str, str]) -> StepMemory | None:
 
 def _no_copy(step: OversizedStep) -> list[str]:
     reference = step.config.reference
-    plain = reference.dtype == reference.quantization == "auto"  # only a copy can have its own
+    plain = reference.dtype == reference.quantization == "auto"  # only a copy can have its own dtype or quantization
     return ["auto"] if step.config.loss.uses_reference and reference.mode == "copy" and plain else []
 
 
@@ -168,14 +167,14 @@ def _shorter_rows(step: OversizedStep) -> list[int]:
 
 
 CHANGES: list[Change] = [
-    # First those that change no result but for rounding: they take time.
+    # First changes that only cost time: they change results only by rounding.
     Change("reference.mode", _no_copy, ("reference",)),
     Change("train.layout", lambda step: ["auto"] if step.config.train.layout != "auto" else []),
     Change("train.checkpointing", _back_to_auto),
     Change("train.tokens_per_microbatch", _smaller_microbatches),
     Change("train.checkpointing", _all_layers),
     Change("train.offload_activations", _offload),
-    # Then those after which other weights are learnt.
+    # Then changes that affect what the model learns.
     Change("train.optimizer", _moments_in_8_bits, ("optimizer",)),
     Change("lora", lambda step: [{}] if step.config.lora is None else [], ("gradients", "optimizer")),
     Change("model.quantization", _weights_in_4_bits, ("weights",)),

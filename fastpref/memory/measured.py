@@ -1,4 +1,4 @@
-"""The memory of a run's steps as it is measured, and as it is counted for a model that is loaded."""
+"""The memory of a run's steps: measured, and counted for a loaded model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,10 @@ def oversized_step(
     objective: Objective,
     examples: Sequence[Example],
 ) -> OversizedStep:
-    """A step of `examples` that ran out of memory, with what the run holds throughout. Its activations count as 0."""
+    """Describe a step of `examples` that ran out of memory, with the memory that the run always holds.
+
+    Its activations count as 0.
+    """
     model, device = loaded.model, objective.device
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     adapters = trained if config.lora is not None else 0
@@ -43,7 +46,7 @@ def oversized_step(
         weights=sum(p.nbytes for p in model.parameters()) - adapters,
         adapters=adapters,
         gradients=trained,
-        optimizer=moments or 2 * trained,  # AdamW makes its two moments in the first step
+        optimizer=moments or 2 * trained,  # AdamW allocates its two moments in the first step
         reference=objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0,
         activations=0,
         head=_WORKSPACE,
@@ -67,7 +70,10 @@ def oversized_step(
 
 
 def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
-    """Counts the step's micro-batch with this model. What one device holds of a sharded model cannot be counted."""
+    """Return a function that counts the step's micro-batch with this model, or None for a sharded model.
+
+    The part of a sharded model that one device holds cannot be counted.
+    """
     if step.sharded:
         return None
 
@@ -86,7 +92,7 @@ def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
 
 
 def as_loaded(config: Config, loaded: Loaded) -> Config:
-    """The config to count by: whether a model has liger's kernels is only known once it is loaded."""
+    """Return the config for counting, with `model.liger` as the loaded model has it."""
     return config.but({"model.liger": loaded.liger and "auto"})
 
 
@@ -95,17 +101,17 @@ def _checkpointed(model: PreTrainedModel) -> int:
 
 
 def _cut(example: Example, length: int) -> Example:
-    """The example with no more than `length` tokens of the prompt and any of its completions."""
+    """Return the example, cut so that the prompt with each completion has at most `length` tokens."""
     completions = tuple(completion[: length - 1] for completion in example.completions)
     rest = length - max(map(len, completions))
     return replace(example, prompt=example.prompt[-rest:], completions=completions, contexts=())
 
 
 class StepPeak:
-    """The most bytes that were allocated on a GPU at once since the first step; 0 on other devices.
+    """The peak of the bytes allocated on a GPU since the first step; 0 on other devices.
 
-    Loading a model may take more, so the allocator's peak is reset before the first step. It is reset only once, since
-    `peak_memory` reads the same statistics.
+    Loading a model may take more memory, so the allocator's peak is reset before the first step. It is reset only once,
+    because `peak_memory` reads the same statistics.
     """
 
     def __init__(self, device: torch.device):
@@ -121,7 +127,7 @@ class StepPeak:
             self.bytes = max(self.bytes, torch.cuda.max_memory_allocated(self._device))
 
     def against_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
-        """A note that compares the measured peak with what `count_step` counts for the run's largest micro-batch."""
+        """Return a note that compares the measured peak with `count_step` for the run's largest micro-batch."""
         order = data_order(len(examples), config.train.batch, config.train.seed)
         largest = longest_of(config, examples, order, loaded.layout)
         measured = f"measured {in_words(self.bytes)}"
@@ -133,6 +139,6 @@ class StepPeak:
                 examples=largest.examples,
                 further=largest.further,
             ).total
-        except Exception as error:  # a model's code may ask for the values of tensors, which fake ones have not
+        except Exception as error:  # a model's code may read the values of tensors, which fake tensors do not have
             return f"memory of a step: {measured}; not estimated ({type(error).__name__})"
         return f"memory of a step: estimated {in_words(counted)}, {measured} ({self.bytes / counted - 1:+.1%})"

@@ -35,7 +35,7 @@ from fastpref.step.reference import Reference, copy_config, make_reference, prec
 CPU = torch.device("cpu")
 
 
-# The parts of a step's memory, in the order of a table, and what people call them.
+# The parts of a step's memory, in the order of the printed table, with the names that users see.
 PARTS = {
     "weights": "weights",
     "adapters": "adapters",
@@ -50,20 +50,20 @@ PARTS = {
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes alive at the peak of an optimizer step, by what they are for."""
+    """The bytes in use at the memory peak of an optimizer step, by purpose."""
 
     weights: int  # of the model, without its adapters
     adapters: int  # the weights that are trained in addition to the model's
     gradients: int  # of the whole step
-    optimizer: int  # the moments, and what the update allocates
+    optimizer: int  # the moments, and temporary tensors of the update
     reference: int  # a frozen copy
-    activations: int  # what the forward pass keeps and the backward pass makes
-    head: int  # what the head's operators make: scratch tiles, and the gradient that they keep
-    largest: int  # the largest tensor that the step makes; part of the others
+    activations: int  # tensors that the forward pass saves and the backward pass makes
+    head: int  # tensors that the head's operators make: scratch tiles, and the gradient that they keep
+    largest: int  # the largest tensor that the step makes, which is part of the others
     layers: int  # decoder layers of the model; not bytes
     checkpointed: int  # how many of them have gradient checkpointing
-    layout: Layout  # that its attention takes
-    bare_experts: int = 0  # the part of the weights that are experts which bitsandbytes does not quantise
+    layout: Layout  # the layout that its attention supports
+    bare_experts: int = 0  # the part of the weights in experts that bitsandbytes does not quantise
     overhead: int = 0  # of the device's libraries: assumed, not counted
 
     @property
@@ -72,16 +72,19 @@ class StepMemory:
 
     @property
     def held(self) -> int:
-        """What is in memory between the micro-batches, whatever their size."""
+        """The bytes in use between the micro-batches, whatever their size."""
         return self.weights + self.adapters + self.gradients + self.optimizer + self.reference
 
     def parts(self) -> dict[str, int]:
-        """The bytes of each of PARTS."""
+        """Return the bytes of each of PARTS."""
         return {name: getattr(self, name) for name in PARTS}
 
 
 class _Fake(FakeTensorMode):
-    """Torch has a shape for grouped products, those of experts, in bfloat16 alone; devices compute them in others."""
+    """A FakeTensorMode that also supports the grouped products of experts in other dtypes than bfloat16.
+
+    Torch has a fake implementation for bfloat16 only, but devices compute other dtypes too.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
@@ -104,22 +107,22 @@ def count_step(
     layout: Layout | None = None,
     make_policy: Callable[[PreTrainedModel], Policy] = Policy.of,
 ) -> StepMemory:
-    """The memory of a step of a config on a kind of device, which this machine need not have.
+    """Count the memory of a step of a config on a type of device, which this machine need not have.
 
     Args:
         layers: how many decoder layers have gradient checkpointing; by default all, or none if `train.checkpointing`
             is false.
         examples: the examples of the step; by default those of the longest micro-batch.
-        further: whether the step has other micro-batches, whose gradients exist already when these examples come; by
-            default whether the longest micro-batch is only a part of a step.
+        further: whether the step has other micro-batches, so that gradients exist before these examples; by default
+            whether the longest micro-batch is only a part of a step.
         architecture: the model's config.json, which is read by default.
-        layout: the layout that the model's attention takes, which a forward pass finds out by default.
+        layout: the layout that the model's attention supports; by default a forward pass determines it.
         make_policy: makes the policy, for another head than ours (`trl.py`).
 
     Raises UserError for a model that does not exist, or whose code cannot run on fake tensors.
 
-    All tensors are fake CPU tensors, with the dtypes and the mixed precision of `device`. What bitsandbytes and the
-    device's libraries allocate inside one operation is not seen; the head's tiles are those of the torch backend.
+    All tensors are fake CPU tensors, with the dtypes and the mixed precision of `device`. Memory that bitsandbytes and
+    the device's libraries allocate inside one operation is not counted. The head's tiles are the torch backend's.
     """
     dtype = weight_dtype(config, device)
     half = torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -144,7 +147,7 @@ def count_step(
     loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)
     with fake, count, count.labelled("reference"):
         reference = _reference(config, loaded, frozen, autocast)
-    optimizer = make_optimizer(loaded.policy, _unpaged(config))  # bitsandbytes makes tables of real numbers
+    optimizer = make_optimizer(loaded.policy, _unpaged(config))  # not fake: bitsandbytes computes tables of numbers
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with fake, count, sizes_alone():
         _make_moments(optimizer, parameters, count)
@@ -171,7 +174,7 @@ def count_step(
 
 
 def _unpaged(config: Config) -> Config:
-    """The config without a paged optimizer: paging needs a GPU, so its moments count as if they stayed there."""
+    """Return the config without a paged optimizer: paging needs a GPU, so its moments count as if they stayed there."""
     plain: Any = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}.get(config.train.optimizer)
     return config if plain is None else config.but({"train.optimizer": plain})
 
@@ -190,7 +193,7 @@ def _materialised(
 
 
 def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, kernels: bool) -> PreTrainedModel | None:
-    """The model of a frozen reference, if it would be loaded by itself and not copied."""
+    """Return the model of a frozen reference if a run would load it, instead of copying the policy; else None."""
     if not config.loss.uses_reference or config.reference.mode != "copy":
         return None
     other = copy_config(config, bones.model)
@@ -215,7 +218,7 @@ def _reference(
         return frozen
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # of copying a model
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # from copying a model
         return make_reference(config, loaded, autocast, load)[0]
 
 
@@ -235,7 +238,7 @@ def _objective(config: Config, loaded: Loaded, reference: Reference | None, auto
 
 
 def _make_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], count: PeakStorage) -> None:
-    """Make gradients, and the moments that an update by them leaves behind."""
+    """Make gradients, and the moments by an update of the optimizer."""
     with count.labelled("gradients"):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -250,7 +253,7 @@ def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:
 
 @contextmanager
 def _elsewhere() -> Iterator[None]:
-    """Inside, tensors that are saved for the backward pass leave the device and are made again when it needs them."""
+    """Free tensors that are saved for the backward pass inside the block, and make them again when it needs them."""
 
     def come_back(what: tuple[torch.Size, torch.dtype]) -> Tensor:
         return torch.empty(what[0], dtype=what[1])

@@ -1,8 +1,9 @@
-"""A model of how TRL 1.16 computes the head of a step on a GPU, to compare memory. It follows TRL's source, unexecuted.
+"""A model of how TRL 1.16 computes the head of a step on a GPU, for a comparison of memory.
 
-DPO and KTO: in tiles of 4,096 tokens and 32,768 columns, the hidden states' gradient in float32. ORPO, SimPO and CPO:
-the logits of every place of the padded rows, which Accelerate copies to float32; a log-softmax whose backward pass
-makes them again, and for the supervised term a cross-entropy over the chosen rows.
+It follows TRL's source code and does not run it. DPO and KTO work in tiles of 4,096 tokens and 32,768 columns, with the
+gradient of the hidden states in float32. ORPO, SimPO and CPO make the logits of every position of the padded rows,
+which Accelerate copies to float32. They compute a log-softmax, whose backward pass makes a gradient of the same size,
+and for the supervised term a cross-entropy over the chosen rows.
 """
 
 import sys
@@ -24,12 +25,14 @@ from fastpref.model.router import RouterLoss
 from fastpref.ops import TokenLogprobs
 
 VERSION = "1.16"
-_TOKENS, _COLUMNS = 4096, 32768  # of a tile
+_TOKENS, _COLUMNS = 4096, 32768  # the size of a tile
 
 
 def as_trl(config: Config) -> Config:
-    """The config of the step that TRL would compute: padded rows, all in one micro-batch, and a frozen copy as the
-    reference where all weights are trained."""
+    """Return the config of the step that TRL would compute.
+
+    It has padded rows, all in one micro-batch, and a frozen copy as the reference if all weights are trained.
+    """
     update: dict[str, Any] = {"train.layout": "padded", "train.tokens_per_microbatch": sys.maxsize}
     if config.lora is None and config.loss.uses_reference:
         update["reference.mode"] = "copy"
@@ -37,7 +40,7 @@ def as_trl(config: Config) -> Config:
 
 
 def trl_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:
-    """The `make_policy` of `count_step` that gives a policy TRL's head and PEFT's own LoRA layers."""
+    """Return a `make_policy` for `count_step` that gives a policy TRL's head and PEFT's own LoRA layers."""
     supervised = not isinstance(config.loss, SimPO)
 
     def make(model: PreTrainedModel) -> Policy:
@@ -65,7 +68,7 @@ class _FullLogits(nn.Module):
 
 
 class _FusedLogSoftmax(torch.autograd.Function):
-    """One number for each row; keeps the logits for the backward pass, which makes their gradient."""
+    """A function to one number per row that saves the logits for the backward pass, which makes their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:  # [N, V]

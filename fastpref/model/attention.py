@@ -2,12 +2,12 @@
 
 A packed row holds trees: a prompt and its completions one after the other. A token attends, causally, to its own
 tree's prompt and its own completion. The layout reaches `tree_attention` as the keyword `tree` of the model's
-forward, which transformers hands down to the attention of every layer; so nothing is global, and a model whose
-layers do not hand it down is found by `probe_layers`. What a layer asks of its attention beyond what is known here
-is refused, never left out. Without the keyword it is transformers' own SDPA, with its masks, and with the softcaps and
-sinks that SDPA has not. `flex_attention.py` is the same for GPUs.
+forward, which transformers passes to the attention of every layer. So there is no global state, and `probe_layers`
+finds the models whose layers do not pass it on. A layer's argument that is not supported here raises an error instead
+of being ignored. Without the keyword, `tree_attention` is transformers' own SDPA with its masks, and it adds the
+softcaps and sinks that SDPA lacks. `flex_attention.py` does the same for GPUs.
 
-Whether trees give a model the hidden states that its own attention gives is tried in `trial.py`.
+`trial.py` tests whether trees give a model the same hidden states as its own attention.
 """
 
 from contextlib import suppress
@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = {"position_ids", "cache_position", "past_key_values", "positio
 
 
 class UnknownArgument(TypeError):
-    """A layer asks its attention for something that is not computed here."""
+    """Raised when a layer gives its attention an argument that is not supported here."""
 
 
 def tree_attention(
@@ -49,9 +49,9 @@ def tree_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' interface. Returns [B, T, heads, D].
+    """Compute attention, [B, T, heads, D], as a function of transformers' `AttentionInterface`.
 
-    Raises UnknownArgument for a keyword that would change the result and is not known here.
+    Raises UnknownArgument for a keyword that would change the result and is not supported here.
     """
     if tree is None and softcap is None and s_aux is None and not _is_empty(attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -67,12 +67,12 @@ def tree_attention(
 
 
 def _is_empty(attention_mask: Tensor | None) -> bool:
-    """Whether this is the mask of `tree_keywords`."""
+    """Return whether this is the empty mask that `tree_keywords` makes."""
     return attention_mask is not None and attention_mask.numel() == 0
 
 
 def check_arguments(tree: TreeLayout | None, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
-    """Raise UnknownArgument for what a layer asks of its attention that trees do not compute."""
+    """Raise UnknownArgument if a layer gives its attention arguments that trees do not support."""
     if tree is None and _is_empty(attention_mask):
         raise UnknownArgument("its layers do not hand the layout down to their attention")
     if tree is not None and attention_mask is not None and not _is_empty(attention_mask):
@@ -92,15 +92,15 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def tree_keywords(tree: TreeLayout, device: torch.device) -> dict[str, Any]:
-    """The keywords of a model's forward for a packed row of trees.
+    """Return the keywords of a model's forward for a packed row of trees.
 
-    Models pass a mask of four dimensions through as it is, so an empty one keeps them from making their own [T, T].
+    Models pass a four-dimensional mask on unchanged, so an empty one keeps them from making their own [T, T] mask.
     """
     return {"tree": tree, "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)}
 
 
 def _tree_parts(attend: "CausalAttention", query: Tensor, key: Tensor, value: Tensor, tree: Tree) -> list[Tensor]:
-    """The outputs of one tree in the order of the row: the prompt with its first completion, then each further one."""
+    """Return the outputs of one tree in the row's order: the prompt with its first completion, then each other one."""
     begin, prompt_end = tree.start, tree.start + tree.prompt
     first_end = prompt_end + tree.completions[0]
     stem = slice(begin, first_end)
@@ -116,7 +116,7 @@ def _tree_parts(attend: "CausalAttention", query: Tensor, key: Tensor, value: Te
 
 
 class CausalAttention:
-    """Causal attention of the last queries of a contiguous sequence to all of it."""
+    """Causal attention of the last Q tokens of a contiguous sequence to the whole sequence."""
 
     def __init__(
         self, dropout: float, scaling: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
@@ -124,7 +124,7 @@ class CausalAttention:
         self.dropout, self.scaling, self.window, self.softcap, self.sinks = dropout, scaling, window, softcap, sinks
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [B, heads, Q, D], the last Q places; key and value [B, kv_heads, K, D]. Returns [B, heads, Q, D]."""
+        """Return [B, heads, Q, D] for queries of this shape, the last Q, and keys and values [B, kv_heads, K, D]."""
         q, k = query.shape[2], key.shape[2]
         windowed = self.window is not None and self.window < k
         if self.softcap is None and self.sinks is None:
@@ -141,7 +141,7 @@ class CausalAttention:
 
 
 def _causal(q: int, k: int, window: int | None, device: torch.device) -> Tensor:
-    """[Q, K] bool: place i of the last Q may see place j of all K. Positions inside one sequence are its places."""
+    """Return a mask [Q, K] that is True where query i of the last Q positions may attend to key j of all K."""
     i = torch.arange(k - q, k, device=device)[:, None]
     j = torch.arange(k, device=device)[None, :]
     mask = j <= i
@@ -158,7 +158,7 @@ def masked_attention(
     softcap: float | None,
     sinks: Tensor | None,  # [heads]
 ) -> Tensor:
-    """Attention with capped scores or sinks, which SDPA has not: scores in float32, [B, Q, heads, D]."""
+    """Compute attention, [B, Q, heads, D], with the softcap or sinks that SDPA lacks. The scores are in float32."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -181,7 +181,7 @@ def repeat_kv(kv: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What one layer asks of its attention."""
+    """The arguments that one layer gives its attention."""
 
     heads: int
     kv_heads: int
@@ -196,15 +196,15 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class _Probe(TreeLayout):
-    """A tree that notes what every layer it reaches asks for."""
+    """A layout that records the arguments of every layer it reaches."""
 
     calls: list[LayerCall] = field(default_factory=list)
 
 
 def layers_reached(backbone: nn.Module, **options: Any) -> list[LayerCall]:
-    """What each layer asks for in which a tree arrives at `tree_attention`: four tokens are run through in training.
+    """Return the arguments of each layer whose attention receives the layout, from a forward of four tokens.
 
-    The options are keywords of the body's forward, in place of those that trees give it.
+    The body is in training mode, so that dropout shows. `options` override the keywords of `tree_keywords`.
     """
     device = next(backbone.parameters()).device
     probe = _Probe((Tree(0, 2, (1, 1)),))
@@ -222,9 +222,9 @@ def layers_reached(backbone: nn.Module, **options: Any) -> list[LayerCall]:
 
 
 def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) -> tuple[list[LayerCall], str | None]:
-    """What a model's layers ask of their attention, and the reason it must be given padded rows, or None.
+    """Return the arguments of the layers' attention, and the reason why the model needs padded rows, or None.
 
-    `name` is the registered attention that the model must have. That the result is right is not seen here.
+    `name` is the registered attention that the model must have. This does not test whether the result is right.
     """
     kind = model.config.model_type
     if not has_attention(model, name):
@@ -234,7 +234,7 @@ def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) 
         calls = layers_reached(backbone)
     except UnknownArgument as error:
         return [], f"this {kind} model has attention that trees do not compute: {error}"
-    except Exception as error:  # model code that refuses an unknown keyword does so in its own way
+    except Exception as error:  # models raise different errors for an unknown keyword
         if _wants_mask(backbone):
             return [], f"{kind} models compute with the attention mask in code of their own, and trees have none"
         return [], f"{kind} models refuse the layout: {one_line(error, named=True)}"
@@ -247,26 +247,26 @@ def probe_layers(model: PreTrainedModel, backbone: nn.Module, name: str = NAME) 
 
 
 def _wants_mask(backbone: nn.Module) -> bool:
-    """Whether a body that fails with the empty mask of trees comes further if it is given none."""
+    """Return whether a body that fails with the empty mask of trees runs, or makes its own mask, without one."""
     try:
         layers_reached(backbone, attention_mask=None)
-    except UnknownArgument:  # it has made a mask
+    except UnknownArgument:  # it made its own mask
         return True
     except Exception:
         return False
     return True
 
 
-# --- which attention a model has --------------------------------------------------------------------------------------
+# --- the attention of a model -----------------------------------------------------------------------------------------
 
 
 def has_attention(model: PreTrainedModel, name: str) -> bool:
-    """Whether the model's text layers look up their attention under this name."""
+    """Return whether the model's text layers look up their attention under this name."""
     return model.config.get_text_config()._attn_implementation == name
 
 
 def give_attention(model: PreTrainedModel, name: str) -> bool:
-    """Give a model's layers the registered attention of this name. False where its code does not take it."""
+    """Set the registered attention of this name in a model's layers. Return False if its code does not support that."""
     if not getattr(model, "_can_set_attn_implementation", lambda: True)():
         return False
     before = attention_of(model)
@@ -282,13 +282,13 @@ AttentionState = list[tuple[Any, Any]]
 
 
 def attention_of(model: PreTrainedModel) -> AttentionState:
-    """Which attention the model and each part of it has, for `restore_attention`."""
+    """Return the attention of the model and of each of its parts, for `restore_attention`."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     configs |= {id(config): config for config in (model.config, model.config.get_text_config())}
     return [(config, config._attn_implementation_internal) for config in configs.values()]
 
 
 def restore_attention(state: AttentionState) -> None:
-    """Give the configs the attention back that they had."""
+    """Set the attention in the configs back to what `attention_of` returned."""
     for config, name in state:
         config._attn_implementation_internal = name

@@ -1,7 +1,7 @@
-"""A causal language model's body, and the model's own code around what its body returns.
+"""A causal language model's body, and the rest of the model's own code run on a given output of it.
 
-The policy runs the body in a layout of its own. Where this package does not know how the model turns the body's output
-into logits or a load-balancing loss, the model's own `forward` does it, with a body that returns a given output.
+The policy runs the body in its own layout. If this package does not know how the model computes logits or a
+load-balancing loss from the body's output, the model's own `forward` does it, with a body that returns a given output.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _NAMES = ("model", "transformer", "decoder", "backbone")  # of bodies in models 
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
-    """The module whose `last_hidden_state` is the head's input. Raises UserError for a model without such a part."""
+    """Return the module whose `last_hidden_state` is the head's input. Raises UserError if the model has none."""
     for name in (getattr(model, "base_model_prefix", ""), *_NAMES):
         body = getattr(model, name, None) if name else None
         if isinstance(body, nn.Module) and body is not model:
@@ -25,7 +25,7 @@ def body_of(model: PreTrainedModel) -> nn.Module:
 
 
 def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **options: Any) -> Any:
-    """The result of the model's own forward if its body returns `output`.
+    """Return the result of the model's own forward with a body that returns `output`.
 
     Args:
         model: the causal language model, or its forward.
@@ -45,6 +45,6 @@ def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **optio
 
 
 def with_states(output: Any, hidden: Tensor) -> Any:
-    """A body's output with other hidden states, [B, T, H], and nothing else that belongs to the old ones."""
+    """Return a body's output with other hidden states, [B, T, H], and only its router logits of the rest."""
     kept = {name: value for name, value in output.items() if name == "router_logits"}
     return type(output)(last_hidden_state=hidden, **kept)

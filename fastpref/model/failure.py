@@ -1,4 +1,4 @@
-"""Failures inside the code of models and libraries, as one message: during what, and the error's own words."""
+"""Conversion of errors inside the code of models and libraries into one message for the user."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -15,15 +15,15 @@ from fastpref.errors import UserError, one_line
 P = ParamSpec("P")
 T = TypeVar("T")
 _OURS = ("fastpref", "kernels")
-_BELOW = frozenset({"torch", *sys.stdlib_module_names})  # what everyone's code calls
+_BELOW = frozenset({"torch", *sys.stdlib_module_names})  # packages that are never named as the origin of an error
 
 
 def told_of_model(
     what: str,
 ) -> Callable[[Callable[Concatenate[Config, P], T]], Callable[Concatenate[Config, P], T]]:
-    """Decorate a function of a config: what it raises becomes a UserError with the model's name, `what`, and the place.
+    """Decorate a function of a config so that its errors become a UserError with the model's name, `what`, and a line.
 
-    Out of memory passes unchanged: the caller knows what would take less.
+    An out-of-memory error passes unchanged: the caller knows how to save memory.
     """
 
     def around(function: Callable[Concatenate[Config, P], T]) -> Callable[Concatenate[Config, P], T]:
@@ -33,7 +33,7 @@ def told_of_model(
                 return function(config, *args, **options)
             except UserError:
                 raise
-            except Exception as error:  # model code raises whatever it likes
+            except Exception as error:  # model code may raise any error
                 if is_out_of_memory(error):
                     raise
                 message = f"{what}: {words(error)} ({_places(error)[-1]})"
@@ -46,7 +46,7 @@ def told_of_model(
 
 @contextmanager
 def told_of_memory(while_what: str, advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error inside the block into a UserError that says during what, and what would take less."""
+    """Turn an out-of-memory error inside the block into a UserError with `while_what` and `advice`."""
     try:
         yield
     except Exception as error:
@@ -56,7 +56,7 @@ def told_of_memory(while_what: str, advice: str) -> Iterator[None]:
 
 
 def in_others_code(error: BaseException) -> str | None:
-    """An exception's words and place, if it was raised in the code of a model or a library; None if in ours."""
+    """Return an exception's message and line if it was raised in a model's or a library's code, or None if in ours."""
     frame, owner = error.__traceback__, "fastpref"
     while frame is not None:
         package = str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
@@ -66,12 +66,12 @@ def in_others_code(error: BaseException) -> str | None:
 
 
 def words(error: BaseException) -> str:
-    """An exception's own words on one line, with its type where they do not make a sentence."""
+    """Return an exception's message on one line, with its type if the message alone is rarely clear."""
     return one_line(error, named=not isinstance(error, ValueError | RuntimeError | OSError))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Torch raises its own error on a GPU, and on a CPU a RuntimeError that only its words tell from others."""
+    """Return whether an error is out of memory. On a CPU torch raises a RuntimeError that only its message shows."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     message = str(error).lower()
@@ -81,7 +81,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _places(error: BaseException) -> list[str]:
-    """Files and lines of a traceback, the innermost last, without those of torch and the standard library."""
+    """Return the files and lines of a traceback, innermost last, except those of torch and the standard library."""
     places, frame = ["an unknown place"], error.__traceback__
     while frame is not None:
         values: dict[str, Any] = frame.tb_frame.f_globals

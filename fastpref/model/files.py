@@ -1,4 +1,4 @@
-"""Why a model cannot be loaded, by the file that is missing or damaged, or by what a folder holds instead."""
+"""Messages on why a model cannot be loaded: a missing or damaged file, or a folder that holds something else."""
 
 import json
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _KINDS = {  # of models that are no causal language models, by transformers' tab
 
 
 def model_config(options: ModelConfig) -> PretrainedConfig:
-    """The config.json of a causal language model. Raises UserError if there is none."""
+    """Load the config.json of a causal language model. Raises UserError if there is none."""
     instead = adapter_instead(options)
     if instead is not None:
         raise UserError(f"model.name = {options.name!r}: {instead}")
@@ -45,33 +45,33 @@ def model_config(options: ModelConfig) -> PretrainedConfig:
 
 
 def hub_options(options: ModelConfig) -> dict[str, Any]:
-    """The keywords of `from_pretrained` that say which version of a model is meant and whether its code is run."""
+    """Return the keywords of `from_pretrained` for the version of a model and for whether its code is run."""
     return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
 
 
 def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = False) -> str:
-    """What a library's error means: the file at fault where it can be found, else the error's own words."""
+    """Explain a library's error: return the file at fault if it can be found, else the error's own message."""
     if not options.trust_remote_code and "trust_remote_code" in str(error):
         return (
             "it comes with Python code of its own, which is not run; set model.trust_remote_code = true if you have "
             "read the code and trust it"
         )
     folder = Path(options.name).expanduser()
-    if options.name.startswith(("/", ".", "~")) and not folder.exists():  # which no name on the hub does
+    if options.name.startswith(("/", ".", "~")) and not folder.exists():  # no name on the hub begins like this
         return "there is no such folder"
     fault = _in_folder(folder, tokenizer) if folder.is_dir() else _on_hub(options, tokenizer)
     return fault or one_line(error)
 
 
 def adapter_instead(options: ModelConfig) -> str | None:
-    """What to do about a folder that holds an adapter, which transformers would put on its base without a word."""
+    """Return advice for a folder with an adapter, which transformers would silently load on its base model, or None."""
     folder = Path(options.name).expanduser()
     file = folder / "adapter_config.json"
     return _adapter(options.name, file, folder) if file.is_file() else None
 
 
 def no_causal_model(config: PretrainedConfig) -> str | None:
-    """What a model is if it is no causal language model that transformers or its own code knows."""
+    """Return a message on a model that is not a causal language model, by transformers or its own code; or None."""
     kind = config.model_type
     if config.is_encoder_decoder:
         return f"{kind} is an encoder-decoder; a causal language model is needed"
@@ -122,7 +122,7 @@ def _in_folder(folder: Path, tokenizer: bool) -> str | None:
 
 
 def _instead(folder: Path) -> Iterator[str]:
-    """What a folder without a causal language model holds, and what to do."""
+    """Yield what a folder without a causal language model holds, with advice."""
     name = str(folder)
     if (folder / "adapter_config.json").is_file():
         yield _adapter(name, folder / "adapter_config.json", folder)
@@ -192,7 +192,7 @@ def _merge_first(name: str) -> str:
 
 
 def _on_hub(options: ModelConfig, tokenizer: bool) -> str | None:
-    """That it is an adapter; or a first file that is not in the cache, where the hub may not be asked."""
+    """Return a message if a name on the hub is an adapter, or if its files are not in the cache when offline."""
     try:
         adapter = None if tokenizer else find_adapter_config_file(options.name, revision=options.revision)
     except Exception:  # no such repository, no network: the first error says so
@@ -204,7 +204,7 @@ def _on_hub(options: ModelConfig, tokenizer: bool) -> str | None:
     for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ("config.json", "model.safetensors"):
         try:
             found = try_to_load_from_cache(options.name, name, revision=options.revision)
-        except ValueError:  # no name that the hub could have
+        except ValueError:  # not a valid name on the hub
             return None
         if not isinstance(found, str):
             return f"{name} is not in the cache ({constants.HF_HUB_CACHE}), and the hub is not asked (HF_HUB_OFFLINE)"

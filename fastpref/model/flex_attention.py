@@ -1,12 +1,12 @@
 """Attention over trees by FlexAttention (arXiv 2412.05496), registered with transformers as "fastpref_flex".
 
-One kernel a layer in place of one SDPA call a completion. What a token may see is two runs of places: a part of its
-prompt and a part of its own branch up to itself, each cut by the window where there is one. So the mask is three
-numbers a query, whatever the window is; which blocks of 128 × 128 places hold anything follows from them without a
-[T, T] mask, and the kernel is compiled once for all lengths and windows.
+Each layer runs one kernel instead of one SDPA call per completion. A token may attend to two ranges of positions: a
+part of its prompt, and a part of its own branch up to itself. A sliding window shortens both. So the mask is three
+numbers per query, whatever the window is. The non-empty blocks of 128 × 128 positions follow from these numbers without
+a [T, T] mask, and the kernel is compiled once for all lengths and windows.
 
-The block mask of each window is made once a micro-batch and kept in its layout, where every layer, the recomputation
-of checkpointed activations and the pass of the reference find it.
+The block mask of each window is made once per micro-batch and stored in its layout, where every layer, the
+recomputation of gradient checkpointing and the forward pass of the reference model find it.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ from fastpref.errors import UserError
 from fastpref.model.attention import LayerCall, check_arguments, tree_attention
 
 NAME = "fastpref_flex"
-BLOCK = 128  # places: the size of a block of the mask, in both directions
+BLOCK = 128  # positions: the size of a block of the mask, in both directions
 
 
 def flex_tree_attention(
@@ -42,9 +42,9 @@ def flex_tree_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' interface. Returns [1, T, heads, Dv].
+    """Compute attention, [1, T, heads, Dv], as a function of transformers' `AttentionInterface`.
 
-    Without a tree (padded rows, generation), and with dropout, which FlexAttention has not, it is `tree_attention`.
+    Calls `tree_attention` without a tree (padded rows, generation), and with dropout, which FlexAttention lacks.
     """
     if tree is None or dropout:
         options: dict[str, Any] = {"tree": tree, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
@@ -62,7 +62,7 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None,
     sinks: Tensor | None,  # [heads]
 ) -> Tensor:  # fmt: skip
-    """[1, heads, T, Dv]. A sink joins the softmax's sum: out · e^lse/(e^lse + e^sink)."""
+    """Return [1, heads, T, Dv]. A sink is one more term of the softmax's sum: out · e^lse/(e^lse + e^sink)."""
     kind = query.device.type
     # Autocast does not reach FlexAttention, and RoPE with float32 angles makes queries and keys float32.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
@@ -84,7 +84,7 @@ def _attend(
 
 @cache
 def _flex(device: str) -> Callable[..., Any]:
-    """Compiled where there is a kernel to gain; on a CPU plain, for tests."""
+    """Return FlexAttention: compiled, except on a CPU, where it serves tests only."""
     return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
 
 
@@ -100,7 +100,7 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 class Visible(NamedTuple):
-    """The places [first, last) of the prompt and [own, q] of its own branch that the token at place q sees."""
+    """The positions that a token at position q attends to: [first, last) of its prompt, and [own, q] of its branch."""
 
     own: Tensor  # [T] int32
     first: Tensor  # [T] int32; first ≥ last for a token of a prompt, whose own branch is the prompt
@@ -116,7 +116,7 @@ class Visible(NamedTuple):
 
 
 def visible(tree: TreeLayout, window: int | None, device: torch.device | str = "cpu") -> Visible:
-    """What every token of a row sees: nothing `window` or more places before it in its own sequence."""
+    """Return the positions that each token of a row attends to: those less than `window` before it in its sequence."""
     runs = [run for t in tree.trees for run in _runs(t)]
     lengths = torch.tensor([length for length, *_ in runs])
     start, prompt_start, prompt_end = (
@@ -126,12 +126,12 @@ def visible(tree: TreeLayout, window: int | None, device: torch.device | str = "
     if window is None:
         return Visible(start, prompt_start, prompt_end)
     oldest = torch.arange(len(start), dtype=torch.int32, device=device) - (window - 1)
-    # A branch goes on where its prompt ended: from its tokens the prompt is nearer by what lies between.
+    # A branch continues at its prompt's end, so its tokens are start - prompt_end nearer to the prompt than in the row.
     return Visible(start.maximum(oldest), prompt_start.maximum(oldest - (start - prompt_end)), prompt_end)
 
 
 def _runs(tree: Tree) -> Iterable[tuple[int, int, int, int]]:
-    """The prompt and the branches of a tree: (length, start, start of the prompt before it, end of that prompt)."""
+    """Yield (length, start, start of the prompt before it, end of that prompt) of a tree's prompt and branches."""
     place = tree.start + tree.prompt
     yield tree.prompt, tree.start, tree.start, tree.start
     for length in tree.completions:
@@ -140,7 +140,7 @@ def _runs(tree: Tree) -> Iterable[tuple[int, int, int, int]]:
 
 
 def block_mask(tree: TreeLayout, window: int | None, device: torch.device) -> BlockMask:
-    """The block mask of a layout for one window, made at the first call."""
+    """Return the block mask of a layout for one window, which the first call makes."""
     at = ("block mask", window, device)
     if at not in tree.made:
         tree.made[at] = _block_mask(visible(tree, window, device))
@@ -148,7 +148,7 @@ def block_mask(tree: TreeLayout, window: int | None, device: torch.device) -> Bl
 
 
 def _block_mask(seen: Visible) -> BlockMask:
-    """As `create_block_mask` makes it of the same mask function, in T·T/128 steps instead of T·T."""
+    """Return the same block mask as `create_block_mask` for this mask function, in T·T/128 steps instead of T·T."""
     own, first, last = (side[:, None] for side in seen)
     length, device = len(own), own.device
     blocks = -(-length // BLOCK)
@@ -156,10 +156,10 @@ def _block_mask(seen: Visible) -> BlockMask:
     begin = torch.arange(blocks, dtype=torch.int32, device=device) * BLOCK
     end = begin + BLOCK
     some = ((own < end) & (q >= begin)) | ((first < end) & (last > begin) & (first < last))  # [T, blocks]
-    # The first branch lies against its prompt: together they may fill a block that neither fills alone.
+    # The first branch follows its prompt directly: together they may fill a block that neither fills alone.
     joined = (last >= own) & (first <= begin) & (q >= end - 1)
     every = ((own <= begin) & (q >= end - 1)) | ((first <= begin) & (last >= end)) | joined
-    rest = blocks * BLOCK - length  # rows of the last block that do not exist: nothing is seen there
+    rest = blocks * BLOCK - length  # missing queries of the last block, which attend to nothing
     some, every = (
         nn.functional.pad(side, (0, 0, 0, rest)).view(blocks, BLOCK, blocks) for side in (some, every)
     )  # fmt: skip
@@ -173,21 +173,21 @@ def _block_mask(seen: Visible) -> BlockMask:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """[Q blocks, KV blocks] bool → how many of each row [1, 1, Q blocks] and which, those first [1, 1, Q, KV]."""
+    """Return, for [Q, KV] bool, each row's number of True blocks [1, 1, Q] and its blocks, True first [1, 1, Q, KV]."""
     numbers = blocks.to(torch.int32)
     which = numbers.argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return numbers.sum(1, dtype=torch.int32)[None, None], which[None, None]
 
 
 def _any_length(mask: BlockMask, seen: Visible) -> None:
-    """Say that lengths change, or the compiler makes a kernel for the first one and then another for all of them."""
+    """Mark lengths as dynamic. Otherwise the compiler makes one kernel for the first length and one for all others."""
     blocks = mask.as_tuple()
     for tensor in [*seen, *(part for part in blocks if isinstance(part, Tensor))]:
         for dimension in range(2 if tensor.dim() > 2 else 0, tensor.dim()):
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
-# --- which attention -------------------------------------------------------------------------------------------------
+# --- the choice of an attention --------------------------------------------------------------------------------------
 
 
 def wants_flex(
@@ -197,14 +197,14 @@ def wants_flex(
     why_padded: str | None,
     calls: Iterable[LayerCall],
 ) -> tuple[bool, str | None]:
-    """Whether FlexAttention is to be tried, and the reason against it where there is one worth telling.
+    """Return whether to try FlexAttention, and the reason against it if the user should see one.
 
-    Raises UserError where "flex" cannot be had.
+    Raises UserError if the config asks for "flex" and it is not available.
     """
     if wanted == "sdpa":
         return False, None
     why, tell = None, True
-    if device != "cuda":  # ROCm's name too
+    if device != "cuda":  # ROCm devices have this name too
         why, tell = f"FlexAttention trains on GPUs only, and this is a {device} device", False
     elif layout == "padded":
         why, tell = f"FlexAttention computes tree and packed rows only ({why_padded or 'train.layout = padded'})", False
@@ -216,10 +216,10 @@ def wants_flex(
 
 
 def fault(calls: Iterable[LayerCall], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Compile what a model's layers ask for and hold it to `tree_attention`, outputs and gradients. None if it holds.
+    """Compile the kernels of a model's layers and compare their outputs and gradients with `tree_attention`.
 
-    Whether a kernel can be made depends on card, head width and versions: wide heads need more shared memory than
-    consumer cards have. What is compiled here is used in training.
+    Returns a message if one fails or differs, or None. Whether a kernel compiles depends on the GPU, the head width and
+    the versions: wide heads need more shared memory than consumer GPUs have. Training uses the kernels compiled here.
     """
     for call in dict.fromkeys(calls):
         try:
@@ -233,7 +233,7 @@ def fault(calls: Iterable[LayerCall], dtype: torch.dtype, device: torch.device) 
 
 
 def difference(call: LayerCall, dtype: torch.dtype, device: torch.device) -> float:
-    """The largest difference from `tree_attention`, relative to its largest value, of outputs and gradients."""
+    """Return the largest difference of outputs and gradients from `tree_attention`, relative to its largest value."""
     tree = TreeLayout((Tree(0, 150, (90, 70)), Tree(310, 20, (31, 9))))
     generator = torch.Generator().manual_seed(0)
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-Saving = Callable[[], AbstractContextManager[Any]]  # decides where a checkpointed layer keeps its input
+Saving = Callable[[], AbstractContextManager[Any]]  # makes a context that decides where a layer stores its input
 
 
 def checkpoint_layers(model: PreTrainedModel, count: int | None = None, *, saving: Saving | None = None) -> int:
@@ -46,13 +46,13 @@ def checkpoint_layers(model: PreTrainedModel, count: int | None = None, *, savin
 
 
 def _checkpoint_into(saving: Saving, function: Callable[..., Any], *args: Any) -> Any:
-    # What is saved inside goes to checkpoint's own hooks, so these meet the layer's input alone: no weight, no mask.
+    # `checkpoint` has its own hooks for tensors saved inside, so `saving` gets only the layer's input, not weights.
     with saving():
         return checkpoint(function, *args, use_reentrant=False)
 
 
 def in_host_memory(device: torch.device) -> Saving:
-    """Keeps the inputs of checkpointed layers in pinned host memory until the backward pass needs them."""
+    """Return a `Saving` that keeps the inputs of checkpointed layers in pinned host memory until the backward pass."""
     return partial(torch.autograd.graph.save_on_cpu, pin_memory=True, device_type=device.type)
 
 
@@ -61,13 +61,13 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 
 def can_be_checkpointed(model: PreTrainedModel) -> bool:
-    """Whether the code of this model knows gradient checkpointing: some say that they do, and have no layer for it."""
+    """Return whether a model supports gradient checkpointing: some claim to, but have no layer for it."""
     said = bool(getattr(model, "supports_gradient_checkpointing", False))
     return said and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
 
 
 def all_checkpointed(model: PreTrainedModel) -> bool:
-    """Whether no layer keeps its activations."""
+    """Return whether all layers have gradient checkpointing."""
     flags = [layer.gradient_checkpointing for layer in decoder_layers(model)]
     return all(flags) if flags else any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
@@ -78,10 +78,10 @@ def layers_needed(
     but_one: int,  # bytes of a step with all layers but one checkpointed
     available: int,
 ) -> int:
-    """The fewest checkpointed layers with which a step fits, or all of them. All layers count as equally large.
+    """Return the fewest checkpointed layers with which a step fits, or all of them, if all layers are equally large.
 
-    The last layer to be checkpointed saves much less than the others: the recomputed activations of one layer are
-    always held.
+    The last checkpointed layer saves much less than the others, because the recomputed activations of one layer are in
+    memory in any case.
     """
     if without <= available:
         return 0

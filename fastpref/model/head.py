@@ -20,7 +20,7 @@ from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
 
 @dataclass(frozen=True)
 class LogitSettings:
-    """logits = softcap(scale · (hidden·Wᵀ + b))"""
+    """The settings of logits = softcap(scale · (hidden·Wᵀ + b))."""
 
     softcap: float | None = None
     scale: float = 1.0
@@ -34,7 +34,7 @@ class LogitSettings:
 
 
 class Head(nn.Module):
-    """A model's output layer, as a weight and a bias for the fused kernels, whatever PEFT has wrapped around it."""
+    """A model's output layer, with or without PEFT's wrappers, as a weight and a bias for the fused kernels."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -53,7 +53,7 @@ class Head(nn.Module):
         targets: Tensor,  # [N]
         outputs: tuple[str, ...] = (),
     ) -> TokenLogprobs:
-        """Log-probabilities of the targets, with `linear_logprob`'s outputs."""
+        """Return the log-probabilities of the targets, with the named outputs of `linear_logprob`."""
         weight, bias = self.weight_and_bias(hidden.dtype)
         settings = self.settings
         return linear_logprob(
@@ -62,7 +62,7 @@ class Head(nn.Module):
         )  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits of some rows, float32 [*, V], of hidden [*, H]: for callers that need whole distributions."""
+        """Return all logits, float32 [*, V], of hidden [*, H], for callers that need whole distributions."""
         logits = self.module(hidden).float()
         scale, cap = self.settings.scale, self.settings.softcap
         logits = logits if scale == 1 else logits * scale
@@ -71,7 +71,7 @@ class Head(nn.Module):
     def weight_and_bias(
         self, dtype: torch.dtype | None = None
     ) -> tuple[Tensor | HeadWeight | LoraWeight, Tensor | None]:
-        """The weight [V, H] and the bias [V] or None, with the active adapter. A 4-bit weight is read as `dtype`."""
+        """Return the weight [V, H] with the active adapter, and the bias [V] or None. 4 bits are read as `dtype`."""
         module = self.module
         if isinstance(module, ModulesToSaveWrapper):
             active = module.active_adapters
@@ -104,7 +104,10 @@ def _plain(module: Any, dtype: torch.dtype | None) -> Tensor | HeadWeight:
 
 
 def _with_lora(module: Any, weight: Tensor | HeadWeight) -> Tensor | HeadWeight | LoraWeight:
-    """The weight with PEFT's adapter on the head. Raises UserError for variants of LoRA and for several adapters."""
+    """Return the weight with PEFT's adapter on the head.
+
+    Raises UserError for variants of LoRA and for several adapters.
+    """
     active = [name for name in module.active_adapters if name in getattr(module, "lora_A", {})]
     if not active:
         return weight
@@ -128,12 +131,12 @@ class OwnLogits(nn.Module):
     Only some rows of logits exist at a time, [n, V] in float32; the backward pass computes them again.
     """
 
-    _ELEMENTS = 1 << 26  # logits at once
+    _ELEMENTS = 1 << 26  # logits that exist at once
 
     def __init__(self, model: PreTrainedModel, body: nn.Module):
         super().__init__()
         self.model = model
-        self._body = [body]  # in a list, as it is a part of the model already
+        self._body = [body]  # in a list, so that it is not registered a second time: the model contains it
 
     def forward(
         self,
@@ -142,7 +145,7 @@ class OwnLogits(nn.Module):
         targets: Tensor,  # [N]
         outputs: tuple[str, ...] = (),
     ) -> TokenLogprobs:
-        """Log-probabilities of the targets, with `linear_logprob`'s outputs."""
+        """Return the log-probabilities of the targets, with the named outputs of `linear_logprob`."""
         rows = max(1, self._ELEMENTS // self.vocabulary)
         parts = [
             checkpoint(self._part, some, their, use_reentrant=False)
@@ -156,7 +159,7 @@ class OwnLogits(nn.Module):
         return naive_logprobs(self.logits(hidden), targets)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits of some rows, float32 [N, V], of hidden [N, H]."""
+        """Return all logits, float32 [N, V], of hidden [N, H]."""
         return around_body(self.model, self._body[0], _Returned(last_hidden_state=hidden[None])).logits[0].float()
 
     @property
@@ -165,7 +168,7 @@ class OwnLogits(nn.Module):
 
 
 class _Returned(BaseModelOutputWithPast):
-    """A body's output, with None for every other attribute that a model's forward reads."""
+    """A body's output that returns None for every other attribute that a model's forward reads."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -173,9 +176,9 @@ class _Returned(BaseModelOutputWithPast):
 
 
 def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits, str | None]:
-    """The head that gives the model's own logits, and a note if it is not the fused one.
+    """Return the head that reproduces the model's own logits, and a note if it is not the fused one.
 
-    Raises UserError for a model that cannot be run, or whose logits neither way gives.
+    Raises UserError for a model that cannot be run, or whose logits neither head reproduces.
     """
     kind = model.config.model_type
     try:
@@ -192,12 +195,12 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
         return head, None
     except UserError as error:
         why = str(error)
-    except Exception as error:  # a head that is given something else than the body's hidden states
+    except Exception as error:  # the head's input may be something else than the body's hidden states
         why = f"{kind} models make their logits in a way this version does not know ({one_line(error, named=True)})"
     try:
         head = OwnLogits(model, body)
         check_logits(model, body, head)
-    except Exception as error:  # the model's forward may want of its body what only the body knows
+    except Exception as error:  # the model's forward may read more of its body's output than `_Returned` has
         raise UserError(f"{why}; nor can its own code be asked for them: {one_line(error, named=True)}") from None
     return head, f"logits: by the model's own code, some rows at a time, because {why}"
 
@@ -214,7 +217,7 @@ def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits
     device = ids.device
     theirs = _own_logits(model, ids).log_softmax(-1)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-    # The likeliest token of each place, and some from all over the vocabulary.
+    # The likeliest token of each position, and some from the whole vocabulary.
     spread = torch.linspace(0, vocabulary - 1, 31, device=device).long().expand(4, -1)
     targets = torch.cat([theirs[0].argmax(-1, keepdim=True), spread], dim=1)  # [4, 32]
     positions = torch.arange(4, device=device).repeat_interleave(32)
@@ -229,12 +232,12 @@ def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits
 
 
 def _four_tokens(model: PreTrainedModel) -> Tensor:
-    """[1, 4] int64"""
+    """Return four token ids, [1, 4] int64."""
     weight = next(model.parameters())
     return torch.arange(4, device=weight.device)[None] % model.config.get_text_config().vocab_size
 
 
 @torch.no_grad()
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The logits of the model's own forward for tokens [1, T]: [1, T, V] in float32."""
+    """Return the logits of the model's own forward, float32 [1, T, V], for tokens [1, T]."""
     return model(input_ids=ids, use_cache=False).logits.float()

@@ -1,16 +1,15 @@
-"""Kernels of liger-kernel (arXiv 2410.10989) for a model's body: RMSNorm, RoPE, SwiGLU and GeGLU, a launch each.
+"""Kernels of liger-kernel (arXiv 2410.10989) for a model's body: RMSNorm, RoPE, SwiGLU and GeGLU, one launch each.
 
-Which module gets which kernel, with which offset and which casts, is liger's own knowledge, by model type. Its
-functions also set classes and functions of transformers' modules, for models that are made later. That is undone
-here, so that nothing but the modules of the one model changes: their `forward`, bound to the instance. RoPE, which
-attention takes from its module's globals, comes by a copy of attention's `forward` that has other globals, whatever
-decorators lie around it.
+liger's own functions, one per model type, decide which module gets which kernel, with which offset and which casts.
+They also replace classes and functions in transformers' modules, for models that are made later. That is undone here,
+so that only the modules of this one model change: their `forward`, bound to the instance. Attention finds RoPE in the
+globals of its Python module, so it gets a copy of its `forward` with other globals, inside the same decorators.
 
-What liger sets in transformers' modules is also what is expected of it for the model's type. A kind of kernel that no
-module of the model has got in the end is named when the model is loaded, with the reason.
+The names that liger replaces in transformers' modules also show which kernels to expect for the model's type. If no
+module of the model gets one of these kernels, a note says so, with the reason, when the model is loaded.
 
-Not taken: the losses, because the head is fused here in its own way; and the kernel for a mixture's experts, because
-transformers groups their products itself and liger's does not follow autocast.
+Two things are not used: liger's losses, because the head is fused here in its own way; and its kernel for the experts
+of a mixture, because transformers groups their products itself and liger's kernel ignores autocast.
 """
 
 import functools
@@ -30,11 +29,14 @@ from fastpref.errors import UserError, one_line
 
 _ROPE = "rotary"  # is in the name of every function of transformers that liger replaces
 _KINDS = {"RMSNorm": "RMSNorm", "LayerNorm": "LayerNorm", "GEGLU": "GeGLU", "SwiGLU": "SwiGLU", "ReLUSquared": "ReLU²"}
-_TRIED = 16  # tokens
+_TRIED = 16  # tokens of the trial
 
 
 def wants_kernels(wanted: Literal["auto"] | bool, device_type: str, architecture: PretrainedConfig) -> bool:
-    """Whether a model of this architecture shall have the kernels. Raises UserError where `true` asks in vain."""
+    """Return whether to give a model of this architecture the kernels.
+
+    Raises UserError if the config says `true` and they are not available.
+    """
     if wanted is False:
         return False
     why = None if device_type == "cuda" else "they run on GPUs only"
@@ -50,11 +52,11 @@ def give_kernels(
     backbone: nn.Module,
     *,
     must: bool,
-    trial: Callable[[], Any] | None,  # the mixed precision of a run, in which the kernels are tried; None: they are not
+    trial: Callable[[], Any] | None,  # the mixed precision of a run, for the trial of the kernels; None: no trial
 ) -> tuple[bool, list[str]]:
-    """Give a model its kernels if they do there what its own code does. Whether it has them, and what to tell of it.
+    """Give a model its kernels if they compute the same as its own code. Return whether they do, and notes.
 
-    Raises UserError instead of going without them if it `must` have them.
+    Raises UserError if they differ or fail and the model `must` have them.
     """
     before = _state(model)
     missing: dict[str, str] = {}
@@ -64,7 +66,7 @@ def give_kernels(
         why = None if taken else "no module of it is of the kind that liger-kernel knows"
         if expected is not None and trial is not None and taken:
             why = _difference(_outcome(model, backbone, trial), expected)
-    except Exception as error:  # of liger, of Triton's compiler, of the model's code
+    except Exception as error:  # from liger, Triton's compiler or the model's code
         taken, why = [], one_line(error, named=True)
     if why is None:
         kind = model.config.model_type
@@ -77,16 +79,16 @@ def give_kernels(
 
 
 class Kernels(NamedTuple):
-    """What a model has got of liger's kernels, and what it has not although liger has it for the model's type."""
+    """The kinds of liger's kernels that a model has, and those for its type that it does not have."""
 
     taken: list[str]  # kinds
-    missing: dict[str, str]  # kind → why
+    missing: dict[str, str]  # kind → reason
 
 
 def take_kernels(model: PreTrainedModel) -> Kernels:
-    """Replace the forward of this model's modules, and nothing else; the kinds of those that were, and were not.
+    """Replace the `forward` of this model's modules, and nothing else. Return the kinds of kernels.
 
-    To be called before adapters are put around its layers. Raises what liger raises for a model it does not know.
+    Call this before adapters wrap its layers. Raises liger's errors for a model that it does not support.
     """
     apply = _known()[model.config.model_type]
     _import_its_modules(apply)
@@ -117,7 +119,7 @@ def take_kernels(model: PreTrainedModel) -> Kernels:
 
 @contextmanager
 def kernels_not_run() -> Iterator[None]:
-    """Inside, launching liger's kernels does nothing: for fake tensors, whose sizes are all that counts."""
+    """Make launches of liger's kernels do nothing inside the block: of fake tensors only the sizes matter."""
     from liger_kernel.ops import geglu, layer_norm, relu_squared, rms_norm, rope, swiglu
     from triton.runtime.jit import KernelInterface
 
@@ -139,7 +141,7 @@ def _known() -> dict[str, Callable[..., None]]:
 
 
 class _Replaced(NamedTuple):
-    """A name that liger has set in a module of transformers."""
+    """A name that liger has replaced in a module of transformers."""
 
     home: ModuleType
     name: str
@@ -148,14 +150,14 @@ class _Replaced(NamedTuple):
 
 
 def _import_its_modules(apply: Callable[..., None]) -> None:
-    """Import what it changes, so that it can be put back: asked for no kernel it does only that."""
+    """Import the modules that `apply` changes, so that they can be restored: without any kernel it only imports."""
     options = inspect.signature(apply).parameters.values()
     apply(model=None, **{option.name: False for option in options if isinstance(option.default, bool)})
 
 
 @contextmanager
 def _transformers_as_it_is() -> Iterator[list[_Replaced]]:
-    """Whatever is set in a module of transformers inside is what it was afterwards, when the list names it."""
+    """Restore the names of transformers' modules after the block, and list those that liger replaced in it."""
     modules = [
         module
         for name, module in list(sys.modules.items())
@@ -181,10 +183,11 @@ def _transformers_as_it_is() -> Iterator[list[_Replaced]]:
 
 
 def _expected(model: PreTrainedModel, changes: list[_Replaced]) -> set[str]:
-    """The kinds of kernels that liger has for this model's type, but for those of modules that a type may go without.
+    """Return the kinds of kernels that liger has for this model's type, except those for classes it does not use.
 
-    A class of transformers that liger replaces and that the model has no module of, such as the MLP of a mixture whose
-    layers are all sparse, is not expected; if there is no such class any more, liger knows another transformers.
+    If the model has no module of a class that liger replaces, such as the MLP of a mixture whose layers are all sparse,
+    its kernel is not expected. If transformers has no such class, liger was written for another version of
+    transformers, and its kernel is expected.
     """
     names = {type(module).__name__ for module in model.modules()}
     homes = {type(module).__module__ for module in model.modules()}
@@ -201,7 +204,7 @@ def _expected(model: PreTrainedModel, changes: list[_Replaced]) -> set[str]:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """What liger has made of a module: one of ours, its own word for what is not taken, None for nothing."""
+    """Return the kind of a module's kernel: a value of _KINDS, liger's name for a kernel not used here, or None."""
     forward = vars(module).get("forward")
     name = type(module).__name__ if forward is None else forward.__func__.__qualname__
     home = type(module).__module__ if forward is None else forward.__func__.__module__
@@ -211,7 +214,7 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _same_activation(module: nn.Module, kind: str | None) -> bool:
-    """Liger goes by the model type alone; a config may name another activation than the type's usual one."""
+    """Return whether a module's activation is the kernel's: liger goes by the model type, a config may name another."""
     expected = {"SwiGLU": F.silu, "GeGLU": lambda x: F.gelu(x, approximate="tanh")}.get(kind or "")
     activation = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
     if expected is None or activation is None:
@@ -226,7 +229,10 @@ def _own_forward(module: nn.Module) -> None:
 
 
 def _give_rope(model: PreTrainedModel, changes: list[_Replaced]) -> bool:
-    """Methods that find liger's functions where they call transformers'. False if no module calls one."""
+    """Give modules copies of their methods that call liger's functions in place of transformers'.
+
+    Returns False if no module calls one.
+    """
     found = False
     homes = {id(change.home): change.home for change in changes}.values()
     methods: dict[type[nn.Module], dict[str, FunctionType]] = {}
@@ -243,7 +249,7 @@ def _give_rope(model: PreTrainedModel, changes: list[_Replaced]) -> bool:
         for name, method in methods[kind].items():
             vars(module)[name] = MethodType(method, module)
             found = True
-        for change in changes:  # it may hold the function itself
+        for change in changes:  # a module may hold the function itself
             for name, value in list(vars(module).items()):
                 if value is not None and value is change.before:
                     vars(module)[name] = change.after
@@ -252,7 +258,7 @@ def _give_rope(model: PreTrainedModel, changes: list[_Replaced]) -> bool:
 
 
 def _own_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
-    """The methods of a class that are not torch's."""
+    """Return the methods of a class, except torch's."""
     methods: dict[str, FunctionType] = {}
     for base in reversed(kind.__mro__):
         if not base.__module__.startswith(("torch.", "builtins")):
@@ -262,16 +268,16 @@ def _own_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
 
 
 def _with_globals(function: FunctionType, home: ModuleType, new: dict[str, Any]) -> FunctionType | None:
-    """A copy that finds `new` among the globals of the module `home`. None if the function asks for none of them.
+    """Return a copy that finds `new` among the globals of the module `home`, or None if it uses none of them.
 
-    Decorators are functions that hold the decorated one in a cell: they are copied around its copy. So are the
-    module's own functions that it calls.
+    A decorator's function holds the decorated one in a closure cell, so it is copied too, around the copy. So are the
+    module's own functions that the function calls.
     """
     copies: dict[int, FunctionType | None] = {}
 
     def copied(function: FunctionType) -> FunctionType | None:
         if id(function) not in copies:
-            copies[id(function)] = None  # where functions call each other
+            copies[id(function)] = None  # ends the recursion if functions call each other
             copies[id(function)] = rebuilt(function)
         return copies[id(function)]
 
@@ -302,7 +308,7 @@ def _with_globals(function: FunctionType, home: ModuleType, new: dict[str, Any])
 
 
 def _rebuilt_cell(cell: CellType, copied: Callable[[FunctionType], FunctionType | None]) -> CellType | None:
-    """A cell with the copy of the function that this one holds. None if it holds none that has a copy."""
+    """Return a closure cell with the copy of the function in this one, or None if that has no copy."""
     try:
         held = cell.cell_contents
     except ValueError:  # empty
@@ -312,7 +318,7 @@ def _rebuilt_cell(cell: CellType, copied: Callable[[FunctionType], FunctionType 
 
 
 def _global_names(code: CodeType) -> set[str]:
-    """Names that code asks for, that of its inner functions included; attributes are among them."""
+    """Return the names of globals and attributes that code uses, including its inner functions."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*map(_global_names, inner))
 
@@ -321,7 +327,7 @@ def _global_names(code: CodeType) -> set[str]:
 
 
 def _outcome(model: PreTrainedModel, backbone: nn.Module, precision: Callable[[], Any]) -> tuple[Tensor, Tensor]:
-    """A few tokens' hidden states [T, H], and the gradient [T, H] by the embeddings of a weighted sum of them."""
+    """Return hidden states [T, H] of a few tokens, and the gradient [T, H] of their weighted sum for the embeddings."""
     embeddings: Any = model.get_input_embeddings()
     leaves: list[Tensor] = []
 
@@ -342,7 +348,10 @@ def _outcome(model: PreTrainedModel, backbone: nn.Module, precision: Callable[[]
 
 
 def _difference(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str | None:
-    """What is not as it was. Kernels round in other places, which half precision shows; a wrong one is off by far."""
+    """Return a message if the outcomes differ by more than rounding, or None.
+
+    The kernels round at other points, which shows in half precision. The errors of a wrong kernel are much larger.
+    """
     margin = 0.2
     for what, ours, theirs in zip(("hidden states", "gradients"), found, expected, strict=True):
         error = ((ours - theirs).norm() / theirs.norm()).item()
@@ -351,7 +360,7 @@ def _difference(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
     return None
 
 
-# --- to and fro ------------------------------------------------------------------------------------------------------
+# --- saving and restoring a model's modules --------------------------------------------------------------------------
 
 
 def _state(model: PreTrainedModel) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:

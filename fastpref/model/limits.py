@@ -1,8 +1,8 @@
-"""A model's limits: the token ids and the positions that it has, compared with the data before anything is computed.
+"""A model's limits: its numbers of token ids and of positions, compared with the data before anything is computed.
 
-An id without a row in the embeddings, or a place behind the last learned position, is an index error in the middle of a
-step on a CPU and a failed assertion of the device on a GPU, neither of which names the row. Nothing here imports torch,
-since `fastpref check` reads a config.json alone.
+A token id without an embedding, or a position after the last learned one, raises an index error in the middle of a step
+on a CPU, and fails a device-side assertion on a GPU. Neither names the row of the data. Importing this module does not
+import torch, because `fastpref check` only reads a config.json.
 """
 
 import json
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from fastpref.data.table import Examples
 
-# Families that look positions up in a table of fixed size: where config.json has its size, and how many of its first
-# places no token takes. RoBERTa's kin count from behind the padding token.
+# Model types with a table of learned positions: the key of its size in config.json, and whether the positions up to the
+# padding token's id are unused, as in RoBERTa and models derived from it.
 _TABLES: dict[str, tuple[str, bool]] = {
     **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt", "gptj", "codegen", "ctrl"), ("n_positions", False)),
     **dict.fromkeys(
@@ -43,27 +43,27 @@ _TABLES: dict[str, tuple[str, bool]] = {
 }  # fmt: skip
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed")  # of modules
 _NOT_TEXT = ("vision", "visual", "image", "audio", "encoder")  # in the path of a module
-# Scalings of RoPE that stretch what a model was made for by a factor. "dynamic" adapts itself to any length.
+# RoPE scalings that multiply a model's length by a factor. "dynamic" adapts to any length.
 _STRETCHED = ("linear", "yarn", "longrope", "su", "llama3")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """A model's limits; None where a limit is not known, or where there is none."""
+    """A model's limits. None means that a limit is not known or does not exist."""
 
     model: str  # its type, for messages
-    embeddings: int | None = None  # rows: ids from 0 to one less can be read
+    embeddings: int | None = None  # rows: the ids 0 … embeddings − 1 can be read
     outputs: int | None = None  # rows of the head: ids that can be predicted
-    positions: int | None = None  # tokens of a sequence that can be computed
-    made_for: int | None = None  # tokens of a sequence that its RoPE was made for, scaling counted
+    positions: int | None = None  # the most tokens of a sequence that can be computed
+    made_for: int | None = None  # the most tokens of a sequence that its RoPE was made for, including scaling
 
     def room(self, tokens: int, wanted: int) -> int:
-        """How many of the `wanted` tokens can follow a prompt of so many tokens."""
+        """Return how many of the `wanted` tokens can follow a prompt of `tokens` tokens."""
         return wanted if self.positions is None else max(0, min(wanted, self.positions - tokens))
 
 
 def limits_of_config(config: Mapping[str, Any]) -> Limits:
-    """The limits by a config.json, or by `PretrainedConfig.to_dict()`."""
+    """Return the limits by a config.json, or by `PretrainedConfig.to_dict()`."""
     text = config.get("text_config")
     config = text if isinstance(text, Mapping) else config
     kind = str(config.get("model_type", "this model"))
@@ -78,14 +78,14 @@ def limits_of_config(config: Mapping[str, Any]) -> Limits:
 
 
 def limits_of(options: ModelConfig) -> Limits:
-    """The limits by the config.json of a model that is not loaded. Raises UserError if there is none."""
+    """Return the limits by the config.json of a model that is not loaded. Raises UserError if there is none."""
     from fastpref.model.files import model_config
 
     return limits_of_config(model_config(options).get_text_config().to_dict())
 
 
 def limits_of_model(model: "PreTrainedModel") -> Limits:
-    """The limits by the tensors of a loaded model, which are surer than its config."""
+    """Return the limits by the tensors of a loaded model, which are more reliable than its config."""
     limits = limits_of_config(model.config.get_text_config().to_dict())
     embeddings: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
@@ -102,12 +102,12 @@ def limits_of_model(model: "PreTrainedModel") -> Limits:
 def compare(
     limits: Limits, parts: Mapping[str, "Examples"], tokenizer: "PreTrainedTokenizerBase", config: Config
 ) -> list[str]:
-    """Notes on rows that are longer than the model's RoPE was trained for.
+    """Compare the data with the limits. Return notes on rows that are longer than the model's RoPE was trained for.
 
     Args:
-        parts: examples by what they are called in messages: "training", "held-out".
+        parts: examples by their name in messages: "training", "held-out".
 
-    Raises UserError, with the place of a row, for tokens and lengths that the model cannot compute.
+    Raises UserError, which locates a row, for tokens and lengths that the model cannot compute.
     """
     for name, examples in parts.items():
         _compare_tokens(limits, name, examples, tokenizer)
@@ -116,10 +116,10 @@ def compare(
 
 
 def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int, str | None]:
-    """The id that padding is filled with, and a note if it is not the tokenizer's.
+    """Return the token id for padding, and a note if it is not the tokenizer's.
 
-    Padding is masked, so any id that the model has will do: a pad token that was added to the tokenizer alone, as to
-    Llama 2's, breaks nothing.
+    Padding is masked, so any id with an embedding will do. So a pad token that was added to the tokenizer but not to
+    the model, as is common with Llama 2, does no harm.
     """
     pad = tokenizer.pad_token_id
     if not isinstance(pad, int):
@@ -133,7 +133,7 @@ def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int
 
 
 def foresee(config: Config) -> list[str]:
-    """Notes on a config by the files of a model on this machine, before any row is read."""
+    """Return notes on a config by the files of a model on this machine, before any row is read."""
     raw = _json(config.model, "config.json")
     if raw is None:
         return []
@@ -149,7 +149,7 @@ def foresee(config: Config) -> list[str]:
 
 
 def beyond_positions(limits: Limits, config: Config) -> str | None:
-    """A note if `tokens.max_length` is beyond a limit, for data that are not known; or None."""
+    """Return a note if `tokens.max_length` exceeds a limit, or None. The data need not be known."""
     longest = config.tokens.max_length
     if limits.positions is not None and longest > limits.positions:
         return (
@@ -178,12 +178,12 @@ def _count(value: Any) -> int | None:
 
 
 def _made_for(config: Mapping[str, Any]) -> int | None:
-    """The length that RoPE was made for, in tokens; None if its scaling takes any length."""
+    """Return the length that RoPE was made for, in tokens, or None if its scaling adapts to any length."""
     longest = _count(config.get("max_position_embeddings"))
     if longest is None:
         return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scalings = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]  # one a kind of layer
+    scalings = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]  # one per kind of layer
     for scaling in scalings:
         kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
         if kind == "dynamic":
@@ -195,7 +195,7 @@ def _made_for(config: Mapping[str, Any]) -> int | None:
 
 
 def _table(name: str, module: Any) -> int | None:
-    """The number of positions of a module that is a table of them, or None."""
+    """Return the number of positions of a module that is a table of learned positions, or None."""
     from torch import nn
 
     path = name.removesuffix(".base_layer").split(".")
@@ -270,7 +270,7 @@ def _beyond(limits: Limits, name: str, examples: "Examples") -> str | None:
 
 
 def _steps(name: str, count: int, config: Config) -> Iterator[np.ndarray]:
-    """The places of the rows of each step, or of each chunk of an evaluation."""
+    """Yield the indices of the rows of each step, or of each chunk of an evaluation."""
     train = config.train
     if name == "training":
         steps = train.steps or ceil(train.epochs * count / train.batch)
@@ -280,7 +280,7 @@ def _steps(name: str, count: int, config: Config) -> Iterator[np.ndarray]:
 
 
 def _lengths(examples: "Examples") -> np.ndarray:
-    """[E] tokens of each row's longest sequence, which are the positions that it takes."""
+    """Return the number of tokens of each row's longest sequence, [E], which is the number of positions it needs."""
     return examples.prompt_lengths + examples.completion_lengths.max(axis=1, initial=0)
 
 
@@ -292,7 +292,7 @@ def _some(count: int, of: int, name: str) -> str:
 
 
 def _json(options: ModelConfig, name: str) -> Any:
-    """The content of a JSON file in a model's folder or in the hub's cache, or None. Does not access the network."""
+    """Return the content of a JSON file in a model's folder or the hub's cache, or None, without network access."""
     folder = Path(options.name).expanduser()
     path: Any = folder / name
     try:
@@ -301,12 +301,12 @@ def _json(options: ModelConfig, name: str) -> Any:
 
             path = try_to_load_from_cache(options.name, name, revision=options.revision)
         return json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str | Path) else None
-    except (OSError, ValueError):  # not there, or damaged, which loading it will say
+    except (OSError, ValueError):  # missing or damaged; loading the model reports it
         return None
 
 
 def _highest_id(options: ModelConfig) -> int | None:
-    """The highest token id in a tokenizer's files, or None."""
+    """Return the highest token id in a tokenizer's files, or None."""
     file = _json(options, "tokenizer.json")
     if not isinstance(file, dict):
         return None

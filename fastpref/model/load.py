@@ -42,7 +42,7 @@ class Loaded:
     """A model that is ready to train."""
 
     model: PreTrainedModel  # the causal language model itself
-    wrapped: PreTrainedModel | peft.PeftModel  # with its adapters, or the same again: what is saved
+    wrapped: PreTrainedModel | peft.PeftModel  # the model with its adapters, or `model` itself: this is saved
     policy: Policy
     layout: Layout
     why_padded: str | None  # the reason for padded rows that the config did not ask for
@@ -61,7 +61,7 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.name = {options.name!r}: no tokenizer there: {explained(options, error, tokenizer=True)}"
         ) from None
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # a call of the tokenizer sets these: what is saved shall not depend on the tokens' cache
+    if backend is not None:  # calls of the tokenizer set these; saved files must not depend on the cache of tokens
         backend.no_padding()
         backend.no_truncation()
     return tokenizer
@@ -76,7 +76,7 @@ def load_model(
     trained: bool = False,
     adapter: str | Path | None = None,
 ) -> Loaded:
-    """The model of a config on a device, with fresh adapters if it has a [lora] table.
+    """Load the model of a config on a device, with fresh adapters if the config has a [lora] table.
 
     A model that will be `sharded` stays in host memory until then, with the dtype for the device. A `trained` model
     gets the `adapter` of a folder or of the hub, or none.
@@ -101,7 +101,7 @@ def load_model(
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
     notes += [*choice.notes, *([note] if note else []), *_flex(config, model, choice, device)]
     if kernels:
-        trial = None if sharded else partial(_precision, config, device)  # what is not there yet cannot be tried
+        trial = None if sharded else partial(_precision, config, device)  # a sharded model is not on the device yet
         must = config.model.liger is True
         kernels, said = liger.give_kernels(model, policy.backbone, must=must, trial=trial)
         notes += said
@@ -115,7 +115,7 @@ def load_model(
 
 
 def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """`model.dtype`; "auto" is float32 on a CPU and for full fine-tuning, whose small steps bfloat16 would lose."""
+    """Return `model.dtype`. "auto" is float32 on a CPU and for full fine-tuning: bfloat16 loses its small steps."""
     if config.model.dtype != "auto":
         return getattr(torch, config.model.dtype)
     if device.type == "cpu" or config.lora is None:
@@ -126,7 +126,7 @@ def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def mixed_precision(config: Config) -> Literal["no", "bf16", "fp16"]:
-    """Accelerate's mixed precision: half precision on a GPU, none on a CPU, where float32 is faster."""
+    """Return the mixed precision for Accelerate: half precision on a GPU, none on a CPU, where float32 is faster."""
     if not torch.cuda.is_available() or config.model.dtype == "float32":
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(False) and config.model.dtype != "float16" else "fp16"
@@ -140,7 +140,7 @@ def _precision(config: Config, device: torch.device) -> AbstractContextManager[A
 def pretrained(
     options: ModelConfig, architecture: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model of `[model]` as it will be trained or compared with, for forward passes of whole sequences."""
+    """Load the model of `[model]`, for training or as a reference, without a KV cache."""
     try:
         load: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
         load |= hub_options(options)
@@ -149,9 +149,9 @@ def pretrained(
             load["quantization_config"] = quantization
         load["config"] = architecture
         model = from_files(partial(AutoModelForCausalLM.from_pretrained, options.name, **load))
-    except UserError as error:  # the weights are not the model's
+    except UserError as error:  # the weights do not fit the model
         raise UserError(f"model.name = {options.name!r}: {error}") from None
-    except Exception as error:  # missing weights, an unknown architecture: all end here
+    except Exception as error:  # for example missing weights or an unknown architecture
         if is_out_of_memory(error):
             raise
         message = explained(options, error)
@@ -177,7 +177,7 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
 
 
 def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.device) -> list[str]:
-    """Give the model FlexAttention where that is wanted and works; returns notes on the decision."""
+    """Give the model FlexAttention if the config allows it and it works. Return notes on the decision."""
     wanted = config.model.attention
     flex, why = flex_attention.wants_flex(wanted, device.type, choice.layout, choice.why_padded, choice.calls)
     if flex:
@@ -192,10 +192,10 @@ def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.
 
 
 def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: str, device: torch.device) -> list[str]:
-    """A step of a few tokens in training mode. Raises UserError if model and adapters cannot do it together.
+    """Run a step of a few tokens in training mode. Raise UserError if it fails with the adapters.
 
-    An adapter around a module that returns more than a tensor, or whose weight the model's code reads by itself, fails
-    only there. Returns a note about adapters that no token passes through.
+    An adapter fails only in such a step if its module returns more than a tensor, or if the model's code reads the
+    module's weight directly. Returns a note about adapters that get no gradient.
     """
     example = Example([3, 4, 5], ([4, 3], [5]), None, Origin("a trial"))
     batch = collate([example], layout).to(device)
@@ -218,7 +218,7 @@ def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: st
         finally:
             policy.zero_grad(set_to_none=True)
             policy.eval()
-    # Of single experts only those have a gradient to which one of these tokens is sent.
+    # A single expert has a gradient only if one of these tokens is routed to it.
     idle = [name for name, gradient in trained.items() if gradient is None and "expert" not in name]
     if not idle:
         return []

@@ -1,7 +1,7 @@
-"""Quantised checkpoints: what the `quantization_config` in a config.json says, and the bytes that they take.
+"""Quantised checkpoints: their format, by the `quantization_config` of a config.json, and their size in bytes.
 
-bitsandbytes' weights are made by its own modules (`skeleton.py`). Those of other methods need packages and cards that
-need not be here, so their bytes follow from bits, groups and scales as each format defines them:
+bitsandbytes' own modules make its weights (`skeleton.py`). Other methods need packages and GPUs that this machine may
+lack, so the size of their weights is computed from bits, groups and scales, as each format defines them:
 GPTQ arXiv 2210.17323, AWQ 2306.00978, FP8 by blocks 2412.19437, MXFP4 of the OCP's microscaling formats.
 """
 
@@ -22,7 +22,7 @@ _SCALE_BYTES = {"mxfp4": 1, "mxfp8": 1, "nvfp4": 1, "fp8": 4, "fbgemm_fp8": 4}  
 _BITS = {"mxfp4": 4.0, "nvfp4": 4.0, "fp_quant": 4.0, "mxfp8": 8.0, "fp8": 8.0, "fbgemm_fp8": 8.0, "eetq": 8.0,
          "bitnet": 2.0, "aqlm": 2.0, "vptq": 2.0, "spqr": 4.0, "higgs": 4.0}  # fmt: skip
 _NAMED_BITS = {"int8": 8.0, "float8": 8.0, "int4": 4.0, "int2": 2.0, "nf4": 4.0}  # quanto's "weights"
-_EXPERTS = re.compile(r"\.experts\.")  # bare tensors of a mixture's experts
+_EXPERTS = re.compile(r"\.experts\.")  # in the names of a mixture's experts that are bare tensors
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Packing:
     """The format in which the weights of linear layers are stored."""
 
     method: str
-    bits: float  # a weight
-    group: int | None = None  # weights of a row that share a scale; None: all of them
-    block: tuple[int, int] | None = None  # or of a block of rows and columns
+    bits: float  # per weight
+    group: int | None = None  # number of weights of a row that share a scale; None: all of them
+    block: tuple[int, int] | None = None  # or rows and columns of a block that shares a scale
     scale_bytes: int = 2
-    zeros: bool = False  # whether each scale has a zero point, in the bits of a weight
-    order: bool = False  # a 32-bit group number for each column (GPTQ)
+    zeros: bool = False  # whether each scale has a zero point, with as many bits as a weight
+    order: bool = False  # whether each column has a 32-bit group number (GPTQ)
     left: tuple[str, ...] = ()  # modules that keep their dtype
 
     def bytes_of(self, rows: int, columns: int) -> int:
-        """The bytes of a weight [rows, columns], which is [out, in]."""
+        """Return the bytes of a weight [rows, columns], which is [out, in]."""
         if self.block is not None:
             scales = ceil(rows / self.block[0]) * ceil(columns / self.block[1])
         else:
@@ -49,7 +49,7 @@ class Packing:
 
 
 def own_quantization(architecture: PretrainedConfig) -> dict[str, Any] | None:
-    """The `quantization_config` of a quantised checkpoint, as config.json has it, or None."""
+    """Return the `quantization_config` of a quantised checkpoint's config.json, or None."""
     own = getattr(architecture, "quantization_config", None)
     if own is None:
         own = getattr(architecture.get_text_config(), "quantization_config", None)
@@ -63,7 +63,7 @@ def of_bitsandbytes(own: Mapping[str, Any]) -> bool:
 
 
 def lies_quantised(architecture: PretrainedConfig) -> str | None:
-    """The quantization of a checkpoint in words: "bitsandbytes, nf4", "gptq, 4 bits"; None without one."""
+    """Return the quantization of a checkpoint in words, such as "bitsandbytes, nf4" or "gptq, 4 bits", or None."""
     own = own_quantization(architecture)
     if own is None:
         return None
@@ -77,7 +77,7 @@ def lies_quantised(architecture: PretrainedConfig) -> str | None:
 
 
 def packing_of(own: Mapping[str, Any]) -> Packing | None:
-    """The format of a `quantization_config` of another method than bitsandbytes; None if its bits are not known."""
+    """Return the format of a `quantization_config` other than bitsandbytes', or None if its bits are not known."""
     method = _method(own)
     left = _left_out(own)
     if method == "compressed-tensors":
@@ -107,7 +107,7 @@ def packing_of(own: Mapping[str, Any]) -> Packing | None:
 
 
 def packed_bytes(model: PreTrainedModel, packing: Packing) -> tuple[int, int]:
-    """The bytes of those weights of a model that are stored packed: in the model's dtype, and packed."""
+    """Return the bytes of the weights that the checkpoint packs: in the model's dtype, and packed."""
     plain, packed = 0, 0
     for weight in _weights(model, packing):
         rows, columns = weight.shape[-2:]
@@ -117,7 +117,7 @@ def packed_bytes(model: PreTrainedModel, packing: Packing) -> tuple[int, int]:
 
 
 def bare_experts(model: PreTrainedModel) -> int:
-    """The bytes of experts that are bare tensors, which bitsandbytes does not quantise."""
+    """Return the bytes of experts that are bare tensors, which bitsandbytes does not quantise."""
     return sum(p.nbytes for name, p in model.named_parameters() if p.dim() == 3 and _EXPERTS.search(f".{name}"))
 
 
@@ -127,7 +127,7 @@ def _method(own: Mapping[str, Any]) -> str:
 
 
 def _weights(model: PreTrainedModel, packing: Packing) -> Iterator[Tensor]:
-    """The weights of all linear layers but the head, and of experts that are bare tensors."""
+    """Yield the weights of all linear layers except the head, and of experts that are bare tensors."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head or not should_convert_module(name, list(packing.left) or None):
@@ -140,14 +140,14 @@ def _weights(model: PreTrainedModel, packing: Packing) -> Iterator[Tensor]:
 
 
 def _left_out(own: Mapping[str, Any]) -> tuple[str, ...]:
-    """The patterns of modules that are not quantised."""
+    """Return the patterns of modules that are not quantised."""
     keys = ("modules_to_not_convert", "ignore", "ignored_layers", "skip_modules", "llm_int8_skip_modules")
     named = [name for key in keys for name in (own.get(key) or ()) if isinstance(name, str)]
     return tuple(name.removeprefix("re:") for name in named)
 
 
 def _compressed(own: Mapping[str, Any], left: tuple[str, ...]) -> Packing | None:
-    """The format of the first group of layers: most checkpoints with several groups have the same bits in all."""
+    """Return the format of the first group of layers: most checkpoints with several groups use the same bits in all."""
     groups = own.get("config_groups") or {}
     weights = next((g.get("weights") for g in groups.values() if isinstance(g, Mapping) and g.get("weights")), None)
     if weights is None or not isinstance(weights.get("num_bits"), int | float):

@@ -1,4 +1,4 @@
-"""The policy: one module from a batch to the log-probabilities of its scored tokens."""
+"""The policy: a module that computes the log-probabilities of a batch's scored tokens."""
 
 from typing import Any, NamedTuple
 
@@ -20,40 +20,41 @@ class PolicyOutput(NamedTuple):
 
     @property
     def logp(self) -> Tensor:
-        """[N]"""
+        """The log-probabilities of the N scored tokens."""
         return self.tokens.logp
 
 
 class Policy(nn.Module):
-    """A model's body and head. Only the places that predict a scored token reach the head, and no logits are stored
-    unless a model's own code makes them (`OwnLogits`).
+    """A model's body and head, as one module.
 
-    It is what Accelerate prepares, so the hooks of data and model parallelism cover body and head together.
+    Only the positions that predict a scored token reach the head, and no logits are stored unless the model's own code
+    makes them (`OwnLogits`). Accelerate prepares this module, so the hooks of data and model parallelism cover body and
+    head together.
     """
 
     def __init__(self, backbone: nn.Module, head: Head | OwnLogits, router: RouterLoss | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self._no_split_modules = getattr(backbone, "_no_split_modules", None)  # what FSDP2 shards by itself
+        self._no_split_modules = getattr(backbone, "_no_split_modules", None)  # the classes that FSDP2 shards as units
         self.router = router
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, own_logits: bool = False) -> "Policy":
-        """A policy that shares the modules of `model`. With `own_logits` the model's own code makes the logits."""
+        """Return a policy that shares the modules of `model`. With `own_logits` the model's code makes the logits."""
         body = body_of(model)
         return cls(body, OwnLogits(model, body) if own_logits else Head(model), RouterLoss.of(model, body))
 
     def like(self, model: PreTrainedModel) -> "Policy":
-        """The policy of another model of the same kind, or of the same one once PEFT has wrapped its head."""
+        """Return the policy of another model of the same kind, or of the same model after PEFT has wrapped its head."""
         return Policy.of(model, own_logits=isinstance(self.head, OwnLogits))
 
     def generate(self, model: PreTrainedModel, **options: Any) -> Tensor:
-        """`model.generate`, of the model with these modules: FSDP2 gathers weights for methods of its root alone."""
+        """Call `generate` of the model with these modules: FSDP2 gathers weights only in methods of its root module."""
         return model.generate(**options)  # pyright: ignore[reportCallIssue]
 
     def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> PolicyOutput:
-        """Log-probabilities, and the optional outputs of `linear_logprob`, of the N scored tokens."""
+        """Return the log-probabilities, and the named outputs of `linear_logprob`, of the N scored tokens."""
         routed = self.router is not None and self.training and torch.is_grad_enabled()
         output = self._body(batch, **({"output_router_logits": True} if routed else {}))
         hidden = output.last_hidden_state.flatten(0, 1)  # [B·T, H]
@@ -63,11 +64,11 @@ class Policy(nn.Module):
         return PolicyOutput(tokens, self.router(output, batch.attention_mask))
 
     def hidden_states(self, batch: PreferenceBatch) -> Tensor:
-        """The head's input [B·T, H]."""
+        """Return the head's input [B·T, H]."""
         return self._body(batch).last_hidden_state.flatten(0, 1)
 
     def _body(self, batch: PreferenceBatch, **options: Any) -> Any:
-        # The positions of padded rows are what every model counts by itself, and some models take none.
+        # Every model computes the positions of padded rows itself, and some models take none.
         layout: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if batch.tree is not None:
             layout = tree_keywords(batch.tree, batch.input_ids.device) | {"position_ids": batch.position_ids}

@@ -1,4 +1,4 @@
-"""A model in float32 while its results are compared with each other."""
+"""Computation of a model in float32, for comparisons of its results."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[bool]:
-    """Inside, a model of half precision computes in float32 if there is enough memory. Yields whether it does.
+    """Let a model of half precision compute in float32 inside the block if memory suffices. Yields whether it does.
 
-    Numbers of half precision are float32 numbers too, so the weights are the same afterwards, bit for bit. Weights in
+    Every number of half precision is exact in float32, so the weights are the same afterwards, bit for bit. Weights in
     4 bits stay as they are and are dequantised to float32. A model with weights in 8 bits always computes in 8 bits.
     """
     tensors = _half(model)
@@ -46,13 +46,13 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
 
 
 def _half(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
-    """A model's tensors of half precision, each once, with their dtypes."""
+    """Return a model's tensors of half precision, each once, with their dtypes."""
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return [(t, t.dtype) for t in tensors.values() if t.dtype in (torch.float16, torch.bfloat16)]
 
 
 def _free(model: nn.Module) -> int:
-    """Nine tenths of the bytes that are free on a model's device."""
+    """Return nine tenths of the bytes that are free on a model's device."""
     device = next(model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return int(0.9 * free)

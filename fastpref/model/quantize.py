@@ -15,7 +15,7 @@ Quantization = Literal["none", "nf4", "int8"]
 
 
 def quantization_config(kind: Quantization, compute: torch.dtype) -> BitsAndBytesConfig | None:
-    """The setting for transformers. Products of 4-bit weights are computed in `compute`; scales are quantised too."""
+    """Return the setting for transformers. 4-bit weights have quantised scales, and their products are in `compute`."""
     if kind == "none":
         return None
     if kind == "int8":
@@ -29,8 +29,11 @@ def quantization_config(kind: Quantization, compute: torch.dtype) -> BitsAndByte
 
 
 def keep_weights_as_loaded(model: PreTrainedModel) -> None:
-    """On some CPUs bitsandbytes repacks a 4-bit weight at the first pass without gradient, and quantises its scales
-    anew when it is saved or moved: not while training, where evaluations lie between steps."""
+    """Keep bitsandbytes from repacking 4-bit weights.
+
+    On some CPUs it does that in the first forward pass without gradient, and then quantises the scales again when the
+    weight is saved or moved. In training, evaluations without gradient come between steps.
+    """
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -1,10 +1,10 @@
-"""RoPE whose frequencies depend on the length of what is computed, made a constant.
+"""Fixed frequencies for RoPE types whose frequencies depend on the length of the input.
 
 transformers chooses the frequencies of the types "dynamic" and "longrope" by the longest position of a call. A packed
 row, or a batch, would then give each sequence the frequencies of the longest one in it, and a run's numbers would
-depend on its micro-batches. Here they are those of `tokens.max_length` for every row, as a server that is started for
-that length has them; rows within the length that the model was first trained on keep the model's own if no row may be
-longer.
+depend on its micro-batches. Here every row has the frequencies of `tokens.max_length`, as on an inference server that
+is started for that length. If `tokens.max_length` is within the length that the model was first trained on, the model
+keeps its own frequencies.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ BY_LENGTH = ("dynamic", "longrope")
 def fix_rope(model: nn.Module, max_length: int) -> list[str]:
     """Fix the frequencies of a model's rotary embeddings to those of `max_length` tokens.
 
-    Returns a note where they are not those of short rows. Raises UserError where they still follow the length.
+    Returns a note if they differ from those of short rows. Raises UserError if they still depend on the length.
     """
     notes: dict[str, None] = {}
     for module in model.modules():
@@ -51,7 +51,7 @@ def fix_rope(model: nn.Module, max_length: int) -> list[str]:
 
 @torch.no_grad()
 def _follows_longest(module: Any, max_length: int) -> bool:
-    """Whether the embeddings of the first positions change with a later one in the same call."""
+    """Return whether the embeddings of the first positions change if the same call has a later one."""
     if "position_ids" not in signature(module.forward).parameters:
         return False
     frequencies = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
@@ -61,7 +61,7 @@ def _follows_longest(module: Any, max_length: int) -> bool:
     longer = torch.cat([few, few.new_tensor([[max_length - 1]])], dim=1)
     kinds = getattr(module, "rope_type", None)
     for options in [{"layer_type": layers} for layers in kinds] if isinstance(kinds, dict) else [{}]:
-        with unchanged(module), suppress(Exception):  # a module that is not called like this
+        with unchanged(module), suppress(Exception):  # for modules with another signature
             alone, beside = (
                 module(frequencies[0].new_zeros((1, ids.shape[1], 1)), position_ids=ids, **options)
                 for ids in (few, longer)
@@ -73,14 +73,14 @@ def _follows_longest(module: Any, max_length: int) -> bool:
 
 
 def has_rope_by_length(model: PreTrainedModel) -> bool:
-    """Whether a model's config asks for such RoPE, fixed or not."""
+    """Return whether a model's config names a type of `BY_LENGTH`, whether `fix_rope` has fixed it or not."""
     tables = [config.__dict__.get("rope_parameters") or {} for config in (model.config, model.config.get_text_config())]
     tables += [inner for table in tables for inner in table.values() if isinstance(inner, dict)]
     return any(table.get("rope_type") in BY_LENGTH for table in tables)
 
 
 def depends_on_length(model: nn.Module) -> bool:
-    """Whether a model's frequencies follow the longest position of a call."""
+    """Return whether a model's frequencies depend on the longest position of a call."""
     kinds = (getattr(module, "rope_type", None) for module in model.modules())
     return any(
         kind in BY_LENGTH for kind_s in kinds for kind in (kind_s.values() if isinstance(kind_s, dict) else [kind_s])
@@ -89,7 +89,7 @@ def depends_on_length(model: nn.Module) -> bool:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """After the block a model's rotary embeddings are what they were: those that follow the length remember it."""
+    """Restore a model's rotary embeddings after the block: those that depend on the length store the longest one."""
     modules = [module for module in model.modules() if hasattr(module, "rope_type")]
     before = [
         (module, {name: b.clone() for name, b in module._buffers.items() if b is not None}, dict(vars(module)))

@@ -15,7 +15,7 @@ from fastpref.model.body import around_body, with_states
 class RouterLoss:
     """A model's own loss for its routers, and the coefficient in its config.
 
-    The model computes the loss from its body's output, so its config may name the number of experts as it likes.
+    The model's code computes the loss from its body's output, so no key of its config needs to be known here.
     """
 
     coefficient: float
@@ -24,7 +24,7 @@ class RouterLoss:
 
     @classmethod
     def of(cls, model: PreTrainedModel, body: nn.Module) -> "RouterLoss | None":
-        """The router loss of a model; None if it has none, or if its coefficient is 0."""
+        """Return the router loss of a model, or None if it has none or its coefficient is 0."""
         config: Any = model.config.get_text_config()
         coefficient = getattr(model, "router_aux_loss_coef", None) or getattr(config, "router_aux_loss_coef", None)
         takes = "output_router_logits" in inspect.signature(type(model).forward).parameters
@@ -33,17 +33,17 @@ class RouterLoss:
     def __call__(
         self,
         output: Any,  # of the body, with the router logits of each layer, [B·T, experts]
-        attention_mask: Tensor | None,  # [B, T] where there is padding
+        attention_mask: Tensor | None,  # [B, T] if there is padding
     ) -> Tensor | None:
-        """The loss without the coefficient, a scalar. None if no layer of the model has routed anything."""
+        """Return the loss without the coefficient, a scalar, or None if no layer has router logits."""
         return router_loss(self.model, self.body, output, attention_mask=attention_mask)
 
 
 def router_loss(model: Callable[..., Any], body: nn.Module, output: Any, **options: Any) -> Tensor | None:
-    """What the model's own code computes from the router logits in its body's output: a scalar, or None without any.
+    """Compute the router loss by the model's own code from its body's output: a scalar, or None without router logits.
 
-    It is experts · Σ over experts of (share of tokens sent there) · (mean probability of it): the number of experts
-    that a token is sent to, if they are balanced.
+    It is experts · Σ over experts of (share of tokens routed to it) · (its mean probability). With balanced experts it
+    equals the number of experts per token.
 
     Args:
         model: the causal language model, or its forward.
@@ -53,5 +53,5 @@ def router_loss(model: Callable[..., Any], body: nn.Module, output: Any, **optio
     """
     if not getattr(output, "router_logits", None):
         return None
-    one = with_states(output, output.last_hidden_state[:1, :1])  # one token is enough for the head, which has no part
+    one = with_states(output, output.last_hidden_state[:1, :1])  # one token for the head, whose result is not used
     return around_body(model, body, one, output_router_logits=True, **options).aux_loss

@@ -19,8 +19,8 @@ from fastpref.model.load import with_adapters
 from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packed_bytes, packing_of
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 
-_BLOCK = 64  # weights a scale, and scales a scale of scales: bitsandbytes' own
-_SCALES = 256
+_BLOCK = 64  # weights per scale, as in bitsandbytes
+_SCALES = 256  # scales per scale of scales, as in bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -34,23 +34,24 @@ class Skeleton:
 
 
 def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype, *, kernels: bool = False) -> Skeleton:
-    """The model that `load_model` would load, on the meta device: quantised, with adapters, and with liger's kernels if
-    `kernels`.
+    """Make the model that `load_model` would load, on the meta device, quantised and with adapters.
+
+    With `kernels` it also has liger's kernels.
     """
     options = config.model
-    architecture = copy.deepcopy(architecture)  # quantising notes in it what it did
+    architecture = copy.deepcopy(architecture)  # quantising changes it
     make = partial(
         AutoModelForCausalLM.from_config, architecture, dtype=dtype, trust_remote_code=options.trust_remote_code
     )
     with torch.device("meta"):
         model = make()
         plain, packed, experts = 0, 0, 0
-        own = own_quantization(architecture)  # goes before the config's, as transformers has it
+        own = own_quantization(architecture)  # has precedence over the config's, as in transformers
         if own is not None and not of_bitsandbytes(own):
             if (packing := packing_of(own)) is not None:
                 plain, packed = packed_bytes(model, packing)
         elif (quantization := own or quantization_config(options.quantization, dtype)) is not None:
-            # The library decides which layers.
+            # transformers' quantizer decides which layers to quantise.
             quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=own is not None)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
             quantizer.postprocess_model(model)
@@ -64,7 +65,7 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
 
 
 def _let_dora_dequantise(model: nn.Module) -> None:
-    """Let modules dequantise their weights for DoRA by themselves, which PEFT asks of a module that has W_q (HQQ's)."""
+    """Give modules their own `dequantize` for DoRA, which PEFT calls on a module that has W_q, as HQQ's have."""
     for module in model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             dequantised: Any = module
@@ -101,7 +102,7 @@ def _parameter(module: nn.Module, name: str, parameter: Tensor) -> nn.Parameter:
 
 
 def _four_bits(module: Linear4bit, parameter: Any) -> nn.Parameter:
-    """A weight as Params4bit holds it: two numbers a byte; scales in float32, or in 8 bits with scales of their own."""
+    """Make a weight like Params4bit: two numbers per byte, and scales in float32 or in 8 bits with their own scales."""
     count = module.in_features * module.out_features
     scales = -(-count // _BLOCK)
     weight: Any = nn.Parameter(torch.empty((-(-count // 2), 1), dtype=torch.uint8), requires_grad=False)
@@ -126,7 +127,7 @@ def _four_bits(module: Linear4bit, parameter: Any) -> nn.Parameter:
 
 
 def _eight_bits(module: Linear8bitLt) -> nn.Parameter:
-    """A weight as Int8Params holds it: a byte for each number, and a scale for each row."""
+    """Make a weight like Int8Params: one byte per number, and one scale per row."""
     shape = (module.out_features, module.in_features)
     weight: Any = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
     module.state.threshold = 0.0  # which columns are outliers depends on numbers; they are few

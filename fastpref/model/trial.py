@@ -1,12 +1,12 @@
-"""The numerical trial of a model: the layout in which its tokens get the same hidden states as alone in a row.
+"""A numerical trial of a model, to find a layout in which tokens get the same hidden states as alone in a row.
 
-A layout may reach the attention of every layer and the result may still be wrong, silently: a module besides attention
-may mix neighbouring places (a state-space branch, a convolution), a mask may go by places of the row, or the code may
-check the attention's name. So a prompt with two responses and a second tree go through the model in the layout, and
-each response after its prompt goes through the model with its own attention, alone in a row.
+A layout may reach the attention of every layer and the result may still be silently wrong: a module besides attention
+may mix neighbouring positions (a state-space branch, a convolution), a mask may depend on positions in the row, or the
+code may check the attention's name. So a prompt with two responses and a second tree go through the model in the
+layout, and each response after its prompt goes through the model with its own attention, alone in a row.
 
-For a second pass, windows and chunks of thousands of tokens are made short in the model's config and in its modules, so
-that few tokens exceed them in both computations.
+For a second pass, windows and chunks of thousands of tokens are shortened in the model's config and in its modules, so
+that a few tokens exceed them in both computations.
 """
 
 import re
@@ -73,7 +73,7 @@ def choose_layout(
         policy: of the model.
         wanted: "auto" stands for trees.
         name: the registered attention that takes trees.
-        max_length: tokens of the longest row; a window that no row exceeds is not tried with padded rows.
+        max_length: tokens of the longest row; windows that no row exceeds are not tested with padded rows.
 
     Raises UserError for a model that computes padded rows differently from each row alone.
     """
@@ -107,7 +107,7 @@ def give_layout(
 
 
 def layout_by_count(model: PreTrainedModel, policy: Policy, wanted: Layout | Literal["auto"]) -> Choice:
-    """The layout as far as it can be decided without numbers, for a model of fake tensors."""
+    """Choose the layout without comparing numbers, for a model of fake tensors."""
     if wanted == "padded":
         return Choice("padded")
     own = attention_of(model)
@@ -129,7 +129,7 @@ class _Trial:
         self._kind = model.config.model_type
 
     def fault(self, layout: Layout, own: AttentionState) -> str | None:
-        """A message if a layout is wrong with the model's current attention, or None."""
+        """Return a message if a layout is wrong with the model's current attention, or None."""
         ours = attention_of(self._model)
         for short in (False, True):
             with short_limits(self._model) if short else nullcontext([]) as limits:
@@ -141,7 +141,7 @@ class _Trial:
                 except Exception as fault:
                     if not short:
                         return f"its own attention fails: {_reason(fault)}"
-                    continue  # code that cannot do with a short window is judged by the first pass alone
+                    continue  # for code that fails with a short window, only the first pass counts
                 finally:
                     restore_attention(ours)
                 try:
@@ -190,14 +190,14 @@ class _Trial:
         state = attention_of(self._model)
         try:
             truth = self._truth()
-        except Exception:  # code that cannot do with a short window
+        except Exception:  # code that fails with a short window
             return None
         finally:
             restore_attention(state)
         return self._padding_fault(truth)
 
     def _padding_fault(self, truth: "_States") -> str | None:
-        """A message if padded rows are wrong with the model's current attention, or None."""
+        """Return a message if padded rows are wrong with the model's current attention, or None."""
         try:
             error = _difference(self._states("padded"), truth)
         except Exception as fault:
@@ -210,9 +210,9 @@ class _Trial:
         )
 
     def _training_fault(self, layout: Layout, truth: "_States", own: AttentionState) -> str | None:
-        """A message if a layout is wrong in training mode alone, or None: full experts drop tokens only there.
+        """Return a message if a layout is wrong only in training mode, where full experts drop tokens; or None.
 
-        Where training is random (dropout), nothing can be compared.
+        If training is random (dropout), nothing can be compared.
         """
         body, ours = self._policy.backbone, attention_of(self._model)
         training = body.training
@@ -237,9 +237,9 @@ class _Trial:
         return f"{self._kind} models give a row other hidden states in training mode than alone"
 
     def _looks_ahead(self, truth: "_States") -> bool:
-        """Whether a prompt's hidden states depend on the response after it."""
+        """Return whether a prompt's hidden states depend on the response after it."""
         both: tuple[_States, _States] = ({}, {})
-        for k, states in enumerate(both):  # before either response: the prompt, with its last place
+        for k, states in enumerate(both):  # the prompt's states, including its last position, before either response
             for e in range(len(self._examples)):
                 states[e, -1] = torch.cat([truth[e, -1 - k], truth[e, k][:1]])
         error = _difference(*both)
@@ -251,7 +251,7 @@ class _Trial:
     # --- hidden states -------------------------------------------------------------------------------------------
 
     def _truth(self) -> "_States":
-        """The hidden states of each response after its prompt, alone in a row, by eager attention if there is one."""
+        """Compute the hidden states of each response and its prompt alone in a row, by eager attention if possible."""
         give_attention(self._model, "eager")
         states: _States = {}
         for e, example in enumerate(self._examples):
@@ -267,7 +267,7 @@ class _Trial:
 
     @torch.no_grad()
     def _run(self, batch: PreferenceBatch) -> "_States":
-        """The hidden states that predict each response's tokens (e, k), and those of each prompt (e, −1)."""
+        """Compute the hidden states that predict each response's tokens (e, k), and those of each prompt (e, −1)."""
         batch = batch.to(self._policy_device)
         hidden = self._policy.hidden_states(batch)[batch.predictors].float()
         states: _States = {}
@@ -285,7 +285,7 @@ _States = dict[tuple[int, int], Tensor]  # [tokens, H] of (example, response), o
 
 
 def _examples(model: PreTrainedModel) -> list[Example]:
-    """Two prompts with two responses each, of tokens that have no special meaning to the model."""
+    """Make two prompts with two responses each, of tokens that have no special meaning to the model."""
     config = model.config.get_text_config()
     special = _token_ids(model.config) | _token_ids(config)
     ordinary = [token for token in range(min(int(config.vocab_size), 50_000)) if token not in special]
@@ -304,7 +304,7 @@ def _examples(model: PreTrainedModel) -> list[Example]:
 
 
 def _token_ids(config: Any) -> set[int]:
-    """The ids to which a config gives a special meaning: padding, ends, places of images."""
+    """Return the ids to which a config gives a special meaning: padding, end of text, image placeholders."""
     found: set[int] = set()
     for name, value in vars(config).items():
         if re.search(r"token_ids?$|token_index$", name):
@@ -313,14 +313,14 @@ def _token_ids(config: Any) -> set[int]:
 
 
 class _Error(NamedTuple):
-    """How far hidden states are off, relative to their size.
+    """The errors of hidden states, relative to their size.
 
-    Half precision sends single tokens to other experts, so that what is typical decides where the comparison cannot be
-    made in float32: what one row leaks into another stands at the beginning of its runs.
+    Half precision may send single tokens to other experts, so `typical` decides if the comparison cannot be made in
+    float32. It also covers the beginning of each sequence by itself, where a leak from another sequence shows.
     """
 
-    largest: float  # of all tokens
-    typical: float  # the median over a run of tokens, or over its beginning; of the run where it is largest
+    largest: float  # over all tokens
+    typical: float  # the largest median over a sequence's tokens, or over its first five
 
 
 def _difference(states: _States, truth: _States) -> _Error:
@@ -334,7 +334,7 @@ def _difference(states: _States, truth: _States) -> _Error:
 
 
 def _reason(error: BaseException) -> str:
-    """What a fault says. Raises it again if memory has run out, which says nothing of the layout."""
+    """Return the message of an error. Raises it again if it is out of memory, which does not depend on the layout."""
     if is_out_of_memory(error):
         raise error
     if isinstance(error, UnknownArgument):
@@ -347,9 +347,10 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[list[str]]:
-    """Inside, windows and chunks that the trial's rows would not pass are a few tokens long, in configs and modules.
+    """Shorten windows and chunks that no row of the trial exceeds to a few tokens, in configs and modules.
 
-    With `below`, only those of fewer tokens than that. Yields their names with the lengths that they have.
+    With `below`, only windows of fewer tokens than that are shortened. Yields their names with their true lengths. They
+    are restored after the block.
     """
     owners: dict[int, Any] = {id(config): config for config in (model.config, model.config.get_text_config())}
     tables = [rope for config in owners.values() for rope in _rope_tables(config)]
@@ -371,9 +372,9 @@ def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[l
 
 
 def _rope_tables(config: Any) -> list[dict[str, Any]]:
-    """A config's tables about RoPE, one a kind of layers: scales of queries go by their lengths too.
+    """Return a config's RoPE tables, one per kind of layer: their lengths may also scale queries.
 
-    But those whose frequencies follow the length of a call, which are fixed in `rope.py`.
+    Tables whose frequencies depend on the length of a call are left out, because `rope.py` fixes these.
     """
     table = getattr(config, "rope_parameters", None) or {}
     tables = [table, *(inner for inner in table.values() if isinstance(inner, dict))]

@@ -1,7 +1,8 @@
-"""Weights as they lie in files: every tensor of the model, and nothing else. What does not fit is an error.
+"""Loading of weights that raises an error unless the files hold every tensor of the model and no others.
 
-transformers makes up what is in no file, drops what the model has no place for, and says so in a log. Here the same
-loading report decides: names that all have one prefix too much are read without it, everything else is refused.
+transformers initialises tensors that no file holds, drops tensors that the model does not have, and reports both in a
+log. Here the same loading report decides: if one change of a prefix makes all names fit, the files are read with it.
+Every other mismatch is an error.
 """
 
 import re
@@ -13,16 +14,17 @@ from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 
-# Modules that wrap others while training, and whose names training scripts forget to take off.
+# Prefixes of modules that wrap others in training, which training scripts forget to remove when they save.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
-# What quantised layers keep beside a weight, or instead of it: bitsandbytes, GPTQ, AWQ, FP8, compressed-tensors.
+# Tensors that quantised layers have in addition to a weight, or in place of it: bitsandbytes, GPTQ, AWQ, FP8,
+# compressed-tensors.
 _QUANTISATION = re.compile(
     r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.[\w.]+|SCB|weight_format"
     r"|g_idx|qweight|qzeros|scales|weight_scale(_inv|_2)?|weight_packed|weight_shape|weight_zero_point|input_scale)$"
 )
-# Constants that older versions of transformers saved, and that models compute now: masks, angles, positions.
+# Constants that older versions of transformers saved and that models now compute: masks, RoPE frequencies, positions.
 _CONSTANTS = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias|masked_bias)$|inv_freq$|position_ids$")
-# Heads that trainers and model makers put beside the one that predicts the next token.
+# Additional heads, which do not predict the next token.
 _OTHER_HEADS = re.compile(r"^v_head\.|(^|\.)mtp(_layers|_block)?\.")
 
 _NOTE = "_fastpref_loading_note"
@@ -32,13 +34,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Misfit:
-    """What of files does not fit a model. True if there is anything."""
+    """The differences between the tensors of files and those of a model. True if any of them is an error."""
 
-    missing: tuple[str, ...] = ()  # tensors that the model has and no file holds
-    unexpected: tuple[str, ...] = ()  # tensors that files hold and the model has not
+    missing: tuple[str, ...] = ()  # tensors of the model that no file holds
+    unexpected: tuple[str, ...] = ()  # tensors of the files that the model does not have
     misshapen: tuple[tuple[str, Shape, Shape], ...] = ()  # name, shape in the file, shape in the model
-    unreadable: tuple[tuple[str, str], ...] = ()  # tensors that could not be made from those of the files, and why
-    unread: tuple[str, ...] = ()  # further heads in the files, which predict no next token: these do no harm
+    unreadable: tuple[tuple[str, str], ...] = ()  # tensors that transformers failed to convert from the files, and why
+    unread: tuple[str, ...] = ()  # additional heads in the files, which are not an error
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.misshapen or self.unreadable)
@@ -64,10 +66,10 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Renaming:
-    """How the names of a file's tensors become the model's."""
+    """A change of prefix that turns the names of a file's tensors into the model's."""
 
-    old: str  # what is taken off a name's beginning, or wherever it stands if it is a wrapper's
-    new: str  # what is put there
+    old: str  # removed from the beginning of a name, or anywhere in it if it is a wrapper's
+    new: str  # inserted in its place
 
     @property
     def anywhere(self) -> bool:
@@ -85,17 +87,17 @@ class Renaming:
 
     @property
     def key_mapping(self) -> dict[str, str]:
-        """As `from_pretrained` takes it."""
-        if self.anywhere:  # each pattern is applied to a name once, and a wrapper may stand in several places of it
+        """The renaming as the argument `key_mapping` of `from_pretrained`."""
+        if self.anywhere:  # each pattern is applied to a name once, and a name may contain a wrapper several times
             return {re.escape(self.old) + "(?:)" * times: "" for times in range(4)}
         return {f"^{re.escape(self.old)}": self.new}
 
 
 def from_files(load: Callable[..., Any], **options: Any) -> PreTrainedModel:
-    """The model that `load`, a `from_pretrained`, makes with these options, if its files hold every tensor of it.
+    """Return the model that `load`, a `from_pretrained` method, loads with these options.
 
-    Where one renaming makes everything fit, the model is loaded with it; `loading_note` says so then. Raises
-    UserError that names the first tensors that do not fit.
+    If one renaming makes all tensors fit, the model is loaded with it, and `loading_note` says so. Raises UserError,
+    which names the first tensors that do not fit, otherwise.
     """
     model, misfit = _loaded(load, **options)
     if model is not None and not misfit:
@@ -117,24 +119,24 @@ def from_files(load: Callable[..., Any], **options: Any) -> PreTrainedModel:
 
 
 def loading_note(model: Any) -> str | None:
-    """What was done about tensors that did not fit as they were, in words."""
+    """Return a sentence about tensors that were renamed or not read, or None."""
     return vars(model).get(_NOTE)
 
 
 def take_note(model: Any, note: str) -> None:
-    """Keep a `loading_note` with a model."""
+    """Store a `loading_note` on a model."""
     setattr(model, _NOTE, note)
 
 
 def find_renaming(missing: Iterable[str], unexpected: Iterable[str]) -> Renaming | None:
-    """The one change of names that could turn the unexpected tensors into missing ones.
+    """Return the renaming that turns the most unexpected names into missing ones, or None.
 
-    Found by names alone: a caller that cannot load once more asks whether it turns all into all.
+    Only names are compared, and some may remain. A caller that cannot load again must check that all names fit.
     """
     wanted, others = set(missing), sorted(unexpected)
     if not wanted or not others:
         return None
-    some = [*others[:8], *others[-8:]]  # what all names begin with, a few show
+    some = [*others[:8], *others[-8:]]  # a few names are enough to find a prefix that all have
     pairs = [_prefixes(name, max(sorted(wanted), key=lambda own: _shared(name, own))) for name in some]
     renamings = [Renaming(*pair) for pair in sorted({pair for pair in pairs if pair is not None}) if pair[0]]
     renamings += [Renaming(wrapper, "") for wrapper in _WRAPPERS]
@@ -144,7 +146,7 @@ def find_renaming(missing: Iterable[str], unexpected: Iterable[str]) -> Renaming
 
 
 def _prefixes(name: str, own: str) -> tuple[str, str] | None:
-    """What two names begin with before the parts that they share to their end, if one has only more than the other."""
+    """Return the prefixes of two names before the end that they share, or None if neither prefix extends the other."""
     shared = _shared(name, own)
     old, new = (n.split(".")[:-shared] if shared else [] for n in (name, own))
     longer, shorter = (old, new) if len(old) > len(new) else (new, old)
@@ -159,7 +161,7 @@ def _prefixes(name: str, own: str) -> tuple[str, str] | None:
 
 
 def _shared(name: str, own: str) -> int:
-    """How many of their last parts two names share."""
+    """Return how many parts, from the end, two dotted names share."""
     pairs = zip(reversed(name.split(".")), reversed(own.split(".")))
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(name.count("."), own.count(".")) + 1)
 
@@ -168,9 +170,9 @@ def _shared(name: str, own: str) -> int:
 
 
 def _loaded(load: Callable[..., Any], **options: Any) -> tuple[PreTrainedModel | None, Misfit]:
-    """A model and what did not fit; no model where transformers gave up on its tensors."""
+    """Return a model and its misfit; the model is None if transformers failed to convert its tensors."""
     try:
-        # Another shape is told by the report too, instead of an error that points to a log.
+        # With ignore_mismatched_sizes the report lists wrong shapes too. Without, an error refers to a log.
         model, info = load(output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except RuntimeError as error:
         report = _report_of(error)
@@ -190,7 +192,7 @@ def _loaded(load: Callable[..., Any], **options: Any) -> tuple[PreTrainedModel |
 
 
 def _report_of(error: BaseException) -> Any:
-    """transformers' report of a loading that it gave up: it logs it and raises an error without it."""
+    """Return transformers' report of a failed load from the traceback: the error that it raises lacks it."""
     frame = error.__traceback__
     while frame is not None:
         report = frame.tb_frame.f_locals.get("loading_info")
@@ -201,7 +203,7 @@ def _report_of(error: BaseException) -> Any:
 
 
 def _last_line(text: str) -> str:
-    """What a traceback says in its end."""
+    """Return the message of the error at the end of a traceback."""
     named = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): (.+)$", text, re.MULTILINE)
     return (named or text.strip().splitlines() or ["no reason is given"])[-1].strip()[:200]
 
@@ -210,7 +212,7 @@ def _last_line(text: str) -> str:
 
 
 def _probable_cause(misfit: Misfit, config: Any) -> str:
-    """What probably happened, and what to do about it."""
+    """Return a sentence on the probable cause and its remedy."""
     text = config.get_text_config() if config is not None else None
     if any(".lora_" in name or ".base_layer." in name for name in misfit.unexpected):
         return (

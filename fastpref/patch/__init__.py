@@ -1,6 +1,7 @@
-"""`fastpref.patch(trl)`: TRL's preference trainers without logits and without computing a prompt twice.
+"""`fastpref.patch(trl)` makes TRL's preference trainers work without logits and compute no prompt twice.
 
-The package is callable: `fastpref.patch(trl)` patches, and `python -m fastpref.patch script.py` runs a script patched.
+The package is callable: `fastpref.patch(trl)` patches TRL, and `python -m fastpref.patch script.py` runs a script with
+the patch.
 """
 
 import logging
@@ -21,21 +22,21 @@ _patches: dict[ModuleType, "Patch"] = {}
 
 
 def patch(trl: ModuleType, *, prefix_sharing: bool = True) -> "Patch":
-    """Patch TRL's DPO, KTO, ORPO and CPO trainers. Losses, metrics and gradients stay TRL's.
+    """Patch TRL's DPO, KTO, ORPO and CPO trainers. Losses, metrics and gradients stay the same as TRL's.
 
-    Patching twice is patching once, with the options of the last call. Where a model cannot be computed faster,
-    TRL's own path is taken, and the log says so once, with the reason.
+    A second call only changes the options of the patch. If a model cannot be computed faster, TRL's own code computes
+    it, and the log says so once, with the reason.
 
     Args:
         trl: the imported module `trl`.
-        prefix_sharing: rows with the same prompt become branches of one sequence, without padding. False: rows stay
-            as TRL lays them out, and only the head is exchanged.
+        prefix_sharing: whether rows with the same prompt become branches of one sequence, without padding. If False,
+            rows stay as TRL makes them, and only the head is replaced.
 
     Returns:
-        The patch: a context manager that unpatches at its end.
+        The patch, a context manager that unpatches TRL at its end.
 
     Raises:
-        UserError: an unknown version of TRL.
+        UserError: the version of TRL is not supported.
     """
     from fastpref.errors import UserError
 
@@ -49,14 +50,14 @@ def patch(trl: ModuleType, *, prefix_sharing: bool = True) -> "Patch":
 
 
 def unpatch(trl: ModuleType) -> None:
-    """Restore every attribute of TRL. Without a patch nothing happens."""
+    """Restore every attribute of TRL. Does nothing without a patch."""
     patched = _patches.pop(trl, None)
     if patched is not None:
         patched._undo()
 
 
 class Patch:
-    """TRL patched. A context manager: at its end TRL is as it was."""
+    """A patch of TRL, and a context manager that restores TRL at its end."""
 
     def __init__(self, trl: ModuleType, prefix_sharing: bool):
         from weakref import WeakKeyDictionary
@@ -84,16 +85,16 @@ class Patch:
 
     @property
     def patched(self) -> list[str]:
-        """The names of the attributes that are replaced, like "DPOTrainer._compute_loss"."""
+        """The names of the replaced attributes, such as "DPOTrainer._compute_loss"."""
         return [f"{one.owner.__name__.removeprefix('trl.')}.{one.name}" for one in self._replacements]
 
     @property
     def notes(self) -> list[str]:
-        """The logged notes: what is left to TRL, and why."""
+        """The logged notes on the parts that TRL still computes, with reasons."""
         return [f"{what}: {why}" for what, why in self._notes]
 
     def report(self) -> str:
-        """A text that says what was patched and what that saved so far."""
+        """Return a text on what was patched and what the patch has saved so far."""
         from fastpref.patch.report import report
 
         return report(self)
@@ -107,7 +108,7 @@ class Patch:
             logger.warning("fastpref.patch: %s: %s", what, why)
 
     def plan(self, trainer: Any, wrapped: Any) -> "Plan":
-        """How a model is computed, determined at its first call."""
+        """Return how a model is computed, which is determined at its first call."""
         from fastpref.patch.plan import NOT_WANTED, bare, make_plan
 
         model = bare(wrapped)
@@ -121,18 +122,18 @@ class Patch:
         return self._plans[model]
 
     def current(self, trainer: Any) -> "Scope | None":
-        """The patched call of this trainer that is running."""
+        """Return the running patched call of this trainer, or None."""
         return next((scope for scope in reversed(self._scopes) if scope.trainer is trainer), None)
 
     @contextmanager
     def standing_in(
         self, trainer: Any, model: Any, reference: Any, request: "Request", *, fused_output: Any = None
     ) -> "Iterator[Scope | None]":
-        """A patched call: inside the block the forwards of its models are replaced. None if all are left to TRL."""
+        """Replace the forwards of a patched call's models inside the block. Yields None if TRL computes all of them."""
         from fastpref.patch.forward import Scope
         from fastpref.patch.plan import bare
 
-        if self.current(trainer) is not None:  # a patched method that another one calls
+        if self.current(trainer) is not None:  # another patched method called this one
             yield None
             return
         models = {id(bare(m)): m for m in (model, reference) if m is not None}
@@ -164,7 +165,7 @@ class Patch:
 
 
 class _Callable(ModuleType):
-    """This package, which `fastpref.patch(trl)` calls."""
+    """The type of this package, which makes `fastpref.patch(trl)` possible."""
 
     def __call__(self, trl: ModuleType, *, prefix_sharing: bool = True) -> Patch:
         return patch(trl, prefix_sharing=prefix_sharing)

@@ -1,4 +1,4 @@
-"""`python -m fastpref.patch script.py args…`: a TRL script, patched and unchanged."""
+"""`python -m fastpref.patch script.py args…` runs a TRL script with the patch, without editing the script."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""Trainers that refuse an adapter on the head, because TRL's own head would leave it out."""
+"""Support for trainers that refuse an adapter on the head, because TRL's own head would ignore it."""
 
 import functools
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def accept_adapted_heads(patch: "Patch", module: ModuleType, original: Any) -> Any:
-    """Replace `__init__` of trainers that refuse an adapter on the head, because their head would leave it out."""
+    """Return an `__init__` that accepts an adapter on the head, for a trainer that refuses one."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         with _accepting_adapters(module):
@@ -47,7 +47,7 @@ def _accepting_adapters(module: ModuleType) -> Iterator[None]:
 
 
 def _refuse_without(model: Any) -> None:
-    """Refuse TRL's own head once the patch is gone: it would silently train nothing of the adapter."""
+    """Make TRL's own head raise an error once the patch is removed: it would silently not train the adapter."""
     forward = model.forward
 
     @functools.wraps(forward)

@@ -1,8 +1,8 @@
-"""Tree attention that can keep a row's keys and values, and tokens computed afterwards that attend to them.
+"""Tree attention that can store a row's keys and values, and attention of later tokens to them.
 
-Two things that TRL computes with padded rows have no gradient and see what is already there: KTO's mismatched
+Two kinds of tokens in TRL's padded rows have no gradient and attend to tokens of the packed row: KTO's mismatched
 completions, which follow the same prompts, and padding, over which ORPO and CPO average their logged logits. Both are
-run after the packed row, without gradient, as `Branch`es whose prefix is taken from the keys and values it kept.
+computed after the packed row, without gradient, as `Branch`es that attend to its stored keys and values.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,34 +29,34 @@ Kept = dict[int, tuple[Tensor, Tensor]]  # by attention module: [1, kv_heads, N,
 
 @dataclass(frozen=True)
 class Branch:
-    """Tokens that follow a prefix of a row that is already computed."""
+    """Tokens that follow a prefix in a row that is already computed."""
 
-    prefix: tuple[slice, ...]  # places in the computed row, in order
+    prefix: tuple[slice, ...]  # positions in the computed row, in order
     length: int
-    sees_itself: bool  # causally; otherwise nothing but the prefix
+    sees_itself: bool  # whether its tokens attend, causally, to each other and not only to the prefix
 
 
 @dataclass(frozen=True)
 class LaterLayout(TreeLayout):
-    """Branches one after the other in a row of their own."""
+    """A separate row of branches, one after the other."""
 
     branches: tuple[Branch, ...] = ()
     kept: Kept | None = None
-    eager: bool = False  # where nothing is seen, do as eager attention: the mean of the whole row
+    eager: bool = False  # a token that may attend to nothing gets the mean of all values, as in eager attention
 
 
 @contextmanager
 def keeping(layout: TreeLayout) -> Iterator[Kept]:
-    """The keys and values of every layer that computes this layout inside the block."""
+    """Store the keys and values of every layer that computes this layout inside the block, and yield them."""
     layout.made[_KEPT] = kept = {}
     try:
         yield kept
     finally:
-        del layout.made[_KEPT]  # checkpointed layers compute it again in the backward pass
+        del layout.made[_KEPT]  # gradient checkpointing computes this layout again, which must store nothing
 
 
 def _with_branches(inner: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
-    """An attention function of transformers' interface: `inner`, and `LaterLayout`."""
+    """Return an attention function of transformers' interface that is `inner` and also supports `LaterLayout`."""
 
     def attend(
         module: nn.Module,
@@ -90,7 +90,7 @@ def _branches(
     value: Tensor,
     attend: CausalAttention,
 ) -> Tensor:
-    """[1, heads, N, Dv]"""
+    """Compute the attention of all branches, [1, heads, N, Dv]."""
     parts, start = [], 0
     for branch in layout.branches:
         own = slice(start, start + branch.length)
@@ -123,7 +123,7 @@ def _branches(
 
 
 def _prefix_mask(q: int, k: int, window: int | None, device: torch.device) -> Tensor:
-    """[Q, K] bool: the Q places after a prefix of K tokens see it as far as the window reaches."""
+    """Return a mask [Q, K] that is True where one of Q tokens after a prefix of K tokens has it within its window."""
     if window is None:
         return torch.ones((q, k), dtype=torch.bool, device=device)
     return torch.arange(k, k + q, device=device)[:, None] - torch.arange(k, device=device) < window

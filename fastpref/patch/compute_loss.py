@@ -1,4 +1,4 @@
-"""Trainers with `_compute_loss`: DPO, KTO and TPO."""
+"""The patch of trainers with `_compute_loss`: DPO, KTO and TPO."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def replace_compute_loss(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
-    """Replace the methods of a trainer whose batches hold token ids, `attention_mask` and `completion_mask`."""
+    """Replace the methods of a trainer whose batches have token ids, `attention_mask` and `completion_mask`."""
     fused = getattr(sys.modules.get(f"{module.__name__.split('.')[0]}.trainer.utils"), "FusedCausalLMOutput", None)
     fused = fused if "add_fused_lm_head" in vars(module) else None
     entropies = {"entropy_from_logits", "selective_log_softmax_and_entropy"} & vars(module).keys()

@@ -1,4 +1,4 @@
-"""Trainers with `concatenated_forward`: ORPO, CPO, and DPO before TRL 0.29."""
+"""The patch of trainers with `concatenated_forward`: ORPO, CPO, and DPO before TRL 0.29."""
 
 import functools
 from types import ModuleType
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def replace_concatenated_forward(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
-    """Replace the method of a trainer whose batches hold `chosen_…` and `rejected_…`.
+    """Replace `concatenated_forward` of a trainer whose batches have keys `chosen_…` and `rejected_…`.
 
-    ORPO and CPO log the mean of the logits over whole rows."""
+    ORPO and CPO log the mean of the logits over whole rows.
+    """
 
     def concatenated_forward(original: Any) -> Any:
         def concatenated_forward(self: Any, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

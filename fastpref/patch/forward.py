@@ -1,9 +1,9 @@
 """The forward pass that replaces a model's own while a patched method of TRL runs.
 
-TRL's method computes its loss and logs its metrics as ever; only the `forward` of the causal language model, inside
-whatever accelerate and PEFT have wrapped around it, is replaced for the time of the call. It takes the padded batch,
-computes it as trees, and returns what TRL's code reads: a `FusedCausalLMOutput` where TRL asks for log-probabilities
-(1.15 and newer), or an output whose `logits` are a `Logits`.
+TRL's method computes its loss and logs its metrics as usual. During the call, only the `forward` of the causal language
+model, inside the wrappers of Accelerate and PEFT, is replaced. It takes the padded batch, computes it as trees, and
+returns what TRL's code reads: a `FusedCausalLMOutput` if TRL asks for log-probabilities (1.15 and newer), or else an
+output whose `logits` are a `Logits`.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from fastpref.patch.report import Tally
 from fastpref.patch.states import States, later_states, packed_states, padded_router_loss, padded_states
 from fastpref.patch.trees import IGNORED, Packed, later_completions, later_padding, pack, read_rows
 
-_KNOWN = {  # keywords of a call that mean nothing for the body, or are handled here
+_KNOWN = {  # keywords of a call that do not affect the body, or are handled here
     "input_ids", "attention_mask", "labels", "use_cache", "return_dict", "fused_lm_head", "output_router_logits",
     "output_hidden_states", "logits_to_keep",
 }  # fmt: skip
@@ -29,18 +29,18 @@ _KNOWN = {  # keywords of a call that mean nothing for the body, or are handled 
 
 @dataclass(frozen=True)
 class Request:
-    """The requirements of a patched method for the passes of its models."""
+    """The requirements of a patched method for the forward passes of its models."""
 
-    labels: Callable[[Tensor, Tensor], Tensor | None] | None = None  # of a batch and its mask whose call has none
-    outputs: tuple[str, ...] = ()  # what the next pass of the policy computes in addition to log-probabilities
-    row_means: bool = False  # TRL logs the mean of the logits over whole rows of the next pass of the policy
-    keep_next: bool = False  # other completions of the next pass's prompts come after it
-    later_ids: Tensor | None = None  # the batch that holds those
+    labels: Callable[[Tensor, Tensor], Tensor | None] | None = None  # finds labels, by token ids and mask, for a call
+    outputs: tuple[str, ...] = ()  # outputs of the policy's next pass in addition to log-probabilities
+    row_means: bool = False  # whether TRL logs the mean of the logits over whole rows of the policy's next pass
+    keep_next: bool = False  # whether other completions of the next pass's prompts follow it
+    later_ids: Tensor | None = None  # the token ids of those completions' batch
 
 
 @dataclass
 class Scope:
-    """One call of a patched method, and what its passes have left for those that follow."""
+    """One call of a patched method, and results of its passes that later passes use."""
 
     trainer: Any
     plans: list[tuple[Any, Plan]]  # of the models it calls
@@ -48,7 +48,7 @@ class Scope:
     request: Request
     fused_output: Callable[..., Any] | None = None  # TRL's FusedCausalLMOutput, if it has one
     kept: tuple[Packed, States, Any] | None = None  # a packed pass with its keys and values
-    stash: tuple[Tensor, Any] | None = None  # the result of a pass that ran before TRL called for it
+    stash: tuple[Tensor, Any] | None = None  # the token ids and result of a pass that ran before TRL's call for it
 
     def ask(self, **changes: Any) -> None:
         """Change the request for the passes that follow."""
@@ -127,7 +127,7 @@ class _Forward:
         if plan.padded is None and not extra.keys() - {"output_router_logits"}:
             rows = read_rows(input_ids, mask, labels)
             if rows is not None and (plan.rotary or not any(row.first for row in rows)):
-                if later and scope.kept is not None and not plan.by_length:  # other keys if the next rows are longer
+                if later and scope.kept is not None and not plan.by_length:  # by length, longer rows have other keys
                     before, states, kept = scope.kept
                     tokens = later_completions(before, rows, input_ids.shape[1], input_ids.device)
                     if tokens is not None:
@@ -135,9 +135,9 @@ class _Forward:
                         return later_states(plan.backbone, states, kept, tokens, eager=plan.was_eager)
                 packed = pack(rows, input_ids.shape[1], input_ids.device)
                 if scope.request.row_means and any(row.first for row in rows):
-                    packed = None  # padding on the left is in the logged mean, and sees nothing
+                    packed = None  # padding on the left attends to nothing, but TRL's logged mean includes it
                 if plan.by_length and max(map(len, rows)) < input_ids.shape[1]:
-                    packed = None  # to a multiple: the angles go by the padding's positions too
+                    packed = None  # all rows have padding, whose positions the rotary angles depend on too
         if packed is None:
             scope.tally.computed(input_ids.numel(), input_ids.numel())
             return padded_states(plan.backbone, plan.head, input_ids, attention_mask=mask, **extra)
@@ -152,7 +152,7 @@ class _Forward:
     # --- the head -----------------------------------------------------------------------------------------------
 
     def _fused(self, states: States, input_ids: Tensor, labels: Tensor, aux_loss: Tensor | None) -> Any:
-        """The output of TRL's fused head: [B, T − 1], zero where there is no label."""
+        """Return the output of TRL's fused head, with values [B, T − 1] that are zero where there is no label."""
         scope, outputs = self.scope, ()
         if scope.request.later_ids is not input_ids:
             outputs = scope.request.outputs
@@ -207,7 +207,7 @@ class _Forward:
         return MoeCausalLMOutputWithPast(logits=logits, aux_loss=aux_loss)  # pyright: ignore[reportArgumentType]
 
     def _row_states(self, states: States, input_ids: Tensor) -> Callable[[], States]:
-        """States with padding, whose tokens are computed after the others when they are needed."""
+        """Return a function that computes states with those of padding, which come after the others when needed."""
         scope, plan, before = self.scope, self.plan, self.scope.kept
         scope.kept = None
 

@@ -1,4 +1,4 @@
-"""KTO: its pass over mismatched completions, and its trainer before TRL 1.6."""
+"""The patch of KTO's pass over mismatched completions, and of its trainer before TRL 1.6."""
 
 import functools
 from types import ModuleType
@@ -42,9 +42,9 @@ _KTO_BATCH = {"input_ids", "attention_mask", "completion_mask", "label", "ref_lo
 
 
 def compute_prompts_first(scope: Scope, model: Any, batch: Any) -> None:
-    """Compute the batch before its mismatched completions, which follow the same prompts; TRL asks for it next.
+    """Compute the batch before its mismatched completions, which follow the same prompts. TRL computes it next.
 
-    DDP prepares its reduction in a forward with gradient and is left in TRL's order.
+    DDP prepares its reduction in a forward with gradient, so TRL's order is kept for it.
     """
     fused = scope.fused_output is not None
     plan = next((plan for known, plan in scope.plans if known is bare(model)), None)
@@ -65,7 +65,8 @@ def compute_prompts_first(scope: Scope, model: Any, batch: Any) -> None:
 def replace_batch_metrics(patch: "Patch", trainer: Any, module: ModuleType) -> list[Replacement]:
     """Replace the methods of a trainer whose `get_batch_loss_metrics` calls `forward` for policy and reference.
 
-    It logs sums of logits over whole rows."""
+    The trainer logs sums of logits over whole rows.
+    """
 
     def get_batch_loss_metrics(original: Any) -> Any:
         def get_batch_loss_metrics(self: Any, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

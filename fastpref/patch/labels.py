@@ -1,4 +1,4 @@
-"""The labels of a call to the model, from the batch that TRL makes the call with."""
+"""The labels of a call to the model, found in the batch for which TRL makes the call."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastpref.patch.trees import IGNORED
 
-_LABELS = (  # tokens, and what marks their completions
+_LABELS = (  # keys of a batch: tokens, and the mask or labels of their completions
     ("input_ids", "completion_mask"),
     ("completion_input_ids", "completion_mask"),
     ("completion_input_ids", "completion_labels"),
@@ -18,7 +18,7 @@ _LABELS = (  # tokens, and what marks their completions
 
 
 def completion_labels(inputs: Any, input_ids: Tensor, _mask: Tensor) -> Tensor | None:
-    """The labels of the batch's completions, or of its mismatched ones, for a call with these tokens."""
+    """Return the labels of the batch's completions, or of its mismatched ones, for a call with these tokens."""
     for name, marks_name in _LABELS:
         ids, marks = inputs.get(name), inputs.get(marks_name)
         if ids is None or marks is None or not (ids is input_ids or torch.equal(ids, input_ids)):
@@ -32,7 +32,7 @@ def mismatched_ids(batch: Any) -> Tensor | None:
 
 
 def concatenated_labels(batch: Any, input_ids: Tensor, _mask: Tensor) -> Tensor | None:
-    """The labels of the chosen rows and then the rejected ones, as wide as the call's rows."""
+    """Return the labels of the chosen rows and then of the rejected ones, padded to the width of the call's rows."""
     sides = [batch.get(f"{side}_labels") for side in ("chosen", "rejected")]
     width = input_ids.shape[1]
     if any(side is None or side.shape[1] > width for side in sides):
@@ -43,9 +43,9 @@ def concatenated_labels(batch: Any, input_ids: Tensor, _mask: Tensor) -> Tensor 
 
 
 def counted_labels(batch: Any, keep_end: bool, input_ids: Tensor, mask: Tensor) -> Tensor | None:
-    """The labels of rows that TRL has put together from prompts and completions, cut, and moved to the left."""
+    """Return the labels of rows that TRL has joined from prompts and completions, truncated, and moved to the left."""
     sides = [batch[f"{side}_attention_mask"].sum(1) for side in ("chosen", "rejected")]
-    completions = torch.cat(sides).to(mask.device)  # tokens, before they were cut
+    completions = torch.cat(sides).to(mask.device)  # lengths before truncation
     prompts = batch["prompt_attention_mask"].sum(1).to(mask.device).repeat(2)
     if mask.shape != input_ids.shape or len(prompts) != len(mask):
         return None

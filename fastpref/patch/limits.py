@@ -1,4 +1,4 @@
-"""Settings of a trainer that leave its computation to TRL."""
+"""Settings of a trainer with which TRL's own code computes the loss."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def left_to_liger(patch: "Patch", trainer: Any, self: Any) -> bool:
-    """Liger's losses call the body themselves."""
+    """Return whether a trainer uses liger's losses, which call the model's body themselves."""
     options = (self, self.args)
     left = any(getattr(o, name, False) for o in options for name in ("use_liger_kernel", "use_liger_loss"))
     if left:
@@ -18,7 +18,7 @@ def left_to_liger(patch: "Patch", trainer: Any, self: Any) -> bool:
 
 
 def on_one_device(patch: "Patch", trainer: Any, model: Any) -> bool:
-    """DDP looks for the tensors of a forward's output, which are not yet there in a `Logits`."""
+    """Return whether a model is not in DDP, which looks for tensors in a forward's output: `Logits` has none yet."""
     if isinstance(model, DistributedDataParallel):
         patch.say(trainer.__name__, "several devices; TRL's own path is taken")
         return False

@@ -1,9 +1,9 @@
-"""`Logits`: stands for a model's logits in TRL's own code, and computes only what that code uses.
+"""`Logits`, which takes the place of a model's logits in TRL's own code and computes only the values that it uses.
 
-TRL's trainers that call a model for its logits cut them, and then take log-probabilities of the labels, a mean, an
-entropy, an argmax. A `Logits` knows which places of the padded batch it stands for; cutting it cuts those places, and
-the quantities that TRL then computes come from one walk over the vocabulary. Any other operation gets the real
-logits of its places.
+TRL's trainers that use a model's logits slice them, and then compute log-probabilities of the labels, a mean, an
+entropy, an argmax. A `Logits` stores the positions of the padded batch that it stands for. Slicing it slices those
+positions, and the values that TRL then computes come from one pass over the vocabulary. Any other operation gets the
+real logits of its positions.
 """
 
 import math
@@ -19,7 +19,7 @@ from fastpref.patch.states import States
 
 
 class Scores:
-    """The head's results for a padded batch, computed once for every place that needs them."""
+    """The head's results for a padded batch, computed once for every position that needs them."""
 
     def __init__(
         self,
@@ -30,23 +30,29 @@ class Scores:
         around: Callable[[int, int], AbstractContextManager[None]],
         row_states: Callable[[], States] | None,
     ):
-        """`outputs` are computed in addition to the log-probabilities. While the head is used, the context `around` is
-        entered with the number of places in the batch and the number of scored ones. `row_states` computes states of
-        padding too."""
+        """Store the arguments, and compute the wanted log-probabilities now if gradients are off.
+
+        `outputs` are computed in addition to the log-probabilities. The head runs inside the context `around`, which
+        gets the number of positions in the batch and the number of scored ones. `row_states` also computes the states
+        of padding.
+        """
         self.states, self.outputs, self._around, self._row_states = states, outputs, around, row_states
         self._row_means: Tensor | None = None
         self._with_grad = torch.is_grad_enabled()
-        # Everything is kept at the place that predicts it: the place before a token's own.
+        # Every value is stored at the position that predicts its token, the one before the token's own.
         self.next_ids = torch.roll(input_ids, -1, 1).to(states.hidden.device)  # [B, T]
         self.wanted = _before(wanted.to(states.hidden.device))
         self.have = torch.zeros_like(self.wanted)
         self.table = states.hidden.new_zeros(self.have.shape, dtype=torch.float32)
         self.extra: dict[str, Tensor] = {}
-        if not self._with_grad:  # a reference's adapters are off at this moment only
+        if not self._with_grad:  # a reference's adapters are off only now
             self.logp(self.wanted)
 
     def logp(self, where: Tensor) -> Tensor:
-        """[B, T] log-probability of the next token, where `where` or the wanted places are; 0 elsewhere."""
+        """Return the log-probability of the next token, [B, T], where `where` or `wanted` is True, and 0 elsewhere.
+
+        Positions that were computed before keep their values.
+        """
         missing = (where | self.wanted) & ~self.have
         if bool(missing.any()):
             targets = self.next_ids[missing]
@@ -61,7 +67,7 @@ class Scores:
         return self.table
 
     def mean_logits(self) -> Tensor:
-        """[B, T] where there are tokens: the mean over the vocabulary."""
+        """Return the mean of the logits over the vocabulary, [B, T], valid where there are tokens."""
         with torch.set_grad_enabled(self._with_grad), self._around(0, 0):
             return self.states.mean_logits()
 
@@ -70,7 +76,7 @@ class Scores:
         return self._row_states is not None or self._row_means is not None
 
     def row_means(self) -> Tensor:
-        """[B, T] with padding, without gradient."""
+        """Return the mean of the logits over the vocabulary, [B, T], at padding too, without gradient."""
         if self._row_means is None:
             with torch.no_grad():
                 states = self.states if self._row_states is None else self._row_states()
@@ -81,14 +87,14 @@ class Scores:
 
 
 def _before(mask: Tensor) -> Tensor:
-    """[B, T]: a token's mark at the place before it; the first token has none."""
+    """Move each token's mark to the position before it, [B, T]. The first token's mark is dropped."""
     mask = mask.clone()
     mask[:, 0] = False
     return torch.roll(mask, -1, 1)
 
 
 class Logits:
-    """Stands for logits [*places, V]."""
+    """A stand-in for logits [*places, V]."""
 
     def __init__(self, scores: Scores, at: Tensor, *, with_grad: bool = True):
         self.scores, self.at, self.with_grad = scores, at, with_grad  # at: [*places] into the flattened [B, T]
@@ -177,28 +183,28 @@ class Logits:
     # --- results ------------------------------------------------------------------------------------------------
 
     def materialize(self) -> Tensor:
-        """The real logits [*places, V], by the model's own head; at padding those of some token."""
+        """Compute the real logits [*places, V] by the model's own head. At padding they are those of some token."""
         states = self.scores.states
         logits = states.head.logits(states.hidden[states.place.flatten()[self.at]])
         return logits if self.with_grad else logits.detach()
 
     def mean(self, dim: Any = None, **options: Any) -> Tensor:
-        """Over everything, or over the vocabulary."""
+        """Return the mean over all logits, or over the vocabulary."""
         exact = self.scores.states.head.settings.softcap is None or not self.requires_grad
         if options or dim not in (None, -1, self.dim() - 1) or not exact:
             return self.materialize().mean(dim, **options)
-        # Over everything padding may be among it; over the vocabulary it is left out afterwards.
+        # A mean over all logits may include padding. After a mean over the vocabulary, TRL drops padding itself.
         whole_rows = dim is None and not self.requires_grad and self.scores.knows_padding
         table = self.scores.row_means() if whole_rows else self.scores.mean_logits()
         means = table.flatten()[self.at]
         return means.mean() if dim is None else means
 
     def nansum(self) -> Tensor:
-        """Over everything, without gradient: TRL logs it."""
+        """Return the sum of all logits without gradient, which TRL logs."""
         return self.scores.row_means().flatten()[self.at].nansum() * self.shape[-1]
 
     def argmax(self, dim: int | None = None, keepdim: bool = False) -> Tensor:
-        """The next token's id where it is the likeliest one and wanted, −1 elsewhere: for comparing with labels."""
+        """Return the next token's id where it is wanted and the likeliest, −1 elsewhere, to compare with labels."""
         if dim not in (-1, self.dim() - 1) or keepdim or "is_top1" not in self.scores.outputs:
             return self.materialize().argmax(dim, keepdim)
         self.scores.logp(self.scores.wanted)
@@ -206,7 +212,7 @@ class Logits:
         return torch.where(top, self.scores.next_ids.flatten()[self.at], -1)
 
     def entropy(self) -> Tensor:
-        """[*places], 0 where nothing is wanted."""
+        """Return the entropy, [*places], 0 where it is not wanted."""
         if "entropy" not in self.scores.outputs:
             log_probs = self.materialize().log_softmax(-1)
             return -(log_probs.exp() * log_probs).sum(-1)
@@ -214,7 +220,7 @@ class Logits:
         return self.scores.extra["entropy"].flatten()[self.at]
 
     def logp(self, labels: Tensor) -> Tensor:
-        """[*places] log-probabilities of labels, which TRL fills with zeros where it masks them: 0 there."""
+        """Return the log-probabilities of labels, [*places], 0 where TRL masks them (it sets these labels to zero)."""
         wanted = self.scores.wanted.flatten()[self.at]
         labels = labels.to(self.device)
         if not torch.equal(labels[wanted], self.scores.next_ids.flatten()[self.at][wanted]):
@@ -222,7 +228,7 @@ class Logits:
         return torch.where(wanted, self.scores.logp(self.scores.wanted).flatten()[self.at], 0.0)
 
     def cross_entropy(self, labels: Tensor, ignore_index: int = -100) -> Tensor:
-        """The mean over labels that are not ignored."""
+        """Return the mean cross-entropy over labels that are not ignored."""
         labels = labels.to(self.device)
         kept = labels != ignore_index
         at = self.at[kept]
@@ -234,7 +240,7 @@ class Logits:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """torch's functions: the mean cross-entropy is known, any other gets the real logits."""
+        """Handle torch's functions: flatten and the mean cross-entropy here, all others with the real logits."""
         kwargs = dict(kwargs or {})
         if func is torch.flatten and len(args) == 1 and kwargs == {"end_dim": args[0].dim() - 2}:
             return args[0].view(-1, args[0].shape[-1])
@@ -268,7 +274,7 @@ _arithmetic("__neg__")
 
 
 def understanding(function: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
-    """TRL's function of logits, answered by `answer` for a `Logits` without a temperature or other options."""
+    """Wrap TRL's function of logits so that `answer` computes it for a `Logits`, if it can."""
 
     def answered(logits: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(logits, Logits):
@@ -283,19 +289,19 @@ def understanding(function: Callable[..., Any], answer: Callable[..., Any]) -> C
 
 
 def log_softmax_of(logits: Logits, index: Tensor, **options: Any) -> Tensor | None:
-    """TRL's `selective_log_softmax(logits, index)`."""
+    """Compute TRL's `selective_log_softmax(logits, index)`, or return None with a temperature or another shape."""
     plain = index.shape == logits.at.shape and options.get("temperature", 1.0) == 1.0
     return logits.logp(index) if plain else None
 
 
 def log_softmax_and_entropy_of(logits: Logits, index: Tensor, **options: Any) -> tuple[Tensor, Tensor] | None:
-    """TRL's `selective_log_softmax_and_entropy(logits, index)`."""
+    """Compute TRL's `selective_log_softmax_and_entropy(logits, index)`, or return None as `log_softmax_of` does."""
     logp = log_softmax_of(logits, index, **options)
     return None if logp is None else (logp, logits.entropy())
 
 
 def entropy_of(logits: Logits, **options: Any) -> Tensor:
-    """TRL's `entropy_from_logits(logits)`."""
+    """Compute TRL's `entropy_from_logits(logits)`."""
     return logits.entropy()
 
 

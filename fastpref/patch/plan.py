@@ -1,4 +1,4 @@
-"""How a model can be computed: as trees, with its head alone replaced, or as TRL does it, and why."""
+"""The plan for computing a model: as trees, with only its head replaced, or by TRL's own code."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,37 +25,37 @@ NOT_WANTED = "prefix_sharing=False"
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model's forward passes are computed. It holds the model's parts and not the model."""
+    """The way in which a model's forward passes are computed. It holds the model's parts but not the model."""
 
     backbone: nn.Module | None = None
     head: Head | None = None
-    refused: str | None = None  # why TRL's own path is taken
-    padded: str | None = None  # why rows stay as they are
-    rotary: bool = False  # positions only matter relative to each other
-    by_length: bool = False  # and their angles depend on the longest position of a call
-    was: AttentionState | None = field(default=None, repr=False)  # the attention that the model had
+    refused: str | None = None  # the reason why TRL's own code computes the model
+    padded: str | None = None  # the reason why rows stay padded
+    rotary: bool = False  # whether positions only matter relative to each other
+    by_length: bool = False  # whether rotary angles depend on the longest position of a call
+    was: AttentionState | None = field(default=None, repr=False)  # the attention that the model had before
 
     @property
     def was_eager(self) -> bool:
-        """Whether that was transformers' eager one."""
+        """Whether the attention before was transformers' eager attention."""
         return self.was is not None and any(name == "eager" for _, name in self.was)
 
     def restore(self, model: PreTrainedModel) -> None:
-        """Give the model its own attention and LoRA layers back."""
+        """Restore the model's own attention and LoRA layers."""
         unfuse_lora(model)
         if self.was is not None:
             restore_attention(self.was)
 
 
 def bare(model: Any) -> Any:
-    """The causal language model inside what accelerate, DDP and PEFT have put around it."""
+    """Return the causal language model inside the wrappers of DDP and PEFT."""
     while isinstance(model, DistributedDataParallel):
         model = model.module
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
-    """The plan for a trainer's model. Its attention is replaced if trees are wanted and possible."""
+    """Make the plan for a trainer's model, and replace its attention if trees are wanted and possible."""
     model = bare(wrapped)
     why = _refusal(trainer, wrapped, model)
     if why is not None:
@@ -63,10 +63,10 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
     devices = [parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"]
     modes = {module: module.training for module in model.modules()}
     try:
-        # A trial run draws for its dropout.
+        # A trial run draws random numbers for its dropout.
         with torch.random.fork_rng(devices=set(devices)), rope.unchanged(model):
             by_length = rope.depends_on_length(model)
-            rope.fix_rope(model, 0)  # the rows of a trial differ in length, those of a call have the angles of one
+            rope.fix_rope(model, 0)  # the trial compares rows of different lengths, which need the same angles
             backbone, head = body_of(model), Head(model)
             head.weight_and_bias()
             model.eval()
@@ -74,7 +74,7 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
             why, was = _give_trees(model, Policy(backbone, head)) if sharing else (NOT_WANTED, None)
     except UserError as error:
         return Plan(refused=str(error))
-    except Exception as error:  # model code that wants more than tokens; TRL may give it that
+    except Exception as error:  # the model may need more inputs than tokens, which TRL may provide
         if is_out_of_memory(error):
             raise
         return Plan(refused=f"{model.config.model_type} models cannot be tried: {words(error)}")
@@ -88,7 +88,7 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
 
 
 def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
-    """Why a model is left to TRL, if that is known without a trial run."""
+    """Return the reason why TRL must compute a model, if that is known without a trial run, or None."""
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__name__} is no transformers model that is known here"
     config: Any = model.config
@@ -107,7 +107,7 @@ def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
 
 
 def _give_trees(model: PreTrainedModel, policy: Policy) -> tuple[str | None, AttentionState | None]:
-    """Replace a model's attention. Returns why that is impossible, or None, and the attention that the model had."""
+    """Replace a model's attention. Return why that is impossible, or None, and the attention that the model had."""
     was, own = attention_of(model), model.config._attn_implementation
     calls, why = give_layout(model, policy, name=attention.NAME)
     if why is None and own == "sdpa" and any(call.softcap is not None for call in calls):

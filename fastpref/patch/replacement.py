@@ -1,4 +1,4 @@
-"""Attributes of TRL that are replaced: methods of trainers, and functions in the namespaces of their modules."""
+"""Replacement of attributes of TRL: methods of trainers, and functions in the namespaces of their modules."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Replacement:
     owner: Any  # a class or a module
     name: str
     value: Any
-    before: Any  # what its __dict__ held
+    before: Any  # the value in the owner's __dict__ before, or MISSING
 
     def make(self) -> None:
         setattr(self.owner, self.name, self.value)
@@ -40,7 +40,7 @@ def replace_method(trainer: Any, name: str, make: Callable[[Any], Any]) -> list[
 
 
 def replace_functions_of_logits(module: ModuleType) -> list[Replacement]:
-    """TRL's functions of logits, in the namespace of one trainer."""
+    """Replace TRL's functions of logits in the namespace of one trainer's module."""
     return [
         replacement(module, name, understanding(vars(module)[name], answer))
         for name, answer in UNDERSTOOD.items()

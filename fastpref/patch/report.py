@@ -1,4 +1,4 @@
-"""What a patched run saved: counts, times, and estimates, which the report calls estimates."""
+"""The report of a patched run: counts and times, and how much the patch saved."""
 
 import time
 from collections.abc import Iterator
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tally:
-    """Counts over all passes through patched methods."""
+    """Counts over all forward passes in patched methods."""
 
     passes: int = 0
-    padded_tokens: int = 0  # that TRL's rows hold, padding included
+    padded_tokens: int = 0  # tokens of TRL's rows, including padding
     computed_tokens: int = 0
-    places: int = 0  # of TRL's rows, which a head that does not choose computes
+    places: int = 0  # positions of TRL's rows, at all of which a plain head computes logits
     scored: int = 0
     head_seconds: float = 0.0
-    logits_bytes: int = 0  # of the largest batch of a trainer that asks its model for logits, in float32
-    timed: bool = False  # wait for the device, so that the head's time is measured
+    logits_bytes: int = 0  # float32 logits of the largest batch of a trainer that uses its model's logits
+    timed: bool = False  # whether to wait for the device, so that the head's time is measured
 
     def computed(self, padded: int, tokens: int) -> None:
-        """A pass of `tokens` in place of `padded`."""
+        """Count a pass of `tokens` tokens in place of `padded`."""
         self.passes += bool(padded)
         self.padded_tokens += padded
         self.computed_tokens += tokens
 
     def logits(self, places: int, vocabulary: int) -> None:
-        """A pass for which TRL's code has logits of this many places."""
+        """Count a pass for which TRL's own code would have logits at this many positions."""
         self.logits_bytes = max(self.logits_bytes, 4 * places * vocabulary)
 
     @contextmanager
     def head(self, places: int, scored: int) -> Iterator[None]:
-        """The head scores `scored` tokens of a batch of `places`, inside the block."""
+        """Count and time the block, in which the head scores `scored` tokens of a batch with `places` positions."""
         self.places += places
         self.scored += scored
         self._wait()
@@ -57,7 +57,7 @@ class Tally:
 
 
 def report(patch: "Patch") -> str:
-    """Report what was patched, counts and times, and an estimate of the memory that TRL would have held."""
+    """Return a text with the patched methods, counts and times, and the size of the logits that TRL would have made."""
     tally = patch.tally
     lines = [f"fastpref.patch of trl {getattr(patch.trl, '__version__', '')}"]
     owners: dict[str, list[str]] = {}

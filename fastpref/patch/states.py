@@ -1,4 +1,4 @@
-"""The hidden states of a padded batch, wherever they were computed, and the head's results for them."""
+"""The hidden states of a padded batch, computed in any layout, and the head's results for them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from fastpref.patch.trees import Later, Packed
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states [M, H] and the row of them that belongs to each place of a padded batch."""
+    """Hidden states [M, H], and the index of the one that belongs to each position of a padded batch."""
 
     hidden: Tensor  # [M, H]
     place: Tensor  # [B, T] int64
@@ -25,16 +25,16 @@ class States:
     output: Any = None  # of the body, with the router logits of each layer if they were requested
 
     def score(self, where: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
-        """Log-probabilities of `targets` [N], the tokens that follow the places of `where` [B, T] bool."""
+        """Return the log-probabilities of `targets` [N], the tokens after the positions of `where` [B, T] bool."""
         return self.head(self.hidden, self.place[where], targets, outputs)
 
     def mean_logits(self) -> Tensor:
-        """The mean of the logits over the vocabulary at every place of the batch: [B, T] float32."""
+        """Return the mean of the logits over the vocabulary at every position of the batch, [B, T] float32."""
         return _mean_logits(self.hidden, self.head)[self.place]
 
 
 def padded_states(backbone: nn.Module, head: Head, input_ids: Tensor, **options: Any) -> States:
-    """The padded rows as they are."""
+    """Compute the hidden states of the padded rows as they are."""
     output = backbone(input_ids=input_ids, use_cache=False, **options)
     hidden = output.last_hidden_state
     place = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
@@ -44,7 +44,7 @@ def padded_states(backbone: nn.Module, head: Head, input_ids: Tensor, **options:
 def packed_states(
     backbone: nn.Module, head: Head, packed: Packed, *, keep: bool = False, **options: Any
 ) -> tuple[States, Kept | None]:
-    """The rows as trees; if `keep`, with the keys and values of every layer."""
+    """Compute the hidden states of the rows as trees. With `keep`, also return every layer's keys and values."""
     options |= tree_keywords(packed.layout, packed.input_ids.device)
     call = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     kept: Kept | None = None
@@ -60,7 +60,7 @@ def packed_states(
 
 @torch.no_grad()
 def later_states(backbone: nn.Module, states: States, kept: Kept, later: Later, *, eager: bool) -> States:
-    """The states of the packed row and of tokens computed after it, all without gradient."""
+    """Compute the states of later tokens. Return them with those of the packed row, all without gradient."""
     layout = LaterLayout((), branches=later.branches, kept=kept, eager=eager)
     options = tree_keywords(layout, later.input_ids.device)
     output = backbone(input_ids=later.input_ids, position_ids=later.position_ids, use_cache=False, **options)
@@ -74,9 +74,9 @@ def padded_router_loss(
     states: States,
     attention_mask: Tensor,  # [B, T]
 ) -> Tensor | None:
-    """The model's load-balancing loss over the padded batch, where a shared prompt counts in each of its rows.
+    """Compute the model's load-balancing loss over the padded batch, in which a shared prompt counts once per row.
 
-    None where the model has none, or no layer has routed anything.
+    Returns None if the model has none, or if the body's output has no router logits.
     """
     output = states.output
     if not getattr(output, "router_logits", None):
@@ -97,9 +97,9 @@ def padded_router_loss(
 
 
 def _mean_logits(hidden: Tensor, head: Head) -> Tensor:
-    """[M]: without a softcap the mean of the logits is a product with the mean of the head's rows.
+    """Return the mean of the logits over the vocabulary, [M].
 
-    With one there is no gradient.
+    Without a softcap it is a product with the mean of the head's rows. With a softcap it has no gradient.
     """
     settings = head.settings
     weight, bias = head.weight_and_bias(hidden.dtype)

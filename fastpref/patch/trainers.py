@@ -1,7 +1,7 @@
-"""TRL's trainers by what their classes have: which methods call a model, and how each is patched.
+"""The search for TRL's trainers, and for the methods to patch in each.
 
-Versions differ in where a trainer lies, what its methods are named and what they ask of a model. All of it is found
-by attributes; no version number is compared.
+Versions of TRL differ in the module of a trainer, in the names of its methods and in the outputs of a model that they
+use. All of it is found by attributes; no version number is compared.
 """
 
 import importlib
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from fastpref.patch import Patch
 
 KNOWN = "0.24 to 1.16"
-HOMES = {  # where a trainer may lie
+HOMES = {  # the modules that may define a trainer
     "DPOTrainer": ("trainer.dpo_trainer",),
     "KTOTrainer": ("trainer.kto_trainer", "experimental.kto.kto_trainer"),
     "ORPOTrainer": ("experimental.orpo.orpo_trainer", "trainer.orpo_trainer"),
     "CPOTrainer": ("experimental.cpo.cpo_trainer", "trainer.cpo_trainer"),
     "TPOTrainer": ("experimental.tpo.tpo_trainer",),
 }
-_EVERYWHERE = ("DPOTrainer", "KTOTrainer")  # every known TRL has them
+_EVERYWHERE = ("DPOTrainer", "KTOTrainer")  # every supported TRL has them
 
 
 def find_replacements(trl: ModuleType, patch: "Patch") -> list[Replacement]:
-    """List the attributes to replace in this TRL. Raises UserError for a TRL that is not known."""
+    """List the attributes to replace in this TRL. Raises UserError if this version is not supported."""
     result: list[Replacement] = []
     for name in HOMES:
         try:
@@ -55,11 +55,11 @@ def find_replacements(trl: ModuleType, patch: "Patch") -> list[Replacement]:
 
 
 def find_trainer(trl: ModuleType, name: str) -> Any:
-    """The class of this name where this TRL has it, or None. Raises ImportError where its module fails."""
+    """Return the trainer class of this name, or None if this TRL has none. Raises ImportError if its module fails."""
     for home in HOMES[name]:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TRL's about experimental modules, meant for who imports them
+                warnings.simplefilter("ignore")  # TRL warns users who import experimental modules themselves
                 module = importlib.import_module(f"{trl.__name__}.{home}")
         except ModuleNotFoundError as error:
             if error.name is None or not f"{trl.__name__}.{home}".startswith(error.name):
@@ -72,7 +72,7 @@ def find_trainer(trl: ModuleType, name: str) -> Any:
 
 
 def _calls_a_model(trainer: Any) -> bool:
-    """A class of its own, and not one that only forwards to the place it has moved to."""
+    """Return whether a class is a real trainer, and not one that only forwards to its new module."""
     return any(name in vars(trainer) for name in ("_compute_loss", "concatenated_forward", "compute_loss", "forward"))
 
 

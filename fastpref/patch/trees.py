@@ -1,4 +1,4 @@
-"""From a padded batch, as TRL's collators make it, to trees in one packed row, and back."""
+"""Conversion of a padded batch, as TRL's collators make it, to trees in one packed row, and back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ IGNORED = -100  # the label of a token that is not scored
 
 @dataclass(frozen=True)
 class Row:
-    """The tokens of one padded row. Its prompt is what stands before the first token with a label."""
+    """The tokens of one padded row. Its prompt is the part before the first token with a label."""
 
     first: int  # column of the first token
     prompt: tuple[int, ...]
@@ -29,7 +29,7 @@ def read_rows(
     attention_mask: Tensor,  # [B, T]
     labels: Tensor,  # [B, T], IGNORED where not scored
 ) -> list[Row] | None:
-    """The rows of a batch, or None if a row is empty or has padding between its tokens."""
+    """Return the rows of a batch, or None if a row is empty or has padding between its tokens."""
     width = input_ids.shape[1]
     columns = torch.arange(width, device=input_ids.device)
     real = attention_mask.bool()
@@ -52,9 +52,9 @@ class Packed:
     input_ids: Tensor  # [1, N]
     position_ids: Tensor  # [1, N]
     layout: TreeLayout
-    place: Tensor  # [B, T] where each token lies in the packed row; 0 for padding
+    place: Tensor  # [B, T] each token's index in the packed row; 0 for padding
     rows: tuple[Row, ...]
-    spans: tuple[tuple[slice, slice], ...]  # of each row's prompt and completion
+    spans: tuple[tuple[slice, slice], ...]  # each row's prompt and completion in the packed row
 
     @property
     def tokens(self) -> int:
@@ -62,10 +62,10 @@ class Packed:
 
 
 def pack(rows: Sequence[Row], width: int, device: torch.device) -> Packed:
-    """Lay the rows of a batch of `width` columns out as trees, in the order of their prompts."""
+    """Pack the rows of a batch with `width` columns as trees, in the order of their prompts."""
     groups: dict[object, list[int]] = {}
     for at, row in enumerate(rows):
-        groups.setdefault(row.prompt or at, []).append(at)  # without a prompt there is nothing to share
+        groups.setdefault(row.prompt or at, []).append(at)  # a row without a prompt shares nothing
     ids: list[int] = []
     positions: list[int] = []
     trees: list[Tree] = []
@@ -94,7 +94,7 @@ def pack(rows: Sequence[Row], width: int, device: torch.device) -> Packed:
 
 
 def _places(rows: Sequence[Row], spans: Sequence[tuple[slice, slice]], width: int, device: torch.device) -> Tensor:
-    """[B, T]: each token's place in the packed row."""
+    """Return each token's index in the packed row, [B, T]."""
     place = torch.zeros((len(rows), width), dtype=torch.int64)
     for at, (row, (stem, own)) in enumerate(zip(rows, spans, strict=True)):
         middle = row.first + len(row.prompt)
@@ -105,18 +105,18 @@ def _places(rows: Sequence[Row], spans: Sequence[tuple[slice, slice]], width: in
 
 @dataclass(frozen=True)
 class Later:
-    """Tokens that are computed after a packed row, from the keys and values that it kept."""
+    """Tokens that are computed after a packed row, with its stored keys and values."""
 
     input_ids: Tensor  # [1, N]
     position_ids: Tensor  # [1, N]
     branches: tuple[Branch, ...]
-    place: Tensor  # [B, T] in the packed row followed by these tokens
+    place: Tensor  # [B, T] each token's index in the packed row followed by these tokens
 
 
 def later_padding(packed: Packed, input_ids: Tensor) -> Later | None:
-    """The padding on the right of every row: each token sees its row's tokens and not itself. None without any.
+    """Return the padding on the right of every row, or None without any. It attends to its row's tokens only.
 
-    Raises ValueError for padding on the left, which sees nothing.
+    Raises ValueError for padding on the left, which attends to nothing.
     """
     width = input_ids.shape[1]
     place = packed.place.clone()
@@ -141,7 +141,7 @@ def later_padding(packed: Packed, input_ids: Tensor) -> Later | None:
 
 
 def later_completions(packed: Packed, rows: Sequence[Row], width: int, device: torch.device) -> Later | None:
-    """Other completions of the packed row's prompts. None if a row's prompt is not among them."""
+    """Return other completions of the packed row's prompts, or None if a row's prompt is not among them."""
     stems = {row.prompt: stem for row, (stem, _) in zip(packed.rows, packed.spans, strict=True)}
     if any(not row.prompt or not row.completion or row.prompt not in stems for row in rows):
         return None

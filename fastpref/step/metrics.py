@@ -1,4 +1,4 @@
-"""Metrics of a step or an evaluation: means over all its tokens or responses, whatever the micro-batches were."""
+"""Metrics of a step or an evaluation: means over all its tokens or responses, independent of the micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 @dataclass(frozen=True)
 class Responses:
-    """Rewards and lengths of single responses. Chosen and rejected ones of the same place are a pair, but for KTO."""
+    """The rewards and lengths of responses. Except for KTO, chosen[i] and rejected[i] are a pair."""
 
     chosen: Tensor  # [P] rewards
     rejected: Tensor  # [P]
@@ -26,12 +26,12 @@ class Responses:
 
 
 class Metrics:
-    """Sums and counts by name, gathered without waiting for the device; `result` divides them.
+    """The sums and counts of metrics by name, collected without waiting for the device. `result` divides them.
 
-    Pairs: rewards, their margins and accuracies (a tie counts half) and log-probabilities are means over pairs. Single
-    responses (KTO): "chosen" are the desirable rows, "rejected" the others, each a mean over its own; margins are
-    the difference of the two, accuracies the share of (desirable, undesirable) couples in which the desirable one
-    has the higher reward.
+    For pairs, rewards, their margins and accuracies (a tie counts half) and log-probabilities are means over pairs. For
+    single responses (KTO), "chosen" are the means over the desirable rows and "rejected" those over the others. Margins
+    are the difference of the two means. Accuracies are the share of all combinations of a desirable and an undesirable
+    row in which the desirable one has the higher reward.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Metrics:
         self._counts: dict[str, Tensor | float] = {}
         self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []  # rewards, lengths and labels of single responses
         self._elsewhere: list[Responses] = []  # of other processes
-        self.paired = True  # whether chosen and rejected responses of the same place belong together
+        self.paired = True  # whether chosen[i] and rejected[i] are a pair
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         total = total.detach().float()
@@ -47,7 +47,7 @@ class Metrics:
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def add_loss(self, output: PreferenceLoss, lengths: Tensor) -> None:
-        """The loss of one part of a step, and its rewards. lengths: [S] tokens, those of the rewards first."""
+        """Add the loss and the rewards of one part of a step. `lengths` [S] are in tokens, the rewards' first."""
         self.add("loss", output.loss, 0)
         rewards = output.rewards.detach()
         self._parts.append((rewards, lengths[: len(rewards)].to(rewards.device), output.labels))
@@ -55,17 +55,17 @@ class Metrics:
             self.add(name, total, count)
 
     def add_sequences(self, logps: Tensor, chosen: Tensor) -> None:
-        """logps [S] of whole responses; chosen [S] bool."""
+        """Add the log-probabilities `logps` [S] of whole responses, of which `chosen` [S] bool are the chosen ones."""
         for side, mask in (("chosen", chosen), ("rejected", ~chosen)):
             self._add_where(f"logps/{side}", logps, mask)
 
     def add_ranking(self, logps: Tensor, lengths: Tensor) -> None:
-        """logps and lengths [2P]: how often the chosen response is the likelier one, per token."""
+        """Add how often the chosen response is likelier per token than the rejected one. logps and lengths are [2P]."""
         chosen, rejected = (logps.detach() / lengths).chunk(2)
         self.add("logps/accuracies", _shares(chosen - rejected).sum(), len(chosen))
 
     def add_tokens(self, tokens: TokenLogprobs, batch: PreferenceBatch, chosen: Tensor, counted: Tensor) -> None:
-        """Add the per-token outputs. chosen and counted: [S] bool of the batch's sequences."""
+        """Add the per-token outputs of the `counted` sequences. `chosen` and `counted` are [S] bool."""
         if tokens.entropy is None or tokens.mean_logit is None or tokens.is_top1 is None:
             return
         of_chosen = (chosen & counted)[batch.segments]
@@ -77,11 +77,11 @@ class Metrics:
         self._add_where("logits/rejected", tokens.mean_logit, of_rejected)
 
     def _add_where(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Add the values where the mask holds. Indexing by a mask would wait for the device to count it."""
+        """Add the values where the mask is True. Indexing by a mask would wait for the device to count it."""
         self.add(name, torch.where(mask, values, 0).sum(), mask.sum())
 
     def joined(self, processes: Processes) -> "Metrics":
-        """The metrics of all processes together."""
+        """Return the metrics of all processes together."""
         if processes.count == 1:
             return self
         whole = Metrics()
@@ -100,7 +100,7 @@ class Metrics:
         self.paired = False
 
     def result(self) -> dict[str, float]:
-        """Every metric that is a mean over at least one value, by its name."""
+        """Return every metric that is a mean over at least one value, by its name."""
         counts = {name: float(count) for name, count in self._counts.items()}
         means = {
             name: float(total) / (counts[name] or 1.0)
@@ -110,7 +110,7 @@ class Metrics:
         return means | self._reward_metrics()
 
     def responses(self) -> Responses:
-        """The responses of all parts, and of all processes once they are joined."""
+        """Return the responses of all parts, and of all processes once they are joined."""
         own = [
             Responses(*(side for values in (rewards, lengths) for side in _sides(values, labels)))
             for rewards, lengths, labels in self._parts
@@ -139,17 +139,17 @@ class Metrics:
 
 
 def _sides(values: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
-    """The values of the chosen and of the rejected responses. With labels this waits for the device."""
+    """Return the values of the chosen and of the rejected responses. With labels this waits for the device."""
     return values.chunk(2) if labels is None else (values[labels], values[~labels])
 
 
 def _shares(difference: Tensor) -> Tensor:
-    """1 where the difference is positive, ½ where it is zero, 0 elsewhere."""
+    """Return 1 where the difference is positive, ½ where it is zero, and 0 elsewhere."""
     return torch.sign(difference) / 2 + 0.5
 
 
 def _correlation(rewards: Tensor, lengths: Tensor) -> float:
-    """Pearson's correlation; 0 if one side is constant, as the rewards of an untrained policy are but for rounding."""
+    """Return Pearson's correlation, or 0 if one side is constant up to rounding, as rewards are before training."""
     both = torch.stack([rewards, lengths]).cpu().double()
     spread = both.std(dim=1)
     if float(spread[0]) < 1e-4 or float(spread[1]) == 0:

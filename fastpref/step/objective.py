@@ -1,8 +1,8 @@
 """The loss of one optimizer step, cut into micro-batches that add up to it exactly.
 
-Terms that need the whole step before any gradient (KTO's KL, the sorting variants of DPO) are computed in a pass
-without gradient if the step has several micro-batches, and along with the loss if it has one (`data/plan.py`). The
-result is the same.
+Terms that need the whole step before any gradient (KTO's KL, the sorting variants of DPO) are computed in a separate
+pass without gradient if the step has several micro-batches, and together with the loss if it has one (`data/plan.py`).
+The result is the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +31,9 @@ Backward = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class Work:
-    """The amount of work of a step."""
+    """The amount of work of a step, over all processes."""
 
-    tokens: int  # through the model with gradient, padding included, of all processes
+    tokens: int  # tokens in forward passes with gradient, including padding
     microbatches: int
 
 
@@ -42,8 +42,8 @@ class _Part:
     """One of this process's micro-batches."""
 
     batch: PreferenceBatch
-    share: float  # of the tokens of the whole step
-    counts: bool  # or only computed, because every process must compute as many as the others
+    share: float  # its share of the tokens of the whole step
+    counts: bool  # False if it only keeps this process in step with the others, which compute as many
     last: bool
 
 
@@ -51,7 +51,7 @@ class _Part:
 class _Pass:
     """The arguments that the parts of a step, or of an evaluation, share."""
 
-    totals: Totals  # of all its examples
+    totals: Totals  # of all examples
     metrics: Metrics
     outputs: tuple[str, ...]  # of `linear_logprob`, in addition to the log-probabilities
     processes: Processes
@@ -61,7 +61,7 @@ class _Pass:
     def add(self, loss: PreferenceLoss, part: _Part) -> None:
         """Add one part's loss: first its gradient, then its metrics."""
         if self.backward is not None:
-            # Joined gradients are means over the processes, and the loss is a sum.
+            # Gradients are averaged over the processes, but the loss is a sum.
             weight = self.processes.count if part.counts else 0
             self.backward(loss.loss if weight == 1 else weight * loss.loss)
         if part.counts:
@@ -80,11 +80,11 @@ class _Whole:
 class Objective:
     """A loss, and the models and the layout with which it is computed."""
 
-    policy: nn.Module  # a Policy, or what Accelerate made of it
+    policy: nn.Module  # a Policy, which Accelerate may have wrapped
     reference: Reference | None
     options: LossOptions
     layout: Layout
-    budget: int  # tokens a micro-batch
+    budget: int  # tokens per micro-batch
     pad_token_id: int
     device: torch.device
     router_coefficient: float = 0.0  # of a mixture of experts' router loss
@@ -95,7 +95,7 @@ class Objective:
     ) -> tuple[Metrics, Work]:
         """Compute the loss of a whole step, and call `backward` with each micro-batch's share of it.
 
-        Every process must be given the same examples. The metrics are those of all of them.
+        Every process must get the same examples. The metrics are over all processes.
         """
         outputs = TOKEN_OUTPUTS if token_metrics else ()
         run = _Pass(self._totals(examples), Metrics(), outputs, self.processes, backward)
@@ -104,9 +104,9 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], batch: int) -> Metrics:
-        """The metrics of examples taken `batch` at a time, as one mean over all of them, whatever their order.
+        """Compute metrics, `batch` examples at a time, as means over all examples, whatever their order.
 
-        KTO's KL is one of all examples, each prompt with a completion of another prompt: `batch.mismatched`.
+        KTO has a single KL over all examples, each prompt with a completion of another prompt (`batch.mismatched`).
         """
         kl = self._evaluated_kl(examples, batch) if compares_neighbours(self.options, len(examples)) else None
         run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS, self.processes, kl=kl)
@@ -115,11 +115,11 @@ class Objective:
         return run.metrics.joined(self.processes)
 
     def referenced(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """The examples of a step with every completion whose reference log-probability it needs."""
+        """Return the examples of a step with every completion whose reference log-probability it needs."""
         return compared(self.options, examples)
 
     def referenced_in_evaluation(self, examples: Sequence[Example]) -> Iterator[Example]:
-        """The examples of an evaluation with every completion whose reference log-probability it needs."""
+        """Yield the examples of an evaluation with every completion whose reference log-probability it needs."""
         yield from examples
         if compares_neighbours(self.options, len(examples)):
             yield from mismatched(examples)
@@ -159,7 +159,7 @@ class Objective:
         return work
 
     def _found_first(self, plan: StepPlan, parts: Sequence[_Part], run: _Pass, count: int) -> _Whole | None:
-        """The terms of the whole step, from a pass of their own; None if they come from the only micro-batch."""
+        """Compute the terms of the whole step in a separate pass, or return None if its only micro-batch gives them."""
         if isinstance(self.options, KTO):
             if plan.branched:
                 return None
@@ -173,7 +173,7 @@ class Objective:
     def _found_on_the_way(
         self, part: _Part, batch: PreferenceBatch, tokens: TokenLogprobs, reference: Tensor | None, count: int
     ) -> _Whole:
-        """The terms of the whole step, from its only micro-batch."""
+        """Compute the terms of the whole step from its only micro-batch."""
         if not isinstance(self.options, KTO):
             return _Whole(pairs=self._joined([(part, self._pairs(tokens, reference, batch))], count))
         assert reference is not None
@@ -196,13 +196,13 @@ class Objective:
     # --- pairs -------------------------------------------------------------------------------------------------
 
     def _pairs(self, result: TokenLogprobs, reference: Tensor | None, batch: PreferenceBatch) -> PairLogps:
-        """The batch's pairs without gradient, for losses that compare them with others."""
+        """Return the batch's pairs without gradient, for losses that compare them with other pairs."""
         pairs = pair_logps(result.logp, batch.segments, batch.lengths, self.options, reference=reference)
         return pairs.detach()
 
     @torch.no_grad()
     def _whole_step(self, parts: Sequence[_Part], count: int) -> PairLogps:
-        """All pairs of the step in their order, without gradient, in a pass of its own."""
+        """Compute all pairs of the step in their order, in a separate pass without gradient."""
         pairs = []
         for part in parts:
             batch = part.batch.to(self.device)
@@ -211,7 +211,7 @@ class Objective:
         return self._joined(pairs, count)
 
     def _joined(self, parts: Sequence[tuple[_Part, PairLogps]], count: int) -> PairLogps:
-        """The pairs of all parts of the step, in their order."""
+        """Return the pairs of all parts of the step, in their order."""
         names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths", "ref_chosen", "ref_rejected")
         return PairLogps(
             **{name: self._in_order([(part, getattr(pairs, name)) for part, pairs in parts], count) for name in names}
@@ -229,7 +229,7 @@ class Objective:
 
     @torch.no_grad()
     def _evaluated_kl(self, examples: Sequence[Example], batch: int) -> Tensor:
-        """KTO's KL over all examples of an evaluation, their mismatched completions taken `batch` at a time."""
+        """Compute KTO's KL over all examples of an evaluation, `batch` mismatched completions at a time."""
         mates = mismatched(examples)
         groups = iter(lambda: list(islice(mates, batch)), [])
         results = [self._response_sums(self._plan_pass(group)) for group in groups]
@@ -237,7 +237,7 @@ class Objective:
 
     @torch.no_grad()
     def _response_sums(self, responses: Pass) -> tuple[Tensor, Tensor]:
-        """[E] log-probabilities of single responses under the policy and under the reference, in a pass of its own."""
+        """Compute log-probabilities [E] of single responses by the policy and by the reference, in a separate pass."""
         assert self.reference is not None
         logps, reference = [], []
         for part in self._parts(responses)[0]:
@@ -273,7 +273,7 @@ class Objective:
         return plan_pass(examples, self.layout, self.budget, self.processes.count)
 
     def _parts(self, whole: Pass) -> tuple[list[_Part], Work]:
-        """This process's micro-batches, and the work of all processes. Each has as many as the others."""
+        """Return this process's micro-batches, as many as every other process has, and the work of all processes."""
         rank, count = self.processes.rank, self.processes.count
         plan, groups, tokens = whole.microbatches, whole.groups, whole.tokens
         rounds = ceil(len(plan) / count)
@@ -281,7 +281,7 @@ class Objective:
         for turn in range(rounds):
             at = turn * count + rank
             counts = at < len(plan)
-            at = at if counts else len(plan) - 1  # the smallest
+            at = at if counts else len(plan) - 1  # the smallest one
             batch = collate(
                 groups[at],
                 self.layout,
@@ -293,7 +293,7 @@ class Objective:
         return parts, Work(sum(tokens), len(plan))
 
     def _in_order(self, parts: Sequence[tuple[_Part, Tensor]], count: int) -> Tensor:
-        """A value of each example of the step, from the parts of all processes: [count]."""
+        """Return one value per example of the step, [count], from the parts of all processes."""
         whole = torch.zeros(count, dtype=parts[0][1].dtype, device=self.device)
         for part, values in parts:
             if part.counts:

@@ -1,4 +1,4 @@
-"""AdamW: plain, with moments in 8 bits, and paged."""
+"""The AdamW optimizers: plain, with moments in 8 bits, and paged."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,9 +11,9 @@ from fastpref.errors import UserError
 
 
 def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimizer of `train.optimizer` over what the policy trains; weight decay on matrices only.
+    """Make the optimizer of `train.optimizer` for the policy's trainable parameters. Only matrices have weight decay.
 
-    The 8-bit kinds hold the moments of tensors of at least 4,096 entries in 8 bits (arXiv 2110.02861). The paged kinds
+    The 8-bit kinds store the moments of tensors of at least 4,096 entries in 8 bits (arXiv 2110.02861). The paged kinds
     let moments move to host memory when a GPU is full. Raises UserError for a paged kind without a GPU.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -25,7 +25,7 @@ def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def _kind(name: str, parameters: Iterable[nn.Parameter]) -> Callable[..., torch.optim.Optimizer]:
-    if name == "adamw":  # fused: no temporaries as large as a parameter
+    if name == "adamw":  # the fused kernel needs no temporary tensors of a parameter's size
         fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for p in parameters)
         return lambda groups, **options: torch.optim.AdamW(groups, fused=fused, **options)
     import bitsandbytes.optim as kinds

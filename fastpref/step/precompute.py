@@ -1,11 +1,11 @@
-"""Reference log-probabilities computed before training, and kept on disk for later runs.
+"""Reference log-probabilities that are computed before training and stored on disk for later runs.
 
     $FASTPREF_CACHE (~/.cache/fastpref) / reference / FINGERPRINT / 00000.safetensors, 00001.safetensors, …
 
-The key of a completion's log-probabilities is a digest of its prompt's and its own tokens. So whatever changes the
-tokens (data, format, template, limits) finds no old numbers, and added data cost no more than themselves. Whatever else
-changes the numbers (the model's files or commit, its dtype and quantization) is in the fingerprint. Every 64
-micro-batches a file is written whole, so a run that is stopped resumes where it was.
+The key of a completion's log-probabilities is a digest of the tokens of its prompt and itself. So a change of the
+tokens (by the data, format, template or limits) never finds old numbers, and only added data are computed. Everything
+else that changes the numbers (the model's files or commit, its dtype and quantization) is in the fingerprint. A new
+file is written atomically every 64 micro-batches, so a stopped run continues there.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from fastpref.model.rope import has_rope_by_length
 from fastpref.processes import ALONE, Processes
 from fastpref.step.reference import Reference
 
-VERSION = 1  # of the numbers: what computes them, and how they are stored
+VERSION = 1  # changes with the code that computes the numbers and with their format on disk
 _SAVE_EVERY = 64  # micro-batches
 
 
@@ -62,24 +62,24 @@ class Precomputed:
         examples: Iterable[Example],
         *,
         layout: Layout,
-        budget: int,  # tokens a micro-batch
+        budget: int,  # tokens per micro-batch
         device: torch.device,
         pad_token_id: int,
         progress: Callable[[int], None] = lambda computed: None,
         processes: Processes = ALONE,
     ) -> int:
-        """Compute the log-probabilities of completions that are not known yet; returns the number of those completions.
+        """Compute the log-probabilities of completions that are not known yet. Return the number of those completions.
 
-        All processes must get the same examples. Each computes some of them, and in the end all have all numbers.
+        All processes must get the same examples. Each computes a part, and in the end all have all log-probabilities.
         """
-        if processes.count > 1:  # on disks of their own they may know different ones, and would plan different rounds
+        if processes.count > 1:  # with separate disks they may know different ones, and would plan different rounds
             common = set.intersection(*map(set, processes.gather(list(self._known))))
             self._known = {key: logps for key, logps in self._known.items() if key in common}
         computed, waiting = 0, {}
         parts = _microbatches(self._missing(examples), layout, budget)
         rounds = iter(lambda: list(islice(parts, processes.count)), [])
         for number, part in enumerate(rounds, start=1):
-            # A process for which none is left computes one again: with FSDP no forward can do without it.
+            # A process without a micro-batch computes one of the round again: FSDP needs every process in a forward.
             own = part[processes.rank % len(part)]
             batch = collate(own, layout, pad_token_id=pad_token_id)
             lengths = torch.unique_consecutive(batch.segments, return_counts=True)[1].tolist()
@@ -94,7 +94,7 @@ class Precomputed:
         return computed
 
     def _missing(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The examples, with only those completions that are neither known nor yielded before."""
+        """Yield the examples with only the completions that are neither known nor yielded before."""
         yielded: set[bytes] = set()
         for example in examples:
             new = []
@@ -128,7 +128,7 @@ class Precomputed:
 
 
 def _microbatches(examples: Iterable[Example], layout: Layout, budget: int) -> Iterator[list[Example]]:
-    """Micro-batches of examples with the same number of completions, planned for 256 examples at a time."""
+    """Yield micro-batches of examples with the same number of completions, planned for 256 examples at a time."""
     waiting: dict[int, list[Example]] = {}
     for example in examples:
         group = waiting.setdefault(len(example.completions), [])
@@ -140,14 +140,14 @@ def _microbatches(examples: Iterable[Example], layout: Layout, budget: int) -> I
 
 
 def reference_folder(config: Config, model: PreTrainedModel) -> Path:
-    """The folder of this model's reference log-probabilities."""
+    """Return the folder of this model's reference log-probabilities."""
     identity = {
         "version": VERSION,
         "model": _identity(config, model),
         "dtype": str(model.dtype),
         "quantization": config.model.quantization,
         "device": next(model.parameters()).device.type,
-        # The frequencies that every row has are those of the longest one, `rope.fix_rope`.
+        # `rope.fix_rope` gives every row the frequencies of this length.
         **({"rope_of": config.tokens.max_length} if has_rope_by_length(model) else {}),
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
@@ -155,7 +155,7 @@ def reference_folder(config: Config, model: PreTrainedModel) -> Path:
 
 
 def _identity(config: Config, model: PreTrainedModel) -> str:
-    """The commit of a model on the hub, or a digest of every file of a folder that decides its numbers."""
+    """Return the commit of a model on the hub, or a digest of a folder's weights, JSON files and code."""
     folder = Path(config.model.name).expanduser()
     if not folder.is_dir():
         return f"{config.model.name}@{getattr(model.config, '_commit_hash', None) or config.model.revision}"

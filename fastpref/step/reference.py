@@ -1,4 +1,4 @@
-"""The frozen reference: the same model with its adapters off, a copy of it, or (`precompute.py`) its numbers."""
+"""The frozen reference: the policy with its adapters off, a copy, or (`precompute.py`) stored log-probabilities."""
 
 import copy
 from collections.abc import Callable
@@ -25,17 +25,17 @@ Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [N], 
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A reference whose log-probabilities are computed for every micro-batch."""
+    """A reference that computes its log-probabilities for every micro-batch."""
 
     policy: Policy
-    adapters: peft.PeftModel | None  # which are turned off for the reference
+    adapters: peft.PeftModel | None  # turned off while the reference computes
     autocast: Callable[..., Any]
     copy: PreTrainedModel | None = None  # a model that only the reference uses
 
     @torch.no_grad()
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         training = self.policy.training
-        self.policy.eval()  # a reference knows no dropout
+        self.policy.eval()  # without dropout
         try:
             with self.autocast(), self.adapters.disable_adapter() if self.adapters is not None else nullcontext():
                 return self.policy(batch).logp
@@ -44,7 +44,7 @@ class ModelReference:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the frozen copy; 0 if the reference shares the policy's weights."""
+        """The bytes of the frozen copy, or 0 if the reference shares the policy's weights."""
         return 0 if self.copy is None else sum(p.nbytes for p in self.copy.parameters())
 
 
@@ -54,12 +54,12 @@ def make_reference(
     autocast: Callable[..., Any] = nullcontext,
     load: Callable[[Config, Loaded], PreTrainedModel] | None = None,
 ) -> tuple[ModelReference, str]:
-    """The reference of `reference.mode`, and words that say which one it is. Call this before any training step.
+    """Return the reference of `reference.mode` and its description. Call this before any training step.
 
     For "precompute" (and "auto" without adapters) it is the model itself, which is right only until the first step.
-    `autocast` is the mixed precision of the policy: with another one, the reference would differ before training.
-    A copy with another dtype or quantization is loaded by `load`, by default from where the model came from. Raises
-    UserError for a copy that cannot be loaded.
+    `autocast` must be the policy's mixed precision, or the reference would differ from the policy before training.
+    `load` loads a copy with another dtype or quantization, by default from the model's own source. Raises UserError for
+    a copy that cannot be loaded.
     """
     adapters = loaded.wrapped if isinstance(loaded.wrapped, peft.PeftModel) else None
     if adapters is not None and config.reference.mode != "copy":
@@ -76,7 +76,10 @@ def make_reference(
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model in evaluation mode, without gradients. Detaches tensors that modules keep from a call."""
+    """Return a copy of a model in evaluation mode, without gradients.
+
+    Tensors that modules keep from an earlier call are detached, because deepcopy refuses tensors that are not leaves.
+    """
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -85,12 +88,12 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def precomputes(config: Config) -> bool:
-    """Whether reference log-probabilities are computed before training: a copy would take the model's memory again."""
+    """Return whether reference log-probabilities are computed before training, to save the memory of a copy."""
     return config.reference.mode == "precompute" or (config.reference.mode == "auto" and config.lora is None)
 
 
 def copy_config(config: Config, model: PreTrainedModel) -> Config | None:
-    """The config by which a frozen copy is loaded, or None if the copy has the model's own dtype and quantization.
+    """Return the config for loading a frozen copy, or None if the copy has the model's own dtype and quantization.
 
     Raises UserError if the checkpoint is quantised already and the config asks for another quantization.
     """
@@ -108,7 +111,7 @@ def copy_config(config: Config, model: PreTrainedModel) -> Config | None:
 
 
 def load_copy(config: Config, loaded: Loaded) -> PreTrainedModel:
-    """Load the model of `copy_config`, with the attention and the kernels of the one that is trained."""
+    """Load the model of `copy_config`, with the attention and the kernels of the trained model."""
     dtype = getattr(torch, config.model.dtype)
     model = pretrained(config.model, model_config(config.model), dtype, loaded.model.device)
     fix_rope(model, config.tokens.max_length)

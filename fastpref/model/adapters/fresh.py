@@ -1,6 +1,6 @@
-"""Fresh adapters, and which modules of a model get one.
+"""Fresh adapters, and the choice of the modules that get one.
 
-PEFT itself decides which layers it can adapt. What it would adapt or drop silently becomes a note or an error here.
+PEFT itself decides which layers it can adapt. Modules that it would silently adapt or drop become a note or an error.
 """
 
 import copy
@@ -37,7 +37,7 @@ _ROUTERS = "routers, which choose between experts"
 
 
 def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | peft.PeftModel:
-    """Fresh adapters in the model's modules, if the config has a [lora] table.
+    """Put fresh adapters on the model's modules if the config has a [lora] table.
 
     Raises UserError for modules that the model does not have, or that PEFT cannot adapt.
     """
@@ -48,7 +48,7 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
     plan = _plan(options, model)
     try:
         wrapped = peft.get_peft_model(model, plan.settings)
-    except Exception as error:  # PEFT raises many kinds, and so does model code
+    except Exception as error:  # PEFT and model code raise many kinds of errors
         if is_out_of_memory(error):
             raise
         message = words(error).rstrip(".")
@@ -59,7 +59,7 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
 
 
 def adapter_notes(config: Config, model: PreTrainedModel) -> list[str]:
-    """At most one note: what `with_adapters` will leave out of a plain model, and why. Raises as it does."""
+    """Return at most one note, on modules that `with_adapters` leaves out and why. Raises the same errors."""
     return [] if config.lora is None else _plan(config.lora, model).notes
 
 
@@ -130,14 +130,14 @@ def _settings(options: LoraConfig) -> peft.LoraConfig:
     )
 
 
-# --- experts, which PEFT finds by the names that their layers had in transformers 4 -----------------------------------
+# --- experts, which PEFT finds by the names of their layers in transformers 4 -----------------------------------------
 
 
 @dataclass(frozen=True)
 class _Targets:
     """Targets for the parameters that hold a layer's experts, as PEFT converts them."""
 
-    parameters: Mapping[str, str]  # full name → the end of it, by which PEFT knows it
+    parameters: Mapping[str, str]  # full name → the end of it, which PEFT uses
     names: frozenset[str]  # entries that mean such a parameter
     ranks: dict[str, Any]
     alphas: dict[str, Any]
@@ -166,7 +166,7 @@ def _targets(every: bool, entries: Iterable[str], settings: peft.LoraConfig, par
 
 
 def _means(pattern: str, parameter: str) -> bool:
-    """Whether a pattern matches a parameter of experts, or a layer of an expert by the name that it had."""
+    """Return whether a pattern matches a parameter of experts, or an expert's layer by its name in transformers 4."""
     owner, _, own = parameter.rpartition(".")
     return any(re.fullmatch(pattern, f"{owner}.{name}") for name in (own, *_OLD_NAMES)) or (
         re.fullmatch(pattern, owner) is not None
@@ -174,7 +174,7 @@ def _means(pattern: str, parameter: str) -> bool:
 
 
 def _converted(settings: peft.LoraConfig, model: PreTrainedModel, target: str | set[str]) -> peft.LoraConfig:
-    """The settings as PEFT converts them for a model whose layers transformers has fused. Raises UserError."""
+    """Return the settings as PEFT converts them for a model whose layers transformers has fused. Raises UserError."""
     changed = copy.copy(settings)
     changed.target_modules = target if isinstance(target, str) else set(target)  # pyright: ignore[reportAttributeAccessIssue]
     changed.target_parameters, changed.rank_pattern, changed.alpha_pattern = None, {}, {}
@@ -186,7 +186,7 @@ def _converted(settings: peft.LoraConfig, model: PreTrainedModel, target: str | 
 
 
 def _shortest(experts: Mapping[str, str], parts: Parts) -> set[str]:
-    """The names by which PEFT takes the parameters: a common end, if all parameters that have it are chosen."""
+    """Return names for PEFT that match exactly these parameters: a common end, if all parameters with it are chosen."""
     own = parts.parameters()
     whole = {
         short
@@ -200,7 +200,7 @@ def _shortest(experts: Mapping[str, str], parts: Parts) -> set[str]:
 
 
 def _all_linear(settings: peft.LoraConfig, parts: Parts, left_out: dict[str, set[str]]) -> set[str]:
-    """The language model's linear layers that PEFT can adapt, without its head."""
+    """Return the language model's linear layers that PEFT can adapt, except its head."""
     layers = {name: layer for name, layer in linear_layers(parts.model).items() if layer is not parts.head}
     leave_out(left_out, OUTSIDE, layers.keys() - parts.inside)
     sizes = _expert_counts(parts.model) | {1}
@@ -211,7 +211,7 @@ def _all_linear(settings: peft.LoraConfig, parts: Parts, left_out: dict[str, set
 
 
 def _expert_counts(model: PreTrainedModel) -> set[int]:
-    """The numbers of experts in a config, under any key."""
+    """Return the numbers of experts in a config, under any key."""
     config = model.config.get_text_config().to_dict()
     return {value for key, value in config.items() if key.endswith("experts") and isinstance(value, int)}
 
@@ -226,7 +226,7 @@ def _named(
     parts: Parts,
     left_out: dict[str, set[str]],
 ) -> set[str]:
-    """The modules that names and patterns match. Raises UserError for one that matches none."""
+    """Return the modules that names and patterns match. Raises UserError for an entry that matches none."""
     chosen: set[str] = set()
     for entry in entries:
         hits = {name for name in parts.modules if _matches(entry, name)}
@@ -259,7 +259,7 @@ def _named(
 
 
 def _excluded(entries: Iterable[str], parts: Parts) -> set[str]:
-    """The modules that names and patterns exclude, with all modules inside them."""
+    """Return the modules that names and patterns exclude, with all modules inside them."""
     excluded: set[str] = set()
     for entry in entries:
         hits = {name for name in parts.modules if _matches(entry, name)}
@@ -282,7 +282,7 @@ def _modules_to_save(options: LoraConfig, parts: Parts) -> list[str] | None:
 
 
 def _matches(entry: str, name: str) -> bool:
-    """Match as PEFT does: a pattern matches a module's whole name, a name matches its end."""
+    """Return whether an entry matches, as in PEFT: a pattern matches a module's whole name, a name matches its end."""
     if is_pattern(entry):
         return re.fullmatch(entry, name) is not None
     return name == entry or name.endswith(f".{entry}")

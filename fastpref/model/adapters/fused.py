@@ -1,12 +1,12 @@
-"""LoRA layers (arXiv 2106.09685) that cost little beside the layer they adapt.
+"""LoRA layers (arXiv 2106.09685) that add little to the cost of the layer they adapt.
 
-PEFT computes base(x) + scaling · B(A(x)) in steps of which each keeps or moves a tensor of the layer's width: two
-products, their scaling, a sum, and the same again backwards. Here the low-rank product is added inside the matrix
-product, forwards and backwards. Where the layer ends a gated MLP, down(act(gate) · up), only gate and up are kept: the
-activation and the product are made again in the backward pass.
+PEFT computes base(x) + scaling · B(A(x)) in several steps: two products, their scaling, a sum, and the same in the
+backward pass. Each step stores or copies a tensor of the layer's width. Here the low-rank product is added inside the
+matrix product, in both passes. If the layer ends a gated MLP, down(act(gate) · up), only gate and up are stored for
+the backward pass, which recomputes the activation and the product.
 
-PEFT's own code goes on to compute what is asked for otherwise: dropout, DoRA, biases of adapters, several adapters,
-merged or disabled ones, layers that are neither plain nor in 4 bits.
+PEFT's own code still computes all other cases: dropout, DoRA, biases of adapters, several adapters, merged or disabled
+ones, and layers that are neither nn.Linear nor in 4 bits.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_GATED_MLP = ("down_proj", "act_fn", "gate_proj", "up_proj")  # the names of down(act(gate(x)) * up(x)), in code's order
+_GATED_MLP = ("down_proj", "act_fn", "gate_proj", "up_proj")  # of down(act(gate(x)) * up(x)), in the code's order
 _LIGERS = {"LigerSwiGLUMLP.forward": "LigerSiLUMulFunction", "LigerGEGLUMLP.forward": "LigerGELUMulFunction"}
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Give a model's LoRA layers, and the gated MLPs that end in one, the forward of this module."""
+    """Give a model's LoRA layers, and the gated MLPs that end in one, the forward methods of this module."""
     for module in model.modules():
         product = _gated_product(module)
         if product is not None:
@@ -37,7 +37,7 @@ def fuse_lora(model: nn.Module) -> None:
 
 
 def unfuse_lora(model: nn.Module) -> None:
-    """Give them the forward back that they had."""
+    """Undo `fuse_lora`."""
     for module in model.modules():
         forward = vars(module).get("forward")
         before = forward.before if isinstance(forward, _GatedMLP) else None
@@ -68,19 +68,21 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class Product(Protocol):
-    """act(gate) · up"""
+    """The product act(gate) · up."""
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
 
     def again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """The product, and from the gradient by it those by gate and up. Both are called once, and may write to what
-        they are given."""
+        """Return the product, and a function from its gradient to those of gate and up.
+
+        The function is called at most once. It and this method may overwrite their arguments.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class _Plain:
-    """By an activation of torch, in as few new tensors as can be."""
+    """A product with a torch activation, which allocates as few tensors as possible."""
 
     act: Callable[[Tensor], Tensor]
 
@@ -105,7 +107,7 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Liger:
-    """By a kernel of liger-kernel's, which overwrites gate and up with their gradients."""
+    """A product by one of liger-kernel's kernels, which overwrites gate and up with their gradients."""
 
     function: type[torch.autograd.Function]
 
@@ -120,7 +122,7 @@ class _Liger:
 
 
 def _gated_product(module: nn.Module) -> Product | None:
-    """The product of an MLP whose code is down_proj(act_fn(gate_proj(x)) * up_proj(x)), if that ends in LoRA."""
+    """Return the product of an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) and ends in LoRA."""
     last, others = getattr(module, "down_proj", None), _GATED_MLP[2:]
     if (
         not isinstance(last, nn.Module)
@@ -139,7 +141,7 @@ def _gated_product(module: nn.Module) -> Product | None:
 
 
 def _ligers(forward: Any) -> Product | None:
-    """The product of a forward that liger-kernel has given a module."""
+    """Return the product of an MLP whose forward comes from liger-kernel, or None."""
     function = getattr(forward, "__func__", forward)
     name = _LIGERS.get(getattr(function, "__qualname__", ""))
     if name is None or not function.__module__.startswith("liger_kernel."):
@@ -155,7 +157,7 @@ class _GatedMLP:
 
     mlp: Any
     product: Product
-    before: Any  # a forward of the module's own, or None
+    before: Any  # the forward that the instance had before, or None
 
     def __call__(self, x: Tensor) -> Tensor:
         mlp = self.mlp
@@ -174,15 +176,15 @@ class _GatedMLP:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """A frozen layer and its one adapter. Kept for the backward pass: no tensors of its own."""
+    """A frozen layer and its only adapter. It holds no tensors, so it costs no memory until the backward pass."""
 
     layer: Any
     name: str
-    dtype: torch.dtype  # in which both are computed
+    dtype: torch.dtype  # of the computation
 
     @property
     def base(self) -> Any:
-        """nn.Linear or Linear4bit"""
+        """The frozen layer, nn.Linear or Linear4bit."""
         return self.layer.base_layer
 
     @property
@@ -190,7 +192,7 @@ class _Adapter:
         return self.layer.scaling[self.name]
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's weight, A [r, in] and B [out, r]."""
+        """Return the layer's weight, A [r, in] and B [out, r]."""
         a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
         return self.base.weight, a.to(self.dtype), b.to(self.dtype)
 
@@ -199,20 +201,20 @@ class _Adapter:
         x: Tensor,  # [N, in]
         a: Tensor,
     ) -> Tensor:
-        """[N, r]"""
+        """Return scaling · A(x), [N, r]."""
         return F.linear(x, a).mul_(self.scaling)
 
     def dense(self, weight: Tensor) -> Tensor:
-        """The layer's weight [out, in]."""
+        """Return the layer's weight [out, in], dequantised if it is in 4 bits."""
         if type(self.base) is nn.Linear:
             return weight
         return dequantize_4bit(weight.data, self.base.weight.quant_state).to(self.dtype)
 
 
 def _adapter(layer: Any, x: Tensor) -> _Adapter | None:
-    """What a LoRA layer computes for x, or None if that is not a frozen layer with one plain adapter."""
+    """Return the adapter of a LoRA layer, or None if it is not a frozen layer with one plain adapter."""
     if not _is_lora_linear(layer):
-        return None  # the adapters were taken out meanwhile
+        return None  # the adapters were removed since
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     (name,) = layer.active_adapters
@@ -227,12 +229,12 @@ def _adapter(layer: Any, x: Tensor) -> _Adapter | None:
     if not _computes_in(base, dtype):
         return None
     if layer.lora_A[name].weight.dtype != dtype and not torch.is_autocast_enabled(kind):
-        return None  # PEFT computes in the adapter's
+        return None  # PEFT computes in the adapter's dtype
     return _Adapter(layer, name, dtype)
 
 
 def _plain(module: nn.Module) -> bool:
-    """Nothing but its weight is needed of it: no hook, of accelerate's offloading for one, has to run."""
+    """Return whether only the module's weight matters, and no hook, such as Accelerate's offloading hook, must run."""
     return "forward" not in vars(module) and not _hooked(module)
 
 
@@ -241,7 +243,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _computes_in(base: Any, dtype: torch.dtype) -> bool:
-    """Whether a frozen layer's products come out in this dtype."""
+    """Return whether the layer is frozen and its output has this dtype."""
     if type(base) is nn.Linear:
         bias = base.bias is None or (base.bias.dtype == dtype and not base.bias.requires_grad)
         return base.weight.dtype == dtype and not base.weight.requires_grad and bias
@@ -253,7 +255,7 @@ def _computes_in(base: Any, dtype: torch.dtype) -> bool:
 
 
 class _Adapted(torch.autograd.Function):
-    """base(x) + scaling · B(A(x))"""
+    """The function base(x) + scaling · B(A(x))."""
 
     @staticmethod
     def forward(
@@ -281,7 +283,7 @@ class _Adapted(torch.autograd.Function):
 
 
 class _GatedAdapted(torch.autograd.Function):
-    """base(x) + scaling · B(A(x)) with x = act(gate) · up, which is not kept."""
+    """The function base(x) + scaling · B(A(x)) of x = act(gate) · up, which is not stored for the backward pass."""
 
     @staticmethod
     def forward(
@@ -323,7 +325,7 @@ def _back(
     *,
     through: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients by what A makes of x, [N, r], and by x, [N, in]."""
+    """Return the gradients with respect to A(x), [N, r], and to x, [N, in], or None for x unless `through`."""
     d_low = (grad @ b).mul_(adapter.scaling)
     if not through:
         return d_low, None

@@ -37,7 +37,7 @@ class Parts:
             decoder = model.get_decoder()
         except (AttributeError, NotImplementedError):  # not every model's code has one
             decoder = model
-        if decoder is model.get_output_embeddings():  # a head by that name
+        if decoder is model.get_output_embeddings():  # some models name their head "decoder"
             decoder = body_of(model)
         wholes = [decoder, model.get_output_embeddings(), model.get_input_embeddings()]
         ids = {id(module) for whole in wholes if whole is not None for module in whole.modules()}
@@ -53,7 +53,7 @@ class Parts:
         return f"this model's linear modules are {', '.join(sorted(names))}"
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the language model's modules, by their full names."""
+        """Return the parameters of the language model's modules, by their full names."""
         return {
             f"{name}.{own}": parameter
             for name in sorted(self.inside)
@@ -61,7 +61,7 @@ class Parts:
         }
 
     def experts(self) -> set[str]:
-        """The names of parameters that hold the weights of all experts of a layer."""
+        """Return the names of parameters that hold the weights of all experts of a layer."""
         return {
             name
             for name, parameter in self.parameters().items()
@@ -70,14 +70,14 @@ class Parts:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that PEFT's "all-linear" takes, and the head, by their names."""
+    """Return the layers that PEFT's "all-linear" selects, and the head, by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def adaptable_layers(
     layers: Mapping[str, nn.Module], settings: peft.LoraConfig, parts: Parts, left_out: dict[str, set[str]]
 ) -> set[str]:
-    """The names of those layers that PEFT can adapt, and that compute what a linear layer does."""
+    """Return the names of the layers that PEFT can adapt and that compute the same as a linear layer."""
     chosen = set()
     for name, layer in layers.items():
         if _is_read_past(name, parts):
@@ -92,7 +92,7 @@ def adaptable_layers(
 
 
 def _refusal(name: str, settings: peft.LoraConfig, model: PreTrainedModel) -> str | None:
-    """PEFT's own message where it refuses a module of some model families by its name, or None."""
+    """Return PEFT's message if it refuses a module of this model's family by its name, or None."""
     check = getattr(LoraModel, "_check_target_module_compatiblity", None)  # PEFT's spelling
     if check is None:
         return None
@@ -104,14 +104,14 @@ def _refusal(name: str, settings: peft.LoraConfig, model: PreTrainedModel) -> st
 
 
 def _is_read_past(name: str, parts: Parts) -> bool:
-    """Whether the code around a layer passes its weight on, for example to a kernel, and so bypasses an adapter."""
+    """Return whether the code around a layer reads its weight, for example for a kernel, and so bypasses an adapter."""
     owner, _, own = name.rpartition(".")
     return own in _read_past(type(parts.modules[owner])) if owner else False
 
 
 @cache
 def _read_past(kind: type) -> frozenset[str]:
-    """The names of layers whose weight or bias a module's code reads as a tensor while it computes."""
+    """Return the names of layers whose weight or bias a module's code reads as a tensor while it computes."""
     names: set[str] = set()
     for name, function in inspect.getmembers(kind, inspect.isfunction):
         if _is_model_code(kind) and not name.startswith(("__init", "_init", "reset_", "init_")):
@@ -124,7 +124,7 @@ def _read_past(kind: type) -> frozenset[str]:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer of a class of the model returns one tensor, as a linear layer of its size does."""
+    """Return whether a layer of a class of the model returns one tensor, as a linear layer of its size does."""
     if type(layer).forward is nn.Linear.forward or not _is_model_code(type(layer)):
         return True
     weight = layer.weight
@@ -141,10 +141,10 @@ def _is_model_code(kind: type) -> bool:
 
 
 def is_one_layer(module: nn.Module) -> bool:
-    """Whether a module is a single layer with a matrix, and not a block, a function or a norm."""
+    """Return whether a module is a single layer with a matrix, and not a block, a function or a norm."""
     if isinstance(module, nn.MultiheadAttention):
         return True
-    if any(hasattr(module, name) for name in ("qweight", "weight_packed", "W_q")):  # GPTQ and its like
+    if any(hasattr(module, name) for name in ("qweight", "weight_packed", "W_q")):  # GPTQ and similar methods
         return True
     weight = getattr(module, "weight", None)
     return isinstance(weight, torch.Tensor) and weight.dim() > 1
@@ -157,11 +157,11 @@ def leave_out(left_out: dict[str, set[str]], why: str, names: Iterable[str]) -> 
 
 
 def owner_of(parameter: str) -> str:
-    """The name of the module that holds a parameter."""
+    """Return the name of the module that holds a parameter."""
     return parameter.rpartition(".")[0]
 
 
 def short_names(names: Iterable[str]) -> str:
-    """At most four names, with a star for the numbers of layers, and how many more there are."""
+    """Return at most four names, with a star for the numbers of layers, and how many more there are."""
     alike = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
     return ", ".join(alike[:4]) + (f" and {len(alike) - 4} more" if len(alike) > 4 else "")

@@ -1,4 +1,4 @@
-"""Trained adapters from a folder or the hub, put on a model so that every tensor finds its place, or refused."""
+"""Loading of trained adapters from a folder or the hub. An adapter that does not fit the model is an error."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,13 +14,13 @@ from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.weights import Misfit, Renaming, find_renaming, take_note
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that take what they begin with off the weights
+_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that subtract the adapter from the model's weights
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
-    """A model with the trained adapter of a folder or of the hub, every tensor of which has found its place.
+    """Return the model with the trained adapter of a folder or of the hub.
 
-    Raises UserError for one that does not fit, or that changes more than the model's own layers.
+    Raises UserError for an adapter with a tensor that does not fit, or that also changes weights outside its adapters.
     """
     begin = f"{folder}: this adapter cannot be put on {model.name_or_path}"
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _WEIGHTS):
@@ -32,9 +32,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
         misfit, renaming = _reloaded(wrapped, weights)
     except UserError:
         raise
-    except KeyError as error:  # a module that is trained as a whole, by PEFT's `modules_to_save`
+    except KeyError as error:  # the weights lack a module of PEFT's `modules_to_save`
         misfit, renaming = Misfit(missing=(str(error.args[0]),)), None
-    except Exception as error:  # missing or damaged files, another model's shapes: PEFT raises many kinds
+    except Exception as error:  # PEFT raises many kinds of errors: for missing or damaged files, or for other shapes
         if is_out_of_memory(error):
             raise
         shapes = _misshapen(str(error))
@@ -49,7 +49,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
 
 
 def _check_kind(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTrainedModel, begin: str) -> None:
-    """Refuse what loads and is not right: other tokens, changed weights of the model, numbers that are none."""
+    """Raise UserError for adapters that load but are wrong: added tokens, changed weights of the model, NaN or inf."""
     if settings.is_prompt_learning or settings.is_adaption_prompt:
         raise UserError(f"{begin}: {settings.peft_type.value} adds tokens to prompts, which is not computed here")
     start = getattr(settings, "init_lora_weights", None)
@@ -75,7 +75,7 @@ def _check_kind(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTr
 
 
 def _reloaded(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> tuple[Misfit, Renaming | None]:
-    """Put an adapter's tensors in their places once more, which tells what fits; with other names where these fit."""
+    """Load an adapter's tensors again to find those that do not fit. If one renaming makes them fit, return it too."""
     misfit = _put(wrapped, weights)
     if not misfit or _put_by_own_names(wrapped, weights):
         return Misfit(), None
@@ -95,9 +95,10 @@ def _put(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> Misfit:
 
 @torch.no_grad()
 def _put_by_own_names(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> bool:
-    """Put an adapter's tensors where PEFT would save them from, if each of them has its place there.
+    """Copy an adapter's tensors to those that PEFT would save under the same names; return whether all of them fit.
 
-    transformers' renamings, which PEFT applies to an adapter that is loaded, change some families' own names too.
+    PEFT applies transformers' renamings when it loads an adapter, and for some model families these also change
+    correct names.
     """
     own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # shares the model's storage
     if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
@@ -108,7 +109,7 @@ def _put_by_own_names(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor])
 
 
 def _misshapen(message: str) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
-    """What torch's load_state_dict says of shapes."""
+    """Return (name, shape in the file, shape in the model) for each mismatch in a message of `load_state_dict`."""
     found = re.findall(
         r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)", message
     )
@@ -120,7 +121,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _why_misshapen(shapes: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
-    sides = {"lora_A": 0, "lora_B": 1}  # where a rank stands
+    sides = {"lora_A": 0, "lora_B": 1}  # the dimension of the rank
     ranks = [
         (file[axis], own[axis])
         for name, file, own in shapes
