@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from tests.support.paths import DOCS
+from tests.support.paths import DOCS, ROOT
 
 PAGE = DOCS / "kernels.md"
 
@@ -20,7 +20,7 @@ def test_every_kernel_fits_its_card(tmp_path: Path) -> None:
     made = tmp_path / "kernels.md"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.compile_report", str(made)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     page = PAGE.read_text(encoding="utf-8")
     if f"Triton {triton.__version__};" in page:
         assert done.returncode == 0, done.stderr[-3000:]

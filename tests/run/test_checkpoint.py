@@ -338,7 +338,7 @@ def test_a_run_on_a_full_disk_ends_with_one_message(
     assert "fastpref train out/config.toml --resume out/checkpoints/step-1" in said
     assert sorted(p.name for p in Path("out/checkpoints").iterdir()) == ["step-1"]
     monkeypatch.undo()
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     fastpref.train(config, SETTINGS, resume=True)
     assert [row["step"] for row in rows(Path("out"))] == [0, 1, 2, 3, 3]
     assert not Path("out/stopped").exists()
@@ -400,7 +400,7 @@ def test_metrics_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"(?s)metrics\.jsonl: cannot.*go on with.*--resume out/checkpoints/step-"):
         fastpref.train(write_config(tmp_path), [LORA, "train.steps=3", "eval.every=100", "output.save_every=100"])
     monkeypatch.undo()
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     fastpref.train("out/config.toml", resume="out")
     assert [row["step"] for row in rows(Path("out"))][-2:] == [3, 3]
 

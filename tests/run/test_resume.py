@@ -74,7 +74,7 @@ def test_an_interrupted_run_goes_on(config: Path, monkeypatch: pytest.MonkeyPatc
     assert result.interrupted
     assert f"fastpref train out/config.toml --resume out/checkpoints/step-{stop}" in capsys.readouterr().out
     monkeypatch.undo()
-    os.chdir(config.parent)
+    monkeypatch.chdir(config.parent)
     resumed = fastpref.train("out/config.toml", resume=f"out/checkpoints/step-{stop}")
     assert not resumed.interrupted
     assert rows(Path("out")) == rows(Path("whole"))

@@ -77,7 +77,7 @@ def test_what_is_not_finite_stops_before_it_is_used(config: Path, monkeypatch: p
     assert [p.name for p in Path("out/checkpoints").glob("step-*")] == ["step-2"]
     assert all(torch.isfinite(t).all() for t in adapter(2).values())
     monkeypatch.undo()
-    os.chdir(config.parent)
+    monkeypatch.chdir(config.parent)
     fastpref.train("out/config.toml", resume="out")
     assert rows(Path("out")) == rows(Path("whole"))  # the failed step has changed neither weights nor random generators
 
@@ -104,7 +104,7 @@ def test_skipping_ends_after_ten_in_a_row(config: Path, monkeypatch: pytest.Monk
     poison(monkeypatch, "gradient", {*range(2, 11), *range(12, 15)})
     fastpref.train(config, [*options, "output.dir=fine"])
     monkeypatch.undo()
-    os.chdir(config.parent)
+    monkeypatch.chdir(config.parent)
     poison(monkeypatch, "gradient", set(range(2, 12)))
     with pytest.raises(UserError, match=r"step 11: .*It is the 10th such step in a row"):
         fastpref.train(config, options)
@@ -158,7 +158,7 @@ def test_no_memory_is_one_message_with_what_would_fit(config: Path, monkeypatch:
     assert overrides[0].startswith("train.tokens_per_microbatch=")
     assert said.endswith(f"fastpref train out/config.toml --resume out/checkpoints/step-2 {told}")
     monkeypatch.undo()
-    os.chdir(config.parent)
+    monkeypatch.chdir(config.parent)
     fastpref.train("out/config.toml", overrides, resume="out/checkpoints/step-2")
     assert [row["step"] for row in rows(Path("out"))] == [0, 1, 2, 2, 3, 4, 4]
 
