@@ -1,4 +1,4 @@
-"""What the type annotations of the schema contain."""
+"""Read the type annotations of the schema."""
 
 from collections.abc import Iterator
 from typing import Any, get_args

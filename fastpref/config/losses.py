@@ -25,12 +25,12 @@ Smoothing = Annotated[float, Strict(), Field(ge=0, lt=0.5)]
 
 
 class Loss:
-    """What the rest of the package needs to know of a loss; the options of a loss override what differs."""
+    """The properties of a loss that other packages read. The options of each loss override those that differ."""
 
     suits: ClassVar[str]
     """The data and needs that the loss suits, to choose a loss by."""
     uses_reference: ClassVar[bool] = True
-    """Whether the loss compares with a reference model."""
+    """True if the loss compares the policy with a reference model."""
     paired: ClassVar[bool] = True
     """Whether an example is a pair of responses; otherwise it is a single response with a label."""
 

@@ -338,9 +338,9 @@ def written(text: str, rows: dict[str, str]) -> str:
     layouts = Counter(row.split(" | ")[1] for row in rows.values())
     lines = [
         _BEGIN,
-        f"Of transformers {transformers.__version__} (with torch {torch.__version__.partition('+')[0]}), {len(rows)} "
-        f"families and variants: {layouts['tree']} take trees, {layouts['padded']} are trained on padded rows, "
-        f"{layouts['refused']} are refused. `family+variant` is a family with another config.",
+        f"The sweep tried {len(rows)} families and variants of transformers {transformers.__version__} (with torch "
+        f"{torch.__version__.partition('+')[0]}): {layouts['tree']} take trees, {layouts['padded']} are trained on "
+        f"padded rows, {layouts['refused']} are refused. `family+variant` is a family with another config.",
         "",
         "| model type | layout | logits | router loss | experts | nf4 | merge | reason, remarks |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
