@@ -4,10 +4,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from fastpref.commands.about import print_schema, print_version
+from fastpref.config import load_config
 from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
 
@@ -17,6 +19,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_LOSSES = ", ".join(LOSSES)
+_NAMES = ", ".join(options.__name__ for options in LOSSES.values())
+
+
+def _flag(name: str, words: str, **more: Any) -> Any:
+    """Declare an option without a value. Without the empty metavar, its help would show a type."""
+    return typer.Option(name, metavar="", help=words, **more)
+
+
+def _value(metavar: str, words: str, **more: Any) -> Any:
+    """Declare an option with a value; its name is that of the parameter."""
+    return typer.Option(metavar=metavar, help=words, **more)
+
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="The config, a TOML file; `fastpref schema` lists its keys.")
@@ -25,9 +40,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Replace keys of the config; values are TOML: train.steps=10."),
 ]
-Offline = Annotated[bool, typer.Option("--offline", metavar="", help="Use local files and the hub's cache only.")]
-NoCache = Annotated[bool, typer.Option("--no-cache", metavar="", help="Tokenize again, and do not keep the tokens.")]
-AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as one JSON object.")]
+Offline = Annotated[bool, _flag("--offline", "Use local files and the hub's cache only.")]
+NoCache = Annotated[bool, _flag("--no-cache", "Tokenize again, and do not keep the tokens.")]
+AsJson = Annotated[bool, _flag("--json", "Print the result as one JSON object.")]
 TrainedModel = Annotated[
     str,
     typer.Argument(
@@ -46,24 +61,10 @@ Resume = Annotated[
 ]
 
 
-def _print_version(value: bool) -> None:
-    if value:
-        from fastpref import __version__
-
-        typer.echo(f"fastpref {__version__}")
-        raise typer.Exit
-
-
-_NAMES = ", ".join(options.__name__ for options in LOSSES.values())
-
-
 @app.callback(help=f"Train language models on preferences ({_NAMES}) on one GPU, or more slowly on a CPU.")
 def options(
     version: Annotated[
-        bool,
-        typer.Option(
-            "--version", metavar="", help="Show the version and exit.", callback=_print_version, is_eager=True
-        ),
+        bool, _flag("--version", "Show the version and exit.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Take the options of `fastpref` itself."""
@@ -71,64 +72,29 @@ def options(
 
 @app.command(epilog="Example: fastpref init --loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl")
 def init(
-    loss: Annotated[
-        str | None, typer.Option(metavar="LOSS", help=f"One of {', '.join(LOSSES)} (default: dpo).")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model: a folder, or a name on the hub.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="The preferences: a file, or a data set on the hub.")
-    ] = None,
+    loss: Annotated[str | None, _value("LOSS", f"One of {_LOSSES} (default: dpo).")] = None,
+    model: Annotated[str | None, _value("NAME", "The model: a folder, or a name on the hub.")] = None,
+    data: Annotated[str | None, _value("PATH", "The preferences: a file, or a data set on the hub.")] = None,
     from_axolotl: Annotated[
-        Path | None,
-        typer.Option(metavar="CFG.YML", help="Translate this Axolotl config, whose `rl` is a preference method."),
+        Path | None, _value("CFG.YML", "Translate this Axolotl config, whose `rl` is a preference method.")
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            help="The file to write, or - to print it. The default is named after the loss or the Axolotl config.",
+        _value(
+            "FILE", "The file to write, or - to print it. The default is named after the loss or the Axolotl config."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace the file if it exists.")] = False,
+    force: Annotated[bool, _flag("--force", "Replace the file if it exists.")] = False,
 ) -> None:
     """Write a commented config, or translate one of Axolotl's."""
-    from fastpref.commands.init import check_loss, kept, template, write
+    from fastpref.commands.init import init as run
 
-    chosen = check_loss(loss or "dpo")
-    default = f"{from_axolotl.stem if from_axolotl else chosen}.toml"
-    path = None if output == "-" else Path(output or default)
-    folder = path.parent if path else Path()
-    left_out: list[str] = []
-    if from_axolotl is None:
-        if model is None or data is None:
-            raise UserError("init needs --model and --data (and takes --loss), or --from-axolotl with a .yml file")
-        text = template(chosen, kept(model, folder), kept(data, folder))
-    else:
-        if loss or model or data:
-            raise UserError("--from-axolotl takes the loss, the model and the data from its file; leave the others out")
-        from fastpref.axolotl import translate
-
-        translation = translate(from_axolotl, folder)
-        text, left_out = translation.text, translation.left_out
-    if path is None:
-        typer.echo(text, nl=False)
-    else:
-        write(text, path, force=force)
-        typer.echo(f"{path} is written. Next:")
-        for name in ("check", "preview", "train"):
-            typer.echo(f"  fastpref {name} {path}")
-    if left_out:
-        typer.echo("Not taken over:", err=path is None)
-        for line in left_out:
-            typer.echo(f"  {line}", err=path is None)
+    run(loss, model, data, from_axolotl, output, force=force)
 
 
 @app.command(epilog="Example: fastpref check my.toml")
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Report every mistake in a config, each with its line."""
-    from fastpref.config import load_config
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
@@ -142,18 +108,14 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 def preview(
     config: ConfigFile,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Show this many rows.")] = 4,
-    full: Annotated[bool, typer.Option("--full", metavar="", help="Show long texts in full.")] = False,
+    rows: Annotated[int, _value("N", "Show this many rows.", min=1)] = 4,
+    full: Annotated[bool, _flag("--full", "Show long texts in full.")] = False,
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
     """Show the tokens a run would train on, and statistics of the data."""
-    from fastpref.config import load_config
-
     loaded = load_config(config, overrides or ())
-    if offline:
-        _go_offline()
-    _quiet_bitsandbytes()
+    _prepare(offline)
     from fastpref.preview.preview import preview as run
 
     run(loaded, rows=rows, full=full, cache=not no_cache)
@@ -164,13 +126,10 @@ def estimate(
     config: ConfigFile,
     overrides: Overrides = None,
     card: Annotated[
-        float | None,
-        typer.Option(
-            "--card", min=1, metavar="GB", help="Memory of the GPU. The default is this machine's GPU, or 24 GB."
-        ),
+        float | None, _value("GB", "Memory of the GPU. The default is this machine's GPU, or 24 GB.", min=1)
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", metavar="", help="Estimate the same step in TRL, too.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", metavar="", help="Estimate a run on a CPU instead of a GPU.")] = False,
+    compare: Annotated[bool, _flag("--compare", "Estimate the same step in TRL, too.")] = False,
+    cpu: Annotated[bool, _flag("--cpu", "Estimate a run on a CPU instead of a GPU.")] = False,
     as_json: AsJson = False,
     offline: Offline = False,
     no_cache: NoCache = False,
@@ -179,26 +138,16 @@ def estimate(
 
     This needs no GPU and no weights, only the model's config.json.
     """
-    from fastpref.config import load_config
-
-    given = list(overrides or ())
-    load_config(config, given)
+    load_config(config, overrides or ())  # reports mistakes before the heavy imports
     _prepare(offline)
     import torch
-    from rich.console import Console
-    from rich.markup import escape
 
-    from fastpref.commands import estimate_text
+    from fastpref.commands.estimate import estimate as run
     from fastpref.memory.estimate import Estimator
 
-    screen = Console(highlight=False)
     device = torch.device("cpu" if cpu else "cuda")
-    estimator = Estimator(lambda more: load_config(config, [*given, *more]), device, cache=not no_cache)
-    with Console(stderr=True).status("") as waiting:  # shown on a terminal only
-        estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))
-        told = estimate_text.estimate(estimator, card=card, compare=compare, console=None if as_json else screen)
-    if as_json:
-        typer.echo(estimate_text.as_json(told))
+    estimator = Estimator(lambda more: load_config(config, [*(overrides or ()), *more]), device, cache=not no_cache)
+    run(estimator, card=card, compare=compare, as_json=as_json)
 
 
 @app.command(epilog="Example: fastpref train my.toml train.steps=20")
@@ -206,28 +155,24 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Resume = False,
-    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace the run in output.dir.")] = False,
+    force: Annotated[bool, _flag("--force", "Replace the run in output.dir.")] = False,
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
     """Train a model on preferences, or continue a run."""
-    from fastpref.config import load_config
-
     # Typer has no option whose value is optional, so the checkpoint's folder arrives among the overrides.
     named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
     try:
         loaded = load_config(config, [word for word in overrides or () if word not in named])
         if len(named) > 1:
-            raise UserError(f"--resume: one checkpoint, not {len(named)}: {', '.join(named)}")
+            raise UserError(f"--resume takes one checkpoint, not {len(named)}: {', '.join(named)}")
     except UserError as error:
         if "WORLD_SIZE" not in os.environ:
             raise
         from fastpref.processes import end_together  # the processes on other hosts wait for this one
 
         end_together(error)
-    if offline:
-        _go_offline()
-    _quiet_bitsandbytes()
+    _prepare(offline)
     from fastpref.training.start import train as run
 
     checkpoint = named[0] if named else resume
@@ -240,28 +185,26 @@ def report(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run's folder, or TRL's output folder with its trainer_state.json.")
     ],
-    open_page: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in the browser.")] = False,
-    loss: Annotated[
-        str | None, typer.Option(metavar="LOSS", help=f"The loss of a TRL run, one of {', '.join(LOSSES)}.")
-    ] = None,
-    beta: Annotated[float | None, typer.Option(metavar="BETA", help="The β of a TRL run.")] = None,
+    open_page: Annotated[bool, _flag("--open", "Open the page in the browser.")] = False,
+    loss: Annotated[str | None, _value("LOSS", f"The loss of a TRL run, one of {_LOSSES}.")] = None,
+    beta: Annotated[float | None, _value("BETA", "The β of a TRL run.")] = None,
 ) -> None:
     """Diagnose a run, and write its report.html."""
     from fastpref.health import diagnose
     from fastpref.report import read_run, write_report
     from fastpref.training.progress import Display
 
-    found = read_run(run, loss, beta)
-    display = Display(found.history.step)
-    for note in found.notes:
+    source = read_run(run, loss, beta)
+    display = Display(source.history.step)
+    for note in source.notes:
         display.note(note)
-    display.health(diagnose(found.history, found.known))
-    place = write_report(found)
-    display.note(f"report: {place}")
+    display.health(diagnose(source.history, source.known))
+    page = write_report(source)
+    display.note(f"report: {page}")
     if open_page:
         import webbrowser
 
-        webbrowser.open(place.resolve().as_uri())
+        webbrowser.open(page.resolve().as_uri())
 
 
 @app.command(
@@ -271,16 +214,10 @@ def evaluate(
     model: TrainedModel,
     overrides: Overrides = None,
     data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="PATH", help="Preferences to evaluate on, instead of the run's held-out rows."),
+        str | None, _value("PATH", "Preferences to evaluate on, instead of the run's held-out rows.")
     ] = None,
     reference: Annotated[
-        str | None,
-        typer.Option(
-            "--reference",
-            metavar="MODEL",
-            help="The model to compare with, instead of the one that training started from.",
-        ),
+        str | None, _value("MODEL", "The model to compare with, instead of the one that training started from.")
     ] = None,
     as_json: AsJson = False,
     offline: Offline = False,
@@ -288,8 +225,6 @@ def evaluate(
 ) -> None:
     """Evaluate a model on held-out preferences: accuracy, margins, KL."""
     _prepare(offline)
-    from rich.console import Console
-
     from fastpref.commands import evaluate as evaluation
     from fastpref.model.failure import told_of_memory
     from fastpref.run.trained import find_trained
@@ -298,33 +233,21 @@ def evaluate(
     compared = None if reference is None else find_trained(reference)
     budget = trained.config.tokens_per_microbatch
     with told_of_memory(
-        f"while {trained.weights} was judged", f"set train.tokens_per_microbatch, which is {budget:,}, to less"
+        f"while {trained.weights} was evaluated", f"set train.tokens_per_microbatch, which is {budget:,}, to less"
     ):
-        found = evaluation.evaluate(trained, data=data, reference=compared, cache=not no_cache, tell=_note)
-    if as_json:
-        typer.echo(evaluation.as_json(found))
-    else:
-        evaluation.show(found, trained.weights, Console(highlight=False))
+        metrics = evaluation.evaluate(trained, data=data, reference=compared, cache=not no_cache, tell=_note)
+    evaluation.show(metrics, trained.weights, as_json=as_json)
 
 
 @app.command(epilog="Example: fastpref chat runs/my-dpo --compare")
 def chat(
     model: TrainedModel,
     overrides: Overrides = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", metavar="", help="Show the answers of the model before training, too.")
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="Start with this system message.")
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", metavar="N", min=1, help="The length limit of an answer.")
-    ] = 512,
+    compare: Annotated[bool, _flag("--compare", "Show the answers of the model before training, too.")] = False,
+    system: Annotated[str | None, _value("TEXT", "Start with this system message.")] = None,
+    max_tokens: Annotated[int, _value("N", "The length limit of an answer.", min=1)] = 512,
     temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature", metavar="T", min=0, help="0 decodes greedily. The default is the model's setting."
-        ),
+        float | None, _value("T", "0 decodes greedily. The default is the model's setting.", min=0)
     ] = None,
     offline: Offline = False,
 ) -> None:
@@ -336,8 +259,8 @@ def chat(
 
     trained = find_trained(model, overrides or ())
     with told_of_memory(
-        f"while {trained.weights} was talked to",
-        'set model.quantization="nf4", or let answers be shorter: --max-tokens',
+        f"while {trained.weights} answered",
+        'set model.quantization="nf4", or limit the length of an answer with --max-tokens',
     ):
         run(trained, compare=compare, system=system, max_tokens=max_tokens, temperature=temperature, tell=_note)
 
@@ -345,24 +268,20 @@ def chat(
 @app.command(epilog="Example: fastpref merge runs/my-dpo --output my-model")
 def merge(
     model: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run or of an adapter.")],
-    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="The folder to write. It must not exist.")],
+    output: Annotated[Path, _value("FOLDER", "The folder to write. It must not exist.")],
     overrides: Overrides = None,
     dequantized: Annotated[
         bool | None,
-        typer.Option(
+        _flag(
             "--dequantized/--original",
-            metavar="",
-            help="Merge into the dequantised 4-bit weights (the default for an nf4 run), or into the original weights.",
+            "Merge into the dequantised 4-bit weights (the default for an nf4 run), or into the original weights.",
         ),
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16. The default is that of the files."
-        ),
+        str | None, _value("DTYPE", "float32, bfloat16 or float16. The default is that of the files.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option(metavar="", help="Load the model before and after, and compare logits.")
+        bool, _flag("--verify/--no-verify", "Load the model before and after, and compare logits.")
     ] = True,
     offline: Offline = False,
 ) -> None:
@@ -388,14 +307,11 @@ def merge(
 @app.command(epilog="Example: fastpref push runs/my-dpo --to me/my-model")
 def push(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, a model or an adapter.")],
-    to: Annotated[
-        str | None,
-        typer.Option("--to", metavar="USER/NAME", help="The repository. The default is the run's output.push_to."),
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", metavar="", help="Make a new repository public.")] = False,
+    to: Annotated[str | None, _value("USER/NAME", "The repository. The default is the run's output.push_to.")] = None,
+    public: Annotated[bool, _flag("--public", "Make a new repository public.")] = False,
 ) -> None:
     """Upload a trained model to the hub, privately by default."""
-    _prepare(False)
+    _prepare(offline=False)
     from fastpref.run.hub import push as upload
     from fastpref.run.trained import find_trained
 
@@ -411,11 +327,7 @@ def push(
 @app.command(epilog="Example: fastpref schema")
 def schema() -> None:
     """Print the JSON schema of a config: every key, type and default."""
-    import json
-
-    from fastpref.config import Config
-
-    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+    print_schema()
 
 
 def _note(note: str) -> None:
@@ -426,20 +338,11 @@ def _note(note: str) -> None:
 def _prepare(offline: bool) -> None:
     """Set up the environment and the libraries' messages before anything heavy is imported."""
     if offline:
-        _go_offline()
-    _quiet_bitsandbytes()
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel for 4-bit inference
     from fastpref.quiet import quiet_libraries
 
     quiet_libraries()
-
-
-def _go_offline() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _quiet_bitsandbytes() -> None:
-    """Silence a warning at import about a CPU kernel that only 4-bit inference uses."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:

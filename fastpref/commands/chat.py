@@ -48,7 +48,6 @@ def chat(
     """
     source: TextIO = sys.stdin if given is None else given
     screen: TextIO = sys.stdout if out is None else out
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = trained_tokenizer(trained)
     if not tokenizer.chat_template:
         raise UserError(f"{trained.weights}: its tokenizer has no chat template; add tokens.chat_template=chatml")
@@ -56,48 +55,40 @@ def chat(
     writing = Writing(
         template_kwargs=trained.config.tokens.chat_template_kwargs, day=trained.text.day if trained.text else None
     )
-    speakers = _speakers(trained, compare, device, tell)
-    for speaker in speakers:
-        speaker.messages = _beginning(system)
-    options = _sampling(temperature) | {"max_new_tokens": max_tokens}
+    speakers = _speakers(trained, compare, tell)
+    options: dict[str, Any] = {"max_new_tokens": max_tokens}
+    if temperature is not None:
+        options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     if source.isatty():
         print("/clear forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends.", file=screen)
+    beginning = [] if system is None else [{"role": "system", "content": system}]
+    for speaker in speakers:
+        speaker.messages = [*beginning]
     for question in _lines(source, screen):
-        if question == "/clear":
-            for speaker in speakers:
-                speaker.messages = _beginning(system)
-            continue
         for speaker in speakers:
-            if len(speakers) > 1:
+            if question == "/clear":
+                speaker.messages = [*beginning]
+                continue
+            if compare:
                 print(f"{speaker.name}: ", end="", file=screen, flush=True)
             speaker.messages.append({"role": "user", "content": question})
             answer = _answer(speaker, tokenizer, writing, options, screen)
             speaker.messages.append({"role": "assistant", "content": answer})
 
 
-def _speakers(trained: Trained, compare: bool, device: torch.device, tell: Callable[[str], None]) -> list[Speaker]:
+def _speakers(trained: Trained, compare: bool, tell: Callable[[str], None]) -> list[Speaker]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_trained(trained, device)
     for note in loaded.notes:
         tell(note)
-    model = loaded.model
-    speakers = [Speaker("trained", model)]
+    after = Speaker("trained", loaded.model)
     if not compare:
-        return speakers
+        return [after]
     if trained.began_with is None:
         raise UserError(f"--compare: {trained.weights} is not known to be trained from another model")
     if isinstance(loaded.wrapped, peft.PeftModel):
-        return [Speaker("before", model, loaded.wrapped.disable_adapter), *speakers]
-    return [Speaker("before", load_trained(trained, device, base=True).model), *speakers]
-
-
-def _beginning(system: str | None) -> list[Message]:
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def _sampling(temperature: float | None) -> dict[str, Any]:
-    if temperature is None:
-        return {}
-    return {"do_sample": False} if temperature == 0 else {"do_sample": True, "temperature": temperature}
+        return [Speaker("before", loaded.model, loaded.wrapped.disable_adapter), after]
+    return [Speaker("before", load_trained(trained, device, base=True).model), after]
 
 
 def _lines(given: TextIO, out: TextIO) -> Iterator[str]:

@@ -3,8 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from fastpref.run.trained import Trained, load_trained, trained_tokenizer
 from fastpref.step.objective import Objective
 from fastpref.step.reference import Reference
 
+Context = Callable[[], AbstractContextManager[Any]]
 _LOGITS = 1 << 24  # float32 logits of a distribution at once
 
 
@@ -35,56 +34,58 @@ def evaluate(
     *,
     data: str | None = None,
     reference: Trained | None = None,
-    device: torch.device | None = None,
     cache: bool = True,
     tell: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Return metrics over held-out examples under the names of metrics.jsonl, and these:
 
-        logps/accuracies  how often the chosen response is the likelier one, per token (not for KTO, without pairs)
-        reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the responses' tokens
+        logps/accuracies  how often the chosen completion is the likelier one, per token (not for KTO, without pairs)
+        reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the completions' tokens
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
     began with, unless another is given; without one, KL and the rewards that need it are left out. A loss without a
     reference has its own rewards and margins, and the reference is compared by KL only. `tell` is called
     with each note on loading the models. Raises UserError.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = _examples(trained, data, cache)
     loaded = load_trained(trained, device)
     other, off = _reference(trained, loaded, reference, device)
     for note in loaded.notes:
         tell(note)
-    for note in other.notes if other is not None and other is not loaded else ():
+    for note in other.notes if other is not None else ():
         if note not in loaded.notes:
             tell(f"the reference: {note}")
-    compared = None if other is None else other.policy.eval()
     tokenizer, config = trained_tokenizer(trained), trained.config
     for model in (loaded, other or loaded):
         compare(limits_of_model(model.model), {"held-out": examples}, tokenizer, config)
+    compared = None if other is None else other.policy.eval()
+    uses_reference = config.loss.uses_reference
+    lacks_reference = uses_reference and compared is None
     objective = Objective(
         policy=loaded.policy.eval(),
-        reference=_logps(compared, off) if compared is not None and config.loss.uses_reference else None,
-        options=config.loss,
+        reference=_logps(compared, off) if uses_reference and compared is not None else None,
+        options=SimPO() if lacks_reference else config.loss,  # without a reference, SimPO gives the other metrics
         layout=loaded.layout if other is None or other.layout == loaded.layout else "padded",  # all models take it
         budget=config.tokens_per_microbatch,
         pad_token_id=pad_token(tokenizer, limits_of_model(loaded.model))[0],
         device=device,
     )
-    if compared is None and config.loss.uses_reference:  # a loss without a reference gives the other metrics
-        objective = replace(objective, options=SimPO())
-    metrics: dict[str, Any] = {}
-    if compared is not None or not isinstance(config.loss, KTO):
+    metrics: dict[str, Any] = {"examples": len(examples)}
+    if not (lacks_reference and isinstance(config.loss, KTO)):
         metrics |= objective.evaluate(examples, config.train.batch).result()
-        if compared is None and config.loss.uses_reference:
-            metrics = {name: v for name, v in metrics.items() if not name.startswith(("rewards/", "loss"))}
+    if lacks_reference:
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(("rewards/", "loss"))}
     if compared is not None:
         metrics["reference/kl"] = _mean_kl(objective, loaded.policy, compared, off, examples)
-    return {"examples": len(examples)} | metrics
+    return metrics
 
 
-def show(metrics: dict[str, Any], name: str, console: Console) -> None:
-    """Print the most important metrics as a table."""
+def show(metrics: dict[str, Any], name: str, *, as_json: bool) -> None:
+    """Print the most important metrics as a table, or all of them as JSON."""
+    if as_json:
+        print(json.dumps(metrics, indent=2))
+        return
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     for key, words, form in (
         ("rewards/accuracies", "accuracy", "{:.1%}"),
@@ -102,12 +103,9 @@ def show(metrics: dict[str, Any], name: str, console: Console) -> None:
                 low, high = interval(metrics[key], metrics["examples"])
                 extra = f"95 % interval {low:.1%} to {high:.1%}"
             table.add_row(words, form.format(metrics[key]), extra)
+    console = Console(highlight=False)
     console.print(f"{name}: {metrics['examples']:,} held-out examples", markup=False, soft_wrap=True)
     console.print(table)
-
-
-def as_json(metrics: dict[str, Any]) -> str:
-    return json.dumps(metrics, indent=2)
 
 
 def interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -124,9 +122,9 @@ def _examples(trained: Trained, data: str | None, cache: bool) -> Examples:
     elif not trained.of_run:
         there = Path(trained.weights).exists()
         known = "no run is known of it" if there else "no such folder is here, and no run is known of a name on the hub"
-        raise UserError(f"{trained.weights}: {known}, so name the preferences to judge it by: --data FILE")
+        raise UserError(f"{trained.weights}: {known}; name the preferences to evaluate it on: --data FILE")
     elif not config.eval.wanted:
-        raise UserError("the run held nothing out (eval.fraction, [[eval.data]]); name a file: --data FILE")
+        raise UserError("the run held out no rows (eval.fraction, [[eval.data]]); name a file: --data FILE")
     day = trained.text.day if trained.text is not None else None
     tokenized = load_examples(config, trained_tokenizer(trained), cache=cache, day=day)
     return tokenized.train if data is not None else tokenized.heldout
@@ -134,7 +132,7 @@ def _examples(trained: Trained, data: str | None, cache: bool) -> Examples:
 
 def _reference(
     trained: Trained, loaded: Loaded, named: Trained | None, device: torch.device
-) -> tuple[Loaded | None, Callable[[], AbstractContextManager[Any]]]:
+) -> tuple[Loaded | None, Context]:
     """Return the reference, and the context to compute it in. Raises UserError if its vocabulary differs."""
     if named is not None:
         other = load_trained(named, device)
@@ -151,7 +149,7 @@ def _reference(
     return None, nullcontext
 
 
-def _logps(policy: Policy, off: Callable[[], AbstractContextManager[Any]]) -> Reference:
+def _logps(policy: Policy, off: Context) -> Reference:
     def logps(batch: PreferenceBatch) -> torch.Tensor:
         with torch.no_grad(), off():
             return policy(batch).logp
@@ -161,36 +159,28 @@ def _logps(policy: Policy, off: Callable[[], AbstractContextManager[Any]]) -> Re
 
 @torch.no_grad()
 def _mean_kl(
-    objective: Objective,
-    policy: Policy,
-    compared: Policy,
-    off: Callable[[], AbstractContextManager[Any]],
-    examples: Sequence[Example],
+    objective: Objective, policy: Policy, compared: Policy, off: Context, examples: Sequence[Example]
 ) -> float:
-    """Return the mean KL(policy ‖ compared) of the next token over the responses' tokens, in nats."""
+    """Return the mean KL(policy ‖ compared) of the next token over the completions' tokens, in nats."""
     kl, tokens = 0.0, 0
     for start in range(0, len(examples), 256):
         some = examples[start : start + 256]
         for places in plan_microbatches(some, objective.layout, objective.budget):
             batch = collate([some[i] for i in places], objective.layout, pad_token_id=objective.pad_token_id)
-            batch = batch.to(objective.device)
-            kl += _kl(policy, compared, off, batch)
+            kl += _kl(policy, compared, off, batch.to(objective.device))
             tokens += len(batch.predictors)
     return kl / tokens
 
 
-def _kl(
-    policy: Policy, compared: Policy, off: Callable[[], AbstractContextManager[Any]], batch: PreferenceBatch
-) -> float:
+def _kl(policy: Policy, compared: Policy, off: Context, batch: PreferenceBatch) -> float:
     """Return KL(policy ‖ compared) of the next token, summed over the places that predict a scored token."""
     own = policy.hidden_states(batch)[batch.predictors]
     with off():
         other = compared.hidden_states(batch)[batch.predictors]
     rows, total = max(1, _LOGITS // policy.head.vocabulary), 0.0
-    log_softmax = partial(torch.log_softmax, dim=-1)
     for mine, theirs in zip(own.split(rows), other.split(rows)):
-        logp = log_softmax(policy.head.logits(mine))
+        logp = policy.head.logits(mine).log_softmax(-1)
         with off():
-            reference = log_softmax(compared.head.logits(theirs))
+            reference = compared.head.logits(theirs).log_softmax(-1)
         total += float((logp.exp() * (logp - reference)).sum())
     return total

@@ -6,6 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import typer
 from pydantic.fields import FieldInfo
 
 from fastpref.atomic import write_file
@@ -61,14 +62,62 @@ _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
 }
 
 
+def init(
+    loss: str | None, model: str | None, data: str | None, axolotl: Path | None, output: str | None, *, force: bool
+) -> None:
+    """Write a config, or print it if `output` is "-". Say what to do next, and what Axolotl's config has in addition.
+
+    Raises UserError for options that do not go together, and for a file that exists unless `force` is set.
+    """
+    name = check_loss(loss or "dpo")
+    path = None if output == "-" else Path(output or f"{axolotl.stem if axolotl else name}.toml")
+    folder = path.parent if path else Path()
+    left_out: list[str] = []
+    if axolotl is None:
+        if model is None or data is None:
+            raise UserError("init needs --model and --data (and takes --loss), or --from-axolotl with a .yml file")
+        text = template(name, kept(model, folder), kept(data, folder))
+    else:
+        if loss or model or data:
+            raise UserError("--from-axolotl takes the loss, the model and the data from its file; leave the others out")
+        from fastpref.axolotl import translate
+
+        translation = translate(axolotl, folder)
+        text, left_out = translation.text, translation.left_out
+    if path is None:
+        typer.echo(text, nl=False)
+    else:
+        _write(text, path, force=force)
+        typer.echo(f"{path} is written. Next:")
+        for command in ("check", "preview", "train"):
+            typer.echo(f"  fastpref {command} {path}")
+    if left_out:
+        typer.echo("\n  ".join(["Not taken over:", *left_out]), err=path is None)
+
+
+def check_loss(loss: str) -> str:
+    """Return the loss as the schema spells it. Raises UserError for an unknown one."""
+    if loss.lower() not in LOSSES:
+        raise UserError(f"--loss {loss}: there is no such loss; take one of {', '.join(LOSSES)}")
+    return loss.lower()
+
+
+def _write(text: str, path: Path, *, force: bool) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; --output takes the name of a file")
+    if path.exists() and not (force and path.is_file()):
+        remedy = "or replace it with --force" if path.is_file() else "which must be an ordinary file"
+        raise UserError(f"{path}: is there already; name another --output, {remedy}")
+    write_file(path, text)
+
+
 def template(loss: str, model: str, data: str) -> str:
     """Return a config of `loss` as text: common keys set, the others commented out with their defaults."""
-    values = (
-        {"model.name": model, "data.path": data, "loss.type": loss, "loss.beta": LOSSES[loss]().beta}
-        | _COMMON
-        | _OF_LOSS.get(loss, {})
-    )
-    raw = _tables(values)
+    values = {"model.name": model, "data.path": data, "loss.type": loss, "loss.beta": LOSSES[loss]().beta}
+    values |= _COMMON | _OF_LOSS.get(loss, {})
+    raw: dict[str, Any] = {}
+    for name, value in values.items():
+        _set(raw, name, value)
     skipped = () if LOSSES[loss].uses_reference else ("reference",)
     tables = [_table(name, info, loss, values, raw) for name, info in sections().items() if name not in skipped]
     intro = [f"Preference training by {LOSSES[loss].__name__}. Remove the # before a key to set it."]
@@ -89,35 +138,17 @@ def _table(section: str, info: FieldInfo, loss: str, values: Mapping[str, Any], 
         shown = _EXAMPLES.get(name) if default is None else default
         if name == "eval.data":
             notes.append(words)  # one line cannot show tables
-        elif shown is not None and (default is not None or not mistake(_with(raw, section, key, shown))):
+        elif shown is not None and (default is not None or not mistake(_set(deepcopy(raw), name, shown))):
             lines.append(Line(key, shown, (words,), active=False))
     return Table(f"[[{section}]]" if is_array(section) else f"[{section}]", tuple(lines), tuple(notes))
 
 
-def _tables(values: Mapping[str, Any]) -> dict[str, Any]:
-    raw: dict[str, Any] = {}
-    for name, value in values.items():
-        section, _, key = name.partition(".")
-        table = raw.setdefault(section, [{}] if is_array(section) else {})
-        (table[0] if is_array(section) else table)[key] = value
+def _set(raw: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Set a key, such as data.path, in tables as TOML has them, and return the tables."""
+    section, _, key = name.partition(".")
+    table = raw.setdefault(section, [{}] if is_array(section) else {})
+    (table[0] if is_array(section) else table)[key] = value
     return raw
-
-
-def _with(raw: dict[str, Any], section: str, key: str, value: Any) -> dict[str, Any]:
-    changed = deepcopy(raw)
-    table = changed.setdefault(section, {})
-    (table[0] if isinstance(table, list) else table)[key] = value
-    return changed
-
-
-# --- Files -----------------------------------------------------------------------------------------------------------
-
-
-def check_loss(loss: str) -> str:
-    """Return the loss as the schema spells it. Raises UserError for an unknown one."""
-    if loss.lower() not in LOSSES:
-        raise UserError(f"--loss {loss}: there is no such loss; take one of {', '.join(LOSSES)}")
-    return loss.lower()
 
 
 def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
@@ -136,13 +167,3 @@ def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
         return Path(os.path.relpath(target.resolve(), folder.resolve())).as_posix()
     except ValueError:  # on another drive
         return str(target.resolve())
-
-
-def write(text: str, path: Path, *, force: bool) -> None:
-    """Write a config. Raises UserError if the file exists, unless `force` is set."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; --output takes the name of a file")
-    if path.exists() and not (force and path.is_file()):
-        remedy = "or replace it with --force" if path.is_file() else "which must be an ordinary file"
-        raise UserError(f"{path}: is there already; name another --output, {remedy}")
-    write_file(path, text)

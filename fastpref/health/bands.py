@@ -75,7 +75,7 @@ def bands(loss: LossOptions, start: float | None = None) -> dict[str, Band]:
 
 
 def supervised(loss: LossOptions) -> bool:
-    """Return whether the loss has a supervised term, which raises the likelihood of the chosen responses."""
+    """Return whether the loss has a supervised term, which raises the likelihood of the chosen completions."""
     if isinstance(loss, DPO):
         return "sft" in loss.variants
     return isinstance(loss, ORPO) or (isinstance(loss, CPO | SimPO) and loss.sft_weight > 0)

@@ -4,8 +4,8 @@ import numpy as np
 
 from fastpref.health.bands import first_loss, per_token
 from fastpref.health.rule import (
-    Finding,
     Known,
+    Verdict,
     change_of,
     enough,
     heldout_error,
@@ -14,7 +14,6 @@ from fastpref.health.rule import (
     now,
     percent,
     rule,
-    settled,
     smaller,
 )
 from fastpref.run.history import HELDOUT, History
@@ -28,34 +27,34 @@ from fastpref.run.history import HELDOUT, History
         "length_bias", "kl_stuck", "heldout_gap", "nll_rises",
     ),
 )  # fmt: skip
-def _learning_rate_high(h: History, known: Known) -> Finding | None:
+def _learning_rate_high(h: History, known: Known) -> Verdict | None:
     """Find a policy that has moved so far that it no longer writes as before the training."""
     loss, tokens = h["loss"], change_of(h, known, "mean_token_accuracy")
     if len(loss) < 3:
         return None
     start, worst = first_loss(known.loss) or float(loss.values[0]), float(loss.values.max())
     high = loss.steps[loss.values > 3 * abs(start)]
-    said: list[str] = []
+    observed: list[str] = []
     evidence: dict[str, float] = {}
     steps = loss.span
     if len(high) >= 3:
         steps = int(high[0]), int(high[-1])
-        said.append(f"the loss went from {start:.3g} up to {worst:.3g}")
+        observed.append(f"the loss rose from {start:.3g} to {worst:.3g}")
         evidence |= {"first loss": start, "highest loss": worst}
     if tokens is not None and tokens.end < 0.5 * tokens.start:
         steps = tokens.steps
-        said.append(
-            f"of the tokens of chosen responses the model predicts {percent(tokens.end)} instead of "
-            f"{percent(tokens.start)}"
+        observed.append(
+            f"the model predicts {percent(tokens.end)} of the tokens of chosen completions, instead of "
+            f"{percent(tokens.start)} at first"
         )
         evidence |= {"chosen tokens predicted at first": tokens.start, "at the end": tokens.end}
-    if not said:
+    if not observed:
         return None
     rate = "" if known.learning_rate is None else f", {known.learning_rate:g},"
-    return Finding(
+    return Verdict(
         "alarm",
-        f"the learning rate{rate} is much too high: {', and '.join(said)}.",
-        f"Start anew with {smaller(known)}.",
+        f"{', and '.join(observed)}. The learning rate{rate} is much too high.",
+        f"Start again with {smaller(known)}.",
         steps,
         evidence,
     )
@@ -66,7 +65,7 @@ def _learning_rate_high(h: History, known: Known) -> Finding | None:
     explains=("labels_shuffled", "heldout_gap", "both_fall", "rejected_rises", "margins_flat", "accuracy_at_chance",
               "accuracy_pinned", "loss_below_band"),
 )  # fmt: skip
-def _swapped(h: History, known: Known) -> Finding | None:
+def _swapped(h: History, known: Known) -> Verdict | None:
     """Find training that teaches the opposite of what the held-out rows prefer."""
     name = "rewards/accuracies"
     heldout = h.heldout_change(name, known_start(known, name))
@@ -76,11 +75,11 @@ def _swapped(h: History, known: Known) -> Finding | None:
     contrary = heldout.end < 0.5 - 3 * heldout_error(known) and heldout.by < -0.1
     if not contrary or training.end < 0.5 + max(0.05, 3 * training.error):
         return None
-    return Finding(
+    return Verdict(
         "alarm",
-        f"chosen and rejected are swapped, in the training rows or in the held-out ones: accuracy is "
-        f"{percent(training.end)} in training and {percent(heldout.end)} held out, from {percent(heldout.start)}.",
-        "Look at both with `fastpref preview`, and at the columns that [[data]] and [[eval.data]] name.",
+        f"accuracy is {percent(training.end)} on training rows, but falls from {percent(heldout.start)} to "
+        f"{percent(heldout.end)} on held-out rows. Chosen and rejected are swapped in one of the two.",
+        "Compare both with `fastpref preview`, and check the columns that [[data]] and [[eval.data]] name.",
         training.steps,
         {"training accuracy": training.end, "held-out accuracy": heldout.end},
     )
@@ -90,56 +89,52 @@ def _swapped(h: History, known: Known) -> Finding | None:
     "labels_shuffled",
     explains=("nothing_learnt", "heldout_gap", "margins_flat", "accuracy_at_chance", "both_fall", "rejected_rises",
               "loss_below_band", "loss_rises"),
+    after=0.5,
 )  # fmt: skip
-def _labels_shuffled(h: History, known: Known) -> Finding | None:
+def _labels_shuffled(h: History, known: Known) -> Verdict | None:
     """Find a policy that moves while its held-out accuracy stays at chance."""
     heldout, training = h[HELDOUT + "rewards/accuracies"], change_of(h, known, "rewards/accuracies", heldout=False)
     moved = nats_moved(h, known)
-    if len(heldout) < 2 or training is None or moved is None or not settled(h, known, 0.5):
+    if len(heldout) < 2 or training is None or moved is None:
         return None
     if moved < 0.02 * enough(known) or abs(float(heldout.values[0]) - 0.5) > 0.15:
         return None
     if known.heldout is not None and known.heldout < 20:  # too few rows to exclude chance
         return None
     end, width = float(heldout.values[-1]), max(0.05, 1.5 * heldout_error(known))
-    by_chance = bool(np.all(np.abs(heldout.values[1:] - 0.5) < width))
-    by_heart = training.end > max(end, 0.5) + 0.1
-    if not by_chance or not (by_heart or training.end < 0.53):
+    at_chance = bool(np.all(np.abs(heldout.values[1:] - 0.5) < width))
+    memorised = training.end > max(end, 0.5) + 0.1
+    if not at_chance or not (memorised or training.end < 0.53):
         return None
-    what = (
-        f"held-out accuracy stays at {percent(end)} while training accuracy rises to {percent(training.end)}: the "
-        "model learns rows by heart"
-        if by_heart
-        else f"neither held-out accuracy ({percent(end)}) nor training accuracy ({percent(training.end)}) leaves 50%, "
-        "though the model changes"
+    observed = (
+        f"training accuracy rises to {percent(training.end)}, but held-out accuracy stays at {percent(end)}: the model "
+        "memorises rows"
+        if memorised
+        else f"the model changes, but accuracy stays near 50%: {percent(training.end)} on training rows, "
+        f"{percent(end)} on held-out rows"
     )
-    return Finding(
+    return Verdict(
         "alarm",
-        f"the labels are as good as shuffled: {what}.",
-        "Look at some rows with `fastpref preview`: would you choose as they do?",
+        f"{observed}. The labels are no better than random ones.",
+        "Read some rows with `fastpref preview`: would you choose as they do?",
         training.steps,
         {"training accuracy": training.end, "held-out accuracy": end, "nats": moved},
     )
 
 
-@rule(
-    "nothing_learnt",
-    explains=("margins_flat", "accuracy_at_chance", "kl_stuck", "loss_rises"),
-)
-def _nothing_learnt(h: History, known: Known) -> Finding | None:
-    loss, moved = change_of(h, known, "loss"), nats_moved(h, known)
-    accuracy = h.change("rewards/accuracies")
-    if loss is None or moved is None or accuracy is None or not settled(h, known, 0.5):
+@rule("nothing_learnt", explains=("margins_flat", "accuracy_at_chance", "kl_stuck", "loss_rises"), after=0.5)
+def _nothing_learnt(h: History, known: Known) -> Verdict | None:
+    loss, moved, accuracy = change_of(h, known, "loss"), nats_moved(h, known), h.change("rewards/accuracies")
+    if loss is None or moved is None or accuracy is None:
         return None
     if moved > 0.5 * enough(known) or abs(loss.by) > 0.01 * abs(loss.start):
         return None
     if moved > 0.02 * enough(known) and accuracy.end < 0.55:  # the policy moves, so the rate is not the cause
         return None
-    where = "a token" if per_token(known.loss) else "a response"
-    return Finding(
+    return Verdict(
         "warning",
-        f"the model hardly changes: its log-probabilities by {moved:.2g} nats {where}, its loss from "
-        f"{loss.start:.4g} to {loss.end:.4g}.",
+        f"the log-probabilities change by {moved:.2g} nats a {'token' if per_token(known.loss) else 'completion'}, and "
+        f"the loss from {loss.start:.4g} to {loss.end:.4g}. The model learns almost nothing.",
         f"Raise the learning rate{now(known)} three to ten times, or train longer.",
         loss.steps,
         {"nats": moved, "loss at first": loss.start, "loss at the end": loss.end},
@@ -147,8 +142,8 @@ def _nothing_learnt(h: History, known: Known) -> Finding | None:
 
 
 @rule("already_preferred")
-def _already_preferred(h: History, known: Known) -> Finding | None:
-    """Find chosen responses that are nearly always the likelier ones before any training."""
+def _already_preferred(h: History, known: Known) -> Verdict | None:
+    """Find chosen completions that are nearly always the likelier ones before any training."""
     ranking = h[HELDOUT + "logps/accuracies"][:1]
     count = known.heldout or 0
     if not len(ranking) or ranking.steps[0] != 0:
@@ -158,11 +153,11 @@ def _already_preferred(h: History, known: Known) -> Finding | None:
             return None
     if ranking.mean < 0.95 or count < 20:
         return None
-    return Finding(
+    return Verdict(
         "warning",
-        f"the untrained model already finds the chosen response likelier than the rejected one in "
-        f"{percent(ranking.mean)} of the pairs: they are swapped, or it was trained on them before.",
-        "Look at the pairs with `fastpref preview`; there may be little left to learn from them.",
+        f"before training, the chosen completion is likelier than the rejected one in {percent(ranking.mean)} of the "
+        "pairs. They are swapped, or the model was trained on them before.",
+        "Check the pairs with `fastpref preview`; there may be little left to learn from them.",
         ranking.span,
         {"share of pairs": ranking.mean},
     )

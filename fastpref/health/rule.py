@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -50,59 +50,48 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a rule, with its name."""
-
-    rule: str
-    severity: Severity  # "alarm": the model is most likely of no use; "warning": look at it
-    message: str
-    evidence: Mapping[str, float]
-    steps: tuple[int, int]  # the first and the last step that it concerns
+    severity: Severity  # "alarm": the model is most likely useless; "warning": something should be examined
+    message: str  # what was seen, and what it means
     advice: str
+    steps: tuple[int, int]  # the first and the last step that it concerns
+    evidence: Mapping[str, float]
+    rule: str = ""  # the name of the rule, which `diagnose` adds
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.message} {self.advice}"
 
 
-@dataclass(frozen=True)
-class Finding:
-    severity: Severity
-    message: str
-    advice: str
-    steps: tuple[int, int]
-    evidence: Mapping[str, float] = field(default_factory=dict)
-
-
-Check = Callable[[History, Known], Finding | None]
+Check = Callable[[History, Known], Verdict | None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    name: str
     check: Check
-    explains: tuple[str, ...]  # rules whose findings follow from this one, and are left out if it has a finding
+    explains: tuple[str, ...]  # rules whose verdicts follow from this one, and are left out if it has a verdict
+    after: float  # the share of the planned steps before which a trend means nothing; 0 for a rule without a trend
+
+    def applies(self, history: History, known: Known) -> bool:
+        """Return whether the run is long enough."""
+        long_enough = known.steps is None or history.step >= self.after * known.steps
+        return not self.after or (history.rows >= 10 and long_enough)
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(name: str, explains: Iterable[str] = ()) -> Callable[[Check], Check]:
+def rule(name: str, explains: Iterable[str] = (), after: float = 0.0) -> Callable[[Check], Check]:
     def register(check: Check) -> Check:
-        RULES[name] = Rule(name, check, tuple(explains))
+        RULES[name] = Rule(check, tuple(explains), after)
         return check
 
     return register
 
 
-def settled(h: History, known: Known, share: float = 0.3) -> bool:
-    """Return whether the run is long enough to show a trend."""
-    return h.rows >= 10 and (known.steps is None or h.step >= share * known.steps)
-
-
 def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Trend | None:
     """Return the change from beginning to end, of held-out rows if evaluated twice, or else of training rows."""
     start = known_start(known, name)
-    found = h.heldout_change(name, start) if heldout else None
-    return found or h.change(name, start)
+    change = h.heldout_change(name, start) if heldout else None
+    return change or h.change(name, start)
 
 
 def known_start(known: Known, name: str) -> float | None:
@@ -114,7 +103,7 @@ def known_start(known: Known, name: str) -> float | None:
 
 
 def nats(known: Known, reward: float) -> float:
-    """Convert a reward to a log-probability, of a whole response or, if the loss averages, of a token."""
+    """Convert a reward to a log-probability, of a whole completion or, if the loss averages, of a token."""
     return reward / known.loss.beta if known.loss.beta else 0.0
 
 

@@ -109,7 +109,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "train: two checkpoints": (
         ["train", "good.toml", "a", "--resume", "b"],
-        ["--resume: one checkpoint, not 2: a, b"],
+        ["--resume takes one checkpoint, not 2: a, b"],
     ),
     "train: a word without --resume": (
         ["train", "good.toml", "a/step-3"],

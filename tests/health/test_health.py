@@ -141,8 +141,8 @@ def test_a_rule_fires_on_its_fault(rule: str):
 def test_explained_rules_come_after_their_cause():
     """A rule comes before those that it explains, because only then they can be left out."""
     order = list(RULES)
-    for rule in RULES.values():
-        assert all(order.index(rule.name) < order.index(symptom) for symptom in rule.explains), rule.name
+    for name, rule in RULES.items():
+        assert all(order.index(name) < order.index(symptom) for symptom in rule.explains), name
 
 
 def test_a_cause_is_said_instead_of_its_symptoms():

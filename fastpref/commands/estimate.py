@@ -6,98 +6,104 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from fastpref.data.longest import Microbatch
 from fastpref.memory.estimate import CARDS, CardFit, Estimator, fits, present_card, proposal, usable
-from fastpref.memory.fit import MARGIN, Proposal
+from fastpref.memory.fit import MARGIN
 from fastpref.memory.step import PARTS, StepMemory
 from fastpref.memory.trl import VERSION
 from fastpref.sizes import GIB, in_words
 
 
-def estimate(
-    estimator: Estimator, *, card: float | None = None, compare: bool = False, console: Console | None = None
-) -> dict[str, Any]:
-    """Count a step, print each result as soon as it is known, and return all of them as plain values.
+def estimate(estimator: Estimator, *, card: float | None, compare: bool, as_json: bool) -> None:
+    """Count a step, and print each result as soon as it is known, or all of them as JSON at the end.
 
     Args:
-        card: GiB of the card that the run is meant for; by default this machine's GPU, or 24.
+        card: GiB of the GPU that the run is meant for; by default this machine's GPU, or 24.
         compare: whether to count the step of TRL too.
-        console: where to print; by default nothing is printed.
 
     Raises UserError for a model that does not exist.
     """
-    console = console or Console(quiet=True)
+    screen = Console(highlight=False, quiet=as_json)
+    with Console(stderr=True).status("") as waiting:  # shown on a terminal only
+        estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))
+        numbers = _numbers(estimator, card, compare, screen)
+    if as_json:
+        print(json.dumps(numbers, indent=2))
+
+
+def _numbers(estimator: Estimator, card: float | None, compare: bool, screen: Console) -> dict[str, Any]:
     least = estimator.take()
+    config, largest = estimator.config, estimator.microbatch(estimator.config)
     for note in estimator.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    console.print(_head(estimator), markup=False, soft_wrap=True)
-    console.print(_table({_checkpointing(least): least}))
+        screen.print(note, markup=False, soft_wrap=True)
+    screen.print(_head(estimator, largest), markup=False, soft_wrap=True)
+    screen.print(_table({_checkpointing(least): least}))
     numbers: dict[str, Any] = {
-        "model": estimator.config.model.name,
-        "loss": estimator.config.loss.type,
+        "model": config.model.name,
+        "loss": config.loss.type,
         "device": estimator.device.type,
         "quantised": estimator.quantised,
         "notes": estimator.notes,
-        "microbatch": _microbatch(estimator),
+        "microbatch": {"examples": len(largest.examples), "tokens": largest.tokens, "source": largest.source},
         "step": _bytes(least),
     }
     if estimator.device.type == "cuda":
-        numbers |= _cards(estimator, least, card, console)
+        numbers |= _gpus(estimator, least, card or present_card() or 24.0, screen)
     if compare:
         theirs = estimator.take_as_trl()
         numbers["trl"] = _bytes(theirs)
-        console.print(_table({f"TRL {VERSION}": theirs, "fastpref": least}))
-        console.print(
+        screen.print(_table({f"TRL {VERSION}": theirs, "fastpref": least}))
+        computed = [memory.activations + memory.head for memory in (least, theirs)]
+        screen.print(
             f"TRL's step is a model of its source's layout and head, with the same weights and optimizer. "
-            f"fastpref / TRL: {least.total / theirs.total:.2f} in all, "
-            f"{_allocated(least) / max(1, _allocated(theirs)):.2f} for activations and head alone.",
+            f"fastpref / TRL: {least.total / theirs.total:.2f} in all, {computed[0] / max(1, computed[1]):.2f} for "
+            "activations and head alone.",
             soft_wrap=True,
         )
     return numbers
 
 
-def _cards(estimator: Estimator, least: StepMemory, card: float | None, console: Console) -> dict[str, Any]:
+def _gpus(estimator: Estimator, least: StepMemory, card: float, screen: Console) -> dict[str, Any]:
     most = estimator.take(layers=0) if estimator.checkpoints else least
     if most is not least:
-        console.print(f"{_checkpointing(most)}: {in_words(most.total)}", soft_wrap=True)
-    meant = card or present_card() or 24.0
-    cards = fits(most, least, CARDS)
-    console.print(f"\n{1 - MARGIN:.0%} of a card's memory count as usable.", soft_wrap=True)
-    for fit in cards:
-        console.print(_fit(fit, most is not least, least.layers), highlight=False, soft_wrap=True)
+        screen.print(f"{_checkpointing(most)}: {in_words(most.total)}", soft_wrap=True)
+    gpus = fits(most, least, CARDS)
+    screen.print(f"\nA run can use {1 - MARGIN:.0%} of a GPU's memory.", soft_wrap=True)
+    for gpu in gpus:
+        screen.print(_fit(gpu, most is not least, least.layers), highlight=False, soft_wrap=True)
     numbers: dict[str, Any] = {
         "uncheckpointed": _bytes(most) if most is not least else None,
-        "cards": [asdict(fit) for fit in cards],
-        "card": meant,
+        "cards": [asdict(gpu) for gpu in gpus],
+        "card": card,
         "changes": None,
     }
-    if least.total > usable(meant):
-        change = proposal(estimator, meant)
-        console.print(_proposal(change, meant), markup=False, soft_wrap=True)
+    if least.total > usable(card):
+        change = proposal(estimator, card)
+        message = f"No known change makes it fit {card:g} GB. Take a smaller model."
         if change.fits and change.memory is not None:
             numbers["changes"] = {"overrides": list(change.overrides)} | _bytes(change.memory)
+            words = " ".join(map(shlex.quote, change.overrides))
+            message = f"To fit {card:g} GB ({in_words(change.memory.total)}), add\n  {words}"
+        screen.print(message, markup=False, soft_wrap=True)
     return numbers
 
 
-def _head(estimator: Estimator) -> str:
-    config, largest = estimator.config, estimator.microbatch(estimator.config)
+def _head(estimator: Estimator, largest: Microbatch) -> str:
+    config = estimator.config
     plural = "s" if len(largest.examples) > 1 else ""
     where = "a GPU" if estimator.device.type == "cuda" else "a CPU"
     training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
     bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
     if estimator.quantised is not None:
-        bits = f", whose checkpoint is quantised ({estimator.quantised})"
+        bits = f", whose weights are stored quantised ({estimator.quantised})"
     return (
         f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n"
         f"the largest micro-batch: {len(largest.examples)} {config.loss.unit}{plural}, {largest.tokens:,} tokens at "
         f"once (from {largest.source})"
     )
-
-
-def _microbatch(estimator: Estimator) -> dict[str, Any]:
-    largest = estimator.microbatch(estimator.config)
-    return {"examples": len(largest.examples), "tokens": largest.tokens, "source": largest.source}
 
 
 def _table(columns: dict[str, StepMemory]) -> Table:
@@ -133,21 +139,6 @@ def _fit(fit: CardFit, decides: bool, layers: int) -> str:
     return f"{fit.card:>4g} GB  {verdict}"
 
 
-def _proposal(proposal: Proposal, card: float) -> str:
-    if not proposal.fits or proposal.memory is None:
-        return f"No known change makes it fit {card:g} GB. Take a smaller model."
-    words = " ".join(map(shlex.quote, proposal.overrides))
-    return f"To fit {card:g} GB ({in_words(proposal.memory.total)}), add\n  {words}"
-
-
 def _bytes(memory: StepMemory) -> dict[str, Any]:
     numbers = {"layers": memory.layers, "checkpointed": memory.checkpointed}
     return numbers | {"bytes": memory.parts(), "total": memory.total}
-
-
-def _allocated(memory: StepMemory) -> int:
-    return memory.activations + memory.head
-
-
-def as_json(numbers: dict[str, Any]) -> str:
-    return json.dumps(numbers, indent=2)
