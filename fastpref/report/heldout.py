@@ -21,19 +21,18 @@ class Interval:
 @dataclass(frozen=True)
 class HeldOut:
     step: int
-    count: int  # pairs, or responses
-    paired: bool
+    count: int  # pairs, or single completions
     accuracy: Interval
     margin: Interval
-    margins: np.ndarray  # the margin of each pair; empty for single responses
+    margins: np.ndarray  # the margin of each pair; empty for single completions
 
 
 def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
     """Return the scores of the rewards in a run.json, or None if there are none, or only those of one side."""
     try:
-        found = facts["heldout"]
-        chosen, rejected = np.array(found["chosen"], float), np.array(found["rejected"], float)
-        step, paired = int(found["step"]), bool(found["paired"])
+        rewards = facts["heldout"]
+        chosen, rejected = np.array(rewards["chosen"], float), np.array(rewards["rejected"], float)
+        step, paired = int(rewards["step"]), bool(rewards["paired"])
     except (KeyError, TypeError, ValueError):
         return None
     if not len(chosen) or not len(rejected) or (paired and len(chosen) != len(rejected)):
@@ -53,7 +52,7 @@ def held_out(facts: Mapping[str, Any]) -> HeldOut | None:
         count = len(chosen) + len(rejected)
     fewest = min(len(chosen), len(rejected))
     right_or_wrong = _certain(accuracy, fewest) if accuracy in (0.0, 1.0) else _interval(accuracy, accuracies)
-    return HeldOut(step, count, paired, right_or_wrong, _interval(margin, means), margins)
+    return HeldOut(step, count, right_or_wrong, _interval(margin, means), margins)
 
 
 def _accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:

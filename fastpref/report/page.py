@@ -1,6 +1,5 @@
 """Prepare the values that the template of the page shows."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,10 @@ from markupsafe import Markup
 from fastpref.data.example import OUTCOMES
 from fastpref.health import RULES, diagnose
 from fastpref.health.bands import Band, bands
-from fastpref.report.heldout import HeldOut, Interval, held_out
+from fastpref.report.heldout import HeldOut, held_out
 from fastpref.report.source import Run
 from fastpref.report.svg import Line, histogram, line_chart, number
-from fastpref.run.history import HELDOUT, Series
+from fastpref.run.history import HELDOUT
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Chart:
     """A metric over the steps, or two metrics that belong together."""
 
     title: str
-    names: tuple[str, ...]  # one metric, or those of the chosen and the rejected responses
+    names: tuple[str, ...]  # one metric, or those of the chosen and the rejected completions
     positive: bool = False  # whether the axis may be logarithmic
     banded: str | None = None  # the metric whose band is shaded
 
@@ -54,11 +53,12 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class MetricRow:
-    """A line of the table of numbers, which states the content of the charts for those who cannot see them."""
-
-    name: str
-    cells: list[str]  # first and last value in training, first and last value held out
+class Table:
+    id: str
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, list[str]]]  # each with its name
+    numeric: bool = True
 
 
 def render(run: Run) -> str:
@@ -70,23 +70,20 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    verdicts = diagnose(run.history, run.known)
     scores = held_out(run.facts)
     return environment.get_template("page.html.j2").render(
         run=run,
         method=run.known.loss.type.upper(),
-        verdicts=verdicts,
+        verdicts=diagnose(run.history, run.known),
         rules=len(RULES),
         number=number,
         capitalised=_capitalised,
         figures=figures(run),
-        metrics=_metrics(run),
-        heldout=_heldout(scores),
-        margins=_margins(scores),
+        scores=scores,
+        heldout=_heldout(scores) if scores else None,
+        margins=_margins(scores) if scores and len(scores.margins) else None,
         samples=_samples(run),
-        data=_data(run.facts.get("rows") or {}),
-        speed=_speed(run),
-        environment=run.facts.get("environment") or {},
+        tables=[table for table in (_metrics(run), _data(run), _speed(run), _environment(run)) if table.rows],
     )
 
 
@@ -110,24 +107,20 @@ def figures(run: Run) -> list[Figure]:
 
 
 def _figure(run: Run, chart: Chart, band: Band | None, steps: int) -> Figure:
-    lines, keys, said = [], [], []
+    lines, keys, changes = [], [], []
     for at, name in enumerate(chart.names):
         side = f"{_SIDES[at]}, " if len(chart.names) > 1 else ""
         training, heldout = ("rejected", "heldout-rejected") if at else ("training", "heldout")
         for prefix, style, where in (("", training, "training"), (HELDOUT, heldout, "held out")):
             series = run.history[prefix + name]
             if len(series):
-                lines.append(Line(name, series, style))
+                first, last = number(float(series.values[0])), number(float(series.values[-1]))
+                lines.append(Line(series, style))
                 keys.append((style, side + where))
-                said.append(f"{side}{where} {_from_to(series)}")
+                changes.append(f"{side}{where} " + (first if len(series) == 1 else f"from {first} to {last}"))
     shaded = _band(band)
-    label = f"{chart.title} over {steps} steps: {'; '.join(said)}." + (f" {shaded}" if shaded else "")
+    label = f"{chart.title} over {steps} steps: {'; '.join(changes)}." + (f" {shaded}" if shaded else "")
     return Figure(chart.title, line_chart(label, lines, band, steps=steps, positive=chart.positive), keys, shaded)
-
-
-def _from_to(series: Series) -> str:
-    first, last = number(float(series.values[0])), number(float(series.values[-1]))
-    return first if len(series) == 1 else f"from {first} to {last}"
 
 
 def _band(band: Band | None) -> str:
@@ -139,40 +132,23 @@ def _band(band: Band | None) -> str:
     return f"Healthy above {low}." if band.high is None else f"Healthy from {low} to {number(band.high)}."
 
 
-def _metrics(run: Run) -> list[MetricRow]:
-    named = list(dict.fromkeys(name.removeprefix(HELDOUT) for name in run.history.names()))
+def _metrics(run: Run) -> Table:
+    """Return the content of the charts as numbers, for those who cannot see them."""
     rows = []
-    for name in named:
-        training, heldout = run.history[name], run.history[HELDOUT + name]
-        cells = [
-            number(value) if value is not None else ""
-            for series in (training, heldout)
-            for value in ((float(series.values[0]), float(series.values[-1])) if len(series) else (None, None))
-        ]
-        rows.append(MetricRow(name, cells))
-    return rows
+    for name in dict.fromkeys(name.removeprefix(HELDOUT) for name in run.history.names()):
+        both = run.history[name].values, run.history[HELDOUT + name].values
+        ends = [(number(float(values[0])), number(float(values[-1]))) if len(values) else ("", "") for values in both]
+        rows.append((name, [*ends[0], *ends[1]]))
+    return Table("numbers", "Numbers", ("metric", "training, first", "last", "held out, first", "last"), rows)
 
 
-def _heldout(scores: HeldOut | None) -> dict[str, Any] | None:
-    if scores is None:
-        return None
-
-    def said(of: Interval, form: str) -> dict[str, str]:
-        return {"mean": form.format(of.mean), "low": form.format(of.low), "high": form.format(of.high)}
-
-    return {
-        "step": scores.step,
-        "count": f"{scores.count:,} {'pairs' if scores.paired else 'responses'}",
-        "rows": {
-            "accuracy": said(scores.accuracy, "{:.1%}"),
-            "reward margin": said(scores.margin, "{:+.3f}"),
-        },
-    }
+def _heldout(scores: HeldOut) -> list[tuple[str, list[str]]]:
+    """Return a row for each score: its mean and the ends of its interval."""
+    formats = (("accuracy", scores.accuracy, "{:.1%}"), ("reward margin", scores.margin, "{:+.3f}"))
+    return [(name, [form.format(of.mean), f"{form} to {form}".format(of.low, of.high)]) for name, of, form in formats]
 
 
-def _margins(scores: HeldOut | None) -> Figure | None:
-    if scores is None or not len(scores.margins):
-        return None
+def _margins(scores: HeldOut) -> Figure:
     wrong = int((scores.margins < 0).sum())
     label = (
         f"Histogram of the reward margins of {len(scores.margins)} held-out pairs, from "
@@ -183,40 +159,40 @@ def _margins(scores: HeldOut | None) -> Figure | None:
 
 
 def _samples(run: Run) -> list[dict[str, Any]]:
-    found = run.facts.get("samples")
-    return [s for s in found if isinstance(s, dict) and set(s) >= {"asked", "before", "after"}] if found else []
+    samples = run.facts.get("samples") or ()
+    return [s for s in samples if isinstance(s, dict) and set(s) >= {"asked", "before", "after"}]
 
 
-def _data(rows: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Return the outcomes of the rows: a line for each, with training and held-out counts."""
-    if not rows:
-        return []
-    lines = []
-    for outcome in OUTCOMES:
-        counts = [int((rows.get(part) or {}).get(outcome.name, 0)) for part in ("train", "heldout")]
-        if any(counts) or outcome.name in ("rows", "kept"):
-            lines.append((outcome.title, [f"{count:,}" for count in counts]))
-    for name, said in (("duplicates", "dropped: duplicates"), ("left_out", "dropped: broken or of another form")):
-        if rows.get(name):
-            lines.append((said, [f"{int(rows[name]):,}", ""]))
-    return lines
+def _data(run: Run) -> Table:
+    """Return the outcomes of the rows, with training and held-out counts."""
+    counts, rows = run.facts.get("rows") or {}, []
+    for outcome in OUTCOMES if counts else ():
+        both = [int((counts.get(part) or {}).get(outcome.name, 0)) for part in ("train", "heldout")]
+        if any(both) or outcome.name in ("rows", "kept"):
+            rows.append((outcome.title, [f"{count:,}" for count in both]))
+    for name, title in (("duplicates", "dropped: duplicates"), ("left_out", "dropped: broken or of another form")):
+        if counts.get(name):
+            rows.append((title, [f"{int(counts[name]):,}", ""]))
+    return Table("data", "Data", ("rows", "training", "held out"), rows)
 
 
-def _speed(run: Run) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+def _speed(run: Run) -> Table:
+    rows = []
     seconds, memory = run.facts.get("seconds"), run.facts.get("memory")
     if seconds:
-        found.append(("time in all", duration(float(seconds))))
-    for name, said in (
-        ("pairs_per_second", f"{run.known.loss.unit}s a second"),
-        ("tokens_per_second", "tokens a second"),
-    ):
+        rows.append(("time in all", [duration(float(seconds))]))
+    for name, unit in (("pairs_per_second", f"{run.known.loss.unit}s"), ("tokens_per_second", "tokens")):
         series = run.history[name]
         if len(series):
-            found.append((f"{said}, median", number(float(np.median(series.values)))))
+            rows.append((f"{unit} a second, median", [number(float(np.median(series.values)))]))
     if memory:
-        found.append(("memory at the highest", f"{memory / 1e9:.2f} GB"))
-    return found
+        rows.append(("memory at the highest", [f"{memory / 1e9:.2f} GB"]))
+    return Table("speed", "Memory and speed", (), rows)
+
+
+def _environment(run: Run) -> Table:
+    rows = [(name, [str(value)]) for name, value in (run.facts.get("environment") or {}).items()]
+    return Table("environment", "Environment", (), rows, numeric=False)
 
 
 def duration(seconds: float) -> str:

@@ -45,7 +45,7 @@ def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> 
         return _own(path)
     state = _trl_state(path)
     if state is None:
-        raise UserError(f"{path}: this is no run's folder: there is neither {METRICS} with config.toml nor {TRL_STATE}")
+        raise UserError(f"{path}: not a run's folder: it has neither {METRICS} with config.toml nor {TRL_STATE}")
     return _of_trl(state, path if path.is_dir() else path.parent, loss, beta)
 
 
@@ -110,10 +110,11 @@ def _method(history: History, loss: str | None, beta: float | None) -> tuple[Los
     if beta is not None and beta <= 0:
         raise UserError(f"--beta {beta}: must be above 0")
     name = loss or _guess(history)
-    given: dict[str, Any] = {} if beta is None else {"beta": beta}
-    options = LOSSES[name](**given)
-    taken = f"{name.upper()} with β {options.beta:g}"
-    return options, taken if loss else f"TRL's log does not name its loss: taken for {taken}; see --loss and --beta"
+    options = LOSSES[name]() if beta is None else LOSSES[name](beta=beta)
+    note = f"{name.upper()} with β {options.beta:g}"
+    if loss is None:
+        note = f"TRL's log does not name its loss, and fits {note}; set --loss and --beta if that is wrong"
+    return options, note
 
 
 def _guess(history: History) -> str:

@@ -19,13 +19,8 @@ POINTS = 240  # at most, per line
 class Line:
     """A series and its style, which is a class of the style sheet."""
 
-    name: str
     series: Series
     style: str  # "training", "rejected", "heldout", "heldout-rejected"
-
-    @property
-    def marked(self) -> bool:
-        return self.style.startswith("heldout")
 
 
 @dataclass(frozen=True)
@@ -68,25 +63,26 @@ def line_chart(
 
     `label` describes the chart for those who cannot see it.
     """
-    lines = [line for line in lines if len(line.series)]
-    thinned = [(line, *_thin(line.series)) for line in lines]
     x = Axis(0, max(steps, 1), _LEFT, WIDTH - _RIGHT)
     y = _vertical(lines, band, positive=positive)
     parts = [_shading(band, y), _grid(x, y)]
-    for line, middle, lows, highs in thinned:
-        if line.marked:
-            parts.append(_path(x, y, middle, f"line {line.style}"))
+    for line in lines:
+        middle, lows, highs = _thin(line.series)
+        strong = f"line {line.style}"
+        if line.style.startswith("heldout"):
+            parts.append(_path(x, y, middle, strong))
             if len(middle) <= 60:
                 parts += [
                     f'<circle class="dot {line.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
                     for a, b in zip(x.of(middle.steps), y.of(middle.values))
                 ]
-            continue
-        if len(middle) < len(line.series):
-            parts.append(_area(x, y, middle.steps, lows, highs, line.style))
-        elif len(middle) > 5:
-            parts.append(_path(x, y, middle, f"line faint {line.style}"))
-        parts.append(_path(x, y, _smooth(middle) if len(middle) > 5 else middle, f"line {line.style}"))
+        elif len(middle) <= 5:
+            parts.append(_path(x, y, middle, strong))
+        else:
+            thinned = len(middle) < len(line.series)
+            faint = f"line faint {line.style}"
+            parts.append(_area(x, y, middle.steps, lows, highs, line.style) if thinned else _path(x, y, middle, faint))
+            parts.append(_path(x, y, _smooth(middle), strong))
     return _svg(label, parts)
 
 
@@ -149,7 +145,7 @@ def _smooth(series: Series) -> Series:
 
 
 def _vertical(lines: Sequence[Line], band: Band | None, *, positive: bool) -> Axis:
-    values = np.concatenate([line.series.values for line in lines]) if lines else np.array([0.0, 1.0])
+    values = np.concatenate([line.series.values for line in lines])
     low, high = float(values.min()), float(values.max())
     if positive and low > 0 and high > 30 * low:
         return Axis(

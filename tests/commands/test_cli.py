@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "report: no such run": (["report", "none"], ["none: there is no such folder"]),
     "report: not a run": (
         ["report", "."],
-        [".: this is no run's folder: there is neither metrics.jsonl with config.toml"],
+        [".: not a run's folder: it has neither metrics.jsonl with config.toml"],
     ),
     "train: no such model": (
         ["train", "good.toml", "model.name=./none"],

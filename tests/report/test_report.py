@@ -35,7 +35,7 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     assert ("KTO's KL" in charts, "Log odds" in charts) == (method == "kto", method == "orpo")
     # one more for the histogram of held-out margins
     assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
-    assert "23 rules looked at this run" in page
+    assert "23 rules examined this run" in page
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -243,7 +243,7 @@ TRL_STATE = {"trainer_state.json": '{"log_history": [{"step": 1, "loss": 1.0}]}'
     ("name", "content", "options", "said"),
     [
         ("none", None, (), "there is no such folder"),
-        ("empty", {}, (), "this is no run's folder"),
+        ("empty", {}, (), "not a run's folder"),
         ("state", {"trainer_state.json": "[]"}, (), "not a trainer_state.json"),
         ("state", {"trainer_state.json": '{"log_history": []}'}, (), "no row with a loss"),
         ("own", {"config.toml": "[model]", METRICS: ""}, ("dpo",), "leave --loss and --beta out"),
