@@ -130,7 +130,7 @@ def test_a_chart_of_any_series_stays_in_its_frame(values: list[float]):
     series = Series(np.arange(1, len(values) + 1), np.array(values))
     for positive in (False, True):
         svg = line_chart(
-            "words", [Line("x", series, "training")], Band(0.01, 10.0), steps=len(values), positive=positive
+            "words", [Line(series, "training")], Band(0.01, 10.0), steps=len(values), positive=positive
         )
         points = re.findall(r'points="([^"]*)"', svg)
         pairs = [tuple(map(float, p.split(","))) for group in points for p in group.split()]

@@ -79,27 +79,15 @@ def small(config: PretrainedConfig, **overrides: Any) -> dict[str, Any]:
 # What the table of sizes does not give: special fields of each family and of each of its variants.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
-        "layer_types": ["full_attention"] * 2,
-    },
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0, "attn_pdrop": 0.0},
-        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
-    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+        "layer_types": ["full_attention"] * 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0, "attn_pdrop": 0.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16},
-    "dots3_note_text": {
-        "num_key_value_heads": 4,
-        "swa_num_key_value_heads": 4,
-        "swa_num_attention_heads": 4,
-        "swa_q_lora_rank": 8,
-        "swa_kv_lora_rank": 8,
-        "swa_qk_nope_head_dim": 8,
-        "swa_qk_rope_head_dim": 4,
-        "swa_head_dim": 12,
-        "swa_v_head_dim": 8,
-    },
+    "dots3_note_text": {"num_key_value_heads": 4, "swa_num_key_value_heads": 4, "swa_num_attention_heads": 4,
+        "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8, "swa_qk_nope_head_dim": 8, "swa_qk_rope_head_dim": 4,
+        "swa_head_dim": 12, "swa_v_head_dim": 8},
     "blt": {"encoder_hash_byte_group_vocab": 50},
     "blt_local_encoder": {"hidden_size_global": 32},
     "blt_local_decoder": {"hidden_size_global": 32},
@@ -112,180 +100,94 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"num_hidden_layers": 4, "attn_layer_offset": 1, "attn_layer_period": 2},
     "inkling_text": {"rel_extent": 8},
     "inkling2_text": {"rel_extent": 8, "n_layers_per_attn_res_block": 2},
-    "inkling2_loop_text": {
-        "rel_extent": 8,
-        "num_hidden_layers": 4,
-        "loop_layer_index_start": 1,
-        "loop_layer_index_end": 3,
-        "loop_gate_rank": 4,
-        "n_layers_per_attn_res_block": 1,
-    },
+    "inkling2_loop_text": {"rel_extent": 8, "num_hidden_layers": 4, "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3, "loop_gate_rank": 4, "n_layers_per_attn_res_block": 1},
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 4},
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     "mamba2": {"num_heads": 8},
-    "minimax_m3_vl_text": {
-        "layer_types": ["minimax_m3_sparse", "full_attention"],
-        "index_block_size": 4,
-        "index_topk_blocks": 2,
-        "index_n_heads": 2,
-    },
+    "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"], "index_block_size": 4,
+        "index_topk_blocks": 2, "index_n_heads": 2},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
-    "qwen4_exp_text": {
-        "eos_token_id": 2,
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 4,
-        "indexer_compress_ratio": 2,
-        "ple_layer_ids": [1],
-        "ple_embed_dim": 32,
-        "hc_lowrank": 8,
-        "heads_per_ngram": 2,
-        "split_ngram_parts": 2,
-        "make_ngram_vocab_size_divisible_by": 8,
-    },
+    "qwen4_exp_text": {"eos_token_id": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+        "indexer_budget": 4, "indexer_compress_ratio": 2, "ple_layer_ids": [1], "ple_embed_dim": 32, "hc_lowrank": 8,
+        "heads_per_ngram": 2, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "reformer": {
-        "is_decoder": True,
-        "axial_pos_shape": [8, 16],
-        "axial_pos_embds_dim": [8, 24],
-        "attn_layers": ["local", "lsh"],
-        "local_attn_chunk_length": 8,
-        "lsh_attn_chunk_length": 8,
-        "num_buckets": 4,
-    },
-    "roc_bert": {
-        "pronunciation_embed_dim": 8,
-        "shape_embed_dim": 8,
-        "pronunciation_vocab_size": 90,
-        "shape_vocab_size": 90,
-    },
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [8, 24],
+        "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 4},
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "pronunciation_vocab_size": 90,
+        "shape_vocab_size": 90},
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-        "attention_head_dim": 16,
-        "attention_hidden_size": 64,
-        "n_mamba_heads": 2,
-    },
-    "zamba2": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
-        "hybrid_layer_ids": [1],
-        "mamba_headdim": 8,
-        "n_mamba_heads": 8,
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-        "num_key_value_heads": 4,
-        "num_query_groups": 4,
-    },
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_head_dim": 16, "attention_hidden_size": 64, "n_mamba_heads": 2},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+        "hybrid_layer_ids": [1], "mamba_headdim": 8, "n_mamba_heads": 8, "attention_hidden_size": 64,
+        "attention_head_dim": 16, "num_key_value_heads": 4, "num_query_groups": 4},
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 
 
-# Variants of a family: changes of its tiny config, and further changes for that of the truth.
+# Variants of a family, as changes of its tiny config.
 _LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
 _LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
          "long_factor": [2.0, 3.0, 4.0, 5.0]}  # fmt: skip
 MAX_LENGTH = 2048  # the default of tokens.max_length
-_VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama+linear": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, {}),
-    "llama+llama3": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, **_LLAMA3}}, {}),
-    "llama+yarn": ({"rope_parameters": _YARN}, {}),
-    "llama+tied": ({"tie_word_embeddings": True}, {}),
-    "llama+biases": ({"attention_bias": True, "mlp_bias": True}, {}),
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "llama+linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    "llama+llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, **_LLAMA3}},
+    "llama+yarn": {"rope_parameters": _YARN},
+    "llama+tied": {"tie_word_embeddings": True},
+    "llama+biases": {"attention_bias": True, "mlp_bias": True},
+    "llama+dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+    "phi3+longrope": {"rope_parameters": _LONG, "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 52},
+    "deepseek_v3+yarn": {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    **{f"{kind}+long-topk": {"index_topk": 2048}
+       for kind in ("axk2", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "hy_v4")},
+    "bert+encoder": {"is_decoder": False},
+    "doge+moe": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2},
+    "doge+short-window": {"keep_window_size": 6},
+    "falcon+alibi": {"alibi": True},
+    "falcon+new": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "flint+moe": {"mlp_only_layers": [0]},
+    "gemma3n_text+kvshared": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 48,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma4_text+kvshared": {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gpt_oss+yarn": {"rope_parameters": {**_YARN, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}},
+    "granitemoehybrid+dense": {"num_local_experts": 0, "layer_types": ["attention"] * 2,
+        "position_embedding_type": "rope", "shared_intermediate_size": 16},
+    "hunyuan_v1_dense+alpha": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}},
+    "jamba+attention": {"num_hidden_layers": 2, "attn_layer_offset": 0, "attn_layer_period": 1},
+    "minimax_m3_vl_text+dense": {"layer_types": ["full_attention"] * 2},
+    "mpt+no-alibi": {"attn_config": {"alibi": False}},
+    "olmo3+yarn": {"rope_parameters": _YARN},
+    "phimoe+longrope": {"rope_parameters": {**_LONG, "short_mscale": 1.1, "long_mscale": 1.3,
+        "original_max_position_embeddings": 52}, "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 52},
+    "phi+qk-layernorm": {"qk_layernorm": True},
+    "qwen2+window": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+    "qwen3_moe+mixed": {"decoder_sparse_step": 2},
+    "smollm3+window": {"use_sliding_window": True, "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"]},
+    "stablelm+parallel": {"use_parallel_residual": True, "qk_layernorm": True},
+}  # fmt: skip
+_TRUTH: dict[str, dict[str, Any]] = {  # further changes, for the truth
     # Every row has the frequencies of MAX_LENGTH tokens, which are, by the formula, those of another base.
-    "llama+dynamic": (
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
-        {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0 * (4.0 * MAX_LENGTH / 128 - 3.0) ** (8 / 6),
-            }
-        },
-    ),
-    # For the truth, rows of any length have the long factors.
-    "phi3+longrope": (
-        {"rope_parameters": _LONG, "max_position_embeddings": 4096, "original_max_position_embeddings": 52},
-        {
-            "rope_parameters": {**_LONG, "attention_factor": sqrt(1 + log(4096 / 52) / log(52))},
-            "original_max_position_embeddings": 1,
-        },
-    ),
-    "deepseek_v3+yarn": ({"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}, {}),
-    **{
-        f"{kind}+long-topk": ({"index_topk": 2048}, {})
-        for kind in ("axk2", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "hy_v4")
+    "llama+dynamic": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0 * (4.0 * MAX_LENGTH / 128 - 3.0) ** (8 / 6)}
     },
-    "bert+encoder": ({"is_decoder": False}, {}),
-    "doge+moe": ({"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}, {}),
-    "doge+short-window": ({"keep_window_size": 6}, {}),
-    "falcon+alibi": ({"alibi": True}, {}),
-    "falcon+new": ({"new_decoder_architecture": True, "num_kv_heads": 2}, {}),
-    "flint+moe": ({"mlp_only_layers": [0]}, {}),
-    "gemma3n_text+kvshared": (
-        {
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
-            "intermediate_size": 48,
-            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-        {},
-    ),
-    "gemma4_text+kvshared": (
-        {
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-        {},
-    ),
-    "gpt_oss+yarn": ({"rope_parameters": {**_YARN, "truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}}, {}),
-    "granitemoehybrid+dense": (
-        {
-            "num_local_experts": 0,
-            "layer_types": ["attention"] * 2,
-            "position_embedding_type": "rope",
-            "shared_intermediate_size": 16,
-        },
-        {},
-    ),
-    "hunyuan_v1_dense+alpha": (
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}},
-        {},
-    ),
-    "jamba+attention": ({"num_hidden_layers": 2, "attn_layer_offset": 0, "attn_layer_period": 1}, {}),
-    "minimax_m3_vl_text+dense": ({"layer_types": ["full_attention"] * 2}, {}),
-    "mpt+no-alibi": ({"attn_config": {"alibi": False}}, {}),
-    "olmo3+yarn": ({"rope_parameters": _YARN}, {}),
-    "phimoe+longrope": (
-        {
-            "rope_parameters": {
-                **_LONG,
-                "short_mscale": 1.1,
-                "long_mscale": 1.3,
-                "original_max_position_embeddings": 52,
-            },
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 52,
-        },
-        {},
-    ),
-    "phi+qk-layernorm": ({"qk_layernorm": True}, {}),
-    "qwen2+window": ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, {}),
-    "qwen3_moe+mixed": ({"decoder_sparse_step": 2}, {}),
-    "smollm3+window": (
-        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
-        {},
-    ),
-    "stablelm+parallel": ({"use_parallel_residual": True, "qk_layernorm": True}, {}),
+    "phi3+longrope": {  # rows of any length have the long factors
+        "rope_parameters": _LONG | {"attention_factor": sqrt(1 + log(4096 / 52) / log(52))},
+        "original_max_position_embeddings": 1,
+    },
 }
 
 CANNOT_BE_TINY = {
@@ -302,8 +204,8 @@ def tiny_config(name: str, *, truth: bool = False) -> PretrainedConfig:
     """Return the config of a family or of a variant, "family+name"; `truth` sets RoPE's frequencies explicitly."""
     kind = name.partition("+")[0]
     config_class = CONFIG_MAPPING[kind]
-    changes, besides = _VARIANTS.get(name, ({}, {}))
-    return config_class(**small(config_class(), **{**_SPECIAL.get(kind, {}), **changes, **(besides if truth else {})}))
+    changes = _SPECIAL.get(kind, {}) | _VARIANTS.get(name, {}) | (_TRUTH.get(name, {}) if truth else {})
+    return config_class(**small(config_class(), **changes))
 
 
 FAMILIES = tuple(sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_VARIANTS} - CANNOT_BE_TINY.keys()))
