@@ -6,10 +6,10 @@ that folder's model scores the assistant's tokens. So every case covers every st
 model, and a mistake in any of them makes two numbers differ.
 """
 
-import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from fastpref.data.template.named import KNOWN
 from fastpref.data.template.text import read_text
 from fastpref.model.quantize import keep_weights_as_loaded
 from tests.support.command_line import run_command, succeed
-from tests.support.runs import rows as metrics_of
+from tests.support.runs import last_evaluation
 from tests.support.tiny import MAMBA, VISION
 from tests.support.toy_tokenizers import QWEN3, toy_tokenizer, trained_chatml, trained_gemma
 
@@ -39,14 +39,8 @@ _CAPITALS = (
     "Fiji Suva Nadi, Ghana Accra Tamale, Iraq Baghdad Mosul, Spain Madrid Cadiz, Italy Rome Turin, Egypt Cairo Luxor"
 )
 WORDS = [part.split() for part in _CAPITALS.split(", ")]
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "capital",
-        "description": "Looks up",
-        "parameters": {"type": "object", "properties": {"of": {"type": "string"}}, "required": ["of"]},
-    },
-}
+_OF_LAND = {"type": "object", "properties": {"of": {"type": "string"}}, "required": ["of"]}
+TOOL = {"type": "function", "function": {"name": "capital", "description": "Looks up", "parameters": _OF_LAND}}
 
 
 @dataclass(frozen=True)
@@ -63,17 +57,19 @@ def _turn(role: str, content: str, **more: Any) -> Message:
     return {"role": role, "content": content, **more}
 
 
+def _question(land: str) -> list[Message]:
+    return [_turn("user", f"Name the capital of {land}.")]
+
+
 def _short(land: str, right: str, wrong: str) -> Talk:
     answers = [[_turn("assistant", f"It is {word}.")] for word in (right, f"surely {wrong}")]
-    return Talk([_turn("user", f"Name the capital of {land}.")], *answers)
+    return Talk(_question(land), *answers)
 
 
 def _long(land: str, right: str, wrong: str) -> Talk:
-    talk = _short(land, right, wrong)
     before = [_turn("system", "Be brief."), _turn("user", "Hello"), _turn("assistant", f"Ask of {land}!")]
-    return Talk(
-        [*before, _turn("user", f"Answer at once.\nWhat is the capital of {land}?")], talk.chosen, talk.rejected
-    )
+    prompt = [*before, _turn("user", f"Answer at once.\nWhat is the capital of {land}?")]
+    return replace(_short(land, right, wrong), prompt=prompt)
 
 
 def _turns(land: str, right: str, wrong: str) -> Talk:
@@ -82,17 +78,22 @@ def _turns(land: str, right: str, wrong: str) -> Talk:
         [_turn("assistant", f"It is {word}."), _turn("user", "Sure?"), _turn("assistant", f"Yes, {word} it is.")]
         for word in (right, wrong)
     ]
-    return Talk([_turn("user", f"Name the capital of {land}.")], *answers)
+    return Talk(_question(land), *answers)
+
+
+def _one_turn(land: str, right: str, wrong: str) -> Talk:
+    talk = _turns(land, right, wrong)
+    return replace(talk, chosen=talk.chosen[:1], rejected=talk.rejected[:1])
 
 
 def _tools(land: str, right: str, wrong: str) -> Talk:
     """Return answers that reason, call a tool and read its result."""
     answers = []
-    for asked, said in ((land, right), (wrong, wrong)):
-        call = {"type": "function", "function": {"name": "capital", "arguments": {"of": asked}}}
-        thinks = _turn("assistant", "", tool_calls=[call], reasoning_content=f"I look {asked} up.")
-        answers.append([thinks, _turn("tool", f"{said}!"), _turn("assistant", f"It is {said}.")])
-    return Talk([_turn("user", f"Name the capital of {land}.")], *answers, tools=[TOOL])
+    for of, result in ((land, right), (wrong, wrong)):
+        call = {"type": "function", "function": {"name": "capital", "arguments": {"of": of}}}
+        thinks = _turn("assistant", "", tool_calls=[call], reasoning_content=f"I look {of} up.")
+        answers.append([thinks, _turn("tool", f"{result}!"), _turn("assistant", f"It is {result}.")])
+    return Talk(_question(land), *answers, tools=[TOOL])
 
 
 # --- Shapes ----------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def _tools(land: str, right: str, wrong: str) -> Talk:
 
 @dataclass(frozen=True)
 class Shape:
-    """The form of a talk in a file. Without a form for single responses, KTO splits the pairs."""
+    """The form of a talk in a file. Without a form for single completions, KTO splits the pairs."""
 
     talk: Callable[[str, str, str], Talk]
     suffix: str
@@ -115,32 +116,28 @@ class Shape:
         if self.suffix == "parquet":
             Dataset.from_list(rows).to_parquet(path)
         elif self.suffix == "csv":
-            with path.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            Dataset.from_list(rows).to_csv(path)
         elif self.suffix == "json":
             path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _said(messages: list[Message]) -> str:
+def _last(messages: list[Message]) -> str:
     return messages[-1]["content"]
 
 
 def _ultrafeedback(talk: Talk) -> Row:
     chosen, rejected = talk.prompt + talk.chosen, talk.prompt + talk.rejected
-    scores = {"score_chosen": 8.0, "score_rejected": 5.5}
-    return {"prompt": _said(talk.prompt), "prompt_id": "7f", "chosen": chosen, "rejected": rejected,
-            "messages": chosen, **scores}  # fmt: skip
+    return {"prompt": _last(talk.prompt), "prompt_id": "7f", "chosen": chosen, "rejected": rejected,
+            "messages": chosen, "score_chosen": 8.0, "score_rejected": 5.5}  # fmt: skip
 
 
 def _alpaca(talk: Talk) -> Row:
     system, *history, question = talk.prompt
-    instruction, asked = question["content"].split("\n")
+    instruction, text = question["content"].split("\n")
     pairs = [[ask["content"], answer["content"]] for ask, answer in zip(history[::2], history[1::2])]
-    return {"instruction": instruction, "input": asked, "system": system["content"], "history": pairs}
+    return {"instruction": instruction, "input": text, "system": system["content"], "history": pairs}
 
 
 def _sharegpt(messages: list[Message]) -> list[Row]:
@@ -181,8 +178,8 @@ SHAPES = {
     "UltraFeedback": Shape(_short, "parquet", _ultrafeedback),
     "LLaMA-Factory, alpaca": Shape(
         _long, "json",
-        lambda t: _alpaca(t) | {"chosen": _said(t.chosen), "rejected": _said(t.rejected)},
-        lambda t, side, good: _alpaca(t) | {"output": _said(side), "kto_tag": good},
+        lambda t: _alpaca(t) | {"chosen": _last(t.chosen), "rejected": _last(t.rejected)},
+        lambda t, side, good: _alpaca(t) | {"output": _last(side), "kto_tag": good},
     ),
     "LLaMA-Factory, ShareGPT": Shape(
         _short, "json",
@@ -191,12 +188,12 @@ SHAPES = {
         lambda t, side, good: {"conversations": _sharegpt(t.prompt + side), "kto_tag": good},
     ),
     "hh-rlhf": Shape(
-        _turns, "jsonl",
-        lambda t: {"chosen": _transcript(t.prompt + t.chosen[:1]), "rejected": _transcript(t.prompt + t.rejected[:1])},
+        _one_turn, "jsonl",
+        lambda t: {"chosen": _transcript(t.prompt + t.chosen), "rejected": _transcript(t.prompt + t.rejected)},
     ),
     "ms-swift": Shape(
         _long, "jsonl",
-        lambda t: {"messages": t.prompt + t.chosen, "rejected_response": _said(t.rejected)},
+        lambda t: {"messages": t.prompt + t.chosen, "rejected_response": _last(t.rejected)},
         lambda t, side, good: {"messages": t.prompt + side, "label": good},
     ),
     "OpenAI tools": Shape(
@@ -217,13 +214,6 @@ SHAPES = {
         lambda t, side, good: {"prompt": _parts(t.prompt), "completion": _parts(side), "label": good},
     ),
 }  # fmt: skip
-
-
-def talks_of(shape: Shape) -> list[Talk]:
-    made = [shape.talk(*words) for words in WORDS]
-    if shape.pair(made[0]).keys() == {"chosen", "rejected"} and shape.suffix == "jsonl":  # hh-rlhf has one answer
-        return [Talk(talk.prompt, talk.chosen[:1], talk.rejected[:1]) for talk in made]
-    return made
 
 
 # --- Configs ---------------------------------------------------------------------------------------------------------
@@ -255,25 +245,9 @@ GEMMA3: Row = {
 }  # fmt: skip
 
 
-def _chatml() -> Any:
-    return trained_chatml()
-
-
 def _base() -> Any:
     """Make the tokenizer of a base model, without a template; its end of text ends no turn."""
     return toy_tokenizer(eos="<|endoftext|>", special=["<|im_start|>", "<|im_end|>"])
-
-
-def _gemma() -> Any:
-    tokenizer = trained_gemma()
-    tokenizer.chat_template = GEMMA3_TEMPLATE
-    return tokenizer
-
-
-def _effort() -> Any:
-    tokenizer = trained_chatml()
-    tokenizer.chat_template = EFFORT_TEMPLATE
-    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -285,7 +259,7 @@ class Setting:
     sizes: Row
     overrides: Sequence[str] = ()
     adapters: bool = True
-    tokenizer: Callable[[], Any] = _chatml
+    tokenizer: Callable[[], Any] = trained_chatml
     template: str = QWEN3  # writes the rows
     keywords: Row = field(default_factory=dict)  # of the template
     layout: str = "tree"
@@ -313,11 +287,11 @@ CONFIGS = {
         "simpo", "qwen3_moe", SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     ),
     "cpo, rsLoRA, Gemma 3 with vision": Setting(
-        "cpo", "gemma3", GEMMA3, ("lora.rslora=true",), tokenizer=_gemma, template=GEMMA3_TEMPLATE, tools=False
+        "cpo", "gemma3", GEMMA3, ("lora.rslora=true",), tokenizer=trained_gemma, template=GEMMA3_TEMPLATE, tools=False
     ),
     "dpo, nf4": Setting("dpo", "llama", SIZES, ("model.quantization=nf4",), nf4=True),
     "dpo, Falcon-H1, keywords": Setting(
-        "dpo", "falcon_h1", SIZES | MAMBA, ('tokens.chat_template_kwargs={effort="low"}',), tokenizer=_effort,
+        "dpo", "falcon_h1", SIZES | MAMBA, ('tokens.chat_template_kwargs={effort="low"}',),
         template=EFFORT_TEMPLATE, keywords={"effort": "low"}, layout="padded",
     ),
     "kto, whole, gpt2, padded": Setting(
@@ -335,13 +309,14 @@ CASES = [
 ]
 
 
-def model_folder(setting: Setting, folder: Path) -> Path:
+def save_untrained(setting: Setting, folder: Path) -> Path:
     torch.manual_seed(0)
     tokenizer = setting.tokenizer()
-    sizes = dict(setting.sizes)
-    if setting.model_type != "gemma3":
-        sizes["eos_token_id"] = tokenizer.eos_token_id
-    model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[setting.model_type](**sizes), dtype=torch.float32)
+    if tokenizer.chat_template:
+        tokenizer.chat_template = setting.template
+    ends = {} if setting.model_type == "gemma3" else {"eos_token_id": tokenizer.eos_token_id}
+    config = CONFIG_MAPPING[setting.model_type](**setting.sizes | ends)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(str(folder))
     return folder
@@ -399,14 +374,8 @@ def with_adapter(model: Path, adapter: Path, setting: Setting) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = model_folder(CONFIGS[name], tmp_path_factory.mktemp("model"))
-        return made[name]
-
-    return folder
+    """Return a function from a config's name to the folder of its untrained model, which is made only once."""
+    return cache(lambda name: save_untrained(CONFIGS[name], tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(autouse=True)
@@ -421,7 +390,7 @@ def test_from_a_file_to_a_model_that_transformers_loads(
 ):
     """The trained model's numbers are those that transformers alone computes from the conversations."""
     setting, form, model = CONFIGS[config], SHAPES[shape], models(config)
-    talks, single = talks_of(form), setting.loss == "kto"
+    talks, single = [form.talk(*words) for words in WORDS], setting.loss == "kto"
     data, heldout = tmp_path / f"rows.{form.suffix}", tmp_path / f"heldout.{form.suffix}"
     form.write(talks, data, single=single)
     form.write(talks[:5], heldout, single=single)
@@ -440,9 +409,7 @@ def test_from_a_file_to_a_model_that_transformers_loads(
     trained = succeed("train", "cfg.toml", *overrides, "output.dir=run").out
     assert f"layout {setting.layout}" in trained
     assert "NOT" not in trained
-    own = {name.removeprefix("eval/"): v for name, v in last_evaluation(tmp_path / "run").items()}
-    again = succeed("eval", "run", "--json").json
-    assert own
+    own, again = last_evaluation(tmp_path / "run"), succeed("eval", "run", "--json").json
     assert {name: again[name] for name in own} == pytest.approx(own, rel=1e-5, abs=1e-5)
     succeed("report", "run")
     result = Path("run/final")
@@ -470,10 +437,10 @@ def test_from_a_file_to_a_model_that_transformers_loads(
     if setting.adapters:
         expected = with_adapter(model, Path("run/final"), setting)
         assert (logits(whole) - expected).norm() < rounding * expected.norm()
-    judged = succeed("eval", "run", "--data", heldout, "--json").json
+    evaluated = succeed("eval", "run", "--data", heldout, "--json").json
     for side in ("chosen", "rejected"):
-        told = mean_logps(whole, tokenizer, talks[:5], side, setting.keywords)
-        assert judged[f"logps/{side}"] == pytest.approx(told, rel=rounding)
+        expected = mean_logps(whole, tokenizer, talks[:5], side, setting.keywords)
+        assert evaluated[f"logps/{side}"] == pytest.approx(expected, rel=rounding)
 
 
 def refused(overrides: list[str]) -> None:
@@ -484,12 +451,6 @@ def refused(overrides: list[str]) -> None:
         assert "tool" in ran.err
         assert "Traceback" not in ran.err
     assert not Path("run").exists()
-
-
-def last_evaluation(run: Path) -> Row:
-    return {
-        k: v for k, v in [row for row in metrics_of(run) if "eval/loss" in row][-1].items() if k.startswith("eval/")
-    }
 
 
 def without_lora(text: str) -> str:

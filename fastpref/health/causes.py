@@ -3,19 +3,7 @@
 import numpy as np
 
 from fastpref.health.bands import first_loss, per_token
-from fastpref.health.rule import (
-    Known,
-    Verdict,
-    change_of,
-    enough,
-    heldout_error,
-    known_start,
-    nats_moved,
-    now,
-    percent,
-    rule,
-    smaller,
-)
+from fastpref.health.rule import Known, Verdict, change_of, nats_moved, percent, rule
 from fastpref.run.history import HELDOUT, History
 
 
@@ -52,11 +40,11 @@ def _learning_rate_high(h: History, known: Known) -> Verdict | None:
         return None
     rate = "" if known.learning_rate is None else f", {known.learning_rate:g},"
     return Verdict(
-        "alarm",
         f"{', and '.join(observed)}. The learning rate{rate} is much too high.",
-        f"Start again with {smaller(known)}.",
+        f"Start again with {known.smaller_rate(10)}.",
         steps,
         evidence,
+        "alarm",
     )
 
 
@@ -68,20 +56,20 @@ def _learning_rate_high(h: History, known: Known) -> Verdict | None:
 def _swapped(h: History, known: Known) -> Verdict | None:
     """Find training that teaches the opposite of what the held-out rows prefer."""
     name = "rewards/accuracies"
-    heldout = h.heldout_change(name, known_start(known, name))
+    heldout = h.heldout_change(name, known.start(name))
     training = change_of(h, known, name, heldout=False)
     if heldout is None or training is None:
         return None
-    contrary = heldout.end < 0.5 - 3 * heldout_error(known) and heldout.by < -0.1
+    contrary = heldout.end < 0.5 - 3 * known.heldout_error and heldout.by < -0.1
     if not contrary or training.end < 0.5 + max(0.05, 3 * training.error):
         return None
     return Verdict(
-        "alarm",
         f"accuracy is {percent(training.end)} on training rows, but falls from {percent(heldout.start)} to "
         f"{percent(heldout.end)} on held-out rows. Chosen and rejected are swapped in one of the two.",
         "Compare both with `fastpref preview`, and check the columns that [[data]] and [[eval.data]] name.",
         training.steps,
         {"training accuracy": training.end, "held-out accuracy": heldout.end},
+        "alarm",
     )
 
 
@@ -97,11 +85,11 @@ def _labels_shuffled(h: History, known: Known) -> Verdict | None:
     moved = nats_moved(h, known)
     if len(heldout) < 2 or training is None or moved is None:
         return None
-    if moved < 0.02 * enough(known) or abs(float(heldout.values[0]) - 0.5) > 0.15:
+    if moved < 0.02 * known.enough or abs(float(heldout.values[0]) - 0.5) > 0.15:
         return None
     if known.heldout is not None and known.heldout < 20:  # too few rows to exclude chance
         return None
-    end, width = float(heldout.values[-1]), max(0.05, 1.5 * heldout_error(known))
+    end, width = float(heldout.values[-1]), max(0.05, 1.5 * known.heldout_error)
     at_chance = bool(np.all(np.abs(heldout.values[1:] - 0.5) < width))
     memorised = training.end > max(end, 0.5) + 0.1
     if not at_chance or not (memorised or training.end < 0.53):
@@ -114,11 +102,11 @@ def _labels_shuffled(h: History, known: Known) -> Verdict | None:
         f"{percent(end)} on held-out rows"
     )
     return Verdict(
-        "alarm",
         f"{observed}. The labels are no better than random ones.",
         "Read some rows with `fastpref preview`: would you choose as they do?",
         training.steps,
         {"training accuracy": training.end, "held-out accuracy": end, "nats": moved},
+        "alarm",
     )
 
 
@@ -127,15 +115,14 @@ def _nothing_learnt(h: History, known: Known) -> Verdict | None:
     loss, moved, accuracy = change_of(h, known, "loss"), nats_moved(h, known), h.change("rewards/accuracies")
     if loss is None or moved is None or accuracy is None:
         return None
-    if moved > 0.5 * enough(known) or abs(loss.by) > 0.01 * abs(loss.start):
+    if moved > 0.5 * known.enough or abs(loss.by) > 0.01 * abs(loss.start):
         return None
-    if moved > 0.02 * enough(known) and accuracy.end < 0.55:  # the policy moves, so the rate is not the cause
+    if moved > 0.02 * known.enough and accuracy.end < 0.55:  # the policy moves, so the rate is not the cause
         return None
     return Verdict(
-        "warning",
         f"the log-probabilities change by {moved:.2g} nats a {'token' if per_token(known.loss) else 'completion'}, and "
         f"the loss from {loss.start:.4g} to {loss.end:.4g}. The model learns almost nothing.",
-        f"Raise the learning rate{now(known)} three to ten times, or train longer.",
+        f"Raise {known.rate} three to ten times, or train longer.",
         loss.steps,
         {"nats": moved, "loss at first": loss.start, "loss at the end": loss.end},
     )
@@ -154,7 +141,6 @@ def _already_preferred(h: History, known: Known) -> Verdict | None:
     if ranking.mean < 0.95 or count < 20:
         return None
     return Verdict(
-        "warning",
         f"before training, the chosen completion is likelier than the rejected one in {percent(ranking.mean)} of the "
         "pairs. They are swapped, or the model was trained on them before.",
         "Check the pairs with `fastpref preview`; there may be little left to learn from them.",

@@ -7,20 +7,7 @@ import numpy as np
 
 from fastpref.config.losses import KTO, ORPO
 from fastpref.health.bands import EXPLODING, GRADIENTS, first_loss, loss_band, supervised
-from fastpref.health.rule import (
-    Known,
-    Verdict,
-    change_of,
-    count,
-    enough,
-    known_start,
-    nats,
-    nats_moved,
-    now,
-    percent,
-    rule,
-    smaller,
-)
+from fastpref.health.rule import Known, Verdict, change_of, count, nats_moved, percent, rule
 from fastpref.run.history import HELDOUT, History, Series
 
 # --- the loss -------------------------------------------------------------------------------------------------------
@@ -37,7 +24,6 @@ def _first_loss(h: History, known: Known) -> Verdict | None:
     if abs(series.mean - expected) < 0.05 * abs(expected):
         return None
     return Verdict(
-        "warning",
         f"the first loss is {series.mean:.4g}, but that of {known.loss.type.upper()} is {expected:.4g} if policy and "
         "reference are the same model. The reference is not the model that training starts from.",
         "Check reference.mode and model.name.",
@@ -52,11 +38,11 @@ def _loss_rises(h: History, known: Known) -> Verdict | None:
     if loss is None or not loss.rises(0.02 * abs(loss.start)):
         return None
     return Verdict(
-        "alarm",
         f"the training loss rises from {loss.start:.4g} to {loss.end:.4g}. The steps are too large.",
-        f"Use {smaller(known, 3)}.",
+        f"Use {known.smaller_rate(3)}.",
         loss.steps,
         {"loss at first": loss.start, "loss at the end": loss.end},
+        "alarm",
     )
 
 
@@ -70,7 +56,6 @@ def _loss_below_band(h: History, known: Known) -> Verdict | None:
         return None
     beside = f"the held-out loss is {heldout.values[-1]:.3g}" if len(heldout) > 1 else "no rows are held out"
     return Verdict(
-        "warning",
         f"the training loss is {loss.end:.3g}, below {low:.2g}, the least of a healthy run, and {beside}. The model "
         "may have memorised the rows.",
         "Train for fewer epochs, or hold out rows (eval.fraction=0.05) to see whether the model generalises.",
@@ -85,7 +70,6 @@ def _nll_rises(h: History, known: Known) -> Verdict | None:
     if nll is None or not supervised(known.loss) or not nll.rises(0.05 * nll.start):
         return None
     return Verdict(
-        "warning",
         f"nll_loss rises from {nll.start:.3g} to {nll.end:.3g}: the chosen completions become less likely. The "
         "preference term alone drives the training.",
         f"Lower loss.beta or the learning rate{'' if isinstance(known.loss, ORPO) else ', or raise loss.sft_weight'}.",
@@ -106,19 +90,19 @@ def _margins_flat(h: History, known: Known) -> Verdict | None:
         what, name = "log odds of the chosen completions", "log_odds_chosen"
         meaning = "The loss falls only by its supervised term."
         advice = "Raise loss.beta, which weighs the odds ratio, or the learning rate."
-    training, heldout = change_of(h, known, name, heldout=False), h.heldout_change(name, known_start(known, name))
+    training, heldout = change_of(h, known, name, heldout=False), h.heldout_change(name, known.start(name))
     if training is None or training.by > training.error:
         return None
     if heldout is not None and heldout.by > 0:
         return None
     falls = training.by < -3 * training.error and training.end < 0
     return Verdict(
-        "alarm" if falls else "warning",
         f"the {what} {'falls' if falls else 'does not rise'}: {training.start:.3g} at first, {training.end:.3g} at the "
         f"end ({name}). {meaning}",
         advice,
         training.steps,
         {"at first": training.start, "at the end": training.end},
+        "alarm" if falls else "warning",
     )
 
 
@@ -130,10 +114,9 @@ def _accuracy_at_chance(h: History, known: Known) -> Verdict | None:
     if training.end > 0.53 or (len(heldout) and heldout.values[-1] > 0.55):
         return None
     return Verdict(
-        "warning",
         f"training accuracy is {percent(training.end)}, no better than chance; 60 to 80% is usual. The model does not "
         "learn the preference.",
-        f"Check the pairs with `fastpref preview`, raise the learning rate{now(known)}, or train longer.",
+        f"Check the pairs with `fastpref preview`, raise {known.rate}, or train longer.",
         training.steps,
         {"training accuracy": training.end},
     )
@@ -146,10 +129,9 @@ def _rejected_rises(h: History, known: Known) -> Verdict | None:
     chosen, rejected = change_of(h, known, "rewards/chosen"), change_of(h, known, "rewards/rejected")
     if chosen is None or rejected is None:
         return None
-    if not rejected.rises(max(0.5 * chosen.by, known.loss.beta * enough(known))):
+    if not rejected.rises(max(0.5 * chosen.by, known.loss.beta * known.enough)):
         return None
     return Verdict(
-        "warning",
         f"rejected completions become likelier (rewards/rejected {rejected.by:+.3g}, rewards/chosen {chosen.by:+.3g}). "
         "The model learns what both sides have in common, such as their form or length.",
         "Lower the learning rate or raise loss.beta, and compare chosen with rejected in `fastpref preview`.",
@@ -165,17 +147,16 @@ def _both_fall(h: History, known: Known) -> Verdict | None:
     if chosen is None or rejected is None:
         return None
     margin = chosen.by - rejected.by
-    if not chosen.falls(max(0.5 * margin, known.loss.beta * enough(known))) or not rejected.falls():
+    if not chosen.falls(max(0.5 * margin, known.loss.beta * known.enough)) or not rejected.falls():
         return None
     sft = {
         "dpo": 'set loss.variants=["sigmoid", "sft"]', "simpo": "set loss.sft_weight=0.1",
         "cpo": "raise loss.sft_weight",
     }.get(known.loss.type, "raise loss.beta")  # fmt: skip
     return Verdict(
-        "warning",
-        f"both sides become less likely: the chosen completions lose {-nats(known, chosen.by):.3g} nats, the rejected "
-        f"ones {-nats(known, rejected.by):.3g}. Text that is in neither becomes likelier.",
-        f"Use {smaller(known, 3)}, or {sft}.",
+        f"both sides become less likely: the chosen completions lose {-known.nats(chosen.by):.3g} nats, the rejected "
+        f"ones {-known.nats(rejected.by):.3g}. Text that is in neither becomes likelier.",
+        f"Use {known.smaller_rate(3)}, or {sft}.",
         chosen.steps,
         {"rewards/chosen by": chosen.by, "rewards/rejected by": rejected.by},
     )
@@ -196,7 +177,6 @@ def _accuracy_pinned(h: History, known: Known) -> Verdict | None:
     if first is None or first > 0.1 * total:
         return None
     return Verdict(
-        "warning",
         f"accuracy is 100% from step {first} on, in the first tenth of the run, and the loss falls to {early.mean:.2g} "
         "before a third of it. Chosen and rejected differ by something trivial.",
         "Compare them in `fastpref preview`: look for the same ending, an empty or a cut completion, or a template on "
@@ -223,7 +203,6 @@ def _length_bias(h: History, known: Known) -> Verdict | None:
         "kto": "balance the lengths of good and bad rows",
     }.get(known.loss.type, "balance the lengths of chosen and rejected")
     return Verdict(
-        "warning",
         f"the correlation of rewards with length rises from {change.start:.2f} to {change.end:.2f}. The model may "
         "learn to write more instead of better.",
         f"Compare the lengths of both sides in `fastpref preview`; {remedy}.",
@@ -239,13 +218,12 @@ def _kl_stuck(h: History, known: Known) -> Verdict | None:
         return None
     kl = h["kl"].beyond(h.step / 5)
     moved = nats_moved(h, known)
-    if len(kl) < 10 or moved is None or moved < enough(known):
+    if len(kl) < 10 or moved is None or moved < known.enough:
         return None
     zero = float((kl.values <= 0).mean())
     if zero < 0.95:
         return None
     return Verdict(
-        "warning",
         f"KTO's KL is zero in {percent(zero)} of the steps. Good and bad rows are compared with 0 instead of the "
         "policy's own drift.",
         'Use a larger train.batch or a lower learning rate; loss.kl="none" trains like this, and faster.',
@@ -264,12 +242,12 @@ def _gradient_explodes(h: History, known: Known) -> Verdict | None:
     if len(high) < max(3, 0.05 * len(norms)):
         return None
     return Verdict(
-        "alarm",
         f"the gradient norm is above {EXPLODING:g} in {count(high)}, and {norms.values.max():.3g} at the highest. The "
         "gradients explode.",
-        f"Use {smaller(known, 3)}, and examine the rows of those steps.",
+        f"Use {known.smaller_rate(3)}, and examine the rows of those steps.",
         (int(high[0]), int(high[-1])),
         {"steps": len(high), "highest": float(norms.values.max())},
+        "alarm",
     )
 
 
@@ -289,7 +267,7 @@ def _gradient_band(h: History, known: Known) -> Verdict | None:
     else:
         message = f"the gradient norm is usually {middle:.2g}, below {low:g}. The model learns almost nothing more."
         advice = "If accuracy is near 100%, train for fewer steps; if not, check the pairs and loss.beta."
-    return Verdict("warning", message, advice, norms.last.span, {"grad_norm": middle})
+    return Verdict(message, advice, norms.last.span, {"grad_norm": middle})
 
 
 @rule("gradient_spikes")
@@ -305,7 +283,6 @@ def _gradient_spikes(h: History, known: Known) -> Verdict | None:
         return None
     steps, worst = norms.steps[spikes], spikes[np.argmax(norms.values[spikes])]
     return Verdict(
-        "warning",
         f"the gradient norm jumps in {count(steps)} of {len(norms)} ({_first_five(steps)}), up to "
         f"{norms.values[worst]:.3g} where {usual[worst]:.2g} is usual. These steps may have broken or very long rows.",
         "Examine their rows; a lower train.max_grad_norm makes such steps smaller.",
@@ -320,7 +297,6 @@ def _not_finite(h: History, known: Known) -> Verdict | None:
     if not steps:
         return None
     return Verdict(
-        "warning",
         f"the loss or the gradient was not finite in {count(steps)} ({_first_five(steps)}). These steps changed "
         "nothing.",
         "Examine the rows that were named then. If the weights are float16, use bfloat16 or float32 (model.dtype).",

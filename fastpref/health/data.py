@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from fastpref.data.balance import unbalanced
-from fastpref.health.rule import Known, Verdict, heldout_error, percent, rule
+from fastpref.health.rule import Known, Verdict, percent, rule
 from fastpref.run.history import HELDOUT, History
 
 
@@ -15,7 +15,6 @@ def _truncation(h: History, known: Known) -> Verdict | None:
     if share <= 0.05:
         return None
     return Verdict(
-        "warning",
         f"{percent(share)} of the training rows were cut ({known.cut:,} of {known.rows:,}). The model does not see "
         "them whole.",
         'Raise tokens.max_length or tokens.max_prompt_length, or leave out such rows with tokens.overlong="drop".',
@@ -33,7 +32,7 @@ def _labels_unbalanced(h: History, known: Known) -> Verdict | None:
         return None
     message, advice = fault
     severity = "warning" if good and bad else "alarm"
-    return Verdict(severity, f"{message}.", advice, (0, h.step), {"good": good, "bad": bad})
+    return Verdict(f"{message}.", advice, (0, h.step), {"good": good, "bad": bad}, severity)
 
 
 @rule("heldout_gap", after=0.3)
@@ -53,7 +52,6 @@ def _overfit(h: History) -> Verdict | None:
     if end < lowest + max(0.05 * abs(lowest), 0.01) or len(after) < 5 or after.last.mean > before.mean:
         return None
     return Verdict(
-        "warning",
         f"the held-out loss rises from {lowest:.4g} at step {step} to {end:.4g}, but the training loss falls to "
         f"{after.last.mean:.4g}. The model memorises rows, and was best "
         f"{f'after step {step}' if step else 'before training'}.",
@@ -70,10 +68,9 @@ def _accuracy_gap(h: History, known: Known) -> Verdict | None:
     if len(training) < 10 or len(heldout) < 2:
         return None
     gap = training.last.mean - float(heldout.values[-1])
-    if gap < max(0.15, 3 * math.hypot(training.last.error, heldout_error(known))):
+    if gap < max(0.15, 3 * math.hypot(training.last.error, known.heldout_error)):
         return None
     return Verdict(
-        "warning",
         f"accuracy is {percent(training.last.mean)} on training rows, but {percent(float(heldout.values[-1]))} on "
         "held-out rows. What the model learns does not generalise.",
         "Train for fewer epochs or on more rows, and check that the held-out rows are of the same kind.",

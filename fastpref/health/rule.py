@@ -29,6 +29,37 @@ class Known:
     heldout: int | None = None  # held-out examples
     labels: tuple[int, int] | None = None  # good and bad training rows of KTO
 
+    def start(self, metric: str) -> float | None:
+        """Return the first value of a metric if policy and reference begin as the same model, or None."""
+        if not self.loss.uses_reference:
+            return None
+        starts = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}
+        return first_loss(self.loss) if metric == "loss" else starts.get(metric)
+
+    def nats(self, reward: float) -> float:
+        """Convert a reward to a log-probability, of a whole completion or, if the loss averages, of a token."""
+        return reward / self.loss.beta if self.loss.beta else 0.0
+
+    @property
+    def enough(self) -> float:
+        """The smallest change of a log-probability that matters, in nats."""
+        return 0.05 if per_token(self.loss) else 1.0
+
+    @property
+    def heldout_error(self) -> float:
+        """The standard error of a held-out accuracy near one half."""
+        return 0.5 / math.sqrt(self.heldout or 30)
+
+    def smaller_rate(self, factor: int) -> str:
+        """Return the override that divides the learning rate, or words if the rate is unknown."""
+        rate = self.learning_rate
+        return f"train.learning_rate={rate / factor:.1g}" if rate else f"a learning rate {factor} times smaller"
+
+    @property
+    def rate(self) -> str:
+        """The learning rate in words and, if it is known, in brackets."""
+        return "the learning rate" + ("" if self.learning_rate is None else f" ({self.learning_rate:g} now)")
+
 
 def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
     """Return the facts that are in the config and the run.json of a run."""
@@ -50,11 +81,11 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
 
 @dataclass(frozen=True)
 class Verdict:
-    severity: Severity  # "alarm": the model is most likely useless; "warning": something should be examined
     message: str  # what was seen, and what it means
     advice: str
     steps: tuple[int, int]  # the first and the last step that it concerns
     evidence: Mapping[str, float]
+    severity: Severity = "warning"  # something should be examined; "alarm": the model is most likely useless
     rule: str = ""  # the name of the rule, which `diagnose` adds
 
     def __str__(self) -> str:
@@ -89,27 +120,9 @@ def rule(name: str, explains: Iterable[str] = (), after: float = 0.0) -> Callabl
 
 def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Trend | None:
     """Return the change from beginning to end, of held-out rows if evaluated twice, or else of training rows."""
-    start = known_start(known, name)
+    start = known.start(name)
     change = h.heldout_change(name, start) if heldout else None
     return change or h.change(name, start)
-
-
-def known_start(known: Known, name: str) -> float | None:
-    """Return the first value of a metric if policy and reference begin as the same model, or None."""
-    if not known.loss.uses_reference:
-        return None
-    starts = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}
-    return first_loss(known.loss) if name == "loss" else starts.get(name)
-
-
-def nats(known: Known, reward: float) -> float:
-    """Convert a reward to a log-probability, of a whole completion or, if the loss averages, of a token."""
-    return reward / known.loss.beta if known.loss.beta else 0.0
-
-
-def enough(known: Known) -> float:
-    """Return the smallest change of a log-probability that matters, in nats."""
-    return 0.05 if per_token(known.loss) else 1.0
 
 
 def nats_moved(h: History, known: Known) -> float | None:
@@ -122,16 +135,11 @@ def nats_moved(h: History, known: Known) -> float | None:
     for name in ("rewards/chosen", "rewards/rejected"):
         change = change_of(h, known, name)
         if change is not None:
-            moved.append(abs(nats(known, change.by)))
+            moved.append(abs(known.nats(change.by)))
         rewards = h[name].last.values
         if known.loss.uses_reference and len(rewards):
-            moved.append(nats(known, float(np.sqrt(np.square(rewards).mean()))))
+            moved.append(known.nats(float(np.sqrt(np.square(rewards).mean()))))
     return max(moved, default=None)
-
-
-def heldout_error(known: Known) -> float:
-    """Return the standard error of an accuracy near one half."""
-    return 0.5 / math.sqrt(known.heldout or 30)
 
 
 def percent(share: float) -> str:
@@ -140,13 +148,3 @@ def percent(share: float) -> str:
 
 def count(steps: Sized) -> str:
     return f"{len(steps)} logged step{'s' * (len(steps) > 1)}"
-
-
-def smaller(known: Known, factor: int = 10) -> str:
-    rate = known.learning_rate
-    return f"train.learning_rate={rate / factor:.1g}" if rate else f"a learning rate {factor} times smaller"
-
-
-def now(known: Known) -> str:
-    """Return the learning rate in brackets, or an empty text if it is unknown."""
-    return "" if known.learning_rate is None else f" ({known.learning_rate:g} now)"

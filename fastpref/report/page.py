@@ -23,19 +23,18 @@ class Chart:
     title: str
     names: tuple[str, ...]  # one metric, or those of the chosen and the rejected completions
     positive: bool = False  # whether the axis may be logarithmic
-    banded: str | None = None  # the metric whose band is shaded
 
 
 CHARTS = (
-    Chart("Loss", ("loss",), banded="loss"),
-    Chart("Accuracy", ("rewards/accuracies",), banded="rewards/accuracies"),
-    Chart("Reward margin", ("rewards/margins",), banded="rewards/margins"),
+    Chart("Loss", ("loss",)),
+    Chart("Accuracy", ("rewards/accuracies",)),
+    Chart("Reward margin", ("rewards/margins",)),
     Chart("Rewards", ("rewards/chosen", "rewards/rejected")),
     Chart("Log-probabilities", ("logps/chosen", "logps/rejected")),
-    Chart("Log odds", ("log_odds_chosen",), banded="log_odds_chosen"),
+    Chart("Log odds", ("log_odds_chosen",)),
     Chart("Supervised loss", ("nll_loss",)),
     Chart("KTO's KL", ("kl",)),
-    Chart("Gradient norm", ("grad_norm",), positive=True, banded="grad_norm"),
+    Chart("Gradient norm", ("grad_norm",), positive=True),
     Chart("Learning rate", ("learning_rate",)),
     Chart("Reward against length", ("rewards/length_correlation",)),
     Chart("Entropy", ("entropy",)),
@@ -100,7 +99,7 @@ def figures(run: Run) -> list[Figure]:
     healthy = bands(run.known.loss, float(losses.values[0]) if len(losses) else None)
     steps = max(run.history.step, 1)
     return [
-        _figure(run, chart, healthy.get(chart.banded or ""), steps)
+        _figure(run, chart, healthy.get(chart.names[0]) if len(chart.names) == 1 else None, steps)
         for chart in CHARTS
         if any(len(run.history[prefix + name]) for name in chart.names for prefix in ("", HELDOUT))
     ]

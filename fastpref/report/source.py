@@ -42,25 +42,20 @@ def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> 
     if (path / METRICS).is_file() and (path / "config.toml").is_file():
         if loss is not None or beta is not None:
             raise UserError(f"{path}: its config.toml names its loss; leave --loss and --beta out")
-        return _own(path)
+        config, facts = load_config(path / "config.toml"), read_facts(path)
+        return Run(
+            name=path.resolve().name,
+            folder=path,
+            history=History(read_rows(path / METRICS)),
+            known=known_of(config, facts),
+            config=(path / "config.toml").read_text(encoding="utf-8"),
+            model=config.model.name,
+            facts=facts,
+        )
     state = _trl_state(path)
     if state is None:
         raise UserError(f"{path}: not a run's folder: it has neither {METRICS} with config.toml nor {TRL_STATE}")
     return _of_trl(state, path if path.is_dir() else path.parent, loss, beta)
-
-
-def _own(path: Path) -> Run:
-    config = load_config(path / "config.toml")
-    facts = read_facts(path)
-    return Run(
-        name=path.resolve().name,
-        folder=path,
-        history=History(read_rows(path / METRICS)),
-        known=known_of(config, facts),
-        config=(path / "config.toml").read_text(encoding="utf-8"),
-        model=config.model.name,
-        facts=facts,
-    )
 
 
 # --- TRL ------------------------------------------------------------------------------------------------------------

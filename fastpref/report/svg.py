@@ -53,7 +53,8 @@ class Axis:
         size = 10 ** math.floor(math.log10(raw))
         step = next(size * nice for nice in (1, 2, 2.5, 5, 10) if size * nice >= raw * 0.999)
         first = math.ceil(self.low / step - 1e-9)
-        return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        multiples = range(first, math.floor(self.high / step + 1e-9) + 1)
+        return [float(f"{k * step:.6g}") for k in multiples]  # without the rounding error of the product
 
 
 def line_chart(
@@ -183,21 +184,12 @@ def _grid(x: Axis, y: Axis) -> str:
     for tick in y.ticks():
         at = y(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(
-            f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{at + 4:.1f}">{number(_clean(tick))}</text>'
-        )
+        parts.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{at + 4:.1f}">{number(tick)}</text>')
     for tick in x.ticks():
         at = x(tick)
         anchor = "end" if at > WIDTH - 24 else "middle"
-        parts.append(
-            f'<text class="tick" text-anchor="{anchor}" x="{at:.1f}" y="{HEIGHT - 8}">{number(_clean(tick))}</text>'
-        )
+        parts.append(f'<text class="tick" text-anchor="{anchor}" x="{at:.1f}" y="{HEIGHT - 8}">{number(tick)}</text>')
     return "".join(parts)
-
-
-def _clean(tick: float) -> float:
-    """Remove the rounding error of a sum of steps."""
-    return float(f"{tick:.6g}")
 
 
 def _path(x: Axis, y: Axis, series: Series, style: str) -> str:

@@ -39,165 +39,92 @@ LINES = {
     "lines.jsonl": '{"prompt": "q", "completion": "yes"}\n{oops\n',
     "broken.jsonl": "{oops\n3\n",
 }
-MISTAKES: dict[str, tuple[list[str], list[str]]] = {
-    "no such config": (["check", "none.toml"], ["none.toml: there is no such file"]),
-    "a folder": (["check", "."], [".: this is a folder; a config is a .toml file"]),
-    "mistakes in the config": (
-        ["check", "bad.toml"],
-        [
-            "bad.toml:8: train.batch: must be greater than or equal to 1, got 0",
-            "bad.toml:9: train.sed: unknown key (did you mean 'seed'?)",
-        ],
+MISTAKES = {  # command: message
+    "check none.toml": "none.toml: there is no such file",
+    "check .": ".: this is a folder; a config is a .toml file",
+    "check bad.toml": (
+        "bad.toml:8: train.batch: must be greater than or equal to 1, got 0\n"
+        "bad.toml:9: train.sed: unknown key (did you mean 'seed'?)"
     ),
-    "a mistake in an override": (
-        ["check", "good.toml", "train.sed=1"],
-        ["override 'train.sed=1': train.sed: unknown key (did you mean 'seed'?)"],
+    "check good.toml train.sed=1": "override 'train.sed=1': train.sed: unknown key (did you mean 'seed'?)",
+    "check good.toml seed": "override 'seed': not of the form key=value, such as 'train.steps=100'",
+    "train none.toml": "none.toml: there is no such file",
+    "train bad.toml train.batch=1": "bad.toml:9: train.sed: unknown key (did you mean 'seed'?)",
+    "train good.toml train.steps=0": "override 'train.steps=0': train.steps: must be greater than or equal to 1, got 0",
+    "train good.toml": "pairs.json: there is no such file",
+    "train good.toml data.0.path=broken.json": (
+        "broken.json:1: not valid JSON at column 13: Expecting value; mend it, or write one row a line (.jsonl)"
     ),
-    "not an override": (
-        ["check", "good.toml", "seed"],
-        ["override 'seed': not of the form key=value, such as 'train.steps=100'"],
+    "train good.toml data.0.path=lines.jsonl": (
+        "lines.jsonl:2: not valid JSON at column 2: Expecting property name enclosed in double quotes"
     ),
-    "train: no such config": (["train", "none.toml"], ["none.toml: there is no such file"]),
-    "train: a mistake in the config": (
-        ["train", "bad.toml", "train.batch=1"],
-        ["bad.toml:9: train.sed: unknown key (did you mean 'seed'?)"],
+    "train good.toml data.0.path=broken.jsonl data.0.on_error=drop": "broken.jsonl: no row can be read; the first: ",
+    "train good.toml data.0.path=pairs.jsonl data.0.format=chatml.intel": (
+        "pairs.jsonl:1: there is no column question; the columns are prompt, chosen, rejected; these columns fit "
     ),
-    "train: a mistake in an override": (
-        ["train", "good.toml", "train.steps=0"],
-        ["override 'train.steps=0': train.steps: must be greater than or equal to 1, got 0"],
+    "train good.toml data.0.path=lines.jsonl data.0.rows=1 loss.type=kto": (
+        "lines.jsonl: the columns prompt, completion are of no format that auto knows"
     ),
-    "train: no such data": (["train", "good.toml"], ["pairs.json: there is no such file"]),
-    "train: broken data": (
-        ["train", "good.toml", "data.0.path=broken.json"],
-        ["broken.json:1: not valid JSON at column 13: Expecting value; mend it, or write one row a line (.jsonl)"],
+    "train good.toml data.0.path=pairs.jsonl data.0.format=no_such_module:read": (
+        "format 'no_such_module:read': no_such_module cannot be imported: ModuleNotFoundError"
     ),
-    "train: a broken line": (
-        ["train", "good.toml", "data.0.path=lines.jsonl"],
-        ["lines.jsonl:2: not valid JSON at column 2: Expecting property name enclosed in double quotes"],
+    "check good.toml data.0.format=chatml.intl": (
+        "override 'data.0.format=chatml.intl': data[0].format: there is no format 'chatml.intl' (did you mean 'chat"
     ),
-    "train: nothing but broken lines": (
-        ["train", "good.toml", "data.0.path=broken.jsonl", "data.0.on_error=drop"],
-        ["broken.jsonl: no row can be read; the first: "],
+    "train good.toml data.0.path=rows.json": "rows.json: the columns a are of no format that auto knows",
+    "train good.toml --resume none/step-3 train.steps=3": "--resume none/step-3: there is no such folder",
+    "train good.toml --resume train.steps=3": "--resume: there is no run in runs/good-dpo; name a checkpoint",
+    "train good.toml a --resume b": "--resume takes one checkpoint, not 2: a, b",
+    "train good.toml a/step-3": "override 'a/step-3': not of the form key=value, such as 'train.steps=100'",
+    "preview none.toml": "none.toml: there is no such file",
+    "preview bad.toml --rows 3 train.batch=1": "bad.toml:9: train.sed: unknown key (did you mean 'seed'?)",
+    "preview good.toml": "pairs.json: there is no such file",
+    "preview good.toml --no-cache data.0.path=lines.jsonl": (
+        "lines.jsonl:2: not valid JSON at column 2: Expecting property name enclosed in double quotes"
     ),
-    "train: not the columns of the format": (
-        ["train", "good.toml", "data.0.path=pairs.jsonl", "data.0.format=chatml.intel"],
-        ["pairs.jsonl:1: there is no column question; the columns are prompt, chosen, rejected; these columns fit "],
-    ),
-    "train: no label": (
-        ["train", "good.toml", "data.0.path=lines.jsonl", "data.0.rows=1", "loss.type=kto"],
-        ["lines.jsonl: the columns prompt, completion are of no format that auto knows"],
-    ),
-    "train: no such function": (
-        ["train", "good.toml", "data.0.path=pairs.jsonl", "data.0.format=no_such_module:read"],
-        ["format 'no_such_module:read': no_such_module cannot be imported: ModuleNotFoundError"],
-    ),
-    "check: no such format": (
-        ["check", "good.toml", "data.0.format=chatml.intl"],
-        ["override 'data.0.format=chatml.intl': data[0].format: there is no format 'chatml.intl' (did you mean 'chat"],
-    ),
-    "train: data of another kind": (
-        ["train", "good.toml", "data.0.path=rows.json"],
-        ["rows.json: the columns a are of no format that auto knows"],
-    ),
-    "train: no such checkpoint": (
-        ["train", "good.toml", "--resume", "none/step-3", "train.steps=3"],
-        ["--resume none/step-3: there is no such folder"],
-    ),
-    "train: no run to resume": (
-        ["train", "good.toml", "--resume", "train.steps=3"],
-        ["--resume: there is no run in runs/good-dpo; name a checkpoint"],
-    ),
-    "train: two checkpoints": (
-        ["train", "good.toml", "a", "--resume", "b"],
-        ["--resume takes one checkpoint, not 2: a, b"],
-    ),
-    "train: a word without --resume": (
-        ["train", "good.toml", "a/step-3"],
-        ["override 'a/step-3': not of the form key=value, such as 'train.steps=100'"],
-    ),
-    "preview: no such config": (["preview", "none.toml"], ["none.toml: there is no such file"]),
-    "preview: a mistake in the config": (
-        ["preview", "bad.toml", "--rows", "3", "train.batch=1"],
-        ["bad.toml:9: train.sed: unknown key (did you mean 'seed'?)"],
-    ),
-    "preview: no such data": (["preview", "good.toml"], ["pairs.json: there is no such file"]),
-    "preview: a broken line": (
-        ["preview", "good.toml", "--no-cache", "data.0.path=lines.jsonl"],
-        ["lines.jsonl:2: not valid JSON at column 2: Expecting property name enclosed in double quotes"],
-    ),
-    "preview: no such model": (
-        ["preview", "good.toml", "model.name=./none"],
-        ["model.name = './none': no tokenizer there"],
-    ),
-    "report: no such run": (["report", "none"], ["none: there is no such folder"]),
-    "report: not a run": (
-        ["report", "."],
-        [".: not a run's folder: it has neither metrics.jsonl with config.toml"],
-    ),
-    "train: no such model": (
-        ["train", "good.toml", "model.name=./none"],
-        ["model.name = './none': no tokenizer there"],
-    ),
+    "preview good.toml model.name=./none": "model.name = './none': no tokenizer there",
+    "report none": "none: there is no such folder",
+    "report .": ".: not a run's folder: it has neither metrics.jsonl with config.toml",
+    "train good.toml model.name=./none": "model.name = './none': no tokenizer there",
 }
 
 
-@pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_users_mistake_is_one_message_and_status_2(run: Any, arguments: list[str], said: list[str]):
+@pytest.mark.parametrize(("command", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_a_users_mistake_is_one_message_and_status_2(run: Any, command: str, message: str):
     """Only the message is printed, on stderr without a traceback, and no file is written."""
     texts = {"good": GOOD, "bad": BAD, "broken.json": '[{"prompt": ', "rows.json": '[{"a": 1}]'} | LINES
-    ran = run(*arguments, **texts)
-    assert ran.status == 2
-    assert ran.out == ""
-    lines = ran.err.splitlines()
-    assert lines[0].startswith("fastpref: ")
-    lines[0] = lines[0].removeprefix("fastpref: ")
-    assert len(lines) == len(said)
-    for line, what in zip(lines, said):
-        assert line.startswith(what) or f"/{what}" in line  # data in the config's folder are named in full
+    result = run(*command.split(), **texts)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("fastpref: ")
+    for line, expected in zip(result.err.removeprefix("fastpref: ").splitlines(), message.splitlines(), strict=True):
+        assert line.startswith(expected) or f"/{expected}" in line  # data in the config's folder are named in full
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["check"],
-        ["train"],
-        ["preview"],
-        ["preview", "good.toml", "--rows", "0"],
-        ["tarin"],
-        ["check", "--fast"],
-        ["schema", "x"],
-    ],
-    ids=" ".join,
+    "command", ["check", "train", "preview", "preview good.toml --rows 0", "tarin", "check --fast", "schema x"]
 )
-def test_a_command_that_is_not_understood(run: Any, arguments: list[str]):
+def test_a_command_that_is_not_understood(run: Any, command: str):
     """Wrong commands and options give status 2 and the usage."""
-    ran = run(*arguments)
-    assert ran.status == 2
-    assert "Usage:" in ran.err
-    assert "Traceback" not in ran.err
+    result = run(*command.split())
+    assert result.status == 2
+    assert "Usage:" in result.err
+    assert "Traceback" not in result.err
 
 
 def test_check_says_what_would_be_trained(run: Any):
     """A valid config gives one line on stdout and status 0, and overrides apply."""
-    ran = run("check", "good.toml", "model.name=m", good=GOOD)
-    assert ran == CommandResult(0, "good.toml: no mistakes. DPO on m, training LoRA adapters of rank 4.\n", "")
-    ran = run("check", "whole.toml", "loss.type=kto", whole='[model]\nname = "m"\n[[data]]\npath = "d"\n')
-    assert ran == CommandResult(0, "whole.toml: no mistakes. KTO on m, training the whole model.\n", "")
+    result = run("check", "good.toml", "model.name=m", good=GOOD)
+    assert result == CommandResult(0, "good.toml: no mistakes. DPO on m, training LoRA adapters of rank 4.\n", "")
+    result = run("check", "whole.toml", "loss.type=kto", whole='[model]\nname = "m"\n[[data]]\npath = "d"\n')
+    assert result == CommandResult(0, "whole.toml: no mistakes. KTO on m, training the whole model.\n", "")
 
 
 def test_preview_needs_no_model(run: Any):
     """If the model's folder has only a tokenizer, preview still works."""
-    ran = run(
-        "preview",
-        "good.toml",
-        "data.0.path=pairs.jsonl",
-        "--no-cache",
-        good=GOOD,
-        **{"pairs.jsonl": LINES["pairs.jsonl"]},
-    )
-    assert (ran.status, ran.err) == (0, "")
-    assert "row 0: pairs.jsonl:1" in ran.out
-    assert "a step of 1 pairs" in ran.out
+    result = run("preview", "good.toml", "data.0.path=pairs.jsonl", "--no-cache", good=GOOD, **LINES)
+    assert (result.status, result.err) == (0, "")
+    assert "row 0: pairs.jsonl:1" in result.out
+    assert "a step of 1 pairs" in result.out
 
 
 def described(schema: Any, place: str = "") -> Iterator[tuple[str, str]]:
@@ -210,9 +137,9 @@ def described(schema: Any, place: str = "") -> Iterator[tuple[str, str]]:
 
 def test_the_schema_describes_every_key(run: Any):
     """`fastpref schema` is JSON, and every key of every table and loss has a description."""
-    ran = run("schema")
-    assert ran.status == 0
-    keys = dict(described(json.loads(ran.out)))
+    result = run("schema")
+    assert result.status == 0
+    keys = dict(described(json.loads(result.out)))
     assert {".model", ".data", "TrainConfig.batch", "DataConfig.path", "KTO.desirable_weight"} <= set(keys)
     assert [key for key, words in keys.items() if not words] == []
 
@@ -229,33 +156,26 @@ print("imported", *(name for name in {HEAVY} if name in sys.modules))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status"),
-    [
-        (["--help"], 0),
-        (["train", "--help"], 0),
-        (["check", "good.toml"], 0),
-        (["train", "bad.toml"], 2),
-        (["preview", "bad.toml"], 2),
-        (["schema"], 0),
-        (["report", "none"], 2),
-        (["report", "run"], 0),
-        (["init", "--model", "m", "--data", "d", "--output", "-"], 0),
-        (["init", "--from-axolotl", "cfg.yml", "--output", "-"], 0),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
-)
-def test_quick_commands_import_nothing_heavy(tmp_path: Path, arguments: list[str], status: int):
+    ("command", "status"),
+    {
+        "--help": 0, "train --help": 0, "check good.toml": 0, "train bad.toml": 2, "preview bad.toml": 2, "schema": 0,
+        "report none": 2, "report run": 0, "init --model m --data d --output -": 0,
+        "init --from-axolotl cfg.yml --output -": 0,
+    }.items(),
+)  # fmt: skip
+def test_quick_commands_import_nothing_heavy(tmp_path: Path, command: str, status: int):
     """Help, checks and refusals import neither torch nor libraries that need it."""
     (tmp_path / "good.toml").write_text(GOOD)
     (tmp_path / "bad.toml").write_text(BAD)
     write_run(tmp_path / "run")
     (tmp_path / "cfg.yml").write_text("{base_model: m, rl: dpo, datasets: [{path: d}]}")
-    ran = subprocess.run([sys.executable, "-c", PROBE, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert ran.stdout.splitlines()[-2:] == [f"status {status}", "imported"], ran.stderr
+    probe = [sys.executable, "-c", PROBE, *command.split()]
+    result = subprocess.run(probe, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-2:] == [f"status {status}", "imported"], result.stderr
 
 
 def test_the_module_runs_as_the_command(tmp_path: Path):
     """`python -m fastpref` is the command, with the same status and message."""
-    ran = run_process("check", "none.toml", folder=tmp_path)
-    assert ran == CommandResult(2, "", "fastpref: none.toml: there is no such file\n")
+    result = run_process("check", "none.toml", folder=tmp_path)
+    assert result == CommandResult(2, "", "fastpref: none.toml: there is no such file\n")
     assert list(tmp_path.iterdir()) == []

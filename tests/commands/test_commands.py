@@ -1,10 +1,8 @@
 """Every command of the README on a run of every loss, with and without adapters, through the real command line.
 
-Once `fastpref eval` failed for SimPO, ORPO and CPO runs, and no test noticed: `tests/commands/test_evaluate.py` and
-`tests/test_readme.py` run the commands on the one run of `finished_run`, which uses DPO, and the tests of each loss
-end with the training. So each command and each loss was tested, but not each command with each loss. These tests are
-the product of both: a run is a row of RUNS, a command is a row of COMMANDS, and a new row of either meets all rows
-of the other. `test_no_command_is_left_out` compares COMMANDS with the README and with the command line itself.
+The tests are the product of runs and commands: a run is a row of RUNS, a command is a row of COMMANDS, and a new row
+of either meets all rows of the other. Once `fastpref eval` failed for SimPO, ORPO and CPO runs, and no test noticed:
+each command and each loss was tested, but not each command with each loss.
 """
 
 import re
@@ -25,7 +23,7 @@ from fastpref.cli import app
 from tests.support.command_line import CommandResult, run_command, succeed
 from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.readme import OURS
-from tests.support.runs import rows
+from tests.support.runs import last_evaluation, rows
 
 SIZES: dict[str, Any] = {"vocab_size": 949, "hidden_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
@@ -81,14 +79,16 @@ class Run:
     trained: CommandResult
 
     @property
+    def path(self) -> Path:
+        return self.folder / "run"
+
+    @property
     def adapters(self) -> bool:
         return any(override.startswith("lora") for override in self.overrides)
 
     @property
     def own(self) -> dict[str, float]:
-        """Return the metrics of the run's last evaluation."""
-        last = [row for row in rows(self.folder / "run") if "eval/loss" in row][-1]
-        return {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
+        return last_evaluation(self.path)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def train(run: Run, _: Path) -> None:
     """Check that the result is saved, each step has finite metrics, and the layout is the one for the model."""
     assert "saved: run/final" in run.trained.out
-    steps = [row for row in rows(run.folder / "run") if "loss" in row]
+    steps = [row for row in rows(run.path) if "loss" in row]
     assert steps
     assert all(abs(row["loss"]) < 1e4 and row["grad_norm"] > 0 for row in steps)
     layout = "padded, because" if "mamba" in run.model else "packed" if "packed" in str(run.overrides) else "tree"
@@ -146,14 +146,12 @@ def train(run: Run, _: Path) -> None:
 
 def resume(run: Run, folder: Path) -> None:
     """Check that a run resumed from its middle has exactly the same metrics."""
-    cut = folder / "run"
-    shutil.copytree(run.folder / "run", cut)
+    cut = shutil.copytree(run.path, folder / "run")
     shutil.rmtree(cut / "final")
     shutil.rmtree(cut / "checkpoints" / "step-4")
-    place = cut / "checkpoints" / "step-2"
-    ran = succeed("train", run.folder / "cfg.toml", "--resume", place, *run.overrides, f"output.dir={cut}")
-    assert "resumed after step 2 of 4" in ran.out
-    assert rows(cut) == rows(run.folder / "run")
+    resume = ["--resume", cut / "checkpoints" / "step-2", f"output.dir={cut}"]
+    assert "resumed after step 2 of 4" in succeed("train", run.folder / "cfg.toml", *resume, *run.overrides).out
+    assert rows(cut) == rows(run.path)
 
 
 def check(run: Run, _: Path) -> None:
@@ -164,7 +162,7 @@ def check(run: Run, _: Path) -> None:
 
 
 def preview(run: Run, _: Path) -> None:
-    """Check that rows have the loss's names for responses, and that the data are counted."""
+    """Check that rows have the loss's names for completions, and that the data are counted."""
     out = succeed("preview", run.folder / "cfg.toml", *run.overrides).out
     assert all(word in out for word in (("good", "bad") if run.loss == "kto" else ("chosen", "rejected")))
     trained = 2 * 13 if run.loss == "kto" else 13
@@ -173,31 +171,31 @@ def preview(run: Run, _: Path) -> None:
 
 def estimate(run: Run, _: Path) -> None:
     """Check that weights, adapters and gradients are counted as in the files, and nf4 weights as half a byte."""
-    told = succeed("estimate", run.folder / "cfg.toml", "--cpu", "--json", *run.overrides).json
-    assert (told["loss"], told["device"]) == (run.loss, "cpu")
+    result = succeed("estimate", run.folder / "cfg.toml", "--cpu", "--json", *run.overrides).json
+    assert (result["loss"], result["device"]) == (run.loss, "cpu")
     model = Path(run.model) / "model.safetensors"
-    weights, adapters = size(model), size(run.folder / "run" / "final" / "adapter_model.safetensors")
+    weights, adapters = size(model), size(run.path / "final" / "adapter_model.safetensors")
     if "nf4" in str(run.overrides):
         embeddings, tables = 2 * 4 * SIZES["vocab_size"] * SIZES["hidden_size"], 2 * 7 * 4 * (16 + 256)  # of 14 layers
         quantised = 0.52 / 4 * (weights - embeddings) + tables
-        assert told["step"]["bytes"]["weights"] == pytest.approx(embeddings + quantised, rel=0.01)
+        assert result["step"]["bytes"]["weights"] == pytest.approx(embeddings + quantised, rel=0.01)
     else:
-        assert told["step"]["bytes"]["weights"] == pytest.approx(weights, rel=1e-3)
-    assert told["step"]["bytes"]["adapters"] == adapters
-    assert told["step"]["bytes"]["gradients"] == (adapters or weights)
+        assert result["step"]["bytes"]["weights"] == pytest.approx(weights, rel=1e-3)
+    assert result["step"]["bytes"]["adapters"] == adapters
+    assert result["step"]["bytes"]["gradients"] == (adapters or weights)
 
 
 def estimate_card(run: Run, _: Path) -> None:
     """Check that this small model fits every GPU, none of which has to exist."""
-    told = succeed("estimate", run.folder / "cfg.toml", "--card", "12", "--json", *run.overrides).json
-    assert all(card["fits"] for card in told["cards"])
-    assert (told["device"], told["card"]) == ("cuda", 12)
+    result = succeed("estimate", run.folder / "cfg.toml", "--card", "12", "--json", *run.overrides).json
+    assert all(gpu["fits"] for gpu in result["cards"])
+    assert (result["device"], result["card"]) == ("cuda", 12)
 
 
 def evaluate(run: Run, _: Path) -> None:
     """Check that eval gives the run's own last evaluation and the KL, and a table for a person."""
-    same_as_own(run, succeed("eval", run.folder / "run", "--json").json)
-    out = succeed("eval", run.folder / "run").out
+    same_as_own(run, metrics_of(run.path))
+    out = succeed("eval", run.path).out
     assert f"{heldout(run)} held-out examples" in out
     if "rewards/accuracies" in run.own:
         assert f"{run.own['rewards/accuracies']:.1%}" in out
@@ -205,61 +203,49 @@ def evaluate(run: Run, _: Path) -> None:
     assert "KL to the reference" in out
 
 
-def evaluate_data(run: Run, _: Path) -> None:
-    """Check that the held-out rows in their own file give the same metrics."""
-    same_as_own(run, succeed("eval", run.folder / "run", "--data", run.folder / "heldout.jsonl", "--json").json)
-
-
 def evaluate_reference(run: Run, _: Path) -> None:
     """Check that naming the original model as reference changes nothing, and that a run against itself has no KL."""
-    named = succeed("eval", run.folder / "run", "--reference", run.model, "--json").json
+    named = metrics_of(run.path, "--reference", run.model)
     if "nf4" not in str(run.overrides):  # whose original is the quantised model
         same_as_own(run, named)
-    itself = succeed("eval", run.folder / "run", "--reference", run.folder / "run", "--json").json
+    itself = metrics_of(run.path, "--reference", run.path)
     assert itself["reference/kl"] == pytest.approx(0, abs=1e-6)
     for name in ("logps/chosen", "logps/rejected", "entropy"):  # these do not depend on the reference
         assert itself[name] == pytest.approx(run.own[name], rel=1e-4)
 
 
-def evaluate_checkpoint(run: Run, _: Path) -> None:
-    """Check that the last checkpoint gives the metrics of the result."""
-    same_as_own(run, succeed("eval", run.folder / "run" / "checkpoints" / "step-4", "--json").json)
-
-
 def chat(run: Run, _: Path) -> None:
     """Check that with --compare both models give the answers that each gives alone."""
     options = ["--temperature", "0", "--max-tokens", "4"]
-    said = "What is four plus five?\n"
-    after = succeed("chat", run.folder / "run", *options, given=said).out
-    both = succeed("chat", run.folder / "run", "--compare", *options, given=said).out
+    question = "What is four plus five?\n"
+    after = succeed("chat", run.path, *options, given=question).out
+    both = succeed("chat", run.path, "--compare", *options, given=question).out
     assert both.startswith("before: ")
     before, trained = both.removeprefix("before: ").split("trained: ")
     assert trained.strip() == after.strip()
     if "nf4" not in str(run.overrides):
-        assert before.strip() == succeed("chat", run.model, *options, given=said).out.strip()
+        assert before.strip() == succeed("chat", run.model, *options, given=question).out.strip()
 
 
 def report(run: Run, folder: Path) -> None:
     """Check that the page of the run is written again."""
-    shutil.copytree(run.folder / "run", folder / "run")
-    (folder / "run" / "report.html").unlink()
+    page = shutil.copytree(run.path, folder / "run") / "report.html"
+    page.unlink()
     succeed("report", folder / "run")
-    page = (folder / "run" / "report.html").read_text(encoding="utf-8")
-    assert run.loss.upper() in page
+    assert run.loss.upper() in page.read_text(encoding="utf-8")
 
 
 def merge(run: Run, folder: Path) -> None:
     """Check that the merged model has the run's metrics, or that a run without adapters is refused."""
     if not run.adapters:
-        ran = run_command("merge", run.folder / "run", "--output", folder / "merged")
+        ran = run_command("merge", run.path, "--output", folder / "merged")
         assert (ran.status, "nothing to merge" in ran.err) == (2, True)
         assert not (folder / "merged").exists()
         return
-    succeed("merge", run.folder / "run", "--output", folder / "merged")
-    # A model alone has no run, so the options give the loss, and the batch with which KTO pairs prompts with responses.
+    succeed("merge", run.path, "--output", folder / "merged")
+    # A model alone has no run, so options give the loss, and the batch in which KTO pairs prompts with completions.
     known = [f"loss.type={run.loss}", "train.batch=5"]
-    options = ["--data", run.folder / "heldout.jsonl", "--reference", run.model, *known]
-    merged = succeed("eval", folder / "merged", *options, "--json").json
+    merged = metrics_of(folder / "merged", "--data", run.folder / "heldout.jsonl", "--reference", run.model, *known)
     if "nf4" in str(run.overrides):  # merged onto the 4-bit weights; this reference has the original ones
         assert merged["logps/chosen"] == pytest.approx(run.own["logps/chosen"], rel=1e-3)
     else:
@@ -268,22 +254,26 @@ def merge(run: Run, folder: Path) -> None:
 
 def push(run: Run, _: Path, hub: list[dict[str, Any]]) -> None:
     """Check that the run's result is uploaded."""
-    out = succeed("push", run.folder / "run", "--to", "me/mine").out
+    out = succeed("push", run.path, "--to", "me/mine").out
     assert "is at https://hub/me/mine" in out
-    assert [Path(upload["folder_path"]) for upload in hub] == [run.folder / "run" / "final"]
+    assert [Path(upload["folder_path"]) for upload in hub] == [run.path / "final"]
 
 
-def same_as_own(run: Run, found: dict[str, Any], rel: float = 1e-4) -> None:
+def metrics_of(*arguments: str | Path) -> dict[str, Any]:
+    return succeed("eval", *arguments, "--json").json
+
+
+def same_as_own(run: Run, metrics: dict[str, Any], rel: float = 1e-4) -> None:
     """Check that the metrics are those of the run's last evaluation, with the KL in addition."""
-    assert found["examples"] == heldout(run)
-    assert run.own.keys() <= found.keys()
+    assert metrics["examples"] == heldout(run)
+    assert run.own.keys() <= metrics.keys()
     for name, value in run.own.items():
-        assert found[name] == pytest.approx(value, rel=rel, abs=1e-4), name
-    assert {"rewards/margins", "loss", "entropy", "reference/kl"} <= found.keys()
-    assert ("logps/accuracies" in found) == (run.loss != "kto")
-    assert ("kl" in found) == (run.loss == "kto")
-    assert found.get("kl", 0) >= 0
-    assert found["reference/kl"] > 1e-6  # the policy differs from its reference
+        assert metrics[name] == pytest.approx(value, rel=rel, abs=1e-4), name
+    assert {"rewards/margins", "loss", "entropy", "reference/kl"} <= metrics.keys()
+    assert ("logps/accuracies" in metrics) == (run.loss != "kto")
+    assert ("kl" in metrics) == (run.loss == "kto")
+    assert metrics.get("kl", 0) >= 0
+    assert metrics["reference/kl"] > 1e-6  # the policy differs from its reference
 
 
 def heldout(run: Run) -> int:
@@ -306,9 +296,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "estimate --cpu --json": estimate,
     "estimate --card --json": estimate_card,
     "eval --json": evaluate,
-    "eval --data --json": evaluate_data,
+    "eval --data --json": lambda run, _: same_as_own(run, metrics_of(run.path, "--data", run.folder / "heldout.jsonl")),
     "eval --reference --json": evaluate_reference,
-    "eval checkpoint": evaluate_checkpoint,
+    "eval checkpoint": lambda run, _: same_as_own(run, metrics_of(run.path / "checkpoints" / "step-4")),
     "chat --compare": chat,
     "report": report,
     "merge --output": merge,

@@ -16,7 +16,7 @@ from fastpref.errors import UserError
 from fastpref.run.trained import find_trained, load_trained, trained_tokenizer
 from tests.support.command_line import run_command
 from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL
-from tests.support.runs import rows
+from tests.support.runs import last_evaluation
 from tests.support.tiny import save_model
 
 CPU = torch.device("cpu")
@@ -25,17 +25,14 @@ DATA, MODEL = str(QUICKSTART_HELDOUT), QUICKSTART_MODEL
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(finished_run: Path):
     """Every metric equals that of the last evaluation in metrics.jsonl."""
-    own = [row for row in rows(finished_run) if "eval/loss" in row][-1]
-    found = evaluate(find_trained(str(finished_run)))
-    for name, value in own.items():
-        if name.startswith("eval/"):
-            assert found[name.removeprefix("eval/")] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    own, metrics = last_evaluation(finished_run), evaluate(find_trained(str(finished_run)))
+    assert {name: metrics[name] for name in own} == pytest.approx(own, rel=1e-4, abs=1e-5)
 
 
-def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
-    """KL is the mean over response tokens of Σ p (log p − log q) of the next token, from logits of transformers and
-    PEFT, one response after the other."""
-    found = evaluate(find_trained(str(finished_run)))
+def test_kl_is_the_mean_over_the_completions_tokens(finished_run: Path):
+    """KL is the mean over completion tokens of Σ p (log p − log q) of the next token, from logits of transformers and
+    PEFT, one completion after the other."""
+    metrics = evaluate(find_trained(str(finished_run)))
     trained = find_trained(str(finished_run))
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, finished_run / "final").eval()
@@ -54,22 +51,22 @@ def test_kl_is_the_mean_over_the_responses_tokens(finished_run: Path):
             tokens += len(completion)
             averages.append(float(logp.gather(1, torch.tensor(completion)[:, None]).mean()))
         right += averages[0] > averages[1]
-    assert found["reference/kl"] == pytest.approx(total / tokens, rel=1e-3)
-    assert found["logps/accuracies"] == pytest.approx(right / len(heldout))
-    assert found["examples"] == len(heldout)
+    assert metrics["reference/kl"] == pytest.approx(total / tokens, rel=1e-3)
+    assert metrics["logps/accuracies"] == pytest.approx(right / len(heldout))
+    assert metrics["examples"] == len(heldout)
 
 
 def test_a_model_alone(finished_run: Path):
     """Without a reference there are neither rewards nor KL; with the model itself as reference, the KL is 0."""
-    found = evaluate(find_trained(str(MODEL)), data=DATA)
-    assert {"logps/accuracies", "logps/chosen", "entropy"} <= found.keys()
-    assert not {"reference/kl", "loss", "rewards/accuracies"} & found.keys()
+    metrics = evaluate(find_trained(str(MODEL)), data=DATA)
+    assert {"logps/accuracies", "logps/chosen", "entropy"} <= metrics.keys()
+    assert not {"reference/kl", "loss", "rewards/accuracies"} & metrics.keys()
     same = evaluate(find_trained(str(MODEL)), data=DATA, reference=find_trained(str(MODEL)))
     assert same["reference/kl"] == pytest.approx(0, abs=1e-6)
     assert same["rewards/margins"] == pytest.approx(0, abs=1e-6)
     adapter = evaluate(find_trained(str(finished_run / "final")), data=DATA)
     assert adapter["reference/kl"] > 0
-    assert adapter["logps/chosen"] != pytest.approx(found["logps/chosen"], abs=1e-4)
+    assert adapter["logps/chosen"] != pytest.approx(metrics["logps/chosen"], abs=1e-4)
 
 
 def test_a_reference_of_another_family(finished_run: Path, tmp_path: Path):
@@ -79,10 +76,10 @@ def test_a_reference_of_another_family(finished_run: Path, tmp_path: Path):
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
     own = evaluate(find_trained(str(finished_run)))
-    found = evaluate(find_trained(str(finished_run)), reference=find_trained(str(tmp_path)))
+    metrics = evaluate(find_trained(str(finished_run)), reference=find_trained(str(tmp_path)))
     theirs = evaluate(find_trained(str(tmp_path)), data=DATA)
     rows_alone = evaluate(find_trained(str(finished_run)), data=DATA, reference=find_trained(str(tmp_path)))
-    assert found["logps/chosen"] == pytest.approx(own["logps/chosen"], rel=1e-5)
+    assert metrics["logps/chosen"] == pytest.approx(own["logps/chosen"], rel=1e-5)
     expected = 0.1 * (rows_alone["logps/chosen"] - theirs["logps/chosen"])
     assert rows_alone["rewards/chosen"] == pytest.approx(expected, rel=1e-4)
 
@@ -97,20 +94,21 @@ def test_a_reference_with_other_tokens_is_refused(finished_run: Path, tmp_path: 
 
 def test_a_whole_model_is_compared_with_the_one_it_began_with(whole_run: Path):
     """For a run without adapters the base is the reference, and the metrics are those of its own evaluation."""
-    own = [row for row in rows(whole_run) if "eval/loss" in row][-1]
-    found = evaluate(find_trained(str(whole_run)))
-    assert found["rewards/margins"] == pytest.approx(own["eval/rewards/margins"], rel=1e-3, abs=1e-5)
-    assert found["reference/kl"] > 0
+    metrics = evaluate(find_trained(str(whole_run)))
+    assert metrics["rewards/margins"] == pytest.approx(
+        last_evaluation(whole_run)["rewards/margins"], rel=1e-3, abs=1e-5
+    )
+    assert metrics["reference/kl"] > 0
 
 
-def test_single_responses(finished_run: Path):
-    """With KTO, pairs become single responses with KTO's own metrics, and the KL to the reference is the same."""
+def test_single_completions(finished_run: Path):
+    """With KTO, pairs become single completions with KTO's own metrics, and the KL to the reference is the same."""
     paired = evaluate(find_trained(str(finished_run)))
-    found = evaluate(find_trained(str(finished_run), ['loss={type="kto"}']))
-    assert {"kl", "loss", "rewards/margins"} <= found.keys()
-    assert "logps/accuracies" not in found
-    assert found["examples"] == 2 * paired["examples"]
-    assert found["reference/kl"] == pytest.approx(paired["reference/kl"], rel=1e-4)
+    metrics = evaluate(find_trained(str(finished_run), ['loss={type="kto"}']))
+    assert {"kl", "loss", "rewards/margins"} <= metrics.keys()
+    assert "logps/accuracies" not in metrics
+    assert metrics["examples"] == 2 * paired["examples"]
+    assert metrics["reference/kl"] == pytest.approx(paired["reference/kl"], rel=1e-4)
 
 
 @pytest.mark.parametrize("of", ["run", "checkpoint", "config"])

@@ -129,9 +129,7 @@ def test_a_chart_of_any_series_stays_in_its_frame(values: list[float]):
     """For one value, equal values, many values and values of any size, all points are finite and inside the picture."""
     series = Series(np.arange(1, len(values) + 1), np.array(values))
     for positive in (False, True):
-        svg = line_chart(
-            "words", [Line(series, "training")], Band(0.01, 10.0), steps=len(values), positive=positive
-        )
+        svg = line_chart("words", [Line(series, "training")], Band(0.01, 10.0), steps=len(values), positive=positive)
         points = re.findall(r'points="([^"]*)"', svg)
         pairs = [tuple(map(float, p.split(","))) for group in points for p in group.split()]
         assert len(pairs) <= 4 * POINTS

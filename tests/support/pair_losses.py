@@ -15,6 +15,8 @@ from tests.support.losses import DIVERGENCES as OTHER_DIVERGENCES
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 PER_PAIR = [variant for variant in CLOSED if variant != "sft"]
+Numbers = tuple[float, float]  # of the chosen and the rejected completion
+Terms = Callable[..., tuple[float, ...]]  # the terms of a sum
 DIVERGENCES: dict[str, dict[str, Any]] = {"reverse_kl": {}, **OTHER_DIVERGENCES}
 EVERY_LOSS = pytest.mark.parametrize("options", PAIR_LOSSES.values(), ids=PAIR_LOSSES)
 
@@ -51,7 +53,7 @@ def divergence(name: str, t: float) -> float:
 class Pair:
     """One pair, with the names of the papers."""
 
-    c: float  # ratio of the chosen response
+    c: float  # ratio of the chosen completion
     r: float
     n_c: float
     n_r: float
@@ -99,7 +101,7 @@ NAIVE: dict[str, Callable[[Pair], tuple[float, ...]]] = {
 }
 
 
-def naive_dpo(variant: str, divergence: str = "reverse_kl", tau: float = 0.05) -> Callable[..., tuple[float, ...]]:
+def naive_dpo(variant: str, divergence: str = "reverse_kl", tau: float = 0.05) -> Terms:
     return lambda c, r, n_c, n_r, beta, eps: NAIVE[variant](Pair(c, r, n_c, n_r, beta, eps, tau, divergence))
 
 
@@ -111,7 +113,7 @@ def naive_simpo(c: float, r: float, beta: float, margin: float, eps: float, alph
     return smoothed(beta * (naive_reward(c, alpha) - naive_reward(r, alpha)) - margin, eps)
 
 
-def naive_cpo(variant: str) -> Callable[..., tuple[float, ...]]:
+def naive_cpo(variant: str) -> Terms:
     def terms(c: float, r: float, n_c: float, n_r: float, beta: float, eps: float, alpha: float) -> tuple[float, ...]:
         if variant == "ipo":
             c, r = c / n_c, r / n_r
@@ -129,7 +131,7 @@ def naive_orpo(c: float, r: float, beta: float) -> tuple[float, ...]:
     return (beta * nls((c - math.log(-math.expm1(c))) - (r - math.log(-math.expm1(r)))),)
 
 
-def naive_kto(desirable: bool) -> Callable[..., tuple[float, ...]]:
+def naive_kto(desirable: bool) -> Terms:
     sign = 1 if desirable else -1
     return lambda ratio, kl, beta, weight: (weight * sigmoid(-sign * beta * (ratio - kl)),)
 
@@ -153,11 +155,10 @@ class Truth:
         assert error <= units * info.eps * self.scale + info.tiny, f"{result!r} is not {self.value!r}"
 
 
-def truth(terms: Callable[..., tuple[float, ...]], *numbers: float) -> Truth:
+def truth(terms: Terms, *numbers: float) -> Truth:
     """Return the sum of the terms; its scale is their size plus the effect of a relative change of each number by 1."""
-    found = terms(*numbers)
-    value, step = math.fsum(found), 1e-5
-    scale = math.fsum(map(abs, found))
+    summands, step = terms(*numbers), 1e-5
+    value, scale = math.fsum(summands), math.fsum(map(abs, summands))
     for i, number in enumerate(numbers):
         moved = [*numbers[:i], number * (1 + step), *numbers[i + 1 :]]
         scale += abs(math.fsum(terms(*moved)) - value) / step
@@ -197,9 +198,7 @@ def make_pairs(
     )
 
 
-def of_ratios(
-    ratios: Sequence[tuple[float, float]], dtype: torch.dtype, lengths: Sequence[tuple[int, int]]
-) -> PairLogps:
+def of_ratios(ratios: Sequence[Numbers], dtype: torch.dtype, lengths: Sequence[tuple[int, int]]) -> PairLogps:
     """Return pairs whose policy differs from the reference by these ratios."""
     c, r = torch.tensor(ratios, dtype=dtype).T
     n_c, n_r = torch.tensor(lengths).T
@@ -207,9 +206,7 @@ def of_ratios(
     return PairLogps((ref_c + c).requires_grad_(), (ref_r + r).requires_grad_(), n_c, n_r, ref_c, ref_r)
 
 
-def of_averages(
-    averages: Sequence[tuple[float, float]], dtype: torch.dtype, lengths: Sequence[tuple[int, int]]
-) -> PairLogps:
+def of_averages(averages: Sequence[Numbers], dtype: torch.dtype, lengths: Sequence[tuple[int, int]]) -> PairLogps:
     """Return pairs with these mean log-probabilities and no reference."""
     c, r = torch.tensor(averages, dtype=dtype).T
     n_c, n_r = torch.tensor(lengths).T
@@ -238,12 +235,12 @@ def exact(tensor: Tensor | None) -> list[float]:
     return tensor.detach().double().tolist()
 
 
-def exact_ratios(pairs: PairLogps) -> list[tuple[float, float]]:
+def exact_ratios(pairs: PairLogps) -> list[Numbers]:
     columns = map(exact, (pairs.chosen, pairs.ref_chosen, pairs.rejected, pairs.ref_rejected))
     return [(c - ref_c, r - ref_r) for c, ref_c, r, ref_r in zip(*columns)]
 
 
-def exact_lengths(pairs: PairLogps) -> list[tuple[float, float]]:
+def exact_lengths(pairs: PairLogps) -> list[Numbers]:
     return list(zip(exact(pairs.chosen_lengths), exact(pairs.rejected_lengths)))
 
 

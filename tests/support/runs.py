@@ -58,16 +58,22 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in SPEEDS} for row in logged]
 
 
+def last_evaluation(folder: Path) -> dict[str, float]:
+    """Return the metrics of a run's last evaluation, without the prefix eval/ of their names."""
+    last = [row for row in rows(folder) if "eval/loss" in row][-1]
+    return {name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the bytes of every file of a checkpoint or of final/, without speeds and the manifest."""
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    found.pop("manifest.json", None)
-    if "training_state.json" in found:
-        state = _plain(json.loads(found["training_state.json"]))
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files.pop("manifest.json", None)
+    if "training_state.json" in files:
+        state = _plain(json.loads(files["training_state.json"]))
         for speed in SPEEDS:
             state["progress"]["last"].pop(speed, None)
-        found["training_state.json"] = json.dumps(state).encode()
-    return found
+        files["training_state.json"] = json.dumps(state).encode()
+    return files
 
 
 def _plain(value: Any) -> Any:

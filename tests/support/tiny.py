@@ -33,18 +33,10 @@ from fastpref.data.example import Example, Origin, Spans
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 MAMBA: dict[str, Any] = {
     "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 8,
     "mamba_chunk_size": 8,
@@ -54,6 +46,15 @@ VISION: dict[str, Any] = {
     "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
 _ROUTED: dict[str, Any] = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
+_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}  # fmt: skip
+_DBRX: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}, "tie_word_embeddings": False,
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+}  # fmt: skip
 _WIDE: dict[str, Any] = SIZES | {"head_dim": 32}  # FlexAttention's kernels need heads of at least 16
 _GEMMA: dict[str, Any] = {"sliding_window": 5, "query_pre_attn_scalar": 8}
 
@@ -66,16 +67,7 @@ def model_config(kind: str) -> PretrainedConfig:
             **{**SIZES, "max_position_embeddings": 30},
             rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
         ),
-        "phi3-longrope": lambda: Phi3Config(
-            **SIZES,
-            original_max_position_embeddings=30,
-            rope_parameters={
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0, 1.1, 1.2, 1.3],
-                "long_factor": [2.0, 3.0, 4.0, 5.0],
-            },
-        ),
+        "phi3-longrope": lambda: Phi3Config(**SIZES, original_max_position_embeddings=30, rope_parameters=_LONGROPE),
         "llama-wide": lambda: LlamaConfig(**_WIDE),
         "qwen2": lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=6, max_window_layers=1),
         "qwen3": lambda: Qwen3Config(**SIZES),
@@ -92,22 +84,9 @@ def model_config(kind: str) -> PretrainedConfig:
         "qwen3-moe": lambda: Qwen3MoeConfig(
             **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, router_aux_loss_coef=0.5
         ),
-        "dbrx": lambda: DbrxConfig(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            n_heads=4,
-            n_layers=2,
-            max_seq_len=128,
-            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
-            tie_word_embeddings=False,
-            **_ROUTED,
-        ),
+        "dbrx": lambda: DbrxConfig(**_DBRX, **_ROUTED),
         "doge-moe": lambda: DogeConfig(**SIZES, **_ROUTED, is_moe=True, num_experts=16, num_experts_per_tok=2),
-        "falcon-h1": lambda: FalconH1Config(
-            **SIZES,
-            **MAMBA,
-        ),
+        "falcon-h1": lambda: FalconH1Config(**SIZES, **MAMBA),
         "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
         "hyperclovax": lambda: HyperCLOVAXConfig(**SIZES, logits_scaling=0.25),
         "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128),
@@ -135,7 +114,7 @@ def config_for(model: Path, *overrides: str) -> Config:
 
 
 def examples(count: int, *, seed: int = 0, single: bool = False, turns: bool = False) -> list[Example]:
-    """Return random examples of unaligned lengths: pairs, or single labelled responses.
+    """Return random examples of unaligned lengths: pairs, or single labelled completions.
 
     With `turns`, most completions have one to three spans that are not scored, before their last token.
     """
@@ -148,10 +127,10 @@ def examples(count: int, *, seed: int = 0, single: bool = False, turns: bool = F
         edges = sorted(rng.sample(range(length), min(length // 2, rng.randint(0, 3)) * 2))
         return tuple(zip(edges[::2], edges[1::2]))
 
-    made = []
+    result = []
     for at in range(count):
         label = at % 3 != 0 if single else None
         completions = tuple(ids(1, 13) for _ in range(1 if single else 2))
         contexts = tuple(spans(len(completion)) for completion in completions) if turns else ()
-        made.append(Example(ids(1, 17), completions, label, Origin(f"row {at}"), contexts if any(contexts) else ()))
-    return made
+        result.append(Example(ids(1, 17), completions, label, Origin(f"row {at}"), contexts if any(contexts) else ()))
+    return result

@@ -40,7 +40,7 @@ def needs_prompts(loss: LossOptions) -> bool:
 def in_order(lengths: Sequence[int], pairs: int, order: Order) -> Tensor:
     """Return the sequence of each token, [N]: sequence after sequence, pair after pair, or in any order."""
     places = list(range(len(lengths)))
-    if order == "tree":  # a prompt comes before its responses
+    if order == "tree":  # a prompt comes before its completions
         places = [s for p in range(pairs) for s in (*range(2 * pairs + p, len(lengths), pairs), p, pairs + p)]
     if order == "shuffled":
         places = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(5)).tolist()
@@ -55,7 +55,7 @@ def ordinary(
     seed: int = 0,
     prompts: Sequence[int] = (0, 7, 31, 1, 600, 3),
 ) -> Batch:
-    """Return random tokens; log-ratios of responses are a few units, whatever their lengths. KTO's rows are the
+    """Return random tokens; log-ratios of completions are a few units, whatever their lengths. KTO's rows are the
     first of each pair, and its mismatched rows the second."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [c for c, _ in lengths] + [r for _, r in lengths]
@@ -71,12 +71,8 @@ def ordinary(
     return Batch(logp, segments, torch.tensor(sizes), reference, log_sum_sq, labels)
 
 
-def of_values(
-    loss: LossOptions,
-    values: Sequence[tuple[float, float]],
-    lengths: Sequence[tuple[int, int]],
-) -> Batch:
-    """Return a batch whose responses have these log-ratios to the reference or, for losses without one, these mean
+def of_values(loss: LossOptions, values: Sequence[tuple[float, float]], lengths: Sequence[tuple[int, int]]) -> Batch:
+    """Return a batch whose completions have these log-ratios to the reference or, for losses without one, these mean
     log-probabilities."""
     batch = ordinary(loss, lengths, prompts=[2] * len(lengths))
     value = torch.tensor([c for c, _ in values] + [r for _, r in values] + [-1.0] * len(values))[batch.segments]
@@ -105,10 +101,10 @@ def run(
         arguments |= {"labels": batch.labels.to(device), "kl": torch.tensor(kl, dtype=dtype, device=device)}
     if isinstance(loss, DPO) and loss.weighting:
         arguments["log_sum_sq_probs"] = batch.log_sum_sq_probs.to(device, dtype)
-    found = preference_loss(logp, batch.segments.to(device), batch.lengths.to(device), loss, **arguments)
-    found.loss.backward()
+    result = preference_loss(logp, batch.segments.to(device), batch.lengths.to(device), loss, **arguments)
+    result.loss.backward()
     assert logp.grad is not None
-    return found, logp.grad.cpu()
+    return result, logp.grad.cpu()
 
 
 def flat(answer: tuple[PreferenceLoss, Tensor]) -> dict[str, Tensor]:

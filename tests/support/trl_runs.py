@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -48,18 +48,18 @@ class Run:
 
     def __str__(self) -> str:
         marks = {"lora": "LoRA", "precomputed": "precomputed", "left": "left", "lora_head": "head", "evaluate": "eval"}
-        said = [self.trainer, "+".join([self.loss] if isinstance(self.loss, str) else self.loss or [])]
-        said += [word for name, word in marks.items() if getattr(self, name)]
-        said += [] if self.kind == "llama" else [self.kind]
-        said += [f"{name}={value}" for name, value in self.settings.items()]
-        return "-".join(filter(None, said)) + (f"-x{self.accumulation}" if self.accumulation > 1 else "")
+        words = [self.trainer, "+".join([self.loss] if isinstance(self.loss, str) else self.loss or [])]
+        words += [word for name, word in marks.items() if getattr(self, name)]
+        words += [] if self.kind == "llama" else [self.kind]
+        words += [f"{name}={value}" for name, value in self.settings.items()]
+        return "-".join(filter(None, words)) + (f"-x{self.accumulation}" if self.accumulation > 1 else "")
 
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    made = toy_tokenizer(eos="</s>", special=["<pad>"])
-    made.pad_token = "<pad>"
-    return made
+    tokenizer = toy_tokenizer(eos="</s>", special=["<pad>"])
+    tokenizer.pad_token = "<pad>"
+    return tokenizer
 
 
 @cache
@@ -111,24 +111,21 @@ def dataset(run: Run, root: Path, seed: int = 0) -> Dataset:
     return Dataset.from_json(str(file), cache_dir=str(folder))  # pyright: ignore[reportReturnType]
 
 
-class LeftPadded:
-    """A collator that moves all padding of another collator's batch to the left."""
+def left_padded(collator: Any) -> Callable[[Any], Any]:
+    """Return a collator that moves all padding of another collator's batch to the left."""
 
-    def __init__(self, collator: Any):
-        self.collator = collator
-
-    def __call__(self, features: Any) -> Any:
-        batch = self.collator(features)
-        for name in [name for name in batch if name.endswith("attention_mask")]:
+    def collate(features: Any) -> Any:
+        batch = collator(features)
+        for name in [name for name in batch if name.endswith("attention_mask") and name != "prompt_attention_mask"]:
             prefix = name.removesuffix("attention_mask")
-            if prefix == "prompt_":
-                continue
             missing = (batch[name] == 0).sum(1)
             parts = [prefix + part for part in ("input_ids", "attention_mask", "labels")]
             for part in [*parts, prefix.removesuffix("completion_") + "completion_mask"]:
                 if part in batch:
                     batch[part] = torch.stack([torch.roll(row, int(n)) for row, n in zip(batch[part], missing)])
         return batch
+
+    return collate
 
 
 def fit(run: Run) -> Run:
@@ -157,33 +154,21 @@ def make_trainer(run: Run, root: Path, adapters: peft.PeftConfig | None = None) 
     make_settings = getattr(module, f"{run.trainer}Config")
     known = inspect.signature(make_settings).parameters
     settings: dict[str, Any] = {
-        "output_dir": str(root / "out"),
-        "per_device_train_batch_size": 3,
-        "per_device_eval_batch_size": 3,
-        "gradient_accumulation_steps": run.accumulation,
-        "max_steps": STEPS,
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
+        "output_dir": str(root / "out"), "max_steps": STEPS, "logging_steps": 1, "report_to": "none",
+        "per_device_train_batch_size": 3, "per_device_eval_batch_size": 3,
+        "gradient_accumulation_steps": run.accumulation, "learning_rate": 3e-3, "lr_scheduler_type": "constant",
+        "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
         "max_length": 64,
         "max_prompt_length": 40,  # before TRL 1.0
-        "gradient_checkpointing": False,
         "adam_epsilon": 1e-5,  # otherwise directions without a gradient follow rounding errors
         "remove_unused_columns": run.trainer == "DPO",
-        **({"loss_type": run.loss} if run.loss else {}),
-        **({"precompute_ref_log_probs": True} if run.precomputed else {}),
-        **({"eval_strategy": "steps", "eval_steps": 2} if run.evaluate else {}),
-        **run.settings,
-    }
-    settings = {name: value for name, value in settings.items() if name in known}
-    targets = "all-linear" if not run.lora_head else ["q_proj", "down_proj", "lm_head"]
+    }  # fmt: skip
+    settings |= {"loss_type": run.loss} if run.loss else {}
+    settings |= {"precompute_ref_log_probs": True} if run.precomputed else {}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2} if run.evaluate else {}
+    settings = {name: value for name, value in {**settings, **run.settings}.items() if name in known}
+    targets: Any = ["q_proj", "down_proj", "lm_head"] if run.lora_head else "all-linear"
     adapters = adapters or peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-    options: dict[str, Any] = {"peft_config": adapters} if run.lora else {}
     model = make_model(run.kind, root)
     torch.manual_seed(0)  # for the adapters
     with warnings.catch_warnings():
@@ -194,10 +179,10 @@ def make_trainer(run: Run, root: Path, adapters: peft.PeftConfig | None = None) 
             train_dataset=dataset(run, root),
             eval_dataset=dataset(run, root, seed=1) if run.evaluate else None,
             processing_class=tokenizer(),
-            **options,
+            **({"peft_config": adapters} if run.lora else {}),
         )
     if run.left:
-        trainer.data_collator = LeftPadded(trainer.data_collator)
+        trainer.data_collator = left_padded(trainer.data_collator)
     return trainer
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from fastpref.health import RULES, Verdict
 from fastpref.training.progress import Display, sparkline
 
-WARNING = Verdict("warning", "both [log-probabilities] fall.", "Lower the rate.", (1, 9), {"x": 1.0}, "both_fall")
-ALARM = Verdict("alarm", "chosen and rejected are swapped.", "Look at them.", (1, 9), {"x": 1.0}, "swapped")
+WARNING = Verdict("both [log-probabilities] fall.", "Lower the rate.", (1, 9), {"x": 1.0}, rule="both_fall")
+ALARM = Verdict("chosen and rejected are swapped.", "Look at them.", (1, 9), {"x": 1.0}, "alarm", "swapped")
 
 
 def display(width: int = 80, steps: int = 20, terminal: bool = True, encoding: str = "utf-8", **of: Any) -> Display:
