@@ -27,7 +27,10 @@ from tests.support.runs import last_evaluation
 from tests.support.tiny import MAMBA, VISION
 from tests.support.toy_tokenizers import QWEN3, toy_tokenizer, trained_chatml, trained_gemma
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("elsewhere"),
+]
 Row = dict[str, Any]
 Message = dict[str, Any]
 
@@ -378,12 +381,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(lambda name: save_untrained(CONFIGS[name], tmp_path_factory.mktemp("model")))
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to an empty folder, to which paths are relative."""
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.parametrize(("config", "shape"), CASES)
 def test_from_a_file_to_a_model_that_transformers_loads(
     config: str, shape: str, models: Callable[[str], Path], tmp_path: Path
@@ -446,10 +443,10 @@ def test_from_a_file_to_a_model_that_transformers_loads(
 def refused(overrides: list[str]) -> None:
     """Check that preview and train refuse the data with one message about tools, before anything is written."""
     for name in ("preview", "train"):
-        ran = run_command(name, "cfg.toml", *overrides, *["output.dir=run"] * (name == "train"))
-        assert ran.status == 2
-        assert "tool" in ran.err
-        assert "Traceback" not in ran.err
+        result = run_command(name, "cfg.toml", *overrides, *["output.dir=run"] * (name == "train"))
+        assert result.status == 2
+        assert "tool" in result.err
+        assert "Traceback" not in result.err
     assert not Path("run").exists()
 
 

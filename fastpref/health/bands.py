@@ -34,15 +34,13 @@ def first_loss(loss: LossOptions) -> float | None:
 def _at_zero(variant: str, loss: DPO) -> float:
     """Return the value of a variant where both log-ratios are 0."""
     beta, eps = loss.beta, loss.label_smoothing
-    if variant in ("nca_pair", "bco_pair"):
-        return 2 * _LN2
-    if variant in ("hinge", "apo_zero", "apo_down"):
-        return 1.0
     if variant == "exo_pair":
         return -_LN2 - (math.log1p(-eps) + math.log(eps)) / 2
-    if variant == "discopop":
-        return _LN2 / 2 + 0.5
-    return {"ipo": 1 / (2 * beta) ** 2, "sppo_hard": 0.5 / beta**2}.get(variant, _LN2)
+    values = {
+        "nca_pair": 2 * _LN2, "bco_pair": 2 * _LN2, "hinge": 1.0, "apo_zero": 1.0, "apo_down": 1.0,
+        "discopop": _LN2 / 2 + 0.5, "ipo": 1 / (2 * beta) ** 2, "sppo_hard": 0.5 / beta**2,
+    }  # fmt: skip
+    return values.get(variant, _LN2)
 
 
 def loss_band(loss: LossOptions, start: float | None = None) -> Band:

@@ -15,32 +15,22 @@ from fastpref.report.source import Run
 from fastpref.report.svg import Line, histogram, line_chart, number
 from fastpref.run.history import HELDOUT
 
-
-@dataclass(frozen=True)
-class Chart:
-    """A metric over the steps, or two metrics that belong together."""
-
-    title: str
-    names: tuple[str, ...]  # one metric, or those of the chosen and the rejected completions
-    positive: bool = False  # whether the axis may be logarithmic
-
-
-CHARTS = (
-    Chart("Loss", ("loss",)),
-    Chart("Accuracy", ("rewards/accuracies",)),
-    Chart("Reward margin", ("rewards/margins",)),
-    Chart("Rewards", ("rewards/chosen", "rewards/rejected")),
-    Chart("Log-probabilities", ("logps/chosen", "logps/rejected")),
-    Chart("Log odds", ("log_odds_chosen",)),
-    Chart("Supervised loss", ("nll_loss",)),
-    Chart("KTO's KL", ("kl",)),
-    Chart("Gradient norm", ("grad_norm",), positive=True),
-    Chart("Learning rate", ("learning_rate",)),
-    Chart("Reward against length", ("rewards/length_correlation",)),
-    Chart("Entropy", ("entropy",)),
-    Chart("Tokens per second", ("tokens_per_second",)),
-)
-_SIDES = ("chosen", "rejected")
+# Title: one metric over the steps, or those of the chosen and the rejected completions.
+CHARTS: dict[str, tuple[str, ...]] = {
+    "Loss": ("loss",),
+    "Accuracy": ("rewards/accuracies",),
+    "Reward margin": ("rewards/margins",),
+    "Rewards": ("rewards/chosen", "rewards/rejected"),
+    "Log-probabilities": ("logps/chosen", "logps/rejected"),
+    "Log odds": ("log_odds_chosen",),
+    "Supervised loss": ("nll_loss",),
+    "KTO's KL": ("kl",),
+    "Gradient norm": ("grad_norm",),
+    "Learning rate": ("learning_rate",),
+    "Reward against length": ("rewards/length_correlation",),
+    "Entropy": ("entropy",),
+    "Tokens per second": ("tokens_per_second",),
+}
 
 
 @dataclass(frozen=True)
@@ -99,16 +89,16 @@ def figures(run: Run) -> list[Figure]:
     healthy = bands(run.known.loss, float(losses.values[0]) if len(losses) else None)
     steps = max(run.history.step, 1)
     return [
-        _figure(run, chart, healthy.get(chart.names[0]) if len(chart.names) == 1 else None, steps)
-        for chart in CHARTS
-        if any(len(run.history[prefix + name]) for name in chart.names for prefix in ("", HELDOUT))
+        _figure(run, title, names, healthy.get(names[0]) if len(names) == 1 else None, steps)
+        for title, names in CHARTS.items()
+        if any(len(run.history[prefix + name]) for name in names for prefix in ("", HELDOUT))
     ]
 
 
-def _figure(run: Run, chart: Chart, band: Band | None, steps: int) -> Figure:
+def _figure(run: Run, title: str, names: tuple[str, ...], band: Band | None, steps: int) -> Figure:
     lines, keys, changes = [], [], []
-    for at, name in enumerate(chart.names):
-        side = f"{_SIDES[at]}, " if len(chart.names) > 1 else ""
+    for at, name in enumerate(names):
+        side = f"{('chosen', 'rejected')[at]}, " if len(names) > 1 else ""
         training, heldout = ("rejected", "heldout-rejected") if at else ("training", "heldout")
         for prefix, style, where in (("", training, "training"), (HELDOUT, heldout, "held out")):
             series = run.history[prefix + name]
@@ -118,8 +108,9 @@ def _figure(run: Run, chart: Chart, band: Band | None, steps: int) -> Figure:
                 keys.append((style, side + where))
                 changes.append(f"{side}{where} " + (first if len(series) == 1 else f"from {first} to {last}"))
     shaded = _band(band)
-    label = f"{chart.title} over {steps} steps: {'; '.join(changes)}." + (f" {shaded}" if shaded else "")
-    return Figure(chart.title, line_chart(label, lines, band, steps=steps, positive=chart.positive), keys, shaded)
+    label = f"{title} over {steps} steps: {'; '.join(changes)}." + (f" {shaded}" if shaded else "")
+    svg = line_chart(label, lines, band, steps=steps, positive=names == ("grad_norm",))
+    return Figure(title, svg, keys, shaded)
 
 
 def _band(band: Band | None) -> str:

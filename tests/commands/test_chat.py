@@ -41,9 +41,9 @@ QUESTIONS = ["What is four plus five?", "And the colour of grass?"]
 def test_a_pipe_is_answered_line_by_line(finished_run: Path):
     """Only the answers are printed, and they are those of PEFT's own generation with the conversation so far."""
     given = "\n".join([QUESTIONS[0], "", QUESTIONS[1]])
-    ran = run_command("chat", finished_run, "--temperature", "0", "--max-tokens", "12", given=given)
-    assert (ran.status, ran.err) == (0, "")
-    assert [line.strip() for line in ran.out.splitlines()] == generated(finished_run, QUESTIONS)
+    result = run_command("chat", finished_run, "--temperature", "0", "--max-tokens", "12", given=given)
+    assert (result.status, result.err) == (0, "")
+    assert [line.strip() for line in result.out.splitlines()] == generated(finished_run, QUESTIONS)
 
 
 def test_compared_with_the_model_before(finished_run: Path):

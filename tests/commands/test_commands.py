@@ -238,8 +238,8 @@ def report(run: Run, folder: Path) -> None:
 def merge(run: Run, folder: Path) -> None:
     """Check that the merged model has the run's metrics, or that a run without adapters is refused."""
     if not run.adapters:
-        ran = run_command("merge", run.path, "--output", folder / "merged")
-        assert (ran.status, "nothing to merge" in ran.err) == (2, True)
+        result = run_command("merge", run.path, "--output", folder / "merged")
+        assert (result.status, "nothing to merge" in result.err) == (2, True)
         assert not (folder / "merged").exists()
         return
     succeed("merge", run.path, "--output", folder / "merged")

@@ -155,10 +155,10 @@ def test_running_out_of_memory_is_one_message(
 
     monkeypatch.setattr(module, full)
     output = ("--output", str(tmp_path / "merged")) if name == "merge" else ()
-    ran = run_command(name, finished_run, *output)
-    assert ran.status == 2
-    assert ran.err.startswith("fastpref: out of memory while ")
-    assert advice in ran.err
+    result = run_command(name, finished_run, *output)
+    assert result.status == 2
+    assert result.err.startswith("fastpref: out of memory while ")
+    assert advice in result.err
 
 
 def test_what_was_decided_at_load_is_told(finished_run: Path, tmp_path: Path):
@@ -168,9 +168,9 @@ def test_what_was_decided_at_load_is_told(finished_run: Path, tmp_path: Path):
     path = adapter / "adapter_model.safetensors"
     weights = {name.replace("model.layers", "model._orig_mod.layers"): w for name, w in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
-    ran = run_command("eval", adapter, "--data", DATA, "--json")
-    assert ran.json["reference/kl"] > 0
-    assert "_orig_mod.` and are read with" in ran.err
+    result = run_command("eval", adapter, "--data", DATA, "--json")
+    assert result.json["reference/kl"] > 0
+    assert "_orig_mod.` and are read with" in result.err
 
 
 def test_wilsons_interval():

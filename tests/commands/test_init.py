@@ -17,15 +17,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def load(folder: Path, text: str) -> Any:
-    path = folder / "made.toml"
+    path = folder / "config.toml"
     path.write_text(text, encoding="utf-8")
     return load_config(path)
 
 
 # --- The template ----------------------------------------------------------------------------------------------------
-
-RATES = {"dpo": 1e-4, "ipo": 1e-4, "kto": 1e-4, "orpo": 1e-4, "simpo": 1e-5, "cpo": 1e-4}
-BETAS = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0, "cpo": 0.1}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -33,7 +30,7 @@ def test_a_template_loads_as_what_was_asked_for(tmp_path: Path, loss: str):
     """The template has the given loss, model and data, whatever characters the names have, and trains adapters."""
     config = load(tmp_path, template(loss, 'org/mo"del', "pairs é.jsonl"))
     assert (config.loss.type, config.model.name, config.data[0].path) == (loss, 'org/mo"del', "pairs é.jsonl")
-    assert (config.train.learning_rate, config.loss.beta) == (RATES[loss], BETAS[loss])
+    assert (config.train.learning_rate, config.loss.beta) == ((1e-5, 2.0) if loss == "simpo" else (1e-4, 0.1))
     assert (config.lora.rank, config.lora.alpha, config.eval.fraction) == (16, 32.0, 0.05)
 
 
@@ -49,8 +46,8 @@ def test_every_key_has_the_schemas_own_words(loss: str):
                     above = at
                     while above and lines[above - 1].startswith("# "):
                         above -= 1
-                    said = " ".join(text.removeprefix("# ") for text in lines[above:at])
-                    if words in said:
+                    comment = " ".join(text.removeprefix("# ") for text in lines[above:at])
+                    if words in comment:
                         break
             else:
                 assert field.default is None or f"{section}.{key}" == "eval.data" or section == "reference"
@@ -99,10 +96,10 @@ GIVEN = ("--model", "m", "--data", "d.jsonl")
 
 def test_the_default_is_dpo_in_a_file_of_its_name(elsewhere: Path):
     """Without --loss and --output, dpo.toml is written here, check accepts it, and the next commands are printed."""
-    ran = run_command("init", *GIVEN)
-    assert (ran.status, ran.err) == (0, "")
+    result = run_command("init", *GIVEN)
+    assert (result.status, result.err) == (0, "")
     assert [path.name for path in elsewhere.iterdir()] == ["dpo.toml"]
-    lines = ran.out.splitlines()
+    lines = result.out.splitlines()
     assert lines[0] == "dpo.toml is written. Next:"
     assert {"  fastpref check dpo.toml", "  fastpref train dpo.toml"} <= set(lines[1:])
     succeed("check", "dpo.toml")
@@ -120,17 +117,17 @@ def test_check_accepts_every_loss(elsewhere: Path, loss: str):
 
 def test_a_dash_prints_the_config_alone(elsewhere: Path):
     """`--output -` writes no file, and prints only the config."""
-    ran = run_command("init", "--loss", "KTO", *GIVEN, "--output", "-")
-    assert ran == CommandResult(0, template("kto", "m", "d.jsonl"), "")
+    result = run_command("init", "--loss", "KTO", *GIVEN, "--output", "-")
+    assert result == CommandResult(0, template("kto", "m", "d.jsonl"), "")
     assert list(elsewhere.iterdir()) == []
 
 
 def test_a_file_is_replaced_only_by_force(elsewhere: Path):
     """Without --force an existing file is not changed."""
     (elsewhere / "dpo.toml").write_text("mine")
-    ran = run_command("init", *GIVEN)
-    assert (ran.status, ran.out) == (2, "")
-    assert ran.err == "fastpref: dpo.toml: is there already; name another --output, or replace it with --force\n"
+    result = run_command("init", *GIVEN)
+    assert (result.status, result.out) == (2, "")
+    assert result.err == "fastpref: dpo.toml: is there already; name another --output, or replace it with --force\n"
     assert (elsewhere / "dpo.toml").read_text() == "mine"
     succeed("init", *GIVEN, "--force")
     assert (elsewhere / "dpo.toml").read_text() == template("dpo", "m", "d.jsonl")
@@ -146,13 +143,13 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_message_and_no_file(elsewhere: Path, arguments: list[str], said: str):
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_message_and_no_file(elsewhere: Path, arguments: list[str], message: str):
     """A mistake gives status 2 and one line on stderr, and nothing is written."""
-    ran = run_command("init", *arguments)
-    assert (ran.status, ran.out) == (2, "")
-    assert ran.err.startswith(f"fastpref: {said}")
-    assert ran.err.count("\n") == 1
+    result = run_command("init", *arguments)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith(f"fastpref: {message}")
+    assert result.err.count("\n") == 1
     assert list(elsewhere.iterdir()) == []
 
 

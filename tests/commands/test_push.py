@@ -1,6 +1,7 @@
 """Uploading, with a hub client that records its calls: no test reaches the hub."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +17,16 @@ from fastpref.errors import UserError
 from fastpref.run.card import model_card
 from fastpref.run.hub import push
 from tests.support.command_line import run_command
-from tests.support.runs import write_config
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Return the calls of the hub's client, in order."""
-    asked: list[tuple[str, dict[str, Any]]] = []
+    calls: list[tuple[str, dict[str, Any]]] = []
 
     def answer(name: str, result: Any) -> None:
         def method(self: HfApi, *arguments: Any, **options: Any) -> Any:
-            asked.append((name, {"of": arguments[0]} | options if arguments else options))
+            calls.append((name, {"of": arguments[0]} | options if arguments else options))
             return result
 
         monkeypatch.setattr(HfApi, name, method)
@@ -35,18 +35,25 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     answer("whoami", {"name": "me"})
     answer("create_repo", "https://hub/me/mine")
     answer("upload_folder", None)
-    return asked
+    return calls
 
 
-def test_a_run_uploads_its_result_once_it_is_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: list[Any], capsys: pytest.CaptureFixture[str]
-):
+def fails(error: Exception) -> Callable[..., None]:
+    def method(*_: Any, **__: Any) -> None:
+        raise error
+
+    return method
+
+
+SHORT = ["lora={rank=4}", "train.steps=1", "eval.samples=0"]
+PUSHED = [*SHORT, "output.push_to=me/mine"]
+
+
+def test_a_run_uploads_its_result_once_it_is_asked(config: Path, hub: list[Any], capsys: pytest.CaptureFixture[str]):
     """With output.push_to, the login is checked first, and final/ is uploaded at the end to a private repository."""
-    monkeypatch.chdir(tmp_path)
-    fastpref.train(write_config(tmp_path), ["lora={rank=4}", "train.steps=1", "eval.samples=0"])
+    fastpref.train(config, SHORT)
     assert hub == []
-    options = ["lora={rank=4}", "train.steps=1", "eval.samples=0", "output.dir=two", "output.push_to=me/mine"]
-    fastpref.train(write_config(tmp_path), options)
+    fastpref.train(config, [*PUSHED, "output.dir=two"])
     assert [name for name, _ in hub] == ["whoami", "whoami", "create_repo", "upload_folder"]
     assert hub[2][1] == {"of": "me/mine", "private": True, "exist_ok": True}
     assert hub[3][1]["repo_id"] == "me/mine"
@@ -55,42 +62,32 @@ def test_a_run_uploads_its_result_once_it_is_asked(
 
 
 def test_the_command(finished_run: Path, hub: Any):
-    ran = run_command("push", finished_run, "--to", "me/mine", "--public")
-    assert (ran.status, ran.out) == (0, f"{finished_run / 'final'} is at https://hub/me/mine\n")
+    result = run_command("push", finished_run, "--to", "me/mine", "--public")
+    assert (result.status, result.out) == (0, f"{finished_run / 'final'} is at https://hub/me/mine\n")
     assert hub[1][1]["private"] is False
-    ran = run_command("push", finished_run)
-    assert (ran.status, ran.err) == (2, "fastpref: name a repository, --to user/name, or set output.push_to\n")
+    result = run_command("push", finished_run)
+    assert (result.status, result.err) == (2, "fastpref: name a repository, --to user/name, or set output.push_to\n")
 
 
-def test_what_the_hub_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: list[Any], capsys: pytest.CaptureFixture[str]
-):
+@pytest.mark.usefixtures("hub")
+def test_what_the_hub_refuses(config: Path, monkeypatch: pytest.MonkeyPatch):
     """A missing login ends a run before it begins; a failed upload ends it after its result is saved, with the
     command that uploads again; offline, nothing can be uploaded."""
-    monkeypatch.chdir(tmp_path)
-    options = ["lora={rank=4}", "train.steps=1", "eval.samples=0", "output.push_to=me/mine"]
-
-    def fails(error: Exception) -> Any:
-        def method(*_: Any, **__: Any) -> None:
-            raise error
-
-        return method
-
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "upload_folder", fails(OSError("the line was cut")))
         with pytest.raises(UserError, match=r"the line was cut\nIt is saved; upload it with\n  fastpref push out"):
-            fastpref.train(write_config(tmp_path), options)
+            fastpref.train(config, PUSHED)
     assert Path("out/final/adapter_model.safetensors").exists()
     with monkeypatch.context() as patch:
         patch.setattr(HfApi, "whoami", fails(LocalTokenNotFoundError("no token")))
         with pytest.raises(UserError, match="nobody is logged in"):
-            fastpref.train(write_config(tmp_path), [*options, "output.dir=other"])
+            fastpref.train(config, [*PUSHED, "output.dir=other"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="nothing can be uploaded"):
-        fastpref.train(write_config(tmp_path), [*options, "output.dir=other"])
+        fastpref.train(config, [*PUSHED, "output.dir=other"])
     assert not Path("other").exists()
     with pytest.raises(UserError, match=r"push_to"):
-        load_config(write_config(tmp_path), ["output.push_to=no-slash"])
+        load_config(config, ["output.push_to=no-slash"])
 
 
 # --- The model card --------------------------------------------------------------------------------------------------
@@ -134,11 +131,6 @@ def test_a_card_does_not_tell_the_folders_of_the_machine(finished_run: Path):
 def test_not_reaching_the_hub_is_a_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: list[Any]):
     """HTTP errors of the client become a message without a traceback."""
     response: Any = SimpleNamespace(headers={}, request=None, status_code=403)
-    refused = HfHubHTTPError("403 Forbidden", response=response)
-
-    def method(*_: Any, **__: Any) -> None:
-        raise refused
-
-    monkeypatch.setattr(HfApi, "create_repo", method)
+    monkeypatch.setattr(HfApi, "create_repo", fails(HfHubHTTPError("403 Forbidden", response=response)))
     with pytest.raises(UserError, match=r"me/mine: .* could not be uploaded: 403 Forbidden"):
         push(tmp_path, "me/mine")

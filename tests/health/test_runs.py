@@ -14,15 +14,9 @@ from fastpref.errors import UserError
 from fastpref.health import diagnose
 from fastpref.report import read_run
 from tests.support.paths import QUICKSTART
-from tests.support.runs import LORA, write_config
+from tests.support.runs import LORA
 
 SHORT = ["train.steps=12", "train.batch=8", "eval.data.0.rows=24", "eval.samples=0", "output.dir=out"]
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def relabelled(folder: Path, name: str, count: int, share: float) -> str:
@@ -72,12 +66,9 @@ def test_chosen_and_rejected_swapped(elsewhere: Path):
 
 def test_labels_shuffled(elsewhere: Path):
     """Shuffled labels in training and held-out rows are diagnosed: a few rows are memorised, without generalising."""
-    data = [
-        f"data.0.path={relabelled(elsewhere, 'train', 24, 0.5)}",
-        f"eval.data.0.path={relabelled(elsewhere, 'heldout', 40, 0.5)}",
-    ]
-    few = ["train.steps=40", "eval.data.0.rows=40", "train.learning_rate=4e-3"]
-    result = fastpref.train(QUICKSTART, [*SHORT, *few, *data])
+    training, heldout = relabelled(elsewhere, "train", 24, 0.5), relabelled(elsewhere, "heldout", 40, 0.5)
+    data = [f"data.0.path={training}", f"eval.data.0.path={heldout}", "eval.data.0.rows=40"]
+    result = fastpref.train(QUICKSTART, [*SHORT, *data, "train.steps=40", "train.learning_rate=4e-3"])
     assert result.verdicts[0].rule == "labels_shuffled"
 
 
@@ -90,9 +81,8 @@ def test_verdicts_are_printed_while_it_runs(elsewhere: Path, capsys: pytest.Capt
     assert printed.index(warning) < printed.index("step 2/2") < printed.rindex(warning)
 
 
-def test_a_resumed_run_is_seen_whole(elsewhere: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_resumed_run_is_seen_whole(config: Path, capsys: pytest.CaptureFixture[str]):
     """After a resume, health and report cover all rows, times add up, and a verdict is not repeated."""
-    config = write_config(elsewhere)
     first = fastpref.train(config, [LORA, "tokens.max_length=36"])
     assert "truncation" in [v.rule for v in first.verdicts]
     before = json.loads(Path("out/run.json").read_text())

@@ -12,7 +12,7 @@ from fastpref.errors import UserError
 from fastpref.health import diagnose
 from fastpref.health.bands import Band
 from fastpref.report import read_run, render, write_report
-from fastpref.report.heldout import held_out
+from fastpref.report.heldout import HeldOut, held_out
 from fastpref.report.page import CHARTS, figures
 from fastpref.report.source import trl_row
 from fastpref.report.svg import POINTS, Axis, Line, line_chart, number
@@ -25,8 +25,13 @@ ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&lt;img src=x onerror=
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_its_page(tmp_path: Path, method: str):
-    """The page has a chart of everything that was logged, each with a title and a description for screen readers."""
+    """The page has a chart of everything that was logged, each with a title and a description for screen readers.
+
+    For KTO, whose examples are single completions, the speed is in responses per second.
+    """
     run = write_run(tmp_path / method, method)
+    with (run / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": 101, "pairs_per_second": 3.0}) + "\n")
     place = write_report(run)
     assert place == run / REPORT
     page = place.read_text(encoding="utf-8")
@@ -36,15 +41,6 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     # one more for the histogram of held-out margins
     assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
     assert "23 rules examined this run" in page
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_speed_counts_what_a_step_has(tmp_path: Path, method: str):
-    """For KTO, whose examples are single responses, the speed is in responses per second."""
-    run = write_run(tmp_path / method, method)
-    with (run / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": 101, "pairs_per_second": 3.0}) + "\n")
-    page = write_report(run).read_text(encoding="utf-8")
     assert ("responses a second" in page, "pairs a second" in page) == (method == "kto", method != "kto")
 
 
@@ -140,15 +136,14 @@ def test_a_chart_of_any_series_stays_in_its_frame(values: list[float]):
 # --- held out -------------------------------------------------------------------------------------------------------
 
 
+def scores_of(chosen: list[float], rejected: list[float], *, paired: bool = True) -> HeldOut:
+    scores = held_out({"heldout": {"step": 1, "paired": paired, "chosen": chosen, "rejected": rejected}})
+    assert scores is not None
+    return scores
+
+
 def test_intervals_hold_the_mean_and_narrow_with_more_pairs():
-    few, many = (
-        held_out(
-            {"heldout": {"step": 1, "paired": True, "chosen": ([0.5, -0.3, 0.9, 0.1] * n), "rejected": [0.0] * 4 * n}}
-        )
-        for n in (5, 100)
-    )
-    assert few
-    assert many
+    few, many = (scores_of([0.5, -0.3, 0.9, 0.1] * n, [0.0] * 4 * n) for n in (5, 100))
     for scores in (few, many):
         assert scores.accuracy.mean == 0.75
         assert scores.margin.mean == pytest.approx(0.3)
@@ -162,16 +157,14 @@ def test_intervals_hold_the_mean_and_narrow_with_more_pairs():
 
 def test_an_accuracy_of_all_or_nothing_is_not_certain():
     """If all pairs are right, the interval has the width of the rule of three; resampling would give it no width."""
-    all_right = held_out({"heldout": {"step": 1, "paired": True, "chosen": [1.0] * 80, "rejected": [0.0] * 80}})
-    assert all_right
+    all_right = scores_of([1.0] * 80, [0.0] * 80)
     assert all_right.accuracy.low == pytest.approx(0.955, abs=1e-3)
     assert all_right.accuracy.high == 1.0
 
 
-def test_single_responses_are_compared_with_all_others():
-    """For KTO, accuracy counts all pairs of a good and a bad response, as its metric does; a tie counts half."""
-    scores = held_out({"heldout": {"step": 3, "paired": False, "chosen": [0.5, -1.0, 2.0], "rejected": [0.5, -2.0]}})
-    assert scores
+def test_single_completions_are_compared_with_all_others():
+    """For KTO, accuracy counts all pairs of a good and a bad completion, as its metric does; a tie counts half."""
+    scores = scores_of([0.5, -1.0, 2.0], [0.5, -2.0], paired=False)
     assert scores.accuracy.mean == pytest.approx((0.5 + 1 + 0 + 1 + 1 + 1) / 6)
     assert scores.margin.mean == pytest.approx(0.5 + 0.75)
     assert scores.count == 5
@@ -226,11 +219,8 @@ def test_a_run_of_trls_is_diagnosed(tmp_path: Path):
 
 
 def test_trls_names():
-    assert trl_row({"eval_rewards/chosen": 1.0, "eval_loss": 2.0, "step": 3, "eval_runtime": 9.0}) == {
-        "eval/rewards/chosen": 1.0,
-        "eval/loss": 2.0,
-        "step": 3,
-    }
+    row = trl_row({"eval_rewards/chosen": 1.0, "eval_loss": 2.0, "step": 3, "eval_runtime": 9.0})
+    assert row == {"eval/rewards/chosen": 1.0, "eval/loss": 2.0, "step": 3}
     assert trl_row({"train_loss": 2.0, "step": 3}) is None
 
 
@@ -238,7 +228,7 @@ TRL_STATE = {"trainer_state.json": '{"log_history": [{"step": 1, "loss": 1.0}]}'
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "options", "said"),
+    ("name", "content", "options", "message"),
     [
         ("none", None, (), "there is no such folder"),
         ("empty", {}, (), "not a run's folder"),
@@ -251,7 +241,7 @@ TRL_STATE = {"trainer_state.json": '{"log_history": [{"step": 1, "loss": 1.0}]}'
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_said(
-    tmp_path: Path, name: str, content: dict[str, str] | None, options: Any, said: str
+    tmp_path: Path, name: str, content: dict[str, str] | None, options: Any, message: str
 ):
     """There is one message, and nothing is written."""
     folder = tmp_path / name
@@ -259,7 +249,7 @@ def test_what_cannot_be_read_is_said(
         folder.mkdir()
         for file, text in content.items():
             (folder / file).write_text(text)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_run(folder, *options)
     assert sorted(p.name for p in folder.glob("*")) == sorted(content or {})
 
@@ -267,4 +257,4 @@ def test_what_cannot_be_read_is_said(
 def test_every_chart_is_of_a_known_metric():
     """Charts use only metrics of docs/metrics.md."""
     page = (DOCS / "metrics.md").read_text(encoding="utf-8")
-    assert [name for chart in CHARTS for name in chart.names if f"`{name}`" not in page] == []
+    assert [name for names in CHARTS.values() for name in names if f"`{name}`" not in page] == []

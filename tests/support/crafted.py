@@ -30,10 +30,10 @@ def shapes(method: str) -> dict[str, Shape]:
     loss = METHODS[method]
     first = first_loss(loss)
     start = 1.6 if first is None else first
-    # Without a reference, rewards start at the model's own log-probabilities of the responses.
+    # Without a reference, rewards start at the model's own log-probabilities of the completions.
     base = {"orpo": -0.2, "simpo": -3.0, "cpo": -9.0}.get(method, 0.0)
     scale = {"orpo": 0.05, "simpo": 0.8}.get(method, 0.8)
-    found: dict[str, Shape] = {
+    curves: dict[str, Shape] = {
         "loss": lambda t: start * (1 - 0.3 * t),
         "rewards/chosen": lambda t: base + 0.5 * scale * t,
         "rewards/rejected": lambda t: base - 0.5 * scale * t,
@@ -49,12 +49,12 @@ def shapes(method: str) -> dict[str, Shape]:
         "learning_rate": lambda t: 1e-4 * (1 - t),
     }
     if method == "orpo":
-        found |= {"log_odds_chosen": lambda t: -0.1 + t, "log_odds_ratio": lambda t: -0.7 + 0.4 * t}
+        curves |= {"log_odds_chosen": lambda t: -0.1 + t, "log_odds_ratio": lambda t: -0.7 + 0.4 * t}
     if method in ("orpo", "cpo"):
-        found["nll_loss"] = lambda t: 1.4 - 0.3 * t
+        curves["nll_loss"] = lambda t: 1.4 - 0.3 * t
     if method == "kto":
-        found["kl"] = lambda t: 0.5 * t
-    return found
+        curves["kl"] = lambda t: 0.5 * t
+    return curves
 
 
 NOISE = {
@@ -101,11 +101,8 @@ def facts(steps: int = 100, **more: Any) -> dict[str, Any]:
         "seconds": 3723.0,
         "memory": 3_200_000_000,
         "ended": "finished",
-        "rows": {
-            "train": {"rows": 1000, "kept": 990, "equal": 10},
-            "heldout": {"rows": 80, "kept": 80},
-            "duplicates": 3,
-        },
+        "rows": {"train": {"rows": 1000, "kept": 990, "equal": 10}, "heldout": {"rows": 80, "kept": 80},
+                 "duplicates": 3},
         "environment": {"torch": "2.13.0", "device": EVIL},
         "samples": [{"asked": EVIL, "before": EVIL, "after": EVIL}],
         "heldout": {

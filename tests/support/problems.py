@@ -146,31 +146,31 @@ def rounding(problem: Problem) -> float:
     return EPS32 * (FEW + largest_logit(problem))
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).abs().max())
+def error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).abs().max())
 
 
-def assert_same(found: Tensor, other: Tensor) -> None:
+def assert_same(result: Tensor, other: Tensor) -> None:
     """Assert that two results of our kernels are equal up to rounding."""
     rounding = 0.0 if other.dtype == torch.bool else torch.finfo(other.dtype).eps
-    torch.testing.assert_close(found, other, rtol=2 * FEW * rounding, atol=FEW * FEW * EPS32)
+    torch.testing.assert_close(result, other, rtol=2 * FEW * rounding, atol=FEW * FEW * EPS32)
 
 
 def check_accuracy(problem: Problem, mode: str, workspace_mb: float = 128, backend: str = "torch") -> None:
-    found = ours(problem, mode, workspace_mb, backend)
+    result = ours(problem, mode, workspace_mb, backend)
     truth = answer(linear_logprob_naive, problem.to(torch.float64), mode)
     yardstick = answer(linear_logprob_naive, problem, mode)
     off = rounding(problem)
 
     for name in ("logp", *OUTPUTS):
         bound = error(yardstick.values[name], truth.values[name]) + FEW * off
-        assert error(found.values[name], truth.values[name]) <= bound, name
-    assert torch.equal(found.values["is_top1"], truth.values["is_top1"])
-    assert found.grads.keys() == truth.grads.keys()
+        assert error(result.values[name], truth.values[name]) <= bound, name
+    assert torch.equal(result.values["is_top1"], truth.values["is_top1"])
+    assert result.grads.keys() == truth.grads.keys()
     # The gradient of a trained head computes its logits again, in tiles of another shape. Libraries sum those in
     # another order, so a probability has the errors of both logits; the yardstick has the same logits twice.
     passes = 2 if mode == "trainable" else 1
-    for name, grad in found.grads.items():
+    for name, grad in result.grads.items():
         exact = truth.grads[name]
         margin = (torch.finfo(grad.dtype).eps + passes * off) * float(exact.abs().max())
         assert error(grad, exact) <= error(yardstick.grads[name], exact) + margin, name

@@ -71,12 +71,18 @@ def toy_tokenizer(
     inner: Any = Tokenizer(models.BPE({symbol: at for at, symbol in enumerate(symbols)}, list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    specials = list(dict.fromkeys(token for token in (bos, eos, *special) if token is not None))
-    inner.add_special_tokens(specials)
+    return _finished(inner, chat_template, eos, bos, special, adds_bos=adds_bos)
+
+
+def _finished(
+    inner: Any, template: str | None, eos: str | None, bos: str | None, special: Iterable[str], *, adds_bos: bool = True
+) -> PreTrainedTokenizerFast:
+    """Add the special tokens and the chat template."""
+    inner.add_special_tokens(list(dict.fromkeys(token for token in (bos, eos, *special) if token is not None)))
     if bos is not None and adds_bos:
         inner.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, inner.token_to_id(bos))])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=bos, eos_token=eos)
-    tokenizer.chat_template = chat_template
+    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -102,7 +108,7 @@ def gemma() -> PreTrainedTokenizerFast:
 
 
 def plain() -> PreTrainedTokenizerFast:
-    """Make a tokenizer whose template has no special token, so that EOS must end the response."""
+    """Make a tokenizer whose template has no special token, so that EOS must end the completion."""
     return toy_tokenizer(PLAIN, eos="</s>", bos="<s>", adds_bos=True)
 
 
@@ -120,8 +126,12 @@ _LLAMA3_WORDS = Regex(
 )
 
 
+def _trained(kind: str) -> Any:
+    return Tokenizer.from_str(_as_text(kind))
+
+
 @cache
-def _trained(kind: str) -> str:
+def _as_text(kind: str) -> str:
     """Return a small BPE: on bytes of words, on bytes of Llama 3's words, or on Gemma's letters and spaces."""
     inner: Any = Tokenizer(models.BPE())
     if kind == "gemma":
@@ -145,29 +155,17 @@ def _trained(kind: str) -> str:
     return inner.to_str()
 
 
-def _finished(
-    kind: str, template: str, eos: str, bos: str | None = None, special: Iterable[str] = ()
-) -> PreTrainedTokenizerFast:
-    inner: Any = Tokenizer.from_str(_trained(kind))
-    inner.add_special_tokens(list(dict.fromkeys(token for token in (bos, eos, *special) if token)))
-    if bos:
-        inner.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, inner.token_to_id(bos))])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=bos, eos_token=eos)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 def trained_chatml() -> PreTrainedTokenizerFast:
     """Make a tokenizer like Qwen 3's: no BOS; its template writes tools, tool calls and reasoning."""
-    return _finished("chatml", QWEN3, "<|im_end|>", special=["<|im_start|>"])
+    return _finished(_trained("chatml"), QWEN3, "<|im_end|>", None, ["<|im_start|>"])
 
 
 def trained_llama3() -> PreTrainedTokenizerFast:
     """Make one like Llama 3.1's: two or three line ends are one token; template and tokenizer add BOS."""
     headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    return _finished("llama3", LLAMA31, "<|end_of_text|>", "<|begin_of_text|>", headers)
+    return _finished(_trained("llama3"), LLAMA31, "<|end_of_text|>", "<|begin_of_text|>", headers)
 
 
 def trained_gemma() -> PreTrainedTokenizerFast:
     """Make one like Gemma's: tokens cross word boundaries, and unknown letters are bytes."""
-    return _finished("gemma", GEMMA, "<eos>", "<bos>", ["<start_of_turn>", "<end_of_turn>"])
+    return _finished(_trained("gemma"), GEMMA, "<eos>", "<bos>", ["<start_of_turn>", "<end_of_turn>"])
