@@ -23,9 +23,13 @@ _LOSSES = ", ".join(LOSSES)
 _NAMES = ", ".join(options.__name__ for options in LOSSES.values())
 
 
-def _flag(name: str, words: str, **more: Any) -> Any:
+def _argument(metavar: str, words: str) -> Any:
+    return typer.Argument(metavar=metavar, help=words)
+
+
+def _flag(name: str, words: str, metavar: str = "", **more: Any) -> Any:
     """Declare an option without a value. Without the empty metavar, its help would show a type."""
-    return typer.Option(name, metavar="", help=words, **more)
+    return typer.Option(name, metavar=metavar, help=words, **more)
 
 
 def _value(metavar: str, words: str, **more: Any) -> Any:
@@ -33,32 +37,17 @@ def _value(metavar: str, words: str, **more: Any) -> Any:
     return typer.Option(metavar=metavar, help=words, **more)
 
 
-ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="The config, a TOML file; `fastpref schema` lists its keys.")
-]
+ConfigFile = Annotated[Path, _argument("CONFIG", "The config, a TOML file; `fastpref schema` lists its keys.")]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Replace keys of the config; values are TOML: train.steps=10."),
+    list[str] | None, _argument("KEY=VALUE", "Replace keys of the config; values are TOML: train.steps=10.")
 ]
 Offline = Annotated[bool, _flag("--offline", "Use local files and the hub's cache only.")]
 NoCache = Annotated[bool, _flag("--no-cache", "Tokenize again, and do not keep the tokens.")]
 AsJson = Annotated[bool, _flag("--json", "Print the result as one JSON object.")]
 TrainedModel = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="The folder of a run, a checkpoint, an adapter or a model; a name on the hub; or a config.",
-    ),
+    str, _argument("MODEL", "The folder of a run, a checkpoint, an adapter or a model; a name on the hub; or a config.")
 ]
-Resume = Annotated[
-    bool,
-    typer.Option(
-        "--resume",
-        metavar="[FOLDER]",
-        help="Continue the config's last run from its newest whole checkpoint, or continue the checkpoint or run in "
-        "FOLDER.",
-    ),
-]
+_CONTINUE = "Continue the config's last run from its newest whole checkpoint, or the checkpoint or run in FOLDER."
 
 
 @app.callback(help=f"Train language models on preferences ({_NAMES}) on one GPU, or more slowly on a CPU.")
@@ -154,7 +143,7 @@ def estimate(
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Resume = False,
+    resume: Annotated[bool, _flag("--resume", _CONTINUE, metavar="[FOLDER]")] = False,
     force: Annotated[bool, _flag("--force", "Replace the run in output.dir.")] = False,
     offline: Offline = False,
     no_cache: NoCache = False,
@@ -182,9 +171,7 @@ def train(
 
 @app.command(epilog="Example: fastpref report runs/my-dpo --open")
 def report(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run's folder, or TRL's output folder with its trainer_state.json.")
-    ],
+    run: Annotated[Path, _argument("RUN", "A run's folder, or TRL's output folder with its trainer_state.json.")],
     open_page: Annotated[bool, _flag("--open", "Open the page in the browser.")] = False,
     loss: Annotated[str | None, _value("LOSS", f"The loss of a TRL run, one of {_LOSSES}.")] = None,
     beta: Annotated[float | None, _value("BETA", "The β of a TRL run.")] = None,
@@ -267,7 +254,7 @@ def chat(
 
 @app.command(epilog="Example: fastpref merge runs/my-dpo --output my-model")
 def merge(
-    model: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run or of an adapter.")],
+    model: Annotated[str, _argument("RUN", "The folder of a run or of an adapter.")],
     output: Annotated[Path, _value("FOLDER", "The folder to write. It must not exist.")],
     overrides: Overrides = None,
     dequantized: Annotated[
@@ -306,7 +293,7 @@ def merge(
 
 @app.command(epilog="Example: fastpref push runs/my-dpo --to me/my-model")
 def push(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run, a model or an adapter.")],
+    run: Annotated[str, _argument("RUN", "The folder of a run, a model or an adapter.")],
     to: Annotated[str | None, _value("USER/NAME", "The repository. The default is the run's output.push_to.")] = None,
     public: Annotated[bool, _flag("--public", "Make a new repository public.")] = False,
 ) -> None:

@@ -98,10 +98,8 @@ def _lines(given: TextIO, out: TextIO) -> Iterator[str]:
         try:
             if person and given is sys.stdin:
                 line = input("> ")  # with the terminal's own editing and history
-            else:
-                line = given.readline()
-                if not line:
-                    return
+            elif not (line := given.readline()):
+                return
         except (EOFError, KeyboardInterrupt):
             print(file=out)
             return

@@ -29,13 +29,11 @@ _OF_LOSS: dict[str, dict[str, Any]] = {
     "simpo": {"loss.gamma_beta_ratio": 0.5, "train.learning_rate": 1e-5},
     "cpo": {"loss.sft_weight": 1.0},
 }
+_USUAL = {"train.learning_rate": "whole models usually take 5e-7 to 1e-6"}
 _REMARKS: dict[str, dict[str, str]] = {
-    "dpo": {"train.learning_rate": "whole models usually take 5e-7 to 1e-6"},
-    "ipo": {"train.learning_rate": "whole models usually take 5e-7 to 1e-6"},
-    "kto": {
-        "train.learning_rate": "whole models usually take 5e-7 to 1e-6",
-        "loss.desirable_weight": "with unequal counts, keep weight times count of both kinds alike",
-    },
+    "dpo": _USUAL,
+    "ipo": _USUAL,
+    "kto": _USUAL | {"loss.desirable_weight": "with unequal counts, keep weight times count of both kinds alike"},
     "orpo": {"train.learning_rate": "the supervised term takes higher rates than DPO: whole models about 8e-6"},
     "simpo": {
         "train.learning_rate": "whole models 3e-7 to 1e-6, as its authors search; too high a rate ruins the text",

@@ -167,11 +167,8 @@ def _room(low: float, high: float) -> tuple[float, float]:
 def _shading(band: Band | None, y: Axis) -> str:
     if band is None or (band.low is None and band.high is None):
         return ""
-    low, high = band.low, band.high
-    if y.logarithmic and low is not None and low <= 0:
-        low = None
-    bottom = y.begin if low is None else y(low)
-    top = y.end if high is None else y(high)
+    bottom = y.begin if band.low is None else y(band.low)
+    top = y.end if band.high is None else y(band.high)
     if bottom - top < 0.5:
         return ""
     return (
