@@ -51,10 +51,10 @@ def test_compared_with_the_model_before(finished_run: Path):
     out = io.StringIO()
     given = io.StringIO("\n".join([*QUESTIONS, "/clear", QUESTIONS[1]]))
     chat(find_trained(str(finished_run)), compare=True, temperature=0, max_tokens=12, given=given, out=out)
-    said = [line.strip() for line in out.getvalue().splitlines()]
+    lines = [line.strip() for line in out.getvalue().splitlines()]
     before = [*generated(None, QUESTIONS), *generated(None, QUESTIONS[1:])]
     after = [*generated(finished_run, QUESTIONS), *generated(finished_run, QUESTIONS[1:])]
-    assert said == [
+    assert lines == [
         f"{who}: {text}".strip() for pair in zip(before, after) for who, text in zip(("before", "trained"), pair)
     ]
 

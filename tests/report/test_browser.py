@@ -29,16 +29,16 @@ const behind = e => {
   }
   return [255, 255, 255];
 };
-const found = [];
+const texts = [];
 for (const e of document.querySelectorAll("body *")) {
   const own = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(" ").trim();
   if (!own || e.tagName === "title" || !e.getClientRects().length) continue;
   const style = getComputedStyle(e), back = behind(e);
   const colour = over(parse(e.namespaceURI.endsWith("svg") ? style.fill : style.color), back);
   const [light, dark] = [luminance(colour), luminance(back)].sort((a, b) => b - a);
-  found.push([(light + 0.05) / (dark + 0.05), own.slice(0, 40), parseFloat(style.fontSize)]);
+  texts.push([(light + 0.05) / (dark + 0.05), own.slice(0, 40), parseFloat(style.fontSize)]);
 }
-return found;
+return texts;
 """
 # Lines and bars, compared with the frame of their chart.
 MARKS = r"""
@@ -67,8 +67,8 @@ def test_the_console_is_silent(browser: Any, page: str):
     browser.get_log("browser")
     show(browser, page)
     assert browser.get_log("browser") == []
-    asked = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert [name for name in asked if not name.startswith("data:")] == []
+    resources = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in resources if not name.startswith("data:")] == []
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
@@ -105,9 +105,9 @@ def test_text_can_be_read(browser: Any, page: str, scheme: str):
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
-    found = browser.execute_script(CONTRASTS)
-    assert len(found) > 100
-    assert [text for contrast, text, size in found if contrast < 4.5 or size < 12] == []
+    texts = browser.execute_script(CONTRASTS)
+    assert len(texts) > 100
+    assert [text for contrast, text, size in texts if contrast < 4.5 or size < 12] == []
 
 
 def test_markup_in_data_stays_text(browser: Any, page: str):
