@@ -7,7 +7,7 @@ load-balancing loss from the body's output, the model's own `forward` does it, w
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
@@ -42,9 +42,3 @@ def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **optio
         del vars(body)["forward"]
         if own is not None:
             vars(body)["forward"] = own
-
-
-def with_states(output: Any, hidden: Tensor) -> Any:
-    """Return a body's output with other hidden states, [B, T, H], and only its router logits of the rest."""
-    kept = {name: value for name, value in output.items() if name == "router_logits"}
-    return type(output)(last_hidden_state=hidden, **kept)

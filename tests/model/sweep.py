@@ -190,12 +190,7 @@ def _rounding(name: str, folder: Path, examples: list[Example], true: Truth) -> 
 
 
 def _errors(
-    family: Family,
-    loaded: Loaded,
-    layout: Layout,
-    examples: list[Example],
-    true: Truth,
-    rounding: Callable[[], float],
+    family: Family, loaded: Loaded, layout: Layout, examples: list[Example], true: Truth, rounding: Callable[[], float]
 ) -> None:
     try:
         family.errors[layout] = errors(loaded, layout, examples, true)

@@ -227,10 +227,7 @@ def test_a_class_that_has_another_name_now_is_missed(monkeypatch: pytest.MonkeyP
             modeling_llama.__dict__["LlamaFeedForward"] = LigerSwiGLUMLP
 
     monkeypatch.setitem(liger._known(), "llama", older)
-    assert liger.take_kernels(plain("llama")) == (
-        ["RMSNorm", "RoPE"],
-        {"SwiGLU": "liger-kernel gave it to no module"},
-    )
+    assert liger.take_kernels(plain("llama")) == (["RMSNorm", "RoPE"], {"SwiGLU": "liger-kernel gave it to no module"})
     assert not hasattr(modeling_llama, "LlamaFeedForward")
 
 

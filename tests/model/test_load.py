@@ -65,10 +65,7 @@ def test_the_reference_is_the_model_before_training(llama: Path, overrides: list
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [
-        ("model.name=nowhere/at-all", "nowhere/at-all"),
-        ('lora={target=["no_such_module"]}', "q_proj"),
-    ],
+    [("model.name=nowhere/at-all", "nowhere/at-all"), ('lora={target=["no_such_module"]}', "q_proj")],
 )
 def test_models_that_cannot_be_had_are_said(llama: Path, override: str, said: str):
     """A missing model, or a module that the model does not have, gives one message that names it."""
