@@ -38,7 +38,7 @@ def adapted(model: nn.Module) -> dict[str, Any]:
     Raises UserError for a kind of adapter that cannot be merged."""
     parts: dict[str, Any] = {}
     for name, module in model.named_modules():
-        owner = plain_name(name)
+        owner = ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
         if isinstance(module, ModulesToSaveWrapper):
             copy = module.modules_to_save[module.active_adapters[0]]
             parts |= {f"{owner}.{key}": module for key in copy.state_dict(keep_vars=True)}
@@ -49,11 +49,6 @@ def adapted(model: nn.Module) -> dict[str, Any]:
         elif isinstance(module, BaseTunerLayer):
             raise UserError(f"{name} has a {type(module).__name__}, which cannot be merged here")
     return parts
-
-
-def plain_name(name: str) -> str:
-    """Return a module's name in the model without adapters."""
-    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
 
 
 def merged(part: Any, name: str, tensor: Tensor) -> Tensor:

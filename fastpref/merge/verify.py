@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from fastpref.config import Config
 from fastpref.errors import UserError, one_line
 from fastpref.model.adapters.trained import load_adapter
-from fastpref.model.files import model_config
+from fastpref.model.files import hub_options, model_config
 from fastpref.model.load import weight_dtype
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.weights import from_files
@@ -33,18 +33,18 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with_adapter, without = _base_logits(trained, device, nf4=nf4, plain=plain)
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{trained.weights}: the merged model cannot be compared, and is not kept: the adapter on its model fails: "
             f"{one_line(error)}. --no-verify merges without comparing"
         ) from None
     try:
         logits = _merged_logits(folder, trained.config, device)
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError):
-            raise
         message = f"{trained.weights}: the merged model cannot be loaded, so it is not kept: {one_line(error)}"
         raise UserError(message) from None
     lost = float((logits - with_adapter).norm() / (with_adapter - without).norm().clamp(min=1e-30))
@@ -62,11 +62,10 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
     """Return the logits of the base with the adapter, and without it."""
     options = trained.config.model
     dtype = weight_dtype(trained.config, device)
-    load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "revision": options.revision or "main"}
-    if nf4:
-        load["quantization_config"] = quantization_config("nf4", dtype)
-    make = partial(AutoModelForCausalLM.from_pretrained, options.name, trust_remote_code=options.trust_remote_code)
-    model: Any = from_files(make, use_safetensors=True, **load)
+    load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}} | hub_options(options)
+    quantization = quantization_config("nf4" if nf4 else "none", dtype)
+    make = partial(AutoModelForCausalLM.from_pretrained, options.name, use_safetensors=True, **load)
+    model: Any = from_files(make, quantization_config=quantization)
     if plain:
         model = model.dequantize(dtype=dtype)
     keep_weights_as_loaded(model)

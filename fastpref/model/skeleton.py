@@ -38,19 +38,16 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
 
     With `kernels` it also has liger's kernels.
     """
-    options = config.model
     architecture = copy.deepcopy(architecture)  # quantising changes it
-    make = partial(
-        AutoModelForCausalLM.from_config, architecture, dtype=dtype, trust_remote_code=options.trust_remote_code
-    )
+    trust = config.model.trust_remote_code
     with torch.device("meta"):
-        model = make()
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trust)
         plain, packed, experts = 0, 0, 0
         own = own_quantization(architecture)  # has precedence over the config's, as in transformers
         if own is not None and not of_bitsandbytes(own):
             if (packing := packing_of(own)) is not None:
                 plain, packed = packed_bytes(model, packing)
-        elif (quantization := own or quantization_config(options.quantization, dtype)) is not None:
+        elif (quantization := own or quantization_config(config.model.quantization, dtype)) is not None:
             # transformers' quantizer decides which layers to quantise.
             quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=own is not None)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})

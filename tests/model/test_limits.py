@@ -177,7 +177,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return run
 
 
-ROW_3 = r"pairs\.jsonl:3: \d\d tokens with its response, and gpt2 has 24 positions; 1 of 4 training rows has more"
+ROW_3 = r"pairs\.jsonl:3: \d\d tokens with its completion, and gpt2 has 24 positions; 1 of 4 training rows has more"
 TOO_LONG = {  # command: its status and its message about a row that is longer than the model's positions
     "check": (0, "tokens.max_length = 2,048 is more than the 24 positions of gpt2: longer rows are refused"),
     "preview": (2, ROW_3),
@@ -186,10 +186,10 @@ TOO_LONG = {  # command: its status and its message about a row that is longer t
 }
 NO_EMBEDDING = {
     "check": (0, "has ids up to 950, and vocab_size of its config.json is 949"),
-    "preview": (2, "pairs.jsonl:3: token 950 ('<new1>') of its response is not in the embeddings of llama, which have "
+    "preview": (2, "pairs.jsonl:3: token 950 ('<new1>') of its completion is not in the embeddings of llama, which have "
                    "949 rows; 1 of 4 training rows has such tokens, and the tokenizer has 951"),
-    "train": (2, "pairs.jsonl:3: token 950 ('<new1>') of its response"),
-    "estimate": (0, "ends before its first step: {folder}/pairs.jsonl:3: token 950 ('<new1>') of its response"),
+    "train": (2, "pairs.jsonl:3: token 950 ('<new1>') of its completion"),
+    "estimate": (0, "ends before its first step: {folder}/pairs.jsonl:3: token 950 ('<new1>') of its completion"),
 }  # fmt: skip
 AS_IT_IS = {"estimate": ["--cpu"]}
 
@@ -245,8 +245,8 @@ def test_a_pad_token_without_an_embedding_does_no_harm(run: Any, tmp_path: Path)
     assert logged[0] == logged[1]
 
 
-def test_ktos_other_responses_have_positions_too(run: Any, tmp_path: Path):
-    """For KTO, each prompt plus the longest paired response of another row must fit, as the run's steps pair them."""
+def test_ktos_other_completions_have_positions_too(run: Any, tmp_path: Path):
+    """For KTO, each prompt plus the longest paired completion of another row must fit, as the run's steps pair them."""
     path = project(tmp_path, gpt2(40))
     rows = [{"prompt": "plus " * (1 if i % 2 else 25), "completion": "nine " * (25 if i % 2 else 1), "label": i < 2}
             for i in range(4)]  # fmt: skip
@@ -254,7 +254,7 @@ def test_ktos_other_responses_have_positions_too(run: Any, tmp_path: Path):
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows[1::2])))
     ran = run("train", str(path), "loss.type=kto", "train.batch=4")
     assert ran.status == 2
-    assert "its prompt with the response of another row" in ran.err
+    assert "its prompt with the completion of another row" in ran.err
     assert "gpt2 has 40 positions. Set tokens.max_length=20" in ran.err
     assert run("train", str(path), "loss.type=kto", "train.batch=4", "tokens.max_length=20").status == 0
     assert run("train", str(path), "loss={type='kto',kl='none'}", "output.dir=none").status == 0

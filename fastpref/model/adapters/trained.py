@@ -1,7 +1,7 @@
 """Loading of trained adapters from a folder or the hub. An adapter that does not fit the model is an error."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 from fastpref.model.failure import is_out_of_memory, words
-from fastpref.model.weights import Misfit, Renaming, find_renaming, take_note
+from fastpref.model.weights import Misfit, Renaming, Shape, find_renaming, take_note
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that subtract the adapter from the model's weights
@@ -108,19 +108,17 @@ def _put_by_own_names(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor])
     return True
 
 
-def _misshapen(message: str) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
+def _misshapen(message: str) -> tuple[tuple[str, Shape, Shape], ...]:
     """Return (name, shape in the file, shape in the model) for each mismatch in a message of `load_state_dict`."""
-    found = re.findall(
-        r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)", message
-    )
-    return tuple((name, _shape(file), _shape(own)) for name, file, own in found)
+    pattern = r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)"
+    return tuple((name, _shape(file), _shape(own)) for name, file, own in re.findall(pattern, message))
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str) -> Shape:
     return tuple(int(size) for size in text.split(",") if size.strip())
 
 
-def _why_misshapen(shapes: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+def _why_misshapen(shapes: Sequence[tuple[str, Shape, Shape]]) -> str:
     sides = {"lora_A": 0, "lora_B": 1}  # the dimension of the rank
     ranks = [
         (file[axis], own[axis])
@@ -128,6 +126,6 @@ def _why_misshapen(shapes: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]
         for side, axis in sides.items()
         if side in name and len(file) == 2 == len(own) and file[1 - axis] == own[1 - axis]
     ]
-    if ranks and len(ranks) == len(list(shapes)):
+    if ranks and len(ranks) == len(shapes):
         return f"Its tensors have rank {ranks[0][0]} and its adapter_config.json says {ranks[0][1]}"
     return "It was trained on a model of another size"
