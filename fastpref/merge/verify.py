@@ -63,9 +63,10 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
     options = trained.config.model
     dtype = weight_dtype(trained.config, device)
     load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}} | hub_options(options)
-    quantization = quantization_config("nf4" if nf4 else "none", dtype)
-    make = partial(AutoModelForCausalLM.from_pretrained, options.name, use_safetensors=True, **load)
-    model: Any = from_files(make, quantization_config=quantization)
+    if nf4:  # None would replace the settings of a model that is stored quantised
+        load["quantization_config"] = quantization_config("nf4", dtype)
+    make = partial(AutoModelForCausalLM.from_pretrained, options.name)
+    model: Any = from_files(make, use_safetensors=True, **load)
     if plain:
         model = model.dequantize(dtype=dtype)
     keep_weights_as_loaded(model)

@@ -265,18 +265,18 @@ def _with_globals(function: FunctionType, home: ModuleType, new: dict[str, Any])
     """
     copies: dict[int, FunctionType | None] = {}
 
-    def copied(function: FunctionType) -> FunctionType | None:
-        if id(function) not in copies:
-            copies[id(function)] = None  # ends the recursion if functions call each other
-            copies[id(function)] = rebuilt(function)
-        return copies[id(function)]
+    def copied(value: Any) -> FunctionType | None:
+        if isinstance(value, FunctionType) and id(value) not in copies:
+            copies[id(value)] = None  # ends the recursion if functions call each other
+            copies[id(value)] = rebuilt(value)
+        return copies.get(id(value))
 
     def rebuilt(function: FunctionType) -> FunctionType | None:
         names: dict[str, Any] = {}
         if function.__globals__ is vars(home):
             for name in _global_names(function.__code__) & vars(home).keys():
                 value = vars(home)[name]
-                own = isinstance(value, FunctionType) and value.__module__ == home.__name__
+                own = getattr(value, "__module__", None) == home.__name__
                 other = new[name] if name in new else copied(value) if own else None
                 if other is not None:
                     names[name] = other
@@ -291,19 +291,19 @@ def _with_globals(function: FunctionType, home: ModuleType, new: dict[str, Any])
         inner = vars(function).get("__wrapped__")
         del copy.__wrapped__
         if inner is not None:
-            copy.__wrapped__ = (copied(inner) if isinstance(inner, FunctionType) else None) or inner
+            copy.__wrapped__ = copied(inner) or inner
         return copy
 
     return copied(function)
 
 
-def _rebuilt_cell(cell: CellType, copied: Callable[[FunctionType], FunctionType | None]) -> CellType | None:
+def _rebuilt_cell(cell: CellType, copied: Callable[[Any], FunctionType | None]) -> CellType | None:
     """Return a closure cell with the copy of the function in this one, or None if that has no copy."""
     try:
         content = cell.cell_contents
     except ValueError:  # empty
         return None
-    copy = copied(content) if isinstance(content, FunctionType) else None
+    copy = copied(content)
     return None if copy is None else CellType(copy)
 
 

@@ -102,14 +102,11 @@ def packing_of(own: Mapping[str, Any]) -> Packing | None:
     )
 
 
-def packed_bytes(model: PreTrainedModel, packing: Packing) -> tuple[int, int]:
-    """Return the bytes of the weights that the checkpoint packs: in the model's dtype, and packed."""
-    plain, packed = 0, 0
-    for weight in _weights(model, packing):
-        rows, columns = weight.shape[-2:]
-        plain += weight.nbytes
-        packed += weight[..., 0, 0].numel() * packing.bytes_of(rows, columns)
-    return plain, packed
+def saved_by_packing(model: PreTrainedModel, packing: Packing) -> int:
+    """Return how many bytes fewer than in the model's dtype the weights take that the checkpoint packs."""
+    weights = list(_weights(model, packing))
+    packed = sum(weight[..., 0, 0].numel() * packing.bytes_of(*weight.shape[-2:]) for weight in weights)
+    return sum(weight.nbytes for weight in weights) - packed
 
 
 def bare_experts(model: PreTrainedModel) -> int:

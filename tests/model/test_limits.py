@@ -186,8 +186,8 @@ TOO_LONG = {  # command: its status and its message about a row that is longer t
 }
 NO_EMBEDDING = {
     "check": (0, "has ids up to 950, and vocab_size of its config.json is 949"),
-    "preview": (2, "pairs.jsonl:3: token 950 ('<new1>') of its completion is not in the embeddings of llama, which have "
-                   "949 rows; 1 of 4 training rows has such tokens, and the tokenizer has 951"),
+    "preview": (2, "pairs.jsonl:3: token 950 ('<new1>') of its completion is not in the embeddings of llama, which "
+                   "have 949 rows; 1 of 4 training rows has such tokens, and the tokenizer has 951"),
     "train": (2, "pairs.jsonl:3: token 950 ('<new1>') of its completion"),
     "estimate": (0, "ends before its first step: {folder}/pairs.jsonl:3: token 950 ('<new1>') of its completion"),
 }  # fmt: skip

@@ -180,14 +180,15 @@ def _shortest(experts: Mapping[str, str], parts: Parts) -> set[str]:
 
 def _all_linear(settings: peft.LoraConfig, parts: Parts, left_out: dict[str, set[str]]) -> set[str]:
     """Return the language model's linear layers that PEFT can adapt, except its head."""
-    layers = {name: layer for name, layer in linear_layers(parts.model).items() if layer is not parts.head}
+    head = parts.model.get_output_embeddings()
+    layers = {name: layer for name, layer in linear_layers(parts.model).items() if layer is not head}
     leave_out(left_out, OUTSIDE, layers.keys() - parts.inside)
     config = parts.model.config.get_text_config().to_dict()
     sizes = {1, *(count for key, count in config.items() if key.endswith("experts") and isinstance(count, int))}
     inside = {name: layer for name, layer in layers.items() if name in parts.inside}
     routers = {n for n, layer in inside.items() if _ROUTER.search(n) and getattr(layer, "out_features", 0) in sizes}
     leave_out(left_out, _ROUTERS, routers)
-    return adaptable_layers({n: layer for n, layer in inside.items() if n not in routers}, settings, parts, left_out)
+    return adaptable_layers({n: inside[n] for n in inside if n not in routers}, settings, parts, left_out)
 
 
 # --- names and patterns -----------------------------------------------------------------------------------------------

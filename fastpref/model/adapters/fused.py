@@ -12,7 +12,7 @@ ones, and layers that are neither nn.Linear nor in 4 bits.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,22 +63,9 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 # --- gated MLPs ------------------------------------------------------------------------------------------------------
 
 
-class Product(Protocol):
-    """The product act(gate) · up."""
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
-
-    def again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """Return the product, and a function from its gradient to those of gate and up.
-
-        The function is called at most once. It and this method may overwrite their arguments.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class _Plain:
-    """A product with a torch activation, which allocates as few tensors as possible."""
+    """The product act(gate) · up with a torch activation, which allocates as few tensors as possible."""
 
     act: Callable[[Tensor], Tensor]
 
@@ -89,6 +76,10 @@ class _Plain:
         return activated.mul_(up)
 
     def again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Return the product, and a function from its gradient to those of gate and up.
+
+        The function is called at most once. It and this method may overwrite their arguments.
+        """
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = self.act(leaf)
@@ -103,7 +94,7 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Liger:
-    """A product by one of liger-kernel's kernels, which overwrites gate and up with their gradients."""
+    """The same by one of liger-kernel's kernels, which overwrites gate and up with their gradients."""
 
     function: type[torch.autograd.Function]
 
@@ -117,7 +108,10 @@ class _Liger:
         return product.detach(), lambda grad: torch.autograd.grad(product, leaves, grad)
 
 
-def _gated_product(module: nn.Module) -> Product | None:
+_Product = _Plain | _Liger
+
+
+def _gated_product(module: nn.Module) -> _Product | None:
     """Return the product of an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) and ends in LoRA."""
     last = getattr(module, "down_proj", None)
     if not _is_lora_linear(last) or not hasattr(module, "gate_proj") or not hasattr(module, "up_proj"):
@@ -132,7 +126,7 @@ def _gated_product(module: nn.Module) -> Product | None:
     return None if trained else _Plain(activation)
 
 
-def _ligers(forward: Any) -> Product | None:
+def _ligers(forward: Any) -> _Liger | None:
     """Return the product of an MLP whose forward comes from liger-kernel, or None."""
     function = getattr(forward, "__func__", forward)
     name = _LIGERS.get(getattr(function, "__qualname__", ""))
@@ -148,7 +142,7 @@ class _GatedMLP:
     """The forward of an MLP."""
 
     mlp: Any
-    product: Product
+    product: _Product
     before: Any  # the forward that the instance had before, or None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -266,7 +260,7 @@ class _GatedAdapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, a: Tensor, b: Tensor, adapter: _Adapter, product: Product
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, a: Tensor, b: Tensor, adapter: _Adapter, product: _Product
     ) -> Tensor:
         x = product(gate, up)
         low = adapter.low_rank(x, a)

@@ -45,10 +45,6 @@ class Parts:
         return cls(model, modules, frozenset(name for name, module in modules.items() if id(module) in ids))
 
     @property
-    def head(self) -> nn.Module | None:
-        return self.model.get_output_embeddings()
-
-    @property
     def linear_names(self) -> str:
         names = {name.rpartition(".")[2] for name in linear_layers(self.model) if name in self.inside}
         return f"this model's linear modules are {', '.join(sorted(names))}"
