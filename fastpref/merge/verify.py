@@ -31,22 +31,19 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
     cannot be loaded or lacks tensors.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fault, advice = (
+        "compared, and is not kept: the adapter on its model fails",
+        ". --no-verify merges without comparing",
+    )
     try:
         with_adapter, without = _base_logits(trained, device, nf4=nf4, plain=plain)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{trained.weights}: the merged model cannot be compared, and is not kept: the adapter on its model fails: "
-            f"{one_line(error)}. --no-verify merges without comparing"
-        ) from None
-    try:
+        fault, advice = "loaded, so it is not kept", ""
         logits = _merged_logits(folder, trained.config, device)
     except UserError:
         raise
     except Exception as error:
-        message = f"{trained.weights}: the merged model cannot be loaded, so it is not kept: {one_line(error)}"
-        raise UserError(message) from None
+        message = f"the merged model cannot be {fault}: {one_line(error)}{advice}"
+        raise UserError(f"{trained.weights}: {message}") from None
     lost = float((logits - with_adapter).norm() / (with_adapter - without).norm().clamp(min=1e-30))
     exact = whole and weight_dtype(trained.config, device) == torch.float32
     if not lost <= (_ALLOWED_WHOLE if exact else _ALLOWED):

@@ -25,13 +25,9 @@ def body_of(model: PreTrainedModel) -> nn.Module:
 
 
 def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **options: Any) -> Any:
-    """Return the result of the model's own forward with a body that returns `output`.
+    """Return the result of a model, or its forward, with further options, and with a body that returns `output`.
 
-    Args:
-        model: the causal language model, or its forward.
-        body: its body, as `body_of` finds it.
-        output: a body's output (a `ModelOutput`), [B, T, H] in `last_hidden_state`.
-        options: further keywords of the model's forward.
+    The body is that of `body_of`; its output is a `ModelOutput` with [B, T, H] in `last_hidden_state`.
     """
     ids = output.last_hidden_state.new_zeros(output.last_hidden_state.shape[:2]).long()
     own = vars(body).get("forward")

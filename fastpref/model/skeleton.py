@@ -65,8 +65,7 @@ def _let_dora_dequantise(model: nn.Module) -> None:
     """Give modules their own `dequantize` for DoRA, which PEFT calls on a module that has W_q, as HQQ's have."""
     for module in model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
-            dequantised: Any = module
-            dequantised.W_q, dequantised.dequantize = module.weight.data, partial(_dequantised, module)
+            vars(module).update(W_q=module.weight.data, dequantize=partial(_dequantised, module))
 
 
 def _dequantised(module: Linear4bit | Linear8bitLt) -> nn.Parameter:

@@ -69,13 +69,8 @@ def choose_layout(
 ) -> Choice:
     """Find the layout by trial, and give the model the attention that it needs: ours for trees, else its own.
 
-    Args:
-        model: with its own attention, before adapters are put around its layers.
-        policy: of the model.
-        wanted: "auto" stands for trees.
-        max_length: tokens of the longest row; windows that no row exceeds are not tested with padded rows.
-        compare: whether to compare numbers, which a model of fake tensors does not have.
-
+    The model has its own attention, and no adapters around its layers yet. "auto" stands for trees. Windows of
+    `max_length` tokens and more are not tested with padded rows. Fake tensors have no numbers to `compare`.
     Raises UserError for a model that computes padded rows differently from each row alone.
     """
     layout: Layout = "tree" if wanted == "auto" else wanted
@@ -164,9 +159,8 @@ class _Trial:
             raise UserError(f"{why_not}. They are not trained here")
         with short_limits(self._model, below=max_length) as limits:
             if limits and (why_not := self._short_padding_fault()) is not None:
-                raise UserError(
-                    f"{why_not}, past its {' and '.join(limits)}; set tokens.max_length to no more than that"
-                )
+                past = " and ".join(limits)
+                raise UserError(f"{why_not}, past its {past}; set tokens.max_length to no more than that")
         return Choice("padded", why, (), notes)
 
     def _short_padding_fault(self) -> str | None:
@@ -184,10 +178,8 @@ class _Trial:
             return f"{self._kind} models cannot compute padded rows: {_reason(fault)}"
         if self._is_rounding(error):
             return None
-        return (
-            f"{self._kind} models give padded rows other hidden states than each row alone (they differ by "
-            f"{error.largest:.2g} of their size)"
-        )
+        size = f"they differ by {error.largest:.2g} of their size"
+        return f"{self._kind} models give padded rows other hidden states than each row alone ({size})"
 
     def _training_fault(self, layout: Layout, truth: "_States") -> str | None:
         """Return a message if a layout is wrong only in training mode, where full experts drop tokens; or None.
@@ -329,9 +321,8 @@ def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[l
     before: list[tuple[dict[str, Any], str, int]] = []
     for values in [*map(vars, owners.values()), *tables]:
         for name, value in values.items():
-            if not _LIMITS.search(name) or isinstance(value, bool) or not isinstance(value, int):
-                continue
-            if value >= _LONGEST and (below is None or value < below):
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if number and _LIMITS.search(name) and value >= _LONGEST and (below is None or value < below):
                 before.append((values, name, value))
     try:
         for values, name, _ in before:

@@ -202,10 +202,8 @@ def _probable_cause(misfit: Misfit, config: Any) -> str:
     """Return a sentence on the probable cause and its remedy."""
     text = None if config is None else config.get_text_config()
     if any(".lora_" in name or ".base_layer." in name for name in misfit.unexpected):
-        return (
-            "An adapter is saved in them unmerged, as the state of a PEFT model: save the model after "
-            "merge_and_unload, or the adapter by itself and merge that"
-        )
+        advice = "save the model after merge_and_unload, or the adapter by itself and merge that"
+        return f"An adapter is saved in them unmerged, as the state of a PEFT model: {advice}"
     if any(_QUANTISATION.search(name) for name in misfit.unexpected):
         return "They hold quantised weights, and config.json has no quantization_config that says so"
     if misfit.unreadable:

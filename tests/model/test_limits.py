@@ -156,14 +156,11 @@ def project(folder: Path, model: PretrainedConfig, *, more_tokens: int = 0, **li
     return path
 
 
-def llama(**options: Any) -> PretrainedConfig:
-    settings: dict[str, Any] = LLAMA | COMMON | {"vocab_size": 949} | options
-    return CONFIG_MAPPING["llama"](**settings)
+LLAMA_949 = CONFIG_MAPPING["llama"](**{**LLAMA, **COMMON, "vocab_size": 949})
 
 
 def gpt2(positions: int) -> PretrainedConfig:
-    settings: dict[str, Any] = GPT | COMMON | {"vocab_size": 949, "n_positions": positions}
-    return CONFIG_MAPPING["gpt2"](**settings)
+    return CONFIG_MAPPING["gpt2"](**{**GPT, **COMMON, "vocab_size": 949, "n_positions": positions})
 
 
 @pytest.fixture
@@ -210,7 +207,7 @@ def test_a_row_longer_than_the_positions(run: Any, tmp_path: Path, name: str):
 @pytest.mark.parametrize("name", NO_EMBEDDING)
 def test_a_token_without_an_embedding(run: Any, tmp_path: Path, name: str):
     """The message gives the row, the token's id and text, both numbers, and the remedy."""
-    path = project(tmp_path, llama(), more_tokens=2)
+    path = project(tmp_path, LLAMA_949, more_tokens=2)
     status, said = NO_EMBEDDING[name]
     ran = run(name, str(path), *AS_IT_IS.get(name, []))
     assert ran.status == status
@@ -221,7 +218,7 @@ def test_a_token_without_an_embedding(run: Any, tmp_path: Path, name: str):
 
 def test_in_the_prompt_and_in_held_out_rows(run: Any, tmp_path: Path):
     """Prompts and held-out rows are compared too."""
-    path = project(tmp_path, llama(), more_tokens=2)
+    path = project(tmp_path, LLAMA_949, more_tokens=2)
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("<new1>", ""))
     (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "a <new1>", "chosen": "b", "rejected": "c"}))
     said = run("train", str(path)).err
@@ -235,7 +232,7 @@ def test_a_pad_token_without_an_embedding_does_no_harm(run: Any, tmp_path: Path)
     for more in (0, 2):
         folder = tmp_path / str(more)
         folder.mkdir()
-        path = project(folder, llama(), more_tokens=more)
+        path = project(folder, LLAMA_949, more_tokens=more)
         for name in ("pairs.jsonl", "held.jsonl"):
             (folder / name).write_text((folder / name).read_text().replace("<new1>", ""))
         ran = run("train", str(path), "train.layout=padded", f"output.dir={folder}/run")
@@ -273,7 +270,7 @@ def test_rows_that_fit_leave_room_for_a_short_answer(run: Any, tmp_path: Path):
 
 def test_rows_beyond_what_rope_was_made_for_are_counted(run: Any, tmp_path: Path):
     """Rows beyond the length that RoPE was made for are computed, with a note unless the scaling covers them."""
-    path = project(tmp_path, llama())
+    path = project(tmp_path, LLAMA_949)
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("<new1>", ""))
     ran = run("train", str(path))
     assert ran.status == 0

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastpref.model.body import body_of
-from fastpref.model.failure import words
 
 OUTSIDE = "outside of the language model, which alone is trained here"
 _WEIGHT_READ = re.compile(
@@ -78,7 +77,7 @@ def adaptable_layers(
         owner, _, own = name.rpartition(".")
         if owner and own in _read_past(type(parts.modules[owner])):  # for example for a kernel, past an adapter
             leave_out(left_out, "the model's code may read their weight without calling them", {name})
-        elif _refusal(name, settings, parts.model) is not None:
+        elif _is_refused(name, settings, parts.model):
             leave_out(left_out, f"PEFT cannot adapt them in {parts.model.config.model_type} models", {name})
         elif isinstance(layer, nn.Linear) and not _is_plain(layer):
             leave_out(left_out, f"{type(layer).__name__} computes something else than a linear layer", {name})
@@ -87,16 +86,14 @@ def adaptable_layers(
     return chosen
 
 
-def _refusal(name: str, settings: peft.LoraConfig, model: PreTrainedModel) -> str | None:
-    """Return PEFT's message if it refuses a module of this model's family by its name, or None."""
-    check = getattr(LoraModel, "_check_target_module_compatiblity", None)  # PEFT's spelling
-    if check is None:
-        return None
+def _is_refused(name: str, settings: peft.LoraConfig, model: PreTrainedModel) -> bool:
+    """Return whether PEFT refuses a module of this model's family by its name."""
+    check = getattr(LoraModel, "_check_target_module_compatiblity", lambda *_: None)  # PEFT's spelling
     try:
         check(object.__new__(LoraModel), settings, model, name.rpartition(".")[2])
-    except ValueError as error:
-        return words(error)
-    return None
+    except ValueError:
+        return True
+    return False
 
 
 @cache

@@ -64,14 +64,14 @@ def _check_kind(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTr
     saved, own = tuple(settings.modules_to_save or ()), model.state_dict()
     for name, tensor in weights.items():
         plain = name.removeprefix("base_model.model.")
-        if plain in own and not any(part in plain for part in saved) and own[plain].device.type != "meta":
-            before = own[plain]
-            if before.shape != tensor.shape or not torch.equal(before.float().cpu(), tensor.to(before.dtype).float()):
-                raise UserError(
-                    f"{begin}: it holds another {plain} in place of the model's, outside of its adapters, and the "
-                    "model without it would have that too. Save the model with these weights, and merge the adapter "
-                    "into that"
-                )
+        before = own.get(plain)
+        if before is None or before.device.type == "meta" or any(part in plain for part in saved):
+            continue
+        if before.shape != tensor.shape or not torch.equal(before.float().cpu(), tensor.to(before.dtype).float()):
+            raise UserError(
+                f"{begin}: it holds another {plain} in place of the model's, outside of its adapters, and the model "
+                "without it would have that too. Save the model with these weights, and merge the adapter into that"
+            )
 
 
 def _reloaded(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> tuple[Misfit, Renaming | None]:
