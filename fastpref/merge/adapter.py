@@ -57,8 +57,7 @@ def merged(part: Any, name: str, tensor: Tensor) -> Tensor:
         copy = part.modules_to_save[part.active_adapters[0]].state_dict()
         key = max((key for key in copy if name.endswith(f".{key}")), key=len)
         return copy[key].detach().to(tensor.dtype)
-    layer = part.get_base_layer()
-    kind = name.rpartition(".")[2]
+    layer, kind = part.get_base_layer(), name.rpartition(".")[2]
     before = getattr(layer, kind)
     setattr(layer, kind, nn.Parameter(tensor.clone(), requires_grad=False))
     try:

@@ -80,10 +80,9 @@ class Checkpoint:
     @property
     def method(self) -> str | None:
         """The quantisation method of the weights by config.json, or None."""
-        settings = self.config.get("quantization_config") or self._text.get("quantization_config")
-        if not settings:
-            return None
-        return str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
+        settings = self.config.get("quantization_config") or self._text.get("quantization_config") or {}
+        unnamed = "bitsandbytes" if "load_in_4bit" in settings else "unknown"
+        return str(settings.get("quant_method") or unnamed) if settings else None
 
     @property
     def dequantised(self) -> bool:

@@ -87,10 +87,9 @@ def bare_model(options: ModelConfig) -> PreTrainedModel:
     architecture = model_config(options)
     for part in (architecture, architecture.get_text_config()):
         vars(part).pop("quantization_config", None)  # make plain modules, even if the files are quantised
+    trust = options.trust_remote_code
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            architecture, dtype=torch.float32, trust_remote_code=options.trust_remote_code
-        )
+        return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, trust_remote_code=trust)
 
 
 def nf4_weights(config: Config) -> frozenset[str]:

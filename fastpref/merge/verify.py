@@ -75,16 +75,9 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
 
 def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor:
     options = config.but({"model.name": str(folder), "model.revision": None}).model
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=model_config(options),
-        dtype=weight_dtype(config, device),
-        device_map={"": device},
-        trust_remote_code=options.trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    model, report = loaded
+    load: dict[str, Any] = {"dtype": weight_dtype(config, device), "device_map": {"": device}} | hub_options(options)
+    make: Any = partial(AutoModelForCausalLM.from_pretrained, folder, config=model_config(options), **load)
+    model, report = make(use_safetensors=True, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{', '.join(missing[:3])} is missing in the merged model, so it is not kept")
     return _probe(model)

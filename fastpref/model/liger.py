@@ -69,9 +69,9 @@ def give_kernels(
     except Exception as error:  # from liger, Triton's compiler or the model's code
         taken, why = [], one_line(error, named=True)
     if why is None:
-        kind = model.config.model_type
-        without = [f"liger-kernel: its {name} for {kind} models is not taken: {r}" for name, r in missing.items()]
-        return True, [f"liger-kernel: {', '.join(taken)}", *without]
+        models = f"{model.config.model_type} models"
+        absent = [f"liger-kernel: its {kind} for {models} is not taken: {reason}" for kind, reason in missing.items()]
+        return True, [f"liger-kernel: {', '.join(taken)}", *absent]
     for module, values, children in before:
         vars(module).clear()
         vars(module).update(values)

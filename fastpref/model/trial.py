@@ -130,10 +130,8 @@ class _Trial:
                     return f"{self._kind} models refuse the layout: {_reason(fault)}"
                 if not self._is_rounding(error):
                     where = f", past its {' and '.join(limits)}" if short else ""
-                    return (
-                        f"the hidden states of this {self._kind} model would differ by {error.largest:.2g} of their "
-                        f"size from those of each row alone{where}"
-                    )
+                    size = f"{error.largest:.2g} of their size from those of each row alone{where}"
+                    return f"the hidden states of this {self._kind} model would differ by {size}"
                 if not short and (why := self._training_fault(layout, truth)) is not None:
                     return why
         return None

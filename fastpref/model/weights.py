@@ -101,11 +101,10 @@ def from_files(load: Callable[..., Any], **options: Any) -> PreTrainedModel:
     del model
     renaming = find_renaming(misfit.missing, misfit.unexpected)
     if renaming is not None:
-        again, left = _loaded(load, key_mapping=renaming.key_mapping, **options)
-        if again is not None and not left:
-            take_note(again, f"model.name: {renaming}")
-            return again
-        del again
+        model, left = _loaded(load, key_mapping=renaming.key_mapping, **options)
+        if model is not None and not left:
+            take_note(model, f"model.name: {renaming}")
+            return model
     raise UserError(f"its files do not hold this {kind}: {misfit}. {_probable_cause(misfit, config)}")
 
 
@@ -209,13 +208,15 @@ def _probable_cause(misfit: Misfit, config: Any) -> str:
     if misfit.unreadable:
         return "Parts of them are probably missing or of another size: download or save the model again"
     vocabulary = getattr(text, "vocab_size", None)
-    if misfit.misshapen and all(_by_rows(file, own, vocabulary) for _, file, own in misfit.misshapen):
-        resized = f"The vocabulary was probably resized to {misfit.misshapen[0][1][0]:,}"
+    shapes = [(file, own) for _, file, own in misfit.misshapen]
+    if shapes and all(own[:1] == (vocabulary,) and file[1:] == own[1:] for file, own in shapes):
+        resized = f"The vocabulary was probably resized to {shapes[0][0][0]:,}"
         return f"{resized} and config.json not saved with it: its vocab_size is {vocabulary:,}"
-    if misfit.misshapen:
+    if shapes:
         return "config.json is probably that of a model of another size, or parts of the files are missing"
     layers = getattr(text, "num_hidden_layers", None)
-    beyond = [n for n in map(_layer, misfit.unexpected) if layers is not None and n is not None and n >= layers]
+    numbers = [re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}") for name in misfit.unexpected]
+    beyond = [int(n[1]) for n in numbers if n is not None and layers is not None and int(n[1]) >= layers]
     if beyond and not misfit.missing and len(beyond) == len(misfit.unexpected):
         return f"config.json counts {layers} layers and the files go on to layer {max(beyond)} (counted from 0)"
     if misfit.missing and all("head" in name or "embed_out" in name for name in misfit.missing):
@@ -228,15 +229,6 @@ def _probable_cause(misfit: Misfit, config: Any) -> str:
     if misfit.missing:
         return "config.json is probably that of another model, or the names were changed when the model was saved"
     return "config.json probably describes another model: these tensors would be lost"
-
-
-def _by_rows(file: Shape, own: Shape, vocabulary: int | None) -> bool:
-    return vocabulary is not None and own[:1] == (vocabulary,) and file[1:] == own[1:]
-
-
-def _layer(name: str) -> int | None:
-    number = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
-    return int(number[1]) if number else None
 
 
 def _count(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
@@ -45,7 +45,7 @@ def adapter(model: Path, folder: Path, **options: Any) -> Path:
     wrapped = get_peft_model(loaded, settings)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "modules_to_save" in name or "magnitude" in name:
+            if "modules_to_save" in name:
                 parameter.mul_(1.1)
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
@@ -57,15 +57,11 @@ def logits(model: Any) -> torch.Tensor:
 
 
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "linear": ({}, {"target_modules": "all-linear"}),
-    "rank-stabilised, in shards": ({"shards": True}, {"target_modules": "all-linear", "use_rslora": True}),
-    "DoRA": ({}, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
     "ranks of their own": ({}, {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}),
     "head": ({}, {"target_modules": ["lm_head", "q_proj"]}),
     "tied head": ({"tied": True}, {"target_modules": ["lm_head", "q_proj"]}),
     "tied head, in shards": ({"tied": True, "shards": True}, {"target_modules": ["lm_head", "q_proj"]}),
     "embeddings beside a tied head": ({"tied": True}, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "a head trained whole": ({"tied": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "a norm trained whole": ({}, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
 }
 
@@ -169,9 +165,6 @@ def test_what_is_refused(finished_run: Path, whole_run: Path, tmp_path: Path, mo
     monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor * 1.01)  # not the adapter's sum
     with pytest.raises(UserError, match=r"% of what.*is lost"):
         merge(find_trained(str(finished_run)), tmp_path / "merged")
-    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor)  # a merge that changes nothing
-    with pytest.raises(UserError, match="changes no weight"):
-        merge(find_trained(str(finished_run)), tmp_path / "merged", verify=False)
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
@@ -193,15 +186,3 @@ def test_an_adapter_without_effect(tmp_path: Path):
     with pytest.raises(UserError, match="changes no weight"):
         merge(find_trained(str(tmp_path / "adapter")), tmp_path / "merged", verify=False)
     assert not (tmp_path / "merged").exists()
-
-
-def test_weights_that_lie_the_other_way_round(tmp_path: Path):
-    """GPT-2's transposed weights are merged correctly."""
-    folder = tmp_path / "gpt2"
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=949, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(str(folder))
-    trained = adapter(folder, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
-    merged: Any = merge(find_trained(str(trained)), tmp_path / "merged")
-    assert merged.lost < 1e-4

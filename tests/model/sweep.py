@@ -59,10 +59,6 @@ class Family:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # largest errors: log-probability, gradient
     faults: list[str] = field(default_factory=list)  # every deviation from what is expected
 
-    @property
-    def worst(self) -> float:
-        return max((e for pair in self.errors.values() for e in pair), default=0.0)
-
 
 def save_tiny(name: str, folder: Path) -> Path:
     """Write a random float32 model of a family to a folder, and return the folder."""

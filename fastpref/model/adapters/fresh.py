@@ -74,14 +74,8 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
             "lora.dora: PEFT loses the scales of weights in int8 when it computes DoRA on a CPU; leave lora.dora out, "
             'or set model.quantization to "nf4"'
         )
-    settings = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=options.dropout,
-        use_rslora=options.rslora,
-        use_dora=options.dora,
-        task_type="CAUSAL_LM",
-    )
+    sizes: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+    settings = peft.LoraConfig(**sizes, use_rslora=options.rslora, use_dora=options.dora, task_type="CAUSAL_LM")
     parts = Parts.of(model)
     settings.modules_to_save = _modules_to_save(options, parts)
     excluded = _excluded(options.exclude, parts)

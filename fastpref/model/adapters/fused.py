@@ -29,8 +29,7 @@ _LIGERS = {"LigerSwiGLUMLP.forward": "LigerSiLUMulFunction", "LigerGEGLUMLP.forw
 def fuse_lora(model: nn.Module) -> None:
     """Give a model's LoRA layers, and the gated MLPs that end in one, the forward methods of this module."""
     for module in model.modules():
-        product = _gated_product(module)
-        if product is not None:
+        if (product := _gated_product(module)) is not None:
             module.forward = _GatedMLP(module, product, vars(module).get("forward"))
         elif _is_lora_linear(module) and "forward" not in vars(module):
             module.forward = MethodType(_forward, module)
@@ -173,10 +172,6 @@ class _Adapter:
         """The frozen layer, nn.Linear or Linear4bit."""
         return self.layer.base_layer
 
-    @property
-    def scaling(self) -> float:
-        return self.layer.scaling[self.name]
-
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the layer's weight [out, in] or its 4 bits, A [r, in] and B [out, r]."""
         a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
@@ -184,7 +179,7 @@ class _Adapter:
 
     def low_rank(self, x: Tensor, a: Tensor) -> Tensor:
         """Return scaling · A(x), [N, r], of x [N, in]."""
-        return F.linear(x, a).mul_(self.scaling)
+        return F.linear(x, a).mul_(self.layer.scaling[self.name])
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return the layer's weight [out, in], dequantised if it is in 4 bits."""
@@ -286,7 +281,7 @@ def _back(
     grad: Tensor, weight: Tensor, a: Tensor, b: Tensor, adapter: _Adapter, *, through: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients with respect to A(x), [N, r], and to x, [N, in], or None for x unless `through`."""
-    d_low = (grad @ b).mul_(adapter.scaling)
+    d_low = (grad @ b).mul_(adapter.layer.scaling[adapter.name])
     if not through:
         return d_low, None
     return d_low, (grad @ adapter.dense(weight)).addmm_(d_low, a)
