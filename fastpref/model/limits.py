@@ -112,8 +112,7 @@ def compare(
     for name, examples in parts.items():
         _compare_tokens(limits, name, examples, tokenizer)
         _compare_lengths(limits, name, examples, config)
-    notes = (_beyond(limits, name, examples) for name, examples in parts.items())
-    return [note for note in notes if note is not None]
+    return [note for name, examples in parts.items() if (note := _beyond(limits, name, examples)) is not None]
 
 
 def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int, str | None]:

@@ -27,7 +27,6 @@ from tests.support.paths import EXAMPLES, QUICKSTART_MODEL
 from tests.support.tiny import VISION
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-TOKENIZER = QUICKSTART_MODEL
 IDS = torch.arange(3, 40)[None]
 SIZES: dict[str, Any] = {
     "vocab_size": 949, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -148,7 +147,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind.model_type](**kind.sizes))
         model.to(kind.dtype).save_pretrained(str(place), max_shard_size=kind.shard)
-        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(str(place))
+        AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(str(place))
         kind.then(place)
         return place
 

@@ -20,7 +20,6 @@ from fastpref.run.trained import find_trained
 from tests.support.command_line import run_command
 from tests.support.paths import QUICKSTART_MODEL
 
-TOKENIZER = QUICKSTART_MODEL
 IDS = torch.arange(3, 40)[None]
 
 
@@ -33,7 +32,7 @@ def base(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(str(folder), max_shard_size="100KB" if shards else "5GB")
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(str(folder))
+    AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(str(folder))
     return folder
 
 

@@ -18,7 +18,6 @@ from fastpref.model.limits import limits_of_config, limits_of_model
 from tests.support.command_line import CommandResult, run_command
 from tests.support.paths import QUICKSTART_MODEL
 
-TOKENIZER = QUICKSTART_MODEL
 POSITIONS = 24
 COMMON: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS}
@@ -138,7 +137,7 @@ def project(folder: Path, model: PretrainedConfig, *, more_tokens: int = 0, **li
     """Write a config, a random model, four pairs and one held-out pair; the third is long and ends in a new token."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(model).save_pretrained(folder / "model")
-    tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer: Any = AutoTokenizer.from_pretrained(QUICKSTART_MODEL)
     tokenizer.add_tokens([f"<new{i}>" for i in range(more_tokens)])
     if more_tokens:
         tokenizer.pad_token = "<new0>"
