@@ -27,7 +27,7 @@ from fastpref.model.load import Loaded, weight_dtype
 from fastpref.model.packed import own_quantization
 from fastpref.model.policy import Policy
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
-from fastpref.model.trial import Choice, layout_by_count
+from fastpref.model.trial import Choice, choose_layout
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.reference import Reference, copy_config, make_reference, precomputes
@@ -141,7 +141,7 @@ def count_step(
     with fake, count:
         policy = _materialised(config, bones, count, make_policy)
     with fake, sizes_alone():
-        choice = layout_by_count(bones.model, policy, config.train.layout) if layout is None else Choice(layout)
+        choice = Choice(layout) if layout else choose_layout(bones.model, policy, config.train.layout, compare=False)
         if layout is not None and layout != "padded":
             give_attention(bones.model, NAME)
     loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)

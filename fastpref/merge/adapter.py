@@ -38,7 +38,7 @@ def adapted(model: nn.Module) -> dict[str, Any]:
     Raises UserError for a kind of adapter that cannot be merged."""
     parts: dict[str, Any] = {}
     for name, module in model.named_modules():
-        owner = plain_name(name)
+        owner = ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
         if isinstance(module, ModulesToSaveWrapper):
             copy = module.modules_to_save[module.active_adapters[0]]
             parts |= {f"{owner}.{key}": module for key in copy.state_dict(keep_vars=True)}
@@ -51,19 +51,13 @@ def adapted(model: nn.Module) -> dict[str, Any]:
     return parts
 
 
-def plain_name(name: str) -> str:
-    """Return a module's name in the model without adapters."""
-    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
-
-
 def merged(part: Any, name: str, tensor: Tensor) -> Tensor:
     """Merge a float32 tensor of the model with `part`, one of `adapted`, by PEFT's own arithmetic."""
     if isinstance(part, ModulesToSaveWrapper):
         copy = part.modules_to_save[part.active_adapters[0]].state_dict()
         key = max((key for key in copy if name.endswith(f".{key}")), key=len)
         return copy[key].detach().to(tensor.dtype)
-    layer = part.get_base_layer()
-    kind = name.rpartition(".")[2]
+    layer, kind = part.get_base_layer(), name.rpartition(".")[2]
     before = getattr(layer, kind)
     setattr(layer, kind, nn.Parameter(tensor.clone(), requires_grad=False))
     try:

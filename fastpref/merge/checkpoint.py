@@ -19,18 +19,14 @@ from fastpref.model.weights import Renaming
 
 INDEX = "model.safetensors.index.json"
 COPIED = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE*",
-    "USE_POLICY*",
-    "NOTICE*",
-)
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "LICENSE*", "USE_POLICY*", "NOTICE*",
+)  # fmt: skip
 _DOWNLOADED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", *COPIED)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FOUR_BITS = ".quant_state.bitsandbytes__"
 _STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Entry:
     """A tensor in a file."""
 
     file: Path
-    shape: tuple[int, ...]  # of its values, even if they are stored quantised
+    shape: Shape  # of its values, even if they are stored quantised
     dtype: torch.dtype | None  # of its values; None for integers, 8-bit floats and the like, which are only copied
     statistics: tuple[str, ...] = ()  # the tensors that bitsandbytes keeps with a quantised weight
 
@@ -51,7 +47,7 @@ class Checkpoint:
         self.config = _json(folder / "config.json")
         self.files = _files(folder)
         self._places: dict[str, Path] = {}
-        headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        headers: dict[str, tuple[Shape, str]] = {}
         for file in self.files:
             try:
                 with safe_open(file, "pt") as opened:
@@ -84,10 +80,9 @@ class Checkpoint:
     @property
     def method(self) -> str | None:
         """The quantisation method of the weights by config.json, or None."""
-        settings = self.config.get("quantization_config") or self._text.get("quantization_config")
-        if not settings:
-            return None
-        return str(settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown"))
+        settings = self.config.get("quantization_config") or self._text.get("quantization_config") or {}
+        unnamed = "bitsandbytes" if "load_in_4bit" in settings else "unknown"
+        return str(settings.get("quant_method") or unnamed) if settings else None
 
     @property
     def dequantised(self) -> bool:
@@ -110,32 +105,31 @@ class Checkpoint:
         with safe_open(self._places[name], "pt") as opened:
             return opened.get_tensor(name)
 
-    def _tensors(self, headers: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, Entry]:
+    def _tensors(self, headers: dict[str, tuple[Shape, str]]) -> dict[str, Entry]:
         quantised = self._quantised(headers) if self.dequantised else {}
-        parts = {part for _, statistics in quantised.values() for part in statistics}
-        tensors: dict[str, Entry] = {}
-        for name, (shape, dtype) in headers.items():
-            if name in quantised:
-                tensors[name] = Entry(self._places[name], quantised[name][0], self.plain_dtype, quantised[name][1])
-            elif name not in parts:
-                tensors[name] = Entry(self._places[name], shape, _DTYPES.get(dtype))
-        return tensors
+        parts = {part for entry in quantised.values() for part in entry.statistics}
+        tensors = {
+            name: Entry(self._places[name], shape, _DTYPES.get(dtype)) for name, (shape, dtype) in headers.items()
+        }
+        return {name: entry for name, entry in (tensors | quantised).items() if name not in parts}
 
-    def _quantised(
-        self, headers: dict[str, tuple[tuple[int, ...], str]]
-    ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-        """Return the shapes of the weights that bitsandbytes quantised, and the tensors that belong to each."""
-        weights: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    def _quantised(self, headers: dict[str, tuple[Shape, str]]) -> dict[str, Entry]:
+        """Return the weights that bitsandbytes quantised, with the tensors that belong to each."""
+        weights: dict[str, Entry] = {}
         for name in headers:
             weight, mark, _ = name.partition(_FOUR_BITS)
             if mark:
-                shape = unpack_tensor_to_dict(self._raw(name))["shape"]
-                others = (f"{weight}.{kind}" for kind in _STATISTICS)
-                weights[weight] = tuple(shape), (name, *(other for other in others if other in headers))
+                shape = tuple(unpack_tensor_to_dict(self._raw(name))["shape"])
+                others = [f"{weight}.{kind}" for kind in _STATISTICS]
             elif name.endswith(".SCB"):
                 owner = name.removesuffix(".SCB")
-                others = (f"{owner}.weight_format",) if f"{owner}.weight_format" in headers else ()
-                weights[f"{owner}.weight"] = headers[f"{owner}.weight"][0], (name, *others)
+                weight, others = f"{owner}.weight", [f"{owner}.weight_format"]
+                shape = headers[weight][0]
+            else:
+                continue
+            if weight in headers:
+                statistics = (name, *(other for other in others if other in headers))
+                weights[weight] = Entry(self._places[weight], shape, self.plain_dtype, statistics)
         return weights
 
 
@@ -144,12 +138,9 @@ def model_folder(options: ModelConfig, *, local: bool = False) -> Path:
     folder = Path(options.name).expanduser()
     if folder.is_dir():
         return folder
+    files: dict[str, Any] = {"allow_patterns": list(_DOWNLOADED), "local_files_only": local}
     try:
-        return Path(
-            snapshot_download(
-                options.name, revision=options.revision, allow_patterns=list(_DOWNLOADED), local_files_only=local
-            )
-        )
+        return Path(snapshot_download(options.name, revision=options.revision, **files))
     except Exception as error:  # the hub raises many kinds
         raise UserError(f"model.name = {options.name!r}: its files cannot be had: {one_line(error)}") from None
 

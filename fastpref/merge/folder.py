@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ class Writer:
         self._plan, self._checkpoint, self._dtype = plan, plan.checkpoint, dtype
         self.changed: set[str] = set()  # the names of the model's tensors that the merge changed
         self.whole = True  # whether all changed tensors are written in float32
+        self._touched = {*plan.parts, *plan.through_nf4, *filter(self._is_quantised, plan.conv1d)}
         self._visited: set[str] = set()
-        if dtype is not None and self._checkpoint.method is not None and not self._checkpoint.dequantised:
-            raise UserError(
-                f"--dtype: the model's weights lie quantised by {self._checkpoint.method}, and are written as they lie"
-            )
+        method = self._checkpoint.method
+        if dtype is not None and method is not None and not self._checkpoint.dequantised:
+            raise UserError(f"--dtype: the model's weights lie quantised by {method}, and are written as they lie")
 
     def fill(self, folder: Path, trained: Trained) -> None:
         """Write every file of the model. Raises UserError if the adapter has changed nothing."""
@@ -70,8 +70,10 @@ class Writer:
 
     def _division(self) -> list[tuple[str, list[str]]]:
         """Return the files to write with their tensors' names: the model's own files, or shards if those would grow."""
-        files = {file: [n for n, e in self._checkpoint.tensors.items() if e.file == file and not self._is_left_out(n)]
-                 for file in self._checkpoint.files}  # fmt: skip
+        files: dict[Path, list[str]] = {file: [] for file in self._checkpoint.files}
+        for name, entry in self._checkpoint.tensors.items():
+            if not self._is_left_out(name):
+                files[entry.file].append(name)
         files = {file: names for file, names in files.items() if names}
         if self._plan.untied and self._head not in self._checkpoint.tensors:
             files[next(reversed(files))].append(self._head)
@@ -89,7 +91,7 @@ class Writer:
         """Return how many bytes a tensor takes in its file."""
         entry = self._checkpoint.tensors.get(name) or self._checkpoint.tensors[self._embedding]
         dtype = self._written_dtype(entry.dtype)
-        return torch.Size(entry.shape).numel() * (dtype.itemsize if dtype is not None else 1)
+        return torch.Size(entry.shape).numel() * (1 if dtype is None else dtype.itemsize)
 
     def _tensors(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of one file as they are written."""
@@ -99,9 +101,8 @@ class Writer:
             group = self._plan.names.by_source.get(name)
             if name not in self._checkpoint.tensors:
                 yield name, self._new_head()
-            elif group is None or not self._is_touched(group):
-                tensor = self._checkpoint.read(name)
-                yield name, self._written(tensor, self._checkpoint.tensors[name].dtype)
+            elif group is None or self._touched.isdisjoint(group.targets):
+                yield name, self._written(self._checkpoint.read(name), self._checkpoint.tensors[name].dtype)
             else:
                 if name not in ready:
                     ready |= {n: tensor for n, tensor in self._merged(group).items() if n in wanted}
@@ -164,24 +165,15 @@ class Writer:
         group = self._plan.names.by_source.get(name)
         return group is not None and group.targets == (self._plan.head,) and self._plan.tied and not self._plan.untied
 
-    def _is_touched(self, group: Group) -> bool:
-        return any(
-            target in self._plan.parts
-            or target in self._plan.through_nf4
-            or (target in self._plan.conv1d and self._is_quantised(target))
-            for target in group.targets
-        )
-
     def _is_quantised(self, target: str) -> bool:
-        sources = self._plan.names.by_target[target].sources if target in self._plan.names.by_target else {}
-        return any(self._checkpoint.tensors[name].statistics for name in sources)
+        group = self._plan.names.by_target.get(target)
+        return group is not None and any(self._checkpoint.tensors[name].statistics for name in group.sources)
 
     def _written_dtype(self, stored: torch.dtype | None) -> torch.dtype | None:
         return stored if stored is None else self._dtype or stored
 
     def _written(self, tensor: Tensor, stored: torch.dtype | None) -> Tensor:
-        dtype = self._written_dtype(stored)
-        tensor = tensor.detach().to(dtype).contiguous() if dtype is not None else tensor.contiguous()
+        tensor = tensor.detach().to(self._written_dtype(stored)).contiguous()
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
         return tensor if whole else tensor.clone()  # a view would keep the whole storage
 
@@ -203,15 +195,10 @@ class Writer:
 
     def _copy_files(self, folder: Path) -> None:
         """Copy other files that a model needs, its own code included."""
-        patterns = (*COPIED, "*.py") if _has_code(self._checkpoint.folder) else COPIED
-        for pattern in patterns:
-            for path in self._checkpoint.folder.glob(pattern):
+        source = self._checkpoint.folder
+        settings = [source / name for name in ("config.json", "tokenizer_config.json")]
+        contents = [json.loads(path.read_text(encoding="utf-8")) for path in settings if path.is_file()]
+        code = ["*.py"] if any(content.get("auto_map") for content in contents) else []
+        for pattern in (*COPIED, *code):
+            for path in source.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
-
-
-def _has_code(folder: Path) -> bool:
-    return any(_mapping(folder / name).get("auto_map") for name in ("config.json", "tokenizer_config.json"))
-
-
-def _mapping(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, __version__
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -73,13 +73,14 @@ class Names:
         if group.converter is None:
             (source,), (target,) = group.sources, group.targets
             return {source: tensors[target]}
-        reverted: dict[str, Tensor] = {}
-        for name, tensor in self._reverted(tensors, self._used).items():
-            reverted[next((n for n in self._spellings(name) if n in group.sources), name)] = tensor
+        reverted = {
+            next((spelling for spelling in self._spellings(name) if spelling in group.sources), name): tensor
+            for name, tensor in self._reverted(tensors, self._used).items()
+        }
         expected = {name: self._entries[name].shape for name in group.sources}
         if {name: tuple(tensor.shape) for name, tensor in reverted.items()} != expected:
             raise UserError(
-                f"transformers {_version()} reads {', '.join(list(expected)[:2])} of its files as "
+                f"transformers {__version__} reads {', '.join(list(expected)[:2])} of its files as "
                 f"{', '.join(group.targets)}, and does not write them back as they were"
             )
         return reverted
@@ -102,7 +103,7 @@ class Names:
         except UserError as error:
             return str(error)
         except Exception as error:  # an operation of a conversion may raise anything
-            return f"transformers {_version()} cannot convert {target}: {one_line(error)}"
+            return f"transformers {__version__} cannot convert {target}: {one_line(error)}"
         wrong = [name for name, value in values.items() if tuple(value.shape) != self._shapes.get(name)]
         return f"its files' tensors do not make {wrong[0]} of the model" if wrong else None
 
@@ -157,9 +158,3 @@ class Names:
         """Return a name as it is, without and with the base model's prefix, which loading adds or removes."""
         prefix = f"{self._model.base_model_prefix}."
         return name, name.removeprefix(prefix), f"{prefix}{name}"
-
-
-def _version() -> str:
-    import transformers
-
-    return transformers.__version__

@@ -49,21 +49,19 @@ def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any
     parted = tied and _are_apart(checkpoint, names, head, embedding)
     tied &= not parted
     conv1d = frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
-    changed_ends = head in parts or embedding in parts
-    plan = Plan(checkpoint, names, parts, nf4, conv1d, head, embedding, tied, parted or (tied and changed_ends))
-    if checkpoint.method is not None and not checkpoint.dequantised:
-        plain = [part for part in parts if _lies_plain(checkpoint, names, part)]
-        if len(plain) < len(parts):
-            raise UserError(
-                f"{options.name}: its weights lie quantised by {checkpoint.method}; merge dequantises those of "
-                "bitsandbytes only. Use the adapter without merging, or merge it onto the unquantised model"
-            )
+    untied = parted or (tied and (head in parts or embedding in parts))
+    packed = checkpoint.method is not None and not checkpoint.dequantised
+    if packed and not all(_lies_plain(checkpoint, names, part) for part in parts):
+        raise UserError(
+            f"{options.name}: its weights lie quantised by {checkpoint.method}; merge dequantises those of "
+            "bitsandbytes only. Use the adapter without merging, or merge it onto the unquantised model"
+        )
     for target in sorted({*parts, *nf4}):
         if target == head and tied and target not in names.by_target:
             continue  # the head gets the embeddings' weight
         if fault := names.fault(target):
             raise UserError(f"{options.name}: {fault}; it cannot be merged")
-    return plan
+    return Plan(checkpoint, names, parts, nf4, conv1d, head, embedding, tied, untied)
 
 
 def merge_fault(config: Config, model: PreTrainedModel) -> str | None:
@@ -89,16 +87,15 @@ def bare_model(options: ModelConfig) -> PreTrainedModel:
     architecture = model_config(options)
     for part in (architecture, architecture.get_text_config()):
         vars(part).pop("quantization_config", None)  # make plain modules, even if the files are quantised
+    trust = options.trust_remote_code
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            architecture, dtype=torch.float32, trust_remote_code=options.trust_remote_code
-        )
+        return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, trust_remote_code=trust)
 
 
 def nf4_weights(config: Config) -> frozenset[str]:
     """Return the names of the tensors that a run with `model.quantization = "nf4"` has in 4 bits."""
-    plain = config.but({"lora": None})
-    return _four_bit_weights(skeleton(plain, model_config(config.model), torch.float32).model)
+    bones = skeleton(config.but({"lora": None}), model_config(config.model), torch.float32)
+    return _four_bit_weights(bones.model)
 
 
 def _four_bit_weights(model: nn.Module) -> frozenset[str]:

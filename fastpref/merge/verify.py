@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from fastpref.config import Config
 from fastpref.errors import UserError, one_line
 from fastpref.model.adapters.trained import load_adapter
-from fastpref.model.files import model_config
+from fastpref.model.files import hub_options, model_config
 from fastpref.model.load import weight_dtype
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.weights import from_files
@@ -31,22 +31,19 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
     cannot be loaded or lacks tensors.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fault, advice = (
+        "compared, and is not kept: the adapter on its model fails",
+        ". --no-verify merges without comparing",
+    )
     try:
         with_adapter, without = _base_logits(trained, device, nf4=nf4, plain=plain)
-    except Exception as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{trained.weights}: the merged model cannot be compared, and is not kept: the adapter on its model fails: "
-            f"{one_line(error)}. --no-verify merges without comparing"
-        ) from None
-    try:
+        fault, advice = "loaded, so it is not kept", ""
         logits = _merged_logits(folder, trained.config, device)
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError):
-            raise
-        message = f"{trained.weights}: the merged model cannot be loaded, so it is not kept: {one_line(error)}"
-        raise UserError(message) from None
+        message = f"the merged model cannot be {fault}: {one_line(error)}{advice}"
+        raise UserError(f"{trained.weights}: {message}") from None
     lost = float((logits - with_adapter).norm() / (with_adapter - without).norm().clamp(min=1e-30))
     exact = whole and weight_dtype(trained.config, device) == torch.float32
     if not lost <= (_ALLOWED_WHOLE if exact else _ALLOWED):
@@ -62,10 +59,10 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
     """Return the logits of the base with the adapter, and without it."""
     options = trained.config.model
     dtype = weight_dtype(trained.config, device)
-    load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "revision": options.revision or "main"}
-    if nf4:
+    load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}} | hub_options(options)
+    if nf4:  # None would replace the settings of a model that is stored quantised
         load["quantization_config"] = quantization_config("nf4", dtype)
-    make = partial(AutoModelForCausalLM.from_pretrained, options.name, trust_remote_code=options.trust_remote_code)
+    make = partial(AutoModelForCausalLM.from_pretrained, options.name)
     model: Any = from_files(make, use_safetensors=True, **load)
     if plain:
         model = model.dequantize(dtype=dtype)
@@ -78,16 +75,9 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
 
 def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor:
     options = config.but({"model.name": str(folder), "model.revision": None}).model
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=model_config(options),
-        dtype=weight_dtype(config, device),
-        device_map={"": device},
-        trust_remote_code=options.trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    model, report = loaded
+    load: dict[str, Any] = {"dtype": weight_dtype(config, device), "device_map": {"": device}} | hub_options(options)
+    make: Any = partial(AutoModelForCausalLM.from_pretrained, folder, config=model_config(options), **load)
+    model, report = make(use_safetensors=True, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{', '.join(missing[:3])} is missing in the merged model, so it is not kept")
     return _probe(model)

@@ -7,7 +7,7 @@ load-balancing loss from the body's output, the model's own `forward` does it, w
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
@@ -25,13 +25,9 @@ def body_of(model: PreTrainedModel) -> nn.Module:
 
 
 def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **options: Any) -> Any:
-    """Return the result of the model's own forward with a body that returns `output`.
+    """Return the result of a model, or its forward, with further options, and with a body that returns `output`.
 
-    Args:
-        model: the causal language model, or its forward.
-        body: its body, as `body_of` finds it.
-        output: a body's output (a `ModelOutput`), [B, T, H] in `last_hidden_state`.
-        options: further keywords of the model's forward.
+    The body is that of `body_of`; its output is a `ModelOutput` with [B, T, H] in `last_hidden_state`.
     """
     ids = output.last_hidden_state.new_zeros(output.last_hidden_state.shape[:2]).long()
     own = vars(body).get("forward")
@@ -42,9 +38,3 @@ def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **optio
         del vars(body)["forward"]
         if own is not None:
             vars(body)["forward"] = own
-
-
-def with_states(output: Any, hidden: Tensor) -> Any:
-    """Return a body's output with other hidden states, [B, T, H], and only its router logits of the rest."""
-    kept = {name: value for name, value in output.items() if name == "router_logits"}
-    return type(output)(last_hidden_state=hidden, **kept)

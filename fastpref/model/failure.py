@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from traceback import walk_tb
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -18,9 +19,7 @@ _OURS = ("fastpref", "kernels")
 _BELOW = frozenset({"torch", *sys.stdlib_module_names})  # packages that are never named as the origin of an error
 
 
-def told_of_model(
-    what: str,
-) -> Callable[[Callable[Concatenate[Config, P], T]], Callable[Concatenate[Config, P], T]]:
+def told_of_model(what: str) -> Callable[[Callable[Concatenate[Config, P], T]], Callable[Concatenate[Config, P], T]]:
     """Decorate a function of a config so that its errors become a UserError with the model's name, `what`, and a line.
 
     An out-of-memory error passes unchanged: the caller knows how to save memory.
@@ -31,12 +30,10 @@ def told_of_model(
         def wrapped(config: Config, *args: P.args, **options: P.kwargs) -> T:
             try:
                 return function(config, *args, **options)
-            except UserError:
-                raise
             except Exception as error:  # model code may raise any error
-                if is_out_of_memory(error):
+                if isinstance(error, UserError) or is_out_of_memory(error):
                     raise
-                message = f"{what}: {words(error)} ({_places(error)[-1]})"
+                message = f"{what}: {words(error)} ({_origin(error)[1]})"
                 raise UserError(f"model.name = {config.model.name!r}: {message}") from error
 
         return wrapped
@@ -57,12 +54,8 @@ def told_of_memory(while_what: str, advice: str) -> Iterator[None]:
 
 def in_others_code(error: BaseException) -> str | None:
     """Return an exception's message and line if it was raised in a model's or a library's code, or None if in ours."""
-    frame, owner = error.__traceback__, "fastpref"
-    while frame is not None:
-        package = str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-        owner = owner if package in _BELOW else package
-        frame = frame.tb_next
-    return None if owner in _OURS else f"{words(error)} ({_places(error)[-1]})"
+    package, place = _origin(error)
+    return None if package in _OURS else f"{words(error)} ({place})"
 
 
 def words(error: BaseException) -> str:
@@ -80,12 +73,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _places(error: BaseException) -> list[str]:
-    """Return the files and lines of a traceback, innermost last, except those of torch and the standard library."""
-    places, frame = ["an unknown place"], error.__traceback__
-    while frame is not None:
-        values: dict[str, Any] = frame.tb_frame.f_globals
-        if str(values.get("__name__", "")).partition(".")[0] not in _BELOW:
-            places.append(f"{Path(frame.tb_frame.f_code.co_filename).name}, line {frame.tb_lineno}")
-        frame = frame.tb_next
-    return places
+def _origin(error: BaseException) -> tuple[str, str]:
+    """Return the package and the line of the innermost code in a traceback that is neither torch's nor Python's."""
+    origin = "fastpref", "an unknown place"
+    for frame, line in walk_tb(error.__traceback__):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in _BELOW:
+            origin = package, f"{Path(frame.f_code.co_filename).name}, line {line}"
+    return origin

@@ -31,16 +31,16 @@ _KINDS = {  # of models that are no causal language models, by transformers' tab
 
 def model_config(options: ModelConfig) -> PretrainedConfig:
     """Load the config.json of a causal language model. Raises UserError if there is none."""
-    instead = adapter_instead(options)
-    if instead is not None:
-        raise UserError(f"model.name = {options.name!r}: {instead}")
+    folder = Path(options.name).expanduser()
+    file = folder / "adapter_config.json"
+    if file.is_file():  # transformers would silently load the adapter on its base model
+        raise UserError(f"model.name = {options.name!r}: {_adapter(options.name, file, folder)}")
     try:
         config = AutoConfig.from_pretrained(options.name, **hub_options(options))
     except Exception as error:  # transformers and the hub raise many kinds
         raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
-    other = no_causal_model(config)
-    if other is not None:
-        raise UserError(f"model.name = {options.name!r}: {other}")
+    if (fault := _no_causal_model(config)) is not None:
+        raise UserError(f"model.name = {options.name!r}: {fault}")
     return config
 
 
@@ -52,10 +52,8 @@ def hub_options(options: ModelConfig) -> dict[str, Any]:
 def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = False) -> str:
     """Explain a library's error: return the file at fault if it can be found, else the error's own message."""
     if not options.trust_remote_code and "trust_remote_code" in str(error):
-        return (
-            "it comes with Python code of its own, which is not run; set model.trust_remote_code = true if you have "
-            "read the code and trust it"
-        )
+        advice = "set model.trust_remote_code = true if you have read the code and trust it"
+        return f"it comes with Python code of its own, which is not run; {advice}"
     folder = Path(options.name).expanduser()
     if options.name.startswith(("/", ".", "~")) and not folder.exists():  # no name on the hub begins like this
         return "there is no such folder"
@@ -63,14 +61,7 @@ def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = F
     return fault or one_line(error)
 
 
-def adapter_instead(options: ModelConfig) -> str | None:
-    """Return advice for a folder with an adapter, which transformers would silently load on its base model, or None."""
-    folder = Path(options.name).expanduser()
-    file = folder / "adapter_config.json"
-    return _adapter(options.name, file, folder) if file.is_file() else None
-
-
-def no_causal_model(config: PretrainedConfig) -> str | None:
+def _no_causal_model(config: PretrainedConfig) -> str | None:
     """Return a message on a model that is not a causal language model, by transformers or its own code; or None."""
     kind = config.model_type
     if config.is_encoder_decoder:
@@ -97,16 +88,14 @@ def _in_folder(folder: Path, tokenizer: bool) -> str | None:
         except ValueError as error:
             return f"{path.name} is damaged: {error}"
     if tokenizer:
-        if not any((folder / name).exists() for name in _TOKENIZERS):
-            return next(_instead(folder), f"tokenizer.json is missing in {folder}")
-        return None
+        present = any((folder / name).exists() for name in _TOKENIZERS)
+        return None if present else next(_instead(folder), f"tokenizer.json is missing in {folder}")
     if not (folder / "config.json").exists():
         return next(_instead(folder), f"config.json is missing in {folder}")
     content = json.loads((folder / "config.json").read_bytes())
     if not isinstance(content, dict) or "model_type" not in content:
-        return next(
-            _instead(folder), f"config.json in {folder} has no model_type, so it is none of transformers' models"
-        )
+        fault = f"config.json in {folder} has no model_type, so it is none of transformers' models"
+        return next(_instead(folder), fault)
     index = folder / "model.safetensors.index.json"
     wanted = sorted(set(json.loads(index.read_bytes()).get("weight_map", {}).values())) if index.exists() else []
     for name in wanted:
@@ -123,13 +112,12 @@ def _in_folder(folder: Path, tokenizer: bool) -> str | None:
 
 def _instead(folder: Path) -> Iterator[str]:
     """Yield what a folder without a causal language model holds, with advice."""
-    name = str(folder)
+    final = folder / "final"
     if (folder / "adapter_config.json").is_file():
-        yield _adapter(name, folder / "adapter_config.json", folder)
-    if (folder / "final").is_dir() or (folder / "checkpoints").is_dir():
-        final = folder / "final"
+        yield _adapter(str(folder), folder / "adapter_config.json", folder)
+    if final.is_dir() or (folder / "checkpoints").is_dir():
         if (final / "adapter_config.json").is_file():
-            yield f"it is the folder of a run, whose result is an adapter; {_merge_first(name)}"
+            yield f"it is the folder of a run, whose result is an adapter; {_merge_first(str(folder))}"
         if final.is_dir():
             yield f"it is the folder of a run; its result is {final}"
         yield "it is the folder of a run that has no final/ yet: name a model, or go on with `fastpref train --resume`"
@@ -147,9 +135,10 @@ def _instead(folder: Path) -> Iterator[str]:
 
 
 def _no_weights(folder: Path) -> str:
-    if any(folder.glob("*.safetensors")):
-        present = ", ".join(path.name for path in sorted(folder.glob("*.safetensors"))[:3])
-        return f"model.safetensors is missing in {folder}, and no model.safetensors.index.json names {present}"
+    present = sorted(path.name for path in folder.glob("*.safetensors"))
+    if present:
+        names = ", ".join(present[:3])
+        return f"model.safetensors is missing in {folder}, and no model.safetensors.index.json names {names}"
     return next(_other_weights(folder), f"model.safetensors is missing in {folder}: it has no weights")
 
 
@@ -157,10 +146,10 @@ def _other_weights(folder: Path) -> Iterator[str]:
     if any(folder.glob("*.safetensors")):
         return
     for pattern, kind in _OTHER_FRAMEWORKS.items():
-        for path in sorted(folder.glob(pattern))[:1]:
+        for path in sorted(folder.glob(pattern)):
             yield f"its weights are {kind} files ({path.name}); take the original model, with model.safetensors"
     for pattern in _PICKLES:
-        for path in sorted(folder.glob(pattern))[:1]:
+        for path in sorted(folder.glob(pattern)):
             yield (
                 f"its weights are pickled ({path.name}), and a pickle can run code when it is read; only safetensors "
                 "are read: if you trust it, load it with transformers' AutoModelForCausalLM.from_pretrained, call "
@@ -203,9 +192,9 @@ def _on_hub(options: ModelConfig, tokenizer: bool) -> str | None:
         return None
     for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ("config.json", "model.safetensors"):
         try:
-            found = try_to_load_from_cache(options.name, name, revision=options.revision)
+            path = try_to_load_from_cache(options.name, name, revision=options.revision)
         except ValueError:  # not a valid name on the hub
             return None
-        if not isinstance(found, str):
+        if not isinstance(path, str):
             return f"{name} is not in the cache ({constants.HF_HUB_CACHE}), and the hub is not asked (HF_HUB_OFFLINE)"
     return None

@@ -62,8 +62,8 @@ def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 def can_be_checkpointed(model: PreTrainedModel) -> bool:
     """Return whether a model supports gradient checkpointing: some claim to, but have no layer for it."""
-    said = bool(getattr(model, "supports_gradient_checkpointing", False))
-    return said and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
+    claimed = bool(getattr(model, "supports_gradient_checkpointing", False))
+    return claimed and any(hasattr(module, "gradient_checkpointing") for module in model.modules())
 
 
 def all_checkpointed(model: PreTrainedModel) -> bool:
@@ -72,14 +72,10 @@ def all_checkpointed(model: PreTrainedModel) -> bool:
     return all(flags) if flags else any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def layers_needed(
-    layers: int,
-    without: int,  # bytes of a step without checkpointed layers
-    but_one: int,  # bytes of a step with all layers but one checkpointed
-    available: int,
-) -> int:
+def layers_needed(layers: int, without: int, but_one: int, available: int) -> int:
     """Return the fewest checkpointed layers with which a step fits, or all of them, if all layers are equally large.
 
+    A step takes `without` bytes without checkpointed layers, and `but_one` bytes with all layers but one checkpointed.
     The last checkpointed layer saves much less than the others, because the recomputed activations of one layer are in
     memory in any case.
     """

@@ -40,26 +40,21 @@ class Head(nn.Module):
         super().__init__()
         module = model.get_output_embeddings()
         if module is None:
-            raise UserError(
-                f"{model.config.model_type} models have no language-model head; a causal language model is needed"
-            )
+            kind = model.config.model_type
+            raise UserError(f"{kind} models have no language-model head; a causal language model is needed")
         self.module = module
         self.settings = LogitSettings.of(model)
 
     def forward(
-        self,
-        hidden: Tensor,  # [M, H]
-        positions: Tensor,  # [N] the row of `hidden` that predicts each target
-        targets: Tensor,  # [N]
-        outputs: tuple[str, ...] = (),
+        self, hidden: Tensor, positions: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()
     ) -> TokenLogprobs:
-        """Return the log-probabilities of the targets, with the named outputs of `linear_logprob`."""
+        """Return the log-probabilities of the targets [N], with the named outputs of `linear_logprob`.
+
+        `positions` [N] is the row of hidden [M, H] that predicts each target.
+        """
         weight, bias = self.weight_and_bias(hidden.dtype)
-        settings = self.settings
-        return linear_logprob(
-            hidden, weight, targets, bias,
-            positions=positions, softcap=settings.softcap, logit_scale=settings.scale, outputs=outputs,
-        )  # fmt: skip
+        options: dict[str, Any] = {"softcap": self.settings.softcap, "logit_scale": self.settings.scale}
+        return linear_logprob(hidden, weight, targets, bias, positions=positions, outputs=outputs, **options)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return all logits, float32 [*, V], of hidden [*, H], for callers that need whole distributions."""
@@ -77,13 +72,12 @@ class Head(nn.Module):
             active = module.active_adapters
             saved = not module.disable_adapters and active and active[0] in module.modules_to_save
             module = module.modules_to_save[active[0]] if saved else module.original_module
-        if not isinstance(module, BaseTunerLayer):
-            return _plain(module, dtype), getattr(module, "bias", None)
-        base = module.get_base_layer()
+        tuned = isinstance(module, BaseTunerLayer)
+        base = module.get_base_layer() if tuned else module
         weight, bias = _plain(base, dtype), getattr(base, "bias", None)
-        if module.disable_adapters or module.merged:
-            return weight, bias
-        return _with_lora(module, weight), bias
+        if tuned and not module.disable_adapters and not module.merged:
+            return _with_lora(module, weight), bias
+        return weight, bias
 
     @property
     def vocabulary(self) -> int:
@@ -104,25 +98,16 @@ def _plain(module: Any, dtype: torch.dtype | None) -> Tensor | HeadWeight:
 
 
 def _with_lora(module: Any, weight: Tensor | HeadWeight) -> Tensor | HeadWeight | LoraWeight:
-    """Return the weight with PEFT's adapter on the head.
-
-    Raises UserError for variants of LoRA and for several adapters.
-    """
+    """Return the weight with PEFT's adapter. Raises UserError for variants of LoRA and for several adapters."""
     active = [name for name in module.active_adapters if name in getattr(module, "lora_A", {})]
     if not active:
         return weight
-    (name, *more) = active
+    name, *more = active
     if more or module.lora_variant or module.lora_B[name].bias is not None:
         kind = f"{len(active)} adapters" if more else "this variant of LoRA (DoRA, or LoRA with a bias)"
         raise UserError(f"the head cannot have {kind}; take plain LoRA on lm_head, or leave it out of lora.target")
-    dropout = module.lora_dropout[name]
-    return LoraWeight(
-        weight,
-        module.lora_A[name].weight,
-        module.lora_B[name].weight,
-        module.scaling[name],
-        None if isinstance(dropout, nn.Identity) else dropout,
-    )
+    dropout = None if isinstance(module.lora_dropout[name], nn.Identity) else module.lora_dropout[name]
+    return LoraWeight(weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], dropout)
 
 
 class OwnLogits(nn.Module):
@@ -139,24 +124,18 @@ class OwnLogits(nn.Module):
         self._body = [body]  # in a list, so that it is not registered a second time: the model contains it
 
     def forward(
-        self,
-        hidden: Tensor,  # [M, H]
-        positions: Tensor,  # [N] the row of `hidden` that predicts each target
-        targets: Tensor,  # [N]
-        outputs: tuple[str, ...] = (),
+        self, hidden: Tensor, positions: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()
     ) -> TokenLogprobs:
-        """Return the log-probabilities of the targets, with the named outputs of `linear_logprob`."""
-        rows = max(1, self._ELEMENTS // self.vocabulary)
-        parts = [
-            checkpoint(self._part, some, their, use_reentrant=False)
-            for some, their in zip(hidden[positions].split(rows), targets.split(rows), strict=True)
-        ]
-        whole: Any = NaiveLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        wanted = {name: getattr(whole, name).detach() for name in outputs}
-        return TokenLogprobs(whole.logp, **wanted)
+        """Return what `Head.forward` returns."""
 
-    def _part(self, hidden: Tensor, targets: Tensor) -> NaiveLogprobs:
-        return naive_logprobs(self.logits(hidden), targets)
+        def logprobs(hidden: Tensor, targets: Tensor) -> NaiveLogprobs:
+            return naive_logprobs(self.logits(hidden), targets)
+
+        rows = max(1, self._ELEMENTS // self.vocabulary)
+        parts = zip(hidden[positions].split(rows), targets.split(rows), strict=True)
+        columns = zip(*(checkpoint(logprobs, *part, use_reentrant=False) for part in parts), strict=True)
+        whole: Any = NaiveLogprobs(*map(torch.cat, columns))
+        return TokenLogprobs(whole.logp, **{name: getattr(whole, name).detach() for name in outputs})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return all logits, float32 [N, V], of hidden [N, H]."""
@@ -186,7 +165,7 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
     except Exception as error:
         raise UserError(f"{kind} models cannot be run as they are loaded here: {one_line(error, named=True)}") from None
     if logits.log_softmax(-1).isnan().any():
-        wrong = next((name for name, p in model.named_parameters() if p.is_floating_point() and _is_broken(p)), None)
+        wrong = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
         where = "" if wrong is None else f": {wrong} holds numbers that are not finite in its files"
         raise UserError(f"the logits of this model are no numbers (NaN){where}")
     try:
@@ -205,24 +184,18 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
     return head, f"logits: by the model's own code, some rows at a time, because {why}"
 
 
-def _is_broken(parameter: Tensor) -> bool:
-    return not bool(parameter.isfinite().all())
-
-
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits) -> None:
     """Compare `head` with the model's own logits on four tokens. Raises UserError if they differ."""
-    vocabulary = head.vocabulary
     ids = _four_tokens(model)
-    device = ids.device
-    theirs = _own_logits(model, ids).log_softmax(-1)
+    theirs = _own_logits(model, ids)[0].log_softmax(-1)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     # The likeliest token of each position, and some from the whole vocabulary.
-    spread = torch.linspace(0, vocabulary - 1, 31, device=device).long().expand(4, -1)
-    targets = torch.cat([theirs[0].argmax(-1, keepdim=True), spread], dim=1)  # [4, 32]
-    positions = torch.arange(4, device=device).repeat_interleave(32)
+    spread = torch.linspace(0, head.vocabulary - 1, 31, device=ids.device).long().expand(4, -1)
+    targets = torch.cat([theirs.argmax(-1, keepdim=True), spread], dim=1)  # [4, 32]
+    positions = torch.arange(4, device=ids.device).repeat_interleave(32)
     ours = head(hidden[0], positions, targets.flatten()).logp.float().view(4, 32)
-    error = (ours - theirs[0].gather(1, targets)).abs().max().item()
+    error = (ours - theirs.gather(1, targets)).abs().max().item()
     margin = 1e-3 if hidden.dtype == torch.float32 else 0.25
     if not error <= margin:
         raise UserError(

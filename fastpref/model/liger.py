@@ -58,7 +58,7 @@ def give_kernels(
 
     Raises UserError if they differ or fail and the model `must` have them.
     """
-    before = _state(model)
+    before = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
     missing: dict[str, str] = {}
     try:
         expected = None if trial is None else _outcome(model, backbone, trial)
@@ -69,10 +69,14 @@ def give_kernels(
     except Exception as error:  # from liger, Triton's compiler or the model's code
         taken, why = [], one_line(error, named=True)
     if why is None:
-        kind = model.config.model_type
-        without = [f"liger-kernel: its {name} for {kind} models is not taken: {r}" for name, r in missing.items()]
-        return True, [f"liger-kernel: {', '.join(taken)}", *without]
-    _restore(model, before)
+        models = f"{model.config.model_type} models"
+        absent = [f"liger-kernel: its {kind} for {models} is not taken: {reason}" for kind, reason in missing.items()]
+        return True, [f"liger-kernel: {', '.join(taken)}", *absent]
+    for module, values, children in before:
+        vars(module).clear()
+        vars(module).update(values)
+        module._modules.clear()
+        module._modules.update(children)
     if must:
         raise UserError(f"model.liger = true: cannot be had for this model here: {why}; leave the key out")
     return False, [f"liger-kernel: not taken: {why}"]
@@ -91,7 +95,9 @@ def take_kernels(model: PreTrainedModel) -> Kernels:
     Call this before adapters wrap its layers. Raises liger's errors for a model that it does not support.
     """
     apply = _known()[model.config.model_type]
-    _import_its_modules(apply)
+    # Without any kernel `apply` only imports the modules that it changes, so that they can be restored.
+    kernels = [o.name for o in inspect.signature(apply).parameters.values() if isinstance(o.default, bool)]
+    apply(model=None, **dict.fromkeys(kernels, False))
     with _transformers_as_it_is() as changes:
         apply(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
     taken: set[str] = set()
@@ -101,11 +107,12 @@ def take_kernels(model: PreTrainedModel) -> Kernels:
         if kernel is None:
             continue
         same_activation = _same_activation(module, kernel)
+        other_activation |= not same_activation
         if kernel in _KINDS.values() and same_activation:
             taken.add(kernel)
         else:
-            _own_forward(module)
-            other_activation |= not same_activation
+            for name in ("forward", "extra_repr", "_get_name"):
+                vars(module).pop(name, None)
     ropes = [change for change in changes if _ROPE in change.name]
     if ropes and _give_rope(model, ropes):
         taken.add("RoPE")
@@ -149,20 +156,11 @@ class _Replaced(NamedTuple):
     after: Any
 
 
-def _import_its_modules(apply: Callable[..., None]) -> None:
-    """Import the modules that `apply` changes, so that they can be restored: without any kernel it only imports."""
-    options = inspect.signature(apply).parameters.values()
-    apply(model=None, **{option.name: False for option in options if isinstance(option.default, bool)})
-
-
 @contextmanager
 def _transformers_as_it_is() -> Iterator[list[_Replaced]]:
     """Restore the names of transformers' modules after the block, and list those that liger replaced in it."""
-    modules = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("transformers.models.") and isinstance(module, ModuleType)
-    ]
+    names = [name for name in sys.modules if name.startswith("transformers.models.")]
+    modules = [module for module in map(sys.modules.get, names) if isinstance(module, ModuleType)]
     before = [(module, dict(vars(module))) for module in modules]
     changes: list[_Replaced] = []
     try:
@@ -213,9 +211,9 @@ def _kind(module: nn.Module) -> str | None:
     return next((ours for theirs, ours in _KINDS.items() if theirs in name), name)
 
 
-def _same_activation(module: nn.Module, kind: str | None) -> bool:
+def _same_activation(module: nn.Module, kind: str) -> bool:
     """Return whether a module's activation is the kernel's: liger goes by the model type, a config may name another."""
-    expected = {"SwiGLU": F.silu, "GeGLU": lambda x: F.gelu(x, approximate="tanh")}.get(kind or "")
+    expected = {"SwiGLU": F.silu, "GeGLU": lambda x: F.gelu(x, approximate="tanh")}.get(kind)
     activation = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
     if expected is None or activation is None:
         return True
@@ -223,17 +221,9 @@ def _same_activation(module: nn.Module, kind: str | None) -> bool:
     return torch.allclose(activation(x), expected(x), atol=1e-6)
 
 
-def _own_forward(module: nn.Module) -> None:
-    for name in ("forward", "extra_repr", "_get_name"):
-        vars(module).pop(name, None)
-
-
 def _give_rope(model: PreTrainedModel, changes: list[_Replaced]) -> bool:
-    """Give modules copies of their methods that call liger's functions in place of transformers'.
-
-    Returns False if no module calls one.
-    """
-    found = False
+    """Give modules copies of their methods that call liger's functions. Return whether any module calls one."""
+    called = False
     homes = {id(change.home): change.home for change in changes}.values()
     methods: dict[type[nn.Module], dict[str, FunctionType]] = {}
     for module in model.modules():
@@ -248,13 +238,13 @@ def _give_rope(model: PreTrainedModel, changes: list[_Replaced]) -> bool:
                         methods[kind][name] = copied
         for name, method in methods[kind].items():
             vars(module)[name] = MethodType(method, module)
-            found = True
+            called = True
         for change in changes:  # a module may hold the function itself
             for name, value in list(vars(module).items()):
                 if value is not None and value is change.before:
                     vars(module)[name] = change.after
-                    found = True
-    return found
+                    called = True
+    return called
 
 
 def _own_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
@@ -262,8 +252,8 @@ def _own_methods(kind: type[nn.Module]) -> dict[str, FunctionType]:
     methods: dict[str, FunctionType] = {}
     for base in reversed(kind.__mro__):
         if not base.__module__.startswith(("torch.", "builtins")):
-            own = {name: value for name, value in vars(base).items() if not name.startswith("__")}
-            methods |= {name: value for name, value in own.items() if isinstance(value, FunctionType)}
+            functions = {name: value for name, value in vars(base).items() if isinstance(value, FunctionType)}
+            methods |= {name: value for name, value in functions.items() if not name.startswith("__")}
     return methods
 
 
@@ -275,18 +265,18 @@ def _with_globals(function: FunctionType, home: ModuleType, new: dict[str, Any])
     """
     copies: dict[int, FunctionType | None] = {}
 
-    def copied(function: FunctionType) -> FunctionType | None:
-        if id(function) not in copies:
-            copies[id(function)] = None  # ends the recursion if functions call each other
-            copies[id(function)] = rebuilt(function)
-        return copies[id(function)]
+    def copied(value: Any) -> FunctionType | None:
+        if isinstance(value, FunctionType) and id(value) not in copies:
+            copies[id(value)] = None  # ends the recursion if functions call each other
+            copies[id(value)] = rebuilt(value)
+        return copies.get(id(value))
 
     def rebuilt(function: FunctionType) -> FunctionType | None:
         names: dict[str, Any] = {}
         if function.__globals__ is vars(home):
             for name in _global_names(function.__code__) & vars(home).keys():
                 value = vars(home)[name]
-                own = isinstance(value, FunctionType) and value.__module__ == home.__name__
+                own = getattr(value, "__module__", None) == home.__name__
                 other = new[name] if name in new else copied(value) if own else None
                 if other is not None:
                     names[name] = other
@@ -301,19 +291,19 @@ def _with_globals(function: FunctionType, home: ModuleType, new: dict[str, Any])
         inner = vars(function).get("__wrapped__")
         del copy.__wrapped__
         if inner is not None:
-            copy.__wrapped__ = (copied(inner) if isinstance(inner, FunctionType) else None) or inner
+            copy.__wrapped__ = copied(inner) or inner
         return copy
 
     return copied(function)
 
 
-def _rebuilt_cell(cell: CellType, copied: Callable[[FunctionType], FunctionType | None]) -> CellType | None:
+def _rebuilt_cell(cell: CellType, copied: Callable[[Any], FunctionType | None]) -> CellType | None:
     """Return a closure cell with the copy of the function in this one, or None if that has no copy."""
     try:
-        held = cell.cell_contents
+        content = cell.cell_contents
     except ValueError:  # empty
         return None
-    copy = copied(held) if isinstance(held, FunctionType) else None
+    copy = copied(content)
     return None if copy is None else CellType(copy)
 
 
@@ -347,29 +337,13 @@ def _outcome(model: PreTrainedModel, backbone: nn.Module, precision: Callable[[]
     return hidden.detach().float()[0], gradient.float()[0]
 
 
-def _difference(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str | None:
+def _difference(outcome: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> str | None:
     """Return a message if the outcomes differ by more than rounding, or None.
 
     The kernels round at other points, which shows in half precision. The errors of a wrong kernel are much larger.
     """
-    margin = 0.2
-    for what, ours, theirs in zip(("hidden states", "gradients"), found, expected, strict=True):
+    for what, ours, theirs in zip(("hidden states", "gradients"), outcome, expected, strict=True):
         error = ((ours - theirs).norm() / theirs.norm()).item()
-        if not error <= margin:
+        if not error <= 0.2:
             return f"its {what} differ from those of the model's own code by {error:.2g} of their size"
     return None
-
-
-# --- saving and restoring a model's modules --------------------------------------------------------------------------
-
-
-def _state(model: PreTrainedModel) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
-    return [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
-
-
-def _restore(model: PreTrainedModel, before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]) -> None:
-    for module, values, children in before:
-        vars(module).clear()
-        vars(module).update(values)
-        module._modules.clear()
-        module._modules.update(children)

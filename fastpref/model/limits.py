@@ -134,12 +134,11 @@ def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int
 
 def foresee(config: Config) -> list[str]:
     """Return notes on a config by the files of a model on this machine, before any row is read."""
-    raw = _json(config.model, "config.json")
-    if raw is None:
+    content = _json(config.model, "config.json")
+    if content is None:
         return []
-    limits = limits_of_config(raw)
-    highest = _highest_id(config.model)
-    notes = [too_long] if (too_long := beyond_positions(limits, config)) else []
+    limits, highest = limits_of_config(content), _highest_id(config.model)
+    notes = [note] if (note := beyond_positions(limits, config)) else []
     if limits.embeddings is not None and highest is not None and highest >= limits.embeddings:
         notes.append(
             f"the tokenizer of {config.model.name} has ids up to {highest:,}, and vocab_size of its config.json is "
@@ -213,10 +212,10 @@ def _table(name: str, module: Any) -> int | None:
 def _compare_tokens(limits: Limits, name: str, examples: "Examples", tokenizer: "PreTrainedTokenizerBase") -> None:
     if limits.embeddings is None:
         return
-    read, predicted = limits.embeddings, min(limits.embeddings, limits.outputs or limits.embeddings)
-    highest = examples.highest_ids
-    for what, top, rows in (("prompt", highest[0], read), ("response", highest[1], predicted)):
-        if top < rows:
+    predicted = min(limits.embeddings, limits.outputs or limits.embeddings)
+    sizes = {"prompt": limits.embeddings, "completion": predicted}
+    for (what, rows), highest in zip(sizes.items(), examples.highest_ids, strict=True):
+        if highest < rows:
             continue
         places, ids = examples.with_ids_from(rows, what == "prompt")
         token = int(ids[0])
@@ -236,8 +235,8 @@ def _compare_lengths(limits: Limits, name: str, examples: "Examples", config: Co
     if lengths.max() > positions:
         at = int(np.argmax(lengths > positions))
         raise UserError(
-            f"{examples[at].row.place}: {lengths[at]:,} tokens with its response, and {limits.model} has {positions:,} "
-            f"positions; {_some(int((lengths > positions).sum()), len(examples), name)} more. Set "
+            f"{examples[at].row.place}: {lengths[at]:,} tokens with its completion, and {limits.model} has "
+            f"{positions:,} positions; {_some(int((lengths > positions).sum()), len(examples), name)} more. Set "
             f"tokens.max_length={positions}"
         )
     prompts, completions = examples.prompt_lengths, examples.completion_lengths
@@ -248,7 +247,7 @@ def _compare_lengths(limits: Limits, name: str, examples: "Examples", config: Co
         if both.max() > positions:
             at = int(np.argmax(both))
             raise UserError(
-                f"{examples[int(places[at])].row.place}: its prompt with the response of another row, which KTO "
+                f"{examples[int(places[at])].row.place}: its prompt with the completion of another row, which KTO "
                 f"compares it with, has {both[at]:,} tokens, and {limits.model} has {positions:,} positions. Set "
                 f'tokens.max_length={positions // 2}, or loss.kl="none"'
             )
@@ -258,25 +257,23 @@ def _beyond(limits: Limits, name: str, examples: "Examples") -> str | None:
     if limits.made_for is None or not len(examples):
         return None
     lengths = _lengths(examples)
-    longer = int((lengths > limits.made_for).sum())
-    if not longer:
+    longer = lengths > limits.made_for
+    if not longer.any():
         return None
-    place = examples[int(np.argmax(lengths > limits.made_for))].row.place
+    place = examples[int(np.argmax(longer))].row.place
     return (
-        f"{_some(longer, len(examples), name)} more tokens than the {limits.made_for:,} that {limits.model} was made "
-        f"for (max_position_embeddings), up to {lengths.max():,}; the first is {place}. They are computed, but not as "
-        f"the model has learnt. Set tokens.max_length={limits.made_for}, or scale RoPE in its config.json"
+        f"{_some(int(longer.sum()), len(examples), name)} more tokens than the {limits.made_for:,} that {limits.model} "
+        f"was made for (max_position_embeddings), up to {lengths.max():,}; the first is {place}. They are computed, "
+        f"but not as the model has learnt. Set tokens.max_length={limits.made_for}, or scale RoPE in its config.json"
     )
 
 
 def _steps(name: str, count: int, config: Config) -> Iterator[np.ndarray]:
     """Yield the indices of the rows of each step, or of each chunk of an evaluation."""
     train = config.train
-    if name == "training":
-        steps = train.steps or ceil(train.epochs * count / train.batch)
-        yield from map(np.asarray, islice(data_order(count, train.batch, train.seed), steps))
-    else:
-        yield from map(np.asarray, chunks(range(count), train.batch))
+    steps = train.steps or ceil(train.epochs * count / train.batch)
+    order = islice(data_order(count, train.batch, train.seed), steps)
+    yield from map(np.asarray, order if name == "training" else chunks(range(count), train.batch))
 
 
 def _lengths(examples: "Examples") -> np.ndarray:

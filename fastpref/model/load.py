@@ -9,13 +9,7 @@ from typing import Any, Literal
 
 import peft
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout, collate
@@ -34,7 +28,7 @@ from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
 from fastpref.model.trial import Choice, choose_layout
-from fastpref.model.weights import from_files, loading_note
+from fastpref.model.weights import from_files, loading_notes
 
 
 @dataclass(frozen=True)
@@ -53,13 +47,10 @@ class Loaded:
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. Raises UserError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.name, revision=options.revision or "main", trust_remote_code=options.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(options.name, **hub_options(options))
     except Exception as error:  # transformers and the hub raise many kinds
-        raise UserError(
-            f"model.name = {options.name!r}: no tokenizer there: {explained(options, error, tokenizer=True)}"
-        ) from None
+        reason = explained(options, error, tokenizer=True)
+        raise UserError(f"model.name = {options.name!r}: no tokenizer there: {reason}") from None
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # calls of the tokenizer set these; saved files must not depend on the cache of tokens
         backend.no_padding()
@@ -83,15 +74,14 @@ def load_model(
 
     Raises UserError for a model that does not exist, is no causal language model, or has no safetensors.
     """
-    place = torch.device("cpu") if sharded else device
     architecture = model_config(config.model)
     kernels = liger.wants_kernels(config.model.liger, device.type, architecture)
+    place = torch.device("cpu") if sharded else device
     model = pretrained(config.model, architecture, weight_dtype(config, device), place)
     if getattr(model, "is_quantized", False) and config.lora is None and not trained:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
-    notes = [note for note in (loading_note(model),) if note is not None]
     try:
-        notes += fix_rope(model, config.tokens.max_length)
+        notes = [*loading_notes(model), *fix_rope(model, config.tokens.max_length)]
         head, note = _head(config, model)
         policy = Policy(body_of(model), head)
         choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
@@ -103,14 +93,18 @@ def load_model(
     if kernels:
         trial = None if sharded else partial(_precision, config, device)  # a sharded model is not on the device yet
         must = config.model.liger is True
-        kernels, said = liger.give_kernels(model, policy.backbone, must=must, trial=trial)
-        notes += said
-    notes += [] if trained else adapter_notes(config, model)
-    wrapped = _trained(model, adapter) if trained else with_adapters(config, model)
-    notes += [note for note in (loading_note(wrapped),) if note is not None and wrapped is not model]
+        kernels, kernel_notes = liger.give_kernels(model, policy.backbone, must=must, trial=trial)
+        notes += kernel_notes
+    if trained:
+        wrapped = model if adapter is None else load_adapter(model, adapter)
+    else:
+        notes += adapter_notes(config, model)
+        wrapped = with_adapters(config, model)
     policy = policy.like(model)  # PEFT may have wrapped the head
-    if wrapped is not model and not trained and not sharded:
-        notes += _try_adapters(config, policy, choice.layout, model.config.model_type, device)
+    if wrapped is not model:
+        notes += loading_notes(wrapped)
+        if not trained and not sharded:
+            notes += _try_adapters(config, policy, choice.layout, model.config.model_type, device)
     return Loaded(model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels)
 
 
@@ -132,8 +126,12 @@ def mixed_precision(config: Config) -> Literal["no", "bf16", "fp16"]:
     return "bf16" if torch.cuda.is_bf16_supported(False) and config.model.dtype != "float16" else "fp16"
 
 
+def _half(config: Config) -> torch.dtype | None:
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(config))
+
+
 def _precision(config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(config))
+    half = _half(config)
     return nullcontext() if half is None else torch.autocast(device.type, half, cache_enabled=False)
 
 
@@ -141,21 +139,17 @@ def pretrained(
     options: ModelConfig, architecture: PretrainedConfig, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
     """Load the model of `[model]`, for training or as a reference, without a KV cache."""
+    load: dict[str, Any] = {"config": architecture, "dtype": dtype, "device_map": {"": device}} | hub_options(options)
+    quantization = quantization_config(options.quantization, dtype)
+    make = partial(AutoModelForCausalLM.from_pretrained, options.name, use_safetensors=True, **load)
     try:
-        load: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
-        load |= hub_options(options)
-        quantization = quantization_config(options.quantization, dtype)
-        if quantization is not None:
-            load["quantization_config"] = quantization
-        load["config"] = architecture
-        model = from_files(partial(AutoModelForCausalLM.from_pretrained, options.name, **load))
+        model = from_files(make, quantization_config=quantization)
     except UserError as error:  # the weights do not fit the model
         raise UserError(f"model.name = {options.name!r}: {error}") from None
     except Exception as error:  # for example missing weights or an unknown architecture
         if is_out_of_memory(error):
             raise
-        message = explained(options, error)
-        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {message}") from None
+        raise UserError(f"model.name = {options.name!r}: cannot be loaded: {explained(options, error)}") from None
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"model.name = {options.name!r}: it is an adapter, not a model; merge it first")
     keep_weights_as_loaded(model)
@@ -169,11 +163,8 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
     except UserError as error:
         if config.model.quantization == "none":
             raise
-        message = str(error).rstrip(".")
-        raise UserError(
-            f"{message}. Code that reads weights by itself cannot have them in {config.model.quantization}: leave "
-            "model.quantization out"
-        ) from None
+        advice = f"cannot have them in {config.model.quantization}: leave model.quantization out"
+        raise UserError(f"{str(error).rstrip('.')}. Code that reads weights by itself {advice}") from None
 
 
 def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.device) -> list[str]:
@@ -181,8 +172,7 @@ def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.
     wanted = config.model.attention
     flex, why = flex_attention.wants_flex(wanted, device.type, choice.layout, choice.why_padded, choice.calls)
     if flex:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(config)) or model.dtype
-        why = flex_attention.fault(choice.calls, dtype, device)
+        why = flex_attention.fault(choice.calls, _half(config) or model.dtype, device)
         if why is None:
             model.set_attn_implementation(flex_attention.NAME)
             return ["attention: FlexAttention"]
@@ -209,12 +199,11 @@ def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: st
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            quantised = "" if config.model.quantization == "none" else f" in {config.model.quantization}"
-            raise UserError(
-                f"lora.target: this {model_type} model{quantised} cannot be trained with adapters on all that "
-                f"it names: {words(error)}. Name fewer modules"
-                + (", or leave model.quantization out" if quantised else "")
-            ) from None
+            kind, advice = f"this {model_type} model", "Name fewer modules"
+            if config.model.quantization != "none":
+                kind, advice = f"{kind} in {config.model.quantization}", f"{advice}, or leave model.quantization out"
+            message = f"{kind} cannot be trained with adapters on all that it names: {words(error)}. {advice}"
+            raise UserError(f"lora.target: {message}") from None
         finally:
             policy.zero_grad(set_to_none=True)
             policy.eval()
@@ -224,11 +213,6 @@ def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: st
         return []
     names = short_names(re.sub(r"^backbone\.|\.lora_.*|\.modules_to_save.*", "", name) for name in idle)
     if len(idle) == len(trained):
-        raise UserError(
-            f"lora.target: no gradient reaches the adapters on {names}: the model's code does not call them"
-        )
+        message = f"no gradient reaches the adapters on {names}: the model's code does not call them"
+        raise UserError(f"lora.target: {message}")
     return [f"lora: no gradient reaches the adapters on {names}; lora.exclude leaves them out"]
-
-
-def _trained(model: PreTrainedModel, adapter: str | Path | None) -> PreTrainedModel | peft.PeftModel:
-    return model if adapter is None else load_adapter(model, adapter)

@@ -70,8 +70,7 @@ def lies_quantised(architecture: PretrainedConfig) -> str | None:
     if of_bitsandbytes(own):
         four = own.get("load_in_4bit") or own.get("_load_in_4bit")
         return f"bitsandbytes, {own.get('bnb_4bit_quant_type', 'fp4') if four else 'int8'}"
-    packing = packing_of(own)
-    if packing is None:
+    if (packing := packing_of(own)) is None:
         return f"{_method(own)}, which is not known here and counts as if it were not"
     return f"{packing.method}, {packing.bits:g} bits"
 
@@ -79,14 +78,11 @@ def lies_quantised(architecture: PretrainedConfig) -> str | None:
 def packing_of(own: Mapping[str, Any]) -> Packing | None:
     """Return the format of a `quantization_config` other than bitsandbytes', or None if its bits are not known."""
     method = _method(own)
-    left = _left_out(own)
     if method == "compressed-tensors":
-        return _compressed(own, left)
-    named = own.get("weights") if isinstance(own.get("weights"), str) else None  # quanto
-    bits = next(
-        (own[k] for k in ("bits", "w_bit", "nbits", "weight_bits") if isinstance(own.get(k), int | float)), None
-    )
-    bits = bits or _BITS.get(method) or _NAMED_BITS.get(named or "")
+        return _compressed(own)
+    keys = ("bits", "w_bit", "nbits", "weight_bits")
+    bits = next((own[key] for key in keys if isinstance(own.get(key), int | float)), None)
+    bits = bits or _BITS.get(method) or _NAMED_BITS.get(str(own.get("weights")))
     if method == "hqq":
         settings = (own.get("quant_config") or {}).get("weight_quant_params") or {}
         bits = settings.get("nbits", bits)
@@ -102,18 +98,15 @@ def packing_of(own: Mapping[str, Any]) -> Packing | None:
         scale_bytes=_SCALE_BYTES.get(method, 2),
         zeros=method in ("gptq", "awq", "auto-round", "hqq") and own.get("zero_point", True) is not False,
         order=method == "gptq",
-        left=left,
+        left=_left_out(own),
     )
 
 
-def packed_bytes(model: PreTrainedModel, packing: Packing) -> tuple[int, int]:
-    """Return the bytes of the weights that the checkpoint packs: in the model's dtype, and packed."""
-    plain, packed = 0, 0
-    for weight in _weights(model, packing):
-        rows, columns = weight.shape[-2:]
-        plain += weight.nbytes
-        packed += weight[..., 0, 0].numel() * packing.bytes_of(rows, columns)
-    return plain, packed
+def saved_by_packing(model: PreTrainedModel, packing: Packing) -> int:
+    """Return how many bytes fewer than in the model's dtype the weights take that the checkpoint packs."""
+    weights = list(_weights(model, packing))
+    packed = sum(weight[..., 0, 0].numel() * packing.bytes_of(*weight.shape[-2:]) for weight in weights)
+    return sum(weight.nbytes for weight in weights) - packed
 
 
 def bare_experts(model: PreTrainedModel) -> int:
@@ -146,7 +139,7 @@ def _left_out(own: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(name.removeprefix("re:") for name in named)
 
 
-def _compressed(own: Mapping[str, Any], left: tuple[str, ...]) -> Packing | None:
+def _compressed(own: Mapping[str, Any]) -> Packing | None:
     """Return the format of the first group of layers: most checkpoints with several groups use the same bits in all."""
     groups = own.get("config_groups") or {}
     weights = next((g.get("weights") for g in groups.values() if isinstance(g, Mapping) and g.get("weights")), None)
@@ -159,5 +152,5 @@ def _compressed(own: Mapping[str, Any], left: tuple[str, ...]) -> Packing | None
         group=size if strategy in ("group", "tensor_group") and size and size > 0 else None,
         block=(int(block[0]), int(block[1])) if block else (1 << 62, 1 << 62) if strategy == "tensor" else None,
         zeros=weights.get("symmetric") is False,
-        left=left,
+        left=_left_out(own),
     )

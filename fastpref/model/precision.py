@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -17,38 +17,27 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
     Every number of half precision is exact in float32, so the weights are the same afterwards, bit for bit. Weights in
     4 bits stay as they are and are dequantised to float32. A model with weights in 8 bits always computes in 8 bits.
     """
-    tensors = _half(model)
+    distinct = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    tensors = [(t, t.dtype) for t in distinct.values() if t.dtype in (torch.float16, torch.bfloat16)]
     extra = sum(tensor.numel() * 2 for tensor, _ in tensors)
     if any(isinstance(module, Linear8bitLt) for module in model.modules()) or extra > _free(model):
         yield False
         return
-    four_bits: list[tuple[Any, Any]] = [(m, m.compute_dtype) for m in model.modules() if isinstance(m, Linear4bit)]
-    states: list[tuple[Any, torch.dtype]] = [
-        (m.weight.quant_state, m.weight.quant_state.dtype)
-        for m, _ in four_bits
-        if getattr(m.weight, "quant_state", None) is not None
-    ]
+    four_bits: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    states = [getattr(module.weight, "quant_state", None) for module in four_bits]
+    dtypes = [(module, "compute_dtype", module.compute_dtype) for module in four_bits]
+    dtypes += [(state, "dtype", state.dtype) for state in states if state is not None]
     try:
         for tensor, _ in tensors:
             tensor.data = tensor.data.float()
-        for module, _ in four_bits:
-            module.compute_dtype = torch.float32
-        for state, _ in states:
-            state.dtype = torch.float32
+        for owner, name, _ in dtypes:
+            setattr(owner, name, torch.float32)
         yield True
     finally:
         for tensor, dtype in tensors:
             tensor.data = tensor.data.to(dtype)
-        for module, dtype in four_bits:
-            module.compute_dtype = dtype
-        for state, dtype in states:
-            state.dtype = dtype
-
-
-def _half(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
-    """Return a model's tensors of half precision, each once, with their dtypes."""
-    tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return [(t, t.dtype) for t in tensors.values() if t.dtype in (torch.float16, torch.bfloat16)]
+        for owner, name, dtype in dtypes:
+            setattr(owner, name, dtype)
 
 
 def _free(model: nn.Module) -> int:

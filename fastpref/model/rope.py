@@ -29,14 +29,10 @@ def fix_rope(model: nn.Module, max_length: int) -> list[str]:
     """
     notes: dict[str, None] = {}
     for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str) and kinds in BY_LENGTH:
-            notes |= dict.fromkeys(_fix(module, kinds, None, max_length))
-            module.rope_type = "default"  # pyright: ignore[reportArgumentType]
-        elif isinstance(kinds, dict):
-            for layers in [layers for layers, kind in kinds.items() if kind in BY_LENGTH]:
-                notes |= dict.fromkeys(_fix(module, kinds[layers], layers, max_length))
-                module.rope_type = {**module.rope_type, layers: "default"}  # pyright: ignore
+        for layers, kind in _kinds(module).items():
+            if kind in BY_LENGTH:
+                notes |= dict.fromkeys(_fix(module, kind, layers, max_length))
+                module.rope_type = "default" if layers is None else {**module.rope_type, layers: "default"}  # pyright: ignore
     for module in model.modules():
         if _follows_longest(module, max_length):
             parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
@@ -59,8 +55,8 @@ def _follows_longest(module: Any, max_length: int) -> bool:
         return False
     few = torch.arange(8, device=frequencies[0].device)[None]
     longer = torch.cat([few, few.new_tensor([[max_length - 1]])], dim=1)
-    kinds = getattr(module, "rope_type", None)
-    for options in [{"layer_type": layers} for layers in kinds] if isinstance(kinds, dict) else [{}]:
+    for layers in _kinds(module):
+        options = {} if layers is None else {"layer_type": layers}
         with unchanged(module), suppress(Exception):  # for modules with another signature
             alone, beside = (
                 module(frequencies[0].new_zeros((1, ids.shape[1], 1)), position_ids=ids, **options)
@@ -81,19 +77,22 @@ def has_rope_by_length(model: PreTrainedModel) -> bool:
 
 def depends_on_length(model: nn.Module) -> bool:
     """Return whether a model's frequencies depend on the longest position of a call."""
-    kinds = (getattr(module, "rope_type", None) for module in model.modules())
-    return any(
-        kind in BY_LENGTH for kind_s in kinds for kind in (kind_s.values() if isinstance(kind_s, dict) else [kind_s])
-    )
+    return any(kind in BY_LENGTH for module in model.modules() for kind in _kinds(module).values())
+
+
+def _kinds(module: nn.Module) -> dict[str | None, Any]:
+    """Return a module's RoPE type for each kind of layer; the key is None if it has one type for all layers."""
+    kinds = getattr(module, "rope_type", None)
+    return kinds if isinstance(kinds, dict) else {None: kinds}
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore a model's rotary embeddings after the block: those that depend on the length store the longest one."""
-    modules = [module for module in model.modules() if hasattr(module, "rope_type")]
     before = [
         (module, {name: b.clone() for name, b in module._buffers.items() if b is not None}, dict(vars(module)))
-        for module in modules
+        for module in model.modules()
+        if hasattr(module, "rope_type")
     ]
     try:
         yield

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastpref.model.body import around_body, with_states
+from fastpref.model.body import around_body
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,8 @@ class RouterLoss:
         takes = "output_router_logits" in inspect.signature(type(model).forward).parameters
         return cls(float(coefficient), model, body) if coefficient and takes else None
 
-    def __call__(
-        self,
-        output: Any,  # of the body, with the router logits of each layer, [B·T, experts]
-        attention_mask: Tensor | None,  # [B, T] if there is padding
-    ) -> Tensor | None:
-        """Return the loss without the coefficient, a scalar, or None if no layer has router logits."""
+    def __call__(self, output: Any, attention_mask: Tensor | None) -> Tensor | None:
+        """Return `router_loss` without the coefficient, for a mask [B, T] or None if there is no padding."""
         return router_loss(self.model, self.body, output, attention_mask=attention_mask)
 
 
@@ -45,13 +41,11 @@ def router_loss(model: Callable[..., Any], body: nn.Module, output: Any, **optio
     It is experts · Σ over experts of (share of tokens routed to it) · (its mean probability). With balanced experts it
     equals the number of experts per token.
 
-    Args:
-        model: the causal language model, or its forward.
-        body: its body, as `body_of` finds it.
-        output: of the body, with the router logits of each layer, [B·T, experts].
-        options: further keywords of the model's forward, such as an attention mask [B, T] where there is padding.
+    The output has the router logits of each layer, [B·T, experts]; the other arguments are those of `around_body`.
     """
-    if not getattr(output, "router_logits", None):
+    router_logits = getattr(output, "router_logits", None)
+    if not router_logits:
         return None
-    one = with_states(output, output.last_hidden_state[:1, :1])  # one token for the head, whose result is not used
+    # One token is enough for the head, whose result is not used.
+    one = type(output)(last_hidden_state=output.last_hidden_state[:1, :1], router_logits=router_logits)
     return around_body(model, body, one, output_router_logits=True, **options).aux_loss

@@ -16,7 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 from fastpref.config import Config
 from fastpref.model.liger import take_kernels
 from fastpref.model.load import with_adapters
-from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packed_bytes, packing_of
+from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packing_of, saved_by_packing
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 
 _BLOCK = 64  # weights per scale, as in bitsandbytes
@@ -38,19 +38,16 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
 
     With `kernels` it also has liger's kernels.
     """
-    options = config.model
     architecture = copy.deepcopy(architecture)  # quantising changes it
-    make = partial(
-        AutoModelForCausalLM.from_config, architecture, dtype=dtype, trust_remote_code=options.trust_remote_code
-    )
+    trust = config.model.trust_remote_code
     with torch.device("meta"):
-        model = make()
-        plain, packed, experts = 0, 0, 0
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trust)
+        packed, experts = 0, 0
         own = own_quantization(architecture)  # has precedence over the config's, as in transformers
         if own is not None and not of_bitsandbytes(own):
             if (packing := packing_of(own)) is not None:
-                plain, packed = packed_bytes(model, packing)
-        elif (quantization := own or quantization_config(options.quantization, dtype)) is not None:
+                packed = saved_by_packing(model, packing)
+        elif (quantization := own or quantization_config(config.model.quantization, dtype)) is not None:
             # transformers' quantizer decides which layers to quantise.
             quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=own is not None)
             quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": "cpu"})
@@ -61,15 +58,14 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
         if kernels:
             take_kernels(model)
         _let_dora_dequantise(model)
-        return Skeleton(model.eval(), with_adapters(config, model), plain - packed, experts)
+        return Skeleton(model.eval(), with_adapters(config, model), packed, experts)
 
 
 def _let_dora_dequantise(model: nn.Module) -> None:
     """Give modules their own `dequantize` for DoRA, which PEFT calls on a module that has W_q, as HQQ's have."""
     for module in model.modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
-            dequantised: Any = module
-            dequantised.W_q, dequantised.dequantize = module.weight.data, partial(_dequantised, module)
+            vars(module).update(W_q=module.weight.data, dequantize=partial(_dequantised, module))
 
 
 def _dequantised(module: Linear4bit | Linear8bitLt) -> nn.Parameter:

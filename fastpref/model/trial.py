@@ -2,8 +2,8 @@
 
 A layout may reach the attention of every layer and the result may still be silently wrong: a module besides attention
 may mix neighbouring positions (a state-space branch, a convolution), a mask may depend on positions in the row, or the
-code may check the attention's name. So a prompt with two responses and a second tree go through the model in the
-layout, and each response after its prompt goes through the model with its own attention, alone in a row.
+code may check the attention's name. So a prompt with two completions and a second tree go through the model in the
+layout, and each completion after its prompt goes through the model with its own attention, alone in a row.
 
 For a second pass, windows and chunks of thousands of tokens are shortened in the model's config and in its modules, so
 that a few tokens exceed them in both computations.
@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,8 +39,8 @@ from fastpref.model.policy import Policy
 from fastpref.model.precision import in_float32
 from fastpref.model.rope import BY_LENGTH
 
-_SHAPES = ((23, (17, 21)), (19, (22, 13)))  # tokens of each prompt and of its responses
-_LONGEST = max(prompt + max(responses) for prompt, responses in _SHAPES)
+_SHAPES = ((23, (17, 21)), (19, (22, 13)))  # tokens of each prompt and of its completions
+_LONGEST = max(prompt + max(completions) for prompt, completions in _SHAPES)
 _SHORT = 8  # tokens of a window or chunk that is made short
 _LIMITS = re.compile(
     r"(window(_size|_len|_length)?|(attention|attn)_chunk_(size|length)|local_attention|floor(_scale)?|index_topk|rel_extent"
@@ -63,104 +64,80 @@ def choose_layout(
     policy: Policy,
     wanted: Layout | Literal["auto"],
     *,
-    name: str = NAME,
     max_length: int | None = None,
+    compare: bool = True,
 ) -> Choice:
     """Find the layout by trial, and give the model the attention that it needs: ours for trees, else its own.
 
-    Args:
-        model: with its own attention, before adapters are put around its layers.
-        policy: of the model.
-        wanted: "auto" stands for trees.
-        name: the registered attention that takes trees.
-        max_length: tokens of the longest row; windows that no row exceeds are not tested with padded rows.
-
+    The model has its own attention, and no adapters around its layers yet. "auto" stands for trees. Windows of
+    `max_length` tokens and more are not tested with padded rows. Fake tensors have no numbers to `compare`.
     Raises UserError for a model that computes padded rows differently from each row alone.
     """
     layout: Layout = "tree" if wanted == "auto" else wanted
     why = None
     if layout != "padded":
-        calls, why = give_layout(model, policy, layout, name=name)
+        calls, why = give_layout(model, policy, layout, compare=compare)
         if why is None:
             return Choice(layout, None, calls)
+    if not compare:
+        return Choice("padded", why)
     with in_float32(model) as exact:
-        return _Trial(model, policy, exact=exact).padded(why, max_length)
+        return _Trial(model, policy, attention_of(model), exact=exact).padded(why, max_length)
 
 
 def give_layout(
-    model: PreTrainedModel, policy: Policy, layout: Layout = "tree", *, name: str = NAME
+    model: PreTrainedModel, policy: Policy, layout: Layout = "tree", *, name: str = NAME, compare: bool = True
 ) -> tuple[tuple[LayerCall, ...], str | None]:
     """Give a model the registered attention `name` if it computes trees, or packed rows, correctly.
 
     Returns the arguments of its layers to that attention, and the reason why the model keeps its own, or None.
     """
     own = attention_of(model)
-    if not give_attention(model, name):
-        return (), f"the attention of {model.config.model_type} models is their own code"
+    give_attention(model, name)
     calls, why = probe_layers(model, policy.backbone, name)
-    if why is None:
+    if why is None and compare:
         with in_float32(model) as exact:
-            why = _Trial(model, policy, exact=exact).fault(layout, own)
+            why = _Trial(model, policy, own, exact=exact).fault(layout)
     if why is not None:
         restore_attention(own)
     return tuple(calls), why
 
 
-def layout_by_count(model: PreTrainedModel, policy: Policy, wanted: Layout | Literal["auto"]) -> Choice:
-    """Choose the layout without comparing numbers, for a model of fake tensors."""
-    if wanted == "padded":
-        return Choice("padded")
-    own = attention_of(model)
-    if not give_attention(model, NAME):
-        return Choice("padded", f"the attention of {model.config.model_type} models is their own code")
-    calls, why = probe_layers(model, policy.backbone)
-    if why is not None:
-        restore_attention(own)
-        return Choice("padded", why)
-    return Choice("tree" if wanted == "auto" else wanted, None, tuple(calls))
-
-
 class _Trial:
-    """A model, and the rows on which layouts are compared with its own attention."""
+    """A model with its `own` attention, and the rows on which layouts are compared with it."""
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, *, exact: bool):
-        self._model, self._policy, self._exact = model, policy, exact
+    def __init__(self, model: PreTrainedModel, policy: Policy, own: AttentionState, *, exact: bool):
+        self._model, self._policy, self._own, self._exact = model, policy, own, exact
         self._examples = _examples(model)
         self._kind = model.config.model_type
+        self._device = next(policy.backbone.parameters()).device
 
-    def fault(self, layout: Layout, own: AttentionState) -> str | None:
+    def fault(self, layout: Layout) -> str | None:
         """Return a message if a layout is wrong with the model's current attention, or None."""
-        ours = attention_of(self._model)
         for short in (False, True):
             with short_limits(self._model) if short else nullcontext([]) as limits:
                 if short and not limits:
                     continue
-                restore_attention(own)
                 try:
                     truth = self._truth()
                 except Exception as fault:
                     if not short:
                         return f"its own attention fails: {_reason(fault)}"
                     continue  # for code that fails with a short window, only the first pass counts
-                finally:
-                    restore_attention(ours)
                 try:
                     error = _difference(self._states(layout), truth)
                 except Exception as fault:
                     return f"{self._kind} models refuse the layout: {_reason(fault)}"
                 if not self._is_rounding(error):
                     where = f", past its {' and '.join(limits)}" if short else ""
-                    return (
-                        f"the hidden states of this {self._kind} model would differ by {error.largest:.2g} of their "
-                        f"size from those of each row alone{where}"
-                    )
-                if not short and (why := self._training_fault(layout, truth, own)) is not None:
+                    size = f"{error.largest:.2g} of their size from those of each row alone{where}"
+                    return f"the hidden states of this {self._kind} model would differ by {size}"
+                if not short and (why := self._training_fault(layout, truth)) is not None:
                     return why
         return None
 
     def padded(self, why: str | None, max_length: int | None) -> Choice:
         """Choose padded rows with the model's own attention. Raises UserError if they differ from each row alone."""
-        own = attention_of(self._model)
         try:
             truth = self._truth()
         except Exception as fault:
@@ -168,32 +145,27 @@ class _Trial:
         if self._looks_ahead(truth):
             raise UserError(
                 f"{self._kind} models are not causal as they are loaded here: the hidden states of a prompt change "
-                "with what comes after it, so a response has no log-probability"
+                "with what comes after it, so a completion has no log-probability"
             )
-        restore_attention(own)
         notes: tuple[str, ...] = ()
         if (why_not := self._padding_fault(truth)) is not None:
             if not give_attention(self._model, "eager") or self._padding_fault(truth) is not None:
-                took_none = f"they take no trees either, because {why}" if why else "train.layout asks for them"
-                raise UserError(f"{why_not}; {took_none}. They are not trained here")
+                no_trees = f"they take no trees either, because {why}" if why else "train.layout asks for them"
+                raise UserError(f"{why_not}; {no_trees}. They are not trained here")
             notes = (f"attention: eager, because {why_not}",)
-        if (why_not := self._training_fault("padded", truth, attention_of(self._model))) is not None:
+        if (why_not := self._training_fault("padded", truth)) is not None:
             raise UserError(f"{why_not}. They are not trained here")
         with short_limits(self._model, below=max_length) as limits:
             if limits and (why_not := self._short_padding_fault()) is not None:
-                raise UserError(
-                    f"{why_not}, past its {' and '.join(limits)}; set tokens.max_length to no more than that"
-                )
+                past = " and ".join(limits)
+                raise UserError(f"{why_not}, past its {past}; set tokens.max_length to no more than that")
         return Choice("padded", why, (), notes)
 
     def _short_padding_fault(self) -> str | None:
-        state = attention_of(self._model)
         try:
             truth = self._truth()
         except Exception:  # code that fails with a short window
             return None
-        finally:
-            restore_attention(state)
         return self._padding_fault(truth)
 
     def _padding_fault(self, truth: "_States") -> str | None:
@@ -204,20 +176,17 @@ class _Trial:
             return f"{self._kind} models cannot compute padded rows: {_reason(fault)}"
         if self._is_rounding(error):
             return None
-        return (
-            f"{self._kind} models give padded rows other hidden states than each row alone (they differ by "
-            f"{error.largest:.2g} of their size)"
-        )
+        size = f"they differ by {error.largest:.2g} of their size"
+        return f"{self._kind} models give padded rows other hidden states than each row alone ({size})"
 
-    def _training_fault(self, layout: Layout, truth: "_States", own: AttentionState) -> str | None:
+    def _training_fault(self, layout: Layout, truth: "_States") -> str | None:
         """Return a message if a layout is wrong only in training mode, where full experts drop tokens; or None.
 
         If training is random (dropout), nothing can be compared.
         """
-        body, ours = self._policy.backbone, attention_of(self._model)
+        body = self._policy.backbone
         training = body.training
-        devices = [self._policy_device] if self._policy_device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             body.train()
             try:
                 states = self._states(layout)
@@ -225,25 +194,21 @@ class _Trial:
                     return None
                 if not self._is_rounding(_difference(states, self._states(layout))):
                     return None
-                restore_attention(own)
-                alone = self._truth()
+                if self._is_rounding(_difference(states, self._truth())):
+                    return None
             except Exception as fault:
                 return f"{self._kind} models fail in training mode: {_reason(fault)}"
             finally:
                 body.train(training)
-                restore_attention(ours)
-        if self._is_rounding(_difference(states, alone)):
-            return None
         return f"{self._kind} models give a row other hidden states in training mode than alone"
 
     def _looks_ahead(self, truth: "_States") -> bool:
-        """Return whether a prompt's hidden states depend on the response after it."""
+        """Return whether a prompt's hidden states depend on the completion after it."""
         both: tuple[_States, _States] = ({}, {})
-        for k, states in enumerate(both):  # the prompt's states, including its last position, before either response
+        for k, states in enumerate(both):  # the prompt's states, including its last position, before either completion
             for e in range(len(self._examples)):
                 states[e, -1] = torch.cat([truth[e, -1 - k], truth[e, k][:1]])
-        error = _difference(*both)
-        return not self._is_rounding(error)
+        return not self._is_rounding(_difference(*both))
 
     def _is_rounding(self, error: "_Error") -> bool:
         return error.largest <= 1e-3 if self._exact else error.typical <= 0.05
@@ -251,15 +216,20 @@ class _Trial:
     # --- hidden states -------------------------------------------------------------------------------------------
 
     def _truth(self) -> "_States":
-        """Compute the hidden states of each response and its prompt alone in a row, by eager attention if possible."""
+        """Compute the states of each completion and its prompt alone in a row, by eager attention if possible."""
+        current = attention_of(self._model)
+        restore_attention(self._own)
         give_attention(self._model, "eager")
         states: _States = {}
-        for e, example in enumerate(self._examples):
-            for k, completion in enumerate(example.completions):
-                alone = Example(example.prompt, (completion,), None, example.row)
-                found = self._run(collate([alone], "padded", score_prompts=True))
-                states[e, k] = found[0, 0]
-                states[e, -1 - k] = found[0, -1]  # the prompt, before this response
+        try:
+            for e, example in enumerate(self._examples):
+                for k, completion in enumerate(example.completions):
+                    alone = Example(example.prompt, (completion,), None, example.row)
+                    row = self._run(collate([alone], "padded", score_prompts=True))
+                    states[e, k] = row[0, 0]
+                    states[e, -1 - k] = row[0, -1]  # the prompt, before this completion
+        finally:
+            restore_attention(current)
         return states
 
     def _states(self, layout: Layout) -> "_States":
@@ -267,8 +237,8 @@ class _Trial:
 
     @torch.no_grad()
     def _run(self, batch: PreferenceBatch) -> "_States":
-        """Compute the hidden states that predict each response's tokens (e, k), and those of each prompt (e, −1)."""
-        batch = batch.to(self._policy_device)
+        """Compute the hidden states that predict each completion's tokens (e, k), and those of each prompt (e, −1)."""
+        batch = batch.to(self._device)
         hidden = self._policy.hidden_states(batch)[batch.predictors].float()
         states: _States = {}
         for segment in range(len(batch.lengths)):
@@ -276,40 +246,33 @@ class _Trial:
             states[e, k if k < batch.completions else -1] = hidden[batch.segments == segment]
         return states
 
-    @property
-    def _policy_device(self) -> torch.device:
-        return next(self._policy.backbone.parameters()).device
 
-
-_States = dict[tuple[int, int], Tensor]  # [tokens, H] of (example, response), or of (example, −1) its prompt
+_States = dict[tuple[int, int], Tensor]  # [tokens, H] of (example, completion), or of (example, −1) its prompt
 
 
 def _examples(model: PreTrainedModel) -> list[Example]:
-    """Make two prompts with two responses each, of tokens that have no special meaning to the model."""
+    """Make two prompts with two completions each, of tokens that have no special meaning to the model."""
     config = model.config.get_text_config()
     special = _token_ids(model.config) | _token_ids(config)
     ordinary = [token for token in range(min(int(config.vocab_size), 50_000)) if token not in special]
-    drawn = (ordinary[(7919 * at + 13 * at * at) % len(ordinary)] for at in range(3, 10_000))
+    draw = (ordinary[(7919 * at + 13 * at * at) % len(ordinary)] for at in range(3, 10_000))
+    scale = min(1, (limits_of_model(model).positions or _LONGEST) / _LONGEST)
 
-    def ids(count: int) -> list[int]:
-        return [next(drawn) for _ in range(count)]
+    def ids(tokens: int) -> list[int]:
+        return list(islice(draw, max(2, int(scale * tokens))))
 
-    positions = limits_of_model(model).positions
-    scale = 1 if positions is None else min(1, positions / _LONGEST)
-
-    def scaled(tokens: int) -> int:
-        return max(2, int(scale * tokens))
-
-    return [Example(ids(scaled(p)), tuple(ids(scaled(c)) for c in cs), None, Origin("a trial")) for p, cs in _SHAPES]
+    return [
+        Example(ids(prompt), tuple(map(ids, completions)), None, Origin("a trial")) for prompt, completions in _SHAPES
+    ]
 
 
 def _token_ids(config: Any) -> set[int]:
     """Return the ids to which a config gives a special meaning: padding, end of text, image placeholders."""
-    found: set[int] = set()
+    special: set[int] = set()
     for name, value in vars(config).items():
         if re.search(r"token_ids?$|token_index$", name):
-            found |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
-    return found
+            special |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
+    return special
 
 
 class _Error(NamedTuple):
@@ -337,9 +300,7 @@ def _reason(error: BaseException) -> str:
     """Return the message of an error. Raises it again if it is out of memory, which does not depend on the layout."""
     if is_out_of_memory(error):
         raise error
-    if isinstance(error, UnknownArgument):
-        return str(error)
-    return one_line(error, named=True)
+    return str(error) if isinstance(error, UnknownArgument) else one_line(error, named=True)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -358,9 +319,8 @@ def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[l
     before: list[tuple[dict[str, Any], str, int]] = []
     for values in [*map(vars, owners.values()), *tables]:
         for name, value in values.items():
-            if not _LIMITS.search(name) or isinstance(value, bool) or not isinstance(value, int):
-                continue
-            if value >= _LONGEST and (below is None or value < below):
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if number and _LIMITS.search(name) and value >= _LONGEST and (below is None or value < below):
                 before.append((values, name, value))
     try:
         for values, name, _ in before:

@@ -6,8 +6,9 @@ Every other mismatch is an error.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ _CONSTANTS = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias
 # Additional heads, which do not predict the next token.
 _OTHER_HEADS = re.compile(r"^v_head\.|(^|\.)mtp(_layers|_block)?\.")
 
-_NOTE = "_fastpref_loading_note"
+_NOTES = "_fastpref_loading_notes"
 
 Shape = tuple[int, ...]
 
@@ -46,22 +47,13 @@ class Misfit:
         return bool(self.missing or self.unexpected or self.misshapen or self.unreadable)
 
     def __str__(self) -> str:
-        parts = []
-        if self.missing:
-            parts.append(f"{_count(self.missing)} missing in the files: {_some(self.missing)}")
-        if self.unexpected:
-            parts.append(
-                f"{_count(self.unexpected)} in the files without a place in the model: {_some(self.unexpected)}"
-            )
-        if self.misshapen:
-            shapes = [
-                f"{name} (in the file {list(file)}, in the model {list(own)})" for name, file, own in self.misshapen
-            ]
-            parts.append(f"{_count(shapes)} of another shape: {_some(shapes)}")
-        if self.unreadable:
-            whys = [f"{name} ({why})" for name, why in self.unreadable]
-            parts.append(f"{_count(whys)} not to be made from those of the files: {_some(whys)}")
-        return "; ".join(parts)
+        parts = {
+            "missing in the files": self.missing,
+            "in the files without a place in the model": self.unexpected,
+            "of another shape": [f"{n} (in the file {list(f)}, in the model {list(m)})" for n, f, m in self.misshapen],
+            "not to be made from those of the files": [f"{name} ({why})" for name, why in self.unreadable],
+        }
+        return "; ".join(f"{_count(names)} {what}: {_some(names)}" for what, names in parts.items() if names)
 
 
 @dataclass(frozen=True)
@@ -96,36 +88,34 @@ class Renaming:
 def from_files(load: Callable[..., Any], **options: Any) -> PreTrainedModel:
     """Return the model that `load`, a `from_pretrained` method, loads with these options.
 
-    If one renaming makes all tensors fit, the model is loaded with it, and `loading_note` says so. Raises UserError,
+    If one renaming makes all tensors fit, the model is loaded with it, and `loading_notes` says so. Raises UserError,
     which names the first tensors that do not fit, otherwise.
     """
     model, misfit = _loaded(load, **options)
     if model is not None and not misfit:
         if misfit.unread:
-            take_note(
-                model, f"model.name: {_some(misfit.unread)} in its files are not read: no part of the language model"
-            )
+            heads = _some(misfit.unread)
+            take_note(model, f"model.name: {heads} in its files are not read: no part of the language model")
         return model
     kind, config = ("model", None) if model is None else (type(model).__name__, model.config)
     del model
     renaming = find_renaming(misfit.missing, misfit.unexpected)
     if renaming is not None:
-        again, left = _loaded(load, key_mapping=renaming.key_mapping, **options)
-        if again is not None and not left:
-            take_note(again, f"model.name: {renaming}")
-            return again
-        del again
+        model, left = _loaded(load, key_mapping=renaming.key_mapping, **options)
+        if model is not None and not left:
+            take_note(model, f"model.name: {renaming}")
+            return model
     raise UserError(f"its files do not hold this {kind}: {misfit}. {_probable_cause(misfit, config)}")
 
 
-def loading_note(model: Any) -> str | None:
-    """Return a sentence about tensors that were renamed or not read, or None."""
-    return vars(model).get(_NOTE)
+def loading_notes(model: Any) -> list[str]:
+    """Return at most one sentence, on tensors that were renamed or not read."""
+    return vars(model).get(_NOTES, [])
 
 
 def take_note(model: Any, note: str) -> None:
-    """Store a `loading_note` on a model."""
-    setattr(model, _NOTE, note)
+    """Store a note for `loading_notes` on a model."""
+    setattr(model, _NOTES, [note])
 
 
 def find_renaming(missing: Iterable[str], unexpected: Iterable[str]) -> Renaming | None:
@@ -137,19 +127,20 @@ def find_renaming(missing: Iterable[str], unexpected: Iterable[str]) -> Renaming
     if not wanted or not others:
         return None
     some = [*others[:8], *others[-8:]]  # a few names are enough to find a prefix that all have
-    pairs = [_prefixes(name, max(sorted(wanted), key=lambda own: _shared(name, own))) for name in some]
-    renamings = [Renaming(*pair) for pair in sorted({pair for pair in pairs if pair is not None}) if pair[0]]
+    pairs = {_prefixes(name, max(sorted(wanted), key=lambda own: _shared(name, own))) for name in some}
+    renamings = [Renaming(*pair) for pair in sorted(pair for pair in pairs if pair is not None and pair[0])]
     renamings += [Renaming(wrapper, "") for wrapper in _WRAPPERS]
     renamings = [r for r in renamings if all(r(name) != name for name in others)]
-    best = max(renamings, key=lambda r: sum(r(name) in wanted for name in others), default=None)
-    return best if best is not None and any(best(name) in wanted for name in others) else None
+    hits = {renaming: sum(renaming(name) in wanted for name in others) for renaming in renamings}
+    best = max(hits, key=lambda renaming: hits[renaming], default=None)
+    return best if best is not None and hits[best] else None
 
 
 def _prefixes(name: str, own: str) -> tuple[str, str] | None:
     """Return the prefixes of two names before the end that they share, or None if neither prefix extends the other."""
     shared = _shared(name, own)
     old, new = (n.split(".")[:-shared] if shared else [] for n in (name, own))
-    longer, shorter = (old, new) if len(old) > len(new) else (new, old)
+    shorter, longer = sorted((old, new), key=len)
     more = list(longer)
     for part in shorter:
         if part not in more:
@@ -193,13 +184,8 @@ def _loaded(load: Callable[..., Any], **options: Any) -> tuple[PreTrainedModel |
 
 def _report_of(error: BaseException) -> Any:
     """Return transformers' report of a failed load from the traceback: the error that it raises lacks it."""
-    frame = error.__traceback__
-    while frame is not None:
-        report = frame.tb_frame.f_locals.get("loading_info")
-        if getattr(report, "conversion_errors", None):
-            return report
-        frame = frame.tb_next
-    return None
+    reports = (frame.f_locals.get("loading_info") for frame, _ in walk_tb(error.__traceback__))
+    return next((report for report in reports if getattr(report, "conversion_errors", None)), None)
 
 
 def _last_line(text: str) -> str:
@@ -213,27 +199,24 @@ def _last_line(text: str) -> str:
 
 def _probable_cause(misfit: Misfit, config: Any) -> str:
     """Return a sentence on the probable cause and its remedy."""
-    text = config.get_text_config() if config is not None else None
+    text = None if config is None else config.get_text_config()
     if any(".lora_" in name or ".base_layer." in name for name in misfit.unexpected):
-        return (
-            "An adapter is saved in them unmerged, as the state of a PEFT model: save the model after "
-            "merge_and_unload, or the adapter by itself and merge that"
-        )
+        advice = "save the model after merge_and_unload, or the adapter by itself and merge that"
+        return f"An adapter is saved in them unmerged, as the state of a PEFT model: {advice}"
     if any(_QUANTISATION.search(name) for name in misfit.unexpected):
         return "They hold quantised weights, and config.json has no quantization_config that says so"
     if misfit.unreadable:
         return "Parts of them are probably missing or of another size: download or save the model again"
     vocabulary = getattr(text, "vocab_size", None)
-    if misfit.misshapen and all(_by_rows(file, own, vocabulary) for _, file, own in misfit.misshapen):
-        rows = misfit.misshapen[0][1][0]
-        return (
-            f"The vocabulary was probably resized to {rows:,} and config.json not saved with it: its vocab_size is "
-            f"{vocabulary:,}"
-        )
-    if misfit.misshapen:
+    shapes = [(file, own) for _, file, own in misfit.misshapen]
+    if shapes and all(own[:1] == (vocabulary,) and file[1:] == own[1:] for file, own in shapes):
+        resized = f"The vocabulary was probably resized to {shapes[0][0][0]:,}"
+        return f"{resized} and config.json not saved with it: its vocab_size is {vocabulary:,}"
+    if shapes:
         return "config.json is probably that of a model of another size, or parts of the files are missing"
     layers = getattr(text, "num_hidden_layers", None)
-    beyond = [n for n in map(_layer, misfit.unexpected) if layers is not None and n is not None and n >= layers]
+    numbers = [re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}") for name in misfit.unexpected]
+    beyond = [int(n[1]) for n in numbers if n is not None and layers is not None and int(n[1]) >= layers]
     if beyond and not misfit.missing and len(beyond) == len(misfit.unexpected):
         return f"config.json counts {layers} layers and the files go on to layer {max(beyond)} (counted from 0)"
     if misfit.missing and all("head" in name or "embed_out" in name for name in misfit.missing):
@@ -248,20 +231,9 @@ def _probable_cause(misfit: Misfit, config: Any) -> str:
     return "config.json probably describes another model: these tensors would be lost"
 
 
-def _by_rows(file: Shape, own: Shape, vocabulary: int | None) -> bool:
-    return vocabulary is not None and own[:1] == (vocabulary,) and file[1:] == own[1:]
+def _count(names: Sequence[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
 
 
-def _layer(name: str) -> int | None:
-    number = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}")
-    return int(number[1]) if number else None
-
-
-def _count(names: Iterable[Any]) -> str:
-    number = len(list(names))
-    return "1 tensor is" if number == 1 else f"{number} tensors are"
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from tests.support.paths import EXAMPLES, QUICKSTART_MODEL
 from tests.support.tiny import VISION
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
-TOKENIZER = QUICKSTART_MODEL
 IDS = torch.arange(3, 40)[None]
 SIZES: dict[str, Any] = {
     "vocab_size": 949, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -45,6 +45,7 @@ CODE = {
     "modeling_own.py": "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
     "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n",
 }
+AUTO = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,14 @@ def _as_on_the_hub(folder: Path) -> None:
     save_file(tensors | masks, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _say_tied(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(config))
+def _set(folder: Path, **changes: Any) -> None:
+    """Change keys of a model's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def _own_code(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
-    config["auto_map"] = {
-        "AutoConfig": "configuration_own.OwnConfig",
-        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    _set(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=AUTO)
     for name, text in CODE.items():
         (folder / name).write_text(text)
 
@@ -99,7 +95,7 @@ GPT2: dict[str, Any] = {"vocab_size": 949, "n_embd": 64, "n_layer": 2, "n_head":
 KINDS = {
     "llama": Kind("llama", SIZES),
     "tied": Kind("llama", SIZES | {"tie_word_embeddings": True}),
-    "tied, with another head in its files": Kind("llama", SIZES, _say_tied),
+    "tied, with another head in its files": Kind("llama", SIZES, lambda folder: _set(folder, tie_word_embeddings=True)),
     "in shards": Kind("llama", SIZES, shard="100KB"),
     "bfloat16": Kind("llama", SIZES, dtype=torch.bfloat16),
     "gpt2": Kind("gpt2", GPT2),
@@ -144,32 +140,36 @@ CASES = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that makes the folder of a kind once, and returns it."""
-    made: dict[str, Path] = {}
 
+    @cache
     def folder(name: str) -> Path:
-        if name not in made:
-            kind, place = KINDS[name], tmp_path_factory.mktemp("model")
-            torch.manual_seed(0)
-            model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind.model_type](**kind.sizes))
-            model.to(kind.dtype).save_pretrained(str(place), max_shard_size=kind.shard)
-            AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(str(place))
-            kind.then(place)
-            made[name] = place
-        return made[name]
+        kind, place = KINDS[name], tmp_path_factory.mktemp("model")
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind.model_type](**kind.sizes))
+        model.to(kind.dtype).save_pretrained(str(place), max_shard_size=kind.shard)
+        AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(str(place))
+        kind.then(place)
+        return place
 
     return folder
 
 
-def _load(folder: Path, kind: Kind, **options: Any) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=kind.trust, **options
-    )
+@pytest.fixture
+def llama(models: Callable[[str], Path], tmp_path: Path) -> Path:
+    """Return a copy of the Llama, which a test may change."""
+    return shutil.copytree(models("llama"), tmp_path / "model")
+
+
+def _load(folder: Path, kind: Kind = KINDS["llama"]) -> Any:
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": kind.trust}
+    options |= {"quantization_config": FOUR_BITS} if kind.nf4 else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     keep_weights_as_loaded(model)
     return model.eval()
 
 
-def _with_adapter(base: Any, options: dict[str, Any]) -> Any:
-    """Return the model with a PEFT adapter that has an effect."""
+def _with_adapter(base: Any, folder: Path, **options: Any) -> Any:
+    """Put a PEFT adapter that has an effect on a model, save it in a folder, and return both as one."""
     torch.manual_seed(1)
     settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
     wrapped = get_peft_model(base, settings)
@@ -179,6 +179,7 @@ def _with_adapter(base: Any, options: dict[str, Any]) -> Any:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
             elif "modules_to_save" in name or "magnitude" in name:
                 parameter.mul_(1.1)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return wrapped
 
 
@@ -188,16 +189,16 @@ def _logits(model: Any) -> torch.Tensor:
 
 
 def _names(folder: Path) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as opened:
-            found |= set(opened.keys())
-    return found
+            names |= set(opened.keys())
+    return names
 
 
-def _find(adapter: str, kind: Kind) -> Trained:
+def _find(adapter: Path, kind: Kind = KINDS["llama"]) -> Trained:
     overrides = ["lora={}", *["model.trust_remote_code=true"] * kind.trust, *['model.quantization="nf4"'] * kind.nf4]
-    return find_trained(adapter, overrides)
+    return find_trained(str(adapter), overrides)
 
 
 @pytest.mark.parametrize(("name", "adapter"), CASES)
@@ -206,18 +207,16 @@ def test_the_merged_model_computes_what_the_adapter_does(
 ):
     """The merged model computes what the adapter does, up to rounding of float32 or of bfloat16 files."""
     kind, base = KINDS[name], models(name)
-    options: dict[str, Any] = {"quantization_config": FOUR_BITS} if kind.nf4 else {}
-    wrapped = _with_adapter(_load(base, kind, **options), ADAPTERS[adapter])
-    wrapped.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    trained = str(tmp_path / "adapter")
-    assert merge_fault(_find(trained, kind).config, wrapped.get_base_model()) is None
-    merged = merge(_find(trained, kind), tmp_path / "merged", verify=False)
+    wrapped = _with_adapter(_load(base, kind), tmp_path / "adapter", **ADAPTERS[adapter])
+    trained = _find(tmp_path / "adapter", kind)
+    assert merge_fault(trained.config, wrapped.get_base_model()) is None
+    merged = merge(trained, tmp_path / "merged", verify=False)
 
-    model = _load(base, kind, **options)
+    model = _load(base, kind)
     on_disk = json.loads((base / "config.json").read_text()).get("quantization_config")
     model = model.dequantize(dtype=torch.float32) if on_disk else model
     before = _logits(model)
-    expected = _logits(PeftModel.from_pretrained(model, trained))
+    expected = _logits(PeftModel.from_pretrained(model, tmp_path / "adapter"))
     effect = (expected - before).norm()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         merged.folder, dtype=torch.float32, trust_remote_code=kind.trust, output_loading_info=True
@@ -229,7 +228,8 @@ def test_the_merged_model_computes_what_the_adapter_does(
     assert lost < (0.05 if kind.dtype == torch.bfloat16 else 1e-4 if kind.nf4 else 1e-5)
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
-    head = {f"{_prefix(base)}lm_head.weight"} if merged.untied else set()
+    prefix = "language_model." if any(name.startswith("language_model.") for name in _names(base)) else ""
+    head = {f"{prefix}lm_head.weight"} if merged.untied else set()
     statistics = {n for n in _names(base) if any(s in n for s in (".absmax", ".quant_", ".nested_", "SCB", "_format"))}
     assert _names(merged.folder) == _names(base) - statistics | head
     config = json.loads((merged.folder / "config.json").read_text())
@@ -238,28 +238,21 @@ def test_the_merged_model_computes_what_the_adapter_does(
     assert AutoTokenizer.from_pretrained(merged.folder).chat_template
 
 
-def _prefix(base: Path) -> str:
-    return "language_model." if any(name.startswith("language_model.") for name in _names(base)) else ""
-
-
 @pytest.mark.parametrize(
     "name", ["mixtral", "with its own code", "in 4 bits on disk", "in 8 bits on disk", "gpt2 trained in nf4"]
 )
 def test_merge_compares_for_itself(name: str, models: Callable[[str], Path], tmp_path: Path):
     """The default comparison of merge works for kinds that need more than a plain load."""
     kind, base = KINDS[name], models(name)
-    options: dict[str, Any] = {"quantization_config": FOUR_BITS} if kind.nf4 else {}
-    wrapped = _with_adapter(_load(base, kind, **options), {})
-    wrapped.save_pretrained(str(tmp_path / "adapter"))
-    merged = merge(_find(str(tmp_path / "adapter"), kind), tmp_path / "merged")
-    assert merged.lost is not None
+    _with_adapter(_load(base, kind), tmp_path / "adapter")
+    merged: Any = merge(_find(tmp_path / "adapter", kind), tmp_path / "merged")
     assert merged.lost < 1e-4
 
 
 def test_code_of_its_own_needs_trust(models: Callable[[str], Path], tmp_path: Path):
     """Without trust, none of a model's own code runs, and nothing is written."""
     kind, base = KINDS["with its own code"], models("with its own code")
-    _with_adapter(_load(base, kind), {}).save_pretrained(str(tmp_path / "adapter"))
+    _with_adapter(_load(base, kind), tmp_path / "adapter")
     with pytest.raises(UserError, match=r"model\.trust_remote_code = true"):
         merge(find_trained(str(tmp_path / "adapter")), tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -292,67 +285,57 @@ dir = "{folder}/run"
 """
 
 
+def _run(model: Path, folder: Path) -> Path:
+    """Write the config of a run, and return its path."""
+    config = folder / "cfg.toml"
+    config.write_text(RUN.format(model=model, examples=EXAMPLES.as_posix(), folder=folder.as_posix()))
+    return config
+
+
 def test_a_run_of_a_mixture_of_experts(models: Callable[[str], Path], tmp_path: Path, capsys: Any):
     """A mixture of experts can be trained and merged with a comparison, and the run does not say that it cannot."""
-    config = tmp_path / "cfg.toml"
-    config.write_text(RUN.format(model=models("qwen3_moe"), examples=EXAMPLES.as_posix(), folder=tmp_path.as_posix()))
-    fastpref.train(config)
+    fastpref.train(_run(models("qwen3_moe"), tmp_path))
     assert "merge" not in capsys.readouterr().out
-    merged = merge(find_trained(str(tmp_path / "run")), tmp_path / "merged")
-    assert merged.lost is not None
+    merged: Any = merge(find_trained(str(tmp_path / "run")), tmp_path / "merged")
     assert merged.lost < 1e-4
 
 
 def test_a_run_says_at_its_start_what_cannot_be_merged(
-    models: Callable[[str], Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """Before the first step, a note gives the same reason for which merge later fails."""
-    model = tmp_path / "model"
-    shutil.copytree(models("llama"), model)
     monkeypatch.setattr(Checkpoint, "method", property(lambda self: "gptq"))
     monkeypatch.setattr(plan, "_lies_plain", lambda *_: False)
-    config = tmp_path / "cfg.toml"
-    config.write_text(RUN.format(model=model, examples=EXAMPLES.as_posix(), folder=tmp_path.as_posix()))
     monkeypatch.setattr(loop.TrainingRun, "go", lambda *_: 1 / 0)  # stops after the notes
     with pytest.raises(ZeroDivisionError):
-        fastpref.train(config)
+        fastpref.train(_run(llama, tmp_path))
     reason = "its weights lie quantised by gptq"
     assert reason in " ".join(capsys.readouterr().out.split())
-    _with_adapter(_load(model, KINDS["llama"]), {}).save_pretrained(str(tmp_path / "adapter"))
+    _with_adapter(_load(llama), tmp_path / "adapter")
     with pytest.raises(UserError, match=reason):
         merge(find_trained(str(tmp_path / "adapter")), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_tensor_that_the_files_do_not_hold(models: Callable[[str], Path], tmp_path: Path):
+def test_a_tensor_that_the_files_do_not_hold(llama: Path, tmp_path: Path):
     """Both the run and merge name a tensor that is missing in the files."""
-    model = tmp_path / "model"
-    shutil.copytree(models("llama"), model)
-    wrapped = _with_adapter(_load(model, KINDS["llama"]), {})
-    wrapped.save_pretrained(str(tmp_path / "adapter"))
-    tensors = load_file(model / "model.safetensors")
+    wrapped = _with_adapter(_load(llama), tmp_path / "adapter")
+    tensors = load_file(llama / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     del tensors[name]
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    trained = _find(str(tmp_path / "adapter"), KINDS["llama"])
-    fault = merge_fault(trained.config, wrapped.get_base_model())
-    assert fault is not None
-    assert f"none of its files holds {name}" in fault
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    trained = _find(tmp_path / "adapter")
+    assert f"none of its files holds {name}" in str(merge_fault(trained.config, wrapped.get_base_model()))
     with pytest.raises(UserError, match=f"none of its files holds {name}"):
         merge(trained, tmp_path / "merged", verify=False)
 
 
-def test_files_with_a_wrappers_prefix(models: Callable[[str], Path], tmp_path: Path):
+def test_files_with_a_wrappers_prefix(llama: Path, tmp_path: Path):
     """Files with a wrapper's prefix are merged as loading reads them, and transformers alone loads the result."""
-    model = tmp_path / "model"
-    shutil.copytree(models("llama"), model)
-    tensors = load_file(model / "model.safetensors")
+    _with_adapter(_load(llama), tmp_path / "adapter")
+    tensors = load_file(llama / "model.safetensors")
     renamed = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
-    save_file(renamed, model / "model.safetensors", metadata={"format": "pt"})
-    wrapped = _with_adapter(_load(models("llama"), KINDS["llama"]), {})
-    wrapped.peft_config["default"].base_model_name_or_path = str(model)
-    wrapped.save_pretrained(str(tmp_path / "adapter"))
-    merged = merge(_find(str(tmp_path / "adapter"), KINDS["llama"]), tmp_path / "merged")
-    assert merged.lost is not None
+    save_file(renamed, llama / "model.safetensors", metadata={"format": "pt"})
+    merged: Any = merge(_find(tmp_path / "adapter"), tmp_path / "merged")
     assert merged.lost < 1e-5
     assert _names(merged.folder) == set(tensors)

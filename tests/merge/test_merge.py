@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
@@ -20,7 +20,6 @@ from fastpref.run.trained import find_trained
 from tests.support.command_line import run_command
 from tests.support.paths import QUICKSTART_MODEL
 
-TOKENIZER = QUICKSTART_MODEL
 IDS = torch.arange(3, 40)[None]
 
 
@@ -33,7 +32,7 @@ def base(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32
     )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(str(folder), max_shard_size="100KB" if shards else "5GB")
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(str(folder))
+    AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(str(folder))
     return folder
 
 
@@ -45,7 +44,7 @@ def adapter(model: Path, folder: Path, **options: Any) -> Path:
     wrapped = get_peft_model(loaded, settings)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "modules_to_save" in name or "magnitude" in name:
+            if "modules_to_save" in name:
                 parameter.mul_(1.1)
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
@@ -57,33 +56,29 @@ def logits(model: Any) -> torch.Tensor:
 
 
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "linear": ({}, {"target_modules": "all-linear"}),
-    "rank-stabilised, in shards": ({"shards": True}, {"target_modules": "all-linear", "use_rslora": True}),
-    "DoRA": ({}, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
     "ranks of their own": ({}, {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}}),
     "head": ({}, {"target_modules": ["lm_head", "q_proj"]}),
     "tied head": ({"tied": True}, {"target_modules": ["lm_head", "q_proj"]}),
     "tied head, in shards": ({"tied": True, "shards": True}, {"target_modules": ["lm_head", "q_proj"]}),
     "embeddings beside a tied head": ({"tied": True}, {"target_modules": ["embed_tokens", "q_proj"]}),
-    "a head trained whole": ({"tied": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "a norm trained whole": ({}, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
-@pytest.mark.parametrize(("model", "options"), KINDS.values(), ids=KINDS)
-def test_the_merged_model_is_the_adapter_beside_its_base(tmp_path: Path, model: Any, options: Any):
+@pytest.mark.parametrize(("model", "settings"), KINDS.values(), ids=KINDS)
+def test_the_merged_model_is_the_adapter_beside_its_base(tmp_path: Path, model: Any, settings: Any):
     """Logits are equal up to rounding of float32, and so are the generated tokens."""
     begun = base(tmp_path / "base", **model)
-    trained = adapter(begun, tmp_path / "adapter", **options)
+    trained = adapter(begun, tmp_path / "adapter", **settings)
     merged = merge(find_trained(str(trained)), tmp_path / "merged")
     theirs: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(begun, dtype=torch.float32), trained)
     ours: Any = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32)
     expected = logits(theirs)
     assert (logits(ours) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert not torch.allclose(expected, logits(AutoModelForCausalLM.from_pretrained(begun, dtype=torch.float32)))
-    asked: dict[str, Any] = {"input_ids": IDS[:, :5], "max_new_tokens": 20, "do_sample": False}
-    assert torch.equal(ours.generate(**asked), theirs.generate(**asked))
+    options = {"input_ids": IDS[:, :5], "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(ours.generate(**options), theirs.generate(**options))
     assert not (merged.untied and ours.config.tie_word_embeddings)
     assert AutoTokenizer.from_pretrained(merged.folder).chat_template
 
@@ -101,13 +96,11 @@ def test_half_precision_files_stay_half(tmp_path: Path):
     """bfloat16 files give bfloat16 files, and the logits differ only by rounding."""
     begun = base(tmp_path / "base", dtype=torch.bfloat16)
     trained = adapter(begun, tmp_path / "adapter", target_modules="all-linear")
-    merged = merge(find_trained(str(trained)), tmp_path / "merged")
+    merged: Any = merge(find_trained(str(trained)), tmp_path / "merged")
     assert {t.dtype for t in load_file(merged.folder / "model.safetensors").values()} == {torch.bfloat16}
-    assert merged.lost is not None
     assert 0 < merged.lost < 0.1
-    whole = merge(find_trained(str(trained)), tmp_path / "whole", dtype=torch.float32)
+    whole: Any = merge(find_trained(str(trained)), tmp_path / "whole", dtype=torch.float32)
     assert {t.dtype for t in load_file(whole.folder / "model.safetensors").values()} == {torch.float32}
-    assert whole.lost is not None
     assert whole.lost < 1e-5
 
 
@@ -115,14 +108,13 @@ def test_a_model_is_never_held_twice(tmp_path: Path):
     """With shards, only one file's tensors and the current layer are in memory at once."""
     begun = base(tmp_path / "base", shards=True)
     files = [path.stat().st_size for path in begun.glob("*.safetensors")]
-    trained = adapter(begun, tmp_path / "adapter", target_modules="all-linear")
-    found = find_trained(str(trained))
-    model = bare_model(found.config.model)
-    with_adapter(model, found)
-    writer = folder.Writer(make_plan(found.config.model, Checkpoint(begun), adapted(model), frozenset()))
+    trained = find_trained(str(adapter(begun, tmp_path / "adapter", target_modules="all-linear")))
+    model = bare_model(trained.config.model)
+    with_adapter(model, trained)
+    writer = folder.Writer(make_plan(trained.config.model, Checkpoint(begun), adapted(model), frozenset()))
     (tmp_path / "merged").mkdir()
     with PeakStorage() as memory:
-        writer.fill(tmp_path / "merged", found)
+        writer.fill(tmp_path / "merged", trained)
     assert memory.peak < 2.5 * max(files) < sum(files)
 
 
@@ -135,16 +127,13 @@ def test_of_a_4_bit_run(finished_run: Path, tmp_path: Path):
     (run / "config.toml").write_text(text)
     (run / "final").symlink_to(finished_run / "final")
     trained = find_trained(str(run))
-    there = merge(trained, tmp_path / "dequantised")
+    there: Any = merge(trained, tmp_path / "dequantised")
     assert "dequantised" in there.onto
-    assert there.lost is not None
     assert there.lost < 0.1
     other = merge(trained, tmp_path / "originals", dequantized=False)
     assert "not their nf4 form" in other.onto
     body = "model.layers.0.mlp.up_proj.weight"
-    dequantised, original = (
-        load_file(m.folder / "model.safetensors")[body] for m in (there, other)
-    )  # fmt: skip
+    dequantised, original = (load_file(merged.folder / "model.safetensors")[body] for merged in (there, other))
     assert not torch.equal(dequantised, original)
     assert not list(run.glob("*.safetensors"))
 
@@ -163,16 +152,11 @@ def test_the_command(finished_run: Path, tmp_path: Path):
 def test_what_is_refused(finished_run: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each refusal gives its reason, and no folder is left behind."""
     begun = base(tmp_path / "base")
-    cases: list[tuple[Path, str]] = [
-        (whole_run, "not an adapter"),
-        (adapter(begun, tmp_path / "bias", target_modules=["q_proj"], bias="all"), "biases"),
-    ]
-    prompts = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(begun), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    )
-    prompts.save_pretrained(str(tmp_path / "prompts"))
-    cases.append((tmp_path / "prompts", "PROMPT_TUNING"))
-    for trained, why in cases:
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(begun), settings).save_pretrained(str(tmp_path / "prompts"))
+    bias = adapter(begun, tmp_path / "bias", target_modules=["q_proj"], bias="all")
+    cases = {whole_run: "not an adapter", bias: "biases", tmp_path / "prompts": "PROMPT_TUNING"}
+    for trained, why in cases.items():
         with pytest.raises(UserError, match=why):
             merge(find_trained(str(trained)), tmp_path / "merged")
     with pytest.raises(UserError, match="--dequantized"):
@@ -180,9 +164,6 @@ def test_what_is_refused(finished_run: Path, whole_run: Path, tmp_path: Path, mo
     monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor * 1.01)  # not the adapter's sum
     with pytest.raises(UserError, match=r"% of what.*is lost"):
         merge(find_trained(str(finished_run)), tmp_path / "merged")
-    monkeypatch.setattr(folder, "merged", lambda part, name, tensor: tensor)  # a merge that changes nothing
-    with pytest.raises(UserError, match="changes no weight"):
-        merge(find_trained(str(finished_run)), tmp_path / "merged", verify=False)
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
@@ -204,16 +185,3 @@ def test_an_adapter_without_effect(tmp_path: Path):
     with pytest.raises(UserError, match="changes no weight"):
         merge(find_trained(str(tmp_path / "adapter")), tmp_path / "merged", verify=False)
     assert not (tmp_path / "merged").exists()
-
-
-def test_weights_that_lie_the_other_way_round(tmp_path: Path):
-    """GPT-2's transposed weights are merged correctly."""
-    folder = tmp_path / "gpt2"
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=949, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(str(folder))
-    trained = adapter(folder, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
-    merged = merge(find_trained(str(trained)), tmp_path / "merged")
-    assert merged.lost is not None
-    assert merged.lost < 1e-4

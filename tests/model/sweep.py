@@ -59,10 +59,6 @@ class Family:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # largest errors: log-probability, gradient
     faults: list[str] = field(default_factory=list)  # every deviation from what is expected
 
-    @property
-    def worst(self) -> float:
-        return max((e for pair in self.errors.values() for e in pair), default=0.0)
-
 
 def save_tiny(name: str, folder: Path) -> Path:
     """Write a random float32 model of a family to a folder, and return the folder."""
@@ -99,45 +95,37 @@ def true_model(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> P
 
 
 @dataclass(frozen=True)
-class Truth:
+class Outcome:
     """The log-probabilities of each sequence, and the gradients of a weighted sum of all of them."""
 
     logps: list[Tensor]
     gradients: dict[str, Tensor]
-    largest: float  # the largest absolute gradient
+
+    def errors(self, true: "Outcome") -> tuple[float, float]:
+        """Return the largest errors of the log-probabilities in nats, and of the gradients relative to the largest."""
+        logps = zip(self.logps, true.logps, strict=True)
+        none, largest = torch.zeros(()), max(float(g.abs().max()) for g in true.gradients.values())
+        errors = {name: self.gradients.get(name, none) - gradient for name, gradient in true.gradients.items()}
+        wrong = max(float((logp - truth).abs().max()) for logp, truth in logps)
+        return wrong, max(float(error.abs().max()) for error in errors.values()) / largest
 
 
-def truth(model: PreTrainedModel, examples: list[Example]) -> Truth:
+def outcome(model: PreTrainedModel, logps: list[Tensor]) -> Outcome:
+    model.zero_grad()
+    total: Any = sum((logp * torch.linspace(-1, 1, len(logp), dtype=logp.dtype)).sum() for logp in logps)
+    total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Outcome([logp.detach() for logp in logps], gradients)
+
+
+def truth(model: PreTrainedModel, examples: list[Example]) -> Outcome:
     logps: list[Tensor] = []
-    total: Any = 0
     for k in range(2):
         for example in examples:
             ids = torch.tensor([example.prompt + example.completions[k]])
             logp = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            logp = logp[0, :-1].gather(1, ids[0, 1:, None])[len(example.prompt) - 1 :, 0]
-            logps.append(logp.detach())
-            total = total + (logp * _weights(logp)).sum()
-    total.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Truth(logps, gradients, max(float(g.abs().max()) for g in gradients.values()))
-
-
-def _weights(logp: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, len(logp), dtype=logp.dtype)
-
-
-def errors(loaded: Loaded, layout: Layout, examples: list[Example], true: Truth) -> tuple[float, float]:
-    """Return the largest errors of the log-probabilities in nats, and of the gradients relative to the largest."""
-    batch = collate(examples, layout)
-    loaded.model.zero_grad()
-    logp = loaded.policy(batch).logp
-    parts = [logp[batch.segments == s] for s in range(len(true.logps))]
-    sum((p * _weights(p)).sum() for p in parts).backward()  # pyright: ignore[reportAttributeAccessIssue]
-    wrong = max(float((p.detach() - t).abs().max()) for p, t in zip(parts, true.logps, strict=True))
-    mine = {name: p.grad for name, p in loaded.model.named_parameters() if p.grad is not None}
-    none = torch.zeros(())
-    off = max(float((mine.get(n, none) - g).abs().max()) / true.largest for n, g in true.gradients.items())
-    return wrong, off
+            logps.append(logp[0, :-1].gather(1, ids[0, 1:, None])[len(example.prompt) - 1 :, 0])
+    return outcome(model, logps)
 
 
 def look(name: str, folder: Path, *, wide: bool = False) -> Family:
@@ -162,11 +150,11 @@ def look(name: str, folder: Path, *, wide: bool = False) -> Family:
     layouts: list[Layout] = ["tree", "packed"] if loaded.layout == "tree" else ["padded"]
     rounding = cache(partial(_rounding, name, folder, examples, true))
     for layout in layouts:
-        _errors(family, loaded, layout, examples, true, rounding)
+        _errors(family, loaded, layout, true, rounding)
     if loaded.layout == "tree":
         try:
             padded = load_model(config_for(folder, "train.layout=padded"), CPU)
-            _errors(family, padded, "padded", examples, true, rounding)
+            _errors(family, padded, "padded", true, rounding)
         except Exception as error:
             family.faults.append(f"train.layout=padded: {_short(error)}")
     for what in (_copies, _generates, _trains, _routes):
@@ -176,29 +164,23 @@ def look(name: str, folder: Path, *, wide: bool = False) -> Family:
         except Exception as error:
             family.faults.append(f"{what.__name__.strip('_')}: {_short(error)}")
     if wide:
-        family.nf4, family.merge = _four_bits(folder), _merges(name, folder)
+        family.nf4, family.merge = _or_why_not(_four_bits, folder), _or_why_not(_merges, folder, name)
     return family
 
 
-def _rounding(name: str, folder: Path, examples: list[Example], true: Truth) -> float:
+def _rounding(name: str, folder: Path, examples: list[Example], true: Outcome) -> float:
     """Return twice the difference between transformers' own float32 and float64 results, since some models amplify
     rounding; 0 from a difference of 1e-3 on."""
-    exact = truth(true_model(name, folder, torch.float64), examples)
-    wrong = max(float((a - b).abs().max()) for a, b in zip(exact.logps, true.logps, strict=True))
-    off = max(float((exact.gradients[n] - g).abs().max()) / exact.largest for n, g in true.gradients.items())
-    return 2 * max(wrong, off) if max(wrong, off) < 1e-3 else 0.0
+    error = max(true.errors(truth(true_model(name, folder, torch.float64), examples)))
+    return 2 * error if error < 1e-3 else 0.0
 
 
-def _errors(
-    family: Family,
-    loaded: Loaded,
-    layout: Layout,
-    examples: list[Example],
-    true: Truth,
-    rounding: Callable[[], float],
-) -> None:
+def _errors(family: Family, loaded: Loaded, layout: Layout, true: Outcome, rounding: Callable[[], float]) -> None:
+    batch = collate(rows(), layout)
     try:
-        family.errors[layout] = errors(loaded, layout, examples, true)
+        logp = loaded.policy(batch).logp
+        parts = [logp[batch.segments == segment] for segment in range(len(true.logps))]
+        family.errors[layout] = outcome(loaded.model, parts).errors(true)
     except Exception as error:
         family.faults.append(f"{layout}: {_short(error)}")
         return
@@ -238,9 +220,8 @@ def _trains(loaded: Loaded, _plain: PreTrainedModel, examples: list[Example]) ->
     objective.step(examples, lambda loss: loss.backward())
     policy.eval()
     gradients = [p.grad for p in loaded.model.parameters() if p.grad is not None]
-    if not gradients or not all(bool(g.isfinite().all()) for g in gradients):
-        return "no finite gradients of a step in training mode"
-    return None
+    finite = gradients and all(bool(g.isfinite().all()) for g in gradients)
+    return None if finite else "no finite gradients of a step in training mode"
 
 
 def _routes(loaded: Loaded, plain: PreTrainedModel, examples: list[Example]) -> str | None:
@@ -252,57 +233,52 @@ def _routes(loaded: Loaded, plain: PreTrainedModel, examples: list[Example]) -> 
     ours = loaded.policy(batch).router_loss
     loaded.policy.eval()
     model: Any = plain.train()
+    options = {"attention_mask": batch.attention_mask, "output_router_logits": True, "use_cache": False}
     try:
-        theirs = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_router_logits=True, use_cache=False
-        ).aux_loss
+        theirs = model(input_ids=batch.input_ids, **options).aux_loss
     except Exception:
         return None  # transformers' own code for this loss fails
-    theirs = 0.0 if theirs is None else float(torch.as_tensor(theirs).detach())
-    found = 0.0 if ours is None else float(ours.detach())
-    return None if abs(found - theirs) <= 1e-4 * max(1.0, abs(theirs)) else f"router loss {found:.6f}, not {theirs:.6f}"
+    ours, theirs = (0.0 if loss is None else float(torch.as_tensor(loss).detach()) for loss in (ours, theirs))
+    return None if abs(ours - theirs) <= 1e-4 * max(1.0, abs(theirs)) else f"router loss {ours:.6f}, not {theirs:.6f}"
+
+
+def _or_why_not(check: Callable[..., str], folder: Path, *args: Any) -> str:
+    """Return the result of a check on a folder, or how it fails."""
+    try:
+        return check(folder, *args)
+    except UserError as error:
+        return f"refused: {str(error).replace(str(folder), '…')}"
+    except Exception as error:
+        return f"crash: {_short(error)}"
 
 
 def _four_bits(folder: Path) -> str:
-    """Return the layout in which the model trains with 4-bit linear layers, or why it cannot."""
-    try:
-        loaded = load_model(config_for(folder, 'model.quantization="nf4"', "lora={}"), CPU)
-        loaded.policy.train()(collate(rows(2), loaded.layout)).logp.sum().backward()
-    except UserError as error:
-        return f"refused: {str(error).replace(str(folder), '…')}"
-    except Exception as error:
-        return f"crash: {_short(error)}"
+    """Return the layout in which the model trains with 4-bit linear layers."""
+    loaded = load_model(config_for(folder, 'model.quantization="nf4"', "lora={}"), CPU)
+    loaded.policy.train()(collate(rows(2), loaded.layout)).logp.sum().backward()
     return loaded.layout
 
 
-def _merges(name: str, folder: Path) -> str:
-    """Return "yes" if an adapter on all linear layers can be merged, else the reason or its lost share."""
+def _merges(folder: Path, name: str) -> str:
+    """Return "yes" if an adapter on all linear layers can be merged, else its lost share."""
     chatml().save_pretrained(folder)
-    ids = torch.tensor([[*rows(1)[0].prompt, 30, 40, 50]])
-    try:
-        loaded = load_model(config_for(folder, "lora={}"), CPU)
-        with torch.no_grad():
-            before = loaded.model(input_ids=ids, use_cache=False).logits.float()
-            for part, parameter in loaded.wrapped.named_parameters():
-                if "lora_" in part:
-                    parameter.copy_(0.2 * torch.randn_like(parameter))
-            expected = loaded.model(input_ids=ids, use_cache=False).logits.float()
-        loaded.wrapped.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-        trained = find_trained(str(folder / "adapter"), ["lora={}"])
-        merged = merge(trained, folder / "merged", verify=False)
-        loaded_again: Any = AutoModelForCausalLM.from_pretrained(
-            merged.folder, config=tiny_config(name, truth=True), dtype=torch.float32, output_loading_info=True
-        )
-        again, report = loaded_again
-        with torch.no_grad():
-            found = again.eval()(input_ids=ids, use_cache=False).logits.float()
-    except UserError as error:
-        return f"refused: {str(error).replace(str(folder), '…')}"
-    except Exception as error:
-        return f"crash: {_short(error)}"
+    options: dict[str, Any] = {"input_ids": torch.tensor([[*rows(1)[0].prompt, 30, 40, 50]]), "use_cache": False}
+    loaded = load_model(config_for(folder, "lora={}"), CPU)
+    with torch.no_grad():
+        before = loaded.model(**options).logits.float()
+        for part, parameter in loaded.wrapped.named_parameters():
+            if "lora_" in part:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+        expected = loaded.model(**options).logits.float()
+    loaded.wrapped.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    merged = merge(find_trained(str(folder / "adapter"), ["lora={}"]), folder / "merged", verify=False)
+    again: Any = AutoModelForCausalLM.from_pretrained(
+        merged.folder, config=tiny_config(name, truth=True), dtype=torch.float32, output_loading_info=True
+    )
+    model, report = again
     if report["missing_keys"] or report["mismatched_keys"]:
         return f"lacks {sorted(report['missing_keys'])[:1]}"
-    lost = float((found - expected).norm() / (expected - before).norm())
+    lost = float((model.eval()(**options).logits.float() - expected).norm() / (expected - before).norm())
     return "yes" if lost < 1e-3 else f"{lost:.0%} is lost"
 
 

@@ -65,10 +65,8 @@ def write(folder: Path, **files: str) -> None:
 
 def an_adapter(folder: Path) -> None:
     """Save an adapter of the quickstart's model."""
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(QUICKSTART), peft.LoraConfig(r=3, target_modules=["q_proj"])
-    )
-    model.save_pretrained(str(folder))
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj"])
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(QUICKSTART), settings).save_pretrained(str(folder))
 
 
 def a_run(folder: Path) -> None:
@@ -85,60 +83,47 @@ def a_shard(folder: Path) -> None:
     shutil.copy(QUICKSTART / "model.safetensors", folder / "model-00001-of-2.safetensors")
 
 
+def files(**contents: str) -> Callable[[Path], None]:
+    return lambda folder: write(folder, **contents)
+
+
 def of_kind(kind: str) -> Callable[[Path], None]:
     return lambda folder: CONFIG_MAPPING[kind]().save_pretrained(folder)
 
 
-def both(*parts: Callable[[Path], None]) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        for part in parts:
-            part(folder)
-
-    return make
-
-
-NO_MODELS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "adapter": (an_adapter, ("an adapter (LORA, rank 3) of ", "quickstart", "fastpref merge ", "--output ")),
-    "adapter and config.json": (both(an_adapter, without_weights), ("an adapter (LORA", "fastpref merge ")),
+NO_MODELS: dict[str, tuple[list[Callable[[Path], None]], tuple[str, ...]]] = {
+    "adapter": ([an_adapter], ("an adapter (LORA, rank 3) of ", "quickstart", "fastpref merge ", "--output ")),
+    "adapter and config.json": ([an_adapter, without_weights], ("an adapter (LORA", "fastpref merge ")),
     "adapter and model": (
-        both(an_adapter, without_weights, lambda f: write(f, model__safetensors="")),
-        ("beside a model", "move adapter_config.json"),
-    ),
-    "run": (a_run, ("the folder of a run, whose result is an adapter", "fastpref merge ")),
-    "diffusion": (lambda f: write(f, model_index__json="{}"), ("a diffusion pipeline",)),
-    "sentence-transformers": (lambda f: write(f, modules__json="[]"), ("sentence-transformers", "embeddings")),
-    "GGUF": (lambda f: write(f, model__Q4_K_M__gguf=""), ("GGUF (llama.cpp) files (model.Q4_K_M.gguf)",)),
-    "GGUF and config.json": (both(without_weights, lambda f: write(f, model__gguf="")), ("GGUF (llama.cpp) files",)),
-    "pickles": (
-        both(without_weights, lambda f: write(f, pytorch_model__bin="")),
-        ("pickled (pytorch_model.bin)", "save_pretrained"),
-    ),
-    "no weights": (without_weights, ("model.safetensors is missing", "no weights")),
+        [an_adapter, without_weights, files(model__safetensors="")], ("beside a model", "move adapter_config.json")),
+    "run": ([a_run], ("the folder of a run, whose result is an adapter", "fastpref merge ")),
+    "diffusion": ([files(model_index__json="{}")], ("a diffusion pipeline",)),
+    "sentence-transformers": ([files(modules__json="[]")], ("sentence-transformers", "embeddings")),
+    "GGUF": ([files(model__Q4_K_M__gguf="")], ("GGUF (llama.cpp) files (model.Q4_K_M.gguf)",)),
+    "GGUF and config.json": ([without_weights, files(model__gguf="")], ("GGUF (llama.cpp) files",)),
+    "pickles": ([without_weights, files(pytorch_model__bin="")], ("pickled (pytorch_model.bin)", "save_pretrained")),
+    "no weights": ([without_weights], ("model.safetensors is missing", "no weights")),
     "a shard without its index": (
-        both(without_weights, a_shard),
-        ("model.safetensors is missing", "model-00001-of-2.safetensors"),
-    ),
-    "a maker's own format": (
-        lambda f: write(f, params__json="{}", consolidated__00__pth=""),
-        ("its maker's own format",),
-    ),
-    "no model type": (lambda f: write(f, config__json="{}"), ("no model_type",)),
-    "nothing": (lambda f: None, ("config.json is missing",)),
-    "vision-language, Mistral 3": (of_kind("mistral3"), ("mistral3 is a vision-language model", "not trained here")),
-    "vision-language, Qwen2.5-VL": (of_kind("qwen2_5_vl"), ("qwen2_5_vl is a vision-language model",)),
-    "encoder": (of_kind("bert"), ("bert is an encoder",)),
-    "encoder without a causal class": (of_kind("modernbert"), ("modernbert is an encoder",)),
-    "encoder-decoder": (of_kind("t5"), ("t5 is an encoder-decoder",)),
-    "speech": (of_kind("wav2vec2"), ("wav2vec2 is a speech model",)),
-    "image": (of_kind("vit"), ("vit is an image model",)),
-}
+        [without_weights, a_shard], ("model.safetensors is missing", "model-00001-of-2.safetensors")),
+    "a maker's own format": ([files(params__json="{}", consolidated__00__pth="")], ("its maker's own format",)),
+    "no model type": ([files(config__json="{}")], ("no model_type",)),
+    "nothing": ([], ("config.json is missing",)),
+    "vision-language, Mistral 3": ([of_kind("mistral3")], ("mistral3 is a vision-language model", "not trained here")),
+    "vision-language, Qwen2.5-VL": ([of_kind("qwen2_5_vl")], ("qwen2_5_vl is a vision-language model",)),
+    "encoder": ([of_kind("bert")], ("bert is an encoder",)),
+    "encoder without a causal class": ([of_kind("modernbert")], ("modernbert is an encoder",)),
+    "encoder-decoder": ([of_kind("t5")], ("t5 is an encoder-decoder",)),
+    "speech": ([of_kind("wav2vec2")], ("wav2vec2 is a speech model",)),
+    "image": ([of_kind("vit")], ("vit is an image model",)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", NO_MODELS)
 def test_what_is_no_causal_model_is_told(tmp_path: Path, kind: str):
     """One short message says what a folder holds instead of a causal model, and what to do."""
-    make, said = NO_MODELS[kind]
-    make(tmp_path)
+    parts, said = NO_MODELS[kind]
+    for make in parts:
+        make(tmp_path)
     options = ModelConfig(name=str(tmp_path))
     with pytest.raises(UserError) as error:
         pretrained(options, model_config(options), torch.float32, torch.device("cpu"))

@@ -42,8 +42,8 @@ def gradients(
     logp = loaded.policy(collate(examples(3), loaded.layout).to(device)).logp
     loss = logp.square().mean()
     loss.backward()
-    found = {name: p.grad for name, p in loaded.policy.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
+    grads = {name: p.grad for name, p in loaded.policy.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -6,8 +6,9 @@ Without a GPU the kernels run in Triton's interpreter, which lacks the functions
 import copy
 import os
 import sys
+from collections import Counter
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from triton.runtime.jit import KernelInterface
 
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
-from fastpref.model import liger, load
+from fastpref.model import liger
 from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.load import Loaded, load_model
 from fastpref.model.policy import Policy
@@ -59,16 +60,9 @@ def plain(kind: str, **changes: Any) -> PreTrainedModel:
 
 def counts(model: PreTrainedModel) -> dict[str, int]:
     """Count the modules with each kernel; a module with RoPE has a copy of transformers' own forward method."""
-    found: dict[str, int] = {}
-    for module in model.modules():
-        forward = vars(module).get("forward")
-        if forward is None:
-            continue
-        copied = forward.__func__.__qualname__ == type(module).forward.__qualname__
-        kind = "RoPE" if copied else liger._kind(module)
-        assert kind is not None
-        found[kind] = found.get(kind, 0) + 1
-    return found
+    modules = [module for module in model.modules() if "forward" in vars(module)]
+    copied = [vars(m)["forward"].__func__.__qualname__ == type(m).forward.__qualname__ for m in modules]
+    return Counter("RoPE" if copy else str(liger._kind(m)) for m, copy in zip(modules, copied, strict=True))
 
 
 def transformers_now() -> dict[str, dict[str, Any]]:
@@ -78,30 +72,24 @@ def transformers_now() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", TAKEN)
 def test_which_modules_change(kind: str):
-    """Only this instance gets the kernels that liger has for its type; experts and the model's own forward stay."""
+    """Only this instance gets the kernels that liger has for its type; experts and the model's own forward stay.
+
+    No name in any module of transformers changes, and neither earlier nor later models have kernels.
+    """
     model, other = plain(kind), plain(kind)
-    assert liger.take_kernels(model) == (sorted(TAKEN[kind]), {})
-    assert counts(model) == TAKEN[kind]
-    assert counts(other) == {}
-    assert "forward" not in vars(model)
-
-
-@pytest.mark.parametrize("kind", TAKEN)
-def test_nothing_global_changes(kind: str):
-    """No name in any module of transformers changes, and later models have no kernels."""
-    model = plain(kind)
     before = transformers_now()
-    liger.take_kernels(model)
+    assert liger.take_kernels(model) == (sorted(TAKEN[kind]), {})
     after = transformers_now()
     for name, values in before.items():
         changed = [key for key, value in values.items() if after[name].get(key) is not value]
         assert changed == [], name
-    assert counts(plain(kind)) == {}
+    assert counts(model) == TAKEN[kind]
+    assert counts(other) == counts(plain(kind)) == {}
+    assert "forward" not in vars(model)
 
 
 def test_another_activation_is_left_alone():
     """An MLP whose config names another activation keeps its code, though liger has SwiGLU for its model type."""
-    assert counts(plain("llama")) == {}
     model = plain("llama", hidden_act="gelu")
     assert liger.take_kernels(model) == (["RMSNorm", "RoPE"], {"SwiGLU": "the config names another activation"})
     assert counts(model) == {"RMSNorm": 5, "RoPE": 2}
@@ -114,7 +102,8 @@ def test_another_activation_is_left_alone():
 def test_every_attention_calls_it(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Each layer calls liger's function once, with the arguments of the model's own."""
     model = plain(kind)
-    own = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    home = sys.modules[type(model).__module__]
+    own = home.apply_rotary_pos_emb
     ids = torch.arange(7)[None]
     expected = model(ids).logits
     calls = []
@@ -123,25 +112,17 @@ def test_every_attention_calls_it(kind: str, monkeypatch: pytest.MonkeyPatch):
         calls.append(args)
         return own(*args, **options)
 
+    def apply(*, rope: bool = True, model: Any = None, **options: Any) -> None:
+        if rope:
+            vars(home)["apply_rotary_pos_emb"] = recording
+
     recording.__module__ = "liger_kernel.test"
-    only_rope(model, recording, monkeypatch)
+    monkeypatch.setitem(liger._known(), model.config.model_type, apply)  # RoPE is liger's only kernel
     assert liger.take_kernels(model) == (["RoPE"], {})
     assert torch.equal(model(ids).logits, expected)
     assert len(calls) == model.config.num_hidden_layers
     plain(kind)(ids)
     assert len(calls) == model.config.num_hidden_layers
-
-
-def only_rope(model: PreTrainedModel, rope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this RoPE function liger's only kernel for models of this type."""
-    home = sys.modules[type(model).__module__]
-
-    def apply(*, rope: bool = True, model: Any = None, **options: Any) -> None:
-        if rope:
-            vars(home)["apply_rotary_pos_emb"] = function
-
-    function = rope
-    monkeypatch.setitem(liger._known(), model.config.model_type, apply)
 
 
 WAYS = """
@@ -189,31 +170,27 @@ def test_ways_from_a_layer_to_the_function(way: str):
     assert liger._with_globals(method, home, {"another": print}) is None
 
 
-def hidden(self: Any, *args: Any, **options: Any) -> Any:
-    return LLAMA_FORWARD(self, *args, **options)
-
-
 LLAMA_FORWARD = modeling_llama.LlamaAttention.forward
 
 
 @pytest.mark.parametrize(
     ("name", "value", "kind", "why"),
     [
-        ("LlamaAttention.forward", hidden, "RoPE", "its layers call no apply_rotary_pos_emb that can be replaced"),
+        ("LlamaAttention.forward", lambda *args, **options: LLAMA_FORWARD(*args, **options), "RoPE",
+         "its layers call no apply_rotary_pos_emb that can be replaced"),
         ("LlamaMLP.forward", lambda self, x: x, None, ""),
     ],
-)
+)  # fmt: skip
 def test_what_is_expected_and_not_taken_is_told(
     name: str, value: Any, kind: str | None, why: str, monkeypatch: pytest.MonkeyPatch
 ):
     """If liger has a kernel for the type but no layer got it, the model's notes give the reason."""
     monkeypatch.setattr(f"transformers.models.llama.modeling_llama.{name}", value)
     model = plain("llama")
-    taken, notes = liger.give_kernels(model, model.model, must=True, trial=None)
-    assert taken
-    everything = ["RMSNorm", "RoPE", "SwiGLU"]
-    assert notes[0] == f"liger-kernel: {', '.join(k for k in everything if k != kind)}"
-    assert notes[1:] == ([] if kind is None else [f"liger-kernel: its {kind} for llama models is not taken: {why}"])
+    kinds = ", ".join(k for k in ("RMSNorm", "RoPE", "SwiGLU") if k != kind)
+    missing = [] if kind is None else [f"liger-kernel: its {kind} for llama models is not taken: {why}"]
+    notes = [f"liger-kernel: {kinds}", *missing]
+    assert liger.give_kernels(model, model.model, must=True, trial=None) == (True, notes)
 
 
 def test_a_class_that_has_another_name_now_is_missed(monkeypatch: pytest.MonkeyPatch):
@@ -227,10 +204,7 @@ def test_a_class_that_has_another_name_now_is_missed(monkeypatch: pytest.MonkeyP
             modeling_llama.__dict__["LlamaFeedForward"] = LigerSwiGLUMLP
 
     monkeypatch.setitem(liger._known(), "llama", older)
-    assert liger.take_kernels(plain("llama")) == (
-        ["RMSNorm", "RoPE"],
-        {"SwiGLU": "liger-kernel gave it to no module"},
-    )
+    assert liger.take_kernels(plain("llama")) == (["RMSNorm", "RoPE"], {"SwiGLU": "liger-kernel gave it to no module"})
     assert not hasattr(modeling_llama, "LlamaFeedForward")
 
 
@@ -321,11 +295,8 @@ class _Scalar(float):
         return self
 
 
-def _with_scalars(run: Any) -> Any:
-    def launch(*args: Any, **options: Any) -> None:
-        run(*(_Scalar(arg) if isinstance(arg, float) else arg for arg in args), **options)
-
-    return launch
+def _with_scalars(run: Any, *args: Any, **options: Any) -> None:
+    run(*(_Scalar(arg) if isinstance(arg, float) else arg for arg in args), **options)
 
 
 @pytest.fixture
@@ -337,13 +308,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (geglu, rms_norm, rope, swiglu):
             for kernel in vars(module).values():
                 if isinstance(kernel, KernelInterface):
-                    monkeypatch.setattr(kernel, "run", _with_scalars(kernel.run))
+                    monkeypatch.setattr(kernel, "run", partial(_with_scalars, kernel.run))
         monkeypatch.setattr(rms_norm, "rsqrt", _rsqrt)
         monkeypatch.setattr(geglu, "tanh", _tanh)
         wants = liger.wants_kernels
-        monkeypatch.setattr(
-            liger, "wants_kernels", lambda wanted, kind, architecture: wants(wanted, "cuda", architecture)
-        )
+        monkeypatch.setattr(liger, "wants_kernels", lambda wanted, _, model: wants(wanted, "cuda", model))
 
 
 def gradients(loaded: Loaded, layers: int = 0) -> dict[str, Tensor]:
@@ -357,8 +326,8 @@ def gradients(loaded: Loaded, layers: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(2)
     logp = loaded.policy(collate(ROWS, loaded.layout).to(loaded.model.device)).logp
     (logp * torch.arange(len(logp), device=logp.device).cos()).sum().backward()
-    found = {name: p.grad for name, p in loaded.policy.named_parameters() if p.grad is not None}
-    return {"logp": logp.detach(), **found}
+    grads = {name: p.grad for name, p in loaded.policy.named_parameters() if p.grad is not None}
+    return {"logp": logp.detach(), **grads}
 
 
 CASES = [
@@ -423,4 +392,3 @@ def test_the_trial_sees_the_kernels(kernels: None, tmp_path: Path, monkeypatch: 
     assert any("not taken: its hidden states differ" in note for note in loaded.notes)
     assert counts(loaded.model) == {}
     assert modeling_llama.LlamaRMSNorm.__module__ == "transformers.models.llama.modeling_llama"
-    assert load.liger is liger

@@ -18,7 +18,6 @@ from fastpref.model.limits import limits_of_config, limits_of_model
 from tests.support.command_line import CommandResult, run_command
 from tests.support.paths import QUICKSTART_MODEL
 
-TOKENIZER = QUICKSTART_MODEL
 POSITIONS = 24
 COMMON: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GPT: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": POSITIONS}
@@ -138,7 +137,7 @@ def project(folder: Path, model: PretrainedConfig, *, more_tokens: int = 0, **li
     """Write a config, a random model, four pairs and one held-out pair; the third is long and ends in a new token."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(model).save_pretrained(folder / "model")
-    tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer: Any = AutoTokenizer.from_pretrained(QUICKSTART_MODEL)
     tokenizer.add_tokens([f"<new{i}>" for i in range(more_tokens)])
     if more_tokens:
         tokenizer.pad_token = "<new0>"
@@ -156,14 +155,11 @@ def project(folder: Path, model: PretrainedConfig, *, more_tokens: int = 0, **li
     return path
 
 
-def llama(**options: Any) -> PretrainedConfig:
-    settings: dict[str, Any] = LLAMA | COMMON | {"vocab_size": 949} | options
-    return CONFIG_MAPPING["llama"](**settings)
+LLAMA_949 = CONFIG_MAPPING["llama"](**{**LLAMA, **COMMON, "vocab_size": 949})
 
 
 def gpt2(positions: int) -> PretrainedConfig:
-    settings: dict[str, Any] = GPT | COMMON | {"vocab_size": 949, "n_positions": positions}
-    return CONFIG_MAPPING["gpt2"](**settings)
+    return CONFIG_MAPPING["gpt2"](**{**GPT, **COMMON, "vocab_size": 949, "n_positions": positions})
 
 
 @pytest.fixture
@@ -177,7 +173,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return run
 
 
-ROW_3 = r"pairs\.jsonl:3: \d\d tokens with its response, and gpt2 has 24 positions; 1 of 4 training rows has more"
+ROW_3 = r"pairs\.jsonl:3: \d\d tokens with its completion, and gpt2 has 24 positions; 1 of 4 training rows has more"
 TOO_LONG = {  # command: its status and its message about a row that is longer than the model's positions
     "check": (0, "tokens.max_length = 2,048 is more than the 24 positions of gpt2: longer rows are refused"),
     "preview": (2, ROW_3),
@@ -186,10 +182,10 @@ TOO_LONG = {  # command: its status and its message about a row that is longer t
 }
 NO_EMBEDDING = {
     "check": (0, "has ids up to 950, and vocab_size of its config.json is 949"),
-    "preview": (2, "pairs.jsonl:3: token 950 ('<new1>') of its response is not in the embeddings of llama, which have "
-                   "949 rows; 1 of 4 training rows has such tokens, and the tokenizer has 951"),
-    "train": (2, "pairs.jsonl:3: token 950 ('<new1>') of its response"),
-    "estimate": (0, "ends before its first step: {folder}/pairs.jsonl:3: token 950 ('<new1>') of its response"),
+    "preview": (2, "pairs.jsonl:3: token 950 ('<new1>') of its completion is not in the embeddings of llama, which "
+                   "have 949 rows; 1 of 4 training rows has such tokens, and the tokenizer has 951"),
+    "train": (2, "pairs.jsonl:3: token 950 ('<new1>') of its completion"),
+    "estimate": (0, "ends before its first step: {folder}/pairs.jsonl:3: token 950 ('<new1>') of its completion"),
 }  # fmt: skip
 AS_IT_IS = {"estimate": ["--cpu"]}
 
@@ -210,7 +206,7 @@ def test_a_row_longer_than_the_positions(run: Any, tmp_path: Path, name: str):
 @pytest.mark.parametrize("name", NO_EMBEDDING)
 def test_a_token_without_an_embedding(run: Any, tmp_path: Path, name: str):
     """The message gives the row, the token's id and text, both numbers, and the remedy."""
-    path = project(tmp_path, llama(), more_tokens=2)
+    path = project(tmp_path, LLAMA_949, more_tokens=2)
     status, said = NO_EMBEDDING[name]
     ran = run(name, str(path), *AS_IT_IS.get(name, []))
     assert ran.status == status
@@ -221,7 +217,7 @@ def test_a_token_without_an_embedding(run: Any, tmp_path: Path, name: str):
 
 def test_in_the_prompt_and_in_held_out_rows(run: Any, tmp_path: Path):
     """Prompts and held-out rows are compared too."""
-    path = project(tmp_path, llama(), more_tokens=2)
+    path = project(tmp_path, LLAMA_949, more_tokens=2)
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("<new1>", ""))
     (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "a <new1>", "chosen": "b", "rejected": "c"}))
     said = run("train", str(path)).err
@@ -235,7 +231,7 @@ def test_a_pad_token_without_an_embedding_does_no_harm(run: Any, tmp_path: Path)
     for more in (0, 2):
         folder = tmp_path / str(more)
         folder.mkdir()
-        path = project(folder, llama(), more_tokens=more)
+        path = project(folder, LLAMA_949, more_tokens=more)
         for name in ("pairs.jsonl", "held.jsonl"):
             (folder / name).write_text((folder / name).read_text().replace("<new1>", ""))
         ran = run("train", str(path), "train.layout=padded", f"output.dir={folder}/run")
@@ -245,8 +241,8 @@ def test_a_pad_token_without_an_embedding_does_no_harm(run: Any, tmp_path: Path)
     assert logged[0] == logged[1]
 
 
-def test_ktos_other_responses_have_positions_too(run: Any, tmp_path: Path):
-    """For KTO, each prompt plus the longest paired response of another row must fit, as the run's steps pair them."""
+def test_ktos_other_completions_have_positions_too(run: Any, tmp_path: Path):
+    """For KTO, each prompt plus the longest paired completion of another row must fit, as the run's steps pair them."""
     path = project(tmp_path, gpt2(40))
     rows = [{"prompt": "plus " * (1 if i % 2 else 25), "completion": "nine " * (25 if i % 2 else 1), "label": i < 2}
             for i in range(4)]  # fmt: skip
@@ -254,7 +250,7 @@ def test_ktos_other_responses_have_positions_too(run: Any, tmp_path: Path):
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows[1::2])))
     ran = run("train", str(path), "loss.type=kto", "train.batch=4")
     assert ran.status == 2
-    assert "its prompt with the response of another row" in ran.err
+    assert "its prompt with the completion of another row" in ran.err
     assert "gpt2 has 40 positions. Set tokens.max_length=20" in ran.err
     assert run("train", str(path), "loss.type=kto", "train.batch=4", "tokens.max_length=20").status == 0
     assert run("train", str(path), "loss={type='kto',kl='none'}", "output.dir=none").status == 0
@@ -273,7 +269,7 @@ def test_rows_that_fit_leave_room_for_a_short_answer(run: Any, tmp_path: Path):
 
 def test_rows_beyond_what_rope_was_made_for_are_counted(run: Any, tmp_path: Path):
     """Rows beyond the length that RoPE was made for are computed, with a note unless the scaling covers them."""
-    path = project(tmp_path, llama())
+    path = project(tmp_path, LLAMA_949)
     (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text().replace("<new1>", ""))
     ran = run("train", str(path))
     assert ran.status == 0

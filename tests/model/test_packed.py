@@ -41,16 +41,16 @@ def bnb(**options: Any) -> dict[str, Any]:
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
-@pytest.mark.parametrize(
-    ("own", "key"),
-    [
-        (bnb(**FOUR, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"), "nf4"),
-        (bnb(load_in_8bit=True), "int8"),
-    ],
-    ids=["nf4", "int8"],
-)
-def test_bitsandbytes_counts_as_the_key_does(tmp_path: Path, own: dict[str, Any], key: str):
+KEYS: dict[str, dict[str, Any]] = {
+    "nf4": {**FOUR, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float32"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_bitsandbytes_counts_as_the_key_does(tmp_path: Path, key: str):
     """Every number of the step is that of the same model quantised while it is loaded."""
+    own = bnb(**KEYS[key])
     assert counted(tmp_path, own) == counted(tmp_path, None, "lora={rank=2}", f"model.quantization={key}")
     assert counted(tmp_path, own) == counted(tmp_path, own, "lora={rank=2}", "model.quantization=nf4")  # the file wins
 
@@ -110,17 +110,14 @@ def test_other_methods_count_by_their_bits(tmp_path: Path, own: dict[str, Any], 
 
 
 def test_in_words():
-    def told(own: dict[str, Any] | None) -> str | None:
-        config = LlamaConfig(**SIZES)
-        if own is not None:
-            config.quantization_config = own  # pyright: ignore[reportAttributeAccessIssue]
-        return lies_quantised(config)
+    def form(own: dict[str, Any]) -> str | None:
+        return lies_quantised(LlamaConfig(**SIZES, quantization_config=own))  # pyright: ignore[reportCallIssue]
 
-    assert told(None) is None
-    assert told(bnb(**FOUR)) == "bitsandbytes, nf4"
-    assert told(bnb(load_in_8bit=True)) == "bitsandbytes, int8"
-    assert told(PACKED["awq"][0]) == "awq, 4 bits"
-    assert "not known here" in str(told({"quant_method": "new"}))
+    assert lies_quantised(LlamaConfig(**SIZES)) is None
+    assert form(bnb(**FOUR)) == "bitsandbytes, nf4"
+    assert form(bnb(load_in_8bit=True)) == "bitsandbytes, int8"
+    assert form(PACKED["awq"][0]) == "awq, 4 bits"
+    assert "not known here" in str(form({"quant_method": "new"}))
     assert packing_of({"quant_method": "new"}) is None
 
 

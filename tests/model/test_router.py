@@ -20,18 +20,15 @@ def test_it_is_the_models_own(kind: str, layout, tmp_path: Path):
     """On padded rows it is what transformers computes without padding; in trees each token counts once."""
     loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
     policy, batch = loaded.policy.train(), collate(examples(4), layout)
-    found = policy(batch).router_loss
-    assert found is not None
+    loss = policy(batch).router_loss
+    assert loss is not None
     assert policy.router is not None
     assert policy.router.coefficient == 0.5
     if layout == "padded":
-        full = loaded.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_router_logits=True,
-            labels=batch.input_ids,
-        )  # fmt: skip
-        torch.testing.assert_close(found, full.aux_loss)
+        options = {"attention_mask": batch.attention_mask, "output_router_logits": True, "labels": batch.input_ids}
+        torch.testing.assert_close(loss, loaded.model(input_ids=batch.input_ids, **options).aux_loss)
     else:
-        assert 1 < float(found) < 4  # 2 if the active experts are balanced
+        assert 1 < float(loss) < 4  # 2 if the active experts are balanced
 
 
 def test_it_is_in_training_alone(tmp_path: Path):
@@ -54,7 +51,7 @@ def test_a_step_adds_it_by_share_of_tokens(method: str, budget: int, tmp_path: P
     loaded = load_model(config, CPU)
     rows = examples(4, single=method == "kto")
     reference = (lambda batch: torch.zeros(len(batch.targets)) - 2) if method == "kto" else None
-    found = {}
+    steps = {}
     for coefficient in (0.0, 0.5):
         objective = Objective(
             loaded.policy.train(), reference, config.loss, "tree", budget, 0, CPU, router_coefficient=coefficient
@@ -62,8 +59,8 @@ def test_a_step_adds_it_by_share_of_tokens(method: str, budget: int, tmp_path: P
         loaded.policy.zero_grad()
         metrics, work = objective.step(rows, lambda loss: loss.backward())
         grads = {n: p.grad.clone() for n, p in loaded.policy.named_parameters() if p.grad is not None}
-        found[coefficient] = (metrics.result(), grads, work)
-    (plain, plain_grads, _), (with_router, grads, work) = found[0.0], found[0.5]
+        steps[coefficient] = (metrics.result(), grads, work)
+    (plain, plain_grads, _), (with_router, grads, work) = steps[0.0], steps[0.5]
     assert (work.microbatches > 1) == (budget == 60)
     assert "aux_loss" not in plain
     assert with_router["loss"] == pytest.approx(plain["loss"] + 0.5 * with_router["aux_loss"], rel=1e-5)

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
 from fastpref.model import attention, flex_attention, trial
-from fastpref.model.load import Loaded, load_model
+from fastpref.model.load import load_model
 from fastpref.model.policy import Policy
 from tests.support.tiny import config_for, examples, model_config, save_model
 
@@ -23,13 +23,13 @@ CPU = torch.device("cpu")
 
 def logps_of_each_row(model: Any, rows: list[Any]) -> list[Tensor]:
     """Return each completion's log-probabilities after its prompt, each in its own row, by plain transformers."""
-    found = []
+    completions = []
     for k in range(2):
         for row in rows:
             ids = torch.tensor([row.prompt + row.completions[k]])
             logps = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, :-1]
-            found.append(logps.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :, 0])
-    return found
+            completions.append(logps.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :, 0])
+    return completions
 
 
 @pytest.mark.parametrize(
@@ -65,18 +65,13 @@ def test_every_model_trains_on_its_own_numbers(kind: str, layout: str, reason: s
         torch.testing.assert_close(ours[name], grad, rtol=0, atol=2e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["bloom", "mamba"])
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "llama"])
 def test_padded_rows_have_the_models_own_attention(kind: str, tmp_path: Path):
-    """A model that takes no trees keeps its own attention and masks; our name does not occur in its configs."""
-    loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
-    names = {name for _, name in attention.attention_of(loaded.model)}
-    assert names <= {"eager", "sdpa"}
-
-
-def test_padded_rows_that_are_asked_for_have_the_models_own_attention_too(tmp_path: Path):
-    loaded = load_model(config_for(save_model("llama", tmp_path), "train.layout=padded"), CPU)
+    """A model that takes no trees, or is told to take none, keeps its own attention: no config has our name."""
+    overrides = ["train.layout=padded"] if kind == "llama" else []
+    loaded = load_model(config_for(save_model(kind, tmp_path), *overrides), CPU)
     assert loaded.layout == "padded"
-    assert not attention.has_attention(loaded.model, attention.NAME)
+    assert {name for _, name in attention.attention_of(loaded.model)} <= {"eager", "sdpa"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -93,20 +88,34 @@ def test_a_leak_is_a_fault_in_half_precision_too(dtype: str, tmp_path: Path):
     assert loaded.layout == "padded"
 
 
-class MixesNeighbours(nn.Module):
-    """An MLP that also reads the token before each token, as convolutions and token shifts do."""
-
-    def __init__(self, mlp: nn.Module):
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x) + 0.3 * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+def earlier_token(mlp: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    """Read the token before each token too, as convolutions and token shifts do."""
+    return out + 0.3 * torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-def planted(kind: str, tmp_path: Path, plant: Callable[[Any], None]) -> tuple[Any, Policy]:
-    model = AutoModelForCausalLM.from_pretrained(save_model(kind, tmp_path), dtype=torch.float32).eval()
-    plant(model)
+def later_token(mlp: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    return out + 0.3 * torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def whole_batch(mlp: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    """Depend on the batch, as statistics over a row do."""
+    return earlier_token(mlp, x, out * (x.shape[0] + 1))
+
+
+def capacity(mlp: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    """Drop tokens from the fiftieth on in training, as experts of a fixed capacity do."""
+    kept = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2]) < 50
+    return out * kept[..., None] if mlp.training else out
+
+
+Change = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def planted(kind: str, folder: Path, change: Change | None = None) -> tuple[Any, Policy]:
+    """Return a model, and its policy, with a change of what the MLP in its first layer computes."""
+    model: Any = AutoModelForCausalLM.from_pretrained(save_model(kind, folder), dtype=torch.float32).eval()
+    if change is not None:
+        model.model.layers[0].mlp.register_forward_hook(lambda mlp, args, out: change(mlp, args[0], out))
     return model, Policy.of(model)
 
 
@@ -114,13 +123,9 @@ def planted(kind: str, tmp_path: Path, plant: Callable[[Any], None]) -> tuple[An
 @pytest.mark.parametrize("layout", ["tree", "packed"])
 def test_a_module_that_looks_at_its_neighbours_is_seen(layout: Any, dtype: torch.dtype, tmp_path: Path):
     """If every layer's attention takes the layout but the result is wrong, rows are padded and the reason is given."""
-
-    def plant(model: Any) -> None:
-        model.to(dtype)
-        model.model.layers[0].mlp = MixesNeighbours(model.model.layers[0].mlp)
-
-    model, policy = planted("llama", tmp_path, plant)
-    assert trial.layout_by_count(model, policy, layout).layout == layout
+    model, policy = planted("llama", tmp_path, earlier_token)
+    model.to(dtype)
+    assert trial.choose_layout(model, policy, layout, compare=False).layout == layout
     assert attention.give_attention(model, "sdpa")
     choice = trial.choose_layout(model, policy, layout)
     assert choice.layout == "padded"
@@ -128,7 +133,7 @@ def test_a_module_that_looks_at_its_neighbours_is_seen(layout: Any, dtype: torch
     assert attention.has_attention(model, "sdpa")
 
 
-def test_windows_longer_than_the_trial_are_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_windows_longer_than_the_trial_are_passed(monkeypatch: pytest.MonkeyPatch):
     """Rows of forty tokens reveal an attention that ignores its window of 4,096 tokens."""
     config = model_config("mistral")
     config.sliding_window = 4096
@@ -138,59 +143,31 @@ def test_windows_longer_than_the_trial_are_passed(tmp_path: Path, monkeypatch: p
             parameter.add_(0.1 * torch.randn_like(parameter))
     assert trial.choose_layout(model, Policy.of(model), "auto").layout == "tree"
     assert model.config.sliding_window == 4096
-
     real = attention.CausalAttention
-
-    def forgetful(dropout: Any, scaling: Any, window: Any, softcap: Any, sinks: Any) -> Any:
-        return real(dropout, scaling, None, softcap, sinks)
-
-    monkeypatch.setattr(attention, "CausalAttention", forgetful)
+    monkeypatch.setattr(
+        attention, "CausalAttention", lambda dropout, scaling, _, *more: real(dropout, scaling, None, *more)
+    )
     assert attention.give_attention(model, "sdpa")
     choice = trial.choose_layout(model, Policy.of(model), "auto")
     assert choice.layout == "padded"
     assert "past its sliding_window of 4,096" in str(choice.why_padded)
 
 
-def test_a_model_that_sees_the_future_is_refused(tmp_path: Path):
-    """If a prompt's hidden states change with the response after it, there are no log-probabilities but an error."""
-
-    class LooksAhead(nn.Module):
-        def __init__(self, mlp: nn.Module):
-            super().__init__()
-            self.mlp = mlp
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.mlp(x) + 0.3 * torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
-
-    def plant(model: Any) -> None:
-        model.model.layers[0].mlp = LooksAhead(model.model.layers[0].mlp)
-
-    model, policy = planted("llama", tmp_path, plant)
-    for layout in ("padded", "auto"):
-        with pytest.raises(UserError, match="not causal"):
-            trial.choose_layout(model, policy, layout)  # pyright: ignore[reportArgumentType]
-
-
-def test_padded_rows_that_are_wrong_are_refused(tmp_path: Path):
-    """If neither trees nor padded rows give the hidden states of single rows, the model is refused by name."""
-
-    class LooksAtTheRow(nn.Module):
-        """An MLP whose output depends on the batch, as statistics over a row do."""
-
-        def __init__(self, mlp: nn.Module):
-            super().__init__()
-            self.mlp = mlp
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.mlp(x) * (x.shape[0] + 1)
-
-    def plant(model: Any) -> None:
-        model.model.layers[0].mlp = LooksAtTheRow(model.model.layers[0].mlp)
-        model.model.layers[1].mlp = MixesNeighbours(model.model.layers[1].mlp)
-
-    model, policy = planted("llama", tmp_path, plant)
-    with pytest.raises(UserError, match=r"llama models give padded rows other hidden states.*not trained here"):
-        trial.choose_layout(model, policy, "auto")
+@pytest.mark.parametrize(
+    ("change", "layout", "message"),
+    [
+        (later_token, "padded", "not causal"),
+        (later_token, "auto", "not causal"),
+        (whole_batch, "auto", r"llama models give padded rows other hidden states.*not trained here"),
+        (capacity, "auto", "in training mode"),
+    ],
+)
+def test_what_no_layout_computes_is_refused(change: Change, layout: Any, message: str, tmp_path: Path):
+    """A model is refused whose states change with what follows, with the batch in padded rows too, or in training."""
+    model, policy = planted("llama", tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        trial.choose_layout(model, policy, layout)
+    assert not model.training
 
 
 @pytest.mark.parametrize("attend", [attention.tree_attention, flex_attention.flex_tree_attention])
@@ -215,7 +192,7 @@ def test_no_argument_is_swallowed(attend: Any, options: dict[str, Any], message:
         attend(nn.Identity(), *states, **{**given, **options})
 
 
-def test_layers_that_hand_nothing_down_are_told_apart(tmp_path: Path):
+def test_layers_that_hand_nothing_down_are_told_apart():
     """If layers do not pass the layout on, the message says so, instead of naming mismatched tensor sizes."""
     empty = torch.empty((1, 1, 0, 0), dtype=torch.bool)
     with pytest.raises(attention.UnknownArgument, match="do not hand the layout down"):
@@ -224,7 +201,7 @@ def test_layers_that_hand_nothing_down_are_told_apart(tmp_path: Path):
 
 def test_the_trial_leaves_no_trace(tmp_path: Path):
     """A trial leaves the model's mode, gradients, weights and config unchanged."""
-    model, policy = planted("gemma2", tmp_path, lambda model: None)
+    model, policy = planted("gemma2", tmp_path)
     before = {name: p.clone() for name, p in model.named_parameters()}
     config = model.config.to_dict()
     trial.choose_layout(model, policy, "auto")
@@ -237,14 +214,11 @@ def test_the_trial_leaves_no_trace(tmp_path: Path):
 
 def test_a_models_own_code_makes_the_logits_that_are_not_known(tmp_path: Path):
     """HyperCLOVAX multiplies its logits where other models divide: its own code computes them, and a note says so."""
-    loaded: Loaded = load_model(
-        config_for(save_model("hyperclovax", tmp_path), 'lora={rank=2, target=["lm_head"]}'), CPU
-    )
+    config = config_for(save_model("hyperclovax", tmp_path), 'lora={rank=2, target=["lm_head"]}')
+    loaded = load_model(config, CPU)
     assert any(note.startswith("logits: by the model's own code") for note in loaded.notes)
-    rows = examples(3)
-    names = ("entropy", "mean_logit", "log_sum_sq_probs", "is_top1")
-    batch = collate(rows, "tree")
-    tokens = loaded.policy(batch, names).tokens
+    batch = collate(examples(3), "tree")
+    tokens = loaded.policy(batch, ("entropy", "mean_logit", "log_sum_sq_probs", "is_top1")).tokens
     hidden = loaded.policy.hidden_states(batch)[batch.predictors]
     logits = loaded.policy.head.logits(hidden)
     assert tokens.entropy is not None
@@ -255,30 +229,9 @@ def test_a_models_own_code_makes_the_logits_that_are_not_known(tmp_path: Path):
     assert all(p.grad is not None for p in trained)
 
 
-def test_what_happens_in_training_mode_alone_is_seen(tmp_path: Path):
-    """Experts of a fixed capacity drop tokens in training, depending on the batch; such a model is refused."""
-
-    def plant(model: Any) -> None:
-        mlp = model.model.layers[0].mlp
-        whole = mlp.forward
-        capacity = 50
-
-        def forward(hidden: Tensor) -> Tensor:
-            out = whole(hidden)
-            kept = torch.arange(hidden.shape[0] * hidden.shape[1]).view(hidden.shape[:2]) < capacity
-            return out * kept[..., None] if mlp.training else out
-
-        mlp.forward = forward
-
-    model, policy = planted("llama", tmp_path, plant)
-    with pytest.raises(UserError, match="in training mode"):
-        trial.choose_layout(model, policy, "auto")
-    assert not model.training
-
-
 def test_dropout_is_no_fault(tmp_path: Path):
     """A model with dropout is judged by its results without dropout."""
-    model, policy = planted("gpt2", tmp_path, lambda model: None)
+    model, policy = planted("gpt2", tmp_path)
     assert any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     assert trial.choose_layout(model, policy, "auto").layout == "tree"
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastpref.errors import UserError
 from fastpref.model.load import load_model
-from fastpref.model.weights import find_renaming, from_files, loading_note
+from fastpref.model.weights import find_renaming, from_files, loading_notes
 from fastpref.quiet import quiet_libraries
 from fastpref.step.reference import load_copy
 from tests.support.tiny import config_for, save_model
@@ -129,7 +129,7 @@ def test_what_transformers_takes_is_taken(tmp_path: Path, what: str):
     loaded = load_model(config_for(changed(kind, tmp_path, change)), CPU)
     plain = AutoModelForCausalLM.from_pretrained(save_model(kind, tmp_path / "plain")).state_dict()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in loaded.model.state_dict().items())
-    assert loading_note(loaded.model) is None
+    assert loading_notes(loaded.model) == []
 
 
 @pytest.mark.parametrize("name", ["v_head.summary.weight", "mtp.layers.0.mlp.up_proj.weight"])
@@ -145,7 +145,7 @@ def test_quantised_files(tmp_path: Path, bits: int):
     options = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_use_double_quant=True)
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=options).save_pretrained(tmp_path / "quantised")
     load = partial(AutoModelForCausalLM.from_pretrained, tmp_path / "quantised")
-    assert loading_note(from_files(load)) is None
+    assert loading_notes(from_files(load)) == []
     path = tmp_path / "quantised" / "config.json"
     config = json.loads(path.read_text())
     del config["quantization_config"]

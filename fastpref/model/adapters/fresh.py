@@ -41,13 +41,12 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
 
     Raises UserError for modules that the model does not have, or that PEFT cannot adapt.
     """
-    options = config.lora
-    if options is None:
+    if config.lora is None:
         return model
     linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})  # before PEFT changes the model
-    plan = _plan(options, model)
+    settings, _ = _plan(config.lora, model)
     try:
-        wrapped = peft.get_peft_model(model, plan.settings)
+        wrapped = peft.get_peft_model(model, settings)
     except Exception as error:  # PEFT and model code raise many kinds of errors
         if is_out_of_memory(error):
             raise
@@ -60,34 +59,28 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
 
 def adapter_notes(config: Config, model: PreTrainedModel) -> list[str]:
     """Return at most one note, on modules that `with_adapters` leaves out and why. Raises the same errors."""
-    return [] if config.lora is None else _plan(config.lora, model).notes
+    left_out = {} if config.lora is None else _plan(config.lora, model)[1]
+    parts = [f"{short_names(names)} ({why})" for why, names in left_out.items()]
+    return [f"lora: no adapters on {'; '.join(parts)}"] if parts else []
 
 
 # --- which modules ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Plan:
-    settings: peft.LoraConfig
-    left_out: Mapping[str, set[str]]  # names by the reason
-
-    @property
-    def notes(self) -> list[str]:
-        parts = [f"{short_names(names)} ({why})" for why, names in self.left_out.items()]
-        return [f"lora: no adapters on {'; '.join(parts)}"] if parts else []
-
-
-def _plan(options: LoraConfig, model: PreTrainedModel) -> _Plan:
+def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig, dict[str, set[str]]]:
+    """Return the settings for PEFT, and the names of the modules that they leave out, by the reason."""
     if options.dora and any(isinstance(m, Linear8bitLt) and m.weight.device.type == "cpu" for m in model.modules()):
         raise UserError(
             "lora.dora: PEFT loses the scales of weights in int8 when it computes DoRA on a CPU; leave lora.dora out, "
             'or set model.quantization to "nf4"'
         )
-    parts, settings = Parts.of(model), _settings(options)
+    sizes: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+    settings = peft.LoraConfig(**sizes, use_rslora=options.rslora, use_dora=options.dora, task_type="CAUSAL_LM")
+    parts = Parts.of(model)
     settings.modules_to_save = _modules_to_save(options, parts)
     excluded = _excluded(options.exclude, parts)
-    every = _ALL in ((options.target,) if isinstance(options.target, str) else options.target)
-    entries = () if isinstance(options.target, str) else tuple(e for e in options.target if e != _ALL)
+    wanted = [options.target] if isinstance(options.target, str) else options.target
+    every, entries = _ALL in wanted, [entry for entry in wanted if entry != _ALL]
 
     left_out: dict[str, set[str]] = {}
     targets, fused = _targets(every, entries, settings, parts), parts.experts()
@@ -98,8 +91,8 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> _Plan:
     if every:
         leave_out(left_out, _ROUTERS, {name for name in experts if name not in fused})
         experts = {name: short for name, short in experts.items() if name in fused}
-        obstacle = "dropout" if options.dropout else "DoRA" if options.dora else None
-        if obstacle is not None:
+        if options.dropout or options.dora:
+            obstacle = "dropout" if options.dropout else "DoRA"
             leave_out(left_out, f"PEFT's adapters of experts know no {obstacle}", experts)
             experts = {}
         elif not experts:
@@ -109,68 +102,52 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> _Plan:
     leave_out(left_out, "PEFT takes their names for the experts'", chosen - kept)
     if not kept and not experts:
         reasons = "; ".join(f"{short_names(names)}: {why}" for why, names in left_out.items())
-        raise UserError(
-            f"lora.target: nothing is left to adapt{f' ({reasons})' if reasons else ''}; {parts.linear_names}"
-        )
+        because = f" ({reasons})" if reasons else ""
+        raise UserError(f"lora.target: nothing is left to adapt{because}; {parts.linear_names}")
     settings.target_modules = kept  # pyright: ignore[reportAttributeAccessIssue]
     if experts:
         settings.target_parameters = sorted(_shortest(experts, parts))
         settings.rank_pattern, settings.alpha_pattern = targets.ranks, targets.alphas
-    return _Plan(settings, left_out)
-
-
-def _settings(options: LoraConfig) -> peft.LoraConfig:
-    return peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=options.dropout,
-        use_rslora=options.rslora,
-        use_dora=options.dora,
-        task_type="CAUSAL_LM",
-    )
+    return settings, left_out
 
 
 # --- experts, which PEFT finds by the names of their layers in transformers 4 -----------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Targets:
     """Targets for the parameters that hold a layer's experts, as PEFT converts them."""
 
-    parameters: Mapping[str, str]  # full name → the end of it, which PEFT uses
-    names: frozenset[str]  # entries that mean such a parameter
+    parameters: dict[str, str]  # full name → the end of it, which PEFT uses
+    names: set[str]  # entries that mean such a parameter
     ranks: dict[str, Any]
     alphas: dict[str, Any]
 
 
 def _targets(every: bool, entries: Iterable[str], settings: peft.LoraConfig, parts: Parts) -> _Targets:
     patterns = [entry for entry in entries if is_pattern(entry)]
-    plain = {entry for entry in entries if not is_pattern(entry)}
-    own = parts.parameters()
-    parameters: dict[str, str] = {}
-    ranks, alphas = {}, {}
-    names: set[str] = set()
+    plain, own = set(entries) - set(patterns), parts.parameters()
+    targets = _Targets({}, set(), {}, {})
     for target in [*([_ALL] if every else []), *([plain] if plain else []), *patterns]:
         converted = _converted(settings, parts.model, target)
-        ranks |= converted.rank_pattern or {}
-        alphas |= converted.alpha_pattern or {}
+        targets.ranks.update(converted.rank_pattern or {})
+        targets.alphas.update(converted.alpha_pattern or {})
         for short in converted.target_parameters or ():
-            full = {name for name in own if name == short or name.endswith(f".{short}")}
+            full = {name for name in own if _ends(name, short)}
             if target in patterns:
                 full = {name for name in full if _means(str(target), name)}
-                names |= {str(target)} if full else set()
-            parameters |= dict.fromkeys(full, short)
+                targets.names |= {str(target)} if full else set()
+            targets.parameters.update(dict.fromkeys(full, short))
         if isinstance(target, set):
-            names |= target - set(converted.target_modules or ())
-    return _Targets(parameters, frozenset(names), ranks, alphas)
+            targets.names |= target - set(converted.target_modules or ())
+    return targets
 
 
 def _means(pattern: str, parameter: str) -> bool:
     """Return whether a pattern matches a parameter of experts, or an expert's layer by its name in transformers 4."""
-    owner, _, own = parameter.rpartition(".")
-    return any(re.fullmatch(pattern, f"{owner}.{name}") for name in (own, *_OLD_NAMES)) or (
-        re.fullmatch(pattern, owner) is not None
-    )
+    owner = owner_of(parameter)
+    names = (parameter, owner, *(f"{owner}.{name}" for name in _OLD_NAMES))
+    return any(re.fullmatch(pattern, name) for name in names)
 
 
 def _converted(settings: peft.LoraConfig, model: PreTrainedModel, target: str | set[str]) -> peft.LoraConfig:
@@ -187,13 +164,9 @@ def _converted(settings: peft.LoraConfig, model: PreTrainedModel, target: str | 
 
 def _shortest(experts: Mapping[str, str], parts: Parts) -> set[str]:
     """Return names for PEFT that match exactly these parameters: a common end, if all parameters with it are chosen."""
-    own = parts.parameters()
-    whole = {
-        short
-        for short in set(experts.values())
-        if all(name in experts for name in own if name == short or name.endswith(f".{short}"))
-    }
-    return {short if short in whole else name for name, short in experts.items()}
+    others = parts.parameters().keys() - experts.keys()
+    ambiguous = {short for short in set(experts.values()) if any(_ends(name, short) for name in others)}
+    return {name if short in ambiguous else short for name, short in experts.items()}
 
 
 # --- linear layers ----------------------------------------------------------------------------------------------------
@@ -201,30 +174,22 @@ def _shortest(experts: Mapping[str, str], parts: Parts) -> set[str]:
 
 def _all_linear(settings: peft.LoraConfig, parts: Parts, left_out: dict[str, set[str]]) -> set[str]:
     """Return the language model's linear layers that PEFT can adapt, except its head."""
-    layers = {name: layer for name, layer in linear_layers(parts.model).items() if layer is not parts.head}
+    head = parts.model.get_output_embeddings()
+    layers = {name: layer for name, layer in linear_layers(parts.model).items() if layer is not head}
     leave_out(left_out, OUTSIDE, layers.keys() - parts.inside)
-    sizes = _expert_counts(parts.model) | {1}
+    config = parts.model.config.get_text_config().to_dict()
+    sizes = {1, *(count for key, count in config.items() if key.endswith("experts") and isinstance(count, int))}
     inside = {name: layer for name, layer in layers.items() if name in parts.inside}
     routers = {n for n, layer in inside.items() if _ROUTER.search(n) and getattr(layer, "out_features", 0) in sizes}
     leave_out(left_out, _ROUTERS, routers)
-    return adaptable_layers({n: layer for n, layer in inside.items() if n not in routers}, settings, parts, left_out)
-
-
-def _expert_counts(model: PreTrainedModel) -> set[int]:
-    """Return the numbers of experts in a config, under any key."""
-    config = model.config.get_text_config().to_dict()
-    return {value for key, value in config.items() if key.endswith("experts") and isinstance(value, int)}
+    return adaptable_layers({n: inside[n] for n in inside if n not in routers}, settings, parts, left_out)
 
 
 # --- names and patterns -----------------------------------------------------------------------------------------------
 
 
 def _named(
-    entries: Iterable[str],
-    experts: frozenset[str],
-    settings: peft.LoraConfig,
-    parts: Parts,
-    left_out: dict[str, set[str]],
+    entries: Iterable[str], experts: set[str], settings: peft.LoraConfig, parts: Parts, left_out: dict[str, set[str]]
 ) -> set[str]:
     """Return the modules that names and patterns match. Raises UserError for an entry that matches none."""
     chosen: set[str] = set()
@@ -232,18 +197,12 @@ def _named(
         hits = {name for name in parts.modules if _matches(entry, name)}
         layers = {name for name in hits if is_one_layer(parts.modules[name])}
         if not layers and entry not in experts:
-            if hits and not is_pattern(entry):
-                inner = sorted(
-                    {
-                        n.rpartition(".")[2]
-                        for n in linear_layers(parts.model)
-                        for hit in hits
-                        if n.startswith(f"{hit}.")
-                    }
-                )
-                advice = f"; name the layers in it: {', '.join(inner)}" if inner else ""
-                raise UserError(f"lora.target: {entry} is no linear layer{advice}")
-            raise UserError(f"lora.target: {_unknown(entry, parts)}")
+            if not hits or is_pattern(entry):
+                raise UserError(f"lora.target: {_unknown(entry, parts)}")
+            inner = linear_layers(parts.model).keys() & _inside(hits, parts)
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in inner}))
+            advice = f"; name the layers in it: {names}" if inner else ""
+            raise UserError(f"lora.target: {entry} is no linear layer{advice}")
         inside = layers & parts.inside
         if layers and not inside:
             raise UserError(f"lora.target: {entry} names {short_names(layers)}, {OUTSIDE}")
@@ -265,8 +224,13 @@ def _excluded(entries: Iterable[str], parts: Parts) -> set[str]:
         hits = {name for name in parts.modules if _matches(entry, name)}
         if not hits:
             raise UserError(f"lora.exclude: {_unknown(entry, parts)}")
-        excluded |= hits | {name for name in parts.modules if any(name.startswith(f"{hit}.") for hit in hits)}
+        excluded |= hits | _inside(hits, parts)
     return excluded
+
+
+def _inside(owners: set[str], parts: Parts) -> set[str]:
+    """Return the modules inside these modules."""
+    return {name for name in parts.modules if any(name.startswith(f"{owner}.") for owner in owners)}
 
 
 def _modules_to_save(options: LoraConfig, parts: Parts) -> list[str] | None:
@@ -283,9 +247,11 @@ def _modules_to_save(options: LoraConfig, parts: Parts) -> list[str] | None:
 
 def _matches(entry: str, name: str) -> bool:
     """Return whether an entry matches, as in PEFT: a pattern matches a module's whole name, a name matches its end."""
-    if is_pattern(entry):
-        return re.fullmatch(entry, name) is not None
-    return name == entry or name.endswith(f".{entry}")
+    return re.fullmatch(entry, name) is not None if is_pattern(entry) else _ends(name, entry)
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
 
 
 def _unknown(entry: str, parts: Parts) -> str:

@@ -12,7 +12,7 @@ ones, and layers that are neither nn.Linear nor in 4 bits.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,7 @@ _LIGERS = {"LigerSwiGLUMLP.forward": "LigerSiLUMulFunction", "LigerGEGLUMLP.forw
 def fuse_lora(model: nn.Module) -> None:
     """Give a model's LoRA layers, and the gated MLPs that end in one, the forward methods of this module."""
     for module in model.modules():
-        product = _gated_product(module)
-        if product is not None:
+        if (product := _gated_product(module)) is not None:
             module.forward = _GatedMLP(module, product, vars(module).get("forward"))
         elif _is_lora_linear(module) and "forward" not in vars(module):
             module.forward = MethodType(_forward, module)
@@ -40,18 +39,14 @@ def unfuse_lora(model: nn.Module) -> None:
     """Undo `fuse_lora`."""
     for module in model.modules():
         forward = vars(module).get("forward")
-        before = forward.before if isinstance(forward, _GatedMLP) else None
-        if before is not None:
-            module.forward = before
-        elif isinstance(forward, _GatedMLP) or getattr(forward, "__func__", None) is _forward:
+        if isinstance(forward, _GatedMLP) or getattr(forward, "__func__", None) is _forward:
             del module.forward
+        if isinstance(forward, _GatedMLP) and forward.before is not None:
+            module.forward = forward.before
 
 
-def _is_lora_linear(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer) and isinstance(module, nn.Module) and _base_fits(module.base_layer)
-
-
-def _base_fits(base: Any) -> bool:
+def _is_lora_linear(module: Any) -> bool:
+    base = module.base_layer if isinstance(module, LoraLayer) else None
     return type(base) is nn.Linear or isinstance(base, Linear4bit)
 
 
@@ -67,22 +62,9 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 # --- gated MLPs ------------------------------------------------------------------------------------------------------
 
 
-class Product(Protocol):
-    """The product act(gate) · up."""
-
-    def __call__(self, gate: Tensor, up: Tensor) -> Tensor: ...
-
-    def again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """Return the product, and a function from its gradient to those of gate and up.
-
-        The function is called at most once. It and this method may overwrite their arguments.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class _Plain:
-    """A product with a torch activation, which allocates as few tensors as possible."""
+    """The product act(gate) · up with a torch activation, which allocates as few tensors as possible."""
 
     act: Callable[[Tensor], Tensor]
 
@@ -93,6 +75,10 @@ class _Plain:
         return activated.mul_(up)
 
     def again(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Return the product, and a function from its gradient to those of gate and up.
+
+        The function is called at most once. It and this method may overwrite their arguments.
+        """
         with torch.enable_grad():
             leaf = gate.detach().requires_grad_()
             activated = self.act(leaf)
@@ -107,7 +93,7 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _Liger:
-    """A product by one of liger-kernel's kernels, which overwrites gate and up with their gradients."""
+    """The same by one of liger-kernel's kernels, which overwrites gate and up with their gradients."""
 
     function: type[torch.autograd.Function]
 
@@ -121,14 +107,13 @@ class _Liger:
         return product.detach(), lambda grad: torch.autograd.grad(product, leaves, grad)
 
 
-def _gated_product(module: nn.Module) -> Product | None:
+_Product = _Plain | _Liger
+
+
+def _gated_product(module: nn.Module) -> _Product | None:
     """Return the product of an MLP that computes down_proj(act_fn(gate_proj(x)) * up_proj(x)) and ends in LoRA."""
-    last, others = getattr(module, "down_proj", None), _GATED_MLP[2:]
-    if (
-        not isinstance(last, nn.Module)
-        or not _is_lora_linear(last)
-        or not all(hasattr(module, name) for name in others)
-    ):
+    last = getattr(module, "down_proj", None)
+    if not _is_lora_linear(last) or not hasattr(module, "gate_proj") or not hasattr(module, "up_proj"):
         return None
     if "forward" in vars(module):
         return _ligers(vars(module)["forward"])
@@ -136,11 +121,11 @@ def _gated_product(module: nn.Module) -> Product | None:
     activation = getattr(module, "act_fn", None)
     if code is None or code.co_names != _GATED_MLP or activation is None or getattr(activation, "inplace", False):
         return None
-    trained = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    trained = isinstance(activation, nn.Module) and list(activation.parameters())
     return None if trained else _Plain(activation)
 
 
-def _ligers(forward: Any) -> Product | None:
+def _ligers(forward: Any) -> _Liger | None:
     """Return the product of an MLP whose forward comes from liger-kernel, or None."""
     function = getattr(forward, "__func__", forward)
     name = _LIGERS.get(getattr(function, "__qualname__", ""))
@@ -156,7 +141,7 @@ class _GatedMLP:
     """The forward of an MLP."""
 
     mlp: Any
-    product: Product
+    product: _Product
     before: Any  # the forward that the instance had before, or None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -187,22 +172,14 @@ class _Adapter:
         """The frozen layer, nn.Linear or Linear4bit."""
         return self.layer.base_layer
 
-    @property
-    def scaling(self) -> float:
-        return self.layer.scaling[self.name]
-
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the layer's weight, A [r, in] and B [out, r]."""
+        """Return the layer's weight [out, in] or its 4 bits, A [r, in] and B [out, r]."""
         a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
         return self.base.weight, a.to(self.dtype), b.to(self.dtype)
 
-    def low_rank(
-        self,
-        x: Tensor,  # [N, in]
-        a: Tensor,
-    ) -> Tensor:
-        """Return scaling · A(x), [N, r]."""
-        return F.linear(x, a).mul_(self.scaling)
+    def low_rank(self, x: Tensor, a: Tensor) -> Tensor:
+        """Return scaling · A(x), [N, r], of x [N, in]."""
+        return F.linear(x, a).mul_(self.layer.scaling[self.name])
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return the layer's weight [out, in], dequantised if it is in 4 bits."""
@@ -224,13 +201,11 @@ def _adapter(layer: Any, x: Tensor) -> _Adapter | None:
         return None
     if not all(map(_plain, (layer.base_layer, layer.lora_A[name], layer.lora_B[name]))):
         return None
-    base, kind = layer.base_layer, x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    if not _computes_in(base, dtype):
-        return None
-    if layer.lora_A[name].weight.dtype != dtype and not torch.is_autocast_enabled(kind):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if not autocast and layer.lora_A[name].weight.dtype != dtype:
         return None  # PEFT computes in the adapter's dtype
-    return _Adapter(layer, name, dtype)
+    return _Adapter(layer, name, dtype) if _computes_in(layer.base_layer, dtype) else None
 
 
 def _plain(module: nn.Module) -> bool:
@@ -255,17 +230,10 @@ def _computes_in(base: Any, dtype: torch.dtype) -> bool:
 
 
 class _Adapted(torch.autograd.Function):
-    """The function base(x) + scaling · B(A(x))."""
+    """The function base(x) + scaling · B(A(x)) of x [N, in], with the tensors of an adapter."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # [N, in]
-        weight: Tensor,  # [out, in], or its 4 bits
-        a: Tensor,  # [r, in]
-        b: Tensor,  # [out, r]
-        adapter: _Adapter,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, adapter: _Adapter) -> Tensor:
         low = adapter.low_rank(x, a)
         ctx.save_for_backward(x, low, weight, a, b)
         ctx.adapter = adapter
@@ -283,18 +251,11 @@ class _Adapted(torch.autograd.Function):
 
 
 class _GatedAdapted(torch.autograd.Function):
-    """The function base(x) + scaling · B(A(x)) of x = act(gate) · up, which is not stored for the backward pass."""
+    """`_Adapted` of x = act(gate) · up, which is not stored for the backward pass; gate and up are [N, in]."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gate: Tensor,  # [N, in]
-        up: Tensor,  # [N, in]
-        weight: Tensor,  # [out, in], or its 4 bits
-        a: Tensor,  # [r, in]
-        b: Tensor,  # [out, r]
-        adapter: _Adapter,
-        product: Product,
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, a: Tensor, b: Tensor, adapter: _Adapter, product: _Product
     ) -> Tensor:
         x = product(gate, up)
         low = adapter.low_rank(x, a)
@@ -317,16 +278,10 @@ class _GatedAdapted(torch.autograd.Function):
 
 
 def _back(
-    grad: Tensor,  # [N, out]
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    adapter: _Adapter,
-    *,
-    through: bool,
+    grad: Tensor, weight: Tensor, a: Tensor, b: Tensor, adapter: _Adapter, *, through: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients with respect to A(x), [N, r], and to x, [N, in], or None for x unless `through`."""
-    d_low = (grad @ b).mul_(adapter.scaling)
+    d_low = (grad @ b).mul_(adapter.layer.scaling[adapter.name])
     if not through:
         return d_low, None
     return d_low, (grad @ adapter.dense(weight)).addmm_(d_low, a)

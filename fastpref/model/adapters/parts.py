@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastpref.model.body import body_of
-from fastpref.model.failure import words
 
 OUTSIDE = "outside of the language model, which alone is trained here"
 _WEIGHT_READ = re.compile(
@@ -44,10 +44,6 @@ class Parts:
         return cls(model, modules, frozenset(name for name, module in modules.items() if id(module) in ids))
 
     @property
-    def head(self) -> nn.Module | None:
-        return self.model.get_output_embeddings()
-
-    @property
     def linear_names(self) -> str:
         names = {name.rpartition(".")[2] for name in linear_layers(self.model) if name in self.inside}
         return f"this model's linear modules are {', '.join(sorted(names))}"
@@ -62,11 +58,9 @@ class Parts:
 
     def experts(self) -> set[str]:
         """Return the names of parameters that hold the weights of all experts of a layer."""
-        return {
-            name
-            for name, parameter in self.parameters().items()
-            if parameter.dim() == 3 and "expert" in f"{name} {type(self.modules[owner_of(name)]).__name__}".lower()
-        }
+        three_dimensional = [name for name, parameter in self.parameters().items() if parameter.dim() == 3]
+        kinds = {name: type(self.modules[owner_of(name)]).__name__ for name in three_dimensional}
+        return {name for name, kind in kinds.items() if "expert" in f"{name} {kind}".lower()}
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -80,9 +74,10 @@ def adaptable_layers(
     """Return the names of the layers that PEFT can adapt and that compute the same as a linear layer."""
     chosen = set()
     for name, layer in layers.items():
-        if _is_read_past(name, parts):
+        owner, _, own = name.rpartition(".")
+        if owner and own in _read_past(type(parts.modules[owner])):  # for example for a kernel, past an adapter
             leave_out(left_out, "the model's code may read their weight without calling them", {name})
-        elif _refusal(name, settings, parts.model) is not None:
+        elif _is_refused(name, settings, parts.model):
             leave_out(left_out, f"PEFT cannot adapt them in {parts.model.config.model_type} models", {name})
         elif isinstance(layer, nn.Linear) and not _is_plain(layer):
             leave_out(left_out, f"{type(layer).__name__} computes something else than a linear layer", {name})
@@ -91,35 +86,24 @@ def adaptable_layers(
     return chosen
 
 
-def _refusal(name: str, settings: peft.LoraConfig, model: PreTrainedModel) -> str | None:
-    """Return PEFT's message if it refuses a module of this model's family by its name, or None."""
-    check = getattr(LoraModel, "_check_target_module_compatiblity", None)  # PEFT's spelling
-    if check is None:
-        return None
+def _is_refused(name: str, settings: peft.LoraConfig, model: PreTrainedModel) -> bool:
+    """Return whether PEFT refuses a module of this model's family by its name."""
+    check = getattr(LoraModel, "_check_target_module_compatiblity", lambda *_: None)  # PEFT's spelling
     try:
         check(object.__new__(LoraModel), settings, model, name.rpartition(".")[2])
-    except ValueError as error:
-        return words(error)
-    return None
-
-
-def _is_read_past(name: str, parts: Parts) -> bool:
-    """Return whether the code around a layer reads its weight, for example for a kernel, and so bypasses an adapter."""
-    owner, _, own = name.rpartition(".")
-    return own in _read_past(type(parts.modules[owner])) if owner else False
+    except ValueError:
+        return True
+    return False
 
 
 @cache
 def _read_past(kind: type) -> frozenset[str]:
     """Return the names of layers whose weight or bias a module's code reads as a tensor while it computes."""
     names: set[str] = set()
-    for name, function in inspect.getmembers(kind, inspect.isfunction):
-        if _is_model_code(kind) and not name.startswith(("__init", "_init", "reset_", "init_")):
-            try:
-                code = inspect.getsource(function)
-            except (OSError, TypeError):  # made while the program runs
-                continue
-            names |= set(_WEIGHT_READ.findall(code))
+    for name, function in inspect.getmembers(kind, inspect.isfunction) if _is_model_code(kind) else ():
+        if not name.startswith(("__init", "_init", "reset_", "init_")):
+            with suppress(OSError, TypeError):  # the function was made while the program runs
+                names |= set(_WEIGHT_READ.findall(inspect.getsource(function)))
     return frozenset(names)
 
 
@@ -142,12 +126,10 @@ def _is_model_code(kind: type) -> bool:
 
 def is_one_layer(module: nn.Module) -> bool:
     """Return whether a module is a single layer with a matrix, and not a block, a function or a norm."""
-    if isinstance(module, nn.MultiheadAttention):
-        return True
-    if any(hasattr(module, name) for name in ("qweight", "weight_packed", "W_q")):  # GPTQ and similar methods
-        return True
+    packed = any(hasattr(module, name) for name in ("qweight", "weight_packed", "W_q"))  # GPTQ and similar methods
     weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() > 1
+    matrix = isinstance(weight, torch.Tensor) and weight.dim() > 1
+    return matrix or packed or isinstance(module, nn.MultiheadAttention)
 
 
 def leave_out(left_out: dict[str, set[str]], why: str, names: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """Loading of trained adapters from a folder or the hub. An adapter that does not fit the model is an error."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 from fastpref.model.failure import is_out_of_memory, words
-from fastpref.model.weights import Misfit, Renaming, find_renaming, take_note
+from fastpref.model.weights import Misfit, Renaming, Shape, find_renaming, take_note
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that subtract the adapter from the model's weights
@@ -64,14 +64,14 @@ def _check_kind(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTr
     saved, own = tuple(settings.modules_to_save or ()), model.state_dict()
     for name, tensor in weights.items():
         plain = name.removeprefix("base_model.model.")
-        if plain in own and not any(part in plain for part in saved) and own[plain].device.type != "meta":
-            before = own[plain]
-            if before.shape != tensor.shape or not torch.equal(before.float().cpu(), tensor.to(before.dtype).float()):
-                raise UserError(
-                    f"{begin}: it holds another {plain} in place of the model's, outside of its adapters, and the "
-                    "model without it would have that too. Save the model with these weights, and merge the adapter "
-                    "into that"
-                )
+        before = own.get(plain)
+        if before is None or before.device.type == "meta" or any(part in plain for part in saved):
+            continue
+        if before.shape != tensor.shape or not torch.equal(before.float().cpu(), tensor.to(before.dtype).float()):
+            raise UserError(
+                f"{begin}: it holds another {plain} in place of the model's, outside of its adapters, and the model "
+                "without it would have that too. Save the model with these weights, and merge the adapter into that"
+            )
 
 
 def _reloaded(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> tuple[Misfit, Renaming | None]:
@@ -108,19 +108,17 @@ def _put_by_own_names(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor])
     return True
 
 
-def _misshapen(message: str) -> tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]:
+def _misshapen(message: str) -> tuple[tuple[str, Shape, Shape], ...]:
     """Return (name, shape in the file, shape in the model) for each mismatch in a message of `load_state_dict`."""
-    found = re.findall(
-        r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)", message
-    )
-    return tuple((name, _shape(file), _shape(own)) for name, file, own in found)
+    pattern = r"size mismatch for (\S+): .*?shape torch\.Size\(\[(.*?)\]\).*?torch\.Size\(\[(.*?)\]\)"
+    return tuple((name, _shape(file), _shape(own)) for name, file, own in re.findall(pattern, message))
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _shape(text: str) -> Shape:
     return tuple(int(size) for size in text.split(",") if size.strip())
 
 
-def _why_misshapen(shapes: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+def _why_misshapen(shapes: Sequence[tuple[str, Shape, Shape]]) -> str:
     sides = {"lora_A": 0, "lora_B": 1}  # the dimension of the rank
     ranks = [
         (file[axis], own[axis])
@@ -128,6 +126,6 @@ def _why_misshapen(shapes: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]
         for side, axis in sides.items()
         if side in name and len(file) == 2 == len(own) and file[1 - axis] == own[1 - axis]
     ]
-    if ranks and len(ranks) == len(list(shapes)):
+    if ranks and len(ranks) == len(shapes):
         return f"Its tensors have rank {ranks[0][0]} and its adapter_config.json says {ranks[0][1]}"
     return "It was trained on a model of another size"

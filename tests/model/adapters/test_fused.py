@@ -20,17 +20,14 @@ GATED = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "cohere"}
 IDS = torch.arange(2 * 11).view(2, 11) % VOCABULARY
 
 
-def _same(model: Any) -> Any:
-    return model
-
-
-def adapted(kind: str, base: Callable[[Any], Any] = _same, **options: Any) -> Any:
+def adapted(kind: str, base: Callable[[Any], Any] | None = None, **options: Any) -> Any:
     """Return a random model with random adapters, whose B is not zero."""
     torch.manual_seed(0)
     sizes = model_config(kind)
-    if base is not _same:  # rows must be whole blocks of 64
+    if base is not None:  # rows must be whole blocks of 64
         sizes.hidden_size, sizes.intermediate_size = 64, 128
-    model = base(AutoModelForCausalLM.from_config(sizes))
+    model = AutoModelForCausalLM.from_config(sizes)
+    model = model if base is None else base(model)
     settings = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"} | options
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings, task_type="CAUSAL_LM")).eval()
     for name, parameter in wrapped.named_parameters():
@@ -45,8 +42,19 @@ def outcome(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Ten
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         logits = model(input_ids=IDS).logits
     logits.float().cos().sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return {"logits": logits.detach(), **found}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {"logits": logits.detach(), **gradients}
+
+
+def assert_fused_is_the_same(model: nn.Module) -> dict[str, Tensor]:
+    """Fuse a model, compare its outcome with that of before, and return it."""
+    expected = outcome(model)
+    fuse_lora(model)
+    fused = outcome(model)
+    assert fused.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(fused[name], value, rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
+    return fused
 
 
 def calls(model: nn.Module) -> tuple[int, int]:
@@ -75,40 +83,20 @@ def in_4_bits(model: nn.Module) -> nn.Module:
     return model
 
 
-def in_training(model: Any) -> Any:
-    """Set training mode: otherwise bitsandbytes repacks weights for some processors, and PEFT's code runs."""
-    return model.train()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_is_what_peft_computes(kind: str) -> None:
-    model = adapted(kind)
-    expected = outcome(model)
-    fuse_lora(model)
-    found = outcome(model)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_which_layers_are_fused(kind: str) -> None:
     """In both decoder layers q, k, v, o, gate, up and the MLP's end are fused; GPT-2's transposed layers are not."""
     model = adapted(kind)
     assert calls(model) == (0, 0)
-    fuse_lora(model)
-    expected = (2 * 6, 2) if kind in GATED else (0, 0) if kind == "gpt2" else (2 * 4, 0)
-    assert calls(model) == expected
+    assert_fused_is_the_same(model)
+    assert calls(model) == ((2 * 6, 2) if kind in GATED else (0, 0) if kind == "gpt2" else (2 * 4, 0))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_4_bits(kind: str) -> None:
-    model = in_training(adapted(kind, in_4_bits))
-    expected = outcome(model)
-    fuse_lora(model)
+    model = adapted(kind, in_4_bits).train()  # otherwise bitsandbytes repacks weights for some processors
+    assert_fused_is_the_same(model)
     assert calls(model) == (12, 2)
-    for name, value in outcome(model).items():
-        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -126,22 +114,21 @@ def in_float64(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("base", [lambda m: m.bfloat16(), lambda m: in_4_bits(m.bfloat16())], ids=["plain", "4 bits"])
 def test_half_precision_is_as_near_to_float64_as_pefts(base: Callable[[Any], Any]) -> None:
     """For an MLP with bfloat16 weights and float32 adapters, as on a GPU, error(fused) ≤ 1.3 · error(PEFT)."""
-    model = in_training(adapted("llama", base))
+    model = adapted("llama", base).train()
     mlp = model.get_base_model().model.layers[0].mlp
-    given = torch.randn(307, 64).bfloat16()
-    weights = torch.randn(307, 64)
+    states, weights = torch.randn(307, 64).bfloat16(), torch.randn(307, 64)
 
     def outcome(mlp: nn.Module, x: Tensor, *, half: bool) -> list[Tensor]:
-        wanted = [x.requires_grad_(), *(p for p in mlp.parameters() if p.requires_grad)]
+        leaves = [x.requires_grad_(), *(p for p in mlp.parameters() if p.requires_grad)]
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             out = mlp(x)
-        return [out.detach(), *torch.autograd.grad((out * weights).sum(), wanted)]
+        return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
 
     def errors() -> list[float]:
-        found = outcome(mlp, given.clone(), half=True)
-        return [float((ours - value).norm() / value.norm()) for ours, value in zip(found, exact, strict=True)]
+        rounded = outcome(mlp, states.clone(), half=True)
+        return [float((value - true).norm() / true.norm()) for value, true in zip(rounded, exact, strict=True)]
 
-    exact = outcome(in_float64(mlp), given.double(), half=False)
+    exact = outcome(in_float64(mlp), states.double(), half=False)
     theirs = errors()
     fuse_lora(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -170,7 +157,7 @@ UNFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     "disabled": ({}, lambda m: m.base_model.disable_adapter_layers()),
     "hooks": ({}, hooked),
     "trained weights": ({}, lambda m: m.requires_grad_(True)),
-    "float32 adapters of half a model, without autocast": ({}, lambda m: m.get_base_model().model.layers.bfloat16()),
+    "float32 adapters of half a model, without autocast": ({"base": lambda m: m.bfloat16()}, lambda m: m),
 }  # fmt: skip
 
 
@@ -178,12 +165,8 @@ UNFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
 def test_what_else_is_asked_for_is_left_to_peft(case: str) -> None:
     """Every other option runs PEFT's code: the logits are bit-identical from the same random numbers."""
     options, change = UNFUSED[case]
-    if case.startswith("float32"):
-        torch.manual_seed(0)
-        theirs = adapted("llama", lambda model: model.bfloat16())
-    else:
-        theirs = adapted("llama", **options)
-        change(theirs)
+    theirs = adapted("llama", **options)
+    change(theirs)
     ours = copy.deepcopy(theirs)
     fuse_lora(ours)
     results = []
@@ -205,22 +188,22 @@ def test_dropout_is_nothing_in_evaluation() -> None:
 def kept(model: nn.Module, width: int) -> int:
     """Count the tensors of a width that a forward pass keeps for the backward pass, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, Tensor] = {}
+    others: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.shape[-1:] == (width,) and tensor.untyped_storage().data_ptr() not in weights:
-            found[tensor.untyped_storage().data_ptr()] = tensor
+            others[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logits = model(input_ids=IDS).logits
     assert logits.requires_grad
-    return len(found)
+    return len(others)
 
 
-@pytest.mark.parametrize("base", [_same, in_4_bits], ids=["plain", "4 bits"])
-def test_a_gated_mlp_keeps_its_gate_and_up_alone(base: Callable[[Any], Any]) -> None:
-    model = in_training(adapted("llama", base))
+@pytest.mark.parametrize("base", [None, in_4_bits], ids=["plain", "4 bits"])
+def test_a_gated_mlp_keeps_its_gate_and_up_alone(base: Callable[[Any], Any] | None) -> None:
+    model = adapted("llama", base).train()
     width = model.get_base_model().config.intermediate_size
     assert kept(model, width) == 2 * 4
     fuse_lora(model)
@@ -263,11 +246,8 @@ def test_activations(act: Any, gated: int) -> None:
         if hasattr(module, "act_fn"):
             del module.act_fn
             module.act_fn = act
-    expected = outcome(model)
-    fuse_lora(model)
+    assert_fused_is_the_same(model)
     assert calls(model) == (14 - gated, gated)
-    for name, value in outcome(model).items():
-        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
@@ -276,13 +256,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
-    expected = outcome(model)
-    fuse_lora(model)
-    found = outcome(model)
-    assert found.keys() == expected.keys()
-    assert not any("lora_A" in name for name in found)
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5 * float(value.abs().max()), msg=name)
+    assert not any("lora_A" in name for name in assert_fused_is_the_same(model))
 
 
 def test_unfused_is_as_it_was() -> None:
