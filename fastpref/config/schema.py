@@ -19,6 +19,8 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
+from fastpref.config.formats import is_function, map_file, parse_format
+from fastpref.config.keywords import check_keywords
 from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions, NonNegative, Positive
 from fastpref.config.paths import PathMark, ReadPath, WrittenPath
 
@@ -107,16 +109,12 @@ def is_pattern(entry: str) -> bool:
 
 
 def _known_format(value: Any) -> Any:
-    from fastpref.data.rows.formats import check_format
-
-    check_format(value)
+    parse_format(value)
     return value
 
 
 def _map_format(value: Any, change: Callable[[str], Any]) -> Any:
     """Apply `change` to the file of a function `module:function` and to the chat template of a format."""
-    from fastpref.data.rows.function import is_function, map_file
-
     if isinstance(value, str):
         return map_file(value, change) if is_function(value) else value
     template = value.get("chat_template") if isinstance(value, dict) else None
@@ -200,8 +198,6 @@ class TokensConfig(_Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _known_keywords(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
-        from fastpref.data.template.keywords import check_keywords
-
         check_keywords(given or {})
         return given or None
 

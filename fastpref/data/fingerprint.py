@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config, DataConfig
+from fastpref.config.formats import is_function, parse_format
 from fastpref.data.opening import content_hash
-from fastpref.data.rows.function import is_function, source_file
+from fastpref.data.rows.function import source_file
 from fastpref.data.template.keywords import writes_the_date
 from fastpref.data.template.named import load_chat_template
 
@@ -52,9 +53,9 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dic
 def _source(data: DataConfig) -> dict[str, Any]:
     """Return a source's options and a hash of its contents. The path is included because messages name it."""
     source = data.model_dump(mode="json") | {"content": content_hash(data)}
-    name = data.format if isinstance(data.format, str) else data.format.get("type", "table")
     if isinstance(data.format, dict):
         source["chat template"] = load_chat_template(data.format.get("chat_template"), "format.chat_template")
+    name, _ = parse_format(data.format)
     if is_function(name):
         file = source_file(name)
         source["function"] = file and hashlib.sha256(file.read_bytes()).hexdigest()

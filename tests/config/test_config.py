@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fastpref.config import Config, load_config
+from fastpref.config.formats import NAMES, options_of
 from fastpref.config.losses import DPO, LossOptions, Variant
 from fastpref.config.toml import to_toml
-from fastpref.data.rows.formats import NAMES, options_of
 from fastpref.errors import UserError
 
 BASE = '[model]\nname = "m"\n[[data]]\npath = "d"\n'  # four lines, so that an addition begins at line 5

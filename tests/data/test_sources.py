@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from fastpref.config import Config, load_config
 from fastpref.data.rows.auto import KNOWN
-from fastpref.data.rows.formats import Paired, Unpaired
+from fastpref.data.rows.content import Paired, Unpaired
 from fastpref.data.sources import Prepared, SourceRow, prepare, repeats, share
 from fastpref.errors import UserError
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.data.example import Counts, Example
-from fastpref.data.rows.formats import Message, Paired, Unpaired
+from fastpref.data.rows.content import Message, Paired, Unpaired
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from tests.support.chats import says, tokenized, user

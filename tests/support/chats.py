@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
 from fastpref.data.example import Counts, Example
-from fastpref.data.rows.formats import Message, Paired, Unpaired
+from fastpref.data.rows.content import Message, Paired, Unpaired
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize
 

@@ -33,4 +33,3 @@ class NamedFormat:
     columns: Columns = PAIR
     unpaired: Callable[..., Any] | None = None
     unpaired_columns: Columns = ()
-    options: type | None = None

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fastpref.data.rows.auto import detect
 from fastpref.data.rows.content import MISSING_COLUMN, Paired, Row, RowError, Unpaired
-from fastpref.data.rows.formats import detect, explained, find_format
+from fastpref.data.rows.formats import explained, find_format
 from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError
 

@@ -1,12 +1,10 @@
 """The formats that write text without the tokenizer's chat template: chatml.*, llama3.*, a table of the user's columns,
 Zephyr's Nectar, and plain text."""
 
-import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from pydantic import ConfigDict
-
+from fastpref.config.formats import TableOptions
 from fastpref.data.rows.auto import as_answers
 from fastpref.data.rows.columns import CHOSEN, PAIR, PROMPTS, REJECTED, SINGLE, Columns, NamedFormat
 from fastpref.data.rows.content import (
@@ -172,66 +170,31 @@ def nectar(row: Row) -> Paired:
 # --- A user's own columns ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Table:
-    """The columns of a user's table, and how each is written. `chosen_format` is text with {chosen} in it, etc."""
+def table(options: TableOptions) -> Callable[[Row], Paired]:
+    def read(row: Row) -> Paired:
+        answers = {"chosen": text(row, options.field_chosen), "rejected": text(row, options.field_rejected)}
+        answers, remarks = without_question(text(row, options.field_prompt), answers)
+        chosen = options.chosen_format.format(chosen=answers["chosen"])
+        rejected = options.rejected_format.format(rejected=answers["rejected"])
+        return Paired(_table_prompt(options, row), chosen, rejected, remarks=remarks)
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    field_prompt: str = "prompt"
-    field_system: str = "system"
-    field_chosen: str = "chosen"
-    field_rejected: str = "rejected"
-    field_completion: str = "completion"
-    field_label: str = "label"
-    prompt_format: str = "{prompt}"
-    chosen_format: str = "{chosen}"
-    rejected_format: str = "{rejected}"
-    completion_format: str = "{completion}"
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "chosen", "rejected", "completion"):
-            _check_format(f"{name}_format", getattr(self, f"{name}_format"), name)
-
-    def paired(self, row: Row) -> Paired:
-        texts = {
-            name: text(row, field) for name, field in (("chosen", self.field_chosen), ("rejected", self.field_rejected))
-        }
-        told, remarks = without_question(text(row, self.field_prompt), texts)
-        return Paired(
-            self._prompt(row),
-            self.chosen_format.format(chosen=told["chosen"]),
-            self.rejected_format.format(rejected=told["rejected"]),
-            remarks=remarks,
-        )
-
-    def unpaired(self, row: Row) -> Unpaired:
-        completion = {"completion": text(row, self.field_completion)}
-        told, remarks = without_question(text(row, self.field_prompt), completion)
-        return Unpaired(
-            self._prompt(row),
-            self.completion_format.format(completion=told["completion"]),
-            label(row, self.field_label),
-            remarks=remarks,
-        )
-
-    def _prompt(self, row: Row) -> str:
-        wanted = "{system}" in self.prompt_format and row.get(self.field_system) is not None
-        system = text(row, self.field_system) if wanted else ""
-        return self.prompt_format.format(prompt=text(row, self.field_prompt), system=system)
+    return read
 
 
-def _check_format(option: str, given: str, name: str) -> None:
-    allowed = {"prompt", "system"} if name == "prompt" else {name}
-    try:
-        names = {part for _, part, _, _ in string.Formatter().parse(given) if part is not None}
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}; a brace that is meant as one is written twice") from None
-    if unknown := names - allowed:
-        known = " and ".join(f"{{{word}}}" for word in sorted(allowed))
-        raise ValueError(f"{option}: {{{min(unknown)}}} is not known here, {known} can be; write {{{{ for a brace")
-    if name not in names:
-        raise ValueError(f"{option}: {{{name}}} must be in it")
+def table_unpaired(options: TableOptions) -> Callable[[Row], Unpaired]:
+    def read(row: Row) -> Unpaired:
+        answer = {"completion": text(row, options.field_completion)}
+        answer, remarks = without_question(text(row, options.field_prompt), answer)
+        completion = options.completion_format.format(**answer)
+        return Unpaired(_table_prompt(options, row), completion, label(row, options.field_label), remarks=remarks)
+
+    return read
+
+
+def _table_prompt(options: TableOptions, row: Row) -> str:
+    wanted = "{system}" in options.prompt_format and row.get(options.field_system) is not None
+    system = text(row, options.field_system) if wanted else ""
+    return options.prompt_format.format(prompt=text(row, options.field_prompt), system=system)
 
 
 # -------------------------------------------------------------------------------------------------------------------

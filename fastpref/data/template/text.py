@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.utils import cached_file
 
 from fastpref.config import Config
-from fastpref.data.template.keywords import RESERVED, variables
+from fastpref.config.keywords import RESERVED
+from fastpref.data.template.keywords import variables
 from fastpref.data.template.named import load_chat_template
 from fastpref.errors import UserError, one_line
 

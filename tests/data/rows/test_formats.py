@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from fastpref.data.rows.formats import Paired, Unpaired, detect, read_label, unpair
+from fastpref.data.rows.auto import detect
+from fastpref.data.rows.content import Paired, Unpaired, read_label, unpair
 
 USER = {"role": "user", "content": "q"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
+from fastpref.config.formats import NAMES
 from fastpref.data import render
 from fastpref.data.batch import Layout, collate
-from fastpref.data.rows.formats import NAMES, Paired, find_format, unpair
+from fastpref.data.rows.content import Paired, unpair
+from fastpref.data.rows.formats import find_format
 from fastpref.data.rows.rendering import choose
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize
