@@ -71,16 +71,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], str, Paired | Unpaired]] = {  # loss
     "text": ("dpo", TEXT, "text prompt, chosen and rejected", Paired(TEXT["prompt"], "yes", "no")),
     "labelled text": ("kto", LABELLED, "prompt, completion and label", Unpaired("q", "yes", True)),
     "explicit prompt": (
-        "orpo",
-        {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
-        "a prompt of messages with chosen and rejected",
+        "orpo", {"prompt": [USER], "chosen": [YES], "rejected": [NO]}, "a prompt of messages with chosen and rejected",
         CHAT,
     ),
     "implicit prompt": (
-        "simpo",
-        {"chosen": [USER, YES], "rejected": [USER, NO]},
-        "chosen and rejected conversations that share their prompt",
-        CHAT,
+        "simpo", {"chosen": [USER, YES], "rejected": [USER, NO]},
+        "chosen and rejected conversations that share their prompt", CHAT,
     ),
     "ShareGPT": (
         "ipo",
@@ -89,16 +85,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], str, Paired | Unpaired]] = {  # loss
             "chosen": {"from": "gpt", "value": "yes"},
             "rejected": {"from": "gpt", "value": "no"},
         },
-        "ShareGPT conversations with chosen and rejected",
-        CHAT,
+        "ShareGPT conversations with chosen and rejected", CHAT,
     ),
     "labelled messages": (
-        "kto",
-        {"messages": [USER, NO], "label": False},
-        "messages and label",
-        Unpaired([USER], [NO], False),
+        "kto", {"messages": [USER, NO], "label": False}, "messages and label", Unpaired([USER], [NO], False),
     ),
-}
+}  # fmt: skip
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow", ".folder")
 FILES = [(kind, suffix) for kind in KINDS for suffix in SUFFIXES]
 FILES = [(kind, suffix) for kind, suffix in FILES if suffix != ".csv" or "text" in kind]  # a CSV file has no lists
@@ -265,32 +257,25 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, 
     "an empty array": ("a.json", " [ ]\n", ": there are no rows"),
     "only a header": ("a.csv", "prompt,chosen,rejected\n", ": there are no rows"),
     "an array cut short": (
-        "a.json",
-        '[{"prompt": "q"},\n {"prompt": "q",',
+        "a.json", '[{"prompt": "q"},\n {"prompt": "q",',
         ":2: not valid JSON at column 17: Expecting property name enclosed in double quotes; mend it, or write one row "
         'a line (.jsonl), of which on_error = "drop" leaves out the broken ones',
     ),
     "an array without commas": (
-        "a.json",
-        '[{"é": 1}\n{"prompt": 2}]',
-        ":2: not valid JSON at column 1: Expecting ',' or ']'; mend it",
+        "a.json", '[{"é": 1}\n{"prompt": 2}]', ":2: not valid JSON at column 1: Expecting ',' or ']'; mend it",
     ),
     "something after the array": ("a.json", "[1]\n[2]", ":2: not valid JSON at column 1: Something follows the array"),
     "one object over lines": (
-        "a.json",
-        json.dumps({"data": [TEXT]}, indent=1),
+        "a.json", json.dumps({"data": [TEXT]}, indent=1),
         ": this is one dict, and a file of rows is a list of objects, [{...}, ...]",
     ),
     "a broken line": (
-        "a.jsonl",
-        PAIR_LINE + "\n{oops\n",
+        "a.jsonl", PAIR_LINE + "\n{oops\n",
         ":3: not valid JSON at column 2: Expecting property name enclosed in double quotes; mend the row, or leave "
         'such rows out with on_error = "drop"',
     ),
     "a broken first line": (
-        "a.jsonl",
-        '{"prompt": }\n' + PAIR_LINE,
-        ":1: not valid JSON at column 12: Expecting value",
+        "a.jsonl", '{"prompt": }\n' + PAIR_LINE, ":1: not valid JSON at column 12: Expecting value",
     ),
     "a broken line of a .json file": ("a.json", PAIR_LINE + "{oops\n", ":2: not valid JSON at column 2: "),
     "a line that is no object": ("a.jsonl", PAIR_LINE + "[1, 2]\n", ":2: a row is an object {...}, got [1, 2]"),
@@ -299,73 +284,58 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, 
     "too deep": ("a.jsonl", PAIR_LINE + "[" * 10**5, ":2: not readable as JSON: "),
     "a number of 5,000 digits": ("a.jsonl", PAIR_LINE + "1" * 5000, ":2: not readable as JSON: "),
     "not UTF-8": (
-        "a.jsonl",
-        PAIR_LINE.encode() + b'{"prompt": "caf\xe9"}\n',
+        "a.jsonl", PAIR_LINE.encode() + b'{"prompt": "caf\xe9"}\n',
         ":2: byte 16 of the row, 0xe9, is not UTF-8; save the file as UTF-8",
     ),
     "not UTF-8 in an array": (
-        "a.json",
-        '[{"prompt": "é"},\n'.encode() + b'{"prompt": "caf\xe9"}]',
+        "a.json", '[{"prompt": "é"},\n'.encode() + b'{"prompt": "caf\xe9"}]',
         ":2, row 1: byte 16 of the row, 0xe9, is not UTF-8; save the file as UTF-8",
     ),
     "not UTF-8 in a table": (
-        "a.csv",
-        "prompt,chosen,rejected\né,b,c\n".encode() + b"caf\xe9,b,c\n",
+        "a.csv", "prompt,chosen,rejected\né,b,c\n".encode() + b"caf\xe9,b,c\n",
         ":3, row 1: byte 4 of the row, 0xe9, is not UTF-8; save the file as UTF-8",
     ),
     "half a character": (
-        "a.jsonl",
-        PAIR_LINE + '{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}',
+        "a.jsonl", PAIR_LINE + '{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}',
         ":2: '\\ud83d' is half a character, which no text holds",
     ),
     "no parquet": ("a.parquet", PAIR_LINE, ": cannot be read as parquet: "),
     "no arrow": ("a.arrow", PAIR_LINE, ": cannot be read as arrow: "),
     "unknown suffix": (
-        "a.txt",
-        PAIR_LINE,
-        ": files of kind '.txt' are not read; known are .json, .jsonl, .parquet, .csv, .arrow",
+        "a.txt", PAIR_LINE, ": files of kind '.txt' are not read; known are .json, .jsonl, .parquet, .csv, .arrow",
     ),
     "no suffix": ("a", PAIR_LINE, ": files of kind '' are not read; known are .json, .jsonl, .parquet, .csv, .arrow"),
     "rows under a key": ("a.json", json.dumps({"data": [TEXT]}), f": the columns data are {AUTO}; {OWN}"),
     "a column missing": (
-        "a.csv",
-        "prompt,chosen,text\nq,yes,no\n",
-        f": the columns prompt, chosen, text are {AUTO}; {OWN}",
+        "a.csv", "prompt,chosen,text\nq,yes,no\n", f": the columns prompt, chosen, text are {AUTO}; {OWN}",
     ),
     "columns of a named format": (
-        "a.csv",
-        "question,chosen,rejected\nq,yes,no\n",
+        "a.csv", "question,chosen,rejected\nq,yes,no\n",
         f": the columns question, chosen, rejected are {AUTO}; these columns fit format = "
         '{ type = "chat_template.default", field_messages = "question" } or { field_prompt = "question" } or '
         '"chatml.default"; ',
     ),
     "a field too many": (
-        "a.csv",
-        'prompt,chosen,rejected\nq,yes,no\n"q\n1",yes, it is,no\n',
+        "a.csv", 'prompt,chosen,rejected\nq,yes,no\n"q\n1",yes, it is,no\n',
         ":3, row 1: there are 4 fields, and the header names 3; text that holds a comma or a line end stands in",
     ),
     "a column twice": ("a.csv", "prompt,prompt\n1,2\n", ":1: the header names the column 'prompt' twice"),
     "a missing response": (
-        "a.jsonl",
-        PAIR_LINE + '{"prompt": "q", "chosen": "yes"}\n',
+        "a.jsonl", PAIR_LINE + '{"prompt": "q", "chosen": "yes"}\n',
         ":2: there is no column rejected; the columns are prompt, chosen; your own columns are named by",
     ),
     "null": (
-        "a.jsonl",
-        PAIR_LINE + '{"prompt": "q", "chosen": null, "rejected": "no"}\n',
-        ":2: chosen is missing (null)",
+        "a.jsonl", PAIR_LINE + '{"prompt": "q", "chosen": null, "rejected": "no"}\n', ":2: chosen is missing (null)",
     ),
     "a wrong type": (
-        "a.json",
-        json.dumps([TEXT, {"prompt": "q", "chosen": 3.5, "rejected": "no"}], indent=0),
+        "a.json", json.dumps([TEXT, {"prompt": "q", "chosen": 3.5, "rejected": "no"}], indent=0),
         ":7, row 1: chosen must be text or a list of messages, got 3.5",
     ),
     "unknown role": (
-        "a.jsonl",
-        json.dumps({"prompt": [{"role": "usr", "content": "q"}], "chosen": "yes", "rejected": "no"}),
+        "a.jsonl", json.dumps({"prompt": [{"role": "usr", "content": "q"}], "chosen": "yes", "rejected": "no"}),
         ":1: prompt has a turn of role 'usr'; known roles are ",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "held", "said"), BAD_FILES.values(), ids=BAD_FILES)
@@ -382,19 +352,16 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, held: str | bytes
 
 BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, row, the message after the place
     "a text column of messages": (
-        "chatml.intel",
-        {"question": "q", "chosen": [YES], "rejected": "no"},
+        "chatml.intel", {"question": "q", "chosen": [YES], "rejected": "no"},
         "chosen must be text, got [{'role': 'assistant', 'content': 'yes'}]; the formats chat_template.* and auto read",
     ),
     "a column of another format": (
-        "chatml.intel",
-        TEXT,
+        "chatml.intel", TEXT,
         "there is no column question; the columns are prompt, chosen, rejected; these columns fit format = "
         '"auto" or { type = "chat_template.default", field_messages = "prompt" } or { field_prompt = "prompt" }; ',
     ),
     "no question at all": (
-        "llama3.default",
-        {"chosen": "yes", "rejected": "no"},
+        "llama3.default", {"chosen": "yes", "rejected": "no"},
         "there is no column prompt, input, question or instruction; the columns are chosen, rejected",
     ),
     "an empty row": ("passthrough", {}, "there is no column prompt; the row is empty"),
@@ -404,18 +371,15 @@ BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, row, the mes
         "chosen has a turn of role 'assistant' that is more than text; a chat_template format writes it",
     ),
     "a conversation without a prompt": (
-        "chat_template.argilla_chat",
-        {"chosen": [YES], "rejected": [NO]},
+        "chat_template.argilla_chat", {"chosen": [YES], "rejected": [NO]},
         "chosen must end with an assistant turn that answers something before it",
     ),
     "a response of the user's": (
-        "chat_template.default",
-        {"messages": "q", "chosen": USER, "rejected": "no"},
+        "chat_template.default", {"messages": "q", "chosen": USER, "rejected": "no"},
         "chosen ends with a turn of role 'user'; a response ends with the assistant's",
     ),
     "content that is a number": (
-        "chat_template.default",
-        {"messages": [{"role": "user", "content": 3}], "chosen": "yes", "rejected": "no"},
+        "chat_template.default", {"messages": [{"role": "user", "content": 3}], "chosen": "yes", "rejected": "no"},
         "messages has a turn of role 'user' whose content is 3, not text",
     ),
     "an unknown role of ones own": (
@@ -426,41 +390,33 @@ BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, row, the mes
         "tool_response, function, bot; name others by the option roles",
     ),
     "tools that are no JSON": (
-        "chat_template.default",
-        {"messages": "q", "chosen": "yes", "rejected": "no", "tools": "[{"},
+        "chat_template.default", {"messages": "q", "chosen": "yes", "rejected": "no", "tools": "[{"},
         "tools is not valid JSON: Expecting property name",
     ),
     "tools that are none": (
-        "chat_template.default",
-        {"messages": "q", "chosen": "yes", "rejected": "no", "tools": ["search"]},
+        "chat_template.default", {"messages": "q", "chosen": "yes", "rejected": "no", "tools": ["search"]},
         "tools must be a list of tools' JSON schemas, got ['search']",
     ),
     "a system prompt that is a list": (
-        "chat_template.default",
-        {"messages": "q", "chosen": "yes", "rejected": "no", "system": ["s"]},
+        "chat_template.default", {"messages": "q", "chosen": "yes", "rejected": "no", "system": ["s"]},
         "system must be text, got ['s']",
     ),
     "one answer": (
-        "zephyr.nectar",
-        {"prompt": "q", "answers": [{"answer": "a", "rank": 1}]},
+        "zephyr.nectar", {"prompt": "q", "answers": [{"answer": "a", "rank": 1}]},
         "answers must be a list of two or more, got [{'answer': 'a', 'rank': 1}]",
     ),
     "an answer without a rank": (
-        "zephyr.nectar",
-        {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]},
+        "zephyr.nectar", {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]},
         "answers holds {'answer': 'b'}, an answer has answer (text) and rank (a number)",
     ),
     "answers of one rank": (
-        "zephyr.nectar",
-        {"prompt": "q", "answers": [{"answer": "a", "rank": 2}, {"answer": "b", "rank": 2}]},
+        "zephyr.nectar", {"prompt": "q", "answers": [{"answer": "a", "rank": 2}, {"answer": "b", "rank": 2}]},
         "all answers have rank 2, so none is better",
     ),
     "a column that the table does not name": (
-        {"field_prompt": "ask"},
-        TEXT,
-        "there is no column ask; the columns are prompt, chosen, rejected",
+        {"field_prompt": "ask"}, TEXT, "there is no column ask; the columns are prompt, chosen, rejected",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("format", "row", "said"), BAD_ROWS.values(), ids=BAD_ROWS)
@@ -598,10 +554,9 @@ UNKNOWN: dict[str, tuple[Callable[[Path], str], str]] = {
     "nobody's home": (lambda folder: "~fastpref-nobody/a", ": there is no such file"),
     "relative": (lambda folder: "./none", ": there is no such file"),
     "a name of the hub, offline": (
-        lambda folder: "org/none",
-        ": neither a file here nor a data set that the hub gives us",
+        lambda folder: "org/none", ": neither a file here nor a data set that the hub gives us",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "said"), UNKNOWN.values(), ids=UNKNOWN)

@@ -414,9 +414,7 @@ UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # r
     "equal but for the end token": (Paired("q", "yes", "yes<|im_end|>\n"), *EQUAL),
     "white space": (Paired("q", " \n", "no"), *empty("chosen")),
     "a turn of white space": (Paired([user("q")], [says("yes")], [says(" \n ")]), *empty("rejected")),
-    "an empty last turn": (
-        Paired([user("q")], [says("yes"), user("r"), says(" ")], [says("no")]), *empty("chosen"),
-    ),
+    "an empty last turn": (Paired([user("q")], [says("yes"), user("r"), says(" ")], [says("no")]), *empty("chosen")),
     "an empty turn between": (
         Paired([user("q")], [says("yes")], [says(""), user("r"), says("no")]), *empty("rejected"),
     ),

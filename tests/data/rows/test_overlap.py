@@ -309,18 +309,15 @@ NAMED: dict[str, tuple[Any, bool]] = {  # row of the named format, and whether i
     "chat_template.argilla": (lambda p: {"chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
     "chatml.argilla_chat": (lambda p: {"chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
     "chatml.ultra": (
-        lambda p: {"prompt": body(p)[0]["content"], "chosen": [*p, says(YES)], "rejected": [*p, says(NO)]},
-        True,
+        lambda p: {"prompt": body(p)[0]["content"], "chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True,
     ),
     "chatml.default": (
-        lambda p: {**without_system(p), "prompt": Q, "chosen": f"{Q} {YES}", "rejected": f"{Q}\n{NO}"},
-        False,
+        lambda p: {**without_system(p), "prompt": Q, "chosen": f"{Q} {YES}", "rejected": f"{Q}\n{NO}"}, False,
     ),
     "chatml.intel": (
-        lambda p: {**without_system(p), "question": Q, "chosen": f"{Q} {YES}", "rejected": f"{Q} {NO}"},
-        False,
+        lambda p: {**without_system(p), "question": Q, "chosen": f"{Q} {YES}", "rejected": f"{Q} {NO}"}, False,
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", ASKED)

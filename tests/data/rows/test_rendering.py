@@ -101,13 +101,10 @@ PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "default, question": ("default", {"question": Q, **ANSWERS}, [user(Q)]),
     "default, instruction": ("default", {"instruction": Q, "chosen_response": YES, "rejected_response": NO}, [user(Q)]),
     "default, an empty input beside the instruction": (
-        "default",
-        {"input": "", "instruction": Q, **ANSWERS},
-        [user(Q)],
+        "default", {"input": "", "instruction": Q, **ANSWERS}, [user(Q)],
     ),
     "default, chosen first": (
-        "default",
-        {"prompt": Q, "chosen": YES, "chosen_response": "x", "rejected": None, "rejected_response": NO},
+        "default", {"prompt": Q, "chosen": YES, "chosen_response": "x", "rejected": None, "rejected_response": NO},
         [user(Q)],
     ),
     "default, system": ("default", {"system": S, "prompt": Q, **ANSWERS}, [system(S), user(Q)]),
@@ -116,11 +113,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "argilla": ("argilla", {"system": S, "instruction": Q, **ANSWERS}, [system(S), user(Q)]),
     "argilla_chat": ("argilla_chat", talks(user(Q)), [user(Q)]),
     "argilla_chat, every turn": ("argilla_chat", talks(*FIVE), FIVE),
-    "argilla_chat, ShareGPT's names": (
-        "argilla_chat",
-        {"chosen": sharegpt(YES), "rejected": sharegpt(NO)},
-        [user(Q)],
-    ),
+    "argilla_chat, ShareGPT's names": ("argilla_chat", {"chosen": sharegpt(YES), "rejected": sharegpt(NO)}, [user(Q)]),
     "icr": ("icr", {"system": S, "input": Q, **ANSWERS}, [system(S), user(Q)]),
     "intel": ("intel", {"system": S, "question": Q, **ANSWERS}, [system(S), user(Q)]),
     "prompt_pairs": ("prompt_pairs", {"system": S, "prompt": Q, **ANSWERS}, [system(S), user(Q)]),
@@ -128,7 +121,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "ultra, system": ("ultra", {"system": S, "prompt": Q, **talks(user(Q))}, [system(S), user(Q)]),
     "ultra, every turn": ("ultra", {"prompt": "q1", **talks(*FIVE)}, FIVE),
     "ultra, answers alone": ("ultra", {"prompt": Q, **talks()}, [user(Q)]),
-}
+}  # fmt: skip
 SINGLES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "argilla": ("argilla", {"system": S, "instruction": Q, "completion": YES}, [system(S), user(Q)]),
     "argilla_chat": ("argilla_chat", {"completion": turns(Q, YES)}, [user(Q)]),
@@ -141,12 +134,9 @@ WRITTEN: dict[str, tuple[Callable[[str, str], str], str, str, Make, str]] = {  #
     "chatml": (lambda r, c: f"<|im_start|>{r}\n{c}<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>", chatml, ""),
     "llama3": (
         lambda r, c: f"<|start_header_id|>{r}<|end_header_id|>\n\n{c}<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        llama3,
-        "<|begin_of_text|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", llama3, "<|begin_of_text|>",
     ),
-}
+}  # fmt: skip
 EVERY_TEMPLATE = pytest.mark.parametrize("family", WRITTEN)
 
 
@@ -203,43 +193,35 @@ def test_a_completion_is_a_single_response_whatever_is_beside_it(name: str):
 RANKED = [{"answer": f"of rank {rank}", "rank": rank} for rank in (3, 1, 7, 2)]
 TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prompt and responses
     "passthrough": (
-        "passthrough",
-        {"prompt": "Q: ", "chosen": " yes\n", "rejected": "no", "system": "s"},
-        ["Q: ", " yes\n", "no"],
+        "passthrough", {"prompt": "Q: ", "chosen": " yes\n", "rejected": "no", "system": "s"}, ["Q: ", " yes\n", "no"],
     ),
     "nectar": (
-        "zephyr.nectar",
-        {"prompt": Q, "answers": RANKED},
+        "zephyr.nectar", {"prompt": Q, "answers": RANKED},
         [f"<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 7"],
     ),
     "nectar, system": (
-        "zephyr.nectar",
-        {"prompt": Q, "answers": RANKED[:2], "system": S},
+        "zephyr.nectar", {"prompt": Q, "answers": RANKED[:2], "system": S},
         [f"<|system|>\n{S}</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 3"],
     ),
     "table": ("table", {"prompt": Q, **ANSWERS, "system": S}, [Q, YES, NO]),
     "field_prompt, field_chosen, field_rejected": (
         {"field_prompt": "q", "field_chosen": "a", "field_rejected": "b"},
-        {"q": Q, "a": YES, "b": NO, "prompt": "x", "chosen": "x", "rejected": "x"},
-        [Q, YES, NO],
+        {"q": Q, "a": YES, "b": NO, "prompt": "x", "chosen": "x", "rejected": "x"}, [Q, YES, NO],
     ),
     "field_system, prompt_format": (
-        {"field_system": "rules", "prompt_format": "[{system}] {prompt} ->"},
-        {"prompt": Q, **ANSWERS, "rules": S},
+        {"field_system": "rules", "prompt_format": "[{system}] {prompt} ->"}, {"prompt": Q, **ANSWERS, "rules": S},
         [f"[{S}] {Q} ->", YES, NO],
     ),
     "prompt_format without a system": (
         {"prompt_format": "[{system}] {prompt} {{}}"},
-        {"prompt": "{x} {system}", "chosen": YES, "rejected": NO, "system": None},
-        ["[] {x} {system} {}", YES, NO],
+        {"prompt": "{x} {system}", "chosen": YES, "rejected": NO, "system": None}, ["[] {x} {system} {}", YES, NO],
     ),
     "chosen_format, rejected_format": (
         {"type": "table", "chosen_format": " {chosen}!", "rejected_format": "{rejected}?"},
-        {"prompt": Q, "chosen": "{yes}", "rejected": NO},
-        [Q, " {yes}!", f"{NO}?"],
+        {"prompt": Q, "chosen": "{yes}", "rejected": NO}, [Q, " {yes}!", f"{NO}?"],
     ),
     "auto": ("auto", {"prompt": Q, **ANSWERS}, [Q, YES, NO]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("format", "row", "texts"), TEXTS.values(), ids=TEXTS)
@@ -316,14 +298,12 @@ CHATS: dict[str, Chat] = {
         {"system": "Other.", "messages": [system(S), user(Q)], **ANSWERS}, SYSTEM_Q
     ),
     "every turn of a response": Chat(
-        {"messages": [user("q")], "chosen": [says("a"), user("b"), says("c")], "rejected": NO},
-        im("user", "q"),
+        {"messages": [user("q")], "chosen": [says("a"), user("b"), says("c")], "rejected": NO}, im("user", "q"),
         ("a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc", "no"),
     ),
     "five turns": Chat({"messages": FIVE, **ANSWERS}, FIVE_IM),
     "field names": Chat(
-        {"talk": [user(Q)], "good": YES, "bad": NO, "messages": "x"},
-        im("user", Q),
+        {"talk": [user(Q)], "good": YES, "bad": NO, "messages": "x"}, im("user", Q),
         options={"field_messages": "talk", "field_chosen": "good", "field_rejected": "bad"},
     ),
     "message_property_mappings and roles": Chat(
@@ -332,8 +312,7 @@ CHATS: dict[str, Chat] = {
             "chosen": {"speaker": "agent", "words": YES, "thoughts": "hm"},
             "rejected": {"speaker": "bot", "words": NO, "thoughts": None},
         },
-        im("user", Q),
-        ("<think>\nhm\n</think>\n\nyes", "no"),
+        im("user", Q), ("<think>\nhm\n</think>\n\nyes", "no"),
         {
             "message_property_mappings": {"role": "speaker", "content": "words", "reasoning_content": "thoughts"},
             "roles": {"user": ["customer"], "assistant": ["agent", "bot"]},
@@ -345,8 +324,7 @@ CHATS: dict[str, Chat] = {
             "chosen": {"from": "gpt", "value": YES},
             "rejected": {"from": "gpt", "value": NO},
         },
-        SYSTEM_Q,
-        options={"field_messages": "conversations"},
+        SYSTEM_Q, options={"field_messages": "conversations"},
     ),
     "tool calls and reasoning in a response": Chat(
         {
@@ -354,8 +332,7 @@ CHATS: dict[str, Chat] = {
             "chosen": {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "look", "content": None},
             "rejected": says("Fine."),
         },
-        im("user", "Weather?"),
-        (f"<think>\nlook\n</think>\n\n{CALLED}", "Fine."),
+        im("user", "Weather?"), (f"<think>\nlook\n</think>\n\n{CALLED}", "Fine."),
     ),
     "tool calls in the prompt": Chat(
         {"messages": TOOL_TURNS, **ANSWERS},
@@ -365,8 +342,7 @@ CHATS: dict[str, Chat] = {
         {"messages": [system(S), user(Q)], "tools": [WEATHER], **ANSWERS}, im("system", f"{S}\n\n{TOOLS}", "user", Q)
     ),
     "tools as JSON": Chat(
-        {"messages": Q, "functions": json.dumps([WEATHER]), **ANSWERS},
-        im("system", TOOLS, "user", Q),
+        {"messages": Q, "functions": json.dumps([WEATHER]), **ANSWERS}, im("system", TOOLS, "user", Q),
         options={"tools": "functions"},
     ),
     "tools for all rows": Chat(
@@ -379,19 +355,17 @@ CHATS: dict[str, Chat] = {
     "argilla": Chat(
         {"system": S, "good": turns("q1", "a1", Q, YES), "bad": turns("q1", "a1", Q, NO)},
         im("system", S, "user", "q1", "assistant", "a1", "user", Q),
-        options={"field_chosen": "good", "field_rejected": "bad"},
-        name="chat_template.argilla",
+        options={"field_chosen": "good", "field_rejected": "bad"}, name="chat_template.argilla",
     ),
     "argilla, answers of another length": Chat(
         {"chosen": turns(Q, YES), "rejected": [says(NO)]}, im("user", Q), name="chat_template.argilla"
     ),
     "auto, system and tools": Chat(
-        {"prompt": Q, "system": S, "tools": [WEATHER], **ANSWERS},
-        im("system", f"{S}\n\n{TOOLS}", "user", Q),
+        {"prompt": Q, "system": S, "tools": [WEATHER], **ANSWERS}, im("system", f"{S}\n\n{TOOLS}", "user", Q),
         name="auto",
     ),
     "auto, implicit prompt": Chat({**talks(*FIVE), "tools": []}, FIVE_IM, name="auto"),
-}
+}  # fmt: skip
 SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "messages": ({}, {"messages": [system(S), *turns(Q, YES)]}, [SYSTEM_Q, "yes"]),
     "messages and completion": ({}, {"messages": [user(Q)], "completion": YES}, [im("user", Q), "yes"]),
@@ -402,11 +376,10 @@ SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         [im("system", f"{S}\n\n{TOOLS}", "user", Q), "yes"],
     ),
     "tool calls": (
-        {},
-        {"messages": [user("Weather?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+        {}, {"messages": [user("Weather?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
         [im("user", "Weather?"), CALLED],
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
@@ -437,12 +410,8 @@ IN_FAMILIES: dict[str, tuple[Make, str, str]] = {  # prompt, end
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "<|eot_id|>",
     ),
-    "gemma": (
-        trained_gemma,
-        "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n",
-        "<end_of_turn>",
-    ),
-}
+    "gemma": (trained_gemma, "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "prompt", "end"), IN_FAMILIES.values(), ids=IN_FAMILIES)

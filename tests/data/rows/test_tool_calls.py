@@ -185,11 +185,9 @@ WRITTEN: dict[str, tuple[str, str, str]] = {  # template → text of the parts, 
     "only iterates": (ONLY_PARTS, "Name a \nlake.\n", "Name a lake.\n"),
     "leaves lists out": (SILENT, "Name a lake.", "Name a lake."),
     "writes lists as Python does": (
-        SILENT.replace("if m['content'] is string", "if true"),
-        "Name a lake.",
-        "Name a lake.",
+        SILENT.replace("if m['content'] is string", "if true"), "Name a lake.", "Name a lake.",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("template", "of_parts", "of_text"), WRITTEN.values(), ids=WRITTEN)
