@@ -131,10 +131,7 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry:
 
 
 def _tokenize(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    day: date,
-    keep: Callable[[str, Iterator[list[Example]]], Any],
+    config: Config, tokenizer: PreTrainedTokenizerBase, day: date, keep: Callable[[str, Iterator[list[Example]]], Any]
 ) -> dict[str, Any]:
     """Tokenise each part of the rows, and pass its name and its examples to `keep`. Returns Tokenized's other fields.
 

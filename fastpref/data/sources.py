@@ -16,7 +16,8 @@ from fastpref.config import Config, DataConfig
 from fastpref.data.opening import open_records
 from fastpref.data.records import Records
 from fastpref.data.rows.auto import KNOWN, AutoFormat, detect
-from fastpref.data.rows.content import MISSING_COLUMN, Paired, RowError, Unpaired, unpair
+from fastpref.data.rows.columns import MISSING_COLUMN
+from fastpref.data.rows.content import Paired, RowError, Unpaired, unpair
 from fastpref.data.rows.formats import explained, find_format
 from fastpref.data.rows.parts import text_of
 from fastpref.data.rows.reading import Format

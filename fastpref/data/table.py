@@ -126,14 +126,11 @@ def in_memory(batches: Iterable[Sequence[Example]]) -> Examples:
     return Examples(pa.Table.from_batches([_record(batch) for batch in batches], SCHEMA))
 
 
-def write(batches: Iterable[Sequence[Example]], path: Path) -> int:
-    """Write an Arrow file and return its number of rows. Raises OSError."""
-    rows = 0
+def write(batches: Iterable[Sequence[Example]], path: Path) -> None:
+    """Write an Arrow file. Raises OSError."""
     with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for batch in batches:
-            rows += len(batch)
             writer.write_batch(_record(batch))
-    return rows
 
 
 def read(path: Path) -> Examples:

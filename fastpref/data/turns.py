@@ -83,12 +83,7 @@ def _is_off(weight: object) -> bool:
 
 
 def _end_of_turn(
-    tokenizer: PreTrainedTokenizerBase,
-    writing: Writing,
-    conversation: list[Message],
-    stop: int,
-    full: str,
-    lowest: int,
+    tokenizer: PreTrainedTokenizerBase, writing: Writing, conversation: list[Message], stop: int, full: str, lowest: int
 ) -> int:
     """Return where the assistant's turn before message `stop` ends in `full`, after its end token."""
     alone = apply(tokenizer, conversation[:stop], writing).rstrip()

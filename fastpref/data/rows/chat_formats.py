@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastpref.config.formats import ChatOptions
-from fastpref.data.rows.auto import as_answers, as_turns
-from fastpref.data.rows.columns import PAIR, NamedFormat
-from fastpref.data.rows.content import Message, Paired, Row, Unpaired, Writing, column, label
-from fastpref.data.rows.messages import Reader, as_content, with_system
+from fastpref.data.rows.auto import as_answers
+from fastpref.data.rows.columns import PAIR, NamedFormat, column, label
+from fastpref.data.rows.content import Message, Paired, Row, Unpaired, Writing
+from fastpref.data.rows.messages import Reader, as_content, as_turns, with_system
 from fastpref.data.rows.overlap import other_turns
 from fastpref.data.rows.reading import writing
 from fastpref.data.template.named import load_chat_template

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastpref.data.rows.columns import REASONING
 from fastpref.data.rows.content import Content, Message, Paired, RowError, Unpaired
-from fastpref.data.rows.messages import SYSTEM_ROLES
+from fastpref.data.rows.messages import SYSTEM_ROLES, as_turns, says
 from fastpref.data.rows.parts import text_of
 
 MISREAD = "whose prompt and responses do not part"
@@ -42,10 +42,9 @@ def untangle(content: Paired | Unpaired) -> Paired | Unpaired:
         texts = {name: str(response) for name, response in content.responses.items()}
         answers, remarks = without_question(prompt, texts)
         return _with(content, prompt, list(answers.values()), remarks)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    chats = [_answer(response) if isinstance(response, str) else response for response in given]
-    asked, answers, remarks = _untangle_chat(turns, chats, names, of_text=isinstance(prompt, str))
-    return _with(content, asked, answers, remarks)
+    chats = [says(response) if isinstance(response, str) else response for response in given]
+    turns, answers, remarks = _untangle_chat(as_turns(prompt), chats, names, of_text=isinstance(prompt, str))
+    return _with(content, turns, answers, remarks)
 
 
 def without_question(question: str, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -295,10 +294,6 @@ def _split_system(turns: _Turns) -> tuple[_Turns, _Turns]:
 def _is_blank(turn: Message) -> bool:
     """Return whether a turn is an empty assistant turn, a placeholder for an answer."""
     return turn["role"] == "assistant" and not text_of(turn).strip() and set(turn) <= {"role", "content"}
-
-
-def _answer(words: str) -> _Turns:
-    return [{"role": "assistant", "content": words}]
 
 
 def _with(

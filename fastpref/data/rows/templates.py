@@ -6,21 +6,21 @@ from dataclasses import dataclass, replace
 
 from fastpref.config.formats import TableOptions
 from fastpref.data.rows.auto import as_answers
-from fastpref.data.rows.columns import CHOSEN, PAIR, PROMPTS, REJECTED, SINGLE, Columns, NamedFormat
-from fastpref.data.rows.content import (
+from fastpref.data.rows.columns import (
+    CHOSEN,
     MISSING_COLUMN,
-    Message,
-    Paired,
-    Row,
-    RowError,
-    Unpaired,
-    Writing,
+    PAIR,
+    PROMPTS,
+    REJECTED,
+    SINGLE,
+    Columns,
+    NamedFormat,
     column,
     label,
-    shown,
     text,
-)
-from fastpref.data.rows.messages import STANDARD, words
+)  # fmt: skip
+from fastpref.data.rows.content import Message, Paired, Row, RowError, Unpaired, Writing, shown
+from fastpref.data.rows.messages import STANDARD, says, words
 from fastpref.data.rows.overlap import OTHER_QUESTION, other_turns, untangle, without_question
 
 
@@ -114,25 +114,21 @@ def argilla_chat_completion(template: Template, row: Row) -> Unpaired:
     return template.unpaired(prompt, words(completion[-1], "completion"), label(row), "completion")
 
 
-def _asking(question: str) -> tuple[Columns, Columns]:
-    """Return the columns of pairs and of single responses whose question is in one column."""
-    return ((question,), *PAIR[1:]), ((question,), *SINGLE[1:])
-
-
-def _text_format(paired: ReadPaired, question: str) -> NamedFormat:
-    pairs, singles = _asking(question)
-    return NamedFormat(paired, pairs, completion_after(question), singles)
+def _after(question: str, paired: ReadPaired | None = None) -> NamedFormat:
+    """Return a format of pairs and of single responses whose question is in one column."""
+    columns, single_columns = ((question,), *PAIR[1:]), ((question,), *SINGLE[1:])
+    return NamedFormat(paired or pairs_after(question), columns, completion_after(question), single_columns)
 
 
 _ANY: Columns = (PROMPTS, CHOSEN, REJECTED)
 FORMATS: dict[str, NamedFormat] = {  # for both templates; a template is the first argument of a reader
     "default": NamedFormat(default, _ANY),
-    "argilla": NamedFormat(default, _ANY, completion_after("instruction"), _asking("instruction")[1]),
+    "argilla": replace(_after("instruction", default), columns=_ANY),
     "argilla_chat": NamedFormat(argilla_chat, PAIR[1:], argilla_chat_completion, SINGLE[1:]),
-    "icr": NamedFormat(pairs_after("input"), _asking("input")[0]),
-    "intel": _text_format(pairs_after("question"), "question"),
-    "prompt_pairs": _text_format(pairs_after("prompt"), "prompt"),
-    "ultra": _text_format(ultra, "prompt"),
+    "icr": NamedFormat(pairs_after("input"), (("input",), *PAIR[1:])),
+    "intel": _after("question"),
+    "prompt_pairs": _after("prompt"),
+    "ultra": _after("prompt", ultra),
 }
 
 # --- Without turns -------------------------------------------------------------------------------------------------
@@ -162,9 +158,9 @@ def nectar(row: Row) -> Paired:
     if best["rank"] == worst["rank"]:
         raise RowError(f"all answers have rank {best['rank']}, so none is better", "with answers of one rank")
     system = f"<|system|>\n{row['system']}</s>\n" if row.get("system") else ""
-    told, remarks = as_answers(text(row, "prompt"), {"best": best["answer"], "worst": worst["answer"]})
+    texts, remarks = as_answers(text(row, "prompt"), {"best": best["answer"], "worst": worst["answer"]})
     prompt = f"{system}<|user|>\n{row['prompt']}</s>\n<|assistant|>\n"
-    return Paired(prompt, told["best"], told["worst"], remarks=remarks)
+    return Paired(prompt, texts["best"], texts["worst"], remarks=remarks)
 
 
 # --- A user's own columns ------------------------------------------------------------------------------------------
@@ -202,13 +198,13 @@ def _table_prompt(options: TableOptions, row: Row) -> str:
 
 def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message], dict[str, str], tuple[str, ...]]:
     """Remove repeated turns from answers, as for every chat. Returns turns, answers and remarks."""
-    told, remarks = as_answers(turns, answers)
-    if any(not answer.strip() for answer in told.values()):  # an empty answer repeats nothing
-        return turns, told, remarks
-    first, *second = ([{"role": "assistant", "content": answer}] for answer in told.values())
+    answers, remarks = as_answers(turns, answers)
+    if any(not answer.strip() for answer in answers.values()):  # an empty answer repeats nothing
+        return turns, answers, remarks
+    first, *second = map(says, answers.values())
     content = untangle(Paired(turns, first, second[0]) if second else Unpaired(turns, first, True))
     assert not isinstance(content.prompt, str)
-    return content.prompt, told, (*remarks, *content.remarks)
+    return content.prompt, answers, (*remarks, *content.remarks)
 
 
 def _asked(row: Row, question: str) -> list[Message]:

@@ -102,11 +102,7 @@ def apply(
 
 
 def _apply_all(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[Message]],
-    writing: Writing,
-    *,
-    generation_prompt: bool,
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], writing: Writing, *, generation_prompt: bool
 ) -> list[str]:
     if not conversations:
         return []
@@ -122,11 +118,7 @@ def _apply_all(
             # apply_chat_template removes nulls, which these templates need.
             given: dict[str, Any] = {**tokenizer.special_tokens_map, **keywords_of(writing)}
             nulls: Any = render_jinja_template(
-                conversations,
-                tools=tools,
-                chat_template=template,
-                add_generation_prompt=generation_prompt,
-                **given,
+                conversations, tools=tools, chat_template=template, add_generation_prompt=generation_prompt, **given
             )
             return nulls[0]
         written: Any = tokenizer.apply_chat_template(

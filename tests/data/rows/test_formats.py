@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from fastpref.data.rows.auto import AutoFormat, detect
-from fastpref.data.rows.content import Paired, Unpaired, read_label, unpair
+from fastpref.data.rows.columns import read_label
+from fastpref.data.rows.content import Paired, Unpaired, unpair
 
 USER = {"role": "user", "content": "q"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
