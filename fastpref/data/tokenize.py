@@ -19,7 +19,7 @@ from fastpref.data.left_out import (
     response_pieces,
     says_something,
     tool_names,
-)
+)  # fmt: skip
 from fastpref.data.lengths import cut, kept_prompt, kept_response
 from fastpref.data.rows.content import Message, Paired, RowError, Unpaired, Writing
 from fastpref.data.sources import SourceRow

@@ -85,10 +85,9 @@ def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
         if "system" not in texts:
             names.append(f'{{ field_prompt = "{asked}" }}')
     names += [
-        f'"{name}"'
-        for name, named in _FORMATS.items()
-        if name.startswith("chatml.")
-        and (_fits(named.columns, columns) or (unpaired and _fits(named.unpaired_columns, columns)))
+        f'"chatml.{name}"'
+        for name, form in templates.FORMATS.items()
+        if _fits(form.columns, columns) or (unpaired and _fits(form.unpaired_columns, columns))
     ]
     return names[:3]
 

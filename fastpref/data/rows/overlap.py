@@ -128,12 +128,7 @@ def _untangle_chat(
         if system:  # the system turn alone is the prompt
             return system, list(chats), tuple(remarks)
     if not asked and not all(whole):
-        raise RowError(
-            f"{' and '.join(names)} do not begin with the same turn, so there is no prompt"
-            if len(names) > 1
-            else f"{names[0]} begins with no user's turn, and there is no prompt beside it",
-            _NO_PROMPT,
-        )
+        raise _no_prompt(names, "begins with no user's turn, and there is no prompt beside it", _NO_PROMPT)
     system = _one_system(system, systems, whole, names, remarks)
     if all(whole):
         asked, answers = _part_conversations(asked, list(chats), names, remarks, of_text=of_text)
@@ -194,13 +189,15 @@ def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
     while at and chats[0][at - 1]["role"] == "assistant":
         at -= 1
     if not at:
-        raise RowError(
-            f"{' and '.join(names)} do not begin with the same turn, so there is no prompt"
-            if len(names) > 1
-            else f"{names[0]} must end with an assistant turn that answers something before it",
-            _NO_PROMPT if len(names) > 1 else "without a prompt",
-        )
+        raise _no_prompt(names, "must end with an assistant turn that answers something before it", "without a prompt")
     return chats[0][:at], [chat[at:] for chat in chats]
+
+
+def _no_prompt(names: list[str], single: str, kind: str) -> RowError:
+    """Return the error about a pair, or with the words `single` and its `kind` that about a single response."""
+    if len(names) == 1:
+        return RowError(f"{names[0]} {single}", kind)
+    return RowError(f"{' and '.join(names)} do not begin with the same turn, so there is no prompt", _NO_PROMPT)
 
 
 def _part_answers(
