@@ -37,71 +37,63 @@ def mistakes(folder: Path, text: str, overrides: Iterable[str] = ()) -> list[str
 
 # --- Mistakes in a file --------------------------------------------------------------------------------------------
 
-PLACES: dict[str, tuple[str, list[str]]] = {
-    "a table": (BASE + "\n# words\n[train]\nbatch = 0\n", ["8: train.batch"]),
-    "a table before the others": ("[train]\nbatch = 0\n" + BASE, ["2: train.batch"]),
-    "a missing key stands at its table": ('\n[model]\n\n[[data]]\npath = "d"\n', ["2: model.name"]),
-    "the second [[data]]": (BASE + '[[data]]\npath = "e"\nrows = 0\n', ["7: data[1].rows"]),
-    "a key missing from the third [[data]]": (BASE + '[[data]]\npath = "e"\n\n[[data]]\n', ["8: data[2].path"]),
+PLACES: dict[str, tuple[str, ...]] = {  # a file, and `LINE: key` of each mistake
+    "a table": (BASE + "\n# words\n[train]\nbatch = 0\n", "8: train.batch"),
+    "a table before the others": ("[train]\nbatch = 0\n" + BASE, "2: train.batch"),
+    "a missing key stands at its table": ('\n[model]\n\n[[data]]\npath = "d"\n', "2: model.name"),
+    "the second [[data]]": (BASE + '[[data]]\npath = "e"\nrows = 0\n', "7: data[1].rows"),
+    "a key missing from the third [[data]]": (BASE + '[[data]]\npath = "e"\n\n[[data]]\n', "8: data[2].path"),
     "[[eval.data]] after [eval]": (
         BASE + '[eval]\nevery = 0\n[[eval.data]]\npath = "e"\n[[eval.data]]\npath = 1\n',
-        ["6: eval.every", "10: eval.data[1].path"],
+        "6: eval.every", "10: eval.data[1].path",
     ),
     "[[eval.data]] before [eval]": (
-        BASE + '[[eval.data]]\npath = "e"\nrows = -1\n[eval]\nevery = 0\n',
-        ["7: eval.data[0].rows", "9: eval.every"],
+        BASE + '[[eval.data]]\npath = "e"\nrows = -1\n[eval]\nevery = 0\n', "7: eval.data[0].rows", "9: eval.every",
     ),
     "a table inside an entry": (
         BASE + "[data.more]\nx = 1\n[[data]]\npath = 1\n[data.more]\n",
-        ["5: data[0].more", "8: data[1].path", "9: data[1].more"],
+        "5: data[0].more", "8: data[1].path", "9: data[1].more",
     ),
-    "[[train]] for [train]": (BASE + "[[train]]\nbatch = 2\n", ["5: train"]),
+    "[[train]] for [train]": (BASE + "[[train]]\nbatch = 2\n", "5: train"),
     "after an array over several lines": (
-        BASE + '[lora]\ntarget = [  # [train]\n  "q_proj",\n  # "]"\n  "v_proj",\n]\nrank = 0\n',
-        ["11: lora.rank"],
+        BASE + '[lora]\ntarget = [  # [train]\n  "q_proj",\n  # "]"\n  "v_proj",\n]\nrank = 0\n', "11: lora.rank",
     ),
     "an entry of an array stands where the array begins": (
-        BASE + '[lora]\ntarget = [\n  "q_proj",\n  3,\n]\n',
-        ["6: lora.target[1]"],
+        BASE + '[lora]\ntarget = [\n  "q_proj",\n  3,\n]\n', "6: lora.target[1]",
     ),
     "after a string over several lines": (
         BASE + '[tokens]\nchat_template = """\n[train]\nbatch = 0\n\\"""\n"""\nmax_length = 0\n',
-        ["11: tokens.max_length"],
+        "11: tokens.max_length",
     ),
     "after a literal string over several lines": (
-        BASE + "[tokens]\nchat_template = '''\n[[data]]\n\"\"\"'''\nmax_length = 0\n",
-        ["9: tokens.max_length"],
+        BASE + "[tokens]\nchat_template = '''\n[[data]]\n\"\"\"'''\nmax_length = 0\n", "9: tokens.max_length",
     ),
     "inline tables": (
         'model = { name = "m", dtype = 8 }\n\ndata = [{ path = "d" }]\ntrain = { seed = 1, batch = 0 }\n',
-        ["1: model.dtype", "4: train.batch"],
+        "1: model.dtype", "4: train.batch",
     ),
     "an array of inline tables stands where it begins": (
-        'model.name = "m"\ndata = [\n  { path = "d" },\n  { path = "e", rows = 0 },\n]\n',
-        ["2: data[1].rows"],
+        'model.name = "m"\ndata = [\n  { path = "d" },\n  { path = "e", rows = 0 },\n]\n', "2: data[1].rows",
     ),
     "dotted keys": (
         'model.name = "m"\nmodel.dtype = 8\ntrain.batch = 0\ndata = [{ path = "d" }]\nloss.beta = 0\n',
-        ["2: model.dtype", "3: train.batch", "5: loss.beta"],
+        "2: model.dtype", "3: train.batch", "5: loss.beta",
     ),
-    "quoted keys": (
-        BASE + '[ "train" ] # [model]\n\'batch\' = 0\n"seed" = 0.5\n',
-        ["6: train.batch", "7: train.seed"],
-    ),
-    "Windows line ends": (BASE.replace("\n", "\r\n") + "[train]\r\nbatch = 0\r\n", ["6: train.batch"]),
-    "a byte order mark": ("\ufeff" + BASE + "[train]\nbatch = 0\n", ["6: train.batch"]),
+    "quoted keys": (BASE + '[ "train" ] # [model]\n\'batch\' = 0\n"seed" = 0.5\n', "6: train.batch", "7: train.seed"),
+    "Windows line ends": (BASE.replace("\n", "\r\n") + "[train]\r\nbatch = 0\r\n", "6: train.batch"),
+    "a byte order mark": ("\ufeff" + BASE + "[train]\nbatch = 0\n", "6: train.batch"),
     "characters that some take for line ends": (
-        '[model]\nname = "a\u2028b\x85c" # \u2029\n[[data]]\npath = "d"\n[train]\nbatch = 0\n',
-        ["6: train.batch"],
+        '[model]\nname = "a\u2028b\x85c" # \u2029\n[[data]]\npath = "d"\n[train]\nbatch = 0\n', "6: train.batch",
     ),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "places"), PLACES.values(), ids=PLACES)
-def test_a_mistake_is_at_its_line(tmp_path: Path, text: str, places: list[str]):
+@pytest.mark.parametrize("case", PLACES.values(), ids=PLACES)
+def test_a_mistake_is_at_its_line(tmp_path: Path, case: tuple[str, ...]):
     """Every message begins with `file:LINE: key: `, however TOML allows the key to be written."""
-    said = mistakes(tmp_path, text)
-    assert [": ".join(line.split(": ")[:2]) for line in said] == [f"cfg.toml:{place}" for place in places]
+    text, *places = case
+    messages = mistakes(tmp_path, text)
+    assert [": ".join(line.split(": ")[:2]) for line in messages] == [f"cfg.toml:{place}" for place in places]
 
 
 LOSSES = "dpo, ipo, kto, orpo, simpo, cpo"
@@ -304,10 +296,10 @@ def test_an_override_sets_its_key(tmp_path: Path, override: str, value: Any):
     config = load(tmp_path, OVERRIDABLE, [override])
     path = {"reference": "reference.mode", "eval.data": "eval.data.0.path"}
     key = override.partition("=")[0].strip()
-    found: Any = config
+    result: Any = config
     for part in path.get(key, key).split("."):
-        found = found[int(part)] if part.isdigit() else getattr(found, part)
-    assert found == value
+        result = result[int(part)] if part.isdigit() else getattr(result, part)
+    assert result == value
 
 
 def test_overrides_replace_and_follow_each_other(tmp_path: Path):
@@ -317,40 +309,38 @@ def test_overrides_replace_and_follow_each_other(tmp_path: Path):
     assert [data.path for data in config.data] == ["d", "z"]
 
 
-BAD_OVERRIDES: dict[str, list[str]] = {
-    "train.batch": ["not of the form key=value, such as 'train.steps=100'"],
-    "=3": ["not of the form key=value, such as 'train.steps=100'"],
-    "train..batch=3": ["not of the form key=value, such as 'train.steps=100'"],
-    "train.batch=": ["the value is not valid TOML: Invalid value"],
-    "train.layout=[1": ["the value is not valid TOML: Unclosed array"],
-    "model.name=two words": ["the value is not valid TOML: Invalid value"],
-    "train.batch=0": ["train.batch: must be greater than or equal to 1, got 0"],
-    "train={batch=0}": ["train.batch: must be greater than or equal to 1, got 0"],
-    "train.sed=3": ["train.sed: unknown key (did you mean 'seed'?)"],
-    "trian.seed=3": ["trian: unknown key (did you mean 'train'?)"],
-    "train=3": ["train: must be a table, got 3"],
-    "train.batch.x=3": ["train.batch is a value, not a table"],
-    "data=3": ["data: must be an array, got 3"],
-    "data.1.rows=0": ["data[1].rows: must be greater than or equal to 1, got 0"],
-    "data.2.path=x": ["there is no entry 2; the config has 2, counted from 0"],
-    "data.x.path=x": ["there is no entry x; the config has 2, counted from 0"],
-    "data.².path=x": ["there is no entry ²; the config has 2, counted from 0"],
-    "eval.data.0.path=x": ["there is no entry 0; the config has 0, counted from 0"],
-    "data.path=x": ["data is an array; set a key of an entry, data.0.KEY, or all of it"],
-    "lora.target.0=x": ["lora.target is an array; set a key of an entry, lora.target.0.KEY, or all of it"],
-    "lora.target.0.x=1": ["lora.target.0 is a value, not a table"],
-    "loss.type=kot": [f"loss.type: must be one of {LOSSES}, got 'kot' (did you mean 'kto'?)"],
-    "eval.every=2": ["eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"],
+BAD_OVERRIDES: dict[str, str] = {
+    "train.batch": "not of the form key=value, such as 'train.steps=100'",
+    "=3": "not of the form key=value, such as 'train.steps=100'",
+    "train..batch=3": "not of the form key=value, such as 'train.steps=100'",
+    "train.batch=": "the value is not valid TOML: Invalid value",
+    "train.layout=[1": "the value is not valid TOML: Unclosed array",
+    "model.name=two words": "the value is not valid TOML: Invalid value",
+    "train.batch=0": "train.batch: must be greater than or equal to 1, got 0",
+    "train={batch=0}": "train.batch: must be greater than or equal to 1, got 0",
+    "train.sed=3": "train.sed: unknown key (did you mean 'seed'?)",
+    "trian.seed=3": "trian: unknown key (did you mean 'train'?)",
+    "train=3": "train: must be a table, got 3",
+    "train.batch.x=3": "train.batch is a value, not a table",
+    "data=3": "data: must be an array, got 3",
+    "data.1.rows=0": "data[1].rows: must be greater than or equal to 1, got 0",
+    "data.2.path=x": "there is no entry 2; the config has 2, counted from 0",
+    "data.x.path=x": "there is no entry x; the config has 2, counted from 0",
+    "data.².path=x": "there is no entry ²; the config has 2, counted from 0",
+    "eval.data.0.path=x": "there is no entry 0; the config has 0, counted from 0",
+    "data.path=x": "data is an array; set a key of an entry, data.0.KEY, or all of it",
+    "lora.target.0=x": "lora.target is an array; set a key of an entry, lora.target.0.KEY, or all of it",
+    "lora.target.0.x=1": "lora.target.0 is a value, not a table",
+    "loss.type=kot": f"loss.type: must be one of {LOSSES}, got 'kot' (did you mean 'kto'?)",
+    "eval.every=2": "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]",
 }
 
 
-@pytest.mark.parametrize(("override", "said"), BAD_OVERRIDES.items(), ids=BAD_OVERRIDES)
-def test_a_mistake_in_an_override_names_it(tmp_path: Path, override: str, said: list[str]):
+@pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES.items(), ids=BAD_OVERRIDES)
+def test_a_mistake_in_an_override_names_it(tmp_path: Path, override: str, message: str):
     """A mistake in a key that an override set is reported with the override instead of the file's line."""
-    lines = mistakes(tmp_path, OVERRIDABLE, [override])
-    assert len(lines) == len(said)
-    for line, what in zip(lines, said):
-        assert line.startswith(f"override {override!r}: {what}")
+    (line,) = mistakes(tmp_path, OVERRIDABLE, [override])
+    assert line.startswith(f"override {override!r}: {message}")
 
 
 def test_mistakes_of_file_and_overrides_together(tmp_path: Path):
@@ -445,12 +435,8 @@ FORMAT = st.sampled_from(["chatml.intel", "mine:read"]) | st.fixed_dictionaries(
 DATA = st.fixed_dictionaries(
     {"path": TEXT},
     optional={
-        "split": TEXT,
-        "name": TEXT,
-        "revision": TEXT,
-        "rows": st.integers(1, 10**18),
-        "weight": NUMBER,
-        "format": FORMAT,
+        **dict.fromkeys(("split", "name", "revision"), TEXT),
+        **{"rows": st.integers(1, 10**18), "weight": NUMBER, "format": FORMAT},
     },
 )
 LOSS = st.one_of(

@@ -711,10 +711,7 @@ def test_a_function_of_ones_own(module: str):
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (
-            "nothing",
-            "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, completion and ",
-        ),
+        ("nothing", "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, completion and "),
         ("other", "other returned a dict of prompt, chosen, not of prompt, chosen and rejected, or "),
         ("wrong", "wrong returned a row where chosen must be text or a list of messages, got 3"),
         ("fails", "fails failed: KeyError: 'none'"),
