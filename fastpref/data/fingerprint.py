@@ -23,9 +23,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2")  # they render and tokenis
 
 
 def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
-    """Return the fingerprint, 32 hexadecimal digits. The tokenizer must have the config's chat template already.
-
-    `day` is the date of the run.
+    """Return the fingerprint of a run on `day`, 32 hexadecimal digits. The tokenizer has the config's chat template.
 
     Raises UserError for a source that does not exist, OSError for one that cannot be read.
     """

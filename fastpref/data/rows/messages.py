@@ -13,17 +13,11 @@ from fastpref.data.rows.tool_calls import read_calls
 SYSTEM_ROLES = ("system", "developer")
 KNOWN_ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",  # this role and the next are ms-swift's
-    "tool_response": "tool",
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "observation": "tool", "function_call": "assistant",
+    "tool_call": "assistant", "tool_response": "tool",  # ms-swift's
     "function": "tool",  # OpenAI's role before tools were introduced
-}
+}  # fmt: skip
 _CALLING_ROLES = ("function_call", "tool_call")  # the content of such a message is a call as JSON
 _WRONG_TYPE = "with a value of another type"
 

@@ -25,9 +25,8 @@ from fastpref.data.rows.content import Paired, unpair
 from fastpref.data.rows.formats import find_format
 from fastpref.data.rows.rendering import choose
 from fastpref.data.sources import SourceRow
-from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
-from tests.support.chats import says, system, user
+from tests.support.chats import says, system, tokenize, user
 from tests.support.toy_tokenizers import (
     QWEN3,
     chatml,
@@ -257,14 +256,8 @@ def test_every_named_format_is_here():
 
 # --- Chats ---------------------------------------------------------------------------------------------------------
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Looks out",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Looks out", "parameters": CITY}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 TOOL_TURNS = [user("Weather?"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4 °C"}]
@@ -482,7 +475,7 @@ ALTERNATING = (
 
 
 @pytest.mark.parametrize(
-    ("options", "row", "said"),
+    ("options", "row", "message"),
     [
         ({"chat_template": "none.jinja"}, {}, "format.chat_template: none.jinja: cannot be read: "),
         ({"chat_template": "chatlm"}, {}, r".*; known names are tokenizer_default, chatml, llama3, gemma"),
@@ -502,10 +495,10 @@ ALTERNATING = (
     ],
     ids=["no file", "no name", "no Jinja", "no tools", "no system", "no tool calls", "no two questions"],
 )
-def test_a_chat_template_that_will_not_do(options: dict[str, Any], row: dict[str, Any], said: str):
+def test_a_chat_template_that_will_not_do(options: dict[str, Any], row: dict[str, Any], message: str):
     """A template that cannot write everything in a row is refused."""
     base = {"messages": Q, **ANSWERS}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         render(base | row, "chat_template.default", tokenizer=chatml(), **options)
 
 
@@ -709,7 +702,7 @@ def test_a_function_of_ones_own(module: str):
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         ("nothing", "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, completion and "),
         ("other", "other returned a dict of prompt, chosen, not of prompt, chosen and rejected, or "),
@@ -719,11 +712,11 @@ def test_a_function_of_ones_own(module: str):
         ("absent", "mine.py has no function absent"),
     ],
 )
-def test_a_function_that_will_not_do(module: str, function: str, said: str):
+def test_a_function_that_will_not_do(module: str, function: str, message: str):
     """The result of a function is checked, and its own errors are reported with the row."""
     with pytest.raises(UserError) as caught:
         render({"q": "Q"}, f"{module}:{function}")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_module_that_is_not_there(tmp_path: Path):
@@ -740,7 +733,7 @@ def test_a_module_that_is_not_there(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("row", "format", "options", "said"),
+    ("row", "format", "options", "message"),
     [
         ({"prompt": Q}, "auto", {}, "the columns prompt are of no format that auto knows; your own columns are named"),
         ({"prompt": Q}, "chatml.intle", {}, "there is no format 'chatml.intle' (did you mean 'chatml.intel'"),
@@ -755,11 +748,11 @@ def test_a_module_that_is_not_there(tmp_path: Path):
         ({"prompt": Q, "completion": YES, "label": "maybe"}, "auto", {}, "label must be true or false, 0 or 1, got 'm"),
     ],
 )
-def test_a_row_that_cannot_be_rendered(row: dict[str, Any], format: str, options: dict[str, Any], said: str):
+def test_a_row_that_cannot_be_rendered(row: dict[str, Any], format: str, options: dict[str, Any], message: str):
     """A row that cannot be rendered gives a UserError with the column and what is expected."""
     with pytest.raises(UserError) as caught:
         render(row, format, tokenizer=chatml(), **options)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 def test_importing_the_data_package_is_cheap():

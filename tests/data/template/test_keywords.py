@@ -17,8 +17,8 @@ from fastpref.data.sources import SourceRow
 from fastpref.data.template.keywords import of_run, on_day, variables, writes_the_date
 from fastpref.data.template.render import apply, write_all
 from fastpref.data.template.text import check_template_keywords
-from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.chats import tokenize
 from tests.support.toy_tokenizers import CHATML, chatml, plain, toy_tokenizer
 
 USER = {"role": "user", "content": "Why?"}
