@@ -1,6 +1,6 @@
 """The format `auto`, which chooses how to read a row by its columns and their types."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,11 +36,11 @@ class AutoFormat(Format):
 
 def _recognised(row: Row) -> AutoFormat | None:
     chat = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # plain text cannot express them
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen is not None and rejected is not None:
-        return _pairs(row, "chosen", "rejected", chat)
-    if is_turns(row.get("chosen_conversations")) and is_turns(row.get("rejected_conversations")):
-        return _pairs(row, "chosen_conversations", "rejected_conversations", chat)
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return _pairs(row, ("chosen", "rejected"), chat)
+    conversations = ("chosen_conversations", "rejected_conversations")
+    if all(is_turns(row.get(name)) for name in conversations):
+        return _pairs(row, conversations, chat)
     if is_turns(row.get("messages")):
         for name in ("rejected_response", "rejected_messages"):
             if row.get(name):
@@ -49,6 +49,24 @@ def _recognised(row: Row) -> AutoFormat | None:
         if name in row:
             return _labelled(row, name, chat)
     return None
+
+
+def _format(
+    name: str, first: str | None, answers: Sequence[str], tag: str = "", *, chat: bool = True, spoken: bool = False
+) -> AutoFormat:
+    """Return a format of pairs, or of single responses whose label is in the column `tag`.
+
+    The prompt is in the column `first`, or (None) in the answers; some rows may differ.
+    """
+
+    def read(row: Row) -> Paired | Unpaired:
+        values = {answer: column(row, answer) for answer in answers}
+        prompt, contents, remarks = _read(row, first, values, chat, spoken)
+        if tag:
+            return Unpaired(prompt, contents[0], label(row, tag), _written(row, prompt, spoken), remarks)
+        return Paired(prompt, contents[0], contents[1], _written(row, prompt, spoken), remarks)
+
+    return AutoFormat(name, read, chat=chat)
 
 
 # --- Pairs ---------------------------------------------------------------------------------------------------------
@@ -60,42 +78,26 @@ _CHATS = {
 }
 
 
-def _pairs(row: Row, chosen: str, rejected: str, chat: bool) -> AutoFormat | None:
-    responses = (chosen, rejected)
+def _pairs(row: Row, responses: tuple[str, str], chat: bool) -> AutoFormat | None:
     both = " and ".join(responses)
     own = [row[name] for name in responses]
     for name, words in _CHATS.items():
         if is_turns(row.get(name)) and not (_is_answered(row, name) and all(map(_is_conversation, own))):
-            return AutoFormat(f"{words} {both}", _paired(name, responses, chat=True))
+            return _format(f"{words} {both}", name, responses)
     prompt = row.get("prompt")
     if all(map(_is_conversation, own)):
-        return AutoFormat(f"{both} conversations that share their prompt", _paired(None, responses, chat=True))
+        return _format(f"{both} conversations that share their prompt", None, responses)
     if all(map(is_transcript, own)):
-        return AutoFormat(
-            f"{both} transcripts of Human and Assistant", _paired(None, responses, chat=True, spoken=True)
-        )
+        return _format(f"{both} transcripts of Human and Assistant", None, responses, spoken=True)
     if is_transcript(prompt):
         name = "a transcript of Human and Assistant, chosen and rejected"
-        return AutoFormat(name, _paired("prompt", responses, chat=True, spoken=True))
+        return _format(name, "prompt", responses, spoken=True)
     if isinstance(prompt, str):
         chat = chat or not all(isinstance(value, str) for value in own)
-        return AutoFormat("text prompt, chosen and rejected", _paired("prompt", responses, chat=chat), chat=chat)
+        return _format("text prompt, chosen and rejected", "prompt", responses, chat=chat)
     if isinstance(row.get("instruction"), str) and prompt is None:
-        return AutoFormat(f"instruction, input, {both}", _paired("instruction", responses, chat=True))
+        return _format(f"instruction, input, {both}", "instruction", responses)
     return None
-
-
-def _paired(
-    name: str | None, responses: tuple[str, str], *, chat: bool, spoken: bool = False
-) -> Callable[[Row], Paired]:
-    """Return a reader of pairs whose prompt is in column `name`, or (None) in the responses; some rows may differ."""
-
-    def read(row: Row) -> Paired:
-        values = {response: column(row, response) for response in responses}
-        prompt, (chosen, rejected), remarks = _read(row, name, values, chat, spoken)
-        return Paired(prompt, chosen, rejected, _written(row, prompt, spoken), remarks)
-
-    return read
 
 
 def _swift(name: str) -> Callable[[Row], Paired]:
@@ -120,37 +122,27 @@ def _swift(name: str) -> Callable[[Row], Paired]:
 def _labelled(row: Row, tag: str, chat: bool) -> AutoFormat | None:
     prompt, completion = row.get("prompt"), row.get("completion")
     if "completion" in row:
+        answer = ("completion",)
         for name in ("conversations", "messages"):
             if is_turns(row.get(name)) and prompt is None:
-                return AutoFormat(f"{name}, completion and {tag}", _single(name, "completion", tag, chat=True))
+                return _format(f"{name}, completion and {tag}", name, answer, tag)
         if is_transcript(prompt):
             name = f"a transcript of Human and Assistant, completion and {tag}"
-            return AutoFormat(name, _single("prompt", "completion", tag, chat=True, spoken=True))
+            return _format(name, "prompt", answer, tag, spoken=True)
         if prompt is not None:
             chat = chat or not isinstance(prompt, str) or isinstance(completion, list | Mapping)
-            name = f"prompt, completion and {tag}"
-            return AutoFormat(name, _single("prompt", "completion", tag, chat=chat), chat=chat)
+            return _format(f"prompt, completion and {tag}", "prompt", answer, tag, chat=chat)
         if _is_conversation(completion):
-            return AutoFormat(f"completion conversations and {tag}", _single(None, "completion", tag, chat=True))
+            return _format(f"completion conversations and {tag}", None, answer, tag)
         if is_transcript(completion):
-            name = f"completion transcripts and {tag}"
-            return AutoFormat(name, _single(None, "completion", tag, chat=True, spoken=True))
+            return _format(f"completion transcripts and {tag}", None, answer, tag, spoken=True)
     for name in ("messages", "conversations"):
         if is_turns(row.get(name)):
             return AutoFormat(f"{name} and {tag}", _last_turn(name, tag))
-    for answer in ("completion", "output"):
-        if isinstance(row.get("instruction"), str) and row.get(answer) is not None:
-            return AutoFormat(f"instruction, input, {answer} and {tag}", _single("instruction", answer, tag, chat=True))
+    for name in ("completion", "output"):
+        if isinstance(row.get("instruction"), str) and row.get(name) is not None:
+            return _format(f"instruction, input, {name} and {tag}", "instruction", (name,), tag)
     return None
-
-
-def _single(name: str | None, answer: str, tag: str, *, chat: bool, spoken: bool = False) -> Callable[[Row], Unpaired]:
-    def read(row: Row) -> Unpaired:
-        values = {answer: column(row, answer)}
-        prompt, (completion,), remarks = _read(row, name, values, chat, spoken)
-        return Unpaired(prompt, completion, label(row, tag), _written(row, prompt, spoken), remarks)
-
-    return read
 
 
 def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:

@@ -161,7 +161,8 @@ def _part_conversations(
         rest = asked[start:]
         alike = any(_begins(chat, rest) for chat in chats) or asked[-1]["role"] == "assistant"
         if alike and all(_shared([rest, chat]) for chat in chats):
-            joined = [_joined(asked, start, chat) for chat in chats]
+            shared = [_shared([rest, chat]) for chat in chats]  # turns that both have keep the prompt's words
+            joined = [asked[: start + again] + chat[again:] for chat, again in zip(chats, shared)]
             explicit = len(chats) == 1 and len(asked) < len(joined[0]) and asked[-1]["role"] != "assistant"
             return (asked, [joined[0][len(asked) :]]) if explicit else _part(joined, names)
     if all(_holds(chat, asked) for chat in chats):
@@ -172,12 +173,6 @@ def _part_conversations(
         remarks.append(OTHER_PROMPT)
         return _part(chats, names)
     return asked, chats
-
-
-def _joined(asked: _Turns, start: int, chat: _Turns) -> _Turns:
-    """Append a conversation to the prompt's earlier turns. Turns that both have keep the prompt's words."""
-    again = _shared([asked[start:], chat])
-    return asked[: start + again] + chat[again:]
 
 
 def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
@@ -210,10 +205,12 @@ def _part_answers(
     answers = [_after_prompt(asked, chat) if is_whole else chat for chat, is_whole in zip(chats, whole)]
     if _is_blank(asked[-1]) and len(asked) > 1:
         asked = asked[:-1]
-    held = next((answer for answer in answers if answer and _ends(asked, answer)), None)
-    if asked[-1]["role"] == "assistant" and held is not None:
-        asked = asked[: len(asked) - len(held)]
-        remarks.append(ANSWERED)
+    if asked[-1]["role"] == "assistant":
+        for answer in answers:
+            if 0 < len(answer) < len(asked) and _begins(asked[-len(answer) :], answer):
+                asked = asked[: -len(answer)]
+                remarks.append(ANSWERED)
+                break
     if asked[-1].get("tool_calls"):  # all responses begin with the results of these calls
         results = next((at for at, turns in enumerate(zip(*answers)) if turns[0]["role"] != "tool"), 0)
         results = min(results, _shared(answers))
@@ -239,10 +236,6 @@ def _is_whole(chat: _Turns, asked: _Turns) -> bool:
 def _begins(chat: _Turns, turns: _Turns) -> bool:
     """Return whether a conversation begins with these turns."""
     return _shared([chat, turns]) == len(turns)
-
-
-def _ends(asked: _Turns, answer: _Turns) -> bool:
-    return len(answer) < len(asked) and _begins(asked[-len(answer) :], answer)
 
 
 def _holds(chat: _Turns, turns: _Turns) -> bool:

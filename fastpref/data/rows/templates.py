@@ -72,11 +72,8 @@ def default(template: Template, row: Row) -> Paired:
 
 def argilla_chat(template: Template, row: Row) -> Paired:
     """Take every turn of `chosen` before its last as the prompt."""
-    prompt, chosen = STANDARD.conversation(row, "chosen")
-    content = template.paired(prompt, words(chosen[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
-    return replace(
-        content, remarks=(*content.remarks, *other_turns(prompt, STANDARD.response(row["rejected"], "rejected")))
-    )
+    prompt, answer = STANDARD.conversation(row, "chosen")
+    return _last_answers(template, row, prompt, [*prompt, *answer])
 
 
 def pairs_after(prompt: str) -> ReadPaired:
@@ -88,18 +85,21 @@ def pairs_after(prompt: str) -> ReadPaired:
 
 def ultra(template: Template, row: Row) -> Paired:
     """Take the question in `prompt`, then the turns of `chosen` between its first question and its last answer."""
-    turns = STANDARD.response(column(row, "chosen"), "chosen")
-    if not turns:
-        raise RowError("chosen is empty", "with an empty response")
+    turns = _turns(row, "chosen")
     prompt, earlier = _asked(row, text(row, "prompt")), turns[:-1]
     if earlier and earlier[0]["role"] == "system":
         prompt = prompt if prompt[0]["role"] == "system" else [earlier[0], *prompt]
         earlier = earlier[1:]
     other = earlier and words(earlier[0], "chosen").strip() != prompt[-1]["content"].strip()
-    asked = prompt + earlier[1:]
-    content = template.paired(asked, words(turns[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
-    remarks = other_turns(turns[:-1], STANDARD.response(row["rejected"], "rejected"))
-    return replace(content, remarks=(*content.remarks, *remarks, *((OTHER_QUESTION,) if other else ())))
+    content = _last_answers(template, row, prompt + earlier[1:], turns)
+    return replace(content, remarks=(*content.remarks, OTHER_QUESTION)) if other else content
+
+
+def _last_answers(template: Template, row: Row, prompt: list[Message], chosen: list[Message]) -> Paired:
+    """Return the last turns of the conversations `chosen` and `rejected`, after a prompt."""
+    rejected = _turns(row, "rejected")
+    content = template.paired(prompt, words(chosen[-1], "chosen"), words(rejected[-1], "rejected"), "chosen")
+    return replace(content, remarks=(*content.remarks, *other_turns(chosen[:-1], rejected)))
 
 
 # --- Single responses ----------------------------------------------------------------------------------------------
@@ -213,11 +213,11 @@ def _asked(row: Row, question: str) -> list[Message]:
     return [*system, {"role": "user", "content": question}]
 
 
-def _last_turn(row: Row, name: str) -> str:
+def _turns(row: Row, name: str) -> list[Message]:
     turns = STANDARD.response(column(row, name), name)
     if not turns:
         raise RowError(f"{name} is empty", "with an empty response")
-    return words(turns[-1], name)
+    return turns
 
 
 def _first(row: Row, *names: str) -> str:
