@@ -92,7 +92,8 @@ def choose_rows(model: str, file: Path, count: int, max_length: int, prompts: st
     import datasets
     from transformers import AutoTokenizer
 
-    from fastpref.data.rows.formats import Paired, detect
+    from fastpref.data.rows.auto import detect
+    from fastpref.data.rows.content import Paired
 
     if prompts not in ("all", "heavy", "light"):
         raise typer.BadParameter(f"--prompts {prompts}: known are all, heavy and light")

@@ -34,7 +34,7 @@ from fastpref.commands.chat import chat
 from fastpref.commands.evaluate import evaluate
 from fastpref.data import cache
 from fastpref.data.template.named import KNOWN
-from fastpref.data.template.text import TEXT, read_text
+from fastpref.data.template.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
 from fastpref.merge import merge
 from fastpref.run.trained import find_trained
@@ -136,6 +136,20 @@ def written(model: Any, tokenizer: Any, **options: Any) -> str:
     return tokenizer.decode(out[0, 1:])
 
 
+def results_of(run: Path, trained: str, folder: Path) -> list[Path]:
+    """Return the run's result elsewhere, and that of its adapters merged."""
+    alone = shutil.copytree(run / "final", folder / "alone")
+    if trained == "full":
+        return [alone]
+    return [alone, merge(find_trained(str(alone)), folder / "merged", verify=False).folder]
+
+
+def recorded(folder: Path) -> TextRecord:
+    record = read_text(folder)
+    assert record is not None
+    return record
+
+
 def answer(place: Path, *overrides: str, compare: bool = False) -> list[str]:
     """Return the lines that `fastpref chat` prints."""
     out = io.StringIO()
@@ -160,10 +174,7 @@ def test_an_answer_ends_where_training_ended_it(name: str, trained: str, tmp_pat
     samples = json.loads((run / "run.json").read_text())["samples"]
     assert [(sample["before"], sample["after"]) for sample in samples] == [("ab", "ab")]
 
-    alone = shutil.copytree(run / "final", tmp_path / "alone")
-    places = [run, run / "checkpoints" / "step-2", alone]
-    if trained == "lora":
-        places.append(merge(find_trained(str(alone)), tmp_path / "merged", verify=False).folder)
+    places = [run, run / "checkpoints" / "step-2", *results_of(run, trained, tmp_path)]
     template = [] if case.jinja else ["tokens.chat_template=chatml"]
     for place in places:
         assert answer(place, *template) == ["ab"], place
@@ -173,8 +184,7 @@ def test_an_answer_ends_where_training_ended_it(name: str, trained: str, tmp_pat
         generation: Any = GenerationConfig.from_pretrained(place)
         assert generation.eos_token_id == [end, own]
         assert not generation._from_model_config  # so that nothing is read from config.json instead
-        record = read_text(place)
-        assert record is not None
+        record = recorded(place)
         assert record.ends == {case.end: end}
         saved: Any = AutoTokenizer.from_pretrained(place)
         assert saved.chat_template == record.chat_template == case.jinja
@@ -249,23 +259,17 @@ def test_a_run_keeps_its_day_and_its_keywords(
     loss = [json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert loss == [json.loads(line).get("loss") for line in whole]
     assert evaluate(find_trained(str(run))) == then
-    record = read_text(run)
-    assert record is not None
+    record = recorded(run)
     assert (record.day, record.chat_template_kwargs) == (FIRST, {"enable_thinking": False})
 
-    alone = shutil.copytree(run / "final", tmp_path / "alone")
-    places = [run, alone]
-    if trained == "lora":
-        places.append(merge(find_trained(str(alone)), tmp_path / "merged", verify=False).folder)
+    places = [run, *results_of(run, trained, tmp_path)]
     for place in places:
         answer(place)
         answer(place, "tokens.chat_template_kwargs.enable_thinking=true")
     assert [text.partition("\n")[0] for text in asked] == ["26 Nov 2026", "26 Nov 2026 thinks"] * len(places)
 
     other = fastpref.train(config, [f'output.dir="{(tmp_path / "other").as_posix()}"']).output_dir
-    record = read_text(other)
-    assert record is not None
-    assert record.day == LATER
+    assert recorded(other).day == LATER
 
 
 def test_a_run_is_resumed_as_its_rows_were_written(tmp_path: Path):

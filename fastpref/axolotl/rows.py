@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.axolotl.source import Axolotl, Left, Setting, shown
-from fastpref.data.rows.formats import NAMES
+from fastpref.config.formats import NAMES
 from fastpref.data.template.named import KNOWN, OWN
 from fastpref.errors import UserError
 

@@ -68,7 +68,11 @@ def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
     table: Any = raw
     for depth, part in enumerate(keys[:-1]):
         if isinstance(table, list):
-            table = _entry(table, part, override)
+            if not part.isdecimal() or int(part) >= len(table):
+                raise UserError(
+                    f"override {override!r}: there is no entry {part}; the config has {len(table)}, counted from 0"
+                )
+            table = table[int(part)]
         else:
             table = table.setdefault(part, [] if keys[depth + 1].isdecimal() else {})
         if not isinstance(table, dict | list):
@@ -80,14 +84,6 @@ def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
         )
     table[keys[-1]] = parsed
     lines.override(tuple(keys), override)
-
-
-def _entry(tables: list[Any], index: str, override: str) -> Any:
-    if not index.isdecimal() or int(index) >= len(tables):
-        raise UserError(
-            f"override {override!r}: there is no entry {index}; the config has {len(tables)}, counted from 0"
-        )
-    return tables[int(index)]
 
 
 def _from_folder(config: Config, folder: Path) -> Config:

@@ -3,7 +3,6 @@
 Everything that lists losses or describes one derives from the classes here. Nothing here imports torch.
 """
 
-from dataclasses import KW_ONLY
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field, Strict
@@ -40,11 +39,10 @@ class Loss:
         return "pair" if self.paired else "response"
 
 
-@dataclass(frozen=True, config=loss_table)
+@dataclass(frozen=True, kw_only=True, config=loss_table)
 class DPO(Loss):
     """Direct preference optimization and its variants, named as in TRL; the loss is Σ weight · mean(variant)."""
 
-    _: KW_ONLY
     type: Literal["dpo"] = "dpo"
     """Selects the loss."""
     beta: Positive = 0.1
@@ -85,11 +83,10 @@ class DPO(Loss):
         return bool(set(self.variants) & set(SORTING_VARIANTS))
 
 
-@dataclass(frozen=True, config=loss_table)
+@dataclass(frozen=True, kw_only=True, config=loss_table)
 class IPO(Loss):
     """Identity preference optimization: `dpo` with `variants = ["ipo"]`, under its own name."""
 
-    _: KW_ONLY
     type: Literal["ipo"] = "ipo"
     """Selects the loss."""
     beta: Positive = 0.1
@@ -100,11 +97,10 @@ class IPO(Loss):
         return DPO(beta=self.beta, variants=("ipo",))
 
 
-@dataclass(frozen=True, config=loss_table)
+@dataclass(frozen=True, kw_only=True, config=loss_table)
 class KTO(Loss):
     """Kahneman-Tversky optimization of single responses that are labelled good or bad."""
 
-    _: KW_ONLY
     type: Literal["kto"] = "kto"
     """Selects the loss."""
     beta: Positive = 0.1
@@ -120,11 +116,10 @@ class KTO(Loss):
     paired: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, config=loss_table)
+@dataclass(frozen=True, kw_only=True, config=loss_table)
 class ORPO(Loss):
     """Odds ratio preference optimization: supervised learning plus an odds ratio, without a reference."""
 
-    _: KW_ONLY
     type: Literal["orpo"] = "orpo"
     """Selects the loss."""
     beta: NonNegative = 0.1
@@ -136,11 +131,10 @@ class ORPO(Loss):
     uses_reference: ClassVar[bool] = False
 
 
-@dataclass(frozen=True, config=loss_table)
+@dataclass(frozen=True, kw_only=True, config=loss_table)
 class SimPO(Loss):
     """Simple preference optimization: length-normalized rewards and a target margin, without a reference."""
 
-    _: KW_ONLY
     type: Literal["simpo"] = "simpo"
     """Selects the loss."""
     beta: Positive = 2.0
@@ -169,11 +163,10 @@ class SimPO(Loss):
         return self.beta * (0.5 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
 
-@dataclass(frozen=True, config=loss_table)
+@dataclass(frozen=True, kw_only=True, config=loss_table)
 class CPO(Loss):
     """Contrastive preference optimization: DPO with a uniform reference, plus supervised learning."""
 
-    _: KW_ONLY
     type: Literal["cpo"] = "cpo"
     """Selects the loss."""
     beta: Positive = 0.1

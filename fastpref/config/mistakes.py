@@ -157,7 +157,7 @@ def _without_tags(loc: tuple[str | int, ...], kind: str) -> Path:
 def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
     kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
     if kind in _UNKNOWN:
-        owners = [name for name, options in LOSSES.items() if path[0] == "loss" and path[-1] in _keys(options)]
+        owners = [name for name, options in LOSSES.items() if path[0] == "loss" and path[-1] in vars(options())]
         if owners:
             return f"this loss has no such key; it belongs to {', '.join(owners)}"
         return "unknown key" + _suggest(str(path[-1]), path[:-1], schema)
@@ -208,15 +208,10 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
     yield name, list(annotations)
     for key, annotation in annotations.items():
         inner = list(classes_in(annotation))
-        keys = [key for c in inner if is_dataclass(c) for key in _keys(c)]
+        keys = [field.name for c in inner if is_dataclass(c) for field in fields(c)]
         path = f"{name}.{key}" if name else key
         if keys:
             yield path, list(dict.fromkeys(keys))
         for c in inner:
             if issubclass(c, BaseModel):
                 yield from _tables(c, path)
-
-
-def _keys(options: Any) -> list[str]:
-    """Return the keys of a loss."""
-    return [field.name for field in fields(options) if field.name != "_"]

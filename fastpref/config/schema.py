@@ -16,22 +16,20 @@ from pydantic import (
     WithJsonSchema,
     field_validator,
     model_validator,
-)
+)  # fmt: skip
 from pydantic_core import core_schema
 
+from fastpref.config.formats import is_function, map_file, parse_format
+from fastpref.config.keywords import check_keywords
 from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions, NonNegative, Positive
 from fastpref.config.paths import PathMark, ReadPath, WrittenPath
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True,
         protected_namespaces=(),
-    )
+    )  # fmt: skip
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -107,16 +105,12 @@ def is_pattern(entry: str) -> bool:
 
 
 def _known_format(value: Any) -> Any:
-    from fastpref.data.rows.formats import check_format
-
-    check_format(value)
+    parse_format(value)
     return value
 
 
 def _map_format(value: Any, change: Callable[[str], Any]) -> Any:
     """Apply `change` to the file of a function `module:function` and to the chat template of a format."""
-    from fastpref.data.rows.function import is_function, map_file
-
     if isinstance(value, str):
         return map_file(value, change) if is_function(value) else value
     template = value.get("chat_template") if isinstance(value, dict) else None
@@ -200,8 +194,6 @@ class TokensConfig(_Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _known_keywords(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
-        from fastpref.data.template.keywords import check_keywords
-
         check_keywords(given or {})
         return given or None
 
@@ -312,36 +304,27 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
-        mistakes = []
-        if self.reference.mode == "adapter" and self.lora is None:
-            mistakes.append('reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"')
-        for key in ("dtype", "quantization"):
-            if getattr(self.reference, key) != "auto" and self.reference.mode != "copy":
-                mistakes.append(
-                    f'reference.{key}: only a frozen copy has this key; set reference.mode = "copy", or remove it'
-                )
-        if self.model.quantization != "none" and self.lora is None:
-            mistakes.append(
-                f'model.quantization: "{self.model.quantization}" weights cannot be trained themselves; add a [lora] '
-                "table"
-            )
-        if self.model.attention == "flex" and self.train.layout == "padded":
-            mistakes.append(
-                'model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or remove it'
-            )
-        if isinstance(self.loss, KTO) and self.loss.kl == "batch" and self.train.batch == 1:
-            mistakes.append(
-                "train.batch: KTO compares each row with the next one of its batch, so a batch needs two rows; "
-                'set train.batch to 2 or more, or loss.kl = "none"'
-            )
-        if self.train.offload_activations and self.train.checkpointing is False:
-            mistakes.append(
-                "train.offload_activations: only gradient checkpointing has inputs to move; set "
-                'train.checkpointing to true or "auto"'
-            )
-        if self.eval.every is not None and not self.eval.wanted:
-            mistakes.append("eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]")
-        if mistakes:
+        model, reference, train = self.model, self.reference, self.train
+        not_copied = 'only a frozen copy has this key; set reference.mode = "copy", or remove it'
+        checks = [
+            (reference.mode == "adapter" and self.lora is None,
+             'reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"'),
+            (reference.dtype != "auto" and reference.mode != "copy", f"reference.dtype: {not_copied}"),
+            (reference.quantization != "auto" and reference.mode != "copy", f"reference.quantization: {not_copied}"),
+            (model.quantization != "none" and self.lora is None,
+             f'model.quantization: "{model.quantization}" weights cannot be trained themselves; add a [lora] table'),
+            (model.attention == "flex" and train.layout == "padded",
+             'model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or remove it'),
+            (isinstance(self.loss, KTO) and self.loss.kl == "batch" and train.batch == 1,
+             "train.batch: KTO compares each row with the next one of its batch, so a batch needs two rows; "
+             'set train.batch to 2 or more, or loss.kl = "none"'),
+            (train.offload_activations and train.checkpointing is False,
+             "train.offload_activations: only gradient checkpointing has inputs to move; set "
+             'train.checkpointing to true or "auto"'),
+            (self.eval.every is not None and not self.eval.wanted,
+             "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
+        ]  # fmt: skip
+        if mistakes := [message for wrong, message in checks if wrong]:
             raise ValueError("\n".join(mistakes))
         return self
 

@@ -82,7 +82,7 @@ def keys_of(section: str, loss: str) -> Mapping[str, FieldInfo]:
     """Return the keys of a table with their defaults and meanings; those of [loss] are the keys of one loss."""
     if section == "loss":
         options: Any = LOSSES[loss]
-        return {name: info for name, info in options.__pydantic_fields__.items() if name != "_"}
+        return options.__pydantic_fields__
     tables = classes_in(Config.model_fields[section].annotation)
     return next(table for table in tables if issubclass(table, BaseModel)).model_fields
 

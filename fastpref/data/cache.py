@@ -93,7 +93,7 @@ def _load_examples(config: Config, tokenizer: PreTrainedTokenizerBase, day: date
     # No lock, no space, no permission, no home folder.
     except (OSError, WriteError, NotImplementedError, pa.ArrowException) as error:
         examples = _in_memory(config, tokenizer, day)
-        note = f"the cache in {_shown_folder()} cannot be used, so nothing is kept for later runs: {error}"
+        note = f"the cache in {cache_folder()} cannot be used, so nothing is kept for later runs: {error}"
         examples.notes.append(note)
         return examples
 
@@ -131,10 +131,7 @@ def _write(config: Config, tokenizer: PreTrainedTokenizerBase, day: date, entry:
 
 
 def _tokenize(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    day: date,
-    keep: Callable[[str, Iterator[list[Example]]], Any],
+    config: Config, tokenizer: PreTrainedTokenizerBase, day: date, keep: Callable[[str, Iterator[list[Example]]], Any]
 ) -> dict[str, Any]:
     """Tokenise each part of the rows, and pass its name and its examples to `keep`. Returns Tokenized's other fields.
 
@@ -208,10 +205,3 @@ def _observed(
             for ids, spans in zip(example.completions, example.contexts):
                 ends.update({ids[begin - 1] for begin, _ in spans if begin > 0} & special)
         yield batch
-
-
-def _shown_folder() -> str:
-    try:
-        return str(cache_folder())
-    except RuntimeError:
-        return "~/.cache/fastpref"

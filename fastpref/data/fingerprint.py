@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config, DataConfig
+from fastpref.config.formats import is_function, parse_format
 from fastpref.data.opening import content_hash
-from fastpref.data.rows.function import is_function, source_file
+from fastpref.data.rows.function import source_file
 from fastpref.data.template.keywords import writes_the_date
 from fastpref.data.template.named import load_chat_template
 
@@ -22,9 +23,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2")  # they render and tokenis
 
 
 def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> str:
-    """Return the fingerprint, 32 hexadecimal digits. The tokenizer must have the config's chat template already.
-
-    `day` is the date of the run.
+    """Return the fingerprint of a run on `day`, 32 hexadecimal digits. The tokenizer has the config's chat template.
 
     Raises UserError for a source that does not exist, OSError for one that cannot be read.
     """
@@ -52,9 +51,9 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dic
 def _source(data: DataConfig) -> dict[str, Any]:
     """Return a source's options and a hash of its contents. The path is included because messages name it."""
     source = data.model_dump(mode="json") | {"content": content_hash(data)}
-    name = data.format if isinstance(data.format, str) else data.format.get("type", "table")
     if isinstance(data.format, dict):
         source["chat template"] = load_chat_template(data.format.get("chat_template"), "format.chat_template")
+    name, _ = parse_format(data.format)
     if is_function(name):
         file = source_file(name)
         source["function"] = file and hashlib.sha256(file.read_bytes()).hexdigest()

@@ -37,8 +37,8 @@ def left_out(pieces: Sequence[Piece], text: str, before: str = "") -> list[Piece
     switches are not compared, because templates trim, encode and remove them.
     """
     shared = common(before, text)
-    said = Counter(piece.words.strip() for piece in pieces)
-    if all(not words or text.count(words, shared) >= many for words, many in said.items()):
+    counts = Counter(piece.words.strip() for piece in pieces)
+    if all(not words or text.count(words, shared) >= many for words, many in counts.items()):
         return []  # the usual case, in which nothing needs to be normalised
     rest = plain(text[shared:])
     missing, whole, start = [], "", ""

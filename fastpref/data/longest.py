@@ -67,11 +67,8 @@ def microbatches(
 
 
 def _cut(config: Config, prompts: np.ndarray, completions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lengths of texts after tokenising with a smaller `tokens.max_length`.
-
-    Prompts lose tokens first, down to half of it, then completions. Chats lose whole turns, so they keep at most as
-    many tokens in all.
-    """
+    """Return the lengths of texts after tokenising with a smaller `tokens.max_length`: prompts lose tokens first, down
+    to half of it, then completions. Chats lose whole turns, so they keep at most as many tokens in all."""
     limit = config.tokens.max_length
     prompts = np.minimum(prompts, np.maximum(kept_prompt(limit), limit - completions.max(axis=1, initial=1)))
     return prompts, np.minimum(completions, (limit - prompts)[:, None])
@@ -81,8 +78,8 @@ def _of_lengths(
     prompt: int, completions: Sequence[int], label: bool | None, contexts: Sequence[int] | None = None
 ) -> Example:
     """Return an example of these lengths. `contexts` is the number of unscored tokens of each completion."""
-    made = tuple([0] * int(length) for length in completions)
+    ids = tuple([0] * int(length) for length in completions)
     if contexts is None or not any(contexts):
-        return Example([0] * prompt, made, label, Origin(""))
-    spans = tuple(((0, min(int(many), len(ids) - 1)),) for many, ids in zip(contexts, made))
-    return Example([0] * prompt, made, label, Origin(""), spans)
+        return Example([0] * prompt, ids, label, Origin(""))
+    spans = tuple(((0, min(int(many), len(own) - 1)),) for many, own in zip(contexts, ids))
+    return Example([0] * prompt, ids, label, Origin(""), spans)

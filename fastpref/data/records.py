@@ -9,6 +9,7 @@ import json
 import mmap
 from array import array
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,7 +181,8 @@ class Csv(_TextRecords):
         row: dict[str, Any] = dict(zip(self.header, fields))
         for column in self._numbers:
             if column in row:
-                row[column] = _number(row[column])
+                with suppress(ValueError):
+                    row[column] = float(row[column])
         return row
 
 
@@ -259,10 +261,3 @@ def _object(text: str) -> dict[str, Any]:
             half = error.object[error.start]
             raise RowError(f"{half!a} is half a character, which no text holds", "not UTF-8") from None
     return row
-
-
-def _number(cell: str) -> Any:
-    try:
-        return float(cell)
-    except ValueError:
-        return cell

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, overload
 from fastpref.config import Config, DataConfig
 from fastpref.data.opening import open_records
 from fastpref.data.records import Records
-from fastpref.data.rows.auto import KNOWN, AutoFormat
-from fastpref.data.rows.content import MISSING_COLUMN, Paired, RowError, Unpaired, unpair
-from fastpref.data.rows.formats import detect, explained, find_format
+from fastpref.data.rows.auto import KNOWN, AutoFormat, detect
+from fastpref.data.rows.columns import MISSING_COLUMN
+from fastpref.data.rows.content import Paired, RowError, Unpaired, unpair
+from fastpref.data.rows.formats import explained, find_format
 from fastpref.data.rows.parts import text_of
 from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError
@@ -111,10 +112,10 @@ class Rows(Sequence[SourceRow]):
         return SourceRow(content, Place(source.records, at), source.data.on_error == "drop")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
-    train: Rows
-    heldout: Rows
+    train: Rows = field(default_factory=Rows)
+    heldout: Rows = field(default_factory=Rows)
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
     duplicates: int = 0  # rows left out because they repeat another
     left_out: int = 0  # rows left out because they are broken
@@ -125,17 +126,17 @@ def prepare(config: Config) -> Prepared:
 
     Every row is read once, so that mistakes are found here. Raises UserError, naming the file, the columns or the row.
     """
-    findings = _Findings()
-    fraction = config.eval.fraction
-    train, heldout = _gather(config.data, config, findings, fraction or 0.0)
+    prepared, fraction = Prepared(), config.eval.fraction
+    train, heldout = _gather(config.data, config, prepared, fraction or 0.0)
     if fraction is None:
-        heldout, _ = _gather(config.eval.data, config, findings, 0.0)
+        heldout, _ = _gather(config.eval.data, config, prepared, 0.0)
     elif not heldout or not train:
         raise UserError(
             f"eval.fraction holds prompts out, and all {len(train)} rows have the same one; name other rows to "
             "evaluate on, [[eval.data]], or leave eval.fraction out"
         )
-    return Prepared(train, heldout, findings.notes, findings.duplicates, findings.left_out)
+    prepared.train, prepared.heldout = train, heldout
+    return prepared
 
 
 def notes_on_text(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -193,30 +194,21 @@ def _bound(shares: Sequence[float], fraction: float) -> float:
     return min(max(fraction, math.nextafter(min(shares), 1.0)), max(shares))
 
 
-@dataclass
-class _Findings:
-    """Notes and counts that are collected while the rows are read."""
-
-    notes: list[str] = field(default_factory=list)
-    duplicates: int = 0
-    left_out: int = 0
-
-
-def _gather(sources: Sequence[DataConfig], config: Config, findings: _Findings, fraction: float) -> tuple[Rows, Rows]:
+def _gather(sources: Sequence[DataConfig], config: Config, prepared: Prepared, fraction: float) -> tuple[Rows, Rows]:
     """Read the rows of several sources one after another. Returns training rows and, by `fraction`, held-out rows."""
     opened = [_source(data, not config.loss.paired) for data in sources]
     train, heldout = Rows(opened), Rows(opened)
     seen: set[bytes] | None = set() if config.tokens.duplicates == "drop" else None
     surveys: list[tuple[_Kept, array[int]]] = []  # usable rows, and the indices that the weight selects
     for source in opened:
-        kept = _survey(source, fraction, seen, findings)
+        kept = _survey(source, fraction, seen, prepared)
         used = array("q", repeats(len(kept.at), source.data.weight))
         surveys.append((kept, used))
         if source.data.weight != 1:
             if not used:
                 raise UserError(f"{source.data.path}: weight {source.data.weight:g} leaves no row; choose a larger one")
             many = sum(kept.parts[i] for i in used)
-            findings.notes.append(
+            prepared.notes.append(
                 f"{source.name}: weight {source.data.weight:g} makes {many} rows of {sum(kept.parts)}"
             )
     bound = _bound([kept.share[i] for kept, used in surveys for i in used], fraction) if fraction else 0.0
@@ -226,7 +218,7 @@ def _gather(sources: Sequence[DataConfig], config: Config, findings: _Findings, 
             for part in range(kept.parts[i]):
                 rows.add(number, kept.at[i], part)
     if bound != fraction and train and heldout:
-        findings.notes.append(
+        prepared.notes.append(
             f"eval.fraction = {fraction} goes by hashes of the prompts, and these are few: each side "
             f"gets one at least, {len(train)} rows to train on, {len(heldout)} to evaluate on"
         )
@@ -286,10 +278,10 @@ class _Kept:
     share: array = field(default_factory=lambda: array("d"))
 
 
-def _survey(source: Source, fraction: float, seen: set[bytes] | None, findings: _Findings) -> _Kept:
-    """Read every row of a source once. Returns the usable rows, and adds notes and counts to `findings`."""
+def _survey(source: Source, fraction: float, seen: set[bytes] | None, prepared: Prepared) -> _Kept:
+    """Read every row of a source once. Returns the usable rows, and adds notes and counts to `prepared`."""
     count = min(source.data.rows or len(source.records), len(source.records))
-    notes = findings.notes
+    notes = prepared.notes
     notes.append(f"{source.name}: {count} rows of {source.form.name}")
     kept, duplicates = _Kept(), 0
     dropped: dict[str, tuple[int, str]] = {}  # kind of mistake → how many, and the first of them
@@ -321,12 +313,12 @@ def _survey(source: Source, fraction: float, seen: set[bytes] | None, findings: 
         kinds = "; ".join(f"{many} {kind} (the first: {first})" for kind, (many, first) in dropped.items())
         if total == count:
             raise UserError(f"{source.data.path}: none of the {count} rows can be used: {kinds}")
-        findings.left_out += total
+        prepared.left_out += total
         notes.append(f"{source.name}: {total} of {count} rows left out: {kinds}")
     notes += [
         f"{source.name}: {many} of {count} rows: {what} (the first: {first})" for what, (many, first) in remarks.items()
     ]
-    findings.duplicates += duplicates
+    prepared.duplicates += duplicates
     if duplicates:
         notes.append(f"{source.name}: {duplicates} exact duplicates left out")
     if 2 in kept.parts:

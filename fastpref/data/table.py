@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 
 from fastpref.data.example import Example, Origin, Spans
 
+_ORIGIN = tuple(field.name for field in fields(Origin))
 _IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema(
     {
@@ -51,18 +53,13 @@ class Examples(Sequence[Example]):
         def value(name: str) -> Any:
             return self.table.column(name)[at]
 
+        origin: dict[str, Any] = {name: value(name).as_py() for name in _ORIGIN}
+        origin["completions_cut"] = tuple(origin["completions_cut"])
         return Example(
             prompt=_ids(value("prompt").values),
             completions=tuple(_ids(ids.values) for ids in value("completions")),
             label=value("label").as_py(),
-            row=Origin(
-                place=value("place").as_py(),
-                question=value("question").as_py(),
-                prompt_cut=value("prompt_cut").as_py(),
-                turns_cut=value("turns_cut").as_py(),
-                completions_cut=tuple(_ids(value("completions_cut").values)),
-                merged=value("merged").as_py(),
-            ),
+            row=Origin(**origin),
             contexts=tuple(_pairs(places) for places in value("contexts").as_py()),
         )
 
@@ -126,14 +123,11 @@ def in_memory(batches: Iterable[Sequence[Example]]) -> Examples:
     return Examples(pa.Table.from_batches([_record(batch) for batch in batches], SCHEMA))
 
 
-def write(batches: Iterable[Sequence[Example]], path: Path) -> int:
-    """Write an Arrow file and return its number of rows. Raises OSError."""
-    rows = 0
+def write(batches: Iterable[Sequence[Example]], path: Path) -> None:
+    """Write an Arrow file. Raises OSError."""
     with path.open("wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
         for batch in batches:
-            rows += len(batch)
             writer.write_batch(_record(batch))
-    return rows
 
 
 def read(path: Path) -> Examples:
@@ -157,10 +151,7 @@ def _record(examples: Sequence[Example]) -> pa.RecordBatch:
             [[place for span in spans for place in span] for spans in example.contexts] for example in examples
         ],
         "label": [example.label for example in examples],
-        **{
-            name: [getattr(row, name) for row in rows]
-            for name in ("place", "question", "prompt_cut", "turns_cut", "completions_cut", "merged")
-        },
+        **{name: [getattr(row, name) for row in rows] for name in _ORIGIN},
     }
     return pa.record_batch(
         [pa.array(columns[field.name], field.type) if isinstance(columns[field.name], list) else columns[field.name]

@@ -19,7 +19,7 @@ from fastpref.data.left_out import (
     response_pieces,
     says_something,
     tool_names,
-)
+)  # fmt: skip
 from fastpref.data.lengths import cut, kept_prompt, kept_response
 from fastpref.data.rows.content import Message, Paired, RowError, Unpaired, Writing
 from fastpref.data.sources import SourceRow
@@ -35,22 +35,13 @@ _QUESTION = 500  # characters of a question that its example keeps
 _EQUAL = "chosen and rejected are equal"
 
 
-def tokenize(
-    rows: Sequence[SourceRow], tokenizer: PreTrainedTokenizerBase, options: TokensConfig, day: date | None = None
-) -> tuple[list[Example], Counts]:
-    """Tokenise all rows at once. Returns the examples of every usable row, and counts. See `tokenize_batches`."""
-    counts = Counts()
-    batches = tokenize_batches(rows, tokenizer, options, counts, day)
-    return [example for batch in batches for example in batch], counts
-
-
 def tokenize_batches(
     rows: Sequence[SourceRow],
     tokenizer: PreTrainedTokenizerBase,
     options: TokensConfig,
     counts: Counts,
-    day: date | None = None,
-    templates: set[str | None] | None = None,
+    day: date | None,
+    templates: set[str | None],
 ) -> Iterator[list[Example]]:
     """Yield the examples of every usable row, some rows at a time, and add the cut and dropped ones to `counts`.
 
@@ -63,8 +54,7 @@ def tokenize_batches(
     encoder = _Encoder(tokenizer, options, counts, day)
     for start in range(0, len(rows), BATCH):
         some = rows[start : start + BATCH]
-        if templates is not None:
-            templates |= {encoder.own_template(row) for row in some if not isinstance(row.content.prompt, str)}
+        templates |= {encoder.own_template(row) for row in some if not isinstance(row.content.prompt, str)}
         yield encoder.examples(some)
 
 

@@ -1,6 +1,7 @@
 """Find the unscored turns of a response in its rendered text, and remove the oldest turns of a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +13,7 @@ _MARK = "\ue000fastpref\ue001"  # private-use characters, which no data set has 
 _WEIGHTS = ("weight", "train", "loss")
 """Keys of a message that mark it as not trained: OpenAI's, Axolotl's, ms-swift's."""
 TextSpans = list[tuple[int, int]]
+_Write = Callable[..., str]  # writes messages with the chat template of a row
 
 
 def contexts(
@@ -34,13 +36,14 @@ def contexts(
     if len(response) < 2:
         return []
     spans: TextSpans = []
-    conversation = [*prompt, *response]
+    conversation, write = [*prompt, *response], partial(apply, tokenizer, writing=writing)
+    special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     try:
         for begin, stop in _runs(response):
             first, last = len(prompt) + begin, len(prompt) + stop
             lowest = spans[-1][1] if spans else 0
-            start = _end_of_turn(tokenizer, writing, conversation, first, full, lowest) if begin else 0
-            spans.append((start, max(start, _begin_of_turn(tokenizer, writing, conversation, last, full, start))))
+            start = _end_of_turn(write, special, conversation, first, full, lowest) if begin else 0
+            spans.append((start, max(start, _begin_of_turn(write, conversation, last, full, start))))
     except RowError:
         raise
     except REFUSALS as error:
@@ -83,19 +86,13 @@ def _is_off(weight: object) -> bool:
 
 
 def _end_of_turn(
-    tokenizer: PreTrainedTokenizerBase,
-    writing: Writing,
-    conversation: list[Message],
-    stop: int,
-    full: str,
-    lowest: int,
+    write: _Write, special: list[str], conversation: list[Message], stop: int, full: str, lowest: int
 ) -> int:
     """Return where the assistant's turn before message `stop` ends in `full`, after its end token."""
-    alone = apply(tokenizer, conversation[:stop], writing).rstrip()
+    alone = write(conversation[:stop]).rstrip()
     if full.startswith(alone):
         return len(alone)
-    special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    following, ends = _place_of(tokenizer, writing, conversation, stop, full), False
+    following, ends = _place_of(write, conversation, stop, full), False
     while end := next((token for token in special if alone.endswith(token)), ""):  # a last turn may end with two
         if (at := full.rfind(end, lowest, following)) >= 0:
             return at + len(end)
@@ -111,14 +108,12 @@ def _end_of_turn(
     raise _untold(f"the turn that ends with {alone[-40:]!r} is written otherwise once others follow it")
 
 
-def _begin_of_turn(
-    tokenizer: PreTrainedTokenizerBase, writing: Writing, conversation: list[Message], at: int, full: str, start: int
-) -> int:
+def _begin_of_turn(write: _Write, conversation: list[Message], at: int, full: str, start: int) -> int:
     """Return where the words of the assistant's message `at` begin in `full`, after its generation prompt."""
-    asked = apply(tokenizer, conversation[:at], writing, generation_prompt=True)
+    asked = write(conversation[:at], generation_prompt=True)
     if full.startswith(asked):  # the usual case
         return len(asked)
-    before = apply(tokenizer, conversation[:at], writing).rstrip()
+    before = write(conversation[:at]).rstrip()
     agreed = common(asked, full)
     if agreed >= len(before):
         return agreed
@@ -126,10 +121,8 @@ def _begin_of_turn(
     if own and conversation[at - 1].get("tool_calls"):
         return start
     marked = {**conversation[at - 1], "content": _MARK}
-    _, mark, tail = apply(tokenizer, [*conversation[: at - 1], marked], writing, generation_prompt=True).rpartition(
-        _MARK
-    )
-    whole = apply(tokenizer, [*conversation[: at - 1], marked, *conversation[at:]], writing)
+    _, mark, tail = write([*conversation[: at - 1], marked], generation_prompt=True).rpartition(_MARK)
+    whole = write([*conversation[: at - 1], marked, *conversation[at:]])
     if own and (not mark or _MARK not in whole):
         return start
     if not mark or _MARK not in whole:
@@ -138,14 +131,12 @@ def _begin_of_turn(
     return end + common(full[end:], tail)
 
 
-def _place_of(
-    tokenizer: PreTrainedTokenizerBase, writing: Writing, conversation: list[Message], at: int, full: str
-) -> int:
+def _place_of(write: _Write, conversation: list[Message], at: int, full: str) -> int:
     """Return where the content of message `at` begins in `full`. For an assistant message, return where its turn
     begins, or a later position.
     """
     marked = {**conversation[at], "content": _MARK}
-    return common(apply(tokenizer, [*conversation[:at], marked, *conversation[at + 1 :]], writing), full)
+    return common(write([*conversation[:at], marked, *conversation[at + 1 :]]), full)
 
 
 def _untold(why: str) -> RowError:

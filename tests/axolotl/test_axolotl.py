@@ -15,8 +15,8 @@ from fastpref.axolotl.left_out import GROUPS, reason_for
 from fastpref.axolotl.rules import RULES
 from fastpref.axolotl.source import METHODS
 from fastpref.config import Config, load_config
+from fastpref.config.formats import options_of
 from fastpref.config.text import keys_of, sections
-from fastpref.data.rows.formats import options_of
 from fastpref.errors import UserError
 from tests.support.axolotl_configs import DPO, ENTRY_FIELDS, FIELDS, IPO, KTO_QLORA, ORPO, SIMPO
 from tests.support.command_line import succeed

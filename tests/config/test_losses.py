@@ -1,6 +1,5 @@
 """A loss's options are defined once, and everything that depends on losses derives from them."""
 
-from dataclasses import KW_ONLY
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -16,11 +15,10 @@ from fastpref.config.losses import DPO, LOSSES, Loss, loss_table
 from fastpref.errors import UserError
 
 
-@dataclass(frozen=True, config=loss_table)
+@dataclass(frozen=True, kw_only=True, config=loss_table)
 class XPO(Loss):
     """A planted loss."""
 
-    _: KW_ONLY
     type: Literal["xpo"] = "xpo"
     """Selects the loss."""
     beta: float = 3.0

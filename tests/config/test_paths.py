@@ -50,37 +50,29 @@ def test_a_new_path_is_written_in_the_schema_alone(tmp_path: Path, monkeypatch: 
     marks = dict(path_marks(MoreConfig))
     assert set(marks) - set(dict(path_marks(Config))) == {"data.*.prices", "tokens.words", "tokens.traces"}
     assert marks["tokens.traces"].written
-    assert resume.places(MoreConfig) == (
-        "model.name",
-        "data.*.path",
-        "data.*.prices",
-        "eval.data.*.path",
-        "tokens.chat_template",
-        "tokens.words",
-    )
+    places = "model.name data.*.path data.*.prices eval.data.*.path tokens.chat_template tokens.words"
+    assert resume.places(MoreConfig) == tuple(places.split())
 
 
 def test_every_path_is_mapped():
     """Names, templates and the files of functions are mapped; names of formats and keys without a value are not."""
-    formats = [
-        "auto",
-        "mine.own:read",
-        "/a/mine.py:read",
-        {"type": "chat_template.default", "chat_template": "t.jinja"},
-        {"field_prompt": "q"},
-    ]
-    raw = {"model": {"name": "m"}, "data": [{"path": f"d{at}", "format": form} for at, form in enumerate(formats)]}
+    template = {"type": "chat_template.default", "chat_template": "t.jinja"}
+    formats = {
+        "d0": "auto",
+        "d1": "mine.own:read",
+        "d2": "/a/mine.py:read",
+        "d3": template,
+        "d4": {"field_prompt": "q"},
+    }
+    raw = {"model": {"name": "m"}, "data": [{"path": path, "format": form} for path, form in formats.items()]}
     config = make_config(raw | {"eval": {"data": [{"path": "h"}]}, "output": {"dir": "o"}})
     mapped = map_paths(config, lambda path: f"<{path}>", lambda path: f"[{path}]")
     assert mapped.model.name == "<m>"
     assert [data.path for data in mapped.data] == ["<d0>", "<d1>", "<d2>", "<d3>", "<d4>"]
     assert [data.format for data in mapped.data] == [
-        "auto",
-        "<mine/own.py>:read",
-        "</a/mine.py>:read",
-        {"type": "chat_template.default", "chat_template": "<t.jinja>"},
+        "auto", "<mine/own.py>:read", "</a/mine.py>:read", template | {"chat_template": "<t.jinja>"},
         {"field_prompt": "q"},
-    ]
+    ]  # fmt: skip
     assert (mapped.eval.data[0].path, mapped.tokens.chat_template, mapped.output.dir) == ("<h>", None, "[o]")
     assert map_paths(config, lambda path: path) == config
 
@@ -101,19 +93,10 @@ def test_but_changes_keys_and_tables():
     assert config.but({"data": [{"path": "e"}], "eval": {}}).data == (DataConfig(path="e"),)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model.dtyp": "float32"},
-        {"model.dtype": "float8"},
-        {"train.batch": 0},
-        {"loss.gamma": 1.0},
-        {"loss.weights": [1, 2]},
-        {"data": []},
-        {"lora": {"rnk": 1}},
-        {"model": None},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {"model.dtyp": "float32"}, {"model.dtype": "float8"}, {"train.batch": 0}, {"loss.gamma": 1.0},
+    {"loss.weights": [1, 2]}, {"data": []}, {"lora": {"rnk": 1}}, {"model": None},
+], ids=str)  # fmt: skip
 def test_but_validates(changes: dict[str, Any]):
     """`but` refuses what the schema refuses in a file; a table that does not exist is an error of another type."""
     with pytest.raises(ValidationError):

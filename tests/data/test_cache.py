@@ -20,8 +20,9 @@ from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import Example
 from fastpref.data.sources import prepare
 from fastpref.data.template.named import KNOWN
-from fastpref.data.tokenize import BATCH, tokenize, use_chat_template
+from fastpref.data.tokenize import BATCH, use_chat_template
 from fastpref.errors import UserError
+from tests.support.chats import tokenize
 from tests.support.toy_tokenizers import CHATML, PLAIN, chatml, toy_tokenizer
 
 USER = {"role": "user", "content": "Où ça?"}
@@ -70,17 +71,17 @@ def load(folder: Path, *overrides: str, tokenizer: PreTrainedTokenizerBase | Non
     return load_examples(loaded, tokenizer, **how)
 
 
-def is_hit(found: Tokenized) -> bool:
-    return any("from the cache" in note for note in found.notes)
+def is_hit(result: Tokenized) -> bool:
+    return any("from the cache" in note for note in result.notes)
 
 
 def entries(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "cache" / "tokens").iterdir() if path.is_dir())
 
 
-def everything(found: Tokenized) -> Any:
-    notes = [note for note in found.notes if "cache" not in note]
-    return list(found.train), list(found.heldout), found.counts, found.duplicates, found.left_out, notes
+def everything(result: Tokenized) -> Any:
+    notes = [note for note in result.notes if "cache" not in note]
+    return list(result.train), list(result.heldout), result.counts, result.duplicates, result.left_out, notes
 
 
 # --- The same examples ---------------------------------------------------------------------------------------------
@@ -96,30 +97,30 @@ def test_a_cached_run_is_an_uncached_one(folder: Path, loss: str):
     rows, counts = tokenize(prepare(config(folder, override)).train, chatml(), config(folder).tokens)
     assert any(row.row.prompt_cut for row in rows)
     assert counts.kept == len(rows) > 0
-    found = [load(folder, override, cache=False), load(folder, override), load(folder, override)]
-    assert [is_hit(one) for one in found] == [False, False, True]
-    assert list(found[0].train) == rows
-    assert found[0].counts["train"] == counts
-    assert (found[0].duplicates, found[0].left_out) == (1, 0)
-    for other in found[1:]:
-        assert everything(other) == everything(found[0])
+    result = [load(folder, override, cache=False), load(folder, override), load(folder, override)]
+    assert [is_hit(one) for one in result] == [False, False, True]
+    assert list(result[0].train) == rows
+    assert result[0].counts["train"] == counts
+    assert (result[0].duplicates, result[0].left_out) == (1, 0)
+    for other in result[1:]:
+        assert everything(other) == everything(result[0])
 
 
 def test_examples_are_a_sequence(folder: Path):
     """Length, indices from either end, slices, and lengths without decoding agree with the list of all examples."""
-    found = load(folder).train
-    rows = list(found)
+    result = load(folder).train
+    rows = list(result)
     assert all(isinstance(row, Example) and type(row.prompt[0]) is int for row in rows)
-    assert len(found) == len(rows) == 3
-    assert [found[i] for i in range(-3, 3)] == rows * 2
-    assert found[1:] == rows[1:]
-    assert found[::-1] == rows[::-1]
+    assert len(result) == len(rows) == 3
+    assert [result[i] for i in range(-3, 3)] == rows * 2
+    assert result[1:] == rows[1:]
+    assert result[::-1] == rows[::-1]
     for outside in (3, -4):
         with pytest.raises(IndexError):
-            found[outside]
-    assert found.prompt_lengths.tolist() == [len(row.prompt) for row in rows]
-    assert found.completion_lengths.tolist() == [[len(ids) for ids in row.completions] for row in rows]
-    assert found.labels is None
+            result[outside]
+    assert result.prompt_lengths.tolist() == [len(row.prompt) for row in rows]
+    assert result.completion_lengths.tolist() == [[len(ids) for ids in row.completions] for row in rows]
+    assert result.labels is None
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -130,12 +131,12 @@ def test_rows_of_several_batches_stay_in_order(folder: Path, cached: bool):
         folder / "pairs.jsonl",
         [{"prompt": f"{at}", "completion": "x" * (1 + at % 7), "label": at % 3 == 0} for at in range(count)],
     )
-    found = load(folder, "loss.type=kto", cache=cached).train
-    assert [Path(row.row.place).name for row in found] == [f"pairs.jsonl:{at + 1}" for at in range(count)]
-    assert [row.row.question for row in found] == [str(at) for at in range(count)]
-    assert found.labels is not None
-    assert found.labels.tolist() == [row.label for row in found] == [at % 3 == 0 for at in range(count)]
-    assert found.completion_lengths.tolist() == [[2 + at % 7] for at in range(count)]
+    result = load(folder, "loss.type=kto", cache=cached).train
+    assert [Path(row.row.place).name for row in result] == [f"pairs.jsonl:{at + 1}" for at in range(count)]
+    assert [row.row.question for row in result] == [str(at) for at in range(count)]
+    assert result.labels is not None
+    assert result.labels.tolist() == [row.label for row in result] == [at % 3 == 0 for at in range(count)]
+    assert result.completion_lengths.tolist() == [[2 + at % 7] for at in range(count)]
 
 
 def test_what_is_not_scored_is_kept(folder: Path):
@@ -162,9 +163,9 @@ def test_what_is_not_scored_is_kept(folder: Path):
 def test_nothing_held_out_is_an_empty_sequence(folder: Path):
     """Without held-out rows the sequence is empty, with a fresh cache and from it."""
     for _ in range(2):
-        found = load(folder, "eval.data=[]")
-        assert (len(found.heldout), list(found.heldout)) == (0, [])
-        assert len(found.heldout.prompt_lengths) == len(found.heldout.completion_lengths) == 0
+        result = load(folder, "eval.data=[]")
+        assert (len(result.heldout), list(result.heldout)) == (0, [])
+        assert len(result.heldout.prompt_lengths) == len(result.heldout.completion_lengths) == 0
 
 
 def test_a_run_of_no_use_is_an_error_and_leaves_no_entry(folder: Path):
@@ -322,9 +323,9 @@ def test_the_template_of_all_chats_is_kept(folder: Path, second: str | None, wan
         for name, template in form.items()
     ]  # fmt: skip
     for cached in (False, True, True):
-        found = load(folder, f"data=[{', '.join(sources)}]", cache=cached)
-        assert found.chat_template == (KNOWN[wanted] if wanted else None)
-        assert any("2 chat templates write" in note for note in found.notes) == (wanted is None)
+        result = load(folder, f"data=[{', '.join(sources)}]", cache=cached)
+        assert result.chat_template == (KNOWN[wanted] if wanted else None)
+        assert any("2 chat templates write" in note for note in result.notes) == (wanted is None)
 
 
 def test_folders_and_tables_are_known_by_their_content(folder: Path):
@@ -343,8 +344,8 @@ def test_folders_and_tables_are_known_by_their_content(folder: Path):
 
 def _load_in_a_process(folder: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
-    found = load(folder)
-    results.put((is_hit(found), [row.prompt for row in found.train]))
+    result = load(folder)
+    results.put((is_hit(result), [row.prompt for row in result.train]))
 
 
 def test_two_processes_make_one_cache(folder: Path):
@@ -354,11 +355,11 @@ def test_two_processes_make_one_cache(folder: Path):
     processes = [context.Process(target=_load_in_a_process, args=(folder, barrier, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    found = [results.get(timeout=60) for _ in processes]
+    result = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(timeout=60)
-    assert sorted(hit for hit, _ in found) == [False, True, True]
-    assert [prompts for _, prompts in found] == [[row.prompt for row in load(folder).train]] * 3
+    assert sorted(hit for hit, _ in result) == [False, True, True]
+    assert [prompts for _, prompts in result] == [[row.prompt for row in load(folder).train]] * 3
     assert [path.suffix for path in entries(folder)] == [""]
 
 
@@ -402,15 +403,15 @@ def _other_columns(path: Path) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     manifest = path.with_name("manifest.json")
-    said = json.loads(manifest.read_text())
-    said["files"]["train"] = path.stat().st_size
-    manifest.write_text(json.dumps(said))
+    content = json.loads(manifest.read_text())
+    content["files"]["train"] = path.stat().st_size
+    manifest.write_text(json.dumps(content))
 
 
 def _other_count(path: Path) -> None:
-    said = json.loads(path.read_text())
-    said["counts"]["train"]["kept"] += 1
-    path.write_text(json.dumps(said))
+    content = json.loads(path.read_text())
+    content["counts"]["train"]["kept"] += 1
+    path.write_text(json.dumps(content))
 
 
 HARM: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -432,10 +433,10 @@ def test_a_harmed_entry_is_made_again(folder: Path, file: str, harm: Callable[[P
     good = everything(load(folder))
     (entry,) = entries(folder)
     harm(entry / file)
-    found = load(folder)
-    assert not is_hit(found)
-    assert any(note.startswith("the cache held these tokens, but ") and "made again" in note for note in found.notes)
-    assert everything(found) == good
+    result = load(folder)
+    assert not is_hit(result)
+    assert any(note.startswith("the cache held these tokens, but ") and "made again" in note for note in result.notes)
+    assert everything(result) == good
     again = load(folder)
     assert is_hit(again)
     assert everything(again) == good
@@ -446,9 +447,9 @@ def test_an_unwritable_folder_is_a_note(folder: Path, monkeypatch: pytest.Monkey
     good = load(folder, cache=False)
     (folder / "file").write_text("")
     monkeypatch.setenv("FASTPREF_CACHE", str(folder / "file" / "cache"))
-    found = load(folder)
-    assert everything(found)[:3] == everything(good)[:3]
-    assert found.notes[-1].startswith(f"the cache in {folder}/file/cache cannot be used, so nothing is kept for later")
+    result = load(folder)
+    assert everything(result)[:3] == everything(good)[:3]
+    assert result.notes[-1].startswith(f"the cache in {folder}/file/cache cannot be used, so nothing is kept for later")
     assert (folder / "file").read_text() == ""
 
 
@@ -459,9 +460,9 @@ def test_a_full_disk_is_a_note_and_leaves_nothing(folder: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(cache.os, "fsync", full)
-    found = load(folder)
-    assert "No space left on device" in found.notes[-1]
-    assert len(found.train) == 3
+    result = load(folder)
+    assert "No space left on device" in result.notes[-1]
+    assert len(result.train) == 3
     assert entries(folder) == []
 
 
@@ -477,12 +478,9 @@ def test_no_cache_writes_nothing(folder: Path):
 def test_the_folder_is_the_users_unless_named(monkeypatch: pytest.MonkeyPatch):
     """FASTPREF_CACHE names the folder; if it is unset or empty, the folder is ~/.cache/fastpref."""
     monkeypatch.setenv("HOME", "/home/someone")
-    for value, wanted in (
-        ("/data/cache", "/data/cache"),
-        ("~/c", "/home/someone/c"),
-        ("", "/home/someone/.cache/fastpref"),
-    ):
-        monkeypatch.setenv("FASTPREF_CACHE", value)
+    default = "/home/someone/.cache/fastpref"
+    for value, wanted in (("/data/cache", "/data/cache"), ("~/c", "/home/someone/c"), ("", default), (None, default)):
+        monkeypatch.delenv("FASTPREF_CACHE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("FASTPREF_CACHE", value)
         assert cache.cache_folder() == Path(wanted)
-    monkeypatch.delenv("FASTPREF_CACHE")
-    assert cache.cache_folder() == Path("/home/someone/.cache/fastpref")

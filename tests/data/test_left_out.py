@@ -9,9 +9,8 @@ from fastpref.data.example import Counts, Example
 from fastpref.data.left_out import Piece, left_out
 from fastpref.data.rows.content import Message, Paired, Unpaired, Writing
 from fastpref.data.sources import SourceRow
-from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
-from tests.support.chats import says, user
+from tests.support.chats import says, tokenize, user
 from tests.support.toy_tokenizers import CHATML, GEMMA, LLAMA3, LLAMA31, QWEN3, toy_tokenizer
 
 R1 = (  # removes reasoning from every turn, and its generation prompt asks for it; a call has no content

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.data.example import Counts, Example
-from fastpref.data.rows.formats import Message, Paired, Unpaired
+from fastpref.data.rows.content import Message, Paired, Unpaired
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from tests.support.chats import says, tokenized, user
@@ -28,9 +28,8 @@ def quickstart() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(QUICKSTART)
 
 
-FAMILIES: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
-    make.__name__: make for make in (chatml, chatml_smol, llama3, gemma, plain, quickstart)
-}
+Make = Callable[[], PreTrainedTokenizerBase]
+FAMILIES: dict[str, Make] = {make.__name__: make for make in (chatml, chatml_smol, llama3, gemma, plain, quickstart)}
 EVERY_FAMILY = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -69,7 +68,7 @@ CHATS: dict[str, tuple[list[Message], list[Message], list[Message]]] = {
 @EVERY_FAMILY
 @pytest.mark.parametrize(("prompt", "chosen", "rejected"), CHATS.values(), ids=CHATS)
 def test_prompt_and_response_are_the_rendered_conversation(
-    make: Callable[[], PreTrainedTokenizerBase], prompt: list[Message], chosen: list[Message], rejected: list[Message]
+    make: Make, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ):
     """Prompt and response tokens, joined, are those of the whole conversation as the template writes it.
 
@@ -90,7 +89,7 @@ def test_prompt_and_response_are_the_rendered_conversation(
 
 @EVERY_FAMILY
 @pytest.mark.parametrize("special", [False, True], ids=["a plain prompt", "a prompt with special tokens"])
-def test_prompt_and_response_are_the_joined_text(make: Callable[[], PreTrainedTokenizerBase], special: bool):
+def test_prompt_and_response_are_the_joined_text(make: Make, special: bool):
     """Text is tokenised as a whole: prompt and response tokens, joined, are those of the joined texts, then EOS."""
     tokenizer = make()
     prompt = f"Q: {tokenizer.eos_token if special else '?'} A:"
@@ -175,7 +174,7 @@ ENDINGS = ["", "{end}", "{end}\n", "{end}{end}", "{end}\n{end}\n", " \n{end} ", 
 @EVERY_FAMILY
 @pytest.mark.parametrize("ending", ENDINGS, ids=repr)
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
-def test_a_response_ends_with_its_end_token_once(make: Callable[[], PreTrainedTokenizerBase], ending: str, chat: bool):
+def test_a_response_ends_with_its_end_token_once(make: Make, ending: str, chat: bool):
     """A response ends with exactly one end token, whether the data have none, one, several, or white space after it."""
     tokenizer = make()
     turn_ends = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
@@ -197,7 +196,7 @@ def test_a_response_ends_with_its_end_token_once(make: Callable[[], PreTrainedTo
     [(llama3, "<|eot_id|>"), (gemma, "<end_of_turn>"), (chatml, "<|im_end|>")],
     ids=["llama3", "gemma", "chatml"],
 )
-def test_a_turn_ends_with_the_templates_token(make: Callable[[], PreTrainedTokenizerBase], turn_end: str):
+def test_a_turn_ends_with_the_templates_token(make: Make, turn_end: str):
     """Chats end with the template's end of a turn and texts with EOS; an EOS next to the turn's end is removed."""
     tokenizer = make()
     eos = str(tokenizer.eos_token)
@@ -312,9 +311,7 @@ def test_without_eos_the_templates_token_ends_texts_too():
     ids=["llama3", "gemma", "plain", "chatml_smol"],
 )
 @pytest.mark.parametrize("given_bos", [0, 1, 2])
-def test_bos_at_most_once_and_first(
-    make: Callable[[], PreTrainedTokenizerBase], in_text: bool, in_chat: bool, given_bos: int
-):
+def test_bos_at_most_once_and_first(make: Make, in_text: bool, in_chat: bool, given_bos: int):
     """If tokenizer or template want BOS, a sequence has one, as its first token, however many the data have.
 
     Text gets BOS from the tokenizer, chats only from the template.
@@ -389,9 +386,7 @@ def test_long_rows_are_dropped_or_an_error(limits: dict[str, int]):
 
 def test_without_bos_a_cut_prompt_begins_anywhere():
     """A cut prompt gets no BOS if it had none."""
-    tokenizer = chatml()
-    example = only(tokenizer, Paired(P, C, R), max_length=8)
-    assert decode(tokenizer, example.prompt) == "6789"
+    assert decode(chatml(), only(chatml(), Paired(P, C, R), max_length=8).prompt) == "6789"
 
 
 # --- Rows that cannot be used --------------------------------------------------------------------------------------
@@ -414,9 +409,7 @@ UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # r
     "equal but for the end token": (Paired("q", "yes", "yes<|im_end|>\n"), *EQUAL),
     "white space": (Paired("q", " \n", "no"), *empty("chosen")),
     "a turn of white space": (Paired([user("q")], [says("yes")], [says(" \n ")]), *empty("rejected")),
-    "an empty last turn": (
-        Paired([user("q")], [says("yes"), user("r"), says(" ")], [says("no")]), *empty("chosen"),
-    ),
+    "an empty last turn": (Paired([user("q")], [says("yes"), user("r"), says(" ")], [says("no")]), *empty("chosen")),
     "an empty turn between": (
         Paired([user("q")], [says("yes")], [says(""), user("r"), says("no")]), *empty("rejected"),
     ),
@@ -461,10 +454,10 @@ def test_counts_say_what_happened_and_no_more():
     names = [field.name for field in fields(Counts) if not field.name.endswith("_first")]
     numbers: dict[str, Any] = {name: at + 10 for at, name in enumerate(names)}
     everything = Counts(**numbers, left_out_first="r:1: x")
-    said = str(everything)
-    assert said.startswith("11 of 10 rows used, ")
-    assert said.endswith(" with words that the chat template leaves out (the first: r:1: x)")
-    assert [part.split()[0] for part in said.split(", ")[1:]] == [str(at) for at in range(12, 10 + len(names))]
+    words = str(everything)
+    assert words.startswith("11 of 10 rows used, ")
+    assert words.endswith(" with words that the chat template leaves out (the first: r:1: x)")
+    assert [part.split()[0] for part in words.split(", ")[1:]] == [str(at) for at in range(12, 10 + len(names))]
 
 
 def test_examples_keep_their_order_row_and_label():
@@ -482,15 +475,10 @@ def test_examples_keep_their_order_row_and_label():
 # --- Templates -----------------------------------------------------------------------------------------------------
 
 
-def test_a_row_that_the_template_refuses():
-    """A template's own error is reported with the row, and so is a chat for a tokenizer without a template."""
-    content = Paired([{"role": "system", "content": "x"}, user("q")], [says("yes")], [says("no")])
-    with pytest.raises(
-        UserError, match=r"^rows\.jsonl, row 0: the chat template refuses this row: System role not supp"
-    ):
-        tokenized(gemma(), content)
+def test_a_chat_without_a_template():
+    """A chat for a tokenizer without a chat template is an error that names the row and the remedy."""
     with pytest.raises(UserError, match=r"^rows\.jsonl, row 0: the row is a chat, .*; set tokens.chat_template"):
-        tokenized(toy_tokenizer(), content)
+        tokenized(toy_tokenizer(), Paired([user("q")], [says("yes")], [says("no")]))
 
 
 def test_a_template_of_ones_own(tmp_path: Path):

@@ -1,24 +1,12 @@
 """The format `auto`, which chooses how to read a row by its columns and their types."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastpref.data.rows.columns import LABELS
-from fastpref.data.rows.content import (
-    Content,
-    Message,
-    Paired,
-    Row,
-    RowError,
-    Unpaired,
-    Writing,
-    column,
-    label,
-    shown,
-    text,
-)
-from fastpref.data.rows.messages import STANDARD, SYSTEM_ROLES, is_turns, with_system
+from fastpref.data.rows.columns import LABELS, column, label, text
+from fastpref.data.rows.content import Content, Message, Paired, Row, RowError, Unpaired, Writing, shown
+from fastpref.data.rows.messages import STANDARD, SYSTEM_ROLES, as_content, as_turns, is_turns, with_system
 from fastpref.data.rows.overlap import OTHER_MESSAGES, OTHER_PROMPT, same, without_question
 from fastpref.data.rows.parts import text_of
 from fastpref.data.rows.reading import Format, without_json, writing
@@ -35,13 +23,9 @@ KNOWN = (
 
 def detect(row: Row) -> "AutoFormat | None":
     """Return the format that fits a row's columns and types, or None. Raises RowError for messages in broken JSON."""
-    layout = _recognised(without_json(row))
-    if layout is None:
-        return None
-    extra = [name for name in ("system", "tools") if row.get(name) not in (None, "")]
-    return AutoFormat(
-        ", with ".join([layout.name, *([" and ".join(extra)] if extra else [])]), layout.read, layout.chat
-    )
+    form = _recognised(without_json(row))
+    extra = " and ".join(name for name in ("system", "tools") if row.get(name) not in (None, ""))
+    return replace(form, name=f"{form.name}, with {extra}") if form and extra else form
 
 
 @dataclass(frozen=True)
@@ -49,33 +33,40 @@ class AutoFormat(Format):
     chat: bool = True
     """Whether rows of plain text also become chats."""
 
-    def __init__(self, name: str, parse: Callable[[Row], Paired | Unpaired], chat: bool):
-        super().__init__(name, parse)
-        object.__setattr__(self, "chat", chat)
 
-
-@dataclass(frozen=True)
-class _Layout:
-    name: str
-    read: Callable[[Row], Paired | Unpaired]
-    chat: bool = True
-
-
-def _recognised(row: Row) -> _Layout | None:
+def _recognised(row: Row) -> AutoFormat | None:
     chat = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # plain text cannot express them
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen is not None and rejected is not None:
-        return _pairs(row, "chosen", "rejected", chat)
-    if is_turns(row.get("chosen_conversations")) and is_turns(row.get("rejected_conversations")):
-        return _pairs(row, "chosen_conversations", "rejected_conversations", chat)
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return _pairs(row, ("chosen", "rejected"), chat)
+    conversations = ("chosen_conversations", "rejected_conversations")
+    if all(is_turns(row.get(name)) for name in conversations):
+        return _pairs(row, conversations, chat)
     if is_turns(row.get("messages")):
         for name in ("rejected_response", "rejected_messages"):
             if row.get(name):
-                return _Layout(f"messages and {name}", _swift(name))
+                return AutoFormat(f"messages and {name}", _swift(name))
     for name in LABELS:
         if name in row:
             return _labelled(row, name, chat)
     return None
+
+
+def _format(
+    name: str, first: str | None, answers: Sequence[str], tag: str = "", *, chat: bool = True, spoken: bool = False
+) -> AutoFormat:
+    """Return a format of pairs, or of single responses whose label is in the column `tag`.
+
+    The prompt is in the column `first`, or (None) in the answers; some rows may differ.
+    """
+
+    def read(row: Row) -> Paired | Unpaired:
+        values = {answer: column(row, answer) for answer in answers}
+        prompt, contents, remarks = _read(row, first, values, chat, spoken)
+        if tag:
+            return Unpaired(prompt, contents[0], label(row, tag), _written(row, prompt, spoken), remarks)
+        return Paired(prompt, contents[0], contents[1], _written(row, prompt, spoken), remarks)
+
+    return AutoFormat(name, read, chat=chat)
 
 
 # --- Pairs ---------------------------------------------------------------------------------------------------------
@@ -87,40 +78,26 @@ _CHATS = {
 }
 
 
-def _pairs(row: Row, chosen: str, rejected: str, chat: bool) -> _Layout | None:
-    responses = (chosen, rejected)
-    said = " and ".join(responses)
+def _pairs(row: Row, responses: tuple[str, str], chat: bool) -> AutoFormat | None:
+    both = " and ".join(responses)
     own = [row[name] for name in responses]
     for name, words in _CHATS.items():
         if is_turns(row.get(name)) and not (_is_answered(row, name) and all(map(_is_conversation, own))):
-            return _Layout(f"{words} {said}", _paired(name, responses, chat=True))
+            return _format(f"{words} {both}", name, responses)
     prompt = row.get("prompt")
     if all(map(_is_conversation, own)):
-        return _Layout(f"{said} conversations that share their prompt", _paired(None, responses, chat=True))
+        return _format(f"{both} conversations that share their prompt", None, responses)
     if all(map(is_transcript, own)):
-        return _Layout(f"{said} transcripts of Human and Assistant", _paired(None, responses, chat=True, spoken=True))
+        return _format(f"{both} transcripts of Human and Assistant", None, responses, spoken=True)
     if is_transcript(prompt):
         name = "a transcript of Human and Assistant, chosen and rejected"
-        return _Layout(name, _paired("prompt", responses, chat=True, spoken=True))
+        return _format(name, "prompt", responses, spoken=True)
     if isinstance(prompt, str):
         chat = chat or not all(isinstance(value, str) for value in own)
-        return _Layout("text prompt, chosen and rejected", _paired("prompt", responses, chat=chat), chat)
+        return _format("text prompt, chosen and rejected", "prompt", responses, chat=chat)
     if isinstance(row.get("instruction"), str) and prompt is None:
-        return _Layout(f"instruction, input, {said}", _paired("instruction", responses, chat=True))
+        return _format(f"instruction, input, {both}", "instruction", responses)
     return None
-
-
-def _paired(
-    name: str | None, responses: tuple[str, str], *, chat: bool, spoken: bool = False
-) -> Callable[[Row], Paired]:
-    """Return a reader of pairs whose prompt is in column `name`, or (None) in the responses; some rows may differ."""
-
-    def read(row: Row) -> Paired:
-        values = {response: column(row, response) for response in responses}
-        prompt, (chosen, rejected), remarks = _read(row, name, values, chat, spoken)
-        return Paired(prompt, chosen, rejected, _written(row, prompt, spoken), remarks)
-
-    return read
 
 
 def _swift(name: str) -> Callable[[Row], Paired]:
@@ -142,40 +119,30 @@ def _swift(name: str) -> Callable[[Row], Paired]:
 # --- Single responses ----------------------------------------------------------------------------------------------
 
 
-def _labelled(row: Row, tag: str, chat: bool) -> _Layout | None:
-    asked, completion = row.get("prompt"), row.get("completion")
+def _labelled(row: Row, tag: str, chat: bool) -> AutoFormat | None:
+    prompt, completion = row.get("prompt"), row.get("completion")
     if "completion" in row:
+        answer = ("completion",)
         for name in ("conversations", "messages"):
-            if is_turns(row.get(name)) and asked is None:
-                return _Layout(f"{name}, completion and {tag}", _single(name, "completion", tag, chat=True))
-        if is_transcript(asked):
+            if is_turns(row.get(name)) and prompt is None:
+                return _format(f"{name}, completion and {tag}", name, answer, tag)
+        if is_transcript(prompt):
             name = f"a transcript of Human and Assistant, completion and {tag}"
-            return _Layout(name, _single("prompt", "completion", tag, chat=True, spoken=True))
-        if asked is not None:
-            chat = chat or not isinstance(asked, str) or isinstance(completion, list | Mapping)
-            name = f"prompt, completion and {tag}"
-            return _Layout(name, _single("prompt", "completion", tag, chat=chat), chat)
+            return _format(name, "prompt", answer, tag, spoken=True)
+        if prompt is not None:
+            chat = chat or not isinstance(prompt, str) or isinstance(completion, list | Mapping)
+            return _format(f"prompt, completion and {tag}", "prompt", answer, tag, chat=chat)
         if _is_conversation(completion):
-            return _Layout(f"completion conversations and {tag}", _single(None, "completion", tag, chat=True))
+            return _format(f"completion conversations and {tag}", None, answer, tag)
         if is_transcript(completion):
-            name = f"completion transcripts and {tag}"
-            return _Layout(name, _single(None, "completion", tag, chat=True, spoken=True))
+            return _format(f"completion transcripts and {tag}", None, answer, tag, spoken=True)
     for name in ("messages", "conversations"):
         if is_turns(row.get(name)):
-            return _Layout(f"{name} and {tag}", _last_turn(name, tag))
-    for answer in ("completion", "output"):
-        if isinstance(row.get("instruction"), str) and row.get(answer) is not None:
-            return _Layout(f"instruction, input, {answer} and {tag}", _single("instruction", answer, tag, chat=True))
+            return AutoFormat(f"{name} and {tag}", _last_turn(name, tag))
+    for name in ("completion", "output"):
+        if isinstance(row.get("instruction"), str) and row.get(name) is not None:
+            return _format(f"instruction, input, {name} and {tag}", "instruction", (name,), tag)
     return None
-
-
-def _single(name: str | None, answer: str, tag: str, *, chat: bool, spoken: bool = False) -> Callable[[Row], Unpaired]:
-    def read(row: Row) -> Unpaired:
-        values = {answer: column(row, answer)}
-        prompt, (completion,), remarks = _read(row, name, values, chat, spoken)
-        return Unpaired(prompt, completion, label(row, tag), _written(row, prompt, spoken), remarks)
-
-    return read
 
 
 def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:
@@ -270,10 +237,6 @@ def _says(answers: list[Content], words: str) -> bool:
     )
 
 
-def as_turns(prompt: Content) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 def as_answers(prompt: Content, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Remove the question from answers to a chat's prompt that begin with it. Returns the answers and remarks."""
     question = prompt if isinstance(prompt, str) else prompt[-1].get("content") if prompt else None
@@ -289,18 +252,13 @@ def _prompt(row: Row, name: str | None, spoken: bool) -> Content:
     if name == "instruction":
         return _instruction(row)
     value = column(row, name)
-    if isinstance(value, str):
-        return read_transcript(value) if spoken and is_transcript(value) else value
-    turns = STANDARD.turns(value, name)
-    if not turns:
-        raise RowError(f"{name} is empty", "with an empty prompt")
-    return turns
+    return read_transcript(value) if spoken and is_transcript(value) else as_content(value, name)
 
 
 def _instruction(row: Row) -> Content:
     """Return LLaMA-Factory's prompt: the history, then the instruction with the input on the next line."""
     words = [text(row, "instruction"), text(row, "input") if row.get("input") is not None else ""]
-    asked = "\n".join(part for part in words if part)
+    question = "\n".join(part for part in words if part)
     turns: list[Message] = []
     if row.get("history"):
         history = row["history"]
@@ -312,7 +270,7 @@ def _instruction(row: Row) -> Content:
                     "with a history that is none",
                 )
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return [*turns, {"role": "user", "content": asked}] if turns else asked
+    return [*turns, {"role": "user", "content": question}] if turns else question
 
 
 def _written(row: Row, prompt: Content, spoken: bool) -> Writing:

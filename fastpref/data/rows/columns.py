@@ -1,8 +1,10 @@
 """The columns of a row and the keys of a message that formats read, grouped by their content."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from fastpref.data.rows.content import Row, RowError, shown
 
 PROMPTS = ("prompt", "input", "question", "instruction")
 """The columns in which the formats `*.default` look for the prompt, in this order."""
@@ -33,4 +35,38 @@ class NamedFormat:
     columns: Columns = PAIR
     unpaired: Callable[..., Any] | None = None
     unpaired_columns: Columns = ()
-    options: type | None = None
+
+
+MISSING_COLUMN = "without a column"
+
+
+def column(row: Row, name: str) -> Any:
+    """Return a column's value. Raises RowError if there is none."""
+    if name not in row:
+        columns = f"the columns are {', '.join(map(str, row))}" if row else "the row is empty"
+        raise RowError(f"there is no column {name}; {columns}", MISSING_COLUMN)
+    if row[name] is None:
+        raise RowError(f"{name} is missing (null)", "with a null")
+    return row[name]
+
+
+def text(row: Row, name: str) -> str:
+    """Return a column's text. Raises RowError for anything else."""
+    value = column(row, name)
+    if not isinstance(value, str):
+        hint = "; the formats chat_template.* and auto read messages" if isinstance(value, list | Mapping) else ""
+        raise RowError(f"{name} must be text, got {shown(value)}{hint}", "with a value of another type")
+    return value
+
+
+def read_label(value: Any, name: str = "label") -> bool:
+    """Read true or false as a boolean, as 0 or 1, or as words in any case. Raises RowError for anything else."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise RowError(f"{name} must be true or false, 0 or 1, got {shown(value)}", "with a label that is no boolean")
+
+
+def label(row: Row, name: str = "label") -> bool:
+    return read_label(column(row, name), name)

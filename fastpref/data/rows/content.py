@@ -66,47 +66,12 @@ class RowError(ValueError):
         self.kind = kind
 
 
-MISSING_COLUMN = "without a column"
-
-
 def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
     """Split a pair into a good and a bad response."""
     return (
         Unpaired(pair.prompt, pair.chosen, True, pair.writing, pair.remarks),
         Unpaired(pair.prompt, pair.rejected, False, pair.writing, pair.remarks),
     )
-
-
-def column(row: Row, name: str) -> Any:
-    """Return a column's value. Raises RowError if there is none."""
-    if name not in row:
-        columns = f"the columns are {', '.join(map(str, row))}" if row else "the row is empty"
-        raise RowError(f"there is no column {name}; {columns}", MISSING_COLUMN)
-    if row[name] is None:
-        raise RowError(f"{name} is missing (null)", "with a null")
-    return row[name]
-
-
-def text(row: Row, name: str) -> str:
-    """Return a column's text. Raises RowError for anything else."""
-    value = column(row, name)
-    if not isinstance(value, str):
-        hint = "; the formats chat_template.* and auto read messages" if isinstance(value, list | Mapping) else ""
-        raise RowError(f"{name} must be text, got {shown(value)}{hint}", "with a value of another type")
-    return value
-
-
-def read_label(value: Any, name: str = "label") -> bool:
-    """Read true or false as a boolean, as 0 or 1, or as words in any case. Raises RowError for anything else."""
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
-        return value.strip().lower() == "true"
-    if isinstance(value, bool | int | float) and value in (0, 1):
-        return bool(value)
-    raise RowError(f"{name} must be true or false, 0 or 1, got {shown(value)}", "with a label that is no boolean")
-
-
-def label(row: Row, name: str = "label") -> bool:
-    return read_label(column(row, name), name)
 
 
 def shown(value: Any) -> str:

@@ -15,19 +15,6 @@ from fastpref.errors import UserError, one_line
 _RESULT = "prompt, chosen and rejected, or prompt, completion and label"
 
 
-def is_function(name: str) -> bool:
-    module, colon, function = name.rpartition(":")
-    return bool(colon and module) and function.isidentifier()
-
-
-def map_file(name: str, change: Callable[[str], str]) -> str:
-    """Apply `change` to the file of `module:function`. Returns the name unchanged if its file does not change."""
-    module, _, function = name.rpartition(":")
-    file = module if module.endswith(".py") else module.replace(".", "/") + ".py"
-    changed = change(file)
-    return name if changed == file else f"{changed}:{function}"
-
-
 def load_function(name: str) -> Format:
     """Return the format of a function, whose results are checked row by row. Raises UserError if it fails to load."""
     module_name, _, function_name = name.rpartition(":")

@@ -5,24 +5,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from fastpref.data.rows.content import Content, Message, Row, RowError, column, shown
+from fastpref.data.rows.columns import column
+from fastpref.data.rows.content import Content, Message, Row, RowError, shown
 from fastpref.data.rows.parts import joined, read_parts
 from fastpref.data.rows.tool_calls import read_calls
 
 SYSTEM_ROLES = ("system", "developer")
 KNOWN_ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
 SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "observation": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",  # this role and the next are ms-swift's
-    "tool_response": "tool",
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "observation": "tool", "function_call": "assistant",
+    "tool_call": "assistant", "tool_response": "tool",  # ms-swift's
     "function": "tool",  # OpenAI's role before tools were introduced
-}
+}  # fmt: skip
 _CALLING_ROLES = ("function_call", "tool_call")  # the content of such a message is a call as JSON
 _WRONG_TYPE = "with a value of another type"
 
@@ -49,7 +44,7 @@ class Reader:
     def response(self, value: Any, name: str) -> list[Message]:
         """Read the assistant's text, a message, or messages that end with the assistant's. Raises RowError."""
         if isinstance(value, str):
-            return [{"role": "assistant", "content": value}]
+            return says(value)
         turns = self.turns([value] if isinstance(value, Mapping) else value, name)
         if turns and turns[-1]["role"] != "assistant":
             raise RowError(
@@ -75,7 +70,7 @@ class Reader:
 
     def _turn(self, turn: Any, name: str) -> Message:
         role_key, content_key = self.properties.get("role", "role"), self.properties.get("content", "content")
-        given = turn.get(role_key) or turn.get("from") if isinstance(turn, Mapping) else None
+        given = _role(turn, role_key)
         if not given:
             raise RowError(
                 f"{name} holds {shown(turn)}, a message has {role_key} and {content_key} (or from and value)",
@@ -147,7 +142,7 @@ def words(message: Message, name: str) -> str:
 
 
 def is_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_turn(turn) for turn in value)
+    return isinstance(value, list) and bool(value) and all(map(_role, value))
 
 
 def as_content(value: Any, name: str, reader: Reader = STANDARD) -> Content:
@@ -160,5 +155,14 @@ def as_content(value: Any, name: str, reader: Reader = STANDARD) -> Content:
     return turns
 
 
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value.get("role") or value.get("from"))
+def says(words: str) -> list[Message]:
+    return [{"role": "assistant", "content": words}]
+
+
+def as_turns(prompt: Content) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _role(turn: Any, key: str = "role") -> Any:
+    """Return the role of a message as it is in the data, or None if the value is no message."""
+    return turn.get(key) or turn.get("from") if isinstance(turn, Mapping) else None

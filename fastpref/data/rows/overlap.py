@@ -11,7 +11,7 @@ from typing import Any
 
 from fastpref.data.rows.columns import REASONING
 from fastpref.data.rows.content import Content, Message, Paired, RowError, Unpaired
-from fastpref.data.rows.messages import SYSTEM_ROLES
+from fastpref.data.rows.messages import SYSTEM_ROLES, as_turns, says
 from fastpref.data.rows.parts import text_of
 
 MISREAD = "whose prompt and responses do not part"
@@ -42,10 +42,9 @@ def untangle(content: Paired | Unpaired) -> Paired | Unpaired:
         texts = {name: str(response) for name, response in content.responses.items()}
         answers, remarks = without_question(prompt, texts)
         return _with(content, prompt, list(answers.values()), remarks)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    chats = [_answer(response) if isinstance(response, str) else response for response in given]
-    asked, answers, remarks = _untangle_chat(turns, chats, names, of_text=isinstance(prompt, str))
-    return _with(content, asked, answers, remarks)
+    chats = [says(response) if isinstance(response, str) else response for response in given]
+    turns, answers, remarks = _untangle_chat(as_turns(prompt), chats, names, of_text=isinstance(prompt, str))
+    return _with(content, turns, answers, remarks)
 
 
 def without_question(question: str, answers: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -129,12 +128,7 @@ def _untangle_chat(
         if system:  # the system turn alone is the prompt
             return system, list(chats), tuple(remarks)
     if not asked and not all(whole):
-        raise RowError(
-            f"{' and '.join(names)} do not begin with the same turn, so there is no prompt"
-            if len(names) > 1
-            else f"{names[0]} begins with no user's turn, and there is no prompt beside it",
-            _NO_PROMPT,
-        )
+        raise _no_prompt(names, "begins with no user's turn, and there is no prompt beside it", _NO_PROMPT)
     system = _one_system(system, systems, whole, names, remarks)
     if all(whole):
         asked, answers = _part_conversations(asked, list(chats), names, remarks, of_text=of_text)
@@ -167,7 +161,8 @@ def _part_conversations(
         rest = asked[start:]
         alike = any(_begins(chat, rest) for chat in chats) or asked[-1]["role"] == "assistant"
         if alike and all(_shared([rest, chat]) for chat in chats):
-            joined = [_joined(asked, start, chat) for chat in chats]
+            shared = [_shared([rest, chat]) for chat in chats]  # turns that both have keep the prompt's words
+            joined = [asked[: start + again] + chat[again:] for chat, again in zip(chats, shared)]
             explicit = len(chats) == 1 and len(asked) < len(joined[0]) and asked[-1]["role"] != "assistant"
             return (asked, [joined[0][len(asked) :]]) if explicit else _part(joined, names)
     if all(_holds(chat, asked) for chat in chats):
@@ -180,12 +175,6 @@ def _part_conversations(
     return asked, chats
 
 
-def _joined(asked: _Turns, start: int, chat: _Turns) -> _Turns:
-    """Append a conversation to the prompt's earlier turns. Turns that both have keep the prompt's words."""
-    again = _shared([asked[start:], chat])
-    return asked[: start + again] + chat[again:]
-
-
 def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
     """Split conversations into their shared first turns and the rest of each, which has at least its last answer.
 
@@ -195,13 +184,15 @@ def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
     while at and chats[0][at - 1]["role"] == "assistant":
         at -= 1
     if not at:
-        raise RowError(
-            f"{' and '.join(names)} do not begin with the same turn, so there is no prompt"
-            if len(names) > 1
-            else f"{names[0]} must end with an assistant turn that answers something before it",
-            _NO_PROMPT if len(names) > 1 else "without a prompt",
-        )
+        raise _no_prompt(names, "must end with an assistant turn that answers something before it", "without a prompt")
     return chats[0][:at], [chat[at:] for chat in chats]
+
+
+def _no_prompt(names: list[str], single: str, kind: str) -> RowError:
+    """Return the error about a pair, or with the words `single` and its `kind` that about a single response."""
+    if len(names) == 1:
+        return RowError(f"{names[0]} {single}", kind)
+    return RowError(f"{' and '.join(names)} do not begin with the same turn, so there is no prompt", _NO_PROMPT)
 
 
 def _part_answers(
@@ -214,10 +205,12 @@ def _part_answers(
     answers = [_after_prompt(asked, chat) if is_whole else chat for chat, is_whole in zip(chats, whole)]
     if _is_blank(asked[-1]) and len(asked) > 1:
         asked = asked[:-1]
-    held = next((answer for answer in answers if answer and _ends(asked, answer)), None)
-    if asked[-1]["role"] == "assistant" and held is not None:
-        asked = asked[: len(asked) - len(held)]
-        remarks.append(ANSWERED)
+    if asked[-1]["role"] == "assistant":
+        for answer in answers:
+            if 0 < len(answer) < len(asked) and _begins(asked[-len(answer) :], answer):
+                asked = asked[: -len(answer)]
+                remarks.append(ANSWERED)
+                break
     if asked[-1].get("tool_calls"):  # all responses begin with the results of these calls
         results = next((at for at, turns in enumerate(zip(*answers)) if turns[0]["role"] != "tool"), 0)
         results = min(results, _shared(answers))
@@ -243,10 +236,6 @@ def _is_whole(chat: _Turns, asked: _Turns) -> bool:
 def _begins(chat: _Turns, turns: _Turns) -> bool:
     """Return whether a conversation begins with these turns."""
     return _shared([chat, turns]) == len(turns)
-
-
-def _ends(asked: _Turns, answer: _Turns) -> bool:
-    return len(answer) < len(asked) and _begins(asked[-len(answer) :], answer)
 
 
 def _holds(chat: _Turns, turns: _Turns) -> bool:
@@ -295,10 +284,6 @@ def _split_system(turns: _Turns) -> tuple[_Turns, _Turns]:
 def _is_blank(turn: Message) -> bool:
     """Return whether a turn is an empty assistant turn, a placeholder for an answer."""
     return turn["role"] == "assistant" and not text_of(turn).strip() and set(turn) <= {"role", "content"}
-
-
-def _answer(words: str) -> _Turns:
-    return [{"role": "assistant", "content": words}]
 
 
 def _with(

@@ -3,13 +3,13 @@
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fastpref.data.rows.columns import CONTEXT
 from fastpref.data.rows.content import Paired, Row, RowError, Unpaired, Writing, shown
-from fastpref.data.rows.messages import Reader, is_turns
+from fastpref.data.rows.messages import STANDARD, is_turns
 from fastpref.data.rows.overlap import untangle
 from fastpref.data.rows.parts import refuse_media
 from fastpref.data.rows.tool_calls import read_keywords, read_tools
@@ -83,7 +83,7 @@ def _messages(value: str, name: Any) -> Any:
             "with messages that are no JSON",
         )
     one = [turns] if isinstance(turns, Mapping) else turns
-    known = Reader().known_roles
+    known = STANDARD.known_roles
     roles = [turn.get("role") or turn.get("from") for turn in one] if is_turns(one) else [None]
     return turns if all(isinstance(role, str) and role in known for role in roles) else None
 
@@ -94,25 +94,13 @@ def _says_something(value: Any) -> bool:
     return isinstance(value, list | Mapping) and bool(value)
 
 
-class _Seen(Mapping[str, Any]):
+class _Seen(dict[str, Any]):
     """A row that records which of its columns are read by []. Reading by `get` is not recorded."""
 
     def __init__(self, row: Row):
-        self._row, self.names = row, set[str]()
+        super().__init__(row)
+        self.names = set[str]()
 
     def __getitem__(self, name: str) -> Any:
-        value = self._row[name]
         self.names.add(name)
-        return value
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._row.get(name, default)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._row
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._row)
-
-    def __len__(self) -> int:
-        return len(self._row)
+        return super().__getitem__(name)

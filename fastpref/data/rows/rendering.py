@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastpref.data.rows.content import MISSING_COLUMN, Paired, Row, RowError, Unpaired
-from fastpref.data.rows.formats import detect, explained, find_format
+from fastpref.data.rows.auto import detect
+from fastpref.data.rows.columns import MISSING_COLUMN
+from fastpref.data.rows.content import Paired, Row, RowError, Unpaired
+from fastpref.data.rows.formats import explained, find_format
 from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError
 
@@ -65,12 +67,11 @@ def _texts(content: Paired | Unpaired, tokenizer: "PreTrainedTokenizerBase | Non
         return content.prompt, [str(response) for response in content.responses.values()]
     if tokenizer is None:
         raise UserError("the row is a chat; give the tokenizer whose chat template writes it, tokenizer=...")
-    from fastpref.data.template.render import write
+    from fastpref.data.template.render import common, write
 
     prompt, full = write(content, tokenizer)
-    shared = next((i for i, letters in enumerate(zip(prompt, *full)) if len(set(letters)) > 1), None)
+    shared = min(common(prompt, text) for text in full)
     special = [str(token) for token in (*tokenizer.added_tokens_decoder.values(), *tokenizer.all_special_tokens)]
-    shared = min(map(len, (prompt, *full))) if shared is None else shared
     return prompt[:shared], [_to_end(text[shared:], tuple(special)) for text in full]
 
 

@@ -1,28 +1,26 @@
 """The formats that write text without the tokenizer's chat template: chatml.*, llama3.*, a table of the user's columns,
 Zephyr's Nectar, and plain text."""
 
-import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from pydantic import ConfigDict
-
+from fastpref.config.formats import TableOptions
 from fastpref.data.rows.auto import as_answers
-from fastpref.data.rows.columns import CHOSEN, PAIR, PROMPTS, REJECTED, SINGLE, Columns, NamedFormat
-from fastpref.data.rows.content import (
+from fastpref.data.rows.columns import (
+    CHOSEN,
     MISSING_COLUMN,
-    Message,
-    Paired,
-    Row,
-    RowError,
-    Unpaired,
-    Writing,
+    PAIR,
+    PROMPTS,
+    REJECTED,
+    SINGLE,
+    Columns,
+    NamedFormat,
     column,
     label,
-    shown,
     text,
-)
-from fastpref.data.rows.messages import STANDARD, words
+)  # fmt: skip
+from fastpref.data.rows.content import Message, Paired, Row, RowError, Unpaired, Writing, shown
+from fastpref.data.rows.messages import STANDARD, says, words
 from fastpref.data.rows.overlap import OTHER_QUESTION, other_turns, untangle, without_question
 
 
@@ -74,11 +72,8 @@ def default(template: Template, row: Row) -> Paired:
 
 def argilla_chat(template: Template, row: Row) -> Paired:
     """Take every turn of `chosen` before its last as the prompt."""
-    prompt, chosen = STANDARD.conversation(row, "chosen")
-    content = template.paired(prompt, words(chosen[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
-    return replace(
-        content, remarks=(*content.remarks, *other_turns(prompt, STANDARD.response(row["rejected"], "rejected")))
-    )
+    prompt, answer = STANDARD.conversation(row, "chosen")
+    return _last_answers(template, row, prompt, [*prompt, *answer])
 
 
 def pairs_after(prompt: str) -> ReadPaired:
@@ -90,18 +85,21 @@ def pairs_after(prompt: str) -> ReadPaired:
 
 def ultra(template: Template, row: Row) -> Paired:
     """Take the question in `prompt`, then the turns of `chosen` between its first question and its last answer."""
-    turns = STANDARD.response(column(row, "chosen"), "chosen")
-    if not turns:
-        raise RowError("chosen is empty", "with an empty response")
+    turns = _turns(row, "chosen")
     prompt, earlier = _asked(row, text(row, "prompt")), turns[:-1]
     if earlier and earlier[0]["role"] == "system":
         prompt = prompt if prompt[0]["role"] == "system" else [earlier[0], *prompt]
         earlier = earlier[1:]
     other = earlier and words(earlier[0], "chosen").strip() != prompt[-1]["content"].strip()
-    asked = prompt + earlier[1:]
-    content = template.paired(asked, words(turns[-1], "chosen"), _last_turn(row, "rejected"), "chosen")
-    remarks = other_turns(turns[:-1], STANDARD.response(row["rejected"], "rejected"))
-    return replace(content, remarks=(*content.remarks, *remarks, *((OTHER_QUESTION,) if other else ())))
+    content = _last_answers(template, row, prompt + earlier[1:], turns)
+    return replace(content, remarks=(*content.remarks, OTHER_QUESTION)) if other else content
+
+
+def _last_answers(template: Template, row: Row, prompt: list[Message], chosen: list[Message]) -> Paired:
+    """Return the last turns of the conversations `chosen` and `rejected`, after a prompt."""
+    rejected = _turns(row, "rejected")
+    content = template.paired(prompt, words(chosen[-1], "chosen"), words(rejected[-1], "rejected"), "chosen")
+    return replace(content, remarks=(*content.remarks, *other_turns(chosen[:-1], rejected)))
 
 
 # --- Single responses ----------------------------------------------------------------------------------------------
@@ -116,25 +114,21 @@ def argilla_chat_completion(template: Template, row: Row) -> Unpaired:
     return template.unpaired(prompt, words(completion[-1], "completion"), label(row), "completion")
 
 
-def _asking(question: str) -> tuple[Columns, Columns]:
-    """Return the columns of pairs and of single responses whose question is in one column."""
-    return ((question,), *PAIR[1:]), ((question,), *SINGLE[1:])
-
-
-def _text_format(paired: ReadPaired, question: str) -> NamedFormat:
-    pairs, singles = _asking(question)
-    return NamedFormat(paired, pairs, completion_after(question), singles)
+def _after(question: str, paired: ReadPaired | None = None) -> NamedFormat:
+    """Return a format of pairs and of single responses whose question is in one column."""
+    columns, single_columns = ((question,), *PAIR[1:]), ((question,), *SINGLE[1:])
+    return NamedFormat(paired or pairs_after(question), columns, completion_after(question), single_columns)
 
 
 _ANY: Columns = (PROMPTS, CHOSEN, REJECTED)
 FORMATS: dict[str, NamedFormat] = {  # for both templates; a template is the first argument of a reader
     "default": NamedFormat(default, _ANY),
-    "argilla": NamedFormat(default, _ANY, completion_after("instruction"), _asking("instruction")[1]),
+    "argilla": replace(_after("instruction", default), columns=_ANY),
     "argilla_chat": NamedFormat(argilla_chat, PAIR[1:], argilla_chat_completion, SINGLE[1:]),
-    "icr": NamedFormat(pairs_after("input"), _asking("input")[0]),
-    "intel": _text_format(pairs_after("question"), "question"),
-    "prompt_pairs": _text_format(pairs_after("prompt"), "prompt"),
-    "ultra": _text_format(ultra, "prompt"),
+    "icr": NamedFormat(pairs_after("input"), (("input",), *PAIR[1:])),
+    "intel": _after("question"),
+    "prompt_pairs": _after("prompt"),
+    "ultra": _after("prompt", ultra),
 }
 
 # --- Without turns -------------------------------------------------------------------------------------------------
@@ -164,74 +158,39 @@ def nectar(row: Row) -> Paired:
     if best["rank"] == worst["rank"]:
         raise RowError(f"all answers have rank {best['rank']}, so none is better", "with answers of one rank")
     system = f"<|system|>\n{row['system']}</s>\n" if row.get("system") else ""
-    told, remarks = as_answers(text(row, "prompt"), {"best": best["answer"], "worst": worst["answer"]})
+    texts, remarks = as_answers(text(row, "prompt"), {"best": best["answer"], "worst": worst["answer"]})
     prompt = f"{system}<|user|>\n{row['prompt']}</s>\n<|assistant|>\n"
-    return Paired(prompt, told["best"], told["worst"], remarks=remarks)
+    return Paired(prompt, texts["best"], texts["worst"], remarks=remarks)
 
 
 # --- A user's own columns ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Table:
-    """The columns of a user's table, and how each is written. `chosen_format` is text with {chosen} in it, etc."""
+def table(options: TableOptions) -> Callable[[Row], Paired]:
+    def read(row: Row) -> Paired:
+        answers = {"chosen": text(row, options.field_chosen), "rejected": text(row, options.field_rejected)}
+        answers, remarks = without_question(text(row, options.field_prompt), answers)
+        chosen = options.chosen_format.format(chosen=answers["chosen"])
+        rejected = options.rejected_format.format(rejected=answers["rejected"])
+        return Paired(_table_prompt(options, row), chosen, rejected, remarks=remarks)
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    field_prompt: str = "prompt"
-    field_system: str = "system"
-    field_chosen: str = "chosen"
-    field_rejected: str = "rejected"
-    field_completion: str = "completion"
-    field_label: str = "label"
-    prompt_format: str = "{prompt}"
-    chosen_format: str = "{chosen}"
-    rejected_format: str = "{rejected}"
-    completion_format: str = "{completion}"
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "chosen", "rejected", "completion"):
-            _check_format(f"{name}_format", getattr(self, f"{name}_format"), name)
-
-    def paired(self, row: Row) -> Paired:
-        texts = {
-            name: text(row, field) for name, field in (("chosen", self.field_chosen), ("rejected", self.field_rejected))
-        }
-        told, remarks = without_question(text(row, self.field_prompt), texts)
-        return Paired(
-            self._prompt(row),
-            self.chosen_format.format(chosen=told["chosen"]),
-            self.rejected_format.format(rejected=told["rejected"]),
-            remarks=remarks,
-        )
-
-    def unpaired(self, row: Row) -> Unpaired:
-        completion = {"completion": text(row, self.field_completion)}
-        told, remarks = without_question(text(row, self.field_prompt), completion)
-        return Unpaired(
-            self._prompt(row),
-            self.completion_format.format(completion=told["completion"]),
-            label(row, self.field_label),
-            remarks=remarks,
-        )
-
-    def _prompt(self, row: Row) -> str:
-        wanted = "{system}" in self.prompt_format and row.get(self.field_system) is not None
-        system = text(row, self.field_system) if wanted else ""
-        return self.prompt_format.format(prompt=text(row, self.field_prompt), system=system)
+    return read
 
 
-def _check_format(option: str, given: str, name: str) -> None:
-    allowed = {"prompt", "system"} if name == "prompt" else {name}
-    try:
-        names = {part for _, part, _, _ in string.Formatter().parse(given) if part is not None}
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}; a brace that is meant as one is written twice") from None
-    if unknown := names - allowed:
-        known = " and ".join(f"{{{word}}}" for word in sorted(allowed))
-        raise ValueError(f"{option}: {{{min(unknown)}}} is not known here, {known} can be; write {{{{ for a brace")
-    if name not in names:
-        raise ValueError(f"{option}: {{{name}}} must be in it")
+def table_unpaired(options: TableOptions) -> Callable[[Row], Unpaired]:
+    def read(row: Row) -> Unpaired:
+        answer = {"completion": text(row, options.field_completion)}
+        answer, remarks = without_question(text(row, options.field_prompt), answer)
+        completion = options.completion_format.format(**answer)
+        return Unpaired(_table_prompt(options, row), completion, label(row, options.field_label), remarks=remarks)
+
+    return read
+
+
+def _table_prompt(options: TableOptions, row: Row) -> str:
+    wanted = "{system}" in options.prompt_format and row.get(options.field_system) is not None
+    system = text(row, options.field_system) if wanted else ""
+    return options.prompt_format.format(prompt=text(row, options.field_prompt), system=system)
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -239,13 +198,13 @@ def _check_format(option: str, given: str, name: str) -> None:
 
 def _freed(turns: list[Message], answers: dict[str, str]) -> tuple[list[Message], dict[str, str], tuple[str, ...]]:
     """Remove repeated turns from answers, as for every chat. Returns turns, answers and remarks."""
-    told, remarks = as_answers(turns, answers)
-    if any(not answer.strip() for answer in told.values()):  # an empty answer repeats nothing
-        return turns, told, remarks
-    first, *second = ([{"role": "assistant", "content": answer}] for answer in told.values())
+    answers, remarks = as_answers(turns, answers)
+    if any(not answer.strip() for answer in answers.values()):  # an empty answer repeats nothing
+        return turns, answers, remarks
+    first, *second = map(says, answers.values())
     content = untangle(Paired(turns, first, second[0]) if second else Unpaired(turns, first, True))
     assert not isinstance(content.prompt, str)
-    return content.prompt, told, (*remarks, *content.remarks)
+    return content.prompt, answers, (*remarks, *content.remarks)
 
 
 def _asked(row: Row, question: str) -> list[Message]:
@@ -254,11 +213,11 @@ def _asked(row: Row, question: str) -> list[Message]:
     return [*system, {"role": "user", "content": question}]
 
 
-def _last_turn(row: Row, name: str) -> str:
+def _turns(row: Row, name: str) -> list[Message]:
     turns = STANDARD.response(column(row, name), name)
     if not turns:
         raise RowError(f"{name} is empty", "with an empty response")
-    return words(turns[-1], name)
+    return turns
 
 
 def _first(row: Row, *names: str) -> str:

@@ -34,7 +34,8 @@ def read_tools(value: Any, name: str) -> tuple[Any, ...] | None:
         value = [value]
     if not value:
         return None
-    tools = [_decoded(tool, name, _BAD_TOOLS) if _is_json(tool) else tool for tool in value] if _is_list(value) else []
+    listed = value if isinstance(value, list | tuple) else ()
+    tools = [_decoded(tool, name, _BAD_TOOLS) if _is_json(tool) else tool for tool in listed]
     if not tools or not all(isinstance(tool, Mapping) for tool in tools):
         raise RowError(f"{name} must be a list of tools' JSON schemas, got {shown(value)}", _BAD_TOOLS)
     return tuple(_tool(tool) for tool in tools)
@@ -72,8 +73,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
         )
     given = inner[places[0]] if places else None
     arguments = _decoded(given, f"{name}: what {inner['name']} is called with", _BAD_CALL)
-    if arguments is None:
-        arguments = {}
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise RowError(
             f"{name} calls {inner['name']} with arguments {shown(given)}, which are no JSON object", _BAD_CALL
@@ -105,10 +105,6 @@ def _decoded(value: Any, what: str, kind: str) -> Any:
         except (ValueError, RecursionError) as error:
             raise RowError(f"{what} is not valid JSON: {error}, in {shown(value)}", kind) from None
     return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
 
 
 def _is_json(value: Any) -> bool:

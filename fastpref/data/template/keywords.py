@@ -1,37 +1,16 @@
 """Combine keywords of a chat template (enable_thinking, ...) from the run and the row, and set its date."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date, datetime, time
 from typing import Any
 
+from fastpref.config.keywords import check_keywords
 from fastpref.data.rows.content import Paired, Unpaired, Writing
 
-_TAKEN = {  # arguments of `apply_chat_template` itself
-    "self", "conversation", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
-    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "kwargs",
-}  # fmt: skip
-_GIVEN = {  # variables that it passes to the template
-    "messages", "strftime_now", "raise_exception", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
-    "cls_token", "mask_token",
-}  # fmt: skip
-RESERVED = frozenset(_TAKEN | _GIVEN)
-"""Names that no keyword can have, because the row, the tokenizer or the rendering sets them."""
-
 _DAY = "strftime_now"  # the function by which templates write the date
-
-
-def check_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raise ValueError for a reserved name, or a value that JSON cannot hold."""
-    for name, value in keywords.items():
-        if name in RESERVED:
-            raise ValueError(f"{name} is no keyword that can be set: it is filled for every row")
-        if not _is_json(value):
-            raise ValueError(f"{name} must be true, false, a number, text, a list or a table, got {value!r}")
 
 
 def of_run(content: Paired | Unpaired, keywords: Mapping[str, Any], day: date | None) -> Paired | Unpaired:
@@ -93,11 +72,3 @@ def _compiled(template: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(template)
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_json, value))
-    if isinstance(value, Mapping):
-        return all(isinstance(name, str) and _is_json(inner) for name, inner in value.items())
-    return isinstance(value, bool | int | str) or value is None or (isinstance(value, float) and math.isfinite(value))

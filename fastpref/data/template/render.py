@@ -28,22 +28,19 @@ def write_all(
         template = content.writing.chat_template
         if not isinstance(content.prompt, str) and not content.writing.tools and (template or tokenizer.chat_template):
             together.setdefault(key_of(content.writing), []).append(at)
-    written: dict[int, Written | RowError | UserError] = {}
+    written: dict[int, Written] = {}
     for places in together.values():
         try:
             written |= zip(places, _write_chats([contents[at] for at in places], tokenizer))
         except REFUSALS:  # write each row alone, to find the refused ones
             continue
-    return [
-        written[at] if at in written else _write_or_error(content, tokenizer) for at, content in enumerate(contents)
-    ]
-
-
-def _write_or_error(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Written | RowError | UserError:
-    try:
-        return write(content, tokenizer)
-    except (RowError, UserError) as error:
-        return error
+    results: list[Written | RowError | UserError] = []
+    for at, content in enumerate(contents):
+        try:
+            results.append(written[at] if at in written else write(content, tokenizer))
+        except (RowError, UserError) as error:
+            results.append(error)
+    return results
 
 
 def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
@@ -102,11 +99,7 @@ def apply(
 
 
 def _apply_all(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: list[list[Message]],
-    writing: Writing,
-    *,
-    generation_prompt: bool,
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[Message]], writing: Writing, *, generation_prompt: bool
 ) -> list[str]:
     if not conversations:
         return []
@@ -122,11 +115,7 @@ def _apply_all(
             # apply_chat_template removes nulls, which these templates need.
             given: dict[str, Any] = {**tokenizer.special_tokens_map, **keywords_of(writing)}
             nulls: Any = render_jinja_template(
-                conversations,
-                tools=tools,
-                chat_template=template,
-                add_generation_prompt=generation_prompt,
-                **given,
+                conversations, tools=tools, chat_template=template, add_generation_prompt=generation_prompt, **given
             )
             return nulls[0]
         written: Any = tokenizer.apply_chat_template(

@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.utils import cached_file
 
 from fastpref.config import Config
-from fastpref.data.template.keywords import RESERVED, variables
+from fastpref.config.keywords import RESERVED
+from fastpref.data.template.keywords import variables
 from fastpref.data.template.named import load_chat_template
 from fastpref.errors import UserError, one_line
 
@@ -37,13 +38,7 @@ class TextRecord:
     """The tokens that ended training responses, with their ids."""
 
     def to_json(self) -> str:
-        content = {
-            "chat_template": self.chat_template,
-            "chat_template_kwargs": dict(self.chat_template_kwargs),
-            "day": self.day.isoformat(),
-            "ends": dict(self.ends),
-        }
-        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(vars(self) | {"day": self.day.isoformat()}, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, folder: Path) -> None:
         (folder / TEXT).write_text(self.to_json(), encoding="utf-8")

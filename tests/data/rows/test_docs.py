@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fastpref.config import Config
+from fastpref.config.formats import NAMES, options_of
 from fastpref.data import render
-from fastpref.data.rows.formats import NAMES, options_of
 from fastpref.data.template.named import KNOWN
 from tests.support.paths import DOCS
 from tests.support.toy_tokenizers import trained_chatml

@@ -5,138 +5,93 @@ from typing import Any
 
 import pytest
 
-from fastpref.data.rows.formats import Paired, Unpaired, detect, read_label, unpair
+from fastpref.data.rows.auto import AutoFormat, detect
+from fastpref.data.rows.columns import read_label
+from fastpref.data.rows.content import Paired, Unpaired, unpair
 
 USER = {"role": "user", "content": "q"}
 YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 SYSTEM = {"role": "system", "content": "be kind"}
-HUMAN, GPT_YES, GPT_NO = (
-    {"from": "human", "value": "q"},
-    {"from": "gpt", "value": "yes"},
-    {"from": "gpt", "value": "no"},
-)
+HUMAN = {"from": "human", "value": "q"}
+GPT_YES, GPT_NO = {"from": "gpt", "value": "yes"}, {"from": "gpt", "value": "no"}
 
 PAIR, CHAT = Paired("q", "yes", "no"), Paired([USER], [YES], [NO])
+TEXTS, EXPLICIT = "text prompt, chosen and rejected", "a prompt of messages with chosen and rejected"
+IMPLICIT = "chosen and rejected conversations that share their prompt"
+
+
+def pair(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def talks(chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {"chosen": chosen, "rejected": rejected}
+
+
 ROWS: dict[str, tuple[dict[str, Any], str, Paired | Unpaired]] = {
-    "text": ({"prompt": "q", "chosen": "yes", "rejected": "no"}, "text prompt, chosen and rejected", PAIR),
+    "text": (pair("q", "yes", "no"), TEXTS, PAIR),
     "text and columns of no concern": (
-        {"prompt": "q", "chosen": "yes", "rejected": "no", "score": 3, "messages": None, "label": 1},
-        "text prompt, chosen and rejected",
-        PAIR,
+        pair("q", "yes", "no") | {"score": 3, "messages": None, "label": 1}, TEXTS, PAIR,
     ),
-    "text prompt, answers as messages": (
-        {"prompt": "q", "chosen": [YES], "rejected": [NO]},
-        "text prompt, chosen and rejected",
-        CHAT,
-    ),
-    "text prompt, answers as one message": (
-        {"prompt": "q", "chosen": YES, "rejected": NO},
-        "text prompt, chosen and rejected",
-        CHAT,
-    ),
-    "text prompt, one answer of each kind": (
-        {"prompt": "q", "chosen": "yes", "rejected": [NO]},
-        "text prompt, chosen and rejected",
-        CHAT,
-    ),
-    "text prompt, one answer of each kind, the other way": (
-        {"prompt": "q", "chosen": YES, "rejected": "no"},
-        "text prompt, chosen and rejected",
-        CHAT,
-    ),
-    "explicit prompt": (
-        {"prompt": [SYSTEM, USER], "chosen": [YES], "rejected": [NO]},
-        "a prompt of messages with chosen and rejected",
-        Paired([SYSTEM, USER], [YES], [NO]),
-    ),
-    "explicit prompt, text answers": (
-        {"prompt": [USER], "chosen": "yes", "rejected": "no"},
-        "a prompt of messages with chosen and rejected",
-        CHAT,
-    ),
+    "text prompt, answers as messages": (pair("q", [YES], [NO]), TEXTS, CHAT),
+    "text prompt, answers as one message": (pair("q", YES, NO), TEXTS, CHAT),
+    "text prompt, one answer of each kind": (pair("q", "yes", [NO]), TEXTS, CHAT),
+    "text prompt, one answer of each kind, the other way": (pair("q", YES, "no"), TEXTS, CHAT),
+    "explicit prompt": (pair([SYSTEM, USER], [YES], [NO]), EXPLICIT, Paired([SYSTEM, USER], [YES], [NO])),
+    "explicit prompt, text answers": (pair([USER], "yes", "no"), EXPLICIT, CHAT),
     "explicit prompt, answers of several turns": (
-        {"prompt": [USER], "chosen": [YES, USER, YES], "rejected": [NO]},
-        "a prompt of messages with chosen and rejected",
-        Paired([USER], [YES, USER, YES], [NO]),
+        pair([USER], [YES, USER, YES], [NO]), EXPLICIT, Paired([USER], [YES, USER, YES], [NO]),
     ),
-    "implicit prompt": (
-        {"chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]},
-        "chosen and rejected conversations that share their prompt",
-        Paired([SYSTEM, USER], [YES], [NO]),
-    ),
-    "implicit prompt beside its text": (
-        {"prompt": "q", "chosen": [USER, YES], "rejected": [USER, NO]},
-        "chosen and rejected conversations that share their prompt",
-        CHAT,
-    ),
+    "implicit prompt": (talks([SYSTEM, USER, YES], [SYSTEM, USER, NO]), IMPLICIT, Paired([SYSTEM, USER], [YES], [NO])),
+    "implicit prompt beside its text": (pair("q", [USER, YES], [USER, NO]), IMPLICIT, CHAT),
     "implicit prompt of several turns": (
-        {"chosen": [USER, YES, USER, YES], "rejected": [USER, YES, USER, NO]},
-        "chosen and rejected conversations that share their prompt",
-        Paired([USER, YES, USER], [YES], [NO]),
+        talks([USER, YES, USER, YES], [USER, YES, USER, NO]), IMPLICIT, Paired([USER, YES, USER], [YES], [NO]),
     ),
     "implicit prompt, all turns after the split": (
-        {"chosen": [USER, YES, USER, YES], "rejected": [USER, NO]},
-        "chosen and rejected conversations that share their prompt",
-        Paired([USER], [YES, USER, YES], [NO]),
+        talks([USER, YES, USER, YES], [USER, NO]), IMPLICIT, Paired([USER], [YES, USER, YES], [NO]),
     ),
-    "implicit prompt, equal answers": (
-        {"chosen": [USER, YES], "rejected": [USER, YES]},
-        "chosen and rejected conversations that share their prompt",
-        Paired([USER], [YES], [YES]),
-    ),
-    "implicit prompt in ShareGPT's words": (
-        {"chosen": [HUMAN, GPT_YES], "rejected": [HUMAN, GPT_NO]},
-        "chosen and rejected conversations that share their prompt",
-        CHAT,
-    ),
+    "implicit prompt, equal answers": (talks([USER, YES], [USER, YES]), IMPLICIT, Paired([USER], [YES], [YES])),
+    "implicit prompt in ShareGPT's words": (talks([HUMAN, GPT_YES], [HUMAN, GPT_NO]), IMPLICIT, CHAT),
     "messages and answers": (
-        {"messages": [USER], "chosen": YES, "rejected": NO},
-        "messages with chosen and rejected",
-        CHAT,
+        {"messages": [USER], "chosen": YES, "rejected": NO}, "messages with chosen and rejected", CHAT,
     ),
     "ShareGPT": (
         {"conversations": [HUMAN], "chosen": GPT_YES, "rejected": GPT_NO},
-        "ShareGPT conversations with chosen and rejected",
-        CHAT,
+        "ShareGPT conversations with chosen and rejected", CHAT,
     ),
     "ShareGPT, text answers": (
         {"conversations": [HUMAN], "chosen": "yes", "rejected": "no"},
-        "ShareGPT conversations with chosen and rejected",
-        CHAT,
+        "ShareGPT conversations with chosen and rejected", CHAT,
     ),
     "labelled text": (
-        {"prompt": "q", "completion": "yes", "label": True},
-        "prompt, completion and label",
-        Unpaired("q", "yes", True),
+        {"prompt": "q", "completion": "yes", "label": True}, "prompt, completion and label", Unpaired("q", "yes", True),
     ),
     "labelled answer to messages": (
-        {"prompt": [USER], "completion": "no", "label": 0},
-        "prompt, completion and label",
+        {"prompt": [USER], "completion": "no", "label": 0}, "prompt, completion and label",
         Unpaired([USER], [NO], False),
     ),
     "labelled message to text": (
-        {"prompt": "q", "completion": [YES], "label": 1},
-        "prompt, completion and label",
-        Unpaired([USER], [YES], True),
+        {"prompt": "q", "completion": [YES], "label": 1}, "prompt, completion and label", Unpaired([USER], [YES], True),
     ),
     "labelled messages": (
-        {"messages": [SYSTEM, USER, YES], "label": "True"},
-        "messages and label",
-        Unpaired([SYSTEM, USER], [YES], True),
+        {"messages": [SYSTEM, USER, YES], "label": "True"}, "messages and label", Unpaired([SYSTEM, USER], [YES], True),
     ),
     "labelled ShareGPT": (
-        {"conversations": [HUMAN, GPT_NO], "label": "false"},
-        "conversations and label",
-        Unpaired([USER], [NO], False),
+        {"conversations": [HUMAN, GPT_NO], "label": "false"}, "conversations and label", Unpaired([USER], [NO], False),
     ),
-}
+}  # fmt: skip
+
+
+def detected(row: dict[str, Any]) -> AutoFormat:
+    form = detect(row)
+    assert form is not None
+    return form
 
 
 @pytest.mark.parametrize(("row", "name", "content"), ROWS.values(), ids=ROWS)
 def test_a_rows_columns_say_its_format(row: dict[str, Any], name: str, content: Paired | Unpaired):
     """`detect` names the format of the columns and their types, and reading gives the prompt and its responses."""
-    form = detect(row)
-    assert form is not None
+    form = detected(row)
     assert form.name == name
     assert form.read(row) == content
 
@@ -164,19 +119,9 @@ def test_columns_of_no_format(row: dict[str, Any]):
 
 
 ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"),
+    **dict.fromkeys(("observation", "tool_response", "function", "tool"), "tool"),
+    **{"human": "user", "user": "user", "system": "system", "developer": "developer"},
 }
 
 
@@ -185,9 +130,7 @@ def test_roles_have_one_name(given: str, role: str):
     """Roles get the template's names, whether ShareGPT's are written as `from`/`value` or as `role`/`content`."""
     for turn in ({"from": given, "value": "x"}, {"role": given, "content": "x"}):
         row = {"prompt": [turn, USER], "chosen": "yes", "rejected": "no"}
-        form = detect(row)
-        assert form is not None
-        assert form.read(row) == Paired([{"role": role, "content": "x"}, USER], [YES], [NO])
+        assert detected(row).read(row) == Paired([{"role": role, "content": "x"}, USER], [YES], [NO])
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -199,9 +142,7 @@ def test_other_keys_of_a_message_pass_through():
     calling = {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "hm"}
     result = {"role": "tool", "content": "4°", "name": "weather"}
     row = {"messages": [{**USER, **filled}, calling, {**result, "tool_calls": None}, {**YES, **filled}], "label": True}
-    form = detect(row)
-    assert form is not None
-    assert form.read(row) == Unpaired(
+    assert detected(row).read(row) == Unpaired(
         [USER, {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "hm"}, result], [YES], True
     )
 
@@ -210,95 +151,61 @@ def test_none_beside_a_tool_calls_name_goes_too():
     """A key of a tool call that is None is removed; nulls in its arguments were removed when the table was read."""
     filled = {**CALL, "id": None, "function": {"name": "weather", "arguments": {"city": "Oslo"}, "strict": None}}
     row = {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [filled]}], "label": True}
-    form = detect(row)
-    assert form is not None
-    content = form.read(row)
-    assert isinstance(content, Unpaired)
-    assert content.completion == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    calling = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert detected(row).read(row) == Unpaired([USER], [calling], True)
 
 
-BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good first row, a bad one, the message
+GOOD = pair([USER], "yes", "no"), pair("q", "yes", "no"), talks([USER, YES], [USER, NO])
+LABELLED = {"messages": [USER, YES], "label": True}
+BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good row, a bad one's changes, the message
     "unknown role": (
-        {"prompt": [USER], "chosen": "yes", "rejected": "no"},
-        {"prompt": [{"role": "usr", "content": "q"}], "chosen": "yes", "rejected": "no"},
+        GOOD[0], {"prompt": [{"role": "usr", "content": "q"}]},
         "prompt has a turn of role 'usr'; known roles are system, developer, user, assistant, tool, human, gpt",
     ),
     "a role that is no word": (
-        {"prompt": [USER], "chosen": "yes", "rejected": "no"},
-        {"prompt": [{"role": {"a": 1}, "content": "q"}], "chosen": "yes", "rejected": "no"},
+        GOOD[0], {"prompt": [{"role": {"a": 1}, "content": "q"}]},
         "prompt has a turn of role {'a': 1}; known roles are",
     ),
     "no role": (
-        {"prompt": [USER], "chosen": "yes", "rejected": "no"},
-        {"prompt": [{"content": "q"}], "chosen": "yes", "rejected": "no"},
+        GOOD[0], {"prompt": [{"content": "q"}]},
         "prompt holds {'content': 'q'}, a message has role and content (or from and value)",
     ),
     "a message that is text": (
-        {"prompt": [USER], "chosen": "yes", "rejected": "no"},
-        {"prompt": ["q"], "chosen": "yes", "rejected": "no"},
-        "prompt holds 'q', a message has role and content (or from and value)",
+        GOOD[0], {"prompt": ["q"]}, "prompt holds 'q', a message has role and content (or from and value)",
     ),
     "no content": (
-        {"messages": [USER, YES], "label": True},
-        {"messages": [USER, {"role": "assistant", "content": None}], "label": True},
+        LABELLED, {"messages": [USER, {"role": "assistant", "content": None}]},
         "messages has a turn of role 'assistant' without content",
     ),
-    "an empty prompt of messages": (
-        {"prompt": [USER], "chosen": "yes", "rejected": "no"},
-        {"prompt": [], "chosen": "yes", "rejected": "no"},
-        "prompt is empty",
-    ),
-    "a missing response": (
-        {"prompt": "q", "chosen": "yes", "rejected": "no"},
-        {"prompt": "q", "chosen": None, "rejected": "no"},
-        "chosen is missing",
-    ),
-    "a missing prompt": (
-        {"prompt": "q", "chosen": "yes", "rejected": "no"},
-        {"prompt": None, "chosen": "yes", "rejected": "no"},
-        "prompt is missing (null)",
-    ),
-    "a response that is a number": (
-        {"prompt": "q", "chosen": "yes", "rejected": "no"},
-        {"prompt": "q", "chosen": "yes", "rejected": 3},
-        "rejected must be text or a list of messages, got 3",
-    ),
+    "an empty prompt of messages": (GOOD[0], {"prompt": []}, "prompt is empty"),
+    "a missing response": (GOOD[1], {"chosen": None}, "chosen is missing"),
+    "a missing prompt": (GOOD[1], {"prompt": None}, "prompt is missing (null)"),
+    "a response that is a number": (GOOD[1], {"rejected": 3}, "rejected must be text or a list of messages, got 3"),
     "nothing shared": (
-        {"chosen": [USER, YES], "rejected": [USER, NO]},
-        {"chosen": [USER, YES], "rejected": [SYSTEM, NO]},
+        GOOD[2], {"rejected": [SYSTEM, NO]},
         "chosen and rejected do not begin with the same turn, so there is no prompt",
     ),
     "a conversation of one turn": (
-        {"chosen": [USER, YES], "rejected": [USER, NO]},
-        {"chosen": [YES], "rejected": [YES]},
-        "chosen and rejected do not begin with the same turn, so there is no prompt",
+        GOOD[2], talks([YES], [YES]), "chosen and rejected do not begin with the same turn, so there is no prompt",
     ),
     "labelled messages that end with the user": (
-        {"messages": [USER, YES], "label": True},
-        {"messages": [USER, YES, USER], "label": True},
+        LABELLED, {"messages": [USER, YES, USER]},
         "messages ends with a turn of role 'user'; a response ends with the assistant's",
     ),
     "labelled messages of one turn": (
-        {"messages": [USER, YES], "label": True},
-        {"messages": [YES], "label": True},
-        "messages must end with an assistant turn that answers something before it",
+        LABELLED, {"messages": [YES]}, "messages must end with an assistant turn that answers something before it",
     ),
-    "a bad label": (
-        {"messages": [USER, YES], "label": True},
-        {"messages": [USER, YES], "label": "good"},
-        "label must be true or false, 0 or 1, got 'good'",
-    ),
-}
+    "a bad label": (LABELLED, {"label": "good"}, "label must be true or false, 0 or 1, got 'good'"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("first", "bad", "what"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_row_that_is_not_of_the_format(first: dict[str, Any], bad: dict[str, Any], what: str):
+@pytest.mark.parametrize(("good", "changes", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_row_that_is_not_of_the_format(good: dict[str, Any], changes: dict[str, Any], message: str):
     """A later row of another shape is refused with its column, its value and what is known."""
-    form = detect(first)
-    assert form is not None
-    form.read(first)
-    with pytest.raises(ValueError, match=re.escape(what)):
-        form.read(bad)
+    form = detected(good)
+    form.read(good)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        form.read(good | changes)
 
 
 @pytest.mark.parametrize(

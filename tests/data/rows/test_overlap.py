@@ -9,22 +9,12 @@ import pytest
 
 from fastpref.config import Config
 from fastpref.data import render
+from fastpref.data.rows import overlap
 from fastpref.data.rows.auto import detect
 from fastpref.data.rows.content import Paired, Unpaired
-from fastpref.data.rows.overlap import (
-    ANSWERED,
-    ONE_REPEATED,
-    OTHER_MESSAGES,
-    OTHER_PROMPT,
-    OTHER_SYSTEM,
-    OTHER_TURNS,
-    PERHAPS_REPEATED,
-    REPEATED,
-)
 from fastpref.data.sources import Prepared, notes_on_text, prepare
-from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
-from tests.support.chats import says, system
+from tests.support.chats import says, system, tokenize
 from tests.support.toy_tokenizers import chatml, gemma, toy_tokenizer, trained_chatml, trained_llama3
 
 Row = dict[str, Any]
@@ -223,8 +213,8 @@ def test_every_spelling_of_a_pair_has_the_same_tokens(tmp_path: Path, spelling: 
     made = prepared(tmp_path, [row])
     for tokenizer in (new() for new in TOKENIZERS):
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ((found, (chosen, rejected)),) = tokens(made, tokenizer)
-        assert tokenizer.decode(found) == prompt
+        ((prompt_ids, (chosen, rejected)),) = tokens(made, tokenizer)
+        assert tokenizer.decode(prompt_ids) == prompt
         assert tokenizer.decode(chosen[:-1]) == YES
         assert tokenizer.decode(rejected[:-1]) == NO
 
@@ -243,8 +233,10 @@ def test_every_spelling_of_a_single_response_has_the_same_tokens(
     made = prepared(tmp_path, [row | tag], "kto")
     assert [getattr(row.content, "label", None) for row in made.train] == [False]
     tokenizer = chatml()
-    ((found, (completion,)),) = tokens(made, tokenizer)
-    assert tokenizer.decode(found) == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ((prompt_ids, (completion,)),) = tokens(made, tokenizer)
+    assert tokenizer.decode(prompt_ids) == tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
     assert tokenizer.decode(completion[:-1]) == NO
 
 
@@ -256,9 +248,9 @@ def test_a_file_of_all_spellings_is_read_alike_whichever_comes_first(tmp_path: P
     ]  # fmt: skip
     rows = [PAIRS[spelling](ASKED["turns"]) for spelling in spellings]
     for first in range(len(rows)):
-        found = tokens(prepared(tmp_path, rows[first:] + rows[:first]), chatml())
-        assert len(found) == len(rows)
-        assert all(row == found[0] for row in found)
+        prompt_ids = tokens(prepared(tmp_path, rows[first:] + rows[:first]), chatml())
+        assert len(prompt_ids) == len(rows)
+        assert all(row == prompt_ids[0] for row in prompt_ids)
 
 
 def test_marks_of_turns_do_not_tell_them_apart():
@@ -290,9 +282,9 @@ def test_messages_beside_a_prompt_are_read_if_the_responses_are_of_them():
     row = {"prompt": Q, "messages": [SYSTEM, *EARLIER, user(), says(YES)], "chosen": YES, "rejected": NO}
     assert read(row).prompt == [SYSTEM, *EARLIER, user()]
     row["messages"] = [user("Name a lake."), says("Lake Chad.")]
-    assert (read(row).prompt, read(row).remarks) == ([user()], (OTHER_MESSAGES,))
+    assert (read(row).prompt, read(row).remarks) == ([user()], (overlap.OTHER_MESSAGES,))
     row |= {"chosen": [user(), says(YES)], "rejected": [user(), says(NO)]}
-    assert (read(row).prompt, read(row).remarks) == ([user()], (OTHER_MESSAGES,))
+    assert (read(row).prompt, read(row).remarks) == ([user()], (overlap.OTHER_MESSAGES,))
 
 
 def test_text_and_chats_in_one_file_are_all_chats(tmp_path: Path):
@@ -309,18 +301,15 @@ NAMED: dict[str, tuple[Any, bool]] = {  # row of the named format, and whether i
     "chat_template.argilla": (lambda p: {"chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
     "chatml.argilla_chat": (lambda p: {"chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True),
     "chatml.ultra": (
-        lambda p: {"prompt": body(p)[0]["content"], "chosen": [*p, says(YES)], "rejected": [*p, says(NO)]},
-        True,
+        lambda p: {"prompt": body(p)[0]["content"], "chosen": [*p, says(YES)], "rejected": [*p, says(NO)]}, True,
     ),
     "chatml.default": (
-        lambda p: {**without_system(p), "prompt": Q, "chosen": f"{Q} {YES}", "rejected": f"{Q}\n{NO}"},
-        False,
+        lambda p: {**without_system(p), "prompt": Q, "chosen": f"{Q} {YES}", "rejected": f"{Q}\n{NO}"}, False,
     ),
     "chatml.intel": (
-        lambda p: {**without_system(p), "question": Q, "chosen": f"{Q} {YES}", "rejected": f"{Q} {NO}"},
-        False,
+        lambda p: {**without_system(p), "question": Q, "chosen": f"{Q} {YES}", "rejected": f"{Q} {NO}"}, False,
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -347,22 +336,22 @@ def test_a_function_of_ones_own_is_read_so_too(tmp_path: Path):
 # --- Text ----------------------------------------------------------------------------------------------------------
 
 TEXTS: dict[str, tuple[tuple[str, str, str], tuple[str, str], tuple[str, ...]]] = {  # row, responses, remarks
-    "repeated": ((Q, f"{Q} {YES}", f"{Q} {NO}"), (f" {YES}", f" {NO}"), (REPEATED,)),
+    "repeated": ((Q, f"{Q} {YES}", f"{Q} {NO}"), (f" {YES}", f" {NO}"), (overlap.REPEATED,)),
     "repeated before a line end": (("Q: a lake?\nA:", "Q: a lake?\nA: Chad", "Q: a lake?\nA: No"), (" Chad", " No"),
-                                   (REPEATED,)),
-    "repeated without the space at its end": ((Q + " ", f"{Q}\n{YES}", f"{Q} {NO}"), (YES, NO), (REPEATED,)),
+                                   (overlap.REPEATED,)),
+    "repeated without the space at its end": ((Q + " ", f"{Q}\n{YES}", f"{Q} {NO}"), (YES, NO), (overlap.REPEATED,)),
     "repeated with other white space": (("Name  a river\nin Peru.", f"{Q}\n{YES}", f" {Q} {NO}"),
-                                        (f"\n{YES}", f" {NO}"), (REPEATED,)),
+                                        (f"\n{YES}", f" {NO}"), (overlap.REPEATED,)),
     "repeated with other white space, and a space at its end": (
-        (f"\t{Q}\n\n", f"{Q} {YES}", f"Name a\nriver in Peru. {NO}"), (YES, NO), (REPEATED,),
+        (f"\t{Q}\n\n", f"{Q} {YES}", f"Name a\nriver in Peru. {NO}"), (YES, NO), (overlap.REPEATED,),
     ),
-    "by one only": ((Q, f"{Q} {YES}", NO), (f"{Q} {YES}", NO), (ONE_REPEATED,)),
+    "by one only": ((Q, f"{Q} {YES}", NO), (f"{Q} {YES}", NO), (overlap.ONE_REPEATED,)),
     "a word by one only": (("Hello", "Hello there!", "No."), ("Hello there!", "No."), ()),
-    "and nothing after it": ((Q, Q, f"{Q} {NO}"), (Q, f"{Q} {NO}"), (ONE_REPEATED,)),
+    "and nothing after it": ((Q, Q, f"{Q} {NO}"), (Q, f"{Q} {NO}"), (overlap.ONE_REPEATED,)),
     "in the midst of a word": (("The capital of", "The capital offence", "The capital of x"),
-                               ("The capital offence", "The capital of x"), (ONE_REPEATED,)),
+                               ("The capital offence", "The capital of x"), (overlap.ONE_REPEATED,)),
     "a word that may be chance": (("Hello", "Hello there!", "Hello you."), ("Hello there!", "Hello you."),
-                                  (PERHAPS_REPEATED,)),
+                                  (overlap.PERHAPS_REPEATED,)),
     "a greeting that goes on": (("Hello", "Hello! I am fine.", "Hello."), ("Hello! I am fine.", "Hello."), ()),
     "an empty prompt": (("", "yes", "no"), ("yes", "no"), ()),
 }  # fmt: skip
@@ -393,7 +382,7 @@ def test_what_is_dropped_is_counted_in_a_note(tmp_path: Path):
     again = [f"{i}. {Q} " if i % 2 else "" for i in range(6)]
     rows = [{"prompt": f"{i}. {Q}", "chosen": f"{again[i]}yes", "rejected": f"{again[i]}no"} for i in range(6)]
     made = prepared(tmp_path, rows)
-    assert made.notes[1:] == [f"rows.jsonl: 3 of 6 rows: {REPEATED} (the first: {tmp_path}/rows.jsonl:2)"]
+    assert made.notes[1:] == [f"rows.jsonl: 3 of 6 rows: {overlap.REPEATED} (the first: {tmp_path}/rows.jsonl:2)"]
 
 
 def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(tmp_path: Path):
@@ -427,17 +416,17 @@ def test_a_system_turn_alone_is_a_prompt(row: Row):
 
 
 REMARKED: dict[str, tuple[Row, str]] = {
-    "a prompt that holds an answer": ({"messages": [user(), says(YES)], "chosen": YES, "rejected": NO}, ANSWERED),
+    "a prompt with an answer": ({"messages": [user(), says(YES)], "chosen": YES, "rejected": NO}, overlap.ANSWERED),
     "a text that is not in the conversations": (
-        {"prompt": "[INST] " + Q, "chosen": [user(), says(YES)], "rejected": [user(), says(NO)]}, OTHER_PROMPT,
+        {"prompt": "[INST] " + Q, "chosen": [user(), says(YES)], "rejected": [user(), says(NO)]}, overlap.OTHER_PROMPT,
     ),
     "another system turn": (
         {"prompt": [SYSTEM, user()], "chosen": [{**SYSTEM, "content": "Be long."}, user(), says(YES)],
-         "rejected": [{**SYSTEM, "content": "Be long."}, user(), says(NO)]}, OTHER_SYSTEM,
+         "rejected": [{**SYSTEM, "content": "Be long."}, user(), says(NO)]}, overlap.OTHER_SYSTEM,
     ),
     "other turns before the last of rejected": (
         {"chosen": [user(), says("a"), user(), says(YES)], "rejected": [user(), says("b"), user(), says(NO)]},
-        OTHER_TURNS,
+        overlap.OTHER_TURNS,
     ),
     "tools in a column of another name": (
         {"prompt": [user()], "chosen": YES, "rejected": NO, "functions": [{"name": "f"}]},
@@ -452,7 +441,7 @@ REMARKED: dict[str, tuple[Row, str]] = {
 
 @pytest.mark.parametrize(("row", "remark"), REMARKED.values(), ids=REMARKED)
 def test_what_a_reading_leaves_out_is_said(tmp_path: Path, row: Row, remark: str):
-    named = {"format": "chat_template.argilla"} if remark == OTHER_TURNS else {}
+    named = {"format": "chat_template.argilla"} if remark == overlap.OTHER_TURNS else {}
     made = prepared(tmp_path, [row], **named)
     assert made.notes[1:] == [f"rows.jsonl: 1 of 1 rows: {remark} (the first: {tmp_path}/rows.jsonl:1)"]
 
@@ -488,21 +477,21 @@ MISREAD: dict[str, tuple[Row, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "said"), MISREAD.values(), ids=MISREAD)
-def test_a_misread_row_is_an_error_and_can_be_left_out(tmp_path: Path, row: Row, said: str):
+@pytest.mark.parametrize(("row", "message"), MISREAD.values(), ids=MISREAD)
+def test_a_misread_row_is_an_error_and_can_be_left_out(tmp_path: Path, row: Row, message: str):
     good = {"prompt": [user()], "chosen": [says(YES)], "rejected": [says(NO)]}
     with pytest.raises(UserError) as caught:
         prepared(tmp_path, [good, row])
-    assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl:2: {said}")
+    assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl:2: {message}")
     assert len(prepared(tmp_path, [good, row], on_error="drop").train) == 1
 
 
 def test_single_responses_that_are_misread(tmp_path: Path):
-    for row, said in (
+    for row, message in (
         ({"prompt": [user(), says("x")], "completion": NO}, "the prompt ends with the assistant's turn"),
         ({"prompt": [user("x")], "completion": [user(), says(NO)]}, "completion begins with a turn of role 'user'"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             prepared(tmp_path, [row | {"label": True}], "kto")
 
 

@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
+from fastpref.config.formats import NAMES
 from fastpref.data import render
 from fastpref.data.batch import Layout, collate
-from fastpref.data.rows.formats import NAMES, Paired, find_format, unpair
+from fastpref.data.rows.content import Paired, unpair
+from fastpref.data.rows.formats import find_format
 from fastpref.data.rows.rendering import choose
 from fastpref.data.sources import SourceRow
-from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
-from tests.support.chats import says, system, user
+from tests.support.chats import says, system, tokenize, user
 from tests.support.toy_tokenizers import (
     QWEN3,
     chatml,
@@ -99,13 +100,10 @@ PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "default, question": ("default", {"question": Q, **ANSWERS}, [user(Q)]),
     "default, instruction": ("default", {"instruction": Q, "chosen_response": YES, "rejected_response": NO}, [user(Q)]),
     "default, an empty input beside the instruction": (
-        "default",
-        {"input": "", "instruction": Q, **ANSWERS},
-        [user(Q)],
+        "default", {"input": "", "instruction": Q, **ANSWERS}, [user(Q)],
     ),
     "default, chosen first": (
-        "default",
-        {"prompt": Q, "chosen": YES, "chosen_response": "x", "rejected": None, "rejected_response": NO},
+        "default", {"prompt": Q, "chosen": YES, "chosen_response": "x", "rejected": None, "rejected_response": NO},
         [user(Q)],
     ),
     "default, system": ("default", {"system": S, "prompt": Q, **ANSWERS}, [system(S), user(Q)]),
@@ -114,11 +112,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "argilla": ("argilla", {"system": S, "instruction": Q, **ANSWERS}, [system(S), user(Q)]),
     "argilla_chat": ("argilla_chat", talks(user(Q)), [user(Q)]),
     "argilla_chat, every turn": ("argilla_chat", talks(*FIVE), FIVE),
-    "argilla_chat, ShareGPT's names": (
-        "argilla_chat",
-        {"chosen": sharegpt(YES), "rejected": sharegpt(NO)},
-        [user(Q)],
-    ),
+    "argilla_chat, ShareGPT's names": ("argilla_chat", {"chosen": sharegpt(YES), "rejected": sharegpt(NO)}, [user(Q)]),
     "icr": ("icr", {"system": S, "input": Q, **ANSWERS}, [system(S), user(Q)]),
     "intel": ("intel", {"system": S, "question": Q, **ANSWERS}, [system(S), user(Q)]),
     "prompt_pairs": ("prompt_pairs", {"system": S, "prompt": Q, **ANSWERS}, [system(S), user(Q)]),
@@ -126,7 +120,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "ultra, system": ("ultra", {"system": S, "prompt": Q, **talks(user(Q))}, [system(S), user(Q)]),
     "ultra, every turn": ("ultra", {"prompt": "q1", **talks(*FIVE)}, FIVE),
     "ultra, answers alone": ("ultra", {"prompt": Q, **talks()}, [user(Q)]),
-}
+}  # fmt: skip
 SINGLES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "argilla": ("argilla", {"system": S, "instruction": Q, "completion": YES}, [system(S), user(Q)]),
     "argilla_chat": ("argilla_chat", {"completion": turns(Q, YES)}, [user(Q)]),
@@ -139,12 +133,9 @@ WRITTEN: dict[str, tuple[Callable[[str, str], str], str, str, Make, str]] = {  #
     "chatml": (lambda r, c: f"<|im_start|>{r}\n{c}<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>", chatml, ""),
     "llama3": (
         lambda r, c: f"<|start_header_id|>{r}<|end_header_id|>\n\n{c}<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        llama3,
-        "<|begin_of_text|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", llama3, "<|begin_of_text|>",
     ),
-}
+}  # fmt: skip
 EVERY_TEMPLATE = pytest.mark.parametrize("family", WRITTEN)
 
 
@@ -201,43 +192,35 @@ def test_a_completion_is_a_single_response_whatever_is_beside_it(name: str):
 RANKED = [{"answer": f"of rank {rank}", "rank": rank} for rank in (3, 1, 7, 2)]
 TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prompt and responses
     "passthrough": (
-        "passthrough",
-        {"prompt": "Q: ", "chosen": " yes\n", "rejected": "no", "system": "s"},
-        ["Q: ", " yes\n", "no"],
+        "passthrough", {"prompt": "Q: ", "chosen": " yes\n", "rejected": "no", "system": "s"}, ["Q: ", " yes\n", "no"],
     ),
     "nectar": (
-        "zephyr.nectar",
-        {"prompt": Q, "answers": RANKED},
+        "zephyr.nectar", {"prompt": Q, "answers": RANKED},
         [f"<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 7"],
     ),
     "nectar, system": (
-        "zephyr.nectar",
-        {"prompt": Q, "answers": RANKED[:2], "system": S},
+        "zephyr.nectar", {"prompt": Q, "answers": RANKED[:2], "system": S},
         [f"<|system|>\n{S}</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 3"],
     ),
     "table": ("table", {"prompt": Q, **ANSWERS, "system": S}, [Q, YES, NO]),
     "field_prompt, field_chosen, field_rejected": (
         {"field_prompt": "q", "field_chosen": "a", "field_rejected": "b"},
-        {"q": Q, "a": YES, "b": NO, "prompt": "x", "chosen": "x", "rejected": "x"},
-        [Q, YES, NO],
+        {"q": Q, "a": YES, "b": NO, "prompt": "x", "chosen": "x", "rejected": "x"}, [Q, YES, NO],
     ),
     "field_system, prompt_format": (
-        {"field_system": "rules", "prompt_format": "[{system}] {prompt} ->"},
-        {"prompt": Q, **ANSWERS, "rules": S},
+        {"field_system": "rules", "prompt_format": "[{system}] {prompt} ->"}, {"prompt": Q, **ANSWERS, "rules": S},
         [f"[{S}] {Q} ->", YES, NO],
     ),
     "prompt_format without a system": (
         {"prompt_format": "[{system}] {prompt} {{}}"},
-        {"prompt": "{x} {system}", "chosen": YES, "rejected": NO, "system": None},
-        ["[] {x} {system} {}", YES, NO],
+        {"prompt": "{x} {system}", "chosen": YES, "rejected": NO, "system": None}, ["[] {x} {system} {}", YES, NO],
     ),
     "chosen_format, rejected_format": (
         {"type": "table", "chosen_format": " {chosen}!", "rejected_format": "{rejected}?"},
-        {"prompt": Q, "chosen": "{yes}", "rejected": NO},
-        [Q, " {yes}!", f"{NO}?"],
+        {"prompt": Q, "chosen": "{yes}", "rejected": NO}, [Q, " {yes}!", f"{NO}?"],
     ),
     "auto": ("auto", {"prompt": Q, **ANSWERS}, [Q, YES, NO]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("format", "row", "texts"), TEXTS.values(), ids=TEXTS)
@@ -273,14 +256,8 @@ def test_every_named_format_is_here():
 
 # --- Chats ---------------------------------------------------------------------------------------------------------
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Looks out",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Looks out", "parameters": CITY}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 TOOL_TURNS = [user("Weather?"), {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "4 °C"}]
@@ -314,14 +291,12 @@ CHATS: dict[str, Chat] = {
         {"system": "Other.", "messages": [system(S), user(Q)], **ANSWERS}, SYSTEM_Q
     ),
     "every turn of a response": Chat(
-        {"messages": [user("q")], "chosen": [says("a"), user("b"), says("c")], "rejected": NO},
-        im("user", "q"),
+        {"messages": [user("q")], "chosen": [says("a"), user("b"), says("c")], "rejected": NO}, im("user", "q"),
         ("a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc", "no"),
     ),
     "five turns": Chat({"messages": FIVE, **ANSWERS}, FIVE_IM),
     "field names": Chat(
-        {"talk": [user(Q)], "good": YES, "bad": NO, "messages": "x"},
-        im("user", Q),
+        {"talk": [user(Q)], "good": YES, "bad": NO, "messages": "x"}, im("user", Q),
         options={"field_messages": "talk", "field_chosen": "good", "field_rejected": "bad"},
     ),
     "message_property_mappings and roles": Chat(
@@ -330,8 +305,7 @@ CHATS: dict[str, Chat] = {
             "chosen": {"speaker": "agent", "words": YES, "thoughts": "hm"},
             "rejected": {"speaker": "bot", "words": NO, "thoughts": None},
         },
-        im("user", Q),
-        ("<think>\nhm\n</think>\n\nyes", "no"),
+        im("user", Q), ("<think>\nhm\n</think>\n\nyes", "no"),
         {
             "message_property_mappings": {"role": "speaker", "content": "words", "reasoning_content": "thoughts"},
             "roles": {"user": ["customer"], "assistant": ["agent", "bot"]},
@@ -343,8 +317,7 @@ CHATS: dict[str, Chat] = {
             "chosen": {"from": "gpt", "value": YES},
             "rejected": {"from": "gpt", "value": NO},
         },
-        SYSTEM_Q,
-        options={"field_messages": "conversations"},
+        SYSTEM_Q, options={"field_messages": "conversations"},
     ),
     "tool calls and reasoning in a response": Chat(
         {
@@ -352,8 +325,7 @@ CHATS: dict[str, Chat] = {
             "chosen": {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "look", "content": None},
             "rejected": says("Fine."),
         },
-        im("user", "Weather?"),
-        (f"<think>\nlook\n</think>\n\n{CALLED}", "Fine."),
+        im("user", "Weather?"), (f"<think>\nlook\n</think>\n\n{CALLED}", "Fine."),
     ),
     "tool calls in the prompt": Chat(
         {"messages": TOOL_TURNS, **ANSWERS},
@@ -363,8 +335,7 @@ CHATS: dict[str, Chat] = {
         {"messages": [system(S), user(Q)], "tools": [WEATHER], **ANSWERS}, im("system", f"{S}\n\n{TOOLS}", "user", Q)
     ),
     "tools as JSON": Chat(
-        {"messages": Q, "functions": json.dumps([WEATHER]), **ANSWERS},
-        im("system", TOOLS, "user", Q),
+        {"messages": Q, "functions": json.dumps([WEATHER]), **ANSWERS}, im("system", TOOLS, "user", Q),
         options={"tools": "functions"},
     ),
     "tools for all rows": Chat(
@@ -377,19 +348,17 @@ CHATS: dict[str, Chat] = {
     "argilla": Chat(
         {"system": S, "good": turns("q1", "a1", Q, YES), "bad": turns("q1", "a1", Q, NO)},
         im("system", S, "user", "q1", "assistant", "a1", "user", Q),
-        options={"field_chosen": "good", "field_rejected": "bad"},
-        name="chat_template.argilla",
+        options={"field_chosen": "good", "field_rejected": "bad"}, name="chat_template.argilla",
     ),
     "argilla, answers of another length": Chat(
         {"chosen": turns(Q, YES), "rejected": [says(NO)]}, im("user", Q), name="chat_template.argilla"
     ),
     "auto, system and tools": Chat(
-        {"prompt": Q, "system": S, "tools": [WEATHER], **ANSWERS},
-        im("system", f"{S}\n\n{TOOLS}", "user", Q),
+        {"prompt": Q, "system": S, "tools": [WEATHER], **ANSWERS}, im("system", f"{S}\n\n{TOOLS}", "user", Q),
         name="auto",
     ),
     "auto, implicit prompt": Chat({**talks(*FIVE), "tools": []}, FIVE_IM, name="auto"),
-}
+}  # fmt: skip
 SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "messages": ({}, {"messages": [system(S), *turns(Q, YES)]}, [SYSTEM_Q, "yes"]),
     "messages and completion": ({}, {"messages": [user(Q)], "completion": YES}, [im("user", Q), "yes"]),
@@ -400,11 +369,10 @@ SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         [im("system", f"{S}\n\n{TOOLS}", "user", Q), "yes"],
     ),
     "tool calls": (
-        {},
-        {"messages": [user("Weather?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
+        {}, {"messages": [user("Weather?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]},
         [im("user", "Weather?"), CALLED],
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
@@ -435,12 +403,8 @@ IN_FAMILIES: dict[str, tuple[Make, str, str]] = {  # prompt, end
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "<|eot_id|>",
     ),
-    "gemma": (
-        trained_gemma,
-        "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n",
-        "<end_of_turn>",
-    ),
-}
+    "gemma": (trained_gemma, "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "prompt", "end"), IN_FAMILIES.values(), ids=IN_FAMILIES)
@@ -511,7 +475,7 @@ ALTERNATING = (
 
 
 @pytest.mark.parametrize(
-    ("options", "row", "said"),
+    ("options", "row", "message"),
     [
         ({"chat_template": "none.jinja"}, {}, "format.chat_template: none.jinja: cannot be read: "),
         ({"chat_template": "chatlm"}, {}, r".*; known names are tokenizer_default, chatml, llama3, gemma"),
@@ -531,10 +495,10 @@ ALTERNATING = (
     ],
     ids=["no file", "no name", "no Jinja", "no tools", "no system", "no tool calls", "no two questions"],
 )
-def test_a_chat_template_that_will_not_do(options: dict[str, Any], row: dict[str, Any], said: str):
+def test_a_chat_template_that_will_not_do(options: dict[str, Any], row: dict[str, Any], message: str):
     """A template that cannot write everything in a row is refused."""
     base = {"messages": Q, **ANSWERS}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         render(base | row, "chat_template.default", tokenizer=chatml(), **options)
 
 
@@ -738,12 +702,9 @@ def test_a_function_of_ones_own(module: str):
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
-        (
-            "nothing",
-            "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, completion and ",
-        ),
+        ("nothing", "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, completion and "),
         ("other", "other returned a dict of prompt, chosen, not of prompt, chosen and rejected, or "),
         ("wrong", "wrong returned a row where chosen must be text or a list of messages, got 3"),
         ("fails", "fails failed: KeyError: 'none'"),
@@ -751,11 +712,11 @@ def test_a_function_of_ones_own(module: str):
         ("absent", "mine.py has no function absent"),
     ],
 )
-def test_a_function_that_will_not_do(module: str, function: str, said: str):
+def test_a_function_that_will_not_do(module: str, function: str, message: str):
     """The result of a function is checked, and its own errors are reported with the row."""
     with pytest.raises(UserError) as caught:
         render({"q": "Q"}, f"{module}:{function}")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_module_that_is_not_there(tmp_path: Path):
@@ -772,7 +733,7 @@ def test_a_module_that_is_not_there(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("row", "format", "options", "said"),
+    ("row", "format", "options", "message"),
     [
         ({"prompt": Q}, "auto", {}, "the columns prompt are of no format that auto knows; your own columns are named"),
         ({"prompt": Q}, "chatml.intle", {}, "there is no format 'chatml.intle' (did you mean 'chatml.intel'"),
@@ -787,11 +748,11 @@ def test_a_module_that_is_not_there(tmp_path: Path):
         ({"prompt": Q, "completion": YES, "label": "maybe"}, "auto", {}, "label must be true or false, 0 or 1, got 'm"),
     ],
 )
-def test_a_row_that_cannot_be_rendered(row: dict[str, Any], format: str, options: dict[str, Any], said: str):
+def test_a_row_that_cannot_be_rendered(row: dict[str, Any], format: str, options: dict[str, Any], message: str):
     """A row that cannot be rendered gives a UserError with the column and what is expected."""
     with pytest.raises(UserError) as caught:
         render(row, format, tokenizer=chatml(), **options)
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 def test_importing_the_data_package_is_cheap():

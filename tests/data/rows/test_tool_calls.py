@@ -99,12 +99,12 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("turn", "said"), BAD_CALLS.values(), ids=BAD_CALLS)
-def test_a_call_that_is_none(turn: dict[str, Any], said: str):
+@pytest.mark.parametrize(("turn", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_call_that_is_none(turn: dict[str, Any], message: str):
     """A turn that should have a call but has none is an error."""
     with pytest.raises(UserError) as caught:
         render({"prompt": [ASKED], "chosen": [turn], "rejected": "No."}, tokenizer=trained_chatml())
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -185,11 +185,9 @@ WRITTEN: dict[str, tuple[str, str, str]] = {  # template → text of the parts, 
     "only iterates": (ONLY_PARTS, "Name a \nlake.\n", "Name a lake.\n"),
     "leaves lists out": (SILENT, "Name a lake.", "Name a lake."),
     "writes lists as Python does": (
-        SILENT.replace("if m['content'] is string", "if true"),
-        "Name a lake.",
-        "Name a lake.",
+        SILENT.replace("if m['content'] is string", "if true"), "Name a lake.", "Name a lake.",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("template", "of_parts", "of_text"), WRITTEN.values(), ids=WRITTEN)
@@ -236,13 +234,13 @@ MEDIA: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "said"), MEDIA.values(), ids=MEDIA)
-def test_images_are_refused(row: dict[str, Any], said: str):
+@pytest.mark.parametrize(("row", "message"), MEDIA.values(), ids=MEDIA)
+def test_images_are_refused(row: dict[str, Any], message: str):
     """Images are refused in every format, because a model that does not see one must not learn the answer."""
     with pytest.raises(UserError) as caught:
         render(row, tokenizer=chatml())
-    assert str(caught.value).startswith(said)
-    if "column" in said:
+    assert str(caught.value).startswith(message)
+    if "column" in message:
         for name in ("passthrough", "chatml.default"):
             with pytest.raises(UserError, match="images, video and audio are not read"):
                 render(row, name)
@@ -268,5 +266,5 @@ def test_the_templates_of_families(tmp_path: Path):
     for name, file in files.items():
         if file.is_file():
             traits = traits_of(file.read_text(encoding="utf-8"))
-            found = " ".join(sorted(traits.iterates)), " ".join(sorted(traits.needs_parts)), traits.arguments_as_text
-            assert found == wanted[name], name
+            result = " ".join(sorted(traits.iterates)), " ".join(sorted(traits.needs_parts)), traits.arguments_as_text
+            assert result == wanted[name], name

@@ -11,13 +11,14 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config, TokensConfig, load_config
+from fastpref.config.keywords import RESERVED
 from fastpref.data.rows.content import Paired, Writing
 from fastpref.data.sources import SourceRow
-from fastpref.data.template.keywords import RESERVED, of_run, on_day, variables, writes_the_date
+from fastpref.data.template.keywords import of_run, on_day, variables, writes_the_date
 from fastpref.data.template.render import apply, write_all
 from fastpref.data.template.text import check_template_keywords
-from fastpref.data.tokenize import tokenize
 from fastpref.errors import UserError
+from tests.support.chats import tokenize
 from tests.support.toy_tokenizers import CHATML, chatml, plain, toy_tokenizer
 
 USER = {"role": "user", "content": "Why?"}
