@@ -37,11 +37,7 @@ class HeadShape:
 
 
 # NVIDIA's data sheets: "Ada GPU architecture", "A100 80GB SXM", "H100 SXM".
-CARDS = (
-    Card("RTX 4090", 89, 165.2, 1008),
-    Card("A100", 80, 312.0, 2039),
-    Card("H100", 90, 989.4, 3350),
-)
+CARDS = (Card("RTX 4090", 89, 165.2, 1008), Card("A100", 80, 312.0, 2039), Card("H100", 90, 989.4, 3350))
 HEADS = (
     HeadShape("Llama-3-8B", 4096, 128256),
     HeadShape("Qwen2.5-7B", 3584, 152064),

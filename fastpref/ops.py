@@ -188,12 +188,7 @@ def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any, positions:
 
 
 def _check_settings(
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    outputs: Any,
-    workspace_mb: float,
-    backend: str,
+    softcap: float | None, logit_scale: float, temperature: float, outputs: Any, workspace_mb: float, backend: str
 ) -> tuple[str, ...]:
     numbers = {"logit_scale": logit_scale, "temperature": temperature, "workspace_mb": workspace_mb}
     for name, value in (numbers if softcap is None else numbers | {"softcap": softcap}).items():

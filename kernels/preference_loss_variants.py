@@ -198,11 +198,7 @@ def odds_ratio(pair):
     log_odds = odds_c - odds_r
     nls_odds, _, _, sigma_not_odds = logistic(log_odds)
     return PairTerm(
-        nls_odds,
-        by_c=-sigma_not_odds * slope_c,
-        by_r=sigma_not_odds * slope_r,
-        log_odds=log_odds,
-        nls_odds=nls_odds,
+        nls_odds, by_c=-sigma_not_odds * slope_c, by_r=sigma_not_odds * slope_r, log_odds=log_odds, nls_odds=nls_odds
     )
 
 

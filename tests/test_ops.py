@@ -14,11 +14,7 @@ from fastpref.ops import OUTPUTS
 N, H, V = 7, 5, 11
 FLOATS = ("entropy", "mean_logit", "log_sum_sq_probs")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPTIONS = {
-    "plain": {},
-    "softcap": {"softcap": 1.5},
-    "all": {"softcap": 2.0, "logit_scale": 1.3, "temperature": 0.8},
-}
+OPTIONS = {"plain": {}, "softcap": {"softcap": 1.5}, "all": {"softcap": 2.0, "logit_scale": 1.3, "temperature": 0.8}}
 MANY_TILES = 0.0003  # MiB
 
 

@@ -95,13 +95,7 @@ RULES = (
         ("simpo",),
     ),
     Rule((), ("loss.nll_on",), method.orpo, 'ORPO: "all", as TRL scores the prompt too', ("orpo",)),
-    Rule(
-        ("precompute_ref_log_probs",),
-        ("reference.mode",),
-        method.precompute,
-        '"precompute"',
-        ("dpo", "ipo", "kto"),
-    ),
+    Rule(("precompute_ref_log_probs",), ("reference.mode",), method.precompute, '"precompute"', ("dpo", "ipo", "kto")),
     Rule(
         ("test_datasets", "val_set_size"),
         ("eval.data", "eval.fraction"),

@@ -131,10 +131,7 @@ def test_a_walk_over_any_head_is_the_same(head: str, backend: str, workspace_mb:
         assert_same(ours, theirs)
 
 
-OPTIONS = {
-    "plain": {},
-    "all": {"softcap": 2.5, "logit_scale": 1.3, "temperature": 0.8},
-}
+OPTIONS = {"plain": {}, "all": {"softcap": 2.5, "logit_scale": 1.3, "temperature": 0.8}}
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -210,10 +210,7 @@ def test_rewards(options: LossOptions, reward: Callable[[PairLogps], Tensor]) ->
     """Rewards are β·ratio; for ORPO and SimPO β·mean log-probability, and for CPO β·log-probability."""
     pairs = make_pairs(5)
     mirrored = replace(
-        pairs,
-        chosen=pairs.rejected,
-        chosen_lengths=pairs.rejected_lengths,
-        ref_chosen=pairs.ref_rejected,
+        pairs, chosen=pairs.rejected, chosen_lengths=pairs.rejected_lengths, ref_chosen=pairs.ref_rejected
     )
     output = pair_loss(pairs, options)
     torch.testing.assert_close(output.chosen_rewards, reward(pairs).detach())
