@@ -129,34 +129,18 @@ def fused_loss(
     """
     from fastpref.kernels import preference_loss_launch as launch
 
-    def contiguous(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.contiguous()
-
+    logp, lengths = logp.contiguous(), lengths.contiguous()
+    reference = None if reference is None else reference.contiguous()
     if labels is not None:
         assert reference is not None
         assert kl is not None
-        return launch.row_loss(
-            logp.contiguous(),
-            starts,
-            lengths.contiguous(),
-            reference.contiguous(),
-            labels,
-            kl,
-            tuple(numbers),
-            examples=examples,
-        )
+        return launch.row_loss(logp, starts, lengths, reference, labels, kl, tuple(numbers), examples=examples)
+    log_sum_sq_probs = None if log_sum_sq_probs is None else log_sum_sq_probs.contiguous()
+    of_variants = dict(zip(variants.split(","), weights, strict=False))  # "".split gives one empty name
     return launch.pair_loss(
-        logp.contiguous(),
-        starts,
-        lengths.contiguous(),
-        contiguous(reference),
-        contiguous(log_sum_sq_probs),
-        dict(zip(variants.split(","), weights, strict=False)),  # "".split gives one empty name
-        Flags(*flags),
-        tuple(numbers),
-        examples=examples,
-        nll_tokens=nll_tokens,
-    )
+        logp, starts, lengths, reference, log_sum_sq_probs, of_variants, Flags(*flags), tuple(numbers),
+        examples=examples, nll_tokens=nll_tokens,
+    )  # fmt: skip
 
 
 @fused_loss.register_fake

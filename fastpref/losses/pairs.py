@@ -242,17 +242,9 @@ def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | No
     ratio = F.logsigmoid(log_odds)
     loss = _nll(pairs, totals) - options.beta * ratio.sum() / totals.examples
     count = ratio.new_tensor(float(len(ratio)))
-    return _result(
-        loss,
-        pairs,
-        options.beta * chosen,
-        options.beta * rejected,
-        {
-            "nll_loss": _nll_metric(pairs),
-            "log_odds_ratio": (ratio.detach().sum(), count),
-            "log_odds_chosen": (log_odds.detach().sum(), count),
-        },
-    )
+    extra = {"nll_loss": _nll_metric(pairs), "log_odds_ratio": (ratio.detach().sum(), count)}
+    extra["log_odds_chosen"] = (log_odds.detach().sum(), count)
+    return _result(loss, pairs, options.beta * chosen, options.beta * rejected, extra)
 
 
 def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
@@ -353,8 +345,6 @@ def _log1mexp(x: Tensor) -> Tensor:
     """Return log(1 − eˣ) for x ≤ 0, accurate at both ends. x is at most −1e-30, so that the result stays finite."""
     x = x.clamp(max=-1e-30)
     near_zero = x > -math.log(2)
-    small = torch.where(
-        near_zero, x, -1.0
-    )  # each branch gets only the values for which it is accurate, so gradients stay finite
-    large = torch.where(near_zero, -1.0, x)
+    # Each branch gets only the values for which it is accurate, so gradients stay finite.
+    small, large = torch.where(near_zero, x, -1.0), torch.where(near_zero, -1.0, x)
     return torch.where(near_zero, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))
