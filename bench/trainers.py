@@ -113,16 +113,8 @@ def compare_shape(shape: StepShape, method: str) -> dict[str, Any]:
         model = Path(folder) / "model"
         write_model(shape, model)
         pairs = make_rows(shape)
-        tokens = count_tokens(str(model), pairs)
-        results = compare(
-            model,
-            pairs,
-            method,
-            shape.batch,
-            2 * shape.length,
-            tokens_a_pair=tokens / len(pairs),
-            counted=not torch.cuda.is_available(),
-        )
+        tokens, counted = count_tokens(str(model), pairs) / len(pairs), not torch.cuda.is_available()
+        results = compare(model, pairs, method, shape.batch, 2 * shape.length, tokens_a_pair=tokens, counted=counted)
     return {"what": shape.what, "method": method, "engines": results}
 
 
@@ -135,10 +127,7 @@ def main(
     max_length: int = 768,
     checkpointing: bool = False,
     prompts: Annotated[
-        str,
-        typer.Option(
-            help="all rows; or the half of them with the larger or smaller share of prompt: all, heavy or light."
-        ),
+        str, typer.Option(help="all rows, or the half with more (heavy) or less prompt (light).")
     ] = "all",
 ) -> None:
     """Compare the engines on a model and pairs of yours, and print a table."""

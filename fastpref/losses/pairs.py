@@ -11,7 +11,7 @@ tensors are float32 (or float64) [P], one entry per pair, unless noted otherwise
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,14 @@ class PairLogps:
     weights: Tensor | None = None  # [P] of `wpo_weights`
 
     def detach(self) -> "PairLogps":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t.detach() for name, t in values.items() if t is not None})
+        return replace(self, **{name: t.detach() for name, t in vars(self).items() if t is not None})
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """The log-ratios of the chosen and of the rejected completions to the reference."""
+        assert self.ref_chosen is not None
+        assert self.ref_rejected is not None
+        return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
     @property
     def supervised(self) -> tuple[Tensor, Tensor]:
@@ -105,12 +111,9 @@ class _PairView:
     """The terms from which the variants are computed."""
 
     def __init__(self, pairs: PairLogps, options: DPO, step: WholeStep):
-        assert pairs.ref_chosen is not None
-        assert pairs.ref_rejected is not None
         self.options, self.pairs, self.step = options, pairs, step
         self.beta, self.eps = options.beta, options.label_smoothing
-        self.ratio_chosen = pairs.chosen - pairs.ref_chosen
-        self.ratio_rejected = pairs.rejected - pairs.ref_rejected
+        self.ratio_chosen, self.ratio_rejected = pairs.ratios
         self.score_chosen = _divergence_score(self.ratio_chosen, options)
         self.score_rejected = _divergence_score(self.ratio_rejected, options)
         self.x = self.beta * (self.score_chosen - self.score_rejected)  # βΔ
@@ -181,10 +184,7 @@ def _aot_unpaired(v: _PairView) -> Tensor:
     A partner may be in another micro-batch. So each side is compared with its partner's value without gradient, and the
     rejected side's term contributes only its gradient.
     """
-    whole = v.step.pairs
-    assert whole.ref_chosen is not None
-    assert whole.ref_rejected is not None
-    chosen, rejected = whole.chosen - whole.ref_chosen, whole.rejected - whole.ref_rejected
+    chosen, rejected = v.step.pairs.ratios
     for_chosen = rejected.sort().values[_ranks(chosen)[v.step.index]]
     for_rejected = chosen.sort().values[_ranks(rejected)[v.step.index]]
     own = _smoothed(v.beta * (v.ratio_chosen - for_chosen), v.eps)
@@ -336,9 +336,7 @@ def _with_sft(loss: Tensor, pairs: PairLogps, weight: float, totals: Totals) -> 
 
 def _alpha_reward(logps: Tensor, alpha: float) -> Tensor:
     """Return (1 − p^{−α})/α for p = e^logps, or its limit, logps, for α = 0."""
-    if not alpha:
-        return logps
-    return -_bounded_expm1(-alpha * logps) / alpha
+    return -_bounded_expm1(-alpha * logps) / alpha if alpha else logps
 
 
 def _log1mexp(x: Tensor) -> Tensor:

@@ -131,10 +131,8 @@ class Metrics:
             difference = chosen - rejected if self.paired else (chosen[:, None] - rejected[None, :]).flatten()
             metrics["rewards/accuracies"] = float(_shares(difference).mean())
         if len(chosen) + len(rejected) > 1:
-            rewards = torch.cat([chosen, rejected])
-            metrics["rewards/length_correlation"] = _correlation(
-                rewards, torch.cat([responses.chosen_lengths, responses.rejected_lengths])
-            )
+            lengths = torch.cat([responses.chosen_lengths, responses.rejected_lengths])
+            metrics["rewards/length_correlation"] = _correlation(torch.cat([chosen, rejected]), lengths)
         return metrics
 
 
