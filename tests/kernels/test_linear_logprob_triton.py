@@ -1,6 +1,7 @@
 """The Triton kernels compared with their definition, in Triton's interpreter, or on a GPU if there is one."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.support.problems import (
     CASES,
     DTYPES,
     MODES,
+    Problem,
     assert_same,
     check_accuracy,
     flat,
@@ -37,10 +39,22 @@ SHAPES = {
 }
 
 
+@pytest.fixture
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use a fused tile, or the tiles of a GPU, such as Turing, for which the library computes the products."""
+    if request.param == "of the library":
+        tile = tiles.Tile(16, 32, 16, 4, 1, fused=False)
+        monkeypatch.setattr(launch, "choose_tiles", lambda hidden: tiles.Tiles(tile, tile))
+
+
+PRODUCTS = ("fused", "of the library")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "shape"), [("plain", "many_tiles"), *(("all", shape) for shape in SHAPES)])
-def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
+@pytest.mark.parametrize("product", PRODUCTS, indirect=True)
+def test_accuracy(product: None, case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
     """Values and gradients are as near to the truth as those of the naive definition, up to rounding."""
     n, width, vocabulary, workspace_mb = SHAPES[shape]
     check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb, "triton")
@@ -49,34 +63,9 @@ def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
-def test_accuracy_at_the_extremes(problem, dtype: torch.dtype, mode: str) -> None:
+@pytest.mark.parametrize("product", PRODUCTS, indirect=True)
+def test_accuracy_at_the_extremes(product: None, problem: Problem, dtype: torch.dtype, mode: str) -> None:
     """This holds for near-certain targets, for logits of ±1e4 and for equal logits."""
-    check_accuracy(problem.to(dtype), mode, 0.1, "triton")
-
-
-@pytest.fixture
-def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the tiles of a GPU, such as Turing, for which the library computes the products."""
-    tile = tiles.Tile(16, 32, 16, 4, 1, fused=False)
-    monkeypatch.setattr(launch, "choose_tiles", lambda hidden: tiles.Tiles(tile, tile))
-
-
-@pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "shape"), [("plain", "many_tiles"), ("all", "many_tiles"), ("all", "one_class")])
-def test_accuracy_over_products_of_the_library(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
-    """The kernels for GPUs without a fused tile are as accurate."""
-    n, width, vocabulary, workspace_mb = SHAPES[shape]
-    check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb, "triton")
-
-
-@pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
-def test_extremes_over_products_of_the_library(problem, dtype: torch.dtype, mode: str) -> None:
-    """These kernels are as accurate for near-certain targets, for logits of ±1e4 and for equal logits."""
     check_accuracy(problem.to(dtype), mode, 0.1, "triton")
 
 
@@ -93,17 +82,8 @@ def test_backends_agree(case: str) -> None:
 def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.LAZY, budget: int = 1):
     """Run the kernel once with a gradient, in the narrowest stored tiles that the budget allows."""
     hidden, weight, targets = (tensor.to(DEVICE) for tensor in (hidden, weight, targets))
-    return launch.walk_vocabulary(
-        hidden,
-        DenseWeight(weight),
-        targets,
-        None,
-        LogitTransform(),
-        outputs=("entropy", "log_sum_sq_probs"),
-        budget=budget,
-        with_grad=True,
-        lazy=lazy,
-    )
+    options: Any = {"outputs": ("entropy", "log_sum_sq_probs"), "budget": budget, "with_grad": True, "lazy": lazy}
+    return launch.walk_vocabulary(hidden, DenseWeight(weight), targets, None, LogitTransform(), **options)
 
 
 @pytest.mark.parametrize("lazy", [0.0, launch.LAZY])

@@ -191,13 +191,8 @@ def test_kto_leaves_mismatched_rows_alone(kl: float) -> None:
     loss = KTO()
     both = ordinary(loss, order="tree")
     rows = both.of(range(both.pairs))
-    alone = replace(
-        both,
-        logp=both.logp[rows],
-        reference=both.reference[rows],
-        segments=both.segments[rows],
-        lengths=both.lengths[: both.pairs],
-    )
+    of_rows = {name: getattr(both, name)[rows] for name in ("logp", "reference", "segments")}
+    alone = replace(both, lengths=both.lengths[: both.pairs], **of_rows)
     found, expected = ours(both, loss, kl=kl), ours(alone, loss, kl=kl)
     assert torch.equal(found["grad"][rows], expected.pop("grad"))
     assert torch.equal(found.pop("grad")[~rows], torch.zeros(int((~rows).sum())))
@@ -243,14 +238,9 @@ def cut(batch: Batch, pairs: list[int]) -> tuple[Batch, Tensor]:
     tokens = batch.of(sequences)
     number = torch.full_like(batch.lengths, -1)
     number[sequences] = torch.arange(len(sequences))
-    return Batch(
-        batch.logp[tokens],
-        number[batch.segments[tokens]],
-        batch.lengths[sequences],
-        batch.reference[tokens],
-        batch.log_sum_sq_probs[tokens],
-        batch.labels[pairs],
-    ), tokens
+    of_tokens = {name: getattr(batch, name)[tokens] for name in ("logp", "reference", "log_sum_sq_probs")}
+    segments, lengths = number[batch.segments[tokens]], batch.lengths[sequences]
+    return Batch(segments=segments, lengths=lengths, labels=batch.labels[pairs], **of_tokens), tokens
 
 
 @EVERY_STRUCTURE
@@ -276,13 +266,8 @@ def test_what_is_not_float32_or_not_contiguous() -> None:
     """Strided tokens, and a reference of another dtype, give the results of contiguous float32 ones."""
     loss = DPO(weighting=True)
     batch = ordinary(loss)
-    strided = replace(
-        batch,
-        **{
-            name: torch.stack([getattr(batch, name), torch.zeros(len(batch.segments))], 1)[:, 0]
-            for name in ("logp", "reference", "log_sum_sq_probs")
-        },
-    )
+    values = {name: getattr(batch, name) for name in ("logp", "reference", "log_sum_sq_probs")}
+    strided = replace(batch, **{name: torch.stack([value, value], 1)[:, 0] for name, value in values.items()})
     assert not strided.logp.is_contiguous()
     expected = ours(batch, loss)
     for other in (strided, replace(batch, reference=batch.reference.double())):
@@ -373,17 +358,9 @@ def test_the_table_is_all_that_a_variant_needs() -> None:
     batch = ordinary(DPO())
     with pytest.raises(ValueError, match="no_such_loss"):
         launch.pair_loss(
-            batch.logp,
-            batch.segments[:0],
-            batch.lengths,
-            None,
-            None,
-            {"no_such_loss": 1.0},
-            LossSpec().flags(),
-            LossSpec().numbers(),
-            examples=None,
-            nll_tokens=None,
-        )
+            batch.logp, batch.segments[:0], batch.lengths, None, None, {"no_such_loss": 1.0},
+            LossSpec().flags(), LossSpec().numbers(), examples=None, nll_tokens=None,
+        )  # fmt: skip
 
 
 def test_lengths_are_not_compiled_in() -> None:
