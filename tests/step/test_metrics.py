@@ -1,6 +1,6 @@
 """Metrics of responses (correlations and shares), from micro-batches and over processes, compared with plain numpy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -68,27 +68,19 @@ def test_the_likelier_response_per_token():
 
 @dataclass(frozen=True)
 class Two(Processes):
-    """Two processes, of which the other gathers `other`."""
+    """Two processes that run one after the other: each gets the values of those that gathered before, and its own."""
 
     count: int = 2
-    other: Any = None
+    values: list[Any] = field(default_factory=list)
 
     def gather(self, own: Any) -> list[Any]:
-        return [own, self.other]
+        self.values.append(own)
+        return self.values
 
 
 def test_processes_are_joined():
     """The joined metrics of two processes are those of one process with all responses."""
     a, b = (REWARDS[[0, 3]], LENGTHS[[0, 3]], None), (REWARDS[[1, 2, 4, 5]], LENGTHS[[1, 2, 4, 5]], None)
-    kept: list[Any] = []
-
-    class Keeping(Processes):
-        def gather(self, own: Any) -> list[Any]:
-            kept.append(own)
-            return [own]
-
-    gathered([b]).joined(Keeping(count=2))
-    joined = gathered([a]).joined(Two(other=kept[0]))
-    wanted = gathered([a, b]).result()
-    found = joined.result()
-    assert found == pytest.approx(wanted)
+    processes = Two()
+    gathered([b]).joined(processes)
+    assert gathered([a]).joined(processes).result() == pytest.approx(gathered([a, b]).result())
