@@ -39,11 +39,11 @@ Step = Callable[[], tuple[Tensor, Tensor]]  # returns the loss, and its gradient
 
 @dataclass(frozen=True)
 class LossCase:
-    """A loss of P pairs, or for KTO of 2P rows, with responses of equal length."""
+    """A loss of P pairs, or for KTO of 2P rows, with completions of equal length."""
 
     name: str  # one of LOSSES
     pairs: int  # P
-    length: int  # tokens per response
+    length: int  # tokens per completion
     device: str
 
     def step(self, backend: str, dtype: torch.dtype = torch.float32) -> Step:

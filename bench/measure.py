@@ -69,9 +69,9 @@ def run(method: Method, problem: Problem, objective: Objective, *, backward: boo
     if not backward:
         with torch.no_grad():
             return method.loss(problem, objective), []
-    wanted = [tensor for tensor in (problem.hidden, problem.weight) if tensor.requires_grad]
+    leaves = [tensor for tensor in (problem.hidden, problem.weight) if tensor.requires_grad]
     value = method.loss(problem, objective)
-    return value.detach(), list(torch.autograd.grad(value, wanted))
+    return value.detach(), list(torch.autograd.grad(value, leaves))
 
 
 def float64_logps(problem: Problem, hidden: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ def float64_logps(problem: Problem, hidden: Tensor) -> Tensor:
 
     rows, targets = hidden[problem.scored], problem.labels[problem.scored]
     parts = [
-        checkpoint(part, some, wanted, problem.weight, use_reentrant=False)
-        for some, wanted in zip(rows.split(FLOAT64_ROWS), targets.split(FLOAT64_ROWS), strict=True)
+        checkpoint(part, some, theirs, problem.weight, use_reentrant=False)
+        for some, theirs in zip(rows.split(FLOAT64_ROWS), targets.split(FLOAT64_ROWS), strict=True)
     ]
     logp = torch.cat([part for part in parts if isinstance(part, Tensor)])
     return logp.new_zeros(problem.labels.shape).masked_scatter(problem.scored, logp)

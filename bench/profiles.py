@@ -31,7 +31,7 @@ class Profile:
     factors: tuple[int, ...]
     steps: tuple[StepShape, ...]
     methods: tuple[str, ...]
-    losses: tuple[int, int]  # pairs and tokens per response for the losses without their head
+    losses: tuple[int, int]  # pairs and tokens per completion for the losses without their head
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 

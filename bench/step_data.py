@@ -17,7 +17,7 @@ class StepShape:
     hidden: int
     layers: int
     vocab: int
-    length: int  # tokens of a prompt with its response
+    length: int  # tokens of a prompt with its completion
     prompt_share: float
     batch: int  # pairs per step
     rows: int  # pairs in all
@@ -127,7 +127,7 @@ def split_pairs(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def count_tokens(model: str, pairs: list[dict[str, Any]]) -> int:
-    """Return the tokens of the prompt with each response, without padding, which are the same for every engine."""
+    """Return the tokens of the prompt with each completion, without padding, which are the same for every engine."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -4,7 +4,7 @@
 
 Takes the first rows that fit in --max-length without a cut, and trains each engine on them in a process of its own,
 one after the other: LoRA on all linear layers, batches of --batch pairs, float32 on a CPU and bfloat16 on a GPU. KTO
-gets both responses of every pair as rows of their own, two for a pair in each batch.
+gets both completions of every pair as rows of their own, two for a pair in each batch.
 Speed is that of one pass over the rows, so that every engine has the same work, whatever its order; on a GPU a first
 pass warms up. Memory is the peak over what was held once the model was loaded: resident memory on a CPU, allocated
 memory on a GPU. The small random models of `python -m bench` take less than libraries do: there, on a CPU, it is the

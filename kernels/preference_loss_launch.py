@@ -24,7 +24,7 @@ class FusedLoss(NamedTuple):
     loss: Tensor  # scalar
     coefficients: Tensor  # [N] ∂loss/∂logp
     sequences: Tensor  # [3, 2P], or [3, R]: sums of logp, sums of the reference, rewards
-    pairs: Tensor  # [3, P] Σ supervised logp, log odds, logσ(log odds); [3, 0] for single responses
+    pairs: Tensor  # [3, P] Σ supervised logp, log odds, logσ(log odds); [3, 0] for single completions
 
 
 def pair_loss(

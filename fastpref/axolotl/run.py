@@ -159,10 +159,10 @@ TRACKERS = {
 def trackers(config: Axolotl) -> Made:
     names, fields = [], []
     for name, switches in TRACKERS.items():
-        wanted = [field for field in switches if config.get(field)]
-        if wanted and config.get(switches[0]) is not False and config.get(f"{name}_mode") != "disabled":
+        active = [field for field in switches if config.get(field)]
+        if active and config.get(switches[0]) is not False and config.get(f"{name}_mode") != "disabled":
             names.append(name)
-            fields += wanted
+            fields += active
     if names:
         yield Setting(dotted("log.trackers"), names, tuple(fields))
     for switches in TRACKERS.values():

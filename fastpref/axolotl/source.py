@@ -178,14 +178,14 @@ def _flat(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_method(config: Axolotl) -> None:
     method = config.get("rl")
-    wanted = f"fastpref trains rl: {', '.join(METHODS)}"
+    known = f"fastpref trains rl: {', '.join(METHODS)}"
     if not method:
-        raise UserError(f"{config.file}: there is no rl: in it, so it trains on no preferences; {wanted}")
+        raise UserError(f"{config.file}: there is no rl: in it, so it trains on no preferences; {known}")
     if method not in METHODS:
         why = (
             f"{method.upper()} generates while it trains" if method in _GENERATING else "this method is not known here"
         )
-        raise UserError(f"{config.file}: rl: {method}: {why}; {wanted}")
+        raise UserError(f"{config.file}: rl: {method}: {why}; {known}")
     for field, need in (("base_model", "a model's name or folder"), ("datasets", "a list of tables with a path")):
         if field not in config:
             raise UserError(f"{config.file}: there is no {field}: in it; add {need}")

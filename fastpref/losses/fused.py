@@ -123,7 +123,7 @@ def fused_loss(
     examples: float | None,
     nll_tokens: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the loss, its coefficients [N], values of responses [3, 2P or R] and of pairs [3, P], in one launch.
+    """Compute the loss, its coefficients [N], values of completions [3, 2P or R] and of pairs [3, P], in one launch.
 
     `kernels/preference_loss_launch.py` describes them. `torch.compile` and fake tensors treat this as one operation.
     """
@@ -147,9 +147,9 @@ def fused_loss(
 def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, variants, weights, flags, numbers, examples, nll):
     sequences = lengths.shape[0]
     groups = 3 if Flags(*flags).HAS_PROMPTS else 2
-    responses = sequences // groups * 2 if labels is None else labels.shape[0]
+    completions = sequences // groups * 2 if labels is None else labels.shape[0]
     pairs = sequences // groups if labels is None else 0
-    shapes = ((), logp.shape, (3, responses), (3, pairs))
+    shapes = ((), logp.shape, (3, completions), (3, pairs))
     return tuple(logp.new_empty(shape) for shape in shapes)
 
 

@@ -1,7 +1,7 @@
-"""The losses of pairs, as pure functions of the log-probabilities of whole responses.
+"""The losses of pairs, as pure functions of the log-probabilities of whole completions.
 
-For a response s with `logp_s`, the sum over its n_s tokens: avg_s = logp_s/n_s, ratio_s = logp_s − ref_s, and the
-implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejected response, Δ = ratio_c − ratio_r;
+For a completion s with `logp_s`, the sum over its n_s tokens: avg_s = logp_s/n_s, ratio_s = logp_s − ref_s, and the
+implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejected completion, Δ = ratio_c − ratio_r;
 σ is the logistic function, ε the label smoothing.
 
 The loss of a step is the mean over its pairs; supervised terms are the mean over the step's chosen tokens. A function
@@ -23,7 +23,7 @@ from fastpref.losses.result import PreferenceLoss, Totals
 
 @dataclass(frozen=True)
 class PairLogps:
-    """The log-probabilities of P pairs: sums over each response's tokens."""
+    """The log-probabilities of P pairs: sums over each completion's tokens."""
 
     chosen: Tensor  # [P]
     rejected: Tensor  # [P]
@@ -285,16 +285,16 @@ def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None
 
 
 def length_weights(
-    offsets: Tensor,  # [N] each token's index in its response, from 0
-    shorter: Tensor,  # [N] length of the shorter response of its pair
+    offsets: Tensor,  # [N] each token's index in its completion, from 0
+    shorter: Tensor,  # [N] length of the shorter completion of its pair
     alpha: float,
 ) -> Tensor:
-    """Return LD-DPO's weights (arXiv 2409.06411), [N] float32: alpha past the shorter response's length, 1 before."""
+    """Return LD-DPO's weights (arXiv 2409.06411), [N] float32: alpha past the shorter completion's length, 1 before."""
     return torch.where(offsets < shorter, 1.0, alpha)
 
 
 def wpo_weights(
-    chosen: Tensor,  # [P] mean over a response's tokens of logp − log Σp²
+    chosen: Tensor,  # [P] mean over a completion's tokens of logp − log Σp²
     rejected: Tensor,  # [P]
 ) -> Tensor:
     """Return WPO's weights (Zhou et al., arXiv 2406.11827, eq. 2), without gradient: how on-policy each pair is."""
