@@ -121,22 +121,10 @@ def linear_logprob(
     trained = head.trained
     recompute = (trained is not None and trained.requires_grad) or (bias is not None and bias.requires_grad)
     with_grad = torch.is_grad_enabled() and hidden.requires_grad and not recompute
+    of_logits = (None if softcap is None else float(softcap), float(logit_scale), float(temperature))
+    settings = (",".join(outputs), int(workspace_mb * 2**20), backend, with_grad)
     results = op.OperatorOutput._make(
-        op.linear_logprob(
-            hidden,
-            head.tensors,
-            targets,
-            bias,
-            positions,
-            head.kind,
-            None if softcap is None else float(softcap),
-            float(logit_scale),
-            float(temperature),
-            ",".join(outputs),
-            int(workspace_mb * 2**20),
-            backend,
-            with_grad,
-        )
+        op.linear_logprob(hidden, head.tensors, targets, bias, positions, head.kind, *of_logits, *settings)
     )
     return TokenLogprobs(results.logp, **{name: getattr(results, name) for name in outputs})
 

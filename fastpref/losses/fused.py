@@ -60,13 +60,9 @@ def kernel_spec(loss: LossOptions) -> LossSpec:
         case DPO():
             return _dpo_spec(loss)
         case ORPO():
+            prompts = loss.nll_on == "all"
             return LossSpec(
-                ("odds_ratio",),
-                (loss.beta,),
-                beta=loss.beta,
-                averaged=True,
-                supervised=1.0,
-                prompts=loss.nll_on == "all",
+                ("odds_ratio",), (loss.beta,), beta=loss.beta, averaged=True, supervised=1.0, prompts=prompts
             )
         case SimPO():
             variant, averaged, margin = "sigmoid", True, loss.margin

@@ -249,10 +249,10 @@ def test_what_the_schema_refuses_is_a_comment_with_its_reason(tmp_path: Path, ad
 def test_a_refused_key_is_taken_once_the_schema_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Only the schema's own answer decides whether a key is translated."""
     monkeypatch.setattr("fastpref.axolotl.mistake", lambda raw: None)
-    made = translated(tmp_path, "adapter: qlora\nload_in_4bit: true\nsave_steps: 10")
-    assert made.refused == ()
-    assert flat(tables(made))["model.quantization"] == "nf4"
-    assert flat(tables(made))["output.save_every"] == 10
+    translation = translated(tmp_path, "adapter: qlora\nload_in_4bit: true\nsave_steps: 10")
+    assert translation.refused == ()
+    assert flat(tables(translation))["model.quantization"] == "nf4"
+    assert flat(tables(translation))["output.save_every"] == 10
 
 
 # --- Whole configs ---------------------------------------------------------------------------------------------------
@@ -275,14 +275,14 @@ def test_a_whole_config_is_written_and_checked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     text, wanted = WHOLE[name]
     (tmp_path / f"{name}-run.yml").write_text(text)
-    said = succeed("init", "--from-axolotl", f"{name}-run.yml").out
+    output = succeed("init", "--from-axolotl", f"{name}-run.yml").out
     succeed("check", f"{name}-run.toml")
     written = (tmp_path / f"{name}-run.toml").read_text()
     got = flat(load_config(tmp_path / f"{name}-run.toml").model_dump(mode="json"))
     assert {key: got[key] for key in wanted} == wanted
     assert got["loss.type"] == name
     for line in translate(tmp_path / f"{name}-run.yml", tmp_path).left_out:
-        assert f"\n  {line}\n" in said
+        assert f"\n  {line}\n" in output
         assert f"\n#   {line}\n" in written
 
 
@@ -307,16 +307,16 @@ def test_every_field_is_translated_or_has_a_reason():
 def test_a_field_without_a_counterpart_is_listed(tmp_path: Path, field: str):
     """A field with a value but without a counterpart is listed with its reason, and the config loads."""
     table, _, inner = field.rpartition(".")
-    made = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
-    assert f"{field}: {reason_for(field)}" in made.left_out
-    Config.model_validate(tables(made))
+    translation = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
+    assert f"{field}: {reason_for(field)}" in translation.left_out
+    Config.model_validate(tables(translation))
 
 
 @pytest.mark.parametrize("field", sorted(set(rows.LEFT_OUT) | {"unheard_of"}))
 def test_a_field_of_an_entry_without_a_counterpart_is_listed(tmp_path: Path, field: str):
     """A field of `datasets` without a counterpart is listed with the entry's number."""
-    made = translated(tmp_path, f"datasets: [{{path: d}}, {{path: e, {field}: x}}]")
-    assert f"datasets[1].{field}: {rows.LEFT_OUT.get(field, 'unknown field')}" in made.left_out
+    translation = translated(tmp_path, f"datasets: [{{path: d}}, {{path: e, {field}: x}}]")
+    assert f"datasets[1].{field}: {rows.LEFT_OUT.get(field, 'unknown field')}" in translation.left_out
 
 
 LEFT = {
@@ -353,11 +353,11 @@ def test_what_is_lost_is_said(tmp_path: Path, added: str):
 
 def test_what_is_off_or_empty_is_not_listed(tmp_path: Path):
     """A field that is unset or off is not listed."""
-    made = translated(
+    translation = translated(
         tmp_path, "deepspeed:\nfsdp: []\nflash_attention: false\nwandb_project: ''\ntokens:\nload_in_8bit: false"
     )
-    assert made.left_out == []
-    assert flat(tables(made)) == SMALLEST
+    assert translation.left_out == []
+    assert flat(tables(translation)) == SMALLEST
 
 
 # --- Paths, and mistakes ---------------------------------------------------------------------------------------------
@@ -378,8 +378,8 @@ def test_relative_paths_keep_their_meaning(tmp_path: Path, monkeypatch: pytest.M
           - {path: more, data_files: [a.jsonl]}
           - {path: org/name}
     """
-    made = translated(tmp_path, added, tmp_path / "out")
-    (tmp_path / "out" / "c.toml").write_text(made.text)
+    translation = translated(tmp_path, added, tmp_path / "out")
+    (tmp_path / "out" / "c.toml").write_text(translation.text)
     monkeypatch.chdir("/")
     config = load_config(tmp_path / "out" / "c.toml")
     assert config.model.name == str(tmp_path / "model")
@@ -431,14 +431,14 @@ def test_values_of_another_kind(tmp_path: Path, field: str):
         raw |= {table: {inner: value}} if table else {field: value}
         (tmp_path / "cfg.yml").write_text(yaml.safe_dump(raw))
         try:
-            made = translate(tmp_path / "cfg.yml", tmp_path)
+            translation = translate(tmp_path / "cfg.yml", tmp_path)
         except UserError:
             continue
-        Config.model_validate(tables(made))
+        Config.model_validate(tables(translation))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "not an Axolotl config"),
         (b"- a\n- b\n", "not an Axolotl config"),
@@ -448,10 +448,10 @@ def test_values_of_another_kind(tmp_path: Path, field: str):
         (b"a: !!python/object:os.system {}\n", "cfg.yml:1: not valid YAML"),
     ],
 )
-def test_a_file_of_another_kind(tmp_path: Path, content: bytes, said: str):
+def test_a_file_of_another_kind(tmp_path: Path, content: bytes, message: str):
     """A file that is no config is refused with one message, and no code in it runs."""
     (tmp_path / "cfg.yml").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         translate(tmp_path / "cfg.yml", tmp_path)
     with pytest.raises(UserError, match="there is no such file"):
         translate(tmp_path / "none.yml", tmp_path)

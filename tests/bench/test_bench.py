@@ -209,7 +209,7 @@ def test_compare_fails_on_a_regression(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--profile", "huge"], "--profile huge: known are tiny, quick, full, gpu"),
         (["--only", "steps", "--only", "tea"], "--only tea: known are head, losses, scaling, steps"),
@@ -217,7 +217,7 @@ def test_compare_fails_on_a_regression(tmp_path: Path) -> None:
         (["compare", "nowhere", "nowhere"], "not a result of python -m bench"),
     ],
 )
-def test_mistakes_are_said_in_one_message(arguments: list[str], said: str) -> None:
+def test_mistakes_are_said_in_one_message(arguments: list[str], message: str) -> None:
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 2
-    assert said in " ".join(found.stderr.split())
+    assert message in " ".join(found.stderr.split())

@@ -191,9 +191,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "kind", "said"), WRONG)
-def test_a_wrong_adapter_is_refused(wrong: dict[str, Any], kind: type[Exception], said: str) -> None:
+@pytest.mark.parametrize(("wrong", "kind", "message"), WRONG)
+def test_a_wrong_adapter_is_refused(wrong: dict[str, Any], kind: type[Exception], message: str) -> None:
     """The message names the tensors and their shapes."""
     right: dict[str, Any] = {"base": torch.zeros(V, H), "lora_A": torch.zeros(R, H), "lora_B": torch.zeros(V, R)}
-    with pytest.raises(kind, match=said):
+    with pytest.raises(kind, match=message):
         linear_logprob(torch.zeros(N, H), LoraWeight(**right | wrong), torch.zeros(N, dtype=torch.int64))

@@ -72,13 +72,13 @@ def test_no_positions(backend: str) -> None:
 def test_wrong_positions_are_refused() -> None:
     """The message names the argument, the value and the valid rows."""
     given = leaves("no_grad")
-    for positions, said in (
+    for positions, message in (
         (torch.full((M,), M), "positions holds 23, hidden has rows 0 to 22"),
         (torch.full((M,), -1), "positions holds -1"),
         (torch.zeros(M - 1, dtype=torch.int64), "positions has 22 entries, targets has 23"),
     ):
-        if DEVICE == "cpu" or "entries" in said:
-            with pytest.raises(ValueError, match=said):
+        if DEVICE == "cpu" or "entries" in message:
+            with pytest.raises(ValueError, match=message):
                 linear_logprob(**given, positions=positions.to(DEVICE))
 
 

@@ -74,9 +74,9 @@ def test_backends_agree(case: str) -> None:
     """Triton and torch give the same values and gradients, up to rounding."""
     problem = ordinary(61, 40, 150, CASES[case])
     for mode in MODES:
-        expected, found = ours(problem, mode), ours(problem, mode, backend="triton")
+        expected, results = ours(problem, mode), ours(problem, mode, backend="triton")
         for name, value in (expected.values | expected.grads).items():
-            assert_same((found.values | found.grads)[name], value)
+            assert_same((results.values | results.grads)[name], value)
 
 
 def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.LAZY, budget: int = 1):
@@ -95,14 +95,16 @@ def test_a_moving_offset_changes_nothing(lazy: float) -> None:
     weight = torch.rand(vocabulary, width) * 0.1 + torch.linspace(0, 20, vocabulary)[:, None]
     targets = torch.linspace(0, vocabulary - 1, n).long()
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)
-    found = walk(hidden, weight, targets, lazy)
-    torch.testing.assert_close(found.logp.double().cpu(), exact.gather(1, targets[:, None])[:, 0], rtol=2e-6, atol=3e-5)
+    results = walk(hidden, weight, targets, lazy)
+    torch.testing.assert_close(
+        results.logp.double().cpu(), exact.gather(1, targets[:, None])[:, 0], rtol=2e-6, atol=3e-5
+    )
     probs = exact.exp()
     grad = weight.double()[targets] - probs @ weight.double()
-    assert found.grad is not None
-    torch.testing.assert_close(found.grad.cpu(), grad.float(), rtol=1e-4, atol=2e-4)
-    assert found.entropy is not None
-    torch.testing.assert_close(found.entropy.double().cpu(), -(probs * exact).sum(-1), rtol=1e-4, atol=1e-4)
+    assert results.grad is not None
+    torch.testing.assert_close(results.grad.cpu(), grad.float(), rtol=1e-4, atol=2e-4)
+    assert results.entropy is not None
+    torch.testing.assert_close(results.entropy.double().cpu(), -(probs * exact).sum(-1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -121,9 +123,9 @@ def test_outputs_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     for mode in MODES:
-        found = ours(problem, mode, 0.01, "triton")
+        results = ours(problem, mode, 0.01, "triton")
         for name, value in (expected[mode].values | expected[mode].grads).items():
-            assert torch.equal((found.values | found.grads)[name], value), name
+            assert torch.equal((results.values | results.grads)[name], value), name
 
 
 def test_a_view_and_a_wider_weight_are_read_right() -> None:
@@ -132,8 +134,8 @@ def test_a_view_and_a_wider_weight_are_read_right() -> None:
     targets = wide.targets.to(DEVICE)
     narrow = replace(wide, hidden=wide.hidden[:, :40], weight=wide.weight[:, :40])
     plain = replace(narrow, hidden=narrow.hidden.contiguous(), weight=narrow.weight.contiguous())
-    found = linear_logprob(wide.hidden.to(DEVICE)[:, :40], wide.weight.to(DEVICE)[:, :40], targets, backend="triton")
-    assert_same(found.logp.cpu(), ours(plain, "no_grad").values["logp"])
+    results = linear_logprob(wide.hidden.to(DEVICE)[:, :40], wide.weight.to(DEVICE)[:, :40], targets, backend="triton")
+    assert_same(results.logp.cpu(), ours(plain, "no_grad").values["logp"])
     hidden = wide.hidden.bfloat16().to(DEVICE).requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         mixed = linear_logprob(hidden, wide.weight.bfloat16().float().to(DEVICE), targets, backend="triton")

@@ -135,7 +135,7 @@ AVERAGES = squared((-1e-6, -0.01, -0.7, -2.5, -11.0, -40.0))
 @EVERY_DTYPE
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
 def test_orpo_is_its_formula(beta: float, dtype: torch.dtype) -> None:
-    """ORPO is the chosen responses' mean negative log-likelihood minus β·logσ of the log odds ratio."""
+    """ORPO is the chosen completions' mean negative log-likelihood minus β·logσ of the log odds ratio."""
     pairs = of_averages(AVERAGES, dtype, [(1, 1)] * len(AVERAGES))
     for i, averages in enumerate(zip(exact(pairs.chosen), exact(pairs.rejected))):
         one = part(pairs, [i])

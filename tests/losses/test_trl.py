@@ -39,12 +39,12 @@ ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), gather=lambda t: t, ga
 
 @dataclass
 class Batch:
-    """Padded responses after their prompts, laid out as by TRL's collators, with a model's outputs for them."""
+    """Padded completions after their prompts, laid out as by TRL's collators, with a model's outputs for them."""
 
     inputs: dict[str, Tensor]
     outputs: SimpleNamespace  # all [rows, T − 1]
-    mask: Tensor  # bool [rows, T − 1]: which outputs belong to a response
-    offsets: Tensor  # int64 [rows, T − 1]: positions in the response
+    mask: Tensor  # bool [rows, T − 1]: which outputs belong to a completion
+    offsets: Tensor  # int64 [rows, T − 1]: positions in the completion
     lengths: Tensor  # [rows]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def expect_same_token_gradients(batch: Batch, ours: Tensor, theirs: Tensor) -> None:
-    """Compare token gradients inside the responses; TRL's need no mask, because its model returns 0 outside of them."""
+    """Compare token gradients inside the completions; TRL's need no mask, because its model returns 0 outside them."""
     (our,), (their,) = (gradients(loss, batch.outputs.log_probs) for loss in (ours, theirs))
     close(our, their * batch.mask)
 
@@ -213,8 +213,8 @@ def trl_reference_free(trainer_class: Any, pairs: PairLogps, average: bool, **at
         chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
     logps, lengths = pairs.supervised
     logits = torch.zeros(1)
-    found = (chosen, rejected, logits, logits, -logps.sum() / lengths.sum())
-    trainer = stub(concatenated_forward=lambda model, batch: found, **attributes)
+    results = (chosen, rejected, logits, logits, -logps.sum() / lengths.sum())
+    trainer = stub(concatenated_forward=lambda model, batch: results, **attributes)
     for name in ("odds_ratio_loss", "cpo_loss"):
         if hasattr(trainer_class, name):
             setattr(trainer, name, partial(getattr(trainer_class, name), trainer))

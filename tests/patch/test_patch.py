@@ -152,9 +152,9 @@ def test_rows_stay_padded_where_trees_cannot_be_had(root: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl):
         ours = train(run, root)
     assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-4, abs=1e-6)
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
-    assert "MambaForCausalLM" in said
-    assert "rows stay padded" in said
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
+    assert "MambaForCausalLM" in message
+    assert "rows stay padded" in message
 
 
 def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,9 +174,9 @@ def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFix
             batch = next(iter(trainer.get_train_dataloader()))
             losses += [outcome(trainer, batch) for _ in range(2)]
     assert losses == [losses[0]] * 4
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
-    assert "DPOTrainer with LlamaForCausalLM: PROMPT_TUNING is prompt learning" in said.replace("PeftType.", "")
-    assert "TRL's own path is taken" in said
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
+    assert "DPOTrainer with LlamaForCausalLM: PROMPT_TUNING is prompt learning" in message.replace("PeftType.", "")
+    assert "TRL's own path is taken" in message
 
 
 def test_models_that_are_left_to_trl(root: Path) -> None:
