@@ -86,7 +86,7 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
     from bench.losses import LOSSES, LossCase, measure_loss
     from bench.measure import measure
     from bench.profiles import PROFILES
-    from bench.results import head_record, scaling_record
+    from bench.results import head_record
     from bench.revision import Revision, UnknownRevision
     from bench.scaling import sweeps
 
@@ -102,11 +102,7 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(profile.device),
         "rule": profile.rule,
-        "head": [],
-        "losses": [],
-        "scaling": [],
-        "steps": [],
-    }
+    } | {part: [] for part in PARTS}
     with ExitStack() as stack:
         try:
             revisions = [stack.enter_context(Revision(name)) for name in (None, base)] if base else []
@@ -124,8 +120,8 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
             result["losses"].append(measure_loss(case, profile.repeats))
     if "scaling" in parts:
         console.print(f"growth of the head of {profile.scaled}")
-        grown = sweeps(profile.shape(profile.scaled), profile.factors, profile.dtype, profile.device, profile.repeats)
-        result["scaling"] = [scaling_record(sweep) for sweep in grown]
+        shape = profile.shape(profile.scaled)
+        result["scaling"] = list(sweeps(shape, profile.factors, profile.dtype, profile.device, profile.repeats))
     if "steps" in parts:
         from bench.trainers import compare_shape
 

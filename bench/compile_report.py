@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,6 @@ class Variant:
     kernel: Any = field(repr=False)
     constants: dict[str, Any] = field(repr=False)
     types: dict[str, str] = field(repr=False, default_factory=dict)  # argument → type, if `_type` guesses wrong
-    warps: int = 4
-    stages: int = 3
     tile: Tile | None = None  # the tile of the main loop
 
     @property
@@ -68,7 +67,6 @@ class Compiled:
 def variants() -> Iterator[Variant]:
     for architecture in TILES:
         yield from _walk_variants(architecture)
-    for architecture in TILES:
         yield from _helper_variants(architecture)
         yield from _loss_variants(architecture)
 
@@ -89,29 +87,11 @@ def _walk_variants(architecture: int | str) -> Iterator[Variant]:
                 tiles = TILES[architecture][size]
                 tile = tiles.full if full or mode == "forward" else tiles.lean
                 flags = {flag: full and (mode != "gradient" or flag in _FLAGS[:2]) for flag in _FLAGS}
-                constants = flags | {
-                    "MODE": _MODES[mode],
-                    "FUSED": tile.fused,
-                    "BLOCK_N": tile.n,
-                    "BLOCK_V": tile.v,
-                    "BLOCK_H": tile.h,
-                    "GROUP": launch.GROUP,
-                    "PRECISION": tile.precision,
-                    "UPCAST": False,
-                }
+                constants = flags | {"MODE": _MODES[mode], "FUSED": tile.fused, "GROUP": launch.GROUP, "UPCAST": False}
+                constants |= {"BLOCK_N": tile.n, "BLOCK_V": tile.v, "BLOCK_H": tile.h, "PRECISION": tile.precision}
                 types: dict[str, str] = dict.fromkeys(("p_hidden", "p_weight", "p_bias", "p_tile"), f"*{dtype}")
-                yield Variant(
-                    architecture,
-                    f"walk, {mode}",
-                    "all" if full else "",
-                    dtype,
-                    walk._walk_kernel,
-                    constants,
-                    types,
-                    tile.warps,
-                    tile.stages,
-                    tile,
-                )
+                name, what = f"walk, {mode}", "all" if full else ""
+                yield Variant(architecture, name, what, dtype, walk._walk_kernel, constants, types, tile)
 
 
 def _helper_variants(architecture: int | str) -> Iterator[Variant]:
@@ -150,7 +130,8 @@ def compile_variant(variant: Variant) -> Compiled:
     source = ASTSource(kernel, signature, variant.constants, attributes)
     amd = isinstance(variant.architecture, str)
     target = GPUTarget("hip" if amd else "cuda", variant.architecture, 64 if variant.architecture == "gfx942" else 32)
-    binary = triton.compile(source, target=target, options={"num_warps": variant.warps, "num_stages": variant.stages})
+    warps, stages = (4, 3) if variant.tile is None else (variant.tile.warps, variant.tile.stages)
+    binary = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
     return _read_amd(variant, binary) if amd else _read_cuda(variant, binary)
 
 
@@ -171,10 +152,9 @@ def _read_cuda(variant: Variant, binary: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = run([tools / "cuobjdump", "-res-usage", file.name])
+        sass = run([tools / "nvdisasm", "-c", file.name]).stdout
     report = usage.stdout + usage.stderr
     return Compiled(
         variant,

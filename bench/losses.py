@@ -33,19 +33,17 @@ LOSSES: dict[str, LossOptions] = {
     "simpo": SimPO(),
     "cpo": CPO(),
 }
-
-
 IDLE = ("empty", "new_empty", "empty_like", "detach_")  # operations that launch nothing, as views do
 Step = Callable[[], tuple[Tensor, Tensor]]  # returns the loss, and its gradient [N] for every token
 
 
 @dataclass(frozen=True)
 class LossCase:
-    """A loss of P pairs, or for KTO of 2P rows, with responses of equal length."""
+    """A loss of P pairs, or for KTO of 2P rows, with completions of equal length."""
 
     name: str  # one of LOSSES
     pairs: int  # P
-    length: int  # tokens per response
+    length: int  # tokens per completion
     device: str
 
     def step(self, backend: str, dtype: torch.dtype = torch.float32) -> Step:
@@ -94,8 +92,7 @@ def pretending(counter: Operations) -> Iterator[None]:
     uncached = preference_loss_launch._on_device.__wrapped__  # so that no fake tensor is cached
     with (
         patch.object(token_loss, "takes_triton", lambda backend, *_: backend == FUSED),
-        patch.object(preference_loss_launch, "launch", launch),
-        patch.object(preference_loss_launch, "_on_device", uncached),
+        patch.multiple(preference_loss_launch, launch=launch, _on_device=uncached),
         FakeTensorMode(),
     ):
         yield

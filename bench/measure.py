@@ -64,20 +64,14 @@ class Row:
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Result:
-    value: Tensor  # scalar
-    grads: list[Tensor]  # of the hidden states, and of the weight if it is trained
-
-
-def run(method: Method, problem: Problem, objective: Objective, *, backward: bool) -> Result:
-    """Run one step of a method."""
+def run(method: Method, problem: Problem, objective: Objective, *, backward: bool) -> tuple[Tensor, list[Tensor]]:
+    """Run one step. Return the loss, and its gradients for the hidden states and for the weight if it is trained."""
     if not backward:
         with torch.no_grad():
-            return Result(method.loss(problem, objective), [])
-    wanted = [tensor for tensor in (problem.hidden, problem.weight) if tensor.requires_grad]
+            return method.loss(problem, objective), []
+    leaves = [tensor for tensor in (problem.hidden, problem.weight) if tensor.requires_grad]
     value = method.loss(problem, objective)
-    return Result(value.detach(), list(torch.autograd.grad(value, wanted)))
+    return value.detach(), list(torch.autograd.grad(value, leaves))
 
 
 def float64_logps(problem: Problem, hidden: Tensor) -> Tensor:
@@ -89,8 +83,8 @@ def float64_logps(problem: Problem, hidden: Tensor) -> Tensor:
 
     rows, targets = hidden[problem.scored], problem.labels[problem.scored]
     parts = [
-        checkpoint(part, some, wanted, problem.weight, use_reentrant=False)
-        for some, wanted in zip(rows.split(FLOAT64_ROWS), targets.split(FLOAT64_ROWS), strict=True)
+        checkpoint(part, some, theirs, problem.weight, use_reentrant=False)
+        for some, theirs in zip(rows.split(FLOAT64_ROWS), targets.split(FLOAT64_ROWS), strict=True)
     ]
     logp = torch.cat([part for part in parts if isinstance(part, Tensor)])
     return logp.new_zeros(problem.labels.shape).masked_scatter(problem.scored, logp)
@@ -106,18 +100,18 @@ def errors(rows: Sequence[Row], methods: Sequence[Method], case: Case) -> None:
     few = replace(shape, length=shape.prompt + min(CHECKED_TOKENS, shape.length - shape.prompt))
     problem = replace(case, shape=few).problem()
     truth_of = Method("float64", by_tokens(float64_logps))
-    truth = run(truth_of, problem.as_float64(), case.objective, backward=case.passes != "forward")
+    exact, exact_grads = run(truth_of, problem.as_float64(), case.objective, backward=case.passes != "forward")
     for row, method in zip(rows, methods, strict=True):
         if not method.installed:
             row.note = "not installed"
             continue
         try:
-            result = run(method, problem, case.objective, backward=case.passes != "forward")
+            value, grads = run(method, problem, case.objective, backward=case.passes != "forward")
         except Unsupported as reason:
             row.note = str(reason)
             continue
-        row.value_error = float((result.value.double() - truth.value).abs() / truth.value.abs())
-        pairs = zip(result.grads, truth.grads, strict=True)
+        row.value_error = float((value.double() - exact).abs() / exact.abs())
+        pairs = zip(grads, exact_grads, strict=True)
         row.grad_error = max((float((a.double() - b).norm() / b.norm()) for a, b in pairs), default=None)
     torch_itself = next(row for row in rows if row.method == "all logits")
     if torch_itself.value_error is None:

@@ -84,13 +84,9 @@ def torch_fused(problem: Problem, hidden: Tensor) -> Tensor:
         raise Unsupported("not in this torch")
     if problem.softcap is not None:
         raise Unsupported("no softcap")
+    rows, labels, options = hidden.flatten(0, 1), problem.labels.flatten(), torch.nn.LinearCrossEntropyOptions()
     losses = torch.nn.functional.linear_cross_entropy(
-        hidden.flatten(0, 1),
-        problem.weight,
-        problem.labels.flatten(),
-        reduction="none",
-        ignore_index=IGNORED,
-        options=torch.nn.LinearCrossEntropyOptions(),
+        rows, problem.weight, labels, reduction="none", ignore_index=IGNORED, options=options
     )
     return -losses.view(problem.labels.shape)
 
@@ -99,16 +95,9 @@ def cut_cross_entropy(problem: Problem, hidden: Tensor) -> Tensor:
     """Call Cut Cross-Entropy: its kernels on a GPU, elsewhere its compiled logits of the scored positions."""
     from cut_cross_entropy import linear_cross_entropy
 
-    losses = linear_cross_entropy(
-        hidden,
-        problem.weight,
-        problem.labels,
-        ignore_index=IGNORED,
-        softcap=problem.softcap,
-        reduction="none",
-        impl="cce" if hidden.device.type == "cuda" else "torch_compile",
-    )
-    return -losses.float()
+    options = {"ignore_index": IGNORED, "softcap": problem.softcap, "reduction": "none"}
+    kernels = "cce" if hidden.device.type == "cuda" else "torch_compile"
+    return -linear_cross_entropy(hidden, problem.weight, problem.labels, impl=kernels, **options).float()
 
 
 # --- methods that give losses -----------------------------------------------------------------------------------------

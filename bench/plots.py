@@ -23,18 +23,12 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     frozen = [record for record in result["head"] if (record["objective"], record["passes"]) == ("tokens", "frozen")]
     losses = [record for record in result["head"] if record["objective"] != "tokens"]
     plots = []
-    if frozen:
-        name = title("tokens", "frozen")
-        plots += [
-            _save(_bars(frozen, "model", "time", name), folder / "head-time"),
-            _save(_bars(frozen, "model", "memory", name), folder / "head-memory"),
-        ]
-    if losses:
-        name = f"Losses with their head, forward and backward, frozen head ({losses[0]['model']})"
-        plots += [
-            _save(_bars(losses, "objective", "time", name), folder / "losses-time"),
-            _save(_bars(losses, "objective", "memory", name), folder / "losses-memory"),
-        ]
+    for what in ("time", "memory"):
+        if frozen:
+            plots.append(_save(_bars(frozen, "model", what, title("tokens", "frozen")), folder / f"head-{what}"))
+        if losses:
+            name = f"Losses with their head, forward and backward, frozen head ({losses[0]['model']})"
+            plots.append(_save(_bars(losses, "objective", what, name), folder / f"losses-{what}"))
     if result["scaling"]:
         plots.append(_save(_growth(result["scaling"]), folder / "growth"))
     if result["steps"]:
@@ -65,17 +59,9 @@ def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> An
             xs.append(at + (place - (len(methods) - 1) / 2) * width)
             ys.append(median(values) if what == "time" else row["bytes"] / 2**20)
             errors.append(spread(values) if what == "time" else 0)
-        colour = COLOURS[place % len(COLOURS)]
-        axes.bar(
-            xs,
-            ys,
-            width * 0.92,
-            label=method,
-            color=colour,
-            zorder=2,
-            yerr=errors if what == "time" else None,
-            error_kw={"linewidth": 0.8},
-        )
+        style: dict[str, Any] = {"label": method, "color": COLOURS[place % len(COLOURS)], "zorder": 2}
+        spreads = errors if what == "time" else None
+        axes.bar(xs, ys, width * 0.92, yerr=spreads, error_kw={"linewidth": 0.8}, **style)
     if what == "time":
         axes.axhline(1, color="black", linewidth=1, linestyle="--", label="bare matrix products", zorder=3)
         axes.set_ylabel("time, × bare matrix products")
@@ -117,9 +103,8 @@ def _growth(sweeps: list[dict[str, Any]]) -> Any:
 
 
 def _steps(steps: list[dict[str, Any]]) -> Any:
-    engines = list(
-        dict.fromkeys(result["engine"] for step in steps for result in step["engines"] if "note" not in result)
-    )
+    results = [result for step in steps for result in step["engines"]]
+    engines = list(dict.fromkeys(result["engine"] for result in results if "note" not in result))
     figure, grid = plt.subplots(1, 2, figsize=(max(10, 1.6 * len(steps) + 6), 4.8))
     for axes, what, label in (
         (grid[0], "pairs_per_second", "pairs/s, × TRL"),

@@ -1,6 +1,6 @@
 """The inputs of the head benchmarks: shapes of real models, and random tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,13 +54,12 @@ class Problem:
         return self.labels != IGNORED
 
     def as_float64(self) -> "Problem":
-        return Problem(
-            self.hidden.detach().double().requires_grad_(self.hidden.requires_grad),
-            self.reference_hidden.double(),
-            self.weight.detach().double().requires_grad_(self.weight.requires_grad),
-            self.labels,
-            self.token_weights.double(),
-            self.softcap,
+        return replace(
+            self,
+            hidden=self.hidden.detach().double().requires_grad_(self.hidden.requires_grad),
+            reference_hidden=self.reference_hidden.double(),
+            weight=self.weight.detach().double().requires_grad_(self.weight.requires_grad),
+            token_weights=self.token_weights.double(),
         )
 
 

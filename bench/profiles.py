@@ -23,7 +23,6 @@ class HeadCases:
 
 @dataclass(frozen=True)
 class Profile:
-    name: str
     divisor: int  # divides the vocabularies, not the width, which decides the share of the softmax
     repeats: int
     heads: tuple[HeadCases, ...]
@@ -32,7 +31,7 @@ class Profile:
     factors: tuple[int, ...]
     steps: tuple[StepShape, ...]
     methods: tuple[str, ...]
-    losses: tuple[int, int]  # pairs and tokens per response for the losses without their head
+    losses: tuple[int, int]  # pairs and tokens per completion for the losses without their head
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -67,8 +66,12 @@ class Profile:
         )
 
 
+def _varied(step: StepShape, **values: tuple[float, ...]) -> tuple[StepShape, ...]:
+    """Return the step, and copies in each of which one field has another value."""
+    return step, *(replace(step, **{name: value}) for name, others in values.items() for value in others)
+
+
 TINY = Profile(
-    name="tiny",
     divisor=16,
     repeats=5,
     heads=(HeadCases(("SmolLM2-135M",), (TOKENS, ORPO)),),
@@ -81,7 +84,6 @@ TINY = Profile(
 )
 _STEP = StepShape(hidden=256, layers=4, vocab=16384, length=256, prompt_share=0.5, batch=2, rows=8)
 QUICK = Profile(
-    name="quick",
     divisor=32,
     repeats=3,
     heads=(
@@ -97,49 +99,28 @@ QUICK = Profile(
     losses=(8, 256),
 )
 FULL = Profile(
-    name="full",
     divisor=4,
     repeats=7,
     heads=(HeadCases(ALL, (TOKENS, *LOSSES), ("forward", "frozen", "trained")),),
     tokens=(1, 512, 256),
     scaled="Llama-3.2-1B",
     factors=(1, 2, 4, 8),
-    steps=(
-        _STEP,
-        _STEP.but(prompt_share=0.2),
-        _STEP.but(prompt_share=0.8),
-        _STEP.but(length=128),
-        _STEP.but(length=512),
-        _STEP.but(vocab=4096),
-        _STEP.but(vocab=65536),
-        _STEP.but(batch=1),
-        _STEP.but(batch=4),
-    ),
+    steps=_varied(_STEP, prompt_share=(0.2, 0.8), length=(128, 512), vocab=(4096, 65536), batch=(1, 4)),
     methods=("dpo", "ipo", "kto", "orpo", "simpo"),
     losses=(16, 1024),
 )
 _GPU_STEP = StepShape(hidden=1024, layers=16, vocab=128256, length=1024, prompt_share=0.5, batch=8, rows=64)
 GPU = Profile(
-    name="gpu",
     divisor=1,
     repeats=20,
     heads=FULL.heads,
     tokens=(4, 1024, 512),
     scaled="Llama-3-8B",
     factors=(1, 2, 4, 8),
-    steps=(
-        _GPU_STEP,
-        _GPU_STEP.but(prompt_share=0.2),
-        _GPU_STEP.but(prompt_share=0.8),
-        _GPU_STEP.but(length=512),
-        _GPU_STEP.but(length=2048),
-        _GPU_STEP.but(vocab=32064),
-        _GPU_STEP.but(batch=4),
-        _GPU_STEP.but(batch=16),
-    ),
+    steps=_varied(_GPU_STEP, prompt_share=(0.2, 0.8), length=(512, 2048), vocab=(32064,), batch=(4, 16)),
     methods=FULL.methods,
     losses=(64, 1024),
     dtype=torch.bfloat16,
     device="cuda",
 )
-PROFILES = {profile.name: profile for profile in (TINY, QUICK, FULL, GPU)}
+PROFILES = {"tiny": TINY, "quick": QUICK, "full": FULL, "gpu": GPU}

@@ -8,7 +8,6 @@ import numpy as np
 
 from bench.losses import losses_table
 from bench.measure import BARE, Case, Row
-from bench.scaling import Sweep
 
 OURS = "fastpref"
 
@@ -21,14 +20,6 @@ def head_record(case: Case, rows: list[Row]) -> dict[str, Any]:
         "positions": shape.positions, "scored": shape.scored, "objective": case.objective.name,
         "passes": case.passes, "dtype": str(case.dtype).removeprefix("torch."),
         "rows": [row.record() for row in rows],
-    }  # fmt: skip
-
-
-def scaling_record(sweep: Sweep) -> dict[str, Any]:
-    return {
-        "name": sweep.name, "unit": sweep.unit,
-        "points": [{"size": p.size, "ms": p.ms, "bytes": p.bytes} for p in sweep.points],
-        "growth": {"ms": sweep.growth("ms"), "bytes": sweep.growth("bytes")},
     }  # fmt: skip
 
 
@@ -108,32 +99,22 @@ def _head_table(records: list[dict[str, Any]]) -> list[str]:
     for record in records:
         best = against(record)
         if best is not None:
+            fastest, speedup, leanest, memory = best
             summary.append(
-                f"| {record['model']} | {best.fastest} | {best.speedup:.2f} × as fast | {best.leanest} | "
-                f"{best.memory:.2f} × its memory |"
+                f"| {record['model']} | {fastest} | {speedup:.2f} × as fast | {leanest} | {memory:.2f} × its memory |"
             )
     return lines + summary
 
 
-@dataclass(frozen=True)
-class Against:
-    """A comparison of fastpref with the best of the other correct methods."""
-
-    fastest: str
-    speedup: float
-    leanest: str
-    memory: float
-
-
-def against(record: dict[str, Any]) -> Against | None:
+def against(record: dict[str, Any]) -> tuple[str, float, str, float] | None:
+    """Return the fastest other correct method and the speedup over it, the leanest one and the share of its memory."""
     others = [row for row in record["rows"] if row["method"] not in (OURS, BARE) and row["ms"] and not row["note"]]
     ours = next((row for row in record["rows"] if row["method"] == OURS and row["ms"] and not row["note"]), None)
     if not others or ours is None:
         return None
     fastest = min(others, key=lambda row: row["p50"])
     leanest = min(others, key=lambda row: row["bytes"])
-    memory = ours["bytes"] / leanest["bytes"]
-    return Against(fastest["method"], fastest["p50"] / ours["p50"], leanest["method"], memory)
+    return fastest["method"], fastest["p50"] / ours["p50"], leanest["method"], ours["bytes"] / leanest["bytes"]
 
 
 def _error(value: float | None) -> str:
@@ -206,11 +187,7 @@ def changes(before: dict[str, Any], after: dict[str, Any], method: str = OURS) -
     theirs = {key(record): record for record in before["head"]}
     for record in after["head"]:
         old = theirs.get(key(record))
-        if old is None or (old["hidden"], old["vocab"], old["scored"]) != (
-            record["hidden"],
-            record["vocab"],
-            record["scored"],
-        ):
+        if old is None or any(old[size] != record[size] for size in ("hidden", "vocab", "scored")):
             continue
         a, b = ratios(old, method), ratios(record, method)
         if a and b:

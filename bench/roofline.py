@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.problems import SHAPES, Shape
 from fastpref.kernels.head_weight import DenseWeight
 from fastpref.kernels.linear_logprob_launch import GROUP, plan_tile
 from fastpref.kernels.tiles import TILES, cdiv
@@ -28,25 +29,10 @@ class Card:
     gbytes: float  # gigabytes per second
 
 
-@dataclass(frozen=True)
-class HeadShape:
-    name: str
-    width: int  # H
-    vocabulary: int  # V
-    softcap: bool = False
-
-
 # NVIDIA's data sheets: "Ada GPU architecture", "A100 80GB SXM", "H100 SXM".
-CARDS = (
-    Card("RTX 4090", 89, 165.2, 1008),
-    Card("A100", 80, 312.0, 2039),
-    Card("H100", 90, 989.4, 3350),
-)
-HEADS = (
-    HeadShape("Llama-3-8B", 4096, 128256),
-    HeadShape("Qwen2.5-7B", 3584, 152064),
-    HeadShape("Gemma-2-2B", 2304, 256000, softcap=True),
-)
+CARDS = (Card("RTX 4090", 89, 165.2, 1008), Card("A100", 80, 312.0, 2039), Card("H100", 90, 989.4, 3350))
+_SHAPES = {shape.model: shape for shape in SHAPES}
+HEADS = tuple(_SHAPES[model] for model in ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-2B"))
 
 
 @dataclass(frozen=True)
@@ -59,13 +45,13 @@ class Launch:
         return max(self.operations / (card.tflops * 1e12), self.bytes / (card.gbytes * 1e9))
 
 
-def launches(head: HeadShape, architecture: int, *, mode: str) -> Iterator[Launch]:
+def launches(head: Shape, architecture: int, *, mode: str) -> Iterator[Launch]:
     """List the launches of `linear_logprob` for 8,192 bfloat16 rows.
 
     The mode "no gradient" computes only the statistics, "frozen head" a forward and backward pass, and "trained head"
     also the gradient of the weight.
     """
-    n, width, vocabulary = ROWS, head.width, head.vocabulary
+    n, width, vocabulary = ROWS, head.hidden, head.vocab
     hidden = torch.empty((n, width), dtype=torch.bfloat16, device="meta")
     weight = DenseWeight(torch.empty((vocabulary, width), dtype=torch.bfloat16, device="meta"))
     tiles = TILES[architecture][2]
@@ -76,7 +62,7 @@ def launches(head: HeadShape, architecture: int, *, mode: str) -> Iterator[Launc
         yield Launch("walk", 2.0 * n * vocabulary * width, read)
     if mode == "no gradient":
         return
-    tile = tiles.full if head.softcap else tiles.lean
+    tile = tiles.full if head.softcap is not None else tiles.lean
     shape = plan_tile(hidden, weight, BUDGET, tile, stored=True)
     groups = cdiv(n, shape.rows) * cdiv(cdiv(shape.rows, tile.n), GROUP)
     for first in range(0, vocabulary, shape.columns):
@@ -94,9 +80,9 @@ def launches(head: HeadShape, architecture: int, *, mode: str) -> Iterator[Launc
         yield Launch("gradient, scale", 0, n * width * (4 + 2 + 2) + n * width * (2 + 2))
 
 
-def bare_products(head: HeadShape, card: Card, *, count: int = 2) -> float:
+def bare_products(head: Shape, card: Card, *, count: int = 2) -> float:
     """Return the seconds of `count` matrix products of the head's size, with each operand read or written once."""
-    n, width, vocabulary = ROWS, head.width, head.vocabulary
+    n, width, vocabulary = ROWS, head.hidden, head.vocab
     moved = 2 * (n * width + vocabulary * width + n * vocabulary)
     return count * Launch("product", 2.0 * n * vocabulary * width, moved).seconds(card)
 
@@ -127,7 +113,7 @@ def section() -> str:
                 memory = sum(launch.bytes for launch in plan) / (card.gbytes * 1e9)
                 bare = bare_products(head, card, count=count)
                 lines.append(
-                    f"| {head.name} ({head.vocabulary:,} × {head.width:,}) | {card.name} | {mode} | {count} | "
+                    f"| {head.model} ({head.vocab:,} × {head.hidden:,}) | {card.name} | {mode} | {count} | "
                     f"{1e3 * total:.1f} | {1e3 * operations:.1f} | {1e3 * memory:.1f} | {1e3 * bare:.1f} | "
                     f"{total / bare:.2f} |"
                 )

@@ -7,8 +7,9 @@ falls with it.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import linear_regression
+from typing import Any
 
 import torch
 
@@ -20,24 +21,10 @@ from bench.problems import Shape
 FASTPREF = [method for method in METHODS if method.name == "fastpref"]
 
 
-@dataclass(frozen=True)
-class Point:
-    size: int
-    ms: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Sweep:
-    name: str
-    unit: str
-    points: tuple[Point, ...]
-
-    def growth(self, what: str) -> float:
-        """Return the fitted exponent of "ms" or "bytes"."""
-        xs = [math.log(point.size) for point in self.points]
-        ys = [math.log(getattr(point, what)) for point in self.points]
-        return linear_regression(xs, ys).slope
+def growth(points: Sequence[dict[str, Any]], what: str) -> float:
+    """Return the fitted exponent of "ms" or "bytes"."""
+    xs, ys = ([math.log(point[name]) for point in points] for name in ("size", what))
+    return linear_regression(xs, ys).slope
 
 
 def variations(shape: Shape, factors: Sequence[int]) -> Iterator[tuple[str, str, list[tuple[int, Shape]]]]:
@@ -52,10 +39,14 @@ def variations(shape: Shape, factors: Sequence[int]) -> Iterator[tuple[str, str,
     yield "prompt share", "scored tokens", [(s.scored, s) for s in shares]
 
 
-def sweeps(shape: Shape, factors: Sequence[int], dtype: torch.dtype, device: str, repeats: int) -> Iterator[Sweep]:
+def sweeps(
+    shape: Shape, factors: Sequence[int], dtype: torch.dtype, device: str, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Measure every sweep. Yield its name, unit, points and growth as JSON values."""
     for name, unit, shapes in variations(shape, factors):
         points = []
         for size, varied in shapes:
             row = measure(Case(varied, TOKENS, "frozen", dtype, device), repeats, FASTPREF, check=False)[1]
-            points.append(Point(size, row.median, row.bytes or 0))
-        yield Sweep(name, unit, tuple(points))
+            points.append({"size": size, "ms": row.median, "bytes": row.bytes or 0})
+        exponents = {what: growth(points, what) for what in ("ms", "bytes")}
+        yield {"name": name, "unit": unit, "points": points, "growth": exponents}

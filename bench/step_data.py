@@ -3,7 +3,7 @@
 import json
 import random
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,10 @@ class StepShape:
     hidden: int
     layers: int
     vocab: int
-    length: int  # tokens of a prompt with its response
+    length: int  # tokens of a prompt with its completion
     prompt_share: float
     batch: int  # pairs per step
     rows: int  # pairs in all
-
-    def but(self, **changes: Any) -> "StepShape":
-        return replace(self, **changes)
 
     @property
     def what(self) -> str:
@@ -67,11 +64,7 @@ def make_rows(shape: StepShape) -> list[dict[str, Any]]:
     prompt = shape.length * shape.prompt_share
     rest = shape.length - prompt
     return [
-        {
-            "prompt": message("user", prompt),
-            "chosen": message("assistant", rest),
-            "rejected": message("assistant", rest),
-        }
+        {"prompt": message("user", prompt)} | {side: message("assistant", rest) for side in ("chosen", "rejected")}
         for _ in range(shape.rows)
     ]
 
@@ -135,13 +128,10 @@ def split_pairs(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def count_tokens(model: str, pairs: list[dict[str, Any]]) -> int:
-    """Return the tokens of the prompt with each response, without padding, which are the same for every engine."""
+    """Return the tokens of the prompt with each completion, without padding, which are the same for every engine."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = [
-        tokenizer.apply_chat_template([*p["prompt"], *p[side]], tokenize=False)
-        for p in pairs
-        for side in ("chosen", "rejected")
-    ]
-    return sum(len(ids) for ids in tokenizer([str(text) for text in texts]).input_ids)
+    chats = [[*pair["prompt"], *pair[side]] for pair in pairs for side in ("chosen", "rejected")]
+    texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
+    return sum(map(len, tokenizer(texts).input_ids))

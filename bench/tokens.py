@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,11 +115,9 @@ def run_fastpref(model: str, data: str, folder: str, *, cached: bool = True) -> 
     return _measure(lambda: len(load_examples(config, tokenizer, cache=cached).train))
 
 
-def run_uncached(model: str, data: str, folder: str) -> dict[str, float]:
-    return run_fastpref(model, data, folder, cached=False)
-
-
-ENGINES = {"map": run_map, "fastpref": run_fastpref, "fastpref --no-cache": run_uncached}
+ENGINES = {
+    "map": run_map, "fastpref": run_fastpref, "fastpref --no-cache": partial(run_fastpref, cached=False)
+}  # fmt: skip
 
 
 def _measure(work: Callable[[], int]) -> dict[str, float]:
@@ -138,13 +137,8 @@ def _measure(work: Callable[[], int]) -> dict[str, float]:
     seconds, cpu = time.perf_counter() - began, time.process_time() - computed
     finished.set()
     watcher.join()
-    return {
-        "rows": rows,
-        "seconds": seconds,
-        "cpu": cpu,
-        "resident": _resident_peak() - before,
-        "anonymous": highest - anonymous,
-    }
+    memory = {"resident": _resident_peak() - before, "anonymous": highest - anonymous}
+    return {"rows": rows, "seconds": seconds, "cpu": cpu} | memory
 
 
 def _resident_peak() -> float:

@@ -4,7 +4,7 @@
 
 Takes the first rows that fit in --max-length without a cut, and trains each engine on them in a process of its own,
 one after the other: LoRA on all linear layers, batches of --batch pairs, float32 on a CPU and bfloat16 on a GPU. KTO
-gets both responses of every pair as rows of their own, two for a pair in each batch.
+gets both completions of every pair as rows of their own, two for a pair in each batch.
 Speed is that of one pass over the rows, so that every engine has the same work, whatever its order; on a GPU a first
 pass warms up. Memory is the peak over what was held once the model was loaded: resident memory on a CPU, allocated
 memory on a GPU. The small random models of `python -m bench` take less than libraries do: there, on a CPU, it is the
@@ -113,16 +113,8 @@ def compare_shape(shape: StepShape, method: str) -> dict[str, Any]:
         model = Path(folder) / "model"
         write_model(shape, model)
         pairs = make_rows(shape)
-        tokens = count_tokens(str(model), pairs)
-        results = compare(
-            model,
-            pairs,
-            method,
-            shape.batch,
-            2 * shape.length,
-            tokens_a_pair=tokens / len(pairs),
-            counted=not torch.cuda.is_available(),
-        )
+        tokens, counted = count_tokens(str(model), pairs) / len(pairs), not torch.cuda.is_available()
+        results = compare(model, pairs, method, shape.batch, 2 * shape.length, tokens_a_pair=tokens, counted=counted)
     return {"what": shape.what, "method": method, "engines": results}
 
 
@@ -135,10 +127,7 @@ def main(
     max_length: int = 768,
     checkpointing: bool = False,
     prompts: Annotated[
-        str,
-        typer.Option(
-            help="all rows; or the half of them with the larger or smaller share of prompt: all, heavy or light."
-        ),
+        str, typer.Option(help="all rows, or the half with more (heavy) or less prompt (light).")
     ] = "all",
 ) -> None:
     """Compare the engines on a model and pairs of yours, and print a table."""

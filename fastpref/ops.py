@@ -121,22 +121,10 @@ def linear_logprob(
     trained = head.trained
     recompute = (trained is not None and trained.requires_grad) or (bias is not None and bias.requires_grad)
     with_grad = torch.is_grad_enabled() and hidden.requires_grad and not recompute
+    of_logits = (None if softcap is None else float(softcap), float(logit_scale), float(temperature))
+    settings = (",".join(outputs), int(workspace_mb * 2**20), backend, with_grad)
     results = op.OperatorOutput._make(
-        op.linear_logprob(
-            hidden,
-            head.tensors,
-            targets,
-            bias,
-            positions,
-            head.kind,
-            None if softcap is None else float(softcap),
-            float(logit_scale),
-            float(temperature),
-            ",".join(outputs),
-            int(workspace_mb * 2**20),
-            backend,
-            with_grad,
-        )
+        op.linear_logprob(hidden, head.tensors, targets, bias, positions, head.kind, *of_logits, *settings)
     )
     return TokenLogprobs(results.logp, **{name: getattr(results, name) for name in outputs})
 
@@ -188,12 +176,7 @@ def _check_tensors(hidden: Any, weight: Any, targets: Any, bias: Any, positions:
 
 
 def _check_settings(
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    outputs: Any,
-    workspace_mb: float,
-    backend: str,
+    softcap: float | None, logit_scale: float, temperature: float, outputs: Any, workspace_mb: float, backend: str
 ) -> tuple[str, ...]:
     numbers = {"logit_scale": logit_scale, "temperature": temperature, "workspace_mb": workspace_mb}
     for name, value in (numbers if softcap is None else numbers | {"softcap": softcap}).items():

@@ -77,15 +77,8 @@ class FourBitWeight(HeadWeight):
         self.packed = packed.view(torch.uint8).view(shape[0], -1)  # [V, H/2]
         self.absmax = absmax.view(shape[0], -1)  # [V, H/block] float32
         self.quant_type, self.block = quant_type, shape[1] // self.absmax.shape[1]
-        name = str(dtype).removeprefix("torch.")
-        super().__init__(
-            shape,
-            dtype,
-            packed.device,
-            kind=f"4bit {quant_type} {shape[0]} {shape[1]} {name}",
-            tensors=[packed, absmax],
-            copies=1,
-        )
+        kind = f"4bit {quant_type} {shape[0]} {shape[1]} {str(dtype).removeprefix('torch.')}"
+        super().__init__(shape, dtype, packed.device, kind=kind, tensors=[packed, absmax], copies=1)
 
     @classmethod
     def of(cls, weight: Any, dtype: torch.dtype | None = None) -> "FourBitWeight":
@@ -169,15 +162,9 @@ class WidenedWeight(HeadWeight):
     """A weight with additional columns, [W, B], which alone are trained."""
 
     def __init__(self, base: HeadWeight, columns: Tensor):  # [V, T]
-        vocabulary, width = base.shape
-        super().__init__(
-            (vocabulary, width + columns.shape[1]),
-            base.dtype,
-            base.device,
-            kind=f"widened {base.kind}",
-            tensors=[*base.tensors, columns],
-            copies=base.copies + 1,
-        )
+        shape, kind = (base.shape[0], base.shape[1] + columns.shape[1]), f"widened {base.kind}"
+        tensors, copies = [*base.tensors, columns], base.copies + 1
+        super().__init__(shape, base.dtype, base.device, kind=kind, tensors=tensors, copies=copies)
         self.base, self.columns = base, columns
 
     def rows(self, first: int, last: int) -> Tensor:

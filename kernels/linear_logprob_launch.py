@@ -345,17 +345,9 @@ def recompute_gradients(
             b = min(a + shape.rows, n)
             out = stored[: b - a, : last - first]
             logits.launch(
-                GRADIENT.value,
-                hidden[a:b],
-                slice_,
-                targets[a:b],
-                first,
-                tile.v,
-                cdiv(last - first, tile.v),
-                (offset[a:b], factor[a:b], at_target[a:b]),
-                out,
-                _Statistics(*[offset] * 8),
-            )
+                GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, tile.v, cdiv(last - first, tile.v),
+                (offset[a:b], factor[a:b], at_target[a:b]), out, _Statistics(*[offset] * 8),
+            )  # fmt: skip
             if d_hidden is not None:
                 add_product(d_hidden[a:b], out, slice_)
             if dw is not None:

@@ -75,16 +75,10 @@ def linear_logprob(
         rows = hidden.index_select(0, positions)
     if not len(targets):
         return _shapes(hidden, targets, outputs, with_grad)
+    transform, names = LogitTransform(softcap, logit_scale, temperature), tuple(filter(None, outputs.split(",")))
     with torch.autocast(hidden.device.type, enabled=False):
         walk = kernels.walk_vocabulary(
-            rows,
-            weight,
-            targets,
-            bias,
-            LogitTransform(softcap, logit_scale, temperature),
-            outputs=tuple(filter(None, outputs.split(","))),
-            budget=budget,
-            with_grad=with_grad,
+            rows, weight, targets, bias, transform, outputs=names, budget=budget, with_grad=with_grad
         )
     statistics = None if with_grad else torch.stack([walk.z_target, walk.maximum, walk.sum_others])
     results = (walk.logp, walk.entropy, walk.mean_logit, walk.log_sum_sq_probs, walk.is_top1, statistics, walk.grad)
@@ -159,21 +153,15 @@ def recompute(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight, kernels = assemble(kind, head), kernels_for(backend, hidden)
+    wanted = (want_hidden, want_weight, want_bias)
     if not len(targets):
-        shapes = _grad_shapes(hidden, weight, bias, want_hidden, want_weight, want_bias)
+        shapes = _grad_shapes(hidden, weight, bias, *wanted)
         return tuple(tensor.zero_() for tensor in shapes)  # pyright: ignore[reportReturnType]
     rows = hidden if positions is None else hidden.index_select(0, positions)
+    transform = LogitTransform(softcap, logit_scale, temperature)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = kernels.recompute_gradients(
-            grad_logp,
-            rows,
-            weight,
-            targets,
-            bias,
-            LogitTransform(softcap, logit_scale, temperature),
-            statistics,
-            budget=budget,
-            wanted=(want_hidden, want_weight, want_bias),
+            grad_logp, rows, weight, targets, bias, transform, statistics, budget=budget, wanted=wanted
         )
     d_hidden = gradients.hidden
     if d_hidden is not None and positions is not None:
@@ -189,25 +177,8 @@ def _grad_shapes(
 
 
 @recompute.register_fake
-def _(
-    grad_logp,
-    hidden,
-    head,
-    targets,
-    bias,
-    positions,
-    statistics,
-    kind,
-    softcap,
-    logit_scale,
-    temperature,
-    budget,
-    backend,
-    want_hidden,
-    want_weight,
-    want_bias,
-):
-    return _grad_shapes(hidden, assemble(kind, head), bias, want_hidden, want_weight, want_bias)
+def _(grad_logp, hidden, head, targets, bias, positions, statistics, kind, *settings):
+    return _grad_shapes(hidden, assemble(kind, head), bias, *settings[-3:])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,7 +194,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    kind, softcap, logit_scale, temperature, _, budget, backend, with_grad = ctx.settings
+    *of_logits, _, budget, backend, with_grad = ctx.settings  # kind, softcap, logit_scale and temperature
     no_settings = (None,) * len(ctx.settings)
     if with_grad:
         grad, positions = ctx.saved_tensors
@@ -231,23 +202,9 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return d_hidden, [None] * ctx.heads, None, None, None, *no_settings
     hidden, targets, bias, positions, statistics, *head = ctx.saved_tensors
     want_hidden, want_head, _, want_bias, *_ = ctx.needs_input_grad
+    wanted = (want_hidden, want_head[-1], want_bias)
     d_hidden, d_weight, d_bias = recompute(
-        grads[0],
-        hidden,
-        head,
-        targets,
-        bias,
-        positions,
-        statistics,
-        kind,
-        softcap,
-        logit_scale,
-        temperature,
-        budget,
-        backend,
-        want_hidden,
-        want_head[-1],
-        want_bias,
+        grads[0], hidden, head, targets, bias, positions, statistics, *of_logits, budget, backend, *wanted
     )
     d_head = [None] * (ctx.heads - 1) + [d_weight if want_head[-1] else None]
     return d_hidden if want_hidden else None, d_head, None, d_bias if want_bias else None, None, *no_settings

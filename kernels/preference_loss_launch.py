@@ -24,7 +24,7 @@ class FusedLoss(NamedTuple):
     loss: Tensor  # scalar
     coefficients: Tensor  # [N] ∂loss/∂logp
     sequences: Tensor  # [3, 2P], or [3, R]: sums of logp, sums of the reference, rewards
-    pairs: Tensor  # [3, P] Σ supervised logp, log odds, logσ(log odds); [3, 0] for single responses
+    pairs: Tensor  # [3, P] Σ supervised logp, log odds, logσ(log odds); [3, 0] for single completions
 
 
 def pair_loss(
@@ -46,26 +46,13 @@ def pair_loss(
     n, count = len(logp), len(lengths) // (3 if constants["HAS_PROMPTS"] else 2)
     scored = lengths[:count].sum() + lengths[2 * count :].sum() if nll_tokens is None else nll_tokens
     coefficients, sequences, pairs = logp.new_empty(n), logp.new_empty(3, 2 * count), logp.new_empty(4, count)
-    launch(
-        _pair_kernel,
-        (count,),
-        logp,
-        logp if reference is None else reference,
-        logp if log_sum_sq_probs is None else log_sum_sq_probs,
-        starts,
-        lengths,
-        _on_device(numbers, logp.device),
-        _on_device(tuple(weights[name] for name in variants), logp.device),
-        _scalar(scored, logp),
-        coefficients,
-        sequences,
-        pairs,
-        n,
-        count,
-        float(count if examples is None else examples),
-        **constants,
-        num_warps=WARPS,
-    )
+    launch(_pair_kernel, (count,),
+        logp, logp if reference is None else reference, logp if log_sum_sq_probs is None else log_sum_sq_probs,
+        starts, lengths, _on_device(numbers, logp.device),
+        _on_device(tuple(weights[name] for name in variants), logp.device), _scalar(scored, logp),
+        coefficients, sequences, pairs, n, count, float(count if examples is None else examples),
+        **constants, num_warps=WARPS,
+    )  # fmt: skip
     return FusedLoss(pairs[0].sum(), coefficients, sequences, pairs[1:].clone())
 
 
@@ -83,25 +70,11 @@ def row_loss(
     """Compute KTO's loss of the first R of S sequences. The tokens of the others get coefficients of 0."""
     n, rows = len(logp), len(labels)
     coefficients, sequences, share = logp.new_empty(n), logp.new_empty(3, rows), logp.new_empty(rows)
-    launch(
-        _row_kernel,
-        (len(lengths),),
-        logp,
-        reference,
-        starts,
-        lengths,
-        labels.to(torch.int8),
-        _scalar(kl, logp),
-        _on_device(numbers, logp.device),
-        coefficients,
-        sequences,
-        share,
-        n,
-        rows,
-        float(rows if examples is None else examples),
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    launch(_row_kernel, (len(lengths),),
+        logp, reference, starts, lengths, labels.to(torch.int8), _scalar(kl, logp), _on_device(numbers, logp.device),
+        coefficients, sequences, share, n, rows, float(rows if examples is None else examples),
+        BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
     return FusedLoss(share.sum(), coefficients, sequences, logp.new_empty(3, 0))
 
 

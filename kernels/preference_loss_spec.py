@@ -40,7 +40,7 @@ class Numbers(NamedTuple):
 class LossSpec:
     """The description of a loss: Σ weight · variant of a pair's two values, plus a supervised term; or KTO.
 
-    The value of a response is the sum of its tokens' log-probabilities, minus the reference's, or their mean.
+    The value of a completion is the sum of its tokens' log-probabilities, minus the reference's, or their mean.
     """
 
     variants: tuple[str, ...] = ()  # names in the table of `preference_loss_variants.py`
@@ -54,7 +54,7 @@ class LossSpec:
     averaged: bool = False  # whether the value is the mean over tokens
     length_alpha: float = 1.0
     pair_weights: bool = False  # whether WPO's weights multiply the pairs
-    supervised: float = 0.0  # weight of the chosen responses' mean negative log-likelihood
+    supervised: float = 0.0  # weight of the chosen completions' mean negative log-likelihood
     prompts: bool = False  # whether the supervised term includes the prompts
     discopop_tau: float = 1.0
     desirable_weight: float = 1.0  # for KTO, which has no variants

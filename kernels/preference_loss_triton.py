@@ -32,7 +32,7 @@ def _load_numbers(p_numbers):
     return Numbers(*values)
 
 
-# --- the score of one response ----------------------------------------------------------------------------------------
+# --- the score of one completion --------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _weighted_sum(pair, p_weights, VARIANTS: tl.constexpr):
 
 @triton.jit
 def _token_weight(i_offsets, shorter, alpha, HAS_LENGTH_WEIGHTS: tl.constexpr):
-    """Return LD-DPO's weights: 1 within the shorter response's length, alpha after it."""
+    """Return LD-DPO's weights: 1 within the shorter completion's length, alpha after it."""
     weight = tl.full(i_offsets.shape, 1.0, tl.float32)
     if HAS_LENGTH_WEIGHTS:
         weight = tl.where(i_offsets < shorter, 1.0, alpha)
@@ -175,33 +175,13 @@ def _pair_kernel(
     numbers = _load_numbers(p_numbers)
     shorter, alpha = tl.minimum(length_c, length_r), numbers.length_alpha
     supervised, sum_c, ref_c, aligned_c = _segment_sums(  # pyright: ignore[reportGeneralTypeIssues]
-        p_logp,
-        p_reference,
-        p_log_sum_sq,
-        start_c,
-        length_c,
-        n,
-        shorter,
-        alpha,
-        HAS_REFERENCE,
-        HAS_LENGTH_WEIGHTS,
-        HAS_PAIR_WEIGHTS,
-        BLOCK,
-    )
+        p_logp, p_reference, p_log_sum_sq, start_c, length_c, n, shorter, alpha,
+        HAS_REFERENCE, HAS_LENGTH_WEIGHTS, HAS_PAIR_WEIGHTS, BLOCK,
+    )  # fmt: skip
     _, sum_r, ref_r, aligned_r = _segment_sums(
-        p_logp,
-        p_reference,
-        p_log_sum_sq,
-        start_r,
-        length_r,
-        n,
-        shorter,
-        alpha,
-        HAS_REFERENCE,
-        HAS_LENGTH_WEIGHTS,
-        HAS_PAIR_WEIGHTS,
-        BLOCK,
-    )
+        p_logp, p_reference, p_log_sum_sq, start_r, length_r, n, shorter, alpha,
+        HAS_REFERENCE, HAS_LENGTH_WEIGHTS, HAS_PAIR_WEIGHTS, BLOCK,
+    )  # fmt: skip
 
     v_c, v_r, per_c, per_r = sum_c, sum_r, 1.0, 1.0
     if HAS_REFERENCE:

@@ -22,7 +22,7 @@ LARGEST_AVERAGE = tl.constexpr(-1e-30)  # the same bound as in `losses.pairs._lo
 
 
 class Pair(NamedTuple):
-    """The arguments of a loss of one pair, float32 scalars. _c is the chosen response, _r the rejected one."""
+    """The arguments of a loss of one pair, float32 scalars. _c is the chosen completion, _r the rejected one."""
 
     x: Any  # β(s_c − s_r) − margin, where s are the scores
     m: Any  # difference of the scores per token
@@ -198,11 +198,7 @@ def odds_ratio(pair):
     log_odds = odds_c - odds_r
     nls_odds, _, _, sigma_not_odds = logistic(log_odds)
     return PairTerm(
-        nls_odds,
-        by_c=-sigma_not_odds * slope_c,
-        by_r=sigma_not_odds * slope_r,
-        log_odds=log_odds,
-        nls_odds=nls_odds,
+        nls_odds, by_c=-sigma_not_odds * slope_c, by_r=sigma_not_odds * slope_r, log_odds=log_odds, nls_odds=nls_odds
     )
 
 

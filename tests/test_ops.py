@@ -14,11 +14,7 @@ from fastpref.ops import OUTPUTS
 N, H, V = 7, 5, 11
 FLOATS = ("entropy", "mean_logit", "log_sum_sq_probs")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPTIONS = {
-    "plain": {},
-    "softcap": {"softcap": 1.5},
-    "all": {"softcap": 2.0, "logit_scale": 1.3, "temperature": 0.8},
-}
+OPTIONS = {"plain": {}, "softcap": {"softcap": 1.5}, "all": {"softcap": 2.0, "logit_scale": 1.3, "temperature": 0.8}}
 MANY_TILES = 0.0003  # MiB
 
 
@@ -34,15 +30,8 @@ def inputs(dtype: torch.dtype = torch.float32, n: int = N, needed: tuple[str, ..
     return leaves | {"targets": torch.randint(V, (n,), generator=generator)}
 
 
-SUBSETS = [
-    (),
-    ("hidden",),
-    ("weight",),
-    ("bias",),
-    ("hidden", "bias"),
-    ("weight", "bias"),
-    ("hidden", "weight", "bias"),
-]
+ALL = ("hidden", "weight", "bias")
+SUBSETS = [(), ("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("weight", "bias"), ALL]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -75,7 +64,7 @@ def test_dtypes(n: int, needed: tuple[str, ...], dtype: torch.dtype) -> None:
         assert name == "logp" or not value.requires_grad, name
     if needed:
         result.logp.sum().backward()
-    for name in ("hidden", "weight", "bias"):
+    for name in ALL:
         grad = tensors[name].grad
         assert (grad is not None) == (name in needed), name
         if grad is not None:
@@ -155,7 +144,7 @@ def test_any_memory_layout(workspace_mb: float, needed: tuple[str, ...], name: s
 
 def test_inputs_are_not_written_to() -> None:
     """No input changes, although the tiles are modified in place."""
-    tensors = inputs(needed=("hidden", "weight", "bias"))
+    tensors = inputs(needed=ALL)
     before = {name: value.detach().clone() for name, value in tensors.items()}
     linear_logprob(**tensors, **OPTIONS["all"], outputs=OUTPUTS).logp.sum().backward()
     assert all(torch.equal(tensors[name], value) for name, value in before.items())
@@ -174,10 +163,10 @@ AUTOCAST = {
 @pytest.mark.parametrize("dtypes", AUTOCAST)
 def test_autocast(dtypes: str, needed: tuple[str, ...]) -> None:
     """Under autocast dtypes may differ, and the forward and backward pass still compute in float32."""
-    tensors, names = inputs(), ("hidden", "weight", "bias")
-    for name, dtype in zip(names, AUTOCAST[dtypes]):
+    tensors = inputs()
+    for name, dtype in zip(ALL, AUTOCAST[dtypes]):
         tensors[name] = tensors[name].to(dtype).requires_grad_(name in needed)
-    exact = {name: tensors[name].detach().double().requires_grad_(name in needed) for name in names}
+    exact = {name: tensors[name].detach().double().requires_grad_(name in needed) for name in ALL}
     truth = linear_logprob_naive(**exact, targets=tensors["targets"], **OPTIONS["all"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = linear_logprob(**tensors, **OPTIONS["all"], outputs=OUTPUTS)

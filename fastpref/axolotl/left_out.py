@@ -30,7 +30,7 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
         overrides_of_* model_kwargs is_*_derived_model low_cpu_mem_usage special_tokens tokens added_tokens_overrides
         resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens
         llama4_linearized_experts rope_scaling""",
-    "the chat template writes each turn and its end, and only responses are trained on": """
+    "the chat template writes each turn and its end, and only completions are trained on": """
         eot_tokens default_system_message train_on_inputs""",
     "model.quantization is nf4 or int8, by bitsandbytes": """
         gptq bnb_config_kwargs model_quantization_config model_quantization_config_* quantize_moe_experts qat
@@ -49,7 +49,7 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
         tf32 fp8 fp8_* embeddings_skip_upcast""",
     "train.checkpointing and train.offload_activations have no further options": """
         gradient_checkpointing_kwargs layer_offloading""",
-    "tokens.max_length limits a prompt with its response, in training and in evaluation": """
+    "tokens.max_length limits a prompt with its completion, in training and in evaluation": """
         eval_sequence_len min_sample_len use_pose pose_* trl.max_completion_length""",
     "train.tokens_per_microbatch limits a micro-batch, in training and in evaluation": """
         eval_batch_size auto_find_batch_size""",
@@ -69,7 +69,7 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
     "`fastpref chat` talks to a finished model": "gradio_*",
     "it is not preference training": """
         reward_model process_reward_model center_rewards_coefficient num_labels pretrain* use_eaft eaft_*""",
-    "fastpref generates no responses to train on": """
+    "fastpref generates no completions to train on": """
         vllm ebft trl.use_* trl.vllm_* trl.reward_* trl.num_* trl.log_completions trl.scale_rewards trl.temperature
         trl.top_* trl.min_p trl.repetition_penalty trl.epsilon trl.epsilon_high trl.loss_type
         trl.mask_truncated_completions trl.importance_sampling_level trl.generation_kwargs trl.chat_template_kwargs

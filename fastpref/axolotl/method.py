@@ -1,5 +1,6 @@
 """Rules for the model, its adapters and the loss."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fastpref.axolotl.source import Axolotl, Left, Made, Setting, dotted, shown
@@ -28,9 +29,8 @@ def dtype(config: Axolotl) -> Made:
     elif bf16 is False or config.on("float32"):
         yield Setting(dotted("model.dtype"), "float32", fields)
     elif bf16 != "auto":
-        yield Left(
-            "bf16", f"{shown(bf16)} is neither true, false, full nor auto; the precision is chosen for the device"
-        )
+        why = f"{shown(bf16)} is neither true, false, full nor auto; the precision is chosen for the device"
+        yield Left("bf16", why)
 
 
 LIGER = (
@@ -44,7 +44,14 @@ def liger(config: Axolotl) -> Made:
         yield Setting(dotted("model.liger"), "auto", fields)
 
 
-LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save", "peft_use_dora", "peft_use_rslora")
+LORA: dict[str, tuple[str, Callable[[Axolotl, str], Any]]] = {  # field → key of [lora], and how its value is read
+    "lora_r": ("rank", Axolotl.whole),
+    "lora_alpha": ("alpha", Axolotl.number),
+    "lora_dropout": ("dropout", Axolotl.number),
+    "lora_modules_to_save": ("modules_to_save", Axolotl.get),
+    "peft_use_dora": ("dora", Axolotl.on),
+    "peft_use_rslora": ("rslora", Axolotl.on),
+}
 TARGETS = ("lora_target_linear", "lora_target_modules")
 
 
@@ -55,17 +62,9 @@ def lora(config: Axolotl) -> Made:
                 yield Left(field, "there is no adapter:, so the whole model is trained")
         return
     yield Setting(("lora",), {}, ("adapter",))
-    keys: dict[str, tuple[str, Any]] = {
-        "lora_r": ("rank", config.whole("lora_r")),
-        "lora_alpha": ("alpha", config.number("lora_alpha")),
-        "lora_dropout": ("dropout", config.number("lora_dropout")),
-        "lora_modules_to_save": ("modules_to_save", config.get("lora_modules_to_save")),
-        "peft_use_dora": ("dora", config.on("peft_use_dora")),
-        "peft_use_rslora": ("rslora", config.on("peft_use_rslora")),
-    }
-    for field, (key, value) in keys.items():
+    for field, (key, read) in LORA.items():
         if field in config:
-            yield Setting(("lora", key), value, (field,))
+            yield Setting(("lora", key), read(config, field), (field,))
     yield from targets(config)
 
 
@@ -74,9 +73,8 @@ def targets(config: Axolotl) -> Made:
     if config.on("lora_target_linear"):
         yield Setting(("lora", "target"), "all-linear", ("lora_target_linear",))
         if modules:
-            yield Left(
-                "lora_target_modules", 'lora.target = "all-linear" already takes every linear module but the head'
-            )
+            why = 'lora.target = "all-linear" already takes every linear module but the head'
+            yield Left("lora_target_modules", why)
     elif modules:  # a string is a regular expression, as for PEFT, or one name
         one = isinstance(modules, str) and modules != "all-linear" and not is_pattern(modules)
         yield Setting(("lora", "target"), [modules] if one else modules, ("lora_target_modules",))
@@ -133,15 +131,6 @@ def simpo(config: Axolotl) -> Made:
 
 def orpo(config: Axolotl) -> Made:
     yield Setting(dotted("loss.nll_on"), "all", (), "as TRL's trainer: the prompt is learned too")
-
-
-def precompute(config: Axolotl) -> Made:
-    if config.on("precompute_ref_log_probs"):
-        yield Setting(dotted("reference.mode"), "precompute", ("precompute_ref_log_probs",))
-
-
-def always(config: Axolotl) -> Made:
-    yield Setting(dotted("loss.type"), config.method, ("rl",))
 
 
 def revision(config: Axolotl) -> Made:

@@ -31,30 +31,21 @@ KEYS = {  # key of an entry → its translation, in words for the documentation
     "chat_template": "`format.chat_template`, if it is " + ", ".join(f"`{name}`" for name in KNOWN),
     "chat_template_jinja": "`format.chat_template`",
 }
-_SUPERVISED = "it is for supervised data; a preference's prompt is never trained on, its responses are wholly"
-LEFT_OUT = {
-    "ds_type": "a file's kind goes by its suffix: " + ", ".join(_SUFFIXES),
-    "trust_remote_code": "data sets with code of their own are not loaded",
-    "shards": "there is no such key; rows and weight take a part of the data",
-    "shards_idx": "there is no such key; rows and weight take a part of the data",
-    "preprocess_shards": "rows are read when they are needed",
-    "field_thinking": "every key of a message reaches the chat template under its own name; "
-    "rename one by message_property_mappings",
-    "template_thinking_key": "every key of a message reaches the chat template under its own name; "
-    "rename one by message_property_mappings",
-    "split_thinking": "messages are written by the chat template as they are",
-    "drop_system_message": 'there is no such key; a function of your own, format = "module:function", can drop turns',
-    "step_separator": "it is for stepwise rewards",
-    "max_completion_length": "it is for stepwise rewards",
-    "train_on_last_step_only": "it is for stepwise rewards",
-} | dict.fromkeys(
-    (
-        "input_transform", "conversation", "input_format", "field", "field_human", "field_model", "logprobs_field",
-        "temperature", "roles_to_train", "train_on_eos", "train_on_eot", "message_field_training",
-        "message_field_training_detail",
-    ),
-    _SUPERVISED,
-)  # fmt: skip
+_REASONS = {  # reason → keys of an entry
+    "a file's kind goes by its suffix: " + ", ".join(_SUFFIXES): "ds_type",
+    "data sets with code of their own are not loaded": "trust_remote_code",
+    "there is no such key; rows and weight take a part of the data": "shards shards_idx",
+    "rows are read when they are needed": "preprocess_shards",
+    "every key of a message reaches the chat template under its own name; rename one by message_property_mappings":
+        "field_thinking template_thinking_key",
+    "messages are written by the chat template as they are": "split_thinking",
+    'there is no such key; a function of your own, format = "module:function", can drop turns': "drop_system_message",
+    "it is for stepwise rewards": "step_separator max_completion_length train_on_last_step_only",
+    "it is for supervised data; a preference's prompt is never trained on, its completions are wholly": """
+        input_transform conversation input_format field field_human field_model logprobs_field temperature
+        roles_to_train train_on_eos train_on_eot message_field_training message_field_training_detail""",
+}  # fmt: skip
+LEFT_OUT = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}
 _OPTIONS = ("field_messages", "field_chosen", "field_rejected", "message_property_mappings", "roles")
 _OF_CHATS = (
     *_OPTIONS, "field_tools", "message_field_role", "message_field_content", "chat_template", "chat_template_jinja",

@@ -48,24 +48,18 @@ def keywords(config: Axolotl) -> Made:
         yield Setting(dotted("tokens.chat_template_kwargs"), table, ("chat_template_kwargs",))
 
 
-def duplicates(config: Axolotl) -> Made:
-    if config.on("dataset_exact_deduplication"):
-        yield Setting(dotted("tokens.duplicates"), "drop", ("dataset_exact_deduplication",))
-
-
 def batch(config: Axolotl) -> Made:
     micro = config.whole("micro_batch_size", 1)
     steps = config.whole("gradient_accumulation_steps", 1)
     if "batch_size" in config:
-        total, words = config.whole("batch_size"), ""
-        fields: tuple[str, ...] = ("batch_size",)
+        yield Setting(dotted("train.batch"), config.whole("batch_size"), ("batch_size",))
     else:
-        total, words = micro * steps, f"gradient_accumulation_steps {steps} × micro_batch_size {micro}"
+        words = f"gradient_accumulation_steps {steps} × micro_batch_size {micro}"
         fields = ("gradient_accumulation_steps", "micro_batch_size")
-    yield Setting(dotted("train.batch"), total, fields, words)
-    how = f"micro_batch_size {micro} × 2 responses × sequence_len {sequence(config)}"
+        yield Setting(dotted("train.batch"), micro * steps, fields, words)
+    words = f"micro_batch_size {micro} × 2 completions × sequence_len {sequence(config)}"
     tokens = 2 * micro * sequence(config)
-    yield Setting(dotted("train.tokens_per_microbatch"), tokens, ("micro_batch_size", "sequence_len"), how)
+    yield Setting(dotted("train.tokens_per_microbatch"), tokens, ("micro_batch_size", "sequence_len"), words)
 
 
 def steps(config: Axolotl) -> Made:
@@ -73,13 +67,11 @@ def steps(config: Axolotl) -> Made:
         yield Setting(dotted("train.steps"), config.whole("max_steps"), ("max_steps",))
 
 
-_WARM_CONSTANT = "constant_with_warmup"
-
-
 def schedule(config: Axolotl) -> Made:
     scheduler = config.text("lr_scheduler", "cosine")
     if "lr_scheduler" in config:
-        yield Setting(dotted("train.schedule"), scheduler.replace(_WARM_CONSTANT, "constant"), ("lr_scheduler",))
+        schedule = scheduler.replace("constant_with_warmup", "constant")
+        yield Setting(dotted("train.schedule"), schedule, ("lr_scheduler",))
     if scheduler == "constant":  # transformers' schedule of this name has no warmup
         yield Setting(dotted("train.warmup"), 0, ("lr_scheduler",), "lr_scheduler: constant has none")
         for field in config.given("warmup_steps", "warmup_ratio"):
@@ -151,9 +143,8 @@ def samples(config: Axolotl) -> Made:
         count, length = config.whole("num_generation_samples", 3), config.whole("generation_max_new_tokens", 50)
         yield Setting(dotted("eval.samples"), count, ("generate_samples", *samples))
         yield Setting(dotted("eval.sample_tokens"), length, ("generate_samples", *tokens))
-        return
-    for field in (*samples, *tokens):
-        yield Left(field, "generate_samples is not on")
+    else:
+        yield from (Left(field, "generate_samples is not on") for field in (*samples, *tokens))
 
 
 TRACKERS = {
@@ -168,10 +159,10 @@ TRACKERS = {
 def trackers(config: Axolotl) -> Made:
     names, fields = [], []
     for name, switches in TRACKERS.items():
-        wanted = [field for field in switches if config.get(field)]
-        if wanted and config.get(switches[0]) is not False and config.get(f"{name}_mode") != "disabled":
+        active = [field for field in switches if config.get(field)]
+        if active and config.get(switches[0]) is not False and config.get(f"{name}_mode") != "disabled":
             names.append(name)
-            fields += wanted
+            fields += active
     if names:
         yield Setting(dotted("log.trackers"), names, tuple(fields))
     for switches in TRACKERS.values():

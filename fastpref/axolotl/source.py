@@ -12,11 +12,7 @@ from fastpref.errors import UserError
 
 PAIRED = ("dpo", "ipo", "orpo", "simpo")
 METHODS = (*PAIRED, "kto")
-_OTHERS = {
-    "grpo": "GRPO generates while it trains",
-    "gdpo": "GDPO generates while it trains",
-    "ebft": "EBFT generates while it trains",
-}
+_GENERATING = ("grpo", "gdpo", "ebft")
 _NESTED = ("trl", "peft")
 
 
@@ -71,19 +67,19 @@ class Axolotl:
         return tuple(field for field in fields if field in self.values)
 
     def on(self, field: str) -> bool:
-        return bool(self._read(field, as_flag, False))
+        return self._read(field, _as(bool, "true or false"), False)
 
     def number(self, field: str, default: Any = None) -> Any:
-        return self._read(field, as_number, default)
+        return self._read(field, _as_number, default)
 
     def whole(self, field: str, default: Any = None) -> Any:
-        return self._read(field, as_whole, default)
+        return self._read(field, _as_whole, default)
 
     def text(self, field: str, default: Any = None) -> Any:
-        return self._read(field, as_text, default)
+        return self._read(field, _as(str, "text"), default)
 
     def table(self, field: str) -> dict[str, Any]:
-        return self._read(field, as_table, {})
+        return self._read(field, _as(dict, "a table of keywords"), {})
 
     def _read(self, field: str, convert: Callable[[Any], Any], default: Any) -> Any:
         if field not in self.values:
@@ -94,7 +90,7 @@ class Axolotl:
             raise UserError(f"{self.file}: {field}: {error}") from None
 
 
-def as_number(value: Any) -> float | int:
+def _as_number(value: Any) -> float | int:
     # YAML reads 1e-4, without a decimal point, as text
     if isinstance(value, str):
         try:
@@ -106,29 +102,22 @@ def as_number(value: Any) -> float | int:
     return value
 
 
-def as_whole(value: Any) -> int:
-    number = as_number(value)
+def _as_whole(value: Any) -> int:
+    number = _as_number(value)
     if number != number or number in (float("inf"), float("-inf")) or int(number) != number:
         raise ValueError(f"must be a whole number, got {shown(value)}")
     return int(number)
 
 
-def as_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be text, got {shown(value)}")
-    return value
+def _as(kind: type, words: str) -> Callable[[Any], Any]:
+    """Return a function that returns values of this kind, and refuses others in these words."""
 
+    def checked(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"must be {words}, got {shown(value)}")
+        return value
 
-def as_table(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"must be a table of keywords, got {shown(value)}")
-    return value
-
-
-def as_flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, got {shown(value)}")
-    return value
+    return checked
 
 
 def shown(value: Any) -> str:
@@ -189,12 +178,14 @@ def _flat(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_method(config: Axolotl) -> None:
     method = config.get("rl")
-    wanted = f"fastpref trains rl: {', '.join(METHODS)}"
+    known = f"fastpref trains rl: {', '.join(METHODS)}"
     if not method:
-        raise UserError(f"{config.file}: there is no rl: in it, so it trains on no preferences; {wanted}")
+        raise UserError(f"{config.file}: there is no rl: in it, so it trains on no preferences; {known}")
     if method not in METHODS:
-        why = _OTHERS.get(str(method), "this method is not known here")
-        raise UserError(f"{config.file}: rl: {method}: {why}; {wanted}")
+        why = (
+            f"{method.upper()} generates while it trains" if method in _GENERATING else "this method is not known here"
+        )
+        raise UserError(f"{config.file}: rl: {method}: {why}; {known}")
     for field, need in (("base_model", "a model's name or folder"), ("datasets", "a list of tables with a path")):
         if field not in config:
             raise UserError(f"{config.file}: there is no {field}: in it; add {need}")

@@ -1,4 +1,4 @@
-"""The preference losses, as functions of the log-probabilities of whole responses and of tokens."""
+"""The preference losses, as functions of the log-probabilities of whole completions and of tokens."""
 
 from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.losses.pairs import (

@@ -60,13 +60,9 @@ def kernel_spec(loss: LossOptions) -> LossSpec:
         case DPO():
             return _dpo_spec(loss)
         case ORPO():
+            prompts = loss.nll_on == "all"
             return LossSpec(
-                ("odds_ratio",),
-                (loss.beta,),
-                beta=loss.beta,
-                averaged=True,
-                supervised=1.0,
-                prompts=loss.nll_on == "all",
+                ("odds_ratio",), (loss.beta,), beta=loss.beta, averaged=True, supervised=1.0, prompts=prompts
             )
         case SimPO():
             variant, averaged, margin = "sigmoid", True, loss.margin
@@ -123,49 +119,33 @@ def fused_loss(
     examples: float | None,
     nll_tokens: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the loss, its coefficients [N], values of responses [3, 2P or R] and of pairs [3, P], in one launch.
+    """Compute the loss, its coefficients [N], values of completions [3, 2P or R] and of pairs [3, P], in one launch.
 
     `kernels/preference_loss_launch.py` describes them. `torch.compile` and fake tensors treat this as one operation.
     """
     from fastpref.kernels import preference_loss_launch as launch
 
-    def contiguous(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.contiguous()
-
+    logp, lengths = logp.contiguous(), lengths.contiguous()
+    reference = None if reference is None else reference.contiguous()
     if labels is not None:
         assert reference is not None
         assert kl is not None
-        return launch.row_loss(
-            logp.contiguous(),
-            starts,
-            lengths.contiguous(),
-            reference.contiguous(),
-            labels,
-            kl,
-            tuple(numbers),
-            examples=examples,
-        )
+        return launch.row_loss(logp, starts, lengths, reference, labels, kl, tuple(numbers), examples=examples)
+    log_sum_sq_probs = None if log_sum_sq_probs is None else log_sum_sq_probs.contiguous()
+    of_variants = dict(zip(variants.split(","), weights, strict=False))  # "".split gives one empty name
     return launch.pair_loss(
-        logp.contiguous(),
-        starts,
-        lengths.contiguous(),
-        contiguous(reference),
-        contiguous(log_sum_sq_probs),
-        dict(zip(variants.split(","), weights, strict=False)),  # "".split gives one empty name
-        Flags(*flags),
-        tuple(numbers),
-        examples=examples,
-        nll_tokens=nll_tokens,
-    )
+        logp, starts, lengths, reference, log_sum_sq_probs, of_variants, Flags(*flags), tuple(numbers),
+        examples=examples, nll_tokens=nll_tokens,
+    )  # fmt: skip
 
 
 @fused_loss.register_fake
 def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, variants, weights, flags, numbers, examples, nll):
     sequences = lengths.shape[0]
     groups = 3 if Flags(*flags).HAS_PROMPTS else 2
-    responses = sequences // groups * 2 if labels is None else labels.shape[0]
+    completions = sequences // groups * 2 if labels is None else labels.shape[0]
     pairs = sequences // groups if labels is None else 0
-    shapes = ((), logp.shape, (3, responses), (3, pairs))
+    shapes = ((), logp.shape, (3, completions), (3, pairs))
     return tuple(logp.new_empty(shape) for shape in shapes)
 
 

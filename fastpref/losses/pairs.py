@@ -1,7 +1,7 @@
-"""The losses of pairs, as pure functions of the log-probabilities of whole responses.
+"""The losses of pairs, as pure functions of the log-probabilities of whole completions.
 
-For a response s with `logp_s`, the sum over its n_s tokens: avg_s = logp_s/n_s, ratio_s = logp_s − ref_s, and the
-implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejected response, Δ = ratio_c − ratio_r;
+For a completion s with `logp_s`, the sum over its n_s tokens: avg_s = logp_s/n_s, ratio_s = logp_s − ref_s, and the
+implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejected completion, Δ = ratio_c − ratio_r;
 σ is the logistic function, ε the label smoothing.
 
 The loss of a step is the mean over its pairs; supervised terms are the mean over the step's chosen tokens. A function
@@ -11,7 +11,7 @@ tensors are float32 (or float64) [P], one entry per pair, unless noted otherwise
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from fastpref.losses.result import PreferenceLoss, Totals
 
 @dataclass(frozen=True)
 class PairLogps:
-    """The log-probabilities of P pairs: sums over each response's tokens."""
+    """The log-probabilities of P pairs: sums over each completion's tokens."""
 
     chosen: Tensor  # [P]
     rejected: Tensor  # [P]
@@ -36,8 +36,14 @@ class PairLogps:
     weights: Tensor | None = None  # [P] of `wpo_weights`
 
     def detach(self) -> "PairLogps":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t.detach() for name, t in values.items() if t is not None})
+        return replace(self, **{name: t.detach() for name, t in vars(self).items() if t is not None})
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """The log-ratios of the chosen and of the rejected completions to the reference."""
+        assert self.ref_chosen is not None
+        assert self.ref_rejected is not None
+        return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
     @property
     def supervised(self) -> tuple[Tensor, Tensor]:
@@ -105,12 +111,9 @@ class _PairView:
     """The terms from which the variants are computed."""
 
     def __init__(self, pairs: PairLogps, options: DPO, step: WholeStep):
-        assert pairs.ref_chosen is not None
-        assert pairs.ref_rejected is not None
         self.options, self.pairs, self.step = options, pairs, step
         self.beta, self.eps = options.beta, options.label_smoothing
-        self.ratio_chosen = pairs.chosen - pairs.ref_chosen
-        self.ratio_rejected = pairs.rejected - pairs.ref_rejected
+        self.ratio_chosen, self.ratio_rejected = pairs.ratios
         self.score_chosen = _divergence_score(self.ratio_chosen, options)
         self.score_rejected = _divergence_score(self.ratio_rejected, options)
         self.x = self.beta * (self.score_chosen - self.score_rejected)  # βΔ
@@ -181,10 +184,7 @@ def _aot_unpaired(v: _PairView) -> Tensor:
     A partner may be in another micro-batch. So each side is compared with its partner's value without gradient, and the
     rejected side's term contributes only its gradient.
     """
-    whole = v.step.pairs
-    assert whole.ref_chosen is not None
-    assert whole.ref_rejected is not None
-    chosen, rejected = whole.chosen - whole.ref_chosen, whole.rejected - whole.ref_rejected
+    chosen, rejected = v.step.pairs.ratios
     for_chosen = rejected.sort().values[_ranks(chosen)[v.step.index]]
     for_rejected = chosen.sort().values[_ranks(rejected)[v.step.index]]
     own = _smoothed(v.beta * (v.ratio_chosen - for_chosen), v.eps)
@@ -242,17 +242,9 @@ def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | No
     ratio = F.logsigmoid(log_odds)
     loss = _nll(pairs, totals) - options.beta * ratio.sum() / totals.examples
     count = ratio.new_tensor(float(len(ratio)))
-    return _result(
-        loss,
-        pairs,
-        options.beta * chosen,
-        options.beta * rejected,
-        {
-            "nll_loss": _nll_metric(pairs),
-            "log_odds_ratio": (ratio.detach().sum(), count),
-            "log_odds_chosen": (log_odds.detach().sum(), count),
-        },
-    )
+    extra = {"nll_loss": _nll_metric(pairs), "log_odds_ratio": (ratio.detach().sum(), count)}
+    extra["log_odds_chosen"] = (log_odds.detach().sum(), count)
+    return _result(loss, pairs, options.beta * chosen, options.beta * rejected, extra)
 
 
 def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
@@ -293,16 +285,16 @@ def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None
 
 
 def length_weights(
-    offsets: Tensor,  # [N] each token's index in its response, from 0
-    shorter: Tensor,  # [N] length of the shorter response of its pair
+    offsets: Tensor,  # [N] each token's index in its completion, from 0
+    shorter: Tensor,  # [N] length of the shorter completion of its pair
     alpha: float,
 ) -> Tensor:
-    """Return LD-DPO's weights (arXiv 2409.06411), [N] float32: alpha past the shorter response's length, 1 before."""
+    """Return LD-DPO's weights (arXiv 2409.06411), [N] float32: alpha past the shorter completion's length, 1 before."""
     return torch.where(offsets < shorter, 1.0, alpha)
 
 
 def wpo_weights(
-    chosen: Tensor,  # [P] mean over a response's tokens of logp − log Σp²
+    chosen: Tensor,  # [P] mean over a completion's tokens of logp − log Σp²
     rejected: Tensor,  # [P]
 ) -> Tensor:
     """Return WPO's weights (Zhou et al., arXiv 2406.11827, eq. 2), without gradient: how on-policy each pair is."""
@@ -344,17 +336,13 @@ def _with_sft(loss: Tensor, pairs: PairLogps, weight: float, totals: Totals) -> 
 
 def _alpha_reward(logps: Tensor, alpha: float) -> Tensor:
     """Return (1 − p^{−α})/α for p = e^logps, or its limit, logps, for α = 0."""
-    if not alpha:
-        return logps
-    return -_bounded_expm1(-alpha * logps) / alpha
+    return -_bounded_expm1(-alpha * logps) / alpha if alpha else logps
 
 
 def _log1mexp(x: Tensor) -> Tensor:
     """Return log(1 − eˣ) for x ≤ 0, accurate at both ends. x is at most −1e-30, so that the result stays finite."""
     x = x.clamp(max=-1e-30)
     near_zero = x > -math.log(2)
-    small = torch.where(
-        near_zero, x, -1.0
-    )  # each branch gets only the values for which it is accurate, so gradients stay finite
-    large = torch.where(near_zero, -1.0, x)
+    # Each branch gets only the values for which it is accurate, so gradients stay finite.
+    small, large = torch.where(near_zero, x, -1.0), torch.where(near_zero, -1.0, x)
     return torch.where(near_zero, (-torch.expm1(small)).log(), torch.log1p(-large.exp()))

@@ -18,7 +18,7 @@ class PreferenceLoss:
     """A loss and the quantities that are logged with it. Only `loss` is differentiable."""
 
     loss: Tensor  # scalar, this part's share of the step's loss
-    sums: Tensor  # [2P] logp of the chosen, then of the rejected responses (with LD-DPO's weights); KTO: [R]
+    sums: Tensor  # [2P] logp of the chosen, then of the rejected completions (with LD-DPO's weights); KTO: [R]
     reference_sums: Tensor | None  # the same for the reference
     rewards: Tensor  # [2P] or [R]
     labels: Tensor | None = None  # [R] bool: KTO
@@ -26,10 +26,10 @@ class PreferenceLoss:
 
     @property
     def chosen_rewards(self) -> Tensor:
-        """The rewards of the chosen responses [P], or of the desirable rows."""
+        """The rewards of the chosen completions [P], or of the desirable rows."""
         return self.rewards[: len(self.rewards) // 2] if self.labels is None else self.rewards[self.labels]
 
     @property
     def rejected_rewards(self) -> Tensor:
-        """The rewards of the rejected responses [P], or of the undesirable rows."""
+        """The rewards of the rejected completions [P], or of the undesirable rows."""
         return self.rewards[len(self.rewards) // 2 :] if self.labels is None else self.rewards[~self.labels]

@@ -1,4 +1,4 @@
-"""KTO, the loss of single responses, as a pure function of their log-probabilities."""
+"""KTO, the loss of single completions, as a pure function of their log-probabilities."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from fastpref.losses.result import PreferenceLoss, Totals
 
 @dataclass(frozen=True)
 class RowLogps:
-    """The log-probabilities of R single responses, each labelled desirable or not."""
+    """The log-probabilities of R single completions, each labelled desirable or not."""
 
     logps: Tensor  # [R]
     ref_logps: Tensor  # [R]
@@ -27,7 +27,7 @@ def kto_loss(
     """Compute KTO (Ethayarajh et al., arXiv 2402.01306), the mean of these terms over the rows.
 
     A desirable row has the term w_d·(1 − σ(β(ratio − KL))), an undesirable one w_u·(1 − σ(β(KL − ratio))), where
-    ratio = logp − ref. Rewards are β·ratio. Without KL it is APO-zero for single responses (arXiv 2408.06266).
+    ratio = logp − ref. Rewards are β·ratio. Without KL it is APO-zero for single completions (arXiv 2408.06266).
     """
     options = options or KTO()
     ratio = rows.logps - rows.ref_logps

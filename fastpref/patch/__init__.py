@@ -45,7 +45,8 @@ def patch(trl: ModuleType, *, prefix_sharing: bool = True) -> "Patch":
     if trl not in _patches:
         _patches[trl] = Patch(trl, prefix_sharing)
     elif _patches[trl].prefix_sharing != prefix_sharing:
-        _patches[trl]._share(prefix_sharing)
+        _patches[trl].prefix_sharing = prefix_sharing
+        _patches[trl]._forget_plans()
     return _patches[trl]
 
 
@@ -148,10 +149,6 @@ class Patch:
                 yield scope
         finally:
             self._scopes.remove(scope)
-
-    def _share(self, prefix_sharing: bool) -> None:
-        self.prefix_sharing = prefix_sharing
-        self._forget_plans()
 
     def _forget_plans(self) -> None:
         for model, plan in self._plans.items():

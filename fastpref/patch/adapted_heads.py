@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from fastpref.patch.plan import bare
-from fastpref.patch.replacement import MISSING
+from fastpref.patch.replacement import MISSING, replacement
 
 if TYPE_CHECKING:
     from fastpref.patch import Patch
@@ -35,15 +35,15 @@ def accept_adapted_heads(patch: "Patch", module: ModuleType, original: Any) -> A
 @contextmanager
 def _accepting_adapters(module: ModuleType) -> Iterator[None]:
     """Hide from a trainer's module that a layer belongs to an adapter."""
-    before = vars(module).get("BaseTunerLayer", MISSING)
-    if before is MISSING:
+    hidden = replacement(module, "BaseTunerLayer", type("NoTunerLayer", (), {}))
+    if hidden.before is MISSING:
         yield
         return
-    vars(module)["BaseTunerLayer"] = type("NoTunerLayer", (), {})
+    hidden.make()
     try:
         yield
     finally:
-        vars(module)["BaseTunerLayer"] = before
+        hidden.undo()
 
 
 def _refuse_without(model: Any) -> None:

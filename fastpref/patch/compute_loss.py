@@ -74,11 +74,7 @@ def replace_compute_loss(patch: "Patch", trainer: Any, module: ModuleType) -> li
     replacements += replace_method(trainer, "compute_ref_log_probs", compute_ref_log_probs)
     replacements += replace_method(trainer, "_compute_kl_logps", functools.partial(kl_logps, patch))
     if fused is not None:
-        return replacements + replace_method(
-            trainer, "__init__", functools.partial(accept_adapted_heads, patch, module)
-        )
-    return (
-        replacements
-        + replace_method(trainer, "_truncate_inputs", truncate_inputs)
-        + replace_functions_of_logits(module)
-    )
+        accept = functools.partial(accept_adapted_heads, patch, module)
+        return replacements + replace_method(trainer, "__init__", accept)
+    replacements += replace_method(trainer, "_truncate_inputs", truncate_inputs)
+    return replacements + replace_functions_of_logits(module)

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from fastpref.patch.logits import Logits, Scores
 from fastpref.patch.plan import Plan
+from fastpref.patch.replacement import replacement
 from fastpref.patch.report import Tally
 from fastpref.patch.states import States, later_states, packed_states, padded_router_loss, padded_states
 from fastpref.patch.trees import IGNORED, Packed, later_completions, later_padding, pack, read_rows
@@ -57,19 +58,15 @@ class Scope:
     @contextmanager
     def standing_in(self) -> Iterator["Scope"]:
         """Replace the models' forwards inside the block."""
-        before = {}
+        planned = [(model, plan) for model, plan in self.plans if plan.refused is None]
+        replacements = [replacement(m, "forward", _Forward(self, m, plan, m.forward)) for m, plan in planned]
         try:
-            for model, plan in self.plans:
-                if plan.refused is None:
-                    before[id(model)] = (model, model.__dict__.get("forward"))
-                    model.forward = _Forward(self, model, plan, model.forward)
+            for one in replacements:
+                one.make()
             yield self
         finally:
-            for model, forward in before.values():
-                if forward is None:
-                    del model.forward
-                else:
-                    model.forward = forward
+            for one in replacements:
+                one.undo()
 
 
 @dataclass

@@ -6,6 +6,7 @@ positions, and the values that TRL then computes come from one pass over the voc
 real logits of its positions.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -168,17 +169,13 @@ class Logits:
 
     reshape = view
 
-    def contiguous(self) -> "Logits":
-        return self
-
     def detach(self) -> "Logits":
         return Logits(self.scores, self.at, with_grad=False)
 
     def to(self, *_: Any, **__: Any) -> "Logits":
         return self  # float32 inside, and on the device of the hidden states
 
-    def float(self) -> "Logits":
-        return self
+    contiguous = float = to
 
     # --- results ------------------------------------------------------------------------------------------------
 
@@ -276,15 +273,13 @@ _arithmetic("__neg__")
 def understanding(function: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap TRL's function of logits so that `answer` computes it for a `Logits`, if it can."""
 
+    @functools.wraps(function)
     def answered(logits: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(logits, Logits):
             return function(logits, *args, **kwargs)
         result = answer(logits, *args, **kwargs)
         return function(logits.materialize(), *args, **kwargs) if result is None else result
 
-    answered.__wrapped__ = function  # pyright: ignore[reportFunctionMemberAccess]
-    answered.__doc__ = function.__doc__
-    answered.__name__ = function.__name__
     return answered
 
 

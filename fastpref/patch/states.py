@@ -1,6 +1,7 @@
 """The hidden states of a padded batch, computed in any layout, and the head's results for them."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,15 +48,10 @@ def packed_states(
     """Compute the hidden states of the rows as trees. With `keep`, also return every layer's keys and values."""
     options |= tree_keywords(packed.layout, packed.input_ids.device)
     call = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
-    kept: Kept | None = None
-    if keep:
-        with keeping(packed.layout) as kept:
-            output = backbone(**call, **options)
-    else:
+    with keeping(packed.layout) if keep else nullcontext() as kept:
         output = backbone(**call, **options)
     hidden = output.last_hidden_state[0]
-    place = packed.place.to(hidden.device)
-    return States(hidden, place, head, output), kept
+    return States(hidden, packed.place.to(hidden.device), head, output), kept
 
 
 @torch.no_grad()
@@ -90,9 +86,8 @@ def padded_router_loss(
         flat = logits.flatten(0, 1) if logits.shape[:2] == rows else logits  # [..., M, experts]
         return flat.index_select(-2, real)
 
-    padded = type(output)(
-        last_hidden_state=output.last_hidden_state, router_logits=tuple(map(of_rows, output.router_logits))
-    )
+    router_logits = tuple(map(of_rows, output.router_logits))
+    padded = type(output)(last_hidden_state=output.last_hidden_state, router_logits=router_logits)
     return router_loss(forward, backbone, padded)
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a step or an evaluation: means over all its tokens or responses, independent of the micro-batches."""
+"""Metrics of a step or an evaluation: means over all its tokens or completions, independent of the micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,8 +16,8 @@ TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 
 @dataclass(frozen=True)
-class Responses:
-    """The rewards and lengths of responses. Except for KTO, chosen[i] and rejected[i] are a pair."""
+class Completions:
+    """The rewards and lengths of completions. Except for KTO, chosen[i] and rejected[i] are a pair."""
 
     chosen: Tensor  # [P] rewards
     rejected: Tensor  # [P]
@@ -29,7 +29,7 @@ class Metrics:
     """The sums and counts of metrics by name, collected without waiting for the device. `result` divides them.
 
     For pairs, rewards, their margins and accuracies (a tie counts half) and log-probabilities are means over pairs. For
-    single responses (KTO), "chosen" are the means over the desirable rows and "rejected" those over the others. Margins
+    single completions (KTO), "chosen" are the means over the desirable rows, "rejected" those over the others. Margins
     are the difference of the two means. Accuracies are the share of all combinations of a desirable and an undesirable
     row in which the desirable one has the higher reward.
     """
@@ -37,8 +37,10 @@ class Metrics:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor | float] = {}
-        self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []  # rewards, lengths and labels of single responses
-        self._elsewhere: list[Responses] = []  # of other processes
+        self._parts: list[
+            tuple[Tensor, Tensor, Tensor | None]
+        ] = []  # rewards, lengths and labels of single completions
+        self._elsewhere: list[Completions] = []  # of other processes
         self.paired = True  # whether chosen[i] and rejected[i] are a pair
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
@@ -55,12 +57,12 @@ class Metrics:
             self.add(name, total, count)
 
     def add_sequences(self, logps: Tensor, chosen: Tensor) -> None:
-        """Add the log-probabilities `logps` [S] of whole responses, of which `chosen` [S] bool are the chosen ones."""
+        """Add the log-probabilities `logps` [S] of whole completions; `chosen` [S] bool says which are chosen ones."""
         for side, mask in (("chosen", chosen), ("rejected", ~chosen)):
             self._add_where(f"logps/{side}", logps, mask)
 
     def add_ranking(self, logps: Tensor, lengths: Tensor) -> None:
-        """Add how often the chosen response is likelier per token than the rejected one. logps and lengths are [2P]."""
+        """Add how often the chosen completion is the likelier one per token. logps and lengths are [2P]."""
         chosen, rejected = (logps.detach() / lengths).chunk(2)
         self.add("logps/accuracies", _shares(chosen - rejected).sum(), len(chosen))
 
@@ -87,16 +89,16 @@ class Metrics:
         whole = Metrics()
         whole.paired = self.paired
         sums = {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()}
-        own = self.responses()
+        own = self.completions()
         lists = (own.chosen, own.rejected, own.chosen_lengths, own.rejected_lengths)
-        for theirs, responses in processes.gather((sums, lists)):
+        for theirs, completions in processes.gather((sums, lists)):
             for name, (total, count) in theirs.items():
                 whole.add(name, torch.tensor(total), count)
-            whole._elsewhere.append(Responses(*responses))
+            whole._elsewhere.append(Completions(*completions))
         return whole
 
     def single_responses(self) -> None:
-        """Treat rewards as those of single responses, not of pairs."""
+        """Treat rewards as those of single completions, not of pairs."""
         self.paired = False
 
     def result(self) -> dict[str, float]:
@@ -109,18 +111,18 @@ class Metrics:
         }
         return means | self._reward_metrics()
 
-    def responses(self) -> Responses:
-        """Return the responses of all parts, and of all processes once they are joined."""
+    def completions(self) -> Completions:
+        """Return the completions of all parts, and of all processes once they are joined."""
         own = [
-            Responses(*(side for values in (rewards, lengths) for side in _sides(values, labels)))
+            Completions(*(side for values in (rewards, lengths) for side in _sides(values, labels)))
             for rewards, lengths, labels in self._parts
         ]
-        parts = own + self._elsewhere or [Responses(*(torch.zeros(0) for _ in fields(Responses)))]
-        return Responses(*(torch.cat([getattr(part, f.name) for part in parts]).float() for f in fields(Responses)))
+        parts = own + self._elsewhere or [Completions(*(torch.zeros(0) for _ in fields(Completions)))]
+        return Completions(*(torch.cat([getattr(part, f.name) for part in parts]).float() for f in fields(Completions)))
 
     def _reward_metrics(self) -> dict[str, float]:
-        responses = self.responses()
-        chosen, rejected = responses.chosen, responses.rejected
+        completions = self.completions()
+        chosen, rejected = completions.chosen, completions.rejected
         metrics = {}
         if len(chosen):
             metrics["rewards/chosen"] = float(chosen.mean())
@@ -131,15 +133,13 @@ class Metrics:
             difference = chosen - rejected if self.paired else (chosen[:, None] - rejected[None, :]).flatten()
             metrics["rewards/accuracies"] = float(_shares(difference).mean())
         if len(chosen) + len(rejected) > 1:
-            rewards = torch.cat([chosen, rejected])
-            metrics["rewards/length_correlation"] = _correlation(
-                rewards, torch.cat([responses.chosen_lengths, responses.rejected_lengths])
-            )
+            lengths = torch.cat([completions.chosen_lengths, completions.rejected_lengths])
+            metrics["rewards/length_correlation"] = _correlation(torch.cat([chosen, rejected]), lengths)
         return metrics
 
 
 def _sides(values: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
-    """Return the values of the chosen and of the rejected responses. With labels this waits for the device."""
+    """Return the values of the chosen and of the rejected completions. With labels this waits for the device."""
     return values.chunk(2) if labels is None else (values[labels], values[~labels])
 
 

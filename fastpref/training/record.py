@@ -53,7 +53,7 @@ class Record:
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
         """Record the rewards of all held-out responses, for intervals. Only those of the last evaluation are kept."""
-        responses = metrics.responses()
+        responses = metrics.completions()
         self._facts["heldout"] = {
             "step": step,
             "paired": metrics.paired,

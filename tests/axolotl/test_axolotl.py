@@ -60,7 +60,7 @@ def flat(raw: Any, name: str = "") -> dict[str, Any]:
 
 
 SMALLEST = flat(ALWAYS)
-CHAT = "datasets: [{path: d, type: chat_template.default, "
+CHAT, FORMAT = "datasets: [{path: d, type: chat_template.default, ", {"type": "chat_template.default"}
 # Axolotl's fields → what they add to or change in the smallest config.
 TABLE: dict[str, dict[str, Any]] = {
     "": {},
@@ -76,17 +76,11 @@ TABLE: dict[str, dict[str, Any]] = {
     "bf16: false": {"model.dtype": "float32"},
     "float32: true": {"model.dtype": "float32"},
     "adapter: lora": {"lora": {}},
-    "{adapter: lora, lora_r: 8, lora_alpha: 16, lora_dropout: 0.1}": {
-        "lora.rank": 8,
-        "lora.alpha": 16,
-        "lora.dropout": 0.1,
-    },
+    "{adapter: lora, lora_r: 8, lora_alpha: 16, lora_dropout: 0.1}": {"lora": {"rank": 8, "alpha": 16, "dropout": 0.1}},
     "{adapter: lora, lora_target_linear: true}": {"lora.target": "all-linear"},
     "{adapter: lora, lora_target_modules: [q_proj, lm_head]}": {"lora.target": ["q_proj", "lm_head"]},
     "{adapter: lora, lora_target_modules: q_proj}": {"lora.target": ["q_proj"]},
-    r"{adapter: lora, lora_target_modules: 'model.layers.[\d]+.(mlp|self_attn).(up|q)_proj'}": {
-        "lora.target": r"model.layers.[\d]+.(mlp|self_attn).(up|q)_proj"
-    },
+    r"{adapter: lora, lora_target_modules: 'layers.[\d]+.(up|q)_proj'}": {"lora.target": r"layers.[\d]+.(up|q)_proj"},
     "{adapter: lora, lora_modules_to_save: [embed_tokens]}": {"lora.modules_to_save": ["embed_tokens"]},
     "{adapter: lora, peft_use_dora: true, peft_use_rslora: true}": {"lora.dora": True, "lora.rslora": True},
     "rl: ipo": {"loss.type": "ipo"},
@@ -94,10 +88,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "rl: orpo": {"loss.type": "orpo", "loss.nll_on": "all"},
     "rl: simpo": {"loss.type": "simpo", "loss.beta": 0.1, "loss.gamma": 0.5, "loss.sft_weight": 1.0},
     "{rl: simpo, rl_beta: 2, simpo_gamma: 1.5, cpo_alpha: 0}": {
-        "loss.type": "simpo",
-        "loss.beta": 2,
-        "loss.gamma": 1.5,
-        "loss.sft_weight": 0,
+        "loss": {"type": "simpo", "beta": 2, "gamma": 1.5, "sft_weight": 0}
     },
     "rl_beta: 0.3": {"loss.beta": 0.3},
     "dpo_beta: 0.3": {"loss.beta": 0.3},
@@ -106,39 +97,27 @@ TABLE: dict[str, dict[str, Any]] = {
     "{dpo_loss_type: [ipo]}": {"loss.variants": ["ipo"]},
     "{dpo_loss_type: hinge}": {"loss.variants": ["hinge"]},
     "{dpo_loss_type: [sigmoid, bco_pair, sft], dpo_loss_weights: [0.8, 0.2, 1]}": {
-        "loss.variants": ["sigmoid", "bco_pair", "sft"],
-        "loss.weights": [0.8, 0.2, 1],
+        "loss": {"variants": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1]}
     },
     "rpo_alpha: 0.5": {"loss.variants": ["sigmoid", "sft"], "loss.weights": [1.0, 0.5]},
     "{dpo_loss_type: [hinge], dpo_loss_weights: [2], rpo_alpha: 0.5}": {
-        "loss.variants": ["hinge", "sft"],
-        "loss.weights": [2, 0.5],
+        "loss": {"variants": ["hinge", "sft"], "weights": [2, 0.5]}
     },
     "dpo_norm_loss: true": {"loss.variants": ["sigmoid_norm"]},
     "dpo_label_smoothing: 0.1": {"loss.label_smoothing": 0.1},
     "{dpo_loss_type: [exo_pair], dpo_label_smoothing: 0.01}": {
-        "loss.variants": ["exo_pair"],
-        "loss.label_smoothing": 0.01,
+        "loss": {"variants": ["exo_pair"], "label_smoothing": 0.01}
     },
     "dpo_use_weighting: true": {"loss.weighting": True},
     "{rl: kto, micro_batch_size: 2, kto_desirable_weight: 0.2, kto_undesirable_weight: 0}": {
-        "loss.type": "kto",
-        "loss.desirable_weight": 0.2,
-        "loss.undesirable_weight": 0,
-        "train.batch": 2,
-        "train.tokens_per_microbatch": 2048,
+        "loss": {"type": "kto", "desirable_weight": 0.2, "undesirable_weight": 0},
+        "train": {"batch": 2, "tokens_per_microbatch": 2048},
     },
     "datasets: [{path: p, split: s, name: n, revision: r}]": {
-        "data.0.path": "p",
-        "data.0.split": "s",
-        "data.0.name": "n",
-        "data.0.revision": "r",
+        "data": [{"path": "p", "split": "s", "name": "n", "revision": "r"}]
     },
     "datasets: [{path: p, type: chatml.intel}, {path: q, type: llama3}]": {
-        "data.0.path": "p",
-        "data.0.format": "chatml.intel",
-        "data.1.path": "q",
-        "data.1.format": "llama3.default",
+        "data": [{"path": "p", "format": "chatml.intel"}, {"path": "q", "format": "llama3.default"}]
     },
     "datasets: [{path: d, type: passthrough}]": {"data.0.format": "passthrough"},
     "datasets: [{path: d, type: chat_template}]": {"data.0.format": "chat_template.default"},
@@ -146,50 +125,36 @@ TABLE: dict[str, dict[str, Any]] = {
         "data.0.format": {"field_prompt": "q", "field_chosen": "c"}
     },
     "datasets: [{path: json, data_files: [a.jsonl, b.jsonl], ds_type: json, type: chatml.icr}]": {
-        "data.0.path": "a.jsonl",
-        "data.0.format": "chatml.icr",
-        "data.1.path": "b.jsonl",
-        "data.1.format": "chatml.icr",
+        "data": [{"path": "a.jsonl", "format": "chatml.icr"}, {"path": "b.jsonl", "format": "chatml.icr"}]
     },
     "datasets: [{path: json, data_files: a.jsonl}]": {"data.0.path": "a.jsonl"},
-    CHAT + "field_messages: talk, field_chosen: c, field_rejected: r, field_tools: t, roles: {user: [me]}}]": {
-        "data.0.format": {
-            "type": "chat_template.default",
-            "field_messages": "talk",
-            "field_chosen": "c",
-            "field_rejected": "r",
-            "roles": {"user": ["me"]},
-            "tools": "t",
-        }
+    CHAT + "field_messages: talk, field_chosen: c, field_rejected: r}]": {
+        "data.0.format": FORMAT | {"field_messages": "talk", "field_chosen": "c", "field_rejected": "r"}
+    },
+    CHAT + "field_tools: t, roles: {user: [me]}}]": {
+        "data.0.format": FORMAT | {"roles": {"user": ["me"]}, "tools": "t"}
     },
     CHAT + "message_property_mappings: {role: by}, message_field_content: words}]": {
-        "data.0.format": {
-            "type": "chat_template.default",
-            "message_property_mappings": {"content": "words", "role": "by"},
-        }
+        "data.0.format": FORMAT | {"message_property_mappings": {"content": "words", "role": "by"}}
     },
-    CHAT + "chat_template: llama3}]": {"data.0.format": {"type": "chat_template.default", "chat_template": "llama3"}},
+    CHAT + "chat_template: llama3}]": {"data.0.format": FORMAT | {"chat_template": "llama3"}},
     CHAT + "chat_template: jinja, chat_template_jinja: '{{ x }}'}]": {
-        "data.0.format": {"type": "chat_template.default", "chat_template": "{{ x }}"}
+        "data.0.format": FORMAT | {"chat_template": "{{ x }}"}
     },
     "test_datasets: [{path: h, type: chatml.ultra, split: test}]": {
-        "eval.data.0.path": "h",
-        "eval.data.0.split": "test",
-        "eval.data.0.format": "chatml.ultra",
+        "eval.data": [{"path": "h", "split": "test", "format": "chatml.ultra"}]
     },
     "val_set_size: 0.1": {"eval.fraction": 0.1},
     "val_set_size: 0": {},
     "{val_set_size: 0.1, eval_steps: 20}": {"eval.fraction": 0.1, "eval.every": 20},
     "{val_set_size: 0.1, eval_steps: 0.1, max_steps: 200}": {
-        "eval.fraction": 0.1,
-        "eval.every": 20,
+        "eval": {"fraction": 0.1, "every": 20},
         "train.steps": 200,
     },
     "{generate_samples: true, num_generation_samples: 2}": {"eval.samples": 2, "eval.sample_tokens": 50},
     "{generate_samples: true, generation_max_new_tokens: 9}": {"eval.samples": 3, "eval.sample_tokens": 9},
     "{sequence_len: 1000, max_prompt_len: 300}": {
-        "tokens.max_length": 1000,
-        "tokens.max_prompt_length": 300,
+        "tokens": {"max_length": 1000, "max_prompt_length": 300},
         "train.tokens_per_microbatch": 2000,
     },
     "excess_length_strategy: drop": {},
@@ -200,8 +165,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "chat_template: tokenizer_default": {},
     "chat_template_jinja: '{{ x }}'": {"tokens.chat_template": "{{ x }}"},
     "chat_template_kwargs: {enable_thinking: false, reasoning_effort: low, builtin_tools: null}": {
-        "tokens.chat_template_kwargs.enable_thinking": False,
-        "tokens.chat_template_kwargs.reasoning_effort": "low",
+        "tokens.chat_template_kwargs": {"enable_thinking": False, "reasoning_effort": "low"}
     },
     "chat_template_kwargs: {}": {},
     "learning_rate: 1e-4": {"train.learning_rate": 1e-4},  # YAML reads this number as text
@@ -215,8 +179,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "max_steps: 7": {"train.steps": 7},
     "max_steps: -1": {},
     "{gradient_accumulation_steps: 4, micro_batch_size: 2, sequence_len: 100}": {
-        "train.batch": 8,
-        "train.tokens_per_microbatch": 400,
+        "train": {"batch": 8, "tokens_per_microbatch": 400},
         "tokens.max_length": 100,
     },
     "{batch_size: 32, micro_batch_size: 2}": {"train.batch": 32, "train.tokens_per_microbatch": 2048},
@@ -231,34 +194,36 @@ TABLE: dict[str, dict[str, Any]] = {
     "seed: 3": {"train.seed": 3},
     "output_dir: ./out": {"output.dir": "./out"},
     "logging_steps: 5": {"log.every": 5},
+    # The weights in 4 or 8 bits need a table [lora], which comes after them.
+    "{adapter: qlora, load_in_4bit: true}": {"lora": {}, "model.quantization": "nf4"},
+    "{adapter: lora, load_in_8bit: true}": {"lora": {}, "model.quantization": "int8"},
+    "{adapter: lora, peft: {backend: bnb, weight_dtype: nf4}}": {"lora": {}, "model.quantization": "nf4"},
+    "liger_rope: true": {"model.liger": "auto"},
+    "optimizer: adamw_bnb_8bit": {"train.optimizer": "adamw_8bit"},
+    "optimizer: paged_adamw": {"train.optimizer": "paged_adamw"},
+    "optimizer: paged_adamw_32bit": {"train.optimizer": "paged_adamw"},
+    "optimizer: paged_adamw_8bit": {"train.optimizer": "paged_adamw_8bit"},
+    "precompute_ref_log_probs: true": {"reference.mode": "precompute"},
+    "save_steps: 100": {"output.save_every": 100},
+    "save_total_limit: 2": {"output.keep": 2},
+    "hub_model_id: me/mine": {"output.push_to": "me/mine"},
+    "wandb_project: x": {"log.trackers": ["wandb"]},
+    "{use_mlflow: true, use_tensorboard: true}": {"log.trackers": ["mlflow", "tensorboard"]},
 }
 
 
 @pytest.mark.parametrize("added", TABLE)
 def test_fields_become_these_keys(tmp_path: Path, added: str):
     """A snippet adds exactly these keys to the smallest config, and the result loads."""
-    made = translated(tmp_path, added)
-    wanted = {key: value for key, value in (SMALLEST | TABLE[added]).items() if value is not None}
-    assert flat(tables(made)) == wanted
-    Config.model_validate(tables(made))
+    translation = translated(tmp_path, added)
+    expected = SMALLEST | {
+        key: value for name, inner in TABLE[added].items() for key, value in flat(inner, name).items()
+    }
+    assert flat(tables(translation)) == {key: value for key, value in expected.items() if value is not None}
+    Config.model_validate(tables(translation))
 
 
-# Fields whose key this version may refuse: they are translated as soon as the schema accepts the value.
-PENDING = {
-    "{adapter: qlora, load_in_4bit: true}": ("model", "quantization", "nf4"),
-    "{adapter: lora, load_in_8bit: true}": ("model", "quantization", "int8"),
-    "{adapter: lora, peft: {backend: bnb, weight_dtype: nf4}}": ("model", "quantization", "nf4"),
-    "liger_rope: true": ("model", "liger", "auto"),
-    "optimizer: adamw_bnb_8bit": ("train", "optimizer", "adamw_8bit"),
-    "optimizer: paged_adamw": ("train", "optimizer", "paged_adamw"),
-    "optimizer: paged_adamw_32bit": ("train", "optimizer", "paged_adamw"),
-    "optimizer: paged_adamw_8bit": ("train", "optimizer", "paged_adamw_8bit"),
-    "precompute_ref_log_probs: true": ("reference", "mode", "precompute"),
-    "save_steps: 100": ("output", "save_every", 100),
-    "save_total_limit: 2": ("output", "keep", 2),
-    "hub_model_id: me/mine": ("output", "push_to", "me/mine"),
-    "wandb_project: x": ("log", "trackers", ["wandb"]),
-    "{use_mlflow: true, use_tensorboard: true}": ("log", "trackers", ["mlflow", "tensorboard"]),
+REFUSED = {  # a field → the key and the value that the schema refuses
     "lr_scheduler: polynomial": ("train", "schedule", "polynomial"),
     "optimizer: lion_8bit": ("train", "optimizer", "lion_8bit"),
     "max_grad_norm: 0": ("train", "max_grad_norm", 0),
@@ -268,32 +233,26 @@ PENDING = {
 }
 
 
-@pytest.mark.parametrize("added", PENDING)
+@pytest.mark.parametrize("added", REFUSED)
 def test_what_the_schema_refuses_is_a_comment_with_its_reason(tmp_path: Path, added: str):
-    """A line that the schema refuses is commented out and listed with its reason; any other line is a setting."""
-    made = translated(tmp_path, added)
-    section, key, value = PENDING[added]
-    settings = {(s.key[0], s.key[-1]): s.value for s in made.settings}
-    refused = {(s.key[0], s.key[-1]): (s.value, reason) for s, reason in made.refused}
-    if (section, key) in refused:
-        assert refused[section, key][0] == value
-        reason = refused[section, key][1]
-        assert reason
-        assert f"\n#{key} = " in made.text
-        assert any(reason in line for line in made.left_out)
-    else:
-        assert settings[section, key] == value
-        assert f"\n{key} = " in made.text
-    Config.model_validate(tables(made))
+    """A line that the schema refuses is commented out and listed with its reason."""
+    translation = translated(tmp_path, added)
+    section, key, value = REFUSED[added]
+    ((setting, reason),) = translation.refused
+    assert (setting.key[0], setting.key[-1], setting.value) == (section, key, value)
+    assert reason
+    assert f"\n#{key} = " in translation.text
+    assert any(reason in line for line in translation.left_out)
+    Config.model_validate(tables(translation))
 
 
 def test_a_refused_key_is_taken_once_the_schema_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Only the schema's own answer decides whether a key is translated."""
     monkeypatch.setattr("fastpref.axolotl.mistake", lambda raw: None)
-    made = translated(tmp_path, "adapter: qlora\nload_in_4bit: true\nsave_steps: 10")
-    assert made.refused == ()
-    assert flat(tables(made))["model.quantization"] == "nf4"
-    assert flat(tables(made))["output.save_every"] == 10
+    translation = translated(tmp_path, "adapter: qlora\nload_in_4bit: true\nsave_steps: 10")
+    assert translation.refused == ()
+    assert flat(tables(translation))["model.quantization"] == "nf4"
+    assert flat(tables(translation))["output.save_every"] == 10
 
 
 # --- Whole configs ---------------------------------------------------------------------------------------------------
@@ -316,28 +275,23 @@ def test_a_whole_config_is_written_and_checked(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     text, wanted = WHOLE[name]
     (tmp_path / f"{name}-run.yml").write_text(text)
-    said = succeed("init", "--from-axolotl", f"{name}-run.yml").out
+    output = succeed("init", "--from-axolotl", f"{name}-run.yml").out
     succeed("check", f"{name}-run.toml")
     written = (tmp_path / f"{name}-run.toml").read_text()
     got = flat(load_config(tmp_path / f"{name}-run.toml").model_dump(mode="json"))
     assert {key: got[key] for key in wanted} == wanted
     assert got["loss.type"] == name
     for line in translate(tmp_path / f"{name}-run.yml", tmp_path).left_out:
-        assert f"\n  {line}\n" in said
+        assert f"\n  {line}\n" in output
         assert f"\n#   {line}\n" in written
 
 
 # --- Nothing is lost silently ----------------------------------------------------------------------------------------
 
 RULED = {field for rule in RULES for field in rule.fields}
-
-
 NAMES = {name: reason for reason, names in GROUPS.items() for name in names.split()}
-OLD = (
-    "unsloth_lora_mlp",
-    "unsloth_rms_norm",
-    "unsloth_cross_entropy_loss",
-)  # of older versions, for which NAMES has patterns with *
+# of older versions, for which NAMES has patterns with *
+OLD = ("unsloth_lora_mlp", "unsloth_rms_norm", "unsloth_cross_entropy_loss")
 LEFT_FIELDS = sorted({*FIELDS, *OLD, *(name for name in NAMES if "*" not in name)} - RULED)
 
 
@@ -353,16 +307,16 @@ def test_every_field_is_translated_or_has_a_reason():
 def test_a_field_without_a_counterpart_is_listed(tmp_path: Path, field: str):
     """A field with a value but without a counterpart is listed with its reason, and the config loads."""
     table, _, inner = field.rpartition(".")
-    made = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
-    assert f"{field}: {reason_for(field)}" in made.left_out
-    Config.model_validate(tables(made))
+    translation = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
+    assert f"{field}: {reason_for(field)}" in translation.left_out
+    Config.model_validate(tables(translation))
 
 
 @pytest.mark.parametrize("field", sorted(set(rows.LEFT_OUT) | {"unheard_of"}))
 def test_a_field_of_an_entry_without_a_counterpart_is_listed(tmp_path: Path, field: str):
     """A field of `datasets` without a counterpart is listed with the entry's number."""
-    made = translated(tmp_path, f"datasets: [{{path: d}}, {{path: e, {field}: x}}]")
-    assert f"datasets[1].{field}: {rows.LEFT_OUT.get(field, 'unknown field')}" in made.left_out
+    translation = translated(tmp_path, f"datasets: [{{path: d}}, {{path: e, {field}: x}}]")
+    assert f"datasets[1].{field}: {rows.LEFT_OUT.get(field, 'unknown field')}" in translation.left_out
 
 
 LEFT = {
@@ -399,11 +353,11 @@ def test_what_is_lost_is_said(tmp_path: Path, added: str):
 
 def test_what_is_off_or_empty_is_not_listed(tmp_path: Path):
     """A field that is unset or off is not listed."""
-    made = translated(
+    translation = translated(
         tmp_path, "deepspeed:\nfsdp: []\nflash_attention: false\nwandb_project: ''\ntokens:\nload_in_8bit: false"
     )
-    assert made.left_out == []
-    assert flat(tables(made)) == SMALLEST
+    assert translation.left_out == []
+    assert flat(tables(translation)) == SMALLEST
 
 
 # --- Paths, and mistakes ---------------------------------------------------------------------------------------------
@@ -424,17 +378,14 @@ def test_relative_paths_keep_their_meaning(tmp_path: Path, monkeypatch: pytest.M
           - {path: more, data_files: [a.jsonl]}
           - {path: org/name}
     """
-    made = translated(tmp_path, added, tmp_path / "out")
-    (tmp_path / "out" / "c.toml").write_text(made.text)
+    translation = translated(tmp_path, added, tmp_path / "out")
+    (tmp_path / "out" / "c.toml").write_text(translation.text)
     monkeypatch.chdir("/")
     config = load_config(tmp_path / "out" / "c.toml")
     assert config.model.name == str(tmp_path / "model")
     assert config.tokens.chat_template == str(tmp_path / "t.jinja")
-    assert [data.path for data in config.data] == [
-        str(tmp_path / "d.jsonl"),
-        str(tmp_path / "more/a.jsonl"),
-        "org/name",
-    ]
+    paths = [str(tmp_path / "d.jsonl"), str(tmp_path / "more/a.jsonl"), "org/name"]
+    assert [data.path for data in config.data] == paths
     assert config.data[0].format == {"type": "chat_template.default", "chat_template": str(tmp_path / "t.jinja")}
 
 
@@ -471,7 +422,7 @@ def test_a_mistake_is_one_message(tmp_path: Path, added: str):
 ODD = [3, 0.5, "x", True, [1], ["a", {"b": 1}], {"a": [1]}, "\x01\n"]
 
 
-@pytest.mark.parametrize("field", sorted({field for rule in RULES for field in rule.fields}))
+@pytest.mark.parametrize("field", sorted(RULED))
 def test_values_of_another_kind(tmp_path: Path, field: str):
     """Whatever a field's value is, there is a message or a config that loads."""
     table, _, inner = field.rpartition(".")
@@ -480,14 +431,14 @@ def test_values_of_another_kind(tmp_path: Path, field: str):
         raw |= {table: {inner: value}} if table else {field: value}
         (tmp_path / "cfg.yml").write_text(yaml.safe_dump(raw))
         try:
-            made = translate(tmp_path / "cfg.yml", tmp_path)
+            translation = translate(tmp_path / "cfg.yml", tmp_path)
         except UserError:
             continue
-        Config.model_validate(tables(made))
+        Config.model_validate(tables(translation))
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "not an Axolotl config"),
         (b"- a\n- b\n", "not an Axolotl config"),
@@ -497,10 +448,10 @@ def test_values_of_another_kind(tmp_path: Path, field: str):
         (b"a: !!python/object:os.system {}\n", "cfg.yml:1: not valid YAML"),
     ],
 )
-def test_a_file_of_another_kind(tmp_path: Path, content: bytes, said: str):
+def test_a_file_of_another_kind(tmp_path: Path, content: bytes, message: str):
     """A file that is no config is refused with one message, and no code in it runs."""
     (tmp_path / "cfg.yml").write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         translate(tmp_path / "cfg.yml", tmp_path)
     with pytest.raises(UserError, match="there is no such file"):
         translate(tmp_path / "none.yml", tmp_path)
@@ -540,15 +491,3 @@ def test_the_tables_name_keys_that_exist():
     assert {key for rule in RULES for key in rule.keys} <= known
     options = {how.split("`")[1].split(".")[1] for how in rows.KEYS.values() if how.startswith("`format.")}
     assert options <= set(options_of("chat_template.default"))
-
-
-def test_a_setting_may_need_a_later_one(tmp_path: Path) -> None:
-    """For QLoRA, 4-bit weights are accepted though they come before the [lora] table that they need."""
-    source = tmp_path / "q.yml"
-    source.write_text(
-        "base_model: m\nrl: dpo\nadapter: qlora\nload_in_4bit: true\nlora_r: 8\n"
-        "datasets:\n  - {path: d.jsonl, type: chatml.ultra}\n"
-    )
-    found = translate(source, tmp_path)
-    assert ("model", "quantization") in [setting.key for setting in found.settings]
-    assert not found.refused

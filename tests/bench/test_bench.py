@@ -18,7 +18,7 @@ from bench.problems import IGNORED, Problem, Shape, make_problem
 from bench.profiles import PROFILES
 from bench.results import against, changes, head_record, markdown, ratios, spread
 from bench.revision import Revision
-from bench.scaling import Point, Sweep, variations
+from bench.scaling import growth, variations
 from bench.step_data import StepShape, make_rows
 
 SHAPE = Shape("small", hidden=24, vocab=301, pairs=2, length=17, prompt=6)
@@ -51,9 +51,9 @@ def test_a_wrong_way_is_called_wrong_and_is_no_rival() -> None:
     record = head_record(case(), measure(case(), 2, ways))
     note = next(row["note"] for row in record["rows"] if row["method"] == "biased")
     assert note.startswith("wrong: ")
-    found = against(record)
-    assert found is not None
-    assert "biased" not in (found.fastest, found.leanest)
+    best = against(record)
+    assert best is not None
+    assert "biased" not in best
     assert "wrong: " in markdown(result(record))
 
 
@@ -90,9 +90,9 @@ def test_only_responses_are_scored_and_weighed() -> None:
 
 @pytest.mark.parametrize(("power", "sizes"), [(1.0, (1, 2, 4)), (2.0, (3, 9, 27)), (0.0, (5, 10))])
 def test_growth_is_the_exponent(power: float, sizes: tuple[int, ...]) -> None:
-    sweep = Sweep("s", "tokens", tuple(Point(n, 7.0 * n**power, round(1000 * n**power)) for n in sizes))
-    assert sweep.growth("ms") == pytest.approx(power, abs=1e-9)
-    assert sweep.growth("bytes") == pytest.approx(power, abs=1e-3)
+    points = [{"size": n, "ms": 7.0 * n**power, "bytes": round(1000 * n**power)} for n in sizes]
+    assert growth(points, "ms") == pytest.approx(power, abs=1e-9)
+    assert growth(points, "bytes") == pytest.approx(power, abs=1e-3)
 
 
 def test_a_sweep_changes_one_number() -> None:
@@ -209,7 +209,7 @@ def test_compare_fails_on_a_regression(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--profile", "huge"], "--profile huge: known are tiny, quick, full, gpu"),
         (["--only", "steps", "--only", "tea"], "--only tea: known are head, losses, scaling, steps"),
@@ -217,7 +217,7 @@ def test_compare_fails_on_a_regression(tmp_path: Path) -> None:
         (["compare", "nowhere", "nowhere"], "not a result of python -m bench"),
     ],
 )
-def test_mistakes_are_said_in_one_message(arguments: list[str], said: str) -> None:
+def test_mistakes_are_said_in_one_message(arguments: list[str], message: str) -> None:
     found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 2
-    assert said in " ".join(found.stderr.split())
+    assert message in " ".join(found.stderr.split())

@@ -17,19 +17,19 @@ PAGE = DOCS / "kernels.md"
 @pytest.mark.slow
 def test_every_kernel_fits_its_card(tmp_path: Path) -> None:
     """Every tile has no spills, fits in shared memory and uses tensor cores, as docs/kernels.md says."""
-    made = tmp_path / "kernels.md"
+    written = tmp_path / "kernels.md"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile_report", str(made)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench.compile_report", str(written)]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     page = PAGE.read_text(encoding="utf-8")
     if f"Triton {triton.__version__};" in page:
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert made.read_text(encoding="utf-8") == page
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert written.read_text(encoding="utf-8") == page
         return
     # Another compiler may use other registers: 3.7.1, which comes with torch 2.13's CUDA build, spills 8 bytes of one
     # kernel of the loss. Everything else holds for it too.
-    assert "Traceback" not in done.stderr, done.stderr[-3000:]
-    wrong = [line for line in done.stderr.splitlines() if line.startswith("Variant(")]
-    assert bool(wrong) == bool(done.returncode), done.stderr[-3000:]
+    assert "Traceback" not in process.stderr, process.stderr[-3000:]
+    wrong = [line for line in process.stderr.splitlines() if line.startswith("Variant(")]
+    assert bool(wrong) == bool(process.returncode), process.stderr[-3000:]
     serious = [line for line in wrong if not re.search(r": (\d|1[0-6]) bytes spilled$", line)]
     assert serious == []

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.problems import Shape
+from bench.roofline import HEADS
 from fastpref import linear_logprob
 
 pytestmark = pytest.mark.gpu
@@ -16,18 +18,7 @@ ROWS = 4096  # scored tokens
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class HeadShape:
-    width: int
-    vocabulary: int
-    softcap: float | None = None
-
-
-SHAPES = {
-    "Llama-3-8B": HeadShape(4096, 128256),
-    "Qwen2.5-7B": HeadShape(3584, 152064),
-    "Gemma-2-2B": HeadShape(2304, 256000, softcap=30.0),
-}
+SHAPES = {shape.model: shape for shape in HEADS}
 
 
 @dataclass(frozen=True)
@@ -38,11 +29,11 @@ class Problem:
     softcap: float | None
 
 
-def make(shape: HeadShape, *, trained: bool = False, dtype: torch.dtype = torch.bfloat16) -> Problem:
+def make(shape: Shape, *, trained: bool = False, dtype: torch.dtype = torch.bfloat16) -> Problem:
     generator = torch.Generator("cuda").manual_seed(0)
-    hidden = torch.randn(ROWS, shape.width, device="cuda", generator=generator).to(dtype)
-    weight = torch.randn(shape.vocabulary, shape.width, device="cuda", generator=generator) / shape.width**0.5
-    targets = torch.randint(shape.vocabulary, (ROWS,), device="cuda", generator=generator)
+    hidden = torch.randn(ROWS, shape.hidden, device="cuda", generator=generator).to(dtype)
+    weight = torch.randn(shape.vocab, shape.hidden, device="cuda", generator=generator) / shape.hidden**0.5
+    targets = torch.randint(shape.vocab, (ROWS,), device="cuda", generator=generator)
     return Problem(hidden.requires_grad_(), weight.to(dtype).requires_grad_(trained), targets, shape.softcap)
 
 

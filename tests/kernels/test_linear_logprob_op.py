@@ -72,34 +72,21 @@ def test_no_positions(backend: str) -> None:
 def test_wrong_positions_are_refused() -> None:
     """The message names the argument, the value and the valid rows."""
     given = leaves("no_grad")
-    for positions, said in (
+    for positions, message in (
         (torch.full((M,), M), "positions holds 23, hidden has rows 0 to 22"),
         (torch.full((M,), -1), "positions holds -1"),
         (torch.zeros(M - 1, dtype=torch.int64), "positions has 22 entries, targets has 23"),
     ):
-        if DEVICE == "cpu" or "entries" in said:
-            with pytest.raises(ValueError, match=said):
+        if DEVICE == "cpu" or "entries" in message:
+            with pytest.raises(ValueError, match=message):
                 linear_logprob(**given, positions=positions.to(DEVICE))
 
 
 def arguments(mode: str, backend: str) -> tuple[Any, ...]:
     given = leaves(mode)
     positions = POSITIONS.to(DEVICE)
-    return (
-        given["hidden"],
-        [given["weight"]],
-        given["targets"][: len(positions)],
-        given["bias"],
-        positions,
-        "dense",
-        2.0,
-        1.1,
-        0.9,
-        "entropy,is_top1",
-        2**14,
-        backend,
-        mode == "frozen",
-    )
+    tensors = (given["hidden"], [given["weight"]], given["targets"][: len(positions)], given["bias"], positions)
+    return *tensors, "dense", 2.0, 1.1, 0.9, "entropy,is_top1", 2**14, backend, mode == "frozen"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -113,29 +100,12 @@ def test_the_operator_keeps_torchs_rules(mode: str, backend: str) -> None:
 def test_the_backward_operators_keep_torchs_rules(backend: str) -> None:
     """torch's own check also accepts the two operators of the backward pass."""
     hidden, head, targets, bias, positions, *settings = arguments("no_grad", backend)
-    found = op.OperatorOutput._make(op.linear_logprob(hidden, head, targets, bias, positions, *settings))
+    result = op.OperatorOutput._make(op.linear_logprob(hidden, head, targets, bias, positions, *settings))
     grad = torch.linspace(-1, 1, len(targets), device=DEVICE)
-    kind, softcap, scale, temperature, _, budget, _, _ = settings
+    *of_logits, _, budget, _, _ = settings
+    tensors = (grad, hidden, head, targets, bias, positions, result.statistics)
     for wanted in ((True, True, True), (False, False, True)):
-        torch.library.opcheck(
-            op.recompute,
-            (
-                grad,
-                hidden,
-                head,
-                targets,
-                bias,
-                positions,
-                found.statistics,
-                kind,
-                softcap,
-                scale,
-                temperature,
-                budget,
-                backend,
-                *wanted,
-            ),
-        )
+        torch.library.opcheck(op.recompute, (*tensors, *of_logits, budget, backend, *wanted))
     torch.library.opcheck(op.scale, (hidden[: len(targets)], grad, positions, M, torch.bfloat16, backend))
     torch.library.opcheck(op.scale, (hidden, torch.ones(M, device=DEVICE), None, M, torch.float32, backend))
 

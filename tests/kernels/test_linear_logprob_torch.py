@@ -60,9 +60,9 @@ def test_gradients_do_not_depend_on_luck(width: int, rows_a_tile: int, mode: str
     for seed in range(3):
         problem = ordinary(2 * rows_a_tile, width, TILE_COLUMNS, CASES["bias"], seed=seed)
         budget = TILE_COLUMNS * rows_a_tile * 4 * 2 / 2**20  # two buffers
-        found = ours(problem, mode, budget)
+        results = ours(problem, mode, budget)
         truth = answer(linear_logprob_naive, problem.to(torch.float64), mode)
-        for name, grad in found.grads.items():
+        for name, grad in results.grads.items():
             exact = truth.grads[name]
             assert error(grad, exact) <= rounding(problem) * float(exact.abs().max()), (name, seed)
 
@@ -93,10 +93,10 @@ def test_certain_targets_keep_relative_accuracy(target_logit: float, workspace_m
     logp = -torch.log1p(total).squeeze(1)
     grad = (total * exact.weight[exact.targets] - odds @ exact.weight) / (1 + total) * loss_weights(problem)[:, None]
 
-    found = ours(problem, mode, workspace_mb)
+    results = ours(problem, mode, workspace_mb)
     tolerance = FEW * EPS32 * (FEW + target_logit)
-    assert ((found.values["logp"] - logp).abs() <= tolerance * logp.abs()).all()
-    assert ((found.grads["hidden"] - grad).norm(dim=1) <= tolerance * grad.norm(dim=1)).all()
+    assert ((results.values["logp"] - logp).abs() <= tolerance * logp.abs()).all()
+    assert ((results.grads["hidden"] - grad).norm(dim=1) <= tolerance * grad.norm(dim=1)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,9 +116,9 @@ def test_modes_agree(case: str, dtype: torch.dtype) -> None:
 def test_half_inputs_are_computed_in_float32(case: str, dtype: torch.dtype) -> None:
     """Half-precision inputs give the values of the same numbers in float32."""
     problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
-    found, wide = ours(problem, "no_grad"), ours(problem.to(torch.float32), "no_grad")
+    results, wide = ours(problem, "no_grad"), ours(problem.to(torch.float32), "no_grad")
     for name, value in wide.values.items():
-        assert_same(found.values[name], value)
+        assert_same(results.values[name], value)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "trainable"])
@@ -138,9 +138,9 @@ def test_workspace_has_no_influence(case: str, dtype: torch.dtype, mode: str) ->
     problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
     reference = ours(problem, mode, workspace_mb=128)
     for workspace_mb in (1, 0.2, 0.05):
-        found = ours(problem, mode, workspace_mb)
+        results = ours(problem, mode, workspace_mb)
         for name, value in (reference.values | reference.grads).items():
-            assert_same((found.values | found.grads)[name], value)
+            assert_same((results.values | results.grads)[name], value)
 
 
 @settings(deadline=None)
@@ -178,11 +178,11 @@ def test_top1_of_equal_logits_is_the_first(workspace_mb: float, softcap: float |
     weight = torch.zeros(vocabulary, 1)
     weight[list(maxima)] = 1.0
     hidden = torch.ones(vocabulary, 1)  # small integers, so that every logit is exact
-    found = linear_logprob(
+    results = linear_logprob(
         hidden, weight, torch.arange(vocabulary), softcap=softcap, outputs=("is_top1",), workspace_mb=workspace_mb
     ).is_top1
-    assert found is not None
-    assert found.nonzero().flatten().tolist() == [maxima[0]] == [int(weight.argmax())]
+    assert results is not None
+    assert results.nonzero().flatten().tolist() == [maxima[0]] == [int(weight.argmax())]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -192,10 +192,10 @@ def test_no_hidden_columns(dtype: torch.dtype, mode: str) -> None:
     problem = replace(ordinary(7, 1, 11, Case(with_bias=True)), hidden=torch.zeros(7, 0), weight=torch.zeros(11, 0)).to(
         dtype
     )
-    found, truth = ours(problem, mode), answer(linear_logprob_naive, problem.to(torch.float64), mode)
-    torch.testing.assert_close(found.values["logp"], truth.values["logp"].float())
+    results, truth = ours(problem, mode), answer(linear_logprob_naive, problem.to(torch.float64), mode)
+    torch.testing.assert_close(results.values["logp"], truth.values["logp"].float())
     for name, grad in truth.grads.items():
-        torch.testing.assert_close(found.grads[name], grad.to(dtype))
+        torch.testing.assert_close(results.grads[name], grad.to(dtype))
 
 
 class PoisonedMemory(TorchDispatchMode):
@@ -234,10 +234,10 @@ def test_scratch_is_not_assumed_to_be_zero(case: str, workspace_mb: float, dtype
     problem = ordinary(61, 123, 507, CASES[case]).to(dtype)
     reference = ours(problem, mode, workspace_mb)
     with PoisonedMemory() as memory:
-        found = ours(problem, mode, workspace_mb)
+        results = ours(problem, mode, workspace_mb)
     assert memory.poisoned
     for name, value in (reference.values | reference.grads).items():
-        assert torch.equal((found.values | found.grads)[name], value), name
+        assert torch.equal((results.values | results.grads)[name], value), name
 
 
 def extra_memory(vocabulary: int, dtype: torch.dtype, mode: str, workspace_mb: float) -> int:

@@ -1,6 +1,7 @@
 """The Triton kernels compared with their definition, in Triton's interpreter, or on a GPU if there is one."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.support.problems import (
     CASES,
     DTYPES,
     MODES,
+    Problem,
     assert_same,
     check_accuracy,
     flat,
@@ -37,10 +39,22 @@ SHAPES = {
 }
 
 
+@pytest.fixture
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use a fused tile, or the tiles of a GPU, such as Turing, for which the library computes the products."""
+    if request.param == "of the library":
+        tile = tiles.Tile(16, 32, 16, 4, 1, fused=False)
+        monkeypatch.setattr(launch, "choose_tiles", lambda hidden: tiles.Tiles(tile, tile))
+
+
+PRODUCTS = ("fused", "of the library")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "shape"), [("plain", "many_tiles"), *(("all", shape) for shape in SHAPES)])
-def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
+@pytest.mark.parametrize("product", PRODUCTS, indirect=True)
+def test_accuracy(product: None, case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
     """Values and gradients are as near to the truth as those of the naive definition, up to rounding."""
     n, width, vocabulary, workspace_mb = SHAPES[shape]
     check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb, "triton")
@@ -49,34 +63,9 @@ def test_accuracy(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
-def test_accuracy_at_the_extremes(problem, dtype: torch.dtype, mode: str) -> None:
+@pytest.mark.parametrize("product", PRODUCTS, indirect=True)
+def test_accuracy_at_the_extremes(product: None, problem: Problem, dtype: torch.dtype, mode: str) -> None:
     """This holds for near-certain targets, for logits of ±1e4 and for equal logits."""
-    check_accuracy(problem.to(dtype), mode, 0.1, "triton")
-
-
-@pytest.fixture
-def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the tiles of a GPU, such as Turing, for which the library computes the products."""
-    tile = tiles.Tile(16, 32, 16, 4, 1, fused=False)
-    monkeypatch.setattr(launch, "choose_tiles", lambda hidden: tiles.Tiles(tile, tile))
-
-
-@pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "shape"), [("plain", "many_tiles"), ("all", "many_tiles"), ("all", "one_class")])
-def test_accuracy_over_products_of_the_library(case: str, shape: str, dtype: torch.dtype, mode: str) -> None:
-    """The kernels for GPUs without a fused tile are as accurate."""
-    n, width, vocabulary, workspace_mb = SHAPES[shape]
-    check_accuracy(ordinary(n, width, vocabulary, CASES[case]).to(dtype), mode, workspace_mb, "triton")
-
-
-@pytest.mark.usefixtures("unfused")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("problem", [peaked(18), huge(), flat()], ids=["peaked", "huge", "flat"])
-def test_extremes_over_products_of_the_library(problem, dtype: torch.dtype, mode: str) -> None:
-    """These kernels are as accurate for near-certain targets, for logits of ±1e4 and for equal logits."""
     check_accuracy(problem.to(dtype), mode, 0.1, "triton")
 
 
@@ -85,25 +74,16 @@ def test_backends_agree(case: str) -> None:
     """Triton and torch give the same values and gradients, up to rounding."""
     problem = ordinary(61, 40, 150, CASES[case])
     for mode in MODES:
-        expected, found = ours(problem, mode), ours(problem, mode, backend="triton")
+        expected, results = ours(problem, mode), ours(problem, mode, backend="triton")
         for name, value in (expected.values | expected.grads).items():
-            assert_same((found.values | found.grads)[name], value)
+            assert_same((results.values | results.grads)[name], value)
 
 
 def walk(hidden: Tensor, weight: Tensor, targets: Tensor, lazy: float = launch.LAZY, budget: int = 1):
     """Run the kernel once with a gradient, in the narrowest stored tiles that the budget allows."""
     hidden, weight, targets = (tensor.to(DEVICE) for tensor in (hidden, weight, targets))
-    return launch.walk_vocabulary(
-        hidden,
-        DenseWeight(weight),
-        targets,
-        None,
-        LogitTransform(),
-        outputs=("entropy", "log_sum_sq_probs"),
-        budget=budget,
-        with_grad=True,
-        lazy=lazy,
-    )
+    options: Any = {"outputs": ("entropy", "log_sum_sq_probs"), "budget": budget, "with_grad": True, "lazy": lazy}
+    return launch.walk_vocabulary(hidden, DenseWeight(weight), targets, None, LogitTransform(), **options)
 
 
 @pytest.mark.parametrize("lazy", [0.0, launch.LAZY])
@@ -115,14 +95,16 @@ def test_a_moving_offset_changes_nothing(lazy: float) -> None:
     weight = torch.rand(vocabulary, width) * 0.1 + torch.linspace(0, 20, vocabulary)[:, None]
     targets = torch.linspace(0, vocabulary - 1, n).long()
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)
-    found = walk(hidden, weight, targets, lazy)
-    torch.testing.assert_close(found.logp.double().cpu(), exact.gather(1, targets[:, None])[:, 0], rtol=2e-6, atol=3e-5)
+    results = walk(hidden, weight, targets, lazy)
+    torch.testing.assert_close(
+        results.logp.double().cpu(), exact.gather(1, targets[:, None])[:, 0], rtol=2e-6, atol=3e-5
+    )
     probs = exact.exp()
     grad = weight.double()[targets] - probs @ weight.double()
-    assert found.grad is not None
-    torch.testing.assert_close(found.grad.cpu(), grad.float(), rtol=1e-4, atol=2e-4)
-    assert found.entropy is not None
-    torch.testing.assert_close(found.entropy.double().cpu(), -(probs * exact).sum(-1), rtol=1e-4, atol=1e-4)
+    assert results.grad is not None
+    torch.testing.assert_close(results.grad.cpu(), grad.float(), rtol=1e-4, atol=2e-4)
+    assert results.entropy is not None
+    torch.testing.assert_close(results.entropy.double().cpu(), -(probs * exact).sum(-1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -141,9 +123,9 @@ def test_outputs_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     for mode in MODES:
-        found = ours(problem, mode, 0.01, "triton")
+        results = ours(problem, mode, 0.01, "triton")
         for name, value in (expected[mode].values | expected[mode].grads).items():
-            assert torch.equal((found.values | found.grads)[name], value), name
+            assert torch.equal((results.values | results.grads)[name], value), name
 
 
 def test_a_view_and_a_wider_weight_are_read_right() -> None:
@@ -152,8 +134,8 @@ def test_a_view_and_a_wider_weight_are_read_right() -> None:
     targets = wide.targets.to(DEVICE)
     narrow = replace(wide, hidden=wide.hidden[:, :40], weight=wide.weight[:, :40])
     plain = replace(narrow, hidden=narrow.hidden.contiguous(), weight=narrow.weight.contiguous())
-    found = linear_logprob(wide.hidden.to(DEVICE)[:, :40], wide.weight.to(DEVICE)[:, :40], targets, backend="triton")
-    assert_same(found.logp.cpu(), ours(plain, "no_grad").values["logp"])
+    results = linear_logprob(wide.hidden.to(DEVICE)[:, :40], wide.weight.to(DEVICE)[:, :40], targets, backend="triton")
+    assert_same(results.logp.cpu(), ours(plain, "no_grad").values["logp"])
     hidden = wide.hidden.bfloat16().to(DEVICE).requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         mixed = linear_logprob(hidden, wide.weight.bfloat16().float().to(DEVICE), targets, backend="triton")

@@ -2,7 +2,7 @@
 
 The truth is `fastpref.losses` in float64, differentiated by autograd, on the same float32 tokens; the yardstick is
 `fastpref.losses` in float32. An error may exceed the yardstick's by some float32 roundings: those of the result, and
-those of its inputs, mainly of token sums. The effect of the latter is found by moving each group of inputs by one
+those of its inputs, mainly of token sums. The effect of the latter is measured by moving each group of inputs by one
 rounding.
 """
 
@@ -52,7 +52,7 @@ def exact(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
 def moved(batch: Batch, loss: LossOptions) -> list[Batch]:
     """Return copies of the batch, in each of which the policy's, the reference's or Σp²'s tokens of one side are
     moved by one float32 rounding."""
-    found, names = [], ["logp"]
+    results, names = [], ["logp"]
     if loss.uses_reference:
         names.append("reference")
     if isinstance(loss, DPO) and loss.weighting:
@@ -61,28 +61,28 @@ def moved(batch: Batch, loss: LossOptions) -> list[Batch]:
         values = getattr(batch, name).double()
         for first in range(0, len(batch.lengths), batch.pairs):
             tokens = batch.of(range(first, first + batch.pairs))
-            found.append(replace(batch, **{name: torch.where(tokens, values * (1 + EPS32), values)}))
-    return found
+            results.append(replace(batch, **{name: torch.where(tokens, values * (1 + EPS32), values)}))
+    return results
 
 
 def terms(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
     """Return the sizes of the terms of the loss and of the gradient: 1 for a pair's loss and for its derivative by
     β·difference, every token's part, and every variant of a sum."""
     tokens = (exact(batch, loss)["grad"] * batch.logp).abs().sum()
-    found = {"loss": 1 + tokens, "grad": torch.full_like(batch.logp, loss.beta / batch.pairs)}
+    results = {"loss": 1 + tokens, "grad": torch.full_like(batch.logp, loss.beta / batch.pairs)}
     if isinstance(loss, DPO) and len(loss.variants) > 1:
         weights = loss.weights or (1.0,) * len(loss.variants)
         for variant, weight in zip(loss.variants, weights, strict=True):
             part = exact(batch, replace(loss, variants=(variant,), weights=(weight,)))
-            found = {name: found[name] + part[name].abs() for name in found}
-    return found
+            results = {name: results[name] + part[name].abs() for name in results}
+    return results
 
 
 def bounds(batch: Batch, loss: LossOptions) -> dict[str, tuple[Tensor, Tensor]]:
     """Return for each name the truth, and how far a result may be from it."""
     truth, yardstick = exact(batch, loss), flat(run(batch, loss))
     others, added = [exact(other, loss) for other in moved(batch, loss)], terms(batch, loss)
-    found = {}
+    results = {}
     for name, value in truth.items():
         value = value.double()
         inputs = torch.stack([(other[name].double() - value).abs() for other in others]).sum(0)
@@ -90,14 +90,14 @@ def bounds(batch: Batch, loss: LossOptions) -> dict[str, tuple[Tensor, Tensor]]:
         # autograd computes the derivative of expm1 as its value plus 1, and so loses what is below a rounding of 1
         allowed = allowed + EPS64 * value.abs().sum()
         error = (yardstick[name].double() - value).abs()
-        found[name] = (value, error + allowed)
-    return found
+        results[name] = (value, error + allowed)
+    return results
 
 
-def check(found: dict[str, Tensor], allowed: dict[str, tuple[Tensor, Tensor]]) -> None:
-    assert found.keys() == allowed.keys()
+def check(results: dict[str, Tensor], allowed: dict[str, tuple[Tensor, Tensor]]) -> None:
+    assert results.keys() == allowed.keys()
     for name, (truth, bound) in allowed.items():
-        value = found[name].double()
+        value = results[name].double()
         assert value.shape == truth.shape, name
         assert value.isfinite().all(), name
         excess = (value - truth).abs() - bound
@@ -150,7 +150,7 @@ def test_one_pair(loss: LossOptions, lengths: tuple[tuple[int, int], ...]) -> No
 
 @EVERY_LOSS
 def test_equal_responses(loss: LossOptions) -> None:
-    """Results are accurate for equal responses and, with a reference, for a policy that equals it."""
+    """Results are accurate for equal completions and, with a reference, for a policy that equals it."""
     value = 0.0 if loss.uses_reference else -0.625
     batch = of_values(loss, [(value, value)] * 3, [(1, 1), (4, 4), (31, 31)])
     check(ours(batch, loss), bounds(batch, loss))
@@ -180,9 +180,9 @@ def test_beside_the_kink_of_the_hinge(loss: LossOptions, side: float) -> None:
     """If β·difference is just below 1, the gradient is whole; just above 1, it is zero."""
     values = (side / 0.1, 0.0) if loss.uses_reference else (-1.0, -1.0 - side / 0.1)
     batch = of_values(loss, [values], [(1, 1)])
-    found = ours(batch, loss)
-    check(found, bounds(batch, loss))
-    torch.testing.assert_close(found["grad"].abs(), torch.full((2,), 0.1 if side < 1 else 0.0))
+    results = ours(batch, loss)
+    check(results, bounds(batch, loss))
+    torch.testing.assert_close(results["grad"].abs(), torch.full((2,), 0.1 if side < 1 else 0.0))
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.7, 1e4])
@@ -191,19 +191,14 @@ def test_kto_leaves_mismatched_rows_alone(kl: float) -> None:
     loss = KTO()
     both = ordinary(loss, order="tree")
     rows = both.of(range(both.pairs))
-    alone = replace(
-        both,
-        logp=both.logp[rows],
-        reference=both.reference[rows],
-        segments=both.segments[rows],
-        lengths=both.lengths[: both.pairs],
-    )
-    found, expected = ours(both, loss, kl=kl), ours(alone, loss, kl=kl)
-    assert torch.equal(found["grad"][rows], expected.pop("grad"))
-    assert torch.equal(found.pop("grad")[~rows], torch.zeros(int((~rows).sum())))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    torch.testing.assert_close(found["loss"], flat(run(both, loss, kl=kl))["loss"])
+    of_rows = {name: getattr(both, name)[rows] for name in ("logp", "reference", "segments")}
+    alone = replace(both, lengths=both.lengths[: both.pairs], **of_rows)
+    results, expected = ours(both, loss, kl=kl), ours(alone, loss, kl=kl)
+    assert torch.equal(results["grad"][rows], expected.pop("grad"))
+    assert torch.equal(results.pop("grad")[~rows], torch.zeros(int((~rows).sum())))
+    assert results.keys() == expected.keys()
+    assert all(torch.equal(results[name], expected[name]) for name in results)
+    torch.testing.assert_close(results["loss"], flat(run(both, loss, kl=kl))["loss"])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
@@ -230,9 +225,9 @@ def test_parts_add_up_to_the_step(loss: LossOptions) -> None:
     loss_so_far, grad = torch.zeros(()), torch.full_like(whole.logp, float("nan"))
     for pairs in ([4], [1, 0], [2, 5, 3]):
         part, tokens = cut(whole, pairs)
-        found = ours(part, loss, totals=Totals(whole.pairs, scored))
-        loss_so_far += found["loss"]
-        grad[tokens] = found["grad"]
+        results = ours(part, loss, totals=Totals(whole.pairs, scored))
+        loss_so_far += results["loss"]
+        grad[tokens] = results["grad"]
     torch.testing.assert_close(loss_so_far, expected["loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad, expected["grad"], rtol=1e-6, atol=0)
 
@@ -243,14 +238,9 @@ def cut(batch: Batch, pairs: list[int]) -> tuple[Batch, Tensor]:
     tokens = batch.of(sequences)
     number = torch.full_like(batch.lengths, -1)
     number[sequences] = torch.arange(len(sequences))
-    return Batch(
-        batch.logp[tokens],
-        number[batch.segments[tokens]],
-        batch.lengths[sequences],
-        batch.reference[tokens],
-        batch.log_sum_sq_probs[tokens],
-        batch.labels[pairs],
-    ), tokens
+    of_tokens = {name: getattr(batch, name)[tokens] for name in ("logp", "reference", "log_sum_sq_probs")}
+    segments, lengths = number[batch.segments[tokens]], batch.lengths[sequences]
+    return Batch(segments=segments, lengths=lengths, labels=batch.labels[pairs], **of_tokens), tokens
 
 
 @EVERY_STRUCTURE
@@ -258,15 +248,15 @@ def test_results_repeat_and_are_written_whole(loss: LossOptions, monkeypatch: py
     """Results repeat bit for bit, also if new memory is full of NaN."""
     batch = ordinary(loss)
     first, second = ours(batch, loss), ours(batch, loss)
-    made, empty = [], Tensor.new_empty
+    allocated, empty = [], Tensor.new_empty
 
     def full_of_nan(self: Tensor, *shape, **keywords) -> Tensor:
-        made.append(shape)
+        allocated.append(shape)
         return empty(self, *shape, **keywords).fill_(float("nan") if self.is_floating_point() else -1)
 
     monkeypatch.setattr(Tensor, "new_empty", full_of_nan)
     third = ours(batch, loss)
-    assert len(made) >= 3
+    assert len(allocated) >= 3
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         assert torch.equal(value, third[name]), name
@@ -276,18 +266,13 @@ def test_what_is_not_float32_or_not_contiguous() -> None:
     """Strided tokens, and a reference of another dtype, give the results of contiguous float32 ones."""
     loss = DPO(weighting=True)
     batch = ordinary(loss)
-    strided = replace(
-        batch,
-        **{
-            name: torch.stack([getattr(batch, name), torch.zeros(len(batch.segments))], 1)[:, 0]
-            for name in ("logp", "reference", "log_sum_sq_probs")
-        },
-    )
+    values = {name: getattr(batch, name) for name in ("logp", "reference", "log_sum_sq_probs")}
+    strided = replace(batch, **{name: torch.stack([value, value], 1)[:, 0] for name, value in values.items()})
     assert not strided.logp.is_contiguous()
     expected = ours(batch, loss)
     for other in (strided, replace(batch, reference=batch.reference.double())):
-        found = ours(other, loss)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        results = ours(other, loss)
+        assert all(torch.equal(results[name], expected[name]) for name in expected)
 
 
 # --- elementary functions ---------------------------------------------------------------------------------------------
@@ -373,17 +358,9 @@ def test_the_table_is_all_that_a_variant_needs() -> None:
     batch = ordinary(DPO())
     with pytest.raises(ValueError, match="no_such_loss"):
         launch.pair_loss(
-            batch.logp,
-            batch.segments[:0],
-            batch.lengths,
-            None,
-            None,
-            {"no_such_loss": 1.0},
-            LossSpec().flags(),
-            LossSpec().numbers(),
-            examples=None,
-            nll_tokens=None,
-        )
+            batch.logp, batch.segments[:0], batch.lengths, None, None, {"no_such_loss": 1.0},
+            LossSpec().flags(), LossSpec().numbers(), examples=None, nll_tokens=None,
+        )  # fmt: skip
 
 
 def test_lengths_are_not_compiled_in() -> None:

@@ -58,44 +58,31 @@ RATIOS = (*SMALL_RATIOS, 300.0, -300.0)
 LENGTHS = ((1, 1), (7, 3), (12, 1000))
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("beta", [0.1, 0.7])
-@pytest.mark.parametrize(
-    ("variant", "smoothing"),
-    [
-        *((variant, 0.0) for variant in PER_PAIR if variant != "exo_pair"),
-        *((variant, eps) for variant in ("sigmoid", "exo_pair", "robust") for eps in (1e-3, 0.3)),
-    ],
-)
-def test_dpo_variant_is_its_formula(variant: Any, smoothing: float, beta: float, dtype: torch.dtype) -> None:
-    """For a single pair, every variant equals the formula of its paper, up to a few units of rounding."""
-    options = DPO(variants=(variant,), beta=beta, label_smoothing=smoothing)
-    _meets_formula(options, "reverse_kl", RATIOS, dtype)
+VARIANTS: list[tuple[Any, float]] = [
+    *((variant, 0.0) for variant in PER_PAIR if variant != "exo_pair"),
+    *((variant, eps) for variant in ("sigmoid", "exo_pair", "robust") for eps in (1e-3, 0.3)),
+]
+DPO_CASES = [
+    *(("reverse_kl", DPO(variants=(v,), beta=b, label_smoothing=eps)) for v, eps in VARIANTS for b in (0.1, 0.7)),
+    *(("reverse_kl", DPO(variants=("discopop",), discopop_tau=tau)) for tau in (0.05, 1.0, 2.0)),
+    *((name, dpo(v, beta=0.3, **DIVERGENCES[name])) for name in DIVERGENCES if name != "reverse_kl" for v in PER_PAIR),
+]
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "reverse_kl"])
-@pytest.mark.parametrize("variant", PER_PAIR)
-def test_f_divergence_is_its_formula(variant: Any, name: str, dtype: torch.dtype) -> None:
-    """A divergence replaces the ratio in the variants of a difference, and does not change the others."""
-    _meets_formula(dpo(variant, beta=0.3, **DIVERGENCES[name]), name, SMALL_RATIOS, dtype)
+@pytest.mark.parametrize(("name", "options"), DPO_CASES, ids=repr)
+def test_dpo_is_its_formula(name: str, options: DPO, dtype: torch.dtype) -> None:
+    """For a single pair, every variant equals the formula of its paper, up to a few units of rounding.
 
-
-def _meets_formula(options: DPO, name: str, ratios: Sequence[float], dtype: torch.dtype) -> None:
+    A divergence replaces the ratio in the variants of a difference, and does not change the others.
+    """
     variant = options.variants[0]
     formula = naive_dpo(variant, name if variant in OF_A_DIFFERENCE else "reverse_kl", options.discopop_tau)
-    table = squared(ratios)
+    table = squared(RATIOS if name == "reverse_kl" else SMALL_RATIOS)
     pairs = of_ratios(table, dtype, [LENGTHS[i % len(LENGTHS)] for i in range(len(table))])
     for i, (ratio, lengths) in enumerate(zip(exact_ratios(pairs), exact_lengths(pairs))):
         loss = dpo_loss(part(pairs, [i]), options).loss
         truth(formula, *ratio, *lengths, options.beta, options.label_smoothing).meets(loss)
-
-
-@EVERY_DTYPE
-@pytest.mark.parametrize("tau", [0.05, 1.0, 2.0])
-def test_discopop_temperature(tau: float, dtype: torch.dtype) -> None:
-    """discopop blends its two losses at any temperature."""
-    _meets_formula(DPO(variants=("discopop",), discopop_tau=tau), "reverse_kl", RATIOS, dtype)
 
 
 @EVERY_DTYPE
@@ -148,7 +135,7 @@ AVERAGES = squared((-1e-6, -0.01, -0.7, -2.5, -11.0, -40.0))
 @EVERY_DTYPE
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
 def test_orpo_is_its_formula(beta: float, dtype: torch.dtype) -> None:
-    """ORPO is the chosen responses' mean negative log-likelihood minus β·logσ of the log odds ratio."""
+    """ORPO is the chosen completions' mean negative log-likelihood minus β·logσ of the log odds ratio."""
     pairs = of_averages(AVERAGES, dtype, [(1, 1)] * len(AVERAGES))
     for i, averages in enumerate(zip(exact(pairs.chosen), exact(pairs.rejected))):
         one = part(pairs, [i])

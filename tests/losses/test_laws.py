@@ -157,7 +157,7 @@ def test_kto_where_the_policy_is_the_reference(kl: Any) -> None:
 
 
 def test_simpo_and_cpo_and_orpo_of_equal_responses() -> None:
-    """For two equally likely responses, SimPO is −logσ(−γ), CPO ln 2 + NLL, and ORPO NLL + β·ln 2."""
+    """For two equally likely completions, SimPO is −logσ(−γ), CPO ln 2 + NLL, and ORPO NLL + β·ln 2."""
     pairs = of_averages([(-0.5, -0.5), (-2.0, -2.0)], torch.float32, [(4, 4), (6, 6)])
     nll = (0.5 * 4 + 2.0 * 6) / 10
     assert simpo_loss(pairs, SimPO(gamma=1.25)).loss.item() == pytest.approx(nls(-1.25))
@@ -186,7 +186,7 @@ def test_rpo_is_dpo_plus_supervision() -> None:
 
 
 def test_supervised_terms_default_to_the_chosen_response() -> None:
-    """Without log-probabilities of their own, supervised terms score the chosen responses' tokens."""
+    """Without log-probabilities of their own, supervised terms score the chosen completions' tokens."""
     pairs = make_pairs(6)
     given = replace(pairs, nll=pairs.chosen, nll_lengths=pairs.chosen_lengths)
     default = replace(pairs, nll=None, nll_lengths=None)
@@ -210,10 +210,7 @@ def test_rewards(options: LossOptions, reward: Callable[[PairLogps], Tensor]) ->
     """Rewards are β·ratio; for ORPO and SimPO β·mean log-probability, and for CPO β·log-probability."""
     pairs = make_pairs(5)
     mirrored = replace(
-        pairs,
-        chosen=pairs.rejected,
-        chosen_lengths=pairs.rejected_lengths,
-        ref_chosen=pairs.ref_rejected,
+        pairs, chosen=pairs.rejected, chosen_lengths=pairs.rejected_lengths, ref_chosen=pairs.ref_rejected
     )
     output = pair_loss(pairs, options)
     torch.testing.assert_close(output.chosen_rewards, reward(pairs).detach())
@@ -346,16 +343,16 @@ def test_log1mexp_is_exact_at_both_ends(dtype: torch.dtype) -> None:
     """log(1 − eˣ) is right up to a few units of rounding from −1e-29 to −80."""
     sizes = [10.0**power for power in range(-29, 1)] + [0.5, 0.69, math.log(2), 0.7, 2.0, 5.0, 17.0, 40.0, 80.0]
     x = -torch.tensor(sizes, dtype=dtype)
-    for at, found in zip(exact(x), _log1mexp(x)):
+    for at, results in zip(exact(x), _log1mexp(x)):
         with localcontext(prec=80):
             value = float((1 - Decimal(at).exp()).ln())
         condition = abs(at * math.exp(at) / math.expm1(at))
-        Truth(value, abs(value) + condition).meets(found, units=2)
+        Truth(value, abs(value) + condition).meets(results, units=2)
 
 
 @EVERY_DTYPE
 def test_log1mexp_of_zero_is_finite(dtype: torch.dtype) -> None:
-    """A certain response has finite odds with a finite gradient, no better than those of a nearly certain one."""
+    """A certain completion has finite odds with a finite gradient, no better than those of a nearly certain one."""
     x = torch.tensor([0.0, -1e-35, -1e-20], dtype=dtype, requires_grad=True)
     values = _log1mexp(x)
     (gradient,) = gradients(values.sum(), [x])
@@ -368,14 +365,14 @@ def test_log1mexp_of_zero_is_finite(dtype: torch.dtype) -> None:
     ("alpha", "expected"), [(1.0, [1, 1, 1, 1, 1]), (0.0, [1, 1, 0, 1, 0]), (0.3, [1, 1, 0.3, 1, 0.3])]
 )
 def test_length_weights(alpha: float, expected: list[float]) -> None:
-    """Tokens within the shorter response's length have weight 1, later ones alpha."""
+    """Tokens within the shorter completion's length have weight 1, later ones alpha."""
     weights = length_weights(torch.tensor([0, 1, 2, 0, 1]), torch.tensor([2, 2, 2, 1, 1]), alpha)
     assert torch.equal(weights, torch.tensor(expected, dtype=torch.float32))
 
 
 @EVERY_DTYPE
 def test_wpo_weights(dtype: torch.dtype) -> None:
-    """A pair's weight is the product of its responses' likelihoods per token, and has no gradient."""
+    """A pair's weight is the product of its completions' likelihoods per token, and has no gradient."""
     chosen = torch.tensor([0.0, -0.3, -2.0, 0.4, -30.0], dtype=dtype, requires_grad=True)
     rejected = torch.tensor([0.0, -1.1, -5.0, 0.2, -30.0], dtype=dtype)
     weights = wpo_weights(chosen, rejected)

@@ -39,12 +39,12 @@ ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), gather=lambda t: t, ga
 
 @dataclass
 class Batch:
-    """Padded responses after their prompts, laid out as by TRL's collators, with a model's outputs for them."""
+    """Padded completions after their prompts, laid out as by TRL's collators, with a model's outputs for them."""
 
     inputs: dict[str, Tensor]
     outputs: SimpleNamespace  # all [rows, T − 1]
-    mask: Tensor  # bool [rows, T − 1]: which outputs belong to a response
-    offsets: Tensor  # int64 [rows, T − 1]: positions in the response
+    mask: Tensor  # bool [rows, T − 1]: which outputs belong to a completion
+    offsets: Tensor  # int64 [rows, T − 1]: positions in the completion
     lengths: Tensor  # [rows]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def expect_same_token_gradients(batch: Batch, ours: Tensor, theirs: Tensor) -> None:
-    """Compare token gradients inside the responses; TRL's need no mask, because its model returns 0 outside of them."""
+    """Compare token gradients inside the completions; TRL's need no mask, because its model returns 0 outside them."""
     (our,), (their,) = (gradients(loss, batch.outputs.log_probs) for loss in (ours, theirs))
     close(our, their * batch.mask)
 
@@ -105,14 +105,11 @@ def expect_same_token_gradients(batch: Batch, ours: Tensor, theirs: Tensor) -> N
 def expect_rewards(output: PreferenceLoss, metrics: dict[str, Any]) -> None:
     """Compare the rewards with TRL's metrics of pairs."""
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
-    for name, ours in (
-        ("chosen", chosen),
-        ("rejected", rejected),
-        ("margins", chosen - rejected),
-        ("accuracies", (chosen > rejected).float()),
-    ):
+    named = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected, "accuracies": chosen > rejected}
+    for name, ours in named.items():
         theirs = metrics[f"rewards/{name}"]
-        assert ours.mean().item() == pytest.approx(theirs[-1] if isinstance(theirs, list) else theirs, rel=1e-5), name
+        value = theirs[-1] if isinstance(theirs, list) else theirs
+        assert ours.float().mean().item() == pytest.approx(value, rel=1e-5), name
 
 
 # --- DPO and its relatives. ---------------------------------------------------------------------------------------
@@ -141,19 +138,11 @@ def our_dpo(batch: Batch, references: Tensor, options: DPO) -> tuple[PairLogps, 
     logps = batch.outputs.log_probs
     n_chosen, n_rejected = batch.lengths.chunk(2)
     shorter = torch.minimum(n_chosen, n_rejected).repeat(2)[:, None].expand_as(batch.offsets)
-    weights = length_weights(batch.offsets, shorter, options.length_alpha)
-    chosen, rejected = batch.sum(logps * weights).chunk(2)
+    chosen, rejected = batch.sum(logps * length_weights(batch.offsets, shorter, options.length_alpha)).chunk(2)
     aligned = batch.sum(logps - batch.outputs.log_sum_sq_probs) / batch.lengths
-    pairs = PairLogps(
-        chosen,
-        rejected,
-        n_chosen,
-        n_rejected,
-        *references.chunk(2),
-        nll=batch.sum(logps).chunk(2)[0],
-        nll_lengths=n_chosen,
-        weights=wpo_weights(*aligned.chunk(2)) if options.weighting else None,
-    )
+    weights = wpo_weights(*aligned.chunk(2)) if options.weighting else None
+    supervised = {"nll": batch.sum(logps).chunk(2)[0], "nll_lengths": n_chosen}
+    pairs = PairLogps(chosen, rejected, n_chosen, n_rejected, *references.chunk(2), weights=weights, **supervised)
     return pairs, dpo_loss(pairs, options)
 
 
@@ -224,8 +213,8 @@ def trl_reference_free(trainer_class: Any, pairs: PairLogps, average: bool, **at
         chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
     logps, lengths = pairs.supervised
     logits = torch.zeros(1)
-    found = (chosen, rejected, logits, logits, -logps.sum() / lengths.sum())
-    trainer = stub(concatenated_forward=lambda model, batch: found, **attributes)
+    results = (chosen, rejected, logits, logits, -logps.sum() / lengths.sum())
+    trainer = stub(concatenated_forward=lambda model, batch: results, **attributes)
     for name in ("odds_ratio_loss", "cpo_loss"):
         if hasattr(trainer_class, name):
             setattr(trainer, name, partial(getattr(trainer_class, name), trainer))
@@ -240,15 +229,6 @@ def expect_same(ours: PreferenceLoss, theirs: Tensor, metrics: dict[str, Any], p
     expect_rewards(ours, metrics)
     for name, (total, count) in ours.extra.items():
         assert (total / count).item() == pytest.approx(metrics[name], rel=1e-5), name
-
-
-def _expect_trls_cpo(
-    output: PreferenceLoss, options: SimPO | CPO, pairs: PairLogps, average: bool, **trainer: Any
-) -> None:
-    """Check that TRL's CPO trainer with the same options gives the same loss, gradients and rewards."""
-    trainer |= {"beta": options.beta, "label_smoothing": options.label_smoothing}
-    trainer |= {"cpo_alpha": options.sft_weight, "alpha": options.alpha}
-    expect_same(output, *trl_reference_free(CPOTrainer, pairs, average, **trainer), pairs)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
@@ -269,18 +249,6 @@ def test_orpo_is_trls(beta: float) -> None:
         SimPO(label_smoothing=0.1, sft_weight=0.5),
         SimPO(alpha=0.25),
         SimPO(alpha=-0.5, gamma=0.1, sft_weight=1.0),
-    ],
-    ids=repr,
-)
-def test_simpo_is_trls(options: SimPO) -> None:
-    """SimPO gives the loss, gradients and rewards of TRL's CPO trainer with loss_type = "simpo"."""
-    pairs = some_pairs()
-    _expect_trls_cpo(simpo_loss(pairs, options), options, pairs, True, loss_type="simpo", simpo_gamma=options.margin)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
         CPO(),
         CPO(label_smoothing=0.2, sft_weight=0.0),
         CPO(beta=0.5, sft_weight=0.3, alpha=0.1),
@@ -292,11 +260,17 @@ def test_simpo_is_trls(options: SimPO) -> None:
     ],
     ids=repr,
 )
-def test_cpo_is_trls(options: CPO) -> None:
-    """CPO gives TRL's loss, gradients and rewards."""
+def test_simpo_and_cpo_are_trls(options: SimPO | CPO) -> None:
+    """SimPO and CPO give the loss, gradients and rewards of TRL's CPO trainer, for SimPO with loss_type = "simpo"."""
     pairs = some_pairs()
-    average = options.variant == "ipo"
-    _expect_trls_cpo(cpo_loss(pairs, options), options, pairs, average, loss_type=options.variant)
+    trainer: dict[str, Any] = {"beta": options.beta, "label_smoothing": options.label_smoothing}
+    trainer |= {"cpo_alpha": options.sft_weight, "alpha": options.alpha}
+    if isinstance(options, SimPO):
+        output, average, trainer["simpo_gamma"] = simpo_loss(pairs, options), True, options.margin
+    else:
+        output, average = cpo_loss(pairs, options), options.variant == "ipo"
+    trainer["loss_type"] = "simpo" if isinstance(options, SimPO) else options.variant
+    expect_same(output, *trl_reference_free(CPOTrainer, pairs, average, **trainer), pairs)
 
 
 # --- KTO. ---------------------------------------------------------------------------------------------------------

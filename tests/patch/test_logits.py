@@ -101,10 +101,10 @@ def test_what_a_loss_asks() -> None:
     hits = (shifted.argmax(-1) == ids[:, 1:]) & mask
     assert torch.equal(hits, (theirs[:, :-1].argmax(-1) == ids[:, 1:]) & mask)
     every = torch.nn.CrossEntropyLoss()
-    found = every(shifted[:2].view(-1, VOCABULARY), ids[:2, 1:].reshape(-1))
-    torch.testing.assert_close(found, -logp[:2].mean())
+    results = every(shifted[:2].view(-1, VOCABULARY), ids[:2, 1:].reshape(-1))
+    torch.testing.assert_close(results, -logp[:2].mean())
     weights = torch.linspace(-1, 2, mask.numel()).view(mask.shape)
-    (gradient,) = torch.autograd.grad((shifted.logp(labels) * weights).sum() + found, ours.scores.states.hidden)
+    (gradient,) = torch.autograd.grad((shifted.logp(labels) * weights).sum() + results, ours.scores.states.hidden)
     expected = (logp * mask * weights).sum() - logp[:2].mean()
     assert expected.requires_grad
     hidden = ours.scores.states.hidden.detach().requires_grad_()
@@ -120,5 +120,5 @@ def test_other_labels_are_not_mistaken_for_the_next_tokens() -> None:
     other = (ids[:, 1:] + 1) % VOCABULARY
     logp = theirs[:, :-1].log_softmax(-1).gather(-1, other[..., None]).squeeze(-1)
     torch.testing.assert_close(ours[:, :-1].logp(other), logp)
-    found = F.cross_entropy(ours[0, :-1], other[0])
-    torch.testing.assert_close(found, -logp[0].mean())
+    results = F.cross_entropy(ours[0, :-1], other[0])
+    torch.testing.assert_close(results, -logp[0].mean())

@@ -145,17 +145,16 @@ def test_an_unknown_trl_is_refused_by_name() -> None:
         fastpref.patch(fastpref)
 
 
-@pytest.mark.parametrize("kind", ["mamba"])
-def test_rows_stay_padded_where_trees_cannot_be_had(kind: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_stay_padded_where_trees_cannot_be_had(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     """For a model without such attention, rows stay padded, one log message names it, and training is the same."""
-    run = Run("DPO", ["sigmoid"], kind=kind, lora=False, precomputed=True)
+    run = Run("DPO", ["sigmoid"], kind="mamba", lora=False, precomputed=True)
     theirs = unpatched(run, root)
     with caplog.at_level(logging.WARNING, "fastpref.patch"), fastpref.patch(trl):
         ours = train(run, root)
     assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-4, abs=1e-6)
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
-    assert "MambaForCausalLM" in said
-    assert "rows stay padded" in said
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
+    assert "MambaForCausalLM" in message
+    assert "rows stay padded" in message
 
 
 def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,9 +174,9 @@ def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFix
             batch = next(iter(trainer.get_train_dataloader()))
             losses += [outcome(trainer, batch) for _ in range(2)]
     assert losses == [losses[0]] * 4
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
-    assert "DPOTrainer with LlamaForCausalLM: PROMPT_TUNING is prompt learning" in said.replace("PeftType.", "")
-    assert "TRL's own path is taken" in said
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "fastpref.patch"]
+    assert "DPOTrainer with LlamaForCausalLM: PROMPT_TUNING is prompt learning" in message.replace("PeftType.", "")
+    assert "TRL's own path is taken" in message
 
 
 def test_models_that_are_left_to_trl(root: Path) -> None:
@@ -188,13 +187,12 @@ def test_models_that_are_left_to_trl(root: Path) -> None:
     assert "t5 is an encoder-decoder" in str(make_plan(trainer, t5, sharing=True).refused)
     text: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "model_type": "llama"}
-    vision: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    vision = {name: text[name] for name in sizes} | {
+        "image_size": 8,
+        "patch_size": 4,
+        "model_type": "clip_vision_model",
     }
-    vision |= {"image_size": 8, "patch_size": 4, "model_type": "clip_vision_model"}
     llava = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
     assert "llava models take images" in str(make_plan(trainer, llava, sharing=True).refused)
     assert "Linear is no transformers model" in str(make_plan(trainer, torch.nn.Linear(2, 2), sharing=True).refused)

@@ -145,8 +145,8 @@ def test_evaluation_with_compute_metrics_gets_the_logits(root: Path, caplog: pyt
         torch.testing.assert_close(torch.tensor(a.predictions), torch.tensor(b.predictions), rtol=1e-4, atol=1e-4)
     kept = [name for name in theirs if "time" not in name and "per_second" not in name]
     assert {name: ours[name] for name in kept} == pytest.approx({name: theirs[name] for name in kept}, rel=1e-4)
-    said = [record.getMessage() for record in caplog.records if "compute_metrics" in record.getMessage()]
-    assert len(said) == int("_compute_loss" in vars(trl.DPOTrainer))
+    messages = [record.getMessage() for record in caplog.records if "compute_metrics" in record.getMessage()]
+    assert len(messages) == int("_compute_loss" in vars(trl.DPOTrainer))
 
 
 @pytest.mark.parametrize("trainer", ["DPO", "KTO"])
@@ -154,38 +154,38 @@ def test_an_adapter_on_the_head_is_trained(trainer: str, root: Path) -> None:
     """LoRA on lm_head, which TRL 1.15 refuses, gives the loss and gradients of the model's own logits."""
     run = Run(trainer, lora_head=True, precomputed=True)
     with fastpref.patch(trl) as patch:
-        made = make_trainer(run, root)
+        instance = make_trainer(run, root)
         with torch.no_grad():
-            for name, parameter in made.model.named_parameters():
+            for name, parameter in instance.model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.05)
-        batch = next(iter(made.get_train_dataloader()))
+        batch = next(iter(instance.get_train_dataloader()))
         if "input_ids" not in batch:
             pytest.skip(f"TRL {trl.__version__}'s {trainer} batches have other names; it takes such adapters itself")
-        loss = made.compute_loss(made.model, batch)
-        ours = gradients(loss, made.model)
+        loss = instance.compute_loss(instance.model, batch)
+        ours = gradients(loss, instance.model)
     assert any("lm_head" in name for name in ours)
     ids, mask = batch["input_ids"], batch["completion_mask"]
-    logits = made.model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+    logits = instance.model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
     logp = (logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum(1)
     if trainer == "DPO":
         ratios = logp - torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
         chosen, rejected = ratios.chunk(2)
-        expected = -torch.nn.functional.logsigmoid(made.beta * (chosen - rejected)).mean()
+        expected = -torch.nn.functional.logsigmoid(instance.beta * (chosen - rejected)).mean()
     else:
         with torch.no_grad():
             ids, mask = batch["KL_input_ids"], batch["KL_completion_mask"]
-            logits = made.model(input_ids=ids, attention_mask=batch["KL_attention_mask"]).logits
+            logits = instance.model(input_ids=ids, attention_mask=batch["KL_attention_mask"]).logits
             kl_logp = (logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum(1)
             kl = (kl_logp - batch["ref_KL_logps"]).mean().clamp(min=0)
         sign = torch.where(batch["label"], 1.0, -1.0)
-        expected = (1 - torch.sigmoid(made.beta * sign * (logp - batch["ref_logps"] - kl))).mean()
+        expected = (1 - torch.sigmoid(instance.beta * sign * (logp - batch["ref_logps"] - kl))).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    for name, gradient in gradients(expected, made.model).items():
+    for name, gradient in gradients(expected, instance.model).items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     if f"{trainer}Trainer.__init__" in patch.patched:  # without the patch, TRL would ignore the adapter
         with pytest.raises(RuntimeError, match="lm_head has an adapter"):
-            made.compute_loss(made.model, batch)
+            instance.compute_loss(instance.model, batch)
 
 
 def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:

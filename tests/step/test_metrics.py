@@ -1,6 +1,6 @@
-"""Metrics of responses (correlations and shares), from micro-batches and over processes, compared with plain numpy."""
+"""Metrics of completions (correlations, shares), from micro-batches and over processes, compared with plain numpy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,25 +28,25 @@ def gathered(parts: list[tuple[Tensor, Tensor, Tensor | None]]) -> Metrics:
 
 
 def test_reward_against_length():
-    """The correlation covers chosen and rejected responses together, for any cut into micro-batches."""
+    """The correlation covers chosen and rejected completions together, for any cut into micro-batches."""
     wanted = np.corrcoef(REWARDS, LENGTHS)[0, 1]
     whole = gathered([(REWARDS, LENGTHS, None)])
-    # The pairs are (0, 3), (1, 4) and (2, 5): in each part, chosen responses come first.
+    # The pairs are (0, 3), (1, 4) and (2, 5): in each part, chosen completions come first.
     cut = gathered([(REWARDS[[0, 3]], LENGTHS[[0, 3]], None), (REWARDS[[1, 2, 4, 5]], LENGTHS[[1, 2, 4, 5]], None)])
     for metrics in (whole, cut):
         assert metrics.result()["rewards/length_correlation"] == pytest.approx(wanted, abs=1e-6)
-        assert sorted(metrics.responses().chosen.tolist()) == pytest.approx(sorted(REWARDS[:3].tolist()))
+        assert sorted(metrics.completions().chosen.tolist()) == pytest.approx(sorted(REWARDS[:3].tolist()))
     labels = torch.tensor([True, False, True, True, False, True])
     single = gathered([(REWARDS, LENGTHS, labels)])
     single.single_responses()
     assert single.result()["rewards/length_correlation"] == pytest.approx(wanted, abs=1e-6)
-    assert single.responses().rejected_lengths.tolist() == [4, 7]
+    assert single.completions().rejected_lengths.tolist() == [4, 7]
 
 
 def test_segments_beyond_the_responses_do_not_count():
-    """Segments after the responses, which are scored prompts, do not count."""
+    """Segments after the completions, which are scored prompts, do not count."""
     metrics = gathered([(REWARDS, torch.cat([LENGTHS, torch.tensor([50, 60, 70])]), None)])
-    assert metrics.responses().rejected_lengths.tolist() == [3, 7, 2]
+    assert metrics.completions().rejected_lengths.tolist() == [3, 7, 2]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_nothing_to_correlate(rewards: Tensor, lengths: Tensor):
 
 
 def test_the_likelier_response_per_token():
-    """The likelier response is the one with the higher log-probability per token; a tie counts half."""
+    """The likelier completion is the one with the higher log-probability per token; a tie counts half."""
     metrics = Metrics()
     metrics.add_ranking(torch.tensor([-10.0, -2.0, -3.0, -6.0, -2.0, -9.0]), torch.tensor([10, 1, 3, 3, 2, 9]))
     # log-probabilities per token: −1 and −2; −2 and −1; −1 and −1
@@ -68,27 +68,19 @@ def test_the_likelier_response_per_token():
 
 @dataclass(frozen=True)
 class Two(Processes):
-    """Two processes, of which the other gathers `other`."""
+    """Two processes that run one after the other: each gets the values of those that gathered before, and its own."""
 
     count: int = 2
-    other: Any = None
+    values: list[Any] = field(default_factory=list)
 
     def gather(self, own: Any) -> list[Any]:
-        return [own, self.other]
+        self.values.append(own)
+        return self.values
 
 
 def test_processes_are_joined():
-    """The joined metrics of two processes are those of one process with all responses."""
+    """The joined metrics of two processes are those of one process with all completions."""
     a, b = (REWARDS[[0, 3]], LENGTHS[[0, 3]], None), (REWARDS[[1, 2, 4, 5]], LENGTHS[[1, 2, 4, 5]], None)
-    kept: list[Any] = []
-
-    class Keeping(Processes):
-        def gather(self, own: Any) -> list[Any]:
-            kept.append(own)
-            return [own]
-
-    gathered([b]).joined(Keeping(count=2))
-    joined = gathered([a]).joined(Two(other=kept[0]))
-    wanted = gathered([a, b]).result()
-    found = joined.result()
-    assert found == pytest.approx(wanted)
+    processes = Two()
+    gathered([b]).joined(processes)
+    assert gathered([a]).joined(processes).result() == pytest.approx(gathered([a, b]).result())
