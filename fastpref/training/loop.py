@@ -26,13 +26,12 @@ from fastpref.model.failure import in_others_code
 from fastpref.model.limits import Limits
 from fastpref.model.load import Loaded
 from fastpref.processes import Processes
-from fastpref.run import state
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
 from fastpref.run.folder import RunFolder
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
-from fastpref.run.state import Progress
+from fastpref.run.state import Progress, rng_state
 from fastpref.step.objective import Objective
 from fastpref.training import faults
 from fastpref.training.faults import Interrupt, NotFinite
@@ -77,7 +76,7 @@ class TrainingRun:
     trackers: Trackers
     resumed: bool
     peak: StepPeak
-    rng: dict[str, Any] = field(default_factory=state.rng_state)  # after the last whole step, for the next checkpoint
+    rng: dict[str, Any] = field(default_factory=rng_state)  # after the last whole step, for the next checkpoint
     batch: list[Example] = field(default_factory=list)  # of the current step, for messages
 
     def go(self, lock: RunLock) -> RunResult:
@@ -116,7 +115,7 @@ class TrainingRun:
         progress, train, every = self.progress, self.config.train, self.config.output.save_every
         order = data_order(len(self.data.train), train.batch, train.seed, start=progress.step)
         while True:
-            self.rng = state.rng_state()
+            self.rng = rng_state()
             improved, stops = False, self.processes.any(interrupt.asked)
             if self._evaluation_is_due() and not stops:
                 self._evaluate()

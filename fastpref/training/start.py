@@ -28,8 +28,8 @@ from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
 from fastpref.processes import Processes, code, end_together, start_processes
 from fastpref.quiet import quiet_libraries
-from fastpref.run import state
 from fastpref.run.checkpoint import Checkpoints
+from fastpref.run.fingerprints import MODEL, model_fingerprint
 from fastpref.run.folder import RunFolder
 from fastpref.run.hub import check_login
 from fastpref.run.lock import RunLock
@@ -121,7 +121,7 @@ def _prepare(
 
     try:
         loaded = processes.together(load)
-        processes.agree(lambda: {"the model's weights": state.model_fingerprint(loaded)[:16], "layout": loaded.layout})
+        processes.agree(lambda: {MODEL: model_fingerprint(loaded)[:16], "layout": loaded.layout})
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run, decisions = _assemble(config, folder, accelerator, processes, inputs, loaded, resumed)
     except UserError:
@@ -175,7 +175,7 @@ def _assemble(
         examples=unit,
     )
     notes = _end_notes(inputs.text, stop_at(loaded.model, inputs.text.ends.values()))
-    fingerprint = state.model_fingerprint(loaded)
+    fingerprint = model_fingerprint(loaded)
     reference = None
     if config.loss.uses_reference:
         reference, words = _reference(config, loaded, accelerator)
