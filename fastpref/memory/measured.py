@@ -26,11 +26,7 @@ _WORKSPACE = 128 << 20  # bytes of tiles that `linear_logprob` allocates by defa
 
 
 def oversized_step(
-    config: Config,
-    loaded: Loaded,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    examples: Sequence[Example],
+    config: Config, loaded: Loaded, optimizer: torch.optim.Optimizer, objective: Objective, examples: Sequence[Example]
 ) -> OversizedStep:
     """Describe a step of `examples` that ran out of memory, with the memory that the run always holds.
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -147,10 +147,16 @@ def count_step(
     loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)
     with fake, count, count.labelled("reference"):
         reference = _reference(config, loaded, frozen, autocast)
-    optimizer = make_optimizer(loaded.policy, _unpaged(config))  # not fake: bitsandbytes computes tables of numbers
+    # Paging needs a GPU, so paged moments count as if they stayed there.
+    unpaged = config.but({"train.optimizer": config.train.optimizer.removeprefix("paged_")})
+    optimizer = make_optimizer(loaded.policy, unpaged)  # not fake: bitsandbytes computes tables of numbers
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with fake, count, sizes_alone():
-        _make_moments(optimizer, parameters, count)
+        with count.labelled("gradients"):
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        with count.labelled("optimizer"):
+            optimizer.step()  # makes the moments
         if examples is None:
             longest = longest_possible(config)
             examples, further = longest.examples, longest.further if further is None else further
@@ -171,12 +177,6 @@ def count_step(
     parts |= {"bare_experts": bones.bare_experts}
     parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": choice.layout}
     return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
-
-
-def _unpaged(config: Config) -> Config:
-    """Return the config without a paged optimizer: paging needs a GPU, so its moments count as if they stayed there."""
-    plain: Any = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}.get(config.train.optimizer)
-    return config if plain is None else config.but({"train.optimizer": plain})
 
 
 def _materialised(
@@ -225,25 +225,8 @@ def _reference(
 def _objective(config: Config, loaded: Loaded, reference: Reference | None, autocast: Callable[..., Any]) -> Objective:
     policy = loaded.policy
     policy.forward = autocast()(policy.forward) if autocast is not nullcontext else policy.forward
-    return Objective(
-        policy=policy,
-        reference=reference,
-        options=config.loss,
-        layout=loaded.layout,
-        budget=config.tokens_per_microbatch,
-        pad_token_id=0,
-        device=CPU,
-        router_coefficient=policy.router.coefficient if policy.router is not None else 0.0,
-    )
-
-
-def _make_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], count: PeakStorage) -> None:
-    """Make gradients, and the moments by an update of the optimizer."""
-    with count.labelled("gradients"):
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-    with count.labelled("optimizer"):
-        optimizer.step()
+    router = policy.router.coefficient if policy.router is not None else 0.0
+    return Objective(policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU, router)
 
 
 def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:

@@ -23,11 +23,7 @@ _SHOWN = (
 
 
 def model_card(
-    config: Config,
-    rows: Iterable[Mapping[str, Any]],
-    data_fingerprint: str,
-    steps: int,
-    text: TextRecord | None = None,
+    config: Config, rows: Iterable[Mapping[str, Any]], data_fingerprint: str, steps: int, text: TextRecord | None = None
 ) -> str:
     """Return the card's text. `rows` are those of metrics.jsonl. Paths of this machine are cut to their last part."""
     shown = _without_folders(config)

@@ -13,7 +13,6 @@ from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.memory.fit import MARGIN, Count, OversizedStep, Proposal, first_change, propose
 from fastpref.memory.step import PARTS
-from fastpref.model.failure import is_out_of_memory as is_out_of_memory
 from fastpref.run.resume import may_change
 from fastpref.sizes import in_words
 from fastpref.step.objective import Objective

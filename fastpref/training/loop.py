@@ -18,11 +18,11 @@ from fastpref.data.cache import Tokenized
 from fastpref.data.example import Example
 from fastpref.data.order import data_order
 from fastpref.data.table import Examples
-from fastpref.data.template.text import TEXT, TextRecord
+from fastpref.data.template.text import TEXT
 from fastpref.errors import UserError
 from fastpref.health import Verdict
 from fastpref.memory.measured import StepPeak, oversized_step, step_counter
-from fastpref.model.failure import in_others_code
+from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import Limits
 from fastpref.model.load import Loaded
 from fastpref.processes import Processes
@@ -60,7 +60,6 @@ class TrainingRun:
     accelerator: Accelerator
     processes: Processes
     tokenizer: PreTrainedTokenizerBase
-    text: TextRecord
     loaded: Loaded
     limits: Limits
     data: Tokenized
@@ -106,7 +105,7 @@ class TrainingRun:
             self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
         else:
             self.processes.on_first(lambda: self.folder.create(self.config))
-        self.processes.on_first(lambda: write_file(self.folder.path / TEXT, self.text.to_json()))
+        self.processes.on_first(lambda: write_file(self.folder.path / TEXT, self.checkpoints.text.to_json()))
         self._write_down(lambda record: record.begin(resumed=self.resumed))
         self.trackers.start(self.config, self.folder.path, self.progress.step)
 
@@ -131,7 +130,7 @@ class TrainingRun:
 
     def _finish(self) -> RunResult:
         answers = [answer for _, answer in self._answers()]
-        self.display.samples([(question, old) for question, old in self.progress.before or []], answers)
+        self.display.samples(self.progress.before or [], answers)
         place = self.checkpoints.save_weights("final", self.progress.step)
         self.display.note(f"saved: {place}")
         if self.peak.bytes and isinstance(self.data.train, Examples):
@@ -268,7 +267,7 @@ class TrainingRun:
         """Return the message for an exception that a user can act on, and the overrides to resume with, or None."""
         if isinstance(error, NotFinite | WriteError):
             return str(error), []
-        if not faults.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             failure = in_others_code(error) if self.progress.step == 0 else None
             if failure is None:
                 return None
