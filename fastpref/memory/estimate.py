@@ -11,7 +11,6 @@ from fastpref.config import Config
 from fastpref.data.batch import Layout
 from fastpref.data.cache import load_examples
 from fastpref.data.longest import Microbatch, longest_of, longest_possible
-from fastpref.data.order import data_order
 from fastpref.data.plan import wanted_layout
 from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
@@ -60,8 +59,7 @@ class Estimator:
         """Return the largest micro-batch of a run."""
         if self._examples is None:
             return longest_possible(config)
-        order = data_order(len(self._examples), config.train.batch, config.train.seed)
-        return longest_of(config, self._examples, order, wanted_layout(config))
+        return longest_of(config, self._examples, wanted_layout(config))
 
     def take(self, *overrides: str, layers: int | None = None) -> StepMemory:
         """Count the memory of a step with further overrides. `layers` is the argument of `count_step`."""
@@ -138,9 +136,6 @@ def proposal(estimator: Estimator, card: float) -> Proposal:
         quantised=estimator.quantised is not None,
     )
     return propose(step, lambda overrides: estimator.take(*overrides), usable(card))
-
-
-# --- GPUs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from fastpref.config import Config, make_config
 from fastpref.data.example import Example
 from fastpref.data.longest import longest_of, longest_possible, microbatches
-from fastpref.data.order import data_order
 from fastpref.data.table import Examples
 from fastpref.memory.fit import Count, OversizedStep
 from fastpref.memory.step import StepMemory, count_step
@@ -124,8 +123,7 @@ class StepPeak:
 
     def against_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
         """Return a note that compares the measured peak with `count_step` for the run's largest micro-batch."""
-        order = data_order(len(examples), config.train.batch, config.train.seed)
-        largest = longest_of(config, examples, order, loaded.layout)
+        largest = longest_of(config, examples, loaded.layout)
         measured = f"measured {in_words(self.bytes)}"
         try:
             counted = count_step(

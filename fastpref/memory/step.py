@@ -34,7 +34,6 @@ from fastpref.step.reference import Reference, copy_config, make_reference, prec
 
 CPU = torch.device("cpu")
 
-
 # The parts of a step's memory, in the order of the printed table, with the names that users see.
 PARTS = {
     "weights": "weights",
@@ -238,8 +237,8 @@ def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:
 def _elsewhere() -> Iterator[None]:
     """Free tensors that are saved for the backward pass inside the block, and make them again when it needs them."""
 
-    def come_back(what: tuple[torch.Size, torch.dtype]) -> Tensor:
-        return torch.empty(what[0], dtype=what[1])
+    def remade(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(saved[0], dtype=saved[1])
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), come_back):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), remade):
         yield

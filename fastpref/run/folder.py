@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,8 @@ def default_folders(config: Config, name: str) -> Iterator[Path]:
     """Yield runs/NAME-LOSS, runs/NAME-LOSS-2, … without end."""
     base = Path("runs") / f"{name}-{config.loss.type}"
     yield base
-    number = 2
-    while True:
+    for number in count(2):
         yield base.with_name(f"{base.name}-{number}")
-        number += 1
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -124,7 +124,7 @@ class History:
         last, error = series.last, series.last.error
         if start is None:
             start, error = series.first.mean, math.hypot(series.first.error, error)
-        return Trend(start, last.mean, error, (int(series.steps[0]), last.span[1]))
+        return Trend(start, last.mean, error, series.span)
 
     def heldout_change(self, name: str, start: float | None = None) -> Trend | None:
         """Return how a metric changed from the first evaluation to the last, or None if there is only one.

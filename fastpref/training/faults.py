@@ -3,9 +3,9 @@
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -20,27 +20,23 @@ from fastpref.step.objective import Objective
 SKIPS_IN_ROW = 10  # a run stops after this many skipped steps in a row
 
 
-class Interrupt:
-    """Catches Ctrl-C and SIGTERM, so that a run finishes its current step first. A second one stops it at once."""
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, so that a run finishes its current step. A second one stops it at once."""
+    signals: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def collect(number: int, frame: FrameType | None) -> None:
+        if signals:
             raise KeyboardInterrupt
-        self.asked = True
+        signals.append(number)
+
+    in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+    before = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class NotFinite(UserError):

@@ -34,7 +34,7 @@ from fastpref.run.lock import RunLock
 from fastpref.run.state import Progress, rng_state
 from fastpref.step.objective import Objective
 from fastpref.training import faults
-from fastpref.training.faults import Interrupt, NotFinite
+from fastpref.training.faults import NotFinite, interrupts
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
 from fastpref.training.trackers import Trackers
@@ -82,9 +82,9 @@ class TrainingRun:
         """Train to the end or to an interrupt. A fault raises a UserError that says how to resume."""
         self.processes.on_first(lock.acquire)
         self._open()
-        with Interrupt() as interrupt, self.display:
+        with interrupts() as signals, self.display:
             try:
-                return self._finish() if self._train(interrupt) else self._stopped()
+                return self._finish() if self._train(signals) else self._stopped()
             except Exception as error:
                 fault = self._explained(error)
                 if fault is None:
@@ -109,13 +109,13 @@ class TrainingRun:
         self._write_down(lambda record: record.begin(resumed=self.resumed))
         self.trackers.start(self.config, self.folder.path, self.progress.step)
 
-    def _train(self, interrupt: Interrupt) -> bool:
+    def _train(self, signals: Sequence[int]) -> bool:
         """Train until the last step or an interrupt. Returns whether the last step was taken."""
         progress, train, every = self.progress, self.config.train, self.config.output.save_every
         order = data_order(len(self.data.train), train.batch, train.seed, start=progress.step)
         while True:
             self.rng = rng_state()
-            improved, stops = False, self.processes.any(interrupt.asked)
+            improved, stops = False, self.processes.any(bool(signals))
             if self._evaluation_is_due() and not stops:
                 self._evaluate()
                 improved = progress.improved() and progress.step > 0
@@ -216,8 +216,6 @@ class TrainingRun:
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
-    # --- evaluate and sample -----------------------------------------------------------------------------------
-
     def _evaluation_is_due(self) -> bool:
         step, every = self.progress.step, self.config.eval.every
         due = step in (0, self.steps) or (every is not None and step % every == 0)
@@ -242,19 +240,13 @@ class TrainingRun:
             prompt = example.prompt
             ids = torch.tensor([prompt], device=self.accelerator.device)
             out = self.loaded.policy.generate(
-                self.loaded.model,
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                self.loaded.model, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
                 max_new_tokens=self.limits.room(len(prompt), options.sample_tokens),
-                do_sample=False,
-                use_cache=True,
                 pad_token_id=self.objective.pad_token_id,
-            )
+            )  # fmt: skip
             answer = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
             answers.append([example.row.question, str(answer).strip()])
         return answers
-
-    # --- stop --------------------------------------------------------------------------------------------------
 
     def _stopped(self) -> RunResult:
         place = self.checkpoints.save(self.progress, self.rng)

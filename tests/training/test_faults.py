@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import fastpref
 from fastpref.errors import UserError
+from fastpref.model.failure import is_out_of_memory
 from fastpref.step import objective as step_module
-from fastpref.training import faults, loop, start
-from fastpref.training.faults import is_out_of_memory
+from fastpref.training import loop, start
+from fastpref.training.faults import interrupts
 from tests.support.command_line import PROGRAM, WIDE, run_process
 from tests.support.runs import LORA, rows
 
@@ -175,9 +176,9 @@ def test_no_memory_to_load_the_model(config: Path, monkeypatch: pytest.MonkeyPat
 
 def test_two_signals_end_at_once(config: Path):
     """A second Ctrl-C does not wait for the end of the step."""
-    with faults.Interrupt() as interrupt:
+    with interrupts() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.asked
+        assert signals == [signal.SIGTERM]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
