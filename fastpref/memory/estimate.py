@@ -126,15 +126,9 @@ def present_card() -> float | None:
 
 def proposal(estimator: Estimator, card: float) -> Proposal:
     """Return the smallest changes with which a step fits a GPU with `card` GiB. Each change is counted."""
-    config = estimator.config
-    step = OversizedStep(
-        config,
-        estimator.take(),
-        estimator.microbatch(config),
-        estimator.device,
-        int(card * GIB),
-        quantised=estimator.quantised is not None,
-    )
+    config, memory, quantised = estimator.config, estimator.take(), estimator.quantised is not None
+    microbatch, capacity = estimator.microbatch(config), int(card * GIB)
+    step = OversizedStep(config, memory, microbatch, estimator.device, capacity, quantised=quantised)
     return propose(step, lambda overrides: estimator.take(*overrides), usable(card))
 
 

@@ -115,9 +115,6 @@ def _count(count: Count, overrides: dict[str, str]) -> StepMemory | None:
         return None
 
 
-# --- The changes -----------------------------------------------------------------------------------------------------
-
-
 def _no_copy(step: OversizedStep) -> list[str]:
     reference = step.config.reference
     plain = reference.dtype == reference.quantization == "auto"  # only a copy can have its own dtype or quantization

@@ -38,30 +38,21 @@ def oversized_step(
     moments = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     layers = max(1, len(decoder_layers(model)))
     memory = StepMemory(
-        weights=sum(p.nbytes for p in model.parameters()) - adapters,
-        adapters=adapters,
-        gradients=trained,
+        weights=sum(p.nbytes for p in model.parameters()) - adapters, adapters=adapters, gradients=trained,
         optimizer=moments or 2 * trained,  # AdamW allocates its two moments in the first step
         reference=objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0,
-        activations=0,
-        head=_WORKSPACE,
-        largest=0,
-        layers=layers,
-        checkpointed=layers if all_checkpointed(model) else _checkpointed(model),
-        layout=loaded.layout,
-    )
+        activations=0, head=_WORKSPACE, largest=0,
+        layers=layers, checkpointed=layers if all_checkpointed(model) else _checkpointed(model), layout=loaded.layout,
+    )  # fmt: skip
     parts = microbatches(config, examples, loaded.layout) or [longest_possible(config)]
+    largest = max(parts, key=lambda part: part.tokens)
     on_gpu = device.type == "cuda"
+    capacity = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     return OversizedStep(
-        config,
-        memory,
-        max(parts, key=lambda part: part.tokens),
-        device,
-        torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total,
-        sharded=objective.processes.sharded,
+        config, memory, largest, device, capacity,
+        sharded=objective.processes.sharded, checkpointable=can_be_checkpointed(model),
         quantised=own_quantization(model.config) is not None and config.model.quantization == "none",
-        checkpointable=can_be_checkpointed(model),
-    )
+    )  # fmt: skip
 
 
 def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
@@ -76,12 +67,9 @@ def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
     def count(overrides: tuple[str, ...]) -> StepMemory:
         config = make_config(step.config.model_dump(), overrides)
         same = config.train.checkpointing == step.config.train.checkpointing
-        return count_step(
-            as_loaded(config, loaded),
-            step.device,
-            layers=step.memory.checkpointed if same else None,
-            examples=[_cut(example, config.tokens.max_length) for example in step.microbatch.examples],
-        )
+        layers = step.memory.checkpointed if same else None
+        examples = [_cut(example, config.tokens.max_length) for example in step.microbatch.examples]
+        return count_step(as_loaded(config, loaded), step.device, layers=layers, examples=examples)
 
     return count
 
@@ -123,16 +111,11 @@ class StepPeak:
 
     def against_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
         """Return a note that compares the measured peak with `count_step` for the run's largest micro-batch."""
-        largest = longest_of(config, examples, loaded.layout)
-        measured = f"measured {in_words(self.bytes)}"
+        largest, layers = longest_of(config, examples, loaded.layout), _checkpointed(loaded.model)
+        config, gpu, measured = as_loaded(config, loaded), torch.device("cuda"), f"measured {in_words(self.bytes)}"
         try:
-            counted = count_step(
-                as_loaded(config, loaded),
-                torch.device("cuda"),
-                layers=_checkpointed(loaded.model),
-                examples=largest.examples,
-                further=largest.further,
-            ).total
+            memory = count_step(config, gpu, layers=layers, examples=largest.examples, further=largest.further)
         except Exception as error:  # a model's code may read the values of tensors, which fake tensors do not have
             return f"memory of a step: {measured}; not estimated ({type(error).__name__})"
-        return f"memory of a step: estimated {in_words(counted)}, {measured} ({self.bytes / counted - 1:+.1%})"
+        change = self.bytes / memory.total - 1
+        return f"memory of a step: estimated {in_words(memory.total)}, {measured} ({change:+.1%})"

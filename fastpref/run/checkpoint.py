@@ -29,7 +29,10 @@ from fastpref.run.weights import load_weights, optimizer_state, save_weights, wh
 
 @dataclass
 class Checkpoints:
-    """Saves and restores everything that training changes. `latest` is the last checkpoint known to be undamaged."""
+    """Saves and restores everything that training changes. All processes call a method together, and the first writes.
+
+    `save` and `save_weights` raise WriteError.
+    """
 
     config: Config
     folder: RunFolder
@@ -42,17 +45,14 @@ class Checkpoints:
     scaler: Any | None  # only for float16
     model_fingerprint: str  # of the weights before training
     processes: Processes = ALONE
-    latest: Path | None = None
+    latest: Path | None = None  # the last checkpoint known to be undamaged
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         return {MODEL: self.model_fingerprint, DATA: data_fingerprint(self.examples)}
 
     def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
-        """Write the checkpoint of the last whole step unless it exists, and remove old ones. Raises WriteError.
-
-        All processes must call this method, like the others, together. The first process writes.
-        """
+        """Write the checkpoint of the last whole step unless it exists, and remove old ones."""
         if not best and self.latest is not None and self.latest.name == f"step-{progress.step}":
             return self.latest
         weights, content = whole_weights(self.loaded), self._content(progress, rng)
@@ -68,10 +68,7 @@ class Checkpoints:
         return self.latest
 
     def save_weights(self, name: str, step: int | None = None) -> Path:
-        """Write the adapter or the model with its tokenizer to the folder `name`, and a model card if `step` is given.
-
-        Raises WriteError.
-        """
+        """Write the adapter or the model with its tokenizer to the folder `name`, and with `step` a model card."""
         weights, place = whole_weights(self.loaded), self.folder.path / name
 
         def fill(folder: Path) -> None:

@@ -60,10 +60,10 @@ class Resumed:
             if self.state["fingerprints"][name] != fingerprint:
                 raise self._differing(name, _KEYS_OF[name])
 
-    def _differing(self, what: str, keys: tuple[str, ...], place: str = "") -> UserError:
+    def _differing(self, names: str, keys: tuple[str, ...], place: str = "") -> UserError:
         changed = {key: both for key, both in self.changed.items() if key.startswith(keys)}
         return UserError(
-            f"{self.checkpoint}: {what} are not those it was trained with{_listed(changed)}"
+            f"{self.checkpoint}: {names} are not those it was trained with{_listed(changed)}"
             f"\nResume with what it was trained with{place}, or start a new run"
         )
 

@@ -1,4 +1,7 @@
-"""Save and load the weights of a model and the moments of its optimizer, which FSDP2 may have sharded."""
+"""Save and load the weights of a model and the moments of its optimizer, which FSDP2 may have sharded.
+
+All processes call `whole` and `whole_weights` together.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -17,10 +20,7 @@ from fastpref.model.weights import from_files
 
 
 def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
-    """Join the weights that `save_weights` writes if the model is sharded, else return None.
-
-    All processes call it together.
-    """
+    """Join the weights that `save_weights` writes if the model is sharded, else return None."""
     if not any(isinstance(p, DTensor) for p in loaded.model.parameters()):
         return None
     adapters = isinstance(loaded.wrapped, PeftModel)
@@ -64,10 +64,7 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
 
 
 def whole(value: Any) -> Any:
-    """Return nested values in which tensors sharded by FSDP2 are whole tensors on the CPU.
-
-    All processes must call it together.
-    """
+    """Return nested values in which sharded tensors are whole tensors on the CPU."""
     if isinstance(value, DTensor):
         return value.full_tensor().detach().cpu()
     if isinstance(value, dict):

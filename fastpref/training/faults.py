@@ -45,28 +45,21 @@ class NotFinite(UserError):
 
 def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example], objective: Objective) -> str:
     """Return a message that names the step, its rows, and the cause. Call it before the gradients are cleared."""
-    what = f"step {step}: loss {loss}, gradient norm {norm}"
-    weights = [name for name, p in objective.policy.named_parameters() if not torch.isfinite(p).all()]
-    if weights:
-        return f"{what}; the weights themselves are not finite: {_some(weights)}; its rows are {_places(examples)}"
-    alone = [] if math.isfinite(loss) else _not_finite_alone(examples, objective)
-    if alone:
-        return f"{what}; of its {len(examples)} rows these give such a loss by themselves: {_places(alone)}"
-    trained = [(name, p.grad) for name, p in objective.policy.named_parameters() if p.grad is not None]
-    gradients = [name for name, gradient in trained if not torch.isfinite(gradient).all()]
-    where = ""
-    if 0 < len(gradients) < len(trained):  # clipping by a norm that is NaN makes all of them NaN
-        where = f"; the gradients that are not finite are of {_some(gradients)}"
-    return f"{what}{where}; its rows are {_places(examples)}"
-
-
-def _not_finite_alone(examples: Sequence[Example], objective: Objective) -> list[Example]:
-    """Return the examples whose loss alone is not finite, by one forward pass for each, without dropout."""
-    objective.policy.eval()
-    try:
-        return [e for e in examples if not math.isfinite(objective.evaluate([e], 1).result()["loss"])]
-    finally:
+    message = f"step {step}: loss {loss}, gradient norm {norm}"
+    parameters = dict(objective.policy.named_parameters())
+    if weights := [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]:
+        return f"{message}; the weights themselves are not finite: {_some(weights)}; its rows are {_places(examples)}"
+    if not math.isfinite(loss):  # by one forward pass for each example, without dropout
+        objective.policy.eval()
+        alone = [e for e in examples if not math.isfinite(objective.evaluate([e], 1).result()["loss"])]
         objective.policy.train()
+        if alone:
+            return f"{message}; of its {len(examples)} rows these give such a loss by themselves: {_places(alone)}"
+    trained = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    gradients = [name for name, gradient in trained.items() if not torch.isfinite(gradient).all()]
+    if 0 < len(gradients) < len(trained):  # clipping by a norm that is NaN makes all of them NaN
+        message += f"; the gradients that are not finite are of {_some(gradients)}"
+    return f"{message}; its rows are {_places(examples)}"
 
 
 def _places(examples: Sequence[Example]) -> str:

@@ -156,9 +156,8 @@ class TrainingRun:
         metrics, work = self.objective.step(examples, self.accelerator.backward, token_metrics=logged)
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         norm = self.accelerator.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
-        row: dict[str, float] = metrics.result()
-        row["grad_norm"] = float(norm) if norm is not None else 0.0
-        row["learning_rate"] = self.scheduler.get_last_lr()[0]
+        grad_norm, rate = float(norm) if norm is not None else 0.0, self.scheduler.get_last_lr()[0]
+        row: dict[str, float] = metrics.result() | {"grad_norm": grad_norm, "learning_rate": rate}
         if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             self.optimizer.step()
             self.progress.skipped_in_row = 0
@@ -176,20 +175,23 @@ class TrainingRun:
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
         """Skip a step whose loss or gradient is not finite, or raise NotFinite."""
-        what = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
-        overflow = self.accelerator.scaler is not None and math.isfinite(row["loss"])
-        if overflow:  # float16 finds its loss scale by trial: the scaler skips the step and lowers it
+        message = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
+        if self.accelerator.scaler is not None and math.isfinite(
+            row["loss"]
+        ):  # float16 finds its loss scale by trial: the scaler skips the step and lowers it
             self.optimizer.step()
         elif self.config.train.nonfinite == "stop":
             raise NotFinite(
-                f"{what}. The model is as it was after step {step - 1}. Lower train.learning_rate, look at those "
+                f"{message}. The model is as it was after step {step - 1}. Lower train.learning_rate, look at those "
                 'rows, or set train.nonfinite = "skip"'
             )
         self.progress.skipped += 1
         self.progress.skipped_in_row += 1
         if self.progress.skipped_in_row >= faults.SKIPS_IN_ROW:
-            raise NotFinite(f"{what}. It is the {faults.SKIPS_IN_ROW}th such step in a row, so skipping does not help")
-        self.display.note(f"{what}. The step is left out, the {self.progress.skipped}. of this run.")
+            raise NotFinite(
+                f"{message}. It is the {faults.SKIPS_IN_ROW}th such step in a row, so skipping does not help"
+            )
+        self.display.note(f"{message}. The step is left out, the {self.progress.skipped}. of this run.")
 
     def _log(self, row: dict[str, float]) -> None:
         self.processes.on_first(lambda: self.folder.log(row))

@@ -38,18 +38,13 @@ class Display:
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._steps, self._before = steps, done  # `done`: the steps before a run was resumed
         self._examples = examples  # what a batch consists of, in one word
-        self._training = 0.0  # seconds in steps
-        self._last_line = 0.0
+        self._training = self._last_line = 0.0  # seconds in steps; when the last line was printed
         self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in _CURVES}
         self._speed = ""
-        # Narrow enough for 40 columns.
-        self._bar = Progress(
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left", table_column=Column(no_wrap=True)),
-            console=self.console,
-        )
+        self._bar = Progress(  # narrow enough for 40 columns
+            BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+            TextColumn("left", table_column=Column(no_wrap=True)), console=self.console,
+        )  # fmt: skip
         self._task = self._bar.add_task("", total=steps, completed=done)
         self._view = Live(get_renderable=self._seen, console=self.console, transient=True, vertical_overflow="crop")
 
@@ -83,10 +78,7 @@ class Display:
 
     def health(self, verdicts: Sequence[Verdict]) -> None:
         """Print all verdicts at the end of the run."""
-        if not verdicts:
-            self.console.print(f"health: {len(RULES)} rules found nothing wrong")
-            return
-        self.console.print(f"health: {counted(verdicts)}")
+        self.console.print(f"health: {counted(verdicts) or f'{len(RULES)} rules found nothing wrong'}")
         for verdict in verdicts:
             self._sentence(Text("  ") + _line(verdict))
 

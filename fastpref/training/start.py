@@ -107,8 +107,7 @@ def _prepare(
 ) -> TrainingRun:
     """Load everything, and print a note on every decision. Raises UserError."""
     set_seed(config.train.seed)
-    text = resumed.text if resumed else None
-    day = processes.on_first(date.today) if text is None else text.day
+    day = resumed.text.day if resumed and resumed.text else processes.on_first(date.today)
     # The other processes then find the tokens in the cache.
     inputs = processes.first_then_others(lambda: _read(config, resumed, day, cache=cache))
     data = inputs.data
