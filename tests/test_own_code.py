@@ -10,8 +10,6 @@ import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fastpref
-from fastpref.config import load_config
-from fastpref.model.load import load_model
 from tests.support import trl_runs
 from tests.support.command_line import succeed
 from tests.support.paths import QUICKSTART_MODEL, QUICKSTART_ROWS
@@ -166,13 +164,6 @@ def test_every_command(adapters: bool, tmp_path: Path):
     arguments = ("--data", QUICKSTART_ROWS, "--json")
     merged = succeed("eval", tmp_path / "merged", "model.trust_remote_code=true", *arguments).json
     assert merged["logps/chosen"] == pytest.approx(succeed("eval", run, *arguments).json["logps/chosen"], rel=1e-4)
-
-
-def test_without_trust_it_is_refused(tmp_path: Path):
-    path = tmp_path / "cfg.toml"
-    path.write_text(f'[model]\nname = "{make(tmp_path / "model").as_posix()}"\n[[data]]\npath = "none.jsonl"\n')
-    with pytest.raises(fastpref.UserError, match="trust_remote_code"):
-        load_model(load_config(path, []), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -142,10 +142,7 @@ class CardFit:
 
 
 def fits(most: StepMemory, least: StepMemory, cards: Sequence[float]) -> list[CardFit]:
-    """Return the fit of each GPU for a step without checkpointed layers (`most`) and with all of them (`least`).
-
-    If both are the same object, the number of layers is fixed.
-    """
+    """Return each GPU's fit for a step with no checkpointed layer and with all; one object if their number is set."""
     results = []
     for card in cards:
         room, layers = usable(card), least.checkpointed

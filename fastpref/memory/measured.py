@@ -27,10 +27,7 @@ _WORKSPACE = 128 << 20  # bytes of tiles that `linear_logprob` allocates by defa
 def oversized_step(
     config: Config, loaded: Loaded, optimizer: torch.optim.Optimizer, objective: Objective, examples: Sequence[Example]
 ) -> OversizedStep:
-    """Describe a step of `examples` that ran out of memory, with the memory that the run always holds.
-
-    Its activations count as 0.
-    """
+    """Describe a step that ran out of memory, with what the run holds in any case; its activations count as 0."""
     model, device = loaded.model, objective.device
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     adapters = trained if config.lora is not None else 0
@@ -56,11 +53,8 @@ def oversized_step(
 
 
 def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
-    """Return a function that counts the step's micro-batch with this model, or None for a sharded model.
-
-    The part of a sharded model that one device holds cannot be counted.
-    """
-    if step.sharded:
+    """Return a function that counts the step's micro-batch with this model, or None for a sharded model."""
+    if step.sharded:  # the part that one device holds cannot be counted
         return None
 
     @cache

@@ -80,10 +80,7 @@ class StepMemory:
 
 
 class _Fake(FakeTensorMode):
-    """A FakeTensorMode that also supports the grouped products of experts in other dtypes than bfloat16.
-
-    Torch has a fake implementation for bfloat16 only, but devices compute other dtypes too.
-    """
+    """A FakeTensorMode for grouped products of experts in any dtype; torch has a fake of them for bfloat16 only."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:

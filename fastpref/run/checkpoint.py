@@ -29,10 +29,7 @@ from fastpref.run.weights import load_weights, optimizer_state, save_weights, wh
 
 @dataclass
 class Checkpoints:
-    """Saves and restores everything that training changes. All processes call a method together, and the first writes.
-
-    `save` and `save_weights` raise WriteError.
-    """
+    """Saves, or raises WriteError, and restores all that training changes. All processes call its methods together."""
 
     config: Config
     folder: RunFolder

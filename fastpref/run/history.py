@@ -114,10 +114,7 @@ class History:
         return Series(np.array(steps), np.array(values))
 
     def change(self, name: str, start: float | None = None) -> Trend | None:
-        """Return how a metric of the training rows changed, or None if there are fewer than eight rows.
-
-        `start` is the first value, if the loss determines it.
-        """
+        """Return how a metric of at least eight training rows changed, or None. `start` is its known first value."""
         series = self[name]
         if len(series) < 8:
             return None

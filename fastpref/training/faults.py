@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -71,10 +71,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def out_of_memory(after: int, step: OversizedStep, count: Count | None) -> tuple[str, list[str]]:
-    """Return a message for a run that ran out of memory after step `after`: what it holds, and what to change.
-
-    Also return the overrides among those changes with which the run can be resumed.
-    """
+    """Return a message on what a run holds that ran out of memory, and the proposed overrides that resuming accepts."""
     parts = {name: size for name, size in step.memory.parts().items() if size}
     held = ", ".join(f"{PARTS[name]} {in_words(size)}" for name, size in parts.items())
     proposal = _proposal(step, count)
@@ -91,14 +88,11 @@ def _proposal(step: OversizedStep, count: Count | None) -> Proposal:
 
     The step must become smaller than its own count, however large the device is, because other programs may use it.
     """
-    if count is None:
-        return first_change(step)
-    try:
-        size = count(()).total
-        proposal = propose(step, count, int(min(size, step.capacity) * (1 - MARGIN)))
-    except Exception:  # a model's code may read the values of tensors, which fake tensors lack
-        return first_change(step)
-    return proposal if proposal.overrides else first_change(step)
+    proposal = None
+    if count is not None:
+        with suppress(Exception):  # a model's code may read the values of tensors, which fake tensors lack
+            proposal = propose(step, count, int(min(count(()).total, step.capacity) * (1 - MARGIN)))
+    return proposal if proposal is not None and proposal.overrides else first_change(step)
 
 
 def _advice(proposal: Proposal, lasting: Sequence[str]) -> str:

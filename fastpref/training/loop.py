@@ -175,23 +175,19 @@ class TrainingRun:
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
         """Skip a step whose loss or gradient is not finite, or raise NotFinite."""
-        message = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
-        if self.accelerator.scaler is not None and math.isfinite(
-            row["loss"]
-        ):  # float16 finds its loss scale by trial: the scaler skips the step and lowers it
-            self.optimizer.step()
+        fault = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
+        if self.accelerator.scaler is not None and math.isfinite(row["loss"]):
+            self.optimizer.step()  # float16 finds its loss scale by trial: the scaler skips the step and lowers it
         elif self.config.train.nonfinite == "stop":
             raise NotFinite(
-                f"{message}. The model is as it was after step {step - 1}. Lower train.learning_rate, look at those "
+                f"{fault}. The model is as it was after step {step - 1}. Lower train.learning_rate, look at those "
                 'rows, or set train.nonfinite = "skip"'
             )
         self.progress.skipped += 1
         self.progress.skipped_in_row += 1
         if self.progress.skipped_in_row >= faults.SKIPS_IN_ROW:
-            raise NotFinite(
-                f"{message}. It is the {faults.SKIPS_IN_ROW}th such step in a row, so skipping does not help"
-            )
-        self.display.note(f"{message}. The step is left out, the {self.progress.skipped}. of this run.")
+            raise NotFinite(f"{fault}. It is the {faults.SKIPS_IN_ROW}th such step in a row, so skipping does not help")
+        self.display.note(f"{fault}. The step is left out, the {self.progress.skipped}. of this run.")
 
     def _log(self, row: dict[str, float]) -> None:
         self.processes.on_first(lambda: self.folder.log(row))

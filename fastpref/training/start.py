@@ -216,21 +216,15 @@ def _precompute(
     reference: Precomputed, config: Config, data: Tokenized, objective: Objective, steps: int, display: Display
 ) -> list[str]:
     """Compute the reference's numbers for every completion of the run, before the model changes. Returns notes."""
-    batch = config.train.batch
-    planned = islice(data_order(len(data.train), batch, config.train.seed), steps)
+    planned = islice(data_order(len(data.train), config.train.batch, config.train.seed), steps)
     batches = ([data.train[i] for i in places] for places in planned)
     completions = chain(
         chain.from_iterable(map(objective.referenced, batches)), objective.referenced_in_evaluation(data.heldout)
     )
     computed = reference.complete(
-        completions,
-        layout=objective.layout,
-        budget=objective.budget,
-        device=objective.device,
-        pad_token_id=objective.pad_token_id,
-        progress=display.precomputing,
-        processes=objective.processes,
-    )
+        completions, layout=objective.layout, budget=objective.budget, device=objective.device,
+        pad_token_id=objective.pad_token_id, progress=display.precomputing, processes=objective.processes,
+    )  # fmt: skip
     cached = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
     return [*reference.notes, f"reference log-probabilities: {cached}{computed:,} completions computed"]
 
