@@ -94,7 +94,7 @@ class RunFolder:
         return read_rows(self.metrics) if self.metrics.exists() else iter(())
 
     def log(self, row: Mapping[str, float | int]) -> None:
-        """Append a row to metrics.jsonl, with null for numbers that JSON cannot hold, or nothing and raise WriteError."""
+        """Append a row to metrics.jsonl, with null for numbers that JSON cannot hold. A WriteError adds none."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         line = f"{json.dumps(finite)}\n".encode()
         with refusals_named(self.metrics), self.metrics.open("ab", buffering=0) as file:
