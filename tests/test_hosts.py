@@ -82,7 +82,7 @@ def other_checkpoints(first: Path, second: Path, run: Path) -> None:
 
 
 # How the hosts become different (from their folders and the run's), and the messages on the first and on the second.
-CASES: dict[str, tuple[Callable[[Path, Path, Path], object] | None, str, str]] = {
+CASES: dict[str, tuple[Callable[..., object] | None, str, str]] = {
     "no config": (
         lambda first, second, run: remove(second / "cfg.toml"),
         "process 1 on .*cfg.toml: there is no such file", "^cfg.toml: there is no such file",
@@ -106,13 +106,16 @@ CASES: dict[str, tuple[Callable[[Path, Path, Path], object] | None, str, str]] =
     "another setting": (
         None, r"train.batch: 4 \(process 0 on .*\), 5 \(process 1 on ", r"train.batch: 4 \(process 0 on "
     ),
-    "another checkpoint": (other_checkpoints, *["checkpoint: 'step-2, .*'step-1, "] * 2),
+    "another checkpoint": (
+        other_checkpoints, "checkpoint: 'step-2, .*'step-1, ", "checkpoint: 'step-2, .*'step-1, "
+    ),
     "other rows": (
-        lambda first, second, run: edit_rows(second / "train.jsonl"), *["tokens of the training rows: "] * 2
+        lambda first, second, run: edit_rows(second / "train.jsonl"),
+        "tokens of the training rows: ", "tokens of the training rows: ",
     ),
     "other weights": (
         lambda first, second, run: edit_weights(second / "model" / "model.safetensors"),
-        *["the model's weights: "] * 2,
+        "the model's weights: ", "the model's weights: ",
     ),
 }  # fmt: skip
 
@@ -121,9 +124,9 @@ CASES: dict[str, tuple[Callable[[Path, Path, Path], object] | None, str, str]] =
 def came(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the outcome of every case on each host."""
     folder = tmp_path_factory.mktemp("hosts")
-    for case, (change, *_) in (CASES | {"alike": (None,)}).items():
+    for case in [*CASES, "alike"]:
         hosts = [host(folder / case / f"host{rank}") for rank in range(2)]
-        if change is not None:
+        if case in CASES and (change := CASES[case][0]) is not None:
             change(*hosts, run)
     script = str(ROOT / "tests" / "support" / "host_runs.py")
     ended = both([[sys.executable, script, str(folder)]] * 2, folder)
