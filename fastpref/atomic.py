@@ -8,8 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,17 @@ class WriteError(UserError):
     """The disk refused a write: no space, no permission, a broken disk. The old contents are unchanged."""
 
 
+@contextmanager
+def refusals_named(place: Path) -> Iterator[None]:
+    """Raise WriteError with the name of `place` if the disk refuses what the block does."""
+    try:
+        yield
+    except BaseException as error:
+        if refusal := _refusal(error):
+            raise WriteError(f"{place}: cannot be written: {refusal}") from None
+        raise
+
+
 def write_folder(place: Path, fill: Callable[[Path], None], *, manifest: bool = False) -> None:
     """Replace or create the folder `place` with the files that `fill` writes into the folder it is called with.
 
@@ -29,27 +40,26 @@ def write_folder(place: Path, fill: Callable[[Path], None], *, manifest: bool = 
     where the disk refuses; after that and after any other exception `place` is unchanged.
     """
     unfinished, old = place.with_name(f".{place.name}.tmp"), place.with_name(f".{place.name}.old")
-    try:
-        _remove(unfinished)
-        unfinished.mkdir(parents=True)
-        fill(unfinished)
-        if manifest:
-            (unfinished / MANIFEST).write_text(_manifest(_hashes(unfinished)), encoding="utf-8")
-        for path in [*_files(unfinished), unfinished]:
-            sync(path)
-        _remove(old)
-        if place.exists():
-            place.rename(old)
-        unfinished.rename(place)
-        sync(place.parent)
-        _remove(old)
-    except BaseException as error:
-        if old.exists() and not place.exists():
-            old.rename(place)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if refusal := disk_refusal(error):
-            raise WriteError(f"{place}: cannot be written: {refusal}") from None
-        raise
+    with refusals_named(place):
+        try:
+            _remove(unfinished)
+            unfinished.mkdir(parents=True)
+            fill(unfinished)
+            if manifest:
+                (unfinished / MANIFEST).write_text(_manifest(_hashes(unfinished)), encoding="utf-8")
+            for path in [*_files(unfinished), unfinished]:
+                sync(path)
+            _remove(old)
+            if place.exists():
+                place.rename(old)
+            unfinished.rename(place)
+            sync(place.parent)
+            _remove(old)
+        except BaseException:
+            if old.exists() and not place.exists():
+                old.rename(place)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def write_file(place: Path, content: str | Callable[[Path], None]) -> None:
@@ -60,20 +70,19 @@ def write_file(place: Path, content: str | Callable[[Path], None]) -> None:
     """
     target = place.resolve()
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")  # two processes may write the same file
-    try:
-        if isinstance(content, str):
-            unfinished.write_text(content, encoding="utf-8", newline="\n")
-        else:
-            content(unfinished)
-        sync(unfinished)
-        unfinished.replace(target)
-        sync(target.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        if refusal := disk_refusal(error):
-            raise WriteError(f"{place}: cannot be written: {refusal}") from None
-        raise
+    with refusals_named(place):
+        try:
+            if isinstance(content, str):
+                unfinished.write_text(content, encoding="utf-8", newline="\n")
+            else:
+                content(unfinished)
+            sync(unfinished)
+            unfinished.replace(target)
+            sync(target.parent)
+        except BaseException:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            raise
 
 
 def sync(path: Path) -> None:
@@ -113,7 +122,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def disk_refusal(error: BaseException) -> str | None:
+def _refusal(error: BaseException) -> str | None:
     """Return why the disk refused if an exception says so, else None. Libraries in Rust raise types of their own."""
     if isinstance(error, OSError):
         return error.strerror or str(error)

@@ -99,14 +99,11 @@ class Processes:
         except Exception as error:  # whatever it is, the others must know
             fault = error
         own = None if fault is None else str(fault) if isinstance(fault, UserError) else repr(fault)
-        everyone = self.gather((gethostname(), own))
-        if any(message is not None for _, message in everyone):
+        everyone = enumerate(self.gather((gethostname(), own)))
+        failures = [f"process {rank} on {host}: {message}" for rank, (host, message) in everyone if message is not None]
+        if failures:
             _part()
-        if fault is not None:
-            raise fault
-        for rank, (host, message) in enumerate(everyone):
-            if message is not None:
-                raise UserError(f"ended because of process {rank} on {host}: {message}")
+            raise fault or UserError(f"ended because of {failures[0]}")
         return result
 
     def first_then_others(self, call: Callable[[], T]) -> T:
@@ -121,20 +118,16 @@ class Processes:
         if self.count == 1:
             return
         everyone: list[tuple[str, Mapping[str, Any]]] = self.gather((gethostname(), self.together(what)))
-        names = dict.fromkeys(name for _, own in everyone for name in own)
-        differing = {name: [own.get(name) for _, own in everyone] for name in names}
-        differing = {name: values for name, values in differing.items() if any(v != values[0] for v in values)}
-        if differing:
+        hosts = [f"process {rank} on {host}" for rank, (host, _) in enumerate(everyone)]
+        lines = []
+        for name in dict.fromkeys(name for _, own in everyone for name in own):
+            values = [own.get(name) for _, own in everyone]
+            if any(value != values[0] for value in values):
+                lines.append(f"  {name}: " + ", ".join(f"{value!r} ({host})" for value, host in zip(values, hosts)))
+        if lines:
             _part()
-            hosts = [f"process {rank} on {host}" for rank, (host, _) in enumerate(everyone)]
-            lines = [
-                f"  {name}: " + ", ".join(f"{value!r} ({host})" for value, host in zip(values, hosts))
-                for name, values in differing.items()
-            ]
-            raise UserError(
-                "\n".join(["what all processes must share differs between them:", *lines])
-                + "\nGive every host the same config, files and versions"
-            )
+            what_to_do = "Give every host the same config, files and versions"
+            raise UserError("\n".join(["what all processes must share differs between them:", *lines, what_to_do]))
 
     def accumulating(self, policy: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Return the context for a micro-batch's forward and backward. DDP joins gradients after the step's last one.
@@ -202,7 +195,8 @@ def start_processes(config: Config, mixed_precision: str) -> tuple[Accelerator, 
 
 
 def _processes(accelerator: Accelerator, config: Config) -> Processes:
-    if accelerator.num_processes > 1 and _wants_fsdp2_on_cpus(accelerator):
+    requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if requested and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate knows FSDP on accelerators only; torch's needs none.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = DistributedType.FSDP
@@ -222,11 +216,6 @@ def _processes(accelerator: Accelerator, config: Config) -> Processes:
     return Processes(accelerator.process_index, accelerator.num_processes, sharded)
 
 
-def _wants_fsdp2_on_cpus(accelerator: Accelerator) -> bool:
-    requested = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return requested and accelerator.distributed_type == DistributedType.MULTI_CPU
-
-
 def check_sharded(config: Config) -> None:
     """Raise UserError for what FSDP2 cannot shard."""
     refused = {
@@ -235,6 +224,6 @@ def check_sharded(config: Config) -> None:
         'reference.mode = "copy"': config.reference.mode == "copy" and config.loss.uses_reference,
         "lora.dora = true": config.lora is not None and config.lora.dora,
     }
-    for what, asked in refused.items():
-        if asked:
-            raise UserError(f"{what} cannot be sharded by FSDP; change it, or launch without --use_fsdp")
+    for setting, is_set in refused.items():
+        if is_set:
+            raise UserError(f"{setting} cannot be sharded by FSDP; change it, or launch without --use_fsdp")

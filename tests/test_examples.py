@@ -77,14 +77,14 @@ def test_an_example_fits_its_card(name: str):
 
 def settings(config: Config) -> dict[str, object]:
     train, lora = config.train, config.lora
-    found: dict[str, object] = {
+    settings: dict[str, object] = {
         "model": config.model.name, "bits": config.model.quantization, "loss": config.loss.type,
         "rate": train.learning_rate, "batch": train.batch, "epochs": train.epochs, "tokens": config.tokens.max_length,
         "lora": None if lora is None else (lora.rank, lora.alpha),
     }  # fmt: skip
     if isinstance(config.loss, KTO):
-        found |= {"beta": config.loss.beta, "weight": config.loss.desirable_weight}
-    return found
+        settings |= {"beta": config.loss.beta, "weight": config.loss.desirable_weight}
+    return settings
 
 
 def test_the_examples_of_the_reference():

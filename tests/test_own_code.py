@@ -10,15 +10,17 @@ import trl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fastpref
-from fastpref.config import load_config
-from fastpref.model.load import load_model
 from tests.support import trl_runs
 from tests.support.command_line import succeed
 from tests.support.paths import QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.trl_runs import Run, fit, residuals, train, unpatched
 
-CONFIGURATION = """
-from transformers import PretrainedConfig
+CODE = """
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
 class MyConfig(PretrainedConfig):
@@ -30,14 +32,6 @@ class MyConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.heads = vocab_size, hidden_size, heads
         self.num_hidden_layers, self.max_position_embeddings = num_hidden_layers, max_position_embeddings
         super().__init__(**kwargs)
-"""
-MODELING = """
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from .configuration_my import MyConfig
 
 
 class MyAttention(nn.Module):
@@ -129,14 +123,11 @@ class MyForCausalLM(MyPreTrainedModel, GenerationMixin):
 def make(folder: Path, vocabulary: int = 949) -> Path:
     """Save a random model of this code with the quickstart's tokenizer, and return its folder."""
     folder.mkdir()
-    (folder / "configuration_my.py").write_text(CONFIGURATION)
-    (folder / "modeling_my.py").write_text(MODELING)
+    (folder / "modeling_my.py").write_text(CODE)
     settings = {
         "model_type": "my_own", "architectures": ["MyForCausalLM"], "tie_word_embeddings": False,
         "vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 2,
-        "auto_map": {
-            "AutoConfig": "configuration_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyForCausalLM",
-        },
+        "auto_map": {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyForCausalLM"},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
@@ -164,8 +155,7 @@ def test_every_command(adapters: bool, tmp_path: Path):
     )
     assert "fits" in succeed("estimate", path).out
     assert "layout padded, because the attention of my_own models is their own code" in succeed("train", path).out
-    own = succeed("eval", run, "--json").json
-    assert own["loss"] > 0
+    assert succeed("eval", run, "--json").json["loss"] > 0
     succeed("chat", run, "--max-tokens", "3", given="What is four plus five?")
     if not adapters:
         return
@@ -174,13 +164,6 @@ def test_every_command(adapters: bool, tmp_path: Path):
     arguments = ("--data", QUICKSTART_ROWS, "--json")
     merged = succeed("eval", tmp_path / "merged", "model.trust_remote_code=true", *arguments).json
     assert merged["logps/chosen"] == pytest.approx(succeed("eval", run, *arguments).json["logps/chosen"], rel=1e-4)
-
-
-def test_without_trust_it_is_refused(tmp_path: Path):
-    path = tmp_path / "cfg.toml"
-    path.write_text(f'[model]\nname = "{make(tmp_path / "model").as_posix()}"\n[[data]]\npath = "none.jsonl"\n')
-    with pytest.raises(fastpref.UserError, match="trust_remote_code"):
-        load_model(load_config(path, []), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("lora", [True, False])

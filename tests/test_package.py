@@ -29,11 +29,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def run(code: str, where: Path, path: Path) -> str:
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(path)!r});" + code]
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
+def run(code: str, where: Path, path: Path, *options: str) -> str:
+    command = [sys.executable, *options, "-c", f"import sys; sys.path.insert(0, {str(path)!r});" + code]
+    process = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("where", [Path("/"), ROOT], ids=["root", "repository"])

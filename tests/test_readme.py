@@ -58,6 +58,6 @@ def stopped_run() -> None:
 
 
 def test_every_command_is_run_somewhere():
-    """Every other command has another test; those for several devices are in tests/training/test_processes.py."""
+    """Every other command has another test; those for several devices are in tests/test_processes.py."""
     others = [line for line in COMMANDS if line not in OURS and not line.startswith("accelerate launch ")]
     assert set(others) <= set(ELSEWHERE)

@@ -1,6 +1,6 @@
 """Find the micro-batch that takes the most memory, from the lengths of the data or from `tokens.max_length` alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -10,6 +10,7 @@ from fastpref.config import Config
 from fastpref.data.batch import Layout
 from fastpref.data.example import Example, Origin
 from fastpref.data.lengths import kept_prompt
+from fastpref.data.order import data_order
 from fastpref.data.plan import plan_step
 from fastpref.data.table import Examples
 
@@ -26,13 +27,13 @@ class Microbatch:
     source: str  # the source of the lengths, in words
 
 
-def longest_of(config: Config, examples: Examples, order: Iterator[list[int]], layout: Layout) -> Microbatch:
-    """Return the micro-batch with the most tokens among the first steps of a run, whose examples come in `order`."""
+def longest_of(config: Config, examples: Examples, layout: Layout) -> Microbatch:
+    """Return the micro-batch with the most tokens among the first steps of a run."""
     prompts, completions = _cut(config, examples.prompt_lengths, examples.completion_lengths)
     labels, contexts = examples.labels, examples.context_lengths
     largest: Microbatch | None = None
     steps = min(STEPS, config.train.steps or -(-len(examples) * config.train.epochs // config.train.batch))
-    for places in islice(order, int(steps)):
+    for places in islice(data_order(len(examples), config.train.batch, config.train.seed), int(steps)):
         step = [
             _of_lengths(int(prompts[i]), completions[i], None if labels is None else bool(labels[i]), contexts[i])
             for i in places

@@ -45,7 +45,7 @@ def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device,
 def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str]:
     wanted = config.train.checkpointing
     if wanted != "auto" or device.type != "cuda":
-        return (layers if wanted is True or (wanted == "auto" and device.type != "cpu") else 0), ""
+        return layers if wanted is True or (wanted == "auto" and device.type != "cpu") else 0, ""
     try:
         return fewest_layers(config, layers, device, _available(device))
     except UserError:
@@ -55,10 +55,7 @@ def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str
 
 
 def fewest_layers(config: Config, layers: int, device: torch.device, available: int) -> tuple[int, str]:
-    """Return the fewest checkpointed layers with which a step fits `available` bytes, and the reason for a note.
-
-    The step is that of the longest micro-batch, and includes all memory of a run.
-    """
+    """Return the fewest checkpointed layers with which the longest micro-batch fits `available` bytes, and a reason."""
     without = count_step(config, device, layers=0).total
     if without <= available:
         return 0, f"; a step takes {in_words(without)} of {in_words(available)}"

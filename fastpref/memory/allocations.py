@@ -21,9 +21,8 @@ class PeakStorage(TorchDispatchMode):
         print(memory.peak)
 
     A storage counts once, however many views it has, from the operation that returns it until it is freed, even after
-    the context. Storages that existed before do not count. Unlike the resident memory of the process or an allocator's
-    statistics, the result is exact and repeatable, but it includes only tensors, not the memory that a library
-    allocates inside one operation. A FakeTensor counts like a real one.
+    the context. Storages that existed before do not count, nor does memory that a library allocates inside one
+    operation. Unlike an allocator's statistics, the result is exact. A FakeTensor counts like a real one.
 
     Bytes are also summed by label: the label of the `labelled` block in which a storage was made, or INSIDE for
     storages made by our own operators.

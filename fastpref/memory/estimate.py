@@ -11,7 +11,6 @@ from fastpref.config import Config
 from fastpref.data.batch import Layout
 from fastpref.data.cache import load_examples
 from fastpref.data.longest import Microbatch, longest_of, longest_possible
-from fastpref.data.order import data_order
 from fastpref.data.plan import wanted_layout
 from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
@@ -60,8 +59,7 @@ class Estimator:
         """Return the largest micro-batch of a run."""
         if self._examples is None:
             return longest_possible(config)
-        order = data_order(len(self._examples), config.train.batch, config.train.seed)
-        return longest_of(config, self._examples, order, wanted_layout(config))
+        return longest_of(config, self._examples, wanted_layout(config))
 
     def take(self, *overrides: str, layers: int | None = None) -> StepMemory:
         """Count the memory of a step with further overrides. `layers` is the argument of `count_step`."""
@@ -128,19 +126,10 @@ def present_card() -> float | None:
 
 def proposal(estimator: Estimator, card: float) -> Proposal:
     """Return the smallest changes with which a step fits a GPU with `card` GiB. Each change is counted."""
-    config = estimator.config
-    step = OversizedStep(
-        config,
-        estimator.take(),
-        estimator.microbatch(config),
-        estimator.device,
-        int(card * GIB),
-        quantised=estimator.quantised is not None,
-    )
+    config, memory, quantised = estimator.config, estimator.take(), estimator.quantised is not None
+    microbatch, capacity = estimator.microbatch(config), int(card * GIB)
+    step = OversizedStep(config, memory, microbatch, estimator.device, capacity, quantised=quantised)
     return propose(step, lambda overrides: estimator.take(*overrides), usable(card))
-
-
-# --- GPUs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,10 +142,7 @@ class CardFit:
 
 
 def fits(most: StepMemory, least: StepMemory, cards: Sequence[float]) -> list[CardFit]:
-    """Return the fit of each GPU for a step without checkpointed layers (`most`) and with all of them (`least`).
-
-    If both are the same object, the number of layers is fixed.
-    """
+    """Return each GPU's fit for a step with no checkpointed layer and with all; one object if their number is set."""
     results = []
     for card in cards:
         room, layers = usable(card), least.checkpointed

@@ -51,10 +51,6 @@ class Change:
     values: Callable[[OversizedStep], Sequence[Any]]  # the least change first; empty if the change cannot help
     parts: tuple[str, ...] = ("activations", "head")  # the parts of StepMemory that become smaller
 
-    def saves_at_most(self, memory: StepMemory) -> int:
-        """Return an upper bound in bytes. A change that cannot save much is not worth counting."""
-        return sum(getattr(memory, part) for part in self.parts)
-
 
 @dataclass(frozen=True)
 class Proposal:
@@ -75,8 +71,8 @@ def propose(step: OversizedStep, count: Count, room: int) -> Proposal:
     overrides: dict[str, str] = {}  # by key
     saved: dict[str, int] = {}
     for change, override in _overrides(step):
-        if change.saves_at_most(memory) < _WORTHWHILE * memory.total:
-            continue
+        if sum(getattr(memory, part) for part in change.parts) < _WORTHWHILE * memory.total:
+            continue  # a change that cannot save much is not worth counting
         more = {key: other for key, other in overrides.items() if key != change.key} | {change.key: override}
         less = _count(count, more)
         if less is None or less.total > (1 - _WORTHWHILE) * memory.total:
@@ -117,9 +113,6 @@ def _count(count: Count, overrides: dict[str, str]) -> StepMemory | None:
         return count(tuple(overrides.values()))
     except UserError:  # these changes conflict, or the model does not support them
         return None
-
-
-# --- The changes -----------------------------------------------------------------------------------------------------
 
 
 def _no_copy(step: OversizedStep) -> list[str]:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from fastpref.config import Config, make_config
 from fastpref.data.example import Example
 from fastpref.data.longest import longest_of, longest_possible, microbatches
-from fastpref.data.order import data_order
 from fastpref.data.table import Examples
 from fastpref.memory.fit import Count, OversizedStep
 from fastpref.memory.step import StepMemory, count_step
@@ -26,16 +25,9 @@ _WORKSPACE = 128 << 20  # bytes of tiles that `linear_logprob` allocates by defa
 
 
 def oversized_step(
-    config: Config,
-    loaded: Loaded,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    examples: Sequence[Example],
+    config: Config, loaded: Loaded, optimizer: torch.optim.Optimizer, objective: Objective, examples: Sequence[Example]
 ) -> OversizedStep:
-    """Describe a step of `examples` that ran out of memory, with the memory that the run always holds.
-
-    Its activations count as 0.
-    """
+    """Describe a step that ran out of memory, with what the run holds in any case; its activations count as 0."""
     model, device = loaded.model, objective.device
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     adapters = trained if config.lora is not None else 0
@@ -43,50 +35,35 @@ def oversized_step(
     moments = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     layers = max(1, len(decoder_layers(model)))
     memory = StepMemory(
-        weights=sum(p.nbytes for p in model.parameters()) - adapters,
-        adapters=adapters,
-        gradients=trained,
+        weights=sum(p.nbytes for p in model.parameters()) - adapters, adapters=adapters, gradients=trained,
         optimizer=moments or 2 * trained,  # AdamW allocates its two moments in the first step
         reference=objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0,
-        activations=0,
-        head=_WORKSPACE,
-        largest=0,
-        layers=layers,
-        checkpointed=layers if all_checkpointed(model) else _checkpointed(model),
-        layout=loaded.layout,
-    )
+        activations=0, head=_WORKSPACE, largest=0,
+        layers=layers, checkpointed=layers if all_checkpointed(model) else _checkpointed(model), layout=loaded.layout,
+    )  # fmt: skip
     parts = microbatches(config, examples, loaded.layout) or [longest_possible(config)]
+    largest = max(parts, key=lambda part: part.tokens)
     on_gpu = device.type == "cuda"
+    capacity = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     return OversizedStep(
-        config,
-        memory,
-        max(parts, key=lambda part: part.tokens),
-        device,
-        torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total,
-        sharded=objective.processes.sharded,
+        config, memory, largest, device, capacity,
+        sharded=objective.processes.sharded, checkpointable=can_be_checkpointed(model),
         quantised=own_quantization(model.config) is not None and config.model.quantization == "none",
-        checkpointable=can_be_checkpointed(model),
-    )
+    )  # fmt: skip
 
 
 def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
-    """Return a function that counts the step's micro-batch with this model, or None for a sharded model.
-
-    The part of a sharded model that one device holds cannot be counted.
-    """
-    if step.sharded:
+    """Return a function that counts the step's micro-batch with this model, or None for a sharded model."""
+    if step.sharded:  # the part that one device holds cannot be counted
         return None
 
     @cache
     def count(overrides: tuple[str, ...]) -> StepMemory:
         config = make_config(step.config.model_dump(), overrides)
         same = config.train.checkpointing == step.config.train.checkpointing
-        return count_step(
-            as_loaded(config, loaded),
-            step.device,
-            layers=step.memory.checkpointed if same else None,
-            examples=[_cut(example, config.tokens.max_length) for example in step.microbatch.examples],
-        )
+        layers = step.memory.checkpointed if same else None
+        examples = [_cut(example, config.tokens.max_length) for example in step.microbatch.examples]
+        return count_step(as_loaded(config, loaded), step.device, layers=layers, examples=examples)
 
     return count
 
@@ -128,17 +105,11 @@ class StepPeak:
 
     def against_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
         """Return a note that compares the measured peak with `count_step` for the run's largest micro-batch."""
-        order = data_order(len(examples), config.train.batch, config.train.seed)
-        largest = longest_of(config, examples, order, loaded.layout)
-        measured = f"measured {in_words(self.bytes)}"
+        largest, layers = longest_of(config, examples, loaded.layout), _checkpointed(loaded.model)
+        config, gpu, measured = as_loaded(config, loaded), torch.device("cuda"), f"measured {in_words(self.bytes)}"
         try:
-            counted = count_step(
-                as_loaded(config, loaded),
-                torch.device("cuda"),
-                layers=_checkpointed(loaded.model),
-                examples=largest.examples,
-                further=largest.further,
-            ).total
+            memory = count_step(config, gpu, layers=layers, examples=largest.examples, further=largest.further)
         except Exception as error:  # a model's code may read the values of tensors, which fake tensors do not have
             return f"memory of a step: {measured}; not estimated ({type(error).__name__})"
-        return f"memory of a step: estimated {in_words(counted)}, {measured} ({self.bytes / counted - 1:+.1%})"
+        change = self.bytes / memory.total - 1
+        return f"memory of a step: estimated {in_words(memory.total)}, {measured} ({change:+.1%})"

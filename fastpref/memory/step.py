@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -33,7 +33,6 @@ from fastpref.step.optimizer import make_optimizer
 from fastpref.step.reference import Reference, copy_config, make_reference, precomputes
 
 CPU = torch.device("cpu")
-
 
 # The parts of a step's memory, in the order of the printed table, with the names that users see.
 PARTS = {
@@ -81,10 +80,7 @@ class StepMemory:
 
 
 class _Fake(FakeTensorMode):
-    """A FakeTensorMode that also supports the grouped products of experts in other dtypes than bfloat16.
-
-    Torch has a fake implementation for bfloat16 only, but devices compute other dtypes too.
-    """
+    """A FakeTensorMode for grouped products of experts in any dtype; torch has a fake of them for bfloat16 only."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
@@ -147,10 +143,16 @@ def count_step(
     loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)
     with fake, count, count.labelled("reference"):
         reference = _reference(config, loaded, frozen, autocast)
-    optimizer = make_optimizer(loaded.policy, _unpaged(config))  # not fake: bitsandbytes computes tables of numbers
+    # Paging needs a GPU, so paged moments count as if they stayed there.
+    unpaged = config.but({"train.optimizer": config.train.optimizer.removeprefix("paged_")})
+    optimizer = make_optimizer(loaded.policy, unpaged)  # not fake: bitsandbytes computes tables of numbers
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with fake, count, sizes_alone():
-        _make_moments(optimizer, parameters, count)
+        with count.labelled("gradients"):
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        with count.labelled("optimizer"):
+            optimizer.step()  # makes the moments
         if examples is None:
             longest = longest_possible(config)
             examples, further = longest.examples, longest.further if further is None else further
@@ -171,12 +173,6 @@ def count_step(
     parts |= {"bare_experts": bones.bare_experts}
     parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": choice.layout}
     return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
-
-
-def _unpaged(config: Config) -> Config:
-    """Return the config without a paged optimizer: paging needs a GPU, so its moments count as if they stayed there."""
-    plain: Any = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}.get(config.train.optimizer)
-    return config if plain is None else config.but({"train.optimizer": plain})
 
 
 def _materialised(
@@ -225,25 +221,8 @@ def _reference(
 def _objective(config: Config, loaded: Loaded, reference: Reference | None, autocast: Callable[..., Any]) -> Objective:
     policy = loaded.policy
     policy.forward = autocast()(policy.forward) if autocast is not nullcontext else policy.forward
-    return Objective(
-        policy=policy,
-        reference=reference,
-        options=config.loss,
-        layout=loaded.layout,
-        budget=config.tokens_per_microbatch,
-        pad_token_id=0,
-        device=CPU,
-        router_coefficient=policy.router.coefficient if policy.router is not None else 0.0,
-    )
-
-
-def _make_moments(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], count: PeakStorage) -> None:
-    """Make gradients, and the moments by an update of the optimizer."""
-    with count.labelled("gradients"):
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-    with count.labelled("optimizer"):
-        optimizer.step()
+    router = policy.router.coefficient if policy.router is not None else 0.0
+    return Objective(policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU, router)
 
 
 def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:
@@ -255,8 +234,8 @@ def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:
 def _elsewhere() -> Iterator[None]:
     """Free tensors that are saved for the backward pass inside the block, and make them again when it needs them."""
 
-    def come_back(what: tuple[torch.Size, torch.dtype]) -> Tensor:
-        return torch.empty(what[0], dtype=what[1])
+    def remade(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(saved[0], dtype=saved[1])
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), come_back):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), remade):
         yield

@@ -29,10 +29,7 @@ _TOKENS, _COLUMNS = 4096, 32768  # the size of a tile
 
 
 def as_trl(config: Config) -> Config:
-    """Return the config of the step that TRL would compute.
-
-    It has padded rows, all in one micro-batch, and a frozen copy as the reference if all weights are trained.
-    """
+    """Return the config of TRL's step: padded rows in one micro-batch, and a copy as reference if all is trained."""
     update: dict[str, Any] = {"train.layout": "padded", "train.tokens_per_microbatch": sys.maxsize}
     if config.lora is None and config.loss.uses_reference:
         update["reference.mode"] = "copy"

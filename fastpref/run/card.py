@@ -23,11 +23,7 @@ _SHOWN = (
 
 
 def model_card(
-    config: Config,
-    rows: Iterable[Mapping[str, Any]],
-    data_fingerprint: str,
-    steps: int,
-    text: TextRecord | None = None,
+    config: Config, rows: Iterable[Mapping[str, Any]], data_fingerprint: str, steps: int, text: TextRecord | None = None
 ) -> str:
     """Return the card's text. `rows` are those of metrics.jsonl. Paths of this machine are cut to their last part."""
     shown = _without_folders(config)
@@ -44,7 +40,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, {config.loss.type.upper()}\n\n"
         f"{what} `{base}`, trained by preferences ({config.loss.type.upper()}) with fastpref {__version__}: {steps} "
         f"steps of {config.train.batch} {config.loss.unit}s.\n\n"
-        f"{_held_out(list(rows))}## Data\n\n"
+        f"{_held_out(rows)}## Data\n\n"
         f"{', '.join(f'`{d.path}`' for d in shown.data)}; the training examples' tokens have the SHA-256\n"
         f"`{data_fingerprint}`.\n\n"
         f"{_written(text, adapter)}"
@@ -52,7 +48,7 @@ def model_card(
     )
 
 
-def _held_out(rows: list[Mapping[str, Any]]) -> str:
+def _held_out(rows: Iterable[Mapping[str, Any]]) -> str:
     evaluations = [row for row in rows if "eval/loss" in row]
     if not evaluations:
         return ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastpref.atomic import WriteError
+from fastpref.atomic import WriteError, write_folder
 from fastpref.config import Config
 from fastpref.config.toml import to_toml
 from fastpref.data.example import Example
@@ -19,16 +19,17 @@ from fastpref.data.template.text import TextRecord, save_generation_config
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
 from fastpref.processes import ALONE, Processes
-from fastpref.run import state
 from fastpref.run.card import model_card
+from fastpref.run.fingerprints import DATA, MODEL, data_fingerprint
 from fastpref.run.folder import RunFolder
-from fastpref.run.resume import Resumed, fingerprints
-from fastpref.run.state import Progress
+from fastpref.run.resume import Resumed
+from fastpref.run.state import Progress, set_rng_state, write_state
+from fastpref.run.weights import load_weights, optimizer_state, save_weights, whole, whole_weights
 
 
 @dataclass
 class Checkpoints:
-    """Saves and restores everything that training changes. `latest` is the last checkpoint known to be undamaged."""
+    """Saves, or raises WriteError, and restores all that training changes. All processes call its methods together."""
 
     config: Config
     folder: RunFolder
@@ -41,20 +42,17 @@ class Checkpoints:
     scaler: Any | None  # only for float16
     model_fingerprint: str  # of the weights before training
     processes: Processes = ALONE
-    latest: Path | None = None
+    latest: Path | None = None  # the last checkpoint known to be undamaged
 
     @cached_property
-    def data_fingerprint(self) -> str:
-        return state.data_fingerprint(self.examples)
+    def fingerprints(self) -> dict[str, str]:
+        return {MODEL: self.model_fingerprint, DATA: data_fingerprint(self.examples)}
 
     def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
-        """Write the checkpoint of the last whole step unless it exists, and remove old ones. Raises WriteError.
-
-        All processes must call this method, like the others, together. The first process writes.
-        """
+        """Write the checkpoint of the last whole step unless it exists, and remove old ones."""
         if not best and self.latest is not None and self.latest.name == f"step-{progress.step}":
             return self.latest
-        weights, content = state.whole_weights(self.loaded), self._content(progress, rng)
+        weights, content = whole_weights(self.loaded), self._content(progress, rng)
 
         def write() -> Path:
             place = self.folder.checkpoint(progress.step, lambda folder: self._fill(folder, weights, content))
@@ -67,36 +65,34 @@ class Checkpoints:
         return self.latest
 
     def save_weights(self, name: str, step: int | None = None) -> Path:
-        """Write the adapter or the model with its tokenizer to the folder `name`, and a model card if `step` is given.
-
-        Raises WriteError.
-        """
-        weights = state.whole_weights(self.loaded)
+        """Write the adapter or the model with its tokenizer to the folder `name`, and with `step` a model card."""
+        weights, place = whole_weights(self.loaded), self.folder.path / name
 
         def fill(folder: Path) -> None:
             self._fill_weights(folder, weights)
             if step is not None:
-                card = model_card(self.config, self.folder.rows(), self.data_fingerprint, step, self.text)
+                card = model_card(self.config, self.folder.rows(), self.fingerprints[DATA], step, self.text)
                 (folder / "README.md").write_text(card, encoding="utf-8")
 
-        return self.processes.on_first(lambda: self.folder.save(name, fill))
+        self.processes.on_first(lambda: write_folder(place, fill))
+        return place
 
     def restore(self, resumed: Resumed, steps: int) -> Progress:
         """Restore the state of a checkpoint. Raises UserError if it does not fit the run."""
-        resumed.check_contents(self.model_fingerprint, self.data_fingerprint)
+        resumed.check_contents(self.fingerprints)
         saved, progress = resumed.state, Progress(**resumed.state["progress"])
         if progress.step > steps:
             raise UserError(
                 f"{resumed.checkpoint}: {progress.step} steps are done, and the config asks for {steps}; raise "
                 "train.steps, or take an earlier checkpoint"
             )
-        state.load_weights(resumed.checkpoint, self.loaded)
-        self.optimizer.load_state_dict(state.optimizer_state(saved["optimizer"], self.optimizer))
+        load_weights(resumed.checkpoint, self.loaded)
+        self.optimizer.load_state_dict(optimizer_state(saved["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(saved["scheduler"])
         if saved["scaler"] is not None and self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])
         if self.processes.rank < len(saved["rng"]):
-            state.set_rng_state(saved["rng"][self.processes.rank])
+            set_rng_state(saved["rng"][self.processes.rank])
         self.latest = resumed.checkpoint
         return progress
 
@@ -125,7 +121,7 @@ class Checkpoints:
         return f"Go on from the checkpoint before it with\n  {self.folder.resume_command(self.latest, *overrides)}"
 
     def _fill_weights(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
-        state.save_weights(folder, self.loaded, weights)
+        save_weights(folder, self.loaded, weights)
         self.tokenizer.save_pretrained(str(folder))
         save_generation_config(folder, self.loaded.model.generation_config)
         self.text.save(folder)
@@ -133,15 +129,15 @@ class Checkpoints:
     def _fill(self, folder: Path, weights: dict[str, Tensor] | None, content: dict[str, Any]) -> None:
         self._fill_weights(folder, weights)
         (folder / "config.toml").write_text(to_toml(self.config), encoding="utf-8")
-        state.write_state(folder, content)
+        write_state(folder, content)
 
     def _content(self, progress: Progress, rng: dict[str, Any]) -> dict[str, Any]:
         passes, place = divmod(progress.step * self.config.train.batch, len(self.examples))
         return {
             "progress": asdict(progress),
             "order": {"passes": passes, "place": place, "count": len(self.examples)},
-            "fingerprints": fingerprints(self.model_fingerprint, self.data_fingerprint),
-            "optimizer": state.whole(self.optimizer.state_dict()),
+            "fingerprints": self.fingerprints,
+            "optimizer": whole(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "rng": self.processes.gather(rng),

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -16,10 +17,8 @@ def environment(device: torch.device) -> dict[str, str]:
     """Return what a result depends on in addition to its config: versions, the system and the device."""
     versions = {"fastpref": __version__, "Python": platform.python_version(), "system": platform.platform(terse=True)}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions | {"device": device_name(device)}
 
 
@@ -33,12 +32,11 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        named = []
-    return named[0] if named else platform.processor() or platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -8,10 +8,11 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fastpref.atomic import WriteError, sync, write_file, write_folder
+from fastpref.atomic import WriteError, refusals_named, sync, write_file, write_folder
 from fastpref.config import Config
 from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
@@ -93,40 +94,27 @@ class RunFolder:
         return read_rows(self.metrics) if self.metrics.exists() else iter(())
 
     def log(self, row: Mapping[str, float | int]) -> None:
-        """Append one row to metrics.jsonl, with null for numbers that are not finite, which JSON cannot hold.
-
-        If it raises WriteError, the file is unchanged.
-        """
+        """Append a row to metrics.jsonl, with null for numbers that JSON cannot hold. A WriteError adds none."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         line = f"{json.dumps(finite)}\n".encode()
-        try:
-            with self.metrics.open("ab", buffering=0) as file:
-                size = file.tell()
-                try:
-                    if file.write(line) != len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    file.truncate(size)
-                    raise
-        except OSError as error:
-            raise WriteError(f"{self.metrics}: cannot be written: {error.strerror}") from None
+        with refusals_named(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
 
     def record(self, facts: Mapping[str, Any]) -> None:
         """Replace run.json. Raises WriteError."""
         write_file(self.path / FACTS, json.dumps(facts, indent=1) + "\n")
 
-    def save(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """Write a folder that other programs load: final/, stopped/. Raises WriteError."""
-        write_folder(self.path / name, fill)
-        return self.path / name
-
     def checkpoint(self, step: int, fill: Callable[[Path], None]) -> Path:
         """Save a checkpoint. If it raises WriteError, nothing has changed."""
         place = self.path / "checkpoints" / f"step-{step}"
-        try:
+        with refusals_named(self.metrics):
             sync(self.metrics)  # a checkpoint must not reach the disk before the rows that led to it
-        except OSError as error:
-            raise WriteError(f"{self.metrics}: cannot be written: {error.strerror}") from None
         write_folder(place, fill, manifest=True)
         return place
 
@@ -165,10 +153,8 @@ def default_folders(config: Config, name: str) -> Iterator[Path]:
     """Yield runs/NAME-LOSS, runs/NAME-LOSS-2, … without end."""
     base = Path("runs") / f"{name}-{config.loss.type}"
     yield base
-    number = 2
-    while True:
+    for number in count(2):
         yield base.with_name(f"{base.name}-{number}")
-        number += 1
 
 
 def is_checkpoint(path: Path) -> bool:

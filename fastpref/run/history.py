@@ -114,17 +114,14 @@ class History:
         return Series(np.array(steps), np.array(values))
 
     def change(self, name: str, start: float | None = None) -> Trend | None:
-        """Return how a metric of the training rows changed, or None if there are fewer than eight rows.
-
-        `start` is the first value, if the loss determines it.
-        """
+        """Return how a metric of at least eight training rows changed, or None. `start` is its known first value."""
         series = self[name]
         if len(series) < 8:
             return None
         last, error = series.last, series.last.error
         if start is None:
             start, error = series.first.mean, math.hypot(series.first.error, error)
-        return Trend(start, last.mean, error, (int(series.steps[0]), last.span[1]))
+        return Trend(start, last.mean, error, series.span)
 
     def heldout_change(self, name: str, start: float | None = None) -> Trend | None:
         """Return how a metric changed from the first evaluation to the last, or None if there is only one.

@@ -12,6 +12,7 @@ from fastpref.config import Config, load_config
 from fastpref.config.paths import path_marks
 from fastpref.data.template.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
+from fastpref.run.fingerprints import DATA, MODEL
 from fastpref.run.folder import RunFolder, default_folders, is_checkpoint, step_of
 from fastpref.run.state import read_state
 
@@ -22,19 +23,15 @@ def places(schema: type[Config]) -> tuple[str, ...]:
 
 
 # Keys that do not change the weights, or only how long they are trained.
-_FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data.", "train.nonfinite",
-         "train.steps", "train.epochs")  # fmt: skip
+_FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data", "eval.data.",
+         "train.nonfinite", "train.steps", "train.epochs")  # fmt: skip
 # Keys that change how a step is computed. Its result differs only by rounding and random dropout.
-_ROUNDING = (
-    "train.tokens_per_microbatch",
-    "train.layout",
-    "train.checkpointing",
-    "train.offload_activations",
-    "model.attention",
-    "model.liger",
-)
+_ROUNDING = ("train.tokens_per_microbatch", "train.layout", "train.checkpointing", "train.offload_activations",
+             "model.attention", "model.liger")  # fmt: skip
 # Paths may change, because their contents are compared once they are loaded.
 _PLACES = places(Config)
+# Keys whose change may be the reason that a fingerprint differs.
+_KEYS_OF = {MODEL: ("model.",), DATA: ("data.", "tokens.", "model.")}
 _OF_THE_FIRST = ("output.dir", "output.push_to")  # keys that only the first process uses
 
 
@@ -54,26 +51,21 @@ class Resumed:
 
     def check_text(self, now: TextRecord) -> None:
         """Raise UserError unless rows become text in the same way as in the run, with the run's date."""
-        changes = self.text.changes(now) if self.text is not None else []
-        if changes:
-            keys = {key: both for key, both in self.changed.items() if key.startswith(("tokens.", "model."))}
-            raise UserError(
-                f"{self.checkpoint}: {' and '.join(changes)} are not those it was trained with{_listed(keys)}"
-                f"\nResume with what it was trained with ({self.checkpoint / TEXT}), or start a new run"
-            )
+        if self.text is not None and (changes := self.text.changes(now)):
+            raise self._differing(" and ".join(changes), ("tokens.", "model."), f" ({self.checkpoint / TEXT})")
 
-    def check_contents(self, model: str, data: str) -> None:
-        """Raise UserError unless the fingerprints of model and data are those of the checkpoint."""
-        for what, now, keys in (
-            ("the model's weights", model, ("model.",)),
-            ("the training rows or their tokens", data, ("data.", "tokens.", "model.")),
-        ):
-            if self.state["fingerprints"][what] != now:
-                changed = {key: both for key, both in self.changed.items() if key.startswith(keys)}
-                raise UserError(
-                    f"{self.checkpoint}: {what} are not those it was trained with{_listed(changed)}"
-                    "\nResume with what it was trained with, or start a new run"
-                )
+    def check_contents(self, fingerprints: Mapping[str, str]) -> None:
+        """Raise UserError unless these fingerprints, by the names of what they are of, are those of the checkpoint."""
+        for name, fingerprint in fingerprints.items():
+            if self.state["fingerprints"][name] != fingerprint:
+                raise self._differing(name, _KEYS_OF[name])
+
+    def _differing(self, names: str, keys: tuple[str, ...], place: str = "") -> UserError:
+        changed = {key: both for key, both in self.changed.items() if key.startswith(keys)}
+        return UserError(
+            f"{self.checkpoint}: {names} are not those it was trained with{_listed(changed)}"
+            f"\nResume with what it was trained with{place}, or start a new run"
+        )
 
 
 def find_checkpoint(config: Config, name: str, wanted: bool | str | Path, *, force: bool) -> Resumed:
@@ -83,29 +75,22 @@ def find_checkpoint(config: Config, name: str, wanted: bool | str | Path, *, for
     else:
         checkpoint, notes = _named(Path(wanted), force=force)
     changed = _changed(checkpoint, config)
-    refused = {key: both for key, both in changed.items() if not _matches(key, _FREE + _ROUNDING + _PLACES)}
-    if refused:
-        shown = {key: both for key, both in changed.items() if not _matches(key, _FREE + _ROUNDING)}
+    shown = {key: both for key, both in changed.items() if not may_change(key)}
+    if not all(_matches(key, _PLACES) for key in shown):
         raise UserError(
             f"{checkpoint}: the config has changed since in what the training depends on{_listed(shown)}"
             f"\nResume with the settings it was trained with ({checkpoint / 'config.toml'}), or start a new run"
         )
-    rounding = [key for key in changed if _matches(key, _ROUNDING)]
-    if rounding:
+    if rounding := [key for key in changed if _matches(key, _ROUNDING)]:
         notes.append(f"resumed with another {', '.join(rounding)}: equal to an uninterrupted run but for rounding")
     if any(key in changed for key in ("train.steps", "train.epochs")):
         notes.append("resumed with another length: the learning rate goes on by the schedule of the new one")
-    text = read_text(checkpoint, checkpoint.parent.parent)
-    return Resumed(checkpoint, read_state(checkpoint), changed, notes, text)
+    return Resumed(checkpoint, read_state(checkpoint), changed, notes, read_text(checkpoint, checkpoint.parent.parent))
 
 
 def may_change(key: str) -> bool:
     """Return whether a run can be resumed with another value of a key."""
     return _matches(key, _FREE + _ROUNDING)
-
-
-def fingerprints(model: str, data: str) -> dict[str, str]:
-    return {"the model's weights": model, "the training rows or their tokens": data}
 
 
 def shared(config: Config, resumed: Resumed | None) -> dict[str, Any]:
@@ -129,14 +114,14 @@ def _run_folder(config: Config, name: str) -> RunFolder:
 
 def _newest(folder: RunFolder) -> tuple[Path, list[str]]:
     """Return the newest undamaged checkpoint, and notes on the damaged ones after it."""
-    notes = []
+    damaged = []
     for checkpoint in folder.checkpoints():
         wrong = damage(checkpoint)
         if wrong is None:
-            return checkpoint, notes
-        notes.append(f"{checkpoint} is not whole ({wrong}); the one before it is taken")
-    if notes:
-        raise UserError("--resume: no checkpoint is whole:\n" + "\n".join(n.partition(";")[0] for n in notes))
+            return checkpoint, [f"{each}; the one before it is taken" for each in damaged]
+        damaged.append(f"{checkpoint} is not whole ({wrong})")
+    if damaged:
+        raise UserError("\n".join(["--resume: no checkpoint is whole:", *damaged]))
     raise UserError(
         f"--resume: there is no checkpoint in {folder.path / 'checkpoints'}; output.save_every and Ctrl-C write them"
     )
@@ -186,7 +171,7 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _matches(key: str, patterns: tuple[str, ...]) -> bool:
     plain = ".".join("*" if part.isdecimal() else part for part in key.split("."))
-    return any(plain == p or (p.endswith(".") and plain.startswith(p)) for p in patterns) or plain == "eval.data"
+    return any(plain == p or (p.endswith(".") and plain.startswith(p)) for p in patterns)
 
 
 def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:

@@ -1,27 +1,17 @@
-"""Save the state of a run as safetensors and JSON, which run no code when they are read."""
+"""The state of a run, saved as safetensors and JSON, which run no code when they are read."""
 
-import hashlib
 import json
 import random
-from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastpref.data.example import Example
 from fastpref.errors import UserError
-from fastpref.model.load import Loaded
-from fastpref.model.weights import from_files
 
 STATE = "training_state"  # .json, .safetensors
 FORMAT = 2
@@ -101,43 +91,12 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {_unpack(k, tensors): _unpack(v, tensors) for k, v in inner}
 
 
-def whole(value: Any) -> Any:
-    """Return nested values in which tensors sharded by FSDP2 are whole tensors on the CPU.
-
-    All processes must call it together.
-    """
-    if isinstance(value, DTensor):
-        return value.full_tensor().detach().cpu()
-    if isinstance(value, dict):
-        return {key: whole(inner) for key, inner in value.items()}
-    return value
-
-
-def like(value: Tensor, own: Tensor) -> Tensor:
-    """Shard a whole tensor in the same way as `own`."""
-    if not isinstance(own, DTensor):
-        return value
-    value = value.to(own.device, own.dtype)
-    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
-
-
-def optimizer_state(saved: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Shard the moments in a saved optimizer state in the same way as their parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def moment(own: Tensor, value: Any) -> Any:
-        return like(value, own) if isinstance(value, Tensor) and value.shape == own.shape else value
-
-    moments = {at: {name: moment(parameters[at], v) for name, v in of.items()} for at, of in saved["state"].items()}
-    return saved | {"state": moments}
-
-
 def rng_state() -> dict[str, Any]:
     """Return the states of all random number generators that a step may use."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.array(keys)), *(int(v) if i < 2 else float(v) for i, v in enumerate(rest))),
+        "numpy": (kind, torch.from_numpy(np.array(keys)), int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -151,79 +110,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(cuda, device)
-
-
-def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
-    """Join the weights that `save_weights` writes if the model is sharded, else return None.
-
-    All processes call it together.
-    """
-    if not any(isinstance(p, DTensor) for p in loaded.model.parameters()):
-        return None
-    adapters = isinstance(loaded.wrapped, PeftModel)
-    own = {
-        name: tensor
-        for name, tensor in loaded.wrapped.state_dict(keep_vars=True).items()
-        if tensor.requires_grad or not adapters
-    }
-    joined = {id(tensor): whole(tensor) for tensor in own.values()}  # a tied tensor once, as transformers expects
-    return {name: joined[id(tensor)] for name, tensor in own.items()}
-
-
-def save_weights(folder: Path, loaded: Loaded, weights: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter for PEFT, or the model for transformers; `weights` come from `whole_weights`."""
-    # If the head has an adapter, PEFT would also write the head and the embeddings, which have not changed.
-    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
-    if weights is not None:
-        options["state_dict"] = weights
-    loaded.model.config.use_cache = True
-    try:
-        loaded.wrapped.save_pretrained(str(folder), **options)
-    finally:
-        loaded.model.config.use_cache = False
-
-
-@torch.no_grad()
-def load_weights(folder: Path, loaded: Loaded) -> None:
-    """Load what `save_weights` wrote into the model. Raises UserError for another model's weights."""
-    wrapped = loaded.wrapped
-    if isinstance(wrapped, PeftModel):
-        saved = load_file(folder / "adapter_model.safetensors")
-        own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    else:
-        dtype = next(wrapped.parameters()).dtype
-        load = partial(type(wrapped).from_pretrained, str(folder), dtype=dtype, use_safetensors=True)
-        try:
-            saved = from_files(load).state_dict()
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
-        own = wrapped.state_dict()
-    wrong = sorted(
-        name for name in own.keys() | saved.keys()
-        if name not in own or name not in saved or own[name].shape != saved[name].shape
-    )  # fmt: skip
-    if wrong:
-        raise UserError(f"{folder}: the saved weights are of another model: {', '.join(wrong[:3])}")
-    for name, tensor in own.items():  # these tensors share their storage with the model
-        tensor.copy_(like(saved[name], tensor))
-
-
-def model_fingerprint(loaded: Loaded) -> str:
-    """Hash a sample of every weight that a run begins with: of the frozen ones with adapters, or else of all."""
-    digest, adapters = hashlib.sha256(), isinstance(loaded.wrapped, PeftModel)
-    for name, parameter in loaded.model.named_parameters():
-        if not (adapters and parameter.requires_grad):
-            values = parameter.detach().flatten()
-            sample = values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes()
-            digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample)
-    return digest.hexdigest()
-
-
-def data_fingerprint(examples: Iterable[Example]) -> str:
-    """Hash the tokens, labels and unscored spans of the training examples in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for ids in (example.prompt, *example.completions):
-            digest.update(array("i", [len(ids), *ids]).tobytes())
-        digest.update(f"{example.label}{example.contexts or ''}".encode())
-    return digest.hexdigest()

@@ -53,15 +53,12 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
     toml = next((p for p in (path / "config.toml", folder / "config.toml", folder.parent / "config.toml")
                  if p.is_file()), None)  # fmt: skip
     adapter = (folder / "adapter_config.json").is_file()
-    if toml is not None:
-        of_run = True
-        config = load_config(toml, overrides)
-    else:
-        of_run = False
+    if toml is None:
         config = _config(_base(folder) if adapter else str(folder), overrides)
-    return _as_recorded(
-        Trained(str(folder), adapter, config, of_run), read_text(folder, path, folder.parent), overrides
-    )
+    else:
+        config = load_config(toml, overrides)
+    trained = Trained(str(folder), adapter, config, of_run=toml is not None)
+    return _as_recorded(trained, read_text(folder, path, folder.parent), overrides)
 
 
 def load_trained(trained: Trained, device: torch.device, *, base: bool = False) -> Loaded:
@@ -77,10 +74,9 @@ def load_trained(trained: Trained, device: torch.device, *, base: bool = False) 
 
 def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the trained model, or else that of the model it began with."""
-    config = trained.config
-    own = Path(trained.weights)
-    saved = own.is_dir() and any(own.glob("tokenizer*"))
-    tokenizer = load_tokenizer(config.but({"model.name": str(own)}).model if saved else config.model)
+    config, folder = trained.config, Path(trained.weights)
+    saved = folder.is_dir() and any(folder.glob("tokenizer*"))
+    tokenizer = load_tokenizer(config.but({"model.name": str(folder)}).model if saved else config.model)
     use_chat_template(tokenizer, config.tokens.chat_template)
     return tokenizer
 
@@ -91,10 +87,8 @@ def _as_recorded(trained: Trained, text: TextRecord | None, overrides: Sequence[
         return trained
     named = {override.partition("=")[0].strip() for override in overrides}
     update: dict[str, Any] = {}
-    if not named & {"tokens", "tokens.chat_template"}:
-        template = text.chat_template
-        if isinstance(template, str):
-            update["tokens.chat_template"] = template
+    if isinstance(text.chat_template, str) and not named & {"tokens", "tokens.chat_template"}:
+        update["tokens.chat_template"] = text.chat_template
     if not any(key == "tokens" or key.startswith("tokens.chat_template_kwargs") for key in named):
         update["tokens.chat_template_kwargs"] = dict(text.chat_template_kwargs) or None
     return replace(trained, config=trained.config.but(update), text=text)

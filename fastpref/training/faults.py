@@ -3,9 +3,9 @@
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -13,7 +13,6 @@ from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.memory.fit import MARGIN, Count, OversizedStep, Proposal, first_change, propose
 from fastpref.memory.step import PARTS
-from fastpref.model.failure import is_out_of_memory as is_out_of_memory
 from fastpref.run.resume import may_change
 from fastpref.sizes import in_words
 from fastpref.step.objective import Objective
@@ -21,27 +20,23 @@ from fastpref.step.objective import Objective
 SKIPS_IN_ROW = 10  # a run stops after this many skipped steps in a row
 
 
-class Interrupt:
-    """Catches Ctrl-C and SIGTERM, so that a run finishes its current step first. A second one stops it at once."""
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, so that a run finishes its current step. A second one stops it at once."""
+    signals: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def collect(number: int, frame: FrameType | None) -> None:
+        if signals:
             raise KeyboardInterrupt
-        self.asked = True
+        signals.append(number)
+
+    in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+    before = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class NotFinite(UserError):
@@ -50,28 +45,21 @@ class NotFinite(UserError):
 
 def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example], objective: Objective) -> str:
     """Return a message that names the step, its rows, and the cause. Call it before the gradients are cleared."""
-    what = f"step {step}: loss {loss}, gradient norm {norm}"
-    weights = [name for name, p in objective.policy.named_parameters() if not torch.isfinite(p).all()]
-    if weights:
-        return f"{what}; the weights themselves are not finite: {_some(weights)}; its rows are {_places(examples)}"
-    alone = [] if math.isfinite(loss) else _not_finite_alone(examples, objective)
-    if alone:
-        return f"{what}; of its {len(examples)} rows these give such a loss by themselves: {_places(alone)}"
-    trained = [(name, p.grad) for name, p in objective.policy.named_parameters() if p.grad is not None]
-    gradients = [name for name, gradient in trained if not torch.isfinite(gradient).all()]
-    where = ""
-    if 0 < len(gradients) < len(trained):  # clipping by a norm that is NaN makes all of them NaN
-        where = f"; the gradients that are not finite are of {_some(gradients)}"
-    return f"{what}{where}; its rows are {_places(examples)}"
-
-
-def _not_finite_alone(examples: Sequence[Example], objective: Objective) -> list[Example]:
-    """Return the examples whose loss alone is not finite, by one forward pass for each, without dropout."""
-    objective.policy.eval()
-    try:
-        return [e for e in examples if not math.isfinite(objective.evaluate([e], 1).result()["loss"])]
-    finally:
+    message = f"step {step}: loss {loss}, gradient norm {norm}"
+    parameters = dict(objective.policy.named_parameters())
+    if weights := [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]:
+        return f"{message}; the weights themselves are not finite: {_some(weights)}; its rows are {_places(examples)}"
+    if not math.isfinite(loss):  # by one forward pass for each example, without dropout
+        objective.policy.eval()
+        alone = [e for e in examples if not math.isfinite(objective.evaluate([e], 1).result()["loss"])]
         objective.policy.train()
+        if alone:
+            return f"{message}; of its {len(examples)} rows these give such a loss by themselves: {_places(alone)}"
+    trained = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    gradients = [name for name, gradient in trained.items() if not torch.isfinite(gradient).all()]
+    if 0 < len(gradients) < len(trained):  # clipping by a norm that is NaN makes all of them NaN
+        message += f"; the gradients that are not finite are of {_some(gradients)}"
+    return f"{message}; its rows are {_places(examples)}"
 
 
 def _places(examples: Sequence[Example]) -> str:
@@ -83,10 +71,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def out_of_memory(after: int, step: OversizedStep, count: Count | None) -> tuple[str, list[str]]:
-    """Return a message for a run that ran out of memory after step `after`: what it holds, and what to change.
-
-    Also return the overrides among those changes with which the run can be resumed.
-    """
+    """Return a message on what a run holds that ran out of memory, and the proposed overrides that resuming accepts."""
     parts = {name: size for name, size in step.memory.parts().items() if size}
     held = ", ".join(f"{PARTS[name]} {in_words(size)}" for name, size in parts.items())
     proposal = _proposal(step, count)
@@ -103,14 +88,11 @@ def _proposal(step: OversizedStep, count: Count | None) -> Proposal:
 
     The step must become smaller than its own count, however large the device is, because other programs may use it.
     """
-    if count is None:
-        return first_change(step)
-    try:
-        size = count(()).total
-        proposal = propose(step, count, int(min(size, step.capacity) * (1 - MARGIN)))
-    except Exception:  # a model's code may read the values of tensors, which fake tensors lack
-        return first_change(step)
-    return proposal if proposal.overrides else first_change(step)
+    proposal = None
+    if count is not None:
+        with suppress(Exception):  # a model's code may read the values of tensors, which fake tensors lack
+            proposal = propose(step, count, int(min(count(()).total, step.capacity) * (1 - MARGIN)))
+    return proposal if proposal is not None and proposal.overrides else first_change(step)
 
 
 def _advice(proposal: Proposal, lasting: Sequence[str]) -> str:

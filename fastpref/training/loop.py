@@ -18,24 +18,23 @@ from fastpref.data.cache import Tokenized
 from fastpref.data.example import Example
 from fastpref.data.order import data_order
 from fastpref.data.table import Examples
-from fastpref.data.template.text import TEXT, TextRecord
+from fastpref.data.template.text import TEXT
 from fastpref.errors import UserError
 from fastpref.health import Verdict
 from fastpref.memory.measured import StepPeak, oversized_step, step_counter
-from fastpref.model.failure import in_others_code
+from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import Limits
 from fastpref.model.load import Loaded
 from fastpref.processes import Processes
-from fastpref.run import state
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
 from fastpref.run.folder import RunFolder
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
-from fastpref.run.state import Progress
+from fastpref.run.state import Progress, rng_state
 from fastpref.step.objective import Objective
 from fastpref.training import faults
-from fastpref.training.faults import Interrupt, NotFinite
+from fastpref.training.faults import NotFinite, interrupts
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
 from fastpref.training.trackers import Trackers
@@ -61,7 +60,6 @@ class TrainingRun:
     accelerator: Accelerator
     processes: Processes
     tokenizer: PreTrainedTokenizerBase
-    text: TextRecord
     loaded: Loaded
     limits: Limits
     data: Tokenized
@@ -77,16 +75,16 @@ class TrainingRun:
     trackers: Trackers
     resumed: bool
     peak: StepPeak
-    rng: dict[str, Any] = field(default_factory=state.rng_state)  # after the last whole step, for the next checkpoint
+    rng: dict[str, Any] = field(default_factory=rng_state)  # after the last whole step, for the next checkpoint
     batch: list[Example] = field(default_factory=list)  # of the current step, for messages
 
     def go(self, lock: RunLock) -> RunResult:
         """Train to the end or to an interrupt. A fault raises a UserError that says how to resume."""
         self.processes.on_first(lock.acquire)
         self._open()
-        with Interrupt() as interrupt, self.display:
+        with interrupts() as signals, self.display:
             try:
-                return self._finish() if self._train(interrupt) else self._stopped()
+                return self._finish() if self._train(signals) else self._stopped()
             except Exception as error:
                 fault = self._explained(error)
                 if fault is None:
@@ -107,17 +105,17 @@ class TrainingRun:
             self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
         else:
             self.processes.on_first(lambda: self.folder.create(self.config))
-        self.processes.on_first(lambda: write_file(self.folder.path / TEXT, self.text.to_json()))
+        self.processes.on_first(lambda: write_file(self.folder.path / TEXT, self.checkpoints.text.to_json()))
         self._write_down(lambda record: record.begin(resumed=self.resumed))
         self.trackers.start(self.config, self.folder.path, self.progress.step)
 
-    def _train(self, interrupt: Interrupt) -> bool:
+    def _train(self, signals: Sequence[int]) -> bool:
         """Train until the last step or an interrupt. Returns whether the last step was taken."""
         progress, train, every = self.progress, self.config.train, self.config.output.save_every
         order = data_order(len(self.data.train), train.batch, train.seed, start=progress.step)
         while True:
-            self.rng = state.rng_state()
-            improved, stops = False, self.processes.any(interrupt.asked)
+            self.rng = rng_state()
+            improved, stops = False, self.processes.any(bool(signals))
             if self._evaluation_is_due() and not stops:
                 self._evaluate()
                 improved = progress.improved() and progress.step > 0
@@ -132,7 +130,7 @@ class TrainingRun:
 
     def _finish(self) -> RunResult:
         answers = [answer for _, answer in self._answers()]
-        self.display.samples([(question, old) for question, old in self.progress.before or []], answers)
+        self.display.samples(self.progress.before or [], answers)
         place = self.checkpoints.save_weights("final", self.progress.step)
         self.display.note(f"saved: {place}")
         if self.peak.bytes and isinstance(self.data.train, Examples):
@@ -158,9 +156,8 @@ class TrainingRun:
         metrics, work = self.objective.step(examples, self.accelerator.backward, token_metrics=logged)
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         norm = self.accelerator.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
-        row: dict[str, float] = metrics.result()
-        row["grad_norm"] = float(norm) if norm is not None else 0.0
-        row["learning_rate"] = self.scheduler.get_last_lr()[0]
+        grad_norm, rate = float(norm) if norm is not None else 0.0, self.scheduler.get_last_lr()[0]
+        row: dict[str, float] = metrics.result() | {"grad_norm": grad_norm, "learning_rate": rate}
         if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             self.optimizer.step()
             self.progress.skipped_in_row = 0
@@ -178,20 +175,19 @@ class TrainingRun:
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
         """Skip a step whose loss or gradient is not finite, or raise NotFinite."""
-        what = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
-        overflow = self.accelerator.scaler is not None and math.isfinite(row["loss"])
-        if overflow:  # float16 finds its loss scale by trial: the scaler skips the step and lowers it
-            self.optimizer.step()
+        fault = faults.not_finite(step, row["loss"], row["grad_norm"], examples, self.objective)
+        if self.accelerator.scaler is not None and math.isfinite(row["loss"]):
+            self.optimizer.step()  # float16 finds its loss scale by trial: the scaler skips the step and lowers it
         elif self.config.train.nonfinite == "stop":
             raise NotFinite(
-                f"{what}. The model is as it was after step {step - 1}. Lower train.learning_rate, look at those "
+                f"{fault}. The model is as it was after step {step - 1}. Lower train.learning_rate, look at those "
                 'rows, or set train.nonfinite = "skip"'
             )
         self.progress.skipped += 1
         self.progress.skipped_in_row += 1
         if self.progress.skipped_in_row >= faults.SKIPS_IN_ROW:
-            raise NotFinite(f"{what}. It is the {faults.SKIPS_IN_ROW}th such step in a row, so skipping does not help")
-        self.display.note(f"{what}. The step is left out, the {self.progress.skipped}. of this run.")
+            raise NotFinite(f"{fault}. It is the {faults.SKIPS_IN_ROW}th such step in a row, so skipping does not help")
+        self.display.note(f"{fault}. The step is left out, the {self.progress.skipped}. of this run.")
 
     def _log(self, row: dict[str, float]) -> None:
         self.processes.on_first(lambda: self.folder.log(row))
@@ -218,8 +214,6 @@ class TrainingRun:
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
-    # --- evaluate and sample -----------------------------------------------------------------------------------
-
     def _evaluation_is_due(self) -> bool:
         step, every = self.progress.step, self.config.eval.every
         due = step in (0, self.steps) or (every is not None and step % every == 0)
@@ -244,19 +238,13 @@ class TrainingRun:
             prompt = example.prompt
             ids = torch.tensor([prompt], device=self.accelerator.device)
             out = self.loaded.policy.generate(
-                self.loaded.model,
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                self.loaded.model, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
                 max_new_tokens=self.limits.room(len(prompt), options.sample_tokens),
-                do_sample=False,
-                use_cache=True,
                 pad_token_id=self.objective.pad_token_id,
-            )
+            )  # fmt: skip
             answer = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
             answers.append([example.row.question, str(answer).strip()])
         return answers
-
-    # --- stop --------------------------------------------------------------------------------------------------
 
     def _stopped(self) -> RunResult:
         place = self.checkpoints.save(self.progress, self.rng)
@@ -269,7 +257,7 @@ class TrainingRun:
         """Return the message for an exception that a user can act on, and the overrides to resume with, or None."""
         if isinstance(error, NotFinite | WriteError):
             return str(error), []
-        if not faults.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             failure = in_others_code(error) if self.progress.step == 0 else None
             if failure is None:
                 return None

@@ -22,6 +22,11 @@ _CURVES = (  # metric, its name, its format, whether its scale is 0 to 1
     ("rewards/margins", "margin", "{:+.3f}", False),
     ("rewards/accuracies", "accuracy", "{:.0%}", True),
 )
+_EVALUATION = (
+    ("eval/loss", "held-out loss {:.4f}"),
+    ("eval/rewards/accuracies", "accuracy {:.1%}"),
+    ("eval/rewards/margins", "margin {:+.3f}"),
+)
 _STYLES = {"alarm": "bold red", "warning": "yellow"}
 
 
@@ -33,23 +38,15 @@ class Display:
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._steps, self._before = steps, done  # `done`: the steps before a run was resumed
         self._examples = examples  # what a batch consists of, in one word
-        self._training = 0.0  # seconds in steps
-        self._last_line = 0.0
+        self._training = self._last_line = 0.0  # seconds in steps; when the last line was printed
         self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in _CURVES}
         self._speed = ""
-        # Narrow enough for 40 columns.
-        self._bar = Progress(
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left", table_column=Column(no_wrap=True)),
-            console=self.console,
-        )
-        self._task = self._bar.add_task("", total=steps, completed=done)
-        self._view = Live(
-            get_renderable=self._seen, console=self.console, transient=True, refresh_per_second=4,
-            vertical_overflow="crop",
+        self._bar = Progress(  # narrow enough for 40 columns
+            BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
+            TextColumn("left", table_column=Column(no_wrap=True)), console=self.console,
         )  # fmt: skip
+        self._task = self._bar.add_task("", total=steps, completed=done)
+        self._view = Live(get_renderable=self._seen, console=self.console, transient=True, vertical_overflow="crop")
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -81,10 +78,7 @@ class Display:
 
     def health(self, verdicts: Sequence[Verdict]) -> None:
         """Print all verdicts at the end of the run."""
-        if not verdicts:
-            self.console.print(f"health: {len(RULES)} rules found nothing wrong")
-            return
-        self.console.print(f"health: {counted(verdicts)}")
+        self.console.print(f"health: {counted(verdicts) or f'{len(RULES)} rules found nothing wrong'}")
         for verdict in verdicts:
             self._sentence(Text("  ") + _line(verdict))
 
@@ -108,21 +102,24 @@ class Display:
             for name, values in self._curves.items():
                 if name in metrics and np.isfinite(metrics[name]):
                     values.append(metrics[name])
-            self._speed = _speed(metrics, memory, self._examples)
+            self._speed = f"{metrics['pairs_per_second']:.3g} {self._examples}/s"
+            self._speed += "" if memory is None else f"  {memory / 1e9:.2f} GB"
             self._bar.update(self._task, completed=step)
         elif now - self._last_line >= 1 or step == self._steps:
             self._last_line = now
             left = self._training / (step - self._before) * (self._steps - step)
-            self.console.print(f"step {step}/{self._steps}  {_short(metrics, self._examples)}  {left:.0f} s left")
+            forms = (
+                ("loss", "loss {:.4f}"),
+                ("rewards/accuracies", "accuracy {:.0%}"),
+                ("pairs_per_second", f"{{:.3g}} {self._examples}/s"),
+                ("tokens_per_second", "{:.0f} tok/s"),
+            )
+            self.console.print(f"step {step}/{self._steps}  {_in_words(metrics, forms)}  {left:.0f} s left")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        accuracy = metrics.get("eval/rewards/accuracies")
-        words = "" if accuracy is None else f"  accuracy {accuracy:.1%}"
-        margin = metrics.get("eval/rewards/margins")
-        words += "" if margin is None else f"  margin {margin:+.3f}"
-        self.console.print(f"step {step}: held-out loss {metrics['eval/loss']:.4f}{words}")
+        self.console.print(f"step {step}: {_in_words(metrics, _EVALUATION)}")
 
-    def samples(self, before: list[tuple[str, str]], after: list[str]) -> None:
+    def samples(self, before: Sequence[Sequence[str]], after: Sequence[str]) -> None:
         """Print questions with their answers before and after the training."""
         for (question, old), new in zip(before, after):
             table = Table.grid(padding=(0, 2))
@@ -153,18 +150,5 @@ def _line(verdict: Verdict) -> Text:
     return Text.assemble((f"{verdict.severity}: ", _STYLES[verdict.severity]), f"{verdict.message} {verdict.advice}")
 
 
-def _speed(metrics: Mapping[str, float], memory: int | None, examples: str) -> str:
-    parts = [f"{metrics['pairs_per_second']:.3g} {examples}/s"] if "pairs_per_second" in metrics else []
-    if memory is not None:
-        parts.append(f"{memory / 1e9:.2f} GB")
-    return "  ".join(parts)
-
-
-def _short(metrics: Mapping[str, float], examples: str) -> str:
-    wanted = (
-        ("loss", "loss {:.4f}"),
-        ("rewards/accuracies", "accuracy {:.0%}"),
-        ("pairs_per_second", f"{{:.3g}} {examples}/s"),
-        ("tokens_per_second", "{:.0f} tok/s"),
-    )
-    return "  ".join(form.format(metrics[name]) for name, form in wanted if name in metrics)
+def _in_words(metrics: Mapping[str, float], forms: Sequence[tuple[str, str]]) -> str:
+    return "  ".join(form.format(metrics[name]) for name, form in forms if name in metrics)

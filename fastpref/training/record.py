@@ -26,14 +26,11 @@ class Record:
         self._folder, self._device = folder, device
         self._began = time.monotonic()
         self._before = 0.0  # seconds before the run was resumed
+        rows = {name: asdict(data.counts[name]) for name in ("train", "heldout")}
+        rows |= {"duplicates": data.duplicates, "left_out": data.left_out} | _labels(data)
         self._facts: dict[str, Any] = {
-            "plan": plan,
-            "steps": steps,
-            "rows": {"train": asdict(data.counts["train"]), "heldout": asdict(data.counts["heldout"])}
-            | {"duplicates": data.duplicates, "left_out": data.left_out}
-            | _labels(data),
-            "environment": environment(device),
-        }
+            "plan": plan, "steps": steps, "rows": rows, "environment": environment(device)
+        }  # fmt: skip
         self._watch = Watch(known_of(config, self._facts))
 
     def begin(self, *, resumed: bool) -> None:
@@ -52,14 +49,10 @@ class Record:
         return self._watch.add(row)
 
     def evaluated(self, step: int, metrics: Metrics) -> None:
-        """Record the rewards of all held-out responses, for intervals. Only those of the last evaluation are kept."""
-        responses = metrics.completions()
-        self._facts["heldout"] = {
-            "step": step,
-            "paired": metrics.paired,
-            "chosen": _short(responses.chosen),
-            "rejected": _short(responses.rejected),
-        }
+        """Record the rewards of all held-out completions, for intervals. Only those of the last evaluation are kept."""
+        rewards = metrics.completions()
+        sides = {"chosen": _short(rewards.chosen), "rejected": _short(rewards.rejected)}
+        self._facts["heldout"] = {"step": step, "paired": metrics.paired} | sides
         self._write(ended="going on")
 
     def sampled(self, before: Sequence[Sequence[str]], after: Sequence[str]) -> None:

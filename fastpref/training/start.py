@@ -28,8 +28,8 @@ from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
 from fastpref.processes import Processes, code, end_together, start_processes
 from fastpref.quiet import quiet_libraries
-from fastpref.run import state
 from fastpref.run.checkpoint import Checkpoints
+from fastpref.run.fingerprints import MODEL, model_fingerprint
 from fastpref.run.folder import RunFolder
 from fastpref.run.hub import check_login
 from fastpref.run.lock import RunLock
@@ -38,7 +38,7 @@ from fastpref.run.state import Progress
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, reference_folder
-from fastpref.step.reference import Reference, make_reference, precomputes
+from fastpref.step.reference import make_reference, precomputes
 from fastpref.training.loop import RunResult, TrainingRun
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
@@ -107,8 +107,7 @@ def _prepare(
 ) -> TrainingRun:
     """Load everything, and print a note on every decision. Raises UserError."""
     set_seed(config.train.seed)
-    text = resumed.text if resumed else None
-    day = processes.on_first(date.today) if text is None else text.day
+    day = resumed.text.day if resumed and resumed.text else processes.on_first(date.today)
     # The other processes then find the tokens in the cache.
     inputs = processes.first_then_others(lambda: _read(config, resumed, day, cache=cache))
     data = inputs.data
@@ -121,20 +120,19 @@ def _prepare(
 
     try:
         loaded = processes.together(load)
-        processes.agree(lambda: {"the model's weights": state.model_fingerprint(loaded)[:16], "layout": loaded.layout})
+        processes.agree(lambda: {MODEL: model_fingerprint(loaded)[:16], "layout": loaded.layout})
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run, decisions = _assemble(config, folder, accelerator, processes, inputs, loaded, resumed)
     except UserError:
         raise
     except Exception as error:
+        name = config.model.name
         if is_out_of_memory(error):
             smaller = "a smaller model" if config.lora else "adapters, lora={}, or a smaller model"
-            raise UserError(f"out of memory while {config.model.name} was loaded; it needs {smaller}") from None
-        if (failure := in_others_code(error)) is None:
-            raise
-        raise UserError(
-            f"model.name = {config.model.name!r}: its code fails before the first step: {failure}"
-        ) from error
+            raise UserError(f"out of memory while {name} was loaded; it needs {smaller}") from None
+        if failure := in_others_code(error):
+            raise UserError(f"model.name = {name!r}: its code fails before the first step: {failure}") from error
+        raise
     if fault := merge_fault(config, loaded.model):
         decisions.append(f"warning: fastpref merge will not take what this run makes: {fault}")
     for note in [*(resumed.notes if resumed else ()), *data.notes, *inputs.beyond, *notes, *decisions]:
@@ -165,20 +163,17 @@ def _assemble(
     resumed: Resumed | None,
 ) -> tuple[TrainingRun, list[str]]:
     """Make a run of its loaded parts, restored from a checkpoint if it is resumed. Also returns notes."""
-    data, train = inputs.data, config.train
+    data, train, unit = inputs.data, config.train, f"{config.loss.unit}s"
     steps = train.steps or math.ceil(train.epochs * len(data.train) / train.batch)
-    unit = f"{config.loss.unit}s"
-    display = Display(
-        steps,
-        resumed.state["progress"]["step"] if resumed else 0,
-        None if processes.first else Console(quiet=True),
-        examples=unit,
-    )
+    done = resumed.state["progress"]["step"] if resumed else 0
+    display = Display(steps, done, None if processes.first else Console(quiet=True), examples=unit)
     notes = _end_notes(inputs.text, stop_at(loaded.model, inputs.text.ends.values()))
-    fingerprint = state.model_fingerprint(loaded)
+    fingerprint = model_fingerprint(loaded)
     reference = None
     if config.loss.uses_reference:
-        reference, words = _reference(config, loaded, accelerator)
+        reference, words = make_reference(config, loaded, accelerator.autocast)
+        if precomputes(config):
+            reference = Precomputed(reference, reference_folder(config, loaded.model))
         notes.append(f"reference: {words}")
     optimizer = make_optimizer(loaded.policy, config)
     warmup = train.warmup if train.warmup >= 1 else train.warmup * steps
@@ -193,88 +188,43 @@ def _assemble(
     pad, unpadded = pad_token(inputs.tokenizer, limits)
     router = loaded.policy.router
     objective = Objective(
-        policy=policy,
-        reference=reference,
-        options=config.loss,
-        layout=loaded.layout,
-        budget=config.tokens_per_microbatch,
-        pad_token_id=pad,
-        device=accelerator.device,
-        router_coefficient=router.coefficient if router is not None else 0.0,
-        processes=processes,
-    )
+        policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, pad, accelerator.device,
+        router_coefficient=router.coefficient if router is not None else 0.0, processes=processes,
+    )  # fmt: skip
     if isinstance(reference, Precomputed):
         notes += _precompute(reference, config, data, objective, steps, display)
     plan = _plan(config, loaded, policy, f"{steps} steps of {train.batch} {unit}", _devices(accelerator, processes))
-    notes += [*([unpadded] if unpadded else []), plan, *loaded.notes]
+    notes += [note for note in (unpadded, plan, *loaded.notes) if note]
     record = Record(folder, config, steps, data, plan, accelerator.device) if processes.first else None
     checkpoints = Checkpoints(
-        config=config,
-        folder=folder,
-        loaded=loaded,
-        tokenizer=inputs.tokenizer,
-        text=inputs.text,
-        examples=data.train,
-        optimizer=optimizer,
-        scheduler=scheduler.scheduler,
-        scaler=accelerator.scaler,
-        model_fingerprint=fingerprint,
+        config=config, folder=folder, loaded=loaded, tokenizer=inputs.tokenizer, text=inputs.text, examples=data.train,
+        optimizer=optimizer, scheduler=scheduler.scheduler, scaler=accelerator.scaler, model_fingerprint=fingerprint,
         processes=processes,
-    )
-    progress = checkpoints.restore(resumed, steps) if resumed else Progress()
+    )  # fmt: skip
     run = TrainingRun(
-        config=config,
-        folder=folder,
-        accelerator=accelerator,
-        processes=processes,
-        tokenizer=inputs.tokenizer,
-        text=inputs.text,
-        loaded=loaded,
-        limits=limits,
-        data=data,
-        steps=steps,
-        policy=policy,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        objective=objective,
-        checkpoints=checkpoints,
-        progress=progress,
-        display=display,
-        record=record,
-        trackers=Trackers(accelerator, display.note),
-        resumed=resumed is not None,
+        config=config, folder=folder, accelerator=accelerator, processes=processes, tokenizer=inputs.tokenizer,
+        loaded=loaded, limits=limits, data=data, steps=steps, policy=policy, optimizer=optimizer, scheduler=scheduler,
+        objective=objective, checkpoints=checkpoints, resumed=resumed is not None,
+        progress=checkpoints.restore(resumed, steps) if resumed else Progress(),
+        display=display, record=record, trackers=Trackers(accelerator, display.note),
         peak=StepPeak(accelerator.device),
-    )
+    )  # fmt: skip
     return run, notes
-
-
-def _reference(config: Config, loaded: Loaded, accelerator: Accelerator) -> tuple[Reference, str]:
-    """Make the reference, which may be computed before the training. Also returns a description of it."""
-    reference, words = make_reference(config, loaded, accelerator.autocast)
-    if not precomputes(config):
-        return reference, words
-    return Precomputed(reference, reference_folder(config, loaded.model)), words
 
 
 def _precompute(
     reference: Precomputed, config: Config, data: Tokenized, objective: Objective, steps: int, display: Display
 ) -> list[str]:
     """Compute the reference's numbers for every completion of the run, before the model changes. Returns notes."""
-    batch = config.train.batch
-    planned = islice(data_order(len(data.train), batch, config.train.seed), steps)
+    planned = islice(data_order(len(data.train), config.train.batch, config.train.seed), steps)
     batches = ([data.train[i] for i in places] for places in planned)
     completions = chain(
         chain.from_iterable(map(objective.referenced, batches)), objective.referenced_in_evaluation(data.heldout)
     )
     computed = reference.complete(
-        completions,
-        layout=objective.layout,
-        budget=objective.budget,
-        device=objective.device,
-        pad_token_id=objective.pad_token_id,
-        progress=display.precomputing,
-        processes=objective.processes,
-    )
+        completions, layout=objective.layout, budget=objective.budget, device=objective.device,
+        pad_token_id=objective.pad_token_id, progress=display.precomputing, processes=objective.processes,
+    )  # fmt: skip
     cached = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
     return [*reference.notes, f"reference log-probabilities: {cached}{computed:,} completions computed"]
 
@@ -289,21 +239,17 @@ def _plan(config: Config, loaded: Loaded, policy: nn.Module, length: str, device
     """Describe the run in one sentence."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in loaded.model.parameters())
-    layout = f"padded, because {loaded.why_padded}" if loaded.why_padded else loaded.layout
+    because = f", because {loaded.why_padded}" if loaded.why_padded else ""
     return (
         f"{config.loss.type.upper()}: {length}; training {trained:,} of {everything:,} parameters on {devices}; layout "
-        f"{layout}"
+        f"{loaded.layout}{because}"
     )
 
 
 def _end_notes(text: TextRecord, new: Sequence[int]) -> list[str]:
-    """Return a note on the end tokens of responses that are `new` to the model, or on their absence."""
+    """Return a note on the end tokens of completions that are `new` to the model, or on their absence."""
     if not text.ends:
-        return ["every training response was cut, so no token that ends an answer is trained; raise tokens.max_length"]
-    tokens = [token for token, number in text.ends.items() if number in new]
-    if not tokens:
-        return []
-    return [
-        f"answers end with {', '.join(tokens)}, at which the model would not stop so far; what is saved does, by its "
-        "generation_config.json"
-    ]
+        return ["every training completion was cut, so no end token is trained; raise tokens.max_length"]
+    tokens = ", ".join(token for token, number in text.ends.items() if number in new)
+    note = f"completions end with {tokens}, at which only the saved model stops, by its generation_config.json"
+    return [note] if tokens else []

@@ -18,8 +18,7 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raise UserError for trackers whose package is not installed."""
     # Accelerate skips trackers that are not installed without a message.
     available = [str(name) for name in tracking.get_available_trackers()]
-    missing = [name for name in names if name not in available]
-    if missing:
+    if missing := [name for name in names if name not in available]:
         raise UserError(f"log.trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}")
 
 
@@ -27,8 +26,7 @@ class Trackers:
     """The trackers of a run, if it has any. If one fails, the run prints one note and continues without trackers."""
 
     def __init__(self, accelerator: Accelerator, note: Callable[[str], None]):
-        self._accelerator, self._note = accelerator, note
-        self._on = False
+        self._accelerator, self._note, self._on = accelerator, note, False
 
     def start(self, config: Config, folder: Path, step: int) -> None:
         """Begin, or continue after a step. Local trackers write to trackers/ in the run's folder."""
@@ -48,11 +46,8 @@ class Trackers:
         self._accelerator.project_configuration.logging_dir = str(place)
         self._accelerator.log_with = tracking.filter_trackers(list(config.log.trackers), str(place))
         self._try(lambda: place.mkdir(parents=True, exist_ok=True))
-        self._try(
-            lambda: self._accelerator.init_trackers(
-                PROJECT, config=_settings(config), init_kwargs={name: options[name] for name in config.log.trackers}
-            )
-        )
+        chosen = {name: options[name] for name in config.log.trackers}
+        self._try(lambda: self._accelerator.init_trackers(PROJECT, config=_settings(config), init_kwargs=chosen))
 
     def log(self, row: Mapping[str, float | int]) -> None:
         values = {name: value for name, value in row.items() if name != "step" and math.isfinite(value)}

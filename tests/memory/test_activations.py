@@ -12,7 +12,7 @@ from fastpref.memory import activations
 from fastpref.memory.step import count_step
 from fastpref.model.gradient_checkpointing import decoder_layers
 from fastpref.model.load import load_model
-from tests.support.runs import LORA, write_config
+from tests.support.runs import LORA
 from tests.support.tiny import config_for, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -27,8 +27,8 @@ def chosen(folder: Path, device: torch.device, *overrides: str) -> tuple[int, li
     """Return the number of layers with gradient checkpointing, and the notes on it."""
     config = config_for(folder, LORA, "tokens.max_length=128", *overrides)
     loaded = load_model(config, CPU)
-    said = activations.checkpoint_activations(config, loaded, device)
-    return sum(layer.gradient_checkpointing for layer in decoder_layers(loaded.model)), said
+    notes = activations.checkpoint_activations(config, loaded, device)
+    return sum(layer.gradient_checkpointing for layer in decoder_layers(loaded.model)), notes
 
 
 def test_what_is_asked_for(llama: Path):
@@ -46,9 +46,9 @@ def test_a_gpu_decides_by_what_a_step_takes(llama: Path, monkeypatch: pytest.Mon
     without, one, both = (count_step(config, CUDA, layers=layers).total for layers in (0, 1, 2))
     for available, count in ((without, 0), (one, 1), (both, 2), (both - 1, 2)):
         monkeypatch.setattr(activations, "_available", lambda device, given=available: given)
-        found, (said,) = chosen(llama, CUDA)
-        assert found == count
-        assert said.startswith(f"gradient checkpointing: {count} of 2 layers; ")
+        layers, (note,) = chosen(llama, CUDA)
+        assert layers == count
+        assert note.startswith(f"gradient checkpointing: {count} of 2 layers; ")
 
 
 def test_a_model_that_cannot_be_counted_has_all_layers_checkpointed(llama: Path, monkeypatch: pytest.MonkeyPatch):
@@ -62,10 +62,8 @@ def test_a_model_that_cannot_be_counted_has_all_layers_checkpointed(llama: Path,
     )  # fmt: skip
 
 
-def test_moving_needs_a_device_to_move_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_moving_needs_a_device_to_move_from(config: Path):
     """Offloading is refused on a CPU, and without gradient checkpointing, before anything is written."""
-    monkeypatch.chdir(tmp_path)
-    config = write_config(tmp_path)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match=r"train\.offload_activations: on a CPU .* leave the key out"):
             fastpref.train(config, ["train.offload_activations=true"])
@@ -76,9 +74,8 @@ def test_moving_needs_a_device_to_move_from(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("overrides", [[], ["train.offload_activations=true"]], ids=str)
-def test_a_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]):
-    monkeypatch.chdir(tmp_path)
-    assert fastpref.train(write_config(tmp_path), [LORA, *overrides]).eval_metrics["eval/loss"] < 0.7
+def test_a_run_on_a_gpu(config: Path, overrides: list[str]):
+    assert fastpref.train(config, [LORA, *overrides]).eval_metrics["eval/loss"] < 0.7
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """`fastpref estimate` matches real runs, and proposes changes that make a step fit."""
 
 import json
+import re
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,90 +12,59 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mixtra
 
 import fastpref
 import fastpref.memory.estimate as estimates
-from fastpref.config import Config, load_config
+from fastpref.config import load_config
 from fastpref.config.losses import KTO
 from fastpref.data.cache import load_examples
 from fastpref.data.longest import longest_of, longest_possible
 from fastpref.data.order import data_order
 from fastpref.data.tokenize import use_chat_template
-from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.estimate import CARDS, Estimator, fits, proposal, usable
 from fastpref.memory.measured import StepPeak
 from fastpref.memory.step import StepMemory
-from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.load import load_model, load_tokenizer
-from fastpref.step.objective import Objective
-from fastpref.step.optimizer import make_optimizer
-from fastpref.step.reference import make_reference, precomputes
 from tests.support.command_line import succeed
 from tests.support.paths import QUICKSTART, QUICKSTART_MODEL, QUICKSTART_ROWS
+from tests.support.real_steps import real_steps
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LORA = "lora={rank=4}"
 
 
+def qwen2(vocabulary: int, hidden: int, inner: int, layers: int, **options: Any) -> Qwen2Config:
+    return Qwen2Config(**shape(vocabulary, hidden, inner, layers), **options)
+
+
+def shape(vocabulary: int, hidden: int, inner: int, layers: int) -> dict[str, Any]:
+    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    return sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folders of the quickstart's model, and of a Qwen2 and a mixture of experts with its tokenizer."""
-    own = QUICKSTART_MODEL
-    other = tmp_path_factory.mktemp("qwen2")
-    vocabulary = AutoConfig.from_pretrained(own).vocab_size
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=48, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    experts = tmp_path_factory.mktemp("mixtral")
-    mixture = MixtralConfig(
-        vocab_size=vocabulary, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    for made, folder in ((config, other), (mixture, experts)):
-        AutoModelForCausalLM.from_config(made).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(own).save_pretrained(folder)
-    return {"quickstart": own, "qwen2": other, "mixtral": experts}
+    vocabulary = AutoConfig.from_pretrained(QUICKSTART_MODEL).vocab_size
+    folders = {"quickstart": QUICKSTART_MODEL}
+    for config in (
+        qwen2(vocabulary, 48, 128, 3, tie_word_embeddings=True),
+        MixtralConfig(**shape(vocabulary, 48, 64, 3), num_local_experts=4, num_experts_per_tok=2),
+    ):
+        folders[config.model_type] = folder = tmp_path_factory.mktemp(config.model_type)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folder)
+    return folders
 
 
-def write(folder: Path, model: Path, *, rows: int = 24) -> Path:
+def write(folder: Path, model: Path, data: Path = QUICKSTART_ROWS) -> Path:
     path = folder / "cfg.toml"
     path.write_text(
-        f'[model]\nname = "{model.as_posix()}"\n[[data]]\npath = "{QUICKSTART_ROWS.as_posix()}"\n'
-        f"rows = {rows}\n[tokens]\nmax_length = 128\n[train]\nbatch = 6\nsteps = 4\n"
+        f'[model]\nname = "{model.as_posix()}"\n[[data]]\npath = "{data.as_posix()}"\nrows = 24\n'
+        "[tokens]\nmax_length = 128\n[train]\nbatch = 6\nsteps = 4\n"
     )
     return path
 
 
 def estimator(path: Path, device: torch.device, *overrides: str) -> Estimator:
     return Estimator(lambda more: load_config(path, [*overrides, *more]), device)
-
-
-def measured(config: Config) -> int:
-    """Return the memory held before training plus the peak of what the steps of a real run allocate."""
-    loaded = load_model(config, CPU)
-    checkpoint_layers(loaded.model, None if config.train.checkpointing is True else 0)
-    reference = None
-    if config.loss.uses_reference:
-        reference = make_reference(config, loaded)[0]
-        if precomputes(config):
-            reference = lambda batch: torch.zeros(len(batch.targets))  # noqa: E731
-    optimizer = make_optimizer(loaded.policy, config)
-    objective = Objective(loaded.policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU)
-    parameters = [p for p in loaded.policy.parameters() if p.requires_grad]
-    held = sum(t.nbytes for t in [*loaded.model.parameters(), *loaded.model.buffers()])
-    if config.loss.uses_reference and config.reference.mode == "copy":
-        held += sum(p.nbytes for p in loaded.model.parameters())
-    tokenizer = load_tokenizer(config.model)
-    use_chat_template(tokenizer, config.tokens.chat_template)
-    examples = load_examples(config, tokenizer).train
-    order, peak = data_order(len(examples), config.train.batch, config.train.seed), 0
-    loaded.policy.train()
-    with PeakStorage() as memory:
-        for _ in range(config.train.steps or 0):
-            objective.step([examples[i] for i in next(order)], lambda loss: loss.backward())
-            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            peak = max(peak, memory.peak)
-    return held + peak
 
 
 RUNS = [
@@ -114,8 +85,14 @@ RUNS = [
 def test_an_estimate_is_what_a_run_takes(models: dict[str, Path], tmp_path: Path, model: str, overrides: list[str]):
     """An estimate is at most 10 percent above and 5 percent below the counted peak of a real run's steps."""
     path = write(tmp_path, models[model])
+    config = load_config(path, overrides)
+    tokenizer = load_tokenizer(config.model)
+    use_chat_template(tokenizer, config.tokens.chat_template)
+    examples = load_examples(config, tokenizer).train
+    order = islice(data_order(len(examples), config.train.batch, config.train.seed), config.train.steps)
+    steps = [[examples[i] for i in places] for places in order]
+    real, _ = real_steps(config, steps, None if config.train.checkpointing is True else 0)
     estimated = estimator(path, CPU, *overrides).take().total
-    real = measured(load_config(path, overrides))
     assert 0.95 * real <= estimated <= 1.10 * real
 
 
@@ -123,8 +100,8 @@ def test_the_largest_microbatch_of_the_data(models: dict[str, Path], tmp_path: P
     """The largest micro-batch stays within the token budget, except for a single longer example."""
     path = write(tmp_path, models["quickstart"])
     for overrides in ([], ["loss.type=kto"], ["train.layout=padded"], ["train.tokens_per_microbatch=90"]):
-        found = estimator(path, CPU, *overrides)
-        config, largest = found.config, found.microbatch(found.config)
+        counted = estimator(path, CPU, *overrides)
+        config, largest = counted.config, counted.microbatch(counted.config)
         tokens = sum(len(e.prompt) + sum(map(len, e.completions)) for e in largest.examples)
         if config.train.layout != "padded" and not isinstance(config.loss, KTO):
             assert tokens == largest.tokens
@@ -147,14 +124,12 @@ def test_a_smaller_max_length_cuts_the_rows(models: dict[str, Path], tmp_path: P
     rows = [{"prompt": p, "chosen": "x y " * (30 - n), "rejected": f"z {n}"} for n, p in enumerate(prompts)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changed = [f"data.0.path={tmp_path}/rows.jsonl"]
-    found = estimator(path, CPU, *changed)
     smaller = load_config(path, [*changed, "tokens.max_length=60"])
-    again = estimator(path, CPU, *changed, "tokens.max_length=60")
-    order = [data_order(24, 6, 42) for _ in range(2)]
-    examples = [e for e in (found._examples, again._examples) if e is not None]
+    estimators = (estimator(path, CPU, *changed, *more) for more in ([], ["tokens.max_length=60"]))
+    examples = [e._examples for e in estimators if e._examples is not None]
     assert list(map(len, examples)) == [24, 24]
-    cut, made = (longest_of(smaller, e, o, "tree").tokens for e, o in zip(examples, order))
-    assert cut >= made if chats else cut == made
+    cut, tokenised = (longest_of(smaller, e, "tree").tokens for e in examples)
+    assert cut >= tokenised if chats else cut == tokenised
 
 
 def memory(gib: int, *, checkpointed: int, layers: int) -> StepMemory:
@@ -165,9 +140,9 @@ def test_cards_and_layers():
     """A card with enough memory checkpoints no layer; a smaller one as few as linear interpolation allows; below
     what all layers need, the step does not fit."""
     most, least = memory(40, checkpointed=0, layers=31), memory(10, checkpointed=31, layers=31)
-    found = {fit.card: fit for fit in fits(most, least, CARDS)}
-    assert [card for card, fit in found.items() if fit.fits] == [12, 16, 24, 48, 80]
-    assert {card: fit.checkpointed for card, fit in found.items()} == {8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
+    by_card = {fit.card: fit for fit in fits(most, least, CARDS)}
+    assert [card for card, fit in by_card.items() if fit.fits] == [12, 16, 24, 48, 80]
+    assert {card: fit.checkpointed for card, fit in by_card.items()} == {8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
     assert all(fit.checkpointed == 31 for fit in fits(least, least, CARDS) if fit.fits)
 
 
@@ -184,10 +159,7 @@ def test_the_smallest_change_that_fits(
 ):
     """For a card that is slightly too small, the first sufficient change in the order of costs is proposed, and the
     step counted with it fits."""
-    Qwen2Config(
-        vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2,
-    ).save_pretrained(tmp_path)  # fmt: skip
+    qwen2(4096, 256, 1024, 8).save_pretrained(tmp_path)
     overrides = ["tokens.max_length=256", *overrides]
     monkeypatch.setattr(estimates, "CONTEXT", 0)
     before = estimator(write(tmp_path, tmp_path), CUDA, *overrides)
@@ -201,47 +173,36 @@ def test_the_smallest_change_that_fits(
 
 def test_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """If no change suffices, the proposal says that nothing fits."""
-    Qwen2Config(
-        vocab_size=4096, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    ).save_pretrained(tmp_path)  # fmt: skip
+    qwen2(4096, 64, 64, 2).save_pretrained(tmp_path)
     monkeypatch.setattr(estimates, "usable", lambda card: 1)
     assert not proposal(estimator(write(tmp_path, tmp_path), CUDA), 1).fits
 
 
 def test_the_command(tmp_path: Path):
     """A folder with only a config.json suffices; the table adds up, and --json has the same numbers."""
-    Qwen2Config(
-        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    path = write(tmp_path, tmp_path)
-    path.write_text(path.read_text().replace("train.jsonl", "none.jsonl"))
+    qwen2(500, 64, 128, 4).save_pretrained(tmp_path)
+    path = write(tmp_path, tmp_path, data=tmp_path / "none.jsonl")
     result = succeed("estimate", path, LORA, "--compare")
     assert result.err == ""
     assert "the data are not on this machine" in result.out
     assert "255 tokens at once (from tokens.max_length = 128)" in result.out
     assert "   8 GB  fits without gradient checkpointing" in result.out
     assert "TRL 1.16" in result.out
-    told = succeed("estimate", path, LORA, "--compare", "--json").json
-    assert sum(told["step"]["bytes"].values()) == told["step"]["total"]
-    assert told["step"]["checkpointed"] == told["step"]["layers"] == 4
-    assert told["uncheckpointed"]["checkpointed"] == 0
-    assert told["card"] == 24
-    assert told["changes"] is None
-    assert told["trl"]["total"] > told["step"]["total"]
-    assert told["cards"][0] == {"card": 8, "fits": True, "checkpointed": 0}
+    counted = succeed("estimate", path, LORA, "--compare", "--json").json
+    assert sum(counted["step"]["bytes"].values()) == counted["step"]["total"]
+    assert counted["step"]["checkpointed"] == counted["step"]["layers"] == 4
+    assert counted["uncheckpointed"]["checkpointed"] == 0
+    assert counted["card"] == 24
+    assert counted["changes"] is None
+    assert counted["trl"]["total"] > counted["step"]["total"]
+    assert counted["cards"][0] == {"card": 8, "fits": True, "checkpointed": 0}
 
 
 def test_trl_makes_logits_and_copies_them(tmp_path: Path):
     """ORPO in TRL holds float32 logits of all padded positions, their gradient and the supervised term's log-softmax
     (more than 2.5 times the logits); DPO in TRL, which works in tiles, takes less than the logits."""
-    Qwen2Config(
-        vocab_size=50_000, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    path = write(tmp_path, tmp_path)
-    path.write_text(path.read_text().replace("train.jsonl", "none.jsonl"))
+    qwen2(50_000, 64, 64, 2).save_pretrained(tmp_path)
+    path = write(tmp_path, tmp_path, data=tmp_path / "none.jsonl")
     logits = 2 * 128 * 50_000 * 4
     orpo, dpo = (estimator(path, CUDA, LORA, f"loss.type={loss}", "tokens.max_length=128") for loss in ("orpo", "dpo"))
     assert orpo.take_as_trl().activations > 2.5 * logits
@@ -260,14 +221,11 @@ def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
     assert peak.bytes == 0
     counted = estimator(tmp_path / "cfg.toml", CUDA, LORA, "model.liger=false").take(layers=0)
     peak.bytes = round(1.02 * (counted.total - counted.overhead))
-    said = peak.against_estimate(config, examples, loaded)
-    assert said.startswith("memory of a step: estimated ")
-    assert said.endswith("(+2.0%)")
+    assert re.fullmatch(r"memory of a step: estimated .*\(\+2\.0%\)", peak.against_estimate(config, examples, loaded))
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_on_a_gpu_says_so(elsewhere: Path, capsys: pytest.CaptureFixture[str]):
     fastpref.train(QUICKSTART, ["train.steps=2"])
     assert "memory of a step: estimated" in capsys.readouterr().out
 

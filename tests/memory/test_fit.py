@@ -129,10 +129,10 @@ def test_no_more_than_it_takes(path: Path, parts: dict[str, int], overrides: lis
     """Changes are added until the step fits; those that save nothing or are no longer needed are left out."""
     options = [LORA, "train.tokens_per_microbatch=4000"]
     step = oversized(load_config(path, options), LITTLE)
-    found = propose(step, counter(path, parts, *options), int(0.9 * 24 * GIB))
-    assert list(found.overrides) == overrides
-    assert found.memory is not None
-    assert (found.memory.total, found.fits) == (counted * GIB, True)
+    result = propose(step, counter(path, parts, *options), int(0.9 * 24 * GIB))
+    assert list(result.overrides) == overrides
+    assert result.memory is not None
+    assert (result.memory.total, result.fits) == (counted * GIB, True)
     load_config(path, [LORA, *overrides])
 
 
@@ -184,7 +184,6 @@ def test_every_change_lowers_the_count(tmp_path: Path, device: torch.device):
 def test_a_new_change_is_written_in_one_place(path: Path, monkeypatch: pytest.MonkeyPatch):
     """A change that is added to the list is proposed by `fastpref estimate` and by a run that is out of memory."""
     monkeypatch.setattr(fit, "CHANGES", [Change("lora.target", lambda step: [["q_proj"]], ("optimizer", "gradients"))])
-    monkeypatch.chdir(path.parent)
     estimator = Estimator(lambda more: load_config(path, ["lora={rank=64}", *more]), CUDA)
     assert proposal(estimator, 0.001).overrides == ("lora.target=['q_proj']",)
     step = oversized(estimator.config, estimator.take())

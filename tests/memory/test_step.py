@@ -1,25 +1,17 @@
 """Memory of a step counted on fake tensors, compared with real tensors and with what shapes imply."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.step_memory import LLAMA_3_8B
-from fastpref.config import Config
 from fastpref.config.losses import KTO
-from fastpref.data.example import Example
 from fastpref.memory import step as step_memory
-from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.step import StepMemory, count_step
 from fastpref.model import liger
-from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.liger import kernels_not_run, take_kernels
-from fastpref.model.load import load_model
-from fastpref.step.objective import Objective
-from fastpref.step.optimizer import make_optimizer
-from fastpref.step.reference import make_reference
+from tests.support.real_steps import real_steps
 from tests.support.tiny import config_for, examples, model_config, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -41,31 +33,6 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def real_step(config: Config, layers: int, rows: Sequence[Example]) -> tuple[int, int]:
-    """Return the bytes at the peak of a step on real tensors, and those held before it."""
-    loaded = load_model(config, CPU)
-    checkpoint_layers(loaded.model, layers)
-    reference = make_reference(config, loaded)[0] if config.loss.uses_reference else None
-    optimizer = make_optimizer(loaded.policy, config)
-    budget = config.tokens_per_microbatch
-    objective = Objective(loaded.policy, reference, config.loss, loaded.layout, budget, 0, CPU)
-    parameters = [p for p in loaded.policy.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    held = sum(t.nbytes for t in [*loaded.model.parameters(), *loaded.model.buffers()])
-    held += 2 * sum(p.nbytes for p in parameters)
-    if config.reference.mode == "copy":
-        held += sum(p.nbytes for p in loaded.model.parameters() if config.loss.uses_reference)
-    loaded.policy.train()
-    with PeakStorage() as memory:
-        objective.step(rows, lambda loss: loss.backward())
-        torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-        optimizer.step()
-    return held + memory.peak, held
-
-
 COMBINATIONS = [
     ("llama", 0, [LORA]),
     ("llama", 2, [LORA]),
@@ -85,7 +52,7 @@ def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: s
     for budget in (40, 400):
         config = config_for(folders[kind], *overrides, f"train.tokens_per_microbatch={budget}")
         rows = examples(9, single=isinstance(config.loss, KTO))
-        real, held = real_step(config, layers, rows)
+        real, held = real_steps(config, [rows], layers)
         counted = count_step(config, CPU, layers=layers, examples=rows)
         assert counted.total - held == pytest.approx(real - held, rel=0.02)
 
@@ -108,7 +75,7 @@ def test_kernels_take_what_they_take_on_real_tensors(
     monkeypatch.setattr(liger, "wants_kernels", lambda *_: True)
     monkeypatch.setattr(liger, "give_kernels", lambda model, *_, **__: (True, take_kernels(model)))
     with kernels_not_run():
-        real, held = real_step(config, 0, rows)
+        real, held = real_steps(config, [rows], 0)
     assert counted.total - held == pytest.approx(real - held, rel=0.02)
 
 
@@ -126,9 +93,8 @@ def test_a_copy_in_other_bits_is_counted(deep: Path):
     assert reference("reference.dtype=float16", LORA) == reference("reference.dtype=float16")
     nf4 = reference("reference.dtype=bfloat16", "reference.quantization=nf4")
     assert nf4 == pytest.approx(whole / 2 * 0.27, rel=0.15)
-    assert reference("model.quantization=nf4", LORA, "reference.quantization=none") == pytest.approx(
-        whole / 2, rel=0.01
-    )
+    plain = reference("model.quantization=nf4", LORA, "reference.quantization=none")
+    assert plain == pytest.approx(whole / 2, rel=0.01)
 
 
 @pytest.fixture(scope="module")

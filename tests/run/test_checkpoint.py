@@ -1,15 +1,20 @@
 """A checkpoint is whole or absent: after kills, full disks and damage, the last whole one is found."""
 
+import builtins
 import errno
+import io
 import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastpref
@@ -19,8 +24,9 @@ from fastpref.errors import UserError
 from fastpref.run import state
 from fastpref.run.folder import RunFolder
 from fastpref.run.resume import find_checkpoint
+from fastpref.training import loop
 from tests.support.command_line import run_process
-from tests.support.runs import LORA, rows, train_in, write_config
+from tests.support.runs import LORA, rows, train_in
 
 SETTINGS = [LORA, "train.steps=3", "output.save_every=1", "eval.every=100"]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz")
@@ -42,8 +48,12 @@ def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFo
 
 def newest(run: RunFolder) -> tuple[str, list[str]]:
     """Return the name of the checkpoint that --resume takes, and the notes about others."""
-    found = find_checkpoint(fastpref.load_config(run.path / "config.toml"), "run", str(run.path), force=False)
-    return found.checkpoint.name, found.notes
+    resumed = find_checkpoint(fastpref.load_config(run.path / "config.toml"), "run", str(run.path), force=False)
+    return resumed.checkpoint.name, resumed.notes
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_a_checkpoint_holds(run: RunFolder):
@@ -54,8 +64,6 @@ def test_what_a_checkpoint_holds(run: RunFolder):
         "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "config.toml", "manifest.json",
         "training_state.json", "training_state.safetensors",
     }  # fmt: skip
-    from peft import PeftModel
-
     base = AutoModelForCausalLM.from_pretrained(fastpref.load_config("cfg.toml").model.name)
     assert PeftModel.from_pretrained(base, place).peft_config
     assert AutoTokenizer.from_pretrained(place).chat_template
@@ -68,22 +76,20 @@ def test_what_a_checkpoint_holds(run: RunFolder):
 
 def test_the_state_comes_back_as_it_was(tmp_path: Path):
     """The state is restored exactly: nested values of every kind that optimizers keep, shared tensors and views."""
-    import torch
-
     shared, long = torch.arange(6.0).reshape(2, 3), torch.arange(10)
-    given = {
+    saved = {
         "state": {0: {"step": torch.tensor(3.0), "m": shared}, 7: {"m": shared, "view": long[2:5], "t": shared.T}},
         "groups": [{"betas": (0.9, 0.999), "foreach": None, "lr": 0.1 + 0.2, "fused": True}],
         "bf16": torch.ones(3, dtype=torch.bfloat16),
         "empty": [{}, [], ()],
         "tensor": {"map": 1},
     }
-    state.write_state(tmp_path, given)
-    found = state.read_state(tmp_path)
-    assert str(found) == str(given)
-    assert found["state"][7]["t"].tolist() == shared.T.tolist()
-    assert found["bf16"].dtype == torch.bfloat16
-    assert found["state"][0]["m"] is found["state"][7]["m"]
+    state.write_state(tmp_path, saved)
+    loaded = state.read_state(tmp_path)
+    assert str(loaded) == str(saved)
+    assert loaded["state"][7]["t"].tolist() == shared.T.tolist()
+    assert loaded["bf16"].dtype == torch.bfloat16
+    assert loaded["state"][0]["m"] is loaded["state"][7]["m"]
     with pytest.raises(TypeError, match="cannot hold object"):
         state.write_state(tmp_path, {"x": object()})
 
@@ -94,10 +100,9 @@ def test_every_damage_is_found(run: RunFolder):
     assert newest(run) == ("step-3", [])
     for path in sorted(place.rglob("*")):
         content = path.read_bytes()
-        damages = [content[:-1], content + b"\0", None]
-        for at in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
-            damages.append(content[:at] + bytes([content[at] ^ 0x20]) + content[at + 1 :])
-        for damaged in damages:
+        places = {0, len(content) // 3, len(content) // 2, len(content) - 1}
+        changed = [content[:at] + bytes([content[at] ^ 0x20]) + content[at + 1 :] for at in places]
+        for damaged in (content[:-1], content + b"\0", None, *changed):
             path.unlink() if damaged is None else path.write_bytes(damaged)
             name, notes = newest(run)
             assert name == "step-2"
@@ -152,8 +157,6 @@ def test_a_state_of_another_version(run: RunFolder, monkeypatch: pytest.MonkeyPa
 
 def save_again(run: RunFolder, step: int) -> None:
     """Write a checkpoint as a run does: the same files by the same libraries, with the contents of step 3."""
-    from peft import PeftModel
-
     source = run.path / "checkpoints" / "step-3"
     config = fastpref.load_config("cfg.toml")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.name), source)
@@ -169,48 +172,42 @@ def save_again(run: RunFolder, step: int) -> None:
     run.checkpoint(step, fill)
 
 
-def killed_saves(run: RunFolder, step: int) -> list[int]:
-    """Save a checkpoint in forked processes and return their exit codes. Each process is killed one event later:
+def killed_save(run: RunFolder, at: int) -> int:
+    """Save step 4 in a forked process, and return its exit code. The process is killed at the event of this number:
     before a file is opened (to be written, hashed or forced to disk), a folder is made, or a rename."""
-    ends, at = [], 1
-    while True:
-        child = os.fork()
-        if child == 0:
-            try:
-                seen = 0
+    child = os.fork()
+    if child == 0:
+        try:
+            events = count(1)
 
-                def count(event: str, arguments: tuple) -> None:
-                    nonlocal seen
-                    if event in ("open", "os.rename", "os.mkdir") and "checkpoints" in str(arguments[0]):
-                        seen += 1
-                        if seen == at:  # noqa: B023 (each child has its own)
-                            os.kill(os.getpid(), signal.SIGKILL)
+            def kill(event: str, arguments: tuple) -> None:
+                counts = event in ("open", "os.rename", "os.mkdir") and "checkpoints" in str(arguments[0])
+                if counts and next(events) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-                sys.addaudithook(count)
-                save_again(run, step)
-                os._exit(0)
-            except BaseException:
-                os._exit(9)
-        ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-        name, notes = newest(run)
-        if ends[-1] != -signal.SIGKILL:
-            return ends
-        # The new checkpoint is whole, or it is not there.
-        assert name in ("step-3", f"step-{step}")
-        assert notes == []
-        if name != "step-3":
-            assert damage(run.path / "checkpoints" / name) is None
-            shutil.rmtree(run.path / "checkpoints" / name)
-        at += 1
+            sys.addaudithook(kill)
+            save_again(run, 4)
+            os._exit(0)
+        except BaseException:
+            os._exit(9)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_file_leaves_the_last_whole_checkpoint(run: RunFolder):
     """SIGKILL before any file is written, hashed, forced to disk or renamed leaves the last whole checkpoint."""
-    ends = killed_saves(run, 4)
-    files = len(list((run.path / "checkpoints" / "step-4").rglob("*")))
-    assert ends[-1] == 0
-    assert len(ends) > 2 * files  # each file is opened at least to be hashed and to be forced to disk
+    new = run.path / "checkpoints" / "step-4"
+    kills = 0
+    while (status := killed_save(run, kills + 1)) == -signal.SIGKILL:
+        kills += 1
+        name, notes = newest(run)
+        assert name in ("step-3", "step-4")  # the new checkpoint is whole, or it is not there
+        assert notes == []
+        if name == "step-4":
+            assert damage(new) is None
+            shutil.rmtree(new)
+    assert status == 0
+    assert kills >= 2 * len(list(new.rglob("*")))  # each file is opened at least to be hashed and to be forced to disk
     fastpref.train("cfg.toml", SETTINGS, resume="out/checkpoints/step-3", force=True)
     assert sorted(p.name for p in (run.path / "checkpoints").iterdir()) == ["best.json", "step-2", "step-3"]
 
@@ -232,19 +229,14 @@ def test_a_kill_while_a_checkpoint_is_replaced(run: RunFolder, monkeypatch: pyte
     assert sorted(p.name for p in place.parent.iterdir()) == ["best.json", "step-2", "step-3"]
 
 
-def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_kept(config: Path, monkeypatch: pytest.MonkeyPatch):
     """The newest `keep` checkpoints are kept, and the best by held-out accuracy, which is saved once it is seen."""
-    monkeypatch.chdir(tmp_path)
-    config = write_config(tmp_path)
-    from fastpref.training import loop
-
     accuracies = iter([0.5, 0.7, 0.9, 0.9, 0.8, 0.85, 0.4])
     evaluate = loop.TrainingRun._evaluate
 
     def pretended(self) -> None:
         evaluate(self)
-        row = {"eval/rewards/accuracies": next(accuracies), "eval/loss": 1.0}
-        self.progress.evaluated = row
+        self.progress.evaluated = {"eval/rewards/accuracies": next(accuracies), "eval/loss": 1.0}
 
     monkeypatch.setattr(loop.TrainingRun, "_evaluate", pretended)
     options = ["train.steps=12", "eval.every=2", "output.save_every=5", "output.keep=2"]
@@ -260,9 +252,6 @@ def test_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def refusing(monkeypatch: pytest.MonkeyPatch, at: int) -> list[str]:
     """Make the disk full from the `at`-th file of a checkpoint that is opened for writing or forced to disk."""
-    import builtins
-    import io
-
     touched: list[str] = []
     real_open, real_sync = io.open, atomic.sync
 
@@ -298,30 +287,22 @@ def refusal(run: RunFolder) -> str | None:
 
 def test_a_full_disk_at_any_write_leaves_what_there_was(run: RunFolder, monkeypatch: pytest.MonkeyPatch):
     """ENOSPC at any write or sync gives one message, removes the temporary folder and leaves every file as it was."""
-    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-    at = 1
-    while True:
+    before = files(run.path)
+    for at in count(1):
         with monkeypatch.context() as patch:
             touched = refusing(patch, at)
-            said = refusal(run)
-        if said is None:
+            message = refusal(run)
+        if message is None:
             break
-        assert "checkpoints/step-4: cannot be written: No space left on device" in said
+        assert "checkpoints/step-4: cannot be written: No space left on device" in message
         assert len(touched) >= at
-        assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
-        at += 1
+        assert files(run.path) == before
     assert at > len(list((run.path / "checkpoints" / "step-4").iterdir()))
     assert newest(run)[0] == "step-4"
 
 
-def test_a_run_on_a_full_disk_ends_with_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_run_on_a_full_disk_ends_with_one_message(config: Path, monkeypatch: pytest.MonkeyPatch):
     """If the disk is full at the second checkpoint, the weights are still saved, and the first checkpoint resumes."""
-    from fastpref.training import loop
-
-    monkeypatch.chdir(tmp_path)
-    config = write_config(tmp_path)
     step = loop.TrainingRun._step
 
     def filling(self, number: int, examples) -> None:
@@ -332,13 +313,13 @@ def test_a_run_on_a_full_disk_ends_with_one_message(
     monkeypatch.setattr(loop.TrainingRun, "_step", filling)
     with pytest.raises(UserError) as raised:
         fastpref.train(config, SETTINGS)
-    said = str(raised.value)
-    assert said.startswith("out/checkpoints/step-2: cannot be written: No space left on device")
-    assert "the weights after step 2 are in out/stopped" in said
-    assert "fastpref train out/config.toml --resume out/checkpoints/step-1" in said
+    message = str(raised.value)
+    assert message.startswith("out/checkpoints/step-2: cannot be written: No space left on device")
+    assert "the weights after step 2 are in out/stopped" in message
+    assert "fastpref train out/config.toml --resume out/checkpoints/step-1" in message
     assert sorted(p.name for p in Path("out/checkpoints").iterdir()) == ["step-1"]
     monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(config.parent)
     fastpref.train(config, SETTINGS, resume=True)
     assert [row["step"] for row in rows(Path("out"))] == [0, 1, 2, 3, 3]
     assert not Path("out/stopped").exists()
@@ -361,23 +342,24 @@ def test_a_file_system_that_is_really_full(small_disk: Path, run: RunFolder):
     """On a full disk every existing file stays as it is, and the command ends with a message and status 2."""
     shutil.copytree(run.path, small_disk / "out")
     small = RunFolder(small_disk / "out")
-    before = {p: p.read_bytes() for p in small.path.rglob("*") if p.is_file()}
-    filler, ends = small_disk / "filler", set()
-    for free in (*range(0, 700_000, 50_000), 3_000_000):
-        filler.unlink(missing_ok=True)
+    before = files(small.path)
+
+    def fill(free: int) -> None:
+        (small_disk / "filler").unlink(missing_ok=True)
         room = os.statvfs(small_disk)
-        with filler.open("wb") as file:
-            file.write(bytes(max(0, room.f_bavail * room.f_frsize - free)))
-        said = refusal(small)
-        ends.add("saved" if said is None else "refused")
-        assert said is None or "o space left on device" in said
+        (small_disk / "filler").write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - free)))
+
+    messages = []
+    for free in (*range(0, 700_000, 50_000), 3_000_000):
+        fill(free)
+        messages.append(refusal(small))
         shutil.rmtree(small.path / "checkpoints" / "step-4", ignore_errors=True)
-        assert {p: p.read_bytes() for p in small.path.rglob("*") if p.is_file()} == before
-    assert ends == {"saved", "refused"}
-    filler.unlink()
-    room = os.statvfs(small_disk)
-    with filler.open("wb") as file:
-        file.write(bytes(room.f_bavail * room.f_frsize - 300_000))
+        assert files(small.path) == before
+    assert None in messages
+    refusals = [message for message in messages if message]
+    assert refusals
+    assert all("o space left on device" in message for message in refusals)
+    fill(300_000)
     ran = run_process("train", "cfg.toml", *SETTINGS, "train.steps=5", f"output.dir={small.path}", "--resume")
     assert ran.status == 2, ran.err
     assert "step-4: cannot be written: No space left on device" in ran.err
@@ -386,9 +368,8 @@ def test_a_file_system_that_is_really_full(small_disk: Path, run: RunFolder):
     assert damage(small.path / "checkpoints" / "step-3") is None
 
 
-def test_metrics_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_metrics_that_cannot_be_written(config: Path, monkeypatch: pytest.MonkeyPatch):
     """If a row of metrics cannot be written, a checkpoint is saved and named, and the run can be resumed from it."""
-    monkeypatch.chdir(tmp_path)
     log = RunFolder.log
 
     def refused(self: RunFolder, row) -> None:
@@ -398,21 +379,8 @@ def test_metrics_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(RunFolder, "log", refused)
     with pytest.raises(UserError, match=r"(?s)metrics\.jsonl: cannot.*go on with.*--resume out/checkpoints/step-"):
-        fastpref.train(write_config(tmp_path), [LORA, "train.steps=3", "eval.every=100", "output.save_every=100"])
+        fastpref.train(config, [*SETTINGS, "output.save_every=100"])
     monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(config.parent)
     fastpref.train("out/config.toml", resume="out")
     assert [row["step"] for row in rows(Path("out"))][-2:] == [3, 3]
-
-
-def test_nothing_secret_and_nothing_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run writes only below its folder, and no token of the environment is in any of its files."""
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("HF_TOKEN", "hf_canary0123456789")
-    fastpref.train(write_config(tmp_path), SETTINGS)
-    assert {p.name for p in tmp_path.iterdir()} == {"cfg.toml", "out", "home"}
-    assert list(home.rglob("*")) == []
-    assert not any(b"hf_canary" in p.read_bytes() for p in Path("out").rglob("*") if p.is_file())

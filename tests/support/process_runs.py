@@ -31,6 +31,12 @@ SAME = {
 RESUMED = {"dpo": [LORA], "kto-full": ["loss.type=kto"]}
 
 
+def launched(variables: dict[str, str]) -> dict[str, str]:
+    """Return the environment of a process on a CPU that these variables of a launcher are set for."""
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": path} | variables
+
+
 def run_all(config: Path, folder: Path, *, sharded: bool = False) -> None:
     """Train every run in its own folder; stop those of RESUMED after five steps, and resume them."""
     for name, overrides in SAME.items():

@@ -63,8 +63,10 @@ class Step:
         self.loaded.policy.train()
         rows = examples(count, single=isinstance(self.options, KTO), turns=turns)
         metrics, work = objective.step(rows, lambda loss: loss.backward())
-        gradients = {n: p.grad.clone() for n, p in self.loaded.policy.named_parameters() if p.grad is not None}
-        return metrics, gradients, work.microbatches
+        return metrics, self.gradients(), work.microbatches
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {n: p.grad.clone() for n, p in self.loaded.policy.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,35 +89,30 @@ def test_layouts_give_the_log_probabilities_of_plain_sequences(models: dict[str,
                 torch.testing.assert_close(found[batch.segments == sequence], expected, rtol=1e-5, atol=3e-5)
 
 
+WHOLE = 10_000  # tokens: all examples of a step are one micro-batch
+CASES: list[tuple[Layout, int]] = [("tree", WHOLE), ("packed", WHOLE), ("tree", 60), ("packed", 1), ("padded", 120)]
 EQUIVALENCES = [
-    *(("llama", loss, lora) for loss in LOSSES for lora in (True, False)),
-    *(("gemma2", loss, True) for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")),
-    *(("gemma2", loss, False) for loss in ("dpo", "kto", "orpo")),
-    *((kind, loss, kind == "qwen3") for kind in ("qwen2", "qwen3", "gemma3") for loss in ("dpo", "kto", "orpo")),
+    *(("llama", loss, adapted) for loss in LOSSES for adapted in ("lora", "full", "lora-turns")),
+    *(("gemma2", loss, "lora") for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")),
+    *(("gemma2", loss, "full") for loss in ("dpo", "kto", "orpo")),
+    *((kind, loss, "full") for kind in ("qwen2", "gemma3") for loss in ("dpo", "kto", "orpo")),
+    *(("qwen3", loss, "lora") for loss in ("dpo", "kto", "orpo")),
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "loss", "lora"), EQUIVALENCES, ids=[f"{k}-{x}-{'lora' if a else 'full'}" for k, x, a in EQUIVALENCES]
-)
-def test_tree_packed_padded_and_any_microbatches_agree(models: dict[str, Path], kind: str, loss: str, lora: bool):
-    """Loss, metrics and gradients are equal in float32: tree ≡ packed ≡ padded, and one micro-batch ≡ many."""
-    step = Step(models[kind], LOSSES[loss], lora=lora)
-    expected, gradients, parts = step.run("padded", 10_000)
+@pytest.mark.parametrize(("kind", "loss", "how"), EQUIVALENCES, ids="-".join)
+def test_tree_packed_padded_and_any_microbatches_agree(models: dict[str, Path], kind: str, loss: str, how: str):
+    """Loss, metrics and gradients are equal in float32: tree ≡ packed ≡ padded, and one micro-batch ≡ many, also if
+    completions contain turns of others."""
+    step, turns = Step(models[kind], LOSSES[loss], lora=how != "full"), how.endswith("turns")
+    expected, gradients, parts = step.run("padded", WHOLE, turns=turns)
     assert parts == 1
     assert gradients
     scale = max(g.abs().max() for g in gradients.values())
-    cases: list[tuple[Layout, int]] = [
-        ("tree", 10_000),
-        ("packed", 10_000),
-        ("tree", 60),
-        ("packed", 1),
-        ("padded", 120),
-    ]
-    for layout, budget in cases:
-        found, others, parts = step.run(layout, budget)
-        assert (parts == 1) == (budget == 10_000)
-        assert found.result() == pytest.approx(expected.result(), rel=2e-4, abs=2e-5)
+    for layout, budget in CASES:
+        metrics, others, parts = step.run(layout, budget, turns=turns)
+        assert (parts == 1) == (budget == WHOLE)
+        assert metrics.result() == pytest.approx(expected.result(), rel=2e-4, abs=2e-5)
         assert others.keys() == gradients.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=float(scale) * 2e-5)
@@ -163,7 +160,7 @@ def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequen
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "orpo-all", "simpo", "cpo"])
 def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bool):
-    """If responses contain turns of others, loss and gradients are those of each sequence alone with its mask, in
+    """If completions contain turns of others, loss and gradients are those of each sequence alone with its mask, in
     every layout and for any micro-batches."""
     step = Step(models["llama"], LOSSES[loss], lora=lora)
     # Without adapters, the reference is the model itself, because no copy of its original weights exists here.
@@ -173,59 +170,40 @@ def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bo
     step.loaded.policy.zero_grad()
     expected = naive_loss(step, step.loaded.model, reference, rows)
     expected.backward()
-    gradients = {n: p.grad.clone() for n, p in step.loaded.policy.named_parameters() if p.grad is not None}
+    gradients = step.gradients()
     scale = float(max(g.abs().max() for g in gradients.values()))
-    cases: list[tuple[Layout, int]] = [("tree", 10_000), ("packed", 10_000), ("padded", 10_000), ("tree", 60)]
+    cases: list[tuple[Layout, int]] = [("tree", WHOLE), ("packed", WHOLE), ("padded", WHOLE), ("tree", 60)]
     for layout, budget in cases:
-        found, others, _ = step.run(layout, budget, turns=True)
-        assert found.result()["loss"] == pytest.approx(float(expected.detach()), rel=2e-4)
+        metrics, others, _ = step.run(layout, budget, turns=True)
+        assert metrics.result()["loss"] == pytest.approx(float(expected.detach()), rel=2e-4)
         for name, gradient in gradients.items():
             torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=scale * 5e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_layouts_agree_about_what_is_scored(models: dict[str, Path], loss: str):
-    """If responses contain turns of others, every metric is the same in all layouts and micro-batches."""
-    step = Step(models["llama"], LOSSES[loss], lora=True)
-    expected = step.run("padded", 10_000, turns=True)[0].result()
-    cases: list[tuple[Layout, int]] = [("tree", 10_000), ("packed", 60), ("padded", 120)]
-    for layout, budget in cases:
-        assert step.run(layout, budget, turns=True)[0].result() == pytest.approx(expected, rel=2e-4, abs=2e-5)
-
-
-@pytest.mark.parametrize("loss", ["kto", "dpo", "ipo"])
+@pytest.mark.parametrize("loss", ["kto", "dpo", "ipo", "orpo"])
 def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str, Path], loss: str):
-    """An evaluation depends neither on the order of its rows nor on the number taken at a time, because KTO's
-    mismatched completions and its KL are those of the whole evaluation."""
+    """An evaluation depends neither on the order of its rows nor on the number taken at a time: it is one mean over
+    all examples, and KTO's mismatched completions and its KL are those of the whole evaluation."""
     step = Step(models["llama"], LOSSES[loss], lora=True)
 
     def reference(batch: PreferenceBatch) -> torch.Tensor:  # lower than the policy's, so that the KL is not 0
         return step.loaded.policy(batch).logp.detach() - 0.05 * (batch.targets % 7)
 
-    objective = Objective(step.loaded.policy, reference, step.options, "tree", 150, 0, CPU)
+    own = reference if step.options.uses_reference else None
+    objective = Objective(step.loaded.policy, own, step.options, "tree", 150, 0, CPU)
     rows = examples(9, single=loss == "kto", turns=True)
     rows += [replace(row, prompt=rows[0].prompt) for row in rows[:4]]
     whole = objective.evaluate(rows, 5).result()
     assert loss != "kto" or whole["kl"] > 0
-    for size, order in ((5, rows[::-1]), (2, rows[6:] + rows[:6]), (13, rows[1::2] + rows[::2])):
+    for size, order in ((5, rows[::-1]), (2, rows[6:] + rows[:6]), (13, rows[1::2] + rows[::2]), (1, rows)):
         assert objective.evaluate(order, size).result() == pytest.approx(whole, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_checkpointed_activations_change_nothing(models: dict[str, Path], kind: str):
     """Under gradient checkpointing, the layout still reaches the attention: loss and gradients are the same."""
-    plain = Step(models[kind], ["loss.type=dpo"], lora=True).run("tree", 10_000)
-    twice = Step(models[kind], ["loss.type=dpo", "train.checkpointing=true"], lora=True).run("tree", 10_000)
+    plain = Step(models[kind], ["loss.type=dpo"], lora=True).run("tree", WHOLE)
+    twice = Step(models[kind], ["loss.type=dpo", "train.checkpointing=true"], lora=True).run("tree", WHOLE)
     assert twice[0].result() == pytest.approx(plain[0].result(), rel=1e-5)
     for name, gradient in plain[1].items():
         torch.testing.assert_close(twice[1][name], gradient, rtol=1e-4, atol=1e-7)
-
-
-def test_an_evaluation_is_one_mean_over_all_examples(models: dict[str, Path]):
-    """Held-out metrics do not depend on how many examples are taken at a time (without terms of a whole step)."""
-    step = Step(models["llama"], ["loss.type=orpo"], lora=False)
-    objective = Objective(step.loaded.policy, None, step.options, "tree", 100, 0, CPU)
-    rows = examples(9)
-    whole = objective.evaluate(rows, 9).result()
-    for size in (1, 2, 4):
-        assert objective.evaluate(rows, size).result() == pytest.approx(whole, rel=1e-5)

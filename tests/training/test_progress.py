@@ -41,21 +41,19 @@ def seen(shown: Display) -> str:
 
 
 @pytest.mark.parametrize(
-    ("values", "width", "drawn"),
+    ("values", "scale", "drawn"),
     [
-        ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"),
-        ([7, 0], 8, "█▁"),
-        ([5, 5, 5], 8, "▄▄▄"),
-        (list(range(800)), 8, "▁▂▃▄▅▆▇█"),
-        ([1], 8, "▄"),
+        ([0, 1, 2, 3, 4, 5, 6, 7], None, "▁▂▃▄▅▆▇█"),
+        ([7, 0], None, "█▁"),
+        ([5, 5, 5], None, "▄▄▄"),
+        (list(range(800)), None, "▁▂▃▄▅▆▇█"),
+        ([1], None, "▄"),
+        ([0.5, 0.5, 1.0], (0.0, 1.0), "▅▅█"),
     ],
 )
-def test_a_sparkline_goes_from_the_least_to_the_greatest(values: list[float], width: int, drawn: str):
-    assert sparkline(values, width) == drawn
-
-
-def test_a_sparkline_of_shares_has_the_whole_scale():
-    assert sparkline([0.5, 0.5, 1.0], 8, (0.0, 1.0)) == "▅▅█"
+def test_a_sparkline_goes_from_the_least_to_the_greatest(values: list[float], scale: Any, drawn: str):
+    """Without a scale the least and the greatest value are its ends."""
+    assert sparkline(values, 8, scale) == drawn
 
 
 @pytest.mark.parametrize("width", [100, 60, 40])

@@ -46,10 +46,12 @@ def test_the_hubs_token_is_in_no_file(elsewhere: Path, monkeypatch: pytest.Monke
 
 def test_a_run_writes_in_its_folder_and_the_cache_alone(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
     """A run writes only into its output.dir, which may be outside of the working directory, and into the cache."""
-    inside = elsewhere / "inside"
+    inside, home = elsewhere / "inside", elsewhere / "home"
     inside.mkdir()
+    home.mkdir()
     monkeypatch.chdir(inside)
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("FASTPREF_CACHE", str(elsewhere / "cache"))
     fastpref.train(QUICKSTART, [*FEW, 'output.dir="../out"'])
-    assert sorted(path.name for path in elsewhere.iterdir()) == ["cache", "inside", "out"]
-    assert not list(inside.iterdir())
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["cache", "home", "inside", "out"]
+    assert not [*inside.iterdir(), *home.iterdir()]

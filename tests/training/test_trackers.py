@@ -8,32 +8,31 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, LoggerType
 
 import fastpref
 from fastpref.errors import UserError
-from tests.support.runs import LORA, rows, write_config
+from tests.support.runs import LORA, rows
 
 SETTINGS = [LORA, "train.steps=2", "output.save_every=1"]
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def config(config: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("TRACKIO_DIR", "MLFLOW_TRACKING_URI"):
         monkeypatch.setenv(name, "")  # so that pytest restores what a run sets
         monkeypatch.delenv(name)
-    return write_config(tmp_path)
+    return config
 
 
-def test_tensorboard_gets_every_row(config: Path, tmp_path: Path):
+def test_tensorboard_gets_every_row(config: Path):
     """TensorBoard gets the rows of metrics.jsonl, in the run's folder; rows of resumed steps appear once."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = [*SETTINGS, 'log.trackers=["tensorboard"]']
     fastpref.train(config, settings)
     fastpref.train(config, [*settings, "train.steps=3"], resume="out/checkpoints/step-1", force=True)
-    assert {p.name for p in tmp_path.iterdir()} == {"cfg.toml", "out"}
-    found = accumulator.EventAccumulator("out/trackers/fastpref").Reload()
+    assert {p.name for p in config.parent.iterdir()} == {"cfg.toml", "out"}
+    events = accumulator.EventAccumulator("out/trackers/fastpref").Reload()
     logged = rows(Path("out"))
     for name in ("loss", "grad_norm", "eval/loss", "rewards/accuracies"):
         expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in logged if name in row]
-        assert [(e.step, e.value) for e in found.Scalars(name)] == expected
+        assert [(e.step, e.value) for e in events.Scalars(name)] == expected
 
 
 class Kept(GeneralTracker):

@@ -1,7 +1,6 @@
 """Two processes on a CPU, with DDP or FSDP2, do what one does, and a run can be resumed from their checkpoints."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,16 +17,11 @@ import fastpref
 from fastpref.errors import UserError
 from fastpref.processes import check_sharded
 from tests.support.paths import ROOT
-from tests.support.process_runs import PLAIN, RESUMED, SAME, run_all
+from tests.support.process_runs import PLAIN, RESUMED, SAME, launched, run_all
 from tests.support.runs import contents, rows, write_config
 
 WAYS: dict[str, dict[str, str]] = {"ddp": {}, "fsdp": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-
-
-def environment(way: str) -> dict[str, str]:
-    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
-    return os.environ | WAYS[way] | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +40,9 @@ def both(config: Path, request: pytest.FixtureRequest) -> Path:
     """Run everything with two processes, and return the folder of the runs."""
     folder, script = config.parent / request.param, ROOT / "tests" / "support" / "process_runs.py"
     command = [*LAUNCH, str(script), str(config), str(folder), request.param]
-    done = subprocess.run(command, env=environment(request.param), capture_output=True, text=True, cwd=config.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
+    variables = launched(WAYS[request.param])
+    process = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=config.parent)
+    assert process.returncode == 0, process.stdout + process.stderr
     return folder
 
 
@@ -106,28 +101,24 @@ def test_ctrl_c_stops_both_with_one_checkpoint(config: Path):
     out = config.parent / "stopped"
     overrides = [PLAIN, f"output.dir={out}", "train.steps=4000", "output.save_every=4000", "eval.every=4000"]
     command = [*LAUNCH, "-m", "fastpref", "train", str(config), *overrides]
-    running = subprocess.Popen(command, env=environment("ddp"), cwd=config.parent, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, env=launched({}), cwd=config.parent, stdout=subprocess.PIPE, text=True)
     metrics = out / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
         assert running.poll() is None
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    said, _ = running.communicate(timeout=120)
-    assert said.count("go on with") == 1
+    output, _ = running.communicate(timeout=120)
+    assert output.count("go on with") == 1
     (checkpoint,) = (out / "checkpoints").iterdir()
     last = json.loads(metrics.read_text().splitlines()[-1])
     assert checkpoint.name == f"step-{last['step']}"
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("model.quantization=nf4", "nf4"),
-        ("train.optimizer=adamw_8bit", "adamw_8bit"),
-        ("reference.mode=copy", "copy"),
-        ("lora={dora=true}", "dora"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused(config: Path, override: str, said: str):
-    with pytest.raises(UserError, match=f"{said}.* cannot be sharded by FSDP"):
+    ("override", "setting"),
+    [("model.quantization=nf4", "nf4"), ("train.optimizer=adamw_8bit", "adamw_8bit"), ("reference.mode=copy", "copy"),
+     ("lora={dora=true}", "dora")],
+)  # fmt: skip
+def test_what_cannot_be_sharded_is_refused(config: Path, override: str, setting: str):
+    with pytest.raises(UserError, match=f"{setting}.* cannot be sharded by FSDP"):
         check_sharded(fastpref.load_config(config, [PLAIN, override]))
