@@ -175,7 +175,7 @@ def _mean_kl(
             batch = collate([some[i] for i in places], objective.layout, pad_token_id=objective.pad_token_id)
             batch = batch.to(objective.device)
             kl += _kl(policy, compared, off, batch)
-            tokens += len(batch.predictors)
+            tokens += len(batch.segments)
     return kl / tokens
 
 
@@ -183,9 +183,10 @@ def _kl(
     policy: Policy, compared: Policy, off: Callable[[], AbstractContextManager[Any]], batch: PreferenceBatch
 ) -> float:
     """Return KL(policy ‖ compared) of the next token, summed over the places that predict a scored token."""
-    own = policy.hidden_states(batch)[batch.predictors]
+    predictors = batch.of_tokens(batch.predictors)
+    own = policy.hidden_states(batch)[predictors]
     with off():
-        other = compared.hidden_states(batch)[batch.predictors]
+        other = compared.hidden_states(batch)[predictors]
     rows, total = max(1, _LOGITS // policy.head.vocabulary), 0.0
     log_softmax = partial(torch.log_softmax, dim=-1)
     for mine, theirs in zip(own.split(rows), other.split(rows)):

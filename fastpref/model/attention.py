@@ -1,11 +1,11 @@
-"""Attention over trees, registered with transformers under the name "fastpref".
+"""Attention over forests, registered with transformers under the name "fastpref".
 
-A packed row holds trees: a prompt and its completions one after the other. A token attends, causally, to its own
-tree's prompt and its own completion. The layout reaches `tree_attention` as the keyword `tree` of the model's
-forward, which transformers passes to the attention of every layer. So there is no global state, and `probe_layers`
-finds the models whose layers do not pass it on. A layer's argument that is not supported here raises an error instead
-of being ignored. Without the keyword, `tree_attention` is transformers' own SDPA with its masks, and it adds the
-softcaps and sinks that SDPA lacks. `flex_attention.py` does the same for GPUs.
+A row holds a forest (`data/forest.py`): a token attends, causally, to the tokens before it in its sequences. The layout
+reaches `tree_attention` as the keyword `tree` of the model's forward, which transformers passes to the attention of
+every layer. So there is no global state, and `probe_layers` finds the models whose layers do not pass it on. A layer's
+argument that is not supported here raises an error instead of being ignored. Without the keyword, `tree_attention` is
+transformers' own SDPA with its masks, and it adds the softcaps and sinks that SDPA lacks. `flex_attention.py` does the
+same for GPUs.
 
 `trial.py` tests whether trees give a model the same hidden states as its own attention.
 """
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fastpref.data.batch import Tree, TreeLayout
+from fastpref.data.forest import Chain, Forest, Node
 from fastpref.errors import one_line
 
 NAME = "fastpref"
@@ -43,7 +43,7 @@ def tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    tree: TreeLayout | None = None,
+    tree: Forest | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -62,8 +62,24 @@ def tree_attention(
         shape = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         tree.calls.append(LayerCall(*shape, dropout, scaling, sliding_window, softcap, s_aux is not None))
     attend = CausalAttention(dropout, scaling, sliding_window, softcap, s_aux)
-    parts = [part for t in tree.trees for part in _tree_parts(attend, query, key, value, t)]
+    parts = [_chain(attend, query, key, value, chain) for chain in chains(tree)]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def chains(tree: Forest) -> list[Chain]:
+    """Return the chains of a layout, which the first call makes."""
+    if "chains" not in tree.made:
+        tree.made["chains"] = tree.chains()
+    return tree.made["chains"]
+
+
+def _chain(attend: "CausalAttention", query: Tensor, key: Tensor, value: Tensor, chain: Chain) -> Tensor:
+    """Return the output of a chain: its queries attend to the tokens before it in its sequences, and to itself."""
+    own = slice(chain.start, chain.stop)
+    if not chain.before:
+        return attend(query[:, :, own], key[:, :, own], value[:, :, own])
+    keys, values = (torch.cat([side[:, :, run] for run in (*chain.before, own)], dim=2) for side in (key, value))
+    return attend(query[:, :, own], keys, values)
 
 
 def _is_empty(attention_mask: Tensor | None) -> bool:
@@ -71,7 +87,7 @@ def _is_empty(attention_mask: Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.numel() == 0
 
 
-def check_arguments(tree: TreeLayout | None, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
+def check_arguments(tree: Forest | None, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
     """Raise UnknownArgument if a layer gives its attention arguments that trees do not support."""
     if tree is None and _is_empty(attention_mask):
         raise UnknownArgument("its layers do not hand the layout down to their attention")
@@ -91,28 +107,12 @@ AttentionInterface.register(NAME, tree_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def tree_keywords(tree: TreeLayout, device: torch.device) -> dict[str, Any]:
+def tree_keywords(tree: Forest, device: torch.device) -> dict[str, Any]:
     """Return the keywords of a model's forward for a packed row of trees.
 
     Models pass a four-dimensional mask on unchanged, so an empty one keeps them from making their own [T, T] mask.
     """
     return {"tree": tree, "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)}
-
-
-def _tree_parts(attend: "CausalAttention", query: Tensor, key: Tensor, value: Tensor, tree: Tree) -> list[Tensor]:
-    """Return the outputs of one tree in the row's order: the prompt with its first completion, then each other one."""
-    begin, prompt_end = tree.start, tree.start + tree.prompt
-    first_end = prompt_end + tree.completions[0]
-    stem = slice(begin, first_end)
-    parts = [attend(query[:, :, stem], key[:, :, stem], value[:, :, stem])]
-    start = first_end
-    for length in tree.completions[1:]:
-        own = slice(start, start + length)
-        keys = torch.cat([key[:, :, begin:prompt_end], key[:, :, own]], dim=2)
-        values = torch.cat([value[:, :, begin:prompt_end], value[:, :, own]], dim=2)
-        parts.append(attend(query[:, :, own], keys, values))
-        start += length
-    return parts
 
 
 class CausalAttention:
@@ -195,7 +195,7 @@ class LayerCall:
 
 
 @dataclass(frozen=True)
-class _Probe(TreeLayout):
+class _Probe(Forest):
     """A layout that records the arguments of every layer it reaches."""
 
     calls: list[LayerCall] = field(default_factory=list)
@@ -207,7 +207,7 @@ def layers_reached(backbone: nn.Module, **options: Any) -> list[LayerCall]:
     The body is in training mode, so that dropout shows. `options` override the keywords of `tree_keywords`.
     """
     device = next(backbone.parameters()).device
-    probe = _Probe((Tree(0, 2, (1, 1)),))
+    probe = _Probe((Node(0, 2, 0, None, 4), Node(2, 1, 2, 0, 3), Node(3, 1, 2, 0, 4)))
     training = backbone.training
     backbone.train()  # for the dropout
     try:

@@ -269,7 +269,7 @@ class _Trial:
     def _run(self, batch: PreferenceBatch) -> "_States":
         """Compute the hidden states that predict each response's tokens (e, k), and those of each prompt (e, −1)."""
         batch = batch.to(self._policy_device)
-        hidden = self._policy.hidden_states(batch)[batch.predictors].float()
+        hidden = self._policy.hidden_states(batch)[batch.of_tokens(batch.predictors)].float()
         states: _States = {}
         for segment in range(len(batch.lengths)):
             k, e = divmod(segment, batch.examples)

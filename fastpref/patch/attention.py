@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fastpref.data.batch import TreeLayout
+from fastpref.data.forest import Forest
 from fastpref.model import attention, flex_attention
 from fastpref.model.attention import CausalAttention, masked_attention, repeat_kv
 
@@ -37,7 +37,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class LaterLayout(TreeLayout):
+class LaterLayout(Forest):
     """A separate row of branches, one after the other."""
 
     branches: tuple[Branch, ...] = ()
@@ -46,7 +46,7 @@ class LaterLayout(TreeLayout):
 
 
 @contextmanager
-def keeping(layout: TreeLayout) -> Iterator[Kept]:
+def keeping(layout: Forest) -> Iterator[Kept]:
     """Store the keys and values of every layer that computes this layout inside the block, and yield them."""
     layout.made[_KEPT] = kept = {}
     try:
@@ -67,7 +67,7 @@ def _with_branches(inner: Callable[..., tuple[Tensor, None]]) -> Callable[..., t
         dropout: float = 0.0,
         scaling: float | None = None,
         *,
-        tree: TreeLayout | None = None,
+        tree: Forest | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if isinstance(tree, LaterLayout):

@@ -74,7 +74,7 @@ def measured(config: Config) -> int:
     if config.loss.uses_reference:
         reference = make_reference(config, loaded)[0]
         if precomputes(config):
-            reference = lambda batch: torch.zeros(len(batch.targets))  # noqa: E731
+            reference = lambda batch: torch.zeros(len(batch.segments))  # noqa: E731
     optimizer = make_optimizer(loaded.policy, config)
     objective = Objective(loaded.policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU)
     parameters = [p for p in loaded.policy.parameters() if p.requires_grad]
