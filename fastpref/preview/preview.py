@@ -172,26 +172,18 @@ def _forest_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Te
     for at, node in enumerate(nodes):
         children.setdefault(node.parent, []).append(at)
 
-    def drawn(at: int) -> list[str]:
+    texts = []
+
+    def draw(at: int, sign: str, margin: str) -> None:
         parent = nodes[at].parent
         label = _node(nodes[at], users[at], None if parent is None else users[parent], batch, members)
-        parts = [drawn(child) for child in children.get(at, [])]
-        if not parts:
-            return [label]
-        lines = []
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            sign = "┬─ " if number == 0 else "└─ " if last else "├─ "
-            lines += [sign + part[0], *(("   " if last else "│  ") + line for line in part[1:])]
-        margin = " " * (len(label) + 1)
-        return [f"{label} {lines[0]}", *(margin + line for line in lines[1:])]
+        texts.append(Text(f"at {nodes[at].start:>6,}  {sign}{label}"))
+        for child in children.get(at, []):
+            last = child == children[at][-1]
+            draw(child, margin + ("└─ " if last else "├─ "), margin + ("   " if last else "│  "))
 
-    texts = []
     for root in children.get(None, []):
-        first, *others = drawn(root)
-        trunk = f"at {nodes[root].start:>6,}  "
-        lines = [trunk + first, *(" " * len(trunk) + line for line in others)]
-        texts += [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+        draw(root, "", "")
     return texts
 
 
