@@ -19,7 +19,20 @@ import torch
 from torch import Tensor
 
 from fastpref.data.example import Example, Spans
-from fastpref.data.forest import Forest, Tokens, encode, forest_tokens, lay_apart, lay_out, places, roots
+from fastpref.data.forest import (
+    Branch,
+    Forest,
+    Kept,
+    LaterForest,
+    Tokens,
+    beginning,
+    encode,
+    forest_tokens,
+    lay_apart,
+    lay_out,
+    places,
+    roots,
+)
 
 Layout = Literal["tree", "packed", "padded"]
 
@@ -113,6 +126,45 @@ def collate(
         prompts=tuple(len(example.prompt) for example in examples),
         paths=placed.paths,
     )
+
+
+def collate_after(batch: PreferenceBatch, examples: Sequence[Example]) -> PreferenceBatch:
+    """Lay out other completions of a forest's prompts, one for each of its examples, as a row that follows it.
+
+    Its `tree` lacks the keys and values of the batch's row, which `following` adds. The last token of each prompt is
+    computed again, because it predicts the first token of the completion.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    branches: list[Branch] = []
+    scored = _Scored([0] * len(examples))
+    for e, example in enumerate(examples):
+        tokens, before = [example.prompt[-1], *example.completions[0]], len(example.prompt) - 1
+        branches.append(Branch(beginning(batch.paths[e], before) if before else (), len(tokens)))
+        scored.add(tokens, range(len(ids), len(ids) + len(tokens)), 1, e, example.context(0))
+        scored.keys.append(completion_key(example.prompt, example.completions[0], example.context(0)))
+        ids += tokens
+        positions += range(before, before + len(tokens))
+    return replace(
+        batch,
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        tree=LaterForest((), branches=tuple(branches)),
+        predictors=torch.tensor(scored.predictors),
+        targets=torch.tensor(scored.targets),
+        rows=None,
+        segments=torch.tensor(scored.segments),
+        offsets=torch.tensor(scored.offsets),
+        lengths=torch.tensor(scored.lengths),
+        keys=tuple(scored.keys),
+        paths=(),
+    )
+
+
+def following(batch: PreferenceBatch, kept: Kept) -> PreferenceBatch:
+    """Return a batch of `collate_after` with the keys and values of the row that it follows."""
+    assert isinstance(batch.tree, LaterForest)
+    return replace(batch, tree=replace(batch.tree, kept=kept))
 
 
 def completion_key(prompt: Sequence[int], completion: Sequence[int], context: Spans = ()) -> bytes:

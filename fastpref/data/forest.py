@@ -97,6 +97,27 @@ class Forest:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Tokens that follow the beginning of a sequence in a row that is computed already."""
+
+    prefix: tuple[slice, ...]  # positions in the computed row, in order
+    length: int
+    sees_itself: bool = True  # whether its tokens attend, causally, to each other and not only to the prefix
+
+
+Kept = dict[int, tuple[Tensor, Tensor]]  # the computed row's keys and values, by attention module: [1, kv_heads, N, D]
+
+
+@dataclass(frozen=True)
+class LaterForest(Forest):
+    """A separate row of branches, one after the other."""
+
+    branches: tuple[Branch, ...] = ()
+    kept: Kept | None = None
+    eager: bool = False  # a token that may attend to nothing gets the mean of all values, as in eager attention
+
+
+@dataclass(frozen=True)
 class Laid:
     """A forest with its tokens, and the path of each of its sequences."""
 

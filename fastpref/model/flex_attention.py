@@ -19,9 +19,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastpref.data.batch import Layout
-from fastpref.data.forest import Forest, Node
+from fastpref.data.forest import Forest, LaterForest, Node
 from fastpref.errors import UserError
 from fastpref.model.attention import LayerCall, check_arguments, tree_attention
+from fastpref.model.later import keep
 
 NAME = "fastpref_flex"
 BLOCK = 128  # positions: the size of a block of the mask, in both directions
@@ -44,12 +45,14 @@ def flex_tree_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention, [1, T, heads, Dv], as a function of transformers' `AttentionInterface`.
 
-    Calls `tree_attention` without a tree (padded rows, generation), and with dropout, which FlexAttention lacks.
+    Calls `tree_attention` without a tree (padded rows, generation), with dropout, which FlexAttention lacks,
+    and for later tokens, whose row has keys of its own.
     """
-    if tree is None or dropout:
+    if tree is None or dropout or isinstance(tree, LaterForest):
         options: dict[str, Any] = {"tree": tree, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return tree_attention(module, query, key, value, attention_mask, dropout, scaling, **options, **kwargs)
     check_arguments(tree, attention_mask, kwargs)
+    keep(tree, module, key, value)
     out = _attend(query, key, value, block_mask(tree, sliding_window, query.device), scaling, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpref.data.forest import Forest, beginning, encode, lay_out, places
-from fastpref.patch.attention import Branch
+from fastpref.data.forest import Branch, Forest, beginning, encode, lay_out, places
 
 IGNORED = -100  # the label of a token that is not scored
 
@@ -131,7 +130,7 @@ def later_completions(packed: Packed, rows: Sequence[Row], width: int, device: t
     paths: list[tuple[slice, ...]] = []
     for row in rows:
         stem, start = stems[row.prompt], packed.tokens + len(ids)
-        branches.append(Branch(stem, len(row.completion), sees_itself=True))
+        branches.append(Branch(stem, len(row.completion)))
         paths.append((*stem, slice(start, start + len(row.completion))))
         ids += row.completion
         positions += range(len(row.prompt), len(row))

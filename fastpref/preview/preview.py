@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpref.config import Config
+from fastpref.config.losses import KTO
 from fastpref.data.batch import Layout, PreferenceBatch, collate
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import OUTCOMES, Counts, Example
@@ -48,7 +49,8 @@ def preview(
     console.print()
     console.print(writer.legend())
     layout = wanted_layout(config)
-    step = plan_step(config.loss, data.train[:rows], layout, config.tokens_per_microbatch).trained
+    plan = plan_step(config.loss, data.train[:rows], layout, config.tokens_per_microbatch)
+    step = plan.trained
     for number, (indices, members) in enumerate(zip(step.microbatches, step.groups)):
         batch = collate(
             members,
@@ -60,6 +62,10 @@ def preview(
         for example, at, held in zip(members, indices, read(batch)):
             console.print(_row(at, example, held, writer))
         console.print(_microbatch(f"micro-batch {number + 1} of {len(step.microbatches)}", batch, members, layout))
+    if isinstance(config.loss, KTO) and (plan.later or plan.first):
+        where = "after these prompts" if plan.later else "in a pass before"
+        tokens = plan.tokens - sum(step.tokens)
+        console.print(f"mismatched completions for the KL, without gradient, {where}: {tokens:,} tokens")
     console.print(_numbers(data, config, layout))
 
 

@@ -92,7 +92,11 @@ EQUIVALENCES = [
     *(("llama", loss, lora) for loss in LOSSES for lora in (True, False)),
     *(("gemma2", loss, True) for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")),
     *(("gemma2", loss, False) for loss in ("dpo", "kto", "orpo")),
-    *((kind, loss, kind == "qwen3") for kind in ("qwen2", "qwen3", "gemma3", "gpt-oss", "mixtral") for loss in ("dpo", "kto", "orpo")),
+    *(
+        (kind, loss, kind == "qwen3")
+        for kind in ("qwen2", "qwen3", "gemma3", "gpt-oss", "mixtral")
+        for loss in ("dpo", "kto", "orpo")
+    ),
 ]
 
 
