@@ -57,6 +57,9 @@ class PreferenceBatch:
     offsets: Tensor  # [M] int64, its index in its completion
     lengths: Tensor  # [S] int64, scored tokens of each sequence
     labels: Tensor | None  # [E] bool, for single completions
+    scores: Tensor | None  # [E, K] float32, for losses that rank the completions
+    weights: Tensor | None  # [E] float32, the factor of each example's loss; None if all are 1
+    margins: Tensor | None  # [E] float32; None if no example has one
     index: Tensor  # [E] int64, each example's index in its step
     completions: int  # K
     keys: tuple[bytes, ...]  # the `completion_key` of each completion, in the order of scoring
@@ -108,6 +111,10 @@ def collate(
             scored.keys.append(completion_key(example.prompt, completion, context))
     predictors, targets, rows = scored.head_rows()
     labels = [example.label for example in examples]
+    weights = [example.weight for example in examples]
+    margins = [example.margin for example in examples]
+    if None in margins and any(margin is not None for margin in margins):
+        raise ValueError("collate: some examples have a margin and some have none")
     return PreferenceBatch(
         input_ids=placed.input_ids,
         position_ids=placed.position_ids,
@@ -120,6 +127,9 @@ def collate(
         offsets=torch.tensor(scored.offsets, dtype=torch.int64),
         lengths=torch.tensor(scored.lengths, dtype=torch.int64),
         labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
+        scores=torch.tensor([example.scores for example in examples]) if examples[0].scores else None,
+        weights=torch.tensor(weights) if any(weight != 1 for weight in weights) else None,
+        margins=None if None in margins else torch.tensor(margins),
         index=torch.tensor(range(count) if index is None else list(index), dtype=torch.int64),
         completions=completions,
         keys=tuple(scored.keys),

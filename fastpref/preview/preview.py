@@ -115,7 +115,7 @@ def _names(example: Example) -> list[str]:
     """Return the names of an example's completions."""
     if example.label is None:
         return ["chosen", "rejected"]
-    return ["good" if example.label else "bad", "mismatched"]
+    return ["good" if example.label else "bad"]
 
 
 def _row(at: int, example: Example, held: ReadExample, writer: Writer) -> Group:
@@ -125,10 +125,7 @@ def _row(at: int, example: Example, held: ReadExample, writer: Writer) -> Group:
     grid.add_column(overflow="fold")
     text = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut, turns=row.turns_cut)
     grid.add_row(_labelled("prompt", len(held.prompt)), text)
-    own = (
-        held.completions if example.label is None else held.completions[:1]
-    )  # KTO's second completion belongs to another row
-    for name, ids, scored, cut in zip(_names(example), own, held.scored, row.completions_cut):
+    for name, ids, scored, cut in zip(_names(example), held.completions, held.scored, row.completions_cut):
         text = writer.completion(held.prompt, ids, scored, across=row.merged > 0, cut=cut)
         grid.add_row(_labelled(name, len(ids), sum(scored)), text)
     parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
