@@ -212,11 +212,11 @@ class _Scored:
 
     def head_rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the distinct rows of the head, and which one each scored token is; None if no two tokens share one."""
-        predictors, targets = torch.tensor(self.predictors), torch.tensor(self.targets)
+        predictors, targets = np.array(self.predictors), np.array(self.targets)
         distinct, first, rows = np.unique(self.places, return_index=True, return_inverse=True)
         if len(distinct) == len(self.places):
-            return predictors, targets, None
-        return predictors[first], targets[first], torch.from_numpy(rows)
+            return torch.from_numpy(predictors), torch.from_numpy(targets), None
+        return torch.from_numpy(predictors[first]), torch.from_numpy(targets[first]), torch.from_numpy(rows)
 
 
 @dataclass(frozen=True)

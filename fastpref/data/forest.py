@@ -70,13 +70,10 @@ class Forest:
 
     def by_token(self) -> tuple[Tensor, Tensor]:
         """Return `end` and `depth`, [T] int32 each."""
-        start, length, depth, end = (
-            torch.tensor([getattr(node, name) for node in self.nodes], dtype=torch.int32)
-            for name in ("start", "length", "depth", "end")
-        )
-        lengths = length.long()
-        places = torch.arange(self.tokens, dtype=torch.int32)
-        return end.repeat_interleave(lengths), places - (start - depth).repeat_interleave(lengths)
+        lengths = [node.length for node in self.nodes]
+        end = np.repeat(np.array([node.end for node in self.nodes], np.int32), lengths)
+        before = np.repeat(np.array([node.start - node.depth for node in self.nodes], np.int32), lengths)
+        return torch.from_numpy(end), torch.from_numpy(np.arange(self.tokens, dtype=np.int32) - before)
 
     def path(self, node: int | None) -> tuple[slice, ...]:
         """Return the positions of a node's tokens and of those before it in its sequences, in order."""
