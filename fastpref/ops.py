@@ -39,6 +39,11 @@ class TokenLogprobs(NamedTuple):
     log_sum_sq_probs: Tensor | None = None  # log Σ p²
     is_top1: Tensor | None = None  # bool: the target is the argmax (the first of equal maxima)
 
+    def take(self, rows: Tensor) -> "TokenLogprobs":
+        """Return the values of these rows, [M] int64, which may repeat."""
+        others = (None if values is None else values[rows] for values in self[1:])
+        return TokenLogprobs(self.logp[rows], *others)
+
 
 @dataclass(frozen=True, eq=False)
 class LoraWeight:

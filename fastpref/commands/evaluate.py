@@ -167,16 +167,18 @@ def _mean_kl(
         some = examples[start : start + 256]
         for places in plan_microbatches(some, objective.layout, objective.budget):
             batch = collate([some[i] for i in places], objective.layout, pad_token_id=objective.pad_token_id)
-            kl += _kl(policy, compared, off, batch.to(objective.device))
-            tokens += len(batch.predictors)
+            batch = batch.to(objective.device)
+            kl += _kl(policy, compared, off, batch)
+            tokens += len(batch.segments)
     return kl / tokens
 
 
 def _kl(policy: Policy, compared: Policy, off: Context, batch: PreferenceBatch) -> float:
     """Return KL(policy ‖ compared) of the next token, summed over the places that predict a scored token."""
-    own = policy.hidden_states(batch)[batch.predictors]
+    predictors = batch.of_tokens(batch.predictors)
+    own = policy.hidden_states(batch)[predictors]
     with off():
-        other = compared.hidden_states(batch)[batch.predictors]
+        other = compared.hidden_states(batch)[predictors]
     rows, total = max(1, _LOGITS // policy.head.vocabulary), 0.0
     for mine, theirs in zip(own.split(rows), other.split(rows)):
         logp = policy.head.logits(mine).log_softmax(-1)

@@ -1,67 +1,70 @@
 """Lay examples out as the tensors of a micro-batch, in one of three layouts that give the same results.
 
-    tree     P C₁ C₂ | P C₁ C₂ …      one row; a prompt is computed once, its completions are branches after it
-    packed   P C₁ | P C₂ | P C₁ …     one row; every completion has its own copy of the prompt
+    tree     P C₁ C₂ …            one row; a beginning that several sequences share is computed once (`forest.py`)
+    packed   P C₁ | P C₂ | …      one row; every sequence has its own copy of its prompt
     padded   one row per sequence, padded to the longest; for models whose attention cannot be given a layout
 
-A sequence is one completion of one example. Of E examples with K completions each, sequence k·E + e is completion k
-of example e: the first E are the chosen ones, the next the rejected ones.
+A sequence is a prompt and one of its completions. Of E examples with K completions each, sequence k·E + e is completion
+k of example e: the first E are the chosen ones, the next the rejected ones.
 """
 
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastpref.data.example import Example, Spans
+from fastpref.data.forest import (
+    Branch,
+    Forest,
+    Kept,
+    LaterForest,
+    Tokens,
+    beginning,
+    encode,
+    forest_tokens,
+    lay_apart,
+    lay_out,
+    places,
+    roots,
+)
 
 Layout = Literal["tree", "packed", "padded"]
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A prompt and its branches inside a packed row."""
-
-    start: int
-    prompt: int  # tokens
-    completions: tuple[int, ...]  # tokens each
-
-
-@dataclass(frozen=True)
-class TreeLayout:
-    """The trees of one packed row, which say what each token attends to. The attention gets it as a keyword."""
-
-    trees: tuple[Tree, ...]
-    made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """Values that the attention derives from it once, for all layers and passes of its micro-batch."""
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
     """One micro-batch of E examples with K completions each, S = K·E sequences (E more where prompts are scored).
 
-    Scored token n is `targets[n]`, predicted at position `predictors[n]` of the flattened [B·T] hidden states. The last
-    position of a prompt predicts the first token of each of its completions, so positions repeat. Turns of other
-    speakers inside a completion are computed but not scored.
+    The head computes N distinct rows: `targets[n]`, predicted at position `predictors[n]` of the flattened [B·T] hidden
+    states. Scored token m of M is row `rows[m]`, which several sequences may share. Turns of other speakers inside a
+    completion are computed but not scored.
     """
 
     input_ids: Tensor  # [B, T] int64
-    position_ids: Tensor  # [B, T] int64, restarting at the prompt's length for each completion
+    position_ids: Tensor  # [B, T] int64, the number of tokens before each one in its sequence
     attention_mask: Tensor | None  # [B, T] int64 for padded, else None
-    tree: TreeLayout | None  # for tree and packed
+    tree: Forest | None  # for tree and packed
     predictors: Tensor  # [N] int64
     targets: Tensor  # [N] int64
-    segments: Tensor  # [N] int64, the sequence of each scored token
-    offsets: Tensor  # [N] int64, its index in its completion
+    rows: Tensor | None  # [M] int64, the head's row of each scored token; None if each has its own, in this order
+    segments: Tensor  # [M] int64, the sequence of each scored token
+    offsets: Tensor  # [M] int64, its index in its completion
     lengths: Tensor  # [S] int64, scored tokens of each sequence
-    labels: Tensor | None  # [E] bool, for single responses
+    labels: Tensor | None  # [E] bool, for single completions
+    scores: Tensor | None  # [E, K] float32, for losses that rank the completions
+    weights: Tensor | None  # [E] float32, the factor of each example's loss; None if all are 1
+    margins: Tensor | None  # [E] float32; None if no example has one
     index: Tensor  # [E] int64, each example's index in its step
     completions: int  # K
     keys: tuple[bytes, ...]  # the `completion_key` of each completion, in the order of scoring
+    prompts: tuple[int, ...]  # tokens of each example's prompt
+    paths: tuple[tuple[slice, ...], ...]  # the places of each of the K·E sequences in the flattened [B·T] tokens
 
     @property
     def examples(self) -> int:
@@ -71,6 +74,10 @@ class PreferenceBatch:
     def tokens(self) -> int:
         """Tokens the model computes, padding included."""
         return self.input_ids.numel()
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Return the values [M, …] of the scored tokens from those [N, …] of the head's rows."""
+        return values if self.rows is None else values[self.rows]
 
     def to(self, device: torch.device | str) -> "PreferenceBatch":
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
@@ -92,25 +99,82 @@ def collate(
     count, completions = len(examples), len(examples[0].completions)
     if any(len(example.completions) != completions for example in examples):
         raise ValueError("collate: examples differ in their number of completions")
-    scored = _Scored(score_prompts, count, completions)
-    place = {"tree": _tree, "packed": _packed, "padded": _padded}[layout]
-    input_ids, position_ids, attention_mask, trees = place(examples, scored, pad_token_id)
+    placed = _padded(examples, pad_token_id) if layout == "padded" else _one_row(examples, layout)
+    scored = _Scored([0] * ((completions + score_prompts) * count))
+    for e, example in enumerate(examples):
+        for k, completion in enumerate(example.completions):
+            at = places(placed.paths[k * count + e])
+            prompt, context = len(example.prompt), example.context(k)
+            if k == 0 and score_prompts:
+                scored.add(example.prompt, at, 1, completions * count + e)
+            scored.add(example.prompt + completion, at, prompt, k * count + e, context)
+            scored.keys.append(completion_key(example.prompt, completion, context))
+    predictors, targets, rows = scored.head_rows()
     labels = [example.label for example in examples]
+    weights = [example.weight for example in examples]
+    margins = [example.margin for example in examples]
+    if None in margins and any(margin is not None for margin in margins):
+        raise ValueError("collate: some examples have a margin and some have none")
     return PreferenceBatch(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        tree=trees,
-        predictors=torch.tensor(scored.predictors, dtype=torch.int64),
-        targets=torch.tensor(scored.targets, dtype=torch.int64),
+        input_ids=placed.input_ids,
+        position_ids=placed.position_ids,
+        attention_mask=placed.attention_mask,
+        tree=placed.forest,
+        predictors=predictors,
+        targets=targets,
+        rows=rows,
         segments=torch.tensor(scored.segments, dtype=torch.int64),
         offsets=torch.tensor(scored.offsets, dtype=torch.int64),
         lengths=torch.tensor(scored.lengths, dtype=torch.int64),
         labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
+        scores=torch.tensor([example.scores for example in examples]) if examples[0].scores else None,
+        weights=torch.tensor(weights) if any(weight != 1 for weight in weights) else None,
+        margins=None if None in margins else torch.tensor(margins),
         index=torch.tensor(range(count) if index is None else list(index), dtype=torch.int64),
         completions=completions,
         keys=tuple(scored.keys),
+        prompts=tuple(len(example.prompt) for example in examples),
+        paths=placed.paths,
     )
+
+
+def collate_after(batch: PreferenceBatch, examples: Sequence[Example]) -> PreferenceBatch:
+    """Lay out other completions of a forest's prompts, one for each of its examples, as a row that follows it.
+
+    Its `tree` lacks the keys and values of the batch's row, which `following` adds. The last token of each prompt is
+    computed again, because it predicts the first token of the completion.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    branches: list[Branch] = []
+    scored = _Scored([0] * len(examples))
+    for e, example in enumerate(examples):
+        tokens, before = [example.prompt[-1], *example.completions[0]], len(example.prompt) - 1
+        branches.append(Branch(beginning(batch.paths[e], before) if before else (), len(tokens)))
+        scored.add(tokens, range(len(ids), len(ids) + len(tokens)), 1, e, example.context(0))
+        scored.keys.append(completion_key(example.prompt, example.completions[0], example.context(0)))
+        ids += tokens
+        positions += range(before, before + len(tokens))
+    return replace(
+        batch,
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        tree=LaterForest((), branches=tuple(branches)),
+        predictors=torch.tensor(scored.predictors),
+        targets=torch.tensor(scored.targets),
+        rows=None,
+        segments=torch.tensor(scored.segments),
+        offsets=torch.tensor(scored.offsets),
+        lengths=torch.tensor(scored.lengths),
+        keys=tuple(scored.keys),
+        paths=(),
+    )
+
+
+def following(batch: PreferenceBatch, kept: Kept) -> PreferenceBatch:
+    """Return a batch of `collate_after` with the keys and values of the row that it follows."""
+    assert isinstance(batch.tree, LaterForest)
+    return replace(batch, tree=replace(batch.tree, kept=kept))
 
 
 def completion_key(prompt: Sequence[int], completion: Sequence[int], context: Spans = ()) -> bytes:
@@ -121,120 +185,163 @@ def completion_key(prompt: Sequence[int], completion: Sequence[int], context: Sp
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
 
 
+@dataclass
 class _Scored:
-    """Collects the scored tokens while sequences are laid out."""
+    """The scored tokens, collected sequence by sequence."""
 
-    def __init__(self, prompts: bool, examples: int, completions: int):
-        self._prompts, self._examples, self._completions = prompts, examples, completions
-        self.predictors: list[int] = []
-        self.targets: list[int] = []
-        self.segments: list[int] = []
-        self.lengths = [0] * ((completions + prompts) * examples)  # of each sequence
-        self.offsets: list[int] = []
-        self.keys: list[bytes] = []
+    lengths: list[int]  # of each sequence
+    places: list[int] = field(default_factory=list)
+    predictors: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
 
-    def _add(self, tokens: Sequence[int], first: int, start: int, segment: int, context: Spans = ()) -> None:
-        """Add the scored tokens of `tokens`, which begin at `start`. Position `first` predicts the first one."""
-        begin = 0
-        for stop, resume in (*context, (len(tokens), len(tokens))):  # a scored run, then an unscored span
-            if begin < stop:
-                self.predictors += [start + begin - 1 if begin else first, *range(start + begin, start + stop - 1)]
-                self.targets += tokens[begin:stop]
-                self.segments += [segment] * (stop - begin)
-                self.lengths[segment] += stop - begin
-                self.offsets += range(begin, stop)
-            begin = resume
+    def add(self, ids: Sequence[int], at: Sequence[int], first: int, segment: int, context: Spans = ()) -> None:
+        """Score the tokens of a sequence from number `first` on, but not `context`, which counts from there."""
+        begin = first
+        for stop, resume in (*context, (len(ids) - first, len(ids))):  # a scored run, then an unscored span
+            stop += first
+            self.places += at[begin:stop]
+            self.predictors += at[begin - 1 : stop - 1]
+            self.targets += ids[begin:stop]
+            self.segments += [segment] * (stop - begin)
+            self.offsets += range(begin - first, stop - first)
+            self.lengths[segment] += stop - begin
+            begin = resume + first
 
-    def prompt(self, example: int, tokens: Sequence[int], start: int) -> None:
-        if self._prompts and len(tokens) > 1:
-            self._add(tokens[1:], start, start + 1, self._completions * self._examples + example)
-
-    def completion(self, number: int, which: int, example: Example, prompt_last: int, start: int) -> None:
-        tokens, context = example.completions[which], example.context(which)
-        self._add(tokens, prompt_last, start, which * self._examples + number, context)
-        self.keys.append(completion_key(example.prompt, tokens, context))
-
-
-_Placed = tuple[Tensor, Tensor, Tensor | None, TreeLayout | None]
+    def head_rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the distinct rows of the head, and which one each scored token is; None if no two tokens share one."""
+        predictors, targets = np.array(self.predictors), np.array(self.targets)
+        distinct, first, rows = np.unique(self.places, return_index=True, return_inverse=True)
+        if len(distinct) == len(self.places):
+            return torch.from_numpy(predictors), torch.from_numpy(targets), None
+        return torch.from_numpy(predictors[first]), torch.from_numpy(targets[first]), torch.from_numpy(rows)
 
 
-def _tree(examples: Sequence[Example], scored: _Scored, _pad: int) -> _Placed:
-    return _pack([(e, example, range(len(example.completions))) for e, example in enumerate(examples)], scored)
+@dataclass(frozen=True)
+class _Placed:
+    """The tokens of a micro-batch, and where each sequence lies in them."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    forest: Forest | None
+    paths: tuple[tuple[slice, ...], ...]
 
 
-def _packed(examples: Sequence[Example], scored: _Scored, _pad: int) -> _Placed:
-    single = [(e, example, [k]) for e, example in enumerate(examples) for k in range(len(example.completions))]
-    return _pack(single, scored)
+def _one_row(examples: Sequence[Example], layout: Layout) -> _Placed:
+    """Lay sequences out in one row: as a forest in the order of the examples, or each with its own prompt."""
+    count, completions = len(examples), len(examples[0].completions)
+    sequences = [_tokens(example, k) for example in examples for k in range(completions)]
+    prompts = [len(example.prompt) for example in examples for _ in range(completions)]
+    laid = lay_out(sequences, prompts) if layout == "tree" else lay_apart(sequences)
+    _, depths = laid.forest.by_token()
+    paths = tuple(laid.paths[e * completions + k] for k in range(completions) for e in range(count))
+    return _Placed(torch.from_numpy(laid.ids)[None], depths.long()[None], None, laid.forest, paths)
 
 
-def _pack(parts: Sequence[tuple[int, Example, Sequence[int]]], scored: _Scored) -> _Placed:
-    """Pack trees one after another into a batch of one row.
-
-    Each part is an example's number, the example, and which of its completions the tree has.
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    trees = []
-    for e, example, which in parts:
-        start, prompt = len(ids), example.prompt
-        ids += prompt
-        positions += range(len(prompt))
-        if which[0] == 0:  # a repeated prompt is scored once
-            scored.prompt(e, prompt, start)
-        for k in which:
-            completion = example.completions[k]
-            scored.completion(e, k, example, start + len(prompt) - 1, len(ids))
-            ids += completion
-            positions += range(len(prompt), len(prompt) + len(completion))
-        trees.append(Tree(start, len(prompt), tuple(len(example.completions[k]) for k in which)))
-    return torch.tensor([ids]), torch.tensor([positions]), None, TreeLayout(tuple(trees))
-
-
-def _padded(examples: Sequence[Example], scored: _Scored, pad: int) -> _Placed:
-    completions = len(examples[0].completions)
-    rows = [(e, k, example) for k in range(completions) for e, example in enumerate(examples)]
-    width = max(len(example.prompt) + len(example.completions[k]) for _, k, example in rows)
+def _padded(examples: Sequence[Example], pad: int) -> _Placed:
+    completions = range(len(examples[0].completions))
+    rows = [example.prompt + example.completions[k] for k in completions for example in examples]
+    width = max(map(len, rows))
     input_ids = torch.full((len(rows), width), pad, dtype=torch.int64)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for row, (e, k, example) in enumerate(rows):
-        sequence = example.prompt + example.completions[k]
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[row, : len(sequence)] = 1
-        start, prompt = row * width, len(example.prompt)
-        if k == 0:
-            scored.prompt(e, example.prompt, start)
-        scored.completion(e, k, example, start + prompt - 1, start + prompt)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+    paths = tuple((slice(row * width, row * width + len(ids)),) for row, ids in enumerate(rows))
     position_ids = torch.arange(width).expand(len(rows), width).contiguous()
-    return input_ids, position_ids, attention_mask, None
+    return _Placed(input_ids, position_ids, attention_mask, None, paths)
 
 
 def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int, processes: int = 1) -> list[list[int]]:
     """Divide a step into micro-batches of at most `budget` computed tokens. A larger example gets one of its own.
 
-    Examples are placed by first fit in order of decreasing length, so that micro-batches are few and padded rows have
-    similar lengths. Returns the examples' indices in the step. For several processes, the largest micro-batches are
-    halved until each process gets equally many, if there are enough examples, and the largest come first.
+    Examples that share a beginning stay together as far as the budget allows. These groups are placed by first fit in
+    order of decreasing size, so that micro-batches are few and padded rows have similar lengths. Returns the examples'
+    indices in the step. For several processes, the largest micro-batches are halved until each process gets equally
+    many, if there are enough examples, and the largest come first.
     """
-    sizes = [_size(example, layout) for example in examples]
+    costs = _Costs(examples, layout)
+    groups = costs.groups(budget)
+    sizes = [costs(group) for group in groups]
     open_: list[list[int]] = []
-    for at in sorted(range(len(examples)), key=lambda i: -sizes[i]):
-        for batch in open_:
-            if _cost([*batch, at], sizes, examples, layout) <= budget:
-                batch.append(at)
+    filled: list[int] = []
+    for at in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+        for place, batch in enumerate(open_):
+            together = costs([*batch, *groups[at]]) if layout == "padded" else filled[place] + sizes[at]
+            if together <= budget:
+                batch += groups[at]
+                filled[place] = together
                 break
         else:
-            open_.append([at])
-
-    def cost(batch: Sequence[int]) -> int:
-        return _cost(batch, sizes, examples, layout)
-
+            open_.append(list(groups[at]))
+            filled.append(sizes[at])
     while len(open_) % processes and (divisible := [batch for batch in open_ if len(batch) > 1]):
-        largest = max(divisible, key=cost)
+        largest = max(divisible, key=costs)
         open_.remove(largest)
-        open_ += [largest[::2], largest[1::2]]
+        open_ += [largest[::2], largest[1::2]] if layout == "padded" else _halves(largest)
     if processes > 1:
-        open_.sort(key=cost, reverse=True)
+        open_.sort(key=costs, reverse=True)
     return [sorted(batch) for batch in open_]
+
+
+class _Costs:
+    """The tokens that micro-batches of some examples compute, padding included. Call it with the examples' indices."""
+
+    def __init__(self, examples: Sequence[Example], layout: Layout):
+        self._examples, self._layout = examples, layout
+        self._sequences: list[list[Tokens]] = []
+        if layout == "tree":
+            self._sequences = [[_tokens(example, k) for k in range(len(example.completions))] for example in examples]
+
+    def __call__(self, batch: Sequence[int]) -> int:
+        if self._layout == "tree":
+            return forest_tokens(*self._flat(batch))
+        lengths = [[len(self._examples[i].prompt) + len(ids) for ids in self._examples[i].completions] for i in batch]
+        rows = [tokens for row in lengths for tokens in row]
+        return max(rows) * len(rows) if self._layout == "padded" else sum(rows)
+
+    def groups(self, budget: int) -> list[list[int]]:
+        """Return the examples in groups that share no beginning, or as much of one group as the budget takes."""
+        if self._layout != "tree":
+            return [[at] for at in range(len(self._examples))]
+        trees: dict[int, list[int]] = {}
+        first = roots(*self._flat(range(len(self._examples))))
+        for at, sequences in enumerate(self._sequences):
+            trees.setdefault(first[0], []).append(at)
+            first = first[len(sequences) :]
+        groups = []
+        for members in trees.values():
+            if len(members) == 1 or self(members) <= budget:
+                groups.append(members)
+                continue
+            group: list[int] = []
+            for at in sorted(members, key=lambda at: self._sequences[at][0]):
+                if group and self([*group, at]) > budget:
+                    groups.append(group)
+                    group = []
+                group.append(at)
+            groups.append(group)
+        return groups
+
+    def _flat(self, batch: Sequence[int]) -> tuple[list[Tokens], list[int]]:
+        sequences = [tokens for i in batch for tokens in self._sequences[i]]
+        return sequences, [len(self._examples[i].prompt) for i in batch for _ in self._sequences[i]]
+
+
+def _halves(batch: list[int]) -> list[list[int]]:
+    return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+
+
+def _tokens(example: Example, which: int) -> Tokens:
+    return encode(example.prompt + example.completions[which])
+
+
+def computed_tokens(examples: Sequence[Example], layout: Layout) -> int:
+    """Return how many tokens a micro-batch of these examples computes, padding included."""
+    return _Costs(examples, layout)(range(len(examples)))
 
 
 def with_mismatched(examples: Sequence[Example]) -> list[Example]:
@@ -272,21 +379,3 @@ def mismatched(examples: Sequence[Example]) -> Iterator[Example]:
     for at, mate in enumerate(mates):
         example = examples[at]
         yield example.with_completions([(examples[mate], 0)])
-
-
-def computed_tokens(examples: Sequence[Example], layout: Layout) -> int:
-    """Return how many tokens a micro-batch of these examples computes, padding included."""
-    return _cost(range(len(examples)), [_size(example, layout) for example in examples], examples, layout)
-
-
-def _size(example: Example, layout: Layout) -> int:
-    branches = [len(ids) for ids in example.completions]
-    if layout == "padded":
-        return len(example.prompt) + max(branches)
-    return len(example.prompt) * (1 if layout == "tree" else len(branches)) + sum(branches)
-
-
-def _cost(batch: Sequence[int], sizes: Sequence[int], examples: Sequence[Example], layout: Layout) -> int:
-    if layout == "padded":
-        return max(sizes[i] for i in batch) * sum(len(examples[i].completions) for i in batch)
-    return sum(sizes[i] for i in batch)

@@ -37,6 +37,12 @@ class Example:
     row: Origin
     contexts: tuple[Spans, ...] = ()
     """The unscored spans of each completion, turns of other speakers; () if all tokens of all are scored."""
+    scores: tuple[float, ...] = ()
+    """How good each completion is, higher is better, for losses that rank all of them; () for pairs and labels."""
+    weight: float = 1.0
+    """The factor of its loss."""
+    margin: float | None = None
+    """The difference of rewards that its pair should have at least."""
 
     def context(self, which: int) -> Spans:
         """Return the spans of a completion that are not scored."""

@@ -1,7 +1,7 @@
-"""Find the micro-batch that takes the most memory, from the lengths of the data or from `tokens.max_length` alone."""
+"""Find the micro-batch that takes the most memory, from the data or from `tokens.max_length` alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from fastpref.config import Config
 from fastpref.data.batch import Layout
 from fastpref.data.example import Example, Origin
-from fastpref.data.lengths import kept_prompt
+from fastpref.data.lengths import cut, kept_prompt
 from fastpref.data.order import data_order
 from fastpref.data.plan import plan_step
 from fastpref.data.table import Examples
@@ -19,7 +19,7 @@ STEPS = 1000  # first steps of a run that are searched
 
 @dataclass(frozen=True)
 class Microbatch:
-    """A micro-batch of placeholder examples, in which only the lengths are meaningful."""
+    """A micro-batch, of placeholder examples if its source is no data."""
 
     examples: list[Example]
     further: bool  # whether its step has other micro-batches
@@ -30,14 +30,10 @@ class Microbatch:
 def longest_of(config: Config, examples: Examples, layout: Layout) -> Microbatch:
     """Return the micro-batch with the most tokens among the first steps of a run."""
     prompts, completions = _cut(config, examples.prompt_lengths, examples.completion_lengths)
-    labels, contexts = examples.labels, examples.context_lengths
     largest: Microbatch | None = None
     steps = min(STEPS, config.train.steps or -(-len(examples) * config.train.epochs // config.train.batch))
     for places in islice(data_order(len(examples), config.train.batch, config.train.seed), int(steps)):
-        step = [
-            _of_lengths(int(prompts[i]), completions[i], None if labels is None else bool(labels[i]), contexts[i])
-            for i in places
-        ]
+        step = [_shortened(examples[i], int(prompts[i]), completions[i].tolist()) for i in places]
         for part in microbatches(config, step, layout, f"the data, {len(examples):,} rows"):
             if largest is None or part.tokens > largest.tokens:
                 largest = part
@@ -48,10 +44,19 @@ def longest_of(config: Config, examples: Examples, layout: Layout) -> Microbatch
 def longest_possible(config: Config) -> Microbatch:
     """Return a micro-batch full of examples of `tokens.max_length`, whose tokens are all scored but the first."""
     longest, single = config.tokens.max_length, not config.loss.paired
-    lengths = [longest - 1] * (1 if single else 2)
-    size = 1 + sum(lengths)
+    completions = 1 if single else 2
+    size = 1 + completions * (longest - 1)
     count = min(config.train.batch, max(1, config.tokens_per_microbatch // size))
-    examples = [_of_lengths(1, lengths, bool(i % 2) if single else None) for i in range(count)]
+    examples = [
+        # The first tokens differ, so that no two sequences share more than their prompt.
+        Example(
+            [i],
+            tuple([i * completions + k] + [0] * (longest - 2) for k in range(completions)),
+            bool(i % 2) if single else None,
+            Origin(""),
+        )
+        for i in range(count)
+    ]
     return Microbatch(examples, count < config.train.batch, count * size, f"tokens.max_length = {longest:,}")
 
 
@@ -75,12 +80,15 @@ def _cut(config: Config, prompts: np.ndarray, completions: np.ndarray) -> tuple[
     return prompts, np.minimum(completions, (limit - prompts)[:, None])
 
 
-def _of_lengths(
-    prompt: int, completions: Sequence[int], label: bool | None, contexts: Sequence[int] | None = None
-) -> Example:
-    """Return an example of these lengths. `contexts` is the number of unscored tokens of each completion."""
-    ids = tuple([0] * int(length) for length in completions)
-    if contexts is None or not any(contexts):
-        return Example([0] * prompt, ids, label, Origin(""))
-    spans = tuple(((0, min(int(many), len(own) - 1)),) for many, own in zip(contexts, ids))
-    return Example([0] * prompt, ids, label, Origin(""), spans)
+def _shortened(example: Example, prompt: int, completions: Sequence[int]) -> Example:
+    """Return an example with the last `prompt` tokens of its prompt, and the first tokens of its completions."""
+    if prompt == len(example.prompt) and list(map(len, example.completions)) == completions:
+        return example
+    parts = [cut(ids, example.context(k), room) for k, (ids, room) in enumerate(zip(example.completions, completions))]
+    contexts = tuple(context for _, context in parts)
+    return replace(
+        example,
+        prompt=example.prompt[len(example.prompt) - prompt :],
+        completions=tuple(ids or [0] for ids, _ in parts),
+        contexts=contexts if any(contexts) else (),
+    )

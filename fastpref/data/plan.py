@@ -1,7 +1,7 @@
 """Plan a step of a loss: its examples, their mismatched completions, and the micro-batches.
 
 Terms that compare examples of the whole step (KTO's KL, the sorting variants of DPO) need all of them before any
-gradient. If the step is one micro-batch, they are computed in it; otherwise, in a separate pass before it.
+gradient. If the step is one micro-batch, they are computed with it; otherwise, in a separate pass before it.
 """
 
 from collections.abc import Sequence
@@ -38,19 +38,23 @@ class StepPlan:
 
     trained: Pass  # with gradient
     first: Pass | None = None  # before it, without gradient, for the terms that compare the whole step
-    branched: bool = False  # whether the trained examples have mismatched completions as their second branches
+    later: Sequence[Example] = ()  # other completions of the trained prompts, which follow them without gradient
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens that the step computes in all passes, padding included."""
+        first = [] if self.first is None else self.first.tokens
+        return sum(self.trained.tokens) + sum(first) + sum(1 + len(example.completions[0]) for example in self.later)
 
 
 def plan_step(loss: LossOptions, examples: Sequence[Example], layout: Layout, budget: int, count: int = 1) -> StepPlan:
     """Return the passes of a step, in micro-batches of at most `budget` tokens, for `count` processes."""
-    if compares_neighbours(loss, len(examples)):
-        branched = plan_pass(with_mismatched(examples), layout, budget, count)
-        if len(branched.microbatches) == 1:
-            return StepPlan(branched, branched=True)
-        mismatched = [example.with_completions([(example, 1)]) for example in branched.examples]
-        first = plan_pass(mismatched, layout, budget, count)
-        return StepPlan(plan_pass(examples, layout, budget, count), first)
     trained = plan_pass(examples, layout, budget, count)
+    if compares_neighbours(loss, len(examples)):
+        mismatched = [example.with_completions([(example, 1)]) for example in with_mismatched(examples)]
+        if layout == "tree" and len(trained.microbatches) == count == 1:
+            return StepPlan(trained, later=mismatched)
+        return StepPlan(trained, first=plan_pass(mismatched, layout, budget, count))
     sorts = isinstance(loss, DPO) and loss.sorts_step and len(trained.microbatches) > 1
     return StepPlan(trained, first=trained if sorts else None)
 

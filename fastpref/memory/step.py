@@ -204,7 +204,7 @@ def _reference(
     if not config.loss.uses_reference:
         return None
     if precomputes(config):
-        return lambda batch: torch.zeros(len(batch.targets))
+        return lambda batch: torch.zeros(len(batch.segments))
 
     def load(*_: Any) -> PreTrainedModel:
         assert frozen is not None

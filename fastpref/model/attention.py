@@ -1,11 +1,11 @@
-"""Attention over trees, registered with transformers under the name "fastpref".
+"""Attention over forests, registered with transformers under the name "fastpref".
 
-A packed row holds trees: a prompt and its completions one after the other. A token attends, causally, to its own
-tree's prompt and its own completion. The layout reaches `tree_attention` as the keyword `tree` of the model's
-forward, which transformers passes to the attention of every layer. So there is no global state, and `probe_layers`
-finds the models whose layers do not pass it on. A layer's argument that is not supported here raises an error instead
-of being ignored. Without the keyword, `tree_attention` is transformers' own SDPA with its masks, and it adds the
-softcaps and sinks that SDPA lacks. `flex_attention.py` does the same for GPUs.
+A row holds a forest (`data/forest.py`): a token attends, causally, to the tokens before it in its sequences. The layout
+reaches `tree_attention` as the keyword `tree` of the model's forward, which transformers passes to the attention of
+every layer. So there is no global state, and `probe_layers` finds the models whose layers do not pass it on. A layer's
+argument that is not supported here raises an error instead of being ignored. Without the keyword, `tree_attention` is
+transformers' own SDPA with its masks, and it adds the softcaps and sinks that SDPA lacks. `flex_attention.py` does the
+same for GPUs.
 
 `trial.py` tests whether trees give a model the same hidden states as its own attention.
 """
@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fastpref.data.batch import Tree, TreeLayout
+from fastpref.data.forest import Chain, Forest, LaterForest, Node
 from fastpref.errors import one_line
+from fastpref.model.causal import CausalAttention, masked_attention
+from fastpref.model.later import keep, later_attention
 
 NAME = "fastpref"
 
@@ -43,7 +44,7 @@ def tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    tree: TreeLayout | None = None,
+    tree: Forest | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -62,8 +63,27 @@ def tree_attention(
         shape = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
         tree.calls.append(LayerCall(*shape, dropout, scaling, sliding_window, softcap, s_aux is not None))
     attend = CausalAttention(dropout, scaling, sliding_window, softcap, s_aux)
-    parts = [part for t in tree.trees for part in _tree_parts(attend, query, key, value, t)]
+    if isinstance(tree, LaterForest):
+        return later_attention(tree, module, query, key, value, attend).transpose(1, 2).contiguous(), None
+    keep(tree, module, key, value)
+    parts = [_chain(attend, query, key, value, chain) for chain in chains(tree)]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def chains(tree: Forest) -> list[Chain]:
+    """Return the chains of a layout, which the first call makes."""
+    if "chains" not in tree.made:
+        tree.made["chains"] = tree.chains()
+    return tree.made["chains"]
+
+
+def _chain(attend: CausalAttention, query: Tensor, key: Tensor, value: Tensor, chain: Chain) -> Tensor:
+    """Return the output of a chain: its queries attend to the tokens before it in its sequences, and to itself."""
+    own = slice(chain.start, chain.stop)
+    if not chain.before:
+        return attend(query[:, :, own], key[:, :, own], value[:, :, own])
+    keys, values = (torch.cat([side[:, :, run] for run in (*chain.before, own)], dim=2) for side in (key, value))
+    return attend(query[:, :, own], keys, values)
 
 
 def _is_empty(attention_mask: Tensor | None) -> bool:
@@ -71,7 +91,7 @@ def _is_empty(attention_mask: Tensor | None) -> bool:
     return attention_mask is not None and attention_mask.numel() == 0
 
 
-def check_arguments(tree: TreeLayout | None, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
+def check_arguments(tree: Forest | None, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
     """Raise UnknownArgument if a layer gives its attention arguments that trees do not support."""
     if tree is None and _is_empty(attention_mask):
         raise UnknownArgument("its layers do not hand the layout down to their attention")
@@ -91,92 +111,12 @@ AttentionInterface.register(NAME, tree_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def tree_keywords(tree: TreeLayout, device: torch.device) -> dict[str, Any]:
+def tree_keywords(tree: Forest, device: torch.device) -> dict[str, Any]:
     """Return the keywords of a model's forward for a packed row of trees.
 
     Models pass a four-dimensional mask on unchanged, so an empty one keeps them from making their own [T, T] mask.
     """
     return {"tree": tree, "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)}
-
-
-def _tree_parts(attend: "CausalAttention", query: Tensor, key: Tensor, value: Tensor, tree: Tree) -> list[Tensor]:
-    """Return the outputs of one tree in the row's order: the prompt with its first completion, then each other one."""
-    begin, prompt_end = tree.start, tree.start + tree.prompt
-    first_end = prompt_end + tree.completions[0]
-    stem = slice(begin, first_end)
-    parts = [attend(query[:, :, stem], key[:, :, stem], value[:, :, stem])]
-    start = first_end
-    for length in tree.completions[1:]:
-        own = slice(start, start + length)
-        keys = torch.cat([key[:, :, begin:prompt_end], key[:, :, own]], dim=2)
-        values = torch.cat([value[:, :, begin:prompt_end], value[:, :, own]], dim=2)
-        parts.append(attend(query[:, :, own], keys, values))
-        start += length
-    return parts
-
-
-class CausalAttention:
-    """Causal attention of the last Q tokens of a contiguous sequence to the whole sequence."""
-
-    def __init__(
-        self, dropout: float, scaling: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
-    ):
-        self.dropout, self.scaling, self.window, self.softcap, self.sinks = dropout, scaling, window, softcap, sinks
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return [B, heads, Q, D] for queries of this shape, the last Q, and keys and values [B, kv_heads, K, D]."""
-        q, k = query.shape[2], key.shape[2]
-        windowed = self.window is not None and self.window < k
-        if self.softcap is None and self.sinks is None:
-            groups = query.shape[1] // key.shape[1]
-            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-            plain = q == k and not windowed
-            mask = None if plain else _causal(q, k, self.window, query.device)
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=plain, dropout_p=self.dropout, scale=self.scaling
-            )
-        mask = _causal(q, k, self.window, query.device)
-        out = masked_attention(query, key, value, mask, self.dropout, self.scaling, self.softcap, self.sinks)
-        return out.transpose(1, 2)
-
-
-def _causal(q: int, k: int, window: int | None, device: torch.device) -> Tensor:
-    """Return a mask [Q, K] that is True where query i of the last Q positions may attend to key j of all K."""
-    i = torch.arange(k - q, k, device=device)[:, None]
-    j = torch.arange(k, device=device)[None, :]
-    mask = j <= i
-    return mask if window is None else mask & (i - j < window)
-
-
-def masked_attention(
-    query: Tensor,  # [B, heads, Q, D]
-    key: Tensor,  # [B, kv_heads, K, D]
-    value: Tensor,  # [B, kv_heads, K, D]
-    mask: Tensor | None,  # bool, broadcast to [B, heads, Q, K]
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,  # [heads]
-) -> Tensor:
-    """Compute attention, [B, Q, heads, D], with the softcap or sinks that SDPA lacks. The scores are in float32."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        mask = _causal(query.shape[2], key.shape[2], None, query.device)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(-1)[..., : key.shape[2]].to(query.dtype)
-    weights = F.dropout(weights, dropout) if dropout else weights
-    return (weights @ value).transpose(1, 2).contiguous()
-
-
-def repeat_kv(kv: Tensor, groups: int) -> Tensor:
-    return kv if groups == 1 else kv.repeat_interleave(groups, dim=1)
 
 
 @dataclass(frozen=True)
@@ -195,7 +135,7 @@ class LayerCall:
 
 
 @dataclass(frozen=True)
-class _Probe(TreeLayout):
+class _Probe(Forest):
     """A layout that records the arguments of every layer it reaches."""
 
     calls: list[LayerCall] = field(default_factory=list)
@@ -207,7 +147,7 @@ def layers_reached(backbone: nn.Module, **options: Any) -> list[LayerCall]:
     The body is in training mode, so that dropout shows. `options` override the keywords of `tree_keywords`.
     """
     device = next(backbone.parameters()).device
-    probe = _Probe((Tree(0, 2, (1, 1)),))
+    probe = _Probe((Node(0, 2, 0, None, 4), Node(2, 1, 2, 0, 3), Node(3, 1, 2, 0, 4)))
     training = backbone.training
     backbone.train()  # for the dropout
     try:

@@ -1,9 +1,8 @@
-"""Attention over trees by FlexAttention (arXiv 2412.05496), registered with transformers as "fastpref_flex".
+"""Attention over forests by FlexAttention (arXiv 2412.05496), registered with transformers as "fastpref_flex".
 
-Each layer runs one kernel instead of one SDPA call per completion. A token may attend to two ranges of positions: a
-part of its prompt, and a part of its own branch up to itself. A sliding window shortens both. So the mask is three
-numbers per query, whatever the window is. The non-empty blocks of 128 × 128 positions follow from these numbers without
-a [T, T] mask, and the kernel is compiled once for all lengths and windows.
+Each layer runs one kernel instead of one SDPA call per chain. The mask is that of `data/forest.py`, from three numbers
+a token, whatever the window is: the kernel is compiled once for all lengths and windows. The non-empty blocks of
+128 × 128 positions follow from the same numbers without a [T, T] mask.
 
 The block mask of each window is made once per micro-batch and stored in its layout, where every layer, the
 recomputation of gradient checkpointing and the forward pass of the reference model find it.
@@ -19,9 +18,11 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fastpref.data.batch import Layout, Tree, TreeLayout
+from fastpref.data.batch import Layout
+from fastpref.data.forest import Forest, LaterForest, Node
 from fastpref.errors import UserError
 from fastpref.model.attention import LayerCall, check_arguments, tree_attention
+from fastpref.model.later import keep
 
 NAME = "fastpref_flex"
 BLOCK = 128  # positions: the size of a block of the mask, in both directions
@@ -36,7 +37,7 @@ def flex_tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    tree: TreeLayout | None = None,
+    tree: Forest | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -44,12 +45,14 @@ def flex_tree_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention, [1, T, heads, Dv], as a function of transformers' `AttentionInterface`.
 
-    Calls `tree_attention` without a tree (padded rows, generation), and with dropout, which FlexAttention lacks.
+    Calls `tree_attention` without a tree (padded rows, generation), with dropout, which FlexAttention lacks,
+    and for later tokens, whose row has keys of its own.
     """
-    if tree is None or dropout:
+    if tree is None or dropout or isinstance(tree, LaterForest):
         options: dict[str, Any] = {"tree": tree, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         return tree_attention(module, query, key, value, attention_mask, dropout, scaling, **options, **kwargs)
     check_arguments(tree, attention_mask, kwargs)
+    keep(tree, module, key, value)
     out = _attend(query, key, value, block_mask(tree, sliding_window, query.device), scaling, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
@@ -100,75 +103,71 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 
 class Visible(NamedTuple):
-    """The positions that a token at position q attends to: [first, last) of its prompt, and [own, q] of its branch."""
+    """The numbers of the mask: token q attends to k if k ≤ q < end[k] and depth[k] > reach[q]."""
 
-    own: Tensor  # [T] int32
-    first: Tensor  # [T] int32; first ≥ last for a token of a prompt, whose own branch is the prompt
-    last: Tensor  # [T] int32
+    end: Tensor  # [T] int32
+    depth: Tensor  # [T] int32
+    reach: Tensor  # [T] int32: the deepest token before q's window, −1 without one
 
     def mask_mod(self) -> Callable[..., Tensor]:
-        own, first, last = self
+        end, depth, reach = self
 
         def visible(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return ((kv >= own[q]) & (kv <= q)) | ((kv >= first[q]) & (kv < last[q]))
+            return (kv <= q) & (q < end[kv]) & (depth[kv] > reach[q])
 
         return visible
 
 
-def visible(tree: TreeLayout, window: int | None, device: torch.device | str = "cpu") -> Visible:
-    """Return the positions that each token of a row attends to: those less than `window` before it in its sequence."""
-    runs = [run for t in tree.trees for run in _runs(t)]
-    lengths = torch.tensor([length for length, *_ in runs])
-    start, prompt_start, prompt_end = (
-        torch.tensor(column, dtype=torch.int32).repeat_interleave(lengths).to(device, non_blocking=True)
-        for column in list(zip(*runs, strict=True))[1:]
-    )
-    if window is None:
-        return Visible(start, prompt_start, prompt_end)
-    oldest = torch.arange(len(start), dtype=torch.int32, device=device) - (window - 1)
-    # A branch continues at its prompt's end, so its tokens are start - prompt_end nearer to the prompt than in the row.
-    return Visible(start.maximum(oldest), prompt_start.maximum(oldest - (start - prompt_end)), prompt_end)
+def visible(tree: Forest, window: int | None, device: torch.device | str = "cpu") -> Visible:
+    """Return the numbers of the mask of a forest, with a sliding window of so many tokens."""
+    end, depth = tree.by_token()
+    reach = torch.full_like(depth, -1) if window is None else depth - window
+    return Visible(*(numbers.to(device, non_blocking=True) for numbers in (end, depth, reach)))
 
 
-def _runs(tree: Tree) -> Iterable[tuple[int, int, int, int]]:
-    """Yield (length, start, start of the prompt before it, end of that prompt) of a tree's prompt and branches."""
-    place = tree.start + tree.prompt
-    yield tree.prompt, tree.start, tree.start, tree.start
-    for length in tree.completions:
-        yield length, place, tree.start, tree.start + tree.prompt
-        place += length
-
-
-def block_mask(tree: TreeLayout, window: int | None, device: torch.device) -> BlockMask:
+def block_mask(tree: Forest, window: int | None, device: torch.device) -> BlockMask:
     """Return the block mask of a layout for one window, which the first call makes."""
     at = ("block mask", window, device)
     if at not in tree.made:
-        tree.made[at] = _block_mask(visible(tree, window, device))
+        pieces = sorted({node.start for node in tree.nodes} | set(range(0, tree.tokens, BLOCK)))
+        tree.made[at] = _block_mask(visible(tree, window, device), torch.tensor(pieces).to(device, non_blocking=True))
     return tree.made[at]
 
 
-def _block_mask(seen: Visible) -> BlockMask:
-    """Return the same block mask as `create_block_mask` for this mask function, in T·T/128 steps instead of T·T."""
-    own, first, last = (side[:, None] for side in seen)
-    length, device = len(own), own.device
+def _block_mask(
+    numbers: Visible,
+    pieces: Tensor,  # [P] int64, rising: the positions where a node or a block begins
+) -> BlockMask:
+    """Return the same block mask as `create_block_mask` for this mask function, in P·T steps instead of T·T.
+
+    The first token of a piece sees every earlier block that any of the piece sees: those after it in the same node have
+    the same tokens before the node, and their windows begin later.
+    """
+    end, depth, reach = numbers
+    length, device = len(end), end.device
     blocks = -(-length // BLOCK)
-    q = torch.arange(length, dtype=torch.int32, device=device)[:, None]
-    begin = torch.arange(blocks, dtype=torch.int32, device=device) * BLOCK
-    end = begin + BLOCK
-    some = ((own < end) & (q >= begin)) | ((first < end) & (last > begin) & (first < last))  # [T, blocks]
-    # The first branch follows its prompt directly: together they may fill a block that neither fills alone.
-    joined = (last >= own) & (first <= begin) & (q >= end - 1)
-    every = ((own <= begin) & (q >= end - 1)) | ((first <= begin) & (last >= end)) | joined
-    rest = blocks * BLOCK - length  # missing queries of the last block, which attend to nothing
-    some, every = (
-        nn.functional.pad(side, (0, 0, 0, rest)).view(blocks, BLOCK, blocks) for side in (some, every)
-    )  # fmt: skip
-    any_, full = some.any(1), every.all(1)
-    partial = _ordered(any_ & ~full)
+    rest = blocks * BLOCK - length
+    k = torch.arange(length, dtype=torch.int32, device=device)
+    seen = (k <= pieces[:, None]) & (pieces[:, None] < end) & (depth > reach[pieces][:, None])  # [P, T]
+    seen = nn.functional.pad(seen, (0, rest)).view(-1, blocks, BLOCK).any(2).to(torch.int32)
+    some = seen.new_zeros(blocks, blocks).index_add_(0, pieces // BLOCK, seen) > 0
+    some |= torch.eye(blocks, dtype=torch.bool, device=device)
+
+    def of_blocks(values: Tensor, fill: int) -> Tensor:
+        return nn.functional.pad(values, (0, rest), value=fill).view(blocks, BLOCK)
+
+    after = torch.arange(1, blocks + 1, device=device) * BLOCK  # the position after each block
+    # Every token of a block of keys ends after a later, complete block of queries, whose windows reach all of them.
+    full = (of_blocks(end, 0).amin(1) >= after[:, None]) & (after[:, None] > after)
+    full &= of_blocks(depth, 0).amin(1) > of_blocks(reach, -1).amax(1)[:, None]
     mask = BlockMask.from_kv_blocks(
-        *partial, *_ordered(full), BLOCK_SIZE=BLOCK, mask_mod=seen.mask_mod(), seq_lengths=(length, length)
+        *_ordered(some & ~full),
+        *_ordered(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=numbers.mask_mod(),
+        seq_lengths=(length, length),
     )
-    _any_length(mask, seen)
+    _any_length(mask, numbers)
     return mask
 
 
@@ -234,7 +233,17 @@ def fault(calls: Iterable[LayerCall], dtype: torch.dtype, device: torch.device) 
 
 def difference(call: LayerCall, dtype: torch.dtype, device: torch.device) -> float:
     """Return the largest difference of outputs and gradients from `tree_attention`, relative to its largest value."""
-    tree = TreeLayout((Tree(0, 150, (90, 70)), Tree(310, 20, (31, 9))))
+    # 150 tokens, then 90 or 70 (whose first 40 are shared by two sequences), and a second tree
+    tree = Forest(
+        (
+            Node(0, 150, 0, None, 310),
+            Node(150, 90, 150, 0, 240),
+            Node(240, 40, 150, 0, 310),
+            Node(280, 20, 190, 2, 300),
+            Node(300, 10, 190, 2, 310),
+            Node(310, 60, 0, None, 370),
+        )
+    )
     generator = torch.Generator().manual_seed(0)
 
     def random(heads: int, width: int) -> Tensor:

@@ -15,12 +15,12 @@ from fastpref.ops import TokenLogprobs
 
 
 class PolicyOutput(NamedTuple):
-    tokens: TokenLogprobs  # of the N scored tokens
+    tokens: TokenLogprobs  # of the M scored tokens
     router_loss: Tensor | None = None  # scalar, of a mixture of experts in training
 
     @property
     def logp(self) -> Tensor:
-        """The log-probabilities of the N scored tokens."""
+        """The log-probabilities of the M scored tokens."""
         return self.tokens.logp
 
 
@@ -54,11 +54,13 @@ class Policy(nn.Module):
         return model.generate(**options)  # pyright: ignore[reportCallIssue]
 
     def forward(self, batch: PreferenceBatch, outputs: tuple[str, ...] = ()) -> PolicyOutput:
-        """Return the log-probabilities, and the named outputs of `linear_logprob`, of the N scored tokens."""
+        """Return the log-probabilities, and the named outputs of `linear_logprob`, of the M scored tokens."""
         routed = self.router is not None and self.training and torch.is_grad_enabled()
         output = self._body(batch, **({"output_router_logits": True} if routed else {}))
         hidden = output.last_hidden_state.flatten(0, 1)  # [B·T, H]
         tokens = self.head(hidden, batch.predictors, batch.targets, outputs)
+        if batch.rows is not None:
+            tokens = tokens.take(batch.rows)
         if self.router is None or not routed:
             return PolicyOutput(tokens)
         return PolicyOutput(tokens, self.router(output, batch.attention_mask))

@@ -239,7 +239,7 @@ class _Trial:
     def _run(self, batch: PreferenceBatch) -> "_States":
         """Compute the hidden states that predict each completion's tokens (e, k), and those of each prompt (e, −1)."""
         batch = batch.to(self._device)
-        hidden = self._policy.hidden_states(batch)[batch.predictors].float()
+        hidden = self._policy.hidden_states(batch)[batch.of_tokens(batch.predictors)].float()
         states: _States = {}
         for segment in range(len(batch.lengths)):
             k, e = divmod(segment, batch.examples)

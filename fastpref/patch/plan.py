@@ -18,7 +18,6 @@ from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.head import Head, check_logits
 from fastpref.model.policy import Policy
 from fastpref.model.trial import give_layout
-from fastpref.patch import attention
 
 NOT_WANTED = "prefix_sharing=False"
 
@@ -109,7 +108,7 @@ def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
 def _give_trees(model: PreTrainedModel, policy: Policy) -> tuple[str | None, AttentionState | None]:
     """Replace a model's attention. Return why that is impossible, or None, and the attention that the model had."""
     was, own = attention_of(model), model.config._attn_implementation
-    calls, why = give_layout(model, policy, name=attention.NAME)
+    calls, why = give_layout(model, policy)
     if why is None and own == "sdpa" and any(call.softcap is not None for call in calls):
         why = "it was loaded with SDPA, which leaves out the softcap of its attention"
         restore_attention(was)
@@ -118,5 +117,5 @@ def _give_trees(model: PreTrainedModel, policy: Policy) -> tuple[str | None, Att
     device = next(model.parameters()).device
     flex, _ = flex_attention.wants_flex("auto", device.type, "tree", None, calls)
     if flex and flex_attention.fault(calls, model.dtype, device) is None:
-        model.set_attn_implementation(attention.FLEX_NAME)
+        model.set_attn_implementation(flex_attention.NAME)
     return None, was

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpref.data.forest import Kept, LaterForest
 from fastpref.model.attention import tree_keywords
 from fastpref.model.head import Head
+from fastpref.model.later import keeping
 from fastpref.model.router import router_loss
 from fastpref.ops import LoraWeight, TokenLogprobs
-from fastpref.patch.attention import Kept, LaterLayout, keeping
 from fastpref.patch.trees import Later, Packed
 
 
@@ -57,7 +58,7 @@ def packed_states(
 @torch.no_grad()
 def later_states(backbone: nn.Module, states: States, kept: Kept, later: Later, *, eager: bool) -> States:
     """Compute the states of later tokens. Return them with those of the packed row, all without gradient."""
-    layout = LaterLayout((), branches=later.branches, kept=kept, eager=eager)
+    layout = LaterForest((), branches=later.branches, kept=kept, eager=eager)
     options = tree_keywords(layout, later.input_ids.device)
     output = backbone(input_ids=later.input_ids, position_ids=later.position_ids, use_cache=False, **options)
     hidden = torch.cat([states.hidden.detach(), output.last_hidden_state[0]])

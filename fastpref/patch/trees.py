@@ -1,4 +1,4 @@
-"""Conversion of a padded batch, as TRL's collators make it, to trees in one packed row, and back."""
+"""Conversion of a padded batch, as TRL's collators make it, to a forest in one packed row, and back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpref.data.batch import Tree, TreeLayout
-from fastpref.patch.attention import Branch
+from fastpref.data.forest import Branch, Forest, beginning, encode, lay_out, places
 
 IGNORED = -100  # the label of a token that is not scored
 
@@ -47,14 +46,14 @@ def read_rows(
 
 @dataclass(frozen=True)
 class Packed:
-    """The rows of a batch as trees in one row: rows with the same prompt are branches of one tree."""
+    """The rows of a batch as a forest in one row, in which a beginning that rows share is computed once."""
 
     input_ids: Tensor  # [1, N]
     position_ids: Tensor  # [1, N]
-    layout: TreeLayout
+    layout: Forest
     place: Tensor  # [B, T] each token's index in the packed row; 0 for padding
     rows: tuple[Row, ...]
-    spans: tuple[tuple[slice, slice], ...]  # each row's prompt and completion in the packed row
+    paths: tuple[tuple[slice, ...], ...]  # each row's positions in the packed row, in order
 
     @property
     def tokens(self) -> int:
@@ -62,44 +61,24 @@ class Packed:
 
 
 def pack(rows: Sequence[Row], width: int, device: torch.device) -> Packed:
-    """Pack the rows of a batch with `width` columns as trees, in the order of their prompts."""
-    groups: dict[object, list[int]] = {}
-    for at, row in enumerate(rows):
-        groups.setdefault(row.prompt or at, []).append(at)  # a row without a prompt shares nothing
-    ids: list[int] = []
-    positions: list[int] = []
-    trees: list[Tree] = []
-    spans: dict[int, tuple[slice, slice]] = {}
-    for members in groups.values():
-        start, prompt = len(ids), rows[members[0]].prompt
-        ids += prompt
-        positions += range(len(prompt))
-        stem = slice(start, len(ids))
-        for at in members:
-            completion = rows[at].completion
-            spans[at] = (stem, slice(len(ids), len(ids) + len(completion)))
-            ids += completion
-            positions += range(len(prompt), len(prompt) + len(completion))
-        branches = tuple(len(rows[at].completion) for at in members if rows[at].completion)
-        trees.append(Tree(start, len(prompt), branches or (0,)))
-    ordered = tuple(spans[at] for at in range(len(rows)))
+    """Pack the rows of a batch with `width` columns as a forest."""
+    laid = lay_out([encode(row.prompt + row.completion) for row in rows], [len(row.prompt) for row in rows])
+    _, depths = laid.forest.by_token()
     return Packed(
-        torch.tensor([ids], device=device),
-        torch.tensor([positions], device=device),
-        TreeLayout(tuple(trees)),
-        _places(rows, ordered, width, device),
+        torch.from_numpy(laid.ids)[None].to(device),
+        depths.long()[None].to(device),
+        laid.forest,
+        _places(rows, laid.paths, width, device),
         tuple(rows),
-        ordered,
+        laid.paths,
     )
 
 
-def _places(rows: Sequence[Row], spans: Sequence[tuple[slice, slice]], width: int, device: torch.device) -> Tensor:
+def _places(rows: Sequence[Row], paths: Sequence[tuple[slice, ...]], width: int, device: torch.device) -> Tensor:
     """Return each token's index in the packed row, [B, T]."""
     place = torch.zeros((len(rows), width), dtype=torch.int64)
-    for at, (row, (stem, own)) in enumerate(zip(rows, spans, strict=True)):
-        middle = row.first + len(row.prompt)
-        place[at, row.first : middle] = torch.arange(stem.start, stem.stop)
-        place[at, middle : middle + len(row.completion)] = torch.arange(own.start, own.stop)
+    for at, (row, path) in enumerate(zip(rows, paths, strict=True)):
+        place[at, row.first : row.first + len(row)] = torch.tensor(places(path))
     return place.to(device)
 
 
@@ -124,13 +103,13 @@ def later_padding(packed: Packed, input_ids: Tensor) -> Later | None:
     ids: list[Tensor] = []
     positions: list[Tensor] = []
     total = 0
-    for at, (row, (stem, own)) in enumerate(zip(packed.rows, packed.spans, strict=True)):
+    for at, (row, path) in enumerate(zip(packed.rows, packed.paths, strict=True)):
         if row.first:
             raise ValueError("padding on the left sees nothing")
         missing = width - len(row)
         if missing == 0:
             continue
-        branches.append(Branch((stem, own), missing, sees_itself=False))
+        branches.append(Branch(path, missing, sees_itself=False))
         ids.append(input_ids[at, len(row) :])
         positions.append(torch.arange(len(row), width, device=input_ids.device))
         place[at, len(row) :] = torch.arange(total, total + missing, device=place.device) + packed.tokens
@@ -142,22 +121,22 @@ def later_padding(packed: Packed, input_ids: Tensor) -> Later | None:
 
 def later_completions(packed: Packed, rows: Sequence[Row], width: int, device: torch.device) -> Later | None:
     """Return other completions of the packed row's prompts, or None if a row's prompt is not among them."""
-    stems = {row.prompt: stem for row, (stem, _) in zip(packed.rows, packed.spans, strict=True)}
+    stems = {row.prompt: beginning(path, len(row.prompt)) for row, path in zip(packed.rows, packed.paths, strict=True)}
     if any(not row.prompt or not row.completion or row.prompt not in stems for row in rows):
         return None
     ids: list[int] = []
     positions: list[int] = []
     branches: list[Branch] = []
-    spans: list[tuple[slice, slice]] = []
+    paths: list[tuple[slice, ...]] = []
     for row in rows:
         stem, start = stems[row.prompt], packed.tokens + len(ids)
-        branches.append(Branch((stem,), len(row.completion), sees_itself=True))
-        spans.append((stem, slice(start, start + len(row.completion))))
+        branches.append(Branch(stem, len(row.completion)))
+        paths.append((*stem, slice(start, start + len(row.completion))))
         ids += row.completion
         positions += range(len(row.prompt), len(row))
     return Later(
         torch.tensor([ids], device=device),
         torch.tensor([positions], device=device),
         tuple(branches),
-        _places(rows, spans, width, device),
+        _places(rows, paths, width, device),
     )

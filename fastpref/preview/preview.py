@@ -11,9 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpref.config import Config
+from fastpref.config.losses import KTO
 from fastpref.data.batch import Layout, PreferenceBatch, collate
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import OUTCOMES, Counts, Example
+from fastpref.data.forest import Node, places
 from fastpref.data.plan import plan_step, wanted_layout
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
@@ -22,6 +24,8 @@ from fastpref.model.limits import Limits, compare, limits_of, pad_token
 from fastpref.model.load import load_tokenizer
 from fastpref.preview.numbers import LAYOUTS, PERCENTILES, good_share, lengths, prompt_share, step_tokens
 from fastpref.preview.text import Writer
+
+_NAMES = 4  # more rows or completions that share a node are counted instead of named
 
 
 def preview(
@@ -45,18 +49,23 @@ def preview(
     console.print()
     console.print(writer.legend())
     layout = wanted_layout(config)
-    step = plan_step(config.loss, data.train[:rows], layout, config.tokens_per_microbatch).trained
-    for number, (places, members) in enumerate(zip(step.microbatches, step.groups)):
+    plan = plan_step(config.loss, data.train[:rows], layout, config.tokens_per_microbatch)
+    step = plan.trained
+    for number, (indices, members) in enumerate(zip(step.microbatches, step.groups)):
         batch = collate(
             members,
             layout,
-            index=places,
+            index=indices,
             pad_token_id=pad,
             score_prompts=scores_prompts(config.loss),
         )
-        for example, at, held in zip(members, places, read(batch)):
+        for example, at, held in zip(members, indices, read(batch)):
             console.print(_row(at, example, held, writer))
         console.print(_microbatch(f"micro-batch {number + 1} of {len(step.microbatches)}", batch, members, layout))
+    if isinstance(config.loss, KTO) and (plan.later or plan.first):
+        where = "after these prompts" if plan.later else "in a pass before"
+        tokens = plan.tokens - sum(step.tokens)
+        console.print(f"mismatched completions for the KL, without gradient, {where}: {tokens:,} tokens")
     console.print(_numbers(data, config, layout))
 
 
@@ -83,46 +92,20 @@ class ReadExample:
 
 def read(batch: PreferenceBatch) -> list[ReadExample]:
     """Return the sequences of a batch, example by example, whatever its layout."""
-    ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
-    predictors, segments, offsets = (t.tolist() for t in (batch.predictors, batch.segments, batch.offsets))
-    scored = {(segment, offset): predictor for segment, offset, predictor in zip(segments, offsets, predictors)}
-    spans = _spans(batch)
-    read_back = []
-    for e in range(batch.examples):
-        completions, uses, prompt = [], [], []
-        for k in range(batch.completions):
-            start, stop = spans[k * batch.examples + e]
-            completions.append(ids[start:stop])
-            uses.append([(k * batch.examples + e, at) in scored for at in range(stop - start)])
-            if k == 0:  # the first completion's predictor is the end of the prompt, whatever lies between them
-                last = scored.get((e, 0), start - 1)
-                prompt = ids[last - positions[last] : last + 1]
-        prompt_scored = len(batch.lengths) > batch.completions * batch.examples
-        read_back.append(ReadExample(prompt, completions, uses, prompt_scored))
-    return read_back
-
-
-def _spans(batch: PreferenceBatch) -> dict[int, tuple[int, int]]:
-    """Return the range of each sequence's completion in the flattened tokens."""
-    spans: dict[int, tuple[int, int]] = {}
-    if batch.tree is not None:
-        each = len(batch.tree.trees) // batch.examples  # 1 in a tree layout, K where prompts are repeated
-        for number, tree in enumerate(batch.tree.trees):
-            e, k = divmod(number, each)
-            start = tree.start + tree.prompt
-            for branch, tokens in enumerate(tree.completions):
-                spans[(k + branch) * batch.examples + e] = start, start + tokens
-                start += tokens
-        return spans
-    assert batch.attention_mask is not None
-    width = batch.input_ids.shape[1]
-    first = dict(zip(batch.segments.tolist(), zip(batch.predictors.tolist(), batch.offsets.tolist())))
-    for row, filled in enumerate(batch.attention_mask.sum(1).tolist()):
-        predictor, offset = first[
-            row
-        ]  # one scored token of the row, from which the beginning of its completion follows
-        spans[row] = predictor + 1 - offset, row * width + filled
-    return spans
+    ids = batch.input_ids.flatten().tolist()
+    scored = set(zip(batch.segments.tolist(), batch.offsets.tolist()))
+    prompt_scored = len(batch.lengths) > batch.completions * batch.examples
+    examples = []
+    for e, prompt in enumerate(batch.prompts):
+        sequences = range(e, batch.completions * batch.examples, batch.examples)
+        tokens = [[ids[at] for at in places(batch.paths[sequence])] for sequence in sequences]
+        completions = [sequence[prompt:] for sequence in tokens]
+        uses = [
+            [(sequence, at) in scored for at in range(len(completion))]
+            for sequence, completion in zip(sequences, completions)
+        ]
+        examples.append(ReadExample(tokens[0][:prompt], completions, uses, prompt_scored))
+    return examples
 
 
 # --- Rows ----------------------------------------------------------------------------------------------------------
@@ -132,7 +115,7 @@ def _names(example: Example) -> list[str]:
     """Return the names of an example's completions."""
     if example.label is None:
         return ["chosen", "rejected"]
-    return ["good" if example.label else "bad", "mismatched"]
+    return ["good" if example.label else "bad"]
 
 
 def _row(at: int, example: Example, held: ReadExample, writer: Writer) -> Group:
@@ -142,10 +125,7 @@ def _row(at: int, example: Example, held: ReadExample, writer: Writer) -> Group:
     grid.add_column(overflow="fold")
     text = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut, turns=row.turns_cut)
     grid.add_row(_labelled("prompt", len(held.prompt)), text)
-    own = (
-        held.completions if example.label is None else held.completions[:1]
-    )  # KTO's second completion belongs to another row
-    for name, ids, scored, cut in zip(_names(example), own, held.scored, row.completions_cut):
+    for name, ids, scored, cut in zip(_names(example), held.completions, held.scored, row.completions_cut):
         text = writer.completion(held.prompt, ids, scored, across=row.merged > 0, cut=cut)
         grid.add_row(_labelled(name, len(ids), sum(scored)), text)
     parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
@@ -171,7 +151,7 @@ def _short_place(place: str) -> str:
 def _microbatch(which: str, batch: PreferenceBatch, members: Sequence[Example], layout: Layout) -> Group:
     rows, width = batch.input_ids.shape
     title = f"{which}: {layout}, {rows} row{'s' * (rows > 1)} of {width:,} tokens"
-    lines = _padded_lines(batch, members) if batch.tree is None else _tree_lines(batch, members)
+    lines = _padded_lines(batch, members) if batch.tree is None else _forest_lines(batch, members)
     costs = {other: collate(members, other).tokens for other in LAYOUTS}
     counted = " · ".join(f"{name} {tokens:,}" for name, tokens in costs.items())
     saved = [f"{1 - costs['tree'] / costs[other]:.0%} of {other}" for other in ("packed", "padded")]
@@ -179,20 +159,60 @@ def _microbatch(which: str, batch: PreferenceBatch, members: Sequence[Example], 
     return Group(Text(), Rule(Text(title), align="left", style="dim"), *lines, summary)
 
 
-def _tree_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
-    """Draw the trees of a packed row, with the completions as branches."""
+def _forest_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
+    """Draw the nodes of a packed row, each after the node that its sequences have before it."""
     assert batch.tree is not None
-    lines = []
-    each = len(batch.tree.trees) // batch.examples  # 1 in a tree layout, K where prompts are repeated
-    for number, tree in enumerate(batch.tree.trees):
-        e, k = divmod(number, each)
-        names = _names(members[e])[k : k + len(tree.completions)]
-        trunk = f"at {tree.start:>6,}  row {batch.index[e]}: prompt {tree.prompt:,} "
-        for branch, (name, tokens) in enumerate(zip(names, tree.completions)):
-            last = branch == len(tree.completions) - 1
-            sign = "─" if len(names) == 1 else "┬" if branch == 0 else "└" if last else "├"
-            lines.append(Text((trunk if branch == 0 else " " * len(trunk)) + f"{sign}─ {name} {tokens:,}"))
-    return lines
+    nodes = batch.tree.nodes
+    users: list[list[int]] = [[] for _ in nodes]  # the sequences whose tokens each node holds
+    starts = {node.start: at for at, node in enumerate(nodes)}
+    for sequence, path in enumerate(batch.paths):
+        for run in path:
+            place = run.start
+            while place < run.stop:  # a run may hold a node and its first child
+                users[starts[place]].append(sequence)
+                place = nodes[starts[place]].stop
+    children: dict[int | None, list[int]] = {}
+    for at, node in enumerate(nodes):
+        children.setdefault(node.parent, []).append(at)
+
+    texts = []
+
+    def draw(at: int, sign: str, margin: str) -> None:
+        parent = nodes[at].parent
+        label = _node(nodes[at], users[at], None if parent is None else users[parent], batch, members)
+        texts.append(Text(f"at {nodes[at].start:>6,}  {sign}{label}"))
+        for child in children.get(at, []):
+            last = child == children[at][-1]
+            draw(child, margin + ("└─ " if last else "├─ "), margin + ("   " if last else "│  "))
+
+    for root in children.get(None, []):
+        draw(root, "", "")
+    return texts
+
+
+def _node(
+    node: Node, users: Sequence[int], above: Sequence[int] | None, batch: PreferenceBatch, members: Sequence[Example]
+) -> str:
+    """Return a node's rows, if they are not those of the node before it, and the parts of them that it holds."""
+
+    def rows_of(sequences: Sequence[int]) -> list[int]:
+        return sorted({sequence % batch.examples for sequence in sequences})
+
+    rows = rows_of(users)
+    prompt = min(max(min(batch.prompts[e] for e in rows) - node.depth, 0), node.length)
+    parts = [f"prompt {prompt:,}"] if prompt else []
+    if rest := node.length - prompt:
+        names = dict.fromkeys(
+            (f"row {batch.index[e]} " if len(rows) > 1 else "") + _names(members[e])[k]
+            for k, e in sorted(divmod(sequence, batch.examples) for sequence in users)
+        )
+        many = len(names) > _NAMES
+        parts.append(f"{f'{len(names)} completions' if many else ', '.join(names)} {rest:,}")
+    if above is not None and rows_of(above) == rows:
+        return " ── ".join(parts)
+    numbers = [str(int(batch.index[e])) for e in rows]
+    which = f"{len(rows)} rows" if len(rows) > _NAMES else f"row{'s' * (len(rows) > 1)} {', '.join(numbers)}"
+    return f"{which}: {' ── '.join(parts)}"
 
 
 def _padded_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:

@@ -6,6 +6,7 @@ The result is the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.config.losses import DPO, KTO, LossOptions, compares_neighbours
-from fastpref.data.batch import Layout, PreferenceBatch, collate, mismatched
+from fastpref.data.batch import Layout, PreferenceBatch, collate, collate_after, following, mismatched
 from fastpref.data.example import Example
+from fastpref.data.forest import Kept
 from fastpref.data.order import chunks
 from fastpref.data.plan import Pass, StepPlan, compared, plan_pass, plan_step
 from fastpref.losses import PairLogps, PreferenceLoss, Totals, WholeStep, kto_kl
 from fastpref.losses.token_loss import pair_logps, preference_loss, scores_prompts, sequence_sums
+from fastpref.model.later import keeping
 from fastpref.model.policy import PolicyOutput
 from fastpref.ops import TokenLogprobs
 from fastpref.processes import ALONE, Processes
@@ -133,11 +136,16 @@ class Objective:
         for part in parts:
             with self.processes.accumulating(self.policy, part.last):
                 batch = part.batch.to(self.device)
-                output: PolicyOutput = self.policy(batch, run.outputs + self._extra_outputs())
+                with self._keeping(batch, plan.later) as kept:
+                    output: PolicyOutput = self.policy(batch, run.outputs + self._extra_outputs())
                 tokens = output.tokens
-                reference = None if self.reference is None else self.reference(batch)
-                if whole is None:
-                    whole = self._found_on_the_way(part, batch, tokens, reference, len(examples))
+                with self._keeping(batch, plan.later) as kept_reference:
+                    reference = None if self.reference is None else self.reference(batch)
+                if plan.later:
+                    whole = self._later(batch, plan.later, kept, kept_reference)
+                elif whole is None:
+                    pairs = self._pairs(tokens, reference, batch)
+                    whole = _Whole(pairs=self._joined([(part, pairs)], len(examples)))
                 loss = preference_loss(
                     tokens.logp,
                     batch.segments,
@@ -161,8 +169,6 @@ class Objective:
     def _found_first(self, plan: StepPlan, parts: Sequence[_Part], run: _Pass, count: int) -> _Whole | None:
         """Compute the terms of the whole step in a separate pass, or return None if its only micro-batch gives them."""
         if isinstance(self.options, KTO):
-            if plan.branched:
-                return None
             if plan.first is not None:
                 return _Whole(kl=kto_kl(*self._response_sums(plan.first)))
             return _Whole(kl=0.0 if run.kl is None else run.kl)
@@ -170,15 +176,23 @@ class Objective:
             return _Whole()
         return None if plan.first is None else _Whole(pairs=self._whole_step(parts, count))
 
-    def _found_on_the_way(
-        self, part: _Part, batch: PreferenceBatch, tokens: TokenLogprobs, reference: Tensor | None, count: int
-    ) -> _Whole:
-        """Compute the terms of the whole step from its only micro-batch."""
-        if not isinstance(self.options, KTO):
-            return _Whole(pairs=self._joined([(part, self._pairs(tokens, reference, batch))], count))
-        assert reference is not None
-        sums = (_sums(logp, batch)[batch.examples :] for logp in (tokens.logp.detach(), reference))
-        return _Whole(kl=kto_kl(*(self._in_order([(part, values)], count) for values in sums)))
+    def _keeping(self, batch: PreferenceBatch, later: Sequence[Example]) -> AbstractContextManager[Kept]:
+        """Return a context that keeps the keys and values of a batch that other completions follow."""
+        if not later:
+            return nullcontext({})
+        assert batch.tree is not None
+        return keeping(batch.tree)
+
+    @torch.no_grad()
+    def _later(self, batch: PreferenceBatch, later: Sequence[Example], kept: Kept, kept_reference: Kept) -> _Whole:
+        """Compute KTO's KL from mismatched completions, which follow the prompts of the step's only micro-batch."""
+        assert self.reference is not None
+        mismatched = collate_after(batch, later).to(self.device)
+        logp = self.policy(following(mismatched, kept)).logp
+        reference = self.reference(following(mismatched, kept_reference))
+        kept.clear()  # not to hold them during the backward pass
+        kept_reference.clear()
+        return _Whole(kl=kto_kl(_sums(logp, mismatched), _sums(reference, mismatched)))
 
     def _add_metrics(
         self, metrics: Metrics, loss: PreferenceLoss, tokens: TokenLogprobs, batch: PreferenceBatch

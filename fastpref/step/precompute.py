@@ -55,7 +55,7 @@ class Precomputed:
         return len(self._known)
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
-        return torch.cat([self._known[key] for key in batch.keys]).to(batch.targets.device)
+        return torch.cat([self._known[key] for key in batch.keys]).to(batch.segments.device)
 
     def complete(
         self,

@@ -1,6 +1,7 @@
 """The three layouts compared with the sequences that they represent: what is scored, where, after what, and how often.
 
-Each token of an example is a unique number, so that a token identifies its place.
+Each token is a unique number, except for beginnings that examples share, so that a token and what precedes it identify
+its place.
 """
 
 from collections.abc import Sequence
@@ -16,24 +17,22 @@ from torch import Tensor
 from fastpref.data.batch import (
     Layout,
     PreferenceBatch,
-    Tree,
     collate,
     completion_key,
+    computed_tokens,
     mismatched,
     plan_microbatches,
     with_mismatched,
 )
 from fastpref.data.example import Example, Origin, Spans
+from fastpref.data.forest import MIN_SHARED
 
 LAYOUTS: tuple[Layout, ...] = ("tree", "packed", "padded")
 EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 ROW = Origin("")
 PAD = 10**6
 LENGTHS = st.integers(1, 6)
-
-
-def end_of(tree: Tree) -> int:
-    return tree.start + tree.prompt + sum(tree.completions)
+SYSTEM = list(range(1000, 1000 + MIN_SHARED + 3))  # a beginning that several prompts have
 
 
 def example(
@@ -42,11 +41,12 @@ def example(
     tokens: "count[int]",
     label: bool | None = None,
     contexts: tuple[Spans, ...] = (),
+    beginning: Sequence[int] = (),
 ) -> Example:
     def take(many: int) -> list[int]:
         return [next(tokens) for _ in range(many)]
 
-    return Example(take(prompt), tuple(take(many) for many in completions), label, ROW, contexts)
+    return Example([*beginning, *take(prompt)], tuple(take(many) for many in completions), label, ROW, contexts)
 
 
 def spans(mask: Sequence[bool]) -> Spans:
@@ -57,20 +57,23 @@ def spans(mask: Sequence[bool]) -> Spans:
 
 @st.composite
 def steps(draw: st.DrawFn, most: int = 5) -> list[Example]:
-    """Return examples that all have one, two or three completions."""
+    """Return examples that all have one, two or three completions. Some share the beginning of their prompts, and some
+    are there twice."""
     completions, tokens = draw(st.integers(1, 3)), count(1)
     shapes = draw(st.lists(st.tuples(*[LENGTHS] * (1 + completions)), min_size=1, max_size=most))
     masks = [tuple(spans(draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in shape[1:]) for shape in shapes]
     partly = draw(st.booleans())
-    return [
+    examples = [
         example(
             *shape,
             tokens=tokens,
             label=draw(st.booleans()) if completions == 1 else None,
             contexts=contexts if partly and any(contexts) else (),
+            beginning=SYSTEM if draw(st.booleans()) else (),
         )
         for shape, contexts in zip(shapes, masks)
     ]
+    return examples + [draw(st.sampled_from(examples)) for _ in range(draw(st.integers(0, 1)))]
 
 
 def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
@@ -81,16 +84,11 @@ def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
         assert batch.attention_mask is not None
         assert batch.attention_mask.flatten()[place - place % width : place + 1].all()
         return ids[place - place % width : place + 1]
-    tree = next(tree for tree in batch.tree.trees if tree.start <= place < end_of(tree))
-    branch = tree.start + tree.prompt
-    if place < branch:
-        return ids[tree.start : place + 1]
-    prompt = ids[tree.start : branch]
-    for length in tree.completions:
-        if place < branch + length:
-            return prompt + ids[branch : place + 1]
-        branch += length
-    raise AssertionError("a place outside its tree")
+    at: int | None = next(n for n, node in enumerate(batch.tree.nodes) if node.start <= place < node.stop)
+    seen = ids[batch.tree.nodes[at].start : place + 1]
+    while (at := batch.tree.nodes[at].parent) is not None:
+        seen = ids[batch.tree.nodes[at].start : batch.tree.nodes[at].stop] + seen
+    return seen
 
 
 def sequences(examples: Sequence[Example], *, score_prompts: bool) -> list[tuple[list[int], int, list[int]]]:
@@ -129,7 +127,8 @@ def test_every_token_is_scored_once_after_what_precedes_it(
         *(len(e.prompt) - 1 for e in examples if score_prompts),
     ]
     positions = batch.position_ids.flatten().tolist()
-    for (segment, offset), place, target in zip(scored, batch.predictors.tolist(), batch.targets.tolist(), strict=True):
+    predictors, targets = (batch.of_tokens(values).tolist() for values in (batch.predictors, batch.targets))
+    for (segment, offset), place, target in zip(scored, predictors, targets, strict=True):
         ids, first, _ = expected[segment]
         assert target == ids[first + offset]
         assert seen_from(batch, place) == ids[: first + offset]
@@ -140,7 +139,7 @@ def test_every_token_is_scored_once_after_what_precedes_it(
 @settings(max_examples=50, deadline=None)
 @given(examples=steps())
 def test_every_token_stands_where_it_would_alone(layout: Layout, examples: list[Example]):
-    """A token's position is the number of tokens before it that it sees; trees fill their row; the rest is padding."""
+    """A token's position is how many tokens before it it sees. A forest fills its row; the rest is padding."""
     batch = collate(examples, layout, pad_token_id=PAD)
     ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
     assert batch.input_ids.shape == batch.position_ids.shape
@@ -155,32 +154,32 @@ def test_every_token_stands_where_it_would_alone(layout: Layout, examples: list[
     else:
         assert batch.attention_mask is None
         assert PAD not in ids
-        ends = [0, *(end_of(tree) for tree in batch.tree.trees)]
-        assert [tree.start for tree in batch.tree.trees] == ends[:-1]
-        assert batch.input_ids.shape == (1, ends[-1])
+        assert batch.input_ids.shape == (1, batch.tree.tokens)
 
 
 @settings(max_examples=50, deadline=None)
 @given(examples=steps())
 def test_layouts_compute_the_same_in_fewer_tokens(examples: list[Example]):
-    """A tree computes a prompt once, while the other layouts compute it once per response.
+    """A forest computes what sequences share once, while the other layouts compute it once per sequence.
 
-    All layouts score the same tokens, in the same segments and at the same positions.
+    All layouts score the same tokens, in the same segments and at the same positions. The head computes a target once
+    for all sequences that predict it from the same tokens.
     """
     batches = {layout: collate(examples, layout) for layout in LAYOUTS}
-    completions = len(examples[0].completions)
-    responses = sum(len(ids) for e in examples for ids in e.completions)
-    prompts = sum(len(e.prompt) for e in examples)
-    longest = max(len(e.prompt) + len(ids) for e in examples for ids in e.completions)
-    assert batches["tree"].tokens == prompts + responses
-    assert batches["packed"].tokens == completions * prompts + responses
-    assert batches["padded"].tokens == completions * len(examples) * longest
-    assert (batches["tree"].tokens < batches["packed"].tokens) == (completions > 1)
-    assert batches["packed"].tokens <= batches["padded"].tokens
+    whole = [ids for ids, _, _ in sequences(examples, score_prompts=False)]
+    assert batches["tree"].tokens == len({tuple(ids[: n + 1]) for ids in whole for n in range(len(ids))})
+    assert batches["packed"].tokens == sum(map(len, whole))
+    assert batches["padded"].tokens == max(map(len, whole)) * len(whole)
+    assert all(batches[layout].tokens == computed_tokens(examples, layout) for layout in LAYOUTS)
+    targets = {
+        tuple(ids[: first + at + 1]) for ids, first, scored in sequences(examples, score_prompts=False) for at in scored
+    }
+    assert len(batches["tree"].targets) == len(targets)
 
     def scored(batch: PreferenceBatch) -> list[tuple[int, ...]]:
-        positions = batch.position_ids.flatten()[batch.predictors]
-        return sorted(zip(*(t.tolist() for t in (batch.segments, batch.offsets, batch.targets, positions))))
+        positions = batch.of_tokens(batch.position_ids.flatten()[batch.predictors])
+        targets = batch.of_tokens(batch.targets)
+        return sorted(zip(*(t.tolist() for t in (batch.segments, batch.offsets, targets, positions))))
 
     assert scored(batches["tree"]) == scored(batches["packed"]) == scored(batches["padded"])
 
@@ -243,7 +242,7 @@ def test_a_batch_moves_as_a_whole(layout: Layout, labelled: bool):
 def test_a_step_is_cut_into_micro_batches(layout: Layout, examples: list[Example], budget: int):
     """Each example is in one micro-batch, which exceeds the budget only if it has a single example.
 
-    No two micro-batches fit the budget together.
+    No two micro-batches fit the budget together, unless they share a beginning.
     """
 
     def cost(places: Sequence[int]) -> int:
@@ -253,7 +252,8 @@ def test_a_step_is_cut_into_micro_batches(layout: Layout, examples: list[Example
     assert sorted(place for places in plan for place in places) == list(range(len(examples)))
     assert all(places == sorted(places) for places in plan)
     assert all(cost(places) <= budget or len(places) == 1 for places in plan)
-    assert all(cost([*ours, *theirs]) > budget for ours, theirs in combinations(plan, 2))
+    for ours, theirs in combinations(plan, 2):
+        assert (cost(ours) + cost(theirs) if layout == "tree" else cost([*ours, *theirs])) > budget
 
 
 @EVERY_LAYOUT
@@ -275,6 +275,15 @@ def test_sharing_prompts_saves_micro_batches():
     tokens = count(1)
     examples = [example(60, 10, 10, tokens=tokens) for _ in range(12)]
     assert [len(plan_microbatches(examples, layout, 320)) for layout in LAYOUTS] == [3, 6, 6]
+
+
+def test_what_shares_stays_together():
+    """Examples with a common beginning come into the same micro-batch, wherever they are in the step."""
+    tokens = count(1)
+    systems = [list(range(start, start + 50)) for start in (1000, 2000, 3000)]
+    examples = [example(4, 3, 3, tokens=tokens, beginning=systems[at % 3]) for at in range(9)]
+    assert plan_microbatches(examples, "tree", 80) == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert sorted(len(part) for part in plan_microbatches(examples, "tree", 70)) == [1, 1, 1, 2, 2, 2]
 
 
 # --- Mismatched completions ----------------------------------------------------------------------------------------

@@ -9,13 +9,19 @@ from tests.support.tiny import examples
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
-def test_kto_has_mismatched_branches_or_a_pass_before(layout: Layout):
+def test_ktos_mismatched_completions_follow_the_row_or_come_before_it(layout: Layout):
     rows = examples(6, single=True)
     both = with_mismatched(rows)
+    mates = [example.with_completions([(example, 1)]) for example in both]
+    trained, before = Pass(rows, [list(range(6))], layout), Pass(mates, [list(range(6))], layout)
     at_once = plan_step(KTO(), rows, layout, 1000)
-    assert at_once == StepPlan(Pass(both, [list(range(6))], layout), branched=True)
+    assert at_once == (StepPlan(trained, later=mates) if layout == "tree" else StepPlan(trained, first=before))
+    assert at_once.tokens == sum(trained.tokens) + (
+        sum(1 + len(row.completions[0]) for row in mates) if layout == "tree" else sum(before.tokens)
+    )
+    assert plan_step(KTO(), rows, layout, 1000, 2).first is not None  # processes wait for each other before the loss
     cut = plan_step(KTO(), rows, layout, 40)
-    assert not cut.branched
+    assert not cut.later
     assert cut.trained.examples == rows
     assert len(cut.trained.microbatches) > 1
     assert cut.first is not None

@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import AuxOutput, BlockMask, create_block_mask, create_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
-from fastpref.data.batch import PreferenceBatch, Tree, TreeLayout, collate
+from fastpref.data.batch import PreferenceBatch, collate
+from fastpref.data.forest import Forest, encode, lay_apart, lay_out
 from fastpref.errors import UserError
 from fastpref.model import attention, flex_attention
 from fastpref.model.attention import LayerCall, layers_reached
@@ -30,31 +31,27 @@ tree_attention: Any = attention.tree_attention
 WINDOWS = (None, 1, 7, 128, 150)
 
 
-def layout(*trees: tuple[int, tuple[int, ...]]) -> TreeLayout:
-    """Return the layout of consecutive trees, each given as (prompt, completions) lengths."""
-    placed, start = [], 0
-    for prompt, completions in trees:
-        placed.append(Tree(start, prompt, completions))
-        start += prompt + sum(completions)
-    return TreeLayout(tuple(placed))
+def layout(*trees: tuple[int, tuple[int, ...]]) -> Forest:
+    """Return the layout of consecutive trees of a prompt and its completions, each given as (prompt, completions)."""
+    sequences, prompts = [], []
+    for number, (prompt, completions) in enumerate(trees):
+        for k, length in enumerate(completions):
+            sequences.append(encode([number] * prompt + [1000 + k] * length))
+            prompts.append(prompt)
+    return lay_out(sequences, prompts).forest
 
 
-def length_of(tree: TreeLayout) -> int:
-    last = tree.trees[-1]
-    return last.start + last.prompt + sum(last.completions)
-
-
-def random_layout(seed: int) -> TreeLayout:
-    """Return trees from very short to several blocks long; every third layout has one completion per tree."""
+def random_layout(seed: int) -> Forest:
+    """Return a forest from very short to several blocks long, with nested beginnings; every third shares nothing."""
     rng = Random(seed)
     size = rng.choice((9, 60, 300))
-    packed = seed % 3 == 0
-    return layout(
-        *(
-            (rng.randint(1, size), tuple(rng.randint(1, size) for _ in range(1 if packed else rng.randint(1, 4))))
-            for _ in range(rng.randint(1, 5))
-        )
-    )
+    sequences: list[list[int]] = []
+    for _ in range(rng.randint(1, 9)):
+        source = rng.choice(sequences) if sequences else []
+        own = [rng.randrange(1000) for _ in range(rng.randint(1, size))]
+        sequences.append(source[: rng.randint(0, len(source))] + own)
+    tokens = [encode(ids) for ids in sequences]
+    return (lay_apart(tokens) if seed % 3 == 0 else lay_out(tokens, [rng.randint(0, len(s)) for s in sequences])).forest
 
 
 EDGES = [
@@ -64,28 +61,28 @@ EDGES = [
     layout((200, (312,))),
     layout((384, (1, 1, 126))),
 ]
-LAYOUTS = EDGES + [random_layout(seed) for seed in range(12)]
+LAYOUTS = EDGES + [random_layout(seed) for seed in range(24)]
 
 
-def dense(tree: TreeLayout, window: int | None) -> Tensor:
-    """Return the mask, [T, T] bool, by definition: same tree; prompt or same branch; not later in that sequence."""
-    number, branch, position = [], [], []
-    for n, t in enumerate(tree.trees):
-        for b, size in enumerate((t.prompt, *t.completions)):
-            number += [n] * size
-            branch += [b] * size
-            position += range(t.prompt if b else 0, (t.prompt if b else 0) + size)
-    n, b, p = (torch.tensor(x) for x in (number, branch, position))
-    same = (n[:, None] == n) & ((b == 0) | (b[:, None] == b))
-    distance = p[:, None] - p
-    return same & (distance >= 0) & (distance < (window or length_of(tree)))
+def dense(tree: Forest, window: int | None) -> Tensor:
+    """Return the mask, [T, T] bool, by definition: a token sees those before it in its node and in the nodes before."""
+    mask = torch.zeros(tree.tokens, tree.tokens, dtype=torch.bool)
+    for at, node in enumerate(tree.nodes):
+        path, before = [], at
+        while before is not None:
+            path = [*range(tree.nodes[before].start, tree.nodes[before].stop), *path]
+            before = tree.nodes[before].parent
+        for place in range(node.start, node.stop):
+            seen = path[: path.index(place) + 1]
+            mask[place, seen[-(window or len(seen)) :]] = True
+    return mask
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_mask_is_that_of_the_trees(window: int | None):
-    """The mask from two runs of positions per token equals the definition by tree, branch and position."""
+    """The mask from three numbers a token equals the definition by the nodes before it."""
     for tree in LAYOUTS:
-        length = length_of(tree)
+        length = tree.tokens
         found = create_mask(visible(tree, window).mask_mod(), None, None, length, length, "cpu")
         assert torch.equal(found[0, 0], dense(tree, window))
 
@@ -105,11 +102,15 @@ def blocks(mask: BlockMask) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
+MANY = pytest.param(range(100, 1100), marks=pytest.mark.slow, id="a thousand")
+
+
 @pytest.mark.parametrize("window", WINDOWS)
-def test_the_block_mask_is_the_one_torch_makes(window: int | None):
+@pytest.mark.parametrize("seeds", [pytest.param(range(24), id="some"), MANY])
+def test_the_block_mask_is_the_one_torch_makes(window: int | None, seeds: range):
     """Our block mask has the same partial and full blocks as the one that torch computes."""
-    for tree in LAYOUTS:
-        length = length_of(tree)
+    for tree in EDGES + [random_layout(seed) for seed in seeds]:
+        length = tree.tokens
         expected = create_block_mask(visible(tree, window).mask_mod(), None, None, length, length, "cpu")
         ours = block_mask(tree, window, CPU)
         assert ours.seq_lengths == expected.seq_lengths
@@ -150,7 +151,7 @@ def inputs(call: LayerCall, length: int, seed: int = 0) -> tuple[list[Tensor], d
 def test_forward_equals_sdpa(call: LayerCall):
     """With every option of a layer's attention, FlexAttention gives what SDPA gives for each completion alone."""
     for seed, tree in enumerate(EDGES + [random_layout(100 + seed) for seed in range(3)]):
-        made, options = inputs(call, length_of(tree), seed)
+        made, options = inputs(call, tree.tokens, seed)
         with torch.no_grad():
             found, _ = flex_tree_attention(nn.Identity(), *made, None, tree=tree, **options)
             expected, _ = tree_attention(nn.Identity(), *made, None, tree=tree, **options)
@@ -162,7 +163,7 @@ def test_autocast_is_honoured(monkeypatch: pytest.MonkeyPatch):
     handed: list[Tensor] = []
     monkeypatch.setattr(flex_attention, "_flex", lambda kind: lambda *given, **_: handed.extend(given) or given[2])
     tree = layout((30, (20, 9)))
-    made, _ = inputs(CALL, length_of(tree))
+    made, _ = inputs(CALL, tree.tokens)
     with torch.autocast("cpu", torch.bfloat16):
         flex_tree_attention(nn.Identity(), made[0], made[1], made[2].bfloat16(), None, tree=tree)
     assert [given.dtype for given in handed] == [torch.bfloat16] * 3
@@ -171,7 +172,7 @@ def test_autocast_is_honoured(monkeypatch: pytest.MonkeyPatch):
 def test_dropout_and_rows_without_a_tree_are_sdpas():
     """FlexAttention has no dropout and no padding masks: SDPA computes these, with the same random numbers."""
     tree = layout((30, (20, 9)))
-    made, _ = inputs(CALL, length_of(tree))
+    made, _ = inputs(CALL, tree.tokens)
     for options in ({"tree": tree, "dropout": 0.5}, {"softcap": 3.0}, {}):
         torch.manual_seed(0)
         found, _ = flex_tree_attention(nn.Identity(), *made, None, **options)
@@ -265,7 +266,7 @@ def test_one_kernel_for_all_lengths_and_windows(monkeypatch: pytest.MonkeyPatch)
     for size in (140, 300, 201, 77, 512, 1000):
         for window in (None, 50, 128):
             tree = layout((size, (size // 2, size // 3)), (9, (128, 7)))
-            made, options = inputs(replace(call, window=window), length_of(tree))
+            made, options = inputs(replace(call, window=window), tree.tokens)
             with torch.no_grad():
                 found, _ = flex_tree_attention(nn.Identity(), *made, None, tree=tree, **options)
                 expected, _ = tree_attention(nn.Identity(), *made, None, tree=tree, **options)
@@ -345,7 +346,7 @@ def test_lengths_do_not_compile_again():
     for size in (140, 300, 201, 77, 512, 1000):
         for window in (None, 50):
             tree = layout((size, (size // 2, size // 3)), (9, (128, 7)))
-            made, options = inputs(call, length_of(tree))
+            made, options = inputs(call, tree.tokens)
             query, key, value = (x.to("cuda", torch.bfloat16).requires_grad_() for x in made)
             options["sliding_window"] = window
             with torch.no_grad():

@@ -50,7 +50,7 @@ def test_a_step_adds_it_by_share_of_tokens(method: str, budget: int, tmp_path: P
     config = config_for(save_model("qwen3-moe", tmp_path), f'loss={{type="{method}"}}', "train.batch=4")
     loaded = load_model(config, CPU)
     rows = examples(4, single=method == "kto")
-    reference = (lambda batch: torch.zeros(len(batch.targets)) - 2) if method == "kto" else None
+    reference = (lambda batch: torch.zeros(len(batch.segments)) - 2) if method == "kto" else None
     steps = {}
     for coefficient in (0.0, 0.5):
         objective = Objective(

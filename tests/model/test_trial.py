@@ -184,8 +184,7 @@ def test_no_argument_is_swallowed(attend: Any, options: dict[str, Any], message:
     """An argument that trees do not compute raises an error; None and disabled flags do not."""
     tree = collate(examples(1), "tree").tree
     assert tree is not None
-    length = sum(tree.trees[0].completions) + tree.trees[0].prompt
-    states = [torch.randn(1, 2, length, 16) for _ in range(3)]
+    states = [torch.randn(1, 2, tree.tokens, 16) for _ in range(3)]
     given = {"attention_mask": None, "tree": tree, "position_bias": None, "use_cache": False, "is_causal": True}
     attend(nn.Identity(), *states, **given)
     with pytest.raises(attention.UnknownArgument, match=message):
@@ -219,7 +218,7 @@ def test_a_models_own_code_makes_the_logits_that_are_not_known(tmp_path: Path):
     assert any(note.startswith("logits: by the model's own code") for note in loaded.notes)
     batch = collate(examples(3), "tree")
     tokens = loaded.policy(batch, ("entropy", "mean_logit", "log_sum_sq_probs", "is_top1")).tokens
-    hidden = loaded.policy.hidden_states(batch)[batch.predictors]
+    hidden = loaded.policy.hidden_states(batch)[batch.of_tokens(batch.predictors)]
     logits = loaded.policy.head.logits(hidden)
     assert tokens.entropy is not None
     torch.testing.assert_close(tokens.entropy, torch.distributions.Categorical(logits=logits).entropy())

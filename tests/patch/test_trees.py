@@ -1,4 +1,4 @@
-"""Padded batches become trees, and their results return to the padded places."""
+"""Padded batches become forests, and their results return to the padded places."""
 
 from random import Random
 
@@ -47,15 +47,15 @@ def test_holes_are_no_rows(hole: tuple[int, int | slice]) -> None:
 
 
 def test_every_token_has_its_place() -> None:
-    """A packed row has each token where `place` says, each prompt once, and positions as in the padded rows."""
+    """A packed row has each token where `place` says, what rows share once, and positions as in the padded rows."""
     ids, mask, _ = batch(ROWS)
     packed = pack(ROWS, WIDTH, torch.device("cpu"))
     assert torch.equal(packed.input_ids[0][packed.place][mask.bool()], ids[mask.bool()])
     columns = torch.arange(WIDTH) - torch.tensor([row.first for row in ROWS])[:, None]
     assert torch.equal(packed.position_ids[0][packed.place][mask.bool()], columns[mask.bool()])
-    prompts = {row.prompt for row in ROWS}
-    assert packed.tokens == sum(map(len, prompts)) + sum(len(row.completion) for row in ROWS)
-    assert sum(tree.prompt + sum(tree.completions) for tree in packed.layout.trees) == packed.tokens
+    sequences = [row.prompt + row.completion for row in ROWS]
+    beginnings = {ids[: n + 1] for ids in sequences for n in range(len(ids))}
+    assert packed.tokens == packed.layout.tokens == len(beginnings)
 
 
 def test_later_tokens_follow_the_row() -> None:

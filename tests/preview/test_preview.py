@@ -22,6 +22,9 @@ from tests.support.paths import ROOT
 from tests.support.toy_tokenizers import chatml, gemma, plain, toy_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
+OTHER = {"prompt": [{"role": "user", "content": "Ho"}], "chosen": "Yes", "rejected": "N"}
+SYSTEM = {"role": "system", "content": "You answer briefly, please."}
+QUESTION = {"role": "user", "content": "What is the capital of France?"}
 PAIR = {"prompt": [USER], "chosen": "Yes.", "rejected": "No"}
 SINGLES = [
     {"prompt": [USER], "completion": "Yes.", "label": True},
@@ -240,16 +243,39 @@ def test_what_does_not_show_itself_is_shown(text: str, wanted: str):
 # --- Layouts -------------------------------------------------------------------------------------------------------
 
 LAYOUT_TEXTS: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
-    "tree": (
-        [PAIR, PAIR],
+    "trees": (
+        [PAIR, OTHER],
         ["train.layout=tree"],
         """\
-micro-batch 1 of 1: tree, 1 row of 58 tokens
-at      0  row 0: prompt 21 ┬─ chosen 5
-                            └─ rejected 3
-at     29  row 1: prompt 21 ┬─ chosen 5
-                            └─ rejected 3
-tokens: tree 58 · packed 100 · padded 104; trees save 42% of packed, 44% of
+micro-batch 1 of 1: tree, 1 row of 56 tokens
+at      0  row 0: prompt 21
+at     21  ├─ chosen 5
+at     26  └─ rejected 3
+at     29  row 1: prompt 21
+at     50  ├─ chosen 4
+at     54  └─ rejected 2
+tokens: tree 56 · packed 98 · padded 104; trees save 43% of packed, 46% of
+padded""",
+    ),
+    "what rows share": (
+        [
+            {"prompt": [SYSTEM, QUESTION], "chosen": "It is Paris, of course", "rejected": "It is Paris, of today"},
+            {"prompt": [SYSTEM, USER], "chosen": "Hello.", "rejected": "Bye"},
+            {"prompt": [SYSTEM, QUESTION], "chosen": "Lyon", "rejected": "It is Paris, of today"},
+        ],
+        ["train.batch=3"],
+        """\
+micro-batch 1 of 1: tree, 1 row of 146 tokens
+at      0  rows 0, 1, 2: prompt 43
+at     43  ├─ rows 0, 2: prompt 43
+at     86  │  ├─ row 0 chosen, row 0 rejected, row 2 rejected 16
+at    102  │  │  ├─ row 0: chosen 7
+at    109  │  │  └─ row 0 rejected, row 2 rejected 6
+at    115  │  └─ row 2: chosen 5
+at    120  └─ row 1: prompt 15
+at    135     ├─ chosen 7
+at    142     └─ rejected 4
+tokens: tree 146 · packed 543 · padded 654; trees save 73% of packed, 78% of
 padded""",
     ),
     "packed": (
@@ -274,17 +300,17 @@ tokens: tree 29 · packed 50 · padded 52; trees save 42% of packed, 44% of padd
         SINGLES,
         ["loss.type=kto"],
         """\
-micro-batch 1 of 1: tree, 1 row of 58 tokens
-at      0  row 0: prompt 21 ┬─ good 5
-                            └─ mismatched 3
-at     29  row 1: prompt 21 ┬─ bad 3
-                            └─ mismatched 5
-tokens: tree 58 · packed 100 · padded 104; trees save 42% of packed, 44% of
-padded""",
+micro-batch 1 of 1: tree, 1 row of 29 tokens
+at      0  rows 0, 1: prompt 21
+at     21  ├─ row 0: good 5
+at     26  └─ row 1: bad 3
+tokens: tree 29 · packed 50 · padded 52; trees save 42% of packed, 44% of padded
+mismatched completions for the KL, without gradient, after these prompts: 10
+tokens""",
     ),
     "KTO in several": (
         SINGLES,
-        ["loss.type=kto", "train.tokens_per_microbatch=30"],
+        ["loss.type=kto", "train.tokens_per_microbatch=28"],
         """\
 micro-batch 1 of 2: tree, 1 row of 26 tokens
 at      0  row 0: prompt 21 ── good 5
@@ -295,7 +321,7 @@ tokens: tree 26 · packed 26 · padded 26; trees save 0% of packed, 0% of padded
 
 @pytest.mark.parametrize(("rows", "overrides", "wanted"), LAYOUT_TEXTS.values(), ids=LAYOUT_TEXTS)
 def test_a_microbatch_is_drawn_as_it_lies(folder: Path, rows: list[dict[str, Any]], overrides: list[str], wanted: str):
-    """The drawing shows the place and content of each tree or row, and the cost of the micro-batch in other layouts."""
+    """The drawing shows the place and content of each node or row, and the cost of the micro-batch in other layouts."""
     printed = shown(config_of(folder, rows, None, *overrides))
     title, _, below = wanted.partition("\n")
     assert f"\n{title} ──" in printed
@@ -374,10 +400,10 @@ padded                 30  1.50 ×"""
 
 @pytest.mark.parametrize(
     ("budget", "tokens"),
-    [(1000, {"tree": 58, "packed": 100, "padded": 104}), (30, dict.fromkeys(LAYOUTS, 100))],
+    [(1000, {"tree": 39, "packed": 100, "padded": 104}), (28, dict.fromkeys(LAYOUTS, 100))],
 )
 def test_a_step_of_kto_counts_its_mismatched_responses(folder: Path, budget: int, tokens: dict[str, int]):
-    """Mismatched responses are branches in a single micro-batch, and otherwise a pass of their own."""
+    """Mismatched completions follow the prompts of a single forest, and otherwise are a pass of their own."""
     config = config_of(folder, SINGLES, None, "loss.type=kto", f"train.tokens_per_microbatch={budget}")
     data = load_examples(config, chatml())
     assert step_tokens(data.train, config).tokens == tokens

@@ -26,7 +26,7 @@ class Counting:
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         self.completions += len(batch.keys)
-        return -(batch.targets.float() + batch.offsets / 100)
+        return -(batch.of_tokens(batch.targets).float() + batch.offsets / 100)
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ def real_steps(config: Config, steps: Iterable[Sequence[Example]], layers: int |
     checkpoint_layers(loaded.model, layers)
     reference = make_reference(config, loaded)[0] if config.loss.uses_reference else None
     if reference is not None and precomputes(config):
-        reference = lambda batch: torch.zeros(len(batch.targets))  # noqa: E731
+        reference = lambda batch: torch.zeros(len(batch.segments))  # noqa: E731
     optimizer = make_optimizer(loaded.policy, config)
     objective = Objective(loaded.policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU)
     parameters = [p for p in loaded.policy.parameters() if p.requires_grad]

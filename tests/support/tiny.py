@@ -1,5 +1,6 @@
 """Very small random models of several kinds, and random examples, for tests of everything above the kernels."""
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -134,3 +135,31 @@ def examples(count: int, *, seed: int = 0, single: bool = False, turns: bool = F
         contexts = tuple(spans(len(completion)) for completion in completions) if turns else ()
         result.append(Example(ids(1, 17), completions, label, Origin(f"row {at}"), contexts if any(contexts) else ()))
     return result
+
+
+def sharing_examples(count: int, *, single: bool = False, turns: bool = False) -> list[Example]:
+    """Return the examples of `examples` with what examples may have in common.
+
+    A system prompt, nested in it a longer one, equal prompts, equal completions, a completion that begins with another
+    one, completions with a common beginning, and a prompt that continues another row's answer.
+    """
+    rows = examples(count, single=single, turns=turns)
+    system, longer, answer = ([3 + (7 * at + first) % 90 for at in range(20)] for first in (1, 40, 77))
+    for at, row in enumerate(rows):
+        prompt = (system + longer if at % 2 else system) + row.prompt if at % 4 != 3 else row.prompt
+        first, *others = row.completions
+        if at % 3 == 0:
+            first = answer + first
+            others = [answer + ids for ids in others]
+        rows[at] = replace(row, prompt=prompt, completions=(first, *others))
+    if count > 5:
+        own, other = rows[1], rows[2]
+        rows[4] = replace(rows[4], prompt=own.prompt, completions=(own.completions[0], *rows[4].completions[1:]))
+        longer_answer = (other.completions[0] + [5, 9], *rows[5].completions[1:])
+        rows[5] = replace(rows[5], prompt=other.prompt, completions=longer_answer)
+        rows[0] = replace(rows[0], prompt=own.prompt + own.completions[0] + rows[0].prompt)
+    return [replace(row, contexts=row.contexts if _fit(row) else ()) for row in rows]
+
+
+def _fit(row: Example) -> bool:
+    return all(not spans or spans[-1][1] < len(ids) for spans, ids in zip(row.contexts, row.completions))

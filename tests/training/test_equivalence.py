@@ -16,10 +16,10 @@ from fastpref.model.load import Loaded, load_model
 from fastpref.step.metrics import Metrics
 from fastpref.step.objective import Objective
 from fastpref.step.reference import make_reference
-from tests.support.tiny import config_for, examples, save_model
+from tests.support.tiny import config_for, examples, save_model, sharing_examples
 
 CPU = torch.device("cpu")
-KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
+KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt-oss", "mixtral")
 LOSSES = {
     "dpo": ["loss.type=dpo"],
     "dpo-mixed": ['loss={type="dpo", variants=["sigmoid", "sft"], weights=[1, 0.5], label_smoothing=0.1}'],
@@ -56,12 +56,13 @@ class Step:
                     parameter.add_(0.05 * torch.randn_like(parameter))
 
     def run(
-        self, layout: Layout, budget: int, count: int = 7, *, turns: bool = False
+        self, layout: Layout, budget: int, rows: list[Example] | None = None, *, turns: bool = False
     ) -> tuple[Metrics, dict[str, torch.Tensor], int]:
         objective = Objective(self.loaded.policy, self.reference, self.options, layout, budget, 0, CPU)
         self.loaded.policy.zero_grad()
         self.loaded.policy.train()
-        rows = examples(count, single=isinstance(self.options, KTO), turns=turns)
+        if rows is None:
+            rows = sharing_examples(7, single=isinstance(self.options, KTO), turns=turns)
         metrics, work = objective.step(rows, lambda loss: loss.backward())
         return metrics, self.gradients(), work.microbatches
 
@@ -74,7 +75,7 @@ def test_layouts_give_the_log_probabilities_of_plain_sequences(models: dict[str,
     """In every layout, token log-probabilities are those of prompt and completion alone in a row."""
     loaded = load_model(config_for(models[kind]), CPU)
     assert (loaded.layout, loaded.why_padded) == ("tree", None)
-    rows = examples(5)
+    rows = sharing_examples(7)
     with torch.no_grad():
         truth = []
         for k in range(2):
@@ -90,12 +91,12 @@ def test_layouts_give_the_log_probabilities_of_plain_sequences(models: dict[str,
 
 
 WHOLE = 10_000  # tokens: all examples of a step are one micro-batch
-CASES: list[tuple[Layout, int]] = [("tree", WHOLE), ("packed", WHOLE), ("tree", 60), ("packed", 1), ("padded", 120)]
+CASES: list[tuple[Layout, int]] = [("tree", WHOLE), ("packed", WHOLE), ("tree", 130), ("packed", 1), ("padded", 120)]
 EQUIVALENCES = [
     *(("llama", loss, adapted) for loss in LOSSES for adapted in ("lora", "full", "lora-turns")),
     *(("gemma2", loss, "lora") for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")),
     *(("gemma2", loss, "full") for loss in ("dpo", "kto", "orpo")),
-    *((kind, loss, "full") for kind in ("qwen2", "gemma3") for loss in ("dpo", "kto", "orpo")),
+    *((kind, loss, "full") for kind in ("qwen2", "gemma3", "gpt-oss", "mixtral") for loss in ("dpo", "kto", "orpo")),
     *(("qwen3", loss, "lora") for loss in ("dpo", "kto", "orpo")),
 ]
 
@@ -103,7 +104,7 @@ EQUIVALENCES = [
 @pytest.mark.parametrize(("kind", "loss", "how"), EQUIVALENCES, ids="-".join)
 def test_tree_packed_padded_and_any_microbatches_agree(models: dict[str, Path], kind: str, loss: str, how: str):
     """Loss, metrics and gradients are equal in float32: tree ≡ packed ≡ padded, and one micro-batch ≡ many, also if
-    completions contain turns of others."""
+    completions contain turns of others. The rows share beginnings in many ways, longer than windows."""
     step, turns = Step(models[kind], LOSSES[loss], lora=how != "full"), how.endswith("turns")
     expected, gradients, parts = step.run("padded", WHOLE, turns=turns)
     assert parts == 1
@@ -165,7 +166,7 @@ def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bo
     step = Step(models["llama"], LOSSES[loss], lora=lora)
     # Without adapters, the reference is the model itself, because no copy of its original weights exists here.
     reference = load_model(config_for(models["llama"]), CPU).model if lora else step.loaded.model
-    rows = examples(7, single=isinstance(step.options, KTO), turns=True)
+    rows = sharing_examples(7, single=isinstance(step.options, KTO), turns=True)
     assert any(row.contexts for row in rows)
     step.loaded.policy.zero_grad()
     expected = naive_loss(step, step.loaded.model, reference, rows)
@@ -187,7 +188,7 @@ def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str
     step = Step(models["llama"], LOSSES[loss], lora=True)
 
     def reference(batch: PreferenceBatch) -> torch.Tensor:  # lower than the policy's, so that the KL is not 0
-        return step.loaded.policy(batch).logp.detach() - 0.05 * (batch.targets % 7)
+        return step.loaded.policy(batch).logp.detach() - 0.05 * (batch.of_tokens(batch.targets) % 7)
 
     own = reference if step.options.uses_reference else None
     objective = Objective(step.loaded.policy, own, step.options, "tree", 150, 0, CPU)

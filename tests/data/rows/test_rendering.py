@@ -59,7 +59,7 @@ def scored(
     assert batch.attention_mask is not None
     texts = [str(tokenizer.decode(examples[0].prompt))]
     for sequence in range(batch.completions):
-        ids = batch.targets[batch.segments == sequence].tolist()
+        ids = batch.of_tokens(batch.targets)[batch.segments == sequence].tolist()
         whole = batch.input_ids[sequence][batch.attention_mask[sequence].bool()].tolist()
         assert whole == examples[0].prompt + ids
         texts.append(str(tokenizer.decode(ids)))
