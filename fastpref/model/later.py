@@ -49,11 +49,15 @@ def later_attention(
     for branch in layout.branches:
         own = slice(start, start + branch.length)
         start += branch.length
-        keys, values = (torch.cat([side[:, :, span] for span in branch.prefix], dim=2) for side in kept)
-        all_keys, all_values = torch.cat([keys, key[:, :, own]], dim=2), torch.cat([values, value[:, :, own]], dim=2)
+        all_keys, all_values = (
+            torch.cat([*(before[:, :, span] for span in branch.prefix), side[:, :, own]], dim=2)
+            for before, side in zip(kept, (key, value))
+        )
         if branch.sees_itself:
             parts.append(attend(query[:, :, own], all_keys, all_values))
-        elif layout.eager or attend.softcap is not None or attend.sinks is not None:
+            continue
+        keys, values = all_keys[:, :, : -branch.length], all_values[:, :, : -branch.length]
+        if layout.eager or attend.softcap is not None or attend.sinks is not None:
             mask = _prefix_mask(branch.length, keys.shape[2], attend.window, query.device)
             mask = F.pad(mask, (0, branch.length))
             rules = (attend.dropout, attend.scaling, attend.softcap, attend.sinks)

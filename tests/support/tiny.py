@@ -141,12 +141,12 @@ def sharing_examples(count: int, *, single: bool = False, turns: bool = False) -
     """Return the examples of `examples` with what examples may have in common.
 
     A system prompt, nested in it a longer one, equal prompts, equal completions, a completion that begins with another
-    one, completions with a common beginning, and a prompt that continues another row's answer.
+    one, completions with a common beginning, a prompt of one token, and one that continues another row's answer.
     """
     rows = examples(count, single=single, turns=turns)
     system, longer, answer = ([3 + (7 * at + first) % 90 for at in range(20)] for first in (1, 40, 77))
     for at, row in enumerate(rows):
-        prompt = (system + longer if at % 2 else system) + row.prompt if at % 4 != 3 else row.prompt
+        prompt = (system + longer if at % 2 else system) + row.prompt if at % 4 != 3 else row.prompt[:1]
         first, *others = row.completions
         if at % 3 == 0:
             first = answer + first
