@@ -2,18 +2,29 @@
 
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 
-@dataclass(frozen=True)
-class ChatOptions:
-    """The options of every chat_template.* format."""
+@dataclass(frozen=True, kw_only=True)
+class ChatWriting:
+    """The options of every chat_template.* format: how messages are read and written."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
+
+    message_property_mappings: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    chat_template: str | None = None
+    tools: Sequence[Any] | str | None = None
+    field_weight: str = "weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(ChatWriting):
+    """The options of the chat_template.* formats of pairs and single responses."""
 
     field_messages: str = "messages"
     field_chosen: str = "chosen"
@@ -21,10 +32,49 @@ class ChatOptions:
     field_prompt: str = "prompt"
     field_completion: str = "completion"
     field_label: str = "label"
-    message_property_mappings: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    chat_template: str | None = None
-    tools: Sequence[Any] | str | None = None
+    field_margin: str = "margin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ordered:
+    """The options that name the one column or key which says how good the completions of a row are."""
+
+    field_scores: str | None = None
+    field_ranks: str | None = None
+    field_best: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(given := [option for option in _ORDERS if getattr(self, option)]) > 1:
+            raise ValueError(f"{given[1]}: {given[0]} says already how good the completions are; remove one of them")
+
+    @property
+    def order(self) -> tuple[Any, str] | None:
+        """Return "scores", "ranks" or "best", and the name of its column; None for what a row has."""
+        given = ((option.removeprefix("field_"), getattr(self, option)) for option in _ORDERS)
+        return next(((kind, name) for kind, name in given if name), None)
+
+
+_ORDERS = tuple(option.name for option in fields(Ordered))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedOptions(Ordered, ChatWriting):
+    """The options of the chat_template.* formats of lists of completions."""
+
+    field_prompt: str = "prompt"
+    field_responses: str = "responses"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UltraFeedbackOptions(RankedOptions):
+    field_prompt: str = "instruction"
+    field_responses: str = "completions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilabelOptions(RankedOptions):
+    field_prompt: str = "instruction"
+    field_responses: str = "generations"
 
 
 @dataclass(frozen=True)
@@ -39,6 +89,8 @@ class TableOptions:
     field_rejected: str = "rejected"
     field_completion: str = "completion"
     field_label: str = "label"
+    field_weight: str = "weight"
+    field_margin: str = "margin"
     prompt_format: str = "{prompt}"
     chosen_format: str = "{chosen}"
     rejected_format: str = "{rejected}"
@@ -46,6 +98,25 @@ class TableOptions:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "chosen", "rejected", "completion"):
+            _check_format(f"{name}_format", getattr(self, f"{name}_format"), name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedTableOptions(Ordered):
+    """The columns of a user's table with lists of completions, and how each is written."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    field_prompt: str = "prompt"
+    field_system: str = "system"
+    field_responses: str = "responses"
+    field_weight: str = "weight"
+    prompt_format: str = "{prompt}"
+    response_format: str = "{response}"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prompt", "response"):
             _check_format(f"{name}_format", getattr(self, f"{name}_format"), name)
 
 
@@ -69,9 +140,13 @@ FORMATS: dict[str, type | None] = {
         for name in ("default", "argilla", "argilla_chat", "icr", "intel", "prompt_pairs", "ultra")
     ),
     **dict.fromkeys((f"chat_template.{name}" for name in ("default", "argilla_chat", "argilla")), ChatOptions),
+    "chat_template.ranked": RankedOptions,
+    "chat_template.ultrafeedback": UltraFeedbackOptions,
+    "chat_template.distilabel": DistilabelOptions,
     "zephyr.nectar": None,
     "passthrough": None,
     "table": TableOptions,
+    "table.ranked": RankedTableOptions,
 }
 """The options of each named format. The first part of a name is the chat markup that it writes."""
 NAMES = ("auto", *FORMATS)

@@ -32,6 +32,8 @@ class Loss:
     """True if the loss compares the policy with a reference model."""
     paired: ClassVar[bool] = True
     """Whether an example is a pair of responses; otherwise it is a single response with a label."""
+    listwise: ClassVar[bool] = False
+    """Whether an example has any number of completions with their scores, which the loss ranks."""
 
     @property
     def unit(self) -> str:
@@ -190,6 +192,11 @@ class CPO(Loss):
 LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO
 LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
 """The losses by the names that `loss.type` takes."""
+
+
+def examples_of(loss: LossOptions) -> Literal["pairs", "single completions", "lists"]:
+    """Return what the examples of a loss are: pairs, single completions with labels, or lists with scores."""
+    return "lists" if loss.listwise else "pairs" if loss.paired else "single completions"
 
 
 def compares_neighbours(loss: LossOptions, rows: int) -> bool:

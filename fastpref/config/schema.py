@@ -125,6 +125,9 @@ Format = Annotated[
 ]
 
 
+Pairing = Literal["best-worst", "best-rest", "all", "adjacent"]
+
+
 class DataConfig(_Section):
     path: ReadPath
     """Names the data: a .json, .jsonl, .parquet, .csv or .arrow file, a folder that `save_to_disk` wrote, or a data
@@ -142,6 +145,11 @@ class DataConfig(_Section):
     """Repeats the rows: 2.5 takes every row twice and half of them once more; 0.3 takes three tenths of them."""
     rows: Count | None = None
     """Reads this number of rows only, from the first one on."""
+    pairs: Pairing = "best-worst"
+    """Makes pairs of a row with a list of completions: one of its best and its worst, the best with each other one,
+    every two, or each with the next worse one. Pairs of the same score are dropped and counted."""
+    min_difference: NonNegative = 0.0
+    """Drops pairs of such a row whose scores (or ranks) differ by less."""
     on_error: Literal["error", "drop"] = "error"
     """Decides about rows that are broken or of another form: stop with an error, or drop and count them."""
 
@@ -305,6 +313,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         model, reference, train = self.model, self.reference, self.train
+        sources = [*self.data, *self.eval.data]
         not_copied = 'only a frozen copy has this key; set reference.mode = "copy", or remove it'
         checks = [
             (reference.mode == "adapter" and self.lora is None,
@@ -321,6 +330,12 @@ class Config(_Section):
             (train.offload_activations and train.checkpointing is False,
              "train.offload_activations: only gradient checkpointing has inputs to move; set "
              'train.checkpointing to true or "auto"'),
+            (self.loss.listwise and any(data.pairs != "best-worst" or data.min_difference for data in sources),
+             f"data.pairs, data.min_difference: {self.loss.type} takes lists of completions whole, and makes no pairs; "
+             "remove these keys"),
+            (not self.loss.paired and any(data.pairs != "best-worst" for data in sources),
+             f"data.pairs: {self.loss.type} takes the best completion of a row as good and the worst as bad; "
+             "remove this key, or use a loss of pairs"),
             (self.eval.every is not None and not self.eval.wanted,
              "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
         ]  # fmt: skip

@@ -25,7 +25,7 @@ from fastpref.data import table
 from fastpref.data.balance import unbalanced
 from fastpref.data.example import Counts, Example
 from fastpref.data.fingerprint import fingerprint
-from fastpref.data.sources import notes_on_text, prepare
+from fastpref.data.sources import Rows, notes_on_text, prepare
 from fastpref.data.table import Examples
 from fastpref.data.template.text import check_template_keywords
 from fastpref.data.tokenize import tokenize_batches
@@ -139,7 +139,7 @@ def _tokenize(
     """
     prepared = prepare(config)
     notes = [*prepared.notes, *notes_on_text(prepared, tokenizer)]
-    counts = {name: Counts() for name in _PARTS}
+    counts = {name: _counts(getattr(prepared, name)) for name in _PARTS}
     ends: dict[str, set[int]] = {name: set() for name in _PARTS}
     templates: dict[str, set[str | None]] = {name: set() for name in _PARTS}
     for name in _PARTS:
@@ -163,6 +163,11 @@ def _tokenize(
         "chat_template": next(iter(used)) if len(used) == 1 else None,
         "notes": notes,
     }
+
+
+def _counts(rows: Rows) -> Counts:
+    """Return the counts of the pairs that the rows of a part leave out."""
+    return Counts(rows=rows.tied + rows.close, tied=rows.tied, close=rows.close)
 
 
 def _open(entry: Path) -> tuple[Tokenized | None, str]:

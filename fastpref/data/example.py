@@ -52,6 +52,13 @@ class Example:
         """Return how many tokens of a completion are scored, at least one."""
         return len(self.completions[which]) - sum(stop - start for start, stop in self.context(which))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the completions, for display."""
+        if self.label is not None:
+            return ("good" if self.label else "bad",)
+        return tuple(f"completion {k}" for k in range(len(self.completions))) if self.scores else ("chosen", "rejected")
+
     def with_completions(self, parts: "Sequence[tuple[Example, int]]") -> "Example":
         """Return this prompt with other completions, each given as an example and its number in that example."""
         contexts = tuple(example.context(which) for example, which in parts)
@@ -76,6 +83,8 @@ class Counts:
     turns_cut: int = _count("prompts without their oldest turns")
     prompts_cut: int = _count("prompts cut from the left")
     responses_cut: int = _count("responses cut from the right")
+    tied: int = _count("with equal scores", dropped=True)
+    close: int = _count("with scores closer than data.min_difference", dropped=True)
     overlong: int = _count("too long", dropped=True)
     empty: int = _count("with an empty response", dropped=True)
     equal: int = _count("with equal responses", dropped=True)

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config, DataConfig
 from fastpref.config.formats import is_function, parse_format
+from fastpref.config.losses import examples_of
 from fastpref.data.opening import content_hash
 from fastpref.data.rows.function import source_file
 from fastpref.data.template.keywords import writes_the_date
 from fastpref.data.template.named import load_chat_template
 
-VERSION = 4
+VERSION = 5
 """The version of the tokenised form. Raise it when tokenising or the stored columns change."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")  # they render and tokenise the text
 
@@ -39,7 +40,7 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dic
         "heldout": [_source(data) for data in config.eval.data],
         "fraction": config.eval.fraction,
         "tokens": config.tokens.model_dump(exclude={"chat_template"}),
-        "single responses": not config.loss.paired,
+        "examples": examples_of(config.loss),
         "tokenizer": _tokenizer(tokenizer),
         "chat template": tokenizer.chat_template,
     }

@@ -7,6 +7,7 @@ from itertools import islice
 import numpy as np
 
 from fastpref.config import Config
+from fastpref.config.losses import examples_of
 from fastpref.data.batch import Layout
 from fastpref.data.example import Example, Origin
 from fastpref.data.lengths import cut, kept_prompt
@@ -15,6 +16,7 @@ from fastpref.data.plan import plan_step
 from fastpref.data.table import Examples
 
 STEPS = 1000  # first steps of a run that are searched
+LIST = 4  # completions of a row that are assumed for a loss of lists, if no data says how many there are
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Microbatch:
 def longest_of(config: Config, examples: Examples, layout: Layout) -> Microbatch:
     """Return the micro-batch with the most tokens among the first steps of a run."""
     prompts, completions = _cut(config, examples.prompt_lengths, examples.completion_lengths)
+    counts = examples.completions
     largest: Microbatch | None = None
     steps = min(STEPS, config.train.steps or -(-len(examples) * config.train.epochs // config.train.batch))
     for places in islice(data_order(len(examples), config.train.batch, config.train.seed), int(steps)):
-        step = [_shortened(examples[i], int(prompts[i]), completions[i].tolist()) for i in places]
+        step = [_shortened(examples[i], int(prompts[i]), completions[i, : counts[i]].tolist()) for i in places]
         for part in microbatches(config, step, layout, f"the data, {len(examples):,} rows"):
             if largest is None or part.tokens > largest.tokens:
                 largest = part
@@ -43,8 +46,9 @@ def longest_of(config: Config, examples: Examples, layout: Layout) -> Microbatch
 
 def longest_possible(config: Config) -> Microbatch:
     """Return a micro-batch full of examples of `tokens.max_length`, whose tokens are all scored but the first."""
-    longest, single = config.tokens.max_length, not config.loss.paired
-    completions = 1 if single else 2
+    longest, takes = config.tokens.max_length, examples_of(config.loss)
+    single, ranked = takes == "single completions", takes == "lists"
+    completions = 1 if single else LIST if ranked else 2
     size = 1 + completions * (longest - 1)
     count = min(config.train.batch, max(1, config.tokens_per_microbatch // size))
     examples = [
@@ -54,10 +58,12 @@ def longest_possible(config: Config) -> Microbatch:
             tuple([i * completions + k] + [0] * (longest - 2) for k in range(completions)),
             bool(i % 2) if single else None,
             Origin(""),
+            scores=tuple(map(float, range(completions))) if ranked else (),
         )
         for i in range(count)
     ]
-    return Microbatch(examples, count < config.train.batch, count * size, f"tokens.max_length = {longest:,}")
+    source = f"tokens.max_length = {longest:,}" + f" and {LIST} completions a row" * ranked
+    return Microbatch(examples, count < config.train.batch, count * size, source)
 
 
 def microbatches(

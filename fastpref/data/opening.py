@@ -10,7 +10,7 @@ import datasets
 
 from fastpref.config import DataConfig
 from fastpref.data.records import ArrowRecords, Csv, JsonLines, Records, read_json
-from fastpref.data.rows.columns import LABELS
+from fastpref.data.rows.columns import LABELS, MARGIN, WEIGHT
 from fastpref.errors import UserError, one_line
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
@@ -71,9 +71,9 @@ def _open(data: DataConfig) -> Records:
         if path.suffix == ".json":
             return read_json(data.path, path)
         if path.suffix == ".csv":
-            label, *others = LABELS
-            own = data.format.get("field_label", label) if isinstance(data.format, dict) else label
-            return Csv(data.path, path, numbers=[own, *others])
+            options = data.format if isinstance(data.format, dict) else {}
+            numbers = [options.get(f"field_{name}", name) for name in (LABELS[0], WEIGHT, MARGIN)]
+            return Csv(data.path, path, numbers=[*numbers, *LABELS[1:]])
     except OSError as error:
         raise UserError(f"{data.path}: cannot be read: {error.strerror}") from None
     return ArrowRecords(data.path, _from_table(data, path))

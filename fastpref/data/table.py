@@ -1,7 +1,7 @@
 """Examples in an Arrow table, in memory or in a memory-mapped file. Each becomes a Python object when it is read."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
@@ -20,6 +20,9 @@ SCHEMA = pa.schema(
         "completions": pa.list_(_IDS),
         "contexts": pa.list_(_IDS),  # of each completion start, stop, start, stop, …; none where all is scored
         "label": pa.bool_(),
+        "scores": pa.list_(pa.float64()),  # of each completion; none for pairs and labels
+        "weight": pa.float64(),
+        "margin": pa.float64(),  # null where there is none
         "place": pa.string(),
         "question": pa.string(),
         "prompt_cut": pa.int32(),
@@ -61,6 +64,9 @@ class Examples(Sequence[Example]):
             label=value("label").as_py(),
             row=Origin(**origin),
             contexts=tuple(_pairs(places) for places in value("contexts").as_py()),
+            scores=tuple(value("scores").as_py()),
+            weight=value("weight").as_py(),
+            margin=value("margin").as_py(),
         )
 
     @property
@@ -70,17 +76,48 @@ class Examples(Sequence[Example]):
 
     @property
     def completion_lengths(self) -> np.ndarray:
-        """Return the number of tokens of each completion, [E, K], without reading the tokens."""
-        lengths = pc.list_value_length(pc.list_flatten(self.table.column("completions")))  # pyright: ignore[reportAttributeAccessIssue]
-        return lengths.to_numpy().reshape(len(self), -1 if len(self) else 0)
+        """Return the number of tokens of each completion, [E, K], without reading the tokens.
+
+        K is the most completions of an example; one with fewer has zeros at the end.
+        """
+        flat = pc.list_value_length(pc.list_flatten(self.table.column("completions"))).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        counts = self.completions
+        if not len(counts):
+            return flat.reshape(0, 0)
+        lengths = np.zeros((len(counts), counts.max()), flat.dtype)
+        lengths[np.arange(lengths.shape[1]) < counts[:, None]] = flat
+        return lengths
+
+    @property
+    def completions(self) -> np.ndarray:
+        """Return the number of completions of each example, [E]."""
+        return pc.list_value_length(self.table.column("completions")).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the examples have lists of completions with scores."""
+        return bool(pc.sum(pc.list_value_length(self.table.column("scores"))).as_py())  # pyright: ignore[reportAttributeAccessIssue]
 
     def digest(self) -> str:
-        """Hash all tokens, lengths and labels in their order, regardless of the table's chunks. Returns 16 digits."""
+        """Hash all tokens, lengths, labels, scores, weights and margins in their order, regardless of the table's
+        chunks. Returns 16 digits.
+        """
         digest, labels = hashlib.sha256(), self.table.column("label").to_pylist()
         for values in (self._prompt_ids.to_numpy(), self._completion_ids.to_numpy(), self.prompt_lengths,
-                       self.completion_lengths, np.asarray(labels, dtype=str)):  # fmt: skip
+                       self.completion_lengths, np.asarray(labels, dtype=str), *self._numbers()):  # fmt: skip
             digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()[:16]
+
+    def _numbers(self) -> Iterator[np.ndarray]:
+        """Yield the scores, weights and margins with their names, but none that no example has."""
+        scores = pc.list_flatten(self.table.column("scores")).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
+        weights = self.table.column("weight").to_numpy()
+        margins = self.table.column("margin")
+        given = {"scores": len(scores), "weight": (weights != 1).any(), "margin": margins.null_count < len(margins)}
+        numbers = {"scores": scores, "weight": weights, "margin": margins.to_numpy()}
+        for name in (name for name, is_given in given.items() if is_given):
+            yield np.frombuffer(name.encode(), np.uint8)
+            yield numbers[name]
 
     @property
     def highest_ids(self) -> tuple[int, int]:
@@ -104,12 +141,13 @@ class Examples(Sequence[Example]):
 
     @property
     def context_lengths(self) -> np.ndarray:
-        """Return the number of unscored tokens of each completion, [E, K], from the spans alone."""
+        """Return the number of unscored tokens of each completion, [E, K] as `completion_lengths`, from the spans."""
         lengths = np.zeros_like(self.completion_lengths)
         column = self.table.column("contexts")
         given = pc.greater(pc.list_value_length(column), 0).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
         for row in np.flatnonzero(given):
-            lengths[row] = [sum(stop - start for start, stop in _pairs(of)) for of in column[int(row)].as_py()]
+            counts = [sum(stop - start for start, stop in _pairs(of)) for of in column[int(row)].as_py()]
+            lengths[row, : len(counts)] = counts
         return lengths
 
     @property
@@ -150,7 +188,7 @@ def _record(examples: Sequence[Example]) -> pa.RecordBatch:
         "contexts": [
             [[place for span in spans for place in span] for spans in example.contexts] for example in examples
         ],
-        "label": [example.label for example in examples],
+        **{name: [getattr(example, name) for example in examples] for name in ("label", "scores", "weight", "margin")},
         **{name: [getattr(row, name) for row in rows] for name in _ORIGIN},
     }
     return pa.record_batch(

@@ -21,7 +21,7 @@ from fastpref.data.left_out import (
     tool_names,
 )  # fmt: skip
 from fastpref.data.lengths import cut, kept_prompt, kept_response
-from fastpref.data.rows.content import Message, Paired, RowError, Unpaired, Writing
+from fastpref.data.rows.content import Message, Paired, Ranked, RowContent, RowError, Unpaired, Writing
 from fastpref.data.sources import SourceRow
 from fastpref.data.template.ends import EndTokens, encode, only_id
 from fastpref.data.template.keywords import key_of, of_run
@@ -32,7 +32,6 @@ from fastpref.errors import UserError
 
 BATCH = 1000  # rows that are rendered and tokenised at once
 _QUESTION = 500  # characters of a question that its example keeps
-_EQUAL = "chosen and rejected are equal"
 
 
 def tokenize_batches(
@@ -173,9 +172,7 @@ class _Encoder:
             self._counts.left_out_first = self._counts.left_out_first or f"{draft.row.place}: {pieces[0]}"
         return replace(draft, missing=missing, unwritten=unwritten)
 
-    def _special_in_response(
-        self, content: Paired | Unpaired, pieces: Sequence[Piece], last: Sequence[Piece]
-    ) -> str | None:
+    def _special_in_response(self, content: RowContent, pieces: Sequence[Piece], last: Sequence[Piece]) -> str | None:
         """Return a special token in a response's words, except end tokens at the end of its last turn, or None."""
         for piece in pieces:
             if special := self._specials.find(piece):
@@ -240,9 +237,9 @@ class _Encoder:
             return self._refuse_unwritten(draft, draft.unwritten)
         if not whole:
             return self._refuse(row, "the prompt has no tokens", "promptless")
-        if len(responses) == 2 and responses[0] == responses[1]:
+        if equal := _equal(responses, content):
             lost = [name for name in content.responses if draft.missing.get(name)]
-            return self._refuse_unwritten(draft, lost[0]) if lost else self._refuse(row, _EQUAL, "equal")
+            return self._refuse_unwritten(draft, lost[0]) if lost else self._refuse(row, equal, "equal")
 
         room = self._room(draft, whole, max(map(len, responses)))
         if isinstance(room, _Draft):
@@ -257,8 +254,8 @@ class _Encoder:
         fitted = [cut(*parts, self._options.max_length - len(prompt)) for parts in zip(responses, placed)]
         completions, spans = [ids for ids, _ in fitted], tuple(context for _, context in fitted)
         lost = tuple(len(ids) - len(left) for ids, left in zip(responses, completions))
-        if len(completions) == 2 and completions[0] == completions[1]:
-            return self._refuse(row, "chosen and rejected are equal once cut to tokens.max_length", "overlong")
+        if equal := _equal(completions, content):
+            return self._refuse(row, f"{equal} once cut to tokens.max_length", "overlong")
         origin = Origin(
             place=str(row.place),
             question=row.question[:_QUESTION],
@@ -268,7 +265,16 @@ class _Encoder:
             merged=merged,
         )
         label = content.label if isinstance(content, Unpaired) else None
-        example = Example(prompt, tuple(completions), label, origin, spans if any(spans) else ())
+        example = Example(
+            prompt,
+            tuple(completions),
+            label,
+            origin,
+            spans if any(spans) else (),
+            scores=content.scores if isinstance(content, Ranked) else (),
+            weight=1.0 if content.weight is None else content.weight,
+            margin=content.margin if isinstance(content, Paired) else None,
+        )
         if not all(map(example.scored, range(len(completions)))):
             return self._refuse(row, "nothing scored is left of a response cut to tokens.max_length", "overlong")
         counts.merged += merged > 0
@@ -361,6 +367,15 @@ class _Encoder:
             return prompt
         begins = prompt[:1] if prompt[0] == self._bos and keep > 1 else []
         return begins + prompt[len(prompt) - keep + len(begins) :]
+
+
+def _equal(completions: Sequence[Ids], content: RowContent) -> str | None:
+    """Return which two completions of a row have the same tokens, in words, or None."""
+    names: dict[tuple[int, ...], str] = {}
+    for name, ids in zip(content.responses, completions):
+        if (other := names.setdefault(tuple(ids), name)) != name:
+            return f"{other} and {name} are equal"
+    return None
 
 
 def _common_prefix(sequences: list[Ids]) -> int:

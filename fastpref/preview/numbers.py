@@ -35,10 +35,14 @@ class StepTokens:
 
 
 def lengths(examples: Examples) -> list[Lengths]:
-    """Return the percentiles of the lengths of prompts and of each kind of response."""
-    columns = examples.completion_lengths.T
-    names = ("response",) if len(columns) == 1 else ("chosen", "rejected")
-    parts = dict(zip(("prompt", *names), (examples.prompt_lengths, *columns)))
+    """Return the percentiles of the lengths of prompts and of each kind of response, and how many lists have."""
+    parts = {"prompt": examples.prompt_lengths}
+    if examples.ranked:
+        every = examples.completion_lengths.ravel()
+        parts |= {"completion": every[every > 0], "completions a row": examples.completions}
+    else:
+        columns = examples.completion_lengths.T
+        parts |= zip(("response",) if len(columns) == 1 else ("chosen", "rejected"), columns)
     return [
         Lengths(name, tuple(int(n) for n in np.percentile(counts, PERCENTILES, method="inverted_cdf")))
         for name, counts in parts.items()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpref.config import Config
-from fastpref.config.losses import KTO
+from fastpref.config.losses import KTO, examples_of
 from fastpref.data.batch import Layout, PreferenceBatch, collate
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import OUTCOMES, Counts, Example
@@ -88,6 +88,8 @@ class ReadExample:
     completions: list[list[int]]
     scored: list[list[bool]]  # whether each token of the completions is scored
     prompt_scored: bool
+    scores: list[float]  # of the completions; [] for pairs and labels
+    numbers: dict[str, float]  # the weight and the margin, if the batch has them
 
 
 def read(batch: PreferenceBatch) -> list[ReadExample]:
@@ -104,39 +106,41 @@ def read(batch: PreferenceBatch) -> list[ReadExample]:
             [(sequence, at) in scored for at in range(len(completion))]
             for sequence, completion in zip(sequences, completions)
         ]
-        examples.append(ReadExample(tokens[0][:prompt], completions, uses, prompt_scored))
+        scores = [] if batch.scores is None else batch.scores[e].tolist()
+        given = {"weight": batch.weights, "margin": batch.margins}
+        numbers = {name: float(values[e]) for name, values in given.items() if values is not None}
+        examples.append(ReadExample(tokens[0][:prompt], completions, uses, prompt_scored, scores, numbers))
     return examples
 
 
 # --- Rows ----------------------------------------------------------------------------------------------------------
 
 
-def _names(example: Example) -> list[str]:
-    """Return the names of an example's completions."""
-    if example.label is None:
-        return ["chosen", "rejected"]
-    return ["good" if example.label else "bad"]
-
-
 def _row(at: int, example: Example, held: ReadExample, writer: Writer) -> Group:
     row = example.row
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(width=11)
+    grid.add_column(width=12 if example.scores else 11)
     grid.add_column(overflow="fold")
     text = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut, turns=row.turns_cut)
     grid.add_row(_labelled("prompt", len(held.prompt)), text)
-    for name, ids, scored, cut in zip(_names(example), held.completions, held.scored, row.completions_cut):
+    scores = held.scores or [None] * len(held.completions)
+    for name, ids, scored, cut, score in zip(
+        example.names, held.completions, held.scored, row.completions_cut, scores, strict=True
+    ):
         text = writer.completion(held.prompt, ids, scored, across=row.merged > 0, cut=cut)
-        grid.add_row(_labelled(name, len(ids), sum(scored)), text)
-    parts = [Text(), Rule(Text(f"row {at}: {_short_place(row.place)}"), align="left", style="dim"), grid]
+        grid.add_row(_labelled(name, len(ids), sum(scored), score), text)
+    numbers = [f"{name} {number:g}" for name, number in held.numbers.items()]
+    title = ", ".join([f"row {at}: {_short_place(row.place)}", *numbers])
+    parts = [Text(), Rule(Text(title), align="left", style="dim"), grid]
     if row.merged:
         tokens = "token of the prompt is" if row.merged == 1 else f"{row.merged} tokens of the prompt are"
         parts.append(Text(f"The last {tokens} part of a response's first token, and scored with it.", style="yellow"))
     return Group(*parts)
 
 
-def _labelled(name: str, tokens: int, scored: int | None = None) -> Text:
+def _labelled(name: str, tokens: int, scored: int | None = None, score: float | None = None) -> Text:
     partly = "" if scored in (None, tokens) else f"\n{scored:,} scored"
+    partly += "" if score is None else f"\nscore {score:g}"
     return Text.assemble((name, "bold"), "\n", (f"{tokens:,} token{'s' * (tokens != 1)}{partly}", "dim"))
 
 
@@ -203,7 +207,7 @@ def _node(
     parts = [f"prompt {prompt:,}"] if prompt else []
     if rest := node.length - prompt:
         names = dict.fromkeys(
-            (f"row {batch.index[e]} " if len(rows) > 1 else "") + _names(members[e])[k]
+            (f"row {batch.index[e]} " if len(rows) > 1 else "") + members[e].names[k]
             for k, e in sorted(divmod(sequence, batch.examples) for sequence in users)
         )
         many = len(names) > _NAMES
@@ -222,7 +226,7 @@ def _padded_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Te
         k, e = divmod(number, batch.examples)
         tokens = len(members[e].completions[k])
         padding = batch.input_ids.shape[1] - filled
-        sequence = f"prompt {filled - tokens:,} ── {_names(members[e])[k]} {tokens:,} ── padding {padding:,}"
+        sequence = f"prompt {filled - tokens:,} ── {members[e].names[k]} {tokens:,} ── padding {padding:,}"
         lines.append(Text(f"row {batch.index[e]}: {sequence}"))
     return lines
 
@@ -281,7 +285,7 @@ def _lengths_table(data: Tokenized) -> Table:
 
 def _steps_table(data: Tokenized, config: Config, layout: Layout) -> Table:
     step = step_tokens(data.train, config)
-    what = "pairs" if data.train.labels is None else "responses"
+    what = {"pairs": "pairs", "single completions": "responses", "lists": "lists"}[examples_of(config.loss)]
     table = _table(f"a step of {step.rows} {what}", "tokens", "", "")
     for name, tokens in step.tokens.items():
         ours = "this config's layout" if name == layout else ""

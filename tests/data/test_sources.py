@@ -16,7 +16,8 @@ from datasets import Dataset, DatasetDict
 from fastpref.config import Config, load_config
 from fastpref.data.rows.auto import KNOWN
 from fastpref.data.rows.content import Paired, Unpaired
-from fastpref.data.sources import Prepared, SourceRow, prepare, repeats, share
+from fastpref.data.sources import Prepared, SourceRow, prepare, repeats
+from fastpref.data.survey import share
 from fastpref.errors import UserError
 
 USER = {"role": "user", "content": 'q\n"1", é'}

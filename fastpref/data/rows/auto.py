@@ -5,18 +5,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastpref.data.rows.columns import LABELS, column, label, text
-from fastpref.data.rows.content import Content, Message, Paired, Row, RowError, Unpaired, Writing, shown
+from fastpref.data.rows.content import (
+    Content,
+    Message,
+    Paired,
+    Ranked,
+    Row,
+    RowError,
+    Unpaired,
+    Writing,
+    shown,
+)
 from fastpref.data.rows.messages import STANDARD, SYSTEM_ROLES, as_content, as_turns, is_turns, with_system
 from fastpref.data.rows.overlap import OTHER_MESSAGES, OTHER_PROMPT, same, without_question
 from fastpref.data.rows.parts import text_of
+from fastpref.data.rows.ranking import LISTS, Order, find_order, read_answer, read_ranked
 from fastpref.data.rows.reading import Format, without_json, writing
 from fastpref.data.rows.transcripts import TEMPLATE, is_transcript, read_transcript
 
 _NOT_ASKING = (*SYSTEM_ROLES, "assistant", "tool")
 KNOWN = (
     "prompt, chosen and rejected; chosen and rejected conversations; messages or conversations, chosen and rejected; "
-    "instruction, input, chosen and rejected; messages and rejected_response; prompt, completion and label; messages "
-    "and label"
+    "instruction, input, chosen and rejected; messages and rejected_response; prompt and responses with scores, ranks "
+    "or best; instruction and completions with overall_score; instruction, generations and ratings; prompt, completion "
+    "and label; messages and label"
 )
 """The columns that `auto` reads, in words."""
 
@@ -32,6 +44,8 @@ def detect(row: Row) -> "AutoFormat | None":
 class AutoFormat(Format):
     chat: bool = True
     """Whether rows of plain text also become chats."""
+    responses: str = ""
+    """The column of the completions of rows that have a list of them."""
 
 
 def _recognised(row: Row) -> AutoFormat | None:
@@ -45,6 +59,9 @@ def _recognised(row: Row) -> AutoFormat | None:
         for name in ("rejected_response", "rejected_messages"):
             if row.get(name):
                 return AutoFormat(f"messages and {name}", _swift(name))
+    for name in LISTS:
+        if (order := find_order(row, name)) and (form := _ranked(row, name, order, chat)):
+            return form
     for name in LABELS:
         if name in row:
             return _labelled(row, name, chat)
@@ -114,6 +131,33 @@ def _swift(name: str) -> Callable[[Row], Paired]:
         return Paired(with_system(row, prompt), chosen, rejected, writing(row))
 
     return read
+
+
+# --- Lists of completions ------------------------------------------------------------------------------------------
+
+_RANKED_PROMPTS = ("prompt", "instruction", "question", "input")
+
+
+def _ranked(row: Row, responses: str, order: Order, chat: bool) -> AutoFormat | None:
+    """Return the format of a prompt with a list of completions; the prompt may be in the completions."""
+    first = next((name for name in _CHATS if is_turns(row.get(name))), None)
+    first = first or next((name for name in _RANKED_PROMPTS if isinstance(row.get(name), str)), None)
+    answers = [read_answer(answer, f"{responses}[{at}]") for at, answer in enumerate(row[responses])]
+    if first is None and not all(map(_is_conversation, answers)):
+        return None
+    prompt = row.get(first) if first else None
+    spoken = is_transcript(prompt)
+    texts = all(isinstance(value, str) for value in (prompt, *answers))
+    chat = chat or spoken or first != "prompt" or not texts
+
+    def read(row: Row) -> Ranked:
+        values, scores = read_ranked(row, responses, order)
+        prompt, contents, remarks = _read(row, first, values, chat, spoken)
+        return Ranked(prompt, tuple(contents), scores, _written(row, prompt, spoken), remarks)
+
+    kind = "a transcript of Human and Assistant" if spoken else "text prompt" if not chat else first
+    name = f"{responses} and {order.name}" if kind is None else f"{kind}, {responses} and {order.name}"
+    return AutoFormat(name, read, chat=chat, responses=responses)
 
 
 # --- Single responses ----------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """The formats chat_template.*, whose rows become chats that a chat template writes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastpref.config.formats import ChatOptions
+from fastpref.config.formats import ChatOptions, ChatWriting, RankedOptions
 from fastpref.data.rows.auto import as_answers
 from fastpref.data.rows.columns import PAIR, NamedFormat, column, label
-from fastpref.data.rows.content import Message, Paired, Row, Unpaired, Writing
+from fastpref.data.rows.content import Message, Paired, Ranked, Row, Unpaired, Writing
 from fastpref.data.rows.messages import Reader, as_content, as_turns, with_system
 from fastpref.data.rows.overlap import other_turns
+from fastpref.data.rows.ranking import order_in, read_ranked
 from fastpref.data.rows.reading import writing
 from fastpref.data.template.named import load_chat_template
 
@@ -20,8 +21,8 @@ def default(options: ChatOptions) -> Read:
     reader, write = _reader(options), _writing(options)
 
     def read(row: Row) -> Paired:
-        fields = options.field_chosen, options.field_rejected
-        prompt, (chosen, rejected), remarks = _read(row, options.field_messages, fields, reader)
+        values = {name: column(row, name) for name in (options.field_chosen, options.field_rejected)}
+        prompt, (chosen, rejected), remarks = _read(row, options.field_messages, values, reader)
         return Paired(prompt, chosen, rejected, write(row), remarks)
 
     return read
@@ -51,8 +52,20 @@ def default_unpaired(options: ChatOptions) -> Read:
             prompt, last = reader.conversation(row, messages, all_of_it=True)
             return Unpaired(with_system(row, prompt), last, good, write(row))
         asked = messages if row.get(messages) is not None else options.field_prompt
-        prompt, (response,), remarks = _read(row, asked, (completion,), reader)
+        prompt, (response,), remarks = _read(row, asked, {completion: column(row, completion)}, reader)
         return Unpaired(prompt, response, good, write(row), remarks)
+
+    return read
+
+
+def ranked(options: RankedOptions) -> Read:
+    """Read a prompt of messages or of text, and a list of completions with their scores, their ranks or the best."""
+    reader, write, order = _reader(options), _writing(options), order_in(options.field_responses, options.order)
+
+    def read(row: Row) -> Ranked:
+        values, scores = read_ranked(row, options.field_responses, order(row))
+        prompt, answers, remarks = _read(row, options.field_prompt, values, reader)
+        return Ranked(prompt, tuple(answers), scores, write(row), remarks)
 
     return read
 
@@ -60,17 +73,20 @@ def default_unpaired(options: ChatOptions) -> Read:
 _SINGLE = (("messages", "prompt"), ("label",))
 FORMATS: dict[str, NamedFormat] = {
     "default": NamedFormat(default, (("messages",), *PAIR[1:]), default_unpaired, _SINGLE),
+    "ranked": NamedFormat(ranked, (("prompt",), ("responses",))),
+    "ultrafeedback": NamedFormat(ranked, (("instruction",), ("completions",))),
+    "distilabel": NamedFormat(ranked, (("instruction",), ("generations",))),
     "argilla_chat": NamedFormat(last_turns, PAIR[1:]),
     "argilla": NamedFormat(last_turns, PAIR[1:]),
 }
 
 
-def _reader(options: ChatOptions) -> Reader:
+def _reader(options: ChatWriting) -> Reader:
     roles = {source: target for target, sources in options.roles.items() for source in sources}
     return Reader(options.message_property_mappings, roles | {target: target for target in options.roles})
 
 
-def _writing(options: ChatOptions) -> Callable[[Row], Writing]:
+def _writing(options: ChatWriting) -> Callable[[Row], Writing]:
     """Return a function from a row to its writing. Raises UserError for a chat template that cannot be read."""
     chat_template = load_chat_template(options.chat_template, "format.chat_template")
     column, tools = (options.tools, None) if isinstance(options.tools, str) else ("tools", options.tools)
@@ -78,12 +94,11 @@ def _writing(options: ChatOptions) -> Callable[[Row], Writing]:
 
 
 def _read(
-    row: Row, asked: str, responses: Sequence[str], reader: Reader
+    row: Row, asked: str, values: Mapping[str, Any], reader: Reader
 ) -> tuple[list[Message], list[list[Message]], tuple[str, ...]]:
     """Read a prompt of messages, or of text as one user turn, and its responses. Also returns remarks."""
     prompt = as_content(column(row, asked), asked, reader)
-    values = {name: column(row, name) for name in responses}
     remarks: tuple[str, ...] = ()
     if all(isinstance(value, str) for value in values.values()):
         values, remarks = as_answers(prompt, values)
-    return with_system(row, as_turns(prompt)), [reader.response(values[name], name) for name in responses], remarks
+    return with_system(row, as_turns(prompt)), [reader.response(value, name) for name, value in values.items()], remarks

@@ -14,6 +14,8 @@ CONTEXT = ("system", "system_prompt", "instruction", "input", "history", "contex
 """Columns of text that are part of the prompt in some data sets. A format that ignores one must say so."""
 CHOSEN, REJECTED = ("chosen", "chosen_response"), ("rejected", "rejected_response")
 LABELS = ("label", "kto_tag")
+WEIGHT, MARGIN = "weight", "margin"
+"""The columns of numbers that every format reads, unless its options name others."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The keys of a message under which data sets store the reasoning before the answer."""
@@ -66,6 +68,17 @@ def read_label(value: Any, name: str = "label") -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     raise RowError(f"{name} must be true or false, 0 or 1, got {shown(value)}", "with a label that is no boolean")
+
+
+_LEAST, _MOST = 2.0**-126, 2.0**127  # what float32, in which losses are computed, tells from 0 and infinity
+
+
+def read_number(value: Any, name: str, what: str, kind: str, *, positive: bool = False) -> float:
+    """Return a finite number, with `positive` one above 0. Raises RowError of a kind."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST
+    if not number or (positive and value < _LEAST):
+        raise RowError(f"{name} holds {shown(value)}; {what}", kind)
+    return float(value)
 
 
 def label(row: Row, name: str = "label") -> bool:

@@ -39,6 +39,10 @@ class Paired:
     writing: Writing = PLAIN
     remarks: tuple[str, ...] = field(default=(), compare=False)
     """Notes on how the row was read. For each note the rows are counted."""
+    weight: float | None = None
+    """The factor of its loss, above 0; None if the row has none."""
+    margin: float | None = None
+    """The difference of rewards that the pair should have at least; None if the row has none."""
 
     @property
     def responses(self) -> dict[str, Content]:
@@ -52,10 +56,30 @@ class Unpaired:
     label: bool
     writing: Writing = PLAIN
     remarks: tuple[str, ...] = field(default=(), compare=False)
+    weight: float | None = None
 
     @property
     def responses(self) -> dict[str, Content]:
         return {"completion": self.completion}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A prompt with two or more completions, and how good each of them is."""
+
+    prompt: Content
+    completions: tuple[Content, ...]
+    scores: tuple[float, ...]  # of each completion, higher is better
+    writing: Writing = PLAIN
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    weight: float | None = None
+
+    @property
+    def responses(self) -> dict[str, Content]:
+        return {f"completion {at}": completion for at, completion in enumerate(self.completions)}
+
+
+RowContent = Paired | Unpaired | Ranked
 
 
 class RowError(ValueError):
@@ -69,8 +93,8 @@ class RowError(ValueError):
 def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
     """Split a pair into a good and a bad response."""
     return (
-        Unpaired(pair.prompt, pair.chosen, True, pair.writing, pair.remarks),
-        Unpaired(pair.prompt, pair.rejected, False, pair.writing, pair.remarks),
+        Unpaired(pair.prompt, pair.chosen, True, pair.writing, pair.remarks, pair.weight),
+        Unpaired(pair.prompt, pair.rejected, False, pair.writing, pair.remarks, pair.weight),
     )
 
 

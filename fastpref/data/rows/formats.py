@@ -1,7 +1,7 @@
 """Find a format by its name: turn the value of `format` in a config into a function that reads rows.
 
-A format is a function from a row to a `Paired` or an `Unpaired` (content.py). Its prompt and responses are either text
-or lists of chat messages, which a chat template writes (template/render.py).
+A format is a function from a row to a `Paired`, an `Unpaired` or a `Ranked` (content.py). Its prompt and responses are
+either text or lists of chat messages, which a chat template writes (template/render.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,9 +11,10 @@ from typing import Any
 from fastpref.config.formats import is_function, parse_format
 from fastpref.data.rows import chat_formats, templates
 from fastpref.data.rows.auto import detect
-from fastpref.data.rows.columns import CONTEXT, PAIR, QUESTIONS, SINGLE, Columns, NamedFormat
-from fastpref.data.rows.content import Paired, Row, RowError, Unpaired
+from fastpref.data.rows.columns import CONTEXT, MARGIN, PAIR, QUESTIONS, SINGLE, WEIGHT, Columns, NamedFormat
+from fastpref.data.rows.content import Row, RowContent, RowError
 from fastpref.data.rows.function import load_function
+from fastpref.data.rows.ranking import LISTS, ORDERS
 from fastpref.data.rows.reading import Format
 
 
@@ -37,6 +38,7 @@ _FORMATS: dict[str, NamedFormat] = {
     "zephyr.nectar": NamedFormat(lambda _: templates.nectar, (("prompt",), ("answers",))),
     "passthrough": NamedFormat(lambda _: templates.passthrough, PAIR, lambda _: templates.passthrough_unpaired, SINGLE),
     "table": NamedFormat(templates.table, PAIR, templates.table_unpaired, SINGLE),
+    "table.ranked": NamedFormat(templates.table_ranked, (("prompt",), ("responses",))),
 }
 
 
@@ -53,19 +55,20 @@ def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | N
         return None
     named = _FORMATS[name]
     paired = named.paired(options)
+    numbers: dict[str, Any] = {number: getattr(options, f"field_{number}", number) for number in (WEIGHT, MARGIN)}
     if not unpaired or named.unpaired is None:
-        return Format(name, paired)
+        return Format(name, paired, **numbers)
     single = named.unpaired(options)
     chosen = getattr(options, "field_chosen", "chosen")
     completion = getattr(options, "field_completion", "completion")
     pairs = [group for group in named.columns if group[0] == "chosen"]
     alternatives = pairs[0][1:] if pairs else ()
 
-    def read(row: Row) -> Paired | Unpaired:
+    def read(row: Row) -> RowContent:
         is_pair = any(row.get(name) is not None for name in (chosen, *alternatives))
         return paired(row) if is_pair and row.get(completion) is None else single(row)
 
-    return Format(name, read)
+    return Format(name, read, **numbers)
 
 
 def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
@@ -84,6 +87,8 @@ def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
         names.append(f'{{ type = "chat_template.default", {field} = "{asked}" }}')
         if "system" not in texts:
             names.append(f'{{ field_prompt = "{asked}" }}')
+    elif (responses := next((name for name in LISTS if name in columns), None)) and columns & set(ORDERS):
+        names.append(f'{{ type = "chat_template.ranked", field_prompt = "{asked}", field_responses = "{responses}" }}')
     names += [
         f'"chatml.{name}"'
         for name, form in templates.FORMATS.items()

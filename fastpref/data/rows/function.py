@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.data.rows.auto import detect
-from fastpref.data.rows.content import Paired, Row, RowError, Unpaired, shown
+from fastpref.data.rows.content import Row, RowContent, RowError, shown
 from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError, one_line
 
-_RESULT = "prompt, chosen and rejected, or prompt, completion and label"
+_RESULT = "prompt, chosen and rejected, or prompt, responses and scores, or prompt, completion and label"
 
 
 def load_function(name: str) -> Format:
@@ -56,8 +56,8 @@ def _from_file(path: Path) -> Any:
     return module
 
 
-def _checked(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[[Row], Paired | Unpaired]:
-    def read(row: Row) -> Paired | Unpaired:
+def _checked(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[[Row], RowContent]:
+    def read(row: Row) -> RowContent:
         try:
             result = function(dict(row))
         except Exception as error:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastpref.data.rows.columns import REASONING
-from fastpref.data.rows.content import Content, Message, Paired, RowError, Unpaired
+from fastpref.data.rows.content import Content, Message, Ranked, RowContent, RowError
 from fastpref.data.rows.messages import SYSTEM_ROLES, as_turns, says
 from fastpref.data.rows.parts import text_of
 
@@ -30,7 +30,7 @@ OTHER_MESSAGES = "the messages are not what the responses answer, and were not r
 OTHER_SYSTEM = "the system turn differs from that of the conversations, which was taken"
 
 
-def untangle(content: Paired | Unpaired) -> Paired | Unpaired:
+def untangle(content: RowContent) -> RowContent:
     """Remove the prompt from the responses. If the prompt is empty, use the turns that the responses share.
 
     Raises RowError for a prompt that ends with the assistant's turn, and for a response that begins with another
@@ -286,8 +286,7 @@ def _is_blank(turn: Message) -> bool:
     return turn["role"] == "assistant" and not text_of(turn).strip() and set(turn) <= {"role", "content"}
 
 
-def _with(
-    content: Paired | Unpaired, prompt: Content, responses: Sequence[Content], remarks: tuple[str, ...]
-) -> Paired | Unpaired:
-    answers: dict[str, Any] = dict(zip(content.responses, responses))
+def _with(content: RowContent, prompt: Content, responses: Sequence[Content], remarks: tuple[str, ...]) -> RowContent:
+    ranked = isinstance(content, Ranked)
+    answers: dict[str, Any] = {"completions": tuple(responses)} if ranked else dict(zip(content.responses, responses))
     return replace(content, prompt=prompt, **answers, remarks=tuple(dict.fromkeys((*content.remarks, *remarks))))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastpref.data.rows.columns import CONTEXT
-from fastpref.data.rows.content import Paired, Row, RowError, Unpaired, Writing, shown
+from fastpref.data.rows.columns import CONTEXT, MARGIN, WEIGHT, column, read_number
+from fastpref.data.rows.content import Paired, Row, RowContent, RowError, Unpaired, Writing, shown
 from fastpref.data.rows.messages import STANDARD, is_turns
 from fastpref.data.rows.overlap import untangle
 from fastpref.data.rows.parts import refuse_media
@@ -23,19 +23,23 @@ JSON_CELLS = "columns of text held messages as JSON, and were read as messages"
 class Format:
     name: str
     """The rows that the format reads, in words."""
-    parse: Callable[[Row], Paired | Unpaired]
+    parse: Callable[[Row], RowContent]
     """Reads a row's content. Raises RowError for a row that is not of the format."""
     whole_row: bool = False
     """Whether `parse` does all steps itself, as for a user's function, whose result another format reads."""
+    weight: str = WEIGHT
+    """The column of the factor of the row's loss; "" reads none."""
+    margin: str = MARGIN
+    """The column of the difference of rewards that a pair should have at least; "" reads none."""
 
-    def read(self, row: Row) -> Paired | Unpaired:
+    def read(self, row: Row) -> RowContent:
         """Read a row. Raises RowError for a row that is not of the format or would be misread."""
         if self.whole_row:
             return self.parse(row)
         refuse_media(row)
         plain = without_json(row)
         seen = _Seen(plain)
-        content = untangle(self.parse(seen))
+        content = self._with_numbers(seen, untangle(self.parse(seen)))
         remarks = [JSON_CELLS] if plain is not row else []
         remarks += [
             f"the column {name} is filled, and {self.name} does not read it"
@@ -43,6 +47,33 @@ class Format:
             if name not in seen.names and _says_something(plain.get(name))
         ]
         return replace(content, remarks=(*content.remarks, *remarks)) if remarks else content
+
+    def _with_numbers(self, row: Row, content: RowContent) -> RowContent:
+        """Add the row's weight and margin to its content. Raises RowError."""
+        weight = _optional(row, self.weight, WEIGHT)
+        margin = _optional(row, self.margin, MARGIN)
+        if weight is not None:
+            what = f"a {WEIGHT} is a number above 0, by which the row's loss is multiplied"
+            number = read_number(weight, self.weight, what, f"with a {WEIGHT} that is no number above 0", positive=True)
+            content = replace(content, weight=number)
+        if margin is None:
+            return content
+        if not isinstance(content, Paired):
+            raise RowError(
+                f"the column {self.margin} is filled, and a {MARGIN} is one of a pair: here is "
+                f"{'a single completion' if isinstance(content, Unpaired) else 'a list of completions'}; remove or "
+                f"rename the column",
+                f"with a {MARGIN}, which only a pair can have",
+            )
+        what = f"a {MARGIN} is a finite number, the difference of rewards that the pair should have at least"
+        return replace(content, margin=read_number(margin, self.margin, what, f"with a {MARGIN} that is no number"))
+
+
+def _optional(row: Row, name: str, usual: str) -> Any:
+    """Return a column's value; None if it is not read, or is missing under its usual name. Raises RowError."""
+    if not name or (name == usual and row.get(name) is None):
+        return None
+    return column(row, name)
 
 
 def writing(row: Row, *, chat_template: str | None = None, tools: Any = None, tools_column: str = "tools") -> Writing:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastpref.data.rows.auto import detect
-from fastpref.data.rows.columns import MISSING_COLUMN
-from fastpref.data.rows.content import Paired, Row, RowError, Unpaired
+from fastpref.data.rows.columns import MARGIN, MISSING_COLUMN, WEIGHT
+from fastpref.data.rows.content import Paired, Ranked, Row, RowContent, RowError
 from fastpref.data.rows.formats import explained, find_format
 from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError
@@ -22,7 +22,8 @@ def render(
     unpaired: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Return a row's texts in a format: {"prompt", "chosen", "rejected"} or {"prompt", "completion", "label"}.
+    """Return a row's texts in a format: {"prompt", "chosen", "rejected"}, {"prompt", "completion", "label"} or, of a
+    row with a list of completions, {"prompt", "completions", "scores"}; with "weight" and "margin" if the row has them.
 
     `format` and its `options` are those of [[data]] (docs/data.md). Formats that make messages need a `tokenizer` for
     its chat template; a response is then the text after the part that it shares with the prompt, up to its end token.
@@ -40,8 +41,13 @@ def render(
         if error.kind == MISSING_COLUMN:
             message = explained(message, row, unpaired=unpaired, auto=format != "auto")
         raise UserError(message) from None
-    texts: dict[str, Any] = {"prompt": prompt} | dict(zip(content.responses, responses))
-    return texts | {"label": content.label} if isinstance(content, Unpaired) else texts
+    texts: dict[str, Any] = {"prompt": prompt}
+    if isinstance(content, Ranked):
+        texts |= {"completions": responses, "scores": list(content.scores)}
+    else:
+        texts |= zip(content.responses, responses)
+    others = {name: getattr(content, name, None) for name in ("label", WEIGHT, MARGIN)}
+    return texts | {name: value for name, value in others.items() if value is not None}
 
 
 def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool) -> Format:
@@ -62,7 +68,7 @@ def _with(format: str | Mapping[str, Any], options: Mapping[str, Any]) -> str | 
     return {**({"type": format} if isinstance(format, str) else format), **options}
 
 
-def _texts(content: Paired | Unpaired, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[str, list[str]]:
+def _texts(content: RowContent, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[str, list[str]]:
     if isinstance(content.prompt, str):
         return content.prompt, [str(response) for response in content.responses.values()]
     if tokenizer is None:

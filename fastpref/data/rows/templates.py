@@ -1,10 +1,10 @@
 """The formats that write text without the tokenizer's chat template: chatml.*, llama3.*, a table of the user's columns,
 Zephyr's Nectar, and plain text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fastpref.config.formats import TableOptions
+from fastpref.config.formats import RankedTableOptions, TableOptions
 from fastpref.data.rows.auto import as_answers
 from fastpref.data.rows.columns import (
     CHOSEN,
@@ -19,9 +19,10 @@ from fastpref.data.rows.columns import (
     label,
     text,
 )  # fmt: skip
-from fastpref.data.rows.content import Message, Paired, Row, RowError, Unpaired, Writing, shown
+from fastpref.data.rows.content import Message, Paired, Ranked, Row, RowError, Unpaired, Writing, shown
 from fastpref.data.rows.messages import STANDARD, says, words
 from fastpref.data.rows.overlap import OTHER_QUESTION, other_turns, untangle, without_question
+from fastpref.data.rows.ranking import Order, order_in, read_ranked
 
 
 @dataclass(frozen=True)
@@ -142,25 +143,16 @@ def passthrough_unpaired(row: Row) -> Unpaired:
     return Unpaired(text(row, "prompt"), text(row, "completion"), label(row))
 
 
-def nectar(row: Row) -> Paired:
-    """Compare the answer of the best rank, the lowest number, with that of the worst, in Zephyr's markup."""
-    answers = column(row, "answers")
-    if not isinstance(answers, list) or len(answers) < 2:
-        raise RowError(f"answers must be a list of two or more, got {shown(answers)}", "with fewer than two answers")
-    for answer in answers:
-        rank = answer.get("rank") if isinstance(answer, Mapping) else None
-        if not isinstance(rank, int | float) or isinstance(rank, bool) or not isinstance(answer.get("answer"), str):
-            raise RowError(
-                f"answers holds {shown(answer)}, an answer has answer (text) and rank (a number)",
-                "with an answer that is none",
-            )
-    best, worst = (pick(answers, key=lambda answer: answer["rank"]) for pick in (min, max))
-    if best["rank"] == worst["rank"]:
-        raise RowError(f"all answers have rank {best['rank']}, so none is better", "with answers of one rank")
+def nectar(row: Row) -> Ranked:
+    """Read answers and their ranks, of which the lowest is the best, in Zephyr's markup."""
+    answers, scores = read_ranked(row, "answers", Order("ranks", "rank", inside=True))
+    for name, answer in answers.items():
+        if not isinstance(answer, str):
+            raise RowError(f"{name} must be text, got {shown(answer)}", "with a value of another type")
     system = f"<|system|>\n{row['system']}</s>\n" if row.get("system") else ""
-    texts, remarks = as_answers(text(row, "prompt"), {"best": best["answer"], "worst": worst["answer"]})
+    texts, remarks = as_answers(text(row, "prompt"), answers)
     prompt = f"{system}<|user|>\n{row['prompt']}</s>\n<|assistant|>\n"
-    return Paired(prompt, texts["best"], texts["worst"], remarks=remarks)
+    return Ranked(prompt, tuple(texts.values()), scores, remarks=remarks)
 
 
 # --- A user's own columns ------------------------------------------------------------------------------------------
@@ -187,7 +179,22 @@ def table_unpaired(options: TableOptions) -> Callable[[Row], Unpaired]:
     return read
 
 
-def _table_prompt(options: TableOptions, row: Row) -> str:
+def table_ranked(options: RankedTableOptions) -> Callable[[Row], Ranked]:
+    order = order_in(options.field_responses, options.order)
+
+    def read(row: Row) -> Ranked:
+        answers, scores = read_ranked(row, options.field_responses, order(row))
+        for name, answer in answers.items():
+            if not isinstance(answer, str):
+                raise RowError(f"{name} must be text, got {shown(answer)}", "with a value of another type")
+        answers, remarks = without_question(text(row, options.field_prompt), answers)
+        completions = tuple(options.response_format.format(response=answer) for answer in answers.values())
+        return Ranked(_table_prompt(options, row), completions, scores, remarks=remarks)
+
+    return read
+
+
+def _table_prompt(options: TableOptions | RankedTableOptions, row: Row) -> str:
     wanted = "{system}" in options.prompt_format and row.get(options.field_system) is not None
     system = text(row, options.field_system) if wanted else ""
     return options.prompt_format.format(prompt=text(row, options.field_prompt), system=system)

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data.example import Ids
-from fastpref.data.rows.content import PLAIN, Content, Message, Paired, Unpaired, Writing
+from fastpref.data.rows.content import PLAIN, Content, Message, RowContent, Writing
 from fastpref.data.template.keywords import key_of
 from fastpref.data.template.render import REFUSALS, apply
 from fastpref.data.template.traits import template_of
@@ -40,7 +40,7 @@ class EndTokens:
         self._others: dict[Any, frozenset[int]] = {}
         self._blank: dict[int, bool] = {}
 
-    def of(self, content: Paired | Unpaired) -> End:
+    def of(self, content: RowContent) -> End:
         """Return the end of responses: for text its own end or EOS, for chats the template's token after an answer."""
         chat = not isinstance(content.prompt, str)
         key = chat, key_of(content.writing) if chat else content.writing.end

@@ -8,12 +8,12 @@ from datetime import date, datetime, time
 from typing import Any
 
 from fastpref.config.keywords import check_keywords
-from fastpref.data.rows.content import Paired, Unpaired, Writing
+from fastpref.data.rows.content import RowContent, Writing
 
 _DAY = "strftime_now"  # the function by which templates write the date
 
 
-def of_run(content: Paired | Unpaired, keywords: Mapping[str, Any], day: date | None) -> Paired | Unpaired:
+def of_run(content: RowContent, keywords: Mapping[str, Any], day: date | None) -> RowContent:
     """Add the keywords and the date of the run to a row. The row's own keywords win; nulls among them are ignored."""
     if isinstance(content.prompt, str):
         return content

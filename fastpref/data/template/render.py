@@ -8,7 +8,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from fastpref.data.rows.content import Message, Paired, RowError, Unpaired, Writing
+from fastpref.data.rows.content import Message, RowContent, RowError, Writing
 from fastpref.data.template.keywords import key_of, keywords_of, on_day
 from fastpref.data.template.traits import for_template, template_of
 from fastpref.errors import UserError
@@ -20,7 +20,7 @@ _DEVELOPER = re.compile(r"['\"]developer['\"]")
 
 
 def write_all(
-    contents: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase
+    contents: Sequence[RowContent], tokenizer: PreTrainedTokenizerBase
 ) -> list[Written | RowError | UserError]:
     """Write many rows, chats with one call of the template. Returns each row's text or the error of `write`."""
     together: dict[tuple[str | None, str], list[int]] = {}
@@ -43,7 +43,7 @@ def write_all(
     return results
 
 
-def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
+def _write_chats(chats: Sequence[RowContent], tokenizer: PreTrainedTokenizerBase) -> list[Written]:
     """Write chats that share a template and its keywords and have no tools, with two calls of the template."""
     writing = chats[0].writing
     asked: list[list[Message]] = []  # prompts that the assistant is to answer
@@ -60,7 +60,7 @@ def _write_chats(chats: Sequence[Paired | Unpaired], tokenizer: PreTrainedTokeni
     ]
 
 
-def write(content: Paired | Unpaired, tokenizer: PreTrainedTokenizerBase) -> Written:
+def write(content: RowContent, tokenizer: PreTrainedTokenizerBase) -> Written:
     """Return the text of the prompt, and of the prompt with each response.
 
     Text is joined, without a BOS before the response. Messages are written by the chat template, the prompt with its
@@ -151,7 +151,7 @@ def _answered(prompt: Any) -> bool:
     return prompt[-1]["role"] == "assistant"
 
 
-def _turns(chat: Paired | Unpaired) -> list[list[Message]]:
+def _turns(chat: RowContent) -> list[list[Message]]:
     return [response for response in chat.responses.values() if isinstance(response, list)]
 
 

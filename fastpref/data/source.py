@@ -1,0 +1,136 @@
+"""One [[data]] source: open its records, find the format that reads them, and convert each row to what a loss takes."""
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+from fastpref.config import DataConfig
+from fastpref.config.losses import LossOptions, examples_of
+from fastpref.data.opening import open_records
+from fastpref.data.records import Records
+from fastpref.data.rows.auto import KNOWN, AutoFormat, detect
+from fastpref.data.rows.columns import MISSING_COLUMN
+from fastpref.data.rows.content import Paired, Ranked, RowContent, RowError, Unpaired, unpair
+from fastpref.data.rows.formats import explained, find_format
+from fastpref.data.rows.ranking import as_pair, as_ranked, make_pairs
+from fastpref.data.rows.reading import Format
+from fastpref.errors import UserError
+
+LOOKED_AT = 100  # the format is detected in at most this many first rows
+REMEDY = '; mend the row, or leave such rows out with on_error = "drop"'
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a row becomes: examples, and how many pairs of its completions were left out."""
+
+    row: RowContent
+    contents: tuple[RowContent, ...]
+    tied: int = 0
+    close: int = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, and the format that reads them."""
+
+    data: DataConfig
+    records: Records
+    form: Format
+    loss: LossOptions
+
+    @property
+    def name(self) -> str:
+        return Path(self.data.path).name
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the loss takes single responses."""
+        return examples_of(self.loss) == "single completions"
+
+    def read(self, at: int) -> Made:
+        """Read a row and convert it to what the loss takes. Raises RowError if it does not fit, UserError if the loss
+        has no use for such rows.
+        """
+        raw = self.records[at]
+        content = self.form.read(raw)
+        takes = examples_of(self.loss)
+        if isinstance(content, Unpaired) and takes != "single completions":
+            raise UserError(
+                f"{self.records.place(at)}: this loss compares a chosen with a rejected response, and there is only "
+                f'one here (the columns are {", ".join(map(str, raw))}); use loss.type = "kto", or data with chosen '
+                "and rejected"
+            )
+        if isinstance(content, Paired) and content.margin is not None and takes != "pairs":
+            raise UserError(
+                f"{self.records.place(at)}: the row has a margin, which is one of a pair, and {self.loss.type} takes "
+                f"{takes}; remove or rename the column {self.form.margin}, or use a loss of pairs"
+            )
+        if takes == "lists":
+            return Made(content, (as_ranked(content) if isinstance(content, Paired) else content,))
+        made = Made(content, (content,))
+        if isinstance(content, Ranked):
+            pairs = make_pairs(content.scores, self.data.pairs, self.data.min_difference)
+            made = Made(content, tuple(as_pair(content, *pair) for pair in pairs.of), pairs.tied, pairs.close)
+        if takes == "pairs":
+            return made
+        singles = (unpair(part) if isinstance(part, Paired) else (part,) for part in made.contents)
+        return replace(made, contents=tuple(chain.from_iterable(singles)))
+
+
+def open_source(data: DataConfig, loss: LossOptions) -> Source:
+    """Open a source for a loss. Raises UserError if it cannot be read, or has no rows of a known format."""
+    records, unpaired = open_records(data), examples_of(loss) == "single completions"
+    try:
+        form = find_format(data.format, unpaired=unpaired) or _detected(records, data, unpaired)
+    except ValueError as error:
+        raise UserError(f"{data.path}: format: {error}") from None
+    return Source(data, records, form, loss)
+
+
+def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
+    """Return the format of the first chat among the first rows, or else of the first row with a known format.
+
+    Raises UserError if no row has a known format.
+    """
+    broken: RowError | None = None
+    columns: dict[str, None] = {}
+    form: AutoFormat | None = None
+    for at in range(min(LOOKED_AT, data.rows or len(records), len(records))):
+        try:
+            row = records[at]
+            own = detect(row)
+        except RowError as error:
+            if form is None and data.on_error == "error":
+                raise UserError(_at(records, at, error) + REMEDY) from None
+            broken = broken or error
+            continue
+        columns |= dict.fromkeys(map(str, row))
+        if own and (form is None or own.chat):
+            form = own
+        if form and form.chat:
+            return form
+    if form:
+        return form
+    if not columns:
+        raise UserError(f"{data.path}: no row can be read; the first: {_at(records, 0, broken)}")
+    raise UserError(
+        explained(
+            f"{data.path}: the columns {', '.join(columns)} are of no format that auto knows, which are {KNOWN}",
+            columns,
+            unpaired=unpaired,
+        )
+    )
+
+
+def row_error(source: Source, at: int, error: RowError) -> str:
+    """Return the message about a mistake in a row, with its place and, of a missing column, the formats that fit."""
+    message = _at(source.records, at, error)
+    if error.kind != MISSING_COLUMN:
+        return message
+    auto = not isinstance(source.form, AutoFormat)
+    return explained(message, source.records[at], unpaired=source.unpaired, auto=auto)
+
+
+def _at(records: Records, at: int, error: RowError | None) -> str:
+    return f"{records.place(at)}: {error}"
