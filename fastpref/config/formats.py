@@ -69,6 +69,7 @@ class RankedOptions(Ordered, ChatWriting):
 class UltraFeedbackOptions(RankedOptions):
     field_prompt: str = "instruction"
     field_responses: str = "completions"
+    field_scores: str | None = "overall_score"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,14 +31,14 @@ class Loss:
     uses_reference: ClassVar[bool] = True
     """True if the loss compares the policy with a reference model."""
     paired: ClassVar[bool] = True
-    """Whether an example is a pair of responses; otherwise it is a single response with a label."""
+    """Whether an example has several responses, usually two; otherwise it is a single response with a label."""
     listwise: ClassVar[bool] = False
-    """Whether an example has any number of completions with their scores, which the loss ranks."""
+    """Whether an example is a list of responses with scores, all of which the loss ranks; a pair is a list of two."""
 
     @property
     def unit(self) -> str:
-        """What one example is, in messages: "pair" or "response"."""
-        return "pair" if self.paired else "response"
+        """What one example is, in messages: "pair", "list" or "response"."""
+        return "list" if self.listwise else "pair" if self.paired else "response"
 
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
@@ -192,11 +192,6 @@ class CPO(Loss):
 LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO
 LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
 """The losses by the names that `loss.type` takes."""
-
-
-def examples_of(loss: LossOptions) -> Literal["pairs", "single completions", "lists"]:
-    """Return what the examples of a loss are: pairs, single completions with labels, or lists with scores."""
-    return "lists" if loss.listwise else "pairs" if loss.paired else "single completions"
 
 
 def compares_neighbours(loss: LossOptions, rows: int) -> bool:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import Config, DataConfig
 from fastpref.config.formats import is_function, parse_format
-from fastpref.config.losses import examples_of
 from fastpref.data.opening import content_hash
 from fastpref.data.rows.function import source_file
 from fastpref.data.template.keywords import writes_the_date
@@ -40,7 +39,7 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dic
         "heldout": [_source(data) for data in config.eval.data],
         "fraction": config.eval.fraction,
         "tokens": config.tokens.model_dump(exclude={"chat_template"}),
-        "examples": examples_of(config.loss),
+        "examples": config.loss.unit,
         "tokenizer": _tokenizer(tokenizer),
         "chat template": tokenizer.chat_template,
     }

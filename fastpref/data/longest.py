@@ -7,7 +7,6 @@ from itertools import islice
 import numpy as np
 
 from fastpref.config import Config
-from fastpref.config.losses import examples_of
 from fastpref.data.batch import Layout
 from fastpref.data.example import Example, Origin
 from fastpref.data.lengths import cut, kept_prompt
@@ -46,8 +45,7 @@ def longest_of(config: Config, examples: Examples, layout: Layout) -> Microbatch
 
 def longest_possible(config: Config) -> Microbatch:
     """Return a micro-batch full of examples of `tokens.max_length`, whose tokens are all scored but the first."""
-    longest, takes = config.tokens.max_length, examples_of(config.loss)
-    single, ranked = takes == "single completions", takes == "lists"
+    longest, single, ranked = config.tokens.max_length, not config.loss.paired, config.loss.listwise
     completions = 1 if single else LIST if ranked else 2
     size = 1 + completions * (longest - 1)
     count = min(config.train.batch, max(1, config.tokens_per_microbatch // size))

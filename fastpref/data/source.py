@@ -5,14 +5,14 @@ from itertools import chain
 from pathlib import Path
 
 from fastpref.config import DataConfig
-from fastpref.config.losses import LossOptions, examples_of
+from fastpref.config.losses import LossOptions
 from fastpref.data.opening import open_records
 from fastpref.data.records import Records
 from fastpref.data.rows.auto import KNOWN, AutoFormat, detect
 from fastpref.data.rows.columns import MISSING_COLUMN
 from fastpref.data.rows.content import Paired, Ranked, RowContent, RowError, Unpaired, unpair
 from fastpref.data.rows.formats import explained, find_format
-from fastpref.data.rows.ranking import as_pair, as_ranked, make_pairs
+from fastpref.data.rows.ranking import as_pair, make_pairs
 from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError
 
@@ -46,7 +46,7 @@ class Source:
     @property
     def unpaired(self) -> bool:
         """Whether the loss takes single responses."""
-        return examples_of(self.loss) == "single completions"
+        return not self.loss.paired
 
     def read(self, at: int) -> Made:
         """Read a row and convert it to what the loss takes. Raises RowError if it does not fit, UserError if the loss
@@ -54,25 +54,22 @@ class Source:
         """
         raw = self.records[at]
         content = self.form.read(raw)
-        takes = examples_of(self.loss)
-        if isinstance(content, Unpaired) and takes != "single completions":
+        if isinstance(content, Unpaired) and not self.unpaired:
             raise UserError(
                 f"{self.records.place(at)}: this loss compares a chosen with a rejected response, and there is only "
                 f'one here (the columns are {", ".join(map(str, raw))}); use loss.type = "kto", or data with chosen '
                 "and rejected"
             )
-        if isinstance(content, Paired) and content.margin is not None and takes != "pairs":
+        if isinstance(content, Paired) and content.margin is not None and self.loss.unit != "pair":
             raise UserError(
                 f"{self.records.place(at)}: the row has a margin, which is one of a pair, and {self.loss.type} takes "
-                f"{takes}; remove or rename the column {self.form.margin}, or use a loss of pairs"
+                f"{self.loss.unit}s; remove or rename the column {self.form.margin}, or use a loss of pairs"
             )
-        if takes == "lists":
-            return Made(content, (as_ranked(content) if isinstance(content, Paired) else content,))
         made = Made(content, (content,))
-        if isinstance(content, Ranked):
+        if isinstance(content, Ranked) and not self.loss.listwise:
             pairs = make_pairs(content.scores, self.data.pairs, self.data.min_difference)
             made = Made(content, tuple(as_pair(content, *pair) for pair in pairs.of), pairs.tied, pairs.close)
-        if takes == "pairs":
+        if not self.unpaired:
             return made
         singles = (unpair(part) if isinstance(part, Paired) else (part,) for part in made.contents)
         return replace(made, contents=tuple(chain.from_iterable(singles)))
@@ -80,7 +77,7 @@ class Source:
 
 def open_source(data: DataConfig, loss: LossOptions) -> Source:
     """Open a source for a loss. Raises UserError if it cannot be read, or has no rows of a known format."""
-    records, unpaired = open_records(data), examples_of(loss) == "single completions"
+    records, unpaired = open_records(data), not loss.paired
     try:
         form = find_format(data.format, unpaired=unpaired) or _detected(records, data, unpaired)
     except ValueError as error:

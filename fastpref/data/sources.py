@@ -100,7 +100,7 @@ def prepare(config: Config) -> Prepared:
     train, heldout = _gather(config.data, config, prepared, fraction or 0.0)
     if fraction is None:
         heldout, _ = _gather(config.eval.data, config, prepared, 0.0)
-    elif not heldout or not train:
+    elif bool(heldout) != bool(train):
         raise UserError(
             f"eval.fraction holds prompts out, and all {len(train)} rows have the same one; name other rows to "
             "evaluate on, [[eval.data]], or leave eval.fraction out"

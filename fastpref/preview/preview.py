@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpref.config import Config
-from fastpref.config.losses import KTO, examples_of
+from fastpref.config.losses import KTO
 from fastpref.data.batch import Layout, PreferenceBatch, collate
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.example import OUTCOMES, Counts, Example
@@ -124,9 +124,7 @@ def _row(at: int, example: Example, held: ReadExample, writer: Writer) -> Group:
     text = writer.prompt(held.prompt, scored=held.prompt_scored, cut=row.prompt_cut, turns=row.turns_cut)
     grid.add_row(_labelled("prompt", len(held.prompt)), text)
     scores = held.scores or [None] * len(held.completions)
-    for name, ids, scored, cut, score in zip(
-        example.names, held.completions, held.scored, row.completions_cut, scores, strict=True
-    ):
+    for name, ids, scored, cut, score in zip(example.names, held.completions, held.scored, row.completions_cut, scores):
         text = writer.completion(held.prompt, ids, scored, across=row.merged > 0, cut=cut)
         grid.add_row(_labelled(name, len(ids), sum(scored), score), text)
     numbers = [f"{name} {number:g}" for name, number in held.numbers.items()]
@@ -222,12 +220,13 @@ def _node(
 def _padded_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
     assert batch.attention_mask is not None
     lines = []
-    for number, filled in enumerate(batch.attention_mask.sum(1).tolist()):
-        k, e = divmod(number, batch.examples)
+    present = [sequence for sequence, path in enumerate(batch.paths) if path]  # lists may have fewer completions
+    for sequence, filled in zip(present, batch.attention_mask.sum(1).tolist(), strict=True):
+        k, e = divmod(sequence, batch.examples)
         tokens = len(members[e].completions[k])
         padding = batch.input_ids.shape[1] - filled
-        sequence = f"prompt {filled - tokens:,} ── {members[e].names[k]} {tokens:,} ── padding {padding:,}"
-        lines.append(Text(f"row {batch.index[e]}: {sequence}"))
+        parts = f"prompt {filled - tokens:,} ── {members[e].names[k]} {tokens:,} ── padding {padding:,}"
+        lines.append(Text(f"row {batch.index[e]}: {parts}"))
     return lines
 
 
@@ -285,8 +284,7 @@ def _lengths_table(data: Tokenized) -> Table:
 
 def _steps_table(data: Tokenized, config: Config, layout: Layout) -> Table:
     step = step_tokens(data.train, config)
-    what = {"pairs": "pairs", "single completions": "responses", "lists": "lists"}[examples_of(config.loss)]
-    table = _table(f"a step of {step.rows} {what}", "tokens", "", "")
+    table = _table(f"a step of {step.rows} {config.loss.unit}s", "tokens", "", "")
     for name, tokens in step.tokens.items():
         ours = "this config's layout" if name == layout else ""
         table.add_row(name, f"{tokens:,.0f}", f"{tokens / step.tokens['tree']:.2f} ×", Text(ours, justify="left"))

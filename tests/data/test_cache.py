@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.config import Config, load_config
 from fastpref.data import cache, fingerprint
 from fastpref.data.cache import Tokenized, load_examples
-from fastpref.data.example import Example
+from fastpref.data.example import Example, Origin
 from fastpref.data.sources import prepare
+from fastpref.data.table import in_memory
 from fastpref.data.template.named import KNOWN
 from fastpref.data.tokenize import BATCH, use_chat_template
 from fastpref.errors import UserError
 from tests.support.chats import tokenize
+from tests.support.lists import of_lists
 from tests.support.toy_tokenizers import CHATML, PLAIN, chatml, toy_tokenizer
 
 USER = {"role": "user", "content": "Où ça?"}
@@ -32,6 +35,10 @@ ROWS = [
     {"prompt": "q", "chosen": "same", "rejected": "same"},
     {"prompt": "r", "chosen": "yes", "rejected": "no"},
     {"prompt": "r", "chosen": "yes", "rejected": "no"},
+]
+LISTS = [
+    {"prompt": "q", "responses": ["a", "bc", "def"], "scores": [1, 3.5, 2], "weight": 0.5},
+    {"prompt": "r", "responses": ["gh", "i"], "scores": [-1, 2], "weight": 2},
 ]
 CONFIG = """
 [model]
@@ -160,6 +167,51 @@ def test_what_is_not_scored_is_kept(folder: Path):
     ]
 
 
+def test_lists_weights_and_margins_are_kept(folder: Path):
+    """The cache keeps lists of several lengths with scores and weights, and pairs with margins; `digest` tells them."""
+    write(folder / "lists.jsonl", LISTS)
+    whole = of_lists(config(folder, "data.0.path=lists.jsonl"))
+    made, again = (load_examples(whole, chatml()) for _ in range(2))
+    assert not is_hit(made)
+    assert is_hit(again)
+    assert everything(made) == everything(again) == everything(load_examples(whole, chatml(), cache=False))
+    assert [(row.scores, row.weight, row.margin) for row in again.train] == [
+        ((1, 3.5, 2), 0.5, None),
+        ((-1, 2), 2, None),
+    ]
+    assert [tuple(map(len, row.completions)) for row in again.train] == [(2, 3, 4), (3, 2)]
+    assert again.train.completions.tolist() == [3, 2]
+    assert again.train.completion_lengths.tolist() == [[2, 3, 4], [3, 2, 0]]
+    assert again.train.context_lengths.tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert again.train.labels is None
+    assert again.train.ranked
+    assert not again.heldout.ranked
+    assert not is_hit(load(folder, "data.0.path=lists.jsonl"))
+    write(folder / "pairs.jsonl", [row | {"margin": 0.25} for row in ROWS])
+    assert [row.margin for row in load(folder).train] == [0.25] * 3
+
+
+def test_a_digest_knows_every_number(folder: Path):
+    """`digest` changes with a score, a weight, a margin and the split of tokens, and with nothing else."""
+
+    def digest(*examples: Example) -> str:
+        return in_memory([examples]).digest()
+
+    pair = Example([1], ([2, 3], [4]), None, Origin("a"))
+    ranked = replace(pair, scores=(1.0, 2.0))
+    others = [
+        ranked,
+        replace(ranked, scores=(2.0, 1.0)),
+        replace(pair, weight=2.0),
+        replace(pair, margin=2.0),
+        replace(pair, margin=0.0),
+        replace(pair, completions=([2], [3, 4])),
+    ]
+    assert len({digest(example) for example in (pair, *others)}) == 1 + len(others)
+    assert digest(pair, replace(pair, weight=2.0)) != digest(replace(pair, weight=2.0), pair)
+    assert digest(replace(pair, row=Origin("b"))) == digest(pair)
+
+
 def test_nothing_held_out_is_an_empty_sequence(folder: Path):
     """Without held-out rows the sequence is empty, with a fresh cache and from it."""
     for _ in range(2):
@@ -197,6 +249,8 @@ MISSES: dict[str, list[str] | Callable[[Path], None]] = {
     "options of a format": ['data.0.format={type="chat_template.default", field_messages="prompt"}'],
     "weight": ["data.0.weight=2"],
     "rows": ["data.0.rows=2"],
+    "pairs": ["data.0.path=lists.jsonl", "data.0.pairs=all"],
+    "min_difference": ["data.0.path=lists.jsonl", "data.0.min_difference=2"],
     "on_error": ["data.0.on_error=drop"],
     "split": ["data.0.split=test"],
     "revision": ["data.0.revision=abc"],
@@ -221,7 +275,12 @@ HITS: dict[str, list[str]] = {
     "evaluations": ["eval.every=3", "eval.samples=2"],
     "the name of a model with the same tokenizer": ["model.name=n", "model.dtype=float32"],
 }
-USES = {"the code of a function": "data.0.format=mine:read", "a file of a template": "tokens.chat_template=own.jinja"}
+USES = {
+    "the code of a function": "data.0.format=mine:read",
+    "a file of a template": "tokens.chat_template=own.jinja",
+    "pairs": "data.0.path=lists.jsonl",
+    "min_difference": "data.0.path=lists.jsonl",
+}
 
 
 @pytest.mark.parametrize("name", MISSES)
@@ -229,6 +288,7 @@ def test_what_changes_the_tokens_misses(folder: Path, name: str):
     """Each change of one input of the fingerprint causes a cache miss; undoing it causes a hit."""
     edit("mine.py", "def read(row):\n    return row\n")(folder)
     edit("own.jinja", CHATML)(folder)
+    write(folder / "lists.jsonl", LISTS)
     base = [USES[name]] if name in USES else []
     assert not is_hit(load(folder, *base))
     assert is_hit(load(folder, *base))

@@ -402,11 +402,11 @@ BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, row, the mes
     ),
     "one answer": (
         "zephyr.nectar", {"prompt": "q", "answers": [{"answer": "a", "rank": 1}]},
-        "answers must be a list of two or more, got [{'answer': 'a', 'rank': 1}]",
+        "answers has 1 completion, and a comparison needs two",
     ),
     "an answer without a rank": (
         "zephyr.nectar", {"prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b"}]},
-        "answers holds {'answer': 'b'}, an answer has answer (text) and rank (a number)",
+        "answers holds {'answer': 'b'}, which has no rank",
     ),
     "answers of one rank": (
         "zephyr.nectar", {"prompt": "q", "answers": [{"answer": "a", "rank": 2}, {"answer": "b", "rank": 2}]},

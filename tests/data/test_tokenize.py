@@ -4,6 +4,7 @@ The tokenizers are toys (one token per byte) with the templates and special toke
 (toy_tokenizers.py).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.data.example import Counts, Example
-from fastpref.data.rows.content import Message, Paired, Unpaired
+from fastpref.data.rows.content import Message, Paired, Ranked, RowContent, Unpaired
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from tests.support.chats import says, tokenized, user
@@ -46,7 +47,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
     return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, **options))
 
 
-def only(tokenizer: PreTrainedTokenizerBase, content: Paired | Unpaired, **options: Any) -> Example:
+def only(tokenizer: PreTrainedTokenizerBase, content: RowContent, **options: Any) -> Example:
     examples, _ = tokenized(tokenizer, content, **options)
     assert len(examples) == 1
     return examples[0]
@@ -103,6 +104,43 @@ def test_prompt_and_response_are_the_joined_text(make: Make, special: bool):
 
 
 MERGES = [("a", "b"), ("ab", "a"), ("b", "b"), ("Ġ", "a")]
+
+
+@EVERY_FAMILY
+def test_a_list_is_its_completions_one_by_one(make: Make):
+    """A list has the tokens of its pairs, in its own order, with its scores and its weight."""
+    tokenizer = make()
+    prompt, answers = [user("Hi")], [[says(words)] for words in ("Hello!", "Well", "No")]
+    whole = only(tokenizer, Ranked(prompt, tuple(answers), (2.0, 3.0, -1.0), weight=0.5))
+    first = only(tokenizer, Paired(prompt, answers[0], answers[1], weight=0.5, margin=0.25))
+    second = only(tokenizer, Paired(prompt, answers[2], answers[0]))
+    assert whole.prompt == first.prompt == second.prompt
+    assert whole.completions == (*first.completions, second.completions[0])
+    assert (whole.scores, whole.weight, whole.margin) == ((2.0, 3.0, -1.0), 0.5, None)
+    assert (first.scores, first.weight, first.margin) == ((), 0.5, 0.25)
+    assert (second.weight, second.margin) == (1.0, None)
+    assert whole.names == ("completion 0", "completion 1", "completion 2")
+
+
+@pytest.mark.parametrize(
+    ("answers", "counter", "message"),
+    [
+        (("a", "b", "a"), "equal", "completion 0 and completion 2 are equal"),
+        (("a", "", "b"), "empty", "completion 1 is empty"),
+        (
+            ("a", "b" * 9 + "c", "b" * 9 + "d"),
+            "overlong",
+            "completion 1 and completion 2 are equal once cut to tokens.max",
+        ),
+    ],
+)
+def test_lists_that_cannot_be_used(answers: tuple[str, ...], counter: str, message: str):
+    """A list with an empty completion, or with two of the same tokens, is dropped and counted, or is an error."""
+    row = Ranked("q", answers, tuple(map(float, range(len(answers)))))
+    examples, counts = tokenized(plain(), row, max_length=10)
+    assert (examples, getattr(counts, counter), counts.rows) == ([], 1, 1)
+    with pytest.raises(UserError, match=re.escape(f"rows.jsonl, row 0: {message}")):
+        tokenized(plain(), row, strict=True, max_length=10)
 
 
 def test_a_token_across_the_boundary_belongs_to_the_response():

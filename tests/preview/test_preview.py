@@ -18,6 +18,7 @@ from fastpref.data.plan import Pass, StepPlan, plan_step, wanted_layout
 from fastpref.preview.numbers import LAYOUTS, good_share, lengths, prompt_share, step_tokens
 from fastpref.preview.preview import preview, read
 from fastpref.preview.text import decoded, visible
+from tests.support.lists import of_lists
 from tests.support.paths import ROOT
 from tests.support.toy_tokenizers import chatml, gemma, plain, toy_tokenizer
 
@@ -340,6 +341,46 @@ def test_a_batch_is_read_back(layout: Any):
         assert [(one.prompt, tuple(one.completions)) for one in held] == [(e.prompt, e.completions) for e in examples]
         assert [one.scored for one in held] == [[[True, True], [True]], [[True], [False, True, True]]]
         assert [one.prompt_scored for one in held] == [scored] * 2
+
+
+def test_a_list_shows_all_completions_with_their_scores(folder: Path):
+    """The preview of a loss of lists shows every completion with its score, and the weight of the row."""
+    rows = [
+        {"prompt": [USER], "responses": ["Yes.", "No", "Hm"], "scores": [1, 2.5, 0], "weight": 2},
+        {"prompt": [USER], "responses": ["Ah", "Oh", "Uh"], "ranks": [1, 2, 3], "weight": 1},
+    ]
+    printed = shown(of_lists(config_of(folder, rows[:1])))
+    assert (
+        part(printed, "row 0: rows.jsonl:1, weight 2")
+        == """\
+prompt        <|im_start|>user↵
+21 tokens     Hi<|im_end|>↵
+              <|im_start|>assistant↵
+completion 0  [[Yes.]]{{<|im_end|>}}
+5 tokens
+score 1
+completion 1  [[No]]{{<|im_end|>}}
+3 tokens
+score 2.5
+completion 2  [[Hm]]{{<|im_end|>}}
+3 tokens
+score 0"""
+    )
+    assert "├─ completion 0 5" in printed
+    assert re.search(r"completion +3 +3 +5 +5\ncompletions a row +3 +3 +3 +3\n", printed)
+    assert "a step of 1 lists" in printed
+
+
+def test_pairs_show_weights_margins_and_what_is_left_out(folder: Path):
+    """Each row shows its weight and margin; pairs that a list leaves out are counted with the dropped rows."""
+    pairs = [PAIR | {"weight": 0.5, "margin": 3}, OTHER | {"weight": 1, "margin": 0}]
+    printed = shown(config_of(folder, pairs))
+    assert "row 0: rows.jsonl:1, weight 0.5, margin 3 ─" in printed
+    assert "row 1: rows.jsonl:2, weight 1, margin 0 ─" in printed
+    lists = [{"prompt": "q", "responses": ["a", "b", "c", "d"], "scores": [3, 3, 2, 1]}]
+    printed = shown(config_of(folder, lists, None, "data.0.pairs=all", "data.0.min_difference=2"))
+    for line in ("used +2", "dropped +4", "  with equal scores +1", "  with scores closer than data.min_difference +3"):
+        assert re.search(f"\n{line}\n", printed), line
 
 
 # --- Numbers -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.config import TokensConfig
 from fastpref.data.example import Counts, Example
-from fastpref.data.rows.content import Message, Paired, Unpaired
+from fastpref.data.rows.content import Message, RowContent
 from fastpref.data.sources import SourceRow
 from fastpref.data.tokenize import tokenize_batches
 
@@ -25,7 +25,7 @@ def system(words: str) -> Message:
 
 
 def tokenized(
-    tokenizer: PreTrainedTokenizerBase, *contents: Paired | Unpaired, **options: Any
+    tokenizer: PreTrainedTokenizerBase, *contents: RowContent, **options: Any
 ) -> tuple[list[Example], Counts]:
     """Return the examples of these rows, and the counts. The options are those of [tokens]."""
     rows = [SourceRow(content, f"rows.jsonl, row {at}") for at, content in enumerate(contents)]

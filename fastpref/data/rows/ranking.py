@@ -1,5 +1,6 @@
 """Rows with several completions of one prompt: read how good each is, and make pairs of them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,9 +106,8 @@ def read_ranked(row: Row, responses: str, order: Order | None) -> tuple[dict[str
         )
     scores = _scores(row, responses, answers, order)
     if len(set(scores)) == 1:
-        raise RowError(
-            f"all {responses} have {order.name} {abs(scores[0]):g}, so none is better", "with completions of one score"
-        )
+        number = f"rank {-scores[0]:g}" if order.kind == "ranks" else f"score {scores[0]:g}"
+        raise RowError(f"all {responses} have {number}, so none is better", "with completions of one score")
     return {
         f"{responses}[{at}]": read_answer(answer, f"{responses}[{at}]") for at, answer in enumerate(answers)
     }, scores
@@ -143,7 +143,7 @@ def make_pairs(scores: Sequence[float], pairing: Pairing, least: float = 0.0) ->
         "adjacent": list(zip(ranking, rest)),
     }[pairing]
     differing = [(one, other) for one, other in candidates if scores[one] != scores[other]]
-    kept = tuple((one, other) for one, other in differing if scores[one] - scores[other] >= least)
+    kept = tuple(pair for pair in differing if _far(scores[pair[0]] - scores[pair[1]], least))
     return Pairs(kept, tied=len(candidates) - len(differing), close=len(differing) - len(kept))
 
 
@@ -151,11 +151,6 @@ def as_pair(row: Ranked, better: int, worse: int) -> Paired:
     """Return two completions of a row as a pair."""
     chosen, rejected = row.completions[better], row.completions[worse]
     return Paired(row.prompt, chosen, rejected, row.writing, row.remarks, row.weight)
-
-
-def as_ranked(pair: Paired) -> Ranked:
-    """Return a pair as a row of two completions, the better one with score 1 and the other with 0."""
-    return Ranked(pair.prompt, (pair.chosen, pair.rejected), (1.0, 0.0), pair.writing, pair.remarks, pair.weight)
 
 
 def _scores(row: Row, responses: str, answers: Sequence[Any], order: Order) -> tuple[float, ...]:
@@ -183,6 +178,10 @@ def _scores(row: Row, responses: str, answers: Sequence[Any], order: Order) -> t
     what = f"{'a rank' if order.kind == 'ranks' else 'a score'} is a finite number"
     numbers = [read_number(value, order.name, what, _NO_NUMBER) for value in values]
     return tuple(-number if order.kind == "ranks" else number for number in numbers)
+
+
+def _far(difference: float, least: float) -> bool:
+    return difference >= least or math.isclose(difference, least)  # 4.3 and 4.2 differ by 0.1
 
 
 def _is_order(value: Any, kind: str) -> bool:

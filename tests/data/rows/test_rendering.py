@@ -194,14 +194,6 @@ TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prom
     "passthrough": (
         "passthrough", {"prompt": "Q: ", "chosen": " yes\n", "rejected": "no", "system": "s"}, ["Q: ", " yes\n", "no"],
     ),
-    "nectar": (
-        "zephyr.nectar", {"prompt": Q, "answers": RANKED},
-        [f"<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 7"],
-    ),
-    "nectar, system": (
-        "zephyr.nectar", {"prompt": Q, "answers": RANKED[:2], "system": S},
-        [f"<|system|>\n{S}</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 1", "of rank 3"],
-    ),
     "table": ("table", {"prompt": Q, **ANSWERS, "system": S}, [Q, YES, NO]),
     "field_prompt, field_chosen, field_rejected": (
         {"field_prompt": "q", "field_chosen": "a", "field_rejected": "b"},
@@ -230,6 +222,37 @@ def test_text(format: Any, row: dict[str, Any], texts: list[str]):
     assert scored(row, format, plain()) == ["<s>" + texts[0], *(f"{text}</s>" for text in texts[1:])]
 
 
+LISTS: dict[str, tuple[Any, dict[str, Any], list[str], list[float]]] = {  # format, row, texts, scores
+    "nectar": (
+        "zephyr.nectar", {"prompt": Q, "answers": RANKED},
+        [f"<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 3", "of rank 1", "of rank 7", "of rank 2"], [-3, -1, -7, -2],
+    ),
+    "nectar, system": (
+        "zephyr.nectar", {"prompt": Q, "answers": RANKED[:2], "system": S},
+        [f"<|system|>\n{S}</s>\n<|user|>\n{Q}</s>\n<|assistant|>\n", "of rank 3", "of rank 1"], [-3, -1],
+    ),
+    "table.ranked": ("table.ranked", {"prompt": Q, "responses": [YES, NO], "best": 1}, [Q, YES, NO], [0, 1]),
+    "columns of one's own": (
+        {"type": "table.ranked", "field_prompt": "q", "field_responses": "a", "field_scores": "s"},
+        {"q": Q, "a": [YES, NO], "s": [2, 0.5], "prompt": "x", "scores": [1, 1]}, [Q, YES, NO], [2, 0.5],
+    ),
+    "ranks of one's own, and a system": (
+        {"type": "table.ranked", "field_ranks": "r", "field_system": "rules", "prompt_format": "[{system}] {prompt} ->",
+         "response_format": " {response}!"},
+        {"prompt": Q, "responses": [YES, NO], "r": [2, 1], "rules": S}, [f"[{S}] {Q} ->", f" {YES}!", f" {NO}!"],
+        [-2, -1],
+    ),
+    "auto": ("auto", {"prompt": Q, "responses": [YES, NO], "ranks": [1, 4]}, [Q, YES, NO], [-1, -4]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "row", "texts", "scores"), LISTS.values(), ids=LISTS)
+def test_lists_of_texts(format: Any, row: dict[str, Any], texts: list[str], scores: list[float]):
+    """A list of completions is taken literally too, each completion with its score."""
+    assert render(row, format) == {"prompt": texts[0], "completions": texts[1:], "scores": scores}
+    assert scored(row, format, plain()) == ["<s>" + texts[0], *(f"{text}</s>" for text in texts[1:])]
+
+
 @pytest.mark.parametrize("format", ["passthrough", "auto", "table"])
 def test_single_text(format: str):
     """Prompt, completion and label are taken literally."""
@@ -250,8 +273,9 @@ def test_a_table_of_single_responses():
 def test_every_named_format_is_here():
     """These tables have every named format, so that a new one must be added here."""
     text = {f"{family}.{name}" for family in WRITTEN for name, _, _ in PAIRS.values()}
-    others = {format if isinstance(format, str) else "table" for format, _, _ in TEXTS.values()}
-    assert set(NAMES) == text | others | {chat.name for chat in CHATS.values()}
+    others = {format if isinstance(format, str) else "table" for format, *_ in (*TEXTS.values(), *LISTS.values())}
+    chats = {f"chat_template.{name}" for name in ("ranked", "ultrafeedback", "distilabel")}  # in test_ranking.py
+    assert set(NAMES) == text | others | chats | {chat.name for chat in CHATS.values()}
 
 
 # --- Chats ---------------------------------------------------------------------------------------------------------
@@ -704,7 +728,7 @@ def test_a_function_of_ones_own(module: str):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("nothing", "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, completion and "),
+        ("nothing", "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, responses and "),
         ("other", "other returned a dict of prompt, chosen, not of prompt, chosen and rejected, or "),
         ("wrong", "wrong returned a row where chosen must be text or a list of messages, got 3"),
         ("fails", "fails failed: KeyError: 'none'"),
