@@ -126,10 +126,11 @@ def _line_number(message: str) -> int:
 
 
 def _named_key(path: Path, message: str, lines: TomlLines) -> tuple[Path, str]:
-    """Split the message of a table's own check, which begins with a key: `eval.every: …`, `weights has …`."""
-    words = re.match(r"([\w.]+)(: )?", message)
-    key: Path = (*path, *words[1].split(".")) if words else path
-    if key not in lines:
+    """Split the message of a table's own check, which begins with a key: `eval.every: …`, `data.0.pairs: …`."""
+    words = re.match(r"([^\W\d][\w.]*)(: )?", message)
+    key: Path = (*path, *(int(k) if k.isdecimal() else k for k in words[1].split("."))) if words else path
+    array = next((at for at, part in enumerate(key) if at > len(path) and isinstance(part, int)), len(key))
+    if key[:array] not in lines:  # the entries of an array may have no lines of their own
         return path, message
     return key, message[words.end() :] if words and words[2] else message
 

@@ -1,7 +1,7 @@
 """The schema of a config: one strict and frozen table for each section of the TOML file. Nothing here imports torch."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -313,7 +313,6 @@ class Config(_Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         model, reference, train = self.model, self.reference, self.train
-        sources = [*self.data, *self.eval.data]
         not_copied = 'only a frozen copy has this key; set reference.mode = "copy", or remove it'
         checks = [
             (reference.mode == "adapter" and self.lora is None,
@@ -330,16 +329,13 @@ class Config(_Section):
             (train.offload_activations and train.checkpointing is False,
              "train.offload_activations: only gradient checkpointing has inputs to move; set "
              'train.checkpointing to true or "auto"'),
-            (self.loss.listwise and any(data.pairs != "best-worst" or data.min_difference for data in sources),
-             f"data.pairs, data.min_difference: {self.loss.type} takes lists of completions whole, and makes no pairs; "
-             "remove these keys"),
-            (not self.loss.paired and any(data.pairs != "best-worst" for data in sources),
-             f"data.pairs: {self.loss.type} takes the best completion of a row as good and the worst as bad; "
-             "remove this key, or use a loss of pairs"),
             (self.eval.every is not None and not self.eval.wanted,
              "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
         ]  # fmt: skip
-        if mistakes := [message for wrong, message in checks if wrong]:
+        mistakes = [message for wrong, message in checks if wrong]
+        for table, sources in (("data", self.data), ("eval.data", self.eval.data)):
+            mistakes += [f"{table}.{at}.{text}" for at, data in enumerate(sources) for text in _unused(data, self.loss)]
+        if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
 
@@ -368,6 +364,18 @@ class Config(_Section):
                 value = {**(current if isinstance(current, Mapping) else vars(current)), name: value}
             tables[table] = value
         return self.model_copy(update={t: _table(type(self), t).validate_python(v) for t, v in tables.items()})
+
+
+def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:
+    """Yield messages about the keys of a source that make pairs, each with its key, if the loss has no use for them."""
+    for key in ("pairs", "min_difference"):
+        if getattr(data, key) == DataConfig.model_fields[key].default:
+            continue
+        if loss.listwise:
+            yield f"{key}: {loss.type} takes lists of completions whole; remove this key"
+        elif not loss.paired and key == "pairs":
+            reason = f"{loss.type} takes the best completion of a list as a good one and the worst as a bad one"
+            yield f"{key}: {reason}; remove this key, or use a loss of pairs"
 
 
 @cache

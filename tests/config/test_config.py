@@ -17,6 +17,7 @@ from fastpref.config.formats import NAMES, options_of
 from fastpref.config.losses import DPO, LossOptions, Variant
 from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
+from tests.support.lists import of_lists
 
 BASE = '[model]\nname = "m"\n[[data]]\npath = "d"\n'  # four lines, so that an addition begins at line 5
 SMALLEST = {"model": {"name": "m"}, "data": [{"path": "d"}]}
@@ -170,6 +171,13 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "train.batch = 1\nloss.type = 'kto'":
     "1: train.batch: KTO compares each row with the next one of its batch, so a batch needs two rows; "
     'set train.batch to 2 or more, or loss.kl = "none"',
+    "eval.data = [{ path = 'd' }, { path = 'e', pairs = 'all', min_difference = 1 }]\nloss.type = 'kto'":
+    "1: eval.data[1].pairs: kto takes the best completion of a list as a good one and the worst as a bad one; remove "
+    "this key, or use a loss of pairs",
+    "eval.data = [{ path = 'e', pairs = 'best' }]": "1: eval.data[0].pairs: must be one of best-worst, best-rest, all, "
+    "adjacent, got 'best' (did you mean 'best-rest'?)",
+    "eval.data = [{ path = 'e', min_difference = -1 }]":
+    "1: eval.data[0].min_difference: must be greater than or equal to 0, got -1",
     "reference.mode = 'adapter'\neval.every = 3":
     '1: reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"\n'
     "2: eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]",
@@ -383,6 +391,16 @@ def test_paths_are_taken_from_the_configs_folder(tmp_path: Path, monkeypatch: py
     for name, found in (("mine:read", f"{home / 'mine.py'}:read"), ("json:loads", "json:loads")):
         assert load(home, f'{BASE}format = "{name}"\n').data[0].format == found
     assert load(home, f"{BASE}[tokens]\nchat_template = '''{jinja}'''\n").tokens.chat_template == jinja
+
+
+def test_a_loss_of_lists_makes_no_pairs(tmp_path: Path):
+    """The keys that make pairs are refused for a loss that takes lists whole, each with its source."""
+    given = load(tmp_path, BASE + "pairs = 'all'\nmin_difference = 1\n[[data]]\npath = 'e'\nmin_difference = 2\n")
+    with pytest.raises(ValueError, match="takes lists") as caught:
+        of_lists(given)._sections_agree()
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == [
+        "data.0.pairs", "data.0.min_difference", "data.1.min_difference",
+    ]  # fmt: skip
 
 
 def test_a_config_is_frozen(tmp_path: Path):
