@@ -396,8 +396,9 @@ def test_paths_are_taken_from_the_configs_folder(tmp_path: Path, monkeypatch: py
 def test_a_loss_of_lists_makes_no_pairs(tmp_path: Path):
     """The keys that make pairs are refused for a loss that takes lists whole, each with its source."""
     given = load(tmp_path, BASE + "pairs = 'all'\nmin_difference = 1\n[[data]]\npath = 'e'\nmin_difference = 2\n")
+    check: Any = of_lists(given)._sections_agree
     with pytest.raises(ValueError, match="takes lists") as caught:
-        of_lists(given)._sections_agree()
+        check()
     assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == [
         "data.0.pairs", "data.0.min_difference", "data.1.min_difference",
     ]  # fmt: skip

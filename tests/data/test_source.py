@@ -100,7 +100,7 @@ def test_a_split_keeps_the_pairs_of_a_prompt_together(tmp_path: Path):
     """All pairs of a row are on one side of eval.fraction, and so are the counts of those left out."""
     rows = [{**TIED, "prompt": str(at)} for at in range(20)]
     made = prepare(config(tmp_path, *rows, pairs="all").but({"eval.fraction": 0.5}))
-    sides = [{row.content.prompt for row in side} for side in (made.train, made.heldout)]
+    sides = [{str(row.content.prompt) for row in side} for side in (made.train, made.heldout)]
     assert len(sides[0]) + len(sides[1]) == 20
     for prompts, side in zip(sides, (made.train, made.heldout)):
         assert len(side) == 2 * len(prompts) == 2 * side.tied > 0

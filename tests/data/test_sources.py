@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from fastpref.config import Config, load_config
 from fastpref.data.rows.auto import KNOWN
-from fastpref.data.rows.content import Paired, Unpaired
+from fastpref.data.rows.content import Paired, RowContent, Unpaired
 from fastpref.data.sources import Prepared, SourceRow, prepare, repeats
 from fastpref.data.survey import share
 from fastpref.errors import UserError
@@ -67,7 +67,7 @@ def place(path: Path, at: int) -> str:
     return f"{path}{line.get(path.suffix, f', row {at}')}"
 
 
-def contents(rows: Iterable[SourceRow]) -> list[Paired | Unpaired]:
+def contents(rows: Iterable[SourceRow]) -> list[RowContent]:
     return [row.content for row in rows]
 
 

@@ -11,7 +11,7 @@ from fastpref.config import Config
 from fastpref.data import render
 from fastpref.data.rows import overlap
 from fastpref.data.rows.auto import detect
-from fastpref.data.rows.content import Paired, Unpaired
+from fastpref.data.rows.content import Paired, RowContent
 from fastpref.data.sources import Prepared, notes_on_text, prepare
 from fastpref.errors import UserError
 from tests.support.chats import says, system, tokenize
@@ -183,7 +183,7 @@ SINGLES: dict[str, Any] = {  # prompt → row with a bad response, without its l
 TOKENIZERS = (trained_chatml, trained_llama3, chatml)
 
 
-def read(row: Row) -> Paired | Unpaired:
+def read(row: Row) -> RowContent:
     form = detect(row)
     assert form is not None
     return form.read(row)
