@@ -105,7 +105,7 @@ def collate(
     With `score_prompts`, E more segments, K·E + e, score all tokens of each prompt but the first.
     """
     count, completions = len(examples), max(len(example.completions) for example in examples)
-    if any(len(example.completions) != completions and not example.scores for example in examples):
+    if not (scores := _scores(examples, completions)) and any(len(e.completions) != completions for e in examples):
         raise ValueError("collate: examples without scores differ in their number of completions")
     placed = _padded(examples, pad_token_id) if layout == "padded" else _one_row(examples, layout)
     scored = _Scored([0] * ((completions + score_prompts) * count))
@@ -133,7 +133,7 @@ def collate(
         offsets=torch.tensor(scored.offsets, dtype=torch.int64),
         lengths=torch.tensor(scored.lengths, dtype=torch.int64),
         labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
-        scores=_scores(examples, completions),
+        scores=torch.tensor(scores) if scores else None,
         weights=torch.tensor(weights) if any(weight != 1 for weight in weights) else None,
         margins=None if all(map(math.isnan, margins)) else torch.tensor(margins),
         index=torch.tensor(range(count) if index is None else list(index), dtype=torch.int64),
@@ -144,17 +144,17 @@ def collate(
     )
 
 
-def _scores(examples: Sequence[Example], completions: int) -> Tensor | None:
-    """Return the scores of lists, [E, K], NaN where a completion is absent; None if no example is a list."""
+def _scores(examples: Sequence[Example], completions: int) -> list[list[float]]:
+    """Return the scores of lists, E lists of K, NaN where a completion is absent; [] if no example is a list."""
     if not any(example.scores for example in examples):
-        return None
+        return []
     rows = [example.scores or (1.0, 0.0) for example in examples]  # a pair is a list of two
     for row, example in zip(rows, examples):
         if len(row) != len(example.completions):
             raise ValueError(
                 f"collate: {example.row.place}: {len(row)} scores of {len(example.completions)} completions"
             )
-    return torch.tensor([[*row, *[math.nan] * (completions - len(row))] for row in rows])
+    return [[*row, *[math.nan] * (completions - len(row))] for row in rows]
 
 
 def collate_after(batch: PreferenceBatch, examples: Sequence[Example]) -> PreferenceBatch:

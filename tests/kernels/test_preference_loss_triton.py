@@ -74,7 +74,8 @@ def terms(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
     if isinstance(loss, DPO) and len(loss.variants) > 1:
         weights = loss.weights or (1.0,) * len(loss.variants)
         for variant, weight in zip(loss.variants, weights, strict=True):
-            part = exact(batch, replace(loss, variants=(variant,), weights=(weight,)))
+            one = replace(loss, variants=(variant,), weights=(weight,))
+            part = exact(replace(batch, margins=None) if one.no_margins else batch, one)
             results = {name: results[name] + part[name].abs() for name in results}
     return results
 
