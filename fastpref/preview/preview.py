@@ -97,8 +97,7 @@ def read(batch: PreferenceBatch) -> list[ReadExample]:
     prompt_scored = len(batch.lengths) > batch.completions * batch.examples
     examples = []
     for e, prompt in enumerate(batch.prompts):
-        of_example = range(e, batch.completions * batch.examples, batch.examples)
-        sequences = [sequence for sequence in of_example if batch.paths[sequence]]  # a list may lack some
+        sequences = range(e, batch.completions * batch.examples, batch.examples)
         tokens = [[ids[at] for at in places(batch.paths[sequence])] for sequence in sequences]
         completions = [sequence[prompt:] for sequence in tokens]
         uses = [
@@ -218,13 +217,13 @@ def _node(
 
 def _padded_lines(batch: PreferenceBatch, members: Sequence[Example]) -> list[Text]:
     assert batch.attention_mask is not None
-    lines, present = [], [sequence for sequence, path in enumerate(batch.paths) if path]
-    for sequence, filled in zip(present, batch.attention_mask.sum(1).tolist()):
-        k, e = divmod(sequence, batch.examples)
+    lines = []
+    for number, filled in enumerate(batch.attention_mask.sum(1).tolist()):
+        k, e = divmod(number, batch.examples)
         tokens = len(members[e].completions[k])
         padding = batch.input_ids.shape[1] - filled
-        drawn = f"prompt {filled - tokens:,} ── {_names(members[e])[k]} {tokens:,} ── padding {padding:,}"
-        lines.append(Text(f"row {batch.index[e]}: {drawn}"))
+        sequence = f"prompt {filled - tokens:,} ── {_names(members[e])[k]} {tokens:,} ── padding {padding:,}"
+        lines.append(Text(f"row {batch.index[e]}: {sequence}"))
     return lines
 
 
