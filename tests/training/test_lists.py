@@ -27,7 +27,7 @@ rank = 4
 every = 4
 sample_tokens = 3
 [train]
-learning_rate = 1e-2
+learning_rate = 3e-3
 steps = 12
 batch = 6
 tokens_per_microbatch = 200
@@ -36,14 +36,17 @@ dir = "run"
 """
 
 
+ANSWERS = {"I do not know.": 1.0, "Gladly: it is {}.": 3.0, "It is {}.": 2.0, "No, no, no.": 0.0}
+
+
 def write_lists(path: Path, first: int, count: int) -> None:
-    """Write sums as lists of two to four answers, the better the nearer they are to the right one."""
+    """Write sums as lists of two to four answers, which have their scores for their form."""
     lines = []
     for n in range(first, first + count):
-        answers = [f"The answer is {n + 1 + wrong}." for wrong in (3, 0, 1, 7)[: 2 + n % 3]]
-        scores = [-abs(wrong) for wrong in (3, 0, 1, 7)[: 2 + n % 3]]
-        row = {"prompt": f"What is {n} plus one?", "responses": answers, "scores": scores}
-        lines.append(json.dumps(row | ({"weight": 2.0} if n % 4 == 0 else {"weight": 1.0})))
+        answers = list(ANSWERS.items())[: 2 + n % 3]
+        responses, scores = [text.format(n + 1) for text, _ in answers], [score for _, score in answers]
+        row = {"prompt": f"What is {n} plus one?", "responses": responses, "scores": scores}
+        lines.append(json.dumps(row | {"weight": 2.0 if n % 4 == 0 else 1.0}))
     path.write_text("\n".join(lines))
 
 
