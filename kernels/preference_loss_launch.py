@@ -33,6 +33,8 @@ def pair_loss(
     lengths: Tensor,  # [S] int64
     reference: Tensor | None,  # [N] float32
     log_sum_sq_probs: Tensor | None,  # [N] float32
+    pair_weights: Tensor | None,  # [P] float32; 1 if None
+    margins: Tensor | None,  # [P] float32; that of `numbers` if None
     weights: dict[str, float],  # by variant
     flags: Flags,
     numbers: tuple[float, ...],  # `LossSpec.numbers`
@@ -42,14 +44,15 @@ def pair_loss(
 ) -> FusedLoss:
     """Compute the loss of P pairs. The S sequences are P chosen, P rejected and, with HAS_PROMPTS, P prompts."""
     variants = _ordered(weights)
-    constants = _constants(variants, flags)
+    constants = _constants(variants, flags, weighted=pair_weights is not None, margins=margins is not None)
     n, count = len(logp), len(lengths) // (3 if constants["HAS_PROMPTS"] else 2)
     scored = lengths[:count].sum() + lengths[2 * count :].sum() if nll_tokens is None else nll_tokens
     coefficients, sequences, pairs = logp.new_empty(n), logp.new_empty(3, 2 * count), logp.new_empty(4, count)
     launch(_pair_kernel, (count,),
         logp, logp if reference is None else reference, logp if log_sum_sq_probs is None else log_sum_sq_probs,
-        starts, lengths, _on_device(numbers, logp.device),
-        _on_device(tuple(weights[name] for name in variants), logp.device), _scalar(scored, logp),
+        starts, lengths, logp if pair_weights is None else pair_weights, logp if margins is None else margins,
+        _on_device(numbers, logp.device), _on_device(tuple(weights[name] for name in variants), logp.device),
+        _scalar(scored, logp),
         coefficients, sequences, pairs, n, count, float(count if examples is None else examples),
         **constants, num_warps=WARPS,
     )  # fmt: skip
@@ -63,6 +66,7 @@ def row_loss(
     reference: Tensor,  # [N] float32
     labels: Tensor,  # [R] bool
     kl: Tensor,  # scalar
+    row_weights: Tensor | None,  # [R] float32; 1 if None
     numbers: tuple[float, ...],
     *,
     examples: float | None,  # the divisor of the mean over rows; R if None
@@ -71,9 +75,10 @@ def row_loss(
     n, rows = len(logp), len(labels)
     coefficients, sequences, share = logp.new_empty(n), logp.new_empty(3, rows), logp.new_empty(rows)
     launch(_row_kernel, (len(lengths),),
-        logp, reference, starts, lengths, labels.to(torch.int8), _scalar(kl, logp), _on_device(numbers, logp.device),
+        logp, reference, starts, lengths, labels.to(torch.int8), _scalar(kl, logp),
+        logp if row_weights is None else row_weights, _on_device(numbers, logp.device),
         coefficients, sequences, share, n, rows, float(rows if examples is None else examples),
-        BLOCK=BLOCK, num_warps=WARPS,
+        HAS_WEIGHTS=row_weights is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return FusedLoss(share.sum(), coefficients, sequences, logp.new_empty(3, 0))
 
@@ -98,11 +103,12 @@ def _ordered(variants: Iterable[str]) -> list[str]:
     return sorted(variants, key=list(VARIANTS).index)
 
 
-def _constants(variants: list[str], flags: Flags) -> dict[str, Any]:
+def _constants(variants: list[str], flags: Flags, *, weighted: bool = False, margins: bool = False) -> dict[str, Any]:
     """Return the compile-time constants of `_pair_kernel`."""
     structure = {name: bool(value) for name, value in flags._asdict().items() if name != "SCORE"}
     functions = VariantSet(VARIANTS[name] for name in variants)
-    return {"VARIANTS": functions, "SCORE": flags.SCORE, **structure, "BLOCK": BLOCK}
+    data = {"HAS_WEIGHTS": weighted, "HAS_MARGINS": margins}
+    return {"VARIANTS": functions, "SCORE": flags.SCORE, **structure, **data, "BLOCK": BLOCK}
 
 
 # --- the compile report -----------------------------------------------------------------------------------------------
@@ -123,8 +129,10 @@ def compile_cases() -> list[tuple[str, dict[str, Any]]]:
         "cpo": LossSpec(("sigmoid",), (1.0,), supervised=1.0),
         "cpo ipo, alpha": LossSpec(("ipo",), (1.0,), averaged=True, score="power", power=-0.5, supervised=1.0),
     }
-    pairs = [(name, _constants(_ordered(spec.variants), spec.flags())) for name, spec in specs.items()]
-    return [*pairs, ("kto", {"BLOCK": BLOCK})]
+    pairs = {name: _constants(_ordered(spec.variants), spec.flags()) for name, spec in specs.items()}
+    pairs["dpo, all, weights, margins"] = pairs["dpo, all"] | {"HAS_WEIGHTS": True, "HAS_MARGINS": True}
+    rows = {"kto": {"HAS_WEIGHTS": False, "BLOCK": BLOCK}, "kto, weights": {"HAS_WEIGHTS": True, "BLOCK": BLOCK}}
+    return [*(pairs | rows).items()]
 
 
 def kernel_of(constants: dict[str, Any]) -> JITFunction:

@@ -7,6 +7,8 @@ from token log-probabilities.
     s = v,  (e^{power·v} − 1)/power  or  log 2σ(v)            x = β(s_c − s_r) − margin
     ∂/∂L_c = (Σ_k w_k ∂ℓ_k/∂v_c)·∂v_c/∂L_c                    c_n = (∂/∂L)·token weight/examples − supervised/tokens
 
+A pair may have a weight, which multiplies its loss and its coefficients, and a margin of its own.
+
 The losses ℓ_k and their derivatives are the table of `preference_loss_variants.py`. There are no atomics: a program
 writes its own pair and its own tokens, and torch adds up the pairs. `preference_loss_launch.py` launches the kernels;
 `fastpref/losses/` computes the same in torch, differentiated by autograd.
@@ -149,6 +151,8 @@ def _pair_kernel(
     p_log_sum_sq,  # [N]
     p_starts,  # [S] int64 each segment's first token
     p_lengths,  # [S] int64
+    p_pair_weights,  # [P]
+    p_margins,  # [P]
     p_numbers,  # the loss's `Numbers`
     p_weights,  # one for each of VARIANTS
     p_nll_tokens,  # [1] the divisor of the supervised term
@@ -165,6 +169,8 @@ def _pair_kernel(
     HAS_LENGTH_WEIGHTS: tl.constexpr,
     HAS_PAIR_WEIGHTS: tl.constexpr,
     HAS_PROMPTS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_MARGINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute pair p from segments p (chosen), P + p (rejected) and, with prompts, 2P + p (its prompt)."""
@@ -194,15 +200,22 @@ def _pair_kernel(
     if not AVERAGED:
         m_c, m_r = 1.0 / n_c, 1.0 / n_r
     m = s_c - s_r if AVERAGED else s_c / n_c - s_r / n_r
-    pair = Pair(numbers.beta * (s_c - s_r) - numbers.margin, m, v_c, v_r, numbers)
+    margin = tl.load(p_margins + i_pair) if HAS_MARGINS else numbers.margin
+    pair = Pair(numbers.beta * (s_c - s_r) - margin, m, v_c, v_r, numbers)
     term = _weighted_sum(pair, p_weights, VARIANTS)
     by_s_c, by_s_r = term.by_x * numbers.beta + term.by_m * m_c, -(term.by_x * numbers.beta + term.by_m * m_r)
     share = 1.0 / examples
     if HAS_PAIR_WEIGHTS:
         share *= exp(aligned_c / n_c + aligned_r / n_r)
+    weight = 1.0
+    if HAS_WEIGHTS:
+        weight = tl.load(p_pair_weights + i_pair)
+        share *= weight
     by_c = share * (by_s_c * slope_c + term.by_c) * per_c
     by_r = share * (by_s_r * slope_r + term.by_r) * per_r
     nll = -numbers.supervised / tl.load(p_nll_tokens)
+    if HAS_WEIGHTS:
+        nll *= weight
 
     _write_coefficients(p_coefficients, start_c, length_c, n, by_c, nll, shorter, alpha, HAS_LENGTH_WEIGHTS, BLOCK)
     _write_coefficients(p_coefficients, start_r, length_r, n, by_r, 0.0, shorter, alpha, HAS_LENGTH_WEIGHTS, BLOCK)
@@ -234,6 +247,7 @@ def _row_kernel(
     p_lengths,  # [S] int64
     p_labels,  # [R] int8, 1 for desirable
     p_kl,  # [1]
+    p_row_weights,  # [R]
     p_numbers,  # the loss's `Numbers`
     p_coefficients,  # [N]
     p_sequences,  # [3, R] sums, the same for the reference, rewards
@@ -241,6 +255,7 @@ def _row_kernel(
     n,
     rows,  # R; the S − R sequences after them are mismatched: their coefficients are 0
     examples,
+    HAS_WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute KTO, w·σ(z)/examples with z = ∓β(ratio − KL), − for a desirable row; ∂/∂L = ∓w·β·σ(z)σ(−z)/examples."""
@@ -254,6 +269,8 @@ def _row_kernel(
         numbers = _load_numbers(p_numbers)
         desirable = tl.load(p_labels + i_row) != 0
         weight = tl.where(desirable, numbers.desirable, numbers.undesirable) / examples
+        if HAS_WEIGHTS:
+            weight *= tl.load(p_row_weights + i_row)
         sign = tl.where(desirable, -1.0, 1.0)
         _, _, sigma, sigma_not = logistic(sign * numbers.beta * (ratio - tl.load(p_kl)))
         slope = sign * weight * numbers.beta * (sigma * sigma_not)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastpref.data.longest import Microbatch
+from fastpref.errors import UserError
 from fastpref.memory.estimate import CARDS, CardFit, Estimator, fits, present_card, proposal, usable
 from fastpref.memory.fit import MARGIN
 from fastpref.memory.step import PARTS, StepMemory
@@ -24,8 +25,10 @@ def estimate(estimator: Estimator, *, card: float | None, compare: bool, as_json
         card: GiB of the GPU that the run is meant for; by default this machine's GPU, or 24.
         compare: whether to count the step of TRL too.
 
-    Raises UserError for a model that does not exist.
+    Raises UserError for a model that does not exist, and for a comparison with TRL of a loss that TRL does not have.
     """
+    if compare and estimator.config.loss.listwise:
+        raise UserError(f"--compare: TRL has no loss of lists such as {estimator.config.loss.type}; leave it out")
     screen = Console(highlight=False, quiet=as_json)
     with Console(stderr=True).status("") as waiting:  # shown on a terminal only
         estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))

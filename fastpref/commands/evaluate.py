@@ -62,10 +62,17 @@ def evaluate(
     compared = None if other is None else other.policy.eval()
     uses_reference = config.loss.uses_reference
     lacks_reference = uses_reference and compared is None
+    options, own = config.loss, None
+    if uses_reference and compared is not None:
+        own = _logps(compared, off)
+    elif lacks_reference and options.listwise:  # metrics that do not depend on the reference are those of any
+        own = _no_logps
+    elif lacks_reference:
+        options = SimPO()
     objective = Objective(
         policy=loaded.policy.eval(),
-        reference=_logps(compared, off) if uses_reference and compared is not None else None,
-        options=SimPO() if lacks_reference else config.loss,  # without a reference, SimPO gives the other metrics
+        reference=own,
+        options=options,
         layout=loaded.layout if other is None or other.layout == loaded.layout else "padded",  # all models take it
         budget=config.tokens_per_microbatch,
         pad_token_id=pad_token(tokenizer, limits_of_model(loaded.model))[0],
@@ -91,6 +98,7 @@ def show(metrics: dict[str, Any], name: str, *, as_json: bool) -> None:
         ("rewards/accuracies", "accuracy", "{:.1%}"),
         ("logps/accuracies", "the chosen is likelier", "{:.1%}"),
         ("rewards/margins", "reward margin", "{:+.3f}"),
+        ("rewards/kendall_tau", "Kendall's τ of rewards and scores", "{:+.3f}"),
         ("reference/kl", "KL to the reference, nats a token", "{:.4f}"),
         ("loss", "loss", "{:.4f}"),
         ("logps/chosen", "log-probability of the chosen", "{:.1f}"),
@@ -155,6 +163,10 @@ def _logps(policy: Policy, off: Context) -> Reference:
             return policy(batch).logp
 
     return logps
+
+
+def _no_logps(batch: PreferenceBatch) -> torch.Tensor:
+    return torch.zeros(len(batch.segments), device=batch.segments.device)
 
 
 @torch.no_grad()

@@ -34,6 +34,8 @@ _REMARKS: dict[str, dict[str, str]] = {
     "dpo": _USUAL,
     "ipo": _USUAL,
     "kto": _USUAL | {"loss.desirable_weight": "with unequal counts, keep weight times count of both kinds alike"},
+    "pl": _USUAL,
+    "lipo": _USUAL,
     "orpo": {"train.learning_rate": "the supervised term takes higher rates than DPO: whole models about 8e-6"},
     "simpo": {
         "train.learning_rate": "whole models 3e-7 to 1e-6, as its authors search; too high a rate ruins the text",

@@ -14,6 +14,8 @@ Variant = Literal[
 ]  # fmt: skip
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 SORTING_VARIANTS = ("aot", "aot_unpaired")
+MARGIN_VARIANTS = ("sigmoid", "hinge", "exo_pair", "robust")
+"""DPO's losses of x = βΔ alone, from which the margin of a pair is subtracted."""
 
 # Strict by field: a dataclass that is strict as a whole would refuse the table of a config.
 loss_table = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -39,6 +41,21 @@ class Loss:
     def unit(self) -> str:
         """What one example is, in messages: "pair", "list" or "response"."""
         return "list" if self.listwise else "pair" if self.paired else "response"
+
+    @property
+    def margin(self) -> float:
+        """The margin of the examples that have none of their own."""
+        return 0.0
+
+    @property
+    def no_margins(self) -> str:
+        """The reason why examples may have no margin of their own, or an empty string if they may."""
+        return "a margin is between the two responses of a pair"
+
+    @property
+    def no_weights(self) -> str:
+        """The reason why examples may have no weight of their own, or an empty string if they may."""
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
@@ -84,6 +101,19 @@ class DPO(Loss):
         """Whether a variant sorts the pairs of the whole step, and so needs all of them before any gradient."""
         return bool(set(self.variants) & set(SORTING_VARIANTS))
 
+    @property
+    def no_margins(self) -> str:
+        others = [name for name in self.variants if name not in (*MARGIN_VARIANTS, "sft")]
+        if not others and self.variants != ("sft",):
+            return ""
+        which = f"variant{'s' * (len(others) > 1)} {' and '.join(others or self.variants)}"
+        return f"none is defined for the {which}, only for {', '.join(MARGIN_VARIANTS)} and for sft beside them"
+
+    @property
+    def no_weights(self) -> str:
+        names = [name for name in self.variants if name in SORTING_VARIANTS]
+        return f"{' and '.join(names)} sort the pairs of the step, so that no term belongs to one pair" if names else ""
+
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
 class IPO(Loss):
@@ -97,6 +127,10 @@ class IPO(Loss):
 
     def as_dpo(self) -> DPO:
         return DPO(beta=self.beta, variants=("ipo",))
+
+    @property
+    def no_margins(self) -> str:
+        return "its target, 1/(2·beta) per token, is a margin already"
 
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
@@ -132,6 +166,10 @@ class ORPO(Loss):
     suits: ClassVar[str] = "pairs, a base model, and no separate supervised stage"
     uses_reference: ClassVar[bool] = False
 
+    @property
+    def no_margins(self) -> str:
+        return "it compares odds, not rewards"
+
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
 class SimPO(Loss):
@@ -164,6 +202,10 @@ class SimPO(Loss):
             return self.gamma
         return self.beta * (0.5 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
+    @property
+    def no_margins(self) -> str:
+        return ""
+
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
 class CPO(Loss):
@@ -188,8 +230,36 @@ class CPO(Loss):
         if self.label_smoothing and self.variant != "sigmoid":
             raise ValueError(f"label_smoothing has no effect on variant = {self.variant!r}; set it to 0")
 
+    @property
+    def no_margins(self) -> str:
+        return "the target of its variant ipo, 1/(2·beta) per token, is a margin already" * (self.variant == "ipo")
 
-LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO
+
+@dataclass(frozen=True, kw_only=True, config=loss_table)
+class PL(Loss):
+    """Plackett-Luce DPO: the likelihood of the whole ranking of three or more responses to a prompt."""
+
+    type: Literal["pl"] = "pl"
+    """Selects the loss."""
+    beta: Positive = 0.1
+    """Sets how strongly the policy is kept near the reference."""
+    suits: ClassVar[str] = "several responses to each prompt, in an order that can be trusted"
+    listwise: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True, config=loss_table)
+class LiPO(Loss):
+    """LiPO-λ: the logistic loss of all pairs of a list, each weighted by its effect on the quality of the ranking."""
+
+    type: Literal["lipo"] = "lipo"
+    """Selects the loss."""
+    beta: Positive = 0.1
+    """Sets how strongly the policy is kept near the reference."""
+    suits: ClassVar[str] = "several responses to each prompt, with scores whose differences matter"
+    listwise: ClassVar[bool] = True
+
+
+LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO | PL | LiPO
 LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
 """The losses by the names that `loss.type` takes."""
 

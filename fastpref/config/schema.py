@@ -302,7 +302,7 @@ class Config(_Section):
     tokens: TokensConfig = TokensConfig()
     """Decides how rows become tokens."""
     reference: ReferenceConfig = ReferenceConfig()
-    """Describes the reference model, with which DPO, IPO and KTO compare."""
+    """Describes the reference model, with which DPO, IPO, KTO, PL and LiPO compare."""
     train: TrainConfig = TrainConfig()
     """Sets up the optimization."""
     output: OutputConfig = OutputConfig()

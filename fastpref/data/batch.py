@@ -4,11 +4,13 @@
     packed   P C₁ | P C₂ | …      one row; every sequence has its own copy of its prompt
     padded   one row per sequence, padded to the longest; for models whose attention cannot be given a layout
 
-A sequence is a prompt and one of its completions. Of E examples with K completions each, sequence k·E + e is completion
-k of example e: the first E are the chosen ones, the next the rejected ones.
+A sequence is a prompt and one of its completions. Of E examples with up to K completions each, sequence k·E + e is
+completion k of example e: of pairs, the first E are the chosen ones, the next the rejected ones. Lists with scores may
+have fewer than K completions; the sequences of the absent ones have no tokens.
 """
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -39,7 +41,7 @@ Layout = Literal["tree", "packed", "padded"]
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """One micro-batch of E examples with K completions each, S = K·E sequences (E more where prompts are scored).
+    """One micro-batch of E examples with K completions, S = K·E sequences (E more where prompts are scored).
 
     The head computes N distinct rows: `targets[n]`, predicted at position `predictors[n]` of the flattened [B·T] hidden
     states. Scored token m of M is row `rows[m]`, which several sequences may share. Turns of other speakers inside a
@@ -57,18 +59,24 @@ class PreferenceBatch:
     offsets: Tensor  # [M] int64, its index in its completion
     lengths: Tensor  # [S] int64, scored tokens of each sequence
     labels: Tensor | None  # [E] bool, for single completions
-    scores: Tensor | None  # [E, K] float32, for losses that rank the completions
+    scores: Tensor | None  # [E, K] float32 of lists, NaN where a completion is absent; None for pairs and labels
     weights: Tensor | None  # [E] float32, the factor of each example's loss; None if all are 1
-    margins: Tensor | None  # [E] float32; None if no example has one
+    margins: Tensor | None  # [E] float32, NaN where an example has none; None if no example has one
     index: Tensor  # [E] int64, each example's index in its step
-    completions: int  # K
+    completions: int  # K, the most of an example
     keys: tuple[bytes, ...]  # the `completion_key` of each completion, in the order of scoring
     prompts: tuple[int, ...]  # tokens of each example's prompt
-    paths: tuple[tuple[slice, ...], ...]  # the places of each of the K·E sequences in the flattened [B·T] tokens
+    paths: tuple[tuple[slice, ...], ...]  # of each of the K·E sequences: its places in the flattened [B·T] tokens
 
     @property
     def examples(self) -> int:
         return len(self.index)
+
+    @property
+    def ranking(self) -> Tensor:
+        """The scores [E, K] of lists; a pair is a list of two, in which the chosen completion has 1, the other 0."""
+        pair = torch.tensor([[1.0, 0.0]], device=self.index.device)
+        return pair.expand(self.examples, 2) if self.scores is None else self.scores
 
     @property
     def tokens(self) -> int:
@@ -92,18 +100,18 @@ def collate(
     pad_token_id: int = 0,
     score_prompts: bool = False,
 ) -> PreferenceBatch:
-    """Lay examples out as one micro-batch. All must have the same number of completions.
+    """Lay examples out as one micro-batch. All must have the same number of completions, except lists with scores.
 
     With `score_prompts`, E more segments, K·E + e, score all tokens of each prompt but the first.
     """
-    count, completions = len(examples), len(examples[0].completions)
-    if any(len(example.completions) != completions for example in examples):
-        raise ValueError("collate: examples differ in their number of completions")
+    count, completions = len(examples), max(len(example.completions) for example in examples)
+    if not (scores := _scores(examples, completions)) and any(len(e.completions) != completions for e in examples):
+        raise ValueError("collate: examples without scores differ in their number of completions")
     placed = _padded(examples, pad_token_id) if layout == "padded" else _one_row(examples, layout)
     scored = _Scored([0] * ((completions + score_prompts) * count))
     for e, example in enumerate(examples):
         for k, completion in enumerate(example.completions):
-            at = places(placed.paths[k * count + e])
+            at = places(placed.paths[e, k])
             prompt, context = len(example.prompt), example.context(k)
             if k == 0 and score_prompts:
                 scored.add(example.prompt, at, 1, completions * count + e)
@@ -112,9 +120,7 @@ def collate(
     predictors, targets, rows = scored.head_rows()
     labels = [example.label for example in examples]
     weights = [example.weight for example in examples]
-    margins = [example.margin for example in examples]
-    if None in margins and any(margin is not None for margin in margins):
-        raise ValueError("collate: some examples have a margin and some have none")
+    margins = [math.nan if example.margin is None else example.margin for example in examples]
     return PreferenceBatch(
         input_ids=placed.input_ids,
         position_ids=placed.position_ids,
@@ -127,15 +133,28 @@ def collate(
         offsets=torch.tensor(scored.offsets, dtype=torch.int64),
         lengths=torch.tensor(scored.lengths, dtype=torch.int64),
         labels=None if None in labels else torch.tensor(labels, dtype=torch.bool),
-        scores=torch.tensor([example.scores for example in examples]) if examples[0].scores else None,
+        scores=torch.tensor(scores) if scores else None,
         weights=torch.tensor(weights) if any(weight != 1 for weight in weights) else None,
-        margins=None if None in margins else torch.tensor(margins),
+        margins=None if all(map(math.isnan, margins)) else torch.tensor(margins),
         index=torch.tensor(range(count) if index is None else list(index), dtype=torch.int64),
         completions=completions,
         keys=tuple(scored.keys),
         prompts=tuple(len(example.prompt) for example in examples),
-        paths=placed.paths,
+        paths=tuple(placed.paths.get((e, k), ()) for k in range(completions) for e in range(count)),
     )
+
+
+def _scores(examples: Sequence[Example], completions: int) -> list[list[float]]:
+    """Return the scores of lists, E lists of K, NaN where a completion is absent; [] if no example is a list."""
+    if not any(example.scores for example in examples):
+        return []
+    rows = [example.scores or (1.0, 0.0) for example in examples]  # a pair is a list of two
+    for row, example in zip(rows, examples):
+        if len(row) != len(example.completions):
+            raise ValueError(
+                f"collate: {example.row.place}: {len(row)} scores of {len(example.completions)} completions"
+            )
+    return [[*row, *[math.nan] * (completions - len(row))] for row in rows]
 
 
 def collate_after(batch: PreferenceBatch, examples: Sequence[Example]) -> PreferenceBatch:
@@ -227,30 +246,31 @@ class _Placed:
     position_ids: Tensor
     attention_mask: Tensor | None
     forest: Forest | None
-    paths: tuple[tuple[slice, ...], ...]
+    paths: dict[tuple[int, int], tuple[slice, ...]]  # of completion k of example e, by (e, k)
 
 
 def _one_row(examples: Sequence[Example], layout: Layout) -> _Placed:
     """Lay sequences out in one row: as a forest in the order of the examples, or each with its own prompt."""
-    count, completions = len(examples), len(examples[0].completions)
-    sequences = [_tokens(example, k) for example in examples for k in range(completions)]
-    prompts = [len(example.prompt) for example in examples for _ in range(completions)]
+    present = [(e, k) for e, example in enumerate(examples) for k in range(len(example.completions))]
+    sequences = [_tokens(examples[e], k) for e, k in present]
+    prompts = [len(examples[e].prompt) for e, _ in present]
     laid = lay_out(sequences, prompts) if layout == "tree" else lay_apart(sequences)
     _, depths = laid.forest.by_token()
-    paths = tuple(laid.paths[e * completions + k] for k in range(completions) for e in range(count))
+    paths = dict(zip(present, laid.paths))
     return _Placed(torch.from_numpy(laid.ids)[None], depths.long()[None], None, laid.forest, paths)
 
 
 def _padded(examples: Sequence[Example], pad: int) -> _Placed:
-    completions = range(len(examples[0].completions))
-    rows = [example.prompt + example.completions[k] for k in completions for example in examples]
+    most = max(len(example.completions) for example in examples)
+    present = [(e, k) for k in range(most) for e, example in enumerate(examples) if k < len(example.completions)]
+    rows = [examples[e].prompt + examples[e].completions[k] for e, k in present]
     width = max(map(len, rows))
     input_ids = torch.full((len(rows), width), pad, dtype=torch.int64)
     attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
     for row, ids in enumerate(rows):
         input_ids[row, : len(ids)] = torch.tensor(ids)
         attention_mask[row, : len(ids)] = 1
-    paths = tuple((slice(row * width, row * width + len(ids)),) for row, ids in enumerate(rows))
+    paths = {at: (slice(row * width, row * width + len(rows[row])),) for row, at in enumerate(present)}
     position_ids = torch.arange(width).expand(len(rows), width).contiguous()
     return _Placed(input_ids, position_ids, attention_mask, None, paths)
 
@@ -281,7 +301,8 @@ def plan_microbatches(examples: Sequence[Example], layout: Layout, budget: int, 
     while len(open_) % processes and (divisible := [batch for batch in open_ if len(batch) > 1]):
         largest = max(divisible, key=costs)
         open_.remove(largest)
-        open_ += [largest[::2], largest[1::2]] if layout == "padded" else _halves(largest)
+        half = len(largest) // 2
+        open_ += [largest[::2], largest[1::2]] if layout == "padded" else [largest[:half], largest[half:]]
     if processes > 1:
         open_.sort(key=costs, reverse=True)
     return [sorted(batch) for batch in open_]
@@ -329,10 +350,6 @@ class _Costs:
     def _flat(self, batch: Sequence[int]) -> tuple[list[Tokens], list[int]]:
         sequences = [tokens for i in batch for tokens in self._sequences[i]]
         return sequences, [len(self._examples[i].prompt) for i in batch for _ in self._sequences[i]]
-
-
-def _halves(batch: list[int]) -> list[list[int]]:
-    return [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
 
 
 def _tokens(example: Example, which: int) -> Tokens:

@@ -24,6 +24,7 @@ from fastpref.config import Config
 from fastpref.data import table
 from fastpref.data.balance import unbalanced
 from fastpref.data.example import Counts, Example
+from fastpref.data.extras import check_extras
 from fastpref.data.fingerprint import fingerprint
 from fastpref.data.sources import Rows, notes_on_text, prepare
 from fastpref.data.table import Examples
@@ -60,12 +61,14 @@ def load_examples(
     """Read the examples of a config from the cache, or tokenise them and, with `cache`, write them there.
 
     The tokenizer must have the config's chat template already. Templates that write the date write `day`, by default
-    today. Raises UserError for broken rows, if no row can be used, and for keywords that no template reads. A cache
-    that cannot be used adds a note and raises no error.
+    today. Raises UserError for broken rows, if no row can be used, for keywords that no template reads, and for weights
+    and margins that the loss does not take. A cache that cannot be used adds a note and raises no error.
     """
     check_template_keywords(config, tokenizer)
     day = day or date.today()
     examples = _load_examples(config, tokenizer, day, cache=cache)
+    for part in examples.parts.values():
+        check_extras(config.loss, part)
     labels = examples.train.labels
     if labels is not None:
         wrong = unbalanced(int(labels.sum()), int((~labels).sum()), config.loss)

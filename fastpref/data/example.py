@@ -29,7 +29,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completions: chosen and rejected, or a single one with its label."""
+    """A prompt and its completions: chosen and rejected, a single one with its label, or a list with scores."""
 
     prompt: Ids  # at least one token
     completions: tuple[Ids, ...]  # at least one token each
@@ -42,7 +42,7 @@ class Example:
     weight: float = 1.0
     """The factor of its loss."""
     margin: float | None = None
-    """The difference of rewards that its pair should have at least."""
+    """The difference of rewards that its pair should have at least; None for that of the loss."""
 
     def context(self, which: int) -> Spans:
         """Return the spans of a completion that are not scored."""
@@ -60,12 +60,13 @@ class Example:
         return tuple(f"completion {k}" for k in range(len(self.completions))) if self.scores else ("chosen", "rejected")
 
     def with_completions(self, parts: "Sequence[tuple[Example, int]]") -> "Example":
-        """Return this prompt with other completions, each given as an example and its number in that example."""
+        """Return this prompt with other completions, each given as an example and its number there, without scores."""
         contexts = tuple(example.context(which) for example, which in parts)
         return replace(
             self,
             completions=tuple(example.completions[which] for example, which in parts),
             contexts=contexts if any(contexts) else (),
+            scores=(),
         )
 
 

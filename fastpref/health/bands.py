@@ -43,9 +43,12 @@ def _at_zero(variant: str, loss: DPO) -> float:
     return values.get(variant, _LN2)
 
 
-def loss_band(loss: LossOptions, start: float | None = None) -> Band:
-    """Return 0.3 to ln 2 for DPO, its variants and KTO in proportion, 0 to 1/(2β)² for IPO; else below `start`."""
-    first = first_loss(loss)
+def loss_band(loss: LossOptions, start: float | None = None, *, extras: bool = False) -> Band:
+    """Return 0.3 to ln 2 for DPO, its variants and KTO in proportion, 0 to 1/(2β)² for IPO; else below `start`.
+
+    With `extras`, weights or margins of the rows, the band is only below `start`.
+    """
+    first = None if extras else first_loss(loss)
     if first is None:
         return Band(None, start)
     logistic = isinstance(loss, KTO) or (isinstance(loss, DPO) and set(loss.variants) <= _LOGISTIC)
@@ -55,10 +58,10 @@ def loss_band(loss: LossOptions, start: float | None = None) -> Band:
 _LOGISTIC = {"sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"}
 
 
-def bands(loss: LossOptions, start: float | None = None) -> dict[str, Band]:
+def bands(loss: LossOptions, start: float | None = None, *, extras: bool = False) -> dict[str, Band]:
     """Return the healthy range of each metric by its name. `start` is the first loss of the run."""
     ranges = {
-        "loss": loss_band(loss, start),
+        "loss": loss_band(loss, start, extras=extras),
         "rewards/accuracies": Band(0.5, None),
         "rewards/margins": Band(0.0, None),
         "grad_norm": Band(*GRADIENTS),
@@ -67,7 +70,9 @@ def bands(loss: LossOptions, start: float | None = None) -> dict[str, Band]:
         ranges |= {"rewards/chosen": Band(0.0, None), "rewards/rejected": Band(None, 0.0)}
     if isinstance(loss, ORPO):
         ranges["log_odds_chosen"] = Band(0.0, None)
-    if isinstance(loss, SimPO):  # the target margin
+    if loss.listwise:
+        ranges["rewards/kendall_tau"] = Band(0.0, None)
+    if isinstance(loss, SimPO) and not extras:  # the target margin
         ranges["rewards/margins"] = Band(loss.margin, None)
     return ranges
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastpref.health.bands import first_loss, per_token
+from fastpref.health.bands import per_token
 from fastpref.health.rule import Known, Verdict, change_of, nats_moved, percent, rule
 from fastpref.run.history import HELDOUT, History
 
@@ -20,7 +20,7 @@ def _learning_rate_high(h: History, known: Known) -> Verdict | None:
     loss, tokens = h["loss"], change_of(h, known, "mean_token_accuracy")
     if len(loss) < 3:
         return None
-    start, worst = first_loss(known.loss) or float(loss.values[0]), float(loss.values.max())
+    start, worst = known.first_loss or float(loss.values[0]), float(loss.values.max())
     high = loss.steps[loss.values > 3 * abs(start)]
     observed: list[str] = []
     evidence: dict[str, float] = {}

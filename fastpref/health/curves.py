@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastpref.config.losses import KTO, ORPO
-from fastpref.health.bands import EXPLODING, GRADIENTS, first_loss, loss_band, supervised
+from fastpref.health.bands import EXPLODING, GRADIENTS, loss_band, supervised
 from fastpref.health.rule import Known, Verdict, change_of, count, nats_moved, percent, rule
 from fastpref.run.history import HELDOUT, History, Series
 
@@ -15,7 +15,7 @@ from fastpref.run.history import HELDOUT, History, Series
 
 @rule("first_loss", explains=("loss_rises",))  # which would start from a wrong value
 def _first_loss(h: History, known: Known) -> Verdict | None:
-    expected = first_loss(known.loss)
+    expected = known.first_loss
     series = h[HELDOUT + "loss"][:1]
     if not len(series) or series.steps[0] != 0:
         series = h["loss"][:1]
@@ -48,7 +48,7 @@ def _loss_rises(h: History, known: Known) -> Verdict | None:
 
 @rule("loss_below_band", after=0.3)
 def _loss_below_band(h: History, known: Known) -> Verdict | None:
-    low, loss = loss_band(known.loss).low, change_of(h, known, "loss", heldout=False)
+    low, loss = loss_band(known.loss, extras=known.extras).low, change_of(h, known, "loss", heldout=False)
     if not low or loss is None or loss.end > low - 3 * loss.error:
         return None
     heldout = h[HELDOUT + "loss"]
@@ -165,7 +165,7 @@ def _both_fall(h: History, known: Known) -> Verdict | None:
 @rule("accuracy_pinned", after=0.3)
 def _accuracy_pinned(h: History, known: Known) -> Verdict | None:
     """Find an accuracy of 100% after a few steps, which shows that the pairs differ by something trivial."""
-    series, loss, start = h["rewards/accuracies"], h["loss"], first_loss(known.loss)
+    series, loss, start = h["rewards/accuracies"], h["loss"], known.first_loss
     if start is None or not len(series):
         return None
     total = known.steps or h.step

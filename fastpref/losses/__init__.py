@@ -1,6 +1,7 @@
 """The preference losses, as functions of the log-probabilities of whole completions and of tokens."""
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
+from fastpref.losses.lists import ListLogps, lipo_loss, list_loss, pl_loss
 from fastpref.losses.pairs import (
     PairLogps,
     WholeStep,
@@ -21,6 +22,9 @@ __all__ = [
     "IPO",
     "KTO",
     "ORPO",
+    "PL",
+    "LiPO",
+    "ListLogps",
     "LossOptions",
     "PairLogps",
     "PreferenceLoss",
@@ -33,8 +37,11 @@ __all__ = [
     "kto_kl",
     "kto_loss",
     "length_weights",
+    "lipo_loss",
+    "list_loss",
     "orpo_loss",
     "pair_loss",
+    "pl_loss",
     "simpo_loss",
     "wpo_weights",
 ]

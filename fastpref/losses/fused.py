@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
 from fastpref.kernels.operators import operator
 from fastpref.kernels.preference_loss_spec import Flags, LossSpec
 
@@ -31,6 +31,8 @@ def _no_triton(logp: Tensor, loss: LossOptions) -> str:
     """Return the reason why the kernels cannot run, or an empty string."""
     if isinstance(loss, DPO) and loss.sorts_step:
         return f"{' and '.join(loss.variants)} sort the whole step, which only the torch backend does"
+    if loss.listwise:
+        return f"{loss.type} compares all responses of a row, which only the torch backend does"
     if logp.dtype != torch.float32:
         return f"logp is {logp.dtype}; the kernels take torch.float32"
     return _no_kernels(logp.device.type)
@@ -48,6 +50,8 @@ def _no_kernels(device: str) -> str:
 def kernel_spec(loss: LossOptions) -> LossSpec:
     """Return the description of a loss for the kernels."""
     match loss:
+        case PL() | LiPO():
+            raise TypeError(f"kernel_spec: the kernels do not compute {loss.type}")
         case KTO():
             return LossSpec(
                 beta=loss.beta,
@@ -112,6 +116,8 @@ def fused_loss(
     labels: Tensor | None,  # [R] bool
     kl: Tensor | None,  # scalar float32
     log_sum_sq_probs: Tensor | None,  # [N] float32
+    example_weights: Tensor | None,  # [P] or [R] float32, the factor of each pair's or row's loss
+    margins: Tensor | None,  # [P] float32, in place of the loss's own
     variants: str,  # `LossSpec.variants`, joined by commas
     weights: Sequence[float],  # `LossSpec.weights`
     flags: Sequence[int],  # `LossSpec.flags()`
@@ -126,21 +132,28 @@ def fused_loss(
     from fastpref.kernels import preference_loss_launch as launch
 
     logp, lengths = logp.contiguous(), lengths.contiguous()
-    reference = None if reference is None else reference.contiguous()
+    reference, example_weights, margins = (
+        None if given is None else given.contiguous() for given in (reference, example_weights, margins)
+    )
     if labels is not None:
         assert reference is not None
         assert kl is not None
-        return launch.row_loss(logp, starts, lengths, reference, labels, kl, tuple(numbers), examples=examples)
+        return launch.row_loss(
+            logp, starts, lengths, reference, labels, kl, example_weights, tuple(numbers), examples=examples
+        )
     log_sum_sq_probs = None if log_sum_sq_probs is None else log_sum_sq_probs.contiguous()
     of_variants = dict(zip(variants.split(","), weights, strict=False))  # "".split gives one empty name
     return launch.pair_loss(
-        logp, starts, lengths, reference, log_sum_sq_probs, of_variants, Flags(*flags), tuple(numbers),
-        examples=examples, nll_tokens=nll_tokens,
+        logp, starts, lengths, reference, log_sum_sq_probs, example_weights, margins, of_variants, Flags(*flags),
+        tuple(numbers), examples=examples, nll_tokens=nll_tokens,
     )  # fmt: skip
 
 
 @fused_loss.register_fake
-def _(logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, variants, weights, flags, numbers, examples, nll):
+def _(
+    logp, starts, lengths, reference, labels, kl, log_sum_sq_probs, example_weights, margins,
+    variants, weights, flags, numbers, examples, nll,
+):  # fmt: skip
     sequences = lengths.shape[0]
     groups = 3 if Flags(*flags).HAS_PROMPTS else 2
     completions = sequences // groups * 2 if labels is None else labels.shape[0]
@@ -158,7 +171,7 @@ def _keep_coefficients(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
 @once_differentiable
 def _backward(ctx: Any, grad: Tensor, *_: Tensor):
     (coefficients,) = ctx.saved_tensors
-    return grad * coefficients, *[None] * 12
+    return grad * coefficients, *[None] * 14
 
 
 fused_loss.register_autograd(_backward, setup_context=_keep_coefficients)

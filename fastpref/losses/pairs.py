@@ -4,9 +4,10 @@ For a completion s with `logp_s`, the sum over its n_s tokens: avg_s = logp_s/n_
 implicit reward r_s = β·ratio_s. For a pair, c is the chosen and r the rejected completion, Δ = ratio_c − ratio_r;
 σ is the logistic function, ε the label smoothing.
 
-The loss of a step is the mean over its pairs; supervised terms are the mean over the step's chosen tokens. A function
-that gets only a part of a step also gets the step's `Totals`, so that the losses of the parts add up to the step's. All
-tensors are float32 (or float64) [P], one entry per pair, unless noted otherwise.
+The loss of a step is the mean over its pairs; supervised terms are the mean over the step's chosen tokens. The weight
+w of a pair multiplies its loss and its supervised terms, but not its share of the two divisors, so that a weight of 2
+counts as the pair twice. A function that gets only a part of a step also gets the step's `Totals`, so that the losses
+of the parts add up to the step's. All tensors are float32 (or float64) [P], one entry per pair, unless noted otherwise.
 """
 
 import math
@@ -33,7 +34,9 @@ class PairLogps:
     ref_rejected: Tensor | None = None  # [P]
     nll: Tensor | None = None  # [P] sums of the supervised terms, if not `chosen`
     nll_lengths: Tensor | None = None  # [P]
-    weights: Tensor | None = None  # [P] of `wpo_weights`
+    weights: Tensor | None = None  # [P] of `wpo_weights`, without effect on supervised terms
+    pair_weights: Tensor | None = None  # [P] the factors of all terms; 1 if None
+    margins: Tensor | None = None  # [P] subtracted from a difference of rewards; the loss's own if None
 
     def detach(self) -> "PairLogps":
         return replace(self, **{name: t.detach() for name, t in vars(self).items() if t is not None})
@@ -83,10 +86,12 @@ def dpo_loss(
     """Compute DPO (Rafailov et al., arXiv 2305.18290) or variants of it: Σ weight · mean(variant).
 
     `_VARIANTS` lists the formulas. `options.f_divergence` (arXiv 2309.16240) replaces the ratio in the losses of Δ.
-    `pairs.weights` (WPO, arXiv 2406.11827) multiply every variant except `sft`. Rewards are β·ratio. Raises ValueError
-    without reference log-probabilities.
+    `pairs.weights` (WPO, arXiv 2406.11827) multiply every variant except `sft`. `pairs.margins` (ODPO, arXiv
+    2402.10571) are subtracted from βΔ in sigmoid, hinge, exo_pair and robust. Rewards are β·ratio. Raises ValueError
+    without reference log-probabilities, and for margins or pair weights that a variant does not take.
     """
     options = options or DPO()
+    _check_extras("dpo_loss", pairs, options)
     if pairs.ref_chosen is None or pairs.ref_rejected is None:
         raise ValueError("dpo_loss: pairs.ref_chosen and pairs.ref_rejected are needed")
     if options.weighting and pairs.weights is None:
@@ -103,7 +108,7 @@ def dpo_loss(
         per_pair = _VARIANTS[name](view)
         if pairs.weights is not None:
             per_pair = per_pair * pairs.weights
-        loss = loss + weight * per_pair.sum() / totals.examples
+        loss = loss + weight * _mean(per_pair, pairs, totals)
     return _result(loss, pairs, options.beta * view.ratio_chosen, options.beta * view.ratio_rejected)
 
 
@@ -117,6 +122,8 @@ class _PairView:
         self.score_chosen = _divergence_score(self.ratio_chosen, options)
         self.score_rejected = _divergence_score(self.ratio_rejected, options)
         self.x = self.beta * (self.score_chosen - self.score_rejected)  # βΔ
+        if pairs.margins is not None:
+            self.x = self.x - pairs.margins
         self.r_chosen, self.r_rejected = self.beta * self.ratio_chosen, self.beta * self.ratio_rejected
 
     @property
@@ -236,11 +243,12 @@ def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | No
     tokens of the step, including prompts if `pairs.nll` does. Rewards are β·avg.
     """
     options = options or ORPO()
+    _check_extras("orpo_loss", pairs, options)
     totals = totals or _own_totals(pairs)
     chosen, rejected = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
     ratio = F.logsigmoid(log_odds)
-    loss = _nll(pairs, totals) - options.beta * ratio.sum() / totals.examples
+    loss = _nll(pairs, totals) - options.beta * _mean(ratio, pairs, totals)
     count = ratio.new_tensor(float(len(ratio)))
     extra = {"nll_loss": _nll_metric(pairs), "log_odds_ratio": (ratio.detach().sum(), count)}
     extra["log_odds_chosen"] = (log_odds.detach().sum(), count)
@@ -250,14 +258,16 @@ def orpo_loss(pairs: PairLogps, options: ORPO | None = None, totals: Totals | No
 def simpo_loss(pairs: PairLogps, options: SimPO | None = None, totals: Totals | None = None) -> PreferenceLoss:
     """Compute SimPO (Meng et al., arXiv 2405.14734): −logσ(β(avg_c − avg_r) − γ), smoothed, + sft_weight · NLL(chosen).
 
-    With `alpha` ≠ 0 (AlphaPO, arXiv 2501.03884) avg becomes (1 − e^{−α·avg})/α. Rewards are β·avg.
+    With `alpha` ≠ 0 (AlphaPO, arXiv 2501.03884) avg becomes (1 − e^{−α·avg})/α. `pairs.margins` are γ by pair, in place
+    of the option. Rewards are β·avg.
     """
     options = options or SimPO()
     totals = totals or _own_totals(pairs)
     chosen = _alpha_reward(pairs.chosen / pairs.chosen_lengths, options.alpha)
     rejected = _alpha_reward(pairs.rejected / pairs.rejected_lengths, options.alpha)
-    losses = _smoothed(options.beta * (chosen - rejected) - options.margin, options.label_smoothing)
-    loss, extra = _with_sft(losses.sum() / totals.examples, pairs, options.sft_weight, totals)
+    gamma = options.margin if pairs.margins is None else pairs.margins
+    losses = _smoothed(options.beta * (chosen - rejected) - gamma, options.label_smoothing)
+    loss, extra = _with_sft(_mean(losses, pairs, totals), pairs, options.sft_weight, totals)
     return _result(loss, pairs, options.beta * chosen, options.beta * rejected, extra)
 
 
@@ -265,22 +275,25 @@ def cpo_loss(pairs: PairLogps, options: CPO | None = None, totals: Totals | None
     """Compute CPO (Xu et al., arXiv 2401.08417): −logσ(β(logp_c − logp_r)), smoothed, + sft_weight · NLL(chosen).
 
     `variant` "hinge" is max(0, 1 − β(logp_c − logp_r)); "ipo" is (avg_c − avg_r − 1/(2β))². With `alpha` ≠ 0
-    (AlphaPO) the log-probability becomes (1 − e^{−α·logp})/α. Rewards are β·logp (of averages for "ipo").
+    (AlphaPO) the log-probability becomes (1 − e^{−α·logp})/α. `pairs.margins` are subtracted from β(logp_c − logp_r);
+    "ipo" takes none, and raises ValueError. Rewards are β·logp (of averages for "ipo").
     """
     options = options or CPO()
+    _check_extras("cpo_loss", pairs, options)
     totals = totals or _own_totals(pairs)
     chosen, rejected = pairs.chosen, pairs.rejected
     if options.variant == "ipo":
         chosen, rejected = chosen / pairs.chosen_lengths, rejected / pairs.rejected_lengths
     chosen, rejected = _alpha_reward(chosen, options.alpha), _alpha_reward(rejected, options.alpha)
     difference = chosen - rejected
+    x = options.beta * difference - (0 if pairs.margins is None else pairs.margins)
     if options.variant == "sigmoid":
-        losses = _smoothed(options.beta * difference, options.label_smoothing)
+        losses = _smoothed(x, options.label_smoothing)
     elif options.variant == "hinge":
-        losses = torch.relu(1 - options.beta * difference)
+        losses = torch.relu(1 - x)
     else:
         losses = _bounded_square(difference - 1 / (2 * options.beta))
-    loss, extra = _with_sft(losses.sum() / totals.examples, pairs, options.sft_weight, totals)
+    loss, extra = _with_sft(_mean(losses, pairs, totals), pairs, options.sft_weight, totals)
     return _result(loss, pairs, options.beta * chosen, options.beta * rejected, extra)
 
 
@@ -319,8 +332,27 @@ def _own_totals(pairs: PairLogps) -> Totals:
     return Totals(len(pairs.chosen), float(pairs.supervised[1].sum()))
 
 
+def _check_extras(name: str, pairs: PairLogps, options: LossOptions) -> None:
+    for what, given, reason in (
+        ("margins", pairs.margins, options.no_margins),
+        ("pair_weights", pairs.pair_weights, options.no_weights),
+    ):
+        if given is not None and reason:
+            raise ValueError(f"{name}: {options.type} takes no pairs.{what}: {reason}")
+
+
+def _mean(
+    losses: Tensor,  # [P]
+    pairs: PairLogps,
+    totals: Totals,
+) -> Tensor:
+    """Return this part's share of the mean of weighted losses over the step's pairs."""
+    return (losses if pairs.pair_weights is None else losses * pairs.pair_weights).sum() / totals.examples
+
+
 def _nll(pairs: PairLogps, totals: Totals) -> Tensor:
-    return -pairs.supervised[0].sum() / totals.nll_tokens
+    logps = pairs.supervised[0]
+    return -(logps if pairs.pair_weights is None else logps * pairs.pair_weights).sum() / totals.nll_tokens
 
 
 def _nll_metric(pairs: PairLogps) -> tuple[Tensor, Tensor]:

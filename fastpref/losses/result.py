@@ -9,7 +9,7 @@ from torch import Tensor
 class Totals:
     """The divisors of a whole step's loss."""
 
-    examples: float  # number of pairs, or of rows for KTO
+    examples: float  # number of pairs, or of rows for KTO, PL and LiPO
     nll_tokens: float = 1.0  # number of tokens that the supervised terms score
 
 
@@ -23,6 +23,7 @@ class PreferenceLoss:
     rewards: Tensor  # [2P] or [R]
     labels: Tensor | None = None  # [R] bool: KTO
     extra: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # further metrics: sum, and count
+    sequences: Tensor | None = None  # [2R] PL, LiPO: the best-scored, then the worst-scored, which stand for the pairs
 
     @property
     def chosen_rewards(self) -> Tensor:

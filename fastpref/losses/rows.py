@@ -16,6 +16,7 @@ class RowLogps:
     logps: Tensor  # [R]
     ref_logps: Tensor  # [R]
     labels: Tensor  # [R] bool
+    row_weights: Tensor | None = None  # [R] the factors of the rows' terms; 1 if None
 
 
 def kto_loss(
@@ -28,12 +29,15 @@ def kto_loss(
 
     A desirable row has the term w_d·(1 − σ(β(ratio − KL))), an undesirable one w_u·(1 − σ(β(KL − ratio))), where
     ratio = logp − ref. Rewards are β·ratio. Without KL it is APO-zero for single completions (arXiv 2408.06266).
+    `rows.row_weights` multiply the terms, and change neither the divisor nor the KL.
     """
     options = options or KTO()
     ratio = rows.logps - rows.ref_logps
     baseline = torch.as_tensor(kl).detach().to(ratio) if options.kl == "batch" else ratio.new_zeros(())
     sign = torch.where(rows.labels, 1.0, -1.0).to(ratio)
     weight = torch.full_like(ratio, options.desirable_weight).where(rows.labels, options.undesirable_weight)
+    if rows.row_weights is not None:
+        weight = weight * rows.row_weights
     losses = weight * torch.sigmoid(-sign * options.beta * (ratio - baseline))
     loss = losses.sum() / (len(ratio) if totals is None else totals.examples)
     rewards = options.beta * ratio.detach()

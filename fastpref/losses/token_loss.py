@@ -1,9 +1,9 @@
 """The preference loss as a function of token log-probabilities.
 
-Two backends compute the same. "torch" sums over responses and calls the formulas of `pairs.py` or `rows.py`, which
-autograd differentiates. "triton" is one launch (`kernels/preference_loss_triton.py`), whose backward pass is a product
-of [N] elements. DPO's aot and aot_unpaired sort all pairs of a step, which is impossible with one program per pair, so
-they always use torch.
+Two backends compute the same. "torch" sums over responses and calls the formulas of `pairs.py`, `rows.py` or
+`lists.py`, which autograd differentiates. "triton" is one launch (`kernels/preference_loss_triton.py`), whose backward
+pass is a product of [N] elements. DPO's aot and aot_unpaired sort all pairs of a step, and PL and LiPO compare all
+responses of a row, which one program per pair cannot do, so they always use torch.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastpref.arguments import Arguments, is_number
 from fastpref.config.losses import CPO, DPO, KTO, ORPO, LossOptions, SimPO
 from fastpref.losses.fused import fused_loss, kernel_spec, takes_triton
+from fastpref.losses.lists import ListLogps, list_loss
 from fastpref.losses.pairs import PairLogps, WholeStep, length_weights, pair_loss, wpo_weights
 from fastpref.losses.result import PreferenceLoss, Totals
 from fastpref.losses.rows import RowLogps, kto_loss
@@ -33,25 +34,35 @@ def preference_loss(
     labels: Tensor | None = None,  # [R] bool
     kl: Tensor | float = 0.0,
     log_sum_sq_probs: Tensor | None = None,  # [N]
+    scores: Tensor | None = None,  # [R, K]
+    weights: Tensor | None = None,  # [P] or [R]
+    margins: Tensor | None = None,  # [P]
     totals: Totals | None = None,
     step: WholeStep | None = None,
     backend: str = "auto",
 ) -> PreferenceLoss:
-    """Compute the loss of P pairs, or for KTO of R rows, from the log-probabilities of their N scored tokens.
+    """Compute the loss of P pairs, or of R rows of KTO, PL and LiPO, from the log-probabilities of N scored tokens.
 
     The tokens of a sequence are contiguous and in order; sequences may be in any order. Sequences 0 to P − 1 are the
     chosen responses, P to 2P − 1 the rejected ones; for ORPO with `nll_on = "all"`, 2P to 3P − 1 are the prompts. For
-    KTO the first R are the rows; R mismatched ones may follow, which do not contribute to the loss.
+    KTO the first R are the rows; R mismatched ones may follow, which do not contribute to the loss. For PL and LiPO,
+    sequence k·R + r is response k of row r; rows with fewer than K responses have empty sequences in their place.
 
     Args:
         logp: [N] float32 or float64 token log-probabilities; the only differentiable argument.
         segments: [N] int64, the sequence of each token.
-        lengths: [S] int64, the number of tokens of each sequence. Only prompts and mismatched rows may have none.
+        lengths: [S] int64, the number of tokens of each sequence. Only prompts, mismatched rows and responses without
+            a score may have none.
         loss: the options of `fastpref.losses`.
-        reference: [N] the reference's logp; for DPO, IPO and KTO, and for no other loss.
+        reference: [N] the reference's logp; for DPO, IPO, KTO, PL and LiPO, and for no other loss.
         labels: [R] bool, whether each row is desirable; for KTO, and for no other loss.
         kl: scalar of `losses.kto_kl`: the baseline of KTO's rewards. The caller computes it from the whole step.
         log_sum_sq_probs: [N] log Σp² of `linear_logprob`; for DPO with `weighting`.
+        scores: [R, K] how good each response is, higher is better, NaN where there is none; for PL and LiPO.
+        weights: [P] or [R], the factor of each example's loss, supervised terms included. They do not change the
+            divisors, so a weight of 2 counts as the example twice. DPO's aot and aot_unpaired take none.
+        margins: [P] ODPO's offset of each pair in units of the reward, or SimPO's γ, in place of its own; for SimPO,
+            for CPO except "ipo", and for DPO's sigmoid, hinge, exo_pair and robust.
         totals: the divisors of the whole step, if these examples are a part of it.
         step: all pairs of the step, if these are a part of it; for DPO's aot and aot_unpaired.
         backend: "triton" (CUDA and ROCm, float32), "torch" (anywhere), or "auto" for "triton" if it runs here.
@@ -63,11 +74,23 @@ def preference_loss(
             do not agree, the result is meaningless.
     """
     _check_tensors(logp, segments, lengths, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
-    _check_loss(loss, lengths, reference, labels, log_sum_sq_probs)
+    _check_loss(loss, lengths, reference, labels, log_sum_sq_probs, scores)
+    _check_of_examples(loss, _examples(loss, lengths, labels, scores), logp, weights=weights, margins=margins)
     _check_settings(labels, kl, totals, step, backend)
-    _check_segments(segments, lengths, responses=_responses(loss, lengths, labels))
+    _check_segments(segments, lengths, responses=_responses(loss, lengths, labels), scores=scores)
+    weights, margins = (None if given is None else given.detach().to(logp.dtype) for given in (weights, margins))
     if takes_triton(backend, logp, loss):
-        return _fused(logp, segments, lengths, loss, reference, labels, kl, log_sum_sq_probs, totals)
+        return _fused(
+            logp, segments, lengths, loss, reference, labels, kl, log_sum_sq_probs, weights, margins, totals
+        )  # fmt: skip
+    if loss.listwise:
+        assert reference is not None
+        assert scores is not None
+        sums, reference_sums = (
+            sequence_sums(values, segments, len(lengths)).view(scores.shape[1], -1).T
+            for values in (logp, reference.detach().to(logp.dtype))
+        )
+        return list_loss(ListLogps(sums, reference_sums, scores.detach().to(logp.dtype), weights), loss, totals)
     if isinstance(loss, KTO):
         assert reference is not None
         assert labels is not None
@@ -75,9 +98,9 @@ def preference_loss(
             sequence_sums(values, segments, len(lengths))[: len(labels)]
             for values in (logp, reference.detach().to(logp.dtype))
         )
-        return kto_loss(RowLogps(sums, reference_sums, labels), loss, kl, totals)
+        return kto_loss(RowLogps(sums, reference_sums, labels, weights), loss, kl, totals)
     pairs = pair_logps(logp, segments, lengths, loss, reference=reference, log_sum_sq_probs=log_sum_sq_probs)
-    return pair_loss(pairs, loss, totals, step)
+    return pair_loss(replace(pairs, pair_weights=weights, margins=margins), loss, totals, step)
 
 
 def scores_prompts(loss: LossOptions) -> bool:
@@ -140,6 +163,13 @@ def _responses(loss: LossOptions, lengths: Tensor, labels: Tensor | None) -> int
     return len(lengths) // 3 * 2 if scores_prompts(loss) else len(lengths)
 
 
+def _examples(loss: LossOptions, lengths: Tensor, labels: Tensor | None, scores: Tensor | None) -> int:
+    """Return the number of pairs or rows."""
+    if scores is not None:
+        return len(scores)
+    return len(labels) if labels is not None else _responses(loss, lengths, None) // 2
+
+
 def _starts(segments: Tensor, count: int) -> Tensor:
     places = torch.arange(len(segments), device=segments.device)
     return places.new_full((count,), len(segments)).scatter_reduce(0, segments, places, "amin")
@@ -162,6 +192,8 @@ def _fused(
     labels: Tensor | None,
     kl: Tensor | float,
     log_sum_sq_probs: Tensor | None,
+    weights: Tensor | None,
+    margins: Tensor | None,
     totals: Totals | None,
 ) -> PreferenceLoss:
     spec = kernel_spec(loss)
@@ -177,6 +209,8 @@ def _fused(
         labels,
         baseline,
         None if log_sum_sq_probs is None else log_sum_sq_probs.detach().float(),
+        weights,
+        margins,
         ",".join(spec.variants),
         spec.weights,
         spec.flags(),
@@ -217,7 +251,7 @@ def _check_tensors(logp: Any, segments: Any, lengths: Any, **optional: Any) -> N
 
 
 def _check_loss(
-    loss: Any, lengths: Tensor, reference: Tensor | None, labels: Any, log_sum_sq_probs: Tensor | None
+    loss: Any, lengths: Tensor, reference: Tensor | None, labels: Any, log_sum_sq_probs: Tensor | None, scores: Any
 ) -> None:
     """Check that a loss has the arguments that it needs, and no others."""
     if not isinstance(loss, LossOptions):
@@ -227,6 +261,7 @@ def _check_loss(
         "reference": (reference, loss.uses_reference),
         "labels": (labels, isinstance(loss, KTO)),
         "log_sum_sq_probs": (log_sum_sq_probs, weighting),
+        "scores": (scores, loss.listwise),
     }
     for name, (value, needed) in wanted.items():
         if (value is not None) != needed:
@@ -243,10 +278,35 @@ def _check_loss(
                 "one row a label, or two"
             )
         return
+    if scores is not None:
+        _ARGUMENTS.check_tensor("scores", scores, 2, lengths)
+        if not scores.is_floating_point():
+            raise TypeError(f"preference_loss: scores must be of floating point, got {scores.dtype}")
+        if scores.numel() != count or count == 0:
+            raise ValueError(
+                f"preference_loss: lengths has {count} entries, scores has shape {tuple(scores.shape)}; there must be "
+                "one sequence a score"
+            )
+        return
     groups = 3 if scores_prompts(loss) else 2
     if count == 0 or count % groups:
         what = "chosen, rejected and prompt" if groups == 3 else "chosen and rejected"
         raise ValueError(f"preference_loss: lengths has {count} entries; there must be as many {what} sequences")
+
+
+def _check_of_examples(loss: LossOptions, count: int, like: Tensor, **given: Any) -> None:
+    """Check the tensors with one number for each pair or row."""
+    for name, reason in (("weights", loss.no_weights), ("margins", loss.no_margins)):
+        values = given[name]
+        if values is None:
+            continue
+        if reason:
+            raise ValueError(f"preference_loss: {loss.type} takes no {name}: {reason}")
+        _ARGUMENTS.check_tensor(name, values, 1, like)
+        if not values.is_floating_point():
+            raise TypeError(f"preference_loss: {name} must be of floating point, got {values.dtype}")
+        if len(values) != count:
+            raise ValueError(f"preference_loss: {name} has {len(values)} entries, there are {count} {loss.unit}s")
 
 
 def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, backend: Any) -> None:
@@ -268,8 +328,11 @@ def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, back
     _ARGUMENTS.check_backend(backend)
 
 
-def _check_segments(segments: Tensor, lengths: Tensor, responses: int) -> None:
-    """Check on a CPU, outside of tracing, that segments and lengths agree and that no response is empty."""
+def _check_segments(segments: Tensor, lengths: Tensor, responses: int, scores: Tensor | None) -> None:
+    """Check on a CPU, outside of tracing, that segments and lengths agree and that no response is empty.
+
+    With `scores`, exactly the responses without one are empty.
+    """
     if segments.device.type != "cpu" or type(segments) is not Tensor or torch.compiler.is_compiling():
         return
     count = len(lengths)
@@ -282,7 +345,12 @@ def _check_segments(segments: Tensor, lengths: Tensor, responses: int) -> None:
             f"preference_loss: lengths[{sequence}] is {int(lengths[sequence])}, segments holds {sequence} "
             f"{int(counts[sequence])} times"
         )
-    if int((lengths[:responses] == 0).sum()):
+    if scores is not None:
+        absent = scores.isnan().T.flatten()
+        for sequence in ((lengths == 0) != absent).nonzero().flatten().tolist():
+            what = "has no score" if absent[sequence] else "has a score and no tokens"
+            raise ValueError(f"preference_loss: response {sequence} of {int(lengths[sequence])} tokens {what}")
+    elif int((lengths[:responses] == 0).sum()):
         empty = int((lengths[:responses] == 0).nonzero()[0])
         raise ValueError(f"preference_loss: lengths[{empty}] is 0; a response has at least one token")
     first = torch.ones_like(segments, dtype=torch.bool)

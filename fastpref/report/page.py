@@ -20,6 +20,7 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "Loss": ("loss",),
     "Accuracy": ("rewards/accuracies",),
     "Reward margin": ("rewards/margins",),
+    "Kendall's τ": ("rewards/kendall_tau",),
     "Rewards": ("rewards/chosen", "rewards/rejected"),
     "Log-probabilities": ("logps/chosen", "logps/rejected"),
     "Log odds": ("log_odds_chosen",),
@@ -86,7 +87,7 @@ def _capitalised(text: str) -> Markup:
 def figures(run: Run) -> list[Figure]:
     """Return a chart for everything that was logged."""
     losses = run.history["loss"]
-    healthy = bands(run.known.loss, float(losses.values[0]) if len(losses) else None)
+    healthy = bands(run.known.loss, float(losses.values[0]) if len(losses) else None, extras=run.known.extras)
     steps = max(run.history.step, 1)
     return [
         _figure(run, title, names, healthy.get(names[0]) if len(names) == 1 else None, steps)

@@ -17,6 +17,7 @@ _SHOWN = (
     ("eval/loss", "loss", "{:.4f}"),
     ("eval/rewards/accuracies", "reward accuracy", "{:.1%}"),
     ("eval/rewards/margins", "reward margin", "{:+.4f}"),
+    ("eval/rewards/kendall_tau", "Kendall's τ of rewards and scores", "{:+.4f}"),
     ("eval/logps/chosen", "log-probability of the chosen", "{:.2f}"),
     ("eval/logps/rejected", "log-probability of the rejected", "{:.2f}"),
 )

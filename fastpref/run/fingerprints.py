@@ -24,10 +24,12 @@ def model_fingerprint(loaded: Loaded) -> str:
 
 
 def data_fingerprint(examples: Iterable[Example]) -> str:
-    """Hash the tokens, labels and unscored spans of the training examples in their order."""
+    """Hash the tokens, labels, unscored spans, scores, weights and margins of the training examples in their order."""
     digest = hashlib.sha256()
     for example in examples:
         for ids in (example.prompt, *example.completions):
             digest.update(array("i", [len(ids), *ids]).tobytes())
         digest.update(f"{example.label}{example.contexts or ''}".encode())
+        extras = example.scores, example.weight, example.margin
+        digest.update(b"" if extras == ((), 1.0, None) else f"{extras}".encode())
     return digest.hexdigest()

@@ -17,7 +17,7 @@ TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 @dataclass(frozen=True)
 class Completions:
-    """The rewards and lengths of completions. Except for KTO, chosen[i] and rejected[i] are a pair."""
+    """The rewards and lengths of completions. Except for KTO, chosen[i] and rejected[i] are of one prompt."""
 
     chosen: Tensor  # [P] rewards
     rejected: Tensor  # [P]
@@ -31,7 +31,8 @@ class Metrics:
     For pairs, rewards, their margins and accuracies (a tie counts half) and log-probabilities are means over pairs. For
     single completions (KTO), "chosen" are the means over the desirable rows, "rejected" those over the others. Margins
     are the difference of the two means. Accuracies are the share of all combinations of a desirable and an undesirable
-    row in which the desirable one has the higher reward.
+    row in which the desirable one has the higher reward. For lists, "chosen" is the completion with the best score,
+    "rejected" that with the worst, as if these two were the pair. Weights of examples count in the loss only.
     """
 
     def __init__(self) -> None:
@@ -49,10 +50,11 @@ class Metrics:
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def add_loss(self, output: PreferenceLoss, lengths: Tensor) -> None:
-        """Add the loss and the rewards of one part of a step. `lengths` [S] are in tokens, the rewards' first."""
+        """Add the loss and the rewards of one part of a step. `lengths` [S] are those of its sequences, in tokens."""
         self.add("loss", output.loss, 0)
-        rewards = output.rewards.detach()
-        self._parts.append((rewards, lengths[: len(rewards)].to(rewards.device), output.labels))
+        rewards, lengths = output.rewards.detach(), lengths.to(output.rewards.device)
+        own = lengths[: len(rewards)] if output.sequences is None else lengths[output.sequences]
+        self._parts.append((rewards, own, output.labels))
         for name, (total, count) in output.extra.items():
             self.add(name, total, count)
 
@@ -66,14 +68,19 @@ class Metrics:
         chosen, rejected = (logps.detach() / lengths).chunk(2)
         self.add("logps/accuracies", _shares(chosen - rejected).sum(), len(chosen))
 
-    def add_tokens(self, tokens: TokenLogprobs, batch: PreferenceBatch, chosen: Tensor, counted: Tensor) -> None:
-        """Add the per-token outputs of the `counted` sequences. `chosen` and `counted` are [S] bool."""
+    def add_tokens(
+        self,
+        tokens: TokenLogprobs,
+        batch: PreferenceBatch,
+        chosen: Tensor,  # [S] bool
+        rejected: Tensor,  # [S] bool
+        counted: Tensor,  # [S] bool, further completions included
+    ) -> None:
+        """Add the per-token outputs of sequences."""
         if tokens.entropy is None or tokens.mean_logit is None or tokens.is_top1 is None:
             return
-        of_chosen = (chosen & counted)[batch.segments]
-        of_rejected = (~chosen & counted)[batch.segments]
-        of_both = of_chosen | of_rejected
-        self._add_where("entropy", tokens.entropy, of_both)
+        of_chosen, of_rejected = chosen[batch.segments], rejected[batch.segments]
+        self._add_where("entropy", tokens.entropy, counted[batch.segments])
         self._add_where("mean_token_accuracy", tokens.is_top1, of_chosen)
         self._add_where("logits/chosen", tokens.mean_logit, of_chosen)
         self._add_where("logits/rejected", tokens.mean_logit, of_rejected)

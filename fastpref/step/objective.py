@@ -155,6 +155,9 @@ class Objective:
                     labels=batch.labels,
                     kl=whole.kl,
                     log_sum_sq_probs=tokens.log_sum_sq_probs,
+                    scores=batch.ranking if self.options.listwise else batch.scores,
+                    weights=batch.weights,
+                    margins=self._margins(batch),
                     totals=run.totals,
                     step=None if whole.pairs is None else WholeStep(whole.pairs, batch.index),
                 )
@@ -200,12 +203,22 @@ class Objective:
         places = torch.arange(len(batch.lengths), device=self.device)
         if batch.labels is not None:
             metrics.add_sequences(loss.sums, batch.labels)
-            metrics.add_tokens(tokens, batch, batch.labels.repeat(batch.completions), places < batch.examples)
+            labels, counted = batch.labels.repeat(batch.completions), places < batch.examples
+            metrics.add_tokens(tokens, batch, labels & counted, ~labels & counted, counted)
             return
-        chosen, responses = places < batch.examples, 2 * batch.examples
-        metrics.add_sequences(loss.sums, chosen[:responses])
-        metrics.add_ranking(loss.sums, batch.lengths[:responses])
-        metrics.add_tokens(tokens, batch, chosen, places < responses)
+        # The sequences that `sums` has: those of the pairs, or the best and the worst of each list.
+        sequences = places[: 2 * batch.examples] if loss.sequences is None else loss.sequences
+        counted = places < batch.completions * batch.examples
+        chosen, rejected = (torch.zeros_like(counted).index_fill(0, side, True) for side in sequences.chunk(2))
+        metrics.add_sequences(loss.sums, torch.arange(len(sequences), device=self.device) < batch.examples)
+        metrics.add_ranking(loss.sums, batch.lengths[sequences])
+        metrics.add_tokens(tokens, batch, chosen, rejected, counted)
+
+    def _margins(self, batch: PreferenceBatch) -> Tensor | None:
+        """Return the margins of all pairs if some have one of their own; the others have that of the loss."""
+        if batch.margins is None:
+            return None
+        return torch.where(batch.margins.isnan(), self.options.margin, batch.margins)
 
     # --- pairs -------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastpref.config import Config
 from fastpref.data.cache import Tokenized
+from fastpref.data.extras import has
 from fastpref.health import Verdict, Watch, known_of
 from fastpref.report import write_report
 from fastpref.run.environment import environment, peak_memory
@@ -27,7 +28,7 @@ class Record:
         self._began = time.monotonic()
         self._before = 0.0  # seconds before the run was resumed
         rows = {name: asdict(data.counts[name]) for name in ("train", "heldout")}
-        rows |= {"duplicates": data.duplicates, "left_out": data.left_out} | _labels(data)
+        rows |= {"duplicates": data.duplicates, "left_out": data.left_out} | _labels(data) | _extras(data)
         self._facts: dict[str, Any] = {
             "plan": plan, "steps": steps, "rows": rows, "environment": environment(device)
         }  # fmt: skip
@@ -79,6 +80,12 @@ def _labels(data: Tokenized) -> dict[str, int]:
     """Count the good and the bad training rows if they are single responses."""
     labels = data.train.labels
     return {} if labels is None else {"good": int(labels.sum()), "bad": int((~labels).sum())}
+
+
+def _extras(data: Tokenized) -> dict[str, int]:
+    """Count the training rows with a weight or a margin, if there are any."""
+    counts = {"weighted": has(data.train, "weight").sum(), "with_margins": has(data.train, "margin").sum()}
+    return {name: int(count) for name, count in counts.items() if count}
 
 
 def _short(values: Tensor) -> list[float]:

@@ -61,6 +61,8 @@ HELDOUT = 5  # rows; twice as many for KTO
 RUNS: dict[str, tuple[str, str, list[str]]] = {
     **{f"{loss}, LoRA": (loss, "llama", [LORA]) for loss in LOSSES},
     **{f"{loss}, full": (loss, "llama", []) for loss in LOSSES},
+    "pl, LoRA": ("pl", "llama", [LORA]),
+    "lipo, full": ("lipo", "llama", []),
     "simpo, LoRA, padded": ("simpo", "mamba", ['lora={rank=4, target=["in_proj"]}']),
     "kto, full, padded": ("kto", "mamba", []),
     "orpo, LoRA, packed": ("orpo", "llama", [LORA, "train.layout=packed"]),

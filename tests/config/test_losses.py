@@ -46,10 +46,13 @@ def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
     assert (config.loss.beta, config.loss.zeal, config.loss.unit) == (3.0, 1.0, "response")
     assert "#zeal = 1.0" in path.read_text()
     assert "single responses, and a test: xpo" in template("dpo", "m", "d")
-    with pytest.raises(UserError, match="dpo, ipo, kto, orpo, simpo, cpo, xpo"):
+    with pytest.raises(UserError, match="dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, xpo"):
         check_loss("npo")
     for override, message in (
-        ("loss.type=xpoo", "must be one of dpo, ipo, kto, orpo, simpo, cpo, xpo, got 'xpoo' .did you mean 'xpo'"),
+        (
+            "loss.type=xpoo",
+            "must be one of dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, xpo, got 'xpoo' .did you mean 'xpo'",
+        ),
         ("loss.gamma=1.0", "this loss has no such key; it belongs to simpo"),
     ):
         with pytest.raises(UserError, match=message):
@@ -59,8 +62,9 @@ def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
 
 
 def test_what_one_example_is():
-    """KTO takes single responses, and every other loss takes pairs."""
-    assert {name: options().unit for name, options in LOSSES.items() if options().unit != "pair"} == {"kto": "response"}
+    """KTO takes single responses, PL and LiPO take lists, and every other loss takes pairs."""
+    others = {name: options().unit for name, options in LOSSES.items() if options().unit != "pair"}
+    assert others == {"kto": "response", "pl": "list", "lipo": "list"}
     assert {name for name, options in LOSSES.items() if not options.uses_reference} == {"orpo", "simpo", "cpo"}
 
 

@@ -5,7 +5,7 @@ its place.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import combinations, count, pairwise
 
 import pytest
@@ -57,10 +57,13 @@ def spans(mask: Sequence[bool]) -> Spans:
 
 @st.composite
 def steps(draw: st.DrawFn, most: int = 5) -> list[Example]:
-    """Return examples that all have one, two or three completions. Some share the beginning of their prompts, and some
-    are there twice."""
+    """Return examples that all have one, two or three completions, or lists of one to three with scores. Some share
+    the beginning of their prompts, and some are there twice."""
     completions, tokens = draw(st.integers(1, 3)), count(1)
+    lists = completions > 1 and draw(st.booleans())
     shapes = draw(st.lists(st.tuples(*[LENGTHS] * (1 + completions)), min_size=1, max_size=most))
+    if lists:
+        shapes = [shape[: 1 + draw(st.integers(1, completions))] for shape in shapes]
     masks = [tuple(spans(draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in shape[1:]) for shape in shapes]
     partly = draw(st.booleans())
     examples = [
@@ -73,6 +76,8 @@ def steps(draw: st.DrawFn, most: int = 5) -> list[Example]:
         )
         for shape, contexts in zip(shapes, masks)
     ]
+    if lists:
+        examples = [replace(one, scores=tuple(map(float, range(len(one.completions))))) for one in examples]
     return examples + [draw(st.sampled_from(examples)) for _ in range(draw(st.integers(0, 1)))]
 
 
@@ -93,14 +98,15 @@ def seen_from(batch: PreferenceBatch, place: int) -> list[int]:
 
 def sequences(examples: Sequence[Example], *, score_prompts: bool) -> list[tuple[list[int], int, list[int]]]:
     """Return for each segment its sequence of tokens, the start of its completion, and the scored places in it."""
-    completions = len(examples[0].completions)
     whole = [
         (
             e.prompt + e.completions[k],
             len(e.prompt),
             [at for at in range(len(e.completions[k])) if not any(a <= at < b for a, b in e.context(k))],
         )
-        for k in range(completions)
+        if k < len(e.completions)
+        else ([], 0, [])
+        for k in range(max(len(e.completions) for e in examples))
         for e in examples
     ]
     return whole + [(e.prompt, 1, list(range(len(e.prompt) - 1))) for e in examples] * score_prompts
@@ -123,7 +129,7 @@ def test_every_token_is_scored_once_after_what_precedes_it(
     assert sorted(scored) == [(s, at) for s, (_, _, places) in enumerate(expected) for at in places]
     assert batch.lengths.tolist() == [len(places) for _, _, places in expected]
     assert batch.lengths.tolist() == [
-        *(e.scored(k) for k in range(len(examples[0].completions)) for e in examples),
+        *(e.scored(k) if k < len(e.completions) else 0 for k in range(batch.completions) for e in examples),
         *(len(e.prompt) - 1 for e in examples if score_prompts),
     ]
     positions = batch.position_ids.flatten().tolist()
@@ -166,7 +172,7 @@ def test_layouts_compute_the_same_in_fewer_tokens(examples: list[Example]):
     for all sequences that predict it from the same tokens.
     """
     batches = {layout: collate(examples, layout) for layout in LAYOUTS}
-    whole = [ids for ids, _, _ in sequences(examples, score_prompts=False)]
+    whole = [ids for ids, _, _ in sequences(examples, score_prompts=False) if ids]
     assert batches["tree"].tokens == len({tuple(ids[: n + 1]) for ids in whole for n in range(len(ids))})
     assert batches["packed"].tokens == sum(map(len, whole))
     assert batches["padded"].tokens == max(map(len, whole)) * len(whole)
@@ -199,6 +205,33 @@ def test_what_comes_with_a_batch(layout: Layout):
     assert (pairs.examples, pairs.completions, pairs.labels) == (2, 2, None)
     assert pairs.index.tolist() == [0, 1]
     assert pairs.lengths.tolist() == [1, 1, 2, 2]
+
+
+@EVERY_LAYOUT
+def test_what_lists_and_extras_become(layout: Layout):
+    """Lists have scores, NaN where a completion is absent, where the sequence is empty; a pair among them is a list of
+    two. Weights are there unless all are 1, and margins if one example has one, NaN for the others."""
+    tokens = count(1)
+    first, second = example(2, 3, 1, 4, tokens=tokens), example(1, 2, 5, tokens=tokens)
+    batch = collate([replace(first, scores=(0.5, 2.0, 1.0)), second], layout)
+    assert batch.scores is not None
+    assert batch.scores.nan_to_num(nan=-9).tolist() == [[0.5, 2.0, 1.0], [1.0, 0.0, -9.0]]
+    assert (batch.completions, batch.lengths.tolist()) == (3, [3, 2, 1, 5, 4, 0])
+    assert [bool(path) for path in batch.paths] == [True, True, True, True, True, False]
+    assert len(batch.keys) == 5
+    assert batch.ranking is batch.scores
+    assert batch.weights is None
+    assert batch.margins is None
+    pairs = collate([replace(second, weight=2.5), replace(second, margin=0.25)], layout)
+    assert pairs.scores is None
+    assert pairs.ranking.tolist() == [[1.0, 0.0]] * 2
+    assert pairs.weights is not None
+    assert pairs.margins is not None
+    assert (pairs.weights.tolist(), pairs.weights.dtype) == ([2.5, 1.0], torch.float32)
+    assert pairs.margins.nan_to_num(nan=-9).tolist() == [-9.0, 0.25]
+    with pytest.raises(ValueError, match="row 3: 2 scores of 3 completions"):
+        collate([replace(first, scores=(1.0, 2.0), row=Origin("row 3"))], layout)
+    assert replace(first, scores=(0.5, 2.0, 1.0)).with_completions([(second, 0)]).scores == ()
 
 
 @EVERY_LAYOUT

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.config import load_config
-from fastpref.config.losses import DPO, IPO, KTO, ORPO, LossOptions
+from fastpref.config.losses import DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
 from fastpref.health import RULES, Known, Verdict, Watch, diagnose, known_of
-from fastpref.health.bands import bands, first_loss
+from fastpref.health.bands import Band, bands, first_loss
 from fastpref.losses import PairLogps, RowLogps, dpo_loss, kto_loss
 from fastpref.run.history import History, Trend
 from tests.support.crafted import METHODS, Row, known, rows, shapes
@@ -248,9 +248,23 @@ def test_the_first_loss_of_kto_and_of_what_determines_none():
     options = KTO(desirable_weight=0.3, undesirable_weight=0.3)
     assert first_loss(options) == pytest.approx(float(kto_loss(rows_, options).loss))
     undetermined: list[LossOptions] = [
-        KTO(desirable_weight=2.0), ORPO(), DPO(weighting=True), DPO(variants=("sigmoid", "sft")),
+        KTO(desirable_weight=2.0), ORPO(), DPO(weighting=True), DPO(variants=("sigmoid", "sft")), PL(), LiPO(),
     ]  # fmt: skip
-    assert [first_loss(options) for options in undetermined] == [None] * 4
+    assert [first_loss(options) for options in undetermined] == [None] * 6
+
+
+@pytest.mark.parametrize("extra", ["weighted", "with_margins"])
+def test_rows_with_weights_or_margins_have_no_fixed_first_loss(extra: str, tmp_path: Path):
+    """If training rows have weights or margins, neither the first loss nor its band is expected."""
+    (tmp_path / "c.toml").write_text('[model]\nname = "m"\n[[data]]\npath = "d"\n')
+    of = known_of(load_config(tmp_path / "c.toml"), {"rows": {"train": {"kept": 50}, extra: 7}})
+    assert (of.extras, of.first_loss, of.start("rewards/margins")) == (True, None, 0.0)
+    high = list(rows("dpo", both={"loss": lambda t: 3.1 - 2.9 * t}))
+    assert {"first_loss", "loss_below_band"} & {v.rule for v in diagnosis(high, known("dpo"))}
+    assert not {"first_loss", "loss_below_band"} & {v.rule for v in diagnosis(high, known("dpo", extras=True))}
+    assert bands(DPO(), 3.1, extras=True)["loss"] == Band(None, 3.1)
+    assert "rewards/margins" in bands(SimPO())
+    assert bands(SimPO(), extras=True)["rewards/margins"] == Band(0.0, None)
 
 
 def test_bands_differ_by_method():

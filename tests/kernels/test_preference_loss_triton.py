@@ -25,7 +25,7 @@ from fastpref.kernels.preference_loss_variants import VARIANTS
 from fastpref.losses import Totals
 from tests.support.losses import CLOSED
 from tests.support.losses import CLOSED_LOSSES as LOSSES
-from tests.support.token_batches import Batch, Order, flat, of_values, ordinary, run
+from tests.support.token_batches import Batch, Order, flat, of_values, ordinary, run, with_extras
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -69,11 +69,13 @@ def terms(batch: Batch, loss: LossOptions) -> dict[str, Tensor]:
     """Return the sizes of the terms of the loss and of the gradient: 1 for a pair's loss and for its derivative by
     β·difference, every token's part, and every variant of a sum."""
     tokens = (exact(batch, loss)["grad"] * batch.logp).abs().sum()
-    results = {"loss": 1 + tokens, "grad": torch.full_like(batch.logp, loss.beta / batch.pairs)}
+    largest = 1.0 if batch.weights is None else float(batch.weights.max())
+    results = {"loss": 1 + tokens, "grad": torch.full_like(batch.logp, largest * loss.beta / batch.pairs)}
     if isinstance(loss, DPO) and len(loss.variants) > 1:
         weights = loss.weights or (1.0,) * len(loss.variants)
         for variant, weight in zip(loss.variants, weights, strict=True):
-            part = exact(batch, replace(loss, variants=(variant,), weights=(weight,)))
+            one = replace(loss, variants=(variant,), weights=(weight,))
+            part = exact(replace(batch, margins=None) if one.no_margins else batch, one)
             results = {name: results[name] + part[name].abs() for name in results}
     return results
 
@@ -112,6 +114,15 @@ def test_accuracy(loss: LossOptions) -> None:
     """For every loss, each field and token gradient is as near to the truth as torch in float32, up to rounding."""
     batch = ordinary(loss)
     check(ours(batch, loss), bounds(batch, loss))
+
+
+@EVERY_LOSS
+def test_accuracy_with_weights_and_margins(loss: LossOptions) -> None:
+    """Weights of examples and, where a loss takes them, margins give results as accurate, and other ones."""
+    batch = with_extras(ordinary(loss), loss)
+    results = ours(batch, loss)
+    check(results, bounds(batch, loss))
+    assert not torch.equal(results["loss"], ours(ordinary(loss), loss)["loss"])
 
 
 @pytest.mark.parametrize("order", ["padded", "shuffled"])
@@ -219,7 +230,7 @@ def test_nan_reaches_the_loss(loss: LossOptions) -> None:
 @EVERY_STRUCTURE
 def test_parts_add_up_to_the_step(loss: LossOptions) -> None:
     """However a step is cut, its parts' losses sum to that of the whole, and their gradients are its gradients."""
-    whole = ordinary(loss, order="shuffled")
+    whole = with_extras(ordinary(loss, order="shuffled"), loss)
     expected = ours(whole, loss)
     scored = int(whole.lengths[: whole.pairs].sum() + whole.lengths[2 * whole.pairs :].sum())
     loss_so_far, grad = torch.zeros(()), torch.full_like(whole.logp, float("nan"))
@@ -240,7 +251,9 @@ def cut(batch: Batch, pairs: list[int]) -> tuple[Batch, Tensor]:
     number[sequences] = torch.arange(len(sequences))
     of_tokens = {name: getattr(batch, name)[tokens] for name in ("logp", "reference", "log_sum_sq_probs")}
     segments, lengths = number[batch.segments[tokens]], batch.lengths[sequences]
-    return Batch(segments=segments, lengths=lengths, labels=batch.labels[pairs], **of_tokens), tokens
+    extras = {"weights": batch.weights, "margins": batch.margins}
+    of_pairs = {name: values[pairs] for name, values in extras.items() if values is not None}
+    return Batch(segments=segments, lengths=lengths, labels=batch.labels[pairs], **of_tokens, **of_pairs), tokens
 
 
 @EVERY_STRUCTURE
@@ -343,7 +356,7 @@ def test_a_spec_says_what_the_kernels_read() -> None:
     spec = LossSpec(("hinge", "odds_ratio"), (0.5, 2.0), beta=0.25, label_smoothing=0.125, supervised=3.0, prompts=True)
     flags, numbers = spec.flags(), spec.numbers()
     assert (flags.HAS_PROMPTS, flags.HAS_REFERENCE) == (1, 0)
-    assert set(flags._fields) | {"VARIANTS", "BLOCK"} == {
+    assert set(flags._fields) | {"VARIANTS", "HAS_WEIGHTS", "HAS_MARGINS", "BLOCK"} == {
         n for n in launch.kernel_of({"VARIANTS": ()}).arg_names if n.isupper()
     }
     assert (numbers.beta, numbers.half_inverse_beta, numbers.unflipped, numbers.supervised) == (0.25, 2.0, 0.75, 3.0)
@@ -358,7 +371,7 @@ def test_the_table_is_all_that_a_variant_needs() -> None:
     batch = ordinary(DPO())
     with pytest.raises(ValueError, match="no_such_loss"):
         launch.pair_loss(
-            batch.logp, batch.segments[:0], batch.lengths, None, None, {"no_such_loss": 1.0},
+            batch.logp, batch.segments[:0], batch.lengths, None, None, None, None, {"no_such_loss": 1.0},
             LossSpec().flags(), LossSpec().numbers(), examples=None, nll_tokens=None,
         )  # fmt: skip
 

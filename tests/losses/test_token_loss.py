@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastpref
 from fastpref import preference_loss
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
 from fastpref.losses import PairLogps, RowLogps, Totals, WholeStep, kto_loss, pair_loss, wpo_weights
 from fastpref.losses.fused import fused_loss, kernel_spec, takes_triton
 from fastpref.losses.token_loss import pair_logps, scores_prompts, sequence_sums
 from tests.support.losses import CLOSED_LOSSES as LOSSES
-from tests.support.token_batches import Batch, flat, needs_prompts, ordinary, run
+from tests.support.token_batches import Batch, flat, needs_prompts, ordinary, run, with_extras
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -39,7 +39,8 @@ def by_hand(batch: Batch, loss: LossOptions) -> tuple[Tensor, Tensor]:
 
     reference, lengths = batch.reference.double(), batch.lengths.double().split(batch.pairs)
     if isinstance(loss, KTO):
-        rows = RowLogps(totals(logp, 0), totals(reference, 0), batch.labels)
+        weights = None if batch.weights is None else batch.weights.double()
+        rows = RowLogps(totals(logp, 0), totals(reference, 0), batch.labels, weights)
         output = kto_loss(rows, loss, torch.tensor(0.7, dtype=torch.float64))
     else:
         alpha = loss.length_alpha if isinstance(loss, DPO) else 1.0
@@ -54,14 +55,17 @@ def by_hand(batch: Batch, loss: LossOptions) -> tuple[Tensor, Tensor]:
             aligned = logp.detach() - batch.log_sum_sq_probs.double()
             weights = wpo_weights(totals(aligned, 0) / lengths[0], totals(aligned, 1) / lengths[1])
             pairs = replace(pairs, weights=weights)
+        pairs = replace(pairs, pair_weights=batch.weights, margins=batch.margins)
         output = pair_loss(pairs, loss)
     return output.loss.detach(), torch.autograd.grad(output.loss, logp, materialize_grads=True)[0]
 
 
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "weights and margins"])
 @EVERY_LOSS
-def test_tokens_are_added_up_right(loss: LossOptions) -> None:
+def test_tokens_are_added_up_right(loss: LossOptions, extras: bool) -> None:
     """In float64 the loss and its token gradients are those of written-out sums."""
     batch = ordinary(loss, [(1, 1), (3, 7), (9, 2)], "shuffled")
+    batch = with_extras(batch, loss) if extras else batch
     found, grad = run(batch, loss, dtype=torch.float64)
     expected, expected_grad = by_hand(batch, loss)
     assert grad.abs().max() > 0
@@ -120,6 +124,7 @@ def test_sorting_variants_over_parts_of_a_step() -> None:
         torch.testing.assert_close(part_grad, grad[tokens])
     torch.testing.assert_close(total, whole.loss.detach())
     assert not takes_triton("auto", torch.zeros(1, device=DEVICE), SORTING)
+    assert not takes_triton("auto", torch.zeros(1, device=DEVICE), PL())
     with pytest.raises(ValueError, match=r"triton.*aot.*sort the whole step"):
         run(batch, SORTING, "triton", device=DEVICE)
 
@@ -253,6 +258,8 @@ GOOD: dict[str, Any] = {
     "loss": DPO(),
     "reference": -torch.ones(6),
 }
+EXTRAS = {"weights": torch.tensor([1.0, 2.0]), "margins": torch.tensor([0.5, 0.0])}
+LIST_GOOD = GOOD | {"loss": PL(), "scores": torch.tensor([[2.0, 1.0], [0.0, 3.0]])}
 KTO_GOOD = GOOD | {"loss": KTO(), "labels": torch.tensor([True, False])}
 ORPO_GOOD = {name: value for name, value in GOOD.items() if name != "reference"} | {"loss": ORPO()}
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -294,6 +301,24 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "kl for pairs": (GOOD | {"kl": 0.5}, ValueError, "only kto takes kl"),
     "no Σp²": (GOOD | {"loss": DPO(weighting=True)}, ValueError, "dpo needs log_sum_sq_probs"),
     "Σp² too many": (GOOD | {"log_sum_sq_probs": torch.zeros(6)}, ValueError, "dpo takes no log_sum_sq_probs"),
+    "weights for aot": (
+        GOOD | {"loss": DPO(variants=("aot",)), "weights": torch.ones(2)}, ValueError, "dpo takes no weights: aot sort",
+    ),
+    "weights short": (GOOD | {"weights": torch.ones(3)}, ValueError, "weights has 3 entries, there are 2 pairs"),
+    "weights int": (GOOD | {"weights": torch.tensor([1, 2])}, TypeError, "weights must be of floating point"),
+    "margins for kto": (KTO_GOOD | {"margins": torch.ones(2)}, ValueError, "kto takes no margins: a margin is between"),
+    "margins for ipo": (GOOD | {"loss": IPO(), "margins": torch.ones(2)}, ValueError, "ipo takes no margins: its"),
+    "margins for orpo": (ORPO_GOOD | {"margins": torch.ones(2)}, ValueError, "orpo takes no margins: it compares odds"),
+    "margins for lists": (LIST_GOOD | {"margins": torch.ones(2)}, ValueError, "pl takes no margins"),
+    "margins square": (GOOD | {"margins": torch.ones(2, 1)}, ValueError, "margins must have 1 dimension"),
+    "no scores": (GOOD | {"loss": PL()}, ValueError, "pl needs scores"),
+    "scores for pairs": (GOOD | {"scores": LIST_GOOD["scores"]}, ValueError, "dpo takes no scores"),
+    "scores too many": (LIST_GOOD | {"scores": torch.zeros(2, 3)}, ValueError, r"4 entries, scores has shape \(2, 3\)"),
+    "scores int": (LIST_GOOD | {"scores": torch.ones(2, 2).long()}, TypeError, "scores must be of floating point"),
+    "a score too few": (
+        LIST_GOOD | {"scores": torch.tensor([[2.0, torch.nan], [0.0, 3.0]])}, ValueError, "2 of 1 tokens has no score",
+    ),
+    "lists in Triton": (LIST_GOOD | {"backend": "triton"}, ValueError, "'triton', but pl compares all responses"),
     "totals a number": (GOOD | {"totals": 4}, TypeError, "totals must be losses.Totals, got int"),
     "totals zero": (GOOD | {"totals": Totals(0)}, ValueError, "totals.examples must be above 0, got 0"),
     "step a list": (GOOD | {"step": []}, TypeError, "step must be losses.WholeStep, got list"),
@@ -310,7 +335,11 @@ def test_wrong_arguments_are_named(case: str) -> None:
         preference_loss(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [GOOD, KTO_GOOD, ORPO_GOOD], ids=["dpo", "kto", "orpo"])
+@pytest.mark.parametrize(
+    "arguments",
+    [GOOD, GOOD | EXTRAS, KTO_GOOD, ORPO_GOOD, LIST_GOOD, LIST_GOOD | {"loss": LiPO()}],
+    ids=["dpo", "dpo, weights and margins", "kto", "orpo", "pl", "lipo"],
+)
 def test_right_arguments_are_taken(arguments: dict[str, Any]) -> None:
     """The arguments from which the table of wrong ones starts are accepted."""
     assert preference_loss(**arguments).loss.isfinite()

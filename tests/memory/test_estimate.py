@@ -22,7 +22,7 @@ from fastpref.memory.estimate import CARDS, Estimator, fits, proposal, usable
 from fastpref.memory.measured import StepPeak
 from fastpref.memory.step import StepMemory
 from fastpref.model.load import load_model, load_tokenizer
-from tests.support.command_line import succeed
+from tests.support.command_line import run_command, succeed
 from tests.support.paths import QUICKSTART, QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.real_steps import real_steps
 
@@ -184,6 +184,8 @@ def test_the_command(tmp_path: Path):
     path = write(tmp_path, tmp_path, data=tmp_path / "none.jsonl")
     result = succeed("estimate", path, LORA, "--compare")
     assert result.err == ""
+    refused = run_command("estimate", path, LORA, "loss.type=pl", "--compare")
+    assert (refused.status, "TRL has no loss of lists such as pl" in refused.err) == (2, True)
     assert "the data are not on this machine" in result.out
     assert "255 tokens at once (from tokens.max_length = 128)" in result.out
     assert "   8 GB  fits without gradient checkpointing" in result.out

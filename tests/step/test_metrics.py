@@ -1,6 +1,6 @@
 """Metrics of completions (correlations, shares), from micro-batches and over processes, compared with plain numpy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,17 @@ def test_reward_against_length():
     single.single_responses()
     assert single.result()["rewards/length_correlation"] == pytest.approx(wanted, abs=1e-6)
     assert single.completions().rejected_lengths.tolist() == [4, 7]
+
+
+def test_lists_count_by_their_best_and_worst():
+    """Of lists, lengths are those of the sequences that the loss names, whose rewards it has."""
+    metrics, lengths = Metrics(), torch.tensor([9, 4, 12, 3, 7, 2, 5, 0, 8])  # three lists of up to three completions
+    sequences = torch.tensor([3, 1, 8, 0, 4, 2])
+    metrics.add_loss(replace(loss(REWARDS), sequences=sequences), lengths)
+    completions = metrics.completions()
+    assert completions.chosen_lengths.tolist() == [3, 4, 8]
+    assert completions.rejected_lengths.tolist() == [9, 7, 12]
+    assert metrics.result()["rewards/accuracies"] == pytest.approx(2 / 3)
 
 
 def test_segments_beyond_the_responses_do_not_count():

@@ -9,10 +9,11 @@ from torch import Tensor
 
 import fastpref
 from fastpref.data.batch import PreferenceBatch, collate, completion_key, with_mismatched
+from fastpref.data.example import Example
 from fastpref.model.load import load_model
 from fastpref.step.precompute import Precomputed, reference_folder
 from tests.support.paths import QUICKSTART
-from tests.support.tiny import config_for, examples, save_model
+from tests.support.tiny import config_for, examples, save_model, sharing_lists
 
 CPU = torch.device("cpu")
 PLAN = {"budget": 90, "device": CPU, "pad_token_id": 0}
@@ -37,9 +38,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
 @pytest.mark.parametrize("looked_up", ["tree", "packed", "padded"])
-def test_any_batch_finds_its_numbers(layout, looked_up, tmp_path: Path):
+@pytest.mark.parametrize("given", [examples(9), sharing_lists(9)], ids=["pairs", "lists"])
+def test_any_batch_finds_its_numbers(layout, looked_up, given: list[Example], tmp_path: Path):
     """Whatever the layout and order of the precomputation and of the lookup, every token gets its own number."""
-    given = examples(9)
     found = Precomputed(Counting(), tmp_path / "r")
     found.complete(given, layout=layout, **PLAN)
     for part in ([8, 1, 4], [0], [3, 2]):

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
 from fastpref.health import Known
 from fastpref.health.bands import first_loss
 from fastpref.run.history import FACTS, METRICS
 
-METHODS: dict[str, LossOptions] = {o.type: o for o in (DPO(), IPO(), KTO(), ORPO(), SimPO(), CPO())}
+METHODS: dict[str, LossOptions] = {o.type: o for o in (DPO(), IPO(), KTO(), ORPO(), SimPO(), CPO(), PL(), LiPO())}
 STEPS, BATCH = 100, 16
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 Row = dict[str, Any]
@@ -52,6 +52,8 @@ def shapes(method: str) -> dict[str, Shape]:
         curves |= {"log_odds_chosen": lambda t: -0.1 + t, "log_odds_ratio": lambda t: -0.7 + 0.4 * t}
     if method in ("orpo", "cpo"):
         curves["nll_loss"] = lambda t: 1.4 - 0.3 * t
+    if loss.listwise:
+        curves["rewards/kendall_tau"] = lambda t: 0.4 * t
     if method == "kto":
         curves["kl"] = lambda t: 0.5 * t
     return curves

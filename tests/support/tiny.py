@@ -161,5 +161,29 @@ def sharing_examples(count: int, *, single: bool = False, turns: bool = False) -
     return [replace(row, contexts=row.contexts if _fit(row) else ()) for row in rows]
 
 
+def sharing_lists(count: int, *, turns: bool = False) -> list[Example]:
+    """Return the examples of `sharing_examples` as lists of one to four completions with scores, some of them equal."""
+    pairs, others = sharing_examples(count, turns=turns), examples(count, seed=5)
+    rows = []
+    for at, (pair, other) in enumerate(zip(pairs, others)):
+        size = (2, 3, 4, 3, 1)[at % 5]
+        parts = [(pair, 0), (pair, 1), (other, 0), (other, 1)][:size]
+        scores = [(1.0, 2.0, 3.5, -1.0), (0.5, 0.25, 0.5, 0.5)][at % 2][:size]
+        rows.append(replace(pair.with_completions(parts), scores=scores))
+    return rows
+
+
+def with_extras(rows: list[Example], *, weights: bool = True, margins: bool = True) -> list[Example]:
+    """Return the examples with weights, one of them 0, and margins, one of them absent."""
+    return [
+        replace(
+            row,
+            weight=(1.0, 2.5, 0.3, 0.0)[at % 4] if weights else 1.0,
+            margin=(0.2, None, 1.3, -0.4, 0.0)[at % 5] if margins else None,
+        )
+        for at, row in enumerate(rows)
+    ]
+
+
 def _fit(row: Example) -> bool:
     return all(not spans or spans[-1][1] < len(ids) for spans, ids in zip(row.contexts, row.completions))

@@ -23,6 +23,8 @@ class Batch:
     reference: Tensor  # [N]
     log_sum_sq_probs: Tensor  # [N]
     labels: Tensor  # [R]
+    weights: Tensor | None = None  # [R]
+    margins: Tensor | None = None  # [R]
 
     @property
     def pairs(self) -> int:
@@ -71,6 +73,16 @@ def ordinary(
     return Batch(logp, segments, torch.tensor(sizes), reference, log_sum_sq, labels)
 
 
+def with_extras(batch: Batch, loss: LossOptions) -> Batch:
+    """Return a batch whose examples have weights, 0 among them, and margins, if the loss takes them."""
+    numbers = torch.arange(batch.pairs)
+    weights = torch.tensor([2.0, 0.5, 0.0, 1.0, 0.3])[numbers % 5]
+    margins = torch.tensor([0.4, 0.0, 1.5, -0.7])[numbers % 4]
+    return replace(
+        batch, weights=None if loss.no_weights else weights, margins=None if loss.no_margins else margins
+    )  # fmt: skip
+
+
 def of_values(loss: LossOptions, values: Sequence[tuple[float, float]], lengths: Sequence[tuple[int, int]]) -> Batch:
     """Return a batch whose completions have these log-ratios to the reference or, for losses without one, these mean
     log-probabilities."""
@@ -101,6 +113,8 @@ def run(
         arguments |= {"labels": batch.labels.to(device), "kl": torch.tensor(kl, dtype=dtype, device=device)}
     if isinstance(loss, DPO) and loss.weighting:
         arguments["log_sum_sq_probs"] = batch.log_sum_sq_probs.to(device, dtype)
+    extras = {"weights": batch.weights, "margins": batch.margins}
+    arguments |= {name: values.to(device, dtype) for name, values in extras.items() if values is not None}
     result = preference_loss(logp, batch.segments.to(device), batch.lengths.to(device), loss, **arguments)
     result.loss.backward()
     assert logp.grad is not None

@@ -1,6 +1,6 @@
 """Loss, gradients and metrics of a step do not depend on the layout of its examples or their micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from torch import nn
 
 from fastpref.data.batch import Layout, PreferenceBatch, collate
 from fastpref.data.example import Example
-from fastpref.losses import KTO, PairLogps, RowLogps, kto_kl, kto_loss, pair_loss
+from fastpref.losses import KTO, ListLogps, PairLogps, RowLogps, kto_kl, kto_loss, list_loss, pair_loss
 from fastpref.losses.token_loss import scores_prompts
 from fastpref.model.load import Loaded, load_model
 from fastpref.step.metrics import Metrics
 from fastpref.step.objective import Objective
 from fastpref.step.reference import make_reference
-from tests.support.tiny import config_for, examples, save_model, sharing_examples
+from tests.support.tiny import config_for, examples, save_model, sharing_examples, sharing_lists, with_extras
 
 CPU = torch.device("cpu")
 KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt-oss", "mixtral")
@@ -32,6 +32,8 @@ LOSSES = {
     "orpo-all": ['loss={type="orpo", nll_on="all"}'],
     "simpo": ['loss={type="simpo", sft_weight=0.2}'],
     "cpo": ["loss.type=cpo"],
+    "pl": ['loss={type="pl", beta=0.4}'],
+    "lipo": ['loss={type="lipo", beta=0.4}'],
 }
 
 
@@ -61,10 +63,15 @@ class Step:
         objective = Objective(self.loaded.policy, self.reference, self.options, layout, budget, 0, CPU)
         self.loaded.policy.zero_grad()
         self.loaded.policy.train()
-        if rows is None:
-            rows = sharing_examples(7, single=isinstance(self.options, KTO), turns=turns)
+        rows = self.rows(turns=turns) if rows is None else rows
         metrics, work = objective.step(rows, lambda loss: loss.backward())
         return metrics, self.gradients(), work.microbatches
+
+    def rows(self, *, turns: bool = False) -> list[Example]:
+        """Return examples of the kind that the loss takes."""
+        if self.options.listwise:
+            return sharing_lists(7, turns=turns)
+        return sharing_examples(7, single=isinstance(self.options, KTO), turns=turns)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         return {n: p.grad.clone() for n, p in self.loaded.policy.named_parameters() if p.grad is not None}
@@ -94,7 +101,7 @@ WHOLE = 10_000  # tokens: all examples of a step are one micro-batch
 CASES: list[tuple[Layout, int]] = [("tree", WHOLE), ("packed", WHOLE), ("tree", 130), ("packed", 1), ("padded", 120)]
 EQUIVALENCES = [
     *(("llama", loss, adapted) for loss in LOSSES for adapted in ("lora", "full", "lora-turns")),
-    *(("gemma2", loss, "lora") for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")),
+    *(("gemma2", loss, "lora") for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo")),
     *(("gemma2", loss, "full") for loss in ("dpo", "kto", "orpo")),
     *((kind, loss, "full") for kind in ("qwen2", "gemma3", "gpt-oss", "mixtral") for loss in ("dpo", "kto", "orpo")),
     *(("qwen3", loss, "lora") for loss in ("dpo", "kto", "orpo")),
@@ -119,6 +126,25 @@ def test_tree_packed_padded_and_any_microbatches_agree(models: dict[str, Path], 
             torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=float(scale) * 2e-5)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_weights_and_margins_agree_in_every_layout(models: dict[str, Path], loss: str):
+    """With weights of examples and, where the loss takes them, margins of some of them, loss, metrics and gradients are
+    equal in every layout and for any micro-batches; rewards do not depend on them."""
+    step = Step(models["llama"], LOSSES[loss], lora=True)
+    rows = with_extras(step.rows(), weights=not step.options.no_weights, margins=not step.options.no_margins)
+    expected, gradients, _ = step.run("padded", WHOLE, rows)
+    scale = float(max(g.abs().max() for g in gradients.values()))
+    if rows != step.rows():
+        plain = step.run("padded", WHOLE)[0].result()
+        assert plain["loss"] != pytest.approx(expected.result()["loss"], rel=1e-3)
+        assert plain["rewards/margins"] == pytest.approx(expected.result()["rewards/margins"])
+    for layout, budget in CASES[:4]:
+        metrics, others, _ = step.run(layout, budget, rows)
+        assert metrics.result() == pytest.approx(expected.result(), rel=2e-4, abs=2e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=scale * 2e-5)
+
+
 def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequence[Example]) -> torch.Tensor:
     """Compute the loss from whole sequences, each alone in a row, with sums and lengths over scored tokens."""
 
@@ -137,6 +163,8 @@ def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequen
         return torch.stack([response(model, row, row, which).sum() for row in rows])
 
     options = step.options
+    if options.listwise:
+        return list_loss(list_logps(policy, reference, rows, response), options).loss
     with torch.no_grad():
         ref_chosen = sums(reference, 0)
     if isinstance(options, KTO):
@@ -158,15 +186,34 @@ def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequen
     return pair_loss(pairs, options).loss
 
 
+def list_logps(policy: nn.Module, reference: nn.Module, rows: Sequence[Example], response: Callable) -> ListLogps:
+    """Compute the sums of each completion of the lists, NaN where one is absent."""
+    most = max(len(row.completions) for row in rows)
+
+    def sums(model: nn.Module) -> torch.Tensor:
+        absent = torch.tensor(float("nan"))
+        return torch.stack([
+            torch.stack([
+                response(model, row, row, k).sum() if k < len(row.completions) else absent for k in range(most)
+            ])
+            for row in rows
+        ])  # fmt: skip
+
+    scores = torch.tensor([[*row.scores, *[float("nan")] * (most - len(row.scores))] for row in rows])
+    with torch.no_grad():
+        ref_logps = sums(reference)
+    return ListLogps(sums(policy), ref_logps, scores)
+
+
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "orpo-all", "simpo", "cpo"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "orpo-all", "simpo", "cpo", "pl", "lipo"])
 def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bool):
     """If completions contain turns of others, loss and gradients are those of each sequence alone with its mask, in
     every layout and for any micro-batches."""
     step = Step(models["llama"], LOSSES[loss], lora=lora)
     # Without adapters, the reference is the model itself, because no copy of its original weights exists here.
     reference = load_model(config_for(models["llama"]), CPU).model if lora else step.loaded.model
-    rows = sharing_examples(7, single=isinstance(step.options, KTO), turns=True)
+    rows = step.rows(turns=True)
     assert any(row.contexts for row in rows)
     step.loaded.policy.zero_grad()
     expected = naive_loss(step, step.loaded.model, reference, rows)
@@ -181,7 +228,7 @@ def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bo
             torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=scale * 5e-5)
 
 
-@pytest.mark.parametrize("loss", ["kto", "dpo", "ipo", "orpo"])
+@pytest.mark.parametrize("loss", ["kto", "dpo", "ipo", "orpo", "pl", "lipo"])
 def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str, Path], loss: str):
     """An evaluation depends neither on the order of its rows nor on the number taken at a time: it is one mean over
     all examples, and KTO's mismatched completions and its KL are those of the whole evaluation."""
@@ -192,7 +239,7 @@ def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str
 
     own = reference if step.options.uses_reference else None
     objective = Objective(step.loaded.policy, own, step.options, "tree", 150, 0, CPU)
-    rows = examples(9, single=loss == "kto", turns=True)
+    rows = sharing_lists(9) if step.options.listwise else examples(9, single=loss == "kto", turns=True)
     rows += [replace(row, prompt=rows[0].prompt) for row in rows[:4]]
     whole = objective.evaluate(rows, 5).result()
     assert loss != "kto" or whole["kl"] > 0

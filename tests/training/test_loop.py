@@ -13,7 +13,7 @@ import fastpref
 from fastpref.errors import UserError
 from tests.support.paths import QUICKSTART, QUICKSTART_MODEL, QUICKSTART_ROWS
 
-METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo")
 ALWAYS = {
     "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "rewards/length_correlation", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
@@ -23,6 +23,7 @@ TRAINING = {"step", "grad_norm", "learning_rate", "tokens_per_second", "pairs_pe
 PAIRS = {"logps/accuracies"}
 EXTRA = {
     "orpo": PAIRS | {"nll_loss", "log_odds_ratio", "log_odds_chosen"}, "kto": {"kl"}, "cpo": PAIRS | {"nll_loss"},
+    "pl": PAIRS | {"rewards/kendall_tau"}, "lipo": PAIRS | {"rewards/kendall_tau"},
 }  # fmt: skip
 
 
