@@ -114,7 +114,9 @@ def test_the_bags_undo_the_gathering(window: int | None):
         assert found.order.sort().values.tolist() == list(range(len(found.places)))
         ends = [*found.bags[1:].tolist(), len(found.order)]
         for place, (start, stop) in enumerate(zip(found.bags.tolist(), ends, strict=True)):
-            assert found.places[found.order[start:stop]].tolist() == [place] * (stop - start)
+            copies = found.order[start:stop].tolist()
+            assert found.places[copies].tolist() == [place] * (stop - start)
+            assert copies == sorted(copies)  # the order in which their gradients are added
 
 
 def test_rows_that_share_nothing_are_not_gathered():
@@ -196,15 +198,16 @@ def test_gradients_of_copies_are_summed_in_float32(dtype: torch.dtype):
     torch.testing.assert_close(states.grad, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
-def test_autocast_is_honoured(monkeypatch: pytest.MonkeyPatch):
-    """RoPE returns float32 queries with bfloat16 values: under autocast all three are passed on in autocast's dtype."""
+@pytest.mark.parametrize(("autocast", "expected"), [(True, torch.float16), (False, torch.bfloat16)])
+def test_queries_keys_and_values_have_one_dtype(monkeypatch: pytest.MonkeyPatch, autocast: bool, expected: torch.dtype):
+    """RoPE may return float32 queries with bfloat16 values: all three are cast to autocast's dtype or the values'."""
     calls: list[Any] = []
     install(monkeypatch, lambda *given, **options: calls.extend(given) or flash_attn_varlen_func(*given, **options))
     tree = layout((30, (20, 9)))
     made, _ = inputs(CALL, tree.tokens)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
         out, _ = varlen_tree_attention(nn.Identity(), made[0], made[1], made[2].bfloat16(), None, tree=tree)
-    assert [given.dtype for given in (*calls, out)] == [torch.bfloat16] * 4
+    assert [given.dtype for given in (*calls, out)] == [expected] * 4
 
 
 def test_float32_is_refused(monkeypatch: pytest.MonkeyPatch):
