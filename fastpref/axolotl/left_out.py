@@ -11,7 +11,7 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
         gpu_memory_limit sequence_parallel_degree context_parallel_size heads_k_stride ring_attn_func
         tensor_parallel_size qlora_sharded_model_loading accelerator_config use_ray ray_* resources_per_worker
         experimental_skip_move_to_device""",
-    "model.attention chooses FlexAttention or SDPA; by default the model and the device decide": """
+    "model.attention chooses FlexAttention, FlashAttention-2 or SDPA; by default the model and the device decide": """
         flash_* sdp_attention s2_attention xformers_attention flex_attention flex_attn_compile_kwargs eager_attention
         sage_attention attn_implementation gemma4_hybrid_attn_impl scaling_softmax scaling_softmax_*""",
     "the head is always fused with the loss and never holds the logits": """

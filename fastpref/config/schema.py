@@ -47,8 +47,9 @@ class ModelConfig(_Section):
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Quantizes the base weights to 4 bits (nf4, with double quantization) or 8 bits (int8); both need a [lora]
     table."""
-    attention: Literal["auto", "flex", "sdpa"] = "auto"
-    """Chooses FlexAttention or SDPA for tree and packed rows; "auto" is flex on a GPU that can compile it, and sdpa
+    attention: Literal["auto", "flex", "varlen", "sdpa"] = "auto"
+    """Chooses FlexAttention, FlashAttention-2 ("varlen", which needs the package flash-attn 2.6 or newer) or SDPA for
+    tree and packed rows; "auto" is flex on a GPU that can compile it, else varlen where that package works, and sdpa
     elsewhere."""
     liger: Literal["auto"] | bool = "auto"
     """Computes norms, RoPE and gated MLPs with liger-kernel; "auto" does so on a GPU, for the models that it
@@ -321,8 +322,9 @@ class Config(_Section):
             (reference.quantization != "auto" and reference.mode != "copy", f"reference.quantization: {not_copied}"),
             (model.quantization != "none" and self.lora is None,
              f'model.quantization: "{model.quantization}" weights cannot be trained themselves; add a [lora] table'),
-            (model.attention == "flex" and train.layout == "padded",
-             'model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or remove it'),
+            (model.attention in ("flex", "varlen") and train.layout == "padded",
+             f'model.attention: "{model.attention}" computes tree and packed rows only; set train.layout = "auto", or '
+             "remove it"),
             (isinstance(self.loss, KTO) and self.loss.kl == "batch" and train.batch == 1,
              "train.batch: KTO compares each row with the next one of its batch, so a batch needs two rows; "
              'set train.batch to 2 or more, or loss.kl = "none"'),

@@ -10,7 +10,7 @@ recomputation of gradient checkpointing and the forward pass of the reference mo
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fastpref.data.batch import Layout
-from fastpref.data.forest import Forest, LaterForest, Node
-from fastpref.errors import UserError
+from fastpref.data.forest import Forest, LaterForest
 from fastpref.model.attention import LayerCall, check_arguments, tree_attention
 from fastpref.model.later import keep
 
@@ -186,80 +184,8 @@ def _any_length(mask: BlockMask, seen: Visible) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
-# --- the choice of an attention --------------------------------------------------------------------------------------
-
-
-def wants_flex(
-    wanted: Literal["auto", "flex", "sdpa"],
-    device: str,
-    layout: Layout,
-    why_padded: str | None,
-    calls: Iterable[LayerCall],
-) -> tuple[bool, str | None]:
-    """Return whether to try FlexAttention, and the reason against it if the user should see one.
-
-    Raises UserError if the config asks for "flex" and it is not available.
-    """
-    if wanted == "sdpa":
-        return False, None
-    why, tell = None, True
-    if device != "cuda":  # ROCm devices have this name too
-        why, tell = f"FlexAttention trains on GPUs only, and this is a {device} device", False
-    elif layout == "padded":
-        why, tell = f"FlexAttention computes tree and packed rows only ({why_padded or 'train.layout = padded'})", False
-    elif any(call.dropout for call in calls):
-        why = "FlexAttention has no dropout, which this model's config asks of its attention"
-    if why is not None and wanted == "flex":
-        raise UserError(f'model.attention = "flex": {why}; leave the key out')
-    return why is None, why if tell else None
-
-
-def fault(calls: Iterable[LayerCall], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Compile the kernels of a model's layers and compare their outputs and gradients with `tree_attention`.
-
-    Returns a message if one fails or differs, or None. Whether a kernel compiles depends on the GPU, the head width and
-    the versions: wide heads need more shared memory than consumer GPUs have. Training uses the kernels compiled here.
-    """
-    for call in dict.fromkeys(calls):
-        try:
-            error = difference(call, dtype, device)
-        except Exception as failure:  # compilers fail in many ways
-            lines = [line for line in str(failure).splitlines() if line.strip()] or [""]
-            return f"{type(failure).__name__}: {lines[0].strip()[:200]}"
-        if not error < (1e-3 if dtype == torch.float32 else 5e-2):
-            return f"its result differs by {error:.2g}"
+def lacks(calls: Iterable[LayerCall], dtype: torch.dtype) -> str | None:
+    """Return the reason why FlexAttention cannot compute a model's layers, or None."""
+    if any(call.dropout for call in calls):
+        return "it has no dropout, which this model's config asks of its attention"
     return None
-
-
-def difference(call: LayerCall, dtype: torch.dtype, device: torch.device) -> float:
-    """Return the largest difference of outputs and gradients from `tree_attention`, relative to its largest value."""
-    # 150 tokens, then 90 or 70 (whose first 40 are shared by two sequences), and a second tree
-    tree = Forest(
-        (
-            Node(0, 150, 0, None, 310),
-            Node(150, 90, 150, 0, 240),
-            Node(240, 40, 150, 0, 310),
-            Node(280, 20, 190, 2, 300),
-            Node(300, 10, 190, 2, 310),
-            Node(310, 60, 0, None, 370),
-        )
-    )
-    generator = torch.Generator().manual_seed(0)
-
-    def random(heads: int, width: int) -> Tensor:
-        drawn = torch.randn(1, 370, heads, width, generator=generator).to(device, dtype)
-        return drawn.transpose(1, 2).requires_grad_()
-
-    inputs = [
-        random(call.heads, call.width),
-        random(call.kv_heads, call.width),
-        random(call.kv_heads, call.value_width),
-    ]
-    sinks = torch.linspace(-1, 1, call.heads).to(device, dtype) if call.sinks else None
-    options: dict[str, Any] = {"sliding_window": call.window, "softcap": call.softcap, "s_aux": sinks}
-    found = []
-    functions: tuple[Callable[..., Any], ...] = (flex_tree_attention, tree_attention)
-    for attend in functions:
-        out, _ = attend(nn.Identity(), *inputs, attention_mask=None, scaling=call.scaling, tree=tree, **options)
-        found.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(1) / 370)])
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True))

@@ -15,11 +15,12 @@ from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout, collate
 from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
-from fastpref.model import flex_attention, liger
+from fastpref.model import liger
 from fastpref.model.adapters.fresh import adapter_notes
 from fastpref.model.adapters.fresh import with_adapters as with_adapters
 from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.trained import load_adapter
+from fastpref.model.attention_choice import choose_attention
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import explained, hub_options, model_config
@@ -89,7 +90,7 @@ def load_model(
         raise UserError(f"model.name = {config.model.name!r}: {error}") from None
     if sharded and isinstance(head, OwnLogits):
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
-    notes += [*choice.notes, *([note] if note else []), *_flex(config, model, choice, device)]
+    notes += [*choice.notes, *([note] if note else []), *_attention(config, model, choice, device)]
     if kernels:
         trial = None if sharded else partial(_precision, config, device)  # a sharded model is not on the device yet
         must = config.model.liger is True
@@ -167,18 +168,14 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
         raise UserError(f"{str(error).rstrip('.')}. Code that reads weights by itself {advice}") from None
 
 
-def _flex(config: Config, model: PreTrainedModel, choice: Choice, device: torch.device) -> list[str]:
-    """Give the model FlexAttention if the config allows it and it works. Return notes on the decision."""
+def _attention(config: Config, model: PreTrainedModel, choice: Choice, device: torch.device) -> list[str]:
+    """Give the model the attention that the config allows and that works. Return notes on the decision."""
+    dtype = _half(config) or model.dtype
     wanted = config.model.attention
-    flex, why = flex_attention.wants_flex(wanted, device.type, choice.layout, choice.why_padded, choice.calls)
-    if flex:
-        why = flex_attention.fault(choice.calls, _half(config) or model.dtype, device)
-        if why is None:
-            model.set_attn_implementation(flex_attention.NAME)
-            return ["attention: FlexAttention"]
-        if wanted == "flex":
-            raise UserError(f'model.attention = "flex": cannot be had on this device: {why}; leave the key out')
-    return [f"attention: SDPA, a call a completion: {why}"] if why is not None else []
+    kernel, note = choose_attention(wanted, choice.layout, choice.why_padded, choice.calls, dtype, device)
+    if kernel is not None:
+        model.set_attn_implementation(kernel.name)
+    return [note] if note else []
 
 
 def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: str, device: torch.device) -> list[str]:

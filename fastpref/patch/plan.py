@@ -10,9 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
-from fastpref.model import flex_attention, rope
+from fastpref.model import rope
 from fastpref.model.adapters.fused import fuse_lora, unfuse_lora
 from fastpref.model.attention import AttentionState, attention_of, restore_attention
+from fastpref.model.attention_choice import FLEX, why_not
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.head import Head, check_logits
@@ -115,7 +116,6 @@ def _give_trees(model: PreTrainedModel, policy: Policy) -> tuple[str | None, Att
     if why is not None:
         return why, None
     device = next(model.parameters()).device
-    flex, _ = flex_attention.wants_flex("auto", device.type, "tree", None, calls)
-    if flex and flex_attention.fault(calls, model.dtype, device) is None:
-        model.set_attn_implementation(flex_attention.NAME)
+    if why_not(FLEX, calls, model.dtype, device) is None:
+        model.set_attn_implementation(FLEX.name)
     return None, was

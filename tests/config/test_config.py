@@ -230,10 +230,12 @@ WHOLE: dict[str, str] = {  # a file, and what follows its name in the messages
     ":2: loss: must be a table, got 'dpo'\n:3: data: must be an array, got 'd'",
     "model.name = 'm'\nmodel.attention = 'flex'\ntrain.layout = 'padded'\ndata = [{ path = 'd' }]":
     ':2: model.attention: "flex" computes tree and packed rows only; set train.layout = "auto", or remove it',
+    "model.name = 'm'\nmodel.attention = 'varlen'\ntrain.layout = 'padded'\ndata = [{ path = 'd' }]":
+    ':2: model.attention: "varlen" computes tree and packed rows only; set train.layout = "auto", or remove it',
     "data = [{ path = 'd' }]\n[model]\nname = 'm'\nquantization = 'int4'\nliger = 'yes'\nattention = 'no'\n[model.x]":
     ":4: model.quantization: must be one of none, nf4, int8, got 'int4' (did you mean 'int8'?)\n"
     ":5: model.liger: must be a valid boolean, or must be one of auto, got 'yes'\n"
-    ":6: model.attention: must be one of auto, flex, sdpa, got 'no'\n:7: model.x: unknown key",
+    ":6: model.attention: must be one of auto, flex, varlen, sdpa, got 'no'\n:7: model.x: unknown key",
     f"{BASE}train.batch =": ":5: not valid TOML: Invalid value",
     f"{BASE}path = 'e'": ":5: not valid TOML: Cannot overwrite a value",
     f'{BASE}[tokens]\nchat_template = """\n\n': ":6: not valid TOML: Unterminated string",

@@ -5,7 +5,6 @@ The expected results are those of `tree_attention`, which computes each completi
 
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -16,12 +15,13 @@ from torch.nn.attention.flex_attention import AuxOutput, BlockMask, create_block
 from torch.nn.attention.flex_attention import flex_attention as torch_flex
 
 from fastpref.data.batch import PreferenceBatch, collate
-from fastpref.data.forest import Forest, encode, lay_apart, lay_out
-from fastpref.errors import UserError
+from fastpref.data.forest import Forest
 from fastpref.model import attention, flex_attention
 from fastpref.model.attention import LayerCall, layers_reached
-from fastpref.model.flex_attention import block_mask, visible, wants_flex
+from fastpref.model.attention_choice import FLEX, fault
+from fastpref.model.flex_attention import block_mask, visible
 from fastpref.model.load import load_model
+from tests.support.forests import CALL, CALLS, EDGES, LAYOUTS, count, inputs, layout, random_layout
 from tests.support.tiny import config_for, examples, save_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -29,39 +29,6 @@ CPU = torch.device("cpu")
 flex_tree_attention: Any = flex_attention.flex_tree_attention
 tree_attention: Any = attention.tree_attention
 WINDOWS = (None, 1, 7, 128, 150)
-
-
-def layout(*trees: tuple[int, tuple[int, ...]]) -> Forest:
-    """Return the layout of consecutive trees of a prompt and its completions, each given as (prompt, completions)."""
-    sequences, prompts = [], []
-    for number, (prompt, completions) in enumerate(trees):
-        for k, length in enumerate(completions):
-            sequences.append(encode([number] * prompt + [1000 + k] * length))
-            prompts.append(prompt)
-    return lay_out(sequences, prompts).forest
-
-
-def random_layout(seed: int) -> Forest:
-    """Return a forest from very short to several blocks long, with nested beginnings; every third shares nothing."""
-    rng = Random(seed)
-    size = rng.choice((9, 60, 300))
-    sequences: list[list[int]] = []
-    for _ in range(rng.randint(1, 9)):
-        source = rng.choice(sequences) if sequences else []
-        own = [rng.randrange(1000) for _ in range(rng.randint(1, size))]
-        sequences.append(source[: rng.randint(0, len(source))] + own)
-    tokens = [encode(ids) for ids in sequences]
-    return (lay_apart(tokens) if seed % 3 == 0 else lay_out(tokens, [rng.randint(0, len(s)) for s in sequences])).forest
-
-
-EDGES = [
-    layout((128, (128, 128))),
-    layout((64, (64, 128)), (1, (1,))),
-    layout((1, (1,))),
-    layout((200, (312,))),
-    layout((384, (1, 1, 126))),
-]
-LAYOUTS = EDGES + [random_layout(seed) for seed in range(24)]
 
 
 def dense(tree: Forest, window: int | None) -> Tensor:
@@ -121,32 +88,6 @@ def test_the_block_mask_is_the_one_torch_makes(window: int | None, seeds: range)
         assert torch.equal(ours.q_num_blocks, expected.q_num_blocks)
 
 
-CALL = LayerCall(4, 4, 16, 16, 0.0, None, None, None, False)
-CALLS = {
-    "plain": CALL,
-    "grouped heads": replace(CALL, kv_heads=2),
-    "three query heads a group": replace(CALL, heads=6, kv_heads=2),
-    "scaled": replace(CALL, scaling=0.1),
-    "window": replace(CALL, window=9),
-    "window of a block": replace(CALL, window=128),
-    "softcap": replace(CALL, softcap=3.0),
-    "sinks": replace(CALL, sinks=True),
-    "narrow values": replace(CALL, value_width=8),
-    "everything": LayerCall(6, 2, 16, 16, 0.0, 0.2, 20, 2.0, True),
-}
-
-
-def inputs(call: LayerCall, length: int, seed: int = 0) -> tuple[list[Tensor], dict[str, Any]]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(heads: int, width: int) -> Tensor:
-        return torch.randn(1, length, heads, width, generator=generator).transpose(1, 2)
-
-    made = [random(call.heads, call.width), random(call.kv_heads, call.width), random(call.kv_heads, call.value_width)]
-    options: dict[str, Any] = {"sliding_window": call.window, "softcap": call.softcap, "scaling": call.scaling}
-    return made, options | {"s_aux": torch.linspace(-2, 2, call.heads) if call.sinks else None}
-
-
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_forward_equals_sdpa(call: LayerCall):
     """With every option of a layer's attention, FlexAttention gives what SDPA gives for each completion alone."""
@@ -204,14 +145,6 @@ def test_models_give_the_same_with_one_block_mask_a_window(
     assert len(made) == windows
     assert torch.equal(found, again)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def count(function: Any, calls: list[Any]) -> Any:
-    def counted(*args: Any) -> Any:
-        calls.append(args)
-        return function(*args)
-
-    return counted
 
 
 def dense_flex(
@@ -274,46 +207,6 @@ def test_one_kernel_for_all_lengths_and_windows(monkeypatch: pytest.MonkeyPatch)
     assert counter.frame_count == 1
 
 
-# --- which attention is taken ----------------------------------------------------------------------------------------
-
-DROPS = replace(CALL, dropout=0.1)
-CHOICES = [  # wanted, device, layout, calls → whether flex is tried, and whether a reason is given
-    ("auto", "cuda", "tree", [CALL], True, False),
-    ("flex", "cuda", "packed", [CALL], True, False),
-    ("sdpa", "cuda", "tree", [CALL], False, False),
-    ("auto", "cpu", "tree", [CALL], False, False),
-    ("auto", "mps", "tree", [CALL], False, False),
-    ("auto", "cuda", "padded", [], False, False),
-    ("auto", "cuda", "tree", [CALL, DROPS], False, True),
-]
-
-
-@pytest.mark.parametrize(("wanted", "device", "how", "calls", "tried", "told"), CHOICES)
-def test_auto_takes_flex_on_gpus(
-    wanted: Any, device: str, how: Any, calls: list[LayerCall], tried: bool, told: bool
-) -> None:
-    found, why = wants_flex(wanted, device, how, None, calls)
-    assert (found, why is not None) == (tried, told)
-
-
-@pytest.mark.parametrize(
-    ("device", "how", "calls", "said"),
-    [
-        ("cpu", "tree", [CALL], "this is a cpu device"),
-        ("cuda", "padded", [], r"tree and packed rows only \(state-space\)"),
-        ("cuda", "tree", [DROPS], "no dropout"),
-    ],
-)
-def test_flex_that_cannot_be_had_is_refused(device: str, how: Any, calls: list[LayerCall], said: str):
-    with pytest.raises(UserError, match=f'model.attention = "flex": .*{said}'):
-        wants_flex("flex", device, how, "state-space", calls)
-
-
-def test_flex_is_refused_on_a_cpu_before_training(tmp_path: Path):
-    with pytest.raises(UserError, match="GPUs only"):
-        load_model(config_for(save_model("llama", tmp_path), "model.attention=flex"), CPU)
-
-
 def test_the_layers_tell_what_they_ask_for(tmp_path: Path):
     """The recorded calls have the dropout of training mode, and the model stays in its previous mode."""
     loaded = load_model(config_for(save_model("gpt2", tmp_path)), CPU)
@@ -332,7 +225,7 @@ def test_the_layers_tell_what_they_ask_for(tmp_path: Path):
 @pytest.mark.parametrize("call", [replace(c, width=64, value_width=64) for c in CALLS.values()], ids=CALLS)
 def test_both_ways_equal_sdpa_on_a_card(call: LayerCall, dtype: torch.dtype):
     """With every option of a layer, the compiled kernels give the outputs and gradients of SDPA."""
-    assert flex_attention.fault([call], dtype, torch.device("cuda")) is None
+    assert fault(FLEX, [call], dtype, torch.device("cuda")) is None
 
 
 @pytest.mark.gpu

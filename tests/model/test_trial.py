@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
-from fastpref.model import attention, flex_attention, trial
+from fastpref.model import attention, flex_attention, trial, varlen_attention
 from fastpref.model.load import load_model
 from fastpref.model.policy import Policy
+from tests.support import varlen
 from tests.support.tiny import config_for, examples, model_config, save_model
 
 CPU = torch.device("cpu")
@@ -170,7 +171,9 @@ def test_what_no_layout_computes_is_refused(change: Change, layout: Any, message
     assert not model.training
 
 
-@pytest.mark.parametrize("attend", [attention.tree_attention, flex_attention.flex_tree_attention])
+@pytest.mark.parametrize(
+    "attend", [attention.tree_attention, flex_attention.flex_tree_attention, varlen_attention.varlen_tree_attention]
+)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -180,8 +183,9 @@ def test_what_no_layout_computes_is_refused(change: Change, layout: Any, message
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "mask of its own"),
     ],
 )
-def test_no_argument_is_swallowed(attend: Any, options: dict[str, Any], message: str):
+def test_no_argument_is_swallowed(monkeypatch: pytest.MonkeyPatch, attend: Any, options: dict[str, Any], message: str):
     """An argument that trees do not compute raises an error; None and disabled flags do not."""
+    varlen.install(monkeypatch, exact=True)
     tree = collate(examples(1), "tree").tree
     assert tree is not None
     states = [torch.randn(1, 2, tree.tokens, 16) for _ in range(3)]
