@@ -1,7 +1,7 @@
 """The forward pass that replaces a model's own while a patched method of TRL runs.
 
 TRL's method computes its loss and logs its metrics as usual. During the call, only the `forward` of the causal language
-model, inside the wrappers of Accelerate and PEFT, is replaced. It takes the padded batch, computes it as trees, and
+model, inside the wrappers of Accelerate and PEFT, is replaced. It takes the padded batch, computes it as a forest, and
 returns what TRL's code reads: a `FusedCausalLMOutput` if TRL asks for log-probabilities (1.15 and newer), or else an
 output whose `logits` are a `Logits`.
 """

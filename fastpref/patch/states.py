@@ -46,7 +46,7 @@ def padded_states(backbone: nn.Module, head: Head, input_ids: Tensor, **options:
 def packed_states(
     backbone: nn.Module, head: Head, packed: Packed, *, keep: bool = False, **options: Any
 ) -> tuple[States, Kept | None]:
-    """Compute the hidden states of the rows as trees. With `keep`, also return every layer's keys and values."""
+    """Compute the hidden states of the rows as a forest. With `keep`, also return every layer's keys and values."""
     options |= tree_keywords(packed.layout, packed.input_ids.device)
     call = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     with keeping(packed.layout) if keep else nullcontext() as kept:
@@ -71,7 +71,7 @@ def padded_router_loss(
     states: States,
     attention_mask: Tensor,  # [B, T]
 ) -> Tensor | None:
-    """Compute the model's load-balancing loss over the padded batch, in which a shared prompt counts once per row.
+    """Compute the model's load-balancing loss over the padded batch, in which a shared token counts once per row.
 
     Returns None if the model has none, or if the body's output has no router logits.
     """
