@@ -125,7 +125,7 @@ GPU = Profile(
     device="cuda",
 )
 PREFIXES = Prefixes(
-    shape=StepShape(hidden=256, layers=4, vocab=4096, length=512, prompt_share=0.5, batch=8, rows=8),
+    shape=StepShape(hidden=256, layers=4, vocab=4096, length=512, prompt_share=0.5, batch=6, rows=6),
     tool_tokens=1000,
     responses=4,
     turns=4,

@@ -19,7 +19,7 @@ from fastpref.data.forest import encode, lay_out
 
 TINY = replace(
     PREFIXES,
-    shape=replace(PREFIXES.shape, hidden=32, layers=1, vocab=1024, batch=3),
+    shape=replace(PREFIXES.shape, hidden=128, layers=2, vocab=1024, batch=3),
     tool_tokens=100,
     responses=3,
     turns=2,
