@@ -159,7 +159,7 @@ class _Forward:
         where = torch.nn.functional.pad(kept, (0, 1))
         targets = labels[:, 1:][kept]
         with scope.tally.head(labels.numel(), len(targets)):
-            tokens = states.score(where, targets, outputs)
+            tokens = states.score_labels(where, targets, outputs)
 
         def spread(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.new_zeros(kept.shape).masked_scatter(kept, values)

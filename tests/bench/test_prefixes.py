@@ -89,12 +89,12 @@ def test_data_sets_have_as_many_pairs() -> None:
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
-SYSTEM, QUESTION, OTHER = (tuple(range(at, at + 20)) for at in (100, 200, 300))
-GOOD, BAD, WORSE = (tuple(range(at, at + 8)) for at in (400, 500, 600))
+SYSTEM, QUESTION, OTHER = (list(range(at, at + 20)) for at in (100, 200, 300))
+GOOD, BAD, WORSE = (list(range(at, at + 8)) for at in (400, 500, 600))
 
 
-def example(prompt: tuple[int, ...], *completions: tuple[int, ...]) -> Example:
-    return Example(prompt, completions, None, Origin("rows", 0))
+def example(prompt: list[int], *completions: list[int]) -> Example:
+    return Example(prompt, completions, None, Origin("rows"))
 
 
 def test_tokens_are_counted_by_hand() -> None:
