@@ -15,17 +15,23 @@ from rich.table import Table
 app = typer.Typer(add_completion=False, no_args_is_help=False)
 console = Console(stderr=True)
 PARTS = ("head", "losses", "scaling", "steps")
+PREFIXES = "prefixes"  # a profile, and its only part
 
 
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
-    profile: Annotated[str, typer.Option(help="tiny, quick, full or gpu.")] = "quick",
+    profile: Annotated[str, typer.Option(help="tiny, quick, full, gpu or prefixes.")] = "quick",
     output: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("bench-results"),
     only: Annotated[list[str] | None, typer.Option(help="head, losses, scaling or steps; may be repeated.")] = None,
     match: Annotated[str, typer.Option(help='Words that a case of the head must have: "Gemma-2-2B frozen".')] = "",
     base: Annotated[str | None, typer.Option(help="A revision of this repository, measured in turn with it.")] = None,
     gate: Annotated[float | None, typer.Option(help="Fail if fastpref's head takes more × the bare products.")] = None,
+    model: Annotated[Path | None, typer.Option(help="For prefixes: a model's folder; the default is random.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="For prefixes: a file of pairs; the default is the quickstart's.")
+    ] = None,
+    pairs: Annotated[int | None, typer.Option(help="For prefixes: the number of pairs a step.", min=1)] = None,
 ) -> None:
     """Measure a profile, and write JSON, a table and plots to a folder.
 
@@ -33,9 +39,17 @@ def run(
 
         python -m bench
         python -m bench --profile full --only head --base HEAD~1
+        python -m bench --profile prefixes --data pairs.jsonl
     """
     if context.invoked_subcommand is not None:
         return
+    if profile == PREFIXES:
+        if only or match or base or gate is not None:
+            _refuse("--profile prefixes: --only, --match, --base and --gate are for the other profiles")
+        _write(_measure_prefixes(model, data, pairs), output)
+        return
+    if model or data or pairs:
+        _refuse(f"--profile {profile}: --model, --data and --pairs are for --profile prefixes")
     parts = tuple(only or PARTS)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
@@ -82,7 +96,6 @@ def compare(
 def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[str]) -> dict[str, Any]:
     import torch
 
-    from bench import machine
     from bench.losses import LOSSES, LossCase, measure_loss
     from bench.measure import measure
     from bench.profiles import PROFILES
@@ -91,18 +104,12 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
     from bench.scaling import sweeps
 
     if name not in PROFILES:
-        _refuse(f"--profile {name}: known are {', '.join(PROFILES)}")
+        _refuse(f"--profile {name}: known are {', '.join(PROFILES)}, {PREFIXES}")
     profile = PROFILES[name]
     if profile.device == "cuda" and not torch.cuda.is_available():
         _refuse(f"--profile {name}: there is no GPU here; take quick or full")
     began = time.perf_counter()
-    result: dict[str, Any] = {
-        "profile": name,
-        "command": "python -m bench" + " ".join(["", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine.describe(profile.device),
-        "rule": profile.rule,
-    } | {part: [] for part in PARTS}
+    result = _circumstances(name, profile.device, profile.rule)
     with ExitStack() as stack:
         try:
             revisions = [stack.enter_context(Revision(name)) for name in (None, base)] if base else []
@@ -131,6 +138,40 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
                 result["steps"].append(compare_shape(shape, method))
     result["seconds"] = time.perf_counter() - began
     return result
+
+
+def _measure_prefixes(model: Path | None, data: Path | None, pairs: int | None) -> dict[str, Any]:
+    from dataclasses import replace
+
+    import torch
+
+    from bench.prefixes import compare_layouts
+    from bench.profiles import PREFIXES as SIZES
+
+    for what, path in (("--model", model), ("--data", data)):
+        if path is not None and not path.exists():
+            _refuse(f"{what} {path}: no such file or folder")
+    began = time.perf_counter()
+    sizes = SIZES if pairs is None else replace(SIZES, shape=replace(SIZES.shape, batch=pairs))
+    result = _circumstances(PREFIXES, "cuda" if torch.cuda.is_available() else "cpu", sizes.rule)
+    for record in compare_layouts(sizes, model, data):
+        console.print(f"prefixes: {record['what']}, after {time.perf_counter() - began:.0f} s")
+        result[PREFIXES].append(record)
+    result["seconds"] = time.perf_counter() - began
+    return result
+
+
+def _circumstances(profile: str, device: str, rule: str) -> dict[str, Any]:
+    """Return a result without numbers yet."""
+    from bench import machine
+
+    return {
+        "profile": profile,
+        "command": "python -m bench" + " ".join(["", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(device),
+        "rule": rule,
+    } | {part: [] for part in (*PARTS, PREFIXES)}
 
 
 def _write(result: dict[str, Any], folder: Path) -> None:

@@ -113,26 +113,17 @@ def run_fastpref(job: Job) -> dict[str, Any]:
 
 
 def run_trl(job: Job) -> dict[str, Any]:
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    import torch
-
     if job.engine == "trl-patched":
         import trl
 
         from fastpref.patch import patch
 
         patch(trl)
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
 
     from fastpref.memory.allocations import PeakStorage
 
-    make_settings, make_trainer, options = _trl_classes(job.method)
-    gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if gpu else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+    model = trl_model(job)
     before = held_bytes()
     times: list[float] = []
 
@@ -144,37 +135,58 @@ def run_trl(job: Job) -> dict[str, Any]:
             times[-1] += time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
-        if job.engine == "trl-liger":
-            options |= {"use_liger_kernel": True}
-        settings = make_settings(
-            output_dir=folder,
-            per_device_train_batch_size=job.rows_a_step,
-            max_steps=job.passes * job.steps,
-            max_length=job.max_length,
-            learning_rate=1e-4,
-            gradient_checkpointing=job.checkpointing,
-            bf16=gpu,
-            use_cpu=not gpu,
-            report_to="none",
-            save_strategy="no",
-            logging_steps=1,
-            disable_tqdm=True,
-            **options,
-        )
-        trainer = make_trainer(
-            model=model,
-            args=settings,
-            train_dataset=Dataset.from_json(job.rows),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Clock()],
-        )
+        trainer = trl_trainer(job, model, folder, callbacks=[Clock()])
         energy = joules()
         with PeakStorage() if job.counted else nullcontext() as memory:
             trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     peak = peak_bytes() - before if memory is None else memory.peak
     return {"seconds": times, "loss": losses, "peak": peak, "joules": used(energy)}
+
+
+def trl_model(job: Job) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+
+
+def trl_trainer(job: Job, model: Any, folder: str, **options: Any) -> Any:
+    """Return TRL's trainer of a job, with LoRA on all linear layers. `folder` is its output_dir."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    make_settings, make_trainer, settings = _trl_classes(job.method)
+    gpu = torch.cuda.is_available()
+    if job.engine == "trl-liger":
+        settings |= {"use_liger_kernel": True}
+    arguments = make_settings(
+        output_dir=folder,
+        per_device_train_batch_size=job.rows_a_step,
+        max_steps=job.passes * job.steps,
+        max_length=job.max_length,
+        learning_rate=1e-4,
+        gradient_checkpointing=job.checkpointing,
+        bf16=gpu,
+        use_cpu=not gpu,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        **settings,
+    )
+    return make_trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_json(job.rows),
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        **options,
+    )
 
 
 def _trl_classes(method: str) -> tuple[Any, Any, dict[str, Any]]:

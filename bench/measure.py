@@ -216,8 +216,14 @@ def measure(
     subjects |= {method.name: subject(method, case, problem) for method in methods if method.installed}
     subjects |= others
     rows = [Row(BARE), *rows, *map(Row, others)]
-    ready = [row for row in rows if not row.note or row.value_error is not None]
-    for row in ready.copy():
+    take_turns(subjects, [row for row in rows if not row.note or row.value_error is not None], repeats)
+    return rows
+
+
+def take_turns(subjects: Mapping[str, Subject], rows: Sequence[Row], repeats: int) -> None:
+    """Measure the memory of each row's subject, then their times in turn, into the rows."""
+    ready = list(rows)
+    for row in rows:
         try:
             row.bytes = subjects[row.method].peak_bytes()
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -231,4 +237,3 @@ def measure(
     for _ in range(repeats):
         for row in ready:
             row.ms.append(subjects[row.method].ms())
-    return rows

@@ -7,6 +7,7 @@ import torch
 
 from bench.measure import Case
 from bench.objectives import DPO, KTO, ORPO, SIMPO, TOKENS, Objective
+from bench.prefixes import Prefixes
 from bench.problems import SHAPES, Shape
 from bench.step_data import StepShape
 
@@ -122,5 +123,13 @@ GPU = Profile(
     losses=(64, 1024),
     dtype=torch.bfloat16,
     device="cuda",
+)
+PREFIXES = Prefixes(
+    shape=StepShape(hidden=256, layers=4, vocab=4096, length=512, prompt_share=0.5, batch=6, rows=6),
+    tool_tokens=1000,
+    responses=4,
+    turns=4,
+    longest=512,
+    repeats=3,
 )
 PROFILES = {"tiny": TINY, "quick": QUICK, "full": FULL, "gpu": GPU}

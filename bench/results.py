@@ -10,6 +10,7 @@ from bench.losses import losses_table
 from bench.measure import BARE, Case, Row
 
 OURS = "fastpref"
+TRL, TREES = "TRL 1.16", "trees"  # rows of the profile prefixes, the bases of its ratios
 
 
 def head_record(case: Case, rows: list[Row]) -> dict[str, Any]:
@@ -27,10 +28,10 @@ def key(record: dict[str, Any]) -> str:
     return f"{record['model']} {record['objective']} {record['passes']} {record['dtype']}"
 
 
-def ratios(record: dict[str, Any], method: str) -> list[float]:
-    """Return a method's time over the bare products' in each turn, in which other load slows both."""
+def ratios(record: dict[str, Any], method: str, base: str = BARE) -> list[float]:
+    """Return a method's time over the base's in each turn, in which other load slows both."""
     rows = {row["method"]: row["ms"] for row in record["rows"]}
-    return [ours / bare for ours, bare in zip(rows.get(method, []), rows[BARE], strict=False)]
+    return [ours / theirs for ours, theirs in zip(rows.get(method, []), rows[base], strict=False)]
 
 
 def spread(values: list[float]) -> float:
@@ -64,6 +65,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", "## Growth of fastpref's head", "", *_scaling_table(result["scaling"])]
     if result["steps"]:
         lines += ["", "## Whole training steps", "", *_steps_table(result["steps"])]
+    if result.get("prefixes"):
+        lines += ["", "## Steps on pairs that share their beginnings", "", *_prefixes_table(result["prefixes"])]
     return "\n".join(lines) + "\n"
 
 
@@ -153,6 +156,33 @@ def _steps_table(steps: list[dict[str, Any]]) -> list[str]:
                 f"{one['peak'] / 1e6:,.0f} MB | {one['peak'] / base['peak']:.2f} | {one['loss']:.4f} |"
             )
     return lines
+
+
+def _prefixes_table(records: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| pairs | layout | tokens | pairs/s | × TRL | × trees | MiB | × TRL | loss |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        memory = {row["method"]: row["bytes"] for row in record["rows"]}
+        for row in record["rows"]:
+            if not row["ms"] or row["note"]:
+                lines.append(f"| {record['what']} | {row['method']} | {row['note']} | | | | | | |")
+                continue
+            speed = 1000 * record["pairs"] / row["p50"]
+            times = [_speedup(record, row["method"], base) for base in (TRL, TREES)]
+            share = f"{row['bytes'] / memory[TRL]:.2f}" if memory[TRL] else ""
+            lines.append(
+                f"| {record['what']} | {row['method']} | {row['tokens']:,} | {speed:.2f} | {times[0]} | {times[1]} | "
+                f"{row['bytes'] / 2**20:,.0f} | {share} | {row['loss']:.4f} |"
+            )
+    return lines
+
+
+def _speedup(record: dict[str, Any], method: str, base: str) -> str:
+    """Return in words how many times as fast as the base a method is."""
+    values = ratios(record, base, method)
+    return f"{median(values):.2f} ± {spread(values):.2f}" if values else ""
 
 
 # --- two results ------------------------------------------------------------------------------------------------------

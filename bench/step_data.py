@@ -1,9 +1,13 @@
-"""The inputs of whole steps: a model with random weights and rows of random words, or the rows of a file."""
+"""The inputs of whole steps: a model with random weights and rows of random words, or the rows of a file.
+
+The rows of a file can be made into rows that share more than the prompt of a pair: see `shared_beginnings`.
+"""
 
 import json
 import random
 import statistics
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +139,76 @@ def count_tokens(model: str, pairs: list[dict[str, Any]]) -> int:
     chats = [[*pair["prompt"], *pair[side]] for pair in pairs for side in ("chosen", "rejected")]
     texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
     return sum(map(len, tokenizer(texts).input_ids))
+
+
+# --- pairs that share their beginnings --------------------------------------------------------------------------------
+
+_VERBS = {"find": "Searches for", "create": "Creates", "update": "Changes", "cancel": "Cancels"}
+_NOUNS = ("invoice", "flight", "ticket", "meeting", "shipment", "customer", "order", "room", "subscription", "refund")
+
+
+def shared_beginnings(
+    pairs: list[dict[str, Any]], tokenizer: Any, tool_tokens: int = 1000, responses: int = 4, turns: int = 4
+) -> dict[str, list[dict[str, Any]]]:
+    """Return four data sets, each of as many pairs as are given, whose sequences share more and more."""
+    return {
+        "pairs as they are": pairs,
+        "under one tool prompt": under_system_prompt(pairs, tool_prompt(tokenizer, tool_tokens)),
+        f"{responses} responses, best against rest": best_against_rest(pairs, responses),
+        f"a conversation at each of {turns} turns": each_turn(pairs, turns),
+    }
+
+
+def tool_prompt(tokenizer: Any, tokens: int) -> str:
+    """Return a system prompt with the JSON schemas of tools, of `tokens` tokens or a schema more."""
+    text = "You are a helpful assistant. You can call these tools:"
+    for noun, verb in product(_NOUNS, _VERBS):
+        if len(tokenizer(text).input_ids) >= tokens:
+            break
+        properties = {
+            f"{noun}_id": {"type": "string", "description": f"The number of the {noun}, as the customer knows it."},
+            "date": {"type": "string", "format": "date", "description": "The day it is about, by default today."},
+        }
+        schema = {"type": "object", "properties": properties, "required": [f"{noun}_id"]}
+        what = f"{_VERBS[verb]} the {noun} of a customer, and returns its state."
+        text += "\n" + json.dumps({"name": f"{verb}_{noun}", "description": what, "parameters": schema})
+    return text
+
+
+def under_system_prompt(pairs: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """Return the pairs with `text` as their system prompt, before the one that they have."""
+    rows = []
+    for pair in pairs:
+        system, rest = _system_first(pair["prompt"])
+        content = "\n\n".join([text, *(message["content"] for message in system)])
+        rows.append(pair | {"prompt": [{"role": "system", "content": content}, *rest]})
+    return rows
+
+
+def best_against_rest(pairs: list[dict[str, Any]], responses: int) -> list[dict[str, Any]]:
+    """Return as many pairs, which compare the chosen response of a prompt with each of its other responses.
+
+    The others are its own rejected response and those of the pairs that come next.
+    """
+    rows = [
+        pair | {"rejected": pairs[(at + step) % len(pairs)]["rejected"]}
+        for at, pair in enumerate(pairs)
+        for step in range(responses - 1)
+    ]
+    return rows[: len(pairs)]
+
+
+def each_turn(pairs: list[dict[str, Any]], turns: int) -> list[dict[str, Any]]:
+    """Return as many pairs, in which `turns` pairs are the turns of one conversation that goes on with the chosen."""
+    rows: list[dict[str, Any]] = []
+    for at, pair in enumerate(pairs):
+        system, rest = _system_first(pair["prompt"])
+        prompt = [*rows[-1]["prompt"], *rows[-1]["chosen"], *rest] if at % turns else [*system, *rest]
+        rows.append(pair | {"prompt": prompt})
+    return rows
+
+
+def _system_first(messages: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the system prompt, as a list of at most one message, and the other messages."""
+    at = int(bool(messages) and messages[0]["role"] == "system")
+    return messages[:at], messages[at:]

@@ -234,8 +234,9 @@ class TrainConfig(_Section):
     tokens_per_microbatch: Count | None = None
     """Limits the tokens that are computed at once; the default is 2 · tokens.max_length."""
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"
-    """Lays out a micro-batch: "tree" packs rows and computes each prompt once, "packed" packs rows and repeats prompts,
-    "padded" gives each row a sequence; "auto" is tree where the attention of the model allows it."""
+    """Lays out a micro-batch: "tree" is one row that computes every beginning that sequences share once (prompts, but
+    also system prompts, questions of several rows, conversations), "packed" one row that repeats prompts, "padded" a
+    row a sequence; "auto" is tree where the attention of the model allows it."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """Chooses AdamW, AdamW with moments in 8 bits, or a paged one, whose moments move to host memory when the GPU
     is full."""

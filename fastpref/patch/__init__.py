@@ -1,4 +1,4 @@
-"""`fastpref.patch(trl)` makes TRL's preference trainers work without logits and compute no prompt twice.
+"""`fastpref.patch(trl)` makes TRL's preference trainers work without logits and compute no beginning twice.
 
 The package is callable: `fastpref.patch(trl)` patches TRL, and `python -m fastpref.patch script.py` runs a script with
 the patch.
@@ -29,8 +29,8 @@ def patch(trl: ModuleType, *, prefix_sharing: bool = True) -> "Patch":
 
     Args:
         trl: the imported module `trl`.
-        prefix_sharing: whether rows with the same prompt become branches of one sequence, without padding. If False,
-            rows stay as TRL makes them, and only the head is replaced.
+        prefix_sharing: whether the rows of a batch become one row without padding, in which what they share at their
+            beginning is computed once. If False, rows stay as TRL makes them, and only the head is replaced.
 
     Returns:
         The patch, a context manager that unpatches TRL at its end.

@@ -1,7 +1,7 @@
 """The forward pass that replaces a model's own while a patched method of TRL runs.
 
 TRL's method computes its loss and logs its metrics as usual. During the call, only the `forward` of the causal language
-model, inside the wrappers of Accelerate and PEFT, is replaced. It takes the padded batch, computes it as trees, and
+model, inside the wrappers of Accelerate and PEFT, is replaced. It takes the padded batch, computes it as a forest, and
 returns what TRL's code reads: a `FusedCausalLMOutput` if TRL asks for log-probabilities (1.15 and newer), or else an
 output whose `logits` are a `Logits`.
 """
@@ -159,7 +159,7 @@ class _Forward:
         where = torch.nn.functional.pad(kept, (0, 1))
         targets = labels[:, 1:][kept]
         with scope.tally.head(labels.numel(), len(targets)):
-            tokens = states.score(where, targets, outputs)
+            tokens = states.score_labels(where, targets, outputs)
 
         def spread(values: Tensor | None) -> Tensor | None:
             return None if values is None else values.new_zeros(kept.shape).masked_scatter(kept, values)

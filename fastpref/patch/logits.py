@@ -43,7 +43,7 @@ class Scores:
         # Every value is stored at the position that predicts its token, the one before the token's own.
         self.next_ids = torch.roll(input_ids, -1, 1).to(states.hidden.device)  # [B, T]
         self.wanted = _before(wanted.to(states.hidden.device))
-        self.have = torch.zeros_like(self.wanted)
+        self.have, self._any = torch.zeros_like(self.wanted), False  # what is computed, and whether anything is
         self.table = states.hidden.new_zeros(self.have.shape, dtype=torch.float32)
         self.extra: dict[str, Tensor] = {}
         if not self._with_grad:  # a reference's adapters are off only now
@@ -54,17 +54,19 @@ class Scores:
 
         Positions that were computed before keep their values.
         """
-        missing = (where | self.wanted) & ~self.have
+        untouched = where is self.wanted and not self._any
+        missing = self.wanted if untouched else (where | self.wanted) & ~self.have
         if bool(missing.any()):
             targets = self.next_ids[missing]
             with torch.set_grad_enabled(self._with_grad), self._around(self.have.numel(), len(targets)):
-                tokens = self.states.score(missing, targets, self.outputs)
+                score = self.states.score_labels if missing is self.wanted else self.states.score
+                tokens = score(missing, targets, self.outputs)
             self.table = self.table.masked_scatter(missing, tokens.logp.to(self.table.dtype))
             for name in self.outputs:
                 values = getattr(tokens, name)
                 empty = torch.zeros(self.have.shape, dtype=values.dtype, device=values.device)
                 self.extra[name] = self.extra.get(name, empty).masked_scatter(missing, values)
-            self.have = self.have | missing
+            self.have, self._any = self.have | missing, True
         return self.table
 
     def mean_logits(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plan for computing a model: as trees, with only its head replaced, or by TRL's own code."""
+"""The plan for computing a model: as a forest, with only its head replaced, or by TRL's own code."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +55,7 @@ def bare(model: Any) -> Any:
 
 
 def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
-    """Make the plan for a trainer's model, and replace its attention if trees are wanted and possible."""
+    """Make the plan for a trainer's model, and replace its attention if sharing is wanted and possible."""
     model = bare(wrapped)
     why = _refusal(trainer, wrapped, model)
     if why is not None:

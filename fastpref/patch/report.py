@@ -70,7 +70,7 @@ def report(patch: "Patch") -> str:
     saved = tally.padded_tokens - tally.computed_tokens
     lines.append(
         f"  tokens       {tally.computed_tokens:,} computed in {tally.passes} passes where TRL's rows hold "
-        f"{tally.padded_tokens:,}: {saved / tally.padded_tokens:.0%} saved by sharing prompts and by no padding"
+        f"{tally.padded_tokens:,}: {saved / tally.padded_tokens:.0%} saved by shared beginnings and by no padding"
     )
     lines.append(
         f"  head         {tally.scored:,} of {tally.places:,} places scored in {tally.head_seconds:.2f} s "

@@ -14,7 +14,7 @@ from fastpref.model.head import Head
 from fastpref.model.later import keeping
 from fastpref.model.router import router_loss
 from fastpref.ops import LoraWeight, TokenLogprobs
-from fastpref.patch.trees import Later, Packed
+from fastpref.patch.trees import HeadRows, Later, Packed
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,17 @@ class States:
     place: Tensor  # [B, T] int64
     head: Head
     output: Any = None  # of the body, with the router logits of each layer if they were requested
+    shared: HeadRows | None = None  # the head's rows of all tokens with labels, if rows of the batch share some
 
     def score(self, where: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
         """Return the log-probabilities of `targets` [N], the tokens after the positions of `where` [B, T] bool."""
         return self.head(self.hidden, self.place[where], targets, outputs)
+
+    def score_labels(self, where: Tensor, targets: Tensor, outputs: tuple[str, ...] = ()) -> TokenLogprobs:
+        """Do the same for all tokens with labels, of which those that rows share are computed once."""
+        if self.shared is None:
+            return self.score(where, targets, outputs)
+        return self.head(self.hidden, self.shared.predictors, self.shared.targets, outputs).take(self.shared.rows)
 
     def mean_logits(self) -> Tensor:
         """Return the mean of the logits over the vocabulary at every position of the batch, [B, T] float32."""
@@ -46,13 +53,13 @@ def padded_states(backbone: nn.Module, head: Head, input_ids: Tensor, **options:
 def packed_states(
     backbone: nn.Module, head: Head, packed: Packed, *, keep: bool = False, **options: Any
 ) -> tuple[States, Kept | None]:
-    """Compute the hidden states of the rows as trees. With `keep`, also return every layer's keys and values."""
+    """Compute the hidden states of the rows as a forest. With `keep`, also return every layer's keys and values."""
     options |= tree_keywords(packed.layout, packed.input_ids.device)
     call = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     with keeping(packed.layout) if keep else nullcontext() as kept:
         output = backbone(**call, **options)
     hidden = output.last_hidden_state[0]
-    return States(hidden, packed.place.to(hidden.device), head, output), kept
+    return States(hidden, packed.place.to(hidden.device), head, output, packed.shared), kept
 
 
 @torch.no_grad()
@@ -62,7 +69,7 @@ def later_states(backbone: nn.Module, states: States, kept: Kept, later: Later, 
     options = tree_keywords(layout, later.input_ids.device)
     output = backbone(input_ids=later.input_ids, position_ids=later.position_ids, use_cache=False, **options)
     hidden = torch.cat([states.hidden.detach(), output.last_hidden_state[0]])
-    return replace(states, hidden=hidden, place=later.place.to(hidden.device))
+    return replace(states, hidden=hidden, place=later.place.to(hidden.device), shared=None)
 
 
 def padded_router_loss(
@@ -71,7 +78,7 @@ def padded_router_loss(
     states: States,
     attention_mask: Tensor,  # [B, T]
 ) -> Tensor | None:
-    """Compute the model's load-balancing loss over the padded batch, in which a shared prompt counts once per row.
+    """Compute the model's load-balancing loss over the padded batch, in which a shared token counts once per row.
 
     Returns None if the model has none, or if the body's output has no router logits.
     """

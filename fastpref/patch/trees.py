@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ class Row:
     first: int  # column of the first token
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
+    whole: bool = True  # whether every token of the completion has a label
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
@@ -35,13 +37,23 @@ def read_rows(
     first = torch.where(real, columns, width).amin(1)
     end = torch.where(real, columns + 1, 0).amax(1)
     scored = torch.where(real & (labels != IGNORED), columns, width).amin(1).minimum(end)
-    bounds = torch.stack([first, scored, end, real.sum(1)], dim=1).tolist()
-    if any(count == 0 or end - start != count for start, _, end, count in bounds):
+    labelled = (labels != IGNORED).sum(1)
+    bounds = torch.stack([first, scored, end, real.sum(1), labelled], dim=1).tolist()
+    if any(count == 0 or end - start != count for start, _, end, count, _ in bounds):
         return None
     return [
-        Row(start, tuple(ids[start:middle]), tuple(ids[middle:end]))
-        for ids, (start, middle, end, _) in zip(input_ids.tolist(), bounds, strict=True)
+        Row(start, tuple(ids[start:middle]), tuple(ids[middle:end]), labelled == end - middle)
+        for ids, (start, middle, end, _, labelled) in zip(input_ids.tolist(), bounds, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The distinct pairs of a predictor and a target among the tokens with labels, some of which rows share."""
+
+    predictors: Tensor  # [N] int64, indices in the packed row
+    targets: Tensor  # [N] int64
+    rows: Tensor  # [M] int64, the pair of each token with a label, row by row of the batch
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Packed:
     place: Tensor  # [B, T] each token's index in the packed row; 0 for padding
     rows: tuple[Row, ...]
     paths: tuple[tuple[slice, ...], ...]  # each row's positions in the packed row, in order
+    shared: HeadRows | None  # None if rows share no token with a label, or if that is not known on the host
 
     @property
     def tokens(self) -> int:
@@ -71,7 +84,25 @@ def pack(rows: Sequence[Row], width: int, device: torch.device) -> Packed:
         _places(rows, laid.paths, width, device),
         tuple(rows),
         laid.paths,
+        _head_rows(rows, laid.paths, device),
     )
+
+
+def _head_rows(rows: Sequence[Row], paths: Sequence[tuple[slice, ...]], device: torch.device) -> HeadRows | None:
+    """Return the distinct rows of the head for all tokens with labels, or None as `Packed.shared` says."""
+    if any(not row.whole or (row.completion and not row.prompt) for row in rows):
+        return None
+    predictors, tokens, targets = [], [], []
+    for row, path in zip(rows, paths, strict=True):
+        at = places(path)
+        predictors += at[len(row.prompt) - 1 : -1] if row.completion else []
+        tokens += at[len(row.prompt) :]
+        targets += row.completion
+    distinct, first, inverse = np.unique(tokens, return_index=True, return_inverse=True)
+    if len(distinct) == len(tokens):
+        return None
+    columns = np.array(predictors)[first], np.array(targets)[first], inverse
+    return HeadRows(*(torch.from_numpy(column).to(device) for column in columns))
 
 
 def _places(rows: Sequence[Row], paths: Sequence[tuple[slice, ...]], width: int, device: torch.device) -> Tensor:

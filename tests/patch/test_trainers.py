@@ -11,6 +11,7 @@ import torch
 import trl
 
 import fastpref
+from fastpref.patch.states import States
 from tests.support.trl_runs import Run, Trained, fit, make_trainer, residuals, train, unpatched
 
 DPO_LOSSES = [
@@ -36,7 +37,10 @@ COVER = [
     Run("DPO", ["sigmoid"], kind="mixtral", lora=False),
     Run("DPO", ["sigmoid"], kind="qwen2"),
     Run("DPO", ["sigmoid"], kind="gpt2", lora=False),
+    Run("DPO", ["sigmoid"], alike=True, left=True),
+    Run("DPO", ["sigmoid"], alike=True, lora=False, settings={"use_weighting": True}),
     Run("KTO", "kto", accumulation=2, evaluate=True),
+    Run("KTO", "kto", alike=True),
     Run("KTO", "kto", lora=False, left=True),
     Run("KTO", "kto", precomputed=True, settings=CHECKPOINTED),
     Run("KTO", "kto", kind="mixtral", lora=False, precomputed=True, evaluate=True),
@@ -48,6 +52,7 @@ COVER = [
     Run("ORPO", accumulation=2, evaluate=True),
     Run("ORPO", lora=False, settings=CHECKPOINTED),
     Run("ORPO", lora=False, left=True),
+    Run("ORPO", alike=True),
     Run("ORPO", kind="gemma2"),
     Run("ORPO", kind="mistral"),
     Run("ORPO", kind="gpt2", lora=False),
@@ -56,6 +61,7 @@ COVER = [
     Run("ORPO", kind="dbrx", lora=False),  # stores its number of experts elsewhere
     Run("ORPO", lora_head=True),
     Run("CPO", "simpo", evaluate=True, settings={"cpo_alpha": 0.0}),
+    Run("CPO", "simpo", alike=True, settings={"cpo_alpha": 0.0}),
     Run("CPO", "simpo", lora=False, settings={"cpo_alpha": 0.5, "simpo_gamma": 0.3}, kind="qwen2"),
     Run("CPO", "sigmoid", lora=False, accumulation=2, kind="mixtral"),
     Run("CPO", "hinge", left=True),
@@ -68,6 +74,7 @@ PADDED = [
     Run("KTO", "kto", lora=False, left=True),
     Run("ORPO", accumulation=2, evaluate=True),
     Run("CPO", "simpo", evaluate=True, settings={"cpo_alpha": 0.0}),
+    Run("CPO", "simpo", alike=True, settings={"cpo_alpha": 0.0}),
     Run("TPO", "sigmoid", evaluate=True),
 ]
 
@@ -99,6 +106,23 @@ def expect_same(run: Run, root: Path, **options: Any) -> list[float]:
 def test_a_patched_run_is_trls(run: Run, root: Path) -> None:
     """With trees, losses, metrics and weights of five steps are TRL's."""
     expect_same(run, root)
+
+
+@pytest.mark.parametrize("run", [run for run in COVER if run.alike and run.trainer in ("DPO", "CPO")], ids=str)
+def test_labels_that_rows_share_reach_the_head_once(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head computes fewer rows than TRL scores where rows have the same response."""
+    computed, scored = [], []
+    score = States.score_labels
+
+    def counting(self: States, where: Any, targets: Any, *args: Any) -> Any:
+        scored.append(len(targets))
+        computed.append(len(targets) if self.shared is None else len(self.shared.targets))
+        return score(self, where, targets, *args)
+
+    monkeypatch.setattr(States, "score_labels", counting)
+    _, patch = patched(fit(run), root)
+    assert sum(scored) == patch.tally.scored
+    assert sum(computed) < 0.8 * sum(scored)
 
 
 @pytest.mark.parametrize("kind", ["falcon-h1", "bloom"])

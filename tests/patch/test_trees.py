@@ -58,6 +58,23 @@ def test_every_token_has_its_place() -> None:
     assert packed.tokens == packed.layout.tokens == len(beginnings)
 
 
+def test_a_shared_label_is_one_row_of_the_head() -> None:
+    """Tokens with labels that rows share have one predictor and target; spread again, they are those of the batch."""
+    rows = [Row(0, (5, 6, 7), (8, 9)), Row(2, (5, 6, 7), (8, 9, 4)), Row(0, (5, 6), (3,)), Row(1, (7, 7), ())]
+    ids, mask, labels = batch(rows)
+    packed = pack(rows, WIDTH, torch.device("cpu"))
+    assert packed.shared is not None
+    assert len(packed.shared.targets) == 4  # of 8, 9, 8, 9, 4 and 3
+    kept = labels[:, 1:] != IGNORED
+    assert torch.equal(packed.shared.targets[packed.shared.rows], ids[:, 1:][kept])
+    assert torch.equal(packed.shared.predictors[packed.shared.rows], packed.place[:, :-1][kept])
+    labels[1, 6] = IGNORED  # a hole, which only the device knows
+    holed = read_rows(ids, mask, labels)
+    assert holed is not None
+    assert pack(holed, WIDTH, torch.device("cpu")).shared is None
+    assert pack(rows[1:], WIDTH, torch.device("cpu")).shared is None
+
+
 def test_later_tokens_follow_the_row() -> None:
     """Padding and other completions of the same prompts come after the packed row, and nothing else moves."""
     rows = [row for row in ROWS if not row.first and row.prompt]

@@ -41,13 +41,21 @@ class Run:
     lora_head: bool = False
     accumulation: int = 1
     evaluate: bool = False
+    alike: bool = False  # all rows have the same prompt and chosen text
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return hash(repr(self))
 
     def __str__(self) -> str:
-        marks = {"lora": "LoRA", "precomputed": "precomputed", "left": "left", "lora_head": "head", "evaluate": "eval"}
+        marks = {
+            "lora": "LoRA",
+            "precomputed": "precomputed",
+            "left": "left",
+            "lora_head": "head",
+            "evaluate": "eval",
+            "alike": "alike",
+        }
         words = [self.trainer, "+".join([self.loss] if isinstance(self.loss, str) else self.loss or [])]
         words += [word for name, word in marks.items() if getattr(self, name)]
         words += [] if self.kind == "llama" else [self.kind]
@@ -96,6 +104,8 @@ def rows(count: int = 14, seed: int = 0) -> list[dict[str, Any]]:
 
 def dataset(run: Run, root: Path, seed: int = 0) -> Dataset:
     pairs = rows(seed=seed)
+    if run.alike:
+        pairs = [row | {"prompt": pairs[2]["prompt"], "chosen": pairs[2]["chosen"]} for row in pairs]
     if run.trainer == "TPO":
         pairs = [row | {"reference": row["chosen"][::-1] + "x"} for row in pairs]
     if run.trainer == "KTO":
