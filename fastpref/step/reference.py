@@ -20,6 +20,7 @@ from fastpref.model.load import Loaded, pretrained
 from fastpref.model.policy import Policy
 from fastpref.model.rope import fix_rope
 
+ONCE = ", computed once for each completion and remembered"
 Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [M], without gradient
 
 
@@ -99,6 +100,13 @@ def described(config: Config) -> str:
     if precomputes(config):
         return "computed before training"
     return "a frozen copy of the model" if config.reference.mode == "copy" else "the same weights with the adapters off"
+
+
+def summary(config: Config) -> str | None:
+    """Describe the reference of a run in one process, and when it is computed; None if the loss has none."""
+    if not config.loss.uses_reference:
+        return None
+    return f"{described(config)}{ONCE if remembers(config) else ''}"
 
 
 def copy_config(config: Config, model: PreTrainedModel) -> Config | None:

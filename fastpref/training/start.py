@@ -39,7 +39,7 @@ from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, Remembered, reference_folder
-from fastpref.step.reference import Reference, make_reference, precomputes, remembers
+from fastpref.step.reference import ONCE, Reference, make_reference, precomputes, remembers
 from fastpref.training.loop import RunResult, TrainingRun
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
@@ -234,7 +234,7 @@ def _reference(
     store = LogprobStore(reference_folder(config, loaded), resumed.state.get("reference") if resumed else None)
     if not keeping:
         return Precomputed(computing, store), [words]
-    notes = [f"{words}, computed once for each completion and remembered in {store.folder}"]
+    notes = [f"{words}{ONCE} in {store.folder}"]
     if len(store):
         notes.append(f"reference log-probabilities: those of {len(store):,} completions are there")
     if resumed and store.notes:
