@@ -16,6 +16,7 @@ from fastpref.memory.fit import MARGIN
 from fastpref.memory.step import PARTS, StepMemory
 from fastpref.memory.trl import VERSION
 from fastpref.sizes import GIB, in_words
+from fastpref.step.reference import summary
 
 
 def estimate(estimator: Estimator, *, card: float | None, compare: bool, as_json: bool) -> None:
@@ -49,6 +50,7 @@ def _numbers(estimator: Estimator, card: float | None, compare: bool, screen: Co
         "loss": config.loss.type,
         "device": estimator.device.type,
         "quantised": estimator.quantised,
+        "reference": summary(config),
         "notes": estimator.notes,
         "microbatch": {"examples": len(largest.examples), "tokens": largest.tokens, "source": largest.source},
         "step": _bytes(least),
@@ -102,8 +104,10 @@ def _head(estimator: Estimator, largest: Microbatch) -> str:
     bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
     if estimator.quantised is not None:
         bits = f", whose weights are stored quantised ({estimator.quantised})"
+    reference = summary(config)
+    told = f"reference: {reference}\n" if reference else ""
     return (
-        f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n"
+        f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n{told}"
         f"the largest micro-batch: {len(largest.examples)} {config.loss.unit}{plural}, {largest.tokens:,} tokens at "
         f"once (from {largest.source})"
     )

@@ -209,9 +209,10 @@ class TokensConfig(_Section):
 
 class ReferenceConfig(_Section):
     mode: Literal["auto", "adapter", "copy", "precompute"] = "auto"
-    """Chooses where the reference's log-probabilities come from: the model without its adapters, a frozen copy, or
-    a pass before the training whose results are kept on disk; "auto" is adapter with [lora] and precompute
-    without."""
+    """Chooses where the reference's log-probabilities come from: in every step from the model without its adapters or
+    from a frozen copy, or from a pass before the training ("precompute") whose results are kept on disk; "auto" is
+    precompute without [lora], and with it the model without its adapters, which computes each completion once and keeps
+    the results on disk too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Sets the data type of a frozen copy; "auto" is that of the model."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"

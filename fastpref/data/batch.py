@@ -65,6 +65,7 @@ class PreferenceBatch:
     index: Tensor  # [E] int64, each example's index in its step
     completions: int  # K, the most of an example
     keys: tuple[bytes, ...]  # the `completion_key` of each completion, in the order of scoring
+    scored: tuple[int, ...]  # scored tokens of each completion, in the same order
     prompts: tuple[int, ...]  # tokens of each example's prompt
     paths: tuple[tuple[slice, ...], ...]  # of each of the K·E sequences: its places in the flattened [B·T] tokens
 
@@ -116,7 +117,7 @@ def collate(
             if k == 0 and score_prompts:
                 scored.add(example.prompt, at, 1, completions * count + e)
             scored.add(example.prompt + completion, at, prompt, k * count + e, context)
-            scored.keys.append(completion_key(example.prompt, completion, context))
+            scored.name(k * count + e, completion_key(example.prompt, completion, context))
     predictors, targets, rows = scored.head_rows()
     labels = [example.label for example in examples]
     weights = [example.weight for example in examples]
@@ -139,6 +140,7 @@ def collate(
         index=torch.tensor(range(count) if index is None else list(index), dtype=torch.int64),
         completions=completions,
         keys=tuple(scored.keys),
+        scored=tuple(scored.counts),
         prompts=tuple(len(example.prompt) for example in examples),
         paths=tuple(placed.paths.get((e, k), ()) for k in range(completions) for e in range(count)),
     )
@@ -171,7 +173,7 @@ def collate_after(batch: PreferenceBatch, examples: Sequence[Example]) -> Prefer
         tokens, before = [example.prompt[-1], *example.completions[0]], len(example.prompt) - 1
         branches.append(Branch(beginning(batch.paths[e], before) if before else (), len(tokens)))
         scored.add(tokens, range(len(ids), len(ids) + len(tokens)), 1, e, example.context(0))
-        scored.keys.append(completion_key(example.prompt, example.completions[0], example.context(0)))
+        scored.name(e, completion_key(example.prompt, example.completions[0], example.context(0)))
         ids += tokens
         positions += range(before, before + len(tokens))
     return replace(
@@ -186,6 +188,7 @@ def collate_after(batch: PreferenceBatch, examples: Sequence[Example]) -> Prefer
         offsets=torch.tensor(scored.offsets),
         lengths=torch.tensor(scored.lengths),
         keys=tuple(scored.keys),
+        scored=tuple(scored.counts),
         paths=(),
     )
 
@@ -215,6 +218,12 @@ class _Scored:
     segments: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def name(self, segment: int, key: bytes) -> None:
+        """Give the sequence that was added last the key of its completion."""
+        self.keys.append(key)
+        self.counts.append(self.lengths[segment])
 
     def add(self, ids: Sequence[int], at: Sequence[int], first: int, segment: int, context: Spans = ()) -> None:
         """Score the tokens of a sequence from number `first` on, but not `context`, which counts from there."""

@@ -25,6 +25,7 @@ from fastpref.run.folder import RunFolder
 from fastpref.run.resume import Resumed
 from fastpref.run.state import Progress, set_rng_state, write_state
 from fastpref.run.weights import load_weights, optimizer_state, save_weights, whole, whole_weights
+from fastpref.step.precompute import Precomputed, Remembered
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Checkpoints:
     scaler: Any | None  # only for float16
     model_fingerprint: str  # of the weights before training
     processes: Processes = ALONE
+    reference: Remembered | Precomputed | None = None  # if its log-probabilities are in files
     latest: Path | None = None  # the last checkpoint known to be undamaged
 
     @cached_property
@@ -141,4 +143,5 @@ class Checkpoints:
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "rng": self.processes.gather(rng),
+            "reference": None if self.reference is None else self.reference.write(),
         }

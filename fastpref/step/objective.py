@@ -192,7 +192,11 @@ class Objective:
         assert self.reference is not None
         mismatched = collate_after(batch, later).to(self.device)
         logp = self.policy(following(mismatched, kept)).logp
-        reference = self.reference(following(mismatched, kept_reference))
+        if kept_reference:
+            reference = self.reference(following(mismatched, kept_reference))
+        else:  # the reference looked the batch up, so there is nothing to follow
+            apart = collate(later, self.layout, pad_token_id=self.pad_token_id)
+            reference = self.reference(apart.to(self.device))
         kept.clear()  # not to hold them during the backward pass
         kept_reference.clear()
         return _Whole(kl=kto_kl(_sums(logp, mismatched), _sums(reference, mismatched)))

@@ -1,61 +1,100 @@
-"""Reference log-probabilities that are computed before training and stored on disk for later runs.
+"""References that compute the log-probabilities of a completion once, and find them on disk in later runs.
 
-    $FASTPREF_CACHE (~/.cache/fastpref) / reference / FINGERPRINT / 00000.safetensors, 00001.safetensors, …
+`Precomputed` computes them before the training. `Remembered` computes them when a step or an evaluation first needs
+them. Both keep them in
+
+    $FASTPREF_CACHE (~/.cache/fastpref) / reference / FINGERPRINT / 00000-DIGEST.safetensors, …
 
 The key of a completion's log-probabilities is a digest of the tokens of its prompt and itself. So a change of the
 tokens (by the data, format, template or limits) never finds old numbers, and only added data are computed. Everything
-else that changes the numbers (the model's files or commit, its dtype and quantization) is in the fingerprint. A new
-file is written atomically every 64 micro-batches, so a stopped run continues there.
+else that changes the numbers (the model's files or commit, its dtype, quantization and mixed precision, the code that
+computes it) is in the fingerprint. A stopped run continues with what is in the files.
+
+Log-probabilities that are looked up equal computed ones only up to the rounding of another micro-batch. A resumed run
+must nevertheless equal the uninterrupted one bit for bit. So its checkpoint names the files that the run had read and
+written until then, and the resumed run reads these alone. What the run computes after that, it computes in the same
+micro-batches as the uninterrupted run. For the same reason `Remembered` works alike for any number of epochs: a run
+that is resumed with more of them equals one that had them from the start.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from fastpref.atomic import WriteError, write_file
+from fastpref.atomic import WriteError
 from fastpref.config import Config
 from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key
 from fastpref.data.cache import cache_folder
 from fastpref.data.example import Example
 from fastpref.data.plan import plan_pass
+from fastpref.model.load import Loaded, mixed_precision
 from fastpref.model.rope import has_rope_by_length
 from fastpref.processes import ALONE, Processes
+from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.reference import Reference
 
-VERSION = 1  # changes with the code that computes the numbers and with their format on disk
-_SAVE_EVERY = 64  # micro-batches
+VERSION = 2  # changes with the code that computes the numbers and with their format on disk
+_SAVE_EVERY = 64  # micro-batches of `Precomputed`
+_FILE = 1 << 18  # tokens, after which `Remembered` writes a file of 1 MiB
+_LIBRARIES = ("torch", "transformers", "bitsandbytes")  # which compute the numbers
+
+
+class Remembered:
+    """A reference that computes a completion's log-probabilities when they are first needed, and then looks them up.
+
+    If one completion of a micro-batch is not known, the whole micro-batch is computed; what was known stays as it was.
+    Only what can be written is remembered, because a resumed run must know it too.
+    """
+
+    def __init__(self, reference: Reference, store: LogprobStore, tell: Callable[[str], None]):
+        self._reference, self.store, self._tell = reference, store, tell
+
+    @torch.no_grad()
+    def __call__(self, batch: PreferenceBatch) -> Tensor:
+        if not all(key in self.store for key in batch.keys):
+            logps = self._reference(batch).float()
+            if self.store.folder is None:
+                return logps
+            self.store.add(batch.keys, logps.split(batch.scored))
+            if self.store.waiting >= _FILE:
+                self.write()
+                if self.store.folder is None:
+                    return logps
+        return self.store.lookup(batch.keys, batch.segments.device)
+
+    def write(self) -> list[str]:
+        """Write what is not yet in a file. If the disk refuses, forget it, remember no more, and tell why.
+
+        Returns the names of all files that this run has read and written.
+        """
+        try:
+            self.store.write()
+        except WriteError as error:
+            self.store.drop()
+            self.store.folder = None
+            self._tell(f"reference log-probabilities are not remembered any more: {error}")
+        return list(self.store.files)
 
 
 class Precomputed:
-    """A reference that looks up the token log-probabilities [N] of a micro-batch's completions."""
+    """A reference that looks up the token log-probabilities [M] of a micro-batch's completions."""
 
-    def __init__(self, reference: Reference, folder: Path | None):
-        self._reference, self.folder = reference, folder
-        self._known: dict[bytes, Tensor] = {}  # float32 [n] on the CPU
-        self.notes: list[str] = []
-        self._files = 0
-        for path in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
-            self._files = int(path.stem) + 1
-            try:
-                stored = load_file(path)
-                keys = [row.numpy().tobytes() for row in stored["keys"]]
-                self._known |= zip(keys, stored["logps"].split(stored["lengths"].tolist()), strict=True)
-            except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
-                self.notes.append(f"{path}: cannot be used and is computed again: {error}")
-
-    def __len__(self) -> int:
-        return len(self._known)
+    def __init__(self, reference: Reference, store: LogprobStore):
+        self._reference, self.store = reference, store
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
-        return torch.cat([self._known[key] for key in batch.keys]).to(batch.segments.device)
+        return self.store.lookup(batch.keys, batch.segments.device)
+
+    def write(self) -> list[str]:
+        """Return the names of all files that this run has read and written; `complete` has written everything."""
+        return list(self.store.files)
 
     def complete(
         self,
@@ -73,8 +112,7 @@ class Precomputed:
         All processes must get the same examples. Each computes a part, and in the end all have all log-probabilities.
         """
         if processes.count > 1:  # with separate disks they may know different ones, and would plan different rounds
-            common = set.intersection(*map(set, processes.gather(list(self._known))))
-            self._known = {key: logps for key, logps in self._known.items() if key in common}
+            self.store.keep_only(set.intersection(*map(set, processes.gather(list(self.store)))))
         computed, waiting = 0, {}
         parts = _microbatches(self._missing(examples), layout, budget)
         rounds = iter(lambda: list(islice(parts, processes.count)), [])
@@ -82,9 +120,8 @@ class Precomputed:
             # A process without a micro-batch computes one of the round again: FSDP needs every process in a forward.
             own = part[processes.rank % len(part)]
             batch = collate(own, layout, pad_token_id=pad_token_id)
-            lengths = torch.unique_consecutive(batch.segments, return_counts=True)[1].tolist()
             logps = self._reference(batch.to(device)).float().cpu()
-            waiting |= zip(batch.keys, logps.split(lengths), strict=True)
+            waiting |= zip(batch.keys, logps.split(batch.scored), strict=True)
             computed += sum(len(example.completions) for examples in part for example in examples)
             progress(computed)
             if number % _SAVE_EVERY == 0:
@@ -100,31 +137,22 @@ class Precomputed:
             new = []
             for which, completion in enumerate(example.completions):
                 key = completion_key(example.prompt, completion, example.context(which))
-                if key not in self._known and key not in yielded:
+                if key not in self.store and key not in yielded:
                     yielded.add(key)
                     new.append((example, which))
             if new:
                 yield example.with_completions(new)
 
     def _keep(self, own: dict[bytes, Tensor], processes: Processes) -> None:
-        found: dict[bytes, Tensor] = {}
         for part in processes.gather({key: logps.clone() for key, logps in own.items()}):
-            found |= part
-        self._known |= found
-        if not found or self.folder is None or not processes.first:
+            self.store.add(part, part.values())
+        if not processes.first:
             return
-        stored = {
-            "keys": torch.tensor([list(key) for key in found], dtype=torch.uint8),
-            "lengths": torch.tensor([len(logps) for logps in found.values()]),
-            "logps": torch.cat(list(found.values())),
-        }
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(self.folder / f"{self._files:05}.safetensors", lambda path: save_file(stored, path))
-            self._files += 1
-        except (OSError, WriteError, SafetensorError) as error:
-            self.notes.append(f"reference log-probabilities are not kept for later runs: {error}")
-            self.folder = None
+            self.store.write()
+        except WriteError as error:
+            self.store.notes.append(f"reference log-probabilities are not kept for later runs: {error}")
+            self.store.folder = None
 
 
 def _microbatches(examples: Iterable[Example], layout: Layout, budget: int) -> Iterator[list[Example]]:
@@ -139,13 +167,18 @@ def _microbatches(examples: Iterable[Example], layout: Layout, budget: int) -> I
         yield from plan_pass(group, layout, budget).groups
 
 
-def reference_folder(config: Config, model: PreTrainedModel) -> Path:
+def reference_folder(config: Config, loaded: Loaded) -> Path:
     """Return the folder of this model's reference log-probabilities."""
+    model = loaded.model
     identity = {
         "version": VERSION,
-        "model": _identity(config, model),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "model": _identity(config, loaded),
         "dtype": str(model.dtype),
+        "mixed precision": mixed_precision(config),
         "quantization": config.model.quantization,
+        "attention": model.config._attn_implementation,
+        "liger": loaded.liger,
         "device": next(model.parameters()).device.type,
         # `rope.fix_rope` gives every row the frequencies of this length.
         **({"rope_of": config.tokens.max_length} if has_rope_by_length(model) else {}),
@@ -154,14 +187,19 @@ def reference_folder(config: Config, model: PreTrainedModel) -> Path:
     return cache_folder() / "reference" / fingerprint
 
 
-def _identity(config: Config, model: PreTrainedModel) -> str:
+def _identity(config: Config, loaded: Loaded) -> str:
     """Return the commit of a model on the hub, or a digest of a folder's weights, JSON files and code."""
     folder = Path(config.model.name).expanduser()
     if not folder.is_dir():
-        return f"{config.model.name}@{getattr(model.config, '_commit_hash', None) or config.model.revision}"
+        return f"{config.model.name}@{getattr(loaded.model.config, '_commit_hash', None) or config.model.revision}"
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")])
+    with ThreadPoolExecutor() as threads:  # which hash shards at the same time
+        for path, own in zip(paths, threads.map(_digest, paths), strict=True):
+            digest.update(path.name.encode() + own)
     return digest.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,4 +1,4 @@
-"""The frozen reference: the policy with its adapters off, a copy, or (`precompute.py`) stored log-probabilities."""
+"""The frozen reference: the policy with its adapters off, or a copy. `precompute.py` stores its log-probabilities."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,8 @@ from fastpref.model.load import Loaded, pretrained
 from fastpref.model.policy import Policy
 from fastpref.model.rope import fix_rope
 
-Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [N], without gradient
+ONCE = ", computed once for each completion and remembered"
+Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [M], without gradient
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,14 @@ def make_reference(
     a copy that cannot be loaded.
     """
     adapters = loaded.wrapped if isinstance(loaded.wrapped, peft.PeftModel) else None
-    if adapters is not None and config.reference.mode != "copy":
-        what = "computed before training" if precomputes(config) else "the same weights with the adapters off"
-        return ModelReference(loaded.policy, adapters, autocast), what
-    if precomputes(config):
-        return ModelReference(loaded.policy, None, autocast), "computed before training"
+    if precomputes(config) or config.reference.mode != "copy":
+        return ModelReference(loaded.policy, adapters, autocast), described(config)
     other = copy_config(config, loaded.model)
     frozen = frozen_copy(loaded.model) if other is None else (load or load_copy)(other, loaded)
     frozen.requires_grad_(False).eval()
     bits = "" if other is None or other.model.quantization == "none" else f"{other.model.quantization} and "
     how = "" if other is None else f", in {bits}{other.model.dtype}"
-    return ModelReference(loaded.policy.like(frozen), None, autocast, frozen), f"a frozen copy of the model{how}"
+    return ModelReference(loaded.policy.like(frozen), None, autocast, frozen), f"{described(config)}{how}"
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -90,6 +88,25 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 def precomputes(config: Config) -> bool:
     """Return whether reference log-probabilities are computed before training, to save the memory of a copy."""
     return config.reference.mode == "precompute" or (config.reference.mode == "auto" and config.lora is None)
+
+
+def remembers(config: Config) -> bool:
+    """Return whether a reference with adapters keeps what it has computed, for later epochs, evaluations and runs."""
+    return config.reference.mode == "auto" and config.lora is not None
+
+
+def described(config: Config) -> str:
+    """Describe the reference of a config whose loss has one."""
+    if precomputes(config):
+        return "computed before training"
+    return "a frozen copy of the model" if config.reference.mode == "copy" else "the same weights with the adapters off"
+
+
+def summary(config: Config) -> str | None:
+    """Describe the reference of a run in one process, and when it is computed; None if the loss has none."""
+    if not config.loss.uses_reference:
+        return None
+    return f"{described(config)}{ONCE if remembers(config) else ''}"
 
 
 def copy_config(config: Config, model: PreTrainedModel) -> Config | None:

@@ -132,6 +132,8 @@ class TrainingRun:
         answers = [answer for _, answer in self._answers()]
         self.display.samples(self.progress.before or [], answers)
         place = self.checkpoints.save_weights("final", self.progress.step)
+        if self.checkpoints.reference is not None:
+            self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
         if self.peak.bytes and isinstance(self.data.train, Examples):
             self.display.note(self.peak.against_estimate(self.config, self.data.train, self.loaded))

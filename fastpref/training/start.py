@@ -26,7 +26,7 @@ from fastpref.merge import merge_fault
 from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
-from fastpref.processes import Processes, code, end_together, start_processes
+from fastpref.processes import ALONE, Processes, code, end_together, start_processes
 from fastpref.quiet import quiet_libraries
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.fingerprints import MODEL, model_fingerprint
@@ -35,10 +35,11 @@ from fastpref.run.hub import check_login
 from fastpref.run.lock import RunLock
 from fastpref.run.resume import Resumed, find_checkpoint, shared
 from fastpref.run.state import Progress
+from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
-from fastpref.step.precompute import Precomputed, reference_folder
-from fastpref.step.reference import make_reference, precomputes
+from fastpref.step.precompute import Precomputed, Remembered, reference_folder
+from fastpref.step.reference import ONCE, Reference, make_reference, precomputes, remembers
 from fastpref.training.loop import RunResult, TrainingRun
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
@@ -122,7 +123,7 @@ def _prepare(
         loaded = processes.together(load)
         processes.agree(lambda: {MODEL: model_fingerprint(loaded)[:16], "layout": loaded.layout})
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
-        run, decisions = _assemble(config, folder, accelerator, processes, inputs, loaded, resumed)
+        run, decisions = _assemble(config, folder, accelerator, processes, inputs, loaded, resumed, cache=cache)
     except UserError:
         raise
     except Exception as error:
@@ -161,6 +162,8 @@ def _assemble(
     inputs: _Inputs,
     loaded: Loaded,
     resumed: Resumed | None,
+    *,
+    cache: bool,
 ) -> tuple[TrainingRun, list[str]]:
     """Make a run of its loaded parts, restored from a checkpoint if it is resumed. Also returns notes."""
     data, train, unit = inputs.data, config.train, f"{config.loss.unit}s"
@@ -171,10 +174,8 @@ def _assemble(
     fingerprint = model_fingerprint(loaded)
     reference = None
     if config.loss.uses_reference:
-        reference, words = make_reference(config, loaded, accelerator.autocast)
-        if precomputes(config):
-            reference = Precomputed(reference, reference_folder(config, loaded.model))
-        notes.append(f"reference: {words}")
+        reference, words = _reference(config, loaded, accelerator, processes, resumed, display, cache=cache)
+        notes += words
     optimizer = make_optimizer(loaded.policy, config)
     warmup = train.warmup if train.warmup >= 1 else train.warmup * steps
     schedule = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
@@ -196,10 +197,11 @@ def _assemble(
     plan = _plan(config, loaded, policy, f"{steps} steps of {train.batch} {unit}", _devices(accelerator, processes))
     notes += [note for note in (unpadded, plan, *loaded.notes) if note]
     record = Record(folder, config, steps, data, plan, accelerator.device) if processes.first else None
+    stored = reference if isinstance(reference, Remembered | Precomputed) else None
     checkpoints = Checkpoints(
         config=config, folder=folder, loaded=loaded, tokenizer=inputs.tokenizer, text=inputs.text, examples=data.train,
         optimizer=optimizer, scheduler=scheduler.scheduler, scaler=accelerator.scaler, model_fingerprint=fingerprint,
-        processes=processes,
+        processes=processes, reference=stored,
     )  # fmt: skip
     run = TrainingRun(
         config=config, folder=folder, accelerator=accelerator, processes=processes, tokenizer=inputs.tokenizer,
@@ -210,6 +212,34 @@ def _assemble(
         peak=StepPeak(accelerator.device),
     )  # fmt: skip
     return run, notes
+
+
+def _reference(
+    config: Config,
+    loaded: Loaded,
+    accelerator: Accelerator,
+    processes: Processes,
+    resumed: Resumed | None,
+    display: Display,
+    *,
+    cache: bool,
+) -> tuple[Reference, list[str]]:
+    """Make the reference of a run, with what earlier runs or the checkpoint know of it. Also returns notes."""
+    computing, words = make_reference(config, loaded, accelerator.autocast)
+    words = f"reference: {words}"
+    keeping = remembers(config) and cache and processes == ALONE
+    if not (precomputes(config) or keeping):
+        reason = "several processes remember nothing" if cache else "--no-cache keeps nothing"
+        return computing, [f"{words}, computed in every step: {reason}" if remembers(config) else words]
+    store = LogprobStore(reference_folder(config, loaded), resumed.state.get("reference") if resumed else None)
+    if not keeping:
+        return Precomputed(computing, store), [words]
+    notes = [f"{words}{ONCE} in {store.folder}"]
+    if len(store):
+        notes.append(f"reference log-probabilities: those of {len(store):,} completions are there")
+    if resumed and store.notes:
+        notes.append("what is computed again equals an uninterrupted run but for rounding")
+    return Remembered(computing, store, display.note), [*store.notes, *notes]
 
 
 def _precompute(
@@ -225,8 +255,9 @@ def _precompute(
         completions, layout=objective.layout, budget=objective.budget, device=objective.device,
         pad_token_id=objective.pad_token_id, progress=display.precomputing, processes=objective.processes,
     )  # fmt: skip
-    cached = f"{len(reference) - computed:,} found in {reference.folder}, " if len(reference) > computed else ""
-    return [*reference.notes, f"reference log-probabilities: {cached}{computed:,} completions computed"]
+    store = reference.store
+    cached = f"{len(store) - computed:,} found in {store.folder}, " if len(store) > computed else ""
+    return [*store.notes, f"reference log-probabilities: {cached}{computed:,} completions computed"]
 
 
 def _devices(accelerator: Accelerator, processes: Processes) -> str:

@@ -188,6 +188,8 @@ def test_the_command(tmp_path: Path):
     assert (refused.status, "TRL has no loss of lists such as pl" in refused.err) == (2, True)
     assert "the data are not on this machine" in result.out
     assert "255 tokens at once (from tokens.max_length = 128)" in result.out
+    reference = "the same weights with the adapters off, computed once for each completion and remembered"
+    assert f"reference: {reference}\n" in result.out
     assert "   8 GB  fits without gradient checkpointing" in result.out
     assert "TRL 1.16" in result.out
     counted = succeed("estimate", path, LORA, "--compare", "--json").json
@@ -195,6 +197,7 @@ def test_the_command(tmp_path: Path):
     assert counted["step"]["checkpointed"] == counted["step"]["layers"] == 4
     assert counted["uncheckpointed"]["checkpointed"] == 0
     assert counted["card"] == 24
+    assert counted["reference"] == reference
     assert counted["changes"] is None
     assert counted["trl"]["total"] > counted["step"]["total"]
     assert counted["cards"][0] == {"card": 8, "fits": True, "checkpointed": 0}

@@ -11,6 +11,7 @@ import fastpref
 from fastpref.data.batch import PreferenceBatch, collate, completion_key, with_mismatched
 from fastpref.data.example import Example
 from fastpref.model.load import load_model
+from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.precompute import Precomputed, reference_folder
 from tests.support.paths import QUICKSTART
 from tests.support.tiny import config_for, examples, save_model, sharing_lists
@@ -41,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("given", [examples(9), sharing_lists(9)], ids=["pairs", "lists"])
 def test_any_batch_finds_its_numbers(layout, looked_up, given: list[Example], tmp_path: Path):
     """Whatever the layout and order of the precomputation and of the lookup, every token gets its own number."""
-    found = Precomputed(Counting(), tmp_path / "r")
+    found = Precomputed(Counting(), LogprobStore(tmp_path / "r"))
     found.complete(given, layout=layout, **PLAN)
     for part in ([8, 1, 4], [0], [3, 2]):
         batch = collate([given[i] for i in part], looked_up)
@@ -52,13 +53,13 @@ def test_each_completion_is_computed_once(tmp_path: Path):
     """A completion is computed once, even if rows repeat, KTO pairs it with another prompt, or a later run needs it."""
     rows = examples(7, single=True)
     first = Counting()
-    found = Precomputed(first, tmp_path / "r")
+    found = Precomputed(first, LogprobStore(tmp_path / "r"))
     asked = [*with_mismatched(rows[:4]), *rows, *with_mismatched(rows[:4])]
     assert found.complete(asked, layout="tree", **PLAN) == first.completions == 7 + 4
     batch = collate(with_mismatched(rows[:4]), "tree")
     assert torch.equal(found(batch), Counting()(batch))
     again = Counting()
-    later = Precomputed(again, tmp_path / "r")
+    later = Precomputed(again, LogprobStore(tmp_path / "r"))
     assert later.complete(asked, layout="tree", **PLAN) == again.completions == 0
     assert torch.equal(later(batch), found(batch))
 
@@ -66,9 +67,9 @@ def test_each_completion_is_computed_once(tmp_path: Path):
 def test_a_stopped_pass_goes_on_where_it_was(tmp_path: Path):
     """After a stop, what was written is kept and only the rest is computed."""
     given = examples(6)
-    Precomputed(Counting(), tmp_path / "r").complete(given[:4], layout="tree", **PLAN)
+    Precomputed(Counting(), LogprobStore(tmp_path / "r")).complete(given[:4], layout="tree", **PLAN)
     rest = Counting()
-    found = Precomputed(rest, tmp_path / "r")
+    found = Precomputed(rest, LogprobStore(tmp_path / "r"))
     assert found.complete(given, layout="tree", **PLAN) == rest.completions == 4
     assert torch.equal(found(collate(given, "tree")), Counting()(collate(given, "tree")))
 
@@ -77,22 +78,22 @@ def test_a_stopped_pass_goes_on_where_it_was(tmp_path: Path):
 def test_a_harmed_file_is_computed_again(harm: str, tmp_path: Path):
     """A damaged file is named, and its numbers are computed again."""
     given = examples(4)
-    Precomputed(Counting(), tmp_path / "r").complete(given, layout="tree", **PLAN)
+    Precomputed(Counting(), LogprobStore(tmp_path / "r")).complete(given, layout="tree", **PLAN)
     (file,) = (tmp_path / "r").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-9] if harm == "cut" else b"\0" * 200)
-    found = Precomputed(Counting(), tmp_path / "r")
-    assert str(file) in found.notes[0]
+    found = Precomputed(Counting(), LogprobStore(tmp_path / "r"))
+    assert str(file) in found.store.notes[0]
     assert found.complete(given, layout="tree", **PLAN) == 8
-    assert Precomputed(Counting(), tmp_path / "r").complete(given, layout="tree", **PLAN) == 0
+    assert Precomputed(Counting(), LogprobStore(tmp_path / "r")).complete(given, layout="tree", **PLAN) == 0
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(tmp_path: Path):
     """If the folder cannot be written, the run continues with its numbers in memory and a note."""
     (tmp_path / "r").write_text("a file is in the way")
-    found = Precomputed(Counting(), tmp_path / "r")
+    found = Precomputed(Counting(), LogprobStore(tmp_path / "r"))
     given = examples(3)
     assert found.complete(given, layout="tree", **PLAN) == 6
-    assert "not kept" in found.notes[0]
+    assert "not kept" in found.store.notes[0]
     assert torch.equal(found(collate(given, "tree")), Counting()(collate(given, "tree")))
 
 
@@ -112,16 +113,16 @@ def test_another_model_never_finds_these_numbers(tmp_path: Path):
     folders = set()
     for name, seed in (("a", 0), ("b", 1)):
         config = config_for(save_model("llama", tmp_path / name, seed=seed))
-        folders.add(reference_folder(config, load_model(config, CPU).model))
+        folders.add(reference_folder(config, load_model(config, CPU)))
     half = config_for(tmp_path / "a", "model.dtype=bfloat16")
-    folders.add(reference_folder(half, load_model(half, CPU).model))
+    folders.add(reference_folder(half, load_model(half, CPU)))
     settings = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-5}))
     changed = config_for(tmp_path / "b")
-    folders.add(reference_folder(changed, load_model(changed, CPU).model))
+    folders.add(reference_folder(changed, load_model(changed, CPU)))
     assert len(folders) == 4
     same = config_for(save_model("llama", tmp_path / "c", seed=0))
-    assert reference_folder(same, load_model(same, CPU).model) in folders
+    assert reference_folder(same, load_model(same, CPU)) in folders
 
 
 @pytest.mark.parametrize(("kind", "count"), [("llama", 1), ("llama-dynamic", 2), ("phi3-longrope", 2)])
@@ -129,7 +130,7 @@ def test_numbers_that_go_by_the_longest_row_are_kept_apart(kind: str, count: int
     """If RoPE depends on the length, another tokens.max_length gives another folder."""
     save_model(kind, tmp_path)
     configs = [config_for(tmp_path, f"tokens.max_length={length}") for length in (64, 128)]
-    assert len({reference_folder(config, load_model(config, CPU).model) for config in configs}) == count
+    assert len({reference_folder(config, load_model(config, CPU)) for config in configs}) == count
 
 
 @pytest.mark.parametrize(
