@@ -13,7 +13,6 @@ from fastpref.run.trained import find_trained
 from tests.support.paths import QUICKSTART_MODEL
 from tests.support.runs import rows
 
-pytest.importorskip("fastpref.data.rows.ranking")  # the reader of such rows
 CONFIG = f"""
 [model]
 name = "{QUICKSTART_MODEL.as_posix()}"
