@@ -21,7 +21,5 @@ def check_extras(loss: LossOptions, examples: Examples) -> None:
 
 def has(examples: Examples, name: str) -> np.ndarray:
     """Return which examples have a weight other than 1, or which have a margin, [E] bool."""
-    if name not in examples.table.column_names:
-        return np.zeros(len(examples), bool)
     values = examples.table.column(name).to_numpy()
     return values != 1 if name == "weight" else ~np.isnan(values)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from fastpref.config import Config
 from fastpref.config.losses import DPO, LossOptions, compares_neighbours
-from fastpref.data.batch import Layout, computed_tokens, plan_microbatches, with_mismatched
+from fastpref.data.batch import Layout, computed_tokens, plan_microbatches
 from fastpref.data.example import Example
+from fastpref.data.mismatched import with_mismatched
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.config.losses import DPO, KTO, LossOptions, compares_neighbours
-from fastpref.data.batch import Layout, PreferenceBatch, collate, collate_after, following, mismatched
+from fastpref.data.batch import Layout, PreferenceBatch, collate, collate_after, following
 from fastpref.data.example import Example
 from fastpref.data.forest import Kept
+from fastpref.data.mismatched import mismatched
 from fastpref.data.order import chunks
 from fastpref.data.plan import Pass, StepPlan, compared, plan_pass, plan_step
 from fastpref.losses import PairLogps, PreferenceLoss, Totals, WholeStep, kto_kl
@@ -109,7 +110,7 @@ class Objective:
     def evaluate(self, examples: Sequence[Example], batch: int) -> Metrics:
         """Compute metrics, `batch` examples at a time, as means over all examples, whatever their order.
 
-        KTO has a single KL over all examples, each prompt with a completion of another prompt (`batch.mismatched`).
+        KTO has a single KL over all examples, each prompt with a completion of another prompt (`data/mismatched.py`).
         """
         kl = self._evaluated_kl(examples, batch) if compares_neighbours(self.options, len(examples)) else None
         run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS, self.processes, kl=kl)

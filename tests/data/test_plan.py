@@ -3,7 +3,8 @@
 import pytest
 
 from fastpref.config.losses import DPO, KTO, ORPO, LossOptions
-from fastpref.data.batch import Layout, with_mismatched
+from fastpref.data.batch import Layout
+from fastpref.data.mismatched import with_mismatched
 from fastpref.data.plan import Pass, StepPlan, compared, plan_step
 from tests.support.tiny import examples
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastpref.data.batch import collate, collate_after, following, mismatched
+from fastpref.data.batch import collate, collate_after, following
 from fastpref.data.forest import Forest, encode, lay_apart, lay_out, places
+from fastpref.data.mismatched import mismatched
 from fastpref.errors import UserError
 from fastpref.model import attention, varlen_attention
 from fastpref.model.attention import LayerCall

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import fastpref
-from fastpref.data.batch import PreferenceBatch, collate, completion_key, with_mismatched
+from fastpref.data.batch import PreferenceBatch, collate, completion_key
 from fastpref.data.example import Example
+from fastpref.data.mismatched import with_mismatched
 from fastpref.model.load import load_model
 from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.precompute import Precomputed, reference_folder
