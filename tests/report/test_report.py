@@ -27,7 +27,7 @@ ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&lt;img src=x onerror=
 def test_every_method_has_its_page(tmp_path: Path, method: str):
     """The page has a chart of everything that was logged, each with a title and a description for screen readers.
 
-    For KTO, whose examples are single completions, the speed is in responses per second.
+    The speed is in the loss's own unit: pairs, KTO's responses, or lists.
     """
     run = write_run(tmp_path / method, method)
     with (run / METRICS).open("a", encoding="utf-8") as file:
@@ -41,7 +41,8 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     # one more for the histogram of held-out margins
     assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
     assert "23 rules examined this run" in page
-    assert ("responses a second" in page, "pairs a second" in page) == (method == "kto", method != "kto")
+    units = [unit for unit in ("pair", "list", "response") if f"{unit}s a second" in page]
+    assert units == [METHODS[method].unit]
 
 
 def test_a_page_needs_nothing_else(tmp_path: Path):
@@ -194,7 +195,7 @@ def write_trl(folder: Path, method: str, **of: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, loss in METHODS.items() if not loss.listwise])  # TRL has no lists
 def test_a_run_of_trls_is_read(tmp_path: Path, method: str):
     """The logged metrics reveal the method, a healthy run has no verdict, and the page is saved next to the log."""
     run = read_run(write_trl(tmp_path / "out", method))
