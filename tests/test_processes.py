@@ -49,7 +49,8 @@ def both(config: Path, request: pytest.FixtureRequest) -> Path:
 def close(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
     assert [row.keys() for row in a] == [row.keys() for row in b]
     for ours, theirs in zip(a, b):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        # A correlation divides by the small spread of the first rewards, which enlarges their rounding.
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-5)
 
 
 @pytest.mark.slow

@@ -157,7 +157,7 @@ def test_the_table_has_every_row(records: list[dict[str, Any]]) -> None:
     broken = records[0] | {"rows": [row | {"note": "wrong: loss off by 1e-02"} for row in records[0]["rows"]]}
     table = [line for line in markdown(empty | words | {"prefixes": [*records, broken]}).splitlines() if "| " in line]
     assert len(table) == 1 + 5 * 5
-    assert [line.count("1.00 ± 0.00") for line in table[1:6]] == [1, 0, 0, 1, 0]
+    assert all("1.00 ± 0.00" in table[at] for at in (1, 4))  # TRL over TRL, and trees over trees
     assert all("wrong: loss off by 1e-02 | | |" in line for line in table[-5:])
 
 

@@ -23,7 +23,7 @@ SAME = {
     "dpo-sorts": [PLAIN, 'loss.variants=["aot"]'],
     "dpo-sorts-at-once": [PLAIN, 'loss.variants=["aot_unpaired"]', "train.tokens_per_microbatch=4000"],
     "kto-many": ["loss.type=kto", PLAIN],
-    "kto-branches": ["loss.type=kto", PLAIN, "train.tokens_per_microbatch=4000"],
+    "kto-at-once": ["loss.type=kto", PLAIN, "train.tokens_per_microbatch=4000"],
     "orpo-head": ["loss.type=orpo", 'lora={rank=2, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
     "simpo-one-pair": ["loss.type=simpo", PLAIN, "train.batch=1", "train.steps=4"],
     "cpo-padded-full": ["loss.type=cpo", "train.layout=padded"],
