@@ -144,9 +144,19 @@ def fused_loss(
     log_sum_sq_probs = None if log_sum_sq_probs is None else log_sum_sq_probs.contiguous()
     of_variants = dict(zip(variants.split(","), weights, strict=False))  # "".split gives one empty name
     return launch.pair_loss(
-        logp, starts, lengths, reference, log_sum_sq_probs, example_weights, margins, of_variants, Flags(*flags),
-        tuple(numbers), examples=examples, nll_tokens=nll_tokens,
-    )  # fmt: skip
+        logp,
+        starts,
+        lengths,
+        reference,
+        log_sum_sq_probs,
+        example_weights,
+        margins,
+        of_variants,
+        Flags(*flags),
+        tuple(numbers),
+        examples=examples,
+        nll_tokens=nll_tokens,
+    )
 
 
 @fused_loss.register_fake

@@ -80,9 +80,7 @@ def preference_loss(
     _check_segments(segments, lengths, responses=_responses(loss, lengths, labels), scores=scores)
     weights, margins = (None if given is None else given.detach().to(logp.dtype) for given in (weights, margins))
     if takes_triton(backend, logp, loss):
-        return _fused(
-            logp, segments, lengths, loss, reference, labels, kl, log_sum_sq_probs, weights, margins, totals
-        )  # fmt: skip
+        return _fused(logp, segments, lengths, loss, reference, labels, kl, log_sum_sq_probs, weights, margins, totals)
     if loss.listwise:
         assert reference is not None
         assert scores is not None

@@ -35,21 +35,32 @@ def oversized_step(
     moments = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     layers = max(1, len(decoder_layers(model)))
     memory = StepMemory(
-        weights=sum(p.nbytes for p in model.parameters()) - adapters, adapters=adapters, gradients=trained,
+        weights=sum(p.nbytes for p in model.parameters()) - adapters,
+        adapters=adapters,
+        gradients=trained,
         optimizer=moments or 2 * trained,  # AdamW allocates its two moments in the first step
         reference=objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0,
-        activations=0, head=_WORKSPACE, largest=0,
-        layers=layers, checkpointed=layers if all_checkpointed(model) else _checkpointed(model), layout=loaded.layout,
-    )  # fmt: skip
+        activations=0,
+        head=_WORKSPACE,
+        largest=0,
+        layers=layers,
+        checkpointed=layers if all_checkpointed(model) else _checkpointed(model),
+        layout=loaded.layout,
+    )
     parts = microbatches(config, examples, loaded.layout) or [longest_possible(config)]
     largest = max(parts, key=lambda part: part.tokens)
     on_gpu = device.type == "cuda"
     capacity = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     return OversizedStep(
-        config, memory, largest, device, capacity,
-        sharded=objective.processes.sharded, checkpointable=can_be_checkpointed(model),
+        config,
+        memory,
+        largest,
+        device,
+        capacity,
+        sharded=objective.processes.sharded,
+        checkpointable=can_be_checkpointed(model),
         quantised=own_quantization(model.config) is not None and config.model.quantization == "none",
-    )  # fmt: skip
+    )
 
 
 def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:

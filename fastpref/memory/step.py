@@ -222,7 +222,16 @@ def _objective(config: Config, loaded: Loaded, reference: Reference | None, auto
     policy = loaded.policy
     policy.forward = autocast()(policy.forward) if autocast is not nullcontext else policy.forward
     router = policy.router.coefficient if policy.router is not None else 0.0
-    return Objective(policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU, router)
+    return Objective(
+        policy=policy,
+        reference=reference,
+        options=config.loss,
+        layout=loaded.layout,
+        budget=config.tokens_per_microbatch,
+        pad_token_id=0,
+        device=CPU,
+        router_coefficient=router,
+    )
 
 
 def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:

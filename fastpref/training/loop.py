@@ -240,10 +240,14 @@ class TrainingRun:
             prompt = example.prompt
             ids = torch.tensor([prompt], device=self.accelerator.device)
             out = self.loaded.policy.generate(
-                self.loaded.model, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True,
+                self.loaded.model,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                use_cache=True,
                 max_new_tokens=self.limits.room(len(prompt), options.sample_tokens),
                 pad_token_id=self.objective.pad_token_id,
-            )  # fmt: skip
+            )
             answer = self.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
             answers.append([example.row.question, str(answer).strip()])
         return answers

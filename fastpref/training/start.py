@@ -75,9 +75,9 @@ def train(
     quiet_libraries()
     accelerator, processes = start_processes(config, mixed_precision(config))
     processes.agree(lambda: shared(config, resumed) | code())
-    folder = resumed.folder if resumed else processes.on_first(
-        lambda: RunFolder.choose(config, default_name, force=force)
-    )  # fmt: skip
+    folder = (
+        resumed.folder if resumed else processes.on_first(lambda: RunFolder.choose(config, default_name, force=force))
+    )
     lock = RunLock(folder.path)
     try:
         processes.on_first(lambda: lock.acquire() if folder.path.exists() else None)
@@ -189,9 +189,16 @@ def _assemble(
     pad, unpadded = pad_token(inputs.tokenizer, limits)
     router = loaded.policy.router
     objective = Objective(
-        policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, pad, accelerator.device,
-        router_coefficient=router.coefficient if router is not None else 0.0, processes=processes,
-    )  # fmt: skip
+        policy=policy,
+        reference=reference,
+        options=config.loss,
+        layout=loaded.layout,
+        budget=config.tokens_per_microbatch,
+        pad_token_id=pad,
+        device=accelerator.device,
+        router_coefficient=router.coefficient if router is not None else 0.0,
+        processes=processes,
+    )
     if isinstance(reference, Precomputed):
         notes += _precompute(reference, config, data, objective, steps, display)
     plan = _plan(config, loaded, policy, f"{steps} steps of {train.batch} {unit}", _devices(accelerator, processes))
@@ -199,18 +206,41 @@ def _assemble(
     record = Record(folder, config, steps, data, plan, accelerator.device) if processes.first else None
     stored = reference if isinstance(reference, Remembered | Precomputed) else None
     checkpoints = Checkpoints(
-        config=config, folder=folder, loaded=loaded, tokenizer=inputs.tokenizer, text=inputs.text, examples=data.train,
-        optimizer=optimizer, scheduler=scheduler.scheduler, scaler=accelerator.scaler, model_fingerprint=fingerprint,
-        processes=processes, reference=stored,
-    )  # fmt: skip
+        config=config,
+        folder=folder,
+        loaded=loaded,
+        tokenizer=inputs.tokenizer,
+        text=inputs.text,
+        examples=data.train,
+        optimizer=optimizer,
+        scheduler=scheduler.scheduler,
+        scaler=accelerator.scaler,
+        model_fingerprint=fingerprint,
+        processes=processes,
+        reference=stored,
+    )
     run = TrainingRun(
-        config=config, folder=folder, accelerator=accelerator, processes=processes, tokenizer=inputs.tokenizer,
-        loaded=loaded, limits=limits, data=data, steps=steps, policy=policy, optimizer=optimizer, scheduler=scheduler,
-        objective=objective, checkpoints=checkpoints, resumed=resumed is not None,
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        processes=processes,
+        tokenizer=inputs.tokenizer,
+        loaded=loaded,
+        limits=limits,
+        data=data,
+        steps=steps,
+        policy=policy,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        objective=objective,
+        checkpoints=checkpoints,
+        resumed=resumed is not None,
         progress=checkpoints.restore(resumed, steps) if resumed else Progress(),
-        display=display, record=record, trackers=Trackers(accelerator, display.note),
+        display=display,
+        record=record,
+        trackers=Trackers(accelerator, display.note),
         peak=StepPeak(accelerator.device),
-    )  # fmt: skip
+    )
     return run, notes
 
 
@@ -252,9 +282,14 @@ def _precompute(
         chain.from_iterable(map(objective.referenced, batches)), objective.referenced_in_evaluation(data.heldout)
     )
     computed = reference.complete(
-        completions, layout=objective.layout, budget=objective.budget, device=objective.device,
-        pad_token_id=objective.pad_token_id, progress=display.precomputing, processes=objective.processes,
-    )  # fmt: skip
+        completions,
+        layout=objective.layout,
+        budget=objective.budget,
+        device=objective.device,
+        pad_token_id=objective.pad_token_id,
+        progress=display.precomputing,
+        processes=objective.processes,
+    )
     store = reference.store
     cached = f"{len(store) - computed:,} found in {store.folder}, " if len(store) > computed else ""
     return [*store.notes, f"reference log-probabilities: {cached}{computed:,} completions computed"]

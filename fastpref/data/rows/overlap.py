@@ -128,7 +128,7 @@ def _untangle_chat(
         if system:  # the system turn alone is the prompt
             return system, list(chats), tuple(remarks)
     if not asked and not all(whole):
-        raise _no_prompt(names, "begins with no user's turn, and there is no prompt beside it", _NO_PROMPT)
+        raise _no_prompt(names, "begins with no user's turn, and the row has no prompt column", _NO_PROMPT)
     system = _one_system(system, systems, whole, names, remarks)
     if all(whole):
         asked, answers = _part_conversations(asked, list(chats), names, remarks, of_text=of_text)
