@@ -98,7 +98,7 @@ def run_fastpref(job: Job) -> dict[str, Any]:
             f"[train]\nsteps = {job.passes * job.steps}\nbatch = {job.rows_a_step}\nlearning_rate = 1e-4\nwarmup = 0\n"
             f"checkpointing = {'true' if job.checkpointing else 'false'}\n"
         )
-        fastpref.train(config)
+        fastpref.train(config, cache=False)  # a cached reference would save its pass
         if memory is not None:
             memory.__exit__(None, None, None)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -47,7 +47,7 @@ class Prefixes:
 
     shape: StepShape  # of the random model; its batch is the number of pairs a step
     tool_tokens: int
-    responses: int  # of a prompt
+    completions: int  # of a prompt
     turns: int  # of a conversation
     longest: int  # tokens of a pair of the file
     repeats: int
@@ -74,7 +74,7 @@ def compare_layouts(sizes: Prefixes, model: Path | None, data: Path | None) -> I
         pairs = choose_rows(str(model), data or ROWS, sizes.shape.batch, sizes.longest)
         config = _config(model, place / "rows.jsonl", sizes.shape.batch)
         tokenizer = load_tokenizer(config.model)
-        sets = shared_beginnings(pairs, tokenizer, sizes.tool_tokens, sizes.responses, sizes.turns)
+        sets = shared_beginnings(pairs, tokenizer, sizes.tool_tokens, sizes.completions, sizes.turns)
         accelerator, _ = start_processes(config, mixed_precision(config))
         loaded = load_model(config, accelerator.device)
         fill_adapters(loaded.wrapped)

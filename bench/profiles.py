@@ -127,7 +127,7 @@ GPU = Profile(
 PREFIXES = Prefixes(
     shape=StepShape(hidden=256, layers=4, vocab=4096, length=512, prompt_share=0.5, batch=6, rows=6),
     tool_tokens=1000,
-    responses=4,
+    completions=4,
     turns=4,
     longest=512,
     repeats=3,

@@ -148,13 +148,13 @@ _NOUNS = ("invoice", "flight", "ticket", "meeting", "shipment", "customer", "ord
 
 
 def shared_beginnings(
-    pairs: list[dict[str, Any]], tokenizer: Any, tool_tokens: int = 1000, responses: int = 4, turns: int = 4
+    pairs: list[dict[str, Any]], tokenizer: Any, tool_tokens: int = 1000, completions: int = 4, turns: int = 4
 ) -> dict[str, list[dict[str, Any]]]:
     """Return four data sets, each of as many pairs as are given, whose sequences share more and more."""
     return {
         "pairs as they are": pairs,
         "under one tool prompt": under_system_prompt(pairs, tool_prompt(tokenizer, tool_tokens)),
-        f"{responses} responses, best against rest": best_against_rest(pairs, responses),
+        f"{completions} completions, best against rest": best_against_rest(pairs, completions),
         f"a conversation at each of {turns} turns": each_turn(pairs, turns),
     }
 
@@ -185,15 +185,15 @@ def under_system_prompt(pairs: list[dict[str, Any]], text: str) -> list[dict[str
     return rows
 
 
-def best_against_rest(pairs: list[dict[str, Any]], responses: int) -> list[dict[str, Any]]:
-    """Return as many pairs, which compare the chosen response of a prompt with each of its other responses.
+def best_against_rest(pairs: list[dict[str, Any]], completions: int) -> list[dict[str, Any]]:
+    """Return as many pairs, which compare the chosen completion of a prompt with each of its other completions.
 
-    The others are its own rejected response and those of the pairs that come next.
+    The others are its own rejected completion and those of the pairs that come next.
     """
     rows = [
         pair | {"rejected": pairs[(at + step) % len(pairs)]["rejected"]}
         for at, pair in enumerate(pairs)
-        for step in range(responses - 1)
+        for step in range(completions - 1)
     ]
     return rows[: len(pairs)]
 

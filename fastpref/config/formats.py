@@ -24,7 +24,7 @@ class ChatWriting:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(ChatWriting):
-    """The options of the chat_template.* formats of pairs and single responses."""
+    """The options of the chat_template.* formats of pairs and single completions."""
 
     field_messages: str = "messages"
     field_chosen: str = "chosen"

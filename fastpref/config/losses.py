@@ -33,14 +33,14 @@ class Loss:
     uses_reference: ClassVar[bool] = True
     """True if the loss compares the policy with a reference model."""
     paired: ClassVar[bool] = True
-    """Whether an example has several responses, usually two; otherwise it is a single response with a label."""
+    """Whether an example has several completions, usually two; otherwise it is a single completion with a label."""
     listwise: ClassVar[bool] = False
-    """Whether an example is a list of responses with scores, all of which the loss ranks; a pair is a list of two."""
+    """Whether an example is a list of completions with scores, all of which the loss ranks; a pair is a list of two."""
 
     @property
     def unit(self) -> str:
-        """What one example is, in messages: "pair", "list" or "response"."""
-        return "list" if self.listwise else "pair" if self.paired else "response"
+        """What one example is, in messages: "pair", "list" or "completion"."""
+        return "list" if self.listwise else "pair" if self.paired else "completion"
 
     @property
     def margin(self) -> float:
@@ -50,7 +50,7 @@ class Loss:
     @property
     def no_margins(self) -> str:
         """The reason why examples may have no margin of their own, or an empty string if they may."""
-        return "a margin is between the two responses of a pair"
+        return "a margin is between the two completions of a pair"
 
     @property
     def no_weights(self) -> str:
@@ -77,7 +77,7 @@ class DPO(Loss):
     f_alpha: Number = 0.5
     """Sets the coefficient of f_divergence = "alpha"."""
     length_alpha: Annotated[float, Strict(), Field(ge=0, le=1)] = 1.0
-    """Weighs the tokens beyond the length of the shorter response (LD-DPO)."""
+    """Weighs the tokens beyond the length of the shorter completion (LD-DPO)."""
     weighting: Annotated[bool, Strict()] = False
     """Weighs pairs by how likely the policy itself is to write them (WPO)."""
     discopop_tau: Positive = 0.05
@@ -135,7 +135,7 @@ class IPO(Loss):
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
 class KTO(Loss):
-    """Kahneman-Tversky optimization of single responses that are labelled good or bad."""
+    """Kahneman-Tversky optimization of single completions that are labelled good or bad."""
 
     type: Literal["kto"] = "kto"
     """Selects the loss."""
@@ -148,7 +148,7 @@ class KTO(Loss):
     kl: Literal["batch", "none"] = "batch"
     """Chooses what rewards are compared with: the KL estimate of the batch, or 0 ("none", which is unpaired APO-
     zero)."""
-    suits: ClassVar[str] = "single responses marked good or bad"
+    suits: ClassVar[str] = "single completions marked good or bad"
     paired: ClassVar[bool] = False
 
 
@@ -160,8 +160,8 @@ class ORPO(Loss):
     """Selects the loss."""
     beta: NonNegative = 0.1
     """Weighs the odds ratio (λ in the paper)."""
-    nll_on: Literal["response", "all"] = "response"
-    """Chooses what the supervised term scores: the chosen response, or the prompt too (as the paper's code and TRL
+    nll_on: Literal["completion", "all"] = "completion"
+    """Chooses what the supervised term scores: the chosen completion, or the prompt too (as the paper's code and TRL
     do)."""
     suits: ClassVar[str] = "pairs, a base model, and no separate supervised stage"
     uses_reference: ClassVar[bool] = False
@@ -186,7 +186,7 @@ class SimPO(Loss):
     label_smoothing: Smoothing = 0.0
     """Sets the assumed share of flipped labels."""
     sft_weight: NonNegative = 0.0
-    """Weighs the mean negative log-likelihood of the chosen response."""
+    """Weighs the mean negative log-likelihood of the chosen completion."""
     alpha: Number = 0.0
     """Shapes the reward as in AlphaPO; 0 is the log-probability."""
     suits: ClassVar[str] = "pairs, and the least memory and time"
@@ -220,7 +220,7 @@ class CPO(Loss):
     label_smoothing: Smoothing = 0.0
     """Sets the assumed share of flipped labels, for sigmoid only."""
     sft_weight: NonNegative = 1.0
-    """Weighs the mean negative log-likelihood of the chosen response."""
+    """Weighs the mean negative log-likelihood of the chosen completion."""
     alpha: Number = 0.0
     """Shapes the reward as in AlphaPO; 0 is the log-probability."""
     suits: ClassVar[str] = "pairs whose chosen side is worth imitating"
@@ -237,13 +237,13 @@ class CPO(Loss):
 
 @dataclass(frozen=True, kw_only=True, config=loss_table)
 class PL(Loss):
-    """Plackett-Luce DPO: the likelihood of the whole ranking of three or more responses to a prompt."""
+    """Plackett-Luce DPO: the likelihood of the whole ranking of three or more completions to a prompt."""
 
     type: Literal["pl"] = "pl"
     """Selects the loss."""
     beta: Positive = 0.1
     """Sets how strongly the policy is kept near the reference."""
-    suits: ClassVar[str] = "several responses to each prompt, in an order that can be trusted"
+    suits: ClassVar[str] = "several completions to each prompt, in an order that can be trusted"
     listwise: ClassVar[bool] = True
 
 
@@ -255,7 +255,7 @@ class LiPO(Loss):
     """Selects the loss."""
     beta: Positive = 0.1
     """Sets how strongly the policy is kept near the reference."""
-    suits: ClassVar[str] = "several responses to each prompt, with scores whose differences matter"
+    suits: ClassVar[str] = "several completions to each prompt, with scores whose differences matter"
     listwise: ClassVar[bool] = True
 
 
@@ -265,5 +265,5 @@ LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get
 
 
 def compares_neighbours(loss: LossOptions, rows: int) -> bool:
-    """Return whether a step of `rows` rows also pairs each prompt with the response of the next row, for KTO's KL."""
+    """Return whether a step of `rows` rows also pairs each prompt with the completion of the next row, for KTO's KL."""
     return isinstance(loss, KTO) and loss.kl == "batch" and rows > 1

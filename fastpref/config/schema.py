@@ -180,17 +180,17 @@ class EvalConfig(_Section):
 
 class TokensConfig(_Section):
     max_length: Annotated[int, Field(ge=2)] = 2048
-    """Limits a prompt with its response, in tokens."""
+    """Limits a prompt with its completion, in tokens."""
     max_prompt_length: Count | None = None
     """Limits a prompt, in tokens."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """Decides about longer rows. "truncate" first cuts the prompt down to half of max_length (a chat loses its oldest
-    turns, a text its beginning), then the ends of the responses; it drops the row if the question does not fit."""
+    turns, a text its beginning), then the ends of the completions; it drops the row if the question does not fit."""
     score: Literal["assistant", "all"] = "assistant"
-    """Scores, in a response of several turns, only what the assistant writes and how its turns end, or all of it (as
+    """Scores, in a completion of several turns, only what the assistant writes and how its turns end, or all of it (as
     TRL does)."""
     strict: bool = False
-    """Stops with an error at rows that cannot be used (empty or equal responses), instead of dropping them."""
+    """Stops with an error at rows that cannot be used (empty or equal completions), instead of dropping them."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Decides about rows that repeat another row exactly, in the same source or another."""
     chat_template: ReadPath | None = None
@@ -231,7 +231,7 @@ class TrainConfig(_Section):
     steps: Count | None = None
     """Sets the number of optimizer steps, in place of epochs."""
     batch: Count = 16
-    """Sets how many examples (pairs, or responses for KTO) an optimizer step has, in however many micro-batches."""
+    """Sets how many examples (pairs, or completions for KTO) an optimizer step has, in however many micro-batches."""
     tokens_per_microbatch: Count | None = None
     """Limits the tokens that are computed at once; the default is 2 · tokens.max_length."""
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"

@@ -14,14 +14,14 @@ def unbalanced(good: int, bad: int, loss: LossOptions) -> tuple[str, str] | None
     """Return what is wrong with the counts of good and bad rows under a loss's weights, and what to do; else None."""
     if not isinstance(loss, KTO) or not good + bad:
         return None
-    counts = f"{good:,} good and {bad:,} bad responses"
+    counts = f"{good:,} good and {bad:,} bad completions"
     if not good or not bad:
         kind = "good" if not good else "bad"
         return (
             f"KTO has {counts}: without {kind} ones it only learns to make "
-            f"{'every response less likely' if not good else 'these responses likelier'}",
-            f"Add {kind} responses (label = {'true' if not good else 'false'}), and see by `fastpref preview` how the "
-            "labels are read.",
+            f"{'every completion less likely' if not good else 'these completions likelier'}",
+            f"Add {kind} completions (label = {'true' if not good else 'false'}), and see by `fastpref preview` how "
+            "the labels are read.",
         )
     ratio = weighted_ratio(good, bad, loss)
     if LOW / _SLACK <= ratio <= HIGH * _SLACK:

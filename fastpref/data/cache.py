@@ -45,7 +45,7 @@ class Tokenized:
     counts: dict[str, Counts]  # of "train" and "heldout"
     duplicates: int
     left_out: int
-    ends: tuple[int, ...] = ()  # the tokens that end training responses, except cut ones
+    ends: tuple[int, ...] = ()  # the tokens that end training completions, except cut ones
     chat_template: str | None = None  # the one of all training chats, if not the tokenizer's
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
 

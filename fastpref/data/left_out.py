@@ -69,10 +69,10 @@ def prompt_pieces(prompt: Sequence[Message], tools: Sequence[Any] | None) -> lis
     return pieces
 
 
-def response_pieces(response: Sequence[Message], name: str) -> list[Piece]:
-    """Return the words that a response's text must contain."""
+def completion_pieces(completion: Sequence[Message], name: str) -> list[Piece]:
+    """Return the words that a completion's text must contain."""
     pieces = []
-    for message in response:
+    for message in completion:
         role = "" if message["role"] == "assistant" else f"a turn of role {message['role']} in "
         pieces += _pieces(message, f"{role}{name}", reasoning=True)
     return pieces

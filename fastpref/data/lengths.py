@@ -4,12 +4,12 @@ from fastpref.data.example import Ids, Spans
 
 
 def kept_prompt(max_length: int) -> int:
-    """Return how many tokens of a prompt are kept however long a response is: half of `max_length`, at least one."""
+    """Return how many tokens of a prompt are kept however long a completion is: half of `max_length`, at least one."""
     return max(1, max_length // 2)
 
 
-def kept_response(max_length: int, longest: int) -> int:
-    """Return how many tokens of its responses a question must leave room for: at most a quarter of `max_length`."""
+def kept_completion(max_length: int, longest: int) -> int:
+    """Return how many tokens of its completions a question must leave room for: at most a quarter of `max_length`."""
     return min(longest, max(1, max_length // 4))
 
 

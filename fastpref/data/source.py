@@ -45,7 +45,7 @@ class Source:
 
     @property
     def unpaired(self) -> bool:
-        """Whether the loss takes single responses."""
+        """Whether the loss takes single completions."""
         return not self.loss.paired
 
     def read(self, at: int) -> Made:
@@ -56,7 +56,7 @@ class Source:
         content = self.form.read(raw)
         if isinstance(content, Unpaired) and not self.unpaired:
             raise UserError(
-                f"{self.records.place(at)}: this loss compares a chosen with a rejected response, and there is only "
+                f"{self.records.place(at)}: this loss compares a chosen with a rejected completion, and there is only "
                 f'one here (the columns are {", ".join(map(str, raw))}); use loss.type = "kto", or data with chosen '
                 "and rejected"
             )

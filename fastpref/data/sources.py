@@ -36,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row, converted to a pair, a single response or a list of them, with its place for messages."""
+    """A row, converted to a pair, a single completion or a list of them, with its place for messages."""
 
     content: RowContent
     place: str | Place
@@ -92,7 +92,7 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Open the training and held-out rows of a config, as the pairs or single responses that its loss needs.
+    """Open the training and held-out rows of a config, as the pairs or single completions that its loss needs.
 
     Every row is read once, so that mistakes are found here. Raises UserError, naming the file, the columns or the row.
     """
@@ -124,8 +124,8 @@ def notes_on_text(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase") -> l
         named = (
             f'"chat_template.default", {"field_prompt" if "completion" in form.name else "field_messages"} = "prompt"'
         )
-        if form.responses:
-            named = f'"chat_template.ranked", field_responses = "{form.responses}"'
+        if form.listed:
+            named = f'"chat_template.ranked", field_responses = "{form.listed}"'
         notes.append(
             f"{source.name}: these rows are plain text, and the model has a chat template, which does not write them; "
             f"to train chats, set format = {{ type = {named} }}"

@@ -92,7 +92,7 @@ def survey(source: Source, fraction: float, seen: set[bytes] | None) -> Survey:
     notes += _notes_on_lists(source, kept) + _notes_on_numbers(source, kept)
     if source.unpaired and 2 in kept.parts:
         pair = "the best and the worst completion of a row count" if kept.ranked else "each pair counts"
-        notes.append(f"{source.name}: KTO takes single responses, so {pair} as one good and one bad response")
+        notes.append(f"{source.name}: KTO takes single completions, so {pair} as one good and one bad completion")
     return kept
 
 
@@ -129,10 +129,10 @@ def _notes_on_numbers(source: Source, kept: Survey) -> list[str]:
 
 
 def _digest(contents: Iterable[RowContent]) -> bytes:
-    """Hash the contents of a row: prompt, responses, label, scores, weight, margin, tools and keywords."""
+    """Hash the contents of a row: prompt, completions, label, scores, weight, margin, tools and keywords."""
     numbers = ("label", "scores", WEIGHT, MARGIN)
     values = [
-        [c.prompt, c.responses, [getattr(c, n, None) for n in numbers], c.writing.tools, c.writing.template_kwargs]
+        [c.prompt, c.by_name, [getattr(c, n, None) for n in numbers], c.writing.tools, c.writing.template_kwargs]
         for c in contents
     ]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).digest()[:16]

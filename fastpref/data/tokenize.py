@@ -13,14 +13,14 @@ from fastpref.data.example import Counts, Example, Ids, Origin, Spans
 from fastpref.data.left_out import (
     Piece,
     SpecialWords,
+    completion_pieces,
     left_out,
     plain,
     prompt_pieces,
-    response_pieces,
     says_something,
     tool_names,
 )  # fmt: skip
-from fastpref.data.lengths import cut, kept_prompt, kept_response
+from fastpref.data.lengths import cut, kept_completion, kept_prompt
 from fastpref.data.rows.content import Message, Paired, Ranked, RowContent, RowError, Unpaired, Writing
 from fastpref.data.sources import SourceRow
 from fastpref.data.template.ends import EndTokens, encode, only_id
@@ -44,11 +44,11 @@ def tokenize_batches(
 ) -> Iterator[list[Example]]:
     """Yield the examples of every usable row, some rows at a time, and add the cut and dropped ones to `counts`.
 
-    A prompt's tokens are the longest common prefix of the tokens of the prompt and of the prompt with each response, so
-    a token that reaches across the boundary belongs to the response. A response ends with the end-of-turn token exactly
-    once. Chat templates that write the date write `day` (None: today). The chat templates of the rows are added to
-    `templates`, with None for the tokenizer's own. Raises UserError naming a row that the template refuses, or one that
-    `options` make an error.
+    A prompt's tokens are the longest common prefix of the tokens of the prompt and of the prompt with each completion,
+    so a token that reaches across the boundary belongs to the completion. A completion ends with the end-of-turn token
+    exactly once. Chat templates that write the date write `day` (None: today). The chat templates of the rows are added
+    to `templates`, with None for the tokenizer's own. Raises UserError naming a row that the template refuses, or one
+    that `options` make an error.
     """
     encoder = _Encoder(tokenizer, options, counts, day)
     for start in range(0, len(rows), BATCH):
@@ -70,10 +70,10 @@ class _Draft:
 
     row: SourceRow
     texts: list[str]
-    """The prompt, the prompt with each response, and each of those up to every boundary of an unscored span."""
-    spans: list[TextSpans]  # the unscored spans of each response
-    missing: dict[str, list[Piece]]  # what the template leaves out of "prompt" and of each response
-    unwritten: str | None = None  # a response that the template leaves out altogether
+    """The prompt, the prompt with each completion, and each of those up to every boundary of an unscored span."""
+    spans: list[TextSpans]  # the unscored spans of each completion
+    missing: dict[str, list[Piece]]  # what the template leaves out of "prompt" and of each completion
+    unwritten: str | None = None  # a completion that the template leaves out altogether
     turns_cut: int = 0
     whole: int | None = None  # tokens of the prompt before its oldest turns were removed
 
@@ -120,10 +120,10 @@ class _Encoder:
     # --- texts ---------------------------------------------------------------------------------------------------
 
     def _says_something(self, row: SourceRow) -> bool:
-        """Return whether no assistant turn of a response is empty. Text that the template adds does not count."""
+        """Return whether no assistant turn of a completion is empty. Text that the template adds does not count."""
         ends = self._ends.texts(self._ends.of(row.content))
-        for name, response in row.content.responses.items():
-            turns = [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+        for name, completion in row.content.by_name.items():
+            turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
             own = [turn for turn in turns if turn["role"] == "assistant"]
             if not own or not all(says_something(turn, ends) for turn in own):
                 self._refuse(row, f"{name} is empty", "empty")
@@ -134,10 +134,10 @@ class _Encoder:
         content, (alone, full) = row.content, text
         spans: list[TextSpans] = [[] for _ in full]
         if not isinstance(content.prompt, str) and self._options.score == "assistant":
-            responses = [response for response in content.responses.values() if isinstance(response, list)]
+            completions = [completion for completion in content.by_name.values() if isinstance(completion, list)]
             spans = [
-                contexts(self._tokenizer, content.writing, content.prompt, response, whole)
-                for response, whole in zip(responses, full)
+                contexts(self._tokenizer, content.writing, content.prompt, completion, whole)
+                for completion, whole in zip(completions, full)
             ]
         until = [whole[:place] for whole, of in zip(full, spans) for span in of for place in span]
         return _Draft(row, [alone, *full, *until], spans, {})
@@ -152,10 +152,10 @@ class _Encoder:
         missing = {"prompt": left_out(asked, alone)}
         unwritten = None
         special = next(filter(None, map(self._specials.find, asked)), None)
-        for (name, response), text in zip(content.responses.items(), full):
-            assert not isinstance(response, str)
-            pieces = response_pieces(response, name)
-            special = special or self._special_in_response(content, pieces, response_pieces(response[-1:], name))
+        for (name, completion), text in zip(content.by_name.items(), full):
+            assert not isinstance(completion, str)
+            pieces = completion_pieces(completion, name)
+            special = special or self._special_in_completion(content, pieces, completion_pieces(completion[-1:], name))
             missing[name] = left_out(pieces, text, alone)
             if missing[name] and len(missing[name]) == len(
                 {plain(piece.words) for piece in pieces if plain(piece.words)}
@@ -172,8 +172,8 @@ class _Encoder:
             self._counts.left_out_first = self._counts.left_out_first or f"{draft.row.place}: {pieces[0]}"
         return replace(draft, missing=missing, unwritten=unwritten)
 
-    def _special_in_response(self, content: RowContent, pieces: Sequence[Piece], last: Sequence[Piece]) -> str | None:
-        """Return a special token in a response's words, except end tokens at the end of its last turn, or None."""
+    def _special_in_completion(self, content: RowContent, pieces: Sequence[Piece], last: Sequence[Piece]) -> str | None:
+        """Return a special token in a completion's words, except end tokens at the end of its last turn, or None."""
         for piece in pieces:
             if special := self._specials.find(piece):
                 if piece not in last:
@@ -221,14 +221,14 @@ class _Encoder:
         full_ids, until = full_ids[: len(draft.spans)], full_ids[len(draft.spans) :]
         shared = _common_prefix([prompt_ids, *full_ids])
         whole = prompt_ids[:shared]
-        responses = [ids[shared:] for ids in full_ids]
-        ends = [self._ends.of_response(end, *parts) for parts in zip(content.responses.values(), responses)]
-        responses = [self._ends.ended(ids, own) for ids, own in zip(responses, ends)]
+        completions = [ids[shared:] for ids in full_ids]
+        ends = [self._ends.of_completion(end, *parts) for parts in zip(content.by_name.values(), completions)]
+        completions = [self._ends.ended(ids, own) for ids, own in zip(completions, ends)]
         alone, *full = draft.texts[: 1 + len(draft.spans)]
         follows = all(written.startswith(alone) for written in full)
         merged = len(prompt_ids) - shared if follows else 0
 
-        for name, ids, own in zip(content.responses, responses, ends):
+        for name, ids, own in zip(content.by_name, completions, ends):
             if not ids or (len(ids) == 1 and ids[0] in own.known):
                 if not draft.missing.get(name):
                     return self._refuse(row, f"{name} is empty", "empty")
@@ -237,11 +237,11 @@ class _Encoder:
             return self._refuse_unwritten(draft, draft.unwritten)
         if not whole:
             return self._refuse(row, "the prompt has no tokens", "promptless")
-        if equal := _equal(responses, content):
-            lost = [name for name in content.responses if draft.missing.get(name)]
+        if equal := _equal(completions, content):
+            lost = [name for name in content.by_name if draft.missing.get(name)]
             return self._refuse_unwritten(draft, lost[0]) if lost else self._refuse(row, equal, "equal")
 
-        room = self._room(draft, whole, max(map(len, responses)))
+        room = self._room(draft, whole, max(map(len, completions)))
         if isinstance(room, _Draft):
             return self._example(room, *self._encoded([room]))
         if room is None:
@@ -249,12 +249,12 @@ class _Encoder:
         prompt = self._end_of(whole, room)
         placed = [
             self._contexts(spans, ids, until, shared, len(of))
-            for spans, ids, of in zip(draft.spans, full_ids, responses)
+            for spans, ids, of in zip(draft.spans, full_ids, completions)
         ]
-        fitted = [cut(*parts, self._options.max_length - len(prompt)) for parts in zip(responses, placed)]
-        completions, spans = [ids for ids, _ in fitted], tuple(context for _, context in fitted)
-        lost = tuple(len(ids) - len(left) for ids, left in zip(responses, completions))
-        if equal := _equal(completions, content):
+        fitted = [cut(*parts, self._options.max_length - len(prompt)) for parts in zip(completions, placed)]
+        kept, spans = [ids for ids, _ in fitted], tuple(context for _, context in fitted)
+        lost = tuple(len(ids) - len(left) for ids, left in zip(completions, kept))
+        if equal := _equal(kept, content):
             return self._refuse(row, f"{equal} once cut to tokens.max_length", "overlong")
         origin = Origin(
             place=str(row.place),
@@ -267,7 +267,7 @@ class _Encoder:
         label = content.label if isinstance(content, Unpaired) else None
         example = Example(
             prompt,
-            tuple(completions),
+            tuple(kept),
             label,
             origin,
             spans if any(spans) else (),
@@ -275,20 +275,20 @@ class _Encoder:
             weight=1.0 if content.weight is None else content.weight,
             margin=content.margin if isinstance(content, Paired) else None,
         )
-        if not all(map(example.scored, range(len(completions)))):
-            return self._refuse(row, "nothing scored is left of a response cut to tokens.max_length", "overlong")
+        if not all(map(example.scored, range(len(kept)))):
+            return self._refuse(row, "nothing scored is left of a completion cut to tokens.max_length", "overlong")
         counts.merged += merged > 0
         counts.departed += not follows
         counts.foreign += end.foreign
         counts.turns_cut += draft.turns_cut > 0
         counts.prompts_cut += len(prompt) < len(whole)
-        counts.responses_cut += any(lost)
+        counts.completions_cut += any(lost)
         return example
 
     def _contexts(self, spans: TextSpans, full: Ids, until: list[Ids], shared: int, many: int) -> Spans:
-        """Convert spans of a response's text to spans of its tokens. A token that crosses the end of a span is scored.
+        """Convert spans of a completion's text to spans of its tokens. A token that crosses a span's end is scored.
 
-        `until` holds the tokens of the text up to each boundary; those of this response are removed from its front.
+        `until` holds the tokens of the text up to each boundary; those of this completion are removed from its front.
         """
         places = [_common_prefix([until.pop(0), full]) - shared for span in spans for _ in span]
         inside = [min(max(0, place), many - 1) for place in places]
@@ -321,7 +321,7 @@ class _Encoder:
             return len(prompt)
         if options.overlong == "error":
             raise UserError(
-                f"{row.place}: {len(prompt)} prompt and {longest} response tokens, more than tokens.max_length = "
+                f"{row.place}: {len(prompt)} prompt and {longest} completion tokens, more than tokens.max_length = "
                 f"{options.max_length} or max_prompt_length allows"
             )
         if options.overlong == "drop":
@@ -332,7 +332,7 @@ class _Encoder:
             return min(limit, len(prompt))
         if draft.turns_cut == 0 and (shorter := self._without_oldest(draft, row.content.prompt, limit, len(prompt))):
             return shorter
-        if len(prompt) <= min(most, options.max_length - kept_response(options.max_length, longest)):
+        if len(prompt) <= min(most, options.max_length - kept_completion(options.max_length, longest)):
             return len(prompt)
         return self._refuse(row, "its question is longer than tokens.max_length leaves room for", "overlong")
 
@@ -372,7 +372,7 @@ class _Encoder:
 def _equal(completions: Sequence[Ids], content: RowContent) -> str | None:
     """Return which two completions of a row have the same tokens, in words, or None."""
     names: dict[tuple[int, ...], str] = {}
-    for name, ids in zip(content.responses, completions):
+    for name, ids in zip(content.by_name, completions):
         if (other := names.setdefault(tuple(ids), name)) != name:
             return f"{other} and {name} are equal"
     return None

@@ -1,4 +1,4 @@
-"""Find the unscored turns of a response in its rendered text, and remove the oldest turns of a prompt."""
+"""Find the unscored turns of a completion in its rendered text, and remove the oldest turns of a prompt."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,9 +17,9 @@ _Write = Callable[..., str]  # writes messages with the chat template of a row
 
 
 def contexts(
-    tokenizer: PreTrainedTokenizerBase, writing: Writing, prompt: list[Message], response: list[Message], full: str
+    tokenizer: PreTrainedTokenizerBase, writing: Writing, prompt: list[Message], completion: list[Message], full: str
 ) -> TextSpans:
-    """Return the unscored spans of the response in `full`, the template's text of prompt and response.
+    """Return the unscored spans of the completion in `full`, the template's text of prompt and completion.
 
     Unscored are the turns of other speakers and turns with a weight of 0 (or train or loss = false). A span begins
     after the token that ends the previous assistant turn, and stops where the assistant's next words begin, so it
@@ -27,19 +27,20 @@ def contexts(
     it. Each boundary is therefore sought where `full` agrees with the text of the conversation up to there, or else by
     replacing a message with a mark. Raises RowError if a boundary cannot be found, or if the last turn is not scored.
     """
-    if not _is_scored(response[-1]):
+    if not _is_scored(completion[-1]):
+        off = ", ".join(key for key in _WEIGHTS if _is_off(completion[-1].get(key)))
         raise RowError(
-            f"the last turn of a response has {', '.join(key for key in _WEIGHTS if _is_off(response[-1].get(key)))} 0 "
-            "or false, so nothing follows that could be compared; leave that turn out, or the row",
+            f"the last turn of a completion has {off} 0 or false, so nothing follows that could be compared; "
+            "leave that turn out, or the row",
             "whose last turn is not to be trained",
         )
-    if len(response) < 2:
+    if len(completion) < 2:
         return []
     spans: TextSpans = []
-    conversation, write = [*prompt, *response], partial(apply, tokenizer, writing=writing)
+    conversation, write = [*prompt, *completion], partial(apply, tokenizer, writing=writing)
     special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     try:
-        for begin, stop in _runs(response):
+        for begin, stop in _runs(completion):
             first, last = len(prompt) + begin, len(prompt) + stop
             lowest = spans[-1][1] if spans else 0
             start = _end_of_turn(write, special, conversation, first, full, lowest) if begin else 0
@@ -66,10 +67,10 @@ def without_oldest(prompt: list[Message], many: int) -> list[Message]:
     return [*prompt[: begins[0]], *prompt[begins[many] :]]
 
 
-def _runs(response: Sequence[Message]) -> list[tuple[int, int]]:
+def _runs(completion: Sequence[Message]) -> list[tuple[int, int]]:
     """Return the ranges of unscored messages before each scored one; a range between two scored ones is empty."""
     runs, begin = [], 0
-    for at, message in enumerate(response):
+    for at, message in enumerate(completion):
         if _is_scored(message):
             if at:
                 runs.append((begin, at))
@@ -141,7 +142,7 @@ def _place_of(write: _Write, conversation: list[Message], at: int, full: str) ->
 
 def _untold(why: str) -> RowError:
     return RowError(
-        "the turns inside a response cannot be told apart in what the chat template writes "
+        "the turns inside a completion cannot be told apart in what the chat template writes "
         f'({why}); tokens.score = "all" scores them all',
         "refused by the chat template",
     )

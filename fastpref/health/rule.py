@@ -79,7 +79,7 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         max_grad_norm=config.train.max_grad_norm,
         rows=train.get("kept", 0),
         # A row may be in both counts, so the larger one is a lower bound of the rows that lost tokens.
-        cut=max(train.get("turns_cut", 0) + train.get("prompts_cut", 0), train.get("responses_cut", 0)),
+        cut=max(train.get("turns_cut", 0) + train.get("prompts_cut", 0), train.get("completions_cut", 0)),
         heldout=heldout.get("kept"),
         labels=(rows["good"], rows["bad"]) if "good" in rows and "bad" in rows else None,
         extras=bool(rows.get("weighted") or rows.get("with_margins")),

@@ -32,7 +32,7 @@ def _no_triton(logp: Tensor, loss: LossOptions) -> str:
     if isinstance(loss, DPO) and loss.sorts_step:
         return f"{' and '.join(loss.variants)} sort the whole step, which only the torch backend does"
     if loss.listwise:
-        return f"{loss.type} compares all responses of a row, which only the torch backend does"
+        return f"{loss.type} compares all completions of a row, which only the torch backend does"
     if logp.dtype != torch.float32:
         return f"logp is {logp.dtype}; the kernels take torch.float32"
     return _no_kernels(logp.device.type)

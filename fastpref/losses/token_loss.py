@@ -1,9 +1,9 @@
 """The preference loss as a function of token log-probabilities.
 
-Two backends compute the same. "torch" sums over responses and calls the formulas of `pairs.py`, `rows.py` or
+Two backends compute the same. "torch" sums over completions and calls the formulas of `pairs.py`, `rows.py` or
 `lists.py`, which autograd differentiates. "triton" is one launch (`kernels/preference_loss_triton.py`), whose backward
 pass is a product of [N] elements. DPO's aot and aot_unpaired sort all pairs of a step, and PL and LiPO compare all
-responses of a row, which one program per pair cannot do, so they always use torch.
+completions of a row, which one program per pair cannot do, so they always use torch.
 """
 
 import math
@@ -44,21 +44,21 @@ def preference_loss(
     """Compute the loss of P pairs, or of R rows of KTO, PL and LiPO, from the log-probabilities of N scored tokens.
 
     The tokens of a sequence are contiguous and in order; sequences may be in any order. Sequences 0 to P − 1 are the
-    chosen responses, P to 2P − 1 the rejected ones; for ORPO with `nll_on = "all"`, 2P to 3P − 1 are the prompts. For
+    chosen completions, P to 2P − 1 the rejected ones; for ORPO with `nll_on = "all"`, 2P to 3P − 1 are the prompts. For
     KTO the first R are the rows; R mismatched ones may follow, which do not contribute to the loss. For PL and LiPO,
-    sequence k·R + r is response k of row r; rows with fewer than K responses have empty sequences in their place.
+    sequence k·R + r is completion k of row r; rows with fewer than K completions have empty sequences in their place.
 
     Args:
         logp: [N] float32 or float64 token log-probabilities; the only differentiable argument.
         segments: [N] int64, the sequence of each token.
-        lengths: [S] int64, the number of tokens of each sequence. Only prompts, mismatched rows and responses without
+        lengths: [S] int64, the number of tokens of each sequence. Only prompts, mismatched rows and completions without
             a score may have none.
         loss: the options of `fastpref.losses`.
         reference: [N] the reference's logp; for DPO, IPO, KTO, PL and LiPO, and for no other loss.
         labels: [R] bool, whether each row is desirable; for KTO, and for no other loss.
         kl: scalar of `losses.kto_kl`: the baseline of KTO's rewards. The caller computes it from the whole step.
         log_sum_sq_probs: [N] log Σp² of `linear_logprob`; for DPO with `weighting`.
-        scores: [R, K] how good each response is, higher is better, NaN where there is none; for PL and LiPO.
+        scores: [R, K] how good each completion is, higher is better, NaN where there is none; for PL and LiPO.
         weights: [P] or [R], the factor of each example's loss, supervised terms included. They do not change the
             divisors, so a weight of 2 counts as the example twice. DPO's aot and aot_unpaired take none.
         margins: [P] ODPO's offset of each pair in units of the reward, or SimPO's γ, in place of its own; for SimPO,
@@ -77,7 +77,7 @@ def preference_loss(
     _check_loss(loss, lengths, reference, labels, log_sum_sq_probs, scores)
     _check_of_examples(loss, _examples(loss, lengths, labels, scores), logp, weights=weights, margins=margins)
     _check_settings(labels, kl, totals, step, backend)
-    _check_segments(segments, lengths, responses=_responses(loss, lengths, labels), scores=scores)
+    _check_segments(segments, lengths, completions=_completions(loss, lengths, labels), scores=scores)
     weights, margins = (None if given is None else given.detach().to(logp.dtype) for given in (weights, margins))
     if takes_triton(backend, logp, loss):
         return _fused(logp, segments, lengths, loss, reference, labels, kl, log_sum_sq_probs, weights, margins, totals)
@@ -127,9 +127,9 @@ def pair_logps(
     reference: Tensor | None = None,  # [N]
     log_sum_sq_probs: Tensor | None = None,  # [N]
 ) -> PairLogps:
-    """Return the argument of `pair_loss`: sums by response, and the further values that the options need."""
+    """Return the argument of `pair_loss`: sums by completion, and the further values that the options need."""
     sequences = len(lengths)
-    count = _responses(loss, lengths, None) // 2
+    count = _completions(loss, lengths, None) // 2
     weights = None
     if isinstance(loss, DPO) and loss.length_alpha != 1:
         shorter = torch.minimum(lengths[:count], lengths[count:])
@@ -154,8 +154,8 @@ def pair_logps(
     return pairs
 
 
-def _responses(loss: LossOptions, lengths: Tensor, labels: Tensor | None) -> int:
-    """Return the number of sequences that are responses: 2P, or R."""
+def _completions(loss: LossOptions, lengths: Tensor, labels: Tensor | None) -> int:
+    """Return the number of sequences that are completions: 2P, or R."""
     if labels is not None:
         return len(labels)
     return len(lengths) // 3 * 2 if scores_prompts(loss) else len(lengths)
@@ -165,7 +165,7 @@ def _examples(loss: LossOptions, lengths: Tensor, labels: Tensor | None, scores:
     """Return the number of pairs or rows."""
     if scores is not None:
         return len(scores)
-    return len(labels) if labels is not None else _responses(loss, lengths, None) // 2
+    return len(labels) if labels is not None else _completions(loss, lengths, None) // 2
 
 
 def _starts(segments: Tensor, count: int) -> Tensor:
@@ -326,10 +326,10 @@ def _check_settings(labels: Tensor | None, kl: Any, totals: Any, step: Any, back
     _ARGUMENTS.check_backend(backend)
 
 
-def _check_segments(segments: Tensor, lengths: Tensor, responses: int, scores: Tensor | None) -> None:
-    """Check on a CPU, outside of tracing, that segments and lengths agree and that no response is empty.
+def _check_segments(segments: Tensor, lengths: Tensor, completions: int, scores: Tensor | None) -> None:
+    """Check on a CPU, outside of tracing, that segments and lengths agree and that no completion is empty.
 
-    With `scores`, exactly the responses without one are empty.
+    With `scores`, exactly the completions without one are empty.
     """
     if segments.device.type != "cpu" or type(segments) is not Tensor or torch.compiler.is_compiling():
         return
@@ -347,10 +347,10 @@ def _check_segments(segments: Tensor, lengths: Tensor, responses: int, scores: T
         absent = scores.isnan().T.flatten()
         for sequence in ((lengths == 0) != absent).nonzero().flatten().tolist():
             what = "has no score" if absent[sequence] else "has a score and no tokens"
-            raise ValueError(f"preference_loss: response {sequence} of {int(lengths[sequence])} tokens {what}")
-    elif int((lengths[:responses] == 0).sum()):
-        empty = int((lengths[:responses] == 0).nonzero()[0])
-        raise ValueError(f"preference_loss: lengths[{empty}] is 0; a response has at least one token")
+            raise ValueError(f"preference_loss: completion {sequence} of {int(lengths[sequence])} tokens {what}")
+    elif int((lengths[:completions] == 0).sum()):
+        empty = int((lengths[:completions] == 0).nonzero()[0])
+        raise ValueError(f"preference_loss: lengths[{empty}] is 0; a completion has at least one token")
     first = torch.ones_like(segments, dtype=torch.bool)
     first[1:] = segments[1:] != segments[:-1]
     if int(first.sum()) != int((lengths > 0).sum()):

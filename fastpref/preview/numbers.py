@@ -35,14 +35,14 @@ class StepTokens:
 
 
 def lengths(examples: Examples) -> list[Lengths]:
-    """Return the percentiles of the lengths of prompts and of each kind of response, and how many lists have."""
+    """Return the percentiles of the lengths of prompts and of each kind of completion, and how many lists have."""
     parts = {"prompt": examples.prompt_lengths}
     if examples.ranked:
         every = examples.completion_lengths.ravel()
         parts |= {"completion": every[every > 0], "completions a row": examples.completions}
     else:
         columns = examples.completion_lengths.T
-        parts |= zip(("response",) if len(columns) == 1 else ("chosen", "rejected"), columns)
+        parts |= zip(("completion",) if len(columns) == 1 else ("chosen", "rejected"), columns)
     return [
         Lengths(name, tuple(int(n) for n in np.percentile(counts, PERCENTILES, method="inverted_cdf")))
         for name, counts in parts.items()
@@ -56,7 +56,7 @@ def prompt_share(examples: Examples) -> float:
 
 
 def good_share(examples: Examples) -> float | None:
-    """Return the share of good responses for KTO's data, and None for pairs."""
+    """Return the share of good completions for KTO's data, and None for pairs."""
     labels = examples.labels
     return None if labels is None else float(labels.mean())
 

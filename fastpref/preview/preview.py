@@ -132,7 +132,7 @@ def _row(at: int, example: Example, held: ReadExample, writer: Writer) -> Group:
     parts = [Text(), Rule(Text(title), align="left", style="dim"), grid]
     if row.merged:
         tokens = "token of the prompt is" if row.merged == 1 else f"{row.merged} tokens of the prompt are"
-        parts.append(Text(f"The last {tokens} part of a response's first token, and scored with it.", style="yellow"))
+        parts.append(Text(f"The last {tokens} part of a completion's first token, and scored with it.", style="yellow"))
     return Group(*parts)
 
 
@@ -263,12 +263,12 @@ def _rows_table(data: Tokenized) -> Table:
     add("dropped", *(f"{count.rows - count.kept:,}" for count in counts))
     for outcome in sorted(OUTCOMES[2:], key=lambda outcome: not outcome.dropped):
         numbers = [getattr(count, outcome.name) for count in counts]
-        if any(numbers) or outcome.name in ("prompts_cut", "responses_cut", "merged"):
+        if any(numbers) or outcome.name in ("prompts_cut", "completions_cut", "merged"):
             add(f"  {outcome.words}" if outcome.dropped else outcome.words, *(f"{number:,}" for number in numbers))
     add("share of prompt tokens", *(f"{prompt_share(examples):.0%}" for examples, _ in parts.values()))
     goods = [good_share(examples) for examples, _ in parts.values()]
     if None not in goods:
-        add("good responses", *(f"{good:.0%}" for good in goods))
+        add("good completions", *(f"{good:.0%}" for good in goods))
     nothing = [""] * (len(parts) - 1)
     add("duplicates left out before", f"{data.duplicates:,}", *nothing)
     add("broken rows left out before", f"{data.left_out:,}", *nothing)

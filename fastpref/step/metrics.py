@@ -104,7 +104,7 @@ class Metrics:
             whole._elsewhere.append(Completions(*completions))
         return whole
 
-    def single_responses(self) -> None:
+    def single_completions(self) -> None:
         """Treat rewards as those of single completions, not of pairs."""
         self.paired = False
 

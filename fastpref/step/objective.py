@@ -130,7 +130,7 @@ class Objective:
 
     def _run(self, examples: Sequence[Example], run: _Pass) -> Work:
         if isinstance(self.options, KTO):
-            run.metrics.single_responses()
+            run.metrics.single_completions()
         plan = self._plan(examples) if run.kl is None else StepPlan(self._plan_pass(examples))
         parts, work = self._parts(plan.trained)
         whole = self._found_first(plan, parts, run, len(examples))
@@ -174,7 +174,7 @@ class Objective:
         """Compute the terms of the whole step in a separate pass, or return None if its only micro-batch gives them."""
         if isinstance(self.options, KTO):
             if plan.first is not None:
-                return _Whole(kl=kto_kl(*self._response_sums(plan.first)))
+                return _Whole(kl=kto_kl(*self._completion_sums(plan.first)))
             return _Whole(kl=0.0 if run.kl is None else run.kl)
         if not (isinstance(self.options, DPO) and self.options.sorts_step):
             return _Whole()
@@ -257,26 +257,26 @@ class Objective:
     def _extra_outputs(self) -> tuple[str, ...]:
         return ("log_sum_sq_probs",) if isinstance(self.options, DPO) and self.options.weighting else ()
 
-    # --- single responses --------------------------------------------------------------------------------------
+    # --- single completions --------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _evaluated_kl(self, examples: Sequence[Example], batch: int) -> Tensor:
         """Compute KTO's KL over all examples of an evaluation, `batch` mismatched completions at a time."""
         mates = mismatched(examples)
         groups = iter(lambda: list(islice(mates, batch)), [])
-        results = [self._response_sums(self._plan_pass(group)) for group in groups]
+        results = [self._completion_sums(self._plan_pass(group)) for group in groups]
         return kto_kl(*(torch.cat(sums) for sums in zip(*results)))
 
     @torch.no_grad()
-    def _response_sums(self, responses: Pass) -> tuple[Tensor, Tensor]:
-        """Compute log-probabilities [E] of single responses by the policy and by the reference, in a separate pass."""
+    def _completion_sums(self, completions: Pass) -> tuple[Tensor, Tensor]:
+        """Compute log-probabilities [E] of single completions by policy and reference, in a separate pass."""
         assert self.reference is not None
         logps, reference = [], []
-        for part in self._parts(responses)[0]:
+        for part in self._parts(completions)[0]:
             batch = part.batch.to(self.device)
             logps.append((part, _sums(self.policy(batch).logp, batch)))
             reference.append((part, _sums(self.reference(batch), batch)))
-        count = len(responses.examples)
+        count = len(completions.examples)
         return self._in_order(logps, count), self._in_order(reference, count)
 
     # --- both --------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class Record:
 
 
 def _labels(data: Tokenized) -> dict[str, int]:
-    """Count the good and the bad training rows if they are single responses."""
+    """Count the good and the bad training rows if they are single completions."""
     labels = data.train.labels
     return {} if labels is None else {"good": int(labels.sum()), "bad": int((~labels).sum())}
 

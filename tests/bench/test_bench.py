@@ -80,7 +80,7 @@ def test_memory_is_the_most_held_at_once() -> None:
     assert peak_bytes(step, "cpu") in range(12_000, 12_600)  # 4,000 and 8,000 bytes, aligned
 
 
-def test_only_responses_are_scored_and_weighed() -> None:
+def test_only_completions_are_scored_and_weighed() -> None:
     problem = make_problem(SHAPE, torch.float32, "cpu")
     assert problem.scored.sum() == SHAPE.scored == 4 * 11
     assert (problem.labels[:, :6] == IGNORED).all()

@@ -21,7 +21,7 @@ TINY = replace(
     PREFIXES,
     shape=replace(PREFIXES.shape, hidden=128, layers=2, vocab=1024, batch=3),
     tool_tokens=100,
-    responses=3,
+    completions=3,
     turns=2,
     repeats=1,
 )
@@ -52,8 +52,8 @@ def test_a_system_prompt_comes_before_the_rows_own() -> None:
     ]
 
 
-def test_the_chosen_is_compared_with_every_other_response() -> None:
-    """Three responses of a prompt are two pairs; there are as many pairs as were given."""
+def test_the_chosen_is_compared_with_every_other_completion() -> None:
+    """Three completions of a prompt are two pairs; there are as many pairs as were given."""
     assert list(map(words, best_against_rest(PAIRS, 3))) == [
         ["be kind", "a?", "achosen", "arejected"],
         ["be kind", "a?", "achosen", "brejected"],

@@ -25,7 +25,7 @@ class XPO(Loss):
     """Sets a planted key."""
     zeal: float = 1.0
     """Sets another planted key."""
-    suits: ClassVar[str] = "single responses, and a test"
+    suits: ClassVar[str] = "single completions, and a test"
     paired: ClassVar[bool] = False
 
 
@@ -43,9 +43,9 @@ def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
     path.write_text(template(check_loss("XPO"), "m", "d"))
     config = load_config(path)
     assert isinstance(config.loss, XPO)
-    assert (config.loss.beta, config.loss.zeal, config.loss.unit) == (3.0, 1.0, "response")
+    assert (config.loss.beta, config.loss.zeal, config.loss.unit) == (3.0, 1.0, "completion")
     assert "#zeal = 1.0" in path.read_text()
-    assert "single responses, and a test: xpo" in template("dpo", "m", "d")
+    assert "single completions, and a test: xpo" in template("dpo", "m", "d")
     with pytest.raises(UserError, match="dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, xpo"):
         check_loss("npo")
     for override, message in (
@@ -62,9 +62,9 @@ def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
 
 
 def test_what_one_example_is():
-    """KTO takes single responses, PL and LiPO take lists, and every other loss takes pairs."""
+    """KTO takes single completions, PL and LiPO take lists, and every other loss takes pairs."""
     others = {name: options().unit for name, options in LOSSES.items() if options().unit != "pair"}
-    assert others == {"kto": "response", "pl": "list", "lipo": "list"}
+    assert others == {"kto": "completion", "pl": "list", "lipo": "list"}
     assert {name for name, options in LOSSES.items() if not options.uses_reference} == {"orpo", "simpo", "cpo"}
 
 

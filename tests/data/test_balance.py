@@ -29,15 +29,15 @@ def test_the_weights_that_are_named_balance(good: int, bad: int):
         assert unbalanced(good, bad, after) is None
         if weighted_ratio(good, bad, loss) < LOW / 2 or weighted_ratio(good, bad, loss) > HIGH * 2:
             message, advice = unbalanced(good, bad, loss) or ("", "")
-            assert f"{good:,} good and {bad:,} bad responses" in message
+            assert f"{good:,} good and {bad:,} bad completions" in message
             assert f"{key}={value}" in advice
 
 
 @pytest.mark.parametrize(("good", "bad"), [(0, 240), (240, 0)])
 def test_one_kind_alone_cannot_be_balanced(good: int, bad: int):
     message, advice = unbalanced(good, bad, KTO()) or ("", "")
-    assert f"{good:,} good and {bad:,} bad responses" in message
-    assert advice.startswith(f"Add {'bad' if good else 'good'} responses")
+    assert f"{good:,} good and {bad:,} bad completions" in message
+    assert advice.startswith(f"Add {'bad' if good else 'good'} completions")
 
 
 def test_nothing_is_said_where_nothing_is_wrong():

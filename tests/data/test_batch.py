@@ -241,7 +241,7 @@ def test_a_prompt_of_one_token_has_nothing_to_score(layout: Layout):
 
 
 def test_examples_must_have_as_many_completions():
-    """A pair and a single response cannot be in one batch."""
+    """A pair and a single completion cannot be in one batch."""
     tokens = count(1)
     with pytest.raises(ValueError, match="differ in their number of completions"):
         collate([example(1, 1, 1, tokens=tokens), example(1, 1, tokens=tokens)], "tree")

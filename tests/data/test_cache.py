@@ -261,7 +261,7 @@ MISSES: dict[str, list[str] | Callable[[Path], None]] = {
     "score": ["tokens.score=all"],
     "overlong": ["tokens.overlong=drop"],
     "duplicates": ["tokens.duplicates=keep"],
-    "single responses": ["loss.type=kto"],
+    "single completions": ["loss.type=kto"],
     "a chat template": ["tokens.chat_template=zephyr"],
 }
 HITS: dict[str, list[str]] = {
@@ -357,8 +357,8 @@ def test_a_template_that_writes_the_date_is_of_the_runs_day(folder: Path):
         assert str(written).startswith("26 Nov 2026") == misses
 
 
-def test_the_ends_of_training_responses_are_kept(folder: Path):
-    """The tokens that end uncut training responses are the same without the cache, with it, and from it."""
+def test_the_ends_of_training_completions_are_kept(folder: Path):
+    """The tokens that end uncut training completions are the same without the cache, with it, and from it."""
     by_text = toy_tokenizer(CHATML, eos="</s>", special=["<|im_start|>", "<|im_end|>"])
     texts = f"{CONFIG}[[data]]\npath = 'texts.jsonl'\n"
     write(folder / "texts.jsonl", [{"prompt": "t", "chosen": "yes", "rejected": "no"}])

@@ -104,7 +104,7 @@ def test_a_pair_that_differs_in_what_is_left_out_alone():
         tokenized(R1, content, strict=True)
 
 
-def test_a_response_of_which_nothing_is_written():
+def test_a_completion_of_which_nothing_is_written():
     """If the template does not write a call, the row is dropped, but not counted as empty."""
     _, counts, _ = tokenized(CHATML, Paired([user("q")], [CALL], [says("no")]))
     assert (counts.kept, counts.empty, counts.unwritten) == (0, 0, 1)
@@ -142,7 +142,7 @@ def test_a_developer_is_the_system_where_a_template_knows_none(template: str, ro
 
 
 def test_a_generation_prompt_that_says_more_is_no_token_across_the_end():
-    """If a response does not begin as R1's generation prompt, the prompt is shorter and no token crosses its end."""
+    """If a completion does not begin as R1's generation prompt, the prompt is shorter and no token crosses its end."""
     (example,), counts, tokenizer = tokenized(R1, Paired([user("q")], [says("42")], [says("40")]))
     assert tokenizer.decode(example.prompt) == "<user>q</s><assistant>"
     assert (counts.merged, example.row.merged, counts.departed) == (0, 0, 1)
@@ -177,7 +177,7 @@ def test_special_tokens_in_words_are_counted_and_shown(content: Paired, where: s
 
 
 def test_words_are_looked_for_after_what_stands_before():
-    """Words of the prompt do not count as a response's words, unless these begin before the boundary."""
+    """Words of the prompt do not count as a completion's words, unless these begin before the boundary."""
     piece = Piece("chosen", "yes")
     assert left_out([piece], "say yes:", "say yes:") == [piece]
     assert left_out([piece], "say yes: yes", "say yes:") == []

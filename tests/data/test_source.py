@@ -116,7 +116,7 @@ def test_a_list_stays_whole_for_a_loss_of_lists(tmp_path: Path):
 
 
 def test_kto_takes_the_best_and_the_worst(tmp_path: Path):
-    """For KTO the best completion of a list is a good response and the worst is a bad one, as of a pair."""
+    """For KTO the best completion of a list is a good completion and the worst is a bad one, as of a pair."""
     made = read(tmp_path, ROW, loss="kto")
     assert contents(made) == [Unpaired("q", "good", True), Unpaired("q", "bad", False)]
     assert any(
@@ -244,7 +244,7 @@ def test_margins_of_one_file_alone(tmp_path: Path):
 @pytest.mark.parametrize(
     ("loss", "row", "message"),
     [
-        ("kto", PAIR, "the row has a margin, which is one of a pair, and kto takes responses; remove or rename"),
+        ("kto", PAIR, "the row has a margin, which is one of a pair, and kto takes completions; remove or rename"),
         ("lists", PAIR, "the row has a margin, which is one of a pair, and lists takes lists; remove or rename"),
         ("kto", SINGLE, "the column margin is filled, and a margin is one of a pair: here is a single completion"),
         ("dpo", ROW, "the column margin is filled, and a margin is one of a pair: here is a list of completions"),

@@ -235,13 +235,13 @@ def test_pairs_given_to_kto_are_unpaired_and_said_to_be(tmp_path: Path):
     assert contents(read.train) == halves * 2
     assert [str(row.place) for row in read.train] == [f"{path}:{line}" for line in (1, 1, 2, 2)]
     assert read.notes[1:] == [
-        "pairs.jsonl: KTO takes single responses, so each pair counts as one good and one bad response"
+        "pairs.jsonl: KTO takes single completions, so each pair counts as one good and one bad completion"
     ]
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo", "cpo"])
-def test_single_responses_are_refused_where_pairs_are_needed(tmp_path: Path, loss: str):
-    """Every other method refuses single responses, and names the columns and the method that takes them."""
+def test_single_completions_are_refused_where_pairs_are_needed(tmp_path: Path, loss: str):
+    """Every other method refuses single completions, and names the columns and the method that takes them."""
     path = write(tmp_path / "rows.jsonl", [LABELLED])
     message = re.escape(f"{path}:1: ") + ".*the columns are prompt, completion, label.*" + re.escape('type = "kto"')
     with pytest.raises(UserError, match=message):
@@ -326,7 +326,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, 
         ":3, row 1: there are 4 fields, and the header names 3; text that holds a comma or a line end stands in",
     ),
     "a column twice": ("a.csv", "prompt,prompt\n1,2\n", ":1: the header names the column 'prompt' twice"),
-    "a missing response": (
+    "a missing completion": (
         "a.jsonl", PAIR_LINE + '{"prompt": "q", "chosen": "yes"}\n',
         ":2: there is no column rejected; the columns are prompt, chosen; your own columns are named by",
     ),
@@ -373,9 +373,9 @@ BAD_ROWS: dict[str, tuple[Any, dict[str, Any], str]] = {  # format, row, the mes
         "chat_template.argilla_chat", {"chosen": [YES], "rejected": [NO]},
         "chosen must end with an assistant turn that answers something before it",
     ),
-    "a response of the user's": (
+    "a completion of the user's": (
         "chat_template.default", {"messages": "q", "chosen": USER, "rejected": "no"},
-        "chosen ends with a turn of role 'user'; a response ends with the assistant's",
+        "chosen ends with a turn of role 'user'; a completion ends with the assistant's",
     ),
     "content that is a number": (
         "chat_template.default", {"messages": [{"role": "user", "content": 3}], "chosen": "yes", "rejected": "no"},
@@ -659,7 +659,7 @@ def test_shares_are_even(fraction: float):
 
 
 def test_a_split_depends_on_the_prompts_alone(tmp_path: Path):
-    """Whether a prompt is held out depends on neither order, other rows nor responses; rows keep their order."""
+    """Whether a prompt is held out depends on neither order, other rows nor completions; rows keep their order."""
     rows = [
         {"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in PROMPTS[:200] if isinstance(prompt, str)
     ]

@@ -1,4 +1,4 @@
-"""Token ids compared with their text: where the prompt ends, how a response ends, what is cut and what is dropped.
+"""Token ids compared with their text: where the prompt ends, how a completion ends, what is cut and what is dropped.
 
 The tokenizers are toys (one token per byte) with the templates and special tokens of real families
 (toy_tokenizers.py).
@@ -58,49 +58,46 @@ def only(tokenizer: PreTrainedTokenizerBase, content: RowContent, **options: Any
 CHATS: dict[str, tuple[list[Message], list[Message], list[Message]]] = {
     "one turn": ([user("What is it?")], [says("A dog.")], [says("A cat.")]),
     "several turns": ([user("Hi"), says("Hello!"), user("And?")], [says("So.")], [says("") | {"content": "No"}]),
-    "several turns in a response": ([user("Hi")], [says("a"), user("b"), says("c")], [says("d")]),
+    "several turns in a completion": ([user("Hi")], [says("a"), user("b"), says("c")], [says("d")]),
     "letters beyond ASCII": ([user("Où ça ? 🎉")], [says("là — «ici»")], [says("日本")]),
     "words of templates": ([user("user\nassistant")], [says("assistant\n\nuser")], [says("model: a")]),
-    "a response that begins like the other": ([user("Hi")], [says("Yes, it is.")], [says("Yes, it was.")]),
-    "an assistant's turn before the response": ([user("Hi"), says("Well")], [says("yes")], [says("no")]),
+    "a completion that begins like the other": ([user("Hi")], [says("Yes, it is.")], [says("Yes, it was.")]),
+    "an assistant's turn before the completion": ([user("Hi"), says("Well")], [says("yes")], [says("no")]),
 }
 
 
 @EVERY_FAMILY
 @pytest.mark.parametrize(("prompt", "chosen", "rejected"), CHATS.values(), ids=CHATS)
-def test_prompt_and_response_are_the_rendered_conversation(
+def test_prompt_and_completion_are_the_rendered_conversation(
     make: Make, prompt: list[Message], chosen: list[Message], rejected: list[Message]
 ):
-    """Prompt and response tokens, joined, are those of the whole conversation as the template writes it.
+    """Prompt and completion tokens, joined, are those of the whole conversation as the template writes it.
 
-    The prompt includes the template's generation prompt. Only the response's end differs: white space after its end
+    The prompt includes the template's generation prompt. Only the completion's end differs: white space after its end
     token is removed, and a template without an end token gets EOS.
     """
     tokenizer = make()
     example = only(tokenizer, Paired(prompt, chosen, rejected))
     answered = prompt[-1]["role"] == "assistant"
     assert example.prompt == encode(tokenizer, render(tokenizer, prompt, add_generation_prompt=not answered))
-    for response, completion in zip((chosen, rejected), example.completions):
-        whole = render(tokenizer, [*prompt, *response])
-        ours = decode(tokenizer, example.prompt + completion)
+    for turns, ids in zip((chosen, rejected), example.completions):
+        whole = render(tokenizer, [*prompt, *turns])
+        ours = decode(tokenizer, example.prompt + ids)
         ended = whole if make is plain else whole.rstrip()
-        assert example.prompt + completion == encode(tokenizer, ours)
+        assert example.prompt + ids == encode(tokenizer, ours)
         assert ours == ended + ("</s>" if make is plain else "")
 
 
 @EVERY_FAMILY
 @pytest.mark.parametrize("special", [False, True], ids=["a plain prompt", "a prompt with special tokens"])
-def test_prompt_and_response_are_the_joined_text(make: Make, special: bool):
-    """Text is tokenised as a whole: prompt and response tokens, joined, are those of the joined texts, then EOS."""
+def test_prompt_and_completion_are_the_joined_text(make: Make, special: bool):
+    """Text is tokenised as a whole: prompt and completion tokens, joined, are those of the joined texts, then EOS."""
     tokenizer = make()
     prompt = f"Q: {tokenizer.eos_token if special else '?'} A:"
     example = only(tokenizer, Paired(prompt, " é yes", "no\n"))
     assert example.prompt == encode(tokenizer, prompt, special=True)
-    for response, completion in zip((" é yes", "no\n"), example.completions):
-        assert example.prompt + completion == [
-            *encode(tokenizer, prompt + response, special=True),
-            tokenizer.eos_token_id,
-        ]
+    for text, ids in zip((" é yes", "no\n"), example.completions):
+        assert example.prompt + ids == [*encode(tokenizer, prompt + text, special=True), tokenizer.eos_token_id]
 
 
 MERGES = [("a", "b"), ("ab", "a"), ("b", "b"), ("Ġ", "a")]
@@ -143,10 +140,10 @@ def test_lists_that_cannot_be_used(answers: tuple[str, ...], counter: str, messa
         tokenized(plain(), row, strict=True, max_length=10)
 
 
-def test_a_token_across_the_boundary_belongs_to_the_response():
-    """If the prompt's last letter and a response's first letter make one token, the prompt ends before it.
+def test_a_token_across_the_boundary_belongs_to_the_completion():
+    """If the prompt's last letter and a completion's first letter make one token, the prompt ends before it.
 
-    This holds for both responses, and the row is counted.
+    This holds for both completions, and the row is counted.
     """
     tokenizer = toy_tokenizer(merges=MERGES)
     a, b, c, x, ab, end = (ids for text in ("a", "b", "c", "x", "ab", "</s>") for ids in encode(tokenizer, text))
@@ -167,7 +164,7 @@ def test_a_token_across_the_boundary_belongs_to_the_response():
 def test_the_prompt_is_the_longest_common_prefix(prompt: str, chosen: str, rejected: str, chat: bool):
     """The prompt's tokens are the longest common prefix of all three tokenised texts, however tokens merge.
 
-    Joined with a response they are that text's tokens; a row counts as merged if a token crosses the boundary.
+    Joined with a completion they are that text's tokens; a row counts as merged if a token crosses the boundary.
     """
     tokenizer = MERGING
     content = Paired([user(prompt)], [says(chosen)], [says(rejected)]) if chat else Paired(prompt, chosen, rejected)
@@ -204,7 +201,7 @@ def test_a_generation_prompt_that_says_more():
     assert [decode(tokenizer, ids) for ids in example.completions] == ["yes<|im_end|>", "no<|im_end|>"]
 
 
-# --- The end of a response -----------------------------------------------------------------------------------------
+# --- The end of a completion -----------------------------------------------------------------------------------------
 
 ENDINGS = ["", "{end}", "{end}\n", "{end}{end}", "{end}\n{end}\n", " \n{end} ", "{end}{end}{end} \n "]
 
@@ -212,8 +209,8 @@ ENDINGS = ["", "{end}", "{end}\n", "{end}{end}", "{end}\n{end}\n", " \n{end} ", 
 @EVERY_FAMILY
 @pytest.mark.parametrize("ending", ENDINGS, ids=repr)
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
-def test_a_response_ends_with_its_end_token_once(make: Make, ending: str, chat: bool):
-    """A response ends with exactly one end token, whether the data have none, one, several, or white space after it."""
+def test_a_completion_ends_with_its_end_token_once(make: Make, ending: str, chat: bool):
+    """A completion ends with exactly one end token, whether the data have none, several, or space after it."""
     tokenizer = make()
     turn_ends = {"llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
     end = turn_ends.get(make.__name__, str(tokenizer.eos_token)) if chat else str(tokenizer.eos_token)
@@ -275,9 +272,9 @@ def test_a_message_ends_with_what_its_template_ends_it_with():
     assert decode(tokenizer, examples[0].completions[0]) == '<tool_call>{"a": "b"}</tool_call></s>'
 
 
-TWO_ENDS = (  # as Command R 7B: one token ends a response and another one the turn
-    "{% for m in messages %}{{ '<|turn|>' + m.role + '<|response|>' + m.content + '<|end_response|><|end_turn|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant<|response|>' }}{% endif %}"
+TWO_ENDS = (  # as Command R 7B: one token ends a completion and another one the turn
+    "{% for m in messages %}{{ '<|turn|>' + m.role + '<|completion|>' + m.content + '<|end_completion|><|end_turn|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant<|completion|>' }}{% endif %}"
 )
 AWAITING = (  # as Gemma 4: a call's bracket is a special token, and the start of the result is its end
     "{% for m in messages %}{% if m.role == 'tool' %}{{ 'result' + m.content + '<result|>' }}"
@@ -291,10 +288,10 @@ AWAITING = (  # as Gemma 4: a call's bracket is a special token, and the start o
 
 def test_an_end_of_several_tokens_is_kept_whole():
     """The end is the last end token that the template writes between turns; those before it are trained too."""
-    special = ["<|turn|>", "<|response|>", "<|end_response|>", "<|end_turn|>"]
+    special = ["<|turn|>", "<|completion|>", "<|end_completion|>", "<|end_turn|>"]
     tokenizer = toy_tokenizer(TWO_ENDS, eos="<|end_turn|>", special=special)
     example = only(tokenizer, Paired([user("q")], [says("a"), user("b"), says("yes")], [says("no<|end_turn|>")]))
-    end = "<|end_response|><|end_turn|>"
+    end = "<|end_completion|><|end_turn|>"
     assert decode(tokenizer, example.completions[0]).split("yes")[1] == end
     assert decode(tokenizer, example.completions[0]).startswith(f"a{end}")
     assert decode(tokenizer, only(tokenizer, Unpaired([user("q")], [says("no")], True)).completions[0]) == f"no{end}"
@@ -377,15 +374,15 @@ def test_bos_alone_is_a_prompt():
 
 # --- Lengths -------------------------------------------------------------------------------------------------------
 
-P, C, R = "123456789", "abcd", "xy"  # with EOS the responses are 5 and 3 tokens, with BOS the prompt is 10
-# options, prompt, responses, number of cut prompts and responses
+P, C, R = "123456789", "abcd", "xy"  # with EOS the completions are 5 and 3 tokens, with BOS the prompt is 10
+# options, prompt, completions, number of cut prompts and completions
 LENGTHS: dict[str, tuple[dict[str, int], str, str, str, int, int]] = {
     "fits exactly": ({"max_length": 15}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
     "prompt from the left": ({"max_length": 14}, "<s>23456789", f"{C}</s>", f"{R}</s>", 1, 0),
-    "prompt as far as the longest response asks": ({"max_length": 11}, "<s>56789", f"{C}</s>", f"{R}</s>", 1, 0),
+    "prompt as far as the longest completion asks": ({"max_length": 11}, "<s>56789", f"{C}</s>", f"{R}</s>", 1, 0),
     "half of it is the prompt's": ({"max_length": 10}, "<s>6789", f"{C}</s>", f"{R}</s>", 1, 0),
-    "then responses from the right": ({"max_length": 8}, "<s>789", C, f"{R}</s>", 1, 1),
-    "both responses": ({"max_length": 4}, "<s>9", C[:2], R, 1, 1),
+    "then completions from the right": ({"max_length": 8}, "<s>789", C, f"{R}</s>", 1, 1),
+    "both completions": ({"max_length": 4}, "<s>9", C[:2], R, 1, 1),
     "one token of the prompt": ({"max_length": 3}, "9", C[:2], R, 1, 1),
     "prompt limit": ({"max_length": 15, "max_prompt_length": 4}, "<s>789", f"{C}</s>", f"{R}</s>", 1, 0),
     "prompt limit that fits": ({"max_length": 15, "max_prompt_length": 10}, f"<s>{P}", f"{C}</s>", f"{R}</s>", 0, 0),
@@ -397,17 +394,17 @@ LENGTHS: dict[str, tuple[dict[str, int], str, str, str, int, int]] = {
 
 
 @pytest.mark.parametrize(
-    ("limits", "prompt", "chosen", "rejected", "prompts", "responses"), LENGTHS.values(), ids=LENGTHS
+    ("limits", "prompt", "chosen", "rejected", "prompts", "completions"), LENGTHS.values(), ids=LENGTHS
 )
 def test_long_rows_are_cut(
-    limits: dict[str, int], prompt: str, chosen: str, rejected: str, prompts: int, responses: int
+    limits: dict[str, int], prompt: str, chosen: str, rejected: str, prompts: int, completions: int
 ):
-    """A text prompt is cut from the left, keeping BOS, down to half of the limit; then responses from the right."""
+    """A text prompt is cut from the left, keeping BOS, down to half of the limit; then completions from the right."""
     tokenizer = plain()
     (example,), counts = tokenized(tokenizer, Paired(P, C, R), **limits)
     assert decode(tokenizer, example.prompt) == prompt
     assert [decode(tokenizer, ids) for ids in example.completions] == [chosen, rejected]
-    assert counts == Counts(rows=1, kept=1, prompts_cut=prompts, responses_cut=responses)
+    assert counts == Counts(rows=1, kept=1, prompts_cut=prompts, completions_cut=completions)
     assert len(example.prompt) + max(map(len, example.completions)) <= limits["max_length"]
 
 
@@ -418,7 +415,7 @@ def test_long_rows_are_dropped_or_an_error(limits: dict[str, int]):
     examples, counts = tokenized(plain(), *rows, overlong="drop", **limits)
     assert [example.row.place for example in examples] == ["rows.jsonl, row 0"]
     assert counts == Counts(rows=2, kept=1, overlong=1)
-    with pytest.raises(UserError, match=r"^rows\.jsonl, row 1: 10 prompt and 5 response tokens, more than"):
+    with pytest.raises(UserError, match=r"^rows\.jsonl, row 1: 10 prompt and 5 completion tokens, more than"):
         tokenized(plain(), *rows, overlong="error", **limits)
 
 
@@ -432,8 +429,8 @@ def test_without_bos_a_cut_prompt_begins_anywhere():
 EQUAL: Any = ("equal", "chosen and rejected are equal", {})
 
 
-def empty(response: str) -> Any:
-    return "empty", f"{response} is empty", {}
+def empty(completion: str) -> Any:
+    return "empty", f"{completion} is empty", {}
 
 
 UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # row, counter, message, options
@@ -464,7 +461,7 @@ UNUSABLE: dict[str, tuple[Paired | Unpaired, str, str, dict[str, Any]]] = {  # r
 
 @pytest.mark.parametrize(("content", "counter", "what", "options"), UNUSABLE.values(), ids=UNUSABLE)
 def test_rows_that_cannot_be_used(content: Paired | Unpaired, counter: str, what: str, options: dict[str, Any]):
-    """Rows with an empty response, equal responses or no prompt are dropped and counted; strict makes them errors."""
+    """Rows with an empty or equal completions or no prompt are dropped and counted; strict makes them errors."""
     examples, counts = tokenized(chatml(), content, Unpaired("q", "ok", True), **options)
     assert [example.row.place for example in examples] == ["rows.jsonl, row 1"]
     assert (counts.rows, counts.kept, getattr(counts, counter)) == (2, 1, 1)
@@ -480,7 +477,7 @@ THINKS = CHATML.replace(  # as Qwen 3: writes a block for reasoning, also an emp
 @pytest.mark.parametrize("template", [CHATML, THINKS, "{{ 'x' }}" + CHATML], ids=["plain", "thinks", "other"])
 @pytest.mark.parametrize("empty", ["", "  ", "\n", "<|im_end|>\n", "\u00a0"], ids=repr)
 def test_empty_is_what_the_message_says(template: str, empty: str):
-    """A response is empty if its message has no text, no call and no reasoning, whatever the template adds."""
+    """A completion is empty if its message has no text, no call and no reasoning, whatever the template adds."""
     tokenizer = toy_tokenizer(template, eos="<|im_end|>", special=["<|im_start|>"])
     _, counts = tokenized(tokenizer, Paired([user("q")], [says("yes")], [says(empty)]))
     assert counts == Counts(rows=1, empty=1)

@@ -1,4 +1,4 @@
-"""Turns in the tokens: which turns of a response are scored, and which turns a long prompt loses.
+"""Turns in the tokens: which turns of a completion are scored, and which turns a long prompt loses.
 
 The templates are toys of each kind that families have: an end for every turn, another end for the last, or no end;
 reasoning that is dropped once another turn follows; tool results in JSON.
@@ -88,7 +88,7 @@ def scored(tokenizer: PreTrainedTokenizerBase, example: Example, which: int = 0)
 @EVERY_FAMILY
 @pytest.mark.parametrize("words", ["Well?", "Well?\n", "one", "two", "<|x|> é", "no " * 30], ids=repr)
 def test_the_assistants_words_and_their_ends_are_scored(family: str, words: str):
-    """In a response of several turns, the user's turns and all markup of the template around them are context."""
+    """In a completion of several turns, the user's turns and all markup of the template around them are context."""
     make, end, last = FAMILIES[family]
     tokenizer = make()
     (example,), counts = tokenized(tokenizer, Paired([user("q")], [says("one"), user(words), says("two")], [says("x")]))
@@ -118,7 +118,7 @@ def test_all_is_scored_where_that_is_asked_for(family: str):
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "plain"])
 def test_all_is_what_trl_scores(family: str):
-    """With `score = "all"`, prompt and responses are TRL's texts, except for final white space and a missing end."""
+    """With `score = "all"`, prompt and completions are TRL's texts, except for final white space and a missing end."""
     data_utils = pytest.importorskip("trl.data_utils")
     tokenizer = FAMILIES[family][0]()
     row = {"prompt": [user("q")], "chosen": [says("one"), user("Well?"), says("two")], "rejected": [says("x")]}
@@ -136,8 +136,8 @@ def test_all_is_what_trl_scores(family: str):
 def test_turns_that_are_written_otherwise_once_others_follow(family: str):
     """Reasoning that the template drops from an earlier turn moves no boundary, and is counted as left out."""
     make, end, last = FAMILIES[family]
-    response = [says("<think>\nhm\n</think>\n\none"), user("Well?"), says("<think>\nso\n</think>\n\ntwo")]
-    (example,), counts = tokenized(make(), Paired([user("q")], response, [says("x")]))
+    completion = [says("<think>\nhm\n</think>\n\none"), user("Well?"), says("<think>\nso\n</think>\n\ntwo")]
+    (example,), counts = tokenized(make(), Paired([user("q")], completion, [says("x")]))
     assert scored(make(), example) == [f"one{end}", f"<think>\nso\n</think>\n\ntwo{last}"]
     assert counts.left_out_first == "rows.jsonl, row 0: the reasoning of chosen, hm"
 
@@ -159,39 +159,39 @@ def test_turns_that_data_leave_out_are_context(family: str, off: dict[str, Any])
     """A turn of weight 0 is context; as the last turn it is an error, because nothing would be trained."""
     make, end, last = FAMILIES[family]
     tokenizer, silent = make(), says("zero") | off
-    response = [says("one") | {"weight": 1}, user("r"), silent, user("s"), says("two") | {"train": True}]
-    (example,), _ = tokenized(tokenizer, Paired([user("q")], response, [silent, user("r"), says("x")]))
+    completion = [says("one") | {"weight": 1}, user("r"), silent, user("s"), says("two") | {"train": True}]
+    (example,), _ = tokenized(tokenizer, Paired([user("q")], completion, [silent, user("r"), says("x")]))
     first, second = scored(tokenizer, example)
     assert first.endswith(f"one{end}")
     assert second.endswith(f"two{last}")
     assert "zero" in tokenizer.decode(example.completions[0])
     assert "zero" not in "".join((first, second, *scored(tokenizer, example, 1)))
-    with pytest.raises(UserError, match=r"^rows.jsonl, row 0: the last turn of a response has \w+ 0 or false"):
+    with pytest.raises(UserError, match=r"^rows.jsonl, row 0: the last turn of a completion has \w+ 0 or false"):
         tokenized(tokenizer, Paired([user("q")], [silent], [says("x")]))
 
 
 def test_results_of_tools_are_not_scored():
     """A call and its end are scored; the tool's result, written as JSON, is not."""
     call: Message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "b"}}}]}
-    response = [call, {"role": "tool", "content": 'It is "x".\n'}, {"role": "tool", "content": "y"}, says("two")]
+    completion = [call, {"role": "tool", "content": 'It is "x".\n'}, {"role": "tool", "content": "y"}, says("two")]
     for family, first, second in (
         ("harmony", ' to=f<|message|>{"a": "b"}<|call|>', "<|message|>two<|return|>"),
         ("qwen3", '<tool_call>\n{"name": "f", "arguments": {"a": "b"}}\n</tool_call><|im_end|>', "two<|im_end|>"),
     ):
         tokenizer = FAMILIES[family][0]()
-        (example,), _ = tokenized(tokenizer, Paired([user("q")], response, [says("x")]))
+        (example,), _ = tokenized(tokenizer, Paired([user("q")], completion, [says("x")]))
         assert scored(tokenizer, example) == [first, second]
 
 
-def test_a_response_that_begins_with_another_turn():
-    """If a response begins with another turn, it is context from the first token on."""
+def test_a_completion_that_begins_with_another_turn():
+    """If a completion begins with another turn, it is context from the first token on."""
     tokenizer = FAMILIES["chatml"][0]()
     (example,), _ = tokenized(tokenizer, Paired([user("q"), says("w")], [user("b"), says("two")], [says("x")]))
     assert scored(tokenizer, example) == ["", "two<|im_end|>"]
 
 
 def test_pairs_that_differ_in_the_context_alone_are_pairs():
-    """Two responses with the same scored text after different turns are not equal."""
+    """Two completions with the same scored text after different turns are not equal."""
     tokenizer = FAMILIES["chatml"][0]()
     chosen, rejected = ([says("a"), user(words), says("b")] for words in ("yes", "no"))
     (example,), counts = tokenized(tokenizer, Paired([user("q")], chosen, rejected))
@@ -215,7 +215,7 @@ def test_turns_that_cannot_be_told_apart_are_refused():
     )
     tokenizer = toy_tokenizer(template, eos="<e>")
     content = Paired([user("q")], [says("a"), {"role": "tool", "content": "t"}, says("b")], [says("x")])
-    with pytest.raises(UserError, match=r'row 0: the turns inside a response cannot be told .*tokens.score = "all"'):
+    with pytest.raises(UserError, match=r'row 0: the turns inside a completion cannot be told .*tokens.score = "all"'):
         tokenized(tokenizer, content)
     assert tokenized(tokenizer, content, score="all")[1].kept == 1
 
@@ -227,9 +227,9 @@ CHAT = [SYSTEM, user("one"), says("1"), user("two"), says("2"), user("three?")]
 
 
 def long_row(tokenizer: PreTrainedTokenizerBase, kept: int, answer: int) -> tuple[Paired, list[Message]]:
-    """Return a chat with a response of `answer` tokens, and its system turn and last `kept` messages."""
-    response = [says("x" * (answer - 1))]
-    return Paired(CHAT, response, [says("y")]), [SYSTEM, *CHAT[-kept:]]
+    """Return a chat with a completion of `answer` tokens, and its system turn and last `kept` messages."""
+    completion = [says("x" * (answer - 1))]
+    return Paired(CHAT, completion, [says("y")]), [SYSTEM, *CHAT[-kept:]]
 
 
 @pytest.mark.parametrize("kept", [5, 3, 1])
@@ -249,8 +249,8 @@ def test_turns_are_cut_whole_from_the_front(kept: int):
         assert shorter.row.turns_cut == 5 - kept + 2
 
 
-def test_a_long_response_does_not_eat_the_prompt():
-    """A prompt that fits in half of the limit stays whole, and so does a question; the responses are cut."""
+def test_a_long_completion_does_not_eat_the_prompt():
+    """A prompt that fits in half of the limit stays whole, and so does a question; the completions are cut."""
     tokenizer = FAMILIES["chatml"][0]()
     prompt = str(tokenizer.apply_chat_template([user("q")], tokenize=False, add_generation_prompt=True))
     size = len(tokenizer(prompt)["input_ids"])
@@ -258,7 +258,7 @@ def test_a_long_response_does_not_eat_the_prompt():
         (example,), counts = tokenized(tokenizer, Paired([user("q")], [says("x" * 500)], [says("y")]), max_length=limit)
         assert tokenizer.decode(example.prompt) == prompt
         assert len(example.completions[0]) == limit - size
-        assert counts == Counts(rows=1, kept=1, responses_cut=1)
+        assert counts == Counts(rows=1, kept=1, completions_cut=1)
 
 
 def test_a_row_whose_question_does_not_fit_is_dropped():
@@ -269,20 +269,20 @@ def test_a_row_whose_question_does_not_fit_is_dropped():
     assert (examples, counts) == ([], Counts(rows=1, overlong=1))
     with pytest.raises(UserError, match=r"^rows\.jsonl, row 0: its question is longer than tokens\.max_length"):
         tokenized(tokenizer, content, max_length=130, strict=True)
-    with pytest.raises(UserError, match=r"prompt and 101 response tokens, more than tokens\.max_length"):
+    with pytest.raises(UserError, match=r"prompt and 101 completion tokens, more than tokens\.max_length"):
         tokenized(tokenizer, content, max_length=130, overlong="error")
     examples, counts = tokenized(tokenizer, content, max_length=200, max_prompt_length=100)
     assert (examples, counts.overlong) == ([], 1)
 
 
-def test_a_cut_response_ends_with_what_is_scored():
-    """Context at the end of a cut response is removed; a response without any scored token left is dropped."""
+def test_a_cut_completion_ends_with_what_is_scored():
+    """Context at the end of a cut completion is removed; a completion without any scored token left is dropped."""
     tokenizer = FAMILIES["chatml"][0]()
     content = Unpaired([user("q")], [says("one"), user("x" * 300), says("two")], True)
     size = len(tokenized(tokenizer, content)[0][0].prompt)
     (example,), counts = tokenized(tokenizer, content, max_length=size + 50)
     assert scored(tokenizer, example) == ["one<|im_end|>"]
-    assert counts.responses_cut == 1
+    assert counts.completions_cut == 1
     late = Unpaired([user("q"), says("w")], [user("x" * 300), says("two")], True)
     assert tokenized(tokenizer, late, max_length=size + 60)[1] == Counts(rows=1, overlong=1)
 

@@ -279,7 +279,7 @@ def test_what_is_known_comes_from_the_config_and_the_counts(tmp_path: Path):
     (tmp_path / "c.toml").write_text('[model]\nname = "m"\n[lora]\n[loss]\ntype = "kto"\n[[data]]\npath = "d"\n')
     facts = {
         "steps": 7,
-        "rows": {"train": {"kept": 50, "prompts_cut": 3, "responses_cut": 9}, "heldout": {"kept": 5}}
+        "rows": {"train": {"kept": 50, "prompts_cut": 3, "completions_cut": 9}, "heldout": {"kept": 5}}
         | {"good": 20, "bad": 30},
     }
     of = known_of(load_config(tmp_path / "c.toml"), facts)

@@ -160,7 +160,7 @@ def test_one_pair(loss: LossOptions, lengths: tuple[tuple[int, int], ...]) -> No
 
 
 @EVERY_LOSS
-def test_equal_responses(loss: LossOptions) -> None:
+def test_equal_completions(loss: LossOptions) -> None:
     """Results are accurate for equal completions and, with a reference, for a policy that equals it."""
     value = 0.0 if loss.uses_reference else -0.625
     batch = of_values(loss, [(value, value)] * 3, [(1, 1), (4, 4), (31, 31)])

@@ -303,7 +303,7 @@ def test_far_from_the_reference_all_is_finite(name: str, size: float) -> None:
 
 
 @EVERY_LOSS
-def test_certain_and_impossible_responses_are_finite(options: LossOptions) -> None:
+def test_certain_and_impossible_completions_are_finite(options: LossOptions) -> None:
     """At mean log-probabilities of 0, −1e-7 and −1e4, float32 losses and gradients are finite."""
     averages = squared((0.0, -1e-7, -1e-38, -1e4))
     table = list(itertools.product(averages, EXTREME_LENGTHS))

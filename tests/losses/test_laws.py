@@ -156,7 +156,7 @@ def test_kto_where_the_policy_is_the_reference(kl: Any) -> None:
     assert kto_loss(rows, options).loss.item() == pytest.approx(0.5 * (3 * 1.5 + 0.5) / 4)
 
 
-def test_simpo_and_cpo_and_orpo_of_equal_responses() -> None:
+def test_simpo_and_cpo_and_orpo_of_equal_completions() -> None:
     """For two equally likely completions, SimPO is −logσ(−γ), CPO ln 2 + NLL, and ORPO NLL + β·ln 2."""
     pairs = of_averages([(-0.5, -0.5), (-2.0, -2.0)], torch.float32, [(4, 4), (6, 6)])
     nll = (0.5 * 4 + 2.0 * 6) / 10
@@ -185,7 +185,7 @@ def test_rpo_is_dpo_plus_supervision() -> None:
     torch.testing.assert_close(gradients(rpo, leaves(pairs)), gradients(added, leaves(pairs)))
 
 
-def test_supervised_terms_default_to_the_chosen_response() -> None:
+def test_supervised_terms_default_to_the_chosen_completion() -> None:
     """Without log-probabilities of their own, supervised terms score the chosen completions' tokens."""
     pairs = make_pairs(6)
     given = replace(pairs, nll=pairs.chosen, nll_lengths=pairs.chosen_lengths)

@@ -76,7 +76,7 @@ def test_tokens_are_added_up_right(loss: LossOptions, extras: bool) -> None:
 @pytest.mark.parametrize("loss", [DPO(), ORPO(nll_on="all"), KTO()], ids=["dpo", "orpo", "kto"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_is_logged(loss: LossOptions, backend: str) -> None:
-    """Sums and rewards follow the responses' order, without gradient; sides are halves or given by labels."""
+    """Sums and rewards follow the completions' order, without gradient; sides are halves or given by labels."""
     batch = ordinary(loss, [(1, 1), (3, 7), (9, 2)])
     found, _ = run(batch, loss, backend, device=DEVICE)
     count = 3 if isinstance(loss, KTO) else 6
@@ -279,7 +279,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "lengths odd": (GOOD | {"lengths": torch.tensor([2, 2, 2])}, ValueError, "3 entries.*as many chosen and rejected"),
     "no lengths": (GOOD | {"lengths": torch.zeros(0).long()}, ValueError, "lengths has 0 entries"),
-    "an empty response": (
+    "an empty completion": (
         GOOD | {"segments": torch.tensor([0, 0, 2, 2, 3, 3]), "lengths": torch.tensor([2, 0, 2, 2])},
         ValueError, r"lengths\[1\] is 0",
     ),
@@ -318,7 +318,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a score too few": (
         LIST_GOOD | {"scores": torch.tensor([[2.0, torch.nan], [0.0, 3.0]])}, ValueError, "2 of 1 tokens has no score",
     ),
-    "lists in Triton": (LIST_GOOD | {"backend": "triton"}, ValueError, "'triton', but pl compares all responses"),
+    "lists in Triton": (LIST_GOOD | {"backend": "triton"}, ValueError, "'triton', but pl compares all completions"),
     "totals a number": (GOOD | {"totals": 4}, TypeError, "totals must be losses.Totals, got int"),
     "totals zero": (GOOD | {"totals": Totals(0)}, ValueError, "totals.examples must be above 0, got 0"),
     "step a list": (GOOD | {"step": []}, TypeError, "step must be losses.WholeStep, got list"),

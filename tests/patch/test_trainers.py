@@ -110,7 +110,7 @@ def test_a_patched_run_is_trls(run: Run, root: Path) -> None:
 
 @pytest.mark.parametrize("run", [run for run in COVER if run.alike and run.trainer in ("DPO", "CPO")], ids=str)
 def test_labels_that_rows_share_reach_the_head_once(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head computes fewer rows than TRL scores where rows have the same response."""
+    """The head computes fewer rows than TRL scores where rows have the same completion."""
     computed, scored = [], []
     score = States.score_labels
 

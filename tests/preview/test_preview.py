@@ -90,7 +90,7 @@ chosen       [[Yes.]]{{<|im_end|>}}
 rejected     [[No]]{{<|im_end|>}}
 3 tokens""",
     ),
-    "a response for KTO": (
+    "a completion for KTO": (
         SINGLES[1:],
         ["loss.type=kto"],
         """\
@@ -100,7 +100,7 @@ prompt       <|im_start|>user↵
 bad          [[No]]{{<|im_end|>}}
 3 tokens""",
     ),
-    "a response for KTO beside another": (
+    "a completion for KTO beside another": (
         SINGLES,
         ["loss.type=kto"],
         """\
@@ -121,7 +121,7 @@ chosen       [[abc]]… (4 tokens cut)
 rejected     [[x]]{{<|im_end|>}}
 2 tokens""",
     ),
-    "turns of others in a response, and turns that were cut": (
+    "turns of others in a completion, and turns that were cut": (
         [
             {
                 "prompt": [USER, {"role": "assistant", "content": "x" * 90}, USER],
@@ -180,7 +180,7 @@ chosen       <<ab>>[[!]]{{</s>}}
 3 tokens
 rejected     <<a>>[[c]]{{</s>}}
 3 tokens
-The last token of the prompt is part of a response's first token, and scored
+The last token of the prompt is part of a completion's first token, and scored
 with it."""
     )
 
@@ -418,10 +418,10 @@ def test_the_numbers_are_those_of_a_hand(folder: Path):
 rows                                  training
 used                                         3
 dropped                                      2
-  with an empty response                     1
-  with equal responses                       1
+  with an empty completion                     1
+  with equal completions                       1
 prompts cut from the left                    1
-responses cut from the right                 0
+completions cut from the right                 0
 with a token across the prompt's end         0
 share of prompt tokens                     28%
 duplicates left out before                   1
@@ -443,15 +443,15 @@ padded                 30  1.50 ×"""
     ("budget", "tokens"),
     [(1000, {"tree": 39, "packed": 100, "padded": 104}), (28, dict.fromkeys(LAYOUTS, 100))],
 )
-def test_a_step_of_kto_counts_its_mismatched_responses(folder: Path, budget: int, tokens: dict[str, int]):
+def test_a_step_of_kto_counts_its_mismatched_completions(folder: Path, budget: int, tokens: dict[str, int]):
     """Mismatched completions follow the prompts of a single forest, and otherwise are a pass of their own."""
     config = config_of(folder, SINGLES, None, "loss.type=kto", f"train.tokens_per_microbatch={budget}")
     data = load_examples(config, chatml())
     assert step_tokens(data.train, config).tokens == tokens
     assert good_share(data.train) == 0.5
     printed = shown(config)
-    assert "good responses                             50%" in printed
-    assert "a step of 2 responses" in printed
+    assert "good completions                             50%" in printed
+    assert "a step of 2 completions" in printed
 
 
 # --- The command ---------------------------------------------------------------------------------------------------

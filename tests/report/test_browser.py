@@ -54,7 +54,7 @@ return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, fig
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the address of a report with a verdict of each kind, and with markup in all data."""
     about = facts()
-    about["rows"] = {"train": {"rows": 1000, "kept": 1000, "responses_cut": 300}, "heldout": {"rows": 80, "kept": 80}}
+    about["rows"] = {"train": {"rows": 1000, "kept": 1000, "completions_cut": 300}, "heldout": {"rows": 80, "kept": 80}}
     about["samples"] += [{"asked": "word " * 80, "before": "unbroken" * 200, "after": None}]
     wild = {"loss": lambda t: 0.69 + 30 * (t > 0.05), "kl": lambda t: t}
     run = write_run(tmp_path_factory.mktemp("runs") / EVIL.replace("/", "|"), both=wild)

@@ -27,7 +27,7 @@ ESCAPED = "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&lt;img src=x onerror=
 def test_every_method_has_its_page(tmp_path: Path, method: str):
     """The page has a chart of everything that was logged, each with a title and a description for screen readers.
 
-    The speed is in the loss's own unit: pairs, KTO's responses, or lists.
+    The speed is in the loss's own unit: pairs, KTO's completions, or lists.
     """
     run = write_run(tmp_path / method, method)
     with (run / METRICS).open("a", encoding="utf-8") as file:
@@ -41,7 +41,7 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     # one more for the histogram of held-out margins
     assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
     assert "23 rules examined this run" in page
-    units = [unit for unit in ("pair", "list", "response") if f"{unit}s a second" in page]
+    units = [unit for unit in ("pair", "list", "completion") if f"{unit}s a second" in page]
     assert units == [METHODS[method].unit]
 
 

@@ -38,7 +38,7 @@ def test_reward_against_length():
         assert sorted(metrics.completions().chosen.tolist()) == pytest.approx(sorted(REWARDS[:3].tolist()))
     labels = torch.tensor([True, False, True, True, False, True])
     single = gathered([(REWARDS, LENGTHS, labels)])
-    single.single_responses()
+    single.single_completions()
     assert single.result()["rewards/length_correlation"] == pytest.approx(wanted, abs=1e-6)
     assert single.completions().rejected_lengths.tolist() == [4, 7]
 
@@ -54,7 +54,7 @@ def test_lists_count_by_their_best_and_worst():
     assert metrics.result()["rewards/accuracies"] == pytest.approx(2 / 3)
 
 
-def test_segments_beyond_the_responses_do_not_count():
+def test_segments_beyond_the_completions_do_not_count():
     """Segments after the completions, which are scored prompts, do not count."""
     metrics = gathered([(REWARDS, torch.cat([LENGTHS, torch.tensor([50, 60, 70])]), None)])
     assert metrics.completions().rejected_lengths.tolist() == [3, 7, 2]
@@ -69,7 +69,7 @@ def test_nothing_to_correlate(rewards: Tensor, lengths: Tensor):
     assert gathered([(rewards, lengths, None)]).result()["rewards/length_correlation"] == 0.0
 
 
-def test_the_likelier_response_per_token():
+def test_the_likelier_completion_per_token():
     """The likelier completion is the one with the higher log-probability per token; a tie counts half."""
     metrics = Metrics()
     metrics.add_ranking(torch.tensor([-10.0, -2.0, -3.0, -6.0, -2.0, -9.0]), torch.tensor([10, 1, 3, 3, 2, 9]))

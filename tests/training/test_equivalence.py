@@ -152,7 +152,7 @@ def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequen
         logps = model(input_ids=torch.tensor([ids])).logits.float().log_softmax(-1)[0, :-1]
         return logps.gather(1, torch.tensor(ids)[1:, None])[:, 0]
 
-    def response(model: nn.Module, row: Example, completion: Example, which: int) -> torch.Tensor:
+    def completion(model: nn.Module, row: Example, completion: Example, which: int) -> torch.Tensor:
         ids = completion.completions[which]
         mask = torch.ones(len(ids), dtype=torch.bool)
         for start, stop in completion.context(which):
@@ -160,18 +160,18 @@ def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequen
         return token_logps(model, row.prompt + ids)[len(row.prompt) - 1 :][mask]
 
     def sums(model: nn.Module, which: int) -> torch.Tensor:
-        return torch.stack([response(model, row, row, which).sum() for row in rows])
+        return torch.stack([completion(model, row, row, which).sum() for row in rows])
 
     options = step.options
     if options.listwise:
-        return list_loss(list_logps(policy, reference, rows, response), options).loss
+        return list_loss(list_logps(policy, reference, rows, completion), options).loss
     with torch.no_grad():
         ref_chosen = sums(reference, 0)
     if isinstance(options, KTO):
         with torch.no_grad():
             mates = [*rows[1:], rows[0]]
             kl = kto_kl(
-                *(torch.stack([response(m, a, b, 0).sum() for a, b in zip(rows, mates)]) for m in (policy, reference))
+                *(torch.stack([completion(m, a, b, 0).sum() for a, b in zip(rows, mates)]) for m in (policy, reference))
             )
         logps = RowLogps(sums(policy, 0), ref_chosen, torch.tensor([bool(row.label) for row in rows]))
         return kto_loss(logps, options, kl).loss
@@ -186,7 +186,7 @@ def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequen
     return pair_loss(pairs, options).loss
 
 
-def list_logps(policy: nn.Module, reference: nn.Module, rows: Sequence[Example], response: Callable) -> ListLogps:
+def list_logps(policy: nn.Module, reference: nn.Module, rows: Sequence[Example], completion: Callable) -> ListLogps:
     """Compute the sums of each completion of the lists, NaN where one is absent."""
     most = max(len(row.completions) for row in rows)
 
@@ -194,7 +194,7 @@ def list_logps(policy: nn.Module, reference: nn.Module, rows: Sequence[Example],
         absent = torch.tensor(float("nan"))
         return torch.stack([
             torch.stack([
-                response(model, row, row, k).sum() if k < len(row.completions) else absent for k in range(most)
+                completion(model, row, row, k).sum() if k < len(row.completions) else absent for k in range(most)
             ])
             for row in rows
         ])  # fmt: skip

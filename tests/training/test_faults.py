@@ -44,7 +44,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, what: str, at: set[int]) -> None:
 
     def poisoned(logp, segments, lengths, *rest, **options):
         if what == "row" and now in at:
-            # the row's chosen response has a unique length, also when the row is computed alone
+            # the row's chosen completion has a unique length, also when the row is computed alone
             ours = torch.tensor([len(bad or [])]) == lengths[: len(lengths) // 2]
             factor = torch.where(torch.isin(segments, ours.nonzero()[:, 0]), math.nan, 1.0)
             logp = logp * factor

@@ -43,8 +43,8 @@ def write_lists(path: Path, first: int, count: int) -> None:
     lines = []
     for n in range(first, first + count):
         answers = list(ANSWERS.items())[: 2 + n % 3]
-        responses, scores = [text.format(n + 1) for text, _ in answers], [score for _, score in answers]
-        row = {"prompt": f"What is {n} plus one?", "responses": responses, "scores": scores}
+        completions, scores = [text.format(n + 1) for text, _ in answers], [score for _, score in answers]
+        row = {"prompt": f"What is {n} plus one?", "responses": completions, "scores": scores}
         lines.append(json.dumps(row | {"weight": 2.0 if n % 4 == 0 else 1.0}))
     path.write_text("\n".join(lines))
 

@@ -121,10 +121,10 @@ def test_elsewhere_there_are_plain_lines():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_speed_counts_what_a_step_has(terminal: bool):
-    """For KTO, whose examples are single responses, the speed is in responses per second."""
-    shown = display(terminal=terminal, examples="responses")
+    """For KTO, whose examples are single completions, the speed is in completions per second."""
+    shown = display(terminal=terminal, examples="completions")
     shown.step(20, 0.5, metrics(20), None)
-    assert "12.3 responses/s" in (seen(shown) if terminal else said(shown))
+    assert "12.3 completions/s" in (seen(shown) if terminal else said(shown))
 
 
 def test_a_healthy_run_is_said_to_be_one():

@@ -60,7 +60,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     return Passes(monkeypatch)
 
 
-KTO = ("loss.type=kto", "data.0.rows=11")  # 22 responses
+KTO = ("loss.type=kto", "data.0.rows=11")  # 22 completions
 METHODS = {
     "dpo": [],
     "ipo, packed": ["loss.type=ipo", "train.layout=packed"],

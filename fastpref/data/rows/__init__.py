@@ -1,1 +1,1 @@
-"""The formats of preference rows, which turn a row into a prompt and its responses."""
+"""The formats of preference rows, which turn a row into a prompt and its completions."""

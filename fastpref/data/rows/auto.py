@@ -44,7 +44,7 @@ def detect(row: Row) -> "AutoFormat | None":
 class AutoFormat(Format):
     chat: bool = True
     """Whether rows of plain text also become chats."""
-    responses: str = ""
+    listed: str = ""
     """The column of the completions of rows that have a list of them."""
 
 
@@ -71,7 +71,7 @@ def _recognised(row: Row) -> AutoFormat | None:
 def _format(
     name: str, first: str | None, answers: Sequence[str], tag: str = "", *, chat: bool = True, spoken: bool = False
 ) -> AutoFormat:
-    """Return a format of pairs, or of single responses whose label is in the column `tag`.
+    """Return a format of pairs, or of single completions whose label is in the column `tag`.
 
     The prompt is in the column `first`, or (None) in the answers; some rows may differ.
     """
@@ -95,25 +95,25 @@ _CHATS = {
 }
 
 
-def _pairs(row: Row, responses: tuple[str, str], chat: bool) -> AutoFormat | None:
-    both = " and ".join(responses)
-    own = [row[name] for name in responses]
+def _pairs(row: Row, completions: tuple[str, str], chat: bool) -> AutoFormat | None:
+    both = " and ".join(completions)
+    own = [row[name] for name in completions]
     for name, words in _CHATS.items():
         if is_turns(row.get(name)) and not (_is_answered(row, name) and all(map(_is_conversation, own))):
-            return _format(f"{words} {both}", name, responses)
+            return _format(f"{words} {both}", name, completions)
     prompt = row.get("prompt")
     if all(map(_is_conversation, own)):
-        return _format(f"{both} conversations that share their prompt", None, responses)
+        return _format(f"{both} conversations that share their prompt", None, completions)
     if all(map(is_transcript, own)):
-        return _format(f"{both} transcripts of Human and Assistant", None, responses, spoken=True)
+        return _format(f"{both} transcripts of Human and Assistant", None, completions, spoken=True)
     if is_transcript(prompt):
         name = "a transcript of Human and Assistant, chosen and rejected"
-        return _format(name, "prompt", responses, spoken=True)
+        return _format(name, "prompt", completions, spoken=True)
     if isinstance(prompt, str):
         chat = chat or not all(isinstance(value, str) for value in own)
-        return _format("text prompt, chosen and rejected", "prompt", responses, chat=chat)
+        return _format("text prompt, chosen and rejected", "prompt", completions, chat=chat)
     if isinstance(row.get("instruction"), str) and prompt is None:
-        return _format(f"instruction, input, {both}", "instruction", responses)
+        return _format(f"instruction, input, {both}", "instruction", completions)
     return None
 
 
@@ -125,7 +125,7 @@ def _swift(name: str) -> Callable[[Row], Paired]:
         value = column(row, name)
         if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
             value = value[0]
-        rejected = STANDARD.response(value, name)
+        rejected = STANDARD.completion(value, name)
         if name == "rejected_messages":
             return Paired(with_system(row, []), [*prompt, *chosen], rejected, writing(row))
         return Paired(with_system(row, prompt), chosen, rejected, writing(row))
@@ -138,11 +138,11 @@ def _swift(name: str) -> Callable[[Row], Paired]:
 _RANKED_PROMPTS = ("prompt", "instruction", "question", "input")
 
 
-def _ranked(row: Row, responses: str, order: Order, chat: bool) -> AutoFormat | None:
+def _ranked(row: Row, listed: str, order: Order, chat: bool) -> AutoFormat | None:
     """Return the format of a prompt with a list of completions; the prompt may be in the completions."""
     first = next((name for name in _CHATS if is_turns(row.get(name))), None)
     first = first or next((name for name in _RANKED_PROMPTS if isinstance(row.get(name), str)), None)
-    answers = [read_answer(answer, f"{responses}[{at}]") for at, answer in enumerate(row[responses])]
+    answers = [read_answer(answer, f"{listed}[{at}]") for at, answer in enumerate(row[listed])]
     if first is None and not all(map(_is_conversation, answers)):
         return None
     prompt = row.get(first) if first else None
@@ -151,16 +151,16 @@ def _ranked(row: Row, responses: str, order: Order, chat: bool) -> AutoFormat | 
     chat = chat or spoken or first != "prompt" or not texts
 
     def read(row: Row) -> Ranked:
-        values, scores = read_ranked(row, responses, order)
+        values, scores = read_ranked(row, listed, order)
         prompt, contents, remarks = _read(row, first, values, chat, spoken)
         return Ranked(prompt, tuple(contents), scores, _written(row, prompt, spoken), remarks)
 
     kind = "a transcript of Human and Assistant" if spoken else "text prompt" if not chat else first
-    name = f"{responses} and {order.name}" if kind is None else f"{kind}, {responses} and {order.name}"
-    return AutoFormat(name, read, chat=chat, responses=responses)
+    name = f"{listed} and {order.name}" if kind is None else f"{kind}, {listed} and {order.name}"
+    return AutoFormat(name, read, chat=chat, listed=listed)
 
 
-# --- Single responses ----------------------------------------------------------------------------------------------
+# --- Single completions ----------------------------------------------------------------------------------------------
 
 
 def _labelled(row: Row, tag: str, chat: bool) -> AutoFormat | None:
@@ -197,13 +197,13 @@ def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:
     return read
 
 
-# --- Prompt and responses ------------------------------------------------------------------------------------------
+# --- Prompt and completions ------------------------------------------------------------------------------------------
 
 
 def _prompt_column(row: Row, values: Mapping[str, Any], first: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """Return the column of this row's prompt, None if its responses hold it, and `first` if that is unclear.
+    """Return the column of this row's prompt, None if its completions hold it, and `first` if that is unclear.
 
-    Messages that end with an answer are the prompt only if the responses belong to them, or if no other column fits.
+    Messages that end with an answer are the prompt only if the completions belong to them, or if no other column fits.
     """
     remarks: tuple[str, ...] = ()
     other = (isinstance(row.get("prompt"), str | list) and row["prompt"]) or all(map(_is_conversation, values.values()))
@@ -228,10 +228,10 @@ def _is_answered(row: Row, name: str) -> bool:
 
 
 def _agrees(row: Row, name: str, values: Mapping[str, Any]) -> bool:
-    """Return whether a conversation begins as those of the responses do, or ends with one of the answers."""
+    """Return whether a conversation begins as those of the completions do, or ends with one of the answers."""
     turns = [turn for turn in STANDARD.turns(row[name], name) if turn["role"] not in SYSTEM_ROLES]
-    for response, value in values.items():
-        own = [turn for turn in STANDARD.response(value, response) if turn["role"] not in SYSTEM_ROLES]
+    for completion, value in values.items():
+        own = [turn for turn in STANDARD.completion(value, completion) if turn["role"] not in SYSTEM_ROLES]
         at = 0 if _is_conversation(value) else -1
         if turns and own and same(turns[at], own[at]):
             return True
@@ -242,10 +242,10 @@ def _read(
     row: Row, first: str | None, values: Mapping[str, Any], chat: bool, spoken: bool
 ) -> tuple[Content, list[Content], tuple[str, ...]]:
     """Read a row as text, or with `chat` as messages, in which a prompt of text becomes a user turn."""
-    for response, value in values.items():
+    for completion, value in values.items():
         if not isinstance(value, str | list | Mapping):
             raise RowError(
-                f"{response} must be text or a list of messages, got {shown(value)}", "with a value of another type"
+                f"{completion} must be text or a list of messages, got {shown(value)}", "with a value of another type"
             )
     name, remarks = _prompt_column(row, values, first)
     prompt = _prompt(row, name, spoken)
@@ -262,7 +262,7 @@ def _read(
     if all(isinstance(value, str) for value in values.values()):
         values, more = as_answers(prompt, values)
         remarks += more
-    answers: list[Content] = [STANDARD.response(value, response) for response, value in values.items()]
+    answers: list[Content] = [STANDARD.completion(value, completion) for completion, value in values.items()]
     if isinstance(prompt, str) and all(map(_is_conversation, values.values())) and not _says(answers, prompt):
         prompt, remarks = [], (*remarks, OTHER_PROMPT)
     return with_system(row, as_turns(prompt)), answers, remarks

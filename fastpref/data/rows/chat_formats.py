@@ -29,12 +29,12 @@ def default(options: ChatOptions) -> Read:
 
 
 def last_turns(options: ChatOptions) -> Read:
-    """Take `chosen` without its last turn as the prompt, and the last turns as the responses."""
+    """Take `chosen` without its last turn as the prompt, and the last turns as the completions."""
     reader, write = _reader(options), _writing(options)
 
     def read(row: Row) -> Paired:
         prompt, chosen = reader.conversation(row, options.field_chosen)
-        rejected = reader.response(column(row, options.field_rejected), options.field_rejected)
+        rejected = reader.completion(column(row, options.field_rejected), options.field_rejected)
         remarks = other_turns(prompt, rejected)
         return Paired(with_system(row, prompt), chosen, rejected[-1:], write(row), remarks)
 
@@ -52,8 +52,8 @@ def default_unpaired(options: ChatOptions) -> Read:
             prompt, last = reader.conversation(row, messages, all_of_it=True)
             return Unpaired(with_system(row, prompt), last, good, write(row))
         asked = messages if row.get(messages) is not None else options.field_prompt
-        prompt, (response,), remarks = _read(row, asked, {completion: column(row, completion)}, reader)
-        return Unpaired(prompt, response, good, write(row), remarks)
+        prompt, (completion,), remarks = _read(row, asked, {completion: column(row, completion)}, reader)
+        return Unpaired(prompt, completion, good, write(row), remarks)
 
     return read
 
@@ -96,9 +96,10 @@ def _writing(options: ChatWriting) -> Callable[[Row], Writing]:
 def _read(
     row: Row, asked: str, values: Mapping[str, Any], reader: Reader
 ) -> tuple[list[Message], list[list[Message]], tuple[str, ...]]:
-    """Read a prompt of messages, or of text as one user turn, and its responses. Also returns remarks."""
+    """Read a prompt of messages, or of text as one user turn, and its completions. Also returns remarks."""
     prompt = as_content(column(row, asked), asked, reader)
     remarks: tuple[str, ...] = ()
     if all(isinstance(value, str) for value in values.values()):
         values, remarks = as_answers(prompt, values)
-    return with_system(row, as_turns(prompt)), [reader.response(value, name) for name, value in values.items()], remarks
+    completions = [reader.completion(value, name) for name, value in values.items()]
+    return with_system(row, as_turns(prompt)), completions, remarks

@@ -28,7 +28,7 @@ SINGLE: Columns = (("prompt",), ("completion",), ("label",))
 
 @dataclass(frozen=True)
 class NamedFormat:
-    """The readers of a named format for pairs and, if it supports them, single responses, and their columns.
+    """The readers of a named format for pairs and, if it supports them, single completions, and their columns.
 
     Each reader is a function of the format's options that returns a function from a row to its content.
     """

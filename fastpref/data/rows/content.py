@@ -1,4 +1,4 @@
-"""The content of a row of any format: a prompt with its responses, and how to write them as text."""
+"""The content of a row of any format: a prompt with its completions, and how to write them as text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Writing:
-    """Settings that determine how a prompt and its responses become text."""
+    """Settings that determine how a prompt and its completions become text."""
 
     chat_template: str | None = None
     """Jinja that replaces the tokenizer's chat template."""
@@ -25,7 +25,7 @@ class Writing:
     day: date | None = None
     """The date for chat templates that write it; None is today."""
     end: str | None = None
-    """The end token of a response of text, if its format writes one itself."""
+    """The end token of a completion of text, if its format writes one itself."""
 
 
 PLAIN = Writing()
@@ -45,7 +45,7 @@ class Paired:
     """The difference of rewards that the pair should have at least; None if the row has none."""
 
     @property
-    def responses(self) -> dict[str, Content]:
+    def by_name(self) -> dict[str, Content]:
         return {"chosen": self.chosen, "rejected": self.rejected}
 
 
@@ -59,7 +59,7 @@ class Unpaired:
     weight: float | None = None
 
     @property
-    def responses(self) -> dict[str, Content]:
+    def by_name(self) -> dict[str, Content]:
         return {"completion": self.completion}
 
 
@@ -75,7 +75,7 @@ class Ranked:
     weight: float | None = None
 
     @property
-    def responses(self) -> dict[str, Content]:
+    def by_name(self) -> dict[str, Content]:
         return {f"completion {at}": completion for at, completion in enumerate(self.completions)}
 
 
@@ -91,7 +91,7 @@ class RowError(ValueError):
 
 
 def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
-    """Split a pair into a good and a bad response."""
+    """Split a pair into a good and a bad completion."""
     return (
         Unpaired(pair.prompt, pair.chosen, True, pair.writing, pair.remarks, pair.weight),
         Unpaired(pair.prompt, pair.rejected, False, pair.writing, pair.remarks, pair.weight),

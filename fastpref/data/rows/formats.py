@@ -1,7 +1,7 @@
 """Find a format by its name: turn the value of `format` in a config into a function that reads rows.
 
-A format is a function from a row to a `Paired`, an `Unpaired` or a `Ranked` (content.py). Its prompt and responses are
-either text or lists of chat messages, which a chat template writes (template/render.py).
+A format is a function from a row to a `Paired`, an `Unpaired` or a `Ranked` (content.py). Its prompt and completions
+are either text or lists of chat messages, which a chat template writes (template/render.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -45,7 +45,7 @@ _FORMATS: dict[str, NamedFormat] = {
 def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | None:
     """Return the format that a config names, by a name or a table of `type` and options; None for "auto".
 
-    With `unpaired`, rows with a single response are read if the format supports them; pairs are still read as pairs.
+    With `unpaired`, rows with a single completion are read if the format supports them; pairs are still read as pairs.
     Raises ValueError as `parse_format`, UserError for a function or chat template that cannot be loaded.
     """
     name, options = parse_format(given)
@@ -87,8 +87,8 @@ def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
         names.append(f'{{ type = "chat_template.default", {field} = "{asked}" }}')
         if "system" not in texts:
             names.append(f'{{ field_prompt = "{asked}" }}')
-    elif (responses := next((name for name in LISTS if name in columns), None)) and columns & set(ORDERS):
-        names.append(f'{{ type = "chat_template.ranked", field_prompt = "{asked}", field_responses = "{responses}" }}')
+    elif (listed := next((name for name in LISTS if name in columns), None)) and columns & set(ORDERS):
+        names.append(f'{{ type = "chat_template.ranked", field_prompt = "{asked}", field_responses = "{listed}" }}')
     names += [
         f'"chatml.{name}"'
         for name, form in templates.FORMATS.items()

@@ -12,7 +12,7 @@ from fastpref.data.rows.content import Row, RowContent, RowError, shown
 from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError, one_line
 
-_RESULT = "prompt, chosen and rejected, or prompt, responses and scores, or prompt, completion and label"
+_RESULT = "prompt, chosen and rejected, or prompt, completions and scores, or prompt, completion and label"
 
 
 def load_function(name: str) -> Format:

@@ -41,15 +41,15 @@ class Reader:
             raise RowError(f"{name} must be text or a list of messages, got {shown(value)}", _WRONG_TYPE)
         return [self._turn(turn, name) for turn in value]
 
-    def response(self, value: Any, name: str) -> list[Message]:
+    def completion(self, value: Any, name: str) -> list[Message]:
         """Read the assistant's text, a message, or messages that end with the assistant's. Raises RowError."""
         if isinstance(value, str):
             return says(value)
         turns = self.turns([value] if isinstance(value, Mapping) else value, name)
         if turns and turns[-1]["role"] != "assistant":
             raise RowError(
-                f"{name} ends with a turn of role {turns[-1]['role']!r}; a response ends with the assistant's",
-                "whose response is not the assistant's",
+                f"{name} ends with a turn of role {turns[-1]['role']!r}; a completion ends with the assistant's",
+                "whose completion is not the assistant's",
             )
         return turns
 
@@ -58,7 +58,7 @@ class Reader:
 
         With `all_of_it`, split it before all assistant turns at its end.
         """
-        turns = self.response(column(row, name), name)
+        turns = self.completion(column(row, name), name)
         at = len(turns) - 1
         while all_of_it and at > 0 and turns[at - 1]["role"] == "assistant":
             at -= 1

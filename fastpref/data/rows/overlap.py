@@ -1,8 +1,8 @@
-"""Remove overlaps of prompt and responses, so that turns of the prompt are not repeated in a response.
+"""Remove overlaps of prompt and completions, so that turns of the prompt are not repeated in a completion.
 
 The rows of every format pass through `untangle`. Data sets write a conversation in many ways: with the prompt in its
-own column and again at the beginning of the responses, or with the chosen response in the prompt already. After
-`untangle` a prompt ends where the assistant is to answer, and a response begins with the answer.
+own column and again at the beginning of the completions, or with the chosen completion in the prompt already. After
+`untangle` a prompt ends where the assistant is to answer, and a completion begins with the answer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,35 +14,35 @@ from fastpref.data.rows.content import Content, Message, Ranked, RowContent, Row
 from fastpref.data.rows.messages import SYSTEM_ROLES, as_turns, says
 from fastpref.data.rows.parts import text_of
 
-MISREAD = "whose prompt and responses do not part"
+MISREAD = "whose prompt and completions do not part"
 _NO_PROMPT = "without a shared prompt"
-_SURE = 12  # bytes; a response does not begin with a prompt of this length by accident
+_SURE = 12  # bytes; a completion does not begin with a prompt of this length by accident
 _SENTENCE_ENDS = (".", "?", "!", ":", "。", "？", "！", "：")
 
-REPEATED = "the responses began with the whole prompt, which was dropped from them"
-ONE_REPEATED = "one of the responses alone begins with the whole prompt, which was left in it"
-PERHAPS_REPEATED = "the responses begin with the prompt, which was left in them: it is too short to tell from chance"
-ANSWERED = "the prompt ended with one of the responses, which was dropped from it"
+REPEATED = "the completions began with the whole prompt, which was dropped from them"
+ONE_REPEATED = "one of the completions alone begins with the whole prompt, which was left in it"
+PERHAPS_REPEATED = "the completions begin with the prompt, which was left in them: it is too short to tell from chance"
+ANSWERED = "the prompt ended with one of the completions, which was dropped from it"
 OTHER_PROMPT = "the text of the prompt is not in the conversations beside it, which were taken as they are"
 OTHER_QUESTION = "the first question of chosen is not that of the column prompt, which was taken"
 OTHER_TURNS = "before their last turns chosen and rejected differ, and only those of chosen were taken"
-OTHER_MESSAGES = "the messages are not what the responses answer, and were not read: the prompt is beside them"
+OTHER_MESSAGES = "the messages are not what the completions answer, and were not read: the prompt is beside them"
 OTHER_SYSTEM = "the system turn differs from that of the conversations, which was taken"
 
 
 def untangle(content: RowContent) -> RowContent:
-    """Remove the prompt from the responses. If the prompt is empty, use the turns that the responses share.
+    """Remove the prompt from the completions. If the prompt is empty, use the turns that the completions share.
 
-    Raises RowError for a prompt that ends with the assistant's turn, and for a response that begins with another
+    Raises RowError for a prompt that ends with the assistant's turn, and for a completion that begins with another
     speaker's turn which is not in the prompt: such rows are misread.
     """
-    names = list(content.responses)
-    prompt, given = content.prompt, list(content.responses.values())
-    if isinstance(prompt, str) and all(isinstance(response, str) for response in given):
-        texts = {name: str(response) for name, response in content.responses.items()}
+    names = list(content.by_name)
+    prompt, given = content.prompt, list(content.by_name.values())
+    if isinstance(prompt, str) and all(isinstance(completion, str) for completion in given):
+        texts = {name: str(completion) for name, completion in content.by_name.items()}
         answers, remarks = without_question(prompt, texts)
         return _with(content, prompt, list(answers.values()), remarks)
-    chats = [says(response) if isinstance(response, str) else response for response in given]
+    chats = [says(completion) if isinstance(completion, str) else completion for completion in given]
     turns, answers, remarks = _untangle_chat(as_turns(prompt), chats, names, of_text=isinstance(prompt, str))
     return _with(content, turns, answers, remarks)
 
@@ -104,9 +104,9 @@ def _calls(message: Message) -> list[Any]:
     return [call.get("function") for call in message.get("tool_calls") or []]
 
 
-def other_turns(prompt: Sequence[Message], response: Sequence[Message]) -> tuple[str, ...]:
-    """Return a remark if a response, whose last turn alone is taken, has other turns before it than the prompt."""
-    before, asked = (_split_system(list(turns))[1] for turns in (response[:-1], prompt))
+def other_turns(prompt: Sequence[Message], completion: Sequence[Message]) -> tuple[str, ...]:
+    """Return a remark if a completion, whose last turn alone is taken, has other turns before it than the prompt."""
+    before, asked = (_split_system(list(turns))[1] for turns in (completion[:-1], prompt))
     return (OTHER_TURNS,) if before and not _equal(before, asked) else ()
 
 
@@ -116,11 +116,11 @@ _Turns = list[Message]
 
 
 def _untangle_chat(
-    prompt: _Turns, responses: list[_Turns], names: list[str], *, of_text: bool
+    prompt: _Turns, completions: list[_Turns], names: list[str], *, of_text: bool
 ) -> tuple[_Turns, list[_Turns], tuple[str, ...]]:
     remarks: list[str] = []
     system, asked = _split_system(prompt)
-    systems, chats = zip(*(_split_system(response) for response in responses))
+    systems, chats = zip(*(_split_system(completion) for completion in completions))
     greeted = not asked and len(chats) > 1 and any(turn["role"] == "user" for turn in chats[0][: _shared(chats)])
     whole = [greeted or _is_whole(chat, asked) for chat in chats]
     if not asked and not any(whole):
@@ -137,14 +137,14 @@ def _untangle_chat(
     results = bool(asked[-1].get("tool_calls")) and all(answer and answer[0]["role"] == "tool" for answer in answers)
     if asked[-1]["role"] == "assistant" and not results:
         raise RowError(
-            "the prompt ends with the assistant's turn, and a response would be a second one after it; end the prompt "
-            "with the turn that is to be answered",
+            "the prompt ends with the assistant's turn, and a completion would be a second one after it; end the "
+            "prompt with the turn that is to be answered",
             MISREAD,
         )
     for name, answer in zip(names, answers):
         if answer and answer[0]["role"] not in ("assistant", "tool"):
             raise RowError(
-                f"{name} begins with a turn of role {answer[0]['role']!r}, and not as the prompt does; a response "
+                f"{name} begins with a turn of role {answer[0]['role']!r}, and not as the prompt does; a completion "
                 "begins with the assistant's turn, or repeats the prompt",
                 MISREAD,
             )
@@ -189,7 +189,7 @@ def _part(chats: list[_Turns], names: list[str]) -> tuple[_Turns, list[_Turns]]:
 
 
 def _no_prompt(names: list[str], single: str, kind: str) -> RowError:
-    """Return the error about a pair, or with the words `single` and its `kind` that about a single response."""
+    """Return the error about a pair, or with the words `single` and its `kind` that about a single completion."""
     if len(names) == 1:
         return RowError(f"{names[0]} {single}", kind)
     return RowError(f"{' and '.join(names)} do not begin with the same turn, so there is no prompt", _NO_PROMPT)
@@ -211,7 +211,7 @@ def _part_answers(
                 asked = asked[: -len(answer)]
                 remarks.append(ANSWERED)
                 break
-    if asked[-1].get("tool_calls"):  # all responses begin with the results of these calls
+    if asked[-1].get("tool_calls"):  # all completions begin with the results of these calls
         results = next((at for at, turns in enumerate(zip(*answers)) if turns[0]["role"] != "tool"), 0)
         results = min(results, _shared(answers))
         asked, answers = asked + answers[0][:results], [answer[results:] for answer in answers]
@@ -226,7 +226,7 @@ def _after_prompt(asked: _Turns, chat: _Turns) -> _Turns:
 
 
 def _is_whole(chat: _Turns, asked: _Turns) -> bool:
-    """Return whether a response contains its prompt: it begins with another speaker's turn, or with the prompt."""
+    """Return whether a completion contains its prompt: it begins with another speaker's turn, or with the prompt."""
     if not chat:
         return False
     again = bool(asked) and len(chat) > len(asked) and _begins(chat, asked)
@@ -255,7 +255,7 @@ def _shared(chats: Sequence[_Turns]) -> int:
 def _one_system(
     system: _Turns, systems: Sequence[_Turns], whole: Sequence[bool], names: list[str], remarks: list[str]
 ) -> _Turns:
-    """Return the system turns of the responses, or else those of the prompt. Raises RowError if responses differ."""
+    """Return the system turns of the completions, or else those of the prompt. Raises RowError if they differ."""
     own = next((turns for turns in systems if turns), None)
     if own is None:
         return system
@@ -286,7 +286,7 @@ def _is_blank(turn: Message) -> bool:
     return turn["role"] == "assistant" and not text_of(turn).strip() and set(turn) <= {"role", "content"}
 
 
-def _with(content: RowContent, prompt: Content, responses: Sequence[Content], remarks: tuple[str, ...]) -> RowContent:
+def _with(content: RowContent, prompt: Content, completions: Sequence[Content], remarks: tuple[str, ...]) -> RowContent:
     ranked = isinstance(content, Ranked)
-    answers: dict[str, Any] = {"completions": tuple(responses)} if ranked else dict(zip(content.responses, responses))
+    answers: dict[str, Any] = {"completions": tuple(completions)} if ranked else dict(zip(content.by_name, completions))
     return replace(content, prompt=prompt, **answers, remarks=tuple(dict.fromkeys((*content.remarks, *remarks))))

@@ -26,16 +26,16 @@ def render(
     row with a list of completions, {"prompt", "completions", "scores"}; with "weight" and "margin" if the row has them.
 
     `format` and its `options` are those of [[data]] (docs/data.md). Formats that make messages need a `tokenizer` for
-    its chat template; a response is then the text after the part that it shares with the prompt, up to its end token.
-    `unpaired` reads single responses (KTO), where a format supports both. Raises UserError for a row that is not of the
-    format.
+    its chat template; a completion is then the text after the part that it shares with the prompt, up to its end token.
+    `unpaired` reads single completions (KTO), where a format supports both. Raises UserError for a row that is not of
+    the format.
     """
     form = choose(row, _with(format, options), unpaired=unpaired)
     try:
         content = form.read(row)
         if unpaired and isinstance(content, Paired):
-            raise UserError("the row is a pair, two single responses for KTO; render it with unpaired=False")
-        prompt, responses = _texts(content, tokenizer)
+            raise UserError("the row is a pair, two single completions for KTO; render it with unpaired=False")
+        prompt, completions = _texts(content, tokenizer)
     except RowError as error:
         message = str(error)
         if error.kind == MISSING_COLUMN:
@@ -43,9 +43,9 @@ def render(
         raise UserError(message) from None
     texts: dict[str, Any] = {"prompt": prompt}
     if isinstance(content, Ranked):
-        texts |= {"completions": responses, "scores": list(content.scores)}
+        texts |= {"completions": completions, "scores": list(content.scores)}
     else:
-        texts |= zip(content.responses, responses)
+        texts |= zip(content.by_name, completions)
     others = {name: getattr(content, name, None) for name in ("label", WEIGHT, MARGIN)}
     return texts | {name: value for name, value in others.items() if value is not None}
 
@@ -70,7 +70,7 @@ def _with(format: str | Mapping[str, Any], options: Mapping[str, Any]) -> str | 
 
 def _texts(content: RowContent, tokenizer: "PreTrainedTokenizerBase | None") -> tuple[str, list[str]]:
     if isinstance(content.prompt, str):
-        return content.prompt, [str(response) for response in content.responses.values()]
+        return content.prompt, [str(completion) for completion in content.by_name.values()]
     if tokenizer is None:
         raise UserError("the row is a chat; give the tokenizer whose chat template writes it, tokenizer=...")
     from fastpref.data.template.render import common, write
@@ -81,7 +81,7 @@ def _texts(content: RowContent, tokenizer: "PreTrainedTokenizerBase | None") -> 
     return prompt[:shared], [_to_end(text[shared:], tuple(special)) for text in full]
 
 
-def _to_end(response: str, special: tuple[str, ...]) -> str:
+def _to_end(completion: str, special: tuple[str, ...]) -> str:
     """Remove the line end that a template writes after the end token."""
-    stripped = response.rstrip()
-    return stripped if special and stripped.endswith(special) else response
+    stripped = completion.rstrip()
+    return stripped if special and stripped.endswith(special) else completion

@@ -103,7 +103,7 @@ def _last_answers(template: Template, row: Row, prompt: list[Message], chosen: l
     return replace(content, remarks=(*content.remarks, *other_turns(chosen[:-1], rejected)))
 
 
-# --- Single responses ----------------------------------------------------------------------------------------------
+# --- Single completions ----------------------------------------------------------------------------------------------
 
 
 def completion_after(prompt: str) -> ReadUnpaired:
@@ -116,7 +116,7 @@ def argilla_chat_completion(template: Template, row: Row) -> Unpaired:
 
 
 def _after(question: str, paired: ReadPaired | None = None) -> NamedFormat:
-    """Return a format of pairs and of single responses whose question is in one column."""
+    """Return a format of pairs and of single completions whose question is in one column."""
     columns, single_columns = ((question,), *PAIR[1:]), ((question,), *SINGLE[1:])
     return NamedFormat(paired or pairs_after(question), columns, completion_after(question), single_columns)
 
@@ -221,9 +221,9 @@ def _asked(row: Row, question: str) -> list[Message]:
 
 
 def _turns(row: Row, name: str) -> list[Message]:
-    turns = STANDARD.response(column(row, name), name)
+    turns = STANDARD.completion(column(row, name), name)
     if not turns:
-        raise RowError(f"{name} is empty", "with an empty response")
+        raise RowError(f"{name} is empty", "with an empty completion")
     return turns
 
 

@@ -1,4 +1,4 @@
-"""Find the token that ends a response, and ensure that it stands there exactly once."""
+"""Find the token that ends a completion, and ensure that it stands there exactly once."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ _MESSAGE_ENDS = ("<|eom_id|>",)  # templates write it if a keyword asks for it
 
 @dataclass(frozen=True)
 class End:
-    """The token that ends a response, and the tokens that count as an end if the response has one already."""
+    """The token that ends a completion, and the tokens that count as an end if the completion has one already."""
 
     token: int
     known: frozenset[int]
@@ -27,7 +27,7 @@ class End:
 
 
 class EndTokens:
-    """Finds the end of responses once for each writing."""
+    """Finds the end of completions once for each writing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -41,17 +41,18 @@ class EndTokens:
         self._blank: dict[int, bool] = {}
 
     def of(self, content: RowContent) -> End:
-        """Return the end of responses: for text its own end or EOS, for chats the template's token after an answer."""
+        """Return the end of completions: for text its own end or EOS, for chats the template's token after one."""
         chat = not isinstance(content.prompt, str)
         key = chat, key_of(content.writing) if chat else content.writing.end
         if key not in self._found:
             self._found[key] = self._find(chat, content.writing)
         return self._found[key]
 
-    def of_response(self, end: End, response: Content, ids: Ids) -> End:
-        """Return the end of this response of a chat: the token with which the template ends its last message.
+    def of_completion(self, end: End, completion: Content, ids: Ids) -> End:
+        """Return the end of this completion of a chat: the token with which the template ends its last message.
 
-        Tool calls may end with another token than words do. `ids` are those of the response as the template writes it.
+        Tool calls may end with another token than words do. `ids` are those of the completion as the template writes
+        it.
         """
         ends = list[int]()  # from the last token backwards
         for token in reversed(ids):
@@ -59,11 +60,11 @@ class EndTokens:
                 ends.append(token)
             elif not self._is_blank(token):
                 break
-        if not ends or end.token in ends or isinstance(response, str):
+        if not ends or end.token in ends or isinstance(completion, str):
             return end
         known = [token for token in ends if token in end.known]
         last = (known or ends)[-1]
-        words = response[-1].get("content")
+        words = completion[-1].get("content")
         of_data = isinstance(words, str) and words.rstrip().endswith(str(self._tokenizer.decode([last])).strip())
         return end if of_data else replace(end, token=last, known=end.known | set(known or ends))
 
@@ -72,7 +73,7 @@ class EndTokens:
         return [str(self._tokenizer.decode([token])) for token in sorted(end.known)]
 
     def ended(self, ids: Ids, end: End) -> Ids:
-        """Return the response with one end token: remove further ones and white space after it, add a missing one."""
+        """Return the completion with one end token: remove further ones and white space after it, add a missing one."""
         words = len(ids)
         while words and (ids[words - 1] in end.known or self._is_blank(ids[words - 1])):
             words -= 1
@@ -102,7 +103,7 @@ class EndTokens:
         """Return the special token that the chat template writes after an answer, and whether it writes text
         there instead.
 
-        If there are several (Cohere's end of a response and of a turn), return the last one that is also there when
+        If there are several (Cohere's end of a completion and of a turn), return the last one that is also there when
         more turns follow. A token that ends the whole text (Phi's) is not.
         """
         words = {"role": "assistant", "content": _MARK}

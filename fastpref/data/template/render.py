@@ -13,7 +13,7 @@ from fastpref.data.template.keywords import key_of, keywords_of, on_day
 from fastpref.data.template.traits import for_template, template_of
 from fastpref.errors import UserError
 
-Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each response
+Written = tuple[str, list[str]]  # the text of the prompt, and of the prompt with each completion
 # The exceptions with which a template refuses messages.
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError)
 _DEVELOPER = re.compile(r"['\"]developer['\"]")
@@ -51,7 +51,7 @@ def _write_chats(chats: Sequence[RowContent], tokenizer: PreTrainedTokenizerBase
     for chat in chats:
         prompt: Any = chat.prompt
         (others if _answered(prompt) else asked).append(prompt)
-        others += [[*prompt, *response] for response in _turns(chat)]
+        others += [[*prompt, *completion] for completion in _turns(chat)]
     to_answer = iter(_apply_all(tokenizer, asked, writing, generation_prompt=True))
     written = iter(_apply_all(tokenizer, others, writing, generation_prompt=False))
     return [
@@ -61,34 +61,34 @@ def _write_chats(chats: Sequence[RowContent], tokenizer: PreTrainedTokenizerBase
 
 
 def write(content: RowContent, tokenizer: PreTrainedTokenizerBase) -> Written:
-    """Return the text of the prompt, and of the prompt with each response.
+    """Return the text of the prompt, and of the prompt with each completion.
 
-    Text is joined, without a BOS before the response. Messages are written by the chat template, the prompt with its
+    Text is joined, without a BOS before the completion. Messages are written by the chat template, the prompt with its
     generation prompt unless it ends with an assistant's turn. Raises RowError for rows that the template refuses,
     UserError if there is no template.
     """
     prompt = content.prompt
     if isinstance(prompt, str):
         bos = str(tokenizer.bos_token or "")
-        return prompt, [prompt + _without(bos, str(response)) for response in content.responses.values()]
+        return prompt, [prompt + _without(bos, str(completion)) for completion in content.by_name.values()]
     if template_of(tokenizer, content.writing) is None:
         raise UserError("the row is a chat, and the tokenizer has no chat template; set tokens.chat_template")
     try:
         alone = apply(tokenizer, prompt, content.writing, generation_prompt=not _answered(prompt))
-        full = [apply(tokenizer, [*prompt, *response], content.writing) for response in _turns(content)]
+        full = [apply(tokenizer, [*prompt, *completion], content.writing) for completion in _turns(content)]
     except REFUSALS as error:
         message = f"the chat template refuses this row: {error}{_hint(str(error).lower(), prompt, _turns(content))}"
         raise RowError(message, "refused by the chat template") from None
     return alone, full
 
 
-def _hint(refusal: str, prompt: list[Message], responses: Sequence[list[Message]]) -> str:
+def _hint(refusal: str, prompt: list[Message], completions: Sequence[list[Message]]) -> str:
     """Return a hint to add to a template's message: what to do, or the roles of the row."""
     if "system" in refusal:
         return "; put the words of its system turn into the first question"
     if "role" not in refusal:
         return ""
-    roles = list(dict.fromkeys(", ".join(turn["role"] for turn in [*prompt, *response]) for response in responses))
+    roles = list(dict.fromkeys(", ".join(turn["role"] for turn in [*prompt, *turns]) for turns in completions))
     return f"; the roles of this row's turns are {' or '.join(roles)}"
 
 
@@ -147,15 +147,15 @@ def common(a: str, b: str) -> int:
 
 
 def _answered(prompt: Any) -> bool:
-    """Return whether the prompt ends with an assistant turn, which the response continues."""
+    """Return whether the prompt ends with an assistant turn, which the completion continues."""
     return prompt[-1]["role"] == "assistant"
 
 
 def _turns(chat: RowContent) -> list[list[Message]]:
-    return [response for response in chat.responses.values() if isinstance(response, list)]
+    return [completion for completion in chat.by_name.values() if isinstance(completion, list)]
 
 
-def _without(bos: str, response: str) -> str:
-    while bos and response.startswith(bos):
-        response = response.removeprefix(bos)
-    return response
+def _without(bos: str, completion: str) -> str:
+    while bos and completion.startswith(bos):
+        completion = completion.removeprefix(bos)
+    return completion

@@ -26,7 +26,7 @@ _GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class TextRecord:
-    """The way in which the rows of a run became text, and the tokens that ended its responses."""
+    """The way in which the rows of a run became text, and the tokens that ended its completions."""
 
     chat_template: str | dict[str, str] | None
     """The tokenizer's, tokens.chat_template, or that of all sources: Jinja, or several by their names."""
@@ -35,7 +35,7 @@ class TextRecord:
     day: date
     """The date that chat templates wrote."""
     ends: Mapping[str, int]
-    """The tokens that ended training responses, with their ids."""
+    """The tokens that ended training completions, with their ids."""
 
     def to_json(self) -> str:
         return json.dumps(vars(self) | {"day": self.day.isoformat()}, indent=1, ensure_ascii=False) + "\n"

@@ -90,7 +90,7 @@ def detected(row: dict[str, Any]) -> AutoFormat:
 
 @pytest.mark.parametrize(("row", "name", "content"), ROWS.values(), ids=ROWS)
 def test_a_rows_columns_say_its_format(row: dict[str, Any], name: str, content: Paired | Unpaired):
-    """`detect` names the format of the columns and their types, and reading gives the prompt and its responses."""
+    """`detect` names the format of the columns and their types, and reading gives the prompt and its completions."""
     form = detected(row)
     assert form.name == name
     assert form.read(row) == content
@@ -178,9 +178,9 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good ro
         "messages has a turn of role 'assistant' without content",
     ),
     "an empty prompt of messages": (GOOD[0], {"prompt": []}, "prompt is empty"),
-    "a missing response": (GOOD[1], {"chosen": None}, "chosen is missing"),
+    "a missing completion": (GOOD[1], {"chosen": None}, "chosen is missing"),
     "a missing prompt": (GOOD[1], {"prompt": None}, "prompt is missing (null)"),
-    "a response that is a number": (GOOD[1], {"rejected": 3}, "rejected must be text or a list of messages, got 3"),
+    "a completion that is a number": (GOOD[1], {"rejected": 3}, "rejected must be text or a list of messages, got 3"),
     "nothing shared": (
         GOOD[2], {"rejected": [SYSTEM, NO]},
         "chosen and rejected do not begin with the same turn, so there is no prompt",
@@ -190,7 +190,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # a good ro
     ),
     "labelled messages that end with the user": (
         LABELLED, {"messages": [USER, YES, USER]},
-        "messages ends with a turn of role 'user'; a response ends with the assistant's",
+        "messages ends with a turn of role 'user'; a completion ends with the assistant's",
     ),
     "labelled messages of one turn": (
         LABELLED, {"messages": [YES]}, "messages must end with an assistant turn that answers something before it",
@@ -231,7 +231,7 @@ def test_anything_else_is_no_label(value: Any):
         read_label(value)
 
 
-def test_a_pair_is_a_good_and_a_bad_response():
+def test_a_pair_is_a_good_and_a_bad_completion():
     """A pair becomes two rows with the same prompt: chosen is true and rejected is false."""
     assert unpair(PAIR) == (Unpaired("q", "yes", True), Unpaired("q", "no", False))
     assert unpair(CHAT) == (Unpaired([USER], [YES], True), Unpaired([USER], [NO], False))

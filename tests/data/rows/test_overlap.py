@@ -1,4 +1,4 @@
-"""All spellings of one conversation are read the same way: the prompt is the question, a response is the answer."""
+"""All spellings of one conversation are read the same way: the prompt is the question, a completion is the answer."""
 
 import json
 import tomllib
@@ -95,7 +95,7 @@ PAIRS: dict[str, Any] = {  # prompt → row
         "messages": [*p, says(YES)], "chosen": [*p, says(YES)], "rejected": NO,
     },
     "messages end with an empty answer": lambda p: {"messages": [*p, says("")], "chosen": YES, "rejected": NO},
-    "one response whole, the other an answer": lambda p: {
+    "one completion whole, the other an answer": lambda p: {
         "prompt": p, "chosen": [*p, says(YES)], "rejected": [says(NO)],
     },
     "only the last question is repeated": lambda p: {
@@ -164,7 +164,7 @@ PAIRS: dict[str, Any] = {  # prompt → row
         "chosen": hh([*body(p), says(YES)]), "rejected": hh([*body(p), says(NO)]),
     },
 }  # fmt: skip
-SINGLES: dict[str, Any] = {  # prompt → row with a bad response, without its label
+SINGLES: dict[str, Any] = {  # prompt → row with a bad completion, without its label
     "prompt of messages": lambda p: {"prompt": p, "completion": [says(NO)]},
     "text": lambda p: {"prompt": p, "completion": NO},
     "messages": lambda p: {"messages": [*p, says(NO)]},
@@ -222,10 +222,10 @@ def test_every_spelling_of_a_pair_has_the_same_tokens(tmp_path: Path, spelling: 
 @pytest.mark.parametrize("tag", [{"label": False}, {"kto_tag": False}, {"label": "false"}, {"kto_tag": 0}], ids=str)
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("spelling", SINGLES)
-def test_every_spelling_of_a_single_response_has_the_same_tokens(
+def test_every_spelling_of_a_single_completion_has_the_same_tokens(
     tmp_path: Path, spelling: str, asked: str, tag: dict[str, Any]
 ):
-    """This holds for KTO's single responses too, whose label column has several names."""
+    """This holds for KTO's single completions too, whose label column has several names."""
     turns = ASKED[asked]
     row = SINGLES[spelling](turns)
     if spelling.startswith("LLaMA-Factory"):
@@ -265,20 +265,20 @@ def test_marks_of_turns_do_not_tell_them_apart():
     assert prompts == [[user(), thought, user()], [user()]]
 
 
-def test_results_that_responses_begin_with_belong_to_the_prompt():
-    """Tool results with which both responses begin belong to the prompt; if they differ, the responses keep them."""
+def test_results_that_completions_begin_with_belong_to_the_prompt():
+    """Tool results with which both completions begin belong to the prompt; different ones are kept."""
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     result, other = {"role": "tool", "content": "4"}, {"role": "tool", "content": "5"}
     row = {"prompt": [user(), call], "chosen": [result, says(YES)], "rejected": [result, says(NO)]}
     content = read(row)
     assert content.prompt == [user(), call, result]
-    assert content.responses == {"chosen": [says(YES)], "rejected": [says(NO)]}
+    assert content.by_name == {"chosen": [says(YES)], "rejected": [says(NO)]}
     row["rejected"] = [other, says(NO)]
-    assert read(row).responses["rejected"] == [other, says(NO)]
+    assert read(row).by_name["rejected"] == [other, says(NO)]
 
 
-def test_messages_beside_a_prompt_are_read_if_the_responses_are_of_them():
-    """Messages next to a prompt are read if they contain the responses; else they are ignored, with a remark."""
+def test_messages_beside_a_prompt_are_read_if_the_completions_are_of_them():
+    """Messages next to a prompt are read if they contain the completions; else they are ignored, with a remark."""
     row = {"prompt": Q, "messages": [SYSTEM, *EARLIER, user(), says(YES)], "chosen": YES, "rejected": NO}
     assert read(row).prompt == [SYSTEM, *EARLIER, user()]
     row["messages"] = [user("Name a lake."), says("Lake Chad.")]
@@ -315,7 +315,7 @@ NAMED: dict[str, tuple[Any, bool]] = {  # row of the named format, and whether i
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("name", NAMED)
 def test_named_formats_drop_what_is_repeated(name: str, asked: str):
-    """Named formats remove the prompt from the responses too."""
+    """Named formats remove the prompt from the completions too."""
     row, all_turns = NAMED[name]
     turns = ASKED[asked] if all_turns else [turn for turn in ASKED[asked] if turn == SYSTEM or turn["content"] == Q]
     made = render(row(ASKED[asked]), name, tokenizer=chatml())
@@ -330,12 +330,12 @@ def test_a_function_of_ones_own_is_read_so_too(tmp_path: Path):
     row = {"p": [user()], "c": [user(), says(YES)], "r": [user(), says(NO)]}
     made = prepared(tmp_path, [row], format=f"{tmp_path}/mine.py:read")
     assert made.train[0].content.prompt == [user()]
-    assert made.train[0].content.responses == {"chosen": [says(YES)], "rejected": [says(NO)]}
+    assert made.train[0].content.by_name == {"chosen": [says(YES)], "rejected": [says(NO)]}
 
 
 # --- Text ----------------------------------------------------------------------------------------------------------
 
-TEXTS: dict[str, tuple[tuple[str, str, str], tuple[str, str], tuple[str, ...]]] = {  # row, responses, remarks
+TEXTS: dict[str, tuple[tuple[str, str, str], tuple[str, str], tuple[str, ...]]] = {  # row, completions, remarks
     "repeated": ((Q, f"{Q} {YES}", f"{Q} {NO}"), (f" {YES}", f" {NO}"), (overlap.REPEATED,)),
     "repeated before a line end": (("Q: a lake?\nA:", "Q: a lake?\nA: Chad", "Q: a lake?\nA: No"), (" Chad", " No"),
                                    (overlap.REPEATED,)),
@@ -357,16 +357,16 @@ TEXTS: dict[str, tuple[tuple[str, str, str], tuple[str, str], tuple[str, ...]]] 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "responses", "remarks"), TEXTS.values(), ids=TEXTS)
-def test_a_text_prompt_is_dropped_if_every_response_begins_with_it(
-    row: tuple[str, str, str], responses: tuple[str, str], remarks: tuple[str, ...]
+@pytest.mark.parametrize(("row", "completions", "remarks"), TEXTS.values(), ids=TEXTS)
+def test_a_text_prompt_is_dropped_if_every_completion_begins_with_it(
+    row: tuple[str, str, str], completions: tuple[str, str], remarks: tuple[str, ...]
 ):
-    """The whole prompt is removed if both responses begin with it and go on; one or two words get a remark."""
+    """The whole prompt is removed if both completions begin with it and go on; one or two words get a remark."""
     content = read(dict(zip(("prompt", "chosen", "rejected"), row)))
-    assert (content.prompt, tuple(content.responses.values())) == (row[0], responses)
+    assert (content.prompt, tuple(content.by_name.values())) == (row[0], completions)
     assert content.remarks == remarks
     assert render(dict(zip(("prompt", "chosen", "rejected"), row)), "passthrough") == {
-        "prompt": row[0], "chosen": responses[0], "rejected": responses[1]
+        "prompt": row[0], "chosen": completions[0], "rejected": completions[1]
     }  # fmt: skip
 
 
@@ -486,7 +486,7 @@ def test_a_misread_row_is_an_error_and_can_be_left_out(tmp_path: Path, row: Row,
     assert len(prepared(tmp_path, [good, row], on_error="drop").train) == 1
 
 
-def test_single_responses_that_are_misread(tmp_path: Path):
+def test_single_completions_that_are_misread(tmp_path: Path):
     for row, message in (
         ({"prompt": [user(), says("x")], "completion": NO}, "the prompt ends with the assistant's turn"),
         ({"prompt": [user("x")], "completion": [user(), says(NO)]}, "completion begins with a turn of role 'user'"),

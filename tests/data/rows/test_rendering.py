@@ -1,4 +1,4 @@
-"""Every named format, option and template: each row gives exactly the expected text, of which exactly the response is
+"""Every named format, option and template: each row gives exactly the expected text, of which exactly the completion is
 scored.
 
 The scored tokens are those of a micro-batch, after real tokenizing and collating.
@@ -47,10 +47,9 @@ EVERY_FAMILY = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 def scored(
     row: dict[str, Any], format: Any, tokenizer: PreTrainedTokenizerBase, *, unpaired: bool = False, **options: Any
 ) -> list[str]:
-    """Return the prompt and each response as the model sees them: first the tokens that are not scored, then those that
-    are.
+    """Return the prompt and each completion as the model sees them: first what is not scored, then what is.
 
-    All turns of a response are scored, so that none is missing here; test_turns.py tests whose turns are scored.
+    All turns of a completion are scored, so that none is missing here; test_turns.py tests whose turns are scored.
     """
     content = choose(row, {"type": format, **options} if options else format, unpaired=unpaired).read(row)
     examples, _ = tokenize([SourceRow(content, "row")], tokenizer, TokensConfig(score="all"))
@@ -142,7 +141,7 @@ EVERY_TEMPLATE = pytest.mark.parametrize("family", WRITTEN)
 @EVERY_TEMPLATE
 @pytest.mark.parametrize(("name", "row", "prompt"), PAIRS.values(), ids=PAIRS)
 def test_pairs_in_fixed_templates(family: str, name: str, row: dict[str, Any], prompt: list[dict[str, Any]]):
-    """All turns have the family's markers, without BOS or anything after the end; the response and its end are scored.
+    """All turns have the family's markers, without BOS or anything after the end, and completion and end are scored.
 
     Tokenizing adds BOS if the tokenizer begins every text with one.
     """
@@ -156,10 +155,10 @@ def test_pairs_in_fixed_templates(family: str, name: str, row: dict[str, Any], p
 @EVERY_TEMPLATE
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize(("name", "row", "prompt"), SINGLES.values(), ids=SINGLES)
-def test_single_responses_in_fixed_templates(
+def test_single_completions_in_fixed_templates(
     family: str, name: str, row: dict[str, Any], prompt: list[dict[str, Any]], label: bool
 ):
-    """This holds for KTO's single responses too, with the label."""
+    """This holds for KTO's single completions too, with the label."""
     turn, generation, end, make, bos = WRITTEN[family]
     text = "".join(turn(each["role"], each["content"]) for each in prompt) + generation
     row = {**row, "label": label}
@@ -169,19 +168,19 @@ def test_single_responses_in_fixed_templates(
 
 @pytest.mark.parametrize("name", sorted({f"{family}.{name}" for family in WRITTEN for name, _, _ in PAIRS.values()}))
 def test_pairs_given_to_kto_in_any_format(name: str):
-    """A format for single responses still reads rows that are pairs as pairs."""
+    """A format for single completions still reads rows that are pairs as pairs."""
     row = next(row for short, row, _ in PAIRS.values() if name.endswith(f".{short}"))
     paired, single = (find_format(name, unpaired=unpaired) for unpaired in (False, True))
     assert paired is not None
     assert single is not None
     assert single.read(row) == paired.read(row)
-    with pytest.raises(UserError, match=r"^the row is a pair, two single responses for KTO"):
+    with pytest.raises(UserError, match=r"^the row is a pair, two single completions for KTO"):
         render(row, name, unpaired=True)
 
 
 @pytest.mark.parametrize("name", ["passthrough", "table", "chatml.prompt_pairs"])
-def test_a_completion_is_a_single_response_whatever_is_beside_it(name: str):
-    """For KTO, a row with a completion is a single response, even if it has a column `chosen`."""
+def test_a_completion_is_a_single_completion_whatever_is_beside_it(name: str):
+    """For KTO, a row with a completion is a single completion, even if it has a column `chosen`."""
     row = {"prompt": Q, "completion": YES, "label": False, "chosen": "x", "rejected": "y"}
     made = render(row, name, unpaired=True)
     assert str(made["completion"]).startswith(YES)
@@ -190,7 +189,7 @@ def test_a_completion_is_a_single_response_whatever_is_beside_it(name: str):
 
 
 RANKED = [{"answer": f"of rank {rank}", "rank": rank} for rank in (3, 1, 7, 2)]
-TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prompt and responses
+TEXTS: dict[str, tuple[Any, dict[str, Any], list[str]]] = {  # format, row, prompt and completions
     "passthrough": (
         "passthrough", {"prompt": "Q: ", "chosen": " yes\n", "rejected": "no", "system": "s"}, ["Q: ", " yes\n", "no"],
     ),
@@ -261,7 +260,7 @@ def test_single_text(format: str):
     assert scored(row, format, plain(), unpaired=True) == [f"<s>{Q}", " yes</s>"]
 
 
-def test_a_table_of_single_responses():
+def test_a_table_of_single_completions():
     """field_completion, field_label and completion_format are the table's options for KTO."""
     row = {"q": Q, "a": YES, "good": "False", "rules": S}
     options = {"field_prompt": "q", "field_completion": "a", "field_label": "good", "field_system": "rules"}
@@ -295,11 +294,11 @@ def im(*words: str) -> str:
 
 @dataclass(frozen=True)
 class Chat:
-    """A row, and the prompt and responses that a Qwen 3 reads."""
+    """A row, and the prompt and completions that a Qwen 3 reads."""
 
     row: dict[str, Any]
     prompt: str
-    responses: tuple[str, str] = (YES, NO)
+    completions: tuple[str, str] = (YES, NO)
     options: dict[str, Any] = field(default_factory=dict)
     name: str = "chat_template.default"
 
@@ -314,7 +313,7 @@ CHATS: dict[str, Chat] = {
     "system column beside a system turn": Chat(
         {"system": "Other.", "messages": [system(S), user(Q)], **ANSWERS}, SYSTEM_Q
     ),
-    "every turn of a response": Chat(
+    "every turn of a completion": Chat(
         {"messages": [user("q")], "chosen": [says("a"), user("b"), says("c")], "rejected": NO}, im("user", "q"),
         ("a<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\nc", "no"),
     ),
@@ -343,7 +342,7 @@ CHATS: dict[str, Chat] = {
         },
         SYSTEM_Q, options={"field_messages": "conversations"},
     ),
-    "tool calls and reasoning in a response": Chat(
+    "tool calls and reasoning in a completion": Chat(
         {
             "messages": [user("Weather?")],
             "chosen": {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "look", "content": None},
@@ -401,9 +400,9 @@ SINGLE_CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
 def test_chats(chat: Chat):
-    """The chat template writes messages with everything that it reads; a response ends with its end-of-turn token."""
+    """The chat template writes messages with everything that it reads; a completion ends with its end-of-turn token."""
     tokenizer = trained_chatml()
-    wanted = [chat.prompt, *(f"{text}<|im_end|>" for text in chat.responses)]
+    wanted = [chat.prompt, *(f"{text}<|im_end|>" for text in chat.completions)]
     assert values(render(chat.row, chat.name, tokenizer=tokenizer, **chat.options)) == wanted
     assert scored(chat.row, chat.name, tokenizer, **chat.options) == wanted
 
@@ -411,7 +410,7 @@ def test_chats(chat: Chat):
 @pytest.mark.parametrize(("options", "row", "texts"), SINGLE_CHATS.values(), ids=SINGLE_CHATS)
 @pytest.mark.parametrize("label", [True, False])
 def test_single_chats(options: dict[str, Any], row: dict[str, Any], texts: list[str], label: bool):
-    """The response is the last turn of messages, or a completion after them or after a prompt."""
+    """The completion is the last turn of messages, or a completion after them or after a prompt."""
     tokenizer, row = trained_chatml(), {**row, "label": label}
     wanted = [texts[0], f"{texts[1]}<|im_end|>"]
     made = render(row, "chat_template.default", tokenizer=tokenizer, unpaired=True, **options)
@@ -537,21 +536,21 @@ def test_chats_need_a_tokenizer():
         render(row, "chat_template.default", tokenizer=tokenizer)
 
 
-# --- Misleading responses ------------------------------------------------------------------------------------------
+# --- Misleading completions ------------------------------------------------------------------------------------------
 
-RESPONSES = [
+COMPLETIONS = [
     "a", "u", "user", "assistant", "model", " yes", "  yes", "\nyes", "\n\nyes", "yes\n", "yes ", "\tyes", "?",
     "What?", "<think>", "<|user|>", "<|im_start|>", "user\nWhat?", "</s>", "é", "🎉", "日本", "{{ x }}", "{prompt}",
     "▁",
 ]  # fmt: skip
 
 
-def joined(tokenizer: PreTrainedTokenizerBase, made: dict[str, Any], response: str) -> str:
-    """Return prompt and response as one text with BOS and an end, which is EOS if the response has no end."""
+def joined(tokenizer: PreTrainedTokenizerBase, made: dict[str, Any], completion: str) -> str:
+    """Return prompt and completion as one text with BOS and an end, which is EOS if the completion has no end."""
     special = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
     begins_with_bos = tokenizer.bos_token is None or made["prompt"].startswith(str(tokenizer.bos_token))
     bos = "" if begins_with_bos else str(tokenizer.bos_token)
-    return bos + made["prompt"] + response + ("" if response.endswith(special) else str(tokenizer.eos_token))
+    return bos + made["prompt"] + completion + ("" if completion.endswith(special) else str(tokenizer.eos_token))
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -564,25 +563,26 @@ def trims(make: Make, name: str) -> bool:
 
 
 CASES = [
-    (make, name, response)
+    (make, name, completion)
     for make in FAMILIES.values()
     for name in ("chat_template.default", "chatml.prompt_pairs", "passthrough")
-    for response in RESPONSES
-    if (response.strip() or not trims(make, name)) and (make is not trained_gemma or "▁" not in response)  # is a space
+    for completion in COMPLETIONS
+    if completion.strip() or not trims(make, name)
+    if make is not trained_gemma or "▁" not in completion  # is a space
 ]
 
 
-@pytest.mark.parametrize(("make", "name", "response"), CASES)
-def test_whatever_a_response_is_it_alone_is_scored(make: Make, name: str, response: str):
-    """The response and its end are scored, even if it is one letter, a template's words or markers, or has white space
+@pytest.mark.parametrize(("make", "name", "completion"), CASES)
+def test_whatever_a_completion_is_it_alone_is_scored(make: Make, name: str, completion: str):
+    """The completion and its end are scored, even if it is one letter, a template's words or markers, or has space
     at its ends.
 
-    A token of the prompt's last letters and the response's first ones is scored too. Llama 3's and Gemma's templates
-    trim a response.
+    A token of the prompt's last letters and the completion's first ones is scored too. Llama 3's and Gemma's templates
+    trim a completion.
     """
     tokenizer = make()
-    words = response.strip() if trims(make, name) else response
-    row = {"messages" if name.startswith("chat_") else "prompt": Q, "chosen": response, "rejected": "another"}
+    words = completion.strip() if trims(make, name) else completion
+    row = {"messages" if name.startswith("chat_") else "prompt": Q, "chosen": completion, "rejected": "another"}
     made = render(row, name, tokenizer=tokenizer)
     prompt, chosen, rejected = scored(row, name, tokenizer)
     whole = joined(tokenizer, made, "").removesuffix(str(tokenizer.eos_token))
@@ -596,8 +596,8 @@ def test_whatever_a_response_is_it_alone_is_scored(make: Make, name: str, respon
 
 
 @EVERY_FAMILY
-def test_the_templates_own_markers_in_a_response(make: Make):
-    """A response with turns of the template keeps them, and only its last end is its own."""
+def test_the_templates_own_markers_in_a_completion(make: Make):
+    """A completion with turns of the template keeps them, and only its last end is its own."""
     tokenizer = make()
     _, prompt, end = next(family for family in IN_FAMILIES.values() if family[0] is make)
     inner = prompt.removeprefix(str(tokenizer.bos_token or ""))
@@ -617,10 +617,10 @@ CACHED = {name: make() for name, make in FAMILIES.items()}
 @settings(max_examples=60, deadline=None)
 @given(prompt=WORDS, chosen=WORDS, rejected=WORDS, longest=st.integers(2, 80), kto=st.booleans())
 def test_any_row(make: Make, name: str, prompt: str, chosen: str, rejected: str, longest: int, kto: bool):
-    """In any row that is used, exactly the response and its end are scored, no limit is exceeded, and something is
+    """In any row that is used, exactly the completion and its end are scored, no limit is exceeded, and something is
     scored.
 
-    A token of the prompt's last letters and the response's first ones is scored too.
+    A token of the prompt's last letters and the completion's first ones is scored too.
     """
     tokenizer = CACHED[make.__name__]
     row = {"messages" if name.startswith("chat_") else "prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -673,8 +673,8 @@ def test_a_fixed_template_that_is_not_the_tokenizers():
     )
 
 
-def test_no_bos_before_a_response():
-    """A BOS in front of a response in the data is removed; the sequence begins with its own."""
+def test_no_bos_before_a_completion():
+    """A BOS in front of a completion in the data is removed; the sequence begins with its own."""
     row = {"prompt": "<s>Q", "chosen": "<s>yes", "rejected": "<s><s>no"}
     assert scored(row, "passthrough", plain()) == ["<s>Q", "yes</s>", "no</s>"]
 
@@ -717,7 +717,7 @@ def module(tmp_path: Path) -> str:
 
 
 def test_a_function_of_ones_own(module: str):
-    """The result of a function is read like a row with `auto`: text or messages, pairs or single responses."""
+    """The result of a function is read like a row with `auto`: text or messages, pairs or single completions."""
     row = {"q": "Q", "a": YES, "b": NO, "good": "true"}
     assert render(row, f"{module}:pairs") == {"prompt": "Q?", "chosen": YES, "rejected": NO}
     made = render(row, f"{module}:chats", unpaired=True, tokenizer=chatml())
@@ -728,7 +728,7 @@ def test_a_function_of_ones_own(module: str):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("nothing", "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, responses and "),
+        ("nothing", "nothing returned None, not a dict of prompt, chosen and rejected, or prompt, completions and "),
         ("other", "other returned a dict of prompt, chosen, not of prompt, chosen and rejected, or "),
         ("wrong", "wrong returned a row where chosen must be text or a list of messages, got 3"),
         ("fails", "fails failed: KeyError: 'none'"),

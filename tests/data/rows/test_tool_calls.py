@@ -55,7 +55,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {  # an assistant's turn with a tool call
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_of_a_call_is_written_alike(spelling: str):
-    """Every spelling gives the same text in the prompt, in a response, and for KTO."""
+    """Every spelling gives the same text in the prompt, in a completion, and for KTO."""
     turn, tokenizer = SPELLINGS[spelling], trained_chatml()
     answer = render({"prompt": [ASKED], "chosen": [turn], "rejected": "No."}, tokenizer=tokenizer)
     assert answer["chosen"] == CALLED + "<|im_end|>"
@@ -216,7 +216,7 @@ MEDIA: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": [{"role": "user", "content": [IMAGE, *PARTS]}], "chosen": "yes", "rejected": "no"},
         "prompt has a turn of role 'user' with a part of type 'image'; only parts of text are read: images, video",
     ),
-    "an image_url in a response": (
+    "an image_url in a completion": (
         {"prompt": [ASKED], "chosen": [{"role": "assistant", "content": [{"type": "image_url", "image_url": {}}]}],
          "rejected": "no"}, "chosen has a turn of role 'assistant' with a part of type 'image_url'",
     ),

@@ -1,4 +1,4 @@
-"""The end tokens of a model's answers: its own, and those of the trained responses."""
+"""The end tokens of a model's answers: its own, and those of the trained completions."""
 
 import json
 from datetime import date
