@@ -51,6 +51,10 @@ class ModelConfig(_Section):
     """Chooses FlexAttention, FlashAttention-2 ("varlen", which needs the package flash-attn 2.6 or newer) or SDPA for
     tree and packed rows; "auto" is flex on a GPU that can compile it, else varlen where that package works, and sdpa
     elsewhere."""
+    streaming: Literal["auto"] | bool = "auto"
+    """Keeps the frozen weights of the decoder layers, embeddings and head in host memory, and copies each layer to the
+    GPU when it computes; it needs a [lora] table. "auto" does so only if a step does not fit the GPU otherwise, and
+    keeps as many layers on the GPU as fit."""
     liger: Literal["auto"] | bool = "auto"
     """Computes norms, RoPE and gated MLPs with liger-kernel; "auto" does so on a GPU, for the models that it
     supports."""
@@ -324,6 +328,8 @@ class Config(_Section):
             (reference.quantization != "auto" and reference.mode != "copy", f"reference.quantization: {not_copied}"),
             (model.quantization != "none" and self.lora is None,
              f'model.quantization: "{model.quantization}" weights cannot be trained themselves; add a [lora] table'),
+            (model.streaming is True and self.lora is None,
+             "model.streaming: only frozen weights can stay in host memory; add a [lora] table"),
             (model.attention in ("flex", "varlen") and train.layout == "padded",
              f'model.attention: "{model.attention}" computes tree and packed rows only; set train.layout = "auto", or '
              "remove it"),

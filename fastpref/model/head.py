@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fastpref.errors import UserError, one_line
-from fastpref.kernels.head_weight import FourBitWeight, HeadWeight
+from fastpref.kernels.head_weight import FourBitWeight, HeadWeight, OffloadedWeight
 from fastpref.kernels.linear_logprob_naive import NaiveLogprobs, naive_logprobs
 from fastpref.model.body import around_body
+from fastpref.model.streaming.tables import computes_on
 from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
 
 
@@ -90,7 +91,8 @@ def _plain(module: Any, dtype: torch.dtype | None) -> Tensor | HeadWeight:
     if getattr(module.weight, "quant_state", None) is not None:  # bitsandbytes' Params4bit
         return FourBitWeight.of(module.weight, dtype)
     if isinstance(module, nn.Linear | nn.Embedding) and module.weight.is_floating_point():
-        return module.weight
+        device = computes_on(module)
+        return module.weight if device is None else OffloadedWeight(module.weight, device)
     raise UserError(
         f"the head is a {type(module).__name__}, which is not known here; a linear layer is, plain, in 4 bits, trained "
         "or with a LoRA adapter"
@@ -206,8 +208,7 @@ def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits
 
 def _four_tokens(model: PreTrainedModel) -> Tensor:
     """Return four token ids, [1, 4] int64."""
-    weight = next(model.parameters())
-    return torch.arange(4, device=weight.device)[None] % model.config.get_text_config().vocab_size
+    return torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
 
 
 @torch.no_grad()

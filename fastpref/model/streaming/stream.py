@@ -1,0 +1,168 @@
+"""A model whose frozen layers lie in host memory, and pass through a few slots of the device's memory as they compute.
+
+A layer arrives before its forward pass, by a hook of the module, and again before its backward pass, by a hook of its
+output's gradient. That hook runs before any node of the layer's backward pass, also before those that keep a weight
+themselves instead of saving it, as bitsandbytes' do; autograd runs the nodes of the layer behind it first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastpref.errors import UserError
+from fastpref.model.body import body_of
+from fastpref.model.gradient_checkpointing import decoder_layers
+from fastpref.model.streaming.layers import Allocate, StreamedLayer, frozen_weights
+from fastpref.model.streaming.pinned import pinned
+from fastpref.model.streaming.schedule import Direction, Schedule, Transfers
+from fastpref.model.streaming.tables import keep_embeddings, keep_head
+from fastpref.model.streaming.transfers import CudaTransfers, HostTransfers
+
+SLOTS = 2
+
+MakeTransfers = Callable[[Sequence[Tensor], Sequence[Tensor]], Transfers]  # of host buffers and of slots
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How much of a model is streamed."""
+
+    slots: int = SLOTS
+    resident: int = 0  # decoder layers that stay on the device, spread evenly
+
+
+class WeightStream:
+    """The streamed layers of a model, in the order in which they compute."""
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        device: torch.device,
+        slots: int,
+        *,
+        allocate: Allocate = pinned,
+        make_transfers: MakeTransfers | None = None,
+    ):
+        self.layers = [StreamedLayer(list(frozen_weights(layer)), allocate) for layer in layers]
+        slots = min(slots, len(layers))
+        sizes = [max(layer.nbytes for layer in self.layers[slot::slots]) for slot in range(slots)]
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        for place, layer in enumerate(self.layers):
+            layer.give_slot(self.slots[place % slots])
+        make = make_transfers or (CudaTransfers if device.type == "cuda" else HostTransfers)
+        self.schedule = Schedule(len(layers), slots, make([layer.host for layer in self.layers], self.slots))
+        for place, layer in enumerate(layers):
+            layer.register_forward_pre_hook(partial(self._before, place))
+            layer.register_forward_hook(partial(self._after, place))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes in host memory."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def arrive(self, place: int, direction: Direction) -> None:
+        """Let a layer compute in its slot. The layer that computed before reads host memory again."""
+        before = self.schedule.current
+        self.schedule.arrive(place, direction)
+        if before != place:
+            if before is not None:
+                self.layers[before].leave()
+            self.layers[place].enter()
+
+    def _before(self, place: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.arrive(place, 1)
+
+    def _after(self, place: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(partial(self._before_backward, place))
+
+    def _before_backward(self, place: int, gradient: Tensor) -> None:
+        self.arrive(place, -1)
+
+
+def stream_weights(
+    model: PreTrainedModel,
+    device: torch.device,
+    streaming: Streaming,
+    *,
+    allocate: Allocate = pinned,
+    make_transfers: MakeTransfers | None = None,
+) -> WeightStream:
+    """Let a model in host memory, without adapters, compute on a device, with its layers streamed.
+
+    Embeddings and head stay in host memory too: rows of the one are gathered there, and the head is copied tile by
+    tile. Everything else is moved to the device. Raises UserError for a model whose layers cannot be found, or with too
+    few of them.
+    """
+    layers = streamable_layers(model)
+    streamed = _spread(layers, streaming.resident)
+    if len(streamed) < 2:
+        raise UserError(f"model.streaming: {len(streamed)} layer is left to stream; a model needs at least two")
+    stream = WeightStream(streamed, device, streaming.slots, allocate=allocate, make_transfers=make_transfers)
+    hosted = {id(weight.parameter) for layer in stream.layers for weight in layer.weights}
+    hosted |= _keep_tables(model, device)
+    _move(model, device, hosted)
+    _say_where(model, device)
+    return stream
+
+
+def streamable_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder layers of the language model: the longest list of them. Raises UserError if there is none."""
+    lists = [
+        m for m in body_of(model).modules() if isinstance(m, nn.ModuleList) and set(m) <= set(decoder_layers(model))
+    ]
+    longest = max(lists, key=len, default=None)
+    if not longest:
+        raise UserError(
+            f"model.streaming: {model.config.model_type} models have no list of decoder layers that is known here; "
+            "leave the key out"
+        )
+    return list(longest)
+
+
+def _spread(layers: Sequence[nn.Module], resident: int) -> list[nn.Module]:
+    """Return the layers that are streamed, so that those that stay lie evenly between them."""
+    count = len(layers)
+    stay = {(2 * k + 1) * count // (2 * resident) for k in range(resident)}
+    return [layer for place, layer in enumerate(layers) if place not in stay]
+
+
+def _keep_tables(model: PreTrainedModel, device: torch.device) -> set[int]:
+    """Keep the embeddings, and the head if it is a plain layer, in host memory. Returns the ids of their parameters."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    keep_embeddings(embeddings, device)
+    kept = list(embeddings.parameters())
+    if type(head) is nn.Linear and head.weight.is_floating_point():
+        keep_head(head, device)
+        kept.append(head.weight)
+    return {id(parameter) for parameter in kept}
+
+
+def _move(model: nn.Module, device: torch.device, hosted: set[int]) -> None:
+    """Move the parameters and buffers of a model to a device, except those with the ids in `hosted`."""
+    moved: dict[int, tuple[Any, Any]] = {}  # by id, with the parameter, so that ids stay unique
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in hosted or parameter.device == device:
+                continue
+            if id(parameter) not in moved:
+                there: Any = parameter.to(device)  # bitsandbytes' weights move with their scales
+                own = isinstance(there, nn.Parameter)
+                moved[id(parameter)] = parameter, there if own else nn.Parameter(there, parameter.requires_grad)
+            module._parameters[name] = moved[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def _say_where(model: PreTrainedModel, device: torch.device) -> None:
+    """Let `model.device`, which is where the first parameter is, name the device on which the model computes."""
+    kind = type(model)
+    model.__class__ = type(
+        kind.__name__, (kind,), {"device": property(lambda self: device), "__module__": kind.__module__}
+    )

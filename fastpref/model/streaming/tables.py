@@ -1,0 +1,46 @@
+"""Embeddings and the head of a model in host memory, while the rest of it computes on a device."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+_ROWS = 1 << 13  # of a head's weight that are on the device at once, where the model's own code makes the logits
+_DEVICE = "_fastpref_computes_on"
+
+
+def keep_embeddings(module: nn.Module, device: torch.device) -> None:
+    """Let an embedding gather its rows in host memory and return them on a device."""
+
+    def on_host(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return tuple(_moved(arg, "cpu") for arg in args), {name: _moved(arg, "cpu") for name, arg in kwargs.items()}
+
+    module.register_forward_pre_hook(on_host, with_kwargs=True)
+    module.register_forward_hook(lambda module, args, output: _moved(output, device))
+
+
+def keep_head(module: nn.Linear, device: torch.device) -> None:
+    """Let a head in host memory compute on a device, some of its rows at a time. Also see `computes_on`."""
+    setattr(module, _DEVICE, device)
+    vars(module)["forward"] = partial(_product, module)
+
+
+def computes_on(module: nn.Module) -> torch.device | None:
+    """Return the device on which a head in host memory computes, or None for a head that lies on its device."""
+    return vars(module).get(_DEVICE)
+
+
+def _product(module: nn.Linear, hidden: Tensor) -> Tensor:
+    """Return a head's product for a few hidden states, such as those of a generated token."""
+    weight, bias = module.weight, module.bias
+    if weight.device == hidden.device:
+        return linear(hidden, weight, bias)
+    parts = [linear(hidden, rows.to(hidden.device, non_blocking=True)) for rows in weight.split(_ROWS)]
+    logits = torch.cat(parts, dim=-1)
+    return logits if bias is None else logits + bias.to(hidden.device)
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
