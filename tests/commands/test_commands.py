@@ -5,6 +5,7 @@ of either meets all rows of the other. Once `fastpref eval` failed for SimPO, OR
 each command and each loss was tested, but not each command with each loss.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -39,7 +40,7 @@ name = "{model}"
 [loss]
 type = "{loss}"
 [[data]]
-path = "{data}"
+path = "rows.jsonl"
 rows = 13
 [[eval.data]]
 path = "heldout.jsonl"
@@ -58,6 +59,24 @@ save_every = 2
 LORA = "lora={rank=4}"
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
 HELDOUT = 5  # rows; twice as many for KTO
+Make = Callable[[int, dict[str, Any]], dict[str, Any]]  # a row's number, and a pair → a row of the data
+
+
+def weighted(at: int, pair: dict[str, Any]) -> dict[str, Any]:
+    return pair | {"weight": 1 + at % 3}
+
+
+def with_margin(at: int, pair: dict[str, Any]) -> dict[str, Any]:
+    return weighted(at, pair) | {"margin": 0.5 * (at % 2)}
+
+
+def listed(at: int, pair: dict[str, Any]) -> dict[str, Any]:
+    third = [[{"role": "assistant", "content": f"Nine, {at}."}]] if at % 2 else []
+    answers = [pair["rejected"], pair["chosen"], *third]
+    return {"prompt": pair["prompt"], "responses": answers, "scores": [0, 2, 1][: len(answers)], "weight": 1 + at % 2}
+
+
+ROWS: dict[str, Make] = {"dpo, LoRA, margins": with_margin, "kto, LoRA, weights": weighted, "pl, nf4, lists": listed}
 RUNS: dict[str, tuple[str, str, list[str]]] = {
     **{f"{loss}, LoRA": (loss, "llama", [LORA]) for loss in LOSSES},
     **{f"{loss}, full": (loss, "llama", []) for loss in LOSSES},
@@ -67,6 +86,10 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "kto, full, padded": ("kto", "mamba", []),
     "orpo, LoRA, packed": ("orpo", "llama", [LORA, "train.layout=packed"]),
     "dpo, nf4": ("dpo", "llama", [LORA, "model.quantization=nf4"]),
+    "lipo, LoRA, padded": ("lipo", "mamba", ['lora={rank=4, target=["in_proj"]}']),
+    "dpo, LoRA, margins": ("dpo", "llama", [LORA]),
+    "kto, LoRA, weights": ("kto", "llama", [LORA]),
+    "pl, nf4, lists": ("pl", "llama", [LORA, "model.quantization=nf4"]),
 }
 
 
@@ -111,11 +134,12 @@ def run(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factor
     """Train one run for all commands, which must not change it."""
     loss, model, overrides = RUNS[request.param]
     folder = tmp_path_factory.mktemp("run")
-    lines = QUICKSTART_HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "heldout.jsonl").write_text("".join(lines[:HELDOUT]))
-    (folder / "cfg.toml").write_text(
-        CONFIG.format(model=models[model].as_posix(), loss=loss, data=QUICKSTART_ROWS.as_posix())
-    )
+    make = ROWS.get(request.param, lambda at, pair: pair)
+    for path, count in ((QUICKSTART_HELDOUT, HELDOUT), (QUICKSTART_ROWS, None)):
+        pairs = map(json.loads, path.read_text(encoding="utf-8").splitlines()[:count])
+        lines = [json.dumps(make(at, pair)) for at, pair in enumerate(pairs)]
+        (folder / ("heldout.jsonl" if count else "rows.jsonl")).write_text("\n".join(lines))
+    (folder / "cfg.toml").write_text(CONFIG.format(model=models[model].as_posix(), loss=loss))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         trained = succeed("train", "cfg.toml", *overrides)
@@ -166,7 +190,8 @@ def check(run: Run, _: Path) -> None:
 def preview(run: Run, _: Path) -> None:
     """Check that rows have the loss's names for completions, and that the data are counted."""
     out = succeed("preview", run.folder / "cfg.toml", *run.overrides).out
-    assert all(word in out for word in (("good", "bad") if run.loss == "kto" else ("chosen", "rejected")))
+    names = ("completion 0", "score") if "responses and scores" in out else ("chosen", "rejected")
+    assert all(word in out for word in (("good", "bad") if run.loss == "kto" else names))
     trained = 2 * 13 if run.loss == "kto" else 13
     assert re.search(rf"used +{trained} +{heldout(run)}\b", out)
 

@@ -418,10 +418,10 @@ def test_the_numbers_are_those_of_a_hand(folder: Path):
 rows                                  training
 used                                         3
 dropped                                      2
-  with an empty completion                     1
-  with equal completions                       1
+  with an empty completion                   1
+  with equal completions                     1
 prompts cut from the left                    1
-completions cut from the right                 0
+completions cut from the right               0
 with a token across the prompt's end         0
 share of prompt tokens                     28%
 duplicates left out before                   1
@@ -450,7 +450,7 @@ def test_a_step_of_kto_counts_its_mismatched_completions(folder: Path, budget: i
     assert step_tokens(data.train, config).tokens == tokens
     assert good_share(data.train) == 0.5
     printed = shown(config)
-    assert "good completions                             50%" in printed
+    assert "good completions                           50%" in printed
     assert "a step of 2 completions" in printed
 
 
