@@ -136,7 +136,7 @@ def _words(entry: Entry) -> str:
 
 @dataclass
 class Recorder:
-    """Stands for `torch` in `transfers.py`: its streams and events write to a log. Copies are done at once.
+    """Stands for `torch.cuda`: its streams and events write to a log. Copies are done at once.
 
     Copies are those of slots made by `slot`, from buffers named in `layers`.
     """
@@ -144,6 +144,7 @@ class Recorder:
     log: list[Entry] = field(default_factory=list)
     layers: dict[int, int] = field(default_factory=dict)  # the address of a buffer → its layer
     current: str = COMPUTE
+    forgets: str = ""  # a queue that does not wait: a planted mistake
     _events: int = 0
 
     @property
@@ -184,7 +185,13 @@ class _Stream:
     queue: str
 
     def wait_event(self, event: "_Event") -> None:
-        self.recorder.log.append(Entry(self.queue, "wait", event=event.number))
+        if self.queue != self.recorder.forgets:
+            self.recorder.log.append(Entry(self.queue, "wait", event=event.number))
+
+    def wait_stream(self, stream: "_Stream") -> None:
+        event = self.recorder.cuda.Event()
+        event.record(stream)
+        self.wait_event(event)
 
 
 @dataclass(frozen=True)
@@ -213,13 +220,18 @@ class _Slot:
     def __getitem__(self, part: slice) -> "_Slot":
         return self if self.tensor is None else _Slot(self.recorder, self.place, self.tensor.data[part])
 
-    def copy_(self, source: Any, *, non_blocking: bool = False) -> None:
+    @property
+    def shape(self) -> Any:
+        return None if self.tensor is None else self.tensor.shape
+
+    def copy_(self, source: Any, *, non_blocking: bool = False) -> "_Slot":
         assert non_blocking, "the host would wait for the copy"
         layer = source.layer if isinstance(source, Source) else self.recorder.layers[source.data_ptr()]
         self.recorder.log.append(Entry(self.recorder.current, "write", self.place, layer))
         if self.tensor is not None and isinstance(source, Tensor):
             with _disable_current_modes():  # the copy itself is no kernel that reads
                 self.tensor.copy_(source)
+        return self
 
     def record_stream(self, stream: _Stream) -> None:
         assert stream.queue == COPY
