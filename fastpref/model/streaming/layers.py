@@ -69,7 +69,7 @@ class StreamedLayer:
     def __init__(self, weights: Sequence[FrozenWeight], allocate: Allocate):
         self.weights = list(weights)
         self._shapes = [[(t.shape, t.dtype) for t in weight.tensors()] for weight in self.weights]
-        self.host = allocate(sum(_padded(t.nbytes) for weight in self.weights for t in weight.tensors()))
+        self.host = allocate(sum(padded(t.nbytes) for weight in self.weights for t in weight.tensors()))
         self._home = self._place(self.host)
         for weight, (parameter, views) in zip(self.weights, self._home, strict=True):
             for view, tensor in zip(views, weight.tensors(), strict=True):
@@ -137,10 +137,11 @@ def _views(buffer: Tensor, shapes: Sequence[Sequence[tuple[torch.Size, torch.dty
         for shape, dtype in weight:
             size = shape.numel() * dtype.itemsize
             own.append(buffer[first : first + size].view(dtype).view(shape))
-            first += _padded(size)
+            first += padded(size)
         views.append(own)
     return views
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Return the bytes that a tensor takes in a buffer."""
     return -(-size // _ALIGNED) * _ALIGNED
