@@ -15,23 +15,23 @@ from rich.table import Table
 app = typer.Typer(add_completion=False, no_args_is_help=False)
 console = Console(stderr=True)
 PARTS = ("head", "losses", "scaling", "steps")
-PREFIXES = "prefixes"  # a profile, and its only part
+PREFIXES, STREAMING = "prefixes", "streaming"  # profiles with one part, of their name
 
 
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
-    profile: Annotated[str, typer.Option(help="tiny, quick, full, gpu or prefixes.")] = "quick",
+    profile: Annotated[str, typer.Option(help="tiny, quick, full, gpu, prefixes or streaming.")] = "quick",
     output: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("bench-results"),
     only: Annotated[list[str] | None, typer.Option(help="head, losses, scaling or steps; may be repeated.")] = None,
     match: Annotated[str, typer.Option(help='Words that a case of the head must have: "Gemma-2-2B frozen".')] = "",
     base: Annotated[str | None, typer.Option(help="A revision of this repository, measured in turn with it.")] = None,
     gate: Annotated[float | None, typer.Option(help="Fail if fastpref's head takes more × the bare products.")] = None,
-    model: Annotated[Path | None, typer.Option(help="For prefixes: a model's folder; the default is random.")] = None,
+    model: Annotated[Path | None, typer.Option(help="For whole steps: a model's folder; by default random.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="For prefixes: a file of pairs; the default is the quickstart's.")
+        Path | None, typer.Option(help="For whole steps: a file of pairs; the default is the quickstart's.")
     ] = None,
-    pairs: Annotated[int | None, typer.Option(help="For prefixes: the number of pairs a step.", min=1)] = None,
+    pairs: Annotated[int | None, typer.Option(help="For whole steps: the pairs of a step.", min=1)] = None,
 ) -> None:
     """Measure a profile, and write JSON, a table and plots to a folder.
 
@@ -40,16 +40,17 @@ def run(
         python -m bench
         python -m bench --profile full --only head --base HEAD~1
         python -m bench --profile prefixes --data pairs.jsonl
+        python -m bench --profile streaming --model models/llama --data pairs.jsonl
     """
     if context.invoked_subcommand is not None:
         return
-    if profile == PREFIXES:
+    if profile in (PREFIXES, STREAMING):
         if only or match or base or gate is not None:
-            _refuse("--profile prefixes: --only, --match, --base and --gate are for the other profiles")
-        _write(_measure_prefixes(model, data, pairs), output)
+            _refuse(f"--profile {profile}: --only, --match, --base and --gate are for the other profiles")
+        _write(_measure_steps(profile, model, data, pairs), output)
         return
     if model or data or pairs:
-        _refuse(f"--profile {profile}: --model, --data and --pairs are for --profile prefixes")
+        _refuse(f"--profile {profile}: --model, --data and --pairs are for --profile prefixes and streaming")
     parts = tuple(only or PARTS)
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
@@ -104,7 +105,7 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
     from bench.scaling import sweeps
 
     if name not in PROFILES:
-        _refuse(f"--profile {name}: known are {', '.join(PROFILES)}, {PREFIXES}")
+        _refuse(f"--profile {name}: known are {', '.join(PROFILES)}, {PREFIXES}, {STREAMING}")
     profile = PROFILES[name]
     if profile.device == "cuda" and not torch.cuda.is_available():
         _refuse(f"--profile {name}: there is no GPU here; take quick or full")
@@ -140,23 +141,30 @@ def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[st
     return result
 
 
-def _measure_prefixes(model: Path | None, data: Path | None, pairs: int | None) -> dict[str, Any]:
+def _measure_steps(profile: str, model: Path | None, data: Path | None, pairs: int | None) -> dict[str, Any]:
     from dataclasses import replace
 
     import torch
 
+    from bench import profiles
     from bench.prefixes import compare_layouts
-    from bench.profiles import PREFIXES as SIZES
+    from bench.streaming import compare_streaming
 
-    for what, path in (("--model", model), ("--data", data)):
-        if path is not None and not path.exists():
-            _refuse(f"{what} {path}: no such file or folder")
-    began = time.perf_counter()
-    sizes = SIZES if pairs is None else replace(SIZES, shape=replace(SIZES.shape, batch=pairs))
-    result = _circumstances(PREFIXES, "cuda" if torch.cuda.is_available() else "cpu", sizes.rule)
-    for record in compare_layouts(sizes, model, data):
-        console.print(f"prefixes: {record['what']}, after {time.perf_counter() - began:.0f} s")
-        result[PREFIXES].append(record)
+    if data is not None and not data.exists():
+        _refuse(f"--data {data}: no such file or folder")
+    if model is not None and not model.exists():
+        _refuse(f"--model {model}: no such file or folder")
+    began, device = time.perf_counter(), "cuda" if torch.cuda.is_available() else "cpu"
+    sizes: Any = profiles.PREFIXES
+    if profile == STREAMING:
+        sizes = profiles.STREAMING if device == "cpu" else profiles.STREAMING_GPU
+    if pairs is not None:
+        sizes = replace(sizes, shape=replace(sizes.shape, batch=pairs))
+    result = _circumstances(profile, device, sizes.rule)
+    compare = compare_layouts if profile == PREFIXES else compare_streaming
+    for record in compare(sizes, model, data):
+        console.print(f"{profile}: {record['what']}, after {time.perf_counter() - began:.0f} s")
+        result[profile].append(record)
     result["seconds"] = time.perf_counter() - began
     return result
 
@@ -171,7 +179,7 @@ def _circumstances(profile: str, device: str, rule: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(device),
         "rule": rule,
-    } | {part: [] for part in (*PARTS, PREFIXES)}
+    } | {part: [] for part in (*PARTS, PREFIXES, STREAMING)}
 
 
 def _write(result: dict[str, Any], folder: Path) -> None:

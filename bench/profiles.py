@@ -10,6 +10,7 @@ from bench.objectives import DPO, KTO, ORPO, SIMPO, TOKENS, Objective
 from bench.prefixes import Prefixes
 from bench.problems import SHAPES, Shape
 from bench.step_data import StepShape
+from bench.streaming import StreamedSteps
 
 LOSSES = (DPO, KTO, ORPO, SIMPO)
 ALL = tuple(shape.model for shape in SHAPES)
@@ -131,5 +132,15 @@ PREFIXES = Prefixes(
     turns=4,
     longest=512,
     repeats=3,
+)
+STREAMING = StreamedSteps(
+    shape=StepShape(hidden=256, layers=6, vocab=4096, length=512, prompt_share=0.5, batch=4, rows=4),
+    quantizations=("none", "nf4"),
+    longest=512,
+    repeats=5,
+)
+# A layer of 100 MiB in bfloat16, and micro-batches around the tokens at which its copy should hide.
+STREAMING_GPU = replace(
+    STREAMING, shape=replace(STREAMING.shape, hidden=2048, layers=12, vocab=32768, batch=8), longest=1024, repeats=10
 )
 PROFILES = {"tiny": TINY, "quick": QUICK, "full": FULL, "gpu": GPU}

@@ -11,6 +11,7 @@ from bench.measure import BARE, Case, Row
 
 OURS = "fastpref"
 TRL, TREES = "TRL 1.16", "trees"  # rows of the profile prefixes, the bases of its ratios
+RESIDENT = "resident"  # the row of the profile streaming that is the base of its ratios
 
 
 def head_record(case: Case, rows: list[Row]) -> dict[str, Any]:
@@ -67,6 +68,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", "## Whole training steps", "", *_steps_table(result["steps"])]
     if result.get("prefixes"):
         lines += ["", "## Steps on pairs that share their beginnings", "", *_prefixes_table(result["prefixes"])]
+    if result.get("streaming"):
+        lines += ["", "## Steps with a streamed base", "", *_streaming_table(result["streaming"])]
     return "\n".join(lines) + "\n"
 
 
@@ -175,6 +178,28 @@ def _prefixes_table(records: list[dict[str, Any]]) -> list[str]:
             lines.append(
                 f"| {record['what']} | {row['method']} | {row['tokens']:,} | {speed:.2f} | {times[0]} | {times[1]} | "
                 f"{row['bytes'] / 2**20:,.0f} | {share} | {row['loss']:.4f} |"
+            )
+    return lines
+
+
+def _streaming_table(records: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"| weights | engine | tokens | tokens/s | × {RESIDENT} | MiB held | MiB at most | × {RESIDENT} | copies | "
+        "MiB copied | loss |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        most = {row["method"]: row["held"] + (row["bytes"] or 0) for row in record["rows"]}
+        for row in record["rows"]:
+            if not row["ms"] or row["note"]:
+                lines.append(f"| {record['what']} | {row['method']} | {row['note']} | | | | | | | | |")
+                continue
+            held, peak = row["held"] / 2**20, most[row["method"]] / 2**20
+            lines.append(
+                f"| {record['what']} | {row['method']} | {record['tokens']:,} | "
+                f"{1000 * record['tokens'] / row['p50']:,.0f} | {_speedup(record, row['method'], RESIDENT)} | "
+                f"{held:,.1f} | {peak:,.1f} | {most[row['method']] / most[RESIDENT]:.2f} | {row['copies']} | "
+                f"{row['copied'] / 2**20:,.1f} | {row['loss']:.4f} |"
             )
     return lines
 

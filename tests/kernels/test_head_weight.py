@@ -1,6 +1,7 @@
 """Heads that return their weight by rows: the rows are right, and every kind of head gives the same results."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref import linear_logprob
+from fastpref.kernels import head_weight
 from fastpref.kernels.head_weight import (
     DenseWeight,
     FourBitWeight,
@@ -20,6 +22,7 @@ from fastpref.kernels.head_weight import (
 from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
 from fastpref.ops import LoraWeight
 from tests.support.problems import assert_same
+from tests.support.queues import Recorder, beside_kernels, faults
 
 N, H, V, R = 13, 64, 211, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -197,3 +200,28 @@ def test_a_wrong_adapter_is_refused(wrong: dict[str, Any], kind: type[Exception]
     right: dict[str, Any] = {"base": torch.zeros(V, H), "lora_A": torch.zeros(R, H), "lora_B": torch.zeros(V, R)}
     with pytest.raises(kind, match=message):
         linear_logprob(torch.zeros(N, H), LoraWeight(**right | wrong), torch.zeros(N, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("forgets", ["", "compute", "copy"])
+@pytest.mark.parametrize("rows", [64, 100, V])
+def test_tiles_in_host_memory_arrive_before_they_are_used(
+    rows: int, forgets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two walks over a head: no timing of copies and products changes a tile, and copies run beside products.
+
+    A fault is found where a queue forgets to wait for the other one.
+    """
+    recorder, weight, places = Recorder(forgets=forgets), torch.randn(V, H), iter(range(2))
+    recorder.layers = {weight[first:].data_ptr(): first for first in range(V)}
+    fake = SimpleNamespace(device=torch.device, cuda=recorder.cuda)
+    fake.empty_like = lambda part, device: recorder.slot(next(places), torch.empty_like(part))
+    monkeypatch.setattr(head_weight, "torch", fake)
+    head: Any = OffloadedWeight(weight, "cuda")
+    for first in 2 * [*range(0, V, rows)]:
+        tile = head.rows(first, min(first + rows, V))
+        recorder.read(tile.place, first)
+        assert torch.equal(tile.tensor, weight[first : first + rows])
+    writes = [entry for entry in recorder.log if entry.action == "write"]
+    assert len(writes) == (1 if rows == V else 2 * -(-V // rows))
+    assert bool(faults(recorder.log)) is (bool(forgets) and (forgets == "compute" or rows < V))
+    assert len(beside_kernels(recorder.log)) >= len(writes) - 2

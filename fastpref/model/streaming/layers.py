@@ -7,7 +7,7 @@ or 8 bits with the scales of rows.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear8bitLt
@@ -36,9 +36,9 @@ class FrozenWeight:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors, the parameter's own numbers first."""
-        weight = self.parameter
+        weight, module = self.parameter, cast(Any, self.module)
         if isinstance(self.module, Linear8bitLt):
-            return [weight.data, self.module.state.SCB]
+            return [weight.data, module.state.SCB]
         return [weight.data, *_scales(getattr(weight, "quant_state", None))]
 
     def made_of(self, tensors: Sequence[Tensor]) -> nn.Parameter:
@@ -54,6 +54,8 @@ class FrozenWeight:
     def put(self, parameter: nn.Parameter, tensors: Sequence[Tensor]) -> None:
         """Let the module read a parameter of `made_of`, and the tensors that it was made of."""
         self.module._parameters[self.name] = parameter
+        if getattr(self.module, "quant_state", None) is not None:  # bitsandbytes keeps the weight's state twice
+            self.module.quant_state = cast(Any, parameter).quant_state
         if isinstance(self.module, Linear8bitLt):
             self.module.state.CB, self.module.state.SCB = parameter.data, tensors[1]
 
@@ -67,7 +69,7 @@ class StreamedLayer:
     def __init__(self, weights: Sequence[FrozenWeight], allocate: Allocate):
         self.weights = list(weights)
         self._shapes = [[(t.shape, t.dtype) for t in weight.tensors()] for weight in self.weights]
-        self.host = allocate(sum(_padded(t.nbytes) for weight in self.weights for t in weight.tensors()))
+        self.host = allocate(sum(padded(t.nbytes) for weight in self.weights for t in weight.tensors()))
         self._home = self._place(self.host)
         for weight, (parameter, views) in zip(self.weights, self._home, strict=True):
             for view, tensor in zip(views, weight.tensors(), strict=True):
@@ -101,7 +103,7 @@ class StreamedLayer:
 def frozen_weights(layer: nn.Module) -> Iterator[FrozenWeight]:
     """Yield the weights of a layer without adapters that are worth a copy: all but norms, biases and other vectors."""
     for module in layer.modules():
-        if isinstance(module, Linear8bitLt) and module.weight.CB is not None:
+        if isinstance(module, Linear8bitLt) and getattr(module.weight, "CB", None) is not None:
             module.init_8bit_state()  # which a first forward pass would do
         for name, parameter in module._parameters.items():
             quantised = getattr(parameter, "quant_state", None) is not None
@@ -135,10 +137,11 @@ def _views(buffer: Tensor, shapes: Sequence[Sequence[tuple[torch.Size, torch.dty
         for shape, dtype in weight:
             size = shape.numel() * dtype.itemsize
             own.append(buffer[first : first + size].view(dtype).view(shape))
-            first += _padded(size)
+            first += padded(size)
         views.append(own)
     return views
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """Return the bytes that a tensor takes in a buffer."""
     return -(-size // _ALIGNED) * _ALIGNED

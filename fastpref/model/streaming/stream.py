@@ -52,10 +52,10 @@ class WeightStream:
         slots = min(slots, len(layers))
         sizes = [max(layer.nbytes for layer in self.layers[slot::slots]) for slot in range(slots)]
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        for place, layer in enumerate(self.layers):
-            layer.give_slot(self.slots[place % slots])
         make = make_transfers or (CudaTransfers if device.type == "cuda" else HostTransfers)
         self.schedule = Schedule(len(layers), slots, make([layer.host for layer in self.layers], self.slots))
+        for place, layer in enumerate(self.layers):
+            layer.give_slot(self.slots[self.schedule.slot(place)])
         for place, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._before, place))
             layer.register_forward_hook(partial(self._after, place))
@@ -106,7 +106,7 @@ def stream_weights(
         raise UserError(f"model.streaming: {len(streamed)} layer is left to stream; a model needs at least two")
     stream = WeightStream(streamed, device, streaming.slots, allocate=allocate, make_transfers=make_transfers)
     hosted = {id(weight.parameter) for layer in stream.layers for weight in layer.weights}
-    hosted |= _keep_tables(model, device)
+    hosted |= _keep_tables(model, device, allocate)
     _move(model, device, hosted)
     _say_where(model, device)
     return stream
@@ -133,15 +133,15 @@ def _spread(layers: Sequence[nn.Module], resident: int) -> list[nn.Module]:
     return [layer for place, layer in enumerate(layers) if place not in stay]
 
 
-def _keep_tables(model: PreTrainedModel, device: torch.device) -> set[int]:
-    """Keep the embeddings, and the head if it is a plain layer, in host memory. Returns the ids of their parameters."""
+def _keep_tables(model: PreTrainedModel, device: torch.device, allocate: Allocate) -> set[int]:
+    """Keep the embeddings, and the head if it is a plain layer, in host memory. Returns the ids of their tensors."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     keep_embeddings(embeddings, device)
-    kept = list(embeddings.parameters())
+    kept = [*embeddings.parameters(), *embeddings.buffers()]  # Gemma's embeddings multiply by a buffer of theirs
     if type(head) is nn.Linear and head.weight.is_floating_point():
-        keep_head(head, device)
+        keep_head(head, device, allocate)
         kept.append(head.weight)
-    return {id(parameter) for parameter in kept}
+    return {id(tensor) for tensor in kept}
 
 
 def _move(model: nn.Module, device: torch.device, hosted: set[int]) -> None:
@@ -157,7 +157,7 @@ def _move(model: nn.Module, device: torch.device, hosted: set[int]) -> None:
                 moved[id(parameter)] = parameter, there if own else nn.Parameter(there, parameter.requires_grad)
             module._parameters[name] = moved[id(parameter)][1]
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+            module._buffers[name] = buffer if buffer is None or id(buffer) in hosted else buffer.to(device)
 
 
 def _say_where(model: PreTrainedModel, device: torch.device) -> None:
