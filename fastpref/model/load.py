@@ -29,7 +29,7 @@ from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
 from fastpref.model.streaming.room import check_before_loading, check_buffers, weights_nbytes
-from fastpref.model.streaming.stream import Streaming, WeightStream, is_streamed, stream_weights, streamable_layers
+from fastpref.model.streaming.stream import Streaming, WeightStream, stream_of, stream_weights, streamable_layers
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.model.weights import from_files, loading_notes
 from fastpref.sizes import in_words
@@ -185,7 +185,7 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
     try:
         return find_head(model, body_of(model))
     except UserError as error:
-        if is_streamed(model):
+        if stream_of(model) is not None:
             advice = "Its code may read weights without calling their layers: set model.streaming to false"
             raise UserError(f"{str(error).rstrip('.')}. {advice}") from None
         if config.model.quantization == "none":

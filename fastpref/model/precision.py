@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
 from fastpref.model.body import device_of
-from fastpref.model.streaming.stream import is_streamed
+from fastpref.model.streaming.stream import stream_of
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
     distinct = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     tensors = [(t, t.dtype) for t in distinct.values() if t.dtype in (torch.float16, torch.bfloat16)]
     extra = sum(tensor.numel() * 2 for tensor, _ in tensors)
-    fixed = is_streamed(model) or any(isinstance(module, Linear8bitLt) for module in model.modules())
+    fixed = stream_of(model) is not None or any(isinstance(module, Linear8bitLt) for module in model.modules())
     if fixed or extra > _free(model):
         yield False
         return

@@ -142,7 +142,8 @@ def _views(buffer: Tensor, shapes: Sequence[Sequence[tuple[torch.Size, torch.dty
         own = []
         for shape, dtype in weight:
             size = shape.numel() * dtype.itemsize
-            own.append(buffer[first : first + size].view(dtype).view(shape))
+            # `data`: with a version of its own, because PEFT's parametrizations of experts raise that of their weight.
+            own.append(buffer[first : first + size].view(dtype).view(shape).data)
             first += _padded(size)
         views.append(own)
     return views

@@ -124,7 +124,10 @@ def stream_weights(
     layers = streamable_layers(model)
     streamed = _spread(layers, streaming.resident)
     if len(streamed) < 2:
-        raise UserError(f"model.streaming: {len(streamed)} layer is left to stream; a model needs at least two")
+        raise UserError(
+            f"model.streaming: {len(streamed)} of the {len(layers)} layers of this {model.config.model_type} model "
+            "would be streamed, and at least two are needed; set it to false"
+        )
     stream = WeightStream(streamed, device, streaming.slots, allocate=allocate, make_transfers=make_transfers)
     stream.hosted |= _keep_tables(model, device, allocate)
     stream.move_rest(model)
@@ -134,9 +137,9 @@ def stream_weights(
     return stream
 
 
-def is_streamed(model: nn.Module) -> bool:
-    """Return whether layers of a model are streamed."""
-    return _STREAM in vars(model)
+def stream_of(model: nn.Module) -> WeightStream | None:
+    """Return the stream of a model, or None if its weights are not streamed."""
+    return vars(model).get(_STREAM)
 
 
 def streamable_layers(model: PreTrainedModel) -> list[nn.Module]:
