@@ -142,7 +142,8 @@ def _views(buffer: Tensor, shapes: Sequence[Sequence[tuple[torch.Size, torch.dty
         own = []
         for shape, dtype in weight:
             size = shape.numel() * dtype.itemsize
-            # `data`: with a version of its own, because PEFT's parametrizations of experts raise that of their weight.
+            # `data` has its own count of changes: PEFT changes adapted experts in place, and autograd must not see that
+            # in other weights of the slot.
             own.append(buffer[first : first + size].view(dtype).view(shape).data)
             first += _padded(size)
         views.append(own)
