@@ -1,10 +1,14 @@
-"""The streamed layers of a model of fake tensors, so that `count_step` sees what lies on the device and what does not."""
+"""The streamed layers of a model of fake tensors, with which `count_step` sees what lies on the device."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastpref.config import Config
@@ -12,6 +16,7 @@ from fastpref.kernels.head_weight import OffloadedWeight
 from fastpref.memory.allocations import PeakStorage
 from fastpref.model.packed import lies_quantised, of_bitsandbytes, own_quantization
 from fastpref.model.streaming.stream import Streaming, stream_weights
+from fastpref.model.streaming.tables import computes_on
 from fastpref.model.streaming.transfers import HostTransfers
 
 
@@ -28,12 +33,14 @@ def obstacle(config: Config, architecture: PretrainedConfig) -> str | None:
 
 
 class Copies:
-    """The bytes that a step copies from host memory to the device's."""
+    """The streamed layers, and the bytes that a step copies of them and of the head to the device."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.layers: list[int] = []  # the bytes of each
 
     def transfers(self, sources: Sequence[Tensor], slots: Sequence[Tensor]) -> HostTransfers:
+        self.layers = [len(source) for source in sources]
         return _CountedTransfers(sources, slots, self)
 
     @contextmanager
@@ -51,11 +58,11 @@ class Copies:
             self.bytes += part.nbytes
             return part
 
-        OffloadedWeight.rows = copied
+        setattr(OffloadedWeight, "rows", copied)  # noqa: B010
         try:
             yield
         finally:
-            OffloadedWeight.rows = rows
+            setattr(OffloadedWeight, "rows", rows)  # noqa: B010
 
 
 class _CountedTransfers(HostTransfers):
@@ -79,9 +86,42 @@ def stream_fakes(model: PreTrainedModel, streaming: Streaming, count: PeakStorag
             return torch.empty(size, dtype=torch.uint8)
 
     copies = Copies()
-    stream = stream_weights(
-        model, torch.device("cpu"), streaming, allocate=on_host, make_transfers=copies.transfers
-    )
-    for table in stream.tables:
-        count.relabel(table, PeakStorage.HOST)
+    with _without_adapters(model):
+        stream_weights(model, torch.device("cpu"), streaming, allocate=on_host, make_transfers=copies.transfers)
+    for parameter in tables_of(model):
+        count.relabel(parameter, PeakStorage.HOST)
     return copies
+
+
+def tables_of(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return the weights of a streamed model's embeddings and head that stay in host memory."""
+    embeddings, head = _bare(model.get_input_embeddings()), _bare(model.get_output_embeddings())
+    return [*embeddings.parameters(), *([head.weight] if computes_on(head) is not None else [])]
+
+
+@contextmanager
+def _without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Hide what PEFT has put into a model: a run streams a model first and adds adapters then, a skeleton has them."""
+    trained = [
+        (m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad
+    ]
+    tables = {
+        "get_input_embeddings": model.get_input_embeddings(),
+        "get_output_embeddings": model.get_output_embeddings(),
+    }
+    for module, name, _ in trained:
+        module._parameters[name] = None
+    vars(model).update({name: partial(_bare, module) for name, module in tables.items()})
+    try:
+        yield
+    finally:
+        for module, name, parameter in trained:
+            module._parameters[name] = parameter
+        for name in tables:
+            del vars(model)[name]
+
+
+def _bare(module: Any) -> Any:
+    """Return a module without PEFT's wrappers."""
+    module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

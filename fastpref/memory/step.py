@@ -68,6 +68,8 @@ class StepMemory:
     overhead: int = 0  # of the device's libraries: assumed, not counted
     host: int = 0  # in host memory, not on the device: streamed weights, and inputs of layers that are moved there
     copied: int = 0  # streamed weights that the examples of the step copy to the device; no memory
+    streamed: int = 0  # how many decoder layers are streamed; not bytes
+    layer: int = 0  # the bytes of one of them, on average
 
     @property
     def total(self) -> int:
@@ -147,7 +149,8 @@ def count_step(
     checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
     sizes_alone = kernels_not_run if kernels else nullcontext
     with fake, count:
-        policy, copies = _materialised(config, bones, count, make_policy, streaming)
+        copies = _materialised(config, bones, count, streaming)
+        policy = make_policy(bones.model)
     with fake, sizes_alone():
         choice = Choice(layout) if layout else choose_layout(bones.model, policy, config.train.layout, compare=False)
         if layout is not None and layout != "padded":
@@ -184,17 +187,13 @@ def count_step(
     parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
     parts["weights"] = parts.get("weights", 0) - bones.packed
     parts |= {"bare_experts": bones.bare_experts, "host": count.host_peak, "copied": copies.bytes}
+    parts |= {"streamed": len(copies.layers), "layer": sum(copies.layers) // max(1, len(copies.layers))}
     parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": choice.layout}
     return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
 
 
-def _materialised(
-    config: Config,
-    bones: Skeleton,
-    count: PeakStorage,
-    make_policy: Callable[[PreTrainedModel], Policy],
-    streaming: Streaming | None,
-) -> tuple[Policy, Copies]:
+def _materialised(config: Config, bones: Skeleton, count: PeakStorage, streaming: Streaming | None) -> Copies:
+    """Give the skeleton's model fake tensors, and stream its layers. Return what the stream will copy."""
     model = bones.model
     with count.labelled("weights"):
         materialise(model)
@@ -203,7 +202,7 @@ def _materialised(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 count.relabel(parameter, "adapters")
-    return make_policy(model), copies
+    return copies
 
 
 def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, kernels: bool) -> PreTrainedModel | None:

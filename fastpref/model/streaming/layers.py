@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear8bitLt
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 _ALIGNED = 256  # bytes, as the CUDA allocator aligns tensors
@@ -101,19 +99,13 @@ class StreamedLayer:
 
 
 def frozen_weights(layer: nn.Module) -> Iterator[FrozenWeight]:
-    """Yield the weights of a layer that are worth a copy: all but norms, biases and other vectors.
-
-    In a layer with adapters the weights that require a gradient are the adapters'; one without has no trained weights.
-    """
-    adapted = any(isinstance(module, BaseTunerLayer | ModulesToSaveWrapper) for module in layer.modules())
+    """Yield the weights of a layer without adapters that are worth a copy: all but norms, biases and other vectors."""
     for module in layer.modules():
         if isinstance(module, Linear8bitLt) and module.weight.CB is not None:
             module.init_8bit_state()  # which a first forward pass would do
         for name, parameter in module._parameters.items():
             quantised = getattr(parameter, "quant_state", None) is not None
-            if parameter is None or (adapted and parameter.requires_grad):
-                continue
-            if parameter.dim() > 1 or quantised:
+            if parameter is not None and (parameter.dim() > 1 or quantised):
                 yield FrozenWeight(module, name)
 
 

@@ -11,8 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -61,11 +59,10 @@ class WeightStream:
         for place, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._before, place))
             layer.register_forward_hook(partial(self._after, place))
-        self.tables: list[Tensor] = []  # the weights of embeddings and head that stay in host memory too
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the layers in host memory."""
+        """The bytes in host memory."""
         return sum(layer.nbytes for layer in self.layers)
 
     def arrive(self, place: int, direction: Direction) -> None:
@@ -97,7 +94,7 @@ def stream_weights(
     allocate: Allocate = pinned,
     make_transfers: MakeTransfers | None = None,
 ) -> WeightStream:
-    """Let a model in host memory compute on a device, with its layers streamed. Adapters are added after this.
+    """Let a model in host memory, without adapters, compute on a device, with its layers streamed.
 
     Embeddings and head stay in host memory too: rows of the one are gathered there, and the head is copied tile by
     tile. Everything else is moved to the device. Raises UserError for a model whose layers cannot be found, or with too
@@ -109,8 +106,7 @@ def stream_weights(
         raise UserError(f"model.streaming: {len(streamed)} layer is left to stream; a model needs at least two")
     stream = WeightStream(streamed, device, streaming.slots, allocate=allocate, make_transfers=make_transfers)
     hosted = {id(weight.parameter) for layer in stream.layers for weight in layer.weights}
-    stream.tables = _keep_tables(model, device)
-    hosted |= {id(table) for table in stream.tables}
+    hosted |= _keep_tables(model, device)
     _move(model, device, hosted)
     _say_where(model, device)
     return stream
@@ -137,21 +133,15 @@ def _spread(layers: Sequence[nn.Module], resident: int) -> list[nn.Module]:
     return [layer for place, layer in enumerate(layers) if place not in stay]
 
 
-def _keep_tables(model: PreTrainedModel, device: torch.device) -> list[Tensor]:
-    """Keep the embeddings, and the head if it is a plain layer, in host memory. Returns their parameters."""
-    embeddings, head = _bare(model.get_input_embeddings()), _bare(model.get_output_embeddings())
+def _keep_tables(model: PreTrainedModel, device: torch.device) -> set[int]:
+    """Keep the embeddings, and the head if it is a plain layer, in host memory. Returns the ids of their parameters."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     keep_embeddings(embeddings, device)
-    kept: list[Tensor] = list(embeddings.parameters())
+    kept = list(embeddings.parameters())
     if type(head) is nn.Linear and head.weight.is_floating_point():
         keep_head(head, device)
         kept.append(head.weight)
-    return kept
-
-
-def _bare(module: Any) -> Any:
-    """Return a module without PEFT's wrappers."""
-    module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return {id(parameter) for parameter in kept}
 
 
 def _move(model: nn.Module, device: torch.device, hosted: set[int]) -> None:
