@@ -13,6 +13,8 @@ import fastpref.memory.estimate as estimates
 from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
 from fastpref.memory.estimate import Estimator, usable
+from fastpref.memory.step import StepMemory
+from fastpref.sizes import GIB
 from tests.support.paths import EXAMPLES
 
 Make = Callable[[int | None], PretrainedConfig]  # takes a number of layers, or None for all
@@ -37,11 +39,17 @@ MODELS = {
     "Qwen/Qwen2.5-0.5B": qwen(896, 4864, 24, 14, 2, True, 151936),
     "Qwen/Qwen2.5-3B-Instruct": qwen(2048, 11008, 36, 16, 2, True, 151936),
     "Qwen/Qwen2.5-7B-Instruct": qwen(3584, 18944, 28, 28, 4, False, 152064),
+    "Qwen/Qwen2.5-14B-Instruct": qwen(5120, 13824, 48, 40, 8, False, 152064),
     "meta-llama/Llama-3.2-1B": llama(2048, 8192, 16, 32, 64, True),
     "meta-llama/Llama-3.1-8B": llama(4096, 14336, 32, 32, 128, False),
     "meta-llama/Llama-3.1-8B-Instruct": llama(4096, 14336, 32, 32, 128, False),
+    "meta-llama/Llama-3.3-70B-Instruct": llama(8192, 28672, 80, 64, 128, False),
 }
-CARDS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "qwen2-dpo": 12, "llama3-kto-qlora": 8}
+CARDS = {
+    "4gb": 4, "6gb": 6, "8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "70b-24gb": 24, "qwen2-dpo": 12,
+    "llama3-kto-qlora": 8,
+}  # fmt: skip
+STREAMED = {"4gb": 7, "6gb": 12, "70b-24gb": 50}  # GiB of host memory that these examples take at most
 
 
 def test_every_example_is_here():
@@ -49,30 +57,38 @@ def test_every_example_is_here():
     assert {path.stem for path in EXAMPLES.glob("*.toml")} == {*CARDS, "quickstart"}
 
 
-def total(name: str, layers: int | None) -> int:
-    """Return the bytes of a step of the longest micro-batch with all layers checkpointed, for this many layers."""
+def counted(name: str, layers: int | None) -> StepMemory:
+    """Count a step of the longest micro-batch with all layers checkpointed, for this many layers."""
     path = EXAMPLES / f"{name}.toml"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimates, "model_config", lambda options: MODELS[options.name](layers))
-        return Estimator(lambda more: load_config(path, more), torch.device("cuda")).take().total
+        return Estimator(lambda more: load_config(path, more), torch.device("cuda")).take()
 
 
-def extrapolated(name: str) -> int:
-    """Return the whole model's bytes from two counts of few layers: from the third on, each layer adds the same."""
+def extrapolated(name: str) -> tuple[int, int]:
+    """Return the whole model's bytes on the GPU and in host memory from two counts of few layers: from the third on,
+    each layer adds the same."""
     architecture: Any = MODELS[load_config(EXAMPLES / f"{name}.toml").model.name](None)
-    few, more = total(name, 3), total(name, 4)
-    return few + (more - few) * (architecture.num_hidden_layers - 3)
+    (few, less), (more, most) = ((memory.total, memory.host) for memory in (counted(name, 3), counted(name, 4)))
+    others = architecture.num_hidden_layers - 3
+    return few + (more - few) * others, less + (most - less) * others
 
 
 def test_a_few_layers_tell_of_all():
     """The extrapolation from a few layers equals the count with all of them."""
-    assert extrapolated("llama3-kto-qlora") == pytest.approx(total("llama3-kto-qlora", None), rel=0.01)
+    for name in ("llama3-kto-qlora", "4gb"):
+        whole = counted(name, None)
+        assert extrapolated(name) == pytest.approx((whole.total, whole.host), rel=0.01)
 
 
 @pytest.mark.parametrize("name", CARDS)
 def test_an_example_fits_its_card(name: str):
-    """A step with the longest micro-batch fits, at least with gradient checkpointing."""
-    assert extrapolated(name) <= usable(CARDS[name])
+    """A step with the longest micro-batch fits, at least with gradient checkpointing, and those that stream their
+    weights take no more host memory than their comments say."""
+    device, host = extrapolated(name)
+    assert device <= usable(CARDS[name])
+    assert host <= STREAMED.get(name, 0) * GIB
+    assert (host > 0) == (load_config(EXAMPLES / f"{name}.toml").model.streaming is True)
 
 
 def settings(config: Config) -> dict[str, object]:

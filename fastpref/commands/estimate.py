@@ -75,23 +75,29 @@ def _gpus(estimator: Estimator, least: StepMemory, card: float, screen: Console)
     most = estimator.take(layers=0) if estimator.checkpoints else least
     if most is not least:
         screen.print(f"{_checkpointing(most)}: {in_words(most.total)}", soft_wrap=True)
-    gpus = fits(most, least, CARDS)
+    missing = least.streamed or least.total > usable(min(*CARDS, card))
+    stream = estimator.take_streamed() if missing else None
+    *gpus, own = fits(most, least, [*CARDS, card], stream)
+    if stream is not None:
+        screen.print(_streaming(stream.least), soft_wrap=True)
     screen.print(f"\nA run can use {1 - MARGIN:.0%} of a GPU's memory.", soft_wrap=True)
     for gpu in gpus:
         screen.print(_fit(gpu, most is not least, least.layers), highlight=False, soft_wrap=True)
     numbers: dict[str, Any] = {
         "uncheckpointed": _bytes(most) if most is not least else None,
+        "streamed": _bytes(stream.least) if stream is not None else None,
         "cards": [asdict(gpu) for gpu in gpus],
         "card": card,
         "changes": None,
     }
-    if least.total > usable(card):
+    if not own.fits:
         change = proposal(estimator, card)
         message = f"No known change makes it fit {card:g} GB. Take a smaller model."
         if change.fits and change.memory is not None:
             numbers["changes"] = {"overrides": list(change.overrides)} | _bytes(change.memory)
             words = " ".join(map(shlex.quote, change.overrides))
-            message = f"To fit {card:g} GB ({in_words(change.memory.total)}), add\n  {words}"
+            host = f", and {in_words(change.memory.host)} of host memory" if change.memory.host else ""
+            message = f"To fit {card:g} GB ({in_words(change.memory.total)}{host}), add\n  {words}"
         screen.print(message, markup=False, soft_wrap=True)
     return numbers
 
@@ -123,19 +129,31 @@ def _table(columns: dict[str, StepMemory]) -> Table:
         if any(values):
             table.add_row(words, *(f"{value / GIB:.2f}" for value in values))
     table.add_row("all", *(f"{memory.total / GIB:.2f}" for memory in columns.values()), style="bold")
+    if any(memory.host for memory in columns.values()):
+        table.add_row("in host memory", *(f"{memory.host / GIB:.2f}" for memory in columns.values()))
     return table
 
 
 def _checkpointing(memory: StepMemory) -> str:
     count, layers = memory.checkpointed, memory.layers
+    streamed = f", {memory.streamed} streamed layers" if memory.streamed else ""
     if count == 0:
-        return "without gradient checkpointing"
-    return f"gradient checkpointing of {'all' if count == layers else f'{count} of {layers}'} layers"
+        return f"without gradient checkpointing{streamed}"
+    return f"gradient checkpointing of {'all' if count == layers else f'{count} of {layers}'} layers{streamed}"
+
+
+def _streaming(memory: StepMemory) -> str:
+    return (
+        f"all {memory.streamed} layers streamed: {in_words(memory.total)} and {in_words(memory.host)} of host memory, "
+        f"of which a micro-batch copies {in_words(memory.copied)}"
+    )
 
 
 def _fit(fit: CardFit, decides: bool, layers: int) -> str:
     if not fit.fits:
         verdict = "does not fit"
+    elif fit.streamed:
+        verdict = f"fits with {fit.streamed} streamed layers, and {in_words(fit.host)} of host memory"
     elif not decides:
         verdict = "fits"
     elif fit.checkpointed == 0:
@@ -147,5 +165,5 @@ def _fit(fit: CardFit, decides: bool, layers: int) -> str:
 
 
 def _bytes(memory: StepMemory) -> dict[str, Any]:
-    numbers = {"layers": memory.layers, "checkpointed": memory.checkpointed}
-    return numbers | {"bytes": memory.parts(), "total": memory.total}
+    numbers = {"layers": memory.layers, "checkpointed": memory.checkpointed, "streamed": memory.streamed}
+    return numbers | {"bytes": memory.parts(), "total": memory.total, "host": memory.host, "copied": memory.copied}

@@ -25,15 +25,17 @@ class PeakStorage(TorchDispatchMode):
     operation. Unlike an allocator's statistics, the result is exact. A FakeTensor counts like a real one.
 
     Bytes are also summed by label: the label of the `labelled` block in which a storage was made, or INSIDE for
-    storages made by our own operators.
+    storages made by our own operators. Those with the label HOST lie in host memory, for a device that has its own:
+    they are summed apart, and are no part of `current` and `peak`.
     """
 
-    INSIDE = "operators"
+    INSIDE, HOST = "operators", "host"
 
     def __init__(self) -> None:
         super().__init__()
         self.current = 0  # bytes alive now
         self.peak = 0  # the most that were ever alive at once
+        self.host_peak = 0  # the same of host memory
         self.largest = 0  # bytes of the largest storage that was made
         self.parts: Counter[str] = Counter()  # `current` by label
         self.at_peak: Counter[str] = Counter()  # `peak` by label
@@ -56,12 +58,13 @@ class PeakStorage(TorchDispatchMode):
         if address in self._alive:
             size, before = self._alive[address]
             self._alive[address] = size, label
-            self.parts[before] -= size
-            self.parts[label] += size
+            self._add(before, -size)
+            self._add(label, size)
 
     def start_again(self) -> None:
         """Begin a new peak; storages that are alive stay counted."""
         self.peak, self.at_peak, self.largest = self.current, self.parts.copy(), 0
+        self.host_peak = self.parts[self.HOST]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -88,18 +91,23 @@ class PeakStorage(TorchDispatchMode):
             # Torch keeps a storage's Python object alive as long as the storage itself.
             weakref.finalize(storage, self._forget, address).atexit = False
         before, label = self._alive.get(address, (0, self._label))
-        if size > before:
+        if size > before and label != self.HOST:
             self.largest = max(self.largest, size)
         self._alive[address] = size, label
-        self.current += size - before
-        self.parts[label] += size - before
+        self._add(label, size - before)
         if self.current > self.peak:
             self.peak, self.at_peak = self.current, self.parts.copy()
 
     def _forget(self, address: int) -> None:
         size, label = self._alive.pop(address)
-        self.current -= size
-        self.parts[label] -= size
+        self._add(label, -size)
+
+    def _add(self, label: str, size: int) -> None:
+        self.parts[label] += size
+        if label == self.HOST:
+            self.host_peak = max(self.host_peak, self.parts[label])
+        else:
+            self.current += size
 
 
 def _storages(tree: Any) -> Iterator[UntypedStorage]:

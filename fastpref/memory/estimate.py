@@ -15,17 +15,20 @@ from fastpref.data.plan import wanted_layout
 from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
+from fastpref.memory.fake_stream import obstacle
 from fastpref.memory.fit import MARGIN, OversizedStep, Proposal, propose
 from fastpref.memory.step import StepMemory, count_step
+from fastpref.memory.streaming import StreamedStep
 from fastpref.memory.trl import as_trl, trl_policy
 from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import layers_needed
 from fastpref.model.limits import beyond_positions, compare, limits_of_config
 from fastpref.model.load import load_tokenizer
 from fastpref.model.packed import lies_quantised
+from fastpref.model.streaming.stream import Streaming
 from fastpref.sizes import GIB, in_words
 
-CARDS = (8, 12, 16, 24, 48, 80)  # GiB, which vendors call GB
+CARDS = (4, 6, 8, 12, 16, 24, 48, 80)  # GiB, which vendors call GB
 CONTEXT = GIB // 2  # bytes of the CUDA context and its libraries: assumed, not counted
 
 Load = Callable[[Sequence[str]], Config]  # the config with further overrides
@@ -52,8 +55,12 @@ class Estimator:
 
     @property
     def checkpoints(self) -> bool:
-        """Whether a run chooses the number of checkpointed layers by the memory of its device."""
-        return self.config.train.checkpointing == "auto" and self.device.type != "cpu"
+        """Whether a run chooses the number of checkpointed layers by the memory of its device, if none is streamed."""
+        return (
+            self.config.model.streaming is not True
+            and self.config.train.checkpointing == "auto"
+            and self.device.type != "cpu"
+        )
 
     def microbatch(self, config: Config) -> Microbatch:
         """Return the largest micro-batch of a run."""
@@ -61,13 +68,25 @@ class Estimator:
             return longest_possible(config)
         return longest_of(config, self._examples, wanted_layout(config))
 
-    def take(self, *overrides: str, layers: int | None = None) -> StepMemory:
-        """Count the memory of a step with further overrides. `layers` is the argument of `count_step`."""
-        if (overrides, layers) not in self._known:
-            self.counted(" ".join(overrides) or "the step")
+    def take(self, *overrides: str, layers: int | None = None, streaming: Streaming | None = None) -> StepMemory:
+        """Count the memory of a step with further overrides. `layers` and `streaming` are arguments of `count_step`."""
+        key = overrides, layers, streaming
+        if key not in self._known:
+            self.counted(" ".join(overrides) or ("the step" if streaming is None else "the step with streamed layers"))
             config = self.load(overrides)
-            self._known[overrides, layers] = self._count(config, layers, self.microbatch(config))
-        return self._known[overrides, layers]
+            self._known[key] = self._count(config, layers, self.microbatch(config), streaming=streaming)
+        return self._known[key]
+
+    def take_streamed(self) -> StreamedStep | None:
+        """Count the memory of a step that is streamed; None if the config or the model does not allow that."""
+        if self.config.model.streaming is False or self.device.type == "cpu":
+            return None
+        if obstacle(self.config, self.architecture) is not None:
+            return None
+        try:
+            return StreamedStep(self.take(streaming=Streaming()))
+        except UserError:  # a model whose layers are not found
+            return None
 
     def take_as_trl(self) -> StepMemory:
         """Count the memory of the same step as TRL computes it, with as many checkpointed layers as in `take`."""
@@ -134,20 +153,32 @@ def proposal(estimator: Estimator, card: float) -> Proposal:
 
 @dataclass(frozen=True)
 class CardFit:
-    """Whether a step fits a GPU, and with how many checkpointed layers."""
+    """Whether a step fits a GPU, and with how many checkpointed and streamed layers."""
 
     card: float
     fits: bool
     checkpointed: int | None  # approximate if the run chooses the number; None if the step does not fit
+    streamed: int = 0
+    host: int = 0  # bytes in host memory
 
 
-def fits(most: StepMemory, least: StepMemory, cards: Sequence[float]) -> list[CardFit]:
-    """Return each GPU's fit for a step with no checkpointed layer and with all; one object if their number is set."""
+def fits(
+    most: StepMemory, least: StepMemory, cards: Sequence[float], stream: StreamedStep | None = None
+) -> list[CardFit]:
+    """Return each GPU's fit for a step with no checkpointed layer and with all; one object if their number is set.
+
+    With `stream` a step that does not fit otherwise has streamed layers, as many as it must.
+    """
     results = []
     for card in cards:
         room, layers = usable(card), least.checkpointed
-        if most is not least:
-            layers = layers_needed(layers, most.total, least.total, room)
-        fitting = least.total <= room
-        results.append(CardFit(card, fitting, layers if fitting else None))
+        if least.total <= room and not least.streamed:
+            if most is not least:
+                layers = layers_needed(layers, most.total, least.total, room)
+            results.append(CardFit(card, True, layers, host=least.host))
+        elif stream is not None and stream.least.total <= room:
+            chosen = stream.at(stream.resident(room))
+            results.append(CardFit(card, True, chosen.checkpointed, chosen.streamed, chosen.host))
+        else:
+            results.append(CardFit(card, False, None))
     return results

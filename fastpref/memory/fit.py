@@ -61,6 +61,12 @@ class Proposal:
     fits: bool = True
 
 
+def available(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process has allocated or may still allocate, minus the margin."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - int(MARGIN * total)
+
+
 def propose(step: OversizedStep, count: Count, room: int) -> Proposal:
     """Return the smallest changes with which a step takes at most `room` bytes, or those with which it takes the least.
 
@@ -142,6 +148,13 @@ def _offload(step: OversizedStep) -> list[bool]:
     return [] if useless else [True]
 
 
+def _streamed(step: OversizedStep) -> list[bool]:
+    reference = step.config.reference
+    copied = step.config.loss.uses_reference and reference.mode == "copy" and not _no_copy(step)
+    possible = step.config.lora is not None and not copied and not step.sharded and step.device.type != "cpu"
+    return [True] if possible and not step.memory.streamed else []
+
+
 def _moments_in_8_bits(step: OversizedStep) -> list[str]:
     optimizer = step.config.train.optimizer
     return [] if optimizer.endswith("8bit") or step.sharded else [f"{optimizer}_8bit"]
@@ -167,6 +180,7 @@ CHANGES: list[Change] = [
     Change("train.tokens_per_microbatch", _smaller_microbatches),
     Change("train.checkpointing", _all_layers),
     Change("train.offload_activations", _offload),
+    Change("model.streaming", _streamed, ("weights",)),
     # Then changes that affect what the model learns.
     Change("train.optimizer", _moments_in_8_bits, ("optimizer",)),
     Change("lora", lambda step: [{}] if step.config.lora is None else [], ("gradients", "optimizer")),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import psutil
 import torch
@@ -14,6 +15,7 @@ from fastpref.data.longest import longest_of, longest_possible, microbatches
 from fastpref.data.table import Examples
 from fastpref.memory.fit import Count, OversizedStep
 from fastpref.memory.step import StepMemory, count_step
+from fastpref.memory.streaming import in_host_memory, streaming_of
 from fastpref.model.gradient_checkpointing import all_checkpointed, can_be_checkpointed, decoder_layers
 from fastpref.model.load import Loaded
 from fastpref.model.packed import own_quantization
@@ -34,8 +36,11 @@ def oversized_step(
     states = [value for state in optimizer.state.values() for value in state.values()]
     moments = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     layers = max(1, len(decoder_layers(model)))
+    stream, hosted, slots = getattr(loaded, "stream", None), 0, 0
+    if stream is not None:
+        hosted, slots = in_host_memory(loaded), sum(map(len, stream.slots))
     memory = StepMemory(
-        weights=sum(p.nbytes for p in model.parameters()) - adapters,
+        weights=sum(p.nbytes for p in model.parameters()) - adapters - hosted + slots,
         adapters=adapters,
         gradients=trained,
         optimizer=moments or 2 * trained,  # AdamW allocates its two moments in the first step
@@ -46,6 +51,8 @@ def oversized_step(
         layers=layers,
         checkpointed=layers if all_checkpointed(model) else _checkpointed(model),
         layout=loaded.layout,
+        host=hosted,
+        streamed=0 if stream is None else len(stream.layers),
     )
     parts = microbatches(config, examples, loaded.layout) or [longest_possible(config)]
     largest = max(parts, key=lambda part: part.tokens)
@@ -73,8 +80,11 @@ def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
         config = make_config(step.config.model_dump(), overrides)
         same = config.train.checkpointing == step.config.train.checkpointing
         layers = step.memory.checkpointed if same else None
+        same = config.model.streaming == step.config.model.streaming
+        streaming = streaming_of(loaded) if same else None
         examples = [_cut(example, config.tokens.max_length) for example in step.microbatch.examples]
-        return count_step(as_loaded(config, loaded), step.device, layers=layers, examples=examples)
+        config = as_loaded(config, loaded)
+        return count_step(config, step.device, layers=layers, examples=examples, streaming=streaming)
 
     return count
 
@@ -117,9 +127,10 @@ class StepPeak:
     def against_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
         """Return a note that compares the measured peak with `count_step` for the run's largest micro-batch."""
         largest, layers = longest_of(config, examples, loaded.layout), _checkpointed(loaded.model)
+        options: dict[str, Any] = {"layers": layers, "streaming": streaming_of(loaded)}
         config, gpu, measured = as_loaded(config, loaded), torch.device("cuda"), f"measured {in_words(self.bytes)}"
         try:
-            memory = count_step(config, gpu, layers=layers, examples=largest.examples, further=largest.further)
+            memory = count_step(config, gpu, examples=largest.examples, further=largest.further, **options)
         except Exception as error:  # a model's code may read the values of tensors, which fake tensors do not have
             return f"memory of a step: {measured}; not estimated ({type(error).__name__})"
         change = self.bytes / memory.total - 1

@@ -18,6 +18,7 @@ from fastpref.data.example import Example
 from fastpref.data.longest import longest_possible
 from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
+from fastpref.memory.fake_stream import Copies, obstacle, stream_fakes
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.failure import told_of_model
 from fastpref.model.files import model_config
@@ -27,6 +28,7 @@ from fastpref.model.load import Loaded, weight_dtype
 from fastpref.model.packed import own_quantization
 from fastpref.model.policy import Policy
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
+from fastpref.model.streaming.stream import Streaming
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
@@ -64,6 +66,10 @@ class StepMemory:
     layout: Layout  # the layout that its attention supports
     bare_experts: int = 0  # the part of the weights in experts that bitsandbytes does not quantise
     overhead: int = 0  # of the device's libraries: assumed, not counted
+    host: int = 0  # in host memory, not on the device: streamed weights, and inputs of layers that are moved there
+    copied: int = 0  # streamed weights that the examples of the step copy to the device; no memory
+    streamed: int = 0  # how many decoder layers are streamed; not bytes
+    layer: int = 0  # the bytes of one of them, on average
 
     @property
     def total(self) -> int:
@@ -102,6 +108,7 @@ def count_step(
     architecture: PretrainedConfig | None = None,
     layout: Layout | None = None,
     make_policy: Callable[[PreTrainedModel], Policy] = Policy.of,
+    streaming: Streaming | None = None,
 ) -> StepMemory:
     """Count the memory of a step of a config on a type of device, which this machine need not have.
 
@@ -114,11 +121,14 @@ def count_step(
         architecture: the model's config.json, which is read by default.
         layout: the layout that the model's attention supports; by default a forward pass determines it.
         make_policy: makes the policy, for another head than ours (`trl.py`).
+        streaming: how much of the frozen weights stays in host memory; by default all layers if `model.streaming` is
+            true, else none.
 
-    Raises UserError for a model that does not exist, or whose code cannot run on fake tensors.
+    Raises UserError for a model that does not exist, that cannot be streamed, or whose code cannot run on fake tensors.
 
     All tensors are fake CPU tensors, with the dtypes and the mixed precision of `device`. Memory that bitsandbytes and
-    the device's libraries allocate inside one operation is not counted. The head's tiles are the torch backend's.
+    the device's libraries allocate inside one operation is not counted. The head's tiles are the torch backend's, and
+    the two buffers of a head in host memory are those of a GPU.
     """
     dtype = weight_dtype(config, device)
     half = torch.float16 if dtype == torch.float16 else torch.bfloat16
@@ -127,15 +137,20 @@ def count_step(
     architecture = architecture or model_config(config.model)
     if own_quantization(architecture) is not None and config.lora is None:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
+    if streaming is None and config.model.streaming is True:
+        streaming = Streaming()
+    if streaming is not None and (why := obstacle(config, architecture)):
+        raise UserError(f"model.streaming: {why}")
     kernels = wants_kernels(config.model.liger, device.type, architecture)
     bones = skeleton(config, architecture, dtype, kernels=kernels)
     frozen = _copy(config, bones, architecture, kernels=kernels)
-    saving = _elsewhere if config.train.offload_activations else None
-    checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
     count, fake = PeakStorage(), _Fake(allow_non_fake_inputs=True)
+    saving = partial(_elsewhere, count) if config.train.offload_activations else None
+    checkpointed = checkpoint_layers(bones.model, 0 if config.train.checkpointing is False else layers, saving=saving)
     sizes_alone = kernels_not_run if kernels else nullcontext
     with fake, count:
-        policy = _materialised(config, bones, count, make_policy)
+        copies = _materialised(config, bones, count, streaming)
+        policy = make_policy(bones.model)
     with fake, sizes_alone():
         choice = Choice(layout) if layout else choose_layout(bones.model, policy, config.train.layout, compare=False)
         if layout is not None and layout != "padded":
@@ -147,7 +162,7 @@ def count_step(
     unpaged = config.but({"train.optimizer": config.train.optimizer.removeprefix("paged_")})
     optimizer = make_optimizer(loaded.policy, unpaged)  # not fake: bitsandbytes computes tables of numbers
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with fake, count, sizes_alone():
+    with fake, count, sizes_alone(), copies.of_head() if streaming else nullcontext():
         with count.labelled("gradients"):
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -163,6 +178,7 @@ def count_step(
         objective = _objective(config, loaded, reference, autocast)
         objective.policy.train()
         count.start_again()
+        copies.bytes = 0
         with count.labelled("activations"):
             objective.step(examples, lambda loss: loss.backward())
             torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
@@ -170,22 +186,23 @@ def count_step(
             optimizer.step()
     parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
     parts["weights"] = parts.get("weights", 0) - bones.packed
-    parts |= {"bare_experts": bones.bare_experts}
+    parts |= {"bare_experts": bones.bare_experts, "host": count.host_peak, "copied": copies.bytes}
+    parts |= {"streamed": len(copies.layers), "layer": sum(copies.layers) // max(1, len(copies.layers))}
     parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": choice.layout}
     return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
 
 
-def _materialised(
-    config: Config, bones: Skeleton, count: PeakStorage, make_policy: Callable[[PreTrainedModel], Policy]
-) -> Policy:
+def _materialised(config: Config, bones: Skeleton, count: PeakStorage, streaming: Streaming | None) -> Copies:
+    """Give the skeleton's model fake tensors, and stream its layers. Return what the stream will copy."""
     model = bones.model
     with count.labelled("weights"):
         materialise(model)
+        copies = Copies() if streaming is None else stream_fakes(model, streaming, count)
     if config.lora is not None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 count.relabel(parameter, "adapters")
-    return make_policy(model)
+    return copies
 
 
 def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, kernels: bool) -> PreTrainedModel | None:
@@ -240,11 +257,12 @@ def _relabel_gradient(count: PeakStorage, parameter: Tensor) -> None:
 
 
 @contextmanager
-def _elsewhere() -> Iterator[None]:
-    """Free tensors that are saved for the backward pass inside the block, and make them again when it needs them."""
+def _elsewhere(count: PeakStorage) -> Iterator[None]:
+    """Keep tensors that are saved for the backward pass inside the block in host memory until it needs them."""
 
-    def remade(saved: tuple[torch.Size, torch.dtype]) -> Tensor:
-        return torch.empty(saved[0], dtype=saved[1])
+    def moved(tensor: Tensor) -> Tensor:
+        with count.labelled(PeakStorage.HOST):
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
 
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor.shape, tensor.dtype), remade):
+    with torch.autograd.graph.saved_tensors_hooks(moved, torch.empty_like):
         yield

@@ -45,7 +45,7 @@ def test_a_gpu_decides_by_what_a_step_takes(llama: Path, monkeypatch: pytest.Mon
     config = config_for(llama, LORA, "tokens.max_length=128", "model.liger=false")  # as on a CPU, where it is loaded
     without, one, both = (count_step(config, CUDA, layers=layers).total for layers in (0, 1, 2))
     for available, count in ((without, 0), (one, 1), (both, 2), (both - 1, 2)):
-        monkeypatch.setattr(activations, "_available", lambda device, given=available: given)
+        monkeypatch.setattr(activations, "available", lambda device, given=available: given)
         layers, (note,) = chosen(llama, CUDA)
         assert layers == count
         assert note.startswith(f"gradient checkpointing: {count} of 2 layers; ")
@@ -56,7 +56,7 @@ def test_a_model_that_cannot_be_counted_has_all_layers_checkpointed(llama: Path,
         raise RuntimeError("a value was asked for")
 
     monkeypatch.setattr(activations, "count_step", fails)
-    monkeypatch.setattr(activations, "_available", lambda device: 1)
+    monkeypatch.setattr(activations, "available", lambda device: 1)
     assert chosen(llama, CUDA) == (
         2, ["gradient checkpointing: 2 of 2 layers; the memory of a step cannot be counted beforehand (RuntimeError)"]
     )  # fmt: skip

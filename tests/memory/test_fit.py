@@ -57,10 +57,21 @@ FIRST: dict[str, tuple[list[str], StepMemory, tuple[int, ...], dict[str, Any], s
     "one example, all layers checkpointed": ([], CHECKPOINTED, ONE, {}, "train.offload_activations=true"),
     "a model without checkpointing": ([], LITTLE, ONE, {"checkpointable": False}, "train.optimizer=adamw_8bit"),
     "and on a CPU": ([], CHECKPOINTED, ONE, {"device": CPU}, "train.optimizer=adamw_8bit"),
-    "and moved": ([LORA, "train.offload_activations=true"], CHECKPOINTED, ONE, {}, "train.optimizer=adamw_8bit"),
+    "and moved": ([LORA, "train.offload_activations=true"], CHECKPOINTED, ONE, {}, "model.streaming=true"),
+    "and streamed": (
+        [LORA, "train.offload_activations=true", "model.streaming=true"], replace(CHECKPOINTED, streamed=2), ONE, {},
+        "train.optimizer=adamw_8bit",
+    ),
+    "and no weights are frozen": (
+        ["train.offload_activations=true"], CHECKPOINTED, ONE, {}, "train.optimizer=adamw_8bit"
+    ),
+    "and a copy stays on the GPU": (
+        [LORA, "train.offload_activations=true", "reference.mode=copy", "reference.dtype=bfloat16"], CHECKPOINTED, ONE,
+        {}, "train.optimizer=adamw_8bit",
+    ),
     "paged": (
-        [LORA, "train.offload_activations=true", "train.optimizer=paged_adamw"], CHECKPOINTED, ONE, {},
-        "train.optimizer=paged_adamw_8bit",
+        [LORA, "train.offload_activations=true", "train.optimizer=paged_adamw"], replace(CHECKPOINTED, streamed=2), ONE,
+        {}, "train.optimizer=paged_adamw_8bit",
     ),
     "in 8 bits": ([LORA, "train.optimizer=adamw_8bit"], CHECKPOINTED, ONE, {"device": CPU}, "model.quantization=nf4"),
     "in 8 bits without adapters": (["train.optimizer=adamw_8bit"], CHECKPOINTED, ONE, {"device": CPU}, "lora={}"),
@@ -101,6 +112,7 @@ def counter(path: Path, parts: Mapping[str, int], *overrides: str) -> Callable[[
         config = load_config(path, [*overrides, *more])
         optimizer = parts.get("optimizer", 0) // (4 if config.train.optimizer == "adamw_8bit" else 1)
         weights = parts["weights"] // (4 if config.model.quantization == "nf4" else 1)
+        weights = 1 if config.model.streaming is True else weights
         activations = parts["activations"] * (config.train.tokens_per_microbatch or 0) // 4000
         if config.train.checkpointing is True:
             activations //= 10
@@ -119,8 +131,20 @@ COUNTED = {
     "layers in place of small micro-batches": (
         {"weights": 2, "activations": 110}, ["train.checkpointing=true"], 13,
     ),
-    "the optimizer": ({"weights": 10, "activations": 0, "optimizer": 20}, ["train.optimizer=adamw_8bit"], 15),
-    "weights": ({"weights": 24, "activations": 0}, ["model.quantization=nf4"], 6),
+    "frozen weights": ({"weights": 24, "activations": 0}, ["model.streaming=true"], 1),
+    "frozen weights rather than moments": (
+        {"weights": 20, "activations": 0, "optimizer": 4}, ["model.streaming=true"], 5,
+    ),
+    "and not for what smaller micro-batches save": (
+        {"weights": 20, "activations": 3}, [MICROBATCH + "2000"], 21,
+    ),
+    "the optimizer": (
+        {"weights": 14, "activations": 0, "optimizer": 40}, ["model.streaming=true", "train.optimizer=adamw_8bit"], 11,
+    ),
+    "and streaming is taken back": (
+        {"weights": 10, "activations": 0, "optimizer": 40}, ["train.optimizer=adamw_8bit"], 20,
+    ),
+    "the optimizer alone": ({"weights": 1, "activations": 0, "optimizer": 40}, ["train.optimizer=adamw_8bit"], 11),
 }  # fmt: skip
 
 
@@ -139,7 +163,7 @@ def test_no_more_than_it_takes(path: Path, parts: dict[str, int], overrides: lis
 def test_what_it_says(path: Path):
     """If nothing fits, the message says so, and names the changes with which a run cannot be resumed."""
     options = [LORA, "train.tokens_per_microbatch=900"]
-    step = oversized(load_config(path, options), replace(CHECKPOINTED, adapters=GIB // 4), ONE)
+    step = oversized(load_config(path, options), replace(CHECKPOINTED, adapters=GIB // 4, streamed=2), ONE)
     assert out_of_memory(7, step, counter(path, {"weights": 400, "activations": 10}, *options)) == (
         "out of memory after step 7: the run holds weights 1.00 GiB, adapters 256.0 MiB, gradients 0.0 MiB, optimizer "
         "0.0 MiB, head workspace 128.0 MiB of 24.00 GiB, besides the activations of a micro-batch of 900 tokens. What "
