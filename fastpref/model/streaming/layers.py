@@ -38,7 +38,8 @@ class FrozenWeight:
         """Return the tensors, the parameter's own numbers first."""
         weight, module = self.parameter, cast(Any, self.module)
         if isinstance(self.module, Linear8bitLt):
-            return [weight.data, module.state.SCB]
+            scales = getattr(weight, "SCB", None)
+            return [weight.data, module.state.SCB if scales is None else scales]
         return [weight.data, *_scales(getattr(weight, "quant_state", None))]
 
     def made_of(self, tensors: Sequence[Tensor]) -> nn.Parameter:
@@ -100,11 +101,16 @@ class StreamedLayer:
         return [(weight.made_of(own), own) for weight, own in zip(self.weights, views, strict=True)]
 
 
-def frozen_weights(layer: nn.Module) -> Iterator[FrozenWeight]:
-    """Yield the weights of a layer without adapters that are worth a copy: all but norms, biases and other vectors."""
+def ready_to_copy(layer: nn.Module) -> None:
+    """Let the modules of a layer keep their scales where `FrozenWeight.put` puts them."""
     for module in layer.modules():
         if isinstance(module, Linear8bitLt) and getattr(module.weight, "CB", None) is not None:
             module.init_8bit_state()  # which a first forward pass would do
+
+
+def frozen_weights(layer: nn.Module) -> Iterator[FrozenWeight]:
+    """Yield the weights of a layer without adapters that are worth a copy: all but norms, biases and other vectors."""
+    for module in layer.modules():
         for name, parameter in module._parameters.items():
             quantised = getattr(parameter, "quant_state", None) is not None
             if parameter is not None and (parameter.dim() > 1 or quantised):
@@ -136,7 +142,9 @@ def _views(buffer: Tensor, shapes: Sequence[Sequence[tuple[torch.Size, torch.dty
         own = []
         for shape, dtype in weight:
             size = shape.numel() * dtype.itemsize
-            own.append(buffer[first : first + size].view(dtype).view(shape))
+            # `data` has its own count of changes: PEFT changes adapted experts in place, and autograd must not see that
+            # in other weights of the slot.
+            own.append(buffer[first : first + size].view(dtype).view(shape).data)
             first += padded(size)
         views.append(own)
     return views

@@ -11,19 +11,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 from fastpref.model.body import body_of
 from fastpref.model.gradient_checkpointing import decoder_layers
-from fastpref.model.streaming.layers import Allocate, StreamedLayer, frozen_weights
+from fastpref.model.streaming.layers import Allocate, StreamedLayer, frozen_weights, ready_to_copy
 from fastpref.model.streaming.pinned import pinned
 from fastpref.model.streaming.schedule import Direction, Schedule, Transfers
-from fastpref.model.streaming.tables import keep_embeddings, keep_head
+from fastpref.model.streaming.tables import keep_embeddings, keep_head, on_its_device
 from fastpref.model.streaming.transfers import CudaTransfers, HostTransfers
 
 SLOTS = 2
+_STREAM = "_fastpref_stream"
 
 MakeTransfers = Callable[[Sequence[Tensor], Sequence[Tensor]], Transfers]  # of host buffers and of slots
 
@@ -48,7 +50,12 @@ class WeightStream:
         allocate: Allocate = pinned,
         make_transfers: MakeTransfers | None = None,
     ):
+        self.modules, self.device = list(layers), device
+        for layer in layers:
+            ready_to_copy(layer)
         self.layers = [StreamedLayer(list(frozen_weights(layer)), allocate) for layer in layers]
+        self.hosted = {id(weight.parameter) for layer in self.layers for weight in layer.weights}
+        self.reached: set[int] = set()  # the layers that have computed
         slots = min(slots, len(layers))
         sizes = [max(layer.nbytes for layer in self.layers[slot::slots]) for slot in range(slots)]
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
@@ -65,6 +72,19 @@ class WeightStream:
         """The bytes in host memory."""
         return sum(layer.nbytes for layer in self.layers)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightStream":
+        return self  # PEFT copies modules, and with them their hooks
+
+    def move_rest(self, model: nn.Module) -> None:
+        """Move what has been added to the model since, such as adapters and trained copies, to the device."""
+        for place, layer in enumerate(self.layers):  # PEFT may have put another parameter with the same numbers
+            layer.enter() if place == self.schedule.current else layer.leave()
+        for wrapper in model.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                for module in wrapper.modules_to_save.modules():
+                    on_its_device(module)
+        _move(model, self.device, self.hosted)
+
     def arrive(self, place: int, direction: Direction) -> None:
         """Let a layer compute in its slot. The layer that computed before reads host memory again."""
         before = self.schedule.current
@@ -75,6 +95,7 @@ class WeightStream:
             self.layers[place].enter()
 
     def _before(self, place: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.reached.add(place)
         self.arrive(place, 1)
 
     def _after(self, place: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -108,13 +129,22 @@ def stream_weights(
     layers = streamable_layers(model)
     streamed = _spread(layers, streaming.resident)
     if len(streamed) < 2:
-        raise UserError(f"model.streaming: {len(streamed)} layer is left to stream; a model needs at least two")
+        raise UserError(
+            f"model.streaming: {len(streamed)} of the {len(layers)} layers of this {model.config.model_type} model "
+            "would be streamed, and at least two are needed; set it to false"
+        )
     stream = WeightStream(streamed, device, streaming.slots, allocate=allocate, make_transfers=make_transfers)
-    hosted = {id(weight.parameter) for layer in stream.layers for weight in layer.weights}
-    hosted |= _keep_tables(model, device, allocate)
-    _move(model, device, hosted)
+    stream.hosted |= _keep_tables(model, device, allocate)
+    stream.move_rest(model)
     _say_where(model, device)
+    vars(model).pop("hf_device_map", None)  # by which PEFT and transformers would spread the model over devices
+    vars(model)[_STREAM] = stream
     return stream
+
+
+def stream_of(model: nn.Module) -> WeightStream | None:
+    """Return the stream of a model, or None if its weights are not streamed."""
+    return vars(model).get(_STREAM)
 
 
 def streamable_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -166,8 +196,9 @@ def _move(model: nn.Module, device: torch.device, hosted: set[int]) -> None:
 
 
 def _say_where(model: PreTrainedModel, device: torch.device) -> None:
-    """Let `model.device`, which is where the first parameter is, name the device on which the model computes."""
-    kind = type(model)
-    model.__class__ = type(
-        kind.__name__, (kind,), {"device": property(lambda self: device), "__module__": kind.__module__}
-    )
+    """Let `device` of a model and its body, which is where the first parameter is, name where they compute."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            where = {"device": property(lambda self: device), "__module__": kind.__module__}
+            module.__class__ = type(kind.__name__, (kind,), where)

@@ -15,12 +15,13 @@ _DEVICE = "_fastpref_computes_on"
 
 
 def keep_embeddings(module: nn.Module, device: torch.device) -> None:
-    """Let an embedding gather its rows in host memory and return them on a device."""
+    """Let an embedding gather its rows where its weight is, in host memory, and return them on a device."""
 
-    def on_host(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tuple(_moved(arg, "cpu") for arg in args), {name: _moved(arg, "cpu") for name, arg in kwargs.items()}
+    def there(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        place = next(module.parameters()).device  # that of a trained copy, which has this hook too, is another
+        return tuple(_moved(arg, place) for arg in args), {name: _moved(arg, place) for name, arg in kwargs.items()}
 
-    module.register_forward_pre_hook(on_host, with_kwargs=True)
+    module.register_forward_pre_hook(there, with_kwargs=True)
     module.register_forward_hook(lambda module, args, output: _moved(output, device))
 
 
@@ -34,6 +35,12 @@ def keep_head(module: nn.Linear, device: torch.device, allocate: Allocate) -> No
     weight.data = there.copy_(weight.data)
     setattr(module, _DEVICE, device)
     vars(module)["forward"] = partial(_product, module)
+
+
+def on_its_device(module: nn.Module) -> None:
+    """Undo `keep_head` for a trained copy of the head, which lies on the device."""
+    if vars(module).pop(_DEVICE, None) is not None:
+        del vars(module)["forward"]
 
 
 def computes_on(module: nn.Module) -> torch.device | None:
