@@ -98,10 +98,15 @@ class WeightStream:
         self.reached.add(place)
         self.arrive(place, 1)
 
-    def _after(self, place: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        hidden = output if isinstance(output, Tensor) else output[0]
+    def _after(self, place: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        alone = isinstance(output, Tensor)
+        hidden = output if alone else output[0]
         if hidden.requires_grad:
+            if hidden._is_view():  # a later change in place would take a view's hook from the graph
+                hidden = hidden.clone()
+                output = hidden if alone else (hidden, *output[1:])
             hidden.register_hook(partial(self._before_backward, place))
+        return output
 
     def _before_backward(self, place: int, gradient: Tensor) -> None:
         self.arrive(place, -1)

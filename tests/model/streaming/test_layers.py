@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastpref.memory.allocations import PeakStorage
 from fastpref.model.quantize import keep_weights_as_loaded
-from fastpref.model.streaming.layers import StreamedLayer, frozen_weights
+from fastpref.model.streaming.layers import StreamedLayer, frozen_weights, ready_to_copy
 from fastpref.model.streaming.stream import Streaming, WeightStream, stream_weights, streamable_layers
 from tests.support.tiny import VOCABULARY, model_config
 
@@ -107,6 +107,7 @@ def test_a_layer_is_the_same_in_its_buffer_and_in_its_slot(kind: str) -> None:
     """Modules read the slot between `enter` and `leave`, and the buffer otherwise: the same bits and output."""
     model = KINDS[kind]()
     expected, layer = logits(model), streamable_layers(model)[1]
+    ready_to_copy(layer)
     before = [tensor.clone() for tensor in tensors(layer)]
     streamed = StreamedLayer(list(frozen_weights(layer)), allocate)
     slot = torch.zeros(streamed.nbytes + 100, dtype=torch.uint8)
@@ -131,6 +132,7 @@ def test_a_layer_takes_the_place_of_its_weights(kind: str) -> None:
     with PeakStorage() as memory:
         layers = streamable_layers(KINDS[kind]())
         gc.collect()
+        ready_to_copy(layers[1])
         before, weights = memory.current, sum(tensor.nbytes for tensor in tensors(layers[1]))
         streamed = StreamedLayer(list(frozen_weights(layers[1])), allocate)
         gc.collect()
