@@ -21,9 +21,11 @@ RUNS: dict[str, list[str]] = {
     "adapters": [LORA],
     "nf4, DoRA": ["lora={rank=4, dora=true}", "model.quantization=nf4", "loss.type=kto"],
     "precomputed": [LORA, 'reference.mode="precompute"', "loss.type=ipo"],
-    "int8, no reference": [LORA, "model.quantization=int8", "loss.type=simpo"],
-    "head": ['lora={rank=4, target=["all-linear", "lm_head"], modules_to_save=["embed_tokens"]}'],
-}
+    "int8, head, no reference": [
+        'lora={rank=4, target=["all-linear", "lm_head"], modules_to_save=["embed_tokens"]}',
+        "model.quantization=int8", "loss.type=simpo",
+    ],
+}  # fmt: skip
 
 
 def run_in(folder: Path, settings: Sequence[str]) -> Path:

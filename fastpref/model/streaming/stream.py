@@ -77,8 +77,6 @@ class WeightStream:
 
     def move_rest(self, model: nn.Module) -> None:
         """Move what has been added to the model since, such as adapters and trained copies, to the device."""
-        for place, layer in enumerate(self.layers):  # PEFT may have put another parameter with the same numbers
-            layer.enter() if place == self.schedule.current else layer.leave()
         for wrapper in model.modules():
             if isinstance(wrapper, ModulesToSaveWrapper):
                 for module in wrapper.modules_to_save.modules():

@@ -22,7 +22,7 @@ from fastpref.model.precision import in_float32
 from fastpref.model.streaming import room
 from fastpref.model.streaming.layers import frozen_weights
 from fastpref.model.streaming.pinned import pinned
-from fastpref.model.streaming.stream import Streaming, stream_weights
+from fastpref.model.streaming.stream import Streaming, WeightStream, stream_weights
 from fastpref.model.streaming.transfers import HostTransfers
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
@@ -49,6 +49,8 @@ def outcome(folder: Path, streaming: Streaming | None, *overrides: str) -> tuple
     """Return the metrics, the gradients and the trained weights of two steps with an evaluation between them."""
     loaded = loaded_by(folder, streaming, *overrides)
     config = config_for(folder, *overrides)
+    if loaded.stream is not None:
+        spoil(loaded.stream)
     with torch.no_grad():
         for parameter in loaded.policy.parameters():
             if parameter.requires_grad:
@@ -71,6 +73,14 @@ def outcome(folder: Path, streaming: Streaming | None, *overrides: str) -> tuple
     return tuple(found)
 
 
+def spoil(stream: WeightStream) -> None:
+    """Let copies come from elsewhere, and fill the buffers with NaN, so that a computation that reads them shows."""
+    transfers: Any = stream.schedule.transfers
+    transfers.sources = [source.clone() for source in transfers.sources]
+    for layer in stream.layers:
+        layer.host.fill_(255)
+
+
 def assert_same(streamed: Any, resident: Any) -> None:
     for ours, theirs in zip(streamed, resident, strict=True):
         assert ours.keys() == theirs.keys()
@@ -86,15 +96,14 @@ STEPS: dict[str, tuple[str, list[str], tuple[Streaming, ...]]] = {
     **{loss: ("llama", [f"loss.type={loss}", LORA], WAYS[:1])
        for loss in ("ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo")},
     "dpo": ("llama", [LORA], WAYS),
-    "nf4": ("llama", [LORA, "model.quantization=nf4"], WAYS[:3]),
-    "int8": ("llama", [LORA, "model.quantization=int8"], WAYS[:3]),
-    "rsLoRA": ("llama", ["lora={rank=3, rslora=true}"], WAYS[:1]),
+    "nf4": ("llama", [LORA, "model.quantization=nf4"], WAYS[1:3]),
+    "int8": ("llama", [LORA, "model.quantization=int8"], WAYS[2:]),
+    "rsLoRA": ("llama", ["lora={rank=3, rslora=true}", "train.layout=padded"], WAYS[:1]),
     "DoRA": ("llama", ["lora={rank=3, dora=true}"], WAYS[:1]),
     "DoRA on nf4": ("llama", ["lora={rank=3, dora=true}", "model.quantization=nf4"], WAYS[3:]),
     "checkpointed": ("llama", [LORA, "train.checkpointing=true"], WAYS[:2]),
     "checkpointed nf4": ("llama", ["lora={rank=3}", "train.checkpointing=true", "model.quantization=nf4"], WAYS[:1]),
     "bfloat16": ("llama", [LORA, "model.dtype=bfloat16"], WAYS[:1]),
-    "padded": ("llama", [LORA, "train.layout=padded"], WAYS[:1]),
     "a head with LoRA": ("llama", ['lora={rank=3, target=["all-linear", "lm_head"]}'], WAYS[:1]),
     "tied, a head with LoRA": ("llama-tied", ['lora={rank=3, target=["all-linear", "lm_head"]}'], WAYS[:1]),
     "a trained head": ("llama", ['lora={rank=3, modules_to_save=["lm_head"]}'], WAYS[:1]),
@@ -102,9 +111,9 @@ STEPS: dict[str, tuple[str, list[str], tuple[Streaming, ...]]] = {
     "trained MLPs": ("llama", ['lora={rank=3, target=["q_proj"], modules_to_save=["mlp"]}'], WAYS[:1]),
     "a trained layer": ("llama", ['lora={rank=3, target=["q_proj"], modules_to_save=["layers.2"]}'], WAYS[:1]),
     "tied": ("llama-tied", [LORA], WAYS[:1]),
-    "gemma2": ("gemma2", [LORA], WAYS[:2]),
+    "gemma2": ("gemma2", [LORA], WAYS[1:2]),
     "gemma3": ("gemma3", [LORA, "model.quantization=nf4"], WAYS[:1]),
-    "mixtral": ("mixtral", ["lora={rank=3}"], WAYS[:2]),
+    "mixtral": ("mixtral", ["lora={rank=3}"], WAYS[:1]),
     "gpt2": ("gpt2", [LORA], WAYS[:1]),
     "gpt-oss": ("gpt-oss", ["lora={rank=3}"], WAYS[:1]),
 }  # fmt: skip
@@ -112,7 +121,10 @@ STEPS: dict[str, tuple[str, list[str], tuple[Streaming, ...]]] = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_streamed_step_is_the_resident_one(saved: Callable[[str], Path], name: str):
-    """Metrics, gradients, updated weights and an evaluation are equal, bit for bit, with any slots and residents."""
+    """Metrics, gradients, updated weights and an evaluation are equal, bit for bit, with any slots and residents.
+
+    No pass reads a layer's host memory, which a GPU could not.
+    """
     kind, overrides, ways = STEPS[name]
     resident = outcome(saved(kind), None, *overrides)
     assert any(gradient is not None and gradient.any() for gradient in resident[1].values())
