@@ -142,7 +142,8 @@ def test_cards_and_layers():
     most, least = memory(40, checkpointed=0, layers=31), memory(10, checkpointed=31, layers=31)
     by_card = {fit.card: fit for fit in fits(most, least, CARDS)}
     assert [card for card, fit in by_card.items() if fit.fits] == [12, 16, 24, 48, 80]
-    assert {card: fit.checkpointed for card, fit in by_card.items()} == {8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
+    checkpointed = {card: fit.checkpointed for card, fit in by_card.items()}
+    assert checkpointed == {4: None, 6: None, 8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
     assert all(fit.checkpointed == 31 for fit in fits(least, least, CARDS) if fit.fits)
 
 
@@ -200,7 +201,34 @@ def test_the_command(tmp_path: Path):
     assert counted["reference"] == reference
     assert counted["changes"] is None
     assert counted["trl"]["total"] > counted["step"]["total"]
-    assert counted["cards"][0] == {"card": 8, "fits": True, "checkpointed": 0}
+    assert counted["cards"][0] == {"card": 4, "fits": True, "checkpointed": 0, "streamed": 0, "host": 0}
+    assert (counted["step"]["host"], counted["streamed"]) == (0, None)
+
+
+def test_the_command_says_which_cards_need_streaming(tmp_path: Path):
+    """A GPU that is too small streams by itself, and needs no change for that; the table has host memory apart. With
+    `model.streaming` false the command proposes it, and a smaller GPU than that needs further changes."""
+    qwen2(250_000, 6144, 16384, 3).save_pretrained(tmp_path)  # its embeddings and its head take 5.7 GiB
+    path = write(tmp_path, tmp_path, data=tmp_path / "none.jsonl")
+    options = (path, LORA, "model.quantization=nf4", "tokens.max_length=16")
+    said = succeed("estimate", *options, "--card", "4").out
+    assert re.search(r"all 3 layers streamed: 1\.\d\d GiB and 6\.\d\d GiB of host memory, of which a micro", said)
+    assert re.search(r"   4 GB  fits with 2 streamed layers, and 6\.\d\d GiB of host memory\n", said)
+    assert re.search(r"   8 GB  fits without gradient checkpointing\n", said)
+    assert "To fit" not in said
+    said = succeed("estimate", *options, "--card", "4", "model.streaming=false").out
+    assert "   4 GB  does not fit" in said
+    assert re.search(r"To fit 4 GB \(1\.\d\d GiB, and 6\.\d\d GiB of host memory\), add\n  model.streaming=true", said)
+    counted = succeed("estimate", *options, "model.streaming=true", "--json").json
+    assert counted["step"]["streamed"] == counted["streamed"]["streamed"] == 3
+    assert counted["step"]["host"] > counted["step"]["total"]
+    assert counted["cards"][-1] == {
+        "card": 80,
+        "fits": True,
+        "checkpointed": 3,
+        "streamed": 2,
+        "host": counted["cards"][-1]["host"],
+    }
 
 
 def test_trl_makes_logits_and_copies_them(tmp_path: Path):
