@@ -136,10 +136,11 @@ def _table(columns: dict[str, StepMemory]) -> Table:
 
 def _checkpointing(memory: StepMemory) -> str:
     count, layers = memory.checkpointed, memory.layers
-    streamed = f", {memory.streamed} streamed layers" if memory.streamed else ""
+    if memory.streamed:
+        return f"{memory.streamed} layers streamed, {count} checkpointed"
     if count == 0:
-        return f"without gradient checkpointing{streamed}"
-    return f"gradient checkpointing of {'all' if count == layers else f'{count} of {layers}'} layers{streamed}"
+        return "without gradient checkpointing"
+    return f"gradient checkpointing of {'all' if count == layers else f'{count} of {layers}'} layers"
 
 
 def _streaming(memory: StepMemory) -> str:

@@ -29,8 +29,12 @@ _TOKENS, _COLUMNS = 4096, 32768  # the size of a tile
 
 
 def as_trl(config: Config) -> Config:
-    """Return the config of TRL's step: padded rows in one micro-batch, and a copy as reference if all is trained."""
+    """Return the config of TRL's step: padded rows in one micro-batch, and a copy as reference if all is trained.
+
+    TRL has all weights on the device.
+    """
     update: dict[str, Any] = {"train.layout": "padded", "train.tokens_per_microbatch": sys.maxsize}
+    update["model.streaming"] = False
     if config.lora is None and config.loss.uses_reference:
         update["reference.mode"] = "copy"
     return config.but(update)

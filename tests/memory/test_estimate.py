@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2Config
 
 import fastpref
+import fastpref.commands.estimate as commands
 import fastpref.memory.estimate as estimates
 from fastpref.config import load_config
 from fastpref.config.losses import KTO
@@ -142,7 +143,8 @@ def test_cards_and_layers():
     most, least = memory(40, checkpointed=0, layers=31), memory(10, checkpointed=31, layers=31)
     by_card = {fit.card: fit for fit in fits(most, least, CARDS)}
     assert [card for card, fit in by_card.items() if fit.fits] == [12, 16, 24, 48, 80]
-    assert {card: fit.checkpointed for card, fit in by_card.items()} == {8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
+    checkpointed = {card: fit.checkpointed for card, fit in by_card.items()}
+    assert checkpointed == {4: None, 6: None, 8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
     assert all(fit.checkpointed == 31 for fit in fits(least, least, CARDS) if fit.fits)
 
 
@@ -200,7 +202,33 @@ def test_the_command(tmp_path: Path):
     assert counted["reference"] == reference
     assert counted["changes"] is None
     assert counted["trl"]["total"] > counted["step"]["total"]
-    assert counted["cards"][0] == {"card": 8, "fits": True, "checkpointed": 0}
+    assert counted["cards"][0] == {"card": 4, "fits": True, "checkpointed": 0, "streamed": 0, "host": 0}
+    assert (counted["step"]["host"], counted["streamed"]) == (0, None)
+
+
+def test_the_command_says_which_cards_need_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A GPU that is too small streams by itself, and needs no change for that; host memory is counted apart. With
+    `model.streaming` false the command proposes it."""
+    qwen2(500, 256, 1024, 6).save_pretrained(tmp_path)
+    path = write(tmp_path, tmp_path, data=tmp_path / "none.jsonl")
+    monkeypatch.setattr(estimates, "CONTEXT", 0)
+    options = ("lora={rank=2}", "loss.type=orpo", "tokens.max_length=16")
+    held = estimator(path, CUDA, *options).take()
+    for module in (estimates, commands):  # 4 GB are slightly too small, and all others large enough
+        monkeypatch.setattr(module, "usable", lambda card: held.total * (2 * card - 1) // 8)
+    command = ("estimate", path, *options, "--card", "4")
+    said = succeed(*command).out
+    assert re.search(r"all 6 layers streamed: [\d.]+ MiB and [\d.]+ MiB of host memory, of which a micro-batch ", said)
+    assert re.search(r"\n   4 GB  fits with [2-5] streamed layers, and [\d.]+ MiB of host memory\n", said)
+    assert re.search(r"\n   6 GB  fits with", said)
+    assert "To fit" not in said
+    said = succeed(*command, "model.streaming=false").out
+    assert "\n   4 GB  does not fit" in said
+    assert re.search(r"To fit 4 GB \([\d.]+ MiB, and [\d.]+ MiB of host memory\), add\n  model.streaming=true", said)
+    counted = succeed(*command, "model.streaming=true", "--json").json
+    assert counted["step"]["streamed"] == counted["streamed"]["streamed"] == 6
+    assert counted["step"]["host"] == counted["streamed"]["host"] > counted["step"]["copied"] / 3
+    assert [(card["fits"], card["streamed"]) for card in counted["cards"]][1:] == [(True, 2)] * 7
 
 
 def test_trl_makes_logits_and_copies_them(tmp_path: Path):

@@ -33,7 +33,7 @@ from tests.support.tiny import SIZES, config_for, examples
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LORA, ORPO = "lora={rank=3}", "loss.type=orpo"
-LAYERS = 6
+LAYERS = 4
 
 
 def shape(**changes: Any) -> PretrainedConfig:
@@ -53,30 +53,31 @@ def test_slots_replace_what_is_streamed(deep: Path, bits: str):
     """Of the weights that leave the device only the slots come back, whatever else the step holds stays as it is, and
     each resident layer moves its own bytes from the host to the device."""
     config = config_for(deep, LORA, ORPO, f"model.{bits}", "tokens.max_length=8")
-    held = count_step(config, CUDA)
-    padding = 256 * 7 * 6 * LAYERS  # of the tensors of each weight
+    held, line = count_step(config, CUDA), StreamedStep(count_step(config, CUDA, streaming=Streaming()))
+    padding = 256 * 7 * 6 * LAYERS  # at most, of the tensors of each weight
+    buffers = 3 * SIZES["vocab_size"] * 256 * 4  # of the head, if the peak is there
     assert (held.host, held.copied, held.streamed) == (0, 0, 0)
-    for slots in (2, 3):
-        line = StreamedStep(count_step(config, CUDA, streaming=Streaming(slots)))
-        for resident in (0, 1, 3):
-            memory = count_step(config, CUDA, streaming=Streaming(slots, resident))
-            assert memory.weights == pytest.approx(held.weights - memory.host + slots * memory.layer, abs=padding)
-            same = ("adapters", "gradients", "optimizer", "activations", "reference", "checkpointed", "layout")
-            assert all(getattr(memory, name) == getattr(held, name) for name in same)
-            expected = line.at(resident)
-            assert (memory.total, memory.host) == (expected.total, expected.host)
-            assert memory.streamed == expected.streamed == LAYERS - resident
-            assert (memory.layer, memory.copied) == (expected.layer, expected.copied)
+    for slots, resident in ((2, 0), (2, 2), (3, 1)):
+        memory = count_step(config, CUDA, streaming=Streaming(slots, resident))
+        assert memory.weights == pytest.approx(held.weights - memory.host + slots * memory.layer, abs=padding)
+        same = ("adapters", "gradients", "optimizer", "reference", "checkpointed", "layout")
+        assert all(getattr(memory, name) == getattr(held, name) for name in same)
+        assert 0 <= (memory.total - memory.weights) - (held.total - held.weights) <= buffers
+        expected = line.at(resident)
+        assert memory.total == pytest.approx(expected.total + (slots - 2) * memory.layer, abs=padding)
+        assert (memory.host, memory.layer) == (expected.host, expected.layer)
+        assert memory.streamed == expected.streamed == LAYERS - resident
+        assert memory.copied <= expected.copied
 
 
 def test_weights_are_copied_twice_but_for_the_slots(deep: Path):
-    """A step without a reference copies every streamed layer for the forward and for the backward pass, except the
-    layers that are in slots at the turn, and the head once."""
+    """A step without a reference copies every streamed layer for the forward and for the backward pass, except those
+    that are in slots at the turn, and the head once. Layers that all have a slot of their own are not copied again."""
     config = config_for(deep, LORA, ORPO, "tokens.max_length=8", "train.checkpointing=true")
-    for slots, resident in ((2, 0), (3, 0), (2, 2)):
-        memory = count_step(config, CUDA, streaming=Streaming(slots, resident))
-        head = SIZES["vocab_size"] * 256 * 2
-        assert memory.copied == (2 * memory.streamed - slots) * memory.layer + head
+    head = SIZES["vocab_size"] * 256 * 2
+    for resident, layers in ((0, 2 * LAYERS - 2), (LAYERS - 2, 0)):
+        memory = count_step(config, CUDA, streaming=Streaming(2, resident))
+        assert memory.copied == layers * memory.layer + head
 
 
 def test_inputs_of_layers_count_as_host_memory_if_they_are_moved(deep: Path):
@@ -169,6 +170,16 @@ def steps(deep: Path) -> tuple[StepMemory, StreamedStep]:
     return count_step(config, CUDA), StreamedStep(count_step(config, CUDA, streaming=Streaming()))
 
 
+@pytest.fixture
+def counted_once(monkeypatch: pytest.MonkeyPatch, steps: tuple[StepMemory, StreamedStep]) -> None:
+    """Let the choice take the counts of `steps`."""
+
+    def count(config: Config, device: torch.device, *, streaming: Streaming | None = None) -> StepMemory:
+        return steps[0] if streaming is None else steps[1].least
+
+    monkeypatch.setattr(module, "count_step", count)
+
+
 def chosen(
     folder: Path, patch: pytest.MonkeyPatch, room: int, *overrides: str, device: torch.device = CUDA, **options: bool
 ) -> tuple[Streaming | None, list[str]]:
@@ -179,6 +190,7 @@ def chosen(
     return choose_streaming(config, device, **options)
 
 
+@pytest.mark.usefixtures("counted_once")
 def test_auto_streams_only_what_does_not_fit(
     deep: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[StepMemory, StreamedStep]
 ):
@@ -186,15 +198,16 @@ def test_auto_streams_only_what_does_not_fit(
     without, streamed = steps
     assert chosen(deep, monkeypatch, without.total) == (None, [])
     least, layer = streamed.least.total, streamed.least.layer
-    rooms = {without.total - 1: 4, least + 3 * layer: 3, least + 3 * layer - 1: 2, least: 0, least - 1: 0}
+    assert chosen(deep, monkeypatch, without.total - 1)[0] is not None
+    rooms = {least + layer: 1, least + layer - 1: 0, least: 0, least - 1: 0}
     for room, resident in rooms.items():
         result, (note,) = chosen(deep, monkeypatch, room)
         assert result == Streaming(resident=resident)
         assert note.startswith(f"streaming: {LAYERS - resident} of {LAYERS} layers, embeddings and head stay in host m")
         assert ("will hardly fit" in note) == (room < least)
         assert "with all on the GPU it would take" in note
-    result, (note,) = chosen(deep, monkeypatch, least + 2 * layer, "model.streaming=true")
-    assert result == Streaming(resident=2)
+    result, (note,) = chosen(deep, monkeypatch, least + layer, "model.streaming=true")
+    assert result == Streaming(resident=1)
     assert "with all on the GPU" not in note
 
 
@@ -232,6 +245,7 @@ def test_packed_weights_of_others_are_not_streamed(tmp_path: Path, monkeypatch: 
         chosen(tmp_path, monkeypatch, 1, "model.streaming=true")
 
 
+@pytest.mark.usefixtures("counted_once")
 def test_the_host_must_have_room(deep: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[StepMemory, StreamedStep]):
     """If host memory lacks, the message says how much; "auto" then leaves streaming off, and says so."""
     least = steps[1].least
