@@ -5,7 +5,8 @@ output's gradient. That hook runs before any node of the layer's backward pass, 
 themselves instead of saving it, as bitsandbytes' do; autograd runs the nodes of the layer behind it first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from fastpref.model.streaming.tables import keep_embeddings, keep_head
 from fastpref.model.streaming.transfers import CudaTransfers, HostTransfers
 
 SLOTS = 2
+_STREAM = "_fastpref_stream"
 
 MakeTransfers = Callable[[Sequence[Tensor], Sequence[Tensor]], Transfers]  # of host buffers and of slots
 
@@ -48,6 +50,8 @@ class WeightStream:
         allocate: Allocate = pinned,
         make_transfers: MakeTransfers | None = None,
     ):
+        self.decoder_layers = list(layers)  # all of the model, also those that stay on the device
+        self._paused = False
         self.layers = [StreamedLayer(list(frozen_weights(layer)), allocate) for layer in layers]
         slots = min(slots, len(layers))
         sizes = [max(layer.nbytes for layer in self.layers[slot::slots]) for slot in range(slots)]
@@ -74,8 +78,18 @@ class WeightStream:
                 self.layers[before].leave()
             self.layers[place].enter()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let no layer arrive inside the block, in which calls of layers do not compute."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def _before(self, place: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.arrive(place, 1)
+        if not self._paused:
+            self.arrive(place, 1)
 
     def _after(self, place: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -105,11 +119,18 @@ def stream_weights(
     if len(streamed) < 2:
         raise UserError(f"model.streaming: {len(streamed)} layer is left to stream; a model needs at least two")
     stream = WeightStream(streamed, device, streaming.slots, allocate=allocate, make_transfers=make_transfers)
+    stream.decoder_layers = layers
+    vars(model)[_STREAM] = stream
     hosted = {id(weight.parameter) for layer in stream.layers for weight in layer.weights}
     hosted |= _keep_tables(model, device)
     _move(model, device, hosted)
     _say_where(model, device)
     return stream
+
+
+def stream_of(model: nn.Module) -> WeightStream | None:
+    """Return the stream of a model, or None if its weights are not streamed."""
+    return vars(model).get(_STREAM)
 
 
 def streamable_layers(model: PreTrainedModel) -> list[nn.Module]:
