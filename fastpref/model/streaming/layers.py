@@ -134,7 +134,9 @@ def _views(buffer: Tensor, shapes: Sequence[Sequence[tuple[torch.Size, torch.dty
         own = []
         for shape, dtype in weight:
             size = shape.numel() * dtype.itemsize
-            own.append(buffer[first : first + size].view(dtype).view(shape))
+            # `data` has its own count of changes: PEFT changes adapted experts in place, and autograd must not see that
+            # in other weights of the slot.
+            own.append(buffer[first : first + size].view(dtype).view(shape).data)
             first += _padded(size)
         views.append(own)
     return views
