@@ -200,9 +200,9 @@ class Objective:
             yield batch, {}, {}
             return
         assert batch.tree is not None
-        beside = replace(batch, tree=kept_apart(batch.tree))
-        with keeping(batch.tree) as kept, keeping(beside.tree) as kept_reference:
-            yield beside, kept, kept_reference
+        tree = kept_apart(batch.tree)
+        with keeping(batch.tree) as kept, keeping(tree) as kept_reference:
+            yield replace(batch, tree=tree), kept, kept_reference
 
     @torch.no_grad()
     def _later(self, batch: PreferenceBatch, later: Sequence[Example], kept: Kept, kept_reference: Kept) -> _Whole:

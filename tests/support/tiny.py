@@ -96,10 +96,14 @@ def model_config(kind: str) -> PretrainedConfig:
     return configs[kind]()
 
 
-def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
+def save_model(kind: str, folder: Path, seed: int = 0, *, layers: int = 2) -> Path:
     """Write a random float32 model of a kind to a folder, and return the folder."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(model_config(kind), dtype=torch.float32)
+    config: Any = model_config(kind)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = (config.layer_types * layers)[:layers]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():  # move away from the shrunken initial weights, whose logits are nearly equal
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

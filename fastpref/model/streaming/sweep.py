@@ -26,6 +26,7 @@ from fastpref.model.streaming.stream import WeightStream
 
 State = Callable[[nn.Module], AbstractContextManager[Any]]  # puts a layer into the reference's state inside the block
 Forward = Callable[..., Any]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _HIDDEN = "hidden_states"  # the keyword of a layer's input where it is not the first argument
 _SHAPES = {"__get__", "size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "get_device"}
 
@@ -61,8 +62,8 @@ class Reference:
     fault: str | None = None  # why they cannot be computed in this sweep
     computed: int = 0  # layers
     _hidden: Any = None  # the states behind the last computed layer, [B, T, H] in most models
-    _given: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # to the layers from here on
-    _wrap: Callable[[Tensor], Any] = lambda hidden: hidden  # makes a layer's output of hidden states
+    _given: list[Arguments] = field(default_factory=list)  # what the layers from here on are given besides them
+    _further: tuple[Any, ...] | None = None  # what a layer returns in addition to them, if it returns a tuple
 
     @contextmanager
     def behind_layers(self) -> Iterator[None]:
@@ -70,7 +71,7 @@ class Reference:
         last = len(self.stream.decoder_layers) - 1
 
         def returned(place: int, _: Forward, *args: Any, **kwargs: Any) -> Any:
-            return self._wrap(self._hidden if place == last else _input(args, kwargs))
+            return self._output(self._hidden if place == last else _input(args, kwargs))
 
         with self.stream.paused(), _replaced(self.stream.decoder_layers, returned):
             yield
@@ -92,21 +93,24 @@ class Reference:
             self._prepare(output)
             if self.fault is not None:
                 return
-        args, kwargs = self._given.pop(0)
+        args, kwargs = _with_input(self._hidden, *self._given.pop(0))
         with self.state(self.stream.decoder_layers[place]):
-            self._hidden = _hidden_of(forward(*_with_input(self._hidden, args), **_with_keyword(self._hidden, kwargs)))
+            self._hidden = _hidden_of(forward(*args, **kwargs))
         self.computed += 1
 
     def _prepare(self, output: Any) -> None:
         """Find the reference's input of the first layer, and what else the layers are given."""
-        if isinstance(output, tuple) and isinstance(output[0], Tensor) and all(rest is None for rest in output[1:]):
-            self._wrap = lambda hidden: (hidden, *output[1:])
-        elif not isinstance(output, Tensor):
-            self.fault = "a layer returns more than hidden states"
+        if isinstance(output, tuple):
+            self._further = output[1:]
+        if not all(
+            value is None or isinstance(value, Tensor) for value in (_hidden_of(output), *(self._further or ()))
+        ):
+            self.fault = "a layer returns more than tensors"
             return
         watch = _Watch()
         with self.stream.paused(), _replaced(self.stream.decoder_layers, partial(self._pass_on, watch)), watch:
             self.body()
+        self._further = self._further and tuple(None for _ in self._further)
         if self.fault is None and len(self._given) != len(self.stream.decoder_layers):
             self.fault = f"{len(self._given)} of its layers were called"
         if self.fault is None and watch.touched:
@@ -114,20 +118,28 @@ class Reference:
 
     def _pass_on(self, watch: "_Watch", place: int, _: Forward, *args: Any, **kwargs: Any) -> Any:
         """Note what a layer is given, and return its input."""
-        given = _input(args, kwargs)
+        given, rest = _input(args, kwargs), _without_input(args, kwargs)
         if not isinstance(given, Tensor):
             self.fault = "a layer's input is not its first argument"
         elif place == 0 and not self._given:
             self._hidden = given
-        elif place != len(self._given) or not watch.outputs or given is not watch.outputs[-1]:
+        elif place != len(self._given) or given is not watch.expected:
             self.fault = "a layer's input is not the output of the layer before"
-        self._given.append((args[:0] if not args else (None, *args[1:]), kwargs if args else kwargs | {_HIDDEN: None}))
+        elif watch.has(rest):
+            self.fault = "a layer is given more than one output of other layers"
         if self.fault is not None:
-            return self._wrap(given)
+            return self._output(given)
+        self._given.append(rest)
         passed = self._hidden.detach()  # a tensor for each layer, which tells them apart
+        watch.expected = passed
         if place < len(self.stream.decoder_layers) - 1:
             watch.outputs.append(passed)
-        return self._wrap(passed)
+        watch.outputs += [value for value in self._further or () if value is not None]
+        return self._output(passed)
+
+    def _output(self, hidden: Any) -> Any:
+        """Return a layer's output with these hidden states."""
+        return hidden if self._further is None else (hidden, *self._further)
 
 
 class _Watch(TorchFunctionMode):
@@ -135,15 +147,19 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs: list[Tensor] = []  # of all layers but the last
+        self.outputs: list[Tensor] = []  # but not the hidden states of the last layer
+        self.expected: Tensor | None = None  # the hidden states that the next layer must be given
         self.touched: str | None = None
+
+    def has(self, values: Any) -> bool:
+        """Return whether there is an output among values."""
+        return any(value is output for value in _flat(values) for output in self.outputs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if any(value is output for value in _flat([args, kwargs]) for output in self.outputs):
-            name = getattr(func, "__name__", str(func))
-            if name not in _SHAPES or isinstance(result, Tensor):
-                self.touched = self.touched or name
+        name = getattr(func, "__name__", str(func))
+        if (name not in _SHAPES or isinstance(result, Tensor)) and self.has([args, kwargs]):
+            self.touched = self.touched or name
         return result
 
 
@@ -169,12 +185,14 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get(_HIDDEN)
 
 
-def _with_input(hidden: Tensor, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (hidden, *args[1:]) if args else ()
+def _without_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Return a layer's arguments with None in the place of the hidden states."""
+    return ((None, *args[1:]), kwargs) if args else ((), kwargs | {_HIDDEN: None})
 
 
-def _with_keyword(hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return kwargs | {_HIDDEN: hidden} if _HIDDEN in kwargs else kwargs
+def _with_input(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Return the arguments of `_without_input` with hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {_HIDDEN: hidden})
 
 
 def _hidden_of(output: Any) -> Tensor:
