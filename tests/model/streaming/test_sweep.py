@@ -31,7 +31,7 @@ WHOLE, PARTS = 10_000, 130  # tokens: one micro-batch a step, or several
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    kinds = "llama", "mixtral", "gemma3", "bloom"
+    kinds = "llama", "gpt2", "mixtral", "gemma3", "bloom"
     return {kind: save_model(kind, tmp_path_factory.mktemp(kind), layers=LAYERS) for kind in kinds}
 
 
@@ -126,6 +126,7 @@ STEPS = {
     "pl, trained embeddings": ("llama", ["loss.type=pl", _EMBEDDINGS], PARTS),
     "lipo, adapters on embeddings and head": ("llama", ["loss.type=lipo", _ON_TABLES], PARTS),
     "dpo, sorted": ("llama", ['loss={type="dpo", variants=["aot"]}', "lora={rank=3}"], PARTS),
+    "dpo, dropout of the model's own": ("gpt2", ["loss.type=dpo", "lora={rank=3}"], PARTS),
     "dpo, routers": ("mixtral", ["loss.type=dpo", "lora={rank=3}"], PARTS),
     "dpo, layers of two kinds": ("gemma3", ["loss.type=dpo", "lora={rank=3}"], PARTS),
     "dpo, layers that return tuples": ("bloom", ["loss.type=dpo", "lora={rank=3}"], PARTS),
@@ -347,7 +348,7 @@ def test_a_body_shares_its_layers_only_where_that_is_right(kind: str):
     make, run, shares = BODIES[kind]
     torch.manual_seed(0)
     layers = nn.ModuleList(make() for _ in range(4))
-    stream = WeightStream(layers, CPU, 2)
+    stream = WeightStream(list(layers), CPU, 2)
     own, others = torch.randn(3, 4), torch.randn(5, 4)
     policy, reference = run(layers, own), _in_state(layers, lambda: run(layers, others))
     sweep = SharedSweep(stream)
