@@ -100,9 +100,10 @@ def save_model(kind: str, folder: Path, seed: int = 0, *, layers: int = 2) -> Pa
     """Write a random float32 model of a kind to a folder, and return the folder."""
     torch.manual_seed(seed)
     config: Any = model_config(kind)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = (config.layer_types * layers)[:layers]
+    if layers != 2:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = (config.layer_types * layers)[:layers]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():  # move away from the shrunken initial weights, whose logits are nearly equal
         for parameter in model.parameters():
