@@ -283,7 +283,10 @@ def merge(
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: take float32, bfloat16 or float16")
     kind = None if dtype is None else getattr(torch, dtype)
-    with told_of_memory(f"while {model} was merged", "--no-verify loads no model to compare with"):
+    with told_of_memory(
+        f"while {model} was merged",
+        "with model.streaming=true the models that are compared stay in host memory; --no-verify loads none",
+    ):
         merged = run(find_trained(model, overrides or ()), output, dequantized=dequantized, dtype=kind, verify=verify)
     head = ", the head untied from the embeddings" if merged.untied else ""
     typer.echo(f"{merged.folder}: {merged.tensors} tensors changed{head}; merged onto {merged.onto}.")

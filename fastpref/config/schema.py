@@ -330,6 +330,9 @@ class Config(_Section):
              f'model.quantization: "{model.quantization}" weights cannot be trained themselves; add a [lora] table'),
             (model.streaming is True and self.lora is None,
              "model.streaming: only frozen weights can stay in host memory; add a [lora] table"),
+            (model.streaming is True and reference.mode == "copy" and self.loss.uses_reference,
+             'model.streaming: a frozen copy (reference.mode = "copy") would lie on the GPU as a whole; set '
+             'reference.mode to "adapter", or model.streaming to false'),
             (model.attention in ("flex", "varlen") and train.layout == "padded",
              f'model.attention: "{model.attention}" computes tree and packed rows only; set train.layout = "auto", or '
              "remove it"),

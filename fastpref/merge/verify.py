@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastpref.config import Config
+from fastpref.config import Config, ModelConfig
 from fastpref.errors import UserError, one_line
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.files import hub_options, model_config
 from fastpref.model.load import weight_dtype
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
+from fastpref.model.streaming.stream import Streaming, stream_weights
 from fastpref.model.weights import from_files
 from fastpref.run.trained import Trained
 
@@ -27,6 +28,7 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
     """Return the share of the adapter's change of a probe's logits that is lost in a merged model.
 
     The base is loaded in nf4 if `nf4`, and dequantised if it is stored quantised and is `plain` in the merged model.
+    With `model.streaming = true` both models are streamed.
     `whole`: whether merged tensors are written in float32. Raises UserError if too much is lost, or if the merged model
     cannot be loaded or lacks tensors.
     """
@@ -59,7 +61,7 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
     """Return the logits of the base with the adapter, and without it."""
     options = trained.config.model
     dtype = weight_dtype(trained.config, device)
-    load: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}} | hub_options(options)
+    load: dict[str, Any] = {"dtype": dtype, "device_map": {"": _loaded_to(options, device)}} | hub_options(options)
     if nf4:  # None would replace the settings of a model that is stored quantised
         load["quantization_config"] = quantization_config("nf4", dtype)
     make = partial(AutoModelForCausalLM.from_pretrained, options.name)
@@ -67,20 +69,30 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
     if plain:
         model = model.dequantize(dtype=dtype)
     keep_weights_as_loaded(model)
+    stream = stream_weights(model, device, Streaming()) if options.streaming is True else None
     without = _probe(model)
     with warnings.catch_warnings(action="ignore"):
         wrapped = load_adapter(model, trained.weights)
+    if stream is not None:
+        stream.move_rest(model)
     return _probe(wrapped), without
 
 
 def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor:
     options = config.but({"model.name": str(folder), "model.revision": None}).model
-    load: dict[str, Any] = {"dtype": weight_dtype(config, device), "device_map": {"": device}} | hub_options(options)
+    place, dtype = _loaded_to(options, device), weight_dtype(config, device)
+    load: dict[str, Any] = {"dtype": dtype, "device_map": {"": place}} | hub_options(options)
     make: Any = partial(AutoModelForCausalLM.from_pretrained, folder, config=model_config(options), **load)
     model, report = make(use_safetensors=True, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{', '.join(missing[:3])} is missing in the merged model, so it is not kept")
+    if options.streaming is True:
+        stream_weights(model, device, Streaming())
     return _probe(model)
+
+
+def _loaded_to(options: ModelConfig, device: torch.device) -> torch.device:
+    return torch.device("cpu") if options.streaming is True else device
 
 
 @torch.no_grad()

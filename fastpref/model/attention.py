@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastpref.data.forest import Chain, Forest, LaterForest, Node
 from fastpref.errors import one_line
+from fastpref.model.body import device_of
 from fastpref.model.causal import CausalAttention, masked_attention
 from fastpref.model.later import keep, later_attention
 
@@ -146,7 +147,7 @@ def layers_reached(backbone: nn.Module, **options: Any) -> list[LayerCall]:
 
     The body is in training mode, so that dropout shows. `options` override the keywords of `tree_keywords`.
     """
-    device = next(backbone.parameters()).device
+    device = device_of(backbone)
     probe = _Probe((Node(0, 2, 0, None, 4), Node(2, 1, 2, 0, 3), Node(3, 1, 2, 0, 4)))
     training = backbone.training
     backbone.train()  # for the dropout

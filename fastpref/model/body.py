@@ -7,6 +7,7 @@ load-balancing loss from the body's output, the model's own `forward` does it, w
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +23,11 @@ def body_of(model: PreTrainedModel) -> nn.Module:
         if isinstance(body, nn.Module) and body is not model:
             return body
     raise UserError(f"{model.config.model_type} models have no body apart from their head")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device on which a model or its body computes. Its weights may be streamed from host memory."""
+    return module.device if isinstance(module, PreTrainedModel) else next(module.parameters()).device
 
 
 def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **options: Any) -> Any:

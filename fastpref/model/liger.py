@@ -325,7 +325,7 @@ def _outcome(model: PreTrainedModel, backbone: nn.Module, precision: Callable[[]
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    ids = torch.arange(_TRIED, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
+    ids = torch.arange(_TRIED, device=model.device)[None] % embeddings.weight.shape[0]
     hook = embeddings.register_forward_hook(as_leaf)
     try:
         with torch.enable_grad(), precision():

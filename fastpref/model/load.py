@@ -1,7 +1,8 @@
 """Models and tokenizers from a folder or the hub, with adapters, ready for the layouts."""
 
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,7 @@ from fastpref.data.batch import Layout, collate
 from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.model import liger
-from fastpref.model.adapters.fresh import adapter_notes
-from fastpref.model.adapters.fresh import with_adapters as with_adapters
+from fastpref.model.adapters.fresh import adapter_notes, with_adapters
 from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.attention_choice import choose_attention
@@ -28,8 +28,11 @@ from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
+from fastpref.model.streaming.room import check_before_loading, check_buffers, weights_nbytes
+from fastpref.model.streaming.stream import Streaming, WeightStream, stream_of, stream_weights, streamable_layers
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.model.weights import from_files, loading_notes
+from fastpref.sizes import in_words
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Loaded:
     why_padded: str | None  # the reason for padded rows that the config did not ask for
     notes: tuple[str, ...] = ()  # further decisions for this model and device
     liger: bool = False  # whether its body has liger-kernel's kernels
+    stream: WeightStream | None = None  # of the layers whose weights lie in host memory
 
 
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
@@ -67,27 +71,35 @@ def load_model(
     sharded: bool = False,
     trained: bool = False,
     adapter: str | Path | None = None,
+    streaming: Streaming | None = None,
 ) -> Loaded:
     """Load the model of a config on a device, with fresh adapters if the config has a [lora] table.
 
     A model that will be `sharded` stays in host memory until then, with the dtype for the device. A `trained` model
-    gets the `adapter` of a folder or of the hub, or none.
+    gets the `adapter` of a folder or of the hub, or none. With `streaming` the weights stay in host memory, and layers
+    are copied to the device as they compute; adapters and everything else that is trained are on the device.
 
-    Raises UserError for a model that does not exist, is no causal language model, or has no safetensors.
+    Raises UserError for a model that does not exist, is no causal language model, or has no safetensors, and for one
+    that cannot be streamed, or not in the host's free memory.
     """
     architecture = model_config(config.model)
     kernels = liger.wants_kernels(config.model.liger, device.type, architecture)
-    place = torch.device("cpu") if sharded else device
-    model = pretrained(config.model, architecture, weight_dtype(config, device), place)
+    place, dtype = torch.device("cpu") if sharded or streaming is not None else device, weight_dtype(config, device)
+    if streaming is not None:
+        with _named(config):
+            check_before_loading(config, architecture, dtype)
+    model = pretrained(config.model, architecture, dtype, place)
     if getattr(model, "is_quantized", False) and config.lora is None and not trained:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
-    try:
+    with _named(config):
+        stream = _streamed(model, device, streaming)
         notes = [*loading_notes(model), *fix_rope(model, config.tokens.max_length)]
         head, note = _head(config, model)
+        if stream is not None:
+            _check_reached(model, stream)
+            notes.append(_described(model, stream))
         policy = Policy(body_of(model), head)
         choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
-    except UserError as error:
-        raise UserError(f"model.name = {config.model.name!r}: {error}") from None
     if sharded and isinstance(head, OwnLogits):
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
     notes += [*choice.notes, *([note] if note else []), *_attention(config, model, choice, device)]
@@ -101,12 +113,23 @@ def load_model(
     else:
         notes += adapter_notes(config, model)
         wrapped = with_adapters(config, model)
+    if stream is not None:
+        stream.move_rest(model)
     policy = policy.like(model)  # PEFT may have wrapped the head
     if wrapped is not model:
         notes += loading_notes(wrapped)
         if not trained and not sharded:
             notes += _try_adapters(config, policy, choice.layout, model.config.model_type, device)
-    return Loaded(model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels)
+    return Loaded(model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels, stream)
+
+
+@contextmanager
+def _named(config: Config) -> Iterator[None]:
+    """Begin the message of a UserError inside the block with the model's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"model.name = {config.model.name!r}: {error}") from None
 
 
 def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -162,10 +185,41 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
     try:
         return find_head(model, body_of(model))
     except UserError as error:
+        if stream_of(model) is not None:
+            advice = "Its code may read weights without calling their layers: set model.streaming to false"
+            raise UserError(f"{str(error).rstrip('.')}. {advice}") from None
         if config.model.quantization == "none":
             raise
         advice = f"cannot have them in {config.model.quantization}: leave model.quantization out"
         raise UserError(f"{str(error).rstrip('.')}. Code that reads weights by itself {advice}") from None
+
+
+def _streamed(model: PreTrainedModel, device: torch.device, streaming: Streaming | None) -> WeightStream | None:
+    if streaming is None:
+        return None
+    check_buffers(model)
+    return stream_weights(model, device, streaming)
+
+
+def _check_reached(model: PreTrainedModel, stream: WeightStream) -> None:
+    """Raise UserError for layers that have not computed in the passes so far, and whose weights nothing copies."""
+    layers = [layer for place, layer in enumerate(stream.modules) if place not in stream.reached]
+    if layers:
+        names = short_names(name for name, module in model.named_modules() if module in layers)
+        raise UserError(
+            f"model.streaming: {names} cannot be streamed, because the code of {model.config.model_type} models does "
+            "not call them; set it to false"
+        )
+
+
+def _described(model: PreTrainedModel, stream: WeightStream) -> str:
+    count, every = len(stream.layers), len(streamable_layers(model))
+    tables = in_words(weights_nbytes(model) - sum(weights_nbytes(layer) for layer in streamable_layers(model)))
+    size = in_words(max(map(len, stream.slots)))
+    return (
+        f"streaming: {count} of {every} layers ({in_words(stream.nbytes)}) are in host memory and computed in "
+        f"{len(stream.slots)} slots of at most {size}; embeddings and head ({tables}) are in host memory too"
+    )
 
 
 def _attention(config: Config, model: PreTrainedModel, choice: Choice, device: torch.device) -> list[str]:

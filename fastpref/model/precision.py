@@ -9,18 +9,23 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 
+from fastpref.model.body import device_of
+from fastpref.model.streaming.stream import stream_of
+
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[bool]:
     """Let a model of half precision compute in float32 inside the block if memory suffices. Yields whether it does.
 
     Every number of half precision is exact in float32, so the weights are the same afterwards, bit for bit. Weights in
-    4 bits stay as they are and are dequantised to float32. A model with weights in 8 bits always computes in 8 bits.
+    4 bits stay as they are and are dequantised to float32. A model with weights in 8 bits always computes in 8 bits,
+    and a streamed one in the dtype of its buffers.
     """
     distinct = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     tensors = [(t, t.dtype) for t in distinct.values() if t.dtype in (torch.float16, torch.bfloat16)]
     extra = sum(tensor.numel() * 2 for tensor, _ in tensors)
-    if any(isinstance(module, Linear8bitLt) for module in model.modules()) or extra > _free(model):
+    fixed = stream_of(model) is not None or any(isinstance(module, Linear8bitLt) for module in model.modules())
+    if fixed or extra > _free(model):
         yield False
         return
     four_bits: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
@@ -42,6 +47,6 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
 
 def _free(model: nn.Module) -> int:
     """Return nine tenths of the bytes that are free on a model's device."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return int(0.9 * free)

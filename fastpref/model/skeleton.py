@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from fastpref.config import Config
+from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.liger import take_kernels
-from fastpref.model.load import with_adapters
 from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packing_of, saved_by_packing
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 

@@ -110,7 +110,7 @@ class _Trial:
         self._model, self._policy, self._own, self._exact = model, policy, own, exact
         self._examples = _examples(model)
         self._kind = model.config.model_type
-        self._device = next(policy.backbone.parameters()).device
+        self._device = model.device
 
     def fault(self, layout: Layout) -> str | None:
         """Return a message if a layout is wrong with the model's current attention, or None."""

@@ -27,7 +27,7 @@ _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", 
          "train.nonfinite", "train.steps", "train.epochs")  # fmt: skip
 # Keys that change how a step is computed. Its result differs only by rounding and random dropout.
 _ROUNDING = ("train.tokens_per_microbatch", "train.layout", "train.checkpointing", "train.offload_activations",
-             "model.attention", "model.liger")  # fmt: skip
+             "model.attention", "model.liger", "model.streaming")  # fmt: skip
 # Paths may change, because their contents are compared once they are loaded.
 _PLACES = places(Config)
 # Keys whose change may be the reason that a fingerprint differs.

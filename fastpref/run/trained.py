@@ -14,6 +14,7 @@ from fastpref.config import Config, ModelConfig, load_config, make_config
 from fastpref.data.template.text import TextRecord, read_text, read_text_on_hub, stop_at
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
+from fastpref.memory.streaming import choose_streaming
 from fastpref.model.load import Loaded, load_model, load_tokenizer
 from fastpref.run.folder import RunFolder
 
@@ -66,7 +67,10 @@ def load_trained(trained: Trained, device: torch.device, *, base: bool = False) 
     config, adapter = trained.config, trained.weights if trained.is_adapter and not base else None
     if not base and adapter is None and trained.weights != config.model.name:
         config = config.but({"model.name": trained.weights, "model.revision": None})
-    loaded = load_model(_as_it_is(config, device), device, trained=True, adapter=adapter)
+    config = _as_it_is(config, device)
+    streaming, notes = choose_streaming(config, device)
+    loaded = load_model(config, device, trained=True, adapter=adapter, streaming=streaming)
+    loaded = replace(loaded, notes=(*notes, *loaded.notes))
     if trained.text is not None:
         stop_at(loaded.model, trained.text.ends.values())
     return loaded

@@ -197,7 +197,7 @@ def reference_folder(config: Config, loaded: Loaded) -> Path:
         "quantization": config.model.quantization,
         "attention": model.config._attn_implementation,
         "liger": loaded.liger,
-        "device": next(model.parameters()).device.type,
+        "device": model.device.type,
         # `rope.fix_rope` gives every row the frequencies of this length.
         **({"rope_of": config.tokens.max_length} if has_rope_by_length(model) else {}),
     }

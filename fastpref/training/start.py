@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import chain, islice
 from pathlib import Path
@@ -22,10 +22,12 @@ from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.memory.activations import checkpoint_activations
 from fastpref.memory.measured import StepPeak
+from fastpref.memory.streaming import choose_streaming
 from fastpref.merge import merge_fault
 from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
+from fastpref.model.streaming.stream import Streaming
 from fastpref.processes import ALONE, Processes, code, end_together, start_processes
 from fastpref.quiet import quiet_libraries
 from fastpref.run.checkpoint import Checkpoints
@@ -115,9 +117,10 @@ def _prepare(
     processes.agree(lambda: {f"tokens of the {name} rows": examples.digest() for name, examples in data.parts.items()})
 
     def load() -> Loaded:
-        loaded = load_model(config, accelerator.device, sharded=processes.sharded)
+        streaming, notes = _streaming(config, accelerator, processes)
+        loaded = load_model(config, accelerator.device, sharded=processes.sharded, streaming=streaming)
         compare(limits_of_model(loaded.model), data.parts, inputs.tokenizer, config)
-        return loaded
+        return replace(loaded, notes=(*notes, *loaded.notes))
 
     try:
         loaded = processes.together(load)
@@ -139,6 +142,18 @@ def _prepare(
     for note in [*(resumed.notes if resumed else ()), *data.notes, *inputs.beyond, *notes, *decisions]:
         run.display.note(note)
     return run
+
+
+def _streaming(config: Config, accelerator: Accelerator, processes: Processes) -> tuple[Streaming | None, list[str]]:
+    """Choose how much of the model is streamed. Raises UserError if the run cannot stream and the config says so."""
+    if config.model.streaming is True and processes.count > 1:
+        raise UserError(
+            f"model.streaming: weights are streamed to one GPU, and there are {processes.count} processes; start one, "
+            "or set it to false"
+        )
+    copied = config.loss.uses_reference and config.reference.mode == "copy"
+    possible = processes.count == 1 and config.lora is not None and not copied
+    return choose_streaming(config, accelerator.device) if possible else (None, [])
 
 
 def _read(config: Config, resumed: Resumed | None, day: date, *, cache: bool) -> _Inputs:
@@ -180,7 +195,9 @@ def _assemble(
     warmup = train.warmup if train.warmup >= 1 else train.warmup * steps
     schedule = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
     scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup), num_training_steps=steps)
-    policy, optimizer, scheduler = accelerator.prepare(loaded.policy, optimizer, scheduler)
+    prepared = loaded.policy, optimizer, scheduler
+    moved = None if loaded.stream is None else [False, None, None]  # None lets Accelerate move all to its device
+    policy, optimizer, scheduler = accelerator.prepare(*prepared, device_placement=moved)
     if processes.sharded:
         register_fsdp_forward_method(policy, "generate")
     if not processes.first:  # every process has the same adapters, but its own dropout

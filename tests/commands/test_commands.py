@@ -67,6 +67,7 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "kto, full, padded": ("kto", "mamba", []),
     "orpo, LoRA, packed": ("orpo", "llama", [LORA, "train.layout=packed"]),
     "dpo, nf4": ("dpo", "llama", [LORA, "model.quantization=nf4"]),
+    "dpo, nf4, streamed": ("dpo", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
 }
 
 
@@ -142,6 +143,7 @@ def train(run: Run, _: Path) -> None:
     steps = [row for row in rows(run.path) if "loss" in row]
     assert steps
     assert all(abs(row["loss"]) < 1e4 and row["grad_norm"] > 0 for row in steps)
+    assert ("streaming: 2 of 2 layers" in run.trained.out) == ("streaming" in str(run.overrides))
     layout = "padded, because" if "mamba" in run.model else "packed" if "packed" in str(run.overrides) else "tree"
     assert f"layout {layout}" in run.trained.out
 
@@ -197,7 +199,9 @@ def estimate_card(run: Run, _: Path) -> None:
 def evaluate(run: Run, _: Path) -> None:
     """Check that eval gives the run's own last evaluation and the KL, and a table for a person."""
     same_as_own(run, metrics_of(run.path))
-    out = succeed("eval", run.path).out
+    result = succeed("eval", run.path)
+    assert ("streaming: 2 of 2 layers" in result.err) == ("streaming" in str(run.overrides))
+    out = result.out
     assert f"{heldout(run)} held-out examples" in out
     if "rewards/accuracies" in run.own:
         assert f"{run.own['rewards/accuracies']:.1%}" in out
@@ -220,7 +224,9 @@ def chat(run: Run, _: Path) -> None:
     """Check that with --compare both models give the answers that each gives alone."""
     options = ["--temperature", "0", "--max-tokens", "4"]
     question = "What is four plus five?\n"
-    after = succeed("chat", run.path, *options, given=question).out
+    answered = succeed("chat", run.path, *options, given=question)
+    assert ("streaming: 2 of 2 layers" in answered.err) == ("streaming" in str(run.overrides))
+    after = answered.out
     both = succeed("chat", run.path, "--compare", *options, given=question).out
     assert both.startswith("before: ")
     before, trained = both.removeprefix("before: ").split("trained: ")

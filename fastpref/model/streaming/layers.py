@@ -7,7 +7,7 @@ or 8 bits with the scales of rows.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn import Linear8bitLt
@@ -36,9 +36,10 @@ class FrozenWeight:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors, the parameter's own numbers first."""
-        weight = self.parameter
+        weight, module = self.parameter, cast(Any, self.module)
         if isinstance(self.module, Linear8bitLt):
-            return [weight.data, self.module.state.SCB]
+            scales = getattr(weight, "SCB", None)
+            return [weight.data, module.state.SCB if scales is None else scales]
         return [weight.data, *_scales(getattr(weight, "quant_state", None))]
 
     def made_of(self, tensors: Sequence[Tensor]) -> nn.Parameter:
@@ -54,6 +55,8 @@ class FrozenWeight:
     def put(self, parameter: nn.Parameter, tensors: Sequence[Tensor]) -> None:
         """Let the module read a parameter of `made_of`, and the tensors that it was made of."""
         self.module._parameters[self.name] = parameter
+        if getattr(self.module, "quant_state", None) is not None:  # bitsandbytes keeps the weight's state twice
+            self.module.quant_state = cast(Any, parameter).quant_state
         if isinstance(self.module, Linear8bitLt):
             self.module.state.CB, self.module.state.SCB = parameter.data, tensors[1]
 
@@ -98,11 +101,16 @@ class StreamedLayer:
         return [(weight.made_of(own), own) for weight, own in zip(self.weights, views, strict=True)]
 
 
+def ready_to_copy(layer: nn.Module) -> None:
+    """Let the modules of a layer keep their scales where `FrozenWeight.put` puts them."""
+    for module in layer.modules():
+        if isinstance(module, Linear8bitLt) and getattr(module.weight, "CB", None) is not None:
+            module.init_8bit_state()  # which a first forward pass would do
+
+
 def frozen_weights(layer: nn.Module) -> Iterator[FrozenWeight]:
     """Yield the weights of a layer without adapters that are worth a copy: all but norms, biases and other vectors."""
     for module in layer.modules():
-        if isinstance(module, Linear8bitLt) and module.weight.CB is not None:
-            module.init_8bit_state()  # which a first forward pass would do
         for name, parameter in module._parameters.items():
             quantised = getattr(parameter, "quant_state", None) is not None
             if parameter is not None and (parameter.dim() > 1 or quantised):

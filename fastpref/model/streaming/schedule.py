@@ -36,14 +36,18 @@ class Schedule:
         self.held: list[int | None] = [None] * slots  # the layer that each slot has, or is being copied
         self.current: int | None = None
 
+    def slot(self, layer: int) -> int:
+        """Return the slot in which a layer lies whenever it computes."""
+        return layer % self.slots
+
     def arrive(self, layer: int, direction: Direction) -> None:
         """Make a layer the current one: computations from now on may read it, and no longer the one before."""
         if layer == self.current:
             return
         if self.current is not None:
-            self.transfers.release(self.current % self.slots)
+            self.transfers.release(self.slot(self.current))
         self._fetch(layer)
-        self.transfers.wait(layer % self.slots)
+        self.transfers.wait(self.slot(layer))
         self.current = layer
         for ahead in range(1, self.slots):
             coming = layer + direction * ahead
@@ -51,7 +55,7 @@ class Schedule:
                 self._fetch(coming)
 
     def _fetch(self, layer: int) -> None:
-        slot = layer % self.slots
+        slot = self.slot(layer)
         if self.held[slot] != layer:
             self.transfers.copy(layer, slot)
             self.held[slot] = layer

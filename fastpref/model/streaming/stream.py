@@ -12,16 +12,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 from fastpref.model.body import body_of
 from fastpref.model.gradient_checkpointing import decoder_layers
-from fastpref.model.streaming.layers import Allocate, StreamedLayer, frozen_weights
+from fastpref.model.streaming.layers import Allocate, StreamedLayer, frozen_weights, ready_to_copy
 from fastpref.model.streaming.pinned import pinned
 from fastpref.model.streaming.schedule import Direction, Schedule, Transfers
-from fastpref.model.streaming.tables import keep_embeddings, keep_head
+from fastpref.model.streaming.tables import keep_embeddings, keep_head, on_its_device
 from fastpref.model.streaming.transfers import CudaTransfers, HostTransfers
 
 SLOTS = 2
@@ -50,16 +51,21 @@ class WeightStream:
         allocate: Allocate = pinned,
         make_transfers: MakeTransfers | None = None,
     ):
+        self.modules, self.device = list(layers), device
+        for layer in layers:
+            ready_to_copy(layer)
         self.decoder_layers = list(layers)  # all of the model, also those that stay on the device
         self._paused = False
         self.layers = [StreamedLayer(list(frozen_weights(layer)), allocate) for layer in layers]
+        self.hosted = {id(weight.parameter) for layer in self.layers for weight in layer.weights}
+        self.reached: set[int] = set()  # the layers that have computed
         slots = min(slots, len(layers))
         sizes = [max(layer.nbytes for layer in self.layers[slot::slots]) for slot in range(slots)]
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        for place, layer in enumerate(self.layers):
-            layer.give_slot(self.slots[place % slots])
         make = make_transfers or (CudaTransfers if device.type == "cuda" else HostTransfers)
         self.schedule = Schedule(len(layers), slots, make([layer.host for layer in self.layers], self.slots))
+        for place, layer in enumerate(self.layers):
+            layer.give_slot(self.slots[self.schedule.slot(place)])
         for place, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._before, place))
             layer.register_forward_hook(partial(self._after, place))
@@ -68,6 +74,19 @@ class WeightStream:
     def nbytes(self) -> int:
         """The bytes in host memory."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "WeightStream":
+        return self  # PEFT copies modules, and with them their hooks
+
+    def move_rest(self, model: nn.Module) -> None:
+        """Move what has been added to the model since, such as adapters and trained copies, to the device."""
+        for place, layer in enumerate(self.layers):  # PEFT may have put another parameter with the same numbers
+            layer.enter() if place == self.schedule.current else layer.leave()
+        for wrapper in model.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                for module in wrapper.modules_to_save.modules():
+                    on_its_device(module)
+        _move(model, self.device, self.hosted)
 
     def arrive(self, place: int, direction: Direction) -> None:
         """Let a layer compute in its slot. The layer that computed before reads host memory again."""
@@ -89,6 +108,7 @@ class WeightStream:
 
     def _before(self, place: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self._paused:
+            self.reached.add(place)
             self.arrive(place, 1)
 
     def _after(self, place: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -117,14 +137,17 @@ def stream_weights(
     layers = streamable_layers(model)
     streamed = _spread(layers, streaming.resident)
     if len(streamed) < 2:
-        raise UserError(f"model.streaming: {len(streamed)} layer is left to stream; a model needs at least two")
+        raise UserError(
+            f"model.streaming: {len(streamed)} of the {len(layers)} layers of this {model.config.model_type} model "
+            "would be streamed, and at least two are needed; set it to false"
+        )
     stream = WeightStream(streamed, device, streaming.slots, allocate=allocate, make_transfers=make_transfers)
     stream.decoder_layers = layers
-    vars(model)[_STREAM] = stream
-    hosted = {id(weight.parameter) for layer in stream.layers for weight in layer.weights}
-    hosted |= _keep_tables(model, device)
-    _move(model, device, hosted)
+    stream.hosted |= _keep_tables(model, device, allocate)
+    stream.move_rest(model)
     _say_where(model, device)
+    vars(model).pop("hf_device_map", None)  # by which PEFT and transformers would spread the model over devices
+    vars(model)[_STREAM] = stream
     return stream
 
 
@@ -154,15 +177,15 @@ def _spread(layers: Sequence[nn.Module], resident: int) -> list[nn.Module]:
     return [layer for place, layer in enumerate(layers) if place not in stay]
 
 
-def _keep_tables(model: PreTrainedModel, device: torch.device) -> set[int]:
-    """Keep the embeddings, and the head if it is a plain layer, in host memory. Returns the ids of their parameters."""
+def _keep_tables(model: PreTrainedModel, device: torch.device, allocate: Allocate) -> set[int]:
+    """Keep the embeddings, and the head if it is a plain layer, in host memory. Returns the ids of their tensors."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     keep_embeddings(embeddings, device)
-    kept = list(embeddings.parameters())
+    kept = [*embeddings.parameters(), *embeddings.buffers()]  # Gemma's embeddings multiply by a buffer of theirs
     if type(head) is nn.Linear and head.weight.is_floating_point():
-        keep_head(head, device)
+        keep_head(head, device, allocate)
         kept.append(head.weight)
-    return {id(parameter) for parameter in kept}
+    return {id(tensor) for tensor in kept}
 
 
 def _move(model: nn.Module, device: torch.device, hosted: set[int]) -> None:
@@ -178,12 +201,13 @@ def _move(model: nn.Module, device: torch.device, hosted: set[int]) -> None:
                 moved[id(parameter)] = parameter, there if own else nn.Parameter(there, parameter.requires_grad)
             module._parameters[name] = moved[id(parameter)][1]
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+            module._buffers[name] = buffer if buffer is None or id(buffer) in hosted else buffer.to(device)
 
 
 def _say_where(model: PreTrainedModel, device: torch.device) -> None:
-    """Let `model.device`, which is where the first parameter is, name the device on which the model computes."""
-    kind = type(model)
-    model.__class__ = type(
-        kind.__name__, (kind,), {"device": property(lambda self: device), "__module__": kind.__module__}
-    )
+    """Let `device` of a model and its body, which is where the first parameter is, name where they compute."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            where = {"device": property(lambda self: device), "__module__": kind.__module__}
+            module.__class__ = type(kind.__name__, (kind,), where)

@@ -36,8 +36,9 @@ class CudaTransfers:
         self._stream = torch.cuda.Stream(self._device)
         self._arrived = [torch.cuda.Event() for _ in slots]
         self._free = [torch.cuda.Event() for _ in slots]
-        for slot in range(len(slots)):  # the allocator may have taken the memory from computations that still run
-            self.release(slot)
+        for place, slot in enumerate(slots):
+            self.release(place)  # the allocator may have taken the memory from computations that still run
+            slot.record_stream(self._stream)  # and must not give it to others while a copy is under way
 
     def copy(self, layer: int, slot: int) -> None:
         source = self.sources[layer]
