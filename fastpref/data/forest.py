@@ -15,7 +15,7 @@ that is the beginning of another one, are computed once.
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ class Forest:
     """The nodes of one row, depth first, which say what each token attends to. The attention gets it as a keyword."""
 
     nodes: tuple[Node, ...]
-    made: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    made: MutableMapping[Any, Any] = field(default_factory=dict, compare=False, repr=False)
     """Values that the attention derives from it once, for all layers and passes of its micro-batch."""
 
     @property

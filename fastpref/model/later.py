@@ -5,8 +5,10 @@ over which TRL's ORPO and CPO average their logged logits. They are computed aft
 `Branch`es that attend to its stored keys and values.
 """
 
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,14 @@ def keeping(layout: Forest) -> Iterator[Kept]:
         yield kept
     finally:
         del layout.made[_KEPT]  # gradient checkpointing computes this layout again, which must store nothing
+
+
+def kept_apart(layout: Forest) -> Forest:
+    """Return the same layout for another model, whose keys and values are kept apart from those of the first.
+
+    Both share what the first makes of the layout, such as its masks.
+    """
+    return replace(layout, made=ChainMap({}, layout.made))
 
 
 def keep(layout: Forest, module: nn.Module, key: Tensor, value: Tensor) -> None:

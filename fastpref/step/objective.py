@@ -6,8 +6,9 @@ The result is the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from math import ceil
 
@@ -23,12 +24,12 @@ from fastpref.data.order import chunks
 from fastpref.data.plan import Pass, StepPlan, compared, plan_pass, plan_step
 from fastpref.losses import PairLogps, PreferenceLoss, Totals, WholeStep, kto_kl
 from fastpref.losses.token_loss import pair_logps, preference_loss, scores_prompts, sequence_sums
-from fastpref.model.later import keeping
+from fastpref.model.later import keeping, kept_apart
 from fastpref.model.policy import PolicyOutput
 from fastpref.ops import TokenLogprobs
 from fastpref.processes import ALONE, Processes
 from fastpref.step.metrics import TOKEN_OUTPUTS, Metrics
-from fastpref.step.reference import Reference
+from fastpref.step.reference import Reference, both
 
 Backward = Callable[[Tensor], None]
 
@@ -137,11 +138,9 @@ class Objective:
         for part in parts:
             with self.processes.accumulating(self.policy, part.last):
                 batch = part.batch.to(self.device)
-                with self._keeping(batch, plan.later) as kept:
-                    output: PolicyOutput = self.policy(batch, run.outputs + self._extra_outputs())
+                with self._keeping(batch, plan.later) as (beside, kept, kept_reference):
+                    output, reference = self._both(batch, beside, run.outputs + self._extra_outputs())
                 tokens = output.tokens
-                with self._keeping(batch, plan.later) as kept_reference:
-                    reference = None if self.reference is None else self.reference(batch)
                 if plan.later:
                     whole = self._later(batch, plan.later, kept, kept_reference)
                 elif whole is None:
@@ -180,27 +179,44 @@ class Objective:
             return _Whole()
         return None if plan.first is None else _Whole(pairs=self._whole_step(parts, count))
 
-    def _keeping(self, batch: PreferenceBatch, later: Sequence[Example]) -> AbstractContextManager[Kept]:
-        """Return a context that keeps the keys and values of a batch that other completions follow."""
+    def _both(
+        self, batch: PreferenceBatch, beside: PreferenceBatch, outputs: tuple[str, ...] = ()
+    ) -> tuple[PolicyOutput, Tensor | None]:
+        """Compute a batch by the policy, with outputs of `linear_logprob`, and one by the reference, if there is one.
+
+        The two are the same, or differ in the keys and values that they keep or follow.
+        """
+        return both(partial(self.policy, batch, outputs), self.reference, beside)
+
+    @contextmanager
+    def _keeping(
+        self, batch: PreferenceBatch, later: Sequence[Example]
+    ) -> Iterator[tuple[PreferenceBatch, Kept, Kept]]:
+        """Keep the keys and values of a batch that other completions follow.
+
+        Yields the batch for the reference, and the keys and values of the policy and of the reference.
+        """
         if not later:
-            return nullcontext({})
+            yield batch, {}, {}
+            return
         assert batch.tree is not None
-        return keeping(batch.tree)
+        tree = kept_apart(batch.tree)
+        with keeping(batch.tree) as kept, keeping(tree) as kept_reference:
+            yield replace(batch, tree=tree), kept, kept_reference
 
     @torch.no_grad()
     def _later(self, batch: PreferenceBatch, later: Sequence[Example], kept: Kept, kept_reference: Kept) -> _Whole:
         """Compute KTO's KL from mismatched completions, which follow the prompts of the step's only micro-batch."""
-        assert self.reference is not None
         mismatched = collate_after(batch, later).to(self.device)
-        logp = self.policy(following(mismatched, kept)).logp
         if kept_reference:
-            reference = self.reference(following(mismatched, kept_reference))
+            beside = following(mismatched, kept_reference)
         else:  # the reference looked the batch up, so there is nothing to follow
-            apart = collate(later, self.layout, pad_token_id=self.pad_token_id)
-            reference = self.reference(apart.to(self.device))
+            beside = collate(later, self.layout, pad_token_id=self.pad_token_id).to(self.device)
+        output, reference = self._both(following(mismatched, kept), beside)
+        assert reference is not None
         kept.clear()  # not to hold them during the backward pass
         kept_reference.clear()
-        return _Whole(kl=kto_kl(_sums(logp, mismatched), _sums(reference, mismatched)))
+        return _Whole(kl=kto_kl(_sums(output.logp, mismatched), _sums(reference, mismatched)))
 
     def _add_metrics(
         self, metrics: Metrics, loss: PreferenceLoss, tokens: TokenLogprobs, batch: PreferenceBatch
@@ -238,8 +254,8 @@ class Objective:
         pairs = []
         for part in parts:
             batch = part.batch.to(self.device)
-            reference = None if self.reference is None else self.reference(batch)
-            pairs.append((part, self._pairs(self.policy(batch).tokens, reference, batch)))
+            output, reference = self._both(batch, batch)
+            pairs.append((part, self._pairs(output.tokens, reference, batch)))
         return self._joined(pairs, count)
 
     def _joined(self, parts: Sequence[tuple[_Part, PairLogps]], count: int) -> PairLogps:
@@ -270,12 +286,13 @@ class Objective:
     @torch.no_grad()
     def _completion_sums(self, completions: Pass) -> tuple[Tensor, Tensor]:
         """Compute log-probabilities [E] of single completions by policy and reference, in a separate pass."""
-        assert self.reference is not None
         logps, reference = [], []
         for part in self._parts(completions)[0]:
             batch = part.batch.to(self.device)
-            logps.append((part, _sums(self.policy(batch).logp, batch)))
-            reference.append((part, _sums(self.reference(batch), batch)))
+            output, compared = self._both(batch, batch)
+            assert compared is not None
+            logps.append((part, _sums(output.logp, batch)))
+            reference.append((part, _sums(compared, batch)))
         count = len(completions.examples)
         return self._in_order(logps, count), self._in_order(reference, count)
 

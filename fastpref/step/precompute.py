@@ -35,10 +35,11 @@ from fastpref.data.cache import cache_folder
 from fastpref.data.example import Example
 from fastpref.data.plan import plan_pass
 from fastpref.model.load import Loaded, mixed_precision
+from fastpref.model.policy import PolicyOutput
 from fastpref.model.rope import has_rope_by_length
 from fastpref.processes import ALONE, Processes
 from fastpref.step.logprob_store import LogprobStore
-from fastpref.step.reference import Reference
+from fastpref.step.reference import PolicyPass, Reference, both
 
 VERSION = 2  # changes with the code that computes the numbers and with their format on disk
 _SAVE_EVERY = 64  # micro-batches of `Precomputed`
@@ -58,16 +59,33 @@ class Remembered:
 
     @torch.no_grad()
     def __call__(self, batch: PreferenceBatch) -> Tensor:
-        if not all(key in self.store for key in batch.keys):
-            logps = self._reference(batch).float()
+        return self._known(batch) if self._knows(batch) else self._remember(batch, self._reference(batch))
+
+    def beside(self, policy_pass: PolicyPass, batch: PreferenceBatch) -> tuple[PolicyOutput, Tensor]:
+        """Run the policy's pass, and compute the batch, if it is not known, in the same sweep over the layers."""
+        if self._knows(batch):
+            return policy_pass(), self._known(batch)
+        output, logps = both(policy_pass, self._reference, batch)
+        assert logps is not None
+        return output, self._remember(batch, logps)
+
+    def _knows(self, batch: PreferenceBatch) -> bool:
+        return all(key in self.store for key in batch.keys)
+
+    def _known(self, batch: PreferenceBatch) -> Tensor:
+        return self.store.lookup(batch.keys, batch.segments.device)
+
+    def _remember(self, batch: PreferenceBatch, logps: Tensor) -> Tensor:
+        """Add computed log-probabilities to the store. Returns those that count from now on."""
+        logps = logps.float()
+        if self.store.folder is None:
+            return logps
+        self.store.add(batch.keys, logps.split(batch.scored))
+        if self.store.waiting >= _FILE:
+            self.write()
             if self.store.folder is None:
                 return logps
-            self.store.add(batch.keys, logps.split(batch.scored))
-            if self.store.waiting >= _FILE:
-                self.write()
-                if self.store.folder is None:
-                    return logps
-        return self.store.lookup(batch.keys, batch.segments.device)
+        return self._known(batch)
 
     def write(self) -> list[str]:
         """Write what is not yet in a file. If the disk refuses, forget it, remember no more, and tell why.

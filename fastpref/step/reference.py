@@ -1,14 +1,17 @@
 """The frozen reference: the policy with its adapters off, or a copy. `precompute.py` stores its log-probabilities."""
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import peft
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.config import Config
@@ -17,11 +20,32 @@ from fastpref.errors import UserError
 from fastpref.model.files import model_config
 from fastpref.model.liger import take_kernels
 from fastpref.model.load import Loaded, pretrained
-from fastpref.model.policy import Policy
+from fastpref.model.policy import Policy, PolicyOutput
 from fastpref.model.rope import fix_rope
+from fastpref.model.streaming.stream import stream_of
+from fastpref.model.streaming.sweep import SharedSweep
 
 ONCE = ", computed once for each completion and remembered"
 Reference = Callable[[PreferenceBatch], Tensor]  # token log-probabilities [M], without gradient
+PolicyPass = Callable[[], PolicyOutput]
+
+
+@runtime_checkable
+class Beside(Protocol):
+    """A reference that may compute a batch during a pass of the policy."""
+
+    def beside(self, policy_pass: PolicyPass, batch: PreferenceBatch) -> tuple[PolicyOutput, Tensor]:
+        """Run the policy's pass. Return its result, and the log-probabilities [M] of calling the reference."""
+        ...
+
+
+def both(
+    policy_pass: PolicyPass, reference: Reference | None, batch: PreferenceBatch
+) -> tuple[PolicyOutput, Tensor | None]:
+    """Run the policy's pass and the reference on a batch of its own, in one sweep over the weights if they stream."""
+    if isinstance(reference, Beside):
+        return reference.beside(policy_pass, batch)
+    return policy_pass(), None if reference is None else reference(batch)
 
 
 @dataclass(frozen=True)
@@ -32,16 +56,40 @@ class ModelReference:
     adapters: peft.PeftModel | None  # turned off while the reference computes
     autocast: Callable[..., Any]
     copy: PreTrainedModel | None = None  # a model that only the reference uses
+    sweep: SharedSweep | None = None  # of a streamed model
 
-    @torch.no_grad()
     def __call__(self, batch: PreferenceBatch) -> Tensor:
-        training = self.policy.training
-        self.policy.eval()  # without dropout
+        with self._state(self.policy, self.adapters.disable_adapter if self.adapters is not None else nullcontext):
+            return self.policy(batch).logp
+
+    def beside(self, policy_pass: PolicyPass, batch: PreferenceBatch) -> tuple[PolicyOutput, Tensor]:
+        """Run the policy's pass, and compute the batch in the same sweep over the layers if the model streams."""
+        if self.sweep is None or self.sweep.why_not is not None:
+            return policy_pass(), self(batch)
+        with self.sweep.shared(partial(self._body, batch), self._layer_state) as states:
+            output = policy_pass()
+        if states.fault is not None:
+            return output, self(batch)
+        with states.behind_layers():
+            return output, self(batch)
+
+    def _body(self, batch: PreferenceBatch) -> None:
+        with self._state(self.policy, self.adapters.disable_adapter if self.adapters is not None else nullcontext):
+            self.policy.hidden_states(batch)
+
+    def _layer_state(self, layer: nn.Module) -> AbstractContextManager[None]:
+        return self._state(layer, partial(_without_adapters, layer))
+
+    @contextmanager
+    def _state(self, module: nn.Module, without_adapters: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Put the policy, or a part of it, into the reference's state inside the block."""
+        training = module.training
+        module.eval()  # without dropout
         try:
-            with self.autocast(), self.adapters.disable_adapter() if self.adapters is not None else nullcontext():
-                return self.policy(batch).logp
+            with torch.no_grad(), self.autocast(), without_adapters():
+                yield
         finally:
-            self.policy.train(training)
+            module.train(training)
 
     @property
     def nbytes(self) -> int:
@@ -63,14 +111,34 @@ def make_reference(
     a copy that cannot be loaded.
     """
     adapters = loaded.wrapped if isinstance(loaded.wrapped, peft.PeftModel) else None
+    stream = stream_of(loaded.model)
     if precomputes(config) or config.reference.mode != "copy":
-        return ModelReference(loaded.policy, adapters, autocast), described(config)
+        sweep = None if stream is None else SharedSweep(stream)
+        return ModelReference(loaded.policy, adapters, autocast, sweep=sweep), described(config)
+    if stream is not None:
+        raise UserError(
+            'reference.mode = "copy": the weights of a streamed model are not copied; leave the key out, then the '
+            "reference is the model with its adapters off"
+        )
     other = copy_config(config, loaded.model)
     frozen = frozen_copy(loaded.model) if other is None else (load or load_copy)(other, loaded)
     frozen.requires_grad_(False).eval()
     bits = "" if other is None or other.model.quantization == "none" else f"{other.model.quantization} and "
     how = "" if other is None else f", in {bits}{other.model.dtype}"
     return ModelReference(loaded.policy.like(frozen), None, autocast, frozen), f"{described(config)}{how}"
+
+
+@contextmanager
+def _without_adapters(layer: nn.Module) -> Iterator[None]:
+    """Turn off the adapters of a part of a model inside the block, as PEFT's `disable_adapter` does those of all."""
+    adapted = [module for module in layer.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

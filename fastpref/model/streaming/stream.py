@@ -5,7 +5,8 @@ output's gradient. That hook runs before any node of the layer's backward pass, 
 themselves instead of saving it, as bitsandbytes' do; autograd runs the nodes of the layer behind it first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,6 +54,8 @@ class WeightStream:
         self.modules, self.device = list(layers), device
         for layer in layers:
             ready_to_copy(layer)
+        self.decoder_layers = list(layers)  # all of the model, also those that stay on the device
+        self._paused = False
         self.layers = [StreamedLayer(list(frozen_weights(layer)), allocate) for layer in layers]
         self.hosted = {id(weight.parameter) for layer in self.layers for weight in layer.weights}
         self.reached: set[int] = set()  # the layers that have computed
@@ -92,9 +95,19 @@ class WeightStream:
                 self.layers[before].leave()
             self.layers[place].enter()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let no layer arrive inside the block, in which calls of layers do not compute."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def _before(self, place: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.reached.add(place)
-        self.arrive(place, 1)
+        if not self._paused:
+            self.reached.add(place)
+            self.arrive(place, 1)
 
     def _after(self, place: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         alone = isinstance(output, Tensor)
@@ -132,6 +145,7 @@ def stream_weights(
             "would be streamed, and at least two are needed; set it to false"
         )
     stream = WeightStream(streamed, device, streaming.slots, allocate=allocate, make_transfers=make_transfers)
+    stream.decoder_layers = layers
     stream.hosted |= _keep_tables(model, device, allocate)
     stream.move_rest(model)
     _say_where(model, device)
