@@ -4,6 +4,7 @@ The policy runs the body in its own layout. If this package does not know how th
 load-balancing loss from the body's output, the model's own `forward` does it, with a body that returns a given output.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel
 from fastpref.errors import UserError
 
 _NAMES = ("model", "transformer", "decoder", "backbone")  # of bodies in models whose prefix names something else
+
+TOWERS = re.compile(r"vision|visual|audio|image")  # in the names of parts that do not read text
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:

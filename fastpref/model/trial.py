@@ -33,6 +33,7 @@ from fastpref.model.attention import (
     probe_layers,
     restore_attention,
 )
+from fastpref.model.body import TOWERS
 from fastpref.model.failure import is_out_of_memory
 from fastpref.model.limits import limits_of_model
 from fastpref.model.policy import Policy
@@ -46,7 +47,6 @@ _LIMITS = re.compile(
     r"(window(_size|_len|_length)?|(attention|attn)_chunk_(size|length)|local_attention|floor(_scale)?|index_topk|rel_extent"
     r"|max_distance|original_max_position_embeddings)$"
 )
-_TOWERS = re.compile(r"vision|visual|audio|image")
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ def short_limits(model: PreTrainedModel, below: int | None = None) -> Iterator[l
     """
     owners: dict[int, Any] = {id(config): config for config in (model.config, model.config.get_text_config())}
     tables = [rope for config in owners.values() for rope in _rope_tables(config)]
-    owners |= {id(m): m for name, m in model.named_modules() if not _TOWERS.search(name)}
+    owners |= {id(m): m for name, m in model.named_modules() if not TOWERS.search(name)}
     before: list[tuple[dict[str, Any], str, int]] = []
     for values in [*map(vars, owners.values()), *tables]:
         for name, value in values.items():

@@ -151,9 +151,9 @@ def _streaming(config: Config, accelerator: Accelerator, processes: Processes) -
             f"model.streaming: weights are streamed to one GPU, and there are {processes.count} processes; start one, "
             "or set it to false"
         )
-    copied = config.loss.uses_reference and config.reference.mode == "copy"
-    possible = processes.count == 1 and config.lora is not None and not copied
-    return choose_streaming(config, accelerator.device) if possible else (None, [])
+    return (
+        choose_streaming(config, accelerator.device, sharded=processes.sharded) if processes.count == 1 else (None, [])
+    )
 
 
 def _read(config: Config, resumed: Resumed | None, day: date, *, cache: bool) -> _Inputs:

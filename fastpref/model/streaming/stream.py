@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
-from fastpref.model.body import body_of
+from fastpref.model.body import TOWERS, body_of
 from fastpref.model.gradient_checkpointing import decoder_layers
 from fastpref.model.streaming.layers import Allocate, StreamedLayer, frozen_weights, ready_to_copy
 from fastpref.model.streaming.pinned import pinned
@@ -160,12 +160,18 @@ def stream_of(model: nn.Module) -> WeightStream | None:
 
 
 def streamable_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers of the language model: the longest list of them. Raises UserError if there is none."""
+    """Return the decoder layers of the language model: the longest list that is not of another tower.
+
+    Raises UserError if there is none.
+    """
+    known = set(decoder_layers(model))
     lists = [
-        m for m in body_of(model).modules() if isinstance(m, nn.ModuleList) and set(m) <= set(decoder_layers(model))
+        (TOWERS.search(name) is None, len(module), module)
+        for name, module in body_of(model).named_modules()
+        if isinstance(module, nn.ModuleList) and set(module) <= known
     ]
-    longest = max(lists, key=len, default=None)
-    if not longest:
+    longest = max(lists, key=lambda found: found[:2], default=(True, 0, []))[-1]
+    if not len(longest):
         raise UserError(
             f"model.streaming: {model.config.model_type} models have no list of decoder layers that is known here; "
             "leave the key out"
