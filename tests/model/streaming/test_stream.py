@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertConfig
 
 from fastpref.errors import UserError
 from fastpref.losses import KTO
 from fastpref.memory.activations import checkpoint_activations
 from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.files import model_config
+from fastpref.model.head import OwnLogits
 from fastpref.model.load import Loaded, load_model, pretrained
 from fastpref.model.precision import in_float32
 from fastpref.model.streaming import room
@@ -130,6 +132,18 @@ def test_a_streamed_step_is_the_resident_one(saved: Callable[[str], Path], name:
     assert any(gradient is not None and gradient.any() for gradient in resident[1].values())
     for streaming in ways:
         assert_same(outcome(saved(kind), streaming, *overrides), resident)
+
+
+def test_logits_by_the_models_own_code(tmp_path: Path):
+    """A model whose head is its own code computes the same with that head in host memory."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, is_decoder=True
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    resident, streamed = (outcome(tmp_path, way, "lora={rank=3}", "loss.type=simpo") for way in (None, Streaming()))
+    assert isinstance(loaded_by(tmp_path, Streaming(), LORA).policy.head, OwnLogits)
+    assert_same(streamed, resident)
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
