@@ -37,7 +37,8 @@ LAYERS = 4
 
 
 def shape(**changes: Any) -> PretrainedConfig:
-    return LlamaConfig(**SIZES | {"num_hidden_layers": LAYERS, "hidden_size": 256, "intermediate_size": 512} | changes)
+    sizes: dict[str, Any] = {"num_hidden_layers": LAYERS, "hidden_size": 256, "intermediate_size": 512}
+    return LlamaConfig(**SIZES | sizes | changes)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def counted_once(monkeypatch: pytest.MonkeyPatch, steps: tuple[StepMemory, Strea
 
 
 def chosen(
-    folder: Path, patch: pytest.MonkeyPatch, room: int, *overrides: str, device: torch.device = CUDA, **options: bool
+    folder: Path, patch: pytest.MonkeyPatch, room: int, *overrides: str, device: torch.device = CUDA, **options: Any
 ) -> tuple[Streaming | None, list[str]]:
     patch.setattr(module, "available", lambda device: room)
     lora = [] if "full" in overrides else [LORA]
@@ -228,7 +229,7 @@ COPY = ["loss.type=dpo", "reference.mode=copy"]
     ids=["FSDP", "a copy", "full fine-tuning"],
 )
 def test_where_it_cannot_help(
-    deep: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], options: dict[str, bool], why: str | None
+    deep: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], options: dict[str, Any], why: str | None
 ):
     """Where streaming cannot help, "auto" leaves it off, and true is refused."""
     assert chosen(deep, monkeypatch, 1, *overrides, **options) == (None, [])
