@@ -22,14 +22,13 @@ from fastpref.sizes import GIB
 
 Sizes = tuple[int, int, int, int, int]  # hidden, inner, layers, heads, vocabulary
 _LLAMA, _QWEN = 128256, 151936
-MODELS: dict[str, tuple[type[PretrainedConfig], Sizes]] = {
+MODELS: dict[str, tuple[type[LlamaConfig | Qwen3Config], Sizes]] = {
     "Llama-3-8B": (LlamaConfig, (4096, 14336, 32, 32, _LLAMA)),
     "Qwen3-14B": (Qwen3Config, (5120, 17408, 40, 40, _QWEN)),
     "Qwen3-32B": (Qwen3Config, (5120, 25600, 64, 64, _QWEN)),
     "Llama-3-70B": (LlamaConfig, (8192, 28672, 80, 64, _LLAMA)),
 }
 TOKENS = (2048, 512)
-RESIDENT: dict[str, Any] = {"streaming": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "streamed": {},
     "and `offload_activations`": {"offload_activations": True},

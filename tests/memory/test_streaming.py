@@ -15,21 +15,23 @@ from fastpref.config import Config
 from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.kernels.head_weight import OffloadedWeight
+from fastpref.memory import activations
 from fastpref.memory import streaming as module
 from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.estimate import CONTEXT, fits, usable
 from fastpref.memory.fake_stream import Copies, tables_of
+from fastpref.memory.measured import oversized_step, step_counter
 from fastpref.memory.step import StepMemory, count_step
-from fastpref.memory.streaming import StreamedStep, choose_streaming
+from fastpref.memory.streaming import StreamedStep, choose_streaming, streaming_of
 from fastpref.model.adapters.fresh import with_adapters
-from fastpref.model.gradient_checkpointing import checkpoint_layers
+from fastpref.model.gradient_checkpointing import checkpoint_layers, decoder_layers
 from fastpref.model.load import load_model
 from fastpref.model.policy import Policy
 from fastpref.model.streaming.stream import Streaming, stream_weights
 from fastpref.sizes import GIB
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
-from tests.support.tiny import SIZES, config_for, examples
+from tests.support.tiny import SIZES, config_for, examples, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LORA, ORPO = "lora={rank=3}", "loss.type=orpo"
@@ -37,7 +39,8 @@ LAYERS = 4
 
 
 def shape(**changes: Any) -> PretrainedConfig:
-    return LlamaConfig(**SIZES | {"num_hidden_layers": LAYERS, "hidden_size": 256, "intermediate_size": 512} | changes)
+    sizes: dict[str, Any] = {"num_hidden_layers": LAYERS, "hidden_size": 256, "intermediate_size": 512}
+    return LlamaConfig(**SIZES | sizes | changes)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +184,7 @@ def counted_once(monkeypatch: pytest.MonkeyPatch, steps: tuple[StepMemory, Strea
 
 
 def chosen(
-    folder: Path, patch: pytest.MonkeyPatch, room: int, *overrides: str, device: torch.device = CUDA, **options: bool
+    folder: Path, patch: pytest.MonkeyPatch, room: int, *overrides: str, device: torch.device = CUDA, **options: Any
 ) -> tuple[Streaming | None, list[str]]:
     patch.setattr(module, "available", lambda device: room)
     lora = [] if "full" in overrides else [LORA]
@@ -228,7 +231,7 @@ COPY = ["loss.type=dpo", "reference.mode=copy"]
     ids=["FSDP", "a copy", "full fine-tuning"],
 )
 def test_where_it_cannot_help(
-    deep: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], options: dict[str, bool], why: str | None
+    deep: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], options: dict[str, Any], why: str | None
 ):
     """Where streaming cannot help, "auto" leaves it off, and true is refused."""
     assert chosen(deep, monkeypatch, 1, *overrides, **options) == (None, [])
@@ -273,6 +276,31 @@ def test_a_model_that_cannot_be_counted(deep: Path, monkeypatch: pytest.MonkeyPa
     result, (note,) = chosen(deep, monkeypatch, 1, "model.streaming=true")
     assert result == Streaming()
     assert "cannot be counted beforehand (RuntimeError)" in note
+
+
+def test_a_run_that_is_out_of_memory_counts_its_stream(tmp_path: Path):
+    """What a streamed run holds on its device is the slots and what is not streamed; its steps count as streamed, and
+    all layers as checkpointed."""
+    config = config_for(save_model("llama", tmp_path), LORA, ORPO, "train.tokens_per_microbatch=400")
+    model = load_model(config, CPU, trained=True).model
+    before = sum(p.nbytes for p in model.parameters())
+    stream = stream_weights(model, CPU, Streaming())
+    wrapped = with_adapters(config, model)
+    policy = Policy.of(model)
+    loaded: Any = SimpleNamespace(
+        model=model, wrapped=wrapped, policy=policy, layout="tree", liger=False, stream=stream
+    )
+    objective = Objective(policy, None, config.loss, "tree", config.tokens_per_microbatch, 0, CPU)
+    step = oversized_step(config, loaded, make_optimizer(policy, config), objective, examples(3))
+    norms = 5 * SIZES["hidden_size"] * 4
+    slots = sum(map(len, stream.slots))
+    assert (step.memory.weights, step.memory.host, step.memory.streamed) == (norms + slots, before - norms, 2)
+    count = step_counter(step, loaded)
+    assert count is not None
+    assert [count(changes).streamed for changes in ((), ("model.streaming=false",))] == [2, 0]
+    assert streaming_of(loaded) == Streaming()
+    assert activations.checkpoint_activations(config, loaded, CUDA) == []
+    assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
 
 
 # --- cards ------------------------------------------------------------------------------------------------------------
