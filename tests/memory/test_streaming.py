@@ -120,7 +120,10 @@ def really(config: Config, rows: Sequence[Example], streaming: Streaming) -> tup
         stream = stream_weights(model, CPU, streaming, allocate=on_host)
         hosted = {id(w.parameter) for layer in stream.layers for w in layer.weights} | set(map(id, tables_of(model)))
         held = [*(p for p in model.parameters() if id(p) not in hosted), *model.buffers()]  # made before the count
-        tables = {id(table): table.nbytes for table in tables_of(model)}
+        counted = {tensor.untyped_storage()._cdata for tensor in tables_of(model)} & set(count._alive)
+        tables = {
+            id(table): table.nbytes for table in tables_of(model) if table.untyped_storage()._cdata not in counted
+        }
         with_adapters(config, model)
         policy = Policy.of(model)
         checkpoint_layers(model)
