@@ -15,7 +15,6 @@ from fastpref.data.plan import wanted_layout
 from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
-from fastpref.memory.fake_stream import obstacle
 from fastpref.memory.fit import MARGIN, OversizedStep, Proposal, propose
 from fastpref.memory.step import StepMemory, count_step
 from fastpref.memory.streaming import StreamedStep
@@ -25,6 +24,7 @@ from fastpref.model.gradient_checkpointing import layers_needed
 from fastpref.model.limits import beyond_positions, compare, limits_of_config
 from fastpref.model.load import load_tokenizer
 from fastpref.model.packed import lies_quantised
+from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming
 from fastpref.sizes import GIB, in_words
 

@@ -9,27 +9,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fastpref.config import Config
 from fastpref.kernels.head_weight import OffloadedWeight
 from fastpref.memory.allocations import PeakStorage
-from fastpref.model.packed import lies_quantised, of_bitsandbytes, own_quantization
 from fastpref.model.streaming.stream import Streaming, stream_weights
 from fastpref.model.streaming.tables import computes_on
 from fastpref.model.streaming.transfers import HostTransfers
-
-
-def obstacle(config: Config, architecture: PretrainedConfig) -> str | None:
-    """Return why the frozen weights of a config cannot be streamed, as a clause that begins with a noun, or None."""
-    own = own_quantization(architecture)
-    if config.lora is None:
-        return "only frozen weights can stay in host memory, and without a [lora] table all are trained"
-    if config.loss.uses_reference and config.reference.mode == "copy":
-        return 'the frozen copy of reference.mode = "copy" would stay on the GPU; set reference.mode = "auto"'
-    if own is not None and not of_bitsandbytes(own):
-        return f"weights that are stored quantised ({lies_quantised(architecture)}) cannot be streamed"
-    return None
 
 
 class Copies:

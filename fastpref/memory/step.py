@@ -18,7 +18,7 @@ from fastpref.data.example import Example
 from fastpref.data.longest import longest_possible
 from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
-from fastpref.memory.fake_stream import Copies, obstacle, stream_fakes
+from fastpref.memory.fake_stream import Copies, stream_fakes
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.failure import told_of_model
 from fastpref.model.files import model_config
@@ -28,6 +28,7 @@ from fastpref.model.load import Loaded, weight_dtype
 from fastpref.model.packed import own_quantization
 from fastpref.model.policy import Policy
 from fastpref.model.skeleton import Skeleton, materialise, skeleton
+from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.step.objective import Objective

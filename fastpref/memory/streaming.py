@@ -4,14 +4,18 @@ from dataclasses import dataclass, replace
 
 import psutil
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpref.config import Config
 from fastpref.errors import UserError
-from fastpref.memory.fake_stream import obstacle, tables_of
+from fastpref.memory.fake_stream import tables_of
 from fastpref.memory.fit import available
 from fastpref.memory.step import StepMemory, count_step
 from fastpref.model.files import model_config
-from fastpref.model.load import Loaded
+from fastpref.model.load import Loaded, weight_dtype
+from fastpref.model.skeleton import materialise, skeleton
+from fastpref.model.streaming.pace import Card, card_named, layer_size, least_tokens
+from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming, streamable_layers
 from fastpref.sizes import in_words
 
@@ -68,7 +72,11 @@ def choose_streaming(
         without = count_step(config, device) if wanted == "auto" else None
         if without is not None and without.total <= room:
             return None, []
-        step = StreamedStep(count_step(config, device, streaming=Streaming()))
+        step, tokens = StreamedStep(count_step(config, device, streaming=Streaming())), _hiding(config, device)
+        if tokens is not None:
+            larger = config.but({"train.tokens_per_microbatch": tokens})
+            full = StreamedStep(count_step(larger, device, streaming=Streaming()))
+            step, tokens = (full, tokens) if full.least.total <= room else (step, None)
     except UserError:
         if wanted is True:
             raise
@@ -82,7 +90,26 @@ def choose_streaming(
         if wanted is True:
             raise UserError(f"model.streaming: {missing}")
         return None, [f"streaming: off, although a step will hardly fit the GPU: {missing}"]
-    return Streaming(resident=resident), [_note(chosen, resident, without, room)]
+    return Streaming(resident=resident, tokens=tokens), [_note(chosen, without, room, tokens)]
+
+
+def _card(device: torch.device) -> Card | None:
+    return card_named(torch.cuda.get_device_name(device)) if torch.cuda.is_available() else None
+
+
+def _hiding(config: Config, device: torch.device) -> int | None:
+    """Return how many tokens a micro-batch needs so that its computations hide the copies, by the model in `pace.py`.
+
+    None if micro-batches are so large already, if the config sets their size, or on a GPU that the model does not know.
+    """
+    card = _card(device)
+    if card is None or config.train.tokens_per_microbatch is not None:
+        return None
+    model = skeleton(config.but({"lora": None}), model_config(config.model), weight_dtype(config, device)).model
+    with FakeTensorMode():
+        materialise(model)
+    tokens = least_tokens(layer_size(streamable_layers(model)[0]), card)
+    return tokens if tokens > config.tokens_per_microbatch else None
 
 
 def missing_on_host(memory: StepMemory) -> str | None:
@@ -96,14 +123,13 @@ def missing_on_host(memory: StepMemory) -> str | None:
     )
 
 
-def _note(chosen: StepMemory, resident: int, without: StepMemory | None, room: int) -> str:
-    layers = f"{chosen.streamed} of {chosen.streamed + resident} layers"
+def _note(chosen: StepMemory, without: StepMemory | None, room: int, tokens: int | None) -> str:
     why = "" if without is None else f"; with all on the GPU it would take {in_words(without.total)}"
+    filled = "" if tokens is None else f"; micro-batches have {tokens:,} tokens, which should hide the copies"
     verdict = "" if chosen.total <= room else ", and will hardly fit"
     return (
-        f"streaming: {layers}, embeddings and head stay in host memory ({in_words(chosen.host)}), and a micro-batch "
-        f"copies at most {in_words(chosen.copied)} of them; a step takes {in_words(chosen.total)} of "
-        f"{in_words(room)}{verdict}{why}"
+        f"streaming: a micro-batch copies at most {in_words(chosen.copied)} to the GPU, and a step takes "
+        f"{in_words(chosen.total)} of {in_words(room)}{verdict}{why}{filled}"
     )
 
 

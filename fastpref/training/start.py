@@ -116,11 +116,14 @@ def _prepare(
     data = inputs.data
     processes.agree(lambda: {f"tokens of the {name} rows": examples.digest() for name, examples in data.parts.items()})
 
+    streaming, streamed = processes.together(lambda: _streaming(config, accelerator, processes))
+    if streaming is not None and streaming.tokens is not None:
+        config = config.but({"train.tokens_per_microbatch": streaming.tokens})
+
     def load() -> Loaded:
-        streaming, notes = _streaming(config, accelerator, processes)
         loaded = load_model(config, accelerator.device, sharded=processes.sharded, streaming=streaming)
         compare(limits_of_model(loaded.model), data.parts, inputs.tokenizer, config)
-        return replace(loaded, notes=(*notes, *loaded.notes))
+        return replace(loaded, notes=(*streamed, *loaded.notes))
 
     try:
         loaded = processes.together(load)

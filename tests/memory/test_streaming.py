@@ -1,6 +1,7 @@
 """The memory of a step with streamed layers: by shapes, on real tensors, and on GPUs that it fits or does not fit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.gradient_checkpointing import checkpoint_layers, decoder_layers
 from fastpref.model.load import load_model
 from fastpref.model.policy import Policy
+from fastpref.model.streaming.pace import Card
 from fastpref.model.streaming.stream import Streaming, stream_weights
 from fastpref.sizes import GIB
 from fastpref.step.objective import Objective
@@ -120,7 +122,8 @@ def really(config: Config, rows: Sequence[Example], streaming: Streaming) -> tup
         stream = stream_weights(model, CPU, streaming, allocate=on_host)
         hosted = {id(w.parameter) for layer in stream.layers for w in layer.weights} | set(map(id, tables_of(model)))
         held = [*(p for p in model.parameters() if id(p) not in hosted), *model.buffers()]  # made before the count
-        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        embeddings: Any = model.get_input_embeddings().weight
+        head: Any = getattr(model.get_output_embeddings(), "weight")  # noqa: B009
         before = 0 if embeddings is head else embeddings.nbytes  # in host memory that was not allocated in the count
         with_adapters(config, model)
         policy = Policy.of(model)
@@ -207,7 +210,7 @@ def test_auto_streams_only_what_does_not_fit(
     for room, resident in rooms.items():
         result, (note,) = chosen(deep, monkeypatch, room)
         assert result == Streaming(resident=resident)
-        assert note.startswith(f"streaming: {LAYERS - resident} of {LAYERS} layers, embeddings and head stay in host m")
+        assert note.startswith("streaming: a micro-batch copies at most ")
         assert ("will hardly fit" in note) == (room < least)
         assert "with all on the GPU it would take" in note
     result, (note,) = chosen(deep, monkeypatch, least + layer, "model.streaming=true")
@@ -223,12 +226,34 @@ def test_what_is_asked_for(deep: Path, monkeypatch: pytest.MonkeyPatch):
     assert chosen(deep, monkeypatch, 1 << 50, "model.streaming=true")[0] == Streaming(resident=LAYERS - 2)
 
 
+def test_microbatches_are_filled_until_they_hide_the_copies(
+    deep: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[StepMemory, StreamedStep]
+):
+    """On a known card micro-batches get the tokens that hide the copies, if the step then fits and the user set none."""
+    least, longer = steps[1].least, 2048
+    monkeypatch.setattr(module, "_card", lambda device: Card("a card", 100.0, 24, "4.0 x16"))
+    monkeypatch.setattr(module, "least_tokens", lambda size, card: longer)
+
+    def count(config: Config, device: torch.device, *, streaming: Streaming | None = None) -> StepMemory:
+        more = 1000 if config.tokens_per_microbatch == longer else 0
+        return steps[0] if streaming is None else replace(least, activations=least.activations + more)
+
+    monkeypatch.setattr(module, "count_step", count)
+    result, (note,) = chosen(deep, monkeypatch, least.total + 1000)
+    assert result == Streaming(tokens=longer)
+    assert "2,048 tokens" in note
+    assert chosen(deep, monkeypatch, least.total + 999)[0] == Streaming()
+    assert chosen(deep, monkeypatch, least.total + 1000, "train.tokens_per_microbatch=64")[0] == Streaming()
+    longer = 8  # fewer than a micro-batch has
+    assert chosen(deep, monkeypatch, least.total + 1000)[0] == Streaming()
+
+
 COPY = ["loss.type=dpo", "reference.mode=copy"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "options", "why"),
-    [([], {"sharded": True}, "FSDP"), (COPY, {}, r"the frozen copy of reference\.mode"), (["full"], {}, None)],
+    [([], {"sharded": True}, "FSDP"), (COPY, {}, r"a frozen copy \(reference\.mode"), (["full"], {}, None)],
     ids=["FSDP", "a copy", "full fine-tuning"],
 )
 def test_where_it_cannot_help(

@@ -1,4 +1,4 @@
-"""Whether a model that is streamed has room in the host's memory."""
+"""Whether a model can be streamed, and has room in the host's memory."""
 
 import psutil
 import torch
@@ -15,17 +15,25 @@ from fastpref.model.streaming.stream import streamable_layers
 from fastpref.sizes import in_words
 
 
+def obstacle(config: Config, architecture: PretrainedConfig) -> str | None:
+    """Return why the frozen weights of a config cannot be streamed, as a clause that begins with a noun, or None."""
+    own = own_quantization(architecture)
+    if config.lora is None:
+        return "only frozen weights can stay in host memory, and without a [lora] table all are trained"
+    if config.loss.uses_reference and config.reference.mode == "copy":
+        return 'the frozen copy of reference.mode = "copy" would stay on the GPU; set reference.mode = "auto"'
+    if own is not None and not of_bitsandbytes(own):
+        return f"weights that are stored quantised ({lies_quantised(architecture)}) cannot be streamed"
+    return None
+
+
 def check_before_loading(config: Config, architecture: PretrainedConfig, dtype: torch.dtype) -> None:
     """Raise UserError for a model that cannot be streamed or has no room in host memory, before its weights are read.
 
     The memory of a model whose code cannot run without weights is not counted here, but in `check_buffers`.
     """
-    own = own_quantization(architecture)
-    if own is not None and not of_bitsandbytes(own):
-        raise UserError(
-            f"model.streaming: its weights lie quantised ({lies_quantised(architecture)}), and only plain weights and "
-            "those of bitsandbytes can be streamed; set it to false"
-        )
+    if why := obstacle(config, architecture):
+        raise UserError(f"model.streaming: {why}; set it to false")
     try:
         model = skeleton(config.but({"lora": None}), architecture, dtype).model
         with FakeTensorMode():
@@ -35,7 +43,7 @@ def check_before_loading(config: Config, architecture: PretrainedConfig, dtype: 
         raise
     except Exception:  # the code of a model may read numbers when it is made
         return
-    smaller = own is None and config.model.quantization == "none"
+    smaller = own_quantization(architecture) is None and config.model.quantization == "none"
     _check(needed, "weights in host memory", 'set model.quantization to "nf4", ' if smaller else "")
 
 

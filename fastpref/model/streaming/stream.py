@@ -37,6 +37,7 @@ class Streaming:
 
     slots: int = SLOTS
     resident: int = 0  # decoder layers that stay on the device, spread evenly
+    tokens: int | None = None  # that a micro-batch should have so that its computations hide the copies, if more fit
 
 
 class WeightStream:

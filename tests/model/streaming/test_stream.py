@@ -326,5 +326,5 @@ def test_weights_of_other_methods_are_refused(saved: Callable[[str], Path], tmp_
     config = model_config(config_for(folder).model)
     config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     config.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"lie quantised \(gptq, 4 bits\)"):
+    with pytest.raises(UserError, match=r"stored quantised \(gptq, 4 bits\)"):
         loaded_by(folder, Streaming(), LORA)
