@@ -207,7 +207,11 @@ def estimate(run: Run, _: Path) -> None:
     if "nf4" in str(run.overrides):
         embeddings, tables = 2 * 4 * SIZES["vocab_size"] * SIZES["hidden_size"], 2 * 7 * 4 * (16 + 256)  # of 14 layers
         quantised = 0.52 / 4 * (weights - embeddings) + tables
-        assert result["step"]["bytes"]["weights"] == pytest.approx(embeddings + quantised, rel=0.01)
+        padding = 14 * 5 * 256  # bytes, at most, between the tensors of a buffer
+        if streamed := "model.streaming=true" in run.overrides:  # both layers in slots, everything in host memory too
+            assert embeddings + quantised == pytest.approx(result["step"]["host"], abs=padding)
+        weights = result["step"]["bytes"]["weights"] + (embeddings if streamed else 0)
+        assert weights == pytest.approx(embeddings + quantised, rel=0.01, abs=padding * streamed)
     else:
         assert result["step"]["bytes"]["weights"] == pytest.approx(weights, rel=1e-3)
     assert result["step"]["bytes"]["adapters"] == adapters
