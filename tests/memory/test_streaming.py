@@ -229,7 +229,7 @@ def test_what_is_asked_for(deep: Path, monkeypatch: pytest.MonkeyPatch):
 def test_microbatches_are_filled_until_they_hide_the_copies(
     deep: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[StepMemory, StreamedStep]
 ):
-    """On a known card micro-batches get the tokens that hide the copies, if the step then fits and the user set none."""
+    """On a known card micro-batches get the tokens that hide the copies, if they fit and the user set no number."""
     least, longer = steps[1].least, 2048
     monkeypatch.setattr(module, "_card", lambda device: Card("a card", 100.0, 24, "4.0 x16"))
     monkeypatch.setattr(module, "least_tokens", lambda size, card: longer)
