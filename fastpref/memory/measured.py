@@ -36,7 +36,7 @@ def oversized_step(
     states = [value for state in optimizer.state.values() for value in state.values()]
     moments = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     layers = max(1, len(decoder_layers(model)))
-    stream, hosted, slots = getattr(loaded, "stream", None), 0, 0
+    stream, hosted, slots = loaded.stream, 0, 0
     if stream is not None:
         hosted, slots = in_host_memory(loaded), sum(map(len, stream.slots))
     memory = StepMemory(

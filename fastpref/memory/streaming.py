@@ -135,7 +135,7 @@ def _note(chosen: StepMemory, without: StepMemory | None, room: int, tokens: int
 
 def in_host_memory(loaded: Loaded) -> int:
     """Return the bytes of a streamed model's parameters that stay in host memory."""
-    model, stream = loaded.model, getattr(loaded, "stream", None)
+    model, stream = loaded.model, loaded.stream
     if stream is None:
         return 0
     hosted = [weight.parameter for layer in stream.layers for weight in layer.weights] + tables_of(model)
@@ -144,7 +144,6 @@ def in_host_memory(loaded: Loaded) -> int:
 
 def streaming_of(loaded: Loaded) -> Streaming | None:
     """Return how much of a loaded model is streamed, or None if it lies on its device."""
-    stream = getattr(loaded, "stream", None)
-    if stream is None:
+    if (stream := loaded.stream) is None:
         return None
-    return Streaming(len(stream.slots), len(streamable_layers(loaded.model)) - len(stream.layers))
+    return Streaming(len(stream.slots), len(stream.decoder_layers) - len(stream.layers))
