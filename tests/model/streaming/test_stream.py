@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, BitsAndBytesConfig
 
 from fastpref.errors import UserError
 from fastpref.losses import KTO
@@ -132,6 +132,17 @@ def test_a_streamed_step_is_the_resident_one(saved: Callable[[str], Path], name:
     assert any(gradient is not None and gradient.any() for gradient in resident[1].values())
     for streaming in ways:
         assert_same(outcome(saved(kind), streaming, *overrides), resident)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_that_is_stored_quantised(saved: Callable[[str], Path], tmp_path: Path, bits: int):
+    """bitsandbytes' own format on disk is streamed as it is: with its scales, and without quantising again."""
+    options = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    load = AutoModelForCausalLM.from_pretrained
+    load(saved("llama"), quantization_config=options, dtype=torch.float32).save_pretrained(tmp_path)
+    assert_same(outcome(tmp_path, Streaming(), LORA), outcome(tmp_path, None, LORA))
 
 
 def test_logits_by_the_models_own_code(tmp_path: Path):
