@@ -277,6 +277,8 @@ def _reference(
     """Make the reference of a run, with what earlier runs or the checkpoint know of it. Also returns notes."""
     computing, words = make_reference(config, loaded, accelerator.autocast)
     words = f"reference: {words}"
+    if computing.sweep is not None:
+        computing.sweep.tell = display.note
     keeping = remembers(config) and cache and processes == ALONE
     if not (precomputes(config) or keeping):
         reason = "several processes remember nothing" if cache else "--no-cache keeps nothing"

@@ -37,6 +37,7 @@ class SharedSweep:
     def __init__(self, stream: WeightStream):
         self._stream = stream
         self.why_not: str | None = None  # the reason if the layers cannot be shared
+        self.tell: Callable[[str], None] = lambda note: None  # called with a note on that reason
 
     @contextmanager
     def shared(self, body: Callable[[], Any], state: State) -> Iterator["Reference"]:
@@ -50,6 +51,8 @@ class SharedSweep:
         if reference.fault is None and reference.computed != len(self._stream.decoder_layers):
             reference.fault = f"{reference.computed} of its layers were called"
         self.why_not = reference.fault
+        if self.why_not is not None:
+            self.tell(f"streaming: the reference copies all layers again, because {self.why_not}")
 
 
 @dataclass

@@ -353,10 +353,11 @@ def test_a_body_shares_its_layers_only_where_that_is_right(kind: str):
     stream = WeightStream(list(layers), CPU, 2)
     own, others = torch.randn(3, 4), torch.randn(5, 4)
     policy, reference = run(layers, own), _in_state(layers, lambda: run(layers, others))
-    sweep = SharedSweep(stream)
+    sweep, notes = SharedSweep(stream), []
+    sweep.tell = notes.append
     with sweep.shared(lambda: _in_state(layers, lambda: run(layers, others)), _State) as states:
         assert_same(run(layers, own), policy)
-    assert (states.fault is None, sweep.why_not is None) == (shares, shares)
+    assert (states.fault is None, sweep.why_not is None, not notes) == (shares, shares, shares)
     if shares:
         transfers: Any = stream.schedule.transfers
         transfers.copy = None  # no layer is copied, so this is not called
