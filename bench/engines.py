@@ -7,9 +7,11 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.shares import Shares, shares
 
 ENGINES = {"trl": "TRL", "trl-patched": "TRL, patched", "trl-liger": "TRL with Liger", "fastpref": "fastpref"}
 
@@ -26,6 +28,7 @@ class Job:
     max_length: int
     checkpointing: bool
     counted: bool = False  # count storages instead of measuring time
+    profiled: bool = False  # find where the time goes, which takes time itself
 
     @property
     def rows_a_step(self) -> int:
@@ -77,6 +80,7 @@ def run_fastpref(job: Job) -> dict[str, Any]:
 
     loaded: dict[str, Any] = {}
     memory = PeakStorage() if job.counted else None
+    profile = shares() if job.profiled else nullcontext(Shares())
     load_model = start.load_model
 
     def load_and_measure(*args: Any, **options: Any) -> Any:
@@ -84,6 +88,7 @@ def run_fastpref(job: Job) -> dict[str, Any]:
         loaded["bytes"], loaded["joules"] = held_bytes(), joules()
         if memory is not None:
             memory.__enter__()
+        loaded["shares"] = profile.__enter__()
         return model
 
     start.load_model = load_and_measure
@@ -99,6 +104,7 @@ def run_fastpref(job: Job) -> dict[str, Any]:
             f"checkpointing = {'true' if job.checkpointing else 'false'}\n"
         )
         fastpref.train(config, cache=False)  # a cached reference would save its pass
+        profile.__exit__(None, None, None)
         if memory is not None:
             memory.__exit__(None, None, None)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -109,6 +115,7 @@ def run_fastpref(job: Job) -> dict[str, Any]:
         "loss": losses,
         "peak": peak_bytes() - loaded["bytes"] if memory is None else memory.peak,
         "joules": used(loaded["joules"]),
+        "shares": asdict(loaded["shares"]),
     }
 
 
@@ -137,11 +144,12 @@ def run_trl(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(job, model, folder, callbacks=[Clock()])
         energy = joules()
-        with PeakStorage() if job.counted else nullcontext() as memory:
+        profile = shares() if job.profiled else nullcontext(Shares())
+        with PeakStorage() if job.counted else nullcontext() as memory, profile as parts:
             trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     peak = peak_bytes() - before if memory is None else memory.peak
-    return {"seconds": times, "loss": losses, "peak": peak, "joules": used(energy)}
+    return {"seconds": times, "loss": losses, "peak": peak, "joules": used(energy), "shares": asdict(parts)}
 
 
 def trl_model(job: Job) -> Any:

@@ -62,6 +62,7 @@ def compare(
     checkpointing: bool = False,
     tokens_a_pair: float = 0.0,
     counted: bool = False,
+    profiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Run each engine in turn, TRL first. An engine that fails has a note instead of numbers."""
     import torch
@@ -86,6 +87,8 @@ def compare(
                 result = run_apart(replace(job, engine=engine))
                 if counted:
                     result["peak"] = run_apart(replace(job, engine=engine, counted=True))["peak"]
+                if profiled:
+                    result["shares"] = run_apart(replace(job, engine=engine, profiled=True))["shares"]
             except EngineFailed as error:
                 if engine in ("trl", "fastpref"):
                     raise
@@ -99,6 +102,7 @@ def compare(
                     "tokens_per_second": speed * tokens_a_pair,
                     "peak": result["peak"],
                     "loss": result["loss"][0],
+                    "shares": result["shares"],
                     "joules_a_pair": result["joules"] / (job.passes * job.steps * batch) if result["joules"] else None,
                 }
             )
@@ -129,6 +133,9 @@ def main(
     prompts: Annotated[
         str, typer.Option(help="all rows, or the half with more (heavy) or less prompt (light).")
     ] = "all",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show the shares of matrix products and attention, in a further run.")
+    ] = False,
 ) -> None:
     """Compare the engines on a model and pairs of yours, and print a table."""
     if not model or pairs is None:
@@ -145,12 +152,14 @@ def main(
         title=f"{rows} pairs of at most {max_length} tokens, prompts: {prompts}, {batch} a step, LoRA rank 16, {name}, "
         f"{machine['threads']} threads, TRL {machine['versions'].get('trl')}"
     )
-    for column in ("method", "engine", "pairs/s", "× TRL", "tokens/s", "peak over the model", "× TRL", "first loss"):
+    columns = ["method", "engine", "pairs/s", "× TRL", "tokens/s", "peak over the model", "× TRL", "first loss"]
+    for column in [*columns, *(["products", "attention"] if profile else [])]:
         table.add_column(column, justify="right")
     for one in method or ["dpo", "orpo"]:
         results = compare(
-            Path(model), chosen, one, batch, max_length, checkpointing=checkpointing, tokens_a_pair=tokens
-        )
+            Path(model), chosen, one, batch, max_length, checkpointing=checkpointing, tokens_a_pair=tokens,
+            profiled=profile,
+        )  # fmt: skip
         base = results[0]
         for result in results:
             if "note" in result:
@@ -165,6 +174,7 @@ def main(
                 f"{result['peak'] / 1e9:.2f} GB",
                 f"{result['peak'] / base['peak']:.2f}",
                 f"{result['loss']:.4f}",
+                *(f"{share:.0%}" for share in result["shares"].values() if profile),
             )
     Console().print(table)
 
