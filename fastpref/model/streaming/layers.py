@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 _ALIGNED = 256  # bytes, as the CUDA allocator aligns tensors
 
-# What bitsandbytes' Params4bit and Int8Params have in addition to their numbers.
+# The attributes of bitsandbytes' Params4bit and Int8Params, in addition to their numbers.
 _SETTINGS = {"blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "module"} | {
     "has_fp16_weights", "CB", "SCB",
 }  # fmt: skip

@@ -49,7 +49,7 @@ CARDS = (
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What a layer copies, and what it computes with."""
+    """The bytes that a layer copies, and the weights that it computes with."""
 
     bytes: int  # in host memory, with padding
     weights: float  # that a token is multiplied with

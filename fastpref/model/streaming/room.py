@@ -1,4 +1,4 @@
-"""Whether a model can be streamed, and has room in the host's memory."""
+"""Checks that a model can be streamed, and that the host's memory has room for it."""
 
 import psutil
 import torch
