@@ -158,12 +158,11 @@ def _engine(config: Config, examples: list[Example], accelerator: Any, streaming
     stream = None if streaming is None else stream_weights(model, device, streaming, make_transfers=counting)
     give_attention(model, NAME)
     wrapped = with_adapters(config, model)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device)
+    if stream is not None:
+        stream.move_rest(model)
     fill_adapters(wrapped)
     checkpoint_layers(model)
-    loaded = Loaded(model, wrapped, Policy.of(model), "tree", None)
+    loaded = Loaded(model, wrapped, Policy.of(model), "tree", None, stream=stream)
     accelerator.prepare_model(loaded.policy, device_placement=False)
     reference, _ = make_reference(config, loaded, accelerator.autocast)
     objective = Objective(loaded.policy, reference, config.loss, "tree", LONGEST * len(examples), 0, device)

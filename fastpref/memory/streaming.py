@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,7 +14,7 @@ from fastpref.model.files import model_config
 from fastpref.model.load import Loaded, weight_dtype
 from fastpref.model.skeleton import materialise, skeleton
 from fastpref.model.streaming.pace import Card, card_named, layer_size, least_tokens
-from fastpref.model.streaming.room import obstacle
+from fastpref.model.streaming.room import missing_on_host, obstacle
 from fastpref.model.streaming.stream import Streaming, streamable_layers
 from fastpref.sizes import in_words
 
@@ -86,7 +85,7 @@ def choose_streaming(
         return (Streaming(), [f"streaming: all layers; {uncounted}"]) if wanted is True else (None, [])
     resident = step.resident(room)
     chosen = step.at(resident)
-    if missing := missing_on_host(chosen):
+    if missing := missing_on_host(chosen.host, "a step in host memory"):
         if wanted is True:
             raise UserError(f"model.streaming: {missing}")
         return None, [f"streaming: off, although a step will hardly fit the GPU: {missing}"]
@@ -110,17 +109,6 @@ def _hiding(config: Config, device: torch.device) -> int | None:
         materialise(model)
     tokens = least_tokens(layer_size(streamable_layers(model)[0]), card)
     return tokens if tokens > config.tokens_per_microbatch else None
-
-
-def missing_on_host(memory: StepMemory) -> str | None:
-    """Return a sentence on how much memory this machine lacks for the host's part of a step, or None."""
-    free = psutil.virtual_memory().available
-    if memory.host <= free:
-        return None
-    return (
-        f"a step keeps {in_words(memory.host)} in host memory, and {in_words(free)} are free: "
-        f"{in_words(memory.host - free)} are missing; close other programs, or take a smaller model"
-    )
 
 
 def _note(chosen: StepMemory, without: StepMemory | None, room: int, tokens: int | None) -> str:

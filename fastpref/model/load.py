@@ -29,7 +29,7 @@ from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
 from fastpref.model.streaming.room import check_before_loading, check_buffers, weights_nbytes
-from fastpref.model.streaming.stream import Streaming, WeightStream, stream_of, stream_weights, streamable_layers
+from fastpref.model.streaming.stream import Streaming, WeightStream, stream_of, stream_weights
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.model.weights import from_files, loading_notes
 from fastpref.sizes import in_words
@@ -213,8 +213,8 @@ def _check_reached(model: PreTrainedModel, stream: WeightStream) -> None:
 
 
 def _described(model: PreTrainedModel, stream: WeightStream) -> str:
-    count, every = len(stream.layers), len(streamable_layers(model))
-    tables = in_words(weights_nbytes(model) - sum(weights_nbytes(layer) for layer in streamable_layers(model)))
+    count, every = len(stream.layers), len(stream.decoder_layers)
+    tables = in_words(weights_nbytes(model) - sum(map(weights_nbytes, stream.decoder_layers)))
     size = in_words(max(map(len, stream.slots)))
     return (
         f"streaming: {count} of {every} layers ({in_words(stream.nbytes)}) are in host memory and computed in "

@@ -55,7 +55,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("bits", ["quantization=nf4", "quantization=int8", "dtype=float32", "dtype=bfloat16"])
 def test_slots_replace_what_is_streamed(deep: Path, bits: str):
-    """Of the weights that leave the device only the slots come back, whatever else the step holds stays as it is, and
+    """The weights leave the device and only the slots come back; whatever else the step holds stays as it is, and
     each resident layer moves its own bytes from the host to the device."""
     config = config_for(deep, LORA, ORPO, f"model.{bits}", "tokens.max_length=8")
     held, line = count_step(config, CUDA), StreamedStep(count_step(config, CUDA, streaming=Streaming()))
@@ -287,7 +287,7 @@ def test_the_host_must_have_room(deep: Path, monkeypatch: pytest.MonkeyPatch, st
         assert result is None
         assert "streaming: off" in note
         assert "3.0 MiB are missing" in note
-        with pytest.raises(UserError, match=r"model\.streaming: a step keeps .* 3\.0 MiB are missing"):
+        with pytest.raises(UserError, match=r"model\.streaming: it keeps .* 3\.0 MiB are missing"):
             chosen(deep, monkeypatch, least.total, "model.streaming=true")
 
 
@@ -305,7 +305,7 @@ def test_a_model_that_cannot_be_counted(deep: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_run_that_is_out_of_memory_counts_its_stream(tmp_path: Path):
-    """What a streamed run holds on its device is the slots and what is not streamed; its steps count as streamed, and
+    """A streamed run holds the slots and what is not streamed on its device; its steps count as streamed, and
     all layers as checkpointed."""
     config = config_for(save_model("llama", tmp_path), LORA, ORPO, "train.tokens_per_microbatch=400")
     model = load_model(config, CPU, trained=True).model

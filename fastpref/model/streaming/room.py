@@ -60,10 +60,17 @@ def weights_nbytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for weight in distinct.values() for tensor in weight.tensors())
 
 
-def _check(needed: int, what: str, advice: str = "") -> None:
+def missing_on_host(needed: int, what: str, advice: str = "") -> str | None:
+    """Return a sentence on how much host memory lacks for `needed` bytes, or None if they are free."""
     free = psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            f"model.streaming: it keeps {in_words(needed)} of {what}, and {in_words(free)} are free: "
-            f"{in_words(needed - free)} are missing. Close other programs, {advice}or take a smaller model"
-        )
+    if needed <= free:
+        return None
+    return (
+        f"it keeps {in_words(needed)} of {what}, and {in_words(free)} are free: {in_words(needed - free)} are missing. "
+        f"Close other programs, {advice}or take a smaller model"
+    )
+
+
+def _check(needed: int, what: str, advice: str = "") -> None:
+    if missing := missing_on_host(needed, what, advice):
+        raise UserError(f"model.streaming: {missing}")

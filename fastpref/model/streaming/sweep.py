@@ -1,4 +1,4 @@
-"""One sweep over a streamed model's layers for two passes: the policy's and, beside it, the reference's.
+"""Compute the hidden states of policy and reference in one sweep over a streamed model's layers.
 
 The reference is the same model in another state: adapters off, no dropout, no gradient. While a layer's weights are in
 their slot for the policy's pass, the layer computes the reference's hidden states as well, so that its weights need not

@@ -304,7 +304,7 @@ def test_missing_host_memory_is_told_before_weights_are_read(
 def test_the_count_beforehand_is_that_of_the_loaded_weights(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ):
-    """What is counted before loading is the bytes of the weights that are then loaded, scales included."""
+    """The count before loading equals the bytes of the weights that are then loaded, scales included."""
     counted: list[int] = []
     monkeypatch.setattr(room, "_check", lambda needed, *rest: counted.append(needed))
     for kind in ("none", "nf4", "int8"):

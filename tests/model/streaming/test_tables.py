@@ -60,7 +60,7 @@ def test_a_product_some_rows_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_backward_pass_keeps_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the forward pass has copied is freed: the backward pass copies it again."""
+    """The forward pass frees what it has copied, and the backward pass copies it again."""
     monkeypatch.setattr(tables, "_ROWS", 10)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
