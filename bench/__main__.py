@@ -21,7 +21,7 @@ PREFIXES, STREAMING = "prefixes", "streaming"  # profiles with one part, of thei
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
-    profile: Annotated[str, typer.Option(help="tiny, quick, full, gpu, prefixes or streaming.")] = "quick",
+    profile: Annotated[str, typer.Option(help="tiny, quick, full, gpu-quick, gpu, prefixes or streaming.")] = "quick",
     output: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("bench-results"),
     only: Annotated[list[str] | None, typer.Option(help="head, losses, scaling or steps; may be repeated.")] = None,
     match: Annotated[str, typer.Option(help='Words that a case of the head must have: "Gemma-2-2B frozen".')] = "",

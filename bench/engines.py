@@ -126,23 +126,13 @@ def run_trl(job: Job) -> dict[str, Any]:
         from fastpref.patch import patch
 
         patch(trl)
-    from transformers import TrainerCallback
-
     from fastpref.memory.allocations import PeakStorage
 
     model = trl_model(job)
     before = held_bytes()
-    times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            times.append(-time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times[-1] += time.perf_counter()
-
+    clock, times = step_clock()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(job, model, folder, callbacks=[Clock()])
+        trainer = trl_trainer(job, model, folder, callbacks=[clock])
         energy = joules()
         profile = shares() if job.profiled else nullcontext(Shares())
         with PeakStorage() if job.counted else nullcontext() as memory, profile as parts:
@@ -152,12 +142,40 @@ def run_trl(job: Job) -> dict[str, Any]:
     return {"seconds": times, "loss": losses, "peak": peak, "joules": used(energy), "shares": asdict(parts)}
 
 
+def step_clock() -> tuple[Any, list[float]]:
+    """Return a callback of TRL's trainer, and the seconds of each step, which it fills in."""
+    from transformers import TrainerCallback
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-now())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += now()
+
+    return Clock(), times
+
+
+def now() -> float:
+    """Return the seconds of a clock once a GPU has done all that was asked of it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def trl_model(job: Job) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype)
+    gpu = torch.cuda.is_available()
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if gpu else torch.float32}
+    if gpu:  # where its weights are held before the peak of training is measured, as fastpref's are
+        options["device_map"] = {"": 0}
+    return AutoModelForCausalLM.from_pretrained(job.model, **options)
 
 
 def trl_trainer(job: Job, model: Any, folder: str, **options: Any) -> Any:

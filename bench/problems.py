@@ -65,21 +65,21 @@ class Problem:
 
 def make_problem(shape: Shape, dtype: torch.dtype, device: str, *, trained: bool = False, seed: int = 0) -> Problem:
     """Make random inputs with logits of order one, as of an untrained head, and a reference close to the policy."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)  # a host takes minutes for the numbers of a large head
     size = (2 * shape.pairs, shape.length)
 
     def normal(*of: int) -> Tensor:
-        return torch.randn(*of, generator=generator)
+        return torch.randn(*of, generator=generator, device=device)
 
     hidden = normal(*size, shape.hidden)
-    labels = torch.randint(shape.vocab, size, generator=generator)
+    labels = torch.randint(shape.vocab, size, generator=generator, device=device)
     labels[:, : shape.prompt] = IGNORED
-    weights = torch.linspace(-1, 1.5, labels.numel()).view(size) * (labels != IGNORED)
+    weights = torch.linspace(-1, 1.5, labels.numel(), device=device).view(size) * (labels != IGNORED)
     return Problem(
-        hidden=hidden.to(device, dtype).requires_grad_(),
-        reference_hidden=(hidden + 0.02 * normal(*size, shape.hidden)).to(device, dtype),
-        weight=(normal(shape.vocab, shape.hidden) / shape.hidden**0.5).to(device, dtype).requires_grad_(trained),
-        labels=labels.to(device),
-        token_weights=weights.to(device),
+        hidden=hidden.to(dtype).requires_grad_(),
+        reference_hidden=(hidden + 0.02 * normal(*size, shape.hidden)).to(dtype),
+        weight=(normal(shape.vocab, shape.hidden) / shape.hidden**0.5).to(dtype).requires_grad_(trained),
+        labels=labels,
+        token_weights=weights,
         softcap=shape.softcap,
     )

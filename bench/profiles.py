@@ -125,6 +125,19 @@ GPU = Profile(
     dtype=torch.bfloat16,
     device="cuda",
 )
+# What is left of it in about a quarter of an hour.
+GPU_QUICK = replace(
+    GPU,
+    repeats=10,
+    heads=(
+        HeadCases(("Llama-3.2-1B", "Qwen2.5-7B", "Gemma-2-2B"), (TOKENS,)),
+        HeadCases(("Llama-3-8B",), (TOKENS,), ("forward", "frozen", "trained")),
+        HeadCases(("Llama-3-8B",), LOSSES),
+    ),
+    factors=(1, 2),
+    steps=(_GPU_STEP,),
+    methods=("dpo", "orpo"),
+)
 PREFIXES = Prefixes(
     shape=StepShape(hidden=256, layers=4, vocab=4096, length=512, prompt_share=0.5, batch=6, rows=6),
     tool_tokens=1000,
@@ -143,4 +156,4 @@ STREAMING = StreamedSteps(
 STREAMING_GPU = replace(
     STREAMING, shape=replace(STREAMING.shape, hidden=2048, layers=12, vocab=32768, batch=8), longest=1024, repeats=10
 )
-PROFILES = {"tiny": TINY, "quick": QUICK, "full": FULL, "gpu": GPU}
+PROFILES = {"tiny": TINY, "quick": QUICK, "full": FULL, "gpu-quick": GPU_QUICK, "gpu": GPU}

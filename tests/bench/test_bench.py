@@ -211,7 +211,7 @@ def test_compare_fails_on_a_regression(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "huge"], "--profile huge: known are tiny, quick, full, gpu, prefixes"),
+        (["--profile", "huge"], "--profile huge: known are tiny, quick, full, gpu-quick, gpu, prefixes"),
         (["--only", "steps", "--only", "tea"], "--only tea: known are head, losses, scaling, steps"),
         (["--profile", "tiny", "--base", "no-such-revision"], "--base no-such-revision: "),
         (["compare", "nowhere", "nowhere"], "not a result of python -m bench"),
