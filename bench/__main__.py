@@ -1,4 +1,4 @@
-"""The comparison a user runs on their own machine: `python -m bench`, and `python -m bench compare A B`."""
+"""The comparison a user runs on their own machine: `python -m bench`, and its commands `compare` and `first-card`."""
 
 import datetime
 import json
@@ -92,6 +92,24 @@ def compare(
     if regressed:
         print(f"{len(regressed)} have grown by more than {threshold:.0%}")
         raise typer.Exit(1)
+
+
+@app.command("first-card")
+def first_card(
+    minutes: Annotated[float, typer.Option(help="The most that all blocks take together.", min=0.1)] = 10.0,
+    output: Annotated[Path, typer.Option(help="The folder of the results.")] = Path("first-card"),
+) -> None:
+    """Check on a GPU that all kernels are right, then measure how fast they are; exit status 1 if one is wrong.
+
+    Nothing is downloaded. On a CPU, tiny sizes run to the end, which says nothing about a GPU.
+
+    Example:
+
+        python -m bench first-card --minutes 5
+    """
+    from bench.first_card.__main__ import first_card as run_all
+
+    raise typer.Exit(run_all(minutes, output))
 
 
 def _measure(name: str, parts: tuple[str, ...], base: str | None, words: list[str]) -> dict[str, Any]:

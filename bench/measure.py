@@ -168,6 +168,12 @@ def timed(step: Callable[[], object], device: str) -> float:
     return begin.elapsed_time(end)
 
 
+def median_ms(step: Callable[[], object], device: str, repeats: int) -> float:
+    """Return the median milliseconds of a step, after one that compiles and warms up."""
+    step()
+    return statistics.median(timed(step, device) for _ in range(repeats))
+
+
 class Subject(Protocol):
     """Something that takes steps and can be measured: a method here, or one in another process."""
 

@@ -27,7 +27,9 @@ JOB = Job("trl", "dpo", "model", "rows.jsonl", 1, 1, 1, 64, checkpointing=False)
 
 
 @pytest.mark.parametrize(("gpu", "place"), [(True, {"": 0}), (False, None)])
-def test_weights_are_no_part_of_a_peak(monkeypatch: pytest.MonkeyPatch, gpu: bool, place: dict[str, int] | None) -> None:
+def test_weights_are_no_part_of_a_peak(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, place: dict[str, int] | None
+) -> None:
     """On a GPU, TRL's model is loaded there, so that what is held before training has its weights, as ours has."""
     asked: dict[str, Any] = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

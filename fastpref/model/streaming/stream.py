@@ -5,7 +5,7 @@ output's gradient. That hook runs before any node of the layer's backward pass, 
 themselves instead of saving it, as bitsandbytes' do; autograd runs the nodes of the layer behind it first.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -85,7 +85,7 @@ class WeightStream:
             if isinstance(wrapper, ModulesToSaveWrapper):
                 for module in wrapper.modules_to_save.modules():
                     on_its_device(module)
-        _move(model, self.device, self.hosted)
+        move_model(model, self.device, self.hosted)
 
     def arrive(self, place: int, direction: Direction) -> None:
         """Let a layer compute in its slot. The layer that computed before reads host memory again."""
@@ -198,7 +198,7 @@ def _keep_tables(model: PreTrainedModel, device: torch.device, allocate: Allocat
     return {id(tensor) for tensor in kept}
 
 
-def _move(model: nn.Module, device: torch.device, hosted: set[int]) -> None:
+def move_model(model: nn.Module, device: torch.device, hosted: Set[int] = frozenset()) -> None:
     """Move the parameters and buffers of a model to a device, except those with the ids in `hosted`."""
     moved: dict[int, tuple[Any, Any]] = {}  # by id, with the parameter, so that ids stay unique
     for module in model.modules():

@@ -19,7 +19,7 @@ from fastpref.model.head import Head
 from fastpref.model.quantize import quantization_config
 from fastpref.model.streaming.pinned import pinned
 from fastpref.model.streaming.schedule import Schedule
-from fastpref.model.streaming.stream import Streaming, _move, stream_weights
+from fastpref.model.streaming.stream import Streaming, move_model, stream_weights
 from fastpref.model.streaming.transfers import CudaTransfers
 from fastpref.ops import LoraWeight, linear_logprob
 
@@ -49,7 +49,7 @@ def load(folder: str, quantization: Any, streaming: Streaming | None, checkpoint
     load: dict[str, Any] = {"dtype": torch.bfloat16, "quantization_config": settings, "device_map": {"": "cpu"}}
     model: Any = LlamaForCausalLM.from_pretrained(folder, **load)
     if streaming is None:
-        _move(model, GPU, set())  # with the bits that were quantised in host memory, as the streamed one
+        move_model(model, GPU)  # with the bits that were quantised in host memory, as the streamed one
     else:
         stream_weights(model, GPU, streaming)
     wrapped: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
