@@ -20,7 +20,7 @@ from fastpref.kernels.linear_logprob_triton import (
     _scale_kernel,
     _walk_kernel,
 )
-from fastpref.kernels.tiles import Tile, Tiles, cdiv, choose_tiles, interpreted
+from fastpref.kernels.tiles import Tile, cdiv, choose_tiles, interpreted
 
 # How far, in nats, a maximum may be above a row's offset before the offset moves. With e^20, sums of squares over any
 # vocabulary stay far inside float32's range. float16 ends at 65,504, so there the offset moves with every maximum.
@@ -47,11 +47,13 @@ def walk_vocabulary(
     budget: int,  # bytes
     with_grad: bool,
     lazy: float = LAZY,
+    tile: Tile | None = None,
 ) -> WalkResult:
-    """Compute the same as `linear_logprob_torch.walk_vocabulary`. `lazy` is explained at LAZY."""
-    tiles = _tiles(hidden)
-    lean = with_grad and bias is None and transform.softcap is None and not outputs
-    tile = tiles.lean if lean else tiles.full
+    """Compute the same as `linear_logprob_torch.walk_vocabulary`. `lazy` is explained at LAZY.
+
+    Comparisons choose a `tile`; otherwise it is that of the table.
+    """
+    tile = tile or _choose_tile(hidden, bias, transform, outputs, stored=with_grad)
     shape = plan_tile(hidden, weight, budget, tile, stored=with_grad)
     logits = _Logits(bias, transform, outputs, tile, _product_tile(hidden, shape, tile))
     hidden = _rows_contiguous(hidden)
@@ -65,11 +67,14 @@ def walk_vocabulary(
     return WalkResult._make(None if part[0] is None else torch.cat(part) for part in zip(*parts))
 
 
-def _tiles(hidden: Tensor) -> Tiles:
+def _choose_tile(
+    hidden: Tensor, bias: Tensor | None, transform: LogitTransform, outputs: tuple[str, ...], *, stored: bool
+) -> Tile:
     tiles = choose_tiles(hidden)
     if tiles is None:
         raise ValueError(f"linear_logprob: the triton backend has no tile for {hidden.dtype} on {hidden.device}")
-    return tiles
+    capped = transform.softcap is not None
+    return tiles.choose(bias=bias is not None, softcap=capped, outputs=bool(outputs), stored=stored)
 
 
 def plan_tile(
@@ -348,13 +353,13 @@ def recompute_gradients(
     *,
     budget: int,  # bytes
     wanted: tuple[bool, bool, bool],  # hidden, weight, bias
+    tile: Tile | None = None,
 ) -> HeadGrads:
-    """Compute the same as `linear_logprob_torch.recompute_gradients`.
+    """Compute the same as `linear_logprob_torch.recompute_gradients`. `tile` is that of `walk_vocabulary`.
 
     The kernel computes each tile of ∂loss/∂logits, the library its products. The outer loop is over the vocabulary.
     """
-    tiles = _tiles(hidden)
-    tile = tiles.lean if bias is None and transform.softcap is None else tiles.full
+    tile = tile or _choose_tile(hidden, bias, transform, (), stored=True)
     hidden = _rows_contiguous(hidden)
     z_target, offset, sum_others = statistics
     behind = z_target - offset
@@ -363,11 +368,12 @@ def recompute_gradients(
     share = grad_logp.float() * transform.slope
     factor, at_target = -share * (-log_s).exp(), share * torch.sigmoid(x)
     n, vocabulary = hidden.shape[0], weight.shape[0]
-    shape = plan_tile(hidden, weight, budget, tile, stored=True)
+    # A slice of the weight's gradient in float32 is as wide as the tile, so this has a limit of its own.
+    trained = weight.trained if wanted[1] else None
+    shape = plan_tile(hidden, weight, budget, tile, stored=True, widest=None if trained is None else WIDE)
     logits = _Logits(bias, transform, (), tile, _product_tile(hidden, shape, tile))
     stored = hidden.new_empty((shape.rows, _whole(min(shape.columns, vocabulary), tile.v)))
-    want_hidden, want_weight, want_bias = wanted
-    trained = weight.trained if want_weight else None
+    want_hidden, _, want_bias = wanted
     kept = hidden if trained is None else hidden[:, -trained.shape[1] :]  # the hidden units of the trained columns
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
     d_weight = None if trained is None else torch.empty_like(trained)

@@ -177,10 +177,10 @@ def _walk_kernel(
             if HAS_TOP1:
                 before = i_columns[None, :] < target[:, None]
                 ahead = tl.maximum(ahead, tl.max(tl.where(before, z, float("-inf")), 1))
-            largest = tl.maximum(largest, tile_largest)
             if MODE == FORWARD:
                 new = tl.maximum(base, tile_largest)
             else:
+                largest = tile_largest  # in FORWARD it is the base
                 new = tl.where(tile_largest - base > lazy, tile_largest, base)
             moved = base - new  # −inf at the first tile, where the sums are still zero
             shrink = tl.exp(moved)
@@ -209,7 +209,7 @@ def _walk_kernel(
         if HAS_MEAN:
             tl.store(p_z + place, z_sum, mask=in_rows)
         if HAS_TOP1:
-            tl.store(p_maximum + place, largest, mask=in_rows)
+            tl.store(p_maximum + place, base if MODE == FORWARD else largest, mask=in_rows)
             tl.store(p_ahead + place, ahead, mask=in_rows)
 
 
