@@ -1,6 +1,7 @@
 """Launches of the Triton kernels of the vocabulary walk, by the same functions as in `linear_logprob_torch.py`."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,15 +20,17 @@ from fastpref.kernels.linear_logprob_triton import (
     _scale_kernel,
     _walk_kernel,
 )
-from fastpref.kernels.tiles import Tile, Tiles, cdiv, choose_tiles, interpreted
+from fastpref.kernels.tiles import Tile, cdiv, choose_tiles, interpreted
 
 # How far, in nats, a maximum may be above a row's offset before the offset moves. With e^20, sums of squares over any
 # vocabulary stay far inside float32's range. float16 ends at 65,504, so there the offset moves with every maximum.
 LAZY = 20.0
 # Row blocks that share L2: 16 of 128 rows of 4,096 hidden units are 17 MB in bfloat16, and GPUs have 40 MB or more.
 GROUP = 16
-# Rows and columns of the blocks of the other kernels.
-COMBINE_BLOCK = 128
+# Columns that a tile has at least, within the budget: then O's traffic takes less time than the products.
+WIDE = 8192
+# Splits, rows and columns of the blocks of the other kernels.
+COMBINE_BLOCK = (64, 32)
 RESCALE_ROWS = 32
 GRADIENT_BLOCK = (16, 128)
 SCALE_BLOCK = 1024
@@ -44,11 +47,13 @@ def walk_vocabulary(
     budget: int,  # bytes
     with_grad: bool,
     lazy: float = LAZY,
+    tile: Tile | None = None,
 ) -> WalkResult:
-    """Compute the same as `linear_logprob_torch.walk_vocabulary`. `lazy` is explained at LAZY."""
-    tiles = _tiles(hidden)
-    lean = with_grad and bias is None and transform.softcap is None and not outputs
-    tile = tiles.lean if lean else tiles.full
+    """Compute the same as `linear_logprob_torch.walk_vocabulary`. `lazy` is explained at LAZY.
+
+    Comparisons choose a `tile`; otherwise it is that of the table.
+    """
+    tile = tile or _choose_tile(hidden, bias, transform, outputs, stored=with_grad)
     shape = plan_tile(hidden, weight, budget, tile, stored=with_grad)
     logits = _Logits(bias, transform, outputs, tile, _product_tile(hidden, shape, tile))
     hidden = _rows_contiguous(hidden)
@@ -62,31 +67,42 @@ def walk_vocabulary(
     return WalkResult._make(None if part[0] is None else torch.cat(part) for part in zip(*parts))
 
 
-def _tiles(hidden: Tensor) -> Tiles:
+def _choose_tile(
+    hidden: Tensor, bias: Tensor | None, transform: LogitTransform, outputs: tuple[str, ...], *, stored: bool
+) -> Tile:
     tiles = choose_tiles(hidden)
     if tiles is None:
         raise ValueError(f"linear_logprob: the triton backend has no tile for {hidden.dtype} on {hidden.device}")
-    return tiles
+    capped = transform.softcap is not None
+    return tiles.choose(bias=bias is not None, softcap=capped, outputs=bool(outputs), stored=stored)
 
 
-def plan_tile(hidden: Tensor, weight: HeadWeight, budget: int, tile: Tile, *, stored: bool) -> TileShape:
-    """Choose how many rows and columns are computed at once.
+def plan_tile(
+    hidden: Tensor, weight: HeadWeight, budget: int, tile: Tile, *, stored: bool, widest: int | None = None
+) -> TileShape:
+    """Choose how many rows and columns are computed at once; `widest` limits the columns.
 
     A logit takes memory for its exponential, if that is stored, and for the product, if the library computes it. A
-    column takes memory for the copies of its weights. If neither takes any, everything is computed at once. The tile
-    has all rows as long as it can be 2,048 columns wide; otherwise it has fewer rows.
+    column takes memory for the copies of its weights. If neither takes any, everything is computed at once.
+
+    A pass over the vocabulary reads and writes O, float32, once a tile, so wide tiles take precedence: rows are cut
+    into equal blocks until a tile has WIDE columns within the budget. What is left of the budget widens it. Only a
+    tile of one block of the kernel may exceed the budget.
     """
     n, vocabulary = hidden.shape[0], weight.shape[0]
     logit = hidden.element_size() * stored + 4 * (not tile.fused)  # bytes
     column = weight.copies * weight.shape[1] * weight.dtype.itemsize
-    if not logit and not column:
-        return TileShape(n, vocabulary)
-    columns = max(2048, min(8192, budget // (n * logit + column)))
+    widest = vocabulary if widest is None else min(widest, vocabulary)
     if column:
-        columns = min(columns, max(tile.v, budget // 2 // column))
-    columns = min(columns // tile.v, cdiv(vocabulary, tile.v)) * tile.v
-    rows = max(1, (budget - columns * column) // (columns * logit)) if logit else n
-    return TileShape(min(n, rows), columns)
+        widest = min(widest, budget // 2 // column)
+    widest = cdiv(max(widest, 1), tile.v) * tile.v
+    rows = n
+    if logit:
+        columns = min(WIDE, widest)
+        most = max(1, (budget - columns * column) // (columns * logit) // tile.n) * tile.n
+        rows = min(n, _whole(cdiv(n, cdiv(n, most)), tile.n))
+    columns = budget // (rows * logit + column) // tile.v * tile.v if logit or column else widest
+    return TileShape(rows, max(tile.v, min(columns, widest)))
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:
@@ -94,7 +110,34 @@ def _rows_contiguous(matrix: Tensor) -> Tensor:
 
 
 def _product_tile(hidden: Tensor, shape: TileShape, tile: Tile) -> Tensor | None:
-    return None if tile.fused else torch.empty(shape, dtype=torch.float32, device=hidden.device)
+    """Return memory for the library's product, or None. The kernel reads whole blocks, so the rest of them is 0."""
+    if tile.fused:
+        return None
+    rows, columns = shape
+    return torch.zeros((rows, _whole(columns, tile.v)), dtype=torch.float32, device=hidden.device)
+
+
+def _whole(length: int, block: int) -> int:
+    """Round a length up to whole blocks."""
+    return cdiv(length, block) * block
+
+
+@lru_cache
+def blocks_per_split(row_blocks: int, column_blocks: int, processors: int) -> int:
+    """Return how many blocks of columns a program of FORWARD walks over, one after the other.
+
+    A processor runs one program at a time: their number is a few waves, and the last wave should be full. So choose
+    the shortest time in units of a block, waves × blocks, and of equal ones the fewest programs. There are at most 64
+    splits, and waves enough (4) that a slow processor does not hold up the others.
+    """
+    most = max(1, min(column_blocks, cdiv(4 * processors, row_blocks), 64))
+    candidates = {cdiv(column_blocks, splits) for splits in range(1, most + 1)}
+
+    def time(blocks: int) -> tuple[int, int]:
+        waves = cdiv(row_blocks * cdiv(column_blocks, blocks), processors)
+        return waves * blocks, -blocks
+
+    return min(candidates, key=time)
 
 
 class _Statistics(NamedTuple):
@@ -120,8 +163,11 @@ class _Statistics(NamedTuple):
     @classmethod
     def of_no_columns(cls, rows: int, device: torch.device) -> "_Statistics":
         """Return the running statistics before the first column."""
-        start = [0.0 if name.startswith("sum_") else float("-inf") for name in cls._fields]
-        return cls(*torch.tensor(start, dtype=torch.float32, device=device)[:, None].repeat(1, rows).unbind(0))
+        # Filled on the device: a copy of numbers from the host would make the host wait for the device.
+        half = len(cls._fields) // 2
+        sums = iter(torch.zeros((half, rows), dtype=torch.float32, device=device))
+        maxima = iter(torch.full((half, rows), float("-inf"), dtype=torch.float32, device=device))
+        return cls(*(next(sums if name.startswith("sum_") else maxima) for name in cls._fields))
 
 
 @dataclass(frozen=True)
@@ -149,10 +195,9 @@ class _Logits:
         weight: Tensor,  # [c, H] a slice of the head
         targets: Tensor,  # [n]
         first: int,  # the slice's first index in the vocabulary
-        per_split: int,  # columns
-        splits: int,
+        per_split: int,  # blocks of columns
         rows: tuple[Tensor, Tensor, Tensor],  # [n] each: offset, factor, at_target; not every mode reads them
-        out: Tensor,  # [n, c] the stored tile
+        out: Tensor,  # [n, whole blocks of columns] the stored tile
         parts: _Statistics,  # [splits, n]
         lazy: float = 0.0,
     ) -> None:
@@ -161,7 +206,9 @@ class _Logits:
         bias = hidden if self.bias is None else self.bias[first : first + columns]
         product = hidden
         if self.product is not None:
-            product = multiply(hidden, weight, self.product[:n, :columns])
+            multiply(hidden, weight, self.product[:n, :columns])
+            product = self.product
+        splits = cdiv(cdiv(columns, tile.v), per_split)
         launch(_walk_kernel, (cdiv(n, tile.n) * splits,),
             hidden, weight, product, bias, targets, *rows, out, *parts,
             n, first, columns, hidden.shape[1], hidden.stride(0), weight.stride(0), product.stride(0),
@@ -188,40 +235,35 @@ class _RowBlock:
     def run(self, weight: HeadWeight, columns: int, *, with_grad: bool) -> None:
         """Walk over the vocabulary, `columns` at a time. With a gradient, store exponentials and add E·W to O."""
         n, vocabulary = self.hidden.shape[0], weight.shape[0]
-        stored = None
+        tile, stored = self.logits.tile, None
         if with_grad:
-            stored = self.hidden.new_empty((n, min(columns, vocabulary)))
+            stored = self.hidden.new_empty((n, _whole(min(columns, vocabulary), tile.v)))
             self.others = torch.zeros_like(self.hidden, dtype=torch.float32)
         for first in range(0, vocabulary, columns):
             slice_ = weight.rows(first, min(first + columns, vocabulary))
+            width = slice_.shape[0]
             if stored is None or self.others is None:
-                self._fold(FORWARD.value, slice_, first, self._columns_a_split(slice_.shape[0]), self.shrunk[:, None])
+                blocks = cdiv(n, tile.n), cdiv(width, tile.v)
+                per_split = blocks_per_split(*blocks, processors(self.hidden.device))
+                self._fold(FORWARD.value, slice_, first, per_split, self.shrunk[:, None])
                 continue
-            tile = stored[:, : slice_.shape[0]]
-            base = self._fold(EXP.value, slice_, first, self.logits.tile.v, tile)
-            self._rescale(tile, base, is_factor=False)
+            whole = stored[:, : _whole(width, tile.v)]
+            base = self._fold(EXP.value, slice_, first, 1, whole)
+            self._rescale(whole, base, is_factor=False)
             if first:
                 self._rescale(self.others, self.shrunk, is_factor=True)
-            add_product(self.others, tile, slice_)
-
-    def _columns_a_split(self, columns: int) -> int:
-        """Return the columns per split, with as many splits as keep the device busy."""
-        tile = self.logits.tile
-        row_blocks, column_blocks = cdiv(self.hidden.shape[0], tile.n), cdiv(columns, tile.v)
-        splits = max(1, min(column_blocks, cdiv(4 * processors(self.hidden.device), row_blocks), 64))
-        return cdiv(column_blocks, splits) * tile.v
+            add_product(self.others, whole[:, :width], slice_)
 
     def _fold(self, mode: int, slice_: Tensor, first: int, per_split: int, out: Tensor) -> Tensor:
         """Walk over a slice in splits and add their statistics to the running ones. Return the splits' bases [S, N]."""
-        n, splits = self.hidden.shape[0], cdiv(slice_.shape[0], per_split)
+        n, splits = self.hidden.shape[0], cdiv(cdiv(slice_.shape[0], self.logits.tile.v), per_split)
         parts = _Statistics.of_splits(splits, n, self.hidden.device)
         rows = (self.running.base, self.shrunk, self.shrunk)
-        self.logits.launch(
-            mode, self.hidden, slice_, self.targets, first, per_split, splits, rows, out, parts, self.lazy
-        )
-        launch(_combine_kernel, (cdiv(n, COMBINE_BLOCK),),
+        self.logits.launch(mode, self.hidden, slice_, self.targets, first, per_split, rows, out, parts, self.lazy)
+        block_s, block_n = COMBINE_BLOCK
+        launch(_combine_kernel, (cdiv(n, block_n),),
             *parts, *self.running, self.shrunk, n, splits, **self.logits.flags,
-            BLOCK_N=COMBINE_BLOCK, num_warps=4,
+            BLOCK_S=block_s, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
         return parts.base
 
@@ -311,13 +353,13 @@ def recompute_gradients(
     *,
     budget: int,  # bytes
     wanted: tuple[bool, bool, bool],  # hidden, weight, bias
+    tile: Tile | None = None,
 ) -> HeadGrads:
-    """Compute the same as `linear_logprob_torch.recompute_gradients`.
+    """Compute the same as `linear_logprob_torch.recompute_gradients`. `tile` is that of `walk_vocabulary`.
 
     The kernel computes each tile of ∂loss/∂logits, the library its products. The outer loop is over the vocabulary.
     """
-    tiles = _tiles(hidden)
-    tile = tiles.lean if bias is None and transform.softcap is None else tiles.full
+    tile = tile or _choose_tile(hidden, bias, transform, (), stored=True)
     hidden = _rows_contiguous(hidden)
     z_target, offset, sum_others = statistics
     behind = z_target - offset
@@ -326,11 +368,12 @@ def recompute_gradients(
     share = grad_logp.float() * transform.slope
     factor, at_target = -share * (-log_s).exp(), share * torch.sigmoid(x)
     n, vocabulary = hidden.shape[0], weight.shape[0]
-    shape = plan_tile(hidden, weight, budget, tile, stored=True)
+    # A slice of the weight's gradient in float32 is as wide as the tile, so this has a limit of its own.
+    trained = weight.trained if wanted[1] else None
+    shape = plan_tile(hidden, weight, budget, tile, stored=True, widest=None if trained is None else WIDE)
     logits = _Logits(bias, transform, (), tile, _product_tile(hidden, shape, tile))
-    stored = hidden.new_empty((shape.rows, min(shape.columns, vocabulary)))
-    want_hidden, want_weight, want_bias = wanted
-    trained = weight.trained if want_weight else None
+    stored = hidden.new_empty((shape.rows, _whole(min(shape.columns, vocabulary), tile.v)))
+    want_hidden, _, want_bias = wanted
     kept = hidden if trained is None else hidden[:, -trained.shape[1] :]  # the hidden units of the trained columns
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
     d_weight = None if trained is None else torch.empty_like(trained)
@@ -343,11 +386,12 @@ def recompute_gradients(
         db = torch.zeros(last - first, **sums) if d_bias is not None else None
         for a in range(0, n, shape.rows):
             b = min(a + shape.rows, n)
-            out = stored[: b - a, : last - first]
+            whole = stored[: b - a, : _whole(last - first, tile.v)]
             logits.launch(
-                GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, tile.v, cdiv(last - first, tile.v),
-                (offset[a:b], factor[a:b], at_target[a:b]), out, _Statistics(*[offset] * 8),
+                GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, 1,
+                (offset[a:b], factor[a:b], at_target[a:b]), whole, _Statistics(*[offset] * 8),
             )  # fmt: skip
+            out = whole[:, : last - first]
             if d_hidden is not None:
                 add_product(d_hidden[a:b], out, slice_)
             if dw is not None:

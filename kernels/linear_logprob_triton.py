@@ -10,7 +10,7 @@ an epilogue, by mode:
 
 A launch covers one slice of the weight, `columns` rows of the vocabulary from `first` on, which may be all of it.
 
-`_combine_kernel` adds partial statistics in a fixed order, without atomics, so results repeat bit for bit.
+`_combine_kernel` adds partial statistics by blocks in a fixed order, without atomics: results repeat bit for bit.
 
 In EXP every row and column block first chooses its base: the row's running offset, unless the block's maximum is more
 than `lazy` above it. bfloat16 has float32's range, so an offset need only be near the maximum; float16 does not, so
@@ -39,17 +39,26 @@ def _tanh(x):
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
-@triton.jit(do_not_specialize=["n", "first", "columns", "columns_per_split"])
+# The numbers of rows, which differ from batch to batch, and the addresses that depend on them are not specialised: a
+# different remainder of n by 4 or 16 would compile the main loop again, in the middle of a run.
+_ROWS = ("p_targets", "p_offset", "p_factor", "p_at_target")
+_SPLITS = ("p_base", "p_sum", "p_target", "p_ez", "p_ee", "p_z", "p_maximum", "p_ahead")
+
+
+@triton.jit(
+    do_not_specialize=["n", "first", "columns", "blocks_per_split"],
+    do_not_specialize_on_alignment=["p_bias", *_ROWS, *_SPLITS],
+)
 def _walk_kernel(
     p_hidden,  # [N, H] FUSED
     p_weight,  # [columns, H] FUSED
-    p_product,  # [N, columns] float32, if not FUSED
+    p_product,  # [N, columns] float32, if not FUSED; columns are rounded up to BLOCK_V
     p_bias,  # [columns]
     p_targets,  # [N] int64
     p_offset,  # [N] EXP: running offset, −inf at first; GRADIENT: final offset
     p_factor,  # [N] GRADIENT: the factor of the columns that are not the target
     p_at_target,  # [N] GRADIENT: the value at the target's column
-    p_tile,  # [N, columns] EXP, GRADIENT: the stored tile
+    p_tile,  # [N, columns] EXP, GRADIENT: the stored tile; columns are rounded up to BLOCK_V, with 0 in the rest
     p_base,  # [S, N] the base of a split's sums: its maximum, or in EXP the chosen base
     p_sum,  # [S, N] Σ_{v≠y} e^{z − base}
     p_target,  # [S, N] z_y, or −inf if the target is not in the split
@@ -66,7 +75,7 @@ def _walk_kernel(
     stride_weight,
     stride_product,
     stride_tile,
-    columns_per_split,  # a multiple of BLOCK_V; in EXP and GRADIENT BLOCK_V itself
+    blocks_per_split,  # blocks of BLOCK_V columns; in EXP and GRADIENT 1, which is not read
     gain,  # a/τ, or with a softcap a/c
     cap,  # c/τ
     lazy,  # EXP: how far a maximum may be above the offset
@@ -100,8 +109,8 @@ def _walk_kernel(
     i_n, i_v, i_inner = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_H)
     i_rows = first_row + i_n
     in_rows = i_rows < n
-    # Relative to this slice's first column. The target may be outside the slice.
-    target = tl.load(p_targets + i_rows, mask=in_rows, other=-1) - first
+    # Relative to this slice's first column. The target may be outside the slice. 32 bits halve its comparisons.
+    target = (tl.load(p_targets + i_rows, mask=in_rows, other=-1) - first).to(tl.int32)
     p_hidden += first_row.to(tl.int64) * stride_hidden
     p_product += first_row.to(tl.int64) * stride_product
     i_h = i_n[:, None] * stride_hidden + i_inner[None, :]
@@ -117,10 +126,14 @@ def _walk_kernel(
     if MODE != FORWARD:
         base = tl.load(p_offset + i_rows, mask=in_rows, other=0.0)
 
-    begin = i_split * columns_per_split
-    end = tl.minimum(begin + columns_per_split, columns)
-    blocks = 1  # a constant for the compiler, which then carries no sums from block to block
+    # One block is a constant for the compiler, which then carries no sums from block to block. A begin that is a
+    # multiple of BLOCK_V lets it load and store 16 bytes at a time.
+    begin = i_split * BLOCK_V
+    end = tl.minimum(begin + BLOCK_V, columns)
+    blocks = 1
     if MODE == FORWARD:
+        begin = i_split * blocks_per_split * BLOCK_V
+        end = tl.minimum(begin + blocks_per_split * BLOCK_V, columns)
         blocks = tl.cdiv(end - begin, BLOCK_V)
     for i_block in range(0, blocks):
         start = begin + i_block * BLOCK_V
@@ -139,7 +152,7 @@ def _walk_kernel(
                 z = tl.dot(b_h, b_w, z, input_precision=PRECISION)
         else:
             i_product = i_n[:, None] * stride_product + i_columns[None, :]
-            z = tl.load(p_product + i_product, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+            z = tl.load(p_product + i_product, mask=in_rows[:, None], other=0.0)
         if HAS_BIAS:
             z += tl.load(p_bias + i_columns, mask=in_columns, other=0.0).to(tl.float32)[None, :]
         z *= gain
@@ -164,10 +177,10 @@ def _walk_kernel(
             if HAS_TOP1:
                 before = i_columns[None, :] < target[:, None]
                 ahead = tl.maximum(ahead, tl.max(tl.where(before, z, float("-inf")), 1))
-            largest = tl.maximum(largest, tile_largest)
             if MODE == FORWARD:
                 new = tl.maximum(base, tile_largest)
             else:
+                largest = tile_largest  # in FORWARD it is the base
                 new = tl.where(tile_largest - base > lazy, tile_largest, base)
             moved = base - new  # −inf at the first tile, where the sums are still zero
             shrink = tl.exp(moved)
@@ -183,7 +196,7 @@ def _walk_kernel(
         if MODE != FORWARD:
             p_out = p_tile + first_row.to(tl.int64) * stride_tile + start
             p_out += i_n[:, None] * stride_tile + i_v[None, :]
-            tl.store(p_out, stored.to(p_tile.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+            tl.store(p_out, stored.to(p_tile.dtype.element_ty), mask=in_rows[:, None])
 
     if MODE != GRADIENT:
         place = i_split.to(tl.int64) * n + i_rows
@@ -196,11 +209,22 @@ def _walk_kernel(
         if HAS_MEAN:
             tl.store(p_z + place, z_sum, mask=in_rows)
         if HAS_TOP1:
-            tl.store(p_maximum + place, largest, mask=in_rows)
+            tl.store(p_maximum + place, base if MODE == FORWARD else largest, mask=in_rows)
             tl.store(p_ahead + place, ahead, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=["n", "splits"])
+@triton.jit
+def _places(i_splits, i_rows, splits, n):
+    """Return the addresses of a block of [S, N] statistics, and which of them exist."""
+    return i_splits[:, None] * n + i_rows[None, :], (i_splits < splits)[:, None] & (i_rows < n)[None, :]
+
+
+_RUNNING = tuple(name.replace("p_", "p_running_") for name in _SPLITS)
+
+
+@triton.jit(
+    do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=[*_SPLITS, *_RUNNING, "p_shrunk"]
+)
 def _combine_kernel(
     p_base,  # [S, N]
     p_sum,  # [S, N]
@@ -224,15 +248,18 @@ def _combine_kernel(
     HAS_SPREAD: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_TOP1: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add the statistics of S splits to the running ones, split by split."""
+    """Add the statistics of S splits to the running ones, a block of BLOCK_S splits at a time."""
     i_rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_splits = tl.arange(0, BLOCK_S)
     mask = i_rows < n
     old = tl.load(p_running_base + i_rows, mask=mask, other=0.0)
     new = old
-    for s in range(splits):
-        new = tl.maximum(new, tl.load(p_base + s * n + i_rows, mask=mask, other=0.0))
+    for s in range(0, splits, BLOCK_S):
+        place, inside = _places(s + i_splits, i_rows, splits, n)
+        new = tl.maximum(new, tl.max(tl.load(p_base + place, mask=inside, other=float("-inf")), 0))
     moved = old - new
     shrink = tl.exp(moved)
     total = tl.load(p_running_sum + i_rows, mask=mask, other=0.0)
@@ -248,22 +275,22 @@ def _combine_kernel(
         largest = tl.load(p_running_maximum + i_rows, mask=mask, other=0.0)
         ahead = tl.load(p_running_ahead + i_rows, mask=mask, other=0.0)
     total *= shrink
-    for s in range(splits):
-        place = s * n + i_rows
-        moved = tl.load(p_base + place, mask=mask, other=0.0) - new
+    for s in range(0, splits, BLOCK_S):
+        place, inside = _places(s + i_splits, i_rows, splits, n)
+        moved = tl.load(p_base + place, mask=inside, other=float("-inf")) - new[None, :]
         shrink = tl.exp(moved)
-        own = tl.load(p_sum + place, mask=mask, other=0.0)
-        total += own * shrink
-        z_target = tl.maximum(z_target, tl.load(p_target + place, mask=mask, other=0.0))
+        own = tl.load(p_sum + place, mask=inside, other=0.0)
+        total += tl.sum(own * shrink, 0)
+        z_target = tl.maximum(z_target, tl.max(tl.load(p_target + place, mask=inside, other=float("-inf")), 0))
         if HAS_SPREAD:
-            own_ez = tl.load(p_ez + place, mask=mask, other=0.0)
-            ez += tl.where(own > 0, shrink * (own_ez + moved * own), 0.0)
-            ee += shrink * shrink * tl.load(p_ee + place, mask=mask, other=0.0)
+            own_ez = tl.load(p_ez + place, mask=inside, other=0.0)
+            ez += tl.sum(tl.where(own > 0, shrink * (own_ez + moved * own), 0.0), 0)
+            ee += tl.sum(shrink * shrink * tl.load(p_ee + place, mask=inside, other=0.0), 0)
         if HAS_MEAN:
-            z_sum += tl.load(p_z + place, mask=mask, other=0.0)
+            z_sum += tl.sum(tl.load(p_z + place, mask=inside, other=0.0), 0)
         if HAS_TOP1:
-            largest = tl.maximum(largest, tl.load(p_maximum + place, mask=mask, other=0.0))
-            ahead = tl.maximum(ahead, tl.load(p_ahead + place, mask=mask, other=0.0))
+            largest = tl.maximum(largest, tl.max(tl.load(p_maximum + place, mask=inside, other=float("-inf")), 0))
+            ahead = tl.maximum(ahead, tl.max(tl.load(p_ahead + place, mask=inside, other=float("-inf")), 0))
     tl.store(p_running_base + i_rows, new, mask=mask)
     tl.store(p_running_sum + i_rows, total, mask=mask)
     tl.store(p_running_target + i_rows, z_target, mask=mask)
@@ -278,7 +305,7 @@ def _combine_kernel(
         tl.store(p_running_ahead + i_rows, ahead, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "columns"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["p_base", "p_offset"])
 def _rescale_kernel(
     p_matrix,  # [N, columns], in place
     p_base,  # [S, N] the base of each block of BLOCK_V columns; for O, [1, N]: its factor
@@ -310,7 +337,7 @@ def _rescale_kernel(
         tl.store(p, block.to(p_matrix.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "width"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["p_index", "p_coefficient", "p_inverse"])
 def _gradient_kernel(
     p_others,  # [N, H] float32, O
     p_weight,  # [V, H], or rows of it
@@ -341,7 +368,7 @@ def _gradient_kernel(
     tl.store(p_out + rows * stride_out + i_inner[None, :], g.to(p_out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize_on_alignment=["p_coefficient", "p_order", "p_begin"])
 def _scale_kernel(
     p_grad,  # [N, H] g
     p_coefficient,  # [N] ∂loss/∂logp

@@ -141,10 +141,19 @@ def _write_coefficients(
         tl.store(p_coefficients + i_tokens, slope * weight + supervised, mask=mask)
 
 
+# Sequences begin at any token, so the alignment of a tensor tells the compiler nothing. It differs from batch to batch,
+# and another one would be another compilation.
+_POINTERS = (
+    "p_logp", "p_reference", "p_log_sum_sq", "p_starts", "p_lengths", "p_pair_weights", "p_margins", "p_numbers",
+    "p_weights", "p_nll_tokens", "p_coefficients", "p_sequences", "p_pairs", "p_labels", "p_kl", "p_row_weights",
+    "p_share",
+)  # fmt: skip
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n", "pairs"])
+@triton.jit(do_not_specialize=["n", "pairs"], do_not_specialize_on_alignment=_POINTERS)
 def _pair_kernel(
     p_logp,  # [N]
     p_reference,  # [N]
@@ -239,7 +248,7 @@ def _pair_kernel(
     tl.store(p_pairs + 3 * pairs + i_pair, -term.nls_odds)
 
 
-@triton.jit(do_not_specialize=["n", "rows"])
+@triton.jit(do_not_specialize=["n", "rows"], do_not_specialize_on_alignment=_POINTERS)
 def _row_kernel(
     p_logp,  # [N]
     p_reference,  # [N]

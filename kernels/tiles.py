@@ -1,7 +1,8 @@
 """The tiles of the main loop for each GPU, as one table without autotuning.
 
 Every entry is compiled in a test (`tests/kernels/test_compile.py`): all fit the GPU's shared memory, and on NVIDIA GPUs
-none spills a register. Lengths are never compile-time constants, so a GPU uses one kernel for all batches.
+none spills a register inside the loop that multiplies. Lengths are never compile-time constants, so a GPU uses one
+kernel for all batches.
 """
 
 from dataclasses import dataclass
@@ -31,26 +32,45 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A GPU's tiles for one element size."""
+    """A GPU's tiles for one element size. What an epilogue does takes registers, and these limit the tile.
 
-    lean: Tile  # for the usual training step: stores a tile, without bias, softcap or optional outputs
-    full: Tile  # for everything else, which needs more registers and so a smaller tile
+    The extras of an epilogue are a bias, optional outputs, statistics alone (carried from block to block, where
+    exponentials are stored), and a softcap, which counts twice.
+    """
+
+    lean: Tile  # for no extra
+    one: Tile  # for one: a training step that logs metrics of tokens, or a pass of the reference
+    full: Tile  # for two and more
+
+    def choose(self, *, bias: bool, softcap: bool, outputs: bool, stored: bool) -> Tile:
+        """Return the tile for an epilogue."""
+        return (self.lean, self.one, self.full)[min(bias + 2 * softcap + outputs + (not stored), 2)]
 
 
-_WIDE, _HALF = Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 3)
+# The wider a tile, the fewer times an operand moves from L2 to a processor. At the peak of products a 64×128 tile asks
+# for 3 bytes a multiplication and processor in the time that L2 has for 1.5 or less on an H100 and an A100.
+_SQUARE, _WIDE = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)
 _SINGLE = Tile(64, 64, 32, 8, 3, "tf32x3")
-_NVIDIA = {2: Tiles(_WIDE, _HALF), 4: Tiles(_SINGLE, _SINGLE)}
-_BLACKWELL = {2: Tiles(_WIDE, _HALF), 4: Tiles(_SINGLE, Tile(64, 32, 32, 8, 3, "tf32x3"))}
-_CDNA = {2: Tiles(Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 2)), 4: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2)}
-_RDNA = {2: Tiles(*[Tile(64, 64, 32, 8, 2)] * 2), 4: Tiles(*[Tile(32, 64, 32, 8, 2)] * 2)}
+_ADA = {2: Tiles(_SQUARE, _SQUARE, _SQUARE), 4: Tiles(_SINGLE, _SINGLE, _SINGLE)}  # and consumer cards of Ampere
+_A100_SQUARE = Tile(128, 128, 64, 8, 4)  # with three stages it spills
+_A100 = {2: Tiles(_WIDE, _A100_SQUARE, _A100_SQUARE), 4: _ADA[4]}
+_HOPPER = {2: Tiles(_WIDE, _WIDE, _SQUARE), 4: _ADA[4]}
+_NARROW_SINGLE = Tile(64, 32, 32, 8, 3, "tf32x3")
+_B200 = {2: Tiles(_WIDE, _SQUARE, _SQUARE), 4: Tiles(_SINGLE, _NARROW_SINGLE, _NARROW_SINGLE)}
+_BLACKWELL = {2: _ADA[2], 4: _B200[4]}
+_CDNA = {
+    2: Tiles(Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 2)),
+    4: Tiles(*[Tile(64, 64, 32, 8, 2)] * 3),
+}
+_RDNA = {2: Tiles(*[Tile(64, 64, 32, 8, 2)] * 3), 4: Tiles(*[Tile(32, 64, 32, 8, 2)] * 3)}
 # For GPUs that fused tiles do not fit: Turing, for which Triton 3.9 has no tensor cores, and GPUs not in the table.
-_UNFUSED = {size: Tiles(*[Tile(16, 256, 16, 8, 1, fused=False)] * 2) for size in (2, 4)}
+_UNFUSED = {size: Tiles(*[Tile(16, 256, 16, 8, 1, fused=False)] * 3) for size in (2, 4)}
 # By architecture (CUDA: compute capability, ROCm: name), then by bytes per element.
 TILES: dict[int | str, dict[int, Tiles]] = {
-    75: _UNFUSED, 80: _NVIDIA, 86: _NVIDIA, 89: _NVIDIA, 90: _NVIDIA, 100: _BLACKWELL, 120: _BLACKWELL,
+    75: _UNFUSED, 80: _A100, 86: _ADA, 89: _ADA, 90: _HOPPER, 100: _B200, 120: _BLACKWELL,
     "gfx942": _CDNA, "gfx1100": _RDNA,
 }  # fmt: skip
-_INTERPRETER = Tiles(*[Tile(32, 32, 32, 4, 1)] * 2)
+_INTERPRETER = Tiles(*[Tile(32, 32, 32, 4, 1)] * 3)
 
 
 def interpreted() -> bool:

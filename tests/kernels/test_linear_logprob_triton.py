@@ -44,7 +44,7 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Use a fused tile, or the tiles of a GPU, such as Turing, for which the library computes the products."""
     if request.param == "of the library":
         tile = tiles.Tile(16, 32, 16, 4, 1, fused=False)
-        monkeypatch.setattr(launch, "choose_tiles", lambda hidden: tiles.Tiles(tile, tile))
+        monkeypatch.setattr(launch, "choose_tiles", lambda hidden: tiles.Tiles(tile, tile, tile))
 
 
 PRODUCTS = ("fused", "of the library")
