@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.first_card.numerics import make_head, triton_runs
+from bench.first_card.numerics import LOGGED, make_head, triton_runs
 from bench.first_card.outcome import Case, Outcome
 from bench.first_card.sizes import Sizes
 from bench.measure import median_ms
@@ -20,7 +20,6 @@ from fastpref.kernels.linear_logprob_torch import LogitTransform
 from fastpref.kernels.tiles import Tile, choose_tiles
 
 BUDGET = 128 << 20  # bytes, the default workspace
-LOGGED = ("entropy", "mean_logit", "is_top1")  # the outputs of a step that is logged
 SLICE = 8192  # columns of the plain products at once
 MANY = 8192  # rows above which every case is repeated less
 
@@ -66,7 +65,7 @@ def tiles_of(sizes: Sizes) -> list[Tile]:
     """Return the distinct tiles of a device for bfloat16, and the first of them with the library's product."""
     tiles = choose_tiles(torch.empty(1, 1, dtype=torch.bfloat16, device=sizes.device))
     assert tiles is not None
-    fused = list(dict.fromkeys(tiles.all()))
+    fused = list(dict.fromkeys((tiles.lean, tiles.one, tiles.full)))
     return [*fused, *(replace(tile, fused=False) for tile in fused[:1] if tile.fused)]
 
 

@@ -19,6 +19,7 @@ from fastpref.ops import OUTPUTS, TokenLogprobs, linear_logprob
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COMPARED = 48  # rows
+LOGGED = ("entropy", "mean_logit", "is_top1")  # the outputs of a step that is logged
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
             for trained in (False, True):
                 kind = "trained" if trained else "frozen"
                 yield f"{shape.model}, {kind}, {name}", lambda a=(shape, dtype, trained): _plain(sizes, *a)
+            yield f"{shape.model}, logged, {name}", lambda a=(shape, dtype): _logged(sizes, *a)
             yield f"{shape.model}, every output, {name}", lambda a=(shape, dtype): _full(sizes, *a)
         if dtype == torch.bfloat16:
             yield from _loss_cases(sizes)
@@ -141,6 +143,10 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 
 def _plain(sizes: Sizes, shape: Shape, dtype: torch.dtype, trained: bool) -> Outcome:
     return check_head(make_head(shape, sizes.checked_rows, dtype, sizes.device, trained=trained))
+
+
+def _logged(sizes: Sizes, shape: Shape, dtype: torch.dtype) -> Outcome:
+    return check_head(make_head(shape, sizes.checked_rows, dtype, sizes.device), LOGGED)
 
 
 def _full(sizes: Sizes, shape: Shape, dtype: torch.dtype) -> Outcome:

@@ -72,18 +72,23 @@ def random_model(llama: Llama, config: Config, device: torch.device) -> Any:
 
 
 def _weight(
-    module: nn.Module, name: str, parameter: Any, device: torch.device, generator: torch.Generator
+    module: nn.Module, name: str, parameter: nn.Parameter, device: torch.device, generator: torch.Generator
 ) -> nn.Parameter:
-    quantised = isinstance(module, bnb.nn.Linear4bit) and name == "weight"
-    shape = (module.out_features, module.in_features) if quantised else parameter.shape
-    dtype = module.compute_dtype if quantised else parameter.dtype
-    if len(shape) == 1:
-        return nn.Parameter(torch.ones(shape, dtype=dtype, device=device), requires_grad=False)
-    weight = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-    if not quantised:
-        return nn.Parameter(weight, requires_grad=False)
-    four_bits: Any = bnb.nn.Params4bit(
-        weight, requires_grad=False, quant_type=parameter.quant_type,
-        compress_statistics=parameter.compress_statistics, module=module,
-    )  # fmt: skip
-    return four_bits.to(device)  # which quantises it
+    if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
+        return _four_bits(module, parameter, device, generator)
+    if parameter.dim() == 1:
+        weight = torch.ones(parameter.shape, dtype=parameter.dtype, device=device)
+    else:
+        weight = torch.empty(parameter.shape, dtype=parameter.dtype, device=device).normal_(
+            0, 0.02, generator=generator
+        )
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _four_bits(module: Any, parameter: Any, device: torch.device, generator: torch.Generator) -> nn.Parameter:
+    """Return a weight of a `Linear4bit` in 4 bits."""
+    shape = (module.out_features, module.in_features)
+    weight = torch.empty(shape, dtype=module.compute_dtype, device=device).normal_(0, 0.02, generator=generator)
+    params: Any = bnb.nn.Params4bit
+    settings = {name: getattr(parameter, name) for name in ("quant_type", "compress_statistics")}
+    return params(weight, requires_grad=False, module=module, **settings).to(device)  # which quantises it

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,10 +114,10 @@ def test_one_block_costs_no_other(end: str, tmp_path: Path, monkeypatch: pytest.
     command = f"import sys; open(sys.argv[-1], 'a').write({wrote!r}); {code}"
     run = parent.subprocess.run
 
-    def start(arguments: list[str], **options: object) -> object:
+    def start(arguments: list[str], **options: Any) -> Any:
         name, file = arguments[arguments.index("--block") + 1], arguments[arguments.index("--output") + 1]
         this = command if name == "numerics" else "pass"
-        return run([sys.executable, "-c", this, file], **options)  # pyright: ignore[reportCallIssue]
+        return run([sys.executable, "-c", this, file], **options)
 
     monkeypatch.setattr(parent.subprocess, "run", start)
     monkeypatch.setattr(parent, "_times", lambda deadline: ((name, 2.0) for name in ("limits", "numerics", "heads")))
