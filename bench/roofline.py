@@ -1,120 +1,197 @@
-"""A model, not a measurement, of the shortest possible time of the head's kernels on a card.
+"""A model, not a measurement, of the time of the head's kernels on a card.
 
-For every launch, the multiplications and the bytes to and from memory are counted from its parameters. A launch takes
-at least the longer of operations/peak and bytes/bandwidth. The model leaves out the time to start a
-kernel, exponentials next to products (they run on another unit), and every miss of a cache.
+It adds up the launches of `linear_logprob` one by one, with the tiles that the launcher chooses and the instructions
+that the compiler emitted (`compiled.py`):
+
+- The main loop takes the longer of its multiplications, at a share of the card's peak, and of its operands' way from
+  L2 to the processors. Every tile of rows × columns reads (rows + columns)·H elements.
+- The epilogue follows it, as a processor holds one block at a time: its instructions, at a share of what the
+  processor's four schedulers can issue.
+- Blocks run in whole waves of one a processor.
+- The library's product takes the longer of its multiplications and its way to memory, and a part of the shorter.
+- A small kernel takes a constant time, and Python another for each launch, in parallel with the GPU.
+
+The model leaves out clocks that fall under load, and misses of L2 in the main loop.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from bench.compiled import Compiled
 from bench.problems import SHAPES, Shape
 from fastpref.kernels.head_weight import DenseWeight
-from fastpref.kernels.linear_logprob_launch import GROUP, plan_tile
-from fastpref.kernels.tiles import TILES, cdiv
+from fastpref.kernels.linear_logprob_launch import blocks_per_split, plan_tile
+from fastpref.kernels.tiles import Tile, cdiv
 
 BUDGET = 128 * 2**20  # the default workspace, bytes
-ROWS = 8192
+ROWS = (2048, 8192, 32768)
 
 
 @dataclass(frozen=True)
 class Card:
-    """The published limits of a card: dense bfloat16 products with float32 accumulation, and memory."""
+    """A card's published limits: dense bfloat16 products with float32 accumulation, memory, processors; and two that
+    are assumed, as no data sheet has them."""
 
     name: str
     architecture: int
     tflops: float
-    gbytes: float  # gigabytes per second
+    gbytes: float  # of memory, gigabytes per second
+    processors: int
+    ghz: float
+    l2_mbytes: float
+    l2_tbytes: float  # assumed: from L2 to all processors, terabytes per second
+    reach: float  # assumed: the share of `tflops` that the library's product reaches
 
 
-# NVIDIA's data sheets: "Ada GPU architecture", "A100 80GB SXM", "H100 SXM".
-CARDS = (Card("RTX 4090", 89, 165.2, 1008), Card("A100", 80, 312.0, 2039), Card("H100", 90, 989.4, 3350))
+# NVIDIA's data sheets and white papers: "Ada GPU architecture", "Ampere GA102", "A100 80GB SXM", "H100 SXM". The speed
+# of L2 is what microbenchmarks in the literature find, from 5.5 to 7 TB/s for an H100.
+CARDS = (
+    Card("RTX 4090", 89, 165.2, 1008, 128, 2.52, 72, 5.0, 0.92),
+    Card("RTX 3090", 86, 71.0, 936, 82, 1.695, 6, 2.0, 0.92),
+    Card("A100", 80, 312.0, 2039, 108, 1.41, 40, 4.8, 0.82),
+    Card("H100", 90, 989.4, 3350, 132, 1.755, 50, 7.0, 0.70),
+)
+FUSED_SHARE = 0.92  # of the library's speed that the main loop reaches, if L2 does not limit it
+ISSUED = 0.7  # instructions a scheduler and cycle in an epilogue
+SHOWN = 0.35  # the part of the shorter of arithmetic and memory traffic that the longer does not hide
+SMALL_KERNEL = 6e-6  # seconds
+PYTHON = 35e-6  # seconds a launch on the host
 _SHAPES = {shape.model: shape for shape in SHAPES}
 HEADS = tuple(_SHAPES[model] for model in ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-2B"))
+# What is asked of the head: a pass of the reference, and a training step with the default log.every = 1, whose tokens'
+# metrics are optional outputs; its gradient of the weight, too, if the head is trained.
+PASSES = {"reference": 1, "training": 2, "trained head": 4}
 
 
 @dataclass(frozen=True)
-class Launch:
-    kernel: str
-    operations: float
-    bytes: float
+class Epilogue:
+    """What the model needs to know of a compiled main loop."""
 
-    def seconds(self, card: Card) -> float:
-        return max(self.operations / (card.tflops * 1e12), self.bytes / (card.gbytes * 1e9))
+    tile: Tile
+    instructions: int  # of a warp, outside the main loop
 
-
-def launches(head: Shape, architecture: int, *, mode: str) -> Iterator[Launch]:
-    """List the launches of `linear_logprob` for 8,192 bfloat16 rows.
-
-    The mode "no gradient" computes only the statistics, "frozen head" a forward and backward pass, and "trained head"
-    also the gradient of the weight.
-    """
-    n, width, vocabulary = ROWS, head.hidden, head.vocab
-    hidden = torch.empty((n, width), dtype=torch.bfloat16, device="meta")
-    weight = DenseWeight(torch.empty((vocabulary, width), dtype=torch.bfloat16, device="meta"))
-    tiles = TILES[architecture][2]
-    if mode != "frozen head":
-        blocks = cdiv(n, tiles.full.n)
-        # Each group of row blocks reads the weight once, and its hidden states stay in L2.
-        read = 2 * width * (n + cdiv(blocks, GROUP) * vocabulary)
-        yield Launch("walk", 2.0 * n * vocabulary * width, read)
-    if mode == "no gradient":
-        return
-    tile = tiles.full if head.softcap is not None else tiles.lean
-    shape = plan_tile(hidden, weight, BUDGET, tile, stored=True)
-    groups = cdiv(n, shape.rows) * cdiv(cdiv(shape.rows, tile.n), GROUP)
-    for first in range(0, vocabulary, shape.columns):
-        columns = min(shape.columns, vocabulary - first)
-        product = 2.0 * n * columns * width
-        yield Launch("walk", product, 2 * width * (n + groups * columns) + 2 * n * columns)
-        accumulate = 2 * n * columns + 2 * columns * width + 8 * n * width  # O is read and written
-        yield Launch("library product", product, accumulate)
-        if mode == "trained head":
-            yield Launch("library product", product, 2 * n * columns + 2 * n * width + 8 * columns * width)
-        else:
-            splits = cdiv(columns, tile.v)
-            yield Launch("combine, rescale", 0, 4 * n * (3 * splits + 2 * splits))
-    if mode == "frozen head":
-        yield Launch("gradient, scale", 0, n * width * (4 + 2 + 2) + n * width * (2 + 2))
+    @classmethod
+    def of(cls, c: Compiled) -> "Epilogue":
+        assert c.variant.tile is not None
+        return cls(c.variant.tile, c.instructions)
 
 
-def bare_products(head: Shape, card: Card, *, count: int = 2) -> float:
-    """Return the seconds of `count` matrix products of the head's size, with each operand read or written once."""
-    n, width, vocabulary = ROWS, head.hidden, head.vocab
-    moved = 2 * (n * width + vocabulary * width + n * vocabulary)
-    return count * Launch("product", 2.0 * n * vocabulary * width, moved).seconds(card)
+Epilogues = Mapping[str, Epilogue]  # by mode
 
 
-_MODES = {"no gradient": 1, "frozen head": 2, "trained head": 4}
+def epilogues(compiled: list[Compiled], architecture: int, *, softcap: bool) -> dict[str, Epilogue]:
+    """Choose the compiled main loops of a head's passes in bfloat16. With a softcap, outputs cost what all extras do."""
+    extras = {"forward": "softcap", "exp": "all", "gradient": "all"} if softcap else {"exp": "outputs"}
+    return {
+        mode: Epilogue.of(c)
+        for c in compiled
+        for mode in ("forward", "exp", "gradient")
+        if (c.variant.architecture, c.variant.name, c.variant.dtype, c.variant.what)
+        == (architecture, f"walk, {mode}", "bf16", extras.get(mode, ""))
+    }
 
 
-def section() -> str:
-    """Return the model as a section of the page."""
-    lines = [
-        "## A model of the time at best",
-        f"Not measured. For {ROWS:,} scored rows in bfloat16 with the default workspace: the operations and bytes of "
-        "every launch, counted from the launch parameters, over the card's published limits (dense bfloat16 products "
-        "and memory: "
-        + "; ".join(f"{c.name} {c.tflops:g} TFLOP/s, {c.gbytes:g} GB/s" for c in CARDS)
-        + "), next to the bare matrix products of the same size. `bench/roofline.py` says what is left out.",
-        "",
-        "| head | card | pass | products | ms at best | of operations alone | of memory alone | bare products, ms | "
-        "ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for head in HEADS:
-        for card in CARDS:
-            for mode, count in _MODES.items():
-                plan = list(launches(head, card.architecture, mode=mode))
-                total = sum(launch.seconds(card) for launch in plan)
-                operations = sum(launch.operations for launch in plan) / (card.tflops * 1e12)
-                memory = sum(launch.bytes for launch in plan) / (card.gbytes * 1e9)
-                bare = bare_products(head, card, count=count)
-                lines.append(
-                    f"| {head.model} ({head.vocab:,} × {head.hidden:,}) | {card.name} | {mode} | {count} | "
-                    f"{1e3 * total:.1f} | {1e3 * operations:.1f} | {1e3 * memory:.1f} | {1e3 * bare:.1f} | "
-                    f"{total / bare:.2f} |"
-                )
-    return "\n".join([lines[0], "", *lines[1:]])
+class Model:
+    """The times of launches for a head of H hidden units on a card, in seconds."""
+
+    def __init__(self, card: Card, head: Shape):
+        self.card, self.width, self.vocabulary = card, head.hidden, head.vocab
+        self.reach = card.reach * card.tflops * 1e12  # operations a second
+
+    def product(self, n: int, columns: int, bytes_moved: float) -> float:
+        """Return the time of a product of n × H × columns by the library."""
+        return self._both(2.0 * n * columns * self.width / self.reach, bytes_moved)
+
+    def _both(self, busy: float, bytes_moved: float) -> float:
+        memory = bytes_moved / (self.card.gbytes * 1e9)
+        return max(busy, memory) + SHOWN * min(busy, memory)
+
+    def in_l2(self, n: int, columns: int, size: int = 2) -> bool:
+        """Return whether a tile of E is still in L2 when the next kernel reads it."""
+        return size * n * columns <= 0.8e6 * self.card.l2_mbytes
+
+    def walk(self, n: int, columns: int, epilogue: Epilogue, *, blocks: int = 1, bytes_moved: float = 0.0) -> float:
+        """Return the time of the main loop over n rows; a program computes `blocks` blocks of columns."""
+        card, tile = self.card, epilogue.tile
+        waves = cdiv(cdiv(n, tile.n) * cdiv(cdiv(columns, tile.v), blocks), card.processors) * blocks
+        busy = waves * epilogue.instructions * tile.warps / 4 / ISSUED / (card.ghz * 1e9)
+        if tile.fused:
+            operations = waves * card.processors * 2.0 * tile.n * tile.v * self.width
+            operands = waves * card.processors * 2.0 * (tile.n + tile.v) * self.width
+            busy += max(operations / (FUSED_SHARE * self.reach), operands / (card.l2_tbytes * 1e12))
+            return busy + SHOWN * bytes_moved / (card.gbytes * 1e9)
+        # The library writes a product of float32, which the epilogue reads.
+        trip = 0 if self.in_l2(n, columns, 4) else 4.0 * n * columns
+        library = self.product(n, columns, 2 * self.width * (n + columns) + trip)
+        return library + self._both(busy, bytes_moved + trip)
+
+
+def seconds(card: Card, head: Shape, n: int, kernels: Epilogues, *, what: str, budget: int = BUDGET) -> float:
+    """Return the time of one of PASSES over n rows of bfloat16."""
+    model = Model(card, head)
+    if what == "reference":
+        return _reference(model, n, kernels["forward"], budget)
+    if what == "training":
+        return _frozen(model, n, kernels["exp"], budget)
+    return _reference(model, n, kernels["forward"], budget) + _trained(model, n, kernels["gradient"], budget)
+
+
+def _spans(model: Model, n: int, tile: Tile, budget: int, *, stored: bool, widest: int | None = None) -> Iterator:
+    """Yield the rows and columns of every tile."""
+    hidden = torch.empty((n, model.width), dtype=torch.bfloat16, device="meta")
+    weight = DenseWeight(torch.empty((model.vocabulary, model.width), dtype=torch.bfloat16, device="meta"))
+    rows, columns = plan_tile(hidden, weight, budget, tile, stored=stored, widest=widest)
+    for a in range(0, n, rows):
+        for first in range(0, model.vocabulary, columns):
+            yield first == 0, min(rows, n - a), min(columns, model.vocabulary - first)
+
+
+def _reference(model: Model, n: int, epilogue: Epilogue, budget: int) -> float:
+    total, tile = 0.0, epilogue.tile
+    for _, rows, columns in _spans(model, n, tile, budget, stored=False):
+        blocks = blocks_per_split(cdiv(rows, tile.n), cdiv(columns, tile.v), model.card.processors)
+        total += model.walk(rows, columns, epilogue, blocks=blocks) + SMALL_KERNEL
+    return total
+
+
+def _frozen(model: Model, n: int, epilogue: Epilogue, budget: int) -> float:
+    """E is written, read by the product and, in the first tile, rescaled; O is read and written once a tile."""
+    gpu, launches = 0.0, 0
+    for at_start, rows, columns in _spans(model, n, epilogue.tile, budget, stored=True):
+        e = 0 if model.in_l2(rows, columns) else 2.0 * rows * columns
+        gpu += model.walk(rows, columns, epilogue, bytes_moved=e) + 3 * SMALL_KERNEL
+        gpu += 2 * e * at_start / (model.card.gbytes * 1e9)
+        gpu += model.product(rows, columns, e + 2.0 * columns * model.width + 8.0 * rows * model.width)
+        launches += 5 + (not epilogue.tile.fused)
+    return max(gpu, launches * PYTHON)
+
+
+def _trained(model: Model, n: int, epilogue: Epilogue, budget: int) -> float:
+    """The gradient of the logits is written, and read by the products of hidden's and the weight's gradients."""
+    gpu, launches = 0.0, 0
+    for _, rows, columns in _spans(model, n, epilogue.tile, budget, stored=True, widest=8192):
+        e = 0 if model.in_l2(rows, columns) else 2.0 * rows * columns
+        gpu += model.walk(rows, columns, epilogue, bytes_moved=e)
+        gpu += model.product(rows, columns, e + 2.0 * columns * model.width + 8.0 * rows * model.width)
+        gpu += model.product(rows, columns, e + 2.0 * rows * model.width + 8.0 * columns * model.width)
+        launches += 3
+    return max(gpu, launches * PYTHON)
+
+
+def bare_products(card: Card, head: Shape, n: int, *, count: int) -> float:
+    """Return the seconds of `count` matrix products of the head's size at the speed of the library."""
+    return count * 2.0 * n * head.hidden * head.vocab / (card.reach * card.tflops * 1e12)
+
+
+def _table(compiled: list[Compiled], change: Mapping[str, float] = {}) -> dict[tuple[str, str, int, str], float]:
+    """Return the seconds by card, head, rows and pass; `change` multiplies fields of the cards."""
+    return {
+        (card.name, head.model, n, what): seconds(
+            replace(card, **{name: getattr(card, name) * factor for name, factor in change.items()}), head, n,
+            epilogues(compiled, card.architecture, softcap=head.softcap is not None), what=what,
+        )
+        for card in CARDS for head in HEADS for n in ROWS for what in PASSES
+    }  # fmt: skip

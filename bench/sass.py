@@ -79,10 +79,13 @@ class Code:
     def _count(self, places: Iterable[int], names: Sequence[str]) -> int:
         return sum(self.instructions[i].name in names for i in places)
 
-    def count(self, *names: str, inside: bool | None = None) -> int:
-        """Count instructions by name: all, or those inside or outside the main loop."""
-        places = range(len(self.instructions))
-        return self._count((i for i in places if inside is None or (i in self.main_loop) == inside), names)
+    def count(self, *names: str) -> int:
+        """Count instructions by name."""
+        return self._count(range(len(self.instructions)), names)
+
+    def count_outside(self) -> int:
+        """Count the instructions outside the main loop."""
+        return len(self.instructions) - len(self.main_loop)
 
     def spilled(self, *, inside: bool) -> int:
         """Return the bytes that a thread stores to or loads from local memory, inside or outside the main loop.
@@ -100,7 +103,10 @@ class Code:
         return dict(sorted(Counter(i.bits for i in self.instructions if i.name == name).items(), reverse=True))
 
     def product_shapes(self) -> list[str]:
-        """Return the shapes of the matrix products of warps or warp groups, such as 64x128x16."""
-        found = {s for i in self.instructions if i.name in PRODUCTS for s in re.findall(r"\.(\d+x\d+x\d+)", i.opcode)}
-        found |= {s for i in self.instructions if i.name in PRODUCTS for s in re.findall(r"\.(\d{4,})\.", i.opcode)}
-        return sorted(found)
+        """Return the shapes M×N×K of the matrix products of a warp or a warp group; none if a register has them."""
+        found = set()
+        for instruction in self.instructions:
+            if instruction.name in PRODUCTS:
+                found |= {tuple(s.split("x")) for s in re.findall(r"\.(\d+x\d+x\d+)", instruction.opcode)}
+                found |= {("16", "8", k) for k in re.findall(r"\.168(\d+)\.", instruction.opcode)}
+        return ["×".join(shape) for shape in sorted(found)]

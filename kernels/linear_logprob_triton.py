@@ -277,15 +277,15 @@ def _combine_kernel(
     total *= shrink
     for s in range(0, splits, BLOCK_S):
         place, inside = _places(s + i_splits, i_rows, splits, n)
-        moved = tl.load(p_base + place, mask=inside, other=float("-inf")) - new[None, :]
-        shrink = tl.exp(moved)
+        own_moved = tl.load(p_base + place, mask=inside, other=float("-inf")) - new[None, :]
+        own_shrink = tl.exp(own_moved)
         own = tl.load(p_sum + place, mask=inside, other=0.0)
-        total += tl.sum(own * shrink, 0)
+        total += tl.sum(own * own_shrink, 0)
         z_target = tl.maximum(z_target, tl.max(tl.load(p_target + place, mask=inside, other=float("-inf")), 0))
         if HAS_SPREAD:
             own_ez = tl.load(p_ez + place, mask=inside, other=0.0)
-            ez += tl.sum(tl.where(own > 0, shrink * (own_ez + moved * own), 0.0), 0)
-            ee += tl.sum(shrink * shrink * tl.load(p_ee + place, mask=inside, other=0.0), 0)
+            ez += tl.sum(tl.where(own > 0, own_shrink * (own_ez + own_moved * own), 0.0), 0)
+            ee += tl.sum(own_shrink * own_shrink * tl.load(p_ee + place, mask=inside, other=0.0), 0)
         if HAS_MEAN:
             z_sum += tl.sum(tl.load(p_z + place, mask=inside, other=0.0), 0)
         if HAS_TOP1:
