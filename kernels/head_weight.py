@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.kernels.device import with_index
+
 
 class HeadWeight(ABC):
     """A head's weight [V, H]."""
@@ -121,7 +123,7 @@ class OffloadedWeight(HeadWeight):
     """A weight in host memory. Slices are copied to `device`, the next one during the use of the current if pinned."""
 
     def __init__(self, weight: Tensor, device: torch.device | str):  # [V, H]
-        device, (vocabulary, width) = torch.device(device), weight.shape
+        device, (vocabulary, width) = with_index(device), weight.shape
         super().__init__((vocabulary, width), weight.dtype, device, kind=f"host {device}", tensors=[weight], copies=2)
         self.weight = weight
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -16,6 +16,7 @@ from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout, collate
 from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
+from fastpref.kernels.device import with_index
 from fastpref.model import liger
 from fastpref.model.adapters.fresh import adapter_notes, with_adapters
 from fastpref.model.adapters.parts import short_names
@@ -82,7 +83,7 @@ def load_model(
     Raises UserError for a model that does not exist, is no causal language model, or has no safetensors, and for one
     that cannot be streamed, or not in the host's free memory.
     """
-    architecture = model_config(config.model)
+    device, architecture = with_index(device), model_config(config.model)
     kernels = liger.wants_kernels(config.model.liger, device.type, architecture)
     place, dtype = torch.device("cpu") if sharded or streaming is not None else device, weight_dtype(config, device)
     if streaming is not None:

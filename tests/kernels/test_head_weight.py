@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import bitsandbytes
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpref import linear_logprob
 from fastpref.kernels import head_weight
@@ -200,6 +202,25 @@ def test_a_wrong_adapter_is_refused(wrong: dict[str, Any], kind: type[Exception]
     right: dict[str, Any] = {"base": torch.zeros(V, H), "lora_A": torch.zeros(R, H), "lora_B": torch.zeros(V, R)}
     with pytest.raises(kind, match=message):
         linear_logprob(torch.zeros(N, H), LoraWeight(**right | wrong), torch.zeros(N, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0)], ids=repr)
+def test_a_gpu_needs_no_index(device: torch.device | str, adapted: bool) -> None:
+    """Rows in host memory are accepted beside hidden states on the GPU, however the GPU is named."""
+    with mock.patch("torch.cuda.Stream"), FakeTensorMode(allow_non_fake_inputs=True):
+        hidden, targets = torch.empty(N, H, device="cuda"), torch.zeros(N, dtype=torch.int64, device="cuda")
+        base: Any = OffloadedWeight(torch.empty(V, H), device)
+        if adapted:
+            base = LoraWeight(base, torch.empty(R, H, device="cuda"), torch.empty(V, R, device="cuda"))
+        assert linear_logprob(hidden, base, targets).logp.device == torch.device("cuda", 0)
+
+
+def test_another_gpu_is_still_refused() -> None:
+    with mock.patch("torch.cuda.Stream"), FakeTensorMode(allow_non_fake_inputs=True):
+        hidden, targets = torch.empty(N, H, device="cuda:1"), torch.zeros(N, dtype=torch.int64, device="cuda:1")
+        with pytest.raises(ValueError, match="weight is on cuda:0, hidden is on cuda:1"):
+            linear_logprob(hidden, OffloadedWeight(torch.empty(V, H), "cuda"), targets)
 
 
 @pytest.mark.parametrize("forgets", ["", "compute", "copy"])
