@@ -16,7 +16,7 @@ from fastpref.kernels.head_weight import FourBitWeight, HeadWeight, OffloadedWei
 from fastpref.kernels.linear_logprob_naive import NaiveLogprobs, naive_logprobs
 from fastpref.model.body import around_body
 from fastpref.model.streaming.tables import computes_on
-from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
+from fastpref.ops import LoraWeight, TokenLogprobs, computing_dtype, linear_logprob, read_as
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,12 @@ class Head(nn.Module):
 
         `positions` [N] is the row of hidden [M, H] that predicts each target.
         """
-        weight, bias = self.weight_and_bias(hidden.dtype)
+        dtype = computing_dtype(hidden)
+        weight, bias = self.weight_and_bias(dtype)
         options: dict[str, Any] = {"softcap": self.settings.softcap, "logit_scale": self.settings.scale}
-        return linear_logprob(hidden, weight, targets, bias, positions=positions, outputs=outputs, **options)
+        return linear_logprob(
+            hidden.to(dtype), read_as(weight, dtype), targets, bias, positions=positions, outputs=outputs, **options
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return all logits, float32 [*, V], of hidden [*, H], for callers that need whole distributions."""
