@@ -1,4 +1,4 @@
-"""Computation of a model in float32, for comparisons of its results."""
+"""Computation of a model in float32, or with more rounding than its own, for comparisons of its results."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,10 @@ from typing import Any
 import psutil
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import nn
+from torch import Tensor, nn
 
 from fastpref.model.body import device_of
+from fastpref.model.gradient_checkpointing import decoder_layers
 from fastpref.model.streaming.stream import stream_of
 
 
@@ -43,6 +44,28 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
             tensor.data = tensor.data.to(dtype)
         for owner, name, dtype in dtypes:
             setattr(owner, name, dtype)
+
+
+@contextmanager
+def rounded_once_more(model: nn.Module) -> Iterator[None]:
+    """Let every decoder layer's output in half precision be rounded once more inside the block, as if at random.
+
+    A difference of results that two right computations may have is about the one that this makes.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        half_units = torch.rand(hidden.shape, generator=generator).to(hidden.device) - 0.5
+        other = (hidden.float() * (1 + torch.finfo(hidden.dtype).eps * half_units)).to(hidden.dtype)
+        return other if isinstance(output, Tensor) else (other, *output[1:])
+
+    hooks = [layer.register_forward_hook(rounded) for layer in decoder_layers(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _free(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastpref.data.batch import Layout, PreferenceBatch, collate
@@ -35,10 +35,9 @@ from fastpref.model.attention import (
 )
 from fastpref.model.body import TOWERS
 from fastpref.model.failure import is_out_of_memory
-from fastpref.model.gradient_checkpointing import decoder_layers
 from fastpref.model.limits import limits_of_model
 from fastpref.model.policy import Policy
-from fastpref.model.precision import in_float32
+from fastpref.model.precision import in_float32, rounded_once_more
 from fastpref.model.rope import BY_LENGTH
 
 _SHAPES = ((23, (17, 21)), (19, (22, 13)))  # tokens of each prompt and of its completions
@@ -223,22 +222,10 @@ class _Trial:
         Layers amplify the rounding of those before them, some models' far more than others'. A layout's products and
         sums round at as many places as this adds.
         """
-        generator = torch.Generator().manual_seed(0)
-
-        def rounded(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            half_units = torch.rand(hidden.shape, generator=generator).to(hidden.device) - 0.5
-            other = (hidden.float() * (1 + torch.finfo(hidden.dtype).eps * half_units)).to(hidden.dtype)
-            return other if isinstance(output, Tensor) else (other, *output[1:])
-
         try:
             truth = self._truth()
-            hooks = [layer.register_forward_hook(rounded) for layer in decoder_layers(self._model)]
-            try:
+            with rounded_once_more(self._model):
                 return _difference(self._truth(), truth).typical
-            finally:
-                for hook in hooks:
-                    hook.remove()
         except Exception as fault:
             _reason(fault)
             return 0.0
