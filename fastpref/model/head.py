@@ -15,7 +15,7 @@ from fastpref.errors import UserError, one_line
 from fastpref.kernels.head_weight import FourBitWeight, HeadWeight, OffloadedWeight
 from fastpref.kernels.linear_logprob_naive import NaiveLogprobs, naive_logprobs
 from fastpref.model.body import around_body
-from fastpref.model.precision import in_float32
+from fastpref.model.precision import in_float32, is_finite
 from fastpref.model.streaming.tables import computes_on
 from fastpref.ops import LoraWeight, TokenLogprobs, computing_dtype, linear_logprob, read_as
 
@@ -173,7 +173,7 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
     except Exception as error:
         raise UserError(f"{kind} models cannot be run as they are loaded here: {one_line(error, named=True)}") from None
     if logits.float().log_softmax(-1).isnan().any():
-        wrong = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+        wrong = next((name for name, p in model.named_parameters() if not is_finite(p)), None)
         where = "" if wrong is None else f": {wrong} holds numbers that are not finite in its files"
         raise UserError(f"the logits of this model are no numbers (NaN){where}")
     try:
