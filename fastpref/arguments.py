@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.kernels.device import with_index
+
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -32,7 +34,7 @@ class Arguments:
             raise ValueError(f"{self.function}: {name} must have {dimensions} dimension{plural}, got shape {shape}")
 
     def check_device(self, name: str, device: torch.device, like: Tensor) -> None:
-        if device != like.device:
+        if device != like.device and with_index(device) != like.device:
             raise ValueError(f"{self.function}: {name} is on {device}, {self.like} is on {like.device}")
 
     def check_dtype(self, name: str, dtype: torch.dtype, *allowed: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -58,15 +58,35 @@ class LoraWeight:
     scaling: float = 1.0
     dropout: Callable[[Tensor], Tensor] | None = None
 
-    def widen(self, hidden: Tensor) -> tuple[Tensor, HeadWeight]:
-        """The same product, wider by r: hidden states [M, H + r] and weight [V, H + r]."""
+    def widen(self, hidden: Tensor) -> tuple[Tensor, WidenedWeight]:
+        """The same product, wider by r and by zeros: hidden states [M, H + z + r] and weight [V, H + z + r].
+
+        The zeros make the width a multiple of the kernels' step, so that they can copy rows in whole vectors.
+        """
         inner = hidden if self.dropout is None else self.dropout(hidden)
         inner = torch.nn.functional.linear(inner.to(self.lora_A.dtype), self.lora_A) * self.scaling
-        return torch.cat([hidden, inner.to(hidden.dtype)], dim=1), WidenedWeight(as_weight(self.base), self.lora_B)
+        weight = WidenedWeight(as_weight(self.base), self.lora_B)
+        zeros = hidden.new_zeros(hidden.shape[0], weight.zeros)
+        return torch.cat([hidden, zeros, inner.to(hidden.dtype)], dim=1), weight
 
 
 def as_weight(weight: Tensor | HeadWeight) -> HeadWeight:
     return DenseWeight(weight) if isinstance(weight, Tensor) else weight
+
+
+def read_as(weight: Tensor | HeadWeight | LoraWeight, dtype: torch.dtype) -> Tensor | HeadWeight | LoraWeight:
+    """Return a weight, or the frozen part of one with LoRA, with slices of a dtype."""
+    if isinstance(weight, LoraWeight):
+        return replace(weight, base=as_weight(weight.base).read_as(dtype))
+    return weight if weight.dtype == dtype else as_weight(weight).read_as(dtype)
+
+
+def computing_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype in which a product of hidden states is computed: theirs, or that of autocast, as in torch."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return hidden.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def linear_logprob(
@@ -95,8 +115,9 @@ def linear_logprob(
     Args:
         hidden: [M, H] float32, bfloat16, float16 or float64. Logits, sums and results are float32, for float64
             inputs float64.
-        weight: [V, H], of hidden's dtype (any of them under autocast; the computation is float32 all the same): a
-            tensor, or a `LoraWeight`, a `FourBitWeight` of bitsandbytes, an `OffloadedWeight` in host memory.
+        weight: [V, H], of hidden's dtype: a tensor, or a `LoraWeight`, a `FourBitWeight` of bitsandbytes, an
+            `OffloadedWeight` in host memory. Under autocast dtypes may differ, and hidden and weight are cast to its
+            dtype, the weight tile by tile; logits, sums and the weight's gradient keep their dtypes.
         targets: [N] int64.
         bias: [V] or None.
         positions: the row of `hidden` that predicts each target, repeats allowed; None: row n predicts target n.
@@ -116,12 +137,15 @@ def linear_logprob(
     """
     if isinstance(weight, LoraWeight):
         _check_lora(hidden, weight)
-        hidden, head = weight.widen(hidden)
+        _check_tensors(hidden, as_weight(weight.base), targets, bias, positions)
+        hidden, head = weight.widen(hidden.to(computing_dtype(hidden)))
     else:
         if isinstance(weight, Tensor):
             _ARGUMENTS.check_tensor("weight", weight, 2, hidden)
         head = as_weight(weight)
-    _check_tensors(hidden, head, targets, bias, positions)
+        _check_tensors(hidden, head, targets, bias, positions)
+        hidden = hidden.to(computing_dtype(hidden))
+    head = head.read_as(hidden.dtype)
     outputs = _check_settings(softcap, logit_scale, temperature, outputs, workspace_mb, backend)
     trained = head.trained
     recompute = (trained is not None and trained.requires_grad) or (bias is not None and bias.requires_grad)

@@ -3,11 +3,12 @@
     DenseWeight        a tensor on the device
     FourBitWeight      bitsandbytes nf4 or fp4; each slice is dequantised when it is needed
     OffloadedWeight    a tensor in host memory; on a GPU the next slice is copied while the current one is used
-    WidenedWeight      any of these with additional columns, which alone are trained: LoRA
+    WidenedWeight      any of these with additional columns, of which the last are trained: LoRA
+    CastWeight         any of these in another dtype; each slice is cast when it is needed
 
-LoRA on a head, z = h·Wᵀ + s·(h·Aᵀ)·Bᵀ, is one wider product: [h, s·h·Aᵀ]·[W, B]ᵀ. So autograd computes the gradient of
-A (and of a dropout before it) through the wider hidden states, the gradient of B is that of the additional columns,
-and W + s·B·A is never merged, so it is never rounded.
+LoRA on a head, z = h·Wᵀ + s·(h·Aᵀ)·Bᵀ, is one wider product: [h, 0, s·h·Aᵀ]·[W, 0, B]ᵀ. So autograd computes the
+gradient of A (and of a dropout before it) through the wider hidden states, the gradient of B is that of the additional
+columns, and W + s·B·A is never merged, so it is never rounded.
 
 `torch.library` operators take tensors and strings, so a weight is passed as its `tensors` and its `kind`, from which
 `assemble` rebuilds it.
@@ -19,6 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastpref.kernels.device import with_index
+
+# A widened weight's rows are a multiple of this long, as far as the tiles step along rows. Rows that are no multiple of
+# 16 cannot be copied in vectors, and 64 costs no product: the last step is a whole one anyway.
+STEP = 64
 
 
 class HeadWeight(ABC):
@@ -47,8 +54,12 @@ class HeadWeight(ABC):
 
     @property
     def trained(self) -> Tensor | None:
-        """The trainable part, the last T of the H columns, [V, T], or None."""
+        """The trainable part, the last T of the H columns, [V, T], or None. It has a dtype of its own."""
         return None
+
+    def read_as(self, dtype: torch.dtype) -> "HeadWeight":
+        """Return this weight with slices of a dtype, which are never held all at once."""
+        return self if dtype == self.dtype else CastWeight(self, dtype)
 
 
 class DenseWeight(HeadWeight):
@@ -101,6 +112,11 @@ class FourBitWeight(HeadWeight):
             absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
         return cls(weight.data, absmax.float(), state.quant_type, shape, dtype or state.dtype)
 
+    def read_as(self, dtype: torch.dtype) -> "FourBitWeight":
+        return (
+            self if dtype == self.dtype else FourBitWeight(self.packed, self.absmax, self.quant_type, self.shape, dtype)
+        )
+
     def rows(self, first: int, last: int) -> Tensor:
         return self._dequantize(self.packed[first:last], self.absmax[first:last])
 
@@ -121,7 +137,7 @@ class OffloadedWeight(HeadWeight):
     """A weight in host memory. Slices are copied to `device`, the next one during the use of the current if pinned."""
 
     def __init__(self, weight: Tensor, device: torch.device | str):  # [V, H]
-        device, (vocabulary, width) = torch.device(device), weight.shape
+        device, (vocabulary, width) = with_index(device), weight.shape
         super().__init__((vocabulary, width), weight.dtype, device, kind=f"host {device}", tensors=[weight], copies=2)
         self.weight = weight
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -159,23 +175,53 @@ class OffloadedWeight(HeadWeight):
 
 
 class WidenedWeight(HeadWeight):
-    """A weight with additional columns, [W, B], which alone are trained."""
+    """A weight with additional columns, [W, 0, B], of which B alone is trained. The width is a multiple of STEP."""
 
-    def __init__(self, base: HeadWeight, columns: Tensor):  # [V, T]
-        shape, kind = (base.shape[0], base.shape[1] + columns.shape[1]), f"widened {base.kind}"
+    def __init__(self, base: HeadWeight, columns: Tensor):  # [V, T] B
+        self.base, self.columns = base, columns
+        self.zeros = -(base.shape[1] + columns.shape[1]) % STEP  # columns
+        shape, kind = (base.shape[0], base.shape[1] + self.zeros + columns.shape[1]), f"widened {base.kind}"
         tensors, copies = [*base.tensors, columns], base.copies + 1
         super().__init__(shape, base.dtype, base.device, kind=kind, tensors=tensors, copies=copies)
-        self.base, self.columns = base, columns
 
     def rows(self, first: int, last: int) -> Tensor:
-        return torch.cat([self.base.rows(first, last), self.columns[first:last].to(self.dtype)], dim=1)
+        return self._joined(self.base.rows(first, last), self.columns[first:last])
 
     def gather(self, index: Tensor) -> Tensor:
-        return torch.cat([self.base.gather(index), self.columns[index].to(self.dtype)], dim=1)
+        return self._joined(self.base.gather(index), self.columns[index])
+
+    def _joined(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.cat([rows, rows.new_zeros(rows.shape[0], self.zeros), columns.to(self.dtype)], dim=1)
 
     @property
     def trained(self) -> Tensor:
         return self.columns
+
+    def read_as(self, dtype: torch.dtype) -> "WidenedWeight":
+        return self if dtype == self.dtype else WidenedWeight(self.base.read_as(dtype), self.columns)
+
+
+class CastWeight(HeadWeight):
+    """A weight whose slices are cast to another dtype, as autocast casts the operands of a product."""
+
+    def __init__(self, base: HeadWeight, dtype: torch.dtype):
+        kind = f"cast {str(dtype).removeprefix('torch.')} {base.kind}"
+        copies = 1 + -(-base.copies * base.dtype.itemsize // dtype.itemsize)
+        super().__init__(base.shape, dtype, base.device, kind=kind, tensors=base.tensors, copies=copies)
+        self.base = base
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.base.rows(first, last).to(self.dtype)
+
+    def gather(self, index: Tensor) -> Tensor:
+        return self.base.gather(index).to(self.dtype)
+
+    @property
+    def trained(self) -> Tensor | None:
+        return self.base.trained
+
+    def read_as(self, dtype: torch.dtype) -> HeadWeight:
+        return self.base.read_as(dtype)
 
 
 def assemble(kind: str, tensors: Sequence[Tensor]) -> HeadWeight:
@@ -183,6 +229,9 @@ def assemble(kind: str, tensors: Sequence[Tensor]) -> HeadWeight:
     name, _, rest = kind.partition(" ")
     if name == "widened":
         return WidenedWeight(assemble(rest, tensors[:-1]), tensors[-1])
+    if name == "cast":
+        dtype, _, base = rest.partition(" ")
+        return CastWeight(assemble(base, tensors), getattr(torch, dtype))
     if name == "host":
         return OffloadedWeight(tensors[0], rest)
     if name == "4bit":

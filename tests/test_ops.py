@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref import linear_logprob
+from fastpref.kernels import linear_logprob_torch
 from fastpref.kernels.linear_logprob_naive import linear_logprob_naive
 from fastpref.ops import OUTPUTS
 
@@ -159,17 +160,26 @@ AUTOCAST = {
 }
 
 
+def rounded(tensors: dict[str, Any], needed: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return float64 leaves of the values that autocast multiplies; a bias is added as it is."""
+    kept = {name: tensors[name].detach() if name == "bias" else tensors[name].detach().to(dtype) for name in ALL}
+    return {name: value.double().requires_grad_(name in needed) for name, value in kept.items()}
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
 @pytest.mark.parametrize("dtypes", AUTOCAST)
-def test_autocast(dtypes: str, needed: tuple[str, ...]) -> None:
-    """Under autocast dtypes may differ, and the forward and backward pass still compute in float32."""
+@pytest.mark.parametrize("workspace_mb", [MANY_TILES, 128])
+def test_autocast(workspace_mb: float, dtypes: str, needed: tuple[str, ...], autocast: torch.dtype) -> None:
+    """Under autocast dtypes may differ; operands are rounded to its dtype, logits and sums are float32, and gradients
+    have the dtype of their tensor: that of a float32 weight or bias is accurate to float32."""
     tensors = inputs()
     for name, dtype in zip(ALL, AUTOCAST[dtypes]):
         tensors[name] = tensors[name].to(dtype).requires_grad_(name in needed)
-    exact = {name: tensors[name].detach().double().requires_grad_(name in needed) for name in ALL}
+    exact = rounded(tensors, needed, autocast)
     truth = linear_logprob_naive(**exact, targets=tensors["targets"], **OPTIONS["all"])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = linear_logprob(**tensors, **OPTIONS["all"], outputs=OUTPUTS)
+    with torch.autocast("cpu", dtype=autocast):
+        result = linear_logprob(**tensors, **OPTIONS["all"], outputs=OUTPUTS, workspace_mb=workspace_mb)
         if needed:
             result.logp.sum().backward()
             truth.logp.sum().backward()
@@ -179,7 +189,58 @@ def test_autocast(dtypes: str, needed: tuple[str, ...]) -> None:
         grad, wanted = tensors[name].grad, exact[name].grad
         assert grad is not None
         assert wanted is not None
-        torch.testing.assert_close(grad, wanted.to(grad.dtype))
+        assert grad.dtype == tensors[name].dtype
+        coarsest = torch.finfo(autocast).eps if name == "hidden" else torch.finfo(torch.float32).eps * 8
+        allowed = max(coarsest, torch.finfo(grad.dtype).eps) * wanted.abs().max()
+        assert (grad.double() - wanted).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_no_less_accurate_than_a_linear_layer(autocast: torch.dtype) -> None:
+    """Under autocast, log-probabilities are as near the truth as those of torch's own linear layer."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(size, 64, generator=generator) for size in (31, 211))
+    targets = torch.arange(31)
+    truth = linear_logprob_naive(hidden.double(), weight.double() / 4, targets).logp
+    with torch.autocast("cpu", dtype=autocast):
+        ours = linear_logprob(hidden, weight / 4, targets).logp
+        theirs = linear_logprob_naive(hidden, weight / 4, targets).logp
+    errors = [(logp.double() - truth).abs().max() for logp in (ours, theirs)]
+    assert errors[0] <= errors[1]
+    assert errors[0] > torch.finfo(autocast).eps / 100  # it has rounded its operands
+
+
+@pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
+def test_autocast_multiplies_in_its_dtype(needed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything in float32, as in full fine-tuning, the kernels get rows and slices of autocast's dtype."""
+    seen: list[tuple[str, torch.dtype, torch.dtype, torch.dtype]] = []
+
+    def watched(name: str, function: Any) -> Any:
+        def call(*args: Any, **keywords: Any) -> Any:
+            hidden, weight = args[:2] if name == "walk_vocabulary" else args[1:3]
+            seen.append((name, hidden.dtype, weight.dtype, weight.rows(0, 3).dtype))
+            return function(*args, **keywords)
+
+        return call
+
+    for name in ("walk_vocabulary", "recompute_gradients"):
+        monkeypatch.setattr(linear_logprob_torch, name, watched(name, getattr(linear_logprob_torch, name)))
+    tensors = inputs(needed=needed)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = linear_logprob(**tensors).logp
+    if needed:
+        logp.sum().backward()
+    passes = ["walk_vocabulary", *(["recompute_gradients"] if {"weight", "bias"} & set(needed) else [])]
+    assert seen == [(name, *[torch.bfloat16] * 3) for name in passes]
+    assert {tensors[name].grad.dtype for name in needed} <= {torch.float32}
+
+
+def test_float64_is_not_narrowed_by_autocast() -> None:
+    """As in torch, autocast leaves float64 alone."""
+    tensors = inputs(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = linear_logprob(**tensors).logp
+    torch.testing.assert_close(logp, linear_logprob_naive(**tensors).logp)
 
 
 def test_a_gradient_is_not_differentiable_again() -> None:

@@ -24,8 +24,11 @@ def dtype(config: Axolotl) -> Made:
     bf16, fp16 = config.get("bf16", "auto"), config.get("fp16", False)
     if bf16 in (True, "full") or config.on("bfloat16"):
         yield Setting(dotted("model.dtype"), "bfloat16", fields)
-    elif fp16 or config.on("float16"):
+    elif (fp16 or config.on("float16")) and config.lora:
         yield Setting(dotted("model.dtype"), "float16", fields)
+    elif fp16 or config.on("float16"):
+        why = "trained weights are float32, and the GPU decides which half precision it multiplies in"
+        yield from (Left(field, why) for field in fields if config.get(field))
     elif bf16 is False or config.on("float32"):
         yield Setting(dotted("model.dtype"), "float32", fields)
     elif bf16 != "auto":

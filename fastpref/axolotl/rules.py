@@ -58,7 +58,7 @@ RULES = (
     _same("trust_remote_code", "model.trust_remote_code", Axolotl.on),
     _rule(
         "bf16 fp16 bfloat16 float16 float32", "model.dtype", method.dtype,
-        "`bf16: true` bfloat16, `fp16: true` float16, all off float32; `bf16: auto` stays auto",
+        "`bf16: true` bfloat16, `fp16: true` float16 with an `adapter`, all off float32; `bf16: auto` stays auto",
     ),
     _rule(
         "load_in_4bit load_in_8bit peft.backend peft.weight_dtype", "model.quantization", method.quantization,

@@ -13,9 +13,10 @@ from fastpref.config.schema import Config
 from fastpref.errors import UserError
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = (), *, trains: bool = True) -> Config:
     """Read a TOML file, apply `key=value` overrides, and validate the result.
 
+    A config that is not for training (`trains`) may name weights that cannot be trained.
     A relative path that exists in the folder of the file means that one; otherwise it is relative to the working
     directory. Raises UserError with one line for each mistake: `cfg.toml:LINE: key: what is wrong`.
     """
@@ -34,19 +35,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         what, _, place = str(error).partition(" (at ")  # "(at line 3, column 5)", or "(at end of document)"
         line = place[5:].partition(",")[0] if place.startswith("line ") else text.rstrip().count("\n") + 1
         raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
-    return _checked(raw, overrides, TomlLines(str(path), text), path.resolve().parent)
+    return _checked(raw, overrides, TomlLines(str(path), text), path.resolve().parent, trains=trains)
 
 
-def make_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+def make_config(raw: dict[str, Any], overrides: Iterable[str] = (), *, trains: bool = True) -> Config:
     """Make a config of its tables and overrides; paths are relative to the working directory. Raises UserError."""
-    return _checked(raw, overrides, TomlLines("the command line", ""), Path.cwd())
+    return _checked(raw, overrides, TomlLines("the command line", ""), Path.cwd(), trains=trains)
 
 
-def _checked(raw: dict[str, Any], overrides: Iterable[str], lines: TomlLines, folder: Path) -> Config:
+def _checked(raw: dict[str, Any], overrides: Iterable[str], lines: TomlLines, folder: Path, *, trains: bool) -> Config:
     for override in overrides:
         _apply(raw, override, lines)
     try:
-        config = Config.model_validate(raw)
+        config = Config.model_validate(raw, context={"trains": trains})
     except ValidationError as error:
         raise UserError("\n".join(explain(error, Config, lines))) from None
     return _from_folder(config, folder)

@@ -13,6 +13,7 @@ from pydantic import (
     PlainValidator,
     Strict,
     TypeAdapter,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -42,8 +43,9 @@ class ModelConfig(_Section):
     revision: str | None = None
     """Selects a branch, tag or commit of the model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Sets the data type of the weights; "auto" is float32 on a CPU and bfloat16 on a GPU (float16 where the card
-    has no bfloat16)."""
+    """Sets the data type of frozen weights; "auto" is float32 on a CPU and bfloat16 on a GPU (float16 where the card
+    has no bfloat16). Whatever is trained is float32, without a [lora] table all weights; a GPU multiplies in half
+    precision unless this is "float32". "float16" needs a [lora] table."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Quantizes the base weights to 4 bits (nf4, with double quantization) or 8 bits (int8); both need a [lora]
     table."""
@@ -76,7 +78,7 @@ class LoraConfig(_Section):
     exclude: Names = ()
     """Excludes modules, and all modules inside them, from the adapters, by names and patterns."""
     modules_to_save: Names = ()
-    """Names modules that are trained in full, in addition to the adapters."""
+    """Names modules that are trained in full, in addition to the adapters, and in float32 like these."""
     rslora: bool = False
     """Uses rank-stabilized scaling (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
@@ -350,6 +352,16 @@ class Config(_Section):
             mistakes += [f"{table}.{at}.{text}" for at, data in enumerate(sources) for text in _unused(data, self.loss)]
         if mistakes:
             raise ValueError("\n".join(mistakes))
+        return self
+
+    @model_validator(mode="after")
+    def _weights_can_be_trained(self, info: ValidationInfo) -> "Config":
+        trains = (info.context or {}).get("trains", True)
+        if trains and self.model.dtype == "float16" and self.lora is None:
+            raise ValueError(
+                'model.dtype: "float16" weights cannot be trained themselves; add a [lora] table, or leave the key '
+                "out: weights are then float32, and a GPU multiplies in half precision"
+            )
         return self
 
     @property

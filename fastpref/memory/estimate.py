@@ -21,7 +21,7 @@ from fastpref.memory.streaming import StreamedStep
 from fastpref.memory.trl import as_trl, trl_policy
 from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import layers_needed
-from fastpref.model.limits import beyond_positions, compare, limits_of_config
+from fastpref.model.limits import beyond_positions, compare, limits_of_config, trained_dtype
 from fastpref.model.load import load_tokenizer
 from fastpref.model.packed import lies_quantised
 from fastpref.model.streaming.room import obstacle
@@ -48,6 +48,8 @@ class Estimator:
         self.config = self.load(())
         self.architecture = model_config(self.config.model)
         self.quantised = lies_quantised(self.architecture)  # the checkpoint's quantization in words, or None
+        if (note := trained_dtype(self.config)) is not None:
+            self.notes.append(note)
         self._examples = self._lengths()
         self._known: dict[Any, StepMemory] = {}
         self._told_of_experts = False

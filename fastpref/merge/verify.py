@@ -47,7 +47,7 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
         message = f"the merged model cannot be {fault}: {one_line(error)}{advice}"
         raise UserError(f"{trained.weights}: {message}") from None
     lost = float((logits - with_adapter).norm() / (with_adapter - without).norm().clamp(min=1e-30))
-    exact = whole and weight_dtype(trained.config, device) == torch.float32
+    exact = whole and weight_dtype(trained.config, device, trains=False) == torch.float32
     if not lost <= (_ALLOWED_WHOLE if exact else _ALLOWED):
         why = "" if whole else " Half precision may have rounded so small a change off: try --dtype float32"
         raise UserError(
@@ -60,7 +60,7 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
 def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bool) -> tuple[Tensor, Tensor]:
     """Return the logits of the base with the adapter, and without it."""
     options = trained.config.model
-    dtype = weight_dtype(trained.config, device)
+    dtype = weight_dtype(trained.config, device, trains=False)
     load: dict[str, Any] = {"dtype": dtype, "device_map": {"": _loaded_to(options, device)}} | hub_options(options)
     if nf4:  # None would replace the settings of a model that is stored quantised
         load["quantization_config"] = quantization_config("nf4", dtype)
@@ -80,7 +80,7 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
 
 def _merged_logits(folder: Path, config: Config, device: torch.device) -> Tensor:
     options = config.but({"model.name": str(folder), "model.revision": None}).model
-    place, dtype = _loaded_to(options, device), weight_dtype(config, device)
+    place, dtype = _loaded_to(options, device), weight_dtype(config, device, trains=False)
     load: dict[str, Any] = {"dtype": dtype, "device_map": {"": place}} | hub_options(options)
     make: Any = partial(AutoModelForCausalLM.from_pretrained, folder, config=model_config(options), **load)
     model, report = make(use_safetensors=True, output_loading_info=True)

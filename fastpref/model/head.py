@@ -15,8 +15,11 @@ from fastpref.errors import UserError, one_line
 from fastpref.kernels.head_weight import FourBitWeight, HeadWeight, OffloadedWeight
 from fastpref.kernels.linear_logprob_naive import NaiveLogprobs, naive_logprobs
 from fastpref.model.body import around_body
+from fastpref.model.precision import in_float32, is_finite
 from fastpref.model.streaming.tables import computes_on
-from fastpref.ops import LoraWeight, TokenLogprobs, linear_logprob
+from fastpref.ops import LoraWeight, TokenLogprobs, computing_dtype, linear_logprob, read_as
+
+_ROUNDINGS = 4  # of a logit by half a unit: of the product, and of the scale and the softcap after it; and of the sum
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,12 @@ class Head(nn.Module):
 
         `positions` [N] is the row of hidden [M, H] that predicts each target.
         """
-        weight, bias = self.weight_and_bias(hidden.dtype)
+        dtype = computing_dtype(hidden)
+        weight, bias = self.weight_and_bias(dtype)
         options: dict[str, Any] = {"softcap": self.settings.softcap, "logit_scale": self.settings.scale}
-        return linear_logprob(hidden, weight, targets, bias, positions=positions, outputs=outputs, **options)
+        return linear_logprob(
+            hidden.to(dtype), read_as(weight, dtype), targets, bias, positions=positions, outputs=outputs, **options
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return all logits, float32 [*, V], of hidden [*, H], for callers that need whole distributions."""
@@ -166,8 +172,8 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
         logits = _own_logits(model, _four_tokens(model))
     except Exception as error:
         raise UserError(f"{kind} models cannot be run as they are loaded here: {one_line(error, named=True)}") from None
-    if logits.log_softmax(-1).isnan().any():
-        wrong = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if logits.float().log_softmax(-1).isnan().any():
+        wrong = next((name for name, p in model.named_parameters() if not is_finite(p)), None)
         where = "" if wrong is None else f": {wrong} holds numbers that are not finite in its files"
         raise UserError(f"the logits of this model are no numbers (NaN){where}")
     try:
@@ -186,11 +192,26 @@ def find_head(model: PreTrainedModel, body: nn.Module) -> tuple[Head | OwnLogits
     return head, f"logits: by the model's own code, some rows at a time, because {why}"
 
 
-@torch.no_grad()
 def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits) -> None:
-    """Compare `head` with the model's own logits on four tokens. Raises UserError if they differ."""
+    """Compare `head` with the model's own logits on four tokens, in float32 if memory suffices.
+
+    Raises UserError if they differ by more than rounding.
+    """
+    with in_float32(model):
+        error, margin = _error(model, body, head)
+    if not error <= margin:
+        raise UserError(
+            f"{model.config.model_type} models change their logits in a way this version does not know "
+            f"(log-probabilities differ by {error:.3g})"
+        )
+
+
+@torch.no_grad()
+def _error(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits) -> tuple[float, float]:
+    """Return the largest difference of some log-probabilities, and what rounding may make of it."""
     ids = _four_tokens(model)
-    theirs = _own_logits(model, ids)[0].log_softmax(-1)
+    logits = _own_logits(model, ids)[0]
+    theirs = logits.float().log_softmax(-1)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     # The likeliest token of each position, and some from the whole vocabulary.
     spread = torch.linspace(0, head.vocabulary - 1, 31, device=ids.device).long().expand(4, -1)
@@ -198,12 +219,9 @@ def check_logits(model: PreTrainedModel, body: nn.Module, head: Head | OwnLogits
     positions = torch.arange(4, device=ids.device).repeat_interleave(32)
     ours = head(hidden[0], positions, targets.flatten()).logp.float().view(4, 32)
     error = (ours - theirs.gather(1, targets)).abs().max().item()
-    margin = 1e-3 if hidden.dtype == torch.float32 else 0.25
-    if not error <= margin:
-        raise UserError(
-            f"{model.config.model_type} models change their logits in a way this version does not know "
-            f"(log-probabilities differ by {error:.3g})"
-        )
+    # Their logits are rounded to their dtype, once or for each of its steps. The larger they are, the coarser it is.
+    spacing = max(torch.finfo(dtype).eps for dtype in (logits.dtype, hidden.dtype))
+    return error, 1e-3 + _ROUNDINGS * spacing * logits.abs().max().item()
 
 
 def _four_tokens(model: PreTrainedModel) -> Tensor:
@@ -213,5 +231,5 @@ def _four_tokens(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def _own_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return the logits of the model's own forward, float32 [1, T, V], for tokens [1, T]."""
-    return model(input_ids=ids, use_cache=False).logits.float()
+    """Return the logits of the model's own forward, [1, T, V], for tokens [1, T]."""
+    return model(input_ids=ids, use_cache=False).logits

@@ -133,18 +133,29 @@ def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int
 
 
 def foresee(config: Config) -> list[str]:
-    """Return notes on a config by the files of a model on this machine, before any row is read."""
+    """Return notes on a config, also by the files of a model on this machine, before any row is read."""
+    notes = [note] if (note := trained_dtype(config)) else []
     content = _json(config.model, "config.json")
     if content is None:
-        return []
+        return notes
     limits, highest = limits_of_config(content), _highest_id(config.model)
-    notes = [note] if (note := beyond_positions(limits, config)) else []
+    notes += [note] if (note := beyond_positions(limits, config)) else []
     if limits.embeddings is not None and highest is not None and highest >= limits.embeddings:
         notes.append(
             f"the tokenizer of {config.model.name} has ids up to {highest:,}, and vocab_size of its config.json is "
             f"{limits.embeddings:,}: rows that have tokens from {limits.embeddings:,} on are refused. {_RESIZE}"
         )
     return notes
+
+
+def trained_dtype(config: Config) -> str | None:
+    """Return a note if all weights are trained, and therefore not in `model.dtype`; else None."""
+    if config.lora is not None or config.model.dtype != "bfloat16":
+        return None
+    return (
+        'model.dtype = "bfloat16": without a [lora] table all weights are trained, so they are float32; a GPU '
+        "multiplies them in bfloat16"
+    )
 
 
 def beyond_positions(limits: Limits, config: Config) -> str | None:

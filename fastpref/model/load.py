@@ -16,15 +16,18 @@ from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout, collate
 from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
+from fastpref.kernels.device import with_index
 from fastpref.model import liger
 from fastpref.model.adapters.fresh import adapter_notes, with_adapters
 from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.trained import load_adapter
+from fastpref.model.adapters.whole import train_in_float32
 from fastpref.model.attention_choice import choose_attention
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import explained, hub_options, model_config
 from fastpref.model.head import Head, OwnLogits, find_head
+from fastpref.model.limits import trained_dtype
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
@@ -82,9 +85,10 @@ def load_model(
     Raises UserError for a model that does not exist, is no causal language model, or has no safetensors, and for one
     that cannot be streamed, or not in the host's free memory.
     """
-    architecture = model_config(config.model)
+    device, architecture = with_index(device), model_config(config.model)
     kernels = liger.wants_kernels(config.model.liger, device.type, architecture)
-    place, dtype = torch.device("cpu") if sharded or streaming is not None else device, weight_dtype(config, device)
+    dtype = weight_dtype(config, device, trains=not trained)
+    place = torch.device("cpu") if sharded or streaming is not None else device
     if streaming is not None:
         with _named(config):
             check_before_loading(config, architecture, dtype)
@@ -113,6 +117,8 @@ def load_model(
     else:
         notes += adapter_notes(config, model)
         wrapped = with_adapters(config, model)
+        train_in_float32(wrapped)  # a model's own code may choose other dtypes
+        notes += [note] if (note := trained_dtype(config)) else []
     if stream is not None:
         stream.move_rest(model)
     policy = policy.like(model)  # PEFT may have wrapped the head
@@ -132,8 +138,13 @@ def _named(config: Config) -> Iterator[None]:
         raise UserError(f"model.name = {config.model.name!r}: {error}") from None
 
 
-def weight_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Return `model.dtype`. "auto" is float32 on a CPU and for full fine-tuning: bfloat16 loses its small steps."""
+def weight_dtype(config: Config, device: torch.device, *, trains: bool = True) -> torch.dtype:
+    """Return the dtype in which a model is loaded: float32 if its own weights are trained, else `model.dtype`.
+
+    Half precision would lose the small steps of training. "auto" is float32 on a CPU, too.
+    """
+    if trains and config.lora is None:
+        return torch.float32
     if config.model.dtype != "auto":
         return getattr(torch, config.model.dtype)
     if device.type == "cpu" or config.lora is None:

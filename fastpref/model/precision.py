@@ -1,4 +1,4 @@
-"""Computation of a model in float32, for comparisons of its results."""
+"""Computation of a model in float32, or with more rounding than its own, for comparisons of its results."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,14 @@ from typing import Any
 import psutil
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastpref.model.body import device_of
+from fastpref.model.gradient_checkpointing import decoder_layers
 from fastpref.model.streaming.stream import stream_of
+
+_ENTRIES = 1 << 20  # of a tensor that are looked at together
 
 
 @contextmanager
@@ -43,6 +47,40 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
             tensor.data = tensor.data.to(dtype)
         for owner, name, dtype in dtypes:
             setattr(owner, name, dtype)
+
+
+@contextmanager
+def rounded_once_more(model: nn.Module) -> Iterator[None]:
+    """Let every decoder layer's output in half precision be rounded once more inside the block, as if at random.
+
+    A difference of results that two right computations may have is about the one that this makes.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        half_units = torch.rand(hidden.shape, generator=generator).to(hidden.device) - 0.5
+        other = (hidden.float() * (1 + torch.finfo(hidden.dtype).eps * half_units)).to(hidden.dtype)
+        return other if isinstance(output, Tensor) else (other, *output[1:])
+
+    hooks = [layer.register_forward_hook(rounded) for layer in decoder_layers(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinity, with temporary memory for some of its rows only."""
+    if not tensor.is_floating_point():
+        return True
+    if not tensor.dim() or isinstance(tensor, DTensor):  # all processes look at a sharded tensor together
+        return bool(tensor.isfinite().all())
+    rows = tensor.view(-1) if tensor.is_contiguous() else tensor
+    step = max(1, _ENTRIES * len(rows) // max(1, rows.numel()))
+    return all(bool(part.isfinite().all()) for part in rows.split(step))
 
 
 def _free(model: nn.Module) -> int:

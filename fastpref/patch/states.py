@@ -114,8 +114,8 @@ def _mean_logits(hidden: Tensor, head: Head) -> Tensor:
         return means.float()
     mean = base.mean(0, dtype=torch.float32)
     if isinstance(weight, LoraWeight):
-        hidden, _ = weight.widen(hidden)
-        mean = torch.cat([mean, weight.lora_B.mean(0, dtype=torch.float32)])
+        hidden, wide = weight.widen(hidden)
+        mean = torch.cat([mean, mean.new_zeros(wide.zeros), weight.lora_B.mean(0, dtype=torch.float32)])
     with torch.autocast(hidden.device.type, enabled=False):
         means = hidden.float() @ mean
     if bias is not None:

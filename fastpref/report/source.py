@@ -42,7 +42,7 @@ def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> 
     if (path / METRICS).is_file() and (path / "config.toml").is_file():
         if loss is not None or beta is not None:
             raise UserError(f"{path}: its config.toml names its loss; leave --loss and --beta out")
-        config, facts = load_config(path / "config.toml"), read_facts(path)
+        config, facts = load_config(path / "config.toml", trains=False), read_facts(path)
         return Run(
             name=path.resolve().name,
             folder=path,

@@ -25,6 +25,7 @@ from fastpref.run.folder import RunFolder
 from fastpref.run.resume import Resumed
 from fastpref.run.state import Progress, set_rng_state, write_state
 from fastpref.run.weights import load_weights, optimizer_state, save_weights, whole, whole_weights
+from fastpref.step.optimizer import load_state
 from fastpref.step.precompute import Precomputed, Remembered
 
 
@@ -89,7 +90,7 @@ class Checkpoints:
                 "train.steps, or take an earlier checkpoint"
             )
         load_weights(resumed.checkpoint, self.loaded)
-        self.optimizer.load_state_dict(optimizer_state(saved["optimizer"], self.optimizer))
+        load_state(self.optimizer, optimizer_state(saved["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(saved["scheduler"])
         if saved["scaler"] is not None and self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])

@@ -46,7 +46,7 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
     """
     path = Path(name).expanduser()
     if path.suffix == ".toml":
-        config = load_config(path, overrides)
+        config = load_config(path, overrides, trains=False)
         return Trained(config.model.name, False, config, True)
     if not path.is_dir():
         return _on_hub(name, overrides)
@@ -57,7 +57,7 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
     if toml is None:
         config = _config(_base(folder) if adapter else str(folder), overrides)
     else:
-        config = load_config(toml, overrides)
+        config = load_config(toml, overrides, trains=False)
     trained = Trained(str(folder), adapter, config, of_run=toml is not None)
     return _as_recorded(trained, read_text(folder, path, folder.parent), overrides)
 
@@ -139,4 +139,4 @@ def _on_hub(name: str, overrides: Sequence[str]) -> Trained:
 
 def _config(model: str, overrides: Sequence[str]) -> Config:
     tables: dict[str, Any] = {"model": ModelConfig(name=model).model_dump(), "data": _NO_DATA}
-    return make_config(tables, overrides)
+    return make_config(tables, overrides, trains=False)

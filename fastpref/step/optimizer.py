@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpref.config import Config
 from fastpref.errors import UserError
+
+_MOMENTS = ("state1", "state2")  # bitsandbytes' names
 
 
 def make_optimizer(policy: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -38,3 +40,25 @@ def _kind(name: str, parameters: Iterable[nn.Parameter]) -> Callable[..., torch.
     if name.startswith("paged") and not torch.cuda.is_available():
         raise UserError(f'train.optimizer = "{name}": only moments on a GPU can be paged; set "adamw" or "adamw_8bit"')
     return classes[name]
+
+
+def load_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what `state_dict` returned into an optimizer, which Accelerate may have prepared.
+
+    bitsandbytes would move all moments to the GPU as plain tensors. Those of a paged kind may not fit there, so each
+    goes from host memory to a buffer like the one that it was saved from.
+    """
+    own = getattr(optimizer, "optimizer", optimizer)
+    if not getattr(own, "is_paged", False):
+        optimizer.load_state_dict(state)
+        return
+    own.load_state_dict(state, move_to_device=False)
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id, with the tensor, so that ids stay unique
+    for parameter, values in own.state.items():
+        for name, value in values.items():
+            if name in _MOMENTS:
+                values[name] = own.get_state_buffer(parameter, dtype=value.dtype)
+                values[name].copy_(value)
+            elif isinstance(value, Tensor):  # parameters share their tables
+                moved.setdefault(id(value), (value, value.to(parameter.device)))
+                values[name] = moved[id(value)][1]

@@ -7,8 +7,9 @@ them. Both keep them in
 
 The key of a completion's log-probabilities is a digest of the tokens of its prompt and itself. So a change of the
 tokens (by the data, format, template or limits) never finds old numbers, and only added data are computed. Everything
-else that changes the numbers (the model's files or commit, its dtype, quantization and mixed precision, the code that
-computes it) is in the fingerprint. A stopped run continues with what is in the files.
+else that changes the numbers (the model's files or commit, its dtype, quantization and mixed precision, its attention
+and liger's kernels, the kind of device, the code that computes it) is in the fingerprint, so files of another kind are
+never read. A stopped run continues with what is in the files.
 
 Log-probabilities that are looked up equal computed ones only up to the rounding of another micro-batch. A resumed run
 must nevertheless equal the uninterrupted one bit for bit. So its checkpoint names the files that the run had read and
@@ -41,7 +42,7 @@ from fastpref.processes import ALONE, Processes
 from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.reference import PolicyPass, Reference, both
 
-VERSION = 2  # changes with the code that computes the numbers and with their format on disk
+VERSION = 3  # changes with the code that computes the numbers and with their format on disk
 _SAVE_EVERY = 64  # micro-batches of `Precomputed`
 _FILE = 1 << 18  # tokens, after which `Remembered` writes a file of 1 MiB
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")  # which compute the numbers
@@ -194,6 +195,7 @@ def reference_folder(config: Config, loaded: Loaded) -> Path:
         "model": _identity(config, loaded),
         "dtype": str(model.dtype),
         "mixed precision": mixed_precision(config),
+        "float32 products": torch.get_float32_matmul_precision(),
         "quantization": config.model.quantization,
         "attention": model.config._attn_implementation,
         "liger": loaded.liger,

@@ -3,16 +3,17 @@
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-import torch
+from torch import Tensor
 
 from fastpref.data.example import Example
 from fastpref.errors import UserError
 from fastpref.memory.fit import MARGIN, Count, OversizedStep, Proposal, first_change, propose
 from fastpref.memory.step import PARTS
+from fastpref.model.precision import is_finite
 from fastpref.run.resume import may_change
 from fastpref.sizes import in_words
 from fastpref.step.objective import Objective
@@ -47,7 +48,7 @@ def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example],
     """Return a message that names the step, its rows, and the cause. Call it before the gradients are cleared."""
     message = f"step {step}: loss {loss}, gradient norm {norm}"
     parameters = dict(objective.policy.named_parameters())
-    if weights := [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]:
+    if weights := _not_finite_weights(parameters, math.isfinite(loss)):
         return f"{message}; the weights themselves are not finite: {_some(weights)}; its rows are {_places(examples)}"
     if not math.isfinite(loss):  # by one forward pass for each example, without dropout
         objective.policy.eval()
@@ -56,10 +57,21 @@ def not_finite(step: int, loss: float, norm: float, examples: Sequence[Example],
         if alone:
             return f"{message}; of its {len(examples)} rows these give such a loss by themselves: {_places(alone)}"
     trained = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-    gradients = [name for name, gradient in trained.items() if not torch.isfinite(gradient).all()]
+    gradients = [name for name, gradient in trained.items() if not is_finite(gradient)]
     if 0 < len(gradients) < len(trained):  # clipping by a norm that is NaN makes all of them NaN
         message += f"; the gradients that are not finite are of {_some(gradients)}"
     return f"{message}; its rows are {_places(examples)}"
+
+
+def _not_finite_weights(parameters: Mapping[str, Tensor], loss_is_finite: bool) -> list[str]:
+    """Return the names of weights that are not finite: trained ones, or else frozen ones, which training cannot spoil.
+
+    With a finite loss no frozen weight is spoilt. So the overflows by which float16 finds its loss scale read none.
+    """
+    trained = [name for name, p in parameters.items() if p.requires_grad and not is_finite(p)]
+    if trained or loss_is_finite:
+        return trained
+    return [name for name, p in parameters.items() if not p.requires_grad and not is_finite(p)]
 
 
 def _places(examples: Sequence[Example]) -> str:

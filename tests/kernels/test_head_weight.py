@@ -3,15 +3,18 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import bitsandbytes
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpref import linear_logprob
-from fastpref.kernels import head_weight
+from fastpref.kernels import head_weight, linear_logprob_torch
 from fastpref.kernels.head_weight import (
+    CastWeight,
     DenseWeight,
     FourBitWeight,
     HeadWeight,
@@ -52,9 +55,13 @@ HEADS: dict[str, Callable[[], HeadWeight]] = {
     "nf4 with nested scales": lambda: four_bit("nf4", nested=True),
     "fp4": lambda: four_bit("fp4", nested=False),
     "host": offloaded,
+    "cast": lambda: HEADS["dense"]().read_as(torch.bfloat16),
+    "cast nf4": lambda: CastWeight(four_bit("nf4", nested=True), torch.float16),
+    "cast host": lambda: offloaded().read_as(torch.bfloat16),
     "widened": lambda: WidenedWeight(DenseWeight(tensor(V, H, seed=1) / 4), tensor(V, R, seed=2)),
     "widened nf4": lambda: WidenedWeight(four_bit("nf4", nested=True), tensor(V, R, seed=2)),
     "widened host": lambda: WidenedWeight(offloaded(), tensor(V, R, seed=2)),
+    "cast widened host": lambda: HEADS["widened host"]().read_as(torch.bfloat16),
 }
 
 
@@ -126,6 +133,63 @@ def test_a_walk_over_any_head_is_the_same(head: str, backend: str, workspace_mb:
         found[name] = (*[value.detach() for value in (*result, *plain) if value is not None], hidden.grad)
     for ours, theirs in zip(found["rows"], found["tensor"], strict=True):
         assert_same(ours, theirs)
+
+
+def test_a_cast_is_of_the_original_weight() -> None:
+    """A weight that is read in one dtype and then in another is rounded once; 4 bits are dequantised to it."""
+    for name in ("dense", "nf4", "widened", "host"):
+        weight = HEADS[name]()
+        again = weight.read_as(torch.bfloat16).read_as(torch.float16)
+        assert torch.equal(again.rows(3, 9), weight.rows(3, 9).half())
+        assert weight.read_as(torch.bfloat16).read_as(weight.dtype).kind == weight.kind
+        assert weight.read_as(weight.dtype) is weight
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_cast_weight_trains_the_original(base: torch.dtype, backend: str) -> None:
+    """The gradient of a weight that is read in half precision has the weight's own dtype, and float32 accuracy."""
+    start, targets = tensor(V, H, seed=1, dtype=base) / 4, torch.arange(N, device=DEVICE) * 16
+    hidden = tensor(N, H, seed=3, dtype=torch.bfloat16)
+    exact = start.bfloat16().double().requires_grad_()
+    linear_logprob_naive(hidden.double(), exact, targets).logp.sum().backward()
+    leaf = start.clone().requires_grad_()
+    head = DenseWeight(leaf).read_as(torch.bfloat16)
+    linear_logprob(hidden, head, targets, backend=backend, workspace_mb=0.05).logp.sum().backward()
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    assert leaf.grad.dtype == base
+    # The triton backend stores ∂loss/∂logits in the dtype of the products, as torch's autocast does.
+    coarse = base == torch.bfloat16 or backend == "triton"
+    assert (leaf.grad - exact.grad).norm() <= (5e-3 if coarse else 1e-6) * exact.grad.norm()
+
+
+@pytest.mark.parametrize("width", [64, 40])
+@pytest.mark.parametrize("rank", [1, 7, 8, 16, 33])
+def test_rows_of_a_widened_head_are_whole_vectors(rank: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the rank, rows of hidden states and weights begin at multiples of 16 entries, and the zeros between
+    change results by rounding only."""
+    strides, walk = [], linear_logprob_torch.walk_vocabulary
+
+    def watched(hidden: Tensor, weight: HeadWeight, targets: Tensor, *args: Any, **options: Any) -> Any:
+        strides.extend(rows.stride(0) for rows in (hidden, weight.rows(0, 5), weight.gather(targets)))
+        return walk(hidden, weight, targets, *args, **options)
+
+    def run(step: int) -> list[Tensor]:
+        monkeypatch.setattr(head_weight, "STEP", step)
+        leaves = [
+            tensor(*shape, seed=at).requires_grad_() for at, shape in enumerate([(N, width), (rank, width), (V, rank)])
+        ]
+        head = LoraWeight(tensor(V, width, seed=9) / 4, leaves[1], leaves[2], 0.5)
+        logp = linear_logprob(leaves[0], head, torch.arange(N, device=DEVICE) * 16, backend="torch").logp
+        return [logp.detach(), *torch.autograd.grad((logp * torch.linspace(-1, 1, N, device=DEVICE)).sum(), leaves)]
+
+    unpadded = run(1)
+    monkeypatch.setattr(linear_logprob_torch, "walk_vocabulary", watched)
+    for ours, theirs in zip(run(64), unpadded, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert strides
+    assert [stride for stride in strides if stride % 64] == []
 
 
 OPTIONS = {"plain": {}, "all": {"softcap": 2.5, "logit_scale": 1.3, "temperature": 0.8}}
@@ -200,6 +264,25 @@ def test_a_wrong_adapter_is_refused(wrong: dict[str, Any], kind: type[Exception]
     right: dict[str, Any] = {"base": torch.zeros(V, H), "lora_A": torch.zeros(R, H), "lora_B": torch.zeros(V, R)}
     with pytest.raises(kind, match=message):
         linear_logprob(torch.zeros(N, H), LoraWeight(**right | wrong), torch.zeros(N, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0)], ids=repr)
+def test_a_gpu_needs_no_index(device: torch.device | str, adapted: bool) -> None:
+    """Rows in host memory are accepted beside hidden states on the GPU, however the GPU is named."""
+    with mock.patch("torch.cuda.Stream"), FakeTensorMode(allow_non_fake_inputs=True):
+        hidden, targets = torch.empty(N, H, device="cuda"), torch.zeros(N, dtype=torch.int64, device="cuda")
+        base: Any = OffloadedWeight(torch.empty(V, H), device)
+        if adapted:
+            base = LoraWeight(base, torch.empty(R, H, device="cuda"), torch.empty(V, R, device="cuda"))
+        assert linear_logprob(hidden, base, targets).logp.device == torch.device("cuda", 0)
+
+
+def test_another_gpu_is_still_refused() -> None:
+    with mock.patch("torch.cuda.Stream"), FakeTensorMode(allow_non_fake_inputs=True):
+        hidden, targets = torch.empty(N, H, device="cuda:1"), torch.zeros(N, dtype=torch.int64, device="cuda:1")
+        with pytest.raises(ValueError, match="weight is on cuda:0, hidden is on cuda:1"):
+            linear_logprob(hidden, OffloadedWeight(torch.empty(V, H), "cuda"), targets)
 
 
 @pytest.mark.parametrize("forgets", ["", "compute", "copy"])

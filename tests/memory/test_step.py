@@ -57,6 +57,24 @@ def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: s
         assert counted.total - held == pytest.approx(real - held, rel=0.02)
 
 
+AUTOCAST = [
+    ("llama", ["loss.type=simpo"]),
+    ("llama-tied", ["loss.type=orpo"]),
+    ("llama", ["reference.mode=copy"]),
+    ("gemma2", ["loss.type=cpo"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "overrides"), AUTOCAST, ids=str)
+def test_autocast_takes_what_it_takes_on_real_tensors(folders: dict[str, Path], kind: str, overrides: list[str]):
+    """Full fine-tuning on a GPU, float32 weights that are multiplied in bfloat16, is counted as it is computed."""
+    options = ["train.tokens_per_microbatch=400", "model.liger=false"]
+    config, rows = config_for(folders[kind], *overrides, *options), examples(9)
+    real, held = real_steps(config, [rows], 0, autocast=torch.bfloat16)
+    counted = count_step(config, CUDA, layers=0, examples=rows)
+    assert counted.total - held == pytest.approx(real - held, rel=0.02)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_kernels_take_what_they_take_on_real_tensors(
     folders: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """The policy's head gives the log-probabilities and gradients of the model's own logits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,19 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import fastpref
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
+from fastpref.kernels import linear_logprob_torch
 from fastpref.kernels.head_weight import FourBitWeight
-from fastpref.model.head import Head
+from fastpref.model import precision
+from fastpref.model.body import body_of
+from fastpref.model.head import Head, OwnLogits, check_logits
 from fastpref.model.load import Loaded, load_model
+from fastpref.model.policy import Policy
 from tests.support.paths import QUICKSTART, QUICKSTART_MODEL
 from tests.support.tiny import VOCABULARY, config_for, examples, save_model
 
@@ -112,3 +117,69 @@ def test_weights_that_are_no_numbers_are_named(number: float, tmp_path: Path):
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"NaN.*model\.layers\.1\.mlp\.up_proj\.weight holds numbers that are not"):
         load_model(config_for(tmp_path), torch.device("cpu"))
+
+
+LOGITS = {"small": 5.0, "as GPT-2's": 150.0, "huge": 3000.0}  # the largest logit
+
+
+@pytest.mark.parametrize("memory", ["float32 fits", "float32 does not fit"])
+@pytest.mark.parametrize("size", LOGITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "cohere", "gemma2"])
+def test_large_logits_are_compared_by_their_spacing(
+    kind: str, dtype: torch.dtype, size: str, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A head that computes what the model computes is accepted however large its logits are, in every dtype; one with
+    another scale or softcap is refused."""
+    if memory != "float32 fits":
+        monkeypatch.setattr(precision, "_free", lambda model: -1)
+    path = save_model(kind, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, tie_word_embeddings=False).eval()
+    embeddings: Any = model.get_output_embeddings()
+    with torch.no_grad():
+        embeddings.weight = nn.Parameter(embeddings.weight.clone())  # of a head that is tied
+        largest = model(torch.arange(4)[None]).logits.abs().max()
+        embeddings.weight.mul_(LOGITS[size] / largest)
+    model.to(dtype)
+    body = body_of(model)
+    head = Head(model)
+    check_logits(model, body, head)
+    check_logits(model, body, OwnLogits(model, body))
+    name = "scale" if head.settings.softcap is None else "softcap"
+    head.settings = replace(head.settings, **{name: 1.25 * getattr(head.settings, name)})
+    with pytest.raises(UserError, match="change their logits in a way this version does not know"):
+        check_logits(model, body, head)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["fused head", "own logits"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma2", "cohere"])
+def test_full_fine_tuning_multiplies_as_autocast_does(
+    kind: str, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With float32 weights under autocast, the head multiplies rows and weights of autocast's dtype, and values and
+    gradients are those of the model's own head; the gradient of the weight is float32."""
+    loaded = load_model(config_for(save_model(kind, tmp_path)), CPU)
+    policy = Policy.of(loaded.model, own_logits=own)
+    seen, walk = [], linear_logprob_torch.walk_vocabulary
+
+    def watched(hidden: Tensor, weight: Any, *args: Any, **options: Any) -> Any:
+        seen.append((hidden.dtype, weight.rows(0, 5).dtype))
+        return walk(hidden, weight, *args, **options)
+
+    monkeypatch.setattr(linear_logprob_torch, "walk_vocabulary", watched)
+    batch = collate(examples(4), "padded")
+    trained = list(policy.parameters())
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        ours = policy(batch).logp
+        logits = loaded.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        hidden = policy.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    assert logits.dtype == torch.bfloat16
+    assert hidden.dtype == torch.float32
+    theirs = logits.flatten(0, 1)[batch.predictors].float().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    assert seen == ([] if own else [(torch.bfloat16, torch.bfloat16)])
+    assert (ours - theirs).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * logits.abs().max()
+    weights = torch.linspace(-1, 1, len(ours))
+    for a, b in zip(*(torch.autograd.grad((logp * weights).sum(), trained) for logp in (ours, theirs)), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= 0.05 * b.norm()

@@ -19,6 +19,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, T5Config, T
 
 import fastpref
 from fastpref.errors import UserError
+from fastpref.kernels import linear_logprob_torch
 from fastpref.patch.plan import make_plan
 from fastpref.patch.trainers import HOMES, find_trainer
 from tests.support.paths import EXAMPLES
@@ -237,3 +238,30 @@ def test_the_example_saves_tokens(tmp_path: Path) -> None:
     saved = re.search(r"([0-9]+)% saved by shared beginnings", done.stderr)
     assert saved is not None
     assert int(saved[1]) >= 20
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("trainer", ["DPO", "KTO", "CPO"])
+def test_the_head_multiplies_in_the_trainers_precision(
+    trainer: str, lora: bool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run of TRL with bf16, the head of a float32 model multiplies in bfloat16, as TRL's own does, and the loss
+    is TRL's up to its rounding."""
+    run = Run(trainer, lora=lora, settings={"bf16": True})
+    seen, walk = set(), linear_logprob_torch.walk_vocabulary
+
+    def watched(hidden: torch.Tensor, weight: Any, *args: Any, **options: Any) -> Any:
+        seen.update((hidden.dtype, weight.rows(0, 5).dtype))
+        return walk(hidden, weight, *args, **options)
+
+    made = make_trainer(run, root)
+    batch = next(iter(made.get_train_dataloader()))
+    losses = []
+    for patching in (nullcontext(), fastpref.patch(trl)):
+        with patching:
+            made.compute_loss(made.model, dict(batch))  # the first call also tries the head, without autocast
+            monkeypatch.setattr(linear_logprob_torch, "walk_vocabulary", watched)
+            losses.append(float(made.compute_loss(made.model, dict(batch)).detach()))
+            monkeypatch.undo()
+    assert seen == {torch.bfloat16}
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -1,6 +1,7 @@
 """Reference log-probabilities computed before training: they are right, computed once, and kept for one model only."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fastpref.data.batch import PreferenceBatch, collate, completion_key
 from fastpref.data.example import Example
 from fastpref.data.mismatched import with_mismatched
 from fastpref.model.load import load_model
+from fastpref.step import precompute
 from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.precompute import Precomputed, reference_folder
 from tests.support.paths import QUICKSTART
@@ -30,6 +32,11 @@ class Counting:
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         self.completions += len(batch.keys)
         return -(batch.of_tokens(batch.targets).float() + batch.offsets / 100)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +122,7 @@ def test_another_model_never_finds_these_numbers(tmp_path: Path):
     for name, seed in (("a", 0), ("b", 1)):
         config = config_for(save_model("llama", tmp_path / name, seed=seed))
         folders.add(reference_folder(config, load_model(config, CPU)))
-    half = config_for(tmp_path / "a", "model.dtype=bfloat16")
+    half = config_for(tmp_path / "a", "model.dtype=bfloat16", "lora={}")
     folders.add(reference_folder(half, load_model(half, CPU)))
     settings = json.loads((tmp_path / "b" / "config.json").read_text())
     (tmp_path / "b" / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-5}))
@@ -124,6 +131,36 @@ def test_another_model_never_finds_these_numbers(tmp_path: Path):
     assert len(folders) == 4
     same = config_for(save_model("llama", tmp_path / "c", seed=0))
     assert reference_folder(same, load_model(same, CPU)) in folders
+
+
+def test_another_precision_never_finds_these_numbers(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """One set of float32 weights has other numbers with each mixed precision that a config and a card give it."""
+    folders = set()
+    for dtype, supported in (("auto", True), ("float32", True), ("auto", False)):
+        config = config_for(llama, f"model.dtype={dtype}")
+        loaded = load_model(config, CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, supported=supported: supported)
+            folders.add(reference_folder(config, loaded))
+    folders.add(reference_folder(config_for(llama, "model.dtype=float32"), load_model(config_for(llama), CPU)))
+    assert len(folders) == 3  # the last one is on a CPU, in float32 too
+
+
+def test_another_computation_never_finds_these_numbers(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    """Other attention, liger's kernels, TF32 products and an older version of the format are kept apart."""
+    config = config_for(llama)
+    loaded = load_model(config, CPU)
+    folders = {reference_folder(config, loaded), reference_folder(config, replace(loaded, liger=True))}
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute, "VERSION", precompute.VERSION - 1)
+        folders.add(reference_folder(config, loaded))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+        folders.add(reference_folder(config, loaded))
+    loaded.model.set_attn_implementation("eager")
+    folders.add(reference_folder(config, loaded))
+    assert len(folders) == 5
 
 
 @pytest.mark.parametrize(("kind", "count"), [("llama", 1), ("llama-dynamic", 2), ("phi3-longrope", 2)])

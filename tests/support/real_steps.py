@@ -1,6 +1,8 @@
 """The memory of steps on real tensors, with which tests compare counts on fake ones."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -16,14 +18,22 @@ from fastpref.step.reference import make_reference, precomputes
 CPU = torch.device("cpu")
 
 
-def real_steps(config: Config, steps: Iterable[Sequence[Example]], layers: int | None = None) -> tuple[int, int]:
+def real_steps(
+    config: Config,
+    steps: Iterable[Sequence[Example]],
+    layers: int | None = None,
+    autocast: torch.dtype | None = None,
+) -> tuple[int, int]:
     """Return the bytes at the peak of the steps, and those held before them: weights, reference and moments.
 
     `layers` is the number of decoder layers with gradient checkpointing, or None for all.
     """
     loaded = load_model(config, CPU)
     checkpoint_layers(loaded.model, layers)
-    reference = make_reference(config, loaded)[0] if config.loss.uses_reference else None
+    mixed = nullcontext if autocast is None else partial(torch.autocast, "cpu", dtype=autocast, cache_enabled=False)
+    reference = make_reference(config, loaded, mixed)[0] if config.loss.uses_reference else None
+    if autocast is not None:
+        loaded.policy.forward = mixed()(loaded.policy.forward)
     if reference is not None and precomputes(config):
         reference = lambda batch: torch.zeros(len(batch.segments))  # noqa: E731
     optimizer = make_optimizer(loaded.policy, config)

@@ -28,6 +28,7 @@ from fastpref.model.adapters.parts import (
     owner_of,
     short_names,
 )
+from fastpref.model.adapters.whole import train_in_float32
 from fastpref.model.failure import is_out_of_memory, words
 
 _ALL = "all-linear"
@@ -37,7 +38,7 @@ _ROUTERS = "routers, which choose between experts"
 
 
 def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | peft.PeftModel:
-    """Put fresh adapters on the model's modules if the config has a [lora] table.
+    """Put fresh adapters on the model's modules if the config has a [lora] table. What is trained then is float32.
 
     Raises UserError for modules that the model does not have, or that PEFT cannot adapt.
     """
@@ -53,6 +54,7 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
         message = words(error).rstrip(".")
         raise UserError(f"lora: {message}. This model's linear modules are {', '.join(linear)}") from None
     assert isinstance(wrapped, peft.PeftModel)
+    train_in_float32(wrapped)
     fuse_lora(wrapped)
     return wrapped
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
+from fastpref.kernels.device import with_index
 from fastpref.model.body import TOWERS, body_of
 from fastpref.model.gradient_checkpointing import decoder_layers
 from fastpref.model.streaming.layers import Allocate, StreamedLayer, frozen_weights, ready_to_copy
@@ -52,7 +53,7 @@ class WeightStream:
         allocate: Allocate = pinned,
         make_transfers: MakeTransfers | None = None,
     ):
-        self.modules, self.device = list(layers), device
+        self.modules, self.device = list(layers), with_index(device)
         for layer in layers:
             ready_to_copy(layer)
         self.decoder_layers = list(layers)  # all of the model, also those that stay on the device
@@ -138,7 +139,7 @@ def stream_weights(
     tile. Everything else is moved to the device. Raises UserError for a model whose layers cannot be found, or with too
     few of them.
     """
-    layers = streamable_layers(model)
+    device, layers = with_index(device), streamable_layers(model)
     streamed = _spread(layers, streaming.resident)
     if len(streamed) < 2:
         raise UserError(

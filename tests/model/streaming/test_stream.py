@@ -24,7 +24,8 @@ from fastpref.model.precision import in_float32
 from fastpref.model.streaming import room
 from fastpref.model.streaming.layers import frozen_weights
 from fastpref.model.streaming.pinned import pinned
-from fastpref.model.streaming.stream import Streaming, WeightStream, stream_weights
+from fastpref.model.streaming.stream import Streaming, WeightStream, stream_of, stream_weights
+from fastpref.model.streaming.tables import computes_on
 from fastpref.model.streaming.transfers import HostTransfers
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
@@ -256,6 +257,21 @@ def test_only_frozen_weights_stay_in_host_memory(saved: Callable[[str], Path], n
         state = getattr(module, "state", None)
         scales = [getattr(module.weight, "SCB", None), state.SCB] if state is not None else []
         assert len({scale.device for scale in scales if scale is not None}) == (state is not None)
+
+
+@pytest.mark.parametrize("of", ["load", "stream"])
+def test_the_device_is_that_of_its_tensors(saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, of: str):
+    """A GPU without an index is the current one from the start, so that it equals the device of its tensors."""
+    monkeypatch.setattr(f"fastpref.model.{'load' if of == 'load' else 'streaming.stream'}.with_index", lambda _: CPU)
+    config, gpu = config_for(saved("llama"), LORA), torch.device("cuda")
+    if of == "load":
+        model = load_model(config, gpu, streaming=Streaming()).model
+    else:
+        model = pretrained(config.model, model_config(config.model), torch.float32, CPU)
+        stream_weights(model, gpu, Streaming())
+    stream = stream_of(model)
+    assert stream is not None
+    assert [model.device, stream.device, computes_on(model.get_output_embeddings())] == [CPU] * 3
 
 
 def test_a_copy_of_a_layer_keeps_to_the_one_stream(saved: Callable[[str], Path]):
