@@ -1,8 +1,8 @@
 """The choice of the attention that computes forests: FlexAttention, flash-attn, or SDPA, which needs no trial.
 
-Whether a kernel works depends on the GPU, the head width and the versions of the packages: heads of 192 and more need
-more shared memory than consumer GPUs have. So each kernel is tried with the arguments of the model's layers, and its
-outputs and gradients are compared with those of `tree_attention`, before a model gets it.
+Whether a kernel works depends on the GPU, the head width and the versions of the packages. So each kernel is tried with
+the arguments of the model's layers, and its outputs and gradients are compared with those of `tree_attention`, before a
+model gets it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,8 @@ class Kernel:
     name: str  # the name under which it is registered with transformers
     title: str  # its name in messages
     attend: Callable[..., tuple[Tensor, None]]
-    lacks: Callable[[Iterable[LayerCall], torch.dtype], str | None]  # the reason why it cannot compute a model's layers
+    # the reason why it cannot compute a model's layers on a GPU
+    lacks: Callable[[Iterable[LayerCall], torch.dtype, torch.device], str | None]
 
 
 FLEX = Kernel("flex", flex_attention.NAME, "FlexAttention", flex_attention.flex_tree_attention, flex_attention.lacks)
@@ -70,13 +71,14 @@ def why_not(kernel: Kernel, calls: Sequence[LayerCall], dtype: torch.dtype, devi
     """Return the reason why a kernel cannot compute a model's layers on a device, or None."""
     if device.type != "cuda":  # ROCm devices have this name too
         return f"it trains on GPUs only, and this is a {device.type} device"
-    return kernel.lacks(calls, dtype) or fault(kernel, calls, dtype, device)
+    return kernel.lacks(calls, dtype, device) or fault(kernel, calls, dtype, device)
 
 
 def fault(kernel: Kernel, calls: Iterable[LayerCall], dtype: torch.dtype, device: torch.device) -> str | None:
     """Compute a model's layers with a kernel, and compare outputs and gradients with those of `tree_attention`.
 
-    Returns a message if the kernel fails or differs, or None. Training uses the kernels that are compiled here.
+    Returns a message if the kernel fails or differs, or None. Training uses what is compiled here, with gradient and
+    without.
     """
     for call in dict.fromkeys(calls):
         try:
@@ -115,9 +117,14 @@ def difference(kernel: Kernel, call: LayerCall, dtype: torch.dtype, device: torc
     ]
     sinks = torch.linspace(-1, 1, call.heads).to(device, dtype) if call.sinks else None
     options: dict[str, Any] = {"sliding_window": call.window, "softcap": call.softcap, "s_aux": sinks}
+
+    def attend(function: Callable[..., Any]) -> Tensor:
+        return function(nn.Identity(), *inputs, attention_mask=None, scaling=call.scaling, tree=tree, **options)[0]
+
     results = []
-    functions: tuple[Callable[..., Any], ...] = (kernel.attend, tree_attention)
-    for attend in functions:
-        out, _ = attend(nn.Identity(), *inputs, attention_mask=None, scaling=call.scaling, tree=tree, **options)
-        results.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(1) / 370)])
+    for function in (kernel.attend, tree_attention):
+        with torch.no_grad():
+            alone = attend(function)
+        out = attend(function)
+        results.append([alone, out, *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(1) / 370)])
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))

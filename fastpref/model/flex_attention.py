@@ -14,15 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastpref.data.forest import Forest, LaterForest
 from fastpref.model.attention import LayerCall, check_arguments, tree_attention
+from fastpref.model.flex_kernel import compiled, kernel_options, lacking, sizes
 from fastpref.model.later import keep
 
 NAME = "fastpref_flex"
+NO_DROPOUT = "it has no dropout, which this model's config asks of its attention"
 BLOCK = 128  # positions: the size of a block of the mask, in both directions
 
 
@@ -67,26 +71,54 @@ def _attend(
     kind = query.device.type
     # Autocast does not reach FlexAttention, and RoPE with float32 angles makes queries and keys float32.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    found: Any = _flex(kind)(
-        query.to(dtype),
-        key.to(dtype),
-        value.to(dtype),
-        score_mod=None if softcap is None else _capped(softcap),
-        block_mask=mask,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=None if sinks is None else AuxRequest(lse=True),
-    )
+    inputs = _Alike.apply(dtype, query, key, value)
+    learns = inputs[0].requires_grad
+    with torch.set_grad_enabled(learns), torch.autocast(kind, enabled=False, cache_enabled=False):
+        # Fake tensors on a CPU are those of a count of memory.
+        kernel = sizes if kind == "cpu" and isinstance(query, FakeTensor) else _flex(kind)
+        found: Any = kernel(
+            *inputs,
+            kernel_options=kernel_options(inputs[0], inputs[2]),
+            score_mod=None if softcap is None else _capped(softcap),
+            block_mask=mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=None if sinks is None else AuxRequest(lse=True),
+        )
     if sinks is None:
         return found
     out, aux = found
     return out * torch.sigmoid(aux.lse - sinks.float()[:, None]).to(dtype)[..., None]
 
 
+class _Alike(torch.autograd.Function):
+    """Queries, keys and values in a form that is the same for all layers, so that one compilation serves them all.
+
+    The compiler tells tensors apart by their strides, by what they are views of, and by whether they have a gradient:
+    the keys of a first layer with adapters on queries and values have none. Here all have one if any has, since the
+    backward kernel computes all three. Layers whose memory is laid out by token, as most are, are not copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *states: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [each.dtype for each in states]
+        made = []
+        for each in states:
+            rows = each.to(dtype).transpose(1, 2).contiguous()
+            made.append(rows.view(-1).view(rows.shape).transpose(1, 2).detach())  # strides of sizes of 1 vary
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needed = ctx.needs_input_grad[1:]
+        return None, *(g.to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needed, strict=True))
+
+
 @cache
 def _flex(device: str) -> Callable[..., Any]:
     """Return FlexAttention: compiled, except on a CPU, where it serves tests only."""
-    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+    return flex_attention if device == "cpu" else compiled()
 
 
 @cache
@@ -184,8 +216,9 @@ def _any_length(mask: BlockMask, seen: Visible) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
-def lacks(calls: Iterable[LayerCall], dtype: torch.dtype) -> str | None:
-    """Return the reason why FlexAttention cannot compute a model's layers, or None."""
+def lacks(calls: Iterable[LayerCall], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return the reason why FlexAttention cannot compute a model's layers on a GPU, or None."""
+    calls = list(calls)
     if any(call.dropout for call in calls):
-        return "it has no dropout, which this model's config asks of its attention"
-    return None
+        return NO_DROPOUT
+    return lacking({width for call in calls for width in (call.width, call.value_width)}, dtype, device)

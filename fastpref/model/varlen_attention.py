@@ -193,8 +193,8 @@ class _Gather(torch.autograd.Function):
 # --- what the package computes ---------------------------------------------------------------------------------------
 
 
-def lacks(calls: Iterable[LayerCall], dtype: torch.dtype) -> str | None:
-    """Return the reason why flash-attn cannot compute a model's layers, or None."""
+def lacks(calls: Iterable[LayerCall], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return the reason why flash-attn cannot compute a model's layers, or None. The trial tests the GPU."""
     if not installed():
         return f"the package flash-attn is not installed: {_INSTALL}"
     try:

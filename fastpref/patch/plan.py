@@ -71,7 +71,7 @@ def make_plan(trainer: Any, wrapped: Any, *, sharing: bool) -> Plan:
             head.weight_and_bias()
             model.eval()
             check_logits(model, backbone, head)
-            why, was = _give_trees(model, Policy(backbone, head)) if sharing else (NOT_WANTED, None)
+            why, was = _give_trees(trainer, model, Policy(backbone, head)) if sharing else (NOT_WANTED, None)
     except UserError as error:
         return Plan(refused=str(error))
     except Exception as error:  # the model may need more inputs than tokens, which TRL may provide
@@ -106,7 +106,7 @@ def _refusal(trainer: Any, wrapped: Any, model: Any) -> str | None:
     return None
 
 
-def _give_trees(model: PreTrainedModel, policy: Policy) -> tuple[str | None, AttentionState | None]:
+def _give_trees(trainer: Any, model: PreTrainedModel, policy: Policy) -> tuple[str | None, AttentionState | None]:
     """Replace a model's attention. Return why that is impossible, or None, and the attention that the model had."""
     was, own = attention_of(model), model.config._attn_implementation
     calls, why = give_layout(model, policy)
@@ -115,7 +115,9 @@ def _give_trees(model: PreTrainedModel, policy: Policy) -> tuple[str | None, Att
         restore_attention(was)
     if why is not None:
         return why, None
+    # TRL's users load a model in float32 and train it in half precision: attention computes in that.
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
     device = next(model.parameters()).device
-    if why_not(FLEX, calls, model.dtype, device) is None:
+    if why_not(FLEX, calls, half or model.dtype, device) is None:
         model.set_attn_implementation(FLEX.name)
     return None, was

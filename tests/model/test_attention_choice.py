@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 def broken(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Replace the trial, which needs a GPU: return the set of kernels that fail it, which a test fills."""
     kinds: set[str] = set()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(
         attention_choice, "fault", lambda kernel, *_: "no shared memory" if kernel.wanted in kinds else None
     )
@@ -75,6 +76,31 @@ def test_auto_takes_flex_then_varlen_then_sdpa(
     else:
         monkeypatch.setattr(varlen_attention, "installed", lambda: False)
     assert chosen(wanted, device, how, calls) == (expected, note)
+
+
+OLD = "FlexAttention: it takes the tensor cores of GPUs of compute capability 8.0 and newer, and this GPU has 7.5"
+LACKING: list[tuple[tuple[int, int], LayerCall, torch.dtype, str | None]] = [
+    ((7, 5), CALL, torch.float16, f"{_SDPA}{OLD}"),
+    ((8, 0), CALL, torch.float16, "attention: FlexAttention"),
+    ((12, 0), replace(CALL, width=512), HALF, "attention: FlexAttention"),
+    ((9, 0), replace(CALL, width=513), HALF,
+     f"{_SDPA}FlexAttention: its heads have at most 512 dimensions in bfloat16, and this model's 513"),
+    ((9, 0), replace(CALL, value_width=320), torch.float32,
+     f"{_SDPA}FlexAttention: its heads have at most 256 dimensions in float32, and this model's 320"),
+    ((9, 0), replace(CALL, value_width=8), HALF,
+     f"{_SDPA}FlexAttention: its heads have at least 16 dimensions, and this model's 8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("capability", "call", "dtype", "note"), LACKING)
+@pytest.mark.usefixtures("broken")
+def test_flex_is_not_tried_where_it_has_no_fitting_kernel(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], call: LayerCall, dtype: torch.dtype, note: str
+) -> None:
+    """A GPU without tensor cores for it, and heads that fit no GPU's shared memory, get SDPA, and the note says why."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(varlen_attention, "installed", lambda: False)
+    assert chosen("auto", "cuda", "tree", [CALL, call], dtype)[1] == note
 
 
 @pytest.mark.parametrize(
