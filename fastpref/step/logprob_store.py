@@ -67,8 +67,8 @@ class LogprobStore:
         """Return the log-probabilities of completions, one after the other, [M] float32. Raises KeyError."""
         parts = [self[key] for key in keys]
         if len({part.device for part in parts}) > 1:
-            parts = [part.to(device) for part in parts]
-        return torch.cat(parts).to(device)
+            parts = [part.to(device, non_blocking=True) for part in parts]
+        return torch.cat(parts).to(device, non_blocking=True)
 
     def add(self, keys: Iterable[bytes], logps: Iterable[Tensor]) -> None:
         """Add log-probabilities [n] of completions that are not known yet; the others stay as they are."""

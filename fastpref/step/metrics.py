@@ -1,7 +1,8 @@
 """Metrics of a step or an evaluation: means over all its tokens or completions, independent of the micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 @dataclass(frozen=True)
 class Completions:
-    """The rewards and lengths of completions. Except for KTO, chosen[i] and rejected[i] are of one prompt."""
+    """The rewards and lengths of completions, on the CPU. Except for KTO, chosen[i] and rejected[i] share a prompt."""
 
     chosen: Tensor  # [P] rewards
     rejected: Tensor  # [P]
@@ -52,7 +53,7 @@ class Metrics:
     def add_loss(self, output: PreferenceLoss, lengths: Tensor) -> None:
         """Add the loss and the rewards of one part of a step. `lengths` [S] are those of its sequences, in tokens."""
         self.add("loss", output.loss, 0)
-        rewards, lengths = output.rewards.detach(), lengths.to(output.rewards.device)
+        rewards, lengths = output.rewards.detach(), lengths.to(output.rewards.device, non_blocking=True)
         own = lengths[: len(rewards)] if output.sequences is None else lengths[output.sequences]
         self._parts.append((rewards, own, output.labels))
         for name, (total, count) in output.extra.items():
@@ -95,7 +96,8 @@ class Metrics:
             return self
         whole = Metrics()
         whole.paired = self.paired
-        sums = {name: (float(total), float(self._counts[name])) for name, total in self._sums.items()}
+        counts = _numbers(self._counts)
+        sums = {name: (total, counts[name]) for name, total in _numbers(self._sums).items()}
         own = self.completions()
         lists = (own.chosen, own.rejected, own.chosen_lengths, own.rejected_lengths)
         for theirs, completions in processes.gather((sums, lists)):
@@ -110,19 +112,16 @@ class Metrics:
 
     def result(self) -> dict[str, float]:
         """Return every metric that is a mean over at least one value, by its name."""
-        counts = {name: float(count) for name, count in self._counts.items()}
-        means = {
-            name: float(total) / (counts[name] or 1.0)
-            for name, total in self._sums.items()
-            if counts[name] or name == "loss"
-        }
+        sums, counts = _numbers(self._sums), _numbers(self._counts)
+        means = {name: total / (counts[name] or 1.0) for name, total in sums.items() if counts[name] or name == "loss"}
         return means | self._reward_metrics()
 
     def completions(self) -> Completions:
         """Return the completions of all parts, and of all processes once they are joined."""
+        columns = [_on_host(column) for column in zip(*self._parts)]
         own = [
             Completions(*(side for values in (rewards, lengths) for side in _sides(values, labels)))
-            for rewards, lengths, labels in self._parts
+            for rewards, lengths, labels in zip(*columns)
         ]
         parts = own + self._elsewhere or [Completions(*(torch.zeros(0) for _ in fields(Completions)))]
         return Completions(*(torch.cat([getattr(part, f.name) for part in parts]).float() for f in fields(Completions)))
@@ -145,8 +144,26 @@ class Metrics:
         return metrics
 
 
+def _numbers(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Return scalars as numbers. The host waits for the device once for each dtype, and not for each scalar."""
+    numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    groups: dict[Any, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            groups.setdefault((value.device, value.dtype), {})[name] = value
+    for group in groups.values():
+        numbers |= zip(group, map(float, torch.stack(list(group.values())).tolist()))
+    return {name: numbers[name] for name in values}
+
+
+def _on_host(parts: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return tensors [n] on the CPU, copied at once so that the host waits once; all are None, or none is."""
+    given = [part for part in parts if part is not None]
+    return torch.cat(given).cpu().split([len(part) for part in given]) if given else parts
+
+
 def _sides(values: Tensor, labels: Tensor | None) -> Sequence[Tensor]:
-    """Return the values of the chosen and of the rejected completions. With labels this waits for the device."""
+    """Return the values of the chosen and of the rejected completions."""
     return values.chunk(2) if labels is None else (values[labels], values[~labels])
 
 

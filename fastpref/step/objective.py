@@ -346,7 +346,7 @@ class Objective:
         whole = torch.zeros(count, dtype=parts[0][1].dtype, device=self.device)
         for part, values in parts:
             if part.counts:
-                whole.index_copy_(0, part.batch.index.to(self.device), values)
+                whole.index_copy_(0, part.batch.index.to(self.device, non_blocking=True), values)
         return self.processes.sum(whole)
 
 

@@ -139,7 +139,7 @@ class Precomputed:
             # A process without a micro-batch computes one of the round again: FSDP needs every process in a forward.
             own = part[processes.rank % len(part)]
             batch = collate(own, layout, pad_token_id=pad_token_id)
-            logps = self._reference(batch.to(device)).float().cpu()
+            logps = self._reference(batch.to(device)).float()
             waiting |= zip(batch.keys, logps.split(batch.scored), strict=True)
             computed += sum(len(example.completions) for examples in part for example in examples)
             progress(computed)
@@ -163,7 +163,9 @@ class Precomputed:
                 yield example.with_completions(new)
 
     def _keep(self, own: dict[bytes, Tensor], processes: Processes) -> None:
-        for part in processes.gather({key: logps.clone() for key, logps in own.items()}):
+        """Keep what all processes have computed, copied from the device at once: until then the host does not wait."""
+        logps = torch.cat(list(own.values())).cpu().split(list(map(len, own.values()))) if own else ()
+        for part in processes.gather({key: values.clone() for key, values in zip(own, logps)}):
             self.store.add(part, part.values())
         if not processes.first:
             return
