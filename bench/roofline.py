@@ -195,3 +195,59 @@ def _table(compiled: list[Compiled], change: Mapping[str, float] = {}) -> dict[t
         )
         for card in CARDS for head in HEADS for n in ROWS for what in PASSES
     }  # fmt: skip
+
+
+def section(compiled: list[Compiled]) -> str:
+    """Return the model as a section of the page."""
+    cards = "; ".join(
+        f"{c.name} {c.tflops:g} TFLOP/s, {c.gbytes:g} GB/s, {c.processors} processors at {c.ghz:g} GHz" for c in CARDS
+    )
+    assumed = "; ".join(f"{c.name} {c.l2_tbytes:g} TB/s, {100 * c.reach:.0f}%" for c in CARDS)
+    parts = [
+        "## A model of the head's time",
+        f"Not measured. Milliseconds of a pass over N scored rows in bfloat16, with the default workspace: *reference* "
+        "is a pass without gradients; *training* a forward and backward pass with a frozen head and the metrics of "
+        "tokens that `log.every = 1` logs, which is the default; *trained head* adds the gradient of its weight. "
+        "Beside them stands the time of as many bare products of the library. `bench/roofline.py` explains the model. "
+        f"Published limits: {cards}. Assumed: the speed of L2 and the share of the peak that the library reaches "
+        f"({assumed}), a fused loop at {100 * FUSED_SHARE:.0f}% of the library's speed, {ISSUED:g} instructions a "
+        "cycle and scheduler.",
+        _times(compiled),
+        _sensitivity(compiled),
+    ]
+    return "\n\n".join(parts)
+
+
+def _times(compiled: list[Compiled]) -> str:
+    table = _table(compiled)
+    columns = [f"{what}, {count} × product" if count > 1 else f"{what}, product" for what, count in PASSES.items()]
+    lines = [f"| card | head | N | {' | '.join(columns)} |", "|---" * (3 + len(columns)) + "|"]
+    for card in CARDS:
+        for head in HEADS:
+            for n in ROWS:
+                cells = []
+                for what, count in PASSES.items():
+                    time, bare = table[card.name, head.model, n, what], bare_products(card, head, n, count=count)
+                    cells.append(f"{1e3 * time:.1f}, {1e3 * bare:.1f} ({time / bare:.2f} ×)")
+                lines.append(f"| {card.name} | {head.model} | {n:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _sensitivity(compiled: list[Compiled]) -> str:
+    """Say how the time of a training step changes with each assumption."""
+    base = _table(compiled)
+    changes = {"the speed of L2": {"l2_tbytes": 0.75}, "the share that the library reaches": {"reach": 0.75}}
+    lines = [
+        "The inputs that no data sheet has decide how much of it holds. With three quarters of each, the training step "
+        "of Llama-3-8B with 8,192 rows takes:",
+        "",
+        f"| three quarters of | {' | '.join(card.name for card in CARDS)} |",
+        "|---" * (1 + len(CARDS)) + "|",
+    ]
+    for name, change in changes.items():
+        other = _table(compiled, change)
+        keys = [(card.name, "Llama-3-8B", 8192, "training") for card in CARDS]
+        lines.append(
+            f"| {name} | " + " | ".join(f"{1e3 * other[k]:.1f} ({other[k] / base[k]:.2f} ×)" for k in keys) + " |"
+        )
+    return "\n".join(lines)

@@ -29,6 +29,8 @@ LAZY = 20.0
 GROUP = 16
 # Columns that a tile has at least, within the budget: then O's traffic takes less time than the products.
 WIDE = 8192
+# Programs that share a row's columns in FORWARD at most, and their waves. Each leaves statistics, which take memory.
+MOST_SPLITS, MOST_WAVES = 256, 16
 # Splits, rows and columns of the blocks of the other kernels.
 COMBINE_BLOCK = (64, 32)
 RESCALE_ROWS = 32
@@ -126,16 +128,15 @@ def _whole(length: int, block: int) -> int:
 def blocks_per_split(row_blocks: int, column_blocks: int, processors: int) -> int:
     """Return how many blocks of columns a program of FORWARD walks over, one after the other.
 
-    A processor runs one program at a time: their number is a few waves, and the last wave should be full. So choose
-    the shortest time in units of a block, waves × blocks, and of equal ones the fewest programs. There are at most 64
-    splits, and waves enough (4) that a slow processor does not hold up the others.
+    A processor runs one program at a time, so they run in waves, and the last wave should be full. Choose the shortest
+    time: waves × (blocks + a quarter, for what a program does once), and of equal ones the fewest programs.
     """
-    most = max(1, min(column_blocks, cdiv(4 * processors, row_blocks), 64))
+    most = max(1, min(column_blocks, MOST_SPLITS, MOST_WAVES * processors // row_blocks))
     candidates = {cdiv(column_blocks, splits) for splits in range(1, most + 1)}
 
     def time(blocks: int) -> tuple[int, int]:
         waves = cdiv(row_blocks * cdiv(column_blocks, blocks), processors)
-        return waves * blocks, -blocks
+        return waves * (4 * blocks + 1), -blocks
 
     return min(candidates, key=time)
 

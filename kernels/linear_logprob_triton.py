@@ -222,9 +222,7 @@ def _places(i_splits, i_rows, splits, n):
 _RUNNING = tuple(name.replace("p_", "p_running_") for name in _SPLITS)
 
 
-@triton.jit(
-    do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=[*_SPLITS, *_RUNNING, "p_shrunk"]
-)
+@triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=[*_SPLITS, *_RUNNING, "p_shrunk"])
 def _combine_kernel(
     p_base,  # [S, N]
     p_sum,  # [S, N]

@@ -66,9 +66,7 @@ def losses(n: int) -> None:
             {"sigmoid": 1.0}, spec.flags(), numbers, examples=None, nll_tokens=3.0,
         )  # fmt: skip
         labels = torch.zeros(3, dtype=torch.bool, device=DEVICE)
-        row_loss(
-            floats(n), starts, lengths, floats(n), labels, floats(3)[0], floats(3), numbers, examples=None
-        )
+        row_loss(floats(n), starts, lengths, floats(n), labels, floats(3)[0], floats(3), numbers, examples=None)
 
 
 @pytest.fixture
