@@ -16,14 +16,13 @@ The model leaves out clocks that fall under load, and misses of L2 in the main l
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
 from bench.compiled import Compiled
 from bench.problems import SHAPES, Shape
 from fastpref.kernels.head_weight import DenseWeight
-from fastpref.kernels.linear_logprob_launch import blocks_per_split, plan_tile
+from fastpref.kernels.linear_logprob_plan import WIDE, blocks_per_split, plan_tile
 from fastpref.kernels.tiles import Tile, cdiv
 
 BUDGET = 128 * 2**20  # the default workspace, bytes
@@ -83,7 +82,7 @@ Epilogues = Mapping[str, Epilogue]  # by mode
 
 
 def epilogues(compiled: list[Compiled], architecture: int, *, softcap: bool) -> dict[str, Epilogue]:
-    """Choose the compiled main loops of a head's passes in bfloat16. With a softcap, outputs cost what all extras do."""
+    """Choose the compiled main loops of a head's passes in bfloat16. With a softcap, take all extras."""
     extras = {"forward": "softcap", "exp": "all", "gradient": "all"} if softcap else {"exp": "outputs"}
     return {
         mode: Epilogue.of(c)
@@ -172,7 +171,7 @@ def _frozen(model: Model, n: int, epilogue: Epilogue, budget: int) -> float:
 def _trained(model: Model, n: int, epilogue: Epilogue, budget: int) -> float:
     """The gradient of the logits is written, and read by the products of hidden's and the weight's gradients."""
     gpu, launches = 0.0, 0
-    for _, rows, columns in _spans(model, n, epilogue.tile, budget, stored=True, widest=8192):
+    for _, rows, columns in _spans(model, n, epilogue.tile, budget, stored=True, widest=WIDE):
         e = 0 if model.in_l2(rows, columns) else 2.0 * rows * columns
         gpu += model.walk(rows, columns, epilogue, bytes_moved=e)
         gpu += model.product(rows, columns, e + 2.0 * columns * model.width + 8.0 * rows * model.width)

@@ -99,7 +99,7 @@ def test_a_kernel_is_compiled_once_for_all_lengths(gpu: FakeGpu) -> None:
     signatures = defaultdict(set)
     for n in LENGTHS:
         gpu.launches.clear()
-        for case, settings in WALKS.items():
+        for settings in WALKS.values():
             for mode in MODES:
                 walk(n, mode, **settings)
         losses(n)

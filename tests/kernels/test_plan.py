@@ -9,7 +9,7 @@ from fastpref.kernels import linear_logprob_launch as launch
 from fastpref.kernels import tiles
 from fastpref.kernels.head_weight import DenseWeight, HeadWeight
 from fastpref.kernels.launch import launch as launch_kernel
-from fastpref.kernels.linear_logprob_launch import blocks_per_split, plan_tile
+from fastpref.kernels.linear_logprob_plan import WIDE, blocks_per_split, plan_tile
 from fastpref.kernels.tiles import TILES, Tile, cdiv
 
 BUDGET = 128 * 2**20
@@ -66,7 +66,7 @@ def test_a_tile_fits_the_budget(budget: int, tile: Tile, copies: int, stored: bo
 
 def test_a_trained_head_keeps_the_slice_of_its_gradient_small() -> None:
     """The float32 slice of the weight's gradient has a tile's columns, so they do not grow for few rows."""
-    assert plan(64, head(LLAMA), ADA, widest=launch.WIDE).columns == launch.WIDE
+    assert plan(64, head(LLAMA), ADA, widest=WIDE).columns == WIDE
 
 
 @pytest.mark.parametrize("processors", [82, 108, 128, 132, 170])
@@ -86,7 +86,7 @@ def test_programs_fill_whole_waves(processors: int) -> None:
 
 @pytest.mark.parametrize("splits", [1, 63, 64, 65, 200])
 def test_statistics_of_any_number_of_splits_add_up(splits: int) -> None:
-    """Sums to one offset, and maxima, are those of all splits, also past one block of splits; they repeat bit for bit."""
+    """Sums to one offset, and maxima, are those of all splits, also past one block of splits, and repeat."""
     torch.manual_seed(0)
     n = 37
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
