@@ -58,8 +58,7 @@ _A100 = {2: Tiles(_WIDE, _A100_SQUARE, _A100_SQUARE), 4: _ADA[4]}
 # than a fused 128×128 tile, by 12 to 16% for Gemma 2. For other epilogues they are equal.
 _HOPPER = {2: Tiles(_WIDE, _WIDE, Tile(32, 256, 64, 8, 1, fused=False)), 4: _ADA[4]}
 _NARROW_SINGLE = Tile(64, 32, 32, 8, 3, "tf32x3")
-_B200 = {2: Tiles(_WIDE, _SQUARE, _SQUARE), 4: Tiles(_SINGLE, _NARROW_SINGLE, _NARROW_SINGLE)}
-_BLACKWELL = {2: _ADA[2], 4: _B200[4]}
+_BLACKWELL = {2: _ADA[2], 4: Tiles(_SINGLE, _NARROW_SINGLE, _NARROW_SINGLE)}
 _CDNA = {
     2: Tiles(Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), Tile(64, 128, 32, 8, 2)),
     4: Tiles(*[Tile(64, 64, 32, 8, 2)] * 3),
@@ -69,7 +68,7 @@ _RDNA = {2: Tiles(*[Tile(64, 64, 32, 8, 2)] * 3), 4: Tiles(*[Tile(32, 64, 32, 8,
 _UNFUSED = {size: Tiles(*[Tile(16, 256, 16, 8, 1, fused=False)] * 3) for size in (2, 4)}
 # By architecture (CUDA: compute capability, ROCm: name), then by bytes per element.
 TILES: dict[int | str, dict[int, Tiles]] = {
-    75: _UNFUSED, 80: _A100, 86: _ADA, 89: _ADA, 90: _HOPPER, 100: _B200, 120: _BLACKWELL,
+    75: _UNFUSED, 80: _A100, 86: _ADA, 89: _ADA, 90: _HOPPER, 100: _BLACKWELL, 120: _BLACKWELL,
     "gfx942": _CDNA, "gfx1100": _RDNA,
 }  # fmt: skip
 _INTERPRETER = Tiles(*[Tile(32, 32, 32, 4, 1)] * 3)

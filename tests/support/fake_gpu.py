@@ -59,6 +59,7 @@ class FakeGpu:
     launches: list[Launch] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)  # operations for which the host waits
     current: torch.device | None = None
+    records: bool = True  # whether launches are kept, and with them their tensors
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -78,7 +79,8 @@ class _Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def record(*arguments: Any, **options: Any) -> None:
-            self.gpu.launches.append(Launch(self.kernel, arguments, options, self.gpu.current))
+            if self.gpu.records:
+                self.gpu.launches.append(Launch(self.kernel, arguments, options, self.gpu.current))
 
         return record
 
