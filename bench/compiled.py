@@ -56,6 +56,10 @@ class Variant:
         return self.tile is not None and self.tile.fused
 
     @property
+    def reads_product(self) -> bool:
+        return self.tile is not None and not self.tile.fused
+
+    @property
     def stored(self) -> int:
         """The bytes of a tile that a thread stores."""
         if self.tile is None or self.constants["MODE"] == _MODES["forward"]:

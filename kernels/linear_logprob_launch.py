@@ -1,7 +1,6 @@
 """Launches of the Triton kernels of the vocabulary walk, by the same functions as in `linear_logprob_torch.py`."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from fastpref.kernels.head_weight import DenseWeight, HeadWeight
 from fastpref.kernels.launch import launch
+from fastpref.kernels.linear_logprob_plan import WIDE, blocks_per_split, plan_tile, whole_blocks
 from fastpref.kernels.linear_logprob_torch import HeadGrads, LogitTransform, TileShape, WalkResult
 from fastpref.kernels.linear_logprob_triton import (
     EXP,
@@ -27,8 +27,6 @@ from fastpref.kernels.tiles import Tile, cdiv, choose_tiles, interpreted
 LAZY = 20.0
 # Row blocks that share L2: 16 of 128 rows of 4,096 hidden units are 17 MB in bfloat16, and GPUs have 40 MB or more.
 GROUP = 16
-# Columns that a tile has at least, within the budget: then O's traffic takes less time than the products.
-WIDE = 8192
 # Splits, rows and columns of the blocks of the other kernels.
 COMBINE_BLOCK = (64, 32)
 RESCALE_ROWS = 32
@@ -77,34 +75,6 @@ def _choose_tile(
     return tiles.choose(bias=bias is not None, softcap=capped, outputs=bool(outputs), stored=stored)
 
 
-def plan_tile(
-    hidden: Tensor, weight: HeadWeight, budget: int, tile: Tile, *, stored: bool, widest: int | None = None
-) -> TileShape:
-    """Choose how many rows and columns are computed at once; `widest` limits the columns.
-
-    A logit takes memory for its exponential, if that is stored, and for the product, if the library computes it. A
-    column takes memory for the copies of its weights. If neither takes any, everything is computed at once.
-
-    A pass over the vocabulary reads and writes O, float32, once a tile, so wide tiles take precedence: rows are cut
-    into equal blocks until a tile has WIDE columns within the budget. What is left of the budget widens it. Only a
-    tile of one block of the kernel may exceed the budget.
-    """
-    n, vocabulary = hidden.shape[0], weight.shape[0]
-    logit = hidden.element_size() * stored + 4 * (not tile.fused)  # bytes
-    column = weight.copies * weight.shape[1] * weight.dtype.itemsize
-    widest = vocabulary if widest is None else min(widest, vocabulary)
-    if column:
-        widest = min(widest, budget // 2 // column)
-    widest = cdiv(max(widest, 1), tile.v) * tile.v
-    rows = n
-    if logit:
-        columns = min(WIDE, widest)
-        most = max(1, (budget - columns * column) // (columns * logit) // tile.n) * tile.n
-        rows = min(n, _whole(cdiv(n, cdiv(n, most)), tile.n))
-    columns = budget // (rows * logit + column) // tile.v * tile.v if logit or column else widest
-    return TileShape(rows, max(tile.v, min(columns, widest)))
-
-
 def _rows_contiguous(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
@@ -114,30 +84,7 @@ def _product_tile(hidden: Tensor, shape: TileShape, tile: Tile) -> Tensor | None
     if tile.fused:
         return None
     rows, columns = shape
-    return torch.zeros((rows, _whole(columns, tile.v)), dtype=torch.float32, device=hidden.device)
-
-
-def _whole(length: int, block: int) -> int:
-    """Round a length up to whole blocks."""
-    return cdiv(length, block) * block
-
-
-@lru_cache
-def blocks_per_split(row_blocks: int, column_blocks: int, processors: int) -> int:
-    """Return how many blocks of columns a program of FORWARD walks over, one after the other.
-
-    A processor runs one program at a time: their number is a few waves, and the last wave should be full. So choose
-    the shortest time in units of a block, waves × blocks, and of equal ones the fewest programs. There are at most 64
-    splits, and waves enough (4) that a slow processor does not hold up the others.
-    """
-    most = max(1, min(column_blocks, cdiv(4 * processors, row_blocks), 64))
-    candidates = {cdiv(column_blocks, splits) for splits in range(1, most + 1)}
-
-    def time(blocks: int) -> tuple[int, int]:
-        waves = cdiv(row_blocks * cdiv(column_blocks, blocks), processors)
-        return waves * blocks, -blocks
-
-    return min(candidates, key=time)
+    return torch.zeros((rows, whole_blocks(columns, tile.v)), dtype=torch.float32, device=hidden.device)
 
 
 class _Statistics(NamedTuple):
@@ -237,7 +184,7 @@ class _RowBlock:
         n, vocabulary = self.hidden.shape[0], weight.shape[0]
         tile, stored = self.logits.tile, None
         if with_grad:
-            stored = self.hidden.new_empty((n, _whole(min(columns, vocabulary), tile.v)))
+            stored = self.hidden.new_empty((n, whole_blocks(min(columns, vocabulary), tile.v)))
             self.others = torch.zeros_like(self.hidden, dtype=torch.float32)
         for first in range(0, vocabulary, columns):
             slice_ = weight.rows(first, min(first + columns, vocabulary))
@@ -247,7 +194,7 @@ class _RowBlock:
                 per_split = blocks_per_split(*blocks, processors(self.hidden.device))
                 self._fold(FORWARD.value, slice_, first, per_split, self.shrunk[:, None])
                 continue
-            whole = stored[:, : _whole(width, tile.v)]
+            whole = stored[:, : whole_blocks(width, tile.v)]
             base = self._fold(EXP.value, slice_, first, 1, whole)
             self._rescale(whole, base, is_factor=False)
             if first:
@@ -372,7 +319,7 @@ def recompute_gradients(
     trained = weight.trained if wanted[1] else None
     shape = plan_tile(hidden, weight, budget, tile, stored=True, widest=None if trained is None else WIDE)
     logits = _Logits(bias, transform, (), tile, _product_tile(hidden, shape, tile))
-    stored = hidden.new_empty((shape.rows, _whole(min(shape.columns, vocabulary), tile.v)))
+    stored = hidden.new_empty((shape.rows, whole_blocks(min(shape.columns, vocabulary), tile.v)))
     want_hidden, _, want_bias = wanted
     kept = hidden if trained is None else hidden[:, -trained.shape[1] :]  # the hidden units of the trained columns
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
@@ -386,7 +333,7 @@ def recompute_gradients(
         db = torch.zeros(last - first, **sums) if d_bias is not None else None
         for a in range(0, n, shape.rows):
             b = min(a + shape.rows, n)
-            whole = stored[: b - a, : _whole(last - first, tile.v)]
+            whole = stored[: b - a, : whole_blocks(last - first, tile.v)]
             logits.launch(
                 GRADIENT.value, hidden[a:b], slice_, targets[a:b], first, 1,
                 (offset[a:b], factor[a:b], at_target[a:b]), whole, _Statistics(*[offset] * 8),

@@ -222,9 +222,7 @@ def _places(i_splits, i_rows, splits, n):
 _RUNNING = tuple(name.replace("p_", "p_running_") for name in _SPLITS)
 
 
-@triton.jit(
-    do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=[*_SPLITS, *_RUNNING, "p_shrunk"]
-)
+@triton.jit(do_not_specialize=["n", "splits"], do_not_specialize_on_alignment=[*_SPLITS, *_RUNNING, "p_shrunk"])
 def _combine_kernel(
     p_base,  # [S, N]
     p_sum,  # [S, N]
@@ -284,10 +282,13 @@ def _combine_kernel(
         z_target = tl.maximum(z_target, tl.max(tl.load(p_target + place, mask=inside, other=float("-inf")), 0))
         if HAS_SPREAD:
             own_ez = tl.load(p_ez + place, mask=inside, other=0.0)
-            ez += tl.sum(tl.where(own > 0, own_shrink * (own_ez + own_moved * own), 0.0), 0)
-            ee += tl.sum(own_shrink * own_shrink * tl.load(p_ee + place, mask=inside, other=0.0), 0)
+            own_ee = tl.load(p_ee + place, mask=inside, other=0.0)
+            own_ez = tl.where(own > 0, own_shrink * (own_ez + own_moved * own), 0.0)
+            ez += tl.sum(own_ez, 0)  # pyright: ignore[reportOperatorIssue]
+            ee += tl.sum(own_shrink * own_shrink * own_ee, 0)  # pyright: ignore[reportOperatorIssue]
         if HAS_MEAN:
-            z_sum += tl.sum(tl.load(p_z + place, mask=inside, other=0.0), 0)
+            own_z = tl.load(p_z + place, mask=inside, other=0.0)
+            z_sum += tl.sum(own_z, 0)  # pyright: ignore[reportOperatorIssue]
         if HAS_TOP1:
             largest = tl.maximum(largest, tl.max(tl.load(p_maximum + place, mask=inside, other=float("-inf")), 0))
             ahead = tl.maximum(ahead, tl.max(tl.load(p_ahead + place, mask=inside, other=float("-inf")), 0))

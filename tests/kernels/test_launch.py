@@ -11,10 +11,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from fastpref.kernels import linear_logprob_op as op
 from fastpref.kernels.preference_loss_launch import pair_loss, row_loss
 from fastpref.kernels.preference_loss_spec import LossSpec
+from fastpref.memory.allocations import PeakStorage
 from fastpref.ops import OUTPUTS
 from tests.support.fake_gpu import DEVICE, FakeGpu, fake_gpu
 from tests.support.problems import MODES
 
+MIB = 2**20
 HIDDEN, VOCABULARY = 64, 40_000  # five tiles of at least 8,192 columns in the workspace below
 # N as it changes from batch to batch, around one and several blocks of rows.
 LENGTHS = (1, 16, 17, 1000, 1001, 1002, 1003, 2304, 4999)
@@ -28,27 +30,30 @@ WALKS: dict[str, Any] = {
 
 
 def walk(
-    n: int, mode: str, *, bias: bool = False, positions: bool = False, softcap: float | None = None, outputs: str = ""
-) -> None:
+    n: int, mode: str, *, bias: bool = False, positions: bool = False, softcap: float | None = None, outputs: str = "",
+    shape: tuple[int, int] = (VOCABULARY, HIDDEN), workspace: int = 20,
+) -> int:  # fmt: skip
     """Call the operators of `linear_logprob` and of its backward pass for n rows of a larger batch.
 
-    Autograd itself needs a torch with CUDA.
+    Autograd itself needs a torch with CUDA. Return the bytes that were allocated at once, apart from the inputs.
     """
-    hidden, weight = (torch.empty(size, HIDDEN, dtype=torch.bfloat16, device=DEVICE) for size in (n, VOCABULARY))
+    hidden, weight = (torch.empty(size, shape[1], dtype=torch.bfloat16, device=DEVICE) for size in (n, shape[0]))
     index = torch.zeros(2 * n, dtype=torch.int64, device=DEVICE)
-    addend = torch.empty(VOCABULARY, dtype=torch.bfloat16, device=DEVICE) if bias else None
+    addend = torch.empty(shape[0], dtype=torch.bfloat16, device=DEVICE) if bias else None
     # Callers pass slices, whose addresses are aligned to an element and no more.
     targets = index[n:]
     place = targets if positions else None
     inputs = (hidden, [weight], targets, addend, place)
-    logits, rest = ("dense", softcap, 1.0, 1.0), (20 * 2**20, "triton")
-    results = op.OperatorOutput._make(op.linear_logprob(*inputs, *logits, outputs, *rest, mode == "frozen"))
     grads = torch.empty(n + 4, device=DEVICE)[n % 4 :][:n]
-    if mode == "frozen":
-        op.scale(results.grad, grads, place, n, hidden.dtype, "triton")
-    if mode == "trainable":
-        wanted = (True, True, bias)
-        op.recompute(grads, *inputs, results.statistics, *logits, *rest, *wanted)
+    logits, rest = ("dense", softcap, 1.0, 1.0), (workspace * MIB, "triton")
+    with PeakStorage() as memory:
+        results = op.OperatorOutput._make(op.linear_logprob(*inputs, *logits, outputs, *rest, mode == "frozen"))
+        if mode == "frozen":
+            op.scale(results.grad, grads, place, n, hidden.dtype, "triton")
+        if mode == "trainable":
+            wanted = (True, True, bias)
+            op.recompute(grads, *inputs, results.statistics, *logits, *rest, *wanted)
+    return memory.peak
 
 
 def losses(n: int) -> None:
@@ -66,9 +71,7 @@ def losses(n: int) -> None:
             {"sigmoid": 1.0}, spec.flags(), numbers, examples=None, nll_tokens=3.0,
         )  # fmt: skip
         labels = torch.zeros(3, dtype=torch.bool, device=DEVICE)
-        row_loss(
-            floats(n), starts, lengths, floats(n), labels, floats(3)[0], floats(3), numbers, examples=None
-        )
+        row_loss(floats(n), starts, lengths, floats(n), labels, floats(3)[0], floats(3), numbers, examples=None)
 
 
 @pytest.fixture
@@ -87,6 +90,21 @@ def test_a_walk_runs_on_its_tensors_device_and_never_waits(gpu: FakeGpu, case: s
     assert len(gpu.launches) >= 2
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("n", [300, 8192, 32768])
+def test_memory_of_a_real_head(gpu: FakeGpu, n: int, mode: str) -> None:
+    """In addition to the workspace a step takes a few tensors of hidden's size: O, g, and the gradient of hidden.
+
+    A trained head takes its own gradient, and a slice of it in float32.
+    """
+    gpu.records = False
+    shape = vocabulary, width = 128256, 4096  # Llama-3-8B
+    peak = walk(n, mode, shape=shape, workspace=128)
+    hidden = 2 * n * width
+    own = (2 * vocabulary + 4 * 8192) * width + hidden if mode == "trainable" else 0
+    assert peak <= 128 * MIB + own + (3 * hidden if mode != "no_grad" else 0) + 256 * n + MIB
+
+
 def test_losses_run_on_their_tensors_device(gpu: FakeGpu) -> None:
     """So do the kernels of the preference losses, whose numbers are copied to a GPU once a run."""
     losses(100)
@@ -101,7 +119,7 @@ def test_a_kernel_is_compiled_once_for_all_lengths(gpu: FakeGpu) -> None:
     signatures = defaultdict(set)
     for n in LENGTHS:
         gpu.launches.clear()
-        for case, settings in WALKS.items():
+        for settings in WALKS.values():
             for mode in MODES:
                 walk(n, mode, **settings)
         losses(n)

@@ -59,6 +59,7 @@ class FakeGpu:
     launches: list[Launch] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)  # operations for which the host waits
     current: torch.device | None = None
+    records: bool = True  # whether launches are kept, and with them their tensors
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -78,15 +79,17 @@ class _Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def record(*arguments: Any, **options: Any) -> None:
-            self.gpu.launches.append(Launch(self.kernel, arguments, options, self.gpu.current))
+            if self.gpu.records:
+                self.gpu.launches.append(Launch(self.kernel, arguments, options, self.gpu.current))
 
         return record
 
 
 class _Fake(FakeTensorMode):
-    """A FakeTensorMode for a torch without CUDA, whose C++ code asks a tensor's device for streams: it is told "meta"."""
+    """A FakeTensorMode for a torch without CUDA: its C++ code, which would look for streams, is told "meta"."""
 
-    avoid_device_init = True  # `torch.tensor` makes a tensor of the host, and copies it to its device
+    # `torch.tensor` makes a tensor of the host, and copies it to its device.
+    avoid_device_init = True  # pyright: ignore[reportAssignmentType]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -114,7 +117,7 @@ def _fake_cuda() -> Iterator[None]:
         mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, handlers),
         mock.patch.object(FakeTensor, "__torch_dispatch__", staticmethod(dispatched)),
         mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True),
-        mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None),
+        mock.patch.object(fake_tensor, "init_gpu_context", return_value=None),
         _Fake(allow_non_fake_inputs=True),
     ):
         yield
@@ -151,9 +154,9 @@ def fake_gpu(architecture: int = 90, processors: int = 132) -> Iterator[FakeGpu]
     gpu = FakeGpu()
     with (
         mock.patch.object(torch.cuda, "device", gpu.device),
-        mock.patch.object(linear_logprob_launch, "processors", lambda device: processors),
-        mock.patch.object(tiles, "_architecture", lambda device: architecture),
-        mock.patch.object(linear_logprob_launch, "interpreted", lambda: False),
+        mock.patch.object(linear_logprob_launch, "processors", return_value=processors),
+        mock.patch.object(tiles, "_architecture", return_value=architecture),
+        mock.patch.object(linear_logprob_launch, "interpreted", return_value=False),
     ):
         replaced = [
             mock.patch.object(module, name, _Recorder(getattr(module, name), gpu))
