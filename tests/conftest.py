@@ -3,9 +3,12 @@ Triton's interpreter if there is no GPU."""
 
 import os
 import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 _HOME = tempfile.TemporaryDirectory(prefix="fastpref-tests-", ignore_cleanup_errors=True)
 os.environ["HF_HOME"] = _HOME.name
@@ -18,6 +21,17 @@ if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ["TRITON_INTERPRET"] = "1"
 # Models and tiles this small gain nothing from threads, which wait for each other on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_configure() -> None:
+    """Refuse a numpy that Triton's interpreter cannot use. No requirement can express that for two packages."""
+    triton, numpy = (Version(version(name)) if find_spec(name) else None for name in ("triton", "numpy"))
+    old = triton is not None and triton < Version("3.7")
+    if old and numpy is not None and numpy >= Version("2.4") and "TRITON_INTERPRET" in os.environ:
+        raise pytest.UsageError(
+            f"Triton {triton}'s interpreter, in which these tests run the kernels, fails with numpy {numpy}: "
+            "pip install 'numpy<2.4', or a newer Triton"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,13 +3,14 @@
 import importlib.metadata
 import re
 import tomllib
+from contextlib import nullcontext
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests import versions
+from tests import conftest, versions
 
 TESTED = versions.read(versions.CONSTRAINTS.read_text(encoding="utf-8"))
 OTHERS = versions.differing(versions.installed(), TESTED)
@@ -64,7 +65,48 @@ def test_what_is_written_is_read():
 
 
 def test_the_core_is_there():
-    assert [path for path in versions.CORE if not (versions.ROOT / path).exists()] == []
+    assert [path for path in versions.OLDER if not (versions.ROOT / path).exists()] == []
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """Every requirement for this platform has one, and tests choose a numpy that old Triton's interpreter can use."""
+    given = [
+        "torch>=2.10",
+        "triton>=3.6; platform_system == 'Linux'",
+        "a-b>=1.2,<2",
+        "c>=1; platform_system == 'Other'",
+    ]
+    oldest = versions.oldest(given)
+    assert oldest == ["torch==2.10", "triton==3.6", "a-b==1.2"]
+    assert versions.for_interpreter(oldest) == [*oldest, "numpy<2.4"]
+    assert versions.for_interpreter(["triton==3.7"]) == ["triton==3.7"]
+    assert versions.for_interpreter(versions.BETWEEN)[-1] == "numpy<2.4"
+    bounds = versions.oldest(PROJECT["dependencies"])
+    assert len(bounds) == len(PROJECT["dependencies"])
+
+
+INTERPRETERS = [
+    ("3.6.0", "2.4.0", True),
+    ("3.6.0", "2.3.5", False),
+    ("3.7.1", "2.4.6", False),
+    ("3.10.0", "2.5.0", False),
+]
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+@pytest.mark.parametrize(("triton", "numpy", "fails"), INTERPRETERS)
+def test_a_numpy_that_the_interpreter_cannot_use_is_refused(
+    triton: str, numpy: str, fails: bool, interpreted: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The tests say what to install, instead of failing one by one; on a GPU the two versions go together."""
+    monkeypatch.setattr(conftest, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if not interpreted:
+        monkeypatch.delenv("TRITON_INTERPRET")
+    with (
+        pytest.raises(pytest.UsageError, match=r"pip install 'numpy<2\.4'") if fails and interpreted else nullcontext()
+    ):
+        conftest.pytest_configure()
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", ".ci/run"])

@@ -1,11 +1,16 @@
-"""The versions that the tests pass with, `constraints.txt`, and the newest that the registries serve.
+"""The versions that the tests pass with, `constraints.txt`, the oldest that pyproject.toml permits, and the newest.
 
     python tests/versions.py renew                 # write constraints.txt: the newest of all but torch
     python tests/versions.py renew torch==2.14.0   # with another torch
     python tests/versions.py core                  # in an environment of its own: run the core of the tests, if any
                                                    # version there is not the one in constraints.txt
+    python tests/versions.py oldest FOLDER         # run the core and the kernels' tests with the oldest versions that
+                                                   # pyproject.toml permits, in the environment FOLDER, made if absent
+    python tests/versions.py between FOLDER        # the same with torch 2.11, Triton 3.6 and transformers 5.17
 
 `renew` takes what a fresh environment gets for `fastpref[dev]`. Run `.ci/run` before you commit what it wrote.
+`oldest` and `between` take options of pytest after FOLDER. PyPI's builds of torch for Linux need CUDA's libraries, so
+an environment takes 5 to 7 GB. The minima in pyproject.toml are versions with which `oldest` passes.
 """
 
 import json
@@ -13,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 import venv
 from collections.abc import Iterable
 from importlib.metadata import distributions
@@ -20,6 +26,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -35,6 +42,9 @@ CORE = (  # tests that use the libraries below: models, data, TRL, and the READM
     "tests/test_examples.py",
     "tests/test_readme.py",
 )
+OLDER = (*CORE, "tests/kernels", "tests/test_ops.py", "tests/step", "tests/losses")  # and what older kernels may break
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "tensorboard", "hatchling", "editables")  # of the tests: any version
+BETWEEN = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0")
 OF_TORCH = ("nvidia-", "cuda-")  # packages that a CUDA build of torch requires in exactly one version
 HEADER = """\
 # The versions that the tests pass with: pip install -c constraints.txt -e ".[dev]"
@@ -91,6 +101,38 @@ def _triton(pip: list[str], torch: str) -> list[str]:
     return [f"triton{requirement.specifier}" for requirement in wanted if requirement.name == "triton"]
 
 
+def oldest(requirements: Iterable[str]) -> list[str]:
+    """Return the requirements with their lower bounds as the only version, without those of other platforms."""
+    parsed = [Requirement(line) for line in requirements]
+    bounds = {
+        r.name: spec.version
+        for r in parsed
+        if r.marker is None or r.marker.evaluate()
+        for spec in r.specifier
+        if spec.operator in (">=", "==")
+    }
+    return [f"{name}=={version}" for name, version in bounds.items()]
+
+
+def for_interpreter(requirements: Iterable[str]) -> list[str]:
+    """Return the requirements with a numpy that the interpreter of their Triton can use."""
+    pinned = list(requirements)
+    triton = next(Version(r.partition("==")[2]) for r in pinned if r.startswith("triton=="))
+    return [*pinned, "numpy<2.4"] if triton < Version("3.7") else pinned
+
+
+def older(folder: Path, requirements: Iterable[str], options: Iterable[str]) -> int:
+    """Run the core and the kernels' tests in an environment of these versions, and return pytest's exit status."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *for_interpreter(requirements), *TOOLS], check=True)
+        subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-e", str(ROOT)], check=True)
+    command = [str(python), "-m", "pytest", "-q", "-m", "not slow and not browser", *OLDER, *options]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
 def core() -> int:
     """Run the core of the tests if any version here is not the tested one, and return pytest's exit status."""
     other = differing(installed(), read(CONSTRAINTS.read_text(encoding="utf-8")))
@@ -110,6 +152,12 @@ def main() -> None:
             renew(torch)
         case ["core"]:
             raise SystemExit(core())
+        case ["oldest", folder, *options]:
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+            needed = oldest([*project["dependencies"], *project["optional-dependencies"]["trl"]])
+            raise SystemExit(older(Path(folder).resolve(), needed, options))
+        case ["between", folder, *options]:
+            raise SystemExit(older(Path(folder).resolve(), [*BETWEEN, "fastpref[trl] @ " + ROOT.as_uri()], options))
         case _:
             raise SystemExit(__doc__)
 

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from fastpref.model.body import device_of
 from fastpref.model.gradient_checkpointing import decoder_layers
@@ -50,7 +51,7 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
 
 
 @contextmanager
-def rounded_once_more(model: nn.Module) -> Iterator[None]:
+def rounded_once_more(model: PreTrainedModel) -> Iterator[None]:
     """Let every decoder layer's output in half precision be rounded once more inside the block, as if at random.
 
     A difference of results that two right computations may have is about the one that this makes.

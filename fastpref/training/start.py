@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from fastpref.allocator import let_segments_grow
 from fastpref.config import Config, load_config
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.order import data_order
@@ -75,6 +76,7 @@ def train(
     except UserError as error:
         end_together(error)
     quiet_libraries()
+    let_segments_grow()
     accelerator, processes = start_processes(config, mixed_precision(config))
     processes.agree(lambda: shared(config, resumed) | code())
     folder = (

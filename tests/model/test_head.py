@@ -140,7 +140,7 @@ def test_large_logits_are_compared_by_their_spacing(
         embeddings.weight = nn.Parameter(embeddings.weight.clone())  # of a head that is tied
         largest = model(torch.arange(4)[None]).logits.abs().max()
         embeddings.weight.mul_(LOGITS[size] / largest)
-    model.to(dtype)
+    model = model.to(dtype=dtype)  # pyright: ignore[reportCallIssue]
     body = body_of(model)
     head = Head(model)
     check_logits(model, body, head)

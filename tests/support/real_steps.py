@@ -30,10 +30,11 @@ def real_steps(
     """
     loaded = load_model(config, CPU)
     checkpoint_layers(loaded.model, layers)
-    mixed = nullcontext if autocast is None else partial(torch.autocast, "cpu", dtype=autocast, cache_enabled=False)
+    half = partial(torch.autocast, "cpu", dtype=autocast, cache_enabled=False)
+    mixed = nullcontext if autocast is None else half
     reference = make_reference(config, loaded, mixed)[0] if config.loss.uses_reference else None
     if autocast is not None:
-        loaded.policy.forward = mixed()(loaded.policy.forward)
+        loaded.policy.forward = half()(loaded.policy.forward)
     if reference is not None and precomputes(config):
         reference = lambda batch: torch.zeros(len(batch.segments))  # noqa: E731
     optimizer = make_optimizer(loaded.policy, config)

@@ -269,9 +269,10 @@ def test_the_device_is_that_of_its_tensors(saved: Callable[[str], Path], monkeyp
     else:
         model = pretrained(config.model, model_config(config.model), torch.float32, CPU)
         stream_weights(model, gpu, Streaming())
-    stream = stream_of(model)
+    stream, head = stream_of(model), model.get_output_embeddings()
     assert stream is not None
-    assert [model.device, stream.device, computes_on(model.get_output_embeddings())] == [CPU] * 3
+    assert head is not None
+    assert [model.device, stream.device, computes_on(head)] == [CPU] * 3
 
 
 def test_a_copy_of_a_layer_keeps_to_the_one_stream(saved: Callable[[str], Path]):
