@@ -46,7 +46,7 @@ def _fused(*inputs: Any, **options: Any) -> Any:
 def kernel_options(query: Tensor, value: Tensor) -> dict[str, Any]:
     """Return the options with which the kernels of these states, [1, heads, T, D] each, fit their GPU."""
     width = max(query.shape[-1], value.shape[-1])
-    options = {"FORCE_USE_FLEX_ATTENTION": True}  # for short rows too: torch has another kernel for less than 128 tokens
+    options = {"FORCE_USE_FLEX_ATTENTION": True}  # torch has another kernel for rows of less than 128 tokens
     if query.device.type != "cuda" or torch.version.hip is not None:
         return options
     shared = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin

@@ -31,7 +31,7 @@ def tree(size: int) -> Forest:
 LAID: dict[str, Callable[[Tensor], Tensor]] = {  # how the states of a layer, [1, heads, T, D], lie in memory
     "by token": lambda states: states,
     "by head": lambda states: states.contiguous(),
-    "part of wider tokens": lambda states: torch.cat([states.transpose(1, 2)] * 2, 2).transpose(1, 2)[:, : states.shape[1]],
+    "part of wider tokens": lambda states: torch.cat([states.transpose(1, 2)] * 2, 2).chunk(2, 2)[0].transpose(1, 2),
     "part of wider heads": lambda states: torch.cat([states] * 2, 3)[..., : states.shape[3]],
 }
 
