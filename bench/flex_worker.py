@@ -55,12 +55,13 @@ def _compiled(shape: dict[str, Any]) -> dict[str, Any]:
             for count in (heads, kv_heads, kv_heads)
         ]
         block_mask(tree, None, DEVICE)  # which is made for the first layer of a model
+    attend: Any = flex_tree_attention
     options = {"scaling": width**-0.5, "softcap": shape["softcap"]}
     dense = mock.patch.object(sys.modules["torch._higher_order_ops.flex_attention"], "math_attention", _refused)
     fault = None
     with compiled_kernels(fake) as kernels, dense:
         try:
-            flex_tree_attention(torch.nn.Identity(), *states, None, tree=tree, **options)
+            attend(torch.nn.Identity(), *states, None, tree=tree, **options)
         except Exception as failure:  # compilers fail in many ways
             fault = f"{type(failure).__name__}: {failure}"[:500]
     return {"fault": fault, "kernels": dict(filter(None, map(_read, kernels)))}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -33,7 +34,7 @@ def compiled_kernels(fake: FakeTensorMode) -> Iterator[list[Any]]:
         with fake:
             return torch.empty_strided(size, stride, dtype=dtype, device=DEVICE)
 
-    guards: Any = torch._C._dynamo.guards
+    guards: Any = import_module("torch._C._dynamo.guards")
     options = {
         "compile_threads": 1,
         "force_disable_caches": True,

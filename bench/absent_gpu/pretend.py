@@ -18,7 +18,8 @@ def pretend(card: Card) -> None:
     fake_tensor.init_gpu_context = lambda *_: None
     _answer_torch(card)
     _answer_dynamo(card)
-    triton.runtime.driver.set_active(_Driver(card))
+    driver: Any = _Driver(card)
+    triton.runtime.driver.set_active(driver)
     triton_helpers.set_driver_to_gpu = _always(None)  # it would replace the driver
 
 

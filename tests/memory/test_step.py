@@ -161,13 +161,11 @@ def test_flex_attention_keeps_keys_and_values_once(deep: Path):
     flex, sdpa = (count_step(config(f"model.attention={kind}"), CUDA, layers=0) for kind in ("flex", "sdpa"))
     assert copies <= sdpa.total - flex.total <= 5 * copies  # and the chains' outputs, joined
     assert count_step(config(), CUDA, layers=0) == flex
-    assert count_step(config("model.attention=varlen"), CUDA, layers=0) == sdpa
-    assert count_step(config("train.layout=padded"), CUDA, layers=0).activations > sdpa.activations
     drops = model_config("llama")
     drops.num_hidden_layers, drops.hidden_size, drops.intermediate_size, drops.attention_dropout = 8, 256, 1024, 0.1
     assert count_step(config(), CUDA, layers=0, architecture=drops).total >= sdpa.total
-    needed = [fewest_layers(config(f"model.attention={kind}"), 8, CUDA, flex.total)[0] for kind in ("flex", "sdpa")]
-    assert needed[0] == 0 < needed[1]
+    assert fewest_layers(config(), 8, CUDA, flex.total)[0] == 0
+    assert fewest_layers(config("model.attention=sdpa"), 8, CUDA, flex.total)[0] > 0
 
 
 def test_a_run_is_counted_with_the_attention_that_it_has(folders: dict[str, Path]):
