@@ -16,6 +16,8 @@ from fastpref.data.table import Examples
 from fastpref.memory.fit import Count, OversizedStep
 from fastpref.memory.step import StepMemory, count_step
 from fastpref.memory.streaming import in_host_memory, streaming_of
+from fastpref.model.attention import has_attention
+from fastpref.model.attention_choice import FLEX, VARLEN
 from fastpref.model.gradient_checkpointing import all_checkpointed, can_be_checkpointed, decoder_layers
 from fastpref.model.load import Loaded
 from fastpref.model.packed import own_quantization
@@ -90,8 +92,10 @@ def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
 
 
 def as_loaded(config: Config, loaded: Loaded) -> Config:
-    """Return the config for counting, with `model.liger` as the loaded model has it."""
-    return config.but({"model.liger": loaded.liger and "auto"})
+    """Return the config for counting, with `model.liger` and `model.attention` as the loaded model has them."""
+    kernel = next((kernel for kernel in (FLEX, VARLEN) if has_attention(loaded.model, kernel.name)), None)
+    attention = "sdpa" if kernel is None else kernel.wanted
+    return config.but({"model.liger": loaded.liger and "auto", "model.attention": attention})
 
 
 def _checkpointed(model: PreTrainedModel) -> int:

@@ -19,7 +19,8 @@ from fastpref.data.longest import longest_possible
 from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.fake_stream import Copies, stream_fakes
-from fastpref.model.attention import NAME, give_attention
+from fastpref.model import flex_attention
+from fastpref.model.attention import NAME, give_attention, layers_reached
 from fastpref.model.failure import told_of_model
 from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import checkpoint_layers, decoder_layers
@@ -154,11 +155,10 @@ def count_step(
         policy = make_policy(bones.model)
     with fake, sizes_alone():
         choice = Choice(layout) if layout else choose_layout(bones.model, policy, config.train.layout, compare=False)
-        if layout is not None and layout != "padded":
-            give_attention(bones.model, NAME)
+        attention = _attention(config, device, bones.model, policy, choice.layout)
     loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)
     with fake, count, count.labelled("reference"):
-        reference = _reference(config, loaded, frozen, autocast)
+        reference = _reference(config, loaded, frozen, attention, autocast)
     # Paging needs a GPU, so paged moments count as if they stayed there.
     unpaged = config.but({"train.optimizer": config.train.optimizer.removeprefix("paged_")})
     optimizer = make_optimizer(loaded.policy, unpaged)  # not fake: bitsandbytes computes tables of numbers
@@ -216,8 +216,30 @@ def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, ke
     return skeleton(other, architecture, getattr(torch, other.model.dtype), kernels=kernels).model
 
 
+def _attention(
+    config: Config, device: torch.device, model: PreTrainedModel, policy: Policy, layout: Layout
+) -> str | None:
+    """Give a model the attention that it would have on a device; return its name, or None for the model's own.
+
+    FlexAttention keeps no copies of keys and values, and SDPA one for each query head. That of flash-attn is counted as
+    SDPA's, which is more.
+    """
+    if layout == "padded":
+        return None
+    give_attention(model, NAME)
+    wanted = device.type == "cuda" and config.model.attention in ("auto", "flex")
+    if wanted and not any(call.dropout for call in layers_reached(policy.backbone)):
+        give_attention(model, flex_attention.NAME)
+        return flex_attention.NAME
+    return NAME
+
+
 def _reference(
-    config: Config, loaded: Loaded, frozen: PreTrainedModel | None, autocast: Callable[..., Any]
+    config: Config,
+    loaded: Loaded,
+    frozen: PreTrainedModel | None,
+    attention: str | None,
+    autocast: Callable[..., Any],
 ) -> Reference | None:
     if not config.loss.uses_reference:
         return None
@@ -227,8 +249,8 @@ def _reference(
     def load(*_: Any) -> PreTrainedModel:
         assert frozen is not None
         materialise(frozen)
-        if loaded.layout != "padded":
-            give_attention(frozen, NAME)
+        if attention is not None:
+            give_attention(frozen, attention)
         return frozen
 
     with warnings.catch_warnings():

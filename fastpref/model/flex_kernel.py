@@ -8,6 +8,7 @@ TORCHDYNAMO_DISABLE. Here each of these raises an error, so the trial in `attent
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,11 +47,16 @@ def _fused(*inputs: Any, **options: Any) -> Any:
 def kernel_options(query: Tensor, value: Tensor) -> dict[str, Any]:
     """Return the options with which the kernels of these states, [1, heads, T, D] each, fit their GPU."""
     width = max(query.shape[-1], value.shape[-1])
-    options = {"FORCE_USE_FLEX_ATTENTION": True}  # for short rows too: torch has another kernel for less than 128 tokens
+    options = {"FORCE_USE_FLEX_ATTENTION": True}  # torch has another kernel for rows of less than 128 tokens
     if query.device.type != "cuda" or torch.version.hip is not None:
         return options
-    shared = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
-    return options | _tiles(width, query.dtype, shared)
+    return options | _tiles(width, query.dtype, _shared_memory(query.device))
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _tiles(width: int, dtype: torch.dtype, shared: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tests.support.runs import LORA
 from tests.support.tiny import config_for, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+AS_LOADED = ("model.liger=false", "model.attention=sdpa")  # what a model has on a CPU
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_what_is_asked_for(llama: Path):
 
 def test_a_gpu_decides_by_what_a_step_takes(llama: Path, monkeypatch: pytest.MonkeyPatch):
     """A GPU checkpoints no layer if the step fits, else the fewest with which it fits, at most all."""
-    config = config_for(llama, LORA, "tokens.max_length=128", "model.liger=false")  # as on a CPU, where it is loaded
+    config = config_for(llama, LORA, "tokens.max_length=128", *AS_LOADED)
     without, one, both = (count_step(config, CUDA, layers=layers).total for layers in (0, 1, 2))
     for available, count in ((without, 0), (one, 1), (both, 2), (both - 1, 2)):
         monkeypatch.setattr(activations, "available", lambda device, given=available: given)

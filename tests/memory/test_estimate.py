@@ -252,7 +252,7 @@ def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):
     peak.start()
     peak.end()
     assert peak.bytes == 0
-    counted = estimator(tmp_path / "cfg.toml", CUDA, LORA, "model.liger=false").take(layers=0)
+    counted = estimator(tmp_path / "cfg.toml", CUDA, LORA, "model.liger=false", "model.attention=sdpa").take(layers=0)
     peak.bytes = round(1.02 * (counted.total - counted.overhead))
     assert re.fullmatch(r"memory of a step: estimated .*\(\+2\.0%\)", peak.against_estimate(config, examples, loaded))
 

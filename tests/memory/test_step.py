@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from bench.step_memory import LLAMA_3_8B
+from fastpref.config import Config
 from fastpref.config.losses import KTO
 from fastpref.memory import step as step_memory
+from fastpref.memory.activations import fewest_layers
+from fastpref.memory.measured import as_loaded
 from fastpref.memory.step import StepMemory, count_step
 from fastpref.model import liger
+from fastpref.model.attention_choice import FLEX, VARLEN
 from fastpref.model.liger import kernels_not_run, take_kernels
+from fastpref.model.load import load_model
 from tests.support.real_steps import real_steps
 from tests.support.tiny import config_for, examples, model_config, save_model
 
@@ -160,6 +165,35 @@ def test_what_the_options_save(deep: Path):
     assert 6 * inputs <= saved <= 7 * inputs  # of all layers except one or two in use
     shallow = count_step(config_for(deep, LORA, "tokens.max_length=8"), CUDA)
     assert total(LORA, "reference.mode=copy") - some[-1] == shallow.weights + shallow.adapters
+
+
+def test_flex_attention_keeps_keys_and_values_once(deep: Path):
+    """On a GPU a step counts with FlexAttention's tensors, and with SDPA's copies of keys and values for each query
+    head if the config or a dropout asks for that; so does the number of checkpointed layers that the memory needs."""
+
+    def config(*overrides: str) -> Config:
+        return config_for(deep, LORA, "loss.type=orpo", "tokens.max_length=128", *overrides)
+
+    heads, kv_heads, width = 4, 2, model_config("llama").hidden_size // 4
+    copies = 2 * 8 * 255 * (heads - kv_heads) * width * 2  # keys and values of 8 layers for 255 tokens in bfloat16
+    flex, sdpa = (count_step(config(f"model.attention={kind}"), CUDA, layers=0) for kind in ("flex", "sdpa"))
+    assert copies <= sdpa.total - flex.total <= 5 * copies  # and the chains' outputs, joined
+    assert count_step(config(), CUDA, layers=0) == flex
+    drops = model_config("llama")
+    drops.num_hidden_layers, drops.hidden_size, drops.intermediate_size, drops.attention_dropout = 8, 256, 1024, 0.1
+    assert count_step(config(), CUDA, layers=0, architecture=drops).total >= sdpa.total
+    assert fewest_layers(config(), 8, CUDA, flex.total)[0] == 0
+    assert fewest_layers(config("model.attention=sdpa"), 8, CUDA, flex.total)[0] > 0
+
+
+def test_a_run_is_counted_with_the_attention_that_it_has(folders: dict[str, Path]):
+    """The attention of a loaded model decides, whatever the config asks for: its GPU may have refused FlexAttention."""
+    config = config_for(folders["llama"], LORA)
+    loaded = load_model(config, CPU)
+    assert as_loaded(config, loaded).model.attention == "sdpa"
+    for kernel in (FLEX, VARLEN):
+        loaded.model.set_attn_implementation(kernel.name)
+        assert as_loaded(config, loaded).model.attention == kernel.wanted
 
 
 def test_half_precision_keeps_no_copies_of_float32_weights(deep: Path):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastpref.data.batch import collate
 from fastpref.data.forest import Forest
 from fastpref.model import attention, flex_attention, flex_kernel
-from fastpref.model.attention import LayerCall
+from fastpref.model.attention import LayerCall, layers_reached
 from fastpref.model.attention_choice import FLEX, fault
+from fastpref.model.load import load_model
 from tests.support.flex_graphs import Graphs, graphs
 from tests.support.forests import CALL, CALLS, inputs, layout
+from tests.support.tiny import config_for, examples, save_model
 
 __all__ = ["graphs"]  # a fixture
 CPU = torch.device("cpu")
@@ -31,7 +35,7 @@ def tree(size: int) -> Forest:
 LAID: dict[str, Callable[[Tensor], Tensor]] = {  # how the states of a layer, [1, heads, T, D], lie in memory
     "by token": lambda states: states,
     "by head": lambda states: states.contiguous(),
-    "part of wider tokens": lambda states: torch.cat([states.transpose(1, 2)] * 2, 2).transpose(1, 2)[:, : states.shape[1]],
+    "part of wider tokens": lambda states: torch.cat([states.transpose(1, 2)] * 2, 2).chunk(2, 2)[0].transpose(1, 2),
     "part of wider heads": lambda states: torch.cat([states] * 2, 3)[..., : states.shape[3]],
 }
 
@@ -124,6 +128,22 @@ def test_training_compiles_nothing_that_the_trial_has_not(graphs: Graphs, half: 
         with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False), torch.set_grad_enabled(learning):
             attend(call, 300, gradients=gradients, laid=laid)
     assert len(graphs) == graphs.fused == 2
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt-oss", "phi3-longrope"])
+def test_a_model_trains_on_the_graphs_of_its_trial(graphs: Graphs, tmp_path: Path, kind: str):
+    """With adapters, gradient checkpointing, windows and a reference, a model's layers take the graphs of the trial."""
+    overrides = ("train.checkpointing=true", 'lora={rank=2, target=["o_proj"]}')
+    loaded = load_model(config_for(save_model(kind, tmp_path), *overrides), CPU)
+    assert fault(FLEX, layers_reached(loaded.policy.backbone), torch.float32, CPU) is None
+    made = len(graphs)
+    loaded.model.set_attn_implementation(flex_attention.NAME)
+    batch = collate(examples(30), "tree")
+    assert batch.input_ids.shape[1] > 2 * flex_attention.BLOCK
+    with torch.no_grad():
+        loaded.policy(batch)
+    loaded.policy.train()(batch).logp.sum().backward()
+    assert len(graphs) == graphs.fused == made
 
 
 def test_what_is_not_compiled_is_an_error(graphs: Graphs, monkeypatch: pytest.MonkeyPatch):

@@ -20,6 +20,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, T5Config, T
 import fastpref
 from fastpref.errors import UserError
 from fastpref.kernels import linear_logprob_torch
+from fastpref.patch import plan
 from fastpref.patch.plan import make_plan
 from fastpref.patch.trainers import HOMES, find_trainer
 from tests.support.paths import EXAMPLES
@@ -182,7 +183,7 @@ def test_prompt_learning_is_left_to_trl(root: Path, caplog: pytest.LogCaptureFix
 
 def test_models_that_are_left_to_trl(root: Path) -> None:
     """Encoder-decoders, vision-language models, and modules that are no transformers model are refused by name."""
-    trainer = SimpleNamespace(args=SimpleNamespace())
+    trainer = SimpleNamespace(args=SimpleNamespace(), accelerator=SimpleNamespace(mixed_precision="no"))
     small: dict[str, Any] = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     t5 = T5ForConditionalGeneration(T5Config(**small))
     assert "t5 is an encoder-decoder" in str(make_plan(trainer, t5, sharing=True).refused)
@@ -201,6 +202,20 @@ def test_models_that_are_left_to_trl(root: Path) -> None:
     compiled = SimpleNamespace(args=SimpleNamespace(torch_compile=True))
     assert "torch.compile" in str(make_plan(compiled, llama, sharing=True).refused)
     assert make_plan(trainer, llama, sharing=True).refused is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", torch.float32)]
+)
+def test_attention_is_tried_in_the_dtype_that_training_uses(
+    monkeypatch: pytest.MonkeyPatch, root: Path, precision: str, dtype: torch.dtype
+) -> None:
+    """FlexAttention of a model in float32 is tried in the trainer's mixed precision: float32 may not fit the GPU."""
+    tried: list[torch.dtype] = []
+    monkeypatch.setattr(plan, "why_not", lambda kernel, calls, dtype, device: tried.append(dtype) or "no GPU")
+    trainer = SimpleNamespace(args=SimpleNamespace(), accelerator=SimpleNamespace(mixed_precision=precision))
+    assert make_plan(trainer, make_model("llama", root), sharing=True).padded is None
+    assert tried == [dtype]
 
 
 def test_a_script_runs_patched(tmp_path: Path) -> None:
