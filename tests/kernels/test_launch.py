@@ -3,11 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from fastpref.kernels import linear_logprob_launch as launch
 from fastpref.kernels import linear_logprob_op as op
 from fastpref.kernels.preference_loss_launch import pair_loss, row_loss
 from fastpref.kernels.preference_loss_spec import LossSpec
@@ -85,7 +87,7 @@ def gpu() -> Iterator[FakeGpu]:
 def test_a_walk_runs_on_its_tensors_device_and_never_waits(gpu: FakeGpu, case: str, mode: str) -> None:
     """Every launch is on the tensors' device, and no operation makes the host wait: it can run ahead of the GPU."""
     walk(300, mode, **WALKS[case])
-    assert {launch.device for launch in gpu.launches} == {DEVICE}
+    assert {call.device for call in gpu.launches} == {DEVICE}
     assert gpu.waits == []
     assert len(gpu.launches) >= 2
 
@@ -108,7 +110,7 @@ def test_memory_of_a_real_head(gpu: FakeGpu, n: int, mode: str) -> None:
 def test_losses_run_on_their_tensors_device(gpu: FakeGpu) -> None:
     """So do the kernels of the preference losses, whose numbers are copied to a GPU once a run."""
     losses(100)
-    assert [launch.device for launch in gpu.launches] == [DEVICE] * 4
+    assert [call.device for call in gpu.launches] == [DEVICE] * 4
 
 
 def test_a_kernel_is_compiled_once_for_all_lengths(gpu: FakeGpu) -> None:
@@ -123,10 +125,10 @@ def test_a_kernel_is_compiled_once_for_all_lengths(gpu: FakeGpu) -> None:
             for mode in MODES:
                 walk(n, mode, **settings)
         losses(n)
-        for launch in gpu.launches:
-            constants = str(sorted((name, str(value)) for name, value in launch.options.items()))
-            dtypes = tuple(value.dtype for value in launch.arguments if isinstance(value, torch.Tensor))
-            signatures[launch.name, constants, dtypes].add(launch.key())
+        for call in gpu.launches:
+            constants = str(sorted((name, str(value)) for name, value in call.options.items()))
+            dtypes = tuple(value.dtype for value in call.arguments if isinstance(value, torch.Tensor))
+            signatures[call.name, constants, dtypes].add(call.key())
     assert len({name for name, *_ in signatures}) == 7
     several = {what: keys for what, keys in signatures.items() if len(keys) > 1}
     assert several == {}
@@ -136,12 +138,19 @@ def test_rounding_does_not_depend_on_the_environment(gpu: FakeGpu) -> None:
     """Every launch says whether a·b + c may be one instruction, whose default Triton takes from the environment."""
     walk(300, "frozen")
     losses(100)
-    assert {launch.options["enable_fp_fusion"] for launch in gpu.launches} == {True}
+    assert {call.options["enable_fp_fusion"] for call in gpu.launches} == {True}
 
 
 def test_the_host_does_not_wait_is_a_check_that_can_fail(gpu: FakeGpu) -> None:
     """A copy of numbers from the host is seen, and a number read back is an error of the fake tensors."""
     torch.tensor([1.0, 2.0], device=DEVICE)
     assert len(gpu.waits) == 1
+    with mock.patch.object(launch._Statistics, "of_no_columns", _copied_from_the_host):
+        walk(300, "frozen")
+    assert len(gpu.waits) == 2
     with pytest.raises(DataDependentOutputException):
         torch.zeros(1, device=DEVICE).item()
+
+
+def _copied_from_the_host(rows: int, device: torch.device) -> launch._Statistics:
+    return launch._Statistics(*torch.tensor([0.0] * 8, device=device)[:, None].repeat(1, rows).unbind(0))

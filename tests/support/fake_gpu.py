@@ -142,7 +142,8 @@ class _Watch(TorchDispatchMode):
         tensors = [t for t in (*args, result) if isinstance(t, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and tensors[0].device.type == "cuda":
             self.gpu.waits.append(str(func))
-        copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        # Inside an operator of ours a copy is not taken apart yet: it may be any overload of `to`.
+        copies = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten.to)
         if copies and len({t.device.type for t in tensors}) == 2 and not kwargs.get("non_blocking"):
             self.gpu.waits.append(f"{func} {' to '.join(str(t.device) for t in tensors)}")
         return result
