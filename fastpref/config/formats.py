@@ -4,9 +4,11 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
+
+from fastpref.config.paths import PathMark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,3 +223,24 @@ def _options(name: str, options: dict[str, Any]) -> Any:
         "tools": "a list of tools' JSON schemas, or the column that holds them",
     }.get(option, "text")
     raise ValueError(f"{option}: must be {wanted}, got {options[option]!r}")
+
+
+def _known_format(value: Any) -> Any:
+    parse_format(value)
+    return value
+
+
+def _map_format(value: Any, change: Callable[[str], Any]) -> Any:
+    """Apply `change` to the file of a function `module:function` and to the chat template of a format."""
+    if isinstance(value, str):
+        return map_file(value, change) if is_function(value) else value
+    template = value.get("chat_template") if isinstance(value, dict) else None
+    return {**value, "chat_template": change(template)} if template and isinstance(template, str) else value
+
+
+Format = Annotated[
+    str | dict[str, Any],
+    PlainValidator(_known_format),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+    PathMark(inside=_map_format),
+]

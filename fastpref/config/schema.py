@@ -1,7 +1,7 @@
 """The schema of a config: one strict and frozen table for each section of the TOML file. Nothing here imports torch."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -10,20 +10,18 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
-    PlainValidator,
     Strict,
     TypeAdapter,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )  # fmt: skip
 from pydantic_core import core_schema
 
-from fastpref.config.formats import is_function, map_file, parse_format
+from fastpref.config.formats import Format
 from fastpref.config.keywords import check_keywords
 from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions, NonNegative, Positive
-from fastpref.config.paths import PathMark, ReadPath, WrittenPath
+from fastpref.config.paths import ReadPath, WrittenPath
 
 
 class _Section(BaseModel):
@@ -109,27 +107,6 @@ class LoraConfig(_Section):
 def is_pattern(entry: str) -> bool:
     """Return whether an entry of `lora.target` or `lora.exclude` is a regular expression instead of a module's name."""
     return re.fullmatch(r"[\w.-]+", entry) is None
-
-
-def _known_format(value: Any) -> Any:
-    parse_format(value)
-    return value
-
-
-def _map_format(value: Any, change: Callable[[str], Any]) -> Any:
-    """Apply `change` to the file of a function `module:function` and to the chat template of a format."""
-    if isinstance(value, str):
-        return map_file(value, change) if is_function(value) else value
-    template = value.get("chat_template") if isinstance(value, dict) else None
-    return {**value, "chat_template": change(template)} if template and isinstance(template, str) else value
-
-
-Format = Annotated[
-    str | dict[str, Any],
-    PlainValidator(_known_format),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
-    PathMark(inside=_map_format),
-]
 
 
 Pairing = Literal["best-worst", "best-rest", "all", "adjacent"]
