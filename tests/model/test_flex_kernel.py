@@ -62,8 +62,12 @@ def attend(
             assert error < (5e-2 if half else 1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+EVERYTHING = pytest.param(CALLS["everything"], torch.bfloat16, id="everything in half precision")
+
+
+@pytest.mark.parametrize(
+    ("call", "dtype"), [*(pytest.param(call, torch.float32, id=name) for name, call in CALLS.items()), EVERYTHING]
+)
 def test_every_option_is_one_graph_with_gradients(graphs: Graphs, call: LayerCall, dtype: torch.dtype):
     """With every option of a layer, forward and backward are FlexAttention's operator, and give what SDPA gives."""
     assert fault(FLEX, [call], dtype, CPU) is None
@@ -75,7 +79,7 @@ def test_every_option_is_one_graph_with_gradients(graphs: Graphs, call: LayerCal
 
 def test_other_caps_and_scales_are_other_constants(graphs: Graphs):
     """A softcap or scale that changes between layers is compiled again, and never another layer's."""
-    calls = [replace(CALL, softcap=cap, scaling=scale) for cap, scale in product((3.0, 5.0, None), (None, 0.1, 0.3))]
+    calls = [replace(CALL, softcap=cap, scaling=scale) for cap, scale in product((3.0, 5.0), (None, 0.1))]
     assert fault(FLEX, [*calls, *reversed(calls)], torch.float32, CPU) is None
     assert len(graphs) == graphs.fused == 2 * len(calls)
 
