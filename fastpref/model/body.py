@@ -33,6 +33,13 @@ def device_of(module: nn.Module) -> torch.device:
     return module.device if isinstance(module, PreTrainedModel) else next(module.parameters()).device
 
 
+def numbered(device: torch.device) -> torch.device:
+    """Return a GPU with its number: Accelerate's device is "cuda", which does not equal the "cuda:0" of its tensors."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def around_body(model: Callable[..., Any], body: nn.Module, output: Any, **options: Any) -> Any:
     """Return the result of a model, or its forward, with further options, and with a body that returns `output`.
 

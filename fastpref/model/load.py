@@ -21,7 +21,7 @@ from fastpref.model.adapters.fresh import adapter_notes, with_adapters
 from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.attention_choice import choose_attention
-from fastpref.model.body import body_of
+from fastpref.model.body import body_of, numbered
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import explained, hub_options, model_config
 from fastpref.model.head import Head, OwnLogits, find_head
@@ -82,7 +82,7 @@ def load_model(
     Raises UserError for a model that does not exist, is no causal language model, or has no safetensors, and for one
     that cannot be streamed, or not in the host's free memory.
     """
-    architecture = model_config(config.model)
+    device, architecture = numbered(device), model_config(config.model)
     kernels = liger.wants_kernels(config.model.liger, device.type, architecture)
     place, dtype = torch.device("cpu") if sharded or streaming is not None else device, weight_dtype(config, device)
     if streaming is not None:
