@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -47,7 +48,7 @@ attention.register_autograd(_backward, setup_context=_keep)
 def attention_of_fakes() -> Iterator[None]:
     """Let SDPA and FlexAttention of fake CUDA tensors be `attention` inside the block."""
     library = torch.library.Library("aten", "IMPL")
-    flex_attention._flex.cache_clear()
+    forget_caches(flex_attention)
     try:
         library.impl("scaled_dot_product_attention", _sdpa, "AutogradCUDA")
         # What is compiled on a card is called as it is.
@@ -57,8 +58,15 @@ def attention_of_fakes() -> Iterator[None]:
         ):
             yield
     finally:
-        flex_attention._flex.cache_clear()
+        forget_caches(flex_attention)
         library._destroy()
+
+
+def forget_caches(module: ModuleType) -> None:
+    """Empty the caches of a module's functions, which may hold fake tensors, or what is compiled for real ones."""
+    for function in list(vars(module).values()):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def _sdpa(

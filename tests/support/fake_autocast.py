@@ -4,6 +4,7 @@ The operators are those for which torch has an autocast kernel for CUDA; their k
 `aten/src/ATen/autocast_mode.h`: half precision, the widest dtype of the arguments, and float32 for all others.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,10 +32,12 @@ def autocast_of_fakes() -> Iterator[None]:
     """Let autocast cast fake CUDA tensors inside the block."""
     library = torch.library.Library("aten", "IMPL")
     try:
-        for name in _names():
-            base, _, overload = name.removeprefix("aten::").partition(".")
-            operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-            library.impl(operator, partial(_cast, operator, base), "AutocastCUDA")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")  # of the replaced kernels
+            for name in _names():
+                base, _, overload = name.removeprefix("aten::").partition(".")
+                operator = getattr(getattr(torch.ops.aten, base), overload or "default")
+                library.impl(operator, partial(_cast, operator, base), "AutocastCUDA")
         yield
     finally:
         library._destroy()

@@ -31,7 +31,7 @@ _MEMORY = 80 << 30
 class FakeCuda(FakeTensorMode):
     """A FakeTensorMode whose CUDA tensors are meta tensors to C++, and that makes no meta tensors."""
 
-    avoid_device_init = True  # torch.tensor makes a tensor of the host, and copies it to its device
+    avoid_device_init: Any = True  # torch.tensor makes a tensor of the host, and copies it to its device
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -43,7 +43,7 @@ class FakeCuda(FakeTensorMode):
         if device is not None and torch.device(device).type == "meta":
             kwargs = {**kwargs, "device": CUDA}
         pinned = bool((kwargs or {}).get("pin_memory"))
-        out = super().__torch_dispatch__(func, types, args, {**kwargs, "pin_memory": False} if pinned else kwargs)
+        out: Any = super().__torch_dispatch__(func, types, args, {**kwargs, "pin_memory": False} if pinned else kwargs)
         if pinned:
             out.pinned = True
         if func is torch.ops.aten.lift_fresh.default:
@@ -60,22 +60,23 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeCuda]:
     def dispatched(func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _device_for_cpp(args[0]) if func is _DEVICE_OF else dispatch(func, types, args, kwargs or {})
 
+    replaced: list[tuple[Any, str, Any]] = [
+        *((torch.cuda, name, value) for name, value in _module(capability).items()),
+        (torch._C, "_group_tensors_by_device_and_dtype", _grouped),
+        (fake_tensor, "init_gpu_context", _ignored),
+        (FakeTensor, "__torch_dispatch__", staticmethod(dispatched)),
+        (FakeTensor, "is_cuda", property(on_cuda)),
+        (FakeTensor, "tolist", _to_list),
+        (FakeTensor, "__deepcopy__", _deep_copy),
+        (Tensor, "to", _to),
+        (Tensor, "record_stream", _ignored),
+        (nn.Module, "_apply", _applied),
+    ]
+    handlers = {_DEVICE_OF: lambda args: _device_for_cpp(args[0])}
     with ExitStack() as patches:
-        for name, value in _module(capability).items():
-            patches.enter_context(mock.patch.object(torch.cuda, name, value))
-        handlers = {_DEVICE_OF: lambda args: _device_for_cpp(args[0])}
+        for owner, name, value in replaced:
+            patches.enter_context(mock.patch.object(owner, name, value))
         patches.enter_context(mock.patch.dict(fake_tensor._DISPATCH_META_HANDLERS, handlers))
-        patches.enter_context(mock.patch.object(FakeTensor, "__torch_dispatch__", staticmethod(dispatched)))
-        is_cuda = property(lambda tensor: tensor.device.type == "cuda")
-        patches.enter_context(mock.patch.object(FakeTensor, "is_cuda", is_cuda, create=True))
-        patches.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
-        patches.enter_context(mock.patch.object(FakeTensor, "tolist", _to_list))
-        patches.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deep_copy))
-        patches.enter_context(mock.patch.object(Tensor, "to", _to))
-        patches.enter_context(mock.patch.object(Tensor, "record_stream", lambda tensor, stream: None))
-        patches.enter_context(mock.patch.object(nn.Module, "_apply", _applied))
-        grouped = "_group_tensors_by_device_and_dtype"
-        patches.enter_context(mock.patch.object(torch._C, grouped, _grouped))
         patches.enter_context(autocast_of_fakes())
         patches.enter_context(attention_of_fakes())
         patches.enter_context(mode)
@@ -94,7 +95,8 @@ def _device_for_cpp(tensor: FakeTensor) -> torch.device:
 
 def _to(tensor: Tensor, *args: Any, _to: Callable[..., Tensor] = Tensor.to, **options: Any) -> Tensor:
     """Call `Tensor.to` with "cuda:0" for "cuda", whose number C++ would ask of the driver."""
-    numbered = [CUDA if isinstance(a, torch.device | str) and str(a) == "cuda" else a for a in (*args, *options.values())]
+    given = (*args, *options.values())
+    numbered = [CUDA if isinstance(value, torch.device | str) and str(value) == "cuda" else value for value in given]
     return _to(tensor, *numbered[: len(args)], **dict(zip(options, numbered[len(args) :])))
 
 
@@ -208,6 +210,9 @@ def _module(capability: tuple[int, int]) -> dict[str, Any]:
     functions |= {name: lambda *args: nullcontext() for name in ("stream", "device", "device_of")}
     library = SimpleNamespace(cudaHostRegister=_returns(0), cudaHostUnregister=_returns(0))
     return functions | {"Stream": Stream, "Event": Event, "cudart": _returns(library)}
+
+
+def _ignored(*args: Any) -> None: ...
 
 
 def _returns(value: Any) -> Callable[..., Any]:

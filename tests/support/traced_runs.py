@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils._python_dispatch import _disable_current_modes
@@ -28,13 +27,14 @@ from fastpref.training import start
 from fastpref.training.progress import Display
 from tests.support.paths import QUICKSTART_MODEL
 from tests.support.tiny import model_config
-from tests.support.trace import Event, Trace, traced
+from tests.support.trace import Event, Launch, Trace, traced
 
 # Prompts with the same system text, so that rows share beginnings; so a step has several micro-batches.
 _SYSTEM = {"role": "system", "content": "You answer briefly, and say so if you do not know."}
 _CONFIG = """
 [model]
 name = "model"
+streaming = false
 [[data]]
 path = "rows.jsonl"
 [[eval.data]]
@@ -57,12 +57,16 @@ class Part:
     """A part of a run: an evaluation, a step, or the computation of the reference beforehand."""
 
     events: list[Event] = field(default_factory=list)
-    launches: Counter[str] = field(default_factory=Counter)
+    launches: list[Launch] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
 
     def counted(self) -> Counter[tuple[str, str]]:
         """Count the events by kind and place."""
         return Counter((event.kind, event.place) for event in self.events)
+
+    def launched(self, kernel: str) -> int:
+        """Return how often a kernel was launched."""
+        return sum(launch.kernel == kernel for launch in self.launches)
 
 
 @dataclass
@@ -75,9 +79,7 @@ class TracedRun:
     notes: list[str] = field(default_factory=list)
 
 
-def traced_run(
-    folder: Path, *overrides: str, kind: str = "llama", capability: tuple[int, int] = (9, 0)
-) -> TracedRun:
+def traced_run(folder: Path, *overrides: str, kind: str = "llama", capability: tuple[int, int] = (9, 0)) -> TracedRun:
     """Train one step by a config with these overrides, with two evaluations, in an empty folder.
 
     The model has fake weights in the dtypes, the bits and on the device of a loaded one. The numbers that a model is
@@ -103,7 +105,8 @@ def traced_run(
         replace(Display, "step", lambda *args: setattr(run, "step", _add(trace, Part())))
         replace(Display, "evaluation", lambda *args: setattr(run, "evaluation", _add(trace, Part())))
         fastpref.train(config)
-        gc.collect()  # what unlocks its memory needs the device
+        if config.model.streaming:
+            gc.collect()  # what unlocks the layers' memory needs the device
     return run
 
 
@@ -125,7 +128,9 @@ def _written(folder: Path, kind: str, overrides: tuple[str, ...]) -> Config:
             shutil.copy(path, model)
     architecture = model_config(kind)
     architecture.vocab_size = json.loads((QUICKSTART_MODEL / "config.json").read_text())["vocab_size"]
-    architecture.architectures = [f"{type(architecture).__name__.removesuffix('Config').removesuffix('Text')}ForCausalLM"]
+    architecture.architectures = [
+        f"{type(architecture).__name__.removesuffix('Config').removesuffix('Text')}ForCausalLM"
+    ]
     architecture.save_pretrained(model)
     lists = any(override in ("loss.type=pl", "loss.type=lipo") for override in overrides)
     for name, places in (("rows", range(4)), ("heldout", range(4, 6))):
@@ -180,8 +185,7 @@ def _alone() -> Iterator[None]:
     before = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState, GradientState)]
     reset()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            yield
+        yield
     finally:
         reset()
         for state, values in before:

@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-import accelerate.state
 import pytest
 import torch
+from accelerate.state import PartialState
 
+from bench.compile_report import variants
 from tests.support.pairwise import Row, covering, whole_product
+from tests.support.trace import Launch
 from tests.support.traced_runs import Part, TracedRun, traced_run
 
 LORA, EVERY = "lora={rank=4}", "train.checkpointing=true"
@@ -55,7 +58,7 @@ def always(count: int) -> Count:
 
 
 def launches(kernel: str) -> Count:
-    return lambda part: part.launches[kernel]
+    return lambda part: part.launched(kernel)
 
 
 def updates(part: Part) -> int:
@@ -87,7 +90,7 @@ FLOAT32_HEAD = Allowed(
 HEAD_ROWS = Allowed(
     "wait",
     "fastpref/kernels/head_weight.py:OffloadedWeight.gather",
-    lambda part: 2 * part.launches["_gradient_kernel"],
+    lambda part: 2 * part.launched("_gradient_kernel"),
     "to be mended: the targets' rows of a head in host memory are gathered there, their numbers copied to the host",
 )
 HALF_WEIGHTS = Allowed(
@@ -146,8 +149,8 @@ def check_row(folder: Path, row: Row) -> None:
     given = overrides(row)
     run = traced_run(folder, *given)
     check(run, given)
-    assert run.step.launches["_walk_kernel"] >= 1
-    assert (run.step.launches["_rms_norm_forward_kernel"] > 0) == row["liger"]
+    assert run.step.launched("_walk_kernel") >= 1
+    assert (run.step.launched("_rms_norm_forward_kernel") > 0) == row["liger"]
     assert run.step.operations.count("fake_cuda::attention") > 0
     assert updates(run.step) > 0
 
@@ -184,3 +187,74 @@ OTHER_RUNS = [
 def test_other_models_and_options(kind: str, given: list[str], further: list[Allowed], tmp_path: Path):
     """Softcaps, sinks, experts, other layouts and references, losses of the whole step, and a trained head."""
     check(traced_run(tmp_path, *given, kind=kind), given, further)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("qwen3", [LORA, "model.streaming=true"]),
+        ("llama-tied", [LORA, "model.streaming=true", "model.quantization=nf4", "loss.type=kto"]),
+        ("gemma2", [LORA, "model.streaming=true", EVERY, "train.offload_activations=true", "loss.type=orpo"]),
+    ],
+    ids=str,
+)
+def test_streamed_layers(kind: str, given: list[str], tmp_path: Path):
+    """A streamed model has the fused head and liger's kernels, and the host waits for the token ids of no pass."""
+    run = traced_run(tmp_path, *given, kind=kind)
+    assert any(note.startswith("streaming: 2 of 2 layers") for note in run.notes)
+    assert not any("own code" in note or "not taken" in note for note in run.notes)
+    assert run.step.launched("_walk_kernel") > 0
+    check(run, given, [HEAD_ROWS])
+
+
+@pytest.mark.parametrize("given", [[LORA, "model.streaming=true"], ["loss.type=orpo"]], ids=str)
+def test_a_gpu_without_a_number_is_one_with_it(given: list[str], tmp_path: Path):
+    """Accelerate's device is "cuda", which does not equal a tensor's "cuda:0": nothing may depend on that."""
+    numbered = property(lambda state: torch.device("cuda", 0))
+    without = traced_run(tmp_path / "without", *given)
+    with mock.patch.object(PartialState, "default_device", numbered):
+        numbered = traced_run(tmp_path / "with", *given)
+    assert [note for note in numbered.notes if "on cuda:0" in note]
+    for one, other in ((without.step, numbered.step), (without.evaluation, numbered.evaluation)):
+        assert one.operations == other.operations
+        assert one.events == other.events
+        assert one.launches == other.launches
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 0)])
+def test_other_cards(capability: tuple[int, int], tmp_path: Path):
+    """A T4 computes in float16, with a scaled loss and the library's products in the head; nothing waits there."""
+    run = traced_run(tmp_path, LORA, capability=capability)
+    check(run, [LORA])
+    assert ("aten::_amp_foreach_non_finite_check_and_unscale_" in run.step.operations) == (capability < (8, 0))
+
+
+def test_launches_are_those_that_the_compile_report_compiles(tmp_path: Path):
+    """Every main loop of these runs has the tile, the mode and the dtypes of a kernel that the report compiles."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    compiled = {
+        (v.architecture, _NAMES[v.constants["MODE"]], types[v.dtype], v.tile.warps, v.tile.stages, *_tile(v.constants))
+        for v in variants()
+        if v.tile is not None
+    }
+    given = [[LORA], ["loss.type=orpo"], [LORA, "loss.type=kto", "model.attention=sdpa"]]
+    for number, (kind, capability) in enumerate([("llama", (9, 0)), ("gemma2", (8, 9)), ("llama", (7, 5))]):
+        run = traced_run(tmp_path / str(number), *given[number], kind=kind, capability=capability)
+        walks = [launch for launch in (*run.step.launches, *run.evaluation.launches) if launch.kernel == "_walk_kernel"]
+        assert walks
+        for walk in walks:
+            assert (capability[0] * 10 + capability[1], *_main_loop(walk)) in compiled
+
+
+_NAMES = {0: "forward", 1: "exp", 2: "gradient"}
+
+
+def _tile(constants: dict[str, Any]) -> list[Any]:
+    return [constants[name] for name in ("FUSED", "BLOCK_N", "BLOCK_V", "BLOCK_H", "PRECISION")]
+
+
+def _main_loop(walk: Launch) -> tuple[Any, ...]:
+    mode, constants = _NAMES[walk.constants["MODE"]], walk.constants
+    operands = ["p_hidden", "p_weight", *([] if mode == "forward" else ["p_tile"])]
+    (dtype,) = {walk.dtypes[name] for name in operands}
+    return mode, dtype, constants["num_warps"], constants["num_stages"], *_tile(constants)

@@ -80,7 +80,7 @@ def _tiles(weight: Tensor, device: torch.device) -> Iterator[Tensor]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """Return a tensor on a device. What was copied from the host is there already, and the host need not wait for it."""
+    """Return a tensor on a device. For token ids that were copied from the host, the host need not wait."""
     if not isinstance(value, Tensor):
         return value
     there = copied_from(value) if device.type == "cpu" else None
