@@ -37,6 +37,7 @@ from fastpref.data.forest import (
 )
 
 Layout = Literal["tree", "packed", "padded"]
+_COPIED_FROM = "_fastpref_copied_from"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class PreferenceBatch:
     @property
     def ranking(self) -> Tensor:
         """The scores [E, K] of lists; a pair is a list of two, in which the chosen completion has 1, the other 0."""
-        pair = torch.tensor([[1.0, 0.0]], device=self.index.device)
+        pair = torch.arange(1, -1, -1, dtype=torch.float32, device=self.index.device)
         return pair.expand(self.examples, 2) if self.scores is None else self.scores
 
     @property
@@ -90,7 +91,15 @@ class PreferenceBatch:
 
     def to(self, device: torch.device | str) -> "PreferenceBatch":
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        if moved["input_ids"] is not self.input_ids:
+            setattr(moved["input_ids"], _COPIED_FROM, self.input_ids)
+        return replace(self, **moved)
+
+
+def copied_from(tensor: Tensor) -> Tensor | None:
+    """Return the token ids on the host of which a batch's `input_ids` on a device are a copy, or None."""
+    return getattr(tensor, _COPIED_FROM, None)
 
 
 def collate(

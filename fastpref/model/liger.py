@@ -204,11 +204,10 @@ def _expected(model: PreTrainedModel, changes: list[_Replaced]) -> set[str]:
 def _kind(module: nn.Module) -> str | None:
     """Return the kind of a module's kernel: a value of _KINDS, liger's name for a kernel not used here, or None."""
     forward = vars(module).get("forward")
-    name = type(module).__name__ if forward is None else forward.__func__.__qualname__
-    home = type(module).__module__ if forward is None else forward.__func__.__module__
-    if not home.startswith("liger_kernel"):
+    code = type(module) if forward is None else getattr(forward, "__func__", forward)
+    if not getattr(code, "__module__", "").startswith("liger_kernel"):  # a head in host memory has a `partial`
         return None
-    return next((ours for theirs, ours in _KINDS.items() if theirs in name), name)
+    return next((ours for theirs, ours in _KINDS.items() if theirs in code.__qualname__), code.__qualname__)
 
 
 def _same_activation(module: nn.Module, kind: str) -> bool:

@@ -29,6 +29,7 @@ from fastpref.model import liger
 from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.load import Loaded, load_model
 from fastpref.model.policy import Policy
+from fastpref.model.streaming.tables import keep_head
 from tests.support.tiny import config_for, examples, model_config, save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -191,6 +192,13 @@ def test_what_is_expected_and_not_taken_is_told(
     missing = [] if kind is None else [f"liger-kernel: its {kind} for llama models is not taken: {why}"]
     notes = [f"liger-kernel: {kinds}", *missing]
     assert liger.give_kernels(model, model.model, must=True, trial=None) == (True, notes)
+
+
+def test_a_module_may_have_a_forward_that_is_no_method():
+    """A head that stays in host memory is called through a function; the body gets its kernels all the same."""
+    model = plain("llama")
+    keep_head(model.get_output_embeddings(), CPU, lambda size: torch.empty(size, dtype=torch.uint8))
+    assert liger.give_kernels(model, model.model, must=True, trial=None)[0]
 
 
 def test_a_class_that_has_another_name_now_is_missed(monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from fastpref.data.batch import copied_from
 from fastpref.model.streaming.layers import Allocate
 
 _ROWS = 1 << 13  # of a head's weight that are on the device at once, where the model's own code makes the logits
@@ -78,5 +79,9 @@ def _tiles(weight: Tensor, device: torch.device) -> Iterator[Tensor]:
     return (rows.to(device, non_blocking=True) for rows in weight.split(_ROWS))
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return a tensor on a device. For token ids that were copied from the host, the host need not wait."""
+    if not isinstance(value, Tensor):
+        return value
+    there = copied_from(value) if device.type == "cpu" else None
+    return value.to(device, non_blocking=device.type != "cpu") if there is None else there
