@@ -197,7 +197,8 @@ def test_what_is_expected_and_not_taken_is_told(
 def test_a_module_may_have_a_forward_that_is_no_method():
     """A head that stays in host memory is called through a function; the body gets its kernels all the same."""
     model = plain("llama")
-    keep_head(model.get_output_embeddings(), CPU, lambda size: torch.empty(size, dtype=torch.uint8))
+    head: Any = model.get_output_embeddings()
+    keep_head(head, CPU, lambda size: torch.empty(size, dtype=torch.uint8))
     assert liger.give_kernels(model, model.model, must=True, trial=None)[0]
 
 

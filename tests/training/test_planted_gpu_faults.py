@@ -73,7 +73,7 @@ def unnumbered_device(logp: Tensor) -> None:
 
 def float32_product(logp: Tensor) -> None:
     with torch.autocast("cuda", enabled=False):
-        torch.outer(logp, logp) @ logp[:, None]
+        _ = torch.outer(logp, logp) @ logp[:, None]
 
 
 def float32_attention(logp: Tensor) -> None:
