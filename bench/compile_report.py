@@ -16,7 +16,7 @@ from bench import roofline
 from bench.compiled import SHARED_LIMIT, Compiled, compile_all, variants
 
 # Bytes a thread that may be spilled: by an epilogue, where their loads and stores are some percent of its instructions,
-# and by a kernel that does not multiply.
+# and by a kernel that has none.
 EPILOGUE_LIMIT, OTHER_LIMIT = 512, 16
 
 
@@ -39,7 +39,7 @@ def faults(c: Compiled) -> list[str]:
         reasons.append("no asynchronous copy")
     if c.spills_inside:
         reasons.append(f"{c.spills_inside} bytes spilled in the loop that multiplies")
-    if c.spills > (EPILOGUE_LIMIT if v.multiplies else OTHER_LIMIT):
+    if c.spills > (OTHER_LIMIT if v.tile is None else EPILOGUE_LIMIT):
         reasons.append(f"{c.spills} bytes spilled")
     wide = sum(bits * number for bits, number in c.stores.items() if bits >= 128) // 8
     if wide < v.stored:

@@ -256,7 +256,7 @@ def _combine_kernel(
     old = tl.load(p_running_base + i_rows, mask=mask, other=0.0)
     new = old
     for s in range(0, splits, BLOCK_S):
-        place, inside = _places(s + i_splits, i_rows, splits, n)
+        place, inside = _places(s + i_splits, i_rows, splits, n)  # pyright: ignore[reportGeneralTypeIssues]
         new = tl.maximum(new, tl.max(tl.load(p_base + place, mask=inside, other=float("-inf")), 0))
     moved = old - new
     shrink = tl.exp(moved)
@@ -274,7 +274,7 @@ def _combine_kernel(
         ahead = tl.load(p_running_ahead + i_rows, mask=mask, other=0.0)
     total *= shrink
     for s in range(0, splits, BLOCK_S):
-        place, inside = _places(s + i_splits, i_rows, splits, n)
+        place, inside = _places(s + i_splits, i_rows, splits, n)  # pyright: ignore[reportGeneralTypeIssues]
         own_moved = tl.load(p_base + place, mask=inside, other=float("-inf")) - new[None, :]
         own_shrink = tl.exp(own_moved)
         own = tl.load(p_sum + place, mask=inside, other=0.0)
