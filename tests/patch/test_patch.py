@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 import trl
+from accelerate.state import AcceleratorState
 from transformers import LlavaConfig, LlavaForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import fastpref
@@ -255,6 +256,14 @@ def test_the_example_saves_tokens(tmp_path: Path) -> None:
     assert int(saved[1]) >= 20
 
 
+@pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """Forget the precision that a trainer has set for the whole process, so that later runs can set theirs."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_accelerator")
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("trainer", ["DPO", "KTO", "CPO"])
 def test_the_head_multiplies_in_the_trainers_precision(
