@@ -10,7 +10,7 @@
 
 `renew` takes what a fresh environment gets for `fastpref[dev]`. Run `.ci/run` before you commit what it wrote.
 `oldest` and `between` take options of pytest after FOLDER. PyPI's builds of torch for Linux need CUDA's libraries, so
-an environment takes 5 to 7 GB. The minima in pyproject.toml are versions with which `oldest` passes.
+an environment takes 5 to 7 GB.
 """
 
 import json
