@@ -71,9 +71,9 @@ def unnumbered_device(logp: Tensor) -> None:
         logp.cpu()
 
 
-def float32_product(logp: Tensor) -> None:
+def float32_product(logp: Tensor) -> Tensor:
     with torch.autocast("cuda", enabled=False):
-        _ = torch.outer(logp, logp) @ logp[:, None]
+        return torch.outer(logp, logp) @ logp[:, None]
 
 
 def float32_attention(logp: Tensor) -> None:
