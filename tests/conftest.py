@@ -3,6 +3,8 @@ Triton's interpreter if there is no GPU."""
 
 import os
 import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,24 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(_HOME.name, "datasets")
 os.environ["FASTPREF_CACHE"] = os.path.join(_HOME.name, "fastpref")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Triton's kernels run in its interpreter, unless there is a GPU for them.
+# Triton's kernels run in its interpreter, unless there is a GPU for them, or the truth suite asks for compiled ones.
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Models and tiles this small gain nothing from threads, which wait for each other on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+class _LeftOut(pytest.Dir):
+    def collect(self) -> Iterator[pytest.Item | pytest.Collector]:
+        pytest.skip("tests/truth executes compiled kernels: TRITON_INTERPRET=0 pytest tests/truth, where ttsem is installed")
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Leave out the truth suite unless this is its environment."""
+    if path != Path(__file__).parent / "truth":
+        return None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return _LeftOut.from_parent(parent, path=path) if interpreted or not find_spec("ttsem") else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
