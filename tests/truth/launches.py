@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
 from triton.runtime.jit import JITFunction
 from ttsem import harness
 
@@ -39,6 +40,10 @@ def every_kernel(architecture: int, dtype: torch.dtype = torch.bfloat16) -> dict
     return found
 
 
+def _one_block_of_columns(hidden: Tensor, weight: object, budget: int, tile: tiles.Tile, **_: object) -> TileShape:
+    return TileShape(len(hidden), tile.v)
+
+
 def _name(record: harness.LaunchRecord) -> str:
     name = record.fn_name.strip("_").removesuffix("_kernel")
     if name == "walk":
@@ -66,5 +71,5 @@ def _tiles_of(architecture: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (tiles, linear_logprob_launch):
             patch.setattr(module, "choose_tiles", lambda hidden: tiles.TILES[architecture][hidden.element_size()])
-        patch.setattr(linear_logprob_launch, "plan_tile", lambda hidden, *_, **__: TileShape(len(hidden), 256))
+        patch.setattr(linear_logprob_launch, "plan_tile", _one_block_of_columns)
         yield

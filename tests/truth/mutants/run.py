@@ -20,7 +20,7 @@ LAUNCHERS = {
     "linear_logprob_triton.py": linear_logprob_launch,
     "preference_loss_triton.py": preference_loss_launch,
 }
-LIMIT = 120  # seconds for a mutant
+LIMIT = 60  # seconds of processor time for a mutant
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _start(mutant: Mutant, problems: dict[str, Callable[[], None]]) -> tuple[int
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    signal.alarm(LIMIT)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
         verdict = _judge(mutant, problems)
         with os.fdopen(writer, "wb") as pipe:
@@ -72,7 +72,7 @@ def _start(mutant: Mutant, problems: dict[str, Callable[[], None]]) -> tuple[int
 def _of_death(status: int) -> Verdict:
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        if number == signal.SIGALRM:
+        if number == signal.SIGPROF:
             return Verdict("endless", message=f"not finished after {LIMIT} s")
         return Verdict("crash", message=signal.Signals(number).name)
     return Verdict("crash", message="no answer")
