@@ -22,9 +22,11 @@ if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-class _LeftOut(pytest.Dir):
+class _LeftOut(pytest.Directory):
     def collect(self) -> Iterator[pytest.Item | pytest.Collector]:
-        pytest.skip("tests/truth executes compiled kernels: TRITON_INTERPRET=0 pytest tests/truth, where ttsem is installed")
+        pytest.skip(
+            "tests/truth executes compiled kernels: TRITON_INTERPRET=0 pytest tests/truth, where ttsem is installed"
+        )
 
 
 def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 pytest.register_assert_rewrite("tests.kernels.test_linear_logprob_triton", "tests.kernels.test_preference_loss_triton")
 

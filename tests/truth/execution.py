@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from ttsem import _fakedriver, harness, mlir, sanitize
+from ttsem import _fakedriver, harness, mlir, sanitize  # pyright: ignore[reportMissingImports]
 
 from fastpref.kernels import linear_logprob_launch, preference_loss_launch, tiles
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
-from ttsem import harness
+from ttsem import harness  # pyright: ignore[reportMissingImports]
 
 from fastpref.kernels import linear_logprob_launch, tiles
 from fastpref.kernels.linear_logprob_torch import TileShape

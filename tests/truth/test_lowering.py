@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from ttsem import harness, minimize, validate
+from ttsem import harness, minimize, validate  # pyright: ignore[reportMissingImports]
 
 from tests.truth.launches import KERNELS, every_kernel
 
@@ -13,9 +13,15 @@ launches = lru_cache(maxsize=1)(every_kernel)
 
 
 def _cases() -> list:
-    every = [(architecture, kernel, dtype) for architecture in USUAL for dtype in ("bfloat16", "float32") for kernel in KERNELS]
+    every = [
+        (architecture, kernel, dtype)
+        for architecture in USUAL
+        for dtype in ("bfloat16", "float32")
+        for kernel in KERNELS
+    ]
     return [
-        pytest.param(*case, marks=() if (USUAL[case[0]], "bfloat16") == case[1:] else pytest.mark.slow) for case in every
+        pytest.param(*case, marks=() if (USUAL[case[0]], "bfloat16") == case[1:] else pytest.mark.slow)
+        for case in every
     ]
 
 

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
+Node = ast.expr | ast.stmt  # what has a place in the file
 NARROW = {"float32": "float16", "int64": "int32", "int32": "int16"}
 
 
@@ -42,17 +44,19 @@ def mutants_of(path: Path) -> list[Mutant]:
     return found
 
 
-def _mutant(file: str, function: ast.FunctionDef, source: str, mistake: str, node: ast.AST, after: str) -> Mutant:
+def _mutant(file: str, function: ast.FunctionDef, source: str, mistake: str, node: Node, after: str) -> Mutant:
     lines = source.encode().splitlines(keepends=True)  # the tree counts columns in bytes
     begin = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
-    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+    end = sum(map(len, lines[: (node.end_lineno or 1) - 1])) + (node.end_col_offset or 0)
     text = b"".join(lines)
     before = text[begin:end].decode()
     kept = after + "\n" * (before.count("\n") - after.count("\n"))
     inside = f"({kept})" if isinstance(node, ast.expr) and not isinstance(node, ast.Call | ast.Name) else kept
     changed = text[:begin].decode() + inside + text[end:].decode()
     if isinstance(node, ast.Name | ast.Attribute | ast.Constant | ast.UnaryOp) or _text(node).startswith("float("):
-        around = min((s for s in _below(function) if node in ast.walk(s) and _has_place(s)), key=lambda s: len(_text(s)))
+        around = min(
+            (s for s in _below(function) if node in ast.walk(s) and _has_place(s)), key=lambda s: len(_text(s))
+        )
         before = f"{before} in {_text(around)}"
     return Mutant(file, function.name, node.lineno, mistake, " ".join(before.split()), " ".join(after.split()), changed)
 
@@ -61,7 +65,7 @@ def _has_place(node: ast.AST) -> bool:
     return isinstance(node, ast.Assign | ast.AugAssign | ast.Expr) or _is_access(node)
 
 
-def _mistakes(function: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, str]]:
+def _mistakes(function: ast.FunctionDef) -> Iterator[tuple[str, Node, str]]:
     """Yield for each mistake its kind, the node that it replaces, and the text in its place."""
     pointers = [a.arg for a in function.args.args if a.arg.startswith("p_")]
     addresses = _address_nodes(function)
@@ -70,7 +74,7 @@ def _mistakes(function: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, str]]:
             case ast.Call() if _is_access(node):
                 yield from _mistakes_of_access(node, pointers)
             case ast.Call(func=ast.Attribute(attr="cdiv"), args=[a, b]):
-                yield "rounded down", node, f"({_text(a)} // {_text(b)})"
+                yield "rounded down", node, f"(({_text(a)}) // ({_text(b)}))"
             case ast.Call(func=ast.Attribute(attr="minimum" | "maximum" as name), args=[a, b]):
                 yield f"{name} dropped", node, f"({_text(a)})"
                 yield f"{name} dropped", node, f"({_text(b)})"
@@ -107,7 +111,7 @@ def _mistakes(function: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, str]]:
                 yield "store dropped", node, "pass"
 
 
-def _mistakes_of_access(call: ast.Call, pointers: list[str]) -> Iterator[tuple[str, ast.AST, str]]:
+def _mistakes_of_access(call: ast.Call, pointers: list[str]) -> Iterator[tuple[str, Node, str]]:
     options = {option.arg: option.value for option in call.keywords}
     if "mask" in options:
         kept = ", ".join(_text(argument) for argument in call.args)
@@ -122,15 +126,13 @@ def _mistakes_of_access(call: ast.Call, pointers: list[str]) -> Iterator[tuple[s
                 yield "pointers exchanged", node, other
 
 
-def _mistakes_of_loop(call: ast.Call, bounds: list[ast.expr]) -> Iterator[tuple[str, ast.AST, str]]:
-    begin, end, step = (["0", *map(_text, bounds)] if len(bounds) == 1 else [*map(_text, bounds), "1"])[:2] + [
-        _text(bounds[2]) if len(bounds) == 3 else "1"
-    ]
+def _mistakes_of_loop(call: ast.Call, bounds: list[ast.expr]) -> Iterator[tuple[str, Node, str]]:
+    begin, end, step = map(_text, [ast.Constant(0), *bounds, ast.Constant(1)][len(bounds) > 1 :][:3])
     yield "loop ends early", call, f"range({begin}, {end} - {step}, {step})"
     yield "loop begins late", call, f"range({begin} + {step}, {end}, {step})"
 
 
-def _is_access(node: ast.AST) -> bool:
+def _is_access(node: ast.AST) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and _text(node.func) in ("tl.load", "tl.store")
 
 

@@ -115,7 +115,7 @@ def _verdict(error: Exception, problem: str) -> Verdict:
         kinds = {"oob_read": "read out of bounds", "oob_write": "write out of bounds", "poison": "undefined operation"}
         file, line = (re.findall(r'"([^"]+)":(\d+):\d+', fault.op) or [(fault.source_file, fault.source_line)])[0]
         place = f"{Path(file).name}:{line}"  # of a function that the kernel calls, if it has one
-        return Verdict(kinds.get(fault.kind, fault.kind), problem, place, message)
+        return Verdict(str(kinds.get(fault.kind, fault.kind)), problem, place, message)
     if isinstance(error, AssertionError):
         return Verdict("wrong value", problem, message=message)
     return Verdict("refused", problem, message=f"{type(error).__name__}: {message}")
