@@ -20,5 +20,4 @@ def executed() -> Iterator[Any]:
 
     with executed_launches(ARCHITECTURE) as session:
         yield session
-    assert session.launches
     assert session.races_unchecked == 0, "launches that are too large for the search for races: make them smaller"

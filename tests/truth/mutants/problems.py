@@ -39,6 +39,7 @@ SMALL: dict[str, Any] = {
     "GRADIENT_BLOCK": (16, 16), "SCALE_BLOCK": 16,
 }  # fmt: skip
 LENGTHS = ((1, 1), (7, 40), (33, 5))
+LONG = ((2051, 3), (1, 2053))  # numbers that float16 does not have
 Run = Callable[[], None]
 
 
@@ -112,11 +113,12 @@ def _naive_at(positions: Tensor, hidden: Tensor, **given: Any) -> Any:
 
 
 def of_losses() -> dict[str, Run]:
-    """Return the problems of the preference losses by name: one for each structure that is compiled in."""
+    """Return the problems of the preference losses by name: each structure that is compiled in, and what it needs."""
+    lengths = dict.fromkeys((*STRUCTURES, "kto, weighted"), LENGTHS) | {"simpo": LONG}
     runs = {}
-    for name in STRUCTURES:
+    for name, of_pairs in lengths.items():
         loss = LOSSES[name]
-        batch = with_extras(ordinary_batch(loss, LENGTHS, prompts=(3, 0, 20)), loss)
+        batch = with_extras(ordinary_batch(loss, of_pairs, prompts=(3, 0, 20)), loss)
         runs[name] = partial(_in_small_blocks, batch, loss, bounds(batch, loss))
     return runs
 
