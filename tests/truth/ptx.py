@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Callable
-from functools import reduce
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "and": int.__and__, "or": int.__or__, "xor": int.__xor__, "add": int.__add__, "sub": int.__sub__,
     "shl": int.__lshift__, "shr": int.__rshift__, "mul": int.__mul__,
 }  # fmt: skip
 _COMMUTATIVE = ("max", "min", "add")  # a op b has the bits of b op a
+_INSTRUCTION = re.compile(r"\s*(?:@!?(%\w+)\s+)?([a-z][\w.:]*)\s+(\{[^}]*\}|%\w+)\s*,\s*(.*);")
 _STORE = re.compile(r"^\s*st\.shared\S*\s+\[\s*(%r\d+)(?: \+ \d+)?\s*\],\s*\{?([^};]*)\}?;")
 
 
@@ -27,63 +27,91 @@ def stored_once(ptx: str, threads: int) -> tuple[str, int]:
     """Let one lane store what several lanes of a warp store at one address; return the PTX and how many stores changed.
 
     After a reduction over lanes by `shfl.bfly`, those lanes hold equal bits: each has added the same pairs, and the
-    operation commutes. If their addresses are equal too, for each thread of the block, one store does for all.
+    operation commutes. What is computed from equal values is equal. If their addresses are equal too, for each thread
+    of the block, one store does for all.
     """
-    lines, definitions, changed = ptx.splitlines(), _definitions(ptx), 0
+    lines, registers, changed = ptx.splitlines(), Registers(ptx, threads), 0
     for i, line in enumerate(lines):
         store = _STORE.match(line)
         if not store:
             continue
-        lanes = reduce(int.__and__, (_equal_lanes(value.strip(), definitions) for value in store[2].split(",")))
-        addresses = [_value(store[1], definitions, thread) for thread in range(threads)]
-        if lanes and None not in addresses and all(addresses[t] == addresses[t & ~lanes] for t in range(threads)):
+        lanes = registers.equal_lanes(store[1])
+        for value in store[2].split(","):
+            lanes &= registers.equal_lanes(value.strip())
+        if lanes and registers.values(store[1]):
             changed += 1
             lines[i] = f"{{ .reg .pred %once; .reg .b32 %lane; mov.u32 %lane, %tid.x; and.b32 %lane, %lane, {lanes}; "
             lines[i] += f"setp.eq.u32 %once, %lane, 0; @%once {line.strip()} }}"
     return "\n".join(lines) + "\n", changed
 
 
-def _definitions(ptx: str) -> dict[str, tuple[str, list[str]]]:
-    """Return the operation and operands of each register that is written once."""
-    found: dict[str, tuple[str, list[str]] | None] = {}
-    for line in ptx.splitlines():
-        match = re.match(r"\s*(@\S+\s+)?([a-z][\w.:]*)\s+(%\w+),\s*(.*);", line)
-        if match:
-            guard, operation, register, operands = match.groups()
-            again = guard or register in found
-            found[register] = None if again else (operation, [o.strip() for o in operands.split(",")])
-    return {register: definition for register, definition in found.items() if definition}
+class Registers:
+    """What the registers of a kernel are computed from."""
 
+    def __init__(self, ptx: str, threads: int) -> None:
+        self.threads = threads
+        self.definitions: dict[str, tuple[str, list[str]]] = {}
+        for line in ptx.splitlines():
+            if match := _INSTRUCTION.match(line):
+                for register in re.findall(r"%\w+", match[3]):
+                    self._define(register, match[1], match[2], re.findall(r"[^\s,\[\]{}]+", match[4]))
+        self.known: dict[str, int] = {}
 
-def _equal_lanes(register: str, definitions: dict[str, tuple[str, list[str]]]) -> int:
-    """Return the bits of the lane's number that do not change the register's value."""
-    operation, operands = definitions.get(register, ("", []))
-    if operation.partition(".")[0] == "mov" and len(operands) == 1:
-        return _equal_lanes(operands[0], definitions)
-    if operation.partition(".")[0] not in _COMMUTATIVE or len(operands) != 2:
-        return 0
-    for own, other in (operands, operands[::-1]):
-        shuffle, of = definitions.get(other, ("", []))
-        if shuffle.startswith("shfl.sync.bfly") and of[0] == own:
-            return int(of[1]) | _equal_lanes(own, definitions)
-    return 0
+    def _define(self, register: str, guard: str | None, operation: str, operands: list[str]) -> None:
+        before = self.definitions.get(register)
+        if guard and before and before[0].startswith("mov."):  # a masked load: a default, and a value over it
+            self.definitions[register] = ("select", [guard, *before[1], *operands])
+        else:
+            self.definitions[register] = ("unknown", []) if guard or before else (operation, operands)
 
+    def equal_lanes(self, operand: str) -> int:
+        """Return the bits of the lane's number that an operand does not depend on."""
+        if not operand.startswith("%") or operand.startswith("%ctaid"):
+            return 31
+        if operand not in self.known:
+            self.known[operand] = 0  # of a register that depends on itself
+            self.known[operand] = self._equal_lanes(operand)
+        return self.known[operand]
 
-def _value(operand: str, definitions: dict[str, tuple[str, list[str]]], thread: int) -> int | None:
-    """Return a register's value in a thread, or None if it depends on more than the thread's number."""
-    if re.fullmatch(r"-?\d+", operand):
-        return int(operand)
-    if operand == "%tid.x":
-        return thread
-    if re.fullmatch(r"[A-Za-z_]\w*", operand):
-        return 0  # the address of a variable, the same in all threads
-    operation, operands = definitions.get(operand, ("", []))
-    values = [_value(o, definitions, thread) for o in operands]
-    name = operation.partition(".")[0]
-    if None in values or not values:
-        return None
-    if name in ("mov", "cvt") and len(values) == 1:
-        return values[0]
-    if name in _OPERATIONS and len(values) == 2:
-        return _OPERATIONS[name](*values) & 0xFFFFFFFF  # type: ignore[arg-type]
-    return None
+    def _equal_lanes(self, register: str) -> int:
+        values = self.values(register)
+        if values:
+            bits = [1 << i for i in range(5)]
+            return sum(bit for bit in bits if all(values[t] == values[t ^ bit] for t in range(self.threads)))
+        operation, operands = self.definitions.get(register, ("unknown", []))
+        if operation == "unknown" or operation.startswith(("atom", "activemask")):
+            return 0
+        if operation.partition(".")[0] in _COMMUTATIVE and len(operands) == 2:
+            for own, other in (operands, operands[::-1]):
+                shuffle, of = self.definitions.get(other, ("", []))
+                if shuffle.startswith("shfl.sync.bfly") and of[0] == own:
+                    return int(of[1]) | self.equal_lanes(own)
+        lanes = 31
+        for operand in operands:
+            lanes &= self.equal_lanes(operand)
+        return lanes
+
+    def values(self, register: str) -> list[int]:
+        """Return a register's value in each thread; nothing if it depends on more than the thread's number."""
+        if self._value(register, 0) is None:
+            return []
+        values = [self._value(register, thread) for thread in range(self.threads)]
+        return [value for value in values if value is not None]
+
+    def _value(self, operand: str, thread: int) -> int | None:
+        if re.fullmatch(r"-?\d+", operand):
+            return int(operand)
+        if operand == "%tid.x":
+            return thread
+        if re.fullmatch(r"[A-Za-z_]\w*", operand):
+            return 0  # the address of a variable, the same in all threads
+        operation, operands = self.definitions.get(operand, ("unknown", []))
+        name = operation.partition(".")[0]
+        if name not in ("mov", "cvt", *_OPERATIONS):
+            return None
+        values = [self._value(o, thread) for o in operands]
+        if None in values:
+            return None
+        if name in ("mov", "cvt"):
+            return values[0] if len(values) == 1 else None
+        return _OPERATIONS[name](*values) & 0xFFFFFFFF if len(values) == 2 else None  # type: ignore[arg-type]

@@ -46,9 +46,9 @@ PTX = """
     and.b32 %r3, %r2, 112;
     mov.b32 %r4, memory;
     add.s32 %r5, %r4, %r3;
-    ld.shared.b32 %r6, [%r5];
+    ld.shared.b32 %r6, [%r2];
     shfl.sync.bfly.b32 %r7, %r6, 2, 31, -1;
-    max.f32 %r8, %r6, %r7;
+    {operation}.f32 %r8, %r6, %r7;
     shfl.sync.bfly.b32 %r9, %r8, 1, 31, -1;
     {operation}.f32 %r10, %r8, %r9;
     st.shared::cta.b32 [ {address} + 0 ], %r10;
