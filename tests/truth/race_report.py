@@ -17,6 +17,7 @@ ARCHITECTURES = (80, 86, 90, 100, 120)
 BEGIN, END = "<!-- races: begin -->", "<!-- races: end -->"
 CAUSES = {
     "control_predicate_not_static": "a branch or loop depends on data",
+    "tmem_unresolved_use_pointer": "an address of tensor memory is not followed",
     "time_budget": "not finished",
     "conflicting_accesses_unordered": "**possible race**",
 }
