@@ -3,9 +3,10 @@
 import re
 from collections.abc import Callable
 
-_OPERATIONS: dict[str, Callable[[int, int], int]] = {
+_OPERATIONS: dict[str, Callable[..., int]] = {
     "and": int.__and__, "or": int.__or__, "xor": int.__xor__, "add": int.__add__, "sub": int.__sub__,
     "shl": int.__lshift__, "shr": int.__rshift__, "mul": int.__mul__,
+    "bfe": lambda value, first, count: value >> first & (1 << count) - 1,
 }  # fmt: skip
 _COMMUTATIVE = ("max", "min", "add")  # a op b has the bits of b op a
 _INSTRUCTION = re.compile(r"\s*(?:@!?(%\w+)\s+)?([a-z][\w.:]*)\s+(\{[^}]*\}|%\w+)\s*,\s*(.*);")
@@ -61,7 +62,7 @@ class Registers:
         before = self.definitions.get(register)
         if guard and before and before[0].startswith("mov."):  # a masked load: a default, and a value over it
             self.definitions[register] = ("select", [guard, *before[1], *operands])
-        else:
+        elif before != (operation, operands) or "%" in "".join(operands):  # the same constant again is no change
             self.definitions[register] = ("unknown", []) if guard or before else (operation, operands)
 
     def equal_lanes(self, operand: str) -> int:
@@ -114,4 +115,4 @@ class Registers:
             return None
         if name in ("mov", "cvt"):
             return values[0] if len(values) == 1 else None
-        return _OPERATIONS[name](*values) & 0xFFFFFFFF if len(values) == 2 else None  # type: ignore[arg-type]
+        return _OPERATIONS[name](*values) & 0xFFFFFFFF
