@@ -34,7 +34,8 @@ _PRODUCTS = {
     "aten::mm", "aten::addmm", "aten::mv", "aten::addmv", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm",
     "aten::convolution", "fake_cuda::attention",
 }  # fmt: skip
-_OF_TRITON = {"num_warps", "num_stages", "num_ctas", "maxnreg"}  # options of a launch that are not of the kernel
+# Options of a launch that are not of the kernel.
+_OF_TRITON = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)
 _UPDATES = {"aten::_fused_adamw_", "aten::_foreach_addcdiv_"}
 _READING = {"aten::_local_scalar_dense", "aten::equal", "aten::allclose"}
