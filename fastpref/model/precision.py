@@ -20,19 +20,28 @@ _ENTRIES = 1 << 20  # of a tensor that are looked at together
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[bool]:
-    """Let a model of half precision compute in float32 inside the block if memory suffices. Yields whether it does.
+    """Let a model of half precision compute in float32 inside the block if it can. Yields whether it does.
 
     Every number of half precision is exact in float32, so the weights are the same afterwards, bit for bit. Weights in
     4 bits stay as they are and are dequantised to float32. A model with weights in 8 bits always computes in 8 bits,
-    and a streamed one in the dtype of its buffers.
+    and a streamed one in the dtype of its buffers. There may not be memory enough for float32, and a device may not
+    have all products in it: GPUs multiply grouped experts in bfloat16 only.
     """
     distinct = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     tensors = [(t, t.dtype) for t in distinct.values() if t.dtype in (torch.float16, torch.bfloat16)]
     extra = sum(tensor.numel() * 2 for tensor, _ in tensors)
     fixed = stream_of(model) is not None or any(isinstance(module, Linear8bitLt) for module in model.modules())
-    if fixed or extra > _free(model):
-        yield False
-        return
+    if not fixed and extra <= _free(model):
+        with _cast_to_float32(model, tensors):
+            if not tensors or _computes(model):
+                yield True
+                return
+    yield False
+
+
+@contextmanager
+def _cast_to_float32(model: nn.Module, tensors: list[tuple[Tensor, torch.dtype]]) -> Iterator[None]:
+    """Cast tensors, which are given with their dtypes, and let weights in 4 bits be dequantised to float32."""
     four_bits: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
     states = [getattr(module.weight, "quant_state", None) for module in four_bits]
     dtypes = [(module, "compute_dtype", module.compute_dtype) for module in four_bits]
@@ -42,12 +51,24 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
             tensor.data = tensor.data.float()
         for owner, name, _ in dtypes:
             setattr(owner, name, torch.float32)
-        yield True
+        yield
     finally:
         for tensor, dtype in tensors:
             tensor.data = tensor.data.to(dtype)
         for owner, name, dtype in dtypes:
             setattr(owner, name, dtype)
+
+
+@torch.no_grad()
+def _computes(model: nn.Module) -> bool:
+    """Return whether a language model computes a token without an error."""
+    if not isinstance(model, PreTrainedModel):
+        return True
+    try:
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+    except Exception:  # each device and product fails in its own way
+        return False
+    return True
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from fastpref.memory.allocations import PeakStorage
-from fastpref.model.precision import is_finite
+from fastpref.model.precision import in_float32, is_finite
 from fastpref.training.faults import not_finite
+from tests.support.tiny import model_config
 
 ROWS, WIDTH = 3001, 1024  # 12 MiB in float32
 PLACES = {"first": (0, 0), "inside": (1500, 77), "last": (ROWS - 1, WIDTH - 1)}
@@ -69,3 +71,24 @@ def test_a_fault_is_looked_for_with_little_memory(large: Tensor, spoilt: str, lo
     seen = spoilt == "trained" or (spoilt == "frozen" and math.isnan(loss))
     assert (f"the weights themselves are not finite: {spoilt}" in message) == seen
     assert looked == ([2] if spoilt == "trained" or loss == 0.5 else [2, large.numel()])
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_model_that_cannot_compute_in_float32_keeps_its_dtype(able: bool):
+    """A device may lack a product in float32: then comparisons are in the model's own dtype, and it stays as it was."""
+    model: Any = LlamaForCausalLM(model_config("llama")).bfloat16().eval()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def only_half(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].dtype == torch.float32:
+            raise RuntimeError("Expected inputs of BF16 type")
+
+    if not able:
+        model.model.layers[0].mlp.down_proj.register_forward_pre_hook(only_half)
+    with in_float32(model) as exact:
+        assert exact is able
+        assert model.dtype == (torch.float32 if able else torch.bfloat16)
+        model(input_ids=torch.tensor([[1, 2]]))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.dtype == torch.bfloat16

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -51,11 +50,7 @@ def attention_of_fakes() -> Iterator[None]:
     forget_caches(flex_attention)
     try:
         library.impl("scaled_dot_product_attention", _sdpa, "AutogradCUDA")
-        # What is compiled on a card is called as it is.
-        with (
-            mock.patch.object(flex_attention, "flex_attention", _flex),
-            mock.patch.object(torch, "compile", lambda model=None, **options: model or partial(torch.compile)),
-        ):
+        with mock.patch.object(flex_attention, "compiled", return_value=_flex):
             yield
     finally:
         forget_caches(flex_attention)

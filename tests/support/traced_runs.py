@@ -126,7 +126,8 @@ def _written(folder: Path, kind: str, overrides: tuple[str, ...]) -> Config:
     for path in QUICKSTART_MODEL.iterdir():
         if path.suffix in (".json", ".jinja") and path.name != "config.json":
             shutil.copy(path, model)
-    architecture = model_config(kind)
+    architecture: Any = model_config(kind)
+    architecture.head_dim = 16  # FlexAttention's narrowest
     architecture.vocab_size = json.loads((QUICKSTART_MODEL / "config.json").read_text())["vocab_size"]
     architecture.architectures = [
         f"{type(architecture).__name__.removesuffix('Config').removesuffix('Text')}ForCausalLM"
