@@ -79,7 +79,7 @@ HEAD_ROWS = Allowed(
     "wait",
     "fastpref/kernels/head_weight.py:OffloadedWeight.gather",
     lambda part: 2 * part.launched("_gradient_kernel"),
-    "to be mended: the targets' rows of a head in host memory are gathered there, their numbers copied to the host",
+    "rows of a head in host memory are gathered there, at the end of a walk whose slices all came from there",
 )
 NORM = Allowed(
     "wait",
