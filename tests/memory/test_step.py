@@ -73,7 +73,7 @@ AUTOCAST = [
 @pytest.mark.parametrize(("kind", "overrides"), AUTOCAST, ids=str)
 def test_autocast_takes_what_it_takes_on_real_tensors(folders: dict[str, Path], kind: str, overrides: list[str]):
     """Full fine-tuning on a GPU, float32 weights that are multiplied in bfloat16, is counted as it is computed."""
-    options = ["train.tokens_per_microbatch=400", "model.liger=false"]
+    options = ["train.tokens_per_microbatch=400", "model.liger=false", "model.attention=sdpa"]
     config, rows = config_for(folders[kind], *overrides, *options), examples(9)
     real, held = real_steps(config, [rows], 0, autocast=torch.bfloat16)
     counted = count_step(config, CUDA, layers=0, examples=rows)

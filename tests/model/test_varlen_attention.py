@@ -316,9 +316,10 @@ def test_gradients_through_checkpoints_and_adapters(tmp_path: Path, kind: str, a
 
 
 def gradients(folder: Path, device: str, dtype: str, attend: str, checkpointing: str = "false") -> dict[str, Tensor]:
-    """Return the gradients of a model with a registered attention."""
-    config = config_for(folder, f"model.dtype={dtype}", f"train.checkpointing={checkpointing}", "model.attention=sdpa")
+    """Return the gradients of a model with a registered attention, computed in a dtype in which no run trains it."""
+    config = config_for(folder, f"train.checkpointing={checkpointing}", "model.attention=sdpa")
     loaded = load_model(config, torch.device(device))
+    loaded.model.to(getattr(torch, dtype))
     loaded.model.set_attn_implementation(attend)
     loaded.policy.train()
     logp = loaded.policy(collate(sharing_examples(30), "tree").to(device)).logp
