@@ -76,7 +76,8 @@ def test_a_fault_is_looked_for_with_little_memory(large: Tensor, spoilt: str, lo
 @pytest.mark.parametrize("able", [True, False])
 def test_a_model_that_cannot_compute_in_float32_keeps_its_dtype(able: bool):
     """A device may lack a product in float32: then comparisons are in the model's own dtype, and it stays as it was."""
-    model: Any = LlamaForCausalLM(model_config("llama")).bfloat16().eval()
+    architecture: Any = model_config("llama")
+    model: Any = LlamaForCausalLM(architecture).bfloat16().eval()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
 
     def only_half(module: nn.Module, args: tuple[Tensor, ...]) -> None:
