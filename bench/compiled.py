@@ -6,19 +6,15 @@ instructions and the widths of stores are those that the card would use.
 
 import multiprocessing
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.sass import Code
+from bench.sass import Code, disassembled
 from fastpref.kernels import linear_logprob_launch as launch
 from fastpref.kernels import linear_logprob_triton as walk
 from fastpref.kernels import preference_loss_launch as loss
@@ -194,14 +190,8 @@ def _type(name: str, variant: Variant) -> str:
 
 
 def _read_cuda(variant: Variant, binary: Any) -> Compiled:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        run = partial(subprocess.run, capture_output=True, text=True, check=True)
-        usage = run([tools / "cuobjdump", "-res-usage", file.name])
-        code = Code.parse(run([tools / "nvdisasm", "-c", file.name]).stdout)
-    report = usage.stdout + usage.stderr
+    report, machine_code = disassembled(binary.asm["cubin"])
+    code = Code.parse(machine_code)
     return Compiled(
         variant,
         registers=_number(r"REG:(\d+)", report),

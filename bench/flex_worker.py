@@ -8,15 +8,13 @@ of `Shape` in JSON. Each shape's result is printed as a line of JSON, with the f
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from bench.absent_gpu.device import take_over
+from bench.sass import disassembled
 
 SUFFIX = {"flex_attention": "forward", "flex_attention_backward": "backward"}
 
@@ -73,19 +71,10 @@ def _refused(*_: Any, **__: Any) -> None:
 
 def _read(kernel: Any) -> tuple[str, dict[str, int]] | None:
     """Return which pass a kernel computes, with its figures, or None for a kernel of another operator."""
-    import triton
-
     found = re.fullmatch(r"triton_tem_fused_(\w+?)_\d+", kernel.metadata.name)
     if found is None or found[1] not in SUFFIX:
         return None
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        run = partial(subprocess.run, capture_output=True, text=True, check=True)
-        usage = run([tools / "cuobjdump", "-res-usage", file.name])
-        code = run([tools / "nvdisasm", "-c", file.name]).stdout
-    said = usage.stdout + usage.stderr
+    said, code = disassembled(kernel.asm["cubin"])
     registers, *local = (sum(map(int, re.findall(rf"{name}:(\d+)", said))) for name in ("REG", "STACK", "LOCAL"))
     return SUFFIX[found[1]], {
         "shared": kernel.metadata.shared,

@@ -9,15 +9,31 @@ innermost loop that multiplies matrices, or the largest of them.
 """
 
 import re
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
 PRODUCTS = ("HMMA", "IMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCMMA")
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _BITS = re.compile(r"\.(U8|S8|U16|S16|64|128|256)(?=\.|$)")
+
+
+def disassembled(cubin: bytes) -> tuple[str, str]:
+    """Return the report of a kernel's resources and its machine code, by the tools in Triton's wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = run([tools / "cuobjdump", "-res-usage", file.name])
+        return usage.stdout + usage.stderr, run([tools / "nvdisasm", "-c", file.name]).stdout
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,19 @@ def _engine(config: Config, examples: list[Example], accelerator: Any, streaming
     model = pretrained(config.model, model_config(config.model), weight_dtype(config, device), place)
     stream = None if streaming is None else stream_weights(model, device, streaming, make_transfers=counting)
     give_attention(model, NAME)
+    step, optimizer = adapted_step(config, model, stream, examples, accelerator, LONGEST * len(examples))
+    step()  # the optimizer allocates its state
+    held = torch.cuda.memory_allocated() - before if device.type == "cuda" else _held(model, stream, optimizer)
+    return Engine(step, held, counted[0] if counted else None)
+
+
+def adapted_step(
+    config: Config, model: Any, stream: WeightStream | None, examples: list[Example], accelerator: Any, budget: int
+) -> tuple[Callable[[], float], torch.optim.Optimizer]:
+    """Put filled adapters on a model whose layers are all checkpointed, and return a step of it, and its optimizer.
+
+    The step returns the loss. A micro-batch has at most `budget` tokens.
+    """
     wrapped = with_adapters(config, model)
     if stream is not None:
         stream.move_rest(model)
@@ -165,20 +178,19 @@ def _engine(config: Config, examples: list[Example], accelerator: Any, streaming
     loaded = Loaded(model, wrapped, Policy.of(model), "tree", None, stream=stream)
     accelerator.prepare_model(loaded.policy, device_placement=False)
     reference, _ = make_reference(config, loaded, accelerator.autocast)
-    objective = Objective(loaded.policy, reference, config.loss, "tree", LONGEST * len(examples), 0, device)
+    objective = Objective(loaded.policy, reference, config.loss, "tree", budget, 0, accelerator.device)
     optimizer = make_optimizer(loaded.policy, config)
+    trained = [parameter for parameter in loaded.policy.parameters() if parameter.requires_grad]
 
     def step() -> float:
         loaded.policy.train()
-        metrics, work = objective.step(examples, lambda loss: loss.backward())
-        assert work.microbatches == 1
+        metrics, _ = objective.step(examples, lambda loss: loss.backward())
+        torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return metrics.result()["loss"]
 
-    step()  # the optimizer allocates its state
-    held = torch.cuda.memory_allocated() - before if device.type == "cuda" else _held(model, stream, optimizer)
-    return Engine(step, held, counted[0] if counted else None)
+    return step, optimizer
 
 
 def _held(model: Any, stream: WeightStream | None, optimizer: torch.optim.Optimizer) -> int:
