@@ -5,7 +5,7 @@ and the time of the forward pass, which has nothing else to do, bounds the rate 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from bench.measure import median_ms
 from bench.problems import Shape
 from fastpref.kernels.head_weight import DenseWeight
 from fastpref.kernels.linear_logprob_torch import LogitTransform
-from fastpref.kernels.tiles import Tile, choose_tiles
+from fastpref.kernels.tiles import EPILOGUE, Tile, choose_tiles
 
 BUDGET = 128 << 20  # bytes, the default workspace
 SLICE = 8192  # columns of the plain products at once
@@ -62,11 +62,10 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def tiles_of(sizes: Sizes) -> list[Tile]:
-    """Return the distinct tiles of a device for bfloat16, and the first of them with the library's product."""
+    """Return the distinct tiles of a device for bfloat16, and one with which the library multiplies."""
     tiles = choose_tiles(torch.empty(1, 1, dtype=torch.bfloat16, device=sizes.device))
     assert tiles is not None
-    fused = list(dict.fromkeys((tiles.lean, tiles.one, tiles.full)))
-    return [*fused, *(replace(tile, fused=False) for tile in fused[:1] if tile.fused)]
+    return list(dict.fromkeys((tiles.lean, tiles.one, tiles.full, EPILOGUE)))
 
 
 def _described(tile: Tile) -> str:
