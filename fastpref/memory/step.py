@@ -88,7 +88,11 @@ class StepMemory:
 
 
 class _Fake(FakeTensorMode):
-    """A FakeTensorMode for grouped products of experts in any dtype; torch has a fake of them for bfloat16 only."""
+    """A FakeTensorMode for what experts call: grouped products in any dtype, and counts of at least their number.
+
+    torch has a fake of these products for bfloat16 only, and none of `bincount`, whose length depends on numbers; the
+    experts that a router chooses are never more than there are.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
@@ -96,6 +100,9 @@ class _Fake(FakeTensorMode):
             offsets: Any = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
             groups = [len(offsets)] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() == 3 else []
             return a.new_empty([*groups, a.shape[-2], b.shape[-1]])
+        if func is torch.ops.aten.bincount.default:
+            least = (kwargs or {}).get("minlength") or (args[2] if len(args) > 2 else 0)
+            return args[0].new_empty(least, dtype=torch.int64)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 

@@ -36,7 +36,7 @@ def _try(name: str, folder: Path) -> str:
     return family.layout
 
 
-@pytest.mark.parametrize("name", sorted(_CHOSEN))
+@pytest.mark.parametrize("name", sorted(_CHOSEN.keys() & set(FAMILIES)))  # an older transformers has fewer
 def test_faults_of_each_kind(tmp_path: Path, name: str):
     """Every layout is right to 2e-5, or the model is refused; training, copies and generation are checked too."""
     assert _try(name, tmp_path) == _CHOSEN[name]
