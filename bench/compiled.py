@@ -149,7 +149,7 @@ def _loss_variants(architecture: int | str) -> Iterator[Variant]:
 def compile_variant(variant: Variant) -> Compiled:
     kernel = variant.kernel
     signature = {name: _type(name, variant) for name in kernel.arg_names}
-    # What a launch specialises on is assumed to be a multiple of 16: addresses, strides, H and the width of a tile.
+    # Addresses, strides, H and the width of a tile, on which a launch specialises, are assumed to be multiples of 16.
     free = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment, *variant.constants}
     aligned = [name for name in kernel.arg_names if _type(name, variant)[0] in "*i" and name not in free]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}

@@ -28,7 +28,7 @@ ARCHITECTURES = tuple(architecture for architecture in CARDS if architecture >= 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the kernels of a layer."""
+    """The properties of a layer that decide its kernels."""
 
     models: str
     heads: int

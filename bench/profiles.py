@@ -125,7 +125,7 @@ GPU = Profile(
     dtype=torch.bfloat16,
     device="cuda",
 )
-# What is left of it in about a quarter of an hour.
+# A selection of these cases, meant to take about a quarter of an hour; nobody has timed it on a GPU.
 GPU_QUICK = replace(
     GPU,
     repeats=10,

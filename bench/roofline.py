@@ -60,14 +60,14 @@ SMALL_KERNEL = 6e-6  # seconds
 PYTHON = 35e-6  # seconds a launch on the host
 _SHAPES = {shape.model: shape for shape in SHAPES}
 HEADS = tuple(_SHAPES[model] for model in ("Llama-3-8B", "Qwen2.5-7B", "Gemma-2-2B"))
-# What is asked of the head: a pass of the reference, and a training step with the default log.every = 1, whose tokens'
+# Passes of the head: one of the reference, and a training step with the default log.every = 1, whose tokens'
 # metrics are optional outputs; its gradient of the weight, too, if the head is trained.
 PASSES = {"reference": 1, "training": 2, "trained head": 4}
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What the model needs to know of a compiled main loop."""
+    """The figures of a compiled main loop that the model reads."""
 
     tile: Tile
     instructions: int  # of a warp, outside the main loop

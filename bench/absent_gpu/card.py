@@ -8,7 +8,7 @@ _KIB = 1024
 
 @dataclass(frozen=True)
 class Card:
-    """What torch and Triton ask of a GPU."""
+    """The properties of a GPU that torch and Triton read."""
 
     architecture: int  # ten times its compute capability
     name: str

@@ -1,4 +1,4 @@
-"""What Inductor compiles for the GPU that a process takes itself to be on."""
+"""Inductor's kernels for the GPU that `pretend.py` makes a process believe in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

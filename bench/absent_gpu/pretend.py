@@ -71,7 +71,7 @@ def _always(answer: Any) -> Any:
 
 
 class _Driver:
-    """What Triton asks of its driver before it launches anything."""
+    """Triton's driver, as far as Triton calls it before a launch."""
 
     launcher_cls = staticmethod(lambda *_: lambda *_, **__: None)
 

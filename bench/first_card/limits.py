@@ -1,4 +1,4 @@
-"""What the device itself reaches: matrix products, copies, and where the library's peak lies."""
+"""Speeds of the device itself: matrix products of the library, and copies."""
 
 from collections.abc import Iterator
 

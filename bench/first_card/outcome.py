@@ -1,4 +1,4 @@
-"""What a case results in, and how the cases of a block are run and written, one line of JSON each."""
+"""Outcomes of cases; the cases of a block are run in turn and written as one line of JSON each."""
 
 import json
 import time

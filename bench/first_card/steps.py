@@ -14,7 +14,7 @@ from bench.measure import median_ms
 if TYPE_CHECKING:  # it needs packages that the kernels do not
     from bench.first_card.one_step import Step
 
-# What a kernel or an operation belongs to, by its name; the first that matches. cuBLAS also multiplies for the head.
+# Patterns for the names of kernels and operations; the first match decides. cuBLAS also multiplies for the head.
 PARTS = {
     "head's kernels": r"_walk_kernel|_combine_kernel|_rescale_kernel|_gradient_kernel|_scale_kernel|^fastpref::",
     "attention": r"flex|tem_fused|scaled_dot_product|flash|fmha",

@@ -24,8 +24,8 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
 
     Every number of half precision is exact in float32, so the weights are the same afterwards, bit for bit. Weights in
     4 bits stay as they are and are dequantised to float32. A model with weights in 8 bits always computes in 8 bits,
-    and a streamed one in the dtype of its buffers. There may not be memory enough for float32, and a device may not
-    have all products in it: GPUs multiply grouped experts in bfloat16 only.
+    and a streamed one in the dtype of its buffers. There may not be memory enough for float32, or a product
+    of the model, such as that of grouped experts, may not exist in it on a device.
     """
     distinct = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     tensors = [(t, t.dtype) for t in distinct.values() if t.dtype in (torch.float16, torch.bfloat16)]
