@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastpref.config.schema import Pairing
+from fastpref.config.data import Pairing
 from fastpref.data.rows.columns import column, read_number
 from fastpref.data.rows.content import Paired, Ranked, Row, RowError, shown
 
