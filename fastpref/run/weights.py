@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastpref.errors import UserError
+from fastpref.model.adapters.switch import POLICY
 from fastpref.model.load import Loaded
 from fastpref.model.weights import from_files
 
@@ -33,7 +34,8 @@ def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
 def save_weights(folder: Path, loaded: Loaded, weights: dict[str, Tensor] | None) -> None:
     """Write the adapter for PEFT, or the model for transformers; `weights` come from `whole_weights`."""
     # If the head has an adapter, PEFT would also write the head and the embeddings, which have not changed.
-    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
+    adapters: dict[str, Any] = {"save_embedding_layers": False, "selected_adapters": [POLICY]}
+    options = adapters if isinstance(loaded.wrapped, PeftModel) else {}
     loaded.model.config.use_cache = True
     try:
         loaded.wrapped.save_pretrained(str(folder), state_dict=weights, **options)
@@ -47,7 +49,7 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
     wrapped = loaded.wrapped
     if isinstance(wrapped, PeftModel):
         saved = load_file(folder / "adapter_model.safetensors")
-        own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        own = peft.get_peft_model_state_dict(wrapped, adapter_name=POLICY, save_embedding_layers=False)
     else:
         dtype = next(wrapped.parameters()).dtype
         load = partial(type(wrapped).from_pretrained, str(folder), dtype=dtype, use_safetensors=True)
