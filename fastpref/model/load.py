@@ -20,7 +20,14 @@ from fastpref.kernels.device import with_index
 from fastpref.model import liger
 from fastpref.model.adapters.fresh import adapter_notes
 from fastpref.model.adapters.parts import short_names
-from fastpref.model.adapters.placed import BASE_ALONE, Placed, ReferenceAdapters, place_adapters, place_reference
+from fastpref.model.adapters.placed import (
+    BASE_ALONE,
+    Placed,
+    ReferenceAdapters,
+    place_adapters,
+    place_reference,
+    record_base,
+)
 from fastpref.model.adapters.source import find_adapter
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.adapters.whole import train_in_float32
@@ -139,6 +146,7 @@ def load_model(
         notes += adapter_notes(config, model)
         placed = place_adapters(config, model)
         wrapped, notes = placed.wrapped, [*notes, *placed.notes]
+        record_base(config, model, wrapped, dtype)
         train_in_float32(wrapped)  # a model's own code may choose other dtypes
         notes += [note] if (note := trained_dtype(config)) else []
     if stream is not None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastpref.config import Config
+from fastpref.config import Config, LoraConfig
 from fastpref.errors import UserError
 from fastpref.model.adapters.agreement import check_agreement, check_base, wanted_parts
 from fastpref.model.adapters.fresh import with_adapters
@@ -60,6 +60,8 @@ def place_adapters(config: Config, model: PreTrainedModel, *, weights: bool = Tr
     files: dict[str, AdapterFiles] = {}
     if lora.start is not None:
         files[BELOW if lora.stack else POLICY] = read_adapter(lora.start, "lora.from")
+        if lora.stack:
+            _check_stack(lora, files[BELOW])
     if kind == "start" and not lora.stack and not config.precomputes:
         files[REFERENCE] = files[POLICY]
     if kind == "adapter":
@@ -91,6 +93,24 @@ def place_adapters(config: Config, model: PreTrainedModel, *, weights: bool = Tr
     return Placed(wrapped, reference, began, tuple(notes))
 
 
+def record_base(config: Config, model: PreTrainedModel, wrapped: Any, dtype: torch.dtype) -> None:
+    """Write the base model, its revision and its dtype into the settings that PEFT saves with the trained adapter.
+
+    PEFT has keys for the first two; the dtype, and a quantization, stand in its `auto_mapping`, a free table.
+    """
+    if not isinstance(wrapped, peft.PeftModel):
+        return
+    settings: Any = wrapped.peft_config[POLICY]
+    settings.base_model_name_or_path = config.model.name
+    settings.revision = getattr(model.config, "_commit_hash", None) or config.model.revision
+    settings.auto_mapping = {
+        "base_model_class": type(model).__name__,
+        "parent_library": type(model).__module__,
+        "dtype": str(dtype).removeprefix("torch."),
+        **({} if config.model.quantization == "none" else {"quantization": config.model.quantization}),
+    }
+
+
 def place_reference(config: Config, wrapped: peft.PeftModel) -> ReferenceAdapters:
     """Put the adapter of the config's reference, if it is one, on a model that has its trained adapter already.
 
@@ -110,6 +130,18 @@ def place_reference(config: Config, wrapped: peft.PeftModel) -> ReferenceAdapter
         put_weights(wrapped, weights, REFERENCE, files.name, begin)
     switch(wrapped, (POLICY,))
     return ReferenceAdapters((REFERENCE,), _digest(files, weights))
+
+
+def _check_stack(lora: LoraConfig, below: AdapterFiles) -> None:
+    """Raise UserError for adapters whose sum is no LoRA adapter, which is what a run saves."""
+    if below.settings.use_dora or lora.dora:
+        which = f"the adapter of lora.from ({below.name})" if below.settings.use_dora else "the new adapter (lora.dora)"
+        raise UserError(
+            f"lora.stack: {which} is DoRA, which scales the base model's weights and not their sum with another "
+            "adapter; merge the old one with fastpref merge, and name the result as model.name"
+        )
+    if below.settings.trainable_token_indices:
+        raise UserError(f"lora.stack: the adapter of lora.from ({below.name}) has trained tokens; merge it first")
 
 
 def _read(adapter: AdapterFiles, model: PreTrainedModel) -> dict[str, Tensor]:
