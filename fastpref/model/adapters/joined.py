@@ -47,7 +47,7 @@ def joined_settings(wrapped: Any) -> peft.LoraConfig:
 def joined_weights(wrapped: Any) -> dict[str, Tensor]:
     """Return the weights of the one adapter on the CPU, under the names with which PEFT saves it."""
     ranks = _ranks(wrapped)
-    own = {
+    own: dict[str, Any] = {
         name: peft.get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False) for name in ranks
     }
     joined: dict[str, Tensor] = {}
@@ -76,7 +76,7 @@ def _ranks(wrapped: Any) -> dict[str, int]:
     return {name: max(layer.r[name] for layer in layers if name in layer.r) for name in (BELOW, POLICY)}
 
 
-def _part(layer: Any, name: str, weight: Tensor | None, side: str, rank: int) -> Tensor | None:
+def _part(layer: Any, name: str, weight: Any, side: str, rank: int) -> Tensor | None:
     """Return one side of an adapter in float32, with its scaling in B, and zeros up to `rank`."""
     if weight is None:
         return None

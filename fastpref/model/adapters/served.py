@@ -24,7 +24,7 @@ def vllm_obstacles(settings: peft.LoraConfig, names: Iterable[str]) -> list[str]
         found.append("biases of adapters are refused")
     if settings.rank_pattern or settings.alpha_pattern:
         found.append(
-            "ranks and scalings of single layers (rank_pattern, alpha_pattern) are not read, so those are wrong"
+            "ranks and scalings of single layers (rank_pattern, alpha_pattern) are not read, and would be wrong"
         )
     if settings.r > RANKS[-1]:
         found.append(f"rank {settings.r} is above {RANKS[-1]}, the largest")
