@@ -4,7 +4,7 @@ All of them share the base weights. The reference's adapter, and one that a new 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from fastpref.config import Config, LoraConfig
 from fastpref.errors import UserError
-from fastpref.model.adapters.agreement import check_agreement, check_base, wanted_parts
+from fastpref.model.adapters.agreement import adapted_parts, check_agreement, check_base, wanted_parts
 from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.adapters.fused import fuse_lora
+from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.source import AdapterFiles, Kind, read_adapter, reference_kind
 from fastpref.model.adapters.switch import BELOW, POLICY, REFERENCE, adapter_weights, switch, train_only
 from fastpref.model.adapters.trained import check_weights, put_weights, told_of_misfit
@@ -170,13 +171,30 @@ def _continued(config: Config, model: PreTrainedModel, start: AdapterFiles) -> p
 
 def _add(wrapped: Any, adapter: AdapterFiles, name: str, *, beside: AdapterFiles | None) -> None:
     """Add a frozen adapter like that of these files, without its weights."""
-    settings = _settings(adapter)
-    with told_of_misfit(f"{adapter.place}: this adapter cannot be put on the model"):
+    settings, begin = _settings(adapter), f"{adapter.place}: this adapter cannot be put on the model"
+    settings.target_parameters = _as_named_before(wrapped, settings.target_parameters)
+    full = tuple(f".{name}" for name in settings.modules_to_save or ())
+    if both := sorted(module for module in adapted_parts(wrapped).modules if f".{module}".endswith(full)):
+        raise UserError(f"{begin}: it has {short_names(both)} in full, on which there is another adapter")
+    with told_of_misfit(begin):
         wrapped.add_adapter(name, settings)
     for own, weights in adapter_weights(wrapped):
         if own == name:
             for parameter in weights:
                 parameter.requires_grad_(False)
+
+
+def _as_named_before(wrapped: Any, names: Collection[str] | None) -> list[str] | None:
+    """Return the names of parameters as the model's adapter has them, if these are the same parameters.
+
+    PEFT takes a second adapter of parameters only under the first one's names for them.
+    """
+    if not names:
+        return None
+    own = {part.replace("base_layer.", "") for part, _ in wrapped.base_model.model.named_parameters()}
+    meant = {name for name in own if any(f".{name}".endswith(f".{end}") for end in names)}
+    before = wrapped.peft_config[POLICY].target_parameters
+    return list(before if before and meant == adapted_parts(wrapped).parameters else names)
 
 
 def _settings(adapter: AdapterFiles) -> peft.LoraConfig:

@@ -35,13 +35,15 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
 }
-STACKED = [name for name in ADAPTERS if name not in ("DoRA", "transposed")]
-
-
-# The targets of a new adapter on top, by a word in the configs of the model and of the adapter below.
+STACKED = [name for name in ADAPTERS if name != "DoRA"]
+# The targets of a new adapter on top of one of ADAPTERS: the same layers, or others.
 ABOVE = {
-    "same": {"mixtral": '[".*(experts.*|q_proj)"]', '"lm_head"': '["v_proj","lm_head"]', "": '["q_proj","down_proj"]'},
-    "others": {"mixtral": '[".*(experts.*|k_proj)"]', "": '["q_proj","o_proj"]'},
+    "same": {
+        "experts": '[".*(experts.*|q_proj)"]',
+        "transposed": '["c_attn","c_proj"]',
+        **dict.fromkeys(["head", "tied head"], '["v_proj","lm_head"]'),
+    },
+    "others": {"experts": '[".*(experts.*|k_proj)"]', "transposed": '["c_fc","c_attn"]'},
 }
 
 
@@ -54,7 +56,7 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]
 
 
 def continued(base: Path, adapter: Path, *overrides: str) -> tuple[Config, Placed]:
-    config = with_start(config_for(base, f"lora.from=ADAPTER", *overrides))
+    config = with_start(config_for(base, f"lora.from={adapter}", *overrides))
     return config, place_adapters(config, plain(base))
 
 
@@ -119,11 +121,11 @@ def test_what_is_saved_is_the_policys_alone(adapter: tuple[Path, Path], tmp_path
 
 @pytest.mark.parametrize("adapter", STACKED, indirect=True)
 @pytest.mark.parametrize("above", ["same", "others"])
-def test_a_stack_is_one_adapter(adapter: tuple[Path, Path], above: str, tmp_path: Path):
+def test_a_stack_is_one_adapter(adapter: tuple[Path, Path], above: str, tmp_path: Path, request: pytest.FixtureRequest):
     """The two adapters compute their sum, and PEFT computes it from what is saved; a resumed run has both again."""
     base, folder = adapter
-    kind = (base / "config.json").read_text() + (folder / "adapter_config.json").read_text()
-    target = next(target for word, target in ABOVE[above].items() if word in kind)
+    below = request.node.callspec.params["adapter"]
+    target = ABOVE[above].get(below, '["q_proj","down_proj"]' if above == "same" else '["q_proj","o_proj"]')
     overrides = ["lora.stack=true", "lora.rank=3", f"lora.target={target}"]
     config = with_start(config_for(base, f"lora.from={folder}", *overrides))
     loaded = load_model(config, CPU)
