@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from tests.support.adapters import save_adapter
 from tests.support.paths import QUICKSTART_MODEL, QUICKSTART_ROWS
 
 LORA = "lora={rank=2}"
@@ -46,7 +48,7 @@ class Change:
         return re.sub(r"^loss\(\w+\)", "loss", key).replace("data.", "data.0.", 1)
 
 
-def with_lora(value: str, *given: str, **more: str) -> Change:
+def with_lora(value: str, *given: str, **more: Any) -> Change:
     return Change(value, (LORA, *given), **more)
 
 
@@ -59,6 +61,11 @@ def another_model(folder: Path) -> None:
         folder / "other" / "model.safetensors",
         {"format": "pt"},
     )
+
+
+def an_adapter(folder: Path) -> None:
+    """Write a trained adapter of the quickstart's model."""
+    save_adapter(folder / "adapter", QUICKSTART_MODEL)
 
 
 def model_with_code(folder: Path) -> None:
@@ -139,6 +146,8 @@ CHANGES: dict[str, Change] = {
     "model.streaming": with_lora("true", shows="words"),
     "model.liger": Change("true", shows="refused"),
     "model.trust_remote_code": Change("true", ("model.name=coded",), "false", "status", model_with_code),
+    "lora.from": Change("adapter", ("lora={}",), prepare=an_adapter),
+    "lora.stack": Change("true", ("lora.from=adapter",), prepare=an_adapter),
     "lora.rank": with_lora("3"),
     "lora.alpha": with_lora("3.0"),
     "lora.dropout": with_lora("0.5"),
@@ -218,6 +227,8 @@ CHANGES: dict[str, Change] = {
         "{enable_thinking=false}", ("tokens.chat_template=t.jinja", "tokens.max_length=400"), prepare=a_template
     ),
     "reference.mode": Change("copy", shows="words"),
+    "reference.adapter": Change("none", ("lora.from=adapter",), prepare=an_adapter),
+    "reference.name": with_lora("adapter", prepare=an_adapter),
     "reference.dtype": Change("bfloat16", ("reference.mode=copy",), shows="metrics"),
     "reference.quantization": Change("nf4", ("reference.mode=copy",), shows="metrics"),
     "train.learning_rate": Change("1e-2"),

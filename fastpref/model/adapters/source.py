@@ -128,7 +128,8 @@ def with_start(config: Config) -> Config:
             )
         if start is not None and find_adapter(start) != folder:
             raise UserError(f"lora.from = {start!r}: model.name is another adapter, {config.model.name}; name one")
-        base = {"model.name": files.base, "model.revision": files.settings.revision}
+        revision = None if Path(files.base).is_dir() else files.settings.revision
+        base = {"model.name": files.base, "model.revision": revision}
         config = config.but({**base, "lora.from": start or config.model.name})
     _check_keys(config)
     return config
