@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from peft import PeftModel
 
 from fastpref.data.example import Example
+from fastpref.model.adapters.switch import adapter_weights
 from fastpref.model.load import Loaded
 
 # As messages and checkpoints name them.
@@ -15,10 +16,11 @@ ADAPTERS = "the adapters that it began with"
 
 
 def model_fingerprint(loaded: Loaded) -> str:
-    """Hash a sample of every weight that a run begins with: of the frozen ones with adapters, or else of all."""
+    """Hash a sample of every weight that a run begins with: of the model's frozen ones with adapters, or else of all."""
     digest, adapters = hashlib.sha256(), isinstance(loaded.wrapped, PeftModel)
+    added = {id(parameter) for _, weights in adapter_weights(loaded.model) for parameter in weights}
     for name, parameter in loaded.model.named_parameters():
-        if not (adapters and parameter.requires_grad):
+        if not (adapters and parameter.requires_grad) and id(parameter) not in added:
             values = parameter.detach().flatten()
             sample = values[:: max(1, len(values) // 64)].float().cpu().numpy().tobytes()
             digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample)

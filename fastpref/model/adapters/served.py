@@ -22,12 +22,10 @@ def vllm_obstacles(settings: peft.LoraConfig, names: Iterable[str]) -> list[str]
         found.append(f"modules that are trained in full ({', '.join(settings.modules_to_save)}) are refused")
     if settings.bias != "none" or settings.lora_bias:
         found.append("biases of adapters are refused")
-    if settings.rank_pattern or settings.alpha_pattern:
-        found.append(
-            "ranks and scalings of single layers (rank_pattern, alpha_pattern) are not read, and would be wrong"
-        )
-    if settings.r > RANKS[-1]:
-        found.append(f"rank {settings.r} is above {RANKS[-1]}, the largest")
+    if any(_scaling(settings, key) != _scaling(settings) for key in _patterns(settings)):
+        found.append("one scaling is taken for all layers, and rank_pattern or alpha_pattern gives some another")
+    if _largest_rank(settings) > RANKS[-1]:
+        found.append(f"rank {_largest_rank(settings)} is above {RANKS[-1]}, the largest")
     if settings.use_rslora and settings.target_parameters:
         found.append("experts are scaled by alpha/rank, although rsLoRA says otherwise")
     saved = tuple(settings.modules_to_save or ())
@@ -39,7 +37,8 @@ def vllm_obstacles(settings: peft.LoraConfig, names: Iterable[str]) -> list[str]
 
 def vllm_rank(settings: peft.LoraConfig) -> int:
     """Return the least --max-lora-rank with which vLLM takes an adapter of this rank."""
-    return next((rank for rank in RANKS if rank >= settings.r), settings.r)
+    largest = _largest_rank(settings)
+    return next((rank for rank in RANKS if rank >= largest), largest)
 
 
 def serving_note(settings: peft.LoraConfig, names: Iterable[str]) -> str | None:
@@ -49,6 +48,21 @@ def serving_note(settings: peft.LoraConfig, names: Iterable[str]) -> str | None:
     if (rank := vllm_rank(settings)) > 16:
         return f"vLLM serves this adapter with --max-lora-rank {rank}"
     return None
+
+
+def _patterns(settings: peft.LoraConfig) -> set[str]:
+    return {*(settings.rank_pattern or {}), *(settings.alpha_pattern or {})}
+
+
+def _scaling(settings: peft.LoraConfig, pattern: str = "") -> float:
+    """Return the scaling of the layers of a pattern, by default that of all others."""
+    rank = (settings.rank_pattern or {}).get(pattern, settings.r)
+    alpha = (settings.alpha_pattern or {}).get(pattern, settings.lora_alpha)
+    return alpha / (rank**0.5 if settings.use_rslora else rank)
+
+
+def _largest_rank(settings: peft.LoraConfig) -> int:
+    return max(settings.r, *(settings.rank_pattern or {"": 0}).values())
 
 
 def _of(name: str, modules: Iterable[str]) -> bool:

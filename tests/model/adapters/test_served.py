@@ -29,6 +29,7 @@ def lora(**settings: Any) -> peft.LoraConfig:
     ({"bias": "all"}, "biases"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
+    ({"rank_pattern": {"q_proj": 16}, "alpha_pattern": {"q_proj": 16}}, None),
     ({"r": 600}, "rank 600 is above 512"),
     ({"use_rslora": True, "target_parameters": ["experts.down_proj"]}, "rsLoRA"),
 ], ids=str)  # fmt: skip
@@ -63,7 +64,8 @@ def test_the_rank_that_vllm_is_started_with(rank: int, wanted: int):
 @pytest.mark.parametrize(("kind", "overrides", "note"), [
     ("llama", ["lora={rank=2}"], None),
     ("llama", ['lora={rank=2, target=["q_proj", "lm_head"]}'], None),
-    ("mixtral", ["lora={rank=2}"], "rank_pattern"),
+    ("mixtral", ["lora={rank=2}"], None),
+    ("mixtral", ["lora={rank=12}"], "--max-lora-rank 32"),
     ("llama", ["lora={rank=2, dora=true}"], "DoRA"),
     ("llama", ['lora={rank=2, modules_to_save=["lm_head"]}'], "lm_head"),
 ], ids=str)  # fmt: skip
