@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import fastpref
 from fastpref.errors import UserError
 from fastpref.processes import check_sharded
-from tests.support.paths import ROOT
+from tests.support.adapters import save_adapter
+from tests.support.paths import QUICKSTART_MODEL, ROOT
 from tests.support.process_runs import PLAIN, RESUMED, SAME, launched, run_all
 from tests.support.runs import contents, rows, write_config
 
@@ -26,7 +27,9 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_config(tmp_path_factory.mktemp("processes"))
+    folder = tmp_path_factory.mktemp("processes")
+    save_adapter(folder / "start", QUICKSTART_MODEL)
+    return write_config(folder)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,7 @@ def test_ctrl_c_stops_both_with_one_checkpoint(config: Path):
 @pytest.mark.parametrize(
     ("override", "setting"),
     [("model.quantization=nf4", "nf4"), ("train.optimizer=adamw_8bit", "adamw_8bit"), ("reference.mode=copy", "copy"),
-     ("lora={dora=true}", "dora")],
+     ("lora={dora=true}", "dora"), ("lora.stack=true", "stack"), ("reference.name=other", "other")],
 )  # fmt: skip
 def test_what_cannot_be_sharded_is_refused(config: Path, override: str, setting: str):
     with pytest.raises(UserError, match=f"{setting}.* cannot be sharded by FSDP"):

@@ -16,7 +16,7 @@ ADAPTERS = "the adapters that it began with"
 
 
 def model_fingerprint(loaded: Loaded) -> str:
-    """Hash a sample of every weight that a run begins with: of the model's frozen ones with adapters, or else of all."""
+    """Hash a sample of every weight that a run begins with: with adapters of the model's frozen ones, else of all."""
     digest, adapters = hashlib.sha256(), isinstance(loaded.wrapped, PeftModel)
     added = {id(parameter) for _, weights in adapter_weights(loaded.model) for parameter in weights}
     for name, parameter in loaded.model.named_parameters():

@@ -26,6 +26,8 @@ SAME = {
     "kto-at-once": ["loss.type=kto", PLAIN, "train.tokens_per_microbatch=4000"],
     "orpo-head": ["loss.type=orpo", 'lora={rank=2, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
     "simpo-one-pair": ["loss.type=simpo", PLAIN, "train.batch=1", "train.steps=4"],
+    "dpo-continued": ["lora.from=start"],
+    "ipo-continued-from-base": ["loss.type=ipo", "lora.from=start", "reference.adapter=none"],
     "cpo-padded-full": ["loss.type=cpo", "train.layout=padded"],
 }
 RESUMED = {"dpo": [LORA], "kto-full": ["loss.type=kto"]}
