@@ -87,7 +87,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
-    training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
+    training = "the whole model" if loaded.lora is None else f"LoRA adapters of {loaded.lora.ranks}"
     typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
     for note in foresee(loaded):
         typer.echo(f"note: {note}")

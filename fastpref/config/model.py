@@ -3,11 +3,13 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, Strict, field_validator, model_validator
 
 from fastpref.config.losses import Positive
 from fastpref.config.paths import ReadPath
 from fastpref.config.section import Count, Names, Section
+
+Layers = Annotated[tuple[int | str, ...], Strict(False)]
 
 
 class ModelConfig(Section):
@@ -42,6 +44,11 @@ class LoraConfig(Section):
     """Sets the inner dimension of the adapters."""
     alpha: Positive = 32.0
     """Scales the adapters by alpha/rank, or with rslora by alpha/√rank."""
+    rank_pattern: dict[str, Count] = Field(default_factory=dict)
+    """Gives some modules another rank: names and patterns, as in target, with their ranks. Of several entries that
+    match a module, the first counts."""
+    alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """Gives some modules another alpha, like rank_pattern."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Sets the dropout probability of the adapters' inputs."""
     target: Literal["all-linear"] | Names = "all-linear"
@@ -50,6 +57,9 @@ class LoraConfig(Section):
     whole name."""
     exclude: Names = ()
     """Excludes modules, and all modules inside them, from the adapters, by names and patterns."""
+    layers: Layers = ()
+    """Restricts the adapters inside decoder layers to some layers: indices such as 0 and -1, and slices such as "8:16"
+    and "-4:", as in Python; modules outside of the layers are not affected."""
     modules_to_save: Names = ()
     """Names modules that are trained in full, in addition to the adapters, and in float32 like these."""
     rslora: bool = False
@@ -62,7 +72,20 @@ class LoraConfig(Section):
     def _one_pattern(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) and is_pattern(value) and value != "all-linear" else value
 
-    @field_validator("target", "exclude")
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_slice(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+    @field_validator("layers")
+    @classmethod
+    def _slices_are_slices(cls, value: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        for entry in value:
+            if isinstance(entry, str) and re.fullmatch(r"(-?\d+)?:(-?\d+)?", entry) is None:
+                raise ValueError(f'{entry!r} is neither an index such as 3 nor a slice such as "8:16"')
+        return value
+
+    @field_validator("target", "exclude", "rank_pattern", "alpha_pattern")
     @classmethod
     def _patterns_compile(cls, value: Any) -> Any:
         for entry in () if isinstance(value, str) else value:
@@ -77,6 +100,12 @@ class LoraConfig(Section):
         if self.dora and "lm_head" in self.target:
             raise ValueError("dora: DoRA cannot adapt the head; remove lm_head from target, or set dora = false")
         return self
+
+    @property
+    def ranks(self) -> str:
+        """The ranks in words."""
+        others = sorted({*self.rank_pattern.values()} - {self.rank})
+        return f"rank {self.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
 
 
 def is_pattern(entry: str) -> bool:

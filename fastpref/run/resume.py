@@ -155,6 +155,8 @@ def _resolved(config: Config) -> dict[str, Any]:
     """Return the config as JSON values, so that it equals one that is read back from TOML."""
     content = config.model_dump(mode="json")
     content["train"]["learning_rate"] = config.learning_rate
+    for key in ("rank_pattern", "alpha_pattern") if config.lora is not None else ():  # the order of entries counts
+        content["lora"][key] = list(map(list, content["lora"][key].items()))
     return content
 
 

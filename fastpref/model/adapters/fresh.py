@@ -7,7 +7,6 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import peft
@@ -22,12 +21,16 @@ from fastpref.model.adapters.parts import (
     OUTSIDE,
     Parts,
     adaptable_layers,
+    ends,
     is_one_layer,
     leave_out,
     linear_layers,
+    matches,
     owner_of,
     short_names,
+    unknown,
 )
+from fastpref.model.adapters.patterns import left_out_layers, peft_pattern
 from fastpref.model.adapters.whole import train_in_float32
 from fastpref.model.failure import is_out_of_memory, words
 
@@ -80,7 +83,7 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
     settings = peft.LoraConfig(**sizes, use_rslora=options.rslora, use_dora=options.dora, task_type="CAUSAL_LM")
     parts = Parts.of(model)
     settings.modules_to_save = _modules_to_save(options, parts)
-    excluded = _excluded(options.exclude, parts)
+    excluded = _excluded(options.exclude, parts) | left_out_layers(options, parts)
     wanted = [options.target] if isinstance(options.target, str) else options.target
     every, entries = _ALL in wanted, [entry for entry in wanted if entry != _ALL]
 
@@ -107,9 +110,12 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
         because = f" ({reasons})" if reasons else ""
         raise UserError(f"lora.target: nothing is left to adapt{because}; {parts.linear_names}")
     settings.target_modules = kept  # pyright: ignore[reportAttributeAccessIssue]
+    ranks, alphas = (targets.ranks, targets.alphas) if experts else ({}, {})
     if experts:
         settings.target_parameters = sorted(_shortest(experts, parts))
-        settings.rank_pattern, settings.alpha_pattern = targets.ranks, targets.alphas
+    adapted = {*kept, *experts}
+    settings.rank_pattern = peft_pattern("rank_pattern", options.rank_pattern, options.rank, adapted, ranks, parts)
+    settings.alpha_pattern = peft_pattern("alpha_pattern", options.alpha_pattern, options.alpha, adapted, alphas, parts)
     return settings, left_out
 
 
@@ -135,7 +141,7 @@ def _targets(every: bool, entries: Iterable[str], settings: peft.LoraConfig, par
         targets.ranks.update(converted.rank_pattern or {})
         targets.alphas.update(converted.alpha_pattern or {})
         for short in converted.target_parameters or ():
-            full = {name for name in own if _ends(name, short)}
+            full = {name for name in own if ends(name, short)}
             if target in patterns:
                 full = {name for name in full if _means(str(target), name)}
                 targets.names |= {str(target)} if full else set()
@@ -167,7 +173,7 @@ def _converted(settings: peft.LoraConfig, model: PreTrainedModel, target: str | 
 def _shortest(experts: Mapping[str, str], parts: Parts) -> set[str]:
     """Return names for PEFT that match exactly these parameters: a common end, if all parameters with it are chosen."""
     others = parts.parameters().keys() - experts.keys()
-    ambiguous = {short for short in set(experts.values()) if any(_ends(name, short) for name in others)}
+    ambiguous = {short for short in set(experts.values()) if any(ends(name, short) for name in others)}
     return {name if short in ambiguous else short for name, short in experts.items()}
 
 
@@ -196,11 +202,11 @@ def _named(
     """Return the modules that names and patterns match. Raises UserError for an entry that matches none."""
     chosen: set[str] = set()
     for entry in entries:
-        hits = {name for name in parts.modules if _matches(entry, name)}
+        hits = {name for name in parts.modules if matches(entry, name)}
         layers = {name for name in hits if is_one_layer(parts.modules[name])}
         if not layers and entry not in experts:
             if not hits or is_pattern(entry):
-                raise UserError(f"lora.target: {_unknown(entry, parts)}")
+                raise UserError(f"lora.target: {unknown(entry, parts)}")
             inner = linear_layers(parts.model).keys() & _inside(hits, parts)
             names = ", ".join(sorted({name.rpartition(".")[2] for name in inner}))
             advice = f"; name the layers in it: {names}" if inner else ""
@@ -223,9 +229,9 @@ def _excluded(entries: Iterable[str], parts: Parts) -> set[str]:
     """Return the modules that names and patterns exclude, with all modules inside them."""
     excluded: set[str] = set()
     for entry in entries:
-        hits = {name for name in parts.modules if _matches(entry, name)}
+        hits = {name for name in parts.modules if matches(entry, name)}
         if not hits:
-            raise UserError(f"lora.exclude: {_unknown(entry, parts)}")
+            raise UserError(f"lora.exclude: {unknown(entry, parts)}")
         excluded |= hits | _inside(hits, parts)
     return excluded
 
@@ -240,26 +246,8 @@ def _modules_to_save(options: LoraConfig, parts: Parts) -> list[str] | None:
     for entry in options.modules_to_save:
         hits = {name for name in parts.modules if name.endswith(entry)}  # as PEFT matches them
         if not hits:
-            raise UserError(f"lora.modules_to_save: {_unknown(entry, parts)}")
+            raise UserError(f"lora.modules_to_save: {unknown(entry, parts)}")
         if not hits & parts.inside:
             raise UserError(f"lora.modules_to_save: {entry} names {short_names(hits)}, {OUTSIDE}")
         names += [entry] if hits <= parts.inside else sorted(hits & parts.inside)
     return names or None
-
-
-def _matches(entry: str, name: str) -> bool:
-    """Return whether an entry matches, as in PEFT: a pattern matches a module's whole name, a name matches its end."""
-    return re.fullmatch(entry, name) is not None if is_pattern(entry) else _ends(name, entry)
-
-
-def _ends(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
-
-
-def _unknown(entry: str, parts: Parts) -> str:
-    known = sorted({name.rpartition(".")[2] for name in parts.inside if not name.rpartition(".")[2].isdecimal()})
-    near = get_close_matches(entry.rpartition(".")[2], [*known, _ALL], n=1, cutoff=0.6) if not is_pattern(entry) else []
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    example = next((name for name in linear_layers(parts.model) if name in parts.inside), None)
-    whole = f"; a pattern is matched with the whole name of a layer, such as {example}" if is_pattern(entry) else ""
-    return f"this {parts.model.config.model_type} model has no layer {entry!r}{hint}{whole}; {parts.linear_names}"
