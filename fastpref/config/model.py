@@ -1,6 +1,7 @@
 """The tables [model] and [lora] of a config. Nothing here imports torch."""
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, field_validator, model_validator
@@ -9,6 +10,7 @@ from fastpref.config.losses import Positive
 from fastpref.config.paths import ReadPath
 from fastpref.config.section import Count, Names, Section
 
+_INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq")
 Layers = Annotated[tuple[int | str, ...], Strict(False)]
 
 
@@ -62,6 +64,10 @@ class LoraConfig(Section):
     and "-4:", as in Python; modules outside of the layers are not affected."""
     modules_to_save: Names = ()
     """Names modules that are trained in full, in addition to the adapters, and in float32 like these."""
+    init: str = "default"
+    """Chooses the adapters' first values: "default" (A uniform, B zero), "gaussian", "orthogonal", parts of the weights
+    by "pissa", "pissa_niter_4" (faster) or "olora", which add a frozen half to each adapter, or "loftq", which makes up
+    for the rounding to nf4."""
     rslora: bool = False
     """Uses rank-stabilized scaling (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
@@ -71,6 +77,15 @@ class LoraConfig(Section):
     @classmethod
     def _one_pattern(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) and is_pattern(value) and value != "all-linear" else value
+
+    @field_validator("init")
+    @classmethod
+    def _known_values(cls, value: str) -> str:
+        if value not in _INITS and re.fullmatch(r"pissa_niter_[1-9]\d*", value) is None:
+            near = get_close_matches(value, _INITS, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"must be one of {', '.join(_INITS)}, pissa_niter_N, got {value!r}{hint}")
+        return value
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -94,6 +109,15 @@ class LoraConfig(Section):
             except re.error as error:
                 raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
         return value
+
+    @model_validator(mode="after")
+    def _first_values_fit(self) -> "LoraConfig":
+        if self.dora and self.init == "loftq":
+            raise ValueError("init: DoRA keeps the norms of the rounded weights, which loftq changes; set dora = false")
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise ValueError(f"init: orthogonal needs even ranks, got {odd[0]}")
+        return self
 
     @model_validator(mode="after")
     def _plain_on_head(self) -> "LoraConfig":

@@ -20,6 +20,7 @@ from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.fake_stream import Copies, stream_fakes
 from fastpref.model import flex_attention
+from fastpref.model.adapters.begin import BegunHalf
 from fastpref.model.attention import NAME, give_attention, layers_reached
 from fastpref.model.failure import told_of_model
 from fastpref.model.files import model_config
@@ -210,6 +211,9 @@ def _materialised(config: Config, bones: Skeleton, count: PeakStorage, streaming
         for parameter in model.parameters():
             if parameter.requires_grad:
                 count.relabel(parameter, "adapters")
+        for module in model.modules():
+            if isinstance(module, BegunHalf):
+                count.relabel(module.fixed, "adapters")
     return copies
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastpref.errors import UserError
+from fastpref.model.adapters.begin import BegunHalf
 from fastpref.model.load import Loaded
 from fastpref.model.weights import from_files
 
@@ -61,6 +62,9 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
         raise UserError(f"{folder}: the saved weights are of another model: {', '.join(differing[:3])}")
     for name, tensor in own.items():  # these tensors share their storage with the model
         tensor.copy_(_sharded_like(saved[name], tensor))
+    for name, module in wrapped.named_modules():
+        if isinstance(module, BegunHalf):  # which is saved as one weight that is a copy
+            module.take(saved[f"{name.removesuffix('.default')}.weight"])
 
 
 def whole(value: Any) -> Any:

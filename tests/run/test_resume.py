@@ -33,6 +33,8 @@ CASES = {
         'lora={rank=2, target=["all-linear", "lm_head"], layers=["1:"], rank_pattern={q_proj=3, lm_head=1}, '
         "alpha_pattern={'.*mlp.*'=4}}",
     ],
+    "dpo-lora-pissa": ['lora={rank=2, dropout=0.1, init="pissa", target=["all-linear", "lm_head"]}'],
+    "orpo-nf4-loftq": ["loss.type=orpo", 'lora={rank=2, init="loftq"}', "model.quantization=nf4"],
     "dpo-lora-head-twice": ['lora={rank=2, dropout=0.1, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
 }
 

@@ -5,17 +5,19 @@ PEFT itself decides which layers it can adapt. Modules that it would silently ad
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import peft
 from bitsandbytes.nn import Linear8bitLt
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastpref.config import Config, LoraConfig, is_pattern
 from fastpref.errors import UserError
+from fastpref.model.adapters.begin import begin, halves, needs_layers
 from fastpref.model.adapters.fused import fuse_lora
 from fastpref.model.adapters.parts import (
     OUTSIDE,
@@ -40,10 +42,13 @@ _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # of an ex
 _ROUTERS = "routers, which choose between experts"
 
 
-def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | peft.PeftModel:
+def with_adapters(
+    config: Config, model: PreTrainedModel, originals: Callable[[], nn.Module] | None = None
+) -> PreTrainedModel | peft.PeftModel:
     """Put fresh adapters on the model's modules if the config has a [lora] table. What is trained then is float32.
 
-    Raises UserError for modules that the model does not have, or that PEFT cannot adapt.
+    `originals` loads the model without quantization, for `lora.init = "loftq"`. Raises UserError for modules that the
+    model does not have, or that PEFT cannot adapt.
     """
     if config.lora is None:
         return model
@@ -57,6 +62,7 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
         message = words(error).rstrip(".")
         raise UserError(f"lora: {message}. This model's linear modules are {', '.join(linear)}") from None
     assert isinstance(wrapped, peft.PeftModel)
+    begin(config.lora, wrapped, originals)
     train_in_float32(wrapped)
     fuse_lora(wrapped)
     return wrapped
@@ -79,7 +85,11 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
             "lora.dora: PEFT loses the scales of weights in int8 when it computes DoRA on a CPU; leave lora.dora out, "
             'or set model.quantization to "nf4"'
         )
-    sizes: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+    # A frozen half keeps its scaling: that of rsLoRA is alpha/√rank.
+    ranks, alphas = halves(options), halves(options) ** (0.5 if options.rslora else 1)
+    rank, alpha = options.rank * ranks, options.alpha * alphas
+    sizes: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": options.dropout}
+    sizes["init_lora_weights"] = options.init if options.init == "gaussian" else True
     settings = peft.LoraConfig(**sizes, use_rslora=options.rslora, use_dora=options.dora, task_type="CAUSAL_LM")
     parts = Parts.of(model)
     settings.modules_to_save = _modules_to_save(options, parts)
@@ -96,8 +106,8 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
     if every:
         leave_out(left_out, _ROUTERS, {name for name in experts if name not in fused})
         experts = {name: short for name, short in experts.items() if name in fused}
-        if options.dropout or options.dora:
-            obstacle = "dropout" if options.dropout else "DoRA"
+        if options.dropout or options.dora or needs_layers(options):
+            obstacle = "dropout" if options.dropout else "DoRA" if options.dora else f"lora.init = {options.init!r}"
             leave_out(left_out, f"PEFT's adapters of experts know no {obstacle}", experts)
             experts = {}
         elif not experts:
@@ -110,12 +120,14 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
         because = f" ({reasons})" if reasons else ""
         raise UserError(f"lora.target: nothing is left to adapt{because}; {parts.linear_names}")
     settings.target_modules = kept  # pyright: ignore[reportAttributeAccessIssue]
-    ranks, alphas = (targets.ranks, targets.alphas) if experts else ({}, {})
+    own_ranks, own_alphas = (targets.ranks, targets.alphas) if experts else ({}, {})
     if experts:
         settings.target_parameters = sorted(_shortest(experts, parts))
     adapted = {*kept, *experts}
-    settings.rank_pattern = peft_pattern("rank_pattern", options.rank_pattern, options.rank, adapted, ranks, parts)
-    settings.alpha_pattern = peft_pattern("alpha_pattern", options.alpha_pattern, options.alpha, adapted, alphas, parts)
+    entries = {name: value * ranks for name, value in options.rank_pattern.items()}
+    settings.rank_pattern = peft_pattern("rank_pattern", entries, rank, adapted, own_ranks, parts)
+    entries = {name: value * alphas for name, value in options.alpha_pattern.items()}
+    settings.alpha_pattern = peft_pattern("alpha_pattern", entries, alpha, adapted, own_alphas, parts)
     return settings, left_out
 
 
