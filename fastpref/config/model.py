@@ -1,6 +1,7 @@
 """The tables [model] and [lora] of a config. Nothing here imports torch."""
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
@@ -103,11 +104,7 @@ class LoraConfig(Section):
     @field_validator("target", "exclude", "rank_pattern", "alpha_pattern")
     @classmethod
     def _patterns_compile(cls, value: Any) -> Any:
-        for entry in () if isinstance(value, str) else value:
-            try:
-                re.compile(entry if is_pattern(entry) else "")
-            except re.error as error:
-                raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
+        check_patterns(() if isinstance(value, str) else value)
         return value
 
     @model_validator(mode="after")
@@ -130,6 +127,15 @@ class LoraConfig(Section):
         """The ranks in words."""
         others = sorted({*self.rank_pattern.values()} - {self.rank})
         return f"rank {self.rank}" + (f" (some {', '.join(map(str, others))})" if others else "")
+
+
+def check_patterns(entries: Iterable[str]) -> None:
+    """Raise ValueError for an entry that is meant as a regular expression and is none."""
+    for entry in entries:
+        try:
+            re.compile(entry if is_pattern(entry) else "")
+        except re.error as error:
+            raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
 
 
 def is_pattern(entry: str) -> bool:

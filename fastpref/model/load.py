@@ -27,6 +27,7 @@ from fastpref.model.attention_choice import choose_attention
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import explained, hub_options, model_config
+from fastpref.model.freeze import freeze
 from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.limits import trained_dtype
 from fastpref.model.policy import Policy
@@ -120,6 +121,7 @@ def load_model(
     else:
         notes += adapter_notes(config, model)
         wrapped = with_adapters(config, model, partial(_originals, config, architecture))
+        notes += freeze(config, model)
         train_in_float32(wrapped)  # a model's own code may choose other dtypes
         notes += [note] if (note := trained_dtype(config)) else []
     if stream is not None:

@@ -23,6 +23,7 @@ def adapter(folder: str) -> bytes:
 CASES = {
     "dpo-lora": [LORA],
     "dpo-full": [],
+    "dpo-frozen": ['train.freeze=["embed_tokens", "layers.1", "norm.weight"]'],
     "kto-lora": ["loss.type=kto", LORA],
     "kto-full": ["loss.type=kto"],
     "orpo-lora-constant": ["loss.type=orpo", LORA, "train.schedule=constant", "eval.data=[]", "eval={}"],
