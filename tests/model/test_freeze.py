@@ -32,7 +32,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def freezing(entry: str) -> str:
-    return f"train.freeze={entry if entry.startswith('[') else repr([entry])}"
+    entries = entry if entry.startswith("[") else f"['{entry}']"
+    return f"train.freeze={entries}"
 
 
 @pytest.mark.parametrize("case", ENTRIES)
@@ -56,7 +57,7 @@ def test_a_tied_weight_has_two_names(folders: dict[str, Path]):
 
 FAULTS: dict[str, tuple[str, str]] = {
     "unknown": ("embed_token", r"train\.freeze: .*'embed_token' \(did you mean 'embed_tokens'\?\)"),
-    "an unknown pattern": (r".*\.attn", r"train\.freeze: this llama model has no layer '\.\*\\\\\.attn'; a pattern"),
+    "an unknown pattern": (r".*\.attn", r"train\.freeze: this llama model has no layer .*attn'; a pattern is matched"),
     "without weights": ("act_fn", r"train\.freeze: act_fn names .*act_fn, which has no weights"),
     "twice": ('["layers", "q_proj"]', r"train\.freeze: q_proj changes nothing"),
     "everything": ('["model", "lm_head"]', r"train\.freeze: nothing is left to train"),
