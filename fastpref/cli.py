@@ -87,7 +87,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
-    training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
+    training = "the whole model" if loaded.lora is None else f"LoRA adapters of {loaded.lora.ranks}"
     if loaded.lora is not None and loaded.lora.start is not None:
         training = f"{training} on top of" if loaded.lora.stack else "the LoRA adapter"
         training = f"{training} {loaded.lora.start}"

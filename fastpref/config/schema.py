@@ -71,6 +71,16 @@ class Config(Section):
             (model.streaming is True and reference.mode == "copy" and self.loss.uses_reference,
              'model.streaming: a frozen copy (reference.mode = "copy") would lie on the GPU as a whole; set '
              'reference.mode to "adapter", or model.streaming to false'),
+            (bool(train.freeze) and self.lora is not None,
+             "train.freeze: with a [lora] table all weights but the adapters are frozen; remove one of the two"),
+            (self.lora is not None and self.lora.init == "loftq" and model.quantization != "nf4",
+             'lora.init: "loftq" makes up for the rounding to 4 bits; set model.quantization = "nf4", or leave it out'),
+            (self.lora is not None and self.lora.init == "loftq" and model.quantization == "nf4"
+             and self.loss.uses_reference
+             and (reference.mode != "copy" or (reference.dtype, reference.quantization) != ("auto", "auto")),
+             'lora.init: "loftq" adapters are a part of the model at the start, so a reference without them would be '
+             'another model; set reference.mode = "copy" without dtype and quantization, or take a loss without a '
+             "reference"),
             (model.attention in ("flex", "varlen") and train.layout == "padded",
              f'model.attention: "{model.attention}" computes tree and packed rows only; set train.layout = "auto", or '
              "remove it"),

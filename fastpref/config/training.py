@@ -1,12 +1,13 @@
 """The tables [reference], [train], [output] and [log] of a config. Nothing here imports torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field, Strict, field_validator
 
 from fastpref.config.losses import NonNegative, Positive
+from fastpref.config.model import check_patterns
 from fastpref.config.paths import ReadPath, WrittenPath
-from fastpref.config.section import Count, Section
+from fastpref.config.section import Count, Names, Section
 
 
 class ReferenceConfig(Section):
@@ -46,6 +47,9 @@ class TrainConfig(Section):
     """Lays out a micro-batch: "tree" is one row that computes every beginning that sequences share once (prompts, but
     also system prompts, questions of several rows, conversations), "packed" one row that repeats prompts, "padded" a
     row a sequence; "auto" is tree where the attention of the model allows it."""
+    freeze: Names = ()
+    """Names modules and parameters that full fine-tuning leaves as they are, by names and patterns as in lora.target:
+    "embed_tokens", "layers.0"."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """Chooses AdamW, AdamW with moments in 8 bits, or a paged one, whose moments move to host memory when the GPU
     is full."""
@@ -62,6 +66,17 @@ class TrainConfig(Section):
     nonfinite: Literal["stop", "skip"] = "stop"
     """Decides about a loss or gradient that is not finite: stop before the step, or skip the step (ten in a row
     stop)."""
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_entry(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("freeze")
+    @classmethod
+    def _patterns_compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_patterns(value)
+        return value
 
 
 class OutputConfig(Section):

@@ -21,6 +21,7 @@ from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.fake_stream import Copies, stream_fakes
 from fastpref.model import flex_attention
+from fastpref.model.adapters.begin import BegunHalf
 from fastpref.model.adapters.source import reference_kind
 from fastpref.model.adapters.switch import REFERENCE, adapter_weights
 from fastpref.model.attention import NAME, give_attention, layers_reached
@@ -217,6 +218,9 @@ def _materialised(config: Config, bones: Skeleton, count: PeakStorage, streaming
         for parameter in model.parameters():
             if parameter.requires_grad:
                 count.relabel(parameter, "adapters")
+        for module in model.modules():
+            if isinstance(module, BegunHalf):
+                count.relabel(module.fixed, "adapters")
     return copies
 
 

@@ -18,6 +18,7 @@ from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.kernels.device import with_index
 from fastpref.model import liger
+from fastpref.model.adapters.begin import halves
 from fastpref.model.adapters.fresh import adapter_notes
 from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.placed import (
@@ -35,6 +36,7 @@ from fastpref.model.attention_choice import choose_attention
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import explained, hub_options, model_config
+from fastpref.model.freeze import freeze
 from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.limits import trained_dtype
 from fastpref.model.policy import Policy
@@ -130,6 +132,8 @@ def load_model(
             notes.append(_described(model, stream))
         policy = Policy(body_of(model), head)
         choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
+    if sharded and config.lora is not None and halves(config.lora) > 1:
+        raise UserError(f"lora.init: FSDP cannot shard the frozen halves of {config.lora.init!r}; leave the key out")
     if sharded and isinstance(head, OwnLogits):
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
     notes += [*choice.notes, *([note] if note else []), *_attention(config, model, choice, device)]
@@ -145,8 +149,8 @@ def load_model(
             placed = Placed(wrapped, place_reference(config, wrapped))
     else:
         notes += adapter_notes(config, model)
-        placed = place_adapters(config, model)
-        wrapped, notes = placed.wrapped, [*notes, *placed.notes]
+        placed = place_adapters(config, model, partial(_originals, config, architecture))
+        wrapped, notes = placed.wrapped, [*notes, *placed.notes, *freeze(config, model)]
         record_base(config, model, wrapped, dtype)
         train_in_float32(wrapped)  # a model's own code may choose other dtypes
         notes += [note] if (note := trained_dtype(config)) else []
@@ -224,6 +228,13 @@ def pretrained(
     keep_weights_as_loaded(model)
     model.config.use_cache = False
     return model.eval()
+
+
+def _originals(config: Config, architecture: PretrainedConfig) -> PreTrainedModel:
+    """Load the model without quantization into host memory."""
+    options = config.but({"model.quantization": "none"}).model
+    dtype: Any = architecture.get_text_config().dtype or torch.float32
+    return pretrained(options, architecture, dtype, torch.device("cpu"))
 
 
 def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str | None]:

@@ -15,6 +15,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from fastpref.config import Config
 from fastpref.model.adapters.placed import BASE_ALONE, ReferenceAdapters, place_adapters
+from fastpref.model.freeze import freeze
 from fastpref.model.liger import take_kernels
 from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packing_of, saved_by_packing
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
@@ -59,6 +60,7 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
         if kernels:
             take_kernels(model)
         _let_dora_dequantise(model)
+        freeze(config, model)
         placed = place_adapters(config, model.eval(), weights=False)
         return Skeleton(model, placed.wrapped, placed.reference, packed, experts)
 

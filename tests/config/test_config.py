@@ -126,6 +126,18 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "lora.target = '(q|v_proj'\nlora.exclude = ['vision', '[a']": "1: lora.target: '(q|v_proj' is not a regular "
     "expression: missing ), unterminated subpattern at position 0\n"
     "2: lora.exclude: '[a' is not a regular expression: unterminated character set at position 0",
+    "lora.init = 'loftq'": '1: lora.init: "loftq" makes up for the rounding to 4 bits; set model.quantization = "nf4", '
+    "or leave it out",
+    "lora = { init = 'orthogonal', rank = 3 }": "1: lora.init: orthogonal needs even ranks, got 3",
+    "lora = { init = 'loftq', dora = true }": "1: lora.init: DoRA keeps the norms of the rounded weights, which loftq "
+    "changes; set dora = false",
+    "lora.init = 'pisa'": "1: lora.init: must be one of default, gaussian, orthogonal, pissa, olora, loftq, "
+    "pissa_niter_N, got 'pisa' (did you mean 'pissa'?)",
+    "lora.layers = '3'": "1: lora.layers: '3' is neither an index such as 3 nor a slice such as \"8:16\"",
+    "lora.layers = [1, 2.5]": "1: lora.layers[1]: must be a valid string, or must be a valid integer, got 2.5",
+    "lora.rank_pattern = { q_proj = 0 }": "1: lora.rank_pattern.q_proj: must be greater than or equal to 1, got 0",
+    "lora.alpha_pattern = { '(q' = 1 }": "1: lora.alpha_pattern: '(q' is not a regular expression: missing ), "
+    "unterminated subpattern at position 0",
     # Words
     "train.layout = 'tre'": "1: train.layout: must be one of auto, tree, packed, padded, got 'tre' (did you mean "
     "'tree'?)",
