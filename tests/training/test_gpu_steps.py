@@ -25,7 +25,7 @@ LORA, EVERY = "lora={rank=4}", "train.checkpointing=true"
 TRAINED = {"lora": [LORA], "nf4": [LORA, "model.quantization=nf4"], "full": []}
 SAVED = {"all": [], "inputs": [EVERY], "inputs on the host": [EVERY, "train.offload_activations=true"]}
 FACTORS = {
-    "loss": ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo"],
+    "loss": ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo", "sft"],
     "trained": list(TRAINED),
     "attention": ["flex", "sdpa"],
     "liger": [True, False],
