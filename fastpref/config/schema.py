@@ -38,7 +38,7 @@ class Config(Section):
     loss: Annotated[LossOptions, _ByType] = Field(default_factory=DPO)
     """Chooses the loss; the other keys depend on its type."""
     data: Annotated[tuple[DataConfig, ...], Strict(False), Field(min_length=1)]
-    """Names the preferences to train on; several [[data]] are joined."""
+    """Names the rows to train on; several [[data]] are joined."""
     eval: EvalConfig = EvalConfig()
     """Decides which data are held out, and when the model is evaluated on them."""
     tokens: TokensConfig = TokensConfig()
