@@ -63,7 +63,7 @@ def options(
 def init(
     loss: Annotated[str | None, _value("LOSS", f"One of {_LOSSES} (default: dpo).")] = None,
     model: Annotated[str | None, _value("NAME", "The model: a folder, or a name on the hub.")] = None,
-    data: Annotated[str | None, _value("PATH", "The preferences: a file, or a data set on the hub.")] = None,
+    data: Annotated[str | None, _value("PATH", "The rows: a file, or a data set on the hub.")] = None,
     from_axolotl: Annotated[
         Path | None, _value("CFG.YML", "Translate this Axolotl config, whose `rl` is a preference method.")
     ] = None,
@@ -151,7 +151,7 @@ def train(
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Train a model on preferences, or continue a run."""
+    """Train a model on preferences, or on completions to imitate, or continue a run."""
     # Typer has no option whose value is optional, so the checkpoint's folder arrives among the overrides.
     named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
     try:
@@ -213,7 +213,7 @@ def evaluate(
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Evaluate a model on held-out preferences: accuracy, margins, KL."""
+    """Evaluate a model on held-out rows: accuracy and margins, or perplexity, and KL."""
     _prepare(offline)
     from fastpref.commands import evaluate as evaluation
     from fastpref.model.failure import told_of_memory

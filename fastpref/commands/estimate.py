@@ -26,10 +26,14 @@ def estimate(estimator: Estimator, *, card: float | None, compare: bool, as_json
         card: GiB of the GPU that the run is meant for; by default this machine's GPU, or 24.
         compare: whether to count the step of TRL too.
 
-    Raises UserError for a model that does not exist, and for a comparison with TRL of a loss that TRL does not have.
+    Raises UserError for a model that does not exist, and for a comparison with TRL of a loss without one.
     """
     if compare and estimator.config.loss.listwise:
         raise UserError(f"--compare: TRL has no loss of lists such as {estimator.config.loss.type}; leave it out")
+    if compare and estimator.config.loss.supervised:
+        raise UserError(
+            f"--compare: TRL's step is known for losses of preferences, not for {estimator.config.loss.type}"
+        )
     screen = Console(highlight=False, quiet=as_json)
     with Console(stderr=True).status("") as waiting:  # shown on a terminal only
         estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))

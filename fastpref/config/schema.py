@@ -38,7 +38,7 @@ class Config(Section):
     loss: Annotated[LossOptions, _ByType] = Field(default_factory=DPO)
     """Chooses the loss; the other keys depend on its type."""
     data: Annotated[tuple[DataConfig, ...], Strict(False), Field(min_length=1)]
-    """Names the preferences to train on; several [[data]] are joined."""
+    """Names the rows to train on; several [[data]] are joined."""
     eval: EvalConfig = EvalConfig()
     """Decides which data are held out, and when the model is evaluated on them."""
     tokens: TokensConfig = TokensConfig()
@@ -112,7 +112,7 @@ class Config(Section):
 
     @property
     def learning_rate(self) -> float:
-        return self.train.learning_rate or (1e-6 if self.lora is None else 1e-4)
+        return self.train.learning_rate or (1e-4 if self.lora is not None else 1e-5 if self.loss.supervised else 1e-6)
 
     @property
     def precomputes(self) -> bool:
@@ -147,7 +147,9 @@ def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:
     for key in ("pairs", "min_difference"):
         if getattr(data, key) == DataConfig.model_fields[key].default:
             continue
-        if loss.listwise:
+        if loss.supervised:
+            yield f"{key}: {loss.type} takes the chosen or the best completion of each row; remove this key"
+        elif loss.listwise:
             yield f"{key}: {loss.type} takes lists of completions whole; remove this key"
         elif not loss.paired and key == "pairs":
             reason = f"{loss.type} takes the best completion of a list as a good one and the worst as a bad one"

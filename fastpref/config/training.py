@@ -30,7 +30,7 @@ class ReferenceConfig(Section):
 
 class TrainConfig(Section):
     learning_rate: Positive | None = None
-    """Sets the highest learning rate; the default is 1e-4 with [lora] and 1e-6 without."""
+    """Sets the highest learning rate; the default is 1e-4 with [lora] and 1e-6 without, for sft 1e-5."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Chooses how the learning rate falls after the warm-up."""
     warmup: NonNegative = 0.1
@@ -40,7 +40,8 @@ class TrainConfig(Section):
     steps: Count | None = None
     """Sets the number of optimizer steps, in place of epochs."""
     batch: Count = 16
-    """Sets how many examples (pairs, or completions for KTO) an optimizer step has, in however many micro-batches."""
+    """Sets how many examples (pairs, or completions for KTO and SFT) an optimizer step has, in however many
+    micro-batches."""
     tokens_per_microbatch: Count | None = None
     """Limits the tokens that are computed at once; the default is 2 · tokens.max_length."""
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"

@@ -97,7 +97,7 @@ def test_a_mistake_is_at_its_line(tmp_path: Path, case: tuple[str, ...]):
     assert [": ".join(line.split(": ")[:2]) for line in messages] == [f"cfg.toml:{place}" for place in places]
 
 
-LOSSES = "dpo, ipo, kto, orpo, simpo, cpo, pl, lipo"
+LOSSES = "dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, sft"
 COPY_ONLY = 'reference.{}: only a frozen copy has this key; set reference.mode = "copy", or remove it'
 MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     # Unknown keys
