@@ -16,6 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from fastpref.model.experts.quantizer import bits_of
+
 _BITSANDBYTES = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 _GROUP = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "gptq": 128, "awq": 128, "auto-round": 128, "hqq": 64}
 _SCALE_BYTES = {"mxfp4": 1, "mxfp8": 1, "nvfp4": 1, "fp8": 4, "fbgemm_fp8": 4}  # others: two
@@ -110,8 +112,13 @@ def saved_by_packing(model: PreTrainedModel, packing: Packing) -> int:
 
 
 def bare_experts(model: PreTrainedModel) -> int:
-    """Return the bytes of experts that are bare tensors, which bitsandbytes does not quantise."""
-    return sum(p.nbytes for name, p in model.named_parameters() if p.dim() == 3 and _EXPERTS.search(f".{name}"))
+    """Return the bytes of experts that lie in bare tensors and stay as they are in a quantised model."""
+    return sum(
+        parameter.nbytes
+        for name, module in model.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and bits_of(module, own) is None and _EXPERTS.search(f".{name}.{own}")
+    )
 
 
 def _method(own: Mapping[str, Any]) -> str:

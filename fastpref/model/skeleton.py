@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -15,6 +15,8 @@ from transformers.quantizers import AutoHfQuantizer
 
 from fastpref.config import Config
 from fastpref.model.adapters.fresh import with_adapters
+from fastpref.model.experts.bits import unfilled
+from fastpref.model.experts.quantizer import bits_of
 from fastpref.model.liger import take_kernels
 from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packing_of, saved_by_packing
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
@@ -90,6 +92,8 @@ def materialise(model: PreTrainedModel) -> None:
 
 
 def _parameter(module: nn.Module, name: str, parameter: Tensor) -> nn.Parameter:
+    if (bits := bits_of(module, name)) is not None:
+        return unfilled(parameter.shape, parameter.dtype, bits, transposed=cast(Any, module).is_transposed)
     if name == "weight" and isinstance(module, Linear4bit):
         return _four_bits(module, parameter)
     if name == "weight" and isinstance(module, Linear8bitLt):

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
+from fastpref.model.adapters.experts import fuse_expert_lora
 from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.weights import Misfit, Renaming, Shape, find_renaming, take_note
 
@@ -30,6 +31,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
         _check_kind(peft.PeftConfig.from_pretrained(str(folder)), weights, model, begin)
         wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
         misfit, renaming = _reloaded(wrapped, weights)
+        fuse_expert_lora(wrapped)
     except UserError:
         raise
     except KeyError as error:  # the weights lack a module of PEFT's `modules_to_save`
