@@ -32,7 +32,7 @@ class Skeleton:
     model: PreTrainedModel
     wrapped: PreTrainedModel | PeftModel
     packed: int = 0  # bytes by which its weights are larger than those of a checkpoint that is stored quantised
-    bare_experts: int = 0  # bytes of experts that bitsandbytes does not quantise
+    bare_experts: int = 0  # bytes of experts that stay as they are in a quantised model
 
 
 def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype, *, kernels: bool = False) -> Skeleton:

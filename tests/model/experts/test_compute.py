@@ -199,15 +199,15 @@ def test_lora_keeps_no_sum_of_weights() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_is_as_near_to_float64_as_pefts(autocast: bool) -> None:
-    """In bfloat16 the products of tokens are no further from float64 than the products of summed weights."""
+def test_half_precision_is_as_near_to_float32_as_pefts(autocast: bool) -> None:
+    """In bfloat16 the products of tokens are no further from float32 than the products of summed weights."""
 
     def logits(model: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and model.dtype == torch.bfloat16), torch.no_grad():
             return model.eval()(input_ids=IDS, use_cache=False).logits.double()
 
     model = with_lora(tiny("mixtral", torch.bfloat16))
-    exact = logits(copy.deepcopy(model).double())
+    exact = logits(copy.deepcopy(model).float())
     theirs = (logits(model) - exact).norm()
     fuse_lora(model)
     assert (logits(model) - exact).norm() <= 1.1 * theirs
