@@ -106,9 +106,7 @@ class Estimator:
         self._layouts[config.train.layout] = memory.layout
         if memory.bare_experts and not self._told_of_experts:
             self._told_of_experts = True
-            self.notes.append(
-                f"{in_words(memory.bare_experts)} of the weights are {EXPERTS_LEFT}"
-            )
+            self.notes.append(f"{in_words(memory.bare_experts)} of the weights are {EXPERTS_LEFT}")
         return replace(memory, overhead=0 if self.device.type == "cpu" else CONTEXT)
 
     def _lengths(self) -> Examples | None:

@@ -1,8 +1,8 @@
 """Base weights in 4 or 8 bits by bitsandbytes, for training adapters on them (QLoRA, arXiv 2305.14314).
 
-Only the body's linear layers and its fused experts are quantised (experts/). Embeddings, head and norms stay in the model's dtype: a norm computes in
-float32 whatever its weight is, and `prepare_model_for_kbit_training`'s float32 copies of embeddings and head, which
-nothing here reads, would take 4 GB for Llama-3-8B.
+Only the body's linear layers and its fused experts (experts/) are quantised. Embeddings, head and norms stay in the
+model's dtype: a norm computes in float32 whatever its weight is, and `prepare_model_for_kbit_training`'s float32 copies
+of embeddings and head, which nothing here reads, would take 4 GB for Llama-3-8B.
 """
 
 from typing import Literal

@@ -41,7 +41,9 @@ def unfuse_expert_lora(model: nn.Module) -> None:
 
 
 def _in_few_bits(wrapper: Any) -> bool:
-    return any(getattr(parameter, "quant_state", None) is not None for parameter in wrapper.get_base_layer().parameters())
+    return any(
+        getattr(parameter, "quant_state", None) is not None for parameter in wrapper.get_base_layer().parameters()
+    )
 
 
 def _chain(wrapper: Any) -> list[Any]:
@@ -68,7 +70,7 @@ def _adapters(wrapper: Any) -> list[LowRank]:
 
 
 def _low_rank(wrapper: Any, name: str) -> LowRank:
-    """Return an adapter of a wrapper: in PEFT an expert's rank comes first in A, [E·r, in], and last in B, [out, r·E]."""
+    """Return an adapter of a wrapper, in which A is [experts · r, in] and B is [out, r · experts]."""
     a, b, count = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight, wrapper.num_experts
     own = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
     return LowRank(a.reshape(count, -1, a.shape[-1]), own, wrapper.scaling[name])

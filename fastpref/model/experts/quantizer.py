@@ -70,7 +70,9 @@ class _Quantize:
                 continue
             wanted = tuple(module._parameters[own].shape)
             if tuple(value.shape) != wanted:
-                raise ValueError(f"{name} has the shape {list(value.shape)} in the files and {list(wanted)} in the model")
+                raise ValueError(
+                    f"{name} has the shape {list(value.shape)} in the files and {list(wanted)} in the model"
+                )
             with torch.no_grad():
                 result[name] = pack(value, bits, transposed=module.is_transposed)
         return result
