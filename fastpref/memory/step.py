@@ -70,7 +70,7 @@ class StepMemory:
     layers: int  # decoder layers of the model; not bytes
     checkpointed: int  # how many of them have gradient checkpointing
     layout: Layout  # the layout that its attention supports
-    bare_experts: int = 0  # the part of the weights in experts that bitsandbytes does not quantise
+    bare_experts: int = 0  # the part of the weights in experts that stay as they are in a quantised model
     overhead: int = 0  # of the device's libraries: assumed, not counted
     host: int = 0  # in host memory, not on the device: streamed weights, and inputs of layers that are moved there
     copied: int = 0  # streamed weights that the examples of the step copy to the device; no memory

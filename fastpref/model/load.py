@@ -39,6 +39,7 @@ from fastpref.model.files import explained, hub_options, model_config
 from fastpref.model.freeze import freeze
 from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.limits import trained_dtype
+from fastpref.model.packed import EXPERTS_LEFT, bare_experts
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
@@ -125,7 +126,7 @@ def load_model(
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     with _named(config):
         stream = _streamed(model, device, streaming)
-        notes = [*loading_notes(model), *fix_rope(model, config.tokens.max_length)]
+        notes = [*loading_notes(model), *_left_whole(model), *fix_rope(model, config.tokens.max_length)]
         head, note = _head(config, model)
         if stream is not None:
             _check_reached(model, stream)
@@ -248,6 +249,12 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
             raise
         advice = f"cannot have them in {config.model.quantization}: leave model.quantization out"
         raise UserError(f"{str(error).rstrip('.')}. Code that reads weights by itself {advice}") from None
+
+
+def _left_whole(model: PreTrainedModel) -> list[str]:
+    """Return a note on the experts of a quantised model that are not quantised."""
+    size = bare_experts(model) if getattr(model, "is_quantized", False) else 0
+    return [f"model.quantization: {in_words(size)} of the weights are {EXPERTS_LEFT}"] if size else []
 
 
 def _streamed(model: PreTrainedModel, device: torch.device, streaming: Streaming | None) -> WeightStream | None:
