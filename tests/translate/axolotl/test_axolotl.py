@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from fastpref.axolotl import Translation, rows, translate
-from fastpref.axolotl.left_out import GROUPS, reason_for
-from fastpref.axolotl.rules import RULES
-from fastpref.axolotl.source import METHODS
 from fastpref.config import Config, load_config
 from fastpref.config.formats import options_of
 from fastpref.config.text import keys_of, sections
 from fastpref.errors import UserError
+from fastpref.translate import Translation, translate
+from fastpref.translate.axolotl import AXOLOTL, rows
+from fastpref.translate.axolotl.left_out import GROUPS
+from fastpref.translate.axolotl.rules import RULES
+from fastpref.translate.axolotl.source import METHODS
 from tests.support.axolotl_configs import DPO, ENTRY_FIELDS, FIELDS, IPO, KTO_QLORA, ORPO, SIMPO
 from tests.support.command_line import succeed
 from tests.support.paths import DOCS
@@ -41,7 +42,7 @@ def translated(folder: Path, added: str, out: Path | None = None) -> Translation
     lines = [line for field, line in HEAD.items() if f"\n{field}:" not in f"\n{added}"]
     path = folder / "cfg.yml"
     path.write_text("\n".join([*lines, added]), encoding="utf-8")
-    return translate(path, out or folder)
+    return translate(AXOLOTL, path, out or folder)
 
 
 def tables(translation: Translation) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def test_what_the_schema_refuses_is_a_comment_with_its_reason(tmp_path: Path, ad
 
 def test_a_refused_key_is_taken_once_the_schema_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Only the schema's own answer decides whether a key is translated."""
-    monkeypatch.setattr("fastpref.axolotl.mistake", lambda raw: None)
+    monkeypatch.setattr("fastpref.translate.translation.mistake", lambda raw: None)
     translation = translated(tmp_path, "adapter: qlora\nload_in_4bit: true\nsave_steps: 10")
     assert translation.refused == ()
     assert flat(tables(translation))["model.quantization"] == "nf4"
@@ -283,7 +284,7 @@ def test_a_whole_config_is_written_and_checked(tmp_path: Path, monkeypatch: pyte
     got = flat(load_config(tmp_path / f"{name}-run.toml").model_dump(mode="json"))
     assert {key: got[key] for key in wanted} == wanted
     assert got["loss.type"] == name
-    for line in translate(tmp_path / f"{name}-run.yml", tmp_path).left_out:
+    for line in translate(AXOLOTL, tmp_path / f"{name}-run.yml", tmp_path).left_out:
         assert f"\n  {line}\n" in output
         assert f"\n#   {line}\n" in written
 
@@ -310,7 +311,7 @@ def test_a_field_without_a_counterpart_is_listed(tmp_path: Path, field: str):
     """A field with a value but without a counterpart is listed with its reason, and the config loads."""
     table, _, inner = field.rpartition(".")
     translation = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
-    assert f"{field}: {reason_for(field)}" in translation.left_out
+    assert f"{field}: {AXOLOTL.reason_for(field)}" in translation.left_out
     Config.model_validate(tables(translation))
 
 
@@ -433,7 +434,7 @@ def test_values_of_another_kind(tmp_path: Path, field: str):
         raw |= {table: {inner: value}} if table else {field: value}
         (tmp_path / "cfg.yml").write_text(yaml.safe_dump(raw))
         try:
-            translation = translate(tmp_path / "cfg.yml", tmp_path)
+            translation = translate(AXOLOTL, tmp_path / "cfg.yml", tmp_path)
         except UserError:
             continue
         Config.model_validate(tables(translation))
@@ -454,11 +455,11 @@ def test_a_file_of_another_kind(tmp_path: Path, content: bytes, message: str):
     """A file that is no config is refused with one message, and no code in it runs."""
     (tmp_path / "cfg.yml").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        translate(tmp_path / "cfg.yml", tmp_path)
+        translate(AXOLOTL, tmp_path / "cfg.yml", tmp_path)
     with pytest.raises(UserError, match="there is no such file"):
-        translate(tmp_path / "none.yml", tmp_path)
+        translate(AXOLOTL, tmp_path / "none.yml", tmp_path)
     with pytest.raises(UserError, match="this is a folder"):
-        translate(tmp_path, tmp_path)
+        translate(AXOLOTL, tmp_path, tmp_path)
 
 
 # --- The page --------------------------------------------------------------------------------------------------------

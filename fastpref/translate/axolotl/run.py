@@ -1,12 +1,11 @@
 """Rules for held-out data, tokens, the optimization, output and logging."""
 
-from collections.abc import Callable
+from fastpref.translate.axolotl import rows
+from fastpref.translate.fields import Fields, Left, Made, Setting, dotted
+from fastpref.translate.trainer_arguments import NOT_BEST, every_steps, metric_name
 
-from fastpref.axolotl import rows
-from fastpref.axolotl.source import Axolotl, Left, Made, Setting, dotted
 
-
-def held_out(config: Axolotl) -> Made:
+def held_out(config: Fields) -> Made:
     yield from rows.entries(config, "test_datasets", ("eval", "data"))
     share = config.number("val_set_size", 0)
     if "test_datasets" in config and share:
@@ -17,38 +16,38 @@ def held_out(config: Axolotl) -> Made:
         yield Setting(dotted("eval.fraction"), share, ("val_set_size",), "by a hash of the prompt")
 
 
-def length(config: Axolotl) -> Made:
+def length(config: Fields) -> Made:
     given = config.given("sequence_len")
     yield Setting(dotted("tokens.max_length"), sequence(config), given, "" if given else "Axolotl's default")
     if "max_prompt_len" in config:
         yield Setting(dotted("tokens.max_prompt_length"), config.whole("max_prompt_len"), ("max_prompt_len",))
 
 
-def sequence(config: Axolotl) -> int:
+def sequence(config: Fields) -> int:
     return config.whole("sequence_len", 512)
 
 
-def overlong(config: Axolotl) -> Made:
+def overlong(config: Fields) -> Made:
     given = config.given("excess_length_strategy")
     strategy = config.text("excess_length_strategy", "drop")
     words = "" if given else "Axolotl's default"
     yield Setting(dotted("tokens.overlong"), {"raise": "error"}.get(strategy, strategy), given, words)
 
 
-def template(config: Axolotl) -> Made:
+def template(config: Fields) -> Made:
     template, lost = rows.chat_template(config.values)
     yield from lost
     if template is not None:
         yield Setting(dotted("tokens.chat_template"), template, config.given("chat_template", "chat_template_jinja"))
 
 
-def keywords(config: Axolotl) -> Made:
+def keywords(config: Fields) -> Made:
     table = {name: value for name, value in config.table("chat_template_kwargs").items() if value is not None}
     if table:
         yield Setting(dotted("tokens.chat_template_kwargs"), table, ("chat_template_kwargs",))
 
 
-def batch(config: Axolotl) -> Made:
+def batch(config: Fields) -> Made:
     micro = config.whole("micro_batch_size", 1)
     steps = config.whole("gradient_accumulation_steps", 1)
     if "batch_size" in config:
@@ -57,21 +56,24 @@ def batch(config: Axolotl) -> Made:
         words = f"gradient_accumulation_steps {steps} × micro_batch_size {micro}"
         fields = ("gradient_accumulation_steps", "micro_batch_size")
         yield Setting(dotted("train.batch"), micro * steps, fields, words)
-    words = f"micro_batch_size {micro} × 2 completions × sequence_len {sequence(config)}"
-    tokens = 2 * micro * sequence(config)
+    each = 1 if config.method == "sft" else 2
+    words = f"micro_batch_size {micro}{' × 2 completions' if each == 2 else ''} × sequence_len {sequence(config)}"
+    tokens = each * micro * sequence(config)
     yield Setting(dotted("train.tokens_per_microbatch"), tokens, ("micro_batch_size", "sequence_len"), words)
 
 
-def steps(config: Axolotl) -> Made:
-    if config.whole("max_steps", 0) > 0:
-        yield Setting(dotted("train.steps"), config.whole("max_steps"), ("max_steps",))
-
-
-def schedule(config: Axolotl) -> Made:
+def schedule(config: Fields) -> Made:
     scheduler = config.text("lr_scheduler", "cosine")
     if "lr_scheduler" in config:
         schedule = scheduler.replace("constant_with_warmup", "constant")
         yield Setting(dotted("train.schedule"), schedule, ("lr_scheduler",))
+    if config.get("lr_scheduler_kwargs"):
+        yield Setting(dotted("train.schedule_options"), config.table("lr_scheduler_kwargs"), ("lr_scheduler_kwargs",))
+    ratio = config.number("cosine_min_lr_ratio", 0)
+    if ratio and scheduler in ("cosine", "rex"):
+        yield Setting(dotted("train.min_lr"), ratio, ("cosine_min_lr_ratio",))
+    elif ratio:
+        yield Left("cosine_min_lr_ratio", f"lr_scheduler: {scheduler} does not read it")
     if scheduler == "constant":  # transformers' schedule of this name has no warmup
         yield Setting(dotted("train.warmup"), 0, ("lr_scheduler",), "lr_scheduler: constant has none")
         for field in config.given("warmup_steps", "warmup_ratio"):
@@ -89,21 +91,7 @@ def schedule(config: Axolotl) -> Made:
         yield Setting(dotted("train.warmup"), share, given, "" if given else "Axolotl's default")
 
 
-OPTIMIZERS = {
-    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw_apex_fused": "adamw",
-    "optimi_adamw": "adamw", "adamw_torch_xla": "adamw", "paged_adamw_32bit": "paged_adamw",
-    "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit",
-    "ao_adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
-}  # fmt: skip
-
-
-def optimizer(config: Axolotl) -> Made:
-    if "optimizer" in config:
-        name = config.text("optimizer")
-        yield Setting(dotted("train.optimizer"), OPTIMIZERS.get(name, name), ("optimizer",))
-
-
-def checkpointing(config: Axolotl) -> Made:
+def checkpointing(config: Fields) -> Made:
     fields = ("gradient_checkpointing", "activation_offloading")
     given = {field: config.get(field) for field in fields if config.get(field) is not None}
     if any(given.values()):
@@ -118,25 +106,82 @@ def checkpointing(config: Axolotl) -> Made:
             yield Left(field, f"{given[field]}: activations go to host memory, not to a disk")
 
 
-def every(field: str, key: str, per_epoch: str) -> Callable[[Axolotl], Made]:
-    """Make a rule for the steps between two evaluations or checkpoints: a number, or a share of max_steps."""
-
-    def make(config: Axolotl) -> Made:
-        steps = config.number(field, 0)
-        total = config.whole("max_steps", 0)
-        if steps >= 1:
-            yield Setting(dotted(key), config.whole(field), (field,))
-        elif steps and total > 0:
-            yield Setting(dotted(key), max(1, round(steps * total)), (field, "max_steps"))
-        elif steps:
-            yield Left(field, f"a share of all steps, whose number is not known here; set {key}")
-        if config.number(per_epoch, 0):
-            yield Left(per_epoch, f"the number of steps in an epoch is not known here; set {key}")
-
-    return make
+def evaluations(config: Fields) -> Made:
+    key = "eval.every"
+    if config.get("eval_steps"):
+        yield from every_steps(config, "eval_steps", key)
+    elif config.number("evals_per_epoch", 0):
+        yield from per_epoch(config, "evals_per_epoch", key)
+    elif config.text("eval_strategy", "no") == "epoch":
+        yield from per_epoch(config, "eval_strategy", key)
 
 
-def samples(config: Axolotl) -> Made:
+def checkpoints(config: Fields) -> Made:
+    """Translate when checkpoints are saved, which is every epoch unless something else is said, and how many stay."""
+    key, kept = "output.save_every", config.given("save_total_limit")
+    words = []
+    if config.get("save_steps"):
+        words += every_steps(config, "save_steps", key)
+    elif config.number("saves_per_epoch", 0):
+        words += per_epoch(config, "saves_per_epoch", key)
+    elif config.text("save_strategy", "epoch") == "epoch":
+        words += per_epoch(config, "save_strategy", key)
+    yield from words
+    if any(isinstance(word, Setting) for word in words) or kept:
+        yield Setting(
+            dotted("output.keep"), config.whole("save_total_limit", 0) or 4, kept, "" if kept else "Axolotl's default"
+        )
+
+
+def per_epoch(config: Fields, field: str, key: str) -> Made:
+    """Translate so many times in each epoch into a share of the run, as Axolotl does; a strategy means one."""
+    epochs = config.number("num_epochs", 1.0)
+    times = 1 if field.endswith("strategy") else config.number(field)
+    given = config.given(field)
+    if config.whole("max_steps", 0) > 0 and times == 1 and field.endswith("strategy"):
+        if given:
+            yield Left(
+                field, f"max_steps decides the length of the run, not the epochs; set {key} to a number of steps"
+            )
+    elif epochs * times > 1:
+        words = f"{field} {times:g} × num_epochs {epochs:g}" if times != 1 else f"every one of {epochs:g} epochs"
+        share = round(1 / (epochs * times), 6)
+        yield Setting(dotted(key), share, given, words if given else f"Axolotl's default: {words}")
+
+
+def stop(config: Fields) -> Made:
+    """Translate early stopping. The metric of transformers is eval_loss unless another is named."""
+    if config.whole("early_stopping_patience", 0):
+        metric = config.text("metric_for_best_model", "loss")
+        table = {"after": config.whole("early_stopping_patience"), "metric": metric_name(metric)}
+        fields = config.given("early_stopping_patience", "metric_for_best_model")
+        yield Setting(dotted("train.stop"), table, fields)
+    elif config.get("metric_for_best_model"):
+        yield Left("metric_for_best_model", "checkpoints/best.json names the best checkpoint by the evaluation's loss")
+    if config.get("load_best_model_at_end") and "early_stopping_patience" not in config:
+        yield Left("load_best_model_at_end", NOT_BEST)
+
+
+def neftune(config: Fields) -> Made:
+    given = config.given("neftune_noise_alpha", "noisy_embedding_alpha")
+    if given:
+        words = "" if config.method == "sft" else f"{given[0]}, which Axolotl reads in supervised training only"
+        yield Setting(dotted("train.neftune_alpha"), config.number(given[0]), given, words)
+
+
+def new_tokens(config: Fields) -> Made:
+    special = dict(config.table("special_tokens"))
+    more = special.pop("additional_special_tokens", [])
+    names = [*config.names("tokens"), *(more if isinstance(more, list) else [more])]
+    if names:
+        fields = (*config.given("tokens"), *(("special_tokens",) if more else ()))
+        yield Setting(dotted("tokens.add"), names, fields, "only their rows are trained")
+    if special:
+        why = f"{', '.join(special)}: the tokenizer keeps the tokens that its files name; name a copy that has others"
+        yield Left("special_tokens", why)
+
+
+def samples(config: Fields) -> Made:
     samples = config.given("num_generation_samples")
     tokens = config.given("generation_max_new_tokens")
     if config.on("generate_samples"):
@@ -151,16 +196,20 @@ TRACKERS = {
     "wandb": ("use_wandb", "wandb_project"),
     "mlflow": ("use_mlflow", "mlflow_tracking_uri", "mlflow_experiment_name"),
     "tensorboard": ("use_tensorboard",),
-    "comet": ("use_comet", "comet_project_name"),
+    "comet_ml": ("use_comet", "comet_project_name"),
     "trackio": ("use_trackio", "trackio_project_name"),
 }
 
 
-def trackers(config: Axolotl) -> Made:
+def trackers(config: Fields) -> Made:
     names, fields = [], []
     for name, switches in TRACKERS.items():
         active = [field for field in switches if config.get(field)]
-        if active and config.get(switches[0]) is not False and config.get(f"{name}_mode") != "disabled":
+        if (
+            active
+            and config.get(switches[0]) is not False
+            and config.get(f"{name.removesuffix('_ml')}_mode") != "disabled"
+        ):
             names.append(name)
             fields += active
     if names:
