@@ -81,7 +81,7 @@ def init(
     ] = None,
     force: Annotated[bool, _flag("--force", "Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a commented config, or translate one of Axolotl, TRL or LLaMA-Factory."""
+    """Write a commented config, or translate another trainer's."""
     from fastpref.commands.init import init as run
 
     sources = {"--from-axolotl": from_axolotl, "--from-trl": from_trl, "--from-llamafactory": from_llamafactory}

@@ -141,3 +141,8 @@ def shown(value: Any) -> str:
     """Return a value as text on one line of at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def word(value: Any) -> str:
+    """Return a name as it is, and any other value as `shown`."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 60 else shown(value)

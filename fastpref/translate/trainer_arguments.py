@@ -29,8 +29,8 @@ def rules(learning_rate: Mapping[str, float], logging_steps: int) -> tuple[Rule,
         ),
         with_default("num_train_epochs", "train.epochs", Fields.number, EPOCHS),
         rule("max_steps", "train.steps", steps, "the same"),
-        rule("optim", "train.optimizer", optimizer("optim"), "by the names below; without it AdamW"),
-        rule("adam_beta1 adam_beta2", "train.betas", betas, "both, if one of them is there"),
+        rule("optim", "train.optimizer", optimizer("optim"), "the same names; without it AdamW"),
+        rule("adam_beta1 adam_beta2", "train.betas", betas("optim"), "both, if one of them is there, or for Lion"),
         same("adam_epsilon", "train.epsilon", Fields.number),
         same("weight_decay", "train.weight_decay", Fields.number),
         same("max_grad_norm", "train.max_grad_norm", Fields.number),
@@ -106,7 +106,7 @@ OPTIMIZERS = {
     "optimi_adamw": "adamw", "adamw_torch_xla": "adamw", "adamw_torch_npu_fused": "adamw",
     "paged_adamw_32bit": "paged_adamw", "adamw_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit",
     "adamw_torch_8bit": "adamw_8bit", "ao_adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit",
-    "lion_32bit": "lion", "schedule_free_adamw": "schedule_free",
+    "lion_32bit": "lion", "paged_lion_32bit": "paged_lion",
 }  # fmt: skip
 """The optimizers of transformers and Axolotl that have another name in fastpref."""
 
@@ -122,33 +122,48 @@ def optimizer(field: str) -> Make:
     return make
 
 
-def betas(config: Fields) -> Made:
-    given = config.given("adam_beta1", "adam_beta2")
-    if given:
-        pair = [config.number("adam_beta1", 0.9), config.number("adam_beta2", 0.999)]
-        yield Setting(dotted("train.betas"), pair, given)
+def betas(field: str) -> Make:
+    """Make the rule for the betas of the optimizer that `field` names; transformers gives Lion those of AdamW."""
+
+    def make(config: Fields) -> Made:
+        given = config.given("adam_beta1", "adam_beta2")
+        lion = "lion" in str(config.get(field, ""))
+        if given or lion:
+            pair = [config.number("adam_beta1", 0.9), config.number("adam_beta2", 0.999)]
+            yield Setting(dotted("train.betas"), pair, given, "" if given else f"{config.trainer}'s default for Lion")
+
+    return make
 
 
-def cadence(field: str, strategy: str, key: str, default: str, every: int | None, epochs: str = "") -> Make:
+def cadence(field: str, strategy: str, key: str, default: str, every: int, instead: str = "") -> Make:
     """Make a rule for the steps between two evaluations or checkpoints.
 
-    `default` is the strategy without the field of that name, `every` the steps without `field`. `epochs` names the
-    field of the number of epochs.
+    `default` is the strategy without the field of that name. Without `field` the steps are those of the field
+    `instead`, or `every`.
     """
 
     def make(config: Fields) -> Made:
         chosen = config.text(strategy, default)
         given = config.given(strategy)
-        if chosen == "steps":
+        if chosen == "steps" and field not in config and instead in config:
+            yield from every_steps(config, instead, key)
+        elif chosen == "steps":
             yield from every_steps(config, field, key, every)
         elif chosen == "epoch":
-            yield from every_epoch(config, given, key, config.number(epochs or "num_train_epochs", EPOCHS))
+            yield from every_epoch(config, given, key, config.number("num_train_epochs", EPOCHS))
         elif chosen != "no":
             yield Left(strategy, f"{chosen}: only steps, epoch and no are known here")
         if chosen != "steps" and field in config:
             yield Left(field, f"{strategy} is {chosen}")
 
     return make
+
+
+def evaluations(logging_steps: int) -> Rule:
+    """Return the rule for the steps between evaluations, which are those between two logs if nothing is said."""
+    make = cadence("eval_steps", "eval_strategy", "eval.every", "no", logging_steps, "logging_steps")
+    how = f"{SHARES}; without `eval_steps` as `logging_steps`"
+    return rule("eval_strategy eval_steps", "eval.every", make, how)
 
 
 def every_steps(config: Fields, field: str, key: str, default: int | None = None) -> Made:
@@ -265,7 +280,6 @@ REASONS: dict[str, str] = {  # reason → names of fields, in which * stands for
         average_tokens_across_devices log_on_each_node save_on_each_node""",
     "rows are read as they are and tokenized once, into fastpref's own cache": """
         dataloader_* remove_unused_columns label_names length_column_name""",
-    "rows are packed without padding (train.layout), which changes no result": "pad_to_multiple_of padding_free",
     "rows are shuffled anew in every epoch, by train.seed": "train_sampling_strategy group_by_length data_seed",
     "train.tokens_per_microbatch limits a micro-batch, in training and in evaluation": """
         per_device_eval_batch_size auto_find_batch_size eval_accumulation_steps torch_empty_cache_steps""",

@@ -101,6 +101,11 @@ def _accepted(settings: list[Setting]) -> tuple[tuple[Setting, ...], tuple[tuple
     """Return the settings that the schema accepts, tried one after the other, and the refused ones with the reason."""
     raw: dict[str, Any] = {}
     for setting in settings:
+        _put(raw, setting)
+    if mistake(raw) is None:
+        return tuple(settings), ()
+    raw = {}
+    for setting in settings:
         if setting.key == ("model", "name") or (setting.key[0] == "data" and setting.key[-1] == "path"):
             _put(raw, setting)
     waiting, refused = settings, {}

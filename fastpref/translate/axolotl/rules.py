@@ -105,7 +105,7 @@ RULES = (
         "`sequence_len` tokens are computed at once",
     ),
     rule("optimizer", "train.optimizer", optimizer("optimizer"), "by its name; the kinds of AdamW by four names"),
-    rule("adam_beta1 adam_beta2", "train.betas", betas, "both, if one of them is there"),
+    rule("adam_beta1 adam_beta2", "train.betas", betas("optimizer"), "both, if one of them is there, or for Lion"),
     same("adam_epsilon", "train.epsilon", Fields.number),
     rule(
         "neftune_noise_alpha noisy_embedding_alpha", "train.neftune_alpha", run.neftune,

@@ -70,8 +70,10 @@ def schedule(config: Fields) -> Made:
     if config.get("lr_scheduler_kwargs"):
         yield Setting(dotted("train.schedule_options"), config.table("lr_scheduler_kwargs"), ("lr_scheduler_kwargs",))
     ratio = config.number("cosine_min_lr_ratio", 0)
-    if ratio and scheduler in ("cosine", "rex"):
-        yield Setting(dotted("train.min_lr"), ratio, ("cosine_min_lr_ratio",))
+    if ratio and scheduler == "cosine" and "learning_rate" in config:
+        words = f"cosine_min_lr_ratio {ratio:g} × learning_rate"
+        rate = float(f"{ratio * config.number('learning_rate'):.10g}")
+        yield Setting(dotted("train.min_lr"), rate, ("cosine_min_lr_ratio",), words)
     elif ratio:
         yield Left("cosine_min_lr_ratio", f"lr_scheduler: {scheduler} does not read it")
     if scheduler == "constant":  # transformers' schedule of this name has no warmup

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.errors import UserError
-from fastpref.translate.fields import Fields
+from fastpref.translate.fields import Fields, word
 from fastpref.translate.kinds import check_kind
 from fastpref.translate.yaml_file import read_fields
 
@@ -35,7 +35,9 @@ def read(path: Path, loss: str | None = None) -> Fields:
             raise UserError(f"{path}: there is no {field}: in it; add {need}")
     adapter = values.get("adapter")
     if adapter not in (None, "lora", "qlora"):
-        raise UserError(f"{path}: adapter: {adapter}: fastpref trains lora, qlora, or the whole model (no adapter)")
+        raise UserError(
+            f"{path}: adapter: {word(adapter)}: fastpref trains lora, qlora, or the whole model (no adapter)"
+        )
     called = f"rl: {method}" if values.get("rl") else "supervised training"
     return Fields(path, values, TRAINER, method, called, "adapter" in values)
 
@@ -52,12 +54,9 @@ def _method(path: Path, values: Mapping[str, Any]) -> str:
             f"fastpref's: {why}; {known}"
         )
     if method not in PREFERENCES:
-        why = (
-            f"{str(method).upper()} generates while it trains"
-            if method in _GENERATING
-            else "this method is not known here"
-        )
-        raise UserError(f"{path}: rl: {method}: {why}; {known}")
+        generates = method in _GENERATING
+        why = f"{method.upper()} generates while it trains" if generates else "this method is not known here"
+        raise UserError(f"{path}: rl: {word(method)}: {why}; {known}")
     return method
 
 

@@ -190,7 +190,7 @@ def lengths(config: Fields) -> Made:
 
 def classifier(config: Fields) -> Made:
     weight = config.number("pref_bco_weight", 0)
-    if weight:
+    if weight > 0:
         shares = [round(1 / (1 + weight), 6), round(weight / (1 + weight), 6)]
         yield Left(
             "pref_bco_weight",

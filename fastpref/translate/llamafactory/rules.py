@@ -5,7 +5,7 @@ from dataclasses import replace
 from fastpref.translate.fields import Fields
 from fastpref.translate.llamafactory import method, rows, run
 from fastpref.translate.rule import Rule, if_on, rule, same, with_default
-from fastpref.translate.trainer_arguments import SHARES, cadence, rules
+from fastpref.translate.trainer_arguments import evaluations, rules
 
 RULES = (
     same("model_name_or_path", "model.name", Fields.text),
@@ -37,8 +37,7 @@ RULES = (
     same("kto_rejected_weight", "loss.undesirable_weight", Fields.number, methods=("kto",)),
     rule("eval_dataset val_size", "eval.data eval.fraction", rows.held_out,
          "as `dataset`; a `val_size` below 1 is the fraction"),
-    rule("eval_strategy eval_steps", "eval.every",
-         cadence("eval_steps", "eval_strategy", "eval.every", "no", None), SHARES),
+    evaluations(500),
     with_default("cutoff_len", "tokens.max_length", Fields.whole, run.LENGTH),
     rule("template", "tokens.chat_template", run.template,
          f"{', '.join(f'`{name}`' for name in run.SAME)}; with others the tokenizer's own is used"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.errors import UserError
-from fastpref.translate.fields import Fields
+from fastpref.translate.fields import Fields, word
 from fastpref.translate.kinds import check_kind
 from fastpref.translate.yaml_file import read_fields
 
@@ -30,7 +30,7 @@ def read(path: Path, loss: str | None = None) -> Fields:
     kind = values.get("finetuning_type", "lora")
     if kind not in ("lora", "full"):
         why = _KINDS.get(kind, "this is not known here; fastpref trains lora and full") if isinstance(kind, str) else ""
-        raise UserError(f"{path}: finetuning_type: {kind}: {why or 'fastpref trains lora and full'}")
+        raise UserError(f"{path}: finetuning_type: {word(kind)}: {why or 'fastpref trains lora and full'}")
     return Fields(path, values, TRAINER, method, called, kind == "lora")
 
 
@@ -40,12 +40,12 @@ def _method(path: Path, values: Mapping[str, Any]) -> tuple[str, str]:
     known = "fastpref trains stage: dpo, kto and sft"
     if stage not in ("dpo", "kto", "sft"):
         why = _STAGES.get(stage, "this stage is not known here") if isinstance(stage, str) else "this is no stage"
-        raise UserError(f"{path}: stage: {stage}: {why}; {known}")
+        raise UserError(f"{path}: stage: {word(stage)}: {why}; {known}")
     if stage != "dpo":
         return stage, f"stage: {stage}"
     loss = values.get("pref_loss", "sigmoid")
     if loss == "kto_pair":
         raise UserError(f"{path}: pref_loss: kto_pair: fastpref has no KTO of pairs; stage: kto takes single rows")
     if not isinstance(loss, str) or loss not in _LOSSES:
-        raise UserError(f"{path}: pref_loss: {loss}: fastpref trains pref_loss: {', '.join(_LOSSES)}")
+        raise UserError(f"{path}: pref_loss: {word(loss)}: fastpref trains pref_loss: {', '.join(_LOSSES)}")
     return _LOSSES[loss], f"pref_loss: {loss}"

@@ -16,7 +16,7 @@ GROUPS = merged(
         "rows are read as they are and tokenized once, into fastpref's own cache": """
             dataset_num_proc dataset_kwargs dataset_streaming streaming""",
         "rows are packed without padding (train.layout), which changes no result": """
-            packing packing_strategy eval_packing""",
+            packing packing_strategy eval_packing pad_to_multiple_of padding_free""",
         "rows are shuffled anew in every epoch, by train.seed": "shuffle_dataset",
         "plain texts without a prompt are not trained on": "dataset_text_field",
         "the reference is computed in micro-batches of train.tokens_per_microbatch": "precompute_ref_batch_size",

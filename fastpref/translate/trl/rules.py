@@ -2,7 +2,7 @@
 
 from fastpref.translate.fields import Fields
 from fastpref.translate.rule import Rule, rule, same
-from fastpref.translate.trainer_arguments import SHARES, cadence, checkpointing, rules
+from fastpref.translate.trainer_arguments import checkpointing, evaluations, rules
 from fastpref.translate.trl import method, rows, run
 
 RULES = (
@@ -46,8 +46,7 @@ RULES = (
          "every `ref_model_sync_steps` (512), mixed by `ref_model_mixup_alpha` (0.6)", "dpo", "kto"),
     rule("dataset_test_split test_split_size", "eval.data eval.fraction", rows.held_out,
          "if `eval_strategy` is not `no`, the split of `dataset_name`; a `test_split_size` below 1 is the fraction"),
-    rule("eval_strategy eval_steps", "eval.every",
-         cadence("eval_steps", "eval_strategy", "eval.every", "no", None), SHARES),
+    evaluations(10),
     rule("max_length truncation_mode", "tokens.max_length", run.length, f"without it {run.LENGTH}"),
     rule("", "tokens.score", run.score, '"all", as TRL scores every turn of a completion', "dpo", "kto"),
     rule("chat_template_path", "tokens.chat_template", run.template, "a file", "sft"),

@@ -11,7 +11,7 @@ from fastpref.translate.yaml_file import read_fields
 
 TRAINER, OPTION = "TRL", "--from-trl"
 METHODS = ("dpo", "kto", "sft")
-_SIGNS = {  # method → fields that only its command has, and values of loss_type
+SIGNS = {  # method → fields that only its command has, and values of loss_type
     "kto": (("desirable_weight", "undesirable_weight"), ("kto", "apo_zero_unpaired")),
     "sft": (
         ("completion_only_loss", "assistant_only_loss", "packing", "dataset_text_field", "chat_template_path"),
@@ -48,7 +48,7 @@ def read(path: Path, loss: str | None = None) -> Fields:
 def inferred(values: Mapping[str, Any]) -> tuple[str, str]:
     """Return the method that a config is for, and the field that shows it; without one it is dpo."""
     losses = values.get("loss_type")
-    for method, (fields, names) in _SIGNS.items():
+    for method, (fields, names) in SIGNS.items():
         for field in fields:
             if field in values:
                 return method, field
