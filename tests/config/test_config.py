@@ -281,6 +281,16 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, make: Any, what: str):
         load_config(path)
 
 
+def test_another_trainers_config_is_told_how_it_is_translated(tmp_path: Path):
+    """A YAML file is one message, with the command that translates it."""
+    path = tmp_path / "cfg.yaml"
+    path.write_text("base_model: m\nrl: dpo\n")
+    with pytest.raises(
+        UserError, match=r"cfg.yaml: this is YAML, .*`fastpref init` with --from-axolotl, --from-trl or"
+    ):
+        load_config(path)
+
+
 def test_a_colon_in_the_path_keeps_the_order(tmp_path: Path):
     """Mistakes are in file order, whatever the file's name."""
     folder = tmp_path / "a:9: b"
