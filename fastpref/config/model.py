@@ -52,6 +52,8 @@ class LoraConfig(Section):
     """Excludes modules, and all modules inside them, from the adapters, by names and patterns."""
     modules_to_save: Names = ()
     """Names modules that are trained in full, in addition to the adapters, and in float32 like these."""
+    plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """Multiplies the learning rate of the adapters' B matrices (LoRA+, arXiv 2402.12354); its authors take 16."""
     rslora: bool = False
     """Uses rank-stabilized scaling (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False

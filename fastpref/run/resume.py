@@ -154,7 +154,7 @@ def _changed(checkpoint: Path, config: Config) -> dict[str, tuple[Any, Any]]:
 def _resolved(config: Config) -> dict[str, Any]:
     """Return the config as JSON values, so that it equals one that is read back from TOML."""
     content = config.model_dump(mode="json")
-    content["train"]["learning_rate"] = config.learning_rate
+    content["train"] |= {name: getattr(config, name) for name in ("learning_rate", "schedule", "warmup")}
     return content
 
 

@@ -117,7 +117,10 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "train.epochs = true": "1: train.epochs: must be a valid number, got True",
     "train.learning_rate = inf": "1: train.learning_rate: must be a finite number, got inf",
     "train.warmup = nan": "1: train.warmup: must be a finite number, got nan",
-    "output.save_every = 0": "1: output.save_every: must be greater than or equal to 1, got 0",
+    "output.save_every = 0": "1: output.save_every: must be a whole number of steps, or a share of all steps below 1, "
+    "got 0",
+    "[eval]\nfraction = 0.1\nevery = 1.5": "3: eval.every: must be a whole number of steps, or a share of all steps "
+    "below 1, got 1.5",
     "tokens.chat_template = 3": "1: tokens.chat_template: must be a valid string, got 3",
     "lora.dora = 1": "1: lora.dora: must be a valid boolean, got 1",
     "lora.dropout = 1.0": "1: lora.dropout: must be less than 1, got 1.0",
@@ -131,14 +134,15 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "'tree'?)",
     "train.layout = ['tree']": "1: train.layout: must be one of auto, tree, packed, padded, got ['tree'] (did you mean "
     "'tree'?)",
-    "train.optimizer = 'lion'": "1: train.optimizer: must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, "
-    "got 'lion'",
+    "train.optimizer = 'lyon'": "1: train.optimizer: must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, "
+    "lion, lion_8bit, paged_lion, paged_lion_8bit, adafactor, muon, schedule_free_adamw, got 'lyon' (did you mean "
+    "'lion'?)",
     "train.checkpointing = 'yes'": "1: train.checkpointing: must be a valid boolean, or must be one of auto, got 'yes'",
     "lora.target = 'all-linar'": "1: lora.target: must be an array, or must be one of all-linear, got 'all-linar' "
     "(did you mean 'all-linear'?)",
     "reference.mode = 'frozen'": "1: reference.mode: must be one of auto, adapter, copy, precompute, got 'frozen'",
-    "log.trackers = ['wandbb']": "1: log.trackers[0]: must be one of tensorboard, wandb, mlflow, trackio, got 'wandbb' "
-    "(did you mean 'wandb'?)",
+    "log.trackers = ['wandbb']": "1: log.trackers[0]: must be one of aim, clearml, comet_ml, dvclive, mlflow, "
+    "swanlab, tensorboard, trackio, wandb, got 'wandbb' (did you mean 'wandb'?)",
     # The loss
     "loss.type = 'kot'": f"1: loss.type: must be one of {LOSSES}, got 'kot' (did you mean 'kto'?)",
     "loss.type = 3": f"1: loss.type: must be one of {LOSSES}, got 3",
