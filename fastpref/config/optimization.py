@@ -126,11 +126,11 @@ def _schedule_mistakes(config: "Config") -> Iterator[str]:
     schedule, options = SCHEDULES[name], train.schedule_options
     for option, value in options.items():
         if option not in schedule.options:
-            yield f"train.schedule_options: {_unknown(name, option, schedule.options)}"
+            yield f"train.schedule_options.{option}: {_unknown(name, option, schedule.options)}"
         elif not _suits(value, schedule.options[option]):
             wanted = schedule.options[option]
             words = wanted if isinstance(wanted, str) else f"one of {', '.join(wanted)}"
-            yield f"train.schedule_options: {option} must be {words}, got {value!r}"
+            yield f"train.schedule_options.{option}: must be {words}, got {value!r}"
     given = [option for option in schedule.floor if option in options]
     if train.min_lr is not None:
         if not schedule.floor:
@@ -142,14 +142,15 @@ def _schedule_mistakes(config: "Config") -> Iterator[str]:
             yield f"train.min_lr: must be less than the learning rate, {config.learning_rate:g}, got {train.min_lr:g}"
     elif name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not given:
         yield f"train.schedule: {name} needs train.min_lr, the lowest learning rate"
-    elif name == "polynomial" and options.get("lr_end", POLYNOMIAL_END) >= config.learning_rate:
+    elif name == "polynomial":
         end = options.get("lr_end", POLYNOMIAL_END)
-        yield (
-            f"train.schedule: polynomial ends at {end:g}, which is not less than the learning rate, "
-            f"{config.learning_rate:g}; set train.min_lr"
-        )
+        if isinstance(end, int | float) and end >= config.learning_rate:
+            yield (
+                f"train.schedule: polynomial ends at {end:g}, which is not less than the learning rate, "
+                f"{config.learning_rate:g}; set train.min_lr"
+            )
     if len(given) > 1:
-        yield f"train.schedule_options: {' and '.join(given)} both say where the rate ends; remove one of them"
+        yield f"train.schedule_options.{given[1]}: {given[0]} says already where the rate ends; remove one of them"
     if name == "warmup_stable_decay" and "num_decay_steps" not in options:
         yield (
             "train.schedule: warmup_stable_decay needs train.schedule_options = { num_decay_steps = 0.2 }, the steps "
@@ -164,7 +165,7 @@ def _schedule_mistakes(config: "Config") -> Iterator[str]:
 def _unknown(schedule: str, option: str, known: Mapping[str, Any]) -> str:
     near = get_close_matches(option, known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"the schedule {schedule} has no option {option}{hint}; it has {', '.join(known) or 'none'}"
+    return f"the schedule {schedule} has no such option{hint}; it has {', '.join(known) or 'none'}"
 
 
 def _suits(value: Any, wanted: Any) -> bool:

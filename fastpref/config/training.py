@@ -9,9 +9,7 @@ from fastpref.config.optimization import Optimizer, ScheduleName
 from fastpref.config.paths import WrittenPath
 from fastpref.config.section import Count, Every, Section
 
-Tracker = Literal[
-    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
-]
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -34,7 +32,7 @@ class TrainConfig(Section):
     schedule: ScheduleName = "auto"
     """Chooses how the learning rate changes after the warm-up, by the names of transformers' get_scheduler; "auto" is
     cosine. constant is constant_with_warmup. reduce_lr_on_plateau and greedy follow the held-out loss."""
-    schedule_options: dict[str, bool | int | float | str] = {}
+    schedule_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Passes options to the schedule's function, such as { num_cycles = 2 }; a number of steps below 1 is a share of
     all."""
     min_lr: Positive | None = None

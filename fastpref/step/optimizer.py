@@ -107,8 +107,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """torch's Muon for the matrices of hidden layers, and AdamW for the rest, as one optimizer.
 
     Muon's step is scaled to the root mean square of AdamW's (arXiv 2502.16982), so one learning rate and one weight
-    decay suit both. Embeddings, head, vectors, and tensors of more than two dimensions go to AdamW. Of an adapter, A and
-    B are matrices of their own.
+    decay suit both. Embeddings, head, vectors, and tensors of more than two dimensions go to AdamW. An adapter's A and
+    B are two matrices.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], outside: set[int], *, lr: float):

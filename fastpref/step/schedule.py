@@ -68,7 +68,8 @@ class Schedule:
 
 
 def _scheduler(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    name, options = config.schedule, dict(config.train.schedule_options)
+    name = config.schedule
+    options: dict[str, Any] = dict(config.train.schedule_options)
     traits, lowest, warmup = SCHEDULES[name], config.train.min_lr, warmup_steps(config, steps)
     if "warmup_steps" in optimizer.defaults:  # a schedule-free optimizer warms up by itself
         warmup = 0

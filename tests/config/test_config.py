@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from fastpref.config import Config, load_config
 from fastpref.config.formats import NAMES, options_of
 from fastpref.config.losses import DPO, LossOptions, Variant
+from fastpref.config.optimization import ScheduleName
 from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
 from tests.support.lists import of_lists
@@ -185,6 +186,46 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "reference.mode = 'adapter'\neval.every = 3":
     '1: reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"\n'
     "2: eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]",
+    # The optimization
+    "train.optimizer = 'lion'\ntrain.epsilon = 1e-6":
+    "2: train.epsilon: lion has no such setting; remove the key, or take adamw",
+    "train.optimizer = 'muon'\ntrain.betas = [0.9, 0.95]":
+    "2: train.betas: muon has no such setting; remove the key, or take adamw",
+    "train.betas = [0.9, 1.0]": "1: train.betas[1]: must be less than 1, got 1.0",
+    "lora.plus_ratio = 0.5": "1: lora.plus_ratio: must be greater than or equal to 1, got 0.5",
+    "train.optimizer = 'schedule_free_adamw'\ntrain.schedule = 'cosine'":
+    "2: train.schedule: schedule_free_adamw needs no schedule and takes none, its weights are averages; remove the "
+    'key, or take train.optimizer = "adamw"',
+    "train.schedule = 'cosine_with_restart'": f"1: train.schedule: must be one of {', '.join(get_args(ScheduleName))}, "
+    "got 'cosine_with_restart' (did you mean 'cosine_with_restarts'?)",
+    "train.schedule_options = { num_cycle = 2 }": "1: train.schedule_options.num_cycle: the schedule cosine has "
+    "no such option (did you mean 'num_cycles'?); it has num_cycles",
+    "train.schedule = 'linear'\ntrain.schedule_options = { power = 2 }":
+    "2: train.schedule_options.power: the schedule linear has no such option; it has none",
+    "train.schedule = 'cosine_with_restarts'\ntrain.schedule_options = { num_cycles = 1.5 }":
+    "2: train.schedule_options.num_cycles: must be a whole number, got 1.5",
+    "train.schedule = 'warmup_stable_decay'\ntrain.schedule_options = { num_decay_steps = 1.5, decay_type = 'sine' }":
+    "2: train.schedule_options.num_decay_steps: must be a number of steps, or a share of all below 1, got 1.5\n"
+    "2: train.schedule_options.decay_type: must be one of linear, cosine, 1-sqrt, got 'sine'",
+    "train.schedule = 'warmup_stable_decay'":
+    "1: train.schedule: warmup_stable_decay needs train.schedule_options = { num_decay_steps = 0.2 }, the steps in "
+    "which the rate falls at the end; below 1 it is a share of all steps",
+    "train.schedule = 'inverse_sqrt'\ntrain.min_lr = 1e-8":
+    "2: train.min_lr: the schedule inverse_sqrt does not end at a lowest rate; remove the key, or take cosine, linear, "
+    "polynomial, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, reduce_lr_on_plateau, greedy",
+    "train.min_lr = 1e-3": "1: train.min_lr: must be less than the learning rate, 1e-06, got 0.001",
+    "train.schedule = 'cosine_with_min_lr'":
+    "1: train.schedule: cosine_with_min_lr needs train.min_lr, the lowest learning rate",
+    "train.schedule = 'polynomial'\ntrain.min_lr = 1e-8\ntrain.schedule_options = { lr_end = 1e-8 }":
+    "2: train.min_lr: train.schedule_options.lr_end says it already; remove one of them",
+    "train.schedule = 'polynomial'\ntrain.learning_rate = 1e-7":
+    "1: train.schedule: polynomial ends at 1e-07, which is not less than the learning rate, 1e-07; set train.min_lr",
+    "train.schedule = 'polynomial'\ntrain.schedule_options = { lr_end = 'low' }":
+    "2: train.schedule_options.lr_end: must be a number, got 'low'",
+    "train.schedule = 'greedy'": "1: train.schedule: greedy follows the held-out loss; hold out data, and set "
+    "eval.every",
+    "train.schedule = 'reduce_lr_on_plateau'\neval.fraction = 0.1\neval.every = 5\ntrain.warmup = 3":
+    "4: train.warmup: the schedule reduce_lr_on_plateau has no warm-up; remove the key",
     "reference.dtype = 'bfloat16'\nreference.quantization = 'nf4'":
     f"1: {COPY_ONLY.format('dtype')}\n2: {COPY_ONLY.format('quantization')}",
 }  # fmt: skip
