@@ -89,6 +89,8 @@ class LoraConfig(Section):
     """Chooses the adapters' first values: "default" (A uniform, B zero), "gaussian", "orthogonal", parts of the weights
     by "pissa", "pissa_niter_4" (faster) or "olora", which add a frozen half to each adapter, or "loftq", which makes up
     for the rounding to nf4."""
+    plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """Multiplies the learning rate of the adapters' B matrices (LoRA+, arXiv 2402.12354); its authors take 16."""
     rslora: bool = False
     """Uses rank-stabilized scaling (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False

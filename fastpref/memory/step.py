@@ -37,7 +37,7 @@ from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.step.objective import Objective
-from fastpref.step.optimizer import make_optimizer
+from fastpref.step.optimizer import make_optimizer, training_weights
 from fastpref.step.reference import Reference, copy_config, make_reference, named_model, precomputes
 
 CPU = torch.device("cpu")
@@ -179,7 +179,7 @@ def count_step(
         with count.labelled("gradients"):
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        with count.labelled("optimizer"):
+        with count.labelled("optimizer"), training_weights(optimizer):
             optimizer.step()  # makes the moments
         if examples is None:
             longest = longest_possible(config)
@@ -192,12 +192,13 @@ def count_step(
         objective.policy.train()
         count.start_again()
         copies.bytes = 0
-        with count.labelled("activations"):
-            objective.step(examples, lambda loss: loss.backward())
-            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-        with count.labelled("optimizer"):
-            optimizer.step()
-    parts = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
+        with training_weights(optimizer):
+            with count.labelled("activations"):
+                objective.step(examples, lambda loss: loss.backward())
+                torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+            with count.labelled("optimizer"):
+                optimizer.step()
+    parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
     parts["weights"] = parts.get("weights", 0) - bones.packed
     parts |= {"bare_experts": bones.bare_experts, "host": count.host_peak, "copied": copies.bytes}
     parts |= {"streamed": len(copies.layers), "layer": sum(copies.layers) // max(1, len(copies.layers))}
