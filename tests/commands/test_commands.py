@@ -272,7 +272,7 @@ def estimate(run: Run, _: Path) -> None:
     trained = own / 2 if "pissa" in str(run.overrides) else own  # the other half stays as it began
     assert result["step"]["bytes"]["gradients"] == (trained or weights)
     # An adapter as reference adds its own size; a stack has it in any case, and the base model takes nothing.
-    second = run.loss != "orpo" and not run.stacked and run.reference != run.model
+    second = run.loss not in ("orpo", "sft") and not run.stacked and run.reference != run.model
     assert result["step"]["bytes"]["reference"] == second * size(Path(run.reference) / "adapter_model.safetensors")
 
 
