@@ -1,4 +1,4 @@
-"""`fastpref eval`: metrics of a model on held-out preferences, and its distance from the model it began with."""
+"""`fastpref eval`: metrics of a model on held-out rows, and its distance from the model it began with."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return metrics over held-out examples under the names of metrics.jsonl, and these:
 
-        logps/accuracies  how often the chosen completion is the likelier one, per token (not for KTO, without pairs)
+        logps/accuracies  how often the chosen completion is the likelier one, per token (of pairs and lists)
         reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the completions' tokens
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
@@ -106,6 +106,7 @@ def show(metrics: dict[str, Any], name: str, *, as_json: bool) -> None:
         ("rewards/kendall_tau", "Kendall's τ of rewards and scores", "{:+.3f}"),
         ("reference/kl", "KL to the reference, nats a token", "{:.4f}"),
         ("loss", "loss", "{:.4f}"),
+        ("perplexity", "perplexity", "{:.3f}"),
         ("logps/chosen", "log-probability of the chosen", "{:.1f}"),
         ("logps/rejected", "log-probability of the rejected", "{:.1f}"),
         ("entropy", "entropy, nats a token", "{:.3f}"),

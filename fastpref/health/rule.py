@@ -48,6 +48,11 @@ class Known:
         return reward / self.loss.beta if self.loss.beta else 0.0
 
     @property
+    def wanted(self) -> str:
+        """The completions that are to become likelier, in one word."""
+        return "imitated" if self.loss.supervised else "chosen"
+
+    @property
     def enough(self) -> float:
         """The smallest change of a log-probability that matters, in nats."""
         return 0.05 if per_token(self.loss) else 1.0

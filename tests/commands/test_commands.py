@@ -59,7 +59,7 @@ save_every = 2
 """
 LORA = "lora={rank=4}"
 FROM = "lora.from={adapter}"  # a trained adapter of the model
-LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "sft")
 HELDOUT = 5  # rows; twice as many for KTO
 Make = Callable[[int, dict[str, Any]], dict[str, Any]]  # a row's number, and a pair → a row of the data
 
@@ -78,7 +78,16 @@ def listed(at: int, pair: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": pair["prompt"], "responses": answers, "scores": [0, 2, 1][: len(answers)], "weight": 1 + at % 2}
 
 
-ROWS: dict[str, Make] = {"dpo, LoRA, margins": with_margin, "kto, LoRA, weights": weighted, "pl, nf4, lists": listed}
+def talked(at: int, pair: dict[str, Any]) -> dict[str, Any]:
+    more = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": f"Nine, {at}."}] * (at % 2)
+    return {"messages": [*pair["prompt"], *pair["chosen"], *more], "weight": 1 + at % 2}
+
+
+ROWS: dict[str, Make] = {
+    "sft, nf4, messages": talked,
+    "sft, LoRA, padded, lists": listed,
+    "dpo, LoRA, margins": with_margin, "kto, LoRA, weights": weighted, "pl, nf4, lists": listed,
+}  # fmt: skip
 RUNS: dict[str, tuple[str, str, list[str]]] = {
     **{f"{loss}, LoRA": (loss, "llama", [LORA]) for loss in LOSSES},
     **{f"{loss}, full": (loss, "llama", []) for loss in LOSSES},
@@ -99,6 +108,15 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, stacked": ("dpo", "llama", [LORA, FROM, "lora.stack=true"]),
     "dpo, another reference": ("dpo", "llama", [LORA, "reference.name={adapter}"]),
     "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
+    "dpo, nf4, PiSSA in a layer": (
+        "dpo",
+        "llama",
+        ['lora={rank=4, init="pissa", layers=[1], rank_pattern={q_proj=2}}', "model.quantization=nf4"],
+    ),
+    "sft, nf4, messages": ("sft", "llama", [LORA, "model.quantization=nf4"]),
+    "sft, LoRA, padded, lists": ("sft", "mamba", ['lora={rank=4, target=["in_proj"]}']),
+    "sft, nf4, streamed": ("sft", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
+    "sft, continued": ("sft", "llama", [FROM]),
     "dpo, nf4, streamed": ("dpo", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
 }
 
@@ -226,7 +244,8 @@ def preview(run: Run, _: Path) -> None:
     """Check that rows have the loss's names for completions, and that the data are counted."""
     out = succeed("preview", run.folder / "cfg.toml", *run.overrides).out
     names = ("completion 0", "score") if "responses and scores" in out else ("chosen", "rejected")
-    assert all(word in out for word in (("good", "bad") if run.loss == "kto" else names))
+    names = {"kto": ("good", "bad"), "sft": ("completion",)}.get(run.loss, names)
+    assert all(word in out for word in names)
     trained = 2 * 13 if run.loss == "kto" else 13
     assert re.search(rf"used +{trained} +{heldout(run)}\b", out)
 
@@ -250,9 +269,10 @@ def estimate(run: Run, _: Path) -> None:
     own = size(run.path / "final" / "on_top" / "adapter_model.safetensors") or adapters
     other = size(Path(run.original) / "adapter_model.safetensors")
     assert result["step"]["bytes"]["adapters"] == (own + other if run.stacked else adapters)
-    assert result["step"]["bytes"]["gradients"] == (own or weights)
+    trained = own / 2 if "pissa" in str(run.overrides) else own  # the other half stays as it began
+    assert result["step"]["bytes"]["gradients"] == (trained or weights)
     # An adapter as reference adds its own size; a stack has it in any case, and the base model takes nothing.
-    second = run.loss != "orpo" and not run.stacked and run.reference != run.model
+    second = run.loss not in ("orpo", "sft") and not run.stacked and run.reference != run.model
     assert result["step"]["bytes"]["reference"] == second * size(Path(run.reference) / "adapter_model.safetensors")
 
 
@@ -283,7 +303,7 @@ def evaluate_reference(run: Run, _: Path) -> None:
         same_as_own(run, named)
     itself = metrics_of(run.path, "--reference", run.path)
     assert itself["reference/kl"] == pytest.approx(0, abs=1e-6)
-    for name in ("logps/chosen", "logps/rejected", "entropy"):  # these do not depend on the reference
+    for name in run.own.keys() & {"logps/chosen", "logps/rejected", "entropy"}:  # do not depend on the reference
         assert itself[name] == pytest.approx(run.own[name], rel=1e-4)
 
 
@@ -322,7 +342,8 @@ def merge(run: Run, folder: Path) -> None:
     known = [f"loss.type={run.loss}", "train.batch=5"]
     merged = metrics_of(folder / "merged", "--data", run.folder / "heldout.jsonl", "--reference", run.reference, *known)
     if "nf4" in str(run.overrides):  # merged onto the 4-bit weights; this reference has the original ones
-        assert merged["logps/chosen"] == pytest.approx(run.own["logps/chosen"], rel=1e-3)
+        name = "nll_loss" if run.loss == "sft" else "logps/chosen"
+        assert merged[name] == pytest.approx(run.own[name], rel=1e-3)
     else:
         same_as_own(run, merged, rel=1e-3)
 
@@ -344,8 +365,14 @@ def same_as_own(run: Run, metrics: dict[str, Any], rel: float = 1e-4) -> None:
     assert run.own.keys() <= metrics.keys()
     for name, value in run.own.items():
         assert metrics[name] == pytest.approx(value, rel=rel, abs=1e-4), name
-    assert {"rewards/margins", "loss", "entropy", "reference/kl"} <= metrics.keys()
-    assert ("logps/accuracies" in metrics) == (run.loss != "kto")
+    assert {
+        "perplexity" if run.loss == "sft" else "rewards/margins",
+        "loss",
+        "entropy",
+        "reference/kl",
+    } <= metrics.keys()
+    assert ("rewards/margins" in metrics) == (run.loss != "sft")
+    assert ("logps/accuracies" in metrics) == (run.loss not in ("kto", "sft"))
     assert ("kl" in metrics) == (run.loss == "kto")
     assert metrics.get("kl", 0) >= 0
     assert metrics["reference/kl"] > 1e-6  # the policy differs from its reference

@@ -119,7 +119,7 @@ def test_a_cut_run_is_the_whole_one(folder: Path, stack: bool):
         assert contents(Path("run", place)) == contents(Path("whole", place))
     if not stack:
         run("run", *options, "lora.rank=4", resume=True)
-        with pytest.raises(UserError, match="lora.rank = 5"):
+        with pytest.raises(UserError, match=r"lora\.rank = 5"):
             run("run", *options, "lora.rank=5", resume=True)
 
 

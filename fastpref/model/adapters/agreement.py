@@ -17,7 +17,7 @@ from fastpref.model.adapters.parts import Parts, short_names
 from fastpref.model.adapters.source import AdapterFiles
 from fastpref.model.adapters.switch import POLICY
 
-_OF_THE_PLACES = ("target", "exclude")  # keys that choose which layers have an adapter
+_OF_THE_PLACES = ("target", "exclude", "layers")  # keys that choose which layers have an adapter
 
 
 def check_base(config: Config, adapter: AdapterFiles) -> list[str]:
@@ -78,25 +78,31 @@ def check_agreement(lora: LoraConfig, wrapped: Any, adapter: AdapterFiles, wante
         "alpha": settings.lora_alpha,
         "rslora": settings.use_rslora,
         "dora": settings.use_dora,
+        "rank_pattern": dict(settings.rank_pattern or {}),
+        "alpha_pattern": dict(settings.alpha_pattern or {}),
+        "init": "default",
         "modules_to_save": sorted(settings.modules_to_save or ()),
     }
     for key, value in theirs.items():
         ours = getattr(lora, key)
         ours = sorted(ours) if key == "modules_to_save" else ours
+        if key == "init" and key in lora.model_fields_set and ours != value:
+            raise UserError(f'lora.init = "{ours}": the adapter of lora.from ({adapter.name}) has begun')
         if key in lora.model_fields_set and ours != value:
             raise UserError(
                 f"lora.{key} = {_word(ours)}: the adapter of lora.from ({adapter.name}) has {_word(value)}; remove the "
                 "key, or set lora.stack = true for a new adapter on top"
             )
-    others = lora.model_fields_set - {*theirs, *_OF_THE_PLACES, "start", "stack", "dropout"}
-    if refused := sorted(others & set(ADAPTERS_OWN)):
-        raise UserError(f"lora.{refused[0]}: the adapter of lora.from has it already; remove the key")
+    unknown = set(ADAPTERS_OWN) - {*theirs, *_OF_THE_PLACES, "dropout"}
+    assert not unknown, unknown
     if wanted is None:
         return
     own = adapted_parts(wrapped)
     for ours, has in ((wanted.modules, own.modules), (wanted.parameters, own.parameters)):
+        if "target" not in lora.model_fields_set:  # the other keys only say where there is none
+            ours = ours & has
         if ours != has:
-            key = "target" if "target" in lora.model_fields_set else "exclude"
+            key = next(key for key in _OF_THE_PLACES if key in lora.model_fields_set)
             more, less = sorted(ours - has), sorted(has - ours)
             parts = [
                 f"it has none on {short_names(more)}" if more else "",
@@ -128,4 +134,6 @@ def _word(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_word, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_word(key)} = {_word(inner)}' for key, inner in value.items())}}}"
     return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -4,7 +4,7 @@ All of them share the base weights. The reference's adapter, and one that a new 
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +49,13 @@ class Placed:
     notes: tuple[str, ...] = ()
 
 
-def place_adapters(config: Config, model: PreTrainedModel, *, weights: bool = True) -> Placed:
+def place_adapters(
+    config: Config, model: PreTrainedModel, originals: Callable[[], nn.Module] | None = None, *, weights: bool = True
+) -> Placed:
     """Put the adapters of a config on its model. Without `weights` only their shapes are right.
 
-    Raises UserError for an adapter that is not that of the model, or that contradicts the config.
+    `originals` loads the model without quantization, for `lora.init = "loftq"`. Raises UserError for an adapter that is
+    not that of the model, or that contradicts the config.
     """
     lora = config.lora
     if lora is None:
@@ -69,13 +72,15 @@ def place_adapters(config: Config, model: PreTrainedModel, *, weights: bool = Tr
         assert config.reference.name is not None
         files[REFERENCE] = read_adapter(config.reference.name, "reference.name")
     if not files:
-        return Placed(with_adapters(config, model))
+        return Placed(with_adapters(config, model, originals))
     notes = [note for adapter in {id(f): f for f in files.values()}.values() for note in check_base(config, adapter)]
     tensors = {adapter.folder: _read(adapter, model) for adapter in files.values()} if weights else {}
-    wrapped: Any = _continued(config, model, files[POLICY]) if POLICY in files else with_adapters(config, model)
+    wrapped: Any = (
+        _continued(config, model, files[POLICY]) if POLICY in files else with_adapters(config, model, originals)
+    )
     for name in (BELOW, REFERENCE):
         if name in files:
-            _add(wrapped, files[name], name, beside=files.get(POLICY))
+            _add(wrapped, files[name], name)
     train_only(wrapped, POLICY)
     train_in_float32(wrapped)
     for name, adapter in files.items() if weights else ():
@@ -126,7 +131,7 @@ def place_reference(config: Config, wrapped: peft.PeftModel) -> ReferenceAdapter
     files = read_adapter(name, key)
     begin = f"{files.place}: this adapter cannot be put on {config.model.name}"
     weights = load_file(files.weights_file())
-    _add(wrapped, files, REFERENCE, beside=None)
+    _add(wrapped, files, REFERENCE)
     with told_of_misfit(begin):
         put_weights(wrapped, weights, REFERENCE, files.name, begin)
     switch(wrapped, (POLICY,))
@@ -169,7 +174,7 @@ def _continued(config: Config, model: PreTrainedModel, start: AdapterFiles) -> p
     return wrapped
 
 
-def _add(wrapped: Any, adapter: AdapterFiles, name: str, *, beside: AdapterFiles | None) -> None:
+def _add(wrapped: Any, adapter: AdapterFiles, name: str) -> None:
     """Add a frozen adapter like that of these files, without its weights."""
     settings, begin = _settings(adapter), f"{adapter.place}: this adapter cannot be put on the model"
     settings.target_parameters = _as_named_before(wrapped, settings.target_parameters)
@@ -202,6 +207,7 @@ def _settings(adapter: AdapterFiles) -> peft.LoraConfig:
     settings = deepcopy(adapter.settings)
     settings.task_type = "CAUSAL_LM"  # pyright: ignore[reportAttributeAccessIssue]
     settings.inference_mode, settings.init_lora_weights = False, True
+    settings.base_model_name_or_path = None  # which `record_base` sets; PEFT warns of another name
     return settings
 
 

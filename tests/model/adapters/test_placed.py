@@ -33,6 +33,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied head": ("llama-tied", {"target_modules": ["v_proj", "lm_head"]}),
     "module in full": ("llama", {"modules_to_save": ["lm_head"]}),
     "experts": ("mixtral", {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "a part of the weights": ("llama", {"init_lora_weights": "gaussian"}),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
 }
 STACKED = [name for name in ADAPTERS if name != "DoRA"]
@@ -202,6 +203,9 @@ def test_no_second_adapter_where_none_is_needed(adapter: tuple[Path, Path], over
     ('lora.target=["q_proj"]', r'lora.target = \["q_proj"\]: .* it has one on .*down_proj'),
     ("lora.target=all-linear", 'lora.target = "all-linear": .* it has none on .*gate_proj'),
     ('lora.exclude=["q_proj"]', r'lora.exclude = \["q_proj"\]: .*q_proj'),
+    ("lora.init=pissa", 'lora.init = "pissa": .* has begun'),
+    ('lora.rank_pattern={q_proj=2}', 'lora.rank_pattern = {"q_proj" = 2}: .* has {}'),
+    ("lora.layers=[0]", r"lora.layers = \[0\]: "),
     ("reference.mode=copy", "reference.mode.*the reference is the adapter of lora.from"),
     ("reference.dtype=bfloat16", "reference.dtype"),
 ], ids=str)  # fmt: skip
@@ -213,6 +217,7 @@ def test_a_contradiction_names_both_values(adapter: tuple[Path, Path], settings:
 
 @pytest.mark.parametrize("settings", [
     "lora.rank=4", "lora.alpha=8", "lora.rslora=false", "lora.dropout=0.1",
+    "lora.init=default", 'lora.layers=["0:2"]', 'lora.exclude=["k_proj"]',
     'lora.target=["q_proj","v_proj","down_proj"]', 'lora.target=[".*(q|v|down)_proj"]', "lora.modules_to_save=[]",
 ])  # fmt: skip
 def test_what_agrees_is_no_contradiction(adapter: tuple[Path, Path], settings: str):
