@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from fastpref.config import Config, LoraConfig
 from fastpref.errors import UserError
 from fastpref.model.adapters.agreement import adapted_parts, check_agreement, check_base, wanted_parts
+from fastpref.model.adapters.experts import fuse_expert_lora
 from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.adapters.fused import fuse_lora
 from fastpref.model.adapters.parts import short_names
@@ -135,6 +136,7 @@ def place_reference(config: Config, wrapped: peft.PeftModel) -> ReferenceAdapter
     with told_of_misfit(begin):
         put_weights(wrapped, weights, REFERENCE, files.name, begin)
     switch(wrapped, (POLICY,))
+    fuse_expert_lora(wrapped)
     return ReferenceAdapters((REFERENCE,), _digest(files, weights))
 
 
