@@ -52,7 +52,12 @@ def evaluate(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = _examples(trained, data, cache)
-    loaded = load_trained(trained, device, reference=reference is None)
+    try:
+        loaded = load_trained(trained, device, reference=reference is None)
+    except UserError as error:
+        if not str(error).startswith(("lora.from", "reference.name")):
+            raise
+        raise UserError(f"{error}\nThe run compared with that adapter; name another model with --reference") from None
     if reference is None and trained.is_adapter and reference_kind(trained.config) == "model":
         reference = find_trained(str(trained.config.reference.name))
     other, off = _reference(trained, loaded, reference, device)

@@ -42,13 +42,22 @@ def model_card(
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, {config.loss.type.upper()}\n\n"
         f"{what} `{base}`, trained {by} ({config.loss.type.upper()}) with fastpref {__version__}: {steps} "
-        f"steps of {config.train.batch} {config.loss.unit}s.\n\n"
+        f"steps of {config.train.batch} {config.loss.unit}s.{_started(shown)}\n\n"
         f"{_held_out(rows, 'completions' if config.loss.supervised else 'preferences')}## Data\n\n"
         f"{', '.join(f'`{d.path}`' for d in shown.data)}; the training examples' tokens have the SHA-256\n"
         f"`{data_fingerprint}`.\n\n"
         f"{_written(text, adapter)}"
         f"## Config\n\n```toml\n{to_toml(shown).strip()}\n```\n"
     )
+
+
+def _started(config: Config) -> str:
+    """Return a sentence on the adapter that the training began with, if there was one."""
+    if config.lora is None or config.lora.start is None:
+        return ""
+    if config.lora.stack:
+        return f" A new adapter was trained on top of `{config.lora.start}`; this is their sum, as one adapter."
+    return f" The training continued the adapter `{config.lora.start}`."
 
 
 def _held_out(rows: Iterable[Mapping[str, Any]], what: str) -> str:

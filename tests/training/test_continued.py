@@ -13,7 +13,8 @@ from fastpref.config import load_config
 from fastpref.errors import UserError
 from fastpref.model.load import run_tokenizer
 from tests.support.adapters import save_adapter
-from tests.support.paths import QUICKSTART_MODEL, QUICKSTART_ROWS
+from tests.support.command_line import run_command, succeed
+from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.runs import contents, rows
 
 CONFIG = f"""
@@ -141,6 +142,23 @@ def test_the_tokenizer_is_the_adapters(folder: Path):
     tokenizer.save_pretrained(folder / "start")
     assert run_tokenizer(load_config("cfg.toml", [START])).chat_template == tokenizer.chat_template
     assert run_tokenizer(load_config("cfg.toml")).chat_template != tokenizer.chat_template
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ([START], "continued the adapter `start`"),
+    ([START, "lora.stack=true", "lora.rank=3"], "on top of `start`; this is their sum"),
+], ids=str)  # fmt: skip
+def test_a_result_without_its_start(folder: Path, options: list[str], words: str):
+    """A result is merged and evaluated when its start is gone; eval then needs another reference, and says so."""
+    run("run", *options)
+    assert words in (folder / "run" / "final" / "README.md").read_text()
+    shutil.rmtree("start")
+    heldout = ["--data", QUICKSTART_HELDOUT]
+    refused = run_command("eval", "run", *heldout)
+    assert (refused.status, "there is no such folder" in refused.err, "--reference" in refused.err) == (2, True, True)
+    assert "accuracy" in succeed("eval", "run", *heldout, "--reference", QUICKSTART_MODEL).out
+    succeed("merge", "run", "--output", "merged")
+    assert (folder / "merged" / "model.safetensors").exists()
 
 
 def test_what_stands_in_the_way_is_said_before_the_first_step(folder: Path):
