@@ -88,6 +88,9 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
     loaded = load_config(config, overrides or ())
     training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
+    if loaded.lora is not None and loaded.lora.start is not None:
+        training = f"{training} on top of" if loaded.lora.stack else "the LoRA adapter"
+        training = f"{training} {loaded.lora.start}"
     typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
     for note in foresee(loaded):
         typer.echo(f"note: {note}")

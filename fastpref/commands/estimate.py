@@ -111,6 +111,9 @@ def _head(estimator: Estimator, largest: Microbatch) -> str:
     plural = "s" if len(largest.examples) > 1 else ""
     where = "a GPU" if estimator.device.type == "cuda" else "a CPU"
     training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
+    if config.lora is not None and config.lora.start is not None:
+        training = f"{training} on top of" if config.lora.stack else "the adapter"
+        training = f"{training} {config.lora.start}"
     bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
     if estimator.quantised is not None:
         bits = f", whose weights are stored quantised ({estimator.quantised})"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from fastpref.data.cache import load_examples
 from fastpref.data.example import Example
 from fastpref.data.table import Examples
 from fastpref.errors import UserError
+from fastpref.model.adapters.source import reference_kind
+from fastpref.model.adapters.switch import only
 from fastpref.model.limits import compare, limits_of_model, pad_token
 from fastpref.model.load import Loaded
 from fastpref.model.policy import Policy
-from fastpref.run.trained import Trained, load_trained, trained_tokenizer
+from fastpref.run.trained import Trained, find_trained, load_trained, trained_tokenizer
 from fastpref.step.objective import Objective
 from fastpref.step.reference import Reference
 
@@ -49,7 +52,9 @@ def evaluate(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = _examples(trained, data, cache)
-    loaded = load_trained(trained, device)
+    loaded = load_trained(trained, device, reference=reference is None)
+    if reference is None and trained.is_adapter and reference_kind(trained.config) == "model":
+        reference = find_trained(str(trained.config.reference.name))
     other, off = _reference(trained, loaded, reference, device)
     for note in loaded.notes:
         tell(note)
@@ -152,7 +157,7 @@ def _reference(
             )
         return other, nullcontext
     if isinstance(loaded.wrapped, peft.PeftModel):
-        return loaded, loaded.wrapped.disable_adapter
+        return loaded, partial(only, loaded.model, loaded.reference.names)
     if trained.began_with is not None:
         return load_trained(trained, device, base=True), nullcontext
     return None, nullcontext

@@ -3,7 +3,13 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fastpref.config.losses import Positive
 from fastpref.config.paths import ReadPath
@@ -12,7 +18,8 @@ from fastpref.config.section import Count, Names, Section
 
 class ModelConfig(Section):
     name: ReadPath
-    """Names the model: a folder, or a repository of the Hugging Face hub."""
+    """Names the model: a folder, or a repository of the Hugging Face hub. The name of an adapter stands for its base
+    model, and is the same as lora.from."""
     revision: str | None = None
     """Selects a branch, tag or commit of the model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -37,7 +44,16 @@ class ModelConfig(Section):
     """Allows the Python code that comes with a model on the hub to run."""
 
 
+# The keys of [lora] for which a trained adapter has settings of its own.
+ADAPTERS_OWN = ("rank", "alpha", "dropout", "target", "exclude", "modules_to_save", "rslora", "dora")
+
+
 class LoraConfig(Section):
+    start: ReadPath | None = Field(default=None, alias="from")
+    """Names a trained LoRA adapter, which the training continues: its folder, that of a fastpref run, or a repository
+    of the hub. Its own settings then stand in place of the keys from rank to dora, except dropout."""
+    stack: bool = False
+    """Leaves the adapter of lora.from as it is, frozen, and trains a new one on top of it; final/ has both as one."""
     rank: Count = 16
     """Sets the inner dimension of the adapters."""
     alpha: Positive = 32.0
@@ -71,6 +87,18 @@ class LoraConfig(Section):
             except re.error as error:
                 raise ValueError(f"{entry!r} is not a regular expression: {error}") from None
         return value
+
+    @property
+    def continues(self) -> bool:
+        """Whether the trained adapter is that of `lora.from` itself, with its settings."""
+        return self.start is not None and not self.stack
+
+    @model_serializer(mode="wrap")
+    def _without_the_adapters_own(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the keys that the adapter of `lora.from` decides, unless they were set: defaults would be false."""
+        content = handler(self)
+        unset = set(ADAPTERS_OWN) - self.model_fields_set if self.continues else set()
+        return {key: value for key, value in content.items() if key not in unset}
 
     @model_validator(mode="after")
     def _plain_on_head(self) -> "LoraConfig":

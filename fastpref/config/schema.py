@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Self, get_type_hints
 
-from pydantic import Field, GetCoreSchemaHandler, Strict, TypeAdapter, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, Strict, TypeAdapter, ValidationInfo, model_validator
 from pydantic_core import core_schema
 
 from fastpref.config.data import DataConfig, EvalConfig, TokensConfig
@@ -55,12 +55,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         model, reference, train = self.model, self.reference, self.train
+        copies = reference.mode == "copy" or reference.name is not None  # whether the name is a model's is seen later
         not_copied = 'only a frozen copy has this key; set reference.mode = "copy", or remove it'
         checks = [
             (reference.mode == "adapter" and self.lora is None,
              'reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"'),
-            (reference.dtype != "auto" and reference.mode != "copy", f"reference.dtype: {not_copied}"),
-            (reference.quantization != "auto" and reference.mode != "copy", f"reference.quantization: {not_copied}"),
+            (reference.dtype != "auto" and not copies, f"reference.dtype: {not_copied}"),
+            (reference.quantization != "auto" and not copies, f"reference.quantization: {not_copied}"),
+            (reference.adapter is not None and reference.name is not None,
+             "reference.name: reference.adapter chooses the reference already; remove one of them"),
             (model.quantization != "none" and self.lora is None,
              f'model.quantization: "{model.quantization}" weights cannot be trained themselves; add a [lora] table'),
             (model.streaming is True and self.lora is None,
@@ -102,6 +105,11 @@ class Config(Section):
         return self.train.learning_rate or (1e-4 if self.lora is not None else 1e-5 if self.loss.supervised else 1e-6)
 
     @property
+    def precomputes(self) -> bool:
+        """Whether reference log-probabilities are computed before training, which saves a copy of the weights."""
+        return self.reference.mode == "precompute" or (self.reference.mode == "auto" and self.lora is None)
+
+    @property
     def tokens_per_microbatch(self) -> int:
         return self.train.tokens_per_microbatch or 2 * self.tokens.max_length
 
@@ -119,7 +127,7 @@ class Config(Section):
             table, _, name = key.partition(".")
             if name:
                 current = (tables[table] if table in tables else getattr(self, table, None)) or {}
-                value = {**(current if isinstance(current, Mapping) else vars(current)), name: value}
+                value = {**(current if isinstance(current, Mapping) else values_set(current)), name: value}
             tables[table] = value
         return self.model_copy(update={t: _table(type(self), t).validate_python(v) for t, v in tables.items()})
 
@@ -136,6 +144,14 @@ def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:
         elif not loss.paired and key == "pairs":
             reason = f"{loss.type} takes the best completion of a list as a good one and the worst as a bad one"
             yield f"{key}: {reason}; remove this key, or use a loss of pairs"
+
+
+def values_set(table: Any) -> dict[str, Any]:
+    """Return the values of a table by their keys in TOML: those that were set, or of a loss all."""
+    if not isinstance(table, BaseModel):
+        return dict(vars(table))
+    fields = type(table).model_fields
+    return {fields[name].alias or name: getattr(table, name) for name in fields if name in table.model_fields_set}
 
 
 @cache

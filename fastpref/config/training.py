@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict
 
 from fastpref.config.losses import NonNegative, Positive
-from fastpref.config.paths import WrittenPath
+from fastpref.config.paths import ReadPath, WrittenPath
 from fastpref.config.section import Count, Section
 
 
@@ -14,7 +14,13 @@ class ReferenceConfig(Section):
     """Chooses where the reference's log-probabilities come from: in every step from the model without its adapters or
     from a frozen copy, or from a pass before the training ("precompute") whose results are kept on disk; "auto" is
     precompute without [lora], and with it the model without its adapters, which computes each completion once and keeps
-    the results on disk too."""
+    the results on disk too. "adapter" is also that of another adapter."""
+    adapter: Literal["start", "none"] | None = None
+    """Chooses the adapter of the reference: "start" is that of lora.from as it was before the training, "none" the base
+    model alone. The default is "start" with lora.from, and "none" without."""
+    name: ReadPath | None = None
+    """Names another reference: an adapter of the same base model, which shares the base's weights with the policy, or a
+    whole model, which is loaded as a frozen copy."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Sets the data type of a frozen copy; "auto" is that of the model."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"

@@ -32,6 +32,7 @@ from fastpref.run.folder import RunFolder
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
 from fastpref.run.state import Progress, rng_state
+from fastpref.run.weights import serving
 from fastpref.step.objective import Objective
 from fastpref.training import faults
 from fastpref.training.faults import NotFinite, interrupts
@@ -135,6 +136,8 @@ class TrainingRun:
         if self.checkpoints.reference is not None:
             self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
+        if self.processes.first and (note := serving(place)) is not None:
+            self.display.note(note)
         if self.peak.bytes and isinstance(self.data.train, Examples):
             self.display.note(self.peak.against_estimate(self.config, self.data.train, self.loaded))
         verdicts = self._report("finished", answers)

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig
 
 from fastpref.cli import app
+from tests.support.adapters import save_adapter
 from tests.support.command_line import CommandResult, run_command, succeed
 from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.readme import OURS
@@ -57,6 +58,7 @@ dir = "run"
 save_every = 2
 """
 LORA = "lora={rank=4}"
+FROM = "lora.from={adapter}"  # a trained adapter of the model
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "sft")
 HELDOUT = 5  # rows; twice as many for KTO
 Make = Callable[[int, dict[str, Any]], dict[str, Any]]  # a row's number, and a pair → a row of the data
@@ -102,6 +104,14 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "sft, nf4, messages": ("sft", "llama", [LORA, "model.quantization=nf4"]),
     "sft, LoRA, padded, lists": ("sft", "mamba", ['lora={rank=4, target=["in_proj"]}']),
     "sft, nf4, streamed": ("sft", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
+    "sft, continued": ("sft", "llama", [FROM]),
+    "dpo, continued": ("dpo", "llama", [FROM]),
+    "ipo, continued, base": ("ipo", "llama", [FROM, "reference.adapter=none"]),
+    "kto, continued, nf4": ("kto", "llama", [FROM, "model.quantization=nf4"]),
+    "orpo, continued": ("orpo", "llama", [FROM]),
+    "dpo, stacked": ("dpo", "llama", [LORA, FROM, "lora.stack=true"]),
+    "dpo, another reference": ("dpo", "llama", [LORA, "reference.name={adapter}"]),
+    "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
     "dpo, nf4, streamed": ("dpo", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
 }
 
@@ -125,6 +135,26 @@ class Run:
         return any(override.startswith("lora") for override in self.overrides)
 
     @property
+    def stacked(self) -> bool:
+        return "lora.stack=true" in self.overrides
+
+    @property
+    def start(self) -> str | None:
+        """The adapter that the training began with."""
+        return next((o.partition("=")[2] for o in self.overrides if o.startswith("lora.from=")), None)
+
+    @property
+    def original(self) -> str:
+        """The model or adapter that the training began with."""
+        return self.start or self.model
+
+    @property
+    def reference(self) -> str:
+        """The model or adapter that the training compared with."""
+        named = next((o.partition("=")[2] for o in self.overrides if o.startswith("reference.name=")), None)
+        return named or (self.model if "reference.adapter=none" in self.overrides else self.original)
+
+    @property
     def own(self) -> dict[str, float]:
         return last_evaluation(self.path)
 
@@ -139,6 +169,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(folders[name])
         AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folders[name])
+    save_adapter(folders["llama"].with_name("adapter"), folders["llama"], r=3)
     return folders
 
 
@@ -146,6 +177,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train one run for all commands, which must not change it."""
     loss, model, overrides = RUNS[request.param]
+    adapter = models["llama"].with_name("adapter").as_posix()
+    overrides = [override.replace("{adapter}", adapter) for override in overrides]
     folder = tmp_path_factory.mktemp("run")
     make = ROWS.get(request.param, lambda at, pair: pair)
     for path, count in ((QUICKSTART_HELDOUT, HELDOUT), (QUICKSTART_ROWS, None)):
@@ -198,7 +231,8 @@ def check(run: Run, _: Path) -> None:
     """Check that the output names the loss and what is trained."""
     out = succeed("check", run.folder / "cfg.toml", *run.overrides).out
     assert f"no mistakes. {run.loss.upper()} on " in out
-    assert ("LoRA adapters of rank 4" if run.adapters else "the whole model") in out
+    adapters = f"the LoRA adapter {run.start}" if run.start and not run.stacked else "LoRA adapters of rank 4"
+    assert (adapters if run.adapters else "the whole model") in out
 
 
 def preview(run: Run, _: Path) -> None:
@@ -227,8 +261,13 @@ def estimate(run: Run, _: Path) -> None:
         assert weights == pytest.approx(embeddings + quantised, rel=0.01, abs=padding * streamed)
     else:
         assert result["step"]["bytes"]["weights"] == pytest.approx(weights, rel=1e-3)
-    assert result["step"]["bytes"]["adapters"] == adapters
-    assert result["step"]["bytes"]["gradients"] == (adapters or weights)
+    own = size(run.path / "final" / "on_top" / "adapter_model.safetensors") or adapters
+    other = size(Path(run.original) / "adapter_model.safetensors")
+    assert result["step"]["bytes"]["adapters"] == (own + other if run.stacked else adapters)
+    assert result["step"]["bytes"]["gradients"] == (own or weights)
+    # An adapter as reference adds its own size; a stack has it in any case, and the base model takes nothing.
+    second = run.loss != "orpo" and not run.stacked and run.reference != run.model
+    assert result["step"]["bytes"]["reference"] == second * size(Path(run.reference) / "adapter_model.safetensors")
 
 
 def estimate_card(run: Run, _: Path) -> None:
@@ -252,8 +291,8 @@ def evaluate(run: Run, _: Path) -> None:
 
 
 def evaluate_reference(run: Run, _: Path) -> None:
-    """Check that naming the original model as reference changes nothing, and that a run against itself has no KL."""
-    named = metrics_of(run.path, "--reference", run.model)
+    """Check that naming the run's reference changes nothing, and that a run against itself has no KL."""
+    named = metrics_of(run.path, "--reference", run.reference)
     if "nf4" not in str(run.overrides):  # whose original is the quantised model
         same_as_own(run, named)
     itself = metrics_of(run.path, "--reference", run.path)
@@ -274,7 +313,7 @@ def chat(run: Run, _: Path) -> None:
     before, trained = both.removeprefix("before: ").split("trained: ")
     assert trained.strip() == after.strip()
     if "nf4" not in str(run.overrides):
-        assert before.strip() == succeed("chat", run.model, *options, given=question).out.strip()
+        assert before.strip() == succeed("chat", run.original, *options, given=question).out.strip()
 
 
 def report(run: Run, folder: Path) -> None:
@@ -295,7 +334,7 @@ def merge(run: Run, folder: Path) -> None:
     succeed("merge", run.path, "--output", folder / "merged")
     # A model alone has no run, so options give the loss, and the batch in which KTO pairs prompts with completions.
     known = [f"loss.type={run.loss}", "train.batch=5"]
-    merged = metrics_of(folder / "merged", "--data", run.folder / "heldout.jsonl", "--reference", run.model, *known)
+    merged = metrics_of(folder / "merged", "--data", run.folder / "heldout.jsonl", "--reference", run.reference, *known)
     if "nf4" in str(run.overrides):  # merged onto the 4-bit weights; this reference has the original ones
         name = "nll_loss" if run.loss == "sft" else "logps/chosen"
         assert merged[name] == pytest.approx(run.own[name], rel=1e-3)
