@@ -132,7 +132,7 @@ def _nothing_learnt(h: History, known: Known) -> Verdict | None:
 
 def _nothing_imitated(h: History, known: Known) -> Verdict | None:
     nll = change_of(h, known, "nll_loss")
-    if nll is None or nll.start < MEMORISED_NLL or abs(nll.by) > 0.01 * nll.start:
+    if nll is None or nll.start < MEMORISED_NLL or abs(nll.by) + 3 * nll.error > 0.01 * nll.start:
         return None
     return Verdict(
         f"the completions cost {nll.start:.4g} nats a token at first and {nll.end:.4g} at the end. The model learns "

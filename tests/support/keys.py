@@ -187,6 +187,7 @@ CHANGES: dict[str, Change] = {
     ),
     **_of("pl", beta=Change("0.5")),
     **_of("lipo", beta=Change("0.5")),
+    **_of("sft"),
     "data.path": Change("rows.jsonl", prepare=_pairs(_turns)),
     "data.split": Change("test", shows="refused"),
     "data.name": Change("other", shows="refused"),
