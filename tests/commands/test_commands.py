@@ -266,7 +266,7 @@ def estimate(run: Run, _: Path) -> None:
     assert result["step"]["bytes"]["adapters"] == (own + other if run.stacked else adapters)
     assert result["step"]["bytes"]["gradients"] == (own or weights)
     # An adapter as reference adds its own size; a stack has it in any case, and the base model takes nothing.
-    second = run.loss != "orpo" and not run.stacked and run.reference != run.model
+    second = run.loss not in ("orpo", "sft") and not run.stacked and run.reference != run.model
     assert result["step"]["bytes"]["reference"] == second * size(Path(run.reference) / "adapter_model.safetensors")
 
 
