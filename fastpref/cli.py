@@ -65,20 +65,27 @@ def init(
     model: Annotated[str | None, _value("NAME", "The model: a folder, or a name on the hub.")] = None,
     data: Annotated[str | None, _value("PATH", "The rows: a file, or a data set on the hub.")] = None,
     from_axolotl: Annotated[
-        Path | None, _value("CFG.YML", "Translate this Axolotl config, whose `rl` is a preference method.")
+        Path | None, _value("CFG.YML", "Translate this Axolotl config, of `rl` or of supervised training.")
+    ] = None,
+    from_trl: Annotated[
+        Path | None, _value("CFG.YML", "Translate this config of `trl dpo`, `trl kto` or `trl sft`; --loss says which.")
+    ] = None,
+    from_llamafactory: Annotated[
+        Path | None, _value("CFG.YML", "Translate this LLaMA-Factory config, of the stage dpo, kto or sft.")
     ] = None,
     output: Annotated[
         str | None,
         _value(
-            "FILE", "The file to write, or - to print it. The default is named after the loss or the Axolotl config."
+            "FILE", "The file to write, or - to print it. The default is named after the loss or the translated config."
         ),
     ] = None,
     force: Annotated[bool, _flag("--force", "Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a commented config, or translate one of Axolotl's."""
+    """Write a commented config, or translate another trainer's."""
     from fastpref.commands.init import init as run
 
-    run(loss, model, data, from_axolotl, output, force=force)
+    sources = {"--from-axolotl": from_axolotl, "--from-trl": from_trl, "--from-llamafactory": from_llamafactory}
+    run(loss, model, data, sources, output, force=force)
 
 
 @app.command(epilog="Example: fastpref check my.toml")
@@ -87,7 +94,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
-    training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
+    training = "the whole model" if loaded.lora is None else f"LoRA adapters of {loaded.lora.ranks}"
     if loaded.lora is not None and loaded.lora.start is not None:
         training = f"{training} on top of" if loaded.lora.stack else "the LoRA adapter"
         training = f"{training} {loaded.lora.start}"

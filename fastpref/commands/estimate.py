@@ -110,7 +110,7 @@ def _head(estimator: Estimator, largest: Microbatch) -> str:
     config = estimator.config
     plural = "s" if len(largest.examples) > 1 else ""
     where = "a GPU" if estimator.device.type == "cuda" else "a CPU"
-    training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
+    training = "all weights" if config.lora is None else f"LoRA of {config.lora.ranks}"
     if config.lora is not None and config.lora.start is not None:
         training = f"{training} on top of" if config.lora.stack else "the adapter"
         training = f"{training} {config.lora.start}"

@@ -152,7 +152,7 @@ def _without_tags(loc: tuple[str | int, ...], kind: str) -> Path:
         return tuple(path)  # the last part is the user's word; unions have no keys
     if kind == "union_tag_invalid":
         return (*path, "type")
-    return tuple(p for p in path if isinstance(p, int) or not ("[" in p or "-" in p or p == "bool"))
+    return tuple(p for p in path if isinstance(p, int) or not ("[" in p or "-" in p or p in ("bool", "int", "str")))
 
 
 def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:

@@ -10,6 +10,7 @@ from pydantic_core import core_schema
 from fastpref.config.data import DataConfig, EvalConfig, TokensConfig
 from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions
 from fastpref.config.model import LoraConfig, ModelConfig
+from fastpref.config.optimization import OPTIMIZERS, SCHEDULES, optimization_mistakes
 from fastpref.config.section import Section
 from fastpref.config.training import LogConfig, OutputConfig, ReferenceConfig, TrainConfig
 
@@ -71,6 +72,16 @@ class Config(Section):
             (model.streaming is True and reference.mode == "copy" and self.loss.uses_reference,
              'model.streaming: a frozen copy (reference.mode = "copy") would lie on the GPU as a whole; set '
              'reference.mode to "adapter", or model.streaming to false'),
+            (bool(train.freeze) and self.lora is not None,
+             "train.freeze: with a [lora] table all weights but the adapters are frozen; remove one of the two"),
+            (self.lora is not None and self.lora.init == "loftq" and model.quantization != "nf4",
+             'lora.init: "loftq" makes up for the rounding to 4 bits; set model.quantization = "nf4", or leave it out'),
+            (self.lora is not None and self.lora.init == "loftq" and model.quantization == "nf4"
+             and self.loss.uses_reference
+             and (reference.mode != "copy" or (reference.dtype, reference.quantization) != ("auto", "auto")),
+             'lora.init: "loftq" adapters are a part of the model at the start, so a reference without them would be '
+             'another model; set reference.mode = "copy" without dtype and quantization, or take a loss without a '
+             "reference"),
             (model.attention in ("flex", "varlen") and train.layout == "padded",
              f'model.attention: "{model.attention}" computes tree and packed rows only; set train.layout = "auto", or '
              "remove it"),
@@ -84,6 +95,7 @@ class Config(Section):
              "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
         ]  # fmt: skip
         mistakes = [message for wrong, message in checks if wrong]
+        mistakes += optimization_mistakes(self)
         for table, sources in (("data", self.data), ("eval.data", self.eval.data)):
             mistakes += [f"{table}.{at}.{text}" for at, data in enumerate(sources) for text in _unused(data, self.loss)]
         if mistakes:
@@ -102,7 +114,22 @@ class Config(Section):
 
     @property
     def learning_rate(self) -> float:
-        return self.train.learning_rate or (1e-4 if self.lora is not None else 1e-5 if self.loss.supervised else 1e-6)
+        """The highest learning rate."""
+        usual = 1e-4 if self.lora is not None else 1e-5 if self.loss.supervised else 1e-6
+        return self.train.learning_rate or usual * OPTIMIZERS[self.train.optimizer].rate
+
+    @property
+    def schedule(self) -> str:
+        """The name of the schedule, which "auto" leaves to the optimizer."""
+        if self.train.schedule != "auto":
+            return self.train.schedule
+        return "cosine" if OPTIMIZERS[self.train.optimizer].scheduled else "constant"
+
+    @property
+    def warmup(self) -> float:
+        """The steps of warm-up, or a share of all steps if it is below 1."""
+        usual = 0.1 if SCHEDULES[self.schedule].warms_up else 0.0
+        return usual if self.train.warmup is None else self.train.warmup
 
     @property
     def precomputes(self) -> bool:

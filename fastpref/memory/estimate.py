@@ -24,7 +24,7 @@ from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import layers_needed
 from fastpref.model.limits import beyond_positions, compare, limits_of_config, trained_dtype
 from fastpref.model.load import run_tokenizer
-from fastpref.model.packed import lies_quantised
+from fastpref.model.packed import EXPERTS_LEFT, lies_quantised
 from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming
 from fastpref.sizes import GIB, in_words
@@ -110,10 +110,7 @@ class Estimator:
         self._layouts[config.train.layout] = memory.layout
         if memory.bare_experts and not self._told_of_experts:
             self._told_of_experts = True
-            self.notes.append(
-                f"{in_words(memory.bare_experts)} of the weights are experts in 16 bits or more: bitsandbytes "
-                "quantises linear layers, and this model holds its experts as bare tensors"
-            )
+            self.notes.append(f"{in_words(memory.bare_experts)} of the weights are {EXPERTS_LEFT}")
         return replace(memory, overhead=0 if self.device.type == "cpu" else CONTEXT)
 
     def _lengths(self) -> Examples | None:

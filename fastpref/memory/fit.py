@@ -161,8 +161,11 @@ def _streamed(step: OversizedStep) -> list[bool]:
 
 
 def _moments_in_8_bits(step: OversizedStep) -> list[str]:
+    """Return the same optimizer with 8-bit moments, or AdamW's if there is none. Adafactor's take less than these."""
     optimizer = step.config.train.optimizer
-    return [] if optimizer.endswith("8bit") or step.sharded else [f"{optimizer}_8bit"]
+    if optimizer.endswith("8bit") or optimizer == "adafactor" or step.sharded:
+        return []
+    return [f"{optimizer}_8bit" if optimizer in ("adamw", "paged_adamw", "lion", "paged_lion") else "adamw_8bit"]
 
 
 def _weights_in_4_bits(step: OversizedStep) -> list[str]:

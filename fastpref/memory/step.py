@@ -21,6 +21,7 @@ from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.fake_stream import Copies, stream_fakes
 from fastpref.model import flex_attention
+from fastpref.model.adapters.begin import BegunHalf
 from fastpref.model.adapters.source import reference_kind
 from fastpref.model.adapters.switch import REFERENCE, adapter_weights
 from fastpref.model.attention import NAME, give_attention, layers_reached
@@ -36,7 +37,7 @@ from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.step.objective import Objective
-from fastpref.step.optimizer import make_optimizer
+from fastpref.step.optimizer import make_optimizer, training_weights
 from fastpref.step.reference import Reference, copy_config, make_reference, named_model, precomputes
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ class StepMemory:
     layers: int  # decoder layers of the model; not bytes
     checkpointed: int  # how many of them have gradient checkpointing
     layout: Layout  # the layout that its attention supports
-    bare_experts: int = 0  # the part of the weights in experts that bitsandbytes does not quantise
+    bare_experts: int = 0  # the part of the weights in experts that stay as they are in a quantised model
     overhead: int = 0  # of the device's libraries: assumed, not counted
     host: int = 0  # in host memory, not on the device: streamed weights, and inputs of layers that are moved there
     copied: int = 0  # streamed weights that the examples of the step copy to the device; no memory
@@ -178,7 +179,7 @@ def count_step(
         with count.labelled("gradients"):
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        with count.labelled("optimizer"):
+        with count.labelled("optimizer"), training_weights(optimizer):
             optimizer.step()  # makes the moments
         if examples is None:
             longest = longest_possible(config)
@@ -191,12 +192,13 @@ def count_step(
         objective.policy.train()
         count.start_again()
         copies.bytes = 0
-        with count.labelled("activations"):
-            objective.step(examples, lambda loss: loss.backward())
-            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-        with count.labelled("optimizer"):
-            optimizer.step()
-    parts = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
+        with training_weights(optimizer):
+            with count.labelled("activations"):
+                objective.step(examples, lambda loss: loss.backward())
+                torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+            with count.labelled("optimizer"):
+                optimizer.step()
+    parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
     parts["weights"] = parts.get("weights", 0) - bones.packed
     parts |= {"bare_experts": bones.bare_experts, "host": count.host_peak, "copied": copies.bytes}
     parts |= {"streamed": len(copies.layers), "layer": sum(copies.layers) // max(1, len(copies.layers))}
@@ -217,6 +219,9 @@ def _materialised(config: Config, bones: Skeleton, count: PeakStorage, streaming
         for parameter in model.parameters():
             if parameter.requires_grad:
                 count.relabel(parameter, "adapters")
+        for module in model.modules():
+            if isinstance(module, BegunHalf):
+                count.relabel(module.fixed, "adapters")
     return copies
 
 

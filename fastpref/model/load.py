@@ -18,6 +18,7 @@ from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.kernels.device import with_index
 from fastpref.model import liger
+from fastpref.model.adapters.begin import halves
 from fastpref.model.adapters.fresh import adapter_notes
 from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.placed import (
@@ -35,8 +36,10 @@ from fastpref.model.attention_choice import choose_attention
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import explained, hub_options, model_config
+from fastpref.model.freeze import freeze
 from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.limits import trained_dtype
+from fastpref.model.packed import EXPERTS_LEFT, bare_experts
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
@@ -123,13 +126,15 @@ def load_model(
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     with _named(config):
         stream = _streamed(model, device, streaming)
-        notes = [*loading_notes(model), *fix_rope(model, config.tokens.max_length)]
+        notes = [*loading_notes(model), *_left_whole(model), *fix_rope(model, config.tokens.max_length)]
         head, note = _head(config, model)
         if stream is not None:
             _check_reached(model, stream)
             notes.append(_described(model, stream))
         policy = Policy(body_of(model), head)
         choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
+    if sharded and config.lora is not None and halves(config.lora) > 1:
+        raise UserError(f"lora.init: FSDP cannot shard the frozen halves of {config.lora.init!r}; leave the key out")
     if sharded and isinstance(head, OwnLogits):
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
     notes += [*choice.notes, *([note] if note else []), *_attention(config, model, choice, device)]
@@ -145,8 +150,8 @@ def load_model(
             placed = Placed(wrapped, place_reference(config, wrapped))
     else:
         notes += adapter_notes(config, model)
-        placed = place_adapters(config, model)
-        wrapped, notes = placed.wrapped, [*notes, *placed.notes]
+        placed = place_adapters(config, model, partial(_originals, config, architecture))
+        wrapped, notes = placed.wrapped, [*notes, *placed.notes, *freeze(config, model)]
         record_base(config, model, wrapped, dtype)
         train_in_float32(wrapped)  # a model's own code may choose other dtypes
         notes += [note] if (note := trained_dtype(config)) else []
@@ -226,6 +231,13 @@ def pretrained(
     return model.eval()
 
 
+def _originals(config: Config, architecture: PretrainedConfig) -> PreTrainedModel:
+    """Load the model without quantization into host memory."""
+    options = config.but({"model.quantization": "none"}).model
+    dtype: Any = architecture.get_text_config().dtype or torch.float32
+    return pretrained(options, architecture, dtype, torch.device("cpu"))
+
+
 def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str | None]:
     try:
         return find_head(model, body_of(model))
@@ -237,6 +249,12 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
             raise
         advice = f"cannot have them in {config.model.quantization}: leave model.quantization out"
         raise UserError(f"{str(error).rstrip('.')}. Code that reads weights by itself {advice}") from None
+
+
+def _left_whole(model: PreTrainedModel) -> list[str]:
+    """Return a note on the experts of a quantised model that are not quantised."""
+    size = bare_experts(model) if getattr(model, "is_quantized", False) else 0
+    return [f"model.quantization: {in_words(size)} of the weights are {EXPERTS_LEFT}"] if size else []
 
 
 def _streamed(model: PreTrainedModel, device: torch.device, streaming: Streaming | None) -> WeightStream | None:

@@ -161,7 +161,9 @@ def _changed(checkpoint: Path, config: Config) -> dict[str, tuple[Any, Any]]:
 def _resolved(config: Config) -> dict[str, Any]:
     """Return the config as JSON values, so that it equals one that is read back from TOML."""
     content = config.model_dump(mode="json")
-    content["train"]["learning_rate"] = config.learning_rate
+    content["train"] |= {name: getattr(config, name) for name in ("learning_rate", "schedule", "warmup")}
+    for key in {"rank_pattern", "alpha_pattern"} & (content["lora"] or {}).keys():  # the order of entries counts
+        content["lora"][key] = list(map(list, content["lora"][key].items()))
     if config.lora is not None and config.lora.continues:  # the adapter has them, and its contents are compared
         content["lora"] = {key: value for key, value in content["lora"].items() if key not in _OF_ADAPTER}
     return content

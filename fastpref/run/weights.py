@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastpref.errors import UserError
+from fastpref.model.adapters.begin import BegunHalf
 from fastpref.model.adapters.joined import is_stacked, joined_settings, joined_weights
 from fastpref.model.adapters.served import serving_note
 from fastpref.model.adapters.source import SETTINGS, WEIGHTS
@@ -90,6 +91,9 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
         raise UserError(f"{folder}: the saved weights are of another model: {', '.join(differing[:3])}")
     for name, tensor in own.items():  # these tensors share their storage with the model
         tensor.copy_(_sharded_like(saved[name], tensor))
+    for name, module in wrapped.named_modules():
+        if isinstance(module, BegunHalf):  # which is saved as one weight that is a copy
+            module.take(saved[f"{name.removesuffix('.default')}.weight"])
 
 
 def whole(value: Any) -> Any:

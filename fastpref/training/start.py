@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from fastpref.allocator import let_segments_grow
 from fastpref.config import Config, load_config
@@ -44,6 +44,7 @@ from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, Remembered, reference_folder
 from fastpref.step.reference import ONCE, Reference, make_reference, precomputes, remembers
+from fastpref.step.schedule import Schedule, warmup_steps
 from fastpref.training.loop import RunResult, TrainingRun
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
@@ -199,13 +200,11 @@ def _assemble(
     if config.loss.uses_reference:
         reference, words = _reference(config, loaded, accelerator, processes, resumed, display, cache=cache)
         notes += words
-    optimizer = make_optimizer(loaded.policy, config)
-    warmup = train.warmup if train.warmup >= 1 else train.warmup * steps
-    schedule = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
-    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup), num_training_steps=steps)
-    prepared = loaded.policy, optimizer, scheduler
-    moved = None if loaded.stream is None else [False, None, None]  # None lets Accelerate move all to its device
-    policy, optimizer, scheduler = accelerator.prepare(*prepared, device_placement=moved)
+    optimizer = make_optimizer(loaded.policy, config, warmup=warmup_steps(config, steps))
+    schedule = Schedule(config, optimizer, steps)
+    moved = None if loaded.stream is None else [False, None]  # None lets Accelerate move all to its device
+    policy, optimizer = accelerator.prepare(loaded.policy, optimizer, device_placement=moved)
+    schedule.follow(optimizer)
     if processes.sharded:
         register_fsdp_forward_method(policy, "generate")
     if not processes.first:  # every process has the same adapters, but its own dropout
@@ -238,7 +237,7 @@ def _assemble(
         text=inputs.text,
         examples=data.train,
         optimizer=optimizer,
-        scheduler=scheduler.scheduler,
+        scheduler=schedule,
         scaler=accelerator.scaler,
         model_fingerprint=fingerprint,
         processes=processes,
@@ -256,7 +255,7 @@ def _assemble(
         steps=steps,
         policy=policy,
         optimizer=optimizer,
-        scheduler=scheduler,
+        schedule=schedule,
         objective=objective,
         checkpoints=checkpoints,
         resumed=resumed is not None,

@@ -101,10 +101,6 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, LoRA, margins": ("dpo", "llama", [LORA]),
     "kto, LoRA, weights": ("kto", "llama", [LORA]),
     "pl, nf4, lists": ("pl", "llama", [LORA, "model.quantization=nf4"]),
-    "sft, nf4, messages": ("sft", "llama", [LORA, "model.quantization=nf4"]),
-    "sft, LoRA, padded, lists": ("sft", "mamba", ['lora={rank=4, target=["in_proj"]}']),
-    "sft, nf4, streamed": ("sft", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
-    "sft, continued": ("sft", "llama", [FROM]),
     "dpo, continued": ("dpo", "llama", [FROM]),
     "ipo, continued, base": ("ipo", "llama", [FROM, "reference.adapter=none"]),
     "kto, continued, nf4": ("kto", "llama", [FROM, "model.quantization=nf4"]),
@@ -112,6 +108,15 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, stacked": ("dpo", "llama", [LORA, FROM, "lora.stack=true"]),
     "dpo, another reference": ("dpo", "llama", [LORA, "reference.name={adapter}"]),
     "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
+    "dpo, nf4, PiSSA in a layer": (
+        "dpo",
+        "llama",
+        ['lora={rank=4, init="pissa", layers=[1], rank_pattern={q_proj=2}}', "model.quantization=nf4"],
+    ),
+    "sft, nf4, messages": ("sft", "llama", [LORA, "model.quantization=nf4"]),
+    "sft, LoRA, padded, lists": ("sft", "mamba", ['lora={rank=4, target=["in_proj"]}']),
+    "sft, nf4, streamed": ("sft", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
+    "sft, continued": ("sft", "llama", [FROM]),
     "dpo, nf4, streamed": ("dpo", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
 }
 
@@ -264,7 +269,8 @@ def estimate(run: Run, _: Path) -> None:
     own = size(run.path / "final" / "on_top" / "adapter_model.safetensors") or adapters
     other = size(Path(run.original) / "adapter_model.safetensors")
     assert result["step"]["bytes"]["adapters"] == (own + other if run.stacked else adapters)
-    assert result["step"]["bytes"]["gradients"] == (own or weights)
+    trained = own / 2 if "pissa" in str(run.overrides) else own  # the other half stays as it began
+    assert result["step"]["bytes"]["gradients"] == (trained or weights)
     # An adapter as reference adds its own size; a stack has it in any case, and the base model takes nothing.
     second = run.loss not in ("orpo", "sft") and not run.stacked and run.reference != run.model
     assert result["step"]["bytes"]["reference"] == second * size(Path(run.reference) / "adapter_model.safetensors")

@@ -137,6 +137,10 @@ def test_a_file_is_replaced_only_by_force(elsewhere: Path):
 MISTAKES = {
     "no model": (["--data", "d"], "init needs --model and --data"),
     "no data": (["--model", "m"], "init needs --model and --data"),
+    "no source": (
+        ["--model", "m"],
+        "init needs --model and --data (and takes --loss), or --from-axolotl, --from-trl or",
+    ),
     "no such loss": ([*GIVEN, "--loss", "ppo"], "--loss ppo: there is no such loss; take one of dpo, ipo, kto"),
     "both ways": (["--from-axolotl", "a.yml", *GIVEN], "--from-axolotl takes the loss, the model and the data from"),
     "no such folder": ([*GIVEN, "--output", "none/c.toml"], "none/c.toml: cannot be written: No such file"),

@@ -4,7 +4,7 @@ All of them share the base weights. The reference's adapter, and one that a new 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -48,10 +48,13 @@ class Placed:
     notes: tuple[str, ...] = ()
 
 
-def place_adapters(config: Config, model: PreTrainedModel, *, weights: bool = True) -> Placed:
+def place_adapters(
+    config: Config, model: PreTrainedModel, originals: Callable[[], nn.Module] | None = None, *, weights: bool = True
+) -> Placed:
     """Put the adapters of a config on its model. Without `weights` only their shapes are right.
 
-    Raises UserError for an adapter that is not that of the model, or that contradicts the config.
+    `originals` loads the model without quantization, for `lora.init = "loftq"`. Raises UserError for an adapter that is
+    not that of the model, or that contradicts the config.
     """
     lora = config.lora
     if lora is None:
@@ -68,10 +71,12 @@ def place_adapters(config: Config, model: PreTrainedModel, *, weights: bool = Tr
         assert config.reference.name is not None
         files[REFERENCE] = read_adapter(config.reference.name, "reference.name")
     if not files:
-        return Placed(with_adapters(config, model))
+        return Placed(with_adapters(config, model, originals))
     notes = [note for adapter in {id(f): f for f in files.values()}.values() for note in check_base(config, adapter)]
     tensors = {adapter.folder: _read(adapter, model) for adapter in files.values()} if weights else {}
-    wrapped: Any = _continued(config, model, files[POLICY]) if POLICY in files else with_adapters(config, model)
+    wrapped: Any = (
+        _continued(config, model, files[POLICY]) if POLICY in files else with_adapters(config, model, originals)
+    )
     for name in (BELOW, REFERENCE):
         if name in files:
             _add(wrapped, files[name], name, beside=files.get(POLICY))

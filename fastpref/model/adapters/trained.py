@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
+from fastpref.model.adapters.experts import fuse_expert_lora
 from fastpref.model.adapters.source import PICKLE, WEIGHTS, changes_base
 from fastpref.model.adapters.switch import POLICY
 from fastpref.model.failure import is_out_of_memory, words
@@ -32,6 +33,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
         check_weights(peft.PeftConfig.from_pretrained(str(folder)), weights, model, begin)
         wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
         put_weights(wrapped, weights, POLICY, str(folder), begin)
+        fuse_expert_lora(wrapped)
     return wrapped
 
 

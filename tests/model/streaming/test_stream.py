@@ -117,6 +117,12 @@ STEPS: dict[str, tuple[str, list[str], tuple[Streaming, ...]]] = {
     "gemma2": ("gemma2", [LORA], WAYS[1:2]),
     "gemma3": ("gemma3", [LORA, "model.quantization=nf4"], WAYS[:1]),
     "mixtral": ("mixtral", ["lora={rank=3}"], WAYS[:1]),
+    "experts in nf4": ("mixtral", ["lora={rank=3}", "model.quantization=nf4"], WAYS[1:3]),
+    "experts in int8": ("mixtral", ["lora={rank=3}", "model.quantization=int8"], WAYS[:1]),
+    "experts in nf4, checkpointed": (
+        "qwen3-moe", ['lora={rank=3, target=["q_proj"]}', "train.checkpointing=true", "model.quantization=nf4"],
+        WAYS[:1],
+    ),
     "gpt2": ("gpt2", [LORA], WAYS[:1]),
     "gpt-oss": ("gpt-oss", ["lora={rank=3}"], WAYS[:1]),
 }  # fmt: skip
