@@ -1,20 +1,27 @@
 """Every config in examples/ is valid, and a config for a GPU fits it by a count with its model's architecture, which
 is copied here."""
 
+import math
+import re
+import shlex
 import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
+import fastpref
 import fastpref.memory.estimate as estimates
 from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
 from fastpref.memory.estimate import Estimator, usable
 from fastpref.memory.step import StepMemory
 from tests.support.paths import EXAMPLES
+from tests.support.runs import rows
 
 Make = Callable[[int | None], PretrainedConfig]  # takes a number of layers, or None for all
 
@@ -53,7 +60,35 @@ STREAMED = {"4gb": 6, "6gb": 10, "70b-24gb": 50}  # GB of host memory that the c
 
 def test_every_example_is_here():
     """These tests know every config in the folder."""
-    assert {path.stem for path in EXAMPLES.glob("*.toml")} == {*CARDS, "quickstart"}
+    assert {path.stem for path in EXAMPLES.glob("*.toml")} == {*CARDS, "quickstart", "quickstart-sft"}
+
+
+def test_supervised_then_preferences(elsewhere: Path):
+    """The two commands of the example run one after the other: DPO begins at ln 2, because its reference is the adapter
+    that the first one saved, whose likelihood it keeps, and it changes that adapter."""
+    text = (EXAMPLES / "quickstart-sft.toml").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[2:] for line in re.findall(r"^#   (fastpref train .*)$", text, re.MULTILINE)]
+    (first, *none), (second, *overrides) = commands
+    assert none == []
+    assert overrides[0].startswith("lora.from=")
+    short = ["train.steps=3", "eval.samples=0", "train.batch=8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(elsewhere)
+        supervised = fastpref.train(EXAMPLES.parent / first, short)
+        assert overrides[0].removeprefix("lora.from=") == (supervised.output_dir / "final").as_posix()
+        preferred = fastpref.train(EXAMPLES.parent / second, [*overrides, *short])
+    before, after = (load_file(elsewhere / run.output_dir / "final" / "adapter_model.safetensors")
+                     for run in (supervised, preferred))  # fmt: skip
+    assert supervised.eval_metrics["eval/perplexity"] > 1
+    started = evaluation_of(elsewhere / preferred.output_dir, 0)
+    assert started["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def evaluation_of(folder: Path, step: int) -> dict[str, float]:
+    """Return the row of an evaluation of a run."""
+    return next(row for row in rows(folder) if row["step"] == step and "eval/loss" in row)
 
 
 def counted(name: str, layers: int | None) -> StepMemory:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fastpref.health.bands import MEMORISED_NLL, per_token
-from fastpref.health.rule import Known, Verdict, change_of, nats_moved, percent, rule
+from fastpref.health.rule import Known, Verdict, change_of, cost_of, nats_moved, percent, rule
 from fastpref.run.history import HELDOUT, History
 
 
@@ -131,8 +131,8 @@ def _nothing_learnt(h: History, known: Known) -> Verdict | None:
 
 
 def _nothing_imitated(h: History, known: Known) -> Verdict | None:
-    nll = change_of(h, known, "nll_loss")
-    if nll is None or nll.start < MEMORISED_NLL or abs(nll.by) > 0.01 * nll.start:
+    nll = change_of(h, known, cost_of(h))
+    if nll is None or nll.start < MEMORISED_NLL or abs(nll.by) + 3 * nll.error > 0.01 * nll.start:
         return None
     return Verdict(
         f"the completions cost {nll.start:.4g} nats a token at first and {nll.end:.4g} at the end. The model learns "

@@ -1,16 +1,16 @@
 """Rules for supervised training, from the likelihood and the entropy of the imitated completions."""
 
 from fastpref.health.bands import FIRST_NLL
-from fastpref.health.rule import Known, Verdict, rule
+from fastpref.health.rule import Known, Verdict, cost_of, rule
 from fastpref.run.history import HELDOUT, History
 
 
 @rule("first_nll")
 def _first_nll(h: History, known: Known) -> Verdict | None:
     """Find completions that the model cannot write before any training, or that it knows by heart."""
-    series = h[HELDOUT + "nll_loss"][:1]
+    series = h[HELDOUT + cost_of(h)][:1]
     if not len(series) or series.steps[0] != 0:
-        series = h["nll_loss"][:1]
+        series = h[cost_of(h)][:1]
     if not known.loss.supervised or not len(series) or series.steps[0] > 1:
         return None
     low, high = FIRST_NLL
@@ -30,7 +30,7 @@ def _first_nll(h: History, known: Known) -> Verdict | None:
 @rule("entropy_collapses", after=0.3)
 def _entropy_collapses(h: History, known: Known) -> Verdict | None:
     """Find a model that has become surer than it is right: it expects fewer nats a token than held-out rows cost it."""
-    entropy, nll = h.heldout_change("entropy"), h.heldout_change("nll_loss")
+    entropy, nll = h.heldout_change("entropy"), h.heldout_change(cost_of(h))
     if not known.loss.supervised or entropy is None or nll is None or not entropy.falls():
         return None
     before, after = (cost / expected if expected else 1.0 for cost, expected in

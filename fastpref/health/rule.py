@@ -10,7 +10,7 @@ import numpy as np
 from fastpref.config import Config
 from fastpref.config.losses import LossOptions
 from fastpref.health.bands import first_loss, per_token
-from fastpref.run.history import History, Trend
+from fastpref.run.history import HELDOUT, History, Trend
 
 Severity = Literal["alarm", "warning"]
 
@@ -138,6 +138,11 @@ def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> T
     start = known.start(name)
     change = h.heldout_change(name, start) if heldout else None
     return change or h.change(name, start)
+
+
+def cost_of(h: History) -> str:
+    """Return the metric of the nats that a token of SFT costs: nll_loss, or the loss, which is that in TRL's log."""
+    return "nll_loss" if len(h["nll_loss"]) or len(h[HELDOUT + "nll_loss"]) else "loss"
 
 
 def nats_moved(h: History, known: Known) -> float | None:

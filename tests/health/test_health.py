@@ -122,6 +122,26 @@ FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
 FAULTS = {name: (method, list(logged), about) for name, (method, logged, about) in FAULTS.items()}
 
 
+IMITATION: dict[str, Iterable[Row]] = {
+    # Faults of supervised training that rules for preferences find too.
+    "nothing_learnt": rows("sft", both={"nll_loss": constant(1.6), "loss": constant(1.6)}, noise=1e-3),
+    "learning_rate_high": rows("sft", both={"mean_token_accuracy": lambda t: 0.5 - 0.4 * t}),
+    "loss_rises": rows("sft", training={"loss": lambda t: 1.6 + 0.6 * t, "nll_loss": lambda t: 1.6 + 0.6 * t}),
+    "loss_below_band": rows("sft", training={"loss": lambda t: 1.6 - 1.58 * min(1, 1.2 * t)}, noise=0.1),
+    "heldout_gap": rows("sft", heldout={"loss": lambda t: 1.6 - t + 1.3 * t**2}, evaluations=(0, 25, 50, 75, 100)),
+    "first_nll": rows("sft", both={"nll_loss": lambda t: 0.05 - 0.01 * t}),
+    "gradient_band": rows("sft", training={"grad_norm": constant(1e-3)}),
+}
+
+
+@pytest.mark.parametrize("rule", IMITATION)
+def test_a_rule_fires_on_supervised_training(rule: str):
+    """Supervised training has faults of its own and those of any training, and the advice is about completions."""
+    (verdict,) = diagnosis(IMITATION[rule], known("sft"))
+    assert verdict.rule == rule
+    assert not re.search(r"chosen|rejected|pairs|beta|accuracy", f"{verdict.message} {verdict.advice}")
+
+
 def test_every_rule_has_a_fault():
     assert set(FAULTS) == set(RULES)
 

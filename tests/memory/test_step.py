@@ -7,7 +7,6 @@ import torch
 
 from bench.step_memory import LLAMA_3_8B
 from fastpref.config import Config
-from fastpref.config.losses import KTO
 from fastpref.memory import step as step_memory
 from fastpref.memory.activations import fewest_layers
 from fastpref.memory.measured import as_loaded
@@ -17,7 +16,7 @@ from fastpref.model.attention_choice import FLEX, VARLEN
 from fastpref.model.liger import kernels_not_run, take_kernels
 from fastpref.model.load import load_model
 from tests.support.real_steps import real_steps
-from tests.support.tiny import config_for, examples, model_config, save_model
+from tests.support.tiny import config_for, examples, model_config, save_model, unlabelled
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LORA = "lora={rank=3}"
@@ -43,6 +42,8 @@ COMBINATIONS = [
     ("llama", 2, [LORA]),
     ("llama", 1, [LORA, "loss.type=orpo"]),
     ("llama", 2, ["loss.type=simpo"]),
+    ("llama", 1, [LORA, "loss.type=sft"]),
+    ("gemma2", 2, ["loss.type=sft"]),
     ("llama-tied", 0, ["loss.type=kto", "reference.mode=copy"]),
     ("llama", 2, [LORA, "loss.type=kto", "train.layout=padded"]),
     ("gemma2", 0, [LORA, "loss.type=cpo"]),
@@ -62,7 +63,8 @@ def test_fake_tensors_take_what_real_ones_take(folders: dict[str, Path], kind: s
     """The peaks on fake and on real tensors differ by at most 2 percent of what the step adds."""
     for budget in (40, 400):
         config = config_for(folders[kind], *overrides, f"train.tokens_per_microbatch={budget}")
-        rows = examples(9, single=isinstance(config.loss, KTO))
+        rows = examples(9, single=not config.loss.paired)
+        rows = unlabelled(rows) if config.loss.supervised else rows
         real, held = real_steps(config, [rows], layers)
         counted = count_step(config, CPU, layers=layers, examples=rows)
         assert counted.total - held == pytest.approx(real - held, rel=0.02)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastpref.config.losses import IPO
 from fastpref.errors import UserError
 from fastpref.health import diagnose
 from fastpref.health.bands import Band
@@ -36,10 +37,15 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     assert place == run / REPORT
     page = place.read_text(encoding="utf-8")
     charts = [figure.title for figure in figures(read_run(run))]
-    assert {"Loss", "Accuracy", "Reward margin", "Rewards", "Log-probabilities", "Gradient norm"} <= set(charts)
+    supervised = METHODS[method].supervised
+    of_pairs, of_text = {"Accuracy", "Reward margin", "Rewards", "Log-probabilities"}, {"Supervised loss", "Perplexity"}
+    assert {"Loss", "Gradient norm"} | (of_text if supervised else of_pairs) <= set(charts)
+    assert not supervised or not of_pairs & set(charts)
     assert ("KTO's KL" in charts, "Log odds" in charts) == (method == "kto", method == "orpo")
-    # one more for the histogram of held-out margins
-    assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
+    # one more for the histogram of held-out margins, if there are any
+    assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + (
+        not supervised
+    )
     assert "25 rules examined this run" in page
     units = [unit for unit in ("pair", "list", "completion") if f"{unit}s a second" in page]
     assert units == [METHODS[method].unit]
@@ -179,7 +185,9 @@ def trl_log(method: str, **of: Any) -> list[dict[str, Any]]:
     logged = []
     for row in rows(method, **of):
         entry = {name.replace("eval/", "eval_"): value for name, value in row.items()}
-        entry.pop("rewards/length_correlation", None)
+        ours = ("nll_loss", "eval_nll_loss", "perplexity", "eval_perplexity") if method == "sft" else ()
+        for name in ("rewards/length_correlation", *ours):
+            entry.pop(name, None)
         entry |= {"eval_runtime": 1.0, "eval_samples_per_second": 2.0} if "eval_loss" in entry else {"epoch": 0.1}
         if method in ("simpo", "cpo") and "loss" in entry:  # TRL's reward is β · the logged log-probability
             beta = METHODS[method].beta
@@ -216,7 +224,7 @@ def test_a_run_of_trls_is_diagnosed(tmp_path: Path):
         run = read_run(path)
         assert [v.rule for v in diagnose(run.history, run.known)] == ["learning_rate_high"]
         assert run.folder == (path.parent if path.is_file() else path)
-    assert read_run(newest, "ipo", 0.5).known.loss == type(METHODS["ipo"])(beta=0.5)
+    assert read_run(newest, "ipo", 0.5).known.loss == IPO(beta=0.5)
 
 
 def test_trls_names():
@@ -237,7 +245,8 @@ TRL_STATE = {"trainer_state.json": '{"log_history": [{"step": 1, "loss": 1.0}]}'
         ("state", {"trainer_state.json": '{"log_history": []}'}, (), "no row with a loss"),
         ("own", {"config.toml": "[model]", METRICS: ""}, ("dpo",), "leave --loss and --beta out"),
         ("own", {"config.toml": "[model]", METRICS: ""}, (), "config.toml"),
-        ("trl", TRL_STATE, ("sft",), "--loss sft: not one of"),
+        ("trl", TRL_STATE, ("ppo",), "--loss ppo: not one of"),
+        ("trl", TRL_STATE, ("sft", 0.1), "sft has no β; leave it out"),
         ("trl", TRL_STATE, ("dpo", -1.0), "must be above 0"),
     ],
 )  # fmt: skip

@@ -135,5 +135,8 @@ def write_run(
     )
     logged = (json.dumps(row) + "\n" for row in rows(method, steps=steps, **of))
     (folder / METRICS).write_text("".join(logged), encoding="utf-8")
-    (folder / FACTS).write_text(json.dumps(facts(steps) if about is None else about), encoding="utf-8")
+    made = facts(steps) if about is None else about
+    if METHODS[method].supervised:  # there are no rewards
+        made["heldout"] = {"step": steps, "paired": False, "chosen": [], "rejected": []}
+    (folder / FACTS).write_text(json.dumps(made), encoding="utf-8")
     return folder

@@ -29,6 +29,7 @@ SAME = {
     "dpo-continued": ["lora.from=start"],
     "ipo-continued-from-base": ["loss.type=ipo", "lora.from=start", "reference.adapter=none"],
     "cpo-padded-full": ["loss.type=cpo", "train.layout=padded"],
+    "sft": ["loss.type=sft", PLAIN],
 }
 RESUMED = {"dpo": [LORA], "kto-full": ["loss.type=kto"]}
 
