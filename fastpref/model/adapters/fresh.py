@@ -86,7 +86,7 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
 
     left_out: dict[str, set[str]] = {}
     targets, fused = _targets(every, entries, settings, parts), parts.experts()
-    experts = {name: short for name, short in targets.parameters.items() if owner_of(name) not in excluded}
+    experts = {n: short for n, short in targets.parameters.items() if not {n, owner_of(n)} & excluded}
     chosen = _all_linear(settings, parts, left_out) if every else set()
     chosen |= _named(entries, targets.names, settings, parts, left_out)
     chosen -= excluded
@@ -98,7 +98,7 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
             leave_out(left_out, f"PEFT's adapters of experts know no {obstacle}", experts)
             experts = {}
         elif not experts:
-            bare = {name for name in fused if owner_of(name) not in excluded}
+            bare = {name for name in fused if not {name, owner_of(name)} & excluded}
             leave_out(left_out, "PEFT counts the experts of this model among no linear layers", bare)
     kept = set(_converted(settings, model, chosen).target_modules or ())
     leave_out(left_out, "PEFT takes their names for the experts'", chosen - kept)
@@ -113,12 +113,12 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
     return settings, left_out
 
 
-# --- experts, which PEFT finds by the names of their layers in transformers 4 -----------------------------------------
+# --- experts, which PEFT finds by the names of their layers in transformers 4, or by those of their parameters --------
 
 
 @dataclass
 class _Targets:
-    """Targets for the parameters that hold a layer's experts, as PEFT converts them."""
+    """Targets for the parameters that hold a layer's experts."""
 
     parameters: dict[str, str]  # full name → the end of it, which PEFT uses
     names: set[str]  # entries that mean such a parameter
@@ -142,7 +142,23 @@ def _targets(every: bool, entries: Iterable[str], settings: peft.LoraConfig, par
             targets.parameters.update(dict.fromkeys(full, short))
         if isinstance(target, set):
             targets.names |= target - set(converted.target_modules or ())
+    for entry in [*plain, *patterns]:
+        named = _named_experts(entry, parts)
+        targets.names |= {entry} if named else set()
+        targets.parameters = {name: ".".join(name.split(".")[-2:]) for name in named} | targets.parameters
     return targets
+
+
+def _named_experts(entry: str, parts: Parts) -> set[str]:
+    """Return the parameters of experts that an entry names, or all of a module of experts that it names.
+
+    A name that is also a linear layer's means only that, as in PEFT.
+    """
+    if is_pattern(entry):
+        return {name for name in parts.experts() if re.fullmatch(entry, name)}
+    if any(_ends(name, entry) and is_one_layer(module) for name, module in parts.modules.items()):
+        return set()
+    return {name for name in parts.experts() if _ends(name, entry) or _ends(owner_of(name), entry)}
 
 
 def _means(pattern: str, parameter: str) -> bool:
@@ -223,7 +239,7 @@ def _excluded(entries: Iterable[str], parts: Parts) -> set[str]:
     """Return the modules that names and patterns exclude, with all modules inside them."""
     excluded: set[str] = set()
     for entry in entries:
-        hits = {name for name in parts.modules if _matches(entry, name)}
+        hits = {name for name in [*parts.modules, *parts.experts()] if _matches(entry, name)}
         if not hits:
             raise UserError(f"lora.exclude: {_unknown(entry, parts)}")
         excluded |= hits | _inside(hits, parts)
@@ -257,7 +273,8 @@ def _ends(name: str, end: str) -> bool:
 
 
 def _unknown(entry: str, parts: Parts) -> str:
-    known = sorted({name.rpartition(".")[2] for name in parts.inside if not name.rpartition(".")[2].isdecimal()})
+    names = [*parts.inside, *parts.experts()]
+    known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdecimal()})
     near = get_close_matches(entry.rpartition(".")[2], [*known, _ALL], n=1, cutoff=0.6) if not is_pattern(entry) else []
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     example = next((name for name in linear_layers(parts.model) if name in parts.inside), None)
