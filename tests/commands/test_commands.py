@@ -18,7 +18,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig, Qwen3MoeConfig
 
 from fastpref.cli import app
 from tests.support.command_line import CommandResult, run_command, succeed
@@ -33,6 +33,10 @@ MODELS = {
         initializer_range=0.2,
     ),
     "mamba": MambaConfig(**SIZES, state_size=4, num_hidden_layers=2, initializer_range=0.2),
+    "moe": Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+    ),
 }  # fmt: skip
 CONFIG = """
 [model]
@@ -57,6 +61,7 @@ dir = "run"
 save_every = 2
 """
 LORA = "lora={rank=4}"
+EXPERTS = 'lora={rank=4, target=["q_proj", "experts"]}'
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
 HELDOUT = 5  # rows; twice as many for KTO
 Make = Callable[[int, dict[str, Any]], dict[str, Any]]  # a row's number, and a pair → a row of the data
@@ -90,6 +95,9 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, LoRA, margins": ("dpo", "llama", [LORA]),
     "kto, LoRA, weights": ("kto", "llama", [LORA]),
     "pl, nf4, lists": ("pl", "llama", [LORA, "model.quantization=nf4"]),
+    "dpo, experts": ("dpo", "moe", [EXPERTS]),
+    **{f"{loss}, experts in nf4": (loss, "moe", [EXPERTS, "model.quantization=nf4"]) for loss in ("dpo", "kto", "orpo")},
+    "ipo, experts in nf4, streamed": ("ipo", "moe", [EXPERTS, "model.quantization=nf4", "model.streaming=true"]),
     "dpo, nf4, streamed": ("dpo", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
 }
 
