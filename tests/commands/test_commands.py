@@ -96,7 +96,9 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "kto, LoRA, weights": ("kto", "llama", [LORA]),
     "pl, nf4, lists": ("pl", "llama", [LORA, "model.quantization=nf4"]),
     "dpo, experts": ("dpo", "moe", [EXPERTS]),
-    **{f"{loss}, experts in nf4": (loss, "moe", [EXPERTS, "model.quantization=nf4"]) for loss in ("dpo", "kto", "orpo")},
+    **{
+        f"{loss}, experts in nf4": (loss, "moe", [EXPERTS, "model.quantization=nf4"]) for loss in ("dpo", "kto", "orpo")
+    },
     "ipo, experts in nf4, streamed": ("ipo", "moe", [EXPERTS, "model.quantization=nf4", "model.streaming=true"]),
     "dpo, nf4, streamed": ("dpo", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
 }

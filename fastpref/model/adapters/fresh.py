@@ -90,11 +90,17 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
     chosen = _all_linear(settings, parts, left_out) if every else set()
     chosen |= _named(entries, targets.names, settings, parts, left_out)
     chosen -= excluded
+    obstacle = "dropout" if options.dropout else "DoRA" if options.dora else None
+    if experts and obstacle and not every:
+        key = "lora.dropout" if options.dropout else "lora.dora"
+        raise UserError(
+            f"lora.target: {short_names(experts)} are experts, whose adapters in PEFT know no {obstacle}: leave out "
+            f"{key}, or the experts; {parts.linear_names}"
+        )
     if every:
         leave_out(left_out, _ROUTERS, {name for name in experts if name not in fused})
         experts = {name: short for name, short in experts.items() if name in fused}
-        if options.dropout or options.dora:
-            obstacle = "dropout" if options.dropout else "DoRA"
+        if obstacle:
             leave_out(left_out, f"PEFT's adapters of experts know no {obstacle}", experts)
             experts = {}
         elif not experts:
