@@ -207,7 +207,7 @@ def _adapter(layer: Any, x: Tensor) -> _Adapter | None:
         return None
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if not autocast and layer.lora_A[name].weight.dtype != dtype:
+    if not autocast and next(layer.lora_A[name].parameters()).dtype != dtype:
         return None  # PEFT computes in the adapter's dtype
     return _Adapter(layer, name, dtype) if _computes_in(layer.base_layer, dtype) else None
 
