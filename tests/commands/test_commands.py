@@ -116,6 +116,8 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, stacked": ("dpo", "llama", [LORA, FROM, "lora.stack=true"]),
     "dpo, another reference": ("dpo", "llama", [LORA, "reference.name={adapter}"]),
     "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
+    "dpo, experts in nf4, continued": ("dpo", "moe", [FROM, "model.quantization=nf4"]),
+    "dpo, experts, stacked": ("dpo", "moe", [EXPERTS, FROM, "lora.stack=true"]),
     "dpo, nf4, PiSSA in a layer": (
         "dpo",
         "llama",
@@ -183,6 +185,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(folders[name])
         AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folders[name])
     save_adapter(folders["llama"].with_name("adapter"), folders["llama"], r=3)
+    experts = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    save_adapter(folders["moe"].with_name("adapter"), folders["moe"], r=3, **experts)
     return folders
 
 
@@ -190,7 +194,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train one run for all commands, which must not change it."""
     loss, model, overrides = RUNS[request.param]
-    adapter = models["llama"].with_name("adapter").as_posix()
+    adapter = models[model].with_name("adapter").as_posix()
     overrides = [override.replace("{adapter}", adapter) for override in overrides]
     folder = tmp_path_factory.mktemp("run")
     make = ROWS.get(request.param, lambda at, pair: pair)
