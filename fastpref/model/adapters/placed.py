@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 from fastpref.config import Config, LoraConfig
 from fastpref.errors import UserError
-from fastpref.model.adapters.agreement import check_agreement, check_base, wanted_parts
+from fastpref.model.adapters.agreement import adapted_parts, check_agreement, check_base, wanted_parts
 from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.adapters.fused import fuse_lora
+from fastpref.model.adapters.parts import ends
 from fastpref.model.adapters.source import AdapterFiles, Kind, read_adapter, reference_kind
 from fastpref.model.adapters.switch import BELOW, POLICY, REFERENCE, adapter_weights, switch, train_only
 from fastpref.model.adapters.trained import check_weights, put_weights, told_of_misfit
@@ -176,12 +177,27 @@ def _continued(config: Config, model: PreTrainedModel, start: AdapterFiles) -> p
 def _add(wrapped: Any, adapter: AdapterFiles, name: str, *, beside: AdapterFiles | None) -> None:
     """Add a frozen adapter like that of these files, without its weights."""
     settings = _settings(adapter)
+    settings.target_parameters = _as_there(wrapped, settings.target_parameters)
     with told_of_misfit(f"{adapter.place}: this adapter cannot be put on the model"):
         wrapped.add_adapter(name, settings)
     for own, weights in adapter_weights(wrapped):
         if own == name:
             for parameter in weights:
                 parameter.requires_grad_(False)
+
+
+def _as_there(wrapped: Any, targets: list[str] | None) -> list[str] | None:
+    """Return the names of adapted parameters as the model's first adapter of the same parameters has them.
+
+    PEFT compares the names, of which one adapter may have whole ones and another their common ends.
+    """
+    for name, settings in wrapped.peft_config.items():
+        there = adapted_parts(wrapped, name).parameters
+        paths = (path.split(".") for path, _ in wrapped.base_model.model.named_parameters())
+        plain = (".".join(part for part in path if part != "base_layer") for path in paths)
+        if there and there == {own for own in plain if any(ends(own, target) for target in targets or ())}:
+            return settings.target_parameters
+    return targets
 
 
 def _settings(adapter: AdapterFiles) -> peft.LoraConfig:
