@@ -34,11 +34,11 @@ def counted(
     quantization: str, target: Any, *, streaming: bool = False, pefts: bool = False, layers: int = LAYERS
 ) -> StepMemory:
     """Count a step of Qwen3-30B-A3B, or of one with fewer layers, also with experts that PEFT's own code adapts."""
-    architecture = Qwen3MoeConfig(
-        hidden_size=2048, intermediate_size=6144, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, vocab_size=151936, num_experts=128, num_experts_per_tok=8,
-        moe_intermediate_size=768, max_position_embeddings=40960, tie_word_embeddings=False,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": layers, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+    }  # fmt: skip
     tables = {
         "model": {"name": "Qwen3-30B-A3B", "quantization": quantization, "streaming": streaming},
         "lora": {"rank": 16, "target": target},
@@ -47,8 +47,10 @@ def counted(
         "tokens": {"max_length": 2048},
         "train": {"checkpointing": True},
     }
-    make = {"make_policy": _by_pefts_code} if pefts else {}
-    return count_step(Config.model_validate(tables), torch.device("cuda"), architecture=architecture, **make)
+    make = _by_pefts_code if pefts else Policy.of
+    return count_step(
+        Config.model_validate(tables), torch.device("cuda"), architecture=Qwen3MoeConfig(**sizes), make_policy=make
+    )
 
 
 def _by_pefts_code(model: PreTrainedModel) -> Policy:

@@ -35,7 +35,7 @@ MODELS = {
     ),
     "mamba": MambaConfig(**SIZES, state_size=4, num_hidden_layers=2, initializer_range=0.2),
     "moe": Qwen3MoeConfig(
-        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_hidden_layers=2, head_dim=16,
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
     ),
 }  # fmt: skip
@@ -185,7 +185,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(folders[name])
         AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folders[name])
     save_adapter(folders["llama"].with_name("adapter"), folders["llama"], r=3)
-    experts = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    experts: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
     save_adapter(folders["moe"].with_name("adapter"), folders["moe"], r=3, **experts)
     return folders
 

@@ -143,7 +143,7 @@ def test_half_precision_and_float32(folder: Path) -> None:
 
 
 def test_copies_and_moves_keep_the_scales(folder: Path) -> None:
-    model = load(folder, "nf4", trained=True).model
+    model: Any = load(folder, "nf4", trained=True).model
     expected = logits(model)
     assert torch.equal(logits(copy.deepcopy(model)), expected)
     assert torch.equal(logits(model.to(CPU)), expected)
