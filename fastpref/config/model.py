@@ -33,8 +33,8 @@ class ModelConfig(Section):
     has no bfloat16). Whatever is trained is float32, without a [lora] table all weights; a GPU multiplies in half
     precision unless this is "float32". "float16" needs a [lora] table."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Quantizes the base weights to 4 bits (nf4, with double quantization) or 8 bits (int8); both need a [lora]
-    table."""
+    """Quantizes the weights of linear layers and of experts to 4 bits (nf4, with double quantization) or 8 bits
+    (int8); both need a [lora] table."""
     attention: Literal["auto", "flex", "varlen", "sdpa"] = "auto"
     """Chooses FlexAttention, FlashAttention-2 ("varlen", which needs the package flash-attn 2.6 or newer) or SDPA for
     tree and packed rows; "auto" is flex on a GPU that can compile it, else varlen where that package works, and sdpa
@@ -76,8 +76,9 @@ class LoraConfig(Section):
     """Sets the dropout probability of the adapters' inputs."""
     target: Literal["all-linear"] | Names = "all-linear"
     """Selects the modules that get an adapter: "all-linear" (the linear layers of the language model, without the
-    head and routers), or names (lm_head may be one) and patterns, which are regular expressions for a module's
-    whole name."""
+    head and routers, and experts where PEFT counts them among these), or names (lm_head may be one, or
+    experts.down_proj, or experts for all weights of these) and patterns, which are regular expressions for a module's
+    or an experts' parameter's whole name."""
     exclude: Names = ()
     """Excludes modules, and all modules inside them, from the adapters, by names and patterns."""
     layers: Layers = ()

@@ -190,7 +190,7 @@ def _report_of(error: BaseException) -> Any:
 
 def _last_line(text: str) -> str:
     """Return the message of the error at the end of a traceback."""
-    named = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): (.+)$", text, re.MULTILINE)
+    named = re.findall(r"^(?:\w+\.)*\w+(?:Error|Exception): (.+)$", text, re.MULTILINE)
     return (named or text.strip().splitlines() or ["no reason is given"])[-1].strip()[:200]
 
 

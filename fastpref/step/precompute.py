@@ -37,6 +37,7 @@ from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key
 from fastpref.data.cache import cache_folder
 from fastpref.data.example import Example
 from fastpref.data.plan import plan_pass
+from fastpref.model.experts.kinds import has_packed_experts
 from fastpref.model.load import Loaded, mixed_precision
 from fastpref.model.policy import PolicyOutput
 from fastpref.model.rope import has_rope_by_length
@@ -210,6 +211,7 @@ def reference_folder(config: Config, loaded: Loaded, copy: PreTrainedModel | Non
         **_other_reference(config, loaded, copy),
         "float32 products": torch.get_float32_matmul_precision(),
         "quantization": config.model.quantization,
+        **({"experts": "in few bits"} if has_packed_experts(model) else {}),  # which they once were not
         "attention": model.config._attn_implementation,
         "liger": loaded.liger,
         "device": model.device.type,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig, Qwen3MoeConfig
 
 from fastpref.cli import app
 from tests.support.adapters import save_adapter
@@ -34,6 +34,10 @@ MODELS = {
         initializer_range=0.2,
     ),
     "mamba": MambaConfig(**SIZES, state_size=4, num_hidden_layers=2, initializer_range=0.2),
+    "moe": Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+    ),
 }  # fmt: skip
 CONFIG = """
 [model]
@@ -58,6 +62,7 @@ dir = "run"
 save_every = 2
 """
 LORA = "lora={rank=4}"
+EXPERTS = 'lora={rank=4, target=["q_proj", "experts"]}'
 FROM = "lora.from={adapter}"  # a trained adapter of the model
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "sft")
 HELDOUT = 5  # rows; twice as many for KTO
@@ -101,6 +106,9 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, LoRA, margins": ("dpo", "llama", [LORA]),
     "kto, LoRA, weights": ("kto", "llama", [LORA]),
     "pl, nf4, lists": ("pl", "llama", [LORA, "model.quantization=nf4"]),
+    "dpo, experts": ("dpo", "moe", [EXPERTS]),
+    **{f"{loss}, experts in nf4": (loss, "moe", [EXPERTS, "model.quantization=nf4"]) for loss in ("dpo", "kto", "sft")},
+    "ipo, experts in nf4, streamed": ("ipo", "moe", [EXPERTS, "model.quantization=nf4", "model.streaming=true"]),
     "dpo, continued": ("dpo", "llama", [FROM]),
     "ipo, continued, base": ("ipo", "llama", [FROM, "reference.adapter=none"]),
     "kto, continued, nf4": ("kto", "llama", [FROM, "model.quantization=nf4"]),
@@ -108,6 +116,8 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, stacked": ("dpo", "llama", [LORA, FROM, "lora.stack=true"]),
     "dpo, another reference": ("dpo", "llama", [LORA, "reference.name={adapter}"]),
     "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
+    "dpo, experts in nf4, continued": ("dpo", "moe", [FROM, "model.quantization=nf4"]),
+    "dpo, experts, stacked": ("dpo", "moe", [EXPERTS, FROM, "lora.stack=true"]),
     "dpo, nf4, PiSSA in a layer": (
         "dpo",
         "llama",
@@ -175,6 +185,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(folders[name])
         AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folders[name])
     save_adapter(folders["llama"].with_name("adapter"), folders["llama"], r=3)
+    experts: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    }
+    save_adapter(folders["moe"].with_name("adapter"), folders["moe"], r=3, **experts)
     return folders
 
 
@@ -182,7 +197,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train one run for all commands, which must not change it."""
     loss, model, overrides = RUNS[request.param]
-    adapter = models["llama"].with_name("adapter").as_posix()
+    adapter = models[model].with_name("adapter").as_posix()
     overrides = [override.replace("{adapter}", adapter) for override in overrides]
     folder = tmp_path_factory.mktemp("run")
     make = ROWS.get(request.param, lambda at, pair: pair)

@@ -155,6 +155,7 @@ OTHER_RUNS = [
     ("qwen3", [LORA, "train.layout=packed", "reference.mode=copy"]),
     ("gpt-oss", [LORA, "loss.type=simpo"]),
     ("mixtral", [LORA, "train.layout=padded", EVERY]),
+    ("qwen3-moe", [LORA, "model.quantization=nf4"]),
     ("llama-tied", ['loss={type="dpo", variants=["aot"]}']),
     ("llama", [LORA, 'loss={type="dpo", weighting=true}']),
     ("llama", ["loss.type=orpo", "loss.nll_on=all"]),

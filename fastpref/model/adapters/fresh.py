@@ -105,19 +105,25 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
 
     left_out: dict[str, set[str]] = {}
     targets, fused = _targets(every, entries, settings, parts), parts.experts()
-    experts = {name: short for name, short in targets.parameters.items() if owner_of(name) not in excluded}
+    experts = {n: short for n, short in targets.parameters.items() if not {n, owner_of(n)} & excluded}
     chosen = _all_linear(settings, parts, left_out) if every else set()
     chosen |= _named(entries, targets.names, settings, parts, left_out)
     chosen -= excluded
+    obstacle = _no_experts(options)
+    if experts and obstacle and not every:
+        key = "lora.dropout" if options.dropout else "lora.dora" if options.dora else "lora.init"
+        raise UserError(
+            f"lora.target: {short_names(experts)} are experts, whose adapters in PEFT know no {obstacle}: leave out "
+            f"{key}, or the experts; {parts.linear_names}"
+        )
     if every:
         leave_out(left_out, _ROUTERS, {name for name in experts if name not in fused})
         experts = {name: short for name, short in experts.items() if name in fused}
-        if options.dropout or options.dora or needs_layers(options):
-            obstacle = "dropout" if options.dropout else "DoRA" if options.dora else f"lora.init = {options.init!r}"
+        if obstacle:
             leave_out(left_out, f"PEFT's adapters of experts know no {obstacle}", experts)
             experts = {}
         elif not experts:
-            bare = {name for name in fused if owner_of(name) not in excluded}
+            bare = {name for name in fused if not {name, owner_of(name)} & excluded}
             leave_out(left_out, "PEFT counts the experts of this model among no linear layers", bare)
     kept = set(_converted(settings, model, chosen).target_modules or ())
     leave_out(left_out, "PEFT takes their names for the experts'", chosen - kept)
@@ -137,12 +143,19 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
     return settings, left_out
 
 
-# --- experts, which PEFT finds by the names of their layers in transformers 4 -----------------------------------------
+def _no_experts(options: LoraConfig) -> str | None:
+    """Return what PEFT's adapters of experts do not know of these options, or None."""
+    if options.dropout or options.dora:
+        return "dropout" if options.dropout else "DoRA"
+    return f"lora.init = {options.init!r}" if needs_layers(options) else None
+
+
+# --- experts, which PEFT finds by the names of their layers in transformers 4, or by those of their parameters --------
 
 
 @dataclass
 class _Targets:
-    """Targets for the parameters that hold a layer's experts, as PEFT converts them."""
+    """Targets for the parameters that hold a layer's experts."""
 
     parameters: dict[str, str]  # full name → the end of it, which PEFT uses
     names: set[str]  # entries that mean such a parameter
@@ -166,7 +179,23 @@ def _targets(every: bool, entries: Iterable[str], settings: peft.LoraConfig, par
             targets.parameters.update(dict.fromkeys(full, short))
         if isinstance(target, set):
             targets.names |= target - set(converted.target_modules or ())
+    for entry in [*plain, *patterns]:
+        named = _named_experts(entry, parts)
+        targets.names |= {entry} if named else set()
+        targets.parameters = {name: ".".join(name.split(".")[-2:]) for name in named} | targets.parameters
     return targets
+
+
+def _named_experts(entry: str, parts: Parts) -> set[str]:
+    """Return the parameters of experts that an entry names, or all of a module of experts that it names.
+
+    A name that is also a linear layer's means only that, as in PEFT.
+    """
+    if is_pattern(entry):
+        return {name for name in parts.experts() if re.fullmatch(entry, name)}
+    if any(ends(name, entry) and is_one_layer(module) for name, module in parts.modules.items()):
+        return set()
+    return {name for name in parts.experts() if ends(name, entry) or ends(owner_of(name), entry)}
 
 
 def _means(pattern: str, parameter: str) -> bool:
@@ -247,7 +276,7 @@ def _excluded(entries: Iterable[str], parts: Parts) -> set[str]:
     """Return the modules that names and patterns exclude, with all modules inside them."""
     excluded: set[str] = set()
     for entry in entries:
-        hits = {name for name in parts.modules if matches(entry, name)}
+        hits = {name for name in [*parts.modules, *parts.experts()] if matches(entry, name)}
         if not hits:
             raise UserError(f"lora.exclude: {unknown(entry, parts)}")
         excluded |= hits | _inside(hits, parts)

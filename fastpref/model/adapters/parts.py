@@ -164,7 +164,8 @@ def ends(name: str, end: str) -> bool:
 
 def unknown(entry: str, parts: Parts) -> str:
     """Return the message about an entry that matches no module, with what it may have meant."""
-    known = sorted({name.rpartition(".")[2] for name in parts.inside if not name.rpartition(".")[2].isdecimal()})
+    names = [*parts.inside, *parts.experts()]
+    known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdecimal()})
     near = (
         get_close_matches(entry.rpartition(".")[2], [*known, "all-linear"], n=1, cutoff=0.6)
         if not is_pattern(entry)

@@ -70,7 +70,7 @@ def unpack(numbers: Tensor, state: Any, expert: int) -> Tensor:
         return (own.view(state.shape[1:]) * scale).to(state.dtype)
     one = QuantState(
         absmax=state.absmax[expert],
-        shape=state.shape[1:],
+        shape=torch.Size([state.shape[1:].numel()]),  # on a CPU rows must be whole blocks, which one row need not be
         code=state.code,
         blocksize=_BLOCK,
         quant_type="nf4",
@@ -80,7 +80,7 @@ def unpack(numbers: Tensor, state: Any, expert: int) -> Tensor:
             absmax=state.state2.absmax[expert], code=state.state2.code, blocksize=_SCALES, dtype=torch.float32
         ),
     )
-    return dequantize_4bit(own.unsqueeze(1), one)
+    return dequantize_4bit(own.unsqueeze(1), one).view(state.shape[1:])
 
 
 def unpacked(parameter: Any) -> Tensor:

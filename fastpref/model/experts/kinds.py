@@ -48,6 +48,15 @@ def shape_of(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def has_packed_experts(model: nn.Module) -> bool:
+    """Return whether a model has fused experts in few bits."""
+    return any(
+        getattr(parameter, "quant_state", None) is not None
+        for _, experts in fused_experts(model)
+        for parameter in experts.parameters(recurse=False)
+    )
+
+
 @cache
 def _known_options() -> bool:
     """Return whether the installed transformers has no option for experts that is unknown here."""

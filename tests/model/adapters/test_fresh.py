@@ -144,6 +144,16 @@ TARGETS: list[tuple[str, dict[str, Any], set[str]]] = [
     ("llama", {"target": ["q_proj", "k_proj"], "exclude": ["k_proj"]}, {f"{LAYER}q_proj"}),
     ("mixtral", {"target": [r".*k_proj", "q_proj"]}, {f"{LAYER}q_proj", f"{LAYER}k_proj"}),
     ("mixtral", {"target": ["w1", "w2", "w3"]}, {f"model.layers.*.mlp.experts.{x}_proj" for x in ("gate_up", "down")}),
+    ("mixtral", {"target": ["experts.gate_up_proj", "q_proj"]}, {"model.layers.*.mlp.experts.gate_up_proj",
+                                                                 f"{LAYER}q_proj"}),
+    ("mixtral", {"exclude": ["experts.down_proj", "self_attn"]}, {"model.layers.*.mlp.experts.gate_up_proj"}),
+    ("gpt_oss", {"target": ["experts"]}, {f"model.layers.*.mlp.experts.{x}_proj" for x in ("gate_up", "down")}),
+    ("gpt_oss", {"target": ["all-linear", "gate_up_proj"]},
+     {f"{LAYER}{x}_proj" for x in "qkvo"} | {"model.layers.*.mlp.experts.gate_up_proj"}),
+    ("qwen2_moe", {"target": [r".*experts\.down_proj"]}, {"model.layers.*.mlp.experts.down_proj"}),
+    ("qwen2_moe", {"target": ["shared_expert.down_proj"]}, {"model.layers.*.mlp.shared_expert.down_proj"}),
+    ("llama4_text", {"target": ["experts"]},
+     {f"model.layers.*.feed_forward.experts.{x}_proj" for x in ("gate_up", "down")}),
     ("gemma3", {"target": ["q_proj"]}, {"model.language_model.layers.*.self_attn.q_proj"}),
     ("gemma3", {"target": GEMMA, "exclude": ["mlp", "o_proj"]}, {f"model.language_{LAYER}{x}_proj" for x in "qkv"}),
 ]  # fmt: skip
@@ -175,6 +185,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("falcon_h1", {"target": ["q_proj", "out_proj"]}, r"out_proj names model\.layers\.\*\.mamba\.out_proj"),
     ("phimoe", {"target": ["router"]}, "PhimoeTopKRouter computes something else than a linear layer"),
     ("mixtral", {"target": ["w1"]}, "without also targeting w3"),
+    ("gpt_oss", {"target": ["gate_up_prj"]}, r"has no layer 'gate_up_prj' \(did you mean 'gate_up_proj'\?\)"),
+    ("gpt_oss", {"target": ["experts"], "dropout": 0.1}, "dropout"),
+    ("gpt_oss", {"target": ["experts"], "dora": True}, "DoRA"),
     ("mixtral", {"target": ["w1", "w2", "w3"], "dropout": 0.1}, "dropout.*linear modules are k_proj, lm_head, o_proj"),
 ]  # fmt: skip
 
