@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastpref.config.stopping import Better
 from fastpref.errors import UserError
 
 STATE = "training_state"  # .json, .safetensors
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
@@ -25,19 +26,18 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
     evaluated: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     evaluated_at: int | None = None
-    best: dict[str, float] | None = None  # step, accuracy and loss of the best evaluation
+    best: dict[str, float] | None = None  # step and metrics of the best evaluation
+    not_better: int = 0  # evaluations in a row that were not better than it
     before: list[list[str]] | None = None  # questions, and the answers before the training
     skipped: int = 0  # steps left out because something in them was not finite
     skipped_in_row: int = 0
 
-    def improved(self) -> bool:
-        """Return and record whether the last evaluation is the best: more accurate, or as accurate with lower loss."""
-        if "eval/rewards/accuracies" not in self.evaluated:
+    def improved(self, better: Better) -> bool:
+        """Return and record whether the last evaluation is the best, and count those in a row that are not."""
+        if self.best is not None and not better(self.evaluated, self.best):
+            self.not_better += 1
             return False
-        accuracy, loss = self.evaluated["eval/rewards/accuracies"], self.evaluated["eval/loss"]
-        if self.best is not None and (accuracy, -loss) <= (self.best["accuracy"], -self.best["loss"]):
-            return False
-        self.best = {"step": self.step, "accuracy": accuracy, "loss": loss}
+        self.best, self.not_better = {"step": self.step} | self.evaluated, 0
         return True
 
 

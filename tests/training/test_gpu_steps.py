@@ -83,7 +83,7 @@ HEAD_ROWS = Allowed(
 )
 NORM = Allowed(
     "wait",
-    "fastpref/training/loop.py:TrainingRun._step",
+    "fastpref/training/loop.py:TrainingRun._update",
     always(1),
     "the gradient's norm: a step that is not finite must not change the weights",
 )

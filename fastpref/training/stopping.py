@@ -1,0 +1,63 @@
+"""The early end of a run by `train.stop`, and the best weights at its end."""
+
+from collections.abc import Mapping
+
+from fastpref.atomic import damage
+from fastpref.config.stopping import StopConfig, metrics_to_stop_by
+from fastpref.errors import UserError
+from fastpref.model.load import Loaded
+from fastpref.processes import Processes
+from fastpref.run.checkpoint import Checkpoints
+from fastpref.run.state import Progress
+from fastpref.run.weights import load_weights
+
+
+def require_metric(stop: StopConfig | None, checkpoints: Checkpoints, evaluated: Mapping[str, float]) -> None:
+    """Raise UserError if an evaluation lacks the metric of `train.stop`, as with held-out rows of one kind only."""
+    if stop is not None and stop.metric not in evaluated:
+        known = [name for name in metrics_to_stop_by(checkpoints.config.loss) if name in evaluated]
+        raise UserError(
+            f"train.stop.metric: the evaluation of these held-out rows has no {stop.metric}; it has {', '.join(known)}"
+        )
+
+
+def ends(stop: StopConfig | None, progress: Progress) -> bool:
+    """Return whether as many evaluations in a row as `train.stop.after` were not better than the best."""
+    return stop is not None and progress.not_better >= stop.after
+
+
+def forget_lost_best(
+    stop: StopConfig | None, checkpoints: Checkpoints, progress: Progress, processes: Processes
+) -> str | None:
+    """Forget the best evaluation of a resumed run if `train.stop` has no checkpoint of it; return a note on that."""
+    best = progress.best
+    if stop is None or best is None:
+        return None
+    place = checkpoints.folder.checkpoint_of(int(best["step"]))
+    if processes.on_first(place.is_dir):
+        return None
+    progress.best, progress.not_better = None, 0
+    return f"the best evaluation so far, after step {best['step']}, has no checkpoint; train.stop takes a later one"
+
+
+def take_best(
+    stop: StopConfig | None, checkpoints: Checkpoints, loaded: Loaded, progress: Progress, processes: Processes
+) -> tuple[int, str | None]:
+    """Load the weights of the best evaluation if `train.stop` wants them. Return their step, and a note.
+
+    Call it after the state of the last step is saved: a checkpoint of it can no longer be made.
+    """
+    best = progress.best
+    if stop is None or best is None:
+        return progress.step, None
+    step = int(best["step"])
+    words = f"the weights of step {step}, whose evaluation is the best: {stop.metric} {best[stop.metric]:.4g}"
+    if ends(stop, progress):
+        words += f", and the {progress.not_better} after it are not better by more than {stop.by:g}"
+    if step == progress.step:
+        return step, f"final/ gets {words}"
+    place = checkpoints.folder.checkpoint_of(step)
+    if wrong := processes.on_first(lambda: damage(place)):
+        return progress.step, f"warning: {place} is not whole ({wrong}), so final/ gets the weights of the last step"
+    processes.together(lambda: load_weights(place, loaded))
+    return step, f"final/ gets {words}"
