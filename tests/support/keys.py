@@ -75,6 +75,10 @@ def a_template(folder: Path) -> None:
     (folder / "t.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 
+def a_function(folder: Path) -> None:
+    (folder / "mine.py").write_text("def told(event):\n    open('told', 'a').write(event.kind)\n", encoding="utf-8")
+
+
 def _pairs(change: Callable[[int, dict], dict], name: str = "rows.jsonl") -> Callable[[Path], None]:
     """Write changed rows of the quickstart to a file."""
 
@@ -145,6 +149,7 @@ CHANGES: dict[str, Change] = {
     "lora.target": with_lora("['q_proj']"),
     "lora.exclude": with_lora("['q_proj']"),
     "lora.modules_to_save": with_lora("['lm_head']"),
+    "lora.plus_ratio": with_lora("8.0"),
     "lora.rslora": with_lora("true"),
     "lora.dora": with_lora("true"),
     **_of(
@@ -222,6 +227,8 @@ CHANGES: dict[str, Change] = {
     "reference.quantization": Change("nf4", ("reference.mode=copy",), shows="metrics"),
     "train.learning_rate": Change("1e-2"),
     "train.schedule": Change("linear"),
+    "train.schedule_options": Change("{num_cycles=2.0}"),
+    "train.min_lr": Change("5e-4"),
     "train.warmup": Change("2"),
     "train.epochs": Change("2.0", before="1.0", without="steps = 3"),
     "train.steps": Change("2"),
@@ -229,12 +236,16 @@ CHANGES: dict[str, Change] = {
     "train.tokens_per_microbatch": Change("60", shows="weights"),
     "train.layout": Change("padded", shows="words"),
     "train.optimizer": Change("adamw_8bit"),
+    "train.betas": Change("[0.5, 0.6]"),
+    "train.epsilon": Change("1e-2"),
     "train.weight_decay": Change("1.0"),
     "train.max_grad_norm": Change("1e-3"),
     "train.checkpointing": Change("true", shows="words"),
     "train.offload_activations": Change("true", shows="refused"),
     "train.seed": Change("7"),
     "train.nonfinite": Change("stop", ("train.learning_rate=1e30",), "skip", "status"),
+    "train.stop": Change("{after=1, metric='eval/loss', by=9.0}"),
+    "train.callbacks": Change("['mine:told']", shows="files", prepare=a_function),
     "output.dir": Change("elsewhere", shows="files"),
     "output.save_every": Change("1", shows="files"),
     "output.keep": Change("1", ("output.save_every=1",), shows="files"),

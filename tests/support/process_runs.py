@@ -27,6 +27,7 @@ SAME = {
     "orpo-head": ["loss.type=orpo", 'lora={rank=2, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
     "simpo-one-pair": ["loss.type=simpo", PLAIN, "train.batch=1", "train.steps=4"],
     "cpo-padded-full": ["loss.type=cpo", "train.layout=padded"],
+    "stopped": [PLAIN, "eval.every=1", 'train.stop={after=2, metric="eval/loss", by=9.0}'],
 }
 RESUMED = {"dpo": [LORA], "kto-full": ["loss.type=kto"]}
 
