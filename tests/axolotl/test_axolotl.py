@@ -226,8 +226,8 @@ def test_fields_become_these_keys(tmp_path: Path, added: str):
 
 
 REFUSED = {  # a field → the key and the value that the schema refuses
-    "lr_scheduler: polynomial": ("train", "schedule", "polynomial"),
-    "optimizer: lion_8bit": ("train", "optimizer", "lion_8bit"),
+    "lr_scheduler: rex": ("train", "schedule", "rex"),
+    "optimizer: sgd": ("train", "optimizer", "sgd"),
     "max_grad_norm: 0": ("train", "max_grad_norm", 0),
     "dpo_loss_weights: [1, 2]": ("loss", "weights", [1, 2]),
     "eval_steps: 20": ("eval", "every", 20),
