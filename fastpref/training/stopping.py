@@ -51,9 +51,11 @@ def take_best(
     if stop is None or best is None:
         return progress.step, None
     step = int(best["step"])
-    words = f"the weights of step {step}, whose evaluation is the best: {stop.metric} {best[stop.metric]:.4g}"
+    words = f"the weights of step {step}{'' if step else ', from before the training'}"
+    words += f", whose evaluation is the best: {stop.metric} {best[stop.metric]:.4g}"
     if ends(stop, progress):
-        words += f", and the {progress.not_better} after it are not better by more than {stop.by:g}"
+        margin = f" by more than {stop.by:g}" if stop.by else ""
+        words += f"; the {progress.not_better} after it are not better{margin}"
     if step == progress.step:
         return step, f"final/ gets {words}"
     place = checkpoints.folder.checkpoint_of(step)
