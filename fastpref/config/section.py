@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True,
-        protected_namespaces=(),
+        protected_namespaces=(), serialize_by_alias=True,
     )  # fmt: skip
 
 

@@ -1,14 +1,15 @@
 """The tables [reference], [train], [output] and [log] of a config. Nothing here imports torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field, Strict, field_validator
 
 from fastpref.config.formats import Functions
 from fastpref.config.losses import NonNegative, Positive
+from fastpref.config.model import check_patterns
 from fastpref.config.optimization import Optimizer, ScheduleName
-from fastpref.config.paths import WrittenPath
-from fastpref.config.section import Count, Every, Section
+from fastpref.config.paths import ReadPath, WrittenPath
+from fastpref.config.section import Count, Every, Names, Section
 from fastpref.config.stopping import StopConfig
 
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
@@ -20,7 +21,13 @@ class ReferenceConfig(Section):
     """Chooses where the reference's log-probabilities come from: in every step from the model without its adapters or
     from a frozen copy, or from a pass before the training ("precompute") whose results are kept on disk; "auto" is
     precompute without [lora], and with it the model without its adapters, which computes each completion once and keeps
-    the results on disk too."""
+    the results on disk too. "adapter" is also that of another adapter."""
+    adapter: Literal["start", "none"] | None = None
+    """Chooses the adapter of the reference: "start" is that of lora.from as it was before the training, "none" the base
+    model alone. The default is "start" with lora.from, and "none" without."""
+    name: ReadPath | None = None
+    """Names another reference: an adapter of the same base model, which shares the base's weights with the policy, or a
+    whole model, which is loaded as a frozen copy."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Sets the data type of a frozen copy; "auto" is that of the model."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
@@ -29,8 +36,8 @@ class ReferenceConfig(Section):
 
 class TrainConfig(Section):
     learning_rate: Positive | None = None
-    """Sets the highest learning rate; the default is 1e-4 with [lora] and 1e-6 without, a fifth of it for lion and
-    twice as much for schedule_free_adamw."""
+    """Sets the highest learning rate; the default is 1e-4 with [lora] and 1e-6 without, for sft 1e-5; a fifth of it for
+    lion and twice as much for schedule_free_adamw."""
     schedule: ScheduleName = "auto"
     """Chooses how the learning rate changes after the warm-up, by the names of transformers' get_scheduler; "auto" is
     cosine. constant is constant_with_warmup. reduce_lr_on_plateau and greedy follow the held-out loss."""
@@ -46,13 +53,17 @@ class TrainConfig(Section):
     steps: Count | None = None
     """Sets the number of optimizer steps, in place of epochs."""
     batch: Count = 16
-    """Sets how many examples (pairs, or completions for KTO) an optimizer step has, in however many micro-batches."""
+    """Sets how many examples (pairs, or completions for KTO and SFT) an optimizer step has, in however many
+    micro-batches."""
     tokens_per_microbatch: Count | None = None
     """Limits the tokens that are computed at once; the default is 2 · tokens.max_length."""
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"
     """Lays out a micro-batch: "tree" is one row that computes every beginning that sequences share once (prompts, but
     also system prompts, questions of several rows, conversations), "packed" one row that repeats prompts, "padded" a
     row a sequence; "auto" is tree where the attention of the model allows it."""
+    freeze: Names = ()
+    """Names modules and parameters that full fine-tuning leaves as they are, by names and patterns as in lora.target:
+    "embed_tokens", "layers.0"."""
     optimizer: Optimizer = "adamw"
     """Chooses the optimizer: AdamW or Lion, with moments in 8 bits, or paged, whose moments move to host memory when
     the GPU is full; Adafactor (transformers', without relative steps); Muon for matrices of hidden layers, adapters'
@@ -81,6 +92,17 @@ class TrainConfig(Section):
     It needs eval.every."""
     callbacks: Functions = ()
     """Calls Python functions of yours, "module:function", after every step, every evaluation and the end."""
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_entry(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("freeze")
+    @classmethod
+    def _patterns_compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_patterns(value)
+        return value
 
 
 class OutputConfig(Section):

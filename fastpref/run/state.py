@@ -34,6 +34,8 @@ class Progress:
 
     def improved(self, better: Better) -> bool:
         """Return and record whether the last evaluation is the best, and count those in a row that are not."""
+        if not better.knows(self.evaluated):
+            return False
         if self.best is not None and not better(self.evaluated, self.best):
             self.not_better += 1
             return False

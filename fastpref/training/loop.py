@@ -33,6 +33,7 @@ from fastpref.run.folder import RunFolder
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
 from fastpref.run.state import Progress, rng_state
+from fastpref.run.weights import serving
 from fastpref.step.objective import Objective, Work
 from fastpref.step.optimizer import training_weights
 from fastpref.step.schedule import Schedule, every_so_many
@@ -157,6 +158,8 @@ class TrainingRun:
         if self.checkpoints.reference is not None:
             self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
+        if self.processes.first and (note := serving(place)) is not None:
+            self.display.note(note)
         if self.peak.bytes and isinstance(self.data.train, Examples):
             self.display.note(self.peak.against_estimate(self.config, self.data.train, self.loaded))
         self._tell("end", evaluated or progress.last)
@@ -264,7 +267,7 @@ class TrainingRun:
         metrics = self.objective.evaluate(self.data.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
         require_metric(stop, self.checkpoints, row)
-        better = Better.of(stop)
+        better = Better.of(stop, self.config.loss)
         if stop is None or progress.best is None or better(row, progress.best):  # the report is on what final/ gets
             self._write_down(lambda record: record.evaluated(progress.step, metrics))
         self._log({"step": progress.step} | row)

@@ -25,14 +25,15 @@ from fastpref.memory.activations import checkpoint_activations
 from fastpref.memory.measured import StepPeak
 from fastpref.memory.streaming import choose_streaming
 from fastpref.merge import merge_fault
+from fastpref.model.adapters.source import with_start
 from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
-from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
+from fastpref.model.load import Loaded, load_model, mixed_precision, run_tokenizer
 from fastpref.model.streaming.stream import Streaming
 from fastpref.processes import ALONE, Processes, code, end_together, start_processes
 from fastpref.quiet import quiet_libraries
 from fastpref.run.checkpoint import Checkpoints
-from fastpref.run.fingerprints import MODEL, model_fingerprint
+from fastpref.run.fingerprints import ADAPTERS, MODEL, model_fingerprint
 from fastpref.run.folder import RunFolder
 from fastpref.run.hub import check_login
 from fastpref.run.lock import RunLock
@@ -71,6 +72,7 @@ def train(
         if not isinstance(config, Config):
             default_name = Path(config).stem
             config = load_config(config, overrides)
+        config = with_start(config)
         require_trackers(config.log.trackers)
         if config.output.push_to is not None:
             check_login(config.output.push_to)
@@ -133,7 +135,8 @@ def _prepare(
 
     try:
         loaded = processes.together(load)
-        processes.agree(lambda: {MODEL: model_fingerprint(loaded)[:16], "layout": loaded.layout})
+        began = {} if loaded.began is None else {ADAPTERS: loaded.began[:16]}
+        processes.agree(lambda: {MODEL: model_fingerprint(loaded)[:16], "layout": loaded.layout, **began})
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run, decisions = _assemble(config, folder, accelerator, processes, inputs, loaded, resumed, cache=cache)
     except UserError:
@@ -167,7 +170,7 @@ def _streaming(config: Config, accelerator: Accelerator, processes: Processes) -
 
 def _read(config: Config, resumed: Resumed | None, day: date, *, cache: bool) -> _Inputs:
     """Read the tokenizer and the rows, and compare them with the model's config before its weights are read."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = run_tokenizer(config)
     use_chat_template(tokenizer, config.tokens.chat_template)
     data = load_examples(config, tokenizer, cache=cache, day=day)
     if data.chat_template is not None:  # save the template that wrote the rows with the result
@@ -287,7 +290,8 @@ def _reference(
     if not (precomputes(config) or keeping):
         reason = "several processes remember nothing" if cache else "--no-cache keeps nothing"
         return computing, [f"{words}, computed in every step: {reason}" if remembers(config) else words]
-    store = LogprobStore(reference_folder(config, loaded), resumed.state.get("reference") if resumed else None)
+    known = resumed.state.get("reference") if resumed else None
+    store = LogprobStore(reference_folder(config, loaded, computing.copy), known)
     if not keeping:
         return Precomputed(computing, store), [words]
     notes = [f"{words}{ONCE} in {store.folder}"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from fastpref.atomic import damage
-from fastpref.config.stopping import StopConfig, metrics_to_stop_by
+from fastpref.config.stopping import StopConfig, metrics_to_stop_by, stop_metric
 from fastpref.errors import UserError
 from fastpref.model.load import Loaded
 from fastpref.processes import Processes
@@ -14,11 +14,10 @@ from fastpref.run.weights import load_weights
 
 def require_metric(stop: StopConfig | None, checkpoints: Checkpoints, evaluated: Mapping[str, float]) -> None:
     """Raise UserError if an evaluation lacks the metric of `train.stop`, as with held-out rows of one kind only."""
-    if stop is not None and stop.metric not in evaluated:
-        known = [name for name in metrics_to_stop_by(checkpoints.config.loss) if name in evaluated]
-        raise UserError(
-            f"train.stop.metric: the evaluation of these held-out rows has no {stop.metric}; it has {', '.join(known)}"
-        )
+    loss = checkpoints.config.loss
+    if stop is not None and (metric := stop_metric(stop, loss)) not in evaluated:
+        known = ", ".join(name for name in metrics_to_stop_by(loss) if name in evaluated)
+        raise UserError(f"train.stop.metric: the evaluation of these held-out rows has no {metric}; it has {known}")
 
 
 def ends(stop: StopConfig | None, progress: Progress) -> bool:
@@ -50,9 +49,9 @@ def take_best(
     best = progress.best
     if stop is None or best is None:
         return progress.step, None
-    step = int(best["step"])
+    step, metric = int(best["step"]), stop_metric(stop, checkpoints.config.loss)
     words = f"the weights of step {step}{'' if step else ', from before the training'}"
-    words += f", whose evaluation is the best: {stop.metric} {best[stop.metric]:.4g}"
+    words += f", whose evaluation is the best: {metric} {best[metric]:.4g}"
     if ends(stop, progress):
         margin = f" by more than {stop.by:g}" if stop.by else ""
         words += f"; the {progress.not_better} after it are not better{margin}"

@@ -98,7 +98,7 @@ def test_a_mistake_is_at_its_line(tmp_path: Path, case: tuple[str, ...]):
     assert [": ".join(line.split(": ")[:2]) for line in messages] == [f"cfg.toml:{place}" for place in places]
 
 
-LOSSES = "dpo, ipo, kto, orpo, simpo, cpo, pl, lipo"
+LOSSES = "dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, sft"
 COPY_ONLY = 'reference.{}: only a frozen copy has this key; set reference.mode = "copy", or remove it'
 MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     # Unknown keys
@@ -130,6 +130,18 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "lora.target = '(q|v_proj'\nlora.exclude = ['vision', '[a']": "1: lora.target: '(q|v_proj' is not a regular "
     "expression: missing ), unterminated subpattern at position 0\n"
     "2: lora.exclude: '[a' is not a regular expression: unterminated character set at position 0",
+    "lora.init = 'loftq'": '1: lora.init: "loftq" makes up for the rounding to 4 bits; set model.quantization = "nf4", '
+    "or leave it out",
+    "lora = { init = 'orthogonal', rank = 3 }": "1: lora.init: orthogonal needs even ranks, got 3",
+    "lora = { init = 'loftq', dora = true }": "1: lora.init: DoRA keeps the norms of the rounded weights, which loftq "
+    "changes; set dora = false",
+    "lora.init = 'pisa'": "1: lora.init: must be one of default, gaussian, orthogonal, pissa, olora, loftq, "
+    "pissa_niter_N, got 'pisa' (did you mean 'pissa'?)",
+    "lora.layers = '3'": "1: lora.layers: '3' is neither an index such as 3 nor a slice such as \"8:16\"",
+    "lora.layers = [1, 2.5]": "1: lora.layers[1]: must be a valid string, or must be a valid integer, got 2.5",
+    "lora.rank_pattern = { q_proj = 0 }": "1: lora.rank_pattern.q_proj: must be greater than or equal to 1, got 0",
+    "lora.alpha_pattern = { '(q' = 1 }": "1: lora.alpha_pattern: '(q' is not a regular expression: missing ), "
+    "unterminated subpattern at position 0",
     # Words
     "train.layout = 'tre'": "1: train.layout: must be one of auto, tree, packed, padded, got 'tre' (did you mean "
     "'tree'?)",
@@ -322,6 +334,16 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, make: Any, what: str):
     path = tmp_path / "cfg.toml"
     make(path)
     with pytest.raises(UserError, match=re.escape(f"{path}: {what}")):
+        load_config(path)
+
+
+def test_another_trainers_config_is_told_how_it_is_translated(tmp_path: Path):
+    """A YAML file is one message, with the command that translates it."""
+    path = tmp_path / "cfg.yaml"
+    path.write_text("base_model: m\nrl: dpo\n")
+    with pytest.raises(
+        UserError, match=r"cfg.yaml: this is YAML, .*`fastpref init` with --from-axolotl, --from-trl or"
+    ):
         load_config(path)
 
 

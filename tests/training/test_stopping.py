@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fastpref
-from fastpref.config.losses import LOSSES
+from fastpref.config.losses import DPO, LOSSES
 from fastpref.config.stopping import Better, StopConfig, metrics_to_stop_by
 from fastpref.errors import UserError
 from fastpref.run.folder import RunFolder
@@ -159,7 +159,7 @@ BETTER: dict[str, tuple[StopConfig | None, dict[str, float], dict[str, float], b
     "more accurate": (None, {ACCURACY: 0.6, LOSS: 2}, {ACCURACY: 0.5, LOSS: 1}, True),
     "as accurate, lower loss": (None, {ACCURACY: 0.5, LOSS: 1}, {ACCURACY: 0.5, LOSS: 2}, True),
     "the same": (None, {ACCURACY: 0.5, LOSS: 1}, {ACCURACY: 0.5, LOSS: 1}, False),
-    "no accuracy": (None, {LOSS: 1}, {LOSS: 2}, True),
+    "no accuracy, in SFT": (None, {LOSS: 1, "perplexity": 3}, {LOSS: 2, "perplexity": 4}, True),
     "a tie is not better": (StopConfig(), {ACCURACY: 0.5, LOSS: 1}, {ACCURACY: 0.5, LOSS: 2}, False),
     "not by enough": (StopConfig(metric="eval/loss", by=0.5), {LOSS: 1.5}, {LOSS: 2}, False),
     "the first was no number": (StopConfig(metric="eval/loss"), {LOSS: 5}, {LOSS: float("nan")}, True),
@@ -172,4 +172,4 @@ def test_what_is_better(stop: StopConfig | None, new: dict[str, float], best: di
     def named(values: dict[str, float]) -> dict[str, float]:
         return {f"eval/{name}": value for name, value in values.items()}
 
-    assert Better.of(stop)(named(new), named(best)) == expected
+    assert Better.of(stop, DPO())(named(new), named(best)) == expected

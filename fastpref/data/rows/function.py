@@ -12,13 +12,19 @@ from fastpref.functions import import_function
 _RESULT = "prompt, chosen and rejected, or prompt, completions and scores, or prompt, completion and label"
 
 
-def load_function(name: str) -> Format:
-    """Return the format of a function, whose results are checked row by row. Raises UserError if it fails to load."""
+def load_function(name: str, *, supervised: bool = False) -> Format:
+    """Return the format of a function, whose results are checked row by row. Raises UserError if it fails to load.
+
+    With `supervised`, it may return rows with a single completion and no label.
+    """
     function, function_name = import_function(name, f"format {name!r}"), name.rpartition(":")[2]
-    return Format(f"the function {function_name}", _checked(function_name, function), whole_row=True)
+    read = _checked(function_name, function, supervised)
+    return Format(f"the function {function_name}", read, whole_row=True)
 
 
-def _checked(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[[Row], RowContent]:
+def _checked(name: str, function: Callable[[dict[str, Any]], Any], supervised: bool) -> Callable[[Row], RowContent]:
+    wanted = f"{_RESULT}, or prompt and completion" if supervised else _RESULT
+
     def read(row: Row) -> RowContent:
         try:
             result = function(dict(row))
@@ -26,11 +32,11 @@ def _checked(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[[
             what = f"{name} failed: {one_line(error, named=True)}"
             raise RowError(what, f"where {name} failed") from None
         if not isinstance(result, Mapping):
-            raise RowError(f"{name} returned {shown(result)}, not a dict of {_RESULT}", f"that {name} did not convert")
-        form = detect(result)
+            raise RowError(f"{name} returned {shown(result)}, not a dict of {wanted}", f"that {name} did not convert")
+        form = detect(result, supervised=supervised)
         if form is None:
             keys = ", ".join(map(str, result)) or "nothing"
-            raise RowError(f"{name} returned a dict of {keys}, not of {_RESULT}", f"that {name} did not convert")
+            raise RowError(f"{name} returned a dict of {keys}, not of {wanted}", f"that {name} did not convert")
         try:
             return form.read(result)
         except RowError as error:
