@@ -13,6 +13,7 @@ from fastpref.ops import linear_logprob as linear_logprob
 from fastpref.patch import Patch as Patch
 from fastpref.patch import patch as patch
 from fastpref.patch import unpatch as unpatch
+from fastpref.training.callbacks import RunEvent as RunEvent
 from fastpref.training.loop import RunResult as RunResult
 from fastpref.training.start import train as train
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, PlainValidator, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import AfterValidator, ConfigDict, PlainValidator, Strict, TypeAdapter, ValidationError, WithJsonSchema
 
 from fastpref.config.paths import PathMark
 
@@ -244,3 +244,19 @@ Format = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
     PathMark(inside=_map_format),
 ]
+
+
+def _known_functions(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if not is_function(name):
+            raise ValueError(f'{name!r} is not of the form "module:function"')
+    return value
+
+
+Functions = Annotated[
+    tuple[str, ...],
+    Strict(False),
+    AfterValidator(_known_functions),
+    PathMark(inside=lambda names, change: tuple(map_file(name, change) for name in names)),
+]
+"""Functions of the user's own, each `module:function`; a module beside the config is found there."""

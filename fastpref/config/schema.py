@@ -12,6 +12,7 @@ from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions
 from fastpref.config.model import LoraConfig, ModelConfig
 from fastpref.config.optimization import OPTIMIZERS, SCHEDULES, optimization_mistakes
 from fastpref.config.section import Section
+from fastpref.config.stopping import stop_mistakes
 from fastpref.config.training import LogConfig, OutputConfig, ReferenceConfig, TrainConfig
 
 
@@ -95,7 +96,7 @@ class Config(Section):
              "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
         ]  # fmt: skip
         mistakes = [message for wrong, message in checks if wrong]
-        mistakes += optimization_mistakes(self)
+        mistakes += [*optimization_mistakes(self), *stop_mistakes(self)]
         for table, sources in (("data", self.data), ("eval.data", self.eval.data)):
             mistakes += [f"{table}.{at}.{text}" for at, data in enumerate(sources) for text in _unused(data, self.loss)]
         if mistakes:

@@ -4,11 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, field_validator
 
+from fastpref.config.formats import Functions
 from fastpref.config.losses import NonNegative, Positive
 from fastpref.config.model import check_patterns
 from fastpref.config.optimization import Optimizer, ScheduleName
 from fastpref.config.paths import ReadPath, WrittenPath
 from fastpref.config.section import Count, Every, Names, Section
+from fastpref.config.stopping import StopConfig
 
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -84,6 +86,12 @@ class TrainConfig(Section):
     nonfinite: Literal["stop", "skip"] = "stop"
     """Decides about a loss or gradient that is not finite: stop before the step, or skip the step (ten in a row
     stop)."""
+    stop: StopConfig | None = None
+    """Ends the run early if evaluations get no better, with the weights of the best one in final/: { after = 3, metric
+    = "eval/rewards/accuracies", by = 0.001 } after three evaluations in a row that are not better by more than 0.001.
+    It needs eval.every."""
+    callbacks: Functions = ()
+    """Calls Python functions of yours, "module:function", after every step, every evaluation and the end."""
 
     @field_validator("freeze", mode="before")
     @classmethod

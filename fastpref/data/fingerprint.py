@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from fastpref.config import Config, DataConfig
 from fastpref.config.formats import is_function, parse_format
 from fastpref.data.opening import content_hash
-from fastpref.data.rows.function import source_file
 from fastpref.data.template.keywords import writes_the_date
 from fastpref.data.template.named import load_chat_template
+from fastpref.functions import source_file
 
 VERSION = 5
 """The version of the tokenised form. Raise it when tokenising or the stored columns change."""

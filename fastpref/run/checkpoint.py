@@ -75,7 +75,8 @@ class Checkpoints:
         def fill(folder: Path) -> None:
             self._fill_weights(folder, weights)
             if step is not None:
-                card = model_card(self.config, self.folder.rows(), self.fingerprints[DATA], step, self.text)
+                rows = (row for row in self.folder.rows() if row["step"] <= step)
+                card = model_card(self.config, rows, self.fingerprints[DATA], step, self.text)
                 (folder / "README.md").write_text(card, encoding="utf-8")
 
         self.processes.on_first(lambda: write_folder(place, fill))

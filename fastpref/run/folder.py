@@ -86,7 +86,7 @@ class RunFolder:
                 shutil.rmtree(later, ignore_errors=True)
         shutil.rmtree(self.path / "stopped", ignore_errors=True)
         (self.path / "checkpoints" / BEST).unlink(missing_ok=True)
-        if progress.best and (self.path / "checkpoints" / f"step-{progress.best['step']}").exists():
+        if progress.best and self.checkpoint_of(int(progress.best["step"])).exists():
             self.mark_best(progress.best)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -112,11 +112,15 @@ class RunFolder:
 
     def checkpoint(self, step: int, fill: Callable[[Path], None]) -> Path:
         """Save a checkpoint. If it raises WriteError, nothing has changed."""
-        place = self.path / "checkpoints" / f"step-{step}"
+        place = self.checkpoint_of(step)
         with refusals_named(self.metrics):
             sync(self.metrics)  # a checkpoint must not reach the disk before the rows that led to it
         write_folder(place, fill, manifest=True)
         return place
+
+    def checkpoint_of(self, step: int) -> Path:
+        """Return the place of a checkpoint after a step, whether there is one or not."""
+        return self.path / "checkpoints" / f"step-{step}"
 
     def checkpoints(self) -> list[Path]:
         """List the run's checkpoints, including damaged ones, the newest first."""

@@ -25,7 +25,7 @@ def places(schema: type[Config]) -> tuple[str, ...]:
 
 # Keys that do not change the weights, or only how long they are trained.
 _FREE = ("output.", "log.", "eval.every", "eval.samples", "eval.sample_tokens", "eval.data", "eval.data.",
-         "train.nonfinite", "train.steps", "train.epochs")  # fmt: skip
+         "train.nonfinite", "train.steps", "train.epochs", "train.stop", "train.stop.", "train.callbacks")  # fmt: skip
 # Keys that change how a step is computed. Its result differs only by rounding and random dropout.
 _ROUNDING = ("train.tokens_per_microbatch", "train.layout", "train.checkpointing", "train.offload_activations",
              "model.attention", "model.liger", "model.streaming")  # fmt: skip
@@ -38,7 +38,7 @@ _KEYS_OF = {
     ADAPTERS: ("model.", "lora.", "reference."),
 }
 _OF_ADAPTER = {*ADAPTERS_OWN} - {"dropout"}
-_OF_THE_FIRST = ("output.dir", "output.push_to")  # keys that only the first process uses
+_OF_THE_FIRST = ("output.dir", "output.push_to", "train.callbacks")  # keys that only the first process uses
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastpref.config.stopping import Better
 from fastpref.errors import UserError
 
 STATE = "training_state"  # .json, .safetensors
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass
@@ -26,26 +26,21 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
     evaluated: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     evaluated_at: int | None = None
-    best: dict[str, float] | None = None  # step, accuracy (if there is one) and loss of the best evaluation
+    best: dict[str, float] | None = None  # step and metrics of the best evaluation
+    not_better: int = 0  # evaluations in a row that were not better than it
     before: list[list[str]] | None = None  # questions, and the answers before the training
     skipped: int = 0  # steps left out because something in them was not finite
     skipped_in_row: int = 0
 
-    def improved(self) -> bool:
-        """Return and record whether the last evaluation is the best: more accurate, or as accurate with lower loss."""
-        measured = ("eval/rewards/accuracies", "accuracy"), ("eval/loss", "loss")
-        now = {name: self.evaluated[metric] for metric, name in measured if metric in self.evaluated}
-        imitates = "eval/perplexity" in self.evaluated  # SFT has no accuracy; KTO's rows may be of one label only
-        if "loss" not in now or not (imitates or "accuracy" in now):
+    def improved(self, better: Better) -> bool:
+        """Return and record whether the last evaluation is the best, and count those in a row that are not."""
+        if not better.knows(self.evaluated):
             return False
-        if self.best is not None and _goodness(now) <= _goodness(self.best):
+        if self.best is not None and not better(self.evaluated, self.best):
+            self.not_better += 1
             return False
-        self.best = {"step": self.step} | now
+        self.best, self.not_better = {"step": self.step} | self.evaluated, 0
         return True
-
-
-def _goodness(evaluation: Mapping[str, float]) -> tuple[float, float]:
-    return evaluation.get("accuracy", 0.0), -evaluation["loss"]
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

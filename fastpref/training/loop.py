@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.atomic import WriteError, write_file
 from fastpref.config import Config
+from fastpref.config.stopping import Better
 from fastpref.data.cache import Tokenized
 from fastpref.data.example import Example
 from fastpref.data.order import data_order
@@ -37,9 +38,11 @@ from fastpref.step.objective import Objective, Work
 from fastpref.step.optimizer import training_weights
 from fastpref.step.schedule import Schedule, every_so_many
 from fastpref.training import faults
+from fastpref.training.callbacks import CallbackError, Callbacks, RunEvent
 from fastpref.training.faults import NotFinite, interrupts
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
+from fastpref.training.stopping import ends, forget_lost_best, require_metric, take_best
 from fastpref.training.trackers import Trackers
 
 
@@ -78,6 +81,7 @@ class TrainingRun:
     trackers: Trackers
     resumed: bool
     peak: StepPeak
+    callbacks: Callbacks = field(default_factory=Callbacks)  # none in processes other than the first
     rng: dict[str, Any] = field(default_factory=rng_state)  # after the last whole step, for the next checkpoint
     batch: list[Example] = field(default_factory=list)  # of the current step, for messages
 
@@ -92,7 +96,7 @@ class TrainingRun:
                 fault = self._explained(error)
                 if fault is None:
                     raise
-                together = self.processes.count == 1 or isinstance(error, NotFinite | WriteError)
+                together = self.processes.count == 1 or isinstance(error, NotFinite | WriteError | CallbackError)
             finally:
                 self.trackers.end()
             # Outside the handler, the tensors of the failed step can be freed.
@@ -104,8 +108,11 @@ class TrainingRun:
 
     def _open(self) -> None:
         if self.resumed:
+            lost = forget_lost_best(self.config.train.stop, self.checkpoints, self.progress, self.processes)
             self.processes.on_first(lambda: self.folder.resume(self.config, self.progress))
             self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
+            if lost is not None:
+                self.display.note(lost)
         else:
             self.processes.on_first(lambda: self.folder.create(self.config))
         self.processes.on_first(lambda: write_file(self.folder.path / TEXT, self.checkpoints.text.to_json()))
@@ -113,29 +120,41 @@ class TrainingRun:
         self.trackers.start(self.config, self.folder.path, self.progress.step)
 
     def _train(self, signals: Sequence[int]) -> bool:
-        """Train until the last step or an interrupt. Returns whether the last step was taken."""
-        progress, train = self.progress, self.config.train
-        every = every_so_many(self.config.output.save_every, self.steps)
+        """Train until the last step, an early end or an interrupt. Returns whether it was no interrupt."""
+        progress, train, stepped = self.progress, self.config.train, False
         order = data_order(len(self.data.train), train.batch, train.seed, start=progress.step)
         while True:
             self.rng = rng_state()
-            improved, stops = False, self.processes.any(bool(signals))
-            if self._evaluation_is_due() and not stops:
-                self._evaluate()
-                improved = progress.improved() and progress.step > 0
+            if stepped:
+                self._tell("step", progress.last)
+            interrupted, ending = map(any, zip(*self.processes.gather((bool(signals), self.callbacks.asked_to_stop))))
+            evaluated, improved = self._evaluation_is_due(ending=ending) and not interrupted, False
+            if evaluated:
+                improved = self._evaluate()
             if progress.before is None:
                 progress.before = self._answers()
-            if every is not None and progress.step > 0 and (improved or progress.step % every == 0):
+            if self._checkpoint_is_due(improved):
                 self.checkpoints.save(progress, self.rng, best=improved)
-            if progress.step >= self.steps or stops:
-                return not stops
+            if evaluated and train.callbacks:
+                self._tell("evaluation", progress.evaluated)
+                ending = self.processes.any(self.callbacks.asked_to_stop)
+            if progress.step >= self.steps or interrupted or ending or ends(train.stop, progress):
+                return not interrupted
             self.batch = [self.data.train[i] for i in next(order)]
             self._step(progress.step + 1, self.batch)
+            stepped = True
 
     def _finish(self) -> RunResult:
+        stop, progress, evaluated = self.config.train.stop, self.progress, self.progress.evaluated
+        if stop is not None and progress.best is not None:
+            self.checkpoints.save(progress, self.rng)  # another train.stop can go on from it
+            evaluated = {name: value for name, value in progress.best.items() if name != "step"}
+        step, note = take_best(stop, self.checkpoints, self.loaded, progress, self.processes)
+        if note is not None:
+            self.display.note(note)
         answers = [answer for _, answer in self._answers()]
-        self.display.samples(self.progress.before or [], answers)
-        place = self.checkpoints.save_weights("final", self.progress.step)
+        self.display.samples(progress.before or [], answers)
+        place = self.checkpoints.save_weights("final", step)
         if self.checkpoints.reference is not None:
             self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
@@ -143,10 +162,11 @@ class TrainingRun:
             self.display.note(note)
         if self.peak.bytes and isinstance(self.data.train, Examples):
             self.display.note(self.peak.against_estimate(self.config, self.data.train, self.loaded))
+        self._tell("end", evaluated or progress.last)
         verdicts = self._report("finished", answers)
         if self.config.output.push_to is not None:
             self.display.note(f"uploaded: {self.processes.on_first(lambda: self._push(place))}")
-        return RunResult(self.folder.path, self.progress.last, self.progress.evaluated, verdicts)
+        return RunResult(self.folder.path, progress.last, evaluated, verdicts)
 
     def _push(self, place: Path) -> str:
         assert self.config.output.push_to is not None
@@ -228,21 +248,43 @@ class TrainingRun:
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
-    def _evaluation_is_due(self) -> bool:
+    def _evaluation_is_due(self, *, ending: bool) -> bool:
         step, every = self.progress.step, every_so_many(self.config.eval.every, self.steps)
-        due = step in (0, self.steps) or (every is not None and step % every == 0)
+        due = step in (0, self.steps) or ending or (every is not None and step % every == 0)
         return due and bool(self.data.heldout) and self.progress.evaluated_at != step
 
-    def _evaluate(self) -> None:
-        """Compute and log the metrics of all held-out examples, each under eval/."""
+    def _checkpoint_is_due(self, improved: bool) -> bool:
+        """Return whether to save a checkpoint. With `train.stop` the best weights may be those before the training."""
+        step, every = self.progress.step, every_so_many(self.config.output.save_every, self.steps)
+        if self.config.train.stop is not None and improved:
+            return True
+        return every is not None and step > 0 and (improved or step % every == 0)
+
+    def _evaluate(self) -> bool:
+        """Compute and log the metrics of all held-out examples, each under eval/. Return whether they are the best."""
+        progress, stop = self.progress, self.config.train.stop
         self.policy.eval()
         metrics = self.objective.evaluate(self.data.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
-        self._write_down(lambda record: record.evaluated(self.progress.step, metrics))
-        self._log({"step": self.progress.step} | row)
+        require_metric(stop, self.checkpoints, row)
+        better = Better.of(stop, self.config.loss)
+        if stop is None or progress.best is None or better(row, progress.best):  # the report is on what final/ gets
+            self._write_down(lambda record: record.evaluated(progress.step, metrics))
+        self._log({"step": progress.step} | row)
         self.schedule.evaluated(row["eval/loss"])
-        self.progress.evaluated, self.progress.evaluated_at = row, self.progress.step
-        self.display.evaluation(self.progress.step, row)
+        progress.evaluated, progress.evaluated_at = row, progress.step
+        self.display.evaluation(progress.step, row)
+        return progress.improved(better)
+
+    def _tell(self, kind: Literal["step", "evaluation", "end"], metrics: Mapping[str, float]) -> None:
+        """Call the functions of `train.callbacks` in the first process. Raises CallbackError in all."""
+        if not self.config.train.callbacks:
+            return
+        model = None if self.processes.sharded else self.loaded.wrapped
+        event = RunEvent(
+            kind, self.progress.step, self.steps, dict(metrics), self.folder.path, self.config, model, self.tokenizer
+        )
+        self.processes.on_first(lambda: self.callbacks.tell(event))
 
     @torch.no_grad()
     def _answers(self) -> list[list[str]]:
@@ -274,7 +316,7 @@ class TrainingRun:
 
     def _explained(self, error: Exception) -> tuple[str, list[str]] | None:
         """Return the message for an exception that a user can act on, and the overrides to resume with, or None."""
-        if isinstance(error, NotFinite | WriteError):
+        if isinstance(error, NotFinite | WriteError | CallbackError):
             return str(error), []
         if not is_out_of_memory(error):
             failure = in_others_code(error) if self.progress.step == 0 else None

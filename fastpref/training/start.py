@@ -45,6 +45,7 @@ from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, Remembered, reference_folder
 from fastpref.step.reference import ONCE, Reference, make_reference, precomputes, remembers
 from fastpref.step.schedule import Schedule, warmup_steps
+from fastpref.training.callbacks import Callbacks
 from fastpref.training.loop import RunResult, TrainingRun
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
@@ -82,6 +83,7 @@ def train(
     let_segments_grow()
     accelerator, processes = start_processes(config, mixed_precision(config))
     processes.agree(lambda: shared(config, resumed) | code())
+    callbacks = processes.together(lambda: Callbacks(config.train.callbacks if processes.first else ()))
     folder = (
         resumed.folder if resumed else processes.on_first(lambda: RunFolder.choose(config, default_name, force=force))
     )
@@ -89,6 +91,7 @@ def train(
     try:
         processes.on_first(lambda: lock.acquire() if folder.path.exists() else None)
         run = _prepare(config, folder, accelerator, processes, resumed, cache=cache)
+        run.callbacks = callbacks
         return run.go(lock)
     finally:
         lock.release()

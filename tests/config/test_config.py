@@ -242,6 +242,17 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "eval.every",
     "train.schedule = 'reduce_lr_on_plateau'\neval.fraction = 0.1\neval.every = 5\ntrain.warmup = 3":
     "4: train.warmup: the schedule reduce_lr_on_plateau has no warm-up; remove the key",
+    "train.stop = { after = 0 }\neval.fraction = 0.1\neval.every = 5":
+    "1: train.stop.after: must be greater than or equal to 1, got 0",
+    "train.stop = { metric = 'eval/loss' }": "1: train.stop: evaluations say when to stop; hold out data, and set "
+    "eval.every",
+    "train.stop = { metric = 'rewards/acuracies' }\neval.fraction = 0.1\neval.every = 5\nloss.type = 'orpo'":
+    "1: train.stop.metric: orpo has no metric 'rewards/acuracies' of which more or less is better (did you mean "
+    "'eval/rewards/accuracies'?); it has eval/loss, eval/rewards/accuracies, eval/rewards/margins, "
+    "eval/rewards/chosen, eval/rewards/rejected, eval/logps/chosen, eval/logps/rejected, eval/mean_token_accuracy, "
+    "eval/logps/accuracies, eval/nll_loss, eval/log_odds_chosen, eval/log_odds_ratio",
+    "train.callbacks = ['mine.f']": "1: train.callbacks: 'mine.f' is not of the form \"module:function\"",
+    "train.callbacks = 'mine:f'": "1: train.callbacks: must be an array, got 'mine:f'",
     "reference.dtype = 'bfloat16'\nreference.quantization = 'nf4'":
     f"1: {COPY_ONLY.format('dtype')}\n2: {COPY_ONLY.format('quantization')}",
 }  # fmt: skip

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fastpref.errors import UserError
 from fastpref.run import state
 from fastpref.run.folder import RunFolder
 from fastpref.run.resume import find_checkpoint
+from fastpref.step.objective import Objective
 from fastpref.training import loop
 from tests.support.command_line import run_process
 from tests.support.runs import LORA, rows, train_in
@@ -232,13 +234,15 @@ def test_a_kill_while_a_checkpoint_is_replaced(run: RunFolder, monkeypatch: pyte
 def test_what_is_kept(config: Path, monkeypatch: pytest.MonkeyPatch):
     """The newest `keep` checkpoints are kept, and the best by held-out accuracy, which is saved once it is seen."""
     accuracies = iter([0.5, 0.7, 0.9, 0.9, 0.8, 0.85, 0.4])
-    evaluate = loop.TrainingRun._evaluate
+    evaluate = Objective.evaluate
 
-    def pretended(self) -> None:
-        evaluate(self)
-        self.progress.evaluated = {"eval/rewards/accuracies": next(accuracies), "eval/loss": 1.0}
+    def pretended(self: Objective, *args: Any) -> Any:
+        metrics = evaluate(self, *args)
+        result = metrics.result() | {"rewards/accuracies": next(accuracies), "loss": 1.0}
+        monkeypatch.setattr(metrics, "result", lambda: result)
+        return metrics
 
-    monkeypatch.setattr(loop.TrainingRun, "_evaluate", pretended)
+    monkeypatch.setattr(Objective, "evaluate", pretended)
     options = ["train.steps=12", "eval.every=2", "output.save_every=5", "output.keep=2"]
     result = fastpref.train(config, [LORA, *options])
     place = result.output_dir / "checkpoints"

@@ -74,10 +74,11 @@ def test_ten_steps_are_five_and_five(config: Path, overrides: list[str]):
     assert result.eval_metrics == {k: v for k, v in last.items() if k != "step"} or "eval/loss" not in last
 
 
-@pytest.mark.parametrize("stop", [4, 7])  # an evaluation follows step 4, and an interrupt does not wait for it
-def test_an_interrupted_run_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch, stop: int, capsys):
+# An evaluation follows step 4, and an interrupt does not wait for it.
+@pytest.mark.parametrize(("stop", "optimizer"), [(4, "adamw"), (7, "adamw"), (7, "schedule_free_adamw"), (7, "muon")])
+def test_an_interrupted_run_goes_on(config: Path, monkeypatch: pytest.MonkeyPatch, stop: int, optimizer: str, capsys):
     """Ctrl-C after any step writes a checkpoint and prints the command, which resumes as if nothing had happened."""
-    overrides = [LORA, "output.save_every=100"]
+    overrides = [LORA, "output.save_every=100", f"train.optimizer={optimizer}"]
     fastpref.train(config, [*overrides, "output.dir=whole"])
     step = Display.step
 

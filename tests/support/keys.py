@@ -81,6 +81,10 @@ def a_template(folder: Path) -> None:
     (folder / "t.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 
+def a_function(folder: Path) -> None:
+    (folder / "mine.py").write_text("def told(event):\n    open('told', 'a').write(event.kind)\n", encoding="utf-8")
+
+
 def _pairs(change: Callable[[int, dict], dict], name: str = "rows.jsonl") -> Callable[[Path], None]:
     """Write changed rows of the quickstart to a file."""
 
@@ -256,6 +260,8 @@ CHANGES: dict[str, Change] = {
     "train.offload_activations": Change("true", shows="refused"),
     "train.seed": Change("7"),
     "train.nonfinite": Change("stop", ("train.learning_rate=1e30",), "skip", "status"),
+    "train.stop": Change("{after=1, metric='eval/loss', by=9.0}"),
+    "train.callbacks": Change("['mine:told']", shows="files", prepare=a_function),
     "output.dir": Change("elsewhere", shows="files"),
     "output.save_every": Change("1", shows="files"),
     "output.keep": Change("1", ("output.save_every=1",), shows="files"),

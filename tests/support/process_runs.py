@@ -30,6 +30,7 @@ SAME = {
     "ipo-continued-from-base": ["loss.type=ipo", "lora.from=start", "reference.adapter=none"],
     "cpo-padded-full": ["loss.type=cpo", "train.layout=padded"],
     "sft": ["loss.type=sft", PLAIN],
+    "stopped": [PLAIN, "eval.every=1", 'train.stop={after=2, metric="eval/loss", by=9.0}'],
 }
 RESUMED = {"dpo": [LORA], "kto-full": ["loss.type=kto"]}
 

@@ -83,7 +83,7 @@ HEAD_ROWS = Allowed(
 )
 NORM = Allowed(
     "wait",
-    "fastpref/training/loop.py:TrainingRun._step",
+    "fastpref/training/loop.py:TrainingRun._update",
     always(1),
     "the gradient's norm: a step that is not finite must not change the weights",
 )
@@ -162,6 +162,8 @@ OTHER_RUNS = [
     ("llama", [LORA, "reference.mode=precompute", "loss.type=kto"]),
     ("llama", ['lora={rank=4, target=["lm_head", "q_proj"]}']),
     ("llama", ['lora={rank=4, modules_to_save=["lm_head"]}']),
+    ("llama", ["loss.type=orpo", "train.optimizer=muon"]),
+    ("llama", ["lora={rank=4, plus_ratio=8.0}", "train.optimizer=schedule_free_adamw"]),
 ]
 
 
@@ -169,6 +171,18 @@ OTHER_RUNS = [
 def test_other_models_and_options(kind: str, given: list[str], tmp_path: Path):
     """Softcaps, sinks, experts, other layouts and references, losses of the whole step, and a trained head."""
     check(traced_run(tmp_path, *given, kind=kind), given)
+
+
+def test_adafactor_makes_its_state_on_the_host(tmp_path: Path):
+    """In its first step, which is the one that is traced, transformers' Adafactor copies new rows and columns."""
+    given = [LORA, "train.optimizer=adafactor"]
+    made = Allowed(
+        "wait",
+        "transformers/optimization.py:Adafactor.step",
+        lambda part: 2 * part.operations.count("aten::rsqrt_"),  # which each matrix has one of
+        "the state is made on the host, once in a run",
+    )
+    check(traced_run(tmp_path, *given), given, [made])
 
 
 @pytest.mark.parametrize(
