@@ -44,6 +44,9 @@ class TrainConfig(Section):
     freeze: Names = ()
     """Names modules and parameters that full fine-tuning leaves as they are, by names and patterns as in lora.target:
     "embed_tokens", "layers.0"."""
+    neftune_alpha: Positive | None = None
+    """Adds uniform noise of at most alpha/√(L · d) to the embeddings of training passes, where L is a sequence's tokens
+    and d the model's width (NEFTune, arXiv 2310.05914); 5 is usual."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """Chooses AdamW, AdamW with moments in 8 bits, or a paged one, whose moments move to host memory when the GPU
     is full."""

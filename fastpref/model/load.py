@@ -127,6 +127,9 @@ def load_model(
     if stream is not None:
         stream.move_rest(model)
     policy = policy.like(model)  # PEFT may have wrapped the head
+    if config.train.neftune_alpha is not None and not trained:
+        policy.make_noise(model, config.train.neftune_alpha)
+        _try_noise(policy, choice.layout, model.config.model_type, device)
     if wrapped is not model:
         notes += loading_notes(wrapped)
         if not trained and not sharded:
@@ -253,6 +256,20 @@ def _attention(config: Config, model: PreTrainedModel, choice: Choice, device: t
     if kernel is not None:
         model.set_attn_implementation(kernel.name)
     return [note] if note else []
+
+
+@torch.no_grad()
+def _try_noise(policy: Policy, layout: Layout, model_type: str, device: torch.device) -> None:
+    """Raise UserError if the model's embeddings get no noise in training mode, or are not those of a row."""
+    example = Example([3, 4, 5], ([4, 3], [5]), None, Origin("a trial"))
+    assert policy.noise is not None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            policy.train().hidden_states(collate([example], layout).to(device))
+        finally:
+            policy.eval()
+    if not policy.noise.added:
+        raise UserError(f"train.neftune_alpha: the code of {model_type} models does not call its embeddings")
 
 
 def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: str, device: torch.device) -> list[str]:

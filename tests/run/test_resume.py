@@ -24,6 +24,8 @@ CASES = {
     "dpo-lora": [LORA],
     "dpo-full": [],
     "dpo-frozen": ['train.freeze=["embed_tokens", "layers.1", "norm.weight"]'],
+    "dpo-noise": ["train.neftune_alpha=5"],
+    "kto-lora-noise": ["loss.type=kto", LORA, "train.neftune_alpha=5"],
     "kto-lora": ["loss.type=kto", LORA],
     "kto-full": ["loss.type=kto"],
     "orpo-lora-constant": ["loss.type=orpo", LORA, "train.schedule=constant", "eval.data=[]", "eval={}"],
