@@ -53,6 +53,8 @@ def evaluate(
     other, off = _reference(trained, loaded, reference, device)
     for note in loaded.notes:
         tell(note)
+    if trained.config.reference.sync is not None and reference is None:
+        tell("reference.sync: the run has moved its reference; this compares with the model that it began with")
     for note in other.notes if other is not None else ():
         if note not in loaded.notes:
             tell(f"the reference: {note}")

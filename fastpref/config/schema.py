@@ -61,6 +61,18 @@ class Config(Section):
              'reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"'),
             (reference.dtype != "auto" and reference.mode != "copy", f"reference.dtype: {not_copied}"),
             (reference.quantization != "auto" and reference.mode != "copy", f"reference.quantization: {not_copied}"),
+            (reference.sync is not None and not self.loss.uses_reference,
+             f"reference.sync: {self.loss.type} has no reference to move; remove it"),
+            (reference.sync is not None and self.loss.uses_reference and self.lora is not None,
+             "reference.sync: a mix of adapters of some rank has a higher rank, and quantized weights have no mix, so "
+             "only full fine-tuning moves its reference; remove sync, or [lora]"),
+            (reference.sync is not None and self.loss.uses_reference and self.lora is None
+             and reference.mode != "copy",
+             'reference.sync: only a copy can be moved; set reference.mode = "copy", or remove it'),
+            (reference.sync is not None and reference.mode == "copy"
+             and (reference.dtype not in ("auto", "float32") or reference.quantization not in ("auto", "none")),
+             "reference.sync: a copy in fewer bits would round small moves off; remove reference.dtype and "
+             "reference.quantization, or sync"),
             (model.quantization != "none" and self.lora is None,
              f'model.quantization: "{model.quantization}" weights cannot be trained themselves; add a [lora] table'),
             (model.streaming is True and self.lora is None,

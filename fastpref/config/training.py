@@ -10,6 +10,13 @@ from fastpref.config.paths import WrittenPath
 from fastpref.config.section import Count, Names, Section
 
 
+class SyncConfig(Section):
+    every: Count = 512
+    """Moves the reference every so many steps."""
+    mix: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Sets the policy's share in the moved reference."""
+
+
 class ReferenceConfig(Section):
     mode: Literal["auto", "adapter", "copy", "precompute"] = "auto"
     """Chooses where the reference's log-probabilities come from: in every step from the model without its adapters or
@@ -20,6 +27,9 @@ class ReferenceConfig(Section):
     """Sets the data type of a frozen copy; "auto" is that of the model."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
     """Quantizes a frozen copy, except its head, to 4 or 8 bits; "auto" does what model.quantization says."""
+    sync: SyncConfig | None = None
+    """Moves a copy towards the policy during full fine-tuning (TR-DPO, arXiv 2404.09656): `{ every = 512, mix = 0.6 }`
+    makes its weights 0.6 · the policy's + 0.4 · its own after every 512 steps."""
 
 
 class TrainConfig(Section):

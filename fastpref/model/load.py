@@ -18,7 +18,6 @@ from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.kernels.device import with_index
 from fastpref.model import liger
-from fastpref.model.adapters.begin import halves
 from fastpref.model.adapters.fresh import adapter_notes, with_adapters
 from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.trained import load_adapter
@@ -106,8 +105,6 @@ def load_model(
             notes.append(_described(model, stream))
         policy = Policy(body_of(model), head)
         choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
-    if sharded and config.lora is not None and halves(config.lora) > 1:
-        raise UserError(f"lora.init: FSDP cannot shard the frozen halves of {config.lora.init!r}; leave the key out")
     if sharded and isinstance(head, OwnLogits):
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
     notes += [*choice.notes, *([note] if note else []), *_attention(config, model, choice, device)]

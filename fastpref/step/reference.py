@@ -91,6 +91,17 @@ class ModelReference:
         finally:
             module.train(training)
 
+    @torch.no_grad()
+    def move(self, model: PreTrainedModel, mix: float) -> None:
+        """Move the copy to mix · the model's weights + (1 − mix) · its own (TR-DPO, arXiv 2404.09656)."""
+        assert self.copy is not None
+        for own, trained in zip(self.copy.parameters(), model.parameters(), strict=True):
+            own.mul_(1 - mix).add_(trained, alpha=mix)
+
+    def weights(self) -> list[Tensor]:
+        """Return the copy's weights, which share its storage."""
+        return [] if self.copy is None else [parameter.detach() for parameter in self.copy.parameters()]
+
     @property
     def nbytes(self) -> int:
         """The bytes of the frozen copy, or 0 if the reference shares the policy's weights."""
@@ -167,6 +178,8 @@ def described(config: Config) -> str:
     """Describe the reference of a config whose loss has one."""
     if precomputes(config):
         return "computed before training"
+    if (sync := config.reference.sync) is not None:
+        return f"a copy of the model, which moves every {sync.every} steps by {sync.mix:g} of the way to the policy"
     return "a frozen copy of the model" if config.reference.mode == "copy" else "the same weights with the adapters off"
 
 

@@ -28,6 +28,7 @@ CASES = {
     "kto-lora-noise": ["loss.type=kto", LORA, "train.neftune_alpha=5"],
     "kto-lora": ["loss.type=kto", LORA],
     "kto-full": ["loss.type=kto"],
+    "dpo-full-synced": ["reference={mode='copy', sync={every=3, mix=0.3}}"],
     "orpo-lora-constant": ["loss.type=orpo", LORA, "train.schedule=constant", "eval.data=[]", "eval={}"],
     "dpo-dora-and-a-module": ['lora={rank=2, dora=true, modules_to_save=["norm"]}'],
     "kto-nf4-8-bit": ["loss.type=kto", LORA, "model.quantization=nf4", "train.optimizer=adamw_8bit"],
