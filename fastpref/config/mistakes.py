@@ -205,7 +205,7 @@ def _close(word: str, choices: list[str]) -> str:
 
 def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
     """Yield every table of the schema with its keys; all losses share one table."""
-    annotations = {k: f.annotation for k, f in schema.model_fields.items()}
+    annotations = {f.alias or k: f.annotation for k, f in schema.model_fields.items()}
     yield name, list(annotations)
     for key, annotation in annotations.items():
         inner = list(classes_in(annotation))

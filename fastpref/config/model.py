@@ -5,7 +5,14 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fastpref.config.losses import Positive
 from fastpref.config.paths import ReadPath
@@ -17,7 +24,8 @@ Layers = Annotated[tuple[int | str, ...], Strict(False)]
 
 class ModelConfig(Section):
     name: ReadPath
-    """Names the model: a folder, or a repository of the Hugging Face hub."""
+    """Names the model: a folder, or a repository of the Hugging Face hub. The name of an adapter stands for its base
+    model, and is the same as lora.from."""
     revision: str | None = None
     """Selects a branch, tag or commit of the model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -42,7 +50,19 @@ class ModelConfig(Section):
     """Allows the Python code that comes with a model on the hub to run."""
 
 
+# The keys of [lora] for which a trained adapter has settings of its own.
+ADAPTERS_OWN = (
+    "rank", "alpha", "rank_pattern", "alpha_pattern", "dropout", "target", "exclude", "layers", "modules_to_save",
+    "init", "rslora", "dora",
+)  # fmt: skip
+
+
 class LoraConfig(Section):
+    start: ReadPath | None = Field(default=None, alias="from")
+    """Names a trained LoRA adapter, which the training continues: its folder, that of a fastpref run, or a repository
+    of the hub. Its own settings then stand in place of the keys from rank to dora, except dropout."""
+    stack: bool = False
+    """Leaves the adapter of lora.from as it is, frozen, and trains a new one on top of it; final/ has both as one."""
     rank: Count = 16
     """Sets the inner dimension of the adapters."""
     alpha: Positive = 32.0
@@ -69,6 +89,8 @@ class LoraConfig(Section):
     """Chooses the adapters' first values: "default" (A uniform, B zero), "gaussian", "orthogonal", parts of the weights
     by "pissa", "pissa_niter_4" (faster) or "olora", which add a frozen half to each adapter, or "loftq", which makes up
     for the rounding to nf4."""
+    plus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """Multiplies the learning rate of the adapters' B matrices (LoRA+, arXiv 2402.12354); its authors take 16."""
     rslora: bool = False
     """Uses rank-stabilized scaling (rsLoRA, arXiv 2312.03732)."""
     dora: bool = False
@@ -106,6 +128,18 @@ class LoraConfig(Section):
     def _patterns_compile(cls, value: Any) -> Any:
         check_patterns(() if isinstance(value, str) else value)
         return value
+
+    @property
+    def continues(self) -> bool:
+        """Whether the trained adapter is that of `lora.from` itself, with its settings."""
+        return self.start is not None and not self.stack
+
+    @model_serializer(mode="wrap")
+    def _without_the_adapters_own(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the keys that the adapter of `lora.from` decides, unless they were set: defaults would be false."""
+        content = handler(self)
+        unset = set(ADAPTERS_OWN) - self.model_fields_set if self.continues else set()
+        return {key: value for key, value in content.items() if key not in unset}
 
     @model_validator(mode="after")
     def _first_values_fit(self) -> "LoraConfig":

@@ -50,6 +50,10 @@ COMBINATIONS = [
     ("llama-tied", 1, ["reference.mode=copy"]),
     ("llama", 1, ['train.freeze=["embed_tokens", "layers.0"]', "loss.type=simpo"]),
     ("llama", 1, ['lora={rank=3, init="pissa", rank_pattern={q_proj=1}, layers=["1:"]}']),
+    ("llama", 2, ["loss.type=simpo", "train.optimizer=muon"]),
+    ("llama", 2, ["loss.type=orpo", "train.optimizer=schedule_free_adamw"]),
+    ("llama", 0, [LORA, "train.optimizer=adafactor"]),
+    ("llama-tied", 2, ["loss.type=simpo", "train.optimizer=lion"]),
 ]
 
 

@@ -39,8 +39,23 @@ CASES = {
     ],
     "dpo-lora-pissa": ['lora={rank=2, dropout=0.1, init="pissa", target=["all-linear", "lm_head"]}'],
     "orpo-nf4-loftq": ["loss.type=orpo", 'lora={rank=2, init="loftq"}', "model.quantization=nf4"],
+    "lion": [LORA, "train.optimizer=lion"],
+    "lion-8-bit-full": ["train.optimizer=lion_8bit", "train.learning_rate=1e-4", "train.schedule=linear"],
+    "adafactor": [LORA, "train.optimizer=adafactor", "train.min_lr=1e-4"],
+    "muon-full": ["train.optimizer=muon", "train.weight_decay=0.1"],
+    "muon-lora-plus": ["lora={rank=4, dropout=0.2, plus_ratio=8.0}", "train.optimizer=muon"],
+    "schedule-free": [LORA, "train.optimizer=schedule_free_adamw", "train.warmup=7", "train.betas=[0.8, 0.99]"],
+    "schedule-free-kto-full": ["loss.type=kto", "train.optimizer=schedule_free_adamw"],
+    "plateau": [
+        LORA, "train.schedule=reduce_lr_on_plateau", "train.schedule_options={patience=0, factor=0.5, threshold=0.5}",
+        "eval.every=1",
+    ],
+    "greedy-by-shares": [
+        LORA, "train.schedule=greedy", "train.schedule_options={patience=0, smooth=true}", "eval.every=0.1",
+        "output.save_every=0.5",
+    ],
     "dpo-lora-head-twice": ['lora={rank=2, dropout=0.1, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)

@@ -102,8 +102,8 @@ def config(**tables: Any) -> Config:
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no copy": ({"reference": {"sync": {}}}, 'only a copy can be moved; set reference.mode = "copy"'),
-    "precomputed": ({"reference": {"mode": "precompute", "sync": {}}}, "only a copy can be moved"),
+    "no copy": ({"reference": {"sync": {}}}, 'only a copy of the model itself can be moved; set reference.mode'),
+    "precomputed": ({"reference": {"mode": "precompute", "sync": {}}}, "only a copy of the model itself can be moved"),
     "adapters": ({"lora": {}, "reference": {"mode": "copy", "sync": {}}}, "only full fine-tuning moves its reference"),
     "no reference": ({"loss": {"type": "orpo"}, "reference": {"sync": {}}}, "orpo has no reference to move"),
     "half precision": (

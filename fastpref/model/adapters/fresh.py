@@ -70,9 +70,15 @@ def with_adapters(
 
 def adapter_notes(config: Config, model: PreTrainedModel) -> list[str]:
     """Return at most one note, on modules that `with_adapters` leaves out and why. Raises the same errors."""
-    left_out = {} if config.lora is None else _plan(config.lora, model)[1]
+    fresh = config.lora is not None and not config.lora.continues
+    left_out = _plan(config.lora, model)[1] if fresh and config.lora is not None else {}
     parts = [f"{short_names(names)} ({why})" for why, names in left_out.items()]
     return [f"lora: no adapters on {'; '.join(parts)}"] if parts else []
+
+
+def planned(options: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
+    """Return the settings with which PEFT puts fresh adapters on a model. Raises the errors of `with_adapters`."""
+    return _plan(options, model)[0]
 
 
 # --- which modules ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpref.config import is_pattern
 from fastpref.model.body import body_of
+from fastpref.model.experts.kinds import shape_of
 
 OUTSIDE = "outside of the language model, which alone is trained here"
 _WEIGHT_READ = re.compile(
@@ -60,7 +61,7 @@ class Parts:
 
     def experts(self) -> set[str]:
         """Return the names of parameters that hold the weights of all experts of a layer."""
-        three_dimensional = [name for name, parameter in self.parameters().items() if parameter.dim() == 3]
+        three_dimensional = [name for name, parameter in self.parameters().items() if len(shape_of(parameter)) == 3]
         kinds = {name: type(self.modules[owner_of(name)]).__name__ for name in three_dimensional}
         return {name for name, kind in kinds.items() if "expert" in f"{name} {kind}".lower()}
 
