@@ -15,7 +15,7 @@ from fastpref.config import Config
 from fastpref.data.batch import PreferenceBatch
 from fastpref.errors import UserError
 from fastpref.model.adapters.source import reference_kind
-from fastpref.model.adapters.switch import only
+from fastpref.model.adapters.switch import POLICY, only
 from fastpref.model.files import model_config
 from fastpref.model.liger import take_kernels
 from fastpref.model.load import Loaded, load_model, pretrained
@@ -131,7 +131,9 @@ def make_reference(
     other = copy_config(config, loaded.model)
     frozen = frozen_copy(loaded.model) if other is None else (load or load_copy)(other, loaded)
     frozen.requires_grad_(False).eval()
-    return ModelReference(loaded.policy.like(frozen), (), autocast, frozen), f"{described(config)}{_form(other)}"
+    # Adapters that begin with what rounding has lost are a part of the model; others begin at zero.
+    names = (POLICY,) if config.lora is not None and config.lora.init == "loftq" else ()
+    return ModelReference(loaded.policy.like(frozen), names, autocast, frozen), f"{described(config)}{_form(other)}"
 
 
 def _another_model(

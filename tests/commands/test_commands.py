@@ -108,6 +108,7 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, stacked": ("dpo", "llama", [LORA, FROM, "lora.stack=true"]),
     "dpo, another reference": ("dpo", "llama", [LORA, "reference.name={adapter}"]),
     "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
+    "dpo, full, noise": ("dpo", "llama", ["train.neftune_alpha=5"]),
     "dpo, nf4, PiSSA in a layer": (
         "dpo",
         "llama",
