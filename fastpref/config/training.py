@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, field_validator
+from pydantic import Field, Strict, field_validator, model_validator
 
 from fastpref.config.losses import NonNegative, Positive
 from fastpref.config.model import check_patterns
@@ -39,7 +39,13 @@ class ReferenceConfig(Section):
     """Quantizes a frozen copy, except its head, to 4 or 8 bits; "auto" does what model.quantization says."""
     sync: SyncConfig | None = None
     """Moves a copy towards the policy during full fine-tuning (TR-DPO, arXiv 2404.09656): `{ every = 512, mix = 0.6 }`
-    makes its weights 0.6 · the policy's + 0.4 · its own after every 512 steps."""
+    makes its weights 0.6 · the policy's + 0.4 · its own after every 512 steps. The mode "auto" is then "copy"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moves_a_copy(cls, value: Any) -> Any:
+        moves = isinstance(value, dict) and value.get("sync") is not None
+        return value | {"mode": "copy"} if moves and value.get("mode", "auto") == "auto" else value
 
 
 class TrainConfig(Section):

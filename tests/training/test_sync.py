@@ -26,8 +26,6 @@ CONFIG = f"""
 name = "{QUICKSTART_MODEL.as_posix()}"
 [[data]]
 path = "rows.jsonl"
-[reference]
-mode = "copy"
 [train]
 learning_rate = {RATE}
 schedule = "constant"
@@ -87,7 +85,7 @@ def test_ten_steps_are_trls(tmp_path: Path, case: str):
     ours = losses(tmp_path / "ours", f"reference.sync={{every={every}, mix={mix}}}")
     assert len(ours) == STEPS
     assert ours == pytest.approx(of_trl(tmp_path, every, mix), abs=1e-5)
-    still = losses(tmp_path / "still")
+    still = losses(tmp_path / "still", "reference.mode=copy")
     assert ours[:every] == still[:every]
     assert ours[every] > still[every] + 1e-4  # a reference that follows leaves less of a margin
 
@@ -102,7 +100,7 @@ def config(**tables: Any) -> Config:
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no copy": ({"reference": {"sync": {}}}, 'only a copy of the model itself can be moved; set reference.mode'),
+    "another model": ({"reference": {"name": "n", "sync": {}}}, "only a copy of the model itself can be moved"),
     "precomputed": ({"reference": {"mode": "precompute", "sync": {}}}, "only a copy of the model itself can be moved"),
     "adapters": ({"lora": {}, "reference": {"mode": "copy", "sync": {}}}, "only full fine-tuning moves its reference"),
     "no reference": ({"loss": {"type": "orpo"}, "reference": {"sync": {}}}, "orpo has no reference to move"),
