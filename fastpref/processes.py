@@ -222,6 +222,8 @@ def check_sharded(config: Config) -> None:
         f'model.quantization = "{config.model.quantization}"': config.model.quantization != "none",
         f'train.optimizer = "{config.train.optimizer}"': config.train.optimizer != "adamw",
         'reference.mode = "copy"': config.reference.mode == "copy" and config.loss.uses_reference,
+        f"lora.init = {config.lora.init if config.lora is not None else None!r}": config.lora is not None
+        and (config.lora.init == "olora" or config.lora.init.startswith("pissa")),
         "lora.dora = true": config.lora is not None and config.lora.dora,
         "lora.stack = true": config.lora is not None and config.lora.stack,
         f"reference.name = {config.reference.name!r}": config.reference.name is not None and config.loss.uses_reference,

@@ -123,7 +123,8 @@ def test_ctrl_c_stops_both_with_one_checkpoint(config: Path):
 @pytest.mark.parametrize(
     ("override", "setting"),
     [("model.quantization=nf4", "nf4"), ("train.optimizer=adamw_8bit", "adamw_8bit"), ("reference.mode=copy", "copy"),
-     ("lora={dora=true}", "dora"), ("lora.stack=true", "stack"), ("reference.name=other", "other")],
+     ("lora={dora=true}", "dora"), ("lora.stack=true", "stack"), ("reference.name=other", "other"),
+     ("lora={init='pissa'}", "pissa")],
 )  # fmt: skip
 def test_what_cannot_be_sharded_is_refused(config: Path, override: str, setting: str):
     with pytest.raises(UserError, match=f"{setting}.* cannot be sharded by FSDP"):

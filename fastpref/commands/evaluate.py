@@ -1,7 +1,7 @@
 """`fastpref eval`: metrics of a model on held-out rows, and its distance from the model it began with."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import sqrt
@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastpref.config import Config
 from fastpref.config.losses import KTO, SimPO
 from fastpref.data.batch import PreferenceBatch, collate, plan_microbatches
 from fastpref.data.cache import load_examples
@@ -63,6 +64,9 @@ def evaluate(
     other, off = _reference(trained, loaded, reference, device)
     for note in loaded.notes:
         tell(note)
+    if reference is None:
+        for note in _other_references(trained.config):
+            tell(note)
     for note in other.notes if other is not None else ():
         if note not in loaded.notes:
             tell(f"the reference: {note}")
@@ -96,6 +100,14 @@ def evaluate(
     if compared is not None:
         metrics["reference/kl"] = _mean_kl(objective, loaded.policy, compared, off, examples)
     return metrics
+
+
+def _other_references(config: Config) -> Iterator[str]:
+    """Yield notes on runs whose reference is not the one that is compared with by default."""
+    if config.reference.sync is not None:
+        yield "reference.sync: the run has moved its reference; this compares with the model that it began with"
+    if config.lora is not None and config.lora.init == "loftq" and config.loss.uses_reference:
+        yield "lora.init: the reference of the run had the first values of the adapters; this compares without adapters"
 
 
 def show(metrics: dict[str, Any], name: str, *, as_json: bool) -> None:

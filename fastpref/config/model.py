@@ -105,7 +105,7 @@ class LoraConfig(Section):
     @field_validator("init")
     @classmethod
     def _known_values(cls, value: str) -> str:
-        if value not in _INITS and re.fullmatch(r"pissa_niter_[1-9]\d*", value) is None:
+        if value not in _INITS and re.fullmatch(r"pissa_niter_\d+", value) is None:
             near = get_close_matches(value, _INITS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"must be one of {', '.join(_INITS)}, pissa_niter_N, got {value!r}{hint}")

@@ -66,6 +66,19 @@ class Config(Section):
             (reference.quantization != "auto" and not copies, f"reference.quantization: {not_copied}"),
             (reference.adapter is not None and reference.name is not None,
              "reference.name: reference.adapter chooses the reference already; remove one of them"),
+            (reference.sync is not None and not self.loss.uses_reference,
+             f"reference.sync: {self.loss.type} has no reference to move; remove it"),
+            (reference.sync is not None and self.loss.uses_reference and self.lora is not None,
+             "reference.sync: a mix of adapters of some rank has a higher rank, and quantized weights have no mix, so "
+             "only full fine-tuning moves its reference; remove sync, or [lora]"),
+            (reference.sync is not None and self.loss.uses_reference and self.lora is None
+             and (reference.mode != "copy" or reference.name is not None),
+             'reference.sync: only a copy of the model itself can be moved; set reference.mode = "copy" without '
+             "reference.name, or remove it"),
+            (reference.sync is not None and reference.mode == "copy"
+             and (reference.dtype not in ("auto", "float32") or reference.quantization not in ("auto", "none")),
+             "reference.sync: a copy in fewer bits would round small moves off; remove reference.dtype and "
+             "reference.quantization, or sync"),
             (model.quantization != "none" and self.lora is None,
              f'model.quantization: "{model.quantization}" weights cannot be trained themselves; add a [lora] table'),
             (model.streaming is True and self.lora is None,
@@ -77,8 +90,10 @@ class Config(Section):
              "train.freeze: with a [lora] table all weights but the adapters are frozen; remove one of the two"),
             (self.lora is not None and self.lora.init == "loftq" and model.quantization != "nf4",
              'lora.init: "loftq" makes up for the rounding to 4 bits; set model.quantization = "nf4", or leave it out'),
+            (self.lora is not None and self.lora.init == "loftq" and self.lora.start is not None,
+             "lora.init: what rounding has lost is no start for an adapter on another one; remove lora.from or init"),
             (self.lora is not None and self.lora.init == "loftq" and model.quantization == "nf4"
-             and self.loss.uses_reference
+             and self.loss.uses_reference and reference.name is None
              and (reference.mode != "copy" or (reference.dtype, reference.quantization) != ("auto", "auto")),
              'lora.init: "loftq" adapters are a part of the model at the start, so a reference without them would be '
              'another model; set reference.mode = "copy" without dtype and quantization, or take a loss without a '

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, field_validator
+from pydantic import Field, Strict, field_validator, model_validator
 
 from fastpref.config.formats import Functions
 from fastpref.config.losses import NonNegative, Positive
@@ -14,6 +14,13 @@ from fastpref.config.stopping import StopConfig
 
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class SyncConfig(Section):
+    every: Count = 512
+    """Moves the reference every so many steps."""
+    mix: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Sets the policy's share in the moved reference."""
 
 
 class ReferenceConfig(Section):
@@ -32,6 +39,15 @@ class ReferenceConfig(Section):
     """Sets the data type of a frozen copy; "auto" is that of the model."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
     """Quantizes a frozen copy, except its head, to 4 or 8 bits; "auto" does what model.quantization says."""
+    sync: SyncConfig | None = None
+    """Moves a copy towards the policy during full fine-tuning (TR-DPO, arXiv 2404.09656): `{ every = 512, mix = 0.6 }`
+    makes its weights 0.6 · the policy's + 0.4 · its own after every 512 steps. The mode "auto" is then "copy"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moves_a_copy(cls, value: Any) -> Any:
+        moves = isinstance(value, dict) and value.get("sync") is not None
+        return value | {"mode": "copy"} if moves and value.get("mode", "auto") == "auto" else value
 
 
 class TrainConfig(Section):
@@ -64,6 +80,9 @@ class TrainConfig(Section):
     freeze: Names = ()
     """Names modules and parameters that full fine-tuning leaves as they are, by names and patterns as in lora.target:
     "embed_tokens", "layers.0"."""
+    neftune_alpha: Positive | None = None
+    """Adds uniform noise of at most alpha/√(L · d) to the embeddings of training passes, where L is a sequence's tokens
+    and d the model's width (NEFTune, arXiv 2310.05914); 5 is usual."""
     optimizer: Optimizer = "adamw"
     """Chooses the optimizer: AdamW or Lion, with moments in 8 bits, or paged, whose moments move to host memory when
     the GPU is full; Adafactor (transformers', without relative steps); Muon for matrices of hidden layers, adapters'

@@ -75,6 +75,14 @@ class Forest:
         before = np.repeat(np.array([node.start - node.depth for node in self.nodes], np.int32), lengths)
         return torch.from_numpy(end), torch.from_numpy(np.arange(self.tokens, dtype=np.int32) - before)
 
+    def longest(self) -> Tensor:
+        """Return the tokens of the longest sequence that each token belongs to, [T] float32."""
+        longest = [node.depth + node.length for node in self.nodes]
+        for at in range(len(self.nodes) - 1, 0, -1):  # children come after their parents
+            if (parent := self.nodes[at].parent) is not None:
+                longest[parent] = max(longest[parent], longest[at])
+        return torch.from_numpy(np.repeat(np.array(longest, np.float32), [node.length for node in self.nodes]))
+
     def path(self, node: int | None) -> tuple[slice, ...]:
         """Return the positions of a node's tokens and of those before it in its sequences, in order."""
         runs: list[slice] = []
@@ -112,6 +120,12 @@ class LaterForest(Forest):
     branches: tuple[Branch, ...] = ()
     kept: Kept | None = None
     eager: bool = False  # a token that may attend to nothing gets the mean of all values, as in eager attention
+
+    def longest(self) -> Tensor:
+        """Return the tokens of each token's sequence, with those before its branch, [T] float32."""
+        own = [branch.length for branch in self.branches]
+        before = [sum(run.stop - run.start for run in branch.prefix) for branch in self.branches]
+        return torch.from_numpy(np.repeat(np.add(own, before).astype(np.float32), own))
 
 
 @dataclass(frozen=True)

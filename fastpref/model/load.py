@@ -18,7 +18,6 @@ from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.kernels.device import with_index
 from fastpref.model import liger
-from fastpref.model.adapters.begin import halves
 from fastpref.model.adapters.fresh import adapter_notes
 from fastpref.model.adapters.parts import short_names
 from fastpref.model.adapters.placed import (
@@ -133,8 +132,6 @@ def load_model(
             notes.append(_described(model, stream))
         policy = Policy(body_of(model), head)
         choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
-    if sharded and config.lora is not None and halves(config.lora) > 1:
-        raise UserError(f"lora.init: FSDP cannot shard the frozen halves of {config.lora.init!r}; leave the key out")
     if sharded and isinstance(head, OwnLogits):
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
     notes += [*choice.notes, *([note] if note else []), *_attention(config, model, choice, device)]
@@ -158,6 +155,9 @@ def load_model(
     if stream is not None:
         stream.move_rest(model)
     policy = policy.like(model)  # PEFT may have wrapped the head
+    if config.train.neftune_alpha is not None and not trained:
+        policy.make_noise(model, config.train.neftune_alpha)
+        _try_noise(policy, choice.layout, model.config.model_type, device)
     if wrapped is not model:
         notes += loading_notes(wrapped)
         if not trained and not sharded:
@@ -293,6 +293,20 @@ def _attention(config: Config, model: PreTrainedModel, choice: Choice, device: t
     if kernel is not None:
         model.set_attn_implementation(kernel.name)
     return [note] if note else []
+
+
+@torch.no_grad()
+def _try_noise(policy: Policy, layout: Layout, model_type: str, device: torch.device) -> None:
+    """Raise UserError if the model's embeddings get no noise in training mode, or are not those of a row."""
+    example = Example([3, 4, 5], ([4, 3], [5]), None, Origin("a trial"))
+    assert policy.noise is not None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            policy.train().hidden_states(collate([example], layout).to(device))
+        finally:
+            policy.eval()
+    if not policy.noise.added:
+        raise UserError(f"train.neftune_alpha: the code of {model_type} models does not call its embeddings")
 
 
 def _try_adapters(config: Config, policy: Policy, layout: Layout, model_type: str, device: torch.device) -> list[str]:

@@ -1,5 +1,6 @@
 """The policy: a module that computes the log-probabilities of a batch's scored tokens."""
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from fastpref.data.batch import PreferenceBatch
 from fastpref.model.attention import tree_keywords
 from fastpref.model.body import body_of
 from fastpref.model.head import Head, OwnLogits
+from fastpref.model.noise import EmbeddingNoise
 from fastpref.model.router import RouterLoss
 from fastpref.ops import TokenLogprobs
 
@@ -38,6 +40,7 @@ class Policy(nn.Module):
         self.head = head
         self._no_split_modules = getattr(backbone, "_no_split_modules", None)  # the classes that FSDP2 shards as units
         self.router = router
+        self.noise: EmbeddingNoise | None = None  # on the embeddings of passes in training mode
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, own_logits: bool = False) -> "Policy":
@@ -74,4 +77,10 @@ class Policy(nn.Module):
         layout: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if batch.tree is not None:
             layout = tree_keywords(batch.tree, batch.input_ids.device) | {"position_ids": batch.position_ids}
-        return self.backbone(input_ids=batch.input_ids, use_cache=False, **layout, **options)
+        with self.noise.over(batch) if self.noise is not None and self.training else nullcontext():
+            return self.backbone(input_ids=batch.input_ids, use_cache=False, **layout, **options)
+
+    def make_noise(self, model: PreTrainedModel, alpha: float) -> None:
+        """Add noise of this size to the embeddings of every pass in training mode."""
+        self.noise = EmbeddingNoise(alpha)
+        model.get_input_embeddings().register_forward_hook(self.noise)

@@ -27,6 +27,7 @@ from fastpref.run.state import Progress, set_rng_state, write_state
 from fastpref.run.weights import load_weights, optimizer_state, save_weights, whole, whole_weights
 from fastpref.step.optimizer import load_state
 from fastpref.step.precompute import Precomputed, Remembered
+from fastpref.step.reference import ModelReference
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Checkpoints:
     model_fingerprint: str  # of the weights before training
     processes: Processes = ALONE
     reference: Remembered | Precomputed | None = None  # if its log-probabilities are in files
+    moving: ModelReference | None = None  # if `reference.sync` moves it
     latest: Path | None = None  # the last checkpoint known to be undamaged
 
     @cached_property
@@ -98,6 +100,8 @@ class Checkpoints:
             self.scaler.load_state_dict(saved["scaler"])
         if self.processes.rank < len(saved["rng"]):
             set_rng_state(saved["rng"][self.processes.rank])
+        for own, moved in zip(self.moving.weights() if self.moving else (), saved.get("moved") or (), strict=True):
+            own.copy_(moved)
         self.latest = resumed.checkpoint
         return progress
 
@@ -146,5 +150,6 @@ class Checkpoints:
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "rng": self.processes.gather(rng),
+            "moved": None if self.moving is None else self.moving.weights(),
             "reference": None if self.reference is None else self.reference.write(),
         }

@@ -15,7 +15,7 @@ from fastpref.config import Config
 from fastpref.data.batch import PreferenceBatch
 from fastpref.errors import UserError
 from fastpref.model.adapters.source import reference_kind
-from fastpref.model.adapters.switch import only
+from fastpref.model.adapters.switch import POLICY, only
 from fastpref.model.files import model_config
 from fastpref.model.liger import take_kernels
 from fastpref.model.load import Loaded, load_model, pretrained
@@ -87,6 +87,17 @@ class ModelReference:
         finally:
             module.train(training)
 
+    @torch.no_grad()
+    def move(self, model: PreTrainedModel, mix: float) -> None:
+        """Move the copy to mix · the model's weights + (1 − mix) · its own (TR-DPO, arXiv 2404.09656)."""
+        assert self.copy is not None
+        for own, trained in zip(self.copy.parameters(), model.parameters(), strict=True):
+            own.mul_(1 - mix).add_(trained, alpha=mix)
+
+    def weights(self) -> list[Tensor]:
+        """Return the copy's weights, which share its storage."""
+        return [] if self.copy is None else [parameter.detach() for parameter in self.copy.parameters()]
+
     @property
     def nbytes(self) -> int:
         """The bytes of the frozen copy, or 0 if the reference shares the policy's weights."""
@@ -120,7 +131,9 @@ def make_reference(
     other = copy_config(config, loaded.model)
     frozen = frozen_copy(loaded.model) if other is None else (load or load_copy)(other, loaded)
     frozen.requires_grad_(False).eval()
-    return ModelReference(loaded.policy.like(frozen), (), autocast, frozen), f"{described(config)}{_form(other)}"
+    # Adapters that begin with what rounding has lost are a part of the model; others begin at zero.
+    names = (POLICY,) if config.lora is not None and config.lora.init == "loftq" else ()
+    return ModelReference(loaded.policy.like(frozen), names, autocast, frozen), f"{described(config)}{_form(other)}"
 
 
 def _another_model(
@@ -197,6 +210,8 @@ def described(config: Config) -> str:
     }[kind]
     if precomputes(config):
         return "computed before training" + ("" if kind == "base" else f", by {what}")
+    if (sync := config.reference.sync) is not None:
+        return f"a copy of the model, which moves every {sync.every} steps by {sync.mix:g} of the way to the policy"
     return "a frozen copy of the model" if kind == "base" and config.reference.mode == "copy" else what
 
 

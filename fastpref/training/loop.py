@@ -188,6 +188,9 @@ class TrainingRun:
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         row |= {"tokens_per_second": work.tokens / seconds, "pairs_per_second": len(examples) / seconds}
+        sync = self.config.reference.sync
+        if sync is not None and self.checkpoints.moving is not None and step % sync.every == 0:
+            self.checkpoints.moving.move(self.loaded.model, sync.mix)
         self.progress.step, self.progress.last = step, row
         if logged:
             self._log({"step": step} | row)

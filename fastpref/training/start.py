@@ -43,7 +43,7 @@ from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, Remembered, reference_folder
-from fastpref.step.reference import ONCE, Reference, make_reference, precomputes, remembers
+from fastpref.step.reference import ONCE, ModelReference, Reference, make_reference, precomputes, remembers
 from fastpref.step.schedule import Schedule, warmup_steps
 from fastpref.training.callbacks import Callbacks
 from fastpref.training.loop import RunResult, TrainingRun
@@ -245,6 +245,7 @@ def _assemble(
         model_fingerprint=fingerprint,
         processes=processes,
         reference=stored,
+        moving=reference if isinstance(reference, ModelReference) and config.reference.sync is not None else None,
     )
     run = TrainingRun(
         config=config,

@@ -118,6 +118,7 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
     "dpo, experts in nf4, continued": ("dpo", "moe", [FROM, "model.quantization=nf4"]),
     "dpo, experts, stacked": ("dpo", "moe", [EXPERTS, FROM, "lora.stack=true"]),
+    "dpo, full, noise": ("dpo", "llama", ["train.neftune_alpha=5"]),
     "dpo, nf4, PiSSA in a layer": (
         "dpo",
         "llama",

@@ -23,6 +23,7 @@ RUNS: dict[str, list[str]] = {
     "nf4, ranks and layers": [
         'lora={rank=4, rank_pattern={q_proj=2}, alpha_pattern={v_proj=64}, layers=[0, "2:"]}', "model.quantization=nf4",
     ],
+    "noise, nf4": [LORA, "train.neftune_alpha=5", "model.quantization=nf4"],
     "nf4, OLoRA": ['lora={rank=4, init="olora"}', "model.quantization=nf4"],
     "nf4, LoftQ": ['lora={rank=4, init="loftq"}', "model.quantization=nf4", "loss.type=orpo"],
     "precomputed": [LORA, 'reference.mode="precompute"', "loss.type=ipo"],
