@@ -54,8 +54,9 @@ class Loaded:
 
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. Raises UserError if there is none."""
+    load = hub_options(options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.name, **hub_options(options))
+        tokenizer = AutoTokenizer.from_pretrained(options.name, **load)
     except Exception as error:  # transformers and the hub raise many kinds
         reason = explained(options, error, tokenizer=True)
         raise UserError(f"model.name = {options.name!r}: no tokenizer there: {reason}") from None

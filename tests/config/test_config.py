@@ -152,6 +152,10 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "loss.variants = []": "1: loss.variants: needs at least one entry",
     "loss.label_smoothing = 0.1\nloss.variants = ['ipo']":
     "1: loss.label_smoothing: label_smoothing has no effect on ipo; set it to 0",
+    "loss.label_smoothing = 0.1\nloss.variants = ['hinge', 'sft']":
+    "1: loss.label_smoothing: only sigmoid, exo_pair, robust, aot, aot_unpaired have it; set it to 0",
+    "loss.f_alpha = 0.2": "1: loss.f_alpha: only f_divergence = \"alpha\" has it, not 'reverse_kl'; leave it out",
+    "loss.discopop_tau = 1.0": "1: loss.discopop_tau: only the variant discopop has it; leave it out",
     "loss.type = 'ipo'\nloss.label_smoothing = 0.1":
     "2: loss.label_smoothing: this loss has no such key; it belongs to dpo, simpo, cpo",
     "loss.type = 'cpo'\nloss.variant = 'ipo'\nloss.label_smoothing = 0.1":
