@@ -1,7 +1,7 @@
 """Rules for the fields of transformers' TrainingArguments, which TRL and LLaMA-Factory share, and those left out."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted
 from fastpref.translate.rule import Make, Rule, if_on, rule, same, with_default
@@ -231,6 +231,15 @@ def trackers(config: Fields) -> Made:
         yield Left("report_to", "all: log.trackers takes the names of the trackers")
     else:
         yield Setting(dotted("log.trackers"), names, ("report_to",))
+
+
+def all_but(patterns: Sequence[str], *, anywhere: bool = False) -> str:
+    """Return a pattern for the weights and biases whose names do not begin with one of the patterns.
+
+    With `anywhere`, these may be anywhere in the name.
+    """
+    trained = "|".join(f"(?:{pattern})" for pattern in patterns)
+    return rf"(?!{'.*' if anywhere else ''}(?:{trained})).*\.(?:weight|bias)"
 
 
 def checkpointing(switches: tuple[str, ...], offload: str) -> Make:

@@ -1,5 +1,6 @@
 """The trainers whose configs are translated, with the smallest config of each, and translations as flat tables."""
 
+import textwrap
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ TRAINERS = {
             axolotl_rows.LEFT_OUT,
             "axolotl.md",
             {"peft.weight_dtype": {"peft.backend": "bnb"}},
+            ("pretraining_dataset", "reward_model", "process_reward_model", "train_on_inputs"),
         ),
         Trainer(
             DIALECTS["--from-trl"],
@@ -158,3 +160,17 @@ def wanted(translation: Translation) -> dict[str, Any]:
     """Return all settings of a translation by dotted keys, those that the schema refuses too."""
     settings = (*translation.settings, *(setting for setting, _ in translation.refused))
     return {".".join(map(str, setting.key)): setting.value for setting in settings}
+
+
+_HEAD = {"base_model": "base_model: m", "rl": "rl: dpo", "datasets": "datasets: [{path: d}]"}
+
+
+def axolotl(folder: Path, added: str, out: Path | None = None) -> Translation:
+    """Translate a YAML text of Axolotl's, after adding the missing fields that every config needs."""
+    added = textwrap.dedent(added)
+    if added.startswith("{"):
+        added = yaml.safe_dump(yaml.safe_load(added))
+    lines = [line for field, line in _HEAD.items() if f"\n{field}:" not in f"\n{added}"]
+    path = folder / "cfg.yml"
+    path.write_text("\n".join([*lines, added]), encoding="utf-8")
+    return translate(DIALECTS["--from-axolotl"], path, out or folder)

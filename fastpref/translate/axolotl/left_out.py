@@ -35,12 +35,12 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
         quantization peft.group_size""",
     "model.quantization is that of the experts too": "quantize_moe_experts",
     "[lora] makes LoRA, rsLoRA and DoRA adapters, and no others": """
-        lora_fan_in_fan_out lora_target_parameters peft_layers_pattern peft_layer_replication
+        lora_fan_in_fan_out peft_layers_pattern peft_layer_replication
         peft_trainable_token_indices peft_ensure_weight_tying peft_autocast_adapter_dtype lora_on_cpu relora relora_*
         jagged_restart_* lisa_*""",
     "`fastpref merge` merges adapters after the training": "merge_lora merge_method",
     "the whole model is trained, or adapters and lora.modules_to_save": """
-        unfrozen_parameters freeze_mm_modules reinit_weights""",
+        freeze_mm_modules reinit_weights""",
     "all parameters have one learning rate and schedule, but those of lora.plus_ratio": """
         embedding_lr embedding_lr_scale loraplus_lr_embedding lr_groups lr_quadratic_warmup cosine_constant_lr_ratio
         lr_div_factor""",

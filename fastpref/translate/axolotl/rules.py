@@ -26,7 +26,8 @@ RULES = (
     Rule(
         method.LORA_FIELDS, method.LORA_KEYS, method.lora,
         "the table where there is an `adapter`; `lora_target_linear` is all-linear, and goes before modules, which may "
-        "be names or a regular expression. The adapter of `lora_model_dir` has its own rank, alpha and targets. "
+        "be names or a regular expression; `lora_target_parameters` are names too. The adapter of `lora_model_dir` has "
+        "its own rank, alpha and targets. "
         "`lora_dropout` counts in supervised training only. `loftq_bits: 4` is loftq",
     ),
     rule("rl", "loss.type", method.loss, "the same; dpo, ipo, kto, orpo, simpo; without it sft, see below"),
@@ -105,6 +106,10 @@ RULES = (
         "`sequence_len` tokens are computed at once",
     ),
     rule("optimizer", "train.optimizer", optimizer("optimizer"), "by its name; the kinds of AdamW by four names"),
+    rule(
+        "unfrozen_parameters", "train.freeze", run.freeze,
+        "a pattern for all weights and biases but these, if the whole model is trained",
+    ),
     rule("adam_beta1 adam_beta2", "train.betas", betas("optimizer"), "both, if one of them is there, or for Lion"),
     same("adam_epsilon", "train.epsilon", Fields.number),
     rule(

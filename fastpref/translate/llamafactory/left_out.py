@@ -41,8 +41,7 @@ GROUPS = merged(
             predict_with_generate generation_*""",
         "[lora] has one learning rate for embeddings and other modules": "loraplus_lr_embedding",
         "adapters are saved as they are trained; `fastpref merge` makes a model of them": "pissa_convert",
-        "fastpref trains lora and full": """
-            freeze_trainable_* freeze_extra_modules module_dropout oft_* use_llama_pro use_mca""",
+        "fastpref trains lora, full and freeze": "module_dropout oft_* use_mca",
         "it is for stages that fastpref does not train": "ppo_* reward_model reward_model_*",
         "it is for optimizers that fastpref does not have": "galore_* apollo_* badam_*",
         "the loss is the negative log-likelihood": "use_dft_loss use_eaft_loss eaft_alpha use_asft_loss asft_alpha",

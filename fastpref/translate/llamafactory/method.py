@@ -1,8 +1,12 @@
 """Rules for the model, its adapters, the reference and the loss."""
 
+import re
 from collections.abc import Generator
+from pathlib import Path
 
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted, shown
+from fastpref.translate.sources import number_of
+from fastpref.translate.trainer_arguments import all_but
 
 DEFAULT = "LLaMA-Factory's default"
 _WITH_REFERENCE = ("dpo", "kto")
@@ -41,10 +45,13 @@ def quantization(config: Fields) -> Made:
 OWN = ("lora_rank", "lora_alpha", "lora_target", "additional_target", "use_rslora", "use_dora")
 BEGINNING = ("pissa_init", "pissa_iter")
 ADAPTER = ("adapter_name_or_path", "create_new_adapter")
-LORA_FIELDS = ("finetuning_type", *OWN, "lora_dropout", *BEGINNING, "loraplus_lr_ratio", *ADAPTER)
+LORA_FIELDS = (
+    "finetuning_type", *OWN, "lora_dropout", *BEGINNING, "loraplus_lr_ratio", *ADAPTER,
+    "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "use_llama_pro",
+)  # fmt: skip
 LORA_KEYS = (
     "lora", "lora.from", "lora.stack", "lora.rank", "lora.alpha", "lora.target", "lora.modules_to_save", "lora.rslora",
-    "lora.dora", "lora.dropout", "lora.init", "lora.plus_ratio", "reference.adapter",
+    "lora.dora", "lora.dropout", "lora.init", "lora.plus_ratio", "reference.adapter", "train.freeze",
 )  # fmt: skip
 NO_DROPOUT = "LLaMA-Factory turns all dropout off in the stages dpo and kto, also that of adapters"
 
@@ -52,10 +59,11 @@ NO_DROPOUT = "LLaMA-Factory turns all dropout off in the stages dpo and kto, als
 def lora(config: Fields) -> Made:
     if not config.lora:
         if "adapter_name_or_path" in config:
-            raise config.refused("adapter_name_or_path", "finetuning_type: full has no adapter")
+            raise config.refused("adapter_name_or_path", f"{_kind(config)} has no adapter")
         for field in config.given(*OWN, "lora_dropout", "pissa_init", "loraplus_lr_ratio"):
             if config.get(field):
-                yield Left(field, "finetuning_type is full")
+                yield Left(field, _kind(config))
+        yield from _freeze(config)
         return
     yield Setting(("lora",), {}, config.given("finetuning_type"))
     continued = yield from _adapter(config)
@@ -75,6 +83,33 @@ def lora(config: Fields) -> Made:
         yield Left("pissa_iter", "pissa_init is not on")
     if "loraplus_lr_ratio" in config:
         yield Setting(("lora", "plus_ratio"), config.number("loraplus_lr_ratio"), ("loraplus_lr_ratio",))
+
+
+def _kind(config: Fields) -> str:
+    return f"finetuning_type: {config.text('finetuning_type', 'lora')}"
+
+
+FREEZE = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
+
+
+def _freeze(config: Fields) -> Made:
+    """Translate the layers that are trained, the last or the first n: all other weights are frozen."""
+    if config.text("finetuning_type", "lora") != "freeze":
+        yield from (Left(field, _kind(config)) for field in config.given(*FREEZE))
+        return
+    if config.on("use_llama_pro"):
+        raise config.refused("use_llama_pro", "fastpref adds no layers")
+    count = config.whole("freeze_trainable_layers", 2)
+    layers = number_of(config.text("model_name_or_path"), "num_hidden_layers", (Path(), config.file.parent))
+    if count > 0 and layers is None:
+        why = f"the last {count} layers are trained, and how many the model has is not known; name its folder"
+        raise config.refused("finetuning_type: freeze", why)
+    trained = range(max(0, (layers or 0) - count), layers or 0) if count > 0 else range(min(-count, layers or -count))
+    names = config.names("freeze_trainable_modules") or ["all"]
+    parts = [rf"\.{at}\.{'' if name == 'all' else re.escape(name)}" for name in names for at in trained]
+    parts += [re.escape(name) for name in config.names("freeze_extra_modules")]
+    words = f"all but the {'last' if count > 0 else 'first'} {len(trained)} layers"
+    yield Setting(dotted("train.freeze"), [all_but(parts, anywhere=True)], config.given(*FREEZE), words)
 
 
 def _new(config: Fields) -> Made:

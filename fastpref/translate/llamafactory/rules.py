@@ -21,7 +21,8 @@ RULES = (
         method.LORA_FIELDS, method.LORA_KEYS, method.lora,
         "the table unless `finetuning_type` is full; rank 8, alpha twice the rank; `all` is all-linear; `lora_dropout` "
         "counts in the stage sft only; `pissa_iter` n is pissa_niter_n. An adapter is trained on, with the bare model "
-        "as the reference, or a new one on top of it, with the merged one as the reference",
+        "as the reference, or a new one on top of it, with the merged one as the reference. freeze "
+        "is a pattern for all weights and biases but those of the layers",
     ),
     Rule(method.REFERENCE, ("reference.name", "reference.quantization"), method.reference,
          "the model, or the adapter of the trained model; its bits", ("dpo", "kto")),

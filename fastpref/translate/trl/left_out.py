@@ -10,7 +10,6 @@ GROUPS = merged(
         "the model is loaded as its files say; name a copy that has the change": """
             model_init_kwargs eos_token pad_token""",
         "it is for reward models": "lora_task_type",
-        "lora.target names the experts' modules": "lora_target_parameters",
         "model.quantization is nf4 or int8, by bitsandbytes": "bnb_4bit_quant_storage",
         "the model's own coefficient weighs the load-balancing loss of experts": "router_aux_loss_coef",
         "rows are read as they are and tokenized once, into fastpref's own cache": """

@@ -24,7 +24,7 @@ RULES = (
     ),
     Rule(
         method.LORA_FIELDS, method.LORA_KEYS, method.lora,
-        "the table if `use_peft` is on; without `lora_target_modules` PEFT's default for the architecture; "
+        "the table if `use_peft` is on; without modules and parameters to target PEFT's default for the architecture; "
         "`lora_dropout` (0.05) if `disable_dropout` is off, and in `trl sft`",
     ),
     rule("", "loss.type", method.loss, "`--loss`, or what the fields show, or dpo"),

@@ -164,6 +164,10 @@ LATER: dict[str, dict[str, Any]] = {  # fields → keys
     "lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: '{\"num_cycles\": 2}'": {
         "train.schedule_options": {"num_cycles": 2},
     },
+    "{use_peft: true, lora_target_parameters: [mlp.experts.down_proj]}": {"lora.target": ["mlp.experts.down_proj"]},
+    "{use_peft: true, lora_target_modules: all-linear, lora_target_parameters: [experts.up]}": {
+        "lora.target": ["all-linear", "experts.up"],
+    },
     "neftune_noise_alpha: 5": {"train.neftune_alpha": 5},
     "report_to: [comet_ml, swanlab]": {"log.trackers": ["comet_ml", "swanlab"]},
 }  # fmt: skip
