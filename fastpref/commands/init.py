@@ -41,6 +41,7 @@ _REMARKS: dict[str, dict[str, str]] = {
         "train.learning_rate": "whole models 3e-7 to 1e-6, as its authors search; too high a rate ruins the text",
         "loss.beta": "2 to 10; larger than DPO's, because it scales an average per token",
     },
+    "sft": {"train.learning_rate": "up to 2e-4 with adapters; whole models usually take about 1e-5"},
 }
 _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "model.revision": "main",
@@ -134,14 +135,16 @@ def _write(text: str, path: Path, *, force: bool) -> None:
 
 def template(loss: str, model: str, data: str) -> str:
     """Return a config of `loss` as text: common keys set, the others commented out with their defaults."""
-    values = {"model.name": model, "data.path": data, "loss.type": loss, "loss.beta": LOSSES[loss]().beta}
+    values: dict[str, Any] = {"model.name": model, "data.path": data, "loss.type": loss}
+    values |= {} if LOSSES[loss].supervised else {"loss.beta": LOSSES[loss]().beta}
     values |= _COMMON | _OF_LOSS.get(loss, {})
     raw: dict[str, Any] = {}
     for name, value in values.items():
         _set(raw, name, value)
     skipped = () if LOSSES[loss].uses_reference else ("reference",)
     tables = [_table(name, info, loss, values, raw) for name, info in sections().items() if name not in skipped]
-    intro = [f"Preference training by {LOSSES[loss].__name__}. Remove the # before a key to set it."]
+    what = "Supervised" if LOSSES[loss].supervised else "Preference"
+    intro = [f"{what} training by {LOSSES[loss].__name__}. Remove the # before a key to set it."]
     return render(intro, tables)
 
 

@@ -34,9 +34,11 @@ class Loss:
     uses_reference: ClassVar[bool] = True
     """True if the loss compares the policy with a reference model."""
     paired: ClassVar[bool] = True
-    """Whether an example has several completions, usually two; otherwise it is a single completion with a label."""
+    """Whether an example has several completions, usually two; otherwise it is a single one, labelled for KTO."""
     listwise: ClassVar[bool] = False
     """Whether an example is a list of completions with scores, all of which the loss ranks; a pair is a list of two."""
+    supervised: ClassVar[bool] = False
+    """Whether an example is a single completion without a label, which the policy is to imitate."""
 
     @property
     def unit(self) -> str:
@@ -266,7 +268,21 @@ class LiPO(Loss):
     listwise: ClassVar[bool] = True
 
 
-LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO | PL | LiPO
+@dataclass(frozen=True, kw_only=True, config=loss_table)
+class SFT(Loss):
+    """Supervised fine-tuning: the mean negative log-likelihood of the completions' tokens, without preferences."""
+
+    type: Literal["sft"] = "sft"
+    """Selects the loss."""
+    suits: ClassVar[str] = "completions to imitate, before preferences or without them"
+    uses_reference: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
+    supervised: ClassVar[bool] = True
+    beta: ClassVar[float] = 0.0
+    """There are no rewards."""
+
+
+LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO | PL | LiPO | SFT
 LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
 """The losses by the names that `loss.type` takes."""
 
