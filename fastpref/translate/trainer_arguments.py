@@ -266,6 +266,22 @@ def push(config: Fields) -> Made:
         yield Left("hub_model_id", "push_to_hub is not on")
 
 
+PACKED = "a row there is then as many as fit its length, so that a step has more; set train.batch to the rows of a step"
+NO_PADDING = "rows are packed without padding (train.layout), which changes no result"
+
+
+def packing(*fields: str) -> Rule:
+    """Return the rule for fields that pack rows, which changes supervised steps and is for nothing else."""
+
+    def make(config: Fields) -> Made:
+        for field in config.given(*fields):
+            packed = config.get(field) not in (False, None, "false")
+            if packed:
+                yield Left(field, PACKED if config.method == "sft" else NO_PADDING)
+
+    return Rule(fields, (), make, "left out: `train.batch` counts rows before they are packed")
+
+
 def batch(config: Fields, length: int, sequences: int) -> Made:
     """Translate the micro-batch and the steps of accumulation; a row has so many sequences of at most `length`."""
     micro = config.whole("per_device_train_batch_size", 8)

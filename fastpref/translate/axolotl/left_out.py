@@ -1,8 +1,10 @@
 """The fields of Axolotl without a counterpart in fastpref, grouped by the reason."""
 
+from fastpref.translate.trainer_arguments import NO_PADDING
+
 GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for any text
-    "rows are packed without padding (train.layout), which changes no result": """
-        sample_packing sample_packing_* eval_sample_packing pad_to_* batch_flattening multipack_real_batches
+    NO_PADDING: """
+        sample_packing_* eval_sample_packing pad_to_* batch_flattening multipack_real_batches
         dpo_padding_free group_by_length max_packed_sequence_len""",
     "`accelerate launch` runs fastpref on several devices, by DDP or FSDP; train.batch counts the pairs of all": """
         deepspeed deepcompile fsdp fsdp_* ddp ddp_* dp_* world_size local_rank device device_map max_memory
@@ -80,4 +82,4 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
         gc_steps strict axolotl_config_path total_num_tokens total_supervised_tokens debug""",
 }
 # fields whose value `false` requests something that fastpref does not do
-EVEN_IF_OFF = ("sample_packing", "shuffle_merged_datasets")
+EVEN_IF_OFF = ("shuffle_merged_datasets",)

@@ -105,6 +105,7 @@ RULES = (
         "accumulation × micro-batch of one device; multiply it by the number of yours. Micro-batch × 2 completions × "
         "`sequence_len` tokens are computed at once",
     ),
+    rule("sample_packing", "", run.packing, "left out: `train.batch` counts rows before they are packed"),
     rule("optimizer", "train.optimizer", optimizer("optimizer"), "by its name; the kinds of AdamW by four names"),
     rule(
         "unfrozen_parameters", "train.freeze", run.freeze,

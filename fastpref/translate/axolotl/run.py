@@ -4,7 +4,15 @@ import re
 
 from fastpref.translate.axolotl import rows
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted
-from fastpref.translate.trainer_arguments import NO_EPOCHS, NOT_BEST, all_but, every_steps, metric_name
+from fastpref.translate.trainer_arguments import (
+    NO_EPOCHS,
+    NO_PADDING,
+    NOT_BEST,
+    PACKED,
+    all_but,
+    every_steps,
+    metric_name,
+)
 
 
 def held_out(config: Fields) -> Made:
@@ -62,6 +70,12 @@ def batch(config: Fields) -> Made:
     words = f"micro_batch_size {micro}{' × 2 completions' if each == 2 else ''} × sequence_len {sequence(config)}"
     tokens = each * micro * sequence(config)
     yield Setting(dotted("train.tokens_per_microbatch"), tokens, ("micro_batch_size", "sequence_len"), words)
+
+
+def packing(config: Fields) -> Made:
+    if "sample_packing" in config:  # off, it requests padding
+        packed = config.method == "sft" and config.get("sample_packing")
+        yield Left("sample_packing", PACKED if packed else NO_PADDING)
 
 
 def schedule(config: Fields) -> Made:

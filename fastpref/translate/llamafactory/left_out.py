@@ -33,7 +33,6 @@ GROUPS = merged(
             streaming buffer_size overwrite_cache preprocessing_batch_size preprocessing_num_workers tokenized_path
             data_shared_file_system""",
         "data sets are concatenated; weight repeats the rows of one": "mix_strategy interleave_probs",
-        "rows are packed without padding (train.layout), which changes no result": "packing neat_packing",
         "rows are shuffled anew in every epoch, by train.seed": "disable_shuffling",
         "calls of tools are written by the chat template": "tool_format",
         "a run evaluates at its start, its end and every eval.every steps, with its own metrics": """

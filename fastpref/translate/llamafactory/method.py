@@ -57,6 +57,8 @@ NO_DROPOUT = "LLaMA-Factory turns all dropout off in the stages dpo and kto, als
 
 
 def lora(config: Fields) -> Made:
+    if config.on("use_llama_pro"):
+        raise config.refused("use_llama_pro", "the layers that were added to the model cannot be told here")
     if not config.lora:
         if "adapter_name_or_path" in config:
             raise config.refused("adapter_name_or_path", f"{_kind(config)} has no adapter")
@@ -66,6 +68,7 @@ def lora(config: Fields) -> Made:
         yield from _freeze(config)
         return
     yield Setting(("lora",), {}, config.given("finetuning_type"))
+    yield from (Left(field, _kind(config)) for field in config.given(*FREEZE))
     continued = yield from _adapter(config)
     if continued:
         for field in config.given(*OWN):
@@ -97,8 +100,6 @@ def _freeze(config: Fields) -> Made:
     if config.text("finetuning_type", "lora") != "freeze":
         yield from (Left(field, _kind(config)) for field in config.given(*FREEZE))
         return
-    if config.on("use_llama_pro"):
-        raise config.refused("use_llama_pro", "fastpref adds no layers")
     count = config.whole("freeze_trainable_layers", 2)
     layers = number_of(config.text("model_name_or_path"), "num_hidden_layers", (Path(), config.file.parent))
     if count > 0 and layers is None:

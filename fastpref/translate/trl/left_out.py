@@ -1,6 +1,6 @@
 """The fields of TRL's configs without a counterpart in fastpref, grouped by the reason."""
 
-from fastpref.translate.trainer_arguments import ATTENTION, NOT_BEST, REASONS, merged
+from fastpref.translate.trainer_arguments import ATTENTION, NO_PADDING, NOT_BEST, REASONS, merged
 
 GROUPS = merged(
     REASONS,
@@ -14,8 +14,7 @@ GROUPS = merged(
         "the model's own coefficient weighs the load-balancing loss of experts": "router_aux_loss_coef",
         "rows are read as they are and tokenized once, into fastpref's own cache": """
             dataset_num_proc dataset_kwargs dataset_streaming streaming""",
-        "rows are packed without padding (train.layout), which changes no result": """
-            packing packing_strategy eval_packing pad_to_multiple_of padding_free""",
+        NO_PADDING: "packing_strategy eval_packing pad_to_multiple_of padding_free",
         "rows are shuffled anew in every epoch, by train.seed": "shuffle_dataset",
         "plain texts without a prompt are not trained on": "dataset_text_field",
         "the reference is computed in micro-batches of train.tokens_per_microbatch": "precompute_ref_batch_size",

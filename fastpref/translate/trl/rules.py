@@ -2,7 +2,7 @@
 
 from fastpref.translate.fields import Fields
 from fastpref.translate.rule import Rule, rule, same
-from fastpref.translate.trainer_arguments import checkpointing, evaluations, rules
+from fastpref.translate.trainer_arguments import checkpointing, evaluations, packing, rules
 from fastpref.translate.trl import method, rows, run
 
 RULES = (
@@ -57,5 +57,6 @@ RULES = (
          "train.checkpointing train.offload_activations",
          checkpointing(("gradient_checkpointing", "activation_checkpointing"), "activation_offloading"),
          "on or off; without them auto, which changes no result"),
+    packing("packing"),
     *rules({"dpo": 1e-6, "kto": 1e-6, "sft": 2e-5}, 10),
 )  # fmt: skip

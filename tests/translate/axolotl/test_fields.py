@@ -256,6 +256,12 @@ def test_supervised_training_on_conversations_is_sft(tmp_path: Path):
     assert got["data.0.format"] == {"type": "chat_template.default", "field_messages": "talk"}
 
 
+def test_packed_supervised_rows_are_counted_otherwise(tmp_path: Path):
+    """With sample_packing, a step of Axolotl's has more rows than its batch says, which is listed."""
+    lines = axolotl(tmp_path, SUPERVISED + "sample_packing: true").left_out
+    assert any(line.startswith("sample_packing: a row there is then as many as fit") for line in lines)
+
+
 OTHER_SUPERVISED = {
     "datasets: [{path: d, type: alpaca}]": "datasets[0] is not of type chat_template",
     "datasets: [{path: d, type: chat_template, roles_to_train: [user]}]": "datasets[0].roles_to_train selects",

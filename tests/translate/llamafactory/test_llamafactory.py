@@ -153,7 +153,10 @@ LEFT = {
     "use_galore: true": 'use_galore: would be train.optimizer = "galore": ',
     "val_size: 100": "val_size: a number of rows cannot be held out",
     "load_best_model_at_end: true": "load_best_model_at_end: final/ is the last model",
+    "freeze_trainable_layers: 4": "freeze_trainable_layers: finetuning_type: lora",
     "pissa_iter: 4": "pissa_iter: pissa_init is not on",
+    "packing: true": "packing: rows are packed without padding",
+    "{stage: sft, neat_packing: true}": "neat_packing: a row there is then as many as fit its length",
     "mix_strategy: interleave_over": "mix_strategy: data sets are concatenated",
 }  # fmt: skip
 
@@ -173,7 +176,7 @@ MISTAKES = {
     "pref_loss: kto_pair": "pref_loss: kto_pair: fastpref has no KTO of pairs; stage: kto takes single rows",
     "pref_loss: odd": "pref_loss: odd: fastpref trains pref_loss: sigmoid, hinge, ipo, orpo, simpo",
     "finetuning_type: freeze": "finetuning_type: freeze: the last 2 layers are trained, and how many the model has",
-    "{finetuning_type: freeze, use_llama_pro: true}": "use_llama_pro: fastpref adds no layers",
+    "{finetuning_type: freeze, use_llama_pro: true}": "use_llama_pro: the layers that were added",
     "finetuning_type: oft": "finetuning_type: oft: fastpref trains lora, full and freeze",
     "adapter_name_or_path: 'a,b'": "adapter_name_or_path: 2 adapters; merge all but one into the model",
     "{finetuning_type: full, adapter_name_or_path: a}": "adapter_name_or_path: finetuning_type: full has no adapter",

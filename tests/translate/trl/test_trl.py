@@ -208,7 +208,7 @@ LEFT = {
     "logging_steps: 0.1": "logging_steps: a share of all steps",
     "{lr_scheduler_type: constant, warmup_steps: 9}": "warmup_steps: lr_scheduler_type: constant has no warm-up",
     "{warmup_steps: 9, warmup_ratio: 0.1}": "warmup_ratio: warmup_steps goes before it",
-    "packing: true": "packing: rows are packed without padding",
+    "packing: true": "packing: a row there is then as many as fit its length",
     "dataset_text_field: t": "dataset_text_field: plain texts without a prompt are not trained on",
     "loss_type: dft": "loss_type: dft: the loss is the negative log-likelihood",
     "completion_only_loss: false": "completion_only_loss: prompts are not trained on",
