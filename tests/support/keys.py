@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from tests.support.adapters import save_adapter
 from tests.support.paths import QUICKSTART_MODEL, QUICKSTART_ROWS
 
 LORA = "lora={rank=2}"
@@ -69,6 +70,11 @@ def model_with_code(folder: Path) -> None:
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     path.write_text(json.dumps(content | {"model_type": "own", "auto_map": names}), encoding="utf-8")
     (folder / "coded" / "own.py").write_text(OWN_CODE, encoding="utf-8")
+
+
+def an_adapter(folder: Path) -> None:
+    """Write a trained adapter of the quickstart's model."""
+    save_adapter(folder / "adapter", QUICKSTART_MODEL)
 
 
 def a_template(folder: Path) -> None:
@@ -146,6 +152,13 @@ CHANGES: dict[str, Change] = {
     "lora.exclude": with_lora("['q_proj']"),
     "lora.modules_to_save": with_lora("['lm_head']"),
     "lora.rslora": with_lora("true"),
+    "lora.from": Change("adapter", prepare=an_adapter),
+    "lora.stack": Change("true", ("lora.from=adapter",), prepare=an_adapter),
+    "lora.rank_pattern": with_lora("{q_proj=3}"),
+    "lora.alpha_pattern": with_lora("{q_proj=3.0}"),
+    "lora.layers": with_lora("[0]"),
+    "lora.init": with_lora("gaussian"),
+    "lora.plus_ratio": with_lora("16.0"),
     "lora.dora": with_lora("true"),
     **_of(
         "dpo",
@@ -187,6 +200,7 @@ CHANGES: dict[str, Change] = {
     ),
     **_of("pl", beta=Change("0.5")),
     **_of("lipo", beta=Change("0.5")),
+    **_of("sft"),
     "data.path": Change("rows.jsonl", prepare=_pairs(_turns)),
     "data.split": Change("test", shows="refused"),
     "data.name": Change("other", shows="refused"),
@@ -218,6 +232,8 @@ CHANGES: dict[str, Change] = {
         "{enable_thinking=false}", ("tokens.chat_template=t.jinja", "tokens.max_length=400"), prepare=a_template
     ),
     "reference.mode": Change("copy", shows="words"),
+    "reference.adapter": Change("none", ("lora.from=adapter",), shows="metrics", prepare=an_adapter),
+    "reference.name": with_lora("adapter", shows="metrics", prepare=an_adapter),
     "reference.dtype": Change("bfloat16", ("reference.mode=copy",), shows="metrics"),
     "reference.quantization": Change("nf4", ("reference.mode=copy",), shows="metrics"),
     "train.learning_rate": Change("1e-2"),
@@ -229,6 +245,11 @@ CHANGES: dict[str, Change] = {
     "train.tokens_per_microbatch": Change("60", shows="weights"),
     "train.layout": Change("padded", shows="words"),
     "train.optimizer": Change("adamw_8bit"),
+    "train.betas": Change("[0.5, 0.5]"),
+    "train.epsilon": Change("1.0"),
+    "train.freeze": Change("['embed_tokens']"),
+    "train.schedule_options": Change("{num_cycles=3}", ("train.schedule=cosine_with_restarts",)),
+    "train.min_lr": Change("9e-4"),
     "train.weight_decay": Change("1.0"),
     "train.max_grad_norm": Change("1e-3"),
     "train.checkpointing": Change("true", shows="words"),
