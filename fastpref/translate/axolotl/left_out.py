@@ -1,6 +1,6 @@
 """The fields of Axolotl without a counterpart in fastpref, grouped by the reason."""
 
-from fastpref.translate.trainer_arguments import NO_PADDING
+from fastpref.translate.left_out import NO_PADDING
 
 GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for any text
     NO_PADDING: """

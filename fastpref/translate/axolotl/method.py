@@ -156,19 +156,6 @@ def kto_weight(field: str, key: str) -> Callable[[Fields], Made]:
     return make
 
 
-def sync(config: Fields) -> Made:
-    """Translate the reference that follows the policy (TR-DPO)."""
-    if config.on("trl.sync_ref_model"):
-        every = config.whole("trl.ref_model_sync_steps", 64)
-        mix = config.number("trl.ref_model_mixup_alpha", 0.9)
-        yield Setting(dotted("reference.sync"), {"every": every, "mix": mix}, config.given(*SYNC))
-    else:
-        yield from (Left(field, "trl.sync_ref_model is not on") for field in config.given(*SYNC[1:]))
-
-
-SYNC = ("trl.sync_ref_model", "trl.ref_model_sync_steps", "trl.ref_model_mixup_alpha")
-
-
 def beta(config: Fields) -> Made:
     fields = config.given("trl.beta", "rl_beta", "dpo_beta", *(("orpo_alpha",) if config.method == "orpo" else ()))
     if fields:

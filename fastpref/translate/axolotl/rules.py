@@ -5,7 +5,7 @@ from itertools import chain
 from fastpref.translate.axolotl import method, rows, run
 from fastpref.translate.fields import Fields
 from fastpref.translate.rule import Rule, if_on, rule, same
-from fastpref.translate.trainer_arguments import betas, optimizer, steps
+from fastpref.translate.trainer_arguments import betas, optimizer, steps, sync
 
 SHARES = "steps; a share below 1 is of all steps; a strategy of epochs is 1 / `num_epochs` of them"
 
@@ -55,10 +55,7 @@ RULES = (
     ),
     rule("", "loss.nll_on", method.orpo, 'ORPO: "all", as TRL scores the prompt too', "orpo"),
     if_on("precompute_ref_log_probs", "reference.mode", "precompute", ("dpo", "ipo", "kto")),
-    rule(
-        " ".join(method.SYNC), "reference.sync", method.sync,
-        "every `ref_model_sync_steps` (64), mixed by `ref_model_mixup_alpha` (0.9)", "dpo", "ipo", "kto",
-    ),
+    sync("trl.sync_ref_model", "trl.ref_model_sync_steps", "trl.ref_model_mixup_alpha", defaults=(64, 0.9)),
     rule(
         "test_datasets val_set_size", "eval.data eval.fraction", run.held_out,
         "`test_datasets` as `datasets`; a `val_set_size` below 1 is the fraction",

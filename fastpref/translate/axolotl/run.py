@@ -4,15 +4,8 @@ import re
 
 from fastpref.translate.axolotl import rows
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted
-from fastpref.translate.trainer_arguments import (
-    NO_EPOCHS,
-    NO_PADDING,
-    NOT_BEST,
-    PACKED,
-    all_but,
-    every_steps,
-    metric_name,
-)
+from fastpref.translate.left_out import BEST, NO_EPOCHS, NO_PADDING, NOT_BEST, PACKED
+from fastpref.translate.trainer_arguments import all_but, every_steps, metric_name
 
 
 def held_out(config: Fields) -> Made:
@@ -177,7 +170,7 @@ def stop(config: Fields) -> Made:
         fields = config.given("early_stopping_patience", "metric_for_best_model")
         yield Setting(dotted("train.stop"), table, fields)
     elif config.get("metric_for_best_model"):
-        yield Left("metric_for_best_model", "checkpoints/best.json names the best checkpoint by the evaluation's loss")
+        yield Left("metric_for_best_model", BEST)
     if config.get("load_best_model_at_end") and "early_stopping_patience" not in config:
         yield Left("load_best_model_at_end", NOT_BEST)
 

@@ -1,6 +1,6 @@
 """The fields of LLaMA-Factory's configs without a counterpart in fastpref, grouped by the reason."""
 
-from fastpref.translate.trainer_arguments import ATTENTION, REASONS, merged
+from fastpref.translate.left_out import ATTENTION, REASONS, merged
 
 GROUPS = merged(
     REASONS,

@@ -1,6 +1,6 @@
 """The fields of TRL's configs without a counterpart in fastpref, grouped by the reason."""
 
-from fastpref.translate.trainer_arguments import ATTENTION, NO_PADDING, NOT_BEST, REASONS, merged
+from fastpref.translate.left_out import ATTENTION, BEST, NO_PADDING, NOT_BEST, REASONS, merged
 
 GROUPS = merged(
     REASONS,
@@ -20,7 +20,7 @@ GROUPS = merged(
         "the reference is computed in micro-batches of train.tokens_per_microbatch": "precompute_ref_batch_size",
         "it mends a fault of DDP that fastpref does not have": "ignore_bias_buffers",
         NOT_BEST: "load_best_model_at_end",
-        "checkpoints/best.json names the best checkpoint by the evaluation's loss": """
+        BEST: """
             metric_for_best_model greater_is_better""",
     },
 )

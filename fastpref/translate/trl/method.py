@@ -189,17 +189,3 @@ def sft(config: Fields) -> Made:
 def reference(config: Fields) -> Made:
     if config.on("precompute_ref_log_probs"):
         yield Setting(dotted("reference.mode"), "precompute", ("precompute_ref_log_probs",))
-
-
-SYNC = ("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha")
-
-
-def sync(config: Fields) -> Made:
-    """Translate the reference that follows the policy (TR-DPO)."""
-    if config.on("sync_ref_model"):
-        table = {
-            "every": config.whole("ref_model_sync_steps", 512), "mix": config.number("ref_model_mixup_alpha", 0.6),
-        }  # fmt: skip
-        yield Setting(dotted("reference.sync"), table, config.given(*SYNC))
-    else:
-        yield from (Left(field, "sync_ref_model is not on") for field in config.given(*SYNC[1:]))

@@ -213,8 +213,9 @@ MORE: dict[str, dict[str, Any]] = {  # fields → keys
     "{val_set_size: 0.1, eval_steps: 5, early_stopping_patience: 2}": {
         "train.stop": {"after": 2, "metric": "eval/loss"},
     },
-    "trl: {sync_ref_model: true}": {"reference.sync": {"every": 64, "mix": 0.9}},
+    "trl: {sync_ref_model: true}": {"reference.mode": "copy", "reference.sync": {"every": 64, "mix": 0.9}},
     "trl: {sync_ref_model: true, ref_model_sync_steps: 8, ref_model_mixup_alpha: 0.5}": {
+        "reference.mode": "copy",
         "reference.sync": {"every": 8, "mix": 0.5},
     },
     "{tokens: [<a>], special_tokens: {additional_special_tokens: [<b>]}}": {"tokens.add": ["<a>", "<b>"]},

@@ -147,8 +147,9 @@ def test_fields_become_these_keys(tmp_path: Path, added: str):
 
 
 MORE: dict[str, dict[str, Any]] = {  # fields → keys
-    "sync_ref_model: true": {"reference.sync": {"every": 512, "mix": 0.6}},
+    "sync_ref_model: true": {"reference.mode": "copy", "reference.sync": {"every": 512, "mix": 0.6}},
     "{sync_ref_model: true, ref_model_sync_steps: 8, ref_model_mixup_alpha: 0.5}": {
+        "reference.mode": "copy",
         "reference.sync": {"every": 8, "mix": 0.5},
     },
     "eval_steps: 0.1\neval_strategy: steps": {"eval.every": 0.1},
