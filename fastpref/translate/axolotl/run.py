@@ -189,6 +189,8 @@ def new_tokens(config: Fields) -> Made:
     if names:
         fields = (*config.given("tokens"), *(("special_tokens",) if more else ()))
         yield Setting(dotted("tokens.add"), names, fields, "only their rows are trained")
+    if special.pop("pad_token", None):
+        yield Left("special_tokens", "pad_token: padding changes no result, with any token")
     if special:
         why = f"{', '.join(special)}: the tokenizer keeps the tokens that its files name; name a copy that has others"
         yield Left("special_tokens", why)

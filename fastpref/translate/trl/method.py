@@ -69,7 +69,7 @@ NO_DROPOUT = "disable_dropout, on by default, turns off the dropout of adapters 
 
 
 def lora(config: Fields) -> Made:
-    if not config.lora:
+    if not config.on("use_peft"):
         for field in config.given(*LORA_FIELDS):
             if config.get(field) and field != "disable_dropout":
                 yield Left(field, "use_peft is not on, so the whole model is trained")

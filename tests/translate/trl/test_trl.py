@@ -242,6 +242,7 @@ MISTAKES = {
     "learning_rate: fast": 'learning_rate: must be a number, got "fast"',
     "per_device_train_batch_size: 1.5": "per_device_train_batch_size: must be a whole number, got 1.5",
     "use_dora: sometimes\nuse_peft: true": 'use_dora: must be true or false, got "sometimes"',
+    "use_peft: 'yes'": 'use_peft: must be true or false, got "yes"',
     "num_generations: 8": "num_generations: a config that has it generates completions",
     "center_rewards_coefficient: 0.01": "center_rewards_coefficient: a config that has it trains a reward model",
     "lr_scheduler_kwargs: x": 'lr_scheduler_kwargs: must be a table of keywords, got "x"',
