@@ -43,7 +43,7 @@ def rules(learning_rate: Mapping[str, float], logging_steps: int) -> tuple[Rule,
             cadence("save_steps", "save_strategy", "output.save_every", "steps", _STEPS),
             f"{SHARES}; without them {_STEPS}",
         ),
-        same("save_total_limit", "output.keep", Fields.whole, "the same; without it the other trainer keeps all"),
+        same("save_total_limit", "output.keep", Fields.whole, "the same; without it all are kept there, and 2 here"),
         rule("push_to_hub hub_model_id", "output.push_to", push, "`hub_model_id`, if `push_to_hub` is on"),
         rule(
             "logging_strategy logging_steps", "log.every", logging(logging_steps),
