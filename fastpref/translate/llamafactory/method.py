@@ -172,12 +172,13 @@ def reference(config: Fields) -> Made:
     if adapters:
         if bits:
             yield Left("ref_model_quantization_bit", "an adapter shares the weights of the trained model")
-    else:
-        quantization = {0: "none", 4: "nf4", 8: "int8"}.get(bits)
-        if quantization is None:
-            raise config.refused("ref_model_quantization_bit", f"must be 4 or 8, got {bits}")
+        return
+    if bits not in (0, 4, 8):
+        raise config.refused("ref_model_quantization_bit", f"must be 4 or 8, got {bits}")
+    if bits or config.get("quantization_bit"):  # without bits it is whole, though the trained model may not be
         given = config.given("ref_model_quantization_bit")
-        yield Setting(dotted("reference.quantization"), quantization, given, "" if given else DEFAULT)
+        kind = {0: "none", 4: "nf4", 8: "int8"}[bits]
+        yield Setting(dotted("reference.quantization"), kind, given, "" if given else DEFAULT)
 
 
 # --- The losses ------------------------------------------------------------------------------------------------------

@@ -101,8 +101,12 @@ MORE: dict[str, dict[str, Any]] = {  # fields → keys, and None for keys that a
         "lora.from": "a", "lora.stack": True, "reference.adapter": "start", "lora.rank": 4,
     },
     "{adapter_name_or_path: a, ref_model: r}": {
-        "lora.from": "a", "reference.adapter": None, "reference.name": "r", "reference.quantization": "none",
+        "lora.from": "a",
+        "reference.adapter": None,
+        "reference.name": "r",
+        "reference.quantization": None,
     },
+    "{quantization_bit: 4, ref_model: r}": {"reference.name": "r", "reference.quantization": "none"},
     "{adapter_name_or_path: a, pref_loss: simpo}": {"lora.from": "a", "reference.adapter": None},
     "{ref_model: r, ref_model_quantization_bit: 4}": {"reference.name": "r", "reference.quantization": "nf4"},
     "{ref_model: m, ref_model_adapters: b}": {"reference.name": "b", "reference.quantization": None},
@@ -267,6 +271,21 @@ def test_a_whole_config_is_written_and_checked(described: Path):
     for line in translate(FACTORY.dialect, described / "run.yaml", described / "data").left_out:
         assert f"\n  {line}\n" in output
         assert f"\n#   {line}\n" in written
+
+
+def test_relative_paths_keep_their_meaning(described: Path, monkeypatch: pytest.MonkeyPatch):
+    """Paths of models and adapters that LLaMA-Factory finds from here are found by a config in another folder."""
+    for name in ("model", "adapter", "other"):
+        (described / name).mkdir()
+    added = "{model_name_or_path: ./model, adapter_name_or_path: adapter, ref_model: other, dataset: pairs}"
+    translation = snippet(FACTORY, described, added, described / "out")
+    (described / "out").mkdir()
+    (described / "out" / "c.toml").write_text(translation.text)
+    monkeypatch.chdir("/")
+    config = load_config(described / "out" / "c.toml")
+    assert config.lora is not None
+    found = (config.model.name, config.lora.start, config.reference.name, config.data[0].path)
+    assert found == tuple(str(described / name) for name in ("model", "adapter", "other", "data/pairs.json"))
 
 
 def test_a_config_without_a_stage_is_supervised(tmp_path: Path):
