@@ -10,7 +10,17 @@ _KINDS = {  # option of `fastpref init` → whose config it translates, and the 
     "--from-axolotl": ("Axolotl", ("base_model", "micro_batch_size")),
     "--from-llamafactory": (
         "LLaMA-Factory",
-        ("stage", "finetuning_type", "cutoff_len", "pref_loss", "pref_beta", "dataset_dir", "template", "lora_rank"),
+        (
+            "stage",
+            "finetuning_type",
+            "cutoff_len",
+            "pref_loss",
+            "pref_beta",
+            "dataset",
+            "dataset_dir",
+            "template",
+            "lora_rank",
+        ),
     ),
     "--from-trl": ("TRL", ("model_name_or_path",)),
 }

@@ -1,9 +1,10 @@
-"""Rules for the fields of transformers' TrainingArguments, which TRL and LLaMA-Factory share, and those left out."""
+"""Rules for the fields of transformers' TrainingArguments, which TRL and LLaMA-Factory share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted
+from fastpref.translate.left_out import NO_EPOCHS, NO_PADDING, PACKED
 from fastpref.translate.rule import Make, Rule, if_on, rule, same, with_default
 
 EPOCHS = 3.0
@@ -42,7 +43,7 @@ def rules(learning_rate: Mapping[str, float], logging_steps: int) -> tuple[Rule,
             cadence("save_steps", "save_strategy", "output.save_every", "steps", _STEPS),
             f"{SHARES}; without them {_STEPS}",
         ),
-        same("save_total_limit", "output.keep", Fields.whole, "the same; without it the other trainer keeps all"),
+        same("save_total_limit", "output.keep", Fields.whole, "the same; without it all are kept there, and 2 here"),
         rule("push_to_hub hub_model_id", "output.push_to", push, "`hub_model_id`, if `push_to_hub` is on"),
         rule(
             "logging_strategy logging_steps", "log.every", logging(logging_steps),
@@ -54,9 +55,6 @@ def rules(learning_rate: Mapping[str, float], logging_steps: int) -> tuple[Rule,
 
 
 SHARES = "steps; a share below 1 is of all steps; a strategy of epochs is 1 / `num_train_epochs` of them"
-
-
-NO_EPOCHS = "max_steps decides the length of the run, not the epochs; set {key} to a number of steps"
 
 
 def _learning_rate(defaults: Mapping[str, float]) -> Make:
@@ -195,9 +193,6 @@ def every_epoch(config: Fields, given: tuple[str, ...], key: str, epochs: float,
     yield from (Left(field, reason) for field in given)
 
 
-NOT_BEST = "final/ is the last model, unless train.stop ends the run; checkpoints/best.json names the best checkpoint"
-
-
 def metric_name(metric: str) -> str:
     """Return fastpref's name of a metric of an evaluation, for transformers' with or without its eval_."""
     return f"eval/{metric.removeprefix('eval_')}"
@@ -233,6 +228,32 @@ def trackers(config: Fields) -> Made:
         yield Setting(dotted("log.trackers"), names, ("report_to",))
 
 
+def sync(switch: str, steps: str, mix: str, *, defaults: tuple[int, float]) -> Rule:
+    """Return the rule for the fields of a reference that follows the policy (TR-DPO): a copy, where it can be one."""
+
+    def make(config: Fields) -> Made:
+        if not config.on(switch):
+            yield from (Left(field, f"{switch} is not on") for field in config.given(steps, mix))
+            return
+        fields = config.given(switch, steps, mix)
+        if not config.lora and not config.get("precompute_ref_log_probs"):
+            yield Setting(dotted("reference.mode"), "copy", (switch,))
+        table = {"every": config.whole(steps, defaults[0]), "mix": config.number(mix, defaults[1])}
+        yield Setting(dotted("reference.sync"), table, fields)
+
+    how = f"a copy that moves every `{steps}` ({defaults[0]}) steps by `{mix}` ({defaults[1]})"
+    return Rule((switch, steps, mix), ("reference.mode", "reference.sync"), make, how, ("dpo", "ipo", "kto"))
+
+
+def all_but(patterns: Sequence[str], *, anywhere: bool = False) -> str:
+    """Return a pattern for the weights and biases whose names do not begin with one of the patterns.
+
+    With `anywhere`, these may be anywhere in the name.
+    """
+    trained = "|".join(f"(?:{pattern})" for pattern in patterns)
+    return rf"(?!{'.*' if anywhere else ''}(?:{trained})).*\.(?:weight|bias)"
+
+
 def checkpointing(switches: tuple[str, ...], offload: str) -> Make:
     """Make the rule for fields that switch gradient checkpointing, and one that moves what it keeps to the host."""
 
@@ -257,6 +278,18 @@ def push(config: Fields) -> Made:
         yield Left("hub_model_id", "push_to_hub is not on")
 
 
+def packing(*fields: str) -> Rule:
+    """Return the rule for fields that pack rows, which changes supervised steps and is for nothing else."""
+
+    def make(config: Fields) -> Made:
+        for field in config.given(*fields):
+            packed = config.get(field) not in (False, None, "false")
+            if packed:
+                yield Left(field, PACKED if config.method == "sft" else NO_PADDING)
+
+    return Rule(fields, (), make, "left out: `train.batch` counts rows before they are packed")
+
+
 def batch(config: Fields, length: int, sequences: int) -> Made:
     """Translate the micro-batch and the steps of accumulation; a row has so many sequences of at most `length`."""
     micro = config.whole("per_device_train_batch_size", 8)
@@ -267,52 +300,3 @@ def batch(config: Fields, length: int, sequences: int) -> Made:
     each = f" × {sequences} completions" if sequences > 1 else ""
     words = f"per_device_train_batch_size {micro}{each} × {length} tokens"
     yield Setting(dotted("train.tokens_per_microbatch"), micro * sequences * length, fields[:1], words)
-
-
-# --- Left out --------------------------------------------------------------------------------------------------------
-
-ATTENTION = (
-    "model.attention chooses FlexAttention, FlashAttention-2 or SDPA; by default the model and the device decide"
-)
-REASONS: dict[str, str] = {  # reason → names of fields, in which * stands for any text
-    "`accelerate launch` runs fastpref on several devices, by DDP or FSDP; train.batch counts the rows of all": """
-        deepspeed fsdp fsdp_config ddp_* accelerator_config parallelism_config local_rank use_cpu
-        average_tokens_across_devices log_on_each_node save_on_each_node""",
-    "rows are read as they are and tokenized once, into fastpref's own cache": """
-        dataloader_* remove_unused_columns label_names length_column_name""",
-    "rows are shuffled anew in every epoch, by train.seed": "train_sampling_strategy group_by_length data_seed",
-    "train.tokens_per_microbatch limits a micro-batch, in training and in evaluation": """
-        per_device_eval_batch_size auto_find_batch_size eval_accumulation_steps torch_empty_cache_steps""",
-    "a run evaluates at its start, its end and every eval.every steps, with its own metrics": """
-        eval_delay eval_on_start eval_do_concat_batches eval_use_gather_object prediction_loss_only
-        include_for_metrics include_num_input_tokens_seen batch_eval_metrics""",
-    "`fastpref train` trains, and `fastpref eval` evaluates": "do_train do_eval do_predict",
-    "matrix products have the precision of model.dtype, by PyTorch's defaults": """
-        tf32 bf16_full_eval fp16_full_eval""",
-    "train.checkpointing and train.offload_activations have no further options": """
-        gradient_checkpointing_kwargs activation_checkpointing_kwargs""",
-    "fastpref has its own LoRA layers, and norms, RoPE and MLPs of liger-kernel (model.liger), and no others": """
-        torch_compile torch_compile_* liger_kernel_config""",
-    "train.optimizer takes train.betas and train.epsilon, and no further options": "optim_args optim_target_modules",
-    "the losses smooth labels by their own option, label_smoothing": "label_smoothing_factor",
-    "`fastpref train --resume` resumes a run": """
-        resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint overwrite_output_dir""",
-    "output.save_every saves checkpoints, and the model is saved at the end, as safetensors": """
-        save_only_model enable_jit_checkpoint save_safetensors""",
-    "the result is uploaded once, at the end, with the access that `hf auth login` gives": """
-        hub_token hub_private_repo hub_strategy hub_always_push hub_revision""",
-    "a tracker takes its settings from its own environment variables": "run_name project trackio_* logging_dir",
-    "fastpref writes its own log": """
-        log_level log_level_replica logging_first_step logging_nan_inf_filter disable_tqdm skip_memory_metrics debug""",
-    "runs are repeatable on the same machine as they are": "full_determinism",
-    "a whole sequence is computed at once, without a cache of keys and values": "use_cache",
-}
-
-
-def merged(*tables: Mapping[str, str]) -> dict[str, str]:
-    """Return the reasons of several tables, with the names of equal reasons together."""
-    reasons: dict[str, str] = {}
-    for table in tables:
-        for reason, names in table.items():
-            reasons[reason] = f"{reasons.get(reason, '')} {names}"
-    return reasons

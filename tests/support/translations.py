@@ -1,5 +1,6 @@
 """The trainers whose configs are translated, with the smallest config of each, and translations as flat tables."""
 
+import textwrap
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fastpref.config.losses import LOSSES
+from fastpref.config import Config
 from fastpref.translate import DIALECTS, Dialect, Translation, translate
 from fastpref.translate.axolotl import rows as axolotl_rows
 from fastpref.translate.llamafactory import rows as llamafactory_rows
@@ -17,6 +18,7 @@ from fastpref.translate.trl import source as trl_source
 from tests.support import axolotl_configs
 from tests.support.trainer_fields import LLAMAFACTORY_FIELDS, TRL_FIELDS
 
+PENDING = ("train.neftune_alpha", "train.stop", "reference.sync", "tokens.add")
 _OLD = ("unsloth_lora_mlp", "unsloth_rms_norm", "unsloth_cross_entropy_loss")  # of older versions of Axolotl
 _QUANTIZED = ("double_quantization", "quantization_method", "quantization_type")
 _CHATS = [{"path": "d", "type": "chat_template"}]
@@ -77,6 +79,7 @@ TRAINERS = {
             axolotl_rows.LEFT_OUT,
             "axolotl.md",
             {"peft.weight_dtype": {"peft.backend": "bnb"}},
+            ("pretraining_dataset", "reward_model", "process_reward_model", "train_on_inputs"),
         ),
         Trainer(
             DIALECTS["--from-trl"],
@@ -111,7 +114,7 @@ TRAINERS = {
 
 
 def methods_of(trainer: Trainer) -> list[str]:
-    return [method for method in trainer.methods if method in LOSSES]
+    return list(trainer.methods)
 
 
 def translated(trainer: Trainer, folder: Path, fields: Mapping[str, Any], out: Path | None = None) -> Translation:
@@ -158,3 +161,26 @@ def wanted(translation: Translation) -> dict[str, Any]:
     """Return all settings of a translation by dotted keys, those that the schema refuses too."""
     settings = (*translation.settings, *(setting for setting, _ in translation.refused))
     return {".".join(map(str, setting.key)): setting.value for setting in settings}
+
+
+_HEAD = {"base_model": "base_model: m", "rl": "rl: dpo", "datasets": "datasets: [{path: d}]"}
+
+
+def axolotl(folder: Path, added: str, out: Path | None = None) -> Translation:
+    """Translate a YAML text of Axolotl's, after adding the missing fields that every config needs."""
+    added = textwrap.dedent(added)
+    if added.startswith("{"):
+        added = yaml.safe_dump(yaml.safe_load(added))
+    lines = [line for field, line in _HEAD.items() if f"\n{field}:" not in f"\n{added}"]
+    path = folder / "cfg.yml"
+    path.write_text("\n".join([*lines, added]), encoding="utf-8")
+    return translate(DIALECTS["--from-axolotl"], path, out or folder)
+
+
+def taken(translation: Translation, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a translation has for these keys, which the schema takes."""
+    Config.model_validate(tables(translation))
+    refused = [(".".join(map(str, setting.key)), reason) for setting, reason in translation.refused]
+    assert [(key, reason) for key, reason in refused if key in keys and key not in PENDING] == []
+    settings = wanted(translation)
+    return {key: settings.get(key) for key in keys}

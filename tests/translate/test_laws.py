@@ -14,16 +14,11 @@ from fastpref.config.text import keys_of, sections
 from fastpref.errors import UserError
 from fastpref.translate import DIALECTS, translate
 from tests.support.paths import DOCS
-from tests.support.translations import TRAINERS, Trainer, methods_of, tables, translated
+from tests.support.translations import PENDING, TRAINERS, Trainer, methods_of, tables, translated
 
 EVERY = pytest.mark.parametrize("trainer", TRAINERS.values(), ids=TRAINERS)
 METHODS = [(trainer, method) for trainer in TRAINERS.values() for method in methods_of(trainer)]
-RULED = [
-    (trainer, field)
-    for trainer in TRAINERS.values()
-    for field in sorted(trainer.ruled)
-    if field not in trainer.methods_by or "sft" in LOSSES
-]
+RULED = [(trainer, field) for trainer in TRAINERS.values() for field in sorted(trainer.ruled)]
 
 
 def named(cases: list[tuple[Trainer, str]]) -> list[str]:
@@ -171,13 +166,6 @@ def page_tables(trainer: Trainer) -> list[str]:
 def test_the_page_holds_the_tables(trainer: Trainer, at: int):
     """The page of a trainer has these tables; if this fails, put the printed table into the page."""
     assert page_tables(trainer)[at] in (DOCS / trainer.page).read_text(encoding="utf-8")
-
-
-PENDING = {
-    "train.schedule_options", "train.min_lr", "train.epsilon", "train.betas", "train.neftune_alpha", "train.stop",
-    "reference.sync", "reference.name", "reference.adapter", "lora.stack", "lora.from", "lora.init", "lora.plus_ratio",
-    "lora.layers", "tokens.add",
-}  # fmt: skip
 
 
 @EVERY

@@ -1,8 +1,10 @@
 """The fields of Axolotl without a counterpart in fastpref, grouped by the reason."""
 
+from fastpref.translate.left_out import NO_PADDING
+
 GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for any text
-    "rows are packed without padding (train.layout), which changes no result": """
-        sample_packing sample_packing_* eval_sample_packing pad_to_* batch_flattening multipack_real_batches
+    NO_PADDING: """
+        sample_packing_* eval_sample_packing pad_to_* batch_flattening multipack_real_batches
         dpo_padding_free group_by_length max_packed_sequence_len""",
     "`accelerate launch` runs fastpref on several devices, by DDP or FSDP; train.batch counts the pairs of all": """
         deepspeed deepcompile fsdp fsdp_* ddp ddp_* dp_* world_size local_rank device device_map max_memory
@@ -35,12 +37,12 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
         quantization peft.group_size""",
     "model.quantization is that of the experts too": "quantize_moe_experts",
     "[lora] makes LoRA, rsLoRA and DoRA adapters, and no others": """
-        lora_fan_in_fan_out lora_target_parameters peft_layers_pattern peft_layer_replication
+        lora_fan_in_fan_out peft_layers_pattern peft_layer_replication
         peft_trainable_token_indices peft_ensure_weight_tying peft_autocast_adapter_dtype lora_on_cpu relora relora_*
         jagged_restart_* lisa_*""",
     "`fastpref merge` merges adapters after the training": "merge_lora merge_method",
     "the whole model is trained, or adapters and lora.modules_to_save": """
-        unfrozen_parameters freeze_mm_modules reinit_weights""",
+        freeze_mm_modules reinit_weights""",
     "all parameters have one learning rate and schedule, but those of lora.plus_ratio": """
         embedding_lr embedding_lr_scale loraplus_lr_embedding lr_groups lr_quadratic_warmup cosine_constant_lr_ratio
         lr_div_factor""",
@@ -80,4 +82,4 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
         gc_steps strict axolotl_config_path total_num_tokens total_supervised_tokens debug""",
 }
 # fields whose value `false` requests something that fastpref does not do
-EVEN_IF_OFF = ("sample_packing", "shuffle_merged_datasets")
+EVEN_IF_OFF = ("shuffle_merged_datasets",)

@@ -54,7 +54,7 @@ LORA: dict[str, tuple[str, Callable[[Fields, str], Any]]] = {  # field → key o
     "peft_use_dora": ("dora", Fields.on),
     "peft_use_rslora": ("rslora", Fields.on),
 }
-TARGETS = ("lora_target_linear", "lora_target_modules")
+TARGETS = ("lora_target_linear", "lora_target_modules", "lora_target_parameters")
 _MORE = {  # field → key of [lora], with lora_model_dir too
     "loraplus_lr_ratio": ("plus_ratio", Fields.number),
     "peft_layers_to_transform": ("layers", Fields.get),
@@ -101,14 +101,25 @@ NO_DROPOUT = (
 
 
 def targets(config: Fields) -> Made:
-    modules = config.get("lora_target_modules")
+    modules, experts = config.get("lora_target_modules"), config.get("lora_target_parameters")
+    names = [name for given in (modules, experts) if given for name in as_list(target(given))]
+    fields = config.given(*TARGETS[1:])
     if config.on("lora_target_linear"):
-        yield Setting(("lora", "target"), "all-linear", ("lora_target_linear",))
-        if modules:
+        more = [name for name in names if name in (*_NOT_LINEAR, *as_list(experts or []))]
+        if set(map(str, names)) > set(map(str, more)):
             why = 'lora.target = "all-linear" already takes every linear module but the head'
             yield Left("lora_target_modules", why)
-    elif modules:
-        yield Setting(("lora", "target"), target(modules), ("lora_target_modules",))
+        value = ["all-linear", *more] if more else "all-linear"
+        yield Setting(("lora", "target"), value, ("lora_target_linear", *(fields if more else ())))
+    elif names:
+        yield Setting(("lora", "target"), names if experts else target(modules), fields)
+
+
+_NOT_LINEAR = ("lm_head", "embed_tokens")
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def target(modules: Any) -> Any:
@@ -143,19 +154,6 @@ def kto_weight(field: str, key: str) -> Callable[[Fields], Made]:
             yield Setting(dotted(key), weight or 1.0, (field,), "" if weight else f"{field}: Axolotl takes 0 for 1")
 
     return make
-
-
-def sync(config: Fields) -> Made:
-    """Translate the reference that follows the policy (TR-DPO)."""
-    if config.on("trl.sync_ref_model"):
-        every = config.whole("trl.ref_model_sync_steps", 64)
-        mix = config.number("trl.ref_model_mixup_alpha", 0.9)
-        yield Setting(dotted("reference.sync"), {"every": every, "mix": mix}, config.given(*SYNC))
-    else:
-        yield from (Left(field, "trl.sync_ref_model is not on") for field in config.given(*SYNC[1:]))
-
-
-SYNC = ("trl.sync_ref_model", "trl.ref_model_sync_steps", "trl.ref_model_mixup_alpha")
 
 
 def beta(config: Fields) -> Made:

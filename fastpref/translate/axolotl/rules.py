@@ -5,7 +5,7 @@ from itertools import chain
 from fastpref.translate.axolotl import method, rows, run
 from fastpref.translate.fields import Fields
 from fastpref.translate.rule import Rule, if_on, rule, same
-from fastpref.translate.trainer_arguments import betas, optimizer, steps
+from fastpref.translate.trainer_arguments import betas, optimizer, steps, sync
 
 SHARES = "steps; a share below 1 is of all steps; a strategy of epochs is 1 / `num_epochs` of them"
 
@@ -26,7 +26,8 @@ RULES = (
     Rule(
         method.LORA_FIELDS, method.LORA_KEYS, method.lora,
         "the table where there is an `adapter`; `lora_target_linear` is all-linear, and goes before modules, which may "
-        "be names or a regular expression. The adapter of `lora_model_dir` has its own rank, alpha and targets. "
+        "be names or a regular expression; `lora_target_parameters` are names too. The adapter of `lora_model_dir` has "
+        "its own rank, alpha and targets. "
         "`lora_dropout` counts in supervised training only. `loftq_bits: 4` is loftq",
     ),
     rule("rl", "loss.type", method.loss, "the same; dpo, ipo, kto, orpo, simpo; without it sft, see below"),
@@ -54,10 +55,7 @@ RULES = (
     ),
     rule("", "loss.nll_on", method.orpo, 'ORPO: "all", as TRL scores the prompt too', "orpo"),
     if_on("precompute_ref_log_probs", "reference.mode", "precompute", ("dpo", "ipo", "kto")),
-    rule(
-        " ".join(method.SYNC), "reference.sync", method.sync,
-        "every `ref_model_sync_steps` (64), mixed by `ref_model_mixup_alpha` (0.9)", "dpo", "ipo", "kto",
-    ),
+    sync("trl.sync_ref_model", "trl.ref_model_sync_steps", "trl.ref_model_mixup_alpha", defaults=(64, 0.9)),
     rule(
         "test_datasets val_set_size", "eval.data eval.fraction", run.held_out,
         "`test_datasets` as `datasets`; a `val_set_size` below 1 is the fraction",
@@ -104,7 +102,12 @@ RULES = (
         "accumulation × micro-batch of one device; multiply it by the number of yours. Micro-batch × 2 completions × "
         "`sequence_len` tokens are computed at once",
     ),
+    rule("sample_packing", "", run.packing, "left out: `train.batch` counts rows before they are packed"),
     rule("optimizer", "train.optimizer", optimizer("optimizer"), "by its name; the kinds of AdamW by four names"),
+    rule(
+        "unfrozen_parameters", "train.freeze", run.freeze,
+        "a pattern for all weights and biases but these, if the whole model is trained",
+    ),
     rule("adam_beta1 adam_beta2", "train.betas", betas("optimizer"), "both, if one of them is there, or for Lion"),
     same("adam_epsilon", "train.epsilon", Fields.number),
     rule(

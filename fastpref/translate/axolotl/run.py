@@ -1,8 +1,11 @@
 """Rules for held-out data, tokens, the optimization, output and logging."""
 
+import re
+
 from fastpref.translate.axolotl import rows
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted
-from fastpref.translate.trainer_arguments import NOT_BEST, every_steps, metric_name
+from fastpref.translate.left_out import BEST, NO_EPOCHS, NO_PADDING, NOT_BEST, PACKED
+from fastpref.translate.trainer_arguments import all_but, every_steps, metric_name
 
 
 def held_out(config: Fields) -> Made:
@@ -62,6 +65,12 @@ def batch(config: Fields) -> Made:
     yield Setting(dotted("train.tokens_per_microbatch"), tokens, ("micro_batch_size", "sequence_len"), words)
 
 
+def packing(config: Fields) -> Made:
+    if "sample_packing" in config:  # off, it requests padding
+        packed = config.method == "sft" and config.get("sample_packing")
+        yield Left("sample_packing", PACKED if packed else NO_PADDING)
+
+
 def schedule(config: Fields) -> Made:
     scheduler = config.text("lr_scheduler", "cosine")
     if "lr_scheduler" in config:
@@ -116,18 +125,22 @@ def evaluations(config: Fields) -> Made:
         yield from per_epoch(config, "evals_per_epoch", key)
     elif config.text("eval_strategy", "no") == "epoch":
         yield from per_epoch(config, "eval_strategy", key)
+    elif config.text("eval_strategy", "no") != "no":
+        yield Left("eval_strategy", "it is without eval_steps; set eval.every")
 
 
 def checkpoints(config: Fields) -> Made:
     """Translate when checkpoints are saved, which is every epoch unless something else is said, and how many stay."""
     key, kept = "output.save_every", config.given("save_total_limit")
-    words = []
+    words: list[Setting | Left] = []
     if config.get("save_steps"):
         words += every_steps(config, "save_steps", key)
     elif config.number("saves_per_epoch", 0):
         words += per_epoch(config, "saves_per_epoch", key)
     elif config.text("save_strategy", "epoch") == "epoch":
         words += per_epoch(config, "save_strategy", key)
+    elif config.text("save_strategy") != "no":
+        words.append(Left("save_strategy", "it is without save_steps; set output.save_every"))
     yield from words
     if any(isinstance(word, Setting) for word in words) or kept:
         yield Setting(
@@ -142,9 +155,7 @@ def per_epoch(config: Fields, field: str, key: str) -> Made:
     given = config.given(field)
     if config.whole("max_steps", 0) > 0 and times == 1 and field.endswith("strategy"):
         if given:
-            yield Left(
-                field, f"max_steps decides the length of the run, not the epochs; set {key} to a number of steps"
-            )
+            yield Left(field, NO_EPOCHS.format(key=key))
     elif epochs * times > 1:
         words = f"{field} {times:g} × num_epochs {epochs:g}" if times != 1 else f"every one of {epochs:g} epochs"
         share = round(1 / (epochs * times), 6)
@@ -159,7 +170,7 @@ def stop(config: Fields) -> Made:
         fields = config.given("early_stopping_patience", "metric_for_best_model")
         yield Setting(dotted("train.stop"), table, fields)
     elif config.get("metric_for_best_model"):
-        yield Left("metric_for_best_model", "checkpoints/best.json names the best checkpoint by the evaluation's loss")
+        yield Left("metric_for_best_model", BEST)
     if config.get("load_best_model_at_end") and "early_stopping_patience" not in config:
         yield Left("load_best_model_at_end", NOT_BEST)
 
@@ -178,9 +189,28 @@ def new_tokens(config: Fields) -> Made:
     if names:
         fields = (*config.given("tokens"), *(("special_tokens",) if more else ()))
         yield Setting(dotted("tokens.add"), names, fields, "only their rows are trained")
+    if special.pop("pad_token", None):
+        yield Left("special_tokens", "pad_token: padding changes no result, with any token")
     if special:
         why = f"{', '.join(special)}: the tokenizer keeps the tokens that its files name; name a copy that has others"
         yield Left("special_tokens", why)
+
+
+def freeze(config: Fields) -> Made:
+    """Translate the patterns of the parameters that are trained: all others are frozen."""
+    if "unfrozen_parameters" not in config:
+        return
+    patterns = config.get("unfrozen_parameters")
+    names = patterns if isinstance(patterns, list) else [patterns]
+    if config.lora:
+        yield Left("unfrozen_parameters", "adapters are trained; lora.modules_to_save trains modules in full")
+    elif not all(isinstance(name, str) for name in names) or any(_ROWS.search(name) for name in names):
+        yield Left("unfrozen_parameters", "rows of a parameter cannot be frozen; train.freeze names whole ones")
+    elif names:
+        yield Setting(dotted("train.freeze"), [all_but(names)], ("unfrozen_parameters",), "all others are frozen")
+
+
+_ROWS = re.compile(r"\[\d*[:-]?\d*\]$")
 
 
 def samples(config: Fields) -> Made:

@@ -1,6 +1,6 @@
 """The fields of LLaMA-Factory's configs without a counterpart in fastpref, grouped by the reason."""
 
-from fastpref.translate.trainer_arguments import ATTENTION, REASONS, merged
+from fastpref.translate.left_out import ATTENTION, REASONS, merged
 
 GROUPS = merged(
     REASONS,
@@ -33,7 +33,6 @@ GROUPS = merged(
             streaming buffer_size overwrite_cache preprocessing_batch_size preprocessing_num_workers tokenized_path
             data_shared_file_system""",
         "data sets are concatenated; weight repeats the rows of one": "mix_strategy interleave_probs",
-        "rows are packed without padding (train.layout), which changes no result": "packing neat_packing",
         "rows are shuffled anew in every epoch, by train.seed": "disable_shuffling",
         "calls of tools are written by the chat template": "tool_format",
         "a run evaluates at its start, its end and every eval.every steps, with its own metrics": """
@@ -41,8 +40,7 @@ GROUPS = merged(
             predict_with_generate generation_*""",
         "[lora] has one learning rate for embeddings and other modules": "loraplus_lr_embedding",
         "adapters are saved as they are trained; `fastpref merge` makes a model of them": "pissa_convert",
-        "fastpref trains lora and full": """
-            freeze_trainable_* freeze_extra_modules module_dropout oft_* use_llama_pro use_mca""",
+        "fastpref trains lora, full and freeze": "module_dropout oft_* use_mca",
         "it is for stages that fastpref does not train": "ppo_* reward_model reward_model_*",
         "it is for optimizers that fastpref does not have": "galore_* apollo_* badam_*",
         "the loss is the negative log-likelihood": "use_dft_loss use_eaft_loss eaft_alpha use_asft_loss asft_alpha",

@@ -1,8 +1,12 @@
 """Rules for the model, its adapters, the reference and the loss."""
 
+import re
 from collections.abc import Generator
+from pathlib import Path
 
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted, shown
+from fastpref.translate.sources import number_of
+from fastpref.translate.trainer_arguments import all_but
 
 DEFAULT = "LLaMA-Factory's default"
 _WITH_REFERENCE = ("dpo", "kto")
@@ -41,23 +45,30 @@ def quantization(config: Fields) -> Made:
 OWN = ("lora_rank", "lora_alpha", "lora_target", "additional_target", "use_rslora", "use_dora")
 BEGINNING = ("pissa_init", "pissa_iter")
 ADAPTER = ("adapter_name_or_path", "create_new_adapter")
-LORA_FIELDS = ("finetuning_type", *OWN, "lora_dropout", *BEGINNING, "loraplus_lr_ratio", *ADAPTER)
+LORA_FIELDS = (
+    "finetuning_type", *OWN, "lora_dropout", *BEGINNING, "loraplus_lr_ratio", *ADAPTER,
+    "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "use_llama_pro",
+)  # fmt: skip
 LORA_KEYS = (
     "lora", "lora.from", "lora.stack", "lora.rank", "lora.alpha", "lora.target", "lora.modules_to_save", "lora.rslora",
-    "lora.dora", "lora.dropout", "lora.init", "lora.plus_ratio", "reference.adapter",
+    "lora.dora", "lora.dropout", "lora.init", "lora.plus_ratio", "reference.adapter", "train.freeze",
 )  # fmt: skip
 NO_DROPOUT = "LLaMA-Factory turns all dropout off in the stages dpo and kto, also that of adapters"
 
 
 def lora(config: Fields) -> Made:
+    if config.on("use_llama_pro"):
+        raise config.refused("use_llama_pro", "the layers that were added to the model cannot be told here")
     if not config.lora:
         if "adapter_name_or_path" in config:
-            raise config.refused("adapter_name_or_path", "finetuning_type: full has no adapter")
+            raise config.refused("adapter_name_or_path", f"{_kind(config)} has no adapter")
         for field in config.given(*OWN, "lora_dropout", "pissa_init", "loraplus_lr_ratio"):
             if config.get(field):
-                yield Left(field, "finetuning_type is full")
+                yield Left(field, _kind(config))
+        yield from _freeze(config)
         return
     yield Setting(("lora",), {}, config.given("finetuning_type"))
+    yield from (Left(field, _kind(config)) for field in config.given(*FREEZE))
     continued = yield from _adapter(config)
     if continued:
         for field in config.given(*OWN):
@@ -75,6 +86,31 @@ def lora(config: Fields) -> Made:
         yield Left("pissa_iter", "pissa_init is not on")
     if "loraplus_lr_ratio" in config:
         yield Setting(("lora", "plus_ratio"), config.number("loraplus_lr_ratio"), ("loraplus_lr_ratio",))
+
+
+def _kind(config: Fields) -> str:
+    return f"finetuning_type: {config.text('finetuning_type', 'lora')}"
+
+
+FREEZE = ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules")
+
+
+def _freeze(config: Fields) -> Made:
+    """Translate the layers that are trained, the last or the first n: all other weights are frozen."""
+    if config.text("finetuning_type", "lora") != "freeze":
+        yield from (Left(field, _kind(config)) for field in config.given(*FREEZE))
+        return
+    count = config.whole("freeze_trainable_layers", 2)
+    layers = number_of(config.text("model_name_or_path"), "num_hidden_layers", (Path(), config.file.parent))
+    if count > 0 and layers is None:
+        why = f"the last {count} layers are trained, and how many the model has is not known; name its folder"
+        raise config.refused("finetuning_type: freeze", why)
+    trained = range(max(0, (layers or 0) - count), layers or 0) if count > 0 else range(min(-count, layers or -count))
+    names = config.names("freeze_trainable_modules") or ["all"]
+    parts = [rf"\.{at}\.{'' if name == 'all' else re.escape(name)}" for name in names for at in trained]
+    parts += [re.escape(name) for name in config.names("freeze_extra_modules")]
+    words = f"all but the {'last' if count > 0 else 'first'} {len(trained)} layers"
+    yield Setting(dotted("train.freeze"), [all_but(parts, anywhere=True)], config.given(*FREEZE), words)
 
 
 def _new(config: Fields) -> Made:
@@ -136,12 +172,13 @@ def reference(config: Fields) -> Made:
     if adapters:
         if bits:
             yield Left("ref_model_quantization_bit", "an adapter shares the weights of the trained model")
-    else:
-        quantization = {0: "none", 4: "nf4", 8: "int8"}.get(bits)
-        if quantization is None:
-            raise config.refused("ref_model_quantization_bit", f"must be 4 or 8, got {bits}")
+        return
+    if bits not in (0, 4, 8):
+        raise config.refused("ref_model_quantization_bit", f"must be 4 or 8, got {bits}")
+    if bits or config.get("quantization_bit"):  # without bits it is whole, though the trained model may not be
         given = config.given("ref_model_quantization_bit")
-        yield Setting(dotted("reference.quantization"), quantization, given, "" if given else DEFAULT)
+        kind = {0: "none", 4: "nf4", 8: "int8"}[bits]
+        yield Setting(dotted("reference.quantization"), kind, given, "" if given else DEFAULT)
 
 
 # --- The losses ------------------------------------------------------------------------------------------------------

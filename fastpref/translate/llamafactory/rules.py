@@ -5,7 +5,7 @@ from dataclasses import replace
 from fastpref.translate.fields import Fields
 from fastpref.translate.llamafactory import method, rows, run
 from fastpref.translate.rule import Rule, if_on, rule, same, with_default
-from fastpref.translate.trainer_arguments import evaluations, rules
+from fastpref.translate.trainer_arguments import evaluations, packing, rules
 
 RULES = (
     same("model_name_or_path", "model.name", Fields.text),
@@ -21,7 +21,8 @@ RULES = (
         method.LORA_FIELDS, method.LORA_KEYS, method.lora,
         "the table unless `finetuning_type` is full; rank 8, alpha twice the rank; `all` is all-linear; `lora_dropout` "
         "counts in the stage sft only; `pissa_iter` n is pissa_niter_n. An adapter is trained on, with the bare model "
-        "as the reference, or a new one on top of it, with the merged one as the reference",
+        "as the reference, or a new one on top of it, with the merged one as the reference. freeze "
+        "is a pattern for all weights and biases but those of the layers",
     ),
     Rule(method.REFERENCE, ("reference.name", "reference.quantization"), method.reference,
          "the model, or the adapter of the trained model; its bits", ("dpo", "kto")),
@@ -47,6 +48,7 @@ RULES = (
          "× 2 completions (sft: 1) × `cutoff_len` tokens are computed at once"),
     rule("disable_gradient_checkpointing", "train.checkpointing", run.checkpointing, "false; without it auto"),
     Rule(run.STOP, ("train.stop",), run.stop, "after so many evaluations that are not better"),
+    packing("packing", "neat_packing"),
     *(
         replace(one, fields=(*run.OTHERS, "optim"), make=run.optimizer, how=f"{one.how}; `use_muon` is muon")
         if one.fields == ("optim",) else one

@@ -2,8 +2,9 @@
 
 from fastpref.data.template.named import KNOWN
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted
-from fastpref.translate.trainer_arguments import NOT_BEST, metric_name
+from fastpref.translate.left_out import BEST, NOT_BEST
 from fastpref.translate.trainer_arguments import batch as shared_batch
+from fastpref.translate.trainer_arguments import metric_name
 from fastpref.translate.trainer_arguments import optimizer as shared_optimizer
 
 LENGTH = 2048
@@ -57,7 +58,7 @@ def stop(config: Fields) -> Made:
         yield Setting(dotted("train.stop"), table, config.given(*STOP[:2]))
         return
     if config.get("metric_for_best_model"):
-        yield Left("metric_for_best_model", "checkpoints/best.json names the best checkpoint by the evaluation's loss")
+        yield Left("metric_for_best_model", BEST)
     if config.get("load_best_model_at_end"):
         yield Left("load_best_model_at_end", NOT_BEST)
 

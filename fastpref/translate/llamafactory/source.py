@@ -13,10 +13,6 @@ TRAINER, OPTION = "LLaMA-Factory", "--from-llamafactory"
 METHODS = ("dpo", "orpo", "simpo", "kto", "sft")
 _STAGES = {"pt": "trains on plain texts", "rm": "trains a reward model", "ppo": "generates while it trains"}
 _LOSSES = {"sigmoid": "dpo", "hinge": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo"}
-_KINDS = {
-    "oft": "fastpref trains lora and full",
-    "freeze": "fastpref trains lora and full; a full run with train.freeze leaves parameters as they are",
-}
 
 
 def read(path: Path, loss: str | None = None) -> Fields:
@@ -28,9 +24,8 @@ def read(path: Path, loss: str | None = None) -> Fields:
         if field not in values:
             raise UserError(f"{path}: there is no {field}: in it; add {need}")
     kind = values.get("finetuning_type", "lora")
-    if kind not in ("lora", "full"):
-        why = _KINDS.get(kind, "this is not known here; fastpref trains lora and full") if isinstance(kind, str) else ""
-        raise UserError(f"{path}: finetuning_type: {word(kind)}: {why or 'fastpref trains lora and full'}")
+    if kind not in ("lora", "full", "freeze"):
+        raise UserError(f"{path}: finetuning_type: {word(kind)}: fastpref trains lora, full and freeze")
     return Fields(path, values, TRAINER, method, called, kind == "lora")
 
 

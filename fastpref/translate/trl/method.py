@@ -1,10 +1,11 @@
 """Rules for the model, its adapters and the loss."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fastpref.config import is_pattern
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted, shown
+from fastpref.translate.sources import model_config
 from fastpref.translate.trl.source import inferred
 
 DEFAULT = "TRL's default"
@@ -62,13 +63,13 @@ LORA = {  # field → key of [lora], how its value is read, and TRL's default wh
     "use_rslora": ("rslora", Fields.on),
     "use_dora": ("dora", Fields.on),
 }
-LORA_FIELDS = ("use_peft", *LORA, "lora_target_modules", "lora_dropout", "disable_dropout")
+LORA_FIELDS = ("use_peft", *LORA, "lora_target_modules", "lora_target_parameters", "lora_dropout", "disable_dropout")
 LORA_KEYS = ("lora", *(f"lora.{key}" for key, _ in LORA.values()), "lora.target", "lora.dropout")
 NO_DROPOUT = "disable_dropout, on by default, turns off the dropout of adapters too; set lora.dropout to have it"
 
 
 def lora(config: Fields) -> Made:
-    if not config.lora:
+    if not config.on("use_peft"):
         for field in config.given(*LORA_FIELDS):
             if config.get(field) and field != "disable_dropout":
                 yield Left(field, "use_peft is not on, so the whole model is trained")
@@ -89,13 +90,14 @@ def lora(config: Fields) -> Made:
 
 
 def _targets(config: Fields) -> Made:
-    given = config.get("lora_target_modules")
+    given, experts = config.get("lora_target_modules"), config.names("lora_target_parameters")
     names = given[0] if isinstance(given, list) and len(given) == 1 else given
-    if names:
-        target = names if isinstance(names, list) or names == "all-linear" else pattern_or_name(names)
-        yield Setting(("lora", "target"), target, ("lora_target_modules",))
+    if names or experts:
+        modules = pattern_or_name(names) if names and names != "all-linear" else names or []
+        value = [*(modules if isinstance(modules, list) else [modules]), *experts] if experts else modules
+        yield Setting(("lora", "target"), value, config.given("lora_target_modules", "lora_target_parameters"))
         return
-    family = _family(config.text("model_name_or_path"), (Path(), config.file.parent))
+    family = model_config(config.text("model_name_or_path"), (Path(), config.file.parent)).get("model_type")
     names, known = _DEFAULT_TARGETS.get(family or "", _USUAL), family in _DEFAULT_TARGETS
     words = (
         f"PEFT's default for {family}"
@@ -106,10 +108,8 @@ def _targets(config: Fields) -> Made:
 
 
 def pattern_or_name(names: Any) -> Any:
-    """Return a text of target_modules as a list with the name, or the regular expression as it is."""
-    from fastpref.config import is_pattern
-
-    return names if isinstance(names, str) and is_pattern(names) else [names]
+    """Return a list and a regular expression as they are, and a name as a list of it."""
+    return [names] if isinstance(names, str) and not is_pattern(names) else names
 
 
 _USUAL = ("q_proj", "v_proj")
@@ -126,17 +126,6 @@ _DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {  # model_type → what PEFT 0.2
     "codegen": ("qkv_proj",),
     "btlm": ("c_proj", "c_attn"),
 }  # fmt: skip
-
-
-def _family(name: str, folders: tuple[Path, ...]) -> str | None:
-    """Return the model_type of a model in a folder here, or None."""
-    for folder in folders:
-        try:
-            family = json.loads((folder / name / "config.json").read_text(encoding="utf-8")).get("model_type")
-        except (OSError, ValueError, AttributeError):
-            continue
-        return family if isinstance(family, str) else None
-    return None
 
 
 # --- The losses ------------------------------------------------------------------------------------------------------
@@ -200,17 +189,3 @@ def sft(config: Fields) -> Made:
 def reference(config: Fields) -> Made:
     if config.on("precompute_ref_log_probs"):
         yield Setting(dotted("reference.mode"), "precompute", ("precompute_ref_log_probs",))
-
-
-SYNC = ("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha")
-
-
-def sync(config: Fields) -> Made:
-    """Translate the reference that follows the policy (TR-DPO)."""
-    if config.on("sync_ref_model"):
-        table = {
-            "every": config.whole("ref_model_sync_steps", 512), "mix": config.number("ref_model_mixup_alpha", 0.6),
-        }  # fmt: skip
-        yield Setting(dotted("reference.sync"), table, config.given(*SYNC))
-    else:
-        yield from (Left(field, "sync_ref_model is not on") for field in config.given(*SYNC[1:]))

@@ -2,7 +2,7 @@
 
 from fastpref.translate.fields import Fields
 from fastpref.translate.rule import Rule, rule, same
-from fastpref.translate.trainer_arguments import checkpointing, evaluations, rules
+from fastpref.translate.trainer_arguments import checkpointing, evaluations, packing, rules, sync
 from fastpref.translate.trl import method, rows, run
 
 RULES = (
@@ -24,7 +24,7 @@ RULES = (
     ),
     Rule(
         method.LORA_FIELDS, method.LORA_KEYS, method.lora,
-        "the table if `use_peft` is on; without `lora_target_modules` PEFT's default for the architecture; "
+        "the table if `use_peft` is on; without modules and parameters to target PEFT's default for the architecture; "
         "`lora_dropout` (0.05) if `disable_dropout` is off, and in `trl sft`",
     ),
     rule("", "loss.type", method.loss, "`--loss`, or what the fields show, or dpo"),
@@ -42,8 +42,7 @@ RULES = (
     rule("loss_type completion_only_loss assistant_only_loss", "loss.type", method.sft,
          "`trl sft`: the completions, or the assistant's turns", "sft"),
     rule("precompute_ref_log_probs", "reference.mode", method.reference, '"precompute"', "dpo", "kto"),
-    rule(" ".join(method.SYNC), "reference.sync", method.sync,
-         "every `ref_model_sync_steps` (512), mixed by `ref_model_mixup_alpha` (0.6)", "dpo", "kto"),
+    sync("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha", defaults=(512, 0.6)),
     rule("dataset_test_split test_split_size", "eval.data eval.fraction", rows.held_out,
          "if `eval_strategy` is not `no`, the split of `dataset_name`; a `test_split_size` below 1 is the fraction"),
     evaluations(10),
@@ -57,5 +56,6 @@ RULES = (
          "train.checkpointing train.offload_activations",
          checkpointing(("gradient_checkpointing", "activation_checkpointing"), "activation_offloading"),
          "on or off; without them auto, which changes no result"),
+    packing("packing"),
     *rules({"dpo": 1e-6, "kto": 1e-6, "sft": 2e-5}, 10),
 )  # fmt: skip

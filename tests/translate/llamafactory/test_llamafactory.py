@@ -1,6 +1,7 @@
 """Translation of LLaMA-Factory's configs: single fields, data sets, whole configs, and what is left out."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,10 @@ import pytest
 import yaml
 
 from fastpref.config import Config, load_config
-from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
 from fastpref.translate import translate
-from fastpref.translate.llamafactory import rows
-from fastpref.translate.llamafactory.rows import format_of
 from tests.support.command_line import succeed
-from tests.support.translations import TRAINERS, expected, flat, snippet, tables, wanted
+from tests.support.translations import TRAINERS, expected, flat, snippet, tables, taken, wanted
 
 FACTORY = TRAINERS["LLaMA-Factory"]
 SMALLEST = flat(
@@ -97,14 +95,18 @@ def test_fields_become_these_keys(tmp_path: Path, added: str):
     Config.model_validate(tables(translation))
 
 
-LATER: dict[str, dict[str, Any]] = {  # fields → keys, and None for keys that are not there
+MORE: dict[str, dict[str, Any]] = {  # fields → keys, and None for keys that are not there
     "adapter_name_or_path: a": {"lora.from": "a", "lora.stack": None, "reference.adapter": "none", "lora.rank": None},
     "{adapter_name_or_path: a, create_new_adapter: true, lora_rank: 4}": {
         "lora.from": "a", "lora.stack": True, "reference.adapter": "start", "lora.rank": 4,
     },
     "{adapter_name_or_path: a, ref_model: r}": {
-        "lora.from": "a", "reference.adapter": None, "reference.name": "r", "reference.quantization": "none",
+        "lora.from": "a",
+        "reference.adapter": None,
+        "reference.name": "r",
+        "reference.quantization": None,
     },
+    "{quantization_bit: 4, ref_model: r}": {"reference.name": "r", "reference.quantization": "none"},
     "{adapter_name_or_path: a, pref_loss: simpo}": {"lora.from": "a", "reference.adapter": None},
     "{ref_model: r, ref_model_quantization_bit: 4}": {"reference.name": "r", "reference.quantization": "nf4"},
     "{ref_model: m, ref_model_adapters: b}": {"reference.name": "b", "reference.quantization": None},
@@ -113,18 +115,24 @@ LATER: dict[str, dict[str, Any]] = {  # fields → keys, and None for keys that 
     "loraplus_lr_ratio: 16": {"lora.plus_ratio": 16},
     "use_muon: true": {"train.optimizer": "muon"},
     "{add_tokens: '<a>,<b>', add_special_tokens: '<c>'}": {"tokens.add": ["<a>", "<b>", "<c>"]},
-    "{early_stopping_steps: 3, metric_for_best_model: eval_loss}": {"train.stop": {"after": 3, "metric": "eval/loss"}},
-    "early_stopping_steps: 2": {"train.stop": {"after": 2, "metric": "eval/loss"}},
+    "{val_size: 0.1, eval_strategy: steps, early_stopping_steps: 3, metric_for_best_model: eval_loss}": {
+        "train.stop": {"after": 3, "metric": "eval/loss"},
+    },
+    "{val_size: 0.1, eval_strategy: steps, early_stopping_steps: 2}": {
+        "train.stop": {"after": 2, "metric": "eval/loss"},
+    },
     "{eval_strategy: epoch, val_size: 0.1, num_train_epochs: 2}": {"eval.every": 0.5},
+    "{finetuning_type: freeze, freeze_trainable_layers: -1, freeze_extra_modules: lm_head}": {
+        "lora.rank": None, "train.freeze": [r"(?!.*(?:(?:\.0\.)|(?:lm_head))).*\.(?:weight|bias)"],
+    },
     "neftune_noise_alpha: 5": {"train.neftune_alpha": 5},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("added", LATER)
+@pytest.mark.parametrize("added", MORE)
 def test_fields_become_these_keys_too(tmp_path: Path, added: str):
-    """A snippet gives these keys."""
-    keys = wanted(snippet(FACTORY, tmp_path, added))
-    assert {key: keys.get(key) for key in LATER[added]} == LATER[added]
+    """A snippet gives these keys, which the schema takes."""
+    assert taken(snippet(FACTORY, tmp_path, added), MORE[added]) == MORE[added]
 
 
 LEFT = {
@@ -134,7 +142,7 @@ LEFT = {
     "{quantization_bit: 4, quantization_type: fp4}": "quantization_type: fp4 is not known",
     "{quantization_bit: 4, quantization_method: hqq}": "quantization_method: hqq: quantised weights are",
     "{quantization_bit: 4, double_quantization: false}": "double_quantization: nf4 always has",
-    "{finetuning_type: full, lora_rank: 8}": "lora_rank: finetuning_type is full",
+    "{finetuning_type: full, lora_rank: 8}": "lora_rank: finetuning_type: full",
     "lora_dropout: 0.1": "lora_dropout: LLaMA-Factory turns all dropout off",
     "{adapter_name_or_path: a, lora_rank: 4}": "lora_rank: the adapter of adapter_name_or_path has its own",
     "create_new_adapter: true": "create_new_adapter: there is no adapter_name_or_path",
@@ -149,7 +157,10 @@ LEFT = {
     "use_galore: true": 'use_galore: would be train.optimizer = "galore": ',
     "val_size: 100": "val_size: a number of rows cannot be held out",
     "load_best_model_at_end: true": "load_best_model_at_end: final/ is the last model",
+    "freeze_trainable_layers: 4": "freeze_trainable_layers: finetuning_type: lora",
     "pissa_iter: 4": "pissa_iter: pissa_init is not on",
+    "packing: true": "packing: rows are packed without padding",
+    "{stage: sft, neat_packing: true}": "neat_packing: a row there is then as many as fit its length",
     "mix_strategy: interleave_over": "mix_strategy: data sets are concatenated",
 }  # fmt: skip
 
@@ -168,8 +179,9 @@ MISTAKES = {
     "stage: grpo": "stage: grpo: this stage is not known here",
     "pref_loss: kto_pair": "pref_loss: kto_pair: fastpref has no KTO of pairs; stage: kto takes single rows",
     "pref_loss: odd": "pref_loss: odd: fastpref trains pref_loss: sigmoid, hinge, ipo, orpo, simpo",
-    "finetuning_type: freeze": "finetuning_type: freeze: fastpref trains lora and full; a full run with train.freeze",
-    "finetuning_type: oft": "finetuning_type: oft: fastpref trains lora and full",
+    "finetuning_type: freeze": "finetuning_type: freeze: the last 2 layers are trained, and how many the model has",
+    "{finetuning_type: freeze, use_llama_pro: true}": "use_llama_pro: the layers that were added",
+    "finetuning_type: oft": "finetuning_type: oft: fastpref trains lora, full and freeze",
     "adapter_name_or_path: 'a,b'": "adapter_name_or_path: 2 adapters; merge all but one into the model",
     "{finetuning_type: full, adapter_name_or_path: a}": "adapter_name_or_path: finetuning_type: full has no adapter",
     "{ref_model: r, ref_model_adapters: b}": "ref_model_adapters: a reference is a model, or one adapter",
@@ -190,163 +202,16 @@ def test_a_mistake_is_one_message(tmp_path: Path, added: str):
     assert "\n" not in str(caught.value)
 
 
-# --- dataset_info.json -----------------------------------------------------------------------------------------------
-
-INFO: dict[str, Any] = {
-    "pairs": {"file_name": "pairs.json", "ranking": True,
-              "columns": {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}},
-    "hub": {"hf_hub_url": "org/pairs", "subset": "s", "split": "test", "revision": "v1", "num_samples": 50,
-            "ranking": True, "formatting": "sharegpt",
-            "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}},
-    "files": {"file_name": "many", "ranking": True},
-    "script": {"script_url": "org/code"},
-    "cloud": {"cloud_file_name": "s3://bucket/x"},
-    "ms": {"ms_hub_url": "org/pairs"},
-    "odd": {"file_name": "odd.json", "folder": "x", "colums": {}, "ranking": True},
-    "nothing": {"ranking": True},
-    "images": {"file_name": "i.json", "ranking": True, "columns": {
-        "prompt": "instruction", "chosen": "chosen", "rejected": "rejected", "images": "images"}},
-}  # fmt: skip
-
-
-@pytest.fixture
-def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder with data/dataset_info.json, which is the working directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "many").mkdir(parents=True)
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(INFO))
-    for name in ("pairs.json", "many/b.json", "many/a.json", "many/read.me"):
-        (tmp_path / "data" / name).write_text("[]")
-    return tmp_path
-
-
-ENTRIES: dict[str, list[dict[str, Any]]] = {
-    "dataset: pairs": [{"path": "data/pairs.json"}],
-    "{dataset: 'pairs,hub', max_samples: 20}": [
-        {"path": "data/pairs.json", "rows": 20},
-        {"path": "org/pairs", "name": "s", "split": "test", "revision": "v1", "rows": 20},
-    ],
-    "{dataset: hub, max_samples: 80}": [
-        {"path": "org/pairs", "name": "s", "split": "test", "revision": "v1", "rows": 50},
-    ],
-    "dataset: files": [{"path": "data/many/a.json"}, {"path": "data/many/b.json"}],
-    "{dataset: org/online, dataset_dir: ONLINE}": [{"path": "org/online"}],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("added", ENTRIES)
-def test_names_are_looked_up(described: Path, added: str):
-    """A data set is the file, the files or the repository that dataset_info.json names."""
-    translation = snippet(FACTORY, described, added)
-    assert tables(translation)["data"] == ENTRIES[added]
-    assert translation.left_out == []
-
-
-UNUSABLE = {
-    "dataset: pears": "dataset: pears is not in data/dataset_info.json, which has pairs, hub, files, script",
-    "dataset: script": "dataset: script: data sets with code of their own are not loaded",
-    "dataset: cloud": "dataset: cloud: cloud storage is not read",
-    "dataset: ms": "dataset: ms: data sets of ModelScope are not loaded",
-    "dataset: nothing": "dataset: nothing: it has neither file_name nor hf_hub_url",
-}
-
-
-@pytest.mark.parametrize("added", UNUSABLE)
-def test_what_cannot_be_loaded_is_refused(described: Path, added: str):
-    """A name that is not described, or describes what is not loaded here, is one message with the place."""
-    with pytest.raises(UserError, match=UNUSABLE[added]):
-        snippet(FACTORY, described, added)
-
-
-def test_what_a_description_has_more_is_listed(described: Path):
-    """A key of an entry without a counterpart is listed with the data set's name."""
-    lines = snippet(FACTORY, described, "dataset: 'odd,images'").left_out
-    assert f"dataset: odd: folder: {rows.LEFT_OUT['folder']}" in lines
-    assert "dataset: odd: colums: unknown key" in lines
-    assert any(line.startswith("dataset: images: images: images, videos and sounds are not") for line in lines)
-
-
-@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ("[]", "must be a table of data sets")])
-def test_a_broken_description_is_one_message(described: Path, content: str, message: str):
-    """A dataset_info.json that is none is refused."""
-    (described / "data" / "dataset_info.json").write_text(content)
-    with pytest.raises(UserError, match=f"data/dataset_info.json: {message}"):
-        snippet(FACTORY, described, "dataset: pairs")
-
-
-PAIRS = {"chosen": "chosen", "rejected": "rejected"}
-CHAT = {"type": "chat_template.default"}
-FORMATS: list[tuple[str, dict[str, Any], Any]] = [  # loss, description, format
-    ("dpo", {}, None),
-    ("dpo", {"columns": {"prompt": "instruction", "query": "input", "history": "history", **PAIRS}}, None),
-    ("dpo", {"columns": {"prompt": "prompt", **PAIRS}},
-     {**CHAT, "field_messages": "prompt", "field_chosen": "chosen", "field_rejected": "rejected"}),
-    ("dpo", {"columns": {"prompt": "q", "chosen": "good", "rejected": "bad", "system": "system"}},
-     {**CHAT, "field_messages": "q", "field_chosen": "good", "field_rejected": "bad"}),
-    ("kto", {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "kto_tag"}}, None),
-    ("kto", {"columns": {"prompt": "q", "response": "a", "kto_tag": "good"}},
-     {**CHAT, "field_prompt": "q", "field_completion": "a", "field_label": "good"}),
-    ("dpo", {"formatting": "sharegpt", "columns": {"messages": "conversations", **PAIRS}}, None),
-    ("dpo", {"formatting": "sharegpt", "columns": {"messages": "messages", **PAIRS},
-             "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}},
-     None),
-    ("dpo", {"formatting": "sharegpt", "columns": {"messages": "talk", **PAIRS}},
-     {**CHAT, "field_messages": "talk", "field_chosen": "chosen", "field_rejected": "rejected"}),
-    ("dpo", {"formatting": "sharegpt", "columns": {"messages": "messages", **PAIRS},
-             "tags": {"role_tag": "by", "content_tag": "text", "user_tag": "me", "assistant_tag": "you"}},
-     {**CHAT, "field_messages": "messages", "field_chosen": "chosen", "field_rejected": "rejected",
-      "message_property_mappings": {"role": "by", "content": "text"}, "roles": {"user": ["me"], "assistant": ["you"]}}),
-    ("kto", {"formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "label"}}, None),
-    ("kto", {"formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "good"}},
-     {**CHAT, "field_messages": "messages", "field_label": "good"}),
-    ("sft", {}, None),
-    ("sft", {"columns": {"prompt": "q", "response": "a"}}, {**CHAT, "field_prompt": "q", "field_completion": "a"}),
-    ("sft", {"formatting": "sharegpt"}, None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "entry", "form"), FORMATS)
-def test_columns_and_tags_become_a_format(method: str, entry: dict[str, Any], form: Any):
-    """Columns and tags that `auto` knows need no format; others become the options of a chat format."""
-    assert format_of(entry, method) == (form, "")
-
-
-UNREAD = [
-    ({"columns": {"prompt": "q", "query": "more", **PAIRS}}, "the columns q and more are one prompt"),
-    ({"columns": {"prompt": "q", "system": "persona", **PAIRS}}, "the system prompt is in the column persona"),
-    ({"formatting": "sharegpt", "columns": {"system": "persona"}}, "the system prompt is in the column persona"),
-]
-
-
-@pytest.mark.parametrize(("entry", "reason"), UNREAD)
-def test_columns_that_no_format_reads_have_a_reason(entry: dict[str, Any], reason: str):
-    """Columns that no format can read get no format, and a reason that says what to do."""
-    form, why = format_of(entry, "dpo")
-    assert form is None
-    assert reason in why
-
-
-def test_the_formats_read_rows_as_llama_factory_does():
-    """A row of each description gives the messages that LLaMA-Factory makes of it."""
-    from fastpref.data.rows.formats import find_format
-
-    row = {"q": "Why?", "good": "So.", "bad": "No.", "system": "Be brief."}
-    form, _ = format_of({"columns": {"prompt": "q", "chosen": "good", "rejected": "bad", "system": "system"}}, "dpo")
-    found = find_format(form, unpaired=False)
-    assert found is not None
-    content: Any = found.read(row)
-    assert content.prompt == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    assert content.chosen == [{"role": "assistant", "content": "So."}]
-    talk = [{"by": "me", "text": "Hi."}]
-    tags = {"role_tag": "by", "content_tag": "text", "user_tag": "me", "assistant_tag": "you"}
-    entry = {"formatting": "sharegpt", "columns": {"messages": "messages", **PAIRS}, "tags": tags}
-    found = find_format(format_of(entry, "dpo")[0], unpaired=False)
-    assert found is not None
-    content = found.read(
-        {"messages": talk, "chosen": {"by": "you", "text": "A"}, "rejected": {"by": "you", "text": "B"}}
-    )
-    assert content.prompt == [{"role": "user", "content": "Hi."}]
-    assert content.rejected == [{"role": "assistant", "content": "B"}]
+def test_the_last_layers_are_those_of_the_model(tmp_path: Path):
+    """With finetuning_type: freeze all weights are frozen but those of the last layers, whose number is looked up."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 12}))
+    added = f"{{finetuning_type: freeze, freeze_trainable_modules: mlp, model_name_or_path: {tmp_path}/model}}"
+    (pattern,) = wanted(snippet(FACTORY, tmp_path, added))["train.freeze"]
+    frozen = {"model.embed_tokens.weight": True, "model.layers.1.mlp.up_proj.weight": True,
+              "model.layers.11.self_attn.q_proj.bias": True, "model.layers.11.mlp.up_proj.weight": False,
+              "model.layers.10.mlp.down_proj.weight": False, "model.layers.10.mlp": False, "model": False}  # fmt: skip
+    assert {name: re.fullmatch(pattern, name) is not None for name in frozen} == frozen
 
 
 # --- Whole configs ---------------------------------------------------------------------------------------------------
@@ -408,7 +273,21 @@ def test_a_whole_config_is_written_and_checked(described: Path):
         assert f"\n#   {line}\n" in written
 
 
-@pytest.mark.skipif("sft" not in LOSSES, reason="the loss sft is not here")
+def test_relative_paths_keep_their_meaning(described: Path, monkeypatch: pytest.MonkeyPatch):
+    """Paths of models and adapters that LLaMA-Factory finds from here are found by a config in another folder."""
+    for name in ("model", "adapter", "other"):
+        (described / name).mkdir()
+    added = "{model_name_or_path: ./model, adapter_name_or_path: adapter, ref_model: other, dataset: pairs}"
+    translation = snippet(FACTORY, described, added, described / "out")
+    (described / "out").mkdir()
+    (described / "out" / "c.toml").write_text(translation.text)
+    monkeypatch.chdir("/")
+    config = load_config(described / "out" / "c.toml")
+    assert config.lora is not None
+    found = (config.model.name, config.lora.start, config.reference.name, config.data[0].path)
+    assert found == tuple(str(described / name) for name in ("model", "adapter", "other", "data/pairs.json"))
+
+
 def test_a_config_without_a_stage_is_supervised(tmp_path: Path):
     """LLaMA-Factory's default stage is sft, in which the dropout of adapters counts."""
     raw = {"model_name_or_path": "m", "dataset": "d", "template": "llama3", "lora_dropout": 0.1, "pref_beta": 0.2}

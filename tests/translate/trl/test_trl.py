@@ -9,13 +9,12 @@ import pytest
 import yaml
 
 from fastpref.config import Config, load_config
-from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
 from fastpref.translate import translate
 from fastpref.translate.trl import rows
 from tests.support.command_line import run_command, succeed
 from tests.support.trainer_fields import TRL_OWN
-from tests.support.translations import TRAINERS, expected, flat, snippet, tables, wanted
+from tests.support.translations import TRAINERS, expected, flat, snippet, tables, taken, wanted
 
 TRL = TRAINERS["TRL"]
 SMALLEST = flat(
@@ -147,9 +146,10 @@ def test_fields_become_these_keys(tmp_path: Path, added: str):
     Config.model_validate(tables(translation))
 
 
-LATER: dict[str, dict[str, Any]] = {  # fields → keys
-    "sync_ref_model: true": {"reference.sync": {"every": 512, "mix": 0.6}},
+MORE: dict[str, dict[str, Any]] = {  # fields → keys
+    "sync_ref_model: true": {"reference.mode": "copy", "reference.sync": {"every": 512, "mix": 0.6}},
     "{sync_ref_model: true, ref_model_sync_steps: 8, ref_model_mixup_alpha: 0.5}": {
+        "reference.mode": "copy",
         "reference.sync": {"every": 8, "mix": 0.5},
     },
     "eval_steps: 0.1\neval_strategy: steps": {"eval.every": 0.1},
@@ -164,16 +164,19 @@ LATER: dict[str, dict[str, Any]] = {  # fields → keys
     "lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: '{\"num_cycles\": 2}'": {
         "train.schedule_options": {"num_cycles": 2},
     },
+    "{use_peft: true, lora_target_parameters: [mlp.experts.down_proj]}": {"lora.target": ["mlp.experts.down_proj"]},
+    "{use_peft: true, lora_target_modules: all-linear, lora_target_parameters: [experts.up]}": {
+        "lora.target": ["all-linear", "experts.up"],
+    },
     "neftune_noise_alpha: 5": {"train.neftune_alpha": 5},
     "report_to: [comet_ml, swanlab]": {"log.trackers": ["comet_ml", "swanlab"]},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("added", LATER)
+@pytest.mark.parametrize("added", MORE)
 def test_fields_become_these_keys_too(tmp_path: Path, added: str):
-    """A snippet gives these keys."""
-    keys = wanted(snippet(TRL, tmp_path, added))
-    assert {key: keys.get(key) for key in LATER[added]} == LATER[added]
+    """A snippet gives these keys, which the schema takes."""
+    assert taken(snippet(TRL, tmp_path, added), MORE[added]) == MORE[added]
 
 
 LEFT = {
@@ -206,6 +209,12 @@ LEFT = {
     "logging_steps: 0.1": "logging_steps: a share of all steps",
     "{lr_scheduler_type: constant, warmup_steps: 9}": "warmup_steps: lr_scheduler_type: constant has no warm-up",
     "{warmup_steps: 9, warmup_ratio: 0.1}": "warmup_ratio: warmup_steps goes before it",
+    "packing: true": "packing: a row there is then as many as fit its length",
+    "dataset_text_field: t": "dataset_text_field: plain texts without a prompt are not trained on",
+    "loss_type: dft": "loss_type: dft: the loss is the negative log-likelihood",
+    "completion_only_loss: false": "completion_only_loss: prompts are not trained on",
+    "packing: false\nloss_type: nll": "assistant_only_loss: TRL trains on the whole of a conversation",
+    "chat_template_path: org/model": "chat_template_path: it is a tokenizer",
     "env: {A: b}": "env: environment variables are set where",
 }
 
@@ -233,6 +242,7 @@ MISTAKES = {
     "learning_rate: fast": 'learning_rate: must be a number, got "fast"',
     "per_device_train_batch_size: 1.5": "per_device_train_batch_size: must be a whole number, got 1.5",
     "use_dora: sometimes\nuse_peft: true": 'use_dora: must be true or false, got "sometimes"',
+    "use_peft: 'yes'": 'use_peft: must be true or false, got "yes"',
     "num_generations: 8": "num_generations: a config that has it generates completions",
     "center_rewards_coefficient: 0.01": "center_rewards_coefficient: a config that has it trains a reward model",
     "lr_scheduler_kwargs: x": 'lr_scheduler_kwargs: must be a table of keywords, got "x"',
@@ -328,12 +338,9 @@ SHOWN = {
 @pytest.mark.parametrize("added", SHOWN)
 def test_the_fields_show_the_method(tmp_path: Path, added: str):
     """Without --loss, the fields decide, and the file says so."""
-    if "sft" in SHOWN[added] and "sft" not in LOSSES:
-        pytest.skip("the loss sft is not here")
     assert SHOWN[added] in snippet(TRL, tmp_path, added).text
 
 
-@pytest.mark.skipif("sft" not in LOSSES, reason="the loss sft is not here")
 def test_supervised_training_has_its_own_defaults(tmp_path: Path):
     """`trl sft` has a higher learning rate, and dropout of adapters."""
     (tmp_path / "cfg.yml").write_text(yaml.safe_dump({**TRL.smallest, "use_peft": True}))
