@@ -1,5 +1,6 @@
 """The command line: each command is one function, in the order of `fastpref --help`. Heavy imports wait inside them."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -292,6 +293,57 @@ def merge(
     typer.echo(f"{merged.folder}: {merged.tensors} tensors changed{head}; merged onto {merged.onto}.")
     if merged.lost is not None:
         typer.echo(f"Compared on a probe: of what the adapter changes in the logits, {merged.lost:.2%} is lost.")
+
+
+@app.command(epilog="Example: fastpref export runs/my-dpo --gguf --quant q8_0")
+def export(
+    model: TrainedModel,
+    overrides: Overrides = None,
+    gguf: Annotated[
+        bool, _flag("--gguf", "Write GGUF, which llama.cpp and Ollama read: the only format so far.")
+    ] = False,
+    quant: Annotated[
+        str | None, _value("TYPE", "f16, bf16, q8_0 or q4_0. The default is q8_0, and f32 for an adapter.")
+    ] = None,
+    adapter: Annotated[
+        bool, _flag("--adapter", "Write the adapter alone, for use with a GGUF file of its base model.")
+    ] = False,
+    output: Annotated[
+        Path | None, _value("FILE", "The file to write. The default is named after the run, in a folder of its own.")
+    ] = None,
+    dequantized: Annotated[
+        bool | None,
+        _flag(
+            "--dequantized/--original",
+            "Merge into the dequantised 4-bit weights (the default for an nf4 run), or into the original weights.",
+        ),
+    ] = None,
+    offline: Offline = False,
+) -> None:
+    """Write a model or an adapter as a GGUF file."""
+    if not gguf:
+        raise UserError("name a format: --gguf, for llama.cpp and Ollama")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError('export needs the package gguf: pip install "fastpref[export]"')
+    _prepare(offline)
+    from fastpref.export import export_adapter, export_model
+    from fastpref.model.failure import told_of_memory
+    from fastpref.run.trained import find_trained
+
+    trained = find_trained(model, overrides or ())
+    with told_of_memory(
+        f"while {model} was exported", "a layer's tensors are converted together, which takes the most"
+    ):
+        if adapter:
+            if quant is not None or dequantized is not None:
+                raise UserError("--adapter: an adapter is written in f32, and not merged: leave out the other option")
+            written = export_adapter(trained, output)
+        else:
+            written = export_model(trained, output, quant=quant or "q8_0", dequantized=dequantized)
+    types = ", ".join(f"{count} in {name}" for name, count in written.types.items())
+    typer.echo(f"{written.file}: {written.size / 1e6:,.1f} MB; tensors: {types}")
+    for note in written.notes:
+        typer.echo(f"note: {note}")
 
 
 @app.command(epilog="Example: fastpref push runs/my-dpo --to me/my-model")
