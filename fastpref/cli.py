@@ -303,7 +303,7 @@ def export(
         bool, _flag("--gguf", "Write GGUF, which llama.cpp and Ollama read: the only format so far.")
     ] = False,
     quant: Annotated[
-        str | None, _value("TYPE", "f16, bf16, q8_0 or q4_0. The default is q8_0, and f32 for an adapter.")
+        str | None, _value("TYPE", "q8_0 (the default), q4_0, f16, bf16 or f32, in which an adapter is written.")
     ] = None,
     adapter: Annotated[
         bool, _flag("--adapter", "Write the adapter alone, for use with a GGUF file of its base model.")

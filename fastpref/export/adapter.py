@@ -80,7 +80,7 @@ def _factors(name: str, part: Any, pieces: list[Piece], *, tied: bool) -> Iterat
     if pieces[0].name == "output.weight" and tied:
         raise UserError(f"{name}: a GGUF file of this model has no head of its own to add LoRA to. {_WHOLE}")
     a, b = part.lora_A[adapter].weight.detach(), part.lora_B[adapter].weight.detach()
-    if isinstance(part, ParamWrapper):  # the factors of all experts of a layer are in one matrix
+    if isinstance(part, ParamWrapper) and part.get_param().ndim == 3:  # the experts' factors are in one matrix
         count = part.num_experts
         a, b = a.reshape(count, -1, a.shape[-1]), b.reshape(b.shape[0], -1, count).permute(2, 0, 1)
     for piece in pieces:

@@ -50,8 +50,9 @@ def family_of(config: Any) -> Family:
     if activation not in (family.activation, *_SAME.get(family.activation, ())):
         _refuse(kind, "hidden_act", activation, family.activation)
     for name, value in family.fixed.items():
-        if hasattr(config, name) and getattr(config, name) != value:
-            _refuse(kind, name, getattr(config, name), value)
+        actual = getattr(config, name, value)
+        if actual != value and (actual or value):  # None and False say the same
+            _refuse(kind, name, actual, value)
     return family
 
 

@@ -45,7 +45,7 @@ def export_model(
 ) -> Exported:
     """Write a trained model, merged with its adapter, to a file `output`, by default that of `default_output`.
 
-    `quant`: f16, bf16, q8_0 or q4_0. `dequantized`: as in `fastpref merge`. Raises UserError for models that llama.cpp
+    `quant`: one of QUANTS. `dequantized`: as in `fastpref merge`. Raises UserError for models that llama.cpp
     would not compute as transformers does, before anything is written.
     """
     if quant not in QUANTS:
@@ -92,7 +92,7 @@ class Plan:
         yield from self.extra.items()
         for name, tensor in self.weights.read():
             for piece in self.pieces.get(name, ()):
-                yield piece.name, piece.rows(tensor) + piece.offset
+                yield piece.name, piece.of(tensor)
 
 
 def plan_model(trained: Trained, quant: str, dequantized: bool | None) -> Plan:
@@ -104,14 +104,18 @@ def plan_model(trained: Trained, quant: str, dequantized: bool | None) -> Plan:
     tokenizer = trained_tokenizer(trained)
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, ends_of(trained, options, tokenizer))
     weights = open_weights(trained, dequantized=dequantized)
+    if weights.plan.head in weights.names and not family.untied:
+        raise UserError(
+            f"the model has a head of its own, and llama.cpp takes the embeddings for {config.model_type}'s"
+        )
     names = TensorNames(config, family)
     pieces = {name: names.pieces(name) for name in learned(weights.names)}
     extra = dict(divisors(config))
     tensors = {name: choose(name, tensor.shape, quant) for name, tensor in extra.items()}
     for name, parts in pieces.items():
         meta = torch.empty(weights.shapes[name], device="meta")
-        tensors |= {part.name: choose(part.name, part.rows(meta).shape, quant) for part in parts}
-    check_complete(tensors, config, family, tied=weights.plan.tied and not weights.plan.untied)
+        tensors |= {part.name: choose(part.name, part.of(meta).shape, quant) for part in parts}
+    check_complete(tensors, config)
     known = provenance(trained)
     settings = [
         ("type", gguf.GGUFType.MODEL), *general(known), ("file_type", QUANTS[quant][1]),

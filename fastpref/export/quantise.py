@@ -13,6 +13,7 @@ from torch import Tensor
 from fastpref.errors import UserError
 
 QUANTS = {
+    "f32": (Type.F32, LlamaFileType.ALL_F32),
     "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),

@@ -24,6 +24,12 @@ class Piece:
     rows: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Takes [..., out, in] or [out] to that of the file. It selects and orders rows only, as LoRA's B needs too."""
     offset: float = 0.0  # added to the numbers
+    flat: bool = False  # whether the tensor [1, n] is a vector in the file
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the tensor of the file for one of the model."""
+        rows = self.rows(tensor) + self.offset if self.offset else self.rows(tensor)
+        return rows.flatten() if self.flat else rows
 
 
 class TensorNames:
@@ -45,7 +51,7 @@ class TensorNames:
         if self._family.interleaved and layer in heads:
             return [Piece(known, partial(interleaved, heads=heads[layer]))]
         offset = self._family.norm_offset if name.endswith("norm.weight") else 0.0
-        return [Piece(known, offset=offset)]
+        return [Piece(known, offset=offset, flat="_shexp" in known and layer == "shared_expert_gate")]
 
     def _experts(self, name: str) -> list[Piece]:
         """Name the tensors [experts, out, in] of all experts of a layer."""
@@ -77,13 +83,8 @@ def _half(tensor: Tensor, which: int) -> Tensor:
     return tensor.chunk(2, dim=-2)[which]
 
 
-def check_complete(written: Iterable[str], config: Any, family: Family, *, tied: bool) -> None:
-    """Raise UserError if a model's head is not read by llama.cpp, or if a layer has no tensors."""
-    names = set(written)
-    if not tied and (not family.untied or "output.weight" not in names):
-        raise UserError(
-            f"the model has a head of its own, and llama.cpp takes the embeddings for {config.model_type}'s"
-        )
-    layers = {name.split(".")[1] for name in names if name.startswith("blk.")}
+def check_complete(written: Iterable[str], config: Any) -> None:
+    """Raise UserError if a layer of a model has no tensors."""
+    layers = {name.split(".")[1] for name in written if name.startswith("blk.")}
     if missing := [str(at) for at in range(config.num_hidden_layers) if str(at) not in layers]:
         raise UserError(f"the model's layer {missing[0]} has no tensors that can be written")
