@@ -1,6 +1,5 @@
 """The command line: each command is one function, in the order of `fastpref --help`. Heavy imports wait inside them."""
 
-import importlib.util
 import logging
 import os
 import sys
@@ -323,8 +322,6 @@ def export(
     """Write a model or an adapter as a GGUF file."""
     if not gguf:
         raise UserError("name a format: --gguf, for llama.cpp and Ollama")
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError('export needs the package gguf: pip install "fastpref[export]"')
     _prepare(offline)
     from fastpref.export import export_adapter, export_model
     from fastpref.model.failure import told_of_memory
@@ -334,16 +331,10 @@ def export(
     with told_of_memory(
         f"while {model} was exported", "a layer's tensors are converted together, which takes the most"
     ):
-        if adapter:
-            if quant is not None or dequantized is not None:
-                raise UserError("--adapter: an adapter is written in f32, and not merged: leave out the other option")
-            written = export_adapter(trained, output)
-        else:
-            written = export_model(trained, output, quant=quant or "q8_0", dequantized=dequantized)
-    types = ", ".join(f"{count} in {name}" for name, count in written.types.items())
-    typer.echo(f"{written.file}: {written.size / 1e6:,.1f} MB; tensors: {types}")
-    for note in written.notes:
-        typer.echo(f"note: {note}")
+        if adapter and (quant is not None or dequantized is not None):
+            raise UserError("--adapter: an adapter is written in f32, and not merged: leave out the other option")
+        options: Any = {} if adapter else {"quant": quant or "q8_0", "dequantized": dequantized}
+        typer.echo((export_adapter if adapter else export_model)(trained, output, **options).summary)
 
 
 @app.command(epilog="Example: fastpref push runs/my-dpo --to me/my-model")

@@ -5,6 +5,13 @@ be written, settings.py and rope.py describe them, vocabulary.py, words.py and p
 quantise.py rounds, adapter.py writes adapters alone, and card.py, modelfile.py and chat_text.py write what lies beside.
 """
 
+from importlib.util import find_spec
+
+from fastpref.errors import UserError
+
+if find_spec("gguf") is None:
+    raise UserError('export needs the package gguf: pip install "fastpref[export]"')
+
 from fastpref.export.adapter import export_adapter
 from fastpref.export.model import Exported, default_output, export_model
 

@@ -63,8 +63,13 @@ def general(known: Provenance) -> list[tuple[str, Any]]:
     settings: list[tuple[str, Any]] = [("name", known.name)]
     if known.licence is not None:
         settings.append(("license", known.licence))
+    if known.base is not None:
+        settings += [("base_model_count", 1), ("base_model_name", (0, known.base.rpartition("/")[2]))]
+    if known.base_url is not None:
+        settings.append(("base_model_repo_url", (0, known.base_url)))
     if known.datasets:
         settings.append(("dataset_count", len(known.datasets)))
+        settings += [("dataset_name", (at, name)) for at, name in enumerate(known.datasets)]
     settings.append(("tags", ["text-generation", "fastpref"]))
     return settings
 

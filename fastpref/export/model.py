@@ -39,6 +39,13 @@ class Exported:
     types: dict[str, int]  # how many tensors have each type
     notes: tuple[str, ...]
 
+    @property
+    def summary(self) -> str:
+        """What was written, and the notes, in lines."""
+        types = ", ".join(f"{count} in {name}" for name, count in self.types.items())
+        written = f"{self.file}: {self.size / 1e6:,.1f} MB; tensors: {types}"
+        return "\n".join([written, *(f"note: {note}" for note in self.notes)])
+
 
 def export_model(
     trained: Trained, output: Path | None = None, *, quant: str = "q8_0", dequantized: bool | None = None

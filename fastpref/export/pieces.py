@@ -37,9 +37,13 @@ def scores(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], add
     return order
 
 
-def space_prefix(tokenizer: Mapping[str, Any]) -> bool:
-    """Return whether a space is put before a text. Raises UserError for a normalisation that llama.cpp does not do."""
-    prefix, spaces = False, False
+def space_prefix(tokenizer: Mapping[str, Any]) -> bool | None:
+    """Return whether a space is put before a text and after each special token; None if only before a text.
+
+    Raises UserError for a normalisation that llama.cpp does not do.
+    """
+    prefix: bool | None = False
+    spaces = False
     for step in _steps(tokenizer.get("normalizer"), "normalizers"):
         if step == {"type": "Prepend", "prepend": SPACE} and not spaces:
             prefix = True
@@ -52,9 +56,7 @@ def space_prefix(tokenizer: Mapping[str, Any]) -> bool:
         if kind == "Metaspace" and step.get("replacement") == SPACE and not step.get("split", True):
             spaces = True
             scheme = step.get("prepend_scheme", "always")
-            if scheme == "first":
-                raise UserError(f"{_UNLIKE}it puts a space before a text, but not after special tokens")
-            prefix |= scheme == "always"
+            prefix = None if scheme == "first" and not prefix else prefix or scheme == "always"
         elif not (kind == "Split" and step.get("pattern") == {"String": " "} and spaces):  # finds no space any more
             raise UserError(f"{_UNLIKE}its pre_tokenizer has a step {kind}")
     if not spaces:

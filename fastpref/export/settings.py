@@ -44,14 +44,14 @@ def window_note(config: Any, family: Family) -> str | None:
 
 
 def apply(writer: Any, settings: Iterable[tuple[str, Any]]) -> None:
-    """Write settings with a GGUFWriter's own methods."""
+    """Write settings with a GGUFWriter's own methods; a tuple holds several arguments of one."""
     for name, value in settings:
         if name in _STRINGS:
             writer.add_string(_STRINGS[name], value)
         elif name in _FLOATS:
             writer.add_float32(_FLOATS[name], value)
         else:
-            getattr(writer, f"add_{name}")(value)
+            getattr(writer, f"add_{name}")(*(value if isinstance(value, tuple) else (value,)))
 
 
 _STRINGS = {"adapter_type": gguf.Keys.Adapter.TYPE}  # for which the writer has no method

@@ -1,11 +1,12 @@
 """A tokenizer as llama.cpp takes it: the tokens with their types, merges or scores, and the tokens with a role."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gguf import TokenType
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.errors import UserError
@@ -41,15 +42,29 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, ends: Sequenc
         )
     _check_model(model)
     tokens, types = _tokens(tokenizer, content, size)
-    notes = _notes(content)
+    chat = _chat(tokenizer)
+    notes = list(_stripped(content, chat))
     if model.get("byte_fallback"):
         settings = _sentencepiece(content, tokens, types)
+        prefix = space_prefix(content)
+        if prefix is None and not (chat and any(chat.startswith(token) for token in _special(content))):
+            raise UserError(
+                "tokenizer.json: it puts a space before a text, but not after special tokens as llama.cpp does, and no "
+                "chat template begins a text with a special token"
+            )
+        if prefix is None:
+            notes.append("the tokenizer puts a space before a text without a chat template, which llama.cpp does not")
+        settings.append(("add_space_prefix", bool(prefix)))
     else:
         settings = [("tokenizer_model", "gpt2"), *_bpe(content, tokens, types)]
         if (content.get("normalizer") or {}).get("type") == "NFC":
             notes.append("the tokenizer composes letters and accents (NFC) first, which llama.cpp does not")
+    before, after = _added_ends(tokenizer)
+    if before and chat and not chat.startswith(str(tokenizer.bos_token)):
+        before = False
+        notes.append("no BOS is added to a text without the chat template, because the chat template writes none")
+    settings += [*_roles(tokenizer, ends), ("add_bos_token", before), ("add_eos_token", after)]
     names = [tokens[at] for at in ends]
-    settings += [*_roles(tokenizer, ends), *_added_ends(tokenizer)]
     if len(ends) > len(_ENDS):
         notes.append(f"llama.cpp knows three ends: {', '.join(names[len(_ENDS) :])} must be given as stop words")
     if tokenizer.chat_template:
@@ -122,7 +137,6 @@ def _sentencepiece(content: Mapping[str, Any], tokens: list[str], types: list[in
         ("token_list", tokens),
         ("token_scores", [rank.get(token, lowest) for token in tokens]),
         ("token_types", types),
-        ("add_space_prefix", space_prefix(content)),
     ]
 
 
@@ -142,8 +156,8 @@ def _roles(tokenizer: Any, ends: Sequence[int]) -> Settings:
     yield from zip(_ENDS, ends)
 
 
-def _added_ends(tokenizer: Any) -> Settings:
-    """Yield what the tokenizer puts before and after every text. Raises UserError if that is more than BOS and EOS."""
+def _added_ends(tokenizer: Any) -> tuple[bool, bool]:
+    """Return whether the tokenizer adds BOS and EOS to every text. Raises UserError if it adds anything else."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -151,13 +165,37 @@ def _added_ends(tokenizer: Any) -> Settings:
     after = eos is not None and ids[-1:] == [eos] and plain[-1:] != [eos]
     if ids != [*[bos] * before, *plain, *[eos] * after]:
         raise UserError("the tokenizer puts other tokens than BOS and EOS around a text, which llama.cpp does not")
-    yield "add_bos_token", before
-    yield "add_eos_token", after
+    return before, after
 
 
-def _notes(content: Mapping[str, Any]) -> list[str]:
-    stripping = [t["content"] for t in content.get("added_tokens", ()) if t.get("lstrip") or t.get("rstrip")]
+def _chat(tokenizer: Any) -> str | None:
+    """Return a conversation as the chat template writes it, or None if there is none."""
+    talk = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]
+    try:
+        return str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+    except Exception:  # there is no template, or it does not know such a conversation
+        return None
+
+
+def _special(content: Mapping[str, Any]) -> list[str]:
+    return [str(token["content"]) for token in content.get("added_tokens", ()) if token.get("special")]
+
+
+def _stripped(content: Mapping[str, Any], chat: str | None) -> Iterator[str]:
+    """Yield a note on tokens that drop spaces beside them. Raises UserError if that changes a conversation's tokens."""
+    added = content.get("added_tokens", ())
+    stripping = [str(token["content"]) for token in added if token.get("lstrip") or token.get("rstrip")]
     if not stripping:
-        return []
+        return
     shown = ", ".join(stripping[:3]) + (" …" if len(stripping) > 3 else "")
-    return [f"the tokenizer drops spaces beside {shown}, which llama.cpp keeps"]
+    keeping = dict(content) | {"added_tokens": [dict(token) | {"lstrip": False, "rstrip": False} for token in added]}
+    ids = [
+        Tokenizer.from_str(json.dumps(each)).encode(chat or "", add_special_tokens=False).ids
+        for each in (content, keeping)
+    ]
+    if ids[0] != ids[1]:
+        raise UserError(
+            f"the tokenizer drops spaces beside {shown} in what the chat template writes, and llama.cpp keeps them, so "
+            "that it would read other tokens than the training"
+        )
+    yield f"the tokenizer drops spaces beside {shown}, which llama.cpp keeps; the chat template writes none there"

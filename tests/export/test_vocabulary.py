@@ -25,19 +25,23 @@ def written(tokenizer: Any, size: int | None = None, ends: tuple[int, ...] = ())
     return dict(read_vocabulary(tokenizer, size or len(tokenizer), ends).settings)
 
 
-def sentencepiece(*, normalizer: Any = None, merges: list[tuple[str, str]] | None = None) -> PreTrainedTokenizerFast:
+def sentencepiece(
+    *, normalizer: Any = None, merges: list[tuple[str, str]] | None = None, words: Any = None
+) -> PreTrainedTokenizerFast:
     """Make a tokenizer as transformers makes one of a SentencePiece model: every way to make a token is a merge."""
-    words = ["▁t", "he", "▁the", "in", "▁▁", "▁▁▁▁"]
-    letters = sorted({letter for word in words for letter in word})
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *words]
+    pieces = ["▁t", "he", "▁the", "in", "▁▁", "▁▁▁▁"]
+    letters = sorted({letter for word in pieces for letter in word})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *pieces]
     vocabulary = {token: at for at, token in enumerate(tokens)}
     if merges is None:
         merges = [
-            (word[:at], word[at:]) for word in words for at in range(1, len(word))
+            (word[:at], word[at:]) for word in pieces for at in range(1, len(word))
             if word[:at] in vocabulary and word[at:] in vocabulary
         ]  # fmt: skip
     inner: Any = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     inner.normalizer = normalizer or normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if words is not None:
+        inner.pre_tokenizer = words
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     inner.add_special_tokens(["<unk>", "<s>", "</s>"])
     inner.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
@@ -161,8 +165,34 @@ def test_a_tokenizer_with_more_tokens_than_embeddings():
         written(tokenizer, 900)
 
 
-def test_a_token_that_drops_spaces_is_said():
-    """llama.cpp keeps the spaces beside special tokens."""
+def test_a_token_that_drops_spaces():
+    """It is said if the chat template writes no spaces there, and refused if it does."""
     tokenizer: Any = trained_chatml()
     tokenizer.add_tokens([AddedToken("<x>", lstrip=True, special=True)])
     assert "the tokenizer drops spaces beside <x>" in read_vocabulary(tokenizer, len(tokenizer), ()).notes[0]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' <x>' }}{% endfor %}"
+    with pytest.raises(UserError, match="drops spaces beside <x> in what the chat template writes"):
+        written(tokenizer)
+
+
+def test_bos_is_added_only_if_the_chat_template_writes_it():
+    """llama.cpp adds BOS to conversations too, so it must not if the chat template writes none."""
+    tokenizer = trained_llama3()
+    assert written(tokenizer)["add_bos_token"] is True
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<|eot_id|>' }}{% endfor %}"
+    vocabulary = read_vocabulary(tokenizer, len(tokenizer), ())
+    assert dict(vocabulary.settings)["add_bos_token"] is False
+    assert any("no BOS is added" in note for note in vocabulary.notes)
+
+
+def test_a_space_before_the_first_text_only():
+    """It is never added if the chat template begins with a special token, and refused if there is no such template."""
+    tokenizer = sentencepiece(
+        normalizer=normalizers.Replace(" ", "▁"), words=pre_tokenizers.Metaspace("▁", "first", False)
+    )
+    with pytest.raises(UserError, match="puts a space before a text, but not after special tokens"):
+        written(tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ '[' + m['content'] + ']' }}{% endfor %}"
+    vocabulary = read_vocabulary(tokenizer, len(tokenizer), ())
+    assert dict(vocabulary.settings)["add_space_prefix"] is False
+    assert any("puts a space before a text" in note for note in vocabulary.notes)
