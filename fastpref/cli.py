@@ -63,22 +63,29 @@ def options(
 def init(
     loss: Annotated[str | None, _value("LOSS", f"One of {_LOSSES} (default: dpo).")] = None,
     model: Annotated[str | None, _value("NAME", "The model: a folder, or a name on the hub.")] = None,
-    data: Annotated[str | None, _value("PATH", "The preferences: a file, or a data set on the hub.")] = None,
+    data: Annotated[str | None, _value("PATH", "The rows: a file, or a data set on the hub.")] = None,
     from_axolotl: Annotated[
-        Path | None, _value("CFG.YML", "Translate this Axolotl config, whose `rl` is a preference method.")
+        Path | None, _value("CFG.YML", "Translate this Axolotl config, of `rl` or of supervised training.")
+    ] = None,
+    from_trl: Annotated[
+        Path | None, _value("CFG.YML", "Translate this config of `trl dpo`, `trl kto` or `trl sft`; --loss says which.")
+    ] = None,
+    from_llamafactory: Annotated[
+        Path | None, _value("CFG.YML", "Translate this LLaMA-Factory config, of the stage dpo, kto or sft.")
     ] = None,
     output: Annotated[
         str | None,
         _value(
-            "FILE", "The file to write, or - to print it. The default is named after the loss or the Axolotl config."
+            "FILE", "The file to write, or - to print it. The default is named after the loss or the translated config."
         ),
     ] = None,
     force: Annotated[bool, _flag("--force", "Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a commented config, or translate one of Axolotl's."""
+    """Write a commented config, or translate another trainer's."""
     from fastpref.commands.init import init as run
 
-    run(loss, model, data, from_axolotl, output, force=force)
+    sources = {"--from-axolotl": from_axolotl, "--from-trl": from_trl, "--from-llamafactory": from_llamafactory}
+    run(loss, model, data, sources, output, force=force)
 
 
 @app.command(epilog="Example: fastpref check my.toml")
@@ -87,7 +94,10 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
-    training = "the whole model" if loaded.lora is None else f"LoRA adapters of rank {loaded.lora.rank}"
+    training = "the whole model" if loaded.lora is None else f"LoRA adapters of {loaded.lora.ranks}"
+    if loaded.lora is not None and loaded.lora.start is not None:
+        training = f"{training} on top of" if loaded.lora.stack else "the LoRA adapter"
+        training = f"{training} {loaded.lora.start}"
     typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
     for note in foresee(loaded):
         typer.echo(f"note: {note}")
@@ -148,7 +158,7 @@ def train(
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Train a model on preferences, or continue a run."""
+    """Train a model on preferences, or on completions to imitate, or continue a run."""
     # Typer has no option whose value is optional, so the checkpoint's folder arrives among the overrides.
     named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
     try:
@@ -210,7 +220,7 @@ def evaluate(
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Evaluate a model on held-out preferences: accuracy, margins, KL."""
+    """Evaluate a model on held-out rows: accuracy and margins, or perplexity, and KL."""
     _prepare(offline)
     from fastpref.commands import evaluate as evaluation
     from fastpref.model.failure import told_of_memory

@@ -223,6 +223,8 @@ def check_sharded(config: Config) -> None:
         f'train.optimizer = "{config.train.optimizer}"': config.train.optimizer != "adamw",
         'reference.mode = "copy"': config.reference.mode == "copy" and config.loss.uses_reference,
         "lora.dora = true": config.lora is not None and config.lora.dora,
+        "lora.stack = true": config.lora is not None and config.lora.stack,
+        f"reference.name = {config.reference.name!r}": config.reference.name is not None and config.loss.uses_reference,
     }
     for setting, is_set in refused.items():
         if is_set:

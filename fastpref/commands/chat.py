@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TextIO
 
 import peft
@@ -14,6 +15,7 @@ from fastpref.data.rows.content import Writing
 from fastpref.data.template.render import apply
 from fastpref.data.template.text import check_template_keywords
 from fastpref.errors import UserError
+from fastpref.model.adapters.switch import only
 from fastpref.model.limits import limits_of_model
 from fastpref.run.trained import Trained, load_trained, trained_tokenizer
 
@@ -78,7 +80,8 @@ def chat(
 
 def _speakers(trained: Trained, compare: bool, tell: Callable[[str], None]) -> list[Speaker]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_trained(trained, device)
+    trained = replace(trained, config=trained.config.but({"reference": {}}))  # the model that the training began with
+    loaded = load_trained(trained, device, reference=compare)
     for note in loaded.notes:
         tell(note)
     after = Speaker("trained", loaded.model)
@@ -87,7 +90,7 @@ def _speakers(trained: Trained, compare: bool, tell: Callable[[str], None]) -> l
     if trained.began_with is None:
         raise UserError(f"--compare: {trained.weights} is not known to be trained from another model")
     if isinstance(loaded.wrapped, peft.PeftModel):
-        return [Speaker("before", loaded.model, loaded.wrapped.disable_adapter), after]
+        return [Speaker("before", loaded.model, partial(only, loaded.model, loaded.reference.names)), after]
     return [Speaker("before", load_trained(trained, device, base=True).model), after]
 
 

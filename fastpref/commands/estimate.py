@@ -26,10 +26,14 @@ def estimate(estimator: Estimator, *, card: float | None, compare: bool, as_json
         card: GiB of the GPU that the run is meant for; by default this machine's GPU, or 24.
         compare: whether to count the step of TRL too.
 
-    Raises UserError for a model that does not exist, and for a comparison with TRL of a loss that TRL does not have.
+    Raises UserError for a model that does not exist, and for a comparison with TRL of a loss without one.
     """
     if compare and estimator.config.loss.listwise:
         raise UserError(f"--compare: TRL has no loss of lists such as {estimator.config.loss.type}; leave it out")
+    if compare and estimator.config.loss.supervised:
+        raise UserError(
+            f"--compare: TRL's step is known for losses of preferences, not for {estimator.config.loss.type}"
+        )
     screen = Console(highlight=False, quiet=as_json)
     with Console(stderr=True).status("") as waiting:  # shown on a terminal only
         estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))
@@ -106,7 +110,10 @@ def _head(estimator: Estimator, largest: Microbatch) -> str:
     config = estimator.config
     plural = "s" if len(largest.examples) > 1 else ""
     where = "a GPU" if estimator.device.type == "cuda" else "a CPU"
-    training = "all weights" if config.lora is None else f"LoRA of rank {config.lora.rank}"
+    training = "all weights" if config.lora is None else f"LoRA of {config.lora.ranks}"
+    if config.lora is not None and config.lora.start is not None:
+        training = f"{training} on top of" if config.lora.stack else "the adapter"
+        training = f"{training} {config.lora.start}"
     bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
     if estimator.quantised is not None:
         bits = f", whose weights are stored quantised ({estimator.quantised})"

@@ -1,8 +1,9 @@
-"""`fastpref eval`: metrics of a model on held-out preferences, and its distance from the model it began with."""
+"""`fastpref eval`: metrics of a model on held-out rows, and its distance from the model it began with."""
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from fastpref.data.cache import load_examples
 from fastpref.data.example import Example
 from fastpref.data.table import Examples
 from fastpref.errors import UserError
+from fastpref.model.adapters.source import reference_kind
+from fastpref.model.adapters.switch import only
 from fastpref.model.limits import compare, limits_of_model, pad_token
 from fastpref.model.load import Loaded
 from fastpref.model.policy import Policy
-from fastpref.run.trained import Trained, load_trained, trained_tokenizer
+from fastpref.run.trained import Trained, find_trained, load_trained, trained_tokenizer
 from fastpref.step.objective import Objective
 from fastpref.step.reference import Reference
 
@@ -39,7 +42,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return metrics over held-out examples under the names of metrics.jsonl, and these:
 
-        logps/accuracies  how often the chosen completion is the likelier one, per token (not for KTO, without pairs)
+        logps/accuracies  how often the chosen completion is the likelier one, per token (of pairs and lists)
         reference/kl      KL(model ‖ reference) of the next token, nats, a mean over the completions' tokens
 
     The examples are those of the config's [eval], or of the file `data`. The reference is the model that the training
@@ -49,7 +52,9 @@ def evaluate(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     examples = _examples(trained, data, cache)
-    loaded = load_trained(trained, device)
+    loaded = load_trained(trained, device, reference=reference is None)
+    if reference is None and trained.is_adapter and reference_kind(trained.config) == "model":
+        reference = find_trained(str(trained.config.reference.name))
     other, off = _reference(trained, loaded, reference, device)
     for note in loaded.notes:
         tell(note)
@@ -101,6 +106,7 @@ def show(metrics: dict[str, Any], name: str, *, as_json: bool) -> None:
         ("rewards/kendall_tau", "Kendall's τ of rewards and scores", "{:+.3f}"),
         ("reference/kl", "KL to the reference, nats a token", "{:.4f}"),
         ("loss", "loss", "{:.4f}"),
+        ("perplexity", "perplexity", "{:.3f}"),
         ("logps/chosen", "log-probability of the chosen", "{:.1f}"),
         ("logps/rejected", "log-probability of the rejected", "{:.1f}"),
         ("entropy", "entropy, nats a token", "{:.3f}"),
@@ -151,7 +157,7 @@ def _reference(
             )
         return other, nullcontext
     if isinstance(loaded.wrapped, peft.PeftModel):
-        return loaded, loaded.wrapped.disable_adapter
+        return loaded, partial(only, loaded.model, loaded.reference.names)
     if trained.began_with is not None:
         return load_trained(trained, device, base=True), nullcontext
     return None, nullcontext

@@ -1,7 +1,7 @@
 """`fastpref init`: write a config for a loss, with comments from the schema."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ _REMARKS: dict[str, dict[str, str]] = {
         "train.learning_rate": "whole models 3e-7 to 1e-6, as its authors search; too high a rate ruins the text",
         "loss.beta": "2 to 10; larger than DPO's, because it scales an average per token",
     },
+    "sft": {"train.learning_rate": "up to 2e-4 with adapters; whole models usually take about 1e-5"},
 }
 _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "model.revision": "main",
@@ -63,26 +64,38 @@ _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
 
 
 def init(
-    loss: str | None, model: str | None, data: str | None, axolotl: Path | None, output: str | None, *, force: bool
+    loss: str | None,
+    model: str | None,
+    data: str | None,
+    sources: Mapping[str, Path | None],
+    output: str | None,
+    *,
+    force: bool,
 ) -> None:
-    """Write a config, or print it if `output` is "-". Say what to do next, and what Axolotl's config has in addition.
+    """Write a config, or print it if `output` is "-". Say what to do next, and what another trainer's config has more.
 
-    Raises UserError for options that do not go together, and for a file that exists unless `force` is set.
+    `sources` has the configs of other trainers by the option that names one, of which at most one is given. Raises
+    UserError for options that do not go together, and for a file that exists unless `force` is set.
     """
+    given = [(option, path) for option, path in sources.items() if path is not None]
+    if len(given) > 1:
+        raise UserError(f"{given[0][0]} and {given[1][0]} both name a config to translate; leave one out")
     name = check_loss(loss or "dpo")
-    path = None if output == "-" else Path(output or f"{axolotl.stem if axolotl else name}.toml")
+    path = None if output == "-" else Path(output or f"{given[0][1].stem if given else name}.toml")
     folder = path.parent if path else Path()
     left_out: list[str] = []
-    if axolotl is None:
+    if not given:
         if model is None or data is None:
-            raise UserError("init needs --model and --data (and takes --loss), or --from-axolotl with a .yml file")
+            raise UserError(f"init needs --model and --data (and takes --loss), or {_either(sources)} with a .yml file")
         text = template(name, kept(model, folder), kept(data, folder))
     else:
-        if loss or model or data:
-            raise UserError("--from-axolotl takes the loss, the model and the data from its file; leave the others out")
-        from fastpref.axolotl import translate
+        option, source = given[0]
+        if model or data or (loss and option not in TAKE_LOSS):
+            own = "the model and the data" if option in TAKE_LOSS else "the loss, the model and the data"
+            raise UserError(f"{option} takes {own} from its file; leave the others out")
+        from fastpref.translate import DIALECTS, translate
 
-        translation = translate(axolotl, folder)
+        translation = translate(DIALECTS[option], source, folder, loss and name)
         text, left_out = translation.text, translation.left_out
     if path is None:
         typer.echo(text, nl=False)
@@ -93,6 +106,15 @@ def init(
             typer.echo(f"  fastpref {command} {path}")
     if left_out:
         typer.echo("\n  ".join(["Not taken over:", *left_out]), err=path is None)
+
+
+TAKE_LOSS = ("--from-trl",)
+"""The options with which --loss says what the translated config trains."""
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_loss(loss: str) -> str:
@@ -113,14 +135,16 @@ def _write(text: str, path: Path, *, force: bool) -> None:
 
 def template(loss: str, model: str, data: str) -> str:
     """Return a config of `loss` as text: common keys set, the others commented out with their defaults."""
-    values = {"model.name": model, "data.path": data, "loss.type": loss, "loss.beta": LOSSES[loss]().beta}
+    values: dict[str, Any] = {"model.name": model, "data.path": data, "loss.type": loss}
+    values |= {} if LOSSES[loss].supervised else {"loss.beta": LOSSES[loss]().beta}
     values |= _COMMON | _OF_LOSS.get(loss, {})
     raw: dict[str, Any] = {}
     for name, value in values.items():
         _set(raw, name, value)
     skipped = () if LOSSES[loss].uses_reference else ("reference",)
     tables = [_table(name, info, loss, values, raw) for name, info in sections().items() if name not in skipped]
-    intro = [f"Preference training by {LOSSES[loss].__name__}. Remove the # before a key to set it."]
+    what = "Supervised" if LOSSES[loss].supervised else "Preference"
+    intro = [f"{what} training by {LOSSES[loss].__name__}. Remove the # before a key to set it."]
     return render(intro, tables)
 
 

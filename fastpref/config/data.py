@@ -8,7 +8,7 @@ from fastpref.config.formats import Format
 from fastpref.config.keywords import check_keywords
 from fastpref.config.losses import NonNegative, Positive
 from fastpref.config.paths import ReadPath
-from fastpref.config.section import Count, Section
+from fastpref.config.section import Count, Every, Section
 
 Pairing = Literal["best-worst", "best-rest", "all", "adjacent"]
 
@@ -44,8 +44,9 @@ class EvalConfig(Section):
     """Holds out this share of the prompts of [[data]], chosen by a hash of the prompt."""
     data: Annotated[tuple[DataConfig, ...], Strict(False)] = ()
     """Holds out other data instead: [[eval.data]] has the keys of [[data]]."""
-    every: Count | None = None
-    """Evaluates every so many steps, in addition to the start and the end."""
+    every: Every | None = None
+    """Evaluates every so many steps (below 1: every such share of all steps), in addition to the start and the
+    end."""
     samples: Annotated[int, Field(ge=0)] = 1
     """Sets how many held-out prompts the model answers before and after the training."""
     sample_tokens: Count = 48

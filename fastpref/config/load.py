@@ -32,6 +32,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), *, trains: bool
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        if path.suffix in (".yml", ".yaml"):
+            raise UserError(
+                f"{path}: this is YAML, and a config is TOML; another trainer's is translated by `fastpref init` with "
+                f"--from-axolotl, --from-trl or --from-llamafactory {path}"
+            ) from None
         what, _, place = str(error).partition(" (at ")  # "(at line 3, column 5)", or "(at end of document)"
         line = place[5:].partition(",")[0] if place.startswith("line ") else text.rstrip().count("\n") + 1
         raise UserError(f"{path}:{line}: not valid TOML: {what}") from None

@@ -14,6 +14,7 @@ Variant = Literal[
 ]  # fmt: skip
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 SORTING_VARIANTS = ("aot", "aot_unpaired")
+SMOOTHED_VARIANTS = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
 MARGIN_VARIANTS = ("sigmoid", "hinge", "exo_pair", "robust")
 """DPO's losses of x = βΔ alone, from which the margin of a pair is subtracted."""
 
@@ -33,9 +34,11 @@ class Loss:
     uses_reference: ClassVar[bool] = True
     """True if the loss compares the policy with a reference model."""
     paired: ClassVar[bool] = True
-    """Whether an example has several completions, usually two; otherwise it is a single completion with a label."""
+    """Whether an example has several completions, usually two; otherwise it is a single one, labelled for KTO."""
     listwise: ClassVar[bool] = False
     """Whether an example is a list of completions with scores, all of which the loss ranks; a pair is a list of two."""
+    supervised: ClassVar[bool] = False
+    """Whether an example is a single completion without a label, which the policy is to imitate."""
 
     @property
     def unit(self) -> str:
@@ -91,6 +94,12 @@ class DPO(Loss):
             raise ValueError(f"variants names a loss twice: {', '.join(self.variants)}")
         if self.label_smoothing and "ipo" in self.variants:
             raise ValueError("label_smoothing has no effect on ipo; set it to 0")
+        if self.label_smoothing and not set(self.variants) & set(SMOOTHED_VARIANTS):
+            raise ValueError(f"label_smoothing: only {', '.join(SMOOTHED_VARIANTS)} have it; set it to 0")
+        if self.f_alpha != 0.5 and self.f_divergence != "alpha":
+            raise ValueError(f'f_alpha: only f_divergence = "alpha" has it, not {self.f_divergence!r}; leave it out')
+        if self.discopop_tau != 0.05 and "discopop" not in self.variants:
+            raise ValueError("discopop_tau: only the variant discopop has it; leave it out")
         if "exo_pair" in self.variants and not self.label_smoothing:
             raise ValueError("variants: exo_pair needs label_smoothing above 0, such as 1e-3")
         if self.weighting and set(self.variants) & set(SORTING_VARIANTS):
@@ -259,7 +268,21 @@ class LiPO(Loss):
     listwise: ClassVar[bool] = True
 
 
-LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO | PL | LiPO
+@dataclass(frozen=True, kw_only=True, config=loss_table)
+class SFT(Loss):
+    """Supervised fine-tuning: the mean negative log-likelihood of the completions' tokens, without preferences."""
+
+    type: Literal["sft"] = "sft"
+    """Selects the loss."""
+    suits: ClassVar[str] = "completions to imitate, before preferences or without them"
+    uses_reference: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
+    supervised: ClassVar[bool] = True
+    beta: ClassVar[float] = 0.0
+    """There are no rewards."""
+
+
+LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO | PL | LiPO | SFT
 LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
 """The losses by the names that `loss.type` takes."""
 

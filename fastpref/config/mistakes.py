@@ -152,7 +152,7 @@ def _without_tags(loc: tuple[str | int, ...], kind: str) -> Path:
         return tuple(path)  # the last part is the user's word; unions have no keys
     if kind == "union_tag_invalid":
         return (*path, "type")
-    return tuple(p for p in path if isinstance(p, int) or not ("[" in p or "-" in p or p == "bool"))
+    return tuple(p for p in path if isinstance(p, int) or not ("[" in p or "-" in p or p in ("bool", "int", "str")))
 
 
 def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
@@ -205,7 +205,7 @@ def _close(word: str, choices: list[str]) -> str:
 
 def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
     """Yield every table of the schema with its keys; all losses share one table."""
-    annotations = {k: f.annotation for k, f in schema.model_fields.items()}
+    annotations = {f.alias or k: f.annotation for k, f in schema.model_fields.items()}
     yield name, list(annotations)
     for key, annotation in annotations.items():
         inner = list(classes_in(annotation))

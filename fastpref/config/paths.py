@@ -48,7 +48,7 @@ def map_paths(
             changes[name] = map_paths(value, read, written)
         elif isinstance(value, tuple):
             changes[name] = tuple(map_paths(v, read, written) if isinstance(v, BaseModel) else v for v in value)
-    return table.model_copy(update=changes)
+    return table.model_copy(update={name: value for name, value in changes.items() if value != getattr(table, name)})
 
 
 def path_marks(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, PathMark]]:
@@ -56,7 +56,7 @@ def path_marks(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
     for name, info in schema.model_fields.items():
         mark = _mark(info)
         if mark is not None:
-            yield f"{prefix}{name}", mark
+            yield f"{prefix}{info.alias or name}", mark
         entry = ".*" if "tuple" in str(info.annotation) else ""
         for inner in classes_in(info.annotation):
             if issubclass(inner, BaseModel):

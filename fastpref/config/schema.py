@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Self, get_type_hints
 
-from pydantic import Field, GetCoreSchemaHandler, Strict, TypeAdapter, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, Strict, TypeAdapter, ValidationInfo, model_validator
 from pydantic_core import core_schema
 
 from fastpref.config.data import DataConfig, EvalConfig, TokensConfig
 from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions
 from fastpref.config.model import LoraConfig, ModelConfig
+from fastpref.config.optimization import OPTIMIZERS, SCHEDULES, optimization_mistakes
 from fastpref.config.section import Section
 from fastpref.config.training import LogConfig, OutputConfig, ReferenceConfig, TrainConfig
 
@@ -38,7 +39,7 @@ class Config(Section):
     loss: Annotated[LossOptions, _ByType] = Field(default_factory=DPO)
     """Chooses the loss; the other keys depend on its type."""
     data: Annotated[tuple[DataConfig, ...], Strict(False), Field(min_length=1)]
-    """Names the preferences to train on; several [[data]] are joined."""
+    """Names the rows to train on; several [[data]] are joined."""
     eval: EvalConfig = EvalConfig()
     """Decides which data are held out, and when the model is evaluated on them."""
     tokens: TokensConfig = TokensConfig()
@@ -55,12 +56,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         model, reference, train = self.model, self.reference, self.train
+        copies = reference.mode == "copy" or reference.name is not None  # whether the name is a model's is seen later
         not_copied = 'only a frozen copy has this key; set reference.mode = "copy", or remove it'
         checks = [
             (reference.mode == "adapter" and self.lora is None,
              'reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"'),
-            (reference.dtype != "auto" and reference.mode != "copy", f"reference.dtype: {not_copied}"),
-            (reference.quantization != "auto" and reference.mode != "copy", f"reference.quantization: {not_copied}"),
+            (reference.dtype != "auto" and not copies, f"reference.dtype: {not_copied}"),
+            (reference.quantization != "auto" and not copies, f"reference.quantization: {not_copied}"),
+            (reference.adapter is not None and reference.name is not None,
+             "reference.name: reference.adapter chooses the reference already; remove one of them"),
             (model.quantization != "none" and self.lora is None,
              f'model.quantization: "{model.quantization}" weights cannot be trained themselves; add a [lora] table'),
             (model.streaming is True and self.lora is None,
@@ -68,6 +72,16 @@ class Config(Section):
             (model.streaming is True and reference.mode == "copy" and self.loss.uses_reference,
              'model.streaming: a frozen copy (reference.mode = "copy") would lie on the GPU as a whole; set '
              'reference.mode to "adapter", or model.streaming to false'),
+            (bool(train.freeze) and self.lora is not None,
+             "train.freeze: with a [lora] table all weights but the adapters are frozen; remove one of the two"),
+            (self.lora is not None and self.lora.init == "loftq" and model.quantization != "nf4",
+             'lora.init: "loftq" makes up for the rounding to 4 bits; set model.quantization = "nf4", or leave it out'),
+            (self.lora is not None and self.lora.init == "loftq" and model.quantization == "nf4"
+             and self.loss.uses_reference
+             and (reference.mode != "copy" or (reference.dtype, reference.quantization) != ("auto", "auto")),
+             'lora.init: "loftq" adapters are a part of the model at the start, so a reference without them would be '
+             'another model; set reference.mode = "copy" without dtype and quantization, or take a loss without a '
+             "reference"),
             (model.attention in ("flex", "varlen") and train.layout == "padded",
              f'model.attention: "{model.attention}" computes tree and packed rows only; set train.layout = "auto", or '
              "remove it"),
@@ -81,6 +95,7 @@ class Config(Section):
              "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
         ]  # fmt: skip
         mistakes = [message for wrong, message in checks if wrong]
+        mistakes += optimization_mistakes(self)
         for table, sources in (("data", self.data), ("eval.data", self.eval.data)):
             mistakes += [f"{table}.{at}.{text}" for at, data in enumerate(sources) for text in _unused(data, self.loss)]
         if mistakes:
@@ -99,7 +114,27 @@ class Config(Section):
 
     @property
     def learning_rate(self) -> float:
-        return self.train.learning_rate or (1e-6 if self.lora is None else 1e-4)
+        """The highest learning rate."""
+        usual = 1e-4 if self.lora is not None else 1e-5 if self.loss.supervised else 1e-6
+        return self.train.learning_rate or usual * OPTIMIZERS[self.train.optimizer].rate
+
+    @property
+    def schedule(self) -> str:
+        """The name of the schedule, which "auto" leaves to the optimizer."""
+        if self.train.schedule != "auto":
+            return self.train.schedule
+        return "cosine" if OPTIMIZERS[self.train.optimizer].scheduled else "constant"
+
+    @property
+    def warmup(self) -> float:
+        """The steps of warm-up, or a share of all steps if it is below 1."""
+        usual = 0.1 if SCHEDULES[self.schedule].warms_up else 0.0
+        return usual if self.train.warmup is None else self.train.warmup
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether reference log-probabilities are computed before training, which saves a copy of the weights."""
+        return self.reference.mode == "precompute" or (self.reference.mode == "auto" and self.lora is None)
 
     @property
     def tokens_per_microbatch(self) -> int:
@@ -119,7 +154,7 @@ class Config(Section):
             table, _, name = key.partition(".")
             if name:
                 current = (tables[table] if table in tables else getattr(self, table, None)) or {}
-                value = {**(current if isinstance(current, Mapping) else vars(current)), name: value}
+                value = {**(current if isinstance(current, Mapping) else values_set(current)), name: value}
             tables[table] = value
         return self.model_copy(update={t: _table(type(self), t).validate_python(v) for t, v in tables.items()})
 
@@ -129,11 +164,21 @@ def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:
     for key in ("pairs", "min_difference"):
         if getattr(data, key) == DataConfig.model_fields[key].default:
             continue
-        if loss.listwise:
+        if loss.supervised:
+            yield f"{key}: {loss.type} takes the chosen or the best completion of each row; remove this key"
+        elif loss.listwise:
             yield f"{key}: {loss.type} takes lists of completions whole; remove this key"
         elif not loss.paired and key == "pairs":
             reason = f"{loss.type} takes the best completion of a list as a good one and the worst as a bad one"
             yield f"{key}: {reason}; remove this key, or use a loss of pairs"
+
+
+def values_set(table: Any) -> dict[str, Any]:
+    """Return the values of a table by their keys in TOML: those that were set, or of a loss all."""
+    if not isinstance(table, BaseModel):
+        return dict(vars(table))
+    fields = type(table).model_fields
+    return {fields[name].alias or name: getattr(table, name) for name in fields if name in table.model_fields_set}
 
 
 @cache

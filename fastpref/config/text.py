@@ -84,7 +84,8 @@ def keys_of(section: str, loss: str) -> Mapping[str, FieldInfo]:
         options: Any = LOSSES[loss]
         return options.__pydantic_fields__
     tables = classes_in(Config.model_fields[section].annotation)
-    return next(table for table in tables if issubclass(table, BaseModel)).model_fields
+    fields = next(table for table in tables if issubclass(table, BaseModel)).model_fields
+    return {field.alias or name: field for name, field in fields.items()}
 
 
 def is_array(section: str) -> bool:

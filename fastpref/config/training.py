@@ -1,12 +1,17 @@
 """The tables [reference], [train], [output] and [log] of a config. Nothing here imports torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import Field, Strict, field_validator
 
 from fastpref.config.losses import NonNegative, Positive
-from fastpref.config.paths import WrittenPath
-from fastpref.config.section import Count, Section
+from fastpref.config.model import check_patterns
+from fastpref.config.optimization import Optimizer, ScheduleName
+from fastpref.config.paths import ReadPath, WrittenPath
+from fastpref.config.section import Count, Every, Names, Section
+
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ReferenceConfig(Section):
@@ -14,7 +19,13 @@ class ReferenceConfig(Section):
     """Chooses where the reference's log-probabilities come from: in every step from the model without its adapters or
     from a frozen copy, or from a pass before the training ("precompute") whose results are kept on disk; "auto" is
     precompute without [lora], and with it the model without its adapters, which computes each completion once and keeps
-    the results on disk too."""
+    the results on disk too. "adapter" is also that of another adapter."""
+    adapter: Literal["start", "none"] | None = None
+    """Chooses the adapter of the reference: "start" is that of lora.from as it was before the training, "none" the base
+    model alone. The default is "start" with lora.from, and "none" without."""
+    name: ReadPath | None = None
+    """Names another reference: an adapter of the same base model, which shares the base's weights with the policy, or a
+    whole model, which is loaded as a frozen copy."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Sets the data type of a frozen copy; "auto" is that of the model."""
     quantization: Literal["auto", "none", "nf4", "int8"] = "auto"
@@ -23,26 +34,43 @@ class ReferenceConfig(Section):
 
 class TrainConfig(Section):
     learning_rate: Positive | None = None
-    """Sets the highest learning rate; the default is 1e-4 with [lora] and 1e-6 without."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Chooses how the learning rate falls after the warm-up."""
-    warmup: NonNegative = 0.1
-    """Sets the steps of linear warm-up; a number below 1 is a share of all steps."""
+    """Sets the highest learning rate; the default is 1e-4 with [lora] and 1e-6 without, for sft 1e-5; a fifth of it for
+    lion and twice as much for schedule_free_adamw."""
+    schedule: ScheduleName = "auto"
+    """Chooses how the learning rate changes after the warm-up, by the names of transformers' get_scheduler; "auto" is
+    cosine. constant is constant_with_warmup. reduce_lr_on_plateau and greedy follow the held-out loss."""
+    schedule_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Passes options to the schedule's function, such as { num_cycles = 2 }; a number of steps below 1 is a share of
+    all."""
+    min_lr: Positive | None = None
+    """Sets the learning rate at which a schedule ends, for cosine, linear and others that fall to a lowest rate."""
+    warmup: NonNegative | None = None
+    """Sets the steps of linear warm-up; a number below 1 is a share of all steps, and the default is 0.1."""
     epochs: Positive = 1.0
     """Sets how often the training passes over the data."""
     steps: Count | None = None
     """Sets the number of optimizer steps, in place of epochs."""
     batch: Count = 16
-    """Sets how many examples (pairs, or completions for KTO) an optimizer step has, in however many micro-batches."""
+    """Sets how many examples (pairs, or completions for KTO and SFT) an optimizer step has, in however many
+    micro-batches."""
     tokens_per_microbatch: Count | None = None
     """Limits the tokens that are computed at once; the default is 2 · tokens.max_length."""
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"
     """Lays out a micro-batch: "tree" is one row that computes every beginning that sequences share once (prompts, but
     also system prompts, questions of several rows, conversations), "packed" one row that repeats prompts, "padded" a
     row a sequence; "auto" is tree where the attention of the model allows it."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """Chooses AdamW, AdamW with moments in 8 bits, or a paged one, whose moments move to host memory when the GPU
-    is full."""
+    freeze: Names = ()
+    """Names modules and parameters that full fine-tuning leaves as they are, by names and patterns as in lora.target:
+    "embed_tokens", "layers.0"."""
+    optimizer: Optimizer = "adamw"
+    """Chooses the optimizer: AdamW or Lion, with moments in 8 bits, or paged, whose moments move to host memory when
+    the GPU is full; Adafactor (transformers', without relative steps); Muon for matrices of hidden layers, adapters'
+    among them, with AdamW for the rest; or schedule-free AdamW. Other names that transformers has for them are
+    understood."""
+    betas: Annotated[tuple[Beta, Beta], Strict(False)] | None = None
+    """Sets the two decay rates of AdamW's or Lion's moments; the default is [0.9, 0.999], for lion [0.9, 0.99]."""
+    epsilon: Positive | None = None
+    """Sets AdamW's term against division by zero; the default is 1e-8."""
     weight_decay: NonNegative = 0.0
     """Sets the weight decay, which is applied to matrices only."""
     max_grad_norm: Positive = 1.0
@@ -57,13 +85,25 @@ class TrainConfig(Section):
     """Decides about a loss or gradient that is not finite: stop before the step, or skip the step (ten in a row
     stop)."""
 
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_entry(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("freeze")
+    @classmethod
+    def _patterns_compile(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        check_patterns(value)
+        return value
+
 
 class OutputConfig(Section):
     dir: WrittenPath | None = None
     """Names the folder of the run; the default is runs/<name of the config>-<loss>, with a number added if that
     exists."""
-    save_every: Count | None = None
-    """Saves a checkpoint every so many steps and at the best evaluation; by default only when the run is stopped."""
+    save_every: Every | None = None
+    """Saves a checkpoint every so many steps (below 1: every such share of all steps) and at the best evaluation; by
+    default only when the run is stopped."""
     keep: Count = 2
     """Keeps this number of newest checkpoints, and in addition that of the best evaluation."""
     push_to: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
@@ -73,5 +113,5 @@ class OutputConfig(Section):
 class LogConfig(Section):
     every: Count = 1
     """Writes metrics every so many steps."""
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Strict(False)] = ()
+    trackers: Annotated[tuple[Tracker, ...], Strict(False)] = ()
     """Sends the metrics to trackers too; each needs its package."""

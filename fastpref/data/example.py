@@ -29,7 +29,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its completions: chosen and rejected, a single one with its label, or a list with scores."""
+    """A prompt and its completions: chosen and rejected, a single one, labelled for KTO, or a list with scores."""
 
     prompt: Ids  # at least one token
     completions: tuple[Ids, ...]  # at least one token each
@@ -57,6 +57,8 @@ class Example:
         """Return the names of the completions, for display."""
         if self.label is not None:
             return ("good" if self.label else "bad",)
+        if len(self.completions) == 1 and not self.scores:
+            return ("completion",)
         return tuple(f"completion {k}" for k in range(len(self.completions))) if self.scores else ("chosen", "rejected")
 
     def with_completions(self, parts: "Sequence[tuple[Example, int]]") -> "Example":

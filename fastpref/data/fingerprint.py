@@ -39,7 +39,7 @@ def inputs(config: Config, tokenizer: PreTrainedTokenizerBase, day: date) -> dic
         "heldout": [_source(data) for data in config.eval.data],
         "fraction": config.eval.fraction,
         "tokens": config.tokens.model_dump(exclude={"chat_template"}),
-        "examples": config.loss.unit,
+        "examples": "imitated" if config.loss.supervised else config.loss.unit,
         "tokenizer": _tokenizer(tokenizer),
         "chat template": tokenizer.chat_template,
     }

@@ -54,7 +54,7 @@ def longest_possible(config: Config) -> Microbatch:
         Example(
             [i],
             tuple([i * completions + k] + [0] * (longest - 2) for k in range(completions)),
-            bool(i % 2) if single else None,
+            bool(i % 2) if single and not config.loss.supervised else None,
             Origin(""),
             scores=tuple(map(float, range(completions))) if ranked else (),
         )

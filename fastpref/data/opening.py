@@ -55,6 +55,7 @@ def _open(data: DataConfig) -> Records:
         path = Path(data.path).expanduser()
     except RuntimeError:  # ~name of a user who does not exist
         raise UserError(f"{data.path}: there is no such file") from None
+    _check_keys_of_the_hub(data, path)
     if path.is_dir():
         return ArrowRecords(data.path, _from_disk(data, path))
     if not path.is_file():
@@ -77,6 +78,20 @@ def _open(data: DataConfig) -> Records:
     except OSError as error:
         raise UserError(f"{data.path}: cannot be read: {error.strerror}") from None
     return ArrowRecords(data.path, _from_table(data, path))
+
+
+def _check_keys_of_the_hub(data: DataConfig, path: Path) -> None:
+    """Raise UserError for a key that says which part of a data set is meant, if `path` has no such parts."""
+    if not path.exists():
+        return
+    what = "a folder" if path.is_dir() else "a file"
+    keys = ("name", "revision") if path.is_dir() else ("name", "revision", "split")
+    for key in keys:
+        if getattr(data, key) != DataConfig.model_fields[key].default:
+            raise UserError(
+                f"{data.path}: data.{key} = {getattr(data, key)!r}: this is {what} on this machine, which has no such "
+                "part; leave the key out"
+            )
 
 
 def _from_table(data: DataConfig, path: Path) -> datasets.Dataset:

@@ -8,9 +8,9 @@ from fastpref.config import DataConfig
 from fastpref.config.losses import LossOptions
 from fastpref.data.opening import open_records
 from fastpref.data.records import Records
-from fastpref.data.rows.auto import KNOWN, AutoFormat, detect
-from fastpref.data.rows.columns import MISSING_COLUMN
-from fastpref.data.rows.content import Paired, Ranked, RowContent, RowError, Unpaired, unpair
+from fastpref.data.rows.auto import KNOWN, KNOWN_IMITATED, AutoFormat, detect
+from fastpref.data.rows.columns import MISSING_COLUMN, column
+from fastpref.data.rows.content import Paired, Ranked, RowContent, RowError, Unpaired, imitated, unpair
 from fastpref.data.rows.formats import explained, find_format
 from fastpref.data.rows.ranking import as_pair, make_pairs
 from fastpref.data.rows.reading import Format
@@ -54,12 +54,17 @@ class Source:
         """
         raw = self.records[at]
         content = self.form.read(raw)
+        if self.loss.supervised:
+            completion = imitated(content)
+            return Made(content, () if completion is None else (completion,))
         if isinstance(content, Unpaired) and not self.unpaired:
             raise UserError(
                 f"{self.records.place(at)}: this loss compares a chosen with a rejected completion, and there is only "
                 f'one here (the columns are {", ".join(map(str, raw))}); use loss.type = "kto", or data with chosen '
                 "and rejected"
             )
+        if isinstance(content, Unpaired) and content.label is None:
+            column(raw, self.form.label)  # which raises RowError, because it is not there
         if isinstance(content, Paired) and content.margin is not None and self.loss.unit != "pair":
             raise UserError(
                 f"{self.records.place(at)}: the row has a margin, which is one of a pair, and {self.loss.type} takes "
@@ -79,13 +84,14 @@ def open_source(data: DataConfig, loss: LossOptions) -> Source:
     """Open a source for a loss. Raises UserError if it cannot be read, or has no rows of a known format."""
     records, unpaired = open_records(data), not loss.paired
     try:
-        form = find_format(data.format, unpaired=unpaired) or _detected(records, data, unpaired)
+        form = find_format(data.format, unpaired=unpaired, supervised=loss.supervised)
+        form = form or _detected(records, data, loss)
     except ValueError as error:
         raise UserError(f"{data.path}: format: {error}") from None
     return Source(data, records, form, loss)
 
 
-def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
+def _detected(records: Records, data: DataConfig, loss: LossOptions) -> Format:
     """Return the format of the first chat among the first rows, or else of the first row with a known format.
 
     Raises UserError if no row has a known format.
@@ -96,7 +102,7 @@ def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
     for at in range(min(LOOKED_AT, data.rows or len(records), len(records))):
         try:
             row = records[at]
-            own = detect(row)
+            own = detect(row, supervised=loss.supervised)
         except RowError as error:
             if form is None and data.on_error == "error":
                 raise UserError(_at(records, at, error) + REMEDY) from None
@@ -111,13 +117,19 @@ def _detected(records: Records, data: DataConfig, unpaired: bool) -> Format:
         return form
     if not columns:
         raise UserError(f"{data.path}: no row can be read; the first: {_at(records, 0, broken)}")
-    raise UserError(
-        explained(
-            f"{data.path}: the columns {', '.join(columns)} are of no format that auto knows, which are {KNOWN}",
-            columns,
-            unpaired=unpaired,
-        )
-    )
+    known = f"{KNOWN}; {KNOWN_IMITATED}" if loss.supervised else KNOWN
+    message = f"{data.path}: the columns {', '.join(columns)} are of no format that auto knows, which are {known}"
+    if not loss.supervised and _has_completions(records):
+        message += '; single completions without a label, as these are, are read by loss.type = "sft"'
+    raise UserError(explained(message, columns, unpaired=not loss.paired, supervised=loss.supervised))
+
+
+def _has_completions(records: Records) -> bool:
+    """Return whether supervised training could read the first row."""
+    try:
+        return detect(records[0], supervised=True) is not None
+    except RowError:
+        return False
 
 
 def row_error(source: Source, at: int, error: RowError) -> str:
@@ -126,7 +138,8 @@ def row_error(source: Source, at: int, error: RowError) -> str:
     if error.kind != MISSING_COLUMN:
         return message
     auto = not isinstance(source.form, AutoFormat)
-    return explained(message, source.records[at], unpaired=source.unpaired, auto=auto)
+    supervised = source.loss.supervised
+    return explained(message, source.records[at], unpaired=source.unpaired, supervised=supervised, auto=auto)
 
 
 def _at(records: Records, at: int, error: RowError | None) -> str:

@@ -121,9 +121,9 @@ def notes_on_text(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase") -> l
             continue
         if any(token in _first_prompt(source) for token in special):  # the rows contain the turn markers already
             continue
-        named = (
-            f'"chat_template.default", {"field_prompt" if "completion" in form.name else "field_messages"} = "prompt"'
-        )
+        named = f'"chat_template.default", {"field_prompt" if form.answer else "field_messages"} = "prompt"'
+        if form.answer not in ("", "completion"):
+            named += f', field_completion = "{form.answer}"'
         if form.listed:
             named = f'"chat_template.ranked", field_responses = "{form.listed}"'
         notes.append(

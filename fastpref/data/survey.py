@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastpref.data.rows.columns import MARGIN, MISSING_COLUMN, WEIGHT
-from fastpref.data.rows.content import Ranked, RowContent, RowError
+from fastpref.data.rows.content import Paired, Ranked, RowContent, RowError
 from fastpref.data.source import REMEDY, Made, Source, row_error
 from fastpref.errors import UserError
 
@@ -25,6 +25,7 @@ class Survey:
     close: array = field(default_factory=lambda: array("i"))
     share: array = field(default_factory=lambda: array("d"))
     ranked: int = 0  # rows with a list of completions
+    pairs: int = 0  # rows with a pair
     first: dict[str, tuple[int, float, float]] = field(default_factory=dict)  # weight or margin → first row, range
     duplicates: int = 0  # rows left out because they repeat another
     left_out: int = 0  # rows left out because they are broken
@@ -38,6 +39,7 @@ class Survey:
         self.close.append(made.close)
         self.share.append(share(made.row.prompt) if fraction else 0.0)
         self.ranked += isinstance(made.row, Ranked)
+        self.pairs += isinstance(made.row, Paired)
         for name in (WEIGHT, MARGIN):
             number = getattr(made.row, name, None)
             if number is None:
@@ -90,10 +92,27 @@ def survey(source: Source, fraction: float, seen: set[bytes] | None) -> Survey:
     if kept.duplicates:
         notes.append(f"{source.name}: {kept.duplicates} exact duplicates left out")
     notes += _notes_on_lists(source, kept) + _notes_on_numbers(source, kept)
-    if source.unpaired and 2 in kept.parts:
+    if source.loss.supervised:
+        notes += _notes_on_imitation(source, kept)
+    elif source.unpaired and 2 in kept.parts:
         pair = "the best and the worst completion of a row count" if kept.ranked else "each pair counts"
         notes.append(f"{source.name}: KTO takes single completions, so {pair} as one good and one bad completion")
     return kept
+
+
+def _notes_on_imitation(source: Source, kept: Survey) -> list[str]:
+    """Return notes on what supervised training takes of rows of another kind. Raises UserError if it takes nothing."""
+    loss, bad = source.loss.type, sum(count == 0 for count in kept.parts)
+    if bad and bad == len(kept.at):
+        raise UserError(
+            f"{source.data.path}: all {bad} rows are labelled false, and {loss} imitates those labelled true"
+        )
+    taken = {
+        f"the chosen completion of {kept.pairs} pairs": kept.pairs,
+        f"the best completion of {kept.ranked} lists": kept.ranked,
+        f"the rows labelled true, and leaves out {bad} labelled false": bad,
+    }
+    return [f"{source.name}: {loss} takes {words}" for words, count in taken.items() if count]
 
 
 def _notes_on_lists(source: Source, kept: Survey) -> list[str]:
@@ -118,6 +137,11 @@ def _notes_on_numbers(source: Source, kept: Survey) -> list[str]:
     notes = []
     for name, (at, least, most) in kept.first.items():
         column = getattr(source.form, name)
+        if name == MARGIN and source.loss.supervised:
+            notes.append(
+                f"{source.name}: the column {column} is that of pairs, and {source.loss.type} has no use for it"
+            )
+            continue
         if name in kept.without:
             raise UserError(
                 f"{source.records.place(at)}: the row has a {name}, and {source.records.place(kept.without[name])} has "
@@ -146,7 +170,7 @@ def share(prompt: Any) -> float:
 
 def check_margins(surveys: Sequence[tuple[Source, Survey]]) -> None:
     """Raise UserError if some sources have margins and some have none, as their pairs share the batches."""
-    places = {MARGIN in kept.first: source.name for source, kept in surveys if kept.at}
+    places = {MARGIN in kept.first: source.name for source, kept in surveys if kept.at and source.loss.paired}
     if len(places) == 2:
         raise UserError(
             f"{places[True]} has margins and {places[False]} has none, and their pairs are compared in the same "

@@ -152,7 +152,7 @@ class Examples(Sequence[Example]):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Return the labels of single completions, [E] bool, or None for pairs."""
+        """Return the labels of KTO's completions, [E] bool, or None for other examples."""
         column = self.table.column("label")
         return None if column.null_count else column.to_numpy()
 

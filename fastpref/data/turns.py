@@ -6,12 +6,10 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.data.rows.content import Message, RowError, Writing
-from fastpref.data.rows.messages import SYSTEM_ROLES
+from fastpref.data.rows.messages import SYSTEM_ROLES, is_trained, untrained
 from fastpref.data.template.render import REFUSALS, apply, common
 
 _MARK = "\ue000fastpref\ue001"  # private-use characters, which no data set has at the end of a turn
-_WEIGHTS = ("weight", "train", "loss")
-"""Keys of a message that mark it as not trained: OpenAI's, Axolotl's, ms-swift's."""
 TextSpans = list[tuple[int, int]]
 _Write = Callable[..., str]  # writes messages with the chat template of a row
 
@@ -27,8 +25,8 @@ def contexts(
     it. Each boundary is therefore sought where `full` agrees with the text of the conversation up to there, or else by
     replacing a message with a mark. Raises RowError if a boundary cannot be found, or if the last turn is not scored.
     """
-    if not _is_scored(completion[-1]):
-        off = ", ".join(key for key in _WEIGHTS if _is_off(completion[-1].get(key)))
+    if not is_trained(completion[-1]):
+        off = ", ".join(untrained(completion[-1]))
         raise RowError(
             f"the last turn of a completion has {off} 0 or false, so nothing follows that could be compared; "
             "leave that turn out, or the row",
@@ -71,19 +69,11 @@ def _runs(completion: Sequence[Message]) -> list[tuple[int, int]]:
     """Return the ranges of unscored messages before each scored one; a range between two scored ones is empty."""
     runs, begin = [], 0
     for at, message in enumerate(completion):
-        if _is_scored(message):
+        if is_trained(message):
             if at:
                 runs.append((begin, at))
             begin = at + 1
     return runs
-
-
-def _is_scored(message: Message) -> bool:
-    return message["role"] == "assistant" and not any(_is_off(message.get(key)) for key in _WEIGHTS)
-
-
-def _is_off(weight: object) -> bool:
-    return weight is False or (isinstance(weight, int | float) and weight == 0)
 
 
 def _end_of_turn(

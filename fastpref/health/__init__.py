@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastpref.health import causes, curves, data  # noqa: F401 (causes register first)
+from fastpref.health import causes, curves, data, imitation  # noqa: F401 (causes register first)
 from fastpref.health.rule import RULES, Known, Verdict, known_of
 from fastpref.run.history import History
 

@@ -8,6 +8,8 @@ from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, LossOptions, SimPO
 _LN2 = math.log(2)
 GRADIENTS = (0.01, 10.0)  # the gradient norm before clipping
 EXPLODING = 100.0
+FIRST_NLL = (0.1, 5.0)  # nats a token that a model gives to new text of a kind that it can write
+MEMORISED_NLL = 0.1  # nats a token; the loss of SFT falls below only where nearly every token is foreseen
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ def _at_zero(variant: str, loss: DPO) -> float:
 
 
 def loss_band(loss: LossOptions, start: float | None = None, *, extras: bool = False) -> Band:
-    """Return 0.3 to ln 2 for DPO, its variants and KTO in proportion, 0 to 1/(2β)² for IPO; else below `start`.
+    """Return 0.3 to ln 2 for DPO, its variants and KTO in proportion, 0 to 1/(2β)² for IPO, from 0.1 on for SFT.
 
-    With `extras`, weights or margins of the rows, the band is only below `start`.
+    The upper end of SFT and of the others is `start`. With `extras`, weights or margins of the rows, there is no lower.
     """
+    if loss.supervised and not extras:
+        return Band(MEMORISED_NLL, start)
     first = None if extras else first_loss(loss)
     if first is None:
         return Band(None, start)
@@ -60,12 +64,10 @@ _LOGISTIC = {"sigmoid", "robust", "aot", "aot_unpaired", "sigmoid_norm"}
 
 def bands(loss: LossOptions, start: float | None = None, *, extras: bool = False) -> dict[str, Band]:
     """Return the healthy range of each metric by its name. `start` is the first loss of the run."""
-    ranges = {
-        "loss": loss_band(loss, start, extras=extras),
-        "rewards/accuracies": Band(0.5, None),
-        "rewards/margins": Band(0.0, None),
-        "grad_norm": Band(*GRADIENTS),
-    }
+    ranges = {"loss": loss_band(loss, start, extras=extras), "grad_norm": Band(*GRADIENTS)}
+    if loss.supervised:
+        return ranges
+    ranges |= {"rewards/accuracies": Band(0.5, None), "rewards/margins": Band(0.0, None)}
     if loss.uses_reference:
         ranges |= {"rewards/chosen": Band(0.0, None), "rewards/rejected": Band(None, 0.0)}
     if isinstance(loss, ORPO):
@@ -78,7 +80,9 @@ def bands(loss: LossOptions, start: float | None = None, *, extras: bool = False
 
 
 def supervised(loss: LossOptions) -> bool:
-    """Return whether the loss has a supervised term, which raises the likelihood of the chosen completions."""
+    """Return whether the loss has a supervised term besides that of preferences, which raises the likelihood of the
+    chosen completions.
+    """
     if isinstance(loss, DPO):
         return "sft" in loss.variants
     return isinstance(loss, ORPO) or (isinstance(loss, CPO | SimPO) and loss.sft_weight > 0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastpref.health.bands import per_token
+from fastpref.health.bands import MEMORISED_NLL, per_token
 from fastpref.health.rule import Known, Verdict, change_of, nats_moved, percent, rule
 from fastpref.run.history import HELDOUT, History
 
@@ -12,7 +12,7 @@ from fastpref.run.history import HELDOUT, History
     explains=(
         "labels_shuffled", "swapped", "loss_rises", "loss_below_band", "margins_flat", "accuracy_at_chance",
         "rejected_rises", "both_fall", "gradient_explodes", "gradient_band", "gradient_spikes", "accuracy_pinned",
-        "length_bias", "kl_stuck", "heldout_gap", "nll_rises",
+        "length_bias", "kl_stuck", "heldout_gap", "nll_rises", "entropy_collapses",
     ),
 )  # fmt: skip
 def _learning_rate_high(h: History, known: Known) -> Verdict | None:
@@ -32,10 +32,10 @@ def _learning_rate_high(h: History, known: Known) -> Verdict | None:
     if tokens is not None and tokens.end < 0.5 * tokens.start:
         steps = tokens.steps
         observed.append(
-            f"the model predicts {percent(tokens.end)} of the tokens of chosen completions, instead of "
+            f"the model predicts {percent(tokens.end)} of the tokens of {known.wanted} completions, instead of "
             f"{percent(tokens.start)} at first"
         )
-        evidence |= {"chosen tokens predicted at first": tokens.start, "at the end": tokens.end}
+        evidence |= {f"{known.wanted} tokens predicted at first": tokens.start, "at the end": tokens.end}
     if not observed:
         return None
     rate = "" if known.learning_rate is None else f", {known.learning_rate:g},"
@@ -112,6 +112,8 @@ def _labels_shuffled(h: History, known: Known) -> Verdict | None:
 
 @rule("nothing_learnt", explains=("margins_flat", "accuracy_at_chance", "kl_stuck", "loss_rises"), after=0.5)
 def _nothing_learnt(h: History, known: Known) -> Verdict | None:
+    if known.loss.supervised:
+        return _nothing_imitated(h, known)
     loss, moved, accuracy = change_of(h, known, "loss"), nats_moved(h, known), h.change("rewards/accuracies")
     if loss is None or moved is None or accuracy is None:
         return None
@@ -125,6 +127,19 @@ def _nothing_learnt(h: History, known: Known) -> Verdict | None:
         f"Raise {known.rate} three to ten times, or train longer.",
         loss.steps,
         {"nats": moved, "loss at first": loss.start, "loss at the end": loss.end},
+    )
+
+
+def _nothing_imitated(h: History, known: Known) -> Verdict | None:
+    nll = change_of(h, known, "nll_loss")
+    if nll is None or nll.start < MEMORISED_NLL or abs(nll.by) > 0.01 * nll.start:
+        return None
+    return Verdict(
+        f"the completions cost {nll.start:.4g} nats a token at first and {nll.end:.4g} at the end. The model learns "
+        "almost nothing.",
+        f"Raise {known.rate} three to ten times, or train longer.",
+        nll.steps,
+        {"nats a token at first": nll.start, "at the end": nll.end},
     )
 
 

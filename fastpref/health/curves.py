@@ -267,6 +267,8 @@ def _gradient_band(h: History, known: Known) -> Verdict | None:
     else:
         message = f"the gradient norm is usually {middle:.2g}, below {low:g}. The model learns almost nothing more."
         advice = "If accuracy is near 100%, train for fewer steps; if not, check the pairs and loss.beta."
+        if known.loss.supervised:
+            advice = "If the held-out loss no longer falls, train for fewer steps; if it does, raise the learning rate."
     return Verdict(message, advice, norms.last.span, {"grad_norm": middle})
 
 

@@ -35,7 +35,7 @@ def _labels_unbalanced(h: History, known: Known) -> Verdict | None:
     return Verdict(f"{message}.", advice, (0, h.step), {"good": good, "bad": bad}, severity)
 
 
-@rule("heldout_gap", after=0.3)
+@rule("heldout_gap", explains=("entropy_collapses",), after=0.3)
 def _heldout_gap(h: History, known: Known) -> Verdict | None:
     return _overfit(h) or _accuracy_gap(h, known)
 

@@ -28,16 +28,17 @@ class Known:
     cut: int = 0  # training rows that lost tokens
     heldout: int | None = None  # held-out examples
     labels: tuple[int, int] | None = None  # good and bad training rows of KTO
+    same_start: bool = True  # whether policy and reference begin as the same model
     extras: bool = False  # whether training rows have weights or margins, on which the first loss then depends
 
     @property
     def first_loss(self) -> float | None:
         """The loss while policy and reference are the same model, or None if that does not determine it."""
-        return None if self.extras else first_loss(self.loss)
+        return None if self.extras or not self.same_start else first_loss(self.loss)
 
     def start(self, metric: str) -> float | None:
         """Return the first value of a metric if policy and reference begin as the same model, or None."""
-        if not self.loss.uses_reference:
+        if not self.loss.uses_reference or not self.same_start:
             return None
         starts = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "rewards/accuracies": 0.5}
         return self.first_loss if metric == "loss" else starts.get(metric)
@@ -45,6 +46,11 @@ class Known:
     def nats(self, reward: float) -> float:
         """Convert a reward to a log-probability, of a whole completion or, if the loss averages, of a token."""
         return reward / self.loss.beta if self.loss.beta else 0.0
+
+    @property
+    def wanted(self) -> str:
+        """The completions that are to become likelier, in one word."""
+        return "imitated" if self.loss.supervised else "chosen"
 
     @property
     def enough(self) -> float:
@@ -82,6 +88,8 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         cut=max(train.get("turns_cut", 0) + train.get("prompts_cut", 0), train.get("completions_cut", 0)),
         heldout=heldout.get("kept"),
         labels=(rows["good"], rows["bad"]) if "good" in rows and "bad" in rows else None,
+        same_start=config.reference.name is None
+        and not (config.lora is not None and config.lora.start is not None and config.reference.adapter == "none"),
         extras=bool(rows.get("weighted") or rows.get("with_margins")),
     )
 

@@ -1,6 +1,6 @@
-"""The preference losses, as functions of the log-probabilities of whole completions and of tokens."""
+"""The losses, as functions of the log-probabilities of whole completions and of tokens."""
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, SFT, LiPO, LossOptions, SimPO
 from fastpref.losses.lists import ListLogps, lipo_loss, list_loss, pl_loss
 from fastpref.losses.pairs import (
     PairLogps,
@@ -15,6 +15,7 @@ from fastpref.losses.pairs import (
 )
 from fastpref.losses.result import PreferenceLoss, Totals
 from fastpref.losses.rows import RowLogps, kto_kl, kto_loss
+from fastpref.losses.supervised import sft_loss
 
 __all__ = [
     "CPO",
@@ -23,6 +24,7 @@ __all__ = [
     "KTO",
     "ORPO",
     "PL",
+    "SFT",
     "LiPO",
     "ListLogps",
     "LossOptions",
@@ -42,6 +44,7 @@ __all__ = [
     "orpo_loss",
     "pair_loss",
     "pl_loss",
+    "sft_loss",
     "simpo_loss",
     "wpo_weights",
 ]

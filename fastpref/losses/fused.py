@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, SFT, LiPO, LossOptions, SimPO
 from fastpref.kernels.operators import operator
 from fastpref.kernels.preference_loss_spec import Flags, LossSpec
 
@@ -33,6 +33,8 @@ def _no_triton(logp: Tensor, loss: LossOptions) -> str:
         return f"{' and '.join(loss.variants)} sort the whole step, which only the torch backend does"
     if loss.listwise:
         return f"{loss.type} compares all completions of a row, which only the torch backend does"
+    if loss.supervised:
+        return f"{loss.type} is a sum over tokens, for which there is no kernel"
     if logp.dtype != torch.float32:
         return f"logp is {logp.dtype}; the kernels take torch.float32"
     return _no_kernels(logp.device.type)
@@ -50,7 +52,7 @@ def _no_kernels(device: str) -> str:
 def kernel_spec(loss: LossOptions) -> LossSpec:
     """Return the description of a loss for the kernels."""
     match loss:
-        case PL() | LiPO():
+        case PL() | LiPO() | SFT():
             raise TypeError(f"kernel_spec: the kernels do not compute {loss.type}")
         case KTO():
             return LossSpec(

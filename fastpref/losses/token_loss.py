@@ -3,7 +3,7 @@
 Two backends compute the same. "torch" sums over completions and calls the formulas of `pairs.py`, `rows.py` or
 `lists.py`, which autograd differentiates. "triton" is one launch (`kernels/preference_loss_triton.py`), whose backward
 pass is a product of [N] elements. DPO's aot and aot_unpaired sort all pairs of a step, and PL and LiPO compare all
-completions of a row, which one program per pair cannot do, so they always use torch.
+completions of a row, which one program per pair cannot do, so they always use torch. So does SFT, which is one sum.
 """
 
 import math
@@ -20,6 +20,7 @@ from fastpref.losses.lists import ListLogps, list_loss
 from fastpref.losses.pairs import PairLogps, WholeStep, length_weights, pair_loss, wpo_weights
 from fastpref.losses.result import PreferenceLoss, Totals
 from fastpref.losses.rows import RowLogps, kto_loss
+from fastpref.losses.supervised import sft_loss
 
 _ARGUMENTS = Arguments("preference_loss", like="logp")
 
@@ -41,12 +42,13 @@ def preference_loss(
     step: WholeStep | None = None,
     backend: str = "auto",
 ) -> PreferenceLoss:
-    """Compute the loss of P pairs, or of R rows of KTO, PL and LiPO, from the log-probabilities of N scored tokens.
+    """Compute the loss of P pairs, or of R rows of KTO, PL, LiPO and SFT, from the logps of N scored tokens.
 
     The tokens of a sequence are contiguous and in order; sequences may be in any order. Sequences 0 to P − 1 are the
     chosen completions, P to 2P − 1 the rejected ones; for ORPO with `nll_on = "all"`, 2P to 3P − 1 are the prompts. For
     KTO the first R are the rows; R mismatched ones may follow, which do not contribute to the loss. For PL and LiPO,
     sequence k·R + r is completion k of row r; rows with fewer than K completions have empty sequences in their place.
+    For SFT each sequence is a row.
 
     Args:
         logp: [N] float32 or float64 token log-probabilities; the only differentiable argument.
@@ -81,6 +83,8 @@ def preference_loss(
     weights, margins = (None if given is None else given.detach().to(logp.dtype) for given in (weights, margins))
     if takes_triton(backend, logp, loss):
         return _fused(logp, segments, lengths, loss, reference, labels, kl, log_sum_sq_probs, weights, margins, totals)
+    if loss.supervised:
+        return sft_loss(logp, segments, lengths, weights, totals)
     if loss.listwise:
         assert reference is not None
         assert scores is not None
@@ -165,6 +169,8 @@ def _examples(loss: LossOptions, lengths: Tensor, labels: Tensor | None, scores:
     """Return the number of pairs or rows."""
     if scores is not None:
         return len(scores)
+    if loss.supervised:
+        return len(lengths)
     return len(labels) if labels is not None else _completions(loss, lengths, None) // 2
 
 
@@ -286,8 +292,10 @@ def _check_loss(
                 "one sequence a score"
             )
         return
-    groups = 3 if scores_prompts(loss) else 2
+    groups = 1 if loss.supervised else 3 if scores_prompts(loss) else 2
     if count == 0 or count % groups:
+        if groups == 1:
+            raise ValueError("preference_loss: lengths has no entries; there must be at least one completion")
         what = "chosen, rejected and prompt" if groups == 3 else "chosen and rejected"
         raise ValueError(f"preference_loss: lengths has {count} entries; there must be as many {what} sequences")
 

@@ -19,11 +19,12 @@ from fastpref.memory.fit import MARGIN, OversizedStep, Proposal, propose
 from fastpref.memory.step import StepMemory, count_step
 from fastpref.memory.streaming import StreamedStep
 from fastpref.memory.trl import as_trl, trl_policy
+from fastpref.model.adapters.source import with_start
 from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import layers_needed
 from fastpref.model.limits import beyond_positions, compare, limits_of_config, trained_dtype
-from fastpref.model.load import load_tokenizer
-from fastpref.model.packed import lies_quantised
+from fastpref.model.load import run_tokenizer
+from fastpref.model.packed import EXPERTS_LEFT, lies_quantised
 from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming
 from fastpref.sizes import GIB, in_words
@@ -45,7 +46,7 @@ class Estimator:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.config = self.load(())
+        self.config = self._load(())
         self.architecture = model_config(self.config.model)
         self.quantised = lies_quantised(self.architecture)  # the checkpoint's quantization in words, or None
         if (note := trained_dtype(self.config)) is not None:
@@ -54,6 +55,9 @@ class Estimator:
         self._known: dict[Any, StepMemory] = {}
         self._told_of_experts = False
         self._layouts: dict[str, Layout] = {}  # `train.layout` → the layout that the model supports
+
+    def _load(self, overrides: Sequence[str]) -> Config:
+        return with_start(self.load(overrides))
 
     @property
     def checkpoints(self) -> bool:
@@ -75,7 +79,7 @@ class Estimator:
         key = overrides, layers, streaming
         if key not in self._known:
             self.counted(" ".join(overrides) or ("the step" if streaming is None else "the step with streamed layers"))
-            config = self.load(overrides)
+            config = self._load(overrides)
             self._known[key] = self._count(config, layers, self.microbatch(config), streaming=streaming)
         return self._known[key]
 
@@ -106,10 +110,7 @@ class Estimator:
         self._layouts[config.train.layout] = memory.layout
         if memory.bare_experts and not self._told_of_experts:
             self._told_of_experts = True
-            self.notes.append(
-                f"{in_words(memory.bare_experts)} of the weights are experts in 16 bits or more: bitsandbytes "
-                "quantises linear layers, and this model holds its experts as bare tensors"
-            )
+            self.notes.append(f"{in_words(memory.bare_experts)} of the weights are {EXPERTS_LEFT}")
         return replace(memory, overhead=0 if self.device.type == "cpu" else CONTEXT)
 
     def _lengths(self) -> Examples | None:
@@ -121,7 +122,7 @@ class Estimator:
                 self.notes.append(too_long)
             return None
         try:
-            tokenizer = load_tokenizer(self.config.model)
+            tokenizer = run_tokenizer(self.config)
             use_chat_template(tokenizer, self.config.tokens.chat_template)
             data = load_examples(self.config, tokenizer, cache=self.cache)
         except UserError as error:

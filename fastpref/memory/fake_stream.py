@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fastpref.kernels.head_weight import OffloadedWeight
 from fastpref.memory.allocations import PeakStorage
+from fastpref.model.adapters.switch import adapter_weights
 from fastpref.model.streaming.stream import Streaming, stream_weights
 from fastpref.model.streaming.tables import computes_on
 from fastpref.model.streaming.transfers import HostTransfers
@@ -88,8 +89,12 @@ def tables_of(model: PreTrainedModel) -> list[nn.Parameter]:
 @contextmanager
 def _without_adapters(model: PreTrainedModel) -> Iterator[None]:
     """Hide what PEFT has put into a model: a run streams a model first and adds adapters then, a skeleton has them."""
+    added = {id(parameter) for _, weights in adapter_weights(model) for parameter in weights}
     trained = [
-        (m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad
+        (m, n, p)
+        for m in model.modules()
+        for n, p in m._parameters.items()
+        if p is not None and (p.requires_grad or id(p) in added)
     ]
     tables = {
         "get_input_embeddings": model.get_input_embeddings(),

@@ -14,6 +14,7 @@ from fastpref.config import Config
 from fastpref.data.longest import Microbatch
 from fastpref.errors import UserError
 from fastpref.memory.step import StepMemory
+from fastpref.model.adapters.source import reference_kind
 
 # The share of a device's memory that stays free, for fragmentation of the allocator's blocks and for the memory that
 # libraries allocate inside an operation.
@@ -123,6 +124,8 @@ def _count(count: Count, overrides: dict[str, str]) -> StepMemory | None:
 
 def _no_copy(step: OversizedStep) -> list[str]:
     reference = step.config.reference
+    if step.config.loss.uses_reference and reference_kind(step.config) == "model":
+        return [] if step.config.precomputes else ["precompute"]
     plain = reference.dtype == reference.quantization == "auto"  # only a copy can have its own dtype or quantization
     return ["auto"] if step.config.loss.uses_reference and reference.mode == "copy" and plain else []
 
@@ -150,14 +153,19 @@ def _offload(step: OversizedStep) -> list[bool]:
 
 def _streamed(step: OversizedStep) -> list[bool]:
     reference = step.config.reference
-    copied = step.config.loss.uses_reference and reference.mode == "copy" and not _no_copy(step)
+    copied = step.config.loss.uses_reference and (
+        (reference.mode == "copy" and not _no_copy(step)) or reference_kind(step.config) == "model"
+    )
     possible = step.config.lora is not None and not copied and not step.sharded and step.device.type != "cpu"
     return [True] if possible and not step.memory.streamed else []
 
 
 def _moments_in_8_bits(step: OversizedStep) -> list[str]:
+    """Return the same optimizer with 8-bit moments, or AdamW's if there is none. Adafactor's take less than these."""
     optimizer = step.config.train.optimizer
-    return [] if optimizer.endswith("8bit") or step.sharded else [f"{optimizer}_8bit"]
+    if optimizer.endswith("8bit") or optimizer == "adafactor" or step.sharded:
+        return []
+    return [f"{optimizer}_8bit" if optimizer in ("adamw", "paged_adamw", "lion", "paged_lion") else "adamw_8bit"]
 
 
 def _weights_in_4_bits(step: OversizedStep) -> list[str]:

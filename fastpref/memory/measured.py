@@ -16,6 +16,8 @@ from fastpref.data.table import Examples
 from fastpref.memory.fit import Count, OversizedStep
 from fastpref.memory.step import StepMemory, count_step
 from fastpref.memory.streaming import in_host_memory, streaming_of
+from fastpref.model.adapters.source import with_start
+from fastpref.model.adapters.switch import BELOW, REFERENCE, adapters_nbytes
 from fastpref.model.attention import has_attention
 from fastpref.model.attention_choice import FLEX, VARLEN
 from fastpref.model.gradient_checkpointing import all_checkpointed, can_be_checkpointed, decoder_layers
@@ -35,6 +37,7 @@ def oversized_step(
     model, device = loaded.model, objective.device
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     adapters = trained if config.lora is not None else 0
+    frozen, shared = adapters_nbytes(model, BELOW, REFERENCE), adapters_nbytes(model, REFERENCE)
     states = [value for state in optimizer.state.values() for value in state.values()]
     moments = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     layers = max(1, len(decoder_layers(model)))
@@ -42,11 +45,11 @@ def oversized_step(
     if stream is not None:
         hosted, slots = in_host_memory(loaded), sum(map(len, stream.slots))
     memory = StepMemory(
-        weights=sum(p.nbytes for p in model.parameters()) - adapters - hosted + slots,
-        adapters=adapters,
+        weights=sum(p.nbytes for p in model.parameters()) - adapters - frozen - hosted + slots,
+        adapters=adapters + frozen - shared,
         gradients=trained,
         optimizer=moments or 2 * trained,  # AdamW allocates its two moments in the first step
-        reference=objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0,
+        reference=shared + (objective.reference.nbytes if isinstance(objective.reference, ModelReference) else 0),
         activations=0,
         head=_WORKSPACE,
         largest=0,
@@ -79,7 +82,7 @@ def step_counter(step: OversizedStep, loaded: Loaded) -> Count | None:
 
     @cache
     def count(overrides: tuple[str, ...]) -> StepMemory:
-        config = make_config(step.config.model_dump(), overrides)
+        config = with_start(make_config(step.config.model_dump(exclude_unset=True), overrides))
         same = config.train.checkpointing == step.config.train.checkpointing
         layers = step.memory.checkpointed if same else None
         same = config.model.streaming == step.config.model.streaming

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.fake_stream import Copies, stream_fakes
 from fastpref.model import flex_attention
+from fastpref.model.adapters.begin import BegunHalf
+from fastpref.model.adapters.source import reference_kind
+from fastpref.model.adapters.switch import REFERENCE, adapter_weights
 from fastpref.model.attention import NAME, give_attention, layers_reached
 from fastpref.model.failure import told_of_model
 from fastpref.model.files import model_config
@@ -33,8 +37,8 @@ from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.step.objective import Objective
-from fastpref.step.optimizer import make_optimizer
-from fastpref.step.reference import Reference, copy_config, make_reference, precomputes
+from fastpref.step.optimizer import make_optimizer, training_weights
+from fastpref.step.reference import Reference, copy_config, make_reference, named_model, precomputes
 
 CPU = torch.device("cpu")
 
@@ -66,7 +70,7 @@ class StepMemory:
     layers: int  # decoder layers of the model; not bytes
     checkpointed: int  # how many of them have gradient checkpointing
     layout: Layout  # the layout that its attention supports
-    bare_experts: int = 0  # the part of the weights in experts that bitsandbytes does not quantise
+    bare_experts: int = 0  # the part of the weights in experts that stay as they are in a quantised model
     overhead: int = 0  # of the device's libraries: assumed, not counted
     host: int = 0  # in host memory, not on the device: streamed weights, and inputs of layers that are moved there
     copied: int = 0  # streamed weights that the examples of the step copy to the device; no memory
@@ -163,7 +167,8 @@ def count_step(
     with fake, sizes_alone():
         choice = Choice(layout) if layout else choose_layout(bones.model, policy, config.train.layout, compare=False)
         attention = _attention(config, device, bones.model, policy, choice.layout)
-    loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded)
+    parts: dict[str, Any] = {"reference": bones.reference}
+    loaded = Loaded(bones.model, bones.wrapped, policy, choice.layout, choice.why_padded, **parts)
     with fake, count, count.labelled("reference"):
         reference = _reference(config, loaded, frozen, attention, autocast)
     # Paging needs a GPU, so paged moments count as if they stayed there.
@@ -174,7 +179,7 @@ def count_step(
         with count.labelled("gradients"):
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
-        with count.labelled("optimizer"):
+        with count.labelled("optimizer"), training_weights(optimizer):
             optimizer.step()  # makes the moments
         if examples is None:
             longest = longest_possible(config)
@@ -187,11 +192,12 @@ def count_step(
         objective.policy.train()
         count.start_again()
         copies.bytes = 0
-        with count.labelled("activations"):
-            objective.step(examples, lambda loss: loss.backward())
-            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-        with count.labelled("optimizer"):
-            optimizer.step()
+        with training_weights(optimizer):
+            with count.labelled("activations"):
+                objective.step(examples, lambda loss: loss.backward())
+                torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+            with count.labelled("optimizer"):
+                optimizer.step()
     parts: dict[str, Any] = {"head": count.at_peak[PeakStorage.INSIDE], "largest": count.largest} | count.at_peak
     parts["weights"] = parts.get("weights", 0) - bones.packed
     parts |= {"bare_experts": bones.bare_experts, "host": count.host_peak, "copied": copies.bytes}
@@ -207,17 +213,28 @@ def _materialised(config: Config, bones: Skeleton, count: PeakStorage, streaming
         materialise(model)
         copies = Copies() if streaming is None else stream_fakes(model, streaming, count)
     if config.lora is not None:
+        for name, weights in adapter_weights(model):
+            for parameter in weights:
+                count.relabel(parameter, "reference" if name == REFERENCE else "adapters")
         for parameter in model.parameters():
             if parameter.requires_grad:
                 count.relabel(parameter, "adapters")
+        for module in model.modules():
+            if isinstance(module, BegunHalf):
+                count.relabel(module.fixed, "adapters")
     return copies
 
 
 def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, kernels: bool) -> PreTrainedModel | None:
     """Return the model of a frozen reference if a run would load it, instead of copying the policy; else None."""
-    if not config.loss.uses_reference or config.reference.mode != "copy":
+    if not config.loss.uses_reference or precomputes(config):
         return None
-    other = copy_config(config, bones.model)
+    if reference_kind(config) == "model":
+        loaded: Any = SimpleNamespace(model=bones.model, layout=config.train.layout)
+        other = named_model(config, loaded)
+        architecture = model_config(other.model)
+    else:
+        other = copy_config(config, bones.model) if config.reference.mode == "copy" else None
     if other is None:
         return None
     return skeleton(other, architecture, getattr(torch, other.model.dtype), kernels=kernels).model

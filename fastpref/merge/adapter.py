@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 from fastpref.model.adapters.trained import load_adapter
+from fastpref.model.experts.bits import through_bits
 from fastpref.run.trained import Trained
 
 
@@ -69,7 +70,12 @@ def merged(part: Any, name: str, tensor: Tensor) -> Tensor:
 
 
 def through_four_bits(weight: Tensor) -> Tensor:
-    """Quantise a weight to nf4 with quantised scales and dequantise it, both by bitsandbytes."""
+    """Quantise a weight, or each expert's of [experts, ., .], to nf4 with quantised scales, and dequantise it.
+
+    bitsandbytes does both.
+    """
+    if weight.dim() == 3:
+        return through_bits(weight.float(), "nf4").to(weight.dtype)
     packed, state = quantize_4bit(weight.float().contiguous(), quant_type="nf4", compress_statistics=True)
     return dequantize_4bit(packed, state).to(weight.dtype)
 

@@ -14,6 +14,7 @@ from fastpref.errors import UserError, one_line
 from fastpref.merge.adapter import adapted
 from fastpref.merge.checkpoint import Checkpoint, model_folder
 from fastpref.merge.names import Names
+from fastpref.model.experts.quantizer import bits_of
 from fastpref.model.files import model_config
 from fastpref.model.skeleton import skeleton
 from fastpref.model.weights import find_renaming
@@ -99,8 +100,15 @@ def nf4_weights(config: Config) -> frozenset[str]:
 
 
 def _four_bit_weights(model: nn.Module) -> frozenset[str]:
-    names = (name for name, module in model.named_modules() if isinstance(module, Linear4bit))
-    return frozenset(f"{name.removesuffix('.base_layer')}.weight" for name in names)
+    """Return the names of the tensors that are in 4 bits, in the model without adapters."""
+    layers = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    experts = [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        for own in module._parameters
+        if bits_of(module, own) == "nf4"
+    ]
+    return frozenset(".".join(part for part in name.split(".") if part != "base_layer") for name in layers + experts)
 
 
 def _are_apart(checkpoint: Checkpoint, names: Names, head: str, embedding: str) -> bool:

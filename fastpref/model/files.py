@@ -35,8 +35,9 @@ def model_config(options: ModelConfig) -> PretrainedConfig:
     file = folder / "adapter_config.json"
     if file.is_file():  # transformers would silently load the adapter on its base model
         raise UserError(f"model.name = {options.name!r}: {_adapter(options.name, file, folder)}")
+    load = hub_options(options)
     try:
-        config = AutoConfig.from_pretrained(options.name, **hub_options(options))
+        config = AutoConfig.from_pretrained(options.name, **load)
     except Exception as error:  # transformers and the hub raise many kinds
         raise UserError(f"model.name = {options.name!r}: no model there: {explained(options, error)}") from None
     if (fault := _no_causal_model(config)) is not None:
@@ -45,7 +46,15 @@ def model_config(options: ModelConfig) -> PretrainedConfig:
 
 
 def hub_options(options: ModelConfig) -> dict[str, Any]:
-    """Return the keywords of `from_pretrained` for the version of a model and for whether its code is run."""
+    """Return the keywords of `from_pretrained` for the version of a model and for whether its code is run.
+
+    Raises UserError for a version of a folder, which has only one.
+    """
+    if options.revision is not None and Path(options.name).expanduser().is_dir():
+        raise UserError(
+            f"model.revision = {options.revision!r}: {options.name} is a folder on this machine, and only models on "
+            "the hub have revisions; leave the key out"
+        )
     return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
 
 

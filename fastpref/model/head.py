@@ -110,12 +110,18 @@ def _with_lora(module: Any, weight: Tensor | HeadWeight) -> Tensor | HeadWeight 
     active = [name for name in module.active_adapters if name in getattr(module, "lora_A", {})]
     if not active:
         return weight
-    name, *more = active
-    if more or module.lora_variant or module.lora_B[name].bias is not None:
-        kind = f"{len(active)} adapters" if more else "this variant of LoRA (DoRA, or LoRA with a bias)"
+    if module.lora_variant or any(module.lora_B[name].bias is not None for name in active):
+        kind = "this variant of LoRA (DoRA, or LoRA with a bias)"
         raise UserError(f"the head cannot have {kind}; take plain LoRA on lm_head, or leave it out of lora.target")
+    *below, name = active
     dropout = None if isinstance(module.lora_dropout[name], nn.Identity) else module.lora_dropout[name]
-    return LoraWeight(weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], dropout)
+    a, b, scaling = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    if below:  # a sum of adapters is one adapter of their ranks together
+        if dropout is not None:
+            raise UserError("the head cannot have dropout on an adapter that is stacked on another; set it to 0")
+        a = torch.cat([*(module.lora_A[other].weight * (module.scaling[other] / scaling) for other in below), a])
+        b = torch.cat([*(module.lora_B[other].weight for other in below), b], dim=1)
+    return LoraWeight(weight, a, b, scaling, dropout)
 
 
 class OwnLogits(nn.Module):

@@ -96,6 +96,7 @@ def take_kernels(model: PreTrainedModel) -> Kernels:
     """
     apply = _known()[model.config.model_type]
     # Without any kernel `apply` only imports the modules that it changes, so that they can be restored.
+    own = {module: vars(module)["forward"] for module in model.modules() if "forward" in vars(module)}
     kernels = [o.name for o in inspect.signature(apply).parameters.values() if isinstance(o.default, bool)]
     apply(model=None, **dict.fromkeys(kernels, False))
     with _transformers_as_it_is() as changes:
@@ -113,6 +114,8 @@ def take_kernels(model: PreTrainedModel) -> Kernels:
         else:
             for name in ("forward", "extra_repr", "_get_name"):
                 vars(module).pop(name, None)
+            if module in own:  # that of experts in few bits
+                vars(module)["forward"] = own[module]
     ropes = [change for change in changes if _ROPE in change.name]
     if ropes and _give_rope(model, ropes):
         taken.add("RoPE")

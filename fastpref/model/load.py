@@ -18,16 +18,28 @@ from fastpref.data.example import Example, Origin
 from fastpref.errors import UserError
 from fastpref.kernels.device import with_index
 from fastpref.model import liger
-from fastpref.model.adapters.fresh import adapter_notes, with_adapters
+from fastpref.model.adapters.begin import halves
+from fastpref.model.adapters.fresh import adapter_notes
 from fastpref.model.adapters.parts import short_names
+from fastpref.model.adapters.placed import (
+    BASE_ALONE,
+    Placed,
+    ReferenceAdapters,
+    place_adapters,
+    place_reference,
+    record_base,
+)
+from fastpref.model.adapters.source import find_adapter
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.adapters.whole import train_in_float32
 from fastpref.model.attention_choice import choose_attention
 from fastpref.model.body import body_of
 from fastpref.model.failure import is_out_of_memory, told_of_model, words
 from fastpref.model.files import explained, hub_options, model_config
+from fastpref.model.freeze import freeze
 from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.limits import trained_dtype
+from fastpref.model.packed import EXPERTS_LEFT, bare_experts
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.rope import fix_rope
@@ -50,12 +62,15 @@ class Loaded:
     notes: tuple[str, ...] = ()  # further decisions for this model and device
     liger: bool = False  # whether its body has liger-kernel's kernels
     stream: WeightStream | None = None  # of the layers whose weights lie in host memory
+    reference: ReferenceAdapters = BASE_ALONE
+    began: str | None = None  # a digest of the trained adapters that the run began with, if there are any
 
 
 def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model. Raises UserError if there is none."""
+    load = hub_options(options)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.name, **hub_options(options))
+        tokenizer = AutoTokenizer.from_pretrained(options.name, **load)
     except Exception as error:  # transformers and the hub raise many kinds
         reason = explained(options, error, tokenizer=True)
         raise UserError(f"model.name = {options.name!r}: no tokenizer there: {reason}") from None
@@ -66,6 +81,18 @@ def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def run_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run: that of the adapter it continues if one is saved there, or else that of the model.
+
+    Supervised training saves the tokenizer with the adapter, often with the chat template that a base model lacks.
+    Raises UserError.
+    """
+    start = None if config.lora is None or config.lora.start is None else find_adapter(config.lora.start)
+    saved = start is not None and any(start.glob("tokenizer*"))
+    place = {"model.name": str(start), "model.revision": None}
+    return load_tokenizer(config.but(place).model if saved else config.model)
+
+
 @told_of_model("its code fails while it is loaded and tried")
 def load_model(
     config: Config,
@@ -74,13 +101,15 @@ def load_model(
     sharded: bool = False,
     trained: bool = False,
     adapter: str | Path | None = None,
+    reference: bool = False,
     streaming: Streaming | None = None,
 ) -> Loaded:
     """Load the model of a config on a device, with fresh adapters if the config has a [lora] table.
 
     A model that will be `sharded` stays in host memory until then, with the dtype for the device. A `trained` model
-    gets the `adapter` of a folder or of the hub, or none. With `streaming` the weights stay in host memory, and layers
-    are copied to the device as they compute; adapters and everything else that is trained are on the device.
+    gets the `adapter` of a folder or of the hub, or none, and with `reference` that of the config's reference. With
+    `streaming` the weights stay in host memory, and layers are copied to the device as they compute; adapters and
+    everything else that is trained are on the device.
 
     Raises UserError for a model that does not exist, is no causal language model, or has no safetensors, and for one
     that cannot be streamed, or not in the host's free memory.
@@ -97,13 +126,15 @@ def load_model(
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     with _named(config):
         stream = _streamed(model, device, streaming)
-        notes = [*loading_notes(model), *fix_rope(model, config.tokens.max_length)]
+        notes = [*loading_notes(model), *_left_whole(model), *fix_rope(model, config.tokens.max_length)]
         head, note = _head(config, model)
         if stream is not None:
             _check_reached(model, stream)
             notes.append(_described(model, stream))
         policy = Policy(body_of(model), head)
         choice = choose_layout(model, policy, config.train.layout, max_length=config.tokens.max_length)
+    if sharded and config.lora is not None and halves(config.lora) > 1:
+        raise UserError(f"lora.init: FSDP cannot shard the frozen halves of {config.lora.init!r}; leave the key out")
     if sharded and isinstance(head, OwnLogits):
         raise UserError(f"model.name = {config.model.name!r}: FSDP cannot shard it: {note}")
     notes += [*choice.notes, *([note] if note else []), *_attention(config, model, choice, device)]
@@ -114,9 +145,14 @@ def load_model(
         notes += kernel_notes
     if trained:
         wrapped = model if adapter is None else load_adapter(model, adapter)
+        placed = Placed(wrapped)
+        if reference and isinstance(wrapped, peft.PeftModel):
+            placed = Placed(wrapped, place_reference(config, wrapped))
     else:
         notes += adapter_notes(config, model)
-        wrapped = with_adapters(config, model)
+        placed = place_adapters(config, model, partial(_originals, config, architecture))
+        wrapped, notes = placed.wrapped, [*notes, *placed.notes, *freeze(config, model)]
+        record_base(config, model, wrapped, dtype)
         train_in_float32(wrapped)  # a model's own code may choose other dtypes
         notes += [note] if (note := trained_dtype(config)) else []
     if stream is not None:
@@ -126,7 +162,10 @@ def load_model(
         notes += loading_notes(wrapped)
         if not trained and not sharded:
             notes += _try_adapters(config, policy, choice.layout, model.config.model_type, device)
-    return Loaded(model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels, stream)
+    return Loaded(
+        model, wrapped, policy, choice.layout, choice.why_padded, tuple(notes), kernels, stream, placed.reference,
+        placed.began,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -192,6 +231,13 @@ def pretrained(
     return model.eval()
 
 
+def _originals(config: Config, architecture: PretrainedConfig) -> PreTrainedModel:
+    """Load the model without quantization into host memory."""
+    options = config.but({"model.quantization": "none"}).model
+    dtype: Any = architecture.get_text_config().dtype or torch.float32
+    return pretrained(options, architecture, dtype, torch.device("cpu"))
+
+
 def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str | None]:
     try:
         return find_head(model, body_of(model))
@@ -203,6 +249,12 @@ def _head(config: Config, model: PreTrainedModel) -> tuple[Head | OwnLogits, str
             raise
         advice = f"cannot have them in {config.model.quantization}: leave model.quantization out"
         raise UserError(f"{str(error).rstrip('.')}. Code that reads weights by itself {advice}") from None
+
+
+def _left_whole(model: PreTrainedModel) -> list[str]:
+    """Return a note on the experts of a quantised model that are not quantised."""
+    size = bare_experts(model) if getattr(model, "is_quantized", False) else 0
+    return [f"model.quantization: {in_words(size)} of the weights are {EXPERTS_LEFT}"] if size else []
 
 
 def _streamed(model: PreTrainedModel, device: torch.device, streaming: Streaming | None) -> WeightStream | None:

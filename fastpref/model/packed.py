@@ -16,12 +16,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from fastpref.model.experts.quantizer import bits_of
+
 _BITSANDBYTES = ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
 _GROUP = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16, "gptq": 128, "awq": 128, "auto-round": 128, "hqq": 64}
 _SCALE_BYTES = {"mxfp4": 1, "mxfp8": 1, "nvfp4": 1, "fp8": 4, "fbgemm_fp8": 4}  # others: two
 _BITS = {"mxfp4": 4.0, "nvfp4": 4.0, "fp_quant": 4.0, "mxfp8": 8.0, "fp8": 8.0, "fbgemm_fp8": 8.0, "eetq": 8.0,
          "bitnet": 2.0, "aqlm": 2.0, "vptq": 2.0, "spqr": 4.0, "higgs": 4.0}  # fmt: skip
 _NAMED_BITS = {"int8": 8.0, "float8": 8.0, "int4": 4.0, "int2": 2.0, "nf4": 4.0}  # quanto's "weights"
+# What bare_experts counts, in words.
+EXPERTS_LEFT = (
+    "experts that are not quantised: of experts in bare tensors only those are that the files hold whole and that "
+    "transformers computes by its common function"
+)
 _EXPERTS = re.compile(r"\.experts\.")  # in the names of a mixture's experts that are bare tensors
 
 
@@ -110,8 +117,14 @@ def saved_by_packing(model: PreTrainedModel, packing: Packing) -> int:
 
 
 def bare_experts(model: PreTrainedModel) -> int:
-    """Return the bytes of experts that are bare tensors, which bitsandbytes does not quantise."""
-    return sum(p.nbytes for name, p in model.named_parameters() if p.dim() == 3 and _EXPERTS.search(f".{name}"))
+    """Return the bytes of experts that lie in bare tensors and stay as they are in a quantised model."""
+    return sum(
+        parameter.nbytes
+        for name, module in model.named_modules()
+        if "expert" in f"{name} {type(module).__name__}".lower() and not isinstance(module, nn.Linear | Conv1D)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1 and parameter.is_floating_point() and "bias" not in own and bits_of(module, own) is None
+    )
 
 
 def _method(own: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ def in_float32(model: nn.Module) -> Iterator[bool]:
 def _cast_to_float32(model: nn.Module, tensors: list[tuple[Tensor, torch.dtype]]) -> Iterator[None]:
     """Cast tensors, which are given with their dtypes, and let weights in 4 bits be dequantised to float32."""
     four_bits: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    states = [getattr(module.weight, "quant_state", None) for module in four_bits]
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
     dtypes = [(module, "compute_dtype", module.compute_dtype) for module in four_bits]
     dtypes += [(state, "dtype", state.dtype) for state in states if state is not None]
     try:

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import QuantState
@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from fastpref.config import Config
-from fastpref.model.adapters.fresh import with_adapters
+from fastpref.model.adapters.placed import BASE_ALONE, ReferenceAdapters, place_adapters
+from fastpref.model.experts.bits import unfilled
+from fastpref.model.experts.quantizer import bits_of
+from fastpref.model.freeze import freeze
 from fastpref.model.liger import take_kernels
 from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packing_of, saved_by_packing
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
@@ -29,8 +32,9 @@ class Skeleton:
 
     model: PreTrainedModel
     wrapped: PreTrainedModel | PeftModel
+    reference: ReferenceAdapters = BASE_ALONE
     packed: int = 0  # bytes by which its weights are larger than those of a checkpoint that is stored quantised
-    bare_experts: int = 0  # bytes of experts that bitsandbytes does not quantise
+    bare_experts: int = 0  # bytes of experts that stay as they are in a quantised model
 
 
 def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype, *, kernels: bool = False) -> Skeleton:
@@ -58,7 +62,9 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
         if kernels:
             take_kernels(model)
         _let_dora_dequantise(model)
-        return Skeleton(model.eval(), with_adapters(config, model), packed, experts)
+        freeze(config, model)
+        placed = place_adapters(config, model.eval(), weights=False)
+        return Skeleton(model, placed.wrapped, placed.reference, packed, experts)
 
 
 def _let_dora_dequantise(model: nn.Module) -> None:
@@ -90,6 +96,8 @@ def materialise(model: PreTrainedModel) -> None:
 
 
 def _parameter(module: nn.Module, name: str, parameter: Tensor) -> nn.Parameter:
+    if (bits := bits_of(module, name)) is not None:
+        return unfilled(parameter.shape, parameter.dtype, bits, transposed=cast(Any, module).is_transposed)
     if name == "weight" and isinstance(module, Linear4bit):
         return _four_bits(module, parameter)
     if name == "weight" and isinstance(module, Linear8bitLt):

@@ -20,8 +20,9 @@ from fastpref.data.plan import plan_step, wanted_layout
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.losses.token_loss import scores_prompts
+from fastpref.model.adapters.source import with_start
 from fastpref.model.limits import Limits, compare, limits_of, pad_token
-from fastpref.model.load import load_tokenizer
+from fastpref.model.load import run_tokenizer
 from fastpref.preview.numbers import LAYOUTS, PERCENTILES, good_share, lengths, prompt_share, step_tokens
 from fastpref.preview.text import Writer
 
@@ -36,7 +37,8 @@ def preview(
     Long texts are shortened unless `full` is true. Raise UserError for the same mistakes as a run.
     """
     console = console or Console(highlight=False)
-    tokenizer = load_tokenizer(config.model)
+    config = with_start(config)
+    tokenizer = run_tokenizer(config)
     use_chat_template(tokenizer, config.tokens.chat_template)
     data = load_examples(config, tokenizer, cache=cache)
     limits, unknown = _limits(config)

@@ -25,6 +25,7 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "Log-probabilities": ("logps/chosen", "logps/rejected"),
     "Log odds": ("log_odds_chosen",),
     "Supervised loss": ("nll_loss",),
+    "Perplexity": ("perplexity",),
     "KTO's KL": ("kl",),
     "Gradient norm": ("grad_norm",),
     "Learning rate": ("learning_rate",),

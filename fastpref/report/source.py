@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from fastpref.config import load_config
 from fastpref.config.losses import LOSSES, LossOptions
@@ -105,8 +106,10 @@ def _method(history: History, loss: str | None, beta: float | None) -> tuple[Los
     if beta is not None and beta <= 0:
         raise UserError(f"--beta {beta}: must be above 0")
     name = loss or _guess(history)
-    options = LOSSES[name]() if beta is None else LOSSES[name](beta=beta)
-    note = f"{name.upper()} with β {options.beta:g}"
+    if beta is not None and LOSSES[name].supervised:
+        raise UserError(f"--beta {beta}: {name} has no β; leave it out")
+    options: LossOptions = TypeAdapter(LOSSES[name]).validate_python({} if beta is None else {"beta": beta})
+    note = name.upper() if options.supervised else f"{name.upper()} with β {options.beta:g}"
     if loss is None:
         note = f"TRL's log does not name its loss, and fits {note}; set --loss and --beta if that is wrong"
     return options, note
@@ -118,6 +121,8 @@ def _guess(history: History) -> str:
         return "orpo"
     if "kl" in names:
         return "kto"
+    if not any(name.removeprefix(HELDOUT).startswith("rewards/") for name in names):
+        return "sft"
     rewards, logps = history["rewards/chosen"].values, history["logps/chosen"].values
     if len(rewards) == len(logps) > 1 and np.all(logps):
         ratios = rewards / logps  # β itself if there is no reference

@@ -15,6 +15,7 @@ from fastpref.data.template.text import TextRecord
 
 _SHOWN = (
     ("eval/loss", "loss", "{:.4f}"),
+    ("eval/perplexity", "perplexity", "{:.3f}"),
     ("eval/rewards/accuracies", "reward accuracy", "{:.1%}"),
     ("eval/rewards/margins", "reward margin", "{:+.4f}"),
     ("eval/rewards/kendall_tau", "Kendall's τ of rewards and scores", "{:+.4f}"),
@@ -37,11 +38,12 @@ def model_card(
         tags=["fastpref", config.loss.type, *(["lora"] if adapter else [])],
     )
     what = "A LoRA adapter for" if adapter else "A model fine-tuned from"
+    by = "on completions to imitate" if config.loss.supervised else "by preferences"
     return (
         f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, {config.loss.type.upper()}\n\n"
-        f"{what} `{base}`, trained by preferences ({config.loss.type.upper()}) with fastpref {__version__}: {steps} "
+        f"{what} `{base}`, trained {by} ({config.loss.type.upper()}) with fastpref {__version__}: {steps} "
         f"steps of {config.train.batch} {config.loss.unit}s.\n\n"
-        f"{_held_out(rows)}## Data\n\n"
+        f"{_held_out(rows, 'completions' if config.loss.supervised else 'preferences')}## Data\n\n"
         f"{', '.join(f'`{d.path}`' for d in shown.data)}; the training examples' tokens have the SHA-256\n"
         f"`{data_fingerprint}`.\n\n"
         f"{_written(text, adapter)}"
@@ -49,12 +51,12 @@ def model_card(
     )
 
 
-def _held_out(rows: Iterable[Mapping[str, Any]]) -> str:
+def _held_out(rows: Iterable[Mapping[str, Any]], what: str) -> str:
     evaluations = [row for row in rows if "eval/loss" in row]
     if not evaluations:
         return ""
     first, last = evaluations[0], evaluations[-1]
-    lines = ["## Held-out preferences", "", f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
+    lines = [f"## Held-out {what}", "", f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
     for name, words, form in _SHOWN:
         if first.get(name) is not None and last.get(name) is not None:
             lines.append(f"| {words} | {form.format(first[name])} | {form.format(last[name])} |")

@@ -20,7 +20,7 @@ from fastpref.errors import UserError
 from fastpref.model.load import Loaded
 from fastpref.processes import ALONE, Processes
 from fastpref.run.card import model_card
-from fastpref.run.fingerprints import DATA, MODEL, data_fingerprint
+from fastpref.run.fingerprints import ADAPTERS, DATA, MODEL, data_fingerprint
 from fastpref.run.folder import RunFolder
 from fastpref.run.resume import Resumed
 from fastpref.run.state import Progress, set_rng_state, write_state
@@ -49,7 +49,8 @@ class Checkpoints:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        return {MODEL: self.model_fingerprint, DATA: data_fingerprint(self.examples)}
+        began = {} if self.loaded.began is None else {ADAPTERS: self.loaded.began}
+        return {MODEL: self.model_fingerprint, DATA: data_fingerprint(self.examples), **began}
 
     def save(self, progress: Progress, rng: dict[str, Any], *, best: bool = False) -> Path:
         """Write the checkpoint of the last whole step unless it exists, and remove old ones."""

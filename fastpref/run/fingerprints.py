@@ -9,7 +9,9 @@ from peft import PeftModel
 from fastpref.data.example import Example
 from fastpref.model.load import Loaded
 
-MODEL, DATA = "the model's weights", "the training rows or their tokens"  # as messages and checkpoints name them
+# As messages and checkpoints name them.
+MODEL, DATA = "the model's weights", "the training rows or their tokens"
+ADAPTERS = "the adapters that it began with"
 
 
 def model_fingerprint(loaded: Loaded) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 
 from fastpref.atomic import MANIFEST, damage
 from fastpref.config import Config, load_config
+from fastpref.config.model import ADAPTERS_OWN
 from fastpref.config.paths import path_marks
 from fastpref.data.template.text import TEXT, TextRecord, read_text
 from fastpref.errors import UserError
-from fastpref.run.fingerprints import DATA, MODEL
+from fastpref.run.fingerprints import ADAPTERS, DATA, MODEL
 from fastpref.run.folder import RunFolder, default_folders, is_checkpoint, step_of
 from fastpref.run.state import read_state
 
@@ -31,7 +32,12 @@ _ROUNDING = ("train.tokens_per_microbatch", "train.layout", "train.checkpointing
 # Paths may change, because their contents are compared once they are loaded.
 _PLACES = places(Config)
 # Keys whose change may be the reason that a fingerprint differs.
-_KEYS_OF = {MODEL: ("model.",), DATA: ("data.", "tokens.", "model.")}
+_KEYS_OF = {
+    MODEL: ("model.", "lora.", "reference."),
+    DATA: ("data.", "tokens.", "model."),
+    ADAPTERS: ("model.", "lora.", "reference."),
+}
+_OF_ADAPTER = {*ADAPTERS_OWN} - {"dropout"}
 _OF_THE_FIRST = ("output.dir", "output.push_to")  # keys that only the first process uses
 
 
@@ -56,8 +62,9 @@ class Resumed:
 
     def check_contents(self, fingerprints: Mapping[str, str]) -> None:
         """Raise UserError unless these fingerprints, by the names of what they are of, are those of the checkpoint."""
-        for name, fingerprint in fingerprints.items():
-            if self.state["fingerprints"][name] != fingerprint:
+        then = self.state["fingerprints"]
+        for name in {**fingerprints, **then}:
+            if then.get(name) != fingerprints.get(name):
                 raise self._differing(name, _KEYS_OF[name])
 
     def _differing(self, names: str, keys: tuple[str, ...], place: str = "") -> UserError:
@@ -154,7 +161,11 @@ def _changed(checkpoint: Path, config: Config) -> dict[str, tuple[Any, Any]]:
 def _resolved(config: Config) -> dict[str, Any]:
     """Return the config as JSON values, so that it equals one that is read back from TOML."""
     content = config.model_dump(mode="json")
-    content["train"]["learning_rate"] = config.learning_rate
+    content["train"] |= {name: getattr(config, name) for name in ("learning_rate", "schedule", "warmup")}
+    for key in {"rank_pattern", "alpha_pattern"} & (content["lora"] or {}).keys():  # the order of entries counts
+        content["lora"][key] = list(map(list, content["lora"][key].items()))
+    if config.lora is not None and config.lora.continues:  # the adapter has them, and its contents are compared
+        content["lora"] = {key: value for key, value in content["lora"].items() if key not in _OF_ADAPTER}
     return content
 
 

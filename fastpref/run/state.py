@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,26 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
     evaluated: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     evaluated_at: int | None = None
-    best: dict[str, float] | None = None  # step, accuracy and loss of the best evaluation
+    best: dict[str, float] | None = None  # step, accuracy (if there is one) and loss of the best evaluation
     before: list[list[str]] | None = None  # questions, and the answers before the training
     skipped: int = 0  # steps left out because something in them was not finite
     skipped_in_row: int = 0
 
     def improved(self) -> bool:
         """Return and record whether the last evaluation is the best: more accurate, or as accurate with lower loss."""
-        if "eval/rewards/accuracies" not in self.evaluated:
+        measured = ("eval/rewards/accuracies", "accuracy"), ("eval/loss", "loss")
+        now = {name: self.evaluated[metric] for metric, name in measured if metric in self.evaluated}
+        imitates = "eval/perplexity" in self.evaluated  # SFT has no accuracy; KTO's rows may be of one label only
+        if "loss" not in now or not (imitates or "accuracy" in now):
             return False
-        accuracy, loss = self.evaluated["eval/rewards/accuracies"], self.evaluated["eval/loss"]
-        if self.best is not None and (accuracy, -loss) <= (self.best["accuracy"], -self.best["loss"]):
+        if self.best is not None and _goodness(now) <= _goodness(self.best):
             return False
-        self.best = {"step": self.step, "accuracy": accuracy, "loss": loss}
+        self.best = {"step": self.step} | now
         return True
+
+
+def _goodness(evaluation: Mapping[str, float]) -> tuple[float, float]:
+    return evaluation.get("accuracy", 0.0), -evaluation["loss"]
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

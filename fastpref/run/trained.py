@@ -15,6 +15,7 @@ from fastpref.data.template.text import TextRecord, read_text, read_text_on_hub,
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.memory.streaming import choose_streaming
+from fastpref.model.adapters.source import read_adapter, with_start
 from fastpref.model.load import Loaded, load_model, load_tokenizer
 from fastpref.run.folder import RunFolder
 
@@ -46,7 +47,11 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
     """
     path = Path(name).expanduser()
     if path.suffix == ".toml":
-        config = load_config(path, overrides, trains=False)
+        config = with_start(load_config(path, overrides, trains=False))
+        if config.lora is not None and config.lora.start is not None:
+            start = read_adapter(config.lora.start, "lora.from")
+            start.weights_file()
+            return Trained(str(start.folder), True, config, True)
         return Trained(config.model.name, False, config, True)
     if not path.is_dir():
         return _on_hub(name, overrides)
@@ -62,14 +67,17 @@ def find_trained(name: str, overrides: Sequence[str] = ()) -> Trained:
     return _as_recorded(trained, read_text(folder, path, folder.parent), overrides)
 
 
-def load_trained(trained: Trained, device: torch.device, *, base: bool = False) -> Loaded:
-    """Load the trained model, or with `base` the one it began with. Both stop at the trained ends. Raises UserError."""
+def load_trained(trained: Trained, device: torch.device, *, base: bool = False, reference: bool = False) -> Loaded:
+    """Load the trained model, or with `base` the one it began with. Both stop at the trained ends. Raises UserError.
+
+    With `reference` the trained model also gets the adapter of its reference, if that is one.
+    """
     config, adapter = trained.config, trained.weights if trained.is_adapter and not base else None
     if not base and adapter is None and trained.weights != config.model.name:
         config = config.but({"model.name": trained.weights, "model.revision": None})
     config = _as_it_is(config, device)
     streaming, notes = choose_streaming(config, device)
-    loaded = load_model(config, device, trained=True, adapter=adapter, streaming=streaming)
+    loaded = load_model(config, device, trained=True, adapter=adapter, reference=reference, streaming=streaming)
     loaded = replace(loaded, notes=(*notes, *loaded.notes))
     if trained.text is not None:
         stop_at(loaded.model, trained.text.ends.values())

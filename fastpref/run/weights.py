@@ -10,13 +10,27 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastpref.errors import UserError
+from fastpref.model.adapters.begin import BegunHalf
+from fastpref.model.adapters.joined import is_stacked, joined_settings, joined_weights
+from fastpref.model.adapters.served import serving_note
+from fastpref.model.adapters.source import SETTINGS, WEIGHTS
+from fastpref.model.adapters.switch import POLICY
 from fastpref.model.load import Loaded
 from fastpref.model.weights import from_files
+
+ON_TOP = "on_top"  # the folder of a stacked adapter without the one below it
+_ON_TOP = """\
+# The upper adapter of a stack
+
+This adapter was trained on top of another one (`lora.stack` of fastpref), and is right only together with that one. The
+folder above holds both as one adapter, for every use. This one alone is what a resumed run continues.
+"""
 
 
 def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
@@ -33,12 +47,28 @@ def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
 def save_weights(folder: Path, loaded: Loaded, weights: dict[str, Tensor] | None) -> None:
     """Write the adapter for PEFT, or the model for transformers; `weights` come from `whole_weights`."""
     # If the head has an adapter, PEFT would also write the head and the embeddings, which have not changed.
-    options: dict[str, Any] = {"save_embedding_layers": False} if isinstance(loaded.wrapped, PeftModel) else {}
+    adapters: dict[str, Any] = {"save_embedding_layers": False, "selected_adapters": [POLICY]}
+    options = adapters if isinstance(loaded.wrapped, PeftModel) else {}
+    place = folder / ON_TOP if is_stacked(loaded.wrapped) else folder
     loaded.model.config.use_cache = True
     try:
-        loaded.wrapped.save_pretrained(str(folder), state_dict=weights, **options)
+        loaded.wrapped.save_pretrained(str(place), state_dict=weights, **options)
     finally:
         loaded.model.config.use_cache = False
+    if place != folder:
+        joined_settings(loaded.wrapped).save_pretrained(str(folder))
+        save_file(joined_weights(loaded.wrapped), folder / WEIGHTS, metadata={"format": "pt"})
+        (place / "README.md").write_text(_ON_TOP, encoding="utf-8")
+
+
+def serving(folder: Path) -> str | None:
+    """Return a note on how vLLM takes the adapter of a folder, if that is not by its defaults; None for a model."""
+    if not (folder / SETTINGS).is_file():
+        return None
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = list(file.keys())
+    settings: Any = peft.PeftConfig.from_pretrained(str(folder))
+    return serving_note(settings, names)
 
 
 @torch.no_grad()
@@ -46,8 +76,8 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
     """Load what `save_weights` wrote into the model. Raises UserError for another model's weights."""
     wrapped = loaded.wrapped
     if isinstance(wrapped, PeftModel):
-        saved = load_file(folder / "adapter_model.safetensors")
-        own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        saved = load_file((folder / ON_TOP if is_stacked(wrapped) else folder) / WEIGHTS)
+        own = peft.get_peft_model_state_dict(wrapped, adapter_name=POLICY, save_embedding_layers=False)
     else:
         dtype = next(wrapped.parameters()).dtype
         load = partial(type(wrapped).from_pretrained, str(folder), dtype=dtype, use_safetensors=True)
@@ -61,6 +91,9 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
         raise UserError(f"{folder}: the saved weights are of another model: {', '.join(differing[:3])}")
     for name, tensor in own.items():  # these tensors share their storage with the model
         tensor.copy_(_sharded_like(saved[name], tensor))
+    for name, module in wrapped.named_modules():
+        if isinstance(module, BegunHalf):  # which is saved as one weight that is a copy
+            module.take(saved[f"{name.removesuffix('.default')}.weight"])
 
 
 def whole(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Metrics of a step or an evaluation: means over all its tokens or completions, independent of the micro-batches."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -33,7 +34,8 @@ class Metrics:
     single completions (KTO), "chosen" are the means over the desirable rows, "rejected" those over the others. Margins
     are the difference of the two means. Accuracies are the share of all combinations of a desirable and an undesirable
     row in which the desirable one has the higher reward. For lists, "chosen" is the completion with the best score,
-    "rejected" that with the worst, as if these two were the pair. Weights of examples count in the loss only.
+    "rejected" that with the worst, as if these two were the pair. SFT has no rewards and no sides; its perplexity is
+    e^nll_loss. Weights of examples count in the loss only.
     """
 
     def __init__(self) -> None:
@@ -44,6 +46,7 @@ class Metrics:
         ] = []  # rewards, lengths and labels of single completions
         self._elsewhere: list[Completions] = []  # of other processes
         self.paired = True  # whether chosen[i] and rejected[i] are a pair
+        self.supervised = False  # whether completions are imitated, so that there are neither sides nor rewards
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         total = total.detach().float()
@@ -53,11 +56,13 @@ class Metrics:
     def add_loss(self, output: PreferenceLoss, lengths: Tensor) -> None:
         """Add the loss and the rewards of one part of a step. `lengths` [S] are those of its sequences, in tokens."""
         self.add("loss", output.loss, 0)
+        for name, (total, count) in output.extra.items():
+            self.add(name, total, count)
+        if self.supervised:
+            return
         rewards, lengths = output.rewards.detach(), lengths.to(output.rewards.device, non_blocking=True)
         own = lengths[: len(rewards)] if output.sequences is None else lengths[output.sequences]
         self._parts.append((rewards, own, output.labels))
-        for name, (total, count) in output.extra.items():
-            self.add(name, total, count)
 
     def add_sequences(self, logps: Tensor, chosen: Tensor) -> None:
         """Add the log-probabilities `logps` [S] of whole completions; `chosen` [S] bool says which are chosen ones."""
@@ -77,12 +82,14 @@ class Metrics:
         rejected: Tensor,  # [S] bool
         counted: Tensor,  # [S] bool, further completions included
     ) -> None:
-        """Add the per-token outputs of sequences."""
+        """Add the per-token outputs of sequences. Imitated completions are all chosen, but not called so."""
         if tokens.entropy is None or tokens.mean_logit is None or tokens.is_top1 is None:
             return
         of_chosen, of_rejected = chosen[batch.segments], rejected[batch.segments]
         self._add_where("entropy", tokens.entropy, counted[batch.segments])
         self._add_where("mean_token_accuracy", tokens.is_top1, of_chosen)
+        if self.supervised:
+            return
         self._add_where("logits/chosen", tokens.mean_logit, of_chosen)
         self._add_where("logits/rejected", tokens.mean_logit, of_rejected)
 
@@ -95,7 +102,7 @@ class Metrics:
         if processes.count == 1:
             return self
         whole = Metrics()
-        whole.paired = self.paired
+        whole.paired, whole.supervised = self.paired, self.supervised
         counts = _numbers(self._counts)
         sums = {name: (total, counts[name]) for name, total in _numbers(self._sums).items()}
         own = self.completions()
@@ -110,10 +117,16 @@ class Metrics:
         """Treat rewards as those of single completions, not of pairs."""
         self.paired = False
 
+    def imitated_completions(self) -> None:
+        """Treat completions as those of SFT, which have neither sides nor rewards."""
+        self.paired, self.supervised = False, True
+
     def result(self) -> dict[str, float]:
         """Return every metric that is a mean over at least one value, by its name."""
         sums, counts = _numbers(self._sums), _numbers(self._counts)
         means = {name: total / (counts[name] or 1.0) for name, total in sums.items() if counts[name] or name == "loss"}
+        if self.supervised and "nll_loss" in means:
+            means["perplexity"] = _exponential(means["nll_loss"])
         return means | self._reward_metrics()
 
     def completions(self) -> Completions:
@@ -142,6 +155,13 @@ class Metrics:
             lengths = torch.cat([completions.chosen_lengths, completions.rejected_lengths])
             metrics["rewards/length_correlation"] = _correlation(torch.cat([chosen, rejected]), lengths)
         return metrics
+
+
+def _exponential(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _numbers(values: Mapping[str, Tensor | float]) -> dict[str, float]:

@@ -132,6 +132,8 @@ class Objective:
     def _run(self, examples: Sequence[Example], run: _Pass) -> Work:
         if isinstance(self.options, KTO):
             run.metrics.single_completions()
+        if self.options.supervised:
+            run.metrics.imitated_completions()
         plan = self._plan(examples) if run.kl is None else StepPlan(self._plan_pass(examples))
         parts, work = self._parts(plan.trained)
         whole = self._found_first(plan, parts, run, len(examples))
@@ -222,6 +224,10 @@ class Objective:
         self, metrics: Metrics, loss: PreferenceLoss, tokens: TokenLogprobs, batch: PreferenceBatch
     ) -> None:
         places = torch.arange(len(batch.lengths), device=self.device)
+        if self.options.supervised:
+            every = torch.ones_like(batch.lengths, dtype=torch.bool)
+            metrics.add_tokens(tokens, batch, every, ~every, every)
+            return
         if batch.labels is not None:
             metrics.add_sequences(loss.sums, batch.labels)
             labels, counted = batch.labels.repeat(batch.completions), places < batch.examples

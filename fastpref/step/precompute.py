@@ -25,12 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fastpref.atomic import WriteError
-from fastpref.config import Config
+from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout, PreferenceBatch, collate, completion_key
 from fastpref.data.cache import cache_folder
 from fastpref.data.example import Example
@@ -40,7 +42,7 @@ from fastpref.model.policy import PolicyOutput
 from fastpref.model.rope import has_rope_by_length
 from fastpref.processes import ALONE, Processes
 from fastpref.step.logprob_store import LogprobStore
-from fastpref.step.reference import PolicyPass, Reference, both
+from fastpref.step.reference import PolicyPass, Reference, both, named_model
 
 VERSION = 3  # changes with the code that computes the numbers and with their format on disk
 _SAVE_EVERY = 64  # micro-batches of `Precomputed`
@@ -147,6 +149,7 @@ class Precomputed:
                 self._keep(waiting, processes)
                 waiting = {}
         self._keep(waiting, processes)
+        self._reference = _Released()  # frees a model that only the reference used
         return computed
 
     def _missing(self, examples: Iterable[Example]) -> Iterator[Example]:
@@ -176,6 +179,13 @@ class Precomputed:
             self.store.folder = None
 
 
+class _Released:
+    """Stands in the place of a reference that has computed everything."""
+
+    def __call__(self, batch: PreferenceBatch) -> Tensor:
+        raise RuntimeError("the reference's log-probabilities are complete")
+
+
 def _microbatches(examples: Iterable[Example], layout: Layout, budget: int) -> Iterator[list[Example]]:
     """Yield micro-batches of examples with the same number of completions, planned for 256 examples at a time."""
     waiting: dict[int, list[Example]] = {}
@@ -188,15 +198,16 @@ def _microbatches(examples: Iterable[Example], layout: Layout, budget: int) -> I
         yield from plan_pass(group, layout, budget).groups
 
 
-def reference_folder(config: Config, loaded: Loaded) -> Path:
-    """Return the folder of this model's reference log-probabilities."""
+def reference_folder(config: Config, loaded: Loaded, copy: PreTrainedModel | None = None) -> Path:
+    """Return the folder of this model's reference log-probabilities. `copy` is a reference that is a model itself."""
     model = loaded.model
     identity = {
         "version": VERSION,
         "libraries": {name: version(name) for name in _LIBRARIES},
-        "model": _identity(config, loaded),
+        "model": _identity(config.model, loaded.model),
         "dtype": str(model.dtype),
         "mixed precision": mixed_precision(config),
+        **_other_reference(config, loaded, copy),
         "float32 products": torch.get_float32_matmul_precision(),
         "quantization": config.model.quantization,
         "attention": model.config._attn_implementation,
@@ -209,11 +220,24 @@ def reference_folder(config: Config, loaded: Loaded) -> Path:
     return cache_folder() / "reference" / fingerprint
 
 
-def _identity(config: Config, loaded: Loaded) -> str:
+def _other_reference(config: Config, loaded: Loaded, copy: PreTrainedModel | None) -> dict[str, Any]:
+    """Return what tells a reference apart that is not the base model: its adapter, or another model."""
+    if loaded.reference.digest is not None:
+        return {"reference": loaded.reference.digest}
+    if copy is None or config.reference.name is None:
+        return {}
+    other = named_model(config, loaded).model
+    return {
+        "reference": _identity(other, copy),
+        "reference's form": [str(copy.dtype), other.quantization, copy.config._attn_implementation],
+    }
+
+
+def _identity(options: ModelConfig, model: PreTrainedModel) -> str:
     """Return the commit of a model on the hub, or a digest of a folder's weights, JSON files and code."""
-    folder = Path(config.model.name).expanduser()
+    folder = Path(options.name).expanduser()
     if not folder.is_dir():
-        return f"{config.model.name}@{getattr(loaded.model.config, '_commit_hash', None) or config.model.revision}"
+        return f"{options.name}@{getattr(model.config, '_commit_hash', None) or options.revision}"
     digest = hashlib.sha256()
     paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.py")])
     with ThreadPoolExecutor() as threads:  # which hash shards at the same time

@@ -1,25 +1,24 @@
-"""The frozen reference: the policy with its adapters off, or a copy. `precompute.py` stores its log-probabilities."""
+"""The frozen reference: the policy with other adapters or none, or a copy. `precompute.py` stores what it computes."""
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.config import Config
 from fastpref.data.batch import PreferenceBatch
 from fastpref.errors import UserError
+from fastpref.model.adapters.source import reference_kind
+from fastpref.model.adapters.switch import only
 from fastpref.model.files import model_config
 from fastpref.model.liger import take_kernels
-from fastpref.model.load import Loaded, pretrained
+from fastpref.model.load import Loaded, load_model, pretrained
 from fastpref.model.policy import Policy, PolicyOutput
 from fastpref.model.rope import fix_rope
 from fastpref.model.streaming.stream import stream_of
@@ -53,20 +52,20 @@ class ModelReference:
     """A reference that computes its log-probabilities for every micro-batch."""
 
     policy: Policy
-    adapters: peft.PeftModel | None  # turned off while the reference computes
+    adapters: tuple[str, ...]  # those that are on while the reference computes; the others are off
     autocast: Callable[..., Any]
     copy: PreTrainedModel | None = None  # a model that only the reference uses
     sweep: SharedSweep | None = None  # of a streamed model
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
-        with self._state(self.policy, self.adapters.disable_adapter if self.adapters is not None else nullcontext):
+        with self._state(self.policy):
             return self.policy(batch).logp
 
     def beside(self, policy_pass: PolicyPass, batch: PreferenceBatch) -> tuple[PolicyOutput, Tensor]:
         """Run the policy's pass, and compute the batch in the same sweep over the layers if the model streams."""
         if self.sweep is None or self.sweep.why_not is not None:
             return policy_pass(), self(batch)
-        with self.sweep.shared(partial(self._body, batch), self._layer_state) as states:
+        with self.sweep.shared(partial(self._body, batch), self._state) as states:
             output = policy_pass()
         if states.fault is not None:
             return output, self(batch)
@@ -74,19 +73,16 @@ class ModelReference:
             return output, self(batch)
 
     def _body(self, batch: PreferenceBatch) -> None:
-        with self._state(self.policy, self.adapters.disable_adapter if self.adapters is not None else nullcontext):
+        with self._state(self.policy):
             self.policy.hidden_states(batch)
 
-    def _layer_state(self, layer: nn.Module) -> AbstractContextManager[None]:
-        return self._state(layer, partial(_without_adapters, layer))
-
     @contextmanager
-    def _state(self, module: nn.Module, without_adapters: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    def _state(self, module: nn.Module) -> Iterator[None]:
         """Put the policy, or a part of it, into the reference's state inside the block."""
         training = module.training
         module.eval()  # without dropout
         try:
-            with torch.no_grad(), self.autocast(), without_adapters():
+            with torch.no_grad(), self.autocast(), only(module, self.adapters):
                 yield
         finally:
             module.train(training)
@@ -110,11 +106,12 @@ def make_reference(
     `load` loads a copy with another dtype or quantization, by default from the model's own source. Raises UserError for
     a copy that cannot be loaded.
     """
-    adapters = loaded.wrapped if isinstance(loaded.wrapped, peft.PeftModel) else None
-    stream = stream_of(loaded.model)
+    stream, kind = stream_of(loaded.model), reference_kind(config)
+    if kind == "model":
+        return _another_model(config, loaded, autocast, load)
     if precomputes(config) or config.reference.mode != "copy":
         sweep = None if stream is None else SharedSweep(stream)
-        return ModelReference(loaded.policy, adapters, autocast, sweep=sweep), described(config)
+        return ModelReference(loaded.policy, loaded.reference.names, autocast, sweep=sweep), described(config)
     if stream is not None:
         raise UserError(
             'reference.mode = "copy": the weights of a streamed model are not copied; leave the key out, then the '
@@ -123,22 +120,48 @@ def make_reference(
     other = copy_config(config, loaded.model)
     frozen = frozen_copy(loaded.model) if other is None else (load or load_copy)(other, loaded)
     frozen.requires_grad_(False).eval()
-    bits = "" if other is None or other.model.quantization == "none" else f"{other.model.quantization} and "
-    how = "" if other is None else f", in {bits}{other.model.dtype}"
-    return ModelReference(loaded.policy.like(frozen), None, autocast, frozen), f"{described(config)}{how}"
+    return ModelReference(loaded.policy.like(frozen), (), autocast, frozen), f"{described(config)}{_form(other)}"
 
 
-@contextmanager
-def _without_adapters(layer: nn.Module) -> Iterator[None]:
-    """Turn off the adapters of a part of a model inside the block, as PEFT's `disable_adapter` does those of all."""
-    adapted = [module for module in layer.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    for module in adapted:
-        module.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for module in adapted:
-            module.enable_adapters(True)
+def _another_model(
+    config: Config,
+    loaded: Loaded,
+    autocast: Callable[..., Any],
+    load: Callable[[Config, Loaded], PreTrainedModel] | None,
+) -> tuple[ModelReference, str]:
+    """Return a reference that is a model of its own, `reference.name`."""
+    name = config.reference.name
+    if loaded.stream is not None:
+        raise UserError(
+            f"reference.name = {name!r}: a whole model would lie on the GPU, beside weights that are streamed; set "
+            "model.streaming to false, or name an adapter of the same base model"
+        )
+    other = named_model(config, loaded)
+    if load is not None:
+        frozen = load(other, loaded).requires_grad_(False).eval()
+        return ModelReference(loaded.policy.like(frozen), (), autocast, frozen), described(config)
+    theirs = load_model(other, loaded.model.device, trained=True)
+    if theirs.layout != loaded.layout:
+        raise UserError(
+            f"reference.name = {name!r}: {theirs.why_padded}, and {config.model.name} computes {loaded.layout} "
+            f'rows; set train.layout = "{theirs.layout}"'
+        )
+    if theirs.policy.head.vocabulary != loaded.policy.head.vocabulary:
+        raise UserError(
+            f"reference.name = {name!r}: it has {theirs.policy.head.vocabulary:,} tokens and {config.model.name} "
+            f"{loaded.policy.head.vocabulary:,}; only models with the same tokens can be compared"
+        )
+    theirs.model.requires_grad_(False)
+    reference = ModelReference(theirs.policy.eval(), (), autocast, theirs.model)
+    return reference, f"{described(config)}{_form(other)}"
+
+
+def _form(other: Config | None) -> str:
+    """Describe the form of a copy that is loaded."""
+    if other is None:
+        return ""
+    bits = "" if other.model.quantization == "none" else f"{other.model.quantization} and "
+    return f", in {bits}{other.model.dtype}"
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -155,7 +178,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def precomputes(config: Config) -> bool:
     """Return whether reference log-probabilities are computed before training, to save the memory of a copy."""
-    return config.reference.mode == "precompute" or (config.reference.mode == "auto" and config.lora is None)
+    return config.precomputes
 
 
 def remembers(config: Config) -> bool:
@@ -165,9 +188,16 @@ def remembers(config: Config) -> bool:
 
 def described(config: Config) -> str:
     """Describe the reference of a config whose loss has one."""
+    kind = reference_kind(config)
+    what = {
+        "base": "the same weights with the adapters off",
+        "start": f"the same weights with the adapter {config.lora and config.lora.start}",
+        "adapter": f"the same weights with the adapter {config.reference.name}",
+        "model": f"a frozen copy of {config.reference.name}",
+    }[kind]
     if precomputes(config):
-        return "computed before training"
-    return "a frozen copy of the model" if config.reference.mode == "copy" else "the same weights with the adapters off"
+        return "computed before training" + ("" if kind == "base" else f", by {what}")
+    return "a frozen copy of the model" if kind == "base" and config.reference.mode == "copy" else what
 
 
 def summary(config: Config) -> str | None:
@@ -193,6 +223,20 @@ def copy_config(config: Config, model: PreTrainedModel) -> Config | None:
     if (dtype, quantization) == (own, config.model.quantization):
         return None
     return config.but({"model.dtype": dtype, "model.quantization": quantization, "lora": None})
+
+
+def named_model(config: Config, loaded: Loaded) -> Config:
+    """Return the config for loading the model of `reference.name`, by default in the form of the trained model."""
+    wanted, own = config.reference, str(loaded.model.dtype).removeprefix("torch.")
+    return config.but({
+        "model.name": wanted.name,
+        "model.revision": None,
+        "model.dtype": own if wanted.dtype == "auto" else wanted.dtype,
+        "model.quantization": config.model.quantization if wanted.quantization == "auto" else wanted.quantization,
+        "model.streaming": False,
+        "train.layout": loaded.layout,
+        "lora": None,
+    })  # fmt: skip
 
 
 def load_copy(config: Config, loaded: Loaded) -> PreTrainedModel:

@@ -32,7 +32,10 @@ from fastpref.run.folder import RunFolder
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
 from fastpref.run.state import Progress, rng_state
-from fastpref.step.objective import Objective
+from fastpref.run.weights import serving
+from fastpref.step.objective import Objective, Work
+from fastpref.step.optimizer import training_weights
+from fastpref.step.schedule import Schedule, every_so_many
 from fastpref.training import faults
 from fastpref.training.faults import NotFinite, interrupts
 from fastpref.training.progress import Display
@@ -64,9 +67,9 @@ class TrainingRun:
     limits: Limits
     data: Tokenized
     steps: int
-    policy: nn.Module  # prepared by Accelerate, like the optimizer and the scheduler
+    policy: nn.Module  # prepared by Accelerate, like the optimizer
     optimizer: Any
-    scheduler: Any
+    schedule: Schedule
     objective: Objective
     checkpoints: Checkpoints
     progress: Progress
@@ -111,7 +114,8 @@ class TrainingRun:
 
     def _train(self, signals: Sequence[int]) -> bool:
         """Train until the last step or an interrupt. Returns whether the last step was taken."""
-        progress, train, every = self.progress, self.config.train, self.config.output.save_every
+        progress, train = self.progress, self.config.train
+        every = every_so_many(self.config.output.save_every, self.steps)
         order = data_order(len(self.data.train), train.batch, train.seed, start=progress.step)
         while True:
             self.rng = rng_state()
@@ -135,6 +139,8 @@ class TrainingRun:
         if self.checkpoints.reference is not None:
             self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
+        if self.processes.first and (note := serving(place)) is not None:
+            self.display.note(note)
         if self.peak.bytes and isinstance(self.data.train, Examples):
             self.display.note(self.peak.against_estimate(self.config, self.data.train, self.loaded))
         verdicts = self._report("finished", answers)
@@ -155,18 +161,10 @@ class TrainingRun:
         self.peak.start()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
         self.policy.train()
-        metrics, work = self.objective.step(examples, self.accelerator.backward, token_metrics=logged)
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
-        grad_norm, rate = float(norm) if norm is not None else 0.0, self.scheduler.get_last_lr()[0]
-        row: dict[str, float] = metrics.result() | {"grad_norm": grad_norm, "learning_rate": rate}
-        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-            self.optimizer.step()
-            self.progress.skipped_in_row = 0
-        else:
-            self._not_finite(step, examples, row)
+        with training_weights(self.optimizer):
+            row, work = self._update(step, examples, token_metrics=logged)
         self.peak.end()
-        self.scheduler.step()
+        self.schedule.stepped()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         row |= {"tokens_per_second": work.tokens / seconds, "pairs_per_second": len(examples) / seconds}
@@ -174,6 +172,20 @@ class TrainingRun:
         if logged:
             self._log({"step": step} | row)
         self.display.step(step, seconds, row, peak_memory(self.accelerator.device))
+
+    def _update(self, step: int, examples: list[Example], *, token_metrics: bool) -> tuple[dict[str, float], Work]:
+        """Compute the gradients and update the weights, if both are finite. Return the metrics and the work."""
+        metrics, work = self.objective.step(examples, self.accelerator.backward, token_metrics=token_metrics)
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
+        grad_norm = float(norm) if norm is not None else 0.0
+        row: dict[str, float] = metrics.result() | {"grad_norm": grad_norm, "learning_rate": self.schedule.rate}
+        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+            self.optimizer.step()
+            self.progress.skipped_in_row = 0
+        else:
+            self._not_finite(step, examples, row)
+        return row, work
 
     def _not_finite(self, step: int, examples: list[Example], row: dict[str, float]) -> None:
         """Skip a step whose loss or gradient is not finite, or raise NotFinite."""
@@ -217,7 +229,7 @@ class TrainingRun:
         return verdicts
 
     def _evaluation_is_due(self) -> bool:
-        step, every = self.progress.step, self.config.eval.every
+        step, every = self.progress.step, every_so_many(self.config.eval.every, self.steps)
         due = step in (0, self.steps) or (every is not None and step % every == 0)
         return due and bool(self.data.heldout) and self.progress.evaluated_at != step
 
@@ -228,6 +240,7 @@ class TrainingRun:
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
         self._write_down(lambda record: record.evaluated(self.progress.step, metrics))
         self._log({"step": self.progress.step} | row)
+        self.schedule.evaluated(row["eval/loss"])
         self.progress.evaluated, self.progress.evaluated_at = row, self.progress.step
         self.display.evaluation(self.progress.step, row)
 

@@ -19,11 +19,13 @@ from fastpref.health import RULES, Verdict
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVES = (  # metric, its name, its format, whether its scale is 0 to 1
     ("loss", "loss", "{:.4f}", False),
+    ("perplexity", "perplexity", "{:.3f}", False),
     ("rewards/margins", "margin", "{:+.3f}", False),
     ("rewards/accuracies", "accuracy", "{:.0%}", True),
 )
 _EVALUATION = (
     ("eval/loss", "held-out loss {:.4f}"),
+    ("eval/perplexity", "perplexity {:.3f}"),
     ("eval/rewards/accuracies", "accuracy {:.1%}"),
     ("eval/rewards/margins", "margin {:+.3f}"),
 )
@@ -110,6 +112,7 @@ class Display:
             left = self._training / (step - self._before) * (self._steps - step)
             forms = (
                 ("loss", "loss {:.4f}"),
+                ("perplexity", "perplexity {:.3f}"),
                 ("rewards/accuracies", "accuracy {:.0%}"),
                 ("pairs_per_second", f"{{:.3g}} {self._examples}/s"),
                 ("tokens_per_second", "{:.0f} tok/s"),

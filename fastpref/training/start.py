@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from fastpref.allocator import let_segments_grow
 from fastpref.config import Config, load_config
@@ -25,14 +25,15 @@ from fastpref.memory.activations import checkpoint_activations
 from fastpref.memory.measured import StepPeak
 from fastpref.memory.streaming import choose_streaming
 from fastpref.merge import merge_fault
+from fastpref.model.adapters.source import with_start
 from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
-from fastpref.model.load import Loaded, load_model, load_tokenizer, mixed_precision
+from fastpref.model.load import Loaded, load_model, mixed_precision, run_tokenizer
 from fastpref.model.streaming.stream import Streaming
 from fastpref.processes import ALONE, Processes, code, end_together, start_processes
 from fastpref.quiet import quiet_libraries
 from fastpref.run.checkpoint import Checkpoints
-from fastpref.run.fingerprints import MODEL, model_fingerprint
+from fastpref.run.fingerprints import ADAPTERS, MODEL, model_fingerprint
 from fastpref.run.folder import RunFolder
 from fastpref.run.hub import check_login
 from fastpref.run.lock import RunLock
@@ -43,6 +44,7 @@ from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, Remembered, reference_folder
 from fastpref.step.reference import ONCE, Reference, make_reference, precomputes, remembers
+from fastpref.step.schedule import Schedule, warmup_steps
 from fastpref.training.loop import RunResult, TrainingRun
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
@@ -69,6 +71,7 @@ def train(
         if not isinstance(config, Config):
             default_name = Path(config).stem
             config = load_config(config, overrides)
+        config = with_start(config)
         require_trackers(config.log.trackers)
         if config.output.push_to is not None:
             check_login(config.output.push_to)
@@ -129,7 +132,8 @@ def _prepare(
 
     try:
         loaded = processes.together(load)
-        processes.agree(lambda: {MODEL: model_fingerprint(loaded)[:16], "layout": loaded.layout})
+        began = {} if loaded.began is None else {ADAPTERS: loaded.began[:16]}
+        processes.agree(lambda: {MODEL: model_fingerprint(loaded)[:16], "layout": loaded.layout, **began})
         notes = checkpoint_activations(config, loaded, accelerator.device, sharded=processes.sharded)
         run, decisions = _assemble(config, folder, accelerator, processes, inputs, loaded, resumed, cache=cache)
     except UserError:
@@ -163,7 +167,7 @@ def _streaming(config: Config, accelerator: Accelerator, processes: Processes) -
 
 def _read(config: Config, resumed: Resumed | None, day: date, *, cache: bool) -> _Inputs:
     """Read the tokenizer and the rows, and compare them with the model's config before its weights are read."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = run_tokenizer(config)
     use_chat_template(tokenizer, config.tokens.chat_template)
     data = load_examples(config, tokenizer, cache=cache, day=day)
     if data.chat_template is not None:  # save the template that wrote the rows with the result
@@ -196,13 +200,11 @@ def _assemble(
     if config.loss.uses_reference:
         reference, words = _reference(config, loaded, accelerator, processes, resumed, display, cache=cache)
         notes += words
-    optimizer = make_optimizer(loaded.policy, config)
-    warmup = train.warmup if train.warmup >= 1 else train.warmup * steps
-    schedule = {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule)
-    scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=round(warmup), num_training_steps=steps)
-    prepared = loaded.policy, optimizer, scheduler
-    moved = None if loaded.stream is None else [False, None, None]  # None lets Accelerate move all to its device
-    policy, optimizer, scheduler = accelerator.prepare(*prepared, device_placement=moved)
+    optimizer = make_optimizer(loaded.policy, config, warmup=warmup_steps(config, steps))
+    schedule = Schedule(config, optimizer, steps)
+    moved = None if loaded.stream is None else [False, None]  # None lets Accelerate move all to its device
+    policy, optimizer = accelerator.prepare(loaded.policy, optimizer, device_placement=moved)
+    schedule.follow(optimizer)
     if processes.sharded:
         register_fsdp_forward_method(policy, "generate")
     if not processes.first:  # every process has the same adapters, but its own dropout
@@ -235,7 +237,7 @@ def _assemble(
         text=inputs.text,
         examples=data.train,
         optimizer=optimizer,
-        scheduler=scheduler.scheduler,
+        scheduler=schedule,
         scaler=accelerator.scaler,
         model_fingerprint=fingerprint,
         processes=processes,
@@ -253,7 +255,7 @@ def _assemble(
         steps=steps,
         policy=policy,
         optimizer=optimizer,
-        scheduler=scheduler,
+        schedule=schedule,
         objective=objective,
         checkpoints=checkpoints,
         resumed=resumed is not None,
@@ -285,7 +287,8 @@ def _reference(
     if not (precomputes(config) or keeping):
         reason = "several processes remember nothing" if cache else "--no-cache keeps nothing"
         return computing, [f"{words}, computed in every step: {reason}" if remembers(config) else words]
-    store = LogprobStore(reference_folder(config, loaded), resumed.state.get("reference") if resumed else None)
+    known = resumed.state.get("reference") if resumed else None
+    store = LogprobStore(reference_folder(config, loaded, computing.copy), known)
     if not keeping:
         return Precomputed(computing, store), [words]
     notes = [f"{words}{ONCE} in {store.folder}"]

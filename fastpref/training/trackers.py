@@ -33,15 +33,22 @@ class Trackers:
         if not config.log.trackers:
             return
         place = (folder / "trackers").resolve()
-        # These two trackers take no argument for their folder. Environment variables that are already set win.
-        os.environ.setdefault("TRACKIO_DIR", str(place / "trackio"))
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
+        for variable, value in _variables(place, folder.name).items():
+            os.environ.setdefault(variable, value)
         options: dict[str, dict[str, Any]] = {
-            "tensorboard": {"purge_step": step + 1} if step else {},
-            "wandb": {"name": folder.name, "dir": str(place)},
+            "aim": {"experiment": folder.name},
+            "clearml": {"task_name": os.environ.get("CLEARML_TASK", folder.name)},
+            "comet_ml": {},
+            "dvclive": {
+                "dir": str(place / "dvclive"), "dvcyaml": str(place / "dvclive" / "dvc.yaml"), "resume": bool(step),
+                "save_dvc_exp": False,  # that would save the whole repository that the run is started in
+            },
             "mlflow": {"run_name": folder.name, "logging_dir": (place / "mlflow").as_uri()},
+            "swanlab": {"experiment_name": folder.name, "logdir": str(place / "swanlab")},
+            "tensorboard": {"purge_step": step + 1} if step else {},
             "trackio": {"name": folder.name},
-        }
+            "wandb": {"name": folder.name, "dir": str(place)},
+        }  # fmt: skip
         self._on = True
         self._accelerator.project_configuration.logging_dir = str(place)
         self._accelerator.log_with = tracking.filter_trackers(list(config.log.trackers), str(place))
@@ -65,6 +72,16 @@ class Trackers:
         except Exception as error:  # a tracker's server, disk or login fails with errors of its own
             self._on = False
             self._note(f"log.trackers: no metrics go there any more: {one_line(error)}")
+
+
+def _variables(place: Path, name: str) -> dict[str, str]:
+    """Return settings of trackers that take no argument for them, as environment variables; those set already win."""
+    return {
+        "TRACKIO_DIR": str(place / "trackio"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{place / 'mlflow.db'}",
+        "COMET_OFFLINE_DIRECTORY": str(place / "comet_ml"),
+        "COMET_START_EXPERIMENT_NAME": name,
+    }
 
 
 def _settings(config: Config) -> dict[str, str | int | float | bool]:

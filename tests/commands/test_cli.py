@@ -160,7 +160,8 @@ print("imported", *(name for name in {HEAVY} if name in sys.modules))
     {
         "--help": 0, "train --help": 0, "check good.toml": 0, "train bad.toml": 2, "preview bad.toml": 2, "schema": 0,
         "report none": 2, "report run": 0, "init --model m --data d --output -": 0,
-        "init --from-axolotl cfg.yml --output -": 0,
+        "init --from-axolotl cfg.yml --output -": 0, "init --from-trl trl.yml --output -": 0,
+        "init --from-llamafactory factory.yml --output -": 0, "train trl.yml": 2,
     }.items(),
 )  # fmt: skip
 def test_quick_commands_import_nothing_heavy(tmp_path: Path, command: str, status: int):
@@ -169,6 +170,8 @@ def test_quick_commands_import_nothing_heavy(tmp_path: Path, command: str, statu
     (tmp_path / "bad.toml").write_text(BAD)
     write_run(tmp_path / "run")
     (tmp_path / "cfg.yml").write_text("{base_model: m, rl: dpo, datasets: [{path: d}]}")
+    (tmp_path / "trl.yml").write_text("{model_name_or_path: m, dataset_name: d, use_peft: true}")
+    (tmp_path / "factory.yml").write_text("{model_name_or_path: m, dataset: d, stage: dpo}")
     probe = [sys.executable, "-c", PROBE, *command.split()]
     result = subprocess.run(probe, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.splitlines()[-2:] == [f"status {status}", "imported"], result.stderr

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig
 
 from fastpref.cli import app
+from tests.support.adapters import save_adapter
 from tests.support.command_line import CommandResult, run_command, succeed
 from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.readme import OURS
@@ -57,7 +58,8 @@ dir = "run"
 save_every = 2
 """
 LORA = "lora={rank=4}"
-LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+FROM = "lora.from={adapter}"  # a trained adapter of the model
+LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "sft")
 HELDOUT = 5  # rows; twice as many for KTO
 Make = Callable[[int, dict[str, Any]], dict[str, Any]]  # a row's number, and a pair → a row of the data
 
@@ -76,7 +78,16 @@ def listed(at: int, pair: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": pair["prompt"], "responses": answers, "scores": [0, 2, 1][: len(answers)], "weight": 1 + at % 2}
 
 
-ROWS: dict[str, Make] = {"dpo, LoRA, margins": with_margin, "kto, LoRA, weights": weighted, "pl, nf4, lists": listed}
+def talked(at: int, pair: dict[str, Any]) -> dict[str, Any]:
+    more = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": f"Nine, {at}."}] * (at % 2)
+    return {"messages": [*pair["prompt"], *pair["chosen"], *more], "weight": 1 + at % 2}
+
+
+ROWS: dict[str, Make] = {
+    "sft, nf4, messages": talked,
+    "sft, LoRA, padded, lists": listed,
+    "dpo, LoRA, margins": with_margin, "kto, LoRA, weights": weighted, "pl, nf4, lists": listed,
+}  # fmt: skip
 RUNS: dict[str, tuple[str, str, list[str]]] = {
     **{f"{loss}, LoRA": (loss, "llama", [LORA]) for loss in LOSSES},
     **{f"{loss}, full": (loss, "llama", []) for loss in LOSSES},
@@ -90,6 +101,22 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, LoRA, margins": ("dpo", "llama", [LORA]),
     "kto, LoRA, weights": ("kto", "llama", [LORA]),
     "pl, nf4, lists": ("pl", "llama", [LORA, "model.quantization=nf4"]),
+    "dpo, continued": ("dpo", "llama", [FROM]),
+    "ipo, continued, base": ("ipo", "llama", [FROM, "reference.adapter=none"]),
+    "kto, continued, nf4": ("kto", "llama", [FROM, "model.quantization=nf4"]),
+    "orpo, continued": ("orpo", "llama", [FROM]),
+    "dpo, stacked": ("dpo", "llama", [LORA, FROM, "lora.stack=true"]),
+    "dpo, another reference": ("dpo", "llama", [LORA, "reference.name={adapter}"]),
+    "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
+    "dpo, nf4, PiSSA in a layer": (
+        "dpo",
+        "llama",
+        ['lora={rank=4, init="pissa", layers=[1], rank_pattern={q_proj=2}}', "model.quantization=nf4"],
+    ),
+    "sft, nf4, messages": ("sft", "llama", [LORA, "model.quantization=nf4"]),
+    "sft, LoRA, padded, lists": ("sft", "mamba", ['lora={rank=4, target=["in_proj"]}']),
+    "sft, nf4, streamed": ("sft", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
+    "sft, continued": ("sft", "llama", [FROM]),
     "dpo, nf4, streamed": ("dpo", "llama", [LORA, "model.quantization=nf4", "model.streaming=true"]),
 }
 
@@ -113,6 +140,26 @@ class Run:
         return any(override.startswith("lora") for override in self.overrides)
 
     @property
+    def stacked(self) -> bool:
+        return "lora.stack=true" in self.overrides
+
+    @property
+    def start(self) -> str | None:
+        """The adapter that the training began with."""
+        return next((o.partition("=")[2] for o in self.overrides if o.startswith("lora.from=")), None)
+
+    @property
+    def original(self) -> str:
+        """The model or adapter that the training began with."""
+        return self.start or self.model
+
+    @property
+    def reference(self) -> str:
+        """The model or adapter that the training compared with."""
+        named = next((o.partition("=")[2] for o in self.overrides if o.startswith("reference.name=")), None)
+        return named or (self.model if "reference.adapter=none" in self.overrides else self.original)
+
+    @property
     def own(self) -> dict[str, float]:
         return last_evaluation(self.path)
 
@@ -127,6 +174,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(folders[name])
         AutoTokenizer.from_pretrained(QUICKSTART_MODEL).save_pretrained(folders[name])
+    save_adapter(folders["llama"].with_name("adapter"), folders["llama"], r=3)
     return folders
 
 
@@ -134,6 +182,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train one run for all commands, which must not change it."""
     loss, model, overrides = RUNS[request.param]
+    adapter = models["llama"].with_name("adapter").as_posix()
+    overrides = [override.replace("{adapter}", adapter) for override in overrides]
     folder = tmp_path_factory.mktemp("run")
     make = ROWS.get(request.param, lambda at, pair: pair)
     for path, count in ((QUICKSTART_HELDOUT, HELDOUT), (QUICKSTART_ROWS, None)):
@@ -186,14 +236,16 @@ def check(run: Run, _: Path) -> None:
     """Check that the output names the loss and what is trained."""
     out = succeed("check", run.folder / "cfg.toml", *run.overrides).out
     assert f"no mistakes. {run.loss.upper()} on " in out
-    assert ("LoRA adapters of rank 4" if run.adapters else "the whole model") in out
+    adapters = f"the LoRA adapter {run.start}" if run.start and not run.stacked else "LoRA adapters of rank 4"
+    assert (adapters if run.adapters else "the whole model") in out
 
 
 def preview(run: Run, _: Path) -> None:
     """Check that rows have the loss's names for completions, and that the data are counted."""
     out = succeed("preview", run.folder / "cfg.toml", *run.overrides).out
     names = ("completion 0", "score") if "responses and scores" in out else ("chosen", "rejected")
-    assert all(word in out for word in (("good", "bad") if run.loss == "kto" else names))
+    names = {"kto": ("good", "bad"), "sft": ("completion",)}.get(run.loss, names)
+    assert all(word in out for word in names)
     trained = 2 * 13 if run.loss == "kto" else 13
     assert re.search(rf"used +{trained} +{heldout(run)}\b", out)
 
@@ -214,8 +266,14 @@ def estimate(run: Run, _: Path) -> None:
         assert weights == pytest.approx(embeddings + quantised, rel=0.01, abs=padding * streamed)
     else:
         assert result["step"]["bytes"]["weights"] == pytest.approx(weights, rel=1e-3)
-    assert result["step"]["bytes"]["adapters"] == adapters
-    assert result["step"]["bytes"]["gradients"] == (adapters or weights)
+    own = size(run.path / "final" / "on_top" / "adapter_model.safetensors") or adapters
+    other = size(Path(run.original) / "adapter_model.safetensors")
+    assert result["step"]["bytes"]["adapters"] == (own + other if run.stacked else adapters)
+    trained = own / 2 if "pissa" in str(run.overrides) else own  # the other half stays as it began
+    assert result["step"]["bytes"]["gradients"] == (trained or weights)
+    # An adapter as reference adds its own size; a stack has it in any case, and the base model takes nothing.
+    second = run.loss not in ("orpo", "sft") and not run.stacked and run.reference != run.model
+    assert result["step"]["bytes"]["reference"] == second * size(Path(run.reference) / "adapter_model.safetensors")
 
 
 def estimate_card(run: Run, _: Path) -> None:
@@ -239,13 +297,13 @@ def evaluate(run: Run, _: Path) -> None:
 
 
 def evaluate_reference(run: Run, _: Path) -> None:
-    """Check that naming the original model as reference changes nothing, and that a run against itself has no KL."""
-    named = metrics_of(run.path, "--reference", run.model)
+    """Check that naming the run's reference changes nothing, and that a run against itself has no KL."""
+    named = metrics_of(run.path, "--reference", run.reference)
     if "nf4" not in str(run.overrides):  # whose original is the quantised model
         same_as_own(run, named)
     itself = metrics_of(run.path, "--reference", run.path)
     assert itself["reference/kl"] == pytest.approx(0, abs=1e-6)
-    for name in ("logps/chosen", "logps/rejected", "entropy"):  # these do not depend on the reference
+    for name in run.own.keys() & {"logps/chosen", "logps/rejected", "entropy"}:  # do not depend on the reference
         assert itself[name] == pytest.approx(run.own[name], rel=1e-4)
 
 
@@ -261,7 +319,7 @@ def chat(run: Run, _: Path) -> None:
     before, trained = both.removeprefix("before: ").split("trained: ")
     assert trained.strip() == after.strip()
     if "nf4" not in str(run.overrides):
-        assert before.strip() == succeed("chat", run.model, *options, given=question).out.strip()
+        assert before.strip() == succeed("chat", run.original, *options, given=question).out.strip()
 
 
 def report(run: Run, folder: Path) -> None:
@@ -282,9 +340,10 @@ def merge(run: Run, folder: Path) -> None:
     succeed("merge", run.path, "--output", folder / "merged")
     # A model alone has no run, so options give the loss, and the batch in which KTO pairs prompts with completions.
     known = [f"loss.type={run.loss}", "train.batch=5"]
-    merged = metrics_of(folder / "merged", "--data", run.folder / "heldout.jsonl", "--reference", run.model, *known)
+    merged = metrics_of(folder / "merged", "--data", run.folder / "heldout.jsonl", "--reference", run.reference, *known)
     if "nf4" in str(run.overrides):  # merged onto the 4-bit weights; this reference has the original ones
-        assert merged["logps/chosen"] == pytest.approx(run.own["logps/chosen"], rel=1e-3)
+        name = "nll_loss" if run.loss == "sft" else "logps/chosen"
+        assert merged[name] == pytest.approx(run.own[name], rel=1e-3)
     else:
         same_as_own(run, merged, rel=1e-3)
 
@@ -339,8 +398,14 @@ def same_as_own(run: Run, metrics: dict[str, Any], rel: float = 1e-4) -> None:
     assert run.own.keys() <= metrics.keys()
     for name, value in run.own.items():
         assert metrics[name] == pytest.approx(value, rel=rel, abs=1e-4), name
-    assert {"rewards/margins", "loss", "entropy", "reference/kl"} <= metrics.keys()
-    assert ("logps/accuracies" in metrics) == (run.loss != "kto")
+    assert {
+        "perplexity" if run.loss == "sft" else "rewards/margins",
+        "loss",
+        "entropy",
+        "reference/kl",
+    } <= metrics.keys()
+    assert ("rewards/margins" in metrics) == (run.loss != "sft")
+    assert ("logps/accuracies" in metrics) == (run.loss not in ("kto", "sft"))
     assert ("kl" in metrics) == (run.loss == "kto")
     assert metrics.get("kl", 0) >= 0
     assert metrics["reference/kl"] > 1e-6  # the policy differs from its reference

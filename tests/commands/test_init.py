@@ -30,7 +30,8 @@ def test_a_template_loads_as_what_was_asked_for(tmp_path: Path, loss: str):
     """The template has the given loss, model and data, whatever characters the names have, and trains adapters."""
     config = load(tmp_path, template(loss, 'org/mo"del', "pairs é.jsonl"))
     assert (config.loss.type, config.model.name, config.data[0].path) == (loss, 'org/mo"del', "pairs é.jsonl")
-    assert (config.train.learning_rate, config.loss.beta) == ((1e-5, 2.0) if loss == "simpo" else (1e-4, 0.1))
+    beta = {"simpo": 2.0, "sft": 0.0}.get(loss, 0.1)
+    assert (config.train.learning_rate, config.loss.beta) == (1e-5 if loss == "simpo" else 1e-4, beta)
     assert (config.lora.rank, config.lora.alpha, config.eval.fraction) == (16, 32.0, 0.05)
 
 
@@ -136,6 +137,10 @@ def test_a_file_is_replaced_only_by_force(elsewhere: Path):
 MISTAKES = {
     "no model": (["--data", "d"], "init needs --model and --data"),
     "no data": (["--model", "m"], "init needs --model and --data"),
+    "no source": (
+        ["--model", "m"],
+        "init needs --model and --data (and takes --loss), or --from-axolotl, --from-trl or",
+    ),
     "no such loss": ([*GIVEN, "--loss", "ppo"], "--loss ppo: there is no such loss; take one of dpo, ipo, kto"),
     "both ways": (["--from-axolotl", "a.yml", *GIVEN], "--from-axolotl takes the loss, the model and the data from"),
     "no such folder": ([*GIVEN, "--output", "none/c.toml"], "none/c.toml: cannot be written: No such file"),

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from fastpref.config import Config, load_config
 from fastpref.config.formats import NAMES, options_of
 from fastpref.config.losses import DPO, LossOptions, Variant
+from fastpref.config.optimization import ScheduleName
 from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
 from tests.support.lists import of_lists
@@ -97,7 +98,7 @@ def test_a_mistake_is_at_its_line(tmp_path: Path, case: tuple[str, ...]):
     assert [": ".join(line.split(": ")[:2]) for line in messages] == [f"cfg.toml:{place}" for place in places]
 
 
-LOSSES = "dpo, ipo, kto, orpo, simpo, cpo, pl, lipo"
+LOSSES = "dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, sft"
 COPY_ONLY = 'reference.{}: only a frozen copy has this key; set reference.mode = "copy", or remove it'
 MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     # Unknown keys
@@ -117,7 +118,10 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "train.epochs = true": "1: train.epochs: must be a valid number, got True",
     "train.learning_rate = inf": "1: train.learning_rate: must be a finite number, got inf",
     "train.warmup = nan": "1: train.warmup: must be a finite number, got nan",
-    "output.save_every = 0": "1: output.save_every: must be greater than or equal to 1, got 0",
+    "output.save_every = 0": "1: output.save_every: must be a whole number of steps, or a share of all steps below 1, "
+    "got 0",
+    "[eval]\nfraction = 0.1\nevery = 1.5": "3: eval.every: must be a whole number of steps, or a share of all steps "
+    "below 1, got 1.5",
     "tokens.chat_template = 3": "1: tokens.chat_template: must be a valid string, got 3",
     "lora.dora = 1": "1: lora.dora: must be a valid boolean, got 1",
     "lora.dropout = 1.0": "1: lora.dropout: must be less than 1, got 1.0",
@@ -126,19 +130,32 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "lora.target = '(q|v_proj'\nlora.exclude = ['vision', '[a']": "1: lora.target: '(q|v_proj' is not a regular "
     "expression: missing ), unterminated subpattern at position 0\n"
     "2: lora.exclude: '[a' is not a regular expression: unterminated character set at position 0",
+    "lora.init = 'loftq'": '1: lora.init: "loftq" makes up for the rounding to 4 bits; set model.quantization = "nf4", '
+    "or leave it out",
+    "lora = { init = 'orthogonal', rank = 3 }": "1: lora.init: orthogonal needs even ranks, got 3",
+    "lora = { init = 'loftq', dora = true }": "1: lora.init: DoRA keeps the norms of the rounded weights, which loftq "
+    "changes; set dora = false",
+    "lora.init = 'pisa'": "1: lora.init: must be one of default, gaussian, orthogonal, pissa, olora, loftq, "
+    "pissa_niter_N, got 'pisa' (did you mean 'pissa'?)",
+    "lora.layers = '3'": "1: lora.layers: '3' is neither an index such as 3 nor a slice such as \"8:16\"",
+    "lora.layers = [1, 2.5]": "1: lora.layers[1]: must be a valid string, or must be a valid integer, got 2.5",
+    "lora.rank_pattern = { q_proj = 0 }": "1: lora.rank_pattern.q_proj: must be greater than or equal to 1, got 0",
+    "lora.alpha_pattern = { '(q' = 1 }": "1: lora.alpha_pattern: '(q' is not a regular expression: missing ), "
+    "unterminated subpattern at position 0",
     # Words
     "train.layout = 'tre'": "1: train.layout: must be one of auto, tree, packed, padded, got 'tre' (did you mean "
     "'tree'?)",
     "train.layout = ['tree']": "1: train.layout: must be one of auto, tree, packed, padded, got ['tree'] (did you mean "
     "'tree'?)",
-    "train.optimizer = 'lion'": "1: train.optimizer: must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, "
-    "got 'lion'",
+    "train.optimizer = 'lyon'": "1: train.optimizer: must be one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, "
+    "lion, lion_8bit, paged_lion, paged_lion_8bit, adafactor, muon, schedule_free_adamw, got 'lyon' (did you mean "
+    "'lion'?)",
     "train.checkpointing = 'yes'": "1: train.checkpointing: must be a valid boolean, or must be one of auto, got 'yes'",
     "lora.target = 'all-linar'": "1: lora.target: must be an array, or must be one of all-linear, got 'all-linar' "
     "(did you mean 'all-linear'?)",
     "reference.mode = 'frozen'": "1: reference.mode: must be one of auto, adapter, copy, precompute, got 'frozen'",
-    "log.trackers = ['wandbb']": "1: log.trackers[0]: must be one of tensorboard, wandb, mlflow, trackio, got 'wandbb' "
-    "(did you mean 'wandb'?)",
+    "log.trackers = ['wandbb']": "1: log.trackers[0]: must be one of aim, clearml, comet_ml, dvclive, mlflow, "
+    "swanlab, tensorboard, trackio, wandb, got 'wandbb' (did you mean 'wandb'?)",
     # The loss
     "loss.type = 'kot'": f"1: loss.type: must be one of {LOSSES}, got 'kot' (did you mean 'kto'?)",
     "loss.type = 3": f"1: loss.type: must be one of {LOSSES}, got 3",
@@ -152,6 +169,10 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "loss.variants = []": "1: loss.variants: needs at least one entry",
     "loss.label_smoothing = 0.1\nloss.variants = ['ipo']":
     "1: loss.label_smoothing: label_smoothing has no effect on ipo; set it to 0",
+    "loss.label_smoothing = 0.1\nloss.variants = ['hinge', 'sft']":
+    "1: loss.label_smoothing: only sigmoid, exo_pair, robust, aot, aot_unpaired have it; set it to 0",
+    "loss.f_alpha = 0.2": "1: loss.f_alpha: only f_divergence = \"alpha\" has it, not 'reverse_kl'; leave it out",
+    "loss.discopop_tau = 1.0": "1: loss.discopop_tau: only the variant discopop has it; leave it out",
     "loss.type = 'ipo'\nloss.label_smoothing = 0.1":
     "2: loss.label_smoothing: this loss has no such key; it belongs to dpo, simpo, cpo",
     "loss.type = 'cpo'\nloss.variant = 'ipo'\nloss.label_smoothing = 0.1":
@@ -181,6 +202,46 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "reference.mode = 'adapter'\neval.every = 3":
     '1: reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"\n'
     "2: eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]",
+    # The optimization
+    "train.optimizer = 'lion'\ntrain.epsilon = 1e-6":
+    "2: train.epsilon: lion has no such setting; remove the key, or take adamw",
+    "train.optimizer = 'muon'\ntrain.betas = [0.9, 0.95]":
+    "2: train.betas: muon has no such setting; remove the key, or take adamw",
+    "train.betas = [0.9, 1.0]": "1: train.betas[1]: must be less than 1, got 1.0",
+    "lora.plus_ratio = 0.5": "1: lora.plus_ratio: must be greater than or equal to 1, got 0.5",
+    "train.optimizer = 'schedule_free_adamw'\ntrain.schedule = 'cosine'":
+    "2: train.schedule: schedule_free_adamw needs no schedule and takes none, its weights are averages; remove the "
+    'key, or take train.optimizer = "adamw"',
+    "train.schedule = 'cosine_with_restart'": f"1: train.schedule: must be one of {', '.join(get_args(ScheduleName))}, "
+    "got 'cosine_with_restart' (did you mean 'cosine_with_restarts'?)",
+    "train.schedule_options = { num_cycle = 2 }": "1: train.schedule_options.num_cycle: the schedule cosine has "
+    "no such option (did you mean 'num_cycles'?); it has num_cycles",
+    "train.schedule = 'linear'\ntrain.schedule_options = { power = 2 }":
+    "2: train.schedule_options.power: the schedule linear has no such option; it has none",
+    "train.schedule = 'cosine_with_restarts'\ntrain.schedule_options = { num_cycles = 1.5 }":
+    "2: train.schedule_options.num_cycles: must be a whole number, got 1.5",
+    "train.schedule = 'warmup_stable_decay'\ntrain.schedule_options = { num_decay_steps = 1.5, decay_type = 'sine' }":
+    "2: train.schedule_options.num_decay_steps: must be a number of steps, or a share of all below 1, got 1.5\n"
+    "2: train.schedule_options.decay_type: must be one of linear, cosine, 1-sqrt, got 'sine'",
+    "train.schedule = 'warmup_stable_decay'":
+    "1: train.schedule: warmup_stable_decay needs train.schedule_options = { num_decay_steps = 0.2 }, the steps in "
+    "which the rate falls at the end; below 1 it is a share of all steps",
+    "train.schedule = 'inverse_sqrt'\ntrain.min_lr = 1e-8":
+    "2: train.min_lr: the schedule inverse_sqrt does not end at a lowest rate; remove the key, or take cosine, linear, "
+    "polynomial, cosine_with_min_lr, cosine_warmup_with_min_lr, warmup_stable_decay, reduce_lr_on_plateau, greedy",
+    "train.min_lr = 1e-3": "1: train.min_lr: must be less than the learning rate, 1e-06, got 0.001",
+    "train.schedule = 'cosine_with_min_lr'":
+    "1: train.schedule: cosine_with_min_lr needs train.min_lr, the lowest learning rate",
+    "train.schedule = 'polynomial'\ntrain.min_lr = 1e-8\ntrain.schedule_options = { lr_end = 1e-8 }":
+    "2: train.min_lr: train.schedule_options.lr_end says it already; remove one of them",
+    "train.schedule = 'polynomial'\ntrain.learning_rate = 1e-7":
+    "1: train.schedule: polynomial ends at 1e-07, which is not less than the learning rate, 1e-07; set train.min_lr",
+    "train.schedule = 'polynomial'\ntrain.schedule_options = { lr_end = 'low' }":
+    "2: train.schedule_options.lr_end: must be a number, got 'low'",
+    "train.schedule = 'greedy'": "1: train.schedule: greedy follows the held-out loss; hold out data, and set "
+    "eval.every",
+    "train.schedule = 'reduce_lr_on_plateau'\neval.fraction = 0.1\neval.every = 5\ntrain.warmup = 3":
+    "4: train.warmup: the schedule reduce_lr_on_plateau has no warm-up; remove the key",
     "reference.dtype = 'bfloat16'\nreference.quantization = 'nf4'":
     f"1: {COPY_ONLY.format('dtype')}\n2: {COPY_ONLY.format('quantization')}",
 }  # fmt: skip
@@ -262,6 +323,16 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, make: Any, what: str):
     path = tmp_path / "cfg.toml"
     make(path)
     with pytest.raises(UserError, match=re.escape(f"{path}: {what}")):
+        load_config(path)
+
+
+def test_another_trainers_config_is_told_how_it_is_translated(tmp_path: Path):
+    """A YAML file is one message, with the command that translates it."""
+    path = tmp_path / "cfg.yaml"
+    path.write_text("base_model: m\nrl: dpo\n")
+    with pytest.raises(
+        UserError, match=r"cfg.yaml: this is YAML, .*`fastpref init` with --from-axolotl, --from-trl or"
+    ):
         load_config(path)
 
 

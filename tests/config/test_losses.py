@@ -46,12 +46,12 @@ def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
     assert (config.loss.beta, config.loss.zeal, config.loss.unit) == (3.0, 1.0, "completion")
     assert "#zeal = 1.0" in path.read_text()
     assert "single completions, and a test: xpo" in template("dpo", "m", "d")
-    with pytest.raises(UserError, match="dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, xpo"):
+    with pytest.raises(UserError, match="dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, sft, xpo"):
         check_loss("npo")
     for override, message in (
         (
             "loss.type=xpoo",
-            "must be one of dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, xpo, got 'xpoo' .did you mean 'xpo'",
+            "must be one of dpo, ipo, kto, orpo, simpo, cpo, pl, lipo, sft, xpo, got 'xpoo' .did you mean 'xpo'",
         ),
         ("loss.gamma=1.0", "this loss has no such key; it belongs to simpo"),
     ):
@@ -62,10 +62,10 @@ def test_a_new_loss_is_written_in_one_place(tmp_path: Path):
 
 
 def test_what_one_example_is():
-    """KTO takes single completions, PL and LiPO take lists, and every other loss takes pairs."""
+    """KTO and SFT take single completions, PL and LiPO take lists, and every other loss takes pairs."""
     others = {name: options().unit for name, options in LOSSES.items() if options().unit != "pair"}
-    assert others == {"kto": "completion", "pl": "list", "lipo": "list"}
-    assert {name for name, options in LOSSES.items() if not options.uses_reference} == {"orpo", "simpo", "cpo"}
+    assert others == {"kto": "completion", "pl": "list", "lipo": "list", "sft": "completion"}
+    assert {name for name, options in LOSSES.items() if not options.uses_reference} == {"orpo", "simpo", "cpo", "sft"}
 
 
 def test_a_loss_without_a_type_is_dpo():

@@ -50,7 +50,10 @@ def test_a_new_path_is_written_in_the_schema_alone(tmp_path: Path, monkeypatch: 
     marks = dict(path_marks(MoreConfig))
     assert set(marks) - set(dict(path_marks(Config))) == {"data.*.prices", "tokens.words", "tokens.traces"}
     assert marks["tokens.traces"].written
-    places = "model.name data.*.path data.*.prices eval.data.*.path tokens.chat_template tokens.words"
+    places = (
+        "model.name lora.from data.*.path data.*.prices eval.data.*.path tokens.chat_template tokens.words "
+        "reference.name"
+    )
     assert resume.places(MoreConfig) == tuple(places.split())
 
 

@@ -108,6 +108,8 @@ FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
     "not_finite": ("dpo", jumps(rows(), (12,), "loss", None), {}),
     "truncation": ("dpo", rows(), {"cut": 90}),
     "labels_unbalanced": ("kto", rows("kto"), {"labels": (6, 240)}),
+    "first_nll": ("sft", rows("sft", both={"loss": lambda t: 7 - 5 * t, "nll_loss": lambda t: 7 - 5 * t}), {}),
+    "entropy_collapses": ("sft", rows("sft", heldout={"entropy": lambda t: 1.4 - 1.2 * t}), {}),
     "heldout_gap": (
         "dpo",
         rows(training={"rewards/accuracies": lambda t: 0.5 + 0.5 * min(1, 2 * t)},

@@ -48,6 +48,12 @@ COMBINATIONS = [
     ("gemma2", 0, [LORA, "loss.type=cpo"]),
     ("llama", 0, ['lora={rank=3, target=["lm_head", "q_proj"]}', "loss.type=ipo"]),
     ("llama-tied", 1, ["reference.mode=copy"]),
+    ("llama", 1, ['train.freeze=["embed_tokens", "layers.0"]', "loss.type=simpo"]),
+    ("llama", 1, ['lora={rank=3, init="pissa", rank_pattern={q_proj=1}, layers=["1:"]}']),
+    ("llama", 2, ["loss.type=simpo", "train.optimizer=muon"]),
+    ("llama", 2, ["loss.type=orpo", "train.optimizer=schedule_free_adamw"]),
+    ("llama", 0, [LORA, "train.optimizer=adafactor"]),
+    ("llama-tied", 2, ["loss.type=simpo", "train.optimizer=lion"]),
 ]
 
 

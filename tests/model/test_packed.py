@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from fastpref.config import load_config
 from fastpref.errors import UserError
 from fastpref.memory.step import CPU, StepMemory, count_step
-from fastpref.model.packed import lies_quantised, packing_of
+from fastpref.model.packed import bare_experts, lies_quantised, packing_of
+from tests.support.families import tiny_config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -126,11 +127,43 @@ def test_whole_fine_tuning_of_quantised_weights_is_refused(tmp_path: Path):
         counted(tmp_path, bnb(**FOUR), "loss.type=orpo")
 
 
-def test_experts_stay_as_they_are(tmp_path: Path):
-    """bitsandbytes quantises linear layers only; the size of the experts, which stay as they are, is reported."""
-    sizes: dict[str, Any] = SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    config = Qwen3MoeConfig(**sizes)
-    given = ['lora={rank=2,target=["q_proj"]}', "model.quantization=nf4"]
-    found = counted(tmp_path, None, *given, config=config, device=torch.device("cuda"))
-    assert found.bare_experts == 2 * 2 * 4 * 3 * 256 * 64
-    assert found.weights > found.bare_experts
+def moe(tmp_path: Path, config: Any, *overrides: str) -> StepMemory:
+    given = ['lora={rank=2,target=["q_proj"]}', *overrides]
+    return counted(tmp_path, None, *given, config=config, device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("bits", "each"), [("nf4", 0.5 + 1 / 64 + 4 / 64 / 256), ("int8", 1.0)])
+def test_experts_count_in_their_bits(tmp_path: Path, bits: str, each: float):
+    """Experts take half a byte or a byte a weight, and their scales; none of them is left in 16 bits."""
+    sizes: dict[str, Any] = SIZES | {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    few, many = (moe(tmp_path, Qwen3MoeConfig(**sizes, num_experts=n), f"model.quantization={bits}") for n in (4, 36))
+    added = 2 * 32 * 3 * 256 * 64  # weights of 32 experts
+    scales = 2 * 32 * (128 + 256) * 4 if bits == "int8" else 0
+    router = 2 * 32 * 256 * 2
+    assert many.weights - few.weights - router == pytest.approx(each * added + scales, rel=1e-3)
+    assert many.bare_experts == 0
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "jetmoe", "dbrx", "mixtral", "gpt_oss"])
+def test_experts_that_are_left(kind: str):
+    """The size of all experts that are not loaded in few bits is known, also of those with code of their own."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32)
+    experts = {name: p for name, p in model.named_parameters() if p.dim() == 3 or ".experts." in name}
+    left = sum(p.nbytes for name, p in experts.items() if "bias" not in name and "router" not in name)
+    assert left > 0
+    assert bare_experts(model) == left
+
+
+def test_qwen3_30b_a3b_in_nf4(tmp_path: Path):
+    """A layer of Qwen3-30B-A3B takes about 0.3 GiB in nf4; 48 of them with embeddings and head are under 16 GiB."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "tie_word_embeddings": False,
+    }  # fmt: skip
+    one, two = (
+        moe(tmp_path, Qwen3MoeConfig(**sizes, num_hidden_layers=layers), "model.quantization=nf4").weights
+        for layers in (1, 2)
+    )
+    assert 15.4 < (one + 47 * (two - one)) / 2**30 < 15.7

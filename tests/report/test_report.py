@@ -40,7 +40,7 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     assert ("KTO's KL" in charts, "Log odds" in charts) == (method == "kto", method == "orpo")
     # one more for the histogram of held-out margins
     assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + 1
-    assert "23 rules examined this run" in page
+    assert "25 rules examined this run" in page
     units = [unit for unit in ("pair", "list", "completion") if f"{unit}s a second" in page]
     assert units == [METHODS[method].unit]
 

@@ -23,14 +23,36 @@ def adapter(folder: str) -> bytes:
 CASES = {
     "dpo-lora": [LORA],
     "dpo-full": [],
+    "dpo-frozen": ['train.freeze=["embed_tokens", "layers.1", "norm.weight"]'],
     "kto-lora": ["loss.type=kto", LORA],
     "kto-full": ["loss.type=kto"],
     "orpo-lora-constant": ["loss.type=orpo", LORA, "train.schedule=constant", "eval.data=[]", "eval={}"],
     "dpo-dora-and-a-module": ['lora={rank=2, dora=true, modules_to_save=["norm"]}'],
     "kto-nf4-8-bit": ["loss.type=kto", LORA, "model.quantization=nf4", "train.optimizer=adamw_8bit"],
     "dpo-lora-precomputed": [LORA, "reference.mode=precompute"],
+    "dpo-lora-ranks-and-layers": [
+        'lora={rank=2, target=["all-linear", "lm_head"], layers=["1:"], rank_pattern={q_proj=3, lm_head=1}, '
+        "alpha_pattern={'.*mlp.*'=4}}",
+    ],
+    "dpo-lora-pissa": ['lora={rank=2, dropout=0.1, init="pissa", target=["all-linear", "lm_head"]}'],
+    "orpo-nf4-loftq": ["loss.type=orpo", 'lora={rank=2, init="loftq"}', "model.quantization=nf4"],
+    "lion": [LORA, "train.optimizer=lion"],
+    "lion-8-bit-full": ["train.optimizer=lion_8bit", "train.learning_rate=1e-4", "train.schedule=linear"],
+    "adafactor": [LORA, "train.optimizer=adafactor", "train.min_lr=1e-4"],
+    "muon-full": ["train.optimizer=muon", "train.weight_decay=0.1"],
+    "muon-lora-plus": ["lora={rank=4, dropout=0.2, plus_ratio=8.0}", "train.optimizer=muon"],
+    "schedule-free": [LORA, "train.optimizer=schedule_free_adamw", "train.warmup=7", "train.betas=[0.8, 0.99]"],
+    "schedule-free-kto-full": ["loss.type=kto", "train.optimizer=schedule_free_adamw"],
+    "plateau": [
+        LORA, "train.schedule=reduce_lr_on_plateau", "train.schedule_options={patience=0, factor=0.5, threshold=0.5}",
+        "eval.every=1",
+    ],
+    "greedy-by-shares": [
+        LORA, "train.schedule=greedy", "train.schedule_options={patience=0, smooth=true}", "eval.every=0.1",
+        "output.save_every=0.5",
+    ],
     "dpo-lora-head-twice": ['lora={rank=2, dropout=0.1, target=["q_proj", "lm_head"]}', "train.checkpointing=true"],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
@@ -108,6 +130,10 @@ REFUSED = {
     "another loss": (["loss.type=ipo"], r"loss\.type: 'dpo' → 'ipo'"),
     "a loss's option": (["loss.beta=0.2"], r"loss\.beta: 0\.1 → 0\.2"),
     "other adapters": (["lora.rank=5"], r"lora\.rank: 4 → 5"),
+    "another order": (
+        ["lora.alpha_pattern={'.*proj'=2, q_proj=2}"],
+        r"lora\.alpha_pattern: \[\] → \[\['\.\*proj', 2\.0\], ",
+    ),
     "another seed": (["train.seed=1"], r"train\.seed: 42 → 1"),
     "other lengths": (["tokens.max_length=64"], r"tokens\.max_length: 96 → 64"),
     "fewer rows": (["data.0.rows=20"], r"data\.0\.rows: 23 → 20"),

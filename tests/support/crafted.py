@@ -1,6 +1,7 @@
 """Folders of runs of every method, healthy or with one fault."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -8,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
+from fastpref.config.losses import CPO, DPO, IPO, KTO, ORPO, PL, SFT, LiPO, LossOptions, SimPO
 from fastpref.health import Known
 from fastpref.health.bands import first_loss
 from fastpref.run.history import FACTS, METRICS
 
-METHODS: dict[str, LossOptions] = {o.type: o for o in (DPO(), IPO(), KTO(), ORPO(), SimPO(), CPO(), PL(), LiPO())}
+METHODS: dict[str, LossOptions] = {
+    o.type: o for o in (DPO(), IPO(), KTO(), ORPO(), SimPO(), CPO(), PL(), LiPO(), SFT())
+}
 STEPS, BATCH = 100, 16
 EVIL = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 Row = dict[str, Any]
@@ -48,6 +51,11 @@ def shapes(method: str) -> dict[str, Shape]:
         "grad_norm": lambda t: 1.2,
         "learning_rate": lambda t: 1e-4 * (1 - t),
     }
+    if loss.supervised:
+        nll = {"loss": lambda t: 1.6 * (1 - 0.3 * t), "nll_loss": lambda t: 1.6 * (1 - 0.3 * t)}
+        curves = {name: shape for name, shape in curves.items() if not name.startswith(("rewards/", "logps/"))} | nll
+        curves["perplexity"] = lambda t: math.exp(1.6 * (1 - 0.3 * t))
+        curves["entropy"] = lambda t: 1.4 * (1 - 0.3 * t)
     if method == "orpo":
         curves |= {"log_odds_chosen": lambda t: -0.1 + t, "log_odds_ratio": lambda t: -0.7 + 0.4 * t}
     if method in ("orpo", "cpo"):
@@ -88,7 +96,8 @@ def rows(
                 spread = noise * NOISE.get(name, 0.0) * (abs(plain["loss"](0)) if name == "loss" else 1)
                 spread *= 0.05 if method == "orpo" and name.startswith("rewards/") and "acc" not in name else 1
                 row[name] = shape((step - 1) / steps) + (random.gauss(0, spread) if step > 1 else 0.0)
-            row["rewards/accuracies"] = min(1.0, max(0.0, row["rewards/accuracies"]))
+            if "rewards/accuracies" in row:
+                row["rewards/accuracies"] = min(1.0, max(0.0, row["rewards/accuracies"]))
             yield row
         if step in evaluations:
             unlogged = ("grad_norm", "learning_rate")

@@ -12,7 +12,7 @@ from fastpref.memory.allocations import PeakStorage
 from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.load import load_model
 from fastpref.step.objective import Objective
-from fastpref.step.optimizer import make_optimizer
+from fastpref.step.optimizer import make_optimizer, training_weights
 from fastpref.step.reference import make_reference, precomputes
 
 CPU = torch.device("cpu")
@@ -47,13 +47,15 @@ def real_steps(
     with PeakStorage() as memory:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the moments
+        with training_weights(optimizer):
+            optimizer.step()  # makes the moments
         optimizer.zero_grad(set_to_none=True)
         moments = memory.current
         memory.start_again()
         for rows in steps:
-            objective.step(rows, lambda loss: loss.backward())
-            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-            optimizer.step()
+            with training_weights(optimizer):
+                objective.step(rows, lambda loss: loss.backward())
+                torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     return weights + memory.peak, weights + moments

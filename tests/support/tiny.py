@@ -1,5 +1,6 @@
 """Very small random models of several kinds, and random examples, for tests of everything above the kernels."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -117,6 +118,11 @@ def config_for(model: Path, *overrides: str) -> Config:
     path = model / "run.toml"
     path.write_text('[model]\nname = "."\n[[data]]\npath = "none.jsonl"\n')
     return load_config(path, overrides)
+
+
+def unlabelled(labelled: Sequence[Example]) -> list[Example]:
+    """Return single completions without their labels, as supervised training takes them."""
+    return [replace(example, label=None) for example in labelled]
 
 
 def examples(count: int, *, seed: int = 0, single: bool = False, turns: bool = False) -> list[Example]:

@@ -16,7 +16,15 @@ from fastpref.model.load import Loaded, load_model
 from fastpref.step.metrics import Metrics
 from fastpref.step.objective import Objective
 from fastpref.step.reference import make_reference
-from tests.support.tiny import config_for, examples, save_model, sharing_examples, sharing_lists, with_extras
+from tests.support.tiny import (
+    config_for,
+    examples,
+    save_model,
+    sharing_examples,
+    sharing_lists,
+    unlabelled,
+    with_extras,
+)  # fmt: skip
 
 CPU = torch.device("cpu")
 KINDS = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt-oss", "mixtral")
@@ -34,6 +42,7 @@ LOSSES = {
     "cpo": ["loss.type=cpo"],
     "pl": ['loss={type="pl", beta=0.4}'],
     "lipo": ['loss={type="lipo", beta=0.4}'],
+    "sft": ["loss.type=sft"],
 }
 
 
@@ -71,6 +80,8 @@ class Step:
         """Return examples of the kind that the loss takes."""
         if self.options.listwise:
             return sharing_lists(7, turns=turns)
+        if self.options.supervised:
+            return unlabelled(sharing_examples(7, single=True, turns=turns))
         return sharing_examples(7, single=isinstance(self.options, KTO), turns=turns)
 
     def gradients(self) -> dict[str, torch.Tensor]:
@@ -101,7 +112,7 @@ WHOLE = 10_000  # tokens: all examples of a step are one micro-batch
 CASES: list[tuple[Layout, int]] = [("tree", WHOLE), ("packed", WHOLE), ("tree", 130), ("packed", 1), ("padded", 120)]
 EQUIVALENCES = [
     *(("llama", loss, adapted) for loss in LOSSES for adapted in ("lora", "full", "lora-turns")),
-    *(("gemma2", loss, "lora") for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo")),
+    *(("gemma2", loss, "lora") for loss in ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo", "sft")),
     *(("gemma2", loss, "full") for loss in ("dpo", "kto", "orpo")),
     *((kind, loss, "full") for kind in ("qwen2", "gemma3", "gpt-oss", "mixtral") for loss in ("dpo", "kto", "orpo")),
     *(("qwen3", loss, "lora") for loss in ("dpo", "kto", "orpo")),
@@ -137,7 +148,8 @@ def test_weights_and_margins_agree_in_every_layout(models: dict[str, Path], loss
     if rows != step.rows():
         plain = step.run("padded", WHOLE)[0].result()
         assert plain["loss"] != pytest.approx(expected.result()["loss"], rel=1e-3)
-        assert plain["rewards/margins"] == pytest.approx(expected.result()["rewards/margins"])
+        name = "nll_loss" if loss == "sft" else "rewards/margins"
+        assert plain[name] == pytest.approx(expected.result()[name])
     for layout, budget in CASES[:4]:
         metrics, others, _ = step.run(layout, budget, rows)
         assert metrics.result() == pytest.approx(expected.result(), rel=2e-4, abs=2e-5)
@@ -165,6 +177,8 @@ def naive_loss(step: Step, policy: nn.Module, reference: nn.Module, rows: Sequen
     options = step.options
     if options.listwise:
         return list_loss(list_logps(policy, reference, rows, completion), options).loss
+    if options.supervised:
+        return -sums(policy, 0).sum() / sum(row.scored(0) for row in rows)
     with torch.no_grad():
         ref_chosen = sums(reference, 0)
     if isinstance(options, KTO):
@@ -206,7 +220,7 @@ def list_logps(policy: nn.Module, reference: nn.Module, rows: Sequence[Example],
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "orpo-all", "simpo", "cpo", "pl", "lipo"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "orpo-all", "simpo", "cpo", "pl", "lipo", "sft"])
 def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bool):
     """If completions contain turns of others, loss and gradients are those of each sequence alone with its mask, in
     every layout and for any micro-batches."""
@@ -228,7 +242,7 @@ def test_only_what_is_scored_counts(models: dict[str, Path], loss: str, lora: bo
             torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=scale * 5e-5)
 
 
-@pytest.mark.parametrize("loss", ["kto", "dpo", "ipo", "orpo", "pl", "lipo"])
+@pytest.mark.parametrize("loss", ["kto", "dpo", "ipo", "orpo", "pl", "lipo", "sft"])
 def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str, Path], loss: str):
     """An evaluation depends neither on the order of its rows nor on the number taken at a time: it is one mean over
     all examples, and KTO's mismatched completions and its KL are those of the whole evaluation."""
@@ -239,7 +253,9 @@ def test_an_evaluation_does_not_depend_on_the_order_of_its_rows(models: dict[str
 
     own = reference if step.options.uses_reference else None
     objective = Objective(step.loaded.policy, own, step.options, "tree", 150, 0, CPU)
-    rows = sharing_lists(9) if step.options.listwise else examples(9, single=loss == "kto", turns=True)
+    single = loss in ("kto", "sft")
+    rows = sharing_lists(9) if step.options.listwise else examples(9, single=single, turns=True)
+    rows = unlabelled(rows) if loss == "sft" else rows
     rows += [replace(row, prompt=rows[0].prompt) for row in rows[:4]]
     whole = objective.evaluate(rows, 5).result()
     assert loss != "kto" or whole["kl"] > 0

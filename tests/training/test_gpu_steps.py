@@ -25,7 +25,7 @@ LORA, EVERY = "lora={rank=4}", "train.checkpointing=true"
 TRAINED = {"lora": [LORA], "nf4": [LORA, "model.quantization=nf4"], "full": []}
 SAVED = {"all": [], "inputs": [EVERY], "inputs on the host": [EVERY, "train.offload_activations=true"]}
 FACTORS = {
-    "loss": ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo"],
+    "loss": ["dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo", "sft"],
     "trained": list(TRAINED),
     "attention": ["flex", "sdpa"],
     "liger": [True, False],
@@ -100,7 +100,7 @@ def metrics(completions: int) -> list[Allowed]:
 
 def check(run: TracedRun, given: list[str], further: list[Allowed] | None = None) -> None:
     """Check that the parts of a run have exactly what is allowed, and `further` events."""
-    columns = 3 if "loss.type=kto" in given else 2
+    columns = {"loss.type=kto": 3, "loss.type=sft": 0}.get(given[0], 2)  # SFT has no rewards
     everywhere = further or []
     differences = [
         *_differences("step", run.step, [NORM, *metrics(columns), *everywhere]),

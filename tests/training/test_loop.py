@@ -13,12 +13,13 @@ import fastpref
 from fastpref.errors import UserError
 from tests.support.paths import QUICKSTART, QUICKSTART_MODEL, QUICKSTART_ROWS
 
-METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo")
+METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo", "sft")
 ALWAYS = {
     "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
     "rewards/length_correlation", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
     "entropy", "mean_token_accuracy",
 }  # fmt: skip
+IMITATED = {"loss", "nll_loss", "perplexity", "entropy", "mean_token_accuracy"}  # by SFT
 TRAINING = {"step", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second"}
 PAIRS = {"logps/accuracies"}
 EXTRA = {
@@ -37,7 +38,7 @@ def test_every_method_runs_the_quickstart(elsewhere: Path, method: str):
     result = fastpref.train(QUICKSTART, [f"loss.type={method}", "train.steps=3", "eval.every=2", "train.batch=4"])
     assert result.output_dir == Path("runs") / f"quickstart-{method}"
     logged = rows(result.output_dir)
-    names = ALWAYS | EXTRA.get(method, PAIRS)
+    names = IMITATED if method == "sft" else ALWAYS | EXTRA.get(method, PAIRS)
     assert [(row["step"], "eval/loss" in row) for row in logged] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (3, True),
     ]  # fmt: skip
@@ -68,12 +69,15 @@ def test_the_quickstart_is_learnt(elsewhere: Path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_margins_rise_on_a_repeated_batch(elsewhere: Path, method: str):
-    """Trained on the same few rows again and again, every method raises their margins."""
+    """Trained on the same few rows again and again, every method raises their margins, and SFT their likelihood."""
     result = fastpref.train(
         QUICKSTART, [f"loss.type={method}", "train.steps=12", "train.batch=8", "data.0.rows=8", "eval.data=[]"]
     )
     logged = rows(result.output_dir)
-    assert logged[-1]["rewards/margins"] > logged[0]["rewards/margins"]
+    if method == "sft":
+        assert logged[-1]["nll_loss"] < 0.97 * logged[0]["nll_loss"]
+    else:
+        assert logged[-1]["rewards/margins"] > logged[0]["rewards/margins"]
 
 
 def test_full_fine_tuning_is_loadable_by_transformers(elsewhere: Path):

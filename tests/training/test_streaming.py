@@ -20,6 +20,11 @@ SETTINGS = {"config.toml", "README.md"}  # files that name the run's settings
 RUNS: dict[str, list[str]] = {
     "adapters": [LORA],
     "nf4, DoRA": ["lora={rank=4, dora=true}", "model.quantization=nf4", "loss.type=kto"],
+    "nf4, ranks and layers": [
+        'lora={rank=4, rank_pattern={q_proj=2}, alpha_pattern={v_proj=64}, layers=[0, "2:"]}', "model.quantization=nf4",
+    ],
+    "nf4, OLoRA": ['lora={rank=4, init="olora"}', "model.quantization=nf4"],
+    "nf4, LoftQ": ['lora={rank=4, init="loftq"}', "model.quantization=nf4", "loss.type=orpo"],
     "precomputed": [LORA, 'reference.mode="precompute"', "loss.type=ipo"],
     "int8, head, no reference": [
         'lora={rank=4, target=["all-linear", "lm_head"], modules_to_save=["embed_tokens"]}',

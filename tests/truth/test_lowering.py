@@ -47,4 +47,4 @@ def distinct(stages: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def readable(text: str) -> str:
     """Write the names of functions without dots: ttsem cannot read one that ends in a number, as in `…_c0.0`."""
-    return re.sub(r'@[\w.$]+|sym_name = "[^"]+"', lambda name: name[0].replace(".", "_"), text)
+    return re.sub(r'@"[^"]+"|@[\w.$]+|sym_name = "[^"]+"', lambda name: name[0].replace(".", "_"), text)

@@ -31,11 +31,21 @@ KNOWN = (
     "and label; messages and label"
 )
 """The columns that `auto` reads, in words."""
+KNOWN_IMITATED = (
+    "messages or conversations; prompt, instruction (with input), question, query or input, and completion, response, "
+    "output or answer"
+)
+"""The columns that `auto` reads in addition for supervised training, in words."""
 
 
-def detect(row: Row) -> "AutoFormat | None":
-    """Return the format that fits a row's columns and types, or None. Raises RowError for messages in broken JSON."""
-    form = _recognised(without_json(row))
+def detect(row: Row, *, supervised: bool = False) -> "AutoFormat | None":
+    """Return the format that fits a row's columns and types, or None. Raises RowError for messages in broken JSON.
+
+    With `supervised`, rows with a single completion and no label have one too.
+    """
+    plain = without_json(row)
+    chat = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # plain text cannot express them
+    form = _recognised(plain, chat) or (_imitated(plain, chat) if supervised else None)
     extra = " and ".join(name for name in ("system", "tools") if row.get(name) not in (None, ""))
     return replace(form, name=f"{form.name}, with {extra}") if form and extra else form
 
@@ -46,10 +56,11 @@ class AutoFormat(Format):
     """Whether rows of plain text also become chats."""
     listed: str = ""
     """The column of the completions of rows that have a list of them."""
+    answer: str = ""
+    """The column of the completion of rows that have one."""
 
 
-def _recognised(row: Row) -> AutoFormat | None:
-    chat = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # plain text cannot express them
+def _recognised(row: Row, chat: bool) -> AutoFormat | None:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return _pairs(row, ("chosen", "rejected"), chat)
     conversations = ("chosen_conversations", "rejected_conversations")
@@ -71,7 +82,7 @@ def _recognised(row: Row) -> AutoFormat | None:
 def _format(
     name: str, first: str | None, answers: Sequence[str], tag: str = "", *, chat: bool = True, spoken: bool = False
 ) -> AutoFormat:
-    """Return a format of pairs, or of single completions whose label is in the column `tag`.
+    """Return a format of pairs, or of single completions whose label is in the column `tag`, if there is one.
 
     The prompt is in the column `first`, or (None) in the answers; some rows may differ.
     """
@@ -79,11 +90,12 @@ def _format(
     def read(row: Row) -> Paired | Unpaired:
         values = {answer: column(row, answer) for answer in answers}
         prompt, contents, remarks = _read(row, first, values, chat, spoken)
-        if tag:
-            return Unpaired(prompt, contents[0], label(row, tag), _written(row, prompt, spoken), remarks)
+        if len(answers) == 1:
+            good = label(row, tag) if tag else None
+            return Unpaired(prompt, contents[0], good, _written(row, prompt, spoken), remarks)
         return Paired(prompt, contents[0], contents[1], _written(row, prompt, spoken), remarks)
 
-    return AutoFormat(name, read, chat=chat)
+    return AutoFormat(name, read, chat=chat, label=tag, answer=answers[0] if len(answers) == 1 else "")
 
 
 # --- Pairs ---------------------------------------------------------------------------------------------------------
@@ -135,13 +147,13 @@ def _swift(name: str) -> Callable[[Row], Paired]:
 
 # --- Lists of completions ------------------------------------------------------------------------------------------
 
-_RANKED_PROMPTS = ("prompt", "instruction", "question", "input")
+_PROMPTS = ("prompt", "instruction", "question", "input")
 
 
 def _ranked(row: Row, listed: str, order: Order, chat: bool) -> AutoFormat | None:
     """Return the format of a prompt with a list of completions; the prompt may be in the completions."""
     first = next((name for name in _CHATS if is_turns(row.get(name))), None)
-    first = first or next((name for name in _RANKED_PROMPTS if isinstance(row.get(name), str)), None)
+    first = first or next((name for name in _PROMPTS if isinstance(row.get(name), str)), None)
     answers = [read_answer(answer, f"{listed}[{at}]") for at, answer in enumerate(row[listed])]
     if first is None and not all(map(_is_conversation, answers)):
         return None
@@ -182,7 +194,7 @@ def _labelled(row: Row, tag: str, chat: bool) -> AutoFormat | None:
             return _format(f"completion transcripts and {tag}", None, answer, tag, spoken=True)
     for name in ("messages", "conversations"):
         if is_turns(row.get(name)):
-            return AutoFormat(f"{name} and {tag}", _last_turn(name, tag))
+            return AutoFormat(f"{name} and {tag}", _last_turn(name, tag), label=tag)
     for name in ("completion", "output"):
         if isinstance(row.get("instruction"), str) and row.get(name) is not None:
             return _format(f"instruction, input, {name} and {tag}", "instruction", (name,), tag)
@@ -193,6 +205,45 @@ def _last_turn(name: str, tag: str) -> Callable[[Row], Unpaired]:
     def read(row: Row) -> Unpaired:
         prompt, completion = STANDARD.conversation(row, name, all_of_it=True)
         return Unpaired(with_system(row, prompt), completion, label(row, tag), writing(row))
+
+    return read
+
+
+_ANSWERS = ("completion", "response", "output", "answer")
+
+
+def _imitated(row: Row, chat: bool) -> AutoFormat | None:
+    """Return the format of a row without a label, whose completion is imitated."""
+    for answer in _ANSWERS:
+        value = row.get(answer)
+        if value is None:
+            continue
+        for name in _CHATS:
+            if is_turns(row.get(name)) and not (name != "prompt" and row.get("prompt")):
+                return _format(f"{_CHATS[name]} {answer}", name, (answer,))
+        first = next((name for name in (*_PROMPTS, "query") if isinstance(row.get(name), str)), None)
+        if first is not None and isinstance(value, str | list | Mapping):
+            spoken = is_transcript(row[first])
+            texts = first == "prompt" and isinstance(value, str)
+            words = "a transcript of Human and Assistant" if spoken else "text prompt" if texts and not chat else first
+            words += ", input" if first == "instruction" else ""
+            return _format(f"{words} and {answer}", first, (answer,), chat=chat or spoken or not texts, spoken=spoken)
+        if _is_conversation(value):
+            return _format(f"{answer} conversations", None, (answer,))
+        if is_transcript(value):
+            return _format(f"{answer} transcripts", None, (answer,), spoken=True)
+    for name in ("messages", "conversations"):
+        if is_turns(row.get(name)):
+            return AutoFormat(name, _whole(name))
+    return None
+
+
+def _whole(name: str) -> Callable[[Row], Unpaired]:
+    """Return a reader of conversations in which all turns of the assistant are imitated."""
+
+    def read(row: Row) -> Unpaired:
+        prompt, completion, remarks = STANDARD.answered(row, name)
+        return Unpaired(with_system(row, prompt), completion, None, writing(row), remarks)
 
     return read
 

@@ -58,6 +58,21 @@ def default_unpaired(options: ChatOptions) -> Read:
     return read
 
 
+def default_imitated(options: ChatOptions) -> Read:
+    """Read as `default_unpaired`, but imitate all the assistant's turns of messages without a completion or label."""
+    reader, write, other = _reader(options), _writing(options), default_unpaired(options)
+
+    def read(row: Row) -> Unpaired:
+        messages = options.field_messages
+        others = (options.field_completion, options.field_label)
+        if row.get(messages) is None or any(row.get(name) is not None for name in others):
+            return other(row)
+        prompt, completion, remarks = reader.answered(row, messages)
+        return Unpaired(with_system(row, prompt), completion, None, write(row), remarks)
+
+    return read
+
+
 def ranked(options: RankedOptions) -> Read:
     """Read a prompt of messages or of text, and a list of completions with their scores, their ranks or the best."""
     reader, write, order = _reader(options), _writing(options), order_in(options.field_responses, options.order)
@@ -72,7 +87,7 @@ def ranked(options: RankedOptions) -> Read:
 
 _SINGLE = (("messages", "prompt"), ("label",))
 FORMATS: dict[str, NamedFormat] = {
-    "default": NamedFormat(default, (("messages",), *PAIR[1:]), default_unpaired, _SINGLE),
+    "default": NamedFormat(default, (("messages",), *PAIR[1:]), default_unpaired, _SINGLE, default_imitated),
     "ranked": NamedFormat(ranked, (("prompt",), ("responses",))),
     "ultrafeedback": NamedFormat(ranked, (("instruction",), ("completions",))),
     "distilabel": NamedFormat(ranked, (("instruction",), ("generations",))),

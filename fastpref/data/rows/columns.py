@@ -30,13 +30,15 @@ SINGLE: Columns = (("prompt",), ("completion",), ("label",))
 class NamedFormat:
     """The readers of a named format for pairs and, if it supports them, single completions, and their columns.
 
-    Each reader is a function of the format's options that returns a function from a row to its content.
+    Each reader is a function of the format's options that returns a function from a row to its content. `imitated`
+    reads the completions of supervised training, if it does so otherwise than `unpaired` reads those of KTO.
     """
 
     paired: Callable[..., Any]
     columns: Columns = PAIR
     unpaired: Callable[..., Any] | None = None
     unpaired_columns: Columns = ()
+    imitated: Callable[..., Any] | None = None
 
 
 MISSING_COLUMN = "without a column"
@@ -81,5 +83,6 @@ def read_number(value: Any, name: str, what: str, kind: str, *, positive: bool =
     return float(value)
 
 
-def label(row: Row, name: str = "label") -> bool:
-    return read_label(column(row, name), name)
+def label(row: Row, name: str = "label") -> bool | None:
+    """Return the label of a row, or None if there is no such column. Raises RowError for one that is no boolean."""
+    return read_label(column(row, name), name) if name in row else None

@@ -1,7 +1,7 @@
 """The content of a row of any format: a prompt with its completions, and how to write them as text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
@@ -53,7 +53,8 @@ class Paired:
 class Unpaired:
     prompt: Content
     completion: Content
-    label: bool
+    label: bool | None
+    """Whether it is a good one; None if the row does not say, as SFT does not need it."""
     writing: Writing = PLAIN
     remarks: tuple[str, ...] = field(default=(), compare=False)
     weight: float | None = None
@@ -96,6 +97,22 @@ def unpair(pair: Paired) -> tuple[Unpaired, Unpaired]:
         Unpaired(pair.prompt, pair.chosen, True, pair.writing, pair.remarks, pair.weight),
         Unpaired(pair.prompt, pair.rejected, False, pair.writing, pair.remarks, pair.weight),
     )
+
+
+def imitated(row: RowContent) -> Unpaired | None:
+    """Return what supervised training takes of a row: its completion, the chosen one of a pair, or the first of the
+    best of a list; None for a completion that is labelled as bad.
+    """
+    match row:
+        case Unpaired(label=False):
+            return None
+        case Unpaired():
+            return replace(row, label=None)
+        case Paired():
+            completion = row.chosen
+        case Ranked():
+            completion = row.completions[max(range(len(row.scores)), key=row.scores.__getitem__)]
+    return Unpaired(row.prompt, completion, None, row.writing, row.remarks, row.weight)
 
 
 def shown(value: Any) -> str:

@@ -42,23 +42,25 @@ _FORMATS: dict[str, NamedFormat] = {
 }
 
 
-def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | None:
+def find_format(given: str | Mapping[str, Any], *, unpaired: bool, supervised: bool = False) -> Format | None:
     """Return the format that a config names, by a name or a table of `type` and options; None for "auto".
 
     With `unpaired`, rows with a single completion are read if the format supports them; pairs are still read as pairs.
+    With `supervised` too, these need no label.
     Raises ValueError as `parse_format`, UserError for a function or chat template that cannot be loaded.
     """
     name, options = parse_format(given)
     if is_function(name):
-        return load_function(name)
+        return load_function(name, supervised=supervised)
     if name == "auto":
         return None
     named = _FORMATS[name]
     paired = named.paired(options)
-    numbers: dict[str, Any] = {number: getattr(options, f"field_{number}", number) for number in (WEIGHT, MARGIN)}
+    others = (WEIGHT, MARGIN, "label")
+    numbers: dict[str, Any] = {number: getattr(options, f"field_{number}", number) for number in others}
     if not unpaired or named.unpaired is None:
         return Format(name, paired, **numbers)
-    single = named.unpaired(options)
+    single = ((named.imitated if supervised else None) or named.unpaired)(options)
     chosen = getattr(options, "field_chosen", "chosen")
     completion = getattr(options, "field_completion", "completion")
     pairs = [group for group in named.columns if group[0] == "chosen"]
@@ -71,7 +73,7 @@ def find_format(given: str | Mapping[str, Any], *, unpaired: bool) -> Format | N
     return Format(name, read, **numbers)
 
 
-def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
+def fitting(columns: set[str], *, unpaired: bool, supervised: bool = False) -> list[str]:
     """Return at most three formats that read rows of these columns, the best first, as a config spells them.
 
     None of them ignores a column of text that belongs to the prompt.
@@ -82,7 +84,8 @@ def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
     if asked is None or texts - {asked, "system"}:
         return names
     pairs = {"chosen", "rejected"} <= columns
-    if pairs or (unpaired and {"completion", "label"} <= columns):
+    single = {"completion"} if supervised else {"completion", "label"}
+    if pairs or (unpaired and single <= columns):
         field = "field_messages" if pairs else "field_prompt"
         names.append(f'{{ type = "chat_template.default", {field} = "{asked}" }}')
         if "system" not in texts:
@@ -92,7 +95,8 @@ def fitting(columns: set[str], *, unpaired: bool) -> list[str]:
     names += [
         f'"chatml.{name}"'
         for name, form in templates.FORMATS.items()
-        if _fits(form.columns, columns) or (unpaired and _fits(form.unpaired_columns, columns))
+        if _fits(form.columns, columns)
+        or (unpaired and _fits(form.unpaired_columns, columns | ({"label"} if supervised else set())))
     ]
     return names[:3]
 
@@ -101,17 +105,19 @@ def _fits(groups: Columns, columns: set[str]) -> bool:
     return bool(groups) and all(columns & set(group) for group in groups)
 
 
-def _is_known(row: Row) -> bool:
+def _is_known(row: Row, *, supervised: bool) -> bool:
     try:
-        return detect(row) is not None
+        return detect(row, supervised=supervised) is not None
     except RowError:
         return False
 
 
-def explained(message: str, row: Row | Iterable[str], *, unpaired: bool, auto: bool = False) -> str:
+def explained(
+    message: str, row: Row | Iterable[str], *, unpaired: bool, supervised: bool = False, auto: bool = False
+) -> str:
     """Add the formats that would read these columns to a message. With `auto`, that format is tried first."""
-    names = ['"auto"'] if auto and isinstance(row, Mapping) and _is_known(row) else []
-    names = [*names, *fitting(set(row), unpaired=unpaired)][:3]
+    names = ['"auto"'] if auto and isinstance(row, Mapping) and _is_known(row, supervised=supervised) else []
+    names = [*names, *fitting(set(row), unpaired=unpaired, supervised=supervised)][:3]
     named = f"these columns fit format = {' or '.join(names)}; " if names else ""
     return (
         f'{message}; {named}your own columns are named by format = {{ field_prompt = "...", ... }}, or joined by a '

@@ -15,8 +15,11 @@ from fastpref.errors import UserError, one_line
 _RESULT = "prompt, chosen and rejected, or prompt, completions and scores, or prompt, completion and label"
 
 
-def load_function(name: str) -> Format:
-    """Return the format of a function, whose results are checked row by row. Raises UserError if it fails to load."""
+def load_function(name: str, *, supervised: bool = False) -> Format:
+    """Return the format of a function, whose results are checked row by row. Raises UserError if it fails to load.
+
+    With `supervised`, it may return rows with a single completion and no label.
+    """
     module_name, _, function_name = name.rpartition(":")
     try:
         module = _from_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
@@ -28,7 +31,8 @@ def load_function(name: str) -> Format:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"format {name!r}: {module_name} has no function {function_name}")
-    return Format(f"the function {function_name}", _checked(function_name, function), whole_row=True)
+    read = _checked(function_name, function, supervised)
+    return Format(f"the function {function_name}", read, whole_row=True)
 
 
 def source_file(name: str) -> Path | None:
@@ -56,7 +60,9 @@ def _from_file(path: Path) -> Any:
     return module
 
 
-def _checked(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[[Row], RowContent]:
+def _checked(name: str, function: Callable[[dict[str, Any]], Any], supervised: bool) -> Callable[[Row], RowContent]:
+    wanted = f"{_RESULT}, or prompt and completion" if supervised else _RESULT
+
     def read(row: Row) -> RowContent:
         try:
             result = function(dict(row))
@@ -64,11 +70,11 @@ def _checked(name: str, function: Callable[[dict[str, Any]], Any]) -> Callable[[
             what = f"{name} failed: {one_line(error, named=True)}"
             raise RowError(what, f"where {name} failed") from None
         if not isinstance(result, Mapping):
-            raise RowError(f"{name} returned {shown(result)}, not a dict of {_RESULT}", f"that {name} did not convert")
-        form = detect(result)
+            raise RowError(f"{name} returned {shown(result)}, not a dict of {wanted}", f"that {name} did not convert")
+        form = detect(result, supervised=supervised)
         if form is None:
             keys = ", ".join(map(str, result)) or "nothing"
-            raise RowError(f"{name} returned a dict of {keys}, not of {_RESULT}", f"that {name} did not convert")
+            raise RowError(f"{name} returned a dict of {keys}, not of {wanted}", f"that {name} did not convert")
         try:
             return form.read(result)
         except RowError as error:

@@ -20,6 +20,11 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 _CALLING_ROLES = ("function_call", "tool_call")  # the content of such a message is a call as JSON
 _WRONG_TYPE = "with a value of another type"
+_SILENT = (*SYSTEM_ROLES, "assistant")  # the roles whose turns ask nothing
+_UNTRAINED = ("weight", "train", "loss")
+"""Keys of a message that mark it as not trained: OpenAI's, Axolotl's, ms-swift's."""
+OPENING = "the conversation opens with the assistant's turn, which answers nothing and is not scored"
+TRAILING = "turns after the assistant's last trained one are left out, as nothing in them is scored"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,23 @@ class Reader:
                 f"{name} must end with an assistant turn that answers something before it", "without a prompt"
             )
         return turns[:at], turns[at:]
+
+    def answered(self, row: Row, name: str) -> tuple[list[Message], list[Message], tuple[str, ...]]:
+        """Split a conversation before the assistant's first turn that answers something. Also returns remarks.
+
+        The second part ends with the assistant's last trained turn; what follows cannot be scored. Raises RowError.
+        """
+        turns = self.turns(column(row, name), name)
+        last = max((at for at, turn in enumerate(turns) if is_trained(turn)), default=-1)
+        asked = next((at for at, turn in enumerate(turns) if turn["role"] not in _SILENT), len(turns))
+        first = next((at for at in range(asked, last + 1) if turns[at]["role"] == "assistant"), None)
+        if first is None:
+            raise RowError(
+                f"{name} has no trained turn of the assistant that answers something before it", "without a prompt"
+            )
+        remarks = (OPENING,) * any(turn["role"] == "assistant" for turn in turns[:first])
+        remarks += (TRAILING,) * (last + 1 < len(turns))
+        return turns[:first], turns[first : last + 1], remarks
 
     def _turn(self, turn: Any, name: str) -> Message:
         role_key, content_key = self.properties.get("role", "role"), self.properties.get("content", "content")
@@ -139,6 +161,20 @@ def words(message: Message, name: str) -> str:
             "with a turn that is more than text",
         )
     return joined(content)
+
+
+def untrained(message: Message) -> list[str]:
+    """Return the keys that mark a message as not trained: a weight of 0, or train or loss = false."""
+    return [key for key in _UNTRAINED if _is_off(message.get(key))]
+
+
+def is_trained(message: Message) -> bool:
+    """Return whether a message is the assistant's, and not marked as not trained."""
+    return message["role"] == "assistant" and not untrained(message)
+
+
+def _is_off(weight: object) -> bool:
+    return weight is False or (isinstance(weight, int | float) and weight == 0)
 
 
 def is_turns(value: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastpref.data.rows.columns import CONTEXT, MARGIN, WEIGHT, column, read_number
+from fastpref.data.rows.columns import CONTEXT, LABELS, MARGIN, WEIGHT, column, read_number
 from fastpref.data.rows.content import Paired, Row, RowContent, RowError, Unpaired, Writing, shown
 from fastpref.data.rows.messages import STANDARD, is_turns
 from fastpref.data.rows.overlap import untangle
@@ -31,6 +31,8 @@ class Format:
     """The column of the factor of the row's loss; "" reads none."""
     margin: str = MARGIN
     """The column of the difference of rewards that a pair should have at least; "" reads none."""
+    label: str = LABELS[0]
+    """The column that says whether a single completion is a good one."""
 
     def read(self, row: Row) -> RowContent:
         """Read a row. Raises RowError for a row that is not of the format or would be misread."""

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastpref.data.rows.auto import detect
-from fastpref.data.rows.columns import MARGIN, MISSING_COLUMN, WEIGHT
-from fastpref.data.rows.content import Paired, Ranked, Row, RowContent, RowError
+from fastpref.data.rows.columns import MARGIN, MISSING_COLUMN, WEIGHT, column
+from fastpref.data.rows.content import Paired, Ranked, Row, RowContent, RowError, Unpaired, imitated
 from fastpref.data.rows.formats import explained, find_format
 from fastpref.data.rows.reading import Format
 from fastpref.errors import UserError
@@ -20,6 +20,7 @@ def render(
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     unpaired: bool = False,
+    supervised: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Return a row's texts in a format: {"prompt", "chosen", "rejected"}, {"prompt", "completion", "label"} or, of a
@@ -27,19 +28,25 @@ def render(
 
     `format` and its `options` are those of [[data]] (docs/data.md). Formats that make messages need a `tokenizer` for
     its chat template; a completion is then the text after the part that it shares with the prompt, up to its end token.
-    `unpaired` reads single completions (KTO), where a format supports both. Raises UserError for a row that is not of
-    the format.
+    `unpaired` reads single completions (KTO), where a format supports both, and `supervised` those that SFT imitates:
+    {"prompt", "completion"}. Raises UserError for a row that is not of the format, or that SFT leaves out.
     """
-    form = choose(row, _with(format, options), unpaired=unpaired)
+    form = choose(row, _with(format, options), unpaired=unpaired or supervised, supervised=supervised)
     try:
         content = form.read(row)
+        if supervised:
+            content = imitated(content)
+            if content is None:
+                raise UserError("the row is labelled false, and SFT imitates those labelled true")
+        elif isinstance(content, Unpaired) and content.label is None:
+            column(row, form.label)  # which raises RowError, because it is not there
         if unpaired and isinstance(content, Paired):
             raise UserError("the row is a pair, two single completions for KTO; render it with unpaired=False")
         prompt, completions = _texts(content, tokenizer)
     except RowError as error:
         message = str(error)
         if error.kind == MISSING_COLUMN:
-            message = explained(message, row, unpaired=unpaired, auto=format != "auto")
+            message = explained(message, row, unpaired=unpaired, supervised=supervised, auto=format != "auto")
         raise UserError(message) from None
     texts: dict[str, Any] = {"prompt": prompt}
     if isinstance(content, Ranked):
@@ -50,15 +57,15 @@ def render(
     return texts | {name: value for name, value in others.items() if value is not None}
 
 
-def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool) -> Format:
+def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool, supervised: bool = False) -> Format:
     """Return the named format, or the one that fits the row's columns. Raises UserError if there is none."""
     try:
-        form = find_format(format, unpaired=unpaired) or detect(row)
+        form = find_format(format, unpaired=unpaired, supervised=supervised) or detect(row, supervised=supervised)
     except ValueError as error:  # RowError is a ValueError
         raise UserError(str(error)) from None
     if form is None:
         message = f"the columns {', '.join(map(str, row))} are of no format that auto knows"
-        raise UserError(explained(message, row, unpaired=unpaired))
+        raise UserError(explained(message, row, unpaired=unpaired, supervised=supervised))
     return form
 
 

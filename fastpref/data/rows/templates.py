@@ -43,7 +43,7 @@ class Template:
         prompt = self.prompt(asked, name)
         return Paired(prompt, answers["chosen"] + self.end, answers["rejected"] + self.end, writing, remarks)
 
-    def unpaired(self, turns: list[Message], completion: str, good: bool, name: str = "prompt") -> Unpaired:
+    def unpaired(self, turns: list[Message], completion: str, good: bool | None, name: str = "prompt") -> Unpaired:
         asked, answers, remarks = _freed(turns, {"completion": completion})
         prompt = self.prompt(asked, name)
         return Unpaired(prompt, answers["completion"] + self.end, good, Writing(end=self.end), remarks)

@@ -5,29 +5,34 @@ PEFT itself decides which layers it can adapt. Modules that it would silently ad
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import peft
 from bitsandbytes.nn import Linear8bitLt
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastpref.config import Config, LoraConfig, is_pattern
 from fastpref.errors import UserError
+from fastpref.model.adapters.begin import begin, halves, needs_layers
 from fastpref.model.adapters.fused import fuse_lora
 from fastpref.model.adapters.parts import (
     OUTSIDE,
     Parts,
     adaptable_layers,
+    ends,
     is_one_layer,
     leave_out,
     linear_layers,
+    matches,
     owner_of,
     short_names,
+    unknown,
 )
+from fastpref.model.adapters.patterns import left_out_layers, peft_pattern
 from fastpref.model.adapters.whole import train_in_float32
 from fastpref.model.failure import is_out_of_memory, words
 
@@ -37,10 +42,13 @@ _OLD_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # of an ex
 _ROUTERS = "routers, which choose between experts"
 
 
-def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | peft.PeftModel:
+def with_adapters(
+    config: Config, model: PreTrainedModel, originals: Callable[[], nn.Module] | None = None
+) -> PreTrainedModel | peft.PeftModel:
     """Put fresh adapters on the model's modules if the config has a [lora] table. What is trained then is float32.
 
-    Raises UserError for modules that the model does not have, or that PEFT cannot adapt.
+    `originals` loads the model without quantization, for `lora.init = "loftq"`. Raises UserError for modules that the
+    model does not have, or that PEFT cannot adapt.
     """
     if config.lora is None:
         return model
@@ -54,6 +62,7 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
         message = words(error).rstrip(".")
         raise UserError(f"lora: {message}. This model's linear modules are {', '.join(linear)}") from None
     assert isinstance(wrapped, peft.PeftModel)
+    begin(config.lora, wrapped, originals)
     train_in_float32(wrapped)
     fuse_lora(wrapped)
     return wrapped
@@ -61,9 +70,15 @@ def with_adapters(config: Config, model: PreTrainedModel) -> PreTrainedModel | p
 
 def adapter_notes(config: Config, model: PreTrainedModel) -> list[str]:
     """Return at most one note, on modules that `with_adapters` leaves out and why. Raises the same errors."""
-    left_out = {} if config.lora is None else _plan(config.lora, model)[1]
+    fresh = config.lora is not None and not config.lora.continues
+    left_out = _plan(config.lora, model)[1] if fresh and config.lora is not None else {}
     parts = [f"{short_names(names)} ({why})" for why, names in left_out.items()]
     return [f"lora: no adapters on {'; '.join(parts)}"] if parts else []
+
+
+def planned(options: LoraConfig, model: PreTrainedModel) -> peft.LoraConfig:
+    """Return the settings with which PEFT puts fresh adapters on a model. Raises the errors of `with_adapters`."""
+    return _plan(options, model)[0]
 
 
 # --- which modules ----------------------------------------------------------------------------------------------------
@@ -76,11 +91,15 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
             "lora.dora: PEFT loses the scales of weights in int8 when it computes DoRA on a CPU; leave lora.dora out, "
             'or set model.quantization to "nf4"'
         )
-    sizes: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+    # A frozen half keeps its scaling: that of rsLoRA is alpha/√rank.
+    ranks, alphas = halves(options), halves(options) ** (0.5 if options.rslora else 1)
+    rank, alpha = options.rank * ranks, options.alpha * alphas
+    sizes: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "lora_dropout": options.dropout}
+    sizes["init_lora_weights"] = options.init if options.init == "gaussian" else True
     settings = peft.LoraConfig(**sizes, use_rslora=options.rslora, use_dora=options.dora, task_type="CAUSAL_LM")
     parts = Parts.of(model)
     settings.modules_to_save = _modules_to_save(options, parts)
-    excluded = _excluded(options.exclude, parts)
+    excluded = _excluded(options.exclude, parts) | left_out_layers(options, parts)
     wanted = [options.target] if isinstance(options.target, str) else options.target
     every, entries = _ALL in wanted, [entry for entry in wanted if entry != _ALL]
 
@@ -93,8 +112,8 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
     if every:
         leave_out(left_out, _ROUTERS, {name for name in experts if name not in fused})
         experts = {name: short for name, short in experts.items() if name in fused}
-        if options.dropout or options.dora:
-            obstacle = "dropout" if options.dropout else "DoRA"
+        if options.dropout or options.dora or needs_layers(options):
+            obstacle = "dropout" if options.dropout else "DoRA" if options.dora else f"lora.init = {options.init!r}"
             leave_out(left_out, f"PEFT's adapters of experts know no {obstacle}", experts)
             experts = {}
         elif not experts:
@@ -107,9 +126,14 @@ def _plan(options: LoraConfig, model: PreTrainedModel) -> tuple[peft.LoraConfig,
         because = f" ({reasons})" if reasons else ""
         raise UserError(f"lora.target: nothing is left to adapt{because}; {parts.linear_names}")
     settings.target_modules = kept  # pyright: ignore[reportAttributeAccessIssue]
+    own_ranks, own_alphas = (targets.ranks, targets.alphas) if experts else ({}, {})
     if experts:
         settings.target_parameters = sorted(_shortest(experts, parts))
-        settings.rank_pattern, settings.alpha_pattern = targets.ranks, targets.alphas
+    adapted = {*kept, *experts}
+    entries = {name: value * ranks for name, value in options.rank_pattern.items()}
+    settings.rank_pattern = peft_pattern("rank_pattern", entries, rank, adapted, own_ranks, parts)
+    entries = {name: value * alphas for name, value in options.alpha_pattern.items()}
+    settings.alpha_pattern = peft_pattern("alpha_pattern", entries, alpha, adapted, own_alphas, parts)
     return settings, left_out
 
 
@@ -135,7 +159,7 @@ def _targets(every: bool, entries: Iterable[str], settings: peft.LoraConfig, par
         targets.ranks.update(converted.rank_pattern or {})
         targets.alphas.update(converted.alpha_pattern or {})
         for short in converted.target_parameters or ():
-            full = {name for name in own if _ends(name, short)}
+            full = {name for name in own if ends(name, short)}
             if target in patterns:
                 full = {name for name in full if _means(str(target), name)}
                 targets.names |= {str(target)} if full else set()
@@ -167,7 +191,7 @@ def _converted(settings: peft.LoraConfig, model: PreTrainedModel, target: str | 
 def _shortest(experts: Mapping[str, str], parts: Parts) -> set[str]:
     """Return names for PEFT that match exactly these parameters: a common end, if all parameters with it are chosen."""
     others = parts.parameters().keys() - experts.keys()
-    ambiguous = {short for short in set(experts.values()) if any(_ends(name, short) for name in others)}
+    ambiguous = {short for short in set(experts.values()) if any(ends(name, short) for name in others)}
     return {name if short in ambiguous else short for name, short in experts.items()}
 
 
@@ -196,11 +220,11 @@ def _named(
     """Return the modules that names and patterns match. Raises UserError for an entry that matches none."""
     chosen: set[str] = set()
     for entry in entries:
-        hits = {name for name in parts.modules if _matches(entry, name)}
+        hits = {name for name in parts.modules if matches(entry, name)}
         layers = {name for name in hits if is_one_layer(parts.modules[name])}
         if not layers and entry not in experts:
             if not hits or is_pattern(entry):
-                raise UserError(f"lora.target: {_unknown(entry, parts)}")
+                raise UserError(f"lora.target: {unknown(entry, parts)}")
             inner = linear_layers(parts.model).keys() & _inside(hits, parts)
             names = ", ".join(sorted({name.rpartition(".")[2] for name in inner}))
             advice = f"; name the layers in it: {names}" if inner else ""
@@ -223,9 +247,9 @@ def _excluded(entries: Iterable[str], parts: Parts) -> set[str]:
     """Return the modules that names and patterns exclude, with all modules inside them."""
     excluded: set[str] = set()
     for entry in entries:
-        hits = {name for name in parts.modules if _matches(entry, name)}
+        hits = {name for name in parts.modules if matches(entry, name)}
         if not hits:
-            raise UserError(f"lora.exclude: {_unknown(entry, parts)}")
+            raise UserError(f"lora.exclude: {unknown(entry, parts)}")
         excluded |= hits | _inside(hits, parts)
     return excluded
 
@@ -240,26 +264,8 @@ def _modules_to_save(options: LoraConfig, parts: Parts) -> list[str] | None:
     for entry in options.modules_to_save:
         hits = {name for name in parts.modules if name.endswith(entry)}  # as PEFT matches them
         if not hits:
-            raise UserError(f"lora.modules_to_save: {_unknown(entry, parts)}")
+            raise UserError(f"lora.modules_to_save: {unknown(entry, parts)}")
         if not hits & parts.inside:
             raise UserError(f"lora.modules_to_save: {entry} names {short_names(hits)}, {OUTSIDE}")
         names += [entry] if hits <= parts.inside else sorted(hits & parts.inside)
     return names or None
-
-
-def _matches(entry: str, name: str) -> bool:
-    """Return whether an entry matches, as in PEFT: a pattern matches a module's whole name, a name matches its end."""
-    return re.fullmatch(entry, name) is not None if is_pattern(entry) else _ends(name, entry)
-
-
-def _ends(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
-
-
-def _unknown(entry: str, parts: Parts) -> str:
-    known = sorted({name.rpartition(".")[2] for name in parts.inside if not name.rpartition(".")[2].isdecimal()})
-    near = get_close_matches(entry.rpartition(".")[2], [*known, _ALL], n=1, cutoff=0.6) if not is_pattern(entry) else []
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    example = next((name for name in linear_layers(parts.model) if name in parts.inside), None)
-    whole = f"; a pattern is matched with the whole name of a layer, such as {example}" if is_pattern(entry) else ""
-    return f"this {parts.model.config.model_type} model has no layer {entry!r}{hint}{whole}; {parts.linear_names}"

@@ -3,7 +3,7 @@
 PEFT computes base(x) + scaling · B(A(x)) in several steps: two products, their scaling, a sum, and the same in the
 backward pass. Each step stores or copies a tensor of the layer's width. Here the low-rank product is added inside the
 matrix product, in both passes. If the layer ends a gated MLP, down(act(gate) · up), only gate and up are stored for
-the backward pass, which recomputes the activation and the product.
+the backward pass, which recomputes the activation and the product. Adapters of experts are in experts.py.
 
 PEFT's own code still computes all other cases: dropout, DoRA, biases of adapters, several adapters, merged or disabled
 ones, and layers that are neither nn.Linear nor in 4 bits.
@@ -22,6 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastpref.model.adapters.experts import fuse_expert_lora, unfuse_expert_lora
+
 _GATED_MLP = ("down_proj", "act_fn", "gate_proj", "up_proj")  # of down(act(gate(x)) * up(x)), in the code's order
 _LIGERS = {"LigerSwiGLUMLP.forward": "LigerSiLUMulFunction", "LigerGEGLUMLP.forward": "LigerGELUMulFunction"}
 
@@ -33,6 +35,7 @@ def fuse_lora(model: nn.Module) -> None:
             module.forward = _GatedMLP(module, product, vars(module).get("forward"))
         elif _is_lora_linear(module) and "forward" not in vars(module):
             module.forward = MethodType(_forward, module)
+    fuse_expert_lora(model)
 
 
 def unfuse_lora(model: nn.Module) -> None:
@@ -43,6 +46,7 @@ def unfuse_lora(model: nn.Module) -> None:
             del module.forward
         if isinstance(forward, _GatedMLP) and forward.before is not None:
             module.forward = forward.before
+    unfuse_expert_lora(model)
 
 
 def _is_lora_linear(module: Any) -> bool:
@@ -203,7 +207,7 @@ def _adapter(layer: Any, x: Tensor) -> _Adapter | None:
         return None
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if not autocast and layer.lora_A[name].weight.dtype != dtype:
+    if not autocast and next(layer.lora_A[name].parameters()).dtype != dtype:
         return None  # PEFT computes in the adapter's dtype
     return _Adapter(layer, name, dtype) if _computes_in(layer.base_layer, dtype) else None
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 
 import peft
@@ -14,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fastpref.config import is_pattern
 from fastpref.model.body import body_of
+from fastpref.model.experts.kinds import shape_of
 
 OUTSIDE = "outside of the language model, which alone is trained here"
 _WEIGHT_READ = re.compile(
@@ -58,7 +61,7 @@ class Parts:
 
     def experts(self) -> set[str]:
         """Return the names of parameters that hold the weights of all experts of a layer."""
-        three_dimensional = [name for name, parameter in self.parameters().items() if parameter.dim() == 3]
+        three_dimensional = [name for name, parameter in self.parameters().items() if len(shape_of(parameter)) == 3]
         kinds = {name: type(self.modules[owner_of(name)]).__name__ for name in three_dimensional}
         return {name for name, kind in kinds.items() if "expert" in f"{name} {kind}".lower()}
 
@@ -147,3 +150,27 @@ def short_names(names: Iterable[str]) -> str:
     """Return at most four names, with a star for the numbers of layers, and how many more there are."""
     alike = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names})
     return ", ".join(alike[:4]) + (f" and {len(alike) - 4} more" if len(alike) > 4 else "")
+
+
+def matches(entry: str, name: str) -> bool:
+    """Return whether an entry matches, as in PEFT: a pattern matches a module's whole name, a name matches its end."""
+    return re.fullmatch(entry, name) is not None if is_pattern(entry) else ends(name, entry)
+
+
+def ends(name: str, end: str) -> bool:
+    """Return whether a name ends in whole parts of it."""
+    return f".{name}".endswith(f".{end}")
+
+
+def unknown(entry: str, parts: Parts) -> str:
+    """Return the message about an entry that matches no module, with what it may have meant."""
+    known = sorted({name.rpartition(".")[2] for name in parts.inside if not name.rpartition(".")[2].isdecimal()})
+    near = (
+        get_close_matches(entry.rpartition(".")[2], [*known, "all-linear"], n=1, cutoff=0.6)
+        if not is_pattern(entry)
+        else []
+    )
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    example = next((name for name in linear_layers(parts.model) if name in parts.inside), None)
+    whole = f"; a pattern is matched with the whole name of a layer, such as {example}" if is_pattern(entry) else ""
+    return f"this {parts.model.config.model_type} model has no layer {entry!r}{hint}{whole}; {parts.linear_names}"

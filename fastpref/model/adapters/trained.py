@@ -1,7 +1,8 @@
 """Loading of trained adapters from a folder or the hub. An adapter that does not fit the model is an error."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
+from fastpref.model.adapters.experts import fuse_expert_lora
+from fastpref.model.adapters.source import PICKLE, WEIGHTS, changes_base
+from fastpref.model.adapters.switch import POLICY
 from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.weights import Misfit, Renaming, Shape, find_renaming, take_note
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that subtract the adapter from the model's weights
+_WEIGHTS = (WEIGHTS, PICKLE)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
@@ -25,15 +28,39 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
     begin = f"{folder}: this adapter cannot be put on {model.name_or_path}"
     if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _WEIGHTS):
         raise UserError(f"{begin}: there are no weights in it, {_WEIGHTS[0]} is missing")
-    try:
+    with told_of_misfit(begin):
         weights = peft.load_peft_weights(str(folder), device="cpu")
-        _check_kind(peft.PeftConfig.from_pretrained(str(folder)), weights, model, begin)
+        check_weights(peft.PeftConfig.from_pretrained(str(folder)), weights, model, begin)
         wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
-        misfit, renaming = _reloaded(wrapped, weights)
+        put_weights(wrapped, weights, POLICY, str(folder), begin)
+        fuse_expert_lora(wrapped)
+    return wrapped
+
+
+def put_weights(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor], name: str, source: str, begin: str) -> None:
+    """Load an adapter's weights into the adapter `name` of a model. Raises UserError for any that does not fit.
+
+    `source` names the weights in a note, and `begin` is the beginning of messages.
+    """
+    misfit, renaming = _reloaded(wrapped, weights, name)
+    if misfit:
+        raise UserError(f"{begin}: {misfit}. It was probably trained on another model, or on another form of this one")
+    if renaming is not None:
+        take_note(wrapped, f"{source}: {renaming}")
+
+
+@contextmanager
+def told_of_misfit(begin: str) -> Iterator[None]:
+    """Turn PEFT's errors inside the block into a UserError that begins with `begin`."""
+    try:
+        yield
     except UserError:
         raise
     except KeyError as error:  # the weights lack a module of PEFT's `modules_to_save`
-        misfit, renaming = Misfit(missing=(str(error.args[0]),)), None
+        misfit = Misfit(missing=(str(error.args[0]),))
+        raise UserError(
+            f"{begin}: {misfit}. It was probably trained on another model, or on another form of this one"
+        ) from None
     except Exception as error:  # PEFT raises many kinds of errors: for missing or damaged files, or for other shapes
         if is_out_of_memory(error):
             raise
@@ -41,23 +68,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
         if not shapes:
             raise UserError(f"{begin}: {words(error)}") from None
         raise UserError(f"{begin}: {Misfit(misshapen=shapes)}. {_why_misshapen(shapes)}") from None
-    if misfit:
-        raise UserError(f"{begin}: {misfit}. It was probably trained on another model, or on another form of this one")
-    if renaming is not None:
-        take_note(wrapped, f"{folder}: {renaming}")
-    return wrapped
 
 
-def _check_kind(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTrainedModel, begin: str) -> None:
+def check_weights(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTrainedModel, begin: str) -> None:
     """Raise UserError for adapters that load but are wrong: added tokens, changed weights of the model, NaN or inf."""
     if settings.is_prompt_learning or settings.is_adaption_prompt:
         raise UserError(f"{begin}: {settings.peft_type.value} adds tokens to prompts, which is not computed here")
-    start = getattr(settings, "init_lora_weights", None)
-    if isinstance(start, str) and start.lower().startswith(_CHANGING):
-        raise UserError(
-            f"{begin}: its adapters began as {start}, which changes the model's own weights too, so that the model "
-            "without it is another one; save it with PEFT's path_initial_model_for_weight_conversion, as plain LoRA"
-        )
+    if why := changes_base(settings):
+        raise UserError(f"{begin}: {why}")
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{begin}: its {name} holds numbers that are not finite; the training went wrong")
@@ -74,33 +92,36 @@ def _check_kind(settings: Any, weights: Mapping[str, torch.Tensor], model: PreTr
             )
 
 
-def _reloaded(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> tuple[Misfit, Renaming | None]:
+def _reloaded(
+    wrapped: peft.PeftModel, weights: dict[str, torch.Tensor], adapter: str
+) -> tuple[Misfit, Renaming | None]:
     """Load an adapter's tensors again to find those that do not fit. If one renaming makes them fit, return it too."""
-    misfit = _put(wrapped, weights)
-    if not misfit or _put_by_own_names(wrapped, weights):
+    misfit = _put(wrapped, weights, adapter)
+    if not misfit or _put_by_own_names(wrapped, weights, adapter):
         return Misfit(), None
-    own = [name.replace(".default", "") for name in misfit.missing]
+    own = [name.replace(f".{adapter}", "") for name in misfit.missing]
     renaming = find_renaming(own, misfit.unexpected)
     if renaming is None or {renaming(name) for name in misfit.unexpected} != set(own):
         return misfit, None
-    return _put(wrapped, {renaming(name): tensor for name, tensor in weights.items()}), renaming
+    return _put(wrapped, {renaming(name): tensor for name, tensor in weights.items()}, adapter), renaming
 
 
-def _put(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> Misfit:
-    result: Any = peft.set_peft_model_state_dict(wrapped, weights)
-    missing = sorted(name for name in result.missing_keys if ".default" in name)  # the name of the one adapter
-    unexpected = sorted(name.replace(".default", "") for name in result.unexpected_keys)
+def _put(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor], adapter: str) -> Misfit:
+    result: Any = peft.set_peft_model_state_dict(wrapped, weights, adapter_name=adapter)
+    missing = sorted(name for name in result.missing_keys if f".{adapter}" in name)
+    unexpected = sorted(name.replace(f".{adapter}", "") for name in result.unexpected_keys)
     return Misfit(tuple(missing), tuple(unexpected))
 
 
 @torch.no_grad()
-def _put_by_own_names(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor]) -> bool:
+def _put_by_own_names(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor], adapter: str) -> bool:
     """Copy an adapter's tensors to those that PEFT would save under the same names; return whether all of them fit.
 
     PEFT applies transformers' renamings when it loads an adapter, and for some model families these also change
     correct names.
     """
-    own = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # shares the model's storage
+    # These tensors share the model's storage.
+    own = peft.get_peft_model_state_dict(wrapped, adapter_name=adapter, save_embedding_layers=False)
     if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
         return False
     for name, tensor in own.items():

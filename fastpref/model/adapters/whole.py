@@ -16,22 +16,23 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Make every trained parameter of half precision float32.
+    """Make every trained parameter of half precision float32, and every module that is held in full for an adapter.
 
     A module that is trained in full computes in float32, or under autocast in autocast's dtype, and returns the dtype
     of the module that it replaces, which the layers after it expect.
     """
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
-            for module in wrapper.modules_to_save.values():
+            for module in wrapper.modules_to_save.values():  # also one that is frozen, the reference's
                 _keep_dtype_outside(module)
+                module.float()
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in HALF:
             parameter.data = parameter.data.float()
 
 
 def _keep_dtype_outside(module: nn.Module) -> None:
-    dtypes = [p.dtype for p in module.parameters() if p.requires_grad and p.dtype in HALF]
+    dtypes = [p.dtype for p in module.parameters() if p.dtype in HALF]
     if dtypes:
         module.register_forward_pre_hook(_widen_inputs, with_kwargs=True)
         module.register_forward_hook(partial(_narrow_output, dtypes[0]))

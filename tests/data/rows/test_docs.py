@@ -26,7 +26,8 @@ def format_of(example: tuple[str, str, str]) -> Any:
 def test_an_example_is_what_comes_out(example: tuple[str, str, str]):
     """The row of an example is rendered, with the format above it, to the text below it."""
     row, wanted = json.loads(example[1]), json.loads(example[2])
-    assert render(row, format_of(example), tokenizer=trained_chatml(), unpaired="label" in wanted) == wanted
+    options = {"unpaired": "label" in wanted, "supervised": set(wanted) == {"prompt", "completion"}}
+    assert render(row, format_of(example), tokenizer=trained_chatml(), **options) == wanted
 
 
 def test_every_block_of_json_is_in_an_example():

@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
 LAGUNA: dict[str, Any] = EXPERTS | {"shared_expert_intermediate_size": 16, "mlp_layer_types": ["sparse", "dense"]}
 
 
-def architecture(kind: str) -> PretrainedConfig:
+def architecture(kind: str, count: int = 2) -> PretrainedConfig:
     if kind == "gemma3":
         layers = ["sliding_attention", "full_attention"]
         text = SIZES | {"sliding_window": 5, "layer_types": layers, "model_type": "gemma3_text"}
@@ -54,14 +54,14 @@ def architecture(kind: str) -> PretrainedConfig:
             "image_token_index": 96, "boi_token_index": 95, "eoi_token_index": 94, "mm_tokens_per_image": 4
         }  # fmt: skip
         return Gemma3Config(text_config=text, vision_config=VISION | {"num_hidden_layers": 2}, **images)
-    sizes: dict[str, Any] = SIZES | KINDS.get(kind, LAGUNA)
+    sizes: dict[str, Any] = SIZES | KINDS.get(kind, LAGUNA) | ({} if count == 2 else {"num_hidden_layers": count})
     return CONFIG_MAPPING[kind](**sizes)
 
 
-def model(kind: str, device: str = "cpu") -> PreTrainedModel:
+def model(kind: str, device: str = "cpu", *, layers: int = 2) -> PreTrainedModel:
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(architecture(kind), dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(architecture(kind, layers), dtype=torch.float32).eval()
 
 
 def config(**lora: Any) -> Config:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, BitsAndBytesConfig
 
 from fastpref.errors import UserError
-from fastpref.losses import KTO
 from fastpref.memory.activations import checkpoint_activations
 from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.files import model_config
@@ -30,7 +29,7 @@ from fastpref.model.streaming.transfers import HostTransfers
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.reference import make_reference
-from tests.support.tiny import config_for, save_model, sharing_examples, sharing_lists
+from tests.support.tiny import config_for, save_model, sharing_examples, sharing_lists, unlabelled
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 LAYERS = 5
@@ -61,7 +60,8 @@ def outcome(folder: Path, streaming: Streaming | None, *overrides: str) -> tuple
     checkpoint_activations(config, loaded, CPU)
     reference = make_reference(config, loaded)[0] if config.loss.uses_reference else None
     objective = Objective(loaded.policy, reference, config.loss, loaded.layout, BUDGET, 0, CPU)
-    rows = sharing_lists(7) if config.loss.listwise else sharing_examples(7, single=isinstance(config.loss, KTO))
+    rows = sharing_lists(7) if config.loss.listwise else sharing_examples(7, single=not config.loss.paired)
+    rows = unlabelled(rows) if config.loss.supervised else rows
     optimizer, found = make_optimizer(loaded.policy, config), []
     torch.manual_seed(2)
     for _ in range(2):
@@ -97,7 +97,7 @@ def _equal(ours: Any, theirs: Any) -> bool:
 WAYS = (Streaming(), Streaming(slots=3), Streaming(resident=2), Streaming(slots=3, resident=1))
 STEPS: dict[str, tuple[str, list[str], tuple[Streaming, ...]]] = {
     **{loss: ("llama", [f"loss.type={loss}", LORA], WAYS[:1])
-       for loss in ("ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo")},
+       for loss in ("ipo", "kto", "orpo", "simpo", "cpo", "pl", "lipo", "sft")},
     "dpo": ("llama", [LORA], WAYS),
     "nf4": ("llama", [LORA, "model.quantization=nf4"], WAYS[1:3]),
     "int8": ("llama", [LORA, "model.quantization=int8"], WAYS[2:]),
@@ -117,6 +117,12 @@ STEPS: dict[str, tuple[str, list[str], tuple[Streaming, ...]]] = {
     "gemma2": ("gemma2", [LORA], WAYS[1:2]),
     "gemma3": ("gemma3", [LORA, "model.quantization=nf4"], WAYS[:1]),
     "mixtral": ("mixtral", ["lora={rank=3}"], WAYS[:1]),
+    "experts in nf4": ("mixtral", ["lora={rank=3}", "model.quantization=nf4"], WAYS[1:3]),
+    "experts in int8": ("mixtral", ["lora={rank=3}", "model.quantization=int8"], WAYS[:1]),
+    "experts in nf4, checkpointed": (
+        "qwen3-moe", ['lora={rank=3, target=["q_proj"]}', "train.checkpointing=true", "model.quantization=nf4"],
+        WAYS[:1],
+    ),
     "gpt2": ("gpt2", [LORA], WAYS[:1]),
     "gpt-oss": ("gpt-oss", ["lora={rank=3}"], WAYS[:1]),
 }  # fmt: skip

@@ -1,7 +1,5 @@
 """The fields of Axolotl without a counterpart in fastpref, grouped by the reason."""
 
-from fnmatch import fnmatchcase
-
 GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for any text
     "rows are packed without padding (train.layout), which changes no result": """
         sample_packing sample_packing_* eval_sample_packing pad_to_* batch_flattening multipack_real_batches
@@ -27,24 +25,27 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
     "rows are shuffled anew in every epoch, by train.seed": "shuffle_* curriculum_sampling",
     "the model and the tokenizer are loaded as their files say; name a copy that has the change": """
         base_model_config cls_model_config model_type type_of_model tokenizer_* processor_type model_config
-        overrides_of_* model_kwargs is_*_derived_model low_cpu_mem_usage special_tokens tokens added_tokens_overrides
+        overrides_of_* model_kwargs is_*_derived_model low_cpu_mem_usage added_tokens_overrides
         resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens
         llama4_linearized_experts rope_scaling""",
     "the chat template writes each turn and its end, and only completions are trained on": """
         eot_tokens default_system_message train_on_inputs""",
     "model.quantization is nf4 or int8, by bitsandbytes": """
-        gptq bnb_config_kwargs model_quantization_config model_quantization_config_* quantize_moe_experts qat
+        gptq bnb_config_kwargs model_quantization_config model_quantization_config_* qat
         quantization peft.group_size""",
-    "a run begins with new adapters; merge the old ones with `fastpref merge` and name the result": "lora_model_dir",
+    "model.quantization is that of the experts too": "quantize_moe_experts",
     "[lora] makes LoRA, rsLoRA and DoRA adapters, and no others": """
-        lora_fan_in_fan_out lora_target_parameters peft_* peft.loftq_config lora_on_cpu relora relora_*
+        lora_fan_in_fan_out lora_target_parameters peft_layers_pattern peft_layer_replication
+        peft_trainable_token_indices peft_ensure_weight_tying peft_autocast_adapter_dtype lora_on_cpu relora relora_*
         jagged_restart_* lisa_*""",
     "`fastpref merge` merges adapters after the training": "merge_lora merge_method",
     "the whole model is trained, or adapters and lora.modules_to_save": """
         unfrozen_parameters freeze_mm_modules reinit_weights""",
-    "all parameters have one learning rate and schedule, and AdamW has PyTorch's default betas and epsilon": """
-        embedding_lr embedding_lr_scale loraplus_* lr_groups lr_scheduler_kwargs lr_quadratic_warmup cosine_*
-        lr_div_factor adam_* optim_* torchdistx_path dion_* qgalore_*""",
+    "all parameters have one learning rate and schedule, but those of lora.plus_ratio": """
+        embedding_lr embedding_lr_scale loraplus_lr_embedding lr_groups lr_quadratic_warmup cosine_constant_lr_ratio
+        lr_div_factor""",
+    "train.optimizer takes train.betas and train.epsilon, and no further options": """
+        adam_epsilon2 adam_beta3 optim_args optim_target_modules torchdistx_path dion_* qgalore_*""",
     "matrix products have the precision of model.dtype, by PyTorch's defaults": """
         tf32 fp8 fp8_* embeddings_skip_upcast""",
     "train.checkpointing and train.offload_activations have no further options": """
@@ -54,14 +55,14 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
     "train.tokens_per_microbatch limits a micro-batch, in training and in evaluation": """
         eval_batch_size auto_find_batch_size""",
     "a run evaluates at its start, its end and every eval.every steps, with its own metrics and greedy answers": """
-        eval_strategy evaluation_strategy eval_table_size eval_max_new_tokens dpo_generate_during_eval
+        evaluation_strategy eval_table_size eval_max_new_tokens dpo_generate_during_eval
         generation_temperature generation_top_* generation_prompt_ratio generation_do_sample do_causal_lm_eval
         eval_causal_lm_metrics do_bench_eval bench_* include_*""",
-    "no run stops by its metrics; final/ is the last model, and checkpoints/best.json names the best checkpoint": """
-        metric_for_best_model greater_is_better early_stopping_patience load_best_model_at_end loss_watchdog_*""",
+    "whether a metric should rise or fall is known of each": "greater_is_better",
+    "a run stops by train.stop, or at a loss that is not finite": "loss_watchdog_*",
     "`fastpref train --resume` resumes a run": "resume_from_checkpoint auto_resume_from_checkpoints",
     "output.save_every saves checkpoints, and the model is saved at the end, as safetensors": """
-        save_strategy save_first_step save_only_model save_safetensors dynamic_checkpoint""",
+        save_first_step save_only_model save_safetensors dynamic_checkpoint""",
     "the result is uploaded once, at the end, with the access that `hf auth login` gives": """
         hub_strategy hub_revision hf_use_auth_token""",
     "a tracker takes its settings from its own environment variables": """
@@ -74,16 +75,9 @@ GROUPS: dict[str, str] = {  # reason → names of fields, in which * stands for 
         trl.top_* trl.min_p trl.repetition_penalty trl.epsilon trl.epsilon_high trl.loss_type
         trl.mask_truncated_completions trl.importance_sampling_level trl.generation_kwargs trl.chat_template_kwargs
         trl.rollout_func""",
-    "the reference stays as it was at the start": "trl.sync_ref_model trl.ref_model_*",
     "fastpref has nothing like it": """
-        plugins trainer_cls use_otel_metrics otel_* profiler_* neftune_noise_alpha noisy_embedding_alpha image_*
+        plugins trainer_cls use_otel_metrics otel_* profiler_* image_*
         gc_steps strict axolotl_config_path total_num_tokens total_supervised_tokens debug""",
 }
 # fields whose value `false` requests something that fastpref does not do
 EVEN_IF_OFF = ("sample_packing", "shuffle_merged_datasets")
-
-
-def reason_for(field: str) -> str | None:
-    """Return why a field without a rule is left out, or None for a field that Axolotl does not have."""
-    groups = (reason for reason, names in GROUPS.items() if any(fnmatchcase(field, name) for name in names.split()))
-    return next(groups, None)

@@ -1,8 +1,4 @@
-"""`fastpref init --from-axolotl`: translate an Axolotl config of a preference method.
-
-source.py reads the config, rules.py and rows.py translate it field by field, and left_out.py gives the reasons for
-fields without a counterpart.
-"""
+"""Translate a config of another trainer: apply its rules, and keep what the schema accepts."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,17 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastpref.axolotl.left_out import EVEN_IF_OFF, reason_for
-from fastpref.axolotl.rules import RULES
-from fastpref.axolotl.source import Axolotl, Left, Setting, read
 from fastpref.commands.init import kept
 from fastpref.config import Config
 from fastpref.config.paths import path_marks
 from fastpref.config.text import Line, Table, mistake, render, sections
 from fastpref.config.toml import toml_value
-
-__all__ = ["Left", "Setting", "Translation", "translate"]
-
+from fastpref.translate.fields import Fields, Left, Setting
+from fastpref.translate.rule import Dialect
 
 _MARKS = dict(path_marks(Config))
 _OFF = (False, 0, "", [], {})
@@ -40,7 +32,7 @@ class Translation:
     def left_out(self) -> list[str]:
         """Return a line for each field that is not taken over: its name and the reason."""
         refused = [
-            f"{', '.join(setting.fields)}: would be {name_of(setting.key)} = {toml_value(setting.value)}: {reason}"
+            f"{_whence(setting)}: would be {name_of(setting.key)} = {toml_value(setting.value)}: {reason}"
             for setting, reason in self.refused
         ]
         return [*refused, *(f"{left.field}: {left.reason}" for left in self.left)]
@@ -55,10 +47,13 @@ class Translation:
         return render(intro, _tables(self), ending)
 
 
-def translate(path: Path, folder: Path) -> Translation:
-    """Translate a file into a config for `folder`. Raises UserError unless it configures a preference method."""
-    config = read(path)
-    words = [_placed(word, path.parent, folder) for word in _translated(config)]
+def translate(dialect: Dialect, path: Path, folder: Path, loss: str | None = None) -> Translation:
+    """Translate a file into a config for `folder`. Raises UserError unless it trains what fastpref trains.
+
+    `loss` is what the command line says that the file trains, for trainers whose configs do not say so.
+    """
+    config = dialect.read(path, loss)
+    words = [_placed(word, path.parent, folder) for word in _translated(dialect, config)]
     settings, refused = _accepted([word for word in words if isinstance(word, Setting)])
     return Translation(path, settings, refused, tuple(dict.fromkeys(word for word in words if isinstance(word, Left))))
 
@@ -68,28 +63,32 @@ def name_of(key: Sequence[str | int]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
 
 
-def _translated(config: Axolotl) -> Iterator[Setting | Left]:
-    ruled: set[str] = set()
-    for rule in RULES:
-        ruled |= set(rule.fields)
+def _whence(setting: Setting) -> str:
+    return ", ".join(setting.fields) or setting.words
+
+
+def _translated(dialect: Dialect, config: Fields) -> Iterator[Setting | Left]:
+    ruled = {field for rule in dialect.rules for field in rule.fields}
+    read = {field for rule in dialect.rules if config.method in rule.methods for field in rule.fields}
+    for rule in dialect.rules:
         if config.method in rule.methods:
             yield from rule.make(config)
         else:
             for field in config.given(*rule.fields):
-                if config.get(field) not in _OFF:
-                    yield Left(field, f"means nothing to rl: {config.method}")
+                if config.get(field) not in _OFF and field not in read:
+                    yield Left(field, f"means nothing to {config.called}")
     for field, value in config.values.items():
         if field in ruled:
             continue
-        reason = reason_for(field)
+        reason = dialect.reason_for(field)
         if reason is None:
             yield Left(field, "unknown field")
-        elif value not in _OFF or field in EVEN_IF_OFF:
+        elif value not in _OFF or field in dialect.even_if_off:
             yield Left(field, reason)
 
 
 def _placed(word: Setting | Left, home: Path, folder: Path) -> Setting | Left:
-    """Rewrite the paths of a setting, which Axolotl resolves, so that a config in `folder` finds the same files."""
+    """Rewrite the paths of a setting, which the trainer resolves, so that a config in `folder` finds the same files."""
     if isinstance(word, Left):
         return word
     mark = _MARKS.get(".".join("*" if isinstance(part, int) else part for part in word.key))
@@ -101,6 +100,11 @@ def _placed(word: Setting | Left, home: Path, folder: Path) -> Setting | Left:
 def _accepted(settings: list[Setting]) -> tuple[tuple[Setting, ...], tuple[tuple[Setting, str], ...]]:
     """Return the settings that the schema accepts, tried one after the other, and the refused ones with the reason."""
     raw: dict[str, Any] = {}
+    for setting in settings:
+        _put(raw, setting)
+    if mistake(raw) is None:
+        return tuple(settings), ()
+    raw = {}
     for setting in settings:
         if setting.key == ("model", "name") or (setting.key[0] == "data" and setting.key[-1] == "path"):
             _put(raw, setting)

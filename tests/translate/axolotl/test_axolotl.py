@@ -1,28 +1,23 @@
 """Translation of Axolotl's configs: single fields, whole configs, and what is left out with its reason."""
 
 import textwrap
-import tomllib
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fastpref.axolotl import Translation, rows, translate
-from fastpref.axolotl.left_out import GROUPS, reason_for
-from fastpref.axolotl.rules import RULES
-from fastpref.axolotl.source import METHODS
 from fastpref.config import Config, load_config
 from fastpref.config.formats import options_of
-from fastpref.config.text import keys_of, sections
+from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
-from tests.support.axolotl_configs import DPO, ENTRY_FIELDS, FIELDS, IPO, KTO_QLORA, ORPO, SIMPO
+from fastpref.translate import Translation, translate
+from fastpref.translate.axolotl import rows
+from tests.support.axolotl_configs import DPO, ENTRY_FIELDS, IPO, KTO_QLORA, ORPO, SIMPO
 from tests.support.command_line import succeed
-from tests.support.paths import DOCS
+from tests.support.translations import TRAINERS, expected, flat, tables, wanted
 
-PAGE = (DOCS / "axolotl.md").read_text(encoding="utf-8")
+AXOLOTL = TRAINERS["Axolotl"]
 HEAD = {"base_model": "base_model: m", "rl": "rl: dpo", "datasets": "datasets: [{path: d}]"}
 ALWAYS = {  # the translation of the smallest config
     "model": {"name": "m"},
@@ -41,22 +36,7 @@ def translated(folder: Path, added: str, out: Path | None = None) -> Translation
     lines = [line for field, line in HEAD.items() if f"\n{field}:" not in f"\n{added}"]
     path = folder / "cfg.yml"
     path.write_text("\n".join([*lines, added]), encoding="utf-8")
-    return translate(path, out or folder)
-
-
-def tables(translation: Translation) -> dict[str, Any]:
-    return tomllib.loads(translation.text)
-
-
-def flat(raw: Any, name: str = "") -> dict[str, Any]:
-    """Return the values by dotted keys; the options of a format stay a table."""
-    if isinstance(raw, dict) and not name.endswith("format"):
-        return {k: v for key, inner in raw.items() for k, v in flat(inner, f"{name}.{key}".lstrip(".")).items()} or {
-            name: {}
-        }
-    if isinstance(raw, list) and raw and isinstance(raw[0], dict):
-        return {k: v for at, inner in enumerate(raw) for k, v in flat(inner, f"{name}.{at}").items()}
-    return {name: raw}
+    return translate(AXOLOTL.dialect, path, out or folder)
 
 
 SMALLEST = flat(ALWAYS)
@@ -78,7 +58,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "bf16: false": {"model.dtype": "float32"},
     "float32: true": {"model.dtype": "float32"},
     "adapter: lora": {"lora": {}},
-    "{adapter: lora, lora_r: 8, lora_alpha: 16, lora_dropout: 0.1}": {"lora": {"rank": 8, "alpha": 16, "dropout": 0.1}},
+    "{adapter: lora, lora_r: 8, lora_alpha: 16, lora_dropout: 0}": {"lora": {"rank": 8, "alpha": 16, "dropout": 0}},
     "{adapter: lora, lora_target_linear: true}": {"lora.target": "all-linear"},
     "{adapter: lora, lora_target_modules: [q_proj, lm_head]}": {"lora.target": ["q_proj", "lm_head"]},
     "{adapter: lora, lora_target_modules: q_proj}": {"lora.target": ["q_proj"]},
@@ -112,7 +92,7 @@ TABLE: dict[str, dict[str, Any]] = {
     },
     "dpo_use_weighting: true": {"loss.weighting": True},
     "{rl: kto, micro_batch_size: 2, kto_desirable_weight: 0.2, kto_undesirable_weight: 0}": {
-        "loss": {"type": "kto", "desirable_weight": 0.2, "undesirable_weight": 0},
+        "loss": {"type": "kto", "desirable_weight": 0.2, "undesirable_weight": 1.0},
         "train": {"batch": 2, "tokens_per_microbatch": 2048},
     },
     "datasets: [{path: p, split: s, name: n, revision: r}]": {
@@ -177,7 +157,6 @@ TABLE: dict[str, dict[str, Any]] = {
     "warmup_steps: 10": {"train.warmup": 10},
     "warmup_ratio: 0.2": {"train.warmup": 0.2},
     "warmup_ratio: 0.0": {"train.warmup": 0.0},
-    "num_epochs: 3": {"train.epochs": 3},
     "max_steps: 7": {"train.steps": 7},
     "max_steps: -1": {},
     "{gradient_accumulation_steps: 4, micro_batch_size: 2, sequence_len: 100}": {
@@ -206,7 +185,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "optimizer: paged_adamw_32bit": {"train.optimizer": "paged_adamw"},
     "optimizer: paged_adamw_8bit": {"train.optimizer": "paged_adamw_8bit"},
     "precompute_ref_log_probs: true": {"reference.mode": "precompute"},
-    "save_steps: 100": {"output.save_every": 100},
+    "save_steps: 100": {"output": {"save_every": 100, "keep": 4}},
     "save_total_limit: 2": {"output.keep": 2},
     "hub_model_id: me/mine": {"output.push_to": "me/mine"},
     "wandb_project: x": {"log.trackers": ["wandb"]},
@@ -218,16 +197,92 @@ TABLE: dict[str, dict[str, Any]] = {
 def test_fields_become_these_keys(tmp_path: Path, added: str):
     """A snippet adds exactly these keys to the smallest config, and the result loads."""
     translation = translated(tmp_path, added)
-    expected = SMALLEST | {
-        key: value for name, inner in TABLE[added].items() for key, value in flat(inner, name).items()
-    }
-    assert flat(tables(translation)) == {key: value for key, value in expected.items() if value is not None}
+    assert flat(tables(translation)) == expected(SMALLEST, TABLE[added])
     Config.model_validate(tables(translation))
 
 
+LATER: dict[str, dict[str, Any]] = {  # fields → keys
+    "{adapter: lora, lora_model_dir: a}": {"lora.from": "a"},
+    "{adapter: lora, loraplus_lr_ratio: 16}": {"lora.plus_ratio": 16},
+    "{adapter: lora, peft_init_lora_weights: pissa_niter_4}": {"lora.init": "pissa_niter_4"},
+    "{adapter: qlora, peft: {loftq_config: {loftq_bits: 4}}}": {"lora.init": "loftq"},
+    "{adapter: lora, peft_layers_to_transform: [0, 1]}": {"lora.layers": [0, 1]},
+    "{adam_beta1: 0.8, adam_epsilon: 1e-6}": {"train.betas": [0.8, 0.999], "train.epsilon": 1e-6},
+    "{lr_scheduler: cosine_with_restarts, lr_scheduler_kwargs: {num_cycles: 2}}": {
+        "train.schedule": "cosine_with_restarts", "train.schedule_options": {"num_cycles": 2},
+    },
+    "{learning_rate: 2e-4, cosine_min_lr_ratio: 0.1}": {"train.min_lr": 2e-5},
+    "optimizer: lion_8bit": {"train.optimizer": "lion_8bit", "train.betas": [0.9, 0.999]},
+    "optimizer: adafactor": {"train.optimizer": "adafactor"},
+    "optimizer: muon": {"train.optimizer": "muon"},
+    "optimizer: schedule_free_adamw": {"train.optimizer": "schedule_free_adamw"},
+    "neftune_noise_alpha: 5": {"train.neftune_alpha": 5},
+    "{early_stopping_patience: 3, metric_for_best_model: eval_rewards/accuracies}": {
+        "train.stop": {"after": 3, "metric": "eval/rewards/accuracies"},
+    },
+    "early_stopping_patience: 2": {"train.stop": {"after": 2, "metric": "eval/loss"}},
+    "trl: {sync_ref_model: true}": {"reference.sync": {"every": 64, "mix": 0.9}},
+    "trl: {sync_ref_model: true, ref_model_sync_steps: 8, ref_model_mixup_alpha: 0.5}": {
+        "reference.sync": {"every": 8, "mix": 0.5},
+    },
+    "{tokens: [<a>], special_tokens: {additional_special_tokens: [<b>]}}": {"tokens.add": ["<a>", "<b>"]},
+    "eval_steps: 0.1": {"eval.every": 0.1},
+    "{num_epochs: 2, evals_per_epoch: 4, saves_per_epoch: 1}": {"eval.every": 0.125, "output.save_every": 0.5},
+    "{num_epochs: 4, eval_strategy: epoch}": {"eval.every": 0.25, "output.save_every": 0.25, "output.keep": 4},
+    "save_steps: 0.2": {"output.save_every": 0.2},
+    "num_epochs: 4": {"train.epochs": 4, "output.save_every": 0.25, "output.keep": 4},
+    "use_comet: true": {"log.trackers": ["comet_ml"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("added", LATER)
+def test_fields_become_these_keys_too(tmp_path: Path, added: str):
+    """A snippet gives these keys."""
+    keys = wanted(translated(tmp_path, added))
+    assert {key: keys.get(key) for key in LATER[added]} == LATER[added]
+
+
+SUPERVISED = """
+rl:
+datasets:
+  - {path: d, type: chat_template, field_messages: talk}
+adapter: lora
+lora_dropout: 0.1
+micro_batch_size: 2
+"""
+
+
+@pytest.mark.skipif("sft" not in LOSSES, reason="the loss sft is not here")
+def test_supervised_training_on_conversations_is_sft(tmp_path: Path):
+    """A config without rl whose datasets are conversations trains on the assistant's turns, with dropout."""
+    got = flat(tables(translated(tmp_path, SUPERVISED)))
+    assert got["loss.type"] == "sft"
+    assert got["lora.dropout"] == 0.1
+    assert got["train.tokens_per_microbatch"] == 2 * 512
+    assert got["data.0.format"] == {"type": "chat_template.default", "field_messages": "talk"}
+
+
+OTHER_SUPERVISED = {
+    "datasets: [{path: d, type: alpaca}]": "datasets[0] is not of type chat_template",
+    "datasets: [{path: d, type: chat_template, roles_to_train: [user]}]": "datasets[0].roles_to_train selects",
+    "{datasets: [{path: d, type: chat_template}], train_on_inputs: true}": "train_on_inputs trains on prompts too",
+    "{datasets: [{path: d, type: chat_template}], reward_model: true}": "it trains a reward model",
+    "{pretraining_dataset: [{path: c4}], datasets: [{path: d, type: chat_template}]}": "it has no datasets of convers",
+}
+
+
+@pytest.mark.parametrize("added", OTHER_SUPERVISED)
+def test_other_supervised_training_is_refused(tmp_path: Path, added: str):
+    """A config without rl that trains on other than assistant turns is refused, with what makes it other."""
+    text = yaml.safe_dump(yaml.safe_load(added) | {"rl": None})
+    with pytest.raises(UserError, match="there is no rl: in it, so it trains on no preferences, and its") as caught:
+        translated(tmp_path, text)
+    assert OTHER_SUPERVISED[added] in str(caught.value)
+
+
 REFUSED = {  # a field → the key and the value that the schema refuses
-    "lr_scheduler: polynomial": ("train", "schedule", "polynomial"),
-    "optimizer: lion_8bit": ("train", "optimizer", "lion_8bit"),
+    "lr_scheduler: rex": ("train", "schedule", "rex"),
+    "optimizer: came_pytorch": ("train", "optimizer", "came_pytorch"),
     "max_grad_norm: 0": ("train", "max_grad_norm", 0),
     "dpo_loss_weights: [1, 2]": ("loss", "weights", [1, 2]),
     "eval_steps: 20": ("eval", "every", 20),
@@ -250,7 +305,7 @@ def test_what_the_schema_refuses_is_a_comment_with_its_reason(tmp_path: Path, ad
 
 def test_a_refused_key_is_taken_once_the_schema_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Only the schema's own answer decides whether a key is translated."""
-    monkeypatch.setattr("fastpref.axolotl.mistake", lambda raw: None)
+    monkeypatch.setattr("fastpref.translate.translation.mistake", lambda raw: None)
     translation = translated(tmp_path, "adapter: qlora\nload_in_4bit: true\nsave_steps: 10")
     assert translation.refused == ()
     assert flat(tables(translation))["model.quantization"] == "nf4"
@@ -283,35 +338,17 @@ def test_a_whole_config_is_written_and_checked(tmp_path: Path, monkeypatch: pyte
     got = flat(load_config(tmp_path / f"{name}-run.toml").model_dump(mode="json"))
     assert {key: got[key] for key in wanted} == wanted
     assert got["loss.type"] == name
-    for line in translate(tmp_path / f"{name}-run.yml", tmp_path).left_out:
+    for line in translate(AXOLOTL.dialect, tmp_path / f"{name}-run.yml", tmp_path).left_out:
         assert f"\n  {line}\n" in output
         assert f"\n#   {line}\n" in written
 
 
 # --- Nothing is lost silently ----------------------------------------------------------------------------------------
 
-RULED = {field for rule in RULES for field in rule.fields}
-NAMES = {name: reason for reason, names in GROUPS.items() for name in names.split()}
-# of older versions, for which NAMES has patterns with *
-OLD = ("unsloth_lora_mlp", "unsloth_rms_norm", "unsloth_cross_entropy_loss")
-LEFT_FIELDS = sorted({*FIELDS, *OLD, *(name for name in NAMES if "*" not in name)} - RULED)
 
-
-def test_every_field_is_translated_or_has_a_reason():
-    """Every field of Axolotl's schema has a rule or exactly one reason, and so has every field of an entry."""
-    assert [field for field in LEFT_FIELDS if len({NAMES[n] for n in NAMES if fnmatchcase(field, n)}) != 1] == []
+def test_every_key_of_a_table_of_data_is_translated_or_has_a_reason():
+    """Every field of an entry of Axolotl's schema is translated or left out with a reason."""
     assert [field for field in ENTRY_FIELDS if (field in rows.KEYS) == (field in rows.LEFT_OUT)] == []
-    assert RULED & set(NAMES) == set()
-    assert [name for name in NAMES if not any(fnmatchcase(field, name) for field in LEFT_FIELDS)] == []
-
-
-@pytest.mark.parametrize("field", LEFT_FIELDS)
-def test_a_field_without_a_counterpart_is_listed(tmp_path: Path, field: str):
-    """A field with a value but without a counterpart is listed with its reason, and the config loads."""
-    table, _, inner = field.rpartition(".")
-    translation = translated(tmp_path, f"{table}:\n  {inner}: 3" if table else f"{field}: 3")
-    assert f"{field}: {reason_for(field)}" in translation.left_out
-    Config.model_validate(tables(translation))
 
 
 @pytest.mark.parametrize("field", sorted(set(rows.LEFT_OUT) | {"unheard_of"}))
@@ -336,8 +373,14 @@ LEFT = {
     "chat_template: tokenizer_default_fallback_chatml": "chat_template: the tokenizer's own template is used",
     "val_set_size: 100": "val_set_size: a number of rows cannot be held out",
     "val_set_size: 0.1\ntest_datasets: [{path: h}]": "val_set_size: test_datasets are held out",
-    "eval_steps: 0.1": "eval_steps: a share of all steps, whose number is not known here; set eval.every",
-    "evals_per_epoch: 4": "evals_per_epoch: the number of steps in an epoch is not known here; set eval.every",
+    "adapter: lora\nlora_dropout: 0.1": "lora_dropout: TRL turns all dropout off in preference training",
+    "adapter: lora\nlora_model_dir: a\nlora_r: 8": "lora_r: the adapter of lora_model_dir has its own",
+    "adapter: lora\npeft: {loftq_config: {loftq_bits: 8}}": "peft.loftq_config: LoftQ has 4 bits here, not 8",
+    "special_tokens: {pad_token: x}": "special_tokens: pad_token: the tokenizer keeps the tokens",
+    "max_steps: 9\neval_strategy: epoch": "eval_strategy: max_steps decides the length of the run",
+    "trl: {ref_model_sync_steps: 9}": "trl.ref_model_sync_steps: trl.sync_ref_model is not on",
+    "cosine_min_lr_ratio: 0.1\nlr_scheduler: linear": "cosine_min_lr_ratio: lr_scheduler: linear does not read it",
+    "load_best_model_at_end: true": "load_best_model_at_end: final/ is the last model",
     "gradient_checkpointing: offload_disk": "gradient_checkpointing: offload_disk: activations go to host memory",
     "datasets: [{path: 's3://b/d.jsonl'}]": "datasets[0].path: s3:// is not read",
     "datasets: [{path: org/d, data_files: [a.json]}]": "datasets[0].data_files: single files of a hub data set",
@@ -395,7 +438,7 @@ MISTAKES = {
     "base_model: [": "cfg.yml:3: not valid YAML: ",
     "rl: grpo": "cfg.yml: rl: grpo: GRPO generates while it trains; fastpref trains rl: dpo, ipo, orpo, simpo, kto",
     "rl: ppo": "cfg.yml: rl: ppo: this method is not known here; fastpref trains",
-    "rl: [dpo]": "cfg.yml: rl: ['dpo']: this method is not known here",
+    "rl: [dpo]": 'cfg.yml: rl: ["dpo"]: this method is not known here',
     "rl:": "cfg.yml: there is no rl: in it, so it trains on no preferences",
     "base_model:": "cfg.yml: there is no base_model: in it",
     "base_model: 3": "cfg.yml: base_model: must be text, got 3",
@@ -421,75 +464,7 @@ def test_a_mistake_is_one_message(tmp_path: Path, added: str):
     assert "\n" not in str(caught.value)
 
 
-ODD = [3, 0.5, "x", True, [1], ["a", {"b": 1}], {"a": [1]}, "\x01\n"]
-
-
-@pytest.mark.parametrize("field", sorted(RULED))
-def test_values_of_another_kind(tmp_path: Path, field: str):
-    """Whatever a field's value is, there is a message or a config that loads."""
-    table, _, inner = field.rpartition(".")
-    for value in ODD:
-        raw = {"base_model": "m", "rl": "dpo", "adapter": "lora", "datasets": [{"path": "d"}], "rpo_alpha": 1.0}
-        raw |= {table: {inner: value}} if table else {field: value}
-        (tmp_path / "cfg.yml").write_text(yaml.safe_dump(raw))
-        try:
-            translation = translate(tmp_path / "cfg.yml", tmp_path)
-        except UserError:
-            continue
-        Config.model_validate(tables(translation))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not an Axolotl config"),
-        (b"- a\n- b\n", "not an Axolotl config"),
-        (b"\xff\xfe\x00", "cannot be read"),
-        (b"a: &a [*a]\n", "not valid YAML"),
-        (b"a: 2024-99-99\n", "not valid YAML"),
-        (b"a: !!python/object:os.system {}\n", "cfg.yml:1: not valid YAML"),
-    ],
-)
-def test_a_file_of_another_kind(tmp_path: Path, content: bytes, message: str):
-    """A file that is no config is refused with one message, and no code in it runs."""
-    (tmp_path / "cfg.yml").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        translate(tmp_path / "cfg.yml", tmp_path)
-    with pytest.raises(UserError, match="there is no such file"):
-        translate(tmp_path / "none.yml", tmp_path)
-    with pytest.raises(UserError, match="this is a folder"):
-        translate(tmp_path, tmp_path)
-
-
-# --- The page --------------------------------------------------------------------------------------------------------
-
-
-def quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def page_tables() -> list[str]:
-    """Return the tables of docs/axolotl.md."""
-    fields = [f"| {quoted(rule.fields) or '(always)'} | {quoted(rule.keys)} | {rule.how} |" for rule in RULES]
-    entries = [f"| `{field}` | {how} |" for field, how in rows.KEYS.items()]
-    reasons: dict[str, list[str]] = {}
-    for field, reason in (NAMES | {f"datasets[].{f}": r for f, r in rows.LEFT_OUT.items()}).items():
-        reasons.setdefault(reason, []).append(field)
-    left = [f"| {quoted(names)} | {reason} |" for reason, names in reasons.items()]
-    return ["\n".join(table) for table in (fields, entries, left)]
-
-
-@pytest.mark.parametrize("at", [0, 1, 2])
-def test_the_page_holds_the_tables(at: int):
-    """docs/axolotl.md has these tables; if this fails, put the printed table into the page."""
-    assert page_tables()[at] in PAGE
-
-
-def test_the_tables_name_keys_that_exist():
-    """Every key of a rule is in the schema, and every option of a chat format exists."""
-    known = {"data", "lora"} | {
-        f"{section}.{key}" for section in sections() for loss in METHODS for key in keys_of(section, loss)
-    }
-    assert {key for rule in RULES for key in rule.keys} <= known
+def test_the_options_of_chats_exist():
+    """Every option of a chat format that the page names exists."""
     options = {how.split("`")[1].split(".")[1] for how in rows.KEYS.values() if how.startswith("`format.")}
     assert options <= set(options_of("chat_template.default"))

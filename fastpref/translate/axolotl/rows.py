@@ -1,17 +1,15 @@
 """Translate `datasets` and `test_datasets` of Axolotl into [[data]] and [[eval.data]]."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from fastpref.axolotl.source import Axolotl, Left, Setting, shown
 from fastpref.config.formats import NAMES
 from fastpref.data.template.named import KNOWN, OWN
 from fastpref.errors import UserError
+from fastpref.translate.fields import Fields, Left, Setting, shown
+from fastpref.translate.sources import BUILDERS, SUFFIXES, files_of
 
 _CHAT = "chat_template."
-_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
-_BUILDERS = ("json", "csv", "parquet", "arrow")  # values of `path` that give the kind of the data_files
 
 KEYS = {  # key of an entry → its translation, in words for the documentation
     "path": "`path`; of a builder such as `json` or of a folder, the `data_files` are",
@@ -32,7 +30,7 @@ KEYS = {  # key of an entry → its translation, in words for the documentation
     "chat_template_jinja": "`format.chat_template`",
 }
 _REASONS = {  # reason → keys of an entry
-    "a file's kind goes by its suffix: " + ", ".join(_SUFFIXES): "ds_type",
+    "a file's kind goes by its suffix: " + ", ".join(SUFFIXES): "ds_type",
     "data sets with code of their own are not loaded": "trust_remote_code",
     "there is no such key; rows and weight take a part of the data": "shards shards_idx",
     "rows are read when they are needed": "preprocess_shards",
@@ -52,7 +50,7 @@ _OF_CHATS = (
 )  # fmt: skip
 
 
-def entries(config: Axolotl, field: str, section: tuple[str, ...]) -> Iterator[Setting | Left]:
+def entries(config: Fields, field: str, section: tuple[str, ...]) -> Iterator[Setting | Left]:
     """Translate the entries of `datasets` or `test_datasets`."""
     listed = config.get(field)
     if listed is None:
@@ -65,27 +63,12 @@ def entries(config: Axolotl, field: str, section: tuple[str, ...]) -> Iterator[S
         given = {str(key): value for key, value in entry.items() if value is not None}
         if not isinstance(given.get("path"), str):
             raise UserError(f"{config.file}: {place}: there is no path in it, which says where the rows are")
-        paths, lost = _paths(given, place, (config.file.parent,))
+        paths, lost = files_of(given["path"], given.get("data_files"), f"{place}.", (config.file.parent,))
         yield from lost
         for path in paths:
             yield from _source(given, path, place, (*section, at))
             at += 1
         yield from _lost(given, place)
-
-
-def _paths(entry: Mapping[str, Any], place: str, folders: tuple[Path, ...]) -> tuple[list[str], list[Left]]:
-    """Return the paths of an entry's rows, and the files that cannot be taken over."""
-    path, files = entry["path"], entry.get("data_files")
-    if files is None:
-        remote = path.partition("://")[0] if "://" in path else ""
-        why = f"{remote}:// is not read; copy the data to this machine, or to the hub"
-        return [path], [Left(f"{place}.path", why)] if remote else []
-    names = [str(name) for name in (files if isinstance(files, list) else [files])]
-    if path in _BUILDERS:
-        return names, []
-    if any((root / path).is_dir() for root in (Path(), *folders)):
-        return [f"{path.rstrip('/')}/{name}" for name in names], []
-    return [path], [Left(f"{place}.data_files", "single files of a hub data set cannot be named; all of it is read")]
 
 
 def _source(entry: Mapping[str, Any], path: str, place: str, key: tuple[str | int, ...]) -> Iterator[Setting | Left]:
@@ -157,7 +140,7 @@ def _lost(entry: Mapping[str, Any], place: str) -> Iterator[Left]:
     is_chat = isinstance(chat, str) and chat.startswith(_CHAT)
     for name, value in entry.items():
         if name in LEFT_OUT:
-            ordinary = name == "ds_type" and (str(entry["path"]).endswith(_SUFFIXES) or entry["path"] in _BUILDERS)
+            ordinary = name == "ds_type" and (str(entry["path"]).endswith(SUFFIXES) or entry["path"] in BUILDERS)
             if value not in (False, "", [], {}) and not ordinary:
                 yield Left(f"{place}.{name}", LEFT_OUT[name])
         elif name in _OF_CHATS and not is_chat:
