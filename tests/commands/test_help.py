@@ -7,7 +7,9 @@ from fastpref.cli import app
 from tests.support.command_line import succeed
 from tests.support.paths import ROOT
 
-WORKFLOW = "init check preview estimate train report eval chat merge export push schema".split()
+WORKFLOW = [
+    "init", "check", "preview", "estimate", "train", "report", "eval", "chat", "merge", "export", "push", "schema",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
