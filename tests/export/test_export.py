@@ -181,6 +181,23 @@ def test_a_sliding_window_that_llama_cpp_ignores_shortens_the_context(tmp_path: 
     assert any("context length 48, not 128" in note for note in written.notes)
 
 
+WRONG = {
+    "name a format: --gguf": [],
+    "--quant q9: take one of f32, f16, bf16, q8_0, q4_0": ["--gguf", "--quant", "q9"],
+    "an adapter is written in f32, and not merged": ["--gguf", "--adapter", "--quant", "f16"],
+    "not an adapter. Export it without --adapter": ["--gguf", "--adapter"],
+    "--dequantized: the run's config does not say": ["--gguf", "--dequantized"],
+}
+
+
+@pytest.mark.parametrize(("message", "options"), WRONG.items(), ids=WRONG)
+def test_options_that_cannot_be(message: str, options: list[str], tmp_path: Path, elsewhere: Path):
+    """A wrong option is one message with status 2, and nothing is written."""
+    result = run_command("export", save_model("llama", tmp_path / "model"), *options)
+    assert (result.status, message in result.err) == (2, True), result.err
+    assert [path.name for path in elsewhere.iterdir()] == ["model"]
+
+
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
