@@ -304,6 +304,49 @@ def merge(
         typer.echo(f"Compared on a probe: of what the adapter changes in the logits, {merged.lost:.2%} is lost.")
 
 
+@app.command(epilog="Example: fastpref export runs/my-dpo --gguf --quant q8_0")
+def export(
+    model: TrainedModel,
+    overrides: Overrides = None,
+    gguf: Annotated[
+        bool, _flag("--gguf", "Write GGUF, which llama.cpp and Ollama read: the only format so far.")
+    ] = False,
+    quant: Annotated[
+        str | None, _value("TYPE", "q8_0 (the default), q4_0, f16, bf16 or f32, in which an adapter is written.")
+    ] = None,
+    adapter: Annotated[
+        bool, _flag("--adapter", "Write the adapter alone, for use with a GGUF file of its base model.")
+    ] = False,
+    output: Annotated[
+        Path | None, _value("FILE", "The file to write. The default is named after the run, in a folder of its own.")
+    ] = None,
+    dequantized: Annotated[
+        bool | None,
+        _flag(
+            "--dequantized/--original",
+            "Merge into the dequantised 4-bit weights (the default for an nf4 run), or into the original weights.",
+        ),
+    ] = None,
+    offline: Offline = False,
+) -> None:
+    """Write a model or an adapter as a GGUF file."""
+    if not gguf:
+        raise UserError("name a format: --gguf, for llama.cpp and Ollama")
+    _prepare(offline)
+    from fastpref.export import export_adapter, export_model
+    from fastpref.model.failure import told_of_memory
+    from fastpref.run.trained import find_trained
+
+    trained = find_trained(model, overrides or ())
+    with told_of_memory(
+        f"while {model} was exported", "a layer's tensors are converted together, which takes the most"
+    ):
+        if adapter and (quant is not None or dequantized is not None):
+            raise UserError("--adapter: an adapter is written in f32, and not merged: leave out the other option")
+        options: Any = {} if adapter else {"quant": quant or "q8_0", "dequantized": dequantized}
+        typer.echo((export_adapter if adapter else export_model)(trained, output, **options).summary)
+
+
 @app.command(epilog="Example: fastpref push runs/my-dpo --to me/my-model")
 def push(
     run: Annotated[str, _argument("RUN", "The folder of a run, a model or an adapter.")],

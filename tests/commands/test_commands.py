@@ -364,6 +364,39 @@ def merge(run: Run, folder: Path) -> None:
         same_as_own(run, merged, rel=1e-3)
 
 
+def export(run: Run, folder: Path) -> None:
+    """Check that transformers reads the run's result from the file, or that a family without GGUF is refused."""
+    given = ["export", run.path, "--gguf", "--quant", "f32", "--output", folder / "out" / "x.gguf"]
+    if "mamba" in run.model:
+        result = run_command(*given)
+        assert (result.status, "model_type 'mamba'" in result.err) == (2, True)
+        assert not (folder / "out").exists()
+        return
+    assert "tensors: 21 in f32" in succeed(*given).out
+    result = run.path / "final"
+    if run.adapters:
+        result = folder / "merged"
+        succeed("merge", run.path, "--output", result, "--dtype", "float32", "--no-verify")
+    ids = torch.arange(3, 40)[None]
+    whole: Any = AutoModelForCausalLM.from_pretrained(result, dtype=torch.float32)
+    read: Any = AutoModelForCausalLM.from_pretrained(folder / "out", gguf_file="x.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(read(ids).logits, whole(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    assert f'PARAMETER stop "{tokenizer.eos_token}"' in (folder / "out" / "Modelfile").read_text()
+    assert run.loss.upper() in (folder / "out" / "README.md").read_text()
+
+
+def export_adapter(run: Run, folder: Path) -> None:
+    """Check that an adapter is written alone, with two tensors for each of PEFT's two, or that there is none."""
+    result = run_command("export", run.path, "--gguf", "--adapter", "--output", folder / "out" / "x.gguf")
+    adapters, refused = run.adapters and "mamba" not in run.model, not (folder / "out").exists()
+    assert (result.status, refused) == ((0, False) if adapters else (2, True))
+    if adapters:
+        with safe_open(run.path / "final" / "adapter_model.safetensors", "pt") as file:
+            assert f"tensors: {len(file.keys())} in f32" in result.out
+
+
 def push(run: Run, _: Path, hub: list[dict[str, Any]]) -> None:
     """Check that the run's result is uploaded."""
     out = succeed("push", run.path, "--to", "me/mine").out
@@ -420,6 +453,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat --compare": chat,
     "report": report,
     "merge --output": merge,
+    "export --gguf --quant --output": export,
+    "export --gguf --adapter --output": export_adapter,
     "push --to": push,
 }
 _OF_NO_RUN = {"init", "schema"}

@@ -7,7 +7,9 @@ from fastpref.cli import app
 from tests.support.command_line import succeed
 from tests.support.paths import ROOT
 
-WORKFLOW = ["init", "check", "preview", "estimate", "train", "report", "eval", "chat", "merge", "push", "schema"]
+WORKFLOW = [
+    "init", "check", "preview", "estimate", "train", "report", "eval", "chat", "merge", "export", "push", "schema",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,7 @@ def test_options_are_shown_as_they_are_typed(command: str):
     text = succeed(command, "--help").out
     options = [line for line in text[text.index("─ Options") :].splitlines() if "--help" not in line]
     assert [line for line in options if "<" in line] == []
-    if command in ("check", "preview", "estimate", "train", "eval", "chat", "merge"):
+    if command in ("check", "preview", "estimate", "train", "eval", "chat", "merge", "export"):
         assert "[KEY=VALUE]..." in text
 
 
