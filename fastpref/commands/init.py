@@ -59,14 +59,13 @@ _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "train.warmup": 0.1,
     "train.betas": [0.9, 0.95],
     "train.epsilon": 1e-6,
-    "train.stop": {"after": 3, "by": 0.001},
+    "train.stop": {"after": 3, "metric": "eval/rewards/accuracies", "by": 0.001},
     "train.tokens_per_microbatch": 4096,
     "output.dir": "runs/mine",
     "output.save_every": 100,
     "output.keep": 2,
     "output.push_to": "user/name",
 }
-_NEEDED = {"train.stop": ("eval.every",)}
 
 
 def init(
@@ -168,17 +167,9 @@ def _table(section: str, info: FieldInfo, loss: str, values: Mapping[str, Any], 
         shown = _EXAMPLES.get(name) if default is None else default
         if name == "eval.data":
             notes.append(words)  # one line cannot show tables
-        elif shown is not None and (default is not None or not mistake(_with_example(raw, name))):
+        elif shown is not None and (default is not None or not mistake(_set(deepcopy(raw), name, shown))):
             lines.append(Line(key, shown, (words,), active=False))
     return Table(f"[[{section}]]" if is_array(section) else f"[{section}]", tuple(lines), tuple(notes))
-
-
-def _with_example(raw: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a copy of the tables in which a key, and the key that it needs, have the values of their examples."""
-    tables = deepcopy(raw)
-    for key in (name, *_NEEDED.get(name, ())):
-        _set(tables, key, _EXAMPLES[key])
-    return tables
 
 
 def _set(raw: dict[str, Any], name: str, value: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_each_key_behind_a_hash_can_be_set(tmp_path: Path, loss: str):
     for at in hidden:
         config = load(tmp_path, "\n".join([*lines[:at], lines[at].removeprefix("#"), *lines[at + 1 :]]))
         changed += config != before
-    assert 0 < changed < 15  # keys without a default show an example
+    assert 0 < changed < 25  # keys without a default show an example
 
 
 def test_every_loss_of_the_schema_has_a_template():
