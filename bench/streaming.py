@@ -22,10 +22,11 @@ from fastpref.config import Config
 from fastpref.data.batch import computed_tokens
 from fastpref.data.cache import load_examples
 from fastpref.data.example import Example
+from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import checkpoint_layers
-from fastpref.model.load import Loaded, load_tokenizer, mixed_precision, pretrained, weight_dtype, with_adapters
+from fastpref.model.load import Loaded, load_tokenizer, mixed_precision, pretrained, weight_dtype
 from fastpref.model.policy import Policy
 from fastpref.model.streaming.schedule import Transfers
 from fastpref.model.streaming.stream import Streaming, WeightStream, stream_weights

@@ -158,7 +158,7 @@ def train(
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Train a model on preferences, or on completions to imitate, or continue a run."""
+    """Train a model on preferences or completions, or continue a run."""
     # Typer has no option whose value is optional, so the checkpoint's folder arrives among the overrides.
     named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
     try:
@@ -220,7 +220,7 @@ def evaluate(
     offline: Offline = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Evaluate a model on held-out rows: accuracy and margins, or perplexity, and KL."""
+    """Evaluate a model on held-out rows: rewards or perplexity, and KL."""
     _prepare(offline)
     from fastpref.commands import evaluate as evaluation
     from fastpref.model.failure import told_of_memory

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastpref.config.stopping import Better
 from fastpref.run.state import Progress
 
 EVALUATIONS: dict[str, tuple[list[dict[str, float]], list[int]]] = {
@@ -22,7 +23,7 @@ def test_what_the_best_evaluation_is(evaluations: list[dict[str, float]], best: 
     progress, found = Progress(), []
     for step, metrics in enumerate(evaluations):
         progress.step, progress.evaluated = step, {f"eval/{name}": value for name, value in metrics.items()}
-        if progress.improved():
+        if progress.improved(Better()):
             found.append(step)
     assert found == best
     assert (progress.best or {}).get("step") == (best[-1] if best else None)

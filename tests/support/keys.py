@@ -47,8 +47,8 @@ class Change:
         return re.sub(r"^loss\(\w+\)", "loss", key).replace("data.", "data.0.", 1)
 
 
-def with_lora(value: str, *given: str, **more: str) -> Change:
-    return Change(value, (LORA, *given), **more)
+def with_lora(value: str, *given: str, shows: str = "weights", prepare: Callable[[Path], None] = nothing) -> Change:
+    return Change(value, (LORA, *given), shows=shows, prepare=prepare)
 
 
 def another_model(folder: Path) -> None:
