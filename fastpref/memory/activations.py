@@ -44,7 +44,8 @@ def checkpoint_activations(config: Config, loaded: Loaded, device: torch.device,
     count, why = (layers, "") if every else _choose(config, layers, device)
     checkpoint_layers(loaded.model, count, saving=in_host_memory(device) if offload else None)
     moved = ", with their inputs in host memory" if offload and count else ""
-    return [f"gradient checkpointing: {count} of {layers} layers{moved}{why}"] if why or moved else []
+    said = why or moved or (config.train.checkpointing is True and device.type == "cpu")  # which usually has none
+    return [f"gradient checkpointing: {count} of {layers} layers{moved}{why}"] if said else []
 
 
 def _choose(config: Config, layers: int, device: torch.device) -> tuple[int, str]:
