@@ -204,6 +204,8 @@ def _processes(accelerator: Accelerator, config: Config) -> Processes:
     sharded = kind == DistributedType.FSDP
     if accelerator.num_processes == 1 and not sharded:
         return ALONE
+    if config.tokens.add:
+        raise UserError("tokens.add: new tokens are trained in one process; start one, without FSDP")
     if sharded and not accelerator.is_fsdp2:
         raise UserError("FSDP of version 1 is not supported; launch with --fsdp_version 2, or without FSDP")
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):

@@ -8,7 +8,7 @@ from fastpref.config.formats import Format
 from fastpref.config.keywords import check_keywords
 from fastpref.config.losses import NonNegative, Positive
 from fastpref.config.paths import ReadPath
-from fastpref.config.section import Count, Every, Section
+from fastpref.config.section import Count, Every, Names, Section
 
 Pairing = Literal["best-worst", "best-rest", "all", "adjacent"]
 
@@ -84,6 +84,19 @@ class TokensConfig(Section):
     chat_template_kwargs: dict[str, Any] | None = None
     """Passes keywords to the chat template, such as { enable_thinking = false }; the keywords of a row take
     precedence."""
+    add: Names = ()
+    """Adds tokens to the vocabulary, such as ["<think>", "</think>"]; with a [lora] table their rows of the embeddings
+    and the head are trained in addition to the adapters, and no others."""
+
+    @field_validator("add")
+    @classmethod
+    def _different_tokens(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for at, name in enumerate(names):
+            if not name or name != name.strip():
+                raise ValueError(f"{name!r} cannot be a token: it is empty, or begins or ends with space")
+            if name in names[:at]:
+                raise ValueError(f"{name!r} is named twice")
+        return names
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -86,6 +86,7 @@ class Config(Section):
             (model.streaming is True and reference.mode == "copy" and self.loss.uses_reference,
              'model.streaming: a frozen copy (reference.mode = "copy") would lie on the GPU as a whole; set '
              'reference.mode to "adapter", or model.streaming to false'),
+            *((wrong and bool(self.tokens.add), f"tokens.add: {message}") for wrong, message in _new_tokens(self)),
             (bool(train.freeze) and self.lora is not None,
              "train.freeze: with a [lora] table all weights but the adapters are frozen; remove one of the two"),
             (self.lora is not None and self.lora.init == "loftq" and model.quantization != "nf4",
@@ -173,6 +174,21 @@ class Config(Section):
                 value = {**(current if isinstance(current, Mapping) else values_set(current)), name: value}
             tables[table] = value
         return self.model_copy(update={t: _table(type(self), t).validate_python(v) for t, v in tables.items()})
+
+
+def _new_tokens(config: "Config") -> Iterator[tuple[bool, str]]:
+    """Yield whether something in a config excludes new tokens, and what the message says about it."""
+    lora, start = config.lora, config.lora is not None and config.lora.start is not None
+    yield start, (
+        "an adapter that is continued, or that lies below another, has no rows for new tokens; remove lora.from, or "
+        "merge that adapter and name the result as model.name"
+    )
+    yield config.reference.name is not None and config.loss.uses_reference, (
+        "another model or adapter knows no new tokens, so it is no reference for them; remove reference.name"
+    )
+    yield lora is not None and config.model.streaming is True, (
+        "the trained rows and the tables that they belong to lie on the GPU; set model.streaming to false"
+    )
 
 
 def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:

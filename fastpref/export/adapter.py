@@ -20,7 +20,7 @@ from fastpref.export.tensors import Piece, TensorNames
 from fastpref.merge.adapter import adapted, with_adapter
 from fastpref.merge.plan import bare_model
 from fastpref.model.files import model_config
-from fastpref.model.load import load_tokenizer
+from fastpref.model.tokenizer import load_tokenizer
 from fastpref.run.trained import Trained, trained_tokenizer
 
 _WHOLE = "Export the merged model instead, without --adapter"

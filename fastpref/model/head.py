@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from fastpref.errors import UserError, one_line
 from fastpref.kernels.head_weight import FourBitWeight, HeadWeight, OffloadedWeight
 from fastpref.kernels.linear_logprob_naive import NaiveLogprobs, naive_logprobs
+from fastpref.model.adapters.token_rows import token_head
 from fastpref.model.body import around_body
 from fastpref.model.precision import in_float32, is_finite
 from fastpref.model.streaming.tables import computes_on
@@ -75,6 +77,8 @@ class Head(nn.Module):
     ) -> tuple[Tensor | HeadWeight | LoraWeight, Tensor | None]:
         """Return the weight [V, H] with the active adapter, and the bias [V] or None. 4 bits are read as `dtype`."""
         module = self.module
+        if isinstance(module, TrainableTokensWrapper):
+            return token_head(module), None
         if isinstance(module, ModulesToSaveWrapper):
             active = module.active_adapters
             saved = not module.disable_adapters and active and active[0] in module.modules_to_save
@@ -89,7 +93,7 @@ class Head(nn.Module):
     @property
     def vocabulary(self) -> int:
         base: Any = self.module.get_base_layer() if isinstance(self.module, BaseTunerLayer) else self.module
-        base = base.original_module if isinstance(base, ModulesToSaveWrapper) else base
+        base = base.original_module if isinstance(base, ModulesToSaveWrapper | TrainableTokensWrapper) else base
         return base.num_embeddings if isinstance(base, nn.Embedding) else base.out_features
 
 

@@ -7,7 +7,7 @@ import torch, because `fastpref check` only reads a config.json.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
 from pathlib import Path
@@ -109,10 +109,18 @@ def compare(
 
     Raises UserError, which locates a row, for tokens and lengths that the model cannot compute.
     """
+    if config.tokens.add:  # a model's own files do not have their rows yet
+        limits = _with_new(limits, max(tokenizer.get_vocab()[name] for name in config.tokens.add) + 1)
     for name, examples in parts.items():
         _compare_tokens(limits, name, examples, tokenizer)
         _compare_lengths(limits, name, examples, config)
     return [note for name, examples in parts.items() if (note := _beyond(limits, name, examples)) is not None]
+
+
+def _with_new(limits: Limits, rows: int) -> Limits:
+    """Return the limits of the model with as many token ids, or more if it has more."""
+    embeddings, outputs = (count and max(count, rows) for count in (limits.embeddings, limits.outputs))
+    return replace(limits, embeddings=embeddings, outputs=outputs)
 
 
 def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int, str | None]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fastpref.config import Config, ModelConfig
 from fastpref.data.batch import Layout, collate
@@ -28,7 +28,6 @@ from fastpref.model.adapters.placed import (
     place_reference,
     record_base,
 )
-from fastpref.model.adapters.source import find_adapter
 from fastpref.model.adapters.trained import load_adapter
 from fastpref.model.adapters.whole import train_in_float32
 from fastpref.model.attention_choice import choose_attention
@@ -38,6 +37,7 @@ from fastpref.model.files import explained, hub_options, model_config
 from fastpref.model.freeze import freeze
 from fastpref.model.head import Head, OwnLogits, find_head
 from fastpref.model.limits import trained_dtype
+from fastpref.model.new_tokens import make_room
 from fastpref.model.packed import EXPERTS_LEFT, bare_experts
 from fastpref.model.policy import Policy
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
@@ -63,33 +63,6 @@ class Loaded:
     stream: WeightStream | None = None  # of the layers whose weights lie in host memory
     reference: ReferenceAdapters = BASE_ALONE
     began: str | None = None  # a digest of the trained adapters that the run began with, if there are any
-
-
-def load_tokenizer(options: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model. Raises UserError if there is none."""
-    load = hub_options(options)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.name, **load)
-    except Exception as error:  # transformers and the hub raise many kinds
-        reason = explained(options, error, tokenizer=True)
-        raise UserError(f"model.name = {options.name!r}: no tokenizer there: {reason}") from None
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # calls of the tokenizer set these; saved files must not depend on the cache of tokens
-        backend.no_padding()
-        backend.no_truncation()
-    return tokenizer
-
-
-def run_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a run: that of the adapter it continues if one is saved there, or else that of the model.
-
-    Supervised training saves the tokenizer with the adapter, often with the chat template that a base model lacks.
-    Raises UserError.
-    """
-    start = None if config.lora is None or config.lora.start is None else find_adapter(config.lora.start)
-    saved = start is not None and any(start.glob("tokenizer*"))
-    place = {"model.name": str(start), "model.revision": None}
-    return load_tokenizer(config.but(place).model if saved else config.model)
 
 
 @told_of_model("its code fails while it is loaded and tried")
@@ -124,8 +97,9 @@ def load_model(
     if getattr(model, "is_quantized", False) and config.lora is None and not trained:
         raise UserError(f"model.name = {config.model.name!r}: its weights are quantised; add a [lora] table")
     with _named(config):
+        added = make_room(config, model)
         stream = _streamed(model, device, streaming)
-        notes = [*loading_notes(model), *_left_whole(model), *fix_rope(model, config.tokens.max_length)]
+        notes = [*added, *loading_notes(model), *_left_whole(model), *fix_rope(model, config.tokens.max_length)]
         head, note = _head(config, model)
         if stream is not None:
             _check_reached(model, stream)

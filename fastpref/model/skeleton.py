@@ -19,6 +19,7 @@ from fastpref.model.experts.bits import unfilled
 from fastpref.model.experts.quantizer import bits_of
 from fastpref.model.freeze import freeze
 from fastpref.model.liger import take_kernels
+from fastpref.model.new_tokens import make_room
 from fastpref.model.packed import bare_experts, of_bitsandbytes, own_quantization, packing_of, saved_by_packing
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 
@@ -46,6 +47,7 @@ def skeleton(config: Config, architecture: PretrainedConfig, dtype: torch.dtype,
     trust = config.model.trust_remote_code
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trust)
+        make_room(config, model)
         packed, experts = 0, 0
         own = own_quantization(architecture)  # has precedence over the config's, as in transformers
         if own is not None and not of_bitsandbytes(own):

@@ -22,7 +22,7 @@ from fastpref.errors import UserError
 from fastpref.losses.token_loss import scores_prompts
 from fastpref.model.adapters.source import with_start
 from fastpref.model.limits import Limits, compare, limits_of, pad_token
-from fastpref.model.load import run_tokenizer
+from fastpref.model.tokenizer import run_tokenizer
 from fastpref.preview.numbers import LAYOUTS, PERCENTILES, good_share, lengths, prompt_share, step_tokens
 from fastpref.preview.text import Writer
 

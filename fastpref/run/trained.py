@@ -16,7 +16,8 @@ from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.memory.streaming import choose_streaming
 from fastpref.model.adapters.source import read_adapter, with_start
-from fastpref.model.load import Loaded, load_model, load_tokenizer
+from fastpref.model.load import Loaded, load_model
+from fastpref.model.tokenizer import add_tokens, load_tokenizer
 from fastpref.run.folder import RunFolder
 
 _NO_DATA = [{"path": "no data"}]  # for a config that only describes a model
@@ -89,6 +90,7 @@ def trained_tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
     config, folder = trained.config, Path(trained.weights)
     saved = folder.is_dir() and any(folder.glob("tokenizer*"))
     tokenizer = load_tokenizer(config.but({"model.name": str(folder)}).model if saved else config.model)
+    add_tokens(tokenizer, config.tokens.add)
     use_chat_template(tokenizer, config.tokens.chat_template)
     return tokenizer
 

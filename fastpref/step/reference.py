@@ -19,6 +19,7 @@ from fastpref.model.adapters.switch import POLICY, only
 from fastpref.model.files import model_config
 from fastpref.model.liger import take_kernels
 from fastpref.model.load import Loaded, load_model, pretrained
+from fastpref.model.new_tokens import make_room
 from fastpref.model.policy import Policy, PolicyOutput
 from fastpref.model.rope import fix_rope
 from fastpref.model.streaming.stream import stream_of
@@ -258,6 +259,7 @@ def load_copy(config: Config, loaded: Loaded) -> PreTrainedModel:
     """Load the model of `copy_config`, with the attention and the kernels of the trained model."""
     dtype = getattr(torch, config.model.dtype)
     model = pretrained(config.model, model_config(config.model), dtype, loaded.model.device)
+    make_room(config, model)
     fix_rope(model, config.tokens.max_length)
     attention = loaded.model.config._attn_implementation
     if attention is not None and attention != model.config._attn_implementation:

@@ -22,7 +22,8 @@ from fastpref.data.tokenize import use_chat_template
 from fastpref.memory.estimate import CARDS, Estimator, fits, proposal, usable
 from fastpref.memory.measured import StepPeak
 from fastpref.memory.step import StepMemory
-from fastpref.model.load import load_model, load_tokenizer
+from fastpref.model.load import load_model
+from fastpref.model.tokenizer import load_tokenizer
 from tests.support.command_line import run_command, succeed
 from tests.support.paths import QUICKSTART, QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.real_steps import real_steps

@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError
 from fastpref.model.files import model_config
-from fastpref.model.load import load_tokenizer, pretrained
+from fastpref.model.load import pretrained
+from fastpref.model.tokenizer import load_tokenizer
 from tests.support.paths import QUICKSTART_MODEL as QUICKSTART
 
 SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"

@@ -9,7 +9,8 @@ from fastpref.config import ModelConfig
 from fastpref.data.batch import collate
 from fastpref.errors import UserError
 from fastpref.model.head import Head
-from fastpref.model.load import load_model, load_tokenizer
+from fastpref.model.load import load_model
+from fastpref.model.tokenizer import load_tokenizer
 from fastpref.step.reference import make_reference
 from tests.support.tiny import config_for, examples, save_model
 

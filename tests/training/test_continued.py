@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import fastpref
 from fastpref.config import load_config
 from fastpref.errors import UserError
-from fastpref.model.load import run_tokenizer
+from fastpref.model.tokenizer import run_tokenizer
 from tests.support.adapters import save_adapter
 from tests.support.command_line import run_command, succeed
 from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS

@@ -33,6 +33,7 @@ from fastpref.model.adapters.parts import (
     unknown,
 )
 from fastpref.model.adapters.patterns import left_out_layers, peft_pattern
+from fastpref.model.adapters.token_rows import fuse_tokens, train_tokens
 from fastpref.model.adapters.whole import train_in_float32
 from fastpref.model.failure import is_out_of_memory, words
 
@@ -43,17 +44,22 @@ _ROUTERS = "routers, which choose between experts"
 
 
 def with_adapters(
-    config: Config, model: PreTrainedModel, originals: Callable[[], nn.Module] | None = None
+    config: Config,
+    model: PreTrainedModel,
+    originals: Callable[[], nn.Module] | None = None,
+    tokens: tuple[int, ...] = (),
 ) -> PreTrainedModel | peft.PeftModel:
     """Put fresh adapters on the model's modules if the config has a [lora] table. What is trained then is float32.
 
-    `originals` loads the model without quantization, for `lora.init = "loftq"`. Raises UserError for modules that the
-    model does not have, or that PEFT cannot adapt.
+    `originals` loads the model without quantization, for `lora.init = "loftq"`. The rows of `tokens`, which are new,
+    are trained too. Raises UserError for modules that the model does not have, or that PEFT cannot adapt.
     """
     if config.lora is None:
         return model
     linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})  # before PEFT changes the model
     settings, _ = _plan(config.lora, model)
+    if tokens:
+        train_tokens(settings, tokens, model)
     try:
         wrapped = peft.get_peft_model(model, settings)
     except Exception as error:  # PEFT and model code raise many kinds of errors
@@ -65,6 +71,7 @@ def with_adapters(
     begin(config.lora, wrapped, originals)
     train_in_float32(wrapped)
     fuse_lora(wrapped)
+    fuse_tokens(wrapped)
     return wrapped
 
 

@@ -27,6 +27,7 @@ from fastpref.model.adapters.source import AdapterFiles, Kind, read_adapter, ref
 from fastpref.model.adapters.switch import BELOW, POLICY, REFERENCE, adapter_weights, switch, train_only
 from fastpref.model.adapters.trained import check_weights, put_weights, told_of_misfit
 from fastpref.model.adapters.whole import train_in_float32
+from fastpref.model.tokenizer import new_tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def place_adapters(
         assert config.reference.name is not None
         files[REFERENCE] = read_adapter(config.reference.name, "reference.name")
     if not files:
-        return Placed(with_adapters(config, model, originals))
+        return Placed(with_adapters(config, model, originals, new_tokens(config)))
     notes = [note for adapter in {id(f): f for f in files.values()}.values() for note in check_base(config, adapter)]
     tensors = {adapter.folder: _read(adapter, model) for adapter in files.values()} if weights else {}
     wrapped: Any = (

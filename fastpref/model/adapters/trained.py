@@ -14,7 +14,9 @@ from fastpref.errors import UserError
 from fastpref.model.adapters.experts import fuse_expert_lora
 from fastpref.model.adapters.source import PICKLE, WEIGHTS, changes_base
 from fastpref.model.adapters.switch import POLICY
+from fastpref.model.adapters.token_rows import fuse_tokens, tokens_of
 from fastpref.model.failure import is_out_of_memory, words
+from fastpref.model.new_tokens import grow
 from fastpref.model.weights import Misfit, Renaming, Shape, find_renaming, take_note
 
 _WEIGHTS = (WEIGHTS, PICKLE)
@@ -30,10 +32,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
         raise UserError(f"{begin}: there are no weights in it, {_WEIGHTS[0]} is missing")
     with told_of_misfit(begin):
         weights = peft.load_peft_weights(str(folder), device="cpu")
-        check_weights(peft.PeftConfig.from_pretrained(str(folder)), weights, model, begin)
+        settings = peft.PeftConfig.from_pretrained(str(folder))
+        check_weights(settings, weights, model, begin)
+        grow(model, tokens_of(settings), str(folder))
         wrapped = peft.PeftModel.from_pretrained(model, str(folder)).eval()
         put_weights(wrapped, weights, POLICY, str(folder), begin)
         fuse_expert_lora(wrapped)
+        fuse_tokens(wrapped)
     return wrapped
 
 

@@ -22,6 +22,8 @@ def obstacle(config: Config, architecture: PretrainedConfig) -> str | None:
         return "only frozen weights can stay in host memory, and without a [lora] table all are trained"
     if config.loss.uses_reference and config.reference.mode == "copy":
         return 'the frozen copy of reference.mode = "copy" would stay on the GPU; set reference.mode = "auto"'
+    if config.tokens.add:
+        return "the trained rows of tokens.add, and the tables that they belong to, lie on the GPU"
     if own is not None and not of_bitsandbytes(own):
         return f"weights that are stored quantised ({lies_quantised(architecture)}) cannot be streamed"
     return None
