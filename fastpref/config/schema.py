@@ -179,16 +179,15 @@ class Config(Section):
 def _new_tokens(config: "Config") -> Iterator[tuple[bool, str]]:
     """Yield whether something in a config excludes new tokens, and what the message says about it."""
     lora, start = config.lora, config.lora is not None and config.lora.start is not None
-    yield start, (
+    continued = (
         "an adapter that is continued, or that lies below another, has no rows for new tokens; remove lora.from, or "
         "merge that adapter and name the result as model.name"
     )
-    yield config.reference.name is not None and config.loss.uses_reference, (
-        "another model or adapter knows no new tokens, so it is no reference for them; remove reference.name"
-    )
-    yield lora is not None and config.model.streaming is True, (
-        "the trained rows and the tables that they belong to lie on the GPU; set model.streaming to false"
-    )
+    other = "another model or adapter knows no new tokens, so it is no reference for them; remove reference.name"
+    streamed = "the trained rows and the tables that they belong to lie on the GPU; set model.streaming to false"
+    yield start, continued
+    yield config.reference.name is not None and config.loss.uses_reference, other
+    yield lora is not None and config.model.streaming is True, streamed
 
 
 def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 
 from fastpref.errors import UserError
@@ -23,6 +24,7 @@ from fastpref.model.files import model_config
 from fastpref.model.tokenizer import load_tokenizer
 from fastpref.run.trained import Trained, trained_tokenizer
 
+_MERGED = "Merge it with fastpref merge, and export the merged model"
 _WHOLE = "Export the merged model instead, without --adapter"
 
 
@@ -41,6 +43,10 @@ def export_adapter(trained: Trained, output: Path | None = None) -> Exported:
     for name, part in adapted(model).items():
         if isinstance(part, ModulesToSaveWrapper):
             raise UserError(f"{name} was trained whole, and llama.cpp's adapters hold LoRA only. {_WHOLE}")
+        if isinstance(part, TrainableTokensWrapper):
+            raise UserError(
+                f"{name} has trained rows of new tokens, and llama.cpp's adapters hold LoRA only. {_MERGED}"
+            )
         for piece, a, b in _factors(name, part, names.pieces(name), tied=tied):
             scaled = part.scaling[part.active_adapters[0]] * b.shape[-1]  # llama.cpp multiplies by alpha / rank
             if not scaled:

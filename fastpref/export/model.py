@@ -26,6 +26,7 @@ from fastpref.export.settings import context_length, model_settings, window_note
 from fastpref.export.tensors import Piece, TensorNames, check_complete, learned
 from fastpref.export.vocabulary import Vocabulary, read_vocabulary
 from fastpref.export.weights import Weights, open_weights
+from fastpref.model.adapters.trained import rows_for
 from fastpref.model.files import hub_options, model_config
 from fastpref.run.trained import Trained, trained_tokenizer
 
@@ -109,6 +110,11 @@ def plan_model(trained: Trained, quant: str, dequantized: bool | None) -> Plan:
     family = family_of(config)
     described = list(model_settings(config, family))
     tokenizer = trained_tokenizer(trained)
+    if trained.is_adapter and rows_for(trained.weights) > config.vocab_size:
+        raise UserError(
+            f"{trained.weights}: the model has no rows for the adapter's new tokens; merge it with fastpref merge, and "
+            "export the merged model"
+        )
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, ends_of(trained, options, tokenizer))
     weights = open_weights(trained, dequantized=dequantized)
     if weights.plan.head in weights.names and not family.untied:

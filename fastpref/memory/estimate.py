@@ -23,10 +23,10 @@ from fastpref.model.adapters.source import with_start
 from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import layers_needed
 from fastpref.model.limits import beyond_positions, compare, limits_of_config, trained_dtype
-from fastpref.model.tokenizer import run_tokenizer
 from fastpref.model.packed import EXPERTS_LEFT, lies_quantised
 from fastpref.model.streaming.room import obstacle
 from fastpref.model.streaming.stream import Streaming
+from fastpref.model.tokenizer import run_tokenizer
 from fastpref.sizes import GIB, in_words
 
 CARDS = (4, 6, 8, 12, 16, 24, 48, 80)  # GiB, which vendors call GB

@@ -8,19 +8,24 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
-from fastpref.model.adapters.trained import load_adapter
+from fastpref.model.adapters.token_rows import with_rows
+from fastpref.model.adapters.trained import load_adapter, rows_for
 from fastpref.model.experts.bits import through_bits
+from fastpref.model.new_tokens import grow
 from fastpref.run.trained import Trained
 
 
 def with_adapter(model: PreTrainedModel, trained: Trained) -> None:
     """Put an adapter on a model on the meta device, in place. Raises UserError if it does not fit."""
+    grow(model, rows_for(trained.weights), trained.weights)  # before its weights become expanded numbers
     _shrink(model)
     with warnings.catch_warnings(action="ignore"):  # they concern decisions made when the adapter was trained
         wrapped = load_adapter(model, trained.weights)
@@ -43,11 +48,14 @@ def adapted(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, ModulesToSaveWrapper):
             copy = module.modules_to_save[module.active_adapters[0]]
             parts |= {f"{owner}.{key}": module for key in copy.state_dict(keep_vars=True)}
+        elif isinstance(module, TrainableTokensWrapper):
+            if module.token_adapter.tied_adapter is None:  # else the same rows as the embeddings'
+                parts[f"{owner}.weight"] = module
         elif isinstance(module, ParamWrapper):
             parts[f"{owner}.{module.parameter_name}"] = module
         elif isinstance(module, LoraLayer):
             parts[f"{owner}.weight"] = module
-        elif isinstance(module, BaseTunerLayer):
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             raise UserError(f"{name} has a {type(module).__name__}, which cannot be merged here")
     return parts
 
@@ -58,6 +66,8 @@ def merged(part: Any, name: str, tensor: Tensor) -> Tensor:
         copy = part.modules_to_save[part.active_adapters[0]].state_dict()
         key = max((key for key in copy if name.endswith(f".{key}")), key=len)
         return copy[key].detach().to(tensor.dtype)
+    if isinstance(part, TrainableTokensWrapper):
+        return with_rows(part, tensor)
     layer, kind = part.get_base_layer(), name.rpartition(".")[2]
     before = getattr(layer, kind)
     setattr(layer, kind, nn.Parameter(tensor.clone(), requires_grad=False))

@@ -32,6 +32,7 @@ class Writer:
     def __init__(self, plan: Plan, dtype: torch.dtype | None = None):
         self._plan, self._checkpoint, self._dtype = plan, plan.checkpoint, dtype
         self.changed: set[str] = set()  # the names of the model's tensors that the merge changed
+        self._rows = 0  # of tables that have grown
         self.whole = True  # whether all changed tensors are written in float32
         self._touched = {*plan.parts, *plan.through_nf4, *filter(self._is_quantised, plan.conv1d)}
         self._visited: set[str] = set()
@@ -139,6 +140,7 @@ class Writer:
             return before
         after = merged(part, target, value).to(dtype)
         self._visited.add(target)
+        self._rows = max(self._rows, len(after) if len(after) > len(before) else 0)
         self.whole &= dtype == torch.float32
         if not torch.equal(after, before):
             self.changed.add(target)
@@ -188,6 +190,8 @@ class Writer:
                 part["tie_word_embeddings"] = False
             if self._checkpoint.dequantised:
                 part.pop("quantization_config", None)
+            if self._rows and (part is not config or "text_config" not in config):
+                part["vocab_size"] = self._rows
             if self._dtype is not None:
                 part.pop("torch_dtype", None)
                 part["dtype"] = str(self._dtype).removeprefix("torch.")

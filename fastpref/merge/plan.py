@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -51,6 +52,12 @@ def make_plan(options: ModelConfig, checkpoint: Checkpoint, parts: dict[str, Any
     tied &= not parted
     conv1d = frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
     untied = parted or (tied and (head in parts or embedding in parts))
+    if tied and isinstance(parts.get(embedding), TrainableTokensWrapper):  # whose rows the head has too
+        if head in parts:
+            raise UserError(
+                f"{head}: it is tied to trained rows of new tokens, and has an adapter; it cannot be merged"
+            )
+        untied = parted
     packed = checkpoint.method is not None and not checkpoint.dequantised
     if packed and not all(_lies_plain(checkpoint, names, part) for part in parts):
         raise UserError(

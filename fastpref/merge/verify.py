@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from fastpref.config import Config, ModelConfig
 from fastpref.errors import UserError, one_line
-from fastpref.model.adapters.trained import load_adapter
+from fastpref.model.adapters.trained import load_adapter, rows_for
 from fastpref.model.files import hub_options, model_config
 from fastpref.model.load import weight_dtype
+from fastpref.model.new_tokens import grow
 from fastpref.model.quantize import keep_weights_as_loaded, quantization_config
 from fastpref.model.streaming.stream import Streaming, stream_weights
 from fastpref.model.weights import from_files
@@ -69,6 +70,7 @@ def _base_logits(trained: Trained, device: torch.device, *, nf4: bool, plain: bo
     if plain:
         model = model.dequantize(dtype=dtype)
     keep_weights_as_loaded(model)
+    grow(model, rows_for(trained.weights), trained.weights)
     stream = stream_weights(model, device, Streaming()) if options.streaming is True else None
     without = _probe(model)
     with warnings.catch_warnings(action="ignore"):

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from fastpref.config import Config
 from fastpref.errors import UserError
+from fastpref.model.tables import mean_row
 from fastpref.model.tokenizer import new_tokens
-
-_CHUNK = 8192  # rows that are summed at once
 
 
 def make_room(config: Config, model: PreTrainedModel) -> list[str]:
@@ -51,12 +50,14 @@ def grow(model: PreTrainedModel, rows: int, place: str) -> int:
     kind = model.config.model_type
     plain = isinstance(ends[0], nn.Embedding) and type(ends[1]) is nn.Linear
     if not plain or ends[1].out_features != before:
-        raise UserError(f"{place}: the embeddings and the head of this {kind} model are no two plain tables of one size")
+        raise UserError(
+            f"{place}: the embeddings and the head of this {kind} model are no two plain tables of one size"
+        )
     others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not ends[0]]
     if any(len(module.weight) == before for module in others):
         raise UserError(f"{place}: this {kind} model has further tables of its tokens, which cannot grow here")
     device = ends[0].weight.device
-    means = [[_mean(tensor) for tensor in _tables(end)] for end in ends]
+    means = [[mean_row(tensor) for tensor in _tables(end)] for end in ends]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model.resize_token_embeddings(rows, mean_resizing=False)
     for end, values in zip((model.get_input_embeddings(), model.get_output_embeddings()), means, strict=True):
@@ -65,16 +66,5 @@ def grow(model: PreTrainedModel, rows: int, place: str) -> int:
     return rows - before
 
 
-def grown(table: Tensor, rows: int) -> Tensor:
-    """Return a table [V, ...] with at least this many rows, whose new ones are the mean of the others."""
-    more = rows - len(table)
-    return table if more <= 0 else torch.cat([table, _mean(table).to(table.dtype).expand(more, *table.shape[1:])])
-
-
 def _tables(end: Any) -> list[Tensor]:
     return [tensor for tensor in (end.weight, getattr(end, "bias", None)) if tensor is not None]
-
-
-def _mean(table: Tensor) -> Tensor:
-    """Return the mean of the rows of a table [V, ...] in float64, without a copy of the table."""
-    return sum((part.double().sum(0) for part in table.split(_CHUNK)), torch.zeros((), device=table.device)) / len(table)

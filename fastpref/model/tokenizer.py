@@ -7,7 +7,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from fastpref.config import Config, ModelConfig
 from fastpref.errors import UserError
-from fastpref.model.adapters.source import find_adapter
+from fastpref.model.adapters.source import find_adapter, read_adapter
 from fastpref.model.files import explained, hub_options
 
 
@@ -34,6 +34,8 @@ def run_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """
     start = None if config.lora is None or config.lora.start is None else find_adapter(config.lora.start)
     saved = start is not None and any(start.glob("tokenizer*"))
+    if saved:
+        read_adapter(str(start), "lora.from")  # raises for one that cannot be continued, before its tokens are missed
     place = {"model.name": str(start), "model.revision": None}
     tokenizer = load_tokenizer(config.but(place).model if saved else config.model)
     if known := [name for name in config.tokens.add if name in tokenizer.get_vocab()]:
@@ -56,7 +58,9 @@ def add_tokens(tokenizer: Any, names: Iterable[str]) -> tuple[int, ...]:
         made = tokenizer.encode(name, add_special_tokens=False)
         if made != [number]:
             parts = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(made)))
-            raise UserError(f"tokens.add: this tokenizer makes {parts} of {name!r} instead of one token; take another name")
+            raise UserError(
+                f"tokens.add: this tokenizer makes {parts} of {name!r} instead of one token; take another name"
+            )
     return ids
 
 

@@ -29,8 +29,8 @@ from fastpref.model.adapters.source import with_start
 from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import compare, limits_of, limits_of_model, pad_token
 from fastpref.model.load import Loaded, load_model, mixed_precision
-from fastpref.model.tokenizer import run_tokenizer
 from fastpref.model.streaming.stream import Streaming
+from fastpref.model.tokenizer import run_tokenizer
 from fastpref.processes import ALONE, Processes, code, end_together, start_processes
 from fastpref.quiet import quiet_libraries
 from fastpref.run.checkpoint import Checkpoints

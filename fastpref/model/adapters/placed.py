@@ -149,8 +149,6 @@ def _check_stack(lora: LoraConfig, below: AdapterFiles) -> None:
             f"lora.stack: {which} is DoRA, which scales the base model's weights and not their sum with another "
             "adapter; merge the old one with fastpref merge, and name the result as model.name"
         )
-    if below.settings.trainable_token_indices:
-        raise UserError(f"lora.stack: the adapter of lora.from ({below.name}) has trained tokens; merge it first")
 
 
 def _read(adapter: AdapterFiles, model: PreTrainedModel) -> dict[str, Tensor]:

@@ -28,11 +28,18 @@ def vllm_obstacles(settings: peft.LoraConfig, names: Iterable[str]) -> list[str]
         found.append(f"rank {_largest_rank(settings)} is above {RANKS[-1]}, the largest")
     if settings.use_rslora and settings.target_parameters:
         found.append("experts are scaled by alpha/rank, although rsLoRA says otherwise")
+    if settings.trainable_token_indices:
+        found.append("trained rows of new tokens are not taken")
     saved = tuple(settings.modules_to_save or ())
-    others = [name for name in names if not _LAYER.match(name) and not _of(name, saved) and "magnitude" not in name]
+    others = [name for name in names if not _LAYER.match(name) and not _of(name, saved) and not _known(name)]
     if others:
         found.append(f"it knows no tensors named {', '.join(sorted(others)[:3])}")
     return found
+
+
+def _known(name: str) -> bool:
+    """Return whether another obstacle names what a tensor belongs to."""
+    return "magnitude" in name or "token_adapter" in name
 
 
 def vllm_rank(settings: peft.LoraConfig) -> int:

@@ -96,6 +96,11 @@ def read_adapter(name: str, key: str, revision: str | None = None) -> AdapterFil
         raise UserError(f"{place}: an adapter for {settings.task_type}; one of a causal language model is needed")
     if why := changes_base(settings):
         raise UserError(f"{place}: {why}")
+    if settings.trainable_token_indices:
+        raise UserError(
+            f"{place}: it has trained rows of new tokens, which no other adapter can have beside it; merge it with "
+            "fastpref merge, and name the merged model"
+        )
     if others := [field.name for field in fields(settings) if field.name not in _KNOWN and _is_set(settings, field)]:
         raise UserError(f"{place}: its {SETTINGS} sets {', '.join(others)}, which is not computed here")
     return AdapterFiles(name, folder, settings, key)

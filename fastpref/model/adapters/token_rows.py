@@ -18,18 +18,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
+from fastpref.model.tables import grown
 from fastpref.ops import LoraWeight
 
 
 def train_tokens(settings: peft.LoraConfig, ids: tuple[int, ...], model: PreTrainedModel) -> None:
-    """Let PEFT train the rows of these tokens. Raises UserError for tables that have an adapter or are no plain ones."""
+    """Let PEFT train the rows of these tokens. Raises UserError for tables with adapters, and for others than plain."""
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [next(name for name, module in model.named_modules() if module is end) for end in ends]
     whole = tuple(settings.modules_to_save or ())
     for name, end in zip(names, ends, strict=True):
         if name in (settings.target_modules or ()) or name.endswith(whole):
             key = "target" if name in (settings.target_modules or ()) else "modules_to_save"
-            raise UserError(f"tokens.add: the rows of {name} are trained for new tokens only; remove it from lora.{key}")
+            raise UserError(
+                f"tokens.add: the rows of {name} are trained for new tokens only; remove it from lora.{key}"
+            )
         if not end.weight.is_floating_point() or getattr(end.weight, "quant_state", None) is not None:
             raise UserError(f"tokens.add: the rows of {name} are quantised, and cannot be trained")
     if type(ends[1]) is not nn.Linear or ends[1].bias is not None or not isinstance(ends[0], nn.Embedding):
@@ -61,6 +64,16 @@ def token_head(module: TrainableTokensWrapper) -> Tensor | LoraWeight:
     selection = torch.zeros(len(weight), len(ids), dtype=weight.dtype, device=weight.device)
     selection[ids, torch.arange(len(ids), device=weight.device)] = 1
     return LoraWeight(weight, rows - weight[ids].detach().to(rows.dtype), selection)
+
+
+@torch.no_grad()
+def with_rows(module: TrainableTokensWrapper, table: Tensor) -> Tensor:
+    """Return a copy of a table [V, H] with the trained rows of its new tokens, for which it grows if it must."""
+    layer: Any = module.token_adapter
+    (name,) = layer.active_adapters
+    ids = _ids(layer, name, table.device)
+    rows = layer.trainable_tokens_delta[name].to(table)
+    return grown(table, int(ids.max()) + 1).index_copy(0, ids, rows)
 
 
 def tokens_of(settings: Any) -> int:

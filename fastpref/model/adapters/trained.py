@@ -42,6 +42,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
     return wrapped
 
 
+def rows_for(folder: str | Path) -> int:
+    """Return how many rows a model needs for the new tokens of a trained adapter, 0 for none. Raises UserError."""
+    with told_of_misfit(f"{folder}: this adapter cannot be read"):
+        return tokens_of(peft.PeftConfig.from_pretrained(str(folder)))
+
+
 def put_weights(wrapped: peft.PeftModel, weights: dict[str, torch.Tensor], name: str, source: str, begin: str) -> None:
     """Load an adapter's weights into the adapter `name` of a model. Raises UserError for any that does not fit.
 
