@@ -14,16 +14,19 @@ from transformers import PreTrainedModel
 from fastpref.config import Config
 from fastpref.errors import UserError
 from fastpref.model.tables import mean_row
-from fastpref.model.tokenizer import new_tokens
+from fastpref.model.tokenizer import add_tokens, load_tokenizer
 
 
 def make_room(config: Config, model: PreTrainedModel) -> list[str]:
     """Give a model the rows that the config's new tokens need. Returns a note. Raises UserError, as `grow`."""
-    ids = new_tokens(config)
-    if not ids:
+    if not config.tokens.add:
         return []
-    before = rows_of(model)
+    tokenizer, before = load_tokenizer(config.model), rows_of(model)
+    known = set(tokenizer.get_vocab())
+    ids = add_tokens(tokenizer, config.tokens.add)
     more = grow(model, max(ids) + 1, "tokens.add")
+    if known.issuperset(config.tokens.add):  # the trained model itself
+        return []
     found = sum(number < before for number in ids)
     takes = [f"{found} take rows that no other token has"] if found else []
     takes += [f"the vocabulary grows by {more} to {before + more:,}"] if more else []

@@ -62,6 +62,7 @@ dir = "run"
 save_every = 2
 """
 LORA = "lora={rank=4}"
+ADD = "tokens.add=['<think>', 'ine plus']"
 EXPERTS = 'lora={rank=4, target=["q_proj", "experts"]}'
 FROM = "lora.from={adapter}"  # a trained adapter of the model
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "sft")
@@ -118,6 +119,9 @@ RUNS: dict[str, tuple[str, str, list[str]]] = {
     "dpo, continued, nf4, streamed": ("dpo", "llama", [FROM, "model.quantization=nf4", "model.streaming=true"]),
     "dpo, experts in nf4, continued": ("dpo", "moe", [FROM, "model.quantization=nf4"]),
     "dpo, experts, stacked": ("dpo", "moe", [EXPERTS, FROM, "lora.stack=true"]),
+    **{f"{loss}, LoRA, new tokens": (loss, "llama", [LORA, ADD]) for loss in ("dpo", "kto")},
+    "sft, nf4, new tokens": ("sft", "llama", [LORA, ADD, "model.quantization=nf4"]),
+    "ipo, full, new tokens": ("ipo", "llama", [ADD]),
     "dpo, full, noise": ("dpo", "llama", ["train.neftune_alpha=5"]),
     "dpo, nf4, PiSSA in a layer": (
         "dpo",

@@ -168,8 +168,14 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "empty": (("tokens.add=['']",), r"tokens\.add.*'' cannot be a token"),
     "with space": (("tokens.add=[' a']",), r"tokens\.add.*' a' cannot be a token"),
     "a continued adapter": ((ADD, "lora={from='x'}"), r"tokens\.add: an adapter that is continued"),
-    "another reference": ((ADD, LORA, "reference.name=m"), r"tokens\.add: another model or adapter knows no new tokens"),
-    "streamed": ((ADD, LORA, "model.streaming=true"), r"tokens\.add: the trained rows .* set model\.streaming to false"),
+    "another reference": (
+        (ADD, LORA, "reference.name=m"),
+        r"tokens\.add: another model or adapter knows no new tokens",
+    ),
+    "streamed": (
+        (ADD, LORA, "model.streaming=true"),
+        r"tokens\.add: the trained rows .* set model\.streaming to false",
+    ),
     "an adapter on the head": (
         (ADD, "lora={target=['q_proj', 'lm_head']}"),
         r"tokens\.add: the rows of lm_head .* remove it from lora\.target",
@@ -181,13 +187,18 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+def start(folder: Path, *overrides: str) -> None:
+    """Read a config, the tokenizer and the model, as a run does."""
+    chosen = config_for(folder, *overrides)
+    run_tokenizer(chosen)
+    load_model(chosen, CPU)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_is_refused(folders: dict[tuple[str, int], Path], fault: str):
     overrides, message = FAULTS[fault]
     with pytest.raises(UserError, match=message):
-        chosen = config_for(folders["llama", FIRST], *overrides)
-        run_tokenizer(chosen)
-        load_model(chosen, CPU)
+        start(folders["llama", FIRST], *overrides)
 
 
 def test_tokenizers_get_the_tokens(folders: dict[tuple[str, int], Path]):

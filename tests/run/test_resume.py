@@ -26,6 +26,8 @@ CASES = {
     "dpo-frozen": ['train.freeze=["embed_tokens", "layers.1", "norm.weight"]'],
     "dpo-noise": ["train.neftune_alpha=5"],
     "kto-lora-noise": ["loss.type=kto", LORA, "train.neftune_alpha=5"],
+    "dpo-lora-new-tokens": [LORA, "tokens.add=['nine plus', '<think>']"],
+    "kto-full-new-tokens": ["loss.type=kto", "tokens.add=['nine plus', '<think>']"],
     "kto-lora": ["loss.type=kto", LORA],
     "kto-full": ["loss.type=kto"],
     "dpo-full-synced": ["reference={mode='copy', sync={every=3, mix=0.3}}"],

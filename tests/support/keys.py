@@ -235,6 +235,7 @@ CHANGES: dict[str, Change] = {
     "tokens.chat_template_kwargs": Change(
         "{enable_thinking=false}", ("tokens.chat_template=t.jinja", "tokens.max_length=400"), prepare=a_template
     ),
+    "tokens.add": Change("['nine plus']"),
     "reference.mode": Change("copy", shows="words"),
     "reference.adapter": Change("none", ("lora.from=adapter",), shows="metrics", prepare=an_adapter),
     "reference.name": with_lora("adapter", shows="metrics", prepare=an_adapter),
