@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -166,6 +167,8 @@ def _reference(
 ) -> tuple[Loaded | None, Context]:
     """Return the reference, and the context to compute it in. Raises UserError if its vocabulary differs."""
     if named is not None:
+        if added := trained.config.tokens.add:  # the model that a run began with has no rows for its tokens
+            named = replace(named, config=named.config.but({"tokens.add": added}))
         other = load_trained(named, device)
         if other.policy.head.vocabulary != loaded.policy.head.vocabulary:
             raise UserError(

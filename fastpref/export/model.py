@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,12 @@ class Plan:
 def plan_model(trained: Trained, quant: str, dequantized: bool | None) -> Plan:
     """Plan an export from headers and configs. Raises UserError if it is impossible."""
     options = options_of(trained)
-    config = model_config(options).get_text_config()
+    config = deepcopy(model_config(options).get_text_config())
+    if trained.is_adapter:  # which may have rows for new tokens
+        config.vocab_size = max(config.vocab_size, rows_for(trained.weights))
     family = family_of(config)
     described = list(model_settings(config, family))
     tokenizer = trained_tokenizer(trained)
-    if trained.is_adapter and rows_for(trained.weights) > config.vocab_size:
-        raise UserError(
-            f"{trained.weights}: the model has no rows for the adapter's new tokens; merge it with fastpref merge, and "
-            "export the merged model"
-        )
     vocabulary = read_vocabulary(tokenizer, config.vocab_size, ends_of(trained, options, tokenizer))
     weights = open_weights(trained, dequantized=dequantized)
     if weights.plan.head in weights.names and not family.untied:

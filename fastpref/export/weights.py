@@ -1,10 +1,11 @@
 """The trained weights of a run, an adapter or a model, one tensor of the model at a time, merged if need be."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ from fastpref.merge.adapter import adapted, merged, through_four_bits, with_adap
 from fastpref.merge.checkpoint import Checkpoint, model_folder
 from fastpref.merge.names import Group
 from fastpref.merge.plan import Plan, bare_model, make_plan, nf4_weights
+from fastpref.model.adapters.token_rows import rows_of_tokens
 from fastpref.run.trained import Trained
 
 
@@ -88,7 +90,14 @@ def open_weights(trained: Trained, *, dequantized: bool | None = None) -> Weight
     bare = bare_model(options)
     weights = Weights(plan, _shapes(bare), ("nf4, dequantised" if nf4 else options.name) if parts else None)
     _check(weights, options.name)
-    return weights
+    return replace(weights, shapes=weights.shapes | _grown(weights))
+
+
+def _grown(weights: Weights) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tables that get rows for new tokens, by the tables' names."""
+    parts = {name: part for name, part in weights.plan.parts.items() if isinstance(part, TrainableTokensWrapper)}
+    before = {name: weights.shapes[name] for name in parts}
+    return {name: (max(rows, rows_of_tokens(parts[name])), *rest) for name, (rows, *rest) in before.items()}
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -275,7 +275,9 @@ def estimate(run: Run, _: Path) -> None:
     result = succeed("estimate", run.folder / "cfg.toml", "--cpu", "--json", *run.overrides).json
     assert (result["loss"], result["device"]) == (run.loss, "cpu")
     model = Path(run.model) / "model.safetensors"
-    weights, adapters = size(model), size(run.path / "final" / "adapter_model.safetensors")
+    # Two rows of two tables; PEFT keeps what trained ones were.
+    added = 2 * 2 * 4 * SIZES["hidden_size"] * (2 if run.adapters else 1) * (ADD in run.overrides)
+    weights, adapters = size(model) + added, size(run.path / "final" / "adapter_model.safetensors")
     if "nf4" in str(run.overrides):
         embeddings, tables = 2 * 4 * SIZES["vocab_size"] * SIZES["hidden_size"], 2 * 7 * 4 * (16 + 256)  # of 14 layers
         quantised = 0.52 / 4 * (weights - embeddings) + tables
@@ -359,7 +361,7 @@ def merge(run: Run, folder: Path) -> None:
         return
     succeed("merge", run.path, "--output", folder / "merged")
     # A model alone has no run, so options give the loss, and the batch in which KTO pairs prompts with completions.
-    known = [f"loss.type={run.loss}", "train.batch=5"]
+    known = [f"loss.type={run.loss}", "train.batch=5", *(o for o in run.overrides if o == ADD)]
     merged = metrics_of(folder / "merged", "--data", run.folder / "heldout.jsonl", "--reference", run.reference, *known)
     if "nf4" in str(run.overrides):  # merged onto the 4-bit weights; this reference has the original ones
         name = "nll_loss" if run.loss == "sft" else "logps/chosen"
@@ -394,7 +396,8 @@ def export(run: Run, folder: Path) -> None:
 def export_adapter(run: Run, folder: Path) -> None:
     """Check that an adapter is written alone, with two tensors for each of PEFT's two, or that there is none."""
     result = run_command("export", run.path, "--gguf", "--adapter", "--output", folder / "out" / "x.gguf")
-    adapters, refused = run.adapters and "mamba" not in run.model, not (folder / "out").exists()
+    adapters = run.adapters and "mamba" not in run.model and ADD not in run.overrides
+    refused = not (folder / "out").exists()
     assert (result.status, refused) == ((0, False) if adapters else (2, True))
     if adapters:
         with safe_open(run.path / "final" / "adapter_model.safetensors", "pt") as file:

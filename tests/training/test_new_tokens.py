@@ -106,7 +106,6 @@ def test_eval_has_the_numbers_of_the_run(kind: str, request: pytest.FixtureReque
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "export": (("export", "{run}", "--gguf"), "merge it with fastpref merge"),
     "export --adapter": (("export", "{run}", "--gguf", "--adapter"), "Merge it with fastpref merge"),
     "lora.from": (
         ("train", "{config}", "lora={from='{run}'}", "output.dir=other"),

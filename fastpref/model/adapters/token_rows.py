@@ -73,7 +73,14 @@ def with_rows(module: TrainableTokensWrapper, table: Tensor) -> Tensor:
     (name,) = layer.active_adapters
     ids = _ids(layer, name, table.device)
     rows = layer.trainable_tokens_delta[name].to(table)
-    return grown(table, int(ids.max()) + 1).index_copy(0, ids, rows)
+    return grown(table, rows_of_tokens(module)).index_copy(0, ids, rows)
+
+
+def rows_of_tokens(module: TrainableTokensWrapper) -> int:
+    """Return how many rows a table needs for its trained ones."""
+    layer: Any = module.token_adapter
+    (name,) = layer.active_adapters
+    return max(layer.token_indices[name]) + 1
 
 
 def tokens_of(settings: Any) -> int:
