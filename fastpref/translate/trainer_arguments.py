@@ -35,7 +35,10 @@ def rules(learning_rate: Mapping[str, float], logging_steps: int) -> tuple[Rule,
         same("adam_epsilon", "train.epsilon", Fields.number),
         same("weight_decay", "train.weight_decay", Fields.number),
         same("max_grad_norm", "train.max_grad_norm", Fields.number),
-        same("neftune_noise_alpha", "train.neftune_alpha", Fields.number),
+        same(
+            "neftune_noise_alpha", "train.neftune_alpha", Fields.number,
+            "the same; each sequence is as long as itself here, and as its padded batch there, whose noise is less",
+        ),
         same("seed", "train.seed", Fields.whole),
         same("output_dir", "output.dir", Fields.text),
         rule(

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +20,7 @@ from fastpref.errors import UserError
 from fastpref.model.load import Loaded, load_model
 from fastpref.model.new_tokens import grow, rows_of
 from fastpref.model.tokenizer import add_tokens, run_tokenizer
+from fastpref.processes import _processes
 from fastpref.step.reference import make_reference
 from tests.support.paths import QUICKSTART_MODEL
 from tests.support.tiny import config_for, save_model
@@ -215,3 +218,10 @@ def test_a_token_that_text_does_not_become(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenizer, "encode", encode)
     with pytest.raises(UserError, match=r"tokens\.add: this tokenizer makes '.*', '.*' of '<a>' instead of one token"):
         add_tokens(tokenizer, ["<a>"])
+
+
+def test_several_processes_are_refused(folders: dict[tuple[str, int], Path]):
+    kind = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2, process_index=0)
+    accelerator: Any = kind
+    with pytest.raises(UserError, match=r"tokens\.add: new tokens are trained in one process"):
+        _processes(accelerator, config(folders["llama", FIRST]))

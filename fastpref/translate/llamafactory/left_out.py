@@ -39,7 +39,7 @@ GROUPS = merged(
             eval_on_each_dataset eval_num_beams compute_accuracy include_effective_tokens_per_second
             predict_with_generate generation_*""",
         "[lora] has one learning rate for embeddings and other modules": "loraplus_lr_embedding",
-        "adapters are saved as they are trained; `fastpref merge` makes a model of them": "pissa_convert",
+        "adapters are saved for the original model in any case": "pissa_convert",
         "fastpref trains lora, full and freeze": "module_dropout oft_* use_mca",
         "it is for stages that fastpref does not train": "ppo_* reward_model reward_model_*",
         "it is for optimizers that fastpref does not have": "galore_* apollo_* badam_*",
