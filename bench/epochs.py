@@ -24,7 +24,7 @@ from rich.table import Table
 import fastpref
 from fastpref.config import load_config
 from fastpref.data.cache import load_examples
-from fastpref.model.load import load_tokenizer
+from fastpref.model.tokenizer import load_tokenizer
 from fastpref.training.progress import Display
 
 MODES = ("auto", "adapter")

@@ -27,8 +27,9 @@ from fastpref.data.batch import Layout, computed_tokens
 from fastpref.data.cache import load_examples
 from fastpref.data.example import Example
 from fastpref.data.forest import Forest, Laid, Tokens, forest_tokens, lay_out
-from fastpref.model.load import load_model, load_tokenizer, mixed_precision
+from fastpref.model.load import load_model, mixed_precision
 from fastpref.model.policy import Policy
+from fastpref.model.tokenizer import load_tokenizer
 from fastpref.processes import start_processes
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer

@@ -26,11 +26,12 @@ from fastpref.model.adapters.fresh import with_adapters
 from fastpref.model.attention import NAME, give_attention
 from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import checkpoint_layers
-from fastpref.model.load import Loaded, load_tokenizer, mixed_precision, pretrained, weight_dtype
+from fastpref.model.load import Loaded, mixed_precision, pretrained, weight_dtype
 from fastpref.model.policy import Policy
 from fastpref.model.streaming.schedule import Transfers
 from fastpref.model.streaming.stream import Streaming, WeightStream, stream_weights
 from fastpref.model.streaming.transfers import CudaTransfers, HostTransfers
+from fastpref.model.tokenizer import load_tokenizer
 from fastpref.processes import start_processes
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer

@@ -106,7 +106,7 @@ def run_fastpref(model: str, data: str, folder: str, *, cached: bool = True) -> 
     os.environ["FASTPREF_CACHE"] = folder
     from fastpref.config import load_config
     from fastpref.data.cache import load_examples
-    from fastpref.model.load import load_tokenizer
+    from fastpref.model.tokenizer import load_tokenizer
 
     path = Path(folder) / "run.toml"
     path.write_text(f"[model]\nname = {json.dumps(model)}\n[[data]]\npath = {json.dumps(data)}\n")
