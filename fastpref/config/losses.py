@@ -94,12 +94,6 @@ class DPO(Loss):
             raise ValueError(f"variants names a loss twice: {', '.join(self.variants)}")
         if self.label_smoothing and "ipo" in self.variants:
             raise ValueError("label_smoothing has no effect on ipo; set it to 0")
-        if self.label_smoothing and not set(self.variants) & set(SMOOTHED_VARIANTS):
-            raise ValueError(f"label_smoothing: only {', '.join(SMOOTHED_VARIANTS)} have it; set it to 0")
-        if self.f_alpha != 0.5 and self.f_divergence != "alpha":
-            raise ValueError(f'f_alpha: only f_divergence = "alpha" has it, not {self.f_divergence!r}; leave it out')
-        if self.discopop_tau != 0.05 and "discopop" not in self.variants:
-            raise ValueError("discopop_tau: only the variant discopop has it; leave it out")
         if "exo_pair" in self.variants and not self.label_smoothing:
             raise ValueError("variants: exo_pair needs label_smoothing above 0, such as 1e-3")
         if self.weighting and set(self.variants) & set(SORTING_VARIANTS):

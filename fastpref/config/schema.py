@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, GetCoreSchemaHandler, Strict, TypeAdapter
 from pydantic_core import core_schema
 
 from fastpref.config.data import DataConfig, EvalConfig, TokensConfig
-from fastpref.config.losses import DPO, KTO, LOSSES, LossOptions
+from fastpref.config.losses import DPO, KTO, LOSSES, SMOOTHED_VARIANTS, LossOptions
 from fastpref.config.model import LoraConfig, ModelConfig
 from fastpref.config.optimization import OPTIMIZERS, SCHEDULES, optimization_mistakes
 from fastpref.config.section import Section
@@ -112,6 +112,7 @@ class Config(Section):
              "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
         ]  # fmt: skip
         mistakes = [message for wrong, message in checks if wrong]
+        mistakes += _unused_options(self.loss) if isinstance(self.loss, DPO) else []
         mistakes += [*optimization_mistakes(self), *stop_mistakes(self)]
         for table, sources in (("data", self.data), ("eval.data", self.eval.data)):
             mistakes += [f"{table}.{at}.{text}" for at, data in enumerate(sources) for text in _unused(data, self.loss)]
@@ -188,6 +189,16 @@ def _new_tokens(config: "Config") -> Iterator[tuple[bool, str]]:
     yield start, continued
     yield config.reference.name is not None and config.loss.uses_reference, other
     yield lora is not None and config.model.streaming is True, streamed
+
+
+def _unused_options(loss: DPO) -> Iterator[str]:
+    """Yield messages about the options of variants that are not there."""
+    if loss.label_smoothing and not set(loss.variants) & {*SMOOTHED_VARIANTS, "ipo"}:
+        yield f"loss.label_smoothing: only {', '.join(SMOOTHED_VARIANTS)} have it; set it to 0"
+    if loss.f_alpha != DPO.f_alpha and loss.f_divergence != "alpha":
+        yield f'loss.f_alpha: only f_divergence = "alpha" has it, not {loss.f_divergence!r}; leave it out'
+    if loss.discopop_tau != DPO.discopop_tau and "discopop" not in loss.variants:
+        yield "loss.discopop_tau: only the variant discopop has it; leave it out"
 
 
 def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:

@@ -36,7 +36,7 @@ MODELS = {
     "mamba": MambaConfig(**SIZES, state_size=4, num_hidden_layers=2, initializer_range=0.2),
     "moe": Qwen3MoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, norm_topk_prob=True,
     ),
 }  # fmt: skip
 CONFIG = """

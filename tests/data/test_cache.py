@@ -252,8 +252,6 @@ MISSES: dict[str, list[str] | Callable[[Path], None]] = {
     "pairs": ["data.0.path=lists.jsonl", "data.0.pairs=all"],
     "min_difference": ["data.0.path=lists.jsonl", "data.0.min_difference=2"],
     "on_error": ["data.0.on_error=drop"],
-    "split": ["data.0.split=test"],
-    "revision": ["data.0.revision=abc"],
     "no held-out rows": ["eval.data=[]"],
     "a fraction": ["eval={fraction=0.5}"],
     "max_length": ["tokens.max_length=63"],

@@ -100,7 +100,7 @@ def metrics(completions: int) -> list[Allowed]:
 
 def check(run: TracedRun, given: list[str], further: list[Allowed] | None = None) -> None:
     """Check that the parts of a run have exactly what is allowed, and `further` events."""
-    columns = {"loss.type=kto": 3, "loss.type=sft": 0}.get(given[0], 2)  # SFT has no rewards
+    columns = 3 if "loss.type=kto" in given else 0 if "loss.type=sft" in given else 2  # SFT has no rewards
     everywhere = further or []
     differences = [
         *_differences("step", run.step, [NORM, *metrics(columns), *everywhere]),

@@ -145,11 +145,11 @@ def test_tensors_of_two_devices_do_not_meet(tmp_path: Path):
 
 
 def test_a_weight_trained_in_half_precision_is_named(tmp_path: Path):
-    def halved(policy: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
+    def halved(policy: torch.nn.Module, config: Any, **options: Any) -> torch.optim.Optimizer:
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
-        return make(policy, config)
+        return make(policy, config, **options)
 
     make = start.make_optimizer
     with mock.patch.object(start, "make_optimizer", halved):
