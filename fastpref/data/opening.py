@@ -117,6 +117,11 @@ def _from_disk(data: DataConfig, path: Path) -> datasets.Dataset:
             ) from None
         raise UserError(f"{data.path}: cannot be read: {_cause(error)}") from None
     if isinstance(loaded, datasets.Dataset):
+        if data.split != DataConfig.model_fields["split"].default:
+            raise UserError(
+                f"{data.path}: data.split = {data.split!r}: this folder holds one data set without splits; leave the "
+                "key out"
+            )
         return loaded
     splits: Any = dict(loaded)
     if data.split not in splits:

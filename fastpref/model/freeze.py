@@ -31,6 +31,9 @@ def freeze(config: Config, model: PreTrainedModel) -> list[str]:
         frozen |= inside
     for name in frozen:
         parameters[name].requires_grad_(False)
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    if config.tokens.add and any(id(parameters[name]) in ends for name in frozen):
+        raise UserError("train.freeze: it names embeddings or head, whose rows tokens.add is to train; leave them out")
     own = parts.parameters()
     if not any(parameter.requires_grad for parameter in own.values()):
         raise UserError("train.freeze: nothing is left to train; name fewer modules")

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
-from fastpref.config import Config, load_config
+from fastpref.config import Config, DataConfig, load_config
+from fastpref.data.opening import open_records
 from fastpref.data.rows.auto import KNOWN
 from fastpref.data.rows.content import Paired, RowContent, Unpaired
 from fastpref.data.sources import Prepared, SourceRow, prepare, repeats
@@ -713,3 +714,10 @@ def test_one_prompt_cannot_be_split(tmp_path: Path):
     path = write(tmp_path / "pairs.jsonl", [{**TEXT, "chosen": f"yes {i}"} for i in range(10)])
     with pytest.raises(UserError, match=r"all 10 rows have the same one; .*\[\[eval\.data\]\]"):
         prepared(path, eval={"fraction": 0.5})
+
+
+def test_a_split_of_a_folder_without_splits_is_an_error(tmp_path: Path):
+    """A key that says which part is meant must not be passed over where there are no parts."""
+    Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"data\.split = 'test': this folder holds one data set without splits"):
+        open_records(DataConfig(path=str(tmp_path / "saved"), split="test"))

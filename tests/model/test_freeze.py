@@ -1,5 +1,6 @@
 """Weights that full fine-tuning leaves as they are."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,10 @@ def test_frozen_weights_keep_their_bits(config: Path):
     for name, tensor in load_file("out/final/model.safetensors").items():
         frozen = "embed_tokens" in name or "layers.0." in name
         assert torch.equal(tensor, before[name].float()) == frozen, name
+
+
+def test_rows_of_new_tokens_are_not_frozen(tmp_path: Path):
+    """tokens.add trains rows of the embeddings and the head, which freezing these would silently keep as they began."""
+    settings = ["tokens.add=['<think>']", "train.freeze=['embed_tokens']"]
+    with pytest.raises(UserError, match=r"train\.freeze: it names embeddings or head, whose rows tokens\.add"):
+        load_model(config_for(Path(shutil.copytree(QUICKSTART_MODEL, tmp_path / "model")), *settings), CPU)

@@ -107,10 +107,6 @@ def _of(loss: str, **changes: Change) -> dict[str, Change]:
     return rows
 
 
-def _twice(at: int, pair: dict) -> dict:
-    return pair | {"weight": 1 + at % 3}
-
-
 def _listed(at: int, pair: dict) -> dict:
     answers = [pair["rejected"], pair["chosen"], [{"role": "assistant", "content": f"Nine, {at}."}]]
     return {"prompt": pair["prompt"], "responses": answers, "scores": [0.0, 2.0, 1.5 + at % 2]}
@@ -138,7 +134,6 @@ def _table(at: int, pair: dict) -> dict:
 
 
 ROWS = "data.0.path=rows.jsonl"
-A_TABLE = "format={field_prompt='a', field_chosen='b', field_rejected='c'}"
 
 CHANGES: dict[str, Change] = {
     "model.name": Change("other", prepare=another_model),

@@ -19,22 +19,10 @@ from fastpref.training import loop, start
 from tests.support.adapters import save_adapter
 from tests.support.paths import QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.runs import rows
+from tests.support.ten_steps import BATCH, STEPS, ten_steps
 
-STEPS, BATCH, RATE = 10, 6, 2e-3
-CONFIG = f"""
-[model]
-name = "{QUICKSTART_MODEL.as_posix()}"
-[[data]]
-path = "rows.jsonl"
-[train]
-learning_rate = {RATE}
-schedule = "constant"
-warmup = 0
-steps = {STEPS}
-batch = {BATCH}
-[output]
-dir = "out"
-"""
+RATE = 2e-3
+CONFIG = ten_steps(RATE)
 LOSSES: dict[str, str] = {"dpo": "sigmoid", "kto": "kto"}
 
 

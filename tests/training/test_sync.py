@@ -19,22 +19,10 @@ from fastpref.errors import UserError
 from fastpref.training import loop
 from tests.support.paths import QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.runs import rows
+from tests.support.ten_steps import BATCH, STEPS, ten_steps
 
-STEPS, BATCH, RATE = 10, 6, 1e-4
-CONFIG = f"""
-[model]
-name = "{QUICKSTART_MODEL.as_posix()}"
-[[data]]
-path = "rows.jsonl"
-[train]
-learning_rate = {RATE}
-schedule = "constant"
-warmup = 0
-steps = {STEPS}
-batch = {BATCH}
-[output]
-dir = "out"
-"""
+RATE = 1e-4
+CONFIG = ten_steps(RATE)
 SYNCS: dict[str, tuple[int, float]] = {"mixed": (3, 0.4), "in every step": (1, 0.6), "replaced": (4, 1.0)}
 
 
