@@ -38,7 +38,7 @@ from fastpref.model.streaming.stream import Streaming
 from fastpref.model.trial import Choice, choose_layout
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer, training_weights
-from fastpref.step.reference import Reference, copy_config, make_reference, named_model, precomputes
+from fastpref.step.reference import Reference, copy_config, make_reference, named_model
 
 CPU = torch.device("cpu")
 
@@ -227,7 +227,7 @@ def _materialised(config: Config, bones: Skeleton, count: PeakStorage, streaming
 
 def _copy(config: Config, bones: Skeleton, architecture: PretrainedConfig, *, kernels: bool) -> PreTrainedModel | None:
     """Return the model of a frozen reference if a run would load it, instead of copying the policy; else None."""
-    if not config.loss.uses_reference or precomputes(config):
+    if not config.loss.uses_reference or config.precomputes:
         return None
     if reference_kind(config) == "model":
         loaded: Any = SimpleNamespace(model=bones.model, layout=config.train.layout)
@@ -267,7 +267,7 @@ def _reference(
 ) -> Reference | None:
     if not config.loss.uses_reference:
         return None
-    if precomputes(config):
+    if config.precomputes:
         return lambda batch: torch.zeros(len(batch.segments))
 
     def load(*_: Any) -> PreTrainedModel:

@@ -121,7 +121,7 @@ def make_reference(
     stream, kind = stream_of(loaded.model), reference_kind(config)
     if kind == "model":
         return _another_model(config, loaded, autocast, load)
-    if precomputes(config) or config.reference.mode != "copy":
+    if config.precomputes or config.reference.mode != "copy":
         sweep = None if stream is None else SharedSweep(stream)
         return ModelReference(loaded.policy, loaded.reference.names, autocast, sweep=sweep), described(config)
     if stream is not None:
@@ -190,11 +190,6 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def precomputes(config: Config) -> bool:
-    """Return whether reference log-probabilities are computed before training, to save the memory of a copy."""
-    return config.precomputes
-
-
 def remembers(config: Config) -> bool:
     """Return whether a reference with adapters keeps what it has computed, for later epochs, evaluations and runs."""
     return config.reference.mode == "auto" and config.lora is not None
@@ -209,7 +204,7 @@ def described(config: Config) -> str:
         "adapter": f"the same weights with the adapter {config.reference.name}",
         "model": f"a frozen copy of {config.reference.name}",
     }[kind]
-    if precomputes(config):
+    if config.precomputes:
         return "computed before training" + ("" if kind == "base" else f", by {what}")
     if (sync := config.reference.sync) is not None:
         return f"a copy of the model, which moves every {sync.every} steps by {sync.mix:g} of the way to the policy"

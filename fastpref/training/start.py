@@ -44,7 +44,7 @@ from fastpref.step.logprob_store import LogprobStore
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, Remembered, reference_folder
-from fastpref.step.reference import ONCE, ModelReference, Reference, make_reference, precomputes, remembers
+from fastpref.step.reference import ONCE, ModelReference, Reference, make_reference, remembers
 from fastpref.step.schedule import Schedule, warmup_steps
 from fastpref.training.callbacks import Callbacks
 from fastpref.training.loop import RunResult, TrainingRun
@@ -289,7 +289,7 @@ def _reference(
     if computing.sweep is not None:
         computing.sweep.tell = display.note
     keeping = remembers(config) and cache and processes == ALONE
-    if not (precomputes(config) or keeping):
+    if not (config.precomputes or keeping):
         reason = "several processes remember nothing" if cache else "--no-cache keeps nothing"
         return computing, [f"{words}, computed in every step: {reason}" if remembers(config) else words]
     known = resumed.state.get("reference") if resumed else None

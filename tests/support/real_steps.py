@@ -13,7 +13,7 @@ from fastpref.model.gradient_checkpointing import checkpoint_layers
 from fastpref.model.load import load_model
 from fastpref.step.objective import Objective
 from fastpref.step.optimizer import make_optimizer, training_weights
-from fastpref.step.reference import make_reference, precomputes
+from fastpref.step.reference import make_reference
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def real_steps(
     reference = make_reference(config, loaded, mixed)[0] if config.loss.uses_reference else None
     if autocast is not None:
         loaded.policy.forward = half()(loaded.policy.forward)
-    if reference is not None and precomputes(config):
+    if reference is not None and config.precomputes:
         reference = lambda batch: torch.zeros(len(batch.segments))  # noqa: E731
     optimizer = make_optimizer(loaded.policy, config)
     objective = Objective(loaded.policy, reference, config.loss, loaded.layout, config.tokens_per_microbatch, 0, CPU)
