@@ -7,7 +7,7 @@ them. Both keep them in
 
 The key of a completion's log-probabilities is a digest of the tokens of its prompt and itself. So a change of the
 tokens (by the data, format, template or limits) never finds old numbers, and only added data are computed. Everything
-else that changes the numbers (the model's files or commit, its dtype, quantization and mixed precision, its attention
+else that changes the numbers (the model's files or commit, rows of new tokens, its dtype, quantization and mixed precision, its attention
 and liger's kernels, the kind of device, the code that computes it) is in the fingerprint, so files of another kind are
 never read. A stopped run continues with what is in the files.
 
@@ -39,6 +39,7 @@ from fastpref.data.example import Example
 from fastpref.data.plan import plan_pass
 from fastpref.model.experts.kinds import has_packed_experts
 from fastpref.model.load import Loaded, mixed_precision
+from fastpref.model.new_tokens import rows_of
 from fastpref.model.policy import PolicyOutput
 from fastpref.model.rope import has_rope_by_length
 from fastpref.processes import ALONE, Processes
@@ -215,6 +216,7 @@ def reference_folder(config: Config, loaded: Loaded, copy: PreTrainedModel | Non
         "attention": model.config._attn_implementation,
         "liger": loaded.liger,
         "device": model.device.type,
+        **({"rows": rows_of(model)} if config.tokens.add else {}),  # each takes a share of every probability
         # `rope.fix_rope` gives every row the frequencies of this length.
         **({"rope_of": config.tokens.max_length} if has_rope_by_length(model) else {}),
     }

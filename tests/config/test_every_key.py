@@ -1,7 +1,8 @@
 """Every key of a config changes something that a user can see: the weights, the metrics, the files, or what is printed.
 
 A row of CHANGES names a key, another value for it, the settings in which it matters, and where the change is seen. A
-key of the schema without a row fails `test_every_key_has_a_row`, and a key that nothing reads fails its own row.
+key of the schema without a row fails `test_every_key_has_a_row`, and a key that nothing reads fails its own row. A key
+that changes what the reference computes must also change where later runs look that up.
 """
 
 import re
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
+from torch.testing import assert_close
 
 from fastpref.config.losses import LOSSES
 from fastpref.config.text import keys_of, sections
+from fastpref.step.logprob_store import LogprobStore
 from tests.support.command_line import run_command
 from tests.support.keys import CHANGES, Change
 from tests.support.runs import rows, write_config
@@ -45,6 +49,7 @@ class Seen:
     metrics: list[dict[str, Any]]
     files: Mapping[str, str]  # digests of the files, except those that repeat the config or tell times
     words: list[str]  # printed lines without times
+    reference: Mapping[tuple[str, bytes], Tensor]  # what is remembered for later runs: by folder and completion
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +72,14 @@ def seen(folder: Path, change: Change, overrides: tuple[str, ...]) -> Seen:
         result = run_command("train", config, *overrides)
     run = next((path.parent for path in sorted(folder.rglob("metrics.jsonl"))), None)
     lines = re.sub(r"cache/(\w+)/\w+", r"cache/\1", (result.out + result.err).replace(str(folder), ".")).splitlines()
+    kept = sorted((folder / "cache" / "reference").glob("*"))
     return Seen(
         status=result.status,
         weights={path.name: _digest(path) for path in sorted(folder.rglob("final/*.safetensors"))},
         metrics=rows(run) if run is not None else [],
         files={path.relative_to(folder).as_posix(): _digest(path) for path in sorted(folder.rglob("*")) if _says(path)},
         words=[line for line in lines if not any(word in line for word in TIMES)],
+        reference={(path.name, key): store[key] for path in kept for store in [LogprobStore(path)] for key in store},
     )
 
 
@@ -100,6 +107,8 @@ def test_a_changed_value_is_seen(key: str, tmp_path: Path, runs: dict[tuple[str,
         assert {first.status, second.status} == {0, 2}, second.words
         return
     assert first.status == 0, first.words
+    for name in first.reference.keys() & second.reference.keys():
+        assert_close(second.reference[name], first.reference[name], rtol=0, atol=1e-5, msg=f"{key}: reference")
     if change.shows == "refused":  # the key is read, and this machine or these data cannot do what it says
         assert second.status == 2
         assert any(word in " ".join(second.words) for word in (plain.rpartition(".")[2], change.value))

@@ -52,11 +52,11 @@ def with_lora(value: str, *given: str, shows: str = "weights", prepare: Callable
 
 
 def another_model(folder: Path) -> None:
-    """Write a model with other weights."""
+    """Write a model with other weights, by which all tokens are likely."""
     shutil.copytree(QUICKSTART_MODEL, folder / "other")
     weights = load_file(folder / "other" / "model.safetensors")
     save_file(
-        {name: 0.9 * tensor for name, tensor in weights.items()},
+        {name: 0.3 * tensor for name, tensor in weights.items()},
         folder / "other" / "model.safetensors",
         {"format": "pt"},
     )
@@ -230,7 +230,7 @@ CHANGES: dict[str, Change] = {
     "tokens.chat_template_kwargs": Change(
         "{enable_thinking=false}", ("tokens.chat_template=t.jinja", "tokens.max_length=400"), prepare=a_template
     ),
-    "tokens.add": Change("['nine plus']"),
+    "tokens.add": Change("['nine plus']", ("model.name=other",), prepare=another_model),
     "reference.mode": Change("copy", shows="words"),
     "reference.adapter": Change("none", ("lora.from=adapter",), shows="metrics", prepare=an_adapter),
     "reference.name": with_lora("adapter", shows="metrics", prepare=an_adapter),

@@ -4,6 +4,7 @@ An event is a wait of the host for the device, a tensor of the host among those 
 where autocast means half precision, or an update of a weight in half precision.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -160,6 +161,7 @@ def traced(*, half: bool = True, capability: tuple[int, int] = (9, 0)) -> Iterat
         fake_cuda(capability),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(InterpretedFunction, "run", run),
+        mock.patch.dict(os.environ),  # to which Triton writes its knobs
         mock.patch.object(knobs.runtime, "interpret", False),  # the launches are those of a card
         mock.patch.object(torch.cuda, "synchronize", synchronize),
         trace,

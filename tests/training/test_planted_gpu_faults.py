@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastpref.errors import UserError
 from fastpref.kernels import linear_logprob_triton
+from fastpref.kernels.tiles import interpreted
 from fastpref.losses import token_loss
 from fastpref.training import start
 from tests.support.trace import traced
@@ -142,6 +143,14 @@ def test_tensors_of_two_devices_do_not_meet(tmp_path: Path):
         pytest.raises(UserError, match=r"cuda:0 and cpu|cuda:0, cpu"),
     ):
         traced_run(tmp_path, "loss.type=orpo", "lora={rank=4}")
+
+
+def test_a_trace_leaves_the_kernels_as_they_were():
+    """Kernels run in the interpreter after a trace if they did before: Triton's knobs are also in the environment."""
+    before = interpreted()
+    with traced():
+        assert not interpreted()
+    assert interpreted() == before
 
 
 def test_a_weight_trained_in_half_precision_is_named(tmp_path: Path):
