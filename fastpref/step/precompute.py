@@ -7,9 +7,9 @@ them. Both keep them in
 
 The key of a completion's log-probabilities is a digest of the tokens of its prompt and itself. So a change of the
 tokens (by the data, format, template or limits) never finds old numbers, and only added data are computed. Everything
-else that changes the numbers (the model's files or commit, rows of new tokens, its dtype, quantization and mixed precision, its attention
-and liger's kernels, the kind of device, the code that computes it) is in the fingerprint, so files of another kind are
-never read. A stopped run continues with what is in the files.
+else that changes the numbers (the model's files or commit, rows of new tokens, its dtype, quantization and mixed
+precision, its attention and liger's kernels, the kind of device, the code that computes it) is in the fingerprint, so
+files of another kind are never read. A stopped run continues with what is in the files.
 
 Log-probabilities that are looked up equal computed ones only up to the rounding of another micro-batch. A resumed run
 must nevertheless equal the uninterrupted one bit for bit. So its checkpoint names the files that the run had read and
