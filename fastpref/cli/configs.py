@@ -49,17 +49,17 @@ def init(
 
 
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Report every mistake in a config, each with its line."""
+    """Report every mistake in a config, and in what it names."""
+    from fastpref.checks import look
+    from fastpref.commands.about import in_one_sentence
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
-    training = "the whole model" if loaded.lora is None else f"LoRA adapters of {loaded.lora.ranks}"
-    if loaded.lora is not None and loaded.lora.start is not None:
-        training = f"{training} on top of" if loaded.lora.stack else "the LoRA adapter"
-        training = f"{training} {loaded.lora.start}"
-    typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
-    for note in foresee(loaded):
-        typer.echo(f"note: {note}")
+    findings = look(loaded)
+    findings.require()
+    typer.echo(f"{config}: no mistakes. {in_one_sentence(loaded)}.")
+    for note in (*findings.notes, *foresee(loaded)):
+        typer.echo(note if note.startswith("warning") else f"note: {note}")
 
 
 def preview(
