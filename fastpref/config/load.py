@@ -68,7 +68,7 @@ def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError as error:
         word = value.strip()
-        if not word or not all(c.isalnum() or c in "-_./:~" for c in word):
+        if not word or not all(c.isalnum() or c in "-_./:~*?" for c in word):
             raise UserError(f"override {override!r}: the value is not valid TOML: {error}") from None
         parsed = word
     table: Any = raw
