@@ -90,14 +90,14 @@ def test_a_list_mixes_all_kinds(elsewhere: Path):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "splits": (lambda: datasets.DatasetDict(train=MADE), r"got DatasetDict: name one of its splits"),
+    "splits": (lambda: datasets.DatasetDict({"train": MADE}), r"got DatasetDict: name one of its splits"),
     "stream": (lambda: MADE.to_iterable_dataset(), r"got IterableDataset: its rows have no number"),
     "frame": (lambda: MADE.to_pandas(), r"got DataFrame: .*from_pandas"),
     "rows": (lambda: MADE.to_list(), r"data\[0\]: this is a row.*from_list"),
     "transform": (lambda: MADE.with_transform(lambda batch: batch), r"data: the Dataset has a transform"),
     "none": (lambda: MADE.select([]), r"data: the Dataset has no rows"),
     "number": (lambda: [MADE, 3], r"data\[1\]: takes a datasets.Dataset, a path or a name on the hub, got int"),
-    "inside": (lambda: {"path": datasets.DatasetDict(train=MADE)}, r"data.path: .*name one of its splits"),
+    "inside": (lambda: {"path": datasets.DatasetDict({"train": MADE})}, r"data.path: .*name one of its splits"),
 }
 
 
