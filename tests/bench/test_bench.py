@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,12 @@ from bench.results import against, changes, head_record, markdown, ratios, sprea
 from bench.revision import Revision
 from bench.scaling import growth, variations
 from bench.step_data import StepShape, as_text, count_tokens, make_rows
-from tests.support.paths import QUICKSTART_MODEL
+from tests.support.paths import QUICKSTART_MODEL, ROOT
 
 SHAPE = Shape("small", hidden=24, vocab=301, pairs=2, length=17, prompt=6)
-EAGER = [method for method in METHODS if method.name not in ("Liger", "cut-cross-entropy")]  # the others compile
+EAGER = [  # the others compile
+    method for method in METHODS if method.name not in ("Liger", "cut-cross-entropy") and method.installed
+]
 
 
 def case(objective: Objective = TOKENS, passes: str = "frozen", softcap: float | None = None) -> Case:
@@ -58,6 +63,21 @@ def test_a_wrong_way_is_called_wrong_and_is_no_rival() -> None:
     assert best is not None
     assert "biased" not in best
     assert "wrong: " in markdown(result(record))
+
+
+def test_unsloths_head_is_loaded_without_its_package(tmp_path: Path) -> None:
+    """Importing unsloth_zoo needs a GPU; its module of preference losses is loaded without running the package."""
+    losses = tmp_path / "unsloth_zoo" / "fused_losses"
+    losses.mkdir(parents=True)
+    (losses.parent / "__init__.py").write_text("raise RuntimeError('no GPU')\n")
+    (losses / "__init__.py").write_text("raise RuntimeError('no GPU')\n")
+    (losses / "softmax.py").write_text("ANSWER = 42\n")
+    module = "from unsloth_zoo.fused_losses.softmax import ANSWER\ndef fused_linear_token_logps(): return ANSWER\n"
+    (losses / "preference_loss.py").write_text(module)
+    code = "from bench.unsloth import token_logps; print(token_logps()())"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    found = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert found.stdout.split() == [b"42"], found.stderr
 
 
 def test_out_of_memory_and_missing_packages_have_a_row() -> None:
