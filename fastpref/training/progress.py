@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fastpref.health import RULES, Verdict
+from fastpref.run.times import duration
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVES = (  # metric, its name, its format, whether its scale is 0 to 1
@@ -43,6 +44,8 @@ class Display:
         self._training = self._last_line = 0.0  # seconds in steps; when the last line was printed
         self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in _CURVES}
         self._speed = ""
+        self._taken, self._totals = 0, {"pairs": 0.0, "tokens": 0.0}
+        self._memory: int | None = None
         self._bar = Progress(  # narrow enough for 40 columns
             BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
             TextColumn("left", table_column=Column(no_wrap=True)), console=self.console,
@@ -74,6 +77,15 @@ class Display:
     def note(self, text: str) -> None:
         self.console.print(escape(text))
 
+    def ended(self) -> None:
+        """Print the time, the mean speed and the peak memory of the steps, which vanish with the bar."""
+        if not self._taken:
+            return
+        pairs, tokens = (self._totals[what] / self._training for what in ("pairs", "tokens"))
+        memory = "" if self._memory is None else f", {self._memory / 1e9:.2f} GB at most"
+        steps = f"{self._taken:,} step{'s' * (self._taken > 1)} in {duration(self._training)}"
+        self.console.print(f"{steps}: {pairs:.3g} {self._examples}/s, {tokens:,.0f} tokens/s{memory}")
+
     def verdict(self, verdict: Verdict) -> None:
         """Print a verdict that has just appeared."""
         self._sentence(_line(verdict))
@@ -100,6 +112,9 @@ class Display:
         """Show a step. `memory` is the peak so far in bytes. Without a terminal, print at most one line per second."""
         now = time.monotonic()
         self._training += seconds
+        self._taken, self._memory = self._taken + 1, memory
+        for what in self._totals:
+            self._totals[what] += metrics[f"{what}_per_second"] * seconds
         if self._live:
             for name, values in self._curves.items():
                 if name in metrics and np.isfinite(metrics[name]):
