@@ -12,6 +12,7 @@ from fastpref.cli.models import chat, evaluate, export, merge, push
 from fastpref.cli.parameters import flag
 from fastpref.cli.records import list_runs, report
 from fastpref.cli.runs import train
+from fastpref.cli.setup import leave, own_process
 from fastpref.commands.about import print_version
 from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
@@ -53,6 +54,16 @@ def options(
 
 for _name, (_command, _example) in _COMMANDS.items():
     app.command(_name, epilog=f"Example: fastpref {_name} {_example}".rstrip())(_command)
+
+
+def console() -> None:
+    """Run a command in a process of its own, and end it."""
+    own_process()
+    try:
+        main()
+    except SystemExit as ended:
+        leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    leave(0)
 
 
 def main() -> None:

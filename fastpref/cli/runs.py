@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fastpref.cli.parameters import ConfigFile, NoCache, Offline, Overrides, flag
-from fastpref.cli.setup import prepare
+from fastpref.cli.setup import loading
 from fastpref.config import load_config
 from fastpref.errors import UserError
 
@@ -35,8 +35,8 @@ def train(
         from fastpref.processes import end_together  # the processes on other hosts wait for this one
 
         end_together(error)
-    prepare(offline)
-    from fastpref.training.start import train as run
+    with loading(offline=offline):
+        from fastpref.training.start import train as run
 
     checkpoint = named[0] if named else resume
     if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:
