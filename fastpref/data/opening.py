@@ -4,14 +4,15 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from fastpref.config import DataConfig
 from fastpref.data.records import ArrowRecords, Csv, JsonLines, Records, read_json
 from fastpref.data.rows.columns import LABELS, MARGIN, WEIGHT
 from fastpref.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import datasets
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
 
@@ -49,8 +50,6 @@ def _digest(files: Iterable[Path], beneath: Path | None = None) -> str:
 
 
 def _open(data: DataConfig) -> Records:
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own message reports what it cannot read
     try:
         path = Path(data.path).expanduser()
     except RuntimeError:  # ~name of a user who does not exist
@@ -94,8 +93,18 @@ def _check_keys_of_the_hub(data: DataConfig, path: Path) -> None:
             )
 
 
-def _from_table(data: DataConfig, path: Path) -> datasets.Dataset:
+def _datasets() -> Any:
+    """Import the library, which takes most of a second, for what only it can read."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own message reports what it cannot read
+    return datasets
+
+
+def _from_table(data: DataConfig, path: Path) -> "datasets.Dataset":
     kind = path.suffix.removeprefix(".")
+    datasets = _datasets()
     try:
         loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
     except Exception as error:  # datasets raises whatever its reader raises
@@ -106,7 +115,8 @@ def _from_table(data: DataConfig, path: Path) -> datasets.Dataset:
     return loaded
 
 
-def _from_disk(data: DataConfig, path: Path) -> datasets.Dataset:
+def _from_disk(data: DataConfig, path: Path) -> "datasets.Dataset":
+    datasets = _datasets()
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -129,7 +139,8 @@ def _from_disk(data: DataConfig, path: Path) -> datasets.Dataset:
     return splits[data.split]
 
 
-def _from_hub(data: DataConfig) -> datasets.Dataset:
+def _from_hub(data: DataConfig) -> "datasets.Dataset":
+    datasets = _datasets()
     try:
         loaded = datasets.load_dataset(data.path, data.name, split=data.split, revision=data.revision)
     except Exception as error:  # the hub, the network, the split, the configuration: each has its own kind

@@ -11,12 +11,13 @@ from array import array
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
-
-import datasets
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastpref.data.rows.content import RowError, shown
 from fastpref.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 BLOCK = 256  # rows of an Arrow table that are decoded at once
 _BOM = b"\xef\xbb\xbf"
@@ -35,7 +36,7 @@ class Records(Protocol):
 class ArrowRecords:
     """A table of `datasets`, memory-mapped."""
 
-    def __init__(self, name: str, table: datasets.Dataset):
+    def __init__(self, name: str, table: "datasets.Dataset"):
         self._name, self._table = name, table
         self._block: tuple[int, list[dict[str, Any]]] = (-1, [])
 
