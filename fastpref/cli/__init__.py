@@ -10,7 +10,8 @@ import typer
 from fastpref.cli.configs import check, estimate, init, preview, schema
 from fastpref.cli.models import chat, evaluate, export, merge, push
 from fastpref.cli.parameters import flag
-from fastpref.cli.runs import report, train
+from fastpref.cli.records import list_runs, report
+from fastpref.cli.runs import train
 from fastpref.cli.setup import leave, own_process
 from fastpref.commands.about import print_version
 from fastpref.config.losses import LOSSES
@@ -24,7 +25,8 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "preview": (preview, "my.toml --rows 2"),
     "estimate": (estimate, "my.toml --card 12 tokens.max_length=1024"),
     "train": (train, "my.toml train.steps=20"),
-    "report": (report, "runs/my-dpo --open"),
+    "report": (report, "runs/my-dpo --open, or: fastpref report runs/a runs/b"),
+    "runs": (list_runs, ""),
     "eval": (evaluate, "runs/my-dpo, or: fastpref eval my-adapter --data pairs.jsonl --json"),
     "chat": (chat, "runs/my-dpo --compare"),
     "merge": (merge, "runs/my-dpo --output my-model"),

@@ -31,6 +31,7 @@ from fastpref.processes import Processes
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
 from fastpref.run.folder import RunFolder
+from fastpref.run.history import REPORT
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
 from fastpref.run.state import Progress, rng_state
@@ -142,6 +143,7 @@ class TrainingRun:
                     interrupted, evaluated = True, False
             if progress.before is None:
                 progress.before = self._answers()
+            self._renew(begun=not stepped, evaluated=evaluated)
             if self._checkpoint_is_due(improved):
                 self.display.phase("saving a checkpoint")
                 self.checkpoints.save(progress, self.rng, best=improved)
@@ -244,6 +246,17 @@ class TrainingRun:
         for verdict in self.record.add(row) if self.record is not None else ():
             self.display.verdict(verdict)
 
+    def _renew(self, *, begun: bool, evaluated: bool) -> None:
+        """Write the report of the run so far, if that is due."""
+        if self.record is None:
+            return
+        self.record.sampled(self.progress.before or [], ())
+        note = self.record.renew(at_once=begun or evaluated)
+        if note is None and begun:
+            note = f"report: {self.folder.path / REPORT}, written again as the run goes on"
+        if note is not None:
+            self.display.note(note)
+
     def _write_down(self, what: Callable[[Record], None]) -> None:
         """Update run.json in the first process. An error there ends all processes."""
         record = self.record
@@ -254,6 +267,7 @@ class TrainingRun:
         if self.record is None:
             return ()
         verdicts: tuple[Verdict, ...] = ()
+        self.display.ended()
         try:
             verdicts = self.record.verdicts()
             self.display.health(verdicts)

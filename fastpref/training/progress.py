@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpref.health import RULES, Verdict
+from fastpref.run.times import duration
 from fastpref.training.live import STOPPING, View, clock
 
 _EVALUATION = (
@@ -35,6 +36,8 @@ class Display:
         self._examples = examples  # what a batch consists of, in one word
         self._training = self._last_line = 0.0  # seconds in steps; when the last line was printed
         self._began = time.monotonic()
+        self._taken, self._totals = 0, {"pairs": 0.0, "tokens": 0.0}  # steps, and what they computed
+        self._memory: int | None = None
         self.view = View(self.console, steps, done)
         self._shown = Live(get_renderable=self.view.__rich__, console=self.console, transient=True)
 
@@ -79,6 +82,15 @@ class Display:
             ]
         self.console.print(escape("\n".join(lines)))
 
+    def ended(self) -> None:
+        """Print the time, the mean speed and the peak memory of the steps, which vanish with the bar."""
+        if not self._taken:
+            return
+        pairs, tokens = (self._totals[what] / self._training for what in ("pairs", "tokens"))
+        memory = "" if self._memory is None else f", {self._memory / 1e9:.2f} GB at most"
+        steps = f"{self._taken:,} step{'s' * (self._taken > 1)} in {duration(self._training)}"
+        self.console.print(f"{steps}: {pairs:.3g} {self._examples}/s, {tokens:,.0f} tokens/s{memory}")
+
     def verdict(self, verdict: Verdict) -> None:
         """Print a verdict that has just appeared."""
         self._sentence(_line(verdict))
@@ -108,6 +120,9 @@ class Display:
         """
         now = time.monotonic()
         self._training += seconds
+        self._taken, self._memory = self._taken + 1, memory
+        for what in self._totals:
+            self._totals[what] += metrics[f"{what}_per_second"] * seconds
         if self._live:
             facts = [f"{metrics['pairs_per_second']:.3g} {self._examples}/s"]
             facts += [] if memory is None else [f"peak memory {memory / 1e9:.2f} GB"]

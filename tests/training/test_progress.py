@@ -177,3 +177,21 @@ def test_a_healthy_run_is_said_to_be_one():
     shown = display(terminal=False)
     shown.health([])
     assert said(shown) == f"health: {len(RULES)} rules found nothing wrong\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_vanishes_with_the_bar_is_said_at_the_end(terminal: bool):
+    """The last line has the time, the mean speeds and the peak memory of all steps, on a terminal and elsewhere."""
+    shown = display(terminal=terminal)
+    with shown:
+        for step, seconds in ((1, 10.0), (2, 30.0)):
+            speeds = {"pairs_per_second": 40 / seconds, "tokens_per_second": 4000 / seconds}
+            shown.step(step, seconds, metrics(step) | speeds, memory=1_500_000_000)
+    shown.ended()
+    assert "2 steps in 40 s: 2 pairs/s, 200 tokens/s, 1.50 GB at most" in said(shown)
+
+
+def test_a_run_without_a_step_has_no_speed():
+    shown = display()
+    shown.ended()
+    assert said(shown) == ""
