@@ -20,13 +20,22 @@ def folder_of(name: str) -> Path:
 
 
 def means_a_path(name: str) -> bool:
-    """Return whether a name is that of a file or a folder: it is there, no name on the hub looks so, or its first
-    folder is here.
+    """Return whether a name is that of a file or a folder: it is there, no name on the hub looks so, or its first part
+    is a folder here and the hub's cache does not know it.
     """
-    if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/"):
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/"):
         return True
     first, slash, _ = name.partition("/")
-    return Path(name).exists() or (bool(slash) and Path(first).is_dir())
+    if Path(name).exists():
+        return True
+    return bool(slash) and Path(first).is_dir() and not _is_cached(name)
+
+
+def _is_cached(name: str) -> bool:
+    """Return whether the hub's cache on this machine has a model or a data set."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    return any((cache / f"{kind}s--{name.replace('/', '--')}").is_dir() for kind in ("model", "dataset"))
 
 
 def no_such_folder(name: str) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastpref.config import Config
 from fastpref.config.formats import is_function, parse_format
@@ -18,7 +19,7 @@ _TRACKERS = {
 
 
 def package_mistakes(config: Config) -> Iterator[str]:
-    """Yield what a config needs and is not installed, and functions and logins that are not there."""
+    """Yield what a config needs and is not installed, and functions that are not there."""
     missing = [name for name in config.log.trackers if not any(map(_has, _TRACKERS.get(name, (name,))))]
     if missing:
         yield f"log.trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}"
@@ -33,8 +34,6 @@ def package_mistakes(config: Config) -> Iterator[str]:
             file = name.rpartition(":")[0]
             if file.endswith(".py") and not Path(file).expanduser().is_file():
                 yield f"{key}: {name!r}: {file} cannot be imported: there is no such file"
-    if (repository := config.output.push_to) is not None:
-        yield from _login_mistakes(repository)
 
 
 def device_mistakes(config: Config) -> Iterator[str]:
@@ -51,9 +50,14 @@ def device_mistakes(config: Config) -> Iterator[str]:
         yield "model.liger = true: they run on GPUs only; leave the key out"
 
 
-@cache
 def has_gpu() -> bool | None:
     """Return whether torch will find a GPU, or None if that is not known without importing it."""
+    torch: Any = sys.modules.get("torch")
+    return _driver_has_gpu() if torch is None else torch.cuda.is_available()
+
+
+@cache
+def _driver_has_gpu() -> bool | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None or sys.platform != "linux":
         return None
@@ -76,12 +80,3 @@ def _has(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _login_mistakes(repository: str) -> Iterator[str]:
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        yield f"{repository}: nothing can be uploaded while the hub is not asked (HF_HUB_OFFLINE, --offline)"
-    elif get_token() is None:
-        yield f"{repository}: nobody is logged in to the hub here; run `hf auth login`"

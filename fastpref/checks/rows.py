@@ -1,17 +1,21 @@
 """The first rows of a config's data: whether the files are there, and whether their columns are of a known format."""
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fastpref.checks.model import has_chat_template
 from fastpref.config import Config, DataConfig
+from fastpref.data.found import find, kind_of, path_of, shown
 from fastpref.data.records import Records
 from fastpref.data.rows.auto import AutoFormat
 from fastpref.data.rows.content import RowError
 from fastpref.errors import UserError
-from fastpref.places import folder_of, means_a_path
+from fastpref.places import means_a_path
 
 LOOKED_AT = 20  # rows of each source
 _LARGEST = 1 << 24  # bytes of a file of text: longer ones are only seen to be there, which takes no time
@@ -23,6 +27,7 @@ class _First:
 
     name: str
     rows: Sequence[dict[str, Any]]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,17 +72,37 @@ def _look(data: DataConfig, config: Config) -> bool:
 
 
 def _records(data: DataConfig) -> Records | None:
-    """Open a source whose first rows can be read at once; None for others. Raises UserError if it is not there."""
+    """Open the first file of a source whose first rows can be read at once; None for others. Raises UserError if it is
+    not there.
+    """
     from fastpref.data.opening import open_records
 
-    path = folder_of(data.path)
-    if not path.is_file():
-        if not path.exists() and means_a_path(data.path):
-            raise UserError(f"{data.path}: there is no such file")
+    if path_of(data).is_dir():  # only `datasets` can tell its splits apart, which takes a second to import
         return None
-    if path.suffix == ".parquet":
-        return _First(data.path, _first_of_table(data.path, path))
-    return open_records(data) if path.suffix != ".arrow" and path.stat().st_size <= _LARGEST else None
+    found = find(data)
+    if found is None:
+        if means_a_path(data.path):
+            raise UserError(f"{data.path}: there is no such file or folder")
+        return None
+    file, kind = found.files[0], kind_of(found.files[0])
+    name = shown(data, file)
+    if kind == ".parquet":
+        return _First(name, _first_of_table(name, file))
+    if kind == ".arrow":
+        return None
+    if file.stat().st_size <= _LARGEST:
+        return open_records(data.model_copy(update={"path": data.path if len(found.files) == 1 else str(file)}))
+    return _First(name, _first_of_lines(file)) if file.suffix in (".jsonl", ".ndjson") else None
+
+
+def _first_of_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the first objects of a file with one JSON object per line. What is none is left out."""
+    rows = []
+    with path.open("rb") as file:
+        for line in islice(file, LOOKED_AT):
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def _first_of_table(name: str, path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from fastpref.cli.parameters import (
     value,
 )
 from fastpref.cli.setup import loading
-from fastpref.commands.about import print_schema
+from fastpref.commands.about import in_one_sentence, names_of, print_schema
 from fastpref.config import load_config
 
 
@@ -51,7 +51,6 @@ def init(
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Report every mistake in a config, and in what it names."""
     from fastpref.checks import look
-    from fastpref.commands.about import in_one_sentence
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
@@ -72,7 +71,7 @@ def preview(
 ) -> None:
     """Show the tokens a run would train on, and statistics of the data."""
     loaded = load_config(config, overrides or ())
-    with loading(offline=offline):
+    with loading(*names_of(loaded), offline=offline):
         from fastpref.preview.preview import preview as run
 
     run(loaded, rows=rows, full=full, cache=not no_cache)
@@ -94,8 +93,8 @@ def estimate(
 
     This needs no GPU and no weights, only the model's config.json.
     """
-    load_config(config, overrides or ())  # reports mistakes before the heavy imports
-    with loading(offline=offline):
+    loaded = load_config(config, overrides or ())  # reports mistakes before the heavy imports
+    with loading(*names_of(loaded), offline=offline):
         import torch
 
         from fastpref.commands.estimate import estimate as run

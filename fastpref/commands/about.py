@@ -25,3 +25,10 @@ def in_one_sentence(config: Config) -> str:
         training = f"{training} on top of" if config.lora.stack else "the LoRA adapter"
         training = f"{training} {config.lora.start}"
     return f"{config.loss.type.upper()} on {config.model.name}, training {training}"
+
+
+def names_of(config: Config) -> list[str]:
+    """Return the names of a config's models and adapters, and of its data."""
+    start = None if config.lora is None else config.lora.start
+    names = (config.model.name, start, config.reference.name)
+    return [*(name for name in names if name is not None), *(d.path for d in (*config.data, *config.eval.data))]
