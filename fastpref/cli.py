@@ -187,7 +187,7 @@ def report(
     beta: Annotated[float | None, _value("BETA", "The β of a TRL run.")] = None,
 ) -> None:
     """Diagnose a run, and write its report.html."""
-    from fastpref.health import diagnose
+    from fastpref.health import examine
     from fastpref.report import read_run, write_report
     from fastpref.training.progress import Display
 
@@ -195,7 +195,7 @@ def report(
     display = Display(source.history.step)
     for note in source.notes:
         display.note(note)
-    display.health(diagnose(source.history, source.known))
+    display.health(examine(source.history, source.known))
     page = write_report(source)
     display.note(f"report: {page}")
     if open_page:

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fastpref.data.example import OUTCOMES
-from fastpref.health import RULES, diagnose
+from fastpref.health import examine
 from fastpref.health.bands import Band, bands
 from fastpref.report.heldout import HeldOut, held_out
 from fastpref.report.source import Run
@@ -61,12 +61,12 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    scores = held_out(run.facts)
+    scores, health = held_out(run.facts), examine(run.history, run.known)
     return environment.get_template("page.html.j2").render(
         run=run,
         method=run.known.loss.type.upper(),
-        verdicts=diagnose(run.history, run.known),
-        rules=len(RULES),
+        health=health,
+        verdicts=health.verdicts,
         number=number,
         capitalised=_capitalised,
         figures=figures(run),

@@ -17,11 +17,13 @@ from fastpref.config import Config
 from fastpref.config.stopping import Better
 from fastpref.data.cache import Tokenized
 from fastpref.data.example import Example
+from fastpref.data.extras import has
 from fastpref.data.order import data_order
 from fastpref.data.table import Examples
 from fastpref.data.template.text import TEXT
 from fastpref.errors import UserError
 from fastpref.health import Verdict
+from fastpref.health.optimised import departed
 from fastpref.memory.measured import StepPeak, oversized_step, step_counter
 from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import Limits
@@ -29,15 +31,17 @@ from fastpref.model.load import Loaded
 from fastpref.processes import Processes
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
-from fastpref.run.folder import RunFolder
+from fastpref.run.folder import RunFolder, step_of
+from fastpref.run.history import HELDOUT
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
 from fastpref.run.state import Progress, rng_state
 from fastpref.run.weights import serving
 from fastpref.step.objective import Objective, Work
 from fastpref.step.optimizer import training_weights
-from fastpref.step.schedule import Schedule, every_so_many
+from fastpref.step.schedule import Schedule
 from fastpref.training import faults
+from fastpref.training.cadence import CheckpointTimer, evaluation_steps
 from fastpref.training.callbacks import CallbackError, Callbacks, RunEvent
 from fastpref.training.faults import NotFinite, interrupts
 from fastpref.training.progress import Display
@@ -85,6 +89,9 @@ class TrainingRun:
     rng: dict[str, Any] = field(default_factory=rng_state)  # after the last whole step, for the next checkpoint
     batch: list[Example] = field(default_factory=list)  # of the current step, for messages
 
+    def __post_init__(self) -> None:
+        self.timer = CheckpointTimer(self.config, self.steps)
+
     def go(self, lock: RunLock) -> RunResult:
         """Train to the end or to an interrupt. A fault raises a UserError that says how to resume."""
         self.processes.on_first(lock.acquire)
@@ -127,14 +134,16 @@ class TrainingRun:
             self.rng = rng_state()
             if stepped:
                 self._tell("step", progress.last)
-            interrupted, ending = map(any, zip(*self.processes.gather((bool(signals), self.callbacks.asked_to_stop))))
+            asked = (bool(signals), self.callbacks.asked_to_stop, self.timer.overdue)
+            interrupted, ending, overdue = map(any, zip(*self.processes.gather(asked)))
             evaluated, improved = self._evaluation_is_due(ending=ending) and not interrupted, False
             if evaluated:
                 improved = self._evaluate()
             if progress.before is None:
                 progress.before = self._answers()
-            if self._checkpoint_is_due(improved):
+            if self.timer.is_due(progress.step, improved=improved, overdue=overdue):
                 self.checkpoints.save(progress, self.rng, best=improved)
+                self.timer.saved()
             if evaluated and train.callbacks:
                 self._tell("evaluation", progress.evaluated)
                 ending = self.processes.any(self.callbacks.asked_to_stop)
@@ -158,6 +167,8 @@ class TrainingRun:
         if self.checkpoints.reference is not None:
             self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
+        if (best := self._best_elsewhere()) is not None:
+            self.display.note(f"the best evaluation was after step {step_of(best)}; its weights are in {best}")
         if self.processes.first and (note := serving(place)) is not None:
             self.display.note(note)
         if self.peak.bytes and isinstance(self.data.train, Examples):
@@ -167,6 +178,14 @@ class TrainingRun:
         if self.config.output.push_to is not None:
             self.display.note(f"uploaded: {self.processes.on_first(lambda: self._push(place))}")
         return RunResult(self.folder.path, progress.last, evaluated, verdicts)
+
+    def _best_elsewhere(self) -> Path | None:
+        """Return the checkpoint of the best evaluation if final/ has other weights."""
+        best = self.progress.best
+        if self.config.train.stop is not None or best is None or best["step"] == self.progress.step:
+            return None
+        place = self.folder.checkpoint_of(int(best["step"]))
+        return place if self.processes.on_first(place.is_dir) else None
 
     def _push(self, place: Path) -> str:
         assert self.config.output.push_to is not None
@@ -243,25 +262,19 @@ class TrainingRun:
             return ()
         verdicts: tuple[Verdict, ...] = ()
         try:
-            verdicts = self.record.verdicts()
-            self.display.health(verdicts)
             self.record.sampled(self.progress.before or [], answers)
+            health = self.record.health()
+            verdicts = health.verdicts
+            self.display.health(health)
             self.display.note(f"report: {self.record.end(ended)}")
         except Exception as error:  # a failing report must not hide why the run has ended
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
     def _evaluation_is_due(self, *, ending: bool) -> bool:
-        step, every = self.progress.step, every_so_many(self.config.eval.every, self.steps)
+        step, every = self.progress.step, evaluation_steps(self.config, self.steps, len(self.data.heldout))
         due = step in (0, self.steps) or ending or (every is not None and step % every == 0)
         return due and bool(self.data.heldout) and self.progress.evaluated_at != step
-
-    def _checkpoint_is_due(self, improved: bool) -> bool:
-        """Return whether to save a checkpoint. With `train.stop` the best weights may be those before the training."""
-        step, every = self.progress.step, every_so_many(self.config.output.save_every, self.steps)
-        if self.config.train.stop is not None and improved:
-            return True
-        return every is not None and step > 0 and (improved or step % every == 0)
 
     def _evaluate(self) -> bool:
         """Compute and log the metrics of all held-out examples, each under eval/. Return whether they are the best."""
@@ -270,14 +283,29 @@ class TrainingRun:
         metrics = self.objective.evaluate(self.data.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
         require_metric(stop, self.checkpoints, row)
-        better = Better.of(stop, self.config.loss)
-        if stop is None or progress.best is None or better(row, progress.best):  # the report is on what final/ gets
-            self._write_down(lambda record: record.evaluated(progress.step, metrics))
+        better, spoilt = Better.of(stop, self.config.loss), self._departed(row)
+        if stop is None or progress.best is None or (not spoilt and better(row, progress.best)):
+            self._write_down(lambda record: record.evaluated(progress.step, metrics))  # the report is on final/
         self._log({"step": progress.step} | row)
         self.schedule.evaluated(row["eval/loss"])
         progress.evaluated, progress.evaluated_at = row, progress.step
+        if progress.step == 0:
+            progress.first = row
         self.display.evaluation(progress.step, row)
-        return progress.improved(better)
+        return progress.improved(better, departed=spoilt)
+
+    def _departed(self, row: Mapping[str, float]) -> bool:
+        """Return whether an evaluation shows a model that has left its language, which is not the best.
+
+        A metric that `train.stop` names decides alone.
+        """
+        stop, first = self.config.train.stop, self.progress.first
+        if first is None or (stop is not None and stop.metric != "auto"):
+            return False
+        now, before = ({name.removeprefix(HELDOUT): value for name, value in of.items()} for of in (row, first))
+        given = self.data.train
+        extras = bool(has(given, "weight").any() or has(given, "margin").any())
+        return departed(self.config.loss, now, before, extras=extras)
 
     def _tell(self, kind: Literal["step", "evaluation", "end"], metrics: Mapping[str, float]) -> None:
         """Call the functions of `train.callbacks` in the first process. Raises CallbackError in all."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from fastpref.health import RULES, Verdict
+from fastpref.health import Health, Verdict
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVES = (  # metric, its name, its format, whether its scale is 0 to 1
@@ -78,10 +78,10 @@ class Display:
         """Print a verdict that has just appeared."""
         self._sentence(_line(verdict))
 
-    def health(self, verdicts: Sequence[Verdict]) -> None:
-        """Print all verdicts at the end of the run."""
-        self.console.print(f"health: {counted(verdicts) or f'{len(RULES)} rules found nothing wrong'}")
-        for verdict in verdicts:
+    def health(self, health: Health) -> None:
+        """Print what the rules say at the end of the run."""
+        self._sentence(Text(f"health: {health.summary()}"))
+        for verdict in health.verdicts:
             self._sentence(Text("  ") + _line(verdict))
 
     def _sentence(self, text: Text) -> None:
@@ -141,12 +141,6 @@ def sparkline(values: Sequence[float], width: int, scale: tuple[float, float] | 
         return _BLOCKS[3] * len(means)
     places = np.clip((means - low) / (high - low) * len(_BLOCKS), 0, len(_BLOCKS) - 1).astype(int)
     return "".join(_BLOCKS[at] for at in places)
-
-
-def counted(verdicts: Sequence[Verdict]) -> str:
-    """Count verdicts in words: 2 alarms, 1 warning."""
-    counts = {kind: sum(v.severity == kind for v in verdicts) for kind in _STYLES}
-    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count)
 
 
 def _line(verdict: Verdict) -> Text:

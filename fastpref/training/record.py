@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastpref.config import Config
+from fastpref.data import repeats
 from fastpref.data.cache import Tokenized
 from fastpref.data.extras import has
-from fastpref.health import Verdict, Watch, known_of
+from fastpref.health import Health, Verdict, Watch, known_of
 from fastpref.report import write_report
 from fastpref.run.environment import environment, peak_memory
 from fastpref.run.folder import RunFolder
@@ -28,11 +29,13 @@ class Record:
         self._began = time.monotonic()
         self._before = 0.0  # seconds before the run was resumed
         rows = {name: asdict(data.counts[name]) for name in ("train", "heldout")}
-        rows |= {"duplicates": data.duplicates, "left_out": data.left_out} | _labels(data) | _extras(data)
+        rows |= (
+            {"duplicates": data.duplicates, "left_out": data.left_out} | _labels(data) | _extras(data) | _faults(data)
+        )
         self._facts: dict[str, Any] = {
             "plan": plan, "steps": steps, "rows": rows, "environment": environment(device)
         }  # fmt: skip
-        self._watch = Watch(known_of(config, self._facts))
+        self._config, self._watch = config, Watch(known_of(config, self._facts))
 
     def begin(self, *, resumed: bool) -> None:
         """Begin the record once the folder exists. A resumed run continues its old record."""
@@ -62,9 +65,13 @@ class Record:
             {"asked": asked, "before": old, "after": after[at] if at < len(after) else None}
             for at, (asked, old) in enumerate(before)
         ]
+        self._watch.know(known_of(self._config, self._facts))
 
-    def verdicts(self) -> tuple[Verdict, ...]:
-        return tuple(self._watch.verdicts())
+    def health(self) -> Health:
+        """Return what the rules say now, and add to the record what they said before."""
+        health = self._watch.health()
+        self._facts["passed"] = [{"rule": v.rule, "message": v.message, "steps": v.steps} for v in health.passed]
+        return health
 
     def end(self, how: str) -> Path:
         """Write run.json and report.html. Raises WriteError."""
@@ -86,6 +93,16 @@ def _extras(data: Tokenized) -> dict[str, int]:
     """Count the training rows with a weight or a margin, if there are any."""
     counts = {"weighted": has(data.train, "weight").sum(), "with_margins": has(data.train, "margin").sum()}
     return {name: int(count) for name, count in counts.items() if count}
+
+
+def _faults(data: Tokenized) -> dict[str, int]:
+    """Count what rules on the data ask for."""
+    return {
+        "ends": len(data.ends),
+        "repeated": repeats.repeated(data.train),
+        "leaked": repeats.leaked(data.train, data.heldout),
+        "questionless": repeats.questionless(data.train),
+    }
 
 
 def _short(values: Tensor) -> list[float]:
