@@ -14,10 +14,10 @@ from typing import Any
 from fastpref.health import causes, optimised, curves, answers, data, heldout, imitation  # noqa: F401 (causes first)
 
 # isort: on
-from fastpref.health.rule import RULES, UNASKED, Known, Verdict, known_of
+from fastpref.health.rule import RULES, UNASKED, Known, Verdict, known_of, passed_of
 from fastpref.run.history import History
 
-__all__ = ["RULES", "Health", "Known", "Verdict", "Watch", "diagnose", "examine", "known_of"]
+__all__ = ["RULES", "Health", "Known", "Verdict", "Watch", "diagnose", "examine", "known_of", "passed_of"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class Health:
     asked: tuple[str, ...]  # the rules that could be asked
     waiting: tuple[str, ...]  # those that need more steps, evaluations or held-out rows
     passed: tuple[Verdict, ...] = ()  # verdicts that were given during the run and hold no longer
+
+    def after(self, given: Iterable[Verdict]) -> "Health":
+        """Return this with those of the verdicts `given` during the run that hold no longer and that none explains."""
+        there = {verdict.rule for verdict in self.verdicts}
+        there |= {name for verdict in self.verdicts for name in RULES[verdict.rule].explains}
+        return replace(self, passed=tuple(verdict for verdict in given if verdict.rule not in there))
 
     def summary(self) -> str:
         """Return what was found, in one line without an end."""
@@ -93,10 +99,7 @@ class Watch:
 
     def health(self) -> Health:
         """Ask every rule. A verdict that was given has passed if it holds no longer and nothing explains it."""
-        health = examine(self.history, self.known)
-        there = {verdict.rule for verdict in health.verdicts}
-        there |= {name for verdict in health.verdicts for name in RULES[verdict.rule].explains}
-        return replace(health, passed=tuple(verdict for name, verdict in self._told.items() if name not in there))
+        return examine(self.history, self.known).after(self._told.values())
 
 
 def _counted(count: int, what: str) -> str:

@@ -1,7 +1,7 @@
 """Define rules, and the functions that they share. Nothing here imports torch."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -109,12 +109,16 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         questionless=rows.get("questionless", 0),
         repeated=rows.get("repeated", 0),
         leaked=rows.get("leaked", 0),
-        answers=tuple(
-            (sample["before"], sample["after"])
-            for sample in facts.get("samples") or ()
-            if sample.get("after") is not None
-        ),
+        answers=tuple(_answers(facts.get("samples"))),
     )
+
+
+def _answers(samples: Any) -> Iterator[tuple[str, str]]:
+    """Yield the answers before and after the training, once there are both."""
+    for sample in samples if isinstance(samples, list) else ():
+        before, after = (sample.get(when) if isinstance(sample, dict) else None for when in ("before", "after"))
+        if isinstance(before, str) and isinstance(after, str):
+            yield before, after
 
 
 # Rows that nobody asked to drop. Pairs of equal or close scores and exact duplicates are dropped on purpose.
@@ -133,6 +137,17 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.message} {self.advice}"
+
+
+def passed_of(facts: Mapping[str, Any]) -> list[Verdict]:
+    """Return the verdicts that the run.json of a run says were given during it."""
+    given = facts.get("passed")
+    named = [v for v in given if isinstance(v, dict)] if isinstance(given, list) else []
+    return [
+        Verdict(v["message"], "", (0, 0), {}, rule=v["rule"])
+        for v in named
+        if isinstance(v.get("message"), str) and isinstance(v.get("rule"), str)
+    ]
 
 
 class Unasked(Enum):

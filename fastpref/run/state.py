@@ -38,6 +38,8 @@ class Progress:
 
         One at which the model has `departed` from its language is not, however right it is about the pairs.
         """
+        if self.step == 0:
+            self.first = self.evaluated
         if not better.knows(self.evaluated):
             return False
         if self.best is not None and (departed or not better(self.evaluated, self.best)):

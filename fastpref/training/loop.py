@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,11 @@ from fastpref.config import Config
 from fastpref.config.stopping import Better
 from fastpref.data.cache import Tokenized
 from fastpref.data.example import Example
-from fastpref.data.extras import has
 from fastpref.data.order import data_order
 from fastpref.data.table import Examples
 from fastpref.data.template.text import TEXT
 from fastpref.errors import UserError
 from fastpref.health import Verdict
-from fastpref.health.optimised import departed
 from fastpref.memory.measured import StepPeak, oversized_step, step_counter
 from fastpref.model.failure import in_others_code, is_out_of_memory
 from fastpref.model.limits import Limits
@@ -31,8 +30,8 @@ from fastpref.model.load import Loaded
 from fastpref.processes import Processes
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
-from fastpref.run.folder import RunFolder, step_of
-from fastpref.run.history import HELDOUT
+from fastpref.run.folder import RunFolder
+from fastpref.run.history import REPORT
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
 from fastpref.run.state import Progress, rng_state
@@ -46,7 +45,14 @@ from fastpref.training.callbacks import CallbackError, Callbacks, RunEvent
 from fastpref.training.faults import NotFinite, interrupts
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
-from fastpref.training.stopping import ends, forget_lost_best, require_metric, take_best
+from fastpref.training.stopping import (
+    best_elsewhere,
+    ends,
+    forget_lost_best,
+    left_language,
+    require_metric,
+    take_best,
+)  # fmt: skip
 from fastpref.training.trackers import Trackers
 
 
@@ -96,9 +102,13 @@ class TrainingRun:
         """Train to the end or to an interrupt. A fault raises a UserError that says how to resume."""
         self.processes.on_first(lock.acquire)
         self._open()
-        with interrupts() as signals, self.display:
+        with interrupts(self.display.stopping) as signals, self.display:
+            self.objective = replace(self.objective, tell=partial(self._part, signals))
             try:
                 return self._finish() if self._train(signals) else self._stopped()
+            except KeyboardInterrupt:
+                self.display.note(f"stopped at once, after step {self.progress.step}. {self.checkpoints.before()}")
+                raise
             except Exception as error:
                 fault = self._explained(error)
                 if fault is None:
@@ -117,6 +127,7 @@ class TrainingRun:
         if self.resumed:
             lost = forget_lost_best(self.config.train.stop, self.checkpoints, self.progress, self.processes)
             self.processes.on_first(lambda: self.folder.resume(self.config, self.progress))
+            self.display.past(self.folder.rows())
             self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
             if lost is not None:
                 self.display.note(lost)
@@ -138,10 +149,15 @@ class TrainingRun:
             interrupted, ending, overdue = map(any, zip(*self.processes.gather(asked)))
             evaluated, improved = self._evaluation_is_due(ending=ending) and not interrupted, False
             if evaluated:
-                improved = self._evaluate()
+                try:
+                    improved = self._evaluate()
+                except _Skipped:  # a resumed run makes it
+                    interrupted, evaluated = True, False
             if progress.before is None:
                 progress.before = self._answers()
+            self._renew(begun=not stepped, evaluated=evaluated)
             if self.timer.is_due(progress.step, improved=improved, overdue=overdue):
+                self.display.phase("saving a checkpoint")
                 self.checkpoints.save(progress, self.rng, best=improved)
                 self.timer.saved()
             if evaluated and train.callbacks:
@@ -163,12 +179,13 @@ class TrainingRun:
             self.display.note(note)
         answers = [answer for _, answer in self._answers()]
         self.display.samples(progress.before or [], answers)
+        self.display.phase("saving the result")
         place = self.checkpoints.save_weights("final", step)
         if self.checkpoints.reference is not None:
             self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
-        if (best := self._best_elsewhere()) is not None:
-            self.display.note(f"the best evaluation was after step {step_of(best)}; its weights are in {best}")
+        if (note := best_elsewhere(stop, self.checkpoints, progress, self.processes)) is not None:
+            self.display.note(note)
         if self.processes.first and (note := serving(place)) is not None:
             self.display.note(note)
         if self.peak.bytes and isinstance(self.data.train, Examples):
@@ -178,14 +195,6 @@ class TrainingRun:
         if self.config.output.push_to is not None:
             self.display.note(f"uploaded: {self.processes.on_first(lambda: self._push(place))}")
         return RunResult(self.folder.path, progress.last, evaluated, verdicts)
-
-    def _best_elsewhere(self) -> Path | None:
-        """Return the checkpoint of the best evaluation if final/ has other weights."""
-        best = self.progress.best
-        if self.config.train.stop is not None or best is None or best["step"] == self.progress.step:
-            return None
-        place = self.folder.checkpoint_of(int(best["step"]))
-        return place if self.processes.on_first(place.is_dir) else None
 
     def _push(self, place: Path) -> str:
         assert self.config.output.push_to is not None
@@ -197,6 +206,7 @@ class TrainingRun:
     def _step(self, step: int, examples: list[Example]) -> None:
         """Take one optimizer step. Metrics of single tokens are computed only if the step is logged."""
         began = time.perf_counter()
+        self.display.phase(f"step {step:,}")
         self.peak.start()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
         self.policy.train()
@@ -251,6 +261,17 @@ class TrainingRun:
         for verdict in self.record.add(row) if self.record is not None else ():
             self.display.verdict(verdict)
 
+    def _renew(self, *, begun: bool, evaluated: bool) -> None:
+        """Write the report of the run so far, if that is due."""
+        if self.record is None:
+            return
+        self.record.sampled(self.progress.before or [], ())
+        note = self.record.renew(at_once=begun or evaluated)
+        if note is None and begun:
+            note = f"report: {self.folder.path / REPORT}, written again as the run goes on"
+        if note is not None:
+            self.display.note(note)
+
     def _write_down(self, what: Callable[[Record], None]) -> None:
         """Update run.json in the first process. An error there ends all processes."""
         record = self.record
@@ -261,6 +282,7 @@ class TrainingRun:
         if self.record is None:
             return ()
         verdicts: tuple[Verdict, ...] = ()
+        self.display.ended()
         try:
             self.record.sampled(self.progress.before or [], answers)
             health = self.record.health()
@@ -279,33 +301,19 @@ class TrainingRun:
     def _evaluate(self) -> bool:
         """Compute and log the metrics of all held-out examples, each under eval/. Return whether they are the best."""
         progress, stop = self.progress, self.config.train.stop
+        self.display.phase("evaluating held-out rows", len(self.data.heldout))
         self.policy.eval()
         metrics = self.objective.evaluate(self.data.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
         require_metric(stop, self.checkpoints, row)
-        better, spoilt = Better.of(stop, self.config.loss), self._departed(row)
+        better, spoilt = Better.of(stop, self.config.loss), left_language(self.config, self.data, progress, row)
         if stop is None or progress.best is None or (not spoilt and better(row, progress.best)):
             self._write_down(lambda record: record.evaluated(progress.step, metrics))  # the report is on final/
         self._log({"step": progress.step} | row)
         self.schedule.evaluated(row["eval/loss"])
         progress.evaluated, progress.evaluated_at = row, progress.step
-        if progress.step == 0:
-            progress.first = row
         self.display.evaluation(progress.step, row)
         return progress.improved(better, departed=spoilt)
-
-    def _departed(self, row: Mapping[str, float]) -> bool:
-        """Return whether an evaluation shows a model that has left its language, which is not the best.
-
-        A metric that `train.stop` names decides alone.
-        """
-        stop, first = self.config.train.stop, self.progress.first
-        if first is None or (stop is not None and stop.metric != "auto"):
-            return False
-        now, before = ({name.removeprefix(HELDOUT): value for name, value in of.items()} for of in (row, first))
-        given = self.data.train
-        extras = bool(has(given, "weight").any() or has(given, "margin").any())
-        return departed(self.config.loss, now, before, extras=extras)
 
     def _tell(self, kind: Literal["step", "evaluation", "end"], metrics: Mapping[str, float]) -> None:
         """Call the functions of `train.callbacks` in the first process. Raises CallbackError in all."""
@@ -322,7 +330,10 @@ class TrainingRun:
         """Generate the likeliest answers to some held-out prompts. Returns [question, answer] of each."""
         options, answers = self.config.eval, []
         self.policy.eval()
-        for example in _first_prompts(self.data.heldout, options.samples):
+        prompts = _first_prompts(self.data.heldout, options.samples)
+        self.display.phase("writing sample answers", len(prompts))
+        for number, example in enumerate(prompts, start=1):
+            self.display.part(number, len(prompts))
             prompt = example.prompt
             ids = torch.tensor([prompt], device=self.accelerator.device)
             out = self.loaded.policy.generate(
@@ -338,7 +349,14 @@ class TrainingRun:
             answers.append([example.row.question, str(answer).strip()])
         return answers
 
+    def _part(self, signals: Sequence[int], number: int, of: int) -> None:
+        """Show the progress within a step or an evaluation. An interrupt ends an evaluation in a process alone."""
+        self.display.part(number, of)
+        if signals and not self.policy.training and self.processes.count == 1:
+            raise _Skipped
+
     def _stopped(self) -> RunResult:
+        self.display.phase("saving a checkpoint")
         place = self.checkpoints.save(self.progress, self.rng)
         verdicts = self._report("stopped")
         command = self.folder.resume_command(place)
@@ -358,6 +376,10 @@ class TrainingRun:
         examples = self.batch or self.data.heldout
         step = oversized_step(self.config, self.loaded, self.optimizer, self.objective, examples)
         return faults.out_of_memory(self.progress.step, step, step_counter(step, self.loaded))
+
+
+class _Skipped(Exception):
+    """An evaluation has been left out."""
 
 
 def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:
