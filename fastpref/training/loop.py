@@ -206,7 +206,7 @@ class TrainingRun:
     def _step(self, step: int, examples: list[Example]) -> None:
         """Take one optimizer step. Metrics of single tokens are computed only if the step is logged."""
         began = time.perf_counter()
-        self.display.phase(f"step {step:,}")
+        self.display.phase(f"step {step:,}", part="micro-batch")
         self.peak.start()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
         self.policy.train()

@@ -55,9 +55,9 @@ class Display:
         for row in rows:
             self.view.point(row)
 
-    def phase(self, words: str, parts: int = 0) -> None:
-        """Say in the live view what the run does now."""
-        self.view.phase(words, parts)
+    def phase(self, words: str, parts: int = 0, part: str = "") -> None:
+        """Say in the live view what the run does now, in how many parts, and what a `part` is."""
+        self.view.phase(words, parts, part)
 
     def part(self, number: int, of: int) -> None:
         """Say in the live view which of the phase's parts is computed: a micro-batch, or how many rows are done."""
