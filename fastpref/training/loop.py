@@ -143,7 +143,8 @@ class TrainingRun:
                     interrupted, evaluated = True, False
             if progress.before is None:
                 progress.before = self._answers()
-            self._renew(begun=not stepped, evaluated=evaluated)
+            if not interrupted:
+                self._renew(begun=not stepped, evaluated=evaluated)
             if self._checkpoint_is_due(improved):
                 self.display.phase("saving a checkpoint")
                 self.checkpoints.save(progress, self.rng, best=improved)

@@ -6,7 +6,38 @@ from typing import Any
 
 import pytest
 
-WIDTHS = {"phone": 390, "desk": 1280}
+WIDTHS = {"phone": 390, "desk": 1280, "wide": 1600}
+# Words of tables that are broken over lines, but long values (class words) in pieces of eight letters or more.
+BROKEN = """
+const broken = [];
+for (const cell of document.querySelectorAll("th, td")) {
+  const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    for (const word of texts.currentNode.data.matchAll(/[^\\s]+/g)) {
+      const range = document.createRange();
+      range.setStart(texts.currentNode, word.index);
+      range.setEnd(texts.currentNode, word.index + word[0].length);
+      const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top))).size;
+      const least = cell.classList.contains("words") ? 8 : Infinity;
+      if (lines > 1 && word[0].length / lines < least) broken.push(`${word[0]} on ${lines} lines`);
+    }
+  }
+}
+return broken;
+"""
+# Cells that the screen cuts: of tables that are wider than their box, if these do not scroll, or if none may.
+CUT = """
+const [mayScroll] = arguments;
+const boxOf = e => { for (e = e.parentElement; e; e = e.parentElement)
+  if (["auto", "scroll"].includes(getComputedStyle(e).overflowX)) return e;
+  return document.documentElement; };
+return [...document.querySelectorAll("th, td")].filter(cell => {
+  const table = cell.closest("table");
+  const box = table.scrollWidth > table.clientWidth ? table : boxOf(table), edge = box.getBoundingClientRect().right;
+  const scrolls = box !== document.documentElement && mayScroll;
+  return !scrolls && cell.getClientRects().length && cell.getBoundingClientRect().right > edge + 1;
+}).map(cell => cell.innerText.slice(0, 40));
+"""
 
 
 @pytest.fixture(scope="module")
