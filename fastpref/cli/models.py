@@ -87,6 +87,7 @@ def merge(
     with loading(offline=offline):
         import torch
 
+        from fastpref.commands.uses import of_merged
         from fastpref.merge import merge as run
         from fastpref.model.failure import told_of_memory
         from fastpref.run.trained import find_trained
@@ -103,6 +104,8 @@ def merge(
     typer.echo(f"{merged.folder}: {merged.tensors} tensors changed{head}; merged onto {merged.onto}.")
     if merged.lost is not None:
         typer.echo(f"Compared on a probe: of what the adapter changes in the logits, {merged.lost:.2%} is lost.")
+    for line in of_merged(merged.folder):
+        typer.echo(f"next: {line}")
 
 
 def export(
