@@ -8,38 +8,12 @@ import pytest
 
 from fastpref.report import read_run, write_comparison, write_report
 from fastpref.run.history import FACTS
-from tests.support.browser import BROKEN, CUT, WIDTHS, browser, show
+from tests.support.browser import BROKEN, CONTRASTS, CUT, SCHEMES, WIDTHS, browser, show
 from tests.support.crafted import EVIL, facts, write_run
 
 __all__ = ["browser"]  # a fixture
 pytestmark = pytest.mark.browser
-SCHEMES = ("light", "dark")
 
-# Every visible text, with its contrast by WCAG 2.2 against the nearest background behind it.
-CONTRASTS = r"""
-const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
-const parse = s => { const n = s.match(/[\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
-const luminance = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
-const over = (a, b) => [0, 1, 2].map(i => a[3] * a[i] + (1 - a[3]) * b[i]);
-const behind = e => {
-  for (; e; e = e.parentElement) {
-    const c = parse(getComputedStyle(e).backgroundColor);
-    if (c[3] === 1) return c;
-    if (c[3] > 0) return over(c, behind(e.parentElement));
-  }
-  return [255, 255, 255];
-};
-const texts = [];
-for (const e of document.querySelectorAll("body *")) {
-  const own = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(" ").trim();
-  if (!own || e.tagName === "title" || !e.getClientRects().length) continue;
-  const style = getComputedStyle(e), back = behind(e);
-  const colour = over(parse(e.namespaceURI.endsWith("svg") ? style.fill : style.color), back);
-  const [light, dark] = [luminance(colour), luminance(back)].sort((a, b) => b - a);
-  texts.push([(light + 0.05) / (dark + 0.05), own.slice(0, 40), parseFloat(style.fontSize)]);
-}
-return texts;
-"""
 # Lines and bars, compared with the frame of their chart.
 MARKS = r"""
 return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, figure .dot, figure .tick")].map(e => {
