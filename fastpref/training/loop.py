@@ -155,7 +155,8 @@ class TrainingRun:
                     interrupted, evaluated = True, False
             if progress.before is None:
                 progress.before = self._answers()
-            self._renew(begun=not stepped, evaluated=evaluated)
+            if not interrupted:
+                self._renew(begun=not stepped, evaluated=evaluated)
             if self.timer.is_due(progress.step, improved=improved, overdue=overdue):
                 self.display.phase("saving a checkpoint")
                 self.checkpoints.save(progress, self.rng, best=improved)
