@@ -10,7 +10,9 @@ import typer
 from fastpref.cli.configs import check, estimate, init, preview, schema
 from fastpref.cli.models import chat, evaluate, export, merge, push
 from fastpref.cli.parameters import flag
-from fastpref.cli.runs import report, train
+from fastpref.cli.records import list_runs, report
+from fastpref.cli.runs import train
+from fastpref.cli.setup import leave, own_process
 from fastpref.commands.about import print_version
 from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
@@ -23,7 +25,8 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "preview": (preview, "my.toml --rows 2"),
     "estimate": (estimate, "my.toml --card 12 tokens.max_length=1024"),
     "train": (train, "my.toml train.steps=20"),
-    "report": (report, "runs/my-dpo --open"),
+    "report": (report, "runs/my-dpo --open, or: fastpref report runs/a runs/b"),
+    "runs": (list_runs, ""),
     "eval": (evaluate, "runs/my-dpo, or: fastpref eval my-adapter --data pairs.jsonl --json"),
     "chat": (chat, "runs/my-dpo --compare"),
     "merge": (merge, "runs/my-dpo --output my-model"),
@@ -51,6 +54,16 @@ def options(
 
 for _name, (_command, _example) in _COMMANDS.items():
     app.command(_name, epilog=f"Example: fastpref {_name} {_example}".rstrip())(_command)
+
+
+def console() -> None:
+    """Run a command in a process of its own, and end it."""
+    own_process()
+    try:
+        main()
+    except SystemExit as ended:
+        leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    leave(0)
 
 
 def main() -> None:

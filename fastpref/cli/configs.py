@@ -15,7 +15,7 @@ from fastpref.cli.parameters import (
     flag,
     value,
 )
-from fastpref.cli.setup import prepare
+from fastpref.cli.setup import loading
 from fastpref.commands.about import print_schema
 from fastpref.config import load_config
 
@@ -72,8 +72,8 @@ def preview(
 ) -> None:
     """Show the tokens a run would train on, and statistics of the data."""
     loaded = load_config(config, overrides or ())
-    prepare(offline)
-    from fastpref.preview.preview import preview as run
+    with loading(offline=offline):
+        from fastpref.preview.preview import preview as run
 
     run(loaded, rows=rows, full=full, cache=not no_cache)
 
@@ -95,11 +95,11 @@ def estimate(
     This needs no GPU and no weights, only the model's config.json.
     """
     load_config(config, overrides or ())  # reports mistakes before the heavy imports
-    prepare(offline)
-    import torch
+    with loading(offline=offline):
+        import torch
 
-    from fastpref.commands.estimate import estimate as run
-    from fastpref.memory.estimate import Estimator
+        from fastpref.commands.estimate import estimate as run
+        from fastpref.memory.estimate import Estimator
 
     device = torch.device("cpu" if cpu else "cuda")
     estimator = Estimator(lambda more: load_config(config, [*(overrides or ()), *more]), device, cache=not no_cache)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli.parameters import AsJson, NoCache, Offline, Overrides, TrainedModel, argument, flag, value
-from fastpref.cli.setup import note, prepare
+from fastpref.cli.setup import loading, note
 from fastpref.errors import UserError
 
 
@@ -24,10 +24,10 @@ def evaluate(
     no_cache: NoCache = False,
 ) -> None:
     """Evaluate a model on held-out rows: rewards or perplexity, and KL."""
-    prepare(offline)
-    from fastpref.commands import evaluate as evaluation
-    from fastpref.model.failure import told_of_memory
-    from fastpref.run.trained import find_trained
+    with loading(offline=offline):
+        from fastpref.commands import evaluate as evaluation
+        from fastpref.model.failure import told_of_memory
+        from fastpref.run.trained import find_trained
 
     trained = find_trained(model, overrides or ())
     compared = None if reference is None else find_trained(reference)
@@ -51,10 +51,10 @@ def chat(
     offline: Offline = False,
 ) -> None:
     """Chat with a model in the terminal, or through a pipe."""
-    prepare(offline)
-    from fastpref.commands.chat import chat as run
-    from fastpref.model.failure import told_of_memory
-    from fastpref.run.trained import find_trained
+    with loading(offline=offline):
+        from fastpref.commands.chat import chat as run
+        from fastpref.model.failure import told_of_memory
+        from fastpref.run.trained import find_trained
 
     trained = find_trained(model, overrides or ())
     with told_of_memory(
@@ -84,13 +84,13 @@ def merge(
     offline: Offline = False,
 ) -> None:
     """Merge an adapter into the weights, for use without PEFT."""
-    prepare(offline)
-    import torch
+    with loading(offline=offline):
+        import torch
 
-    from fastpref.commands.uses import of_merged
-    from fastpref.merge import merge as run
-    from fastpref.model.failure import told_of_memory
-    from fastpref.run.trained import find_trained
+        from fastpref.commands.uses import of_merged
+        from fastpref.merge import merge as run
+        from fastpref.model.failure import told_of_memory
+        from fastpref.run.trained import find_trained
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: take float32, bfloat16 or float16")
@@ -135,10 +135,10 @@ def export(
     """Write a model or an adapter as a GGUF file."""
     if not gguf:
         raise UserError("name a format: --gguf, for llama.cpp and Ollama")
-    prepare(offline)
-    from fastpref.export import export_adapter, export_model
-    from fastpref.model.failure import told_of_memory
-    from fastpref.run.trained import find_trained
+    with loading(offline=offline):
+        from fastpref.export import export_adapter, export_model
+        from fastpref.model.failure import told_of_memory
+        from fastpref.run.trained import find_trained
 
     trained = find_trained(model, overrides or ())
     with told_of_memory(
@@ -156,9 +156,9 @@ def push(
     public: Annotated[bool, flag("--public", "Make a new repository public.")] = False,
 ) -> None:
     """Upload a trained model to the hub, privately by default."""
-    prepare(offline=False)
-    from fastpref.run.hub import push as upload
-    from fastpref.run.trained import find_trained
+    with loading():
+        from fastpref.run.hub import push as upload
+        from fastpref.run.trained import find_trained
 
     trained = find_trained(run)
     repository = to or trained.config.output.push_to

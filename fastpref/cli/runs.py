@@ -1,4 +1,4 @@
-"""Commands on runs: train, and what a run has recorded. Heavy imports wait inside them."""
+"""Train, or continue a run. Heavy imports wait inside the command."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from fastpref.cli.parameters import LOSS_NAMES, ConfigFile, NoCache, Offline, Overrides, argument, flag, value
-from fastpref.cli.setup import prepare
+from fastpref.cli.parameters import ConfigFile, NoCache, Offline, Overrides, flag
+from fastpref.cli.setup import loading
 from fastpref.config import load_config
 from fastpref.errors import UserError
 
@@ -35,33 +35,9 @@ def train(
         from fastpref.processes import end_together  # the processes on other hosts wait for this one
 
         end_together(error)
-    prepare(offline)
-    from fastpref.training.start import train as run
+    with loading(offline=offline):
+        from fastpref.training.start import train as run
 
     checkpoint = named[0] if named else resume
     if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:
         raise typer.Exit(130)
-
-
-def report(
-    run: Annotated[Path, argument("RUN", "A run's folder, or TRL's output folder with its trainer_state.json.")],
-    open_page: Annotated[bool, flag("--open", "Open the page in the browser.")] = False,
-    loss: Annotated[str | None, value("LOSS", f"The loss of a TRL run, one of {LOSS_NAMES}.")] = None,
-    beta: Annotated[float | None, value("BETA", "The β of a TRL run.")] = None,
-) -> None:
-    """Diagnose a run, and write its report.html."""
-    from fastpref.health import diagnose
-    from fastpref.report import read_run, write_report
-    from fastpref.training.progress import Display
-
-    source = read_run(run, loss, beta)
-    display = Display(source.history.step)
-    for note in source.notes:
-        display.note(note)
-    display.health(diagnose(source.history, source.known))
-    page = write_report(source)
-    display.note(f"report: {page}")
-    if open_page:
-        import webbrowser
-
-        webbrowser.open(page.resolve().as_uri())

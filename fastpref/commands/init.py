@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from fastpref.atomic import write_file
 from fastpref.config.losses import LOSSES
+from fastpref.config.paths import matches
 from fastpref.config.text import Line, Table, is_array, keys_of, mistake, render, sections
 from fastpref.errors import UserError
 
@@ -187,7 +188,7 @@ def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
     """
     try:
         path = Path(name).expanduser()
-        target = next((root / path for root in (Path(), *others) if (root / path).exists()), None)
+        target = next((root / path for root in (Path(), *others) if matches(name, root)), None)
     except (OSError, RuntimeError):  # too long for a path, or ~name of a user who does not exist
         return name
     if target is None or path.is_absolute():

@@ -15,12 +15,12 @@ Pairing = Literal["best-worst", "best-rest", "all", "adjacent"]
 
 class DataConfig(Section):
     path: ReadPath
-    """Names the data: a .json, .jsonl, .parquet, .csv or .arrow file, a folder that `save_to_disk` wrote, or a data
-    set of the hub."""
+    """Names the data: a .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of such files, a pattern such as
+    "shards/*.parquet", a folder that `save_to_disk` wrote, or a data set of the hub."""
     split: str = "train"
-    """Selects the split of a data set on the hub, or of a folder with several splits."""
+    """Selects the split of a data set on the hub, or of a folder: the split of a file follows from its name."""
     name: str | None = None
-    """Selects the configuration of a data set on the hub."""
+    """Selects the configuration of a data set on the hub, or of a folder whose README lists several."""
     revision: str | None = None
     """Selects a branch, tag or commit of the data set on the hub."""
     format: Format = "auto"

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fastpref.config.annotations import classes_in
 from fastpref.config.losses import LOSSES
+from fastpref.config.others import answer
 
 Path = tuple[str | int, ...]
 
@@ -189,21 +190,27 @@ def _message(problem: Any, path: Path, schema: type[BaseModel]) -> str | None:
 
 
 def _suggest(key: str, parents: Path, schema: type[BaseModel]) -> str:
-    """Suggest the same key of another table, a similar key of this table, or at the top a similar table."""
-    tables = dict(_tables(schema))
+    """Suggest a key of this table that is almost the same, the key that another trainer calls so, the same key of
+    another table, a similar key of this table, or at the top a similar table."""
+    tables = dict(tables_of(schema))
     here = ".".join(p for p in parents if isinstance(p, str))
+    own = list(tables.get(here, ()))
+    if near := _close(key, own, cutoff=0.9):
+        return near
+    if theirs := answer(key):
+        return f"; {theirs}"
     for name, keys in tables.items():
         if key in keys:
             return f" (did you mean {f'{name}.{key}' if name else key!r}?)"
-    return _close(key, list(tables.get(here, ()))) or ("" if here else _close(key, [name for name in tables if name]))
+    return _close(key, own) or ("" if here else _close(key, [name for name in tables if name]))
 
 
-def _close(word: str, choices: list[str]) -> str:
-    near = get_close_matches(word.lower(), choices, n=1, cutoff=0.6)
+def _close(word: str, choices: list[str], cutoff: float = 0.6) -> str:
+    near = get_close_matches(word.lower(), choices, n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
+def tables_of(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
     """Yield every table of the schema with its keys; all losses share one table."""
     annotations = {f.alias or k: f.annotation for k, f in schema.model_fields.items()}
     yield name, list(annotations)
@@ -215,4 +222,4 @@ def _tables(schema: Any, name: str = "") -> Iterator[tuple[str, list[str]]]:
             yield path, list(dict.fromkeys(keys))
         for c in inner:
             if issubclass(c, BaseModel):
-                yield from _tables(c, path)
+                yield from tables_of(c, path)

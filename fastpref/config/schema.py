@@ -4,7 +4,16 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Self, get_type_hints
 
-from pydantic import BaseModel, Field, GetCoreSchemaHandler, Strict, TypeAdapter, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    Strict,
+    TypeAdapter,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 from fastpref.config.data import DataConfig, EvalConfig, TokensConfig
@@ -30,13 +39,18 @@ def _loss_type(value: Any) -> str:
     return kind if isinstance(kind, str) else "dpo"
 
 
+def _table_or_none(value: Any) -> Any:
+    """Return true and false as a table with the defaults and as none, so that a command line can switch it."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 class Config(Section):
     """A whole training run."""
 
     model: ModelConfig
     """Describes the model to train."""
-    lora: LoraConfig | None = None
-    """Trains adapters; without this table the whole model is trained."""
+    lora: Annotated[LoraConfig | None, BeforeValidator(_table_or_none)] = None
+    """Trains adapters; without this table, or with lora = false, the whole model is trained."""
     loss: Annotated[LossOptions, _ByType] = Field(default_factory=DPO)
     """Chooses the loss; the other keys depend on its type."""
     data: Annotated[tuple[DataConfig, ...], Strict(False), Field(min_length=1)]

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 from fastpref.config import DataConfig
 from fastpref.config.losses import LossOptions
+from fastpref.data.found import name_of
 from fastpref.data.opening import open_records
 from fastpref.data.records import Records
 from fastpref.data.rows.auto import KNOWN, KNOWN_IMITATED, AutoFormat, detect
@@ -41,7 +41,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        return Path(self.data.path).name
+        return name_of(self.data)
 
     @property
     def unpaired(self) -> bool:

@@ -55,7 +55,7 @@ def survey(source: Source, fraction: float, seen: set[bytes] | None) -> Survey:
     Raises UserError for a broken row if the source does not drop them, and if none can be used.
     """
     count = min(source.data.rows or len(source.records), len(source.records))
-    kept = Survey(notes=[f"{source.name}: {count} rows of {source.form.name}"])
+    kept = Survey(notes=[*source.records.notes, f"{source.name}: {count} rows of {source.form.name}"])
     notes = kept.notes
     dropped: dict[str, tuple[int, str]] = {}  # kind of mistake → how many, and the first of them
     remarks: dict[str, tuple[int, str]] = {}  # remark → the same for the rows that are used

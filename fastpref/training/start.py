@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.allocator import let_segments_grow
@@ -227,6 +226,8 @@ def _assemble(
     policy, optimizer = accelerator.prepare(loaded.policy, optimizer, device_placement=moved)
     schedule.follow(optimizer)
     if processes.sharded:
+        from torch.distributed.fsdp import register_fsdp_forward_method  # takes a second to import
+
         register_fsdp_forward_method(policy, "generate")
     if not processes.first:  # every process has the same adapters, but its own dropout
         set_seed(train.seed + processes.rank)

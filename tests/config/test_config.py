@@ -111,6 +111,14 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "beta = 0.1\nbatch = 3\nrank = 8\nnmae = 'm'": "1: beta: unknown key (did you mean 'loss.beta'?)\n"
     "2: batch: unknown key (did you mean 'train.batch'?)\n3: rank: unknown key (did you mean 'lora.rank'?)\n"
     "4: nmae: unknown key",
+    # Names of other trainers
+    "train.lr = 1\ntrain.per-device-train-batch-size = 1\nlora.r = 8\nbf16 = true\npeft = {}":
+    "1: train.lr: unknown key; here it is train.learning_rate\n"
+    "2: train.per-device-train-batch-size: unknown key; here it is train.batch, the rows of an optimizer step: "
+    "micro-batch × accumulation × devices\n3: lora.r: unknown key; here it is lora.rank\n"
+    '4: bf16: unknown key; here it is model.dtype, such as "bfloat16"\n'
+    "5: peft: unknown key; here it is [lora], a table, which trains adapters",
+    "eval.data = [{ path = 'e', weights = 1 }]": "1: eval.data[0].weights: unknown key (did you mean 'weight'?)",
     # Types and ranges
     "train.batch = '4'": "1: train.batch: must be a valid integer, got '4'",
     "train.batch = 1.5": "1: train.batch: must be a valid integer, got 1.5",
