@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastpref.allocator import let_segments_grow
 from fastpref.checks import look
+from fastpref.checks.space import needed, require_space
 from fastpref.config import Config
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.order import data_order
