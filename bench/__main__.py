@@ -212,14 +212,20 @@ def _write(result: dict[str, Any], folder: Path) -> None:
 
 
 def _check(result: dict[str, Any], limit: float) -> None:
-    """Exit with 1 if a method is wrong, or if even the best turn's ratio exceeds `limit`, as one turn may be busy."""
-    from bench.results import OURS, key, ratios
+    """Exit with 1 if a method or a first loss is wrong, or if even the best turn's ratio exceeds `limit`."""
+    from bench.results import OURS, key, ratios, same_loss
 
     for record in result["head"]:
         wrong = [f"{row['method']}: {row['note']}" for row in record["rows"] if row["note"].startswith("wrong")]
         ratio = min(ratios(record, OURS), default=float("inf"))
         if ratio > limit or wrong:
             print(f"{key(record)}: fastpref took {ratio:.2f} × the bare products, at most {limit} are allowed; {wrong}")
+            raise typer.Exit(1)
+    for step in result["steps"]:
+        base, *others = [engine for engine in step["engines"] if "note" not in engine]
+        wrong = [f"{one['engine']}: {one['loss']:.4f}" for one in others if not same_loss(one, base)]
+        if wrong:
+            print(f"{step['method']}, {step['what']}: TRL's first loss is {base['loss']:.4f}, not that of {wrong}")
             raise typer.Exit(1)
 
 

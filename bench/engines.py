@@ -1,4 +1,9 @@
-"""One engine trains on given rows in a process of its own: `python -m bench.engines JOB` prints its numbers as JSON."""
+"""One engine trains on given rows in a process of its own: `python -m bench.engines JOB` prints its numbers as JSON.
+
+Every engine has TRL 1.16's defaults, except what a Job says and LoRA of rank 16: its learning rate and the parameters
+of its losses, gradient checkpointing, no packing, and the reference computed in every step. Weights are bfloat16 on a
+GPU and float32 on a CPU.
+"""
 
 import json
 import os
@@ -13,7 +18,12 @@ from typing import Any
 
 from bench.shares import Shares, shares
 
-ENGINES = {"trl": "TRL", "trl-patched": "TRL, patched", "trl-liger": "TRL with Liger", "fastpref": "fastpref"}
+ENGINES = {"trl": "TRL", "trl-liger": "TRL with Liger", "trl-patched": "TRL, patched", "fastpref": "fastpref"}
+ELSEWHERE = {  # engines that are in no run, and why
+    "Unsloth": "its steps need a GPU and TRL before 1.16; its head is in the table of heads",
+    "ms-swift": "its packed rows need FlashAttention on a GPU; its memory is counted by bench.trainer_memory",
+}
+LEARNING_RATE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -21,12 +31,12 @@ class Job:
     engine: str  # one of ENGINES
     method: str
     model: str
-    rows: str  # a .jsonl file of messages: prompt, chosen and rejected, or for KTO prompt, completion and label
+    rows: str  # a .jsonl file: prompt, chosen and rejected, or for KTO prompt, completion and label
     passes: int
     steps: int  # steps per pass
     batch: int  # pairs per step
     max_length: int
-    checkpointing: bool
+    checkpointing: bool  # gradient checkpointing of all layers
     counted: bool = False  # count storages instead of measuring time
     profiled: bool = False  # find where the time goes, which takes time itself
 
@@ -100,8 +110,8 @@ def run_fastpref(job: Job) -> dict[str, Any]:
             f"[model]\nname = {json.dumps(job.model)}\n[lora]\nrank = 16\nalpha = 32\n"
             f'[loss]\ntype = "{job.method}"\n{same_terms}[[data]]\npath = {json.dumps(job.rows)}\n'
             f"[tokens]\nmax_length = {job.max_length}\n[output]\ndir = {json.dumps(folder + '/run')}\n"
-            f"[train]\nsteps = {job.passes * job.steps}\nbatch = {job.rows_a_step}\nlearning_rate = 1e-4\nwarmup = 0\n"
-            f"checkpointing = {'true' if job.checkpointing else 'false'}\n"
+            f"[train]\nsteps = {job.passes * job.steps}\nbatch = {job.rows_a_step}\nwarmup = 0\n"
+            f"learning_rate = {LEARNING_RATE}\ncheckpointing = {'true' if job.checkpointing else 'false'}\n"
         )
         fastpref.train(config, cache=False)  # a cached reference would save its pass
         profile.__exit__(None, None, None)
@@ -195,7 +205,7 @@ def trl_trainer(job: Job, model: Any, folder: str, **options: Any) -> Any:
         per_device_train_batch_size=job.rows_a_step,
         max_steps=job.passes * job.steps,
         max_length=job.max_length,
-        learning_rate=1e-4,
+        learning_rate=LEARNING_RATE,
         gradient_checkpointing=job.checkpointing,
         bf16=gpu,
         use_cpu=not gpu,

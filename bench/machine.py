@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "accelerate", "bitsandbytes",
+    "torch", "triton", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy", "unsloth_zoo", "accelerate",
+    "bitsandbytes",
 )  # fmt: skip
 
 

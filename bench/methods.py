@@ -100,6 +100,15 @@ def cut_cross_entropy(problem: Problem, hidden: Tensor) -> Tensor:
     return -linear_cross_entropy(hidden, problem.weight, problem.labels, impl=kernels, **options).float()
 
 
+def unsloth(problem: Problem, hidden: Tensor) -> Tensor:
+    """Call the head of Unsloth's preference losses, which scores the positions of its mask."""
+    from bench.unsloth import token_logps
+
+    labels = problem.labels.clamp(min=0)
+    options = {"logit_softcapping": problem.softcap or 0.0}
+    return token_logps()(hidden, problem.weight, None, labels, problem.scored, **options)["per_token_logps"]
+
+
 # --- methods that give losses -----------------------------------------------------------------------------------------
 
 
@@ -167,6 +176,7 @@ METHODS = (
     Method("all logits", by_tokens(full_logits), package="trl"),
     Method("Liger", liger, package="liger_kernel"),
     Method("cut-cross-entropy", by_tokens(cut_cross_entropy), package="cut_cross_entropy"),
+    Method("Unsloth", by_tokens(unsloth), package="unsloth_zoo"),
     Method("torch, chunked", by_tokens(torch_fused)),
 )
 

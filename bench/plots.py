@@ -12,10 +12,22 @@ from matplotlib.ticker import FuncFormatter
 
 from bench.engines import ENGINES
 from bench.measure import BARE
-from bench.results import ratios, spread, title
+from bench.results import OURS, ratios, spread, title
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+# One colour a method, in every plot: Okabe and Ito's, which colour-blind readers can distinguish.
+COLOURS = {
+    "fastpref": "#0072B2",
+    "TRL": "#E69F00",
+    "TRL 1.16, chunked": "#E69F00",
+    "Liger": "#CC79A7",
+    "TRL with Liger": "#CC79A7",
+    "TRL, patched": "#009E73",
+    "cut-cross-entropy": "#D55E00",
+    "Unsloth": "#56B4E9",
+    "torch, chunked": "#B8A800",
+    "all logits": "#000000",
+}
+_OTHER = "#999999"
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -59,7 +71,7 @@ def _bars(records: list[dict[str, Any]], by: str, what: str, heading: str) -> An
             xs.append(at + (place - (len(methods) - 1) / 2) * width)
             ys.append(median(values) if what == "time" else row["bytes"] / 2**20)
             errors.append(spread(values) if what == "time" else 0)
-        style: dict[str, Any] = {"label": method, "color": COLOURS[place % len(COLOURS)], "zorder": 2}
+        style: dict[str, Any] = {"label": method, "color": COLOURS.get(method, _OTHER), "zorder": 2}
         spreads = errors if what == "time" else None
         axes.bar(xs, ys, width * 0.92, yerr=spreads, error_kw={"linewidth": 0.8}, **style)
     if what == "time":
@@ -85,7 +97,7 @@ def _growth(sweeps: list[dict[str, Any]]) -> Any:
         for line, (what, unit, scale) in enumerate((("ms", "ms", 1.0), ("bytes", "MiB", 2**20))):
             axes = grid[line][column]
             values = [point[what] / scale for point in sweep["points"]]
-            axes.loglog(sizes, values, "o-", color=COLOURS[line], label=f"size^{sweep['growth'][what]:.2f}")
+            axes.loglog(sizes, values, "o-", color=COLOURS[OURS], label=f"size^{sweep['growth'][what]:.2f}")
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8, rotation=30)
             axes.minorticks_off()
             ticks = sorted({min(values), max(values)}) if max(values) / min(values) > 1.3 else [values[0]]
@@ -118,8 +130,8 @@ def _steps(steps: list[dict[str, Any]]) -> Any:
                 if engine in results:
                     xs.append(at + (place - (len(engines) - 1) / 2) * width)
                     ys.append(results[engine][what] / results["trl"][what])
-            colour = {"fastpref": 0, "trl": 1, "trl-patched": 2, "trl-liger": 3}[engine]
-            bars = axes.bar(xs, ys, width * 0.92, label=ENGINES[engine], color=COLOURS[colour], zorder=2)
+            name = ENGINES[engine]
+            bars = axes.bar(xs, ys, width * 0.92, label=name, color=COLOURS[name], zorder=2)
             axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         axes.set_xticks(range(len(steps)), [_lines(step) for step in steps], fontsize=8)
         axes.set_ylabel(label)

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from bench.engines import ELSEWHERE, ENGINES
 from bench.losses import losses_table
 from bench.measure import BARE, Case, Row
 
 OURS = "fastpref"
 TRL, TREES = "TRL 1.16", "trees"  # rows of the profile prefixes, the bases of its ratios
+FIRST_LOSS = 0.002  # the largest relative difference of first losses that are the same
 RESIDENT = "resident"  # the row of the profile streaming that is the base of its ratios
 
 
@@ -39,6 +41,25 @@ def spread(values: list[float]) -> float:
     """Return the distance of p20 or p80 from the median, whichever is larger."""
     low, high = np.quantile(values, [0.2, 0.8])
     return float(max(median(values) - low, high - median(values)))
+
+
+def with_spread(values: list[float]) -> str:
+    return f"{median(values):.2f} ± {spread(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def speedups(result: dict[str, Any], base: dict[str, Any]) -> list[float]:
+    """Return the speed of an engine's steps over the base's in each turn."""
+    return [ours / theirs for ours, theirs in zip(result["speeds"], base["speeds"], strict=True)]
+
+
+def first_loss(result: dict[str, Any], base: dict[str, Any]) -> str:
+    """Return an engine's first loss, marked if it is not the base's, with which the engine did other work."""
+    return f"{result['loss']:.4f}" + ("" if same_loss(result, base) else " (not TRL's)")
+
+
+def same_loss(result: dict[str, Any], base: dict[str, Any]) -> bool:
+    """Return whether first losses are equal to the rounding of bfloat16, in which other layouts round differently."""
+    return abs(result["loss"] - base["loss"]) <= FIRST_LOSS * abs(base["loss"])
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
@@ -143,22 +164,23 @@ def _scaling_table(sweeps: list[dict[str, Any]]) -> list[str]:
 
 def _steps_table(steps: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| model, rows | method | engine | pairs/s | × TRL | tokens/s | memory over the model | × TRL | first loss |",
+        "| model, rows | method | trainer | pairs/s | × TRL | tokens/s | memory over the model | × TRL | first loss |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for step in steps:
         base = next(result for result in step["engines"] if result["engine"] == "trl")
         for one in step["engines"]:
+            name = ENGINES[one["engine"]]
             if "note" in one:
-                lines.append(f"| {step['what']} | {step['method']} | {one['engine']} | {one['note']} | | | | | |")
+                lines.append(f"| {step['what']} | {step['method']} | {name} | {one['note']} | | | | | |")
                 continue
             energy = f", {one['joules_a_pair']:.1f} J a pair" if one.get("joules_a_pair") else ""
             lines.append(
-                f"| {step['what']} | {step['method']} | {one['engine']} | {one['pairs_per_second']:.3f}{energy} | "
-                f"{one['pairs_per_second'] / base['pairs_per_second']:.2f} | {one['tokens_per_second']:.0f} | "
-                f"{one['peak'] / 1e6:,.0f} MB | {one['peak'] / base['peak']:.2f} | {one['loss']:.4f} |"
+                f"| {step['what']} | {step['method']} | {name} | {one['pairs_per_second']:.3f}{energy} | "
+                f"{with_spread(speedups(one, base))} | {one['tokens_per_second']:.0f} | "
+                f"{one['peak'] / 1e6:,.0f} MB | {one['peak'] / base['peak']:.2f} | {first_loss(one, base)} |"
             )
-    return lines
+    return [*lines, "", *(f"- {engine}: {why}" for engine, why in ELSEWHERE.items())]
 
 
 def _prefixes_table(records: list[dict[str, Any]]) -> list[str]:

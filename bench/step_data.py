@@ -5,7 +5,6 @@ The rows of a file can be made into rows that share more than the prompt of a pa
 
 import json
 import random
-import statistics
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -80,20 +79,14 @@ def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
 # --- rows of a file ---------------------------------------------------------------------------------------------------
 
 
-def choose_rows(model: str, file: Path, count: int, max_length: int, prompts: str = "all") -> list[dict[str, Any]]:
-    """Return the first `count` pairs that fit without a cut, as prompt, chosen and rejected messages.
-
-    With `prompts`, use only the half of the fitting pairs whose prompts are the larger share of their tokens ("heavy"),
-    or the smaller share ("light").
-    """
+def choose_rows(model: str, file: Path, count: int, max_length: int) -> list[dict[str, Any]]:
+    """Return the first `count` pairs that fit without a cut, as prompt, chosen and rejected messages."""
     import datasets
     from transformers import AutoTokenizer
 
     from fastpref.data.rows.auto import detect
     from fastpref.data.rows.content import Paired
 
-    if prompts not in ("all", "heavy", "light"):
-        raise typer.BadParameter(f"--prompts {prompts}: known are all, heavy and light")
     tokenizer = AutoTokenizer.from_pretrained(model)
     table = datasets.load_dataset("json", data_files=str(file), split="train")
     form = detect(table[0])
@@ -103,23 +96,17 @@ def choose_rows(model: str, file: Path, count: int, max_length: int, prompts: st
     def tokens(messages: Any) -> int:
         return len(tokenizer(str(tokenizer.apply_chat_template([*messages], tokenize=False))).input_ids)
 
-    fitting: list[tuple[float, dict[str, Any]]] = []
+    fitting: list[dict[str, Any]] = []
     for raw in table:
         pair = form.read(raw)  # pyright: ignore[reportArgumentType]
         if not isinstance(pair, Paired) or isinstance(pair.prompt, str):
             raise typer.BadParameter(f"{file}: chats with chosen and rejected are needed")
         lengths = [tokens([*pair.prompt, *side]) for side in (pair.chosen, pair.rejected)]
         if max(lengths) <= max_length:
-            share = 2 * tokens(pair.prompt) / sum(lengths)
-            fitting.append((share, {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}))
-        if prompts == "all" and len(fitting) == count:
-            break
-    if prompts != "all":
-        middle = statistics.median(share for share, _ in fitting)
-        fitting = [(share, row) for share, row in fitting if (share >= middle) == (prompts == "heavy")]
-    if len(fitting) < count:
-        raise typer.BadParameter(f"{file}: only {len(fitting)} pairs fit in {max_length} tokens, {count} are wanted")
-    return [row for _, row in fitting[:count]]
+            fitting.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
+        if len(fitting) == count:
+            return fitting
+    raise typer.BadParameter(f"{file}: only {len(fitting)} pairs fit in {max_length} tokens, {count} are wanted")
 
 
 def split_pairs(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,14 +118,44 @@ def split_pairs(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def count_tokens(model: str, pairs: list[dict[str, Any]]) -> int:
-    """Return the tokens of the prompt with each completion, without padding, which are the same for every engine."""
+def as_text(model: str, pairs: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the pairs as text that the model's chat template has written, to which each engine adds the end.
+
+    So every engine has the same tokens: of messages TRL also scores what a template writes after a turn's end, most
+    often a newline.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    chats = [[*pair["prompt"], *pair[side]] for pair in pairs for side in ("chosen", "rejected")]
-    texts = [str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats]
-    return sum(map(len, tokenizer(texts).input_ids))
+    begins_itself = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+
+    def written(messages: list[Any], **options: bool) -> str:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return text.removeprefix(tokenizer.bos_token) if begins_itself else text
+
+    rows = []
+    for pair in pairs:
+        row = {"prompt": written([*pair["prompt"]], add_generation_prompt=True)}
+        for side in ("chosen", "rejected"):
+            text = written([*pair["prompt"], *pair[side]])
+            if not text.startswith(row["prompt"]):
+                raise typer.BadParameter(f"{model}: its chat template writes a prompt differently before a completion")
+            row[side] = text.removeprefix(row["prompt"]).rstrip().removesuffix(tokenizer.eos_token)
+        rows.append(row)
+    return rows
+
+
+def count_tokens(model: str, texts: list[dict[str, str]]) -> tuple[int, int]:
+    """Return the tokens of the pairs of `as_text`, without padding: of the prompts, counted twice, and of all.
+
+    They are the same for every engine.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sides = [text["prompt"] + text[side] + tokenizer.eos_token for text in texts for side in ("chosen", "rejected")]
+    prompts = sum(map(len, tokenizer([text["prompt"] for text in texts]).input_ids))
+    return 2 * prompts, sum(map(len, tokenizer(sides).input_ids))
 
 
 # --- pairs that share their beginnings --------------------------------------------------------------------------------

@@ -1,3 +1,3 @@
-from fastpref.cli import main
+from fastpref.cli import console
 
-main()
+console()

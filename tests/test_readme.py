@@ -18,6 +18,8 @@ ELSEWHERE = {  # run by other tests, or needed to make this environment
     "pip install . && fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
     'pip install -c constraints.txt -e ".[dev]" && pytest -n logical': ".ci/run",
     "python -m bench.compile_report docs/kernels.md": "tests/kernels/test_compile.py",
+    "python -m bench first-card": "tests/bench/test_first_card.py",
+    "python -m bench.trainer_memory": "tests/bench/test_trainer_memory.py",
     "fastpref preview examples/quickstart.toml --rows 1": "tests/preview/test_preview.py",
 }
 

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fastpref.data.longest import Microbatch
@@ -34,9 +33,8 @@ def estimate(estimator: Estimator, *, card: float | None, compare: bool, as_json
         raise UserError(
             f"--compare: TRL's step is known for losses of preferences, not for {estimator.config.loss.type}"
         )
-    screen = Console(highlight=False, quiet=as_json)
-    with Console(stderr=True).status("") as waiting:  # shown on a terminal only
-        estimator.counted = lambda what: waiting.update(escape(f"counting {what}"))
+    with Screen(quiet=as_json) as screen:
+        estimator.counted = lambda what: screen.wait(f"counting {what}")
         numbers = _numbers(estimator, card, compare, screen)
     if as_json:
         print(json.dumps(numbers, indent=2))

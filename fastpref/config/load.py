@@ -3,7 +3,7 @@
 import glob
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from fastpref.config.schema import Config
 from fastpref.errors import UserError
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = (), *, trains: bool = True) -> Config:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), *, trains: bool = True, given: Mapping[str, Any] | None = None
+) -> Config:
     """Read a TOML file, apply `key=value` overrides, and validate the result.
 
-    A config that is not for training (`trains`) may name weights that cannot be trained.
+    A config that is not for training (`trains`) may name weights that cannot be trained. `given` has values that a
+    program sets before the overrides, by their dotted keys: `{"data": [{"path": "pairs.jsonl"}]}`.
     A relative path that exists in the folder of the file means that one; otherwise it is relative to the working
     directory. Raises UserError with one line for each mistake: `cfg.toml:LINE: key: what is wrong`.
     """
@@ -42,15 +45,36 @@ def load_config(path: str | Path, overrides: Iterable[str] = (), *, trains: bool
         what, _, place = str(error).partition(" (at ")  # "(at line 3, column 5)", or "(at end of document)"
         line = place[5:].partition(",")[0] if place.startswith("line ") else text.rstrip().count("\n") + 1
         raise UserError(f"{path}:{line}: not valid TOML: {what}") from None
-    return _checked(raw, overrides, TomlLines(str(path), text), path.resolve().parent, trains=trains)
+    lines = TomlLines(str(path), text)
+    return _checked(raw, overrides, lines, path.resolve().parent, trains=trains, given=given)
 
 
-def make_config(raw: dict[str, Any], overrides: Iterable[str] = (), *, trains: bool = True) -> Config:
-    """Make a config of its tables and overrides; paths are relative to the working directory. Raises UserError."""
-    return _checked(raw, overrides, TomlLines("the command line", ""), Path.cwd(), trains=trains)
+def make_config(
+    raw: dict[str, Any],
+    overrides: Iterable[str] = (),
+    *,
+    trains: bool = True,
+    given: Mapping[str, Any] | None = None,
+    source: str = "the command line",
+) -> Config:
+    """Make a config of its tables, as `load_config` does of a file's; paths are relative to the working directory.
+
+    `source` names the tables in messages. Raises UserError.
+    """
+    return _checked(raw, overrides, TomlLines(source, ""), Path.cwd(), trains=trains, given=given)
 
 
-def _checked(raw: dict[str, Any], overrides: Iterable[str], lines: TomlLines, folder: Path, *, trains: bool) -> Config:
+def _checked(
+    raw: dict[str, Any],
+    overrides: Iterable[str],
+    lines: TomlLines,
+    folder: Path,
+    *,
+    trains: bool,
+    given: Mapping[str, Any] | None,
+) -> Config:
+    for key, value in (given or {}).items():
+        _set(raw, key.split("."), value, lines, key)
     for override in overrides:
         _apply(raw, override, lines)
     try:
@@ -73,6 +97,11 @@ def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
         if not word or not all(c.isalnum() or c in "-_./:~*?" for c in word):
             raise UserError(f"override {override!r}: the value is not valid TOML: {error}") from None
         parsed = word
+    _set(raw, keys, parsed, lines, override)
+
+
+def _set(raw: dict[str, Any], keys: list[str], value: Any, lines: TomlLines, override: str) -> None:
+    """Set the value of a key, given by its parts, in the raw tables, and remember which override did so."""
     table: Any = raw
     for depth, part in enumerate(keys[:-1]):
         if isinstance(table, list):
@@ -90,7 +119,7 @@ def _apply(raw: dict[str, Any], override: str, lines: TomlLines) -> None:
         raise UserError(
             f"override {override!r}: {array} is an array; set a key of an entry, {array}.0.KEY, or all of it"
         )
-    table[keys[-1]] = parsed
+    table[keys[-1]] = value
     lines.override(tuple(keys), override)
 
 

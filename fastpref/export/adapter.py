@@ -18,6 +18,7 @@ from fastpref.export.model import Exported
 from fastpref.export.place import check_place, check_space, write_together
 from fastpref.export.quantise import Written
 from fastpref.export.tensors import Piece, TensorNames
+from fastpref.export.uses import of_adapter
 from fastpref.merge.adapter import adapted, with_adapter
 from fastpref.merge.plan import bare_model
 from fastpref.model.files import model_config
@@ -62,9 +63,11 @@ def export_adapter(trained: Trained, output: Path | None = None) -> Exported:
         ("adapter_type", "lora"), ("adapter_alpha", float(alpha or 0.0)),
     ]  # fmt: skip
     notes = tuple(_notes(trained))
+    base = trained.config.model.name
+    commands = "\n".join(of_adapter(Path(file.name), known.base))
     section = (
         f"`{file.name}` holds the adapter alone, in float32, for a GGUF file of `{known.base}`:\n\n"
-        f"```\nllama-cli -m BASE.gguf --lora {file.name}\n```\n"
+        f"```\n{commands}\n```\n"
     ) + "".join(f"\n- {note[0].upper()}{note[1:]}." for note in notes)
     beside = {CARD: card_text(known, section), **known.files}
     check_place(file, beside)
@@ -72,7 +75,7 @@ def export_adapter(trained: Trained, output: Path | None = None) -> Exported:
     write_together(
         file, lambda path: write_gguf(path, family.arch, settings, written, lambda: iter(tensors.items())), beside
     )
-    return Exported(file, file.stat().st_size, {"f32": len(tensors)}, notes)
+    return Exported(file, file.stat().st_size, {"f32": len(tensors)}, notes, of_adapter(file, base))
 
 
 def _factors(name: str, part: Any, pieces: list[Piece], *, tied: bool) -> Iterator[tuple[Piece, Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError
 from fastpref.export.card import CARD, Provenance, card_text, general, provenance
-from fastpref.export.chat_text import turns_of
+from fastpref.export.chat_text import Turns, turns_of
 from fastpref.export.families import Family, family_of
 from fastpref.export.gguf_file import file_size, write_gguf
 from fastpref.export.modelfile import modelfile
@@ -25,6 +25,7 @@ from fastpref.export.quantise import QUANTS, Written, choose
 from fastpref.export.rope import divisors
 from fastpref.export.settings import context_length, model_settings, window_note
 from fastpref.export.tensors import Piece, TensorNames, check_complete, learned
+from fastpref.export.uses import of_model
 from fastpref.export.vocabulary import Vocabulary, read_vocabulary
 from fastpref.export.weights import Weights, open_weights
 from fastpref.model.adapters.trained import rows_for
@@ -40,13 +41,14 @@ class Exported:
     size: int  # bytes
     types: dict[str, int]  # how many tensors have each type
     notes: tuple[str, ...]
+    next: tuple[str, ...]  # commands that use the file
 
     @property
     def summary(self) -> str:
-        """What was written, and the notes, in lines."""
+        """What was written, the notes, and the commands that use the file, in lines."""
         types = ", ".join(f"{count} in {name}" for name, count in self.types.items())
         written = f"{self.file}: {self.size / 1e6:,.1f} MB; tensors: {types}"
-        return "\n".join([written, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([written, *(f"note: {note}" for note in self.notes), *(f"next: {line}" for line in self.next)])
 
 
 def export_model(
@@ -61,7 +63,10 @@ def export_model(
         raise UserError(f"--quant {quant}: take one of {', '.join(QUANTS)}")
     plan = plan_model(trained, quant, dequantized)
     file = output or default_output(trained, quant)
-    beside = _beside(trained, plan, file)
+    tokenizer, ends = trained_tokenizer(trained), plan.vocabulary.ends
+    turns = turns_of(tokenizer, _keywords(trained), ends) if tokenizer.chat_template else None
+    ollama = turns is not None or not tokenizer.chat_template
+    beside = _beside(plan, file, turns, of_model(Path(file.name), plan.known.name, ollama=ollama))
     check_place(file, beside)
     size = file_size(plan.tensors)
     check_space(file.parent, size)
@@ -71,7 +76,8 @@ def export_model(
 
     write_together(file, fill, beside)
     types = Counter(written.type.name.lower() for written in plan.tensors.values())
-    return Exported(file, file.stat().st_size, dict(types), plan.notes)
+    next_commands = of_model(file, plan.known.name, ollama=ollama)
+    return Exported(file, file.stat().st_size, dict(types), plan.notes, next_commands)
 
 
 def default_output(trained: Trained, quant: str) -> Path:
@@ -168,19 +174,19 @@ def ends_of(trained: Trained, options: ModelConfig, tokenizer: Any) -> list[int]
     return list(dict.fromkeys([*eos, *trained_ends, *own]))
 
 
-def _beside(trained: Trained, plan: Plan, file: Path) -> dict[str, str | bytes]:
-    """Return the files that lie beside the GGUF file."""
+def _keywords(trained: Trained) -> Mapping[str, Any]:
+    return {} if trained.text is None else trained.text.chat_template_kwargs
+
+
+def _beside(plan: Plan, file: Path, turns: Turns | None, uses: Sequence[str]) -> dict[str, str | bytes]:
+    """Return the files that lie beside the GGUF file. `uses` are the commands that run it."""
     licence = next((content.decode(errors="replace") for name, content in plan.known.files.items()
                     if name.upper().startswith("LICEN")), None)  # fmt: skip
-    keywords = {} if trained.text is None else trained.text.chat_template_kwargs
-    tokenizer, ends = trained_tokenizer(trained), plan.vocabulary.ends
-    turns = turns_of(tokenizer, keywords, ends) if tokenizer.chat_template else None
     context = context_length(plan.config, plan.family)
-    ollama = modelfile(file.name, None if turns is None else turns.template(), ends, context, licence)
-    section = (
-        f"`{file.name}` holds the model in {plan.quant} for llama.cpp and Ollama:\n\n"
-        f"```\nllama-cli -m {file.name}\nollama create {plan.known.name.lower()} -f Modelfile\n```\n"
-    )
+    template = None if turns is None else turns.template()
+    ollama = modelfile(file.name, template, plan.vocabulary.ends, context, licence)
+    commands = "\n".join(uses)
+    section = f"`{file.name}` holds the model in {plan.quant} for llama.cpp and Ollama:\n\n```\n{commands}\n```\n"
     if plan.notes:
         section += "\n" + "".join(f"- {note[0].upper()}{note[1:]}.\n" for note in plan.notes)
     return {"Modelfile": ollama, CARD: card_text(plan.known, section), **plan.known.files}

@@ -11,6 +11,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref.kernels.operators import IMPLEMENTATIONS
+from fastpref.memory.caching_allocator import Trace
 
 
 class PeakStorage(TorchDispatchMode):
@@ -40,6 +41,7 @@ class PeakStorage(TorchDispatchMode):
         self.parts: Counter[str] = Counter()  # `current` by label
         self.at_peak: Counter[str] = Counter()  # `peak` by label
         self._label = "tensors"
+        self._trace: Trace | None = None
         # (bytes, label) by the storage's address, which no other storage gets before _forget
         self._alive: dict[int, tuple[int, str]] = {}
 
@@ -60,6 +62,14 @@ class PeakStorage(TorchDispatchMode):
             self._alive[address] = size, label
             self._add(before, -size)
             self._add(label, size)
+            if self._trace is not None:
+                self._trace.keep_size(address)
+
+    def record(self) -> Trace:
+        """Return a record of the storages on the device: those that are alive, and from now on what is made and freed."""
+        held = {address: size for address, (size, label) in self._alive.items() if label != self.HOST}
+        self._trace = Trace(held)
+        return self._trace
 
     def start_again(self) -> None:
         """Begin a new peak; storages that are alive stay counted."""
@@ -95,12 +105,16 @@ class PeakStorage(TorchDispatchMode):
             self.largest = max(self.largest, size)
         self._alive[address] = size, label
         self._add(label, size - before)
+        if self._trace is not None and label != self.HOST and size != before:
+            self._trace.made(address, size)
         if self.current > self.peak:
             self.peak, self.at_peak = self.current, self.parts.copy()
 
     def _forget(self, address: int) -> None:
         size, label = self._alive.pop(address)
         self._add(label, -size)
+        if self._trace is not None and label != self.HOST:
+            self._trace.freed(address)
 
     def _add(self, label: str, size: int) -> None:
         self.parts[label] += size

@@ -71,31 +71,49 @@ def available(device: torch.device) -> int:
 def propose(step: OversizedStep, count: Count, room: int) -> Proposal:
     """Return the smallest changes with which a step takes at most `room` bytes, or those with which it takes the least.
 
-    Changes are added in the order of their cost until the step fits. Changes that turn out not to be needed are removed
-    again. Raises UserError if the step cannot be counted without changes.
+    Changes are added in the order of their cost until the step fits. Then each is counted without, so that none remains
+    that is not needed. Raises UserError if the step cannot be counted without changes.
     """
     memory = count(())
-    overrides: dict[str, str] = {}  # by key
-    saved: dict[str, int] = {}
+    taken: dict[str, list[str | None]] = {}  # by key: the overrides that were added, each stronger than the one before
     for change, override in _overrides(step):
         if sum(getattr(memory, part) for part in change.parts) < _WORTHWHILE * memory.total:
             continue  # a change that cannot save much is not worth counting
-        more = {key: other for key, other in overrides.items() if key != change.key} | {change.key: override}
+        more = {**_last(taken), change.key: override}
         less = _count(count, more)
         if less is None or less.total > (1 - _WORTHWHILE) * memory.total:
             continue
-        saved[change.key] = memory.total - less.total
-        overrides, memory = more, less
+        taken.setdefault(change.key, [None]).append(override)
+        memory = less
         if memory.total <= room:
             break
-    for key in list(overrides)[:-1]:
-        if memory.total > room or memory.total + saved[key] > 1.1 * room:
-            continue
-        fewer = {other: override for other, override in overrides.items() if other != key}
-        more_memory = _count(count, fewer)
-        if more_memory is not None and more_memory.total <= room:
-            overrides, memory = fewer, more_memory
+    overrides = _last(taken)
+    if memory.total <= room:
+        overrides, memory = _fewest(taken, memory, count, room)
     return Proposal(tuple(overrides.values()), memory, memory.total <= room)
+
+
+def _last(taken: dict[str, list[str | None]]) -> dict[str, str]:
+    return {key: values[-1] for key, values in taken.items() if values[-1] is not None}
+
+
+def _fewest(
+    taken: dict[str, list[str | None]], memory: StepMemory, count: Count, room: int
+) -> tuple[dict[str, str], StepMemory]:
+    """Weaken changes or leave them out, the most expensive first, as long as the step still fits. Count each time.
+
+    A change that was needed when it was added may no longer be after a later one that saves more. Afterwards no single
+    change can be left out.
+    """
+    for key in reversed(taken):
+        values = taken[key]
+        for fewer in range(1, len(values)):
+            weaker = {**taken, key: values[:fewer]}
+            smaller = _count(count, _last(weaker))
+            if smaller is not None and smaller.total <= room:
+                taken, memory = weaker, smaller
+                break
+    return _last(taken), memory
 
 
 def first_change(step: OversizedStep) -> Proposal:

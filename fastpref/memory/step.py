@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -19,6 +19,7 @@ from fastpref.data.example import Example
 from fastpref.data.longest import longest_possible
 from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
+from fastpref.memory.caching_allocator import replayed
 from fastpref.memory.fake_stream import Copies, stream_fakes
 from fastpref.model import flex_attention
 from fastpref.model.adapters.begin import BegunHalf
@@ -76,6 +77,8 @@ class StepMemory:
     copied: int = 0  # streamed weights that the examples of the step copy to the device; no memory
     streamed: int = 0  # how many decoder layers are streamed; not bytes
     layer: int = 0  # the bytes of one of them, on average
+    rounding: int = 0  # by which the allocator's blocks are larger than their tensors, at the peak
+    gaps: int = 0  # by which the memory that the allocator takes is larger than the tensors at the peak
 
     @property
     def total(self) -> int:
@@ -191,6 +194,7 @@ def count_step(
         objective = _objective(config, loaded, reference, autocast)
         objective.policy.train()
         count.start_again()
+        trace = count.record()
         copies.bytes = 0
         with training_weights(optimizer):
             with count.labelled("activations"):
@@ -202,8 +206,16 @@ def count_step(
     parts["weights"] = parts.get("weights", 0) - bones.packed
     parts |= {"bare_experts": bones.bare_experts, "host": count.host_peak, "copied": copies.bytes}
     parts |= {"streamed": len(copies.layers), "layer": sum(copies.layers) // max(1, len(copies.layers))}
+    allocator = replayed(trace, fixed=_weight_sizes(bones.model))
+    parts |= {"rounding": allocator.peak - count.peak, "gaps": allocator.reserved - count.peak}
     parts |= {"layers": max(1, len(decoder_layers(bones.model))), "checkpointed": checkpointed, "layout": choice.layout}
     return StepMemory(**{field.name: parts.get(field.name, 0) for field in fields(StepMemory)})
+
+
+def _weight_sizes(model: PreTrainedModel) -> set[int]:
+    """Return the bytes of the model's matrices in 16 and in 32 bits, as which they are dequantised, cast, or derived."""
+    sizes = {module.in_features * module.out_features for module in model.modules() if isinstance(module, nn.Linear)}
+    return {width * size for size in sizes for width in (2, 4)}
 
 
 def _materialised(config: Config, bones: Skeleton, count: PeakStorage, streaming: Streaming | None) -> Copies:

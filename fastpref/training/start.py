@@ -1,21 +1,21 @@
 """Start a training run: prepare everything that its loop needs from a config."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.allocator import let_segments_grow
-from fastpref.config import Config, load_config
+from fastpref.config import Config
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.order import data_order
 from fastpref.data.template.text import TextRecord, stop_at, text_of
@@ -46,6 +46,7 @@ from fastpref.step.optimizer import make_optimizer
 from fastpref.step.precompute import Precomputed, Remembered, reference_folder
 from fastpref.step.reference import ONCE, ModelReference, Reference, make_reference, remembers
 from fastpref.step.schedule import Schedule, warmup_steps
+from fastpref.training.arguments import Rows, config_of
 from fastpref.training.callbacks import Callbacks
 from fastpref.training.loop import RunResult, TrainingRun
 from fastpref.training.progress import Display
@@ -54,26 +55,41 @@ from fastpref.training.trackers import Trackers, require_trackers
 
 
 def train(
-    config: Config | str | Path,
-    overrides: Sequence[str] = (),
+    config: Config | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
+    data: Rows | Sequence[Rows] | None = None,
+    eval_data: Rows | Sequence[Rows] | None = None,
     force: bool = False,
     resume: bool | str | Path = False,
     default_name: str = "run",
     cache: bool = True,
 ) -> RunResult:
-    """Train by a config. `overrides` are `key=value` strings, for a path to a config.
+    """Train a model on preferences or completions, as the command `fastpref train` does, and return the result.
 
-    `force` replaces the run that output.dir already holds; `default_name` names the folder when output.dir is not
-    given. `resume` continues a run, bit for bit on a CPU, from a checkpoint's folder, or with True from the newest
-    undamaged checkpoint of the config's last run. Without `cache`, tokens are neither read from the cache nor written
-    to it. Raises UserError for mistakes of the user. Before all checks have passed, only the cache is written.
+    Args:
+        config: the path of a TOML file, a dict of its tables, or a fastpref.Config. A path in it is relative to the
+            folder of the file, if it exists there, or else to the working directory.
+        overrides: changes of the config, as strings ["train.steps=20"] or as a dict {"train.steps": 20}.
+        data: the rows to train on, in place of the config's [[data]]: a datasets.Dataset, a path or a name on the hub,
+            a table such as {"path": dataset, "weight": 2.0}, or a list of these. The key "data" of a dict takes the
+            same. The rows of a Dataset are written to the cache folder, where the config in the run's folder names
+            them, so that a resumed run and `fastpref eval` find them.
+        eval_data: the rows that are held out, of the same kinds, in place of [[eval.data]] and eval.fraction.
+        force: replace the run that output.dir holds already.
+        resume: continue a run, bit for bit on a CPU: from the folder of a checkpoint, or with True from the newest
+            undamaged checkpoint of the config's last run.
+        default_name: the run is written to runs/NAME-LOSS if output.dir is not given. NAME is that of the file, or
+            this.
+        cache: False neither reads tokens and reference log-probabilities from the cache nor writes them there.
+
+    Returns the run's folder, which has the trained weights in final/, with the last metrics and the verdicts on its
+    health. After Ctrl-C there is a checkpoint instead of final/, and the result is `interrupted`. Raises UserError for
+    mistakes of the user; before all checks have passed, only the cache is written.
     """
     try:
-        if not isinstance(config, Config):
-            default_name = Path(config).stem
-            config = load_config(config, overrides)
-        config = with_start(config)
+        default_name = Path(config).stem if isinstance(config, str | Path) else default_name
+        config = with_start(config_of(config, overrides, data, eval_data))
         require_trackers(config.log.trackers)
         if config.output.push_to is not None:
             check_login(config.output.push_to)
@@ -210,6 +226,8 @@ def _assemble(
     policy, optimizer = accelerator.prepare(loaded.policy, optimizer, device_placement=moved)
     schedule.follow(optimizer)
     if processes.sharded:
+        from torch.distributed.fsdp import register_fsdp_forward_method  # takes a second to import
+
         register_fsdp_forward_method(policy, "generate")
     if not processes.first:  # every process has the same adapters, but its own dropout
         set_seed(train.seed + processes.rank)

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +13,24 @@ import torch
 from typer.testing import CliRunner
 
 from bench.__main__ import app
+from bench.engines import ENGINES
 from bench.losses import FUSED, LOSSES, TORCH, LossCase, count, losses_table, measure_loss
 from bench.measure import BARE, Case, Row, errors, measure, peak_bytes
 from bench.methods import METHODS, Method, by_tokens, full_logits
 from bench.objectives import DPO, OBJECTIVES, TOKENS, Objective
+from bench.plots import COLOURS
 from bench.problems import IGNORED, Problem, Shape, make_problem
 from bench.profiles import PROFILES
 from bench.results import against, changes, head_record, markdown, ratios, spread
 from bench.revision import Revision
 from bench.scaling import growth, variations
-from bench.step_data import StepShape, make_rows
+from bench.step_data import StepShape, as_text, count_tokens, make_rows
+from tests.support.paths import QUICKSTART_MODEL, ROOT
 
 SHAPE = Shape("small", hidden=24, vocab=301, pairs=2, length=17, prompt=6)
-EAGER = [method for method in METHODS if method.name not in ("Liger", "cut-cross-entropy")]  # the others compile
+EAGER = [  # the others compile
+    method for method in METHODS if method.name not in ("Liger", "cut-cross-entropy") and method.installed
+]
 
 
 def case(objective: Objective = TOKENS, passes: str = "frozen", softcap: float | None = None) -> Case:
@@ -55,6 +63,21 @@ def test_a_wrong_way_is_called_wrong_and_is_no_rival() -> None:
     assert best is not None
     assert "biased" not in best
     assert "wrong: " in markdown(result(record))
+
+
+def test_unsloths_head_is_loaded_without_its_package(tmp_path: Path) -> None:
+    """Importing unsloth_zoo needs a GPU; its module of preference losses is loaded without running the package."""
+    losses = tmp_path / "unsloth_zoo" / "fused_losses"
+    losses.mkdir(parents=True)
+    (losses.parent / "__init__.py").write_text("raise RuntimeError('no GPU')\n")
+    (losses / "__init__.py").write_text("raise RuntimeError('no GPU')\n")
+    (losses / "softmax.py").write_text("ANSWER = 42\n")
+    module = "from unsloth_zoo.fused_losses.softmax import ANSWER\ndef fused_linear_token_logps(): return ANSWER\n"
+    (losses / "preference_loss.py").write_text(module)
+    code = "from bench.unsloth import token_logps; print(token_logps()())"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    found = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True)
+    assert found.stdout.split() == [b"42"], found.stderr
 
 
 def test_out_of_memory_and_missing_packages_have_a_row() -> None:
@@ -110,6 +133,17 @@ def test_rows_have_the_prompt_share_asked_for() -> None:
     words = [[len(row[side][0]["content"].split()) for row in make_rows(shape)] for side in ("prompt", "chosen")]
     assert sum(words[0]) / 40 == pytest.approx(150, rel=0.1)
     assert sum(words[1]) / 40 == pytest.approx(50, rel=0.1)
+
+
+def test_rows_as_text_are_the_tokens_of_the_chat() -> None:
+    """The prompt is what the template writes, and a completion has no end, which every engine adds."""
+    shape = StepShape(hidden=8, layers=1, vocab=100, length=20, prompt_share=0.5, batch=1, rows=1)
+    texts = as_text(str(QUICKSTART_MODEL), make_rows(shape))
+    assert texts[0]["prompt"].startswith("<|im_start|>user\n")
+    assert texts[0]["prompt"].endswith("<|im_start|>assistant\n")
+    assert texts[0]["chosen"] == make_rows(shape)[0]["chosen"][0]["content"]
+    prompts, all_tokens = count_tokens(str(QUICKSTART_MODEL), texts)
+    assert 0 < prompts < all_tokens
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -193,6 +227,28 @@ def test_another_revision_runs_its_own_code() -> None:
     assert [row.method for row in rows] == [BARE, "other"]
     assert rows[1].ms[0] > 0
     assert rows[1].bytes
+
+
+def test_a_first_loss_that_is_not_trls_is_marked() -> None:
+    """Speeds are compared turn by turn, an engine that did other work is marked, and one that did not run says why."""
+    numbers = {"tokens_per_second": 9.0, "peak": 2e6}
+    engines = [
+        {"engine": "trl", "speeds": [1.0, 2.0], "pairs_per_second": 1.5, "loss": 0.6931} | numbers,
+        {"engine": "trl-liger", "note": "needs a GPU"},
+        {"engine": "fastpref", "speeds": [2.0, 5.0], "pairs_per_second": 3.5, "loss": 0.7} | numbers,
+    ]
+    text = markdown(result() | {"steps": [{"what": "a, b, c", "method": "dpo", "engines": engines}]})
+    assert "| dpo | fastpref | 3.500 | 2.25 ± 0.15 | 9 | 2 MB | 1.00 | 0.7000 (not TRL's) |" in text
+    assert "| dpo | TRL with Liger | needs a GPU |" in text
+    assert "- Unsloth: " in text
+
+
+def test_a_method_has_one_colour_in_all_plots() -> None:
+    """Every method and every trainer has a colour, and no two of one plot have the same."""
+    methods, trainers = [method.name for method in METHODS], list(ENGINES.values())
+    for names in (methods, trainers):
+        assert len({COLOURS[name] for name in names}) == len(names)
+    assert COLOURS["fastpref"] not in {COLOURS[name] for name in [*methods, *trainers] if name != "fastpref"}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from tests.support.command_line import succeed
 from tests.support.paths import ROOT
 
 WORKFLOW = [
-    "init", "check", "preview", "estimate", "train", "report", "eval", "chat", "merge", "export", "push", "schema",
+    "init", "check", "preview", "estimate", "train", "report", "runs", "eval", "chat", "merge", "export", "push",
+    "schema",
 ]  # fmt: skip
 
 

@@ -58,18 +58,27 @@ class AdapterFiles:
         return f"{self.key} = {self.name!r}"
 
     def weights_file(self) -> Path:
-        """Return the file of the weights, which is downloaded for a name on the hub. Raises UserError."""
-        file = self.folder / WEIGHTS
-        if not file.is_file() and not Path(self.name).expanduser().exists():
-            download_adapter(self.name)
-        if file.is_file():
-            return file
-        if (self.folder / PICKLE).is_file() or _has_pickle(self.name):
-            raise UserError(
-                f"{self.place}: its weights are pickled ({PICKLE}), and a pickle can run code when it is read; only "
-                "safetensors are read: if you trust it, load it with PEFT and call save_pretrained"
-            )
-        raise UserError(f"{self.place}: there are no weights in {self.folder}, {WEIGHTS} is missing")
+        """Return the file of the weights, as `weights_file`."""
+        return weights_file(self.name, self.folder, self.place)
+
+
+def weights_file(name: str, folder: Path, place: str) -> Path:
+    """Return the file of an adapter's weights, which is downloaded for a name on the hub.
+
+    `folder` is where `find_adapter` has found it, and `place` is the beginning of messages. Raises UserError if there
+    is no such file, or only a pickled one.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file() and not Path(name).expanduser().exists():
+        download_adapter(name)
+    if file.is_file():
+        return file
+    if (folder / PICKLE).is_file() or _has_pickle(name):
+        raise UserError(
+            f"{place}: its weights are pickled ({PICKLE}), and a pickle can run code when it is read; only "
+            "safetensors are read: if you trust it, load it with PEFT and call save_pretrained"
+        )
+    raise UserError(f"{place}: there are no weights in {folder}, {WEIGHTS} is missing")
 
 
 def find_adapter(name: str, revision: str | None = None) -> Path | None:

@@ -12,24 +12,23 @@ from transformers import PreTrainedModel
 
 from fastpref.errors import UserError
 from fastpref.model.adapters.experts import fuse_expert_lora
-from fastpref.model.adapters.source import PICKLE, WEIGHTS, changes_base
+from fastpref.model.adapters.source import changes_base, find_adapter, weights_file
 from fastpref.model.adapters.switch import POLICY
 from fastpref.model.adapters.token_rows import fuse_tokens, tokens_of
 from fastpref.model.failure import is_out_of_memory, words
 from fastpref.model.new_tokens import grow
 from fastpref.model.weights import Misfit, Renaming, Shape, find_renaming, take_note
 
-_WEIGHTS = (WEIGHTS, PICKLE)
-
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> peft.PeftModel:
     """Return the model with the trained adapter of a folder or of the hub.
 
-    Raises UserError for an adapter with a tensor that does not fit, or that also changes weights outside its adapters.
+    Raises UserError for pickled weights, for an adapter with a tensor that does not fit, and for one that also changes
+    weights outside its adapters.
     """
     begin = f"{folder}: this adapter cannot be put on {model.name_or_path}"
-    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _WEIGHTS):
-        raise UserError(f"{begin}: there are no weights in it, {_WEIGHTS[0]} is missing")
+    if (found := find_adapter(str(folder))) is not None:
+        weights_file(str(folder), found, begin)
     with told_of_misfit(begin):
         weights = peft.load_peft_weights(str(folder), device="cpu")
         settings = peft.PeftConfig.from_pretrained(str(folder))

@@ -19,7 +19,7 @@ def length(config: Fields) -> Made:
     else:
         yield Setting(dotted("tokens.max_length"), limit(config), given, words)
     if cut != "keep_start":
-        yield Left("truncation_mode", "a row that is too long loses the beginning of its prompt, then ends of answers")
+        yield Left("truncation_mode", "a row that is too long loses its oldest turns first, then ends of answers")
 
 
 def limit(config: Fields) -> int:

@@ -279,6 +279,13 @@ def test_virtual_tokens_are_refused(tmp_path: Path):
         load_adapter(again, tmp_path / "adapter")
 
 
+def pickled(adapter: Path) -> None:
+    """Replace the weights by a pickle, which PEFT would load."""
+    file = adapter / "adapter_model.safetensors"
+    torch.save(load_file(file), adapter / "adapter_model.bin")
+    file.unlink()
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "names of another model": (renamed("self_attn", "attention"), "missing in the files.*without a place in the model"),
     "half of the names": (renamed(r"layers\.1\.mlp", "layers.1.ffn"), r"layers\.1\.ffn"),
@@ -296,7 +303,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         edited(lambda w: {name: t for name, t in w.items() if "lm_head" not in name}),
         "1 tensor is missing in the files: .*lm_head",
     ),
-    "no weights": (lambda adapter: (adapter / "adapter_model.safetensors").unlink(), "there are no weights in it"),
+    "no weights": (
+        lambda adapter: (adapter / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors is missing",
+    ),
+    "pickled weights": (pickled, "its weights are pickled"),
 }
 
 

@@ -1,0 +1,43 @@
+"""Train, or continue a run. Heavy imports wait inside the command."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastpref.cli.parameters import ConfigFile, NoCache, Offline, Overrides, flag
+from fastpref.cli.setup import loading
+from fastpref.config import load_config
+from fastpref.errors import UserError
+
+_CONTINUE = "Continue the config's last run from its newest whole checkpoint, or the checkpoint or run in FOLDER."
+
+
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, flag("--resume", _CONTINUE, metavar="[FOLDER]")] = False,
+    force: Annotated[bool, flag("--force", "Replace the run in output.dir.")] = False,
+    offline: Offline = False,
+    no_cache: NoCache = False,
+) -> None:
+    """Train a model on preferences or completions, or continue a run."""
+    # Typer has no option whose value is optional, so the checkpoint's folder arrives among the overrides.
+    named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
+    try:
+        loaded = load_config(config, [word for word in overrides or () if word not in named])
+        if len(named) > 1:
+            raise UserError(f"--resume takes one checkpoint, not {len(named)}: {', '.join(named)}")
+    except UserError as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        from fastpref.processes import end_together  # the processes on other hosts wait for this one
+
+        end_together(error)
+    with loading(offline=offline):
+        from fastpref.training.start import train as run
+
+    checkpoint = named[0] if named else resume
+    if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:
+        raise typer.Exit(130)
