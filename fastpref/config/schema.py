@@ -123,7 +123,7 @@ class Config(Section):
             (train.offload_activations and train.checkpointing is False,
              "train.offload_activations: only gradient checkpointing has inputs to move; set "
              'train.checkpointing to true or "auto"'),
-            (self.eval.every is not None and not self.eval.wanted,
+            (not isinstance(self.eval.every, str) and not self.eval.wanted,
              "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
         ]  # fmt: skip
         mistakes = [message for wrong, message in checks if wrong]

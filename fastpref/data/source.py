@@ -82,9 +82,13 @@ class Source:
 
 def open_source(data: DataConfig, loss: LossOptions) -> Source:
     """Open a source for a loss. Raises UserError if it cannot be read, or has no rows of a known format."""
-    records, unpaired = open_records(data), not loss.paired
+    return find_source(data, open_records(data), loss)
+
+
+def find_source(data: DataConfig, records: Records, loss: LossOptions) -> Source:
+    """Return the source of records that are open. Raises UserError if they have no rows of a known format."""
     try:
-        form = find_format(data.format, unpaired=unpaired, supervised=loss.supervised, chat=data.chat)
+        form = find_format(data.format, unpaired=not loss.paired, supervised=loss.supervised, chat=data.chat)
         form = form or _detected(records, data, loss)
     except ValueError as error:
         raise UserError(f"{data.path}: format: {error}") from None
