@@ -51,7 +51,6 @@ _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "data.rows": 1000,
     "loss.weights": [1.0],
     "loss.gamma": 1.0,
-    "eval.every": 50,
     "tokens.max_prompt_length": 1024,
     "tokens.chat_template": "chatml",
     "tokens.chat_template_kwargs": {"enable_thinking": False},
@@ -63,7 +62,6 @@ _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "train.stop": {"after": 3, "metric": "eval/rewards/accuracies", "by": 0.001},
     "train.tokens_per_microbatch": 4096,
     "output.dir": "runs/mine",
-    "output.save_every": 100,
     "output.keep": 2,
     "output.push_to": "user/name",
 }
