@@ -23,7 +23,7 @@ from tests.support.browser import SCHEMES, browser_of, show
 from tests.support.paths import EXAMPLES
 
 COLUMNS, LINES = 100, 60
-COMMAND = "fastpref train examples/quickstart.toml eval.every=10"
+COMMAND = "fastpref train examples/quickstart.toml"
 HALF, END = "20/40", "health:"
 # Rich's own drawing of a terminal, without the fonts that it loads from another site.
 SVG = """<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
@@ -71,11 +71,12 @@ def main(folder: Path) -> None:
 def terminal(place: Path) -> tuple[str, str]:
     """Run the quickstart in tmux. Returns the screen halfway and at the end, with its colours."""
     tmux = ["tmux", "-L", f"pictures-{os.getpid()}"]
-    environment = os.environ | {"PS1": "$ ", "FASTPREF_CACHE": ".cache", "TERM": "xterm-256color"}
+    environment = os.environ | {"FASTPREF_CACHE": ".cache", "TERM": "xterm-256color"}
     size = ["-x", str(COLUMNS), "-y", str(LINES)]
     subprocess.run([*tmux, "-f", "/dev/null", "new-session", "-d", *size, "bash --noprofile --norc"], cwd=place,
                    env=environment, check=True)  # fmt: skip
     try:
+        subprocess.run([*tmux, "send-keys", "PS1='$ '; clear", "Enter"], check=True)
         subprocess.run([*tmux, "send-keys", COMMAND, "Enter"], check=True)
         return _screen(tmux, HALF), _screen(tmux, END, then=2.0)
     finally:
@@ -103,12 +104,12 @@ def drawn(screen: str, when: str) -> str:
 
 
 def screenshot(chromium: Any, page: Path, to: Path, scheme: str, width: int, height: int) -> None:
-    """Save the upper part of a page as PNG, in 64 colours."""
+    """Save the upper part of a page as PNG, in 128 colours."""
     show(chromium, page.resolve().as_uri(), scheme, width)
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     shot = chromium.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
     to.write_bytes(base64.b64decode(shot["data"]))
-    Image.open(to).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(to, optimize=True)
+    Image.open(to).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(to, optimize=True)
 
 
 if __name__ == "__main__":
