@@ -26,6 +26,9 @@ class DataConfig(Section):
     format: Format = "auto"
     """Tells how rows are read: the name of a format, a table of its type and options, or "module:function"; "auto"
     recognizes the columns."""
+    chat: Literal["auto"] | bool = "auto"
+    """Decides about rows of plain text: true makes them chats, which the model's chat template writes, false trains
+    the text as it is, and so does "auto", with a note if the model has a chat template."""
     weight: Positive = 1.0
     """Repeats the rows: 2.5 takes every row twice and half of them once more; 0.3 takes three tenths of them."""
     rows: Count | None = None

@@ -123,7 +123,10 @@ def _facts(of: Summary) -> Iterator[tuple[str, str]]:
         interval = intervals.get(metric)
         value = interval.mean if interval is not None else of.heldout(metric)
         spread = tables.between(interval, form)
-        yield f"held-out {name}", "" if value is None else form.format(value) + (f" ({spread})" if spread else "")
+        yield (
+            f"held-out {name}",
+            "" if value is None else tables.score(value, form) + (f" ({spread})" if spread else ""),
+        )
     yield "training loss", _number(of.training("loss"))
     yield "time", duration(of.seconds) if of.seconds else ""
     yield f"{known.loss.unit}s a second", _number(of.median("pairs_per_second"))

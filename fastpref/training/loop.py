@@ -155,7 +155,8 @@ class TrainingRun:
                     interrupted, evaluated = True, False
             if progress.before is None:
                 progress.before = self._answers()
-            self._renew(begun=not stepped, evaluated=evaluated)
+            if not interrupted:
+                self._renew(begun=not stepped, evaluated=evaluated)
             if self.timer.is_due(progress.step, improved=improved, overdue=overdue):
                 self.display.phase("saving a checkpoint")
                 self.checkpoints.save(progress, self.rng, best=improved)
@@ -206,7 +207,7 @@ class TrainingRun:
     def _step(self, step: int, examples: list[Example]) -> None:
         """Take one optimizer step. Metrics of single tokens are computed only if the step is logged."""
         began = time.perf_counter()
-        self.display.phase(f"step {step:,}")
+        self.display.phase(f"step {step:,}", part="micro-batch")
         self.peak.start()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
         self.policy.train()

@@ -118,6 +118,12 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "micro-batch × accumulation × devices\n3: lora.r: unknown key; here it is lora.rank\n"
     '4: bf16: unknown key; here it is model.dtype, such as "bfloat16"\n'
     "5: peft: unknown key; here it is [lora], a table, which trains adapters",
+    "eval.data = [{ path = 'e', format = 'chatml.intel', chat = true }]":
+    '1: eval.data[0].chat: the format chatml.intel writes the text itself; remove this key, or take format = "auto" or '
+    "a table",
+    "eval.data = [{ path = 'e', format = 'chat_template.default', chat = false }]":
+    "1: eval.data[0].chat: the format chat_template.default makes chats; remove this key, or name the columns of text "
+    "by a table",
     "eval.data = [{ path = 'e', weights = 1 }]": "1: eval.data[0].weights: unknown key (did you mean 'weight'?)",
     # Types and ranges
     "train.batch = '4'": "1: train.batch: must be a valid integer, got '4'",
