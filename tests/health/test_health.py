@@ -127,6 +127,7 @@ FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
     "answers_length": ("dpo", rows(), {"answers": ((FINE, ""),)}),
     "answers_language": ("dpo", rows(), {"answers": ((FINE, "Это совсем другой язык, \ufffd правда."),)}),
     "no_end": ("dpo", rows(), {"ends": False, "cut": 1000}),
+    "prompts_lost": ("dpo", rows(), {"lost": 60, "cut": 90}),
     "rows_dropped": ("dpo", rows(), {"dropped": {"too long": 400}}),
     "no_question": ("dpo", rows(), {"questionless": 90}),
     "rows_repeat": ("dpo", rows(), {"repeated": 200}),

@@ -65,7 +65,9 @@ def test_half_an_hour_of_training_is_saved(config: Path, monkeypatch: pytest.Mon
     out = Path("out")
     assert sorted(p.name for p in RunFolder(out).checkpoints()) == ["step-1", "step-2", "step-3"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 2, 3]
     monkeypatch.setattr(cadence, "SAVE_SECONDS", 1800.0)
     fastpref.train(config, [LORA, "train.steps=3", "eval.samples=0"], force=True)
-    assert [p.name for p in RunFolder(out).checkpoints()] == [RunFolder(out).best()]
+    saved = [p.name for p in RunFolder(out).checkpoints()]
+    assert RunFolder(out).best() in saved
+    assert "step-1" not in saved
