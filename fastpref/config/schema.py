@@ -73,7 +73,7 @@ class Config(Section):
     def _sections_agree(self) -> "Config":
         model, reference, train = self.model, self.reference, self.train
         compared = self.loss.uses_reference
-        useless = () if compared else ("mode", "adapter", "name", "dtype", "quantization")
+        useless = () if compared or reference.sync is not None else ("mode", "adapter", "name", "dtype", "quantization")
         useless = [key for key in useless if getattr(reference, key) != ReferenceConfig.model_fields[key].default]
         # Whether the name is a model's is seen later.
         copies = reference.mode == "copy" or reference.name is not None or not compared
