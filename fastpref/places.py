@@ -52,7 +52,7 @@ def no_such_folder(name: str) -> str:
     near = get_close_matches(wanted, there, n=1)
     shown = ", ".join(there[:_SHOWN]) + (", …" if len(there) > _SHOWN else "")
     where = "here" if str(parent) == "." else f"in {parent}"
-    what = f"{where} are {shown}" if there else f"{where} is none"
+    what = f"{where} are {shown}" if there else f"there is no folder {where}"
     hint = f"; did you mean {parent / near[0]}?" if near else f" ({what})"
     return f"there is no such folder{hint}"
 

@@ -1,6 +1,7 @@
 """Train, or continue a run. Heavy imports wait inside the command."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,20 +34,20 @@ def train(
         loaded = load_config(config, [word for word in overrides or () if word not in named])
         if len(named) > 1:
             raise UserError(f"--resume takes one checkpoint, not {len(named)}: {', '.join(named)}")
-        look(loaded).require()
+        if not resume:  # whose checkpoint is looked for first
+            look(loaded).require()
+            RunFolder.choose(loaded, config.stem, force=force)
         if loaded.output.push_to is not None:
             from fastpref.run.hub import check_login
 
             check_login(loaded.output.push_to)
-        if not resume:
-            RunFolder.choose(loaded, config.stem, force=force)
     except UserError as error:
         if "WORLD_SIZE" not in os.environ:
             raise
         from fastpref.processes import end_together  # the processes on other hosts wait for this one
 
         end_together(error)
-    if os.environ.get("RANK", "0") == "0":
+    if sys.stdout.isatty():
         typer.echo(f"{config}: {in_one_sentence(loaded)}")
     with loading(*names_of(loaded), offline=offline):
         from fastpref.training.start import train as run

@@ -92,12 +92,15 @@ def train(
     try:
         default_name = Path(config).stem if isinstance(config, str | Path) else default_name
         config = config_of(config, overrides, data, eval_data)
-        look(config).require()
+        if not resume:
+            look(config).require()
         config = with_start(config)
         require_trackers(config.log.trackers)
         if config.output.push_to is not None:
             check_login(config.output.push_to)
         resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
+        if resume:
+            look(config).require()
     except UserError as error:
         end_together(error)
     quiet_libraries()
