@@ -16,7 +16,7 @@ from fastpref.cli.parameters import (
     value,
 )
 from fastpref.cli.setup import loading
-from fastpref.commands.about import print_schema
+from fastpref.commands.about import in_one_sentence, names_of, print_schema
 from fastpref.config import load_config
 
 
@@ -49,17 +49,16 @@ def init(
 
 
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Report every mistake in a config, each with its line."""
+    """Report every mistake in a config, and in what it names."""
+    from fastpref.checks import look
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
-    training = "the whole model" if loaded.lora is None else f"LoRA adapters of {loaded.lora.ranks}"
-    if loaded.lora is not None and loaded.lora.start is not None:
-        training = f"{training} on top of" if loaded.lora.stack else "the LoRA adapter"
-        training = f"{training} {loaded.lora.start}"
-    typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
-    for note in foresee(loaded):
-        typer.echo(f"note: {note}")
+    findings = look(loaded)
+    findings.require()
+    typer.echo(f"{config}: no mistakes. {in_one_sentence(loaded)}.")
+    for note in (*findings.notes, *foresee(loaded)):
+        typer.echo(note if note.startswith("warning") else f"note: {note}")
 
 
 def preview(
@@ -72,7 +71,7 @@ def preview(
 ) -> None:
     """Show the tokens a run would train on, and statistics of the data."""
     loaded = load_config(config, overrides or ())
-    with loading(offline=offline):
+    with loading(*names_of(loaded), offline=offline):
         from fastpref.preview.preview import preview as run
 
     run(loaded, rows=rows, full=full, cache=not no_cache)
@@ -84,7 +83,10 @@ def estimate(
     card: Annotated[
         float | None, value("GB", "Memory of the GPU. The default is this machine's GPU, or 24 GB.", min=1)
     ] = None,
-    compare: Annotated[bool, flag("--compare", "Estimate the same step in TRL, too.")] = False,
+    compare: Annotated[bool, flag("--compare", "Estimate the same step in TRL and in Unsloth, too.")] = False,
+    largest: Annotated[
+        bool, flag("--largest", "Find the largest tokens.max_length and micro-batch that fit the GPU.")
+    ] = False,
     cpu: Annotated[bool, flag("--cpu", "Estimate a run on a CPU instead of a GPU.")] = False,
     as_json: AsJson = False,
     offline: Offline = False,
@@ -94,8 +96,8 @@ def estimate(
 
     This needs no GPU and no weights, only the model's config.json.
     """
-    load_config(config, overrides or ())  # reports mistakes before the heavy imports
-    with loading(offline=offline):
+    loaded = load_config(config, overrides or ())  # reports mistakes before the heavy imports
+    with loading(*names_of(loaded), offline=offline):
         import torch
 
         from fastpref.commands.estimate import estimate as run
@@ -103,7 +105,7 @@ def estimate(
 
     device = torch.device("cpu" if cpu else "cuda")
     estimator = Estimator(lambda more: load_config(config, [*(overrides or ()), *more]), device, cache=not no_cache)
-    run(estimator, card=card, compare=compare, as_json=as_json)
+    run(estimator, card=card, compare=compare, largest=largest, as_json=as_json)
 
 
 def schema() -> None:

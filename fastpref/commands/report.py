@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fastpref.errors import UserError
-from fastpref.health import diagnose
 from fastpref.report import read_run, write_comparison, write_report
 from fastpref.report.source import Run, is_run
 from fastpref.report.summary import Found, find_runs, summary
@@ -29,7 +28,7 @@ def report(
         display = Display(runs[0].history.step)
         for note in runs[0].notes:
             display.note(note)
-        display.health(diagnose(runs[0].history, runs[0].known))
+        display.health(runs[0].health)
         place, name = write_report(runs[0]), "report"
     else:
         place, name = write_comparison(runs, output), "comparison"

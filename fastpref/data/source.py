@@ -82,9 +82,13 @@ class Source:
 
 def open_source(data: DataConfig, loss: LossOptions) -> Source:
     """Open a source for a loss. Raises UserError if it cannot be read, or has no rows of a known format."""
-    records, unpaired = open_records(data), not loss.paired
+    return find_source(data, open_records(data), loss)
+
+
+def find_source(data: DataConfig, records: Records, loss: LossOptions) -> Source:
+    """Return the source of records that are open. Raises UserError if they have no rows of a known format."""
     try:
-        form = find_format(data.format, unpaired=unpaired, supervised=loss.supervised)
+        form = find_format(data.format, unpaired=not loss.paired, supervised=loss.supervised, chat=data.chat)
         form = form or _detected(records, data, loss)
     except ValueError as error:
         raise UserError(f"{data.path}: format: {error}") from None
@@ -102,7 +106,7 @@ def _detected(records: Records, data: DataConfig, loss: LossOptions) -> Format:
     for at in range(min(LOOKED_AT, data.rows or len(records), len(records))):
         try:
             row = records[at]
-            own = detect(row, supervised=loss.supervised)
+            own = detect(row, supervised=loss.supervised, chat=data.chat)
         except RowError as error:
             if form is None and data.on_error == "error":
                 raise UserError(_at(records, at, error) + REMEDY) from None

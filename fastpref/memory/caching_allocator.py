@@ -1,10 +1,12 @@
-"""A simulation of torch's caching allocator on a GPU: what it takes from the driver for recorded allocations and frees.
+"""A simulation of torch's caching allocator on a GPU: what it takes from the driver for a recorded step.
 
-It follows torch 2.11 to 2.13 (`c10/cuda/CUDACachingAllocator.cpp`) for one stream, without limits of memory and with the
-allocator's default options but `expandable_segments`, which a run sets on Linux (`fastpref/allocator.py`). Blocks are
-multiples of 512 bytes. Blocks of at most 1 MiB lie in a pool of their own. A freed block is joined with its free
-neighbours and kept, and the smallest free block that is large enough is the next to be used: what remains between blocks
-in use is memory that the process holds and no tensor has.
+It follows torch 2.11 (`c10/cuda/CUDACachingAllocator.cpp`) for one stream, without a limit of memory, and with the
+allocator's default options but `expandable_segments`, which a run sets on Linux (`fastpref/allocator.py`). `python -m
+bench.allocator` compares it with that allocator itself.
+
+Blocks are multiples of 512 bytes. Blocks of at most 1 MiB lie in a pool of their own. A freed block is joined with its
+free neighbours and kept, and the smallest free block that is large enough is the next to be used. What remains between
+the blocks in use is memory that the process holds and no tensor has.
 """
 
 from bisect import bisect_left, insort
@@ -131,7 +133,7 @@ class CachingAllocator:
         self._give(small, block)
 
     def _found(self, small: bool, size: int) -> Block | None:
-        """Take the smallest free block of at least `size` bytes, but the growing end of a segment only if it must be."""
+        """Take the smallest free block of at least `size` bytes; the growing end of a segment only if no other is."""
         pool = self._free[small]
         place = bisect_left(pool, (size, 0), key=_order)
         if place == len(pool):

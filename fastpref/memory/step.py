@@ -213,7 +213,7 @@ def count_step(
 
 
 def _weight_sizes(model: PreTrainedModel) -> set[int]:
-    """Return the bytes of the model's matrices in 16 and in 32 bits, as which they are dequantised, cast, or derived."""
+    """Return the bytes of the model's matrices in 16 and in 32 bits: dequantised, cast, and as gradients."""
     sizes = {module.in_features * module.out_features for module in model.modules() if isinstance(module, nn.Linear)}
     return {width * size for size in sizes for width in (2, 4)}
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastpref.health import RULES
 from fastpref.report import tables
 from fastpref.report.figures import compared, over_rows, style_of
 from fastpref.report.heldout import held_out
@@ -44,7 +43,6 @@ def render_comparison(runs: Sequence[Run], place: Path) -> str:
             runs=[_shown(at, of, place) for at, of in enumerate(summaries)],
             notes=list(_notes(runs)),
             tables=[table for table in shown if table.rows],
-            rules=len(RULES),
             curves=[part for part in curves if part[-1]],
             answers=_answers(runs),
         )
@@ -69,7 +67,7 @@ def _shown(at: int, of: Summary, place: Path) -> dict[str, Any]:
             link = quote(Path(relative).as_posix())
         except ValueError:  # on another drive
             link = report.resolve().as_uri()
-    return {"name": of.run.name, "style": style_of(at), "link": link, "verdicts": of.verdicts}
+    return {"name": of.run.name, "style": style_of(at), "link": link, "health": of.run.health}
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:
@@ -125,7 +123,10 @@ def _facts(of: Summary) -> Iterator[tuple[str, str]]:
         interval = intervals.get(metric)
         value = interval.mean if interval is not None else of.heldout(metric)
         spread = tables.between(interval, form)
-        yield f"held-out {name}", "" if value is None else form.format(value) + (f" ({spread})" if spread else "")
+        yield (
+            f"held-out {name}",
+            "" if value is None else tables.score(value, form) + (f" ({spread})" if spread else ""),
+        )
     yield "training loss", _number(of.training("loss"))
     yield "time", duration(of.seconds) if of.seconds else ""
     yield f"{known.loss.unit}s a second", _number(of.median("pairs_per_second"))

@@ -7,7 +7,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fastpref.health import RULES, diagnose
 from fastpref.report import tables
 from fastpref.report.figures import figures, margins
 from fastpref.report.heldout import held_out
@@ -32,8 +31,7 @@ def render(run: Run) -> str:
             run=run,
             method=run.known.loss.type.upper(),
             status=status(run),
-            verdicts=diagnose(run.history, run.known),
-            rules=len(RULES),
+            health=run.health,
             figures=figures(run),
             heldout=tables.heldout(run, scores),
             margins=margins(scores) if scores and len(scores.margins) else None,

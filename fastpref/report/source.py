@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter
 from fastpref.config import load_config
 from fastpref.config.losses import LOSSES, LossOptions
 from fastpref.errors import UserError, one_line
-from fastpref.health import Known, known_of
+from fastpref.health import Health, Known, examine, known_of, passed_of
 from fastpref.run.history import HELDOUT, METRICS, History, read_facts, read_rows
 from fastpref.run.lock import RunLock
 
@@ -34,6 +35,11 @@ class Run:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     going_on: bool = False  # whether a process is training it now
+
+    @cached_property
+    def health(self) -> Health:
+        """What the rules say, and which of their verdicts during the run have passed."""
+        return examine(self.history, self.known).after(passed_of(self.facts))
 
 
 def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> Run:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastpref.errors import UserError, one_line
-from fastpref.health import Verdict, diagnose
+from fastpref.health import Verdict
 from fastpref.report.source import GOING_ON, Run, is_run, is_trl_run, read_run
 from fastpref.run.history import HELDOUT, METRICS, REPORT, Series
 from fastpref.run.times import moment
@@ -80,7 +80,7 @@ def summary(run: Run) -> Summary:
     """Return a run in a few numbers."""
     ended = str(run.facts.get("ended") or "")
     state = "killed" if ended == GOING_ON and not run.going_on else ended
-    return Summary(run, "failed" if state == "ended by a fault" else state, tuple(diagnose(run.history, run.known)))
+    return Summary(run, "failed" if state == "ended by a fault" else state, run.health.verdicts)
 
 
 @dataclass(frozen=True)

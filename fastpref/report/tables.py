@@ -46,16 +46,23 @@ def heldout(run: Run, scores: HeldOut | None) -> Table:
         there = series.values[series.steps == step]  # of the weights that are kept, which may not be the last ones
         now = interval.mean if interval is not None else float(there[-1]) if len(there) else None
         if now is not None:
-            first = [form.format(series.values[0]) if len(series) and series.steps[0] == 0 else ""] if step else []
-            rows.append((name, [*first, form.format(now), *([between(interval, form)] if intervals else [])]))
+            first = (
+                [score(float(series.values[0]), form) if len(series) and series.steps[0] == 0 else ""] if step else []
+            )
+            rows.append((name, [*first, score(now, form), *([between(interval, form)] if intervals else [])]))
     before = ["step 0"] if step else []
     head = ("", *before, f"step {step or 0:,}", *(["95% interval"] if intervals else []))
     caption = "" if scores is None else f"{scores.count:,} {run.known.loss.unit}s; intervals by resampling them"
     return Table("heldout", "Held out", head, rows, caption=caption)
 
 
+def score(value: float, form: str) -> str:
+    """Return a score in its form, or a large one with four digits."""
+    return form.format(value) if abs(value) < 1000 else number(value)
+
+
 def between(interval: Interval | None, form: str) -> str:
-    return "" if interval is None else f"{form} to {form}".format(interval.low, interval.high)
+    return "" if interval is None else f"{score(interval.low, form)} to {score(interval.high, form)}"
 
 
 def metrics(run: Run) -> Table:

@@ -17,7 +17,7 @@ CURVES = (  # metric, its name, its format, whether its scale is 0 to 1
     ("rewards/margins", "margin", "{:+.3f}", False),
     ("rewards/accuracies", "accuracy", "{:.0%}", True),
 )
-STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one"
+STOPPING = "stopping after this step, with a checkpoint; Ctrl-C again stops without one"
 
 
 class View:
@@ -28,13 +28,14 @@ class View:
         self.stopping = False
         self._began = time.monotonic()
         self._training = 0.0  # seconds in steps
-        self._phase, self._since, self._part, self._parts = "", self._began, 0, 0
+        self.phase("")
         self._facts = ""
         self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in CURVES}
 
-    def phase(self, words: str, parts: int = 0) -> None:
-        """Say what is done now, and in how many parts."""
+    def phase(self, words: str, parts: int = 0, part: str = "") -> None:
+        """Say what is done now, in how many parts, and what a `part` is."""
         self._phase, self._since, self._part, self._parts = words, time.monotonic(), 0, parts
+        self._each = f"{part} " if part else ""
 
     def part(self, number: int, of: int) -> None:
         self._part, self._parts = number, of
@@ -61,7 +62,7 @@ class View:
     def __rich__(self) -> Group:
         lines = [self._bar(), self._now()]
         if self.stopping:
-            lines.append(Text(STOPPING, style="bold"))
+            lines.append(Text(STOPPING, style="bold", no_wrap=True, overflow="ellipsis"))
         if any(self._curves.values()):
             lines.append(self._table())
         if self._facts:
@@ -79,7 +80,7 @@ class View:
         now = time.monotonic()
         words = self._phase
         if self._parts > 1:
-            words += f", {self._part:,} of {self._parts:,}"
+            words += f", {self._each}{self._part:,} of {self._parts:,}"
         words += f"  {clock(now - self._since)}"
         total = f"  {clock(now - self._began)} in all"
         return Text(words + (total if len(words + total) <= self._console.width else ""), no_wrap=True, style="dim")

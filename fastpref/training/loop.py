@@ -38,13 +38,21 @@ from fastpref.run.state import Progress, rng_state
 from fastpref.run.weights import serving
 from fastpref.step.objective import Objective, Work
 from fastpref.step.optimizer import training_weights
-from fastpref.step.schedule import Schedule, every_so_many
+from fastpref.step.schedule import Schedule
 from fastpref.training import faults
+from fastpref.training.cadence import CheckpointTimer, evaluation_steps
 from fastpref.training.callbacks import CallbackError, Callbacks, RunEvent
 from fastpref.training.faults import NotFinite, interrupts
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
-from fastpref.training.stopping import ends, forget_lost_best, require_metric, take_best
+from fastpref.training.stopping import (
+    best_elsewhere,
+    ends,
+    forget_lost_best,
+    left_language,
+    require_metric,
+    take_best,
+)  # fmt: skip
 from fastpref.training.trackers import Trackers
 
 
@@ -86,6 +94,9 @@ class TrainingRun:
     callbacks: Callbacks = field(default_factory=Callbacks)  # none in processes other than the first
     rng: dict[str, Any] = field(default_factory=rng_state)  # after the last whole step, for the next checkpoint
     batch: list[Example] = field(default_factory=list)  # of the current step, for messages
+
+    def __post_init__(self) -> None:
+        self.timer = CheckpointTimer(self.config, self.steps)
 
     def go(self, lock: RunLock) -> RunResult:
         """Train to the end or to an interrupt. A fault raises a UserError that says how to resume."""
@@ -134,7 +145,8 @@ class TrainingRun:
             self.rng = rng_state()
             if stepped:
                 self._tell("step", progress.last)
-            interrupted, ending = map(any, zip(*self.processes.gather((bool(signals), self.callbacks.asked_to_stop))))
+            asked = (bool(signals), self.callbacks.asked_to_stop, self.timer.overdue)
+            interrupted, ending, overdue = map(any, zip(*self.processes.gather(asked)))
             evaluated, improved = self._evaluation_is_due(ending=ending) and not interrupted, False
             if evaluated:
                 try:
@@ -143,10 +155,12 @@ class TrainingRun:
                     interrupted, evaluated = True, False
             if progress.before is None:
                 progress.before = self._answers()
-            self._renew(begun=not stepped, evaluated=evaluated)
-            if self._checkpoint_is_due(improved):
+            if not interrupted:
+                self._renew(begun=not stepped, evaluated=evaluated)
+            if self.timer.is_due(progress.step, improved=improved, overdue=overdue):
                 self.display.phase("saving a checkpoint")
                 self.checkpoints.save(progress, self.rng, best=improved)
+                self.timer.saved()
             if evaluated and train.callbacks:
                 self._tell("evaluation", progress.evaluated)
                 ending = self.processes.any(self.callbacks.asked_to_stop)
@@ -171,6 +185,8 @@ class TrainingRun:
         if self.checkpoints.reference is not None:
             self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
+        if (note := best_elsewhere(stop, self.checkpoints, progress, self.processes)) is not None:
+            self.display.note(note)
         if self.processes.first and (note := serving(place)) is not None:
             self.display.note(note)
         if self.peak.bytes and isinstance(self.data.train, Examples):
@@ -191,7 +207,7 @@ class TrainingRun:
     def _step(self, step: int, examples: list[Example]) -> None:
         """Take one optimizer step. Metrics of single tokens are computed only if the step is logged."""
         began = time.perf_counter()
-        self.display.phase(f"step {step:,}")
+        self.display.phase(f"step {step:,}", part="micro-batch")
         self.peak.start()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
         self.policy.train()
@@ -269,25 +285,19 @@ class TrainingRun:
         verdicts: tuple[Verdict, ...] = ()
         self.display.ended()
         try:
-            verdicts = self.record.verdicts()
-            self.display.health(verdicts)
             self.record.sampled(self.progress.before or [], answers)
+            health = self.record.health()
+            verdicts = health.verdicts
+            self.display.health(health)
             self.display.note(f"report: {self.record.end(ended)}")
         except Exception as error:  # a failing report must not hide why the run has ended
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
     def _evaluation_is_due(self, *, ending: bool) -> bool:
-        step, every = self.progress.step, every_so_many(self.config.eval.every, self.steps)
+        step, every = self.progress.step, evaluation_steps(self.config, self.steps, len(self.data.heldout))
         due = step in (0, self.steps) or ending or (every is not None and step % every == 0)
         return due and bool(self.data.heldout) and self.progress.evaluated_at != step
-
-    def _checkpoint_is_due(self, improved: bool) -> bool:
-        """Return whether to save a checkpoint. With `train.stop` the best weights may be those before the training."""
-        step, every = self.progress.step, every_so_many(self.config.output.save_every, self.steps)
-        if self.config.train.stop is not None and improved:
-            return True
-        return every is not None and step > 0 and (improved or step % every == 0)
 
     def _evaluate(self) -> bool:
         """Compute and log the metrics of all held-out examples, each under eval/. Return whether they are the best."""
@@ -297,14 +307,14 @@ class TrainingRun:
         metrics = self.objective.evaluate(self.data.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
         require_metric(stop, self.checkpoints, row)
-        better = Better.of(stop, self.config.loss)
-        if stop is None or progress.best is None or better(row, progress.best):  # the report is on what final/ gets
-            self._write_down(lambda record: record.evaluated(progress.step, metrics))
+        better, spoilt = Better.of(stop, self.config.loss), left_language(self.config, self.data, progress, row)
+        if stop is None or progress.best is None or (not spoilt and better(row, progress.best)):
+            self._write_down(lambda record: record.evaluated(progress.step, metrics))  # the report is on final/
         self._log({"step": progress.step} | row)
         self.schedule.evaluated(row["eval/loss"])
         progress.evaluated, progress.evaluated_at = row, progress.step
         self.display.evaluation(progress.step, row)
-        return progress.improved(better)
+        return progress.improved(better, departed=spoilt)
 
     def _tell(self, kind: Literal["step", "evaluation", "end"], metrics: Mapping[str, float]) -> None:
         """Call the functions of `train.callbacks` in the first process. Raises CallbackError in all."""

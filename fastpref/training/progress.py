@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fastpref.health import RULES, Verdict
+from fastpref.health import Health, Verdict
 from fastpref.run.times import duration
 from fastpref.training.live import STOPPING, View, clock
 
@@ -63,9 +63,9 @@ class Display:
         for row in rows:
             self.view.point(row)
 
-    def phase(self, words: str, parts: int = 0) -> None:
-        """Say in the live view what the run does now."""
-        self.view.phase(words, parts)
+    def phase(self, words: str, parts: int = 0, part: str = "") -> None:
+        """Say in the live view what the run does now, in how many parts, and what a `part` is."""
+        self.view.phase(words, parts, part)
 
     def part(self, number: int, of: int) -> None:
         """Say in the live view which of the phase's parts is computed: a micro-batch, or how many rows are done."""
@@ -103,10 +103,10 @@ class Display:
         """Print a verdict that has just appeared."""
         self._sentence(_line(verdict))
 
-    def health(self, verdicts: Sequence[Verdict]) -> None:
-        """Print all verdicts at the end of the run."""
-        self.console.print(f"health: {counted(verdicts) or f'{len(RULES)} rules found nothing wrong'}")
-        for verdict in verdicts:
+    def health(self, health: Health) -> None:
+        """Print what the rules say at the end of the run."""
+        self._sentence(Text(f"health: {health.summary()}"))
+        for verdict in health.verdicts:
             self._sentence(Text("  ") + _line(verdict))
 
     def _sentence(self, text: Text) -> None:
@@ -160,12 +160,6 @@ class Display:
             table.add_row("before", escape(old))
             table.add_row("after", escape(new))
             self.console.print(Panel(table, title="a held-out prompt", title_align="left", expand=False))
-
-
-def counted(verdicts: Sequence[Verdict]) -> str:
-    """Count verdicts in words: 2 alarms, 1 warning."""
-    counts = {kind: sum(v.severity == kind for v in verdicts) for kind in _STYLES}
-    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count)
 
 
 def _wrapped(line: str, width: int) -> list[str]:

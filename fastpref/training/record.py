@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fastpref.config import Config
 from fastpref.config.toml import to_toml
+from fastpref.data import repeats
 from fastpref.data.cache import Tokenized
 from fastpref.data.extras import has
 from fastpref.data.table import Examples
 from fastpref.errors import UserError
-from fastpref.health import Verdict, Watch, known_of
+from fastpref.health import Health, Verdict, Watch, known_of
 from fastpref.preview.numbers import lengths
 from fastpref.report import write_report
 from fastpref.report.source import GOING_ON, Run
@@ -42,7 +43,8 @@ class Record:
         self._refused = False  # whether a report could not be written
         self._before = 0.0  # seconds before the run was resumed
         rows = {name: asdict(data.counts[name]) for name in ("train", "heldout")}
-        rows |= {"duplicates": data.duplicates, "left_out": data.left_out} | _labels(data) | _extras(data)
+        rows |= {"duplicates": data.duplicates, "left_out": data.left_out}
+        rows |= _labels(data) | _extras(data) | _faults(data)
         self._facts: dict[str, Any] = {
             "plan": plan, "steps": steps, "rows": rows, "tokens": _tokens(data), "environment": environment(device)
         }  # fmt: skip
@@ -77,9 +79,13 @@ class Record:
             {"asked": asked, "before": old, "after": after[at] if at < len(after) else None}
             for at, (asked, old) in enumerate(before)
         ]
+        self._watch.know(known_of(self._config, self._facts))
 
-    def verdicts(self) -> tuple[Verdict, ...]:
-        return tuple(self._watch.verdicts())
+    def health(self) -> Health:
+        """Return what the rules say now, and record which of their verdicts have passed."""
+        health = self._watch.health()
+        self._facts["passed"] = [{"rule": v.rule, "message": v.message, "steps": v.steps} for v in health.passed]
+        return health
 
     def renew(self, *, at_once: bool) -> str | None:
         """Write report.html while the run goes on, at once or if the last one is old enough.
@@ -91,6 +97,7 @@ class Record:
             return None
         began = time.monotonic()
         try:
+            self.health()  # some findings may have passed
             self._write()
             write_report(self._now)
         except Exception as error:
@@ -151,6 +158,16 @@ def _labels(data: Tokenized) -> dict[str, int]:
     """Count the good and the bad training rows if they are single completions."""
     labels = data.train.labels
     return {} if labels is None else {"good": int(labels.sum()), "bad": int((~labels).sum())}
+
+
+def _faults(data: Tokenized) -> dict[str, int]:
+    """Count what rules on the rows ask for."""
+    return {
+        "ends": len(data.ends),
+        "repeated": repeats.repeated(data.train),
+        "leaked": repeats.leaked(data.train, data.heldout),
+        "questionless": repeats.questionless(data.train),
+    }
 
 
 def _extras(data: Tokenized) -> dict[str, int]:

@@ -64,7 +64,7 @@ def test_the_live_view_fits_its_terminal(width: int, stopping: bool):
     shown = display(width)
     for step in range(1, 16):
         shown.step(step, 0.5, metrics(step) | {"learning_rate": 5e-6}, 823_000_000)
-    shown.phase("step 16")
+    shown.phase("step 16", part="micro-batch")
     shown.part(3, 8)
     if stopping:
         shown.view.stopping = True
@@ -72,7 +72,7 @@ def test_the_live_view_fits_its_terminal(width: int, stopping: bool):
     assert all(len(line) <= width for line in lines)
     assert lines[0].rstrip().endswith("15/20  0:02 left")
     assert len(lines[0].rstrip()) >= width - 2
-    assert lines[1].startswith("step 16, 3 of 8  0:00")
+    assert lines[1].startswith("step 16, micro-batch 3 of 8  0:00")
     curves = next(at for at, line in enumerate(lines) if line.startswith("loss"))
     assert (" ".join(lines[2:curves]).strip().startswith("stopping after this step")) == stopping
     rows = [line.split() for line in lines[curves : curves + 3]]
