@@ -54,21 +54,33 @@ def data_mistakes(config: Config) -> Iterator[str]:
             )
 
 
-def _look(data: DataConfig, config: Config) -> bool:
-    """Read the first rows of a source. Returns whether they are chats that a template writes. Raises UserError."""
-    from fastpref.data.source import REMEDY, find_source, row_error
+def leaves_out_template(config: Config) -> bool:
+    """Return whether the first source has rows of plain text although the model has a chat template, as far as both can
+    be read on this machine.
+    """
+    try:
+        return has_chat_template(config) is True and _look(config.data[0], config) is False
+    except UserError:
+        return False
+
+
+def _look(data: DataConfig, config: Config) -> bool | None:
+    """Read the first rows of a source. Returns whether `auto` finds chats there, which a template writes; None if other
+    formats read them, or if they are not read. Raises UserError.
+    """
+    from fastpref.data.source import find_source, remedy, row_error
 
     records = _records(data)
     if records is None:
-        return False
+        return None
     source = find_source(data, records, config.loss)
     for at in range(min(LOOKED_AT, data.rows or len(records), len(records))):
         try:
             source.read(at)
         except RowError as error:
             if data.on_error == "error":
-                raise UserError(row_error(source, at, error) + REMEDY) from None
-    return isinstance(source.form, AutoFormat) and source.form.chat
+                raise UserError(row_error(source, at, error) + remedy(error, after=at)) from None
+    return source.form.chat if isinstance(source.form, AutoFormat) else None
 
 
 def _records(data: DataConfig) -> Records | None:

@@ -84,7 +84,10 @@ def estimate(
     card: Annotated[
         float | None, value("GB", "Memory of the GPU. The default is this machine's GPU, or 24 GB.", min=1)
     ] = None,
-    compare: Annotated[bool, flag("--compare", "Estimate the same step in TRL, too.")] = False,
+    compare: Annotated[bool, flag("--compare", "Estimate the same step in TRL and in Unsloth, too.")] = False,
+    largest: Annotated[
+        bool, flag("--largest", "Find the largest tokens.max_length and micro-batch that fit the GPU.")
+    ] = False,
     cpu: Annotated[bool, flag("--cpu", "Estimate a run on a CPU instead of a GPU.")] = False,
     as_json: AsJson = False,
     offline: Offline = False,
@@ -103,7 +106,7 @@ def estimate(
 
     device = torch.device("cpu" if cpu else "cuda")
     estimator = Estimator(lambda more: load_config(config, [*(overrides or ()), *more]), device, cache=not no_cache)
-    run(estimator, card=card, compare=compare, as_json=as_json)
+    run(estimator, card=card, compare=compare, largest=largest, as_json=as_json)
 
 
 def schema(

@@ -5,103 +5,160 @@ import shlex
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from fastpref.commands.screen import Screen
 from fastpref.data.longest import Microbatch
 from fastpref.errors import UserError
-from fastpref.memory.estimate import CARDS, CardFit, Estimator, fits, present_card, proposal, usable
-from fastpref.memory.fit import MARGIN
+from fastpref.memory.estimate import CARDS, CardFit, Estimator, fit, proposal, usable
+from fastpref.memory.largest import Largest, largest_microbatch, longest_rows
+from fastpref.memory.process import Card, Verdict, process
 from fastpref.memory.step import PARTS, StepMemory
-from fastpref.memory.trl import VERSION
+from fastpref.memory.trl import VERSION as TRL
+from fastpref.memory.unsloth import VERSION as UNSLOTH
 from fastpref.sizes import GIB, in_words
 from fastpref.step.reference import summary
 
 
-def estimate(estimator: Estimator, *, card: float | None, compare: bool, as_json: bool) -> None:
+def estimate(
+    estimator: Estimator, *, card: float | None, compare: bool = False, largest: bool = False, as_json: bool = False
+) -> None:
     """Count a step, and print each result as soon as it is known, or all of them as JSON at the end.
 
     Args:
         card: GiB of the GPU that the run is meant for; by default this machine's GPU, or 24.
-        compare: whether to count the step of TRL too.
+        compare: whether to count the step of other trainers too.
+        largest: whether to search for the longest rows and the largest micro-batch that fit the GPU.
 
-    Raises UserError for a model that does not exist, and for a comparison with TRL of a loss without one.
+    Raises UserError for a model that does not exist, for a comparison of a loss that others do not have, and for
+    `largest` on a CPU.
     """
     if compare and estimator.config.loss.listwise:
         raise UserError(f"--compare: TRL has no loss of lists such as {estimator.config.loss.type}; leave it out")
-    if compare and estimator.config.loss.supervised:
-        raise UserError(
-            f"--compare: TRL's step is known for losses of preferences, not for {estimator.config.loss.type}"
-        )
+    if largest and estimator.device.type == "cpu":
+        raise UserError("--largest: it searches for what fits a GPU; leave out --cpu")
     with Screen(quiet=as_json) as screen:
         estimator.counted = lambda what: screen.wait(f"counting {what}")
-        numbers = _numbers(estimator, card, compare, screen)
+        numbers = _numbers(estimator, screen)
+        if estimator.device.type == "cuda":
+            gpu = (Card.present() or Card.named(24.0)) if card is None else Card.named(card)
+            numbers |= _gpus(estimator, gpu, screen)
+            if largest:
+                numbers["largest"] = _largest(estimator, gpu, screen)
+        if compare:
+            numbers |= _others(estimator, screen)
     if as_json:
         print(json.dumps(numbers, indent=2))
 
 
-def _numbers(estimator: Estimator, card: float | None, compare: bool, screen: Console) -> dict[str, Any]:
+def _numbers(estimator: Estimator, screen: Screen) -> dict[str, Any]:
     least = estimator.take()
-    config, largest = estimator.config, estimator.microbatch(estimator.config)
+    config, microbatch = estimator.config, estimator.microbatch(estimator.config)
     for note in estimator.notes:
-        screen.print(note, markup=False, soft_wrap=True)
-    screen.print(_head(estimator, largest), markup=False, soft_wrap=True)
-    screen.print(_table({_checkpointing(least): least}))
-    numbers: dict[str, Any] = {
+        screen.say(note)
+    screen.say(_head(estimator, microbatch))
+    screen.say(_table({_checkpointing(least): least}))
+    if estimator.device.type == "cuda":
+        screen.say(_process(least))
+    return {
         "model": config.model.name,
         "loss": config.loss.type,
         "device": estimator.device.type,
         "quantised": estimator.quantised,
         "reference": summary(config),
         "notes": estimator.notes,
-        "microbatch": {"examples": len(largest.examples), "tokens": largest.tokens, "source": largest.source},
+        "microbatch": {
+            "examples": len(microbatch.examples), "tokens": microbatch.tokens, "source": microbatch.source
+        },
         "step": _bytes(least),
-    }
-    if estimator.device.type == "cuda":
-        numbers |= _gpus(estimator, least, card or present_card() or 24.0, screen)
-    if compare:
-        theirs = estimator.take_as_trl()
-        numbers["trl"] = _bytes(theirs)
-        screen.print(_table({f"TRL {VERSION}": theirs, "fastpref": least}))
-        computed = [memory.activations + memory.head for memory in (least, theirs)]
-        screen.print(
-            f"TRL's step is a model of its source's layout and head, with the same weights and optimizer. "
-            f"fastpref / TRL: {least.total / theirs.total:.2f} in all, {computed[0] / max(1, computed[1]):.2f} for "
-            "activations and head alone.",
-            soft_wrap=True,
-        )
-    return numbers
+    }  # fmt: skip
 
 
-def _gpus(estimator: Estimator, least: StepMemory, card: float, screen: Console) -> dict[str, Any]:
+def _others(estimator: Estimator, screen: Screen) -> dict[str, Any]:
+    ours, trl, unsloth = estimator.take(), estimator.take_as_trl(), estimator.take_as_unsloth()
+    screen.say(_table({f"TRL {TRL}": trl, f"Unsloth {UNSLOTH}": unsloth, "fastpref": ours}))
+    computed = [memory.activations + memory.head for memory in (ours, trl, unsloth)]
+    screen.say(
+        f"The others' steps are models of their sources' layout and head, with the same weights and optimizer and with "
+        f"gradient checkpointing, their default; Unsloth's keeps the inputs of layers in host memory. fastpref / TRL: "
+        f"{ours.total / trl.total:.2f} in all, {computed[0] / max(1, computed[1]):.2f} for activations and head alone. "
+        f"fastpref / Unsloth: {ours.total / unsloth.total:.2f} and {computed[0] / max(1, computed[2]):.2f}."
+    )
+    return {"trl": _bytes(trl), "unsloth": _bytes(unsloth)}
+
+
+def _gpus(estimator: Estimator, card: Card, screen: Screen) -> dict[str, Any]:
+    least = estimator.take()
     most = estimator.take(layers=0) if estimator.checkpoints else least
     if most is not least:
-        screen.print(f"{_checkpointing(most)}: {in_words(most.total)}", soft_wrap=True)
-    missing = least.streamed or least.total > usable(min(*CARDS, card))
+        screen.say(f"{_checkpointing(most)}: {in_words(most.total)}")
+    cards = [*map(Card.named, CARDS), card]
+    missing = least.streamed or any(
+        least.total > usable(gpu.size) or gpu.verdict(process(least)) is not Verdict.FITS for gpu in cards
+    )
     stream = estimator.take_streamed() if missing else None
-    *gpus, own = fits(most, least, [*CARDS, card], stream)
+    *gpus, own = (fit(most, least, gpu, stream) for gpu in cards)
     if stream is not None:
-        screen.print(_streaming(stream.least), soft_wrap=True)
-    screen.print(f"\nA run can use {1 - MARGIN:.0%} of a GPU's memory.", soft_wrap=True)
+        screen.say(_streaming(stream.least))
+    screen.say("")
     for gpu in gpus:
-        screen.print(_fit(gpu, most is not least, least.layers), highlight=False, soft_wrap=True)
+        screen.say(_fit(gpu, most is not least, least.layers))
     numbers: dict[str, Any] = {
         "uncheckpointed": _bytes(most) if most is not least else None,
         "streamed": _bytes(stream.least) if stream is not None else None,
-        "cards": [asdict(gpu) for gpu in gpus],
-        "card": card,
+        "cards": [_card(gpu) for gpu in gpus],
+        "card": _card(own),
         "changes": None,
     }
-    if not own.fits:
-        change = proposal(estimator, card)
-        message = f"No known change makes it fit {card:g} GB. Take a smaller model."
-        if change.fits and change.memory is not None:
-            numbers["changes"] = {"overrides": list(change.overrides)} | _bytes(change.memory)
-            words = " ".join(map(shlex.quote, change.overrides))
-            host = f", and {in_words(change.memory.host)} of host memory" if change.memory.host else ""
-            message = f"To fit {card:g} GB ({in_words(change.memory.total)}{host}), add\n  {words}"
-        screen.print(message, markup=False, soft_wrap=True)
+    if own.verdict is not Verdict.FITS:
+        if own.card not in CARDS:
+            screen.say(_fit(own, most is not least, least.layers))
+        numbers["changes"] = _changes(estimator, card, own, screen)
     return numbers
+
+
+def _changes(estimator: Estimator, card: Card, own: CardFit, screen: Screen) -> dict[str, Any] | None:
+    change = proposal(estimator, card)
+    sure = own.verdict is Verdict.UNCERTAIN
+    if change.memory is None or not change.fits:
+        none = "No known change makes that certain." if sure else "No known change makes it fit for certain."
+        screen.say(f"{card.size:g} GB: {none} Take a smaller model.")
+        return None
+    words = " ".join(map(shlex.quote, change.overrides))
+    host = f", and {in_words(change.memory.host)} of host memory" if change.memory.host else ""
+    aim = "To be sure that it fits" if sure else "To fit"
+    screen.say(f"{aim} {card.size:g} GB ({in_words(process(change.memory).likely)}{host}), add\n  {words}")
+    return {"overrides": list(change.overrides)} | _bytes(change.memory)
+
+
+def _largest(estimator: Estimator, card: Card, screen: Screen) -> dict[str, Any]:
+    rows, microbatch = longest_rows(estimator, card), largest_microbatch(estimator, card)
+    config, size = estimator.config, f"{card.size:g} GB"
+    if rows is None:
+        screen.say(f"\nNo row fits {size} for certain, however short.")
+    else:
+        limit = ", which is what the model was made for" if rows.limited else ""
+        screen.say(
+            f"\nThe longest rows that fit {size} for certain: {rows.amount:,} tokens{limit}, one {config.loss.unit} at "
+            f"once ({in_words(process(rows.memory).likely)})\n  {' '.join(rows.overrides)}"
+        )
+    length = f"rows of {config.tokens.max_length:,} tokens"
+    if microbatch is None:
+        screen.say(f"Of {length} not even one {config.loss.unit} fits {size} for certain.")
+    else:
+        plural = "s" if microbatch.amount > 1 else ""
+        limit = ", which is train.batch" if microbatch.limited else ""
+        screen.say(
+            f"The largest micro-batch of {length}: {microbatch.amount} {config.loss.unit}{plural}{limit} "
+            f"({in_words(process(microbatch.memory).likely)})\n  {' '.join(microbatch.overrides)}"
+        )
+    return {"max_length": _found(rows), "microbatch": _found(microbatch)}
+
+
+def _found(largest: Largest | None) -> dict[str, Any] | None:
+    if largest is None:
+        return None
+    return {"amount": largest.amount, "overrides": list(largest.overrides)} | _bytes(largest.memory)
 
 
 def _head(estimator: Estimator, largest: Microbatch) -> str:
@@ -155,21 +212,36 @@ def _streaming(memory: StepMemory) -> str:
     )
 
 
-def _fit(fit: CardFit, decides: bool, layers: int) -> str:
-    if not fit.fits:
+def _process(memory: StepMemory) -> str:
+    needed = process(memory)
+    return (
+        f"the process: about {in_words(needed.likely)}, from {in_words(needed.low)} to {in_words(needed.high)}; "
+        f"{in_words(memory.gaps)} of it lie between the allocator's blocks (simulated)"
+    )
+
+
+def _fit(gpu: CardFit, decides: bool, layers: int) -> str:
+    streamed = f" with {gpu.streamed} streamed layers, and {in_words(gpu.host)} of host memory" if gpu.streamed else ""
+    if gpu.verdict is Verdict.DOES_NOT:
         verdict = "does not fit"
-    elif fit.streamed:
-        verdict = f"fits with {fit.streamed} streamed layers, and {in_words(fit.host)} of host memory"
-    elif not decides:
-        verdict = "fits"
-    elif fit.checkpointed == 0:
+    elif gpu.verdict is Verdict.UNCERTAIN:
+        how = streamed or (f" with gradient checkpointing of all {layers} layers" if decides else "")
+        verdict = f"uncertain: may fit{how}"
+    elif streamed or not decides:
+        verdict = f"fits{streamed}"
+    elif gpu.checkpointed == 0:
         verdict = "fits without gradient checkpointing"
     else:
-        number = "all" if fit.checkpointed == layers else f"about {fit.checkpointed} of"
+        number = "all" if gpu.checkpointed == layers else f"about {gpu.checkpointed} of"
         verdict = f"fits with gradient checkpointing of {number} {layers} layers"
-    return f"{fit.card:>4g} GB  {verdict}"
+    return f"{gpu.card:>4g} GB  {verdict}"
+
+
+def _card(gpu: CardFit) -> dict[str, Any]:
+    return asdict(gpu) | {"fits": gpu.fits}
 
 
 def _bytes(memory: StepMemory) -> dict[str, Any]:
     numbers = {"layers": memory.layers, "checkpointed": memory.checkpointed, "streamed": memory.streamed}
-    return numbers | {"bytes": memory.parts(), "total": memory.total, "host": memory.host, "copied": memory.copied}
+    sizes = {"total": memory.total, "host": memory.host, "copied": memory.copied}
+    return numbers | {"bytes": memory.parts()} | sizes | {"process": asdict(process(memory))}

@@ -255,14 +255,15 @@ def _kl_stuck(h: History, known: Known) -> Verdict | Unasked | None:
     moved = nats_moved(h, known)
     if len(kl) < 10 or moved is None:
         return UNASKED
-    if moved < known.enough:
+    good = change_of(h, known, "rewards/chosen")
+    if moved < known.enough or (good is not None and good.by > 0):  # the drift that it hides is downward
         return None
     zero = float((kl.values <= 0).mean())
     if zero < 0.95:
         return None
     return Verdict(
-        f"KTO's KL is zero in {percent(zero)} of the steps. Good and bad rows are compared with 0 instead of the "
-        "policy's own drift.",
+        f"KTO's KL is zero in {percent(zero)} of the steps, and the good completions do not gain. Good and bad rows "
+        "are compared with 0 instead of the policy's own drift.",
         'Use a larger train.batch or a lower learning rate; loss.kl="none" trains like this, and faster.',
         kl.span,
         {"share of zeros": zero},

@@ -66,7 +66,7 @@ class PeakStorage(TorchDispatchMode):
                 self._trace.keep_size(address)
 
     def record(self) -> Trace:
-        """Return a record of the storages on the device: those that are alive, and from now on what is made and freed."""
+        """Return a record of the storages on the device: those alive now, and from now on those made and freed."""
         held = {address: size for address, (size, label) in self._alive.items() if label != self.HOST}
         self._trace = Trace(held)
         return self._trace

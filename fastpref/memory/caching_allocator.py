@@ -1,14 +1,16 @@
-"""A simulation of torch's caching allocator on a GPU: what it takes from the driver for recorded allocations and frees.
+"""A simulation of torch's caching allocator on a GPU: what it takes from the driver for a recorded step.
 
-It follows torch 2.11 to 2.13 (`c10/cuda/CUDACachingAllocator.cpp`) for one stream, without limits of memory and with the
-allocator's default options but `expandable_segments`, which a run sets on Linux (`fastpref/allocator.py`). Blocks are
-multiples of 512 bytes. Blocks of at most 1 MiB lie in a pool of their own. A freed block is joined with its free
-neighbours and kept, and the smallest free block that is large enough is the next to be used: what remains between blocks
-in use is memory that the process holds and no tensor has.
+It follows torch 2.11 (`c10/cuda/CUDACachingAllocator.cpp`) for one stream, without a limit of memory, and with the
+allocator's default options but `expandable_segments`, which a run sets on Linux (`fastpref/allocator.py`). `python -m
+bench.allocator` compares it with that allocator itself.
+
+Blocks are multiples of 512 bytes. Blocks of at most 1 MiB lie in a pool of their own. A freed block is joined with its
+free neighbours and kept, and the smallest free block that is large enough is the next to be used. What remains between
+the blocks in use is memory that the process holds and no tensor has.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -58,21 +60,30 @@ def replayed(
     Storages of `fixed` bytes are as large for every length, like those whose size was kept.
     """
     allocator = CachingAllocator(expandable=expandable)
-    for number, size in enumerate(trace.held):
-        allocator.allocate(number, size)
+    for number, size in requests(trace, lengths, fixed):
+        if size:
+            allocator.allocate(number, size)
+        else:
+            allocator.free(number)
+    return allocator
+
+
+def requests(
+    trace: Trace, lengths: Sequence[float] = LENGTHS, fixed: Collection[int] = ()
+) -> Iterator[tuple[int, int]]:
+    """Yield what such steps ask of an allocator: a number with its bytes for a block, and with 0 to free it."""
+    yield from enumerate(trace.held)
     for length in lengths:
         left: set[int] = set()
         for number, size in trace.events:
             if size == 0:
-                allocator.free(number)
+                yield number, 0
                 left.discard(number)
-                continue
-            same = number in trace.kept or size in fixed
-            allocator.allocate(number, size if same else int(size * length))
-            left.add(number)
+            elif asked := size if number in trace.kept or size in fixed else int(size * length):
+                yield number, asked
+                left.add(number)
         for number in left:  # gradients, until the next step
-            allocator.free(number)
-    return allocator
+            yield number, 0
 
 
 @dataclass(eq=False)
@@ -131,7 +142,7 @@ class CachingAllocator:
         self._give(small, block)
 
     def _found(self, small: bool, size: int) -> Block | None:
-        """Take the smallest free block of at least `size` bytes, but the growing end of a segment only if it must be."""
+        """Take the smallest free block of at least `size` bytes; the growing end of a segment only if no other is."""
         pool = self._free[small]
         place = bisect_left(pool, (size, 0), key=_order)
         if place == len(pool):

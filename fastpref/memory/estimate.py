@@ -17,9 +17,11 @@ from fastpref.data.table import Examples
 from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.memory.fit import MARGIN, OversizedStep, Proposal, propose
-from fastpref.memory.step import StepMemory, count_step
+from fastpref.memory.process import LIBRARIES, Card, Verdict, process
+from fastpref.memory.step import StepMemory, count_step, heaviest
 from fastpref.memory.streaming import StreamedStep
 from fastpref.memory.trl import as_trl, trl_policy
+from fastpref.memory.unsloth import as_unsloth, unsloth_policy
 from fastpref.model.adapters.source import with_start
 from fastpref.model.files import model_config
 from fastpref.model.gradient_checkpointing import layers_needed
@@ -31,7 +33,7 @@ from fastpref.model.tokenizer import run_tokenizer
 from fastpref.sizes import GIB, in_words
 
 CARDS = (4, 6, 8, 12, 16, 24, 48, 80)  # GiB, which vendors call GB
-CONTEXT = GIB // 2  # bytes of the CUDA context and its libraries: assumed, not counted
+CONTEXT = LIBRARIES.likely
 
 Load = Callable[[Sequence[str]], Config]  # the config with further overrides
 
@@ -71,8 +73,11 @@ class Estimator:
 
     def microbatch(self, config: Config) -> Microbatch:
         """Return the largest micro-batch of a run."""
+        return self._microbatches(config)[0]
+
+    def _microbatches(self, config: Config) -> list[Microbatch]:
         if self._examples is None:
-            return longest_possible(config)
+            return [longest_possible(config)]
         return longest_of(config, self._examples, wanted_layout(config))
 
     def take(self, *overrides: str, layers: int | None = None, streaming: Streaming | None = None) -> StepMemory:
@@ -81,7 +86,16 @@ class Estimator:
         if key not in self._known:
             self.counted(" ".join(overrides) or ("the step" if streaming is None else "the step with streamed layers"))
             config = self._load(overrides)
-            self._known[key] = self._count(config, layers, self.microbatch(config), streaming=streaming)
+            self._known[key] = self._count(config, layers, self._microbatches(config), streaming=streaming)
+        return self._known[key]
+
+    def take_longest(self, *overrides: str) -> StepMemory:
+        """Count the memory of a step with further overrides whose rows all have `tokens.max_length` tokens."""
+        key = overrides, "longest"
+        if key not in self._known:
+            self.counted(" ".join(overrides))
+            config = self._load(overrides)
+            self._known[key] = self._count(config, None, [longest_possible(config)])
         return self._known[key]
 
     def take_streamed(self) -> StreamedStep | None:
@@ -96,18 +110,29 @@ class Estimator:
             return None
 
     def take_as_trl(self) -> StepMemory:
-        """Count the memory of the same step as TRL computes it, with as many checkpointed layers as in `take`."""
+        """Count the memory of the same step as TRL computes it, with gradient checkpointing, its default."""
         self.counted("the step as TRL computes it")
         config = as_trl(self.config)
-        return self._count(config, None, self.microbatch(self.config), make_policy=trl_policy(config))
+        return self._count(config, None, self._microbatches(self.config), make_policy=trl_policy(config))
 
-    def _count(self, config: Config, layers: int | None, largest: Microbatch, **options: Any) -> StepMemory:
+    def take_as_unsloth(self) -> StepMemory:
+        """Count the memory of the same step as Unsloth computes it, with its gradient checkpointing."""
+        self.counted("the step as Unsloth computes it")
+        config = as_unsloth(self.config)
+        return self._count(config, None, self._microbatches(self.config), make_policy=unsloth_policy(config))
+
+    def _count(self, config: Config, layers: int | None, largest: Sequence[Microbatch], **options: Any) -> StepMemory:
         if self.device.type == "cpu" and config.train.checkpointing == "auto":
             layers = 0
-        memory = count_step(
-            config, self.device, layers=layers, examples=largest.examples, further=largest.further,
-            architecture=self.architecture, layout=self._layouts.get(config.train.layout), **options,
-        )  # fmt: skip
+
+        def count(microbatch: Microbatch) -> StepMemory:
+            layout = self._layouts.get(config.train.layout)
+            return count_step(
+                config, self.device, layers=layers, examples=microbatch.examples, further=microbatch.further,
+                architecture=self.architecture, layout=layout, **options,
+            )  # fmt: skip
+
+        memory = heaviest(largest, count)
         self._layouts[config.train.layout] = memory.layout
         if memory.bare_experts and not self._told_of_experts:
             self._told_of_experts = True
@@ -142,17 +167,12 @@ def usable(card: float) -> int:
     return int((1 - MARGIN) * card * GIB)
 
 
-def present_card() -> float | None:
-    """Return the memory of this machine's first GPU in GiB, or None without a GPU."""
-    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
-
-
-def proposal(estimator: Estimator, card: float) -> Proposal:
-    """Return the smallest changes with which a step fits a GPU with `card` GiB. Each change is counted."""
+def proposal(estimator: Estimator, card: Card) -> Proposal:
+    """Return the smallest changes with which a step fits a GPU for certain. Each change is counted."""
     config, memory, quantised = estimator.config, estimator.take(), estimator.quantised is not None
-    microbatch, capacity = estimator.microbatch(config), int(card * GIB)
+    microbatch, capacity = estimator.microbatch(config), int(card.size * GIB)
     step = OversizedStep(config, memory, microbatch, estimator.device, capacity, quantised=quantised)
-    return propose(step, lambda overrides: estimator.take(*overrides), usable(card))
+    return propose(step, lambda overrides: estimator.take(*overrides), card.low, lambda memory: process(memory).high)
 
 
 @dataclass(frozen=True)
@@ -160,29 +180,30 @@ class CardFit:
     """Whether a step fits a GPU, and with how many checkpointed and streamed layers."""
 
     card: float
-    fits: bool
-    checkpointed: int | None  # approximate if the run chooses the number; None if the step does not fit
+    verdict: Verdict
+    checkpointed: int | None  # approximate if the run chooses the number; None if the step does not fit for certain
     streamed: int = 0
     host: int = 0  # bytes in host memory
 
+    @property
+    def fits(self) -> bool:
+        return self.verdict is Verdict.FITS
 
-def fits(
-    most: StepMemory, least: StepMemory, cards: Sequence[float], stream: StreamedStep | None = None
-) -> list[CardFit]:
-    """Return each GPU's fit for a step with no checkpointed layer and with all; one object if their number is set.
 
-    With `stream` a step that does not fit otherwise has streamed layers, as many as it must.
+def fit(most: StepMemory, least: StepMemory, card: Card, stream: StreamedStep | None = None) -> CardFit:
+    """Return how a step fits a GPU, with no checkpointed layer and with all; one object if their number is set.
+
+    With `stream` a step that the run itself would not place on the GPU has streamed layers, as many as it must.
     """
-    results = []
-    for card in cards:
-        room, layers = usable(card), least.checkpointed
-        if least.total <= room and not least.streamed:
-            if most is not least:
-                layers = layers_needed(layers, most.total, least.total, room)
-            results.append(CardFit(card, True, layers, host=least.host))
-        elif stream is not None and stream.least.total <= room:
-            chosen = stream.at(stream.resident(room))
-            results.append(CardFit(card, True, chosen.checkpointed, chosen.streamed, chosen.host))
-        else:
-            results.append(CardFit(card, False, None))
-    return results
+    room = usable(card.size)
+    if not least.streamed and (stream is None or least.total <= room):
+        verdict, layers = card.verdict(process(least)), least.checkpointed
+        if verdict is Verdict.FITS and most is not least:
+            layers = layers_needed(layers, most.total, least.total, room)
+        return CardFit(card.size, verdict, layers if verdict is Verdict.FITS else None, host=least.host)
+    step = least if stream is None else stream.least
+    verdict = card.verdict(process(step))
+    if stream is not None and verdict is Verdict.FITS:
+        step = stream.at(stream.resident(room))
+    layers = step.checkpointed if verdict is Verdict.FITS else None
+    return CardFit(card.size, verdict, layers, step.streamed, step.host)

@@ -68,8 +68,14 @@ def available(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - int(MARGIN * total)
 
 
-def propose(step: OversizedStep, count: Count, room: int) -> Proposal:
+def _total(memory: StepMemory) -> int:
+    return memory.total
+
+
+def propose(step: OversizedStep, count: Count, room: int, size: Callable[[StepMemory], int] = _total) -> Proposal:
     """Return the smallest changes with which a step takes at most `room` bytes, or those with which it takes the least.
+
+    `size` says how many bytes a counted step takes.
 
     Changes are added in the order of their cost until the step fits. Then each is counted without, so that none remains
     that is not needed. Raises UserError if the step cannot be counted without changes.
@@ -85,12 +91,12 @@ def propose(step: OversizedStep, count: Count, room: int) -> Proposal:
             continue
         taken.setdefault(change.key, [None]).append(override)
         memory = less
-        if memory.total <= room:
+        if size(memory) <= room:
             break
     overrides = _last(taken)
-    if memory.total <= room:
-        overrides, memory = _fewest(taken, memory, count, room)
-    return Proposal(tuple(overrides.values()), memory, memory.total <= room)
+    if size(memory) <= room:
+        overrides, memory = _fewest(taken, memory, count, lambda memory: size(memory) <= room)
+    return Proposal(tuple(overrides.values()), memory, size(memory) <= room)
 
 
 def _last(taken: dict[str, list[str | None]]) -> dict[str, str]:
@@ -98,7 +104,7 @@ def _last(taken: dict[str, list[str | None]]) -> dict[str, str]:
 
 
 def _fewest(
-    taken: dict[str, list[str | None]], memory: StepMemory, count: Count, room: int
+    taken: dict[str, list[str | None]], memory: StepMemory, count: Count, fits: Callable[[StepMemory], bool]
 ) -> tuple[dict[str, str], StepMemory]:
     """Weaken changes or leave them out, the most expensive first, as long as the step still fits. Count each time.
 
@@ -110,7 +116,7 @@ def _fewest(
         for fewer in range(1, len(values)):
             weaker = {**taken, key: values[:fewer]}
             smaller = _count(count, _last(weaker))
-            if smaller is not None and smaller.total <= room:
+            if smaller is not None and fits(smaller):
                 taken, memory = weaker, smaller
                 break
     return _last(taken), memory

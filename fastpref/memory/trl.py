@@ -1,9 +1,9 @@
 """A model of how TRL 1.16 computes the head of a step on a GPU, for a comparison of memory.
 
-It follows TRL's source code and does not run it. DPO and KTO work in tiles of 4,096 tokens and 32,768 columns, with the
-gradient of the hidden states in float32. ORPO, SimPO and CPO make the logits of every position of the padded rows,
-which Accelerate copies to float32. They compute a log-softmax, whose backward pass makes a gradient of the same size,
-and for the supervised term a cross-entropy over the chosen rows.
+It follows TRL's source code and does not run it. DPO, KTO and SFT work in tiles of 4,096 tokens and 32,768 columns,
+with the gradient of the hidden states in float32. ORPO, SimPO and CPO make the logits of every position of the padded
+rows, which Accelerate copies to float32. They compute a log-softmax, whose backward pass makes a gradient of the same
+size, and for the supervised term a cross-entropy over the chosen rows.
 """
 
 import sys
@@ -31,10 +31,10 @@ _TOKENS, _COLUMNS = 4096, 32768  # the size of a tile
 def as_trl(config: Config) -> Config:
     """Return the config of TRL's step: padded rows in one micro-batch, and a copy as reference if all is trained.
 
-    TRL has all weights on the device.
+    TRL has all weights on the device, and gradient checkpointing on all layers by default.
     """
     update: dict[str, Any] = {"train.layout": "padded", "train.tokens_per_microbatch": sys.maxsize}
-    update["model.streaming"] = False
+    update |= {"model.streaming": False, "train.checkpointing": True, "train.offload_activations": False}
     if config.lora is None and config.loss.uses_reference:
         update["reference.mode"] = "copy"
     return config.but(update)
@@ -46,14 +46,17 @@ def trl_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:
 
     def make(model: PreTrainedModel) -> Policy:
         unfuse_lora(model)
-        head: Any = _Chunked(model) if config.loss.uses_reference else _FullLogits(model, supervised)
+        tiled = config.loss.uses_reference or config.loss.supervised
+        head: Any = _Chunked(model) if tiled else FullLogits(model, supervised)
         body = body_of(model)
         return Policy(body, head, RouterLoss.of(model, body))
 
     return make
 
 
-class _FullLogits(nn.Module):
+class FullLogits(nn.Module):
+    """A head that makes the logits of every position."""
+
     def __init__(self, model: PreTrainedModel, supervised: bool):
         super().__init__()
         self.head, self._supervised = Head(model), supervised

@@ -53,8 +53,8 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
     if not lost <= allowed:
         why = "" if whole else "; half precision may have rounded so small a change off, and --dtype float32 keeps it"
         raise UserError(
-            f"{trained.weights}: the merged model is not kept, because {lost:.0%} of the adapter's effect on the logits "
-            f"of a probe is lost in it, and {allowed:.0%} at most may be{why}"
+            f"{trained.weights}: the merged model is not kept, because {lost:.0%} of the adapter's effect on the "
+            f"logits of a probe is lost in it, and {allowed:.0%} at most may be{why}"
         )
     return lost
 

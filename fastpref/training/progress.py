@@ -26,11 +26,19 @@ _EVALUATION = (
 _STYLES = {"alarm": "bold red", "warning": "yellow"}
 
 
+def _console() -> Console:
+    """Return the console of the program's output. A notebook gets plain lines, which it shows as one output."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_jupyter:
+        return console
+    return Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False)
+
+
 class Display:
     """Prints notes, steps, evaluations, verdicts and samples. Text from data is never read as markup."""
 
     def __init__(self, steps: int, done: int = 0, console: Console | None = None, *, examples: str = "pairs"):
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _console()
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._steps, self._before = steps, done  # `done`: the steps before a run was resumed
         self._examples = examples  # what a batch consists of, in one word

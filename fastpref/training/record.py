@@ -97,6 +97,7 @@ class Record:
             return None
         began = time.monotonic()
         try:
+            self.health()  # some findings may have passed
             self._write()
             write_report(self._now)
         except Exception as error:

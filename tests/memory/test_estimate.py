@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2Config
 
 import fastpref
-import fastpref.commands.estimate as commands
 import fastpref.memory.estimate as estimates
+import fastpref.memory.process as processes
 from fastpref.config import load_config
 from fastpref.config.losses import KTO
 from fastpref.data.cache import load_examples
 from fastpref.data.longest import longest_of, longest_possible
 from fastpref.data.order import data_order
 from fastpref.data.tokenize import use_chat_template
-from fastpref.memory.estimate import CARDS, Estimator, fits, proposal, usable
+from fastpref.memory.estimate import CARDS, Estimator, fit, proposal, usable
 from fastpref.memory.measured import StepPeak
+from fastpref.memory.process import Band, Card, Verdict, process
 from fastpref.memory.step import StepMemory
+from fastpref.memory.streaming import StreamedStep
 from fastpref.model.load import load_model
 from fastpref.model.tokenizer import load_tokenizer
+from fastpref.sizes import GIB
 from tests.support.command_line import run_command, succeed
 from tests.support.paths import QUICKSTART, QUICKSTART_MODEL, QUICKSTART_ROWS
 from tests.support.real_steps import real_steps
@@ -130,7 +134,7 @@ def test_a_smaller_max_length_cuts_the_rows(models: dict[str, Path], tmp_path: P
     estimators = (estimator(path, CPU, *changed, *more) for more in ([], ["tokens.max_length=60"]))
     examples = [e._examples for e in estimators if e._examples is not None]
     assert list(map(len, examples)) == [24, 24]
-    cut, tokenised = (longest_of(smaller, e, "tree").tokens for e in examples)
+    cut, tokenised = (longest_of(smaller, e, "tree")[0].tokens for e in examples)
     assert cut >= tokenised if chats else cut == tokenised
 
 
@@ -139,14 +143,20 @@ def memory(gib: int, *, checkpointed: int, layers: int) -> StepMemory:
 
 
 def test_cards_and_layers():
-    """A card with enough memory checkpoints no layer; a smaller one as few as linear interpolation allows; below
-    what all layers need, the step does not fit."""
+    """A card with enough memory checkpoints no layer; a smaller one as few as linear interpolation allows. A step
+    fits if the most that its process takes is less than the least that such a card has, does not fit if the least is
+    more than the most, and is uncertain between."""
     most, least = memory(40, checkpointed=0, layers=31), memory(10, checkpointed=31, layers=31)
-    by_card = {fit.card: fit for fit in fits(most, least, CARDS)}
-    assert [card for card, fit in by_card.items() if fit.fits] == [12, 16, 24, 48, 80]
-    checkpointed = {card: fit.checkpointed for card, fit in by_card.items()}
-    assert checkpointed == {4: None, 6: None, 8: None, 12: 30, 16: 26, 24: 19, 48: 0, 80: 0}
-    assert all(fit.checkpointed == 31 for fit in fits(least, least, CARDS) if fit.fits)
+    by_card = {card: fit(most, least, Card.named(card)) for card in (*CARDS, 10, 11, 13)}
+    checkpointed = {card: gpu.checkpointed for card, gpu in by_card.items() if gpu.fits}
+    assert checkpointed == {13: 29, 16: 26, 24: 19, 48: 0, 80: 0}
+    assert [card for card, gpu in by_card.items() if gpu.verdict is Verdict.UNCERTAIN] == [12, 11]
+    assert [card for card, gpu in by_card.items() if gpu.verdict is Verdict.DOES_NOT] == [4, 6, 8, 10]
+    assert all(fit(least, least, Card.named(card)).checkpointed == 31 for card in (16, 80))
+    streamed = StreamedStep(replace(memory(2, checkpointed=31, layers=31), streamed=31, layer=GIB // 4, host=8 * GIB))
+    by_card = {card: fit(most, least, Card.named(card), streamed) for card in (2, 3, 4, 10, 12)}
+    assert [gpu.verdict.value for gpu in by_card.values()] == ["does not fit", "uncertain", *["fits"] * 2, "uncertain"]
+    assert [gpu.streamed for gpu in by_card.values()] == [31, 31, 25, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -164,21 +174,19 @@ def test_the_smallest_change_that_fits(
     step counted with it fits."""
     qwen2(4096, 256, 1024, 8).save_pretrained(tmp_path)
     overrides = ["tokens.max_length=256", *overrides]
-    monkeypatch.setattr(estimates, "CONTEXT", 0)
+    monkeypatch.setattr(processes, "LIBRARIES", Band(0, 0, 0))
     before = estimator(write(tmp_path, tmp_path), CUDA, *overrides)
-    allowed = int(room * before.take().total)
-    monkeypatch.setattr(estimates, "usable", lambda card: allowed)
-    change = proposal(before, 1)
+    allowed = int(room * process(before.take()).high)
+    change = proposal(before, Card(1, allowed, allowed))
     assert change.fits
     assert set(change.overrides) == wanted
-    assert estimator(tmp_path / "cfg.toml", CUDA, *overrides, *change.overrides).take().total <= allowed
+    assert process(estimator(tmp_path / "cfg.toml", CUDA, *overrides, *change.overrides).take()).high <= allowed
 
 
-def test_what_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_fit(tmp_path: Path):
     """If no change suffices, the proposal says that nothing fits."""
     qwen2(4096, 64, 64, 2).save_pretrained(tmp_path)
-    monkeypatch.setattr(estimates, "usable", lambda card: 1)
-    assert not proposal(estimator(write(tmp_path, tmp_path), CUDA), 1).fits
+    assert not proposal(estimator(write(tmp_path, tmp_path), CUDA), Card(1, 1, 1)).fits
 
 
 def test_the_command(tmp_path: Path):
@@ -194,29 +202,34 @@ def test_the_command(tmp_path: Path):
     reference = "the same weights with the adapters off, computed once for each completion and remembered"
     assert f"reference: {reference}\n" in result.out
     assert "   8 GB  fits without gradient checkpointing" in result.out
-    assert "TRL 1.16" in result.out
+    assert "TRL 1.16   Unsloth 2026.7   fastpref" in result.out
     counted = succeed("estimate", path, LORA, "--compare", "--json").json
     assert sum(counted["step"]["bytes"].values()) == counted["step"]["total"]
     assert counted["step"]["checkpointed"] == counted["step"]["layers"] == 4
     assert counted["uncheckpointed"]["checkpointed"] == 0
-    assert counted["card"] == 24
+    assert (counted["card"]["card"], counted["card"]["verdict"]) == (24, "fits")
     assert counted["reference"] == reference
     assert counted["changes"] is None
-    assert counted["trl"]["total"] > counted["step"]["total"]
-    assert counted["cards"][0] == {"card": 4, "fits": True, "checkpointed": 0, "streamed": 0, "host": 0}
+    assert counted["trl"]["total"] > 0 == counted["trl"]["host"] < counted["unsloth"]["host"]
+    band = counted["step"]["process"]
+    assert band["low"] < counted["step"]["total"] < band["likely"] < band["high"]
+    fitting = {"card": 4, "verdict": "fits", "fits": True, "checkpointed": 0, "streamed": 0, "host": 0}
+    assert counted["cards"][0] == fitting
     assert (counted["step"]["host"], counted["streamed"]) == (0, None)
 
 
 def test_the_command_says_which_cards_need_streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A GPU that is too small streams by itself, and needs no change for that; host memory is counted apart. With
     `model.streaming` false the command proposes it."""
-    qwen2(500, 256, 1024, 6).save_pretrained(tmp_path)
+    qwen2(500, 1024, 4096, 6).save_pretrained(tmp_path)
     path = write(tmp_path, tmp_path, data=tmp_path / "none.jsonl")
+    monkeypatch.setattr(processes, "LIBRARIES", Band(0, 0, 0))
     monkeypatch.setattr(estimates, "CONTEXT", 0)
     options = ("lora={rank=2}", "loss.type=orpo", "tokens.max_length=16")
     held = estimator(path, CUDA, *options).take()
-    for module in (estimates, commands):  # 4 GB are slightly too small, and all others large enough
-        monkeypatch.setattr(module, "usable", lambda card: held.total * (2 * card - 1) // 8)
+    small, large = int(0.9 * process(held).low), 2 * process(held).high
+    monkeypatch.setattr(Card, "named", lambda size: Card(size, *[small if size == 4 else large] * 2))
+    monkeypatch.setattr(estimates, "usable", lambda size: small if size == 4 else large)
     command = ("estimate", path, *options, "--card", "4")
     said = succeed(*command).out
     assert re.search(r"all 6 layers streamed: [\d.]+ MiB and [\d.]+ MiB of host memory, of which a micro-batch ", said)
@@ -242,6 +255,20 @@ def test_trl_makes_logits_and_copies_them(tmp_path: Path):
     assert orpo.take_as_trl().activations > 2.5 * logits
     assert dpo.take_as_trl().activations < logits
     assert orpo.take().activations + orpo.take().head < logits
+    assert dpo.take_as_unsloth().activations > 1.5 * logits
+
+
+def test_others_checkpoint_by_default(tmp_path: Path):
+    """The steps of TRL and Unsloth have gradient checkpointing whatever the config says, and Unsloth's keeps the inputs
+    of layers in host memory. Both compute supervised losses without all logits at once."""
+    qwen2(50_000, 64, 64, 4).save_pretrained(tmp_path)
+    path = write(tmp_path, tmp_path, data=tmp_path / "none.jsonl")
+    none = estimator(path, CUDA, LORA, "train.checkpointing=false", "loss.type=sft")
+    assert none.take().checkpointed == 0
+    for theirs in (none.take_as_trl(), none.take_as_unsloth()):
+        assert theirs.checkpointed == theirs.layers == 4
+    assert (none.take_as_trl().host, none.take_as_unsloth().host) == (0, 4 * 2 * 128 * 64 * 2)
+    assert none.take_as_trl().activations < 128 * 50_000 * 4
 
 
 def test_what_a_run_says_of_its_memory(models: dict[str, Path], tmp_path: Path):

@@ -69,7 +69,14 @@ return texts;
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Start Chromium by its driver. Tests fail without them, because a skipped test would prove nothing."""
+    """Start Chromium for the tests of a module. Tests fail without it, because a skipped test would prove nothing."""
+    chromium = browser_of()
+    yield chromium
+    chromium.quit()
+
+
+def browser_of() -> Any:
+    """Return a Chromium that was started by its driver."""
     program, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if program is None or driver is None:
         pytest.fail("tests marked browser need Chromium and its driver: apt-get install chromium chromium-driver")
@@ -80,9 +87,7 @@ def browser() -> Iterator[Any]:
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield chromium
-    chromium.quit()
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
 
 
 def show(browser: Any, page: str, scheme: str = "light", width: int = 1280) -> None:

@@ -386,7 +386,7 @@ def test_what_is_dropped_is_counted_in_a_note(tmp_path: Path):
     assert made.notes[1:] == [f"rows.jsonl: 3 of 6 rows: {overlap.REPEATED} (the first: {tmp_path}/rows.jsonl:2)"]
 
 
-TEXTS: dict[str, tuple[str, dict, Any]] = {  # loss, row, format
+PLAIN_TEXTS: dict[str, tuple[str, dict, Any]] = {  # loss, row, format
     "pairs": ("dpo", {"prompt": Q, "chosen": YES, "rejected": NO}, "auto"),
     "labels": ("kto", {"prompt": Q, "completion": YES, "label": True}, "auto"),
     "a completion to imitate": ("sft", {"prompt": Q, "response": YES}, "auto"),
@@ -400,7 +400,7 @@ TEXTS: dict[str, tuple[str, dict, Any]] = {  # loss, row, format
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("loss", "row", "form"), TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize(("loss", "row", "form"), PLAIN_TEXTS.values(), ids=PLAIN_TEXTS)
 def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, row: dict, form: Any
 ):
