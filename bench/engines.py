@@ -14,7 +14,9 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from bench.shares import Shares, shares
 
@@ -86,7 +88,7 @@ def used(before: float | None) -> float | None:
 def run_fastpref(job: Job) -> dict[str, Any]:
     import fastpref
     from fastpref.memory.allocations import PeakStorage
-    from fastpref.training import start
+    from fastpref.training import loop, start
 
     loaded: dict[str, Any] = {}
     memory = PeakStorage() if job.counted else None
@@ -113,7 +115,8 @@ def run_fastpref(job: Job) -> dict[str, Any]:
             f"[train]\nsteps = {job.passes * job.steps}\nbatch = {job.rows_a_step}\nwarmup = 0\n"
             f"learning_rate = {LEARNING_RATE}\ncheckpointing = {'true' if job.checkpointing else 'false'}\n"
         )
-        fastpref.train(config, cache=False)  # a cached reference would save its pass
+        with patch.object(loop, "time", SimpleNamespace(**vars(time) | {"perf_counter": now})):
+            fastpref.train(config, cache=False)  # a cached reference would save its pass
         profile.__exit__(None, None, None)
         if memory is not None:
             memory.__exit__(None, None, None)
@@ -133,9 +136,9 @@ def run_trl(job: Job) -> dict[str, Any]:
     if job.engine == "trl-patched":
         import trl
 
-        from fastpref.patch import patch
+        import fastpref
 
-        patch(trl)
+        fastpref.patch(trl)
     from fastpref.memory.allocations import PeakStorage
 
     model = trl_model(job)
@@ -169,11 +172,15 @@ def step_clock() -> tuple[Any, list[float]]:
 
 
 def now() -> float:
-    """Return the seconds of a clock once a GPU has done all that was asked of it."""
+    """Return the seconds of a clock: with a GPU on the wall, once it has done all that was asked of it.
+
+    On a CPU it is the time of the process, which other load disturbs less.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 

@@ -8,9 +8,11 @@ all linear layers, batches of --batch pairs, float32 on a CPU and bfloat16 on a 
 pair as rows of their own, two for a pair in each batch. All engines get the same tokens, so their first losses must be
 the same; a table marks one that is not.
 Speed is that of one pass over the rows, so that every engine has the same work, whatever its order; on a GPU a first
-pass warms up. Memory is the peak over what was held once the model was loaded: resident memory on a CPU, allocated
-memory on a GPU. The small random models of `python -m bench` take less than libraries do: there, on a CPU, it is the
-peak of all tensor storages that are made once the model is loaded, in a further run that counts and is not timed.
+pass warms up. On a CPU a second is one of the process, which other load disturbs less than a second on the wall: set
+OMP_NUM_THREADS=1, so that waiting threads do not count. Memory is the peak over what was held once the model was
+loaded: resident memory on a CPU, allocated memory on a GPU. The small random models of `python -m bench` take less than
+libraries do: there, on a CPU, it is the peak of all tensor storages that are made once the model is loaded, in a
+further run that counts and is not timed.
 """
 
 import json

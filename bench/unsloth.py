@@ -2,7 +2,8 @@
 
     pip install --no-deps unsloth_zoo
 
-Its module of preference losses needs neither. On a CPU it runs torch code in chunks of rows, on a GPU Triton kernels.
+Its module of preference losses needs neither. On a CPU it runs torch code in chunks of rows, on a GPU Triton kernels;
+Unsloth's DPO, KTO, ORPO and CPO trainers score completions with the same operator.
 """
 
 import functools
@@ -17,7 +18,7 @@ PACKAGE = "unsloth_zoo"
 
 @functools.cache
 def token_logps() -> Callable[..., dict[str, Any]]:
-    """Return `fused_linear_token_logps` of the installed unsloth_zoo, with which Unsloth's DPO, ORPO and CPO score.
+    """Return `fused_linear_token_logps` of the installed unsloth_zoo.
 
     The package's own first lines are left out if it was not imported before. Raises ImportError for another version
     without the function.

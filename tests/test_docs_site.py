@@ -12,7 +12,7 @@ import yaml
 
 from fastpref.config import Config
 from fastpref.config.reference import reference
-from tests.support.browser import browser, show
+from tests.support.browser import BROKEN, CONTRASTS, SCHEMES, WIDTHS, browser, show
 from tests.support.paths import DOCS, ROOT
 
 __all__ = ["browser"]  # a fixture
@@ -33,7 +33,7 @@ def test_every_page_is_in_the_navigation(site: Path):
     assert sorted(pages) == sorted(p.name for p in (DOCS).glob("*.md"))
 
 
-# Tables that the screen cuts off, and tables of up to four columns that are wider than their box.
+# Tables of up to four columns that are wider than their box, and tables that the screen cuts off.
 CUT_OFF = """
 return [...document.querySelectorAll(".rst-content table")].filter(t => {
   const columns = Math.max(...[...t.rows].map(r => r.cells.length));
@@ -43,13 +43,39 @@ return [...document.querySelectorAll(".rst-content table")].filter(t => {
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("width", WIDTHS.values())
 def test_tables_are_shown_whole(browser: Any, site: Path, width: int):
-    """No page scrolls sideways, and a table of up to four columns fits its page, also on a phone."""
-    for page in sorted(site.glob("*/index.html")):
+    """No page scrolls sideways, a table of up to four columns fits its page, and no word of a table is broken."""
+    for page in sorted(site.glob("**/index.html")):
         show(browser, page.as_uri(), width=width)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width, page
         assert browser.execute_script(CUT_OFF) == [], page
+        assert browser.execute_script(BROKEN) == [], page
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["index.html", "data/index.html", "config/index.html"])
+def test_pages_can_be_read(browser: Any, site: Path, name: str, scheme: str):
+    """The text of a page, its code in colours and its tables have a contrast of at least 4.5 in both schemes."""
+    show(browser, (site / name).as_uri(), scheme)
+    texts = browser.execute_script(CONTRASTS.replace('"body *"', '".document *"'))
+    assert len(texts) > 30
+    assert [text for contrast, text, _ in texts if contrast < 4.5] == []
+
+
+def test_code_is_coloured_without_another_site(site: Path):
+    """Pygments colours labelled code when the site is built; no page loads code or styles from elsewhere."""
+    page = (site / "data" / "index.html").read_text(encoding="utf-8")
+    assert re.search(r'<div class="codehilite"><pre>.*?<span class="s2">', page, re.DOTALL)
+    assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css)"', page)
+
+
+def test_every_page_is_on_the_start_page():
+    """The start page's table lists every other page, in the order of the navigation."""
+    listed = re.findall(r"^\| \[[^]]*\]\((\w+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = [next(iter(page.values())) for page in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]]
+    assert listed == [page for page in pages if page != "index.md"]
 
 
 def test_the_config_reference_is_the_schema():

@@ -2,8 +2,8 @@
 is copied here."""
 
 import math
-import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +14,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
-import fastpref
 import fastpref.memory.estimate as estimates
 from fastpref.config import Config, load_config
 from fastpref.config.losses import KTO
 from fastpref.memory.estimate import Estimator, usable
 from fastpref.memory.step import StepMemory
+from tests.support.command_line import succeed
 from tests.support.paths import EXAMPLES
+from tests.support.readme import commands as readme_commands
 from tests.support.runs import rows
+
+STAGES = EXAMPLES / "sft_then_dpo"
 
 Make = Callable[[int | None], PretrainedConfig]  # takes a number of layers, or None for all
 
@@ -60,30 +63,32 @@ STREAMED = {"4gb": 6, "6gb": 10, "70b-24gb": 50}  # GB of host memory that the c
 
 def test_every_example_is_here():
     """These tests know every config in the folder."""
-    assert {path.stem for path in EXAMPLES.glob("*.toml")} == {*CARDS, "quickstart", "quickstart-sft"}
+    assert {path.stem for path in EXAMPLES.glob("*.toml")} == {*CARDS, "quickstart"}
+    assert {path.name for path in STAGES.iterdir()} == {"README.md", "sft.toml", "dpo.toml"}
 
 
 def test_supervised_then_preferences(elsewhere: Path):
-    """The two commands of the example run one after the other: DPO begins at ln 2, because its reference is the adapter
-    that the first one saved, whose likelihood it keeps, and it changes that adapter."""
-    text = (EXAMPLES / "quickstart-sft.toml").read_text(encoding="utf-8")
-    commands = [shlex.split(line)[2:] for line in re.findall(r"^#   (fastpref train .*)$", text, re.MULTILINE)]
-    (first, *none), (second, *overrides) = commands
-    assert none == []
-    assert overrides[0].startswith("lora.from=")
-    short = ["train.steps=3", "eval.samples=0", "train.batch=8"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(elsewhere)
-        supervised = fastpref.train(EXAMPLES.parent / first, short)
-        assert overrides[0].removeprefix("lora.from=") == (supervised.output_dir / "final").as_posix()
-        preferred = fastpref.train(EXAMPLES.parent / second, [*overrides, *short])
-    before, after = (load_file(elsewhere / run.output_dir / "final" / "adapter_model.safetensors")
-                     for run in (supervised, preferred))  # fmt: skip
-    assert supervised.eval_metrics["eval/perplexity"] > 1
-    started = evaluation_of(elsewhere / preferred.output_dir, 0)
-    assert started["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    """The commands of the example run one after the other, on few rows: DPO begins at ln 2, because its reference is
+    the adapter that the first run saved, and it changes that adapter."""
+    (elsewhere / "examples").mkdir()
+    shutil.copytree(STAGES, "examples/sft_then_dpo")
+    shutil.copytree(EXAMPLES / "quickstart", "examples/quickstart")
+    for name in ("train", "heldout"):
+        path = Path("examples", "quickstart", f"{name}.jsonl")
+        path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:16]), encoding="utf-8")
+    commands = readme_commands((STAGES / "README.md").read_text(encoding="utf-8"))
+    assert [shlex.split(line)[1] for line in commands] == ["train", "train", "eval", "chat", "merge", "export"]
+    for line in commands:
+        words = shlex.split(line)[1:]
+        short = ["train.steps=3", "eval.samples=0", "train.batch=8"] if words[0] == "train" else []
+        short += ["--max-tokens", "2"] if words[0] == "chat" else []
+        succeed(*words, *short, given="hello\n" if words[0] == "chat" else "")
+    before, after = (load_file(Path("runs", name, "final", "adapter_model.safetensors")) for name in ("sft", "dpo"))
+    assert evaluation_of(Path("runs/sft"), 3)["eval/perplexity"] > 1
+    assert evaluation_of(Path("runs/dpo"), 0)["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert list(Path("my-model-gguf").glob("*.gguf"))
 
 
 def evaluation_of(folder: Path, step: int) -> dict[str, float]:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from fastpref.cli.configs import check, estimate, init, preview, schema
 from fastpref.cli.models import chat, evaluate, export, merge, push
 from fastpref.cli.parameters import flag
-from fastpref.cli.runs import report, train
+from fastpref.cli.records import list_runs, report
+from fastpref.cli.runs import train
 from fastpref.cli.setup import leave, own_process
 from fastpref.commands.about import print_version
 from fastpref.config.losses import LOSSES
@@ -24,18 +26,39 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "preview": (preview, "my.toml --rows 2"),
     "estimate": (estimate, "my.toml --card 12 tokens.max_length=1024"),
     "train": (train, "my.toml train.steps=20"),
-    "report": (report, "runs/my-dpo --open"),
+    "report": (report, "runs/my-dpo --open, or: fastpref report runs/a runs/b"),
+    "runs": (list_runs, ""),
     "eval": (evaluate, "runs/my-dpo, or: fastpref eval my-adapter --data pairs.jsonl --json"),
     "chat": (chat, "runs/my-dpo --compare"),
     "merge": (merge, "runs/my-dpo --output my-model"),
     "export": (export, "runs/my-dpo --gguf --quant q8_0"),
     "push": (push, "runs/my-dpo --to me/my-model"),
-    "schema": (schema, ""),
+    "schema": (schema, "train.batch"),
 }
 
+
+class _Plain:
+    """A command in whose help flags show no type, `--help` among them."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)  # pyright: ignore[reportAttributeAccessIssue]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class _Group(_Plain, TyperGroup):
+    pass
+
+
+class _Command(_Plain, TyperCommand):
+    pass
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -51,7 +74,7 @@ def options(
 
 
 for _name, (_command, _example) in _COMMANDS.items():
-    app.command(_name, epilog=f"Example: fastpref {_name} {_example}".rstrip())(_command)
+    app.command(_name, cls=_Command, epilog=f"Example: fastpref {_name} {_example}".rstrip())(_command)
 
 
 def console() -> None:

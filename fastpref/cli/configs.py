@@ -12,11 +12,12 @@ from fastpref.cli.parameters import (
     NoCache,
     Offline,
     Overrides,
+    argument,
     flag,
     value,
 )
 from fastpref.cli.setup import loading
-from fastpref.commands.about import print_schema
+from fastpref.commands.about import in_one_sentence, names_of, print_key, print_schema
 from fastpref.config import load_config
 
 
@@ -49,17 +50,16 @@ def init(
 
 
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Report every mistake in a config, each with its line."""
+    """Report every mistake in a config, and in what it names."""
+    from fastpref.checks import look
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
-    training = "the whole model" if loaded.lora is None else f"LoRA adapters of {loaded.lora.ranks}"
-    if loaded.lora is not None and loaded.lora.start is not None:
-        training = f"{training} on top of" if loaded.lora.stack else "the LoRA adapter"
-        training = f"{training} {loaded.lora.start}"
-    typer.echo(f"{config}: no mistakes. {loaded.loss.type.upper()} on {loaded.model.name}, training {training}.")
-    for note in foresee(loaded):
-        typer.echo(f"note: {note}")
+    findings = look(loaded)
+    findings.require()
+    typer.echo(f"{config}: no mistakes. {in_one_sentence(loaded)}.")
+    for note in (*findings.notes, *foresee(loaded)):
+        typer.echo(note if note.startswith("warning") else f"note: {note}")
 
 
 def preview(
@@ -72,7 +72,7 @@ def preview(
 ) -> None:
     """Show the tokens a run would train on, and statistics of the data."""
     loaded = load_config(config, overrides or ())
-    with loading(offline=offline):
+    with loading(*names_of(loaded), offline=offline):
         from fastpref.preview.preview import preview as run
 
     run(loaded, rows=rows, full=full, cache=not no_cache)
@@ -97,8 +97,8 @@ def estimate(
 
     This needs no GPU and no weights, only the model's config.json.
     """
-    load_config(config, overrides or ())  # reports mistakes before the heavy imports
-    with loading(offline=offline):
+    loaded = load_config(config, overrides or ())  # reports mistakes before the heavy imports
+    with loading(*names_of(loaded), offline=offline):
         import torch
 
         from fastpref.commands.estimate import estimate as run
@@ -109,6 +109,13 @@ def estimate(
     run(estimator, card=card, compare=compare, largest=largest, as_json=as_json)
 
 
-def schema() -> None:
-    """Print the JSON schema of a config: every key, type and default."""
-    print_schema()
+def schema(
+    key: Annotated[
+        str | None, argument("[KEY]", "Show this key or table of a config as text, such as train.batch.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a config, or a key's type, default and meaning."""
+    if key is None:
+        print_schema()
+    else:
+        print_key(key)

@@ -8,6 +8,7 @@ import typer
 from fastpref.cli.parameters import AsJson, NoCache, Offline, Overrides, TrainedModel, argument, flag, value
 from fastpref.cli.setup import loading, note
 from fastpref.errors import UserError
+from fastpref.places import require_place
 
 
 def evaluate(
@@ -24,7 +25,10 @@ def evaluate(
     no_cache: NoCache = False,
 ) -> None:
     """Evaluate a model on held-out rows: rewards or perplexity, and KL."""
-    with loading(offline=offline):
+    require_place(model)
+    if reference is not None:
+        require_place(reference)
+    with loading(model, *([reference] if reference else []), offline=offline):
         from fastpref.commands import evaluate as evaluation
         from fastpref.model.failure import told_of_memory
         from fastpref.run.trained import find_trained
@@ -51,7 +55,8 @@ def chat(
     offline: Offline = False,
 ) -> None:
     """Chat with a model in the terminal, or through a pipe."""
-    with loading(offline=offline):
+    require_place(model)
+    with loading(model, offline=offline):
         from fastpref.commands.chat import chat as run
         from fastpref.model.failure import told_of_memory
         from fastpref.run.trained import find_trained
@@ -84,15 +89,17 @@ def merge(
     offline: Offline = False,
 ) -> None:
     """Merge an adapter into the weights, for use without PEFT."""
-    with loading(offline=offline):
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: take float32, bfloat16 or float16")
+    require_place(model)
+    with loading(model, offline=offline):
         import torch
 
+        from fastpref.commands.uses import of_merged
         from fastpref.merge import merge as run
         from fastpref.model.failure import told_of_memory
         from fastpref.run.trained import find_trained
 
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype}: take float32, bfloat16 or float16")
     kind = None if dtype is None else getattr(torch, dtype)
     with told_of_memory(
         f"while {model} was merged",
@@ -103,6 +110,8 @@ def merge(
     typer.echo(f"{merged.folder}: {merged.tensors} tensors changed{head}; merged onto {merged.onto}.")
     if merged.lost is not None:
         typer.echo(f"Compared on a probe: of what the adapter changes in the logits, {merged.lost:.2%} is lost.")
+    for line in of_merged(merged.folder):
+        typer.echo(f"next: {line}")
 
 
 def export(
@@ -132,7 +141,8 @@ def export(
     """Write a model or an adapter as a GGUF file."""
     if not gguf:
         raise UserError("name a format: --gguf, for llama.cpp and Ollama")
-    with loading(offline=offline):
+    require_place(model)
+    with loading(model, offline=offline):
         from fastpref.export import export_adapter, export_model
         from fastpref.model.failure import told_of_memory
         from fastpref.run.trained import find_trained
@@ -153,8 +163,15 @@ def push(
     public: Annotated[bool, flag("--public", "Make a new repository public.")] = False,
 ) -> None:
     """Upload a trained model to the hub, privately by default."""
+    from fastpref.run.hub import check_login
+    from fastpref.run.hub import push as upload
+
+    require_place(run)
+    if not Path(run).expanduser().exists():
+        raise UserError(f"{run}: only a folder can be uploaded")
+    if to is not None:
+        check_login(to)
     with loading():
-        from fastpref.run.hub import push as upload
         from fastpref.run.trained import find_trained
 
     trained = find_trained(run)

@@ -1,13 +1,15 @@
-"""Commands on runs: train, and what a run has recorded. Heavy imports wait inside them."""
+"""Train, or continue a run. Heavy imports wait inside the command."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastpref.cli.parameters import LOSS_NAMES, ConfigFile, NoCache, Offline, Overrides, argument, flag, value
+from fastpref.cli.parameters import ConfigFile, NoCache, Offline, Overrides, flag
 from fastpref.cli.setup import loading
+from fastpref.commands.about import in_one_sentence, names_of
 from fastpref.config import load_config
 from fastpref.errors import UserError
 
@@ -23,45 +25,33 @@ def train(
     no_cache: NoCache = False,
 ) -> None:
     """Train a model on preferences or completions, or continue a run."""
+    from fastpref.checks import look
+    from fastpref.run.folder import RunFolder
+
     # Typer has no option whose value is optional, so the checkpoint's folder arrives among the overrides.
     named = [word for word in overrides or () if resume and (Path(word).is_dir() or "=" not in word)]
     try:
         loaded = load_config(config, [word for word in overrides or () if word not in named])
         if len(named) > 1:
             raise UserError(f"--resume takes one checkpoint, not {len(named)}: {', '.join(named)}")
+        if not resume:  # whose checkpoint is looked for first
+            look(loaded).require()
+            RunFolder.choose(loaded, config.stem, force=force)
+        if loaded.output.push_to is not None:
+            from fastpref.run.hub import check_login
+
+            check_login(loaded.output.push_to)
     except UserError as error:
         if "WORLD_SIZE" not in os.environ:
             raise
         from fastpref.processes import end_together  # the processes on other hosts wait for this one
 
         end_together(error)
-    with loading(offline=offline):
+    if sys.stdout.isatty():
+        typer.echo(f"{config}: {in_one_sentence(loaded)}")
+    with loading(*names_of(loaded), offline=offline):
         from fastpref.training.start import train as run
 
     checkpoint = named[0] if named else resume
     if run(loaded, force=force, resume=checkpoint, default_name=config.stem, cache=not no_cache).interrupted:
         raise typer.Exit(130)
-
-
-def report(
-    run: Annotated[Path, argument("RUN", "A run's folder, or TRL's output folder with its trainer_state.json.")],
-    open_page: Annotated[bool, flag("--open", "Open the page in the browser.")] = False,
-    loss: Annotated[str | None, value("LOSS", f"The loss of a TRL run, one of {LOSS_NAMES}.")] = None,
-    beta: Annotated[float | None, value("BETA", "The β of a TRL run.")] = None,
-) -> None:
-    """Diagnose a run, and write its report.html."""
-    from fastpref.health import diagnose
-    from fastpref.report import read_run, write_report
-    from fastpref.training.progress import Display
-
-    source = read_run(run, loss, beta)
-    display = Display(source.history.step)
-    for note in source.notes:
-        display.note(note)
-    display.health(diagnose(source.history, source.known))
-    page = write_report(source)
-    display.note(f"report: {page}")
-    if open_page:
-        import webbrowser
-
-        webbrowser.open(page.resolve().as_uri())

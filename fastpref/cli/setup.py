@@ -12,6 +12,8 @@ from typing import NoReturn
 
 import typer
 
+from fastpref.places import use_cache_if_alone
+
 _of_command: list[bool] = []  # not empty in a process that runs one command and ends with it
 
 
@@ -21,14 +23,17 @@ def own_process() -> None:
 
 
 @contextmanager
-def loading(*, offline: bool = False) -> Iterator[None]:
+def loading(*names: str, offline: bool = False) -> Iterator[None]:
     """Import heavy libraries inside the block, quietly and fast, while a terminal says that they are loading.
 
+    If one of the `names` is on the hub and that cannot be reached, its cache is used, as it is if `offline`.
     In a process of its own a command imports no compiler before something is compiled. The cyclic garbage collector
     would look at every object that the imports make, again and again: without it they take a sixth less time.
     """
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    elif unreachable := use_cache_if_alone(*names):
+        note(unreachable)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it warns of a kernel for 4-bit inference
     told = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     if told:

@@ -1,7 +1,7 @@
 """`fastpref chat`: talk to a model on a terminal, and on request also to the model that it began with."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,6 +11,8 @@ import peft
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from fastpref.commands.chat_lines import GREETING, lines
+from fastpref.data.cache import cache_folder
 from fastpref.data.rows.content import Writing
 from fastpref.data.template.render import apply
 from fastpref.data.template.text import check_template_keywords
@@ -62,15 +64,26 @@ def chat(
     if temperature is not None:
         options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     if source.isatty():
-        print("/clear forgets the conversation, Ctrl-C stops an answer, Ctrl-D ends.", file=screen)
+        print(GREETING, file=screen)
     beginning = [] if system is None else [{"role": "system", "content": system}]
     for speaker in speakers:
         speaker.messages = [*beginning]
-    for question in _lines(source, screen):
-        for speaker in speakers:
-            if question == "/clear":
+    for line in lines(source, screen, cache_folder() / "chat_history"):
+        if line.command == "/system":
+            beginning = [{"role": "system", "content": line.text}] if line.text else []
+        if line.command in ("/clear", "/system"):
+            for speaker in speakers:
                 speaker.messages = [*beginning]
+            continue
+        question = line.text
+        if line.command == "/retry":
+            if len(speakers[0].messages) == len(beginning):
+                print("there is no question yet", file=screen)
                 continue
+            question = speakers[0].messages[-2]["content"]
+            for speaker in speakers:
+                del speaker.messages[-2:]
+        for speaker in speakers:
             if compare:
                 print(f"{speaker.name}: ", end="", file=screen, flush=True)
             speaker.messages.append({"role": "user", "content": question})
@@ -92,22 +105,6 @@ def _speakers(trained: Trained, compare: bool, tell: Callable[[str], None]) -> l
     if isinstance(loaded.wrapped, peft.PeftModel):
         return [Speaker("before", loaded.model, partial(only, loaded.model, loaded.reference.names)), after]
     return [Speaker("before", load_trained(trained, device, base=True).model), after]
-
-
-def _lines(given: TextIO, out: TextIO) -> Iterator[str]:
-    """Yield the lines of a terminal, on which a prompt is printed, or of a pipe."""
-    person = given.isatty()
-    while True:
-        try:
-            if person and given is sys.stdin:
-                line = input("> ")  # with the terminal's own editing and history
-            elif not (line := given.readline()):
-                return
-        except (EOFError, KeyboardInterrupt):
-            print(file=out)
-            return
-        if line.strip():
-            yield line.strip()
 
 
 @torch.no_grad()

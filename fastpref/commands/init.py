@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from fastpref.atomic import write_file
 from fastpref.config.losses import LOSSES
+from fastpref.config.paths import matches
 from fastpref.config.text import Line, Table, is_array, keys_of, mistake, render, sections
 from fastpref.errors import UserError
 
@@ -43,6 +44,7 @@ _REMARKS: dict[str, dict[str, str]] = {
     },
     "sft": {"train.learning_rate": "up to 2e-4 with adapters; whole models usually take about 1e-5"},
 }
+_ALWAYS = {"data.chat": "these rows are plain text, and the model has a chat template; with false they stay text"}
 _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "model.revision": "main",
     "data.name": "default",
@@ -50,7 +52,6 @@ _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "data.rows": 1000,
     "loss.weights": [1.0],
     "loss.gamma": 1.0,
-    "eval.every": 50,
     "tokens.max_prompt_length": 1024,
     "tokens.chat_template": "chatml",
     "tokens.chat_template_kwargs": {"enable_thinking": False},
@@ -62,7 +63,6 @@ _EXAMPLES: dict[str, Any] = {  # examples for keys that have no default
     "train.stop": {"after": 3, "metric": "eval/rewards/accuracies", "by": 0.001},
     "train.tokens_per_microbatch": 4096,
     "output.dir": "runs/mine",
-    "output.save_every": 100,
     "output.keep": 2,
     "output.push_to": "user/name",
 }
@@ -92,7 +92,7 @@ def init(
     if not given:
         if model is None or data is None:
             raise UserError(f"init needs --model and --data (and takes --loss), or {_either(sources)} with a .yml file")
-        text = template(name, kept(model, folder), kept(data, folder))
+        text = template(name, kept(model, folder), kept(data, folder), chats=_should_be_chats(name, model, data))
     else:
         option, source = given[0]
         if model or data or (loss and option not in TAKE_LOSS):
@@ -138,9 +138,25 @@ def _write(text: str, path: Path, *, force: bool) -> None:
     write_file(path, text)
 
 
-def template(loss: str, model: str, data: str) -> str:
-    """Return a config of `loss` as text: common keys set, the others commented out with their defaults."""
+def _should_be_chats(loss: str, model: str, data: str) -> bool:
+    """Return whether the rows are plain text and the model has a chat template, as far as both are on this machine."""
+    from fastpref.checks.rows import leaves_out_template
+    from fastpref.config import make_config
+
+    try:
+        config = make_config({"model": {"name": model}, "data": [{"path": data}], "loss": {"type": loss}})
+    except UserError:
+        return False
+    return leaves_out_template(config)
+
+
+def template(loss: str, model: str, data: str, *, chats: bool = False) -> str:
+    """Return a config of `loss` as text: common keys set, the others commented out with their defaults.
+
+    With `chats`, its rows of plain text become chats.
+    """
     values: dict[str, Any] = {"model.name": model, "data.path": data, "loss.type": loss}
+    values |= {"data.chat": True} if chats else {}
     values |= {} if LOSSES[loss].supervised else {"loss.beta": LOSSES[loss]().beta}
     values |= _COMMON | _OF_LOSS.get(loss, {})
     raw: dict[str, Any] = {}
@@ -161,7 +177,7 @@ def _table(section: str, info: FieldInfo, loss: str, values: Mapping[str, Any], 
     for key, field in keys_of(section, loss).items():
         name, words = f"{section}.{key}", field.description or ""
         if name in values:
-            lines.append(Line(key, values[name], (words,), _REMARKS.get(loss, {}).get(name, "")))
+            lines.append(Line(key, values[name], (words,), (_REMARKS.get(loss, {}) | _ALWAYS).get(name, "")))
             continue
         default = field.get_default(call_default_factory=True)
         shown = _EXAMPLES.get(name) if default is None else default
@@ -187,7 +203,7 @@ def kept(name: str, folder: Path, others: tuple[Path, ...] = ()) -> str:
     """
     try:
         path = Path(name).expanduser()
-        target = next((root / path for root in (Path(), *others) if (root / path).exists()), None)
+        target = next((root / path for root in (Path(), *others) if matches(name, root)), None)
     except (OSError, RuntimeError):  # too long for a path, or ~name of a user who does not exist
         return name
     if target is None or path.is_absolute():

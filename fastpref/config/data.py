@@ -8,24 +8,27 @@ from fastpref.config.formats import Format
 from fastpref.config.keywords import check_keywords
 from fastpref.config.losses import NonNegative, Positive
 from fastpref.config.paths import ReadPath
-from fastpref.config.section import Count, Every, Names, Section
+from fastpref.config.section import Count, Names, Section, Share, steps_or_share
 
 Pairing = Literal["best-worst", "best-rest", "all", "adjacent"]
 
 
 class DataConfig(Section):
     path: ReadPath
-    """Names the data: a .json, .jsonl, .parquet, .csv or .arrow file, a folder that `save_to_disk` wrote, or a data
-    set of the hub."""
+    """Names the data: a .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of such files, a pattern such as
+    "shards/*.parquet", a folder that `save_to_disk` wrote, or a data set of the hub."""
     split: str = "train"
-    """Selects the split of a data set on the hub, or of a folder with several splits."""
+    """Selects the split of a data set on the hub, or of a folder: the split of a file follows from its name."""
     name: str | None = None
-    """Selects the configuration of a data set on the hub."""
+    """Selects the configuration of a data set on the hub, or of a folder whose README lists several."""
     revision: str | None = None
     """Selects a branch, tag or commit of the data set on the hub."""
     format: Format = "auto"
     """Tells how rows are read: the name of a format, a table of its type and options, or "module:function"; "auto"
     recognizes the columns."""
+    chat: Literal["auto"] | bool = "auto"
+    """Decides about rows of plain text: true makes them chats, which the model's chat template writes, false trains
+    the text as it is, and so does "auto", with a note if the model has a chat template."""
     weight: Positive = 1.0
     """Repeats the rows: 2.5 takes every row twice and half of them once more; 0.3 takes three tenths of them."""
     rows: Count | None = None
@@ -44,9 +47,10 @@ class EvalConfig(Section):
     """Holds out this share of the prompts of [[data]], chosen by a hash of the prompt."""
     data: Annotated[tuple[DataConfig, ...], Strict(False)] = ()
     """Holds out other data instead: [[eval.data]] has the keys of [[data]]."""
-    every: Every | None = None
-    """Evaluates every so many steps (below 1: every such share of all steps), in addition to the start and the
-    end."""
+    every: Annotated[Count | Share | Literal["auto", "end"], steps_or_share("auto", "end")] = "auto"
+    """Evaluates every so many steps (below 1: every such share of all steps), in addition to the start and the end;
+    "auto" is every tenth of the run, or less often if evaluations would take more than about a quarter of the time of
+    the training. "end" evaluates at the start and the end only."""
     samples: Annotated[int, Field(ge=0)] = 1
     """Sets how many held-out prompts the model answers before and after the training."""
     sample_tokens: Count = 48

@@ -153,6 +153,13 @@ FORMATS: dict[str, type | None] = {
 }
 """The options of each named format. The first part of a name is the chat markup that it writes."""
 NAMES = ("auto", *FORMATS)
+CHATS = "chat_template."
+"""The first letters of the formats whose rows always become chats."""
+
+
+def writes_text(name: str) -> bool:
+    """Return whether a format writes its text itself, so that its rows cannot become chats."""
+    return name.startswith(("chatml.", "llama3.", "zephyr.")) or name == "passthrough"
 
 
 def options_of(name: str) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Read a config: the TOML file, its overrides, and the folder that its paths are relative to."""
 
+import glob
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastpref.config.mistakes import TomlLines, explain
-from fastpref.config.paths import map_paths
+from fastpref.config.paths import map_paths, matches
 from fastpref.config.schema import Config
 from fastpref.errors import UserError
 
@@ -126,8 +128,10 @@ def _from_folder(config: Config, folder: Path) -> Config:
 
     def find(name: str) -> str:
         try:
-            path = folder / Path(name).expanduser()
-            return str(path.resolve()) if path.exists() else name
+            path = Path(name).expanduser()
+            if (folder / path).exists():
+                return str((folder / path).resolve())
+            return os.path.join(glob.escape(str(folder.resolve())), path) if matches(name, folder) else name
         except (OSError, RuntimeError):  # an inline chat template is no path; ~name names nobody's home
             return name
 

@@ -156,7 +156,7 @@ def _schedule_mistakes(config: "Config") -> Iterator[str]:
             "train.schedule: warmup_stable_decay needs train.schedule_options = { num_decay_steps = 0.2 }, the steps "
             "in which the rate falls at the end; below 1 it is a share of all steps"
         )
-    if schedule.by_evaluation and (config.eval.every is None or not config.eval.wanted):
+    if schedule.by_evaluation and (isinstance(config.eval.every, str) or not config.eval.wanted):
         yield f"train.schedule: {name} follows the held-out loss; hold out data, and set eval.every"
     if train.warmup and not schedule.warms_up:
         yield f"train.warmup: the schedule {name} has no warm-up; remove the key"

@@ -1,7 +1,9 @@
 """Which keys of a config are paths: the schema marks them, and all that is done to paths derives from the marks."""
 
+import glob
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
@@ -26,6 +28,19 @@ class PathMark:
         if self.inside is not None:
             return self.inside(value, change)
         return change(value) if isinstance(value, str) and value else value
+
+
+def has_wildcards(name: str) -> bool:
+    """Return whether a name may be a pattern of files, such as data/*.jsonl, and is no text such as a template."""
+    return any(sign in name for sign in "*?[") and not any(sign in name for sign in "{\n")
+
+
+def matches(name: str, folder: Path) -> bool:
+    """Return whether a relative or absolute name, which may be a pattern, is that of something in a folder."""
+    path = folder / Path(name).expanduser()
+    if path.exists():
+        return True
+    return has_wildcards(name) and any(glob.iglob(str(Path(name).expanduser()), root_dir=folder, recursive=True))
 
 
 ReadPath = Annotated[str, PathMark()]

@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic_core import core_schema
 
 from fastpref.config.data import DataConfig, EvalConfig, TokensConfig
+from fastpref.config.formats import CHATS, parse_format, writes_text
 from fastpref.config.losses import DPO, KTO, LOSSES, SMOOTHED_VARIANTS, LossOptions
 from fastpref.config.model import LoraConfig, ModelConfig
 from fastpref.config.optimization import OPTIMIZERS, SCHEDULES, optimization_mistakes
@@ -71,14 +72,19 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         model, reference, train = self.model, self.reference, self.train
-        copies = reference.mode == "copy" or reference.name is not None  # whether the name is a model's is seen later
+        compared = self.loss.uses_reference
+        useless = () if compared or reference.sync is not None else ("mode", "adapter", "name", "dtype", "quantization")
+        useless = [key for key in useless if getattr(reference, key) != ReferenceConfig.model_fields[key].default]
+        # Whether the name is a model's is seen later.
+        copies = reference.mode == "copy" or reference.name is not None or not compared
         not_copied = 'only a frozen copy has this key; set reference.mode = "copy", or remove it'
         checks = [
-            (reference.mode == "adapter" and self.lora is None,
+            *((True, f"reference.{key}: {self.loss.type} has no reference; remove the key") for key in useless),
+            (reference.mode == "adapter" and self.lora is None and compared,
              'reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"'),
             (reference.dtype != "auto" and not copies, f"reference.dtype: {not_copied}"),
             (reference.quantization != "auto" and not copies, f"reference.quantization: {not_copied}"),
-            (reference.adapter is not None and reference.name is not None,
+            (reference.adapter is not None and reference.name is not None and compared,
              "reference.name: reference.adapter chooses the reference already; remove one of them"),
             (reference.sync is not None and not self.loss.uses_reference,
              f"reference.sync: {self.loss.type} has no reference to move; remove it"),
@@ -122,7 +128,7 @@ class Config(Section):
             (train.offload_activations and train.checkpointing is False,
              "train.offload_activations: only gradient checkpointing has inputs to move; set "
              'train.checkpointing to true or "auto"'),
-            (self.eval.every is not None and not self.eval.wanted,
+            (not isinstance(self.eval.every, str) and not self.eval.wanted,
              "eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]"),
         ]  # fmt: skip
         mistakes = [message for wrong, message in checks if wrong]
@@ -216,7 +222,7 @@ def _unused_options(loss: DPO) -> Iterator[str]:
 
 
 def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:
-    """Yield messages about the keys of a source that make pairs, each with its key, if the loss has no use for them."""
+    """Yield messages about keys of a source, each with its key, that the loss or the format has no use for."""
     for key in ("pairs", "min_difference"):
         if getattr(data, key) == DataConfig.model_fields[key].default:
             continue
@@ -227,6 +233,11 @@ def _unused(data: DataConfig, loss: LossOptions) -> Iterator[str]:
         elif not loss.paired and key == "pairs":
             reason = f"{loss.type} takes the best completion of a list as a good one and the worst as a bad one"
             yield f"{key}: {reason}; remove this key, or use a loss of pairs"
+    form, _ = parse_format(data.format)
+    if data.chat is True and writes_text(form):
+        yield f'chat: the format {form} writes the text itself; remove this key, or take format = "auto" or a table'
+    if data.chat is False and form.startswith(CHATS):
+        yield f"chat: the format {form} makes chats; remove this key, or name the columns of text by a table"
 
 
 def values_set(table: Any) -> dict[str, Any]:

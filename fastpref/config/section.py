@@ -15,13 +15,20 @@ class Section(BaseModel):
 Count = Annotated[int, Field(ge=1)]
 
 
-def _steps_or_share(value: Any) -> Any:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not (whole or (isinstance(value, float) and 0 < value < 1)):
-        raise ValueError(f"must be a whole number of steps, or a share of all steps below 1, got {value!r}")
-    return value
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
-Every = Annotated[Count | Annotated[float, Field(gt=0, lt=1)], BeforeValidator(_steps_or_share)]
-"""A number of steps, or a share of all steps of a run."""
+def steps_or_share(*words: str) -> BeforeValidator:
+    """Return the check of a key that takes a number of steps, a share of all steps of a run, or one of some words."""
+
+    def check(value: Any) -> Any:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not (whole or (isinstance(value, float) and 0 < value < 1) or (isinstance(value, str) and value in words)):
+            listed = " or ".join(f'"{word}"' for word in words)
+            raise ValueError(f"must be a number of steps, a share of all steps below 1, {listed}, got {value!r}")
+        return value
+
+    return BeforeValidator(check)
+
+
 Names = Annotated[tuple[str, ...], Strict(False)]

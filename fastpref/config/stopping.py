@@ -88,8 +88,8 @@ def stop_mistakes(config: "Config") -> Iterator[str]:
     stop = config.train.stop
     if stop is None:
         return
-    if not config.eval.wanted or config.eval.every is None:
-        yield "train.stop: evaluations say when to stop; hold out data, and set eval.every"
+    if not config.eval.wanted or config.eval.every == "end":
+        yield "train.stop: evaluations say when to stop; hold out data, and leave eval.every out or set it"
     known = metrics_to_stop_by(config.loss)
     if stop_metric(stop, config.loss) not in known:
         near = get_close_matches(stop.metric, [*known, *(name.removeprefix(_PREFIX) for name in known)], n=1)

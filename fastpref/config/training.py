@@ -9,7 +9,7 @@ from fastpref.config.losses import NonNegative, Positive
 from fastpref.config.model import check_patterns
 from fastpref.config.optimization import Optimizer, ScheduleName
 from fastpref.config.paths import ReadPath, WrittenPath
-from fastpref.config.section import Count, Every, Names, Section
+from fastpref.config.section import Count, Names, Section, Share, steps_or_share
 from fastpref.config.stopping import StopConfig
 
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
@@ -108,7 +108,7 @@ class TrainConfig(Section):
     stop: StopConfig | None = None
     """Ends the run early if evaluations get no better, with the weights of the best one in final/: { after = 3, metric
     = "eval/rewards/accuracies", by = 0.001 } after three evaluations in a row that are not better by more than 0.001.
-    It needs eval.every."""
+    It needs held-out data."""
     callbacks: Functions = ()
     """Calls Python functions of yours, "module:function", after every step, every evaluation and the end."""
 
@@ -128,9 +128,10 @@ class OutputConfig(Section):
     dir: WrittenPath | None = None
     """Names the folder of the run; the default is runs/<name of the config>-<loss>, with a number added if that
     exists."""
-    save_every: Every | None = None
-    """Saves a checkpoint every so many steps (below 1: every such share of all steps) and at the best evaluation; by
-    default only when the run is stopped."""
+    save_every: Annotated[Count | Share | Literal["auto", "stop"], steps_or_share("auto", "stop")] = "auto"
+    """Saves a checkpoint every so many steps (below 1: every such share of all steps) and at the best evaluation;
+    "auto" saves one half an hour after the last, and at the best evaluation. "stop" saves only when the run is
+    stopped."""
     keep: Count = 2
     """Keeps this number of newest checkpoints, and in addition that of the best evaluation."""
     push_to: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None

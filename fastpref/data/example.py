@@ -85,10 +85,12 @@ class Counts:
     kept: int = _count("used")
     turns_cut: int = _count("prompts without their oldest turns")
     prompts_cut: int = _count("prompts cut from the left")
+    prompts_lost: int = _count("prompts of which less than a quarter is left")
     completions_cut: int = _count("completions cut from the right")
     tied: int = _count("with equal scores", dropped=True)
     close: int = _count("with scores closer than data.min_difference", dropped=True)
     overlong: int = _count("too long", dropped=True)
+    unasked: int = _count("without room for their question", dropped=True)
     empty: int = _count("with an empty completion", dropped=True)
     equal: int = _count("with equal completions", dropped=True)
     unwritten: int = _count("with a completion that the chat template leaves out", dropped=True)
@@ -99,6 +101,10 @@ class Counts:
     foreign: int = _count("that end with EOS because their format's end of a turn is no token of this tokenizer")
     special: int = _count("with special tokens in the words of their messages")
     left_out: int = _count("with words that the chat template leaves out")
+    unasked_first: str = ""
+    """The first row whose question does not fit."""
+    prompts_lost_first: str = ""
+    """The first row that has little of its prompt left."""
     special_first: str = ""
     """The first row with special tokens in its words, and the token."""
     left_out_first: str = ""

@@ -17,7 +17,7 @@ from fastpref.data.template.keywords import writes_the_date
 from fastpref.data.template.named import load_chat_template
 from fastpref.functions import source_file
 
-VERSION = 5
+VERSION = 6
 """The version of the tokenised form. Raise it when tokenising or the stored columns change."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")  # they render and tokenise the text
 

@@ -3,22 +3,26 @@
     $FASTPREF_CACHE (~/.cache/fastpref) / rows / NAME-HASH / the files of save_to_disk
 
 The hash is one of the contents, so equal rows have one folder, and a run that is resumed, evaluated or started again
-finds the rows that it was trained on.
+finds the rows that it was trained on. `datasets` is not imported here: where nothing has imported it, there is no
+Dataset.
 """
 
 import hashlib
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import datasets
 from filelock import FileLock
 
 from fastpref.atomic import WriteError, write_folder
 from fastpref.config import DataConfig
 from fastpref.data.cache import cache_folder
 from fastpref.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 _BLOCK = 1000  # rows that are hashed at once
 _REMEDIES = {
@@ -40,10 +44,16 @@ def sources(given: Any, argument: str) -> list[Any]:
     return [_source(entry, f"{argument}[{at}]" if entries is given else argument) for at, entry in enumerate(entries)]
 
 
+def is_dataset(value: Any) -> "TypeGuard[datasets.Dataset]":
+    """Return whether a value is a `datasets.Dataset`."""
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(value, library.Dataset)
+
+
 def _source(entry: Any, argument: str) -> Any:
     if isinstance(entry, DataConfig):
         return entry.model_dump(exclude_unset=True)
-    if not isinstance(entry, Mapping) or isinstance(entry, datasets.DatasetDict):
+    if not isinstance(entry, Mapping) or _remedy(entry):
         return {"path": _path(entry, argument)}
     if "path" not in entry and {"prompt", "chosen", "completion", "messages"} & entry.keys():
         raise UserError(
@@ -54,7 +64,7 @@ def _source(entry: Any, argument: str) -> Any:
 
 
 def _path(given: Any, argument: str) -> str:
-    if isinstance(given, datasets.Dataset):
+    if is_dataset(given):
         return str(keep(given, argument))
     if isinstance(given, str | Path):
         try:
@@ -62,14 +72,19 @@ def _path(given: Any, argument: str) -> str:
             return str(path.resolve()) if path.exists() else str(given)
         except (OSError, RuntimeError):  # ~name of a user who does not exist
             return str(given)
-    remedy = next((_REMEDIES[kind.__name__] for kind in type(given).__mro__ if kind.__name__ in _REMEDIES), None)
+    remedy = _remedy(given)
     raise UserError(
         f"{argument}: takes a datasets.Dataset, a path or a name on the hub, got {type(given).__name__}"
         + (f": {remedy}" if remedy else "")
     )
 
 
-def keep(rows: datasets.Dataset, argument: str) -> Path:
+def _remedy(given: Any) -> str | None:
+    """Return how to make a Dataset of a value of a kind that is often taken for one, or None."""
+    return next((_REMEDIES[kind.__name__] for kind in type(given).__mro__ if kind.__name__ in _REMEDIES), None)
+
+
+def keep(rows: "datasets.Dataset", argument: str) -> Path:
     """Write a Dataset to the cache folder unless it is there, and return its folder. Raises UserError."""
     if rows.format["type"] == "custom":
         raise UserError(
@@ -81,7 +96,7 @@ def keep(rows: datasets.Dataset, argument: str) -> Path:
     rows = rows.with_format(None)
     name = re.sub(r"\W+", "-", "-".join(str(word) for word in (rows.info.dataset_name or "rows", rows.split) if word))
     place = cache_folder() / "rows" / f"{name}-{_digest(rows)[:16]}"
-    datasets.disable_progress_bars()
+    sys.modules["datasets"].disable_progress_bars()
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{place}.lock"):  # other processes of the run write the same rows
@@ -95,7 +110,7 @@ def keep(rows: datasets.Dataset, argument: str) -> Path:
     return place.resolve()
 
 
-def _digest(rows: datasets.Dataset) -> str:
+def _digest(rows: "datasets.Dataset") -> str:
     """Return a hash of the columns, their types and all values, in the order of the rows."""
     digest, tables = hashlib.sha256(), rows.with_format("arrow")
     for start in range(0, len(rows), _BLOCK):

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 
 from fastpref.config import DataConfig
 from fastpref.config.losses import LossOptions
+from fastpref.data.found import name_of
 from fastpref.data.opening import open_records
 from fastpref.data.records import Records
 from fastpref.data.rows.auto import KNOWN, KNOWN_IMITATED, AutoFormat, detect
@@ -41,7 +41,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        return Path(self.data.path).name
+        return name_of(self.data)
 
     @property
     def unpaired(self) -> bool:
@@ -82,9 +82,13 @@ class Source:
 
 def open_source(data: DataConfig, loss: LossOptions) -> Source:
     """Open a source for a loss. Raises UserError if it cannot be read, or has no rows of a known format."""
-    records, unpaired = open_records(data), not loss.paired
+    return find_source(data, open_records(data), loss)
+
+
+def find_source(data: DataConfig, records: Records, loss: LossOptions) -> Source:
+    """Return the source of records that are open. Raises UserError if they have no rows of a known format."""
     try:
-        form = find_format(data.format, unpaired=unpaired, supervised=loss.supervised)
+        form = find_format(data.format, unpaired=not loss.paired, supervised=loss.supervised, chat=data.chat)
         form = form or _detected(records, data, loss)
     except ValueError as error:
         raise UserError(f"{data.path}: format: {error}") from None
@@ -102,7 +106,7 @@ def _detected(records: Records, data: DataConfig, loss: LossOptions) -> Format:
     for at in range(min(LOOKED_AT, data.rows or len(records), len(records))):
         try:
             row = records[at]
-            own = detect(row, supervised=loss.supervised)
+            own = detect(row, supervised=loss.supervised, chat=data.chat)
         except RowError as error:
             if form is None and data.on_error == "error":
                 raise UserError(_at(records, at, error) + REMEDY) from None
@@ -140,6 +144,16 @@ def row_error(source: Source, at: int, error: RowError) -> str:
     auto = not isinstance(source.form, AutoFormat)
     supervised = source.loss.supervised
     return explained(message, source.records[at], unpaired=source.unpaired, supervised=supervised, auto=auto)
+
+
+def remedy(error: RowError, *, after: int) -> str:
+    """Return what to do about a mistake in a row that `after` good ones come before, as the end of its message.
+
+    The format is the mistake if the first row has not its columns.
+    """
+    if error.kind != MISSING_COLUMN:
+        return REMEDY
+    return '; rows without it are left out with on_error = "drop"' if after else ""
 
 
 def _at(records: Records, at: int, error: RowError | None) -> str:

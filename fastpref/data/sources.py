@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, overload
 from fastpref.config import Config, DataConfig
 from fastpref.data.records import Records
 from fastpref.data.rows.auto import AutoFormat
-from fastpref.data.rows.content import RowContent, RowError
+from fastpref.data.rows.content import Content, RowContent, RowError
 from fastpref.data.rows.parts import text_of
+from fastpref.data.rows.reading import Format
 from fastpref.data.source import LOOKED_AT, Source, open_source
 from fastpref.data.survey import Survey, check_margins, survey
 from fastpref.errors import UserError
@@ -110,36 +111,40 @@ def prepare(config: Config) -> Prepared:
 
 
 def notes_on_text(prepared: Prepared, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Return notes on sources that `auto` reads as plain text although the model has a chat template."""
+    """Return notes on sources whose rows are plain text although the model has a chat template and nobody decided."""
     if not tokenizer.chat_template:
         return []
     special = {str(token) for token in tokenizer.added_tokens_decoder.values()} - {str(tokenizer.eos_token)}
-    notes = []
-    for source in prepared.train.sources:
-        form = source.form
-        if not isinstance(form, AutoFormat) or form.chat:
-            continue
-        if any(token in _first_prompt(source) for token in special):  # the rows contain the turn markers already
-            continue
-        named = f'"chat_template.default", {"field_prompt" if form.answer else "field_messages"} = "prompt"'
-        if form.answer not in ("", "completion"):
-            named += f', field_completion = "{form.answer}"'
-        if form.listed:
-            named = f'"chat_template.ranked", field_responses = "{form.listed}"'
-        notes.append(
-            f"{source.name}: these rows are plain text, and the model has a chat template, which does not write them; "
-            f"to train chats, set format = {{ type = {named} }}"
-        )
-    return notes
+    notes: dict[str, None] = {}
+    for table, rows in (("[[data]]", prepared.train), ("[[eval.data]]", prepared.heldout)):
+        for source in rows.sources:
+            prompt = _first_prompt(source)
+            if source.data.chat != "auto" or not _leaves_text(source.form) or not isinstance(prompt, str):
+                continue
+            if any(token in prompt for token in special):  # the rows contain the turn markers already
+                continue
+            words = f"{source.name}: these rows are plain text, which the model's chat template does not write"
+            if not any(note.startswith(words) for note in notes):
+                notes[f"{words}; to train chats, set chat = true under {table} (false: the text is meant as it is)"] = (
+                    None
+                )
+    return list(notes)
 
 
-def _first_prompt(source: Source) -> str:
+def _leaves_text(form: Format) -> bool:
+    """Return whether a format leaves text as it is without having been told to."""
+    if isinstance(form, AutoFormat):
+        return not form.chat
+    return form.whole_row or form.plain
+
+
+def _first_prompt(source: Source) -> Content | None:
     for at in range(min(LOOKED_AT, len(source.records))):
         try:
-            return str(source.read(at).row.prompt)
+            return source.read(at).row.prompt
         except RowError:
             continue
-    return ""
+    return None
 
 
 def repeats(count: int, weight: float) -> Iterable[int]:

@@ -283,6 +283,9 @@ class _Encoder:
         counts.turns_cut += draft.turns_cut > 0
         counts.prompts_cut += len(prompt) < len(whole)
         counts.completions_cut += any(lost)
+        if len(prompt) < len(whole) / 4:
+            counts.prompts_lost += 1
+            counts.prompts_lost_first = counts.prompts_lost_first or str(row.place)
         return example
 
     def _contexts(self, spans: TextSpans, full: Ids, until: list[Ids], shared: int, many: int) -> Spans:
@@ -334,7 +337,8 @@ class _Encoder:
             return shorter
         if len(prompt) <= min(most, options.max_length - kept_completion(options.max_length, longest)):
             return len(prompt)
-        return self._refuse(row, "its question is longer than tokens.max_length leaves room for", "overlong")
+        self._counts.unasked_first = self._counts.unasked_first or f"{row.place}, {len(prompt):,} tokens"
+        return self._refuse(row, "its question is longer than tokens.max_length leaves room for", "unasked")
 
     def _without_oldest(self, draft: _Draft, prompt: list[Message], limit: int, whole: int) -> _Draft | None:
         """Return the row without as many of its oldest exchanges as it takes to fit, or None if it has only one."""

@@ -9,6 +9,7 @@ _LN2 = math.log(2)
 GRADIENTS = (0.01, 10.0)  # the gradient norm before clipping
 EXPLODING = 100.0
 FIRST_NLL = (0.1, 5.0)  # nats a token that a model gives to new text of a kind that it can write
+FEWEST_TOKENS = 0.2  # the share of the tokens of new text that a trained model predicts at least
 MEMORISED_NLL = 0.1  # nats a token; the loss of SFT falls below only where nearly every token is foreseen
 
 
@@ -91,3 +92,8 @@ def supervised(loss: LossOptions) -> bool:
 def per_token(loss: LossOptions) -> bool:
     """Return whether a reward is β times an average over tokens instead of a sum."""
     return isinstance(loss, ORPO | SimPO) or (isinstance(loss, CPO) and loss.variant == "ipo")
+
+
+def enough(loss: LossOptions) -> float:
+    """Return the smallest change of a log-probability that matters, in nats of a completion, or of a token."""
+    return 0.05 if per_token(loss) else 1.0

@@ -3,7 +3,18 @@
 import numpy as np
 
 from fastpref.health.bands import MEMORISED_NLL, per_token
-from fastpref.health.rule import Known, Verdict, change_of, cost_of, nats_moved, percent, rule
+from fastpref.health.rule import (
+    UNASKED,
+    Known,
+    Unasked,
+    Verdict,
+    change_of,
+    cost_of,
+    nats_moved,
+    percent,
+    preferences,
+    rule,
+)  # fmt: skip
 from fastpref.run.history import HELDOUT, History
 
 
@@ -12,14 +23,15 @@ from fastpref.run.history import HELDOUT, History
     explains=(
         "labels_shuffled", "swapped", "loss_rises", "loss_below_band", "margins_flat", "accuracy_at_chance",
         "rejected_rises", "both_fall", "gradient_explodes", "gradient_band", "gradient_spikes", "accuracy_pinned",
-        "length_bias", "kl_stuck", "heldout_gap", "nll_rises", "entropy_collapses",
+        "length_bias", "kl_stuck", "heldout_gap", "nll_rises", "entropy_collapses", "overoptimised",
+        "answers_repeat", "answers_length", "answers_language",
     ),
 )  # fmt: skip
-def _learning_rate_high(h: History, known: Known) -> Verdict | None:
+def _learning_rate_high(h: History, known: Known) -> Verdict | Unasked | None:
     """Find a policy that has moved so far that it no longer writes as before the training."""
     loss, tokens = h["loss"], change_of(h, known, "mean_token_accuracy")
     if len(loss) < 3:
-        return None
+        return UNASKED
     start, worst = known.first_loss or float(loss.values[0]), float(loss.values.max())
     high = loss.steps[loss.values > 3 * abs(start)]
     observed: list[str] = []
@@ -51,15 +63,17 @@ def _learning_rate_high(h: History, known: Known) -> Verdict | None:
 @rule(
     "swapped",
     explains=("labels_shuffled", "heldout_gap", "both_fall", "rejected_rises", "margins_flat", "accuracy_at_chance",
-              "accuracy_pinned", "loss_below_band"),
+              "accuracy_pinned", "loss_below_band", "overoptimised", "answers_repeat", "answers_length",
+              "answers_language"),
+    of=preferences,
 )  # fmt: skip
-def _swapped(h: History, known: Known) -> Verdict | None:
+def _swapped(h: History, known: Known) -> Verdict | Unasked | None:
     """Find training that teaches the opposite of what the held-out rows prefer."""
     name = "rewards/accuracies"
     heldout = h.heldout_change(name, known.start(name))
     training = change_of(h, known, name, heldout=False)
     if heldout is None or training is None:
-        return None
+        return UNASKED
     contrary = heldout.end < 0.5 - 3 * known.heldout_error and heldout.by < -0.1
     if not contrary or training.end < 0.5 + max(0.05, 3 * training.error):
         return None
@@ -76,18 +90,19 @@ def _swapped(h: History, known: Known) -> Verdict | None:
 @rule(
     "labels_shuffled",
     explains=("nothing_learnt", "heldout_gap", "margins_flat", "accuracy_at_chance", "both_fall", "rejected_rises",
-              "loss_below_band", "loss_rises"),
+              "loss_below_band", "loss_rises", "overoptimised"),
     after=0.5,
+    of=preferences,
 )  # fmt: skip
-def _labels_shuffled(h: History, known: Known) -> Verdict | None:
+def _labels_shuffled(h: History, known: Known) -> Verdict | Unasked | None:
     """Find a policy that moves while its held-out accuracy stays at chance."""
     heldout, training = h[HELDOUT + "rewards/accuracies"], change_of(h, known, "rewards/accuracies", heldout=False)
     moved = nats_moved(h, known)
     if len(heldout) < 2 or training is None or moved is None:
-        return None
-    if moved < 0.02 * known.enough or abs(float(heldout.values[0]) - 0.5) > 0.15:
-        return None
+        return UNASKED
     if known.heldout is not None and known.heldout < 20:  # too few rows to exclude chance
+        return UNASKED
+    if moved < 0.02 * known.enough or abs(float(heldout.values[0]) - 0.5) > 0.15:
         return None
     end, width = float(heldout.values[-1]), max(0.05, 1.5 * known.heldout_error)
     at_chance = bool(np.all(np.abs(heldout.values[1:] - 0.5) < width))
@@ -111,12 +126,12 @@ def _labels_shuffled(h: History, known: Known) -> Verdict | None:
 
 
 @rule("nothing_learnt", explains=("margins_flat", "accuracy_at_chance", "kl_stuck", "loss_rises"), after=0.5)
-def _nothing_learnt(h: History, known: Known) -> Verdict | None:
+def _nothing_learnt(h: History, known: Known) -> Verdict | Unasked | None:
     if known.loss.supervised:
         return _nothing_imitated(h, known)
     loss, moved, accuracy = change_of(h, known, "loss"), nats_moved(h, known), h.change("rewards/accuracies")
     if loss is None or moved is None or accuracy is None:
-        return None
+        return UNASKED
     if moved > 0.5 * known.enough or abs(loss.by) > 0.01 * abs(loss.start):
         return None
     if moved > 0.02 * known.enough and accuracy.end < 0.55:  # the policy moves, so the rate is not the cause
@@ -130,9 +145,11 @@ def _nothing_learnt(h: History, known: Known) -> Verdict | None:
     )
 
 
-def _nothing_imitated(h: History, known: Known) -> Verdict | None:
+def _nothing_imitated(h: History, known: Known) -> Verdict | Unasked | None:
     nll = change_of(h, known, cost_of(h))
-    if nll is None or nll.start < MEMORISED_NLL or abs(nll.by) + 3 * nll.error > 0.01 * nll.start:
+    if nll is None:
+        return UNASKED
+    if nll.start < MEMORISED_NLL or abs(nll.by) + 3 * nll.error > 0.01 * nll.start:
         return None
     return Verdict(
         f"the completions cost {nll.start:.4g} nats a token at first and {nll.end:.4g} at the end. The model learns "
@@ -143,8 +160,8 @@ def _nothing_imitated(h: History, known: Known) -> Verdict | None:
     )
 
 
-@rule("already_preferred")
-def _already_preferred(h: History, known: Known) -> Verdict | None:
+@rule("already_preferred", of=lambda known: known.loss.paired or known.loss.listwise)
+def _already_preferred(h: History, known: Known) -> Verdict | Unasked | None:
     """Find chosen completions that are nearly always the likelier ones before any training."""
     ranking = h[HELDOUT + "logps/accuracies"][:1]
     count = known.heldout or 0
@@ -152,8 +169,10 @@ def _already_preferred(h: History, known: Known) -> Verdict | None:
         ranking = h["logps/accuracies"][:4]
         count = len(ranking) * (known.batch or 0)
         if len(ranking) < 4 or ranking.steps[-1] > 10:
-            return None
-    if ranking.mean < 0.95 or count < 20:
+            return UNASKED
+    if count < 20:
+        return UNASKED
+    if ranking.mean < 0.95:
         return None
     return Verdict(
         f"before training, the chosen completion is likelier than the rejected one in {percent(ranking.mean)} of the "

@@ -6,36 +6,60 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastpref.config.losses import KTO, ORPO
-from fastpref.health.bands import EXPLODING, GRADIENTS, loss_band, supervised
-from fastpref.health.rule import Known, Verdict, change_of, count, nats_moved, percent, rule
+from fastpref.health.bands import EXPLODING, GRADIENTS, first_loss, loss_band, supervised
+from fastpref.health.rule import (
+    UNASKED,
+    Known,
+    Unasked,
+    Verdict,
+    change_of,
+    count,
+    nats_moved,
+    percent,
+    preferences,
+    rule,
+)  # fmt: skip
 from fastpref.run.history import HELDOUT, History, Series
 
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-@rule("first_loss", explains=("loss_rises",))  # which would start from a wrong value
-def _first_loss(h: History, known: Known) -> Verdict | None:
-    expected = known.first_loss
+def _has_first(known: Known) -> bool:
+    return _expected(known) is not None
+
+
+def _expected(known: Known) -> float | None:
+    """Return the first loss, also where the config names the reference, which should be the model of the start."""
+    return first_loss(known.loss) if known.reference is not None and not known.extras else known.first_loss
+
+
+@rule("first_loss", explains=("loss_rises",), of=_has_first)  # the rise would start from a wrong value
+def _first_loss(h: History, known: Known) -> Verdict | Unasked | None:
+    expected = _expected(known)
     series = h[HELDOUT + "loss"][:1]
     if not len(series) or series.steps[0] != 0:
         series = h["loss"][:1]
     if expected is None or not len(series) or series.steps[0] > 1:
-        return None
+        return UNASKED
     if abs(series.mean - expected) < 0.05 * abs(expected):
         return None
     return Verdict(
         f"the first loss is {series.mean:.4g}, but that of {known.loss.type.upper()} is {expected:.4g} if policy and "
         "reference are the same model. The reference is not the model that training starts from.",
-        "Check reference.mode and model.name.",
+        "Check reference.mode and model.name."
+        if known.reference is None
+        else f"Check reference.name ({known.reference}): the loss first pulls the model towards it.",
         series.span,
         {"first loss": series.mean, "expected": expected},
     )
 
 
 @rule("loss_rises", after=0.3)
-def _loss_rises(h: History, known: Known) -> Verdict | None:
+def _loss_rises(h: History, known: Known) -> Verdict | Unasked | None:
     loss = change_of(h, known, "loss", heldout=False)
-    if loss is None or not loss.rises(0.02 * abs(loss.start)):
+    if loss is None:
+        return UNASKED
+    if not loss.rises(0.02 * abs(loss.start)):
         return None
     return Verdict(
         f"the training loss rises from {loss.start:.4g} to {loss.end:.4g}. The steps are too large.",
@@ -46,28 +70,36 @@ def _loss_rises(h: History, known: Known) -> Verdict | None:
     )
 
 
-@rule("loss_below_band", after=0.3)
-def _loss_below_band(h: History, known: Known) -> Verdict | None:
+@rule("loss_below_band", after=0.3, of=lambda known: bool(loss_band(known.loss, extras=known.extras).low))
+def _loss_below_band(h: History, known: Known) -> Verdict | Unasked | None:
     low, loss = loss_band(known.loss, extras=known.extras).low, change_of(h, known, "loss", heldout=False)
-    if not low or loss is None or loss.end > low - 3 * loss.error:
-        return None
     heldout = h[HELDOUT + "loss"]
+    if not low or loss is None or (known.heldout and len(heldout) < 2 and known.steps != h.step):
+        return UNASKED  # held-out rows will say whether the model generalises
+    if loss.end > low - 3 * loss.error:
+        return None
     if len(heldout) > 1 and heldout.values[-1] < low:  # the model generalises
         return None
-    beside = f"the held-out loss is {heldout.values[-1]:.3g}" if len(heldout) > 1 else "no rows are held out"
+    beside = "no rows are held out" if not known.heldout else "the held-out rows were not evaluated beside it"
+    if len(heldout) > 1:
+        beside = f"the held-out loss is {heldout.values[-1]:.3g}"
     return Verdict(
         f"the training loss is {loss.end:.3g}, below {low:.2g}, the least of a healthy run, and {beside}. The model "
         "may have memorised the rows.",
-        "Train for fewer epochs, or hold out rows (eval.fraction=0.05) to see whether the model generalises.",
+        "Train for fewer epochs."
+        if known.heldout
+        else "Train for fewer epochs, or hold out rows (eval.fraction=0.05) to see whether the model generalises.",
         loss.steps,
         {"loss at the end": loss.end, "low end": low},
     )
 
 
-@rule("nll_rises", after=0.3)
-def _nll_rises(h: History, known: Known) -> Verdict | None:
+@rule("nll_rises", after=0.3, of=lambda known: supervised(known.loss))
+def _nll_rises(h: History, known: Known) -> Verdict | Unasked | None:
     nll = change_of(h, known, "nll_loss")
-    if nll is None or not supervised(known.loss) or not nll.rises(0.05 * nll.start):
+    if nll is None:
+        return UNASKED
+    if not nll.rises(0.05 * nll.start):
         return None
     return Verdict(
         f"nll_loss rises from {nll.start:.3g} to {nll.end:.3g}: the chosen completions become less likely. The "
@@ -81,8 +113,8 @@ def _nll_rises(h: History, known: Known) -> Verdict | None:
 # --- rewards --------------------------------------------------------------------------------------------------------
 
 
-@rule("margins_flat", after=0.5)
-def _margins_flat(h: History, known: Known) -> Verdict | None:
+@rule("margins_flat", after=0.5, of=preferences)
+def _margins_flat(h: History, known: Known) -> Verdict | Unasked | None:
     what, name = "reward margin", "rewards/margins"
     meaning = "The model does not learn the preference."
     advice = "Check the pairs with `fastpref preview`, and the learning rate."
@@ -91,7 +123,9 @@ def _margins_flat(h: History, known: Known) -> Verdict | None:
         meaning = "The loss falls only by its supervised term."
         advice = "Raise loss.beta, which weighs the odds ratio, or the learning rate."
     training, heldout = change_of(h, known, name, heldout=False), h.heldout_change(name, known.start(name))
-    if training is None or training.by > training.error:
+    if training is None:
+        return UNASKED
+    if training.by > training.error:
         return None
     if heldout is not None and heldout.by > 0:
         return None
@@ -106,10 +140,12 @@ def _margins_flat(h: History, known: Known) -> Verdict | None:
     )
 
 
-@rule("accuracy_at_chance", after=0.5)
-def _accuracy_at_chance(h: History, known: Known) -> Verdict | None:
+@rule("accuracy_at_chance", after=0.5, of=preferences)
+def _accuracy_at_chance(h: History, known: Known) -> Verdict | Unasked | None:
     training, heldout = change_of(h, known, "rewards/accuracies", heldout=False), h[HELDOUT + "rewards/accuracies"]
-    if training is None or training.rises():
+    if training is None:
+        return UNASKED
+    if training.rises():
         return None
     if training.end > 0.53 or (len(heldout) and heldout.values[-1] > 0.55):
         return None
@@ -122,13 +158,12 @@ def _accuracy_at_chance(h: History, known: Known) -> Verdict | None:
     )
 
 
-@rule("rejected_rises", after=0.3)
-def _rejected_rises(h: History, known: Known) -> Verdict | None:
-    if supervised(known.loss):  # the supervised term also raises text like the chosen completions
-        return None
+# A supervised term also raises text like the chosen completions.
+@rule("rejected_rises", after=0.3, of=lambda known: preferences(known) and not supervised(known.loss))
+def _rejected_rises(h: History, known: Known) -> Verdict | Unasked | None:
     chosen, rejected = change_of(h, known, "rewards/chosen"), change_of(h, known, "rewards/rejected")
     if chosen is None or rejected is None:
-        return None
+        return UNASKED
     if not rejected.rises(max(0.5 * chosen.by, known.loss.beta * known.enough)):
         return None
     return Verdict(
@@ -140,12 +175,12 @@ def _rejected_rises(h: History, known: Known) -> Verdict | None:
     )
 
 
-@rule("both_fall", after=0.3)
-def _both_fall(h: History, known: Known) -> Verdict | None:
+@rule("both_fall", after=0.3, of=preferences)
+def _both_fall(h: History, known: Known) -> Verdict | Unasked | None:
     """Find likelihood displacement: chosen completions become less likely too, and other text becomes likelier."""
     chosen, rejected = change_of(h, known, "rewards/chosen"), change_of(h, known, "rewards/rejected")
     if chosen is None or rejected is None:
-        return None
+        return UNASKED
     margin = chosen.by - rejected.by
     if not chosen.falls(max(0.5 * margin, known.loss.beta * known.enough)) or not rejected.falls():
         return None
@@ -162,12 +197,12 @@ def _both_fall(h: History, known: Known) -> Verdict | None:
     )
 
 
-@rule("accuracy_pinned", after=0.3)
-def _accuracy_pinned(h: History, known: Known) -> Verdict | None:
+@rule("accuracy_pinned", after=0.3, of=lambda known: preferences(known) and known.first_loss is not None)
+def _accuracy_pinned(h: History, known: Known) -> Verdict | Unasked | None:
     """Find an accuracy of 100% after a few steps, which shows that the pairs differ by something trivial."""
     series, loss, start = h["rewards/accuracies"], h["loss"], known.first_loss
     if start is None or not len(series):
-        return None
+        return UNASKED
     total = known.steps or h.step
     early = loss[: int(np.searchsorted(loss.steps, 0.3 * total, side="right"))][-3:]
     if not len(early) or early.mean > 0.5 * start:  # right by a small margin only
@@ -193,10 +228,12 @@ def _run_start(series: Series, breaks: np.ndarray, length: int) -> int | None:
     return int(series.steps[edges[gaps[0]] + 1]) if len(gaps) else None
 
 
-@rule("length_bias", after=0.3)
-def _length_bias(h: History, known: Known) -> Verdict | None:
+@rule("length_bias", after=0.3, of=preferences)
+def _length_bias(h: History, known: Known) -> Verdict | Unasked | None:
     change = change_of(h, known, "rewards/length_correlation")
-    if change is None or change.end < 0.6 or change.by < max(0.3, 3 * change.error):
+    if change is None:
+        return UNASKED
+    if change.end < 0.6 or change.by < max(0.3, 3 * change.error):
         return None
     remedy = {
         "dpo": 'set loss.variants=["sigmoid_norm"], or loss.length_alpha below 1, to take length out',
@@ -211,21 +248,22 @@ def _length_bias(h: History, known: Known) -> Verdict | None:
     )
 
 
-@rule("kl_stuck", after=0.3)
-def _kl_stuck(h: History, known: Known) -> Verdict | None:
+@rule("kl_stuck", after=0.3, of=lambda known: isinstance(known.loss, KTO) and known.loss.kl == "batch")
+def _kl_stuck(h: History, known: Known) -> Verdict | Unasked | None:
     """Find a KL that stays 0. It is no reference point then, as max(0, ·) hides how far mismatched completions fall."""
-    if not isinstance(known.loss, KTO) or known.loss.kl != "batch":
-        return None
     kl = h["kl"].beyond(h.step / 5)
     moved = nats_moved(h, known)
-    if len(kl) < 10 or moved is None or moved < known.enough:
+    if len(kl) < 10 or moved is None:
+        return UNASKED
+    good = change_of(h, known, "rewards/chosen")
+    if moved < known.enough or (good is not None and good.by > 0):  # the drift that it hides is downward
         return None
     zero = float((kl.values <= 0).mean())
     if zero < 0.95:
         return None
     return Verdict(
-        f"KTO's KL is zero in {percent(zero)} of the steps. Good and bad rows are compared with 0 instead of the "
-        "policy's own drift.",
+        f"KTO's KL is zero in {percent(zero)} of the steps, and the good completions do not gain. Good and bad rows "
+        "are compared with 0 instead of the policy's own drift.",
         'Use a larger train.batch or a lower learning rate; loss.kl="none" trains like this, and faster.',
         kl.span,
         {"share of zeros": zero},
@@ -236,8 +274,10 @@ def _kl_stuck(h: History, known: Known) -> Verdict | None:
 
 
 @rule("gradient_explodes", explains=("gradient_band", "gradient_spikes"))
-def _gradient_explodes(h: History, known: Known) -> Verdict | None:
+def _gradient_explodes(h: History, known: Known) -> Verdict | Unasked | None:
     norms = h["grad_norm"]
+    if not len(norms):
+        return UNASKED
     high = norms.steps[norms.values > EXPLODING]
     if len(high) < max(3, 0.05 * len(norms)):
         return None
@@ -252,10 +292,10 @@ def _gradient_explodes(h: History, known: Known) -> Verdict | None:
 
 
 @rule("gradient_band", after=0.3)
-def _gradient_band(h: History, known: Known) -> Verdict | None:
+def _gradient_band(h: History, known: Known) -> Verdict | Unasked | None:
     norms = h["grad_norm"]
     if len(norms) < 10:
-        return None
+        return UNASKED
     low, high = GRADIENTS
     middle = float(np.median(norms.last.values))
     if low <= middle <= high:
@@ -273,10 +313,10 @@ def _gradient_band(h: History, known: Known) -> Verdict | None:
 
 
 @rule("gradient_spikes")
-def _gradient_spikes(h: History, known: Known) -> Verdict | None:
+def _gradient_spikes(h: History, known: Known) -> Verdict | Unasked | None:
     norms = h["grad_norm"]
     if len(norms) < 20:
-        return None
+        return UNASKED
     edges = np.arange(0, len(norms), 50)
     medians = np.array([np.median(norms.values[max(0, a - 50) : a + 100]) for a in edges])
     usual = medians[np.arange(len(norms)) // 50]
@@ -294,8 +334,10 @@ def _gradient_spikes(h: History, known: Known) -> Verdict | None:
 
 
 @rule("not_finite")
-def _not_finite(h: History, known: Known) -> Verdict | None:
+def _not_finite(h: History, known: Known) -> Verdict | Unasked | None:
     steps = h.not_finite
+    if not h.rows:
+        return UNASKED
     if not steps:
         return None
     return Verdict(

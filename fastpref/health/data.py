@@ -1,17 +1,48 @@
-"""Rules that find faults of the data: cut rows, unbalanced labels, and training that held-out rows do not share."""
+"""Rules that find faults of the training rows: what was cut or dropped, repetitions, unbalanced labels, text."""
 
-import math
-
-import numpy as np
-
+from fastpref.config.losses import KTO
 from fastpref.data.balance import unbalanced
-from fastpref.health.rule import Known, Verdict, percent, rule
-from fastpref.run.history import HELDOUT, History
+from fastpref.health.rule import UNASKED, Known, Unasked, Verdict, percent, preferences, rule
+from fastpref.run.history import History
+
+
+@rule("no_end", explains=("truncation",))
+def _no_end(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows:
+        return UNASKED
+    if known.ends:
+        return None
+    return Verdict(
+        "every training completion was cut, so the model sees no end and will not learn to stop.",
+        "Raise tokens.max_length.",
+        (0, h.step),
+        {"rows": known.rows},
+        "alarm",
+    )
+
+
+@rule("prompts_lost", explains=("truncation",))
+def _prompts_lost(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows:
+        return UNASKED
+    share = known.lost / known.rows
+    if share <= 0.05:
+        return None
+    return Verdict(
+        f"{percent(share)} of the training rows ({known.lost:,} of {known.rows:,}) have less than a quarter of their "
+        "prompt left. The model learns to answer what it does not see.",
+        'Raise tokens.max_length or tokens.max_prompt_length, or leave out such rows with tokens.overlong="drop".',
+        (0, h.step),
+        {"rows with little of their prompt": known.lost, "rows": known.rows},
+        "alarm" if share > 0.5 else "warning",
+    )
 
 
 @rule("truncation")
-def _truncation(h: History, known: Known) -> Verdict | None:
-    share = known.cut / known.rows if known.rows else 0.0
+def _truncation(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows:
+        return UNASKED
+    share = known.cut / known.rows
     if share <= 0.05:
         return None
     return Verdict(
@@ -23,57 +54,94 @@ def _truncation(h: History, known: Known) -> Verdict | None:
     )
 
 
-@rule("labels_unbalanced")
-def _labels_unbalanced(h: History, known: Known) -> Verdict | None:
+@rule("rows_dropped")
+def _rows_dropped(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows:
+        return UNASKED
+    dropped = sum(known.dropped.values())
+    share = dropped / (known.rows + dropped)
+    if share <= 0.2:
+        return None
+    reasons = ", ".join(f"{count:,} {words}" for words, count in known.dropped.items())
+    return Verdict(
+        f"{percent(share)} of the training rows were dropped ({reasons}). The model does not see them.",
+        "Read the reasons with `fastpref preview`; rows that are too long need a larger tokens.max_length.",
+        (0, h.step),
+        {"rows dropped": dropped, "rows used": known.rows},
+    )
+
+
+@rule("no_question", of=preferences)
+def _no_question(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows:
+        return UNASKED
+    share = known.questionless / known.rows
+    if share <= 0.05:
+        return None
+    return Verdict(
+        f"in {percent(share)} of the training rows ({known.questionless:,} of {known.rows:,}) the prompt's last turn "
+        "is empty. The model learns to answer nothing in particular.",
+        "Look at them with `fastpref preview`: does data.format name the column of the question?",
+        (0, h.step),
+        {"rows without a question": known.questionless, "rows": known.rows},
+        "alarm" if share > 0.5 else "warning",
+    )
+
+
+@rule("rows_repeat")
+def _rows_repeat(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows:
+        return UNASKED
+    share = known.repeated / known.rows
+    if share <= 0.1:
+        return None
+    return Verdict(
+        f"{percent(share)} of the training rows repeat another row exactly ({known.repeated:,} of {known.rows:,}).",
+        'Leave them out with tokens.duplicates="drop", or weigh a source with data.weight on purpose.',
+        (0, h.step),
+        {"rows that repeat": known.repeated, "rows": known.rows},
+    )
+
+
+@rule("batch_large")
+def _batch_large(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows or known.batch is None:
+        return UNASKED
+    if known.batch <= known.rows:
+        return None
+    return Verdict(
+        f"a batch has {known.batch:,} {known.loss.unit}s, and there are {known.rows:,}, so every step sees all of "
+        "them, and some more than once.",
+        f"Use train.batch={min(16, max(1, known.rows // 10))}.",
+        (0, h.step),
+        {"batch": known.batch, "rows": known.rows},
+    )
+
+
+@rule("template_foreign")
+def _template_foreign(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows:
+        return UNASKED
+    if known.template <= 0.5:
+        return None
+    return Verdict(
+        f"{percent(known.template)} of the training rows do not follow the chat template as a chat with the model "
+        "does: their turns begin or end otherwise.",
+        "Compare the text in `fastpref preview` with the model's card; see data.format and tokens.chat_template.",
+        (0, h.step),
+        {"share of rows": known.template},
+    )
+
+
+@rule("labels_unbalanced", of=lambda known: isinstance(known.loss, KTO))
+def _labels_unbalanced(h: History, known: Known) -> Verdict | Unasked | None:
     """Find good and bad rows of KTO whose weights do not balance."""
-    good, bad = known.labels or (0, 0)
+    if known.labels is None:
+        return UNASKED
+    good, bad = known.labels
     fault = unbalanced(good, bad, known.loss)
     if fault is None:
         return None
     message, advice = fault
     severity = "warning" if good and bad else "alarm"
     return Verdict(f"{message}.", advice, (0, h.step), {"good": good, "bad": bad}, severity)
-
-
-@rule("heldout_gap", explains=("entropy_collapses",), after=0.3)
-def _heldout_gap(h: History, known: Known) -> Verdict | None:
-    return _overfit(h) or _accuracy_gap(h, known)
-
-
-def _overfit(h: History) -> Verdict | None:
-    """Find a held-out loss that has turned upward while the training loss has not."""
-    heldout, training = h[HELDOUT + "loss"], h["loss"]
-    if len(heldout) < 2:
-        return None
-    best = int(np.argmin(heldout.values))
-    lowest, end, step = float(heldout.values[best]), float(heldout.values[-1]), int(heldout.steps[best])
-    after = training.beyond(step)
-    before = training[: len(training) - len(after)].last if len(after) < len(training) else training.first
-    if end < lowest + max(0.05 * abs(lowest), 0.01) or len(after) < 5 or after.last.mean > before.mean:
-        return None
-    return Verdict(
-        f"the held-out loss rises from {lowest:.4g} at step {step} to {end:.4g}, but the training loss falls to "
-        f"{after.last.mean:.4g}. The model memorises rows, and was best "
-        f"{f'after step {step}' if step else 'before training'}.",
-        "Set eval.every and output.save_every, which keep the best checkpoint, or train for fewer steps."
-        if step
-        else "Use a lower learning rate, and check that training and held-out rows are labelled alike.",
-        (step, heldout.span[1]),
-        {"lowest held-out loss": lowest, "held-out loss": end, "training loss": after.last.mean},
-    )
-
-
-def _accuracy_gap(h: History, known: Known) -> Verdict | None:
-    training, heldout = h["rewards/accuracies"], h[HELDOUT + "rewards/accuracies"]
-    if len(training) < 10 or len(heldout) < 2:
-        return None
-    gap = training.last.mean - float(heldout.values[-1])
-    if gap < max(0.15, 3 * math.hypot(training.last.error, known.heldout_error)):
-        return None
-    return Verdict(
-        f"accuracy is {percent(training.last.mean)} on training rows, but {percent(float(heldout.values[-1]))} on "
-        "held-out rows. What the model learns does not generalise.",
-        "Train for fewer epochs or on more rows, and check that the held-out rows are of the same kind.",
-        training.last.span,
-        {"training accuracy": training.last.mean, "held-out accuracy": float(heldout.values[-1])},
-    )

@@ -1,15 +1,17 @@
 """Define rules, and the functions that they share. Nothing here imports torch."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Literal
 
 import numpy as np
 
 from fastpref.config import Config
 from fastpref.config.losses import LossOptions
-from fastpref.health.bands import first_loss, per_token
+from fastpref.data.example import OUTCOMES
+from fastpref.health.bands import enough, first_loss
 from fastpref.run.history import HELDOUT, History, Trend
 
 Severity = Literal["alarm", "warning"]
@@ -30,6 +32,15 @@ class Known:
     labels: tuple[int, int] | None = None  # good and bad training rows of KTO
     same_start: bool = True  # whether policy and reference begin as the same model
     extras: bool = False  # whether training rows have weights or margins, on which the first loss then depends
+    reference: str | None = None  # the name of a reference that the config names
+    ends: bool = True  # whether any training completion has its end
+    template: float = 0.0  # the share of training rows whose text does not fit the model's template or end
+    dropped: Mapping[str, int] = field(default_factory=dict)  # why training rows were dropped → how many
+    lost: int = 0  # training rows of whose prompt less than a quarter is left
+    questionless: int = 0  # training rows whose prompt asks nothing
+    repeated: int = 0  # training rows that repeat another one exactly
+    leaked: int = 0  # held-out rows that are training rows
+    answers: tuple[tuple[str, str], ...] = ()  # answers to held-out prompts, before and after the training
 
     @property
     def first_loss(self) -> float | None:
@@ -55,7 +66,7 @@ class Known:
     @property
     def enough(self) -> float:
         """The smallest change of a log-probability that matters, in nats."""
-        return 0.05 if per_token(self.loss) else 1.0
+        return enough(self.loss)
 
     @property
     def heldout_error(self) -> float:
@@ -91,7 +102,30 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         same_start=config.reference.name is None
         and not (config.lora is not None and config.lora.start is not None and config.reference.adapter == "none"),
         extras=bool(rows.get("weighted") or rows.get("with_margins")),
+        reference=config.reference.name if config.loss.uses_reference else None,
+        ends=bool(rows.get("ends", 1)),
+        template=max(train.get(name, 0) for name in ("foreign", "departed")) / (train.get("kept") or 1),
+        dropped={words: train[name] for name, words in _DROPPED.items() if train.get(name)}
+        | {words: rows[name] for name, words in _LEFT_OUT.items() if rows.get(name)},
+        lost=train.get("prompts_lost", 0),
+        questionless=rows.get("questionless", 0),
+        repeated=rows.get("repeated", 0),
+        leaked=rows.get("leaked", 0),
+        answers=tuple(_answers(facts.get("samples"))),
     )
+
+
+def _answers(samples: Any) -> Iterator[tuple[str, str]]:
+    """Yield the answers before and after the training, once there are both."""
+    for sample in samples if isinstance(samples, list) else ():
+        before, after = (sample.get(when) if isinstance(sample, dict) else None for when in ("before", "after"))
+        if isinstance(before, str) and isinstance(after, str):
+            yield before, after
+
+
+# Rows that nobody asked to drop. Pairs of equal or close scores and exact duplicates are dropped on purpose.
+_DROPPED = {o.name: o.words for o in OUTCOMES if o.dropped and o.name not in ("tied", "close")}
+_LEFT_OUT = {"left_out": "broken or of another form"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +141,26 @@ class Verdict:
         return f"{self.severity}: {self.message} {self.advice}"
 
 
-Check = Callable[[History, Known], Verdict | None]
+def passed_of(facts: Mapping[str, Any]) -> list[Verdict]:
+    """Return the verdicts that the run.json of a run says were given during it."""
+    given = facts.get("passed")
+    named = [v for v in given if isinstance(v, dict)] if isinstance(given, list) else []
+    return [
+        Verdict(v["message"], "", (0, 0), {}, rule=v["rule"])
+        for v in named
+        if isinstance(v.get("message"), str) and isinstance(v.get("rule"), str)
+    ]
+
+
+class Unasked(Enum):
+    """What a rule returns if it cannot be asked yet."""
+
+    UNASKED = "too few steps, evaluations or held-out rows"
+
+
+UNASKED = Unasked.UNASKED
+Check = Callable[[History, Known], Verdict | Unasked | None]
+Concern = Callable[[Known], bool]
 
 
 @dataclass(frozen=True)
@@ -115,22 +168,36 @@ class Rule:
     check: Check
     explains: tuple[str, ...]  # rules whose verdicts follow from this one, and are left out if it has a verdict
     after: float  # the share of the planned steps before which a trend means nothing; 0 for a rule without a trend
+    concerns: Concern  # whether it is about runs of this kind at all, such as those of one loss
 
-    def applies(self, history: History, known: Known) -> bool:
-        """Return whether the run is long enough."""
+    def ask(self, history: History, known: Known) -> Verdict | Unasked | None:
+        """Return the verdict, None if nothing is wrong, or UNASKED if the run is too short to tell."""
         long_enough = known.steps is None or history.step >= self.after * known.steps
-        return not self.after or (history.rows >= 10 and long_enough)
+        if self.after and (history.rows < 10 or not long_enough):
+            return UNASKED
+        return self.check(history, known)
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(name: str, explains: Iterable[str] = (), after: float = 0.0) -> Callable[[Check], Check]:
+def rule(
+    name: str, explains: Iterable[str] = (), after: float = 0.0, of: Concern = lambda known: True
+) -> Callable[[Check], Check]:
     def register(check: Check) -> Check:
-        RULES[name] = Rule(check, tuple(explains), after)
+        RULES[name] = Rule(check, tuple(explains), after, of)
         return check
 
     return register
+
+
+def preferences(known: Known) -> bool:
+    """Return whether completions are compared, so that there are rewards."""
+    return not known.loss.supervised
+
+
+def imitation(known: Known) -> bool:
+    return known.loss.supervised
 
 
 def change_of(h: History, known: Known, name: str, *, heldout: bool = True) -> Trend | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastpref.config import Config
+from fastpref.config.paths import matches
 from fastpref.data.batch import Layout
 from fastpref.data.cache import load_examples
 from fastpref.data.longest import Microbatch, longest_of, longest_possible
@@ -141,7 +142,7 @@ class Estimator:
     def _lengths(self) -> Examples | None:
         """Return the run's training examples, or None if the data are not on this machine or cannot be read."""
         limits = limits_of_config(self.architecture.get_text_config().to_dict())
-        if not all(Path(data.path).expanduser().exists() for data in self.config.data):
+        if not all(matches(data.path, Path()) for data in self.config.data):
             self.notes.append("the data are not on this machine: every row counts as tokens.max_length long")
             if (too_long := beyond_positions(limits, self.config)) is not None:
                 self.notes.append(too_long)

@@ -49,11 +49,12 @@ def lost_share(folder: Path, trained: Trained, *, nf4: bool, plain: bool, whole:
         raise UserError(f"{trained.weights}: {message}") from None
     lost = float((logits - with_adapter).norm() / (with_adapter - without).norm().clamp(min=1e-30))
     exact = whole and weight_dtype(trained.config, device, trains=False) == torch.float32
-    if not lost <= (_ALLOWED_WHOLE if exact else _ALLOWED):
-        why = "" if whole else " Half precision may have rounded so small a change off: try --dtype float32"
+    allowed = _ALLOWED_WHOLE if exact else _ALLOWED
+    if not lost <= allowed:
+        why = "" if whole else "; half precision may have rounded so small a change off, and --dtype float32 keeps it"
         raise UserError(
-            f"{trained.weights}: {lost:.0%} of what the adapter changes in the logits of a probe is lost in the merged "
-            f"model, so it is not kept.{why}"
+            f"{trained.weights}: the merged model is not kept, because {lost:.0%} of the adapter's effect on the "
+            f"logits of a probe is lost in it, and {allowed:.0%} at most may be{why}"
         )
     return lost
 

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import constants, try_to_load_from_cache
-from safetensors import safe_open
-from transformers import AutoConfig, PretrainedConfig
-from transformers.models.auto import modeling_auto
-from transformers.utils.peft_utils import find_adapter_config_file
+from typing import TYPE_CHECKING, Any
 
 from fastpref.config import ModelConfig
 from fastpref.errors import UserError, one_line
+from fastpref.model.headers import read_header
+from fastpref.places import means_a_path, no_such_folder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -29,8 +28,10 @@ _KINDS = {  # of models that are no causal language models, by transformers' tab
 }
 
 
-def model_config(options: ModelConfig) -> PretrainedConfig:
+def model_config(options: ModelConfig) -> "PretrainedConfig":
     """Load the config.json of a causal language model. Raises UserError if there is none."""
+    from transformers import AutoConfig
+
     folder = Path(options.name).expanduser()
     file = folder / "adapter_config.json"
     if file.is_file():  # transformers would silently load the adapter on its base model
@@ -64,14 +65,16 @@ def explained(options: ModelConfig, error: BaseException, *, tokenizer: bool = F
         advice = "set model.trust_remote_code = true if you have read the code and trust it"
         return f"it comes with Python code of its own, which is not run; {advice}"
     folder = Path(options.name).expanduser()
-    if options.name.startswith(("/", ".", "~")) and not folder.exists():  # no name on the hub begins like this
-        return "there is no such folder"
-    fault = _in_folder(folder, tokenizer) if folder.is_dir() else _on_hub(options, tokenizer)
+    if means_a_path(options.name) and not folder.exists():
+        return no_such_folder(options.name)
+    fault = fault_in_folder(folder, tokenizer) if folder.is_dir() else _on_hub(options, tokenizer)
     return fault or one_line(error)
 
 
-def _no_causal_model(config: PretrainedConfig) -> str | None:
+def _no_causal_model(config: "PretrainedConfig") -> str | None:
     """Return a message on a model that is not a causal language model, by transformers or its own code; or None."""
+    from transformers.models.auto import modeling_auto
+
     kind = config.model_type
     if config.is_encoder_decoder:
         return f"{kind} is an encoder-decoder; a causal language model is needed"
@@ -90,7 +93,8 @@ def _no_causal_model(config: PretrainedConfig) -> str | None:
     return f"{kind} is {what}: {advice}"
 
 
-def _in_folder(folder: Path, tokenizer: bool) -> str | None:
+def fault_in_folder(folder: Path, tokenizer: bool) -> str | None:
+    """Return what is wrong with the files of a model, or of its tokenizer, or None. Nothing is imported for it."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_bytes())
@@ -112,9 +116,8 @@ def _in_folder(folder: Path, tokenizer: bool) -> str | None:
             return f"{name} is missing in {folder}, and {index.name} names it"
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, "pt"):
-                pass
-        except Exception as error:  # safetensors has its own kind
+            read_header(path)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             return f"{path.name} is damaged or was not downloaded to its end: {error}"
     return None if wanted or (folder / "model.safetensors").exists() else next(_instead(folder), _no_weights(folder))
 
@@ -191,6 +194,9 @@ def _merge_first(name: str) -> str:
 
 def _on_hub(options: ModelConfig, tokenizer: bool) -> str | None:
     """Return a message if a name on the hub is an adapter, or if its files are not in the cache when offline."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from transformers.utils.peft_utils import find_adapter_config_file
+
     try:
         adapter = None if tokenizer else find_adapter_config_file(options.name, revision=options.revision)
     except Exception:  # no such repository, no network: the first error says so

@@ -143,6 +143,7 @@ def pad_token(tokenizer: "PreTrainedTokenizerBase", limits: Limits) -> tuple[int
 def foresee(config: Config) -> list[str]:
     """Return notes on a config, also by the files of a model on this machine, before any row is read."""
     notes = [note] if (note := trained_dtype(config)) else []
+    notes += [note] if (note := long_warmup(config)) else []
     content = _json(config.model, "config.json")
     if content is None:
         return notes
@@ -163,6 +164,17 @@ def trained_dtype(config: Config) -> str | None:
     return (
         'model.dtype = "bfloat16": without a [lora] table all weights are trained, so they are float32; a GPU '
         "multiplies them in bfloat16"
+    )
+
+
+def long_warmup(config: Config) -> str | None:
+    """Return a note if the learning rate never reaches train.learning_rate, or None. Epochs are not counted."""
+    warmup, steps = config.train.warmup, config.train.steps
+    if warmup is None or steps is None or warmup < 1 or warmup < steps:
+        return None
+    return (
+        f"train.warmup = {warmup:g} is no less than the {steps:,} steps, so the learning rate never reaches "
+        "train.learning_rate; a number below 1 is a share of all steps"
     )
 
 

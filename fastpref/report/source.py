@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from pydantic import TypeAdapter
 from fastpref.config import load_config
 from fastpref.config.losses import LOSSES, LossOptions
 from fastpref.errors import UserError, one_line
-from fastpref.health import Known, known_of
+from fastpref.health import Health, Known, examine, known_of, passed_of
 from fastpref.run.history import HELDOUT, METRICS, History, read_facts, read_rows
+from fastpref.run.lock import RunLock
 
 TRL_STATE = "trainer_state.json"
+GOING_ON = "going on"  # how a run that has not ended "ended", in run.json
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Run:
     model: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    going_on: bool = False  # whether a process is training it now
+
+    @cached_property
+    def health(self) -> Health:
+        """What the rules say, and which of their verdicts during the run have passed."""
+        return examine(self.history, self.known).after(passed_of(self.facts))
 
 
 def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> Run:
@@ -40,7 +49,7 @@ def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> 
     """
     if not path.exists():
         raise UserError(f"{path}: there is no such folder")
-    if (path / METRICS).is_file() and (path / "config.toml").is_file():
+    if is_run(path):
         if loss is not None or beta is not None:
             raise UserError(f"{path}: its config.toml names its loss; leave --loss and --beta out")
         config, facts = load_config(path / "config.toml", trains=False), read_facts(path)
@@ -52,11 +61,22 @@ def read_run(path: Path, loss: str | None = None, beta: float | None = None) -> 
             config=(path / "config.toml").read_text(encoding="utf-8"),
             model=config.model.name,
             facts=facts,
+            going_on=facts.get("ended") == GOING_ON and RunLock(path).held,
         )
     state = _trl_state(path)
     if state is None:
         raise UserError(f"{path}: not a run's folder: it has neither {METRICS} with config.toml nor {TRL_STATE}")
     return _of_trl(state, path if path.is_dir() else path.parent, loss, beta)
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a path is a folder of a run of fastpref's."""
+    return (path / METRICS).is_file() and (path / "config.toml").is_file()
+
+
+def is_trl_run(path: Path) -> bool:
+    """Return whether a path is a folder of a run of TRL's, or its trainer_state.json."""
+    return not is_run(path) and _trl_state(path) is not None
 
 
 # --- TRL ------------------------------------------------------------------------------------------------------------

@@ -11,16 +11,19 @@ from fastpref.health.bands import Band
 from fastpref.run.history import Series
 
 WIDTH, HEIGHT = 360, 210  # as wide as a phone, so that text keeps its size there
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 10, 26
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 10, 26
 POINTS = 240  # at most, per line
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series and its style, which is a class of the style sheet."""
+    """A series and how it is drawn. Its style is a class of the style sheet, or several."""
 
     series: Series
-    style: str  # "training", "rejected", "heldout", "heldout-rejected"
+    style: str  # "training", "rejected", "heldout", "heldout-rejected", "run-0", …
+    smooth: bool = True  # whether the strong line is the running mean
+    dots: bool = False  # whether each value is marked
+    pale: bool = True  # whether the values behind a running mean are shown, too
 
 
 @dataclass(frozen=True)
@@ -68,23 +71,31 @@ def line_chart(
     y = _vertical(lines, band, positive=positive)
     parts = [_shading(band, y), _grid(x, y)]
     for line in lines:
-        middle, lows, highs = _thin(line.series)
-        strong = f"line {line.style}"
-        if line.style.startswith("heldout"):
-            parts.append(_path(x, y, middle, strong))
-            if len(middle) <= 60:
-                parts += [
-                    f'<circle class="dot {line.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
-                    for a, b in zip(x.of(middle.steps), y.of(middle.values))
-                ]
-        elif len(middle) <= 5:
-            parts.append(_path(x, y, middle, strong))
-        else:
-            thinned = len(middle) < len(line.series)
-            faint = f"line faint {line.style}"
-            parts.append(_area(x, y, middle.steps, lows, highs, line.style) if thinned else _path(x, y, middle, faint))
-            parts.append(_path(x, y, _smooth(middle), strong))
+        parts += _drawn(line, x, y)
     return _svg(label, parts)
+
+
+def only_points(line: Line) -> bool:
+    """Return whether a line is drawn as points: one or two values are no curve."""
+    return len(line.series) <= 2
+
+
+def _drawn(line: Line, x: Axis, y: Axis) -> list[str]:
+    middle, lows, highs = _thin(line.series)
+    dots = [
+        f'<circle class="dot {line.style}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
+        for a, b in zip(x.of(middle.steps), y.of(middle.values))
+        if only_points(line) or (line.dots and len(middle) <= 60)
+    ]
+    if only_points(line):
+        return dots
+    strong = f"line {line.style}"
+    if not line.smooth or len(middle) <= 5:
+        return [_path(x, y, middle, strong), *dots]
+    faint = f"line faint {line.style}"
+    thinned = len(middle) < len(line.series)
+    behind = _area(x, y, middle.steps, lows, highs, line.style) if thinned else _path(x, y, middle, faint)
+    return [*([behind] if line.pale else []), _path(x, y, _smooth(middle), strong), *dots]
 
 
 def histogram(label: str, values: np.ndarray, bins: int = 24) -> Markup:
@@ -152,7 +163,7 @@ def _vertical(lines: Sequence[Line], band: Band | None, *, positive: bool) -> Ax
         return Axis(
             10 ** (math.log10(low) - 0.1), 10 ** (math.log10(high) + 0.1), HEIGHT - _BOTTOM, _TOP, logarithmic=True
         )
-    span = max(high - low, 1e-3 * max(abs(high), abs(low)), 1e-9)
+    span = max(high - low, _least(low, high))
     for edge in () if band is None else (band.low, band.high):
         if edge is not None and low - span <= edge <= high + span:  # show an edge of the band that is near the values
             low, high = min(low, edge), max(high, edge)
@@ -160,8 +171,14 @@ def _vertical(lines: Sequence[Line], band: Band | None, *, positive: bool) -> Ax
 
 
 def _room(low: float, high: float) -> tuple[float, float]:
-    margin = 0.05 * max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-9)
+    """Return a range around values, wide enough for ticks that differ in the digits that are shown."""
+    missing = max(_least(low, high) - (high - low), 0.0) / 2
+    margin = missing + 0.05 * (high - low)
     return low - margin, high + margin
+
+
+def _least(low: float, high: float) -> float:
+    return 0.005 * max(abs(low), abs(high)) or 1.0
 
 
 def _shading(band: Band | None, y: Axis) -> str:

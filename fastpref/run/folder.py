@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastpref.atomic import WriteError, refusals_named, sync, write_file, write_folder
 from fastpref.config import Config
 from fastpref.config.toml import to_toml
 from fastpref.errors import UserError
 from fastpref.run.history import FACTS, METRICS, REPORT, read_rows
-from fastpref.run.state import Progress
+
+if TYPE_CHECKING:
+    from fastpref.run.state import Progress
 
 BEST = "best.json"
 _OURS = ("final", "stopped", "checkpoints", "trackers")  # folders that a new run replaces
@@ -74,7 +76,7 @@ class RunFolder:
             why = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"output.dir = {str(self.path)!r}: cannot be written: {why}") from None
 
-    def resume(self, config: Config, progress: Progress) -> None:
+    def resume(self, config: Config, progress: "Progress") -> None:
         """Resume from a checkpoint: remove the rows and files that were written after it."""
         kept = [json.dumps(row) for row in self.rows() if _before(row, progress)]
         write_file(self.metrics, "".join(f"{line}\n" for line in kept))
@@ -171,7 +173,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _before(row: dict[str, Any], progress: Progress) -> bool:
+def _before(row: dict[str, Any], progress: "Progress") -> bool:
     """Return whether a row precedes a checkpoint. One saved by an interrupt precedes its step's evaluation."""
     step = row["step"]
     if step > progress.step:

@@ -26,17 +26,23 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)  # metrics of the last step
     evaluated: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
     evaluated_at: int | None = None
+    first: dict[str, float] | None = None  # metrics of the evaluation before the training
     best: dict[str, float] | None = None  # step and metrics of the best evaluation
     not_better: int = 0  # evaluations in a row that were not better than it
     before: list[list[str]] | None = None  # questions, and the answers before the training
     skipped: int = 0  # steps left out because something in them was not finite
     skipped_in_row: int = 0
 
-    def improved(self, better: Better) -> bool:
-        """Return and record whether the last evaluation is the best, and count those in a row that are not."""
+    def improved(self, better: Better, *, departed: bool = False) -> bool:
+        """Return and record whether the last evaluation is the best, and count those in a row that are not.
+
+        One at which the model has `departed` from its language is not, however right it is about the pairs.
+        """
+        if self.step == 0:
+            self.first = self.evaluated
         if not better.knows(self.evaluated):
             return False
-        if self.best is not None and not better(self.evaluated, self.best):
+        if self.best is not None and (departed or not better(self.evaluated, self.best)):
             self.not_better += 1
             return False
         self.best, self.not_better = {"step": self.step} | self.evaluated, 0

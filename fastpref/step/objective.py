@@ -94,6 +94,9 @@ class Objective:
     device: torch.device
     router_coefficient: float = 0.0  # of a mixture of experts' router loss
     processes: Processes = ALONE
+    tell: Callable[[int, int], None] = lambda number, of: None
+    """Is called with the number of a step's micro-batch and how many there are, before it is computed; in an
+    evaluation with the examples done, and all. It may raise, which ends an evaluation without a trace."""
 
     def step(
         self, examples: Sequence[Example], backward: Backward, *, token_metrics: bool = True
@@ -115,7 +118,8 @@ class Objective:
         """
         kl = self._evaluated_kl(examples, batch) if compares_neighbours(self.options, len(examples)) else None
         run = _Pass(self._totals(examples), Metrics(), TOKEN_OUTPUTS, self.processes, kl=kl)
-        for chunk in chunks(examples, batch):
+        for number, chunk in enumerate(chunks(examples, batch)):
+            self.tell(number * batch, len(examples))
             self._run(chunk, run)
         return run.metrics.joined(self.processes)
 
@@ -137,7 +141,9 @@ class Objective:
         plan = self._plan(examples) if run.kl is None else StepPlan(self._plan_pass(examples))
         parts, work = self._parts(plan.trained)
         whole = self._found_first(plan, parts, run, len(examples))
-        for part in parts:
+        for number, part in enumerate(parts, start=1):
+            if run.backward is not None:
+                self.tell(number, len(parts))
             with self.processes.accumulating(self.policy, part.last):
                 batch = part.batch.to(self.device)
                 with self._keeping(batch, plan.later) as (beside, kept, kept_reference):

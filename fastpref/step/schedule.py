@@ -17,11 +17,9 @@ def warmup_steps(config: Config, steps: int) -> int:
     return round(config.warmup if config.warmup >= 1 else config.warmup * steps)
 
 
-def every_so_many(every: float | None, steps: int) -> int | None:
+def every_so_many(every: float, steps: int) -> int:
     """Return the steps between two evaluations or checkpoints, for a number of steps or a share of all, rounded up."""
-    if every is None or every >= 1:
-        return None if every is None else int(every)
-    return math.ceil(every * steps - 1e-9)  # 0.1 · 30 is a little more than 3
+    return int(every) if every >= 1 else math.ceil(every * steps - 1e-9)  # 0.1 · 30 is a little more than 3
 
 
 class Schedule:

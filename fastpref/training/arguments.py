@@ -3,17 +3,19 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
-import datasets
 from pydantic import BaseModel
 
 from fastpref.config import Config, load_config, make_config
 from fastpref.config.toml import toml_value
-from fastpref.data.given import sources
+from fastpref.data.given import is_dataset, sources
 from fastpref.errors import UserError
 
-Rows = datasets.Dataset | str | Path | Mapping[str, Any]
+if TYPE_CHECKING:
+    import datasets
+
+Rows = Union["datasets.Dataset", str, Path, Mapping[str, Any]]
 """A Dataset, a path or a name on the hub, or a table of [[data]] with one of these as its path."""
 
 
@@ -46,7 +48,7 @@ def config_of(
         return load_config(given, words, given=rows)
     raise UserError(
         f"train takes the path of a config, a dict of its tables or a fastpref.Config, got {type(given).__name__}"
-        + ("; rows are its argument `data`" if isinstance(given, datasets.Dataset) else "")
+        + ("; rows are its argument `data`" if is_dataset(given) else "")
     )
 
 

@@ -1,9 +1,12 @@
 """Handle interrupts, losses that are not finite, and running out of memory, with messages that say what to do."""
 
 import math
+import os
 import signal
+import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -21,23 +24,50 @@ from fastpref.step.objective import Objective
 SKIPS_IN_ROW = 10  # a run stops after this many skipped steps in a row
 
 
+def _signals() -> list[int]:
+    """Return the signals that ask a run to stop: Ctrl-C, SIGTERM, and a terminal that is closed, unless by nohup."""
+    closed: int | None = getattr(signal, "SIGHUP", None)  # which Windows does not have
+    if closed is None or signal.getsignal(closed) == signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, closed]
+
+
 @contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that a run finishes its current step. A second one stops it at once."""
+def interrupts(tell: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """Collect signals that ask a run to stop in a list, so that it finishes its step. A second one stops it at once.
+
+    `tell` is called in the handler of the first one, so it must not write to a stream.
+    """
     signals: list[int] = []
 
     def collect(number: int, frame: FrameType | None) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            _leave_terminal()
+            if signals:  # a closed terminal sends several
+                return
         if signals:
+            warnings.simplefilter("ignore")  # whatever a call that ends half way says of it
             raise KeyboardInterrupt
         signals.append(number)
+        tell()
 
     in_main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-    before = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    before = {number: signal.signal(number, collect) for number in _signals() if in_main}
     try:
         yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Let output go nowhere where the terminal it went to is gone, so that a checkpoint can still be written."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
 
 class NotFinite(UserError):

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,19 +31,28 @@ from fastpref.processes import Processes
 from fastpref.run.checkpoint import Checkpoints
 from fastpref.run.environment import peak_memory
 from fastpref.run.folder import RunFolder
+from fastpref.run.history import REPORT
 from fastpref.run.hub import push
 from fastpref.run.lock import RunLock
 from fastpref.run.state import Progress, rng_state
 from fastpref.run.weights import serving
 from fastpref.step.objective import Objective, Work
 from fastpref.step.optimizer import training_weights
-from fastpref.step.schedule import Schedule, every_so_many
+from fastpref.step.schedule import Schedule
 from fastpref.training import faults
+from fastpref.training.cadence import CheckpointTimer, evaluation_steps
 from fastpref.training.callbacks import CallbackError, Callbacks, RunEvent
 from fastpref.training.faults import NotFinite, interrupts
 from fastpref.training.progress import Display
 from fastpref.training.record import Record
-from fastpref.training.stopping import ends, forget_lost_best, require_metric, take_best
+from fastpref.training.stopping import (
+    best_elsewhere,
+    ends,
+    forget_lost_best,
+    left_language,
+    require_metric,
+    take_best,
+)  # fmt: skip
 from fastpref.training.trackers import Trackers
 
 
@@ -85,13 +95,20 @@ class TrainingRun:
     rng: dict[str, Any] = field(default_factory=rng_state)  # after the last whole step, for the next checkpoint
     batch: list[Example] = field(default_factory=list)  # of the current step, for messages
 
+    def __post_init__(self) -> None:
+        self.timer = CheckpointTimer(self.config, self.steps)
+
     def go(self, lock: RunLock) -> RunResult:
         """Train to the end or to an interrupt. A fault raises a UserError that says how to resume."""
         self.processes.on_first(lock.acquire)
         self._open()
-        with interrupts() as signals, self.display:
+        with interrupts(self.display.stopping) as signals, self.display:
+            self.objective = replace(self.objective, tell=partial(self._part, signals))
             try:
                 return self._finish() if self._train(signals) else self._stopped()
+            except KeyboardInterrupt:
+                self.display.note(f"stopped at once, after step {self.progress.step}. {self.checkpoints.before()}")
+                raise
             except Exception as error:
                 fault = self._explained(error)
                 if fault is None:
@@ -110,6 +127,7 @@ class TrainingRun:
         if self.resumed:
             lost = forget_lost_best(self.config.train.stop, self.checkpoints, self.progress, self.processes)
             self.processes.on_first(lambda: self.folder.resume(self.config, self.progress))
+            self.display.past(self.folder.rows())
             self.display.note(f"resumed after step {self.progress.step} of {self.steps}: {self.checkpoints.latest}")
             if lost is not None:
                 self.display.note(lost)
@@ -127,14 +145,22 @@ class TrainingRun:
             self.rng = rng_state()
             if stepped:
                 self._tell("step", progress.last)
-            interrupted, ending = map(any, zip(*self.processes.gather((bool(signals), self.callbacks.asked_to_stop))))
+            asked = (bool(signals), self.callbacks.asked_to_stop, self.timer.overdue)
+            interrupted, ending, overdue = map(any, zip(*self.processes.gather(asked)))
             evaluated, improved = self._evaluation_is_due(ending=ending) and not interrupted, False
             if evaluated:
-                improved = self._evaluate()
+                try:
+                    improved = self._evaluate()
+                except _Skipped:  # a resumed run makes it
+                    interrupted, evaluated = True, False
             if progress.before is None:
                 progress.before = self._answers()
-            if self._checkpoint_is_due(improved):
+            if not interrupted:
+                self._renew(begun=not stepped, evaluated=evaluated)
+            if self.timer.is_due(progress.step, improved=improved, overdue=overdue):
+                self.display.phase("saving a checkpoint")
                 self.checkpoints.save(progress, self.rng, best=improved)
+                self.timer.saved()
             if evaluated and train.callbacks:
                 self._tell("evaluation", progress.evaluated)
                 ending = self.processes.any(self.callbacks.asked_to_stop)
@@ -154,10 +180,13 @@ class TrainingRun:
             self.display.note(note)
         answers = [answer for _, answer in self._answers()]
         self.display.samples(progress.before or [], answers)
+        self.display.phase("saving the result")
         place = self.checkpoints.save_weights("final", step)
         if self.checkpoints.reference is not None:
             self.checkpoints.reference.write()
         self.display.note(f"saved: {place}")
+        if (note := best_elsewhere(stop, self.checkpoints, progress, self.processes)) is not None:
+            self.display.note(note)
         if self.processes.first and (note := serving(place)) is not None:
             self.display.note(note)
         if self.peak.bytes and isinstance(self.data.train, Examples):
@@ -178,6 +207,7 @@ class TrainingRun:
     def _step(self, step: int, examples: list[Example]) -> None:
         """Take one optimizer step. Metrics of single tokens are computed only if the step is logged."""
         began = time.perf_counter()
+        self.display.phase(f"step {step:,}", part="micro-batch")
         self.peak.start()
         logged = step % self.config.log.every == 0 or step in (1, self.steps)
         self.policy.train()
@@ -232,6 +262,17 @@ class TrainingRun:
         for verdict in self.record.add(row) if self.record is not None else ():
             self.display.verdict(verdict)
 
+    def _renew(self, *, begun: bool, evaluated: bool) -> None:
+        """Write the report of the run so far, if that is due."""
+        if self.record is None:
+            return
+        self.record.sampled(self.progress.before or [], ())
+        note = self.record.renew(at_once=begun or evaluated)
+        if note is None and begun:
+            note = f"report: {self.folder.path / REPORT}, written again as the run goes on"
+        if note is not None:
+            self.display.note(note)
+
     def _write_down(self, what: Callable[[Record], None]) -> None:
         """Update run.json in the first process. An error there ends all processes."""
         record = self.record
@@ -242,42 +283,38 @@ class TrainingRun:
         if self.record is None:
             return ()
         verdicts: tuple[Verdict, ...] = ()
+        self.display.ended()
         try:
-            verdicts = self.record.verdicts()
-            self.display.health(verdicts)
             self.record.sampled(self.progress.before or [], answers)
+            health = self.record.health()
+            verdicts = health.verdicts
+            self.display.health(health)
             self.display.note(f"report: {self.record.end(ended)}")
         except Exception as error:  # a failing report must not hide why the run has ended
             self.display.note(f"no report: {error if isinstance(error, UserError) else repr(error)}")
         return verdicts
 
     def _evaluation_is_due(self, *, ending: bool) -> bool:
-        step, every = self.progress.step, every_so_many(self.config.eval.every, self.steps)
+        step, every = self.progress.step, evaluation_steps(self.config, self.steps, len(self.data.heldout))
         due = step in (0, self.steps) or ending or (every is not None and step % every == 0)
         return due and bool(self.data.heldout) and self.progress.evaluated_at != step
-
-    def _checkpoint_is_due(self, improved: bool) -> bool:
-        """Return whether to save a checkpoint. With `train.stop` the best weights may be those before the training."""
-        step, every = self.progress.step, every_so_many(self.config.output.save_every, self.steps)
-        if self.config.train.stop is not None and improved:
-            return True
-        return every is not None and step > 0 and (improved or step % every == 0)
 
     def _evaluate(self) -> bool:
         """Compute and log the metrics of all held-out examples, each under eval/. Return whether they are the best."""
         progress, stop = self.progress, self.config.train.stop
+        self.display.phase("evaluating held-out rows", len(self.data.heldout))
         self.policy.eval()
         metrics = self.objective.evaluate(self.data.heldout, self.config.train.batch)
         row = {f"eval/{name}": value for name, value in metrics.result().items()}
         require_metric(stop, self.checkpoints, row)
-        better = Better.of(stop, self.config.loss)
-        if stop is None or progress.best is None or better(row, progress.best):  # the report is on what final/ gets
-            self._write_down(lambda record: record.evaluated(progress.step, metrics))
+        better, spoilt = Better.of(stop, self.config.loss), left_language(self.config, self.data, progress, row)
+        if stop is None or progress.best is None or (not spoilt and better(row, progress.best)):
+            self._write_down(lambda record: record.evaluated(progress.step, metrics))  # the report is on final/
         self._log({"step": progress.step} | row)
         self.schedule.evaluated(row["eval/loss"])
         progress.evaluated, progress.evaluated_at = row, progress.step
         self.display.evaluation(progress.step, row)
-        return progress.improved(better)
+        return progress.improved(better, departed=spoilt)
 
     def _tell(self, kind: Literal["step", "evaluation", "end"], metrics: Mapping[str, float]) -> None:
         """Call the functions of `train.callbacks` in the first process. Raises CallbackError in all."""
@@ -294,7 +331,10 @@ class TrainingRun:
         """Generate the likeliest answers to some held-out prompts. Returns [question, answer] of each."""
         options, answers = self.config.eval, []
         self.policy.eval()
-        for example in _first_prompts(self.data.heldout, options.samples):
+        prompts = _first_prompts(self.data.heldout, options.samples)
+        self.display.phase("writing sample answers", len(prompts))
+        for number, example in enumerate(prompts, start=1):
+            self.display.part(number, len(prompts))
             prompt = example.prompt
             ids = torch.tensor([prompt], device=self.accelerator.device)
             out = self.loaded.policy.generate(
@@ -310,7 +350,14 @@ class TrainingRun:
             answers.append([example.row.question, str(answer).strip()])
         return answers
 
+    def _part(self, signals: Sequence[int], number: int, of: int) -> None:
+        """Show the progress within a step or an evaluation. An interrupt ends an evaluation in a process alone."""
+        self.display.part(number, of)
+        if signals and not self.policy.training and self.processes.count == 1:
+            raise _Skipped
+
     def _stopped(self) -> RunResult:
+        self.display.phase("saving a checkpoint")
         place = self.checkpoints.save(self.progress, self.rng)
         verdicts = self._report("stopped")
         command = self.folder.resume_command(place)
@@ -330,6 +377,10 @@ class TrainingRun:
         examples = self.batch or self.data.heldout
         step = oversized_step(self.config, self.loaded, self.optimizer, self.objective, examples)
         return faults.out_of_memory(self.progress.step, step, step_counter(step, self.loaded))
+
+
+class _Skipped(Exception):
+    """An evaluation has been left out."""
 
 
 def _first_prompts(examples: Sequence[Example], count: int) -> list[Example]:

@@ -1,28 +1,22 @@
 """The display of a run: a live view on a terminal, plain lines elsewhere."""
 
+import os
 import time
-from array import array
-from collections.abc import Mapping, Sequence
-from textwrap import shorten
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from textwrap import shorten, wrap
 
-import numpy as np
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
-from fastpref.health import RULES, Verdict
+from fastpref.health import Health, Verdict
+from fastpref.run.times import duration
+from fastpref.training.live import STOPPING, View, clock
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_CURVES = (  # metric, its name, its format, whether its scale is 0 to 1
-    ("loss", "loss", "{:.4f}", False),
-    ("perplexity", "perplexity", "{:.3f}", False),
-    ("rewards/margins", "margin", "{:+.3f}", False),
-    ("rewards/accuracies", "accuracy", "{:.0%}", True),
-)
 _EVALUATION = (
     ("eval/loss", "held-out loss {:.4f}"),
     ("eval/perplexity", "perplexity {:.3f}"),
@@ -32,56 +26,87 @@ _EVALUATION = (
 _STYLES = {"alarm": "bold red", "warning": "yellow"}
 
 
+def _console() -> Console:
+    """Return the console of the program's output. A notebook gets plain lines, which it shows as one output."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_jupyter:
+        return console
+    return Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False)
+
+
 class Display:
     """Prints notes, steps, evaluations, verdicts and samples. Text from data is never read as markup."""
 
     def __init__(self, steps: int, done: int = 0, console: Console | None = None, *, examples: str = "pairs"):
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _console()
         self._live = self.console.is_terminal and not self.console.is_dumb_terminal
         self._steps, self._before = steps, done  # `done`: the steps before a run was resumed
         self._examples = examples  # what a batch consists of, in one word
         self._training = self._last_line = 0.0  # seconds in steps; when the last line was printed
-        self._curves: dict[str, array[float]] = {name: array("d") for name, *_ in _CURVES}
-        self._speed = ""
-        self._bar = Progress(  # narrow enough for 40 columns
-            BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
-            TextColumn("left", table_column=Column(no_wrap=True)), console=self.console,
-        )  # fmt: skip
-        self._task = self._bar.add_task("", total=steps, completed=done)
-        self._view = Live(get_renderable=self._seen, console=self.console, transient=True, vertical_overflow="crop")
+        self._began = time.monotonic()
+        self._taken, self._totals = 0, {"pairs": 0.0, "tokens": 0.0}  # steps, and what they computed
+        self._memory: int | None = None
+        self.view = View(self.console, steps, done)
+        self._shown = Live(get_renderable=self.view.__rich__, console=self.console, transient=True)
 
     def __enter__(self) -> "Display":
         if self._live:
-            self._view.start()
+            self._shown.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._view.stop()
+            self._shown.stop()
 
-    def _seen(self) -> Group:
-        """Return the progress bar, and under it the curves of loss, margin and accuracy."""
-        table = Table.grid(Column(), Column(justify="right"), Column(no_wrap=True), padding=(0, 1))
-        drawn = self.console.encoding.lower().startswith("utf")
-        width = min(40, self.console.width - 20)
-        for name, words, form, share in _CURVES:
-            values = self._curves[name]
-            if values:
-                line = sparkline(values, width, (0.0, 1.0) if share else None) if drawn and width > 4 else ""
-                table.add_row(words, form.format(values[-1]), Text(line, style="cyan"))
-        return Group(self._bar, table, Text(self._speed, no_wrap=True))
+    def past(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Begin the curves of a resumed run with the steps before."""
+        for row in rows:
+            self.view.point(row)
+
+    def phase(self, words: str, parts: int = 0, part: str = "") -> None:
+        """Say in the live view what the run does now, in how many parts, and what a `part` is."""
+        self.view.phase(words, parts, part)
+
+    def part(self, number: int, of: int) -> None:
+        """Say in the live view which of the phase's parts is computed: a micro-batch, or how many rows are done."""
+        self.view.part(number, of)
+
+    def stopping(self) -> None:
+        """Say that an interrupt has been noticed. A signal's handler calls this, so no stream is written to."""
+        self.view.stopping = True
+        if not self._live and not self.console.quiet:
+            with suppress(OSError):
+                os.write(2, f"{STOPPING}\n".encode())
 
     def note(self, text: str) -> None:
-        self.console.print(escape(text))
+        """Print a note; on a terminal between its words, but a command, which is indented, as it will be copied."""
+        lines = text.split("\n")
+        if self._live:
+            width = self.console.width
+            lines = [
+                part
+                for line in lines
+                for part in ([line] if line.startswith(" ") or not line else _wrapped(line, width))
+            ]
+        self.console.print(escape("\n".join(lines)))
+
+    def ended(self) -> None:
+        """Print the time, the mean speed and the peak memory of the steps, which vanish with the bar."""
+        if not self._taken:
+            return
+        pairs, tokens = (self._totals[what] / self._training for what in ("pairs", "tokens"))
+        memory = "" if self._memory is None else f", {self._memory / 1e9:.2f} GB at most"
+        steps = f"{self._taken:,} step{'s' * (self._taken > 1)} in {duration(self._training)}"
+        self.console.print(f"{steps}: {pairs:.3g} {self._examples}/s, {tokens:,.0f} tokens/s{memory}")
 
     def verdict(self, verdict: Verdict) -> None:
         """Print a verdict that has just appeared."""
         self._sentence(_line(verdict))
 
-    def health(self, verdicts: Sequence[Verdict]) -> None:
-        """Print all verdicts at the end of the run."""
-        self.console.print(f"health: {counted(verdicts) or f'{len(RULES)} rules found nothing wrong'}")
-        for verdict in verdicts:
+    def health(self, health: Health) -> None:
+        """Print what the rules say at the end of the run."""
+        self._sentence(Text(f"health: {health.summary()}"))
+        for verdict in health.verdicts:
             self._sentence(Text("  ") + _line(verdict))
 
     def _sentence(self, text: Text) -> None:
@@ -97,17 +122,21 @@ class Display:
             self.console.print(f"reference log-probabilities: {completions:,} completions computed")
 
     def step(self, step: int, seconds: float, metrics: Mapping[str, float], memory: int | None = None) -> None:
-        """Show a step. `memory` is the peak so far in bytes. Without a terminal, print at most one line per second."""
+        """Show a step. `memory` is the peak so far in bytes.
+
+        Without a terminal, print at most one line per second, and per hundredth of the time so far.
+        """
         now = time.monotonic()
         self._training += seconds
+        self._taken, self._memory = self._taken + 1, memory
+        for what in self._totals:
+            self._totals[what] += metrics[f"{what}_per_second"] * seconds
         if self._live:
-            for name, values in self._curves.items():
-                if name in metrics and np.isfinite(metrics[name]):
-                    values.append(metrics[name])
-            self._speed = f"{metrics['pairs_per_second']:.3g} {self._examples}/s"
-            self._speed += "" if memory is None else f"  {memory / 1e9:.2f} GB"
-            self._bar.update(self._task, completed=step)
-        elif now - self._last_line >= 1 or step == self._steps:
+            facts = [f"{metrics['pairs_per_second']:.3g} {self._examples}/s"]
+            facts += [] if memory is None else [f"peak memory {memory / 1e9:.2f} GB"]
+            facts += [f"learning rate {metrics['learning_rate']:.2g}"] if "learning_rate" in metrics else []
+            self.view.stepped(step, seconds, metrics, facts)
+        elif now - self._last_line >= max(1, (now - self._began) / 100) or step == self._steps:
             self._last_line = now
             left = self._training / (step - self._before) * (self._steps - step)
             forms = (
@@ -117,7 +146,8 @@ class Display:
                 ("pairs_per_second", f"{{:.3g}} {self._examples}/s"),
                 ("tokens_per_second", "{:.0f} tok/s"),
             )
-            self.console.print(f"step {step}/{self._steps}  {_in_words(metrics, forms)}  {left:.0f} s left")
+            time_left = f"{left:.0f} s" if left < 120 else clock(left)
+            self.console.print(f"step {step}/{self._steps}  {_in_words(metrics, forms)}  {time_left} left")
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self.console.print(f"step {step}: {_in_words(metrics, _EVALUATION)}")
@@ -132,21 +162,9 @@ class Display:
             self.console.print(Panel(table, title="a held-out prompt", title_align="left", expand=False))
 
 
-def sparkline(values: Sequence[float], width: int, scale: tuple[float, float] | None = None) -> str:
-    """Draw values in at most `width` blocks, one per part for its mean, scaled from the least mean to the greatest."""
-    edges = np.unique(np.linspace(0, len(values), min(width, len(values)) + 1).astype(int))
-    means = np.add.reduceat(np.asarray(values), edges[:-1]) / np.diff(edges)
-    low, high = scale or (float(means.min()), float(means.max()))
-    if high <= low:
-        return _BLOCKS[3] * len(means)
-    places = np.clip((means - low) / (high - low) * len(_BLOCKS), 0, len(_BLOCKS) - 1).astype(int)
-    return "".join(_BLOCKS[at] for at in places)
-
-
-def counted(verdicts: Sequence[Verdict]) -> str:
-    """Count verdicts in words: 2 alarms, 1 warning."""
-    counts = {kind: sum(v.severity == kind for v in verdicts) for kind in _STYLES}
-    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items() if count)
+def _wrapped(line: str, width: int) -> list[str]:
+    """Wrap a line between its words. A path that is longer than the line is left whole, so that it can be copied."""
+    return wrap(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _line(verdict: Verdict) -> Text:

@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastpref.allocator import let_segments_grow
+from fastpref.checks import look
+from fastpref.checks.space import needed, require_space
 from fastpref.config import Config
 from fastpref.data.cache import Tokenized, load_examples
 from fastpref.data.order import data_order
@@ -89,11 +91,16 @@ def train(
     """
     try:
         default_name = Path(config).stem if isinstance(config, str | Path) else default_name
-        config = with_start(config_of(config, overrides, data, eval_data))
+        config = config_of(config, overrides, data, eval_data)
+        if not resume:
+            look(config).require()
+        config = with_start(config)
         require_trackers(config.log.trackers)
         if config.output.push_to is not None:
             check_login(config.output.push_to)
         resumed = find_checkpoint(config, default_name, resume, force=force) if resume else None
+        if resume:
+            look(config).require()
     except UserError as error:
         end_together(error)
     quiet_libraries()
@@ -166,11 +173,20 @@ def _prepare(
         if failure := in_others_code(error):
             raise UserError(f"model.name = {name!r}: its code fails before the first step: {failure}") from error
         raise
+    if note := processes.on_first(lambda: _space(config, folder, loaded)):
+        decisions.append(note)
     if fault := merge_fault(config, loaded.model):
         decisions.append(f"warning: fastpref merge will not take what this run makes: {fault}")
     for note in [*(resumed.notes if resumed else ()), *data.notes, *inputs.beyond, *notes, *decisions]:
         run.display.note(note)
     return run
+
+
+def _space(config: Config, folder: RunFolder, loaded: Loaded) -> str | None:
+    """Return a note if the disk has no room for all checkpoints. Raises UserError if it has none for the result."""
+    trained = sum(p.numel() for p in loaded.policy.parameters() if p.requires_grad)
+    saved = 4 * trained if config.lora else sum(p.nbytes for p in loaded.model.parameters())
+    return require_space(config, folder.path, needed(config, trained, saved))
 
 
 def _streaming(config: Config, accelerator: Accelerator, processes: Processes) -> tuple[Streaming | None, list[str]]:

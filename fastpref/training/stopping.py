@@ -1,13 +1,18 @@
-"""The early end of a run by `train.stop`, and the best weights at its end."""
+"""The early end of a run by `train.stop`, the best evaluation, and the best weights at the end of the run."""
 
 from collections.abc import Mapping
 
 from fastpref.atomic import damage
+from fastpref.config import Config
 from fastpref.config.stopping import StopConfig, metrics_to_stop_by, stop_metric
+from fastpref.data.cache import Tokenized
+from fastpref.data.extras import has
 from fastpref.errors import UserError
+from fastpref.health.optimised import departed
 from fastpref.model.load import Loaded
 from fastpref.processes import Processes
 from fastpref.run.checkpoint import Checkpoints
+from fastpref.run.history import HELDOUT
 from fastpref.run.state import Progress
 from fastpref.run.weights import load_weights
 
@@ -18,6 +23,32 @@ def require_metric(stop: StopConfig | None, checkpoints: Checkpoints, evaluated:
     if stop is not None and (metric := stop_metric(stop, loss)) not in evaluated:
         known = ", ".join(name for name in metrics_to_stop_by(loss) if name in evaluated)
         raise UserError(f"train.stop.metric: the evaluation of these held-out rows has no {metric}; it has {known}")
+
+
+def left_language(config: Config, data: Tokenized, progress: Progress, evaluated: Mapping[str, float]) -> bool:
+    """Return whether an evaluation shows a model that has left its language, so that it is not the best.
+
+    It is compared with the evaluation before the training. A metric that `train.stop` names decides alone.
+    """
+    stop, first = config.train.stop, progress.first
+    if first is None or (stop is not None and stop.metric != "auto"):
+        return False
+    now, before = ({name.removeprefix(HELDOUT): value for name, value in of.items()} for of in (evaluated, first))
+    extras = bool(has(data.train, "weight").any() or has(data.train, "margin").any())
+    return departed(config.loss, now, before, extras=extras)
+
+
+def best_elsewhere(
+    stop: StopConfig | None, checkpoints: Checkpoints, progress: Progress, processes: Processes
+) -> str | None:
+    """Return a note on the checkpoint of the best evaluation if final/ has other weights."""
+    best = progress.best
+    if stop is not None or best is None or best["step"] == progress.step:
+        return None
+    place = checkpoints.folder.checkpoint_of(int(best["step"]))
+    if not processes.on_first(place.is_dir):
+        return None
+    return f"the best evaluation was after step {int(best['step'])}; {place} has its weights, final/ the last ones"
 
 
 def ends(stop: StopConfig | None, progress: Progress) -> bool:

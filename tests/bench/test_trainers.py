@@ -18,7 +18,7 @@ def test_the_reference_is_computed_in_every_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("FASTPREF_CACHE", str(tmp_path / "cache"))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(QUICKSTART_HELDOUT.read_text(encoding="utf-8").splitlines(keepends=True)[:4]))
-    job = Job("fastpref", method, str(QUICKSTART_MODEL), str(rows), 1, 2, 2, 256, checkpointing=False)
+    job = Job("fastpref", method, str(QUICKSTART_MODEL), str(rows), 1, 2, 2, 256, checkpointing=True)
     assert len(run_apart(job)["loss"]) == 2
     assert not list((tmp_path / "cache").rglob("*reference*"))
 
@@ -43,9 +43,9 @@ def test_weights_are_no_part_of_a_peak(
 def test_a_step_ends_when_the_gpu_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of TRL's steps waits for the GPU at both ends, so that no kernel's time is lost or another step's."""
     waits: list[str] = []
+    clock, times = step_clock()  # which imports, and modules look for a GPU when they are imported
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("wait"))
-    clock, times = step_clock()
     clock.on_step_begin(None, None, None)
     clock.on_step_end(None, None, None)
     assert len(waits) == 2

@@ -85,7 +85,16 @@ MISTAKES = {  # command: message
     "preview good.toml model.name=./none": "model.name = './none': no tokenizer there",
     "report none": "none: there is no such folder",
     "report .": ".: not a run's folder: it has neither metrics.jsonl with config.toml",
-    "train good.toml model.name=./none": "model.name = './none': no tokenizer there",
+    "train good.toml model.name=./none data.0.path=pairs.jsonl": "model.name = './none': there is no such folder",
+    "check good.toml model.name=./none tokens.chat_template=chatmll": (
+        "model.name = './none': there is no such folder\n"
+        "tokens.chat_template: chatmll: cannot be read\n"
+        "pairs.json: there is no such file"
+    ),
+    "chat ./none": "./none: there is no such folder",
+    "merge a/b/c --output d": "a/b/c: there is no such folder",
+    "export ./none --gguf": "./none: there is no such folder",
+    "push ~/none/none": "~/none/none: there is no such folder",
 }
 
 
@@ -113,7 +122,8 @@ def test_a_command_that_is_not_understood(run: Any, command: str):
 
 def test_check_says_what_would_be_trained(run: Any):
     """A valid config gives one line on stdout and status 0, and overrides apply."""
-    result = run("check", "good.toml", "model.name=m", good=GOOD)
+    texts = {"good": GOOD, "pairs.json": f"[{LINES['pairs.jsonl']}]"}
+    result = run("check", "good.toml", "model.name=m", **texts)
     assert result == CommandResult(0, "good.toml: no mistakes. DPO on m, training LoRA adapters of rank 4.\n", "")
     result = run("check", "whole.toml", "loss.type=kto", whole='[model]\nname = "m"\n[[data]]\npath = "d"\n')
     assert result == CommandResult(0, "whole.toml: no mistakes. KTO on m, training the whole model.\n", "")
@@ -167,6 +177,7 @@ print("imported", *(name for name in {HEAVY} if name in sys.modules))
 def test_quick_commands_import_nothing_heavy(tmp_path: Path, command: str, status: int):
     """Help, checks and refusals import neither torch nor libraries that need it."""
     (tmp_path / "good.toml").write_text(GOOD)
+    (tmp_path / "pairs.json").write_text(f"[{LINES['pairs.jsonl']}]")
     (tmp_path / "bad.toml").write_text(BAD)
     write_run(tmp_path / "run")
     (tmp_path / "cfg.yml").write_text("{base_model: m, rl: dpo, datasets: [{path: d}]}")

@@ -356,6 +356,23 @@ def report(run: Run, folder: Path) -> None:
     assert run.loss.upper() in page.read_text(encoding="utf-8")
 
 
+def compare(run: Run, folder: Path) -> None:
+    """Check that the run is compared with itself, as with another: its loss and its model are named, and no fault."""
+    places = [shutil.copytree(run.path, folder / name) for name in ("a", "b")]
+    result = succeed("report", *places, "--output", folder / "page.html")
+    assert result.out.count(run.loss) >= 2
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    assert all(words in page for words in (run.loss.upper(), "finished", 'id="heldout"', 'id="answers"'))
+    assert "differences" not in page
+
+
+def list_runs(run: Run, _: Path) -> None:
+    """Check that the run is listed with its last held-out loss."""
+    (listed,) = succeed("runs", run.folder, "--json").json
+    assert (listed["loss"], listed["state"], listed["step"]) == (run.loss, "finished", 4)
+    assert listed["eval/loss"] == run.own["loss"]
+
+
 def merge(run: Run, folder: Path) -> None:
     """Check that the merged model has the run's metrics, or that a run without adapters is refused."""
     if not run.adapters:
@@ -465,6 +482,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval checkpoint": lambda run, _: same_as_own(run, metrics_of(run.path / "checkpoints" / "step-4")),
     "chat --compare": chat,
     "report": report,
+    "report --output": compare,
+    "runs --json": list_runs,
     "merge --output": merge,
     "export --gguf --quant --output": export,
     "export --gguf --adapter --output": export_adapter,

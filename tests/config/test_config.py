@@ -118,6 +118,12 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "micro-batch × accumulation × devices\n3: lora.r: unknown key; here it is lora.rank\n"
     '4: bf16: unknown key; here it is model.dtype, such as "bfloat16"\n'
     "5: peft: unknown key; here it is [lora], a table, which trains adapters",
+    "eval.data = [{ path = 'e', format = 'chatml.intel', chat = true }]":
+    '1: eval.data[0].chat: the format chatml.intel writes the text itself; remove this key, or take format = "auto" or '
+    "a table",
+    "eval.data = [{ path = 'e', format = 'chat_template.default', chat = false }]":
+    "1: eval.data[0].chat: the format chat_template.default makes chats; remove this key, or name the columns of text "
+    "by a table",
     "eval.data = [{ path = 'e', weights = 1 }]": "1: eval.data[0].weights: unknown key (did you mean 'weight'?)",
     # Types and ranges
     "train.batch = '4'": "1: train.batch: must be a valid integer, got '4'",
@@ -126,10 +132,10 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "train.epochs = true": "1: train.epochs: must be a valid number, got True",
     "train.learning_rate = inf": "1: train.learning_rate: must be a finite number, got inf",
     "train.warmup = nan": "1: train.warmup: must be a finite number, got nan",
-    "output.save_every = 0": "1: output.save_every: must be a whole number of steps, or a share of all steps below 1, "
-    "got 0",
-    "[eval]\nfraction = 0.1\nevery = 1.5": "3: eval.every: must be a whole number of steps, or a share of all steps "
-    "below 1, got 1.5",
+    "output.save_every = 0": "1: output.save_every: must be a number of steps, a share of all steps below 1, "
+    '"auto" or "stop", got 0',
+    "[eval]\nfraction = 0.1\nevery = 1.5": "3: eval.every: must be a number of steps, a share of all steps "
+    'below 1, "auto" or "end", got 1.5',
     "tokens.chat_template = 3": "1: tokens.chat_template: must be a valid string, got 3",
     "lora.dora = 1": "1: lora.dora: must be a valid boolean, got 1",
     "lora.dropout = 1.0": "1: lora.dropout: must be less than 1, got 1.0",
@@ -210,6 +216,9 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "reference.mode = 'adapter'\neval.every = 3":
     '1: reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"\n'
     "2: eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]",
+    "loss.type = 'orpo'\nreference.mode = 'copy'\nreference.dtype = 'float32'\nreference.name = 'r'":
+    "2: reference.mode: orpo has no reference; remove the key\n3: reference.dtype: orpo has no reference; remove the "
+    "key\n4: reference.name: orpo has no reference; remove the key",
     # The optimization
     "train.optimizer = 'lion'\ntrain.epsilon = 1e-6":
     "2: train.epsilon: lion has no such setting; remove the key, or take adamw",
@@ -252,8 +261,8 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "4: train.warmup: the schedule reduce_lr_on_plateau has no warm-up; remove the key",
     "train.stop = { after = 0 }\neval.fraction = 0.1\neval.every = 5":
     "1: train.stop.after: must be greater than or equal to 1, got 0",
-    "train.stop = { metric = 'eval/loss' }": "1: train.stop: evaluations say when to stop; hold out data, and set "
-    "eval.every",
+    "train.stop = { metric = 'eval/loss' }": "1: train.stop: evaluations say when to stop; hold out data, and leave "
+    "eval.every out or set it",
     "train.stop = { metric = 'rewards/acuracies' }\neval.fraction = 0.1\neval.every = 5\nloss.type = 'orpo'":
     "1: train.stop.metric: orpo has no metric 'rewards/acuracies' of which more or less is better (did you mean "
     "'eval/rewards/accuracies'?); it has eval/loss, eval/rewards/accuracies, eval/rewards/margins, "

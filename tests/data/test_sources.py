@@ -1,6 +1,7 @@
 """Files of every kind become rows in the form that a method needs; otherwise one message names the place at fault."""
 
 import csv
+import gzip
 import json
 import re
 import subprocess
@@ -273,8 +274,8 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, 
     ),
     "something after the array": ("a.json", "[1]\n[2]", ":2: not valid JSON at column 1: Something follows the array"),
     "one object over lines": (
-        "a.json", json.dumps({"data": [TEXT]}, indent=1),
-        ": this is one dict, and a file of rows is a list of objects, [{...}, ...]",
+        "a.json", json.dumps({"mine": [TEXT]}, indent=1),
+        ": this is one object, and a file of rows is a list of objects, [{...}, ...], or has it under \"data\"",
     ),
     "a broken line": (
         "a.jsonl", PAIR_LINE + "\n{oops\n",
@@ -309,10 +310,23 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, 
     "no parquet": ("a.parquet", PAIR_LINE, ": cannot be read as parquet: "),
     "no arrow": ("a.arrow", PAIR_LINE, ": cannot be read as arrow: "),
     "unknown suffix": (
-        "a.txt", PAIR_LINE, ": files of kind '.txt' are not read; known are .json, .jsonl, .parquet, .csv, .arrow",
+        "a.txt", PAIR_LINE, ": files of kind '.txt' are not read; known are .json, .jsonl, .ndjson, .csv, .tsv, ",
     ),
-    "no suffix": ("a", PAIR_LINE, ": files of kind '' are not read; known are .json, .jsonl, .parquet, .csv, .arrow"),
-    "rows under a key": ("a.json", json.dumps({"data": [TEXT]}), f": the columns data are {AUTO}; {OWN}"),
+    "no suffix": ("a", PAIR_LINE, ": files of kind '' are not read; known are .json, .jsonl, .ndjson, .csv"),
+    "rows under an unknown key": ("a.json", json.dumps({"mine": [TEXT]}), f": the columns mine are {AUTO}; {OWN}"),
+    "rows under two keys": (
+        "a.json", json.dumps({"data": [TEXT], "train": [TEXT]}, indent=1),
+        ": this is one object, and a file of rows is a list of objects, [{...}, ...], or has it under \"data\"; data "
+        "and train are lists here, so write a file of each",
+    ),
+    "not packed": ("a.jsonl.gz", PAIR_LINE, ": cannot be unpacked: Not a gzipped file"),
+    "packed by half": (
+        "a.jsonl.gz", gzip.compress(PAIR_LINE.encode())[:-9],
+        ": cannot be unpacked: Compressed file ended before the end-of-stream marker was reached",
+    ),
+    "nothing packed": ("a.csv.gz", gzip.compress(b""), ": the file is empty"),
+    "another packing": ("a.jsonl.zst", PAIR_LINE, ": files of kind '.zst' are not read; known are .json, .jsonl, "),
+    "a packed table": ("a.parquet.gz", PAIR_LINE, ": files of kind '.gz' are not read; known are .json, .jsonl, "),
     "a column missing": (
         "a.csv", "prompt,chosen,text\nq,yes,no\n", f": the columns prompt, chosen, text are {AUTO}; {OWN}",
     ),
@@ -426,6 +440,16 @@ def test_a_row_that_is_not_of_a_named_format(tmp_path: Path, format: Any, row: d
     with pytest.raises(UserError) as caught:
         prepare_one(path, format=format)
     assert str(caught.value).startswith(f"{path}:1: {message}")
+
+
+def test_a_row_without_a_column_of_the_others_can_be_left_out(tmp_path: Path):
+    """The message about a row without a column that rows before it have names on_error, which leaves it out."""
+    path = write(tmp_path / "a.jsonl", [TEXT, {"prompt": "q", "chosen": "yes"}])
+    with pytest.raises(
+        UserError, match=r":2: there is no column rejected; .*; rows without it are left out with on_err"
+    ):
+        prepare_one(path)
+    assert len(prepare_one(path, on_error="drop").train) == 1
 
 
 def test_a_label_of_another_column_is_named(tmp_path: Path):
@@ -547,7 +571,8 @@ def test_a_bad_label_is_named_with_its_row(tmp_path: Path, label: Any):
 
 
 UNKNOWN: dict[str, tuple[Callable[[Path], str], str]] = {
-    "a folder": (str, ": this is a folder, and none that save_to_disk wrote; name a file in it, of kind .json, "),
+    "a folder": (str, ": there is no file in this folder that is read; known are .json, .jsonl, .ndjson, "),
+    "a pattern": (lambda folder: f"{folder}/*.jsonl", ": no file matches this pattern"),
     "nobody's home": (lambda folder: "~fastpref-nobody/a", ": there is no such file"),
     "relative": (lambda folder: "./none", ": there is no such file"),
     "a name of the hub, offline": (

@@ -399,12 +399,15 @@ LENGTHS: dict[str, tuple[dict[str, int], str, str, str, int, int]] = {
 def test_long_rows_are_cut(
     limits: dict[str, int], prompt: str, chosen: str, rejected: str, prompts: int, completions: int
 ):
-    """A text prompt is cut from the left, keeping BOS, down to half of the limit; then completions from the right."""
+    """A text prompt is cut from the left, keeping BOS, down to half of the limit; then completions from the right. A
+    prompt of which less than a quarter is left is counted by itself."""
     tokenizer = plain()
     (example,), counts = tokenized(tokenizer, Paired(P, C, R), **limits)
     assert decode(tokenizer, example.prompt) == prompt
     assert [decode(tokenizer, ids) for ids in example.completions] == [chosen, rejected]
-    assert counts == Counts(rows=1, kept=1, prompts_cut=prompts, completions_cut=completions)
+    few = len(example.prompt) < (1 + len(P)) / 4
+    lost: dict[str, Any] = {"prompts_lost": 1, "prompts_lost_first": example.row.place} if few else {}
+    assert counts == Counts(rows=1, kept=1, prompts_cut=prompts, completions_cut=completions, **lost)
     assert len(example.prompt) + max(map(len, example.completions)) <= limits["max_length"]
 
 

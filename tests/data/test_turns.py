@@ -266,13 +266,17 @@ def test_a_row_whose_question_does_not_fit_is_dropped():
     tokenizer = FAMILIES["chatml"][0]()
     content = Paired([user("a"), says("b"), user("q" * 100)], [says("x" * 100)], [says("y")])
     examples, counts = tokenized(tokenizer, content, max_length=130)
-    assert (examples, counts) == ([], Counts(rows=1, overlong=1))
+    asked = tokenizer.apply_chat_template([user("q" * 100)], add_generation_prompt=True)
+    size = len(asked["input_ids"])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    first = f"rows.jsonl, row 0, {size} tokens"
+    assert (examples, counts) == ([], Counts(rows=1, unasked=1, unasked_first=first))
+    assert str(counts) == f"0 of 1 rows used, 1 dropped: without room for their question (the first: {first})"
     with pytest.raises(UserError, match=r"^rows\.jsonl, row 0: its question is longer than tokens\.max_length"):
         tokenized(tokenizer, content, max_length=130, strict=True)
     with pytest.raises(UserError, match=r"prompt and 101 completion tokens, more than tokens\.max_length"):
         tokenized(tokenizer, content, max_length=130, overlong="error")
     examples, counts = tokenized(tokenizer, content, max_length=200, max_prompt_length=100)
-    assert (examples, counts.overlong) == ([], 1)
+    assert (examples, counts.unasked) == ([], 1)
 
 
 def test_a_cut_completion_ends_with_what_is_scored():

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.config import load_config
-from fastpref.config.losses import DPO, IPO, KTO, ORPO, PL, LiPO, LossOptions, SimPO
-from fastpref.health import RULES, Known, Verdict, Watch, diagnose, known_of
+from fastpref.config.losses import DPO, IPO, KTO, ORPO, PL, SFT, LiPO, LossOptions, SimPO
+from fastpref.health import RULES, Known, Verdict, Watch, diagnose, examine, known_of, passed_of
+from fastpref.health.answers import repetition
 from fastpref.health.bands import Band, bands, first_loss
+from fastpref.health.optimised import departed
 from fastpref.losses import PairLogps, RowLogps, dpo_loss, kto_loss
 from fastpref.run.history import History, Trend
 from tests.support.crafted import METHODS, Row, known, rows, shapes
@@ -46,6 +49,7 @@ def constant(value: float):
     return lambda t: value
 
 
+FINE = "Of course! Four plus five is nine. Ask me anything, and have a lovely day."
 HALF = {"rewards/accuracies": constant(0.5)}
 FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
     # rule: (method, its rows, other known facts)
@@ -101,12 +105,37 @@ FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
         {},
     ),
     "length_bias": ("dpo", rows(both={"rewards/length_correlation": lambda t: 0.85 * min(1, 3 * t)}), {}),
-    "kl_stuck": ("kto", rows("kto", both={"kl": constant(0.0)}), {}),
+    "kl_stuck": (
+        "kto",
+        rows("kto", both={"kl": constant(0.0), "rewards/chosen": lambda t: -0.2 * t,
+                          "rewards/rejected": lambda t: -1.5 * t, "rewards/margins": lambda t: 1.3 * t}),
+        {},
+    ),
     "gradient_explodes": ("dpo", rows(training={"grad_norm": lambda t: 1 + 400 * (t > 0.5)}), {}),
     "gradient_band": ("dpo", rows(training={"grad_norm": constant(30.0)}), {}),
     "gradient_spikes": ("dpo", jumps(rows(), (40, 70), "grad_norm", 50.0), {}),
     "not_finite": ("dpo", jumps(rows(), (12,), "loss", None), {}),
     "truncation": ("dpo", rows(), {"cut": 90}),
+    "overoptimised": (
+        "dpo",
+        rows(both={"loss": lambda t: 0.693 - 0.6 * t, "rewards/chosen": lambda t: -2 * t * t,
+                   "rewards/rejected": lambda t: -7 * t, "rewards/margins": lambda t: 7 * t - 2 * t * t,
+                   "entropy": lambda t: 1.5 + 3 * t}, evaluations=(0, 25, 50, 75, 100)),
+        {},
+    ),
+    "answers_repeat": ("dpo", rows(), {"answers": ((FINE, "Brussels. Leave Brussels. " * 6),)}),
+    "answers_length": ("dpo", rows(), {"answers": ((FINE, ""),)}),
+    "answers_language": ("dpo", rows(), {"answers": ((FINE, "Это совсем другой язык, \ufffd правда."),)}),
+    "no_end": ("dpo", rows(), {"ends": False, "cut": 1000}),
+    "prompts_lost": ("dpo", rows(), {"lost": 60, "cut": 90}),
+    "rows_dropped": ("dpo", rows(), {"dropped": {"too long": 400}}),
+    "no_question": ("dpo", rows(), {"questionless": 90}),
+    "rows_repeat": ("dpo", rows(), {"repeated": 200}),
+    "batch_large": ("dpo", rows(), {"batch": 1001}),
+    "template_foreign": ("dpo", rows(), {"template": 0.9}),
+    "heldout_leaks": ("dpo", rows(), {"leaked": 60}),
+    "heldout_few": ("dpo", rows(), {"heldout": 5}),
+    "first_tokens": ("dpo", rows(both={"mean_token_accuracy": constant(0.1)}), {}),
     "labels_unbalanced": ("kto", rows("kto"), {"labels": (6, 240)}),
     "first_nll": ("sft", rows("sft", both={"loss": lambda t: 7 - 5 * t, "nll_loss": lambda t: 7 - 5 * t}), {}),
     "entropy_collapses": ("sft", rows("sft", heldout={"entropy": lambda t: 1.4 - 1.2 * t}), {}),
@@ -144,6 +173,86 @@ def test_a_rule_fires_on_supervised_training(rule: str):
 
 def test_every_rule_has_a_fault():
     assert set(FAULTS) == set(RULES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_could_not_be_asked_is_counted_apart(method: str):
+    """Every rule that is about a run was asked or is waiting; a run of two steps answers few, and says so."""
+    whole, begun = ([row for row in rows(method) if row["step"] <= last] for last in (100, 2))
+    answers = ((FINE, FINE),)
+    labels = (500, 500) if method == "kto" else None
+    after = examine(History(whole), known(method, answers=answers, labels=labels))
+    before = examine(History(begun), known(method))
+    assert after.waiting == ()
+    assert after.summary() == f"{len(after.asked)} rules found nothing wrong"
+    assert {*before.asked, *before.waiting} == {*after.asked}
+    assert {"loss_rises", "heldout_gap", "answers_repeat"} <= {*before.waiting}
+    assert f"{len(before.waiting)} of {len(after.asked)} could not be asked" in before.summary()
+    of_one_loss = {"kl_stuck": "kto", "entropy_collapses": "sft"}
+    assert {name for name in of_one_loss if name in after.asked} == {n for n, m in of_one_loss.items() if m == method}
+
+
+def test_held_out_rows_that_wait_are_not_denied():
+    """While the second evaluation is to come, nobody is told that no rows are held out."""
+    low = [row for row in rows(training={"loss": lambda t: 0.69 - 0.65 * min(1, 3 * t)}) if row["step"] < 48]
+    assert diagnosis(low, known()) == []
+    assert "loss_below_band" in examine(History(low), known()).waiting
+    (verdict,) = diagnosis([row for row in low if "loss" in row], known(heldout=None))
+    assert "no rows are held out" in verdict.message
+
+
+def test_a_verdict_that_holds_no_longer_has_passed():
+    """What was said during the run and is no longer so is named at its end, and a cause's symptoms are not."""
+    hill = list(rows(training={"loss": lambda t: 0.693 + 0.3 * t * (t < 0.5) - 0.2 * (t > 0.5)}, noise=0.1))
+    watch = Watch(known())
+    told = [verdict.rule for row in hill for verdict in watch.add(row)]
+    assert told == ["loss_rises"]
+    assert [verdict.rule for verdict in watch.health().passed] == ["loss_rises"]
+    assert "1 finding given before has passed (loss_rises)" in watch.health().summary()
+    assert [v.rule for v in Watch(known(), hill).health().passed] == ["loss_rises"]  # a resumed run knows it too
+    facts = {"passed": [{"rule": v.rule, "message": v.message} for v in watch.health().passed] + [None, {"rule": 1}]}
+    assert [v.rule for v in passed_of(facts)] == ["loss_rises"]
+    cause = examine(History(rows(both={"loss": lambda t: 0.69 + 30 * (t > 0.05)})), known())
+    assert cause.after(watch.health().passed).passed == ()
+
+
+FIRST = {"loss": 0.69, "rewards/chosen": 0.0, "rewards/margins": 0.0, "logps/chosen": -4.6, "entropy": 0.23,
+         "mean_token_accuracy": 0.89}  # fmt: skip
+EVALUATIONS: dict[str, tuple[dict[str, float], bool]] = {
+    # what an evaluation of DPO with β 0.1 shows: its metrics, and whether the model has left its language
+    "learning": ({"loss": 0.45, "rewards/chosen": 0.07, "rewards/margins": 0.6, "entropy": 0.21}, False),
+    "sure, and the chosen side gains": ({"loss": 0.1, "rewards/chosen": 0.3, "rewards/margins": 3.0}, False),
+    "the rejected side alone is far off": ({"loss": 0.4, "rewards/chosen": 0.1, "rewards/margins": 3.0,
+                                            "entropy": 0.5}, False),
+    "the chosen side falls a little": ({"loss": 0.5, "rewards/chosen": -0.3, "rewards/margins": 0.6}, False),
+    "low loss, and the chosen side falls": ({"loss": 0.19, "rewards/chosen": -0.38, "rewards/margins": 1.7}, True),
+    "high entropy, and it falls": ({"loss": 0.5, "rewards/chosen": -0.4, "rewards/margins": 1.7,
+                                    "entropy": 0.6}, True),
+    "low entropy, and tokens are missed": ({"loss": 0.5, "rewards/margins": 1.7, "entropy": 0.1,
+                                            "mean_token_accuracy": 0.8}, True),
+    "long completions lose a little": ({"loss": 0.2, "rewards/chosen": -0.4, "rewards/margins": 1.7,
+                                        "logps/chosen": -300.0}, True),
+    "nothing is learnt": ({"loss": 0.9, "rewards/chosen": -2.0, "rewards/margins": -0.3, "entropy": 0.9}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", EVALUATIONS)
+def test_a_model_that_has_left_its_language(what: str):
+    """It takes larger margins, a chosen side that gets worse, and a loss or entropy out of the healthy range."""
+    now, spoilt = EVALUATIONS[what]
+    assert departed(DPO(beta=0.1), FIRST | now, FIRST) == spoilt
+    long = {"logps/chosen": -300.0}
+    if spoilt and "tokens" not in what:
+        assert not departed(DPO(beta=0.1), FIRST | now, FIRST | long)  # four nats of three hundred are few
+    assert not departed(SFT(), FIRST | now, FIRST)
+    assert not departed(DPO(beta=0.1), now, {})
+
+
+def test_repeated_words_are_counted_in_any_script():
+    assert repetition(FINE) == 0.0
+    assert repetition("no " * 20) > 0.9
+    assert repetition("我不知道。" * 6) > 0.7
+    assert repetition("short") == 0.0
 
 
 @pytest.mark.parametrize("rule", FAULTS)
@@ -196,7 +305,7 @@ def test_a_verdict_is_told_once_while_the_run_goes_on():
     assert reported == [(0, "first_loss"), (0, "truncation")]
     again = Watch(known(cut=500), logged[:40])
     assert [v for row in logged[40:] for v in again.add(row)] == []
-    assert {v.rule for v in again.verdicts()} == {"first_loss", "truncation"}
+    assert {v.rule for v in again.health().verdicts} == {"first_loss", "truncation"}
 
 
 def test_evaluations_that_begin_late_do_not_hide_the_beginning():
@@ -215,7 +324,8 @@ def test_evaluations_that_begin_late_do_not_hide_the_beginning():
 def test_watching_a_long_run_is_cheap(monkeypatch: pytest.MonkeyPatch):
     """Rules are evaluated less and less often: some hundred times in 20,000 rows."""
     watch, evaluations = Watch(known(steps=20_000)), []
-    monkeypatch.setattr(watch, "verdicts", lambda: evaluations.append(1) or [])
+    nothing = examine(History(), known())
+    monkeypatch.setattr(watch, "health", lambda: evaluations.append(1) or replace(nothing, verdicts=()))
     for row in rows(steps=20_000, evaluations=()):
         watch.add(row)
     assert 50 < len(evaluations) < 300
@@ -239,7 +349,8 @@ def test_no_rule_falls_over(method: str, steps: int, columns: dict[str, list[Any
     watch = Watch(known(method, **of))
     for step in range(1, steps + 1):
         watch.add({"step": step} | {name: values[step % len(values)] for name, values in columns.items()})
-    assert all(str(verdict) for verdict in watch.verdicts())
+    assert all(str(verdict) for verdict in watch.health().verdicts)
+    assert watch.health().summary()
 
 
 PAIRS = [
@@ -313,5 +424,3 @@ def test_the_page_has_every_rule():
     """docs/health.md has a row for each rule, and no others."""
     page = (DOCS / "health.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == list(RULES)
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"(\d+) rules", readme)) == {str(len(RULES))}

@@ -1,4 +1,4 @@
-"""The report in a real browser: headless Chromium, with a phone's and a desktop's width, in light and dark."""
+"""Reports of one run and of two in headless Chromium, with the widths of a phone and of desks, in light and dark."""
 
 import json
 from itertools import pairwise
@@ -6,43 +6,17 @@ from typing import Any
 
 import pytest
 
-from fastpref.report import write_report
+from fastpref.report import read_run, write_comparison, write_report
 from fastpref.run.history import FACTS
-from tests.support.browser import WIDTHS, browser, show
+from tests.support.browser import BROKEN, CONTRASTS, CUT, SCHEMES, WIDTHS, browser, show
 from tests.support.crafted import EVIL, facts, write_run
 
 __all__ = ["browser"]  # a fixture
 pytestmark = pytest.mark.browser
-SCHEMES = ("light", "dark")
 
-# Every visible text, with its contrast by WCAG 2.2 against the nearest background behind it.
-CONTRASTS = r"""
-const channel = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
-const parse = s => { const n = s.match(/[\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
-const luminance = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
-const over = (a, b) => [0, 1, 2].map(i => a[3] * a[i] + (1 - a[3]) * b[i]);
-const behind = e => {
-  for (; e; e = e.parentElement) {
-    const c = parse(getComputedStyle(e).backgroundColor);
-    if (c[3] === 1) return c;
-    if (c[3] > 0) return over(c, behind(e.parentElement));
-  }
-  return [255, 255, 255];
-};
-const texts = [];
-for (const e of document.querySelectorAll("body *")) {
-  const own = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent.trim()).join(" ").trim();
-  if (!own || e.tagName === "title" || !e.getClientRects().length) continue;
-  const style = getComputedStyle(e), back = behind(e);
-  const colour = over(parse(e.namespaceURI.endsWith("svg") ? style.fill : style.color), back);
-  const [light, dark] = [luminance(colour), luminance(back)].sort((a, b) => b - a);
-  texts.push([(light + 0.05) / (dark + 0.05), own.slice(0, 40), parseFloat(style.fontSize)]);
-}
-return texts;
-"""
 # Lines and bars, compared with the frame of their chart.
 MARKS = r"""
-return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, figure .dot")].map(e => {
+return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, figure .dot, figure .tick")].map(e => {
   const box = e.getBoundingClientRect(), svg = e.closest("svg").getBoundingClientRect();
   return [box.width > 0 || box.height > 0, box.left >= svg.left - 1 && box.right <= svg.right + 1,
           box.top >= svg.top - 1 && box.bottom <= svg.bottom + 1];
@@ -50,16 +24,28 @@ return [...document.querySelectorAll("figure .line:not(.faint), figure .bar, fig
 """
 
 
+@pytest.fixture(scope="module", params=["run", "comparison"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the address of a report with a verdict of each kind, and with markup in all data."""
-    about = facts()
+def page(kind: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the address of a page with a verdict of each kind, and with markup in all data."""
+    about = facts(began="2026-11-26T09:05:00+01:00")
     about["rows"] = {"train": {"rows": 1000, "kept": 1000, "completions_cut": 300}, "heldout": {"rows": 80, "kept": 80}}
+    about["tokens"] = {"train": {"prompt": [21, 220, 2300, 23000, 1_234_567], "chosen": [1, 2, 3, 4, 5]}}
+    about["environment"] |= {"system": "Linux-6.18.44-x86_64-with-glibc2.36"}
     about["samples"] += [{"asked": "word " * 80, "before": "unbroken" * 200, "after": None}]
-    wild = {"loss": lambda t: 0.69 + 30 * (t > 0.05), "kl": lambda t: t}
-    run = write_run(tmp_path_factory.mktemp("runs") / EVIL.replace("/", "|"), both=wild)
+    wild = {"loss": lambda t: 0.69 + 30 * (t > 0.05), "kl": lambda t: t, "rewards/margins": lambda t: 1e4 * t - 2e4}
+    folder = tmp_path_factory.mktemp("runs")
+    run = write_run(folder / EVIL.replace("/", "|"), both=wild)
     (run / FACTS).write_text(json.dumps(about), encoding="utf-8")
-    return write_report(run).resolve().as_uri()
+    place = write_report(run)
+    if kind == "comparison":
+        other = write_run(folder / "another-run-with-a-long_name_for_a_column", evaluations=(0, 100))
+        place = write_comparison([read_run(run), read_run(other)], folder / "page.html")
+    return place.resolve().as_uri()
 
 
 def test_the_console_is_silent(browser: Any, page: str):
@@ -72,17 +58,19 @@ def test_the_console_is_silent(browser: Any, page: str):
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_every_plot_is_seen(browser: Any, page: str, width: int):
+def test_every_plot_is_seen(browser: Any, page: str, kind: str, width: int):
     """Each chart has a size, lines inside its frame, a title, and legible text."""
     show(browser, page, width=width)
     charts = browser.execute_script(
         "return [...document.querySelectorAll('figure svg')].map(s => [s.getBoundingClientRect().width,"
-        " s.getBoundingClientRect().height, s.querySelectorAll('.line, .bar').length, s.getAttribute('aria-label'),"
+        " s.getBoundingClientRect().height, s.querySelectorAll('.line, .bar, .dot').length,"
+        " s.getAttribute('aria-label'),"
         " s.closest('figure').querySelector('figcaption').textContent])"
     )
     titles = [title for *_, title in charts]
-    assert {"Loss", "Accuracy", "Reward margin", "Rewards", "Log-probabilities", "Gradient norm", "Learning rate",
-            "Margins of the held-out pairs"} <= set(titles)  # fmt: skip
+    both = ["Rewards", "Log-probabilities"]
+    own = [*both, "Margins of the held-out pairs"] if kind == "run" else [f"{name}, chosen" for name in both]
+    assert {"Loss", "Accuracy", "Reward margin", "Gradient norm", "Learning rate", *own} <= set(titles)
     assert all(w > 250 and h > 100 and lines and label for w, h, lines, label, _ in charts)
     assert all(all(mark) for mark in browser.execute_script(MARKS))
     scale = "return [...document.querySelectorAll('.tick')].map(t => t.getBoundingClientRect().height)"
@@ -98,6 +86,14 @@ def test_nothing_scrolls_sideways(browser: Any, page: str, width: int):
     assert browser.execute_script("return innerWidth") == width
 
 
+@pytest.mark.parametrize("width", [320, *WIDTHS.values()])
+def test_no_cell_is_cut(browser: Any, page: str, kind: str, width: int):
+    """No word of a table is broken, and all tables of a run fit the screen; columns of many runs may scroll."""
+    show(browser, page, width=width)
+    assert browser.execute_script(BROKEN) == []
+    assert browser.execute_script(CUT, kind == "comparison" or width < 390) == []
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_text_can_be_read(browser: Any, page: str, scheme: str):
     """Every text has a contrast of at least 4.5 and a size of at least 12 pixels, in both colour schemes."""
@@ -110,14 +106,17 @@ def test_text_can_be_read(browser: Any, page: str, scheme: str):
     assert [text for contrast, text, size in texts if contrast < 4.5 or size < 12] == []
 
 
-def test_markup_in_data_stays_text(browser: Any, page: str):
+def test_markup_in_data_stays_text(browser: Any, page: str, kind: str):
     """A script in an answer, a question, a name or a device neither runs nor becomes an element."""
     show(browser, page)
     assert browser.execute_script("return document.scripts.length + document.images.length") == 0
     texts = "return [...document.querySelectorAll('#answers ~ article .text')].map(e => e.textContent)"
     answers = browser.execute_script(texts)
     assert answers[:3] == [EVIL] * 3
-    assert browser.execute_script("return document.querySelector('h1').textContent") == EVIL.replace("/", "|")
+    name = browser.execute_script("return document.querySelector('h1, .key a').textContent")
+    assert name == (EVIL.replace("/", "|") if kind == "run" else "2 runs compared")
+    first = "return document.querySelector('header .key li').textContent"
+    assert kind == "run" or browser.execute_script(first) == EVIL.replace("/", "|")
 
 
 def test_a_screen_reader_finds_its_way(browser: Any, page: str):

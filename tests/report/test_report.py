@@ -13,11 +13,12 @@ from fastpref.errors import UserError
 from fastpref.health import diagnose
 from fastpref.health.bands import Band
 from fastpref.report import read_run, render, write_report
+from fastpref.report.figures import CHARTS, figures
 from fastpref.report.heldout import HeldOut, held_out
-from fastpref.report.page import CHARTS, figures
 from fastpref.report.source import trl_row
 from fastpref.report.svg import POINTS, Axis, Line, line_chart, number
 from fastpref.run.history import FACTS, METRICS, REPORT, Series
+from fastpref.run.lock import RunLock
 from tests.support.crafted import METHODS, facts, rows, write_run
 from tests.support.paths import DOCS
 
@@ -46,7 +47,7 @@ def test_every_method_has_its_page(tmp_path: Path, method: str):
     assert len(re.findall(r'<svg role="img" [^>]*aria-label="[^"]{20,}"><title>', page)) == len(charts) + (
         not supervised
     )
-    assert "25 rules examined this run" in page
+    assert "rules found nothing wrong" in page
     units = [unit for unit in ("pair", "list", "completion") if f"{unit}s a second" in page]
     assert units == [METHODS[method].unit]
 
@@ -103,7 +104,8 @@ def test_a_run_without_facts_has_a_page(tmp_path: Path, about: dict[str, Any]):
     """If run.json lacks facts (a killed run, or an older version), the page omits them."""
     page = write_report(write_run(tmp_path / "run", about=about)).read_text(encoding="utf-8")
     assert 'id="curves"' in page
-    assert 'id="heldout"' not in page
+    assert "80 pairs" not in page
+    assert "Margins of the held-out pairs" not in page
     (tmp_path / "run" / FACTS).write_text("{half")
     assert write_report(tmp_path / "run").exists()
 
@@ -112,6 +114,46 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path):
     run = write_run(tmp_path / "run")
     (run / METRICS).write_text("")
     assert 'id="health"' in write_report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("ended", "held"), [("going on", True), ("going on", False), ("finished", False)])
+def test_the_page_of_a_run_that_goes_on_reloads(tmp_path: Path, ended: str, held: bool):
+    """A page reloads while a process trains the run. A killed run is called so, and its page is still."""
+    run = write_run(tmp_path / "run", about=facts(ended=ended, began="2026-11-26T09:05:00+01:00"))
+    lock = RunLock(run)
+    if held:
+        lock.acquire()
+    page = write_report(run).read_text(encoding="utf-8")
+    assert ('http-equiv="refresh"' in page, "reloads every" in page, "so far" in page) == (held,) * 3
+    assert ("it was killed" in page) == (ended == "going on" and not held)
+    assert "begun on 26 November 2026, 09:05 UTC+01:00; 1 h 2 min" in page
+    assert RunLock(run).held == held
+    lock.release()
+
+
+def test_the_learning_rate_is_drawn_as_it_was_set(tmp_path: Path):
+    """The highest point of its curve is the highest rate, and it has one line, without a running mean."""
+    peak = {"learning_rate": lambda t: 1e-4 * (1 - abs(2 * t - 1))}
+    run = read_run(write_run(tmp_path / "run", training=peak))
+    (chart,) = (figure for figure in figures(run) if figure.title == "Learning rate")
+    (points,) = re.findall(r'<polyline class="line training" points="([^"]*)"', chart.svg)
+    highest = min(float(pair.split(",")[1]) for pair in points.split())
+    rates = run.history["learning_rate"].values
+    axis = re.findall(r'x="48" y="([\d.]+)">(\d+e-5|0)<', chart.svg)  # ticks with their places
+    (zero,) = (float(y) - 4 for y, tick in axis if tick == "0")
+    (one,) = (float(y) - 4 for y, tick in axis if tick == "5e-5")
+    assert (zero - highest) / (zero - one) == pytest.approx(rates.max() / 5e-5, abs=0.01)
+
+
+@pytest.mark.parametrize("evaluations", [(0,), (0, 100), (0, 50, 100)], ids=len)
+def test_two_evaluations_are_no_curve(tmp_path: Path, evaluations: tuple[int, ...]):
+    """Each evaluation is a point, and a line joins them if there are at least three."""
+    run = read_run(write_run(tmp_path / "run", evaluations=evaluations))
+    for figure in figures(run):
+        held = "heldout" in str(figure.keys)
+        assert len(re.findall(r'<circle class="dot heldout"', figure.svg)) == held * len(evaluations)
+        assert len(re.findall(r'<polyline class="line heldout"', figure.svg)) == (held and len(evaluations) > 2)
+        assert ("heldout points" in str(figure.keys)) == (held and len(evaluations) < 3)
 
 
 def test_numbers_for_ticks_and_tables():
@@ -125,6 +167,14 @@ def test_ticks_are_few_and_round(low: float, high: float):
     ticks = Axis(low, high, 0, 100).ticks()
     assert 3 <= len(ticks) <= 6
     assert all(low <= tick <= high * (1 + 1e-9) for tick in ticks)
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.69315, 0.69312], [0.0, 1e-9], [-2e5, -2e5]])
+def test_ticks_have_different_numbers(values: list[float]):
+    """If values hardly differ, the axis is wide enough for ticks that do."""
+    svg = line_chart("words", [Line(Series(np.arange(len(values)), np.array(values)), "training")], steps=2)
+    ticks = re.findall(r'text-anchor="end" x="48" y="[^"]*">([^<]*)<', svg)
+    assert len(ticks) == len(set(ticks)) >= 3
 
 
 @pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [float(v) for v in range(1000)], [1e-9, 1e9]], ids=len)

@@ -133,6 +133,10 @@ def _table(at: int, pair: dict) -> dict:
     return {"a": pair["prompt"][-1]["content"], "b": f"word {at}", "c": f"other {at}", "d": f"third {at}"}
 
 
+def _text(at: int, pair: dict) -> dict:
+    return {"prompt": pair["prompt"][-1]["content"], "chosen": f"word {at}", "rejected": f"other {at}"}
+
+
 ROWS = "data.0.path=rows.jsonl"
 
 CHANGES: dict[str, Change] = {
@@ -210,6 +214,7 @@ CHANGES: dict[str, Change] = {
         prepare=_pairs(_table),
         before="{field_prompt='a', field_chosen='b', field_rejected='c'}",
     ),
+    "data.chat": Change("true", (ROWS,), prepare=_pairs(_text)),
     "data.weight": Change("2.5"),
     "data.rows": Change("5"),
     "data.pairs": Change("all", (ROWS,), prepare=_pairs(_listed)),

@@ -19,8 +19,8 @@ import fastpref
 def keep(event):
     assert isinstance(event, fastpref.RunEvent)
     trained = sum(p.numel() for p in event.model.parameters() if p.requires_grad)
-    final = (event.folder / "final").is_dir()
-    row = {"kind": event.kind, "step": event.step, "steps": event.steps, "metrics": dict(event.metrics)}
+    final, page = (event.folder / "final").is_dir(), event.folder / "report.html"
+    row = {name: getattr(event, name) for name in ("kind", "step", "steps", "metrics")} | {"page": page.read_text()}
     with open("told.jsonl", "a") as file:
         file.write(json.dumps(row | {"trained": trained, "final": final, "loss": event.config.loss.type}) + "\\n")
 
@@ -78,6 +78,11 @@ def test_what_a_function_is_told(mine: Path):
         {name: value for name, value in row.items() if name != "step"} for row in rows(Path("out"))
     ]
     assert events[-1]["metrics"] == events[-2]["metrics"]
+    for event in events:  # the report is written again at each evaluation, and reloads until the end
+        if event["kind"] == "evaluation":
+            assert f"{event['step']} of 5 steps; going on" in event["page"]
+            assert 'http-equiv="refresh"' in event["page"]
+    assert 'http-equiv="refresh"' not in Path("out/report.html").read_text()
     assert [e["final"] for e in events] == [False] * (len(events) - 1) + [True]
     assert all(e["trained"] > 0 and e["steps"] == 5 and e["loss"] == "dpo" for e in events)
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastpref.health import RULES, Verdict
-from fastpref.training.progress import Display, sparkline
+from fastpref.health import Health, Verdict
+from fastpref.training.live import sparkline
+from fastpref.training.progress import Display
 
 WARNING = Verdict("both [log-probabilities] fall.", "Lower the rate.", (1, 9), {"x": 1.0}, rule="both_fall")
 ALARM = Verdict("chosen and rejected are swapped.", "Look at them.", (1, 9), {"x": 1.0}, "alarm", "swapped")
@@ -15,10 +16,10 @@ ALARM = Verdict("chosen and rejected are swapped.", "Look at them.", (1, 9), {"x
 
 def display(width: int = 80, steps: int = 20, terminal: bool = True, encoding: str = "utf-8", **of: Any) -> Display:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace", write_through=True)
-    examples = of.pop("examples", "pairs")
+    examples, done = of.pop("examples", "pairs"), of.pop("done", 0)
     options: dict[str, Any] = {"color_system": None, "force_terminal": terminal, "width": width} | of
     console = Console(file=file, highlight=False, soft_wrap=True, **options)
-    return Display(steps, console=console, examples=examples)
+    return Display(steps, done, console, examples=examples)
 
 
 def said(shown: Display) -> str:
@@ -36,7 +37,7 @@ def metrics(step: int) -> dict[str, float]:
 def seen(shown: Display) -> str:
     """Return the live view alone, as it is drawn now."""
     with shown.console.capture() as captured:
-        shown.console.print(shown._seen(), soft_wrap=False)
+        shown.console.print(shown.view, soft_wrap=False)
     return captured.get()
 
 
@@ -56,19 +57,42 @@ def test_a_sparkline_goes_from_the_least_to_the_greatest(values: list[float], sc
     assert sparkline(values, 8, scale) == drawn
 
 
-@pytest.mark.parametrize("width", [100, 60, 40])
-def test_the_live_view_fits_its_terminal(width: int):
-    """In any width from 40 on, the view has a bar, the time left, three curves with values, speed and memory."""
+@pytest.mark.parametrize("width", [120, 80, 60, 40])
+@pytest.mark.parametrize("stopping", [False, True])
+def test_the_live_view_fits_its_terminal(width: int, stopping: bool):
+    """In any width from 40 on, the view has a bar of the whole width, the time left, the phase, curves and numbers."""
     shown = display(width)
     for step in range(1, 16):
-        shown.step(step, 0.5, metrics(step), 823_000_000)
+        shown.step(step, 0.5, metrics(step) | {"learning_rate": 5e-6}, 823_000_000)
+    shown.phase("step 16", part="micro-batch")
+    shown.part(3, 8)
+    if stopping:
+        shown.view.stopping = True
     lines = seen(shown).splitlines()
     assert all(len(line) <= width for line in lines)
-    assert "15/20" in lines[0]
-    assert "left" in lines[0]
-    assert [line.split()[:2] for line in lines[1:4]] == [["loss", "0.5500"], ["margin", "+1.500"], ["accuracy", "100%"]]
-    assert all(line.rstrip()[-1] in "▁█" for line in lines[1:4])
-    assert lines[4].strip() == "12.3 pairs/s  0.82 GB"
+    assert lines[0].rstrip().endswith("15/20  0:02 left")
+    assert len(lines[0].rstrip()) >= width - 2
+    assert lines[1].startswith("step 16, micro-batch 3 of 8  0:00")
+    curves = next(at for at, line in enumerate(lines) if line.startswith("loss"))
+    assert (" ".join(lines[2:curves]).strip().startswith("stopping after this step")) == stopping
+    rows = [line.split() for line in lines[curves : curves + 3]]
+    assert [row[:2] for row in rows] == [["loss", "0.5500"], ["margin", "+1.500"], ["accuracy", "100%"]]
+    assert all(row[2][-1] in "▁█" for row in rows)
+    assert [row[3:] for row in rows] == (
+        [["0.5500", "to", "0.6900"], ["+0.100", "to", "+1.500"], ["55%", "to", "100%"]] if width >= 76 else [[]] * 3
+    )
+    wanted = "12.3 pairs/s  peak memory 0.82 GB  learning rate 5e-06"
+    assert lines[-1].strip() == wanted if width > len(wanted) else lines[-1].startswith("12.3 pairs/s  peak memory")
+
+
+def test_the_time_left_is_known_after_the_first_step():
+    """Before it nothing is guessed; a resumed run counts its own steps only, and begins its curves with the others."""
+    shown = display(done=10)
+    assert "10/20  -:-- left" in seen(shown)
+    shown.past({"step": step} | metrics(step) for step in range(1, 11))
+    shown.step(11, 60.0, metrics(11))
+    assert "11/20  9:00 left" in seen(shown)
+    assert "0.5900 to 0.6900" in seen(shown)
 
 
 def test_a_terminal_without_unicode_has_numbers_only():
@@ -98,6 +122,28 @@ def test_verdicts_are_wrapped_between_words_on_a_terminal():
     assert " ".join(line.strip() for line in lines) == "warning: both [log-probabilities] fall. Lower the rate."
 
 
+def test_notes_are_wrapped_between_words_and_what_will_be_copied_is_not():
+    """Neither a path nor a command, which is indented, gets a line break on a terminal."""
+    shown = display(30)
+    shown.note("saved in the folder: runs/a-name-longer-than-the-line-is\n  fastpref train runs/x.toml --resume y")
+    assert said(shown).splitlines() == [
+        "saved in the folder:", "runs/a-name-longer-than-the-line-is", "  fastpref train runs/x.toml --resume y",
+    ]  # fmt: skip
+
+
+def test_a_long_run_has_fewer_lines(monkeypatch: pytest.MonkeyPatch):
+    """A log of ten hours has some hundred lines, and its last step."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    shown = display(terminal=False, steps=36_000)
+    for step in range(1, 36_001):
+        clock[0] += 1
+        shown.step(step, 1.0, metrics(1))
+    lines = said(shown).splitlines()
+    assert 300 < len(lines) < 1000
+    assert lines[-1].startswith("step 36000/36000")
+
+
 def test_elsewhere_there_are_plain_lines():
     """Without a terminal there is neither bar nor escape code, a verdict is one line, and brackets are no markup."""
     shown = display(30, terminal=False)
@@ -106,7 +152,7 @@ def test_elsewhere_there_are_plain_lines():
             shown.step(step, 0.5, metrics(step), 823_000_000)
             if step == 10:
                 shown.verdict(WARNING)
-        shown.health([ALARM, WARNING])
+        shown.health(Health((ALARM, WARNING), ("a",) * 9, ()))
     lines = said(shown).splitlines()
     assert "\x1b" not in said(shown)
     assert lines[0].startswith("step 1/20  loss 0.6900  accuracy 55%")
@@ -129,5 +175,26 @@ def test_speed_counts_what_a_step_has(terminal: bool):
 
 def test_a_healthy_run_is_said_to_be_one():
     shown = display(terminal=False)
-    shown.health([])
-    assert said(shown) == f"health: {len(RULES)} rules found nothing wrong\n"
+    shown.health(Health((), ("a",) * 9, ("b",), (WARNING,)))
+    assert said(shown) == (
+        "health: 9 rules found nothing wrong; 1 of 10 could not be asked, for want of steps, evaluations or held-out "
+        f"rows; 1 finding given before has passed ({WARNING.rule})\n"
+    )
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_vanishes_with_the_bar_is_said_at_the_end(terminal: bool):
+    """The last line has the time, the mean speeds and the peak memory of all steps, on a terminal and elsewhere."""
+    shown = display(terminal=terminal)
+    with shown:
+        for step, seconds in ((1, 10.0), (2, 30.0)):
+            speeds = {"pairs_per_second": 40 / seconds, "tokens_per_second": 4000 / seconds}
+            shown.step(step, seconds, metrics(step) | speeds, memory=1_500_000_000)
+    shown.ended()
+    assert "2 steps in 40 s: 2 pairs/s, 200 tokens/s, 1.50 GB at most" in said(shown)
+
+
+def test_a_run_without_a_step_has_no_speed():
+    shown = display()
+    shown.ended()
+    assert said(shown) == ""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from fastpref.data.rows.columns import LABELS, column, label, text
 from fastpref.data.rows.content import (
@@ -23,6 +23,8 @@ from fastpref.data.rows.ranking import LISTS, Order, find_order, read_answer, re
 from fastpref.data.rows.reading import Format, without_json, writing
 from fastpref.data.rows.transcripts import TEMPLATE, is_transcript, read_transcript
 
+Chat = Literal["auto"] | bool
+"""What data.chat can be."""
 _NOT_ASKING = (*SYSTEM_ROLES, "assistant", "tool")
 KNOWN = (
     "prompt, chosen and rejected; chosen and rejected conversations; messages or conversations, chosen and rejected; "
@@ -38,14 +40,28 @@ KNOWN_IMITATED = (
 """The columns that `auto` reads in addition for supervised training, in words."""
 
 
-def detect(row: Row, *, supervised: bool = False) -> "AutoFormat | None":
+def detect(row: Row, *, supervised: bool = False, chat: Chat = "auto") -> "AutoFormat | None":
     """Return the format that fits a row's columns and types, or None. Raises RowError for messages in broken JSON.
 
-    With `supervised`, rows with a single completion and no label have one too.
+    With `supervised`, rows with a single completion and no label have one too. Rows of plain text become chats if
+    `chat` is true; if it is false, rows of another kind are a RowError.
     """
     plain = without_json(row)
-    chat = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # plain text cannot express them
-    form = _recognised(plain, chat) or (_imitated(plain, chat) if supervised else None)
+    needed = any(row.get(name) not in (None, "") for name in ("system", "tools"))  # plain text cannot express them
+
+    def found(turned: bool) -> AutoFormat | None:
+        return _recognised(plain, turned) or (_imitated(plain, turned) if supervised else None)
+
+    form = found(needed)
+    if form and not form.chat and chat is True:
+        form = found(True)
+        form = form and replace(form, name=f"{form.name}, as chats")
+    if form and form.chat and chat is False:
+        raise RowError(
+            f"data.chat = false is for rows of plain text, and this is a chat: {form.name}"
+            f"{' with a system prompt or tools' * needed}; remove the key",
+            "that are chats",
+        )
     extra = " and ".join(name for name in ("system", "tools") if row.get(name) not in (None, ""))
     return replace(form, name=f"{form.name}, with {extra}") if form and extra else form
 

@@ -6,16 +6,18 @@ are either text or lists of chat messages, which a chat template writes (templat
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from fastpref.config.formats import is_function, parse_format
+from fastpref.config.formats import RankedTableOptions, TableOptions, is_function, parse_format
 from fastpref.data.rows import chat_formats, templates
-from fastpref.data.rows.auto import detect
+from fastpref.data.rows.auto import Chat, detect
 from fastpref.data.rows.columns import CONTEXT, MARGIN, PAIR, QUESTIONS, SINGLE, WEIGHT, Columns, NamedFormat
 from fastpref.data.rows.content import Row, RowContent, RowError
 from fastpref.data.rows.function import load_function
 from fastpref.data.rows.ranking import LISTS, ORDERS
 from fastpref.data.rows.reading import Format
+from fastpref.data.rows.templates import as_chat
 
 
 def _of_template(template: templates.Template, form: NamedFormat) -> NamedFormat:
@@ -42,22 +44,27 @@ _FORMATS: dict[str, NamedFormat] = {
 }
 
 
-def find_format(given: str | Mapping[str, Any], *, unpaired: bool, supervised: bool = False) -> Format | None:
+def find_format(
+    given: str | Mapping[str, Any], *, unpaired: bool, supervised: bool = False, chat: Chat = "auto"
+) -> Format | None:
     """Return the format that a config names, by a name or a table of `type` and options; None for "auto".
 
     With `unpaired`, rows with a single completion are read if the format supports them; pairs are still read as pairs.
-    With `supervised` too, these need no label.
+    With `supervised` too, these need no label. With `chat` true, rows of a table become chats.
     Raises ValueError as `parse_format`, UserError for a function or chat template that cannot be loaded.
     """
     name, options = parse_format(given)
     if is_function(name):
-        return load_function(name, supervised=supervised)
+        return load_function(name, supervised=supervised, chat=chat)
     if name == "auto":
         return None
     named = _FORMATS[name]
     paired = named.paired(options)
     others = (WEIGHT, MARGIN, "label")
     numbers: dict[str, Any] = {number: getattr(options, f"field_{number}", number) for number in others}
+    numbers["plain"] = getattr(options, "prompt_format", "") == "{prompt}"
+    if chat is True and isinstance(options, TableOptions | RankedTableOptions):
+        name, numbers = f"{name}, as chats", numbers | {"as_chat": partial(as_chat, options)}
     if not unpaired or named.unpaired is None:
         return Format(name, paired, **numbers)
     single = ((named.imitated if supervised else None) or named.unpaired)(options)

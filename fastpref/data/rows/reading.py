@@ -33,6 +33,10 @@ class Format:
     """The column of the difference of rewards that a pair should have at least; "" reads none."""
     label: str = LABELS[0]
     """The column that says whether a single completion is a good one."""
+    plain: bool = False
+    """Whether text columns are taken as they are, with nothing around them."""
+    as_chat: Callable[[Row, RowContent], RowContent] | None = None
+    """Makes a chat of the text that `parse` returns."""
 
     def read(self, row: Row) -> RowContent:
         """Read a row. Raises RowError for a row that is not of the format or would be misread."""
@@ -41,7 +45,8 @@ class Format:
         refuse_media(row)
         plain = without_json(row)
         seen = _Seen(plain)
-        content = self._with_numbers(seen, untangle(self.parse(seen)))
+        content = untangle(self.parse(seen))
+        content = self._with_numbers(seen, self.as_chat(seen, content) if self.as_chat else content)
         remarks = [JSON_CELLS] if plain is not row else []
         remarks += [
             f"the column {name} is filled, and {self.name} does not read it"

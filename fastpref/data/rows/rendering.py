@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastpref.data.rows.auto import detect
+from fastpref.data.rows.auto import Chat, detect
 from fastpref.data.rows.columns import MARGIN, MISSING_COLUMN, WEIGHT, column
 from fastpref.data.rows.content import Paired, Ranked, Row, RowContent, RowError, Unpaired, imitated
 from fastpref.data.rows.formats import explained, find_format
@@ -21,6 +21,7 @@ def render(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     unpaired: bool = False,
     supervised: bool = False,
+    chat: Chat = "auto",
     **options: Any,
 ) -> dict[str, Any]:
     """Return a row's texts in a format: {"prompt", "chosen", "rejected"}, {"prompt", "completion", "label"} or, of a
@@ -28,10 +29,11 @@ def render(
 
     `format` and its `options` are those of [[data]] (docs/data.md). Formats that make messages need a `tokenizer` for
     its chat template; a completion is then the text after the part that it shares with the prompt, up to its end token.
-    `unpaired` reads single completions (KTO), where a format supports both, and `supervised` those that SFT imitates:
-    {"prompt", "completion"}. Raises UserError for a row that is not of the format, or that SFT leaves out.
+    `chat` is that of [[data]]: true makes chats of plain text. `unpaired` reads single completions (KTO), where a
+    format supports both, and `supervised` those that SFT imitates: {"prompt", "completion"}. Raises UserError for a row
+    that is not of the format, or that SFT leaves out.
     """
-    form = choose(row, _with(format, options), unpaired=unpaired or supervised, supervised=supervised)
+    form = choose(row, _with(format, options), unpaired=unpaired or supervised, supervised=supervised, chat=chat)
     try:
         content = form.read(row)
         if supervised:
@@ -57,10 +59,13 @@ def render(
     return texts | {name: value for name, value in others.items() if value is not None}
 
 
-def choose(row: Row, format: str | Mapping[str, Any], *, unpaired: bool, supervised: bool = False) -> Format:
+def choose(
+    row: Row, format: str | Mapping[str, Any], *, unpaired: bool, supervised: bool = False, chat: Chat = "auto"
+) -> Format:
     """Return the named format, or the one that fits the row's columns. Raises UserError if there is none."""
     try:
-        form = find_format(format, unpaired=unpaired, supervised=supervised) or detect(row, supervised=supervised)
+        form = find_format(format, unpaired=unpaired, supervised=supervised, chat=chat)
+        form = form or detect(row, supervised=supervised, chat=chat)
     except ValueError as error:  # RowError is a ValueError
         raise UserError(str(error)) from None
     if form is None:

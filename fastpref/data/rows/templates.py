@@ -3,6 +3,7 @@ Zephyr's Nectar, and plain text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastpref.config.formats import RankedTableOptions, TableOptions
 from fastpref.data.rows.auto import as_answers
@@ -19,10 +20,11 @@ from fastpref.data.rows.columns import (
     label,
     text,
 )  # fmt: skip
-from fastpref.data.rows.content import Message, Paired, Ranked, Row, RowError, Unpaired, Writing, shown
+from fastpref.data.rows.content import Message, Paired, Ranked, Row, RowContent, RowError, Unpaired, Writing, shown
 from fastpref.data.rows.messages import STANDARD, says, words
 from fastpref.data.rows.overlap import OTHER_QUESTION, other_turns, untangle, without_question
 from fastpref.data.rows.ranking import Order, order_in, read_ranked
+from fastpref.data.rows.reading import writing
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,23 @@ def _table_prompt(options: TableOptions | RankedTableOptions, row: Row) -> str:
     wanted = "{system}" in options.prompt_format and row.get(options.field_system) is not None
     system = text(row, options.field_system) if wanted else ""
     return options.prompt_format.format(prompt=text(row, options.field_prompt), system=system)
+
+
+def as_chat(options: TableOptions | RankedTableOptions, row: Row, content: RowContent) -> RowContent:
+    """Make a chat of a table's texts: a user turn, after a system turn if the prompt's text does not hold the system
+    column, and the assistant's completions."""
+    assert isinstance(content.prompt, str)
+    own = row.get(options.field_system) and "{system}" not in options.prompt_format
+    system = [{"role": "system", "content": text(row, options.field_system)}] if own else []
+    shared: dict[str, Any] = {"prompt": [*system, {"role": "user", "content": content.prompt}], "writing": writing(row)}
+    completions = [says(str(completion)) for completion in content.by_name.values()]
+    match content:
+        case Paired():
+            return replace(content, chosen=completions[0], rejected=completions[1], **shared)
+        case Unpaired():
+            return replace(content, completion=completions[0], **shared)
+        case Ranked():
+            return replace(content, completions=tuple(completions), **shared)
 
 
 # -------------------------------------------------------------------------------------------------------------------

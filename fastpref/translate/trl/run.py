@@ -19,10 +19,7 @@ def length(config: Fields) -> Made:
     else:
         yield Setting(dotted("tokens.max_length"), limit(config), given, words)
     if cut != "keep_start":
-        yield Left(
-            "truncation_mode",
-            "of a row that is too long, first the oldest turns of the prompt go, then ends of answers",
-        )
+        yield Left("truncation_mode", "a row that is too long loses its oldest turns first, then ends of answers")
 
 
 def limit(config: Fields) -> int:

@@ -1,7 +1,7 @@
 """All spellings of one conversation are read the same way: the prompt is the question, a completion is the answer."""
 
 import json
-import tomllib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from fastpref.data import render
 from fastpref.data.rows import overlap
 from fastpref.data.rows.auto import detect
 from fastpref.data.rows.content import Paired, RowContent
+from fastpref.data.rows.formats import find_format
 from fastpref.data.sources import Prepared, notes_on_text, prepare
 from fastpref.errors import UserError
 from tests.support.chats import says, system, tokenize
@@ -385,18 +386,63 @@ def test_what_is_dropped_is_counted_in_a_note(tmp_path: Path):
     assert made.notes[1:] == [f"rows.jsonl: 3 of 6 rows: {overlap.REPEATED} (the first: {tmp_path}/rows.jsonl:2)"]
 
 
-def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(tmp_path: Path):
-    """For a chat model, a note on plain text gives a format that makes chats of it; other rows and models get none."""
+PLAIN_TEXTS: dict[str, tuple[str, dict, Any]] = {  # loss, row, format
+    "pairs": ("dpo", {"prompt": Q, "chosen": YES, "rejected": NO}, "auto"),
+    "labels": ("kto", {"prompt": Q, "completion": YES, "label": True}, "auto"),
+    "a completion to imitate": ("sft", {"prompt": Q, "response": YES}, "auto"),
+    "lists": ("pl", {"prompt": Q, "responses": [YES, NO], "scores": [1, 0]}, "auto"),
+    "a table": ("dpo", {"q": Q, "chosen": YES, "rejected": NO}, {"field_prompt": "q"}),
+    "a table of labels": ("kto", {"q": Q, "completion": YES, "label": True}, {"field_prompt": "q"}),
+    "a table of lists": (
+        "pl", {"q": Q, "responses": [YES, NO], "scores": [1, 0]}, {"type": "table.ranked", "field_prompt": "q"},
+    ),
+    "a function": ("dpo", {"q": Q, "chosen": YES, "rejected": NO}, "mine:read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "row", "form"), PLAIN_TEXTS.values(), ids=PLAIN_TEXTS)
+def test_plain_text_for_a_chat_model_is_noted_with_the_line_to_paste(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, row: dict, form: Any
+):
+    """For a chat model, a note on plain text names the key that makes chats of it, which it does; nothing is noted once
+    the key is set, or for a model without a chat template."""
+    (tmp_path / "mine.py").write_text("def read(row): return {'prompt': row['q'], **row}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    made = prepared(tmp_path, [row], loss, format=form)
+    assert made.train[0].content.prompt == Q
+    (note,) = notes_on_text(made, chatml())
+    assert note.endswith("to train chats, set chat = true under [[data]] (false: the text is meant as it is)")
+    assert notes_on_text(made, toy_tokenizer()) == []
+    for chat, prompt, answer in ((True, [user()], [says(YES)]), (False, Q, YES)):
+        decided = prepared(tmp_path, [row], loss, format=form, chat=chat)
+        assert decided.train[0].content.prompt == prompt
+        assert next(iter(decided.train[0].content.by_name.values())) == answer
+        assert notes_on_text(decided, chatml()) == []
+
+
+def test_the_system_column_of_a_table_is_a_turn_of_its_chat():
+    """A table's system column is a system turn, unless its prompt_format writes it."""
+    row = {"prompt": Q, "chosen": YES, "rejected": NO, "system": "Be brief."}
+    own = {"type": "table", "prompt_format": "{system} {prompt}"}
+    for form, turns in (("table", [SYSTEM | {"content": "Be brief."}, user()]), (own, [user(f"Be brief. {Q}")])):
+        found = find_format(form, unpaired=False, chat=True)
+        assert found is not None
+        assert found.read(row).prompt == turns
+
+
+def test_rows_that_are_chats_cannot_be_text(tmp_path: Path):
+    """data.chat = false is an error for rows that are chats, which says what they are."""
+    row = {"prompt": [user()], "chosen": YES, "rejected": NO}
+    with pytest.raises(
+        UserError, match=r"data\.chat = false is for rows of plain text, and this is a chat: a prompt of"
+    ):
+        prepared(tmp_path, [row], chat=False)
+
+
+def test_rows_that_need_no_note(tmp_path: Path):
+    """Text that holds the turns already, and rows that become chats anyway, are not noted."""
     text = {"prompt": Q, "chosen": YES, "rejected": NO}
-    single = {"prompt": Q, "completion": YES, "label": True}
-    for row, loss, field in ((text, "dpo", "field_messages"), (single, "kto", "field_prompt")):
-        (note,) = notes_on_text(prepared(tmp_path, [row], loss), chatml())
-        line = f'{{ type = "chat_template.default", {field} = "prompt" }}'
-        assert note.endswith(f"set format = {line}")
-        pasted = prepared(tmp_path, [row], loss, format=tomllib.loads(f"format = {line}")["format"])
-        assert pasted.train[0].content.prompt == [user()]
-        assert notes_on_text(pasted, chatml()) == []
-        assert notes_on_text(prepared(tmp_path, [row], loss), toy_tokenizer()) == []
     turns = {**text, "prompt": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n"}
     assert notes_on_text(prepared(tmp_path, [turns]), chatml()) == []
     assert notes_on_text(prepared(tmp_path, [{**text, "system": "Be brief."}]), chatml()) == []
