@@ -28,7 +28,9 @@ def test_the_preview_is_that_of_the_data_page():
 
 @pytest.mark.parametrize("name", ["README.md", "docs/runs.md", "docs/comparison.md"])
 def test_the_number_of_rules_is_right(name: str):
-    assert set(re.findall(r"(\d+) rules", (ROOT / name).read_text(encoding="utf-8"))) == {str(len(RULES))}
+    """Sentences and tables have the number of all rules; what a command prints has that of the rules it asked."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"(\d+) rules", text)) == {str(len(RULES))}
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
