@@ -1,4 +1,4 @@
-"""Every command of README.md, CONTRIBUTING.md and two pages of docs/ runs as written, on a tiny model."""
+"""Every command of README.md, CONTRIBUTING.md and three pages of docs/ runs as written, on a tiny model."""
 
 import re
 import shlex
@@ -18,6 +18,7 @@ ELSEWHERE = {  # run by other tests, or needed to make this environment
     "pip install .": "tests/test_package.py",
     "fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
     'pip install -c constraints.txt -e ".[dev]" && pytest -n logical': ".ci/run",
+    'pip install "fastpref[export]"': "pyproject.toml",
     "python -m bench.compile_report docs/kernels.md": "tests/kernels/test_compile.py",
     "python -m bench first-card": "tests/bench/test_first_card.py",
     "python -m bench.trainer_memory": "tests/bench/test_trainer_memory.py",

@@ -22,7 +22,7 @@ def test_the_longest_list_of_the_data(max_length: int, lengths: list[int]):
         Example([1, 2, 3], ([4, 5], [6]), None, Origin(""), scores=(0.0, 1.0)),
         Example([1, 2, 3], ([4] * 3, [5] * 4, [6] * 5), None, Origin(""), scores=(0.0, 2.0, 1.0)),
     ]
-    (example,) = longest_of(config(max_length), in_memory([rows]), "packed").examples
+    ((example,),) = [part.examples for part in longest_of(config(max_length), in_memory([rows]), "packed")]
     assert [len(ids) for ids in example.completions] == lengths
     assert example.scores == (0.0, 2.0, 1.0)
 
