@@ -15,7 +15,8 @@ from tests.support.runs import CONFIG
 
 STANDING_FOR = {"NAME": "model", "PATH": "pairs.jsonl"}  # as the README writes them
 ELSEWHERE = {  # run by other tests, or needed to make this environment
-    "pip install . && fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
+    "pip install .": "tests/test_package.py",
+    "fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
     'pip install -c constraints.txt -e ".[dev]" && pytest -n logical': ".ci/run",
     'pip install "fastpref[export]"': "pyproject.toml",
     "python -m bench.compile_report docs/kernels.md": "tests/kernels/test_compile.py",
