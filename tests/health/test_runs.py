@@ -117,9 +117,7 @@ def test_a_stopped_run_has_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyP
     assert "not yet: the run was stopped" in page
 
 
-def test_a_fault_leaves_a_report(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_fault_leaves_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """A run that ends in an error has a report, and a failing report is said and does not hide the error."""
     from fastpref.step import objective as step
     from fastpref.training import record
