@@ -260,6 +260,8 @@ ddp_timeout: 180000000
 def test_a_whole_config_is_written_and_checked(described: Path):
     """`init --from-llamafactory` then `check` succeed with these values; what is left out is said in both places."""
     (described / "run.yaml").write_text(WHOLE)
+    row = {"instruction": "q", "input": "", "chosen": "yes", "rejected": "no"}
+    (described / "data" / "pairs.json").write_text(json.dumps([row]))
     output = succeed("init", "--from-llamafactory", "run.yaml", "--output", "data/run.toml").out
     succeed("check", "data/run.toml")
     written = (described / "data" / "run.toml").read_text()
