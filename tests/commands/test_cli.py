@@ -110,7 +110,7 @@ def test_a_users_mistake_is_one_message_and_status_2(run: Any, command: str, mes
 
 
 @pytest.mark.parametrize(
-    "command", ["check", "train", "preview", "preview good.toml --rows 0", "tarin", "check --fast", "schema x"]
+    "command", ["check", "train", "preview", "preview good.toml --rows 0", "tarin", "check --fast", "schema x y"]
 )
 def test_a_command_that_is_not_understood(run: Any, command: str):
     """Wrong commands and options give status 2 and the usage."""
