@@ -216,6 +216,9 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "reference.mode = 'adapter'\neval.every = 3":
     '1: reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"\n'
     "2: eval.every: there is nothing to evaluate on; set eval.fraction or add [[eval.data]]",
+    "loss.type = 'orpo'\nreference.mode = 'copy'\nreference.dtype = 'float32'\nreference.name = 'r'":
+    "2: reference.mode: orpo has no reference; remove the key\n3: reference.dtype: orpo has no reference; remove the "
+    "key\n4: reference.name: orpo has no reference; remove the key",
     # The optimization
     "train.optimizer = 'lion'\ntrain.epsilon = 1e-6":
     "2: train.epsilon: lion has no such setting; remove the key, or take adamw",
