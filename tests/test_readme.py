@@ -35,6 +35,7 @@ def folder(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) 
     Path("cfg.yml").write_text(f"{{base_model: {model}, rl: dpo, learning_rate: 1e-4, datasets: [{{path: d}}]}}")
     Path("pairs.jsonl").write_text('{"prompt": "q", "chosen": "yes", "rejected": "no"}\n')
     shutil.copytree(finished_run, "runs/my-dpo")
+    shutil.copytree(finished_run, "runs/my-kto")  # for the comparison of two runs
     checkpoints = Path("runs/my-dpo/checkpoints")
     shutil.copytree(checkpoints / "step-4", checkpoints / "step-100")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

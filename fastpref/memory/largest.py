@@ -66,8 +66,9 @@ def largest_microbatch(estimator: Estimator, card: Card) -> Largest | None:
 def search(room: Callable[[int], float], least: int, most: int) -> int | None:
     """Return nearly the largest number from `least` to `most` with room ≥ 0, or None. Room falls, almost in a line.
 
-    Each guess is where the line through the two closest known numbers has no room, or halfway between them. The result is a number with room,
-    and there is none at the next, which is `least` further on or a sixty-fourth of the result if that is more.
+    Each guess is where the line through the two closest known numbers has no room, or halfway between them. The result
+    is a number with room, and there is none at the next, which is `least` further on, or a sixty-fourth of the result
+    if that is more.
     """
     known: dict[int, float] = {}
     fits, fails = 0, most + 1
