@@ -68,7 +68,7 @@ def _look(data: DataConfig, config: Config) -> bool | None:
     """Read the first rows of a source. Returns whether `auto` finds chats there, which a template writes; None if other
     formats read them, or if they are not read. Raises UserError.
     """
-    from fastpref.data.source import REMEDY, find_source, row_error
+    from fastpref.data.source import find_source, remedy, row_error
 
     records = _records(data)
     if records is None:
@@ -79,7 +79,7 @@ def _look(data: DataConfig, config: Config) -> bool | None:
             source.read(at)
         except RowError as error:
             if data.on_error == "error":
-                raise UserError(row_error(source, at, error) + REMEDY) from None
+                raise UserError(row_error(source, at, error) + remedy(error, after=at)) from None
     return source.form.chat if isinstance(source.form, AutoFormat) else None
 
 

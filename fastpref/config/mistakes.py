@@ -117,7 +117,7 @@ def explain(error: ValidationError, schema: type[BaseModel], lines: TomlLines) -
             key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in at).lstrip(".")
             place = f"{lines.place(at)}: {key}" if key else lines.file
             messages.setdefault(place, []).append(what)
-    texts = [f"{place}: {_either(wants)}" for place, wants in messages.items()]
+    texts = [f"{place}: {text}" for place, wants in messages.items() for text in _joined(wants)]
     return sorted(texts, key=lambda line: _line_number(line.removeprefix(lines.file)))
 
 
@@ -136,11 +136,12 @@ def _named_key(path: Path, message: str, lines: TomlLines) -> tuple[Path, str]:
     return key, message[words.end() :] if words and words[2] else message
 
 
-def _either(messages: list[str]) -> str:
-    """Join what each member of a union wants into one message; the first one also names the value."""
+def _joined(messages: list[str]) -> list[str]:
+    """Join what each member of a union wants into one message; the first one also names the value. Messages that name
+    no value are no union's, and stay apart."""
     first, *others = dict.fromkeys(messages)
     wanted = [message.rpartition(", got ")[0] for message in others]
-    return ", or ".join([*wanted, first])
+    return [", or ".join([*wanted, first])] if all(wanted) else [first, *others]
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")

@@ -72,14 +72,19 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "Config":
         model, reference, train = self.model, self.reference, self.train
-        copies = reference.mode == "copy" or reference.name is not None  # whether the name is a model's is seen later
+        compared = self.loss.uses_reference
+        useless = () if compared or reference.sync is not None else ("mode", "adapter", "name", "dtype", "quantization")
+        useless = [key for key in useless if getattr(reference, key) != ReferenceConfig.model_fields[key].default]
+        # Whether the name is a model's is seen later.
+        copies = reference.mode == "copy" or reference.name is not None or not compared
         not_copied = 'only a frozen copy has this key; set reference.mode = "copy", or remove it'
         checks = [
-            (reference.mode == "adapter" and self.lora is None,
+            *((True, f"reference.{key}: {self.loss.type} has no reference; remove the key") for key in useless),
+            (reference.mode == "adapter" and self.lora is None and compared,
              'reference.mode: "adapter" needs a [lora] table; full fine-tuning takes "copy"'),
             (reference.dtype != "auto" and not copies, f"reference.dtype: {not_copied}"),
             (reference.quantization != "auto" and not copies, f"reference.quantization: {not_copied}"),
-            (reference.adapter is not None and reference.name is not None,
+            (reference.adapter is not None and reference.name is not None and compared,
              "reference.name: reference.adapter chooses the reference already; remove one of them"),
             (reference.sync is not None and not self.loss.uses_reference,
              f"reference.sync: {self.loss.type} has no reference to move; remove it"),

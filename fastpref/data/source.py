@@ -146,5 +146,15 @@ def row_error(source: Source, at: int, error: RowError) -> str:
     return explained(message, source.records[at], unpaired=source.unpaired, supervised=supervised, auto=auto)
 
 
+def remedy(error: RowError, *, after: int) -> str:
+    """Return what to do about a mistake in a row that `after` good ones come before, as the end of its message.
+
+    The format is the mistake if the first row has not its columns.
+    """
+    if error.kind != MISSING_COLUMN:
+        return REMEDY
+    return '; rows without it are left out with on_error = "drop"' if after else ""
+
+
 def _at(records: Records, at: int, error: RowError | None) -> str:
     return f"{records.place(at)}: {error}"

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpref.data.rows.columns import MARGIN, MISSING_COLUMN, WEIGHT
+from fastpref.data.rows.columns import MARGIN, WEIGHT
 from fastpref.data.rows.content import Paired, Ranked, RowContent, RowError
-from fastpref.data.source import REMEDY, Made, Source, row_error
+from fastpref.data.source import Made, Source, remedy, row_error
 from fastpref.errors import UserError
 
 
@@ -64,8 +64,7 @@ def survey(source: Source, fraction: float, seen: set[bytes] | None) -> Survey:
             made = source.read(at)
         except RowError as error:
             if source.data.on_error == "error":
-                remedy = "" if error.kind == MISSING_COLUMN else REMEDY
-                raise UserError(row_error(source, at, error) + remedy) from None
+                raise UserError(row_error(source, at, error) + remedy(error, after=len(kept.at))) from None
             many, first = dropped.get(error.kind, (0, ""))
             dropped[error.kind] = many + 1, first or row_error(source, at, error)
             continue

@@ -1,6 +1,8 @@
 """`fastpref init`: its configs load, have the schema's descriptions, and replace no file without --force."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +13,7 @@ from fastpref.config import load_config
 from fastpref.config.losses import LOSSES, LossOptions
 from fastpref.config.text import Line, Table, keys_of, render, sections
 from tests.support.command_line import CommandResult, run_command, succeed
-from tests.support.paths import ROOT
+from tests.support.paths import QUICKSTART_MODEL, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -33,6 +35,20 @@ def test_a_template_loads_as_what_was_asked_for(tmp_path: Path, loss: str):
     beta = {"simpo": 2.0, "sft": 0.0}.get(loss, 0.1)
     assert (config.train.learning_rate, config.loss.beta) == (1e-5 if loss == "simpo" else 1e-4, beta)
     assert (config.lora.rank, config.lora.alpha, config.eval.fraction) == (16, 32.0, 0.05)
+
+
+ROWS = {"text": {"prompt": "q"}, "a chat": {"prompt": [{"role": "user", "content": "q"}]}}
+
+
+@pytest.mark.parametrize(("rows", "model", "line"), [
+    ("text", "model", "chat = true"), ("text", "nowhere/x", '#chat = "auto"'), ("a chat", "model", '#chat = "auto"'),
+])  # fmt: skip
+def test_text_for_a_model_with_a_template_becomes_chats(elsewhere: Path, rows: str, model: str, line: str):
+    """A new config makes chats of plain text if the model has a chat template, as far as both can be read here."""
+    shutil.copytree(QUICKSTART_MODEL, elsewhere / "model")
+    (elsewhere / "d.jsonl").write_text(json.dumps(ROWS[rows] | {"chosen": "y", "rejected": "n"}))
+    text = succeed("init", "--model", model, "--data", "d.jsonl", "--output", "-").out
+    assert next(found for found in text.splitlines() if re.match("#?chat = ", found)).startswith(line)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -2,10 +2,11 @@
 
 import pytest
 
-from fastpref.config import Config
+from fastpref.config import Config, make_config
 from fastpref.config.losses import LOSSES
 from fastpref.config.mistakes import tables_of
 from fastpref.config.others import KEYS, answer
+from fastpref.errors import UserError
 from fastpref.translate import DIALECTS
 
 OURS = {f"{table}.{key}".lstrip(".") for table, keys in tables_of(Config) for key in keys}
@@ -24,6 +25,16 @@ def test_every_field_that_is_translated_is_answered(trainer):
     names = {key.rpartition(".")[2] for key in OURS} | set(vars(LOSSES["dpo"]()))
     fields = {field for rule in trainer.rules if rule.keys for field in rule.fields if "." not in field}
     assert [field for field in sorted(fields - names - LEFT) if not answer(field)] == []
+
+
+def test_mistakes_of_a_dict_stay_apart():
+    """Each mistake of tables without lines, which are a dict in Python, has a message of its own."""
+    small = {"model": {"name": "m"}, "data": [{"path": "d"}], "loss": {"type": "orpo"}, "eval": {"every": 5}}
+    with pytest.raises(UserError) as caught:
+        make_config(small | {"reference": {"mode": "copy", "dtype": "float32"}})
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+        "reference.mode", "reference.dtype", "eval.every",
+    ]  # fmt: skip
 
 
 def test_lora_can_be_switched():

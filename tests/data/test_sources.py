@@ -442,6 +442,16 @@ def test_a_row_that_is_not_of_a_named_format(tmp_path: Path, format: Any, row: d
     assert str(caught.value).startswith(f"{path}:1: {message}")
 
 
+def test_a_row_without_a_column_of_the_others_can_be_left_out(tmp_path: Path):
+    """The message about a row without a column that rows before it have names on_error, which leaves it out."""
+    path = write(tmp_path / "a.jsonl", [TEXT, {"prompt": "q", "chosen": "yes"}])
+    with pytest.raises(
+        UserError, match=r":2: there is no column rejected; .*; rows without it are left out with on_err"
+    ):
+        prepare_one(path)
+    assert len(prepare_one(path, on_error="drop").train) == 1
+
+
 def test_a_label_of_another_column_is_named(tmp_path: Path):
     """A table's own label column is read like any label, and the error about a bad one gives that column's name."""
     path = tmp_path / "rows.csv"

@@ -71,8 +71,9 @@ CONFIGS: list[tuple[str, list[str]]] = [
 def save_families(folder: Path) -> dict[str, Path]:
     """Save a small model of each family with the quickstart's tokenizer; return their folders."""
     shape: dict[str, Any] = {
-        "vocab_size": AutoConfig.from_pretrained(QUICKSTART_MODEL).vocab_size, "hidden_size": 64, "num_hidden_layers": 3,
-        "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "vocab_size": AutoConfig.from_pretrained(QUICKSTART_MODEL).vocab_size, "hidden_size": 64,
+        "num_hidden_layers": 3, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16,
     }  # fmt: skip
     configs = [
         LlamaConfig(**shape),
