@@ -6,6 +6,7 @@ Shapes are those of Llama-3-8B; the step is one micro-batch of a pair of 2,048 t
 """
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from transformers import LlamaConfig
@@ -41,10 +42,14 @@ ROWS: dict[str, dict[str, dict[str, object]]] = {
 }
 
 
-def counted(changes: dict[str, dict[str, object]]) -> StepMemory:
+def config(changes: Mapping[str, Mapping[str, object]]) -> Config:
+    """Return the config of the table with further keys in its tables."""
     tables = {name: {**BASE.get(name, {}), **changes.get(name, {})} for name in {*BASE, *changes} - {"data"}}
-    config = Config.model_validate({**tables, "data": BASE["data"]})
-    return count_step(config, torch.device("cuda"), architecture=LLAMA_3_8B)
+    return Config.model_validate({**tables, "data": BASE["data"]})
+
+
+def counted(changes: Mapping[str, Mapping[str, object]]) -> StepMemory:
+    return count_step(config(changes), torch.device("cuda"), architecture=LLAMA_3_8B)
 
 
 def main() -> None:

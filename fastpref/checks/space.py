@@ -43,7 +43,7 @@ def needed(config: Config, trained: int, saved: int) -> Space:
     """
     name = config.train.optimizer
     state = next((size for part, size in _STATES.items() if part in name), 8)
-    kept = config.output.keep + 2 if config.output.save_every is not None else 1  # the best one, and one being written
+    kept = 1 if config.output.save_every == "stop" else config.output.keep + 2  # the best, and one being written
     return Space(saved, saved + trained * state, kept)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from fastpref.cli.configs import check, estimate, init, preview, schema
 from fastpref.cli.models import chat, evaluate, export, merge, push
@@ -32,12 +33,32 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "merge": (merge, "runs/my-dpo --output my-model"),
     "export": (export, "runs/my-dpo --gguf --quant q8_0"),
     "push": (push, "runs/my-dpo --to me/my-model"),
-    "schema": (schema, ""),
+    "schema": (schema, "train.batch"),
 }
 
+
+class _Plain:
+    """A command in whose help flags show no type, `--help` among them."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)  # pyright: ignore[reportAttributeAccessIssue]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class _Group(_Plain, TyperGroup):
+    pass
+
+
+class _Command(_Plain, TyperCommand):
+    pass
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -53,7 +74,7 @@ def options(
 
 
 for _name, (_command, _example) in _COMMANDS.items():
-    app.command(_name, epilog=f"Example: fastpref {_name} {_example}".rstrip())(_command)
+    app.command(_name, cls=_Command, epilog=f"Example: fastpref {_name} {_example}".rstrip())(_command)
 
 
 def console() -> None:

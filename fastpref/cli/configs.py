@@ -12,11 +12,12 @@ from fastpref.cli.parameters import (
     NoCache,
     Offline,
     Overrides,
+    argument,
     flag,
     value,
 )
 from fastpref.cli.setup import loading
-from fastpref.commands.about import in_one_sentence, names_of, print_schema
+from fastpref.commands.about import in_one_sentence, names_of, print_key, print_schema
 from fastpref.config import load_config
 
 
@@ -108,6 +109,13 @@ def estimate(
     run(estimator, card=card, compare=compare, largest=largest, as_json=as_json)
 
 
-def schema() -> None:
-    """Print the JSON schema of a config: every key, type and default."""
-    print_schema()
+def schema(
+    key: Annotated[
+        str | None, argument("[KEY]", "Show this key or table of a config as text, such as train.batch.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a config, or what a key of it means."""
+    if key is None:
+        print_schema()
+    else:
+        print_key(key)

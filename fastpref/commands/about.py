@@ -1,11 +1,14 @@
 """`fastpref --version`, `fastpref schema`, and a config in one sentence."""
 
 import json
+import shutil
+from textwrap import fill
 
 import typer
 
 from fastpref import __version__
 from fastpref.config import Config
+from fastpref.errors import UserError
 
 
 def print_version(value: bool) -> None:
@@ -16,6 +19,25 @@ def print_version(value: bool) -> None:
 
 def print_schema() -> None:
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+def print_key(key: str) -> None:
+    """Print the type, default and meaning of a key, or of every key of a table. Raises UserError for none."""
+    from fastpref.config.reference import explain_keys
+
+    lines = explain_keys(key.strip("[]"))
+    if not lines:
+        tables = ", ".join(Config.model_fields)
+        raise UserError(
+            f"schema {key}: a config has no such key; its tables are {tables}, and `fastpref schema` has all"
+        )
+    width = min(shutil.get_terminal_size().columns, 120)
+    for line in lines:
+        name, meaning = line.split("\n")
+        typer.echo(name)
+        typer.echo(
+            fill(meaning.strip(), width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        )
 
 
 def in_one_sentence(config: Config) -> str:

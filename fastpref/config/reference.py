@@ -34,6 +34,32 @@ def reference() -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+def explain_keys(wanted: str) -> list[str]:
+    """Return a key or the keys of a table, each with its type, default and meaning. [] if there is no such key.
+
+    A table of several kinds, such as [loss], has the keys of all of them.
+    """
+    schema = Config.model_json_schema()
+    lines: dict[str, None] = {}
+
+    def walk(place: str, table: dict[str, Any]) -> None:
+        kind_of = table.get("properties", {}).get("type", {}).get("const")
+        of = f'with type = "{kind_of}", ' if kind_of else ""
+        for key, spec in table.get("properties", {}).items():
+            name = f"{place}{key}"
+            if name == wanted or name.startswith(f"{wanted}."):
+                kind = _type(spec, schema["$defs"]).replace("`", "")
+                default = "required" if key in table.get("required", ()) else f"default {_value(spec.get('default'))}"
+                default = default.replace("`", "") if default != "default " else "no default"
+                meaning = " ".join(spec.get("description", "").split())
+                lines[f"{name}  ({of}{kind}; {default})\n    {meaning}"] = None
+            for target in _tables(spec):
+                walk(f"{name}.", schema["$defs"][target])
+
+    walk("", schema)
+    return list(lines)
+
+
 def _tables(spec: dict[str, Any]) -> Iterator[str]:
     """Yield the definitions that a key refers to: one, or one for each loss."""
     for inner in [spec, spec.get("items", {}), *spec.get("anyOf", []), *spec.get("oneOf", [])]:

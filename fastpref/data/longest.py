@@ -23,24 +23,28 @@ class Microbatch:
     """A micro-batch, of placeholder examples if its source is no data."""
 
     examples: list[Example]
-    further: bool  # whether its step has other micro-batches
+    further: bool  # whether it follows another of its step, whose gradients exist meanwhile
     tokens: int  # that the micro-batch computes
     source: str  # the source of the lengths, in words
 
 
-def longest_of(config: Config, examples: Examples, layout: Layout) -> Microbatch:
-    """Return the micro-batch with the most tokens among the first steps of a run."""
+def longest_of(config: Config, examples: Examples, layout: Layout) -> list[Microbatch]:
+    """Return the micro-batch with the most tokens among the first steps of a run.
+
+    If it is the first of its step, the longest one that follows another comes second, if there is any: it may take more
+    memory, because there are gradients beside it.
+    """
     prompts, completions = _cut(config, examples.prompt_lengths, examples.completion_lengths)
     counts = examples.completions
-    largest: Microbatch | None = None
+    largest: dict[bool, Microbatch] = {}  # by whether it follows another
     steps = min(STEPS, config.train.steps or -(-len(examples) * config.train.epochs // config.train.batch))
     for places in islice(data_order(len(examples), config.train.batch, config.train.seed), int(steps)):
         step = [_shortened(examples[i], int(prompts[i]), completions[i, : counts[i]].tolist()) for i in places]
         for part in microbatches(config, step, layout, f"the data, {len(examples):,} rows"):
-            if largest is None or part.tokens > largest.tokens:
-                largest = part
-    assert largest is not None
-    return largest
+            if part.further not in largest or part.tokens > largest[part.further].tokens:
+                largest[part.further] = part
+    by_tokens = sorted(largest.values(), key=lambda part: (-part.tokens, not part.further))
+    return by_tokens[:1] if by_tokens[0].further else by_tokens
 
 
 def longest_possible(config: Config) -> Microbatch:
@@ -69,10 +73,9 @@ def microbatches(
 ) -> list[Microbatch]:
     """Return the micro-batches of a step, without KTO's mismatched completions, which the step adds."""
     trained = plan_step(config.loss, examples, layout, config.tokens_per_microbatch).trained
-    several = len(trained.microbatches) > 1
     return [
-        Microbatch([examples[i] for i in places], several, tokens, source)
-        for places, tokens in zip(trained.microbatches, trained.tokens)
+        Microbatch([examples[i] for i in places], number > 0, tokens, source)
+        for number, (places, tokens) in enumerate(zip(trained.microbatches, trained.tokens))
     ]
 
 

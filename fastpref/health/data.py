@@ -21,6 +21,23 @@ def _no_end(h: History, known: Known) -> Verdict | Unasked | None:
     )
 
 
+@rule("prompts_lost", explains=("truncation",))
+def _prompts_lost(h: History, known: Known) -> Verdict | Unasked | None:
+    if not known.rows:
+        return UNASKED
+    share = known.lost / known.rows
+    if share <= 0.05:
+        return None
+    return Verdict(
+        f"{percent(share)} of the training rows ({known.lost:,} of {known.rows:,}) have less than a quarter of their "
+        "prompt left. The model learns to answer what it does not see.",
+        'Raise tokens.max_length or tokens.max_prompt_length, or leave out such rows with tokens.overlong="drop".',
+        (0, h.step),
+        {"rows with little of their prompt": known.lost, "rows": known.rows},
+        "alarm" if share > 0.5 else "warning",
+    )
+
+
 @rule("truncation")
 def _truncation(h: History, known: Known) -> Verdict | Unasked | None:
     if not known.rows:

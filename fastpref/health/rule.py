@@ -36,6 +36,7 @@ class Known:
     ends: bool = True  # whether any training completion has its end
     template: float = 0.0  # the share of training rows whose text does not fit the model's template or end
     dropped: Mapping[str, int] = field(default_factory=dict)  # why training rows were dropped → how many
+    lost: int = 0  # training rows of whose prompt less than a quarter is left
     questionless: int = 0  # training rows whose prompt asks nothing
     repeated: int = 0  # training rows that repeat another one exactly
     leaked: int = 0  # held-out rows that are training rows
@@ -106,6 +107,7 @@ def known_of(config: Config, facts: Mapping[str, Any]) -> Known:
         template=max(train.get(name, 0) for name in ("foreign", "departed")) / (train.get("kept") or 1),
         dropped={words: train[name] for name, words in _DROPPED.items() if train.get(name)}
         | {words: rows[name] for name, words in _LEFT_OUT.items() if rows.get(name)},
+        lost=train.get("prompts_lost", 0),
         questionless=rows.get("questionless", 0),
         repeated=rows.get("repeated", 0),
         leaked=rows.get("leaked", 0),

@@ -10,7 +10,7 @@ the blocks in use is memory that the process holds and no tensor has.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -60,21 +60,30 @@ def replayed(
     Storages of `fixed` bytes are as large for every length, like those whose size was kept.
     """
     allocator = CachingAllocator(expandable=expandable)
-    for number, size in enumerate(trace.held):
-        allocator.allocate(number, size)
+    for number, size in requests(trace, lengths, fixed):
+        if size:
+            allocator.allocate(number, size)
+        else:
+            allocator.free(number)
+    return allocator
+
+
+def requests(
+    trace: Trace, lengths: Sequence[float] = LENGTHS, fixed: Collection[int] = ()
+) -> Iterator[tuple[int, int]]:
+    """Yield what such steps ask of an allocator: a number with its bytes for a block, and with 0 to free it."""
+    yield from enumerate(trace.held)
     for length in lengths:
         left: set[int] = set()
         for number, size in trace.events:
             if size == 0:
-                allocator.free(number)
+                yield number, 0
                 left.discard(number)
-                continue
-            same = number in trace.kept or size in fixed
-            allocator.allocate(number, size if same else int(size * length))
-            left.add(number)
+            elif asked := size if number in trace.kept or size in fixed else int(size * length):
+                yield number, asked
+                left.add(number)
         for number in left:  # gradients, until the next step
-            allocator.free(number)
-    return allocator
+            yield number, 0
 
 
 @dataclass(eq=False)

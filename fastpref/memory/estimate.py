@@ -18,7 +18,7 @@ from fastpref.data.tokenize import use_chat_template
 from fastpref.errors import UserError
 from fastpref.memory.fit import MARGIN, OversizedStep, Proposal, propose
 from fastpref.memory.process import LIBRARIES, Card, Verdict, process
-from fastpref.memory.step import StepMemory, count_step
+from fastpref.memory.step import StepMemory, count_step, heaviest
 from fastpref.memory.streaming import StreamedStep
 from fastpref.memory.trl import as_trl, trl_policy
 from fastpref.memory.unsloth import as_unsloth, unsloth_policy
@@ -73,8 +73,11 @@ class Estimator:
 
     def microbatch(self, config: Config) -> Microbatch:
         """Return the largest micro-batch of a run."""
+        return self._microbatches(config)[0]
+
+    def _microbatches(self, config: Config) -> list[Microbatch]:
         if self._examples is None:
-            return longest_possible(config)
+            return [longest_possible(config)]
         return longest_of(config, self._examples, wanted_layout(config))
 
     def take(self, *overrides: str, layers: int | None = None, streaming: Streaming | None = None) -> StepMemory:
@@ -83,7 +86,7 @@ class Estimator:
         if key not in self._known:
             self.counted(" ".join(overrides) or ("the step" if streaming is None else "the step with streamed layers"))
             config = self._load(overrides)
-            self._known[key] = self._count(config, layers, self.microbatch(config), streaming=streaming)
+            self._known[key] = self._count(config, layers, self._microbatches(config), streaming=streaming)
         return self._known[key]
 
     def take_longest(self, *overrides: str) -> StepMemory:
@@ -92,7 +95,7 @@ class Estimator:
         if key not in self._known:
             self.counted(" ".join(overrides))
             config = self._load(overrides)
-            self._known[key] = self._count(config, None, longest_possible(config))
+            self._known[key] = self._count(config, None, [longest_possible(config)])
         return self._known[key]
 
     def take_streamed(self) -> StreamedStep | None:
@@ -110,21 +113,26 @@ class Estimator:
         """Count the memory of the same step as TRL computes it, with gradient checkpointing, its default."""
         self.counted("the step as TRL computes it")
         config = as_trl(self.config)
-        return self._count(config, None, self.microbatch(self.config), make_policy=trl_policy(config))
+        return self._count(config, None, self._microbatches(self.config), make_policy=trl_policy(config))
 
     def take_as_unsloth(self) -> StepMemory:
         """Count the memory of the same step as Unsloth computes it, with its gradient checkpointing."""
         self.counted("the step as Unsloth computes it")
         config = as_unsloth(self.config)
-        return self._count(config, None, self.microbatch(self.config), make_policy=unsloth_policy(config))
+        return self._count(config, None, self._microbatches(self.config), make_policy=unsloth_policy(config))
 
-    def _count(self, config: Config, layers: int | None, largest: Microbatch, **options: Any) -> StepMemory:
+    def _count(self, config: Config, layers: int | None, largest: Sequence[Microbatch], **options: Any) -> StepMemory:
         if self.device.type == "cpu" and config.train.checkpointing == "auto":
             layers = 0
-        memory = count_step(
-            config, self.device, layers=layers, examples=largest.examples, further=largest.further,
-            architecture=self.architecture, layout=self._layouts.get(config.train.layout), **options,
-        )  # fmt: skip
+
+        def count(microbatch: Microbatch) -> StepMemory:
+            layout = self._layouts.get(config.train.layout)
+            return count_step(
+                config, self.device, layers=layers, examples=microbatch.examples, further=microbatch.further,
+                architecture=self.architecture, layout=layout, **options,
+            )  # fmt: skip
+
+        memory = heaviest(largest, count)
         self._layouts[config.train.layout] = memory.layout
         if memory.bare_experts and not self._told_of_experts:
             self._told_of_experts = True

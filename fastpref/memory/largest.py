@@ -66,8 +66,9 @@ def largest_microbatch(estimator: Estimator, card: Card) -> Largest | None:
 def search(room: Callable[[int], float], least: int, most: int) -> int | None:
     """Return nearly the largest number from `least` to `most` with room ≥ 0, or None. Room falls, almost in a line.
 
-    Each guess is where the line through the two closest known numbers has no room. The result is a number with room,
-    and there is none at the next, which is `least` further on or a sixty-fourth of the result if that is more.
+    Each guess is where the line through the two closest known numbers has no room, or halfway between them. The result
+    is a number with room, and there is none at the next, which is `least` further on, or a sixty-fourth of the result
+    if that is more.
     """
     known: dict[int, float] = {}
     fits, fails = 0, most + 1
@@ -83,6 +84,10 @@ def search(room: Callable[[int], float], least: int, most: int) -> int | None:
         before = fails if fails in known else max((number for number in known if number < fits), default=None)
         if before is None:
             guess = min(most, 8 * least)
+            continue
+        if fails in known and len(known) % 2:  # in case it is no line
+            guess = fits + max(unit, (fails - fits) // 2 // unit * unit)
+            guess = min(guess, fails - unit)
             continue
         slope = (known[fits] - known[before]) / (before - fits)  # the room that each further number costs
         further = int(known[fits] / slope) if slope > 0 else most

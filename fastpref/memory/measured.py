@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from fastpref.config import Config, make_config
 from fastpref.data.example import Example
-from fastpref.data.longest import longest_of, longest_possible, microbatches
+from fastpref.data.longest import Microbatch, longest_of, longest_possible, microbatches
 from fastpref.data.table import Examples
 from fastpref.memory.fit import Count, OversizedStep
-from fastpref.memory.step import StepMemory, count_step
+from fastpref.memory.step import StepMemory, count_step, heaviest
 from fastpref.memory.streaming import in_host_memory, streaming_of
 from fastpref.model.adapters.source import with_start
 from fastpref.model.adapters.switch import BELOW, REFERENCE, adapters_nbytes
@@ -133,11 +133,15 @@ class StepPeak:
 
     def against_estimate(self, config: Config, examples: Examples, loaded: Loaded) -> str:
         """Return a note that compares the measured peak with `count_step` for the run's largest micro-batch."""
-        largest, layers = longest_of(config, examples, loaded.layout), _checkpointed(loaded.model)
+        longest, layers = longest_of(config, examples, loaded.layout), _checkpointed(loaded.model)
         options: dict[str, Any] = {"layers": layers, "streaming": streaming_of(loaded)}
         config, gpu, measured = as_loaded(config, loaded), torch.device("cuda"), f"measured {in_words(self.bytes)}"
+
+        def count(part: Microbatch) -> StepMemory:
+            return count_step(config, gpu, examples=part.examples, further=part.further, **options)
+
         try:
-            memory = count_step(config, gpu, examples=largest.examples, further=largest.further, **options)
+            memory = heaviest(longest, count)
         except Exception as error:  # a model's code may read the values of tensors, which fake tensors do not have
             return f"memory of a step: {measured}; not estimated ({type(error).__name__})"
         change = self.bytes / memory.total - 1

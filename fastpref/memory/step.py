@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fastpref.config import Config
 from fastpref.data.batch import Layout
 from fastpref.data.example import Example
-from fastpref.data.longest import longest_possible
+from fastpref.data.longest import Microbatch, longest_possible
 from fastpref.errors import UserError
 from fastpref.memory.allocations import PeakStorage
 from fastpref.memory.caching_allocator import replayed
@@ -113,6 +113,21 @@ class _Fake(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
+def heaviest(longest: Sequence[Microbatch], count: Callable[[Microbatch], StepMemory]) -> StepMemory:
+    """Return the memory of the micro-batch that takes the most, of those that `longest_of` returns.
+
+    The last one, which has gradients beside it, is counted first. The other is counted only if what they compute, in
+    proportion to their tokens, could be more than the gradients.
+    """
+    last = longest[-1]
+    memory = count(last)
+    for other in longest[:-1]:
+        more = (memory.activations + memory.head) * (other.tokens / last.tokens - 1)
+        if more > 0.9 * memory.gradients:
+            memory = max(memory, count(other), key=lambda counted: counted.total)
+    return memory
+
+
 @told_of_model("the memory of a step cannot be counted without its weights")
 def count_step(
     config: Config,
@@ -132,8 +147,8 @@ def count_step(
         layers: how many decoder layers have gradient checkpointing; by default all, or none if `train.checkpointing`
             is false.
         examples: the examples of the step; by default those of the longest micro-batch.
-        further: whether the step has other micro-batches, so that gradients exist before these examples; by default
-            whether the longest micro-batch is only a part of a step.
+        further: whether these examples follow another micro-batch of the step, whose gradients exist meanwhile; by
+            default whether the longest micro-batch is only a part of a step.
         architecture: the model's config.json, which is read by default.
         layout: the layout that the model's attention supports; by default a forward pass determines it.
         make_policy: makes the policy, for another head than ours (`trl.py`).
@@ -166,7 +181,8 @@ def count_step(
     sizes_alone = kernels_not_run if kernels else nullcontext
     with fake, count:
         copies = _materialised(config, bones, count, streaming)
-        policy = make_policy(bones.model)
+        with count.labelled("weights"):  # those that another trainer casts
+            policy = make_policy(bones.model)
     with fake, sizes_alone():
         choice = Choice(layout) if layout else choose_layout(bones.model, policy, config.train.layout, compare=False)
         attention = _attention(config, device, bones.model, policy, choice.layout)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastpref.atomic import write_file
 from fastpref.errors import UserError
-from fastpref.report.comparison import render_comparison
+from fastpref.report.comparison import common_folder, render_comparison
 from fastpref.report.page import render
 from fastpref.report.source import Run, read_run
 from fastpref.run.history import REPORT
@@ -28,7 +28,7 @@ def write_comparison(runs: Sequence[Run], place: Path | None = None) -> Path:
 
     Raises UserError if a file is in the way that is no such page, and WriteError.
     """
-    place = place or Path(os.path.relpath(os.path.commonpath([run.folder.resolve() for run in runs]))) / COMPARISON
+    place = place or Path(os.path.relpath(common_folder(runs))) / COMPARISON
     if place.is_dir() or (place.exists() and not _ours(place)):
         raise UserError(f"{place}: this is no page of fastpref's, so it is not replaced; name another file by --output")
     if not place.parent.is_dir():

@@ -51,11 +51,20 @@ def render_comparison(runs: Sequence[Run], place: Path) -> str:
 
 def _named_apart(runs: Sequence[Run]) -> list[Run]:
     """Return the runs with names that differ: those of their folders, or as much of the paths as it takes."""
-    folders = [run.folder.resolve() for run in runs]
-    common = Path(os.path.commonpath(folders))
     if len({run.name for run in runs}) == len(runs):
         return list(runs)
-    return [replace(run, name=str(folder.relative_to(common))) for run, folder in zip(runs, folders)]
+    folders = [run.folder.resolve() for run in runs]
+    common = common_folder(runs)
+    names = [folder.relative_to(common) if folder.is_relative_to(common) else folder for folder in folders]
+    return [replace(run, name=name.as_posix()) for run, name in zip(runs, names)]
+
+
+def common_folder(runs: Sequence[Run]) -> Path:
+    """Return the folder that has all runs in it, or the working directory if they are on several drives."""
+    try:
+        return Path(os.path.commonpath([run.folder.resolve() for run in runs]))
+    except ValueError:
+        return Path.cwd()
 
 
 def _shown(at: int, of: Summary, place: Path) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
         yield folder
     elif depth:
         try:
-            below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+            below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
         except OSError:
             return
         for name in below:

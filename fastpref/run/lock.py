@@ -32,7 +32,7 @@ class RunLock:
         if self._lock.is_locked:
             return
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0.2)  # who asks whether it is held takes it for a moment
         except Timeout:
             raise UserError(
                 f"{self._folder}: another run is writing to this folder; wait for its end, or choose another output.dir"

@@ -165,6 +165,7 @@ def test_a_gpu_changes_what_is_asked(monkeypatch: pytest.MonkeyPatch):
 
 
 Usage = namedtuple("Usage", "free")
+STOP = "output.save_every=stop"
 ADAPTER = 4 * 149_504  # bytes of rank 16 on every linear layer of the model, as the quickstart says
 
 
@@ -172,12 +173,12 @@ ADAPTER = 4 * 149_504  # bytes of rank 16 on every linear layer of the model, as
     ("free", "overrides", "outcome"),
     [
         (1 << 40, (), ""),
-        (4 * ADAPTER + (1 << 20), (), ""),  # the result, and one checkpoint with two moments
-        (4 * ADAPTER + (1 << 20) - 1, (), "mistake"),
-        (4 * ADAPTER + (1 << 20), ("output.save_every=1",), "note"),
-        (17 * ADAPTER, ("output.save_every=1",), ""),  # two, the best, and one that is being written
-        (17 * ADAPTER, ("lora=false",), "mistake"),
-        (3 * ADAPTER + (1 << 20), ("train.optimizer=adamw_8bit",), ""),
+        (4 * ADAPTER + (1 << 20), (STOP,), ""),  # the result, and one checkpoint with two moments
+        (4 * ADAPTER + (1 << 20) - 1, (STOP,), "mistake"),
+        (4 * ADAPTER + (1 << 20), (), "note"),
+        (15 * ADAPTER, (), ""),  # two, the best, and one that is being written
+        (15 * ADAPTER, ("lora=false",), "mistake"),
+        (3 * ADAPTER + (1 << 20), (STOP, "train.optimizer=adamw_8bit"), ""),
     ],
 )
 def test_the_space_on_the_disk(free: int, overrides: tuple[str, ...], outcome: str, monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,7 @@ import pytest
 
 from fastpref import __version__
 from fastpref.cli import app
-from tests.support.command_line import succeed
+from tests.support.command_line import run_command, succeed
 from tests.support.paths import ROOT
 
 WORKFLOW = [
@@ -37,7 +37,7 @@ def test_the_version_is_that_of_the_package():
 def test_options_are_shown_as_they_are_typed(command: str):
     """Options show a name for their value, flags show none, and overrides are KEY=VALUE."""
     text = succeed(command, "--help").out
-    options = [line for line in text[text.index("─ Options") :].splitlines() if "--help" not in line]
+    options = text[text.index("─ Options") :].splitlines()
     assert [line for line in options if "<" in line] == []
     if command in ("check", "preview", "estimate", "train", "eval", "chat", "merge", "export"):
         assert "[KEY=VALUE]..." in text
@@ -52,3 +52,22 @@ def test_every_command_has_help_with_an_example():
         assert f"fastpref {name} " in f"{command.epilog} "
         assert command.callback.__doc__
         assert "Example: fastpref" in succeed(name, "--help").out
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    {
+        "train.batch": "train.batch  (whole number ≥ 1; default 16)\n    Sets how many examples",
+        "loss.beta": 'loss.beta  (with type = "orpo", number ≥ 0; default 0.1)',
+        "[lora]": "lora.rank  (whole number ≥ 1; default 16)",
+        "data.path": "data.path  (text; required)",
+    }.items(),
+)
+def test_a_key_is_explained(key: str, words: str):
+    assert words in succeed("schema", key).out
+
+
+def test_no_key_is_made_up():
+    result = run_command("schema", "train.sed")
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("fastpref: schema train.sed: a config has no such key; its tables are model, ")

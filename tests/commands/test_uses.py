@@ -1,12 +1,15 @@
 """`merge` and `export` print the commands that use what they wrote, and these run as they stand."""
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fastpref.export.uses import of_adapter, of_model
 from tests.support.command_line import succeed
+from tests.support.paths import DOCS
 
 
 def printed(out: str) -> list[list[str]]:
@@ -28,6 +31,21 @@ def test_the_next_commands_run(finished_run: Path, elsewhere: Path):
     assert [name for name in files if not Path(name).is_file()] == []
     card = (Path(files[0]).parent / "README.md").read_text(encoding="utf-8")
     assert f"```\nllama-cli -m {shlex.quote(Path(files[0]).name)}\nollama create " in card
+
+
+def test_the_code_for_transformers_runs(
+    finished_run: Path, whole_run: Path, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The code on docs/use.md prints an answer of an adapter, and what it says of a whole model is true."""
+    Path("runs").mkdir()
+    Path("runs/my-dpo").symlink_to(finished_run)
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "use.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, "docs/use.md", "exec"), {})
+    answer = capsys.readouterr().out.strip()
+    assert answer
+    assert "<|" not in answer
+    ends = GenerationConfig.from_pretrained(whole_run / "final").eos_token_id
+    assert AutoModelForCausalLM.from_pretrained(whole_run / "final").generation_config.eos_token_id == ends
 
 
 @pytest.mark.parametrize(

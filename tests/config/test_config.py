@@ -132,10 +132,10 @@ MISTAKES: dict[str, str] = {  # what stands before BASE, and the messages
     "train.epochs = true": "1: train.epochs: must be a valid number, got True",
     "train.learning_rate = inf": "1: train.learning_rate: must be a finite number, got inf",
     "train.warmup = nan": "1: train.warmup: must be a finite number, got nan",
-    "output.save_every = 0": "1: output.save_every: must be a number of steps, a share of all steps below 1, \"auto\" or "
-    "\"stop\", got 0",
+    "output.save_every = 0": "1: output.save_every: must be a number of steps, a share of all steps below 1, "
+    '"auto" or "stop", got 0',
     "[eval]\nfraction = 0.1\nevery = 1.5": "3: eval.every: must be a number of steps, a share of all steps "
-    "below 1, \"auto\" or \"end\", got 1.5",
+    'below 1, "auto" or "end", got 1.5',
     "tokens.chat_template = 3": "1: tokens.chat_template: must be a valid string, got 3",
     "lora.dora = 1": "1: lora.dora: must be a valid boolean, got 1",
     "lora.dropout = 1.0": "1: lora.dropout: must be less than 1, got 1.0",

@@ -127,6 +127,7 @@ FAULTS: dict[str, tuple[str, Iterable[Row], dict[str, Any]]] = {
     "answers_length": ("dpo", rows(), {"answers": ((FINE, ""),)}),
     "answers_language": ("dpo", rows(), {"answers": ((FINE, "Это совсем другой язык, \ufffd правда."),)}),
     "no_end": ("dpo", rows(), {"ends": False, "cut": 1000}),
+    "prompts_lost": ("dpo", rows(), {"lost": 60, "cut": 90}),
     "rows_dropped": ("dpo", rows(), {"dropped": {"too long": 400}}),
     "no_question": ("dpo", rows(), {"questionless": 90}),
     "rows_repeat": ("dpo", rows(), {"repeated": 200}),
@@ -266,6 +267,18 @@ def test_a_rule_fires_on_its_fault(rule: str):
     assert 0 <= verdict.steps[0] <= verdict.steps[1] <= 100
     assert verdict.advice.endswith((".", "?"))
     assert verdict.message.endswith(".")
+
+
+def test_a_reference_that_is_another_model():
+    """Rewards before the training give it away where the loss does not, also if the config names the reference."""
+
+    def chosen(t: float) -> float:
+        return 0.6 + 0.3 * t  # six nats of ninety
+
+    other = list(rows(heldout={"rewards/chosen": chosen}))
+    for of in (known(), known(same_start=False, reference="another")):
+        assert [v.rule for v in diagnosis(other, of)] == ["first_loss"]
+    assert diagnosis(other, known(same_start=False)) == []  # lora.from on purpose
 
 
 def test_explained_rules_come_after_their_cause():
@@ -423,5 +436,3 @@ def test_the_page_has_every_rule():
     """docs/health.md has a row for each rule, and no others."""
     page = (DOCS / "health.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE) == list(RULES)
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    assert all(int(count) <= len(RULES) for count in re.findall(r"(\d+) rules", readme))

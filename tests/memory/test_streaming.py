@@ -19,7 +19,7 @@ from fastpref.kernels.head_weight import OffloadedWeight
 from fastpref.memory import activations
 from fastpref.memory import streaming as module
 from fastpref.memory.allocations import PeakStorage
-from fastpref.memory.estimate import CONTEXT, fits, usable
+from fastpref.memory.estimate import CONTEXT, usable
 from fastpref.memory.fake_stream import Copies, tables_of
 from fastpref.memory.measured import oversized_step, step_counter
 from fastpref.memory.step import StepMemory, count_step
@@ -330,17 +330,6 @@ def test_a_run_that_is_out_of_memory_counts_its_stream(tmp_path: Path):
 
 
 # --- cards ------------------------------------------------------------------------------------------------------------
-
-
-def test_cards_that_need_streaming():
-    """A card streams as few layers as it must, and none if a step fits without; below the least it does not fit."""
-    held = StepMemory(9 * GIB, 0, 0, 0, 0, GIB, 0, 0, 8, 8, "tree")
-    least = StepMemory(GIB, 0, 0, 0, 0, GIB, 0, 0, 8, 8, "tree", host=8 * GIB, streamed=8, layer=GIB)
-    by_card = {fit.card: fit for fit in fits(held, held, (2, 4, 6, 24), StreamedStep(least))}
-    assert {card: (fit.fits, fit.streamed, fit.host // GIB) for card, fit in by_card.items()} == {
-        2: (False, 0, 0), 4: (True, 7, 7), 6: (True, 5, 5), 24: (True, 0, 0),
-    }  # fmt: skip
-    assert not any(fit.fits for fit in fits(held, held, (2, 4, 6)))
 
 
 def whole(name: str, tokens: int, **train: Any) -> tuple[float, float]:

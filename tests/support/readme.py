@@ -1,4 +1,4 @@
-"""The commands in README.md, CONTRIBUTING.md and two pages of docs/."""
+"""The commands in README.md, CONTRIBUTING.md and three pages of docs/."""
 
 import re
 
@@ -6,7 +6,7 @@ from tests.support.paths import DOCS, ROOT
 
 PAGES = [
     path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", DOCS / "estimate.md", DOCS / "runs.md")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", DOCS / "estimate.md", DOCS / "runs.md", DOCS / "use.md")
 ]
 
 

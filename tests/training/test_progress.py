@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastpref.health import RULES, Verdict
+from fastpref.health import Health, Verdict
 from fastpref.training.live import sparkline
 from fastpref.training.progress import Display
 
@@ -152,7 +152,7 @@ def test_elsewhere_there_are_plain_lines():
             shown.step(step, 0.5, metrics(step), 823_000_000)
             if step == 10:
                 shown.verdict(WARNING)
-        shown.health([ALARM, WARNING])
+        shown.health(Health((ALARM, WARNING), ("a",) * 9, ()))
     lines = said(shown).splitlines()
     assert "\x1b" not in said(shown)
     assert lines[0].startswith("step 1/20  loss 0.6900  accuracy 55%")
@@ -175,8 +175,11 @@ def test_speed_counts_what_a_step_has(terminal: bool):
 
 def test_a_healthy_run_is_said_to_be_one():
     shown = display(terminal=False)
-    shown.health([])
-    assert said(shown) == f"health: {len(RULES)} rules found nothing wrong\n"
+    shown.health(Health((), ("a",) * 9, ("b",), (WARNING,)))
+    assert said(shown) == (
+        "health: 9 rules found nothing wrong; 1 of 10 could not be asked, for want of steps, evaluations or held-out "
+        f"rows; 1 finding given before has passed ({WARNING.rule})\n"
+    )
 
 
 @pytest.mark.parametrize("terminal", [True, False])
