@@ -60,6 +60,8 @@ def find(data: DataConfig) -> Found | None:
     Raises UserError if there is no such file, if nothing matches, or if a key asks for a part that is not there.
     """
     path = path_of(data)
+    if not data.path.strip():
+        raise UserError('data.path = "": name a file, a folder, a pattern of files or a data set of the hub')
     if path.is_dir():
         _refuse(data, "a folder", "revision", *(("name",) if is_saved(path) else ()))
         return None if is_saved(path) else _in_folder(data, path)
@@ -119,11 +121,12 @@ def _in_folder(data: DataConfig, path: Path) -> Found:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a README need not be a card
     try:
-        parts = datasets.get_dataset_config_names(str(path))
+        folder = str(path.resolve())  # whose name is not "."
+        parts = datasets.get_dataset_config_names(folder)
         part = data.name or ("default" if "default" in parts else parts[0] if len(parts) == 1 else None)
         if part not in parts:
             raise UserError(f"{data.path}: data.name selects one of {', '.join(parts)}, got {data.name!r}")
-        split_files: Any = datasets.load_dataset_builder(str(path), part).config.data_files
+        split_files: Any = datasets.load_dataset_builder(folder, part).config.data_files
     except UserError:
         raise
     except Exception as error:  # datasets raises whatever its readers of names and of YAML raise

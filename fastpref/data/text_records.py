@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import mmap
+import re
 import shutil
 import tempfile
 import zlib
@@ -33,6 +34,8 @@ PACKED: dict[str, type[gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile]] = {
 LISTS = ("data", "rows", "examples", "instances", "items", "records", "train")
 """The keys under which a JSON file that is one object may hold its rows."""
 _OF_A_ROW = ("prompt", "messages", "conversations", "instruction", "question", "input", "chosen", "completion")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SEPARATED = re.compile(rb'"?sep=([,;\t|])"?\r?\n')  # the line by which Excel is told what separates columns
 _BOM = b"\xef\xbb\xbf"
 _HEADER = 100  # lines at most that a header is looked for in
 _DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
@@ -48,6 +51,8 @@ class _TextRecords:
         self._bytes = _mapped(name, path)
         self._starts, self._stops = array("q"), array("q")
         self._counted = 0, 1  # a byte and its line: rows are mostly read in order
+        if self._bytes[:2] in _UTF16:
+            raise UserError(f"{name}: the file is UTF-16, and UTF-8 is read; save it as UTF-8 (in Excel: CSV UTF-8)")
         self._begin = len(_BOM) if self._bytes[:3] == _BOM else 0
         self._bytes.seek(self._begin)
 
@@ -145,8 +150,10 @@ class Csv(_TextRecords):
         super().__init__(name, path, numbered=True)
         csv.field_size_limit(2**31 - 1)  # its default of 128 KiB is less than a long chat
         self._numbers = numbers
-        end = self._bytes.tell()
-        self._delimiter = self._separator(usual)
+        told = _SEPARATED.match(self._bytes, self._begin)
+        end = told.end() if told else self._begin
+        self._bytes.seek(end)
+        self._delimiter = told[1].decode() if told else self._separator(usual)
         self._bytes.seek(end)
         if self._delimiter != usual:
             self.notes = (f"{Path(name).name}: {_DELIMITERS[self._delimiter]} separates the columns",)

@@ -65,6 +65,7 @@ FILES: dict[str, tuple[str, str, str]] = {  # name of the file, content, words o
     "semicolons": ("a.csv", table(";"), "a semicolon separates"),
     "bars": ("a.csv", table("|"), "a bar separates"),
     "tabs": ("a.csv", table("\t"), "a tab separates"),
+    "what Excel was told": ("a.csv", "sep=;\n" + table(";"), "a semicolon separates"),
     "tabs by name": ("a.tsv", table("\t"), ""),
     "commas in a file of tabs": ("a.tsv", table(","), "a comma separates"),
 }

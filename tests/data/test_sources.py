@@ -303,6 +303,7 @@ BAD_FILES: dict[str, tuple[str, str | bytes | None, str]] = {  # name, content, 
         "a.csv", "prompt,chosen,rejected\né,b,c\n".encode() + b"caf\xe9,b,c\n",
         ":3, row 1: byte 4 of the row, 0xe9, is not UTF-8; save the file as UTF-8",
     ),
+    "UTF-16": ("a.csv", "prompt\tchosen\n".encode("utf-16"), ": the file is UTF-16, and UTF-8 is read; save it as "),
     "half a character": (
         "a.jsonl", PAIR_LINE + '{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}',
         ":2: '\\ud83d' is half a character, which no text holds",
