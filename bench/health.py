@@ -206,7 +206,7 @@ def _disturbed(place: Path) -> Path:
     shutil.copytree(source, place, dirs_exist_ok=True)
     torch.manual_seed(0)
     for file in place.glob("*.safetensors"):
-        tensors = {name: t + 0.1 * t.float().std() * torch.randn_like(t) for name, t in load_file(file).items()}
+        tensors = {name: t + 0.3 * t.float().std() * torch.randn_like(t) for name, t in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
     return place
 

@@ -58,7 +58,7 @@ class Published:
         return f"{self.rows} × {self.tokens:,} tokens, {weights}, LoRA of rank {self.rank}{kept}"
 
 
-def _shape(kind: type[PretrainedConfig], *sizes: int, tied: bool = False) -> Callable[[int], PretrainedConfig]:
+def _shape(kind: type[LlamaConfig | Qwen2Config], *sizes: int, tied: bool = False) -> Callable[[int], PretrainedConfig]:
     hidden, inner, heads, kv_heads, vocabulary = sizes
     return lambda layers: kind(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
@@ -97,7 +97,8 @@ class _AllLogits(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self._weight: Any = model.get_output_embeddings().weight
+        head: Any = model.get_output_embeddings()
+        self._weight: Any = head.weight
         self._output: Tensor | None = None
 
     def forward(self, hidden: Tensor, positions: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> TokenLogprobs:
@@ -118,7 +119,8 @@ def _policy(model: PreTrainedModel) -> Policy:
                 if id(parameter) not in cast:
                     cast[id(parameter)] = nn.Parameter(parameter.detach().float(), requires_grad=False)
                 module._parameters[name] = cast[id(parameter)]
-    return Policy(body_of(model), _AllLogits(model))
+    head: Any = _AllLogits(model)
+    return Policy(body_of(model), head)
 
 
 def counted(row: Published) -> StepMemory:

@@ -57,7 +57,8 @@ def packed_policy(_: Config) -> MakePolicy:
     def make(model: PreTrainedModel) -> Policy:
         unfuse_lora(model)
         body = body_of(model)
-        return Policy(body, _ScoredLogits(model), RouterLoss.of(model, body))
+        head: Any = _ScoredLogits(model)
+        return Policy(body, head, RouterLoss.of(model, body))
 
     return make
 

@@ -107,7 +107,8 @@ def _gpus(estimator: Estimator, card: Card, screen: Screen) -> dict[str, Any]:
         "uncheckpointed": _bytes(most) if most is not least else None,
         "streamed": _bytes(stream.least) if stream is not None else None,
         "cards": [_card(gpu) for gpu in gpus],
-        "card": _card(own),
+        "card": card.size,
+        "fit": _card(own),
         "changes": None,
     }
     if own.verdict is not Verdict.FITS:

@@ -41,17 +41,33 @@ def _first_loss(h: History, known: Known) -> Verdict | Unasked | None:
         series = h["loss"][:1]
     if expected is None or not len(series) or series.steps[0] > 1:
         return UNASKED
-    if abs(series.mean - expected) < 0.05 * abs(expected):
+    off = _nats_off(h, known)
+    if abs(series.mean - expected) >= 0.05 * abs(expected):
+        observed = f"the first loss is {series.mean:.4g}, but that of {known.loss.type.upper()} is {expected:.4g} if "
+        observed += "policy and reference are the same model"
+    elif off >= 0.05:
+        observed = (
+            f"before training, policy and reference differ by {percent(off)} of the log-probability of the chosen "
+        )
+        observed += "completions"
+    else:
         return None
     return Verdict(
-        f"the first loss is {series.mean:.4g}, but that of {known.loss.type.upper()} is {expected:.4g} if policy and "
-        "reference are the same model. The reference is not the model that training starts from.",
+        f"{observed}. The reference is not the model that training starts from.",
         "Check reference.mode and model.name."
         if known.reference is None
         else f"Check reference.name ({known.reference}): the loss first pulls the model towards it.",
         series.span,
-        {"first loss": series.mean, "expected": expected},
+        {"first loss": series.mean, "expected": expected, "difference of log-probabilities": off},
     )
+
+
+def _nats_off(h: History, known: Known) -> float:
+    """Return how much policy and reference differ on held-out chosen completions before any training, as a share."""
+    reward, cost = h[HELDOUT + "rewards/chosen"][:1], h[HELDOUT + "logps/chosen"][:1]
+    if not len(reward) or not len(cost) or reward.steps[0] != 0 or cost.steps[0] != 0 or not cost.mean:
+        return 0.0
+    return abs(known.nats(reward.mean) / cost.mean)
 
 
 @rule("loss_rises", after=0.3)

@@ -109,6 +109,7 @@ def test_comments_cannot_end_early(tmp_path: Path):
 # --- The command -----------------------------------------------------------------------------------------------------
 
 GIVEN = ("--model", "m", "--data", "d.jsonl")
+PAIR = json.dumps({"prompt": "q", "chosen": "yes", "rejected": "no"})
 
 
 def test_the_default_is_dpo_in_a_file_of_its_name(elsewhere: Path):
@@ -119,13 +120,14 @@ def test_the_default_is_dpo_in_a_file_of_its_name(elsewhere: Path):
     lines = result.out.splitlines()
     assert lines[0] == "dpo.toml is written. Next:"
     assert {"  fastpref check dpo.toml", "  fastpref train dpo.toml"} <= set(lines[1:])
+    (elsewhere / "d.jsonl").write_text(PAIR)
     succeed("check", "dpo.toml")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_check_accepts_every_loss(elsewhere: Path, loss: str):
     """`check` accepts the config that `init` writes for any loss, also in another folder."""
-    (elsewhere / "d.jsonl").write_text("x")
+    (elsewhere / "d.jsonl").write_text(PAIR)
     (elsewhere / "configs").mkdir()
     succeed("init", "--loss", loss, *GIVEN, "--output", "configs/c.toml")
     succeed("check", "configs/c.toml")

@@ -269,6 +269,18 @@ def test_a_rule_fires_on_its_fault(rule: str):
     assert verdict.message.endswith(".")
 
 
+def test_a_reference_that_is_another_model():
+    """Rewards before the training give it away where the loss does not, also if the config names the reference."""
+
+    def chosen(t: float) -> float:
+        return 0.6 + 0.3 * t  # six nats of ninety
+
+    other = list(rows(heldout={"rewards/chosen": chosen}))
+    for of in (known(), known(same_start=False, reference="another")):
+        assert [v.rule for v in diagnosis(other, of)] == ["first_loss"]
+    assert diagnosis(other, known(same_start=False)) == []  # lora.from on purpose
+
+
 def test_explained_rules_come_after_their_cause():
     """A rule comes before those that it explains, because only then they can be left out."""
     order = list(RULES)

@@ -168,7 +168,7 @@ def test_the_command(tmp_path: Path):
     assert sum(counted["step"]["bytes"].values()) == counted["step"]["total"]
     assert counted["step"]["checkpointed"] == counted["step"]["layers"] == 4
     assert counted["uncheckpointed"]["checkpointed"] == 0
-    assert (counted["card"]["card"], counted["card"]["verdict"]) == (24, "fits")
+    assert (counted["card"], counted["fit"]["verdict"]) == (24, "fits")
     assert counted["reference"] == reference
     assert counted["changes"] is None
     assert counted["trl"]["total"] > 0 == counted["trl"]["host"] < counted["unsloth"]["host"]

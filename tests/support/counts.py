@@ -75,11 +75,12 @@ def save_families(folder: Path) -> dict[str, Path]:
         "num_hidden_layers": 3, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 16,
     }  # fmt: skip
+    narrow: dict[str, Any] = {**shape, "intermediate_size": 64}
     configs = [
         LlamaConfig(**shape),
         Qwen2Config(**shape, tie_word_embeddings=True),
         Gemma2Config(**shape, sliding_window=16, query_pre_attn_scalar=16),
-        MixtralConfig(**shape | {"intermediate_size": 64}, num_local_experts=4, num_experts_per_tok=2),
+        MixtralConfig(**narrow, num_local_experts=4, num_experts_per_tok=2),
     ]
     folders = {}
     for config in configs:
