@@ -80,6 +80,11 @@ def _nan(rows: list[Row]) -> list[Row]:
     return [*rows[:9], rows[9] | {"chosen": float("nan")}, *rows[10:]]
 
 
+def _emptied(rows: list[Row]) -> list[Row]:
+    nothing = {"chosen": [{"role": "assistant", "content": ""}]}
+    return [row | nothing if at % 2 else row for at, row in enumerate(rows)]
+
+
 def _nothing_asked(rows: list[Row]) -> list[Row]:
     return [row | {"prompt": [{"role": "user", "content": ""}]} for row in rows]
 
@@ -103,15 +108,19 @@ def _ruined() -> Iterator[Case]:
     yield Case("DPO, 60 steps instead of 40", ["train.steps=60"], many)
     yield Case("DPO, 80 steps", ["train.steps=80"], many)
     yield Case("SimPO, 80 steps", ["loss.type=simpo", "train.steps=80"], many)
-    for loss in ("ipo", "kto", "cpo"):
+    for loss in ("ipo", "kto"):
         ruin = (*many, "both_fall", "nll_rises", "rejected_rises")
         yield Case(
             f"{loss.upper()}, learning rate 20 times too high",
             [f"loss.type={loss}", "train.learning_rate=1.6e-2"],
             ruin,
         )
-    yield Case("ORPO, learning rate 20 times too high",
-               ["loss.type=orpo", "train.learning_rate=1.6e-2"], (*many, "loss_rises", "nll_rises"))  # fmt: skip
+    for loss in ("orpo", "cpo"):
+        yield Case(
+            f"{loss.upper()}, learning rate 100 times too high",
+            [f"loss.type={loss}", "train.learning_rate=8e-2"],
+            (*many, "nll_rises", "loss_rises", "answers_repeat"),
+        )
     yield Case(
         "SFT, 24 rows by heart",
         ["loss.type=sft", "train.steps=150", "train.learning_rate=3e-3"],
@@ -123,12 +132,12 @@ def _ruined() -> Iterator[Case]:
     yield Case("KTO, good rows only", ["loss.type=kto"], ["labels_unbalanced"], _one_sided)
     yield Case("the chat template of another model", ["tokens.chat_template=llama3"],
                ["first_tokens", "template_foreign"])  # fmt: skip
-    yield Case("every completion cut before its end", ["tokens.max_length=16"], ["no_end"])
+    yield Case("completions cut before their end", ["tokens.max_length=36"], ["truncation", "no_end"])
     yield Case("every chosen completion ends with ###", ["train.steps=80"], ["accuracy_pinned", *many], _said(" ###"))
     yield Case("a row with NaN as its completion", [], [], _nan, refused=True)
     yield Case("12 rows, each 20 times", [], ["rows_repeat"], lambda rows: rows[:12] * 20)
     yield Case("the reference is another model", [], ["first_loss"], reference=True)
-    yield Case("most rows too long, and dropped", ['tokens.overlong="drop"', "tokens.max_length=36"], ["rows_dropped"])
+    yield Case("every second chosen completion is empty", [], ["rows_dropped"], _emptied)
     yield Case("a batch larger than the data", ["train.batch=300", "train.steps=12"], ["batch_large"])
     yield Case("3 held-out rows", [], ["heldout_few"], None, lambda rows: rows[:3])
 

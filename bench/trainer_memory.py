@@ -37,7 +37,7 @@ from fastpref.ops import TokenLogprobs
 from fastpref.sizes import GIB
 
 MODEL = "Llama-3-8B"
-METHODS = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo")
+METHODS = {"dpo": "DPO", "ipo": "IPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO", "cpo": "CPO"}
 PAIRS, PROMPT, COMPLETION = 2, 512, 512  # of a micro-batch; tokens
 MakePolicy = Callable[[PreTrainedModel], Policy]
 
@@ -48,7 +48,7 @@ class Trainer:
 
     config: Callable[[Config], Config]
     policy: Callable[[Config], MakePolicy] = lambda _: Policy.of
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
 
 
 def packed_policy(_: Config) -> MakePolicy:
@@ -141,7 +141,7 @@ def counted(method: str, trainer: str, layers: int | None = None, **sizes: int) 
 
 def table(layers: int | None = None, **sizes: int) -> Iterator[str]:
     """Yield the lines of the table in Markdown, for a model with fewer layers or other sizes if they are given."""
-    yield f"| trainer | {' | '.join(method.upper() for method in METHODS)} |"
+    yield f"| trainer | {' | '.join(METHODS.values())} |"
     yield "|---|" + "---:|" * len(METHODS)
     for trainer in TRAINERS:
         numbers = [counted(method, trainer, layers, **sizes) for method in METHODS]

@@ -15,7 +15,8 @@ from tests.support.runs import CONFIG
 
 STANDING_FOR = {"NAME": "model", "PATH": "pairs.jsonl"}  # as the README writes them
 ELSEWHERE = {  # run by other tests, or needed to make this environment
-    "pip install . && fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
+    "pip install .": "tests/test_package.py",
+    "fastpref train examples/quickstart.toml": "tests/training/test_loop.py",
     'pip install -c constraints.txt -e ".[dev]" && pytest -n logical': ".ci/run",
     'pip install "fastpref[export]"': "pyproject.toml",
     "python -m bench.compile_report docs/kernels.md": "tests/kernels/test_compile.py",
@@ -34,6 +35,7 @@ def folder(tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch) 
     Path("cfg.yml").write_text(f"{{base_model: {model}, rl: dpo, learning_rate: 1e-4, datasets: [{{path: d}}]}}")
     Path("pairs.jsonl").write_text('{"prompt": "q", "chosen": "yes", "rejected": "no"}\n')
     shutil.copytree(finished_run, "runs/my-dpo")
+    shutil.copytree(finished_run, "runs/my-kto")  # for the comparison of two runs
     checkpoints = Path("runs/my-dpo/checkpoints")
     shutil.copytree(checkpoints / "step-4", checkpoints / "step-100")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

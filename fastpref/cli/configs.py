@@ -114,7 +114,7 @@ def schema(
         str | None, argument("[KEY]", "Show this key or table of a config as text, such as train.batch.")
     ] = None,
 ) -> None:
-    """Print the JSON schema of a config, or a key's type, default and meaning."""
+    """Print the JSON schema of a config, or what a key of it means."""
     if key is None:
         print_schema()
     else:

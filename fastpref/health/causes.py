@@ -105,7 +105,7 @@ def _labels_shuffled(h: History, known: Known) -> Verdict | Unasked | None:
     if moved < 0.02 * known.enough or abs(float(heldout.values[0]) - 0.5) > 0.15:
         return None
     end, width = float(heldout.values[-1]), max(0.05, 1.5 * known.heldout_error)
-    at_chance = bool(np.all(np.abs(heldout.values[1:] - 0.5) < width))
+    at_chance = max(abs(float(np.mean(heldout.values[1:])) - 0.5), abs(end - 0.5)) < width
     memorised = training.end > max(end, 0.5) + 0.1
     if not at_chance or not (memorised or training.end < 0.53):
         return None

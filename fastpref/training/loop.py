@@ -266,8 +266,7 @@ class TrainingRun:
         """Write the report of the run so far, if that is due."""
         if self.record is None:
             return
-        self.record.sampled(self.progress.before or [], ())
-        note = self.record.renew(at_once=begun or evaluated)
+        note = self.record.renew(self.progress.before or (), at_once=begun or evaluated)
         if note is None and begun:
             note = f"report: {self.folder.path / REPORT}, written again as the run goes on"
         if note is not None:

@@ -87,16 +87,18 @@ class Record:
         self._facts["passed"] = [{"rule": v.rule, "message": v.message, "steps": v.steps} for v in health.passed]
         return health
 
-    def renew(self, *, at_once: bool) -> str | None:
+    def renew(self, before: Sequence[Sequence[str]], *, at_once: bool) -> str | None:
         """Write report.html while the run goes on, at once or if the last one is old enough.
 
-        Returns what a user should know, once: that it cannot be written. The run goes on without.
+        `before` are questions with the answers before the training. Returns what a user should know, once: that the
+        report cannot be written. The run goes on without.
         """
         since = time.monotonic() - self._renewed
         if self._refused or (since < max(_RENEWED, _COST * self._took) and not at_once):
             return None
         began = time.monotonic()
         try:
+            self.sampled(before, ())
             self.health()  # some findings may have passed
             self._write()
             write_report(self._now)

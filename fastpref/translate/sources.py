@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastpref.data.found import KINDS
 from fastpref.translate.fields import Left
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
+SUFFIXES = KINDS
 BUILDERS = ("json", "csv", "parquet", "arrow")
 """Values of `path` that give the kind of the `data_files`."""
 

@@ -31,7 +31,7 @@ def test_logits_are_counted_where_a_trainer_has_them(method: str, trainer: str, 
     them, and by what one layer computes."""
     more = taken(method, trainer, 1024) - taken(method, trainer, 512)
     logits = 2 * 512 * VOCABULARY * 4
-    assert copies * logits <= more < (copies + 0.5) * logits
+    assert copies * logits <= more < (copies + 0.6) * logits
 
 
 def test_every_method_has_the_same_completions() -> None:

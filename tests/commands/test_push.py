@@ -64,7 +64,7 @@ def test_a_run_uploads_its_result_once_it_is_asked(config: Path, hub: list[Any],
 def test_the_command(finished_run: Path, hub: Any):
     result = run_command("push", finished_run, "--to", "me/mine", "--public")
     assert (result.status, result.out) == (0, f"{finished_run / 'final'} is at https://hub/me/mine\n")
-    assert hub[1][1]["private"] is False
+    assert dict(hub)["create_repo"]["private"] is False
     result = run_command("push", finished_run)
     assert (result.status, result.err) == (2, "fastpref: name a repository, --to user/name, or set output.push_to\n")
 

@@ -117,8 +117,8 @@ def test_a_stopped_run_has_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyP
     assert "not yet: the run was stopped" in page
 
 
-def test_a_fault_leaves_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run that ends in an error has a report, and a failing report does not hide the error."""
+def test_a_fault_leaves_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A run that ends in an error has a report, and a failing report is said and does not hide the error."""
     from fastpref.step import objective as step
     from fastpref.training import record
     from fastpref.training.faults import NotFinite
@@ -134,3 +134,4 @@ def test_a_fault_leaves_a_report(elsewhere: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="loss nan"):
         fastpref.train(QUICKSTART, SHORT, force=True)
     assert not Path("out/report.html").exists()
+    assert capsys.readouterr().out.count("no report before the end: ZeroDivisionError") == 1

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fastpref.model.failure import is_out_of_memory
 from fastpref.step import objective as step_module
 from fastpref.training import loop, start
 from fastpref.training.faults import interrupts
+from fastpref.training.progress import Display
 from tests.support.command_line import PROGRAM, WIDE, run_process
 from tests.support.runs import LORA, rows
 
@@ -184,6 +186,64 @@ def test_two_signals_end_at_once(config: Path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_is_an_interrupt_unless_it_is_ignored(config: Path, ignored: bool):
+    """SIGHUP asks a run to stop, once, as its terminal sends several; nohup lets it go on."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with interrupts(lambda: told.append(1)) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert (signals, told) == (([], []) if ignored else ([signal.SIGHUP], [1]))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, what: str, times: int) -> None:
+    """Send Ctrl-C so many times when the second phase of this name has computed a part."""
+    phases: list[str] = []
+    phase = Display.phase
+
+    def begun(self: Display, words: str, *of: Any, **more: Any) -> None:
+        phases.append(words)
+        phase(self, words, *of, **more)
+
+    def part(self: Display, number: int, of: int) -> None:
+        if phases[-1].startswith(what) and [words.startswith(what) for words in phases].count(True) == 2:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Display, "phase", begun)
+    monkeypatch.setattr(Display, "part", part)
+
+
+EVALUATED = [LORA, "train.steps=3", "log.every=1", "eval.every=1", "output.save_every=stop"]
+
+
+def test_an_interrupt_does_not_wait_for_an_evaluation(config: Path, monkeypatch: pytest.MonkeyPatch):
+    """The evaluation is left out, the checkpoint is written, and a resumed run makes it: all rows are the same."""
+    with monkeypatch.context() as patch:
+        signalled(patch, "evaluating", 1)
+        run = fastpref.train(config, EVALUATED)
+    assert run.interrupted
+    assert [path.name for path in Path("out/checkpoints").glob("step-*")] == ["step-1"]
+    fastpref.train(config, EVALUATED, resume=True)
+    fastpref.train(config, [*EVALUATED, "output.dir=whole"])
+    assert rows(Path("out")) == rows(Path("whole"))
+
+
+def test_a_second_interrupt_says_what_is_left(config: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any):
+    """After two signals in a step nothing of it remains, and the run says so before it ends."""
+    signalled(monkeypatch, "step", 2)
+    with pytest.raises(KeyboardInterrupt):
+        fastpref.train(config, EVALUATED)
+    printed = capfd.readouterr()
+    assert "stopping after this step, with a checkpoint; Ctrl-C again stops without one" in printed.err
+    assert "stopped at once, after step 1. There is no checkpoint before it." in printed.out
+    assert not Path("out/checkpoints").exists()
+
+
 def test_a_command_that_is_interrupted_and_resumed(config: Path):
     """After Ctrl-C (status 130, no traceback), the printed command resumes, and the result is that of one whole run."""
     settings = [LORA, "train.steps=25", "eval.every=100", "log.every=1"]
@@ -198,6 +258,7 @@ def test_a_command_that_is_interrupted_and_resumed(config: Path):
     printed, _ = run.communicate(timeout=60)
     assert run.returncode == 130, printed
     assert "Traceback" not in printed
+    assert "stopping after this step, with a checkpoint" in printed
     assert not Path("out/final").exists()
     resume = printed.splitlines()[-1].split()
     assert resume[:4] == ["fastpref", "train", "out/config.toml", "--resume"]

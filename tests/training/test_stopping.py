@@ -5,17 +5,23 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fastpref
+from fastpref.config import Config
 from fastpref.config.losses import DPO, LOSSES
 from fastpref.config.stopping import Better, StopConfig, metrics_to_stop_by
+from fastpref.data.example import Example, Origin
+from fastpref.data.table import in_memory
 from fastpref.errors import UserError
 from fastpref.run.folder import RunFolder
+from fastpref.run.state import Progress
 from fastpref.step.objective import Objective
 from fastpref.training.progress import Display
+from fastpref.training.stopping import left_language
 from tests.support.runs import LORA, contents, rows
 
 STOP = [LORA, "eval.every=1", 'train.stop={after=2, metric="eval/loss"}', "output.save_every=100"]
@@ -173,3 +179,29 @@ def test_what_is_better(stop: StopConfig | None, new: dict[str, float], best: di
         return {f"eval/{name}": value for name, value in values.items()}
 
     assert Better.of(stop, DPO())(named(new), named(best)) == expected
+
+
+HEALTHY = {"eval/loss": 0.69, "eval/rewards/accuracies": 0.5, "eval/rewards/chosen": 0.0, "eval/rewards/margins": 0.0,
+           "eval/logps/chosen": -4.6, "eval/entropy": 0.23, "eval/mean_token_accuracy": 0.89}  # fmt: skip
+LEARNT = {"eval/loss": 0.35, "eval/rewards/accuracies": 0.9, "eval/rewards/margins": 0.9}
+SPOILT = {"eval/loss": 0.1, "eval/rewards/accuracies": 1.0, "eval/rewards/margins": 4.0, "eval/rewards/chosen": -0.6}
+
+
+@pytest.mark.parametrize(
+    ("stop", "best"), [(None, 10), ({}, 10), ({"metric": "eval/loss"}, 20)], ids=["default", "auto", "a named metric"]
+)
+def test_a_model_that_has_left_its_language_is_not_the_best(stop: Any, best: int):
+    """The best is the last good evaluation, however right a later one is; a metric that is named decides alone."""
+    config = Config.model_validate(
+        {"model": {"name": "m"}, "data": [{"path": "d"}], "eval": {"fraction": 0.1}, "train": {"stop": stop}}
+    )
+    data: Any = SimpleNamespace(train=in_memory(iter([[Example([1], ([2], [3]), None, Origin("rows:1"))]])))
+    progress = Progress()
+    for step, change in ((0, {}), (10, LEARNT), (20, SPOILT)):
+        row = HEALTHY | change
+        progress.step, progress.evaluated = step, row
+        better = Better.of(config.train.stop, config.loss)
+        progress.improved(better, departed=left_language(config, data, progress, row))
+    assert progress.best is not None
+    assert progress.best["step"] == best
+    assert progress.not_better == (20 - best) // 10
