@@ -275,7 +275,7 @@ def preview(run: Run, _: Path) -> None:
 
 
 def estimate(run: Run, _: Path) -> None:
-    """Check that weights, adapters and gradients are counted as in the files, and nf4 weights as half a byte."""
+    """Check that weights and adapters are counted as in the files, gradients as no more, and nf4 weights as half a byte."""
     result = succeed("estimate", run.folder / "cfg.toml", "--cpu", "--json", *run.overrides).json
     assert (result["loss"], result["device"]) == (run.loss, "cpu")
     model = Path(run.model) / "model.safetensors"
@@ -296,7 +296,8 @@ def estimate(run: Run, _: Path) -> None:
     other = size(Path(run.original) / "adapter_model.safetensors")
     assert result["step"]["bytes"]["adapters"] == (own + other if run.stacked else adapters)
     trained = own / 2 if "pissa" in str(run.overrides) else own  # the other half stays as it began
-    assert result["step"]["bytes"]["gradients"] == (trained or weights)
+    # At a peak in the forward pass of a step's first micro-batch there are no gradients yet.
+    assert 0 <= result["step"]["bytes"]["gradients"] <= (trained or weights)
     # An adapter as reference adds its own size; a stack has it in any case, and the base model takes nothing.
     second = run.loss not in ("orpo", "sft") and not run.stacked and run.reference != run.model
     assert result["step"]["bytes"]["reference"] == second * size(Path(run.reference) / "adapter_model.safetensors")
