@@ -22,6 +22,8 @@ ELSEWHERE = {  # run by other tests, or needed to make this environment
     "python -m bench.compile_report docs/kernels.md": "tests/kernels/test_compile.py",
     "python -m bench first-card": "tests/bench/test_first_card.py",
     "python -m bench.trainer_memory": "tests/bench/test_trainer_memory.py",
+    "python -m bench.allocator FOLDER": "tests/memory/test_caching_allocator.py",
+    "python -m tests.support.counts": "tests/memory/test_estimate.py",
     "fastpref preview examples/quickstart.toml --rows 1": "tests/preview/test_preview.py",
 }
 
