@@ -275,7 +275,7 @@ def preview(run: Run, _: Path) -> None:
 
 
 def estimate(run: Run, _: Path) -> None:
-    """Check that weights and adapters are counted as in the files, gradients as no more, nf4 weights as half a byte."""
+    """Check that weights and adapters count as in the files, gradients as no more, and nf4 weights as half a byte."""
     result = succeed("estimate", run.folder / "cfg.toml", "--cpu", "--json", *run.overrides).json
     assert (result["loss"], result["device"]) == (run.loss, "cpu")
     model = Path(run.model) / "model.safetensors"
