@@ -28,6 +28,7 @@ from fastpref.config import Config
 from fastpref.data.example import Example, Origin
 from fastpref.memory.step import count_step
 from fastpref.memory.trl import as_trl, trl_policy
+from fastpref.memory.unsloth import as_unsloth, unsloth_policy
 from fastpref.model.adapters.fused import unfuse_lora
 from fastpref.model.body import body_of
 from fastpref.model.head import Head
@@ -95,9 +96,7 @@ TRAINERS = {
         packed_policy,
         methods=("dpo", "ipo", "kto"),
     ),
-    "Unsloth 2026.10": Trainer(
-        lambda config: as_trl(config).but({"model.liger": True, "train.offload_activations": True})
-    ),
+    "Unsloth 2026.10": Trainer(as_unsloth, unsloth_policy),
     "fastpref": Trainer(lambda config: config),
     "fastpref, `offload_activations`": Trainer(lambda config: config.but({"train.offload_activations": True})),
 }

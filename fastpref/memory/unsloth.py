@@ -1,22 +1,21 @@
-"""A model of how Unsloth 2026.7 computes the head of a step on a GPU, for a comparison of memory.
+"""A model of how Unsloth 2026.10 computes a step on a GPU, for a comparison of memory.
 
-It follows Unsloth's source code and issue 5291, and does not run it. Supervised training computes the cross-entropy and
-its gradient in chunks of tokens, which together have at most half of the free memory and at most 4 GiB, at 16 bytes a
-logit. Losses of preferences are those of TRL before its fused head: they make the logits of every position. Gradient
-checkpointing keeps the inputs of layers in host memory.
+It follows Unsloth's source code and does not run it. Losses of preferences score completion tokens in chunks, and
+layers have kernels of their own: both count as if they took what fastpref's take, the smaller number where the code
+leaves a choice. Supervised training computes the cross-entropy and its gradient in chunks of tokens, which together
+have at most half of the free memory and at most 4 GiB, at 16 bytes a logit. Rows are TRL's, and gradient checkpointing
+keeps the inputs of layers in host memory. Before 2026.10, preferences made the logits of every position (issue 5291).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastpref.config import Config
-from fastpref.config.losses import SimPO
-from fastpref.memory.trl import FullLogits, as_trl
-from fastpref.model.adapters.fused import unfuse_lora
+from fastpref.memory.trl import as_trl
 from fastpref.model.body import body_of
 from fastpref.model.head import Head
 from fastpref.model.policy import Policy
@@ -24,27 +23,24 @@ from fastpref.model.router import RouterLoss
 from fastpref.ops import TokenLogprobs
 from fastpref.sizes import GIB
 
-VERSION = "2026.7"
+VERSION = "2026.10"
 _LOGIT = 16  # bytes of a logit's copies in a chunk
 _MOST = 4 * GIB  # bytes of a chunk; half of the free memory if that is less, which is not known here
 
 
 def as_unsloth(config: Config) -> Config:
-    """Return the config of Unsloth's step: TRL's, with the inputs of layers in host memory."""
-    return as_trl(config).but({"train.offload_activations": True})
+    """Return the config of Unsloth's step: TRL's rows, fused layers, and the inputs of layers in host memory."""
+    return as_trl(config).but({"train.offload_activations": True, "model.liger": "auto"})
 
 
 def unsloth_policy(config: Config) -> Callable[[PreTrainedModel], Policy]:
     """Return a `make_policy` for `count_step` that gives a policy Unsloth's head."""
-    scored = not isinstance(config.loss, SimPO) and not config.loss.uses_reference
+    return _supervised_policy if config.loss.supervised else Policy.of
 
-    def make(model: PreTrainedModel) -> Policy:
-        unfuse_lora(model)
-        head: Any = _Fused(model) if config.loss.supervised else FullLogits(model, scored)
-        body = body_of(model)
-        return Policy(body, head, RouterLoss.of(model, body))
 
-    return make
+def _supervised_policy(model: PreTrainedModel) -> Policy:
+    body, head = body_of(model), _Fused(model)
+    return Policy(body, cast(Any, head), RouterLoss.of(model, body))
 
 
 class _Fused(nn.Module):

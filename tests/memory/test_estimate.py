@@ -163,7 +163,7 @@ def test_the_command(tmp_path: Path):
     reference = "the same weights with the adapters off, computed once for each completion and remembered"
     assert f"reference: {reference}\n" in result.out
     assert "   8 GB  fits without gradient checkpointing" in result.out
-    assert "TRL 1.16   Unsloth 2026.7   fastpref" in result.out
+    assert "TRL 1.16   Unsloth 2026.10   fastpref" in result.out
     counted = succeed("estimate", path, LORA, "--compare", "--json").json
     assert sum(counted["step"]["bytes"].values()) == counted["step"]["total"]
     assert counted["step"]["checkpointed"] == counted["step"]["layers"] == 4
@@ -216,7 +216,8 @@ def test_trl_makes_logits_and_copies_them(tmp_path: Path):
     assert orpo.take_as_trl().activations > 2.5 * logits
     assert dpo.take_as_trl().activations < logits
     assert orpo.take().activations + orpo.take().head < logits
-    assert dpo.take_as_unsloth().activations > 1.5 * logits
+    for step in (orpo, dpo):
+        assert step.take_as_unsloth().activations + step.take_as_unsloth().head < logits
 
 
 def test_others_checkpoint_by_default(tmp_path: Path):

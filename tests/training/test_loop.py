@@ -142,7 +142,7 @@ def test_an_occupied_folder_is_kept(elsewhere: Path):
         ("data.0.path=missing.jsonl", "missing.jsonl"),
         ("model.name=./no-model", "no-model"),
         ("tokens.chat_template=./none.jinja", "none.jinja"),
-        ("tokens.max_length=2", "no training row can be used: 0 of 246 rows used, 246 dropped: without room for their question"),
+        ("tokens.max_length=2", "0 of 246 rows used, 246 dropped: without room for their question"),
     ],
 )
 def test_mistakes_write_nothing(elsewhere: Path, override: str, message: str):
