@@ -173,7 +173,8 @@ def test_each_change_is_needed(path: Path):
         trained = 15 if config.lora is None else 0
         moments = 30 if config.lora is None else 1
         optimizer = moments // (4 if config.train.optimizer == "adamw_8bit" else 1)
-        return StepMemory(*(size * GIB for size in (15, 1, trained, optimizer, 0, 0, 0, 0)), 2, 2, "tree")
+        weights, adapters, gradients, moments = (size * GIB for size in (15, 1, trained, optimizer))
+        return StepMemory(weights, adapters, gradients, moments, 0, 0, 0, 0, 2, 2, "tree")
 
     step = oversized(load_config(path, [MICROBATCH + "900"]), CHECKPOINTED, ONE)
     result = propose(step, count, int(0.9 * 24 * GIB))

@@ -171,8 +171,8 @@ def test_parts_that_are_longer_than_the_run_are_refused():
 
 @pytest.mark.parametrize(
     ("every", "steps", "expected"),
-    [(None, 40, None), (7, 40, 7), (0.25, 40, 10), (0.1, 30, 3), (0.1, 45, 5), (0.01, 7, 1), (0.5, 1, 1), (0.99, 3, 3)],
+    [(7, 40, 7), (0.25, 40, 10), (0.1, 30, 3), (0.1, 45, 5), (0.01, 7, 1), (0.5, 1, 1), (0.99, 3, 3)],
 )
-def test_a_share_of_all_steps(every: float | None, steps: int, expected: int | None):
+def test_a_share_of_all_steps(every: float, steps: int, expected: int):
     """A share is rounded up, so it never asks for more than it says; a number of steps is itself."""
     assert every_so_many(every, steps) == expected
