@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import fastpref
 from fastpref.config import load_config
+from fastpref.config.losses import title_of
 from fastpref.errors import UserError
 from fastpref.health import RULES, diagnose
 from fastpref.report import read_run
@@ -111,13 +112,13 @@ def _ruined() -> Iterator[Case]:
     for loss in ("ipo", "kto"):
         ruin = (*many, "both_fall", "nll_rises", "rejected_rises")
         yield Case(
-            f"{loss.upper()}, learning rate 20 times too high",
+            f"{title_of(loss)}, learning rate 20 times too high",
             [f"loss.type={loss}", "train.learning_rate=1.6e-2"],
             ruin,
         )
     for loss in ("orpo", "cpo"):
         yield Case(
-            f"{loss.upper()}, learning rate 100 times too high",
+            f"{title_of(loss)}, learning rate 100 times too high",
             [f"loss.type={loss}", "train.learning_rate=8e-2"],
             (*many, "nll_rises", "loss_rises", "answers_repeat"),
         )
@@ -144,9 +145,9 @@ def _ruined() -> Iterator[Case]:
 
 def _healthy() -> Iterator[Case]:
     for loss in LOSSES:
-        yield Case(f"{loss.upper()}, the quickstart", [f"loss.type={loss}"])
+        yield Case(f"{title_of(loss)}, the quickstart", [f"loss.type={loss}"])
         yield Case(
-            f"{loss.upper()}, half the learning rate, 60 steps, another seed",
+            f"{title_of(loss)}, half the learning rate, 60 steps, another seed",
             [f"loss.type={loss}", "train.learning_rate=4e-4", "train.steps=60", "train.seed=7"],
         )
     yield Case("SFT", ["loss.type=sft"])

@@ -46,7 +46,7 @@ def in_one_sentence(config: Config) -> str:
     if config.lora is not None and config.lora.start is not None:
         training = f"{training} on top of" if config.lora.stack else "the LoRA adapter"
         training = f"{training} {config.lora.start}"
-    return f"{config.loss.type.upper()} on {config.model.name}, training {training}"
+    return f"{config.loss.title} on {config.model.name}, training {training}"
 
 
 def names_of(config: Config) -> list[str]:

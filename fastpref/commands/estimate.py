@@ -176,7 +176,7 @@ def _head(estimator: Estimator, largest: Microbatch) -> str:
     reference = summary(config)
     told = f"reference: {reference}\n" if reference else ""
     return (
-        f"{config.loss.type.upper()} on {config.model.name}{bits}, {training}, on {where}\n{told}"
+        f"{config.loss.title} on {config.model.name}{bits}, {training}, on {where}\n{told}"
         f"the largest micro-batch: {len(largest.examples)} {config.loss.unit}{plural}, {largest.tokens:,} tokens at "
         f"once (from {largest.source})"
     )

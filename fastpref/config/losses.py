@@ -41,6 +41,11 @@ class Loss:
     """Whether an example is a single completion without a label, which the policy is to imitate."""
 
     @property
+    def title(self) -> str:
+        """The name as people write it, such as "SimPO"."""
+        return type(self).__name__
+
+    @property
     def unit(self) -> str:
         """What one example is, in messages: "pair", "list" or "completion"."""
         return "list" if self.listwise else "pair" if self.paired else "completion"
@@ -284,3 +289,8 @@ LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get
 def compares_neighbours(loss: LossOptions, rows: int) -> bool:
     """Return whether a step of `rows` rows also pairs each prompt with the completion of the next row, for KTO's KL."""
     return isinstance(loss, KTO) and loss.kl == "batch" and rows > 1
+
+
+def title_of(loss: str) -> str:
+    """Return the name of a type of loss as people write it: "SimPO" for "simpo"."""
+    return LOSSES[loss].__name__

@@ -43,7 +43,7 @@ def _first_loss(h: History, known: Known) -> Verdict | Unasked | None:
         return UNASKED
     off = _nats_off(h, known)
     if abs(series.mean - expected) >= 0.05 * abs(expected):
-        observed = f"the first loss is {series.mean:.4g}, but that of {known.loss.type.upper()} is {expected:.4g} if "
+        observed = f"the first loss is {series.mean:.4g}, but that of {known.loss.title} is {expected:.4g} if "
         observed += "policy and reference are the same model"
     elif off >= 0.05:
         observed = (

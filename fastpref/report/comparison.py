@@ -118,7 +118,7 @@ def _numbers(summaries: Sequence[Summary]) -> Table:
 
 def _facts(of: Summary) -> Iterator[tuple[str, str]]:
     run, known = of.run, of.run.known
-    yield "loss", known.loss.type.upper()
+    yield "loss", known.loss.title
     yield "model", run.model or ""
     yield "state", of.state
     yield "begun", day_and_time(of.began) if of.began else ""

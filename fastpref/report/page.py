@@ -25,11 +25,11 @@ def render(run: Run) -> str:
         templates()
         .get_template("run.html.j2")
         .render(
-            title=f"{run.name}: {run.known.loss.type.upper()}",
+            title=f"{run.name}: {run.known.loss.title}",
             reload=RELOAD if run.going_on else None,
             written=tables.written(run),
             run=run,
-            method=run.known.loss.type.upper(),
+            method=run.known.loss.title,
             status=status(run),
             health=run.health,
             figures=figures(run),

@@ -129,7 +129,7 @@ def _method(history: History, loss: str | None, beta: float | None) -> tuple[Los
     if beta is not None and LOSSES[name].supervised:
         raise UserError(f"--beta {beta}: {name} has no β; leave it out")
     options: LossOptions = TypeAdapter(LOSSES[name]).validate_python({} if beta is None else {"beta": beta})
-    note = name.upper() if options.supervised else f"{name.upper()} with β {options.beta:g}"
+    note = options.title if options.supervised else f"{options.title} with β {options.beta:g}"
     if loss is None:
         note = f"TRL's log does not name its loss, and fits {note}; set --loss and --beta if that is wrong"
     return options, note

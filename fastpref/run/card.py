@@ -40,8 +40,8 @@ def model_card(
     what = "A LoRA adapter for" if adapter else "A model fine-tuned from"
     by = "on completions to imitate" if config.loss.supervised else "by preferences"
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, {config.loss.type.upper()}\n\n"
-        f"{what} `{base}`, trained {by} ({config.loss.type.upper()}) with fastpref {__version__}: {steps} "
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, {config.loss.title}\n\n"
+        f"{what} `{base}`, trained {by} ({config.loss.title}) with fastpref {__version__}: {steps} "
         f"steps of {config.train.batch} {config.loss.unit}s.{_started(shown)}\n\n"
         f"{_held_out(rows, 'completions' if config.loss.supervised else 'preferences')}## Data\n\n"
         f"{', '.join(f'`{d.path}`' for d in shown.data)}; the training examples' tokens have the SHA-256\n"

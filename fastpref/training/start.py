@@ -373,7 +373,7 @@ def _plan(config: Config, loaded: Loaded, policy: nn.Module, length: str, device
     everything = sum(p.numel() for p in loaded.model.parameters())
     because = f", because {loaded.why_padded}" if loaded.why_padded else ""
     return (
-        f"{config.loss.type.upper()}: {length}; training {trained:,} of {everything:,} parameters on {devices}; layout "
+        f"{config.loss.title}: {length}; training {trained:,} of {everything:,} parameters on {devices}; layout "
         f"{loaded.layout}{because}"
     )
 

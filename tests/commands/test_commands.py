@@ -21,6 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MambaConfig, Qwen3MoeConfig
 
 from fastpref.cli import app
+from fastpref.config.losses import title_of
 from tests.support.adapters import save_adapter
 from tests.support.command_line import CommandResult, run_command, succeed
 from tests.support.paths import QUICKSTART_HELDOUT, QUICKSTART_MODEL, QUICKSTART_ROWS
@@ -259,7 +260,7 @@ def resume(run: Run, folder: Path) -> None:
 def check(run: Run, _: Path) -> None:
     """Check that the output names the loss and what is trained."""
     out = succeed("check", run.folder / "cfg.toml", *run.overrides).out
-    assert f"no mistakes. {run.loss.upper()} on " in out
+    assert f"no mistakes. {title_of(run.loss)} on " in out
     adapters = f"the LoRA adapter {run.start}" if run.start and not run.stacked else "LoRA adapters of rank 4"
     assert (adapters if run.adapters else "the whole model") in out
 
@@ -354,7 +355,7 @@ def report(run: Run, folder: Path) -> None:
     page = shutil.copytree(run.path, folder / "run") / "report.html"
     page.unlink()
     succeed("report", folder / "run")
-    assert run.loss.upper() in page.read_text(encoding="utf-8")
+    assert title_of(run.loss) in page.read_text(encoding="utf-8")
 
 
 def compare(run: Run, folder: Path) -> None:
@@ -363,7 +364,7 @@ def compare(run: Run, folder: Path) -> None:
     result = succeed("report", *places, "--output", folder / "page.html")
     assert result.out.count(run.loss) >= 2
     page = (folder / "page.html").read_text(encoding="utf-8")
-    assert all(words in page for words in (run.loss.upper(), "finished", 'id="heldout"', 'id="answers"'))
+    assert all(words in page for words in (title_of(run.loss), "finished", 'id="heldout"', 'id="answers"'))
     assert "differences" not in page
 
 
@@ -413,7 +414,7 @@ def export(run: Run, folder: Path) -> None:
         torch.testing.assert_close(read(ids).logits, whole(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     assert f'PARAMETER stop "{tokenizer.eos_token}"' in (folder / "out" / "Modelfile").read_text()
-    assert run.loss.upper() in (folder / "out" / "README.md").read_text()
+    assert title_of(run.loss) in (folder / "out" / "README.md").read_text()
 
 
 def export_adapter(run: Run, folder: Path) -> None:

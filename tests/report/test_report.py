@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpref.config.losses import IPO
+from fastpref.config.losses import IPO, title_of
 from fastpref.errors import UserError
 from fastpref.health import diagnose
 from fastpref.health.bands import Band
@@ -261,7 +261,7 @@ def test_a_run_of_trls_is_read(tmp_path: Path, method: str):
     assert diagnose(run.history, run.known) == []
     assert len(run.history["loss"]) == 100
     assert len(run.history["eval/loss"]) == 3
-    assert method.upper() in render(run)
+    assert title_of(method) in render(run)
     assert write_report(run) == tmp_path / "out" / REPORT
 
 

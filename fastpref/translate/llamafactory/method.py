@@ -4,6 +4,7 @@ import re
 from collections.abc import Generator
 from pathlib import Path
 
+from fastpref.config.losses import title_of
 from fastpref.translate.fields import Fields, Left, Made, Setting, dotted, shown
 from fastpref.translate.sources import number_of
 from fastpref.translate.trainer_arguments import all_but
@@ -200,7 +201,7 @@ def loss(config: Fields) -> Made:
     elif tuned and config.method == "simpo":
         yield Setting(dotted("loss.sft_weight"), tuned, ("pref_ftx",))
     elif tuned:
-        yield Left("pref_ftx", f"{config.method.upper()} has no further supervised term")
+        yield Left("pref_ftx", f"{title_of(config.method)} has no further supervised term")
 
 
 def beta(config: Fields) -> Made:
