@@ -89,6 +89,7 @@ def train(
     health. After Ctrl-C there is a checkpoint instead of final/, and the result is `interrupted`. Raises UserError for
     mistakes of the user; before all checks have passed, only the cache is written.
     """
+    let_segments_grow()  # before anything asks for a GPU
     try:
         default_name = Path(config).stem if isinstance(config, str | Path) else default_name
         config = config_of(config, overrides, data, eval_data)
@@ -104,7 +105,6 @@ def train(
     except UserError as error:
         end_together(error)
     quiet_libraries()
-    let_segments_grow()
     accelerator, processes = start_processes(config, mixed_precision(config))
     processes.agree(lambda: shared(config, resumed) | code())
     callbacks = processes.together(lambda: Callbacks(config.train.callbacks if processes.first else ()))
