@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.config import Config, is_pattern
+from fastpref.config.layers import places
 from fastpref.data.template.named import load_chat_template
 from fastpref.errors import UserError
 from fastpref.model.headers import Stored, read_headers
@@ -121,7 +122,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _name_mistakes(config: Config, stored: Mapping[str, Stored]) -> Iterator[str]:
-    """Yield names of modules in [lora] that no tensor in the files belongs to.
+    """Yield names of modules in [lora] that no tensor in the files belongs to. Raises UserError for layers beyond them.
 
     Experts are fused when the model is loaded, so that a mixture's modules have other names than its files.
     """
@@ -139,8 +140,11 @@ def _name_mistakes(config: Config, stored: Mapping[str, Stored]) -> Iterator[str
             if is_pattern(entry) or last.isdecimal() or last in (*known, *_ALWAYS):
                 continue
             near = get_close_matches(last, [*known, *_ALWAYS], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             yield f"lora.{key}: no module of the model is named {entry}{hint} Its layers have {_layers(stored)}"
+    numbers = [int(number) for name in stored for number in name.split(".") if number.isdecimal()]
+    for entry in lora.layers if numbers else ():
+        places(entry, max(numbers) + 1)
 
 
 def _layers(stored: Mapping[str, Stored]) -> str:

@@ -90,6 +90,8 @@ def test_a_model_that_cannot_be_trained(folder: Path, change: Any, message: str)
 
 
 SETTINGS = {  # overrides, and the message
+    ("lora.layers=[9]",): "lora.layers: 9 is out of range: this model has 4 layers",
+    ("lora.rank_pattern={nope=3}",): "lora.rank_pattern: no module of the model is named nope. Its layers have ",
     ("lora.target=['q_prj']",): "lora.target: no module of the model is named q_prj; did you mean q_proj? Its layers ",
     ("lora.modules_to_save=['hed']",): "lora.modules_to_save: no module of the model is named hed",
     ("tokens.chat_template=chatmll",): "tokens.chat_template: chatmll: cannot be read",
@@ -117,7 +119,7 @@ def test_every_mistake_is_told_at_once():
     """One line each, in one message."""
     overrides = [override for few in SETTINGS for override in few if not override.startswith("data")]
     mistakes = looked("./none", *overrides)
-    assert len(mistakes) == len(overrides) + 1 - 2  # lora's names are not known without the model
+    assert len(mistakes) == len(overrides) + 1 - 4  # lora's names and layers are not known without the model
     findings = look(make_config({"model": {"name": "./none"}, "data": [{"path": "./none"}]}, ()))
     with pytest.raises(UserError, match=r"(?s)^model.name = './none': .*\n./none: there is no such file$"):
         findings.require()

@@ -11,6 +11,7 @@ from typing import Any
 from peft.utils.other import get_pattern_key
 
 from fastpref.config import LoraConfig
+from fastpref.config.layers import places
 from fastpref.errors import UserError
 from fastpref.model.adapters.parts import Parts, matches, short_names, unknown
 from fastpref.model.gradient_checkpointing import decoder_layers
@@ -27,25 +28,9 @@ def left_out_layers(options: LoraConfig, parts: Parts) -> set[str]:
     names = [name for name, module in parts.modules.items() if id(module) in layers and name in parts.inside]
     if not names:
         raise UserError(f"lora.layers: the code of {parts.model.config.model_type} models does not tell its layers")
-    chosen = {place for entry in options.layers for place in _places(entry, len(names))}
+    chosen = {place for entry in options.layers for place in places(entry, len(names))}
     others = tuple(f"{name}." for place, name in enumerate(names) if place not in chosen)
     return {name for name in parts.modules if name.startswith(others)}
-
-
-def _places(entry: int | str, count: int) -> Iterable[int]:
-    ends = [entry] if isinstance(entry, int) else [int(end) for end in entry.split(":") if end]
-    most = count - 1 if isinstance(entry, int) else count
-    if any(not -count <= end <= most for end in ends):
-        raise UserError(
-            f"lora.layers: {entry!r} is out of range: this model has {count} layers, 0 to {count - 1}, and -1 is the "
-            "last one"
-        )
-    if isinstance(entry, int):
-        return [entry % count]
-    first, last = (int(end) if end else None for end in entry.split(":"))
-    if not (places := range(count)[first:last]):
-        raise UserError(f"lora.layers: {entry!r} is empty: this model has {count} layers, 0 to {count - 1}")
-    return places
 
 
 def peft_pattern(
