@@ -43,7 +43,7 @@ CORE = (  # tests that use the libraries below: models, data, TRL, and the READM
     "tests/test_readme.py",
 )
 OLDER = (*CORE, "tests/kernels", "tests/test_ops.py", "tests/step", "tests/losses")  # and what older kernels may break
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "tensorboard", "hatchling", "editables")  # of the tests: any version
+TOOLS = ("pytest", "pytest-xdist", "hypothesis", "tensorboard", "hatchling", "editables", "schedulefree")  # any version
 BETWEEN = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0")
 OF_TORCH = ("nvidia-", "cuda-")  # packages that a CUDA build of torch requires in exactly one version
 HEADER = """\
