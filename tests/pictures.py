@@ -1,7 +1,8 @@
 """The pictures of README and docs: the terminal during and after the quickstart, and the report of its run.
 
-`python -m tests.pictures docs/images` writes them again. It needs tmux, in which the command runs as a person would see
-it, and Chromium. A run that was tried before is faster, because its tokens are in the cache, and the pictures say so.
+`TMPDIR=/home/you python -m tests.pictures docs/images` writes them again, in a folder below that, whose path is in the
+pictures. It needs tmux, in which the command runs as a person would see it, and Chromium. A run that was tried before
+is faster, because its tokens are in the cache, and the pictures say so.
 """
 
 import base64

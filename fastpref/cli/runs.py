@@ -1,7 +1,9 @@
 """Train, or continue a run. Heavy imports wait inside the command."""
 
 import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +50,8 @@ def train(
 
         end_together(error)
     if sys.stdout.isatty():
-        typer.echo(f"{config}: {in_one_sentence(loaded)}")
+        words, width = f"{config}: {in_one_sentence(loaded)}", shutil.get_terminal_size().columns
+        typer.echo(textwrap.fill(words, width, break_long_words=False, break_on_hyphens=False))
     with loading(*names_of(loaded), offline=offline):
         from fastpref.training.start import train as run
 
