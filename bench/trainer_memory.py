@@ -27,7 +27,7 @@ from bench.cards import architecture
 from fastpref.config import Config
 from fastpref.data.example import Example, Origin
 from fastpref.memory.step import count_step
-from fastpref.memory.trl import as_trl, trl_policy
+from fastpref.memory.trl import FusedLogSoftmax, as_trl, trl_policy
 from fastpref.memory.unsloth import as_unsloth, unsloth_policy
 from fastpref.model.adapters.fused import unfuse_lora
 from fastpref.model.body import body_of
@@ -72,20 +72,7 @@ class _ScoredLogits(nn.Module):
         self.head = Head(model)
 
     def forward(self, hidden: Tensor, positions: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> TokenLogprobs:
-        return TokenLogprobs(_Selected.apply(self.head.logits(hidden[positions])), None, None, None, None)
-
-
-class _Selected(torch.autograd.Function):
-    """A function to one number per row that saves the logits for the backward pass, which makes their gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:  # [N, V]
-        ctx.save_for_backward(logits)
-        return logits.new_zeros(len(logits))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return torch.empty_like(*ctx.saved_tensors)
+        return TokenLogprobs(FusedLogSoftmax.apply(self.head.logits(hidden[positions])), None, None, None, None)
 
 
 TRAINERS = {

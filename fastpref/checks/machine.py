@@ -20,12 +20,12 @@ _TRACKERS = {
 
 def package_mistakes(config: Config) -> Iterator[str]:
     """Yield what a config needs and is not installed, and functions that are not there."""
-    missing = [name for name in config.log.trackers if not any(map(_has, _TRACKERS.get(name, (name,))))]
+    missing = [name for name in config.log.trackers if not any(map(is_installed, _TRACKERS.get(name, (name,))))]
     if missing:
         yield f"log.trackers: {', '.join(missing)} not installed; pip install {' '.join(missing)}"
-    if config.train.optimizer == "schedule_free_adamw" and not _has("schedulefree"):
+    if config.train.optimizer == "schedule_free_adamw" and not is_installed("schedulefree"):
         yield 'train.optimizer = "schedule_free_adamw" needs the package schedulefree; pip install schedulefree'
-    if config.model.attention == "varlen" and not _has("flash_attn"):
+    if config.model.attention == "varlen" and not is_installed("flash_attn"):
         yield 'model.attention = "varlen" needs the package flash-attn; pip install flash-attn, or leave the key out'
     formats = [parse_format(data.format)[0] for data in (*config.data, *config.eval.data)]
     named = {"train.callbacks": config.train.callbacks, "data.format": [name for name in formats if is_function(name)]}
@@ -75,7 +75,8 @@ def _driver_has_gpu() -> bool | None:
     return found and count.value > 0
 
 
-def _has(module: str) -> bool:
+def is_installed(module: str) -> bool:
+    """Return whether a module could be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fastpref.checks.machine import is_installed
 from fastpref.config import Config, is_pattern
 from fastpref.config.layers import places
 from fastpref.data.template.named import load_chat_template
@@ -41,8 +42,12 @@ def model_mistakes(config: Config) -> Iterator[str]:
         return
     if start is None and (fault := _fault(folder, tokenizer=True)) is not None:
         yield f"model.name = {config.model.name!r}: no tokenizer there: {fault}"
-    yield from _kind_mistakes(config, json.loads((folder / "config.json").read_bytes()))
-    yield from _name_mistakes(config, read_headers(folder))
+    content = json.loads((folder / "config.json").read_bytes())
+    yield from _kind_mistakes(config, content)
+    if not content.get("auto_map"):
+        text = content.get("text_config") or content
+        layers, attributes = text.get("num_hidden_layers") or 0, _attributes(str(content.get("model_type")))
+        yield from _name_mistakes(config, read_headers(folder), attributes, layers)
 
 
 def has_chat_template(config: Config) -> bool | None:
@@ -96,7 +101,7 @@ def _kind_mistakes(config: Config, content: Mapping[str, Any]) -> Iterator[str]:
     method = str(own.get("quant_method", "bitsandbytes"))
     if config.lora is None:
         yield f"{place}: its weights are quantised ({method}); add a [lora] table"
-    missing = [name for name in _PACKAGES.get(method, ()) if not _is_installed(name)]
+    missing = [name for name in _PACKAGES.get(method, ()) if not is_installed(name)]
     if missing:
         yield (
             f"{place}: its weights are quantised by {method}, which needs {' and '.join(missing)}; install it, or take "
@@ -114,15 +119,22 @@ def _is_unknown(kind: str) -> bool:
     return bool(texts) and not any(f'"{kind}"' in text for text in texts)
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
-        return False
+def _attributes(kind: str) -> set[str]:
+    """Return the names of modules in transformers' code of a type of models, read as text; none if it is not found.
+
+    A model may have other names in its files than in memory, which is what a config names.
+    """
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return set()
+    folder = kind.replace("-", "_").removesuffix("_text")
+    models = Path(spec.origin).parent / "models"
+    paths = [path for name in (kind.replace("-", "_"), folder) for path in (models / name).glob("modeling_*.py")]
+    return {name for path in paths for name in re.findall(r"self\.(\w+)\b", path.read_text(encoding="utf-8"))}
 
 
-def _name_mistakes(config: Config, stored: Mapping[str, Stored]) -> Iterator[str]:
-    """Yield names of modules in [lora] that no tensor in the files belongs to. Raises UserError for layers beyond them.
+def _name_mistakes(config: Config, stored: Mapping[str, Stored], attributes: set[str], layers: int) -> Iterator[str]:
+    """Yield names of modules in [lora] that neither files nor code have. Raises UserError for layers out of range.
 
     Experts are fused when the model is loaded, so that a mixture's modules have other names than its files.
     """
@@ -134,17 +146,17 @@ def _name_mistakes(config: Config, stored: Mapping[str, Stored]) -> Iterator[str
         "target": () if isinstance(lora.target, str) else lora.target, "exclude": lora.exclude,
         "modules_to_save": lora.modules_to_save, "rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern,
     }  # fmt: skip
-    for key, entries in named.items():
+    for key, entries in named.items() if attributes else ():
         for entry in entries:
             last = entry.rpartition(".")[2]
-            if is_pattern(entry) or last.isdecimal() or last in (*known, *_ALWAYS):
+            if is_pattern(entry) or last.isdecimal() or last in (*known, *attributes, *_ALWAYS):
                 continue
             near = get_close_matches(last, [*known, *_ALWAYS], n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             yield f"lora.{key}: no module of the model is named {entry}{hint} Its layers have {_layers(stored)}"
     numbers = [int(number) for name in stored for number in name.split(".") if number.isdecimal()]
     for entry in lora.layers if numbers else ():
-        places(entry, max(numbers) + 1)
+        places(entry, max(*numbers, layers - 1) + 1)  # layers that share their weights lie in the files once
 
 
 def _layers(stored: Mapping[str, Stored]) -> str:

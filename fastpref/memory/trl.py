@@ -67,11 +67,11 @@ class FullLogits(nn.Module):
         if self._supervised:
             chosen = logits[: len(logits) // 2 - 1].contiguous()
             loss = functional.cross_entropy(chosen, torch.zeros(len(chosen), dtype=torch.int64))
-        logps = _FusedLogSoftmax.apply(logits[:-1])
+        logps = FusedLogSoftmax.apply(logits[:-1])
         return TokenLogprobs(logps[(positions - 1).clamp(min=0)] + 0 * loss, None, None, None, None)
 
 
-class _FusedLogSoftmax(torch.autograd.Function):
+class FusedLogSoftmax(torch.autograd.Function):
     """A function to one number per row that saves the logits for the backward pass, which makes their gradient."""
 
     @staticmethod

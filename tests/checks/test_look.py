@@ -11,11 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from transformers import AutoModelForCausalLM
 
 from fastpref.checks import look, machine, rows
 from fastpref.config import make_config
 from fastpref.errors import UserError
 from fastpref.model.headers import read_header
+from tests.support.families import tiny_config
 from tests.support.paths import QUICKSTART_MODEL
 
 ROW = {"prompt": "q", "chosen": "yes", "rejected": "no"}
@@ -113,6 +115,22 @@ SETTINGS = {  # overrides, and the message
 def test_a_setting_that_names_what_is_not_there(overrides: tuple[str, ...], message: str):
     (mistake,) = looked(QUICKSTART_MODEL, *overrides)
     assert mistake.startswith(message) or f"/{message}" in mistake
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("exaone", "gate_proj"),
+        ("hrm_text", "q_proj"),
+        ("lfm3", "g_proj"),
+        ("roberta", "decoder"),
+        ("whisper", "proj_out"),
+    ],
+)
+def test_a_module_with_another_name_in_the_files(kind: str, name: str, tmp_path: Path):
+    """A config names modules as they are in memory, which for some families is not as their files name them."""
+    AutoModelForCausalLM.from_config(tiny_config(kind)).save_pretrained(tmp_path)
+    assert not any("lora.target" in mistake for mistake in looked(tmp_path, f"lora.target=['{name}']"))
 
 
 def test_every_mistake_is_told_at_once():

@@ -77,7 +77,7 @@ class Kept(GeneralTracker):
 def kept(monkeypatch: pytest.MonkeyPatch) -> type[Kept]:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Kept)
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
-    monkeypatch.setattr(machine, "_has", lambda module: True)
+    monkeypatch.setattr(machine, "is_installed", lambda module: True)
     monkeypatch.setattr(Kept, "told", [])
     monkeypatch.setattr(Kept, "ended", 0)
     return Kept
@@ -129,7 +129,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, MagicMock]:
     modules["clearml"].Task.current_task.return_value = None
     modules["comet_ml"].__version__ = "3.49.0"
     monkeypatch.setattr(tracking, "_available_trackers", [LoggerType(name) for name in NEWER])
-    monkeypatch.setattr(machine, "_has", lambda module: True)
+    monkeypatch.setattr(machine, "is_installed", lambda module: True)
     monkeypatch.setattr(tracking, "is_comet_ml_available", lambda: True)
     return modules
 
