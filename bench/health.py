@@ -166,7 +166,7 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether a ruined run was caught, or a healthy one left alone."""
+        """True if a ruined run was caught, or a healthy one left alone."""
         if self.case.refused:
             return bool(self.refused)
         return bool(set(self.found) & set(self.case.faults)) if self.case.faults else not (self.found or self.refused)

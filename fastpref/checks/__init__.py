@@ -17,7 +17,7 @@ from fastpref.errors import UserError
 
 @dataclass
 class Findings:
-    """What is wrong with a config on this machine, and what a user should know."""
+    """The mistakes of a config on this machine, and notes for the user."""
 
     mistakes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -111,12 +111,17 @@ def _kind_mistakes(config: Config, content: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_unknown(kind: str) -> bool:
     """Return whether transformers' tables of model types, which are read as text, do not have a type."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return False
-    tables = sorted((Path(spec.origin).parent / "models" / "auto").glob("*auto*.py"))
+    tables = sorted(_code("auto", "*auto*.py"))
     texts = [path.read_text(encoding="utf-8") for path in tables if path.name.startswith(("auto_", "configuration_"))]
     return bool(texts) and not any(f'"{kind}"' in text for text in texts)
+
+
+def _code(folder: str, pattern: str) -> list[Path]:
+    """Return files of a folder of transformers' models; none if transformers is not found."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return []
+    return list((Path(spec.origin).parent / "models" / folder).glob(pattern))
 
 
 def _attributes(kind: str) -> set[str]:
@@ -124,12 +129,8 @@ def _attributes(kind: str) -> set[str]:
 
     A model may have other names in its files than in memory, which is what a config names.
     """
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return set()
-    folder = kind.replace("-", "_").removesuffix("_text")
-    models = Path(spec.origin).parent / "models"
-    paths = [path for name in (kind.replace("-", "_"), folder) for path in (models / name).glob("modeling_*.py")]
+    folder = kind.replace("-", "_")
+    paths = [path for name in {folder, folder.removesuffix("_text")} for path in _code(name, "modeling_*.py")]
     return {name for path in paths for name in re.findall(r"self\.(\w+)\b", path.read_text(encoding="utf-8"))}
 
 

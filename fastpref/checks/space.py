@@ -18,7 +18,7 @@ _REST = 1 << 20  # bytes of metrics, the report and other small files
 
 @dataclass(frozen=True)
 class Space:
-    """What a run writes, in bytes."""
+    """The bytes that a run writes."""
 
     result: int  # final/
     checkpoint: int  # one checkpoint, while a run that is stopped or fails saves one at least
@@ -26,7 +26,7 @@ class Space:
 
     @property
     def least(self) -> int:
-        """What a run needs that saves one checkpoint and its result."""
+        """The bytes that a run needs to save one checkpoint and its result."""
         return self.result + self.checkpoint + _REST
 
     @property

@@ -1,4 +1,4 @@
-"""What a command does around its heavy imports, and at its end."""
+"""Prepare the heavy imports of a command, and end its process."""
 
 import atexit
 import gc
