@@ -15,10 +15,10 @@ from fastpref.cli.records import list_runs, report
 from fastpref.cli.runs import train
 from fastpref.cli.setup import leave, own_process
 from fastpref.commands.about import print_version
-from fastpref.config.losses import LOSSES
 from fastpref.errors import UserError
+from fastpref.names import LOSS_TITLES
 
-_NAMES = ", ".join(options.__name__ for options in LOSSES.values())
+_NAMES = ", ".join(LOSS_TITLES.values())
 # In the order of `fastpref --help`, which is that of their use; each with an example of its arguments.
 _COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "init": (init, "--loss kto --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl"),

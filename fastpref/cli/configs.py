@@ -18,7 +18,6 @@ from fastpref.cli.parameters import (
 )
 from fastpref.cli.setup import loading
 from fastpref.commands.about import in_one_sentence, names_of, print_key, print_schema
-from fastpref.config import load_config
 
 
 def init(
@@ -52,6 +51,7 @@ def init(
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Report every mistake in a config, and in what it names."""
     from fastpref.checks import look
+    from fastpref.config import load_config
     from fastpref.model.limits import foresee
 
     loaded = load_config(config, overrides or ())
@@ -71,6 +71,8 @@ def preview(
     no_cache: NoCache = False,
 ) -> None:
     """Show the tokens a run would train on, and statistics of the data."""
+    from fastpref.config import load_config
+
     loaded = load_config(config, overrides or ())
     with loading(*names_of(loaded), offline=offline):
         from fastpref.preview.preview import preview as run
@@ -97,6 +99,8 @@ def estimate(
 
     This needs no GPU and no weights, only the model's config.json.
     """
+    from fastpref.config import load_config
+
     loaded = load_config(config, overrides or ())  # reports mistakes before the heavy imports
     with loading(*names_of(loaded), offline=offline):
         import torch

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.config.losses import LOSSES
+from fastpref.names import LOSS_TITLES
 
-LOSS_NAMES = ", ".join(LOSSES)
+LOSS_NAMES = ", ".join(LOSS_TITLES)
 
 
 def argument(metavar: str, words: str) -> Any:

@@ -12,7 +12,6 @@ import typer
 from fastpref.cli.parameters import ConfigFile, NoCache, Offline, Overrides, flag
 from fastpref.cli.setup import loading
 from fastpref.commands.about import in_one_sentence, names_of
-from fastpref.config import load_config
 from fastpref.errors import UserError
 
 _CONTINUE = "Continue the config's last run from its newest whole checkpoint, or the checkpoint or run in FOLDER."
@@ -28,6 +27,7 @@ def train(
 ) -> None:
     """Train a model on preferences or completions, or continue a run."""
     from fastpref.checks import look
+    from fastpref.config import load_config
     from fastpref.run.folder import RunFolder
 
     # Typer has no option whose value is optional, so the checkpoint's folder arrives among the overrides.

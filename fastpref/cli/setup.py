@@ -41,7 +41,7 @@ def loading(*names: str, offline: bool = False) -> Iterator[None]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        from fastpref.deferred import defer_compiler, import_bitsandbytes
+        from fastpref.deferred import defer_compiler, defer_sharding, import_bitsandbytes
 
         if _of_command:
             defer_compiler()
@@ -49,6 +49,8 @@ def loading(*names: str, offline: bool = False) -> Iterator[None]:
         from fastpref.quiet import quiet_libraries
 
         quiet_libraries()
+        if _of_command and "WORLD_SIZE" not in os.environ:
+            defer_sharding()
         yield
     finally:
         if _of_command:

@@ -3,12 +3,15 @@
 import json
 import shutil
 from textwrap import fill
+from typing import TYPE_CHECKING
 
 import typer
 
 from fastpref import __version__
-from fastpref.config import Config
 from fastpref.errors import UserError
+
+if TYPE_CHECKING:  # help needs no schema of a config
+    from fastpref.config import Config
 
 
 def print_version(value: bool) -> None:
@@ -18,11 +21,14 @@ def print_version(value: bool) -> None:
 
 
 def print_schema() -> None:
+    from fastpref.config import Config
+
     typer.echo(json.dumps(Config.model_json_schema(), indent=2))
 
 
 def print_key(key: str) -> None:
     """Print the type, default and meaning of a key, or of every key of a table. Raises UserError for none."""
+    from fastpref.config import Config
     from fastpref.config.reference import explain_keys
 
     lines = explain_keys(key.strip("[]"))
@@ -40,7 +46,7 @@ def print_key(key: str) -> None:
         )
 
 
-def in_one_sentence(config: Config) -> str:
+def in_one_sentence(config: "Config") -> str:
     """Return what a config trains, without a full stop: "DPO on a model, training LoRA adapters of rank 16"."""
     training = "the whole model" if config.lora is None else f"LoRA adapters of {config.lora.ranks}"
     if config.lora is not None and config.lora.start is not None:
@@ -49,7 +55,7 @@ def in_one_sentence(config: Config) -> str:
     return f"{config.loss.title} on {config.model.name}, training {training}"
 
 
-def names_of(config: Config) -> list[str]:
+def names_of(config: "Config") -> list[str]:
     """Return the names of a config's models and adapters, and of its data."""
     start = None if config.lora is None else config.lora.start
     names = (config.model.name, start, config.reference.name)

@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import ConfigDict, Field, Strict
 from pydantic.dataclasses import dataclass
 
+from fastpref.names import LOSS_TITLES
+
 Variant = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -43,7 +45,7 @@ class Loss:
     @property
     def title(self) -> str:
         """The name as people write it, such as "SimPO"."""
-        return type(self).__name__
+        return LOSS_TITLES[self.type]  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def unit(self) -> str:
@@ -282,7 +284,8 @@ class SFT(Loss):
 
 
 LossOptions = DPO | IPO | KTO | ORPO | SimPO | CPO | PL | LiPO | SFT
-LOSSES: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
+_OPTIONS: dict[str, type[LossOptions]] = {options.type: options for options in get_args(LossOptions)}
+LOSSES = {name: _OPTIONS[name] for name in LOSS_TITLES}
 """The losses by the names that `loss.type` takes."""
 
 
@@ -293,4 +296,4 @@ def compares_neighbours(loss: LossOptions, rows: int) -> bool:
 
 def title_of(loss: str) -> str:
     """Return the name of a type of loss as people write it: "SimPO" for "simpo"."""
-    return LOSSES[loss].__name__
+    return LOSS_TITLES[loss]

@@ -8,12 +8,12 @@ import psutil
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastpref.model.body import device_of
 from fastpref.model.gradient_checkpointing import decoder_layers
 from fastpref.model.streaming.stream import stream_of
+from fastpref.sharding import is_sharded
 
 _ENTRIES = 1 << 20  # of a tensor that are looked at together
 
@@ -98,7 +98,7 @@ def is_finite(tensor: Tensor) -> bool:
     """Return whether a tensor has no NaN and no infinity, with temporary memory for some of its rows only."""
     if not tensor.is_floating_point():
         return True
-    if not tensor.dim() or isinstance(tensor, DTensor):  # all processes look at a sharded tensor together
+    if not tensor.dim() or is_sharded(tensor):  # all processes look at a sharded tensor together
         return bool(tensor.isfinite().all())
     rows = tensor.view(-1) if tensor.is_contiguous() else tensor
     step = max(1, _ENTRIES * len(rows) // max(1, rows.numel()))

@@ -13,7 +13,6 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastpref.errors import UserError
 from fastpref.model.adapters.begin import BegunHalf
@@ -23,6 +22,7 @@ from fastpref.model.adapters.source import SETTINGS, WEIGHTS
 from fastpref.model.adapters.switch import POLICY
 from fastpref.model.load import Loaded
 from fastpref.model.weights import from_files
+from fastpref.sharding import is_sharded
 
 ON_TOP = "on_top"  # the folder of a stacked adapter without the one below it
 _ON_TOP = """\
@@ -35,7 +35,7 @@ folder above holds both as one adapter, for every use. This one alone is what a 
 
 def whole_weights(loaded: Loaded) -> dict[str, Tensor] | None:
     """Join the weights that `save_weights` writes if the model is sharded, else return None."""
-    if not any(isinstance(p, DTensor) for p in loaded.model.parameters()):
+    if not any(is_sharded(p) for p in loaded.model.parameters()):
         return None
     adapters = isinstance(loaded.wrapped, PeftModel)
     weights = loaded.wrapped.state_dict(keep_vars=True)
@@ -98,17 +98,19 @@ def load_weights(folder: Path, loaded: Loaded) -> None:
 
 def whole(value: Any) -> Any:
     """Return nested values in which sharded tensors are whole tensors on the CPU."""
-    if isinstance(value, DTensor):
+    if is_sharded(value):
         return value.full_tensor().detach().cpu()
     if isinstance(value, dict):
         return {key: whole(inner) for key, inner in value.items()}
     return value
 
 
-def _sharded_like(value: Tensor, own: Tensor) -> Tensor:
+def _sharded_like(value: Tensor, own: Any) -> Tensor:
     """Shard a whole tensor in the same way as `own`."""
-    if not isinstance(own, DTensor):
+    if not is_sharded(own):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     value = value.to(own.device, own.dtype)
     return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
